@@ -40,7 +40,7 @@ from rlhf.tracking.run_folder.lock import lock_folder
 
 logger = logging.getLogger(__name__)
 POLL_S = 0.3
-PREEMPTED = 75  # exit code of a run that others have told to end
+PREEMPTED = 75  # exit code of a run after a stop signal
 
 
 @dataclass(slots=True)
@@ -50,10 +50,10 @@ class _Running:
     assignment: Assignment
     process: Process
     slot: int
-    said_before: int  # bytes of its log
-    told: int = -1  # last step of the metric that the method knows
-    seen: tuple[int, int] = (0, 0)  # inode and size of metrics.jsonl as it was last read
-    stopped: bool = False  # by the method
+    log_bytes: int  # size of its log before this process
+    reported_step: int = -1  # last step reported to the strategy
+    seen: tuple[int, int] = (0, 0)  # inode and size of metrics.jsonl when it was last read
+    stopped: bool = False  # stopped by the strategy
 
 
 @dataclass(slots=True)
@@ -64,7 +64,7 @@ class _Loop:
     journal: Journal
     strategy: Strategy
     shares: Sequence[Share]
-    failures: int  # also those of before a kill
+    failures: int  # including failures before a kill
     request: StopRequest
     running: list[_Running] = field(default_factory=list)
     warm: dict[int, WarmProcess] = field(default_factory=dict)  # by slot
@@ -80,17 +80,17 @@ class _Loop:
                 if not self.running:
                     return
                 time.sleep(POLL_S)
-                for one in list(self.running):
-                    code = one.process.poll()  # before the metrics: what it wrote last is read after its end
-                    self._read(one)
+                for running in list(self.running):
+                    code = running.process.poll()  # before the metrics, so that no last row is missed
+                    self._read(running)
                     if code is not None:
-                        self.running.remove(one)
-                        self._end(one, code)
+                        self.running.remove(running)
+                        self._end(running, code)
         finally:
             for process in self.warm.values():
-                if process.is_idle and all(one.process is not process for one in self.running):
+                if process.is_idle and all(running.process is not process for running in self.running):
                     process.dismiss()
-            end_all([one.process for one in self.running], self.request)
+            end_all([running.process for running in self.running], self.request)
             wait_for_all(list(self.warm.values()), self.request)
             self.request.ends_by_itself = False
 
@@ -108,12 +108,12 @@ class _Loop:
         trial, journal = assignment.trial, self.journal
         file, log = journal.config_file(trial.number), journal.log_file(trial.number)
         write_atomic(file, dump_yaml(self.sweep.trial(trial.parameters, trial.name)))
-        slot = next(n for n in range(len(self.shares)) if all(one.slot != n for one in self.running))
-        said_before = log.stat().st_size if log.exists() else 0
+        slot = next(n for n in range(len(self.shares)) if all(running.slot != n for running in self.running))
+        log_bytes = log.stat().st_size if log.exists() else 0
         process = self._process(slot, file, log, until=assignment.until)
-        self.running.append(_Running(assignment, process, slot, said_before))
+        self.running.append(_Running(assignment, process, slot, log_bytes))
         until = "" if assignment.until is None else f" to step {assignment.until}"
-        logger.info("%s begins%s: %s", trial.name, until, _said(trial.parameters))
+        logger.info("%s begins%s: %s", trial.name, until, _shown_values(trial.parameters))
 
     def _process(self, slot: int, file: Path, log: Path, *, until: int | None) -> Process:
         """Start a process for the trial, or reuse the slot's process if its engines can stay."""
@@ -125,31 +125,31 @@ class _Loop:
         self.warm[slot].begin(file, log, until=until)
         return self.warm[slot]
 
-    def _read(self, one: _Running) -> None:
+    def _read(self, running: _Running) -> None:
         """Report new values in metrics.jsonl to the strategy."""
-        folder = self._judged(one.assignment.trial)
+        folder = self._judged(running.assignment.trial)
         try:
             status = (folder / "metrics.jsonl").stat()
         except FileNotFoundError:
             return
-        if one.seen == (status.st_ino, status.st_size):
+        if running.seen == (status.st_ino, status.st_size):
             return
-        one.seen = (status.st_ino, status.st_size)
+        running.seen = (status.st_ino, status.st_size)
         for step, value in metric_values(folder, self.sweep.metric):
-            if step > one.told and not one.stopped:
-                one.told = step
-                if self.strategy.report(one.assignment.trial, step, value):
-                    one.stopped = True
-                    one.process.interrupt()
+            if step > running.reported_step and not running.stopped:
+                running.reported_step = step
+                if self.strategy.report(running.assignment.trial, step, value):
+                    running.stopped = True
+                    running.process.interrupt()
 
-    def _end(self, one: _Running, code: int) -> None:
-        trial, until = one.assignment.trial, one.assignment.until
+    def _end(self, running: _Running, code: int) -> None:
+        trial, until = running.assignment.trial, running.assignment.until
         values = metric_values(self._judged(trial), self.sweep.metric)
-        if one.stopped and code != 0:
+        if running.stopped and code != 0:
             self.journal.end(trial.number, "stopped")
         elif code not in (0, PREEMPTED):
-            said = self.journal.log_file(trial.number).read_bytes()[one.said_before :].decode(errors="replace")
-            why = explain_failure(self._judged(trial), said, code)
+            output = self.journal.log_file(trial.number).read_bytes()[running.log_bytes :].decode(errors="replace")
+            why = explain_failure(self._judged(trial), output, code)
             self.journal.end(trial.number, "failed", why)
             self.failures += 1
         elif code == 0 and not values:
@@ -160,7 +160,7 @@ class _Loop:
         self.strategy.ended(trial)
         if trial.state == "failed":
             logger.warning("%s failed: %s", trial.name, trial.error)
-        elif code == PREEMPTED and not one.stopped:
+        elif code == PREEMPTED and not running.stopped:
             logger.warning("%s was told to end by others; --resume auto goes on with it", trial.name)
         else:
             step, value = values[-1]
@@ -294,5 +294,5 @@ def _nodes(cluster: ClusterConfig) -> list[Mapping[str, float]]:
         return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _said(parameters: Values) -> str:
+def _shown_values(parameters: Values) -> str:
     return ", ".join(f"{key}={value}" for key, value in parameters.items())

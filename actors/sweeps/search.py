@@ -57,9 +57,9 @@ class Bayesian:
             {key: _distribution(parameter) for key, parameter in self.parameters.items()},
             metric=METRIC,
             mode="min" if sweep.lower_is_better else "max",
-            seed=sweep.config.seed + len(journal.trials),  # or it would draw its first trials again after a kill
+            seed=sweep.config.seed + len(journal.trials),  # otherwise it would repeat its first draws after a restart
         )
-        self.asked: set[int] = set()
+        self.suggested: set[int] = set()
         for trial in journal.trials.values():
             if trial.state != "open":
                 self.ended(trial)
@@ -74,7 +74,7 @@ class Bayesian:
             return None
         suggested: dict[str, Any] = self.search.suggest(str(number))
         values = {key: _decoded(parameter, suggested[key]) for key, parameter in self.parameters.items()}
-        self.asked.add(number)
+        self.suggested.add(number)
         return Assignment(trial=self.journal.add(number, values))
 
     def report(self, trial: Trial, step: int, value: float) -> bool:
@@ -83,14 +83,14 @@ class Bayesian:
 
     def ended(self, trial: Trial) -> None:
         """Report the trial's last value, or its failure, to the searcher."""
-        found = metric_values(judged_folder(self.sweep, self.journal.run_folder(trial.number)), self.sweep.metric)
-        failed = trial.state == "failed" or not found
-        if trial.number in self.asked:
-            result = None if failed else {METRIC: found[-1][1]}
+        values = metric_values(judged_folder(self.sweep, self.journal.run_folder(trial.number)), self.sweep.metric)
+        failed = trial.state == "failed" or not values
+        if trial.number in self.suggested:
+            result = None if failed else {METRIC: values[-1][1]}
             self.search.on_trial_complete(str(trial.number), result, error=failed)
             return
         point = {key: _encoded(parameter, trial.parameters[key]) for key, parameter in self.parameters.items()}
-        self.search.add_evaluated_point(point, 0.0 if failed else found[-1][1], error=failed)
+        self.search.add_evaluated_point(point, 0.0 if failed else values[-1][1], error=failed)
 
 
 class Asha(Listed):
@@ -109,20 +109,20 @@ class Asha(Listed):
             reduction_factor=method.reduction_factor,
             stop_last_trials=False,
         )
-        self.known_to_it: set[int] = set()
+        self.added: set[int] = set()
         for trial in journal.trials.values():
             for step, value in metric_values(judged_folder(sweep, journal.run_folder(trial.number)), sweep.metric):
                 self.report(trial, step, value)
 
     def report(self, trial: Trial, step: int, value: float) -> bool:
         """Return True if the trial is among the worse ones at this step."""
-        as_tune_has_it: Any = SimpleNamespace(trial_id=str(trial.number))
-        if trial.number not in self.known_to_it:
-            self.known_to_it.add(trial.number)
-            self.scheduler.on_trial_add(None, as_tune_has_it)
+        tune_trial: Any = SimpleNamespace(trial_id=str(trial.number))
+        if trial.number not in self.added:
+            self.added.add(trial.number)
+            self.scheduler.on_trial_add(None, tune_trial)
         if step == 0:
             return False
-        action = self.scheduler.on_trial_result(None, as_tune_has_it, {"step": step, METRIC: value})
+        action = self.scheduler.on_trial_result(None, tune_trial, {"step": step, METRIC: value})
         return bool(action == self.scheduler.STOP)
 
 

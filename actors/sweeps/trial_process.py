@@ -23,7 +23,7 @@ import psutil
 
 from rlhf.stopping import StopRequest
 
-END_WITHIN_S = 60.0  # beyond what a run that is told to end has for its step and checkpoint
+END_WITHIN_S = 60.0  # in addition to the grace period for the step and its checkpoint
 PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -56,10 +56,10 @@ class _Started:
         self.end_within_s = grace_s + END_WITHIN_S
         parent = os.getpid()
 
-        def before_exec() -> None:  # in the child, which has this one thread
+        def before_exec() -> None:  # runs in the child, which has a single thread
             _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
             if os.getppid() != parent:
-                os._exit(1)  # the sweep was gone before the child had asked to be told
+                os._exit(1)  # the sweep ended before prctl took effect
             if share.cores:
                 os.sched_setaffinity(0, share.cores)
 
@@ -123,7 +123,7 @@ class WarmProcess(_Started):
         """Send the next trial to the process."""
         assert self.process.stdin is not None
         order = {"words": train_words(config, until), "log": str(log)}
-        with contextlib.suppress(BrokenPipeError):  # then poll says how it has ended
+        with contextlib.suppress(BrokenPipeError):  # poll then reports how it ended
             self.process.stdin.write(json.dumps(order).encode() + b"\n")
             self.process.stdin.flush()
 
@@ -133,7 +133,7 @@ class WarmProcess(_Started):
         code, ended_well = super().poll(), self.process.stdout.readline()
         if ended_well and self.deadline is None:
             return 0
-        if ended_well:  # it was told to end too late to hear it
+        if ended_well:  # the trial finished before it handled the stop request
             self.dismiss()
         return code
 

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 SyncMethod = Literal["shm", "gloo", "nccl", "ipc"]
 OfflineKind = Literal["supervised", "distillation", "preference", "reward_model", "step_rewards", "unpaired"]
 
-MAX_ENGINE_RANK = 512  # of an adapter in vLLM
+MAX_ENGINE_RANK = 512  # largest adapter rank in vLLM
 
-# Bundles are laid out in this order, so that a role follows the one that it may be colocated with.
+# Bundles are laid out in this order, so that each role follows its possible hosts.
 ROLE_ORDER: tuple[Role, ...] = ("policy", "rollout", "critic", "reference", "teacher", "reward")
 
 
@@ -126,9 +126,9 @@ def most_kept(config: Config) -> int | None:
 
 def trained_per_prompt(config: Config, rollouts: RolloutsConfig) -> int:
     """Return the largest number of a prompt's responses trained on by their advantages."""
-    own, keep = most_kept(config), rollouts.keep_per_prompt
-    if own is not None:
-        return own
+    limit, keep = most_kept(config), rollouts.keep_per_prompt
+    if limit is not None:
+        return limit
     return rollouts.samples_per_prompt if keep is None else keep.count
 
 
@@ -243,7 +243,7 @@ def critic_model(config: Config) -> CriticConfig:
         return config.critic
     policy = config.policy
     values = {name: getattr(policy, name) for name in CriticConfig.model_fields}
-    if policy.lora is not None:  # a policy's head and embedding are no concern of the critic
+    if policy.lora is not None:  # the critic does not train the policy's head and embedding
         values["lora"] = policy.lora.model_copy(update={"modules_to_save": ()})
     return CriticConfig(**values)
 
@@ -267,7 +267,7 @@ def train_sets(config: Config) -> Mapping[str, WeightedSource]:
     """Return training sets by the key of their source. A single set has all the weight."""
     train = config.data.train
     if isinstance(train, dict):
-        return {f"data.train.{name}.source": one for name, one in train.items()}
+        return {f"data.train.{name}.source": source for name, source in train.items()}
     return {"data.train": WeightedSource(source=train)}
 
 
@@ -336,7 +336,7 @@ def prompts_at_once(needed: int, rollouts: RolloutsConfig) -> int:
     """Return the prompts sampled to get `needed` of them. Oversampling adds at least one."""
     if rollouts.oversample == 1.0:
         return needed
-    return max(needed + 1, math.ceil(needed * rollouts.oversample - 1e-9))  # 10 * 1.1 is a little above 11
+    return max(needed + 1, math.ceil(needed * rollouts.oversample - 1e-9))  # 10 * 1.1 is slightly above 11
 
 
 def prompts_asked(config: Config, rollouts: RolloutsConfig) -> int:
@@ -423,9 +423,9 @@ def weight_sync(cluster: ClusterConfig, *, one_host: bool) -> WeightSync:
 class Derived:
     """Hold the arithmetic of one run. A value is None if it does not apply to supervised runs."""
 
-    needs: tuple[Role, ...]  # roles that get workers
+    needs: tuple[Role, ...]  # roles with workers
     sequences_per_step: int
-    rows_per_step: int  # what updates are counted in: sequences, or pairs
+    rows_per_step: int  # unit of updates: sequences, or pairs
     updates_per_batch: int  # minibatches of one pass over a step's batch
     updates_per_step: int
     data_parallel_ranks: int  # of the policy

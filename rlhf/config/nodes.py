@@ -40,10 +40,10 @@ class Node:
 
     cpus: float
     gpus: float = 0.0
-    mem_gib: float | None = None  # of the host
-    gpumem_gib: float | None = None  # of each GPU
+    mem_gib: float | None = None  # host memory
+    gpumem_gib: float | None = None  # memory of each GPU
     kind: str | None = None  # key of ACCELERATORS
-    price: float | None = None  # of the node for an hour, in any currency
+    price: float | None = None  # of the node per hour, in any currency
 
     @property
     def resources(self) -> dict[str, float]:
@@ -66,21 +66,21 @@ def parse_cluster(text: str) -> list[Node]:
         match = _PART.fullmatch(part)
         if match is None:
             raise UserError(f"--cluster {text!r}: expected nodes such as {EXAMPLE}, got {part!r}")
-        count, said = match.groups(default="")
+        count, description = match.groups(default="")
         total += int(count or 1)
         if total > MOST_NODES:
             raise UserError(f"--cluster {text!r}: {total} nodes, expected at most {MOST_NODES}")
-        nodes += [_node(said, text)] * int(count or 1)
+        nodes += [_node(description, text)] * int(count or 1)
     return nodes
 
 
-def _node(said: str, text: str) -> Node:
+def _node(description: str, text: str) -> Node:
     fields = {"cpu": "cpus", "gpu": "gpus", "mem": "mem_gib", "gpumem": "gpumem_gib", "price": "price"}
     values: dict[str, float] = {}
     kind: str | None = None
-    items = dict(item.split("=") for item in said.split(","))
-    if len(items) <= said.count(","):
-        raise UserError(f"--cluster {text!r}: {said!r} says a key twice")
+    items = dict(item.split("=") for item in description.split(","))
+    if len(items) <= description.count(","):
+        raise UserError(f"--cluster {text!r}: {description!r} says a key twice")
     for key, value in items.items():
         if key == "type":
             kind = value.lower()
@@ -93,5 +93,5 @@ def _node(said: str, text: str) -> Node:
             raise UserError(f"--cluster {text!r}: '{key}={value}', expected a number, of GPUs a whole one")
         values[fields[key]] = float(value)
     if "cpus" not in values:
-        raise UserError(f"--cluster {text!r}: {said!r} has no cpu=, expected nodes such as {EXAMPLE}")
+        raise UserError(f"--cluster {text!r}: {description!r} has no cpu=, expected nodes such as {EXAMPLE}")
     return Node(**values, kind=kind)

@@ -35,7 +35,7 @@ from rlhf.config.schema.stages import (
 )
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-# Where `stage:NAME` may stand; `*` is any name.
+# Keys that accept `stage:NAME`; `*` is any name.
 MODELS: tuple[Key, ...] = (
     ("policy", "model"),
     ("policy", "adapter"),
@@ -59,13 +59,13 @@ class _Stage:
 
     name: str
     root: type[Stage]
-    own: dict[str, Any]  # what stands under stages.NAME
+    sections: dict[str, Any]  # the value of stages.NAME
     values: dict[str, Any]  # merged over the shared sections
-    dropped: dict[Key, str] = field(default_factory=dict)  # shared keys that it cannot use, and why
+    dropped: dict[Key, str] = field(default_factory=dict)  # unusable shared keys, with reasons
 
     def shown(self, problem: Problem, shared: dict[str, Any]) -> Problem:
         """Return the problem with its key as written in the file."""
-        if problem.key[0] == "run" or (not _has(self.own, problem.key) and _has(shared, problem.key)):
+        if problem.key[0] == "run" or (not _has(self.sections, problem.key) and _has(shared, problem.key)):
             return problem
         return Problem(key=("stages", self.name, *problem.key), text=problem.text)
 
@@ -76,7 +76,7 @@ class _Stage:
 
     def uses(self, leaf: Key) -> bool:
         """Return whether the shared leaf is part of the stage's configuration."""
-        node: Any = self.own
+        node: Any = self.sections
         for part in leaf:
             if not isinstance(node, dict):
                 return False
@@ -91,20 +91,20 @@ def resolve_stages(tree: Tree) -> dict[str, Stage]:
     refuse(list(_misplaced(tree)), tree.place)
     shared = {key: value for key, value in tree.values.items() if key not in ("stages", "run")}
     run: Any = tree.values.get("run", {})
-    found: dict[Problem, None] = {}
+    problems: dict[Problem, None] = {}
     stages: list[_Stage] = []
     configs: dict[str, Stage] = {}
-    for name, own in tree.values["stages"].items():
-        stage = _stage(name, own or {}, shared)
+    for name, sections in tree.values["stages"].items():
+        stage = _stage(name, sections or {}, shared)
         named = isinstance(run, dict) and isinstance(run.get("name"), str)
         stage.values["run"] = {**run, "name": f"{run['name']}/{name}"} if named else run
         config = _complete(stage, stages, list(tree.values["stages"]))
         if isinstance(config, tuple):
-            found |= {stage.shown(problem, shared): None for problem in config}
+            problems |= {stage.shown(problem, shared): None for problem in config}
         else:
             configs[name] = config
         stages.append(stage)
-    refuse(list(found) or [*_unused_by_all(shared, stages), *_several_clusters(configs)], tree.place)
+    refuse(list(problems) or [*_unused_by_all(shared, stages), *_several_clusters(configs)], tree.place)
     return configs
 
 
@@ -120,38 +120,38 @@ def _misplaced(tree: Tree) -> Iterator[Problem]:
         if section in tree.values:
             text = f"stands in each stage, not at the top: write stages.{next(iter(stages))}.{section}"
             yield Problem(key=(section,), text=text)
-    for name, own in stages.items():
+    for name, sections in stages.items():
         if not _NAME.fullmatch(name):
             text = "is no name for a stage: letters, digits, `_` and `-`, starting with a letter or digit"
             yield Problem(key=("stages", name), text=text)
-        if own is not None and not isinstance(own, dict):
-            yield Problem(key=("stages", name), text=f"got {kind(own)}, expected a mapping of sections")
-        elif own is not None and "run" in own:
+        if sections is not None and not isinstance(sections, dict):
+            yield Problem(key=("stages", name), text=f"got {kind(sections)}, expected a mapping of sections")
+        elif sections is not None and "run" in sections:
             text = "stands at the top, for all stages; a stage's run is called after the pipeline and the stage"
             yield Problem(key=("stages", name, "run"), text=text)
         else:
-            yield from _not_of_its_kind(name, own or {})
+            yield from _not_of_its_kind(name, sections or {})
 
 
-def _not_of_its_kind(name: str, own: dict[str, Any]) -> Iterator[Problem]:
+def _not_of_its_kind(name: str, sections: dict[str, Any]) -> Iterator[Problem]:
     """Yield a missing main section, or sections incompatible with it."""
-    root = kind_of(own)
+    root = kind_of(sections)
     (mark,) = (section for section in KINDS if KINDS[section] is root)
-    if mark not in own:
+    if mark not in sections:
         text = "has no section that says what it is: `algorithm` (it trains), `merge` or `evaluate`"
         yield Problem(key=("stages", name), text=text)
-    for section in own:
+    for section in sections:
         if section not in root.model_fields and (section in Config.model_fields or section in KINDS):
             text = f"does not go with `{mark}`, which makes this stage {WHAT[root]}; make two stages of it"
             yield Problem(key=("stages", name, section), text=text)
 
 
-def _stage(name: str, own: dict[str, Any], shared: dict[str, Any]) -> _Stage:
+def _stage(name: str, sections: dict[str, Any], shared: dict[str, Any]) -> _Stage:
     """Return the stage with the shared sections of its kind."""
-    root = kind_of(own)
+    root = kind_of(sections)
     usable = {key: value for key, value in shared.items() if root is Config or key in root.model_fields}
     dropped: dict[Key, str] = {(key,): f"{WHAT[root]} has no such section" for key in shared.keys() - usable.keys()}
-    return _Stage(name=name, root=root, own=own, values=_merge(usable, own), dropped=dropped)
+    return _Stage(name=name, root=root, sections=sections, values=_merge(usable, sections), dropped=dropped)
 
 
 def _complete(stage: _Stage, earlier: list[_Stage], names: list[str]) -> Stage | tuple[Problem, ...]:
@@ -160,12 +160,12 @@ def _complete(stage: _Stage, earlier: list[_Stage], names: list[str]) -> Stage |
         config = parse_as(stage.root, stage.values)
         if isinstance(config, tuple):
             return config
-        useless = [problem for problem in stage_unused(config) if not _has(stage.own, problem.key)]
+        useless = [problem for problem in stage_unused(config) if not _has(stage.sections, problem.key)]
         if not useless:
             break
         for problem in useless:
             _remove(stage.values, problem.key)
-            stage.dropped[problem.key] = problem.text.partition(": ")[2]  # without "has no effect here"
+            stage.dropped[problem.key] = problem.text.partition(": ")[2]  # without the prefix "has no effect here"
     wrong = tuple(_link_models(stage, config.run, earlier, names))
     linked = wrong or parse_as(stage.root, stage.values)
     return linked if isinstance(linked, tuple) else (stage_problems(linked) or linked)
@@ -192,15 +192,15 @@ def _link_models(stage: _Stage, run: RunConfig, earlier: list[_Stage], names: li
 def model_places(values: Mapping[str, Any]) -> Iterator[tuple[Key, dict[str, Any]]]:
     """Yield the keys with a model's name in a stage's tree, each with the mapping around it."""
     for pattern in MODELS:
-        found: list[tuple[Key, Any]] = [((), values)]
+        matches: list[tuple[Key, Any]] = [((), values)]
         for part in pattern[:-1]:
-            found = [
+            matches = [
                 ((*key, name), inner)
-                for key, node in found
+                for key, node in matches
                 if isinstance(node, dict)
                 for name, inner in (node.items() if part == "*" else [(part, node.get(part))])
             ]
-        for key, node in found:
+        for key, node in matches:
             if isinstance(node, dict) and isinstance(node.get(pattern[-1]), str):
                 yield (*key, pattern[-1]), node
 
@@ -220,16 +220,16 @@ def _several_clusters(configs: dict[str, Stage]) -> Iterator[Problem]:
 
 def _unused_by_all(shared: dict[str, Any], stages: list[_Stage]) -> Iterator[Problem]:
     named: set[Key] = set()
-    trained = [stage for stage in stages if stage.root is Config] or stages  # whom most keys are meant for
+    trained = [stage for stage in stages if stage.root is Config] or stages  # most keys are meant for training stages
     for leaf in _leaves(shared):
         if any(stage.uses(leaf) for stage in stages):
             continue
         reasons = [reason for stage in trained if (reason := stage.why_dropped(leaf)) is not None]
-        key, why = reasons[-1] if reasons else (leaf, "")  # the last stage's: it is the one that matters most
+        key, why = reasons[-1] if reasons else (leaf, "")  # the reason of the last stage matters most
         if key not in named:
             named.add(key)
-            own = f"has no effect: every stage sets its own; write stages.{trained[-1].name}.{'.'.join(leaf)}"
-            yield Problem(key=key, text=f"no stage can use it: {why}" if reasons else own)
+            overridden = f"has no effect: every stage sets its own; write stages.{trained[-1].name}.{'.'.join(leaf)}"
+            yield Problem(key=key, text=f"no stage can use it: {why}" if reasons else overridden)
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class Seating:
 
     bundles: tuple[Mapping[str, float], ...]
     seats: Mapping[Role, tuple[Seat, ...]]
-    labels: tuple[Mapping[str, str], ...]  # of each bundle: what its node must have
+    labels: tuple[Mapping[str, str], ...]  # required node labels of each bundle
 
     def total(self, resource: str) -> float:
         """Return the sum of a resource over all bundles."""
@@ -43,9 +43,9 @@ class Seating:
 
     def shares_gpus(self, role: Role) -> bool:
         """Return whether a worker of another role uses one of the role's GPUs."""
-        own = {seat.bundle for seat in self.seats[role] if seat.gpus > 0.0}
+        bundles = {seat.bundle for seat in self.seats[role] if seat.gpus > 0.0}
         others = [seat for name, seats in self.seats.items() if name != role for seat in seats]
-        return any(seat.bundle in own and seat.gpus > 0.0 for seat in others)
+        return any(seat.bundle in bundles and seat.gpus > 0.0 for seat in others)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,7 +48,7 @@ def combine_adapters(
     `weights` maps the name of each source to its weight.
     """
     model: Any = None
-    given = {f"adapter_{index}": source for index, source in enumerate(sources)}  # no user's name: peft forbids some
+    given = {f"adapter_{index}": source for index, source in enumerate(sources)}  # peft forbids some names of users
     for name, source in given.items():
         assert source.adapter is not None
         if model is None:
@@ -72,10 +72,10 @@ def combine_adapters(
             parameter.data = parameter.data.to(dtype)
     model.peft_config[COMBINED].inference_mode = True
     model.save_pretrained(str(folder), selected_adapters=[COMBINED])
-    for file in (folder / COMBINED).iterdir():  # peft saves an adapter in a folder of its name
+    for file in (folder / COMBINED).iterdir():  # peft saves an adapter in a subfolder with its name
         file.rename(folder / file.name)
     (folder / COMBINED).rmdir()
-    (folder / "README.md").unlink(missing_ok=True)  # a model card to be filled in
+    (folder / "README.md").unlink(missing_ok=True)  # an empty model card
 
 
 def check_combinable(sources: Sequence[Source], *, method: str, rank: int | None) -> None:

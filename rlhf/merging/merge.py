@@ -166,7 +166,9 @@ def _set_layers(config: MergeConfig, sources: Sequence[Source], result: Any) -> 
     """Set the number of layers, and the type of each layer if the architecture has several types."""
     by_name = {source.name: source.config for source in sources}
     layers = [(by_name[part.model], layer) for part in config.slices for layer in range(*part.layers)]
-    kinds = [own.layer_types[layer] for own, layer in layers if getattr(own, "layer_types", None)]
+    kinds = [
+        layer_config.layer_types[layer] for layer_config, layer in layers if getattr(layer_config, "layer_types", None)
+    ]
     result.num_hidden_layers = len(layers)
     if kinds:
         result.layer_types = kinds

@@ -47,10 +47,10 @@ class Adapter:
 class Source:
     """Describe one model of the merge: its whole weights, and its adapter if it has one."""
 
-    key: str  # as the configuration has it, for messages: merge.models.math
+    key: str  # as in the configuration, for messages: merge.models.math
     name: str  # math, or base
-    folder: Path  # of the whole weights
-    config: Any  # of transformers; its architecture is that of the model with the adapter
+    folder: Path  # folder of the whole weights
+    config: Any  # config of transformers; its architecture is that of the model with the adapter
     shapes: Shapes  # a tied head is left out
     adapter: Adapter | None
 
@@ -61,9 +61,9 @@ class Source:
 
     def tokenizer(self) -> Any:
         """Load the adapter's tokenizer if its folder has one, else the model's."""
-        own = self.own_folder
+        folder = self.own_folder
         with _named(self.key):
-            return load_tokenizer(str(own if (own / "tokenizer_config.json").is_file() else self.folder))
+            return load_tokenizer(str(folder if (folder / "tokenizer_config.json").is_file() else self.folder))
 
 
 def find_source(key: str, name: str, model: str) -> Source:
@@ -207,14 +207,14 @@ def _named(key: str) -> Iterator[None]:
 
 
 def _check_same_kind(first: Source, other: Source) -> None:
-    for what, a, b in (
+    for name, a, b in (
         ("architecture", first.config.architectures, other.config.architectures),
         ("tie_word_embeddings", first.config.tie_word_embeddings, other.config.tie_word_embeddings),
     ):
         if a != b:
             shown = [", ".join(value) if isinstance(value, list) else value for value in (a, b)]
             raise UserError(
-                f"{first.key} ({first.own_folder}) and {other.key} ({other.own_folder}) do not fit: {what} is "
+                f"{first.key} ({first.own_folder}) and {other.key} ({other.own_folder}) do not fit: {name} is "
                 f"{shown[0]} in the one and {shown[1]} in the other."
             )
 

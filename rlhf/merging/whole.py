@@ -59,24 +59,24 @@ def run_mergekit(config: MergeConfig, folders: dict[str, Path], out: Path, *, sh
         out_shard_size=shard_bytes,
         copy_tokenizer=False,
         write_model_card=False,
-        clone_tensors=config.method == "passthrough",  # a layer may be there twice
+        clone_tensors=config.method == "passthrough",  # a layer may appear twice
         quiet=quiet,
     )
     logs = [logging.getLogger(name) for name in ("mergekit", "transformers")]
     levels = [log.level for log in logs]
     for log in logs:
-        log.setLevel(logging.ERROR)  # their warnings are about names of options, and what is checked here
+        log.setLevel(logging.ERROR)  # their warnings are about option names, which are checked here
     try:
         with torch.random.fork_rng(devices=[]):
             if config.method in RANDOM:
                 torch.manual_seed(config.seed)
             run_merge(MergeConfiguration.model_validate(mergekit_config(config, folders)), str(out), options)
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:  # what mergekit raises
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:  # the errors that mergekit raises
         raise RunError(f"mergekit could not merge: {' '.join(str(error).split())}") from error
     finally:
         for log, level in zip(logs, levels, strict=True):
             log.setLevel(level)
-        cache = LoaderCache()  # by path, for the life of the process: a later merge would read these files again
+        cache = LoaderCache()  # cached by path for the whole process: a later merge would reuse these files
         cache.flush_all()
         cache.loaders.clear()
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 RAY_BYTES = int(1.0 * GIB)  # measured: Ray's own processes on a head node
 DRIVER_BYTES = int(0.65 * GIB)  # measured: this command while it trains
-HOST_SHARE = 0.95  # Ray ends workers when a node's memory is used beyond it
+HOST_SHARE = 0.95  # Ray kills workers when a node uses more of its memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,7 @@ def places(config: Config, seating: Seating, found: Sequence[Footprint], nodes: 
     at = fit(seating.bundles, [node.resources for node in nodes])
     if at is None:
         return []
-    by_role = {one.role: one for one in found}
+    by_role = {footprint.role: footprint for footprint in found}
     fits = []
     if config.cluster.device == "cuda":
         fits += _gpus(seating, by_role, nodes, at)
@@ -58,21 +58,21 @@ def places(config: Config, seating: Seating, found: Sequence[Footprint], nodes: 
 Moment = Literal["generate", "train", "weight sync"]
 
 
-def held_on_gpu(one: Footprint, moment: Moment) -> float:
+def held_on_gpu(footprint: Footprint, moment: Moment) -> float:
     """Return the bytes held by a process on a GPU shared by an engine and the trained roles.
 
     generate: the engine is awake, and the reward model scores its responses. train: the engine sleeps. weight sync: the
     policy sends weights to the engine while its cache sleeps. All other roles have left the GPU.
     """
-    if one.role == "reward":
-        return one.of("device")
+    if footprint.role == "reward":
+        return footprint.of("device")
     if moment == "generate":
-        return one.of("device") if one.role == "rollout" else one.stays
+        return footprint.of("device") if footprint.role == "rollout" else footprint.stays
     if moment == "train":
-        return one.stays if one.role == "rollout" else one.held("always") + one.held("step")
-    if one.role == "policy":
-        return one.held("always") + one.held("sync")
-    return one.held("always") if one.role == "rollout" else one.stays
+        return footprint.stays if footprint.role == "rollout" else footprint.held("always") + footprint.held("step")
+    if footprint.role == "policy":
+        return footprint.held("always") + footprint.held("sync")
+    return footprint.held("always") if footprint.role == "rollout" else footprint.stays
 
 
 def _gpus(seating: Seating, by_role: Mapping[Role, Footprint], nodes: Sequence[Node], at: Sequence[int]) -> list[Fit]:
@@ -112,11 +112,11 @@ def _hosts(
         parts: dict[str, float] = {}
         shared = 0.0
         for role, seats in seating.seats.items():
-            one = by_role[role]
+            footprint = by_role[role]
             here = [seat for seat in seats if at[seat.bundle] == index]
             if here:
-                parts[role] = one.private(len(here))
-                shared = max(shared, one.of("shared"))
+                parts[role] = footprint.private(len(here))
+                shared = max(shared, footprint.of("shared"))
         if not parts:
             continue
         if shared:
@@ -126,9 +126,9 @@ def _hosts(
         wanted = sum(parts.values())
         text = " + ".join(f"{name} {size / GIB:,.1f}" for name, size in parts.items())
         room = None if node.mem_gib is None else node.mem_gib * GIB * HOST_SHARE
-        one_fit = Fit(where=f"host of node {index}", wanted=wanted, room=room, parts=text)
+        host = Fit(where=f"host of node {index}", wanted=wanted, room=room, parts=text)
         if node.mem_gib not in fits or wanted > fits[node.mem_gib].wanted:
-            fits[node.mem_gib] = one_fit
+            fits[node.mem_gib] = host
     return list(fits.values())
 
 
@@ -136,8 +136,7 @@ def remedies(config: Config, sizes: Sizes, nodes: Sequence[Node], roles: Sequenc
     """Return changes that reduce memory where it does not fit, mildest first for each role, each with its effect.
 
     A change is left out if the checks refuse it, the nodes cannot place it, or it reduces no overfull place. If no
-    single
-    change is enough, the last line gives the effect of all changes together.
+    single change is enough, the last line gives the effect of all changes together.
     """
     before = {place.where: place for place in _places_of(config, sizes, nodes)}
     tight = {where for where, place in before.items() if place.fits is False}

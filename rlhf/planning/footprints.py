@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from rlhf.types import Role
 
 CPUINFO = Path("/proc/cpuinfo")
-BUCKET_BYTES = 64 << 20  # of a broadcast of weights: actors.weights.broadcast
+BUCKET_BYTES = 64 << 20  # of a weight broadcast: actors.weights.broadcast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +54,9 @@ class Sizes:
     """Look up the shapes of a run's models and hold known facts about the machine."""
 
     shapes: Path | None = None  # --shapes
-    made: Mapping[str, str] | None = None  # final folders of earlier stages: the model that each began as
-    gpu_memory_gib: float | None = None  # of the GPUs; None: not said
-    tokens: int | None = None  # of a real micro-batch, where it is known. None: as many as are allowed
+    made: Mapping[str, str] | None = None  # maps final folders of earlier stages to their original models
+    gpu_memory_gib: float | None = None  # of each GPU; None: unknown
+    tokens: int | None = None  # of a real micro-batch, if known. None: the configured limit
 
     def of(self, model: str) -> Shape:
         """Return the shape of a model."""
@@ -74,19 +74,19 @@ def footprints(config: Config, sizes: Sizes) -> list[Footprint]:
     """Return the footprint of each role with workers, in placement order. Raise UserError if a model's sizes are
     unknown."""
     roles = needs(config)
-    found = [_trained("policy", config.policy, config, sizes)]
+    result = [_trained("policy", config.policy, config, sizes)]
     if "rollout" in roles:
-        found.append(_engine(config, sizes))
+        result.append(_engine(config, sizes))
     if "critic" in roles:
-        found.append(_trained("critic", critic_model(config), config, sizes))
+        result.append(_trained("critic", critic_model(config), config, sizes))
     if "reference" in roles:
-        found.append(_forward("reference", reference_model(config), config, sizes))
+        result.append(_forward("reference", reference_model(config), config, sizes))
     if "teacher" in roles and config.teacher is not None:
-        found.append(_forward("teacher", config.teacher, config, sizes))
+        result.append(_forward("teacher", config.teacher, config, sizes))
     if "reward" in roles:
         model = config.reward if uses_reward_model(config) else None
-        found.append(_forward("reward", model, config, sizes))
-    return found
+        result.append(_forward("reward", model, config, sizes))
+    return result
 
 
 def tokens_of_microbatch(config: Config, role: TrainedRole) -> tuple[int, bool]:

@@ -28,7 +28,7 @@ def missing_here(loaded: LoadedConfig) -> list[str]:
     """
     folder = Path(loaded.source).resolve().parent
     missing: dict[str, None] = {}
-    made: set[str] = set()  # folders that earlier stages write
+    made: set[str] = set()  # folders written by earlier stages
     for name, stage in loaded.stages.items():
         prefix = f"stages.{name}." if loaded.is_pipeline else ""
         sentences = [*_resources(stage), *_models(stage, made), *_data(stage), *_code(stage, folder)]
@@ -72,7 +72,7 @@ def _models(stage: Stage, made: set[str]) -> Iterator[str]:
 def _data(stage: Stage) -> Iterator[str]:
     sources: Mapping[str, DataSource] = {}
     if isinstance(stage, Config):
-        sets = {name: one.source for name, one in train_sets(stage).items()}
+        sets = {name: weighted.source for name, weighted in train_sets(stage).items()}
         sources = sets | {f"data.eval.{name}": source for name, source in eval_sets(stage).items()}
     elif isinstance(stage, EvaluationStage):
         data = stage.evaluate.data

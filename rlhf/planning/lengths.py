@@ -16,9 +16,9 @@ from rlhf.errors import UserError
 class Lengths:
     """Describe response lengths in tokens: `seen` values drawn with replacement, or a log-normal distribution."""
 
-    most: int  # a response is cut there
+    most: int  # responses are truncated at this length
     mean: float = 0.0
-    sigma: float = 0.0  # of the logarithm; 0: all alike
+    sigma: float = 0.0  # of the logarithm; 0: all lengths are equal
     seen: tuple[int, ...] = ()
 
     def draw(self, random: Random) -> int:
@@ -62,10 +62,10 @@ def _read(path: Path) -> Sequence[int]:
     Samples of evaluations are skipped: they are far more numerous and may use other sampling settings.
     """
     files = sorted(path.glob("samples/*.jsonl")) if path.is_dir() else [path]
-    found: list[int] = []
+    lengths: list[int] = []
     for file in files:
         try:
-            lines = file.read_text(encoding="utf-8").split("\n")  # a response may hold what else ends a line
+            lines = file.read_text(encoding="utf-8").split("\n")  # a response may contain other line separators
         except OSError as error:
             raise UserError(
                 f"--lengths {path}: cannot be read: {error.strerror}. Give a file or lognormal:MEAN:SIGMA"
@@ -88,7 +88,7 @@ def _read(path: Path) -> Sequence[int]:
                 ) from error
             if length < 1:
                 raise UserError(f"{file}:{number}: a length of {length}, expected at least 1")
-            found.append(length)
-    if not found:
+            lengths.append(length)
+    if not lengths:
         raise UserError(f"--lengths {path}: there are no lengths in it")
-    return found
+    return lengths

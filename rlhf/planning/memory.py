@@ -21,26 +21,24 @@ GIB = 2**30
 CHUNK_ROWS, CHUNKS_PER_PRODUCT = 256, 4  # as in rlhf.objectives.vocabulary_head; a test compares them
 PREFILL_TOKENS = 8192  # as in actors.rollout.vllm_engine
 BUCKET_ELEMENTS = 5 * 10**7  # as in rlhf.engine.deepspeed; a test compares them
-LIVE_PARAMETERS = 10**9  # of ZeRO-3: gathered and not yet let go, DeepSpeed's default
+LIVE_PARAMETERS = 10**9  # of ZeRO-3: gathered and not yet released; DeepSpeed's default
 
-Place = Literal["device", "host", "shared"]  # shared: in the process's resident set, once in its node's memory
-Phase = Literal["always", "step", "sync"]  # when a term is held: between the passes too, in them, in a weight transfer
+Place = Literal["device", "host", "shared"]  # shared: resident in each process, but only once in its node's memory
+Phase = Literal["always", "step", "sync"]  # held also between passes, during passes, or during a weight transfer
 
 
 class Measured:
     """Hold constants measured by benchmarks/plan_memory.py on two CPU cores (docs/scaling.md).
 
-    Process sizes are for an idle worker with its libraries imported. HEAP is the resident heap of a worker divided
-    by the
-    peak bytes of its tensors. The allocator keeps freed blocks (actors.cluster.processes.KEEPS_MEMORY), and later
-    blocks
-    never fit them exactly.
+    Process sizes are for an idle worker with its libraries imported. HEAP is the resident heap of a worker divided by
+    the peak bytes of its tensors. The allocator keeps freed blocks (actors.cluster.processes.KEEPS_MEMORY), and later
+    blocks never fit them exactly.
     """
 
     TRAINER_BYTES = int(0.68 * GIB)
     FORWARD_BYTES = int(0.64 * GIB)
     REWARD_BYTES = int(0.61 * GIB)
-    TOKENIZER_BYTES = 1450  # an entry of its vocabulary, in a reward worker; the other processes were measured with one
+    TOKENIZER_BYTES = 1450  # per vocabulary entry, in a reward worker; other processes were measured with a tokenizer
     ENGINE_BYTES = int(0.84 * GIB)
     HEAP = 1.26
 
@@ -65,8 +63,8 @@ class Term:
     how: str  # the arithmetic
     place: Place = "device"
     phase: Phase = "always"
-    stays: bool = False  # on the device even while the role has left it to another
-    first_only: bool = False  # of a gang, its first rank alone has it
+    stays: bool = False  # it stays on the device even while the role is offloaded
+    first_only: bool = False  # only the first rank of a gang has it
     in_heap: bool = True  # False: one block, or pages of a file
 
 
@@ -96,8 +94,8 @@ class Footprint:
 
     def private(self, workers: int) -> float:
         """Return the host memory of `workers` processes including the first, without shared memory."""
-        own = [term for term in self.terms if term.place == "host" or (term.place == "device" and not self.on_gpu)]
-        return sum(term.nbytes * (1 if term.first_only else workers) for term in own)
+        terms = [term for term in self.terms if term.place == "host" or (term.place == "device" and not self.on_gpu)]
+        return sum(term.nbytes * (1 if term.first_only else workers) for term in terms)
 
     @property
     def rss(self) -> float:
@@ -111,16 +109,16 @@ class Training:
 
     trained: int  # parameters
     frozen: int
-    frozen_bytes: float  # of the base: its dtype's, or 4 bits a weight and a scale for each 64
-    itemsize: int  # bytes of a weight
+    frozen_bytes: float  # of the base: in its dtype, or 4 bits per weight and a scale per 64
+    itemsize: int  # bytes per weight
     zero_stage: int
     ranks: int
     tokens: int  # of one full micro-batch, on this rank
     accumulates: bool  # whether an optimizer step has several micro-batches
     checkpointing: bool
     lora_rank: int | None
-    scalar: bool  # a head of one value, not of the vocabulary
-    keeps_head_gradient: bool  # the head's gradient is made in the forward pass (supervised runs)
+    scalar: bool  # a scalar head instead of a vocabulary head
+    keeps_head_gradient: bool  # the head's gradient is computed in the forward pass (supervised runs)
     optimizer: str  # train.optimizer
     offload: tuple[str, ...]
     on_gpu: bool
@@ -154,10 +152,10 @@ def head_bytes(shape: Shape, *, rows: int, itemsize: int, trains_head: bool, wid
     wide = 4 if widens else itemsize
     chunk = min(rows, CHUNK_ROWS)
     block = min(rows, CHUNK_ROWS * CHUNKS_PER_PRODUCT)
-    found: float = 3 * chunk * shape.vocab * 4 + block * shape.vocab * wide
+    nbytes: float = 3 * chunk * shape.vocab * 4 + block * shape.vocab * wide
     if trains_head:
-        found += shape.embedding * (wide if rows <= block else 4 + wide)
-    return found + (shape.embedding * 4 if widens else 0)
+        nbytes += shape.embedding * (wide if rows <= block else 4 + wide)
+    return nbytes + (shape.embedding * 4 if widens else 0)
 
 
 def training_terms(shape: Shape, t: Training) -> list[Term]:
@@ -182,13 +180,13 @@ def training_terms(shape: Shape, t: Training) -> list[Term]:
             how = "vocabulary * hidden * 4 bytes"
             last.append(Term(name="largest gradient", nbytes=4 * shape.embedding, how=how, phase="step"))
     step = [*bucket, *summed]
-    if t.zero_stage == 0 and t.itemsize == 2:  # DeepSpeed copies them all
+    if t.zero_stage == 0 and t.itemsize == 2:  # DeepSpeed copies all of them
         how = _product(t.trained, 4, 1)
         step.append(Term(name="gradients in float32", nbytes=t.trained * 4, how=how, phase="step"))
     if t.zero_stage == 3:
         block = _block(t)
         step.append(block)
-        if block.place == "host" or not t.on_gpu:  # it is there from the start, or beside holes too small for it
+        if block.place == "host" or not t.on_gpu:  # it exists from the start, or next to holes too small for it
             first.append(block)
     peak = max(first, last, step, key=lambda terms: sum(term.nbytes for term in terms))
     return [*states, *peak]
@@ -283,7 +281,7 @@ def _activations(shape: Shape, t: Training) -> Term:
 
 def _head(shape: Shape, t: Training) -> Term:
     trains = t.lora_rank is None
-    if t.keeps_head_gradient:  # by the time that the bucket is made the logits are gone
+    if t.keeps_head_gradient:  # the logits are freed before the bucket is allocated
         elements = shape.embedding if trains else 0
         how = _product(elements, t.itemsize, 1)
         return Term(name="head's gradient", nbytes=elements * t.itemsize, how=how, phase="step")
@@ -301,7 +299,7 @@ def forward_terms(shape: Shape, *, itemsize: int, tokens: int, scalar: bool, wid
         Term(name="activations", nbytes=rows, how=f"{tokens:,} tokens of one layer", phase="step"),
     ]
     if not scalar:
-        each = (4 if widens else itemsize) + 4 + 4  # the product, the logits, what their sum is taken of
+        each = (4 if widens else itemsize) + 4 + 4  # the product, the logits, and the input of their sum
         size = min(tokens, CHUNK_ROWS) * shape.vocab * each + (shape.embedding * 4 if widens else 0)
         how = f"chunks of {CHUNK_ROWS} rows of {shape.vocab:,} logits"
         terms.append(Term(name="vocabulary head", nbytes=size, how=how, phase="step"))
@@ -338,16 +336,16 @@ def with_process(terms: Sequence[Term], *, process: int, on_gpu: bool, ranks: in
 
     ranks: the size of a gang communicating by NCCL.
     """
-    found = [*terms, Term(name="process", nbytes=process, how="measured: libraries and interpreter", place="host")]
+    result = [*terms, Term(name="process", nbytes=process, how="measured: libraries and interpreter", place="host")]
     if on_gpu:
         nbytes = Assumed.CUDA_BYTES + (Assumed.NCCL_BYTES if ranks > 1 else 0)
         name = "CUDA and NCCL" if ranks > 1 else "CUDA"
-        found.append(Term(name=name, nbytes=nbytes, how="assumed: context, workspaces, buffers", stays=True))
+        result.append(Term(name=name, nbytes=nbytes, how="assumed: context, workspaces, buffers", stays=True))
     else:
         heap = sum(term.nbytes for term in terms if term.place == "device" and term.in_heap)
         slack = (Measured.HEAP - 1.0) * heap
-        found.append(Term(name="heap", nbytes=slack, how=f"measured: {Measured.HEAP - 1.0:.0%} of tensors"))
-    return tuple(found)
+        result.append(Term(name="heap", nbytes=slack, how=f"measured: {Measured.HEAP - 1.0:.0%} of tensors"))
+    return tuple(result)
 
 
 def _product(elements: float, itemsize: int, by: int) -> str:

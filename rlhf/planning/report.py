@@ -47,14 +47,14 @@ def _with_counted_steps(stage: RunStage) -> tuple[RunStage, str]:
     """Return the stage with steps in place of epochs if its data is on this machine, and a sentence about it."""
     if not isinstance(stage, Config) or stage.train.epochs is None:
         return stage, ""
-    from rlhf.planning.rows import rows_here  # and the readers of data sets with it
+    from rlhf.planning.rows import rows_here  # imports the data set readers
 
     rows = rows_here(stage)
     if rows is None:
         return stage, ""
-    found = with_steps(stage, rows)
-    text = f"train.epochs {stage.train.epochs:g} of {rows:,} rows: {found.train.steps:,} steps, if no row is left out"
-    return found, f"\n\n  {text}"
+    counted = with_steps(stage, rows)
+    text = f"train.epochs {stage.train.epochs:g} of {rows:,} rows: {counted.train.steps:,} steps, if no row is left out"
+    return counted, f"\n\n  {text}"
 
 
 def sizes_of(loaded: LoadedConfig, nodes: Sequence[Node] | None, shapes: Path | None) -> Sizes:
@@ -64,7 +64,7 @@ def sizes_of(loaded: LoadedConfig, nodes: Sequence[Node] | None, shapes: Path | 
         if isinstance(stage, Config):
             made[str(final_folder(stage))] = stage.policy.model
         elif isinstance(stage, MergeStage):
-            made[str(final_folder(stage))] = next(iter(stage.merge.models.values())).model  # all are of one size
+            made[str(final_folder(stage))] = next(iter(stage.merge.models.values())).model  # all have the same size
     gpus = [node.gpu_memory_gib for node in nodes or () if node.gpus and node.gpu_memory_gib is not None]
     return Sizes(shapes=shapes, made=made, gpu_memory_gib=min(gpus) if gpus else None)
 
@@ -72,11 +72,11 @@ def sizes_of(loaded: LoadedConfig, nodes: Sequence[Node] | None, shapes: Path | 
 def _estimates(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: str | None) -> list[str]:
     rows = _row_layouts(config, sizes)
     try:
-        found = footprints(config, sizes)
+        processes = footprints(config, sizes)
         return [
             *rows,
-            "memory, GiB, at most (micro-batches full), of one process or GPU each\n" + _terms(found),
-            *_fits(config, sizes, found, nodes),
+            "memory, GiB, at most (micro-batches full), of one process or GPU each\n" + _terms(processes),
+            *_fits(config, sizes, processes, nodes),
             _disk(config, sizes),
             *_times(config, sizes, nodes, response_lengths(config, lengths)),
         ]
@@ -97,19 +97,19 @@ def _row_layouts(config: Config, sizes: Sizes) -> list[str]:
     return ["\n".join(["layout of sequences", *lines])] if lines else []
 
 
-def _terms(found: Sequence[Footprint]) -> str:
+def _terms(processes: Sequence[Footprint]) -> str:
     rows = [["role", "", "GiB", "how"]]
-    for one in sorted(found, key=lambda f: ROLE_ORDER.index(f.role)):
-        where = "GPU + host" if one.on_gpu else "resident"
-        both = f"{_gib(one.of('device'))} + {_gib(one.rss)}" if one.on_gpu else _gib(one.rss)
-        rows.append([f"{one.role} * {one.workers}", where, both, ""])
-        for term in filter(lambda t: t.nbytes > 0.0, one.terms):
-            place = {"device": "", "host": " (host)" if one.on_gpu else "", "shared": " (shared)"}[term.place]
+    for process in sorted(processes, key=lambda f: ROLE_ORDER.index(f.role)):
+        where = "GPU + host" if process.on_gpu else "resident"
+        both = f"{_gib(process.of('device'))} + {_gib(process.rss)}" if process.on_gpu else _gib(process.rss)
+        rows.append([f"{process.role} * {process.workers}", where, both, ""])
+        for term in filter(lambda t: t.nbytes > 0.0, process.terms):
+            place = {"device": "", "host": " (host)" if process.on_gpu else "", "shared": " (shared)"}[term.place]
             rows.append(["", term.name + place, _gib(term.nbytes), term.how])
     return table(rows)
 
 
-def _fits(config: Config, sizes: Sizes, found: Sequence[Footprint], nodes: Sequence[Node] | None) -> list[str]:
+def _fits(config: Config, sizes: Sizes, processes: Sequence[Footprint], nodes: Sequence[Node] | None) -> list[str]:
     seating = seat(config)
     local = nodes is None and config.cluster.device == "cpu" and config.cluster.address is None
     if local:
@@ -118,7 +118,7 @@ def _fits(config: Config, sizes: Sizes, found: Sequence[Footprint], nodes: Seque
         return ["what fits is shown with --cluster, such as '2*cpu=96,gpu=8,type=h100,mem=1000'"]
     rows = [["place", "wanted", "of", "", "what is there"]]
     is_tight = False
-    for one in places(config, seating, found, nodes):
+    for one in places(config, seating, processes, nodes):
         word = {True: "fits", False: "DOES NOT FIT", None: "memory not said"}[one.fits]
         is_tight |= one.fits is False
         room = "-" if one.room is None else _gib(one.room)
@@ -126,7 +126,7 @@ def _fits(config: Config, sizes: Sizes, found: Sequence[Footprint], nodes: Seque
         rows.append([where, _gib(one.wanted), room, word, one.parts])
     text = ["memory by place, GiB\n" + table(rows)]
     if is_tight:
-        roles = [one.role for one in found if one.role != "reward"]
+        roles = [one.role for one in processes if one.role != "reward"]
         lines = "\n".join(f"  {line}" for line in remedies(config, sizes, nodes, roles))
         lines = lines.replace("host of node 0", "this machine") if local else lines
         text.append("what makes it smaller, mildest first for each role\n" + lines)
@@ -136,27 +136,27 @@ def _fits(config: Config, sizes: Sizes, found: Sequence[Footprint], nodes: Seque
 def _disk(config: Config, sizes: Sizes) -> str:
     """Return the largest disk use of checkpoints: the kept ones, plus one being written."""
     parts = checkpoint_sizes(config, sizes)
-    one, best = sum(parts.values()), bool(eval_sets(config))
+    checkpoint, best = sum(parts.values()), bool(eval_sets(config))
     count = config.train.keep_checkpoints + best + 1
     kept = f"the newest {config.train.keep_checkpoints}{', the best' if best else ''} and one that is being written"
     roles = " + ".join(f"{role} {_gib(size)}" for role, size in parts.items())
-    return f"disk of the run folder, GiB\n  checkpoints  {_gib(count * one)}  {count} * ({roles}): {kept}"
+    return f"disk of the run folder, GiB\n  checkpoints  {_gib(count * checkpoint)}  {count} * ({roles}): {kept}"
 
 
-def response_lengths(config: Config, said: str | None) -> Lengths:
+def response_lengths(config: Config, text: str | None) -> Lengths:
     """Return the lengths of responses as given, or a distribution with half the limit as its mean.
 
     Without rollouts, return the lengths of training sequences: estimated from local rows, or half the limit.
     """
     if config.rollouts is None:
         longest = max_sequence_tokens(config)
-        from rlhf.planning.rows import mean_tokens_here  # and the readers of data sets with it
+        from rlhf.planning.rows import mean_tokens_here  # imports the data set readers
 
         mean = mean_tokens_here(config)
         return Lengths(most=longest, mean=longest / 2 if mean is None else min(mean, float(longest)))
     most = config.rollouts.max_response_tokens
-    if said is not None:
-        return parse_lengths(said, most=most)
+    if text is not None:
+        return parse_lengths(text, most=most)
     return Lengths(most=most, mean=most / 2, sigma=0.6)
 
 
@@ -180,20 +180,26 @@ def _times(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: 
         return [*text, "pipelined: rollouts and training share their devices, so they can only take turns"]
     rows = [["schedule", "s / step", "engines busy", "trainers busy", "mean lag"]]
     for staleness in (0, 1, 2):
-        one = outcome if staleness == 0 else simulate(system, staleness=staleness, steps=3, seed=0)
+        result = outcome if staleness == 0 else simulate(system, staleness=staleness, steps=3, seed=0)
         name = "synchronous (max_staleness 0)" if staleness == 0 else f"pipelined, {staleness} ahead"
         rows.append(
-            [name, f"{one.step_s:,.4g}", f"{one.engines_busy:.0%}", f"{one.trainer_busy:.0%}", f"{one.lag:.2f}"]
+            [
+                name,
+                f"{result.step_s:,.4g}",
+                f"{result.engines_busy:.0%}",
+                f"{result.trainer_busy:.0%}",
+                f"{result.lag:.2f}",
+            ]
         )
     return [*text, "schedules; a run does the first, the others are what a pipeline would give\n" + table(rows)]
 
 
 def _assumed(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: Lengths) -> str:
-    one = rates(config, nodes, sizes, role="policy")
-    said = any(node.kind for node in nodes or ())
-    guess = "" if said or config.cluster.device == "cpu" else f", assumed: --cluster says no type={DEFAULT_GPU}"
+    speed = rates(config, nodes, sizes, role="policy")
+    has_type = any(node.kind for node in nodes or ())
+    guess = "" if has_type or config.cluster.device == "cpu" else f", assumed: --cluster says no type={DEFAULT_GPU}"
     responses = f"; responses {lengths}" if is_online(config) else f"; sequences of {lengths.mean:,.0f} tokens"
-    return f"on {one.name}{guess}{responses}"
+    return f"on {speed.name}{guess}{responses}"
 
 
 def _stages(config: Config, stages: Sequence[Stage], nodes: Sequence[Node] | None) -> str:

@@ -13,17 +13,17 @@ from rlhf.data.sources import FILE_SUFFIXES, Source, read_rows
 from rlhf.data.tasks import REASONING_GYM, TaskSource
 from rlhf.planning.here import absent_data
 
-ROWS_MEASURED = 200  # of each data set, for the length of its rows
+ROWS_MEASURED = 200  # per data set, for the length of its rows
 CHARACTERS_PER_TOKEN = 4  # customary for English text
 LARGEST_FILE_READ = 64 * 2**20
 
 
 def rows_here(config: Config) -> int | None:
     """Return the number of rows of data.train, or None if a set is not on this machine. UserError for a broken file."""
-    sources = {key: one.source for key, one in train_sets(config).items()}
+    sources = {key: source.source for key, source in train_sets(config).items()}
     if list(absent_data(sources)):
         return None
-    return sum(len(read_rows(one)) if isinstance(one, str) else one.size for one in sources.values())
+    return sum(len(read_rows(source)) if isinstance(source, str) else source.size for source in sources.values())
 
 
 def mean_tokens_here(config: Config) -> float | None:
@@ -33,11 +33,11 @@ def mean_tokens_here(config: Config) -> float | None:
     set counts by its weight. A row's text is all its strings; both sequences of a pair include the prompt.
     """
     sets = train_sets(config).values()
-    if not all(_reads_quickly(one.source) for one in sets):
+    if not all(_reads_quickly(weighted.source) for weighted in sets):
         return None
     per_token = 1 if config.policy.model.startswith("tiny:") else CHARACTERS_PER_TOKEN  # the tiny model reads bytes
-    total = sum(one.weight * _mean_characters(one.source, config) for one in sets)
-    return total / sum(one.weight for one in sets) / per_token
+    total = sum(weighted.weight * _mean_characters(weighted.source, config) for weighted in sets)
+    return total / sum(weighted.weight for weighted in sets) / per_token
 
 
 def _reads_quickly(source: DataSource) -> bool:

@@ -20,7 +20,7 @@ from rlhf.planning.simulate import Outcome, System, simulate
 from rlhf.planning.summary import refuse_misfit, table
 from rlhf.planning.time import system_of
 
-# What it is, and its smallest value.
+# The meaning of each number, and its smallest value.
 _NUMBERS: Mapping[str, tuple[str, float]] = {
     "base_ms": ("an engine's decoding step without sequences, ms", 1e-6),
     "each_us": ("and for each sequence in it, us", 0.0),
@@ -32,8 +32,8 @@ _NUMBERS: Mapping[str, tuple[str, float]] = {
     "seed": ("of lengths and failures", 0.0),
 }
 _LISTS = {"gpus": 1, "staleness": 0}
-MOST_RESPONSES = 1_000_000  # of one step: seconds of simulation
-MANY_RESPONSES = 30_000  # of one step: fewer steps tell as much
+MOST_RESPONSES = 1_000_000  # per step: takes seconds to simulate
+MANY_RESPONSES = 30_000  # per step: fewer steps give the same averages
 MOST_STALENESS = 16
 
 
@@ -65,16 +65,16 @@ def render(
     sizes = sizes_of(loaded, nodes, shapes)
     parts = []
     for run in runs:
-        said = {"base_s": 1e-3, "each_s": 1e-6, "train_tokens_per_s": 1.0, "sync_s": 1.0}
+        units = {"base_s": 1e-3, "each_s": 1e-6, "train_tokens_per_s": 1.0, "sync_s": 1.0}
         names = {"base_s": "base_ms", "each_s": "each_us"}
-        given = {to: numbers[names.get(to, to)] * unit for to, unit in said.items() if names.get(to, to) in numbers}
+        given = {to: numbers[names.get(to, to)] * unit for to, unit in units.items() if names.get(to, to) in numbers}
         drawn = response_lengths(run, lengths)
         system = system_of(run, sizes, nodes, drawn, given)
         system = replace(system, restart_s=numbers.get("restart_s", system.restart_s))
         if "mtbf_h" in numbers:
             system = replace(system, mtbf_s=numbers["mtbf_h"] * 3600)
-        found = scenarios(run, system, lists, steps=numbers.get("steps"), seed=int(numbers.get("seed", 0)))
-        parts.append(_text(run, system, found))
+        results = scenarios(run, system, lists, steps=numbers.get("steps"), seed=int(numbers.get("seed", 0)))
+        parts.append(_text(run, system, results))
     return "\n\n".join(parts) + "\n"
 
 
@@ -99,10 +99,10 @@ def parse_spec(text: str) -> tuple[dict[str, float], dict[str, tuple[int, ...]]]
         except ValueError:
             wrong = True
         if wrong:
-            what = (
+            meaning = (
                 "whole numbers joined by +" if key in _LISTS else f"{_NUMBERS[key][0]}, at least {_NUMBERS[key][1]:g}"
             )
-            raise UserError(f"--simulate {text!r}: {item!r}, expected {what}")
+            raise UserError(f"--simulate {text!r}: {item!r}, expected {meaning}")
     return numbers, lists
 
 
@@ -119,7 +119,7 @@ def scenarios(
             "--simulate: cluster.roles.rollout.colocate_with is policy, so rollouts and training take turns; only "
             "staleness=0 can be simulated"
         )
-    found = []
+    results = []
     for gpus in lists.get("gpus", (system.gpus,)):
         if gpus % system.gpus:
             raise UserError(
@@ -131,11 +131,11 @@ def scenarios(
         if responses > MOST_RESPONSES:
             raise UserError(f"--simulate: {responses:,} responses a step at gpus={gpus}, expected {MOST_RESPONSES:,}")
         played = int(steps) if steps is not None else 2 if responses > MANY_RESPONSES else 6
-        found += [
+        results += [
             Scenario(gpus=gpus, staleness=s, outcome=simulate(larger, staleness=s, steps=played, seed=seed))
             for s in staleness
         ]
-    return found
+    return results
 
 
 def _times(system: System, factor: int) -> System:
@@ -148,7 +148,7 @@ def _times(system: System, factor: int) -> System:
     )
 
 
-def _text(config: Config, system: System, found: list[Scenario]) -> str:
+def _text(config: Config, system: System, results: list[Scenario]) -> str:
     fails = (
         "none"
         if system.mtbf_s is None
@@ -181,7 +181,7 @@ def _text(config: Config, system: System, found: list[Scenario]) -> str:
             "failures",
         ]
     ]
-    for one in found:
+    for one in results:
         o = one.outcome
         rows.append(
             [f"{one.gpus:,}", str(one.staleness), f"{o.step_s:,.4g}", f"{o.tokens_per_s:,.0f}"]

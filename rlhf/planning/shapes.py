@@ -15,14 +15,14 @@ from typing import Any
 
 from rlhf.errors import UserError
 
-KNOWN_CLASSES = ("Llama", "Mistral", "Qwen2", "Qwen3")  # decoders whose layers are the ones counted here
+KNOWN_CLASSES = ("Llama", "Mistral", "Qwen2", "Qwen3")  # decoders with the layers counted here
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
     """Describe a dense decoder: attention with grouped heads, a gated MLP, two norms a layer."""
 
-    source: str  # where the sizes come from, in words
+    source: str  # source of the sizes, in words
     hidden: int
     ffn: int
     layers: int
@@ -182,8 +182,8 @@ TINY = Shape(
     tied=False,
 )
 
-# Class, hidden, MLP, layers, heads, key heads, head size, vocabulary, tied: as the models' own config.json say. A test
-# holds the parameters that follow against the published counts.
+# Class, hidden, MLP, layers, heads, key heads, head size, vocabulary, tied, from each model's config.json. A test
+# compares the resulting parameters with the published counts.
 _TABLE: Mapping[str, tuple[str, int, int, int, int, int, int, int, bool]] = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": ("Llama", 576, 1536, 30, 9, 3, 64, 49152, True),
     "Qwen/Qwen2.5-0.5B-Instruct": ("Qwen2", 896, 4864, 24, 14, 2, 64, 151936, True),

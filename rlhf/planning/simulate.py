@@ -35,19 +35,19 @@ class System:
     training_gpus: int
     colocated: bool  # engines and trainer take turns on the same GPUs
     max_num_seqs: int
-    base_s: float  # of a decoding step: the weights are read
-    each_s: float  # and for each sequence in it
+    base_s: float  # of a decoding step: reading the weights
+    each_s: float  # additional time per sequence
     train_tokens_per_s: float  # experience and updates together
     sync_s: float
-    mtbf_s: float | None = None  # of a node; None: nothing fails
+    mtbf_s: float | None = None  # of a node; None: no failures
     restart_s: float = 300.0
     gpus_per_node: int = 8
 
     @property
     def gpus(self) -> int:
         """Return the total number of GPUs."""
-        own = self.engines * self.gpus_per_engine
-        return max(own, self.training_gpus) if self.colocated else own + self.training_gpus
+        rollout_gpus = self.engines * self.gpus_per_engine
+        return max(rollout_gpus, self.training_gpus) if self.colocated else rollout_gpus + self.training_gpus
 
     @property
     def engines_per_node(self) -> int:
@@ -60,13 +60,13 @@ class Outcome:
     """Hold averages over the steps after the pipeline has filled."""
 
     step_s: float
-    tokens_per_s: float  # prompt and response tokens that were trained on
-    engines_busy: float  # share of the time in which an engine decodes anything
-    engines_full: float  # tokens sampled, over what engines would sample that were always full
+    tokens_per_s: float  # trained prompt and response tokens
+    engines_busy: float  # fraction of the time with a decoding engine
+    engines_full: float  # sampled tokens divided by those of engines that are always full
     trainer_busy: float
     gpus_busy: float  # of all GPUs
-    tail: float  # share of a batch's rollout time after nine tenths of its responses are done
-    lag: float  # versions by which a trained group was behind, on average
+    tail: float  # fraction of a batch's rollout time after 90 % of its responses are done
+    lag: float  # average staleness of trained groups, in versions
     failures: int
 
 
@@ -74,12 +74,12 @@ class Outcome:
 class _Engine:
     """Track sequences decoding in lockstep. `ticks` counts the tokens decoded per sequence since the start."""
 
-    active: list[tuple[float, int]] = field(default_factory=list)  # (tick at which it is done, group)
-    lengths: dict[int, list[int]] = field(default_factory=dict)  # of groups with unfinished responses here
+    active: list[tuple[float, int]] = field(default_factory=list)  # (tick of completion, group)
+    lengths: dict[int, list[int]] = field(default_factory=dict)  # of groups with unfinished responses on this engine
     waiting: deque[tuple[int, int]] = field(default_factory=deque)  # (tokens, group)
     ticks: float = 0.0
-    at: float = 0.0  # time up to which it has been advanced; in the future while it stands still
-    serial: int = 0  # events of earlier serials are void
+    at: float = 0.0  # time of the last advance; in the future while the engine is paused
+    serial: int = 0  # events with an earlier serial are void
     busy_s: float = 0.0
     sampled: float = 0.0
 
@@ -94,12 +94,12 @@ class _Simulation:
         self.now = 0.0
         self.version = 0
         self.issued = 0  # batches
-        self.open: dict[int, int] = {}  # group: responses that are not done
-        self.started: dict[int, int] = {}  # group: version at its start
+        self.open: dict[int, int] = {}  # by group: number of unfinished responses
+        self.started: dict[int, int] = {}  # by group: version at its start
         self.tokens: dict[int, float] = {}
         self.ready: deque[int] = deque()
         self.training: list[int] = []
-        self.work = (0.0, 0.0)  # seconds and tokens of the update under way
+        self.work = (0.0, 0.0)  # seconds and tokens of the current update
         self.trained_tokens, self.trained_groups, self.lags, self.train_s, self.failures = 0.0, 0, 0.0, 0.0, 0
         self.ends: dict[int, list[float]] = {}  # of a batch's responses
         self.issue_time: dict[int, float] = {}
@@ -191,7 +191,7 @@ class _Simulation:
         if system.mtbf_s is not None:
             nodes = -(-system.training_gpus // system.gpus_per_node)
             while (until := self.random.expovariate(nodes / system.mtbf_s)) < work:
-                lost += until + system.restart_s  # the step begins anew
+                lost += until + system.restart_s  # the step starts again
                 self.count_failure()
         self.work = (work, tokens)
         self.post(self.now + work + lost, "trained")
@@ -266,14 +266,14 @@ def simulate(system: System, *, staleness: int, steps: int, seed: int) -> Outcom
     engines_busy = (busy_after - busy) / (passed * system.engines)
     full = system.max_num_seqs / (system.base_s + system.max_num_seqs * system.each_s)
     trainer_busy = (run.train_s - train_s) / passed
-    own = system.engines * system.gpus_per_engine
+    rollout_gpus = system.engines * system.gpus_per_engine
     return Outcome(
         step_s=passed / steps,
         tokens_per_s=(run.trained_tokens - tokens) / passed,
         engines_busy=engines_busy,
         engines_full=(sampled_after - sampled) / (passed * system.engines * full),
         trainer_busy=trainer_busy,
-        gpus_busy=(own * engines_busy + system.training_gpus * trainer_busy) / system.gpus,
+        gpus_busy=(rollout_gpus * engines_busy + system.training_gpus * trainer_busy) / system.gpus,
         tail=sum(run.tails) / len(run.tails) if run.tails else 0.0,
         lag=(run.lags - lags) / max(run.trained_groups - groups, 1),
         failures=run.failures,

@@ -92,7 +92,9 @@ def stage_text(stage: Stage, nodes: Sequence[Mapping[str, float]] | None) -> str
 
 def _merge_facts(config: MergeConfig) -> list[list[str]]:
     shown = in_effect(config)
-    inner = {name: {k: v for k, v in one.items() if k != "model"} for name, one in shown.pop("models").items()}
+    inner = {
+        name: {k: v for k, v in settings.items() if k != "model"} for name, settings in shown.pop("models").items()
+    }
     facts = [["result", f"one {config.output}, made by this process; no worker is started"]]
     facts += [[key, str(value)] for key, value in shown.items() if value is not None and key != "output"]
     for name, model in config.models.items():
@@ -131,7 +133,7 @@ def _run(config: Config, nodes: Sequence[Mapping[str, float]] | None) -> str:
     return "\n\n".join(parts)
 
 
-def _beside(config: Config) -> str:
+def _greedy(config: Config) -> str:
     """Describe extra greedy responses and the limit on trained responses."""
     assert config.rollouts is not None
     greedy = f", and {config.rollouts.prompts_per_step} greedy ones" if wants_greedy(config) else ""
@@ -159,7 +161,7 @@ def _facts(config: Config, derived: Derived) -> list[list[str]]:
         facts += [
             [
                 "responses a step",
-                f"{prompts} prompts * {samples} samples = {sequences}{_beside(config)}{_replaced(rollouts)}",
+                f"{prompts} prompts * {samples} samples = {sequences}{_greedy(config)}{_extra(rollouts)}",
             ],
             [
                 "updates a step",
@@ -197,15 +199,15 @@ def _facts(config: Config, derived: Derived) -> list[list[str]]:
     return facts
 
 
-def _replaced(rollouts: RolloutsConfig) -> str:
+def _extra(rollouts: RolloutsConfig) -> str:
     """Describe extra prompts from oversampling, and filtered prompts."""
-    told = ""
+    text = ""
     if rollouts.oversample > 1.0:
-        told += f", the first of {prompts_at_once(rollouts.prompts_per_step, rollouts)} prompts to be answered"
+        text += f", the first of {prompts_at_once(rollouts.prompts_per_step, rollouts)} prompts to be answered"
     if rollouts.dynamic_sampling is not None:
         most = math.floor(rollouts.prompts_per_step * rollouts.dynamic_sampling.max_filtered_fraction)
-        told += f", in place of at most {most} prompts that are filtered"
-    return told
+        text += f", in place of at most {most} prompts that are filtered"
+    return text
 
 
 def _whole_run(config: Config) -> str:
@@ -323,8 +325,10 @@ def _sizes(seating: Seating) -> str:
 
 def _mixture(config: Config) -> str:
     sets = train_sets(config).values()
-    total = sum(one.weight for one in sets)
-    shown = [(f"{one.weight / total:.1%} " if len(sets) > 1 else "") + _source(one.source) for one in sets]
+    total = sum(weighted.weight for weighted in sets)
+    shown = [
+        (f"{weighted.weight / total:.1%} " if len(sets) > 1 else "") + _source(weighted.source) for weighted in sets
+    ]
     return ", ".join(shown)
 
 

@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     from rlhf.types import Role
 
 DEFAULT_GPU = "h100"
-CPU_GFLOPS = {"float32": 75.0, "bfloat16": 75.0}  # of a core, reached in training; docs/scaling.md
-CPU_FAST_BF16_GFLOPS = 200.0  # of a core that multiplies bfloat16 itself
-CPU_BANDWIDTH = 5e9  # bytes a second of a core
+CPU_GFLOPS = {"float32": 75.0, "bfloat16": 75.0}  # per core, reached in training; docs/scaling.md
+CPU_FAST_BF16_GFLOPS = 200.0  # per core with bfloat16 instructions
+CPU_BANDWIDTH = 5e9  # bytes per second and core
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,11 +50,11 @@ class Rates:
     name: str
     peak: float
     bandwidth: float
-    train: float = 0.40  # share of peak that a forward and backward pass reaches
+    train: float = 0.40  # fraction of peak reached by a forward and backward pass
     forward: float = 0.45
-    decode: float = 0.60  # share of the bandwidth that decoding reaches
-    step_s: float = 0.005  # of an engine's step besides: scheduling, sampling
-    link: float = 20e9  # bytes a second between hosts, for weights
+    decode: float = 0.60  # fraction of the bandwidth reached in decoding
+    step_s: float = 0.005  # additional time of an engine's step: scheduling, sampling
+    link: float = 20e9  # bytes per second between hosts, for weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +128,7 @@ def training_stages(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, 
         mean = config.data.max_prompt_tokens + lengths.average()
         tokens = derived.sequences_per_step * mean
     own_critic = has_critic(config) and config.cluster.roles.critic.colocate_with is None
-    found: list[Stage] = []
+    stages: list[Stage] = []
 
     def asked(name: str, model: Any, role: Role) -> Stage:
         each = forward_operations(sizes.of(model.model), mean)
@@ -140,21 +140,21 @@ def training_stages(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, 
         return _stage(config, name, role, count, each, rates(config, nodes, sizes, role=role), trains=True)
 
     if online and (derived.updates_per_step > 1 or uses_reference(config)):
-        found.append(asked("old logprobs", config.policy, "policy"))
+        stages.append(asked("old logprobs", config.policy, "policy"))
     if derived.reference == "workers":
-        found.append(asked("reference", reference_model(config), "reference"))
+        stages.append(asked("reference", reference_model(config), "reference"))
     elif derived.reference == "adapter off":
-        found.append(asked("reference", config.policy, "policy"))
+        stages.append(asked("reference", config.policy, "policy"))
     if has_critic(config):
         values = asked("values", critic_model(config), "critic")
-        found.append(_meanwhile(values, found[-1:]) if own_critic and derived.reference == "workers" else values)
+        stages.append(_meanwhile(values, stages[-1:]) if own_critic and derived.reference == "workers" else values)
     if needs_reference_logprobs(config):
-        found.append(Stage(name="reference", seconds=0.0, how="computed once, before the first step"))
-    found.append(trained("update", config.policy, "policy"))
+        stages.append(Stage(name="reference", seconds=0.0, how="computed once, before the first step"))
+    stages.append(trained("update", config.policy, "policy"))
     if has_critic(config):
         update = trained("critic update", critic_model(config), "critic")
-        found.append(_meanwhile(update, found[-1:]) if own_critic else update)
-    return found
+        stages.append(_meanwhile(update, stages[-1:]) if own_critic else update)
+    return stages
 
 
 def _meanwhile(stage: Stage, others: Sequence[Stage]) -> Stage:
@@ -163,9 +163,9 @@ def _meanwhile(stage: Stage, others: Sequence[Stage]) -> Stage:
     return Stage(name=stage.name, seconds=adds, how=f"{stage.seconds:,.4g} s beside the {others[-1].name}: {stage.how}")
 
 
-def _stage(config: Config, name: str, role: Role, tokens: float, each: float, one: Rates, *, trains: bool) -> Stage:
+def _stage(config: Config, name: str, role: Role, tokens: float, each: float, speed: Rates, *, trains: bool) -> Stage:
     workers = getattr(config.cluster.roles, role).workers
-    reached = one.peak * (one.train if trains else one.forward)
+    reached = speed.peak * (speed.train if trains else speed.forward)
     how = f"{tokens:,.0f} tokens * {each / 1e9:,.4g} GFLOP / ({workers} * {reached / 1e12:,.4g} TFLOP/s)"
     return Stage(name=name, seconds=tokens * each / (workers * reached), how=how)
 
@@ -174,54 +174,56 @@ def sync_stage(config: Config, sizes: Sizes, nodes: Sequence[Node] | None) -> St
     """Return the transfer of the policy's weights to the engines."""
     shape = sizes.of(config.policy.model)
     size = 4 if config.policy.dtype == "float32" else 2
-    one = rates(config, nodes, sizes, role="policy")
+    speed = rates(config, nodes, sizes, role="policy")
     if ships_adapter(config) and config.policy.lora is not None:
-        nbytes, way = shape.lora_parameters(config.policy.lora.rank) * size, "the adapter"
+        nbytes, payload = shape.lora_parameters(config.policy.lora.rank) * size, "the adapter"
     else:
-        nbytes, way = (
+        nbytes, payload = (
             shape.parameters * size,
             weight_sync(config.cluster, one_host=config.cluster.address is None).method,
         )
-    seconds = 2 * nbytes / one.link + 0.2
+    seconds = 2 * nbytes / speed.link + 0.2
     return Stage(
         name="weight sync",
         seconds=seconds,
-        how=f"2 * {nbytes / 2**30:,.3g} GiB ({way}, published and sent) / {one.link / 1e9:g} GB/s + 0.2 s",
+        how=f"2 * {nbytes / 2**30:,.3g} GiB ({payload}, published and sent) / {speed.link / 1e9:g} GB/s + 0.2 s",
     )
 
 
 def system_of(
-    config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: Lengths, said: Mapping[str, float]
+    config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: Lengths, replacements: Mapping[str, float]
 ) -> System:
-    """Return the system to simulate. `said` maps names of System's fields to values replacing estimates."""
+    """Return the system to simulate. `replacements` maps fields of System to known values."""
     assert config.rollouts is not None
     role, policy = config.cluster.roles.rollout, config.policy
     shape, size = sizes.of(policy.model), 4 if policy.dtype == "float32" else 2
-    one = rates(config, nodes, sizes, role="rollout")
+    speed = rates(config, nodes, sizes, role="rollout")
     parallel = role.tensor_parallel
-    bandwidth = one.bandwidth * one.decode * parallel
+    bandwidth = speed.bandwidth * speed.decode * parallel
     mean = config.data.max_prompt_tokens + lengths.average() / 2
-    arithmetic = forward_operations(shape, 2 * mean) / (one.peak * one.forward * parallel)  # a token sees all of them
+    arithmetic = forward_operations(shape, 2 * mean) / (
+        speed.peak * speed.forward * parallel
+    )  # a token attends to all earlier tokens
     seconds = sum(stage.seconds for stage in training_stages(config, sizes, nodes, lengths))
     derived = derive(config)
     tokens = derived.sequences_per_step * (config.data.max_prompt_tokens + lengths.average())
     cuda = config.cluster.device == "cuda"
     values: dict[str, Any] = {
         "engines": role.engines,
-        "base_s": shape.parameters * size / bandwidth + one.step_s,
+        "base_s": shape.parameters * size / bandwidth + speed.step_s,
         "each_s": mean * kv_bytes_per_token(shape, itemsize=size) / bandwidth + arithmetic,
         "train_tokens_per_s": tokens / seconds,
         "sync_s": sync_stage(config, sizes, nodes).seconds,
         "max_num_seqs": _at_once(config, sizes, lengths),
     }
-    values.update(said)
+    values.update(replacements)
     return System(
         lengths=lengths,
         prompts_per_step=config.rollouts.prompts_per_step,
         samples_per_prompt=config.rollouts.samples_per_prompt,
         prompt_tokens=config.data.max_prompt_tokens,
         gpus_per_engine=parallel,
-        training_gpus=config.cluster.roles.policy.workers + _beside(config),
+        training_gpus=config.cluster.roles.policy.workers + _separate_workers(config),
         colocated=role.colocate_with is not None,
         gpus_per_node=int(max((node.gpus for node in nodes or ()), default=8.0) or 1) if cuda else 1,
         **values,
@@ -239,7 +241,7 @@ def _at_once(config: Config, sizes: Sizes, lengths: Lengths) -> int:
     return max(1, min(most, int(held / (config.data.max_prompt_tokens + lengths.average()))))
 
 
-def _beside(config: Config) -> int:
+def _separate_workers(config: Config) -> int:
     """Return the number of workers with separate devices in other roles."""
     roles, count = config.cluster.roles, 0
     for name, used in (

@@ -35,7 +35,7 @@ def render_sweep(
     ]
     parts = [f"{config.name}: sweep -> {sweep.folder}\n", table(rows)]
     if known is not None:
-        shown = [[f"trial-{number:03d}", _said(values)] for number, values in enumerate(known[:NUM_SHOWN])]
+        shown = [[f"trial-{number:03d}", _shown_values(values)] for number, values in enumerate(known[:NUM_SHOWN])]
         more = [[f"and {count - NUM_SHOWN} more"]] if count > NUM_SHOWN else []
         parts.append("\n" + table([*shown, *more]))
     first = sweep.base if known is None else sweep.trial(known[0], "trial-000")
@@ -59,7 +59,7 @@ def _range(parameter: Parameter) -> str:
     return ", ".join([f"{parameter.min:g} to {parameter.max:g}", *kinds])
 
 
-def _said(values: Mapping[str, Any]) -> str:
+def _shown_values(values: Mapping[str, Any]) -> str:
     return ", ".join(
         f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items()
     )
@@ -75,8 +75,8 @@ def _at_once(sweep: Sweep, known: Sequence[Mapping[str, Any]] | None, count: int
         nodes = [node.resources for node in parse_cluster(cluster)]
     trials = [sweep.base, *(sweep.trial(values, "trial") for values in known or ())]
     room = min(copies(bundles_of(trial), nodes, most=count) for trial in trials)
-    told = f"{room} fit into {'this machine' if cluster is None else cluster}"
-    return told if wanted is None else f"{min(wanted, count)} (sweep.concurrency); {told}"
+    text = f"{room} fit into {'this machine' if cluster is None else cluster}"
+    return text if wanted is None else f"{min(wanted, count)} (sweep.concurrency); {text}"
 
 
 def bundles_of(loaded: LoadedConfig) -> Sequence[Mapping[str, float]]:

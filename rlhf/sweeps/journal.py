@@ -23,7 +23,7 @@ from rlhf.tracking.run_folder.atomic import append_line, keep_lines, read_lines,
 from rlhf.tracking.run_folder.lock import lock_folder
 
 State = Literal["open", "finished", "stopped", "failed"]
-MAY_CHANGE = ("concurrency", "max_failures")  # of a sweep that goes on
+MAY_CHANGE = ("concurrency", "max_failures")  # when a sweep resumes
 
 
 def trial_name(number: int) -> str:
@@ -38,8 +38,8 @@ class Trial:
     number: int
     parameters: Values
     state: State = "open"
-    error: str | None = None  # what it failed of
-    origin: list[str] = field(default_factory=list)  # "trial-004@20": the checkpoints of others that it went on from
+    error: str | None = None  # why it failed
+    origin: list[str] = field(default_factory=list)  # "trial-004@20": checkpoints that it continued from
 
     @property
     def name(self) -> str:
@@ -64,8 +64,8 @@ class Journal:
         """Hold an open folder. Call `open` instead to create or resume a sweep."""
         self.folder = folder
         self.trials: dict[int, Trial] = {}
-        self.looked_at = 0  # step of a population's last look
-        self.pending: list[Copy] = []  # copies of that look that are not done
+        self.looked_at = 0  # step of the last comparison of a population
+        self.pending: list[Copy] = []  # copies of the last comparison that are not complete
         self._lock = lock
         self._path = folder / "trials.jsonl"
 
@@ -128,8 +128,8 @@ class Journal:
 
     def look(self, step: int, copies: list[Copy]) -> None:
         """Record the copies decided after comparing the population at `step`."""
-        told = [{"trial": c.trial, "source": c.source, "parameters": dict(c.parameters)} for c in copies]
-        self._write({"event": "look", "step": step, "copies": told})
+        decided = [{"trial": c.trial, "source": c.source, "parameters": dict(c.parameters)} for c in copies]
+        self._write({"event": "look", "step": step, "copies": decided})
 
     def copied(self, copy: Copy) -> None:
         """Record that a copy is complete."""
@@ -137,13 +137,13 @@ class Journal:
 
     def _take_up(self, sweep: Sweep, *, resume: bool) -> None:
         settings = self.folder / "sweep.resolved.yaml"
-        told = _settings(sweep)
+        current = _settings(sweep)
         if settings.exists():
             if not resume:
                 text = "already holds a sweep. Continue it with --resume auto, choose another sweep.name, or remove it"
                 raise UserError(f"sweep.name: {self.folder} {text}.")
             before = from_yaml(settings.read_text(encoding="utf-8"))
-            if changed := list(differences(_fixed(before), _fixed(told))):
+            if changed := list(differences(_fixed(before), _fixed(current))):
                 raise UserError(
                     f"--resume: {self.folder} is a sweep with other settings: {'; '.join(changed)}. Choose another "
                     "sweep.name, or remove the folder to do it anew."
@@ -151,7 +151,7 @@ class Journal:
             keep_lines(self._path, lambda event: True)
             for event in read_lines(self._path):
                 self._apply(event)
-        write_atomic(settings, to_yaml(told))
+        write_atomic(settings, to_yaml(current))
 
     def _write(self, event: dict[str, Any]) -> None:
         append_line(self._path, event)

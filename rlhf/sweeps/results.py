@@ -37,13 +37,13 @@ class TrialResult:
     trial: str
     state: State
     parameters: Values
-    value: float | None  # the metric's last value; None: it has none
+    value: float | None  # last value of the metric; None: there is no value
     best_value: float | None  # over the steps
     best_step: int | None
-    step: int  # last one that is written down
+    step: int  # last recorded step
     time_s: float
     error: str | None
-    origin: tuple[str, ...]  # whose checkpoints it went on from, in a population
+    origin: tuple[str, ...]  # checkpoints of other population members that it continued from
 
     def flat(self) -> dict[str, Any]:
         """Return a row with one column for each parameter."""
@@ -57,7 +57,7 @@ class SweepResult:
     """Hold the results of all trials in order, and the best of them."""
 
     folder: Path
-    metric: str  # with its sign
+    metric: str  # with its leading sign
     rows: tuple[TrialResult, ...]
     best: TrialResult | None  # None: no trial has a value
 
@@ -123,13 +123,13 @@ def write(sweep: Sweep, result: SweepResult) -> None:
 
 
 def _best_yaml(sweep: Sweep, best: TrialResult) -> str:
-    said = f"# {best.trial} of the sweep {sweep.folder}: {sweep.metric} was {best.value:g} at step {best.step}.\n"
+    header = f"# {best.trial} of the sweep {sweep.folder}: {sweep.metric} was {best.value:g} at step {best.step}.\n"
     if best.origin:
-        said += (
+        header += (
             "# These are the parameters that it ended with. It went on from checkpoints of others "
             f"({', '.join(best.origin)}),\n# so a run with these from its beginning is another one.\n"
         )
-    return said + dump_yaml(sweep.best(best.parameters))
+    return header + dump_yaml(sweep.best(best.parameters))
 
 
 def judged_folder(sweep: Sweep, run: Path) -> Path:
@@ -162,15 +162,15 @@ def _row(sweep: Sweep, journal: Journal, trial: Trial) -> TrialResult:
     )
 
 
-def explain_failure(folder: Path, said: str, code: int) -> str:
+def explain_failure(folder: Path, log: str, code: int) -> str:
     """Explain why a trial's process failed, and with which exit code or signal.
 
     The explanation is the last error in its log, else the last one in errors.jsonl, else the last lines of the log.
     """
-    _, found, paragraph = said.rpartition("rlhf: error: ")
-    if not found:
+    _, marker, paragraph = log.rpartition("rlhf: error: ")
+    if not marker:
         errors = read_lines(folder / "errors.jsonl")
-        lines = [line for line in said.splitlines() if line.strip()]
+        lines = [line for line in log.splitlines() if line.strip()]
         paragraph = errors[-1]["message"] if errors else " / ".join(lines[-3:])
     how = f"killed by signal {-code}" if code < 0 else f"exit {code}"
     words = " ".join(paragraph.split())

@@ -18,7 +18,7 @@ from rlhf.errors import UserError
 MOST_TRIALS = 10_000
 FACTORS = (0.8, 1.2)
 
-Values = Mapping[str, Any]  # of the parameters
+Values = Mapping[str, Any]  # values by parameter
 
 
 def known_trials(sweep: Sweep) -> list[Values] | None:
@@ -42,7 +42,7 @@ def known_trials(sweep: Sweep) -> list[Values] | None:
 
 def grid(parameters: Mapping[str, Parameter]) -> list[Values]:
     """Return every combination. The last parameter changes fastest."""
-    lists = [[_at(one, place) for place in range(_count(one) or 0)] for one in parameters.values()]
+    lists = [[_at(parameter, place) for place in range(_count(parameter) or 0)] for parameter in parameters.values()]
     return [dict(zip(parameters, values, strict=True)) for values in itertools.product(*lists)]
 
 

@@ -26,7 +26,7 @@ class Assignment:
     """Name a trial to run and the step to run it to."""
 
     trial: Trial
-    until: int | None = None  # the step after which it waits for the others; None: to its end
+    until: int | None = None  # step at which it waits for the others; None: run to its end
 
 
 class Strategy(Protocol):
@@ -153,8 +153,10 @@ class Population:
 
     def _score(self, number: int, step: int) -> float:
         """Return the last value up to a step, or the worst possible value if it is not a number."""
-        found = [value for at, value in metric_values(self.journal.run_folder(number), self.sweep.metric) if at <= step]
-        return found[-1] if found else (math.inf if self.sweep.lower_is_better else -math.inf)
+        values = [
+            value for at, value in metric_values(self.journal.run_folder(number), self.sweep.metric) if at <= step
+        ]
+        return values[-1] if values else (math.inf if self.sweep.lower_is_better else -math.inf)
 
     def _copy(self) -> None:
         """Carry out the recorded copies that are not complete."""
@@ -173,8 +175,8 @@ def copy_checkpoint(journal: Journal, copy: Copy) -> None:
         shutil.copytree(there, aside, dirs_exist_ok=True)
         folder.adopt_checkpoint(copy.step)
         folder.continue_from(copy.step)
-        (folder.checkpoints / "best").unlink(missing_ok=True)  # of what this run was
-        for part in (folder.spool, folder.references):  # rollouts of its own weights; what its reference was
+        (folder.checkpoints / "best").unlink(missing_ok=True)  # records of the earlier run
+        for part in (folder.spool, folder.references):  # rollouts of the earlier weights, and the earlier reference
             shutil.rmtree(part, ignore_errors=True)
         folder.spool.mkdir()
         if (source / "references").exists():

@@ -34,7 +34,7 @@ def sweep_configuration(sweep: Sweep, words: list[str]) -> dict[str, Any]:
                 f"{sweep.source}: --wandb: argument {word.partition('=')[0]} holds a secret, and W&B keeps the "
                 "command; give it by an environment variable, or write it in the file"
             )
-    made: dict[str, Any] = {
+    result: dict[str, Any] = {
         "name": config.name,
         "method": METHODS[method.name],
         "metric": {"name": sweep.metric, "goal": "minimize" if sweep.lower_is_better else "maximize"},
@@ -42,13 +42,13 @@ def sweep_configuration(sweep: Sweep, words: list[str]) -> dict[str, Any]:
         "command": ["${env}", "rlhf", "sweep", *words, "--trial", "${args_no_hyphens}"],
     }
     if not isinstance(method, GridMethod):
-        made["run_cap"] = method.trials
+        result["run_cap"] = method.trials
     if isinstance(method, AshaMethod):
         eta = round(method.reduction_factor)
         if eta != method.reduction_factor:
             raise UserError(f"{sweep.source}: sweep.method.reduction_factor: W&B takes whole numbers; {eta} is near")
-        made["early_terminate"] = {"type": "hyperband", "min_iter": method.grace_steps, "eta": eta, "strict": True}
-    return made
+        result["early_terminate"] = {"type": "hyperband", "min_iter": method.grace_steps, "eta": eta, "strict": True}
+    return result
 
 
 def _parameter(key: str, parameter: Parameter) -> dict[str, Any]:
@@ -71,15 +71,15 @@ def _parameter(key: str, parameter: Parameter) -> dict[str, Any]:
 
 def create(sweep: Sweep, words: list[str]) -> str:
     """Create the sweep on W&B's server and return its name, `ENTITY/PROJECT/ID`. Raise RunError if that fails."""
-    made = sweep_configuration(sweep, words)
+    configuration = sweep_configuration(sweep, words)
     import wandb
 
     if not wandb.login(prompt=False):
         raise UserError("--wandb: W&B has no credentials here: set WANDB_API_KEY, or run `wandb login`.")
     where = next(iter(sweep.base.runs.values())).tracking
     try:
-        found = wandb.sweep(made, entity=where.wandb_entity, project=where.wandb_project)
-        return f"{where.wandb_entity or wandb.Api().default_entity}/{where.wandb_project}/{found}"
+        identity = wandb.sweep(configuration, entity=where.wandb_entity, project=where.wandb_project)
+        return f"{where.wandb_entity or wandb.Api().default_entity}/{where.wandb_project}/{identity}"
     except (wandb.errors.Error, OSError, ValueError) as error:
         raise RunError(f"--wandb: W&B did not make the sweep: {error}") from error
 
@@ -90,7 +90,7 @@ def run_agent(identity: str, *, count: int | None) -> None:
 
     if not wandb.login(prompt=False):
         raise UserError("--agent: W&B has no credentials here: set WANDB_API_KEY, or run `wandb login`.")
-    here = str(Path(sys.executable).parent)  # where this `rlhf` is: the agent looks its command up
+    here = str(Path(sys.executable).parent)  # folder of this `rlhf`, because the agent looks up its command
     os.environ["PATH"] = os.pathsep.join([here, os.environ.get("PATH", "")])
     try:
         wandb.agent(identity, count=count)

@@ -126,7 +126,7 @@ class _Page:
     """Write the sections of the schema. Each class is described once, and other keys link to it."""
 
     def __init__(self) -> None:
-        self.titles: dict[type[Section], str] = {}  # of the classes that are described, or will be further down
+        self.titles: dict[type[Section], str] = {}  # classes already described, or scheduled to be described
 
     def sections(self, root: type[Section]) -> str:
         """Return every section of a file."""

@@ -63,5 +63,5 @@ def _prune(tree: dict[str, Any], key: tuple[str, ...]) -> None:
     for part in key[:-1]:
         node = node.get(part)
         if not isinstance(node, dict):
-            return  # a section around it is gone, or null
+            return  # a section around it is missing or null
     node.pop(key[-1], None)

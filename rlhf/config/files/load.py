@@ -29,9 +29,9 @@ class LoadedConfig:
     """Hold the checked runs in order: a single run, or the stages of a pipeline."""
 
     source: str  # the file, for messages
-    name: str  # of the run or the pipeline
-    folder: Path  # of the run, or the one that holds the folders of the stages
-    stages: Mapping[str, Stage]  # by stage name; a single run is one stage of the run's name
+    name: str  # name of the run or the pipeline
+    folder: Path  # folder of the run, or the parent folder of the stages
+    stages: Mapping[str, Stage]  # by stage name; a single run is one stage with the run's name
     is_pipeline: bool
     places: Mapping[Key, str] = field(default_factory=dict)  # where each key was written
 

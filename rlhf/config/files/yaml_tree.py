@@ -167,7 +167,7 @@ class _Converter:
 
     def __init__(self, loader: _Loader, source: str, places: dict[Key, str]) -> None:
         self.loader, self.source, self.places = loader, source, places
-        self.num_nodes = 0  # aliases included: a kilobyte of them can stand for billions
+        self.num_nodes = 0  # including aliases: a kilobyte of them can expand to billions of nodes
 
     def convert(self, node: yaml.Node, at: Key, parents: tuple[yaml.Node, ...]) -> Any:
         """Return the value of a node at the key `at`, below `parents`."""
@@ -199,7 +199,7 @@ class _Converter:
     def _scalar(self, node: yaml.Node) -> Any:
         try:
             scalar = self.loader.construct_object(node)
-        except ValueError as error:  # an integer of thousands of digits; a tag that does not fit
+        except ValueError as error:  # an integer with thousands of digits, or an unsuitable tag
             raise UserError(f"{self._place(node)}: {kind(node.value)} is no value of a config: {error}") from None
         if not isinstance(scalar, str | int | float | None):
             raise UserError(f"{self._place(node)}: {kind(node.value)} as {node.tag} is no value of a config")

@@ -36,9 +36,9 @@ _SCALARS: dict[object, str] = {
 }
 
 
-MAX_PROBLEMS = 100  # in one message
+MAX_PROBLEMS = 100  # per message
 
-# How pydantic calls a member of a union that has no name of its own, in an error's location.
+# Names that pydantic gives to unnamed members of a union in the location of an error.
 _MEMBER = re.compile(r"(?:literal|dict|list|tuple|constrained-\w+|function-\w+)\[.*\]|constrained-\w+")
 
 
@@ -71,10 +71,10 @@ def parse_as(root: type[S], values: dict[str, Any]) -> S | tuple[Problem, ...]:
                 section, _, nodes = _follow(root, item["loc"])
                 suggestions = unknown_key(root, values, section, str(item["loc"][-1]), nodes)
                 meant.update(*(suggestion.meant for suggestion in suggestions))
-                found = [Problem(key=suggestion.key, text=suggestion.text) for suggestion in suggestions]
+                item_problems = [Problem(key=suggestion.key, text=suggestion.text) for suggestion in suggestions]
             else:
-                found = [_wrong_value(root, item["loc"], item["type"], item["input"], item["msg"])]
-            for problem in found:
+                item_problems = [_wrong_value(root, item["loc"], item["type"], item["input"], item["msg"])]
+            for problem in item_problems:
                 group = missing if item["type"] == "missing" else problems
                 group.setdefault(problem.key, problem)  # each member of a union reports the same key
         absent = {key: problem for key, problem in missing.items() if not _is_meant(key, meant)}
@@ -115,7 +115,7 @@ def _follow(root: type[Section], location: Sequence[int | str]) -> tuple[Key, Fi
         if isinstance(part, int):
             nodes = [item for node in nodes for item in get_args(node)[:1] if is_section(item)]
             if not nodes:
-                break  # a scalar in a list: the list is to blame
+                break  # a scalar in a list: the mistake is in the list
             key = (*key, str(part))
             continue
         if _MEMBER.fullmatch(part):
@@ -181,8 +181,8 @@ def _describe(annotation: Any, bounds: str = "") -> str:
     if origin is tuple and arguments[-1] is Ellipsis:
         return f"a list of {_plural(_describe(arguments[0]))}"
     if origin is tuple:
-        one = _describe(arguments[0])
-        each = f" (each {one})" if " or " in one else f" {_plural(one)}"
+        item = _describe(arguments[0])
+        each = f" (each {item})" if " or " in item else f" {_plural(item)}"
         return f"a list of {len(arguments)}{each}"
     if is_section(annotation):
         return "a mapping"
@@ -192,8 +192,8 @@ def _describe(annotation: Any, bounds: str = "") -> str:
 def _bounds(metadata: Sequence[Any]) -> str:
     signs = {Gt: ("gt", ">"), Ge: ("ge", ">="), Lt: ("lt", "<"), Le: ("le", "<=")}
     inner = [m for item in metadata for m in (item.metadata if isinstance(item, FieldInfo) else [item])]
-    found = [(signs[type(m)][1], getattr(m, signs[type(m)][0])) for m in inner if type(m) in signs]
-    bounds = [f"{sign} {bound if isinstance(bound, int) else format(bound, 'g')}" for sign, bound in found]
+    limits = [(signs[type(m)][1], getattr(m, signs[type(m)][0])) for m in inner if type(m) in signs]
+    bounds = [f"{sign} {bound if isinstance(bound, int) else format(bound, 'g')}" for sign, bound in limits]
     return f" {' and '.join(bounds)}" if bounds else ""
 
 

@@ -67,7 +67,7 @@ def unknown_key(
         return settings
     suggestion = _nearest_key(root, values, section, word, nodes, names)
     foreign = sorted({unicodedata.name(c, f"U+{ord(c):04X}") for c in word[:100] if not c.isascii()})
-    if foreign:  # it may look like a correct key
+    if foreign:  # it may look like a valid key
         return [replace(suggestion, text=f"{suggestion.text} The key holds {', '.join(foreign)}.")]
     return [suggestion]
 
@@ -140,22 +140,22 @@ def _nearest_key(
     path = (*section, word)
     others = [node for node in alternatives(root, section) if node not in nodes and word in node.model_fields]
     if others:  # a key of another form of this section, such as another algorithm's
-        ours, owners = (choice([tag(node) or "" for node in some]) for some in (nodes, others))
-        return Suggestion(key=path, text=f"is a key of {owners}; {ours} has {', '.join(names)}")
+        this_form, owners = (choice([tag(node) or "" for node in some]) for some in (nodes, others))
+        return Suggestion(key=path, text=f"is a key of {owners}; {this_form} has {', '.join(names)}")
     elsewhere = [key for key in all_keys(root, values=values) if key[:-1] != section]
     elsewhere.sort(key=lambda key: (-_shared(key, section), len(key)))  # the same section comes first
     by_name = {key[-1]: ".".join(key).replace("*", "NAME") for key in reversed(elsewhere)}
-    here = nearest(word, names, cutoff=0.8) or (None if word in by_name else nearest(word, names))
-    if here is not None:
-        meant = ".".join((*section, here))
+    close = nearest(word, names, cutoff=0.8) or (None if word in by_name else nearest(word, names))
+    if close is not None:
+        meant = ".".join((*section, close))
         return Suggestion(key=path, text=f"unknown key; did you mean {meant}?", meant=(meant,))
     if word not in by_name and len(word) > 4 and (misspelt := nearest(word, list(_WORDS), cutoff=0.85)) is not None:
         synonym = _synonym((misspelt,), frozenset(".".join(key) for key in all_keys(root, values=values)))
         if synonym is not None:
             return _of_synonym(path, synonym)
-    there = word if word in by_name else nearest(word, list(by_name), cutoff=0.75)
-    if there is not None:
-        meant = by_name[there]
+    close_elsewhere = word if word in by_name else nearest(word, list(by_name), cutoff=0.75)
+    if close_elsewhere is not None:
+        meant = by_name[close_elsewhere]
         return Suggestion(key=path, text=f"unknown key; did you mean {meant}?", meant=(meant,))
     return Suggestion(key=path, text=f"unknown key; {'.'.join(section) or 'the file'} has {', '.join(names)}")
 
@@ -205,8 +205,8 @@ def _value_at(values: Any, key: Key) -> Any:
 def _shared(key: Key, section: Key) -> int:
     """Return the length of the common prefix of two keys."""
     count = 0
-    for ours, theirs in zip(key, section, strict=False):
-        if ours not in (theirs, "*"):
+    for first, second in zip(key, section, strict=False):
+        if first not in (second, "*"):
             break
         count += 1
     return count

@@ -395,7 +395,7 @@ SYNONYMS = (
     S("", "logging_steps", "", "logger.logging_steps logging_steps", note="Metrics are written at every step."),
 )
 
-# Words that other frameworks take where a key here takes words too.
+# Values of other frameworks for keys with a fixed set of values.
 VALUES = {
     "algorithm.name": {
         "gae": "ppo",

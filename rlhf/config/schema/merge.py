@@ -22,7 +22,7 @@ from rlhf.config.schema.model import Dtype
 from rlhf.errors import UserError
 
 AT: Key = ("merge",)
-OF_A_RUN = frozenset({"run", "policy", "algorithm", "train", "stages"})  # sections that no merge has
+OF_A_RUN = frozenset({"run", "policy", "algorithm", "train", "stages"})  # sections that a merge never has
 
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Method = Literal[
@@ -120,9 +120,9 @@ class MergeFile(Section):
 class Takes:
     """List the keys and the number of models accepted by a method, besides models, output, dtype and tokenizer."""
 
-    keys: frozenset[str] = frozenset()  # of the section
+    keys: frozenset[str] = frozenset()  # keys of the section
     per_model: frozenset[str] = frozenset()
-    least: int = 1  # models
+    least: int = 1  # number of models
     most: float = math.inf
 
 
@@ -196,13 +196,13 @@ def _inert(config: MergeConfig, takes: Takes) -> set[str]:
 
 
 def _without_effect(config: MergeConfig, takes: Takes) -> Iterator[Problem]:
-    what = f"method {config.method}" + (" on adapters" if config.output == "adapter" else "")
+    method = f"method {config.method}" + (" on adapters" if config.output == "adapter" else "")
     for key in sorted(_inert(config, takes) & config.model_fields_set):
-        if getattr(config, key) not in (None, ()):  # these two say nothing
-            yield Problem(key=(*AT, key), text=f"has no effect here: {what} takes no {key}; remove it")
+        if getattr(config, key) not in (None, ()):  # these two values have no meaning
+            yield Problem(key=(*AT, key), text=f"has no effect here: {method} takes no {key}; remove it")
     for name, model in config.models.items():
         for key in sorted(model.model_fields_set - {"model"} - takes.per_model):
-            text = f"has no effect here: {what} takes no {key}; remove it"
+            text = f"has no effect here: {method} takes no {key}; remove it"
             yield Problem(key=(*AT, "models", name, key), text=text)
 
 
@@ -210,8 +210,8 @@ def _of_models(config: MergeConfig, takes: Takes) -> Iterator[Problem]:
     count = len(config.models)
     if not takes.least <= count <= takes.most:
         wanted = "one model" if takes.most == 1 else f"at least {takes.least} model{'s' * (takes.least > 1)}"
-        beside = " beside merge.base" if "base" in takes.keys else ""
-        text = f"has {count}, but method {config.method} takes {wanted}{beside}"
+        with_base = " beside merge.base" if "base" in takes.keys else ""
+        text = f"has {count}, but method {config.method} takes {wanted}{with_base}"
         yield Problem(key=(*AT, "models"), text=text)
     if "base" in takes.keys and config.base is None:
         yield Problem(key=(*AT, "base"), text=f"is missing: method {config.method} needs it; name the common ancestor")

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 
 from rlhf.algorithms.section import Section
 
-_MAX_PATH_BYTES = 3000  # Linux allows 4,095, and the names inside the run's folder follow
+_MAX_PATH_BYTES = 3000  # Linux allows 4,095; file names inside the run's folder need the rest
 
 
 class RunConfig(Section):

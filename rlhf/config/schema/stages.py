@@ -26,7 +26,7 @@ class MergeStage(Section):
 
 Stage = Config | MergeStage | EvaluationStage
 
-# The section that makes a stage what it is.
+# The section that determines the kind of a stage.
 KINDS: Mapping[str, type[Stage]] = {"algorithm": Config, "merge": MergeStage, "evaluate": EvaluationStage}
 WHAT: Mapping[type[Stage], str] = {Config: "a training run", MergeStage: "a merge", EvaluationStage: "an evaluation"}
 
@@ -46,9 +46,9 @@ def result_of(stage: Stage) -> Path:
     return run_folder(stage) / "eval.json" if isinstance(stage, EvaluationStage) else final_folder(stage)
 
 
-def kind_of(own: Mapping[str, Any]) -> type[Stage]:
+def kind_of(sections: Mapping[str, Any]) -> type[Stage]:
     """Return the class of a stage with these sections."""
-    return next((root for section, root in KINDS.items() if section in own), Config)
+    return next((root for section, root in KINDS.items() if section in sections), Config)
 
 
 def stage_problems(stage: Stage) -> tuple[Problem, ...]:

@@ -26,7 +26,7 @@ from rlhf.errors import UserError
 from rlhf.tracking.metrics.declarations import METRICS, declared
 
 AT: Key = ("sweep",)
-OWN = ("run.name", "run.dir", "run.mirror", "tracking.wandb_group")  # each trial's is given by the sweep
+OWN = ("run.name", "run.dir", "run.mirror", "tracking.wandb_group")  # set by the sweep for each trial
 STEERED = ("train.lr", "train.min_lr_ratio", "train.grad_clip", "rollouts.temperature", "rollouts.top_p")
 
 
@@ -149,9 +149,9 @@ class Sweep:
 
     source: str  # the file, for messages
     config: SweepConfig
-    tree: Tree  # of the run, with what is fixed
-    tree_folder: Path  # where reward files may stand beside
-    base: LoadedConfig  # the run without what is varied
+    tree: Tree  # tree of the run with sweep.set applied
+    tree_folder: Path  # folder for relative paths of reward files
+    base: LoadedConfig  # the run without varied parameters
 
     @property
     def folder(self) -> Path:
@@ -175,14 +175,14 @@ class Sweep:
 
     def trial(self, parameters: Mapping[str, Any], name: str) -> LoadedConfig:
         """Return the checked run of a trial. UserError names the invalid parameters."""
-        own = {"run.name": name, "run.dir": str(self.folder / "trials")}
+        fixed = {"run.name": name, "run.dir": str(self.folder / "trials")}
         if any(stage.tracking.wandb != "off" for stage in self.base.runs.values()):
-            own["tracking.wandb_group"] = self.config.name
+            fixed["tracking.wandb_group"] = self.config.name
         mirror = next(iter(self.base.stages.values())).run.mirror
         if mirror is not None:
-            own["run.mirror"] = f"{mirror.rstrip('/')}/{self.config.name}"
+            fixed["run.mirror"] = f"{mirror.rstrip('/')}/{self.config.name}"
         with _blaming(self.source, parameters):
-            return resolve(self.tree, arguments({**parameters, **own}), self.tree_folder)
+            return resolve(self.tree, arguments({**parameters, **fixed}), self.tree_folder)
 
     def best(self, parameters: Mapping[str, Any]) -> LoadedConfig:
         """Return the run with these parameters, to be repeated in the folder of the base run."""
@@ -196,8 +196,8 @@ def _blaming(source: str, parameters: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        said = ", ".join(f"{key}={kind(value)}" for key, value in parameters.items())
-        raise UserError(f"{source}: sweep.parameters: a trial with {said} is no run: {error}") from error
+        values = ", ".join(f"{key}={kind(value)}" for key, value in parameters.items())
+        raise UserError(f"{source}: sweep.parameters: a trial with {values} is no run: {error}") from error
 
 
 def arguments(values: Mapping[str, Any]) -> list[str]:
@@ -246,16 +246,16 @@ def ends(parameter: Parameter) -> Iterator[Any]:
 
 def _run_tree(config: SweepConfig, tree: Tree, path: Path) -> tuple[Tree, Path]:
     """Return the base run as written, and the folder with its file."""
-    beside = path.resolve().parent
+    folder = path.resolve().parent
     if isinstance(config.config, dict):
         at = (*AT, "config")
         places = {key[len(at) :]: place for key, place in tree.places.items() if key[: len(at)] == at}
-        return Tree(source=tree.source, values=config.config, places=places), beside
-    found = next((file for file in (Path(config.config), beside / config.config) if file.is_file()), None)
-    if found is None:
+        return Tree(source=tree.source, values=config.config, places=places), folder
+    run_file = next((file for file in (Path(config.config), folder / config.config) if file.is_file()), None)
+    if run_file is None:
         place = tree.place((*AT, "config"))
-        raise UserError(f"{place}: sweep.config: {config.config} is no file, neither from here nor in {beside}")
-    return read_tree(found), found.resolve().parent
+        raise UserError(f"{place}: sweep.config: {config.config} is no file, neither from here nor in {folder}")
+    return read_tree(run_file), run_file.resolve().parent
 
 
 def _problems(config: SweepConfig) -> Iterator[Problem]:
@@ -274,7 +274,7 @@ def _problems(config: SweepConfig) -> Iterator[Problem]:
             )
             yield Problem(key=at, text=text)
     for key in config.set:
-        if key in OWN and key != "run.mirror":  # that of the trials is below the one that is set
+        if key in OWN and key != "run.mirror":  # the mirror of a trial is a folder below the given one
             yield Problem(key=(*AT, "set", key), text="is given to each trial by the sweep; remove it")
     metric = config.metric.removeprefix("-")
     try:

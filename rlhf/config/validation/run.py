@@ -38,9 +38,9 @@ _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 def problems(config: Config) -> tuple[Problem, ...]:
     """Return all problems of one run's configuration. If there are none, the run can start."""
     environment = config.rollouts.environment if config.rollouts is not None else None
-    found = [*unused(config), *_presence(config)]
-    found += reward_problems(config.rewards, config.reward, environment=environment)
-    found += [
+    result = [*unused(config), *_presence(config)]
+    result += reward_problems(config.rewards, config.reward, environment=environment)
+    result += [
         *_revisions(config),
         *_adapters(config),
         *_cluster(config),
@@ -48,15 +48,15 @@ def problems(config: Config) -> tuple[Problem, ...]:
         *credit_problems(config),
     ]
     if not derive.is_online(config):
-        found += _offline(config)
+        result += _offline(config)
     elif config.rollouts is not None:
-        found += [*_batch(config, config.rollouts), *group_problems(config, config.rollouts), *_algorithm(config)]
-        found += loss_problems(config, config.rollouts)
+        result += [*_batch(config, config.rollouts), *group_problems(config, config.rollouts), *_algorithm(config)]
+        result += loss_problems(config, config.rollouts)
     if config.data.too_long == "skip" and config.data.max_unusable_fraction == 0.0:
         text = "is skip, but data.max_unusable_fraction is 0: no row may be left out; raise that, or set error or cut"
-        found.append(_problem("data.too_long", text))
-    found += [*_updates(config), *_evaluation(config), *limit_problems(config.rewards, config.reward_policy)]
-    return tuple(found)
+        result.append(_problem("data.too_long", text))
+    result += [*_updates(config), *_evaluation(config), *limit_problems(config.rewards, config.reward_policy)]
+    return tuple(result)
 
 
 def unused(config: Config) -> Iterator[Problem]:
@@ -169,13 +169,13 @@ def _batch(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
     train, samples = config.train, rollouts.samples_per_prompt
     rows = derive.rows_per_step(config, rollouts)
     if derive.pairs_rollouts(config):
-        counted, found = f"rollouts.prompts_per_step = {rows}", f"{rows} pairs, one a prompt"
+        counted, available = f"rollouts.prompts_per_step = {rows}", f"{rows} pairs, one a prompt"
     else:
         product = f"{rollouts.prompts_per_step} * {derive.trained_per_prompt(config, rollouts)} = {rows}"
         counted = f"rollouts.prompts_per_step * {derive.trained_key(config, rollouts)} = {product}"
-        found = f"{counted} responses"
+        available = f"{counted} responses"
     if train.sequences_per_update > rows:
-        text = f"is {train.sequences_per_update}, but a step has only {found}; lower it, or sample more"
+        text = f"is {train.sequences_per_update}, but a step has only {available}; lower it, or sample more"
         yield _problem("train.sequences_per_update", text)
     elif rows % train.sequences_per_update:
         fits = max(n for n in range(1, train.sequences_per_update) if rows % n == 0)
@@ -336,7 +336,7 @@ def cluster_problems(cluster: ClusterConfig, needed: Collection[Role], *, with_r
 def _colocation(cluster: ClusterConfig, needed: Collection[Role], *, with_reward_model: bool) -> Iterator[Problem]:
     """Yield invalid sharing of bundles by engines, the policy and other roles."""
     roles = cluster.roles
-    engine, with_policy = roles.rollout, "policy" in needed  # a host that is not there takes no guests
+    engine, with_policy = roles.rollout, "policy" in needed  # a missing host has no colocated roles
     if with_policy and engine.colocate_with == "policy" and engine.engines > roles.policy.workers:
         text = (
             f"is policy, with {roles.policy.workers} workers for {engine.engines} engines: at most one beside each;"

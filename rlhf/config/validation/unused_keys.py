@@ -31,8 +31,8 @@ class Inert:
     """Name a key, or a section with all its keys, that has no effect."""
 
     key: Key
-    why: str  # the rule and the values that make it so
-    fix: str  # what to change if the key was meant
+    why: str  # the rule and the values behind it
+    fix: str  # the change to make if the key was meant
 
 
 OF_WANDB = " ".join(f"tracking.wandb_{key}" for key in ("project", "entity", "group", "tags", "checkpoints"))
@@ -242,18 +242,20 @@ def inert_in_rewards(rewards: Mapping[str, RewardConfig], *, at: Key = ()) -> It
         key = (*at, "rewards", name)
         of_service = f"{'.'.join(key)}.url is null: it is no service"
         if reward.url is None:
-            for own in ("token_env", "judge", "http"):
-                yield Inert(key=(*key, own), why=of_service, fix="name the service as `url`")
+            for field in ("token_env", "judge", "http"):
+                yield Inert(key=(*key, field), why=of_service, fix="name the service as `url`")
         if reward.judge is not None and reward.judge.choices:
-            for own in ("pattern", "scale"):
+            for field in ("pattern", "scale"):
                 why = f"{'.'.join((*key, 'judge', 'choices'))} says what the answer is worth"
-                yield Inert(key=(*key, "judge", own), why=why, fix="remove `choices`")
-        if reward.role == "reward" and all(one.credit == "step" for one in rewards.values() if one.role == "reward"):
+                yield Inert(key=(*key, "judge", field), why=why, fix="remove `choices`")
+        if reward.role == "reward" and all(
+            other.credit == "step" for other in rewards.values() if other.role == "reward"
+        ):
             why = f"{'.'.join((*key, 'credit'))} is step: nothing is combined"
             yield Inert(key=(*at, "reward", "steps", "combine"), why=why, fix="set that to response")
         if reward.weight == 0.0:
-            for own in ("gate", "normalize"):
-                yield Inert(key=(*key, own), why=f"{'.'.join(key)}.weight is 0", fix="give it a weight")
+            for field in ("gate", "normalize"):
+                yield Inert(key=(*key, field), why=f"{'.'.join(key)}.weight is 0", fix="give it a weight")
 
 
 def _of_preferences(config: Config) -> Iterator[Inert]:
@@ -273,10 +275,12 @@ def _of_preferences(config: Config) -> Iterator[Inert]:
 def _of_data_and_training(config: Config) -> Iterator[Inert]:
     data, rollouts, steps = config.data, config.rollouts, config.train.steps
     if data.curriculum is not None and rollouts is not None and steps and isinstance(data.train, TaskConfig):
-        asked = steps * rollouts.prompts_per_step
+        num_prompts = steps * rollouts.prompts_per_step
         replaced = rollouts.dynamic_sampling is not None or drops(config.rewards, config.reward_policy)
-        if asked <= data.train.size and not replaced and rollouts.oversample == 1.0:
-            why = f"train.steps * rollouts.prompts_per_step = {asked} prompts are asked, and data.train has as many"
+        if num_prompts <= data.train.size and not replaced and rollouts.oversample == 1.0:
+            why = (
+                f"train.steps * rollouts.prompts_per_step = {num_prompts} prompts are asked, and data.train has as many"
+            )
             yield from _all("data.curriculum", f"{why} or more: none comes up twice", "train for more steps")
     if config.data.eval is None:
         keys = "eval train.best_metric train.early_stopping"
