@@ -28,29 +28,29 @@ HEAD = """\
 Generated from the schema by `python -m rlhf.config.files.docs > docs/configuration.md`; edit the docstrings in
 `rlhf/config/` and `rlhf/algorithms/`.
 
-One YAML file is one run, or a pipeline of runs. Every key is typed. An unknown key is an error that names the key that
-was probably meant. A key that would have no effect is an error too: a critic with GRPO, `rollouts` with supervised
-fine-tuning, the clip range where one optimizer step is made of each batch. `rlhf plan CONFIG` checks a file and shows
-what follows from it: batch arithmetic, optimizer steps, placement, the transport of the weights. The run folder gets
-`config.resolved.yaml`, with every value that is in effect; `rlhf train` on that file repeats the run.
+One YAML file describes one run, or a pipeline of runs. Every key is typed. An unknown key is an error, and the message
+suggests a key. A key without effect is an error too: a critic with GRPO, `rollouts` with supervised fine-tuning, or the
+clip range with one optimizer step per batch. `rlhf plan CONFIG` checks a file and shows the derived values: batch
+arithmetic, optimizer steps, placement and weight transport. The run folder gets `config.resolved.yaml` with every value
+in effect. `rlhf train` on this file repeats the run.
 
 {contents}
 ## On the command line
 
-`rlhf train FILE section.key=value ...` sets any key of the file, also one that it does not have:
+`rlhf train FILE section.key=value ...` sets any key, whether the file has it or not:
 
 ```
 rlhf train configs/ppo_smollm2.yaml train.lr=3e-6 rollouts.stop='["\\n"]' policy.lora.rank=8
 ```
 
 Values are YAML: `null`, `true`, numbers, quoted or plain strings, `[lists]`, `{mappings: of values}`. A string with
-`: ` or ` #` in it needs YAML's own quotes. Only `true` and `false` are truth values, so `tracking.wandb=off` means the
-word. A key given twice is an error.
+`: ` or ` #` in it needs YAML's own quotes. Only `true` and `false` are boolean values, so `tracking.wandb=off` is a
+string. A key given twice is an error.
 
 ## Pipelines
 
 A file with `stages:`, a mapping of stage names to sections, is a pipeline. Its stages run in the order of the file,
-each in a folder of its own, `<run.dir>/<run.name>/<stage>/`. A stage trains, merges models or measures one.
+each in a separate folder, `<run.dir>/<run.name>/<stage>/`. A stage trains a model, merges models or evaluates a model.
 
 ```yaml
 run: {name: demo}
@@ -75,42 +75,42 @@ stages:
     evaluate: {model: stage:soup, against: stage:ppo, data: heldout.jsonl, rewards: {correct: {function: math_answer}}}
 ```
 
-1. Sections at the top are shared: each stage gets them, merged key by key under its own, which win.
-2. A shared key that a stage cannot use is not given to that stage (here `rollouts` and `rewards` in `sft`). A shared
-   key that no stage uses, because none can or because every one sets its own, is an error. A stage's own keys are held
-   to the rules of a single run.
-3. `run` stands at the top alone.
-4. Each stage has one of `algorithm` (it trains), `merge` ([merging](merging.md)) and `evaluate`
-   ([evaluation](evaluation.md)), which says what it is. A merge has no other section, an evaluation `cluster` and
-   `tracking` alone; of the shared sections they get no others either.
-5. `stage:NAME` as a model or adapter is the final model or adapter of an earlier stage that makes one.
-6. All stages run in one Ray: `cluster.address` and `cluster.object_store_gib` are the same in each.
-7. On the command line `train.lr=1e-5` sets the shared key and `stages.ppo.train.lr=1e-5` the stage's.
+1. Sections at the top are shared. Each stage merges its sections over them, key by key.
+2. A shared key is left out of a stage that cannot use it (here `rollouts` and `rewards` in `sft`). A shared key is an
+   error if no stage uses it, because no stage can or because every stage overrides it. The keys of a stage follow the
+   rules of a single run.
+3. Only the top has `run`.
+4. Each stage has exactly one of `algorithm` (it trains), `merge` ([merging](merging.md)) and `evaluate`
+   ([evaluation](evaluation.md)). A merge has no other section, and an evaluation only `cluster` and `tracking`. Other
+   shared sections are left out.
+5. `stage:NAME` as a model or adapter is the final model or adapter of an earlier stage.
+6. All stages run in one Ray with the same `cluster.address` and `cluster.object_store_gib`.
+7. On the command line, `train.lr=1e-5` sets the shared key, and `stages.ppo.train.lr=1e-5` sets the key of one stage.
 
 ## Keys
 
-"Required" keys have no default; the others may be left out.
+Keys marked "required" have no default. All other keys are optional.
 """
 
 
 MERGE = """
 ## Keys of a merge
 
-A file for `rlhf merge` has this one section, and so has a stage that merges, without `out`. [merging](merging.md) says
-which method takes which keys.
+A file for `rlhf merge` has only this section. A merge stage has it too, without `out`. [merging](merging.md) lists the
+keys of each method.
 """
 
 EVALUATION = """
 ## Keys of an evaluation
 
-A stage that measures a model has this section. [evaluation](evaluation.md) says what is measured.
+An evaluation stage has this section. [evaluation](evaluation.md) describes the metrics.
 """
 
 
 SWEEP = """
 ## Keys of a sweep
 
-A file for `rlhf sweep` has this one section. [sweeps](sweeps.md) says what each method does.
+A file for `rlhf sweep` has only this section. [sweeps](sweeps.md) describes each method.
 """
 
 
