@@ -146,12 +146,15 @@ def remedies(config: Config, sizes: Sizes, nodes: Sequence[Node], roles: Sequenc
     together = config
     for text, change in changes.items():
         after = {place.where: place for place in _places_of(change(config), sizes, nodes)}
-        said = [_shrunk(before[w], after[w]) for w in tight & after.keys() if after[w].wanted < 0.98 * before[w].wanted]
-        if not said:
+        effects = [
+            _shrunk(before[w], after[w]) for w in tight & after.keys() if after[w].wanted < 0.98 * before[w].wanted
+        ]
+        if not effects:
             continue
-        spoilt = [where for where, place in after.items() if place.fits is False and where not in tight]
+        newly_full = [where for where, place in after.items() if place.fits is False and where not in tight]
         lines.append(
-            f"{text}: {', '.join(sorted(said))}" + (f"; but {', '.join(spoilt)} then does not" if spoilt else "")
+            f"{text}: {', '.join(sorted(effects))}"
+            + (f"; but {', '.join(newly_full)} then does not" if newly_full else "")
         )
         if all(place.fits is not False for place in after.values()):
             return lines

@@ -130,7 +130,7 @@ def training_stages(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, 
     own_critic = has_critic(config) and config.cluster.roles.critic.colocate_with is None
     stages: list[Stage] = []
 
-    def asked(name: str, model: Any, role: Role) -> Stage:
+    def scored(name: str, model: Any, role: Role) -> Stage:
         each = forward_operations(sizes.of(model.model), mean)
         return _stage(config, name, role, tokens, each, rates(config, nodes, sizes, role=role), trains=False)
 
@@ -140,13 +140,13 @@ def training_stages(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, 
         return _stage(config, name, role, count, each, rates(config, nodes, sizes, role=role), trains=True)
 
     if online and (derived.updates_per_step > 1 or uses_reference(config)):
-        stages.append(asked("old logprobs", config.policy, "policy"))
+        stages.append(scored("old logprobs", config.policy, "policy"))
     if derived.reference == "workers":
-        stages.append(asked("reference", reference_model(config), "reference"))
+        stages.append(scored("reference", reference_model(config), "reference"))
     elif derived.reference == "adapter off":
-        stages.append(asked("reference", config.policy, "policy"))
+        stages.append(scored("reference", config.policy, "policy"))
     if has_critic(config):
-        values = asked("values", critic_model(config), "critic")
+        values = scored("values", critic_model(config), "critic")
         stages.append(_meanwhile(values, stages[-1:]) if own_critic and derived.reference == "workers" else values)
     if needs_reference_logprobs(config):
         stages.append(Stage(name="reference", seconds=0.0, how="computed once, before the first step"))
