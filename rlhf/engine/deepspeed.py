@@ -36,10 +36,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 Offload = frozenset[Literal["optimizer", "parameters"]]
 
-BUCKET_ELEMENTS = 5 * 10**7  # of gradients reduced at once, in copies, up to three of them
-_GATHER_BYTES = 256 * 2**20  # of ZeRO-3 parameters made whole at once
-_TAG = "deepspeed"  # folder of DeepSpeed's own files in a snapshot
-_INITIAL = "initial.safetensors"  # frozen copies of what an adapter began as
+BUCKET_ELEMENTS = 5 * 10**7  # bytes of gradients reduced at once, in up to three copies
+_GATHER_BYTES = 256 * 2**20  # bytes of ZeRO-3 parameters gathered at once
+_TAG = "deepspeed"  # folder of DeepSpeed's files in a snapshot
+_INITIAL = "initial.safetensors"  # frozen copies of the initial adapter
 
 
 class DeepSpeedEngine:
@@ -66,7 +66,7 @@ class DeepSpeedEngine:
         if "parameters" in offload and zero_stage != 3:
             raise UserError(f"offload of parameters needs zero_stage 3, not {zero_stage}: below it every rank has all.")
         refuse_uneven_heads(module.config, sequence_parallel)
-        import deepspeed  # after init_distributed, which says on which device
+        import deepspeed  # after init_distributed, which sets the device
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.device = device
@@ -75,7 +75,7 @@ class DeepSpeedEngine:
         self._offload = offload
         self._steps = 0
         self._nonfinite_losses = 0
-        self._dropouts = [m for m in module.modules() if isinstance(m, nn.Dropout) and m.p > 0.0]  # of adapters
+        self._dropouts = [m for m in module.modules() if isinstance(m, nn.Dropout) and m.p > 0.0]  # for adapters
         for dropout in self._dropouts:
             dropout.train()
         self._sequence_parallel = sequence_parallel
@@ -118,7 +118,7 @@ class DeepSpeedEngine:
         zero: dict[str, Any] = {
             "stage": self._zero_stage,
             "overlap_comm": on_gpu,
-            "reduce_bucket_size": min(num_parameters, BUCKET_ELEMENTS),  # DeepSpeed allocates all of it
+            "reduce_bucket_size": min(num_parameters, BUCKET_ELEMENTS),  # DeepSpeed allocates the whole size
             "allgather_bucket_size": min(num_parameters, BUCKET_ELEMENTS),
         }
         if on_gpu and "optimizer" in offload:
@@ -128,7 +128,7 @@ class DeepSpeedEngine:
         clip = self._settings.grad_clip
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,  # backward(last=) says where a step ends
+            "gradient_accumulation_steps": 1,  # backward(last=) marks the end of a step
             "gradient_clipping": 0.0 if clip is None or self._clips_itself else clip,
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
@@ -180,7 +180,7 @@ class DeepSpeedEngine:
         nonfinite = int(self.all_reduce_sum(torch.tensor(self._nonfinite_losses, device=self.device)))
         self._nonfinite_losses = 0
         if nonfinite:
-            nonfinite //= self._sequence_parallel  # each was counted by all who share it
+            nonfinite //= self._sequence_parallel  # every rank of the group counted it
             raise RunError(f"The loss of {nonfinite} micro-batches was not finite in optimizer step {step}.")
         lr = self._settings.lr * lr_factor(self._schedule, step)
         for group, ratio in zip(self._optimizer.param_groups, self._lr_ratios, strict=True):
@@ -246,7 +246,7 @@ class DeepSpeedEngine:
             self._save(folder)
 
     def _save(self, folder: Path) -> None:
-        folder.mkdir(exist_ok=True)  # in one that is there, or is no longer this run's
+        folder.mkdir(exist_ok=True)  # without its parent the folder is no longer this run's: no parents=True
         self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
         save_random_state(folder / f"random_{dist.get_rank():05d}.pt")
         state = {**self._layout(), "frozen_weights": self._digest_frozen(), "steps": self._steps}
@@ -287,9 +287,9 @@ class DeepSpeedEngine:
 
     def _load_trained(self, *, src: dict[str, Tensor], dst: nn.Module) -> None:
         """Load the weights of a checkpoint into the model. The model has its frozen weights already."""
-        found = dst.load_state_dict(src, strict=False)
-        unknown = sorted(found.unexpected_keys)
-        lacking = sorted(name for name in found.missing_keys if not self._engine.checkpoint_engine.is_frozen(name))
+        result = dst.load_state_dict(src, strict=False)
+        unknown = sorted(result.unexpected_keys)
+        lacking = sorted(name for name in result.missing_keys if not self._engine.checkpoint_engine.is_frozen(name))
         if unknown or lacking:
             raise UserError(
                 f"The checkpoint is of another model: it has {len(unknown)} weights that this one lacks "
@@ -317,7 +317,7 @@ class DeepSpeedEngine:
         """Move all states to host memory and free the GPU for another process."""
         if self.device.type == "cuda":
             self.put_aside()
-            torch._C._cuda_clearCublasWorkspaces()  # up to 32 MiB a stream, which empty_cache would leave
+            torch._C._cuda_clearCublasWorkspaces()  # up to 32 MiB a stream; empty_cache would keep them
             torch.cuda.empty_cache()
 
     def reload_to_device(self) -> None:
@@ -330,7 +330,7 @@ class DeepSpeedEngine:
         from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as State
 
         host = torch.device("cpu")
-        if self._zero_stage == 3:  # where DeepSpeed refuses to move the states of any Adam but its own
+        if self._zero_stage == 3:  # DeepSpeed moves only the states of its Adam
             self._engine.offload_states(include=[State.lp_params, State.lp_grads, State.contiguous_grad_buffer])
             self._move_adam(host)
         else:

@@ -29,13 +29,15 @@ def meet_through(address: str) -> None:
     """
     try:
         with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((address, 1))  # sends nothing
-            own = probe.getsockname()[0]
+            probe.connect((address, 1))  # connects without sending
+            local_address = probe.getsockname()[0]
     except OSError as error:
         raise RunError(f"No interface of this host leads to {address}, where its group meets: {error}") from error
-    found = [name for name, ends in psutil.net_if_addrs().items() if any(end.address == own for end in ends)]
-    for variable in INTERFACE_VARIABLES if found else ():
-        os.environ.setdefault(variable, found[0])
+    interfaces = [
+        name for name, ends in psutil.net_if_addrs().items() if any(end.address == local_address for end in ends)
+    ]
+    for variable in INTERFACE_VARIABLES if interfaces else ():
+        os.environ.setdefault(variable, interfaces[0])
 
 
 def init_distributed(
@@ -83,8 +85,8 @@ def init_distributed(
     import deepspeed  # reads DS_ACCELERATOR when it is imported
 
     if device.type == "cpu":
-        # DeepSpeed's all-reduce for ranks of one CPU host is compiled at this moment and waits without a deadline. On a
-        # GPU even the look at this table would probe compilers for every kernel that DeepSpeed has.
+        # DeepSpeed would compile its all-reduce for ranks of one CPU host here, and it waits without a deadline. On a
+        # GPU even reading this table would probe compilers for every DeepSpeed kernel.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=deadline_s))
 

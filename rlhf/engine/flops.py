@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-_SIDE = 4096  # of the square matrices: far beyond every cache
+_SIDE = 4096  # rows of the square matrices, far larger than every cache
 
 
 def flops_per_token(config: Any, sequence_length: float) -> float:

@@ -16,7 +16,7 @@ from rlhf.engine.base import OptimizerSettings
 from rlhf.engine.parameter_groups import ParameterGroup
 from rlhf.errors import UserError
 
-MOMENTUM = 0.95  # of Muon
+MOMENTUM = 0.95  # Muon's
 
 
 def make_optimizer(groups: Sequence[ParameterGroup], settings: OptimizerSettings) -> torch.optim.Optimizer:

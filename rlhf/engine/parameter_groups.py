@@ -16,9 +16,9 @@ class ParameterGroup:
     """Trainable parameters treated alike by the optimizer."""
 
     parameters: list[nn.Parameter]
-    lr_ratio: float  # their rate is this multiple of the run's
+    lr_ratio: float  # the group's rate as a multiple of the run's
     decays: bool  # whether weight decay applies
-    is_matrix: bool  # of a transformer block: what Muon orthogonalises
+    is_matrix: bool  # matrices of a transformer block, orthogonalised by Muon
 
 
 def parameter_groups(

@@ -13,7 +13,7 @@ from rlhf.errors import UserError
 from rlhf.models.adapter_settings import read_adapter_settings
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's file names
-_ADAPTED = re.compile(r"base_model\.model\.(.+)\.lora_(?:embedding_)?A(?:\.weight)?")  # of names in a file of weights
+_ADAPTED = re.compile(r"base_model\.model\.(.+)\.lora_(?:embedding_)?A(?:\.weight)?")  # names in a file of weights
 _PLAIN = re.compile(r"[A-Za-z0-9_.]+")
 
 

@@ -36,9 +36,9 @@ from rlhf.models.loading import (
 from rlhf.models.lora import folded, inject, keep_initial
 from rlhf.models.weights import saved_name, weight_sources
 
-HEADS = ("score", "classifier")  # of scalar models, which peft adds to modules_to_save
+HEADS = ("score", "classifier")  # heads of scalar models; peft adds them to modules_to_save
 
-# What may differ from peft's defaults. Anything else changes what the adapter computes in a way that is not known here.
+# Settings allowed to differ from peft's defaults. Any other setting changes the adapter's result in an unsupported way.
 _KNOWN = frozenset(
     {
         "base_model_name_or_path",
@@ -59,7 +59,7 @@ _KNOWN = frozenset(
         "use_rslora",
     }
 )
-_LEAVES_BASE_ALONE = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")  # inits under which peft loads a plain LoRA
+_LEAVES_BASE_ALONE = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")  # inits with a plain LoRA as result
 
 
 def read_adapter_config(folder: Path) -> peft.LoraConfig:
@@ -82,8 +82,10 @@ def read_adapter_config(folder: Path) -> peft.LoraConfig:
         )
     plain = peft.LoraConfig().to_dict()
     set_here = {key for key, value in config.to_dict().items() if value and value != plain.get(key)}
-    if strange := sorted(set_here - _KNOWN):
-        raise UserError(f"{folder} uses {', '.join(strange)}, which is not supported. Merge it into its base by peft.")
+    if unsupported := sorted(set_here - _KNOWN):
+        raise UserError(
+            f"{folder} uses {', '.join(unsupported)}, which is not supported. Merge it into its base by peft."
+        )
     config.init_lora_weights = True
     config.inference_mode = False
     config.modules_to_save = [name for name in config.modules_to_save or () if name not in HEADS] or None
@@ -140,7 +142,7 @@ def refuse_misfit(folder: Path, base: str, *, scalar: bool = False, trust_remote
 def refuse_incomplete(folder: Path, base: str, *, trust_remote_code: bool = False) -> None:
     """Raise UserError if a language model's adapter lacks weights of its adapted modules. Reads headers alone."""
     config = load_adapter_config(folder)
-    config.inference_mode = False  # under which peft freezes what `_places` looks for
+    config.inference_mode = False  # in inference mode peft freezes the parameters listed by `_places`
     shapes = read_adapter_shapes(folder)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(
@@ -191,7 +193,7 @@ def load_folded(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = F
     base, _ = base_of(folder)
     model = load_scalar_model(base, dtype=torch.float32, trust_remote_code=trust_remote_code)
     model = folded(model, str(folder))
-    for parameter in model.parameters():  # buffers stay: some are float32 in a model of any dtype
+    for parameter in model.parameters():  # buffers keep their dtype: some are float32 in a model of any dtype
         parameter.data = parameter.data.to(dtype)
     return model
 
@@ -263,21 +265,21 @@ def _places(model: Any) -> dict[str, nn.Parameter]:
 def _refuse_other_shapes(
     folder: Path,
     base: str,
-    found: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
     places: Mapping[str, nn.Parameter],
     *,
     scalar: bool,
 ) -> None:
     wanted = {name: tuple(parameter.shape) for name, parameter in places.items()}
     low_rank = {name for name in wanted if ".lora_" in name}
-    missing = (low_rank if scalar else set(wanted)) - set(found)  # a scalar model may have a head or lack one
-    extra = {name for name in found if ".lora_" in name or not scalar} - set(wanted)
+    missing = (low_rank if scalar else set(wanted)) - set(shapes)  # a scalar model may have a head or lack one
+    extra = {name for name in shapes if ".lora_" in name or not scalar} - set(wanted)
     for name in sorted(missing | extra):
         where = "the model has no such weight" if name in extra else "it is not in the file"
         raise UserError(f"the adapter {folder} does not fit {base}: {name}: {where}. Name the model it was trained on.")
-    for name in sorted(set(wanted) & set(found)):
-        if wanted[name] != found[name]:
+    for name in sorted(set(wanted) & set(shapes)):
+        if wanted[name] != shapes[name]:
             raise UserError(
-                f"the adapter {folder} does not fit {base}: {name} has shape {list(found[name])}, and the model needs "
+                f"the adapter {folder} does not fit {base}: {name} has shape {list(shapes[name])}, and the model needs "
                 f"{list(wanted[name])}. Name the model it was trained on."
             )

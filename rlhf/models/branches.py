@@ -27,7 +27,7 @@ class Branch:
     length: int
 
 
-Branches = Sequence[Branch | None]  # one a sequence; None: it holds all of its tokens
+Branches = Sequence[Branch | None]  # one entry per sequence; None: the sequence holds all of its tokens
 
 
 def positions(lengths: Sequence[int], branches: Branches | None, *, device: torch.device) -> Int[Tensor, " N"]:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from rlhf.errors import UserError
 
-# Largest sizes that any model has, with room. A config.json beyond them would take hours or all memory to build.
+# Largest sizes of any known model, with room. Building a larger config.json would take hours or all memory.
 _MOST = {
     "hidden_size": 10**6,
     "num_attention_heads": 10**4,

@@ -36,11 +36,11 @@ def why_silent() -> str:
     try:
         urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=ANSWER_WITHIN_S).close()
     except HTTPError:
-        return ""  # an answer
+        return ""  # an HTTP error is an answer
     except OSError as error:
         reason = error.reason if isinstance(error, URLError) else error
         if isinstance(reason, ssl.SSLError):
-            return ""  # an answer, and the libraries may trust other certificates
+            return ""  # a TLS error is an answer, and the libraries may trust other certificates
         return str(reason)
     return ""
 
@@ -51,7 +51,7 @@ def is_cached(model: str) -> bool:
 
     repository, revision = split_revision(model)
     for name in ("config.json", "adapter_config.json"):
-        found = try_to_load_from_cache(repository, name, revision=revision)
-        if isinstance(found, str) and any(Path(found).parent.glob("*.safetensors")):
+        cached_path = try_to_load_from_cache(repository, name, revision=revision)
+        if isinstance(cached_path, str) and any(Path(cached_path).parent.glob("*.safetensors")):
             return True
     return False

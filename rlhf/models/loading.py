@@ -30,7 +30,7 @@ T = TypeVar("T")
 CPU = torch.device("cpu")
 ADAPTER_CONFIG = "adapter_config.json"  # peft's file
 
-# Of a config: what changes no weight's shape or meaning, and so may differ between a run and its checkpoint.
+# Entries of a config without effect on any weight's shape or meaning. They may differ between a run and its checkpoint.
 _NOT_ARCHITECTURE = frozenset(
     {
         "_attn_implementation_autoset",
@@ -64,7 +64,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, template: Chat
 def load_config(path: str, *, trust_remote_code: bool = False) -> Any:
     """Return the transformers config without reading weights. An attention function named in it is ignored."""
     config: Any = _load(path, transformers.AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
-    config._attn_implementation = None  # it may name a kernel that is downloaded and run
+    config._attn_implementation = None  # the config may name a kernel to download and run
     return config
 
 
@@ -85,11 +85,11 @@ def refuse_missing_weights(path: str, *, scalar: bool = False, trust_remote_code
         return
     config = load_config(path, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
-        return  # its weights are stored under other names; loading them compares
+        return  # stored names differ; loading compares the weights
     try:
         with _quiet():
             _with_all_weights(path, scalar=scalar, trust_remote_code=trust_remote_code, device_map="meta")
-    except RuntimeError as error:  # of a size that cannot be, or experts of which some are missing
+    except RuntimeError as error:  # impossible sizes, or missing experts
         raise UserError(_damaged(path, error)) from error
 
 
@@ -164,7 +164,7 @@ def is_adapter(folder: Path) -> bool:
 
 def whole(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
     """Gather sharded parameters inside. Changes made on rank 0 are kept. Collective."""
-    if not any(hasattr(p, "ds_id") for p in parameters):  # DeepSpeed's mark
+    if not any(hasattr(p, "ds_id") for p in parameters):  # set by DeepSpeed on sharded parameters
         return nullcontext()
     import deepspeed
 
@@ -271,7 +271,7 @@ def _prepared(model: Any, *, gradient_checkpointing: bool) -> Any:
     _disable_randomness(model)
     widen_linear_layers(model)
     if is_quantized(model):
-        del model.config.quantization_config  # of these weights here, not of the model that is exported
+        del model.config.quantization_config  # it describes the weights in memory, not the exported model
         keep_storage(model)
     model.config.use_cache = False
     model.config.architectures = [type(model).__name__]
@@ -298,7 +298,7 @@ def _enable_checkpointing(model: Any) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
-            module.training = True  # of the layer itself; what it holds stays in evaluation mode
+            module.training = True  # only for the layer itself; its submodules stay in evaluation mode
 
 
 def _load(path: str, load: Callable[..., T], **options: Any) -> T:
@@ -338,7 +338,7 @@ def _load(path: str, load: Callable[..., T], **options: Any) -> T:
     ) as error:
         raise UserError(_damaged(path, error)) from error
     except Exception as error:
-        if type(error) is not Exception:  # that very class is what tokenizers raises
+        if type(error) is not Exception:  # tokenizers raises plain Exception
             raise
         raise UserError(_damaged(path, error)) from error
 

@@ -118,14 +118,14 @@ def keep_initial(model: Any, config: peft.LoraConfig) -> None:
     """Freeze a copy of the adapter and of the modules trained whole, as the initial model."""
     frozen = copy.deepcopy(config)
     frozen.lora_dropout = 0.0
-    frozen.ensure_weight_tying = False  # peft has found what is tied already
+    frozen.ensure_weight_tying = False  # the config already lists the tied modules
     saved = model.peft_config
     del model.peft_config
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     peft.inject_adapter_in_model(frozen, model, adapter_name=INITIAL)
     model.peft_config = saved
     for part in _adapted_parts(model):
-        part._active_adapter = [ADAPTER]  # injection makes the newest the active one
+        part._active_adapter = [ADAPTER]  # injection activates the newest adapter
     now = dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in now.items():
@@ -199,14 +199,14 @@ def _start_at_principal_part(model: Any, config: peft.LoraConfig) -> None:
             for matrix, start in zip((layer.lora_A, layer.lora_B), pair, strict=True):
                 matrix[ADAPTER].weight.copy_(start)
     kept = copy.deepcopy(config)
-    kept.modules_to_save = None  # their originals are kept by peft
+    kept.modules_to_save = None  # peft keeps their originals
     keep_initial(model, kept)
     for layer in layers:
         layer.scaling[INITIAL] = -layer.scaling[INITIAL]
         layer._active_adapter = [ADAPTER, INITIAL]
     saved = model.peft_config[ADAPTER]
     saved.r = 2 * config.r
-    saved.lora_alpha = config.lora_alpha * (math.sqrt(2.0) if config.use_rslora else 2.0)  # the scaling stays
+    saved.lora_alpha = config.lora_alpha * (math.sqrt(2.0) if config.use_rslora else 2.0)  # keeps the scaling unchanged
 
 
 def _adapted(model: Any, folder: str) -> Any:
@@ -258,5 +258,7 @@ def _refuse_unknown_names(model: Any, config: peft.LoraConfig) -> None:
     if both := sorted(set(config.target_modules) & set(config.modules_to_save or ())):
         raise UserError(f"lora.modules_to_save: {', '.join(both)} cannot be adapted and trained whole; name it once.")
     depth = model.config.get_text_config().num_hidden_layers
-    if beyond := [n for n in config.layers_to_transform or () if n >= depth]:
-        raise UserError(f"lora.layers: the model has layers 0 to {depth - 1}, not {', '.join(map(str, beyond))}.")
+    if unknown_layers := [n for n in config.layers_to_transform or () if n >= depth]:
+        raise UserError(
+            f"lora.layers: the model has layers 0 to {depth - 1}, not {', '.join(map(str, unknown_layers))}."
+        )

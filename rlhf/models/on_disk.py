@@ -56,14 +56,14 @@ def find_model(name: str, *, trust_remote_code: bool, dtype: Dtype | None = None
         from rlhf.models.adapter_folder import refuse_incomplete  # with peft, which takes seconds
 
         refuse_incomplete(Path(adapter), base, trust_remote_code=trust_remote_code)
-    own = str(config.dtype).removeprefix("torch.")
+    stored_dtype = str(config.dtype).removeprefix("torch.")
     return ModelOnDisk(
         name=name,
         base=base,
         adapter=adapter,
         lora_rank=rank,
         tokenizer=tokenizer,
-        dtype=dtype or (own if own in ("float16", "float32") else "bfloat16"),  # type: ignore[arg-type]
+        dtype=dtype or (stored_dtype if stored_dtype in ("float16", "float32") else "bfloat16"),  # type: ignore[arg-type]
         max_length=getattr(config.get_text_config(), "max_position_embeddings", None),  # BLOOM has none
         trust_remote_code=trust_remote_code,
     )
@@ -80,8 +80,8 @@ def may_ask_the_hub(name: str) -> bool:
 def tokenizer_of(model: str) -> str:
     """Return the name or folder of a model's tokenizer. For an adapter folder without a tokenizer it is the base's."""
     folder = Path(model)
-    own = not is_adapter(folder) or (folder / "tokenizer_config.json").is_file()
-    return model if own else base_of(folder)[0]
+    has_tokenizer = not is_adapter(folder) or (folder / "tokenizer_config.json").is_file()
+    return model if has_tokenizer else base_of(folder)[0]
 
 
 def refuse_unservable(model: ModelOnDisk) -> None:
@@ -90,9 +90,11 @@ def refuse_unservable(model: ModelOnDisk) -> None:
         return
     path = Path(model.adapter, ADAPTER_CONFIG)
     config = read_adapter_settings(Path(model.adapter))
-    found = [key for key in ("use_dora", "modules_to_save") if config.get(key)]
-    if found:
-        raise UserError(f"{path}: has {', '.join(found)}, which engines cannot serve. Merge the adapter into its base.")
+    unsupported = [key for key in ("use_dora", "modules_to_save") if config.get(key)]
+    if unsupported:
+        raise UserError(
+            f"{path}: has {', '.join(unsupported)}, which engines cannot serve. Merge the adapter into its base."
+        )
 
 
 def _of_run(path: Path) -> Path | None:

@@ -98,22 +98,22 @@ def _run(
         attention["borders"] = borders(lengths, tree, device=token_ids.device)
     if group is not None:
         attention |= {"within": ATTENTION, "group": group}
-    own = own_part(len(token_ids))
-    given = _inputs(body, token_ids[None, own], lengths, own, noise_alpha)
-    outputs = body(**given, position_ids=places[None, own], use_cache=False, **attention)
+    local = own_part(len(token_ids))
+    given = _inputs(body, token_ids[None, local], lengths, local, noise_alpha)
+    outputs = body(**given, position_ids=places[None, local], use_cache=False, **attention)
     hidden: Tensor = outputs.last_hidden_state[0]
     return hidden
 
 
 def _inputs(
-    body: Any, token_ids: Int[Tensor, "1 n"], lengths: Sequence[int], own: slice, noise_alpha: float | None
+    body: Any, token_ids: Int[Tensor, "1 n"], lengths: Sequence[int], local: slice, noise_alpha: float | None
 ) -> dict[str, Tensor]:
     """Return the model's inputs for a row: the token ids, or embeddings with noise."""
     if noise_alpha is None:
         return {"input_ids": token_ids}
     embedded = body.get_input_embeddings()(token_ids)
     sizes = torch.tensor(lengths, device=embedded.device)
-    of_tokens = sizes.repeat_interleave(sizes)[own]
+    of_tokens = sizes.repeat_interleave(sizes)[local]
     return {"inputs_embeds": embedded + embedding_noise(embedded, of_tokens, alpha=noise_alpha)}
 
 
@@ -197,8 +197,8 @@ def _columns(
     chosen, before = _masked_positions(mask, lengths, branches)
     hidden = hidden_states(model, token_ids, lengths, branches).index_select(0, before)
     at = temperature[chosen] if isinstance(temperature, Tensor) else temperature
-    found = of_rows(hidden, lm_head_weight(model), token_ids[chosen], temperature=at, **lm_head_settings(model))
-    return tuple(_spread(values, chosen, len(token_ids)) for values in found)
+    columns = of_rows(hidden, lm_head_weight(model), token_ids[chosen], temperature=at, **lm_head_settings(model))
+    return tuple(_spread(values, chosen, len(token_ids)) for values in columns)
 
 
 def supervised_loss(
@@ -310,8 +310,8 @@ def sampled_distillation_loss(
         temperature=temperature,
         token_weight=token_weight,
     )
-    logprobs, told, entropies = columns
-    return loss, logprobs, told, entropies
+    logprobs, teacher_logprobs, entropies = columns
+    return loss, logprobs, teacher_logprobs, entropies
 
 
 def _taught(
@@ -332,7 +332,7 @@ def _taught(
     hidden = hidden_states(model, token_ids, lengths, branches).index_select(0, before)
     weight, settings = lm_head_weight(model), lm_head_settings(model)
     shared = partial(_first, count=min(len(weight), len(head.weight)))
-    places = mask.cumsum(0)[chosen] - 1  # among all in mask, of which this rank may hold a part
+    places = mask.cumsum(0)[chosen] - 1  # positions among all tokens in mask; this rank may hold only some of them
     loss, *columns = of_rows(
         hidden,
         shared(weight),
@@ -386,10 +386,10 @@ def _masked_positions(mask: Tensor, lengths: Tensor, branches: Branches | None =
     before = predecessors(lengths, branches)
     if bool(mask[before < 0].any()):
         raise ValueError("mask is True on the first token of a sequence: nothing before it predicts it")
-    own = own_part(len(mask))
-    mask = mask & (before >= own.start) & (before < own.stop)
+    local = own_part(len(mask))
+    mask = mask & (before >= local.start) & (before < local.stop)
     chosen = mask.nonzero()[:, 0]
-    return chosen, before[chosen] - own.start
+    return chosen, before[chosen] - local.start
 
 
 def _spread(values: Tensor, positions: Tensor, size: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rlhf.errors import UserError
 
 Quantize = Literal["nf4"]
-BLOCK = 64  # weights that share a scale
+BLOCK = 64  # weights with a common scale
 
 
 def refuse_unquantizable(key: str, architecture: Any, *, device: Literal["cpu", "cuda"]) -> None:
@@ -78,7 +78,7 @@ def keep_storage(model: nn.Module) -> None:
 
 def dequantized(parameter: nn.Parameter) -> Tensor:
     """Return the parameter, dequantised if it is stored in 4 bits."""
-    state = getattr(parameter, "quant_state", None)  # bitsandbytes' mark: no other parameter has it
+    state = getattr(parameter, "quant_state", None)  # set by bitsandbytes on 4-bit parameters only
     if state is None:
         return parameter
     from bitsandbytes.functional import dequantize_4bit

@@ -20,13 +20,13 @@ from rlhf.models.row_layout import RowLayout, Rows, expected_layout, rows_of, se
 from rlhf.models.sequence_parallel import current_group, whole_row
 
 LENGTHS = (7, 4, 9)
-PROMPT = 3  # tokens that the first two sequences share
-_MOST_TOKENS = 256  # of the vocabulary; tokens with a meaning of their own mostly come later
+PROMPT = 3  # tokens shared by the first two sequences
+_MOST_TOKENS = 256  # tokens from the start of the vocabulary; special tokens mostly come later
 
-# Largest relative error of a token's hidden state that rounding explains. A layout that is wrong is off by a multiple.
+# Largest relative error of a token's hidden state due to rounding. A wrong layout is off by a multiple of it.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.1}
 
-# What code of a model raises if it cannot take a packed row.
+# Errors raised by a model's code if it cannot take a packed row.
 _MODEL_ERRORS = (
     AssertionError,
     AttributeError,
@@ -53,12 +53,12 @@ def check_rows(model: Any, device: torch.device) -> RowLayout:
     own_attention = body_of(model).config._attn_implementation if known is None else known.own_attention
     set_rows(model, Rows(layout=RowLayout.ONE_BY_ONE, own_attention=own_attention))
     tokens = _some_tokens(model, device)
-    own = _own_states(model, tokens)
+    own_states = _own_states(model, tokens)
     _refuse_other_head(model, tokens)
     layout, reason = expected_layout(model.config.to_dict())
     if layout >= RowLayout.PACKED:
         set_rows(model, Rows(layout=layout, own_attention=own_attention))
-        layout, reason = _measured(model, tokens, own, layout, reason)
+        layout, reason = _measured(model, tokens, own_states, layout, reason)
     if layout is RowLayout.ONE_BY_ONE and current_group() is not None:
         raise UserError(
             f"sequence_parallel needs a model whose sequences can be packed into one row, and {reason}. Set "
@@ -74,7 +74,7 @@ def check_rows(model: Any, device: torch.device) -> RowLayout:
 def _own_states(model: Any, tokens: Sequence[Tensor]) -> list[Tensor]:
     """Return the hidden states of each sequence. Raise UserError if the model cannot compute them."""
     try:
-        own = [own_hidden_states(model, ids) for ids in tokens]
+        own_states = [own_hidden_states(model, ids) for ids in tokens]
     except torch.OutOfMemoryError:
         raise
     except _MODEL_ERRORS as error:
@@ -82,25 +82,25 @@ def _own_states(model: Any, tokens: Sequence[Tensor]) -> list[Tensor]:
             f"The forward pass of the model {model.config._name_or_path} fails in {model.dtype} "
             f"({type(error).__name__}: {' '.join(str(error).split())}). Use another model or dtype."
         ) from error
-    if not all(bool(states.isfinite().all()) for states in own):
+    if not all(bool(states.isfinite().all()) for states in own_states):
         raise UserError(
             f"The hidden states of the model {model.config._name_or_path} are not finite: its weights hold NaN or "
             "infinite values, or are too large for its dtype. Get the model again, or use another dtype."
         )
-    if _error(own_hidden_states(model, tokens[0]), own[0]) > _tolerance(model):
+    if _error(own_hidden_states(model, tokens[0]), own_states[0]) > _tolerance(model):
         raise UserError(
             f"The forward pass of the model {model.config._name_or_path} draws random numbers: two passes over "
             "the same tokens differ. Set its dropout and noise to 0 in config.json, or use another model."
         )
-    return own
+    return own_states
 
 
 def _measured(
-    model: Any, tokens: Sequence[Tensor], own: Sequence[Tensor], layout: RowLayout, reason: str
+    model: Any, tokens: Sequence[Tensor], own_states: Sequence[Tensor], layout: RowLayout, reason: str
 ) -> tuple[RowLayout, str]:
     """Return the layout with the model's own hidden states, at most the expected one, and the reason."""
     lengths = [len(ids) for ids in tokens]
-    failure = _failure(_tolerance(model), own, lambda: _states(model, tokens, lengths, None))
+    failure = _failure(_tolerance(model), own_states, lambda: _states(model, tokens, lengths, None))
     if failure is not None:
         return RowLayout.ONE_BY_ONE, f"its packed pass {failure}"
     if layout is RowLayout.PACKED:
@@ -110,7 +110,7 @@ def _measured(
     branches = [None, Branch(of=0, length=PROMPT), *[None] * len(rest)]
     failure = _failure(
         _tolerance(model),
-        [own[0], own[1][PROMPT:], *own[2:]],
+        [own_states[0], own_states[1][PROMPT:], *own_states[2:]],
         lambda: _states(model, branched, [len(ids) for ids in branched], branches),
     )
     if failure is not None:
@@ -118,7 +118,7 @@ def _measured(
     return layout, reason
 
 
-def _failure(tolerance: float, own: Sequence[Tensor], compute: Callable[[], Tensor]) -> str | None:
+def _failure(tolerance: float, own_states: Sequence[Tensor], compute: Callable[[], Tensor]) -> str | None:
     """Describe how a pass fails to give the model's own hidden states. None: it gives them."""
     try:
         states = compute()
@@ -126,7 +126,7 @@ def _failure(tolerance: float, own: Sequence[Tensor], compute: Callable[[], Tens
         raise
     except _MODEL_ERRORS as failure:
         return f"fails ({type(failure).__name__}: {' '.join(str(failure).split())})"
-    error = _error(states, torch.cat(list(own)))
+    error = _error(states, torch.cat(list(own_states)))
     return None if error <= tolerance else f"differs from its own forward pass by {error:.1%} of a hidden state"
 
 
@@ -149,15 +149,15 @@ def _refuse_other_head(model: Any, tokens: Sequence[Int[Tensor, " n"]]) -> None:
     """Raise UserError if log-probabilities from the head's weight and the config differ from the model's logits."""
     if hasattr(model, "score"):
         return  # the head is one linear layer, which is applied as it is
-    ours, own = [], []
+    from_head, from_logits = [], []
     for ids in tokens:
         mask = torch.ones_like(ids, dtype=torch.bool)
         mask[0] = False
-        ours.append(policy_logprobs_only(model, ids, torch.tensor([len(ids)], device=ids.device), mask=mask)[1:])
+        from_head.append(policy_logprobs_only(model, ids, torch.tensor([len(ids)], device=ids.device), mask=mask)[1:])
         logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
-        own.append(logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0])
-    expected = torch.cat(own)
-    error = (torch.cat(ours).float() - expected).abs().mean()
+        from_logits.append(logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0])
+    expected = torch.cat(from_logits)
+    error = (torch.cat(from_head).float() - expected).abs().mean()
     spread = (expected - expected.mean()).abs().mean()
     if not error <= _tolerance(model) * spread.clamp(min=1e-3):
         raise UserError(

@@ -14,15 +14,15 @@ from typing import Any
 
 from rlhf.errors import UserError
 
-_ATTRIBUTE = "rlhf_rows"  # of a loaded model
+_ATTRIBUTE = "rlhf_rows"  # attribute of a loaded model
 
 
 class RowLayout(IntEnum):
     """Each layout assumes more of the model than the layout before it."""
 
     ONE_BY_ONE = 0  # every sequence is a forward pass
-    PACKED = 1  # sequences stand in one row, each with its own prompt
-    SHARED_PROMPTS = 2  # sequences stand in one row, and those of one prompt share its tokens
+    PACKED = 1  # sequences stand in one row, each with a separate prompt
+    SHARED_PROMPTS = 2  # sequences stand in one row, and responses share the tokens of their prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +30,7 @@ class Rows:
     """Result of the check of a loaded model."""
 
     layout: RowLayout
-    own_attention: str  # name of the attention function that the model was loaded with
+    own_attention: str  # name of the attention function set when the model was loaded
 
 
 def set_rows(model: Any, rows: Rows) -> None:
@@ -82,7 +82,7 @@ _ONE_BY_ONE = {
     "xglm": "counts positions by itself",
     "xlstm": _RECURRENT,
 }
-# Attention beside recurrent layers or convolutions, unless `layer_types` names attention alone.
+# Attention with recurrent layers or convolutions, unless `layer_types` names attention alone.
 _HYBRID = frozenset(
     {
         "bamba",
@@ -104,7 +104,7 @@ _HYBRID = frozenset(
         "zaya",
     }
 )
-_PACKED = frozenset({"codegen", "gpt_neo", "gpt_neox_japanese", "gptj"})  # their rows are masked by positions
+_PACKED = frozenset({"codegen", "gpt_neo", "gpt_neox_japanese", "gptj"})  # positions mask their rows
 
 
 def expected_layout(config: Mapping[str, Any]) -> tuple[RowLayout, str]:
@@ -114,8 +114,8 @@ def expected_layout(config: Mapping[str, Any]) -> tuple[RowLayout, str]:
     """
     text: Mapping[str, Any] = config.get("text_config") or config
     kind, layers = text.get("model_type", ""), set(text.get("layer_types") or ())
-    if beside := sorted(layers - _PACKED_LAYERS):
-        return RowLayout.ONE_BY_ONE, f"{kind} has layers of type {', '.join(beside)}"
+    if other_layers := sorted(layers - _PACKED_LAYERS):
+        return RowLayout.ONE_BY_ONE, f"{kind} has layers of type {', '.join(other_layers)}"
     if kind in _HYBRID and not layers:
         return RowLayout.ONE_BY_ONE, f"{kind} {_RECURRENT} or convolutions"
     if kind in _ONE_BY_ONE:

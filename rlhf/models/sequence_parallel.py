@@ -98,8 +98,8 @@ def whole_row(part: Float[Tensor, " n *D"], num_tokens: int) -> Float[Tensor, " 
     group = current_group()
     if group is None:
         return part
-    own = own_part(num_tokens)
-    around = (own.start, len(part) * group.size - own.stop)
+    local = own_part(num_tokens)
+    around = (local.start, len(part) * group.size - local.stop)
     return summed(F.pad(part, (0, 0) * (part.ndim - 1) + around))[:num_tokens]
 
 

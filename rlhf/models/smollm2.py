@@ -77,7 +77,7 @@ def _from_hub(folder: Path) -> str:
     except subprocess.CalledProcessError:
         failure = "the download from the Hugging Face hub failed"
     else:
-        shutil.rmtree(folder / ".cache", ignore_errors=True)  # the hub's own bookkeeping
+        shutil.rmtree(folder / ".cache", ignore_errors=True)  # bookkeeping of the hub's library
         return ""
     shutil.rmtree(folder, ignore_errors=True)
     return failure

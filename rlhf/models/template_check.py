@@ -15,7 +15,7 @@ from typing import Any
 from rlhf.errors import UserError
 
 LIMIT_S = 10.0
-_MORE_BYTES = 2**30  # beyond what the process has
+_MORE_BYTES = 2**30  # on top of the process's memory at the start
 _TRIAL = [{"role": "user", "content": "1 + 1 = ?"}]
 _OUT_OF_MEMORY = 3
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -52,7 +52,7 @@ def _render_and_exit(tokenizer: Any, limit_s: float) -> None:
     except MemoryError:
         code = _OUT_OF_MEMORY
     finally:
-        os._exit(code)  # whatever was raised: nothing of the parent may run here
+        os._exit(code)  # catches everything, since nothing of the parent may run here
 
 
 def _wait(child: int, deadline: float) -> int | None:

@@ -23,7 +23,7 @@ VOCAB_SIZE = 320
 MAX_LENGTH = 2048  # prompt and response, in tokens
 PAD, EOS, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>"
 
-# One turn: role token, text, <|eos|>. A tool's result is written as the user's.
+# A turn is: role token, text, <|eos|>. A tool's result is written as the user's.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- set role = 'user' if message['role'] == 'tool' else message['role'] -%}"
@@ -35,7 +35,7 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )
 
-_RECIPE = "tiny_llama.json"  # what the folder was made from, so that it is never taken for another one
+_RECIPE = "tiny_llama.json"  # name of the file with the folder's arguments, so that it is never taken for another model
 
 
 def build_tiny_llama(folder: Path, *, seed: int, tied: bool = False) -> Path:
@@ -47,21 +47,21 @@ def build_tiny_llama(folder: Path, *, seed: int, tied: bool = False) -> Path:
     recipe = json.dumps({"seed": seed, "tied": tied})
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
-            _write(aside, seed=seed, tied=tied)
-            (aside / _RECIPE).write_text(recipe)
-            aside.chmod(0o755)
-            aside.rename(folder)
+            _write(partial, seed=seed, tied=tied)
+            (partial / _RECIPE).write_text(recipe)
+            partial.chmod(0o755)
+            partial.rename(folder)
         except OSError:
-            if not folder.exists():  # else another process finished first
+            if not folder.exists():  # otherwise another process finished first
                 raise
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    found = (folder / _RECIPE).read_text() if (folder / _RECIPE).is_file() else None
-    if found != recipe:
+            shutil.rmtree(partial, ignore_errors=True)
+    existing_recipe = (folder / _RECIPE).read_text() if (folder / _RECIPE).is_file() else None
+    if existing_recipe != recipe:
         raise UserError(
-            f"{folder} exists and is not the tiny model {recipe}: it holds {found or 'something else'}. "
+            f"{folder} exists and is not the tiny model {recipe}: it holds {existing_recipe or 'something else'}. "
             "Remove it or name another folder."
         )
     return folder
@@ -105,7 +105,7 @@ def _write(folder: Path, *, seed: int, tied: bool) -> None:
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=32,  # vLLM's CPU attention knows no smaller one; 96 / 4 = 24 would not load
+        head_dim=32,  # vLLM's CPU attention supports no smaller one; 96 / 4 = 24 would not load
         max_position_embeddings=MAX_LENGTH,
         tie_word_embeddings=tied,
         bos_token_id=None,
@@ -121,7 +121,7 @@ def _write(folder: Path, *, seed: int, tied: bool) -> None:
             if parameter.ndim == 2:  # the others are norm scales, which stay at 1
                 parameter.normal_(0.0, 0.02, generator=generator)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    disable_progress_bar()  # of one file of megabytes
+    disable_progress_bar()  # for a single file of a few megabytes
     model.save_pretrained(folder)
     enable_progress_bar()
     tokenizer.save_pretrained(folder)

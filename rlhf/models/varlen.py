@@ -36,7 +36,7 @@ class Borders:
     keys: Int32[Tensor, " B+1"]
     longest_query: int
     longest_key: int
-    seen: Int[Tensor, " M"] | None  # the row's token behind each key; None: the row as it is
+    seen: Int[Tensor, " M"] | None  # index of the token behind each key; None: the keys are the row itself
 
 
 def borders(lengths: Sequence[int], branches: Branches | None, *, device: torch.device) -> Borders:
@@ -85,11 +85,11 @@ def varlen_attention(
     """Compute causal attention inside each sequence. window: a token sees itself and the window - 1 before it."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if at.seen is not None:
-        # A trunk's key has a gradient from each branch. Rows of an embedding add theirs in float32 and in a fixed
-        # order; index_select adds in the tensor's dtype, in any order.
+        # A trunk's key gets a gradient from each branch. F.embedding sums them in float32 and in a fixed order;
+        # index_select sums in the tensor's dtype, in any order.
         k, v = (F.embedding(at.seen, x.flatten(1)).unflatten(1, x.shape[1:]) for x in (k, v))
     size = query.shape[-1]
-    if missing := -size % HEAD_MULTIPLE:  # padding by nothing would copy all three
+    if missing := -size % HEAD_MULTIPLE:  # F.pad by 0 would copy all three
         q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))  # zeros change neither products nor sums
     result = varlen_attn(
         q,

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from rlhf.models.quantized import dequantized
 
-ADAPTER = "default"  # peft's name for the one adapter of a model
-INITIAL = "initial"  # a frozen copy of what an adapter began as, where that was not the identity
-_PEFT_PREFIX = "base_model.model."  # of every name in an adapter file, as peft saves it
+ADAPTER = "default"  # peft's name for the adapter of a model
+INITIAL = "initial"  # name of the frozen copy of an initial adapter, if it was not the identity
+_PEFT_PREFIX = "base_model.model."  # prefix of every name in peft's adapter files
 
 
 def _itself(weight: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ def adapter_sources(model: nn.Module) -> list[WeightSource]:
     if not layers:
         raise ValueError("the model has no LoRA adapter")
     sources = []
-    for name, parameter in model.named_parameters(remove_duplicate=False):  # peft reads a tied head under its own name
+    for name, parameter in model.named_parameters(remove_duplicate=False):  # peft stores a tied head separately
         if not parameter.requires_grad:
             continue
         owner, _, part = name.partition(".lora_")
@@ -159,7 +159,7 @@ def is_pissa(layer: Any) -> bool:
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     if not hasattr(model, "peft_config"):
         return iter(())
-    from peft.tuners.lora import LoraLayer  # takes seconds, which a model without an adapter need not wait
+    from peft.tuners.lora import LoraLayer  # the import takes seconds
 
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
 

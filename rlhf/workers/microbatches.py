@@ -21,9 +21,9 @@ class Microbatch:
     """A micro-batch: its rows of a ragged batch, and the positions of its packed tokens in the batch's columns."""
 
     rows: tuple[int, ...]
-    lengths: Int[Tensor, " b"]  # tokens that stand for each row; of a branch, without the prompt
+    lengths: Int[Tensor, " b"]  # number of packed tokens of each row; for a branch without the prompt
     tokens: Int[Tensor, " n"]  # indices into the batch's columns
-    branches: tuple[Branch | None, ...] | None  # None: every row holds its own prompt
+    branches: tuple[Branch | None, ...] | None  # None: every row holds its prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,14 +53,14 @@ class Temperatures:
     """Sampling temperatures of a batch's tokens."""
 
     common: float
-    by_token: Float[Tensor, " N"] | None  # None: all at the common one
+    by_token: Float[Tensor, " N"] | None  # None: every token uses the common temperature
 
     @classmethod
-    def of(cls, rollouts: Rollouts, own: Mapping[int, float], *, common: float) -> Temperatures:
+    def of(cls, rollouts: Rollouts, by_sequence: Mapping[int, float], *, common: float) -> Temperatures:
         """Read the temperatures of a batch. `own` maps sequence ids to temperatures other than the common one."""
-        if not own:
+        if not by_sequence:
             return cls(common=common, by_token=None)
-        per_sequence = torch.tensor([own.get(i, common) for i in rollouts.sequence_ids.tolist()])
+        per_sequence = torch.tensor([by_sequence.get(i, common) for i in rollouts.sequence_ids.tolist()])
         return cls(
             common=common, by_token=to_tokens(per_sequence, rollouts.lengths, num_tokens=len(rollouts.token_ids))
         )
@@ -94,7 +94,7 @@ def split_microbatches(
         sizes = [lengths[row] for row in rows]
     else:
         families, sizes = _families(lengths, rows, prompts, max_tokens=max_tokens)
-    found = []
+    microbatches = []
     alone = layout is RowLayout.ONE_BY_ONE
     for members in [[i] for i in range(len(sizes))] if alone else pack_evenly(sizes, max_tokens=max_tokens):
         chosen: list[int] = []
@@ -109,15 +109,15 @@ def split_microbatches(
                 chosen.append(row)
                 branches.append(branch)
                 tokens.append(torch.arange(starts[row] + (branch.length if branch else 0), starts[row + 1]))
-        found.append(
+        microbatches.append(
             Microbatch(
                 rows=tuple(chosen),
-                lengths=torch.tensor([len(one) for one in tokens]),
+                lengths=torch.tensor([len(positions) for positions in tokens]),
                 tokens=torch.cat(tokens),
                 branches=tuple(branches) if any(branches) else None,
             )
         )
-    return found
+    return microbatches
 
 
 def _families(
@@ -128,11 +128,11 @@ def _families(
     sizes: list[int] = []
     open_family: dict[int, int] = {}
     for row in rows:
-        key, own = prompts.keys[row], lengths[row] - prompts.lengths[row]
+        key, num_new_tokens = prompts.keys[row], lengths[row] - prompts.lengths[row]
         index = open_family.get(key)
-        if index is not None and sizes[index] + own <= max_tokens:
+        if index is not None and sizes[index] + num_new_tokens <= max_tokens:
             families[index].append(row)
-            sizes[index] += own
+            sizes[index] += num_new_tokens
         else:
             open_family[key] = len(families)
             families.append([row])
@@ -140,7 +140,7 @@ def _families(
     return families, sizes
 
 
-def padded(found: Sequence[Microbatch], count: int, *, sequences: int = 1) -> list[Microbatch]:
+def padded(microbatches: Sequence[Microbatch], count: int, *, sequences: int = 1) -> list[Microbatch]:
     """Append empty micro-batches until there are `count`, the largest number on any rank.
 
     An empty micro-batch holds a single token outside the loss mask, repeated as `sequences` sequences of length 1.
@@ -151,4 +151,4 @@ def padded(found: Sequence[Microbatch], count: int, *, sequences: int = 1) -> li
         tokens=torch.zeros(sequences, dtype=torch.int64),
         branches=None,
     )
-    return [*found, *[empty] * (count - len(found))]
+    return [*microbatches, *[empty] * (count - len(microbatches))]

@@ -15,7 +15,7 @@ class RankContext:
     world_size: int
     local_rank: int
     local_world_size: int
-    device: str  # cpu, or cuda: the process sees one GPU
+    device: str  # cpu or cuda; the process sees one GPU
     threads: int
     deadline_s: float
 

@@ -53,7 +53,7 @@ class TrainedWorker(ABC):
         self.place = place
         self.lr = lr
         self.optimizer_steps = optimizer_steps
-        self.data_rank = place.rank // resources.sequence_parallel  # whose share of a batch is this rank's
+        self.data_rank = place.rank // resources.sequence_parallel  # index of this rank's share of a batch
         self.device = place.torch_device()
         torch.set_num_threads(place.threads)
         torch.manual_seed(config.run.seed + place.rank)
@@ -198,7 +198,7 @@ class TrainedWorker(ABC):
         """Return the model's FLOPs per token and the measured peak FLOPs of this rank."""
         config = self.engine.module.config
         fixed = flops_per_token(config, 0.0)
-        side = 4096 if self.device.type == "cuda" else 1536  # a fraction of a second either way
+        side = 4096 if self.device.type == "cuda" else 1536  # a fraction of a second on both
         return Arithmetic(
             flops_per_token=fixed,
             flops_per_token_and_length=flops_per_token(config, 1.0) - fixed,

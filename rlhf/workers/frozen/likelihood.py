@@ -43,7 +43,7 @@ class LikelihoodWorker:
     def measure(self, examples: Examples) -> tuple[ExampleResult, ...]:
         """Return one result for each example, in order."""
         lengths = examples.lengths.tolist()
-        found: list[ExampleResult | None] = [None] * len(lengths)
+        results: list[ExampleResult | None] = [None] * len(lengths)
         layout = row_layout(self.model)
         for microbatch in split_microbatches(lengths, range(len(lengths)), max_tokens=self.max_tokens, layout=layout):
             mask = examples.loss_mask[microbatch.tokens]
@@ -63,7 +63,7 @@ class LikelihoodWorker:
             sizes = microbatch.lengths.tolist()
             columns = (mask.split(sizes), logprobs.double().split(sizes), is_top1.split(sizes))
             for row, learnt, logprob, top1 in zip(microbatch.rows, *columns, strict=True):
-                found[row] = ExampleResult(
+                results[row] = ExampleResult(
                     num_tokens=int(learnt.sum()), logprob=float(logprob.sum()), num_top1=int(top1.sum())
                 )
-        return tuple(one for one in found if one is not None)
+        return tuple(result for result in results if result is not None)

@@ -50,7 +50,7 @@ class ReferenceWorker:
     def become(self, model: str) -> None:
         """Load `model` in place of the current one."""
         config = self.model_config
-        self.model: Any = None  # never two at once
+        self.model: Any = None  # frees the old model before loading the new one
         self.host_weights: list[Tensor] = []
         with explains_out_of_memory(role=self.role, stage="start", rank=self.place.rank):
             loaded = load_causal_lm(model, dtype=torch_dtype(config.dtype), trust_remote_code=config.trust_remote_code)

@@ -36,14 +36,14 @@ class RewardSettings:
     """Settings of a reward worker, with the specifications of all rewards."""
 
     specs: tuple[RewardSpec, ...]
-    tokenizer: str  # folder or name of the policy's
+    tokenizer: str  # folder or name of the policy's tokenizer
     trust_remote_code: bool
     model: RewardModelConfig | None  # None: no reward uses a model
     timeout_s: float
     processes: int
     memory_gib: float
     max_tokens_per_microbatch: int
-    template: ChatTemplate = UNCHANGED  # what is changed about the tokenizer's chat template
+    template: ChatTemplate = UNCHANGED  # changes to the tokenizer's chat template
 
     @property
     def concurrency(self) -> int:
@@ -103,7 +103,9 @@ class RewardWorker:
         specs = [spec for spec in self.settings.specs if spec.applies_to(prompt.columns)]
         given = [rewards for rewards in environment_rewards if rewards is not None]
         scores = {
-            spec.name: [sum((s.value for s in one), 0.0) for one in given] for spec in specs if spec.from_environment
+            spec.name: [sum((s.value for s in rewards_of_response), 0.0) for rewards_of_response in given]
+            for spec in specs
+            if spec.from_environment
         }
         steps = {spec.name: given for spec in specs if spec.from_environment}
         models = [spec.name for spec in specs if spec.is_model and not spec.by_step]
@@ -166,11 +168,13 @@ class RewardWorker:
         signals = [part for part in parts if isinstance(part, TokenSignals)]
         for group, columns in zip(records, (part for part in parts if isinstance(part, Rollouts)), strict=True):
             places = [record.sample for record in group]
-            found = transcripts(columns, places, self.tokenizer, turn_end=self.turn_end, signals=signals)
-            for record, said in zip(group, found, strict=True):
-                record = replace(_with_token_means(record, said.tokens), response=said.response, tokens=said.tokens)
+            decoded = transcripts(columns, places, self.tokenizer, turn_end=self.turn_end, signals=signals)
+            for record, transcript in zip(group, decoded, strict=True):
+                record = replace(
+                    _with_token_means(record, transcript.tokens), response=transcript.response, tokens=transcript.tokens
+                )
                 if record.turns is not None:
-                    record = replace(record, prompt=said.turns[0].text, turns=said.turns)
+                    record = replace(record, prompt=transcript.turns[0].text, turns=transcript.turns)
                 whole.append(record)
         write_samples(path, whole)
 

@@ -49,12 +49,14 @@ class RewardModel:
         """
         scores = [0.0] * len(lengths)
         function = sequence_scores if step_ends is None else token_scores
-        for microbatch, said in self._passes(function, token_ids, lengths):
-            found = said
+        for microbatch, outputs in self._passes(function, token_ids, lengths):
+            values = outputs
             if step_ends is not None:
                 assert self.steps is not None
-                found = combined_steps(said, step_ends[microbatch.tokens], microbatch.lengths, by=self.steps.combine)
-            for row, value in zip(microbatch.rows, found.tolist(), strict=True):
+                values = combined_steps(
+                    outputs, step_ends[microbatch.tokens], microbatch.lengths, by=self.steps.combine
+                )
+            for row, value in zip(microbatch.rows, values.tolist(), strict=True):
                 scores[row] = value
         return scores
 
@@ -65,14 +67,14 @@ class RewardModel:
 
         `step_ends` marks the last token of each step.
         """
-        found: list[tuple[StepReward, ...]] = [()] * len(lengths)
-        for microbatch, said in self._passes(token_scores, token_ids, lengths):
+        rewards: list[tuple[StepReward, ...]] = [()] * len(lengths)
+        for microbatch, outputs in self._passes(token_scores, token_ids, lengths):
             sizes = microbatch.lengths.tolist()
-            columns = said.sigmoid().split(sizes), step_ends[microbatch.tokens].split(sizes)
+            columns = outputs.sigmoid().split(sizes), step_ends[microbatch.tokens].split(sizes)
             for row, values, ends in zip(microbatch.rows, *columns, strict=True):
-                told = zip(ends.nonzero().flatten().tolist(), values[ends].tolist(), strict=True)
-                found[row] = tuple(StepReward(end=end, value=value) for end, value in told)
-        return found
+                ends_and_values = zip(ends.nonzero().flatten().tolist(), values[ends].tolist(), strict=True)
+                rewards[row] = tuple(StepReward(end=end, value=value) for end, value in ends_and_values)
+        return rewards
 
     def _passes(
         self, function: Callable[..., Tensor], token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"]
@@ -86,5 +88,5 @@ class RewardModel:
                     role="reward", stage="score", rank=self.rank, tokens=len(microbatch.tokens)
                 ):
                     tokens = token_ids[microbatch.tokens].to(self.device)
-                    found = function(self.model, tokens, microbatch.lengths.to(self.device)).cpu()
-                yield microbatch, found
+                    outputs = function(self.model, tokens, microbatch.lengths.to(self.device)).cpu()
+                yield microbatch, outputs

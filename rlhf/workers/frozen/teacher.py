@@ -96,14 +96,14 @@ def states_of(
             torch.no_grad(),
             explains_out_of_memory(role="teacher", stage="states", rank=place.rank, tokens=len(microbatch.tokens)),
         ):
-            found = learnt_states(
+            states = learnt_states(
                 model,
                 examples.token_ids[microbatch.tokens].to(device),
                 microbatch.lengths.to(device),
                 mask=mask.to(device),
                 branches=microbatch.branches,
             )
-        hidden[places[microbatch.tokens[mask]]] = found.cpu()
+        hidden[places[microbatch.tokens[mask]]] = states.cpu()
     return hidden
 
 

@@ -25,11 +25,11 @@ E = TypeVar("E", bound=Examples)
 class Batch:
     """A rank's rows of one optimizer step. Each row has one sequence for each requested side."""
 
-    rows: tuple[int, ...]  # of the data set
-    pairs: Pairs  # of these rows, in this order; of their sequences, those of the sides
+    rows: tuple[int, ...]  # indices into the data set
+    pairs: Pairs  # the rows in this order, with the sequences of the requested sides
     num_sides: int
-    microbatches: tuple[Microbatch, ...]  # over the pairs' columns; the sides of a row are never split
-    reference: TokenValues | None  # aligned to them; None: there is none
+    microbatches: tuple[Microbatch, ...]  # over the pairs' columns; all sides of a row are in one micro-batch
+    reference: TokenValues | None  # aligned to the pairs' columns; None: no reference
 
     def places(self, microbatch: Microbatch) -> list[int]:
         """Return the positions of a micro-batch's rows in `rows`."""
@@ -68,7 +68,7 @@ class ExamplesWorker(OfflineWorker, Generic[E]):
     def split(self, dataset: int, plan: MinibatchPlan) -> tuple[E, list[Microbatch]]:
         """Return this rank's examples of a plan, and their micro-batches. Collective."""
         rows = plan.sequences_by_rank[self.data_rank]
-        examples = self.sets[dataset].take(rows or (0,))  # without rows a token to pass, of which nothing is learnt
+        examples = self.sets[dataset].take(rows or (0,))  # without rows the rank passes tokens outside the loss mask
         lengths = examples.lengths.tolist()
         budget = self.config.train.max_tokens_per_microbatch
         microbatches = split_microbatches(lengths, range(len(rows)), max_tokens=budget, layout=self.layout)
@@ -78,7 +78,7 @@ class ExamplesWorker(OfflineWorker, Generic[E]):
 class PairsWorker(OfflineWorker):
     """A worker on data sets with several sequences per row."""
 
-    references: dict[int, TokenValues]  # by data set; empty: the losses read none
+    references: dict[int, TokenValues]  # by data set; empty: the losses need none
 
     def load_data(self, *sets: Pairs) -> None:
         """Keep the data sets. The training set is the first."""
@@ -88,7 +88,7 @@ class PairsWorker(OfflineWorker):
     def batch(self, dataset: int, plan: MinibatchPlan, *, sides: Sequence[int] | None = None) -> Batch:
         """Return this rank's rows of a plan with the given sides of each row. None: all sides. Collective."""
         rows = plan.sequences_by_rank[self.data_rank]
-        some = torch.tensor(rows or (0,))  # without rows a token to pass, of which nothing is learnt
+        some = torch.tensor(rows or (0,))  # without rows the rank passes tokens outside the loss mask
         whole = self.sets[dataset]
         sides = range(whole.num_sides) if sides is None else sides
         sequences = [whole.num_sides * row + side for row in some.tolist() for side in sides]

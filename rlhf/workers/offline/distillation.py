@@ -52,14 +52,14 @@ class DistillationWorker(ExamplesWorker[Examples]):
                 self.engine.backward(loss, last=index == len(microbatches) - 1)
             learnt = int(examples.loss_mask[microbatch.tokens].sum())
             divergence, logprob, top1 = _totals(columns)
-            found: dict[str, Reduction] = {
+            metrics: dict[str, Reduction] = {
                 "update/loss/mean": Mean(total=float(loss.detach()) * plan.num_tokens, count=learnt),
                 "update/divergence/mean": Mean(total=divergence, count=learnt),
                 "update/nll/mean": Mean(total=-logprob, count=learnt),
                 "update/token_accuracy/mean": Mean(total=top1, count=learnt),
                 "update/tokens/total": Sum(total=len(microbatch.tokens) if microbatch.rows else 0),
             }
-            parts.append(found)
+            parts.append(metrics)
         parts.append(self.step_metrics(self.engine.step()))
         return merge(parts)
 
@@ -78,12 +78,12 @@ class DistillationWorker(ExamplesWorker[Examples]):
                 _, *columns = self._forward(examples, microbatch, hidden, token_weight=1.0)
             learnt = int(examples.loss_mask[microbatch.tokens].sum())
             divergence, logprob, top1 = _totals(columns)
-            found: dict[str, Reduction] = {
+            metrics: dict[str, Reduction] = {
                 f"eval/{name}/loss": Mean(total=divergence, count=learnt),
                 f"eval/{name}/nll": Mean(total=-logprob, count=learnt),
                 f"eval/{name}/token_accuracy": Mean(total=top1, count=learnt),
             }
-            parts.append(found)
+            parts.append(metrics)
         return merge(parts)
 
     def _hidden(self, plan: MinibatchPlan, states: tuple[LearntStates, ...]) -> Float[Tensor, "n K"]:

@@ -39,18 +39,18 @@ CALIBRATION_BINS = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Numbers:
-    """One entry for each sequence of a micro-batch. Only `ours` carries a gradient."""
+    """One entry for each sequence of a micro-batch. Only `values` carries a gradient."""
 
-    ours: Float[Tensor, " b"]  # the model's, by which pairs are compared
-    reference: Float[Tensor, " b"] | None  # the reference's; None: there is none
-    weights: Float[Tensor, " b"] | None = None  # how likely the policy is to say it; None: no loss is weighted
+    values: Float[Tensor, " b"]  # the model's numbers, by which pairs are compared
+    reference: Float[Tensor, " b"] | None  # the reference's numbers; None: no reference
+    weights: Float[Tensor, " b"] | None = None  # how likely the policy is to sample it; None: no loss is weighted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Slopes:
     """The step's coupled losses and their derivatives with respect to each pair, one entry a pair."""
 
-    first: int  # entry of this rank's first pair; its others follow
+    first: int  # position of this rank's first pair; its other pairs follow
     losses: Float[Tensor, " P"]
     chosen: Float[Tensor, " P"]
     rejected: Float[Tensor, " P"]
@@ -132,19 +132,19 @@ class PairWorker(PairsWorker):
             if column is None:
                 return [None] * batch.num_sides
             whole = column if microbatch.rows else column.expand(batch.num_sides) * 0.0
-            found: Sequence[Tensor] = whole.unflatten(0, (-1, batch.num_sides)).unbind(1)
-            return found
+            columns: Sequence[Tensor] = whole.unflatten(0, (-1, batch.num_sides)).unbind(1)
+            return columns
 
-        ours, tokens, reference, weights = map(sides, (numbers.ours, counts, numbers.reference, numbers.weights))
+        values, tokens, reference, weights = map(sides, (numbers.values, counts, numbers.reference, numbers.weights))
         return PairScores(
-            chosen=ours[0],
-            rejected=ours[1],
+            chosen=values[0],
+            rejected=values[1],
             chosen_tokens=tokens[0],
             rejected_tokens=tokens[1],
             ref_chosen=reference[0],
             ref_rejected=reference[1],
             margins=margins,
-            gold=ours[2] if batch.num_sides > 2 else None,
+            gold=values[2] if batch.num_sides > 2 else None,
             weights=None if numbers.weights is None else weights[0] * weights[1],
         )
 
@@ -166,20 +166,20 @@ class PairWorker(PairsWorker):
 
     def _slopes(self, batch: Batch, plan: MinibatchPlan) -> _Slopes:
         """Gather all pairs of the step from all ranks and differentiate their coupled loss. Collective."""
-        counts = [len(rows) for rows in plan.sequences_by_rank]  # a row that a step holds twice has two entries
+        counts = [len(rows) for rows in plan.sequences_by_rank]  # a row repeated in a step has one entry for each time
         first = sum(counts[: self.data_rank])
         names = [field.name for field in fields(PairScores)]
         table = torch.zeros(sum(counts), len(names), dtype=torch.float64)
-        alone = self.place.rank % self.resources.sequence_parallel == 0  # of those with the same pairs, one tells
+        alone = self.place.rank % self.resources.sequence_parallel == 0  # one rank per sequence group contributes
         with torch.no_grad():
             for microbatch in batch.microbatches:
                 scores = self._scores(batch, microbatch)
                 if microbatch.rows and alone:
                     columns = [getattr(scores, name) for name in names]
-                    told = [torch.zeros_like(scores.chosen) if column is None else column for column in columns]
-                    table[first + torch.tensor(batch.places(microbatch))] = torch.stack(told, 1).double().cpu()
+                    filled = [torch.zeros_like(scores.chosen) if column is None else column for column in columns]
+                    table[first + torch.tensor(batch.places(microbatch))] = torch.stack(filled, 1).double().cpu()
         seen = self.engine.all_reduce_sum(table.to(self.device)).float().unbind(1)
-        missing: dict[str, Any] = {name: None for name in names if getattr(scores, name) is None}  # on all ranks alike
+        missing: dict[str, Any] = {name: None for name in names if getattr(scores, name) is None}  # same on all ranks
         whole = PairScores(**dict(zip(names, seen, strict=True)) | missing)
         with torch.enable_grad():
             leaves = replace(
@@ -222,7 +222,7 @@ class PreferenceWorker(PairWorker, ReferencedPolicy):
             self.observe(batch, microbatch, logprobs.detach())
         if batch.reference is not None:
             reference = self._totals(batch.reference.values[microbatch.tokens].to(self.device), mask, lengths)
-        return Numbers(ours=self._totals(logprobs, mask, lengths), reference=reference, weights=weights)
+        return Numbers(values=self._totals(logprobs, mask, lengths), reference=reference, weights=weights)
 
     def observe(self, batch: Batch, microbatch: Microbatch, logprobs: Float[Tensor, " n"]) -> None:
         """Measure a micro-batch before its loss. Subclasses override it; fixed data needs no measurement."""
@@ -250,7 +250,7 @@ class RewardModelWorker(PairWorker):
             microbatch.lengths.to(self.device),
             microbatch.branches,
         )
-        return Numbers(ours=scores, reference=None)
+        return Numbers(values=scores, reference=None)
 
     def _metrics(self, scores: PairScores, name: str) -> Metrics:
         """Add the calibration error of the margins to the metrics of a pair."""

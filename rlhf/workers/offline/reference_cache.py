@@ -32,9 +32,9 @@ def reference_key(architecture: str, named_weights: Iterable[tuple[str, Tensor]]
 def write_columns(path: Path, columns: TokenValues) -> None:
     """Write a temporary file and rename it. Readers see the complete file or no file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(f".{secrets.token_hex(8)}.tmp")  # another run may write the same one, on another host
-    save_file({"logprobs": columns.values}, aside, metadata={"checksum": _checksum(columns.values)})
-    aside.replace(path)
+    temporary = path.with_suffix(f".{secrets.token_hex(8)}.tmp")  # other runs may write the same file from other hosts
+    save_file({"logprobs": columns.values}, temporary, metadata={"checksum": _checksum(columns.values)})
+    temporary.replace(path)
 
 
 def read_columns(path: Path, examples: Examples) -> TokenValues | None:

@@ -21,7 +21,7 @@ from rlhf.workers.rank_context import torch_dtype
 
 T = TypeVar("T")
 
-# Mean |difference| a token by which other kernels may miss what was stored.
+# Mean |difference| per token between stored values and those of other kernels.
 SPOT_CHECK_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.15}
 
 
@@ -67,19 +67,19 @@ class ReferencedPolicy(PairsWorker):
         Collective.
         """
         examples = self.sets[dataset].examples
-        found = read_columns(path, examples)
+        cached = read_columns(path, examples)
         lengths = examples.lengths.tolist()
         longest = max(range(len(lengths)), key=lengths.__getitem__)
         (microbatch,) = split_microbatches(lengths, [longest], max_tokens=lengths[longest])
         with torch.no_grad():
-            ours = self.logprobs(examples, microbatch).float().cpu()
-        if found is None:
+            logprobs = self.logprobs(examples, microbatch).float().cpu()
+        if cached is None:
             return False
         count = int(examples.loss_mask[microbatch.tokens].sum())
-        difference = float((ours - found.values[microbatch.tokens]).abs().sum()) / count
+        difference = float((logprobs - cached.values[microbatch.tokens]).abs().sum()) / count
         if not difference <= SPOT_CHECK_TOLERANCE[self.model_config.dtype]:
             return False
-        self.references[dataset] = found
+        self.references[dataset] = cached
         return True
 
     def logprobs(self, examples: Examples, microbatch: Microbatch) -> Float[Tensor, " n"]:

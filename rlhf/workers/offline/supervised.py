@@ -38,12 +38,12 @@ class SupervisedWorker(ExamplesWorker[Examples]):
                 loss, _, correct = self._forward(examples, microbatch, token_weight=1.0 / plan.num_tokens, trains=True)
                 self.engine.backward(loss, last=index == len(microbatches) - 1)
             learnt = int(examples.loss_mask[microbatch.tokens].sum())
-            found: dict[str, Reduction] = {
+            metrics: dict[str, Reduction] = {
                 "update/loss/mean": Mean(total=float(loss.detach()) * plan.num_tokens, count=learnt),
                 "update/token_accuracy/mean": Mean(total=correct, count=learnt),
                 "update/tokens/total": Sum(total=len(microbatch.tokens) if microbatch.rows else 0),
             }
-            parts.append(found)
+            parts.append(metrics)
         parts.append(self.step_metrics(self.engine.step()))
         return merge(parts)
 
@@ -60,12 +60,12 @@ class SupervisedWorker(ExamplesWorker[Examples]):
             ):
                 _, logprob_sum, correct = self._forward(examples, microbatch, token_weight=1.0)
             learnt = int(examples.loss_mask[microbatch.tokens].sum())
-            found: dict[str, Reduction] = {
+            metrics: dict[str, Reduction] = {
                 f"eval/{name}/loss": Mean(total=-logprob_sum, count=learnt),
                 f"eval/{name}/perplexity": ExpMean(total=-logprob_sum, count=learnt),
                 f"eval/{name}/token_accuracy": Mean(total=correct, count=learnt),
             }
-            parts.append(found)
+            parts.append(metrics)
         return merge(parts)
 
     def _forward(

@@ -44,11 +44,14 @@ class UnpairedWorker(ReferencedPolicy):
             with explains_out_of_memory(
                 role="policy", stage="update", rank=self.place.rank, tokens=len(microbatch.tokens)
             ):
-                loss, found = self._loss(batch, microbatch, plan, compared=compared, name="preference/{}/mean")
+                loss, metrics = self._loss(batch, microbatch, plan, compared=compared, name="preference/{}/mean")
                 self.engine.backward(loss, last=index == len(batch.microbatches) - 1)
             if microbatch.rows:
                 total = Mean(total=float(loss.detach()) * plan.num_sequences, count=len(microbatch.rows))
-                parts += [{"update/loss/mean": total, "update/tokens/total": Sum(total=len(microbatch.tokens))}, found]
+                parts += [
+                    {"update/loss/mean": total, "update/tokens/total": Sum(total=len(microbatch.tokens))},
+                    metrics,
+                ]
         parts.append(self.step_metrics(self.engine.step()))
         if self.place.rank == 0 and self.algorithm.compares_with == "divergence":
             parts.append({"preference/mismatched_kl": Last(value=compared)})
@@ -64,10 +67,10 @@ class UnpairedWorker(ReferencedPolicy):
                 with explains_out_of_memory(
                     role="policy", stage="eval", rank=self.place.rank, tokens=len(microbatch.tokens)
                 ):
-                    loss, found = self._loss(batch, microbatch, plan, compared=compared, name=f"eval/{name}/{{}}")
+                    loss, metrics = self._loss(batch, microbatch, plan, compared=compared, name=f"eval/{name}/{{}}")
                 if microbatch.rows:
                     total = Mean(total=float(loss) * plan.num_sequences, count=len(microbatch.rows))
-                    parts += [{f"eval/{name}/loss": total}, found]
+                    parts += [{f"eval/{name}/loss": total}, metrics]
         return merge(parts)
 
     def _log_ratios(self, batch: Batch, microbatch: Microbatch) -> Float[Tensor, " b"]:
@@ -92,7 +95,7 @@ class UnpairedWorker(ReferencedPolicy):
                 if microbatch.rows:
                     total += log_ratios.double().sum().cpu()
         whole = float(self.engine.all_reduce_sum(total.to(self.device))) / self.resources.sequence_parallel
-        num_rows = sum(map(len, plan.sequences_by_rank))  # of an evaluation in pieces, the piece's
+        num_rows = sum(map(len, plan.sequences_by_rank))  # in an evaluation, the rows of this call
         return mismatched_kl(whole, num_rows) if of == "divergence" else whole / num_rows
 
     def _loss(
@@ -110,10 +113,10 @@ class UnpairedWorker(ReferencedPolicy):
             right = ((rewards > self.algorithm.config.beta * compared) == labels).sum()
             sums = torch.stack([right.to(rewards.dtype), good.sum(), bad.sum()]).tolist()
         of_good, of_bad = Mean(total=sums[1], count=len(good)), Mean(total=sums[2], count=len(bad))
-        found: Metrics = {
+        metrics: Metrics = {
             name.format("accuracy"): Mean(total=sums[0], count=len(labels)),
             name.format("margin"): DifferenceOfMeans(left=of_good, right=of_bad),
             name.format("chosen_reward"): of_good,
             name.format("rejected_reward"): of_bad,
         }
-        return losses.sum() / plan.num_sequences, found
+        return losses.sum() / plan.num_sequences, metrics

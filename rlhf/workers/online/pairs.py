@@ -50,8 +50,8 @@ class OnlinePreferenceWorker(PreferenceWorker):
         Only the reference of an adapter is computed here. The first update measures the current
         log-probabilities.
         """
-        own = plan.sequences_of(self.data_rank)
-        ids = own or _some_pair(plan)  # without pairs a token to pass, of which nothing is learnt
+        sequence_ids = plan.sequences_of(self.data_rank)
+        ids = sequence_ids or _some_pair(plan)  # without pairs the rank passes tokens outside the loss mask
         rollouts = Rollouts.gather([p for p in parts[:num_rollouts] if isinstance(p, Rollouts)], ids)
         prompts = shared_prompts(rollouts, samples_per_prompt=self.rollouts_config.samples_per_prompt)
         common = self.rollouts_config.temperature
@@ -73,7 +73,7 @@ class OnlinePreferenceWorker(PreferenceWorker):
                 labels=torch.ones(len(ids) // 2, dtype=torch.bool),
             )
         )
-        self.plans, self.own = self._rows(plan), own
+        self.plans, self.sequence_ids = self._rows(plan), sequence_ids
         self.trainer_logprobs = unknown(len(examples.token_ids))
         self.positions = TokenValues(
             sequence_ids=examples.sequence_ids,
@@ -87,8 +87,8 @@ class OnlinePreferenceWorker(PreferenceWorker):
             from rlhf.models.lora import adapter_disabled  # with peft, which takes seconds
 
             with adapter_disabled(self.engine.module):
-                references = [self.reference_logprobs(0, one)[0] for one in self.plans]
-            if not own:
+                references = [self.reference_logprobs(0, minibatch)[0] for minibatch in self.plans]
+            if not sequence_ids:
                 unread = torch.zeros(len(examples.token_ids))
                 references = [TokenValues(sequence_ids=examples.sequence_ids, lengths=examples.lengths, values=unread)]
         if references:
@@ -104,13 +104,13 @@ class OnlinePreferenceWorker(PreferenceWorker):
     def token_signals(self, sequences: Sequence[int]) -> tuple[TokenSignals, int]:
         """Return the signals of the first update for this rank's tokens of `sequences`, and the number of tokens."""
         reference = self.references.get(0)
-        found = signals_of(
+        signals = signals_of(
             self.positions,
-            [i for i in self.own if i in sequences],
+            [i for i in self.sequence_ids if i in sequences],
             old_logprobs=self.trainer_logprobs,
             ref_logprobs=None if reference is None else reference.values,
         )
-        return found, len(found.old_logprobs)
+        return signals, len(signals.old_logprobs)
 
     def probe(self, token_ids: Sequence[int]) -> list[float]:
         """Return the log-probabilities of token_ids[1:] at temperature 1, under the weights as published.
@@ -133,11 +133,11 @@ class OnlinePreferenceWorker(PreferenceWorker):
         logprobs, mask = logprobs.float().cpu(), examples.loss_mask[microbatch.tokens]
         places = TokenValues.gather([self.positions], examples.sequence_ids.tolist()).values
         self.trainer_logprobs[places[microbatch.tokens]] = logprobs
-        found = sampler_metrics(logprobs, examples.rollout_logprobs[microbatch.tokens], mask, microbatch.lengths)
+        metrics = sampler_metrics(logprobs, examples.rollout_logprobs[microbatch.tokens], mask, microbatch.lengths)
         if batch.reference is not None:
             kl = kl_k3(logprobs[mask], batch.reference.values[microbatch.tokens][mask])
-            found["experience/kl_ref/mean"] = Mean(total=float(kl.sum()), count=len(kl))
-        self.observed.append(found)
+            metrics["experience/kl_ref/mean"] = Mean(total=float(kl.sum()), count=len(kl))
+        self.observed.append(metrics)
 
     def _rows(self, plan: BatchPlan) -> list[MinibatchPlan]:
         """Express the plan's minibatches as rows of this rank's pairs.

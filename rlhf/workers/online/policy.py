@@ -52,7 +52,7 @@ from rlhf.workers.online.whole_step import Ranks, Selections, ShareColumns, read
 from rlhf.workers.rank_context import RankContext
 from rlhf.workers.trained import TrainedWorker
 
-STEP_BASELINE_EPS = 1e-8  # of the summed energy, as in verl
+STEP_BASELINE_EPS = 1e-8  # bound of the summed energy, as in verl
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,13 +60,13 @@ class _Share:
     """This rank's sequences of the batch, with a list of micro-batches for each minibatch."""
 
     plan: BatchPlan
-    ids: tuple[int, ...]  # empty: another rank's sequence is held, unsampled, for a token to pass
+    ids: tuple[int, ...]  # empty: the share holds another rank's sequence, unsampled, for its forward passes
     rollouts: Rollouts
     microbatches: tuple[tuple[Microbatch, ...], ...]
-    old_logprobs: Float[Tensor, " N"] | None  # None: the only update computes them itself
-    old_entropy: Float[Tensor, " N"] | None  # None: nothing asks for it
+    old_logprobs: Float[Tensor, " N"] | None  # None: the only update computes them
+    old_entropy: Float[Tensor, " N"] | None  # None: not needed
     ref_logprobs: Float[Tensor, " N"] | None  # None: the run has no reference
-    collision_logprobs: Float[Tensor, " N"] | None = None  # None: nothing reads them
+    collision_logprobs: Float[Tensor, " N"] | None = None  # None: not needed
 
 
 class PolicyWorker(TrainedWorker):
@@ -143,7 +143,7 @@ class PolicyWorker(TrainedWorker):
         is_asked = is_asked or self.algorithm.has_step_baseline or reads_whole_step(self.algorithm)
         once = len(plan.minibatches) * self.config.train.epochs_per_batch == 1
         self.trainer_logprobs = unknown(len(rollouts.token_ids))
-        self.observes = True  # the first update measures how far trainer and sampler are apart
+        self.observes = True  # the first update measures the gap between trainer and sampler
         if once and not is_asked and not config.bypasses_old_logprobs:
             return (), {}
         self.share = self._with_old_columns()
@@ -184,21 +184,21 @@ class PolicyWorker(TrainedWorker):
                 }
         if self.algorithm.has_step_baseline:
             advantages = self._less_step_baseline(advantages)
-        own = moments(advantages, mask)
+        local_moments = moments(advantages, mask)
         if self.algorithm.whitens:
-            whole = self._moments_over_ranks(own)
+            whole = self._moments_over_ranks(local_moments)
             advantages = whiten(advantages, mask, mean=whole.mean, variance=whole.variance)
         elif self.algorithm.centers:
-            advantages = torch.where(mask, advantages - self._moments_over_ranks(own).mean, 0.0)
+            advantages = torch.where(mask, advantages - self._moments_over_ranks(local_moments).mean, 0.0)
         bound = self.algorithm.config.advantage_clip
         if bound is not None:
             held = int((advantages.abs() > bound).sum())
-            metrics["advantages/clipped/fraction"] = Mean(total=held, count=own.count)
+            metrics["advantages/clipped/fraction"] = Mean(total=held, count=local_moments.count)
             advantages = advantages.clamp(-bound, bound)
         self.advantages = advantages
         self.selections = self._select()
-        metrics["advantages/mean"] = Mean(total=own.mean * own.count, count=own.count)
-        metrics["advantages/std"] = as_std(own)
+        metrics["advantages/mean"] = Mean(total=local_moments.mean * local_moments.count, count=local_moments.count)
+        metrics["advantages/std"] = as_std(local_moments)
         metrics["advantages/histogram"] = advantage_histogram(advantages, mask)
         means = sequence_means(advantages, mask, lengths).tolist() if share.ids else ()
         return returns, (dict(zip(share.ids, means, strict=True)), metrics)
@@ -206,14 +206,14 @@ class PolicyWorker(TrainedWorker):
     def token_signals(self, sequences: Sequence[int]) -> tuple[TokenSignals, int]:
         """Return per-token training signals for this rank's subset of `sequences`, and the number of tokens."""
         share = self.share
-        found = signals_of(
+        signals = signals_of(
             share.rollouts,
             [i for i in share.ids if i in sequences],
             old_logprobs=self.trainer_logprobs,
             ref_logprobs=share.ref_logprobs,
             advantages=self.advantages,
         )
-        return found, len(found.advantages)
+        return signals, len(signals.advantages)
 
     def update(self, minibatch: int) -> Metrics:
         """Run one optimizer step on a minibatch of the prepared batch. Collective."""
@@ -229,10 +229,10 @@ class PolicyWorker(TrainedWorker):
             with explains_out_of_memory(
                 role="policy", stage="update", rank=self.place.rank, tokens=len(microbatch.tokens)
             ):
-                terms, found = self._microbatch_loss(microbatch, counts)
+                terms, metrics = self._microbatch_loss(microbatch, counts)
                 self.engine.backward(terms.loss, last=index == len(microbatches) - 1)
             if microbatch.rows:
-                parts += [self._update_metrics(terms, microbatch, step_tokens=plan.num_tokens), found]
+                parts += [self._update_metrics(terms, microbatch, step_tokens=plan.num_tokens), metrics]
         self.observes = False
         report = self.engine.step()
         if self.place.rank == 0:
@@ -249,7 +249,7 @@ class PolicyWorker(TrainedWorker):
     def _update_metrics(self, terms: LossTerms, microbatch: Microbatch, *, step_tokens: int) -> Metrics:
         mask = self.share.rollouts.response_mask[microbatch.tokens]
         has_kl_loss = self.algorithm.config.kl.place == "loss" and self.share.ref_logprobs is not None
-        found = update_metrics(
+        metrics = update_metrics(
             terms,
             sampled=int(mask.sum()),
             passed=len(microbatch.tokens),
@@ -257,9 +257,9 @@ class PolicyWorker(TrainedWorker):
             has_kl_loss=has_kl_loss,
         )
         if self.selections.selected is None:
-            return found
+            return metrics
         chosen = int(self.selections.selected[microbatch.tokens].sum())
-        return {**found, "update/selected/fraction": Mean(total=chosen, count=int(mask.sum()))}
+        return {**metrics, "update/selected/fraction": Mean(total=chosen, count=int(mask.sum()))}
 
     def _columns(self, microbatch: Microbatch) -> tuple[Int[Tensor, " n"], Int[Tensor, " b"], Bool[Tensor, " n"]]:
         rollouts = self.share.rollouts
@@ -282,7 +282,7 @@ class PolicyWorker(TrainedWorker):
                     torch.no_grad(),
                     explains_out_of_memory(role="policy", stage=stage, rank=self.place.rank, tokens=len(token_ids)),
                 ):
-                    found = self.engine.forward(
+                    columns = self.engine.forward(
                         function,
                         token_ids,
                         lengths,
@@ -290,8 +290,8 @@ class PolicyWorker(TrainedWorker):
                         branches=microbatch.branches,
                         temperature=self.temperatures.at(microbatch, self.device),
                     )
-                results = results or tuple(torch.zeros(len(self.share.rollouts.token_ids)) for _ in found)
-                for column, values in zip(results, found, strict=True):
+                results = results or tuple(torch.zeros(len(self.share.rollouts.token_ids)) for _ in columns)
+                for column, values in zip(results, columns, strict=True):
                     column[microbatch.tokens] = values.float().cpu()
         return results
 
@@ -356,11 +356,11 @@ class PolicyWorker(TrainedWorker):
         if not share.ids:
             return torch.zeros(len(share.rollouts.token_ids))
         starts = (share.rollouts.lengths.cumsum(0) - share.rollouts.lengths).tolist()
-        told = [
+        placed_steps = [
             (start, step) for i, start in zip(share.ids, starts, strict=True) for step in share.plan.steps.get(i, ())
         ]
-        ends = torch.tensor([start + step.end for start, step in told], dtype=torch.int64)
-        values = torch.tensor([step.value for _, step in told])
+        ends = torch.tensor([start + step.end for start, step in placed_steps], dtype=torch.int64)
+        values = torch.tensor([step.value for _, step in placed_steps])
         return step_rewards(ends, values, share.rollouts.response_mask)
 
     def _less_step_baseline(self, returns: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
@@ -381,11 +381,13 @@ class PolicyWorker(TrainedWorker):
         baseline, alone = step_baseline(whole, mask, cells, eps=STEP_BASELINE_EPS)
         return torch.where(alone, returns, returns - baseline.to(returns.dtype))
 
-    def _moments_over_ranks(self, own: Moments) -> Moments:
+    def _moments_over_ranks(self, local_moments: Moments) -> Moments:
         """Merge the moments of all ranks' values. Every rank gets the same result."""
         table = torch.zeros(self.place.world_size, 3, dtype=torch.float64)
-        if self.place.rank % self.resources.sequence_parallel == 0:  # of those with the same sequences, one
-            table[self.data_rank] = torch.tensor([own.count, own.mean, own.squared_deviation], dtype=torch.float64)
+        if self.place.rank % self.resources.sequence_parallel == 0:  # one rank per sequence group contributes
+            table[self.data_rank] = torch.tensor(
+                [local_moments.count, local_moments.mean, local_moments.squared_deviation], dtype=torch.float64
+            )
         rows = self.engine.all_reduce_sum(table.to(self.device)).tolist()
         return merge_moments(
             [Moments(count=int(count), mean=mean, squared_deviation=spread) for count, mean, spread in rows]
@@ -426,10 +428,10 @@ class PolicyWorker(TrainedWorker):
             return terms, {}
         now = logprobs.detach()
         self.trainer_logprobs[microbatch.tokens] = now.cpu()
-        found = sampler_metrics(now, batch.rollout_logprobs, mask, lengths)
+        metrics = sampler_metrics(now, batch.rollout_logprobs, mask, lengths)
         if old is None:
-            found.update(reference_metrics(config, now, batch.ref_logprobs, mask))
-        return terms, found
+            metrics.update(reference_metrics(config, now, batch.ref_logprobs, mask))
+        return terms, metrics
 
 
 def _logprobs(*columns: Any, **settings: Any) -> tuple[Tensor]:

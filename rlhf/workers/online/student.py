@@ -78,7 +78,7 @@ class StudentWorker(OfflineWorker):
         """
         ids = plan.sequences_of(self.data_rank)
         rollouts = Rollouts.gather([p for p in parts[:num_rollouts] if isinstance(p, Rollouts)], ids)
-        told = [p for p in parts[num_rollouts:] if isinstance(p, TokenValues)]
+        teacher_columns = [p for p in parts[num_rollouts:] if isinstance(p, TokenValues)]
         lengths, row_of = rollouts.lengths.tolist(), {sequence_id: row for row, sequence_id in enumerate(ids)}
         prompts = shared_prompts(rollouts, samples_per_prompt=self.rollouts_config.samples_per_prompt)
         budget = self.config.train.max_tokens_per_microbatch
@@ -88,11 +88,11 @@ class StudentWorker(OfflineWorker):
             microbatches = split_microbatches(lengths, rows, max_tokens=budget, prompts=prompts, layout=self.layout)
             self.microbatches.append(padded(microbatches, self.engine.max_over_ranks(len(microbatches))))
         self.plan, self.rollouts = plan, rollouts
-        self.teacher_logprobs = TokenValues.gather(told, ids).values if told else None
+        self.teacher_logprobs = TokenValues.gather(teacher_columns, ids).values if teacher_columns else None
         added = torch.tensor([plan.scores.get(i, 0.0) for i in ids])
         self.reward_advantages = to_tokens(added, rollouts.lengths, num_tokens=len(rollouts.token_ids))
         several = len(plan.minibatches) * self.config.train.epochs_per_batch > 1
-        self.old_logprobs = self._compute_logprobs() if told and several else None
+        self.old_logprobs = self._compute_logprobs() if teacher_columns and several else None
         self.visited: set[int] = set()
         self.seen = Seen.of(len(rollouts.token_ids))
         return (), {}
@@ -103,7 +103,7 @@ class StudentWorker(OfflineWorker):
         `states` are the teacher's hidden states, if the run uses them.
         """
         plan, microbatches = self.plan.minibatches[minibatch], self.microbatches[minibatch]
-        # what is measured before training: later updates of a batch know it only of the log-probabilities they keep
+        # later updates of a batch can measure the state before training only from stored log-probabilities
         self.observes = minibatch not in self.visited and (not self.visited or self.old_logprobs is not None)
         self.visited.add(minibatch)
         hidden = self._hidden(minibatch, states)
@@ -112,26 +112,26 @@ class StudentWorker(OfflineWorker):
             with explains_out_of_memory(
                 role="policy", stage="update", rank=self.place.rank, tokens=len(microbatch.tokens)
             ):
-                loss, *found = (
+                loss, *reports = (
                     self._sampled(microbatch, plan) if hidden is None else self._whole(microbatch, plan, hidden)
                 )
                 self.engine.backward(loss, last=index == len(microbatches) - 1)
             if microbatch.rows:
-                parts += found if self.observes else found[:1]
+                parts += reports if self.observes else reports[:1]
         parts.append(self.step_metrics(self.engine.step()))
         return merge(parts)
 
     def token_signals(self, sequences: Sequence[int]) -> tuple[TokenSignals, int]:
         """Return the signals from before training for this rank's subset of `sequences`, and the number of tokens."""
         held, seen = self.plan.sequences_of(self.data_rank), self.seen
-        found = signals_of(
+        signals = signals_of(
             self.rollouts,
             [i for i in held if i in sequences],
             old_logprobs=seen.old_logprobs,
             teacher_logprobs=seen.teacher_logprobs,
             advantages=seen.advantages,
         )
-        return found, len(found.advantages)
+        return signals, len(signals.advantages)
 
     def probe(self, token_ids: Sequence[int]) -> list[float]:
         """Return the log-probabilities of token_ids[1:] at temperature 1, under the weights as published.
@@ -154,10 +154,10 @@ class StudentWorker(OfflineWorker):
         logprobs, rollout_logprobs = logprobs.float(), self._of(self.rollouts.rollout_logprobs, microbatch)
         old = logprobs.detach() if self.old_logprobs is None else self._of(self.old_logprobs, microbatch)
         assert self.teacher_logprobs is not None
-        told = self._of(self.teacher_logprobs, microbatch)
-        advantages = teacher_advantages(old, told, mask)
+        teacher_logprobs = self._of(self.teacher_logprobs, microbatch)
+        advantages = teacher_advantages(old, teacher_logprobs, mask)
         advantages = advantages + torch.where(mask, self._of(self.reward_advantages, microbatch), 0.0)
-        self._keep(microbatch, old, told, advantages)
+        self._keep(microbatch, old, teacher_logprobs, advantages)
         batch = PolicyMicrobatch(
             lengths=lengths,
             response_mask=mask,
@@ -183,7 +183,7 @@ class StudentWorker(OfflineWorker):
         )
         spread = moments(advantages, mask)
         before = {
-            **_observed(old, told, rollout_logprobs, mask, lengths),
+            **_observed(old, teacher_logprobs, rollout_logprobs, mask, lengths),
             "advantages/mean": Mean(total=spread.mean * spread.count, count=spread.count),
             "advantages/std": as_std(spread),
             "advantages/histogram": advantage_histogram(advantages, mask),
@@ -198,7 +198,7 @@ class StudentWorker(OfflineWorker):
         `hidden` holds the teacher's states of the minibatch.
         """
         token_ids, lengths, mask = self._columns(microbatch)
-        loss, logprobs, told, entropy = self.engine.forward(
+        loss, logprobs, teacher_logprobs, entropy = self.engine.forward(
             sampled_distillation_loss,
             token_ids,
             lengths,
@@ -210,7 +210,7 @@ class StudentWorker(OfflineWorker):
             temperature=self.rollouts_config.temperature,
             token_weight=1.0 / plan.num_tokens,
         )
-        self._keep(microbatch, logprobs, told, None)
+        self._keep(microbatch, logprobs, teacher_logprobs, None)
         sampled = int(mask.sum())
         updated: Metrics = {
             "update/loss/mean": Mean(total=float(loss.detach()) * plan.num_tokens, count=sampled),
@@ -218,20 +218,20 @@ class StudentWorker(OfflineWorker):
             "update/tokens/total": Sum(total=len(microbatch.tokens)),
         }
         rollout_logprobs = self._of(self.rollouts.rollout_logprobs, microbatch)
-        return loss, updated, _observed(logprobs, told, rollout_logprobs, mask, lengths)
+        return loss, updated, _observed(logprobs, teacher_logprobs, rollout_logprobs, mask, lengths)
 
     def _keep(
         self,
         microbatch: Microbatch,
         old: Float[Tensor, " n"],
-        told: Float[Tensor, " n"],
+        teacher_logprobs: Float[Tensor, " n"],
         advantages: Float[Tensor, " n"] | None,
     ) -> None:
         """Store a micro-batch's columns for the samples file, before training changes them."""
         if not self.observes or not microbatch.rows:
             return
         self.seen.old_logprobs[microbatch.tokens] = old.detach().float().cpu()
-        self.seen.teacher_logprobs[microbatch.tokens] = told.detach().float().cpu()
+        self.seen.teacher_logprobs[microbatch.tokens] = teacher_logprobs.detach().float().cpu()
         if advantages is not None:
             self.seen.advantages[microbatch.tokens] = advantages.float().cpu()
 
@@ -247,8 +247,8 @@ class StudentWorker(OfflineWorker):
     def _places(self, microbatch: Microbatch, plan: MinibatchPlan) -> Int[Tensor, " n"]:
         """Return the index of each sampled token of a micro-batch among the sampled tokens of its minibatch."""
         mask = self.rollouts.response_mask
-        own = plan.sequences_by_rank[self.data_rank]
-        first = self.plan.sequences_of(self.data_rank).index(own[0])
+        ids = plan.sequences_by_rank[self.data_rank]
+        first = self.plan.sequences_of(self.data_rank).index(ids[0])
         before = sequence_counts(mask, self.rollouts.lengths)[:first].sum()
         return mask.cumsum(0)[microbatch.tokens[mask[microbatch.tokens]]] - 1 - before
 

@@ -30,7 +30,7 @@ def signals_of(
     """Return the signals of the wanted sequences of a batch. A column of None becomes a column of nan."""
     num_tokens = int(batch.lengths.sum())
     columns = (old_logprobs, ref_logprobs, teacher_logprobs, advantages)
-    old, ref, teacher, advantage = (unknown(num_tokens) if one is None else one.float() for one in columns)
+    old, ref, teacher, advantage = (unknown(num_tokens) if column is None else column.float() for column in columns)
     whole = TokenSignals(
         sequence_ids=batch.sequence_ids,
         lengths=batch.lengths,

@@ -28,7 +28,7 @@ def sampler_metrics(
     """Measure the gap between trainer and sampler on the sampled tokens. `logprobs`: under the sampling weights."""
     old, rollout = (torch.where(mask, column, 0.0).double() for column in (logprobs, rollout_logprobs))
     gap = old - rollout
-    ratio, products = gap.exp(), sequence_sums(gap, lengths).exp()  # outside the mask 1
+    ratio, products = gap.exp(), sequence_sums(gap, lengths).exp()  # both are 1 outside the mask
     sampled = sequence_counts(mask, lengths) > 0
     values = torch.stack(
         [
@@ -45,7 +45,7 @@ def sampler_metrics(
             torch.where(sampled, products, 0.0).sum(),
             torch.where(sampled, products.square(), 0.0).sum(),
         ]
-    ).tolist()  # one wait for the device
+    ).tolist()  # synchronizes the device once
     tokens, sequences, diff, diff_max, k1, k3, ratios, ratio_max, ratio_min, squares, product, product_squares = values
     return {
         "experience/rollout_logprob_diff/mean": Mean(total=diff, count=tokens),
@@ -75,10 +75,10 @@ def reference_metrics(
     return {"experience/kl_ref/mean": Mean(total=float(divergence.sum()), count=int(mask.sum()))}
 
 
-def correction_metrics(found: Correction, *, sampled: int) -> dict[str, Reduction]:
+def correction_metrics(correction: Correction, *, sampled: int) -> dict[str, Reduction]:
     """Measure the effect of a correction on a micro-batch with `sampled` tokens in its mask."""
-    weights = found.weights.double()
-    sums = (weights, weights.square(), found.truncated, found.masked, found.rejected)
+    weights = correction.weights.double()
+    sums = (weights, weights.square(), correction.truncated, correction.masked, correction.rejected)
     total, squares, truncated, masked, rejected = torch.stack([column.sum().double() for column in sums]).tolist()
     return {
         "experience/rollout_weight/mean": Mean(total=total, count=sampled),
@@ -106,9 +106,9 @@ def update_metrics(terms: LossTerms, *, sampled: int, passed: int, step_tokens: 
             terms.ratio_max,
         ]
     )
-    told = torch.cat([values.double(), terms.ratio_counts]).tolist()  # one wait for the device
-    loss, surrogate, kl_loss, clipped, kl_old, entropy, ratio_max, *ratio_counts = told
-    found: dict[str, Reduction] = {
+    totals = torch.cat([values.double(), terms.ratio_counts]).tolist()  # synchronizes the device once
+    loss, surrogate, kl_loss, clipped, kl_old, entropy, ratio_max, *ratio_counts = totals
+    metrics: dict[str, Reduction] = {
         "update/loss/mean": Mean(total=loss * step_tokens, count=sampled),
         "update/policy_loss/mean": Mean(total=surrogate * step_tokens, count=sampled),
         "update/clip_fraction/mean": Mean(total=clipped, count=sampled),
@@ -119,21 +119,21 @@ def update_metrics(terms: LossTerms, *, sampled: int, passed: int, step_tokens: 
         "update/tokens/total": Sum(total=passed),
     }
     if terms.capped_tokens is not None:
-        found["update/dual_clip_fraction/mean"] = Mean(total=float(terms.capped_tokens), count=sampled)
+        metrics["update/dual_clip_fraction/mean"] = Mean(total=float(terms.capped_tokens), count=sampled)
     if terms.correction is not None:
-        found |= correction_metrics(terms.correction, sampled=sampled)
+        metrics |= correction_metrics(terms.correction, sampled=sampled)
     if has_kl_loss:
-        found["update/kl_loss/mean"] = Mean(total=kl_loss * step_tokens, count=sampled)
-    return found
+        metrics["update/kl_loss/mean"] = Mean(total=kl_loss * step_tokens, count=sampled)
+    return metrics
 
 
 def critic_metrics(terms: ValueLossTerms, *, sampled: int, step_tokens: int, clips: bool) -> Metrics:
     """Return the metrics of a critic micro-batch. Losses merge as in `update_metrics`."""
     loss, clipped = torch.stack([terms.loss.detach(), terms.clipped_tokens]).tolist()
-    found: dict[str, Reduction] = {"update/value_loss/mean": Mean(total=loss * step_tokens, count=sampled)}
+    metrics: dict[str, Reduction] = {"update/value_loss/mean": Mean(total=loss * step_tokens, count=sampled)}
     if clips:
-        found["update/value_clip_fraction/mean"] = Mean(total=clipped, count=sampled)
-    return found
+        metrics["update/value_clip_fraction/mean"] = Mean(total=clipped, count=sampled)
+    return metrics
 
 
 def advantage_histogram(advantages: Float[Tensor, " N"], mask: Bool[Tensor, " N"]) -> Histogram:
@@ -142,9 +142,9 @@ def advantage_histogram(advantages: Float[Tensor, " N"], mask: Bool[Tensor, " N"
     return Histogram(edges=ADVANTAGE_EDGES, counts=tuple(counts.tolist()))
 
 
-def as_std(found: Moments) -> Std:
+def as_std(value: Moments) -> Std:
     """Convert moments to a metric of the standard deviation."""
-    return Std(count=found.count, mean=found.mean, m2=found.squared_deviation)
+    return Std(count=value.count, mean=value.mean, m2=value.squared_deviation)
 
 
 def sequence_reports(

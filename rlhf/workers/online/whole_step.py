@@ -31,14 +31,14 @@ class ShareColumns:
     response_mask: Bool[Tensor, " N"]
     old_logprobs: Float[Tensor, " N"]
     advantages: Float[Tensor, " N"]
-    entropy: Float[Tensor, " N"] | None  # None: nothing asks for it
+    entropy: Float[Tensor, " N"] | None  # None: not needed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
     """The rank's means of exchanging columns. Among ranks with the same sequences only one has `contributes` set."""
 
-    rank: int  # whose share of a plan it has
+    rank: int  # the rank's index in a plan
     contributes: bool
     all_reduce_sum: Callable[[Tensor], Tensor]
 
@@ -66,9 +66,9 @@ def select_tokens(
     columns = [share.old_logprobs, share.advantages, *([] if share.entropy is None else [share.entropy])]
     sampled = _positions(share)
     for number, minibatch in enumerate(plan.minibatches):
-        own = {i: sampled[i] for i in minibatch.sequences_by_rank[ranks.rank]}
-        places = torch.cat([torch.empty(0, dtype=torch.int64), *own.values()])
-        counts = {i: len(positions) for i, positions in own.items()}
+        positions_by_id = {i: sampled[i] for i in minibatch.sequences_by_rank[ranks.rank]}
+        places = torch.cat([torch.empty(0, dtype=torch.int64), *positions_by_id.values()])
+        counts = {i: len(positions) for i, positions in positions_by_id.items()}
         whole, at = gathered(torch.stack(columns)[:, places], counts, minibatch, ranks)
         everywhere = torch.ones(whole.shape[1], dtype=torch.bool)
         if high is not None and fraction is not None:
