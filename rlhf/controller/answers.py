@@ -12,7 +12,7 @@ from rlhf.controller.record import RunRecord
 from rlhf.controller.sampling import environment_failures
 from rlhf.data.prompts import rollout_seed
 from rlhf.roles import CompletedGroup, RewardRole, RolloutRole, ScoredGroup
-from rlhf.rollouts.records.finish_order import FirstsLedger, race_identity
+from rlhf.rollouts.records.finish_order import FinishOrderLedger, request_set_digest
 from rlhf.rollouts.records.request_digest import scored_identity
 from rlhf.rollouts.records.score_ledger import ScoreLedger
 from rlhf.tracking.metrics.reductions import Sum
@@ -101,7 +101,7 @@ class Answers:
         self.reward = reward
         self.record = record
         self.ledger = ScoreLedger(record.folder.spool, rewards=rewards_fingerprint)
-        self.firsts = FirstsLedger(record.folder.spool, rewards=rewards_fingerprint)
+        self.firsts = FinishOrderLedger(record.folder.spool, rewards=rewards_fingerprint)
 
     async def score_all(
         self, requests: Sequence[GroupRequest], sampling: Sampling, *, step: int, version: int
@@ -140,7 +140,7 @@ class Answers:
             rule: names the criterion of `is_enough`. A resumed run with the same requests and rule gets the same
                 groups.
         """
-        race = race_identity(requests, sampling, version=version, rule=rule)
+        race = request_set_digest(requests, sampling, version=version, rule=rule)
         firsts = self.firsts.get(race)
         found: list[ScoredGroup] = []
         closing: asyncio.Task[Any] | None = None

@@ -46,7 +46,7 @@ class DataRow(Protocol):
     def non_token_bytes(self) -> bytes: ...
 
     @property
-    def num_learnt(self) -> int:
+    def num_targets(self) -> int:
         """Count the tokens in the loss mask, the denominator of a mean over tokens."""
         ...
 
@@ -193,7 +193,7 @@ class OfflineController:
             sequences_by_rank=tuple(
                 tuple(rows[i].example_id for i in sorted(share)) for share in balance(lengths, self.role.num_ranks)
             ),
-            num_tokens=sum(row.num_learnt for row in rows),
+            num_tokens=sum(row.num_targets for row in rows),
             num_sequences=len(rows),
         )
 

@@ -53,15 +53,15 @@ def _message(row: Row, column: str, number: int, message: object) -> Message:
         fields.pop("tool_calls", None)
     role, content, calls = fields.get("role"), fields.get("content"), fields.get("tool_calls")
     if not isinstance(role, str) or not role.strip() or not isinstance(content, str | None):
-        raise _no_message(row, where, message)
+        raise _invalid_message(row, where, message)
     if calls and role == ASSISTANT:
         fields["tool_calls"] = _tool_calls(row, where, calls)
     elif content is None:
-        raise _no_message(row, where, message)
+        raise _invalid_message(row, where, message)
     elif not content.strip() and role != "tool":
         if role == ASSISTANT:
             raise NotUsable(row.place, f"{where}, the assistant's, is empty")
-        raise _no_message(row, where, message)
+        raise _invalid_message(row, where, message)
     if not isinstance(fields.get("train", True), bool):
         raise UserError(f"{row.place}: `train` of {where} is {fields['train']!r:.40}, expected true or false.")
     if fields.get("train") and role != ASSISTANT:
@@ -73,7 +73,7 @@ def _message(row: Row, column: str, number: int, message: object) -> Message:
     return fields
 
 
-def _no_message(row: Row, where: str, message: object) -> UserError:
+def _invalid_message(row: Row, where: str, message: object) -> UserError:
     return UserError(
         f"{row.place}: {where} is {message!r:.80}, expected an object with strings `role` and `content`, neither of "
         "them empty (an assistant's may have `tool_calls` in place of content)."
@@ -135,7 +135,7 @@ def names(tools: Sequence[Message]) -> list[str]:
     return [_name(tool) for tool in tools]
 
 
-def refuse_untold_tools(tools: Sequence[Message] | None, text: str, tokenizer: Any, place: str) -> None:
+def refuse_unmentioned_tools(tools: Sequence[Message] | None, text: str, tokenizer: Any, place: str) -> None:
     """Raise UserError if the rendered text before an assistant's turn lacks the name of a tool."""
     missing = [name for name in names(tools or ()) if name not in text]
     if missing:
@@ -199,7 +199,9 @@ def raw_prompt(text: str, *, place: str, system_prompt: str | None, beginning: s
     return text if text.startswith(beginning) else beginning + text
 
 
-def behind_turn(messages: Sequence[Message], tokenizer: Any, *, add_generation_prompt: bool, place: str) -> str | None:
+def text_after_turn(
+    messages: Sequence[Message], tokenizer: Any, *, add_generation_prompt: bool, place: str
+) -> str | None:
     """Return the template's text after an assistant's turn followed by `messages`.
 
     Return None if the template does not write the turn exactly once and unchanged. UserError if it refuses the
@@ -216,7 +218,7 @@ def turn_end(tokenizer: Any) -> int | None:
     if tokenizer.chat_template is None:
         return None
     try:
-        behind = behind_turn([], tokenizer, add_generation_prompt=False, place="") or ""
+        behind = text_after_turn([], tokenizer, add_generation_prompt=False, place="") or ""
     except UserError:  # the template needs more than a question and its answer
         return None
     end = special_tokens(tokenizer).match(behind.lstrip())

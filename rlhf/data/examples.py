@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import torch
 
 from rlhf.data.chat import read_messages
-from rlhf.data.pieces import Piece, Tokens, Writer, answer_text, encode_pieces
+from rlhf.data.segments import Segment, Tokens, Writer, answer_text, encode_segments
 from rlhf.data.sources import Row
 from rlhf.data.stream import Stream
 from rlhf.data.usable import Loaded, NotUsable, Unusable, refuse_too_many
@@ -62,7 +62,7 @@ class Example:
         return len(self.token_ids)
 
     @property
-    def num_learnt(self) -> int:
+    def num_targets(self) -> int:
         """Return the number of learned tokens."""
         return sum(self.loss_mask)
 
@@ -88,7 +88,7 @@ def load_examples(rows: Sequence[Row], tokenizer: Any, reading: Reading, *, firs
     return load_sequences(
         rows,
         tokenizer,
-        write=lambda row: [_pieces(row, writer)],
+        write=lambda row: [_segments(row, writer)],
         build=build,
         max_unusable_fraction=reading.max_unusable_fraction,
     )
@@ -98,7 +98,7 @@ def load_sequences(
     rows: Sequence[Row],
     tokenizer: Any,
     *,
-    write: Callable[[Row], Sequence[Sequence[Piece]]],
+    write: Callable[[Row], Sequence[Sequence[Segment]]],
     build: Callable[[int, Row, Sequence[Sequence[Tokens]]], T],
     max_unusable_fraction: float,
 ) -> Loaded[T]:
@@ -108,13 +108,13 @@ def load_sequences(
     row out. UserError if more rows are left out than allowed.
     """
     unusable: dict[int, Unusable] = {}
-    written: dict[int, Sequence[Sequence[Piece]]] = {}
+    written: dict[int, Sequence[Sequence[Segment]]] = {}
     for index, row in enumerate(rows):
         try:
             written[index] = write(row)
         except NotUsable as fault:
             unusable[index] = fault.unusable
-    encoded = encode_pieces(list(itertools.chain.from_iterable(written.values())), tokenizer)
+    encoded = encode_segments(list(itertools.chain.from_iterable(written.values())), tokenizer)
     items: list[T] = []
     for index, sequences in written.items():
         tokens = list(itertools.islice(encoded, len(sequences)))
@@ -127,14 +127,14 @@ def load_sequences(
     return Loaded(items=tuple(items), unusable=left_out)
 
 
-def mark(example_id: int, pieces: Sequence[Tokens], *, place: str) -> Example:
+def mark(example_id: int, segments: Sequence[Tokens], *, place: str) -> Example:
     """Join the tokens of the segments into an example. UserError if the prompt has no tokens."""
-    if not pieces[0].ids:
+    if not segments[0].ids:
         raise UserError(f"{place}: the prompt has no tokens.")
-    loss_mask = [piece.learn for piece in pieces for _ in piece.ids]
+    loss_mask = [segment.learn for segment in segments for _ in segment.ids]
     return Example(
         example_id=example_id,
-        token_ids=tuple(itertools.chain.from_iterable(piece.ids for piece in pieces)),
+        token_ids=tuple(itertools.chain.from_iterable(segment.ids for segment in segments)),
         loss_mask=(False, *loss_mask[1:]),  # the first token has no prediction
     )
 
@@ -181,7 +181,7 @@ def collate(examples: Sequence[Example]) -> Examples:
     )
 
 
-def _pieces(row: Row, writer: Writer) -> list[Piece]:
+def _segments(row: Row, writer: Writer) -> list[Segment]:
     columns = row.columns
     if "messages" in columns:
         return writer.conversation(row, read_messages(row, system_prompt=writer.system_prompt))
@@ -193,20 +193,21 @@ def _pieces(row: Row, writer: Writer) -> list[Piece]:
         return writer.text(row, answer_text(row, "text"))
     if "prompt" in columns or "completion" in columns:
         return writer.answer(row, "completion")  # the error names the missing column
-    found = ", ".join(f"`{name}`" for name in columns) or "nothing"
+    present = ", ".join(f"`{name}`" for name in columns) or "nothing"
     hint = row.renamed_away("messages", "prompt", "completion", "instruction", "output", "text")
     raise UserError(
-        f"{row.place}: found {found}, expected the columns `messages`, or `prompt` and `completion`, or `instruction` "
-        f"and `output`, or `text`. {hint or 'If yours have other names, set data.columns: {completion: ITS_NAME}.'}"
+        f"{row.place}: found {present}, expected the columns `messages`, or `prompt` and `completion`, or "
+        f"`instruction` and `output`, or `text`. "
+        f"{hint or 'If yours have other names, set data.columns: {completion: ITS_NAME}.'}"
     )
 
 
 def _alpaca_prompt(row: Row, writer: Writer) -> str:
     """Return instruction and input with a blank line between them, or Alpaca's headings without a chat template."""
     instruction = row.text("instruction")
-    given = "" if row.columns.get("input") in (None, "") else row.text("input")
+    input_text = "" if row.columns.get("input") in (None, "") else row.text("input")
     if writer.apply_chat_template:
-        return f"{instruction}\n\n{given}" if given else instruction
-    parts = {"Instruction": instruction, "Input": given, "Response": ""}
+        return f"{instruction}\n\n{input_text}" if input_text else instruction
+    parts = {"Instruction": instruction, "Input": input_text, "Response": ""}
     shown = [f"### {name}:\n{text}" for name, text in parts.items() if text or name == "Response"]
     return "\n\n".join(shown)

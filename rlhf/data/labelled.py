@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rlhf.data.examples import Example, Reading, collate, fit, load_sequences, mark, num_prompt_tokens
-from rlhf.data.pieces import Tokens, Writer
+from rlhf.data.segments import Tokens, Writer
 from rlhf.data.sources import Row
 from rlhf.data.usable import Loaded
 from rlhf.types import Pairs
@@ -43,9 +43,9 @@ class Labelled:
         return len(self.token_ids)
 
     @property
-    def num_learnt(self) -> int:
+    def num_targets(self) -> int:
         """Return the number of learned tokens of the answer."""
-        return self.example.num_learnt
+        return self.example.num_targets
 
     @property
     def prompt_tokens(self) -> int:
@@ -82,31 +82,31 @@ def collate_labelled(labelled: Sequence[Labelled], *, mismatched: bool) -> Pairs
     with the next answer to another prompt. This answer is truncated if the sequence would be longer than the longest of
     the batch. Raise ValueError if a mismatch is wanted and there is only one prompt.
     """
-    sequences = _beside_mismatched(labelled) if mismatched else [one.example for one in labelled]
+    sequences = _with_mismatched(labelled) if mismatched else [item.example for item in labelled]
     return Pairs(
         examples=collate(sequences),
-        prompt_tokens=torch.tensor([one.prompt_tokens for one in labelled], dtype=torch.int64),
+        prompt_tokens=torch.tensor([item.prompt_tokens for item in labelled], dtype=torch.int64),
         margins=torch.zeros(len(labelled)),
-        labels=torch.tensor([one.label for one in labelled], dtype=torch.bool),
+        labels=torch.tensor([item.label for item in labelled], dtype=torch.bool),
     )
 
 
-def _beside_mismatched(labelled: Sequence[Labelled]) -> list[Example]:
-    longest = max(len(one.token_ids) for one in labelled)
-    prompts = [one.token_ids[: one.prompt_tokens] for one in labelled]
+def _with_mismatched(labelled: Sequence[Labelled]) -> list[Example]:
+    longest = max(len(item.token_ids) for item in labelled)
+    prompts = [item.token_ids[: item.prompt_tokens] for item in labelled]
     sequences: list[Example] = []
-    for index, one in enumerate(labelled):
+    for index, item in enumerate(labelled):
         others = ((index + ahead) % len(labelled) for ahead in range(1, len(labelled)))
-        found = next((i for i in others if prompts[i] != prompts[index]), None)
-        if found is None:
+        match = next((i for i in others if prompts[i] != prompts[index]), None)
+        if match is None:
             raise ValueError("all answers are to one prompt, so none is to another")
-        other, prompt = labelled[found].example, one.prompt_tokens
+        other, prompt = labelled[match].example, item.prompt_tokens
         answer = other.token_ids[num_prompt_tokens(other) :][: longest - prompt]
         learnt = other.loss_mask[num_prompt_tokens(other) :][: longest - prompt]
         swapped = Example(
             example_id=2 * index + 1,
-            token_ids=one.token_ids[:prompt] + answer,
+            token_ids=item.token_ids[:prompt] + answer,
             loss_mask=(False,) * prompt + learnt,
         )
-        sequences += [one.example, swapped]
+        sequences += [item.example, swapped]
     return sequences

@@ -16,7 +16,7 @@ import torch
 
 from rlhf.data.chat import ASSISTANT, Message, read_messages
 from rlhf.data.examples import Example, Reading, collate, fit, load_sequences, mark, num_prompt_tokens
-from rlhf.data.pieces import Piece, Tokens, Writer
+from rlhf.data.segments import Segment, Tokens, Writer
 from rlhf.data.sources import Row
 from rlhf.data.usable import Loaded, NotUsable
 from rlhf.errors import UserError
@@ -63,9 +63,9 @@ class Pair:
         return max(example.longest for example in self.examples)
 
     @property
-    def num_learnt(self) -> int:
+    def num_targets(self) -> int:
         """Return the number of learned tokens of the gold or else the chosen answer, for a supervised term."""
-        return (self.gold or self.chosen).num_learnt
+        return (self.gold or self.chosen).num_targets
 
 
 def load_pairs(
@@ -86,26 +86,26 @@ def load_pairs(
     def build(index: int, row: Row, sequences: Sequence[Sequence[Tokens]]) -> Pair:
         pair_id = first_id + index
         examples = [
-            fit(mark(len(columns) * pair_id + place, pieces, place=row.place), reading, place=row.place)
-            for place, pieces in enumerate(sequences)
+            fit(mark(len(columns) * pair_id + place, segments, place=row.place), reading, place=row.place)
+            for place, segments in enumerate(sequences)
         ]
         chosen, rejected = examples[:2]
         if chosen.token_ids == rejected.token_ids:
-            cut = "" if sequences[0] == sequences[1] else f" once cut to {reading.max_tokens} tokens"
-            raise NotUsable(row.place, f"chosen and rejected are equal{cut}")
+            suffix = "" if sequences[0] == sequences[1] else f" once cut to {reading.max_tokens} tokens"
+            raise NotUsable(row.place, f"chosen and rejected are equal{suffix}")
         return Pair(
             example_id=pair_id,
             chosen=chosen,
             rejected=rejected,
             gold=examples[2] if with_gold else None,
-            prompt_tokens=_shared(examples),
+            prompt_tokens=_common_tokens(examples),
             margin=None if row.columns.get("margin") is None else row.number("margin"),
         )
 
     return load_sequences(
         rows,
         tokenizer,
-        write=lambda row: _pieces(row, writer, columns),
+        write=lambda row: _segments(row, writer, columns),
         build=build,
         max_unusable_fraction=reading.max_unusable_fraction,
     )
@@ -124,7 +124,7 @@ def collate_pairs(pairs: Sequence[Pair]) -> Pairs:
     )
 
 
-def _pieces(row: Row, writer: Writer, columns: Sequence[str]) -> list[list[Piece]]:
+def _segments(row: Row, writer: Writer, columns: Sequence[str]) -> list[list[Segment]]:
     if "prompt" in row.columns:
         return [writer.answer(row, column) for column in columns]
     hint = row.renamed_away("prompt") or "If the prompt has another name, set data.columns: {prompt: ITS_NAME}."
@@ -136,7 +136,7 @@ def _pieces(row: Row, writer: Writer, columns: Sequence[str]) -> list[list[Piece
             )
     answers = [read_messages(row, column=column, system_prompt=writer.system_prompt) for column in columns]
     chosen, rejected = answers[:2]
-    first = len([one for one, _ in itertools.takewhile(_equal, zip(chosen, rejected, strict=False))])
+    first = len([message for message, _ in itertools.takewhile(_equal, zip(chosen, rejected, strict=False))])
     if first == len(chosen) == len(rejected):
         raise NotUsable(row.place, "chosen and rejected are equal")
     for column, messages in zip(columns, answers, strict=True):
@@ -146,11 +146,11 @@ def _pieces(row: Row, writer: Writer, columns: Sequence[str]) -> list[list[Piece
                 f"column `{column}` does not begin with the {first} messages with which chosen and rejected both begin",
             )
         if first == len(messages) or messages[first]["role"] != ASSISTANT:
-            found = "nothing" if first == len(messages) else f"a message of the {messages[first]['role']}"
+            next_message = "nothing" if first == len(messages) else f"a message of the {messages[first]['role']}"
             raise NotUsable(
                 row.place,
-                f"{found} follows in column `{column}` on the {first} messages with which chosen and rejected both "
-                "begin, where the assistant's answer is expected",
+                f"{next_message} follows in column `{column}` on the {first} messages with which chosen and rejected "
+                "both begin, where the assistant's answer is expected",
             )
     return [writer.conversation(row, messages, first=first) for messages in answers]
 
@@ -159,7 +159,7 @@ def _equal(messages: tuple[Message, Message]) -> bool:
     return messages[0] == messages[1]
 
 
-def _shared(examples: Sequence[Example]) -> int:
+def _common_tokens(examples: Sequence[Example]) -> int:
     """Return the number of equal first tokens in all examples, before any learned token."""
     limit = min(map(num_prompt_tokens, examples))
     places = zip(*(example.token_ids[:limit] for example in examples), strict=True)

@@ -18,7 +18,7 @@ from rlhf.data.chat import (
     raw_prompt,
     read_messages,
     read_tools,
-    refuse_untold_tools,
+    refuse_unmentioned_tools,
     render,
     require_template,
     turn_end,
@@ -106,7 +106,7 @@ def _draft(row: Row, tokenizer: Any, reading: Reading, *, tools: Sequence[Messag
     else:
         require_template(tokenizer, row.place)
         text = render(messages, tokenizer, add_generation_prompt=True, place=row.place, tools=tools)
-        refuse_untold_tools(tools, text, tokenizer, row.place)
+        refuse_unmentioned_tools(tools, text, tokenizer, row.place)
     return _Draft(row=row, text=text, messages=messages, tools=tools)
 
 

@@ -58,24 +58,24 @@ class Row:
         """Return a boolean column, or the word `true` or `false` in any case, as in CSV. UserError for other values."""
         value = self.value(column)
         words = {"true": True, "false": False}
-        found = words.get(value.strip().lower()) if isinstance(value, str) else value
-        if not isinstance(found, bool):
+        parsed = words.get(value.strip().lower()) if isinstance(value, str) else value
+        if not isinstance(parsed, bool):
             raise UserError(f"{self.place}: column `{column}` is {shown(value)}, expected true or false.")
-        return found
+        return parsed
 
     def number(self, column: str) -> float:
         """Return a number within float32, also from digits as text, as in CSV. UserError for any other value."""
         value = self.value(column)
         try:
-            found = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
+            parsed = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
         except (ValueError, OverflowError):
-            found = None
-        if found is None or not abs(found) <= _LARGEST:  # also refuses nan
+            parsed = None
+        if parsed is None or not abs(parsed) <= _LARGEST:  # also refuses nan
             raise UserError(
                 f"{self.place}: column `{column}` is {shown(value)}, expected a finite number of float32, at most "
                 f"{_LARGEST:g} in size."
             )
-        return found
+        return parsed
 
     def value(self, column: str, *, alternative: str = "") -> Any:
         """Return the column's value unchecked. UserError if it is missing; the message also names the `alternative`
@@ -83,10 +83,10 @@ class Row:
         """
         if column not in self.columns:
             also = f" (or `{alternative}`)" if alternative else ""
-            found = ", ".join(f"`{name}`" for name in self.columns) or "nothing"
+            present = ", ".join(f"`{name}`" for name in self.columns) or "nothing"
             hint = self.renamed_away(column, alternative)
             raise UserError(
-                f"{self.place}: column `{column}`{also} is missing; found {found}. "
+                f"{self.place}: column `{column}`{also} is missing; found {present}. "
                 + (hint or f"If it has another name, set data.columns: {{{column}: ITS_NAME}}.")
             )
         return self.columns[column]
@@ -96,7 +96,7 @@ class Row:
         `columns`.
         """
         names = ((column, self.renamed[column]) for column in columns if column in self.renamed)
-        return next((f"data.columns has renamed `{theirs}` to `{ours}`." for theirs, ours in names), "")
+        return next((f"data.columns has renamed `{original}` to `{current}`." for original, current in names), "")
 
 
 def read_rows(source: Source, *, columns: Mapping[str, str] | None = None) -> list[Row]:
@@ -109,19 +109,19 @@ def read_rows(source: Source, *, columns: Mapping[str, str] | None = None) -> li
     the memory of this machine.
     """
     name = source.name if isinstance(source, TaskSource) else source
-    found: Iterable[Row]
+    loaded: Iterable[Row]
     if isinstance(source, TaskSource):
-        found = (Row(file=name, line=i, columns=row) for i, row in enumerate(make_rows(source), start=1))
+        loaded = (Row(file=name, line=i, columns=row) for i, row in enumerate(make_rows(source), start=1))
     elif source.endswith(FILE_SUFFIXES):
-        found = _read_file(Path(source))
+        loaded = _read_file(Path(source))
     else:
-        found = _read_dataset(source)
-    rows = list(within_memory(found, name))
+        loaded = _read_dataset(source)
+    rows = list(within_memory(loaded, name))
     if not rows:
         raise UserError(f"{name} has no rows.")
     if not columns:
         return rows
-    renamed = {theirs: ours for ours, theirs in columns.items()}
+    renamed = {original: current for current, original in columns.items()}
     return [_rename(row, columns, renamed) for row in rows]
 
 
@@ -135,15 +135,16 @@ def refuse_half_characters(text: str, what: str) -> None:
 
 
 def _rename(row: Row, columns: Mapping[str, str], renamed: Mapping[str, str]) -> Row:
-    moved = {ours: row.value(theirs) for ours, theirs in columns.items() if theirs in row.columns}
+    moved = {current: row.value(original) for current, original in columns.items() if original in row.columns}
     if len(moved) < len(columns):
-        ours, theirs = next((o, t) for o, t in columns.items() if t not in row.columns)
-        found = ", ".join(f"`{name}`" for name in row.columns) or "nothing"
+        current, original = next((o, t) for o, t in columns.items() if t not in row.columns)
+        present = ", ".join(f"`{name}`" for name in row.columns) or "nothing"
         raise UserError(
-            f"{row.place}: data.columns.{ours} names `{theirs}`, which is missing; found {found}. Name one of these."
+            f"{row.place}: data.columns.{current} names `{original}`, which is missing; found {present}. "
+            "Name one of these."
         )
-    gone = {*columns.values(), *columns}
-    kept = {name: value for name, value in row.columns.items() if name not in gone}
+    removed = {*columns.values(), *columns}
+    kept = {name: value for name, value in row.columns.items() if name not in removed}
     return Row(file=row.file, line=row.line, columns=kept | moved, renamed=renamed)
 
 
@@ -171,7 +172,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}:{number}: not JSON at character {error.pos + 1}: {error.msg}.") from error
             except (ValueError, RecursionError) as error:
-                raise _not_held(path, number, error) from error
+                raise _unrepresentable(path, number, error) from error
             yield _object_row(path, number, value)
 
 
@@ -184,60 +185,60 @@ def _read_json(path: Path) -> Iterator[Row]:
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not JSON at column {error.colno}: {error.msg}.") from error
     except (ValueError, RecursionError) as error:
-        raise _not_held(path, number + 1, error) from error
+        raise _unrepresentable(path, number + 1, error) from error
 
 
 def _items(text: str, path: Path) -> Iterator[Any]:
     """Yield the items of a JSON list. UserError if the text is not a list; JSON errors are the same as from
     `json.loads`.
     """
-    at = _behind_space(text, 0)
+    at = _skip_space(text, 0)
     if not text.startswith("[", at):
         value = _JSON.decode(text)
         raise UserError(f"{path} holds {shown(value)}, expected a list of objects; one object a line is .jsonl.")
-    at = _behind_space(text, at + 1)
+    at = _skip_space(text, at + 1)
     more = not text.startswith("]", at)
     while more:
         item, at = _JSON.raw_decode(text, at)
         yield item
-        at = _behind_space(text, at)
+        at = _skip_space(text, at)
         more = text.startswith(",", at)
         if more:
-            at = _behind_space(text, at + 1)
+            at = _skip_space(text, at + 1)
         elif not text.startswith("]", at):
             raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
-    end = _behind_space(text, at + 1)
+    end = _skip_space(text, at + 1)
     if end < len(text):
         raise json.JSONDecodeError("Extra data", text, end)
 
 
-def _behind_space(text: str, at: int) -> int:
+def _skip_space(text: str, at: int) -> int:
     space = _SPACE.match(text, at)
     return space.end() if space else at
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return the object of these keys and values. _KeyTwice if two keys are equal."""
-    found = {sys.intern(key): value for key, value in pairs}  # all rows of a file share the same key strings
-    if len(found) < len(pairs):
+    result = {sys.intern(key): value for key, value in pairs}  # all rows of a file share the same key strings
+    if len(result) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise _KeyTwice(next(key for key in keys if keys.count(key) > 1))
-    return found
+        raise _DuplicateKey(next(key for key in keys if keys.count(key) > 1))
+    return result
 
 
-class _KeyTwice(ValueError):
+class _DuplicateKey(ValueError):
     """Raised for a JSON object with a duplicate key."""
 
 
-_JSON = json.JSONDecoder(object_pairs_hook=_each_once)
+_JSON = json.JSONDecoder(object_pairs_hook=_unique_keys)
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
-def _not_held(path: Path, number: int, error: ValueError | RecursionError) -> UserError:
+def _unrepresentable(path: Path, number: int, error: ValueError | RecursionError) -> UserError:
     """Return the error for valid JSON without a Python value."""
     if isinstance(error, RecursionError):
         return UserError(f"{path}:{number}: lists or objects are nested too deeply.")
-    if isinstance(error, _KeyTwice):
+    if isinstance(error, _DuplicateKey):
         return UserError(f"{path}:{number}: an object has the key `{error}` twice.")
     return UserError(f"{path}:{number}: a whole number has more than {sys.get_int_max_str_digits()} digits.")
 
@@ -302,8 +303,8 @@ def _parquet_column(path: Path, name: str, column: Any) -> list[Any]:
         return column.to_pylist()  # type: ignore[no-any-return]
     except (ValueError, KeyError, OverflowError) as error:  # invalid UTF-8, time zone or time, or duplicate names
         kind = _one_line(column.type)[:60]
-        said = f"{type(error).__name__}: {_one_line(error)}"
-        raise UserError(f"{path}: column `{name}` ({kind}) cannot be read: {said}.") from error
+        reason = f"{type(error).__name__}: {_one_line(error)}"
+        raise UserError(f"{path}: column `{name}` ({kind}) cannot be read: {reason}.") from error
 
 
 def _read_dataset(source: str) -> Iterator[Row]:

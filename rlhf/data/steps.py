@@ -11,7 +11,7 @@ import torch
 
 from rlhf.data.chat import ASSISTANT, read_messages
 from rlhf.data.examples import Example, Reading, collate, fit, load_sequences, mark
-from rlhf.data.pieces import Piece, Tokens, Writer
+from rlhf.data.segments import Segment, Tokens, Writer
 from rlhf.data.sources import Row, refuse_half_characters, shown
 from rlhf.data.usable import Loaded, NotUsable
 from rlhf.errors import UserError
@@ -42,7 +42,7 @@ class StepLabelled:
         return len(self.token_ids)
 
     @property
-    def num_learnt(self) -> int:
+    def num_targets(self) -> int:
         """Return the number of steps, since a label is learned at each step's end."""
         return len(self.step_ends)
 
@@ -61,7 +61,7 @@ def load_step_labelled(
     def build(index: int, row: Row, sequences: Sequence[Sequence[Tokens]]) -> StepLabelled:
         labels = _labels(row)
         example = mark(first_id + index, sequences[0], place=row.place)
-        ends = list(itertools.accumulate(len(piece.ids) for piece in sequences[0]))[-len(labels) :]
+        ends = list(itertools.accumulate(len(segment.ids) for segment in sequences[0]))[-len(labels) :]
         token_ids = fit(example, reading, place=row.place, step_ends=ends).token_ids
         kept = tuple(end - 1 for end in ends if end <= len(token_ids))
         return StepLabelled(
@@ -71,7 +71,7 @@ def load_step_labelled(
     return load_sequences(
         rows,
         tokenizer,
-        write=lambda row: [_pieces(row, writer, step_separator)],
+        write=lambda row: [_segments(row, writer, step_separator)],
         build=build,
         max_unusable_fraction=reading.max_unusable_fraction,
     )
@@ -98,7 +98,7 @@ def collate_steps(items: Sequence[StepLabelled]) -> LabelledSteps:
         lengths=examples.lengths,
         token_ids=examples.token_ids,
         loss_mask=examples.loss_mask,
-        step_labels=torch.tensor([label for one in right for label in one], dtype=torch.bool),
+        step_labels=torch.tensor([label for mask in right for label in mask], dtype=torch.bool),
     )
 
 
@@ -131,7 +131,7 @@ def _labels(row: Row) -> list[bool]:
     return labels
 
 
-def _pieces(row: Row, writer: Writer, separator: str) -> list[Piece]:
+def _segments(row: Row, writer: Writer, separator: str) -> list[Segment]:
     """Return the prompt, then each step with its separator. The last step includes the end of the answer."""
     steps = _steps(row)
     steps = [step if step.endswith(separator) else step + separator for step in steps[:-1]] + steps[-1:]
@@ -141,13 +141,19 @@ def _pieces(row: Row, writer: Writer, separator: str) -> list[Piece]:
         steps[-1] = steps[-1].rstrip()
     text = "".join(steps)
     if in_turns:
-        asked = read_messages(row, column="prompt", system_prompt=writer.system_prompt)
-        pieces = writer.conversation(row, [*asked, {"role": ASSISTANT, "content": text}], first=len(asked))
+        prompt_messages = read_messages(row, column="prompt", system_prompt=writer.system_prompt)
+        segments = writer.conversation(
+            row, [*prompt_messages, {"role": ASSISTANT, "content": text}], first=len(prompt_messages)
+        )
     else:
-        pieces = writer.strings(row, row.text("prompt"), text)
-    answer_piece = pieces[-1].text
-    start = answer_piece.find(text)
+        segments = writer.strings(row, row.text("prompt"), text)
+    answer_segment = segments[-1].text
+    start = answer_segment.find(text)
     if start < 0:
         raise UserError(f"{row.place}: the chat template changes the white space of the steps, so their ends are lost.")
-    cuts = [0, *(start + cut for cut in itertools.accumulate(len(step) for step in steps[:-1])), len(answer_piece)]
-    return [*pieces[:-1], *(Piece(answer_piece[one:other], True) for one, other in itertools.pairwise(cuts))]
+    borders = [
+        0,
+        *(start + length for length in itertools.accumulate(len(step) for step in steps[:-1])),
+        len(answer_segment),
+    ]
+    return [*segments[:-1], *(Segment(answer_segment[begin:end], True) for begin, end in itertools.pairwise(borders))]

@@ -66,7 +66,7 @@ def make_rows(source: TaskSource) -> list[Columns]:
             f"Raise size to {len(names)} or more."
         )
     shares = [source.size // len(names) + (i < source.size % len(names)) for i in range(len(names))]
-    made = [
+    rows_by_task = [
         _maker(name)(
             TaskSource(
                 task=name,
@@ -78,7 +78,7 @@ def make_rows(source: TaskSource) -> list[Columns]:
         )
         for name, share in zip(names, shares, strict=True)
     ]
-    return [row for turn in itertools.zip_longest(*made) for row in turn if row is not None]
+    return [row for turn in itertools.zip_longest(*rows_by_task) for row in turn if row is not None]
 
 
 def _maker(name: str) -> Callable[[TaskSource], list[Columns]]:
@@ -87,16 +87,16 @@ def _maker(name: str) -> Callable[[TaskSource], list[Columns]]:
     if name.startswith(REASONING_GYM):
         return _reasoning_gym
     if name in ENVIRONMENT_TASKS:
-        return _of_environment
-    own = ", ".join([RUNNING_TOTALS, *ENVIRONMENT_TASKS])
-    raise UserError(f"Task `{name}` is unknown; the tasks are {own} and {REASONING_GYM}NAME.")
+        return _environment_rows
+    known = ", ".join([RUNNING_TOTALS, *ENVIRONMENT_TASKS])
+    raise UserError(f"Task `{name}` is unknown; the tasks are {known} and {REASONING_GYM}NAME.")
 
 
-def _of_environment(source: TaskSource) -> list[Columns]:
+def _environment_rows(source: TaskSource) -> list[Columns]:
     if source.split not in ("sft", "train", "eval"):
         raise UserError(f"{source.name}: this task has the splits sft, train and eval.")
-    made = ENVIRONMENT_TASKS[source.task](source.split, source.size, source.seed, source.args)
-    return [row | {"task": source.task} for row in made]
+    rows = ENVIRONMENT_TASKS[source.task](source.split, source.size, source.seed, source.args)
+    return [row | {"task": source.task} for row in rows]
 
 
 # Running totals of four digits. 6,561 questions: 2,500 for SFT, 3,000 for RL, 512 held out.
@@ -128,8 +128,11 @@ def _running_totals(source: TaskSource) -> list[Columns]:
             row |= _responses(source.split, row["answer"], _wrong_totals(digits, careless=index % 4 < 2), index)
         elif source.split == "steps":
             right = row["answer"].split(",")
-            said = _wrong_totals(digits, careless=index % 4 < 2).split(",") if index % 2 else right
-            row |= {"completions": said, "labels": [one == other for one, other in zip(said, right, strict=True)]}
+            steps = _wrong_totals(digits, careless=index % 4 < 2).split(",") if index % 2 else right
+            row |= {
+                "completions": steps,
+                "labels": [step == right_step for step, right_step in zip(steps, right, strict=True)],
+            }
         rows.append(row | {"task": RUNNING_TOTALS})
     return rows
 
@@ -225,14 +228,14 @@ def _with_responses(rows: list[Columns], source: TaskSource) -> list[Columns]:
             f"{source.name}: no two answers differ (rows: {len(rows)}), and a wrong one is another question's. "
             "Raise size, or let args cover a wider range."
         )
-    found = []
+    result = []
     for index, (row, right) in enumerate(zip(rows, answers, strict=True)):
         draw = random.Random(f"wrong {source.seed} {index}")
         wrong = draw.choice([answer for answer in others if answer != right])
-        kept = {name: value for name, value in row.items() if name != "messages"} | {"prompt": row["messages"]}
+        columns = {name: value for name, value in row.items() if name != "messages"} | {"prompt": row["messages"]}
         turn, other = ([{"role": "assistant", "content": text}] for text in (right, wrong))
-        found.append(kept | _responses(source.split, turn, other, index))
-    return found
+        result.append(columns | _responses(source.split, turn, other, index))
+    return result
 
 
 def _turns(entry: Mapping[str, Any]) -> list[dict[str, str]]:

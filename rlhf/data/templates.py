@@ -14,7 +14,7 @@ from typing import Any
 from rlhf.errors import UserError
 
 # Variables set by the renderer for every template.
-_GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"})
+_RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,9 +30,11 @@ class ChatTemplate:
             tokenizer.chat_template = self.text
         template, defaults = tokenizer.chat_template, self._defaults()
         if isinstance(template, Mapping):  # templates by name, such as one for conversations with tools
-            tokenizer.chat_template = {name: _behind(defaults, one) for name, one in template.items()}
+            tokenizer.chat_template = {
+                name: _prepend(defaults, template_text) for name, template_text in template.items()
+            }
         elif template is not None:
-            tokenizer.chat_template = _behind(defaults, template)
+            tokenizer.chat_template = _prepend(defaults, template)
 
     def then(self, later: ChatTemplate) -> ChatTemplate:
         """Return these changes merged with later ones; the later changes win."""
@@ -55,10 +57,10 @@ class ChatTemplate:
             )
         text = "".join(template.values()) if isinstance(template, Mapping) else template or ""
         for name in self.kwargs:
-            if not name.isidentifier() or name in _GIVEN:
+            if not name.isidentifier() or name in _RESERVED:
                 raise UserError(
-                    f"{key}.chat_template_kwargs: {name!r} is no variable that may be set; {', '.join(sorted(_GIVEN))} "
-                    "come from the data and the tokenizer. Remove it."
+                    f"{key}.chat_template_kwargs: {name!r} is no variable that may be set; "
+                    f"{', '.join(sorted(_RESERVED))} come from the data and the tokenizer. Remove it."
                 )
             if not re.search(rf"\b{name}\b", text):
                 raise UserError(
@@ -78,7 +80,7 @@ class ChatTemplate:
 UNCHANGED = ChatTemplate()
 
 
-def _behind(defaults: str, template: str) -> str:
+def _prepend(defaults: str, template: str) -> str:
     return template if template.startswith(defaults) else defaults + template
 
 

@@ -74,9 +74,9 @@ class Continuation:
         two.
         """
         contexts = [self._context(before) for before, _ in pairs]
-        found: dict[int, list[int]] = {}
+        continued: dict[int, list[int]] = {}
         for anchor in _ANCHORS:
-            missing = [index for index in range(len(pairs)) if index not in found]
+            missing = [index for index in range(len(pairs)) if index not in continued]
             if not missing:
                 break
             heads = [anchor if contexts[index] is None else str(contexts[index]) for index in missing]
@@ -86,14 +86,14 @@ class Continuation:
             for index, head, ids in zip(missing, heads, whole, strict=True):
                 before = head_ids[head]
                 if ids[: len(before)] == before and bool(before) == bool(head):
-                    found[index] = ids[len(before) :]
-        if len(found) < len(pairs):
-            text = next(text for index, (_, text) in enumerate(pairs) if index not in found)
+                    continued[index] = ids[len(before) :]
+        if len(continued) < len(pairs):
+            text = next(text for index, (_, text) in enumerate(pairs) if index not in continued)
             raise UserError(
                 f"The tokenizer of {self.tokenizer.name_or_path} has no tokens for {text!r:.60} that continue another "
                 "text: it joins the two. Use another model."
             )
-        return [found[index] for index in range(len(pairs))]
+        return [continued[index] for index in range(len(pairs))]
 
     def _context(self, before: str) -> str | None:
         """Return the context the tokenizer must see before a continuation.

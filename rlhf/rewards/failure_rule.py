@@ -23,5 +23,5 @@ def ends_run(errors: Sequence[FailedReward], rules: Mapping[str, ErrorRule], def
 
     `rules` has a rule for each reward name; the environment has the name `environment`.
     """
-    found = [rules.get(error.reward) for error in errors]
-    return "fail" in {default if rule is None else rule for rule in found}
+    specific = [rules.get(error.reward) for error in errors]
+    return "fail" in {default if rule is None else rule for rule in specific}

@@ -93,8 +93,8 @@ def is_nested_too_deep(columns: Mapping[str, Any]) -> bool:
     """Return whether lists and objects in a row are nested deeper than MAX_DEPTH, too deep to send to a reward."""
     level: list[Any] = [columns]
     for _ in range(MAX_DEPTH + 1):
-        nested = [one for one in level if isinstance(one, Mapping | list | tuple)]
-        level = [value for one in nested for value in (one.values() if isinstance(one, Mapping) else one)]
+        nested = [value for value in level if isinstance(value, Mapping | list | tuple)]
+        level = [child for value in nested for child in (value.values() if isinstance(value, Mapping) else value)]
         if not level:
             return False
     return True

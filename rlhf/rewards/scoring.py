@@ -24,7 +24,7 @@ from rlhf.types import GroupScores, Prompt, RewardError, RewardErrorKind, StepRe
 if TYPE_CHECKING:
     from rlhf.rewards.services.remote import RemoteReward
 
-_NONE: Mapping[str, Any] = MappingProxyType({})
+_EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +63,8 @@ class RewardSpec:
     def applies_to(self, columns: Mapping[str, Any]) -> bool:
         """Return whether the reward scores a row with these columns. True and 1 differ here."""
         return all(
-            name in columns and any(type(columns[name]) is type(one) and columns[name] == one for one in values)
+            name in columns
+            and any(type(columns[name]) is type(allowed) and columns[name] == allowed for allowed in values)
             for name, values in self.only.items()
         )
 
@@ -77,8 +78,8 @@ def fingerprint(specs: Sequence[RewardSpec], *, model: str) -> str:
     for spec in specs:
         source = spec.function.source if spec.function is not None else None
         service = (spec.remote.service.url, spec.remote.judge) if spec.remote is not None else None
-        told = (spec.name, spec.weight, source, service, spec.gate, dict(spec.only), spec.truncated_score)
-        digest.update(repr((*told, spec.from_environment, spec.by_step, spec.on_error)).encode())
+        settings = (spec.name, spec.weight, source, service, spec.gate, dict(spec.only), spec.truncated_score)
+        digest.update(repr((*settings, spec.from_environment, spec.by_step, spec.on_error)).encode())
         if source is not None and source.path is not None:
             digest.update(Path(source.path).read_bytes())
     return digest.hexdigest()
@@ -156,9 +157,9 @@ class RewardSet:
         responses: Sequence[str],
         *,
         truncated: Sequence[bool],
-        model_scores: Mapping[str, Sequence[float]] = _NONE,
-        asked: Mapping[str, Outcome] = _NONE,
-        model_steps: Mapping[str, Sequence[tuple[StepReward, ...]]] = _NONE,
+        model_scores: Mapping[str, Sequence[float]] = _EMPTY,
+        asked: Mapping[str, Outcome] = _EMPTY,
+        model_steps: Mapping[str, Sequence[tuple[StepReward, ...]]] = _EMPTY,
         places: Sequence[Sequence[int]] | None = None,
     ) -> GroupScores:
         """Return the weighted sum of the rewards applicable to the prompt's row, for each response.
@@ -176,17 +177,17 @@ class RewardSet:
             if not spec.applies_to(prompt.columns):
                 continue
             if spec.function is not None:
-                outcome = self._of_function(spec, spec.function, prompt, responses, places)
+                outcome = self._function_outcome(spec, spec.function, prompt, responses, places)
             elif spec.remote is not None:
                 outcome = asked[spec.name]
             else:
-                outcome = _of_model(spec, model_scores, model_steps, len(responses))
+                outcome = _model_outcome(spec, model_scores, model_steps, len(responses))
             for failure in outcome.failures:
                 error = _as_error(spec.name, failure, prompt)
                 (errors if spec.score_of_failure(failure.kind) is None else scored_errors).append(error)
             outcome = _with_scored_failures(spec, outcome, places)
             if spec.truncated_score is not None and len(outcome.scores) == len(responses):
-                outcome = _with_cut(outcome, truncated, spec.truncated_score, places)
+                outcome = _with_truncated_score(outcome, truncated, spec.truncated_score, places)
             by_name[spec.name] = outcome.scores
             if spec.by_step and places is not None:
                 steps[spec.name] = outcome.steps
@@ -205,7 +206,7 @@ class RewardSet:
             scores=tuple(scores), by_name=by_name, errors=(), scored_errors=tuple(scored_errors), steps=steps
         )
 
-    def _of_function(
+    def _function_outcome(
         self,
         spec: RewardSpec,
         function: LoadedReward,
@@ -225,7 +226,7 @@ class RewardSet:
         return outcome if places is None else replace(outcome, steps=_at_tokens(outcome.steps, places))
 
 
-def _of_model(
+def _model_outcome(
     spec: RewardSpec,
     model_scores: Mapping[str, Sequence[float]],
     model_steps: Mapping[str, Sequence[tuple[StepReward, ...]]],
@@ -237,9 +238,9 @@ def _of_model(
     scores = sums if spec.by_step else model_scores[spec.name]
     if len(scores) != count:
         raise ValueError(f"{len(scores)} reward model scores for {count} responses")
-    who = "the environment" if spec.from_environment else "the reward model"
+    source = "the environment" if spec.from_environment else "the reward model"
     failures = tuple(
-        Failure(sample=sample, kind="not_a_number", message=f"{who} gave {score}")
+        Failure(sample=sample, kind="not_a_number", message=f"{source} gave {score}")
         for sample, score in enumerate(scores)
         if not math.isfinite(score)
     )
@@ -328,13 +329,18 @@ def _at_tokens(
     )
 
 
-def _with_cut(
+def _with_truncated_score(
     outcome: Outcome, truncated: Sequence[bool], value: float, places: Sequence[Sequence[int]] | None
 ) -> Outcome:
     """Return the outcome with a fixed value for every truncated response. With steps it is a single step."""
-    scores = tuple(value if cut else score for score, cut in zip(outcome.scores, truncated, strict=True))
+    scores = tuple(
+        value if is_truncated else score for score, is_truncated in zip(outcome.scores, truncated, strict=True)
+    )
     steps = outcome.steps
     if steps and places is not None:
-        told = zip(steps, truncated, places, strict=True)
-        steps = tuple((StepReward(end=place[-1], value=value),) if cut else one for one, cut, place in told)
+        rows = zip(steps, truncated, places, strict=True)
+        steps = tuple(
+            (StepReward(end=place[-1], value=value),) if is_truncated else response_steps
+            for response_steps, is_truncated, place in rows
+        )
     return replace(outcome, scores=scores, steps=steps)

@@ -97,7 +97,7 @@ class RewardServer:
         self.waiting += 1
         try:
             async with asyncio.timeout(LONGEST_S):
-                return web.json_response(_told(await self._scores(group)))
+                return web.json_response(_as_json(await self._scores(group)))
         except TimeoutError:
             return _error(503, f"not done within {LONGEST_S:g} s")
         finally:
@@ -143,14 +143,14 @@ def read_group(text: str) -> Asked:
     columns = body.get("columns", {})
     if not isinstance(prompt, str):
         raise ValueError("`prompt` must be a string")
-    if not isinstance(responses, list) or not responses or not all(isinstance(one, str) for one in responses):
+    if not isinstance(responses, list) or not responses or not all(isinstance(item, str) for item in responses):
         raise ValueError("`responses` must be a list of strings, at least one")
     if not isinstance(columns, dict):
         raise ValueError("`columns` must be an object")
     if is_nested_too_deep(columns):
         raise ValueError(f"`columns` are nested deeper than {MAX_DEPTH} levels")
     truncated = body.get("truncated", [False] * len(responses))
-    if not isinstance(truncated, list) or [type(one) for one in truncated] != [bool] * len(responses):
+    if not isinstance(truncated, list) or [type(item) for item in truncated] != [bool] * len(responses):
         raise ValueError("`truncated` must be a list of booleans, one a response")
     return Asked(
         prompt=Prompt(prompt_id=0, token_ids=(), text=prompt, columns=columns),
@@ -159,15 +159,15 @@ def read_group(text: str) -> Asked:
     )
 
 
-def _told(scores: GroupScores) -> dict[str, Any]:
+def _as_json(scores: GroupScores) -> dict[str, Any]:
     if scores.errors:
         return {
             "errors": [
-                {"sample": one.sample, "kind": one.kind, "message": f"{one.reward}: {one.message}"}
-                for one in scores.errors
+                {"sample": error.sample, "kind": error.kind, "message": f"{error.reward}: {error.message}"}
+                for error in scores.errors
             ]
         }
-    return {"scores": list(scores.scores), "rewards": {name: list(told) for name, told in scores.by_name.items()}}
+    return {"scores": list(scores.scores), "rewards": {name: list(values) for name, values in scores.by_name.items()}}
 
 
 def _error(status: int, text: str) -> web.Response:

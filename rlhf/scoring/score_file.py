@@ -21,7 +21,7 @@ from rlhf.types import GroupScores, Prompt
 logger = logging.getLogger(__name__)
 
 MOST_BAD_ROWS = 5  # most invalid rows named in a message
-_OWN = ("prompt", "response", "truncated")
+_RESERVED = ("prompt", "response", "truncated")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,11 +50,11 @@ def score_file(scoring: Scoring, file: Path) -> ScoredFile:
     groups = _groups(_lines(rows, scoring))
     with Scorer(scoring) as scorer:
         scored = _score(scorer, groups, scoring)
-    found: dict[int, ScoredRow] = {}
+    scored_rows: dict[int, ScoredRow] = {}
     for number, (group, scores) in enumerate(zip(groups, scored, strict=True)):
         for sample, place in enumerate(group.rows):
-            found[place] = _row(rows[place], number, sample, scores)
-    return ScoredFile(rows=tuple(found[place] for place in range(len(rows))))
+            scored_rows[place] = _row(rows[place], number, sample, scores)
+    return ScoredFile(rows=tuple(scored_rows[place] for place in range(len(rows))))
 
 
 def _row(row: Row, group: int, sample: int, scores: GroupScores) -> ScoredRow:
@@ -82,8 +82,8 @@ def _score(scorer: Scorer, groups: Sequence[Group], scoring: Scoring) -> list[Gr
     with asking, scores:
         try:
             asked = [asking.submit(scorer.ask, group.prompt, group.responses, group.truncated) for group in groups]
-            found = [scores.submit(score, group, one) for group, one in zip(groups, asked, strict=True)]
-            return [one.result() for one in found]
+            futures = [scores.submit(score, group, future) for group, future in zip(groups, asked, strict=True)]
+            return [future.result() for future in futures]
         except BaseException:
             asking.shutdown(cancel_futures=True, wait=False)
             scores.shutdown(cancel_futures=True, wait=False)
@@ -93,7 +93,7 @@ def _score(scorer: Scorer, groups: Sequence[Group], scoring: Scoring) -> list[Gr
 
 def _lines(rows: Sequence[Row], scoring: Scoring) -> list[Line]:
     """Return the rows with the columns for the rewards. UserError names the invalid lines."""
-    bad = [text for row in rows if (text := _trouble(row)) is not None]
+    bad = [text for row in rows if (text := _problem(row)) is not None]
     if bad:
         more = f"\nand {len(bad) - MOST_BAD_ROWS} more" if len(bad) > MOST_BAD_ROWS else ""
         raise UserError("\n".join(bad[:MOST_BAD_ROWS]) + more)
@@ -104,7 +104,7 @@ def _lines(rows: Sequence[Row], scoring: Scoring) -> list[Line]:
     return lines
 
 
-def _trouble(row: Row) -> str | None:
+def _problem(row: Row) -> str | None:
     """Return why a row is not a prompt with a response, or None."""
     for name, kind, word in (
         ("prompt", str, "a string"),
@@ -112,8 +112,8 @@ def _trouble(row: Row) -> str | None:
         ("truncated", bool, "a boolean"),
     ):
         if not isinstance(row.columns.get(name, False if name == "truncated" else None), kind):
-            found = shown(row.columns[name]) if name in row.columns else "missing"
-            return f"{row.place}: column `{name}` is {found}, expected {word}"
+            shown_value = shown(row.columns[name]) if name in row.columns else "missing"
+            return f"{row.place}: column `{name}` is {shown_value}, expected {word}"
     return None
 
 
@@ -130,13 +130,13 @@ class _DataOfRun:
         split = given.get("split", given.get("set"))
         number = given.get("prompt_id")
         if not isinstance(split, str) or not isinstance(number, int) or "response_tokens" not in given:
-            own = {name: value for name, value in given.items() if name not in _OWN}
-            return Line(row=row, columns=own, group=repr((given["prompt"], own)))
+            columns = {name: value for name, value in given.items() if name not in _RESERVED}
+            return Line(row=row, columns=columns, group=repr((given["prompt"], columns)))
         data = self._set(split, row)
         if not 0 <= number < len(data):
             name = self.scoring.name
             raise UserError(f"{row.place}: prompt_id is {number}, and {split} has {len(data)} rows in {name}")
-        columns = {name: value for name, value in data[number].columns.items() if name not in _OWN}
+        columns = {name: value for name, value in data[number].columns.items() if name not in _RESERVED}
         which = (split, given.get("group_id", number), given.get("model"))
         return Line(row=row, columns=columns, group=repr(which))
 
@@ -147,7 +147,9 @@ class _DataOfRun:
                 sets = ", ".join(scoring.eval_sets) or "none"
                 raise UserError(f"{row.place}: is of the set {split}; the evaluation sets of {scoring.name}: {sets}")
             sources = scoring.train_sets if split == "train" else [scoring.eval_sets[split]]
-            self.sets[split] = [row for one in sources for row in read_rows(source_of(one), columns=scoring.columns)]
+            self.sets[split] = [
+                row for source in sources for row in read_rows(source_of(source), columns=scoring.columns)
+            ]
         return self.sets[split]
 
 
@@ -156,18 +158,18 @@ def _groups(lines: Sequence[Line]) -> list[Group]:
     places: dict[str, list[int]] = {}
     for place, line in enumerate(lines):
         places.setdefault(line.group, []).append(place)
-    found = []
+    groups = []
     for members in places.values():
         first = lines[members[0]]
-        given = [lines[place].row.columns for place in members]
-        found.append(
+        member_columns = [lines[place].row.columns for place in members]
+        groups.append(
             Group(
                 prompt=Prompt(
                     prompt_id=first.row.line, token_ids=(), text=first.row.columns["prompt"], columns=first.columns
                 ),
                 rows=tuple(members),
-                responses=tuple(columns["response"] for columns in given),
-                truncated=tuple(columns.get("truncated", False) for columns in given),
+                responses=tuple(columns["response"] for columns in member_columns),
+                truncated=tuple(columns.get("truncated", False) for columns in member_columns),
             )
         )
-    return found
+    return groups

@@ -94,7 +94,7 @@ def _of_run(config: Config, loaded: LoadedConfig) -> Scoring:
         specs=_load(config.rewards, config.reward_policy, loaded, key=REWARD_KEY),
         policy=config.reward_policy,
         model=model,
-        train_sets=tuple(one.source for one in train_sets(config).values()),
+        train_sets=tuple(train_set.source for train_set in train_sets(config).values()),
         eval_sets=eval_sets(config),
         columns=config.data.columns,
     )

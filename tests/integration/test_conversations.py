@@ -16,7 +16,7 @@ from actors.weights.shm import ShmSender
 from rlhf.models.tiny import byte_tokenizer
 from rlhf.rewards.processes.program import Source
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
-from rlhf.rollouts.records.spans import pieces
+from rlhf.rollouts.records.spans import token_spans
 from rlhf.types import GroupRequest, Prompt, Sampling
 from tests.integration.engine_helpers import call, engine, model_like, request, sequences, spec, sync, worst_difference
 
@@ -66,7 +66,7 @@ def test_sampled_tokens_are_trained_and_the_environments_are_not(played: Any) ->
     rollouts, infos = call(handle.generate.remote(asked, SAMPLING))
     assert worst_difference(model, rollouts) < 1e-4  # of every turn, given all that was said before it
     tokenizer = byte_tokenizer()
-    for spans, info, columns in zip(pieces(rollouts), infos, sequences(rollouts), strict=True):
+    for spans, info, columns in zip(token_spans(rollouts), infos, sequences(rollouts), strict=True):
         assert [sampled for sampled, _ in spans] == [False, True, False, True, False, True]
         assert tokenizer.decode(spans[0][1]) == CHAT.format(observation=f"game {asked.seeds[0]}")
         for (_, turn), (_, told) in zip(spans[1::2], spans[2::2], strict=False):
@@ -141,7 +141,7 @@ def test_a_conversation_keeps_within_its_tokens(played: Any) -> None:
     rollouts, infos = call(handle.generate.remote(asked, Sampling(max_new_tokens=40)))
     assert max(info.num_tokens for info in infos) <= 200
     assert any(info.finish_reason == "length" for info in infos)
-    assert all(spans[-1][0] for spans in pieces(rollouts))
+    assert all(spans[-1][0] for spans in token_spans(rollouts))
     assert worst_difference(model, rollouts) < 1e-4
 
 

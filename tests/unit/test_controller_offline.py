@@ -17,7 +17,7 @@ from rlhf.types import MinibatchPlan
 class SomeRow:
     example_id: int
     token_ids: tuple[int, ...]
-    num_learnt: int
+    num_targets: int
     non_token_bytes: bytes = b""
 
 
@@ -35,7 +35,7 @@ class Role:
 
 
 def test_pieces_of_an_evaluation_are_divided_by_the_counts_of_the_whole_set() -> None:
-    rows = [SomeRow(example_id=i, token_ids=(0,) * (i + 1), num_learnt=i) for i in range(7)]
+    rows = [SomeRow(example_id=i, token_ids=(0,) * (i + 1), num_targets=i) for i in range(7)]
     role: Any = Role()
     train: Any = SimpleNamespace(sequences_per_update=3, best_metric=None, early_stopping=None)
     controller = OfflineController(

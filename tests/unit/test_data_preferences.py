@@ -192,7 +192,7 @@ def test_a_gold_answer_is_the_third_sequence_of_its_row(tokenizer: Any) -> None:
     assert first.gold is not None
     assert first.gold.token_ids == (*b"abefg", EOS)
     assert first.token_ids == (*b"abc", EOS, *b"abcd", EOS, *b"abefg", EOS)
-    assert (first.num_learnt, second.num_learnt) == (4, 2)  # of the gold one: what the supervised term is a mean over
+    assert (first.num_targets, second.num_targets) == (4, 2)  # of the gold one: what the supervised term is a mean over
     assert (first.longest, first.prompt_tokens) == (6, 2)
     assert second.gold is not None
     assert [example.example_id for example in second.examples] == [3, 4, 5]

@@ -1,4 +1,4 @@
-"""rlhf/data/pieces.py: which tokens are learnt, under the manners of real chat templates, tools and all.
+"""rlhf/data/segments.py: which tokens are learnt, under the manners of real chat templates, tools and all.
 
 The templates are written for these tests, each in the manner of a family: SmolLM2 (ChatML with a default system
 message), Llama 3.1 (header tokens, stripped content, tools in the first user message), Qwen 2.5 and 3 (tools in the

@@ -21,7 +21,7 @@ from rlhf.rewards.processes.program import Source
 from rlhf.rollouts.environments.conversations import Conversations, EnvironmentSpec, resolve, turn_seed
 from rlhf.rollouts.environments.host import EnvironmentFailure, EnvironmentHost
 from rlhf.rollouts.environments.tool_calls import ToolCall
-from rlhf.rollouts.records.spans import Played, Sampled, Told
+from rlhf.rollouts.records.spans import InsertedSpan, Played, Sampled
 from rlhf.types import GroupRequest, Prompt, Sampling
 
 T = TypeVar("T")
@@ -124,7 +124,7 @@ def test_a_limit_of_tokens_shortens_the_last_turn() -> None:
 def test_a_cut_turn_goes_on_in_a_chat_behind_an_end_that_was_not_sampled() -> None:
     (played,) = play(request(text="<|user|>go<|eos|><|assistant|>", secret=7), Script("111111111", "7"))
     assert said(played) == ["11111111", "<|eos|><|user|>a number from 1 to 9<|eos|><|assistant|>", "7<|eos|>"]
-    assert isinstance(played.spans[1], Told)
+    assert isinstance(played.spans[1], InsertedSpan)
     assert played.finish_reason == "stop"
 
 

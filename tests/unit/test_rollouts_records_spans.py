@@ -7,7 +7,7 @@ import pytest
 from rlhf.controller.answers import request_for
 from rlhf.errors import RunError
 from rlhf.models.tiny import byte_tokenizer
-from rlhf.rollouts.records.spans import Played, Sampled, Told, assemble, pieces
+from rlhf.rollouts.records.spans import InsertedSpan, Played, Sampled, assemble, token_spans
 from rlhf.rollouts.records.texts import response_texts, turns_of
 from rlhf.types import Prompt, RewardError, StepReward
 from rlhf.workers.microbatches import shared_prompts, split_microbatches
@@ -25,7 +25,7 @@ def sampled(*ids: int, version: int = 3) -> Sampled:
 
 TWO_TURNS = Played(
     prompt_token_ids=(63, 63),
-    spans=(sampled(65, 257), Told(token_ids=(33, 33, 33)), sampled(66, version=4)),
+    spans=(sampled(65, 257), InsertedSpan(token_ids=(33, 33, 33)), sampled(66, version=4)),
     finish_reason="stop",
     rewards=(0.5, 1.0),
 )
@@ -66,7 +66,7 @@ def test_what_the_engine_returns_must_match() -> None:
 
 def test_spans_are_found_again_in_the_columns() -> None:
     rollouts, _ = assemble(REQUEST, [TWO_TURNS, ONE_TURN])
-    assert pieces(rollouts) == [
+    assert token_spans(rollouts) == [
         [(False, [63, 63]), (True, [65, 257]), (False, [33, 33, 33]), (True, [66])],
         [(False, [63, 63]), (True, [67])],
     ]

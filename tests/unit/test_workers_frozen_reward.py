@@ -17,7 +17,7 @@ from rlhf.models.tiny import build_tiny_llama
 from rlhf.rewards.loading import load_reward
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.roles import CompletedGroup, ScoredGroup
-from rlhf.rollouts.records.spans import Played, Sampled, Told, assemble
+from rlhf.rollouts.records.spans import InsertedSpan, Played, Sampled, assemble
 from rlhf.tracking.run_folder.samples import samples_path
 from rlhf.types import GroupScores, Prompt, RewardError, StepReward, TokenSignals
 from rlhf.workers.frozen.reward import RewardSettings, RewardWorker
@@ -37,7 +37,7 @@ GROUP = assemble(
     [
         Played(
             prompt_token_ids=tuple(b"go"),
-            spans=(sampled("3"), Told(token_ids=tuple(b"not 7")), sampled("it is 7")),
+            spans=(sampled("3"), InsertedSpan(token_ids=tuple(b"not 7")), sampled("it is 7")),
             finish_reason="stop",
             rewards=(0.25, 0.75),
         ),

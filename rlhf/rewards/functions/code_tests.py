@@ -210,7 +210,7 @@ def read_tests(column: object) -> Cases:
         )
     if not pairs:
         raise ValueError("the column `tests` has no test: every program would pass")
-    return Cases(printed=tuple(Printed(stdin=_text(given), stdout=_text(printed)) for given, printed in pairs))
+    return Cases(printed=tuple(Printed(stdin=_text(stdin), stdout=_text(printed)) for stdin, printed in pairs))
 
 
 def read_test_code(code: str, entry_point: str | None) -> Cases:
@@ -281,22 +281,24 @@ def _same_line(line: str, wanted: str, tolerance: float) -> bool:
 def _same_number(word: str, wanted: str, tolerance: float) -> bool:
     if not (_NUMBER.fullmatch(word) and _NUMBER.fullmatch(wanted)):
         return False
-    one, other = Decimal(word), Decimal(wanted)
-    return one == other or (tolerance > 0 and _close(one, other, tolerance))
+    first, second = Decimal(word), Decimal(wanted)
+    return first == second or (tolerance > 0 and _close(first, second, tolerance))
 
 
-def _close(one: Any, other: Any, tolerance: float) -> bool:
+def _close(first: Any, second: Any, tolerance: float) -> bool:
     try:
-        return math.isclose(one, other, rel_tol=tolerance, abs_tol=tolerance)
+        return math.isclose(first, second, rel_tol=tolerance, abs_tol=tolerance)
     except OverflowError:  # an integer too large for a float
         return False
 
 
-def _returned(given: object, expected: object) -> Returned:
-    arguments = [json.loads(line) for line in given.splitlines()] if isinstance(given, str) else given
+def _returned(raw_arguments: object, expected: object) -> Returned:
+    arguments = (
+        [json.loads(line) for line in raw_arguments.splitlines()] if isinstance(raw_arguments, str) else raw_arguments
+    )
     if not isinstance(arguments, list):
-        raise ValueError(f"the arguments of a test are {_short(given)}; they must be a list, or lines of JSON")
-    if isinstance(given, str) and isinstance(expected, str):
+        raise ValueError(f"the arguments of a test are {_short(raw_arguments)}; they must be a list, or lines of JSON")
+    if isinstance(raw_arguments, str) and isinstance(expected, str):
         expected = json.loads(expected)
     plain = json.loads(json.dumps([arguments, expected]))
     return Returned(arguments=plain[0], expected=plain[1])
@@ -327,13 +329,13 @@ def _parsed(results: bytes, count: int) -> list[Any]:
 
     The program may write here too, so answers are only compared.
     """
-    found: list[Any] = []
+    answers: list[Any] = []
     for line in [*results.split(b"\n", count)[:count], *[b""] * count][:count]:
         try:
-            found.append(json.loads(line))
+            answers.append(json.loads(line))
         except (ValueError, RecursionError):
-            found.append(None)
-    return found
+            answers.append(None)
+    return answers
 
 
 def _short(value: object) -> str:

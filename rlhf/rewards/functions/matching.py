@@ -60,8 +60,8 @@ def last_number(prompt: str, response: str, answer: object) -> float:
     expected = _last_number(str(answer))
     if expected is None:
         raise ValueError(f"there is no number in the answer {answer!r}")
-    found = _last_number(response)
-    return float(found is not None and Decimal(found) == Decimal(expected))
+    actual = _last_number(response)
+    return float(actual is not None and Decimal(actual) == Decimal(expected))
 
 
 def multiple_choice(prompt: str, response: str, answer: object) -> float:
@@ -74,8 +74,8 @@ def multiple_choice(prompt: str, response: str, answer: object) -> float:
     if expected is None:
         raise ValueError(f"the answer {answer!r} is not the letter of a choice")
     lone = _LONE_CHOICE.fullmatch(response)
-    found = [lone[1]] if lone else _CHOICE.findall(response)
-    return float(bool(found) and found[-1].upper() == expected[1].upper())
+    choices = [lone[1]] if lone else _CHOICE.findall(response)
+    return float(bool(choices) and choices[-1].upper() == expected[1].upper())
 
 
 def regex_match(prompt: str, response: str, pattern: str, answer: object, limit_s: float = 5.0) -> float:
@@ -234,8 +234,8 @@ def _last_number(text: str) -> str | None:
 
 
 def _last_tagged(text: str) -> str | None:
-    found = _ANSWER_TAG.findall(text)
-    return found[-1].strip() if found else None
+    tagged = _ANSWER_TAG.findall(text)
+    return tagged[-1].strip() if tagged else None
 
 
 EXTRACTORS: dict[str, Callable[[str], str | None]] = {

@@ -57,9 +57,9 @@ class CosineLength:
         self._limit, self._unit, self._exceeded = _positive("limit", limit), unit, exceeded
         self._right, self._wrong = (right_at_zero, right_at_limit), (wrong_at_zero, wrong_at_limit)
         self._verify, self._threshold = _built_in(verifier, verifier_args), threshold
-        taken = inspect.signature(self._verify)
-        free = [parameter for name, parameter in taken.parameters.items() if name not in verifier_args]
-        self.__signature__ = taken.replace(parameters=free)  # it reads the columns of its verifier
+        signature = inspect.signature(self._verify)
+        parameters = [parameter for name, parameter in signature.parameters.items() if name not in verifier_args]
+        self.__signature__ = signature.replace(parameters=parameters)  # it reads the columns of its verifier
 
     def __call__(self, prompt: str, response: str, **columns: Any) -> float:
         measured = length(response, self._unit)
@@ -76,8 +76,8 @@ def _built_in(name: str, args: Mapping[str, Any]) -> Callable[..., float]:
     if target is None or target is CosineLength:
         raise ValueError(f"verifier is {name!r}; it must be another built-in reward")
     if inspect.isclass(target):
-        made: Any = target(**args)
-        return made  # type: ignore[no-any-return]
+        reward: Any = target(**args)
+        return reward  # type: ignore[no-any-return]
     return functools.partial(target, **args)
 
 

@@ -246,8 +246,8 @@ def place_in(text: str, path: str | None) -> str:
 class OutputLog:
     """Logs the output of rewards or environments in whole lines, up to a limit per request."""
 
-    def __init__(self, what: str = "reward") -> None:
-        self.what = what
+    def __init__(self, source: str = "reward") -> None:
+        self.source = source
         self.lines_left = MAX_LOG_LINES
         self.last_line = ""
         self._partial = b""
@@ -270,6 +270,6 @@ class OutputLog:
         self.last_line = line.decode(errors="replace")[:500]
         self.lines_left -= 1
         if self.lines_left >= 0:
-            logger.info("%s output: %s", self.what, self.last_line)
+            logger.info("%s output: %s", self.source, self.last_line)
         elif self.lines_left == -1:
-            logger.info("%s output: more lines than %d for one group are left out", self.what, MAX_LOG_LINES)
+            logger.info("%s output: more lines than %d for one group are left out", self.source, MAX_LOG_LINES)

@@ -131,9 +131,9 @@ def describe_frames(frames: Sequence[tuple[str, int, str]], path: str | None) ->
     if not shown:
         return ""
     places = shown[-1:]
-    own = [f for f in shown if f[0] == path]
-    if own and own[-1] != places[0]:
-        places.append(own[-1])
+    user_frames = [f for f in shown if f[0] == path]
+    if user_frames and user_frames[-1] != places[0]:
+        places.append(user_frames[-1])
     return ", called from ".join(f"{file}:{line} in {function}" for file, line, function in places)
 
 
@@ -249,8 +249,12 @@ def _find(source: Source) -> Any:
         return importlib.import_module("rlhf.rewards.functions.table").BUILT_INS[source.name]
     module = import_file(source.path)
     if source.name not in vars(module):
-        own = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", None) == module.__name__]
-        raise LoadError(f"{source.path} defines no `{source.name}`; it defines: {', '.join(own) or 'nothing callable'}")
+        defined = [
+            n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", None) == module.__name__
+        ]
+        raise LoadError(
+            f"{source.path} defines no `{source.name}`; it defines: {', '.join(defined) or 'nothing callable'}"
+        )
     target = vars(module)[source.name]
     if not callable(target):
         raise LoadError(

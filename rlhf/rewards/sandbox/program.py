@@ -43,35 +43,35 @@ def confine(job: Job) -> None:
     if job["threads"] is not None:
         resource.setrlimit(resource.RLIMIT_NPROC, (job["threads"], job["threads"]))
     if job["filter"] is not None:
-        _take_on(job)
+        _apply_restrictions(job)
 
 
-def _take_on(job: Job) -> None:
+def _apply_restrictions(job: Job) -> None:
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
 
-    def ask(what: str, result: int) -> None:
+    def check(call: str, result: int) -> None:
         if result != 0:
-            raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
+            raise OSError(ctypes.get_errno(), f"{call}: {os.strerror(ctypes.get_errno())}")
 
     if job["parent"] is not None:
-        ask("PR_SET_PDEATHSIG", libc.prctl(1, 9, 0, 0, 0))
+        check("PR_SET_PDEATHSIG", libc.prctl(1, 9, 0, 0, 0))
         if os.getppid() != job["parent"]:
             os._exit(1)
     if os.geteuid() == 0:
         header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
-        ask("capset", libc.capset(header, (ctypes.c_uint32 * 6)()))
-    ask("PR_SET_NO_NEW_PRIVS", libc.prctl(38, 1, 0, 0, 0))
+        check("capset", libc.capset(header, (ctypes.c_uint32 * 6)()))
+    check("PR_SET_NO_NEW_PRIVS", libc.prctl(38, 1, 0, 0, 0))
     if job["ruleset"] is not None:
-        ask("landlock_restrict_self", libc.syscall(446, job["ruleset"], 0))
+        check("landlock_restrict_self", libc.syscall(446, job["ruleset"], 0))
         os.close(job["ruleset"])
 
     class Program(ctypes.Structure):  # struct sock_fprog
         _fields_ = (("length", ctypes.c_ushort), ("code", ctypes.c_char_p))
 
     code = bytes.fromhex(job["filter"])
-    ask("PR_SET_SECCOMP", libc.prctl(22, 2, ctypes.byref(Program(len(code) // 8, code)), 0, 0))
+    check("PR_SET_SECCOMP", libc.prctl(22, 2, ctypes.byref(Program(len(code) // 8, code)), 0, 0))
 
 
 def run_script(program: str) -> None:

@@ -41,7 +41,7 @@ MAX_THREADS = 64
 OUTPUT_BYTES = 16 * 2**20  # limit for each of standard output, standard error and results
 START_LIMIT_S = 30.0  # until the process is confined on a busy machine; excluded from the program's time
 KILL_WAIT_S = 10.0
-_LOOK_S = 0.05  # interval of the thread count check
+_THREAD_CHECK_S = 0.05  # interval of the thread count check
 
 _SOURCE = Path(__file__).with_name("program.py")
 _PREFIXES = "import sys; print(sys.prefix); print(sys.base_prefix)"
@@ -115,12 +115,12 @@ class Sandbox:
     def _prepare(self, rung: Rung, python: str) -> None:
         self.rung: Rung = rung
         self.python = python
-        found = subprocess.run(
+        probe = subprocess.run(
             [python, *self._flags, "-c", _PREFIXES], capture_output=True, text=True, timeout=30, env=_ENVIRONMENT
         )
-        if found.returncode != 0:
-            raise SandboxError(f"the interpreter does not run: {found.stderr.strip()[-200:]}")
-        prefixes = list(dict.fromkeys(found.stdout.split("\n")[:2]))
+        if probe.returncode != 0:
+            raise SandboxError(f"the interpreter does not run: {probe.stderr.strip()[-200:]}")
+        prefixes = list(dict.fromkeys(probe.stdout.split("\n")[:2]))
         readable = [*_READABLE, *prefixes]
         self._changes_user = rung == "landlock" and _may_change_user() and all(map(_everybody_reads, prefixes))
         self._command = [python, *self._flags, "-c", _SOURCE.read_text(encoding="utf-8")]
@@ -170,7 +170,7 @@ class Sandbox:
             held.callback(_end, process, info)
             say_ready.close()
             say_info.close()
-            if not _says_ready(ready):
+            if not _is_ready(ready):
                 _end(process, info)
                 reason = _content(stderr).decode(errors="replace").strip()[-300:]
                 raise SandboxError(f"{self.rung} started no program: it ended with {process.returncode}: {reason}")
@@ -207,7 +207,7 @@ class Sandbox:
             poll = select.poll()
             poll.register(pidfd, select.POLLIN)
             while (left := deadline - time.monotonic()) > 0:
-                if poll.poll(1000 * min(left, _LOOK_S)):
+                if poll.poll(1000 * min(left, _THREAD_CHECK_S)):
                     return True
                 if self.rung != "bubblewrap" and not self._changes_user and _num_threads(process.pid) > MAX_THREADS:
                     return False
@@ -219,8 +219,8 @@ class Sandbox:
 def _interpreters() -> list[str]:
     """Return this process's and the system's interpreter, first the interpreters readable by an unprivileged user."""
     base = getattr(sys, "_base_executable", sys.executable)
-    found = [path for path in dict.fromkeys([base, "/usr/bin/python3"]) if os.path.exists(path)]
-    return sorted(found, key=lambda path: not _everybody_reads(path))
+    paths = [path for path in dict.fromkeys([base, "/usr/bin/python3"]) if os.path.exists(path)]
+    return sorted(paths, key=lambda path: not _everybody_reads(path))
 
 
 def _may_change_user() -> bool:
@@ -269,7 +269,7 @@ def _pipe(held: ExitStack) -> tuple[io.FileIO, io.FileIO]:
     return held.enter_context(io.FileIO(read, "r")), held.enter_context(io.FileIO(write, "w"))
 
 
-def _says_ready(ready: io.FileIO) -> bool:
+def _is_ready(ready: io.FileIO) -> bool:
     """Return whether the process confines itself within the limit. It closes the pipe if it cannot."""
     return _readable(ready, START_LIMIT_S) and ready.read(1) == b"1"
 

@@ -84,7 +84,7 @@ class Service:
             async with self._session.get(self._url(path), timeout=timeout, allow_redirects=False) as answer:
                 return f"it answered HTTP {answer.status} to the token" if answer.status in (401, 403) else None
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            return f"it cannot be reached ({_told(error, self.spec.timeout_s)})"
+            return f"it cannot be reached ({_describe_error(error, self.spec.timeout_s)})"
 
     async def post(self, body: Mapping[str, Any], path: str = "") -> dict[str, Any]:
         """Return the JSON object answered by the service.
@@ -115,21 +115,21 @@ class Service:
             async with self._session.post(self._url(path), json=body, timeout=timeout, allow_redirects=False) as answer:
                 text = await self._text(answer)
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError, OSError) as error:
-            raise _FailedAttempt(_told(error, self.spec.timeout_s), is_down=True) from error
+            raise _FailedAttempt(_describe_error(error, self.spec.timeout_s), is_down=True) from error
         except aiohttp.ClientError as error:
             raise ServiceError("refused", f"its answer is not HTTP: {type(error).__name__}") from error
         if answer.status != 200:
-            said = f"HTTP {answer.status}: {self._shown(text)}"
+            status_text = f"HTTP {answer.status}: {self._shown(text)}"
             if answer.status in _BUSY or answer.status >= 500:
-                raise _FailedAttempt(said, is_down=answer.status >= 500, pause_s=_retry_after(answer))
-            raise ServiceError("refused", said)
+                raise _FailedAttempt(status_text, is_down=answer.status >= 500, pause_s=_retry_after(answer))
+            raise ServiceError("refused", status_text)
         try:
-            found = json.loads(text)
+            result = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ServiceError("refused", f"its answer is not JSON: {self._shown(text)}") from error
-        if not isinstance(found, dict):
+        if not isinstance(result, dict):
             raise ServiceError("refused", f"its answer is no JSON object: {self._shown(text)}")
-        return found
+        return result
 
     async def _text(self, answer: aiohttp.ClientResponse) -> str:
         data = bytearray()
@@ -141,10 +141,10 @@ class Service:
 
     def _shown(self, text: str) -> str:
         """Return an answer on a single line, without a token it may repeat."""
-        told = " ".join(text.split())
+        line = " ".join(text.split())
         if self.spec.token is not None:
-            told = told.replace(self.spec.token, "***")
-        return told[:MAX_SHOWN_CHARS] or "(empty)"
+            line = line.replace(self.spec.token, "***")
+        return line[:MAX_SHOWN_CHARS] or "(empty)"
 
     def _url(self, path: str) -> str:
         parts = urlsplit(self.spec.url)
@@ -206,7 +206,7 @@ class Breaker:
         self._failures, self._pause_s = 0, 0.0
 
 
-def _told(error: BaseException, timeout_s: float) -> str:
+def _describe_error(error: BaseException, timeout_s: float) -> str:
     if isinstance(error, TimeoutError):
         return f"no answer within {timeout_s:g} s"
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -39,16 +39,16 @@ def question(spec: JudgeSpec, prompt: str, response: str, columns: Mapping[str, 
     """Return the body of the request about a response."""
     values = {**columns, "prompt": prompt, "response": response}
 
-    def fill(found: re.Match[str]) -> str:
-        if not found[1]:
-            return found[0][0]
-        value = values[found[1]]
+    def fill(match: re.Match[str]) -> str:
+        if not match[1]:
+            return match[0][0]
+        value = values[match[1]]
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
-    said = [{"role": "user", "content": _FIELD.sub(fill, spec.prompt)}]
+    messages = [{"role": "user", "content": _FIELD.sub(fill, spec.prompt)}]
     if spec.system is not None:
-        said.insert(0, {"role": "system", "content": spec.system})
-    return {**spec.request, "model": spec.model, "messages": said}
+        messages.insert(0, {"role": "system", "content": spec.system})
+    return {**spec.request, "model": spec.model, "messages": messages}
 
 
 def verdict(spec: JudgeSpec, answer: Mapping[str, Any]) -> float:
@@ -57,24 +57,24 @@ def verdict(spec: JudgeSpec, answer: Mapping[str, Any]) -> float:
     """
     match answer:
         case {"choices": [{"message": {"content": str(text)}, **rest}, *_]}:
-            cut = ", cut by its limit of tokens" if rest.get("finish_reason") == "length" else ""
+            truncation = ", cut by its limit of tokens" if rest.get("finish_reason") == "length" else ""
         case _:
             raise ValueError(f"the judge's answer has no choices[0].message.content: {_short(json.dumps(answer))}")
     if spec.choices:
         word = _last_choice(text, tuple(spec.choices))
         if word is None:
-            raise ValueError(f"the judge's answer{cut} has none of {', '.join(spec.choices)}: {_short(text)}")
+            raise ValueError(f"the judge's answer{truncation} has none of {', '.join(spec.choices)}: {_short(text)}")
         return spec.choices[word]
-    found = [match[1] for match in re.finditer(spec.pattern, text) if match[1]]
-    if not found:
-        raise ValueError(f"the judge's answer{cut} has no match of `pattern`: {_short(text)}")
+    matches = [match[1] for match in re.finditer(spec.pattern, text) if match[1]]
+    if not matches:
+        raise ValueError(f"the judge's answer{truncation} has no match of `pattern`: {_short(text)}")
     low, high = spec.scale
     try:
-        number = float(found[-1])
+        number = float(matches[-1])
     except ValueError:
-        raise ValueError(f"`pattern` finds {_short(found[-1])} in the judge's answer, which is no number") from None
+        raise ValueError(f"`pattern` finds {_short(matches[-1])} in the judge's answer, which is no number") from None
     if not low <= number <= high:  # also refuses nan
-        raise ValueError(f"the judge's answer says {found[-1]}, which is not on the scale from {low:g} to {high:g}")
+        raise ValueError(f"the judge's answer says {matches[-1]}, which is not on the scale from {low:g} to {high:g}")
     return (number - low) / (high - low)
 
 
@@ -90,5 +90,5 @@ def _last_choice(text: str, words: Sequence[str]) -> str | None:
 
 
 def _short(text: str) -> str:
-    told = repr(" ".join(text.split()))
-    return told if len(told) <= 200 else f"{told[:80]} ... {told[-100:]}"
+    shown = repr(" ".join(text.split()))
+    return shown if len(shown) <= 200 else f"{shown[:80]} ... {shown[-100:]}"

@@ -62,11 +62,11 @@ class RemoteRewards:
         """Return the outcomes of the named rewards for a group, requested concurrently."""
         limit_s = max(self._rewards[name].longest_s(len(responses)) for name in names)
 
-        async def all_of_them() -> dict[str, Outcome]:
-            found = await asyncio.gather(*(self._one(name, prompt, responses, truncated) for name in names))
-            return dict(zip(names, found, strict=True))
+        async def ask_all() -> dict[str, Outcome]:
+            outcomes = await asyncio.gather(*(self._ask_one(name, prompt, responses, truncated) for name in names))
+            return dict(zip(names, outcomes, strict=True))
 
-        return self._do(all_of_them(), limit_s + CLOSE_WITHIN_S)
+        return self._do(ask_all(), limit_s + CLOSE_WITHIN_S)
 
     def close(self) -> None:
         """Cancel all requests, and end the thread."""
@@ -93,8 +93,8 @@ class RemoteRewards:
     async def _greet(self) -> dict[str, str | None]:
         paths = ["" if reward.judge is None else "/models" for reward in self._rewards.values()]
         services = self._services.values()
-        told = await asyncio.gather(*(one.greet(path) for one, path in zip(services, paths, strict=True)))
-        return dict(zip(self._services, told, strict=True))
+        problems = await asyncio.gather(*(service.greet(path) for service, path in zip(services, paths, strict=True)))
+        return dict(zip(self._services, problems, strict=True))
 
     async def _close(self) -> None:
         others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
@@ -104,7 +104,7 @@ class RemoteRewards:
         for service in self._services.values():
             await service.close()
 
-    async def _one(self, name: str, prompt: Prompt, responses: Sequence[str], truncated: Sequence[bool]) -> Outcome:
+    async def _ask_one(self, name: str, prompt: Prompt, responses: Sequence[str], truncated: Sequence[bool]) -> Outcome:
         service, judge = self._services[name], self._rewards[name].judge
         if judge is not None:
             return await _judged(service, judge, prompt, responses)
@@ -123,7 +123,7 @@ class RemoteRewards:
 async def _judged(service: Service, judge: JudgeSpec, prompt: Prompt, responses: Sequence[str]) -> Outcome:
     """Return the judge's verdict on each response. Equal responses of a group are judged once."""
 
-    async def about(response: str) -> float | tuple[RewardErrorKind, str]:
+    async def judge_response(response: str) -> float | tuple[RewardErrorKind, str]:
         try:
             return verdict(judge, await service.post(question(judge, prompt.text, response, prompt.columns), PATH))
         except ServiceError as error:
@@ -131,8 +131,8 @@ async def _judged(service: Service, judge: JudgeSpec, prompt: Prompt, responses:
         except (ValueError, RecursionError) as error:
             return "not_a_number", str(error)
 
-    different = list(dict.fromkeys(responses))
-    verdicts = dict(zip(different, await asyncio.gather(*map(about, different)), strict=True))
+    distinct = list(dict.fromkeys(responses))
+    verdicts = dict(zip(distinct, await asyncio.gather(*map(judge_response, distinct)), strict=True))
     failures: list[Failure] = []
     scores: list[float | None] = []
     for sample, response in enumerate(responses):
@@ -165,7 +165,7 @@ def read_scores(answer: Mapping[str, Any], num_responses: int) -> Outcome:
     if errors and scores is None:
         text = "it scored no response of the group, since it failed on another"
         others = _all_failed("refused", text, num_responses)
-        return replace(others, failures=tuple(failures.get(one.sample, one) for one in others.failures))
+        return replace(others, failures=tuple(failures.get(failure.sample, failure) for failure in others.failures))
     if not isinstance(scores, list):
         return _all_failed("refused", 'it answered no list of "scores"', num_responses)
     if len(scores) != num_responses:

@@ -57,8 +57,8 @@ class Calculator:
     def step(self, response: str, tool_calls: Sequence[Mapping[str, Any]]) -> tuple[str | list[str], float, bool]:
         """Calculate the calls of a turn, or judge the answer."""
         if not tool_calls:
-            found = _number(response)
-            right = found is not None and self.answer is not None and math.isclose(found, self.answer, rel_tol=1e-6)
+            number = _number(response)
+            right = number is not None and self.answer is not None and math.isclose(number, self.answer, rel_tol=1e-6)
             return "", float(right), True
         results, reward = [], 0.0
         for call in tool_calls:
@@ -99,8 +99,8 @@ def _value(node: ast.expr) -> int | float:
 
 
 def _number(text: str) -> float | None:
-    found = _NUMBER.findall(text)
-    return float(found[-1].replace(",", "")[:_MAX_DIGITS]) if found else None
+    numbers = _NUMBER.findall(text)
+    return float(numbers[-1].replace(",", "")[:_MAX_DIGITS]) if numbers else None
 
 
 def _shown(value: int | float) -> str:

@@ -25,7 +25,7 @@ from rlhf.rollouts.environments.host import Conversation, EnvironmentFailure, En
 from rlhf.rollouts.environments.process import Description
 from rlhf.rollouts.environments.tool_calls import ToolCallParser, read_calls
 from rlhf.rollouts.environments.turns import ChatTurns, RawTurns, TurnWriter, first_prompt, turn_text
-from rlhf.rollouts.records.spans import Played, Sampled, Told
+from rlhf.rollouts.records.spans import InsertedSpan, Played, Sampled
 from rlhf.types import GroupRequest, Prompt, RewardError, Sampling
 
 ENVIRONMENT = "environment"  # name of the environment in place of a reward's name in failures
@@ -76,8 +76,8 @@ class EnvironmentSpec:
         It includes the environment's file, but not other files the file imports.
         """
         digest = hashlib.blake2b(digest_size=16)
-        known = (self.source, self.max_turns, self.max_tokens, self.tool_parser, self.template)
-        digest.update(repr(known).encode())
+        settings = (self.source, self.max_turns, self.max_tokens, self.tool_parser, self.template)
+        digest.update(repr(settings).encode())
         if self.source.path is not None:
             digest.update(Path(self.source.path).read_bytes())
         return digest.hexdigest()
@@ -85,7 +85,7 @@ class EnvironmentSpec:
 
 def resolve(name: str, *, args: Mapping[str, Any], folders: Sequence[Path], key: str) -> Source:
     """Return the source of an environment without reading its code. UserError for an unknown name or a missing file."""
-    path, colon, found = name.rpartition(":")
+    path, colon, class_name = name.rpartition(":")
     if not colon:
         if name in BUILT_INS:
             return Source(path=None, name=name, args=dict(args))
@@ -98,7 +98,7 @@ def resolve(name: str, *, args: Mapping[str, Any], folders: Sequence[Path], key:
     candidates = [(folder / Path(path).expanduser()).resolve() for folder in folders]
     for candidate in candidates:
         if candidate.is_file():
-            return Source(path=str(candidate), name=found, args=dict(args))
+            return Source(path=str(candidate), name=class_name, args=dict(args))
     tried = ", ".join(dict.fromkeys(map(str, candidates)))
     raise UserError(f"{key}: the environment's file `{path}` does not exist (looked for {tried})")
 
@@ -151,7 +151,7 @@ class Conversations:
             conversation = await self.host.open()
             try:
                 played = replace(played, prompt_token_ids=await self._begin(conversation, game))
-                return await self._go_on(conversation, game, sample, played)
+                return await self._play_turns(conversation, game, sample, played)
             except EnvironmentFailure as failure:
                 error = RewardError(
                     reward=ENVIRONMENT,
@@ -188,11 +188,11 @@ class Conversations:
             )
         return token_ids
 
-    async def _go_on(self, conversation: Conversation, game: _Game, sample: int, played: Played) -> Played:
+    async def _play_turns(self, conversation: Conversation, game: _Game, sample: int, played: Played) -> Played:
         """Play turns until the environment is done or a limit is reached. The text after the last turn is left out."""
         writer = self._writer(game.request.prompt)
         tokens = played.prompt_token_ids
-        spans: list[Sampled | Told] = []
+        spans: list[Sampled | InsertedSpan] = []
         rewards: list[float] = []
         for turn in range(self.spec.max_turns):
             room = min(game.sampling.max_new_tokens, self.spec.max_tokens - len(tokens))
@@ -204,11 +204,11 @@ class Conversations:
             rewards.append(step.reward)
             if step.done:
                 return replace(played, spans=tuple(spans), finish_reason="stop", rewards=tuple(rewards))
-            told = writer.after(sampled.token_ids, step.observation)
-            tokens = (*tokens, *sampled.token_ids, *told)
+            inserted = writer.after(sampled.token_ids, step.observation)
+            tokens = (*tokens, *sampled.token_ids, *inserted)
             if turn + 1 == self.spec.max_turns or len(tokens) >= self.spec.max_tokens:
                 break
-            spans.append(Told(token_ids=told))
+            spans.append(InsertedSpan(token_ids=inserted))
         return replace(played, spans=tuple(spans), finish_reason="length", rewards=tuple(rewards))
 
     async def _step(self, conversation: Conversation, sampled: Sampled, writer: TurnWriter) -> Step:

@@ -30,8 +30,8 @@ class GuessNumber:
 
     def step(self, response: str) -> tuple[str, float, bool]:
         """Take the last number of the response as the guess."""
-        found = _NUMBER.findall(response)
-        guess = int(found[-1][:20]) if found else None
+        numbers = _NUMBER.findall(response)
+        guess = int(numbers[-1][:20]) if numbers else None
         if guess is None or not self.low <= guess <= self.high:
             return f"a number from {self.low} to {self.high}", 0.0, False
         if guess == self.secret:

@@ -97,7 +97,7 @@ class EnvironmentHost:
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
                 await asyncio.get_running_loop().sock_sendall(self._control, SIZE.pack(len(hello)) + hello)
-                found = pickle.loads(await self._receive(SIZE.unpack(await self._receive(SIZE.size))[0]))
+                description = pickle.loads(await self._receive(SIZE.unpack(await self._receive(SIZE.size))[0]))
         except TimeoutError as error:
             place = await self._where(self._process.pid)
             raise UserError(f"loading `{self.source.name}` took over {START_TIMEOUT_S:g} s{place}") from error
@@ -106,10 +106,10 @@ class EnvironmentHost:
             raise UserError(
                 f"loading `{self.source.name}` ended its process; its last output: {self._log.last_line!r}"
             ) from error
-        if not isinstance(found, Description):
-            raise UserError(found)
-        self.description = found
-        return found
+        if not isinstance(description, Description):
+            raise UserError(description)
+        self.description = description
+        return description
 
     async def open(self) -> Conversation:
         """Open a conversation with a fresh copy of the environment. RunError if no process can be created."""
@@ -121,12 +121,12 @@ class EnvironmentHost:
             raise
 
     async def _open(self) -> Conversation:
-        ours, theirs = socket.socketpair()
+        connection, theirs = socket.socketpair()
         try:
             pid = await self._ask(0, theirs.fileno())
         finally:
             theirs.close()
-        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        reader, writer = await asyncio.open_unix_connection(sock=connection)
         return Conversation(self, pid, reader, writer)
 
     async def stop(self) -> None:
@@ -247,13 +247,15 @@ class Conversation:
 
     async def step(self, response: str, tool_calls: Sequence[Mapping[str, Any]] | None = None) -> Step:
         """Send a turn of the policy. `tool_calls` is None if the environment has no tools."""
-        said: dict[str, Any] = {"response": response}
+        turn: dict[str, Any] = {"response": response}
         if tool_calls is not None:
-            said["tool_calls"] = [dict(call) for call in tool_calls]
-        told = await self._call("step", said=said)
-        found = told["observation"]
+            turn["tool_calls"] = [dict(call) for call in tool_calls]
+        answer = await self._call("step", turn=turn)
+        observation = answer["observation"]
         return Step(
-            observation=tuple(found) if isinstance(found, list) else found, reward=told["reward"], done=told["done"]
+            observation=tuple(observation) if isinstance(observation, list) else observation,
+            reward=answer["reward"],
+            done=answer["done"],
         )
 
     async def end(self) -> None:
@@ -283,7 +285,7 @@ class Conversation:
                     self._dead = True
                     await self._host.end(self.pid)
                     raise EnvironmentFailure("raised", f"{call} returned {size} bytes, more than {MAX_REPLY_BYTES}")
-                told: dict[str, Any] = json.loads(await self._reader.readexactly(size))
+                reply: dict[str, Any] = json.loads(await self._reader.readexactly(size))
         except TimeoutError as error:
             place = await self._host.where(self.pid)
             self._dead = True
@@ -295,7 +297,7 @@ class Conversation:
             self._dead = True
             how = await self._host.end(self.pid, is_closed=True)
             raise EnvironmentFailure("died", f"in {call}, {how or 'it closed its connection'}") from error
-        if "kind" in told:
-            limit = f" (rollouts.environment.memory_gib: {self._host.memory_gib:g})" if told["kind"] == "died" else ""
-            raise EnvironmentFailure(told["kind"], f"{call}: {told['message']}{limit}")
-        return told
+        if "kind" in reply:
+            limit = f" (rollouts.environment.memory_gib: {self._host.memory_gib:g})" if reply["kind"] == "died" else ""
+            raise EnvironmentFailure(reply["kind"], f"{call}: {reply['message']}{limit}")
+        return reply

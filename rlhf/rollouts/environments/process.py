@@ -60,8 +60,8 @@ def load_environment(source: Source) -> Any:
     else:
         target = vars(import_file(source.path)).get(source.name)
     if not inspect.isclass(target):
-        found = "nothing of that name" if target is None else f"`{source.name}` of type {type(target).__name__}"
-        raise LoadError(f"{source.path} has {found}; an environment is a class with `reset` and `step`")
+        actual = "nothing of that name" if target is None else f"`{source.name}` of type {type(target).__name__}"
+        raise LoadError(f"{source.path} has {actual}; an environment is a class with `reset` and `step`")
     try:
         inspect.signature(target).bind(**source.args)
     except TypeError as error:
@@ -111,7 +111,7 @@ def _parameters(environment: Any, method: str, name: str) -> dict[str, inspect.P
     return dict(inspect.signature(function).parameters)
 
 
-class _NotUsable(Exception):
+class _ProtocolViolation(Exception):
     """Raised if a return value of the environment violates the protocol."""
 
 
@@ -121,37 +121,41 @@ def _reset(environment: Any, seed: int, columns: Mapping[str, Any]) -> dict[str,
         sys.modules["numpy"].random.seed(seed % 2**32)
     observation = environment.reset(seed=seed, **columns)
     if not isinstance(observation, str | None):
-        raise _NotUsable(f"reset returned {observation!r:.80}, expected a text or None")
-    return {"observation": _whole(observation or "")}
+        raise _ProtocolViolation(f"reset returned {observation!r:.80}, expected a text or None")
+    return {"observation": _require_valid_text(observation or "")}
 
 
-def _whole(text: str) -> str:
+def _require_valid_text(text: str) -> str:
     """Return the text unchanged. UnicodeEncodeError if it holds half a character."""
     text.encode()
     return text
 
 
-def _step(environment: Any, **said: Any) -> dict[str, Any]:
-    returned = environment.step(**said)
+def _step(environment: Any, **turn: Any) -> dict[str, Any]:
+    returned = environment.step(**turn)
     if not isinstance(returned, tuple) or len(returned) != 3:
-        raise _NotUsable(f"step returned {returned!r:.80}, expected (observation, reward, done)")
+        raise _ProtocolViolation(f"step returned {returned!r:.80}, expected (observation, reward, done)")
     observation, reward, done = returned
-    calls = said.get("tool_calls") or ()
+    calls = turn.get("tool_calls") or ()
     results = observation if isinstance(observation, list) else []
     if isinstance(observation, list) and (
         len(results) != len(calls) or not all(isinstance(result, str) for result in results)
     ):
-        raise _NotUsable(f"step returned {observation!r:.80} for {len(calls)} tool calls, expected a text for each")
+        raise _ProtocolViolation(
+            f"step returned {observation!r:.80} for {len(calls)} tool calls, expected a text for each"
+        )
     if not isinstance(observation, str | list | None):
-        raise _NotUsable(f"step returned the observation {observation!r:.80}, expected a text")
+        raise _ProtocolViolation(f"step returned the observation {observation!r:.80}, expected a text")
     if done not in (True, False):
-        raise _NotUsable(f"step returned {done!r:.80} for done, expected True or False")
+        raise _ProtocolViolation(f"step returned {done!r:.80} for done, expected True or False")
     if not done and not observation:
-        raise _NotUsable("step returned no observation, and is not done: the policy would have nothing to answer")
+        raise _ProtocolViolation(
+            "step returned no observation, and is not done: the policy would have nothing to answer"
+        )
     if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
         return {"kind": "not_a_number", "message": f"step returned {reward!r:.80} as reward, expected a finite number"}
     for text in results or [observation or ""]:
-        _whole(text)
+        _require_valid_text(text)
     return {"observation": observation or "", "reward": float(reward), "done": bool(done)}
 
 
@@ -160,10 +164,10 @@ def _answer(environment: Any, message: Mapping[str, Any], path: str | None) -> d
         if message["call"] == "reset":
             return _reset(environment, message["seed"], message["columns"])
         if message["call"] == "step":
-            return _step(environment, **message["said"])
+            return _step(environment, **message["turn"])
         environment.close()
         return {}
-    except _NotUsable as error:
+    except _ProtocolViolation as error:
         return {"kind": "raised", "message": str(error)}
     except MemoryError:
         return {"kind": "died", "message": "ran out of memory"}
@@ -237,10 +241,10 @@ def main(control_fd: int, lifeline: int, faults_fd: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         environment = load_environment(source)
-        found: Description | str = describe(environment)
+        result: Description | str = describe(environment)
     except LoadError as error:
-        found = str(error)
-    reply = pickle.dumps(found)
+        result = str(error)
+    reply = pickle.dumps(result)
     control.sendall(SIZE.pack(len(reply)) + reply)
     gc.collect()
     gc.freeze()  # the memory pages of loaded objects stay shared with the copies

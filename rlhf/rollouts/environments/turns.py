@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from rlhf.data.chat import ASSISTANT, Message, behind_turn, render, require_template, turn_end
+from rlhf.data.chat import ASSISTANT, Message, render, require_template, text_after_turn, turn_end
 from rlhf.data.tokenization import Continuation, encode, encode_raw
 from rlhf.errors import UserError
 from rlhf.types import Prompt
@@ -74,7 +74,7 @@ class ChatTurns:
         require_template(tokenizer, _KEY)
         self.tokenizer = tokenizer
         self._continuation = Continuation(tokenizer)
-        tail = self._behind_turn([], add_generation_prompt=False)
+        tail = self._text_after_turn([], add_generation_prompt=False)
         self.stop_token = turn_end(tokenizer)
         if self.stop_token is None:
             raise self._refusal(f"an assistant's turn ends with {tail!r:.40}, not with a special token")
@@ -100,22 +100,22 @@ class ChatTurns:
 
     def _tokens(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Return the template's tokens from the end of a turn to the beginning of the next."""
-        text = self._behind_turn(messages, add_generation_prompt=True).removeprefix(self._end)
+        text = self._text_after_turn(messages, add_generation_prompt=True).removeprefix(self._end)
         (token_ids,) = self._continuation.encode([(self._end, text)])
         return tuple(token_ids)
 
-    def _behind_turn(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        behind = behind_turn(messages, self.tokenizer, add_generation_prompt=add_generation_prompt, place=_KEY)
-        if behind is None:
+    def _text_after_turn(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        text = text_after_turn(messages, self.tokenizer, add_generation_prompt=add_generation_prompt, place=_KEY)
+        if text is None:
             raise self._refusal("it does not write an assistant's turn once, as it is")
-        return behind
+        return text
 
     def _check(self, messages: Sequence[Message]) -> None:
         """Check that the template writes the observation once, with the same tokens as in a whole conversation."""
         role = messages[0]["role"]
-        behind = self._behind_turn(messages, add_generation_prompt=True)
-        if behind.count(_OBSERVATION) != 1 or not behind.startswith(self._end):
-            raise self._refusal(f"a turn of role {role} behind an assistant's is written as {behind!r:.60}")
+        after = self._text_after_turn(messages, add_generation_prompt=True)
+        if after.count(_OBSERVATION) != 1 or not after.startswith(self._end):
+            raise self._refusal(f"a turn of role {role} behind an assistant's is written as {after!r:.60}")
         conversation = [{"role": "user", "content": "Hello."}, {"role": ASSISTANT, "content": "Fine."}, *messages]
         whole = render(conversation, self.tokenizer, add_generation_prompt=True, place=_KEY)
         apart = (self._stop, *self._tokens(messages))

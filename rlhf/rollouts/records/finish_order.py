@@ -19,13 +19,13 @@ from rlhf.types import GroupRequest, Sampling
 logger = logging.getLogger(__name__)
 
 
-def race_identity(requests: Sequence[GroupRequest], sampling: Sampling, *, version: int, rule: str) -> str:
+def request_set_digest(requests: Sequence[GroupRequest], sampling: Sampling, *, version: int, rule: str) -> str:
     """Return a digest of all requests of a race, of the weights, and of the stopping rule."""
-    told = [(request.group_id, request_identity(request, sampling)) for request in requests]
-    return hashlib.blake2b(repr((told, version, rule)).encode(), digest_size=16).hexdigest()
+    identities = [(request.group_id, request_identity(request, sampling)) for request in requests]
+    return hashlib.blake2b(repr((identities, version, rule)).encode(), digest_size=16).hexdigest()
 
 
-class FirstsLedger:
+class FinishOrderLedger:
     """An append-only file in the run's spool folder. `rewards` is a fingerprint of the rewards, since other scores make
     other batches.
     """

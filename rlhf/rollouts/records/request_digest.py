@@ -27,5 +27,5 @@ def scored_identity(request: GroupRequest, sampling: Sampling, infos: Sequence[R
     It includes the row and the sampled responses.
     """
     prompt = request.prompt
-    told = (request_identity(request, sampling), prompt.text, dict(prompt.columns), tuple(infos))
-    return hashlib.blake2b(repr(told).encode(errors="surrogatepass"), digest_size=16).hexdigest()
+    inputs = (request_identity(request, sampling), prompt.text, dict(prompt.columns), tuple(infos))
+    return hashlib.blake2b(repr(inputs).encode(errors="surrogatepass"), digest_size=16).hexdigest()

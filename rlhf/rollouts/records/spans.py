@@ -34,7 +34,7 @@ class Sampled:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Told:
+class InsertedSpan:
     """Tokens inserted after a turn: the environment's text and the chat template around it."""
 
     token_ids: tuple[int, ...]
@@ -47,7 +47,7 @@ class Played:
     """
 
     prompt_token_ids: tuple[int, ...]
-    spans: tuple[Sampled | Told, ...]
+    spans: tuple[Sampled | InsertedSpan, ...]
     finish_reason: FinishReason  # "length" if a limit ended it
     rewards: tuple[float, ...] | None = None  # environment rewards, one per turn; None if it has none or failed
     error: RewardError | None = None
@@ -63,7 +63,7 @@ def assemble(request: GroupRequest, conversations: Sequence[Played]) -> tuple[Ro
     for index, played in enumerate(conversations):
         start = len(ids)
         ends = []  # last token of each turn
-        for span in (Told(token_ids=played.prompt_token_ids), *played.spans):
+        for span in (InsertedSpan(token_ids=played.prompt_token_ids), *played.spans):
             count, sampled = len(span.token_ids), isinstance(span, Sampled)
             ids += span.token_ids
             masks += [sampled] * count
@@ -71,23 +71,23 @@ def assemble(request: GroupRequest, conversations: Sequence[Played]) -> tuple[Ro
             versions += span.versions if isinstance(span, Sampled) else [-1] * count
             ends += [len(ids) - start - 1] * sampled
         turns = [span for span in played.spans if isinstance(span, Sampled)]
-        own = torch.tensor([value for turn in turns for value in turn.logprobs])
+        sampled_logprobs = torch.tensor([value for turn in turns for value in turn.logprobs])
         by_token = [version for turn in turns for version in turn.versions]
-        prompt, given = len(played.prompt_token_ids), played.rewards
+        prompt, rewards = len(played.prompt_token_ids), played.rewards
         infos.append(
             RolloutInfo(
                 sequence_id=request.first_sequence_id + index,
                 num_prompt_tokens=prompt,
-                num_response_tokens=len(own),
+                num_response_tokens=len(sampled_logprobs),
                 finish_reason=played.finish_reason,
                 min_version=min(by_token, default=-1),
                 max_version=max(by_token, default=-1),
-                mean_logprob=float(own.mean()) if turns else 0.0,
+                mean_logprob=float(sampled_logprobs.mean()) if turns else 0.0,
                 num_turns=len(turns),
-                num_environment_tokens=len(ids) - start - prompt - len(own),
+                num_environment_tokens=len(ids) - start - prompt - len(sampled_logprobs),
                 environment_rewards=None
-                if given is None
-                else tuple(StepReward(end=end, value=value) for end, value in zip(ends, given, strict=True)),
+                if rewards is None
+                else tuple(StepReward(end=end, value=value) for end, value in zip(ends, rewards, strict=True)),
                 environment_error=played.error,
             )
         )
@@ -102,15 +102,15 @@ def assemble(request: GroupRequest, conversations: Sequence[Played]) -> tuple[Ro
     return rollouts, tuple(infos)
 
 
-def pieces(rollouts: Rollouts) -> list[list[tuple[bool, list[int]]]]:
+def token_spans(rollouts: Rollouts) -> list[list[tuple[bool, list[int]]]]:
     """Return the spans of each sequence in order, the prompt first.
 
     A span is a pair: whether the policy sampled it, and its tokens.
     """
-    found = []
+    result = []
     sizes = rollouts.lengths.tolist()
     for ids, mask in zip(rollouts.token_ids.split(sizes), rollouts.response_mask.split(sizes), strict=True):
         borders = [0, *(torch.nonzero(mask[1:] != mask[:-1]).flatten() + 1).tolist(), len(ids)]
         spans = [(bool(mask[a]), ids[a:b].tolist()) for a, b in pairwise(borders)]
-        found.append(spans)
-    return found
+        result.append(spans)
+    return result

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from rlhf.data.tokenization import special_tokens
-from rlhf.rollouts.records.spans import pieces
+from rlhf.rollouts.records.spans import token_spans
 from rlhf.tracking.run_folder.samples import SampleTokens, SampleTurn
 from rlhf.types import Rollouts, TokenSignals
 
@@ -36,7 +36,9 @@ def response_texts(rollouts: Rollouts, tokenizer: Any, *, turn_end: int | None) 
 
     The turns of a conversation's policy are joined by newlines.
     """
-    spans = [[without_turn_end(ids, turn_end) for sampled, ids in sequence if sampled] for sequence in pieces(rollouts)]
+    spans = [
+        [without_turn_end(ids, turn_end) for sampled, ids in sequence if sampled] for sequence in token_spans(rollouts)
+    ]
     decoded: list[str] = tokenizer.batch_decode([ids for turns in spans for ids in turns], skip_special_tokens=True)
     texts = iter(decoded)
     return ["\n".join([next(texts) for _ in turns]) for turns in spans]
@@ -55,15 +57,15 @@ def text_before_stop(ids: Sequence[int], stop: Sequence[str], tokenizer: Any) ->
     """
     text: str = tokenizer.decode(ids, skip_special_tokens=True)
     special = special_tokens(tokenizer)
-    named = [one for one in stop if special.search(one)]
-    ends = [end for end in (text.find(one) for one in stop if one not in named) if end >= 0]
-    if named:
+    special_stops = [string for string in stop if special.search(string)]
+    ends = [end for end in (text.find(string) for string in stop if string not in special_stops) if end >= 0]
+    if special_stops:
         shown = token_texts(ids, tokenizer)
         plain = token_texts(ids, tokenizer, skip_special_tokens=True)
         whole = "".join(shown)
-        for end in (end for end in (whole.find(one) for one in named) if end >= 0):
-            starts = itertools.accumulate((len(one) for one in shown), initial=0)
-            before = [one[: max(0, end - start)] for start, one in zip(starts, plain, strict=False)]
+        for end in (end for end in (whole.find(string) for string in special_stops) if end >= 0):
+            starts = itertools.accumulate((len(string) for string in shown), initial=0)
+            before = [string[: max(0, end - start)] for start, string in zip(starts, plain, strict=False)]
             ends.append(sum(map(len, before)))
     return text[: min(ends)] if ends else text
 
@@ -74,8 +76,8 @@ def character_ends(rollouts: Rollouts, tokenizer: Any, *, turn_end: int | None) 
     Entry n is the position in the sequence of the last token of the first n characters. The last entry is the last
     sampled token, even if it has no text.
     """
-    found = []
-    for sequence in pieces(rollouts):
+    result = []
+    for sequence in token_spans(rollouts):
         ends: list[int] = []
         place, last = 0, None
         for sampled, ids in sequence:
@@ -87,8 +89,8 @@ def character_ends(rollouts: Rollouts, tokenizer: Any, *, turn_end: int | None) 
                 last = place + len(ids) - 1
             place += len(ids)
         assert last is not None, "a response has a sampled token"
-        found.append((*ends[:1], *ends[:-1], last))
-    return found
+        result.append((*ends[:1], *ends[:-1], last))
+    return result
 
 
 def transcripts(
@@ -131,10 +133,10 @@ def step_ends(
         step = ""
         for place, token, text in zip(places, ids, token_texts(ids, tokenizer), strict=True):
             step += "" if token in special else text
-            before, found, behind = step.rpartition(separator)
-            if found:
+            before, match, rest = step.rpartition(separator)
+            if match:
                 ends[place] = bool(before.strip())
-                step = behind
+                step = rest
         if step.strip() or not ends[places].any():
             ends[places[-1]] = True
     return ends
@@ -154,7 +156,7 @@ def turns_of(rollouts: Rollouts, tokenizer: Any) -> list[tuple[SampleTurn, ...]]
             )
             for index, (sampled, ids) in enumerate(sequence)
         )
-        for sequence in pieces(rollouts)
+        for sequence in token_spans(rollouts)
     ]
 
 
@@ -166,22 +168,22 @@ def token_texts(ids: Sequence[int], tokenizer: Any, *, skip_special_tokens: bool
     """
 
     def text(start: int, end: int) -> str:
-        found: str = tokenizer.decode(ids[start:end], skip_special_tokens=skip_special_tokens)
-        return found
+        decoded: str = tokenizer.decode(ids[start:end], skip_special_tokens=skip_special_tokens)
+        return decoded
 
-    found = []
+    texts = []
     start, before = 0, ""  # start of a window of tokens, and its text before the current token
     for end in range(1, len(ids) + 1):
         now = text(start, end)
         if now.endswith(_INCOMPLETE) and end < len(ids):
-            found.append("")
+            texts.append("")
             continue
-        found.append(now[len(before) :])
+        texts.append(now[len(before) :])
         before = now
         if end - start > _WINDOW:
             start = end - _CONTEXT
             before = text(start, end)
-    return found
+    return texts
 
 
 def tokens_of(
@@ -189,19 +191,19 @@ def tokens_of(
 ) -> list[SampleTokens]:
     """Return the tokens after the prompts of the sequences at `places`, with their training signals, if any."""
     known = {sequence_id for part in signals for sequence_id in part.sequence_ids.tolist()}
-    found = []
+    result = []
     for place in places:
-        one = rollouts.take([place])
-        (sequence_id,) = one.sequence_ids.tolist()
+        sequence = rollouts.take([place])
+        (sequence_id,) = sequence.sequence_ids.tolist()
         learnt = TokenSignals.gather(signals, [sequence_id]) if sequence_id in known else None
-        found.append(_tokens(one, learnt, tokenizer))
-    return found
+        result.append(_tokens(sequence, learnt, tokenizer))
+    return result
 
 
-def _tokens(one: Rollouts, learnt: TokenSignals | None, tokenizer: Any) -> SampleTokens:
+def _tokens(sequence: Rollouts, learnt: TokenSignals | None, tokenizer: Any) -> SampleTokens:
     """Return the tokens of a single sequence."""
-    first = int(one.response_mask.int().argmax())
-    ids, mask = one.token_ids[first:].tolist(), one.response_mask[first:].tolist()
+    first = int(sequence.response_mask.int().argmax())
+    ids, mask = sequence.token_ids[first:].tolist(), sequence.response_mask[first:].tolist()
 
     def column(values: Tensor) -> tuple[float | None, ...]:
         shown = zip(values[first:].tolist(), mask, strict=True)
@@ -214,7 +216,7 @@ def _tokens(one: Rollouts, learnt: TokenSignals | None, tokenizer: Any) -> Sampl
         texts=tuple(token_texts(ids, tokenizer)),
         ids=tuple(ids),
         sampled=tuple(mask),
-        rollout_logprobs=column(one.rollout_logprobs),
+        rollout_logprobs=column(sequence.rollout_logprobs),
         old_logprobs=made(None if learnt is None else learnt.old_logprobs),
         ref_logprobs=made(None if learnt is None else learnt.ref_logprobs),
         teacher_logprobs=made(None if learnt is None else learnt.teacher_logprobs),

@@ -34,14 +34,14 @@ class HttpEnvironment:
 
     def reset(self, seed: int, **columns: Any) -> str | None:
         """Open a session on the server."""
-        told = self._post("reset", {"seed": seed, "columns": columns})
-        self.session = told["session"]
-        return told["observation"]  # type: ignore[no-any-return]
+        answer = self._post("reset", {"seed": seed, "columns": columns})
+        self.session = answer["session"]
+        return answer["observation"]  # type: ignore[no-any-return]
 
     def step(self, response: str) -> tuple[str, float, bool]:
         """Send a turn of the policy, and return the server's answer."""
-        told = self._post("step", {"session": self.session, "response": response})
-        return told["observation"], told["reward"], told["done"]
+        answer = self._post("step", {"session": self.session, "response": response})
+        return answer["observation"], answer["reward"], answer["done"]
 
     def close(self) -> None:
         """Ask the server to end the session."""
@@ -52,10 +52,10 @@ class HttpEnvironment:
         request = urllib.request.Request(f"{self.url}/{call}", json.dumps(message).encode(), self.headers)
         try:
             with urllib.request.urlopen(request, timeout=self.timeout_s) as answer:
-                told = json.load(answer)
+                result = json.load(answer)
         except urllib.error.HTTPError as error:
-            said = error.read(500).decode(errors="replace")
-            raise RuntimeError(f"{self.url}/{call} answered {error.code}: {said}") from error
-        if not isinstance(told, dict):
-            raise TypeError(f"{self.url}/{call} answered {told!r:.80}, expected a JSON object")
-        return told
+            reason = error.read(500).decode(errors="replace")
+            raise RuntimeError(f"{self.url}/{call} answered {error.code}: {reason}") from error
+        if not isinstance(result, dict):
+            raise TypeError(f"{self.url}/{call} answered {result!r:.80}, expected a JSON object")
+        return result

@@ -62,38 +62,38 @@ class OpenEnv:
         self.session = self.connect(
             self.url, additional_headers=self.headers, open_timeout=self.timeout_s, max_size=MOST_BYTES
         )
-        return self._told(self._ask("reset", {"seed": seed, **columns})) or None
+        return self._observation_text(self._ask("reset", {"seed": seed, **columns})) or None
 
     def step(self, response: str) -> tuple[str, float, bool]:
         """Send a turn of the policy, and return the observation, the reward and the end."""
-        told = self._ask("step", _filled(self.action, response))
-        return self._told(told), float(told["reward"] or 0.0), bool(told["done"])
+        result = self._ask("step", _filled(self.action, response))
+        return self._observation_text(result), float(result["reward"] or 0.0), bool(result["done"])
 
     def close(self) -> None:
         """End the session by closing its connection."""
         if self.session is not None:
             self.session.close()
 
-    def _ask(self, kind: str, data: Any) -> dict[str, Any]:
+    def _ask(self, kind: str, message: Any) -> dict[str, Any]:
         assert self.session is not None
         with contextlib.suppress(self.closed):  # a full server sends an error and closes; the error is read below
-            self.session.send(json.dumps({"type": kind, "data": data}))
+            self.session.send(json.dumps({"type": kind, "data": message}))
         answer = json.loads(self.session.recv(timeout=self.timeout_s))
         if answer["type"] != "observation":
             raise RuntimeError(f"{self.url} answered {kind} with {answer['type']}: {answer['data']!r:.400}")
-        told: dict[str, Any] = answer["data"]
-        return told
+        data: dict[str, Any] = answer["data"]
+        return data
 
-    def _told(self, told: Mapping[str, Any]) -> str:
+    def _observation_text(self, result: Mapping[str, Any]) -> str:
         """Return the text the policy reads of an answer."""
-        found = told["observation"]
+        observation = result["observation"]
         if self.observation is not None:
-            if self.observation not in found:
-                raise KeyError(f"the observation has {', '.join(found) or 'nothing'}, and no {self.observation}")
-            found = found[self.observation]
-        if not found:
+            if self.observation not in observation:
+                raise KeyError(f"the observation has {', '.join(observation) or 'nothing'}, and no {self.observation}")
+            observation = observation[self.observation]
+        if not observation:
             return ""
-        return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
+        return observation if isinstance(observation, str) else json.dumps(observation, ensure_ascii=False)
 
 
 def _filled(action: Any, response: str) -> Any:

@@ -31,17 +31,19 @@ class SkyRLGym:
     def reset(self, seed: int, **columns: Any) -> None:
         """Create the environment for a row."""
         prompt = columns.pop("messages", [])
-        self.made = self.gym.make(self.env, env_config=self.config, extras={"extra_info": {}, **columns, **self.extras})
-        begun, _ = self.made.init(prompt)
-        if begun != prompt:
-            raise ValueError(f"{self.env} begins with {begun!r:.200} and not with the prompt of the data")
+        self.instance = self.gym.make(
+            self.env, env_config=self.config, extras={"extra_info": {}, **columns, **self.extras}
+        )
+        first_prompt, _ = self.instance.init(prompt)
+        if first_prompt != prompt:
+            raise ValueError(f"{self.env} begins with {first_prompt!r:.200} and not with the prompt of the data")
 
     def step(self, response: str) -> tuple[str, float, bool]:
         """Play a turn. Several observations are joined by newlines."""
-        told = self.made.step(response)
-        observation = "\n".join(str(message["content"]) for message in told["observations"])
-        return observation, float(told["reward"]), bool(told["done"])
+        result = self.instance.step(response)
+        observation = "\n".join(str(message["content"]) for message in result["observations"])
+        return observation, float(result["reward"]), bool(result["done"])
 
     def close(self) -> None:
         """Close the environment and its resources."""
-        self.made.close()
+        self.instance.close()

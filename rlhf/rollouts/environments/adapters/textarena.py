@@ -24,17 +24,17 @@ class TextArena:
     def reset(self, seed: int) -> str:
         """Begin a game, and return its rules."""
         self.game.reset(num_players=1, seed=seed)
-        return self._told()
+        return self._new_messages()
 
     def step(self, response: str) -> tuple[str, float, bool]:
         """Play a move, and return the new messages, the reward and the end."""
         done, _ = self.game.step(response)
         if not done:
-            return self._told(), 0.0, False
+            return self._new_messages(), 0.0, False
         rewards, _ = self.game.close()
         return "", float(rewards[0]), True
 
-    def _told(self) -> str:
+    def _new_messages(self) -> str:
         """Return the game's messages since the last call, without the player's."""
         player, messages = self.game.get_observation()
         return "\n".join(text for sender, text, _ in messages if sender != player)

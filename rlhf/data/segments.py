@@ -20,7 +20,7 @@ from rlhf.data.chat import (
     raw_prompt,
     read_messages,
     read_tools,
-    refuse_untold_tools,
+    refuse_unmentioned_tools,
     render,
     require_template,
     with_system_prompt,
@@ -32,7 +32,7 @@ from rlhf.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Segment:
     """A segment of text, tokenised as the continuation of the segments before it."""
 
     text: str
@@ -60,7 +60,7 @@ class Writer:
         self._beginning = raw_beginning(tokenizer)
         self._special = special_tokens(tokenizer)
 
-    def answer(self, row: Row, column: str) -> list[Piece]:
+    def answer(self, row: Row, column: str) -> list[Segment]:
         """Return column `prompt` and its answer in `column`: two strings, or two lists of messages.
 
         Raise NotUsable if the answer is empty, and UserError if only one of the columns is a list.
@@ -77,30 +77,30 @@ class Writer:
             )
         if not answer:
             raise NotUsable(row.place, f"column `{column}` has no message")
-        asked = read_messages(row, column="prompt", system_prompt=self.system_prompt)
-        answered = read_messages(row, column=column, system_prompt=None)
-        if answered[0]["role"] != ASSISTANT:
+        prompt_messages = read_messages(row, column="prompt", system_prompt=self.system_prompt)
+        answer_messages = read_messages(row, column=column, system_prompt=None)
+        if answer_messages[0]["role"] != ASSISTANT:
             raise UserError(
-                f"{row.place}: column `{column}` begins with a message of the {answered[0]['role']}; beside column "
-                "`prompt` it holds the answer alone."
+                f"{row.place}: column `{column}` begins with a message of the {answer_messages[0]['role']}; beside "
+                "column `prompt` it holds the answer alone."
             )
-        return self.conversation(row, [*asked, *answered], first=len(asked))
+        return self.conversation(row, [*prompt_messages, *answer_messages], first=len(prompt_messages))
 
-    def strings(self, row: Row, prompt: str, answer: str) -> list[Piece]:
+    def strings(self, row: Row, prompt: str, answer: str) -> list[Segment]:
         """Return a prompt and its answer, as two turns of a conversation or unchanged without the chat template."""
         if self.apply_chat_template:
             turns = [{"role": "user", "content": prompt}, {"role": ASSISTANT, "content": answer}]
             messages = with_system_prompt(turns, self.system_prompt)
             return self.conversation(row, messages, first=len(messages) - 1)
         prompt = raw_prompt(prompt, place=row.place, system_prompt=self.system_prompt, beginning=self._beginning)
-        return [Piece(prompt, False, is_raw=True), Piece(self._ended(answer), True)]
+        return [Segment(prompt, False, is_raw=True), Segment(self._ended(answer), True)]
 
-    def text(self, row: Row, text: str) -> list[Piece]:
+    def text(self, row: Row, text: str) -> list[Segment]:
         """Return a text to be learned unchanged, with the end-of-sequence token."""
         text = raw_prompt(text, place=row.place, system_prompt=self.system_prompt, beginning=self._beginning)
-        return [Piece(self._ended(text), True, is_raw=True)]
+        return [Segment(self._ended(text), True, is_raw=True)]
 
-    def conversation(self, row: Row, messages: Sequence[Message], *, first: int = 0) -> list[Piece]:
+    def conversation(self, row: Row, messages: Sequence[Message], *, first: int = 0) -> list[Segment]:
         """Return a conversation up to its last learned turn.
 
         The learned turns are the assistant's from message `first` on, except with `train: false`. A turn begins at the
@@ -122,19 +122,19 @@ class Writer:
             )
         befores = [self._render(row, messages[:i], tools, add_generation_prompt=True) for i in turns]
         afters = [self._render(row, messages[: i + 1], tools, add_generation_prompt=False) for i in turns]
-        pieces: list[Piece] = []
+        segments: list[Segment] = []
         done = 0  # number of characters already in segments
         laters = zip([*befores[1:], afters[-1]], [*turns[1:], turns[-1]], strict=True)
         for index, before, after, (later, following) in zip(turns, befores, afters, laters, strict=True):
             end = self._end_of_turn(row, index, before, after, later, following)
             turn = after[len(before) : end]
-            lost = _lost(messages[index], turn)
-            if lost:
-                raise self._refusal(row, f"leaves out {lost} of message {index + 1}, which is to be learnt")
-            pieces += [Piece(before[done:], False), Piece(turn, True)]
+            missing_part = _missing_part(messages[index], turn)
+            if missing_part:
+                raise self._refusal(row, f"leaves out {missing_part} of message {index + 1}, which is to be learnt")
+            segments += [Segment(before[done:], False), Segment(turn, True)]
             done = end
-        refuse_untold_tools(tools, pieces[0].text, self.tokenizer, row.place)
-        return pieces
+        refuse_unmentioned_tools(tools, segments[0].text, self.tokenizer, row.place)
+        return segments
 
     def _end_of_turn(self, row: Row, index: int, before: str, after: str, later: str, following: int) -> int:
         """Return the end of the turn's last special token still in place when the next learned turn follows.
@@ -156,7 +156,7 @@ class Writer:
                 "ends the assistant's turn with no special token, so when to stop cannot be learnt. Use another "
                 "template",
             )
-        kept = _shared(after, later)
+        kept = _common_length(after, later)
         end = max((end for end in ends if end <= kept), default=0)
         if not end or self._special.sub("", after[end:]).strip():
             raise self._refusal(
@@ -174,8 +174,8 @@ class Writer:
             messages, self.tokenizer, add_generation_prompt=add_generation_prompt, place=row.place, tools=tools
         )
 
-    def _refusal(self, row: Row, what: str) -> UserError:
-        return UserError(f"{row.place}: the chat template of {self.tokenizer.name_or_path} {what}.")
+    def _refusal(self, row: Row, problem: str) -> UserError:
+        return UserError(f"{row.place}: the chat template of {self.tokenizer.name_or_path} {problem}.")
 
     def _ended(self, text: str) -> str:
         end: str = self.tokenizer.eos_token
@@ -190,15 +190,15 @@ def answer_text(row: Row, column: str) -> str:
     return row.text(column)
 
 
-def _shared(one: str, other: str) -> int:
+def _common_length(first: str, second: str) -> int:
     """Return the length of the common prefix."""
-    if other.startswith(one):
-        return len(one)
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+    if second.startswith(first):
+        return len(first)
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
-def _lost(message: Message, turn: str) -> str:
+def _missing_part(message: Message, turn: str) -> str:
     """Return the part of an assistant's message missing from the rendered turn, ignoring white space, or an empty
     string.
     """
@@ -209,21 +209,23 @@ def _lost(message: Message, turn: str) -> str:
     return next((f"the call of `{name}`" for name in names(message.get("tool_calls", ())) if name not in turn), "")
 
 
-def encode_pieces(sequences: Sequence[Sequence[Piece]], tokenizer: Any) -> Iterator[tuple[Tokens, ...]]:
+def encode_segments(sequences: Sequence[Sequence[Segment]], tokenizer: Any) -> Iterator[tuple[Tokens, ...]]:
     """Yield the token ids of every segment of every sequence, each as the continuation of the segments before it.
 
     UserError if the tokenizer cannot continue a text.
     """
-    first = [pieces[0] for pieces in sequences]
-    raw = iter(encode_raw([piece.text for piece in first if piece.is_raw], tokenizer))
-    rendered = iter(encode([piece.text for piece in first if not piece.is_raw], tokenizer))
+    first = [segments[0] for segments in sequences]
+    raw = iter(encode_raw([segment.text for segment in first if segment.is_raw], tokenizer))
+    rendered = iter(encode([segment.text for segment in first if not segment.is_raw], tokenizer))
     pairs = []
-    for pieces in sequences:
+    for segments in sequences:
         before = ""
-        for piece, following in pairwise(pieces):
-            before += piece.text
+        for segment, following in pairwise(segments):
+            before += segment.text
             pairs.append((before, following.text))
     later = iter(Continuation(tokenizer).encode(pairs))
-    for pieces in sequences:
-        ids = [next(raw if pieces[0].is_raw else rendered), *itertools.islice(later, len(pieces) - 1)]
-        yield tuple(Tokens(tuple(own), piece.learn) for own, piece in zip(ids, pieces, strict=True))
+    for segments in sequences:
+        ids = [next(raw if segments[0].is_raw else rendered), *itertools.islice(later, len(segments) - 1)]
+        yield tuple(
+            Tokens(tuple(segment_ids), segment.learn) for segment_ids, segment in zip(ids, segments, strict=True)
+        )
