@@ -16,7 +16,7 @@ import transformers
 from rlhf.errors import UserError
 from rlhf.merging.sources import Source
 from rlhf.models.export import name_padding
-from rlhf.models.lora import folded
+from rlhf.models.lora import with_merged_adapter
 
 COMBINED = "combined"
 
@@ -26,7 +26,7 @@ _ADDS_FACTORS = frozenset({"linear", "ties", "dare_linear", "dare_ties"})
 def fold_adapter(source: Source, folder: Path, *, dtype: torch.dtype, shard_bytes: int) -> None:
     """Add the adapter's update to every adapted layer in float32, and save whole weights in `dtype`."""
     assert source.adapter is not None
-    model = folded(_load_base(source), str(source.adapter.folder))
+    model = with_merged_adapter(_load_base(source), str(source.adapter.folder))
     model.config.architectures = [type(model).__name__]
     name_padding(model.config, source.tokenizer())
     model.to(dtype).save_pretrained(folder, max_shard_size=shard_bytes)

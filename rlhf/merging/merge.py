@@ -30,7 +30,7 @@ from rlhf.merging.sources import (
 )
 from rlhf.merging.whole import require_mergekit, run_mergekit
 from rlhf.models.export import appearing, name_padding
-from rlhf.models.loading import load_config
+from rlhf.models.loading import load_model_config
 
 RECORD = "merge.yaml"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -148,7 +148,7 @@ def _merge_whole(config: MergeConfig, sources: Sequence[Source], folder: Path, s
             fold_adapter(source, folders[source.name], dtype=torch.float32, shard_bytes=_shard_bytes(config))
     run_mergekit(config, folders, folder, shard_bytes=_shard_bytes(config), quiet=quiet)
     donor = _donor(config, sources)
-    result = load_config(str(folders[donor.name]))
+    result = load_model_config(str(folders[donor.name]))
     if config.method == "passthrough":
         _set_layers(config, sources, result)
     result.dtype = _DTYPES[config.dtype]
@@ -189,7 +189,7 @@ def _add_tokenizer(config: MergeConfig, sources: Sequence[Source], folder: Path)
     donor = _donor(config, sources)
     tokenizer = donor.tokenizer()
     if config.output == "model":
-        name_padding(load_config(str(folder)), tokenizer)
+        name_padding(load_model_config(str(folder)), tokenizer)
     tokenizer.save_pretrained(folder)
     file = donor.folder / "generation_config.json"
     if config.output == "model" and file.is_file():

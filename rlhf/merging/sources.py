@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import (
 
 from rlhf.errors import UserError
 from rlhf.models.adapter_settings import read_adapter_settings
-from rlhf.models.loading import load_config, load_tokenizer
+from rlhf.models.loading import load_model_config, load_tokenizer
 
 HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -80,7 +80,7 @@ def find_source(key: str, name: str, model: str) -> Source:
             )
         folder = _local(f"{key}: the base model of the adapter {folder} (its adapter_config.json)", str(base))
     with _named(key):
-        config = load_config(str(folder))
+        config = load_model_config(str(folder))
     shapes = weight_shapes(key, folder, config)
     if adapter is not None and adapter.is_scored:
         config.architectures = [SEQUENCE_CLASSIFIERS.get(config.model_type, "ForSequenceClassification")]

@@ -24,16 +24,16 @@ from rlhf.models.export import export_model
 from rlhf.models.folder_check import refuse_broken_weights
 from rlhf.models.loading import (
     architecture_fingerprint,
-    has_scalar_head,
+    has_score_head,
     load_causal_lm,
-    load_config,
     load_critic,
+    load_model_config,
     load_scalar_model,
     load_tokenizer,
     no_reward_head,
     refuse_missing_weights,
 )
-from rlhf.models.lora import folded, inject, keep_initial
+from rlhf.models.lora import inject, keep_initial, with_merged_adapter
 from rlhf.models.weights import saved_name, weight_sources
 
 HEADS = ("score", "classifier")  # heads of scalar models; peft adds them to modules_to_save
@@ -115,16 +115,16 @@ def read_adapter_shape(folder: Path) -> AdapterShape:
     )
 
 
-def refuse_misfit(folder: Path, base: str, *, scalar: bool = False, trust_remote_code: bool = False) -> None:
+def refuse_misfit_adapter(folder: Path, base: str, *, scalar: bool = False, trust_remote_code: bool = False) -> None:
     """Raise UserError if the adapter was trained on a model of another architecture. Reads headers alone.
 
     scalar: the base gets a head of one value, as a critic or a reward model.
     """
     config = read_adapter_config(folder)
-    architecture = load_config(base, trust_remote_code=trust_remote_code)
+    architecture = load_model_config(base, trust_remote_code=trust_remote_code)
     trained_on = Path(config.base_model_name_or_path or "")
     if (trained_on / "config.json").is_file():
-        other = load_config(str(trained_on), trust_remote_code=trust_remote_code)
+        other = load_model_config(str(trained_on), trust_remote_code=trust_remote_code)
         if architecture_fingerprint(other) != architecture_fingerprint(architecture):
             raise UserError(
                 f"the adapter {folder} was trained on {trained_on}, a model of another architecture than {base}. "
@@ -146,7 +146,7 @@ def refuse_incomplete(folder: Path, base: str, *, trust_remote_code: bool = Fals
     shapes = read_adapter_shapes(folder)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(
-            load_config(base, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
+            load_model_config(base, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
         )
         model = _injected(model, folder, config)
     if missing := sorted(set(_places(model)) - set(shapes)):
@@ -166,16 +166,16 @@ def refuse_no_reward_adapter(folder: Path, *, trust_remote_code: bool = False) -
         raise no_reward_head(str(folder), f"LoRA adapter with task_type {config.task_type}")
     base, _ = base_of(folder)
     head = read_adapter_shapes(folder).get(saved_name("score.weight"))
-    if head is None and not has_scalar_head(load_config(base, trust_remote_code=trust_remote_code)):
+    if head is None and not has_score_head(load_model_config(base, trust_remote_code=trust_remote_code)):
         raise no_reward_head(str(folder), f"LoRA adapter without a head, as is its base {base}")
     if head is not None and head[0] != 1:
         raise no_reward_head(str(folder), f"LoRA adapter with {head[0]} labels")
     refuse_broken_weights(Path(base))
-    refuse_misfit(folder, base, scalar=True, trust_remote_code=trust_remote_code)
+    refuse_misfit_adapter(folder, base, scalar=True, trust_remote_code=trust_remote_code)
     refuse_missing_weights(base, scalar=True, trust_remote_code=trust_remote_code)
 
 
-def load_adapter(model: Any, folder: Path, *, dropout: float = 0.0) -> Any:
+def load_trainable_adapter(model: Any, folder: Path, *, dropout: float = 0.0) -> Any:
     """Return the model with a trained adapter as its only trainable part, apart from a scalar head.
 
     A frozen copy of the adapter is kept: inside `adapter_disabled` the model is the base with the adapter as
@@ -192,7 +192,7 @@ def load_folded(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = F
     """Return the scalar model of an adapter and its base, added in float32 and then rounded to dtype."""
     base, _ = base_of(folder)
     model = load_scalar_model(base, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    model = folded(model, str(folder))
+    model = with_merged_adapter(model, str(folder))
     for parameter in model.parameters():  # buffers keep their dtype: some are float32 in a model of any dtype
         parameter.data = parameter.data.to(dtype)
     return model
@@ -226,7 +226,7 @@ def merge_adapter(
     """
     config = read_adapter_config(adapter)
     is_scalar = config.task_type == peft.TaskType.SEQ_CLS
-    refuse_misfit(adapter, base, scalar=is_scalar, trust_remote_code=trust_remote_code)
+    refuse_misfit_adapter(adapter, base, scalar=is_scalar, trust_remote_code=trust_remote_code)
     load = load_critic if is_scalar else load_causal_lm
     model = _filled(load(base, dtype=dtype, trust_remote_code=trust_remote_code), adapter, config)
     has_tokenizer = (adapter / "tokenizer_config.json").is_file()

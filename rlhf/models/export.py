@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rlhf.models.loading import has_scalar_head
+from rlhf.models.loading import has_score_head
 from rlhf.models.weights import ADAPTER
 
 _log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def name_padding(config: Any, tokenizer: Any) -> None:
     usual for tokenizers without one, this is the token before the trained one. Without a suitable token the config
     names none: transformers then scores single sequences, and refuses batches.
     """
-    if not has_scalar_head(config):
+    if not has_score_head(config):
         return
     text = config.get_text_config()
     ends = {tokenizer.eos_token_id, *_as_list(text.eos_token_id)}

@@ -61,7 +61,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, template: Chat
     return tokenizer
 
 
-def load_config(path: str, *, trust_remote_code: bool = False) -> Any:
+def load_model_config(path: str, *, trust_remote_code: bool = False) -> Any:
     """Return the transformers config without reading weights. An attention function named in it is ignored."""
     config: Any = _load(path, transformers.AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
     config._attn_implementation = None  # the config may name a kernel to download and run
@@ -83,7 +83,7 @@ def refuse_missing_weights(path: str, *, scalar: bool = False, trust_remote_code
     """
     if not Path(path).is_dir() or is_adapter(Path(path)):
         return
-    config = load_config(path, trust_remote_code=trust_remote_code)
+    config = load_model_config(path, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         return  # stored names differ; loading compares the weights
     try:
@@ -125,7 +125,7 @@ def load_critic(
 
     A checkpoint with a scalar head (a saved critic, a reward model) keeps it. quantize: as in load_causal_lm.
     """
-    has_head = has_scalar_head(load_config(path, trust_remote_code=trust_remote_code))
+    has_head = has_score_head(load_model_config(path, trust_remote_code=trust_remote_code))
     options = quantization_options(quantize, dtype=dtype, device=device)
     model = load_scalar_model(path, dtype=dtype, trust_remote_code=trust_remote_code, **options)
     if not has_head:
@@ -148,7 +148,7 @@ def refuse_no_language_model(path: str, *, trust_remote_code: bool = False) -> N
 
     Reads its config alone.
     """
-    config = load_config(path, trust_remote_code=trust_remote_code)
+    config = load_model_config(path, trust_remote_code=trust_remote_code)
     if not _is_causal_lm(config):
         classes = ", ".join(config.architectures or []) or f"model of type {config.model_type}"
         raise UserError(
@@ -197,9 +197,9 @@ def _with_all_weights(path: str, *, scalar: bool, trust_remote_code: bool, **opt
 
     Raise UserError if a weight is missing or has another shape, except for a new scalar head.
     """
-    config = load_config(path, trust_remote_code=trust_remote_code)
+    config = load_model_config(path, trust_remote_code=trust_remote_code)
     auto = transformers.AutoModelForSequenceClassification if scalar else transformers.AutoModelForCausalLM
-    made_new = {"score.weight"} if scalar and not has_scalar_head(config) else set()
+    made_new = {"score.weight"} if scalar and not has_score_head(config) else set()
     if scalar:
         config.num_labels = 1
     model, report = _load(
@@ -243,7 +243,7 @@ def _quiet() -> Iterator[None]:
             transformers.logging.enable_progress_bar()
 
 
-def has_scalar_head(config: Any) -> bool:
+def has_score_head(config: Any) -> bool:
     """Return whether the config describes a sequence classifier with one label."""
     return config.num_labels == 1 and any(
         name.endswith("ForSequenceClassification") for name in config.architectures or []

@@ -168,7 +168,7 @@ def with_adapter(model: Any, folder: str) -> Any:
     return _adapted(model, folder).get_base_model()
 
 
-def folded(model: Any, folder: str) -> Any:
+def with_merged_adapter(model: Any, folder: str) -> Any:
     """Return the model with a folder's adapter merged into its weights, and with the modules trained whole.
 
     The sums are in the dtype of the weights. Raise UserError if the adapter does not fit.

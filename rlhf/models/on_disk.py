@@ -15,7 +15,7 @@ from rlhf.models.folder_check import refuse_broken_weights
 from rlhf.models.loading import (
     ADAPTER_CONFIG,
     is_adapter,
-    load_config,
+    load_model_config,
     refuse_missing_weights,
     refuse_no_language_model,
 )
@@ -48,7 +48,7 @@ def find_model(name: str, *, trust_remote_code: bool, dtype: Dtype | None = None
     if folder is not None and is_adapter(folder):
         base, rank, adapter = *base_of(folder), base
         refuse_broken_weights(folder)
-    config = load_config(base, trust_remote_code=trust_remote_code)
+    config = load_model_config(base, trust_remote_code=trust_remote_code)
     refuse_no_language_model(base, trust_remote_code=trust_remote_code)
     refuse_broken_weights(Path(base))
     refuse_missing_weights(base, trust_remote_code=trust_remote_code)

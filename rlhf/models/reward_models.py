@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 
-from rlhf.models.loading import _prepared, has_scalar_head, is_adapter, load_config, load_scalar_model, no_reward_head
+from rlhf.models.loading import (
+    _prepared,
+    has_score_head,
+    is_adapter,
+    load_model_config,
+    load_scalar_model,
+    no_reward_head,
+)
 
 
 def load_reward_model(path: str, *, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
@@ -35,7 +42,7 @@ def refuse_without_head(path: str, *, trust_remote_code: bool = False) -> None:
 
         refuse_no_reward_adapter(Path(path), trust_remote_code=trust_remote_code)
         return
-    config = load_config(path, trust_remote_code=trust_remote_code)
-    if not has_scalar_head(config):
+    config = load_model_config(path, trust_remote_code=trust_remote_code)
+    if not has_score_head(config):
         kind = ", ".join(config.architectures or ["model of unknown class"])
         raise no_reward_head(path, f"{kind} with {config.num_labels} labels")

@@ -47,7 +47,7 @@ from rlhf.evaluation.results import Marking, Marks, marking_of
 from rlhf.evaluation.sources import source_names
 from rlhf.models.hub import use_cache_if_silent
 from rlhf.models.loading import (
-    load_config,
+    load_model_config,
     load_tokenizer,
 )
 from rlhf.models.on_disk import may_ask_the_hub
@@ -352,7 +352,7 @@ def collated(config: Config, rows: Sequence[OfflineRow]) -> Examples | Pairs:
 
 
 def _refuse_too_long(source: str, config: Config, *, longest: int, wanted: int) -> None:
-    shape = load_config(source, trust_remote_code=config.policy.trust_remote_code).get_text_config()
+    shape = load_model_config(source, trust_remote_code=config.policy.trust_remote_code).get_text_config()
     limit: int | None = getattr(shape, "max_position_embeddings", None)  # BLOOM has none
     if limit is not None and wanted > limit:
         room = f" with rollouts.max_new_tokens {config.rollouts.max_new_tokens}" if config.rollouts else ""

@@ -27,7 +27,7 @@ from rlhf.models.folder_check import refuse_broken_weights
 from rlhf.models.hub import use_cache_if_silent
 from rlhf.models.loading import (
     architecture_fingerprint,
-    load_config,
+    load_model_config,
     load_tokenizer,
     refuse_missing_weights,
     refuse_no_language_model,
@@ -74,7 +74,7 @@ def _refuse_unusable_model(
             refuse_missing_weights(model.model, scalar=True, trust_remote_code=remote)
             _refuse_other_vocabulary(section, tokenizer_of(model.model), vocabulary_of, remote)
             return
-        shape = load_config(model.model, trust_remote_code=remote)
+        shape = load_model_config(model.model, trust_remote_code=remote)
         refuse_broken_weights(Path(model.model))
         if is_scalar:
             _refuse_other_head(model.model, shape)
@@ -109,7 +109,7 @@ def _refuse_larger_vocabulary(policy: PolicyConfig) -> None:
     remote = policy.trust_remote_code
     with prefix_errors("policy.tokenizer"):
         most = max(load_tokenizer(policy.tokenizer_source, trust_remote_code=remote).get_vocab().values())
-    rows = load_config(policy.model, trust_remote_code=remote).get_text_config().vocab_size
+    rows = load_model_config(policy.model, trust_remote_code=remote).get_text_config().vocab_size
     if most >= rows:
         raise UserError(
             f"policy.tokenizer: {policy.tokenizer} has token ids up to {most}, but the embedding of {policy.model} has "
@@ -134,7 +134,7 @@ def _refuse_other_vocabulary(section: str, path: str, policy: str, trust_remote_
     try:
         other = load_tokenizer(path, trust_remote_code=trust_remote_code)
     except UserError:
-        size = load_config(path, trust_remote_code=trust_remote_code).get_text_config().vocab_size
+        size = load_model_config(path, trust_remote_code=trust_remote_code).get_text_config().vocab_size
         fits = size >= len(_words(tokenizer))
     else:
         ours, theirs = tokenizer.get_vocab(), other.get_vocab()
@@ -175,7 +175,7 @@ def _refuse_other_kind(section: str, folder: str, config: Config, *, trained_by:
 def refuse_other_model(config: Config, state: Mapping[str, Any], *, checkpoint: Path) -> None:
     """Raise UserError if a checkpoint's models or their sharding differ from the run's policy and critic."""
     policy = config.policy
-    ours = architecture_fingerprint(load_config(policy.model, trust_remote_code=policy.trust_remote_code))
+    ours = architecture_fingerprint(load_model_config(policy.model, trust_remote_code=policy.trust_remote_code))
     if state["policy"] != ours:
         raise UserError(
             f"{checkpoint} is a checkpoint of another model than policy.model {policy.model}: their architectures "
@@ -270,10 +270,10 @@ def _refuse_misfit(name: str, section: ModelConfig, finals: Mapping[str, str], *
     if isinstance(section, PolicyConfig | CriticConfig) and section.adapter is not None:
         if section.adapter in finals:
             return
-        from rlhf.models.adapter_folder import refuse_misfit  # imports peft, which takes seconds
+        from rlhf.models.adapter_folder import refuse_misfit_adapter  # imports peft, which takes seconds
 
         with prefix_errors(f"{name}.adapter"):
-            refuse_misfit(
+            refuse_misfit_adapter(
                 Path(section.adapter),
                 section.model,
                 scalar=scalar,

@@ -145,11 +145,11 @@ class TrainedWorker(ABC):
         model, lora = self.model_config, self.model_config.lora
         if lora is None:
             return module
-        from rlhf.models.adapter_folder import load_adapter  # with peft, which takes seconds
+        from rlhf.models.adapter_folder import load_trainable_adapter  # with peft, which takes seconds
         from rlhf.models.lora import add_lora
 
         if model.adapter is not None:
-            return load_adapter(module, Path(model.adapter), dropout=lora.dropout)
+            return load_trainable_adapter(module, Path(model.adapter), dropout=lora.dropout)
         return add_lora(module, **adapter_options(lora))
 
     def weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

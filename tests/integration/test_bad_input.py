@@ -29,7 +29,7 @@ import actors.run.train
 from rlhf.cli import main
 from rlhf.config.files.load import load
 from rlhf.controller.trained import trained_models
-from rlhf.models.loading import architecture_fingerprint, load_config
+from rlhf.models.loading import architecture_fingerprint, load_model_config
 from rlhf.preflight.models import with_sources
 from rlhf.tracking.run_folder.folder import RunFolder
 from tests.integration.recipes import ONLINE, merge, write_config
@@ -234,7 +234,7 @@ def test_a_checkpoint_that_this_run_cannot_go_on_from(capsys: pytest.CaptureFixt
 
     def resumed_from(*overrides: str, **changes: Any) -> str:
         local = with_sources(load(run).runs["r"], tmp_path / "r")
-        model = architecture_fingerprint(load_config(local.policy.model))
+        model = architecture_fingerprint(load_model_config(local.policy.model))
         trained = trained_models(local)
         cursor = {"epoch": 0, "position": 1, "fingerprint": "of other data"}
         with RunFolder.open(tmp_path, "r", resume=True) as folder:

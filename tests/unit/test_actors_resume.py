@@ -16,7 +16,7 @@ from rlhf.config.files.load import LoadedConfig, load
 from rlhf.config.schema.root import Config
 from rlhf.controller.trained import trained_models
 from rlhf.errors import UserError
-from rlhf.models.loading import architecture_fingerprint, load_config
+from rlhf.models.loading import architecture_fingerprint, load_model_config
 from rlhf.preflight.models import refuse_other_model, with_sources
 from rlhf.preflight.run_folder import check_folders
 from rlhf.tracking.run_folder.folder import RunFolder
@@ -51,7 +51,7 @@ def local(folder: Path, *overrides: str) -> Config:
 
 def state_of(config: Config) -> Any:
     """What its checkpoints say of the models."""
-    policy = architecture_fingerprint(load_config(config.policy.model))
+    policy = architecture_fingerprint(load_model_config(config.policy.model))
     return json.loads(json.dumps({"policy": policy, "algorithm": "ppo", "trained": trained_models(config)}))
 
 

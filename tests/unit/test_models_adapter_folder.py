@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf.errors import UserError
 from rlhf.models.adapter_folder import (
-    load_adapter,
+    load_trainable_adapter,
     merge_adapter,
     read_adapter_config,
     read_adapter_shape,
-    refuse_misfit,
+    refuse_misfit_adapter,
 )
 from rlhf.models.export import export_adapter
 from rlhf.models.loading import load_causal_lm, load_critic, load_tokenizer
@@ -69,7 +69,7 @@ def made(base: Path, folder: Path, **options: Any) -> tuple[Any, Path]:
 def test_goes_on_from_an_adapter_which_is_then_the_reference(tmp_path: Path, kind: str, tied: bool) -> None:
     base = build_tiny_llama(tmp_path / "base", seed=0, tied=tied)
     first, folder = made(base, tmp_path / "first", **KINDS[kind])
-    model = load_adapter(load_causal_lm(str(base), dtype=torch.float32), folder, dropout=0.0)
+    model = load_trainable_adapter(load_causal_lm(str(base), dtype=torch.float32), folder, dropout=0.0)
     start = logits(model)
     torch.testing.assert_close(start, logits(first), rtol=0, atol=2e-6 if kind == "pissa" else 0.0)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -108,13 +108,13 @@ def test_merges_a_sequence_classifier_with_its_head(tiny_model: Path, tmp_path: 
     kind = AutoModelForSequenceClassification
     merged = kind.from_pretrained(tmp_path / "merged", dtype=torch.float32, pad_token_id=0)
     torch.testing.assert_close(logits(merged), logits(critic), rtol=1e-4, atol=1e-5)
-    again = load_adapter(load_critic(str(tiny_model), dtype=torch.float32), folder)
+    again = load_trainable_adapter(load_critic(str(tiny_model), dtype=torch.float32), folder)
     assert torch.equal(again.score.weight, critic.score.weight)
 
 
 def test_a_critic_takes_what_it_has_modules_for_from_the_policys_adapter(tiny_model: Path, tmp_path: Path) -> None:
     policy, folder = made(tiny_model, tmp_path / "adapter", modules_to_save=["embed_tokens", "lm_head"])
-    critic = load_adapter(load_critic(str(tiny_model), dtype=torch.float32), folder)
+    critic = load_trainable_adapter(load_critic(str(tiny_model), dtype=torch.float32), folder)
     with torch.no_grad():
         assert torch.equal(critic.model(TOKENS).last_hidden_state, policy.model(TOKENS).last_hidden_state)
     assert not critic.score.weight.any()
@@ -128,7 +128,7 @@ def test_the_shape_of_a_folder(tiny_model: Path, tmp_path: Path) -> None:
 
 def test_an_adapter_of_another_architecture_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     _, folder = made(tiny_model, tmp_path / "adapter")
-    refuse_misfit(folder, str(tiny_model))
+    refuse_misfit_adapter(folder, str(tiny_model))
     wider = tmp_path / "wider"
     wider.mkdir()
     for file in tiny_model.iterdir():
@@ -137,11 +137,11 @@ def test_an_adapter_of_another_architecture_is_refused(tiny_model: Path, tmp_pat
     config["intermediate_size"] *= 2
     (wider / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"was trained on .*, a model of another architecture than"):
-        refuse_misfit(folder, str(wider))
+        refuse_misfit_adapter(folder, str(wider))
     unknown = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": "some/model"}
     (folder / "adapter_config.json").write_text(json.dumps(unknown))
     with pytest.raises(UserError, match=r"does not fit .*: .*(down|gate|up)_proj.lora_. has shape|has shape"):
-        refuse_misfit(folder, str(wider))
+        refuse_misfit_adapter(folder, str(wider))
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_what_cannot_be_trained_on_is_refused(
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=message):
-        refuse_misfit(folder, str(tiny_model))
+        refuse_misfit_adapter(folder, str(tiny_model))
 
 
 @pytest.mark.timeout(60)
@@ -178,7 +178,7 @@ def test_a_regular_expression_of_a_folder_is_not_run(tiny_model: Path, tmp_path:
     settings = json.loads(path.read_text())
     named = read_adapter_config(folder).target_modules
     path.write_text(json.dumps(settings | {"target_modules": r".*model.*((((a|.)+)+)+)+$Z"}))
-    refuse_misfit(folder, str(tiny_model))
+    refuse_misfit_adapter(folder, str(tiny_model))
     found = read_adapter_config(folder).target_modules
     assert {name.rpartition(".")[2] for name in found} == set(named)
     assert all(name.startswith("model.layers.") for name in found)
@@ -191,7 +191,7 @@ def test_weights_of_an_adapter_that_are_not_finite_are_refused(tiny_model: Path,
     next(iter(weights.values()))[0] = float("nan")
     save_file(weights, folder / "adapter_model.safetensors")
     with pytest.raises(UserError, match="holds NaN or infinite values in base_model"):
-        load_adapter(load_causal_lm(str(tiny_model), dtype=torch.float32), folder)
+        load_trainable_adapter(load_causal_lm(str(tiny_model), dtype=torch.float32), folder)
 
 
 def test_an_adapter_config_that_is_no_mapping(tiny_model: Path, tmp_path: Path) -> None:
@@ -203,20 +203,20 @@ def test_an_adapter_config_that_is_no_mapping(tiny_model: Path, tmp_path: Path) 
 
 def test_a_folder_that_is_none_a_file_that_is_cut_and_one_that_lacks_a_weight(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no adapter folder"):
-        refuse_misfit(tiny_model, str(tiny_model))
+        refuse_misfit_adapter(tiny_model, str(tiny_model))
     _, folder = made(tiny_model, tmp_path / "adapter")
     weights = folder / "adapter_model.safetensors"
     whole = load_file(weights)
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     save_file({key: value for key, value in whole.items() if key != name}, weights)
     with pytest.raises(UserError, match=r"q_proj\.lora_A\.weight: it is not in the file"):
-        refuse_misfit(folder, str(tiny_model))
+        refuse_misfit_adapter(folder, str(tiny_model))
     save_file({**whole, name.replace("q_proj", "r_proj"): torch.zeros(1)}, weights)
     with pytest.raises(UserError, match=r"r_proj\.lora_A\.weight: the model has no such weight"):
-        load_adapter(load_causal_lm(str(tiny_model), dtype=torch.float32), folder)
+        load_trainable_adapter(load_causal_lm(str(tiny_model), dtype=torch.float32), folder)
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(UserError, match="is damaged or cut"):
-        refuse_misfit(folder, str(tiny_model))
+        refuse_misfit_adapter(folder, str(tiny_model))
     weights.unlink()
     with pytest.raises(UserError, match="only safetensors are loaded"):
-        refuse_misfit(folder, str(tiny_model))
+        refuse_misfit_adapter(folder, str(tiny_model))

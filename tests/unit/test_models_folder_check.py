@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from rlhf.errors import UserError
 from rlhf.models.folder_check import refuse_broken_weights
-from rlhf.models.loading import load_causal_lm, load_config, load_critic, refuse_missing_weights
+from rlhf.models.loading import load_causal_lm, load_critic, load_model_config, refuse_missing_weights
 from rlhf.models.on_disk import find_model
 from rlhf.models.reward_models import load_reward_model
 from tests.tiny_architectures import tiny_model as model_of
@@ -138,7 +138,7 @@ def test_a_damaged_index_is_refused(folder: Path, text: str) -> None:
 def test_a_pipe_in_a_folder_is_not_read(folder: Path, name: str) -> None:
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
-    for check in (refuse_broken_weights, lambda path: load_config(str(path))):
+    for check in (refuse_broken_weights, lambda path: load_model_config(str(path))):
         with pytest.raises(UserError, match=rf"{name} is neither a file nor a folder"):
             check(folder)
 
@@ -146,10 +146,10 @@ def test_a_pipe_in_a_folder_is_not_read(folder: Path, name: str) -> None:
 def test_a_config_that_is_no_object_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text("[1]")
     with pytest.raises(UserError, match="holds a JSON list, expected an object"):
-        load_config(str(folder))
+        load_model_config(str(folder))
 
 
 def test_a_file_of_absurd_size_is_refused(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("x" * (2**20 + 1))
     with pytest.raises(UserError, match=r"chat_template.jinja has 1,048,577 bytes, expected at most 1,048,576"):
-        load_config(str(folder))
+        load_model_config(str(folder))

@@ -18,8 +18,8 @@ from rlhf.models.heads import sequence_scores
 from rlhf.models.loading import (
     architecture_fingerprint,
     load_causal_lm,
-    load_config,
     load_critic,
+    load_model_config,
     load_tokenizer,
     refuse_no_language_model,
 )
@@ -103,7 +103,7 @@ def test_a_reward_model_has_a_reward_head(tiny_model: Path, tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"it has no reward head") as error:
         load_reward_model(str(tiny_model), dtype=torch.float32)
     assert str(tiny_model) in str(error.value)
-    head = torch.full((1, load_config(str(tiny_model)).hidden_size), 0.5)
+    head = torch.full((1, load_model_config(str(tiny_model)).hidden_size), 0.5)
     model = load_critic(str(tiny_model), dtype=torch.float32)
     model.score.weight.data.copy_(head)
     model.save_pretrained(tmp_path / "reward")
@@ -205,7 +205,7 @@ def test_an_unreachable_hub_says_what_to_do() -> None:
 def test_a_damaged_file_is_one_error(tiny_model: Path, tmp_path: Path, file: str, text: str) -> None:
     shutil.copytree(tiny_model, tmp_path / "m")
     (tmp_path / "m" / file).write_text(text)
-    load = load_config if file == "config.json" else load_tokenizer
+    load = load_model_config if file == "config.json" else load_tokenizer
     with pytest.raises(UserError, match=r"m cannot be loaded \(.*: .*\): a file of it is damaged\. Get it again"):
         load(str(tmp_path / "m"))
 
@@ -213,12 +213,12 @@ def test_a_damaged_file_is_one_error(tiny_model: Path, tmp_path: Path, file: str
 def test_a_folder_that_is_no_model_says_what_it_is(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
     with pytest.raises(UserError, match=r"is an adapter, and this needs a whole model.*`adapter` beside `model`"):
-        load_config(str(tmp_path))
+        load_model_config(str(tmp_path))
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.resolved.yaml").write_text("")
     with pytest.raises(UserError, match="is the folder of a run, not a model: it has no final/"):
-        load_config(str(run))
+        load_model_config(str(run))
     (run / "final").mkdir()
     with pytest.raises(UserError, match=f"is the folder of a run, not a model: name what it has trained, {run}/final"):
         load_tokenizer(str(run))
@@ -233,9 +233,9 @@ def test_weights_other_than_safetensors_are_refused(tiny_model: Path, tmp_path: 
 
 
 def test_fingerprints_tell_models_apart_and_nothing_else(tiny_model: Path, tmp_path: Path) -> None:
-    own = architecture_fingerprint(load_config(str(tiny_model)))
+    own = architecture_fingerprint(load_model_config(str(tiny_model)))
     copy = with_config(tiny_model, tmp_path / "copy", use_cache=False, dtype="bfloat16", transformers_version="0")
-    assert architecture_fingerprint(load_config(copy)) == own
+    assert architecture_fingerprint(load_model_config(copy)) == own
     assert architecture_fingerprint(load_causal_lm(copy, dtype=torch.bfloat16).config) == own
     other = with_config(tiny_model, tmp_path / "other", num_hidden_layers=2)
-    assert architecture_fingerprint(load_config(other)) != own
+    assert architecture_fingerprint(load_model_config(other)) != own

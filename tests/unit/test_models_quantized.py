@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf.errors import UserError
 from rlhf.models.export import export_model
-from rlhf.models.loading import architecture_fingerprint, load_causal_lm, load_config, load_critic, load_tokenizer
+from rlhf.models.loading import architecture_fingerprint, load_causal_lm, load_critic, load_model_config, load_tokenizer
 from rlhf.models.lora import adapter_disabled, add_lora
 from rlhf.models.quantized import dequantized, is_quantized, refuse_unquantizable
 from rlhf.models.weights import weight_sources
@@ -99,7 +99,7 @@ def test_trained_off_and_merged(base: Path, tmp_path: Path, dtype: torch.dtype, 
 
 
 def test_uneven_rows_are_refused_on_a_cpu(tiny_model: Path) -> None:
-    uneven = load_config(str(tiny_model))  # 96 wide
+    uneven = load_model_config(str(tiny_model))  # 96 wide
     refuse_unquantizable("policy.lora.quantize", uneven, device="cuda")
     with pytest.raises(UserError, match="linear layers 96 wide, and on a CPU bitsandbytes needs a multiple of 64"):
         refuse_unquantizable("policy.lora.quantize", uneven, device="cpu")
