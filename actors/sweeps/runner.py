@@ -161,7 +161,7 @@ class _Loop:
         if trial.state == "failed":
             logger.warning("%s failed: %s", trial.name, trial.error)
         elif code == PREEMPTED and not running.stopped:
-            logger.warning("%s was told to end by others; --resume auto goes on with it", trial.name)
+            logger.warning("%s was stopped by a signal; continue it with --resume auto", trial.name)
         else:
             step, value = values[-1]
             how = "is at" if trial.state == "open" else f"{trial.state} at"
@@ -206,7 +206,7 @@ def run_sweep(sweep: Sweep, *, resume: bool, retry_failed: bool = False, quiet: 
         )
     cut_off = [row.trial for row in result.rows if row.state == "open"]
     if cut_off:
-        raise Preempted(f"{', '.join(cut_off)} were told to end; checkpoints are kept")
+        raise Preempted(f"{', '.join(cut_off)} were stopped by a signal; their checkpoints are kept")
     if result.best is None:
         raise RunError(f"no trial came to an end with a value of {sweep.metric}: {_failures(result)}")
     return result

@@ -43,12 +43,12 @@ def this_machine(*, cpus: float) -> Node:
     return Node(cpus=max(cpus, float(os.cpu_count() or 1)), mem_gib=memory / GIB)
 
 
-def places(config: Config, seating: Seating, found: Sequence[Footprint], nodes: Sequence[Node]) -> list[Fit]:
+def places(config: Config, seating: Seating, processes: Sequence[Footprint], nodes: Sequence[Node]) -> list[Fit]:
     """Return the memory use of each set of roles on a GPU and of each node's host, at its fullest."""
     at = fit(seating.bundles, [node.resources for node in nodes])
     if at is None:
         return []
-    by_role = {footprint.role: footprint for footprint in found}
+    by_role = {footprint.role: footprint for footprint in processes}
     fits = []
     if config.cluster.device == "cuda":
         fits += _gpus(seating, by_role, nodes, at)

@@ -116,20 +116,20 @@ def _fits(config: Config, sizes: Sizes, processes: Sequence[Footprint], nodes: S
         nodes = [this_machine(cpus=seating.total("CPU"))]
     if nodes is None:
         return ["what fits is shown with --cluster, such as '2*cpu=96,gpu=8,type=h100,mem=1000'"]
-    rows = [["place", "wanted", "of", "", "what is there"]]
+    rows = [["place", "wanted", "of", "", "contents"]]
     is_tight = False
-    for one in places(config, seating, processes, nodes):
-        word = {True: "fits", False: "DOES NOT FIT", None: "memory not said"}[one.fits]
-        is_tight |= one.fits is False
-        room = "-" if one.room is None else _gib(one.room)
-        where = "this machine" if local else one.where
-        rows.append([where, _gib(one.wanted), room, word, one.parts])
+    for place in places(config, seating, processes, nodes):
+        word = {True: "fits", False: "DOES NOT FIT", None: "memory unknown"}[place.fits]
+        is_tight |= place.fits is False
+        room = "-" if place.room is None else _gib(place.room)
+        where = "this machine" if local else place.where
+        rows.append([where, _gib(place.wanted), room, word, place.parts])
     text = ["memory by place, GiB\n" + table(rows)]
     if is_tight:
-        roles = [one.role for one in processes if one.role != "reward"]
+        roles = [process.role for process in processes if process.role != "reward"]
         lines = "\n".join(f"  {line}" for line in remedies(config, sizes, nodes, roles))
         lines = lines.replace("host of node 0", "this machine") if local else lines
-        text.append("what makes it smaller, mildest first for each role\n" + lines)
+        text.append("changes that reduce memory, mildest first for each role\n" + lines)
     return text
 
 
@@ -191,7 +191,7 @@ def _times(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: 
                 f"{result.lag:.2f}",
             ]
         )
-    return [*text, "schedules; a run does the first, the others are what a pipeline would give\n" + table(rows)]
+    return [*text, "schedules; runs use the first one, the others are predictions for a pipeline\n" + table(rows)]
 
 
 def _assumed(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: Lengths) -> str:

@@ -181,15 +181,15 @@ def _text(config: Config, system: System, results: list[Scenario]) -> str:
             "failures",
         ]
     ]
-    for one in results:
-        o = one.outcome
+    for scenario in results:
+        o = scenario.outcome
         rows.append(
-            [f"{one.gpus:,}", str(one.staleness), f"{o.step_s:,.4g}", f"{o.tokens_per_s:,.0f}"]
+            [f"{scenario.gpus:,}", str(scenario.staleness), f"{o.step_s:,.4g}", f"{o.tokens_per_s:,.0f}"]
             + [f"{part:.0%}" for part in (o.gpus_busy, o.engines_busy, o.engines_full, o.trainer_busy, o.tail)]
             + [f"{o.lag:.2f}", str(o.failures)]
         )
     notes = (
-        "  full: tokens sampled, over those of engines that are never short of sequences. tail: of a batch's rollout\n"
-        "  time, what passes after nine tenths of its responses are done."
+        "  full: sampled tokens divided by those of engines that are always full. tail: fraction of a batch's rollout\n"
+        "  time after nine tenths of its responses are done."
     )
     return f"{config.run.name}: simulated\n\n{table(facts)}\n\n{table(rows)}\n{notes}"

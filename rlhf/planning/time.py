@@ -160,7 +160,9 @@ def training_stages(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, 
 def _meanwhile(stage: Stage, others: Sequence[Stage]) -> Stage:
     """Return the time added by a stage running in parallel with others."""
     adds = max(stage.seconds - sum(other.seconds for other in others), 0.0)
-    return Stage(name=stage.name, seconds=adds, how=f"{stage.seconds:,.4g} s beside the {others[-1].name}: {stage.how}")
+    return Stage(
+        name=stage.name, seconds=adds, how=f"{stage.seconds:,.4g} s in parallel with {others[-1].name}: {stage.how}"
+    )
 
 
 def _stage(config: Config, name: str, role: Role, tokens: float, each: float, speed: Rates, *, trains: bool) -> Stage:

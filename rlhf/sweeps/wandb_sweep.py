@@ -27,7 +27,9 @@ def sweep_configuration(sweep: Sweep, words: list[str]) -> dict[str, Any]:
     if isinstance(method, PbtMethod):
         raise UserError(f"{sweep.source}: sweep.method: W&B has no pbt; run it without --wandb")
     if any(stage.tracking.wandb != "online" for stage in sweep.base.runs.values()):
-        raise UserError(f"{sweep.source}: --wandb: W&B judges what it is told; set tracking.wandb=online")
+        raise UserError(
+            f"{sweep.source}: --wandb: W&B compares trials by the metrics that it receives; set tracking.wandb=online"
+        )
     for word in words:
         if redact(word) != word:
             raise UserError(
