@@ -265,7 +265,7 @@ def distillation_loss(
     common.
     """
     of_rows = partial(weighted_divergence_sum, divergence, sft_coef=sft_coef)
-    loss, *columns = _taught(
+    loss, *columns = _distillation_columns(
         of_rows,
         model,
         token_ids,
@@ -298,7 +298,7 @@ def sampled_distillation_loss(
     The columns cover the tokens in mask, without gradient and 0 elsewhere. It works as `distillation_loss`, for
     tokens sampled at this temperature. Responses may share their prompt.
     """
-    loss, *columns = _taught(
+    loss, *columns = _distillation_columns(
         partial(sampled_divergence_sum, divergence),
         model,
         token_ids,
@@ -314,7 +314,7 @@ def sampled_distillation_loss(
     return loss, logprobs, teacher_logprobs, entropies
 
 
-def _taught(
+def _distillation_columns(
     of_rows: Callable[..., tuple[Tensor, ...]],
     model: nn.Module,
     token_ids: Tensor,

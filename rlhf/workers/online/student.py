@@ -35,7 +35,7 @@ from rlhf.workers.rank_context import RankContext
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
+class MeasuredColumns:
     """Token columns measured before training. Entries are nan until they are measured."""
 
     old_logprobs: Float[Tensor, " N"]
@@ -43,7 +43,7 @@ class Seen:
     advantages: Float[Tensor, " N"]
 
     @classmethod
-    def of(cls, num_tokens: int) -> Seen:
+    def of(cls, num_tokens: int) -> MeasuredColumns:
         """Return columns of nan for a share of `num_tokens` tokens."""
         old, teacher, advantages = (unknown(num_tokens) for _ in range(3))
         return cls(old_logprobs=old, teacher_logprobs=teacher, advantages=advantages)
@@ -94,7 +94,7 @@ class StudentWorker(OfflineWorker):
         several = len(plan.minibatches) * self.config.train.epochs_per_batch > 1
         self.old_logprobs = self._compute_logprobs() if teacher_columns and several else None
         self.visited: set[int] = set()
-        self.seen = Seen.of(len(rollouts.token_ids))
+        self.seen = MeasuredColumns.of(len(rollouts.token_ids))
         return (), {}
 
     def update(self, minibatch: int, *states: LearntStates) -> Metrics:
