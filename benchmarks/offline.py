@@ -141,7 +141,7 @@ def ours(job: Job) -> Measured:
     from rlhf.config.files.load import checked
     from rlhf.config.schema.root import Config
     from rlhf.data.examples import Example, collate
-    from rlhf.data.preferences import Pair, collate_pairs
+    from rlhf.data.preferences import PreferencePair, collate_pairs
     from rlhf.tracking.metrics.declarations import results
     from rlhf.types import MinibatchPlan
     from rlhf.workers.offline.pairs import PreferenceWorker, RewardModelWorker
@@ -153,9 +153,11 @@ def ours(job: Job) -> Measured:
         mask = (False,) * len(row.prompt) + (True,) * len(response)
         return Example(example_id=index, token_ids=row.prompt + response, loss_mask=mask)
 
-    def pair(index: int, row: Row) -> Pair:
+    def pair(index: int, row: Row) -> PreferencePair:
         chosen, rejected = (sequence(2 * index + side, row, side) for side in (0, 1))
-        return Pair(example_id=index, chosen=chosen, rejected=rejected, prompt_tokens=len(row.prompt), margin=None)
+        return PreferencePair(
+            example_id=index, chosen=chosen, rejected=rejected, prompt_tokens=len(row.prompt), margin=None
+        )
 
     def plan(first: int, rows: list[Row] | tuple[Row, ...]) -> MinibatchPlan:
         return MinibatchPlan(

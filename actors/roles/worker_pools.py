@@ -16,7 +16,7 @@ from rlhf.data.examples import Example, collate
 from rlhf.data.packing import balance
 from rlhf.evaluation.results import ExampleResult
 from rlhf.evaluation.voting import AnswerForm
-from rlhf.rewards.processes.pool import Outcome
+from rlhf.rewards.processes.pool import GroupOutcome
 from rlhf.rewards.scoring import ask_deadline_s, asks_in_flight
 from rlhf.rewards.scoring import deadline_s as longest_s
 from rlhf.roles import CompletedGroup, MemoryReport, Ref, SampleSelection
@@ -63,7 +63,7 @@ class RewardWorkers:
             scores: GroupScores = await self._answer(worker, ref, stage="rewards", longest=longest)
         return scores
 
-    async def _ask(self, worker: int, group: CompletedGroup, truncated: tuple[bool, ...]) -> dict[str, Outcome]:
+    async def _ask(self, worker: int, group: CompletedGroup, truncated: tuple[bool, ...]) -> dict[str, GroupOutcome]:
         """Return the answers of the services that score this row."""
         prompt = group.request.prompt
         if not any(spec.remote is not None and spec.applies_to(prompt.columns) for spec in self.settings.specs):
@@ -71,7 +71,7 @@ class RewardWorkers:
         longest = ask_deadline_s(self.settings.specs, len(truncated))
         async with self.free_to_ask[worker]:
             ref = self.handles[worker].ask.remote(prompt, group.rollouts, truncated)
-            asked: dict[str, Outcome] = await self._answer(worker, ref, stage="services", longest=longest)
+            asked: dict[str, GroupOutcome] = await self._answer(worker, ref, stage="services", longest=longest)
         return asked
 
     async def _answer(self, worker: int, ref: Any, *, stage: str, longest: float) -> Any:

@@ -13,7 +13,7 @@ from rlhf.algorithms.shared import OnlineAlgorithm, SequenceOutcomes
 from rlhf.config.derive import compares_responses
 from rlhf.config.schema.rewards import RewardConfig
 from rlhf.config.schema.root import Config
-from rlhf.rewards.combining import Share, gated, gated_steps, training_sum
+from rlhf.rewards.combining import RewardTerm, gated, gated_steps, training_sum
 from rlhf.roles import ScoredGroup
 from rlhf.types import StepReward
 
@@ -122,8 +122,8 @@ def _column(values: Sequence[float]) -> Float[Tensor, " B"]:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def _shares(rewards: Mapping[str, RewardConfig]) -> dict[str, Share]:
+def _shares(rewards: Mapping[str, RewardConfig]) -> dict[str, RewardTerm]:
     return {
-        name: Share(weight=reward.weight, gate=reward.gate, normalize=reward.normalize)
+        name: RewardTerm(weight=reward.weight, gate=reward.gate, normalize=reward.normalize)
         for name, reward in rewards.items()
     }

@@ -17,7 +17,7 @@ from rlhf.data.chat import read_messages
 from rlhf.data.segments import Segment, Tokens, Writer, answer_text, encode_segments
 from rlhf.data.sources import Row
 from rlhf.data.stream import Stream
-from rlhf.data.usable import Loaded, NotUsable, Unusable, refuse_too_many
+from rlhf.data.usable import LoadedRows, NotUsable, Unusable, refuse_too_many
 from rlhf.errors import UserError
 from rlhf.types import Examples
 
@@ -70,7 +70,7 @@ class Example:
 ExampleSource: TypeAlias = Stream[Example]
 
 
-def load_examples(rows: Sequence[Row], tokenizer: Any, reading: Reading, *, first_id: int = 0) -> Loaded[Example]:
+def load_examples(rows: Sequence[Row], tokenizer: Any, reading: Reading, *, first_id: int = 0) -> LoadedRows[Example]:
     """Return one example per row. `example_id` counts the usable rows from `first_id`.
 
     A row has the first of these forms whose columns it holds: `messages`; `prompt` and `completion`, both strings or
@@ -101,7 +101,7 @@ def load_sequences(
     write: Callable[[Row], Sequence[Sequence[Segment]]],
     build: Callable[[int, Row, Sequence[Sequence[Tokens]]], T],
     max_unusable_fraction: float,
-) -> Loaded[T]:
+) -> LoadedRows[T]:
     """Return the result of `build` for each row, numbered from 0, and the rows left out.
 
     `write` splits a row into sequences, which are tokenised and passed to `build`. Both may raise NotUsable to leave a
@@ -124,7 +124,7 @@ def load_sequences(
             unusable[index] = fault.unusable
     left_out = tuple(unusable[index] for index in sorted(unusable))
     refuse_too_many(left_out, num_rows=len(rows), max_unusable_fraction=max_unusable_fraction)
-    return Loaded(items=tuple(items), unusable=left_out)
+    return LoadedRows(items=tuple(items), unusable=left_out)
 
 
 def mark(example_id: int, segments: Sequence[Tokens], *, place: str) -> Example:

@@ -11,7 +11,7 @@ import torch
 from rlhf.data.examples import Example, Reading, collate, fit, load_sequences, mark, num_prompt_tokens
 from rlhf.data.segments import Tokens, Writer
 from rlhf.data.sources import Row
-from rlhf.data.usable import Loaded
+from rlhf.data.usable import LoadedRows
 from rlhf.types import Pairs
 
 
@@ -53,7 +53,7 @@ class Labelled:
         return num_prompt_tokens(self.example)
 
 
-def load_labelled(rows: Sequence[Row], tokenizer: Any, reading: Reading, *, first_id: int = 0) -> Loaded[Labelled]:
+def load_labelled(rows: Sequence[Row], tokenizer: Any, reading: Reading, *, first_id: int = 0) -> LoadedRows[Labelled]:
     """Return one labelled answer per row. `example_id` counts the usable rows from `first_id`.
 
     The columns are `prompt` and `completion`, both strings or both lists of messages, and `label`. A label is true or

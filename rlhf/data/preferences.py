@@ -18,7 +18,7 @@ from rlhf.data.chat import ASSISTANT, Message, read_messages
 from rlhf.data.examples import Example, Reading, collate, fit, load_sequences, mark, num_prompt_tokens
 from rlhf.data.segments import Segment, Tokens, Writer
 from rlhf.data.sources import Row
-from rlhf.data.usable import Loaded, NotUsable
+from rlhf.data.usable import LoadedRows, NotUsable
 from rlhf.errors import UserError
 from rlhf.types import Pairs
 
@@ -26,7 +26,7 @@ GOLD = "reference"  # column name in public data sets of triples; unrelated to t
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
+class PreferencePair:
     """A preferred and a rejected answer to one prompt.
 
     Example: prompt `ab`, chosen `c`, rejected `de`, one token a letter: `chosen.token_ids = (a, b, c, eos)`,
@@ -70,7 +70,7 @@ class Pair:
 
 def load_pairs(
     rows: Sequence[Row], tokenizer: Any, reading: Reading, *, first_id: int = 0, with_gold: bool = False
-) -> Loaded[Pair]:
+) -> LoadedRows[PreferencePair]:
     """Return one pair per row. `example_id` counts the usable rows from `first_id`.
 
     The columns are `prompt`, `chosen` and `rejected`, all strings or all lists of messages. Without `prompt`, chosen
@@ -83,7 +83,7 @@ def load_pairs(
     writer = Writer(tokenizer, system_prompt=reading.system_prompt, apply_chat_template=reading.apply_chat_template)
     columns = ("chosen", "rejected", GOLD) if with_gold else ("chosen", "rejected")
 
-    def build(index: int, row: Row, sequences: Sequence[Sequence[Tokens]]) -> Pair:
+    def build(index: int, row: Row, sequences: Sequence[Sequence[Tokens]]) -> PreferencePair:
         pair_id = first_id + index
         examples = [
             fit(mark(len(columns) * pair_id + place, segments, place=row.place), reading, place=row.place)
@@ -93,7 +93,7 @@ def load_pairs(
         if chosen.token_ids == rejected.token_ids:
             suffix = "" if sequences[0] == sequences[1] else f" once cut to {reading.max_tokens} tokens"
             raise NotUsable(row.place, f"chosen and rejected are equal{suffix}")
-        return Pair(
+        return PreferencePair(
             example_id=pair_id,
             chosen=chosen,
             rejected=rejected,
@@ -111,7 +111,7 @@ def load_pairs(
     )
 
 
-def collate_pairs(pairs: Sequence[Pair]) -> Pairs:
+def collate_pairs(pairs: Sequence[PreferencePair]) -> Pairs:
     """Return flat columns of several pairs.
 
     Pair i is sequences 2i (chosen) and 2i + 1 (rejected). With gold answers it is sequences 3i to 3i + 2.

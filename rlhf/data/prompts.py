@@ -28,7 +28,7 @@ from rlhf.data.examples import Reading
 from rlhf.data.sources import Row
 from rlhf.data.stream import Stream
 from rlhf.data.tokenization import encode, encode_raw, raw_beginning
-from rlhf.data.usable import Loaded, NotUsable, Unusable, refuse_too_many
+from rlhf.data.usable import LoadedRows, NotUsable, Unusable, refuse_too_many
 from rlhf.errors import UserError
 from rlhf.limits import MAX_TEMPERATURE, MIN_TEMPERATURE
 from rlhf.types import Prompt
@@ -46,7 +46,7 @@ def load_prompts(
     *,
     first_id: int = 0,
     tools: Sequence[Message] | None = None,
-) -> Loaded[Prompt]:
+) -> LoadedRows[Prompt]:
     """Return one prompt per row, from column `messages` or `prompt`. `prompt_id` counts the prompts from `first_id`.
 
     Conversations always go through the chat template, and string prompts if the reading asks for it. Tools come from
@@ -84,7 +84,7 @@ def load_prompts(
             )
         )
     refuse_too_many(unusable, num_rows=len(rows), max_unusable_fraction=reading.max_unusable_fraction)
-    return Loaded(items=tuple(prompts), unusable=tuple(unusable))
+    return LoadedRows(items=tuple(prompts), unusable=tuple(unusable))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

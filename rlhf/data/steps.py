@@ -13,7 +13,7 @@ from rlhf.data.chat import ASSISTANT, read_messages
 from rlhf.data.examples import Example, Reading, collate, fit, load_sequences, mark
 from rlhf.data.segments import Segment, Tokens, Writer
 from rlhf.data.sources import Row, refuse_half_characters, shown
-from rlhf.data.usable import Loaded, NotUsable
+from rlhf.data.usable import LoadedRows, NotUsable
 from rlhf.errors import UserError
 from rlhf.types import LabelledSteps
 
@@ -49,7 +49,7 @@ class StepLabelled:
 
 def load_step_labelled(
     rows: Sequence[Row], tokenizer: Any, reading: Reading, *, step_separator: str = "\n", first_id: int = 0
-) -> Loaded[StepLabelled]:
+) -> LoadedRows[StepLabelled]:
     """Return one answer in steps per row. `example_id` counts the usable rows from `first_id`.
 
     The columns are `prompt` (a string or messages), `completions` (a string for each step) and `labels` (true or false

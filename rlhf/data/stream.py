@@ -42,7 +42,7 @@ class Cursor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
+class MixtureShare:
     """The share of a data set in a mixture."""
 
     name: str
@@ -57,7 +57,7 @@ class Stream(Generic[T]):
     (`rlhf.data.mixing`), so a small set with a large weight starts again before a large set is finished.
     """
 
-    def __init__(self, items: Sequence[T], *, seed: int, shuffle: bool, shares: Sequence[Share] = ()) -> None:
+    def __init__(self, items: Sequence[T], *, seed: int, shuffle: bool, shares: Sequence[MixtureShare] = ()) -> None:
         if not items:
             raise ValueError("a stream needs at least one item")
         if shares and sum(share.size for share in shares) != len(items):
@@ -119,7 +119,7 @@ class Stream(Generic[T]):
         return order
 
 
-def _fingerprint(items: Sequence[Tokenized], seed: int, shuffle: bool, shares: Sequence[Share]) -> str:
+def _fingerprint(items: Sequence[Tokenized], seed: int, shuffle: bool, shares: Sequence[MixtureShare]) -> str:
     mixed = "".join(f"/{share}" for share in shares) if len(shares) > 1 else ""
     digest = hashlib.blake2b(f"{len(items)}/{seed}/{shuffle}{mixed}".encode(), digest_size=16)
     for item in items:

@@ -34,7 +34,7 @@ class Unusable:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded(Generic[T]):
+class LoadedRows(Generic[T]):
     """The result of a loader: usable items and rows left out, both in the order of the data."""
 
     items: tuple[T, ...]

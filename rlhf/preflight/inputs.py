@@ -36,12 +36,12 @@ from rlhf.config.validation.run import problems
 from rlhf.controller.evaluation import EvalSet
 from rlhf.data.examples import Example, collate, load_examples
 from rlhf.data.labelled import Labelled, collate_labelled, load_labelled
-from rlhf.data.preferences import Pair, collate_pairs, load_pairs
+from rlhf.data.preferences import PreferencePair, collate_pairs, load_pairs
 from rlhf.data.sources import FILE_SUFFIXES, read_rows
 from rlhf.data.steps import StepLabelled, collate_steps, load_step_labelled
-from rlhf.data.stream import Share
+from rlhf.data.stream import MixtureShare
 from rlhf.data.templates import UNCHANGED
-from rlhf.data.usable import Loaded, Unusable
+from rlhf.data.usable import LoadedRows, Unusable
 from rlhf.errors import UserError
 from rlhf.evaluation.results import Marking, Marks, marking_of
 from rlhf.evaluation.sources import source_names
@@ -71,10 +71,10 @@ from rlhf.rewards.scoring import RewardSpec
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
 from rlhf.types import Examples, Pairs, Prompt
 
-OfflineRow = Example | Pair | StepLabelled | Labelled
+OfflineRow = Example | PreferencePair | StepLabelled | Labelled
 
 logger = logging.getLogger(__name__)
-LOADERS: Mapping[OfflineKind, Callable[..., Loaded[Any]]] = {
+LOADERS: Mapping[OfflineKind, Callable[..., LoadedRows[Any]]] = {
     "supervised": load_examples,
     "distillation": load_examples,
     "preference": load_pairs,
@@ -98,7 +98,7 @@ class OnlineInputs:
 
     prompts: tuple[Prompt, ...]  # all training sets, concatenated
     unusable: tuple[Unusable, ...]  # skipped rows of all sets
-    shares: tuple[Share, ...]
+    shares: tuple[MixtureShare, ...]
     eval_sets: Mapping[str, EvalSet]
     marking: Marking  # how held-out responses are graded
     rewards: tuple[RewardSpec, ...]
@@ -112,7 +112,7 @@ class OfflineInputs:
     """The inputs of a run without rollouts."""
 
     rows: tuple[OfflineRow, ...]  # all training sets, concatenated
-    shares: tuple[Share, ...]
+    shares: tuple[MixtureShare, ...]
     eval_sets: Mapping[str, tuple[OfflineRow, ...]]
     unusable: tuple[Unusable, ...]  # skipped rows of all sets
 
@@ -240,7 +240,7 @@ def _online(config: Config, source: str, tokenizer: Any, loaded: LoadedConfig) -
     for name, one in train_sets(config).items():
         more = prompts_of(name, one.source, len(prompts))
         prompts += more
-        shares.append(Share(name=name, weight=one.weight, size=len(more)))
+        shares.append(MixtureShare(name=name, weight=one.weight, size=len(more)))
     refuse_unused_rewards(specs, (prompt.columns for prompt in prompts))
     config = _with_steps(config, len(prompts))
     rollouts = config.rollouts
@@ -324,7 +324,7 @@ def _offline(config: Config, source: str, tokenizer: Any) -> OfflineInputs:
     for name, one in train_sets(config).items():
         more = rows_of(name, one.source, len(rows))
         rows += more
-        shares.append(Share(name=name, weight=one.weight, size=len(more)))
+        shares.append(MixtureShare(name=name, weight=one.weight, size=len(more)))
     held_out = {name: rows_of(f"data.eval.{name}", one) for name, one in eval_sets(config).items()}
     for name, group in {"data.train": rows, **{f"data.eval.{name}": one for name, one in held_out.items()}}.items():
         prompts = {row.token_ids[: row.prompt_tokens] for row in group if isinstance(row, Labelled)}

@@ -12,7 +12,7 @@ from typing import Any
 from rlhf.data.examples import Reading
 from rlhf.data.prompts import load_prompts
 from rlhf.data.sources import Row, Source, read_rows
-from rlhf.data.usable import Loaded
+from rlhf.data.usable import LoadedRows
 from rlhf.preflight.environments import LoadedEnvironment
 from rlhf.preflight.sources import REWARD_KEY, check_rewards, prefix_errors
 from rlhf.rewards.scoring import RewardSpec
@@ -32,7 +32,7 @@ def read_prompts(
     reward_key: str = REWARD_KEY,
     environment: LoadedEnvironment | None,
     first_id: int = 0,
-) -> tuple[Loaded[Prompt], list[Row]]:
+) -> tuple[LoadedRows[Prompt], list[Row]]:
     """Return a set's prompts with their rows. Skipped rows are counted in the log.
 
     UserErrors name the set, by its key, and the invalid row.

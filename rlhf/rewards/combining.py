@@ -24,7 +24,7 @@ GROUP_STD_EPS = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
+class RewardTerm:
     """The share of a reward in the score."""
 
     weight: float
@@ -32,7 +32,7 @@ class Share:
     normalize: Literal["none", "group"] = "none"
 
 
-def plain_sum(by_name: Mapping[str, Values], shares: Mapping[str, Share]) -> list[float | None]:
+def plain_sum(by_name: Mapping[str, Values], shares: Mapping[str, RewardTerm]) -> list[float | None]:
     """Return the sum over rewards of weight * gate * value, for each response of a group.
 
     It is None if rewards with a weight apply to the response and none of them has an opinion. `by_name` holds only the
@@ -41,7 +41,7 @@ def plain_sum(by_name: Mapping[str, Values], shares: Mapping[str, Share]) -> lis
     return _sum(gated(by_name, shares), shares)
 
 
-def training_sum(by_name: Mapping[str, Values], shares: Mapping[str, Share]) -> list[float | None]:
+def training_sum(by_name: Mapping[str, Values], shares: Mapping[str, RewardTerm]) -> list[float | None]:
     """Return the same sum, with each reward of `normalize: group` normalised within the group after its gate.
 
     This is arXiv:2601.05242, GDPO, without its second normalisation over the batch, which is left to an algorithm.
@@ -52,7 +52,7 @@ def training_sum(by_name: Mapping[str, Values], shares: Mapping[str, Share]) -> 
     return _sum(terms, shares)
 
 
-def gated(by_name: Mapping[str, Values], shares: Mapping[str, Share]) -> dict[str, Values]:
+def gated(by_name: Mapping[str, Values], shares: Mapping[str, RewardTerm]) -> dict[str, Values]:
     """Return gate * value for each reward, or None if the gate or the value is None."""
     products: dict[str, Values] = {}
     for name, values in by_name.items():
@@ -62,7 +62,7 @@ def gated(by_name: Mapping[str, Values], shares: Mapping[str, Share]) -> dict[st
 
 
 def gated_steps(
-    steps: Mapping[str, Sequence[Sequence[StepReward]]], by_name: Mapping[str, Values], shares: Mapping[str, Share]
+    steps: Mapping[str, Sequence[Sequence[StepReward]]], by_name: Mapping[str, Values], shares: Mapping[str, RewardTerm]
 ) -> dict[str, list[list[float]]]:
     """Return gate * value of each step of each response, by reward. There are no steps if the gate has no opinion."""
     products = {}
@@ -92,7 +92,7 @@ def _normalized(values: Values) -> Values:
     return [None if value is None else term for value, term in zip(values, normalized, strict=True)]
 
 
-def _sum(terms: Mapping[str, Values], shares: Mapping[str, Share]) -> list[float | None]:
+def _sum(terms: Mapping[str, Values], shares: Mapping[str, RewardTerm]) -> list[float | None]:
     weighted = any(shares[name].weight != 0.0 for name in terms)
     sums: list[float | None] = []
     for row in zip(*terms.values(), strict=True):

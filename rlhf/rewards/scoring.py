@@ -15,10 +15,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from rlhf.rewards.combining import Share, plain_sum
+from rlhf.rewards.combining import RewardTerm, plain_sum
 from rlhf.rewards.failure_rule import ErrorRule
 from rlhf.rewards.loading import LoadedReward
-from rlhf.rewards.processes.pool import Failure, Outcome, RewardPool, longest_s
+from rlhf.rewards.processes.pool import Failure, GroupOutcome, RewardPool, longest_s
 from rlhf.types import GroupScores, Prompt, RewardError, RewardErrorKind, StepReward
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class RewardSet:
         self, specs: Sequence[RewardSpec], *, timeout_s: float, processes: int = 1, memory_gib: float = 8.0
     ) -> None:
         self.specs = tuple(specs)
-        self._shares = {spec.name: Share(weight=spec.weight, gate=spec.gate) for spec in specs}
+        self._shares = {spec.name: RewardTerm(weight=spec.weight, gate=spec.gate) for spec in specs}
         functions = {spec.name: spec.function.source for spec in self.specs if spec.function is not None}
         self._places = {name: place for place, name in enumerate(functions)}
         self._pool = (
@@ -143,7 +143,7 @@ class RewardSet:
         if self._services is not None:
             self._services.greet()
 
-    def ask(self, prompt: Prompt, responses: Sequence[str], *, truncated: Sequence[bool]) -> dict[str, Outcome]:
+    def ask(self, prompt: Prompt, responses: Sequence[str], *, truncated: Sequence[bool]) -> dict[str, GroupOutcome]:
         """Return the outcomes of the applicable services, an argument of `score`."""
         names = [spec.name for spec in self.specs if spec.remote is not None and spec.applies_to(prompt.columns)]
         if not names:
@@ -158,7 +158,7 @@ class RewardSet:
         *,
         truncated: Sequence[bool],
         model_scores: Mapping[str, Sequence[float]] = _EMPTY,
-        asked: Mapping[str, Outcome] = _EMPTY,
+        asked: Mapping[str, GroupOutcome] = _EMPTY,
         model_steps: Mapping[str, Sequence[tuple[StepReward, ...]]] = _EMPTY,
         places: Sequence[Sequence[int]] | None = None,
     ) -> GroupScores:
@@ -213,7 +213,7 @@ class RewardSet:
         prompt: Prompt,
         responses: Sequence[str],
         places: Sequence[Sequence[int]] | None,
-    ) -> Outcome:
+    ) -> GroupOutcome:
         assert self._pool is not None
         outcome = self._pool.score(
             self._places[spec.name],
@@ -231,7 +231,7 @@ def _model_outcome(
     model_scores: Mapping[str, Sequence[float]],
     model_steps: Mapping[str, Sequence[tuple[StepReward, ...]]],
     count: int,
-) -> Outcome:
+) -> GroupOutcome:
     """Check the scores of the reward model or the environment."""
     steps = tuple(model_steps[spec.name]) if spec.by_step else ()
     sums = [sum((step.value for step in response), 0.0) for response in steps]
@@ -244,12 +244,14 @@ def _model_outcome(
         for sample, score in enumerate(scores)
         if not math.isfinite(score)
     )
-    return Outcome(
+    return GroupOutcome(
         scores=tuple(float(score) if math.isfinite(score) else None for score in scores), failures=failures, steps=steps
     )
 
 
-def _with_scored_failures(spec: RewardSpec, outcome: Outcome, places: Sequence[Sequence[int]] | None) -> Outcome:
+def _with_scored_failures(
+    spec: RewardSpec, outcome: GroupOutcome, places: Sequence[Sequence[int]] | None
+) -> GroupOutcome:
     """Return the outcome with the scores for failed calls, if there is a rule for them.
 
     With steps, such a score is a single step for the whole response.
@@ -330,8 +332,8 @@ def _at_tokens(
 
 
 def _with_truncated_score(
-    outcome: Outcome, truncated: Sequence[bool], value: float, places: Sequence[Sequence[int]] | None
-) -> Outcome:
+    outcome: GroupOutcome, truncated: Sequence[bool], value: float, places: Sequence[Sequence[int]] | None
+) -> GroupOutcome:
     """Return the outcome with a fixed value for every truncated response. With steps it is a single step."""
     scores = tuple(
         value if is_truncated else score for score, is_truncated in zip(outcome.scores, truncated, strict=True)

@@ -26,7 +26,7 @@ from rlhf.errors import UserError
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.reward_models import refuse_without_head
 from rlhf.preflight.sources import REWARD_KEY, load_rewards, local_model, prefix_errors
-from rlhf.rewards.processes.pool import Outcome
+from rlhf.rewards.processes.pool import GroupOutcome
 from rlhf.rewards.scoring import RewardSet, RewardSpec
 from rlhf.rollouts.records.texts import step_ends
 from rlhf.types import GroupScores, Prompt, StepReward
@@ -160,12 +160,12 @@ class Scorer:
     def __exit__(self, *_: object) -> None:
         self.rewards.close()
 
-    def ask(self, prompt: Prompt, responses: Sequence[str], truncated: Sequence[bool]) -> dict[str, Outcome]:
+    def ask(self, prompt: Prompt, responses: Sequence[str], truncated: Sequence[bool]) -> dict[str, GroupOutcome]:
         """Return the outcomes of the services."""
         return self.rewards.ask(prompt, responses, truncated=truncated)
 
     def score(
-        self, prompt: Prompt, responses: Sequence[str], truncated: Sequence[bool], asked: Mapping[str, Outcome]
+        self, prompt: Prompt, responses: Sequence[str], truncated: Sequence[bool], asked: Mapping[str, GroupOutcome]
     ) -> GroupScores:
         """Return the weighted scores of a group."""
         models = [spec for spec in self.specs if spec.is_model and spec.applies_to(prompt.columns)]

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from rlhf.data.examples import Example, Reading, collate, load_examples
 from rlhf.data.prompts import load_prompts
 from rlhf.data.sources import Row
-from rlhf.data.usable import Loaded
+from rlhf.data.usable import LoadedRows
 from rlhf.errors import UserError
 
 CHATML = (
@@ -135,7 +135,7 @@ def test_wrong_rows_are_refused_with_their_place(tokenizer: Any, row: dict[str, 
         load(tokenizer, row)
 
 
-def read_all(tokenizer: Any, *rows: dict[str, Any], first_id: int = 0, **more: Any) -> Loaded[Example]:
+def read_all(tokenizer: Any, *rows: dict[str, Any], first_id: int = 0, **more: Any) -> LoadedRows[Example]:
     settings = {"system_prompt": None, "apply_chat_template": False, "max_tokens": 200} | more
     return load_examples(as_rows(*rows), tokenizer, Reading(**settings), first_id=first_id)
 

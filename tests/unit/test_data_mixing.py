@@ -9,15 +9,15 @@ from dataclasses import replace
 import pytest
 
 from rlhf.data.mixing import Turns
-from rlhf.data.stream import Share, Stream
+from rlhf.data.stream import MixtureShare, Stream
 from rlhf.errors import UserError
 from rlhf.types import Prompt
 
-BIG = Share(name="big", weight=3.0, size=10)
-SMALL = Share(name="small", weight=1.0, size=2)
+BIG = MixtureShare(name="big", weight=3.0, size=10)
+SMALL = MixtureShare(name="small", weight=1.0, size=2)
 
 
-def mixture(*shares: Share, seed: int = 0, shuffle: bool = True) -> Stream[Prompt]:
+def mixture(*shares: MixtureShare, seed: int = 0, shuffle: bool = True) -> Stream[Prompt]:
     size = sum(share.size for share in shares)
     items = [Prompt(prompt_id=i, token_ids=(i,), text=str(i), columns={}) for i in range(size)]
     return Stream(items, seed=seed, shuffle=shuffle, shares=shares)

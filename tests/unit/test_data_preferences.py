@@ -11,10 +11,10 @@ from transformers import AutoTokenizer
 
 from rlhf.data.examples import Reading
 from rlhf.data.labelled import Labelled, collate_labelled, load_labelled
-from rlhf.data.preferences import Pair, collate_pairs, load_pairs
+from rlhf.data.preferences import PreferencePair, collate_pairs, load_pairs
 from rlhf.data.sources import Row, read_rows
 from rlhf.data.stream import Stream
-from rlhf.data.usable import Loaded
+from rlhf.data.usable import LoadedRows
 from rlhf.errors import UserError
 
 USER = {"role": "user", "content": "hi"}
@@ -36,15 +36,15 @@ def reading(**more: Any) -> Reading:
     return Reading(**({"system_prompt": None, "apply_chat_template": False, "max_tokens": 200} | more))
 
 
-def load(tokenizer: Any, *rows: dict[str, Any], first_id: int = 0, **more: Any) -> Loaded[Pair]:
+def load(tokenizer: Any, *rows: dict[str, Any], first_id: int = 0, **more: Any) -> LoadedRows[PreferencePair]:
     return load_pairs(as_rows(*rows), tokenizer, reading(**more), first_id=first_id)
 
 
-def load_triples(tokenizer: Any, *rows: dict[str, Any], **more: Any) -> Loaded[Pair]:
+def load_triples(tokenizer: Any, *rows: dict[str, Any], **more: Any) -> LoadedRows[PreferencePair]:
     return load_pairs(as_rows(*rows), tokenizer, reading(**more), with_gold=True)
 
 
-def load_labels(tokenizer: Any, *rows: dict[str, Any], **more: Any) -> Loaded[Labelled]:
+def load_labels(tokenizer: Any, *rows: dict[str, Any], **more: Any) -> LoadedRows[Labelled]:
     return load_labelled(as_rows(*rows), tokenizer, reading(**more))
 
 

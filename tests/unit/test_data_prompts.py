@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from rlhf.data.examples import Reading, load_examples
 from rlhf.data.prompts import load_prompts, rollout_seed
 from rlhf.data.sources import Row
-from rlhf.data.usable import Loaded
+from rlhf.data.usable import LoadedRows
 from rlhf.errors import UserError
 from rlhf.types import Prompt
 
@@ -44,7 +44,7 @@ def load(tokenizer: Any, *rows: dict[str, Any], **more: Any) -> tuple[Prompt, ..
 
 def load_all(
     tokenizer: Any, *rows: dict[str, Any], first_id: int = 0, tools: Any = None, **more: Any
-) -> Loaded[Prompt]:
+) -> LoadedRows[Prompt]:
     reading = Reading(**({"system_prompt": None, "apply_chat_template": True, "max_tokens": 64} | more))
     found = [Row(file="p.jsonl", line=i, columns=row) for i, row in enumerate(rows, start=1)]
     return load_prompts(found, tokenizer, reading, first_id=first_id, tools=tools)

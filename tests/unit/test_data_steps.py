@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from rlhf.data.examples import Reading
 from rlhf.data.sources import Row
 from rlhf.data.steps import StepLabelled, collate_steps, load_step_labelled
-from rlhf.data.usable import Loaded
+from rlhf.data.usable import LoadedRows
 from rlhf.errors import UserError
 
 EOS = 257
@@ -22,7 +22,7 @@ def tokenizer(tiny_model: Path) -> Any:
     return AutoTokenizer.from_pretrained(tiny_model)
 
 
-def load(tokenizer: Any, *rows: dict[str, Any], step_separator: str = "\n", **more: Any) -> Loaded[StepLabelled]:
+def load(tokenizer: Any, *rows: dict[str, Any], step_separator: str = "\n", **more: Any) -> LoadedRows[StepLabelled]:
     settings = {"system_prompt": None, "apply_chat_template": False, "max_tokens": 200} | more
     placed = [Row(file="s.jsonl", line=i, columns=row) for i, row in enumerate(rows, start=1)]
     return load_step_labelled(placed, tokenizer, Reading(**settings), step_separator=step_separator)

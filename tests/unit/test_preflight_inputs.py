@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rlhf.config.files.load import load
-from rlhf.data.stream import Share
+from rlhf.data.stream import MixtureShare
 from rlhf.errors import UserError
 from rlhf.preflight.inputs import OfflineInputs, OnlineInputs, StageInputs, load_inputs
 from rlhf.preflight.sources import local_model
@@ -79,8 +79,8 @@ def test_sets_stand_one_behind_the_other_and_what_is_left_out_is_known(
     assert isinstance(found, OfflineInputs)
     assert [example.example_id for example in found.rows] == [0, 1, 2]
     assert found.shares == (
-        Share(name="data.train.a.source", weight=3.0, size=2),
-        Share(name="data.train.b.source", weight=1.0, size=1),
+        MixtureShare(name="data.train.a.source", weight=3.0, size=2),
+        MixtureShare(name="data.train.b.source", weight=1.0, size=1),
     )
     assert [row.place for row in found.unusable] == [f"{folder}/a.jsonl:2", f"{folder}/b.jsonl:1"]
     assert "data.train.b.source: 1 of 2 rows cannot be used and are left out" in caplog.text

@@ -6,31 +6,31 @@ import math
 
 import pytest
 
-from rlhf.rewards.combining import GROUP_STD_EPS, Share, gated_steps, plain_sum, training_sum
+from rlhf.rewards.combining import GROUP_STD_EPS, RewardTerm, gated_steps, plain_sum, training_sum
 from rlhf.types import StepReward
 
 
 def test_a_gate_is_a_factor_and_is_taken_as_it_is() -> None:
     values = {"right": [1.0, 0.0, 0.5], "short": [4.0, 4.0, 2.0]}
-    shares = {"right": Share(weight=10.0), "short": Share(weight=0.5, gate="right")}
+    shares = {"right": RewardTerm(weight=10.0), "short": RewardTerm(weight=0.5, gate="right")}
     # 10 * 1 + .5 * 4 * 1 = 12;   0 + .5 * 4 * 0 = 0;   10 * .5 + .5 * 2 * .5 = 5.5
     assert plain_sum(values, shares) == [12.0, 0.0, 5.5]
     assert training_sum(values, shares) == [12.0, 0.0, 5.5]
 
 
 def test_a_gate_of_weight_0_still_gates() -> None:
-    shares = {"safe": Share(weight=0.0), "good": Share(weight=1.0, gate="safe")}
+    shares = {"safe": RewardTerm(weight=0.0), "good": RewardTerm(weight=1.0, gate="safe")}
     assert plain_sum({"safe": [1.0, 0.0], "good": [3.0, 3.0]}, shares) == [3.0, 0.0]
 
 
 def test_gates_that_gate_each_other_use_plain_values() -> None:
-    shares = {"a": Share(weight=1.0, gate="b"), "b": Share(weight=1.0, gate="a")}
+    shares = {"a": RewardTerm(weight=1.0, gate="b"), "b": RewardTerm(weight=1.0, gate="a")}
     assert plain_sum({"a": [2.0], "b": [3.0]}, shares) == [12.0]  # 2 * 3 + 3 * 2
 
 
 def test_normalised_within_the_group_for_training_alone() -> None:
     values = {"big": [100.0, 300.0], "small": [0.0, 1.0]}
-    shares = {"big": Share(weight=1.0, normalize="group"), "small": Share(weight=2.0)}
+    shares = {"big": RewardTerm(weight=1.0, normalize="group"), "small": RewardTerm(weight=2.0)}
     # big: mean 200, unbiased std sqrt(2 * 100**2) = 141.42, so -+100 / 141.42 = -+0.7071; small: 2 * 0 and 2 * 1
     assert training_sum(values, shares) == pytest.approx([-math.sqrt(0.5), 2.0 + math.sqrt(0.5)], abs=1e-7)
     assert plain_sum(values, shares) == [100.0, 302.0]
@@ -38,30 +38,34 @@ def test_normalised_within_the_group_for_training_alone() -> None:
 
 def test_a_gated_reward_is_normalised_behind_its_gate() -> None:
     values = {"right": [1.0, 0.0], "taste": [5.0, 9.0]}
-    shares = {"right": Share(weight=0.0), "taste": Share(weight=1.0, gate="right", normalize="group")}
+    shares = {"right": RewardTerm(weight=0.0), "taste": RewardTerm(weight=1.0, gate="right", normalize="group")}
     # 5 and 0: mean 2.5, std sqrt(2 * 2.5**2) = 3.5355
     assert training_sum(values, shares) == pytest.approx([math.sqrt(0.5), -math.sqrt(0.5)], abs=1e-6)
 
 
 def test_equal_values_normalise_to_nothing() -> None:
-    assert training_sum({"a": [0.1, 0.1, 0.1]}, {"a": Share(weight=1.0, normalize="group")}) == pytest.approx(
+    assert training_sum({"a": [0.1, 0.1, 0.1]}, {"a": RewardTerm(weight=1.0, normalize="group")}) == pytest.approx(
         [0.0] * 3, abs=1e-15 / GROUP_STD_EPS
     )
 
 
 def test_rewards_that_do_not_apply_add_nothing() -> None:
-    shares = {"maths": Share(weight=1.0), "code": Share(weight=5.0)}
+    shares = {"maths": RewardTerm(weight=1.0), "code": RewardTerm(weight=5.0)}
     assert plain_sum({"code": [2.0]}, shares) == [10.0]
 
 
 def test_a_reward_without_an_opinion_adds_nothing() -> None:
-    shares = {"a": Share(weight=2.0), "b": Share(weight=1.0), "watched": Share(weight=0.0)}
+    shares = {"a": RewardTerm(weight=2.0), "b": RewardTerm(weight=1.0), "watched": RewardTerm(weight=0.0)}
     values = {"a": [1.0, None, None], "b": [3.0, 4.0, None], "watched": [9.0, 9.0, 9.0]}
     assert plain_sum(values, shares) == [5.0, 4.0, None]
 
 
 def test_a_reward_whose_gate_has_no_opinion_is_left_out() -> None:
-    shares = {"gate": Share(weight=0.0), "good": Share(weight=1.0, gate="gate"), "short": Share(weight=0.5)}
+    shares = {
+        "gate": RewardTerm(weight=0.0),
+        "good": RewardTerm(weight=1.0, gate="gate"),
+        "short": RewardTerm(weight=0.5),
+    }
     values = {"gate": [1.0, None], "good": [3.0, 3.0], "short": [1.0, 1.0]}
     assert plain_sum(values, shares) == [3.5, 0.5]
     steps = {"good": [[StepReward(end=1, value=3.0)], [StepReward(end=1, value=3.0)]]}
@@ -69,7 +73,7 @@ def test_a_reward_whose_gate_has_no_opinion_is_left_out() -> None:
 
 
 def test_a_group_is_normalised_over_the_responses_that_have_a_value() -> None:
-    shares = {"big": Share(weight=1.0, normalize="group"), "small": Share(weight=2.0)}
+    shares = {"big": RewardTerm(weight=1.0, normalize="group"), "small": RewardTerm(weight=2.0)}
     # big: mean and deviation of 100 and 300 alone
     values = {"big": [100.0, None, 300.0], "small": [0.0, 1.0, 0.0]}
     assert training_sum(values, shares) == pytest.approx([-math.sqrt(0.5), 2.0, math.sqrt(0.5)], abs=1e-7)

@@ -14,7 +14,7 @@ from aiohttp import web
 
 from rlhf.config.schema.rewards import JudgeConfig
 from rlhf.errors import RunError
-from rlhf.rewards.processes.pool import Outcome
+from rlhf.rewards.processes.pool import GroupOutcome
 from rlhf.rewards.scoring import RewardSet, RewardSpec, ask_deadline_s, asks_in_flight, fingerprint
 from rlhf.rewards.services import client as service_module
 from rlhf.rewards.services.client import TRIPS_AFTER, Breaker, ServiceSpec
@@ -60,7 +60,7 @@ def spec(url: str, *, judge: JudgeSpec | None = None, **given: Any) -> RewardSpe
     )
 
 
-def ask(one: RewardSpec, responses: list[str]) -> Outcome:
+def ask(one: RewardSpec, responses: list[str]) -> GroupOutcome:
     with RewardSet([one], timeout_s=1.0) as rewards:
         return rewards.ask(PROMPT, responses, truncated=[False] * len(responses))["style"]
 
@@ -278,7 +278,9 @@ def test_an_answer_that_is_nested_too_deep_is_refused(text: str) -> None:
 
 
 def test_sound_answers_are_taken() -> None:
-    assert read_scores({"scores": [1, -0.5], "errors": [], "more": 1}, 2) == Outcome(scores=(1.0, -0.5), failures=())
+    assert read_scores({"scores": [1, -0.5], "errors": [], "more": 1}, 2) == GroupOutcome(
+        scores=(1.0, -0.5), failures=()
+    )
 
 
 def test_services_are_not_asked_about_rows_that_they_do_not_apply_to() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from rlhf.data.tasks import TaskSource, make_rows
 from rlhf.errors import UserError
-from rlhf.rollouts.environments.calculator import Calculator, evaluate
+from rlhf.rollouts.environments.calculator import Calculator, evaluate_expression
 from rlhf.rollouts.environments.guess_number import GuessNumber
 
 
@@ -48,7 +48,7 @@ def test_a_calculator_calculates_and_judges() -> None:
     ("expression", "value"), [("3 * (4 + 5)", 27), ("-7 // 2", -4), ("2.5 / 5", 0.5), ("10 % 4 - 1", 1)]
 )
 def test_expressions(expression: str, value: float) -> None:
-    assert evaluate(expression) == value
+    assert evaluate_expression(expression) == value
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_expressions(expression: str, value: float) -> None:
 )
 def test_what_is_no_arithmetic_is_refused(expression: str) -> None:
     with pytest.raises((ValueError, ArithmeticError)):
-        evaluate(expression)
+        evaluate_expression(expression)
 
 
 def test_games_to_learn_from_follow_the_rules() -> None:
@@ -76,7 +76,7 @@ def test_calculations_to_learn_from_are_right() -> None:
     for row in make_rows(TaskSource(task="calculator", split="sft", size=20)):
         question, _, result, answer = row["messages"][1:]
         expression = question["content"].removeprefix("What is ").removesuffix("?")
-        assert str(evaluate(expression)) == result["content"] == answer["content"] == row["answer"]
+        assert str(evaluate_expression(expression)) == result["content"] == answer["content"] == row["answer"]
 
 
 def test_splits_are_drawn_apart_and_args_are_checked() -> None:

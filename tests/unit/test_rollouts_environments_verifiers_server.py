@@ -17,7 +17,7 @@ import pytest
 
 from rlhf.rollouts.environments import verifiers_server
 from rlhf.rollouts.environments.adapters.http import HttpEnvironment
-from rlhf.rollouts.environments.verifiers_server import Bridge, Conversation, listen, news, parsed
+from rlhf.rollouts.environments.verifiers_server import Bridge, EpisodeSession, listen, news, parsed
 
 PYTHON = "RLHF_TEST_VERIFIERS_PYTHON"  # the interpreter of an environment with verifiers 0.4.0
 
@@ -48,7 +48,7 @@ def test_what_a_conversation_cannot_hold_is_refused(messages: list[Any], reason:
         news([user("a")], messages)
 
 
-async def count_down(conversation: Conversation, seed: int, columns: Mapping[str, Any]) -> float:
+async def count_down(conversation: EpisodeSession, seed: int, columns: Mapping[str, Any]) -> float:
     """An episode of `seed` turns whose reward is the length of all answers; columns make it fail, hang or say nan."""
     if columns.get("fails"):
         raise RuntimeError("the dataset is gone")

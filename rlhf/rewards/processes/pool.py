@@ -33,7 +33,7 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class GroupOutcome:
     """The result of a reward for a group. A response without a score has a failure, or the reward has no opinion.
 
     A group ended by a failure has no later entries.
@@ -107,7 +107,7 @@ class RewardPool:
         *,
         by_step: bool = False,
         goes_on: bool = False,
-    ) -> Outcome:
+    ) -> GroupOutcome:
         """Score a group by sources[reward].
 
         The first death of a process is retried in a fresh process, since a process may also be killed from outside.
@@ -149,8 +149,8 @@ class RewardPool:
         )
         values = [reply.payload if reply.kind == "value" else None for reply in replies]
         if not by_step:
-            return Outcome(scores=tuple(values), failures=failures)
-        return Outcome(
+            return GroupOutcome(scores=tuple(values), failures=failures)
+        return GroupOutcome(
             scores=tuple(None if steps is None else sum((value for _, value in steps), 0.0) for steps in values),
             failures=failures,
             steps=tuple(tuple(StepReward(end=end, value=value) for end, value in steps or ()) for steps in values),

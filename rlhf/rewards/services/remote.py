@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar, get_args
 
 from rlhf.errors import RunError
-from rlhf.rewards.processes.pool import Failure, Outcome
+from rlhf.rewards.processes.pool import Failure, GroupOutcome
 from rlhf.rewards.services.client import Service, ServiceError, ServiceSpec
 from rlhf.rewards.services.judge import PATH, JudgeSpec, question, verdict
 from rlhf.types import Prompt, RewardErrorKind
@@ -58,11 +58,11 @@ class RemoteRewards:
 
     def ask(
         self, names: Sequence[str], prompt: Prompt, responses: Sequence[str], *, truncated: Sequence[bool]
-    ) -> dict[str, Outcome]:
+    ) -> dict[str, GroupOutcome]:
         """Return the outcomes of the named rewards for a group, requested concurrently."""
         limit_s = max(self._rewards[name].longest_s(len(responses)) for name in names)
 
-        async def ask_all() -> dict[str, Outcome]:
+        async def ask_all() -> dict[str, GroupOutcome]:
             outcomes = await asyncio.gather(*(self._ask_one(name, prompt, responses, truncated) for name in names))
             return dict(zip(names, outcomes, strict=True))
 
@@ -104,7 +104,9 @@ class RemoteRewards:
         for service in self._services.values():
             await service.close()
 
-    async def _ask_one(self, name: str, prompt: Prompt, responses: Sequence[str], truncated: Sequence[bool]) -> Outcome:
+    async def _ask_one(
+        self, name: str, prompt: Prompt, responses: Sequence[str], truncated: Sequence[bool]
+    ) -> GroupOutcome:
         service, judge = self._services[name], self._rewards[name].judge
         if judge is not None:
             return await _judged(service, judge, prompt, responses)
@@ -120,7 +122,7 @@ class RemoteRewards:
             return _all_failed(error.kind, error.message, len(responses))
 
 
-async def _judged(service: Service, judge: JudgeSpec, prompt: Prompt, responses: Sequence[str]) -> Outcome:
+async def _judged(service: Service, judge: JudgeSpec, prompt: Prompt, responses: Sequence[str]) -> GroupOutcome:
     """Return the judge's verdict on each response. Equal responses of a group are judged once."""
 
     async def judge_response(response: str) -> float | tuple[RewardErrorKind, str]:
@@ -142,10 +144,10 @@ async def _judged(service: Service, judge: JudgeSpec, prompt: Prompt, responses:
                 scores.append(None)
             case score:
                 scores.append(score)
-    return Outcome(scores=tuple(scores), failures=tuple(failures))
+    return GroupOutcome(scores=tuple(scores), failures=tuple(failures))
 
 
-def read_scores(answer: Mapping[str, Any], num_responses: int) -> Outcome:
+def read_scores(answer: Mapping[str, Any], num_responses: int) -> GroupOutcome:
     """Check the answer `{"scores": [...], "errors": [...]}` of a service; either may be missing.
 
     A null score is no opinion, unless an error names the response. In an answer with errors only, all other responses
@@ -175,7 +177,7 @@ def read_scores(answer: Mapping[str, Any], num_responses: int) -> Outcome:
         if score is not None and not _is_finite(score):
             text = f"it gave {_shown(score)}"
             failures.setdefault(sample, Failure(sample=sample, kind="not_a_number", message=text))
-    return Outcome(
+    return GroupOutcome(
         scores=tuple(
             None if score is None or sample in failures else float(score) for sample, score in enumerate(scores)
         ),
@@ -200,6 +202,6 @@ def _is_finite(score: object) -> bool:
         return False
 
 
-def _all_failed(kind: RewardErrorKind, message: str, num_responses: int) -> Outcome:
+def _all_failed(kind: RewardErrorKind, message: str, num_responses: int) -> GroupOutcome:
     failures = tuple(Failure(sample=sample, kind=kind, message=message) for sample in range(num_responses))
-    return Outcome(scores=(None,) * num_responses, failures=failures)
+    return GroupOutcome(scores=(None,) * num_responses, failures=failures)

@@ -63,7 +63,7 @@ class Calculator:
         results, reward = [], 0.0
         for call in tool_calls:
             try:
-                results.append(_shown(evaluate(call["arguments"]["expression"])))
+                results.append(_shown(evaluate_expression(call["arguments"]["expression"])))
             except (ValueError, ArithmeticError) as error:
                 results.append(f"error: {error}")
             else:
@@ -71,7 +71,7 @@ class Calculator:
         return results, reward, False
 
 
-def evaluate(expression: str) -> int | float:
+def evaluate_expression(expression: str) -> int | float:
     """Return the value of numbers joined by + - * / // % and brackets.
 
     ValueError or ArithmeticError describes an invalid expression.

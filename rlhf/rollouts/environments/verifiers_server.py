@@ -1,6 +1,6 @@
 """Serve an environment of verifiers to the environment `http`; a program for verifiers' separate Python environment.
 
-rlhf, environment `http` <- this protocol -> Bridge <- Conversation -> a model's endpoint <- verifiers
+rlhf, environment `http` <- this protocol -> Bridge <- EpisodeSession -> a model's endpoint <- verifiers
 
 verifiers plays an episode itself and asks a model for each turn. The model is an endpoint in this process: it passes
 the new messages on as the observation, and returns the response. The agent's program is a plain loop without tools,
@@ -75,7 +75,7 @@ def news(seen: Sequence[Message], messages: Sequence[Message]) -> str:
     return "\n\n".join(text for _, text in new)
 
 
-class Conversation:
+class EpisodeSession:
     """A session: a running episode and the turn it waits for. At most one turn is awaited at a time."""
 
     def __init__(self) -> None:
@@ -102,7 +102,7 @@ class Conversation:
 
 
 Play = Callable[
-    [Conversation, int, Mapping[str, Any]], Awaitable[float]
+    [EpisodeSession, int, Mapping[str, Any]], Awaitable[float]
 ]  # plays an episode with a seed and columns, and returns its reward
 
 
@@ -115,7 +115,7 @@ class Bridge:
         self.idle_s = idle_s
         self.most = most
         self.token = token
-        self.sessions: dict[str, Conversation] = {}
+        self.sessions: dict[str, EpisodeSession] = {}
 
     def app(self) -> web.Application:
         """Return the application with the three calls of the protocol."""
@@ -128,7 +128,7 @@ class Bridge:
         """Begin an episode, and answer when it asks for the first turn."""
         if len(self.sessions) >= self.most:
             raise Refusal(503, f"{self.most} sessions are open, which is the most (--sessions)")
-        session, conversation = uuid.uuid4().hex, Conversation()
+        session, conversation = uuid.uuid4().hex, EpisodeSession()
         self.sessions[session] = conversation
         conversation.episode = asyncio.ensure_future(self._episode(conversation, sent))
         told = await self._next(session)
@@ -171,7 +171,7 @@ class Bridge:
         for session in list(self.sessions):
             await self._drop(session)
 
-    async def _episode(self, conversation: Conversation, sent: Mapping[str, Any]) -> float:
+    async def _episode(self, conversation: EpisodeSession, sent: Mapping[str, Any]) -> float:
         reward = float(await self.play(conversation, int(sent["seed"]), sent["columns"]))
         if not math.isfinite(reward):
             raise ValueError(f"the episode's reward is {reward}")
@@ -240,7 +240,7 @@ class Model:
 
     def __init__(self) -> None:
         self.key = secrets.token_urlsafe(32)
-        self.traces: dict[str, Conversation] = {}
+        self.traces: dict[str, EpisodeSession] = {}
 
     def app(self) -> web.Application:
         """Return the application for chat completions without streaming."""
@@ -341,7 +341,7 @@ class Episodes:
             return self.tasks[named]
         raise ValueError(f"the column task is {named!r:.80}, neither an id nor a position below {len(self.tasks)}")
 
-    async def play(self, conversation: Conversation, seed: int, columns: Mapping[str, Any]) -> float:
+    async def play(self, conversation: EpisodeSession, seed: int, columns: Mapping[str, Any]) -> float:
         """Play an episode and return its reward. RuntimeError if any part failed or nothing was scored."""
         client = self.vf.EvalClientConfig(base_url=self.endpoint, api_key_var=KEY)
         traces: list[str] = []

@@ -20,7 +20,7 @@ from rlhf.data.templates import UNCHANGED, ChatTemplate
 from rlhf.engine.memory import peak_memory
 from rlhf.evaluation.voting import AnswerForm, answer_of
 from rlhf.models.loading import load_tokenizer
-from rlhf.rewards.processes.pool import Outcome
+from rlhf.rewards.processes.pool import GroupOutcome
 from rlhf.rewards.scoring import RewardSet, RewardSpec, asks_in_flight
 from rlhf.roles import MemoryReport
 from rlhf.rollouts.environments.turns import PLACEHOLDER
@@ -84,7 +84,7 @@ class RewardWorker:
                 rank=self.place.rank,
             )
 
-    def ask(self, prompt: Prompt, rollouts: Rollouts, truncated: Sequence[bool]) -> dict[str, Outcome]:
+    def ask(self, prompt: Prompt, rollouts: Rollouts, truncated: Sequence[bool]) -> dict[str, GroupOutcome]:
         """Request the services' scores of one group's responses. Pass the result to `score`."""
         return self.rewards.ask(self._as_read(prompt, rollouts), self.texts(rollouts), truncated=truncated)
 
@@ -93,7 +93,7 @@ class RewardWorker:
         prompt: Prompt,
         rollouts: Rollouts,
         truncated: Sequence[bool],
-        asked: dict[str, Outcome],
+        asked: dict[str, GroupOutcome],
         environment_rewards: Sequence[tuple[StepReward, ...] | None] = (),
     ) -> GroupScores:
         """Score one group's responses, including truncated ones.
