@@ -70,7 +70,10 @@ __all__ = [
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
-    """The checked configuration of a YAML file with `section.key=value` overrides. UserError names every mistake."""
+    """Load a YAML file with `section.key=value` overrides, and return the checked configuration.
+
+    UserError names every mistake.
+    """
     from rlhf.config.files.load import load
 
     return load(path, overrides)
@@ -224,7 +227,9 @@ def export(
 
 
 def load_merge(path: str | Path, overrides: Sequence[str] = ()) -> MergeRun:
-    """The checked merge of a YAML file with `merge.key=value` overrides. UserError names every mistake."""
+    """Load a YAML file with `merge.key=value` overrides, and return the checked merge. UserError
+    names every mistake.
+    """
     from rlhf.config.schema.merge import load_merge as load
 
     return load(path, overrides)
@@ -429,9 +434,10 @@ def doctor() -> tuple[Finding, ...]:
 
 
 def cluster_doctor(config: AnyConfig | None = None, *, address: str | None = None) -> tuple[OfNode, ...]:
-    """How the nodes of a Ray cluster fit together, printed and returned; with a configuration its paths and room too.
+    """Check whether the nodes of a Ray cluster fit together, print the findings and return them.
 
-    address: HOST:PORT of the cluster, else cluster.address, or RAY_ADDRESS.
+    With a configuration it also checks paths and room. address: HOST:PORT of the cluster; the default is
+    cluster.address, then RAY_ADDRESS.
     """
     from rlhf.commands.doctor import cluster_doctor as look
 

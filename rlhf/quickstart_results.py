@@ -23,7 +23,7 @@ NUM_SAMPLES = 5
 
 
 def show(folder: Path) -> None:
-    """Prints the table and the plot's place. RunError if the held-out accuracy is not where it should be."""
+    """Print the table and the plot's path. RunError: the held-out accuracy is below the expected one."""
     from rich.console import Console
 
     rows = [row for row in read_metrics(folder) if row.get(ACCURACY) is not None]

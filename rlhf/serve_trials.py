@@ -18,7 +18,7 @@ from rlhf.stopping import leave_stuck_threads
 
 
 def serve() -> int:
-    """Until there are no more."""
+    """Run trials from stdin until it ends."""
     with ExitStack() as to_the_end, os.fdopen(os.dup(1), "w") as replies:
         has_ray = False
         for line in sys.stdin:

@@ -30,7 +30,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host is this machine by name or address."""
+    """Return whether a host is this machine by name or address."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -100,7 +100,7 @@ async def read_text(request: web.Request) -> str:
 
 
 def gives_token(request: web.Request, token: str) -> bool:
-    """Whether a request has the token, as `Authorization: Bearer TOKEN`."""
+    """Return whether a request has the token, as `Authorization: Bearer TOKEN`."""
     return same(request.headers.get("Authorization", ""), f"Bearer {token}")
 
 

@@ -85,7 +85,7 @@ def cluster_doctor(loaded: LoadedConfig | None, address: str | None) -> tuple[Of
 
 
 def together(found: Sequence[OfNode], nodes: set[str]) -> Iterator[tuple[str, Finding]]:
-    """Equal findings once, with their nodes."""
+    """Yield equal findings once, with their nodes."""
     by_finding: dict[Finding, list[str]] = {}
     for one in found:
         by_finding.setdefault(one.finding, []).append(one.node)
@@ -94,7 +94,7 @@ def together(found: Sequence[OfNode], nodes: set[str]) -> Iterator[tuple[str, Fi
 
 
 def examine(stages: Sequence[Stage]) -> Iterator[OfNode]:
-    """All findings, in the order of the table."""
+    """Yield all findings, in the order of the table."""
     alive = [node for node in ray.nodes() if node["Alive"]]
     yield OfNode(node="cluster", finding=_nodes(alive))
     yield from (OfNode(node="cluster", finding=one) for one in _room(stages, alive))
@@ -215,7 +215,7 @@ def _nodes(alive: Sequence[Mapping[str, Any]]) -> Finding:
 
 
 def _room(stages: Sequence[Stage], alive: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
-    """Whether each run fits into the cluster while it is empty."""
+    """Check whether each run fits into the empty cluster."""
     for stage in stages:
         if isinstance(stage, MergeStage):
             continue
@@ -231,7 +231,7 @@ def _room(stages: Sequence[Stage], alive: Sequence[Mapping[str, Any]]) -> Iterat
 
 @contextmanager
 def _probes(alive: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """An actor on each node, by the node's address."""
+    """Start an actor on each node, and yield them by the node's address."""
     remote = ray.remote(NodeProbe)
     probes = {
         node["NodeManagerAddress"]: remote.options(

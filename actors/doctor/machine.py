@@ -45,7 +45,7 @@ class Finding:
 
 
 def doctor() -> tuple[Finding, ...]:
-    """All findings, and prints them as a table."""
+    """Return all findings, and print them as a table."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -66,7 +66,7 @@ def doctor() -> tuple[Finding, ...]:
 
 
 def examine() -> Iterator[Finding]:
-    """All findings, in the order of the table."""
+    """Yield all findings, in the order of the table."""
     gpus = _gpu_names()
     with ThreadPoolExecutor(max_workers=2) as pool:
         imports = pool.submit(_imports)
@@ -249,7 +249,7 @@ def _open_files() -> Finding:
 
 
 def _sandbox() -> Finding:
-    """Where the reward `code_tests` would run programs."""
+    """Check where the reward `code_tests` would run programs."""
     try:
         sandbox = Sandbox()
     except SandboxError as error:
@@ -315,7 +315,7 @@ def _ray_cluster() -> list[Finding]:
 
 
 def _gcs_address(target: str) -> str:
-    """`auto` as the address of the cluster on this machine."""
+    """Resolve `auto` to the address of the cluster on this machine."""
     return (started_here() or "") if target == "auto" else target
 
 
@@ -362,7 +362,7 @@ def _package_folder(name: str) -> Path | None:
 
 
 def _read(path: Path) -> str:
-    """A small system file; empty if it is not there."""
+    """Return the content of a small system file, or "" if it is missing."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError:

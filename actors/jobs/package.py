@@ -144,7 +144,7 @@ def _named_files(tree: Any, overrides: Sequence[str], *, folder: Path, beside: P
 
 
 def _below(path: Path, folder: Path, place: str) -> set[Path]:
-    """A file, or all files of a folder, relative to the project's."""
+    """Return a file, or all files of a folder, relative to the project's folder."""
     if not path.is_relative_to(folder):
         raise UserError(f"{place}: {path} is outside of the project, {folder}, which is all that a job takes with it")
     if path.is_file():
@@ -175,7 +175,7 @@ def _why_unsafe(name: Path, folder: Path) -> str | None:
 
 
 def _texts(value: Any, key: Key = ()) -> Iterator[tuple[Key, str]]:
-    """Every string of a tree, with its key."""
+    """Yield every string of a tree, with its key."""
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, Mapping):

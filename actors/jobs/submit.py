@@ -139,7 +139,7 @@ class Jobs:
                 time.sleep(1.0)
 
     def state(self, job: str) -> JobEnd:
-        """How it stands. UserError if there is no such job."""
+        """Return the state of a job. UserError: there is no such job."""
         with self._explained():
             info = self._client.get_job_info(job)
         return JobEnd(state=str(info.status), exit_code=info.driver_exit_code, message=self._said(info.message))
@@ -207,7 +207,7 @@ class Jobs:
             await stream.aclose()
 
     async def _state_in_time(self, job: str) -> JobEnd:
-        """Its state, asked for until there is an answer. RunError after LOST_FOR_S."""
+        """Return the job's state, with repeated requests until there is an answer. RunError after LOST_FOR_S."""
         give_up = time.monotonic() + LOST_FOR_S
         while True:
             try:
@@ -298,7 +298,7 @@ def _values(names: Sequence[str]) -> dict[str, str]:
 
 
 def _dashboard(address: str | None) -> str:
-    """Where jobs are taken: as given, or RAY_ADDRESS."""
+    """Return the dashboard's address: the given one, or RAY_ADDRESS."""
     found = address or os.environ.get("RAY_ADDRESS")
     if not found:
         raise UserError(

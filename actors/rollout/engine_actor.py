@@ -237,7 +237,7 @@ class RolloutWorker:
 
     @property
     def _played_in(self) -> str:
-        """The fingerprint of the environment: a spooled group of another environment is not used."""
+        """Return the fingerprint of the environment: a spooled group of another environment is not used."""
         return "" if self.spec.environment is None else self.spec.environment.fingerprint()
 
     async def read_spooled(

@@ -53,7 +53,7 @@ class EngineLoop:
 
     @property
     def num_waiting(self) -> int:
-        """The number of requests in the engine."""
+        """Return the number of requests in the engine."""
         return len(self._waiting)
 
     @property

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def group_path(folder: Path, group_id: int, version: int) -> Path:
-    """Where a group is spooled."""
+    """Return the path of a spooled group."""
     return folder / f"group_{group_id:08d}_v{version:06d}.safetensors"
 
 
@@ -51,7 +51,7 @@ def write_group(
 def read_group(
     folder: Path, request: GroupRequest, sampling: Sampling, version: int, *, environment: str = ""
 ) -> tuple[Rollouts, tuple[RolloutInfo, ...]] | None:
-    """The group, if it is there, whole, and answers this very request."""
+    """Return the group, if its file is whole and answers this very request."""
     path = group_path(folder, request.group_id, version)
     if not path.is_file():
         return None

@@ -55,7 +55,9 @@ class RolloutSpec:
 
     @property
     def is_frozen(self) -> bool:
-        """Whether the engine answers with the weights of its model folder, as version 0, and refuses all others."""
+        """Return whether the engine answers with the weights of its model folder, as version 0, and
+        refuses all others.
+        """
         return self.transport is None
 
 

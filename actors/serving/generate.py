@@ -68,9 +68,9 @@ def chat(
     device: Literal["cpu", "cuda"],
     trust_remote_code: bool,
 ) -> None:
-    """A conversation on the model's chat template: each line is a user's turn, `reply` gets the assistant's.
+    """Hold a conversation with the model's chat template: each line is a user's turn, `reply` gets the assistant's.
 
-    UserError if the model has no template, or the conversation grows longer than the engine takes.
+    UserError: the model has no template, or the conversation grows longer than the engine's limit.
     """
     logs.configure("WARNING")
     with in_options():

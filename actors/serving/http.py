@@ -82,7 +82,7 @@ class Engines(Protocol):
         """Return one response for each seed. NoEngine: all engines are dead."""
 
     async def trouble(self) -> str | None:
-        """Why nothing answers any more."""
+        """Return the reason why nothing answers any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +134,7 @@ class ModelServer:
     async def _guard(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        """The token, and errors in OpenAI's form."""
+        """Check the token, and return errors in OpenAI's form."""
         if self.spec.token is None:
             why = stranger(request)
             if why is not None:
@@ -175,7 +175,7 @@ class ModelServer:
         return await self._within_limits(asked.model, lambda: self._answer_texts(asked))
 
     async def _within_limits(self, model: str, answering: Callable[[], Awaitable[dict[str, Any]]]) -> web.Response:
-        """The answer to a request for this model, before its deadline, unless too many wait already."""
+        """Answer a request for this model before its deadline, unless too many already wait."""
         if model != self.spec.name:
             told = f"there is no model {model}: this server has {self.spec.name}"
             raise Refused(told, param="model", code="model_not_found", status=404)

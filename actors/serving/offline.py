@@ -37,7 +37,7 @@ class Served:
         self.runner = runner
 
     def answer(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[Generation]:
-        """All responses to each prompt, in order."""
+        """Return all responses to each prompt, in order."""
         return run_async(self._answer(prompts, decoding), self.runner)
 
     async def _answer(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[Generation]:
@@ -76,7 +76,7 @@ class Served:
 
 @contextmanager
 def serving(model: ModelOnDisk, tokenizer: Any, cluster: ClusterConfig, *, max_model_len: int) -> Iterator[Served]:
-    """Engines with the model, for the length of the block."""
+    """Yield engines with the model, for the length of the block."""
     with connected(cluster), asyncio.Runner() as runner:
         seating = seats_of({"rollout"}, cluster, with_reward_model=False)
         placement = run_async(reserve_seats(seating, limit_s=cluster.start_timeout_s), runner)
@@ -88,7 +88,7 @@ def serving(model: ModelOnDisk, tokenizer: Any, cluster: ClusterConfig, *, max_m
 
 @contextmanager
 def _entered(context: AbstractAsyncContextManager[T], runner: asyncio.Runner) -> Iterator[T]:
-    """The asynchronous context around synchronous code."""
+    """Enter an asynchronous context around synchronous code."""
     value = runner.run(context.__aenter__())
     with ExitStack() as stack:
         stack.push(lambda *failure: runner.run(context.__aexit__(*failure)))

@@ -256,7 +256,7 @@ def _short(value: object) -> str:
 
 
 def chat_body(request: ChatRequest, answered: Answered, *, name: str, created: int) -> dict[str, Any]:
-    """The answer to a conversation."""
+    """Return the answer to a conversation."""
     return {
         "id": f"chatcmpl-{name}",
         "object": "chat.completion",
@@ -276,7 +276,7 @@ def chat_body(request: ChatRequest, answered: Answered, *, name: str, created: i
 
 
 def text_body(request: TextRequest, found: Sequence[Answered], *, name: str, created: int) -> dict[str, Any]:
-    """The answer to prompts: n choices to the first, then to the next."""
+    """Return the answer to prompts: n choices to the first, then to the next."""
     answers = [answer for answered in found for answer in answered.answers]
     return {
         "id": f"cmpl-{name}",
@@ -323,5 +323,5 @@ def _usage(found: Sequence[Answered]) -> dict[str, int]:
 
 
 def error_body(message: str, kind: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """OpenAI's form of an error."""
+    """Return an error in OpenAI's form."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

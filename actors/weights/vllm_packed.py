@@ -21,7 +21,7 @@ PLAIN_DECODERS = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForC
 
 
 def loads_packed(model: nn.Module, *, device: torch.device, num_workers: int) -> bool:
-    """Whether `load_packed` knows this model."""
+    """Return whether `load_packed` knows this model."""
     return (
         device.type == "cpu"
         and num_workers == 1
@@ -70,7 +70,7 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _split(name: str) -> tuple[str, str, str]:
-    """("model.layers.0.mlp.", "gate_up_proj", "weight")"""
+    """Split a name into ("model.layers.0.mlp.", "gate_up_proj", "weight")."""
     module, _, kind = name.rpartition(".")
     prefix, dot, leaf = module.rpartition(".")
     return prefix + dot, leaf, kind

@@ -16,7 +16,7 @@ Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def add_overrides(command: argparse.ArgumentParser) -> None:
-    """`key=value` words, anywhere on the line."""
+    """Add the `key=value` words, allowed anywhere on the line."""
     command.add_argument("overrides", metavar="key=value", nargs="*", help="set a key of the configuration")
 
 

@@ -16,7 +16,7 @@ _OUTSIDE = "time/step_s"  # the whole, not a stage
 
 
 def time_spent(run: Run, spans: Sequence[Span]) -> str:
-    """A bar with the stages' shares, and the picture of the last steps."""
+    """Return a bar with the stages' shares, and the picture of the last steps."""
     totals = _totals(run.rows)
     colors = {name: COLORS[index % len(COLORS)] for index, name in enumerate(totals)}
     told = _bar(totals, colors) if totals else ""
@@ -31,7 +31,7 @@ def time_spent(run: Run, spans: Sequence[Span]) -> str:
 
 
 def _totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Seconds of each stage over the run, the longest first."""
+    """Return the seconds of each stage over the run, the longest first."""
     totals: dict[str, float] = {}
     for row in rows:
         for key, value in row.items():
@@ -73,7 +73,7 @@ def _last_steps(run: Run, spans: Sequence[Span]) -> list[Span]:
 
 
 def _picture(spans: Sequence[Span], colors: Mapping[str, str]) -> str:
-    """Lanes from top to bottom by role, time from left to right."""
+    """Draw lanes from top to bottom by role, with time from left to right."""
     start, end = min(span.start_s for span in spans), max(span.end_s for span in spans)
     scale = (_WIDTH - _LABEL) / max(end - start, 1e-9)
     lanes = sorted({(span.role, span.lane) for span in spans})

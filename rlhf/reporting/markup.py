@@ -15,7 +15,7 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u
 
 
 def text(value: object) -> str:
-    """The value as HTML text or attribute: escaped, control and direction marks made visible."""
+    """Return the value as HTML text or attribute: escaped, control and direction marks made visible."""
     found = _CONTROLS.sub(lambda mark: f"\\x{ord(mark[0]):02x}", str(value))
     return html.escape(found.encode("utf-8", "replace").decode("utf-8"))
 
@@ -26,7 +26,7 @@ def key(name: str) -> str:
 
 
 def cut(value: str, limit: int) -> str:
-    """At most so many characters of a text, and how many there are."""
+    """Truncate a text to `limit` characters, and state its full length."""
     return value if len(value) <= limit else f"{value[:limit]} ... ({len(value):,} characters)"
 
 
@@ -48,7 +48,7 @@ def _cell(tag: str, content: str, right: bool) -> str:
 
 
 def section(title: str, content: str, *, id: str = "") -> str:
-    """A headed part of the page; nothing if there is nothing in it."""
+    """Return a headed part of the page, or nothing without content."""
     if not content:
         return ""
     name = f' id="{text(id)}"' if id else ""

@@ -107,7 +107,7 @@ def _settings(config: Config, rows: list[dict[str, Any]]) -> Iterator[tuple[str,
 
 
 def _last_values(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """The newest value of each main metric; evaluations are not in every row."""
+    """Return the newest value of each main metric; evaluations are not in every row."""
     newest: dict[str, Any] = {}
     for row in rows:
         newest |= {key: value for key, value in row.items() if isinstance(value, int | float)}
@@ -116,7 +116,7 @@ def _last_values(rows: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def _shown(source: DataSource) -> str:
-    """A name of the hub or a task as it is; of a path its last part alone."""
+    """Return a hub name or a task unchanged, and only the last part of a path."""
     if not isinstance(source, str):
         return source.task
     name = source.partition("@")[0]

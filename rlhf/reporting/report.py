@@ -130,7 +130,7 @@ def _group(runs: Sequence[Run], findings: dict[str, list[Finding]], data: dict[s
 
 
 def _plots(runs: Sequence[Run], findings: dict[str, list[Finding]], data: dict[str, Any]) -> str:
-    """Places for the main curves, and folded for all others, by stage; their data goes into `data`."""
+    """Return places for the main curves, and folded ones for all others, by stage. Their data goes into `data`."""
     index = len(data["groups"])
     plots: list[dict[str, Any]] = []
     found = [one for run in runs for one in findings[run.name]]

@@ -62,7 +62,7 @@ class Pair:
 
     @property
     def gain(self) -> float:
-        """By how much the score rose."""
+        """Return the increase of the score."""
         scores = [row.get("score") if row else None for row in (self.first, self.last)]
         return 0.0 if scores[0] is None or scores[1] is None else scores[1] - scores[0]
 
@@ -175,7 +175,9 @@ def _state(folder: Path, rows: Sequence[Any], errors: Sequence[Mapping[str, Any]
 
 
 def _is_held(lock: Path) -> bool:
-    """Whether a process of this machine runs here. Where the folder is shared, another machine's are not seen."""
+    """Return whether a process of this machine runs here. Processes of other machines on a shared
+    folder are not seen.
+    """
     try:
         with lock.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -243,7 +245,7 @@ def _has_numbers(sets: Any) -> bool:
 
 
 def _kinds(errors: Iterable[Mapping[str, Any]]) -> list[ErrorKind]:
-    """Errors by stage, kind and source, the most frequent first."""
+    """Group errors by stage, kind and source, the most frequent first."""
     seen: dict[tuple[str, str, str | None], list[Mapping[str, Any]]] = {}
     for error in errors:
         key = (str(error.get("stage")), str(error.get("kind")), error.get("source"))
@@ -267,7 +269,7 @@ def _kinds(errors: Iterable[Mapping[str, Any]]) -> list[ErrorKind]:
 
 
 def read_spans(folder: Path) -> list[Span]:
-    """The newest spans of the timeline, from its last whole steps."""
+    """Return the newest spans of the timeline, from its last whole steps."""
     path = folder / "timeline.json"
     if not path.exists():
         return []
@@ -318,7 +320,7 @@ def read_pairs(run: Run) -> list[Pair]:
 
 
 def _splits(folder: Path, steps: Iterable[int], *, training: bool) -> dict[str, dict[int, list[Mapping[str, Any]]]]:
-    """Rows by split and step, of training alone or of the evaluations alone."""
+    """Return rows by split and step, of training alone or of the evaluations alone."""
     splits: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
     for step in steps:
         for row in _read(samples_path(folder, step)):

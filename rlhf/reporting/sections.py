@@ -86,7 +86,7 @@ def _machine(environment: Mapping[str, Any]) -> str:
 
 
 def diagnosis(run: Run, findings: Sequence[Finding]) -> str:
-    """The findings in words, the worst first."""
+    """Return the findings in words, the worst first."""
     if not run.rows:
         return ""
     if not findings:
@@ -106,7 +106,7 @@ def _finding(one: Finding, *, newest: int) -> str:
 
 
 def numbers(run: Run) -> str:
-    """Evaluations with their intervals, and the training metrics, at the beginning and at the end."""
+    """Return the evaluations with their intervals, and the training metrics, at the beginning and at the end."""
     told = ""
     steps = sorted(run.evaluations)
     if steps:
@@ -165,7 +165,7 @@ def _change(name: str, before: float, after: float) -> list[str]:
 
 
 def samples(run: Run, pairs: Sequence[Pair]) -> str:
-    """Some prompts with their answers before and after."""
+    """Return some prompts with their responses before and after."""
     return section("Samples before and after", "".join(map(_pair, told_pairs(pairs, NUM_PAIRS))), id="samples")
 
 
@@ -257,7 +257,7 @@ def _leaves(tree: Any, at: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def whole_configs(runs: Iterable[Run]) -> str:
-    """Each configuration and environment, folded."""
+    """Return each configuration and environment, folded."""
     told = ""
     for run in runs:
         for what, tree in (("configuration", run.config), ("environment", run.environment)):

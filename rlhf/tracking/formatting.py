@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def number(value: float) -> str:
-    """Three significant digits, whole numbers whole, and no exponent for thousands."""
+    """Format with three significant digits, whole numbers whole, and no exponent for thousands."""
     if not math.isfinite(value):
         return "nan" if math.isnan(value) else str(value)
     whole = float(value).is_integer() or abs(value) >= 999.5  # three digits make a thousand of it
@@ -18,7 +18,7 @@ def number(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`45 s`, `3 min 20 s`, `2 h 05 min`."""
+    """Format seconds as `45 s`, `3 min 20 s` or `2 h 05 min`."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"

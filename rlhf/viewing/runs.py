@@ -71,14 +71,14 @@ def _is_run(folder: Path) -> bool:
 
 
 def _stages(folder: Path) -> list[Path]:
-    """The runs in the folder of a pipeline."""
+    """Return the runs in the folder of a pipeline."""
     if _is_run(folder) or not folder.is_dir():
         return []
     return sorted((path for path in folder.iterdir() if path.is_dir() and _is_run(path)), key=_began)
 
 
 def _began(path: Path) -> tuple[float, str]:
-    """The environment is written when a run starts, and again when it is resumed."""
+    """Return the sort key of a run's start. The environment is written at the start and again at a resume."""
     return _written(path / "environment.json") or time.time(), path.name
 
 

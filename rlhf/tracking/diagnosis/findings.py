@@ -63,7 +63,7 @@ class History:
         self._evals: dict[str, list[Point]] = {}
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """The next row of metrics.jsonl."""
+        """Add the next row of metrics.jsonl."""
         self.step = row["step"]
         numbers = {key: value for key, value in row.items() if "/" in key}
         self.not_finite = tuple(key for key, value in numbers.items() if value is None or not math.isfinite(value))
@@ -85,11 +85,11 @@ class History:
         return self._first
 
     def evals(self) -> Mapping[str, list[Point]]:
-        """Every evaluation so far, by key."""
+        """Return every evaluation so far, by key."""
         return self._evals
 
     def first(self, key: str, count: int = HEAD) -> list[Point]:
-        """The metric's beginning, at most `count` values."""
+        """Return the metric's beginning, at most `count` values."""
         return self._first.get(key, [])[:count]
 
     def last(self, key: str, count: int = WINDOW) -> list[Point]:
@@ -115,5 +115,5 @@ def mean(points: Iterable[Point]) -> float:
 
 
 def say(value: float) -> str:
-    """A number in a sentence."""
+    """Format a number for a sentence."""
     return number(value)

@@ -249,7 +249,7 @@ def _keep(best: Point) -> str:
 
 
 def _score_rise(history: History) -> tuple[float, float] | None:
-    """The training score at the beginning and now, if it rose beyond noise."""
+    """Return the training score at the beginning and now, if it rose beyond noise."""
     start, recent = history.first("rewards/score/mean", 5), history.last("rewards/score/mean", 5)
     spread = history.first("rewards/score/std", 5)
     if not recent or not spread or mean(recent) <= mean(start) + SCORE_RISE * mean(spread):
@@ -265,7 +265,7 @@ def _better_if_higher(history: History) -> Iterator[tuple[str, list[Point]]]:
 
 
 def _fallen(points: list[Point]) -> tuple[Point, float] | None:
-    """The best evaluation and the mean of the last two, if both lie far below it."""
+    """Return the best evaluation and the mean of the last two, if both lie far below it."""
     if len(points) < 3:
         return None
     best = max(points, key=lambda point: point.value)

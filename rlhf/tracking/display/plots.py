@@ -88,7 +88,7 @@ class SamplePair:
 
 
 def before_after_table(before: Mapping[str, float], after: Mapping[str, float], samples: Sequence[SamplePair]) -> Group:
-    """A renderable: each metric of `after` with its value before and the change, then the sample responses."""
+    """Return a renderable: each metric of `after` with its value before and the change, then the sample responses."""
     numbers = Table(title="Held-out, before and after", title_justify="left")
     numbers.add_column("metric")
     for heading in ("before", "after", "change"):

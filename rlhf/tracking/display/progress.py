@@ -97,10 +97,10 @@ class Progress:
         self.close()
 
     def _shown(self, *, entered: bool) -> None:
-        """The stage changed, or how far it is."""
+        """Update the display after a change of the stage or of its progress."""
 
     def _stepped(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A step ended; its stages are still known."""
+        """Update the display at the end of a step, while its stages are still known."""
 
     def _leave(self, now: float) -> None:
         stage = self._stages.get(self._stage)
@@ -109,7 +109,7 @@ class Progress:
             stage.since = None
 
     def _left_s(self) -> float | None:
-        """Seconds left at the pace of the last steps."""
+        """Return the seconds left at the pace of the last steps."""
         if len(self._ends) < 2:
             return None
         return (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1) * (self._total - self._done)

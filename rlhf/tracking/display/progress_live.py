@@ -96,7 +96,7 @@ def _bar(done: int, total: int) -> ProgressBar:
 
 
 def _stage_bar(stage: StageTime) -> ProgressBar:
-    """Full where the stage was left, moving where it is not counted."""
+    """Return a bar: full for a finished stage, moving for an uncounted one."""
     if stage.since is None:
         return _bar(1, 1)
     return _bar(stage.done, stage.total)

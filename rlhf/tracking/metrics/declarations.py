@@ -91,11 +91,11 @@ class Metric:
 
     @property
     def pattern(self) -> str:
-        """A regular expression of its keys, for programs in any language."""
+        """Return a regular expression of the metric's keys, for programs in any language."""
         return re.sub(r"<(\w+)>", lambda m: f"(?:{PLACEHOLDERS[m[1]][0]})", self.name)
 
     def matches(self, key: str) -> bool:
-        """Whether the key is this metric, placeholders filled in."""
+        """Return whether the key is this metric, with placeholders filled in."""
         return re.fullmatch(self.pattern, key) is not None
 
 

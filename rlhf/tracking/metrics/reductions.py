@@ -23,11 +23,11 @@ class Reduction(ABC):
 
     @abstractmethod
     def merge(self, other: Self) -> Self:
-        """The reduction over the values of both."""
+        """Return the reduction over the values of both operands."""
 
     @abstractmethod
     def result(self) -> float:
-        """The metric. nan where it is not defined (the mean of nothing)."""
+        """Return the metric's value. nan where it is not defined (the mean of nothing)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,5 +245,5 @@ class Histogram(Reduction):
         return type(self)(edges=self.edges, counts=tuple(a + b for a, b in zip(self.counts, other.counts, strict=True)))
 
     def result(self) -> float:
-        """Number of values; the metric itself is the whole histogram."""
+        """Return the number of values; the metric itself is the whole histogram."""
         return math.fsum(self.counts)

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def evaluation_path(folder: Path, step: int) -> Path:
-    """Where a step's evaluation by responses lies."""
+    """Return the path of a step's evaluation by responses."""
     return folder / "evals" / f"step_{step:06d}.json"
 
 
@@ -137,7 +137,7 @@ class RunFolder:
         record_environment(self.environment, seed=seed)
 
     def checkpoint(self, step: int) -> Path:
-        """Where the checkpoint of a step lies."""
+        """Return the path of a step's checkpoint."""
         return self.checkpoints / f"step_{step:06d}"
 
     def begin_checkpoint(self, step: int) -> Path:
@@ -172,7 +172,7 @@ class RunFolder:
         self._point("latest", step)
 
     def begin_final(self) -> Path:
-        """An empty folder to write the final model into; `commit_final` makes it final/."""
+        """Return an empty folder for the final model; `commit_final` renames it to final/."""
         return self._begin(self.final)
 
     def commit_final(self) -> Path:

@@ -123,7 +123,7 @@ def _missing(folder: Path, manifest: Manifest) -> str | None:
 
 
 def _names(folder: Path) -> list[str]:
-    """Relative names of all files but the manifest. Hidden files are left out: file systems and editors make them."""
+    """Return relative names of all files but the manifest. Hidden files of file systems and editors are left out."""
     paths = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
     return sorted(path.relative_to(folder).as_posix() for path in paths if path != folder / MANIFEST)
 

@@ -45,7 +45,10 @@ class Mirror:
     """A run's folder elsewhere. Invariant: a checkpoint or a final model is taken for whole there only if it is."""
 
     def __init__(self, url: str, folder: RunFolder, *, name: str, stalled_s: float = STALLED_S) -> None:
-        """url: `run.mirror`; name: of the run. UserError: no such file system, or a package for it is missing."""
+        """Open the file system of `run.mirror`.
+
+        url: `run.mirror`; name: the run's name. UserError: there is no such file system, or its package is missing.
+        """
         self.place = redact(f"{url.rstrip('/')}/{name}")  # for messages
         self._folder = folder
         self._store, root = open_store(url)
@@ -61,12 +64,12 @@ class Mirror:
         self._abandoned = False
 
     def holds_run(self) -> bool:
-        """Whether a run is there, whole or not."""
+        """Return whether the mirror holds a run, whole or not."""
         listing = self._guarded(self._listing, "looking into")
         return any(name in ("metrics.jsonl", _RESULT, _FINAL) or "/" in name for name in listing)
 
     def holds_result(self) -> bool:
-        """Whether a finished run is there, whole."""
+        """Return whether the mirror holds a whole, finished run."""
         return self._guarded(lambda: self._manifest(_FINAL) or self._marker(_RESULT), "looking into") is not None
 
     def fetch(self, *, step: int | None = None) -> None:
@@ -226,7 +229,7 @@ class Mirror:
         logger.info("fetched %s: %s", self.place, "its result" if result else f"the checkpoint of step {wanted}")
 
     def _has(self, step: int, *, named: bool) -> bool:
-        """Whether the folder need not get the checkpoint of this step. named: the user asked for it by its name."""
+        """Return whether the folder needs no download of this step's checkpoint. named: the user asked for the step."""
         here = step if named else self._folder.latest_checkpoint()
         if here is None or (not named and here != step):
             return here is not None and here > step
@@ -271,7 +274,7 @@ class Mirror:
         return step if isinstance(step, int) else None
 
     def _listing(self) -> dict[str, int]:
-        """Sizes of all files there, by their names in the folder."""
+        """Return the sizes of all files in the mirror, by their names in the folder."""
 
         def find() -> dict[str, int]:
             self._store.invalidate_cache()
@@ -293,7 +296,7 @@ class Mirror:
         self._tried(lambda: self._store.put_file(str(path), self._at(name), callback=_Moves(self)))
 
     def _get(self, name: str, path: Path, *, size: int) -> None:
-        """A file, whole or not at all. RunError if it is not as long as it should be."""
+        """Download a file, whole or not at all. RunError: its length is wrong."""
         if ".." in PurePosixPath(name).parts:
             raise RunError(f"run.mirror: {self.place} has a file {name!r}, which would lie outside the run's folder")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -337,7 +340,7 @@ class Mirror:
         self._tried(remove)
 
     def _tried(self, call: Callable[[], T]) -> T:
-        """The call's result, at the third try if need be."""
+        """Return the call's result, after up to three attempts."""
         for number in range(1, _TRIES + 1):
             if self._abandoned:
                 raise TimeoutError("given up")
@@ -391,7 +394,7 @@ class _Moves(fsspec.callbacks.Callback):  # type: ignore[misc]
 
 
 def _in_step(name: str) -> re.Match[str] | None:
-    """step_NNNNNN of a name in checkpoints/."""
+    """Match the part step_NNNNNN of a name in checkpoints/."""
     parts = name.split("/")
     return _STEP.fullmatch(parts[1]) if len(parts) > 2 and parts[0] == "checkpoints" else None
 

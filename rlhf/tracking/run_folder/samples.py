@@ -82,7 +82,7 @@ class SampleRecord:
 
 
 def samples_path(folder: Path, step: int) -> Path:
-    """Where a step's samples lie."""
+    """Return the path of a step's samples."""
     return folder / "samples" / f"step_{step:06d}.jsonl"
 
 

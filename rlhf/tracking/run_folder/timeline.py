@@ -112,7 +112,7 @@ class Timeline:
         return self._tids[pid, lane]
 
     def _free_lane(self, role: str, lane: str, start: float, end: float) -> str:
-        """The first of the lane's copies where the span overlaps no other by a part."""
+        """Return the first copy of the lane in which the span overlaps no other one in part."""
         lanes = self._lanes.setdefault((role, lane), [])
         for number, taken in enumerate(lanes):
             if all(end <= s or e <= start or (start <= s and e <= end) or (s <= start and end <= e) for s, e in taken):
@@ -145,7 +145,7 @@ def _us(seconds: float) -> int:
 
 
 def _readable_end(path: Path) -> tuple[int, list[dict[str, Any]]]:
-    """Byte after the last whole event of an earlier trace, and its metadata events."""
+    """Return the position after the last whole event of an earlier trace, and its metadata events."""
     end, names = 0, []
     if path.exists():
         position = 0

@@ -35,7 +35,7 @@ class Exported:
 
 
 def exported(metric: Metric) -> Exported:
-    """How a declared metric is exported."""
+    """Return the Prometheus form of a declared metric."""
     is_counter = metric.name.endswith("/total")
     parts = [re.sub(r"<\w+>_?", "", part) for part in metric.name.removesuffix("/total").split("/")]
     return Exported(
@@ -47,7 +47,7 @@ def exported(metric: Metric) -> Exported:
 
 
 def labelled(key: str) -> tuple[Exported, dict[str, str]]:
-    """How the value of a key is exported, and its labels. KeyError: it is not declared."""
+    """Return the Prometheus form of a key, and its labels. KeyError: the key is not declared."""
     metric = declared(key)
     pattern = re.sub(r"<(\w+)>", lambda m: f"(?P<{m[1]}>{PLACEHOLDERS[m[1]][0]})", metric.name)
     match = re.fullmatch(pattern, key)

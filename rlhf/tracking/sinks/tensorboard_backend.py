@@ -65,7 +65,7 @@ class TensorboardBackend:
             )
 
     def alert(self, severity: Severity, title: str, text: str) -> None:
-        """A text at the last step."""
+        """Write the alert as a text at the last step."""
         self._writer.add_text(f"alerts/{title}", f"**{severity}**: {text}", self._step)
 
     def checkpoint(self, step: int, folder: Path) -> None:

@@ -121,7 +121,7 @@ class WandbBackend:
 
     @property
     def run_id(self) -> str:
-        """Id of the W&B run."""
+        """Return the id of the W&B run."""
         return str(self._run.id)
 
     def log(self, step: TrackedStep) -> None:
@@ -138,11 +138,11 @@ class WandbBackend:
         self._run.log(row)
 
     def alert(self, severity: Severity, title: str, text: str) -> None:
-        """W&B tells whoever has asked it to."""
+        """Send an alert; W&B notifies its subscribers."""
         self._run.alert(title=title[:63], text=text, level="ERROR" if severity == "failure" else "WARN")
 
     def checkpoint(self, step: int, folder: Path) -> None:
-        """A new version of the run's checkpoint, if they are kept."""
+        """Add a new version of the run's checkpoint, if checkpoints are kept."""
         if self._checkpoints:
             self._keep("checkpoint", folder, aliases=("latest", f"step-{step}"), metadata={"step": step})
 
@@ -222,7 +222,7 @@ def _cells(row: Mapping[str, Any], rewards: Sequence[str]) -> list[Any]:
 
 
 def _mean_logprob(row: Mapping[str, Any], whose: str) -> float | None:
-    """Over the sampled tokens; where it was not known before the update, of the tokens themselves."""
+    """Return the mean over the sampled tokens. If their values were unknown before the update, use the current ones."""
     mean: float | None = row.get(f"mean_{whose}_logprob")
     values = [value for value in (row.get("tokens") or {}).get(f"{whose}_logprobs") or () if value is not None]
     return fmean(values) if mean is None and values else mean

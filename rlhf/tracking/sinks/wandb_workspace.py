@@ -26,7 +26,7 @@ ANSWER_WITHIN_S = 30
 
 
 def make_workspace(*, entity: str, project: str) -> Workspace:
-    """The workspace, not saved. UserError: the package is not installed."""
+    """Return the workspace, not saved. UserError: the package is not installed."""
     _need_package()
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
@@ -99,5 +99,5 @@ def _plot(reports: Any, panel: Panel) -> Any:
 
 
 def pattern(name: str) -> str:
-    """The keys of a declared metric as a regular expression."""
+    """Return a regular expression for the keys of a declared metric."""
     return "^" + re.sub(r"<(\w+)>", lambda m: f"({PLACEHOLDERS[m[1]][0]})", name) + "$"
