@@ -101,8 +101,8 @@ def plan(
     """
     from rlhf.commands.plan import plan as text_of
 
-    what = config if isinstance(config, str | Path) else _loaded(config, overrides)
-    return text_of(what, overrides, cluster=cluster, shapes=shapes, lengths=lengths, simulate=simulate)
+    source = config if isinstance(config, str | Path) else _loaded(config, overrides)
+    return text_of(source, overrides, cluster=cluster, shapes=shapes, lengths=lengths, simulate=simulate)
 
 
 def train(
@@ -341,7 +341,7 @@ def evaluate(
     is_model = isinstance(target, str | Path) and not str(target).endswith((".yaml", ".yml"))
     if is_model and overrides:
         raise UserError(f"overrides change a configuration, and {target} is a model")
-    found, _ = run(
+    evaluation, _ = run(
         str(target) if is_model else _loaded(target, overrides),
         model=model,
         against=against,
@@ -355,7 +355,7 @@ def evaluate(
         out=out,
         overwrite=overwrite,
     )
-    return found
+    return evaluation
 
 
 def report(runs: str | Path | Sequence[str | Path], *, out: Path | None = None) -> Report:
@@ -385,8 +385,8 @@ def reward(config: AnyConfig, file: str | Path, overrides: Sequence[str] = ()) -
     """
     from rlhf.commands.reward import reward as run
 
-    found, _ = run(_loaded(config, overrides), Path(file))
-    return found
+    scored, _ = run(_loaded(config, overrides), Path(file))
+    return scored
 
 
 def play(
@@ -420,8 +420,8 @@ def serve_reward(
     is_function = isinstance(target, str | Path) and not str(target).endswith((".yaml", ".yml"))
     if is_function and overrides:
         raise UserError(f"overrides change a configuration, and {target} is a function")
-    what = str(target) if is_function else _loaded(target, overrides)
-    run(what, host=host, port=port, token_env=token_env, ready=ready)
+    source = str(target) if is_function else _loaded(target, overrides)
+    run(source, host=host, port=port, token_env=token_env, ready=ready)
 
 
 def doctor() -> tuple[Finding, ...]:

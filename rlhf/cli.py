@@ -42,17 +42,17 @@ def _repair_streams() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def _main(given: list[str]) -> int:
+def _main(words: list[str]) -> int:
     try:
-        args = parse(given)
+        args = parse(words)
     except UserError as error:
         return _report(error, 2)
     try:
         return COMMANDS[args.command].run(args)
     except KeyboardInterrupt as end:
-        return _say(f"interrupted{f': {end}' if str(end) else ''}{_how_to_continue(given, args)}", 130)
+        return _say(f"interrupted{f': {end}' if str(end) else ''}{_how_to_continue(words, args)}", 130)
     except Preempted as end:
-        return _say(f"preempted: {end}{_how_to_continue(given, args)}", 75)
+        return _say(f"preempted: {end}{_how_to_continue(words, args)}", 75)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             sys.stderr.close()  # there is no one to tell

@@ -61,34 +61,34 @@ def cluster_doctor(loaded: LoadedConfig | None, address: str | None) -> tuple[Of
     from rich.table import Table
     from rich.text import Text
 
-    stages = [] if loaded is None else [one for one in loaded.stages.values() if not isinstance(one, MergeStage)]
+    stages = [] if loaded is None else [stage for stage in loaded.stages.values() if not isinstance(stage, MergeStage)]
     settings = stages[0].cluster if stages else ClusterConfig()
     if address is not None:
         settings = settings.model_copy(update={"address": address})
     if cluster_to_join(settings.address) is None:
         raise UserError("--cluster: no cluster is named. Give --address HOST:PORT, cluster.address, or RAY_ADDRESS.")
     with connected(settings):
-        found = tuple(examine([] if loaded is None else list(loaded.stages.values())))
+        findings = tuple(examine([] if loaded is None else list(loaded.stages.values())))
         nodes = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
     table = Table(title="rlhf doctor --cluster", title_justify="left")
     for heading in ("", "node", "what", "found", "what to do"):
         table.add_column(heading, overflow="fold")
-    for where, finding in together(found, nodes):
+    for where, finding in together(findings, nodes):
         style = {"ok": "green", "note": "yellow", "bad": "bold red"}[finding.state]
         table.add_row(Text(finding.state, style), where, finding.what, Text(finding.found), Text(finding.advice))
     console = Console()
     console.print(table)
-    bad = sorted({f"{one.finding.what} ({one.node})" for one in found if one.finding.state == "bad"})
+    bad = sorted({f"{of_node.finding.what} ({of_node.node})" for of_node in findings if of_node.finding.state == "bad"})
     verdict = f"training is not possible yet: see {', '.join(bad)}" if bad else "this cluster can train"
     console.print(verdict, highlight=False)
-    return found
+    return findings
 
 
-def together(found: Sequence[OfNode], nodes: set[str]) -> Iterator[tuple[str, Finding]]:
+def together(findings: Sequence[OfNode], nodes: set[str]) -> Iterator[tuple[str, Finding]]:
     """Yield equal findings once, with their nodes."""
     by_finding: dict[Finding, list[str]] = {}
-    for one in found:
-        by_finding.setdefault(one.finding, []).append(one.node)
+    for of_node in findings:
+        by_finding.setdefault(of_node.finding, []).append(of_node.node)
     for finding, where in by_finding.items():
         yield f"all {len(nodes)}" if len(nodes) > 1 and set(where) == nodes else ", ".join(where), finding
 
@@ -100,10 +100,10 @@ def examine(stages: Sequence[Stage]) -> Iterator[OfNode]:
     yield from (OfNode(node="cluster", finding=one) for one in _room(stages, alive))
     with _probes(alive) as probes, _shared_folder(stages) as shared:
         paths, models = paths_of(stages), models_of(stages)
-        asked = {node: probe.look.remote(node, paths, models, shared) for node, probe in probes.items()}
+        answers = {node: probe.look.remote(node, paths, models, shared) for node, probe in probes.items()}
         facts: dict[str, NodeFacts] = {}
         ends = time.monotonic() + ANSWER_WITHIN_S
-        for node, ref in asked.items():
+        for node, ref in answers.items():
             found = _result(ref, max(1.0, ends - time.monotonic()))
             if isinstance(found, NodeFacts):
                 facts[node] = found
@@ -122,13 +122,15 @@ def examine(stages: Sequence[Stage]) -> Iterator[OfNode]:
 
 def judge(facts: NodeFacts, here: Mapping[str, str]) -> Iterator[Finding]:
     """Compare the facts of a node with this machine's. here: the sizes of the paths."""
-    own, theirs = versions(), facts.versions
-    differ = [name for name in {**own, **theirs} if own.get(name) != theirs.get(name)]
-    told = ", ".join(f"{name} {theirs.get(name, 'missing')} (here {own.get(name, 'missing')})" for name in differ)
+    installed, remote = versions(), facts.versions
+    differ = [name for name in {**installed, **remote} if installed.get(name) != remote.get(name)]
+    differences = ", ".join(
+        f"{name} {remote.get(name, 'missing')} (here {installed.get(name, 'missing')})" for name in differ
+    )
     yield Finding(
         what="versions",
         state="bad" if differ else "ok",
-        found=told or ", ".join(f"{name} {version}" for name, version in theirs.items()),
+        found=differences or ", ".join(f"{name} {version}" for name, version in remote.items()),
         advice="install the same on all nodes, best by one image" if differ else "",
     )
     same = facts.code == code_hash()
@@ -210,8 +212,8 @@ def paths_of(stages: Sequence[Stage]) -> list[str]:
 
 def _nodes(alive: Sequence[Mapping[str, Any]]) -> Finding:
     total = {key: sum(node["Resources"].get(key, 0.0) for node in alive) for key in ("CPU", "GPU")}
-    found = f"{len(alive)}, with {total['CPU']:g} CPU and {total['GPU']:g} GPU"
-    return Finding(what="nodes", state="ok", found=found)
+    summary = f"{len(alive)}, with {total['CPU']:g} CPU and {total['GPU']:g} GPU"
+    return Finding(what="nodes", state="ok", found=summary)
 
 
 def _room(stages: Sequence[Stage], alive: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
@@ -286,11 +288,11 @@ def _clock(probe: Any) -> Finding:
     offsets = []
     for _ in range(5):
         began = time.time()
-        theirs = _result(probe.now.remote(), QUICK_S)
-        if not isinstance(theirs, float):
-            return Finding(what="clock", state="note", found=f"not known: {theirs}")
+        remote = _result(probe.now.remote(), QUICK_S)
+        if not isinstance(remote, float):
+            return Finding(what="clock", state="note", found=f"not known: {remote}")
         took = time.time() - began
-        offsets.append((took, theirs - began - took / 2))
+        offsets.append((took, remote - began - took / 2))
     took, offset = min(offsets)
     off = abs(offset) > max(CLOCKS_WITHIN_S, took)
     return Finding(
@@ -306,30 +308,30 @@ def _links(probes: Mapping[str, Any]) -> Iterator[OfNode]:
     nodes = list(probes)
     pairs = list(combinations(nodes, 2)) if len(nodes) <= MOST_FOR_ALL_PAIRS else list(pairwise(nodes))
     links: dict[tuple[str, str], Link] = {}
-    for there, here in pairs:
-        port = _result(probes[here].listen.remote(here), QUICK_S)
-        link = _result(probes[there].reach.remote(here, port), QUICK_S) if isinstance(port, int) else port
+    for source, target in pairs:
+        port = _result(probes[target].listen.remote(target), QUICK_S)
+        link = _result(probes[source].reach.remote(target, port), QUICK_S) if isinstance(port, int) else port
         if isinstance(link, Link):
-            links[there, here] = link
+            links[source, target] = link
             continue
         advice = "open all TCP ports between the nodes; gloo, nccl and Ray choose theirs"
         yield OfNode(
-            node=f"{there} to {here}", finding=Finding(what="link", state="bad", found=str(link), advice=advice)
+            node=f"{source} to {target}", finding=Finding(what="link", state="bad", found=str(link), advice=advice)
         )
     if not links:
         return
     median = statistics.median(link.gbit_per_s for link in links.values())
     slowest = min(links, key=lambda pair: links[pair].gbit_per_s)
-    for (there, here), link in links.items():
+    for (source, target), link in links.items():
         slow = link.gbit_per_s < SLOW * median
-        if not slow and (there, here) != slowest:
+        if not slow and (source, target) != slowest:
             continue
         found = f"{link.gbit_per_s:.2f} Gbit/s, {link.latency_ms:.2f} ms" + (
             f"; the median of {len(links)} is {median:.2f} Gbit/s" if slow else f"; the slowest of {len(links)}"
         )
         advice = "look at this pair's network: every step waits for the slowest link" if slow else ""
         finding = Finding(what="link", state="note" if slow else "ok", found=found, advice=advice)
-        yield OfNode(node=f"{there} to {here}", finding=finding)
+        yield OfNode(node=f"{source} to {target}", finding=finding)
 
 
 def _result(ref: ObjectRef[Any], limit_s: float) -> Any:

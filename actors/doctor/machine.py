@@ -264,20 +264,20 @@ def _imports() -> list[Finding]:
     for name in ("transformers", "deepspeed", "vllm"):
         command = [sys.executable, "-c", f"import {name}; import torch"]
         environment = {**os.environ, "DS_ACCELERATOR": "cpu"} if _torch_cuda() is None else dict(os.environ)
-        what = f"import {name}"
+        label = f"import {name}"
         if importlib.util.find_spec(name) is None:
             continue  # the version row has said so
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S, env=environment)
         except subprocess.TimeoutExpired:
             found = f"still not done after {IMPORT_TIMEOUT_S:.0f} s"
-            findings.append(Finding(what=what, state="bad", found=found, advice="is the disk slow or full? try again"))
+            findings.append(Finding(what=label, state="bad", found=found, advice="is the disk slow or full? try again"))
             continue
         if done.returncode == 0:
-            findings.append(Finding(what=what, state="ok", found="works"))
+            findings.append(Finding(what=label, state="ok", found="works"))
             continue
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        findings.append(Finding(what=what, state="bad", found=last[:300], advice=f"remove .venv and {SETUP}"))
+        findings.append(Finding(what=label, state="bad", found=last[:300], advice=f"remove .venv and {SETUP}"))
     return findings
 
 

@@ -63,7 +63,7 @@ class NodeProbe:
         """Collect the facts of this node. shared: a file of the driver in a folder that all nodes should share."""
         ends = psutil.net_if_addrs()
         up = [name for name, state in psutil.net_if_stats().items() if state.isup and name != "lo"]
-        interface = next((name for name, found in ends.items() if any(e.address == address for e in found)), "")
+        interface = next((name for name, addresses in ends.items() if any(e.address == address for e in addresses)), "")
         shm = shutil.disk_usage("/dev/shm")
         cached, no_hub = of_hub(models)
         return NodeFacts(
@@ -135,13 +135,13 @@ def _answer(server: socket.socket) -> None:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the installed packages required to be equal everywhere."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def code_hash() -> str:

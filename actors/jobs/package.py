@@ -115,7 +115,7 @@ def _named_files(tree: Any, overrides: Sequence[str], *, folder: Path, beside: P
     models = {key for key, _ in model_places(tree.values)}
     for name, stage in (stages or {}).items():
         models |= {("stages", name, *key) for key, _ in model_places(stage)}
-    found: set[Path] = set()
+    files: set[Path] = set()
     for key, value in _texts(tree.values):
         place = f"{tree.place(key)}: {'.'.join(key)}"
         named = value.rpartition(":")[0] if ".py:" in value else value
@@ -139,8 +139,8 @@ def _named_files(tree: Any, overrides: Sequence[str], *, folder: Path, beside: P
             if (is_code or "data" in key) and named.endswith((".py", *FILE_SUFFIXES)):
                 raise UserError(f"{place}: {named} does not exist; looked for {' and '.join(map(str, paths))}")
             continue
-        found |= _below(path.resolve(), folder, place)
-    return found
+        files |= _below(path.resolve(), folder, place)
+    return files
 
 
 def _below(path: Path, folder: Path, place: str) -> set[Path]:
@@ -197,14 +197,14 @@ def _listed(folder: Path) -> set[Path]:
                 output = _git(folder, f"--git-dir={empty}", f"--work-tree={folder}", *listing)
     except FileNotFoundError as error:
         raise UserError("git is not installed; it tells which files .gitignore leaves out. Install it.") from error
-    found: set[Path] = set()
+    files: set[Path] = set()
     for name in filter(None, (output or "").split("\0")):
         path = folder / name
         if (path / ".git").exists() and not path.is_symlink():  # of its own: a submodule or a clone
-            found |= {Path(name) / inner for inner in _listed(path)}
+            files |= {Path(name) / inner for inner in _listed(path)}
         elif path.is_file():
-            found.add(Path(name))
-    return found
+            files.add(Path(name))
+    return files
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

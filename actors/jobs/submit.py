@@ -141,8 +141,8 @@ class Jobs:
     def state(self, job: str) -> JobEnd:
         """Return the state of a job. UserError: there is no such job."""
         with self._explained():
-            info = self._client.get_job_info(job)
-        return JobEnd(state=str(info.status), exit_code=info.driver_exit_code, message=self._said(info.message))
+            info = self._client.get_other(job)
+        return JobEnd(state=str(info.status), exit_code=info.driver_exit_code, message=self._message(info.message))
 
     def follow(self, job: str, write: Callable[[str], object]) -> JobEnd:
         """Write a job's log from the beginning, live, until it is over. RunError: the head does not answer any more.
@@ -229,16 +229,16 @@ class Jobs:
             ) from None
         except OSError as error:
             raise UserError(
-                f"no dashboard of Ray answers at {self.address} (--address or RAY_ADDRESS): {self._said(error)}. "
+                f"no dashboard of Ray answers at {self.address} (--address or RAY_ADDRESS): {self._message(error)}. "
                 "`ray start --head` prints its address; it is in ray[default]."
             ) from None
         except RuntimeError as error:
-            said = self._said(error)
-            if "status code 404" in said and "does not exist" in said:
-                raise UserError(f"{self.address} knows no such job: {said}") from None
-            raise RunError(f"the cluster at {self.address} refused: {said}") from None
+            message = self._message(error)
+            if "status code 404" in message and "does not exist" in message:
+                raise UserError(f"{self.address} knows no such job: {message}") from None
+            raise RunError(f"the cluster at {self.address} refused: {message}") from None
 
-    def _said(self, words: object) -> str:
+    def _message(self, words: object) -> str:
         return " ".join(self._masked(str(words or "")).split())[:600].rstrip(".")
 
     def _masked(self, text: str) -> str:
@@ -299,15 +299,15 @@ def _values(names: Sequence[str]) -> dict[str, str]:
 
 def _dashboard(address: str | None) -> str:
     """Return the dashboard's address: the given one, or RAY_ADDRESS."""
-    found = address or os.environ.get("RAY_ADDRESS")
-    if not found:
+    url = address or os.environ.get("RAY_ADDRESS")
+    if not url:
         raise UserError(
             "no cluster is named: give --address http://HOST:8265, or set RAY_ADDRESS to that; `ray start --head` "
             "prints it"
         )
-    if not found.startswith(("http://", "https://")):
+    if not url.startswith(("http://", "https://")):
         raise UserError(
-            f"{found} (--address or RAY_ADDRESS) is no address of a dashboard, which takes jobs: it is "
+            f"{url} (--address or RAY_ADDRESS) is no address of a dashboard, which takes jobs: it is "
             "http://HOST:PORT, the port 8265 unless the head was told another"
         )
-    return found.rstrip("/")
+    return url.rstrip("/")

@@ -303,7 +303,7 @@ class RolloutWorker:
         loaded = await self._call(
             lambda engine: load(engine, manifest), f"version {version} of the weights", self.spec.call_timeout_s
         )
-        wrong = [(rank, found) for rank, found in enumerate(loaded.checksums) if found != manifest.checksum]
+        wrong = [(rank, checksum) for rank, checksum in enumerate(loaded.checksums) if checksum != manifest.checksum]
         if wrong:
             raise RunError(
                 f"{self.spec.name}: weight sync to version {version}: worker {wrong[0][0]} read bytes with checksum "
@@ -431,21 +431,21 @@ class RolloutWorker:
             for seed in request.seeds
         ]
 
-    async def _call(self, work: Callable[[Any], T], what: str, deadline_s: float) -> T:
-        return await self._wait(self.loop.call(work), what, deadline_s)
+    async def _call(self, work: Callable[[Any], T], operation: str, deadline_s: float) -> T:
+        return await self._wait(self.loop.call(work), operation, deadline_s)
 
-    async def _wait(self, future: Future[T], what: str, deadline_s: float) -> T:
-        return await self._within(asyncio.wrap_future(future), what, deadline_s)
+    async def _wait(self, future: Future[T], operation: str, deadline_s: float) -> T:
+        return await self._within(asyncio.wrap_future(future), operation, deadline_s)
 
-    async def _within(self, awaitable: Awaitable[T], what: str, deadline_s: float | None = None) -> T:
+    async def _within(self, awaitable: Awaitable[T], operation: str, deadline_s: float | None = None) -> T:
         """Return the result. RunError names the awaited operation after the deadline."""
         limit = self.spec.call_timeout_s if deadline_s is None else deadline_s
         try:
             return await asyncio.wait_for(awaitable, limit)
         except TimeoutError as error:
             raise RunError(
-                f"{self.spec.name}: waited {limit:.0f} s for {what}; {self.loop.num_waiting} requests in flight, last "
-                f"step {time.monotonic() - self.loop.last_step:.0f} s ago"
+                f"{self.spec.name}: waited {limit:.0f} s for {operation}; {self.loop.num_waiting} requests in flight, "
+                f"last step {time.monotonic() - self.loop.last_step:.0f} s ago"
             ) from error
 
 

@@ -154,12 +154,13 @@ class RolloutEngines:
         if self.sync.method in ("gloo", "nccl"):
             receivers = engines * tensor_parallel
             meeting = await policy.meeting(num_receivers=receivers, one_host=one_host, timeout_s=self.deadline_s)
-        ours = [
+        opened = [
             handle.open_weights.remote(meeting, 1 + engine * tensor_parallel)
             for engine, handle in enumerate(self.handles)
         ]
         await asyncio.gather(
-            policy.open_weights(self.sync.method, meeting, shared, num_engines=engines), self._all(ours, "weight sync")
+            policy.open_weights(self.sync.method, meeting, shared, num_engines=engines),
+            self._all(opened, "weight sync"),
         )
 
     async def _all(self, refs: Sequence[ObjectRef[Any]], stage: str, *, deadline_s: float | None = None) -> list[Any]:

@@ -34,10 +34,10 @@ def play(loaded: LoadedConfig, turns: Iterable[str], show: Callable[[str], None]
     logs.configure("WARNING")
     stages = [stage for stage in load_inputs(loaded) if isinstance(stage, StageInputs)]
     playing = [(stage, stage.inputs) for stage in stages if isinstance(stage.inputs, OnlineInputs)]
-    found = next(((stage, inputs) for stage, inputs in reversed(playing) if inputs.environment is not None), None)
-    if found is None:
+    playable = next(((stage, inputs) for stage, inputs in reversed(playing) if inputs.environment is not None), None)
+    if playable is None:
         raise UserError(f"{loaded.source}: has no rollouts.environment to play. Name one.")
-    stage, inputs = found
+    stage, inputs = playable
     if not 1 <= row <= len(inputs.prompts):
         raise UserError(f"--row: is {row}, and the training data has the rows 1 to {len(inputs.prompts)}")
     return run_async(_play(stage, inputs, iter(turns), show, row))

@@ -42,9 +42,9 @@ def write_group(
     path = group_path(folder, request.group_id, version)
     aside = path.with_suffix(f".{os.getpid()}.tmp")
     columns = {field.name: getattr(rollouts, field.name).contiguous() for field in fields(Rollouts)}
-    told = json.dumps([asdict(info) for info in infos])
+    infos_json = json.dumps([asdict(info) for info in infos])
     with explains_full(path):
-        save_file(columns, aside, metadata={**_identity(request, sampling, environment), "infos": told})
+        save_file(columns, aside, metadata={**_identity(request, sampling, environment), "infos": infos_json})
         aside.replace(path)
 
 
@@ -71,7 +71,7 @@ def read_group(
 def _info(row: dict[str, Any]) -> RolloutInfo:
     rewards = row.pop("environment_rewards")
     return RolloutInfo(
-        **row, environment_rewards=None if rewards is None else tuple(StepReward(**one) for one in rewards)
+        **row, environment_rewards=None if rewards is None else tuple(StepReward(**reward) for reward in rewards)
     )
 
 

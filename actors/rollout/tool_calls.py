@@ -35,7 +35,7 @@ class VllmToolCalls:
         """Return the turn's tool calls, or an empty tuple if it has none. None: it begins a call and
         cannot be parsed.
         """
-        found = self._parser.extract_tool_calls(text, self._request)
-        if found.tools_called:
-            return tuple(ToolCall(name=c.function.name, arguments=c.function.arguments) for c in found.tool_calls)
+        result = self._parser.extract_tool_calls(text, self._request)
+        if result.tools_called:
+            return tuple(ToolCall(name=c.function.name, arguments=c.function.arguments) for c in result.tool_calls)
         return None if self._beginning.search(text) else ()

@@ -177,8 +177,8 @@ class ModelServer:
     async def _within_limits(self, model: str, answering: Callable[[], Awaitable[dict[str, Any]]]) -> web.Response:
         """Answer a request for this model before its deadline, unless too many already wait."""
         if model != self.spec.name:
-            told = f"there is no model {model}: this server has {self.spec.name}"
-            raise Refused(told, param="model", code="model_not_found", status=404)
+            message = f"there is no model {model}: this server has {self.spec.name}"
+            raise Refused(message, param="model", code="model_not_found", status=404)
         if len(self.limits) >= MAX_WAITING:
             return _error(429, f"{MAX_WAITING} requests are waiting already", "rate_limit_error")
         try:
@@ -194,7 +194,7 @@ class ModelServer:
             return _error(504, f"not answered within {self.spec.deadline_s:g} s (--deadline-s)", "server_error")
 
     async def _answer_chat(self, asked: ChatRequest) -> dict[str, Any]:
-        prompt = await self._prompt_of(self._of_conversation, asked, [one.content for one in asked.messages])
+        prompt = await self._prompt_of(self._of_conversation, asked, [message.content for message in asked.messages])
         answered = await self._answered(prompt, asked, asked.limit, seed=_seed(asked), wants_tokens=asked.logprobs)
         return chat_body(asked, answered, name=secrets.token_hex(12), created=int(time.time()))
 
@@ -202,44 +202,48 @@ class ModelServer:
         prompts = await self._prompt_of(self._of_texts, asked, asked.prompt)
         seed, wants_tokens = _seed(asked), asked.logprobs is not None
         tasks = [
-            asyncio.ensure_future(self._answered(one, asked, asked.max_tokens, seed=seed, wants_tokens=wants_tokens))
-            for one in prompts
+            asyncio.ensure_future(self._answered(prompt, asked, asked.max_tokens, seed=seed, wants_tokens=wants_tokens))
+            for prompt in prompts
         ]
         try:
-            found = await asyncio.gather(*tasks)
+            answered = await asyncio.gather(*tasks)
         finally:
             for task in tasks:  # the first failure ends the request
                 task.cancel()
-        return text_body(asked, found, name=secrets.token_hex(12), created=int(time.time()))
+        return text_body(asked, answered, name=secrets.token_hex(12), created=int(time.time()))
 
     async def _answered(
         self, prompt: Prompt, asked: ChatRequest | TextRequest, limit: int | None, *, seed: int, wants_tokens: bool
     ) -> Answered:
         """Return the responses to one prompt."""
-        given, whole = len(prompt.token_ids), self.spec.max_length
-        if given + (limit or 1) > whole:
+        num_tokens, whole = len(prompt.token_ids), self.spec.max_length
+        if num_tokens + (limit or 1) > whole:
             raise Refused(
-                f"the prompt has {given} tokens, with {limit or 1} new ones that is more than the {whole} that this "
-                "server takes (--max-length)",
+                f"the prompt has {num_tokens} tokens, with {limit or 1} new ones that is more than the {whole} that "
+                "this server takes (--max-length)",
                 code="context_length_exceeded",
             )
         seeds = [rollout_seed(seed, 0, prompt.prompt_id, sample) for sample in range(asked.n)]
-        drawn = await self.engines.answer(prompt, seeds, asked.sampling(limit or whole - given))
-        answers = await self._off_the_loop(lambda: [self._told(one, prompt, asked.stop, wants_tokens) for one in drawn])
-        return Answered(num_prompt_tokens=given, answers=tuple(answers))
+        drawn = await self.engines.answer(prompt, seeds, asked.sampling(limit or whole - num_tokens))
+        answers = await self._off_the_loop(
+            lambda: [self._to_answer(response, prompt, asked.stop, wants_tokens) for response in drawn]
+        )
+        return Answered(num_prompt_tokens=num_tokens, answers=tuple(answers))
 
-    def _told(self, response: Sampled, prompt: Prompt, stop: Sequence[str], wants_tokens: bool) -> Answer:
+    def _to_answer(self, response: Sampled, prompt: Prompt, stop: Sequence[str], wants_tokens: bool) -> Answer:
         """Return a response as text, without the special tokens at its end and without the stop string."""
         ids = list(response.token_ids)
         text = text_before_stop(without_turn_end(ids, prompt.turn_end), stop, self.tokenizer)
         tokens: list[tuple[str, float]] = []
         if wants_tokens:
             special, length = set(self.tokenizer.all_special_ids), 0
-            for token, told, logprob in zip(ids, token_texts(ids, self.tokenizer), response.logprobs, strict=True):
+            for token, token_text, logprob in zip(
+                ids, token_texts(ids, self.tokenizer), response.logprobs, strict=True
+            ):
                 if token in special or token == prompt.turn_end or length >= len(text):
                     continue
-                tokens.append((told, max(logprob, LEAST_LOGPROB)))
-                length += len(told)
+                tokens.append((token_text, max(logprob, LEAST_LOGPROB)))
+                length += len(token_text)
         return Answer(text=text, finish_reason=response.finish_reason, tokens=tuple(tokens), num_tokens=len(ids))
 
     def _of_conversation(self, asked: ChatRequest, tokenizer: Any) -> Prompt:
@@ -247,16 +251,16 @@ class ModelServer:
             raise Refused(
                 f"{self.spec.name} has no chat template, by which conversations are written; ask for completions"
             )
-        for place, message in enumerate(asked.messages):
-            refuse_half_characters(message.content, f"`messages[{place}].content`")
+        for index, message in enumerate(asked.messages):
+            refuse_half_characters(message.content, f"`messages[{index}].content`")
         messages = [{"role": message.role, "content": message.content} for message in asked.messages]
         text = render(messages, tokenizer, add_generation_prompt=True, place="`messages`")
         (prompt,) = self._prompts([text], encode([text], tokenizer))
         return replace(prompt, is_chat=True, turn_end=self.turn_end)
 
     def _of_texts(self, asked: TextRequest, tokenizer: Any) -> list[Prompt]:
-        for place, text in enumerate(asked.prompt):
-            refuse_half_characters(text, f"`prompt[{place}]`")
+        for index, text in enumerate(asked.prompt):
+            refuse_half_characters(text, f"`prompt[{index}]`")
         options: dict[str, Any] = {"place": "`prompt`", "system_prompt": None, "beginning": self.beginning}
         texts = [raw_prompt(text, **options) for text in asked.prompt]
         return self._prompts(texts, encode_raw(texts, tokenizer))
@@ -351,10 +355,10 @@ def serve(
         rollout["kv_cache_gib"] = kv_cache_gib
     limit_s = deadline_s + GRACE_S
     cluster = ClusterConfig.model_validate({"device": device, "roles": {"rollout": rollout}, "call_timeout_s": limit_s})
-    with suppress(_Told), serving(model, tokenizer, cluster, max_model_len=length) as served:
+    with suppress(_Terminated), serving(model, tokenizer, cluster, max_model_len=length) as served:
         server = ModelServer(Answering(served.engines.handles, deadline_s=limit_s), tokenizer, spec)
         try:
-            told = serve_until_interrupted(
+            signal_received = serve_until_interrupted(
                 server.application(),
                 host=host,
                 port=port,
@@ -364,12 +368,12 @@ def serve(
         finally:
             for executor in (server.texts, server.long_texts):
                 executor.shutdown(wait=False, cancel_futures=True)
-        if told is signal.SIGTERM and OWN_RAY.daemons:
+        if signal_received is signal.SIGTERM and OWN_RAY.daemons:
             OWN_RAY.kill()  # which may have been told too: a Ray that ends is not to be asked
-            raise _Told
+            raise _Terminated
 
 
-class _Told(Exception):
+class _Terminated(Exception):
     """Raised by SIGTERM to end a server that started its Ray."""
 
 

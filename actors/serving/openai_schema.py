@@ -30,7 +30,7 @@ _ASKS_NOTHING: Mapping[str, Any] = {
     "best_of": 1,
     "suffix": "",
 }
-_SAID = {
+_MESSAGES = {
     "missing": "is missing",
     "string_type": "is no string",
     "int_type": "is no integer",
@@ -243,12 +243,12 @@ def _wrong(error: ValidationError, given: Mapping[str, Any]) -> Refused:
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
     if first["type"] == "extra_forbidden":
         return Refused(f"`{place}` is not supported here", param=place)
-    said = _SAID.get(first["type"])
+    message = _MESSAGES.get(first["type"])
     if first["type"] == "value_error":
-        said = str(first["ctx"]["error"])
-    elif said is None:
-        said = f"is {_short(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
-    return Refused(f"`{place}` {said}", param=place)
+        message = str(first["ctx"]["error"])
+    elif message is None:
+        message = f"is {_short(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    return Refused(f"`{place}` {message}", param=place)
 
 
 def _short(value: object) -> str:
@@ -275,9 +275,9 @@ def chat_body(request: ChatRequest, answered: Answered, *, name: str, created: i
     }
 
 
-def text_body(request: TextRequest, found: Sequence[Answered], *, name: str, created: int) -> dict[str, Any]:
+def text_body(request: TextRequest, answered_prompts: Sequence[Answered], *, name: str, created: int) -> dict[str, Any]:
     """Return the answer to prompts: n choices to the first, then to the next."""
-    answers = [answer for answered in found for answer in answered.answers]
+    answers = [answer for answered in answered_prompts for answer in answered.answers]
     return {
         "id": f"cmpl-{name}",
         "object": "text_completion",
@@ -292,7 +292,7 @@ def text_body(request: TextRequest, found: Sequence[Answered], *, name: str, cre
             }
             for index, answer in enumerate(answers)
         ],
-        "usage": _usage(found),
+        "usage": _usage(answered_prompts),
     }
 
 
@@ -312,13 +312,13 @@ def _text_logprobs(answer: Answer) -> dict[str, Any]:
         "tokens": tokens,
         "token_logprobs": [logprob for _, logprob in answer.tokens],
         "top_logprobs": None,
-        "text_offset": [sum(map(len, tokens[:place])) for place in range(len(tokens))],
+        "text_offset": [sum(map(len, tokens[:index])) for index in range(len(tokens))],
     }
 
 
-def _usage(found: Sequence[Answered]) -> dict[str, int]:
-    prompts = sum(answered.num_prompt_tokens for answered in found)
-    sampled = sum(answer.num_tokens for answered in found for answer in answered.answers)
+def _usage(answered_prompts: Sequence[Answered]) -> dict[str, int]:
+    prompts = sum(answered.num_prompt_tokens for answered in answered_prompts)
+    sampled = sum(answer.num_tokens for answered in answered_prompts for answer in answered.answers)
     return {"prompt_tokens": prompts, "completion_tokens": sampled, "total_tokens": prompts + sampled}
 
 

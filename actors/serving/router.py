@@ -48,7 +48,7 @@ class Answering:
         while True:
             engine = self._least_busy()
             try:
-                return await self._asked(engine, prompt, seeds, sampling)
+                return await self._generate(engine, prompt, seeds, sampling)
             except RunError:
                 why = await self._death(engine)
                 if why is None:
@@ -69,13 +69,13 @@ class Answering:
             raise NoEngine(" ".join(self.dead.values()))
         return min(alive, key=lambda engine: self.in_flight[engine])
 
-    async def _asked(self, engine: int, prompt: Prompt, seeds: Sequence[int], sampling: Sampling) -> list[Sampled]:
+    async def _generate(self, engine: int, prompt: Prompt, seeds: Sequence[int], sampling: Sampling) -> list[Sampled]:
         handle, group_id = self.handles[engine], next(self._ids)
         request = GroupRequest(group_id=group_id, prompt=prompt, seeds=tuple(seeds), first_sequence_id=0)
         self.in_flight[engine] += 1
         try:
             rollouts, infos = handle.generate.options(num_returns=2).remote(request, sampling)
-            found = await wait_one(infos, role="rollout", rank=engine, stage="serve", deadline_s=self.deadline_s)
+            finished = await wait_one(infos, role="rollout", rank=engine, stage="serve", deadline_s=self.deadline_s)
             drawn: Rollouts = await wait_one(
                 rollouts, role="rollout", rank=engine, stage="serve", deadline_s=self.deadline_s
             )
@@ -84,7 +84,7 @@ class Answering:
             raise
         finally:
             self.in_flight[engine] -= 1
-        return [_response(drawn.take([place]), info.finish_reason) for place, info in enumerate(found)]
+        return [_response(drawn.take([index]), info.finish_reason) for index, info in enumerate(finished)]
 
     async def _death(self, engine: int) -> str | None:
         """Return the reason why an engine will never answer again. None: it may."""
@@ -98,12 +98,12 @@ class Answering:
         return None if health.failure is None else _of_a_server(health.failure)
 
 
-def _response(one: Rollouts, finish_reason: Any) -> Sampled:
-    mask = one.response_mask
+def _response(rollouts: Rollouts, finish_reason: Any) -> Sampled:
+    mask = rollouts.response_mask
     return Sampled(
-        token_ids=tuple(one.token_ids[mask].tolist()),
-        logprobs=tuple(one.rollout_logprobs[mask].tolist()),
-        versions=tuple(one.versions[mask].tolist()),
+        token_ids=tuple(rollouts.token_ids[mask].tolist()),
+        logprobs=tuple(rollouts.rollout_logprobs[mask].tolist()),
+        versions=tuple(rollouts.versions[mask].tolist()),
         finish_reason=finish_reason,
     )
 

@@ -55,9 +55,9 @@ class ShmEngine(ReloadEngine[ShmInit, ShmUpdate]):
         if published != self.mapped:
             self.flat = torch.from_file(u.path, shared=True, size=u.nbytes, dtype=torch.uint8)
             self.mapped = published
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights-hash") as beside:
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights-hash") as hashing:
             checksum = Checksum()
-            added = beside.submit(checksum.add, self.flat)
+            added = hashing.submit(checksum.add, self.flat)
             self.load(named_views(self.flat, u.names, u.dtypes, u.shapes, u.offsets))
         added.result()
         self.checksum = checksum.hexdigest()

@@ -75,10 +75,10 @@ def _template(text: str) -> ChatTemplate:
 
 
 def _column(text: str) -> tuple[str, str]:
-    ours, equals, theirs = text.partition("=")
-    if not (ours and equals and theirs):
+    column, equals, source = text.partition("=")
+    if not (column and equals and source):
         raise argparse.ArgumentTypeError(f"is {text!r}, expected OURS=THEIRS, such as prompt=question")
-    return ours, theirs
+    return column, source
 
 
 def options_given(args: argparse.Namespace) -> dict[str, Any]:
@@ -109,20 +109,20 @@ def decoding_of(model: str, given: Mapping[str, Any]) -> Decoding:
     """
     from rlhf.evaluation.decoding import Decoding
 
-    said = dict(given)
-    if said.get("system_prompt") == "":
-        said["system_prompt"] = None
+    options = dict(given)
+    if options.get("system_prompt") == "":
+        options["system_prompt"] = None
     file = _resolved(model)
-    own = {} if file is None else _settings(file)
-    if said.get("apply_chat_template") is False:
-        own["system_prompt"] = None
-    columns = {**own.get("columns", {}), **said.get("columns", {})}
+    settings = {} if file is None else _settings(file)
+    if options.get("apply_chat_template") is False:
+        settings["system_prompt"] = None
+    columns = {**settings.get("columns", {}), **options.get("columns", {})}
     usual = Decoding()
-    taken = {name: value for name, value in own.items() if name not in said and value != getattr(usual, name)}
+    taken = {name: value for name, value in settings.items() if name not in options and value != getattr(usual, name)}
     if taken:
         shown = ", ".join(f"{name} {json.dumps(value, ensure_ascii=False)}" for name, value in taken.items())
         sys.stderr.write(f"{model} is asked as its run asked it ({file}): {shown}. Options win over these.\n")
-    return Decoding(**{**own, **said, "columns": columns})
+    return Decoding(**{**settings, **options, "columns": columns})
 
 
 def _resolved(model: str) -> Path | None:
@@ -137,9 +137,9 @@ def _settings(file: Path) -> dict[str, Any]:
     from rlhf.config.files.yaml_tree import read_tree
 
     tree = read_tree(file).values
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for section, names in _OF_RUN.items():
         values = tree.get(section)
         if isinstance(values, dict):
-            found |= {name: values[name] for name in names if values.get(name) is not None}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+            settings |= {name: values[name] for name in names if values.get(name) is not None}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         from rlhf.config.files.load import load
 
         of_nodes = cluster_doctor(load(args.cluster) if args.cluster else None, args.address)
-        findings = tuple(one.finding for one in of_nodes)
+        findings = tuple(result.finding for result in of_nodes)
     return int(any(finding.state == "bad" for finding in findings))
 
 

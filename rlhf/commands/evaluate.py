@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     if args.target.endswith((".yaml", ".yml")):
         refuse_options(given, args.target)
     target = configuration_or_name(args.target, args.overrides)
-    found, folder = evaluate(
+    evaluation, folder = evaluate(
         target,
         model=args.model,
         against=args.against,
@@ -74,12 +74,12 @@ def run(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
     )
     if args.json:
-        say(json.dumps(found.to_json(), indent=2) + "\n")
+        say(json.dumps(evaluation.to_json(), indent=2) + "\n")
         return 0
     from rich.console import Console
 
     console = Console()
-    console.print(found.to_table())
+    console.print(evaluation.to_table())
     console.print(f"results: {folder}", highlight=False, soft_wrap=True)
     return 0
 
@@ -105,7 +105,7 @@ def evaluate(
             raise UserError(f"--model has no effect: {target} is a model already")
         folder = out or Path("evals", Path(target.removesuffix("/final")).name)
     else:
-        said = {
+        without_effect = {
             "--data": (data, "data.eval"),
             "--reward": (rewards, "rewards"),
             "--reward-model": (reward_model, "reward.model"),
@@ -113,9 +113,9 @@ def evaluate(
             "--device": (device, "cluster.device"),
             "--trust-remote-code": (trust_remote_code, "policy.trust_remote_code"),
         }
-        for what, (value, keys) in said.items():
+        for option, (value, keys) in without_effect.items():
             if value:
-                raise UserError(f"{what} has no effect: {target.source} says it; set {keys} instead, as key=value")
+                raise UserError(f"{option} has no effect: {target.source} says it; set {keys} instead, as key=value")
         folder = out or Path("evals", target.name)
 
     def work(_: StopRequest) -> Evaluation:

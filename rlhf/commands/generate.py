@@ -23,10 +23,12 @@ Device = Literal["cpu", "cuda"]
 def add(commands: Subparsers) -> None:
     command = commands.add_parser("generate", help="responses of a model, or a conversation with it")
     command.add_argument("model", metavar="MODEL", help="model folder, hub name, LoRA adapter folder or run folder")
-    given = command.add_mutually_exclusive_group(required=True)
-    given.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated")
-    given.add_argument("--file", type=Path, metavar="DATA", help="prompts of a file or dataset; answered as JSON lines")
-    given.add_argument("--chat", action="store_true", help="each line on stdin is a turn; ends with it (Ctrl-D)")
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated")
+    source.add_argument(
+        "--file", type=Path, metavar="DATA", help="prompts of a file or dataset; answered as JSON lines"
+    )
+    source.add_argument("--chat", action="store_true", help="each line on stdin is a turn; ends with it (Ctrl-D)")
     command.add_argument("--out", type=Path, metavar="FILE", help="JSON lines go here, not to stdout")
     add_decoding(command)
 
@@ -51,18 +53,18 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.out is not None and (args.out.exists() or not args.out.parent.is_dir()):
         raise UserError(f"--out: {args.out} exists already, or its folder does not; name a new file")
-    found = generate(args.model, args.prompt or args.file, decoding, **settings)
+    generations = generate(args.model, args.prompt or args.file, decoding, **settings)
     if args.prompt and args.out is None:
-        say("".join(f"{one.response}\n" for one in found))
+        say("".join(f"{generation.response}\n" for generation in generations))
         return 0
     from dataclasses import asdict
 
     from rlhf.tracking.run_folder.atomic import json_line, write_lines
 
     if args.out is None:
-        say("".join(json_line(asdict(one)) for one in found))
+        say("".join(json_line(asdict(generation)) for generation in generations))
     else:
-        write_lines(args.out, map(asdict, found))
+        write_lines(args.out, map(asdict, generations))
     return 0
 
 

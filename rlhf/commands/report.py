@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
 
     written = write_report(args.runs, args.out)
     for name, findings in written.findings.items():
-        for one in findings:
-            say(f"{one.severity}: {name}, steps {one.first_step} to {one.last_step}: {one.what}\n")
+        for finding in findings:
+            say(f"{finding.severity}: {name}, steps {finding.first_step} to {finding.last_step}: {finding.what}\n")
     say("".join(f"written: {path}\n" for path in (written.html, *written.pictures)))
     return 0

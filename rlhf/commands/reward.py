@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rlhf.config.files.load import LoadedConfig
     from rlhf.evaluation.scored import ScoredFile
 
-MOST_TOLD = 10  # failures
+MOST_SHOWN = 10  # failures
 
 
 def add(commands: Subparsers) -> None:
@@ -37,19 +37,22 @@ def run(args: argparse.Namespace) -> int:
     from rlhf.config.files.load import load
     from rlhf.tracking.run_folder.atomic import json_line
 
-    found, fails = reward(load(args.config, args.overrides), args.file)
+    scored, fails = reward(load(args.config, args.overrides), args.file)
     if args.json:
-        say("".join(map(json_line, found.to_json())))
+        say("".join(map(json_line, scored.to_json())))
     else:
         from rich.console import Console
 
-        Console().print(found.to_table())
-    if found.errors:
-        told = "\n".join(f"{place}: {one.reward}: {one.kind}: {one.message}" for place, one in found.errors[:MOST_TOLD])
-        more = len(found.errors) - MOST_TOLD
-        sys.stderr.write(told + (f"\nand {more} more\n" if more > 0 else "\n"))
-        if found.num_unscored and fails:
-            raise RunError(f"{found.num_unscored} of {len(found.rows)} rows have no score, and on_error is fail")
+        Console().print(scored.to_table())
+    if scored.errors:
+        lines = "\n".join(
+            f"{position}: {error.reward}: {error.kind}: {error.message}"
+            for position, error in scored.errors[:MOST_SHOWN]
+        )
+        more = len(scored.errors) - MOST_SHOWN
+        sys.stderr.write(lines + (f"\nand {more} more\n" if more > 0 else "\n"))
+        if scored.num_unscored and fails:
+            raise RunError(f"{scored.num_unscored} of {len(scored.rows)} rows have no score, and on_error is fail")
     return 0
 
 

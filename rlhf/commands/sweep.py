@@ -60,13 +60,13 @@ def run(args: argparse.Namespace) -> int:
 
         run_agent(args.agent, count=args.count)
         return 0
-    found = run_sweep(sweep, resume=args.resume == "auto", retry_failed=args.retry_failed, quiet=args.quiet)
+    result = run_sweep(sweep, resume=args.resume == "auto", retry_failed=args.retry_failed, quiet=args.quiet)
     from rich.console import Console
 
-    Console().print(found.to_table())
-    say(f"results: {found.folder}\n")
-    if found.best is not None:
-        say(f"best: {found.best.trial}; rlhf train {found.folder / 'best.yaml'}\n")
+    Console().print(result.to_table())
+    say(f"results: {result.folder}\n")
+    if result.best is not None:
+        say(f"best: {result.best.trial}; rlhf train {result.folder / 'best.yaml'}\n")
     return 0
 
 
@@ -92,9 +92,9 @@ def _run_trial(args: argparse.Namespace) -> int:
         raise UserError("--trial is for W&B's agent, which names the run in WANDB_RUN_ID; use --agent")
     of_sweep = [word for word in args.overrides if word.startswith("sweep.")]
     varied = load_sweep(args.config, of_sweep).config.parameters
-    given = [word for word in args.overrides if word.partition("=")[0] in varied]
-    sweep = load_sweep(args.config, [word for word in args.overrides if word not in given])
-    parameters = {word.partition("=")[0]: from_yaml(word.partition("=")[2]) for word in given}
+    varied_words = [word for word in args.overrides if word.partition("=")[0] in varied]
+    sweep = load_sweep(args.config, [word for word in args.overrides if word not in varied_words])
+    parameters = {word.partition("=")[0]: from_yaml(word.partition("=")[2]) for word in varied_words}
     if missing := [key for key in varied if key not in parameters]:
         raise UserError(f"--trial: {missing[0]} is not given; write {missing[0]}=VALUE")
     launch(sweep.trial(parameters, run_id), resume=False, quiet=args.quiet)

@@ -135,12 +135,12 @@ def _continues(loaded: LoadedConfig) -> str:
     for stage in loaded.stages.values():
         if result_of(stage).exists():
             continue
-        what = f"stage {stage.run.name}" if loaded.is_pipeline else "the run"
+        subject = f"stage {stage.run.name}" if loaded.is_pipeline else "the run"
         latest = run_folder(stage) / "checkpoints/latest"
         if not latest.exists():
-            return f"; there is no checkpoint, so {what} starts from the beginning"
+            return f"; there is no checkpoint, so {subject} starts from the beginning"
         step = int(latest.readlink().name.removeprefix("step_"))
-        return f"; {what} continues after step {step}"
+        return f"; {subject} continues after step {step}"
     return ""
 
 

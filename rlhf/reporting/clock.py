@@ -19,15 +19,15 @@ def time_spent(run: Run, spans: Sequence[Span]) -> str:
     """Return a bar with the stages' shares, and the picture of the last steps."""
     totals = _totals(run.rows)
     colors = {name: COLORS[index % len(COLORS)] for index, name in enumerate(totals)}
-    told = _bar(totals, colors) if totals else ""
+    content = _bar(totals, colors) if totals else ""
     shown = _last_steps(run, spans)
     if shown:
         length = _length(max(span.end_s for span in shown) - shown[0].start_s)
-        told += (
+        content += (
             f'<p class="dim">The last {length}, as timeline.json has them '
             f'(it opens in Perfetto):</p><div class="scroll">{_picture(shown, colors)}</div>'
         )
-    return section("Where the time went", told, id="time")
+    return section("Where the time went", content, id="time")
 
 
 def _totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -24,10 +24,10 @@ _STAGES = (
 def keys_of(runs: Sequence[Run]) -> list[str]:
     """Return all metrics with a value in some run, by stage."""
     keys = {key for run in runs for row in run.rows for key, value in row.items() if "/" in key and value is not None}
-    return sorted(keys, key=lambda key: (_place(key), key))
+    return sorted(keys, key=lambda key: (_stage_rank(key), key))
 
 
-def _place(key: str) -> int:
+def _stage_rank(key: str) -> int:
     stage = key.split("/")[0]
     return _STAGES.index(stage) if stage in _STAGES else len(_STAGES)
 
@@ -35,7 +35,7 @@ def _place(key: str) -> int:
 def main_keys(runs: Sequence[Run], findings: Sequence[Finding]) -> list[str]:
     """Return the few metrics to read first: problems, held-out results, and the main training metrics."""
     keys = keys_of(runs)
-    wrong = [one.metrics[0] for one in findings if one.severity != "notice"]
+    wrong = [finding.metrics[0] for finding in findings if finding.severity != "notice"]
     evals = [key for key in keys if key.startswith("eval/") and key.rpartition("/")[2] in ("score", "loss", "accuracy")]
     wanted = dict.fromkeys((*wrong[:2], *evals[:3], *_MAIN))
     return [key for key in wanted if key in keys][:_NUM_MAIN]
@@ -52,7 +52,9 @@ def plot(key: str, runs: Sequence[Run], findings: Sequence[Finding]) -> dict[str
         "meaning": "" if metric is None else metric.meaning,
         "x": steps,
         "y": [[curve.get(step) for step in steps] for curve in curves],
-        "bands": [[one.first_step, one.last_step, one.severity] for one in findings if key in one.metrics],
+        "bands": [
+            [finding.first_step, finding.last_step, finding.severity] for finding in findings if key in finding.metrics
+        ],
     }
 
 

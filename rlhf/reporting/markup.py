@@ -16,8 +16,8 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u
 
 def text(value: object) -> str:
     """Return the value as HTML text or attribute: escaped, control and direction marks made visible."""
-    found = _CONTROLS.sub(lambda mark: f"\\x{ord(mark[0]):02x}", str(value))
-    return html.escape(found.encode("utf-8", "replace").decode("utf-8"))
+    escaped = _CONTROLS.sub(lambda mark: f"\\x{ord(mark[0]):02x}", str(value))
+    return html.escape(escaped.encode("utf-8", "replace").decode("utf-8"))
 
 
 def key(name: str) -> str:
@@ -57,8 +57,8 @@ def section(title: str, content: str, *, id: str = "") -> str:
 
 def folded(title: str, content: str, *, note: str = "", of: str = "") -> str:
     """Return a collapsed section. `of` is its CSS class."""
-    told = f' <span class="dim">{text(note)}</span>' if note else ""
-    return f'<details class="{text(of)}"><summary>{text(title)}{told}</summary>{content}</details>'
+    label = f' <span class="dim">{text(note)}</span>' if note else ""
+    return f'<details class="{text(of)}"><summary>{text(title)}{label}</summary>{content}</details>'
 
 
 def embedded(value: Any) -> str:

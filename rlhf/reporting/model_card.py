@@ -48,14 +48,14 @@ def model_card(config: Config, rows: list[dict[str, Any]], *, merged: bool = Fal
     name = config.run.name.rpartition("/")[2]
     base = _shown(config.policy.source)
     is_adapter = config.policy.lora is not None and not merged
-    what = "a reward model" if has_scalar_head(config) else "a language model"
+    kind = "a reward model" if has_scalar_head(config) else "a language model"
     lines = [
         "---",
         yaml.safe_dump(_front_matter(config, is_adapter=is_adapter), sort_keys=False).rstrip(),
         "---",
         f"# {name}",
         "",
-        f"This is {what}, trained from `{base}` with `{config.algorithm.name}` by "
+        f"This is {kind}, trained from `{base}` with `{config.algorithm.name}` by "
         "[ray-rlhf](https://pypi.org/project/ray-rlhf/)."
         + (" The folder holds a LoRA adapter, which needs its base model." if is_adapter else ""),
         "",

@@ -97,12 +97,12 @@ def _page(groups: Sequence[Sequence[Run]], findings: dict[str, list[Finding]], *
 
 def _summary(runs: Sequence[Run], findings: dict[str, list[Finding]]) -> str:
     """Return a one-sentence summary."""
-    found = [one for run in runs for one in findings[run.name]]
-    counts = [(severity, sum(one.severity == severity for one in found)) for severity in SEVERITIES]
-    told = ", ".join(f"{count} {name}{'s' if count > 1 else ''}" for name, count in counts if count)
+    found = [finding for run in runs for finding in findings[run.name]]
+    counts = [(severity, sum(finding.severity == severity for finding in found)) for severity in SEVERITIES]
+    counted = ", ".join(f"{count} {name}{'s' if count > 1 else ''}" for name, count in counts if count)
     if not any(run.rows for run in runs):
         return "<p>No step is written down yet.</p>"
-    return f"<p>{text(told)} found.</p>" if told else "<p>Nothing in the metrics looks wrong.</p>"
+    return f"<p>{text(counted)} found.</p>" if counted else "<p>Nothing in the metrics looks wrong.</p>"
 
 
 def _group(runs: Sequence[Run], findings: dict[str, list[Finding]], data: dict[str, Any]) -> str:
@@ -110,11 +110,11 @@ def _group(runs: Sequence[Run], findings: dict[str, list[Finding]], data: dict[s
     several = len(runs) > 1
     content = ""
     for run in runs:
-        told = sections.diagnosis(run, findings[run.name])
-        content += f"<h3>Diagnosis{f' of {text(run.name)}' if several else ''}</h3>{told}" if told else ""
+        diagnosis = sections.diagnosis(run, findings[run.name])
+        content += f"<h3>Diagnosis{f' of {text(run.name)}' if several else ''}</h3>{diagnosis}" if diagnosis else ""
     content += sections.config_differences(runs) + _plots(runs, findings, data)
     for run in runs:
-        own = "".join(
+        details = "".join(
             (
                 sections.numbers(run),
                 sections.samples(run, read_pairs(run)),
@@ -123,7 +123,7 @@ def _group(runs: Sequence[Run], findings: dict[str, list[Finding]], data: dict[s
                 sections.errors(run),
             )
         )
-        content += (folded(run.name, own) if several else own) if own else ""
+        content += (folded(run.name, details) if several else details) if details else ""
     content += sections.environment_differences(runs)
     heading = runs[0].stage or ("Comparison" if several else "Run")
     return f"<h2>{text(heading)}</h2>{content}"
@@ -133,23 +133,23 @@ def _plots(runs: Sequence[Run], findings: dict[str, list[Finding]], data: dict[s
     """Return places for the main curves, and folded ones for all others, by stage. Their data goes into `data`."""
     index = len(data["groups"])
     plots: list[dict[str, Any]] = []
-    found = [one for run in runs for one in findings[run.name]]
+    all_findings = [one for run in runs for one in findings[run.name]]
     names = [{"name": run.name, "color": COLORS[at % len(COLORS)]} for at, run in enumerate(runs)]
     data["groups"].append({"runs": names, "plots": plots})
 
     def places(keys: Sequence[str]) -> str:
-        told = ""
+        content = ""
         for key in keys:
-            one = plot(key, runs, found)
+            one = plot(key, runs, all_findings)
             unit = f' <span class="dim">{text(one["unit"])}</span>' if one["unit"] else ""
-            told += (
+            content += (
                 f'<div class="plot" title="{text(one["meaning"])}"><h4>{text(key)}{unit}</h4>'
                 f'<div class="canvas" data-group="{index}" data-plot="{len(plots)}"></div></div>'
             )
             plots.append(one)
-        return f'<div class="plots">{told}</div>'
+        return f'<div class="plots">{content}</div>'
 
-    main, keys = main_keys(runs, found), keys_of(runs)
+    main, keys = main_keys(runs, all_findings), keys_of(runs)
     content = places(main) if main else ""
     stages = dict.fromkeys(key.split("/")[0] for key in keys)
     for stage in stages:

@@ -18,7 +18,7 @@ from rlhf.tracking.formatting import duration, number
 NUM_PAIRS = 8
 _MOST_TEXT = 4000  # characters of a prompt or a response
 _MOST_ERRORS = 20
-_NOT_TOLD = ("score_low", "score_high")  # they stand in the intervals
+_HIDDEN = ("score_low", "score_high")  # they stand in the intervals
 _COMPARED = (
     *("rewards/score/mean", "experience/kl_ref/mean", "update/entropy/mean", "update/loss/mean"),
     *("update/token_accuracy/mean", "preference/accuracy/mean", "rollouts/response_tokens/mean"),
@@ -33,23 +33,23 @@ def header(runs: Sequence[Run]) -> str:
         [
             f"<b>{text(run.name)}</b>",
             f'<span class="state {text(run.state)}">{text(run.state)}</span>',
-            text(_what(run.config)),
+            text(_summary_of(run.config)),
             _progress(run),
             text(_machine(run.environment)),
         ]
         for run in runs
     ]
-    told = table(["run", "state", "what", "steps", "machine and code"], rows)
+    content = table(["run", "state", "what", "steps", "machine and code"], rows)
     for run in runs:
         if run.ended_by is not None:
-            told += (
+            content += (
                 f'<div class="finding failure"><span class="tag">failed</span>{text(run.name)}: '
                 f"{text(cut(run.ended_by, _MOST_TEXT))}</div>"
             )
-    return told
+    return content
 
 
-def _what(config: Mapping[str, Any]) -> str:
+def _summary_of(config: Mapping[str, Any]) -> str:
     if "merge" in config:
         return "merge"
     if "evaluate" in config:
@@ -91,65 +91,65 @@ def diagnosis(run: Run, findings: Sequence[Finding]) -> str:
         return ""
     if not findings:
         return '<div class="finding fine"><span class="tag">fine</span>Nothing in the metrics looks wrong.</div>'
-    return "".join(_finding(one, newest=run.last_step or 0) for one in findings)
+    return "".join(_finding(finding, newest=run.last_step or 0) for finding in findings)
 
 
-def _finding(one: Finding, *, newest: int) -> str:
-    until = "until the newest step" if one.last_step >= newest else f"to {one.last_step}, over since"
-    keys = ", ".join(map(key, one.metrics))
+def _finding(finding: Finding, *, newest: int) -> str:
+    until = "until the newest step" if finding.last_step >= newest else f"to {finding.last_step}, over since"
+    keys = ", ".join(map(key, finding.metrics))
     return (
-        f'<div class="finding {text(one.severity)}" data-kind="{text(one.kind)}">'
-        f'<span class="tag">{text(one.severity)}</span><b>{text(one.what)}</b>'
-        f"<p>{text(one.why)}</p><p><b>Try:</b> {text(one.advice)}</p>"
-        f'<p class="dim">Steps {one.first_step} {until}. See {keys}.</p></div>'
+        f'<div class="finding {text(finding.severity)}" data-kind="{text(finding.kind)}">'
+        f'<span class="tag">{text(finding.severity)}</span><b>{text(finding.what)}</b>'
+        f"<p>{text(finding.why)}</p><p><b>Try:</b> {text(finding.advice)}</p>"
+        f'<p class="dim">Steps {finding.first_step} {until}. See {keys}.</p></div>'
     )
 
 
 def numbers(run: Run) -> str:
     """Return the evaluations with their intervals, and the training metrics, at the beginning and at the end."""
-    told = ""
+    content = ""
     steps = sorted(run.evaluations)
     if steps:
         first, last = steps[0], steps[-1]
         rows = list(_estimates(run.evaluations[first]["sets"], run.evaluations[last]["sets"], same=first == last))
         if first == last:
-            told += table(["set", "metric", "value (95 % interval)"], [row[:3] for row in rows], numbers=2)
+            content += table(["set", "metric", "value (95 % interval)"], [row[:3] for row in rows], numbers=2)
         else:
             headings = ["set", "metric", f"step {first} (95 % interval)", f"step {last} (95 % interval)", "change"]
-            told += table(headings, rows, numbers=2)
+            content += table(headings, rows, numbers=2)
     else:
         rows = list(_first_and_last(run.rows))
-        told += table(["held-out", "first", "last", "change"], rows, numbers=1) if rows else ""
+        content += table(["held-out", "first", "last", "change"], rows, numbers=1) if rows else ""
     rows = list(_ends(run.rows))
     if rows:
-        told += table([f"training, mean of {_AVERAGED} steps", "first", "last", "change"], rows, numbers=1)
-    return section("Before and after", told, id="numbers")
+        content += table([f"training, mean of {_AVERAGED} steps", "first", "last", "change"], rows, numbers=1)
+    return section("Before and after", content, id="numbers")
 
 
 def _estimates(first: Mapping[str, Any], last: Mapping[str, Any], *, same: bool) -> Iterator[list[str]]:
-    for name, found in last.items():
+    for name, results in last.items():
         earlier = (first.get(name) or {}).get("metrics", {})
-        for index, (metric, now) in enumerate(found.get("metrics", {}).items()):
+        for index, (metric, now) in enumerate(results.get("metrics", {}).items()):
             before = earlier.get(metric)
             change = "" if before is None or same else f"{now['value'] - before['value']:+.3g}"
-            named = f"{text(name)} ({text(found.get('num_rows', '?'))})" if index == 0 else ""
-            told = [_interval(now)] if same else [_interval(before), _interval(now)]
-            yield [named, text(metric), *told, text(change)]
+            named = f"{text(name)} ({text(results.get('num_rows', '?'))})" if index == 0 else ""
+            intervals = [_interval(now)] if same else [_interval(before), _interval(now)]
+            yield [named, text(metric), *intervals, text(change)]
 
 
-def _interval(found: Mapping[str, Any] | None) -> str:
-    if found is None:
+def _interval(estimate: Mapping[str, Any] | None) -> str:
+    if estimate is None:
         return "-"
-    if found.get("low") is None or found.get("high") is None:
-        return text(f"{found['value']:.4g}")
-    return text(f"{found['value']:.4g} ({found['low']:.3g} to {found['high']:.3g})")
+    if estimate.get("low") is None or estimate.get("high") is None:
+        return text(f"{estimate['value']:.4g}")
+    return text(f"{estimate['value']:.4g} ({estimate['low']:.3g} to {estimate['high']:.3g})")
 
 
 def _first_and_last(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
     names = sorted({name for row in rows for name in row if name.startswith("eval/")})
     for name in names:
         values = [row[name] for row in rows if row.get(name) is not None]
-        if values and name.rpartition("/")[2] not in _NOT_TOLD:
+        if values and name.rpartition("/")[2] not in _HIDDEN:
             yield _change(name, values[0], values[-1])
 
 
@@ -204,45 +204,47 @@ def errors(run: Run) -> str:
         return ""
     rows = [
         [
-            str(one.count),
-            text(f"{one.stage}: {one.kind}" + (f" ({one.source})" if one.source else "")),
-            text(f"{one.first_step} to {one.last_step}" if one.last_step > one.first_step else one.first_step),
-            f"<pre>{text(cut(one.example, 600))}</pre>",
+            str(kind.count),
+            text(f"{kind.stage}: {kind.kind}" + (f" ({kind.source})" if kind.source else "")),
+            text(f"{kind.first_step} to {kind.last_step}" if kind.last_step > kind.first_step else kind.first_step),
+            f"<pre>{text(cut(kind.example, 600))}</pre>",
         ]
-        for one in run.errors[:_MOST_ERRORS]
+        for kind in run.errors[:_MOST_ERRORS]
     ]
     more = len(run.errors) - _MOST_ERRORS
-    told = table(["count", "what", "steps", "most frequent message"], rows)
-    return section("Errors", told + (f"<p>and {more} more kinds in errors.jsonl</p>" if more > 0 else ""), id="errors")
+    content = table(["count", "what", "steps", "most frequent message"], rows)
+    return section(
+        "Errors", content + (f"<p>and {more} more kinds in errors.jsonl</p>" if more > 0 else ""), id="errors"
+    )
 
 
 def config_differences(runs: Sequence[Run]) -> str:
     """Return the configuration keys with different values in the runs."""
-    found = [dict(_leaves(portable(run.config, run.folder))) for run in runs]
-    for flat in found:
+    configs = [dict(_leaves(portable(run.config, run.folder))) for run in runs]
+    for flat in configs:
         flat.pop("run.name", None)
-    return section("Configuration: what differs", _differing(runs, found), id="config")
+    return section("Configuration: what differs", _differing(runs, configs), id="config")
 
 
 def environment_differences(runs: Sequence[Run]) -> str:
     """Return the differences between the environments of the runs."""
-    found = [dict(_leaves(run.environment)) for run in runs]
-    return section("Environment: what differs", _differing(runs, found), id="environment")
+    environments = [dict(_leaves(run.environment)) for run in runs]
+    return section("Environment: what differs", _differing(runs, environments), id="environment")
 
 
-def _differing(runs: Sequence[Run], found: Sequence[Mapping[str, Any]]) -> str:
+def _differing(runs: Sequence[Run], flats: Sequence[Mapping[str, Any]]) -> str:
     if len(runs) < 2:
         return ""
-    names = list(dict.fromkeys(name for flat in found for name in flat))
+    names = list(dict.fromkeys(name for flat in flats for name in flat))
     rows = [
-        [key(name), *(text(cut(_told(flat, name), 300)) for flat in found)]
+        [key(name), *(text(cut(_shown_value(flat, name), 300)) for flat in flats)]
         for name in names
-        if len({_told(flat, name) for flat in found}) > 1
+        if len({_shown_value(flat, name) for flat in flats}) > 1
     ]
     return table(["key", *(run.name for run in runs)], rows) if rows else "<p>Nothing.</p>"
 
 
-def _told(flat: Mapping[str, Any], name: str) -> str:
+def _shown_value(flat: Mapping[str, Any], name: str) -> str:
     if name not in flat:
         return "-"
     return "null" if flat[name] is None else str(flat[name])
@@ -258,9 +260,9 @@ def _leaves(tree: Any, at: str = "") -> Iterator[tuple[str, Any]]:
 
 def whole_configs(runs: Iterable[Run]) -> str:
     """Return each configuration and environment, folded."""
-    told = ""
+    content = ""
     for run in runs:
-        for what, tree in (("configuration", run.config), ("environment", run.environment)):
+        for name, tree in (("configuration", run.config), ("environment", run.environment)):
             if tree:
-                told += folded(f"{what} of {run.name}", f"<pre>{text(to_yaml(dict(tree)))}</pre>")
-    return section("Files", told)
+                content += folded(f"{name} of {run.name}", f"<pre>{text(to_yaml(dict(tree)))}</pre>")
+    return section("Files", content)

@@ -48,13 +48,13 @@ class RunPlaces:
     def __init__(self, folders: Sequence[Path]) -> None:
         """Resolve the folders. UserError if a folder holds no run."""
         self.folders = [folder.resolve() for folder in folders]
-        for folder, said in zip(self.folders, folders, strict=True):
+        for folder, name in zip(self.folders, folders, strict=True):
             if not folder.is_dir():
-                raise UserError(f"{said} is no folder; name the folder of a run, such as runs/my-run")
+                raise UserError(f"{name} is no folder; name the folder of a run, such as runs/my-run")
             if not _is_run(folder) and not _stages(folder) and not (folder / "config.resolved.yaml").exists():
-                raise UserError(f"{said} holds no run: there is neither a metrics.jsonl nor a config.resolved.yaml")
+                raise UserError(f"{name} holds no run: there is neither a metrics.jsonl nor a config.resolved.yaml")
 
-    def found(self) -> dict[str, RunPlace]:
+    def by_name(self) -> dict[str, RunPlace]:
         """Return the runs by name. Each stage of a pipeline is a run, in order of their start."""
         paths: list[Path] = []
         for folder in self.folders:

@@ -59,27 +59,27 @@ class SampleFiles:
         with self._lock:
             self._kept[path] = made
             self._kept.move_to_end(path)
-            while len(self._kept) > 1 and sum(len(one.rows) for one in self._kept.values()) > _MOST_INDEXED:
+            while len(self._kept) > 1 and sum(len(index.rows) for index in self._kept.values()) > _MOST_INDEXED:
                 self._kept.popitem(last=False)
         return made
 
-    def whole(self, path: Path, version: str, places: Sequence[int]) -> bytes | None:
+    def whole(self, path: Path, version: str, rows: Sequence[int]) -> bytes | None:
         """Return these lines of the file unchanged. None: the file has changed. IndexError: there is no such line."""
         index = self.index(path)
         if index.version != version:
             return None
         with path.open("rb") as file:
             lines = []
-            for place in places:
-                begin, length = index.spans[place]
+            for row in rows:
+                begin, length = index.spans[row]
                 file.seek(begin)
                 lines.append(file.read(length))
         return b"".join(lines)
 
 
 def _version(path: Path) -> str:
-    found = path.stat()
-    return f"{found.st_ino}-{found.st_mtime_ns}-{found.st_size}"
+    status = path.stat()
+    return f"{status.st_ino}-{status.st_mtime_ns}-{status.st_size}"
 
 
 def _read_index(path: Path, version: str) -> SampleIndex:
@@ -102,7 +102,7 @@ def _read_index(path: Path, version: str) -> SampleIndex:
 def _previews(prompts: Mapping[str, str]) -> dict[str, PromptPreview]:
     """Remove the common beginning of all prompts, such as a system prompt. Of a single prompt keep the end."""
     first, last = min(prompts.values(), default=""), max(prompts.values(), default="")
-    differs = next((place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    differs = next((index for index, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
     start = first.rfind(" ", 0, differs) + 1
 
     def preview(prompt: str) -> str:
@@ -118,11 +118,11 @@ def _previews(prompts: Mapping[str, str]) -> dict[str, PromptPreview]:
 
 def _short(line: bytes) -> dict[str, Any] | None:
     """Return a line without its text. None: the line is truncated, or is no response."""
-    head, found, _ = line.partition(_TOKENS)
+    head, separator, _ = line.partition(_TOKENS)
     if not line.endswith(b"\n"):
         return None
     try:
-        row = json.loads(head + b"}" if found else head)
+        row = json.loads(head + b"}" if separator else head)
     except (ValueError, RecursionError):  # a line that is nested too deep is no response of a run
         return None
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):

@@ -53,7 +53,7 @@ class RunViewer:
     """The web application. `token` None: anyone may look who reaches it by a name of this machine."""
 
     def __init__(self, places: RunPlaces, token: str | None) -> None:
-        self.places = places
+        self.runs = places
         self.token = token
         self.samples = SampleFiles()
 
@@ -111,12 +111,12 @@ class RunViewer:
         return response
 
     async def _runs(self, request: web.Request) -> web.Response:
-        places = await asyncio.to_thread(self.places.found)
-        states = await asyncio.to_thread(lambda: [place.state() for place in places.values()])
-        told: dict[str, Any] = {"runs": states}
+        places = await asyncio.to_thread(self.runs.by_name)
+        states = await asyncio.to_thread(lambda: [run.state() for run in places.values()])
+        answer: dict[str, Any] = {"runs": states}
         if request.query.get("metrics"):
-            told["metrics"] = _DECLARED
-        return web.json_response(told)
+            answer["metrics"] = _DECLARED
+        return web.json_response(answer)
 
     async def _metrics(self, request: web.Request) -> web.Response:
         return await self._tail(request, "metrics.jsonl", last=False)
@@ -127,9 +127,11 @@ class RunViewer:
     async def _tail(self, request: web.Request, name: str, *, last: bool) -> web.Response:
         start, mark = _number(request, "from", default=0), _number(request, "mark", default=0)
         path = self._run(request).path / name
-        piece = await asyncio.to_thread(read_piece, path, start, mark, last=last)
-        place = {"next": piece.next, "mark": piece.mark, "reset": piece.reset, "more": piece.more}
-        return web.Response(body=piece.lines, content_type="application/jsonl", headers={"X-Place": json.dumps(place)})
+        chunk = await asyncio.to_thread(read_piece, path, start, mark, last=last)
+        position = {"next": chunk.next, "mark": chunk.mark, "reset": chunk.reset, "more": chunk.more}
+        return web.Response(
+            body=chunk.lines, content_type="application/jsonl", headers={"X-Place": json.dumps(position)}
+        )
 
     async def _samples(self, request: web.Request) -> web.Response:
         path = samples_path(self._run(request).path, _number(request, "step"))
@@ -137,25 +139,25 @@ class RunViewer:
             index = await asyncio.to_thread(self.samples.index, path)
         except OSError as error:
             raise web.HTTPNotFound(reason="no samples of this step") from error
-        told = {
+        answer = {
             "version": index.version,
             "rows": index.rows,
             "prompts": {group: asdict(prompt) for group, prompt in index.prompts.items()},
             "bad_lines": index.bad_lines,
         }
-        return web.json_response(told)
+        return web.json_response(answer)
 
     async def _responses(self, request: web.Request) -> web.Response:
         path = samples_path(self._run(request).path, _number(request, "step"))
         try:
-            places = [int(place) for place in request.query.get("at", "").split(",")]
+            rows = [int(row) for row in request.query.get("at", "").split(",")]
         except ValueError as error:
             raise web.HTTPBadRequest(reason="at: give the places of responses, such as 0,1,2") from error
-        if len(places) > MOST_WHOLE or min(places) < 0:
+        if len(rows) > MOST_WHOLE or min(rows) < 0:
             raise web.HTTPBadRequest(reason=f"at: at most {MOST_WHOLE} places, from 0 on")
         version = request.query.get("version", "")
         try:
-            lines = await asyncio.to_thread(self.samples.whole, path, version, places)
+            lines = await asyncio.to_thread(self.samples.whole, path, version, rows)
         except (OSError, IndexError) as error:
             raise web.HTTPNotFound(reason="no such response") from error
         if lines is None:
@@ -170,16 +172,16 @@ class RunViewer:
         return web.Response(text=text)
 
     def _run(self, request: web.Request) -> RunPlace:
-        place = self.places.found().get(request.query.get("run", ""))
-        if place is None:
+        run = self.runs.by_name().get(request.query.get("run", ""))
+        if run is None:
             raise web.HTTPNotFound(reason="no such run")
-        return place
+        return run
 
 
 def _number(request: web.Request, name: str, *, default: int | None = None) -> int:
-    given = request.query.get(name, default)
+    value = request.query.get(name, default)
     try:
-        return int(given)  # type: ignore[arg-type]
+        return int(value)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         raise web.HTTPBadRequest(reason=f"{name}: give a whole number") from error
 

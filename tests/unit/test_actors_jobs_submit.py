@@ -84,7 +84,7 @@ def test_values_are_hidden_in_whatever_a_cluster_says() -> None:
     jobs = object.__new__(Jobs)
     jobs._hidden = ("open", "open sesame", "no", "two\nlines")
     assert jobs._masked("it said open sesame, no more") == "it said ***, no more"
-    assert jobs._said("refused:\ntwo\nlines, open") == "refused: ***, ***"
+    assert jobs._message("refused:\ntwo\nlines, open") == "refused: ***, ***"
 
 
 class Breaking:

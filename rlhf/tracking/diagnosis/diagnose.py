@@ -23,18 +23,18 @@ class Watch:
 
     def __init__(self) -> None:
         self._history = History()
-        self._said: set[str] = set()
+        self._reported: set[str] = set()
 
     def observe(self, row: Mapping[str, Any]) -> list[Finding]:
         """Return the problems that first appear in the next row of metrics.jsonl, the worst first."""
-        found = [one for one in self.now(row) if one.kind not in self._said]
-        self._said |= {one.kind for one in found}
-        return sorted(found, key=_rank)
+        new = [finding for finding in self.now(row) if finding.kind not in self._reported]
+        self._reported |= {finding.kind for finding in new}
+        return sorted(new, key=_rank)
 
     def now(self, row: Mapping[str, Any]) -> list[Finding]:
         """Return all problems present after the next row, whether reported before or not."""
         self._history.add(row)
-        return [found for check in CHECKS if (found := check(self._history)) is not None]
+        return [finding for check in CHECKS if (finding := check(self._history)) is not None]
 
 
 def diagnose(rows: Iterable[Mapping[str, Any]]) -> list[Finding]:
@@ -44,16 +44,16 @@ def diagnose(rows: Iterable[Mapping[str, Any]]) -> list[Finding]:
     latest such row. The problem is over if `last_step` lies before the newest row.
     """
     watch = Watch()
-    found: dict[str, Finding] = {}
+    findings: dict[str, Finding] = {}
     for row in rows:
-        for one in watch.now(row):
-            before = found.get(one.kind)
+        for finding in watch.now(row):
+            before = findings.get(finding.kind)
             if before is None:
-                found[one.kind] = one
+                findings[finding.kind] = finding
                 continue
-            told = one if _rank(one)[0] <= _rank(before)[0] else before
-            found[one.kind] = replace(told, first_step=before.first_step, last_step=one.last_step)
-    return sorted(found.values(), key=_rank)
+            worst = finding if _rank(finding)[0] <= _rank(before)[0] else before
+            findings[finding.kind] = replace(worst, first_step=before.first_step, last_step=finding.last_step)
+    return sorted(findings.values(), key=_rank)
 
 
 def _rank(finding: Finding) -> tuple[int, int]:

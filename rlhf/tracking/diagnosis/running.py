@@ -23,16 +23,16 @@ _FAILURES = {
 
 
 def rewards_fail(history: History) -> Finding | None:
-    told: list[str] = []
+    failures: list[str] = []
     keys: list[str] = []
     steps: list[int] = []
     for key, meaning in _FAILURES.items():
         failed = [point for point in history.since(key, history.step - RECENT) if point.value > 0]
         if failed:
-            told.append(f"{say(sum(point.value for point in failed))} {meaning}")
+            failures.append(f"{say(sum(point.value for point in failed))} {meaning}")
             keys.append(key)
             steps += [point.step for point in failed]
-    if not told:
+    if not failures:
         return None
     return Finding(
         kind="rewards_fail",
@@ -40,7 +40,7 @@ def rewards_fail(history: History) -> Finding | None:
         first_step=min(steps),
         last_step=max(steps),
         metrics=tuple(keys),
-        what=f"In the last steps {', and '.join(told)}.",
+        what=f"In the last steps {', and '.join(failures)}.",
         why="A reward or an environment fails on some responses. Those that it fails on are not trained on, which "
         "biases what is learnt towards the others.",
         advice="errors.jsonl names prompt, sample and message of each; mend the function, or raise "

@@ -62,7 +62,7 @@ class LineProgress(Progress):
         self._say(text)
 
     def _shown(self, *, entered: bool) -> None:
-        if time.monotonic() - self._said >= _HEARTBEAT_S:
+        if time.monotonic() - self._last_line >= _HEARTBEAT_S:
             self._say(f"{self._where()}: {self._doing()}")
 
     def _stepped(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -73,4 +73,4 @@ class LineProgress(Progress):
     def _say(self, line: str) -> None:
         self._stream.write(line + "\n")
         self._stream.flush()
-        self._said = time.monotonic()
+        self._last_line = time.monotonic()

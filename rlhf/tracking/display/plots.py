@@ -42,11 +42,11 @@ def plot_curves(runs: Mapping[str, Path], metrics: Sequence[str], *, output: Pat
     columns = min(_COLUMNS, len(panels))
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(_PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * lines), layout="constrained")
-    for place, key in enumerate(panels, start=1):
-        axes = figure.add_subplot(lines, columns, place)
+    for index, key in enumerate(panels, start=1):
+        axes = figure.add_subplot(lines, columns, index)
         for color, (name, run) in zip(cycle(COLORS), rows.items(), strict=False):
             _draw(axes, key, _points(run, key), color=color, label=name)
-        if len(runs) > 1 and place == 1:
+        if len(runs) > 1 and index == 1:
             axes.legend(fontsize=8, frameon=False)
         unit = names[key].unit
         axes.set_title(key if unit == "1" else f"{key} ({unit})", fontsize=10, loc="left")

@@ -52,6 +52,6 @@ class JsonProgress(Progress):
             sample=None if sample is None else {key: sample.get(key) for key in _SAMPLE_KEYS},
         )
 
-    def _write(self, event: str, **told: Any) -> None:
-        self._stream.write(json_line({"event": event, "run": self._run, **told}))
+    def _write(self, event: str, **fields: Any) -> None:
+        self._stream.write(json_line({"event": event, "run": self._run, **fields}))
         self._stream.flush()

@@ -71,8 +71,8 @@ class LiveProgress(Progress):
     def _bars(self) -> Table:
         bars = Table.grid(padding=(0, 1))
         bars.add_column(min_width=12)  # so that nothing shifts as the stages change
-        told = f"{self._done}/{self._total}{self._left()}  {self._run}"
-        bars.add_row(Text("steps"), _bar(self._done, self._total), Text(told))
+        steps = f"{self._done}/{self._total}{self._left()}  {self._run}"
+        bars.add_row(Text("steps"), _bar(self._done, self._total), Text(steps))
         for name, stage in list(self._stages.items()):
             bars.add_row(Text(name), _stage_bar(stage), Text(_stage_words(stage)))
         return bars
@@ -113,14 +113,14 @@ def _sample_text(row: Mapping[str, Any]) -> Text:
     score = row.get("score")
     scored = "" if score is None else f" [{number(score)}]"
     prompt, response = str(row.get("prompt", "")), str(row.get("response", ""))
-    told = Text(no_wrap=False, overflow="fold")
-    told.append("sample  ", style="dim")
-    told.append(_one_line(prompt[-_SAMPLE_CHARACTERS:]), style="dim")
-    told.append("\n     -> ", style="dim")
-    told.append(_one_line(response[:_SAMPLE_CHARACTERS]) + scored)
-    return told
+    sample = Text(no_wrap=False, overflow="fold")
+    sample.append("sample  ", style="dim")
+    sample.append(_printable_line(prompt[-_SAMPLE_CHARACTERS:]), style="dim")
+    sample.append("\n     -> ", style="dim")
+    sample.append(_printable_line(response[:_SAMPLE_CHARACTERS]) + scored)
+    return sample
 
 
-def _one_line(text: str) -> str:
+def _printable_line(text: str) -> str:
     """Return text on one line without control characters."""
     return "".join(mark if mark.isprintable() else " " for mark in text)

@@ -29,21 +29,21 @@ RATIO_EDGES = (0.0, *(2.0 ** ((2 * k + 1) / 32) for k in range(-48, 48)))
 TOKEN_EDGES = (0.0, *sorted({float(round(2.0 ** (k / 4))) for k in range(81)}))
 
 
-def trimmed(found: Histogram) -> dict[str, Any]:
+def trimmed(histogram: Histogram) -> dict[str, Any]:
     """Return the form of a histogram for the file, without empty bins at the ends."""
-    filled = [place for place, count in enumerate(found.counts) if count]
+    filled = [index for index, count in enumerate(histogram.counts) if count]
     first, last = filled[0], filled[-1]
     return {
-        "edges": list(found.edges[first : last + 2]),
-        "counts": [int(count) for count in found.counts[first : last + 1]],
+        "edges": list(histogram.edges[first : last + 2]),
+        "counts": [int(count) for count in histogram.counts[first : last + 1]],
     }
 
 
-def append_histograms(folder: Path, step: int, found: Mapping[str, Histogram]) -> None:
+def append_histograms(folder: Path, step: int, distributions: Mapping[str, Histogram]) -> None:
     """Write the step's row, if it has any. It does not wait for the disk."""
-    if found:
+    if distributions:
         path = folder / FILE
-        row = {"step": step, **{key: trimmed(one) for key, one in sorted(found.items())}}
+        row = {"step": step, **{key: trimmed(histogram) for key, histogram in sorted(distributions.items())}}
         with explains_full(path), path.open("a", encoding="utf-8") as file:
             file.write(json_line(row))
 

@@ -39,13 +39,13 @@ class NodeSampler:
         now, memory = self._times, psutil.virtual_memory()
         total = sum(now[:_COUNTED]) - sum(before[:_COUNTED])
         idle = now.idle + now.iowait - before.idle - before.iowait
-        found: dict[str, Reduction] = {"memory_gib": Last(value=(memory.total - memory.available) / 2**30)}
+        metrics: dict[str, Reduction] = {"memory_gib": Last(value=(memory.total - memory.available) / 2**30)}
         if total > 0.0:  # of less than a tick of the kernel's clock there is nothing to say
-            found["cpu_fraction"] = Mean(total=min(max(total - idle, 0.0), total), count=total)
+            metrics["cpu_fraction"] = Mean(total=min(max(total - idle, 0.0), total), count=total)
         with self._guard:
-            found |= self._gpu
+            metrics |= self._gpu
             self._gpu = {}
-        return found
+        return metrics
 
     def stop(self) -> None:
         """Ask no GPU any more."""
@@ -53,17 +53,19 @@ class NodeSampler:
 
     def _watch_gpus(self) -> None:
         while not self._stopped.wait(GPU_EVERY_S):
-            found = gpu_use(output_of(*_QUERY) or "")
+            metrics = gpu_use(output_of(*_QUERY) or "")
             with self._guard:
-                self._gpu = {key: self._gpu[key].merge(one) if key in self._gpu else one for key, one in found.items()}
+                self._gpu = {
+                    key: self._gpu[key].merge(value) if key in self._gpu else value for key, value in metrics.items()
+                }
 
 
-def gpu_use(told: str) -> dict[str, Reduction]:
+def gpu_use(output: str) -> dict[str, Reduction]:
     """Return the use of all GPUs of a node from the output of nvidia-smi.
 
     Each line has per cent and MiB, or states that the value is unknown.
     """
-    numbers = [(float(busy), float(used)) for busy, used in re.findall(r"^(\d+), (\d+)$", told, re.MULTILINE)]
+    numbers = [(float(busy), float(used)) for busy, used in re.findall(r"^(\d+), (\d+)$", output, re.MULTILINE)]
     if not numbers:
         return {}
     return {

@@ -260,8 +260,8 @@ class RunFolder:
         return removed
 
     def _step_folders(self) -> list[tuple[int, Path]]:
-        found = ((_STEP.fullmatch(path.name), path) for path in self.checkpoints.iterdir())
-        return sorted((int(match[1]), path) for match, path in found if match is not None)
+        matches = ((_STEP.fullmatch(path.name), path) for path in self.checkpoints.iterdir())
+        return sorted((int(match[1]), path) for match, path in matches if match is not None)
 
     def _point(self, link: str, step: int) -> None:
         aside = self.checkpoints / f".{link}.partial"

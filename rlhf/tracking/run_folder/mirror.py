@@ -148,20 +148,20 @@ class Mirror:
 
     def _state(self) -> list[str]:
         """Return the names of all files except checkpoints, model and half-written ones. Some may vanish meanwhile."""
-        top, found = self._folder.path, list[str]()
+        top, names = self._folder.path, list[str]()
         for at, folders, files in os.walk(top):  # which passes over a folder that has gone
             apart = _ELSEWHERE if Path(at) == top else ()
             folders[:] = [name for name in folders if not name.startswith(".") and name not in apart]
-            found += [Path(at, name).relative_to(top).as_posix() for name in files if not name.startswith(".")]
-        return sorted(found, key=lambda name: (name == _RESULT, name))
+            names += [Path(at, name).relative_to(top).as_posix() for name in files if not name.startswith(".")]
+        return sorted(names, key=lambda name: (name == _RESULT, name))
 
     def _put_changed(self, name: str) -> None:
         path = self._folder.path / name
         try:
-            said = path.stat()
+            status = path.stat()
         except FileNotFoundError:  # a sample file that is being written anew
             return
-        now = (said.st_size, said.st_mtime_ns)
+        now = (status.st_size, status.st_mtime_ns)
         if self._sent.get(name) == now:
             return
         self._put(path, f"{name}.partial")  # where a store cannot write at once, a cut file would be read as whole
@@ -230,10 +230,10 @@ class Mirror:
 
     def _has(self, step: int, *, named: bool) -> bool:
         """Return whether the folder needs no download of this step's checkpoint. named: the user asked for the step."""
-        here = step if named else self._folder.latest_checkpoint()
-        if here is None or (not named and here != step):
-            return here is not None and here > step
-        return find_damage(self._folder.checkpoint(here), step=here) is None
+        present = step if named else self._folder.latest_checkpoint()
+        if present is None or (not named and present != step):
+            return present is not None and present > step
+        return find_damage(self._folder.checkpoint(present), step=present) is None
 
     def _get_checkpoint(self, step: int, whole: list[int]) -> None:
         name = f"checkpoints/step_{step:06d}"
@@ -280,8 +280,8 @@ class Mirror:
             self._store.invalidate_cache()
             if not self._store.exists(self._root):
                 return {}
-            found: dict[str, dict[str, Any]] = self._store.find(self._root, detail=True)
-            return {path.removeprefix(self._root).lstrip("/"): int(one["size"]) for path, one in found.items()}
+            files: dict[str, dict[str, Any]] = self._store.find(self._root, detail=True)
+            return {path.removeprefix(self._root).lstrip("/"): int(file["size"]) for path, file in files.items()}
 
         return self._tried(find)
 
@@ -356,7 +356,7 @@ class Mirror:
                 return result
         raise AssertionError("unreachable")
 
-    def _guarded(self, call: Callable[[], T], what: str) -> T:
+    def _guarded(self, call: Callable[[], T], action: str) -> T:
         """Return the result of a call, from a thread abandoned when no bytes move. RunError names the place."""
         done: list[T] = []
         failed: list[Exception] = []
@@ -373,12 +373,12 @@ class Mirror:
         while thread.is_alive():
             if time.monotonic() - self._moved > self._stalled_s:
                 self._abandoned = True
-                raise RunError(f"run.mirror: {what} {self.place}: no answer for {self._stalled_s:g} s")
+                raise RunError(f"run.mirror: {action} {self.place}: no answer for {self._stalled_s:g} s")
             thread.join(0.2)
         if failed and isinstance(failed[0], RunError | UserError):
             raise failed[0]
         if failed:
-            raise RunError(f"run.mirror: {what} {self.place} failed: {redact(_words(failed[0]))}") from failed[0]
+            raise RunError(f"run.mirror: {action} {self.place} failed: {redact(_words(failed[0]))}") from failed[0]
         return done[0]
 
 

@@ -93,8 +93,8 @@ def write_samples(path: Path, records: Sequence[SampleRecord]) -> None:
     """
     path.parent.mkdir(exist_ok=True)
     splits = {record.split for record in records}
-    others = [row for row in read_lines(path) if row["split"] not in splits]
-    write_lines(path, [*others, *(_finite(asdict(record)) for record in records)])
+    kept = [row for row in read_lines(path) if row["split"] not in splits]
+    write_lines(path, [*kept, *(_finite(asdict(record)) for record in records)])
 
 
 def last_sample(folder: Path, step: int) -> dict[str, Any] | None:
@@ -107,10 +107,10 @@ def last_sample(folder: Path, step: int) -> dict[str, Any] | None:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
             lines = file.read().splitlines()
-            found = json.loads(lines[-1]) if lines else None
+            row = json.loads(lines[-1]) if lines else None
     except (OSError, ValueError):  # not written yet, or one response alone is longer than that
         return None
-    return found if isinstance(found, dict) else None
+    return row if isinstance(row, dict) else None
 
 
 def remove_files_after(folder: Path, step: int) -> list[int]:

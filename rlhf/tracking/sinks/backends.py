@@ -99,9 +99,9 @@ class Relay:
                 self._close_within_s,
             )
 
-    def _put(self, what: str, call: Callable[[], None]) -> None:
+    def _put(self, name: str, call: Callable[[], None]) -> None:
         try:
-            self._calls.put_nowait((what, call))
+            self._calls.put_nowait((name, call))
         except queue.Full:
             if not (self._missed or self._broken):
                 logger.warning("%s is %d calls behind and misses some", self._backend.name, MOST_WAITING)

@@ -58,15 +58,21 @@ def dashboard() -> dict[str, Any]:
 def _progress() -> dict[str, Any]:
     """Return the panel with the newest step of each run."""
     target = _target(f"{RAYS_PREFIX}{PREFIX}{STEP}", (), "A")
-    place = {"x": 0, "y": 0, "w": 24, "h": _HEIGHT}
-    return {"type": "timeseries", "title": "steps done", "datasource": _SOURCE, "targets": [target], "gridPos": place}
+    position = {"x": 0, "y": 0, "w": 24, "h": _HEIGHT}
+    return {
+        "type": "timeseries",
+        "title": "steps done",
+        "datasource": _SOURCE,
+        "targets": [target],
+        "gridPos": position,
+    }
 
 
 def _graph(panel: Panel, question: str, *, x: int, y: int) -> dict[str, Any]:
     targets, unit = [], "none"
     for number, name in enumerate(panel.metrics):
-        found = exported(METRICS[name])
-        targets.append(_target(found.in_prometheus, found.labels, chr(ord("A") + number), rate=found.is_counter))
+        metric = exported(METRICS[name])
+        targets.append(_target(metric.in_prometheus, metric.labels, chr(ord("A") + number), rate=metric.is_counter))
         unit = _UNITS.get(METRICS[name].unit, "none")
     scale = {"type": "log", "log": 10} if panel.log else {"type": "linear"}
     return {

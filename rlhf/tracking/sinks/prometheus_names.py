@@ -57,6 +57,6 @@ def labelled(key: str) -> tuple[Exported, dict[str, str]]:
 
 def all_exported() -> list[Exported]:
     """Return all metrics that a run may export."""
-    found = [exported(metric) for metric in METRICS.values() if metric.reduction is not Histogram]
+    metrics = [exported(metric) for metric in METRICS.values() if metric.reduction is not Histogram]
     step = Exported(name=PREFIX + STEP, labels=(), is_counter=False, meaning="The last step that is done")
-    return [step, *found]
+    return [step, *metrics]

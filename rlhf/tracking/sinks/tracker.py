@@ -92,12 +92,12 @@ class Tracker:
         self._last_step = step
         for backend in self._backends:
             backend.log(TrackedStep(folder=self._folder, step=step, metrics=values, histograms=distributions))
-        found = self._watch.observe(row)
-        for one in found:
-            logger.log(logging.INFO if one.severity == "notice" else logging.WARNING, "%s", one.sentence())
-            if one.severity != "notice":
-                self.alert(one.severity, one.kind, f"Step {step}: {one.sentence()}")
-        return found
+        findings = self._watch.observe(row)
+        for finding in findings:
+            logger.log(logging.INFO if finding.severity == "notice" else logging.WARNING, "%s", finding.sentence())
+            if finding.severity != "notice":
+                self.alert(finding.severity, finding.kind, f"Step {step}: {finding.sentence()}")
+        return findings
 
     def alert(self, severity: Severity, title: str, text: str) -> None:
         """Send an alert to the back ends."""

@@ -130,8 +130,8 @@ class WandbBackend:
 
         row: dict[str, Any] = {"step": step.step}
         row |= {key: value for key, value in step.metrics.items() if value is not None}
-        for key, found in step.histograms.items():
-            form = trimmed(found)
+        for key, histogram in step.histograms.items():
+            form = trimmed(histogram)
             row[key] = wandb.Histogram(np_histogram=(form["counts"], form["edges"]))
         for split, (columns, rows) in tables(step.samples()).items():
             row[f"samples/{split}"] = wandb.Table(columns=columns, data=rows, allow_mixed_types=True)
@@ -180,7 +180,7 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         if any(isinstance(item, Mapping | list | tuple) for item in value):
-            return {str(place): plain(item) for place, item in enumerate(value)}
+            return {str(index): plain(item) for index, item in enumerate(value)}
         return ", ".join(map(str, value))
     return value
 
@@ -195,13 +195,13 @@ def tables(samples: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[str], l
     for sample in samples:
         if "response" in sample:
             by_split.setdefault(sample.get("split") or sample["set"], []).append(sample)
-    found = {}
+    tables_by_split = {}
     for split, rows in by_split.items():
         rewards = sorted({name for row in rows for name in row.get("scores") or {}})
         columns = ["group_id", "sample", "prompt", "response", "score", *(f"score/{name}" for name in rewards)]
         columns += ["advantage", "response_tokens", "truncated", "old_minus_rollout_logprob", "old_minus_ref_logprob"]
-        found[split] = (columns, [_cells(row, rewards) for row in rows[:MOST_ROWS]])
-    return found
+        tables_by_split[split] = (columns, [_cells(row, rewards) for row in rows[:MOST_ROWS]])
+    return tables_by_split
 
 
 def _cells(row: Mapping[str, Any], rewards: Sequence[str]) -> list[Any]:
@@ -233,7 +233,7 @@ def _difference(left: float | None, right: float | None) -> float | None:
     return found if found is None or math.isfinite(found) else None
 
 
-def _within(timeout_s: float, what: str, call: Callable[[], T]) -> T:
+def _within(timeout_s: float, action: str, call: Callable[[], T]) -> T:
     """Return the call's result, from a thread abandoned at the deadline. TimeoutError names the awaited operation."""
     future: Future[T] = Future()
 
@@ -243,10 +243,10 @@ def _within(timeout_s: float, what: str, call: Callable[[], T]) -> T:
         except BaseException as error:  # noqa: BLE001  (handed to the waiting thread, which raises it)
             future.set_exception(error)
 
-    threading.Thread(target=work, name=f"wandb {what}", daemon=True).start()
+    threading.Thread(target=work, name=f"wandb {action}", daemon=True).start()
     try:
         return future.result(timeout_s)
     except TimeoutError as error:
         if future.done():
             raise
-        raise TimeoutError(f"waited {timeout_s:g} s for W&B ({what})") from error
+        raise TimeoutError(f"waited {timeout_s:g} s for W&B ({action})") from error
