@@ -141,7 +141,7 @@ class Jobs:
     def state(self, job: str) -> JobEnd:
         """Return the state of a job. UserError: there is no such job."""
         with self._explained():
-            info = self._client.get_other(job)
+            info = self._client.get_job_info(job)
         return JobEnd(state=str(info.status), exit_code=info.driver_exit_code, message=self._message(info.message))
 
     def follow(self, job: str, write: Callable[[str], object]) -> JobEnd:
