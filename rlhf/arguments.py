@@ -26,7 +26,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             f"{args.command} does not know {' '.join(wrong)}; `rlhf {args.command} --help` shows what it knows"
         )
     if takes_overrides:
-        args.overrides = [*args.overrides, *extra]  # argparse leaves those that follow an option
+        args.overrides = [*args.overrides, *extra]  # argparse does not parse overrides after an option
     return args
 
 

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _repair_streams() -> None:
     """Make writing never fail: a closed stream becomes /dev/null, and characters outside the locale are escaped."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # Python's value for a stream that was closed when it started
+        if getattr(sys, name) is None:  # Python's value for a stream closed at its start
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115  for the whole process
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -55,7 +55,7 @@ def _main(words: list[str]) -> int:
         return _say(f"preempted: {end}{_how_to_continue(words, args)}", 75)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
-            sys.stderr.close()  # there is no one to tell
+            sys.stderr.close()  # nobody reads the output
             return 1
         if args.debug:
             raise
@@ -73,7 +73,7 @@ def _how_to_continue(given: Sequence[str], args: argparse.Namespace) -> str:
     if args.command == "quickstart" or args.resume == "auto":
         return f". Continue with: rlhf {shlex.join(given)}"
     words = [word for word in given if word != "--overwrite"]
-    if "--resume" in words:  # with a checkpoint, which the run has left behind
+    if "--resume" in words:  # with a step, which the run has passed
         del words[words.index("--resume") : words.index("--resume") + 2]
     return f". Continue with: rlhf {shlex.join(words)} --resume auto"
 
@@ -90,7 +90,7 @@ def _known(error: BaseException) -> UserError | RunError | None:
 def _reader_is_gone() -> bool:
     """Return whether the reader of our output has gone."""
     output = select.poll()
-    output.register(1, 0)  # an error is told unasked
+    output.register(1, 0)  # poll reports errors without a request
     return bool(output.poll(0))
 
 

@@ -16,7 +16,7 @@ from rlhf.tracking.run_folder.samples import samples_path
 from rlhf.tracking.sinks.tracker import read_metrics
 
 ACCURACY = "eval/heldout/score"
-BEFORE = (0.2, 0.7)  # the warm start has learnt something, and left something to learn
+BEFORE = (0.2, 0.7)  # the warm start has learned the task only in part
 AFTER = 0.85
 CURVES = (ACCURACY, "rewards/score/mean", "experience/kl_ref/mean", "update/entropy/mean")
 NUM_SAMPLES = 5

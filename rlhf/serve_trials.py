@@ -29,7 +29,7 @@ def serve() -> int:
                 os.dup2(log.fileno(), 2)
             if not has_ray:
                 has_ray = True
-                with suppress(UserError, RunError):  # main meets it again, and says it
+                with suppress(UserError, RunError):  # main raises the same error again, and reports it
                     _keep(to_the_end, order["words"][1])
             code = main(order["words"])
             if code != 0:

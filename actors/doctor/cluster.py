@@ -34,13 +34,13 @@ from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.stages import MergeStage, Stage
 from rlhf.errors import UserError
 
-ANSWER_WITHIN_S = 60.0  # of a node, whose actor is a process to be started
+ANSWER_WITHIN_S = 60.0  # for a node, whose actor has to start first
 QUICK_S = 15.0
-MOST_FOR_ALL_PAIRS = 8  # nodes; of more, each is measured with the next one
+MOST_FOR_ALL_PAIRS = 8  # nodes; with more, each node is measured with the next
 CLOCKS_WITHIN_S = 1.0
 SLOW = 0.5  # of the median bandwidth
 SHM_NEEDED_GIB = 2.0
-MODELS = ("policy", "critic", "reference", "teacher", "reward", "evaluate")  # sections that name them
+MODELS = ("policy", "critic", "reference", "teacher", "reward", "evaluate")  # sections with models
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 

@@ -266,7 +266,7 @@ def _imports() -> list[Finding]:
         environment = {**os.environ, "DS_ACCELERATOR": "cpu"} if _torch_cuda() is None else dict(os.environ)
         label = f"import {name}"
         if importlib.util.find_spec(name) is None:
-            continue  # the version row has said so
+            continue  # the version row reports it
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S, env=environment)
         except subprocess.TimeoutExpired:

@@ -35,17 +35,17 @@ class NodeFacts:
     """The facts about one node."""
 
     host: str
-    interface: str  # of the address that Ray knows it by
-    others: tuple[str, ...]  # the node's other interfaces that are up
+    interface: str  # the interface of the node's address in Ray
+    others: tuple[str, ...]  # the node's other active interfaces
     versions: Mapping[str, str]
     code: str  # a hash of our packages
-    folder: str  # where its workers run, which relative paths are taken from
+    folder: str  # where its workers run: the base of relative paths
     shm_gib: float
     shm_free_gib: float
-    seen: Mapping[str, str]  # of each path asked for: how large it is there; "" if it is not there
-    cached: Mapping[str, bool]  # of each model of the hub asked for: whether it lies in the node's cache
-    no_hub: str  # why the hub does not answer there; "": it does, or no model was asked for
-    shared: str  # "": it read what the driver had written and wrote beside it; else why not
+    seen: Mapping[str, str]  # by path: its size there; "" if it is missing
+    cached: Mapping[str, bool]  # by hub model: whether it is in the node's cache
+    no_hub: str  # why the hub does not answer; "": it does, or is not needed
+    shared: str  # "": it read the driver's file and wrote next to it; else the reason why not
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,7 +27,7 @@ from rlhf.data.sources import FILE_SUFFIXES
 from rlhf.errors import UserError
 
 LARGEST_MIB = 100  # of all files together: Ray keeps the archive in the head's memory and unpacks it on every node
-# At the top, whatever .gitignore says.
+# Left out at the top of the folder, independent of .gitignore.
 STAYS = frozenset({".git", ".venv", "evals", "models", "runs", "sweeps", "wandb"})
 GIT_WITHIN_S = 60.0
 # Files that usually hold secrets. They travel only if the configuration names them; --env gives a job single variables.
@@ -38,7 +38,7 @@ SECRETS = re.compile(
     re.IGNORECASE,
 )
 SECRET_FOLDERS = frozenset({".aws", ".azure", ".git", ".gnupg", ".kube", ".ssh"})  # .git/config may hold a token
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # one time for all files: equal projects are equal archives, which Ray uploads once
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the same time for all files: Ray uploads equal archives only once
 
 Key = tuple[str, ...]
 logger = logging.getLogger(__name__)
@@ -200,7 +200,7 @@ def _listed(folder: Path) -> set[Path]:
     files: set[Path] = set()
     for name in filter(None, (output or "").split("\0")):
         path = folder / name
-        if (path / ".git").exists() and not path.is_symlink():  # of its own: a submodule or a clone
+        if (path / ".git").exists() and not path.is_symlink():  # a separate repository: a submodule or a clone
             files |= {Path(name) / inner for inner in _listed(path)}
         elif path.is_file():
             files.add(Path(name))

@@ -31,11 +31,11 @@ from rlhf.errors import RunError, UserError
 from rlhf.stopping import run_async, run_stoppable
 from rlhf.tracking.logs import MASK, redact
 
-ANSWER_WITHIN_S = 30.0  # one request
+ANSWER_WITHIN_S = 30.0  # for one request
 UPLOAD_WITHIN_S = 600.0
-AGENT_WITHIN_S = 60.0  # a head that has just started has no agent for jobs yet
-LOST_FOR_S = 300.0  # after it, a head that gives no answer is given up
-HEARTBEAT_S = 10.0  # of silence in a log, after which the job's state is asked for
+AGENT_WITHIN_S = 60.0  # a newly started head has no agent for jobs yet
+LOST_FOR_S = 300.0  # a head without an answer for longer is given up
+HEARTBEAT_S = 10.0  # of silence in a log before a request for the job's state
 STOP_WITHIN_S = 300  # between SIGTERM, on which a run writes a checkpoint, and SIGKILL
 OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 RUN = "rlhf_run"  # key of a job's metadata: the folder of its run
@@ -58,8 +58,8 @@ class JobEnd:
     """How a job ended, or how it stands."""
 
     state: str  # PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED
-    exit_code: int | None  # of its driver, if that ran to an end
-    message: str  # Ray's words, on one line
+    exit_code: int | None  # of its driver, if it ended
+    message: str  # Ray's message, on one line
 
     @property
     def is_over(self) -> bool:
@@ -79,11 +79,11 @@ class Jobs:
     """The jobs of one cluster."""
 
     def __init__(self, address: str | None) -> None:
-        for name in ("dashboard_sdk", "job.sdk"):  # on stderr they tell of uploads and of connections that end
+        for name in ("dashboard_sdk", "job.sdk"):  # they log uploads and closed connections to stderr
             logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
         self.address = _dashboard(address)
         self._hidden: tuple[str, ...] = ()
-        variable = "RAY_API_SERVER_ADDRESS"  # which Ray's client prefers to its argument
+        variable = "RAY_API_SERVER_ADDRESS"  # Ray's client prefers it to its argument
         before = os.environ.get(variable)
         os.environ[variable] = self.address
         try:
@@ -242,7 +242,7 @@ class Jobs:
         return " ".join(self._masked(str(words or "")).split())[:600].rstrip(".")
 
     def _masked(self, text: str) -> str:
-        for value in sorted(self._hidden, key=len, reverse=True):  # one may be a part of another
+        for value in sorted(self._hidden, key=len, reverse=True):  # a value may be part of another
             if len(value) >= 4:
                 text = text.replace(value, MASK)
         return redact(text)

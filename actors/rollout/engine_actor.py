@@ -68,7 +68,7 @@ class EngineHealth:
     requests_in_flight: int
     last_step_age_s: float
     rss_gib: float
-    failure: str | None  # why it answers nothing any more
+    failure: str | None  # why it no longer answers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,15 +86,15 @@ class RolloutWorker:
         self.spec = spec
         self.loop = EngineLoop(lambda: build_engine(spec), name=spec.name)
         self.version: int | None = None
-        self._asleep: set[EnginePart] = set()  # whose GPU memory a trainer has now
+        self._asleep: set[EnginePart] = set()  # parts whose GPU memory a trainer uses now
         self._lora: Any = None
         self._added: dict[str, int] = {}  # special and added tokens by their text
         self._serial = 0
         self._held: list[tuple[int, list[Submission], asyncio.Future[list[Future[Any]]]]] | None = None
-        self._refused: RunError | None = None  # why a group that came since `hold` cannot be started
+        self._refused: RunError | None = None  # the error of a group submitted since `hold`
         self._arrived = asyncio.Condition()
         self._conversations: Conversations | None = None
-        self._playing: dict[int, asyncio.Future[list[Played]]] = {}  # groups whose conversations go on
+        self._playing: dict[int, asyncio.Future[list[Played]]] = {}  # groups with running conversations
 
     async def start(self) -> EngineInfo:
         """Load the model. RunError if that fails or takes longer than start_timeout_s."""
@@ -173,7 +173,7 @@ class RolloutWorker:
         if spooled is not None:
             return spooled
         failed = any(info.environment_error is not None for info in infos)
-        if self.spec.spool is not None and not failed:  # whoever resumes has mended the environment
+        if self.spec.spool is not None and not failed:  # a resumed run may have a fixed environment
             await asyncio.to_thread(
                 write_group, self.spec.spool, request, sampling, version, rollouts, infos, environment=self._played_in
             )
@@ -297,7 +297,7 @@ class RolloutWorker:
         self._refuse_asleep("weights")
         if manifest.version != version:
             raise RunError(f"{self.spec.name}: asked for version {version}, the manifest holds {manifest.version}")
-        self.version = None  # whatever happens: no sample by half-loaded weights
+        self.version = None  # in any case: no sample from half-loaded weights
         is_adapter = manifest.transport == "adapter"
         load = load_adapter if is_adapter else load_weights
         loaded = await self._call(

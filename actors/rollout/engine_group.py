@@ -32,7 +32,7 @@ from rlhf.types import GroupRequest, RolloutInfo, Sampling
 
 logger = logging.getLogger(__name__)
 
-ASKED_AT_ONCE = 10_000  # calls that an engine's actor holds; vLLM has its own queue
+ASKED_AT_ONCE = 10_000  # calls queued in an engine's actor; vLLM has a separate queue
 
 
 class RolloutEngine(RolloutWorker):
@@ -133,7 +133,7 @@ class RolloutEngines:
         self.sync = sync
         self.deadline_s = deadline_s
         self.processes = Processes("rollout", handles)
-        self._cancelled: set[int] = set()  # groups that a `generate` at work is not to yield
+        self._cancelled: set[int] = set()  # groups that a running `generate` must not yield
 
     async def connect(
         self, policy: PolicyGang, *, one_host: bool, tensor_parallel: int, adapter: bool, shared: Path

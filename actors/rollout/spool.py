@@ -62,7 +62,7 @@ def read_group(
                 return None
             rollouts = Rollouts(**{field.name: file.get_tensor(field.name) for field in fields(Rollouts)})
             infos = tuple(_info(row) for row in json.loads(metadata["infos"]))
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:  # also of a release that knew other scalars
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:  # also from a release with other scalars
         logger.warning("%s is damaged (%s); its group is drawn again", path, error)
         return None
     return rollouts, infos

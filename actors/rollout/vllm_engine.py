@@ -18,7 +18,7 @@ from rlhf.errors import RunError
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
 from rlhf.types import Sampling
 
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM allocates for
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # supported by vLLM
 PREFILL_TOKENS = 8192  # most prompt tokens of one engine step
 
 
@@ -33,19 +33,19 @@ class RolloutSpec:
     max_num_seqs: int  # samples in one step of the engine
     transport: Transport | None  # how weights come. None: never, the engine is frozen: see is_frozen
     tokenizer: str | None = None  # folder or name of another tokenizer; None: the model's own
-    adapter: str | None = None  # a LoRA folder that a frozen engine puts on its model
+    adapter: str | None = None  # a LoRA folder for a frozen engine's model
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = 1  # CPU only
-    kv_cache_gib: float | None = 1.0  # None (GPU): what gpu_memory_utilization leaves
+    kv_cache_gib: float | None = 1.0  # None (GPU): the rest of gpu_memory_utilization
     gpu_memory_utilization: float = 0.9
     tensor_parallel: int = 1
     enforce_eager: bool = True
     lora_rank: int | None = None  # then an adapter is synced, not the weights
-    colocated: bool = False  # shares its GPUs with a trainer, with which it takes turns
+    colocated: bool = False  # takes turns with a trainer on the same GPUs
     trust_remote_code: bool = False
     sender_address: str | None = None  # of the host that broadcasts the weights; None: all on one host
     spool: Path | None = None  # finished groups are kept here
-    environment: EnvironmentSpec | None = None  # what the policy converses with; None: one turn answers a prompt
+    environment: EnvironmentSpec | None = None  # of conversations; None: one turn answers a prompt
     start_timeout_s: float = 600.0
     call_timeout_s: float = 1800.0  # of a generate or an update
 
@@ -103,7 +103,7 @@ def build_engine(spec: RolloutSpec) -> Any:
             max_num_seqs=spec.max_num_seqs,
             max_num_batched_tokens=max(PREFILL_TOKENS, spec.max_model_len),
             tensor_parallel_size=spec.tensor_parallel,
-            # Left to itself vLLM would place actors of its own in the run's placement group.
+            # By default vLLM would place additional actors in the run's placement group.
             distributed_executor_backend="uni" if spec.tensor_parallel == 1 else "mp",
             gpu_memory_utilization=spec.gpu_memory_utilization,
             kv_cache_memory_bytes=None if spec.kv_cache_gib is None else int(spec.kv_cache_gib * 2**30),
@@ -112,7 +112,7 @@ def build_engine(spec: RolloutSpec) -> Any:
             enable_chunked_prefill=not cpu,  # on a CPU a seeded sample in a partial prefill ends the engine
             async_scheduling=False,  # a step is over when step() returns, so an update never meets one
             enable_sleep_mode=spec.colocated and not cpu,
-            logprobs_mode="processed_logprobs",  # of the distribution that was sampled from
+            logprobs_mode="processed_logprobs",  # of the sampling distribution
             enable_lora=spec.lora_rank is not None,
             max_lora_rank=next(rank for rank in LORA_RANKS if rank >= (spec.lora_rank or 1)),
             max_loras=1,
@@ -168,9 +168,9 @@ def sampling_params(sampling: Sampling, seed: int, *, turn_end: int | None, adde
 class Loaded:
     """The state of an engine after an update, before the next step."""
 
-    checksums: tuple[str, ...]  # of the bytes that each worker read
+    checksums: tuple[str, ...]  # of the bytes read by each worker
     version: int
-    cached_blocks: int  # of keys and values that a later prompt might reuse; they would be the old weights'
+    cached_blocks: int  # of reusable keys and values; they would come from the old weights
 
 
 def serve_own_weights(engine: Any, spec: RolloutSpec) -> Any:

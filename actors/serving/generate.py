@@ -23,7 +23,7 @@ from rlhf.preflight.sources import in_options, refuse_absent_tokens
 from rlhf.tracking import logs
 from rlhf.types import Prompt
 
-CHAT_TOKENS = 8192  # of a conversation, where the model takes more: the engine's cache has to hold it
+CHAT_TOKENS = 8192  # of a conversation if the model allows more: the engine's cache has to hold it
 _READ = ("prompt", "messages", "tools")
 
 

@@ -67,11 +67,11 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_BODY_BYTES = 16 * 2**20
-MAX_WAITING = 1024  # requests that are not answered yet; more are told to come again
-USUAL_LENGTH = 8192  # tokens of prompt and response, where the model takes more: the engine's cache has to hold them
-LONG_TEXT = 100_000  # characters of a request from which on it takes a noticeable part of a second to tokenize
-LAST_S = END_WITHIN_S - 1.0  # for what is being answered when the server is told to end
-GRACE_S = 60.0  # by which what an engine does outlasts a request's deadline, which then is what is told
+MAX_WAITING = 1024  # unanswered requests; more are refused with 429
+USUAL_LENGTH = 8192  # tokens of prompt and response if the model allows more: the engine's cache has to hold them
+LONG_TEXT = 100_000  # characters; tokenizing a longer request takes a noticeable part of a second
+LAST_S = END_WITHIN_S - 1.0  # for running requests when the server gets a signal
+GRACE_S = 60.0  # added to a request's deadline for the engine's calls, so that the request's deadline is reported
 THERE_IS = "there are GET /health, GET /v1/models, POST /v1/chat/completions and POST /v1/completions"
 
 
@@ -89,10 +89,10 @@ class Engines(Protocol):
 class ServerSpec:
     """The settings of a server and its model."""
 
-    name: str  # that requests give as `model`
+    name: str  # the value of `model` in requests
     max_length: int  # tokens of prompt and response
     deadline_s: float  # from a request to its answer
-    token: str | None  # None: whoever reaches it may ask
+    token: str | None  # None: no token is needed
 
 
 class ModelServer:
@@ -102,13 +102,13 @@ class ModelServer:
         self.engines = engines
         self.tokenizer = tokenizer
         self.spec = spec
-        self.limits: set[asyncio.Timeout] = set()  # of the requests that are not answered yet
+        self.limits: set[asyncio.Timeout] = set()  # of the unanswered requests
         self.is_ending = False
         self.created = int(time.time())
         self.beginning = raw_beginning(tokenizer)
         self.turn_end = turn_end(tokenizer)
         self.texts = ThreadPoolExecutor(1)  # tokenizes and decodes, so that the event loop never waits for it
-        self.long_texts = ThreadPoolExecutor(1)  # tokenizes long prompts with a tokenizer of its own
+        self.long_texts = ThreadPoolExecutor(1)  # tokenizes long prompts with a separate tokenizer
         self.long_tokenizer = copy.deepcopy(tokenizer)
         self.most_characters = spec.max_length * max((len(token) for token in tokenizer.get_vocab()), default=1)
 
@@ -146,7 +146,7 @@ class ModelServer:
             return await handler(request)
         except Refused as error:
             return web.json_response(error.body(), status=error.status)
-        except UserError as error:  # of what makes a prompt of a conversation
+        except UserError as error:  # raised while a conversation becomes a prompt
             return _error(400, str(error), "invalid_request_error")
         except NoEngine as error:
             return _error(503, str(error), "server_error")
@@ -369,7 +369,7 @@ def serve(
             for executor in (server.texts, server.long_texts):
                 executor.shutdown(wait=False, cancel_futures=True)
         if signal_received is signal.SIGTERM and OWN_RAY.daemons:
-            OWN_RAY.kill()  # which may have been told too: a Ray that ends is not to be asked
+            OWN_RAY.kill()  # it may have got the signal too, and a Ray that ends does not answer
             raise _Terminated
 
 

@@ -17,8 +17,8 @@ from rlhf.limits import MAX_TEMPERATURE, MIN_TEMPERATURE
 from rlhf.types import FinishReason, Sampling
 
 MOST_SAMPLES = 128  # responses to one prompt
-MOST_PROMPTS = 128  # of one request for completions
-MOST_STOPS = 64  # strings, or tokens, that end a response
+MOST_PROMPTS = 128  # in one request for completions
+MOST_STOPS = 64  # stop strings, or stop tokens, of a response
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
 _ASKS_NOTHING: Mapping[str, Any] = {
     "stream": False,
@@ -196,10 +196,10 @@ R = TypeVar("R", ChatRequest, TextRequest)
 class Answer:
     """One response in the form of the answer."""
 
-    text: str  # up to what stopped it
+    text: str  # up to the stop string
     finish_reason: FinishReason
     tokens: tuple[tuple[str, float], ...]  # of the text, with their log-probabilities
-    num_tokens: int  # that were sampled
+    num_tokens: int  # sampled tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ class Checksum:
 
     def __init__(self) -> None:
         self._xxh3 = xxhash.xxh3_64()
-        self._sum: Int64[Tensor, ""] | None = None  # on the GPU: reading it waits for all that was added
+        self._sum: Int64[Tensor, ""] | None = None  # on the GPU: reading it waits for all additions
         self._words = 0
 
     def add(self, part: UInt8[Tensor, " bytes"]) -> None:

@@ -30,7 +30,7 @@ class WeightManifest:
     offsets: tuple[int, ...]  # bytes from the start of the flat run
     nbytes: int
     transport: str
-    fields: Mapping[str, Any]  # what this transport's receiver needs besides
+    fields: Mapping[str, Any]  # additional values for this transport's receiver
 
     def update_info(self) -> dict[str, Any]:
         """Return the same as plain values, as vLLM passes it to its workers."""

@@ -90,7 +90,7 @@ def staged_buckets(
             until = end if at + 1 == last else manifest.offsets[at + 1]
             _write(bucket[manifest.offsets[at] - begin : until - begin], weight, getattr(torch, manifest.dtypes[at]))
         yield bucket
-    for _ in named_weights:  # nothing is left, but a generator ends what it holds only when it is asked again
+    for _ in named_weights:  # no weight is left, but the generator frees its resources only at the next request
         pass
 
 

@@ -13,7 +13,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from actors.weights.vllm_lora_cpu import share_adapter_on_cpu
 from rlhf.engine.memory import peak_memory
 
-PREFIX = "rlhf_"  # vLLM has backends of its own called nccl and ipc
+PREFIX = "rlhf_"  # vLLM has other backends called nccl and ipc
 _ENGINES = {
     "shm": ("actors.weights.vllm_shm", "ShmEngine"),
     "gloo": ("actors.weights.vllm_broadcast", "GlooEngine"),

@@ -49,7 +49,9 @@ def load_packed(model: Any, weights: Mapping[str, Tensor]) -> None:
         module = model.get_submodule(name.rpartition(".")[0])
         if isinstance(module, LinearBase) and kind == "weight":
             _pack(module, parameter, weight)
-        elif isinstance(module, VocabParallelEmbedding):  # the engine fills its vocabulary up; the head is one too
+        elif isinstance(
+            module, VocabParallelEmbedding
+        ):  # the engine pads its vocabulary; the head is of this class too
             parameter.data[: len(weight)].copy_(weight)
         else:
             parameter.data.copy_(weight)

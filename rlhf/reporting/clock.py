@@ -10,8 +10,8 @@ from rlhf.reporting.runs import Run, Span
 from rlhf.tracking.display.plots import COLORS
 from rlhf.tracking.formatting import duration, number
 
-_SHOWN_STEPS = 3  # of the picture: about so many are told apart
-_WIDTH, _LANE, _LABEL = 900, 22, 130  # of the picture, in its own units
+_SHOWN_STEPS = 3  # in the picture: about as many as a reader can distinguish
+_WIDTH, _LANE, _LABEL = 900, 22, 130  # of the picture, in SVG units
 _OUTSIDE = "time/step_s"  # the whole, not a stage
 
 

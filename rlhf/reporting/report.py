@@ -35,7 +35,7 @@ class Report:
     """The paths of a written report and its findings."""
 
     html: Path
-    pictures: tuple[Path, ...]  # one for each stage that has curves
+    pictures: tuple[Path, ...]  # one for each stage with curves
     findings: dict[str, list[Finding]]  # by run
 
 

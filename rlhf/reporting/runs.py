@@ -21,8 +21,8 @@ from rlhf.tracking.run_folder.samples import samples_path
 from rlhf.tracking.sinks.tracker import read_metrics
 
 State = Literal["finished", "running", "failed", "stopped", "not started"]
-_MOST_SPANS = 400  # newest ones that are read of a timeline
-_SCANNED_STEPS = 25  # sample files at each end in which the same prompt is looked for
+_MOST_SPANS = 400  # newest spans to read from a timeline
+_SCANNED_STEPS = 25  # sample files at each end to search for the same prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,11 +76,11 @@ class Run:
     folder: Path
     state: State
     rows: Sequence[Mapping[str, Any]]
-    config: Mapping[str, Any]  # {} where there is none
+    config: Mapping[str, Any]  # {} without a file
     environment: Mapping[str, Any]
     evaluations: Mapping[int, Mapping[str, Any]]  # by step, as evals/ has them; of an evaluation stage, by 0
     errors: Sequence[ErrorKind]
-    ended_by: str | None  # the message of what ended it, if something did
+    ended_by: str | None  # the message of the fatal error, if any
 
     @property
     def last_step(self) -> int | None:
@@ -205,7 +205,7 @@ def _own_config(folder: Path) -> Mapping[str, Any]:
 def _json(path: Path) -> Mapping[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # not there yet, or of a run that never got as far
+    except (OSError, ValueError, RecursionError):  # not written yet, or never written
         return {}
     return found if isinstance(found, Mapping) else {}
 
@@ -280,7 +280,7 @@ def read_spans(folder: Path) -> list[Span]:
         for line in file:
             try:
                 event = json.loads(line.rstrip(b",\n"))
-            except ValueError:  # the brackets of the array, or a line that a kill has cut
+            except ValueError:  # the brackets of the array, or a line truncated by a kill
                 continue
             if not isinstance(event, dict):
                 continue

@@ -18,13 +18,13 @@ from rlhf.tracking.formatting import duration, number
 NUM_PAIRS = 8
 _MOST_TEXT = 4000  # characters of a prompt or a response
 _MOST_ERRORS = 20
-_HIDDEN = ("score_low", "score_high")  # they stand in the intervals
+_HIDDEN = ("score_low", "score_high")  # shown as intervals
 _COMPARED = (
     *("rewards/score/mean", "experience/kl_ref/mean", "update/entropy/mean", "update/loss/mean"),
     *("update/token_accuracy/mean", "preference/accuracy/mean", "rollouts/response_tokens/mean"),
     *("rollouts/truncated/fraction", "throughput/tokens_per_s"),
 )
-_AVERAGED = 5  # steps at each end: one alone is noise
+_AVERAGED = 5  # steps at each end: a single one is noise
 
 
 def header(runs: Sequence[Run]) -> str:

@@ -107,7 +107,7 @@ def hush_imports() -> None:
 
 
 def _is_of_use(record: logging.LogRecord) -> bool:
-    return "Setting accelerator to CPU" not in record.getMessage()  # said by a driver, which has no need of one
+    return "Setting accelerator to CPU" not in record.getMessage()  # logged by a driver, which needs no accelerator
 
 
 def printable(text: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from rlhf.errors import UserError
 
-_MARKS = ("metrics.jsonl", "environment.json", ".lock")  # of a run; a pipeline's own folder has none of them
+_MARKS = ("metrics.jsonl", "environment.json", ".lock")  # of a run; a pipeline's folder has none of them
 _SAMPLES = re.compile(r"step_(\d{6,})\.jsonl")
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 MOST_WHOLE = 16  # responses in one answer
-_MOST_INDEXED = 20_000  # responses of which an index is kept, over all files
-_TOKENS = b', "tokens": {"texts": '  # within a JSON string a quote is escaped, so that this is no part of one
+_MOST_INDEXED = 20_000  # indexed responses, over all files
+_TOKENS = b', "tokens": {"texts": '  # cannot occur within a JSON string, where quotes are escaped
 _SHORT = ("group_id", "prompt_id", "sample", "model", "score", "scores", "advantage", "preferred", "truncated")
 _PREVIEW = 160  # characters of a prompt
 
@@ -26,7 +26,7 @@ class PromptPreview:
     """The part of a prompt that differs from the other prompts of its file."""
 
     preview: str
-    hash: str  # of the whole prompt, by which two steps' prompts are compared
+    hash: str  # of the whole prompt, to compare the prompts of two steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +123,7 @@ def _short(line: bytes) -> dict[str, Any] | None:
         return None
     try:
         row = json.loads(head + b"}" if separator else head)
-    except (ValueError, RecursionError):  # a line that is nested too deep is no response of a run
+    except (ValueError, RecursionError):  # a line nested too deep is not a run's response
         return None
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         return None

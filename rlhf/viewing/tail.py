@@ -21,10 +21,10 @@ class Piece:
     """A part of the file in whole lines."""
 
     lines: bytes
-    next: int  # where the next piece begins
-    mark: int  # to be given with it
-    reset: bool  # they do not continue what was read: it begins anew
-    more: bool  # there is more to be read now
+    next: int  # start of the next part
+    mark: int  # to send with `next`
+    reset: bool  # the file has changed, and the lines begin anew
+    more: bool  # more lines are available now
 
 
 def read_piece(path: Path, start: int, mark: int, *, last: bool = False) -> Piece:
@@ -48,7 +48,7 @@ def read_piece(path: Path, start: int, mark: int, *, last: bool = False) -> Piec
         lines = file.read(CHUNK_BYTES)
         if b"\n" not in lines and len(lines) == CHUNK_BYTES:
             lines += file.readline(_LONGEST_LINE)
-        lines = lines[: lines.rfind(b"\n") + 1]  # what has no end is still being written
+        lines = lines[: lines.rfind(b"\n") + 1]  # a line without an end is still being written
         end = start + len(lines)
         return Piece(lines=lines, next=end, mark=_mark(file, end), reset=reset, more=bool(lines) and end < size)
 

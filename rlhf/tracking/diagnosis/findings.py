@@ -18,8 +18,8 @@ from rlhf.tracking.formatting import number
 Severity = Literal["failure", "warning", "notice"]
 SEVERITIES: tuple[Severity, ...] = ("failure", "warning", "notice")  # the worst first
 
-HEAD = 10  # values that are a metric's beginning
-WINDOW = 50  # newest values that are looked at
+HEAD = 10  # values at a metric's beginning
+WINDOW = 50  # newest values that the checks read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,7 @@ LOGPROB_DIFF = 0.1  # nats: bfloat16 gives .04 on average, float32 1e-6
 LOGPROB_GROWTH, LOGPROB_GROWTH_FROM = 10.0, 0.01  # times its beginning: kernels do not change, weights do
 PROBE_GROWTH, PROBE_GROWTH_FROM = 5.0, 0.05  # the same for the probe's largest difference, which is noisier
 ESS = 0.8  # share of the tokens: healthy runs stay above .95
-REJECTED = 0.5  # half of what was sampled is thrown away
+REJECTED = 0.5  # half of the samples are thrown away
 
 _LOSSES = (
     *("update/loss/mean", "update/policy_loss/mean", "update/value_loss/mean", "update/grad_norm"),

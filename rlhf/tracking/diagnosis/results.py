@@ -11,19 +11,19 @@ from statistics import fmean
 
 from rlhf.tracking.diagnosis.findings import Finding, History, Point, mean, say
 
-ALIKE = 1e-6  # a deviation below it is none: scores are floats
+ALIKE = 1e-6  # a smaller deviation counts as zero: scores are floats
 ZERO_GROUPS = 0.9  # of the prompts: a tenth of the batch does all the teaching
 FILTERED = 0.8  # of the answered groups: four of five are generated in vain
-TRUNCATED = 0.3  # of the responses: a cut response rarely scores, so length is what is learnt
-TRUNCATED_RISE, LONGER = 0.15, 1.2  # more cut responses and a fifth more tokens: length runs away
-SHRUNK, WORTH_SHRINKING = 0.2, 20  # share of their first length, of responses that had some tokens
+TRUNCATED = 0.3  # of the responses: a truncated response rarely scores, so the policy learns length
+TRUNCATED_RISE, LONGER = 0.15, 1.2  # more truncated responses and a fifth more tokens: length runs away
+SHRUNK, WORTH_SHRINKING = 0.2, 20  # fraction of the first length; only for responses with some tokens
 SCORE_RISE = 0.25  # of the scores' deviation: beyond the noise of five batches
 EVAL_FALL, EVAL_NOISE = 0.2, 6.0  # both: of the best value; and times the evaluations' noise, since all are looked at
 OVERFIT = 1.05  # times the lowest held-out loss: beyond the noise of an evaluation
 FLAT, FLAT_EVALS, FLAT_STEPS = 0.02, 5, 20  # spread of the evaluations, as a share of the largest
 CHANCE, CHANCE_STEPS = 0.55, 30  # accuracy of pairs; .5 is a coin
 
-_LOSSES = ("loss", "nll", "perplexity", "kl_teacher")  # evaluation metrics of which less is better
+_LOSSES = ("loss", "nll", "perplexity", "kl_teacher")  # evaluation metrics for which lower is better
 _NEUTRAL = (
     *("response_tokens", "truncated", "score_low", "score_high", "margin", "mismatched_kl"),
     *("chosen_reward", "rejected_reward", "calibration_error"),
@@ -73,7 +73,7 @@ def advantages_zero(history: History) -> Finding | None:
     recent, scores = history.last("advantages/std", 3), history.last("rewards/score/std", 3)
     if not recent or any(point.value > ALIKE for point in recent):
         return None
-    if not scores or any(point.value <= ALIKE for point in scores):  # told by rewards_alike
+    if not scores or any(point.value <= ALIKE for point in scores):  # reported by rewards_alike
         return None
     return Finding(
         kind="advantages_zero",

@@ -10,9 +10,9 @@ from statistics import median
 
 from rlhf.tracking.diagnosis.findings import HEAD, Finding, History, say
 
-RECENT = 20  # steps in which an error still counts as of now
-SLOWED = 0.5  # of the first steps' throughput: longer responses cost less than that
-GROWTH, GROWTH_GIB = 1.5, 1.0  # both: memory that a long-lived process takes once, it keeps
+RECENT = 20  # steps in which an error still counts as current
+SLOWED = 0.5  # of the first steps' throughput: longer responses cost less
+GROWTH, GROWTH_GIB = 1.5, 1.0  # both: a long-lived process keeps memory that it has once allocated
 STILL_GROWS = 1.02  # within the last 20 steps
 
 _FAILURES = {

@@ -31,7 +31,7 @@ class StageTime:
     done: int = 0
     total: int = 0  # 0: not counted
     seconds: float = 0.0  # until it was last left
-    since: float | None = None  # when it was entered; None: another one is at work
+    since: float | None = None  # when it was entered; None: another stage is running
 
 
 class Progress:

@@ -42,7 +42,7 @@ class LiveProgress(Progress):
         self._evaluated: tuple[int, Mapping[str, float]] | None = None  # the last row with an evaluation
         self._last: Mapping[str, Any] | None = None
         self._console = Console(file=stream, stderr=stream is None)
-        # Redrawn by its own thread at 4 Hz from what `get_renderable` gives: calls never wait for the terminal.
+        # A separate thread redraws the result of `get_renderable` at 4 Hz: calls never wait for the terminal.
         self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4, transient=False)
         self._live.start()
 

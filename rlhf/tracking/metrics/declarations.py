@@ -85,7 +85,7 @@ class Metric:
     name: str
     unit: str  # "1" for pure numbers
     meaning: str
-    reduction: type[Reduction] | None  # None: that of whatever it is a value of
+    reduction: type[Reduction] | None  # None: the reduction of the evaluated metric
     traits: frozenset[Trait]  # a run has the metric if all of these are true of it
     always: bool  # False: only with a setting named in `meaning`, even if the traits hold
 
@@ -576,7 +576,7 @@ _DECLARATIONS = (
     ),
     _metric("memory/<role>_rss_gib", "GiB", Max, "", "Resident memory of the role's largest process"),
     _metric("memory/<role>_gpu_gib", "GiB", Max, "gpu", "Peak GPU memory of the role's largest process"),
-    # nodes, with all that runs on them
+    # nodes, with all their processes
     _metric("system/<node>/cpu_fraction", "1", Mean, "", "Busy share of a node's cores since the last step"),
     _metric("system/<node>/memory_gib", "GiB", Last, "", "Memory of a node that is in use, at the end of the step"),
     _metric("system/<node>/gpu_fraction", "1", Mean, "gpu", "Busy share of a node's GPUs since the last step"),

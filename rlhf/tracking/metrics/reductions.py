@@ -228,7 +228,7 @@ class Histogram(Reduction):
     """
 
     edges: tuple[float, ...]
-    counts: tuple[float, ...]  # one fewer
+    counts: tuple[float, ...]  # one fewer than edges
 
     @classmethod
     def of(cls, values: Sequence[float], *, edges: tuple[float, ...]) -> Self:

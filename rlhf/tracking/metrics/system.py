@@ -16,7 +16,7 @@ from rlhf.tracking.metrics.reductions import Last, Max, Mean, Reduction
 from rlhf.tracking.run_folder.environment import output_of
 
 GPU_EVERY_S = 5.0
-_COUNTED = 8  # of Linux's times; the guests' that follow are in user's already
+_COUNTED = 8  # of Linux's times; the guests' times, which follow, are part of user's already
 _QUERY = ("nvidia-smi", "--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader,nounits")
 
 
@@ -40,7 +40,7 @@ class NodeSampler:
         total = sum(now[:_COUNTED]) - sum(before[:_COUNTED])
         idle = now.idle + now.iowait - before.idle - before.iowait
         metrics: dict[str, Reduction] = {"memory_gib": Last(value=(memory.total - memory.available) / 2**30)}
-        if total > 0.0:  # of less than a tick of the kernel's clock there is nothing to say
+        if total > 0.0:  # less than a tick of the kernel's clock gives no value
             metrics["cpu_fraction"] = Mean(total=min(max(total - idle, 0.0), total), count=total)
         with self._guard:
             metrics |= self._gpu

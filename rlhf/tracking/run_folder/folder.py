@@ -36,7 +36,7 @@ def evaluation_path(folder: Path, step: int) -> Path:
 
 _STEP = re.compile(r"step_(\d{6,})")
 _OWN = ".own-"
-_PARTS = (  # of a run folder; the first one tells that it is one, and is removed last
+_PARTS = (  # of a run folder; the first one marks it as such, and is removed last
     "config.resolved.yaml",
     *("environment.json", "metrics.jsonl", HISTOGRAMS, "errors.jsonl", "timeline.json", "traceback.txt"),
     *("wandb_run_id", "report.html", "eval.json"),
@@ -60,9 +60,9 @@ class RunFolder:
         self.errors = path / "errors.jsonl"
         self.timeline = path / "timeline.json"
         self.checkpoints = path / "checkpoints"
-        self.own = path / f"{_OWN}{secrets.token_hex(4)}"  # with what is being written, and `samples` by another name
-        self.spool = self.own / "spool"  # finished rollouts that a resumed step takes up again
-        self.references = path / "references"  # what the policy was where the reference became it
+        self.own = path / f"{_OWN}{secrets.token_hex(4)}"  # files in progress, and a link to `samples`
+        self.spool = self.own / "spool"  # finished rollouts for a resumed step
+        self.references = path / "references"  # copies of the policy that became the reference
         self.final = path / "final"  # the trained model
         self._lock: int | None = lock
 

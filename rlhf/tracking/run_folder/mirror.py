@@ -30,14 +30,14 @@ from rlhf.tracking.run_folder.mirror_store import open_store
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-STALLED_S = 300.0  # without a byte that moved: an upload that is alive sends a piece within seconds
-LAST_CHANCE_S = 30.0  # for what was begun, and again for what is left, when a run fails or is interrupted
-_TRIES, _PAUSE_S = 3, 2.0  # of one file; the pause doubles
-_ELSEWHERE = ("checkpoints", "final", "wandb")  # handled by themselves, or of no use on another machine
-_RESULT = "eval.json"  # of an evaluation: it says that the run is finished, so it goes last
-_FINAL = "final.json"  # there: the manifest of final/, which goes last
+STALLED_S = 300.0  # without a moved byte: a live upload sends a part within seconds
+LAST_CHANCE_S = 30.0  # for the running upload, and again for the rest, when a run fails or is interrupted
+_TRIES, _PAUSE_S = 3, 2.0  # attempts for one file; the pause doubles
+_ELSEWHERE = ("checkpoints", "final", "wandb")  # handled separately, or useless on another machine
+_RESULT = "eval.json"  # of an evaluation: it marks the run as finished, so it goes last
+_FINAL = "final.json"  # in the mirror: the manifest of final/, which goes last
 _BEST = "checkpoints/best.json"
-_FLAT = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss"}  # no folders: to ask for one may make the bucket
+_FLAT = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss"}  # no folders: a request for one may create the bucket
 _STEP = re.compile(r"step_(\d{6,})")
 
 
@@ -54,13 +54,13 @@ class Mirror:
         self._store, root = open_store(url)
         self._root = f"{root.rstrip('/')}/{name}"
         self._stalled_s = stalled_s
-        self._sent: dict[str, tuple[int, int]] = {}  # size and time of change of what is there, by name
-        self._folders: set[str] = set()  # known to be there
+        self._sent: dict[str, tuple[int, int]] = {}  # size and modification time of uploaded files, by name
+        self._folders: set[str] = set()  # known to exist in the mirror
         protocols = self._store.protocol
         self._has_folders = _FLAT.isdisjoint([protocols] if isinstance(protocols, str) else protocols)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._moved = 0.0  # when something last did
+        self._moved = 0.0  # time of the last moved byte
         self._abandoned = False
 
     def holds_run(self) -> bool:
@@ -82,7 +82,7 @@ class Mirror:
     def begin(self, keep: int) -> None:
         """Start to make the mirror equal to the folder, with the newest `keep` checkpoints. Only after `settle`."""
         if self._thread is not None and self._thread.is_alive():
-            return  # it hangs, and settle has said so
+            return  # it hangs, and settle has reported it
         self._error, self._moved, self._abandoned = None, time.monotonic(), False
         self._thread = threading.Thread(target=self._work, args=(keep,), name="mirror", daemon=True)
         self._thread.start()
@@ -124,7 +124,7 @@ class Mirror:
     def _work(self, keep: int) -> None:
         try:
             self._upload(keep)
-        except Exception as error:  # noqa: BLE001  (whatever the store's library raises: settle tells it)
+        except Exception as error:  # noqa: BLE001  (any error of the store's library: settle reports it)
             self._error = error
 
     def _upload(self, keep: int) -> None:
@@ -149,7 +149,7 @@ class Mirror:
     def _state(self) -> list[str]:
         """Return the names of all files except checkpoints, model and half-written ones. Some may vanish meanwhile."""
         top, names = self._folder.path, list[str]()
-        for at, folders, files in os.walk(top):  # which passes over a folder that has gone
+        for at, folders, files in os.walk(top):  # it skips folders that have vanished
             apart = _ELSEWHERE if Path(at) == top else ()
             folders[:] = [name for name in folders if not name.startswith(".") and name not in apart]
             names += [Path(at, name).relative_to(top).as_posix() for name in files if not name.startswith(".")]
@@ -159,12 +159,12 @@ class Mirror:
         path = self._folder.path / name
         try:
             status = path.stat()
-        except FileNotFoundError:  # a sample file that is being written anew
+        except FileNotFoundError:  # a sample file is being rewritten
             return
         now = (status.st_size, status.st_mtime_ns)
         if self._sent.get(name) == now:
             return
-        self._put(path, f"{name}.partial")  # where a store cannot write at once, a cut file would be read as whole
+        self._put(path, f"{name}.partial")  # without atomic writes, a truncated file would be read as whole
         self._tried(lambda: self._store.mv(self._at(f"{name}.partial"), self._at(name)))
         self._sent[name] = now
 

@@ -18,7 +18,7 @@ from rlhf.tracking.run_folder.atomic import read_lines, write_lines
 if TYPE_CHECKING:
     from rlhf.types import StepReward
 
-_TAIL_BYTES = 1 << 20  # of a file of samples in which its last line is looked for
+_TAIL_BYTES = 1 << 20  # searched for the last line, at the end of a samples file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +45,7 @@ class SampleTokens:
     ids: tuple[int, ...]
     sampled: tuple[bool, ...]  # the response mask: only these are trained on
     rollout_logprobs: tuple[float | None, ...]  # by the engine while it sampled
-    old_logprobs: tuple[float | None, ...] | None  # by the trainer, with the weights that the step began with
+    old_logprobs: tuple[float | None, ...] | None  # by the trainer, with the weights at the start of the step
     ref_logprobs: tuple[float | None, ...] | None
     teacher_logprobs: tuple[float | None, ...] | None
     advantages: tuple[float | None, ...] | None
@@ -62,12 +62,12 @@ class SampleRecord:
     prompt: str
     response: str
     score: float | None  # weighted sum
-    scores: Mapping[str, float | None]  # each reward that applies, before its gate and weight; None: no opinion
+    scores: Mapping[str, float | None]  # each applicable reward, before its gate and weight; None: no opinion
     advantage: float | None  # mean over its tokens
     preferred: bool | None  # whether it is the chosen response of its pair
     truncated: bool
     response_tokens: int
-    min_version: int  # oldest and newest weights that sampled a token of it
+    min_version: int  # oldest and newest weights among its tokens
     max_version: int
     mean_rollout_logprob: float
     mean_old_logprob: float | None
@@ -78,7 +78,7 @@ class SampleRecord:
     )  # of the rewards that are credited by steps;
     # their ends are places in `tokens`
     turns: tuple[SampleTurn, ...] | None = None  # of a conversation with an environment
-    tokens: SampleTokens | None = None  # added with the text by whoever has them
+    tokens: SampleTokens | None = None  # added together with the text
 
 
 def samples_path(folder: Path, step: int) -> Path:
@@ -108,7 +108,7 @@ def last_sample(folder: Path, step: int) -> dict[str, Any] | None:
             file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
             lines = file.read().splitlines()
             row = json.loads(lines[-1]) if lines else None
-    except (OSError, ValueError):  # not written yet, or one response alone is longer than that
+    except (OSError, ValueError):  # not written yet, or a single response is longer than the searched end
         return None
     return row if isinstance(row, dict) else None
 

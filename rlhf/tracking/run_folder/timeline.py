@@ -21,7 +21,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 _ROLES = ("controller", "policy", "critic", "reference", "teacher", "reward", "rollout")  # rows from top to bottom
-_REMEMBERED = 256  # spans of a lane that a later one is checked against
+_REMEMBERED = 256  # newest spans of a lane, for the overlap check
 
 
 class Timeline:
@@ -92,7 +92,7 @@ class Timeline:
         with self._guard:
             if not self._file.closed:
                 self._put(b"[\n]\n" if self._empty else b"\n]\n")
-                with suppress(OSError):  # of what could not be written before, which it tries again
+                with suppress(OSError):  # it retries the failed write
                     self._file.close()
 
     def _pid(self, role: str) -> int:

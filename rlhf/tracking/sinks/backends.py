@@ -24,7 +24,7 @@ from rlhf.tracking.run_folder.samples import samples_path
 logger = logging.getLogger(__name__)
 
 CLOSE_WITHIN_S = 90.0  # more than any back end gives itself
-MOST_WAITING = 256  # calls; a back end that is further behind than that misses some
+MOST_WAITING = 256  # calls; a slower back end misses some
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +113,7 @@ class Relay:
                 continue
             try:
                 call[1]()
-            except Exception as error:  # noqa: BLE001  (whatever it is, it ends the view alone)
+            except Exception as error:  # noqa: BLE001  (any failure ends the view alone)
                 self._broken = True
                 logger.warning(
                     "%s failed while %s: %s: %s. The run goes on without it: metrics.jsonl has all.",

@@ -16,7 +16,7 @@ from rlhf.tracking.metrics.reductions import Histogram
 PREFIX = "rlhf_"
 RAYS_PREFIX = "ray_"  # Ray puts it before every name
 RUN_LABEL = "run"
-STEP = "step"  # the last one that is done
+STEP = "step"  # the last finished step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

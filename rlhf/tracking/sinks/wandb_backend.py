@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_MARGIN_S = 10.0  # W&B keeps deadlines of its own; ours, this much later, are for what those do not cover
-MOST_ROWS = 64  # of a step's table of one split; samples/ has all
+_MARGIN_S = 10.0  # W&B has deadlines too; ours are this much later and cover the rest
+MOST_ROWS = 64  # rows in a step's table of one split; samples/ has all rows
 _USERS_DATA_DIR = os.environ.get("WANDB_DATA_DIR")
 
 
@@ -63,7 +63,7 @@ def open_wandb(
         write_atomic(id_path, uuid.uuid4().hex[:12] + "\n")
     run_id = id_path.read_text(encoding="utf-8").strip()
     git = git_state()
-    # What artifacts are made of waits there for `wandb sync`: beside the run, not in somebody's home.
+    # Artifact files wait there for `wandb sync`: in the run's folder, not in the user's home.
     os.environ["WANDB_DATA_DIR"] = _USERS_DATA_DIR or str((folder / "wandb").resolve())
 
     def start() -> wandb.Run:
@@ -105,7 +105,7 @@ def open_wandb(
             "Set tracking.wandb=offline, or off; metrics.jsonl is written in any case."
         ) from error
     run.define_metric("step")
-    run.define_metric("*", step_metric="step")  # W&B's own counter restarts at 0 in a resumed offline run
+    run.define_metric("*", step_metric="step")  # W&B's counter restarts at 0 in a resumed offline run
     return WandbBackend(run, folder, checkpoints=checkpoints)
 
 
