@@ -62,7 +62,7 @@ def test_a_file_and_arguments(file: Path) -> None:
         (["merge.base=null"], "merge.base: is missing: method ties needs it; name the common ancestor"),
         (["merge.seed=0"], "merge.seed: has no effect here: method ties takes no seed; remove it"),
         (["merge.models.math.epsilon=0.1"], "epsilon: has no effect here: method ties takes no epsilon; remove it"),
-        (["merge.models={}"], "merge.models: has 0, but method ties takes at least 1 model beside merge.base"),
+        (["merge.models={}"], "merge.models: has 0, but method ties takes at least 1 model in addition to merge.base"),
         (["merge.tokenizer=mth"], "merge.tokenizer: got 'mth'; did you mean math?"),
         (["merge.models.base={model: x}"], "merge.models.base: is no name for a model: base is merge.base"),
         (["merge.output=adapter"], "merge.base: has no effect here: method ties on adapters takes no base"),
@@ -70,7 +70,7 @@ def test_a_file_and_arguments(file: Path) -> None:
             ["merge.output=adapter", "merge.base=null"],
             "densities differ (math: 0.5, chat: 1); adapters have one for all",
         ),
-        (["merge.method=slerp"], "merge.models: has 2, but method slerp takes one model beside merge.base"),
+        (["merge.method=slerp"], "merge.models: has 2, but method slerp takes one model in addition to merge.base"),
         (["merge.method=svd"], "merge.method: svd makes no model; set merge.output to adapter, or take one of linear"),
         (["merge.method=della"], "merge.models.math.density: 0.5 -/+ epsilon 0.15"),
         (

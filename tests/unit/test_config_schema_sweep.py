@@ -104,7 +104,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"parameters": {"train.lr": {"min": 1.0}}}, r"sweep.parameters.train.lr: expected `values: \[...\]`, or `min`"),
     ({"parameters": {"train.lr": {"min": 1.0, "max": 0.5}}}, "train.lr.max: is 0.5 and must be above min = 1"),
     ({"parameters": {"train.lr": {"min": 0.0, "max": 0.5, "scale": "log"}}}, "train.lr.min: is 0, and a log scale"),
-    ({"parameters": {"train.lr": {"values": [1.0], "scale": "log"}}}, "train.lr.scale: has no effect beside `values`"),
+    (
+        {"parameters": {"train.lr": {"values": [1.0], "scale": "log"}}},
+        "train.lr.scale: has no effect together with `values`",
+    ),
     ({"parameters": {"train.lr": {"min": 1e-3, "max": 0.5, "scale": "log", "step": 0.1}}}, "step: has no effect on"),
     ({"parameters": {"train.steps": {"min": 0.5, "max": 2, "integer": True}}}, "train.steps.integer: is true, but"),
     ({"parameters": {"run.name": {"values": ["a"]}}}, "run.name: is given to each trial by the sweep"),

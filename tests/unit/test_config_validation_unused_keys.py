@@ -80,7 +80,7 @@ INERT = {
         ["train.sequences_per_update=32", "algorithm.correction={mode: bypass}"],
         "none has moved yet",
     ),
-    "algorithm.clip_low=0.45": (["algorithm.correction={preset: bypass_pg_is}"], "has no importance ratio of its own"),
+    "algorithm.clip_low=0.45": (["algorithm.correction={preset: bypass_pg_is}"], "whose loss has no importance ratio"),
     "algorithm.correction.max_ratio=3": (["algorithm.correction={preset: geo_rs}"], "correction.weights is null"),
     "algorithm.correction.min_ratio=0.5": (["algorithm.correction={mode: bypass}"], "correction.weights is null"),
     "rollouts.dynamic_sampling={}": ([], "ppo learns from responses of equal scores too, and no bound of the mean is"),

@@ -210,7 +210,7 @@ def _of_models(config: MergeConfig, takes: Takes) -> Iterator[Problem]:
     count = len(config.models)
     if not takes.least <= count <= takes.most:
         wanted = "one model" if takes.most == 1 else f"at least {takes.least} model{'s' * (takes.least > 1)}"
-        with_base = " beside merge.base" if "base" in takes.keys else ""
+        with_base = " in addition to merge.base" if "base" in takes.keys else ""
         text = f"has {count}, but method {config.method} takes {wanted}{with_base}"
         yield Problem(key=(*AT, "models"), text=text)
     if "base" in takes.keys and config.base is None:

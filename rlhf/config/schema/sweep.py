@@ -296,7 +296,7 @@ def _of_loss(key: str) -> bool:
 def _of_parameter(parameter: Parameter, at: Key, *, is_grid: bool) -> Iterator[Problem]:
     if parameter.values is not None:
         for name in sorted(parameter.model_fields_set - {"values"}):
-            yield Problem(key=(*at, name), text="has no effect beside `values`; remove one of them")
+            yield Problem(key=(*at, name), text="has no effect together with `values`; remove one of them")
         if not parameter.values:
             yield Problem(key=(*at, "values"), text="is empty; name at least one value")
         return

@@ -339,8 +339,8 @@ def _colocation(cluster: ClusterConfig, needed: Collection[Role], *, with_reward
     engine, with_policy = roles.rollout, "policy" in needed  # a missing host has no colocated roles
     if with_policy and engine.colocate_with == "policy" and engine.engines > roles.policy.workers:
         text = (
-            f"is policy, with {roles.policy.workers} workers for {engine.engines} engines: at most one beside each;"
-            " lower cluster.roles.rollout.engines, or set colocate_with to null"
+            f"is policy, with {roles.policy.workers} workers for {engine.engines} engines: each worker hosts"
+            " at most one; lower cluster.roles.rollout.engines, or set colocate_with to null"
         )
         yield _problem("cluster.roles.rollout.colocate_with", text)
     if engine.tensor_parallel > 1:
@@ -367,8 +367,8 @@ def _guests(cluster: ClusterConfig, needed: Collection[Role]) -> Iterator[Proble
         size, unit = (engine.engines, "engines") if host == "rollout" else (roles.policy.workers, "workers")
         if section.workers > size:
             text = (
-                f"is {section.workers}, but it is colocated with {host}, which has {size} {unit}: at most one beside"
-                f" each; lower it, or set cluster.roles.{role}.colocate_with to null"
+                f"is {section.workers}, but it is colocated with {host}, which has {size} {unit}: each hosts at"
+                f" most one; lower it, or set cluster.roles.{role}.colocate_with to null"
             )
             yield _problem(f"cluster.roles.{role}.workers", text)
 

@@ -163,7 +163,7 @@ def _of_algorithm(config: Config, algorithm: OnlineConfig) -> Iterator[Inert]:
         keys = "algorithm.correction.max_ratio algorithm.correction.min_ratio"
         yield from _all(keys, "algorithm.correction.weights is null", "choose weights")
     if correction is not None and correction.mode == "policy_gradient":
-        why = "algorithm.correction.mode is policy_gradient, whose loss has no importance ratio of its own"
+        why = "algorithm.correction.mode is policy_gradient, whose loss has no importance ratio"
         fix = "set algorithm.correction.mode to bypass or decoupled"
         keys = " ".join(f"algorithm.{key}" for key in (*clips, *algorithm.token_selection_keys))
         yield from _all(keys, why, fix)
@@ -299,7 +299,7 @@ def _of_data_and_training(config: Config) -> Iterator[Inert]:
         yield from _all("eval.k eval.answer", why, "set eval.pass_score")
     if isinstance(config.data.train, dict) and len(config.data.train) == 1:
         key = ("data", "train", next(iter(config.data.train)), "weight")
-        yield Inert(key=key, why="there is no other set to be mixed with", fix="name another one beside it")
+        yield Inert(key=key, why="there is no other set to be mixed with", fix="name another set")
     if not config.data.apply_chat_template:
         why = "data.apply_chat_template is false: nothing puts it before the prompts"
         yield from _all("data.system_prompt", why, "apply the chat template, or write it into the prompts")
