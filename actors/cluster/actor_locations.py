@@ -51,10 +51,10 @@ def own_location(actor: object) -> tuple[str, str, int]:
     return context.get_actor_id() or "", context.get_node_id(), os.getpid()
 
 
-def remember(role: str, found: Sequence[tuple[str, str, int]]) -> None:
+def remember(role: str, locations: Sequence[tuple[str, str, int]]) -> None:
     """Remember the locations of a role's workers, in rank order."""
     nodes = {node["NodeID"]: (node["NodeManagerAddress"], node["NodeManagerPort"]) for node in ray.nodes()}
-    for rank, (actor, node, pid) in enumerate(found):
+    for rank, (actor, node, pid) in enumerate(locations):
         if node in nodes:
             address, port = nodes[node]
             _LOCATIONS[actor] = ActorLocation(who=f"{role} rank {rank}", node=node, address=address, port=port, pid=pid)
@@ -80,12 +80,14 @@ def lost_nodes() -> str:
     if not places:
         return ""
     with ThreadPoolExecutor(max_workers=min(32, len(places))) as pool:
-        found = dict(zip(places, pool.map(ActorLocation.node_failure, places.values()), strict=True))
-    said = []
-    for node, loss in found.items():
-        if loss is not None:
-            said.append(f"{', '.join(place.who for place in _LOCATIONS.values() if place.node == node)} ({loss})")
-    return f" Lost with its node: {'; '.join(said)}." if said else ""
+        failures = dict(zip(places, pool.map(ActorLocation.node_failure, places.values()), strict=True))
+    sentences = []
+    for node, failure in failures.items():
+        if failure is not None:
+            sentences.append(
+                f"{', '.join(place.who for place in _LOCATIONS.values() if place.node == node)} ({failure})"
+            )
+    return f" Lost with its node: {'; '.join(sentences)}." if sentences else ""
 
 
 async def draining_node(nodes: Collection[str]) -> tuple[str, float | None] | None:

@@ -51,7 +51,7 @@ class OwnRay:
     @property
     def is_ending(self) -> bool:
         """Return whether a daemon has ended, for example by a signal sent to all processes."""
-        return any(not one.is_running() or one.status() == psutil.STATUS_ZOMBIE for one in self.daemons)
+        return any(not daemon.is_running() or daemon.status() == psutil.STATUS_ZOMBIE for daemon in self.daemons)
 
     def kill(self) -> None:
         """Kill the daemons and all their child processes. Has no effect without a local Ray."""

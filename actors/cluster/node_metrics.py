@@ -33,7 +33,7 @@ class Nodes:
         addresses = {node["NodeID"]: node["NodeManagerAddress"].replace(":", "-") for node in ray.nodes()}
         used = {node for role in placement.seating.seats for node in placement.nodes_of(role)}
         self.here = addresses[here]
-        self.own = NodeSampler()
+        self.sampler = NodeSampler()
         remote = ray.remote(NodeSampler)
         self.others: dict[str, ActorHandle[Any]] = {
             addresses[node]: remote.options(
@@ -44,17 +44,17 @@ class Nodes:
 
     async def use(self) -> Metrics:
         """Return `system/*` of each node since the last call."""
-        found = _named(self.here, self.own.take())
-        for told in await asyncio.gather(*map(self._asked, list(self.others))):
-            found |= told
-        return found
+        metrics = _named(self.here, self.sampler.take())
+        for node_metrics in await asyncio.gather(*map(self._asked, list(self.others))):
+            metrics |= node_metrics
+        return metrics
 
     async def stop(self) -> None:
         """Do nothing: the actors hold no state, and `end` kills them."""
 
     def end(self) -> None:
         """End the actors at once."""
-        self.own.stop()
+        self.sampler.stop()
         for handle in self.others.values():
             ray.kill(handle)
         self.others = {}
@@ -69,5 +69,5 @@ class Nodes:
             return {}
 
 
-def _named(node: str, found: Mapping[str, Reduction]) -> dict[str, Reduction]:
-    return {f"system/{node}/{key}": one for key, one in found.items()}
+def _named(node: str, metrics: Mapping[str, Reduction]) -> dict[str, Reduction]:
+    return {f"system/{node}/{key}": reduction for key, reduction in metrics.items()}

@@ -105,9 +105,9 @@ async def reserve_seats(seating: Seating, *, limit_s: float) -> Placement:
     group = placement_group(
         [dict(b) for b in seating.bundles],
         strategy="PACK",
-        bundle_label_selector=[dict(one) for one in seating.labels] if any(seating.labels) else None,
+        bundle_label_selector=[dict(labels) for labels in seating.labels] if any(seating.labels) else None,
     )
-    began = said = time.monotonic()
+    began = last_log = time.monotonic()
     ready = asyncio.ensure_future(asyncio.wrap_future(group.ready().future()))
     while not ready.done():
         waited = time.monotonic() - began
@@ -120,8 +120,8 @@ async def reserve_seats(seating: Seating, *, limit_s: float) -> Placement:
                 f"{state['state']}.\n{_table(seating, ray.available_resources())}\n"
                 + ("Something else holds the resources." if missing is None else "The cluster has lost nodes.")
             )
-        if time.monotonic() - said >= SAY_EVERY_S:
-            said = time.monotonic()
+        if time.monotonic() - last_log >= SAY_EVERY_S:
+            last_log = time.monotonic()
             logger.warning("waiting for resources since %.0f s\n%s", waited, _table(seating, ray.available_resources()))
         await asyncio.wait([ready], timeout=min(left, 1.0))
     placement = Placement(group=group, seating=seating)
@@ -134,8 +134,8 @@ def _missing(seating: Seating, alive: Sequence[Mapping[str, Any]]) -> str | None
     """Return the resources missing in an empty cluster of these nodes; None if it has enough."""
     for wanted in seating.labels:
         if not any(wanted.items() <= node["Labels"].items() for node in alive):
-            said = ", ".join(f"{name}={value}" for name, value in wanted.items())
-            return f": no node has the label {said} (cluster.roles.*.node_labels; `ray start --labels`)"
+            labels = ", ".join(f"{name}={value}" for name, value in wanted.items())
+            return f": no node has the label {labels} (cluster.roles.*.node_labels; `ray start --labels`)"
     return "" if fit(seating.bundles, [node["Resources"] for node in alive]) is None else None
 
 

@@ -47,15 +47,15 @@ async def run_loop(
     task = asyncio.ensure_future(work)
     request.ends_by_itself = True
     request.beats_within_s = call_timeout_s
-    asked, asking = time.monotonic(), None
+    last_check, check = time.monotonic(), None
     try:
         while not task.done():
             await asyncio.wait({task}, timeout=LOOK_EVERY_S)
             request.beats, now = request.beats + 1, time.monotonic()
-            if asking is None and now - asked >= ASK_EVERY_S:
-                asked, asking = now, asyncio.ensure_future(draining_node())
-            if asking is not None and asking.done():
-                going, asking = await asking, None
+            if check is None and now - last_check >= ASK_EVERY_S:
+                last_check, check = now, asyncio.ensure_future(draining_node())
+            if check is not None and check.done():
+                going, check = await check, None
                 if going is not None and request.came is None:
                     request.came = now
                     grace_s = grace_s if going[1] is None else min(grace_s, going[1] - time.time())
@@ -76,9 +76,9 @@ async def run_loop(
         return await task
     finally:
         request.ends_by_itself, request.beats_within_s = False, math.inf
-        left = [one for one in (task, asking) if one is not None]
-        for one in left:
-            one.cancel()
+        left = [pending for pending in (task, check) if pending is not None]
+        for pending in left:
+            pending.cancel()
         await asyncio.wait(left, timeout=CANCELLED_WITHIN_S)
 
 

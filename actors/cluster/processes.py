@@ -50,14 +50,14 @@ class Processes:
         self.actors: list[str] = []
         self.ended = False
 
-    async def found(self, *, deadline_s: float) -> None:
+    async def wait_until_started(self, *, deadline_s: float) -> None:
         """Wait until all actors are created, and remember the processes on this host."""
-        asked = [handle.__ray_call__.remote(own_location) for handle in self.handles]
+        refs = [handle.__ray_call__.remote(own_location) for handle in self.handles]
         node = ray.get_runtime_context().get_node_id()
-        found = await wait_all(asked, role=self.role, stage="start", deadline_s=deadline_s)
-        remember(self.role, found)
-        self.actors = [actor for actor, _, _ in found]
-        for _, where, pid in found:
+        locations = await wait_all(refs, role=self.role, stage="start", deadline_s=deadline_s)
+        remember(self.role, locations)
+        self.actors = [actor for actor, _, _ in locations]
+        for _, where, pid in locations:
             if where == node:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     self.here.append(psutil.Process(pid))

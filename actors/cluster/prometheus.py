@@ -31,12 +31,12 @@ class PrometheusBackend:
         for key, value in step.metrics.items():
             if value is None:
                 continue
-            found, labels = labelled(key)
+            exported, labels = labelled(key)
             tags = self._run | labels
-            if not found.is_counter:
-                self._gauge(found).set(value, tags=tags)
+            if not exported.is_counter:
+                self._gauge(exported).set(value, tags=tags)
             elif value > 0.0:
-                self._counter(found).inc(value, tags=tags)
+                self._counter(exported).inc(value, tags=tags)
         self._step.set(step.step, tags=self._run)
 
     def alert(self, severity: Severity, title: str, text: str) -> None:
@@ -48,16 +48,18 @@ class PrometheusBackend:
     def close(self, *, failed: bool) -> None:
         """Do nothing: Ray drops the values when this process ends."""
 
-    def _gauge(self, found: Exported) -> Gauge:
-        if found.name not in self._gauges:
-            self._gauges[found.name] = Gauge(found.name, description=found.meaning, tag_keys=_keys(found))
-        return self._gauges[found.name]
+    def _gauge(self, exported: Exported) -> Gauge:
+        if exported.name not in self._gauges:
+            self._gauges[exported.name] = Gauge(exported.name, description=exported.meaning, tag_keys=_keys(exported))
+        return self._gauges[exported.name]
 
-    def _counter(self, found: Exported) -> Counter:
-        if found.name not in self._counters:
-            self._counters[found.name] = Counter(found.name, description=found.meaning, tag_keys=_keys(found))
-        return self._counters[found.name]
+    def _counter(self, exported: Exported) -> Counter:
+        if exported.name not in self._counters:
+            self._counters[exported.name] = Counter(
+                exported.name, description=exported.meaning, tag_keys=_keys(exported)
+            )
+        return self._counters[exported.name]
 
 
-def _keys(found: Exported) -> tuple[str, ...]:
-    return (RUN_LABEL, *found.labels)
+def _keys(exported: Exported) -> tuple[str, ...]:
+    return (RUN_LABEL, *exported.labels)

@@ -35,7 +35,7 @@ async def wait_all(refs: Sequence[ObjectRef[Any]], *, role: str, stage: str, dea
             done, _ = await asyncio.wait(futures, timeout=DEATH_SHOWS_WITHIN_S)
         failed = [(rank, f.exception()) for rank, f in enumerate(futures) if f in done and f.exception() is not None]
         if failed:
-            rank, error = min(failed, key=lambda found: (not isinstance(found[1], RayActorError), found[0]))
+            rank, error = min(failed, key=lambda failure: (not isinstance(failure[1], RayActorError), failure[0]))
             raise explain(error, role=role, rank=rank, stage=stage)
         if pending:
             late = [rank for rank, future in enumerate(futures) if future in pending]
@@ -74,9 +74,9 @@ def explain(error: BaseException | None, *, role: str, rank: int, stage: str) ->
         if isinstance(cause, UserError):
             failure = UserError(str(cause))
         else:
-            told = str(cause) if isinstance(cause, RunError) else f"{type(cause).__name__}: {_short(str(cause))}"
+            reason = str(cause) if isinstance(cause, RunError) else f"{type(cause).__name__}: {_short(str(cause))}"
             lost = lost_nodes()
-            failure = RunError(f"{who} failed: {told}{f'{lost} {RESUMES}' if lost else ''}")
+            failure = RunError(f"{who} failed: {reason}{f'{lost} {RESUMES}' if lost else ''}")
     elif isinstance(error, RayActorError):
         failure = RunError(f"{who} {_how_it_died(error)} {RESUMES}")
     else:
@@ -87,16 +87,16 @@ def explain(error: BaseException | None, *, role: str, rank: int, stage: str) ->
 
 def _how_it_died(error: RayActorError) -> str:
     """Return Ray's reason for a death, and the log file with the process's last output."""
-    told = str(error)
+    message = str(error)
     if error.actor_init_failed:
-        return f"could not be made: {_short(told.strip().splitlines()[-1])}."
+        return f"could not be made: {_short(message.strip().splitlines()[-1])}."
     was = location_of(error.actor_id)
-    loss = was.node_failure() if was is not None else None
-    if was is not None and loss is not None:
-        return f"died with its node (process {was.pid} on {was.address}): {loss}."
-    pid, host = re.search(r"pid: (\d+)", told), re.search(r"ip: (\S+)", told)
+    node_failure = was.node_failure() if was is not None else None
+    if was is not None and node_failure is not None:
+        return f"died with its node (process {was.pid} on {was.address}): {node_failure}."
+    pid, host = re.search(r"pid: (\d+)", message), re.search(r"ip: (\S+)", message)
     number, address = (was.pid, was.address) if was is not None else (pid and pid[1], host and host[1])
-    detail = re.search(r"(?:Worker exit detail|The actor is dead because|is unavailable): *(.*)", told)
+    detail = re.search(r"(?:Worker exit detail|The actor is dead because|is unavailable): *(.*)", message)
     where = f" (process {number}{f' on {address}' if address else ''})" if number else ""
     log = f" Its last words are in {_logs()}/worker-*-{number}.err there." if number else ""
     return f"died{where}. {_short(detail[1]) if detail else ''}{log}"

@@ -106,7 +106,7 @@ class Gang:
 
     async def start(self, *, one_host: bool, deadline_s: float) -> None:
         """Connect the ranks and load the model. Sets `fingerprint` from the model's architecture."""
-        await self.processes.found(deadline_s=deadline_s)
+        await self.processes.wait_until_started(deadline_s=deadline_s)
         [(host, port)] = await self.all([self.handles[0].address.remote(one_host)], "start", deadline_s=deadline_s)
         starts = [h.start.remote(host, port) for h in self.handles]
         self.fingerprint: str = (await self.all(starts, "start", deadline_s=deadline_s))[0]
@@ -115,7 +115,7 @@ class Gang:
         """Give each rank the teacher's vocabulary head."""
         await self.all([h.take_teacher.remote(head) for h in self.handles], "start")
 
-    def own(self, states: StatesByRank) -> StatesByRank:
+    def states_by_rank(self, states: StatesByRank) -> StatesByRank:
         """Return the states of each rank's rows, in rank order."""
         return [states[rank // self.sequence_parallel] if states else () for rank in range(len(self.handles))]
 
@@ -133,8 +133,8 @@ class Gang:
 
     async def arithmetic(self) -> Arithmetic:
         """Return the total peak of the ranks. They are measured concurrently, since they may share a machine."""
-        found: list[Arithmetic] = await self.all([h.arithmetic.remote() for h in self.handles], "start")
-        return replace(found[0], peak_flops=sum(one.peak_flops for one in found))
+        reports: list[Arithmetic] = await self.all([h.arithmetic.remote() for h in self.handles], "start")
+        return replace(reports[0], peak_flops=sum(report.peak_flops for report in reports))
 
     async def offload(self) -> None:
         """Free the GPUs for the engines."""
@@ -175,10 +175,10 @@ class PolicyGang(Gang):
     ) -> PrepareReport:
         """Give each rank its share of the batch."""
         refs = [h.prepare.remote(plan, len(rollouts), *rollouts, *ref_logprobs) for h in self.handles]
-        found = self.distinct(await self.all(refs, "experience"))
+        reports = self.distinct(await self.all(refs, "experience"))
         return PrepareReport(
-            sequences=tuple(s for sequences, _ in found for s in sequences),
-            metrics=merge(metrics for _, metrics in found),
+            sequences=tuple(s for sequences, _ in reports for s in sequences),
+            metrics=merge(metrics for _, metrics in reports),
         )
 
     async def set_advantages(
@@ -186,16 +186,19 @@ class PolicyGang(Gang):
     ) -> AdvantagesReport:
         """Set the advantages of each rank's tokens. The returns stay references."""
         pairs = [h.set_advantages.options(num_returns=2).remote(by_sequence, *values) for h in self.handles]
-        found = self.distinct(await self.all([scalars for _, scalars in pairs], "advantages"))
+        reports = self.distinct(await self.all([scalars for _, scalars in pairs], "advantages"))
         return AdvantagesReport(
-            mean_advantages={i: value for means, _ in found for i, value in means.items()},
-            metrics=merge(metrics for _, metrics in found),
+            mean_advantages={i: value for means, _ in reports for i, value in means.items()},
+            metrics=merge(metrics for _, metrics in reports),
             returns=tuple(returns for returns, _ in self.distinct(pairs)),
         )
 
     async def update(self, minibatch: int, states: StatesByRank = ()) -> Metrics:
         """Make one optimizer step on a minibatch."""
-        refs = [h.update.remote(minibatch, *own) for h, own in zip(self.handles, self.own(states), strict=True)]
+        refs = [
+            h.update.remote(minibatch, *rank_states)
+            for h, rank_states in zip(self.handles, self.states_by_rank(states), strict=True)
+        ]
         return merge(self.distinct(await self.all(refs, "update")))
 
     async def token_signals(self, sequences: Sequence[int]) -> list[Ref[TokenSignals]]:
@@ -224,8 +227,8 @@ class PolicyGang(Gang):
 
     async def probe(self, token_ids: Sequence[int]) -> list[float]:
         """Compute the probe on all ranks, since the weights may be sharded over them."""
-        found = await self.all([h.probe.remote(tuple(token_ids)) for h in self.handles], "weight sync")
-        logprobs: list[float] = found[0]
+        results = await self.all([h.probe.remote(tuple(token_ids)) for h in self.handles], "weight sync")
+        logprobs: list[float] = results[0]
         return logprobs
 
 
@@ -244,8 +247,8 @@ class CriticGang(Gang):
 
     async def update(self, minibatch: int) -> Metrics:
         """Make one optimizer step on a minibatch."""
-        found = await self.all([h.update.remote(minibatch) for h in self.handles], "critic update")
-        return merge(self.distinct(found))
+        results = await self.all([h.update.remote(minibatch) for h in self.handles], "critic update")
+        return merge(self.distinct(results))
 
 
 class OfflineGang(Gang):
@@ -257,13 +260,17 @@ class OfflineGang(Gang):
 
     async def update_on(self, plan: MinibatchPlan, states: StatesByRank = ()) -> Metrics:
         """Make one optimizer step on rows of the training set."""
-        refs = [h.update_on.remote(plan, *own) for h, own in zip(self.handles, self.own(states), strict=True)]
+        refs = [
+            h.update_on.remote(plan, *rank_states)
+            for h, rank_states in zip(self.handles, self.states_by_rank(states), strict=True)
+        ]
         return merge(self.distinct(await self.all(refs, "update")))
 
     async def evaluate(self, dataset: int, name: str, plan: MinibatchPlan, states: StatesByRank = ()) -> Metrics:
         """Return loss and accuracy on rows of a data set."""
         refs = [
-            h.evaluate.remote(dataset, name, plan, *own) for h, own in zip(self.handles, self.own(states), strict=True)
+            h.evaluate.remote(dataset, name, plan, *rank_states)
+            for h, rank_states in zip(self.handles, self.states_by_rank(states), strict=True)
         ]
         return merge(self.distinct(await self.all(refs, "eval")))
 

@@ -55,7 +55,7 @@ class TeacherWorkers:
 
     async def start(self, *, deadline_s: float) -> None:
         """Load the model in every worker."""
-        await self.processes.found(deadline_s=deadline_s)
+        await self.processes.wait_until_started(deadline_s=deadline_s)
         refs = [h.start.remote() for h in self.handles]
         await wait_all(refs, role="teacher", stage="start", deadline_s=deadline_s)
 
@@ -126,15 +126,15 @@ class OnlineTeacherWorkers(ReferenceWorkers):
             handle.mean_logprobs.remote(temperature, samples_per_prompt, *[rollouts[i] for i in share])
             for handle, share in zip(self.handles, shares, strict=False)
         ]
-        found = await wait_all(refs, role="teacher", stage="teacher", deadline_s=self.deadline_s)
-        return {sequence_id: mean for means in found for sequence_id, mean in means.items()}
+        results = await wait_all(refs, role="teacher", stage="teacher", deadline_s=self.deadline_s)
+        return {sequence_id: mean for means in results for sequence_id, mean in means.items()}
 
 
 async def _head(handles: Sequence[ActorHandle[Any]], *, deadline_s: float) -> Ref[VocabularyHead]:
     head, done = handles[0].head.options(num_returns=2).remote()
     await wait_all([done], role="teacher", stage="start", deadline_s=deadline_s)
-    found: Ref[VocabularyHead] = head
-    return found
+    vocabulary_head: Ref[VocabularyHead] = head
+    return vocabulary_head
 
 
 async def _dealt_out(

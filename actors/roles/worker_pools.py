@@ -41,7 +41,7 @@ class RewardWorkers:
 
     async def start(self, *, deadline_s: float) -> None:
         """Start the reward processes and load the models."""
-        await self.processes.found(deadline_s=deadline_s)
+        await self.processes.wait_until_started(deadline_s=deadline_s)
         await wait_all([h.start.remote() for h in self.handles], role="reward", stage="start", deadline_s=deadline_s)
 
     async def score(self, group: CompletedGroup) -> GroupScores:
@@ -57,9 +57,9 @@ class RewardWorkers:
         environment = tuple(info.environment_rewards for info in group.infos)
         longest = longest_s(self.settings.specs, len(truncated), timeout_s=self.settings.timeout_s)
         prompt = group.request.prompt
-        asked = await self._ask(worker, group, truncated)
+        service_answers = await self._ask(worker, group, truncated)
         async with self.free[worker]:
-            ref = self.handles[worker].score.remote(prompt, group.rollouts, truncated, asked, environment)
+            ref = self.handles[worker].score.remote(prompt, group.rollouts, truncated, service_answers, environment)
             scores: GroupScores = await self._answer(worker, ref, stage="rewards", longest=longest)
         return scores
 
@@ -71,8 +71,10 @@ class RewardWorkers:
         longest = ask_deadline_s(self.settings.specs, len(truncated))
         async with self.free_to_ask[worker]:
             ref = self.handles[worker].ask.remote(prompt, group.rollouts, truncated)
-            asked: dict[str, GroupOutcome] = await self._answer(worker, ref, stage="services", longest=longest)
-        return asked
+            service_answers: dict[str, GroupOutcome] = await self._answer(
+                worker, ref, stage="services", longest=longest
+            )
+        return service_answers
 
     async def _answer(self, worker: int, ref: Any, *, stage: str, longest: float) -> Any:
         """Wait up to `longest` seconds for an answer, and ping the worker meanwhile.
@@ -120,16 +122,20 @@ class RewardWorkers:
         worker = group.request.group_id % len(self.handles)
         ref = self.handles[worker].transcripts.remote(group.rollouts)
         limit_s = self.deadline_s
-        said: list[Transcript] = await wait_one(ref, role="reward", rank=worker, stage="texts", deadline_s=limit_s)
-        return said
+        transcripts: list[Transcript] = await wait_one(
+            ref, role="reward", rank=worker, stage="texts", deadline_s=limit_s
+        )
+        return transcripts
 
     async def answers(self, group: CompletedGroup, form: AnswerForm) -> tuple[str | None, ...]:
         """Return the answer of each response, used for voting; None if it has no answer."""
         worker = group.request.group_id % len(self.handles)
         ref = self.handles[worker].answers.remote(group.rollouts, form)
         limit_s = self.deadline_s
-        said: tuple[str | None, ...] = await wait_one(ref, role="reward", rank=worker, stage="eval", deadline_s=limit_s)
-        return said
+        answers: tuple[str | None, ...] = await wait_one(
+            ref, role="reward", rank=worker, stage="eval", deadline_s=limit_s
+        )
+        return answers
 
     async def write_samples(
         self, path: Path, selections: Sequence[SampleSelection], signals: Sequence[Ref[TokenSignals]] = ()
@@ -168,7 +174,7 @@ class ReferenceWorkers:
 
     async def start(self, *, deadline_s: float) -> None:
         """Load the model in every worker."""
-        await self.processes.found(deadline_s=deadline_s)
+        await self.processes.wait_until_started(deadline_s=deadline_s)
         refs = [h.start.remote() for h in self.handles]
         await wait_all(refs, role=self.role, stage="start", deadline_s=deadline_s)
 
@@ -190,8 +196,10 @@ class ReferenceWorkers:
         waits = []
         for handle, share in zip(self.handles, shares, strict=False):
             given = [rollouts[i] for i in share]
-            *found, done = handle.logprobs.options(num_returns=len(share) + 1).remote(only, temperatures or {}, *given)
-            for i, ref in zip(share, found, strict=True):
+            *logprob_refs, done = handle.logprobs.options(num_returns=len(share) + 1).remote(
+                only, temperatures or {}, *given
+            )
+            for i, ref in zip(share, logprob_refs, strict=True):
                 columns[i] = ref
             waits.append(done)
         await wait_all(waits, role=self.role, stage=self.role, deadline_s=self.deadline_s)
@@ -231,7 +239,7 @@ class LikelihoodWorkers:
 
     async def start(self, *, deadline_s: float) -> None:
         """Load the model in every worker."""
-        await self.processes.found(deadline_s=deadline_s)
+        await self.processes.wait_until_started(deadline_s=deadline_s)
         await wait_all([h.start.remote() for h in self.handles], role="policy", stage="start", deadline_s=deadline_s)
 
     async def measure(self, examples: Sequence[Example]) -> list[ExampleResult]:
@@ -242,10 +250,10 @@ class LikelihoodWorkers:
             handle.measure.remote(collate([examples[i] for i in share]))
             for handle, share in zip(self.handles, shares, strict=False)
         ]
-        found = await wait_all(refs, role="policy", stage="eval", deadline_s=self.deadline_s)
+        results_by_worker = await wait_all(refs, role="policy", stage="eval", deadline_s=self.deadline_s)
         by_row = {
             i: result
-            for share, results in zip(shares, found, strict=True)
+            for share, results in zip(shares, results_by_worker, strict=True)
             for i, result in zip(share, results, strict=True)
         }
         return [by_row[i] for i in range(len(examples))]

@@ -168,7 +168,7 @@ class RolloutEngines:
 
     async def start(self, *, deadline_s: float) -> None:
         """Start all engines."""
-        await self.processes.found(deadline_s=deadline_s)
+        await self.processes.wait_until_started(deadline_s=deadline_s)
         await self._all([h.start.remote() for h in self.handles], "start", deadline_s=deadline_s)
 
     async def renew(self, spool: Path) -> bool:

@@ -99,10 +99,10 @@ def evaluate(inputs: EvalInputs, folder: Path) -> Evaluation:
             write_error(folder, error_record(error, step=0))
 
     with connected(inputs.cluster):
-        found = run_async(_find(inputs, note))
-    write_lines(folder / SAMPLES, found.rows)
-    write_atomic(folder / REPORT, found.report)
-    return found.evaluation
+        results = run_async(_find(inputs, note))
+    write_lines(folder / SAMPLES, results.rows)
+    write_atomic(folder / REPORT, results.report)
+    return results.evaluation
 
 
 def run_evaluation(stage: EvaluationStage, loaded: LoadedConfig, *, resume: bool) -> None:
@@ -112,11 +112,11 @@ def run_evaluation(stage: EvaluationStage, loaded: LoadedConfig, *, resume: bool
             inputs = inputs_of_stage(stage, loaded)
         record.begin_step(0)
         with record.stage("eval", role="rollout" if inputs.rewards else "policy"):
-            found = run_async(_find(inputs, partial(note_errors, record=record, step=0)))
-        write_lines(samples_path(record.folder.path, 0), found.rows)
-        metrics = found.evaluation.to_metrics()
+            results = run_async(_find(inputs, partial(note_errors, record=record, step=0)))
+        write_lines(samples_path(record.folder.path, 0), results.rows)
+        metrics = results.evaluation.to_metrics()
         record.write_row(0, {**record.row(), **metrics})
-        write_atomic(result_of(stage), found.report)
+        write_atomic(result_of(stage), results.report)
     logger.info("%s: %s", stage.run.name, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
 
@@ -187,12 +187,12 @@ async def _answers(
             async def read() -> ResponseTexts:
                 return await (reward.texts(group) if candidate.environment is None else reward.transcripts(group))
 
-            scores, said = await asyncio.gather(reward.score(group), read())
+            scores, responses = await asyncio.gather(reward.score(group), read())
             scored = ScoredGroup(group=group, scores=scores)
             note(scored)
-            return scored, said
+            return scored, responses
 
-        found = {}
+        results = {}
         for name, prompts in candidate.prompts.items():
             logger.info(
                 "%s answers %s: %d prompts, %d samples", candidate.model.name, name, len(prompts), decoding.samples
@@ -216,8 +216,10 @@ async def _answers(
             for failed in errors:
                 logger.warning("%s: left out, since %s", name, describe(failed))
             form = inputs.marking.answers if inputs.marking.pass_score is not None else None
-            found[name] = [_result(scored, said, form) for scored, said in judged if not scored.scores.errors]
-    return found
+            results[name] = [
+                _result(scored, responses, form) for scored, responses in judged if not scored.scores.errors
+            ]
+    return results
 
 
 async def _measured(candidate: Candidate, inputs: EvalInputs) -> dict[str, list[ExampleResult]]:
@@ -238,17 +240,17 @@ async def _measured(candidate: Candidate, inputs: EvalInputs) -> dict[str, list[
     )
     async with ending([workers], placement):
         await workers.start(deadline_s=cluster.start_timeout_s)
-        found = {}
+        results = {}
         for name, examples in candidate.examples.items():
             logger.info("%s is measured on %s: %d examples", candidate.model.name, name, len(examples))
-            found[name] = await workers.measure(examples)
-    return found
+            results[name] = await workers.measure(examples)
+    return results
 
 
-def _result(scored: ScoredGroup, said: ResponseTexts, answers: AnswerForm | None) -> PromptResult:
+def _result(scored: ScoredGroup, responses: ResponseTexts, answers: AnswerForm | None) -> PromptResult:
     group, prompt = scored.group, scored.group.request.prompt
-    conversations = tuple(one for one in said if isinstance(one, Transcript))
-    texts = [one.response if isinstance(one, Transcript) else one for one in said]
+    conversations = tuple(response for response in responses if isinstance(response, Transcript))
+    texts = [response.response if isinstance(response, Transcript) else response for response in responses]
     return PromptResult(
         prompt_id=prompt.prompt_id,
         prompt=conversations[0].turns[0].text if conversations else prompt.text,  # includes the first observation
@@ -292,9 +294,9 @@ def _example_reports(
 ) -> tuple[list[SetReport], list[dict[str, Any]]]:
     reports = [
         SetReport(
-            name=name, num_rows=len(found), num_failed=0, metrics=example_metrics(found, seed=inputs.decoding.seed)
+            name=name, num_rows=len(results), num_failed=0, metrics=example_metrics(results, seed=inputs.decoding.seed)
         )
-        for name, found in measured.items()
+        for name, results in measured.items()
     ]
     model = inputs.candidates[0].model.name
-    return reports, [row for name, found in measured.items() for row in example_rows(model, name, found)]
+    return reports, [row for name, results in measured.items() for row in example_rows(model, name, results)]

@@ -47,8 +47,8 @@ def export_checkpoint(
     name = "latest" if step is None else f"step_{step:06d}"
     checkpoint = run / "checkpoints" / name
     if not checkpoint.exists():
-        found = ", ".join(sorted(p.name for p in (run / "checkpoints").glob("step_*"))) or "none"
-        raise UserError(f"{run} has no checkpoint {name}. There are: {found}")
+        names = ", ".join(sorted(p.name for p in (run / "checkpoints").glob("step_*"))) or "none"
+        raise UserError(f"{run} has no checkpoint {name}. There are: {names}")
     if folder.exists():
         raise UserError(f"{folder} exists already; name a folder that does not")
     try:

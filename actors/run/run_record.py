@@ -97,26 +97,26 @@ def _backends(stage: Stage, folder: Path, after: int | None) -> list[TrackerBack
     """
     if isinstance(stage, MergeStage):
         return []
-    found: list[TrackerBackend] = [PrometheusBackend(stage.run.name)] if ray.is_initialized() else []
-    told = stage.tracking
-    if told.tensorboard:
-        found.append(open_tensorboard(folder, done_steps=after))
-    if told.wandb != "off":
+    backends: list[TrackerBackend] = [PrometheusBackend(stage.run.name)] if ray.is_initialized() else []
+    settings = stage.tracking
+    if settings.tensorboard:
+        backends.append(open_tensorboard(folder, done_steps=after))
+    if settings.wandb != "off":
         pipeline, is_stage, _ = stage.run.name.partition("/")
         wandb = open_wandb(
             folder,
-            mode=told.wandb,
-            entity=told.wandb_entity,
-            project=told.wandb_project,
+            mode=settings.wandb,
+            entity=settings.wandb_entity,
+            project=settings.wandb_project,
             name=stage.run.name,
             job_type=stage.algorithm.name if isinstance(stage, Config) else "evaluation",
-            group=told.wandb_group or (pipeline if is_stage else None),
-            tags=told.wandb_tags,
+            group=settings.wandb_group or (pipeline if is_stage else None),
+            tags=settings.wandb_tags,
             config=_settings(stage),
-            checkpoints=told.wandb_checkpoints,
+            checkpoints=settings.wandb_checkpoints,
         )
-        found.append(wandb)
-    return found
+        backends.append(wandb)
+    return backends
 
 
 def _settings(stage: Stage) -> dict[str, Any]:

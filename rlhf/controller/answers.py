@@ -142,7 +142,7 @@ class Answers:
         """
         race = request_set_digest(requests, sampling, version=version, rule=rule)
         firsts = self.firsts.get(race)
-        found: list[ScoredGroup] = []
+        finished: list[ScoredGroup] = []
         closing: asyncio.Task[Any] | None = None
 
         async def take(group: CompletedGroup) -> None:
@@ -151,11 +151,11 @@ class Answers:
             if closing is not None:
                 return
             self._note_errors(scored, step=step)
-            found.append(scored)
-            self.record.progress.stage("rollouts", len(found), len(requests))
-            if is_enough(scored) if firsts is None else len(found) == len(firsts):
+            finished.append(scored)
+            self.record.progress.stage("rollouts", len(finished), len(requests))
+            if is_enough(scored) if firsts is None else len(finished) == len(firsts):
                 closing = asyncio.current_task()
-                done = {one.group.request.group_id for one in found}
+                done = {one.group.request.group_id for one in finished}
                 await self.rollout.cancel([request for request in requests if request.group_id not in done])
 
         tasks: list[asyncio.Task[None]] = []
@@ -176,10 +176,10 @@ class Answers:
         finally:
             for task in tasks:
                 task.cancel()
-        found.sort(key=lambda scored: scored.group.request.group_id)
+        finished.sort(key=lambda scored: scored.group.request.group_id)
         if firsts is None:
-            self.firsts.put(race, [scored.group.request.group_id for scored in found])
-        return found
+            self.firsts.put(race, [scored.group.request.group_id for scored in finished])
+        return finished
 
     def forget_failures(self) -> None:
         """Delete stored failures after a reward has ended the run.
@@ -203,11 +203,12 @@ class Answers:
         """
         sound = [group.group.request for group in groups if not group.scores.errors]
         beside = [
-            replace(one, group_id=one.group_id + GREEDY_GROUPS, seeds=one.seeds[:1], temperature=None) for one in sound
+            replace(request, group_id=request.group_id + GREEDY_GROUPS, seeds=request.seeds[:1], temperature=None)
+            for request in sound
         ]
         likeliest = replace(sampling, temperature=0.0, top_p=1.0, top_k=None, min_p=0.0)
         answered_greedily = await self.score_all(beside, likeliest, step=step, version=version) if beside else []
-        greedy = {one.group.request.group_id - GREEDY_GROUPS: one.scores for one in answered_greedily}
+        greedy = {request.group.request.group_id - GREEDY_GROUPS: request.scores for request in answered_greedily}
         return [_beside(group, greedy.get(group.group.request.group_id)) for group in groups]
 
     async def _score(self, group: CompletedGroup, sampling: Sampling, *, version: int) -> ScoredGroup:

@@ -153,7 +153,7 @@ def visits(num_minibatches: int, *, epochs: int, seed: int, step: int) -> list[i
     """Return the minibatch of each optimizer step of a batch. Every epoch visits all, in a new order."""
     order: list[int] = []
     for epoch in range(epochs):
-        one = list(range(num_minibatches))
-        random.Random(f"visits {seed} {step} {epoch}").shuffle(one)
-        order += one
+        epoch_order = list(range(num_minibatches))
+        random.Random(f"visits {seed} {step} {epoch}").shuffle(epoch_order)
+        order += epoch_order
     return order

@@ -92,7 +92,7 @@ class AdvantageLearning:
         self._adapt_kl(report, num_sequences=sum(m.num_sequences for m in plan.minibatches))
         return Signals(
             trained=frozenset(plan.scores) if trained else frozenset(),
-            reports={one.sequence_id: one for one in report.sequences},
+            reports={sequence.sequence_id: sequence for sequence in report.sequences},
             advantages=advantages,
         )
 

@@ -49,11 +49,13 @@ class DistillationLearning:
         rollouts = [scored.group.rollouts for scored in groups]
         plan = self._plan(groups, step)
         with record.stage("teacher", role="teacher"):
-            told = await self.teacher.logprobs(rollouts, temperatures={}) if self.algorithm.config.is_sampled else []
+            teacher_columns = (
+                await self.teacher.logprobs(rollouts, temperatures={}) if self.algorithm.config.is_sampled else []
+            )
             shown = rollouts[: -(-config.tracking.samples_per_step // self.rollouts.samples_per_prompt)]
             means = await self._mean_logprobs(shown)
         with record.stage("experience", role="policy"):
-            record.add((await policy.prepare(plan, rollouts, told)).metrics)
+            record.add((await policy.prepare(plan, rollouts, teacher_columns)).metrics)
         order = visits(len(plan.minibatches), epochs=config.train.epochs_per_batch, seed=config.run.seed, step=step)
         if self.algorithm.config.is_sampled:
             for minibatch in order:

@@ -43,21 +43,21 @@ class PairLearning:
         """Run the stages listed in the module's docstring. Without a pair, the step makes no update."""
         record, config = self.record, self.config
         groups = for_training(groups, config.rewards)
-        found = [(scored, pair) for scored in groups if (pair := self._pair(scored)) is not None]
+        paired = [(scored, pair) for scored in groups if (pair := self._pair(scored)) is not None]
         record.add(
             {
-                "advantages/zero_groups/fraction": Mean(total=len(groups) - len(found), count=len(groups)),
-                "preference/pairs/total": Sum(total=len(found)),
+                "advantages/zero_groups/fraction": Mean(total=len(groups) - len(paired), count=len(groups)),
+                "preference/pairs/total": Sum(total=len(paired)),
             }
         )
-        if not found:
+        if not paired:
             logger.warning("step %d: the responses to every prompt scored alike, so the policy is not updated", step)
         with record.stage("experience", role="policy"):
-            minibatches = await self._prepare(found, step) if found else 0
+            minibatches = await self._prepare(paired, step) if paired else 0
         with record.stage("update", role="policy"):
             for minibatch in visits(minibatches, epochs=config.train.epochs_per_batch, seed=config.run.seed, step=step):
                 record.add(await self.roles.policy.update(minibatch))
-        pairs = [pair for _, pair in found]
+        pairs = [pair for _, pair in paired]
         await self.following.renew(step)
         preferred = {info.sequence_id: place == 0 for pair in pairs for place, info in enumerate(pair)}
         return Signals(trained=frozenset(preferred), preferred=preferred)
@@ -70,18 +70,18 @@ class PairLearning:
         """Restore the reference of the checkpoint."""
         await self.following.restore(state, step)
 
-    async def _prepare(self, found: Sequence[tuple[ScoredGroup, Pair]], step: int) -> int:
+    async def _prepare(self, paired: Sequence[tuple[ScoredGroup, Pair]], step: int) -> int:
         """Give the policy the pairs and their reference logprobs. Returns the number of minibatches."""
-        pairs, policy, reference = [pair for _, pair in found], self.roles.policy, self.roles.reference
+        pairs, policy, reference = [pair for _, pair in paired], self.roles.policy, self.roles.reference
         plan = plan_pairs(
             pairs,
-            temperatures=temperatures([scored for scored, _ in found]),
+            temperatures=temperatures([scored for scored, _ in paired]),
             step=step,
             seed=self.config.run.seed,
             num_minibatches=self.num_minibatches,
             num_ranks=policy.num_ranks,
         )
-        rollouts = [scored.group.rollouts for scored, _ in found]
+        rollouts = [scored.group.rollouts for scored, _ in paired]
         only = frozenset(info.sequence_id for pair in pairs for info in pair)
         references = (
             [] if reference is None else await reference.logprobs(rollouts, only=only, temperatures=plan.temperatures)

@@ -123,12 +123,12 @@ class Collector:
         requests = [self._request(turn, batch.num_asked + index) for index, turn in enumerate(turns)]
         batch.num_asked += len(requests)
         if len(requests) == needed:
-            found = await self.answers.score_all(requests, self.sampling, step=step, version=step - 1)
+            groups = await self.answers.score_all(requests, self.sampling, step=step, version=step - 1)
         else:
-            found = await self._first(turns, requests, needed, step)
+            groups = await self._first(turns, requests, needed, step)
         if wants_greedy(self.config):
-            found = await self.answers.add_greedy_baseline(found, self.sampling, step=step, version=step - 1)
-        return found
+            groups = await self.answers.add_greedy_baseline(groups, self.sampling, step=step, version=step - 1)
+        return groups
 
     async def _first(
         self, turns: Sequence[Turn], requests: Sequence[GroupRequest], needed: int, step: int
@@ -142,13 +142,13 @@ class Collector:
                 left -= 1
             return left == 0
 
-        found = await self.answers.score_first_finished(
+        groups = await self.answers.score_first_finished(
             requests, self.sampling, is_enough, rule=f"{needed} {rule!r}", step=step, version=step - 1
         )
-        answered = {scored.group.request.group_id for scored in found}
+        answered = {scored.group.request.group_id for scored in groups}
         waiting = [t for t, r in zip(turns, requests, strict=True) if r.group_id not in answered]
         self.waiting = waiting + self.waiting
-        return found
+        return groups
 
     def _teaches(self, scored: ScoredGroup) -> bool:
         """Return whether the group is trained on: its scores carry a signal, and their mean is within the bounds."""
@@ -219,10 +219,10 @@ class Collector:
         if rule is None or len(batch.filtered) <= rule.max_filtered_fraction * count:
             return
         means = [_mean(scored) for scored in batch.filtered]
-        asked = {scored.group.request.prompt.prompt_id for scored in batch.kept + batch.left_out}
-        if len(asked) == len(self.prompts):
+        tried = {scored.group.request.prompt.prompt_id for scored in batch.kept + batch.left_out}
+        if len(tried) == len(self.prompts):
             fix = (
-                f"These were all {len(asked)} prompts of data.train: it has nothing left that this policy learns from. "
+                f"These were all {len(tried)} prompts of data.train: it has nothing left that this policy learns from. "
                 "Add other prompts, or end the run here"
             )
         else:
@@ -238,7 +238,7 @@ class Collector:
     def _metrics(self, batch: _Batch) -> Mapping[str, Reduction]:
         """Return the metrics of untrained groups. rlhf.controller.sampling has the metrics of the batch."""
         tokens = sum(info.num_tokens for info in _infos(batch.left_out))
-        found: dict[str, Reduction] = {
+        metrics: dict[str, Reduction] = {
             "rollouts/dropped_groups/total": Sum(total=len(batch.dropped)),
             "rollouts/tokens/total": Sum(total=tokens),
             "data/epoch": Last(value=float(self.prompts.state().epoch)),
@@ -246,7 +246,7 @@ class Collector:
         if self.rollouts.dynamic_sampling is not None:
             middle = sum(map(_mean, batch.kept)) / len(batch.kept)
             means, answered = [_mean(scored) for scored in batch.filtered], len(batch.measured)
-            found |= {
+            metrics |= {
                 "rollouts/filtered_groups/fraction": Mean(total=len(means), count=answered),
                 "rollouts/filtered_easy/fraction": Mean(total=sum(m > middle for m in means), count=answered),
                 "rollouts/filtered_hard/fraction": Mean(total=sum(m <= middle for m in means), count=answered),
@@ -256,12 +256,12 @@ class Collector:
             }
         if self.rollouts.oversample > 1.0:
             answered = len(batch.kept) + len(batch.left_out)
-            found["rollouts/cancelled_groups/total"] = Sum(total=batch.num_asked - answered)
+            metrics["rollouts/cancelled_groups/total"] = Sum(total=batch.num_asked - answered)
         if self.curriculum is not None:
             measured, within = self.curriculum.counts()
-            found["data/passed_over/total"] = Sum(total=self.num_passed_over)
-            found["data/within_band/fraction"] = Mean(total=within, count=measured)
-        return found
+            metrics["data/passed_over/total"] = Sum(total=self.num_passed_over)
+            metrics["data/within_band/fraction"] = Mean(total=within, count=measured)
+        return metrics
 
     def state(self) -> dict[str, Any]:
         """Return the position in the prompts for a checkpoint."""

@@ -89,14 +89,14 @@ async def evaluate(
         for name, held_out in sets.items():
             groups = await scored(name, held_out.prompts, sampling, settings.samples_per_prompt)
             results = await _results(groups, marking, reward)
-            asked = [prompt.prompt_id for prompt in held_out.prompts]
-            found = prompt_reports(
-                name, results, marking, sources=held_out.sources, prompt_ids=asked, seed=config.run.seed
+            prompt_ids = [prompt.prompt_id for prompt in held_out.prompts]
+            set_reports = prompt_reports(
+                name, results, marking, sources=held_out.sources, prompt_ids=prompt_ids, seed=config.run.seed
             )
             if settings.greedy:
                 greedy = await scored(name, held_out.prompts, replace(sampling, temperature=0.0), 1)
-                found[0] = _with_greedy(found[0], greedy, seed=config.run.seed)
-            reports += found
+                set_reports[0] = _with_greedy(set_reports[0], greedy, seed=config.run.seed)
+            reports += set_reports
             answered[name] = groups
             selections += group_samples(groups, Signals(), split=name, most=None)
         whole = Evaluation(
@@ -123,13 +123,15 @@ async def compare_with_teacher(
     settings = config.eval
     with record.stage("teacher", role="teacher"):
         for name, groups in answered.items():
-            told = await teacher.mean_logprobs(
+            teacher_logprobs = await teacher.mean_logprobs(
                 [scored.group.rollouts for scored in groups],
                 temperature=settings.temperature or 1.0,
                 samples_per_prompt=settings.samples_per_prompt,
             )
             infos = [info for scored in groups for info in scored.group.infos]
-            gaps = [info.num_response_tokens * (info.mean_logprob - told[info.sequence_id]) for info in infos]
+            gaps = [
+                info.num_response_tokens * (info.mean_logprob - teacher_logprobs[info.sequence_id]) for info in infos
+            ]
             count = sum(info.num_response_tokens for info in infos)
             record.add({f"eval/{name}/kl_teacher": Mean(total=sum(gaps), count=count)})
 
@@ -145,11 +147,11 @@ async def _results(groups: Sequence[ScoredGroup], marking: Marking, reward: Rewa
             prompt_id=scored.group.request.prompt.prompt_id,
             scores=scored.scores.scores,
             by_name=scored.scores.by_name,
-            answers=said,
+            answers=response_answers,
             truncated=tuple(info.finish_reason == "length" for info in scored.group.infos),
             response_tokens=tuple(info.num_response_tokens for info in scored.group.infos),
         )
-        for scored, said in zip(groups, votes, strict=True)
+        for scored, response_answers in zip(groups, votes, strict=True)
     ]
 
 

@@ -32,11 +32,11 @@ class Notice:
 
         The work is then cancelled, so it must be resumable.
         """
-        done, told = asyncio.ensure_future(work), asyncio.ensure_future(self._given.wait())
+        done, notice = asyncio.ensure_future(work), asyncio.ensure_future(self._given.wait())
         try:
-            await asyncio.wait({done, told}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({done, notice}, return_when=asyncio.FIRST_COMPLETED)
             return done.result() if done.done() else None
         finally:
             done.cancel()
-            told.cancel()
-            await asyncio.gather(done, told, return_exceptions=True)
+            notice.cancel()
+            await asyncio.gather(done, notice, return_exceptions=True)

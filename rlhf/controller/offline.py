@@ -205,8 +205,8 @@ class OfflineController:
                 parts, whole = [], self._plan(rows)
                 for start in range(0, len(rows), size):
                     shares = self._plan(rows[start : start + size]).sequences_by_rank
-                    piece = replace(whole, sequences_by_rank=shares)  # losses are divided by the counts of all chunks
-                    parts.append(await self.role.evaluate(index, name, piece, await self._states(index, piece)))
+                    chunk = replace(whole, sequences_by_rank=shares)  # losses are divided by the counts of all chunks
+                    parts.append(await self.role.evaluate(index, name, chunk, await self._states(index, chunk)))
                 self.record.add(merge(parts))
 
     async def _checkpoint(self, *, is_best: bool) -> None:

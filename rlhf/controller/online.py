@@ -157,7 +157,7 @@ class OnlineController:
         kept = self.config.tracking.samples_per_step
         if kept:
             chosen = group_samples(groups, signals, split="train", most=kept)
-            written = [i for one in chosen for i in one.sequence_ids if i in signals.trained]
+            written = [i for selection in chosen for i in selection.sequence_ids if i in signals.trained]
             columns = await roles.policy.token_signals(written) if written else []
             await roles.reward.write_samples(samples_path(record.folder.own, step), chosen, columns)
 

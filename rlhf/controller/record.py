@@ -68,10 +68,10 @@ class RunRecord:
 
     def memory(self, role: str, report: MemoryReport) -> None:
         """Add the memory peaks of a role."""
-        found: dict[str, Reduction] = {f"memory/{role}_rss_gib": Max(value=report.rss_gib)}
+        peaks: dict[str, Reduction] = {f"memory/{role}_rss_gib": Max(value=report.rss_gib)}
         if report.gpu_gib is not None:
-            found[f"memory/{role}_gpu_gib"] = Max(value=report.gpu_gib)
-        self.add(found)
+            peaks[f"memory/{role}_gpu_gib"] = Max(value=report.gpu_gib)
+        self.add(peaks)
 
     async def system(self) -> None:
         """Add the `system/*` metrics of the nodes."""
@@ -87,11 +87,11 @@ class RunRecord:
         loss = row.get("update/loss/mean", 0.0)
         if not math.isfinite(loss):
             raise RunError(f"update: the loss of step {step} is {loss}. No checkpoint of it was written.")
-        found = self.tracker.log(step, row, histograms(merge(self.parts)))
+        findings = self.tracker.log(step, row, histograms(merge(self.parts)))
         self.step = step
         self.progress.step(step, row)
-        for one in found:
-            self.progress.finding(one)
+        for finding in findings:
+            self.progress.finding(finding)
 
     async def prune(self, keep: int) -> None:
         """Remove all but the newest checkpoints, and start the upload to the mirror.

@@ -19,7 +19,7 @@ def rollout_metrics(groups: Sequence[ScoredGroup], *, version: int) -> Metrics:
     scores = [score for scored in groups for score in scored.scores.scores]
     lengths = [float(info.num_response_tokens) for info in infos]
     prompts = [float(info.num_prompt_tokens) for info in infos]
-    found: dict[str, Reduction] = {
+    metrics: dict[str, Reduction] = {
         "rollouts/response_tokens/mean": Mean.of(lengths),
         "rollouts/response_tokens/max": Max(value=max(lengths)),
         "rollouts/response_tokens/histogram": Histogram.of(lengths, edges=TOKEN_EDGES),
@@ -33,41 +33,41 @@ def rollout_metrics(groups: Sequence[ScoredGroup], *, version: int) -> Metrics:
         **_conversation_metrics(infos),
     }
     if scores:
-        found |= {"rewards/score/mean": Mean.of(scores), "rewards/score/std": Std.of(scores)}
+        metrics |= {"rewards/score/mean": Mean.of(scores), "rewards/score/std": Std.of(scores)}
     greedy = [scored.greedy_score for scored in groups if scored.greedy_score is not None]
     if greedy:
-        found["rewards/greedy/mean"] = Mean.of(greedy)
+        metrics["rewards/greedy/mean"] = Mean.of(greedy)
     for name, values in values_by_reward(groups).items():
         opinions = [value for value in values if value is not None]
         if opinions:
-            found[f"rewards/{name}/mean"] = Mean.of(opinions)
+            metrics[f"rewards/{name}/mean"] = Mean.of(opinions)
         if len(opinions) < len(values):
             silent = len(values) - len(opinions)
-            found[f"rewards/{name}/no_opinion/fraction"] = Mean(total=silent, count=len(values))
+            metrics[f"rewards/{name}/no_opinion/fraction"] = Mean(total=silent, count=len(values))
     for name, responses in steps_by_reward(groups).items():
         step_values = [step.value for steps in responses for step in steps]
-        found[f"rewards/{name}/steps/mean"] = Mean.of([float(len(steps)) for steps in responses])
-        found[f"rewards/{name}/step/mean"] = Mean.of(step_values)
-        found[f"rewards/{name}/step/std"] = Std.of(step_values)
-    return found
+        metrics[f"rewards/{name}/steps/mean"] = Mean.of([float(len(steps)) for steps in responses])
+        metrics[f"rewards/{name}/step/mean"] = Mean.of(step_values)
+        metrics[f"rewards/{name}/step/std"] = Std.of(step_values)
+    return metrics
 
 
 def steps_by_reward(groups: Sequence[ScoredGroup]) -> dict[str, list[tuple[StepReward, ...]]]:
     """Return the step values of each reward credited by steps, one tuple per response."""
-    found: dict[str, list[tuple[StepReward, ...]]] = {}
+    steps: dict[str, list[tuple[StepReward, ...]]] = {}
     for scored in groups:
         for name, responses in scored.scores.steps.items():
-            found.setdefault(name, []).extend(responses)
-    return found
+            steps.setdefault(name, []).extend(responses)
+    return steps
 
 
 def values_by_reward(groups: Sequence[ScoredGroup]) -> dict[str, list[float | None]]:
     """Return each reward's values for the responses it applies to. Rewards without such a response are absent."""
-    found: dict[str, list[float | None]] = {}
+    columns: dict[str, list[float | None]] = {}
     for scored in groups:
         for name, values in scored.scores.by_name.items():
-            found.setdefault(name, []).extend(values)
-    return found
+            columns.setdefault(name, []).extend(values)
+    return columns
 
 
 def _conversation_metrics(infos: Sequence[RolloutInfo]) -> dict[str, Reduction]:

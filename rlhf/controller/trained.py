@@ -27,5 +27,5 @@ def trained_models(config: Config) -> dict[str, Any]:
         if tree[role]["lora"] is not None:
             del tree[role]["lora"]["dropout"]  # may change between runs, like the learning rate
     ranks = {role: {key: roles[role][key] for key in ("workers", "zero_stage")} for role in models}
-    found: dict[str, Any] = portable(tree | {"cluster": {"roles": ranks}}, home(config))
-    return found
+    described: dict[str, Any] = portable(tree | {"cluster": {"roles": ranks}}, home(config))
+    return described

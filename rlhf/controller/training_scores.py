@@ -26,7 +26,7 @@ def for_training(groups: Sequence[ScoredGroup], rewards: Mapping[str, RewardConf
     normalized = []
     for scored in groups:
         sums = training_sum(scored.scores.by_name, shares)
-        scores = tuple(one for one in sums if one is not None)
+        scores = tuple(score for score in sums if score is not None)
         assert len(scores) == len(sums), "a group in which a response has no score is dropped"
         normalized.append(replace(scored, scores=replace(scored.scores, scores=scores)))
     return normalized
@@ -55,23 +55,26 @@ def by_step(
     multiplied by the reward's weight. The remaining score is the weighted sum over the other rewards.
     """
     shares = _shares(rewards)
-    found: dict[int, tuple[StepReward, ...]] = {}
+    steps_by_sequence: dict[int, tuple[StepReward, ...]] = {}
     left = []
-    for one in groups:
-        scores = list(one.scores.scores)
+    for scored in groups:
+        scores = list(scored.scores.scores)
         credited: list[list[StepReward]] = [[] for _ in scores]
-        for name, values in gated_steps(one.scores.steps, one.scores.by_name, shares).items():
+        for name, values in gated_steps(scored.scores.steps, scored.scores.by_name, shares).items():
             weight = shares[name].weight
-            flat = torch.tensor([value for own in values for value in own], dtype=torch.float64)
+            flat = torch.tensor([value for step_values in values for value in step_values], dtype=torch.float64)
             trained = iter((weight * terms(flat)).tolist())
-            for place, (own, steps) in enumerate(zip(values, one.scores.steps[name], strict=True)):
-                scores[place] -= weight * sum(own)
-                counted = steps[: len(own)]  # empty if the gate has no opinion
+            for place, (step_values, steps) in enumerate(zip(values, scored.scores.steps[name], strict=True)):
+                scores[place] -= weight * sum(step_values)
+                counted = steps[: len(step_values)]  # empty if the gate has no opinion
                 credited[place] += [StepReward(end=step.end, value=next(trained)) for step in counted]
-        left.append(replace(one, scores=replace(one.scores, scores=tuple(scores))))
-        if one.scores.steps:
-            found |= {info.sequence_id: tuple(own) for info, own in zip(one.group.infos, credited, strict=True)}
-    return left, found
+        left.append(replace(scored, scores=replace(scored.scores, scores=tuple(scores))))
+        if scored.scores.steps:
+            steps_by_sequence |= {
+                info.sequence_id: tuple(step_values)
+                for info, step_values in zip(scored.group.infos, credited, strict=True)
+            }
+    return left, steps_by_sequence
 
 
 def outcomes_of(
@@ -107,7 +110,7 @@ def is_flat(scored: ScoredGroup, config: Config, algorithm: OnlineAlgorithm | No
     shares = _shares(config.rewards)
     steps = gated_steps(scored.scores.steps, scored.scores.by_name, shares)
     counting = [values for name, values in steps.items() if shares[name].weight != 0.0]
-    if any(len({value for own in values for value in own}) > 1 for values in counting):
+    if any(len({value for step_values in values for value in step_values}) > 1 for values in counting):
         return False
     (scored,) = for_training([scored], config.rewards)
     if algorithm is None:

@@ -52,10 +52,13 @@ async def sync_weights(
     await asyncio.gather(policy.send(manifest), rollout.update_weights(manifest))
     await policy.settle()
     synced = time.perf_counter()
-    ours = await policy.probe(probe_ids)  # sequential: both may share their cores
+    trainer_logprobs = await policy.probe(probe_ids)  # sequential: both may share their cores
     await hand_over()
     engines = await rollout.probe(probe_ids)
-    worst = max(check_probe(ours, theirs, engine=i, version=version, dtype=dtype) for i, theirs in enumerate(engines))
+    worst = max(
+        check_probe(trainer_logprobs, engine_logprobs, engine=i, version=version, dtype=dtype)
+        for i, engine_logprobs in enumerate(engines)
+    )
     return SyncReport(
         version=version,
         seconds=synced - began,

@@ -41,7 +41,7 @@ class LoadedEnvironment:
 
     def check_rows(self, rows: Sequence[Row], data: str) -> None:
         """Raise UserError if a row lacks a column needed by `reset`, or offers a tool unknown to the environment."""
-        ours, name = names(self.tools), self.spec.source.name
+        tool_names, name = names(self.tools), self.spec.source.name
         mapping = "data.columns" if self.spec.key == KEY else "evaluate.columns"
         for row in rows:
             missing = [column for column in self.description.required if column not in row.columns]
@@ -50,11 +50,11 @@ class LoadedEnvironment:
                     f"{self.spec.key}.name: `{name}.reset` needs the column `{missing[0]}`, which {row.place} of "
                     f"{data} lacks. Add it to the data, or map it from another one with {mapping}."
                 )
-            foreign = [tool for tool in names(read_tools(row) or ()) if tool not in ours]
+            foreign = [tool for tool in names(read_tools(row) or ()) if tool not in tool_names]
             if foreign:
                 raise UserError(
                     f"{row.place}: column `tools` offers `{foreign[0]}`, and {self.spec.key} `{name}` has "
-                    f"{', '.join(ours) or 'no tools'}."
+                    f"{', '.join(tool_names) or 'no tools'}."
                 )
 
     def check_prompt(self, prompt: Prompt, tokenizer: Any, data: str) -> None:

@@ -76,7 +76,7 @@ class Candidate:
     @property
     def longest_prompt(self) -> int:
         """Return the length of the longest prompt in tokens; 0 without prompts."""
-        return max((len(prompt.token_ids) for one in self.prompts.values() for prompt in one), default=0)
+        return max((len(prompt.token_ids) for prompts in self.prompts.values() for prompt in prompts), default=0)
 
     def longest_sequence(self, max_new_tokens: int) -> int:
         """Return the most tokens of a prompt with its response, or of a conversation."""
@@ -111,8 +111,8 @@ def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | Non
     if isinstance(stages[-1], EvaluationStage):
         given: dict[str, Any] = {"model": model, "against": against, "k": marks.ks}
         given |= {"pass_score": marks.pass_score, "answer": marks.answers, "by": marks.by}
-        said = {key: value for key, value in given.items() if value is not None}
-        section = stages[-1].evaluate.model_copy(update=said)
+        changes = {key: value for key, value in given.items() if value is not None}
+        section = stages[-1].evaluate.model_copy(update=changes)
         if not section.rewards:
             _refuse_without_rewards((), against, marks)
         return inputs_of_stage(stages[-1].model_copy(update={"evaluate": section}), loaded)
@@ -138,8 +138,10 @@ def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | Non
     )
     _refuse_without_rewards(rewards, against, marks)
     if rewards:
-        own = config.eval
-        marks = marks.over(Marks(ks=own.k, pass_score=own.pass_score, answers=own.answer, by=own.by))
+        settings = config.eval
+        marks = marks.over(
+            Marks(ks=settings.k, pass_score=settings.pass_score, answers=settings.answer, by=settings.by)
+        )
     played = None if rollouts is None else rollouts.environment
     environment = _environment(played, loaded, decoding.template)
     candidates = []
@@ -148,13 +150,13 @@ def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | Non
         if wanted is not None:
             with prefix_errors(key):
                 local = local_model(wanted, loaded.folder, seed=config.run.seed)
-                found = resolve_model(local, trust_remote_code=config.policy.trust_remote_code)
-            found = replace(found, dtype=config.policy.dtype)
+                resolved = resolve_model(local, trust_remote_code=config.policy.trust_remote_code)
+            resolved = replace(resolved, dtype=config.policy.dtype)
             if config.policy.tokenizer is not None:
-                found = replace(found, tokenizer=config.policy.tokenizer)
+                resolved = replace(resolved, tokenizer=config.policy.tokenizer)
             how: dict[str, Any] = {"columns": data.columns, "reading": reading_of(config), "by": marks.by}
             how |= {"environment": environment}
-            candidates.append(_candidate(found, sets, decoding, rewards, set_key="data.eval.{}", **how))
+            candidates.append(_candidate(resolved, sets, decoding, rewards, set_key="data.eval.{}", **how))
     return _inputs(
         candidates,
         decoding,
@@ -190,7 +192,7 @@ def inputs_of_stage(stage: EvaluationStage, loaded: LoadedConfig, *, made: Stage
     """
     config, made = stage.evaluate, made or StageResults()
     _refuse_unfit_results(stage, made)
-    sets = {name: source_of(one) for name, one in _sets(stage).items()}
+    sets = {name: source_of(section) for name, section in _sets(stage).items()}
     decoding = Decoding(
         samples=config.samples_per_prompt if config.rewards else 1,
         temperature=config.temperature,
@@ -221,8 +223,8 @@ def inputs_of_stage(stage: EvaluationStage, loaded: LoadedConfig, *, made: Stage
         if wanted is not None:
             with prefix_errors(f"evaluate.{name}"):
                 local = local_model(made.finals.get(wanted, wanted), loaded.folder, seed=stage.run.seed)
-                found = resolve_model(local, trust_remote_code=config.trust_remote_code)
-            found = replace(found, name=wanted, dtype=config.dtype or found.dtype)
+                resolved = resolve_model(local, trust_remote_code=config.trust_remote_code)
+            resolved = replace(resolved, name=wanted, dtype=config.dtype or resolved.dtype)
             how: dict[str, Any] = {
                 "columns": config.columns,
                 "reading": reading,
@@ -233,7 +235,7 @@ def inputs_of_stage(stage: EvaluationStage, loaded: LoadedConfig, *, made: Stage
                 "made": made.templates.get(wanted, UNCHANGED),
             }
             candidates.append(
-                _candidate(found, sets, decoding, rewards, set_key="evaluate.data.{}", reward_key=key, **how)
+                _candidate(resolved, sets, decoding, rewards, set_key="evaluate.data.{}", reward_key=key, **how)
             )
     reward_model = config.reward if stage.uses_reward_model else None
     return _inputs(
@@ -270,8 +272,8 @@ def _refuse_unfit_results(stage: EvaluationStage, made: StageResults) -> None:
         if model is None:
             continue
         if model in made.scored:
-            what = made.scored[model].replace("_", " ")
-            raise UserError(f"evaluate.{key}: {model} will be a {what}, expected a language model")
+            model_kind = made.scored[model].replace("_", " ")
+            raise UserError(f"evaluate.{key}: {model} will be a {model_kind}, expected a language model")
         lora = made.adapters.get(model)
         if config.rewards and lora is not None and (lora.dora or lora.modules_to_save):
             kind = "dora" if lora.dora else "modules_to_save"
@@ -332,10 +334,10 @@ def inputs_of_model(
     for key, wanted in (("MODEL", model), ("--against", against)):
         if wanted is not None:
             with prefix_errors(key):
-                found = resolve_model(wanted, trust_remote_code=trust_remote_code)
+                resolved = resolve_model(wanted, trust_remote_code=trust_remote_code)
             how: dict[str, Any] = {"columns": decoding.columns, "reading": reading, "by": marks.by, "by_key": "--by"}
             with in_options():
-                candidates.append(_candidate(found, sets, decoding, specs, set_key="--data {}", **how))
+                candidates.append(_candidate(resolved, sets, decoding, specs, set_key="--data {}", **how))
     return _inputs(
         candidates,
         decoding,
@@ -415,7 +417,7 @@ def _examples(
     loaded = load_examples(rows, tokenizer, reading)
     if loaded.unusable:
         logger.warning("%s: %d of %d rows cannot be used and are left out", key, len(loaded.unusable), len(rows))
-    left_out = {one.place for one in loaded.unusable}
+    left_out = {unusable.place for unusable in loaded.unusable}
     used = [row for row in rows if row.place not in left_out]
     for example, row in zip(loaded.items, used, strict=True):
         if model.max_length is not None and example.longest > model.max_length:

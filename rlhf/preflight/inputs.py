@@ -187,17 +187,17 @@ def _with_steps(config: Config, rows: int) -> Config:
     """Return the configuration with epochs converted to steps. Raise UserError if a check of the steps then fails."""
     if config.train.epochs is None:
         return config
-    found = with_steps(config, rows)
-    steps = found.train.num_steps
+    converted = with_steps(config, rows)
+    steps = converted.train.num_steps
     logger.info("train.epochs %g of %d rows: %d steps", config.train.epochs, rows, steps)
-    refuse(problems(found), lambda key: f"train.epochs is {config.train.epochs:g}, which makes {steps} steps")
-    return found
+    refuse(problems(converted), lambda key: f"train.epochs is {config.train.epochs:g}, which makes {steps} steps")
+    return converted
 
 
 def _asks_the_hub(config: Config, finals: Mapping[str, str]) -> bool:
     """Return whether a model or a data set may be a name on the hub."""
     models = [model.model for model in models_of(config).values() if model.model not in finals]
-    sources = [*(one.source for one in train_sets(config).values()), *eval_sets(config).values()]
+    sources = [*(section.source for section in train_sets(config).values()), *eval_sets(config).values()]
     data = [source.partition(":")[0] for source in sources if isinstance(source, str)]
     names = [*models, *(name for name in data if not name.endswith(FILE_SUFFIXES))]
     absent = [name for name in names if not Path(name).exists()]
@@ -237,10 +237,10 @@ def _online(config: Config, source: str, tokenizer: Any, loaded: LoadedConfig) -
     )
     prompts: tuple[Prompt, ...] = ()
     shares = []
-    for name, one in train_sets(config).items():
-        more = prompts_of(name, one.source, len(prompts))
+    for name, section in train_sets(config).items():
+        more = prompts_of(name, section.source, len(prompts))
         prompts += more
-        shares.append(MixtureShare(name=name, weight=one.weight, size=len(more)))
+        shares.append(MixtureShare(name=name, weight=section.weight, size=len(more)))
     refuse_unused_rewards(specs, (prompt.columns for prompt in prompts))
     config = _with_steps(config, len(prompts))
     rollouts = config.rollouts
@@ -256,7 +256,7 @@ def _online(config: Config, source: str, tokenizer: Any, loaded: LoadedConfig) -
             f"data.train: column `temperature` is not for algorithm {config.algorithm.name}, whose teacher is asked at "
             "rollouts.temperature. Give the column another name, or leave it out."
         )
-    held_out = {name: prompts_of(f"data.eval.{name}", one) for name, one in eval_sets(config).items()}
+    held_out = {name: prompts_of(f"data.eval.{name}", section) for name, section in eval_sets(config).items()}
     _refuse_absent_metric(config, specs, held_out)
     settings = config.eval
     sources = {
@@ -321,12 +321,15 @@ def _offline(config: Config, source: str, tokenizer: Any) -> OfflineInputs:
 
     rows: tuple[OfflineRow, ...] = ()
     shares = []
-    for name, one in train_sets(config).items():
-        more = rows_of(name, one.source, len(rows))
+    for name, section in train_sets(config).items():
+        more = rows_of(name, section.source, len(rows))
         rows += more
-        shares.append(MixtureShare(name=name, weight=one.weight, size=len(more)))
-    held_out = {name: rows_of(f"data.eval.{name}", one) for name, one in eval_sets(config).items()}
-    for name, group in {"data.train": rows, **{f"data.eval.{name}": one for name, one in held_out.items()}}.items():
+        shares.append(MixtureShare(name=name, weight=section.weight, size=len(more)))
+    held_out = {name: rows_of(f"data.eval.{name}", section) for name, section in eval_sets(config).items()}
+    for name, group in {
+        "data.train": rows,
+        **{f"data.eval.{name}": section for name, section in held_out.items()},
+    }.items():
         prompts = {row.token_ids[: row.prompt_tokens] for row in group if isinstance(row, Labelled)}
         if len(prompts) == 1 and compares_with_divergence(config):
             raise UserError(

@@ -26,8 +26,8 @@ def with_local_models(stage: MergeStage, pipeline: Path) -> MergeConfig:
     """Return the merge with tiny:llama replaced by a folder."""
     config, seed = stage.merge, stage.run.seed
     models = {
-        name: one.model_copy(update={"model": local_model(one.model, pipeline, seed=seed)})
-        for name, one in config.models.items()
+        name: source.model_copy(update={"model": local_model(source.model, pipeline, seed=seed)})
+        for name, source in config.models.items()
     }
     base = None if config.base is None else local_model(config.base, pipeline, seed=seed)
     return config.model_copy(update={"models": models, "base": base})
@@ -36,7 +36,7 @@ def with_local_models(stage: MergeStage, pipeline: Path) -> MergeConfig:
 def foresee(config: MergeConfig, made: StageResults, *, final: str) -> None:
     """Raise UserError if the merge is already known to fail. Records the expected result as `final` in `made`."""
     require_tools(config)
-    models = {name: one.model for name, one in config.models.items()}
+    models = {name: source.model for name, source in config.models.items()}
     if config.base is not None:
         models["base"] = config.base
     if any(may_ask_the_hub(model) for model in models.values() if model not in made.finals):
@@ -98,12 +98,12 @@ def _refuse_mixed_heads(awaited: Mapping[str, str], made: StageResults) -> None:
 
 
 def _refuse_other_bases(sources: Mapping[str, Source]) -> None:
-    (first, one), *others = sources.items()
+    (first, source), *others = sources.items()
     for name, other in others:
-        if one.folder.resolve() != other.folder.resolve():
+        if source.folder.resolve() != other.folder.resolve():
             raise UserError(
-                f"{_key(first)} and {_key(name)} are adapters of different bases, {one.folder} and {other.folder}; set "
-                "merge.output to model, or combine adapters of one base."
+                f"{_key(first)} and {_key(name)} are adapters of different bases, {source.folder} and {other.folder}; "
+                "set merge.output to model, or combine adapters of one base."
             )
 
 

@@ -137,10 +137,10 @@ def _refuse_other_vocabulary(section: str, path: str, policy: str, trust_remote_
         size = load_model_config(path, trust_remote_code=trust_remote_code).get_text_config().vocab_size
         fits = size >= len(_words(tokenizer))
     else:
-        ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+        policy_vocabulary, theirs = tokenizer.get_vocab(), other.get_vocab()
         fits = _words(tokenizer).items() <= theirs.items()
         if section == "teacher":
-            fits = fits and _words(other).items() <= ours.items()
+            fits = fits and _words(other).items() <= policy_vocabulary.items()
     if not fits:
         raise UserError(
             f"{path} has another vocabulary than policy.model {policy}, whose token ids it is given: name a model with "
@@ -175,8 +175,8 @@ def _refuse_other_kind(section: str, folder: str, config: Config, *, trained_by:
 def refuse_other_model(config: Config, state: Mapping[str, Any], *, checkpoint: Path) -> None:
     """Raise UserError if a checkpoint's models or their sharding differ from the run's policy and critic."""
     policy = config.policy
-    ours = architecture_fingerprint(load_model_config(policy.model, trust_remote_code=policy.trust_remote_code))
-    if state["policy"] != ours:
+    fingerprint = architecture_fingerprint(load_model_config(policy.model, trust_remote_code=policy.trust_remote_code))
+    if state["policy"] != fingerprint:
         raise UserError(
             f"{checkpoint} is a checkpoint of another model than policy.model {policy.model}: their architectures "
             "differ. Resume with the model that it was made with, or choose another run.name."

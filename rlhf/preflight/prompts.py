@@ -54,5 +54,5 @@ def read_prompts(
         logger.warning("%s: %d of %d prompts are too long and are left out", key, len(loaded.unusable), len(rows))
     if environment is not None:
         environment.check_prompt(loaded.items[0], tokenizer, key)
-    left_out = {one.place for one in loaded.unusable}
+    left_out = {unusable.place for unusable in loaded.unusable}
     return loaded, [row for row in rows if row.place not in left_out]

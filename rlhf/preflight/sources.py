@@ -156,8 +156,10 @@ def _remote(reward: RewardConfig, *, key: str) -> RemoteReward | None:
         return None
     token = None if reward.token_env is None else os.environ.get(reward.token_env, "")
     if token is not None and not (token.isascii() and token.isprintable() and token):
-        what = "is not set" if not token else "holds more than plain text"
-        raise UserError(f"{key}.token_env: the environment variable {reward.token_env} {what}; export the token in it")
+        problem = "is not set" if not token else "holds more than plain text"
+        raise UserError(
+            f"{key}.token_env: the environment variable {reward.token_env} {problem}; export the token in it"
+        )
     judge, http = reward.judge, reward.http
     return RemoteReward(
         service=ServiceSpec(
@@ -233,18 +235,18 @@ def refuse_unused_rewards(
 ) -> None:
     """Raise UserError for a reward that applies to no training row."""
     idle = {spec.name: spec for spec in specs if spec.only}
-    found: dict[str, dict[str, None]] = {name: {} for spec in idle.values() for name in spec.only}
+    seen_values: dict[str, dict[str, None]] = {name: {} for spec in idle.values() for name in spec.only}
     for columns in rows if idle else ():
         idle = {name: spec for name, spec in idle.items() if not spec.applies_to(columns)}
-        for name, values in found.items():
+        for name, values in seen_values.items():
             if len(values) < MOST_SHOWN and name in columns:
                 values[shown(columns[name])] = None
         if not idle:
             return
     for spec in idle.values():
         has = "; ".join(
-            f"`{name}` is {', '.join(found[name])}{', ...' if len(found[name]) == MOST_SHOWN else ''}"
-            if found[name]
+            f"`{name}` is {', '.join(seen_values[name])}{', ...' if len(seen_values[name]) == MOST_SHOWN else ''}"
+            if seen_values[name]
             else f"there is no column `{name}`"
             for name in spec.only
         )

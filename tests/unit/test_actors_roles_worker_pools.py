@@ -88,9 +88,9 @@ async def score(handles: list[Handle], groups: int, *specs: RewardSpec, columns:
 def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the handles are not looked for."""
 
-    async def found(self: Processes, *, deadline_s: float) -> None: ...
+    async def wait_until_started(self: Processes, *, deadline_s: float) -> None: ...
 
-    monkeypatch.setattr(Processes, "found", found)
+    monkeypatch.setattr(Processes, "wait_until_started", wait_until_started)
 
 
 def test_waiting_for_a_worker_does_not_count() -> None:
