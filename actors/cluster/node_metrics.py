@@ -64,7 +64,9 @@ class Nodes:
             answer = asyncio.wrap_future(self.others[node].take.remote().future())
             return _named(node, await asyncio.wait_for(answer, timeout=ANSWER_WITHIN_S))
         except (RayError, TimeoutError) as error:
-            logger.warning("node %s does not say what it is busy with: %s", node, type(error).__name__)
+            logger.warning(
+                "node %s does not report its load and is left out of system/*: %s", node, type(error).__name__
+            )
             del self.others[node]
             return {}
 

@@ -59,7 +59,7 @@ async def run_loop(
                 if going is not None and request.came is None:
                     request.came = now
                     grace_s = grace_s if going[1] is None else min(grace_s, going[1] - time.time())
-                    logger.warning("node %s is about to go", going[0])
+                    logger.warning("node %s is being drained", going[0])
             if request.came is None or task.done():
                 continue
             limit_s = None if request.signal is signal.SIGINT else grace_s

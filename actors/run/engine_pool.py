@@ -95,7 +95,7 @@ async def _renewed(engines: RolloutEngines, spool: Path) -> bool:
     try:
         return await engines.renew(spool)
     except RunError as error:
-        logger.warning("the rollout engines of the run before are of no use any more: %s", error)
+        logger.warning("the rollout engines of the previous run cannot be reused: %s", error)
         return False
 
 

@@ -35,7 +35,7 @@ async def provide_reference(
             if await role.read_reference(index, path):
                 logger.info("reference log-probabilities of data set %d are those in %s", index, path)
                 continue
-            logger.warning("%s is damaged, or not what the reference says: it is computed anew", path)
+            logger.warning("%s is damaged or belongs to other weights; it is computed again", path)
         columns: list[Ref[TokenValues]] = []
         done = 0
         for chunk in _chunks(rows, tokens_at_once):

@@ -96,7 +96,7 @@ def _refuse_other_settings(stage: Stage) -> None:
     try:
         (made_with,) = load(run_folder(stage) / "config.resolved.yaml").stages.values()
     except UserError as error:
-        logger.warning("%s is finished; with which settings is not known: %s", run_folder(stage), error)
+        logger.warning("%s is finished, but its settings cannot be read: %s", run_folder(stage), error)
         return
     changed = changes(made_with, stage)
     if changed:
