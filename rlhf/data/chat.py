@@ -209,8 +209,8 @@ def text_after_turn(
     """
     conversation = [_USER, {"role": ASSISTANT, "content": _SENTINEL}, *messages]
     text = render(conversation, tokenizer, add_generation_prompt=add_generation_prompt, place=place)
-    _, sentinel, behind = text.partition(_SENTINEL)
-    return behind if sentinel and _SENTINEL not in behind else None
+    _, sentinel, after = text.partition(_SENTINEL)
+    return after if sentinel and _SENTINEL not in after else None
 
 
 def turn_end(tokenizer: Any) -> int | None:
@@ -218,8 +218,8 @@ def turn_end(tokenizer: Any) -> int | None:
     if tokenizer.chat_template is None:
         return None
     try:
-        behind = text_after_turn([], tokenizer, add_generation_prompt=False, place="") or ""
+        after = text_after_turn([], tokenizer, add_generation_prompt=False, place="") or ""
     except UserError:  # the template needs more than a question and its answer
         return None
-    end = special_tokens(tokenizer).match(behind.lstrip())
+    end = special_tokens(tokenizer).match(after.lstrip())
     return None if end is None else int(tokenizer.convert_tokens_to_ids(end.group()))

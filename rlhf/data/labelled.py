@@ -102,11 +102,11 @@ def _with_mismatched(labelled: Sequence[Labelled]) -> list[Example]:
             raise ValueError("all answers are to one prompt, so none is to another")
         other, prompt = labelled[match].example, item.prompt_tokens
         answer = other.token_ids[num_prompt_tokens(other) :][: longest - prompt]
-        learnt = other.loss_mask[num_prompt_tokens(other) :][: longest - prompt]
+        answer_mask = other.loss_mask[num_prompt_tokens(other) :][: longest - prompt]
         swapped = Example(
             example_id=2 * index + 1,
             token_ids=item.token_ids[:prompt] + answer,
-            loss_mask=(False,) * prompt + learnt,
+            loss_mask=(False,) * prompt + answer_mask,
         )
         sequences += [item.example, swapped]
     return sequences

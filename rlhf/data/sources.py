@@ -125,13 +125,13 @@ def read_rows(source: Source, *, columns: Mapping[str, str] | None = None) -> li
     return [_rename(row, columns, renamed) for row in rows]
 
 
-def refuse_half_characters(text: str, what: str) -> None:
+def refuse_half_characters(text: str, place: str) -> None:
     """Raise UserError for a lone surrogate. JSON can contain one (`\\ud800`), but it is not a valid character."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         half = ascii(text[error.start])[1:-1]
-        raise UserError(f"{what} holds `{half}` at character {error.start + 1}, half of a character.") from error
+        raise UserError(f"{place} holds `{half}` at character {error.start + 1}, half of a character.") from error
 
 
 def _rename(row: Row, columns: Mapping[str, str], renamed: Mapping[str, str]) -> Row:

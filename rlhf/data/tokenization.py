@@ -65,9 +65,9 @@ class Continuation:
         self.tokenizer = tokenizer
         self._special = special_tokens(tokenizer)
         self._swallows_space = {token.content for token in tokenizer.added_tokens_decoder.values() if token.rstrip}
-        alone, *behind = encode(["b", *(anchor + "b" for anchor in _ANCHORS)], tokenizer)
-        behind_anchor = next((ids for ids in behind if ids != alone), alone)
-        self._marks_beginning = behind_anchor[-len(alone) :] != alone
+        alone, *anchored = encode(["b", *(anchor + "b" for anchor in _ANCHORS)], tokenizer)
+        after_anchor = next((ids for ids in anchored if ids != alone), alone)
+        self._marks_beginning = after_anchor[-len(alone) :] != alone
 
     def encode(self, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
         """Return the token ids of each pair's second text after its first. UserError if the tokenizer always joins the

@@ -105,9 +105,9 @@ class RewardServer:
 
     async def _scores(self, group: Asked) -> GroupScores:
         loop, scorer = asyncio.get_running_loop(), self.scorer
-        given = (group.prompt, group.responses, group.truncated)
-        asked = await loop.run_in_executor(self.asking, scorer.ask, *given)
-        return await loop.run_in_executor(self.scoring, scorer.score, *given, asked)
+        group_args = (group.prompt, group.responses, group.truncated)
+        outcomes = await loop.run_in_executor(self.asking, scorer.ask, *group_args)
+        return await loop.run_in_executor(self.scoring, scorer.score, *group_args, outcomes)
 
     def _refuse_unfit(self, prompt: Prompt) -> None:
         """Raise ValueError for columns the rewards cannot score."""

@@ -99,8 +99,8 @@ def _lines(rows: Sequence[Row], scoring: Scoring) -> list[Line]:
         raise UserError("\n".join(bad[:MOST_BAD_ROWS]) + more)
     data = _DataOfRun(scoring)
     lines = [data.line_of(row) for row in rows]
-    asked = [Row(file=line.row.file, line=line.row.line, columns=line.columns) for line in lines]
-    check_rewards(scoring.specs, asked, rows[0].file, key=scoring.reward_key)
+    reward_rows = [Row(file=line.row.file, line=line.row.line, columns=line.columns) for line in lines]
+    check_rewards(scoring.specs, reward_rows, rows[0].file, key=scoring.reward_key)
     return lines
 
 
@@ -126,19 +126,19 @@ class _DataOfRun:
 
     def line_of(self, row: Row) -> Line:
         """Return a row with its columns or, for a sample of a run, with the columns of its data row."""
-        given = row.columns
-        split = given.get("split", given.get("set"))
-        number = given.get("prompt_id")
-        if not isinstance(split, str) or not isinstance(number, int) or "response_tokens" not in given:
-            columns = {name: value for name, value in given.items() if name not in _RESERVED}
-            return Line(row=row, columns=columns, group=repr((given["prompt"], columns)))
+        present = row.columns
+        split = present.get("split", present.get("set"))
+        number = present.get("prompt_id")
+        if not isinstance(split, str) or not isinstance(number, int) or "response_tokens" not in present:
+            columns = {name: value for name, value in present.items() if name not in _RESERVED}
+            return Line(row=row, columns=columns, group=repr((present["prompt"], columns)))
         data = self._set(split, row)
         if not 0 <= number < len(data):
             name = self.scoring.name
             raise UserError(f"{row.place}: prompt_id is {number}, and {split} has {len(data)} rows in {name}")
         columns = {name: value for name, value in data[number].columns.items() if name not in _RESERVED}
-        which = (split, given.get("group_id", number), given.get("model"))
-        return Line(row=row, columns=columns, group=repr(which))
+        key = (split, present.get("group_id", number), present.get("model"))
+        return Line(row=row, columns=columns, group=repr(key))
 
     def _set(self, split: str, row: Row) -> list[Row]:
         if split not in self.sets:

@@ -193,8 +193,8 @@ class Scorer:
         eos = self.tokenizer.eos_token_id
         end = [] if eos is None else [eos]
         sequences = [
-            [*prompt_ids, *response_ids, *([] if cut else end)]
-            for response_ids, cut in zip(encoded, truncated, strict=True)
+            [*prompt_ids, *response_ids, *([] if is_truncated else end)]
+            for response_ids, is_truncated in zip(encoded, truncated, strict=True)
         ]
         flat = torch.tensor([token for sequence in sequences for token in sequence])
         lengths = torch.tensor([len(sequence) for sequence in sequences])

@@ -66,10 +66,10 @@ def text_of(message: Message) -> str:
 def news(seen: Sequence[Message], messages: Sequence[Message]) -> str:
     """Return the new messages after `seen` as text. ValueError if the earlier messages have changed."""
     known = [(message["role"], text_of(message)) for message in seen]
-    told = [(message["role"], text_of(message)) for message in messages]
-    if told[: len(known)] != known:
+    received = [(message["role"], text_of(message)) for message in messages]
+    if received[: len(known)] != known:
         raise ValueError("the environment changed messages that the policy has read or said; a conversation only grows")
-    new = told[len(known) :]
+    new = received[len(known) :]
     if not new or any(role == "assistant" for role, _ in new):
         raise ValueError("the environment's new messages are none, or hold a turn of the assistant that nobody said")
     return "\n\n".join(text for _, text in new)
@@ -79,8 +79,8 @@ class EpisodeSession:
     """A session: a running episode and the turn it waits for. At most one turn is awaited at a time."""
 
     def __init__(self) -> None:
-        self.told: asyncio.Queue[str] = asyncio.Queue()
-        self.said: asyncio.Future[str] | None = None  # set while a turn is awaited
+        self.observations: asyncio.Queue[str] = asyncio.Queue()
+        self.pending_turn: asyncio.Future[str] | None = None  # set while a turn is awaited
         self.seen: list[Message] = []
         self.episode: asyncio.Task[float]
         self.called = False  # True while a call is being answered
@@ -88,15 +88,15 @@ class EpisodeSession:
 
     async def ask(self, messages: Sequence[Message]) -> str:
         """Return the policy's turn for all messages so far."""
-        if self.said is not None:
+        if self.pending_turn is not None:
             raise ValueError("the environment asks for two turns at once; one conversation is one agent")
         observation = news(self.seen, messages)
-        self.said = asyncio.get_running_loop().create_future()
-        self.told.put_nowait(observation)
+        self.pending_turn = asyncio.get_running_loop().create_future()
+        self.observations.put_nowait(observation)
         try:
-            response = await self.said
+            response = await self.pending_turn
         finally:
-            self.said = None
+            self.pending_turn = None
         self.seen = [*messages, {"role": "assistant", "content": response}]
         return response
 
@@ -131,10 +131,10 @@ class Bridge:
         session, conversation = uuid.uuid4().hex, EpisodeSession()
         self.sessions[session] = conversation
         conversation.episode = asyncio.ensure_future(self._episode(conversation, sent))
-        told = await self._next(session)
-        if isinstance(told, float):
+        result = await self._next(session)
+        if isinstance(result, float):
             raise Refusal(500, "the episode ended before it asked for a turn")
-        return {"session": session, "observation": told}
+        return {"session": session, "observation": result}
 
     async def step(self, sent: Mapping[str, Any]) -> dict[str, Any]:
         """Give the episode its next turn. The reward comes at the episode's end."""
@@ -142,15 +142,15 @@ class Bridge:
         if session not in self.sessions:
             raise Refusal(404, "there is no such session: it ended, failed or was idle for too long (--idle-s)")
         conversation = self.sessions[session]
-        if conversation.called or conversation.said is None or conversation.said.done():
+        if conversation.called or conversation.pending_turn is None or conversation.pending_turn.done():
             raise Refusal(409, "the session does not wait for a turn")
         if not isinstance(response, str):
             raise Refusal(400, f"response is {response!r:.80}, expected text")
-        conversation.said.set_result(response)
-        told = await self._next(session)
-        if isinstance(told, float):
-            return {"observation": "", "reward": told, "done": True}
-        return {"observation": told, "reward": 0.0, "done": False}
+        conversation.pending_turn.set_result(response)
+        result = await self._next(session)
+        if isinstance(result, float):
+            return {"observation": "", "reward": result, "done": True}
+        return {"observation": result, "reward": 0.0, "done": False}
 
     async def close(self, sent: Mapping[str, Any]) -> dict[str, Any]:
         """Stop the episode if it is running."""
@@ -180,7 +180,7 @@ class Bridge:
     async def _next(self, session: str) -> str | float:
         """Return the next observation, or the reward at the end. Only an observation keeps the session open."""
         conversation = self.sessions[session]
-        heard = asyncio.ensure_future(conversation.told.get())
+        heard = asyncio.ensure_future(conversation.observations.get())
         conversation.called = True
         going_on = False
         try:
@@ -212,9 +212,9 @@ class Bridge:
             conversation.episode.cancel()
             await asyncio.wait({conversation.episode}, timeout=10.0)
             if (
-                conversation.said is not None and not conversation.said.done()
+                conversation.pending_turn is not None and not conversation.pending_turn.done()
             ):  # the call to the endpoint still waits for the turn
-                conversation.said.set_exception(ValueError("the session is over"))
+                conversation.pending_turn.set_exception(ValueError("the session is over"))
 
     def _answering(self, call: Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]) -> Any:
         async def answer(request: web.Request) -> web.Response:
@@ -320,10 +320,10 @@ class Episodes:
         if set(seat) & {"harness", "client", "model"}:
             raise ValueError(f"--config: the harness, client and model of {seats[0]} are this server's")
         seat = {"runtime": {"type": "subprocess"}, **seat, "harness": {"id": HARNESS}}
-        made = {**config, "taskset": {**config.get("taskset", {}), "id": name}, seats[0]: seat}
+        full_config = {**config, "taskset": {**config.get("taskset", {}), "id": name}, seats[0]: seat}
         self.vf = vf
         self.model = model
-        self.env = vf.load_environment(vf.resolve_env_config(made))
+        self.env = vf.load_environment(vf.resolve_env_config(full_config))
         self.tasks = list(itertools.islice(self.env.taskset, most_tasks))
         if not self.tasks:
             raise ValueError(f"{name} has no tasks")

@@ -195,12 +195,12 @@ def tokens_of(
     for place in places:
         sequence = rollouts.take([place])
         (sequence_id,) = sequence.sequence_ids.tolist()
-        learnt = TokenSignals.gather(signals, [sequence_id]) if sequence_id in known else None
-        result.append(_tokens(sequence, learnt, tokenizer))
+        sequence_signals = TokenSignals.gather(signals, [sequence_id]) if sequence_id in known else None
+        result.append(_tokens(sequence, sequence_signals, tokenizer))
     return result
 
 
-def _tokens(sequence: Rollouts, learnt: TokenSignals | None, tokenizer: Any) -> SampleTokens:
+def _tokens(sequence: Rollouts, signals: TokenSignals | None, tokenizer: Any) -> SampleTokens:
     """Return the tokens of a single sequence."""
     first = int(sequence.response_mask.int().argmax())
     ids, mask = sequence.token_ids[first:].tolist(), sequence.response_mask[first:].tolist()
@@ -209,7 +209,7 @@ def _tokens(sequence: Rollouts, learnt: TokenSignals | None, tokenizer: Any) -> 
         shown = zip(values[first:].tolist(), mask, strict=True)
         return tuple(float(f"{x:.{_DIGITS}g}") if sampled and math.isfinite(x) else None for x, sampled in shown)
 
-    def made(values: Tensor | None) -> tuple[float | None, ...] | None:
+    def optional_column(values: Tensor | None) -> tuple[float | None, ...] | None:
         return None if values is None or bool(values.isnan().all()) else column(values)
 
     return SampleTokens(
@@ -217,8 +217,8 @@ def _tokens(sequence: Rollouts, learnt: TokenSignals | None, tokenizer: Any) -> 
         ids=tuple(ids),
         sampled=tuple(mask),
         rollout_logprobs=column(sequence.rollout_logprobs),
-        old_logprobs=made(None if learnt is None else learnt.old_logprobs),
-        ref_logprobs=made(None if learnt is None else learnt.ref_logprobs),
-        teacher_logprobs=made(None if learnt is None else learnt.teacher_logprobs),
-        advantages=made(None if learnt is None else learnt.advantages),
+        old_logprobs=optional_column(None if signals is None else signals.old_logprobs),
+        ref_logprobs=optional_column(None if signals is None else signals.ref_logprobs),
+        teacher_logprobs=optional_column(None if signals is None else signals.teacher_logprobs),
+        advantages=optional_column(None if signals is None else signals.advantages),
     )
