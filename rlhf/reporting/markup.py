@@ -25,7 +25,7 @@ def key(name: str) -> str:
     return f"<code>{text(name).replace('/', '/<wbr>').replace('.', '.<wbr>').replace('_', '_<wbr>')}</code>"
 
 
-def cut(value: str, limit: int) -> str:
+def truncate(value: str, limit: int) -> str:
     """Truncate a text to `limit` characters, and state its full length."""
     return value if len(value) <= limit else f"{value[:limit]} ... ({len(value):,} characters)"
 

@@ -50,7 +50,7 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
+class ResponsePair:
     """One prompt with an early and a late response. None: there is only one response."""
 
     split: str
@@ -305,7 +305,7 @@ def read_spans(folder: Path) -> list[Span]:
     ]
 
 
-def read_pairs(run: Run) -> list[Pair]:
+def read_pairs(run: Run) -> list[ResponsePair]:
     """Return prompts with their first and last responses, from the evaluations or, without any, from training."""
     folder = run.folder / "samples"
     steps = sorted(int(path.stem.removeprefix("step_")) for path in folder.glob("step_*.jsonl"))
@@ -329,14 +329,14 @@ def _splits(folder: Path, steps: Iterable[int], *, training: bool) -> dict[str, 
     return splits
 
 
-def _pairs(split: str, steps: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[Pair]:
-    """Pair each prompt's responses of its first and last step. Return single responses if no prompt came twice."""
+def _pairs(split: str, steps: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[ResponsePair]:
+    """Pair the responses to a prompt in its first and last step. Return single ones if no prompt came twice."""
     answers: dict[tuple[object, str], list[tuple[int, Mapping[str, Any]]]] = {}
     for step in sorted(steps):
         for row in steps[step]:  # tasks of an environment may begin with the same words
             answers.setdefault((row.get("prompt_id"), str(row.get("prompt"))), []).append((step, row))
     pairs = [
-        Pair(split=split, prompt=prompt, first=a, last=b, first_step=i, last_step=j)
+        ResponsePair(split=split, prompt=prompt, first=a, last=b, first_step=i, last_step=j)
         for (_, prompt), found in answers.items()
         for (i, a), (j, b) in [(found[0], found[-1])]
         if i < j
@@ -345,17 +345,17 @@ def _pairs(split: str, steps: Mapping[int, Sequence[Mapping[str, Any]]]) -> list
         return pairs
     first, last = min(steps), max(steps)
     early = [
-        Pair(split=split, prompt=str(row.get("prompt")), first=row, last=None, first_step=first, last_step=last)
+        ResponsePair(split=split, prompt=str(row.get("prompt")), first=row, last=None, first_step=first, last_step=last)
         for row in steps[first][:3]
     ]
     late = [
-        Pair(split=split, prompt=str(row.get("prompt")), first=None, last=row, first_step=first, last_step=last)
+        ResponsePair(split=split, prompt=str(row.get("prompt")), first=None, last=row, first_step=first, last_step=last)
         for row in (steps[last][:3] if last > first else [])
     ]
     return early + late
 
 
-def told_pairs(pairs: Sequence[Pair], count: int) -> list[Pair]:
+def shown_pairs(pairs: Sequence[ResponsePair], count: int) -> list[ResponsePair]:
     """Return some pairs for a reader: improved ones first, then worsened ones, then unchanged ones."""
     by_gain = sorted(pairs, key=lambda pair: -pair.gain)
     gained = [pair for pair in by_gain if pair.gain > 0]

@@ -10,8 +10,8 @@ from typing import Any
 
 from rlhf.config.files.differences import portable
 from rlhf.config.files.yaml_tree import to_yaml
-from rlhf.reporting.markup import cut, folded, key, section, table, text
-from rlhf.reporting.runs import Pair, Run, told_pairs
+from rlhf.reporting.markup import folded, key, section, table, text, truncate
+from rlhf.reporting.runs import ResponsePair, Run, shown_pairs
 from rlhf.tracking.diagnosis.findings import Finding
 from rlhf.tracking.formatting import duration, number
 
@@ -44,7 +44,7 @@ def header(runs: Sequence[Run]) -> str:
         if run.ended_by is not None:
             content += (
                 f'<div class="finding failure"><span class="tag">failed</span>{text(run.name)}: '
-                f"{text(cut(run.ended_by, _MOST_TEXT))}</div>"
+                f"{text(truncate(run.ended_by, _MOST_TEXT))}</div>"
             )
     return content
 
@@ -164,12 +164,12 @@ def _change(name: str, before: float, after: float) -> list[str]:
     return [key(name), number(before), number(after), f"{after - before:+.3g}"]
 
 
-def samples(run: Run, pairs: Sequence[Pair]) -> str:
+def samples(run: Run, pairs: Sequence[ResponsePair]) -> str:
     """Return some prompts with their responses before and after."""
-    return section("Samples before and after", "".join(map(_pair, told_pairs(pairs, NUM_PAIRS))), id="samples")
+    return section("Samples before and after", "".join(map(_pair, shown_pairs(pairs, NUM_PAIRS))), id="samples")
 
 
-def _pair(pair: Pair) -> str:
+def _pair(pair: ResponsePair) -> str:
     answers = ""
     for step, row in ((pair.first_step, pair.first), (pair.last_step, pair.last)):
         if row is None:
@@ -178,9 +178,9 @@ def _pair(pair: Pair) -> str:
         marks += [f"score {number(row['score'])}"] if row.get("score") is not None else []
         marks += [f"{row['response_tokens']} tokens"] if row.get("response_tokens") is not None else []
         marks += ["cut off"] if row.get("truncated") else []
-        response = text(cut(str(row.get("response", "")), _MOST_TEXT))
+        response = text(truncate(str(row.get("response", "")), _MOST_TEXT))
         answers += f'<div><div class="dim">{text(", ".join(marks))}</div><pre>{response}</pre></div>'
-    prompt = text(cut(pair.prompt, _MOST_TEXT))
+    prompt = text(truncate(pair.prompt, _MOST_TEXT))
     return (
         f'<div class="pair"><div class="dim">{text(pair.split)}</div><pre class="prompt">{prompt}</pre>'
         f'<div class="answers">{answers}</div></div>'
@@ -207,7 +207,7 @@ def errors(run: Run) -> str:
             str(kind.count),
             text(f"{kind.stage}: {kind.kind}" + (f" ({kind.source})" if kind.source else "")),
             text(f"{kind.first_step} to {kind.last_step}" if kind.last_step > kind.first_step else kind.first_step),
-            f"<pre>{text(cut(kind.example, 600))}</pre>",
+            f"<pre>{text(truncate(kind.example, 600))}</pre>",
         ]
         for kind in run.errors[:_MOST_ERRORS]
     ]
@@ -237,7 +237,7 @@ def _differing(runs: Sequence[Run], flats: Sequence[Mapping[str, Any]]) -> str:
         return ""
     names = list(dict.fromkeys(name for flat in flats for name in flat))
     rows = [
-        [key(name), *(text(cut(_shown_value(flat, name), 300)) for flat in flats)]
+        [key(name), *(text(truncate(_shown_value(flat, name), 300)) for flat in flats)]
         for name in names
         if len({_shown_value(flat, name) for flat in flats}) > 1
     ]

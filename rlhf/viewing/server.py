@@ -27,7 +27,7 @@ from rlhf.tracking.metrics.declarations import METRICS
 from rlhf.tracking.run_folder.samples import samples_path
 from rlhf.viewing.runs import RunPlace, RunPlaces
 from rlhf.viewing.samples import MOST_WHOLE, SampleFiles
-from rlhf.viewing.tail import read_piece
+from rlhf.viewing.tail import read_chunk
 
 STATIC = Path(__file__).parent / "static"
 _COOKIE = "rlhf-view"
@@ -127,7 +127,7 @@ class RunViewer:
     async def _tail(self, request: web.Request, name: str, *, last: bool) -> web.Response:
         start, mark = _number(request, "from", default=0), _number(request, "mark", default=0)
         path = self._run(request).path / name
-        chunk = await asyncio.to_thread(read_piece, path, start, mark, last=last)
+        chunk = await asyncio.to_thread(read_chunk, path, start, mark, last=last)
         position = {"next": chunk.next, "mark": chunk.mark, "reset": chunk.reset, "more": chunk.more}
         return web.Response(
             body=chunk.lines, content_type="application/jsonl", headers={"X-Place": json.dumps(position)}

@@ -17,7 +17,7 @@ _MARKED_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
+class FileChunk:
     """A part of the file in whole lines."""
 
     lines: bytes
@@ -27,7 +27,7 @@ class Piece:
     more: bool  # more lines are available now
 
 
-def read_piece(path: Path, start: int, mark: int, *, last: bool = False) -> Piece:
+def read_chunk(path: Path, start: int, mark: int, *, last: bool = False) -> FileChunk:
     """Return the lines from `start` on, or an empty part for a missing file.
 
     last: return only the end of a long file to a reader without a position.
@@ -35,7 +35,7 @@ def read_piece(path: Path, start: int, mark: int, *, last: bool = False) -> Piec
     try:
         file = path.open("rb")
     except OSError:
-        return Piece(lines=b"", next=0, mark=0, reset=start > 0, more=False)
+        return FileChunk(lines=b"", next=0, mark=0, reset=start > 0, more=False)
     with file:
         size = file.seek(0, 2)
         reset = start > 0 and (start > size or _mark(file, start) != mark)
@@ -50,7 +50,7 @@ def read_piece(path: Path, start: int, mark: int, *, last: bool = False) -> Piec
             lines += file.readline(_LONGEST_LINE)
         lines = lines[: lines.rfind(b"\n") + 1]  # a line without an end is still being written
         end = start + len(lines)
-        return Piece(lines=lines, next=end, mark=_mark(file, end), reset=reset, more=bool(lines) and end < size)
+        return FileChunk(lines=lines, next=end, mark=_mark(file, end), reset=reset, more=bool(lines) and end < size)
 
 
 def _mark(file: BinaryIO, end: int) -> int:

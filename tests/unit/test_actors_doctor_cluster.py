@@ -12,7 +12,7 @@ import pytest
 import rlhf
 from actors.doctor.cluster import OfNode, judge, models_of, paths_of, together
 from actors.doctor.cluster import cluster_doctor as look
-from actors.doctor.machine import Finding
+from actors.doctor.machine import CheckResult
 from actors.doctor.node_probe import NodeFacts, NodeProbe, code_hash, of_hub, size_of, versions
 from rlhf.cli import main
 from rlhf.errors import UserError
@@ -72,7 +72,7 @@ def test_a_relative_path_is_said_to_be_one() -> None:
 
 
 def test_equal_findings_stand_once() -> None:
-    same, other = Finding(what="a", state="ok", found="x"), Finding(what="a", state="bad", found="y")
+    same, other = CheckResult(what="a", state="ok", found="x"), CheckResult(what="a", state="bad", found="y")
     found = [OfNode(node="1", finding=same), OfNode(node="2", finding=same), OfNode(node="3", finding=other)]
     assert list(together(found, {"1", "2", "3"})) == [("1, 2", same), ("3", other)]
     assert next(iter(together(found[:2], {"1", "2"})))[0] == "all 2"
@@ -143,7 +143,7 @@ def test_a_cluster_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_bad_on_a_node_is_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = [OfNode(node="n", finding=Finding(what="a", state=state, found="x")) for state in ("note", "bad")]  # type: ignore[arg-type]
+    told = [OfNode(node="n", finding=CheckResult(what="a", state=state, found="x")) for state in ("note", "bad")]  # type: ignore[arg-type]
     for found, code in ((tuple(told), 1), (tuple(told[:1]), 0)):
         monkeypatch.setattr("actors.doctor.cluster.cluster_doctor", lambda *_, found=found: found)
         assert main(["doctor", "--cluster", "--address", "here:6379"]) == code

@@ -119,7 +119,7 @@ def test_a_key_is_never_shown(monkeypatch: pytest.MonkeyPatch, versions: dict[st
 def test_exit_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], states: list[str], code: int
 ) -> None:
-    findings = [doctor.Finding(what=f"thing {s}", state=s, found="x [y]", advice="do") for s in states]  # type: ignore[arg-type]
+    findings = [doctor.CheckResult(what=f"thing {s}", state=s, found="x [y]", advice="do") for s in states]  # type: ignore[arg-type]
     monkeypatch.setattr(doctor, "examine", lambda: iter(findings))
     assert main(["doctor"]) == code
     assert rlhf.doctor() == tuple(findings)

@@ -16,7 +16,7 @@ import rlhf
 from rlhf.cli import main
 from rlhf.errors import UserError
 from rlhf.reporting.markup import text
-from rlhf.reporting.runs import Pair, read_runs, read_spans, told_pairs
+from rlhf.reporting.runs import ResponsePair, read_runs, read_spans, shown_pairs
 from rlhf.tracking.run_folder.atomic import append_line
 from rlhf.tracking.run_folder.errors import ErrorRecord
 from rlhf.tracking.run_folder.folder import RunFolder, evaluation_path
@@ -259,16 +259,18 @@ def test_training_samples_of_prompts_that_came_twice(tmp_path: Path) -> None:
 
 
 def test_pairs_are_told_from_both_ends() -> None:
-    def pair(name: str, gain: float) -> Pair:
-        return Pair(split="s", prompt=name, first={"score": 0.5}, last={"score": 0.5 + gain}, first_step=0, last_step=1)
+    def pair(name: str, gain: float) -> ResponsePair:
+        return ResponsePair(
+            split="s", prompt=name, first={"score": 0.5}, last={"score": 0.5 + gain}, first_step=0, last_step=1
+        )
 
     pairs = [
         *(pair(f"up{i}", 0.1 * i) for i in range(1, 9)),
         *(pair(f"down{i}", -0.1 * i) for i in range(1, 5)),
         pair("=", 0),
     ]
-    assert [one.prompt for one in told_pairs(pairs, 6)] == ["up8", "up7", "up6", "down4", "down3", "="]
-    assert len(told_pairs(pairs[:3], 6)) == 3
+    assert [one.prompt for one in shown_pairs(pairs, 6)] == ["up8", "up7", "up6", "down4", "down3", "="]
+    assert len(shown_pairs(pairs[:3], 6)) == 3
 
 
 def test_the_newest_spans_of_a_cut_timeline(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from rlhf.viewing import tail
 from rlhf.viewing.runs import RunPlaces
 from rlhf.viewing.samples import SampleFiles
 from rlhf.viewing.server import RunViewer
-from rlhf.viewing.tail import read_piece
+from rlhf.viewing.tail import read_chunk
 
 HOSTILE = '</script><script>x()</script>\u202e\x00 , "tokens": {"texts": "'
 
@@ -138,13 +138,13 @@ def test_long_files_come_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path.write_bytes(b"".join(lines))
     found, start, mark = b"", 0, 0
     while True:
-        piece = read_piece(path, start, mark)
+        piece = read_chunk(path, start, mark)
         assert not piece.reset
         found, start, mark = found + piece.lines, piece.next, piece.mark
         if not piece.more:
             break
     assert found == b"".join(lines)
-    assert read_piece(path, 0, 0, last=True).lines == b'"end"\n'
+    assert read_chunk(path, 0, 0, last=True).lines == b'"end"\n'
 
 
 async def test_samples_are_listed_in_short_and_read_whole_by_place(client: Client, run: Path) -> None:
