@@ -31,20 +31,20 @@ Preset = Literal[
 ]
 
 
-def _around(equal: float, bounds: Bounds) -> Bounds:
+def _check_bounds(neutral: float, bounds: Bounds) -> Bounds:
     low, high = bounds
     if low is None and high is None:
         raise ValueError("both bounds are null, so nothing is rejected; give one bound, or write null for the pair")
-    if (low is not None and low >= equal) or (high is not None and high <= equal):
+    if (low is not None and low >= neutral) or (high is not None and high <= neutral):
         raise ValueError(
-            f"got {list(bounds)}, expected [low, high] with low < {equal:g} < high: {equal:g} is where sampler and "
+            f"got {list(bounds)}, expected [low, high] with low < {neutral:g} < high: {neutral:g} is where sampler and "
             "trainer agree, and that would be rejected"
         )
     return bounds
 
 
-RatioBounds = Annotated[Bounds, AfterValidator(lambda bounds: _around(1.0, bounds))]
-LogBounds = Annotated[Bounds, AfterValidator(lambda bounds: _around(0.0, bounds))]
+RatioBounds = Annotated[Bounds, AfterValidator(lambda bounds: _check_bounds(1.0, bounds))]
+LogBounds = Annotated[Bounds, AfterValidator(lambda bounds: _check_bounds(0.0, bounds))]
 UpperBound = Annotated[float, Field(gt=0.0)]
 
 

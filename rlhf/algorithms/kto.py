@@ -49,21 +49,21 @@ class KTO:
 
     @property
     def compares_with(self) -> Comparison:
-        """Return the kind of baseline: mismatched log-ratios for KTO, the mean log-ratio for BCO, none for APO."""
+        """Return the baseline: the mismatched divergence for KTO, the mean log-ratio for BCO, 0 for APO."""
         return _COMPARED[self.config.loss]
 
     def losses(
         self, log_ratios: Float[Tensor, " B"], labels: Bool[Tensor, " B"], *, compared: float
     ) -> Float[Tensor, " B"]:
         """Return one loss per response, weighted by its label."""
-        from rlhf.objectives import unpaired_loss as of
+        from rlhf.objectives import unpaired_loss
 
         config = self.config
-        weights = of.label_weights(
+        weights = unpaired_loss.label_weights(
             labels, desirable=config.desirable_weight, undesirable=config.undesirable_weight, dtype=log_ratios.dtype
         )
         if config.loss == "kto":
-            return weights * of.kto(log_ratios, labels, beta=config.beta, kl=compared)
+            return weights * unpaired_loss.kto(log_ratios, labels, beta=config.beta, kl=compared)
         if config.loss == "bco":
-            return weights * of.bco(log_ratios, labels, beta=config.beta, delta=config.beta * compared)
-        return weights * of.apo_zero_unpaired(log_ratios, labels, beta=config.beta)
+            return weights * unpaired_loss.bco(log_ratios, labels, beta=config.beta, delta=config.beta * compared)
+        return weights * unpaired_loss.apo_zero_unpaired(log_ratios, labels, beta=config.beta)

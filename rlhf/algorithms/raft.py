@@ -44,7 +44,7 @@ class RAFT(WithoutCritic):
     def kept(self, scores: Sequence[float]) -> Sequence[int]:
         """Return the indices of the best responses with a score at or above the threshold."""
         least = self.config.min_score
-        return [place for place in best(scores, self.config.keep) if least is None or scores[place] >= least]
+        return [index for index in best(scores, self.config.keep) if least is None or scores[index] >= least]
 
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> None:
         """Return None: all selected responses are imitated with equal weight."""

@@ -70,13 +70,13 @@ def _discounted_to_go(terms: Float[Tensor, " M"], counts: Int[Tensor, " B"], *, 
     rank[order] = torch.arange(len(order), device=order.device)
     step = torch.arange(len(terms), device=terms.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
     reached = torch.bincount(step)  # sequences that have a step t
-    place = (reached.cumsum(0) - reached)[step] + rank.repeat_interleave(counts)
+    position = (reached.cumsum(0) - reached)[step] + rank.repeat_interleave(counts)
     by_step = torch.empty_like(terms)
-    by_step[place] = terms
+    by_step[position] = terms
     steps = by_step.split(reached.tolist())
     for now, later in zip(reversed(steps[:-1]), reversed(steps[1:]), strict=True):
         now[: len(later)].add_(later, alpha=factor)
-    return by_step[place]
+    return by_step[position]
 
 
 def whiten(

@@ -31,8 +31,8 @@ def bin_counts(values: Float[Tensor, " N"], mask: Bool[Tensor, " N"], *, edges: 
     """
     inner = torch.tensor(edges[1:-1], dtype=values.dtype, device=values.device)
     bins = len(edges) - 1
-    place = torch.where(mask & ~values.isnan(), torch.bucketize(values, inner, right=True), bins)
-    return torch.bincount(place, minlength=bins + 1)[:bins].double()
+    bin_index = torch.where(mask & ~values.isnan(), torch.bucketize(values, inner, right=True), bins)
+    return torch.bincount(bin_index, minlength=bins + 1)[:bins].double()
 
 
 def sequence_sums(values: Float[Tensor, " N"], lengths: Int[Tensor, " B"]) -> Float[Tensor, " B"]:

@@ -7,22 +7,23 @@ from itertools import accumulate
 
 
 def best(scores: Sequence[float], count: int) -> list[int]:
-    """Return the indices of the highest scores, ascending. Ties take the first. ValueError unless 1 <= count <=
-    len(scores)."""
-    _check(scores, count)
-    return sorted(sorted(range(len(scores)), key=lambda place: (-scores[place], place))[:count])
-
-
-def most_spread(scores: Sequence[float], count: int) -> list[int]:
-    """Return the indices of the scores with the largest variance, ascending (PODS, arXiv:2504.13818): highest and
-    lowest.
+    """Return the indices of the highest scores, ascending. Ties take the first.
 
     ValueError unless 1 <= count <= len(scores).
     """
     _check(scores, count)
-    order = sorted(range(len(scores)), key=lambda place: (-scores[place], place))
+    return sorted(sorted(range(len(scores)), key=lambda index: (-scores[index], index))[:count])
+
+
+def most_spread(scores: Sequence[float], count: int) -> list[int]:
+    """Return the indices of the scores with the largest variance, ascending (PODS, arXiv:2504.13818).
+
+    They are some of the highest and some of the lowest scores. ValueError unless 1 <= count <= len(scores).
+    """
+    _check(scores, count)
+    order = sorted(range(len(scores)), key=lambda index: (-scores[index], index))
     middle = sum(scores) / len(scores)
-    centered = [scores[place] - middle for place in order]  # or a far mean would eat the digits
+    centered = [scores[index] - middle for index in order]  # a large mean would cost digits
     sums = list(accumulate(centered, initial=0.0))
     squares = list(accumulate((value * value for value in centered), initial=0.0))
 
