@@ -122,5 +122,5 @@ class BroadcastSender:
             self.memory = Scratch(self.memory.flat.device)
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group of the weights."""
         self.group = self.memory = None

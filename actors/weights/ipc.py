@@ -50,12 +50,12 @@ class IpcSender:
         """Do nothing: the engines read the memory."""
 
     def settle(self) -> None:
-        """Free the copied weights."""
+        """Free the copied weights on this GPU."""
         self.memory = None
         torch.cuda.ipc_collect()
 
     def close(self) -> None:
-        """Free the copied weights."""
+        """Free the copied weights on this GPU."""
         self.settle()
 
 

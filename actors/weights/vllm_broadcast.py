@@ -70,7 +70,7 @@ class GlooEngine(ReloadEngine[BroadcastInit, BroadcastUpdate]):
         self.checksum = checksum.hexdigest()
 
     def shutdown(self) -> None:
-        """Leave the process group."""
+        """Leave the process group of the weights."""
         self.group = None
 
     def _received(self, u: BroadcastUpdate, checksum: Checksum) -> Iterator[tuple[str, Tensor]]:

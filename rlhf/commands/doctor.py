@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def add(commands: Subparsers) -> None:
-    command = commands.add_parser("doctor", help="what is installed, and what to do about it")
+    command = commands.add_parser("doctor", help="check the installation, and give a remedy for each problem")
     command.add_argument(
         "--cluster",
         metavar="CONFIG",

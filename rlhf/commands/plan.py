@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def add(commands: Subparsers) -> None:
-    command = commands.add_parser("plan", help="check a configuration and show what follows from it")
+    command = commands.add_parser("plan", help="check a configuration and show its plan")
     command.add_argument("config", metavar="CONFIG", help="YAML file")
     command.add_argument("--cluster", metavar="NODES", help="fit it into nodes such as '2*cpu=96,gpu=8,type=h100'")
     command.add_argument(

@@ -27,7 +27,9 @@ def add(commands: Subparsers) -> None:
     native = command.add_mutually_exclusive_group()
     native.add_argument("--wandb", action="store_true", help="make it a sweep on W&B's server, and say how to run it")
     native.add_argument("--agent", metavar="ID", help="run trials of a sweep that --wandb made")
-    native.add_argument("--trial", action="store_true", help="what --agent calls: one run, of the given parameters")
+    native.add_argument(
+        "--trial", action="store_true", help="run one trial with the given parameters; --agent calls it"
+    )
     command.add_argument("--count", type=int, help="with --agent: so many trials")
     add_quiet(command)
     add_overrides(command)

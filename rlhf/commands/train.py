@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def add(commands: Subparsers) -> None:
-    command = commands.add_parser("train", help="run a configuration, of whatever method")
+    command = commands.add_parser("train", help="run a configuration of any method")
     command.add_argument("config", metavar="CONFIG", help="YAML file")
     command.add_argument(
         "--resume",

@@ -127,7 +127,7 @@ def entropy_explosion(history: History) -> Finding | None:
         last_step=history.step,
         metrics=(key, "experience/kl_ref/mean", "rollouts/response_tokens/mean"),
         what=f"The policy's entropy rose from {say(mean(start))} to {say(mean(recent))} nats a token.",
-        why="The policy spreads over tokens at random: most often updates push down what was sampled (negative "
+        why="The policy spreads over tokens at random: most often updates push down the sampled tokens (negative "
         "advantages) faster than anything is pushed up, or an entropy bonus outweighs the reward.",
         advice="lower train.lr, lower algorithm.entropy.coef if it is set, and raise algorithm.kl.coef.",
     )
@@ -214,8 +214,8 @@ def sampler_mismatch(history: History) -> Finding | None:
         last_step=history.step,
         metrics=(key, "experience/rollout_logprob_diff/max", "experience/rollout_ess_token"),
         what=f"Sampler and trainer differ by {say(level)} nats a token; at the beginning it was {say(began)}.",
-        why="The probabilities that the engine sampled with are not those that the trainer computes, so the gradient "
-        "is of another policy than the one that wrote the responses: old weights, other numerics, or other sampling "
+        why="The engine's probabilities differ from the trainer's, so the gradient "
+        "is not that of the sampling policy: old weights, other numerics, or other sampling "
         "settings.",
         advice="compare weight_sync/probe_max_diff; set algorithm.correction, which weighs or leaves out what is far "
         "off.",

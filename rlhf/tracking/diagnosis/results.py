@@ -42,7 +42,7 @@ def rewards_alike(history: History) -> Finding | None:
         last_step=history.step,
         metrics=("rewards/score/std", "rewards/score/mean"),
         what=f"All responses of the last 5 steps scored the same{f' ({say(level.value)})' if level else ''}.",
-        why="A reward that says the same of everything teaches nothing: it does not find the answer in the response, "
+        why="A reward with equal scores teaches nothing: it does not find the answer in the response, "
         "the task is out of reach or solved, or every response fails its format.",
         advice="score some of samples/ by hand with `rlhf reward`; take prompts of another difficulty.",
     )
@@ -141,7 +141,7 @@ def responses_shrink(history: History) -> Finding | None:
         last_step=history.step,
         metrics=(key, "rewards/score/mean"),
         what=f"Responses shrank from {say(mean(start))} to {say(mean(recent))} tokens.",
-        why="The shortest answer is what pays: the reward or its penalties favour brevity, or the policy has given up "
+        why="Short responses score best: the reward or its penalties favour brevity, or the policy has given up "
         "reasoning for guessing.",
         advice="read the samples; check the weight of length penalties in rewards, and algorithm.aggregation.",
     )
@@ -166,12 +166,12 @@ def held_out_falls(history: History) -> Finding | None:
             last_step=history.step,
             metrics=(key, *(("rewards/score/mean", "experience/kl_ref/mean") if hacking else ("update/loss/mean",))),
             what=f"{key} fell from {say(best.value)} (step {best.step}) to {say(level)}{meanwhile}.",
-            why="The policy has found what the reward pays for and you do not want: it scores by the reward's "
+            why="The policy exploits the reward instead of solving the task: it scores by the reward's "
             "weakness, not by the task."
             if hacking
             else "The model loses what it could do before: too many steps or too high a learning rate on this data.",
             advice=(
-                "read the best-scored samples; raise algorithm.kl.coef; mend the reward or add a verifier; "
+                "read the best-scored samples; raise algorithm.kl.coef; fix the reward or add a verifier; "
                 if hacking
                 else "lower train.lr; "
             )
@@ -195,7 +195,7 @@ def held_out_loss_rises(history: History) -> Finding | None:
             last_step=history.step,
             metrics=(key, "update/loss/mean"),
             what=f"{key} was lowest at step {lowest.step} ({say(lowest.value)}) and is {say(later[-1])} now.",
-            why="The model learns the training rows by heart: what it gains there it loses on others.",
+            why="The model memorises the training rows: it improves on them and gets worse on other rows.",
             advice=f"{_keep(lowest)} Fewer epochs, a lower train.lr, more data.",
         )
     return None
@@ -235,8 +235,8 @@ def preferences_at_chance(history: History) -> Finding | None:
         first_step=recent[0].step,
         last_step=history.step,
         metrics=(key, "preference/margin/mean", "update/loss/mean"),
-        what=f"Over {CHANCE_STEPS} steps {say(100 * mean(recent))} % of the pairs are told apart; a coin gives 50 %.",
-        why="Nothing is learnt from the preferences: the learning rate is too low, labels contradict each other, or "
+        what=f"Over {CHANCE_STEPS} steps {say(100 * mean(recent))} % of the pairs are ranked right; chance is 50 %.",
+        why="The preferences teach nothing: the learning rate is too low, labels contradict each other, or "
         "chosen and rejected are swapped in part of the data.",
         advice="raise train.lr; read twenty pairs by hand; check the columns that data.columns names.",
     )

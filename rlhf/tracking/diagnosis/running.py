@@ -41,9 +41,9 @@ def rewards_fail(history: History) -> Finding | None:
         last_step=max(steps),
         metrics=tuple(keys),
         what=f"In the last steps {', and '.join(failures)}.",
-        why="A reward or an environment fails on some responses. Those that it fails on are not trained on, which "
-        "biases what is learnt towards the others.",
-        advice="errors.jsonl names prompt, sample and message of each; mend the function, or raise "
+        why="A reward or an environment fails on some responses. Failed responses are not trained on, which "
+        "biases training towards the others.",
+        advice="errors.jsonl names prompt, sample and message of each; fix the function, or raise "
         "reward_policy.timeout_s where it is slow.",
     )
 
@@ -83,10 +83,10 @@ def memory_grows(history: History) -> Finding | None:
                 last_step=history.step,
                 metrics=(key,),
                 what=f"{key} grew from {say(before)} to {say(now)} GiB, and still grows.",
-                why="A process keeps what it should let go of. In the end the kernel ends it, most often in the "
+                why="A process does not free its memory. In the end the kernel ends it, most often in the "
                 "middle of a step.",
                 advice="lower train.checkpoint_every, so that a kill costs little; if it is the reward's role, look "
-                "for what its function keeps between calls.",
+                "for objects that its function keeps between calls.",
             )
     return None
 
