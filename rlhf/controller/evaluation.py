@@ -34,7 +34,7 @@ class EvalSet:
     sources: Mapping[int, str]
 
 
-async def evaluate(
+async def score_held_out(
     sets: Mapping[str, EvalSet],
     config: Config,
     marking: Marking,

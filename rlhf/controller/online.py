@@ -26,7 +26,7 @@ from rlhf.controller.by_advantages import AdvantageLearning
 from rlhf.controller.by_distillation import DistillationLearning
 from rlhf.controller.by_pairs import PairLearning
 from rlhf.controller.collect import Collected, Collector
-from rlhf.controller.evaluation import EvalSet, compare_with_teacher, evaluate
+from rlhf.controller.evaluation import EvalSet, compare_with_teacher, score_held_out
 from rlhf.controller.learning import Learning, OnlineRoles
 from rlhf.controller.notice import Notice
 from rlhf.controller.record import Best, RunRecord
@@ -232,7 +232,7 @@ class OnlineController:
 
     async def _evaluate(self, step: int) -> None:
         roles = self.roles
-        answered = await evaluate(
+        answered = await score_held_out(
             self.eval_sets, self.config, self.marking, self.answers, roles.reward, self.record, step=step
         )
         if roles.teacher is not None:

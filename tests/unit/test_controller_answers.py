@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from rlhf.controller.answers import GREEDY_GROUPS, Answers, request_for
-from rlhf.controller.evaluation import EvalSet, evaluate
+from rlhf.controller.evaluation import EvalSet, score_held_out
 from rlhf.evaluation.results import Marking
 from rlhf.roles import CompletedGroup, ScoredGroup
 from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, RolloutInfo, Sampling
@@ -145,7 +145,7 @@ def test_an_evaluation_is_taken_up_by_the_weights_of_its_own_step(tmp_path: Path
     def evaluated(step: int) -> Reward:
         answers, reward, record = begun(tmp_path)
         (tmp_path / "evals").mkdir(exist_ok=True)
-        asyncio.run(evaluate(sets, config, marking, answers, reward, record, step=step))  # type: ignore[arg-type]
+        asyncio.run(score_held_out(sets, config, marking, answers, reward, record, step=step))  # type: ignore[arg-type]
         return reward
 
     assert len(evaluated(before).asked) == 2

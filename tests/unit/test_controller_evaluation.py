@@ -13,7 +13,7 @@ import pytest
 from rlhf.config.files.load import load
 from rlhf.config.schema.root import Config
 from rlhf.controller.answers import Answers
-from rlhf.controller.evaluation import EvalSet, evaluate
+from rlhf.controller.evaluation import EvalSet, score_held_out
 from rlhf.errors import RunError
 from rlhf.evaluation.results import Marking
 from rlhf.roles import CompletedGroup, SampleSelection
@@ -125,7 +125,7 @@ async def run(run_config: Config, tmp_path: Path, rewards: Rewards, engines: Eng
     engines = engines or Engines()
     answers = Answers(engines, rewards, record, rewards_fingerprint="")  # type: ignore[arg-type]
     sets = {"heldout": EvalSet(prompts=PROMPTS, sources={0: "easy", 1: "hard"})}
-    await evaluate(sets, run_config, MARKING, answers, rewards, record, step=3)  # type: ignore[arg-type]
+    await score_held_out(sets, run_config, MARKING, answers, rewards, record, step=3)  # type: ignore[arg-type]
     found: Record = record
     return found
 
