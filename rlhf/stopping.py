@@ -130,11 +130,11 @@ def run_stoppable(work: Callable[[StopRequest], T]) -> T:
         beats, silent_s = request.beats, 0.0
         while thread.is_alive() and not request.given_up.is_set():
             thread.join(LOOK_EVERY_S)
-            silent_s = (
-                0.0 if request.beats != beats else silent_s + LOOK_EVERY_S
-            )  # the time of a stopped process does not count
+            limit_s = request.beats_within_s
+            is_silent = request.beats == beats and limit_s < math.inf  # before its first beat a loop is not silent
+            silent_s = silent_s + LOOK_EVERY_S if is_silent else 0.0  # the time of a stopped process does not count
             beats = request.beats
-            if silent_s > request.beats_within_s:
+            if silent_s > limit_s:
                 request.hung_s = silent_s
                 request.interrupted.set()
             if request.interrupted.is_set() and deadline is None:

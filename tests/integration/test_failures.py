@@ -21,6 +21,8 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from rlhf.cli import main
 from rlhf.models.tiny import build_tiny_llama
@@ -130,7 +132,7 @@ def test_a_failing_reward_ends_the_run(ray_local: None, capsys: pytest.CaptureFi
         "mine.py:2",
     ]
     assert all(word in said for word in words), said
-    assert "reward_policy.on_error is fail" in said
+    assert "on_error is fail, for the reward or in reward_policy" in said
     records = [json.loads(line) for line in (tmp_path / "fails" / "errors.jsonl").read_text().splitlines()]
     assert (records[0]["step"], records[0]["stage"], records[0]["kind"]) == (1, "rewards", "raised")
     assert records[0]["source"] == "mine"
@@ -264,16 +266,16 @@ def test_a_loss_that_is_not_finite_leaves_no_checkpoint(
     assert [row["step"] for row in rows(tmp_path / "diverges")] == [1]
 
 
-def test_an_actor_that_cannot_start_is_named(
-    ray_local: None, capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path
+def test_a_model_that_only_a_rank_finds_broken_is_named(
+    ray_local: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    model = build_tiny_llama(tmp_path / "mixed", seed=0)
-    shape = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    (model / "config.json").write_text(json.dumps({**shape, "intermediate_size": 8}), encoding="utf-8")
-    said = failed(
-        capsys, write_run(tmp_path, "mixed", SFT, {"policy": {"model": str(model)}, "cluster": {"roles": None}})
-    )
-    assert said.startswith("start: policy rank 0 failed: "), said
+    """The rank that computes with weights that are no numbers refuses them at the start."""
+    model = build_tiny_llama(tmp_path / "broken", seed=0)
+    weights = load_file(model / "model.safetensors")
+    save_file({name: torch.full_like(w, torch.nan) for name, w in weights.items()}, model / "model.safetensors")
+    changes = {"policy": {"model": str(model)}, "cluster": {"roles": None}}
+    said = failed(capsys, write_run(tmp_path, "broken_run", SFT, changes), code=2)
+    assert said.startswith(f"The hidden states of the model {model} are not finite"), said
 
 
 def test_more_than_the_cluster_has(ray_local: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

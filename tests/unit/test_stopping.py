@@ -238,3 +238,32 @@ def test_a_process_does_not_wait_for_a_call_that_never_returns() -> None:
         "raise SystemExit(cli.main())\n"
     )
     assert subprocess.run([sys.executable, "-c", script], timeout=30).returncode == 75
+
+
+def test_the_time_before_a_loop_begins_does_not_count_as_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models and engines load for longer than one call of Ray may take."""
+    monkeypatch.setattr(stopping, "LOOK_EVERY_S", 0.01)
+
+    def work(request: StopRequest) -> str:
+        time.sleep(0.3)  # loading
+        request.beats_within_s = 0.2
+        for _ in range(10):
+            time.sleep(0.05)
+            request.beats += 1
+        return "trained"
+
+    assert run_stoppable(work) == "trained"
+
+
+def test_a_loop_that_stands_still_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(stopping, "END_WITHIN_S", 0.1)
+    hangs = threading.Event()
+
+    def work(request: StopRequest) -> None:
+        request.beats_within_s = 0.1
+        hangs.wait(20.0)
+
+    with pytest.raises(RunError, match="in a call of Ray, whose daemons do not answer"):
+        run_stoppable(work)
+    hangs.set()
