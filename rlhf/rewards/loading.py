@@ -7,6 +7,7 @@ result is a description for pickling; the pool loads the reward again in its pro
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ def resolve(function: str, *, args: Mapping[str, Any], folders: Sequence[Path], 
             f"{key}: there is no built-in reward `{function}`: {hint}"
             f"There are {', '.join(BUILT_INS)}; your own is `path/file.py:NAME`"
         )
-    candidates = [(folder / Path(path).expanduser()).resolve() for folder in folders]
+    candidates = [(folder / os.path.expanduser(path)).resolve() for folder in folders]
     for candidate in candidates:
         if candidate.is_file():
             return Source(path=str(candidate), name=name, args=dict(args))

@@ -77,6 +77,10 @@ def test_missing_file_says_where_it_was_looked_for() -> None:
     assert str(FILES.resolve() / "absent.py") in refusal("absent.py:reward")
 
 
+def test_a_file_of_an_unknown_home_does_not_exist() -> None:
+    assert "the reward file `~nosuchuser/x.py` does not exist" in refusal("~nosuchuser/x.py:reward")
+
+
 def test_missing_name_lists_what_there_is() -> None:
     message = refusal("simple.py:lenght")
     assert "defines no `lenght`" in message

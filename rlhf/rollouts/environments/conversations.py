@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 import hashlib
+import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -95,7 +96,7 @@ def resolve(name: str, *, args: Mapping[str, Any], folders: Sequence[Path], key:
             f"{key}: there is no built-in environment `{name}`: {hint}There are {', '.join(BUILT_INS)}; your own is "
             "`path/file.py:CLASS`"
         )
-    candidates = [(folder / Path(path).expanduser()).resolve() for folder in folders]
+    candidates = [(folder / os.path.expanduser(path)).resolve() for folder in folders]
     for candidate in candidates:
         if candidate.is_file():
             return Source(path=str(candidate), name=class_name, args=dict(args))
