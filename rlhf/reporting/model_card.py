@@ -55,8 +55,7 @@ def model_card(config: Config, rows: list[dict[str, Any]], *, merged: bool = Fal
         "---",
         f"# {name}",
         "",
-        f"This is {kind}, trained from `{base}` with `{config.algorithm.name}` by "
-        "[ray-rlhf](https://pypi.org/project/ray-rlhf/)."
+        f"This is {kind}, trained from `{base}` with `{config.algorithm.name}` by ray-rlhf."
         + (" The folder holds a LoRA adapter, which needs its base model." if is_adapter else ""),
         "",
         "## Training",
