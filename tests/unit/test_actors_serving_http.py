@@ -28,7 +28,7 @@ from actors.serving.http import MAX_BODY_BYTES, ModelServer, ServerSpec
 from actors.serving.openai_schema import MOST_SAMPLES, ChatRequest, read
 from actors.serving.router import Answering, NoEngine
 from rlhf.cli import main
-from rlhf.data.tokenization import encode
+from rlhf.data.tokenization import encode_raw
 from rlhf.errors import RunError
 from rlhf.models.tiny import byte_tokenizer
 from rlhf.rollouts.records.spans import Sampled
@@ -329,6 +329,7 @@ async def test_a_prompt_of_too_many_characters_is_refused_before_it_is_tokenized
         raise AssertionError("it was tokenized")
 
     monkeypatch.setattr("actors.serving.http.encode", unasked)
+    monkeypatch.setattr("actors.serving.http.encode_raw", unasked)
     async with serving(StandIn(), max_length=32) as client:
         for path, body in (
             ("completions", TEXT | {"prompt": text}),
@@ -345,9 +346,9 @@ async def test_a_long_prompt_does_not_keep_others_waiting(monkeypatch: pytest.Mo
     def slow_where_long(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
         if len(texts[0]) > 8:
             assert tokenizing.wait(20.0)
-        return encode(texts, tokenizer)
+        return encode_raw(texts, tokenizer)
 
-    monkeypatch.setattr("actors.serving.http.encode", slow_where_long)
+    monkeypatch.setattr("actors.serving.http.encode_raw", slow_where_long)
     async with serving(StandIn("yes"), max_length=32) as client:
         long = asyncio.ensure_future(ask(client, "completions", TEXT | {"prompt": "long enough", "max_tokens": 1}))
         assert (await ask(client, "completions", TEXT | {"prompt": "a"}))[0] == 200
