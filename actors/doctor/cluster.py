@@ -99,7 +99,7 @@ def examine(stages: Sequence[Stage]) -> Iterator[OfNode]:
     yield OfNode(node="cluster", finding=_nodes(alive))
     yield from (OfNode(node="cluster", finding=one) for one in _room(stages, alive))
     with _probes(alive) as probes, _shared_folder(stages) as shared:
-        paths, models = paths_of(stages), models_of(stages)
+        paths, models = paths_of(stages), hub_models(stages)
         answers = {node: probe.look.remote(node, paths, models, shared) for node, probe in probes.items()}
         facts: dict[str, NodeFacts] = {}
         ends = time.monotonic() + ANSWER_WITHIN_S
@@ -174,7 +174,7 @@ def judge(facts: NodeFacts, here: Mapping[str, str]) -> Iterator[CheckResult]:
             yield CheckResult(what=model, state="note", found="not in the hub's cache; the hub answers", advice=advice)
 
 
-def models_of(stages: Sequence[Stage]) -> list[str]:
+def hub_models(stages: Sequence[Stage]) -> list[str]:
     """Return the hub models of the runs: all names without a path here."""
     named: dict[str, None] = {}
     for stage in stages:

@@ -24,7 +24,7 @@ from rlhf.config.derive import (
     uses_reward_model,
     weight_sync,
 )
-from rlhf.config.schema.cluster import TrainedRole
+from rlhf.config.schema.cluster import TrainedResources
 from rlhf.config.schema.model import CriticConfig, ModelConfig, PolicyConfig
 from rlhf.config.schema.root import Config
 from rlhf.planning.memory import (
@@ -89,7 +89,7 @@ def footprints(config: Config, sizes: Sizes) -> list[Footprint]:
     return result
 
 
-def tokens_of_microbatch(config: Config, role: TrainedRole) -> tuple[int, bool]:
+def tokens_of_microbatch(config: Config, role: TrainedResources) -> tuple[int, bool]:
     """Return the tokens of a full micro-batch on one rank, and whether an optimizer step may have several
     micro-batches."""
     budget = config.train.max_tokens_per_microbatch

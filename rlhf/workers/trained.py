@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf.config.derive import adapter_options, chat_template, warmup_steps
-from rlhf.config.schema.cluster import TrainedRole
+from rlhf.config.schema.cluster import TrainedResources
 from rlhf.config.schema.model import CriticConfig, PolicyConfig
 from rlhf.config.schema.root import Config
 from rlhf.engine.base import OptimizerSettings, ScheduleSettings, TrainingEngine
@@ -41,7 +41,7 @@ class TrainedWorker(ABC):
         self,
         config: Config,
         model: PolicyConfig | CriticConfig,
-        resources: TrainedRole,
+        resources: TrainedResources,
         place: RankContext,
         *,
         lr: float,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import rlhf
-from actors.doctor.cluster import OfNode, judge, models_of, paths_of, together
+from actors.doctor.cluster import OfNode, hub_models, judge, paths_of, together
 from actors.doctor.cluster import cluster_doctor as look
 from actors.doctor.machine import CheckResult
 from actors.doctor.node_probe import NodeFacts, NodeProbe, code_hash, of_hub, size_of, versions
@@ -108,7 +108,7 @@ def test_the_models_of_the_hub_are_those_that_are_no_folder_here(
         "evaluate": {"model": "runs/a/final", "against": "another/one", "reward": {"model": "a/judge"}},
     }
     stage: Any = SimpleNamespace(model_dump=lambda **_: tree)
-    assert models_of([stage]) == ["some/model", "another/one", "a/judge"]
+    assert hub_models([stage]) == ["some/model", "another/one", "a/judge"]
 
 
 def test_a_model_is_cached_with_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from rlhf.algorithms.section import Section
 Threads = Annotated[int, Field(ge=1, le=1024)] | Literal["auto"]
 
 
-class TrainedRole(Section):
+class TrainedResources(Section):
     """Workers of a trained model, which form one group of ranks."""
 
     workers: int = Field(default=1, ge=1, le=65536)
@@ -38,7 +38,7 @@ class TrainedRole(Section):
         return self.workers // self.sequence_parallel
 
 
-class PolicyRole(TrainedRole):
+class PolicyResources(TrainedResources):
     """Workers of the policy."""
 
     @property
@@ -47,14 +47,14 @@ class PolicyRole(TrainedRole):
         return None
 
 
-class CriticRole(TrainedRole):
+class CriticResources(TrainedResources):
     """Workers of the critic."""
 
     colocate_with: Literal["policy"] | None = "policy"
     """Share the bundles of this role and take turns with it. null: use separate bundles."""
 
 
-class ForwardRole(Section):
+class ForwardResources(Section):
     """Workers of the reference, teacher or reward role. Each holds the whole model, and the work is
     divided among them."""
 
@@ -69,14 +69,14 @@ class ForwardRole(Section):
     """Compute threads of each worker. auto: the node's cores divided by the number of this role's workers on it."""
 
 
-class ReferenceRole(ForwardRole):
+class ReferenceResources(ForwardResources):
     """Workers of the reference model."""
 
     colocate_with: Literal["policy", "rollout"] | None = "policy"
     """Share the bundles of this role and take turns with it. null: use separate bundles."""
 
 
-class TeacherRole(ForwardRole):
+class TeacherResources(ForwardResources):
     """Workers of the teacher."""
 
     colocate_with: Literal["policy"] | None = "policy"
@@ -84,14 +84,14 @@ class TeacherRole(ForwardRole):
     step ahead."""
 
 
-class RewardRole(ForwardRole):
+class RewardResources(ForwardResources):
     """Workers for reward functions and the reward model."""
 
     colocate_with: Literal["policy", "rollout"] | None = "rollout"
     """Share the bundles of this role and take turns with it. null: use separate bundles."""
 
 
-class RolloutRole(Section):
+class RolloutResources(Section):
     """The vLLM engines."""
 
     engines: int = Field(default=1, ge=1, le=65536)
@@ -122,17 +122,17 @@ class RolloutRole(Section):
 class Roles(Section):
     """Resources of each role. Roles not needed by the run must not be given."""
 
-    policy: PolicyRole = PolicyRole()
+    policy: PolicyResources = PolicyResources()
     """Ranks of the policy."""
-    critic: CriticRole = CriticRole()
+    critic: CriticResources = CriticResources()
     """Ranks of the critic."""
-    reference: ReferenceRole = ReferenceRole()
+    reference: ReferenceResources = ReferenceResources()
     """Workers of the reference model."""
-    teacher: TeacherRole = TeacherRole()
+    teacher: TeacherResources = TeacherResources()
     """Workers of the teacher."""
-    reward: RewardRole = RewardRole()
+    reward: RewardResources = RewardResources()
     """Workers that score responses."""
-    rollout: RolloutRole = RolloutRole()
+    rollout: RolloutResources = RolloutResources()
     """Rollout engines."""
 
 

@@ -18,7 +18,7 @@ from rlhf.algorithms.shared import FollowedReferenceConfig, OnlineConfig
 from rlhf.config import derive
 from rlhf.config.files.yaml_tree import Key
 from rlhf.config.mistakes.explain import Problem
-from rlhf.config.schema.cluster import ClusterConfig, TrainedRole
+from rlhf.config.schema.cluster import ClusterConfig, TrainedResources
 from rlhf.config.schema.model import CriticConfig, ModelConfig, PolicyConfig
 from rlhf.config.schema.rollouts import RolloutsConfig
 from rlhf.config.schema.root import Config
@@ -259,7 +259,7 @@ def _updates(config: Config) -> Iterator[Problem]:
     for role in ("policy", "critic"):
         if role not in derive.needs(config):
             continue
-        section: TrainedRole = getattr(config.cluster.roles, role)
+        section: TrainedResources = getattr(config.cluster.roles, role)
         if section.workers % section.sequence_parallel:
             text = (
                 f"is {section.sequence_parallel} and must divide cluster.roles.{role}.workers = {section.workers}: "
@@ -295,7 +295,7 @@ def _cluster(config: Config) -> Iterator[Problem]:
     for role in ("policy", "critic"):
         if role not in needed:
             continue
-        section: TrainedRole = getattr(roles, role)
+        section: TrainedResources = getattr(roles, role)
         if config.train.optimizer in ("adafactor", "muon") and section.zero_stage != 0:
             text = (
                 f"is {section.zero_stage}, but train.optimizer {config.train.optimizer} needs whole matrices, which "
@@ -381,7 +381,7 @@ def _turns(config: Config) -> Iterator[Problem]:
     rule = "an engine takes turns with it on its GPU (cluster.roles.rollout.colocate_with)"
     adapters = {"policy": config.policy.lora, "critic": derive.critic_model(config).lora}
     for role in ("policy", "critic"):
-        section: TrainedRole = getattr(roles, role)
+        section: TrainedResources = getattr(roles, role)
         if role not in needed or (role == "critic" and roles.critic.colocate_with is None):
             continue
         if section.zero_stage < 2:

@@ -19,7 +19,7 @@ class Panel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Section:
+class PanelSection:
     """A question and its graphs."""
 
     title: str
@@ -32,7 +32,7 @@ def _panel(title: str, *metrics: str, log: bool = False) -> Panel:
 
 
 SECTIONS = (
-    Section(
+    PanelSection(
         title="Is it learning?",
         question="The score of the training prompts, and of held-out ones, which it has not seen.",
         panels=(
@@ -43,7 +43,7 @@ SECTIONS = (
             _panel("loss", "update/loss/mean"),
         ),
     ),
-    Section(
+    PanelSection(
         title="Is it stable?",
         question="How far it has gone from where it began, how large its steps are, whether it still explores.",
         panels=(
@@ -57,7 +57,7 @@ SECTIONS = (
             _panel("critic's foresight", "update/explained_variance"),
         ),
     ),
-    Section(
+    PanelSection(
         title="Rollouts",
         question="What it says: how long, how often cut, how likely to itself.",
         panels=(
@@ -70,7 +70,7 @@ SECTIONS = (
             _panel("age of weights", "experience/policy_lag/max"),
         ),
     ),
-    Section(
+    PanelSection(
         title="Rewards and advantages",
         question="What it is paid for, and whether responses to one prompt still differ.",
         panels=(
@@ -82,7 +82,7 @@ SECTIONS = (
             _panel("margin of pairs", "preference/margin/mean"),
         ),
     ),
-    Section(
+    PanelSection(
         title="Speed",
         question="Where a step's time goes.",
         panels=(
@@ -94,7 +94,7 @@ SECTIONS = (
             _panel("use of the arithmetic", "throughput/mfu"),
         ),
     ),
-    Section(
+    PanelSection(
         title="Memory and nodes",
         question="What the roles hold, and how busy the machines are.",
         panels=(
@@ -106,7 +106,7 @@ SECTIONS = (
             _panel("GPU memory of the nodes", "system/<node>/gpu_memory_gib"),
         ),
     ),
-    Section(
+    PanelSection(
         title="Weight sync",
         question="Whether the engines have the trainer's weights, and what it costs.",
         panels=(
