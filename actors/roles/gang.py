@@ -20,7 +20,7 @@ from actors.weights import Meeting, Transport, WeightManifest
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.errors import RunError, UserError
 from rlhf.roles import AdvantagesReport, Arithmetic, MemoryReport, Metrics, PrepareReport, Ref, StatesByRank
-from rlhf.tracking.metrics.declarations import merge
+from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.types import (
     BatchPlan,
     Examples,
@@ -178,7 +178,7 @@ class PolicyGang(Gang):
         reports = self.distinct(await self.all(refs, "experience"))
         return PrepareReport(
             sequences=tuple(s for sequences, _ in reports for s in sequences),
-            metrics=merge(metrics for _, metrics in reports),
+            metrics=merge_metrics(metrics for _, metrics in reports),
         )
 
     async def set_advantages(
@@ -189,7 +189,7 @@ class PolicyGang(Gang):
         reports = self.distinct(await self.all([scalars for _, scalars in pairs], "advantages"))
         return AdvantagesReport(
             mean_advantages={i: value for means, _ in reports for i, value in means.items()},
-            metrics=merge(metrics for _, metrics in reports),
+            metrics=merge_metrics(metrics for _, metrics in reports),
             returns=tuple(returns for returns, _ in self.distinct(pairs)),
         )
 
@@ -199,7 +199,7 @@ class PolicyGang(Gang):
             h.update.remote(minibatch, *rank_states)
             for h, rank_states in zip(self.handles, self.states_by_rank(states), strict=True)
         ]
-        return merge(self.distinct(await self.all(refs, "update")))
+        return merge_metrics(self.distinct(await self.all(refs, "update")))
 
     async def token_signals(self, sequences: Sequence[int]) -> list[Ref[TokenSignals]]:
         """Return one column per rank, for its share of the sequences."""
@@ -248,7 +248,7 @@ class CriticGang(Gang):
     async def update(self, minibatch: int) -> Metrics:
         """Make one optimizer step on a minibatch."""
         results = await self.all([h.update.remote(minibatch) for h in self.handles], "critic update")
-        return merge(self.distinct(results))
+        return merge_metrics(self.distinct(results))
 
 
 class OfflineGang(Gang):
@@ -264,7 +264,7 @@ class OfflineGang(Gang):
             h.update_on.remote(plan, *rank_states)
             for h, rank_states in zip(self.handles, self.states_by_rank(states), strict=True)
         ]
-        return merge(self.distinct(await self.all(refs, "update")))
+        return merge_metrics(self.distinct(await self.all(refs, "update")))
 
     async def evaluate(self, dataset: int, name: str, plan: MinibatchPlan, states: StatesByRank = ()) -> Metrics:
         """Return loss and accuracy on rows of a data set."""
@@ -272,7 +272,7 @@ class OfflineGang(Gang):
             h.evaluate.remote(dataset, name, plan, *rank_states)
             for h, rank_states in zip(self.handles, self.states_by_rank(states), strict=True)
         ]
-        return merge(self.distinct(await self.all(refs, "eval")))
+        return merge_metrics(self.distinct(await self.all(refs, "eval")))
 
     async def reference_key(self, dataset: int) -> str:
         """Return the first rank's key of the weights. All ranks take part, since they gather the weights."""

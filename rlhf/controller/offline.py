@@ -24,7 +24,7 @@ from rlhf.data.packing import balance
 from rlhf.data.stream import Cursor, Stream
 from rlhf.errors import Preempted
 from rlhf.roles import OfflineRole, StatesByRank, TeacherRole
-from rlhf.tracking.metrics.declarations import merge
+from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.tracking.metrics.reductions import Last
 from rlhf.types import MinibatchPlan
 
@@ -207,7 +207,7 @@ class OfflineController:
                     shares = self._plan(rows[start : start + size]).sequences_by_rank
                     chunk = replace(whole, sequences_by_rank=shares)  # losses are divided by the counts of all chunks
                     parts.append(await self.role.evaluate(index, name, chunk, await self._states(index, chunk)))
-                self.record.add(merge(parts))
+                self.record.add(merge_metrics(parts))
 
     async def _checkpoint(self, *, is_best: bool) -> None:
         """Write the checkpoint aside, log the step, and make the checkpoint valid."""

@@ -19,7 +19,7 @@ from rlhf.errors import RunError, UserError
 from rlhf.roles import MemoryReport, Metrics, NodesRole
 from rlhf.tracking.display.progress import Progress
 from rlhf.tracking.logs import redact, set_step
-from rlhf.tracking.metrics.declarations import histograms, merge, results
+from rlhf.tracking.metrics.declarations import histograms, merge_metrics, results
 from rlhf.tracking.metrics.reductions import Max, Reduction, Sum
 from rlhf.tracking.run_folder.atomic import write_atomic
 from rlhf.tracking.run_folder.errors import ErrorRecord
@@ -80,14 +80,14 @@ class RunRecord:
 
     def row(self) -> dict[str, float]:
         """Return the metrics of the current step so far."""
-        return results(merge(self.parts))
+        return results(merge_metrics(self.parts))
 
     def write_row(self, step: int, row: Mapping[str, float]) -> None:
         """Log the step. Raise RunError if its loss is not finite, before anything of it is kept."""
         loss = row.get("update/loss/mean", 0.0)
         if not math.isfinite(loss):
             raise RunError(f"update: the loss of step {step} is {loss}. No checkpoint of it was written.")
-        findings = self.tracker.log(step, row, histograms(merge(self.parts)))
+        findings = self.tracker.log(step, row, histograms(merge_metrics(self.parts)))
         self.step = step
         self.progress.step(step, row)
         for finding in findings:

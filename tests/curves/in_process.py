@@ -51,7 +51,7 @@ from rlhf.roles import (
 )
 from rlhf.rollouts.environments.conversations import Conversations, EnvironmentSpec
 from rlhf.rollouts.records.spans import Sampled, assemble
-from rlhf.tracking.metrics.declarations import merge
+from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.types import BatchPlan, GroupRequest, GroupScores, RolloutInfo, Rollouts, Sampling
 from rlhf.workers.frozen.online_teacher import OnlineTeacherWorker
 from rlhf.workers.frozen.reference import ReferenceWorker
@@ -132,7 +132,7 @@ class Policy(Trained):
         return AdvantagesReport(mean_advantages=means, metrics=metrics, returns=() if returns is None else (returns,))
 
     async def update(self, minibatch: int, states: Sequence[Any] = ()) -> Metrics:
-        return merge([self.worker.update(minibatch, *states)])
+        return merge_metrics([self.worker.update(minibatch, *states)])
 
     async def token_signals(self, sequences: Sequence[int]) -> list[Any]:
         return [self.worker.token_signals(sequences)[0]]
@@ -166,7 +166,7 @@ class Critic(Trained):
         self.worker.prepare(*returns)
 
     async def update(self, minibatch: int) -> Metrics:
-        return merge([self.worker.update(minibatch)])
+        return merge_metrics([self.worker.update(minibatch)])
 
 
 class Reference:

@@ -24,7 +24,7 @@ from rlhf.data.sources import read_rows
 from rlhf.data.tasks import TaskSource
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.tiny import VOCAB_SIZE, build_tiny_llama, byte_tokenizer
-from rlhf.tracking.metrics.declarations import expected, merge, results
+from rlhf.tracking.metrics.declarations import expected_metrics, merge_metrics, results
 from rlhf.types import Examples, MinibatchPlan
 from rlhf.workers.frozen.teacher import TeacherWorker
 from rlhf.workers.offline.distillation import DistillationWorker
@@ -210,7 +210,7 @@ def run(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trai
     ) -> list[dict[str, float]]:
         config = config_of(algorithm, models, folder, tokens=tokens, policy=policy, roles=roles)
         found = gangs[config.cluster.roles.policy.workers].run(train_rank, config=config, models=models)
-        return [results(merge(parts)) for parts in zip(*found, strict=True)]
+        return [results(merge_metrics(parts)) for parts in zip(*found, strict=True)]
 
     yield run
     for gang in gangs.values():
@@ -318,7 +318,7 @@ def test_a_run_begins_as_plain_torch_and_comes_nearer_to_its_teacher(unbroken: P
         assert found[1][key] == pytest.approx(value, rel=2e-4), key
     assert found[-1]["step"] == 30
     assert found[-1]["eval/heldout/loss"] < 0.5 * found[0]["eval/heldout/loss"]
-    assert {name for name in expected(["sft", "distillation"]) if "<" not in name} <= set(found[-1])
+    assert {name for name in expected_metrics(["sft", "distillation"]) if "<" not in name} <= set(found[-1])
     assert found[-1]["memory/teacher_rss_gib"] > 0.0
     assert (unbroken / "final" / "model.safetensors").exists()
 

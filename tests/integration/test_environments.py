@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf.tracking.metrics.declarations import expected
+from rlhf.tracking.metrics.declarations import expected_metrics
 from tests.integration.recipes import ONLINE, merge, rows, start, train, write_config
 
 MOODY = Path(__file__).parents[1] / "fixtures" / "environments" / "moody.py"
@@ -50,7 +50,7 @@ def samples(run: Path, step: int) -> list[dict[str, Any]]:
 def test_ppo_learns_from_conversations(tmp_path: Path) -> None:
     train(config(tmp_path, "game"))
     found = rows(tmp_path / "game")
-    always = expected(["online", "advantages", "reference", "critic", "environment", "eval"])
+    always = expected_metrics(["online", "advantages", "reference", "critic", "environment", "eval"])
     plain = {name for name in always if "<" not in name}
     assert plain <= set(found[2]), sorted(plain - set(found[2]))
     for row in found[1:]:

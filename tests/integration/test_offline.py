@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.models.heads import sequence_scores
 from rlhf.models.reward_models import load_reward_model
-from rlhf.tracking.metrics.declarations import expected
+from rlhf.tracking.metrics.declarations import expected_metrics
 from tests.integration.recipes import rows, start, train, without_clocks, write_config
 from tests.integration.test_online import kill_all, wait_for
 
@@ -75,7 +75,7 @@ def test_every_stage_has_its_metrics_and_its_model(unbroken: Path) -> None:
         found = rows(unbroken / stage)
         assert found[-1]["step"] == steps
         assert (unbroken / stage / "final" / "model.safetensors").exists()
-    always = {name for name in expected(["preference"]) if "<" not in name}
+    always = {name for name in expected_metrics(["preference"]) if "<" not in name}
     assert always <= set(rows(unbroken / "dpo")[-1])
     assert always <= set(rows(unbroken / "reward")[-1])
     assert rows(unbroken / "dpo")[0]["eval/heldout/margin"] == 0.0  # the policy is its own reference still

@@ -31,7 +31,7 @@ from rlhf.models.loading import load_tokenizer
 from rlhf.models.tiny import build_tiny_llama
 from rlhf.objectives.preference_loss import aot_unpaired, bco_pair, dpo
 from rlhf.objectives.unpaired_loss import bco, kto
-from rlhf.tracking.metrics.declarations import merge, results
+from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.types import LabelledSteps, MinibatchPlan, Pairs
 from rlhf.workers.offline.pairs import PreferenceWorker, RewardModelWorker
 from rlhf.workers.offline.referenced import ReferencedPolicy
@@ -157,7 +157,9 @@ def train_rank(
         found.append(worker.update_on(plan_of(pairs, rows, ranks=world_size)))
     found.append(worker.evaluate(0, "all", everything))
     shares = [plan_of(pairs, rows, ranks=world_size).sequences_by_rank for rows in PIECES]
-    found.append(merge([worker.evaluate(0, "all", replace(everything, sequences_by_rank=ranks)) for ranks in shares]))
+    found.append(
+        merge_metrics([worker.evaluate(0, "all", replace(everything, sequences_by_rank=ranks)) for ranks in shares])
+    )
     return found
 
 
@@ -181,7 +183,7 @@ def train(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trai
         found = gangs[ranks].run(
             train_rank, algorithm=algorithm, model=model, folder=folder, tokens=tokens, repeated=repeated
         )
-        return [results(merge(parts)) for parts in zip(*found, strict=True)]
+        return [results(merge_metrics(parts)) for parts in zip(*found, strict=True)]
 
     yield run
     for gang in gangs.values():

@@ -21,7 +21,7 @@ from rlhf.config.files.load import checked
 from rlhf.config.schema.root import Config
 from rlhf.data.packing import balance
 from rlhf.models.tiny import VOCAB_SIZE
-from rlhf.tracking.metrics.declarations import expected, merge, results
+from rlhf.tracking.metrics.declarations import expected_metrics, merge_metrics, results
 from rlhf.types import BatchPlan, MinibatchPlan, Rollouts
 from rlhf.workers.frozen.online_teacher import OnlineTeacherWorker
 from rlhf.workers.online.student import StudentWorker
@@ -220,7 +220,7 @@ def run(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trai
         if workers not in gangs:
             gangs[workers] = Gang(workers)
         found = gangs[workers].run(train_rank, config=config)
-        return [results(merge(parts)) for parts in zip(*found, strict=True)]
+        return [results(merge_metrics(parts)) for parts in zip(*found, strict=True)]
 
     yield run
     for gang in gangs.values():
@@ -323,9 +323,9 @@ def unbroken(request: pytest.FixtureRequest, models: Path, tmp_path_factory: pyt
 @pytest.mark.timeout(600)
 def test_a_run_without_rewards_comes_nearer_to_its_teacher(unbroken: Path) -> None:
     found = rows(unbroken)
-    always = {metric for metric in expected(["online", "teacher", "eval"]) if "<" not in metric}
+    always = {metric for metric in expected_metrics(["online", "teacher", "eval"]) if "<" not in metric}
     if unbroken.name == "sampled":
-        always |= {metric for metric in expected(["online", "teacher", "advantages"]) if "<" not in metric}
+        always |= {metric for metric in expected_metrics(["online", "teacher", "advantages"]) if "<" not in metric}
     assert always <= set(found[3]), sorted(always - set(found[3]))
     assert not [key for key in found[3] if key.startswith("rewards/") and key != "rewards/errors/total"]
     assert found[-1]["eval/heldout/kl_teacher"] < found[0]["eval/heldout/kl_teacher"]
@@ -364,7 +364,9 @@ def test_rewards_may_be_added_to_what_the_teacher_says(models: Path, tmp_path: P
     train(config_file(tmp_path, "both", models, algorithm, rewards=digits, policy=lora, train={"steps": 3}))
     found = rows(tmp_path / "both")
     always = {
-        metric for metric in expected(["online", "rewards", "teacher", "advantages", "eval"]) if "<" not in metric
+        metric
+        for metric in expected_metrics(["online", "rewards", "teacher", "advantages", "eval"])
+        if "<" not in metric
     }
     assert always <= set(found[2]), sorted(always - set(found[2]))
     assert {"eval/heldout/score", "eval/heldout/kl_teacher", "rewards/digits/mean"} <= set(found[0] | found[1])

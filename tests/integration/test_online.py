@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from rlhf.tracking.metrics.declarations import expected
+from rlhf.tracking.metrics.declarations import expected_metrics
 from rlhf.tracking.metrics.histograms import read_histograms
 from tests.integration.recipes import rows, start, train, without_clocks, write_config
 
@@ -70,7 +70,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_run_folder_has_what_it_promises(unbroken: Path) -> None:
     found = rows(unbroken)
     assert [row["step"] for row in found] == [0, 1, 2, 3, 4]
-    always = expected(["online", "rewards", "advantages", "reference", "critic", "eval"])
+    always = expected_metrics(["online", "rewards", "advantages", "reference", "critic", "eval"])
     plain = {name for name in always if "<" not in name}
     assert plain <= set(found[2]), sorted(plain - set(found[2]))
     for key in (
@@ -207,7 +207,7 @@ def test_a_lora_policy_ships_its_adapter_and_is_its_own_reference(tmp_path: Path
     )
     train(config)
     found = rows(tmp_path / "lora")
-    always = expected(["online", "rewards", "advantages", "groups", "correction", "eval"])
+    always = expected_metrics(["online", "rewards", "advantages", "groups", "correction", "eval"])
     assert {name for name in always if "<" not in name} <= set(found[2])
     assert all(row["weight_sync/probe_max_diff"] < 1e-3 for row in found)
     # The adapter begins as the identity; of PiSSA, what is added and taken away again is rounded.

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from rlhf.tracking.metrics.declarations import expected
+from rlhf.tracking.metrics.declarations import expected_metrics
 from tests.integration.recipes import rows, start, train, without_clocks, write_config
 from tests.integration.test_online import kill_all, wait_for
 
@@ -46,7 +46,9 @@ def test_its_rows_have_what_they_promise(unbroken: Path) -> None:
     found = rows(unbroken)
     assert [row["step"] for row in found] == list(range(7))
     always = {
-        name for name in expected(["online", "rewards", "preference", "groups", "reference", "eval"]) if "<" not in name
+        name
+        for name in expected_metrics(["online", "rewards", "preference", "groups", "reference", "eval"])
+        if "<" not in name
     }
     assert always <= set(found[3]), sorted(always - set(found[3]))
     for row in found[1:]:

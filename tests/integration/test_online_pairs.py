@@ -19,7 +19,7 @@ from rlhf.config.schema.model import ReferenceConfig
 from rlhf.config.schema.root import Config
 from rlhf.controller.batches import plan_pairs
 from rlhf.models.tiny import build_tiny_llama
-from rlhf.tracking.metrics.declarations import merge, results
+from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.types import Examples, MinibatchPlan, Pairs, RolloutInfo, Rollouts
 from rlhf.workers.frozen.reference import ReferenceWorker
 from rlhf.workers.offline.pairs import PreferenceWorker
@@ -218,7 +218,7 @@ def run(models: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> It
         found = gangs[ranks].run(
             function, algorithm=algorithm, model=models[0], folder=folder, tokens=tokens, **options
         )
-        return [results(merge(parts)) for parts in zip(*found, strict=True)]
+        return [results(merge_metrics(parts)) for parts in zip(*found, strict=True)]
 
     yield run
     for gang in gangs.values():

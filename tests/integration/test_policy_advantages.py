@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from rlhf.config.files.load import checked
 from rlhf.config.schema.root import Config
 from rlhf.models.tiny import build_tiny_llama
-from rlhf.tracking.metrics.declarations import merge, results
+from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.types import BatchPlan, MinibatchPlan, Rollouts, StepReward, TokenValues
 from rlhf.workers.online.policy import PolicyWorker
 from rlhf.workers.rank_context import RankContext
@@ -127,7 +127,7 @@ def test_a_token_is_compared_with_its_group_at_its_step_wherever_that_is(
             assert advantages[i][PROMPT + step] == pytest.approx(SCORES[i] - baseline, rel=1e-4, abs=1e-5)
         assert advantages[i][:PROMPT] == [0.0] * PROMPT
     assert alone > 0
-    row = results(merge([metrics for _, metrics in found]))
+    row = results(merge_metrics([metrics for _, metrics in found]))
     # on the policy itself, tokens are summed over 18 responses
     total = sum(sum(one) for one in advantages.values())
     assert row["update/policy_loss/mean"] == pytest.approx(-total / (GROUPS * SAMPLES), rel=1e-4)
@@ -137,7 +137,7 @@ def test_a_token_is_compared_with_its_group_at_its_step_wherever_that_is(
 def test_a_rank_may_be_without_a_sequence(gang: Gang, model: str, tmp_path: Path) -> None:
     shares: list[list[int]] = [[], [4]]
     found = gang.run(learn, algorithm={"name": "raft"}, model=model, folder=str(tmp_path), shares=shares)
-    (log_p, tokens), row = distributions(model, [4])[4], results(merge([metrics for _, metrics in found]))
+    (log_p, tokens), row = distributions(model, [4])[4], results(merge_metrics([metrics for _, metrics in found]))
     nll = -sum(float(log_p[step, token]) for step, token in enumerate(tokens)) / len(tokens)
     assert row["update/loss/mean"] == pytest.approx(nll, rel=1e-5)
     assert row["update/grad_norm"] > 0.0

@@ -20,7 +20,7 @@ from rlhf.config.schema.root import Config
 from rlhf.controller.batches import plan_batch
 from rlhf.models.tiny import build_tiny_llama
 from rlhf.roles import CompletedGroup, ScoredGroup
-from rlhf.tracking.metrics.declarations import merge, results
+from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.types import GroupRequest, GroupScores, Prompt, RolloutInfo, Rollouts
 from rlhf.workers.online.policy import PolicyWorker, _logprobs
 from tests.integration.rank_gang import Gang
@@ -129,7 +129,7 @@ def run(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Learn]
         found = gangs[ranks].run(
             learn, correction=correction, model=model, folder=str(Path(folder)), tokens=tokens, **options
         )
-        return [results(merge(parts)) for parts in zip(*found, strict=True)]
+        return [results(merge_metrics(parts)) for parts in zip(*found, strict=True)]
 
     yield run
     for gang in gangs.values():

@@ -18,7 +18,7 @@ from rlhf.config.files.load import checked
 from rlhf.config.schema.root import Config
 from rlhf.models.packed import policy_logprobs_only
 from rlhf.models.tiny import build_tiny_llama
-from rlhf.tracking.metrics.declarations import merge, results
+from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.tracking.metrics.reductions import Mean
 from rlhf.types import BatchPlan, MinibatchPlan, TokenSignals, TokenValues
 from rlhf.workers.online.policy import PolicyWorker
@@ -101,7 +101,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Learn]:
     def run(algorithm: dict[str, Any], *, ranks: int) -> list[dict[str, float]]:
         tokens = 4096 if ranks == 1 else PROMPT + MOST_NEW
         found = gangs[ranks].run(learn, algorithm=algorithm, model=model, folder=str(folder), tokens=tokens)
-        return [results(merge(parts)) for parts in zip(*found, strict=True)]
+        return [results(merge_metrics(parts)) for parts in zip(*found, strict=True)]
 
     yield run
     for gang in gangs.values():

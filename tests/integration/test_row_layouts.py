@@ -14,7 +14,7 @@ from rlhf.engine.deepspeed import DeepSpeedEngine
 from rlhf.errors import UserError
 from rlhf.models.row_check import check_rows
 from rlhf.models.tiny import byte_tokenizer
-from rlhf.tracking.metrics.declarations import merge, results
+from rlhf.tracking.metrics.declarations import merge_metrics, results
 from tests.integration.rank_gang import CPU, DEADLINE_S, Gang
 from tests.integration.test_offline_workers import train_rank
 from tests.tiny_architectures import tiny_model
@@ -53,7 +53,7 @@ def test_a_step_of_a_hybrid_depends_on_neither_ranks_nor_microbatches(
             repeated=(),
             zero_stage=zero_stage,
         )
-        found.append([results(merge(of_step)) for of_step in zip(*parts, strict=True)])
+        found.append([results(merge_metrics(of_step)) for of_step in zip(*parts, strict=True)])
     assert found[0][0]["update/grad_norm"] > 0
     for first, second in zip(*found, strict=True):
         for key in first:

@@ -14,7 +14,7 @@ from torch import Tensor
 from rlhf.algorithms.correction import PRESETS, CorrectionConfig, Preset
 from rlhf.algorithms.correction_weights import correction
 from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
-from rlhf.tracking.metrics.declarations import merge, results
+from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.workers.online.update_metrics import correction_metrics, sampler_metrics, update_metrics
 from tests.unit.test_algorithms import made
 
@@ -214,7 +214,7 @@ def test_a_step_does_not_depend_on_how_it_is_cut(mode: str, aggregation: str) ->
             columns = (piece.logprobs.detach(), piece.rollout_logprobs, piece.response_mask, piece.lengths)
             parts.append(sampler_metrics(*columns))
         assert logprobs.grad is not None
-        return logprobs.grad, results(merge(parts))
+        return logprobs.grad, results(merge_metrics(parts))
 
     gradient, metrics = step([[0, 1, 2, 3, 4]])
     assert gradient.abs().sum() > 0

@@ -20,7 +20,7 @@ from rlhf.controller.training_scores import is_flat
 from rlhf.errors import UserError
 from rlhf.roles import AdvantagesReport, CompletedGroup, PrepareReport, ScoredGroup, SequenceReport
 from rlhf.tracking.display.open_progress import open_progress
-from rlhf.tracking.metrics.declarations import merge, results
+from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.tracking.metrics.reductions import Mean
 from rlhf.tracking.run_folder.folder import RunFolder
 from rlhf.tracking.run_folder.timeline import Timeline
@@ -242,7 +242,7 @@ def test_a_penalty_in_the_reward_is_felt_before_the_comparison(folder: RunFolder
     # each response's KL is 0.5, so 0.05 goes off its score, and not off the greedy one's
     expected = [-1.05, 1.95, -0.05, 0.95, 4.95, -0.05, -0.05, -0.05, *[-1.05] * 4]
     assert [signals.advantages[i] for i in range(12)] == pytest.approx(expected)
-    assert results(merge([rollout_metrics(found, version=0)]))["rewards/greedy/mean"] == 1.0
+    assert results(merge_metrics([rollout_metrics(found, version=0)]))["rewards/greedy/mean"] == 1.0
 
 
 def test_gdpo_is_told_each_reward_and_its_weight(folder: RunFolder) -> None:

@@ -21,7 +21,7 @@ from rlhf.data.stream import Stream
 from rlhf.errors import RunError
 from rlhf.roles import CompletedGroup
 from rlhf.rollouts.records.request_digest import request_identity
-from rlhf.tracking.metrics.declarations import merge, results
+from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, RolloutInfo, Sampling, StepReward
 
 Scores = Callable[[int], Sequence[float] | None]  # by prompt id; None: the reward fails
@@ -131,7 +131,7 @@ class Run:
 
     @property
     def row(self) -> dict[str, float]:
-        return results(merge(self.parts))
+        return results(merge_metrics(self.parts))
 
 
 def by_prompt(**named: Sequence[int]) -> Scores:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.tracking.metrics import declarations as metrics
-from rlhf.tracking.metrics.declarations import METRICS, declared, expected, markdown, merge, results
+from rlhf.tracking.metrics.declarations import METRICS, declared, expected_metrics, markdown, merge_metrics, results
 from rlhf.tracking.metrics.reductions import ExplainedVariance, Last, Max, Mean, Reduction, Std, Sum
 
 ROOT = Path(__file__).parents[2]
@@ -63,10 +63,10 @@ def test_placeholders_are_explained() -> None:
 
 
 def test_expected_follows_the_roles() -> None:
-    grpo = expected(["online", "rewards", "advantages", "groups", "eval"])
-    ppo = expected(["online", "rewards", "advantages", "critic", "reference", "eval"])
-    pairs = expected(["online", "rewards", "preference", "groups", "reference", "eval"])
-    taught = expected(["online", "teacher"])
+    grpo = expected_metrics(["online", "rewards", "advantages", "groups", "eval"])
+    ppo = expected_metrics(["online", "rewards", "advantages", "critic", "reference", "eval"])
+    pairs = expected_metrics(["online", "rewards", "preference", "groups", "reference", "eval"])
+    taught = expected_metrics(["online", "teacher"])
     assert "update/value_loss/mean" in ppo
     assert "update/value_loss/mean" not in grpo
     assert "experience/kl_ref/mean" not in grpo
@@ -80,13 +80,18 @@ def test_expected_follows_the_roles() -> None:
     assert "rewards/score/mean" not in taught
     assert "rewards/score/mean" in grpo
     assert "update/dual_clip_fraction/mean" not in ppo  # only with its setting
-    assert not any(name.startswith(("rollouts/", "rewards/")) for name in expected(["sft"]))
+    assert not any(name.startswith(("rollouts/", "rewards/")) for name in expected_metrics(["sft"]))
+
+
+def test_a_declaration_with_an_unknown_trait_is_refused() -> None:
+    with pytest.raises(ValueError, match="'update/x' has the unknown trait 'offline'"):
+        metrics._parse("update/x | 1 | Mean | offline optional | Nothing")
 
 
 def test_mean_over_ranks_is_not_the_mean_of_means() -> None:
     # rank 0: one token of loss 4; rank 1: three tokens of 0: (4 + 0) / (1 + 3) = 1, where the mean of means is 2
     ranks = [{"update/loss/mean": Mean.of([4.0])}, {"update/loss/mean": Mean.of([0.0, 0.0, 0.0])}]
-    assert results(merge(ranks)) == {"update/loss/mean": 1.0}
+    assert results(merge_metrics(ranks)) == {"update/loss/mean": 1.0}
 
 
 def test_reductions_by_hand() -> None:
@@ -120,14 +125,14 @@ def test_std_does_not_cancel_far_from_zero() -> None:
 
 def test_merge_refuses_undeclared_keys_and_other_reductions() -> None:
     with pytest.raises(KeyError):
-        merge([{"update/nothing": Sum(total=1.0)}])
+        merge_metrics([{"update/nothing": Sum(total=1.0)}])
     with pytest.raises(TypeError, match="reduces by Mean, got Sum"):
-        merge([{"update/loss/mean": Sum(total=1.0)}])
+        merge_metrics([{"update/loss/mean": Sum(total=1.0)}])
 
 
 def test_merge_keeps_keys_that_only_some_parts_have() -> None:
     parts: list[dict[str, Reduction]] = [{"update/lr": Last(value=1.0)}, {"update/tokens/total": Sum(total=3.0)}]
-    assert results(merge(parts)) == {"update/lr": 1.0, "update/tokens/total": 3.0}
+    assert results(merge_metrics(parts)) == {"update/lr": 1.0, "update/tokens/total": 3.0}
 
 
 def test_reductions_cross_processes() -> None:

@@ -15,7 +15,7 @@ from rlhf.engine.memory import explains_out_of_memory
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.packed import distillation_loss
 from rlhf.roles import Metrics
-from rlhf.tracking.metrics.declarations import merge
+from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.tracking.metrics.reductions import Mean, Reduction, Sum
 from rlhf.types import Examples, LearntStates, MinibatchPlan, VocabularyHead
 from rlhf.workers.microbatches import Microbatch
@@ -61,7 +61,7 @@ class DistillationWorker(ExamplesWorker[Examples]):
             }
             parts.append(metrics)
         parts.append(self.step_metrics(self.engine.step()))
-        return merge(parts)
+        return merge_metrics(parts)
 
     def evaluate(self, dataset: int, name: str, plan: MinibatchPlan, *states: LearntStates) -> Metrics:
         """Measure divergence, likelihood and accuracy on the plan's rows of a data set. Collective."""
@@ -84,7 +84,7 @@ class DistillationWorker(ExamplesWorker[Examples]):
                 f"eval/{name}/token_accuracy": Mean(total=top1, count=learnt),
             }
             parts.append(metrics)
-        return merge(parts)
+        return merge_metrics(parts)
 
     def _hidden(self, plan: MinibatchPlan, states: tuple[LearntStates, ...]) -> Float[Tensor, "n K"]:
         """Concatenate the teacher's states of this rank's rows."""

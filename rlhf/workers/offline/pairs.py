@@ -26,7 +26,7 @@ from rlhf.objectives.masking import sequence_counts, sequence_sums
 from rlhf.objectives.reward_model_loss import calibration_bins
 from rlhf.objectives.sequence_logprobs import length_desensitized_total, on_policy_weights
 from rlhf.roles import Metrics
-from rlhf.tracking.metrics.declarations import merge
+from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.tracking.metrics.reductions import CalibrationError, DifferenceOfMeans, Mean, Sum
 from rlhf.types import MinibatchPlan
 from rlhf.workers.microbatches import Microbatch
@@ -95,7 +95,7 @@ class PairWorker(PairsWorker):
                     weights = Mean(total=float(scores.weights.sum()), count=count)
                     parts.append({"preference/on_policy_weight/mean": weights})
         parts.append(self.step_metrics(self.engine.step()))
-        return merge(parts)
+        return merge_metrics(parts)
 
     def evaluate(self, dataset: int, name: str, plan: MinibatchPlan) -> Metrics:
         """Measure loss and accuracy on the plan's pairs. Losses couple only the plan's pairs. Collective."""
@@ -111,7 +111,7 @@ class PairWorker(PairsWorker):
                 if microbatch.rows:
                     total = Mean(total=float(loss) * plan.num_sequences, count=len(scores.chosen))
                     parts += [{f"eval/{name}/loss": total}, self._metrics(scores, f"eval/{name}/{{}}")]
-        return merge(parts)
+        return merge_metrics(parts)
 
     def _scores(self, batch: Batch, microbatch: Microbatch) -> PairScores:
         """Return a micro-batch's pairs as numbers.

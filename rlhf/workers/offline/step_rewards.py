@@ -13,7 +13,7 @@ from rlhf.models.heads import token_scores
 from rlhf.models.loading import load_critic
 from rlhf.objectives.reward_model_loss import step_cross_entropy
 from rlhf.roles import Metrics
-from rlhf.tracking.metrics.declarations import merge
+from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.tracking.metrics.reductions import Mean, Sum
 from rlhf.types import LabelledSteps, MinibatchPlan
 from rlhf.workers.microbatches import Microbatch
@@ -42,7 +42,7 @@ class StepRewardWorker(ExamplesWorker[LabelledSteps]):
             parts.append({"update/step_accuracy/mean": Mean(total=right, count=count)})
             parts.append({"update/tokens/total": Sum(total=len(microbatch.tokens) if microbatch.rows else 0)})
         parts.append(self.step_metrics(self.engine.step()))
-        return merge(parts)
+        return merge_metrics(parts)
 
     def evaluate(self, dataset: int, name: str, plan: MinibatchPlan) -> Metrics:
         """Measure loss and accuracy on the plan's rows of a data set. Collective."""
@@ -59,7 +59,7 @@ class StepRewardWorker(ExamplesWorker[LabelledSteps]):
             count = int(steps.loss_mask[microbatch.tokens].sum())
             parts.append({f"eval/{name}/loss": Mean(total=float(total), count=count)})
             parts.append({f"eval/{name}/accuracy": Mean(total=right, count=count)})
-        return merge(parts)
+        return merge_metrics(parts)
 
     def _loss(self, steps: LabelledSteps, microbatch: Microbatch) -> tuple[Float[Tensor, ""], float]:
         """Return the summed cross-entropy of a micro-batch's steps, and the number of correctly classified steps."""

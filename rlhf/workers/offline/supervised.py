@@ -13,7 +13,7 @@ from rlhf.engine.memory import explains_out_of_memory
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.packed import supervised_loss
 from rlhf.roles import Metrics
-from rlhf.tracking.metrics.declarations import merge
+from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.tracking.metrics.reductions import ExpMean, Mean, Reduction, Sum
 from rlhf.types import Examples, MinibatchPlan
 from rlhf.workers.microbatches import Microbatch
@@ -45,7 +45,7 @@ class SupervisedWorker(ExamplesWorker[Examples]):
             }
             parts.append(metrics)
         parts.append(self.step_metrics(self.engine.step()))
-        return merge(parts)
+        return merge_metrics(parts)
 
     def evaluate(self, dataset: int, name: str, plan: MinibatchPlan) -> Metrics:
         """Measure loss and accuracy on the plan's rows of a data set. Collective."""
@@ -66,7 +66,7 @@ class SupervisedWorker(ExamplesWorker[Examples]):
                 f"eval/{name}/token_accuracy": Mean(total=correct, count=learnt),
             }
             parts.append(metrics)
-        return merge(parts)
+        return merge_metrics(parts)
 
     def _forward(
         self, examples: Examples, microbatch: Microbatch, *, token_weight: float, trains: bool = False

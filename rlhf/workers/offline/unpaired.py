@@ -17,7 +17,7 @@ from rlhf.engine.memory import explains_out_of_memory
 from rlhf.objectives.masking import sequence_sums
 from rlhf.objectives.unpaired_loss import mismatched_kl
 from rlhf.roles import Metrics
-from rlhf.tracking.metrics.declarations import merge
+from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.tracking.metrics.reductions import DifferenceOfMeans, Last, Mean, Sum
 from rlhf.types import MinibatchPlan
 from rlhf.workers.microbatches import Microbatch
@@ -55,7 +55,7 @@ class UnpairedWorker(ReferencedPolicy):
         parts.append(self.step_metrics(self.engine.step()))
         if self.place.rank == 0 and self.algorithm.compares_with == "divergence":
             parts.append({"preference/mismatched_kl": Last(value=compared)})
-        return merge(parts)
+        return merge_metrics(parts)
 
     def evaluate(self, dataset: int, name: str, plan: MinibatchPlan) -> Metrics:
         """Measure loss and accuracy on the plan's rows, with the divergence of the same rows. Collective."""
@@ -71,7 +71,7 @@ class UnpairedWorker(ReferencedPolicy):
                 if microbatch.rows:
                     total = Mean(total=float(loss) * plan.num_sequences, count=len(microbatch.rows))
                     parts += [{f"eval/{name}/loss": total}, metrics]
-        return merge(parts)
+        return merge_metrics(parts)
 
     def _log_ratios(self, batch: Batch, microbatch: Microbatch) -> Float[Tensor, " b"]:
         examples = batch.pairs.examples

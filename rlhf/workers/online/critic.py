@@ -16,7 +16,7 @@ from rlhf.engine.memory import explains_out_of_memory
 from rlhf.models.heads import token_values
 from rlhf.models.loading import load_critic
 from rlhf.roles import Metrics
-from rlhf.tracking.metrics.declarations import merge
+from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.tracking.metrics.reductions import Last, Mean
 from rlhf.types import BatchPlan, Rollouts, TokenValues
 from rlhf.workers.microbatches import padded, shared_prompts, split_microbatches
@@ -125,4 +125,4 @@ class CriticWorker(TrainedWorker):
             parts.append(
                 {"update/critic_grad_norm": Mean.of([report.grad_norm]), "update/critic_lr": Last(value=report.lr)}
             )
-        return merge(parts)
+        return merge_metrics(parts)

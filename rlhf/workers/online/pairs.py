@@ -17,7 +17,7 @@ from rlhf.algorithms import ONLINE_PAIR_ALGORITHMS
 from rlhf.config.schema.root import Config
 from rlhf.objectives.kl import kl_k3
 from rlhf.roles import Metrics, SequenceReport
-from rlhf.tracking.metrics.declarations import merge
+from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.tracking.metrics.reductions import Mean
 from rlhf.types import BatchPlan, Examples, MinibatchPlan, Pairs, Rollouts, SampledExamples, TokenSignals, TokenValues
 from rlhf.workers.microbatches import Microbatch, Temperatures, shared_prompts
@@ -99,7 +99,7 @@ class OnlinePreferenceWorker(PreferenceWorker):
         """Run one optimizer step on a minibatch of the prepared batch. Collective."""
         metrics = self.update_on(self.plans[minibatch])
         observed, self.observed, self.observes = self.observed, [], False
-        return merge([metrics, *observed])
+        return merge_metrics([metrics, *observed])
 
     def token_signals(self, sequences: Sequence[int]) -> tuple[TokenSignals, int]:
         """Return the signals of the first update for this rank's tokens of `sequences`, and the number of tokens."""

@@ -34,7 +34,7 @@ from rlhf.objectives.masking import (
 from rlhf.objectives.rewards import step_rewards, token_rewards
 from rlhf.objectives.token_baseline import realized_energy, step_baseline, step_cells, step_sums
 from rlhf.roles import Metrics, SequenceReport
-from rlhf.tracking.metrics.declarations import merge
+from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.tracking.metrics.reductions import ExplainedVariance, Last, Mean, Reduction
 from rlhf.types import BatchPlan, Rollouts, TokenSignals, TokenValues
 from rlhf.workers.microbatches import Microbatch, Temperatures, padded, shared_prompts, split_microbatches
@@ -237,7 +237,7 @@ class PolicyWorker(TrainedWorker):
         report = self.engine.step()
         if self.place.rank == 0:
             parts.append({"update/grad_norm": Mean.of([report.grad_norm]), "update/lr": Last(value=report.lr)})
-        return merge(parts)
+        return merge_metrics(parts)
 
     def probe(self, token_ids: Sequence[int]) -> list[float]:
         """Return the log-probabilities of token_ids[1:] at temperature 1, under the weights as published.

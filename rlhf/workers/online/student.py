@@ -23,7 +23,7 @@ from rlhf.models.packed import policy_logprobs, policy_logprobs_only, sampled_di
 from rlhf.objectives.distillation import teacher_advantages
 from rlhf.objectives.masking import masked_sum, moments, sequence_counts, to_tokens
 from rlhf.roles import Metrics, SequenceReport
-from rlhf.tracking.metrics.declarations import merge
+from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.tracking.metrics.reductions import Mean, Sum
 from rlhf.types import BatchPlan, LearntStates, MinibatchPlan, Rollouts, TokenSignals, TokenValues, VocabularyHead
 from rlhf.workers.microbatches import Microbatch, padded, shared_prompts, split_microbatches
@@ -119,7 +119,7 @@ class StudentWorker(OfflineWorker):
             if microbatch.rows:
                 parts += reports if self.observes else reports[:1]
         parts.append(self.step_metrics(self.engine.step()))
-        return merge(parts)
+        return merge_metrics(parts)
 
     def token_signals(self, sequences: Sequence[int]) -> tuple[TokenSignals, int]:
         """Return the signals from before training for this rank's subset of `sequences`, and the number of tokens."""
