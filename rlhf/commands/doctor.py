@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
-    from actors.doctor.cluster import OfNode
-    from actors.doctor.machine import CheckResult
+    from actors.doctor.results import CheckResult
     from rlhf.commands.shared import Subparsers
     from rlhf.config.files.load import LoadedConfig
 
@@ -37,20 +36,19 @@ def run(args: argparse.Namespace) -> int:
     else:
         from rlhf.config.files.load import load
 
-        of_nodes = cluster_doctor(load(args.cluster) if args.cluster else None, args.address)
-        findings = tuple(result.finding for result in of_nodes)
+        findings = cluster_doctor(load(args.cluster) if args.cluster else None, args.address)
     return int(any(finding.state == "bad" for finding in findings))
 
 
 def doctor() -> tuple[CheckResult, ...]:
     """Return the findings for this machine."""
-    from actors.doctor.machine import doctor as look
+    from actors.doctor.machine import check_machine
 
-    return look()
+    return check_machine()
 
 
-def cluster_doctor(loaded: LoadedConfig | None, address: str | None) -> tuple[OfNode, ...]:
+def cluster_doctor(loaded: LoadedConfig | None, address: str | None) -> tuple[CheckResult, ...]:
     """Look at the nodes of a cluster."""
-    from actors.doctor.cluster import cluster_doctor as look
+    from actors.doctor.cluster import check_cluster
 
-    return look(loaded, address)
+    return check_cluster(loaded, address)

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 import rlhf
-from actors.doctor.cluster import OfNode, hub_models, judge, paths_of, together
-from actors.doctor.cluster import cluster_doctor as look
-from actors.doctor.machine import CheckResult
+from actors.doctor.cluster import check_cluster, hub_models, judge, paths_of
 from actors.doctor.node_probe import NodeFacts, NodeProbe, code_hash, of_hub, size_of, versions
+from actors.doctor.results import CheckResult, together
 from rlhf.cli import main
 from rlhf.errors import UserError
 
@@ -72,8 +71,8 @@ def test_a_relative_path_is_said_to_be_one() -> None:
 
 
 def test_equal_findings_stand_once() -> None:
-    same, other = CheckResult(what="a", state="ok", found="x"), CheckResult(what="a", state="bad", found="y")
-    found = [OfNode(node="1", finding=same), OfNode(node="2", finding=same), OfNode(node="3", finding=other)]
+    same, other = CheckResult("a", "ok", "x"), CheckResult("a", "bad", "y")
+    found = [replace(same, node="1"), replace(same, node="2"), replace(other, node="3")]
     assert list(together(found, {"1", "2", "3"})) == [("1, 2", same), ("3", other)]
     assert next(iter(together(found[:2], {"1", "2"})))[0] == "all 2"
 
@@ -137,14 +136,14 @@ def test_a_link_is_measured() -> None:
 def test_a_cluster_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(UserError, match="no cluster is named"):
-        look(None, None)
+        check_cluster(None, None)
     with pytest.raises(UserError, match="no cluster is named"):
         rlhf.cluster_doctor()
 
 
 def test_what_is_bad_on_a_node_is_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = [OfNode(node="n", finding=CheckResult(what="a", state=state, found="x")) for state in ("note", "bad")]  # type: ignore[arg-type]
+    told = [CheckResult("a", state, "x", node="n") for state in ("note", "bad")]  # type: ignore[arg-type]
     for found, code in ((tuple(told), 1), (tuple(told[:1]), 0)):
-        monkeypatch.setattr("actors.doctor.cluster.cluster_doctor", lambda *_, found=found: found)
+        monkeypatch.setattr("actors.doctor.cluster.check_cluster", lambda *_, found=found: found)
         assert main(["doctor", "--cluster", "--address", "here:6379"]) == code
         assert rlhf.cluster_doctor(address="here:6379") == found

@@ -11,6 +11,7 @@ import rlhf
 from actors.doctor import machine as doctor
 from rlhf.cli import main
 from rlhf.rewards.sandbox.run import SandboxError
+from rlhf.tracking.run_folder.environment import output_of
 
 
 @pytest.fixture
@@ -79,10 +80,10 @@ def test_audio_that_links_cuda_beside_a_cpu_torch(
 
 
 def test_a_probe_that_hangs_or_is_missing_gives_nothing() -> None:
-    assert doctor._output(["sleep", "30"], timeout_s=0.2) is None
-    assert doctor._output(["no-such-program"]) is None
-    assert doctor._output(["false"]) is None
-    assert doctor._output(["echo", "x"]) == "x\n"
+    assert output_of("sleep", "30", timeout_s=0.2) is None
+    assert output_of("no-such-program") is None
+    assert output_of("false") is None
+    assert output_of("echo", "x") == "x"
 
 
 def test_the_sandbox_is_found_or_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +121,7 @@ def test_exit_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], states: list[str], code: int
 ) -> None:
     findings = [doctor.CheckResult(what=f"thing {s}", state=s, found="x [y]", advice="do") for s in states]  # type: ignore[arg-type]
-    monkeypatch.setattr(doctor, "examine", lambda: iter(findings))
+    monkeypatch.setattr(doctor, "machine_results", lambda: iter(findings))
     assert main(["doctor"]) == code
     assert rlhf.doctor() == tuple(findings)
     out = capsys.readouterr().out

@@ -66,12 +66,12 @@ def _version(package: str) -> str | None:
         return None
 
 
-def output_of(*command: str) -> str | None:
+def output_of(*command: str, timeout_s: float = _TIMEOUT_S) -> str | None:
     """Return the standard output of a command. None: the command is missing, fails, or takes too long."""
     if shutil.which(command[0]) is None:
         return None
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=True)
     except (subprocess.SubprocessError, OSError):
         return None
     return done.stdout.strip()

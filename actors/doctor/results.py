@@ -1,0 +1,65 @@
+"""The result of one check of `rlhf doctor`, and the table of all results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+GIB = 2**30
+SHM_NEEDED_GIB = 2.0
+State = Literal["ok", "note", "bad"]
+STYLES: dict[State, str] = {"ok": "green", "note": "yellow", "bad": "bold red"}
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """The result of one check. `bad`: training is impossible until it is fixed."""
+
+    what: str
+    state: State
+    found: str
+    advice: str = ""
+    node: str = ""  # the address of a cluster's node; "": this machine
+
+
+def check(what: str, found: str, passed: bool = True, advice: str = "", *, failed: State = "note") -> CheckResult:
+    """Return a result that is `ok`, or `failed` with the advice if the check did not pass."""
+    return CheckResult(what, "ok", found) if passed else CheckResult(what, failed, found, advice)
+
+
+def check_shared_memory(total_gib: float, free_gib: float) -> CheckResult:
+    """Check the room for Ray's objects."""
+    advice = "Ray keeps its objects here: start Docker with --shm-size=4g, or mount an emptyDir with medium Memory"
+    found = f"{total_gib:.1f} GiB, {free_gib:.1f} GiB free"
+    return check("/dev/shm", found, free_gib >= SHM_NEEDED_GIB, advice)
+
+
+def show(results: Sequence[CheckResult], *, title: str, subject: str, nodes: set[str] | None = None) -> None:
+    """Print all results as a table, and whether training is possible. nodes: all nodes of a cluster."""
+    table = Table(title=title, title_justify="left")
+    for heading in ("", *(["node"] if nodes is not None else []), "what", "found", "what to do"):
+        table.add_column(heading, overflow="fold")
+    for where, result in together(results, nodes or set()):
+        state = Text(result.state, STYLES[result.state])
+        table.add_row(
+            state, *([where] if nodes is not None else []), result.what, *map(Text, (result.found, result.advice))
+        )
+    bad = sorted({f"{r.what} ({r.node})" if r.node else r.what for r in results if r.state == "bad"})
+    console = Console()
+    console.print(table)
+    verdict = f"training is not possible yet: see {', '.join(bad)}" if bad else f"{subject} can train"
+    console.print(verdict, highlight=False)
+
+
+def together(results: Sequence[CheckResult], nodes: set[str]) -> Iterator[tuple[str, CheckResult]]:
+    """Yield equal results of several nodes once, with the names of the nodes."""
+    by_result: dict[CheckResult, list[str]] = {}
+    for result in results:
+        by_result.setdefault(replace(result, node=""), []).append(result.node)
+    for result, where in by_result.items():
+        yield f"all {len(nodes)}" if len(nodes) > 1 and set(where) == nodes else ", ".join(where), result
