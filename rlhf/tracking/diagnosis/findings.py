@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
-
-from rlhf.tracking.formatting import number
 
 Severity = Literal["failure", "warning", "notice"]
 SEVERITIES: tuple[Severity, ...] = ("failure", "warning", "notice")  # the worst first
@@ -114,6 +112,50 @@ def mean(points: Iterable[Point]) -> float:
     return fmean(point.value for point in points)
 
 
-def say(value: float) -> str:
-    """Format a number for a sentence."""
-    return number(value)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """What the metrics of one run say about a symptom. None: the symptom's default applies."""
+
+    what: str  # with the numbers
+    first_step: int | None = None
+    last_step: int | None = None
+    metrics: tuple[str, ...] | None = None
+    severity: Severity | None = None
+    advice: str = ""  # after the symptom's advice
+
+
+Sign = Callable[[History, list[Point]], str | Evidence | None]
+Check = Callable[[History], Finding | None]
+
+
+def symptom(severity: Severity, *metrics: str, steps: int = 0, why: str, advice: str) -> Callable[[Sign], Check]:
+    """Make a check of a pure function that looks for the sign of a problem. Its name is the kind of the finding.
+
+    Args:
+        metrics: the keys to look at.
+        steps: the newest values of the first metric that the function reads. With fewer values there is no finding.
+    """
+
+    def make(sign: Sign) -> Check:
+        def check(history: History) -> Finding | None:
+            recent = history.last(metrics[0], steps) if steps else []
+            evidence = sign(history, recent) if len(recent) == steps else None
+            if evidence is None:
+                return None
+            if isinstance(evidence, str):
+                evidence = Evidence(what=evidence)
+            first_step = recent[0].step if recent else history.step
+            return Finding(
+                kind=sign.__name__,
+                severity=evidence.severity or severity,
+                first_step=first_step if evidence.first_step is None else evidence.first_step,
+                last_step=history.step if evidence.last_step is None else evidence.last_step,
+                metrics=evidence.metrics or metrics,
+                what=evidence.what,
+                why=why,
+                advice=f"{advice} {evidence.advice}".strip(),
+            )
+
+        return check
+
+    return make

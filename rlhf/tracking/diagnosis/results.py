@@ -1,15 +1,13 @@
-"""Checks of scores and held-out results: no signal, reward hacking, overfitting, truncated or shrinking responses.
-
-Each check is pure: it takes a history and returns a finding or None.
-"""
+"""Symptoms in scores and held-out results: no signal, reward hacking, overfitting, truncated or shrinking responses."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 
-from rlhf.tracking.diagnosis.findings import Finding, History, Point, mean, say
+from rlhf.tracking.diagnosis.findings import Evidence, History, Point, mean, symptom
+from rlhf.tracking.formatting import number
 
 ALIKE = 1e-6  # a smaller deviation counts as zero: scores are floats
 ZERO_GROUPS = 0.9  # of the prompts: a tenth of the batch does all the teaching
@@ -30,216 +28,205 @@ _NEUTRAL = (
 )
 
 
-def rewards_alike(history: History) -> Finding | None:
-    recent = history.last("rewards/score/std", 5)
-    if not recent or any(point.value > ALIKE for point in recent):
+@symptom(
+    "failure",
+    *("rewards/score/std", "rewards/score/mean"),
+    steps=5,
+    why="Equal scores teach nothing. The reward may not find the answer in the response, the task may be out of reach "
+    "or solved, or every response may fail its format.",
+    advice="score some of samples/ by hand with `rlhf reward`; use prompts of another difficulty.",
+)
+def rewards_alike(history: History, recent: list[Point]) -> str | None:
+    if any(point.value > ALIKE for point in recent):
         return None
     level = history.newest("rewards/score/mean")
-    return Finding(
-        kind="rewards_alike",
-        severity="failure",
-        first_step=recent[0].step,
-        last_step=history.step,
-        metrics=("rewards/score/std", "rewards/score/mean"),
-        what=f"All responses of the last 5 steps scored the same{f' ({say(level.value)})' if level else ''}.",
-        why="A reward with equal scores teaches nothing: it does not find the answer in the response, "
-        "the task is out of reach or solved, or every response fails its format.",
-        advice="score some of samples/ by hand with `rlhf reward`; take prompts of another difficulty.",
-    )
+    return f"All responses of the last 5 steps scored the same{f' ({number(level.value)})' if level else ''}."
 
 
-def groups_alike(history: History) -> Finding | None:
-    key = "advantages/zero_groups/fraction"
-    recent = history.last(key, 5)
-    if not recent or mean(recent) <= ZERO_GROUPS:
+@symptom(
+    "warning",
+    *("advantages/zero_groups/fraction", "rewards/score/mean", "update/entropy/mean"),
+    steps=5,
+    why="A group without differences has advantages of 0, so nearly all of the batch teaches nothing. The prompts are "
+    "too easy (a high score), too hard (a low one), or the samples of a group are copies.",
+    advice="set rollouts.dynamic_sampling, which replaces such groups, or data.curriculum, which chooses prompts "
+    "within reach; more rollouts.samples_per_prompt find differences.",
+)
+def groups_alike(history: History, recent: list[Point]) -> str | None:
+    if mean(recent) <= ZERO_GROUPS:
         return None
     score = history.newest("rewards/score/mean")
-    return Finding(
-        kind="groups_alike",
-        severity="warning",
-        first_step=recent[0].step,
-        last_step=history.step,
-        metrics=(key, "rewards/score/mean", "update/entropy/mean"),
-        what=f"The responses to {say(100 * mean(recent))} % of the prompts all score the same"
-        f"{f'; the mean score is {say(score.value)}' if score else ''}.",
-        why="A group without differences has advantages of 0, so nearly all of the batch teaches nothing. The prompts "
-        "are too easy (a high score), too hard (a low one), or the samples of a group are copies.",
-        advice="rollouts.dynamic_sampling replaces such groups; data.curriculum asks what is within reach; more "
-        "rollouts.samples_per_prompt find differences.",
-    )
+    mean_score = f"; the mean score is {number(score.value)}" if score else ""
+    return f"The responses to {number(100 * mean(recent))} % of the prompts all score the same{mean_score}."
 
 
-def advantages_zero(history: History) -> Finding | None:
-    recent, scores = history.last("advantages/std", 3), history.last("rewards/score/std", 3)
-    if not recent or any(point.value > ALIKE for point in recent):
-        return None
+@symptom(
+    "failure",
+    *("advantages/std", "rewards/score/std"),
+    steps=3,
+    why="Scores differ only between prompts, and not within a group, so no response is better than its group.",
+    advice="set more rollouts.samples_per_prompt, a higher rollouts.temperature, or rollouts.dynamic_sampling.",
+)
+def advantages_zero(history: History, recent: list[Point]) -> str | None:
+    scores = history.last("rewards/score/std", 3)
     if not scores or any(point.value <= ALIKE for point in scores):  # reported by rewards_alike
         return None
-    return Finding(
-        kind="advantages_zero",
-        severity="failure",
-        first_step=recent[0].step,
-        last_step=history.step,
-        metrics=("advantages/std", "rewards/score/std"),
-        what=f"Advantages have no deviation, though scores have one of {say(mean(scores))}.",
-        why="Scores differ between prompts only, and not within a group; so no response is better than its group.",
-        advice="more rollouts.samples_per_prompt, a higher rollouts.temperature, or rollouts.dynamic_sampling.",
-    )
-
-
-def mostly_filtered(history: History) -> Finding | None:
-    key = "rollouts/filtered_groups/fraction"
-    recent = history.last(key, 5)
-    if not recent or mean(recent) <= FILTERED:
+    if any(point.value > ALIKE for point in recent):
         return None
-    return Finding(
-        kind="mostly_filtered",
-        severity="notice",
-        first_step=recent[0].step,
-        last_step=history.step,
-        metrics=(key, "rollouts/filtered_easy/fraction", "rollouts/filtered_hard/fraction"),
-        what=f"{say(100 * mean(recent))} % of the answered groups are filtered and replaced.",
-        why="Most of the generation goes to prompts that teach nothing.",
-        advice="data.curriculum asks measured prompts by what they taught; or take data of another difficulty.",
-    )
+    return f"The advantages do not vary, although the scores have a deviation of {number(mean(scores))}."
 
 
-def much_truncated(history: History) -> Finding | None:
+@symptom(
+    "notice",
+    *("rollouts/filtered_groups/fraction", "rollouts/filtered_easy/fraction", "rollouts/filtered_hard/fraction"),
+    steps=5,
+    why="Most of the generation goes to prompts that teach nothing.",
+    advice="set data.curriculum, which chooses prompts by their earlier scores; or use data of another difficulty.",
+)
+def mostly_filtered(_: History, recent: list[Point]) -> str | None:
+    level = mean(recent)
+    return f"{number(100 * level)} % of the answered groups are filtered and replaced." if level > FILTERED else None
+
+
+def _truncation(history: History, recent: list[Point]) -> tuple[bool, str] | None:
+    """Return whether the truncated responses became more because responses grew, and a sentence on them."""
     key, length = "rollouts/truncated/fraction", "rollouts/response_tokens/mean"
-    recent, tokens = history.last(key, 5), history.last(length, 5)
-    start, began = history.first(key, 5), history.first(length, 5)
-    if not recent or not tokens:
+    tokens, start = history.last(length, 5), history.first(length, 5)
+    if not tokens:
         return None
-    longer = mean(tokens) > LONGER * mean(began)
-    rises = longer and mean(recent) > mean(start) + TRUNCATED_RISE
+    longer = mean(tokens) > LONGER * mean(start)
+    rises = longer and mean(recent) > mean(history.first(key, 5)) + TRUNCATED_RISE
     if mean(recent) <= TRUNCATED and not rises:
         return None
-    grown = f"; they grew from {say(mean(began))} to {say(mean(tokens))} tokens" if longer else ""
-    return Finding(
-        kind="length_runs_away" if rises else "much_truncated",
-        severity="warning",
-        first_step=recent[0].step,
-        last_step=history.step,
-        metrics=(key, length, "rewards/score/mean"),
-        what=f"{say(100 * mean(recent))} % of the responses are cut off{grown}.",
-        why="A cut response has no answer to score. Where length grows with it, the policy is paid for length, or "
-        "never learns to end a response.",
-        advice="raise rollouts.max_new_tokens; set algorithm.overlong or a reward's truncated_score; see whether the "
-        "samples repeat themselves.",
-    )
+    growth = f"; they grew from {number(mean(start))} to {number(mean(tokens))} tokens" if longer else ""
+    return rises, f"{number(100 * mean(recent))} % of the responses are truncated{growth}."
 
 
-def responses_shrink(history: History) -> Finding | None:
-    key = "rollouts/response_tokens/mean"
-    recent, start = history.last(key, 5), history.first(key, 5)
-    if not recent or mean(start) < WORTH_SHRINKING or mean(recent) >= SHRUNK * mean(start):
+@symptom(
+    "warning",
+    *("rollouts/truncated/fraction", "rollouts/response_tokens/mean", "rewards/score/mean"),
+    steps=5,
+    why="A truncated response has no answer to score.",
+    advice="raise rollouts.max_new_tokens; set algorithm.overlong or a reward's truncated_score; check whether the "
+    "samples repeat themselves.",
+)
+def much_truncated(history: History, recent: list[Point]) -> str | None:
+    truncation = _truncation(history, recent)
+    return None if truncation is None or truncation[0] else truncation[1]
+
+
+@symptom(
+    "warning",
+    *("rollouts/truncated/fraction", "rollouts/response_tokens/mean", "rewards/score/mean"),
+    steps=5,
+    why="The responses grow until they are truncated, and then have no answer to score. The reward pays for length, or "
+    "the policy never learns to end a response.",
+    advice="raise rollouts.max_new_tokens; set algorithm.overlong or a reward's truncated_score; check whether the "
+    "samples repeat themselves.",
+)
+def length_runs_away(history: History, recent: list[Point]) -> str | None:
+    truncation = _truncation(history, recent)
+    return truncation[1] if truncation is not None and truncation[0] else None
+
+
+@symptom(
+    "warning",
+    *("rollouts/response_tokens/mean", "rewards/score/mean"),
+    steps=5,
+    why="Short responses score best: the reward or its penalties favour brevity, or the policy guesses instead of "
+    "reasoning.",
+    advice="read the samples; check the weight of length penalties in rewards, and algorithm.aggregation.",
+)
+def responses_shrink(history: History, recent: list[Point]) -> str | None:
+    start = mean(history.first("rollouts/response_tokens/mean", 5))
+    if start < WORTH_SHRINKING or mean(recent) >= SHRUNK * start:
         return None
-    return Finding(
-        kind="responses_shrink",
-        severity="warning",
-        first_step=recent[0].step,
-        last_step=history.step,
-        metrics=(key, "rewards/score/mean"),
-        what=f"Responses shrank from {say(mean(start))} to {say(mean(recent))} tokens.",
-        why="Short responses score best: the reward or its penalties favour brevity, or the policy has given up "
-        "reasoning for guessing.",
-        advice="read the samples; check the weight of length penalties in rewards, and algorithm.aggregation.",
-    )
+    return f"Responses shrank from {number(start)} to {number(mean(recent))} tokens."
 
 
-def held_out_falls(history: History) -> Finding | None:
-    """Report reward hacking if the training score rises while held-out results fall; otherwise report a
-    lost ability.
-    """
-    rise = _score_rise(history)
-    for key, points in _better_if_higher(history):
-        fallen = _fallen(points)
-        if fallen is None:
-            continue
-        best, level = fallen
-        hacking = rise is not None
-        meanwhile = f" while the training score rose from {say(rise[0])} to {say(rise[1])}" if rise is not None else ""
-        return Finding(
-            kind="reward_hacking" if hacking else "held_out_falls",
-            severity="failure" if hacking else "warning",
-            first_step=best.step,
-            last_step=history.step,
-            metrics=(key, *(("rewards/score/mean", "experience/kl_ref/mean") if hacking else ("update/loss/mean",))),
-            what=f"{key} fell from {say(best.value)} (step {best.step}) to {say(level)}{meanwhile}.",
-            why="The policy exploits the reward instead of solving the task: it scores by the reward's "
-            "weakness, not by the task."
-            if hacking
-            else "The model loses what it could do before: too many steps or too high a learning rate on this data.",
-            advice=(
-                "read the best-scored samples; raise algorithm.kl.coef; fix the reward or add a verifier; "
-                if hacking
-                else "lower train.lr; "
-            )
-            + _keep(best),
-        )
-    return None
+@symptom(
+    "failure",
+    *("eval/<set>/<metric>", "rewards/score/mean", "experience/kl_ref/mean"),
+    why="The policy exploits a weakness of the reward instead of solving the task.",
+    advice="read the samples with the highest scores; raise algorithm.kl.coef; fix the reward or add a verifier;",
+)
+def reward_hacking(history: History, _: list[Point]) -> Evidence | None:
+    rise, fall = _score_rise(history), _held_out_fall(history)
+    if rise is None or fall is None:
+        return None
+    meanwhile = f" while the training score rose from {number(rise[0])} to {number(rise[1])}"
+    return _fall_evidence(fall, meanwhile, "rewards/score/mean", "experience/kl_ref/mean")
 
 
-def held_out_loss_rises(history: History) -> Finding | None:
+@symptom(
+    "warning",
+    *("eval/<set>/<metric>", "update/loss/mean"),
+    why="The model loses abilities that it had before: too many steps or too high a learning rate on this data.",
+    advice="lower train.lr;",
+)
+def held_out_falls(history: History, _: list[Point]) -> Evidence | None:
+    fall = _held_out_fall(history) if _score_rise(history) is None else None
+    return None if fall is None else _fall_evidence(fall, "", "update/loss/mean")
+
+
+@symptom(
+    "warning",
+    *("eval/<set>/<metric>", "update/loss/mean"),
+    why="The model memorises the training rows: it improves on them and gets worse on other rows.",
+    advice="train for fewer epochs, lower train.lr, or use more data;",
+)
+def held_out_loss_rises(history: History, _: list[Point]) -> Evidence | None:
     for key, points in history.evals().items():
         if key.rpartition("/")[2] not in _LOSSES or len(points) < 3:
             continue
         lowest = min(points, key=lambda point: point.value)
         later = [point.value for point in points[-2:] if point.step > lowest.step]
-        if len(later) < 2 or lowest.value <= 0 or min(later) <= OVERFIT * lowest.value:
-            continue
-        return Finding(
-            kind="held_out_loss_rises",
-            severity="warning",
-            first_step=lowest.step,
-            last_step=history.step,
-            metrics=(key, "update/loss/mean"),
-            what=f"{key} was lowest at step {lowest.step} ({say(lowest.value)}) and is {say(later[-1])} now.",
-            why="The model memorises the training rows: it improves on them and gets worse on other rows.",
-            advice=f"{_keep(lowest)} Fewer epochs, a lower train.lr, more data.",
-        )
+        if len(later) == 2 and lowest.value > 0 and min(later) > OVERFIT * lowest.value:
+            return Evidence(
+                what=f"{key} was lowest at step {lowest.step} ({number(lowest.value)}) and is {number(later[-1])} now.",
+                first_step=lowest.step,
+                metrics=(key, "update/loss/mean"),
+                advice=_keep(lowest),
+            )
     return None
 
 
-def held_out_flat(history: History) -> Finding | None:
+@symptom(
+    "notice",
+    *("eval/<set>/<metric>", "rewards/score/mean", "experience/kl_ref/mean"),
+    why="Training does not change the held-out score: the policy hardly moves (see the KL), the reward measures "
+    "something else, or there is nothing left to gain.",
+    advice="if experience/kl_ref/mean is near 0, raise train.lr; compare rewards/score/mean; measure with the same "
+    "reward and prompt format as in training.",
+)
+def held_out_flat(history: History, _: list[Point]) -> Evidence | None:
     for key, points in history.evals().items():
         values = [point.value for point in points]
         if not key.endswith("/score") or len(points) < FLAT_EVALS or points[-1].step - points[0].step < FLAT_STEPS:
             continue
-        if max(values) - min(values) > FLAT * max(map(abs, values)):
-            continue
-        return Finding(
-            kind="held_out_flat",
-            severity="notice",
-            first_step=points[0].step,
-            last_step=history.step,
-            metrics=(key, "rewards/score/mean", "experience/kl_ref/mean"),
-            what=f"{key} stayed between {say(min(values))} and {say(max(values))} over {len(points)} evaluations.",
-            why="Training does not reach what is measured: the policy hardly moves (see the KL), the reward asks for "
-            "something else, or there is nothing left to gain.",
-            advice="if experience/kl_ref/mean is near 0, raise train.lr; compare rewards/score/mean; measure with the "
-            "same reward and prompt format as in training.",
-        )
+        low, high = min(values), max(values)
+        if high - low <= FLAT * max(map(abs, values)):
+            return Evidence(
+                what=f"{key} stayed between {number(low)} and {number(high)} over {len(points)} evaluations.",
+                first_step=points[0].step,
+                metrics=(key, "rewards/score/mean", "experience/kl_ref/mean"),
+            )
     return None
 
 
-def preferences_at_chance(history: History) -> Finding | None:
-    key = "preference/accuracy/mean"
-    recent = history.last(key, CHANCE_STEPS)
+@symptom(
+    "warning",
+    *("preference/accuracy/mean", "preference/margin/mean", "update/loss/mean"),
+    steps=CHANCE_STEPS,
+    why="The preferences teach nothing: the learning rate is too low, labels contradict each other, or chosen and "
+    "rejected are swapped in part of the data.",
+    advice="raise train.lr; read twenty pairs by hand; check the columns that data.columns names.",
+)
+def preferences_at_chance(history: History, recent: list[Point]) -> str | None:
     online = bool(history.first("rollouts/tokens/total"))  # its pairs are new each step, and near a coin for long
-    if online or not recent or mean(recent) >= CHANCE:
+    if online or mean(recent) >= CHANCE:
         return None
-    return Finding(
-        kind="preferences_at_chance",
-        severity="warning",
-        first_step=recent[0].step,
-        last_step=history.step,
-        metrics=(key, "preference/margin/mean", "update/loss/mean"),
-        what=f"Over {CHANCE_STEPS} steps {say(100 * mean(recent))} % of the pairs are ranked right; chance is 50 %.",
-        why="The preferences teach nothing: the learning rate is too low, labels contradict each other, or "
-        "chosen and rejected are swapped in part of the data.",
-        advice="raise train.lr; read twenty pairs by hand; check the columns that data.columns names.",
-    )
+    return f"Over {CHANCE_STEPS} steps {number(100 * mean(recent))} % of the pairs are ranked right; chance is 50 %."
 
 
 def _keep(best: Point) -> str:
@@ -257,11 +244,19 @@ def _score_rise(history: History) -> tuple[float, float] | None:
     return mean(start), mean(recent)
 
 
-def _better_if_higher(history: History) -> Iterator[tuple[str, list[Point]]]:
-    evals: Mapping[str, list[Point]] = history.evals()
-    for key, points in evals.items():
-        if key.rpartition("/")[2] not in (*_LOSSES, *_NEUTRAL):
-            yield key, points
+def _held_out_fall(history: History) -> tuple[str, Point, float] | None:
+    """Return a metric for which higher is better, its best evaluation, and its mean now, if it fell far."""
+    for key, points in history.evals().items():
+        fallen = _fallen(points) if key.rpartition("/")[2] not in (*_LOSSES, *_NEUTRAL) else None
+        if fallen is not None:
+            return key, *fallen
+    return None
+
+
+def _fall_evidence(fall: tuple[str, Point, float], meanwhile: str, *metrics: str) -> Evidence:
+    key, best, level = fall
+    what = f"{key} fell from {number(best.value)} (step {best.step}) to {number(level)}{meanwhile}."
+    return Evidence(what=what, first_step=best.step, metrics=(key, *metrics), advice=_keep(best))
 
 
 def _fallen(points: list[Point]) -> tuple[Point, float] | None:
@@ -292,15 +287,7 @@ def _noise(points: Sequence[Point], best: Point) -> float:
     return math.sqrt(fmean(bend * bend for bend in bends) / 6.0)
 
 
-RESULTS: tuple[Callable[[History], Finding | None], ...] = (
-    rewards_alike,
-    groups_alike,
-    advantages_zero,
-    mostly_filtered,
-    much_truncated,
-    responses_shrink,
-    held_out_falls,
-    held_out_loss_rises,
-    held_out_flat,
-    preferences_at_chance,
+RESULTS = (
+    *(rewards_alike, groups_alike, advantages_zero, mostly_filtered, much_truncated, length_runs_away),
+    *(responses_shrink, reward_hacking, held_out_falls, held_out_loss_rises, held_out_flat, preferences_at_chance),
 )
