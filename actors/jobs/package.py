@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from actors.jobs.entrypoint import ENVIRONMENT
+from rlhf.config.files.base import read_tree
 from rlhf.config.files.load import LoadedConfig
-from rlhf.config.files.yaml_tree import apply_overrides, read_tree
+from rlhf.config.files.recipes import RECIPES
+from rlhf.config.files.yaml_tree import apply_overrides
 from rlhf.config.pipeline import model_places
 from rlhf.config.schema.stages import MergeStage
 from rlhf.data.sources import FILE_SUFFIXES
@@ -78,7 +80,11 @@ def project_of(config: Path, overrides: Sequence[str], loaded: LoadedConfig) -> 
             f"{config} is not below {folder}: a job takes the current folder with it. Run this in the project's folder."
         )
     _refuse_folders_of_this_machine(loaded)
-    named = _named_files(read_tree(config), overrides, folder=folder, beside=whole.parent)
+    tree = read_tree(config)
+    named = _named_files(tree, overrides, folder=folder, beside=whole.parent)
+    for base in dict.fromkeys(path.resolve() for path in tree.bases):
+        if base.is_relative_to(folder) or not base.is_relative_to(RECIPES.resolve()):  # a node has the recipes itself
+            named |= _below(base, folder, f"{config}: base")
     inside = {name for name in _listed(folder) if name.parts[0] not in STAYS and not _is_run(folder / name, loaded)}
     inside = _safe(inside, folder)
     files = tuple(sorted(inside | named | {whole.relative_to(folder)}))

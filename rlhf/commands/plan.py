@@ -99,9 +99,9 @@ def check_inputs(loaded: LoadedConfig, *, cluster: str | None) -> str:
 
 
 def _read(config: str | Path, overrides: Sequence[str]) -> LoadedConfig | Sweep:
+    from rlhf.config.files.base import read_tree
     from rlhf.config.files.load import load
     from rlhf.config.files.recipes import config_file
-    from rlhf.config.files.yaml_tree import read_tree
 
     file = config_file(config)
     if "sweep" in read_tree(file).values:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.config.files.base import read_tree
 from rlhf.config.files.dump import dump_yaml
 from rlhf.config.files.load import load
-from rlhf.config.files.yaml_tree import read_tree
 from rlhf.config.schema.merge import load_merge
 from rlhf.config.schema.sweep import load_sweep
 from rlhf.planning.report import render

@@ -14,8 +14,8 @@ from pydantic import BaseModel
 import rlhf
 from rlhf.algorithms import AlgorithmConfig
 from rlhf.arguments import parse
+from rlhf.config.files.base import read_tree
 from rlhf.config.files.recipes import RECIPES
-from rlhf.config.files.yaml_tree import read_tree
 from rlhf.config.mistakes.synonyms import table
 from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.merge import MergeFile

@@ -20,8 +20,8 @@ import yaml
 from transformers import AutoTokenizer
 
 from rlhf.algorithms import ONLINE_ALGORITHMS, ONLINE_PAIR_ALGORITHMS
+from rlhf.config.files.base import read_tree
 from rlhf.config.files.load import load
-from rlhf.config.files.yaml_tree import read_tree
 from rlhf.data.tasks import TaskSource, make_rows
 from rlhf.models.tiny import build_tiny_llama
 from rlhf.tracking.sinks.tracker import read_metrics

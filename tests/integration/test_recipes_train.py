@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 import rlhf
+from rlhf.config.files.base import read_tree
 from rlhf.config.files.load import load
-from rlhf.config.files.yaml_tree import read_tree
 from rlhf.config.schema.stages import MergeStage, result_of
 from tests.integration.recipes import merge
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import rlhf
-from rlhf.config.files.yaml_tree import read_tree
+from rlhf.config.files.base import read_tree
 from rlhf.data.sources import read_rows
 from rlhf.data.tasks import TaskSource
 from rlhf.models.tiny import build_tiny_llama

@@ -8,7 +8,8 @@ from pathlib import Path
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rlhf.config.files.yaml_tree import read_tree, to_yaml
+from rlhf.config.files.base import read_tree
+from rlhf.config.files.yaml_tree import to_yaml
 
 TEXT = st.text(
     st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]) | st.sampled_from("\n\t:#'\"-"), max_size=12

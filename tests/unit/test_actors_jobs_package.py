@@ -207,3 +207,20 @@ def test_too_much_is_refused_with_the_largest(folder: Path, monkeypatch: pytest.
     said = refused()
     assert "has 3 MiB in 8 files, and at most 1 MiB" in said
     assert "weights.bin (3 MiB)" in said
+
+
+def test_the_bases_of_the_configuration_travel(folder: Path) -> None:
+    (folder / "data" / "base.yaml").write_text(RUN.replace("rewards.py:close", "../configs/rewards.py:close"))
+    (folder / "derived.yaml").write_text("base: configs/middle.yaml\nrun: {name: derived}\n")
+    (folder / "configs" / "middle.yaml").write_text("base: ../data/base.yaml\n")
+    project = packed(config="derived.yaml")
+    assert names(project) >= {"derived.yaml", "configs/middle.yaml", "data/base.yaml", "configs/rewards.py"}
+
+
+def test_a_base_outside_of_the_project_is_refused_but_a_recipe_is_on_every_node(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(RUN.replace("rewards.py:close", "math_answer"))
+    (folder / "derived.yaml").write_text("base: ../base.yaml\n")
+    with pytest.raises(UserError, match=r"derived.yaml: base: .*base.yaml is outside of the project"):
+        packed(config="derived.yaml")
+    (folder / "derived.yaml").write_text("base: grpo_smollm2.yaml\nrun: {dir: /shared/runs}\npolicy: {model: a/b}\n")
+    assert "derived.yaml" in names(packed(config="derived.yaml"))

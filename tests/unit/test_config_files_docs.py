@@ -45,7 +45,9 @@ def test_sections_of_one_name_are_told_apart() -> None:
 
 
 def test_the_example_of_a_pipeline_loads(tmp_path: Path) -> None:
-    (example,) = re.findall(r"```yaml\n(.*?)```", HEAD, re.DOTALL)
+    based, example = re.findall(r"```yaml\n(.*?)```", HEAD, re.DOTALL)
+    (tmp_path / "based.yaml").write_text(based)
+    assert load(tmp_path / "based.yaml").runs == load("dapo_smollm2.yaml").runs
     path = tmp_path / "example.yaml"
     path.write_text(example)
     assert list(load(path).stages) == ["sft", "ppo", "soup", "judge"]

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rlhf.config.files.base import read_tree
 from rlhf.config.files.dump import dump_masked_yaml, dump_yaml
 from rlhf.config.files.load import LoadedConfig, load
-from rlhf.config.files.yaml_tree import read_tree
 
 BASE = """\
 run: {name: demo}

@@ -47,6 +47,31 @@ Values are YAML: `null`, `true`, numbers, quoted or plain strings, `[lists]`, `{
 `: ` or ` #` in it needs YAML's own quotes. Only `true` and `false` are boolean values, so `tracking.wandb=off` is a
 string. A key given twice is an error.
 
+## A file on top of another
+
+`base: FILE` at the top of a file names a file to start from. The path is relative to the file, or is the name of a
+recipe of the library. Most files in `configs/` differ from another one in a few lines:
+
+```yaml
+base: grpo_smollm2.yaml
+run: {name: dapo-smollm2}
+algorithm: {name: dapo, clip_low: 0.2, clip_high: 0.28, overlong: {buffer: 32, factor: 1.0}}
+rollouts: {dynamic_sampling: {}}
+train: {sequences_per_update: 16}
+```
+
+1. Mappings are merged key by key. All other values, lists among them, replace those of the base.
+2. A section of another kind replaces the section of the base, since keys of the old kind do not belong to it. This
+   holds for an `algorithm`, an `environment` or a sweep's `method` with another `name`, for a data source with another
+   `task` or form, and for a reward with another `function`, `url`, `role` or `environment`.
+3. `null` sets a key to null if null is one of its values. Otherwise it takes back what the base gives:
+   `rewards: {correct: null}` removes an inherited reward, and `train: {eps: null}` restores the default.
+4. An inherited key without effect is an error as always. The message names its line in the base.
+5. A base may have a base. A circle is an error.
+6. A stage of a pipeline may have a `base` too, the file of a single run. The stage takes everything but its `run`.
+7. A sweep's inline `config` may have a `base`, and so may a mapping in Python, relative to the current folder.
+   `rlhf submit` packs all bases. `config.resolved.yaml` has every value and no `base`.
+
 ## Pipelines
 
 A file with `stages:`, a mapping of stage names to sections, is a pipeline. Its stages run in the order of the file,

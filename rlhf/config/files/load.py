@@ -1,6 +1,6 @@
 """Turn a YAML file and `section.key=value` arguments into checked configurations.
 
-This module opens only the YAML file. It also checks whether reward files exist next to it.
+This module opens only the YAML file and its bases. It also checks whether reward files exist next to it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
+from rlhf.config.files.base import extend, read_tree
 from rlhf.config.files.recipes import config_file
-from rlhf.config.files.yaml_tree import Key, Tree, apply_overrides, read_tree
+from rlhf.config.files.yaml_tree import Key, Tree, apply_overrides
 from rlhf.config.mistakes.explain import parse, refuse
 from rlhf.config.mistakes.suggestions import nearest
 from rlhf.config.pipeline import resolve_stages
@@ -76,6 +77,8 @@ def resolve(tree: Tree, overrides: Sequence[str], folder: Path) -> LoadedConfig:
     """Check a tree as `load` does. Reward files may be relative to `folder`."""
     _refuse_unknown_stages(tree, overrides)
     tree = apply_overrides(tree, overrides)
+    if "base" in tree.values:
+        raise UserError(f"{tree.place(('base',))}: base: is a key of files only; `rlhf train FILE` names the file")
     _locate_rewards(tree.values, folder)
     if "sweep" in tree.values:
         raise UserError(f"{tree.place(('sweep',))}: sweep: is no part of a run; use `rlhf sweep {tree.source}`")
@@ -117,10 +120,13 @@ def _locate_rewards(section: Any, folder: Path) -> None:
 
 
 def from_mapping(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> LoadedConfig:
-    """Return the checked configuration of a mapping with the keys of a file. Its paths start at the current folder."""
+    """Return the checked configuration of a mapping with the keys of a file.
+
+    Its paths, a `base` among them, start at the current folder.
+    """
     plain = _plain(values, "config")
     assert isinstance(plain, dict)
-    return resolve(Tree(source="config", values=plain, places={}), overrides, Path.cwd())
+    return resolve(extend(Tree(source="config", values=plain, places={}), Path.cwd()), overrides, Path.cwd())
 
 
 def _plain(value: Any, place: str) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class Tree:
     source: str  # the file, for messages
     values: dict[str, Any]
     places: dict[Key, str]
+    bases: tuple[Path, ...] = ()  # files merged below this one
 
     def place(self, key: Key) -> str:
         """Return where the key was written, or else the nearest section above it."""
@@ -61,9 +62,19 @@ class Tree:
             key = key[:-1]
         return self.places.get(key, self.source)
 
+    def section(self, at: Key) -> Tree:
+        """Return the mapping at a key as a tree."""
+        values = self.values
+        for part in at:
+            values = values[part]
+        places = {key[len(at) :]: place for key, place in self.places.items() if key[: len(at)] == at}
+        return replace(self, values=values, places=places)
 
-def read_tree(path: Path, *, needs: str = "a config needs at least run, policy, algorithm, data and train") -> Tree:
-    """Read a file. UserError names the line of broken YAML, of a repeated key, or of a key that is not a string.
+
+def read_file(path: Path, *, needs: str) -> Tree:
+    """Read one file, but not its base.
+
+    UserError names the line of broken YAML, of a repeated key, or of a key that is not a string.
 
     needs: the sections missing from an empty file, for its message.
     """
@@ -117,11 +128,11 @@ def apply_overrides(tree: Tree, overrides: Sequence[str]) -> Tree:
         node[key[-1]] = _parse(value, place, places, key)
         for known in [k for k in places if k[: len(key)] == key] + [key]:
             places[known] = place
-    return Tree(source=tree.source, values=values, places=places)
+    return replace(tree, values=values, places=places)
 
 
 def to_yaml(values: dict[str, Any]) -> str:
-    """Write values as text. `read_tree` and `from_yaml` read the same values back."""
+    """Write values as text. `read_file` and `from_yaml` read the same values back."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 

@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from rlhf.algorithms.section import Section
+from rlhf.config.files.base import read_tree
 from rlhf.config.files.recipes import config_file
-from rlhf.config.files.yaml_tree import Key, apply_overrides, kind, read_tree
+from rlhf.config.files.yaml_tree import Key, apply_overrides, kind
 from rlhf.config.mistakes.explain import Problem, parse_as, refuse
 from rlhf.config.mistakes.suggestions import nearest
 from rlhf.config.schema.model import Dtype

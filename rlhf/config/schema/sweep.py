@@ -16,9 +16,10 @@ from pydantic import Field, field_validator
 
 from rlhf.algorithms.section import Section
 from rlhf.config import derive
+from rlhf.config.files.base import extend, read_tree
 from rlhf.config.files.load import LoadedConfig, resolve
 from rlhf.config.files.recipes import config_file
-from rlhf.config.files.yaml_tree import Key, Tree, apply_overrides, kind, read_tree
+from rlhf.config.files.yaml_tree import Key, Tree, apply_overrides, kind
 from rlhf.config.mistakes.explain import Problem, parse_as, refuse
 from rlhf.config.mistakes.suggestions import nearest
 from rlhf.config.schema.root import Config
@@ -248,9 +249,7 @@ def _run_tree(config: SweepConfig, tree: Tree, path: Path) -> tuple[Tree, Path]:
     """Return the base run as written, and the folder with its file."""
     folder = path.resolve().parent
     if isinstance(config.config, dict):
-        at = (*AT, "config")
-        places = {key[len(at) :]: place for key, place in tree.places.items() if key[: len(at)] == at}
-        return Tree(source=tree.source, values=config.config, places=places), folder
+        return extend(tree.section((*AT, "config")), folder), folder
     run_file = next((file for file in (Path(config.config), folder / config.config) if file.is_file()), None)
     if run_file is None:
         place = tree.place((*AT, "config"))

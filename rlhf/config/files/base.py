@@ -1,0 +1,146 @@
+"""Read a configuration file and merge it over the file that its key `base` names.
+
+    base: grpo_smollm2.yaml        # relative to this file, or a recipe of the library
+    run: {name: dapo-smollm2}
+    algorithm: {name: dapo}
+
+`base` stands at the top of a file or of a stage. Mappings are merged key by key, and all other values replace those of
+the base.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from rlhf.config.files.recipes import RECIPES
+from rlhf.config.files.yaml_tree import Key, Tree, copy, kind, read_file
+from rlhf.config.mistakes.schema_keys import descend
+from rlhf.config.mistakes.suggestions import nearest
+from rlhf.config.schema.data import TaskConfig
+from rlhf.config.schema.root import Config
+from rlhf.errors import UserError
+
+SECTIONS = "a config needs at least run, policy, algorithm, data and train"
+_CODE = re.compile(r"[^:\n]+\.py:[A-Za-z_]\w*")
+_KINDS_OF_REWARDS = ("function", "url", "role", "environment")
+_SELECTED_BY_NAME = ("algorithm", "environment", "method")
+
+
+def read_tree(path: Path, *, needs: str = SECTIONS) -> Tree:
+    """Read a file with all its bases. Raise UserError for broken YAML, a missing base and a circle of bases.
+
+    needs: the sections missing from an empty file, for its message.
+    """
+    return extend(read_file(path, needs=needs), path.resolve().parent, files=(path,))
+
+
+def extend(tree: Tree, folder: Path, *, files: tuple[Path, ...] = ()) -> Tree:
+    """Return the tree with each `base` replaced by the contents of the file that it names.
+
+    Args:
+        tree: the values of one file.
+        folder: the folder of this file.
+        files: this file, after the files that led to it. Each is the base of the one before it.
+    """
+    stages = tree.values.get("stages")
+    for name, stage in dict(stages).items() if isinstance(stages, dict) else ():
+        if isinstance(stage, dict) and "base" in stage:
+            at = ("stages", name)
+            merged = _over_base(tree.section(at), folder, files, at=at)
+            values = {**tree.values, "stages": {**tree.values["stages"], name: merged.values}}
+            places = tree.places | {(*at, *key): place for key, place in merged.places.items()}
+            tree = replace(tree, values=values, places=places, bases=merged.bases)
+    return _over_base(tree, folder, files) if "base" in tree.values else tree
+
+
+def _over_base(tree: Tree, folder: Path, files: tuple[Path, ...], *, at: Key = ()) -> Tree:
+    """Return the file, or its stage `at`, merged over the base."""
+    place = f"{tree.place(('base',))}: {'.'.join((*at, 'base'))}"
+    path = _find(tree.values["base"], folder, place)
+    chain = [file.resolve() for file in files]
+    if path.resolve() in chain:
+        circle = " -> ".join(str(file) for file in (*files[chain.index(path.resolve()) :], path))
+        raise UserError(f"{place}: {circle} is a circle; a file cannot be its own base")
+    base = extend(read_file(path, needs=SECTIONS), path.resolve().parent, files=(*files, path))
+    values: dict[str, Any] = _relocate(base.values, path.resolve().parent, folder)
+    if at:  # the stages of a pipeline share the run at its top
+        if others := sorted({"stages", "sweep"} & values.keys()):
+            raise UserError(f"{place}: {path} has the section {others[0]}; a stage needs the file of a single run")
+        values.pop("run", None)
+    inherited = f" (base of {tree.source}, where `null` drops a key)"
+    places = {key: text if text.endswith(")") else text + inherited for key, text in base.places.items()}
+    above = {key: value for key, value in tree.values.items() if key != "base"}
+    merged = _merge(values, above, (), places)
+    return replace(tree, values=merged, places=places | tree.places, bases=(*tree.bases, path, *base.bases))
+
+
+def _find(name: Any, folder: Path, place: str) -> Path:
+    """Return the file of a base."""
+    if not isinstance(name, str):
+        raise UserError(f"{place}: got {kind(name)}, expected the name of a file")
+    path = Path(name).expanduser()
+    for start in (folder, RECIPES) if path.parent == Path() else (folder,):
+        file, here = Path(os.path.normpath(start / path)), Path.cwd()
+        if file.is_file():
+            return file.relative_to(here) if file.is_relative_to(here) else file
+    close = nearest(path.name, sorted({file.name for at in (folder, RECIPES) for file in at.glob("*.yaml")}))
+    hint = f"; did you mean {close}?" if close else ""
+    raise UserError(f"{place}: {name} is no file in {folder}, and the library has no recipe of that name{hint}")
+
+
+def _relocate(value: Any, folder: Path, target: Path) -> Any:
+    """Make names of code (`FILE.py:NAME`) next to the base relative to the folder of the file that inherits them."""
+    if isinstance(value, dict):
+        return {key: _relocate(inner, folder, target) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_relocate(inner, folder, target) for inner in value]
+    if isinstance(value, str) and folder != target and _CODE.fullmatch(value):
+        file, _, name = value.rpartition(":")
+        if not os.path.isabs(file) and (folder / file).is_file():
+            return f"{os.path.relpath(folder / file, target)}:{name}"
+    return value
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any], at: Key, places: dict[Key, str]) -> dict[str, Any]:
+    """Return `above` merged over the base. Remove the replaced keys from `places`."""
+    merged: dict[str, Any] = copy(below)
+    for name, value in above.items():
+        key, under = (*at, name), merged.get(name)
+        if isinstance(under, dict) and isinstance(value, dict) and not _selects_another(key, under, value):
+            merged[name] = _merge(under, value, key, places)
+            continue
+        for replaced in [other for other in places if other[: len(key)] == key]:
+            del places[replaced]
+        if value is None and name in merged and not _takes_null(key):
+            del merged[name]
+        else:
+            merged[name] = copy(value)
+    return merged
+
+
+def _selects_another(key: Key, below: dict[str, Any], above: dict[str, Any]) -> bool:
+    """Return whether a section is of another kind than the base's, so that no key of the base belongs to it."""
+    if key[-2:-1] == ("rewards",):
+        selectors: tuple[str, ...] = _KINDS_OF_REWARDS
+    elif key[-1] in _SELECTED_BY_NAME:
+        selectors = ("name",)
+    elif {"train", "eval", "data"}.intersection(key[-2:]) and "task" in below | above and key[-1] != "columns":
+        if "task" not in above:
+            return not above.keys() <= TaskConfig.model_fields.keys()  # named sets in place of a task
+        selectors = ("task",)
+    else:
+        return False
+    return any(name in above and above[name] != below.get(name) for name in selectors)
+
+
+def _takes_null(key: Key) -> bool:
+    """Return whether null is a value of the key. If it is not, null takes back what the base gives."""
+    nodes: list[Any] = [Config]
+    for part in key[2:] if key[0] == "stages" else key:
+        nodes, _ = descend(nodes, part)
+    return NoneType in nodes
