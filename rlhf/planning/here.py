@@ -18,13 +18,15 @@ from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.stages import MergeStage, Stage, final_folder
 from rlhf.data.sources import FILE_SUFFIXES
-from rlhf.rewards.loading import resolve
+from rlhf.extensions import find_code
+from rlhf.rewards.functions.table import BUILT_INS as REWARDS
+from rlhf.rollouts.environments.built_in import BUILT_INS as ENVIRONMENTS
 
 
 def missing_here(loaded: LoadedConfig) -> list[str]:
     """Return a sentence for everything missing on this machine. If there is none, all inputs can be checked here.
 
-    Raise UserError for a built-in reward that exists nowhere.
+    Raise UserError for a reward or an environment with an unknown name.
     """
     folder = Path(loaded.source).resolve().parent
     missing: dict[str, None] = {}
@@ -108,8 +110,14 @@ def _code(stage: Stage, folder: Path) -> Iterator[str]:
         file, colon, _ = (name or "").rpartition(":")
         if colon and not any(os.path.isfile(base / os.path.expanduser(file)) for base in (folder, Path.cwd())):
             yield f"{key}: there is no file {file}"
-        elif name and not colon and key.endswith(".function"):
-            resolve(name, args={}, folders=(), key=key)
+        elif name and not colon:
+            is_reward = key.endswith(".function")
+            find_code(
+                "reward" if is_reward else "environment",
+                name,
+                built_ins=REWARDS if is_reward else ENVIRONMENTS,
+                key=key,
+            )
 
 
 def _is_cached(kind: str, name: str) -> bool:

@@ -15,9 +15,11 @@ from rlhf.data.chat import names, read_tools
 from rlhf.data.sources import Row
 from rlhf.data.templates import ChatTemplate
 from rlhf.errors import UserError
+from rlhf.extensions import find_code
 from rlhf.models.on_disk import ModelOnDisk
 from rlhf.preflight.sources import prefix_errors
-from rlhf.rollouts.environments.conversations import EnvironmentSpec, resolve
+from rlhf.rollouts.environments.built_in import BUILT_INS
+from rlhf.rollouts.environments.conversations import EnvironmentSpec
 from rlhf.rollouts.environments.host import EnvironmentFailure, EnvironmentHost
 from rlhf.rollouts.environments.process import Description
 from rlhf.rollouts.environments.turns import ChatTurns, first_prompt
@@ -108,7 +110,14 @@ def preload_environment(
     if section is None:
         return None
     spec = EnvironmentSpec(
-        source=resolve(section.name, args=section.args, folders=(beside, Path.cwd()), key=f"{key}.name"),
+        source=find_code(
+            "environment",
+            section.name,
+            built_ins=BUILT_INS,
+            args=section.args,
+            folders=(beside, Path.cwd()),
+            key=f"{key}.name",
+        ),
         max_turns=section.max_turns,
         max_tokens=section.max_tokens,
         step_timeout_s=section.step_timeout_s,

@@ -11,7 +11,6 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -78,10 +77,9 @@ def fingerprint(specs: Sequence[RewardSpec], *, model: str) -> str:
     for spec in specs:
         source = spec.function.source if spec.function is not None else None
         service = (spec.remote.service.url, spec.remote.judge) if spec.remote is not None else None
-        settings = (spec.name, spec.weight, source, service, spec.gate, dict(spec.only), spec.truncated_score)
+        settings = (spec.name, spec.weight, service, spec.gate, dict(spec.only), spec.truncated_score)
         digest.update(repr((*settings, spec.from_environment, spec.by_step, spec.on_error)).encode())
-        if source is not None and source.path is not None:
-            digest.update(Path(source.path).read_bytes())
+        digest.update(b"" if source is None else source.digest())
     return digest.hexdigest()
 
 

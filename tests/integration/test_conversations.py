@@ -13,8 +13,8 @@ import ray
 import torch
 
 from actors.weights.shm import ShmSender
+from rlhf.extensions import CodeSource
 from rlhf.models.tiny import byte_tokenizer
-from rlhf.rewards.processes.program import Source
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
 from rlhf.rollouts.records.spans import token_spans
 from rlhf.types import GroupRequest, Prompt, Sampling
@@ -36,7 +36,7 @@ def spool(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def played(tiny_model: Path, ray_local: None, spool: Path) -> Iterator[tuple[Any, Any]]:
     """An engine that converses, and the model whose weights it has."""
     environment = EnvironmentSpec(
-        source=Source(path=str(MOODY), name="Moody", args={"rounds": 3}),
+        source=CodeSource(path=str(MOODY), name="Moody", args={"rounds": 3}),
         max_turns=4,
         max_tokens=200,
         step_timeout_s=3.0,

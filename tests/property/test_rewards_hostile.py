@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlhf.extensions import CodeSource
 from rlhf.rewards.functions.table import BUILT_INS
 from rlhf.rewards.processes.pool import RewardPool
-from rlhf.rewards.processes.program import Source
 
 HOSTILE = {
     "many digits": "9" * 1_000_000,
@@ -77,7 +77,7 @@ def test_every_built_in_is_attacked() -> None:
 
 @pytest.fixture(scope="module")
 def pool() -> Any:
-    sources = [Source(path=None, name=name, args=args) for name, (args, _) in REFERENCES.items()]
+    sources = [CodeSource(path=None, name=name, args=args) for name, (args, _) in REFERENCES.items()]
     with RewardPool(sources, timeout_s=10.0) as pool:
         yield pool
 

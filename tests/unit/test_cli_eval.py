@@ -22,10 +22,11 @@ from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.errors import UserError
 from rlhf.evaluation.decoding import Decoding
 from rlhf.evaluation.results import Marking, Marks, marking_of
+from rlhf.extensions import CodeSource
 from rlhf.preflight.eval_inputs import inputs_of_model, inputs_of_run
 from rlhf.preflight.inputs import load_inputs
 from rlhf.rewards.loading import LoadedReward
-from rlhf.rewards.processes.program import Signature, Source
+from rlhf.rewards.processes.program import Signature
 from rlhf.rewards.scoring import RewardSpec
 
 CONFIG = """\
@@ -99,7 +100,7 @@ def tools(tmp_path: Path) -> str:
         ("eval MODEL --data running_totals:0 --reward last_number", "a number of rows follows the task's name"),
         (
             "eval MODEL --data running_totals --reward nothing",
-            "--reward nothing: there is no built-in reward `nothing`",
+            "--reward nothing: there is no reward `nothing`",
         ),
         ("eval MODEL --data PROMPTS --reward last_number", "needs the column `answer`"),
         (
@@ -257,7 +258,7 @@ def test_without_rewards_completions_are_measured(tiny_model: Path, tmp_path: Pa
 
 def built_in(function: str) -> LoadedReward:
     signature = Signature(batched=False, required=("answer",), optional=(), takes_all=False)
-    return LoadedReward(function=function, source=Source(path=None, name=function, args={}), signature=signature)
+    return LoadedReward(function=function, source=CodeSource(path=None, name=function, args={}), signature=signature)
 
 
 def test_only_functions_with_a_weight_have_a_mark() -> None:

@@ -243,7 +243,7 @@ def test_it_serves_until_it_is_told_to_end() -> None:
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (["serve-reward", "no_such"], "there is no built-in reward `no_such`"),
+        (["serve-reward", "no_such"], "there is no reward `no_such`"),
         (["serve-reward", "last_number", "run.seed=1"], "changes a configuration, and last_number is none"),
         (["reward", "CONFIG", "--file", "missing.jsonl"], "missing.jsonl does not exist"),
     ],

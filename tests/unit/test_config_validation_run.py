@@ -303,7 +303,7 @@ RELATIONS = {
     ),
     "a service says nothing of steps": (
         ["rewards.taste={url: 'http://h/', credit: step}"],
-        "rewards.taste: `credit: step` needs a function of your own, `role: reward` or `environment: true`",
+        "rewards.taste: `credit: step` needs a function that is not built in, `role: reward` or `environment: true`",
     ),
     "an environment that failed has no score": (
         ["rewards.won={environment: true, on_error: 0.0}"],
@@ -320,7 +320,7 @@ RELATIONS = {
     "a score on errors is finite": (["rewards.correct.on_error=.nan"], "rewards.correct.on_error: got '.nan'"),
     "a built-in says nothing of steps": (
         ["rewards.correct.credit=step"],
-        "rewards.correct: `credit: step` needs a function of your own",
+        "rewards.correct: `credit: step` needs a function that is not built in",
     ),
     "steps are no responses to be normalised": (
         ["rewards.taste={function: 'f.py:g', credit: step, normalize: group}"],

@@ -107,9 +107,7 @@ def test_the_result_of_an_earlier_stage_is_not_missing(folder: Path) -> None:
 
 
 def test_a_built_in_reward_that_exists_nowhere_is_refused(folder: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"rewards\.mine\.function: there is no built-in reward `contain`: did you mean"
-    ):
+    with pytest.raises(UserError, match=r"rewards\.mine\.function: there is no reward `contain`; did you mean"):
         missing("rewards.mine.function=contain")
 
 

@@ -106,7 +106,7 @@ def test_each_model_plays_with_its_own_tokenizer(tiny_model: Path, tmp_path: Pat
     ("environment", "message"),
     [
         ("{name: calculator, max_tokens: 64}", "does not tell the model of tool `calculate`"),
-        ("{name: guess_nmber, max_tokens: 64}", "SECTION.environment.name: there is no built-in environment"),
+        ("{name: guess_nmber, max_tokens: 64}", "SECTION.environment.name: there is no environment"),
         (
             "{name: guess_number, max_tokens: 64, tool_parser: hermes}",
             "SECTION.environment.tool_parser: has no effect here: `guess_number` offers no tools",

@@ -170,7 +170,7 @@ def evaluate(model: str, **keys: Any) -> dict[str, Any]:
         ({"e": evaluate("stage:a", data="none.jsonl")}, "stages.e: evaluate.data.heldout: none.jsonl does not exist"),
         (
             {"e": evaluate("stage:a", rewards={"correct": {"function": "math_answr"}})},
-            "stages.e: evaluate.rewards.correct.function: there is no built-in reward `math_answr`",
+            "stages.e: evaluate.rewards.correct.function: there is no reward `math_answr`",
         ),
         (
             {"e": evaluate("stage:a", rewards={"x": {"role": "reward"}}, reward={"model": "stage:b"})},

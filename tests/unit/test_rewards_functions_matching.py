@@ -9,6 +9,7 @@ import jsonschema
 import pytest
 import referencing.exceptions
 
+from rlhf.extensions import CodeSource
 from rlhf.rewards.functions.matching import (
     EXTRACTORS,
     FormatRegex,
@@ -21,7 +22,6 @@ from rlhf.rewards.functions.matching import (
 )
 from rlhf.rewards.functions.table import BUILT_INS, own_limit_s
 from rlhf.rewards.processes.pool import RewardPool
-from rlhf.rewards.processes.program import Source
 
 
 @pytest.mark.parametrize(
@@ -195,9 +195,9 @@ def test_limits_of_their_own() -> None:
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RewardPool]:
     sources = [
-        Source(path=None, name="math_answer", args={"limit_s": 1.0}),
-        Source(path=None, name="reasoning_gym", args={}),
-        Source(path=None, name="reasoning_gym", args={"extract": "answer_tag"}),
+        CodeSource(path=None, name="math_answer", args={"limit_s": 1.0}),
+        CodeSource(path=None, name="reasoning_gym", args={}),
+        CodeSource(path=None, name="reasoning_gym", args={"extract": "answer_tag"}),
     ]
     with RewardPool(sources, timeout_s=5.0) as pool:
         yield pool

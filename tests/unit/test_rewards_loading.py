@@ -78,7 +78,7 @@ def test_missing_file_says_where_it_was_looked_for() -> None:
 
 
 def test_a_file_of_an_unknown_home_does_not_exist() -> None:
-    assert "the reward file `~nosuchuser/x.py` does not exist" in refusal("~nosuchuser/x.py:reward")
+    assert "the file `~nosuchuser/x.py` of the reward does not exist" in refusal("~nosuchuser/x.py:reward")
 
 
 def test_missing_name_lists_what_there_is() -> None:

@@ -16,16 +16,16 @@ import psutil
 import pytest
 
 from rlhf.errors import RunError
+from rlhf.extensions import CodeSource
 from rlhf.rewards.processes.pool import Failure, RewardPool
-from rlhf.rewards.processes.program import Source
 
 FILES = Path(__file__).parent.parent / "fixtures" / "rewards"
 TIMEOUT_S = 0.8
 
 
-def source(function: str, **args: object) -> Source:
+def source(function: str, **args: object) -> CodeSource:
     file, name = function.split(":")
-    return Source(path=str(FILES / file), name=name, args=args)
+    return CodeSource(path=str(FILES / file), name=name, args=args)
 
 
 HOSTILE = (
@@ -179,7 +179,7 @@ def test_processes_are_light(hostile: RewardPool) -> None:
 @pytest.fixture(scope="module")
 def simple() -> Iterator[RewardPool]:
     names = ("length", "right", "from_neighbour", "edits_its_column", "batched", "Counting")
-    with RewardPool([source(f"simple.py:{name}") for name in names], timeout_s=TIMEOUT_S) as pool:
+    with RewardPool([source(f"simple.py:{name}") for name in names], timeout_s=30.0) as pool:
         yield pool
 
 
@@ -298,8 +298,8 @@ def test_processes_end_with_their_parent(name: str) -> None:
     code = (
         "import threading, time\n"
         "from rlhf.rewards.processes.pool import RewardPool\n"
-        "from rlhf.rewards.processes.program import Source\n"
-        f"pool = RewardPool([Source(path={str(FILES / 'hostile.py')!r}, name={name!r}, args={{}})], timeout_s=60)\n"
+        "from rlhf.extensions import CodeSource\n"
+        f"pool = RewardPool([CodeSource(path={str(FILES / 'hostile.py')!r}, name={name!r}, args={{}})], timeout_s=60)\n"
         "threading.Thread(target=pool.score, args=(0, 'p', ['x'], {}), daemon=True).start()\n"
         "time.sleep(0.3); print(*pool.pids(), flush=True); time.sleep(60)"
     )

@@ -9,9 +9,9 @@ import pytest
 import reasoning_gym
 
 from rlhf.data.tasks import TaskSource, make_rows
+from rlhf.extensions import CodeSource
 from rlhf.rewards.functions.matching import ReasoningGym
 from rlhf.rewards.processes.pool import RewardPool
-from rlhf.rewards.processes.program import Source
 
 
 def gym_entry(task: str, **args: object) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def test_there_are_as_many_gym_tasks_as_the_documentation_says() -> None:
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RewardPool]:
-    source = Source(path=None, name="reasoning_gym", args={"extract": "whole"})
+    source = CodeSource(path=None, name="reasoning_gym", args={"extract": "whole"})
     with RewardPool([source], timeout_s=20.0) as pool:
         yield pool
 

@@ -21,8 +21,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rlhf.extensions import CodeSource
 from rlhf.rewards.processes.pool import RewardPool
-from rlhf.rewards.processes.program import Source
 from rlhf.rewards.sandbox import confinement
 from rlhf.rewards.sandbox.run import MAX_THREADS, OUTPUT_BYTES, Finished, Rung, Sandbox, SandboxError
 from tests.fixtures.rewards.hostile_programs import PROGRAMS
@@ -311,7 +311,7 @@ PROGRAM = "```python\n{}\n```"
 def test_in_a_reward_process() -> None:
     """With its limits on memory and its process group: the call is bounded, and what is wrong is not an error."""
     args = {"test_s": 0.5, "limit_s": 1.0}
-    with RewardPool([Source(path=None, name="code_tests", args=args)], timeout_s=20.0, memory_gib=2.0) as pool:
+    with RewardPool([CodeSource(path=None, name="code_tests", args=args)], timeout_s=20.0, memory_gib=2.0) as pool:
         programs = ["print(int(input()) + 1)", "print(2)", "while True: pass", "import os\nwhile True: os.fork()"]
         columns = {"tests": [{"input": "1", "output": "2"}, {"input": "2", "output": "3"}]}
         outcome = pool.score(0, "p", [PROGRAM.format(p) for p in programs], columns)

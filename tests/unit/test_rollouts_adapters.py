@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from rlhf.errors import UserError
-from rlhf.rewards.processes.program import Source
+from rlhf.extensions import CodeSource
 from rlhf.rollouts.environments.host import EnvironmentFailure, EnvironmentHost, Step
 
 PAGE = Path(__file__).parents[2] / "docs" / "environments.md"
@@ -28,7 +28,7 @@ def play(name: str, args: dict[str, Any], columns: dict[str, Any], *says: str, s
     """The first observation and the steps of a conversation in a process of its own."""
 
     async def run() -> Told:
-        host = EnvironmentHost(Source(path=None, name=name, args=args), step_timeout_s=30.0, memory_gib=8.0)
+        host = EnvironmentHost(CodeSource(path=None, name=name, args=args), step_timeout_s=30.0, memory_gib=8.0)
         try:
             description = await host.start()
             conversation = await host.open()

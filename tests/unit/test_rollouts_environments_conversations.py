@@ -16,13 +16,15 @@ import pytest
 
 from rlhf.controller.answers import request_for
 from rlhf.errors import RunError, UserError
+from rlhf.extensions import CodeSource, find_code
 from rlhf.models.tiny import byte_tokenizer
-from rlhf.rewards.processes.program import Source
-from rlhf.rollouts.environments.conversations import Conversations, EnvironmentSpec, resolve, turn_seed
+from rlhf.rollouts.environments.built_in import BUILT_INS
+from rlhf.rollouts.environments.conversations import Conversations, EnvironmentSpec, turn_seed
 from rlhf.rollouts.environments.host import EnvironmentFailure, EnvironmentHost
 from rlhf.rollouts.environments.tool_calls import ToolCall
 from rlhf.rollouts.records.spans import InsertedSpan, Played, Sampled
 from rlhf.types import GroupRequest, Prompt, Sampling
+from tests.packages import install
 
 T = TypeVar("T")
 MOODY = Path(__file__).parents[1] / "fixtures" / "environments" / "moody.py"
@@ -32,7 +34,7 @@ SAMPLING = Sampling(max_new_tokens=8)
 
 def spec(**changes: Any) -> EnvironmentSpec:
     values: dict[str, Any] = {
-        "source": Source(path=None, name="guess_number", args={"low": 1, "high": 9}),
+        "source": CodeSource(path=None, name="guess_number", args={"low": 1, "high": 9}),
         "max_turns": 4,
         "max_tokens": 100,
         "step_timeout_s": 5.0,
@@ -45,8 +47,8 @@ def spec(**changes: Any) -> EnvironmentSpec:
     return EnvironmentSpec(**(values | changes))
 
 
-def moody(**args: Any) -> Source:
-    return Source(path=str(MOODY), name="Moody", args=args)
+def moody(**args: Any) -> CodeSource:
+    return CodeSource(path=str(MOODY), name="Moody", args=args)
 
 
 def request(samples: int = 1, text: str = "?", **columns: Any) -> GroupRequest:
@@ -201,7 +203,7 @@ class Calls:
 
 def test_tools_are_called_and_wrong_calls_are_told() -> None:
     script = Script("!", "!multiply {}", '!calculate {"expression": "6*7"}', "42")
-    used = spec(source=Source(path=None, name="calculator", args={}), max_tokens=400)
+    used = spec(source=CodeSource(path=None, name="calculator", args={}), max_tokens=400)
     sampling = Sampling(max_new_tokens=60)
     (played,) = play(request(answer="42"), script, used, parser=Calls(), sampling=sampling)
     assert said(played)[1::2] == [
@@ -212,7 +214,7 @@ def test_tools_are_called_and_wrong_calls_are_told() -> None:
     assert (played.rewards, played.finish_reason) == ((0.0, 0.0, 0.0, 1.0), "stop")
 
 
-def in_host(source: Source, work: Callable[[EnvironmentHost], Awaitable[T]], *, step_timeout_s: float = 5.0) -> T:
+def in_host(source: CodeSource, work: Callable[[EnvironmentHost], Awaitable[T]], *, step_timeout_s: float = 5.0) -> T:
     async def run() -> T:
         host = EnvironmentHost(source, step_timeout_s=step_timeout_s, memory_gib=2.0)
         try:
@@ -252,10 +254,10 @@ def test_nothing_outlives_the_process_that_plays() -> None:
     """It is killed like an engine whose machine runs out of memory."""
     program = (
         "import asyncio, sys, time\n"
-        "from rlhf.rewards.processes.program import Source\n"
+        "from rlhf.extensions import CodeSource\n"
         "from rlhf.rollouts.environments.host import EnvironmentHost\n"
         "async def run():\n"
-        f"    source = Source(path={str(MOODY)!r}, name='Moody', args={{}})\n"
+        f"    source = CodeSource(path={str(MOODY)!r}, name='Moody', args={{}})\n"
         "    host = EnvironmentHost(source, step_timeout_s=5, memory_gib=2)\n"
         "    await host.start()\n"
         "    conversation = await host.open()\n"
@@ -324,7 +326,7 @@ def test_the_loss_of_the_environments_own_process_is_said() -> None:
         ("class E:\n    def __init__(self, size): ...", "missing a required argument: 'size'"),
         ("def E(): ...", "an environment is a class"),
         ("x = 1 / 0", "raised ZeroDivisionError"),
-        ("F = 1", "nothing of that name"),
+        ("F = 1", "defines no `E`"),
         ("import os; os._exit(4)", "ended its process"),
     ],
 )
@@ -336,7 +338,7 @@ def test_what_is_no_environment_is_said_before_a_run(tmp_path: Path, code: str, 
         return None
 
     with pytest.raises(UserError) as error:
-        in_host(Source(path=str(path), name="E", args={}), nothing)
+        in_host(CodeSource(path=str(path), name="E", args={}), nothing)
     assert message in str(error.value)
 
 
@@ -353,26 +355,38 @@ def test_half_a_character_is_refused(tmp_path: Path) -> None:
             await conversation.end()
 
     with pytest.raises(EnvironmentFailure, match="reset: UnicodeEncodeError"):
-        in_host(Source(path=str(path), name="E", args={}), work)
+        in_host(CodeSource(path=str(path), name="E", args={}), work)
 
 
 def test_names_are_resolved_or_explained(tmp_path: Path) -> None:
-    def of(name: str) -> Source:
-        return resolve(name, args={}, folders=(tmp_path,), key="rollouts.environment.name")
+    def of(name: str) -> CodeSource:
+        return find_code("environment", name, built_ins=BUILT_INS, folders=(tmp_path,), key="rollouts.environment.name")
 
     (tmp_path / "mine.py").write_text("")
-    assert of("mine.py:E") == Source(path=str(tmp_path / "mine.py"), name="E", args={})
-    assert of("calculator") == Source(path=None, name="calculator", args={})
+    assert of("mine.py:E") == CodeSource(path=str(tmp_path / "mine.py"), name="E", args={})
+    assert of("calculator") == CodeSource(path=None, name="calculator", args={})
     with pytest.raises(UserError, match="did you mean `calculator`"):
         of("calculater")
     with pytest.raises(UserError, match="does not exist"):
         of("yours.py:E")
 
 
+def test_an_environment_of_a_package_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "class E:\n    def reset(self, seed, goal): ...\n    def step(self, response): ...\n"
+    install(tmp_path, monkeypatch, "shop", environments={"counter": "shop_code:E"}, code=code)
+    source = find_code("environment", "counter", key="rollouts.environment.name")
+
+    async def described(host: EnvironmentHost) -> tuple[str, ...]:
+        assert host.description is not None
+        return host.description.required
+
+    assert in_host(source, described) == ("goal",)
+
+
 def test_a_fingerprint_is_that_of_the_code_and_the_limits(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text("a")
-    used = spec(source=Source(path=str(path), name="E", args={}))
+    used = spec(source=CodeSource(path=str(path), name="E", args={}))
     first = used.fingerprint()
     assert replace(used, max_turns=9).fingerprint() != first
     assert replace(used, processes=1).fingerprint() == first

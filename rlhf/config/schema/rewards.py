@@ -12,6 +12,7 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 
 from rlhf.algorithms.section import Section
 from rlhf.rewards.failure_rule import ErrorRule
+from rlhf.rewards.functions.table import BUILT_INS
 from rlhf.tracking.logs import is_secret_name
 
 _JUDGE_PROMPT = """\
@@ -93,7 +94,7 @@ class RewardConfig(Section):
     """One reward with exactly one source: function, role, url or environment."""
 
     function: str | None = None
-    """A built-in function, or `path/file.py:name`."""
+    """A built-in function, `path/file.py:NAME`, or an entry point `rlhf.rewards` of an installed package."""
     role: Literal["reward"] | None = None
     """Use the reward model of the `reward` section."""
     url: str | None = None
@@ -155,10 +156,10 @@ class RewardConfig(Section):
             )
         if self.function is None and self.args:
             raise ValueError("`args` has an effect with `function` alone")
-        if self.credit == "step" and (self.url is not None or (self.function is not None and ":" not in self.function)):
+        if self.credit == "step" and (self.url is not None or self.function in BUILT_INS):
             raise ValueError(
-                "`credit: step` needs a function of your own, `role: reward` or `environment: true`: services and "
-                "built-ins give one number a response"
+                "`credit: step` needs a function that is not built in, `role: reward` or `environment: true`: services "
+                "and built-ins give one number per response"
             )
         if self.credit == "step" and self.normalize == "group":
             raise ValueError("`normalize: group` compares whole responses, and `credit: step` is of their steps")

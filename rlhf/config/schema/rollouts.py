@@ -14,7 +14,7 @@ class EnvironmentConfig(Section):
     """An environment for conversations of several turns. docs/environments.md describes the protocol."""
 
     name: str
-    """A built-in environment, or `path/file.py:CLASS`."""
+    """A built-in environment, `path/file.py:CLASS`, or an entry point `rlhf.environments` of an installed package."""
     args: dict[str, JsonValue] = Field(default_factory=dict)
     """Keyword arguments of the class's constructor."""
     max_turns: int = Field(default=8, ge=1, le=10_000)

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from rlhf.errors import RunError
+from rlhf.extensions import CodeSource, LoadError
 from rlhf.rewards.processes.process import ProcessDied, ProcessTimeout, RewardProcess
-from rlhf.rewards.processes.program import LoadError, Reply, Request, Signature, Source
+from rlhf.rewards.processes.program import Reply, Request, Signature
 from rlhf.types import RewardErrorKind, StepReward
 
 START_TIMEOUT_S = 120.0  # limit for loading all rewards of a run
@@ -57,7 +58,7 @@ class RewardPool:
     """
 
     def __init__(
-        self, sources: Sequence[Source], *, timeout_s: float, processes: int = 1, memory_gib: float = 8.0
+        self, sources: Sequence[CodeSource], *, timeout_s: float, processes: int = 1, memory_gib: float = 8.0
     ) -> None:
         self._sources = tuple(sources)
         self._timeout_s = timeout_s

@@ -22,15 +22,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rlhf.errors import RunError
+from rlhf.extensions import CodeSource, LoadError, describe_frames
 from rlhf.rewards.processes.program import (
     BrokenFrame,
     Hello,
-    LoadError,
     Reply,
     Request,
     Signature,
-    Source,
-    describe_frames,
     receive_frame,
     send_frame,
 )
@@ -58,7 +56,7 @@ class ProcessDied(Exception):
 class RewardProcess:
     """A process with `sources` loaded, for a single caller at a time."""
 
-    def __init__(self, sources: Sequence[Source], *, memory_gib: float) -> None:
+    def __init__(self, sources: Sequence[CodeSource], *, memory_gib: float) -> None:
         self._sources = tuple(sources)
         self._memory_gib = memory_gib
         self._connection, theirs = socket.socketpair()

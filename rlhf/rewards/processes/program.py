@@ -10,7 +10,6 @@ import faulthandler
 import fcntl
 import functools
 import importlib
-import importlib.util
 import inspect
 import math
 import numbers
@@ -22,25 +21,14 @@ import signal
 import socket
 import struct
 import sys
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-MAX_ERROR_CHARS = 500
+from rlhf.extensions import CodeSource, LoadError, construct, load_code, summarize
+
 MAX_FRAME_BYTES = 1 << 32
 _HEADER = struct.Struct("!Q")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """The source of a reward. `args` are arguments of the class's constructor, or fixed arguments of the function."""
-
-    path: str | None  # absolute; None for a built-in
-    name: str
-    args: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +46,7 @@ class Hello:
     """The first message to a reward process."""
 
     memory_bytes: int
-    sources: tuple[Source, ...]
+    sources: tuple[CodeSource, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,10 +70,6 @@ class Reply:
 
     kind: str
     payload: Any
-
-
-class LoadError(Exception):
-    """Raised if the reward cannot be used; the message says why."""
 
 
 class BrokenFrame(Exception):
@@ -123,32 +107,10 @@ def _receive_exactly(connection: socket.socket, size: int) -> bytes:
     return bytes(data)
 
 
-def describe_frames(frames: Sequence[tuple[str, int, str]], path: str | None) -> str:
-    """Format the innermost of (file, line, function) frames, listed outermost first, and the innermost in the user's
-    file.
-    """
-    shown = [f for f in frames if f[0] != __file__ and not f[0].startswith("<")]
-    if not shown:
-        return ""
-    places = shown[-1:]
-    user_frames = [f for f in shown if f[0] == path]
-    if user_frames and user_frames[-1] != places[0]:
-        places.append(user_frames[-1])
-    return ", called from ".join(f"{file}:{line} in {function}" for file, line, function in places)
-
-
-def summarize(error: BaseException, path: str | None) -> str:
-    """Return type, text and place of an exception on a single line."""
-    text = " ".join(" ".join(traceback.format_exception_only(error)).split())[:MAX_ERROR_CHARS]
-    frames = [(f.filename, f.lineno or 0, f.name) for f in traceback.extract_tb(error.__traceback__)]
-    place = describe_frames(frames, path)
-    return f"{text}, at {place}" if place else text
-
-
 class Reward:
     """A loaded reward. LoadError if it cannot be used."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: CodeSource) -> None:
         self._path = source.path
         target = _find(source)
         if inspect.isclass(target):
@@ -244,61 +206,26 @@ def _as_reply(value: object) -> Reply:
     )
 
 
-def _find(source: Source) -> Any:
-    if source.path is None:
+def _find(source: CodeSource) -> Any:
+    if source.path is None and source.entry is None:
         return importlib.import_module("rlhf.rewards.functions.table").BUILT_INS[source.name]
-    module = import_file(source.path)
-    if source.name not in vars(module):
-        defined = [
-            n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", None) == module.__name__
-        ]
-        raise LoadError(
-            f"{source.path} defines no `{source.name}`; it defines: {', '.join(defined) or 'nothing callable'}"
-        )
-    target = vars(module)[source.name]
+    target = load_code(source)
     if not callable(target):
         raise LoadError(
-            f"`{source.name}` in {source.path} is of type {type(target).__name__}, not a function or a class"
+            f"`{source.name}` in {source.path or source.entry} is of type {type(target).__name__}, not a function or a "
+            "class"
         )
     return target
 
 
-def import_file(path: str) -> ModuleType:
-    name = "reward_file_" + Path(path).stem  # prefixed, so a file `random.py` does not replace the module
-    while name in sys.modules:
-        if sys.modules[name].__file__ == path:
-            return sys.modules[name]
-        name += "_"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise LoadError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    sys.path.insert(0, str(Path(path).parent))  # the file may import its neighbours
-    try:
-        spec.loader.exec_module(module)
-    except BaseException as error:  # sys.exit in a file is reported like an exception
-        raise LoadError(f"importing {path} raised {summarize(error, path)}") from error
-    return module
-
-
-def _construct(source: Source, target: type) -> Callable[..., Any]:
-    try:
-        inspect.signature(target).bind(**source.args)
-    except TypeError as error:
-        raise LoadError(
-            f"class `{source.name}` cannot be constructed with args {dict(source.args)}: {error}"
-        ) from error
-    try:
-        instance = target(**source.args)
-    except BaseException as error:
-        raise LoadError(f"constructing `{source.name}` raised {summarize(error, source.path)}") from error
+def _construct(source: CodeSource, target: type) -> Callable[..., Any]:
+    instance = construct(source, target)
     if not callable(instance):
         raise LoadError(f"class `{source.name}` has no __call__(self, prompt, response)")
     return instance  # type: ignore[no-any-return]
 
 
-def _bind(source: Source, target: Callable[..., Any]) -> Callable[..., Any]:
+def _bind(source: CodeSource, target: Callable[..., Any]) -> Callable[..., Any]:
     if not source.args:
         return target
     parameters = inspect.signature(target).parameters
@@ -309,7 +236,7 @@ def _bind(source: Source, target: Callable[..., Any]) -> Callable[..., Any]:
     return functools.partial(target, **source.args)
 
 
-def _read_signature(source: Source, target: Callable[..., Any]) -> Signature:
+def _read_signature(source: CodeSource, target: Callable[..., Any]) -> Signature:
     """Read the parameters: `prompt, response` is called once per response, `prompts, responses` once per group."""
     if inspect.iscoroutinefunction(target if inspect.isroutine(target) else type(target).__call__):
         raise LoadError(f"`{source.name}` is async; a reward is called without an event loop")

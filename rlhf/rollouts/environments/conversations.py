@@ -10,18 +10,13 @@ delays only its conversation. A failure of the environment is recorded, and neve
 from __future__ import annotations
 
 import asyncio
-import difflib
 import hashlib
-import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 from rlhf.data.templates import UNCHANGED, ChatTemplate
-from rlhf.errors import UserError
-from rlhf.rewards.processes.program import Source
-from rlhf.rollouts.environments.built_in import BUILT_INS
+from rlhf.extensions import CodeSource
 from rlhf.rollouts.environments.host import Conversation, EnvironmentFailure, EnvironmentHost, Step
 from rlhf.rollouts.environments.process import Description
 from rlhf.rollouts.environments.tool_calls import ToolCallParser, read_calls
@@ -59,7 +54,7 @@ class Environment(Protocol):
 class EnvironmentSpec:
     """An environment and its limits, as used by an engine."""
 
-    source: Source
+    source: CodeSource
     max_turns: int  # turns of the policy
     max_tokens: int  # tokens of a whole conversation including the prompt
     step_timeout_s: float
@@ -76,32 +71,8 @@ class EnvironmentSpec:
 
         It includes the environment's file, but not other files the file imports.
         """
-        digest = hashlib.blake2b(digest_size=16)
-        settings = (self.source, self.max_turns, self.max_tokens, self.tool_parser, self.template)
-        digest.update(repr(settings).encode())
-        if self.source.path is not None:
-            digest.update(Path(self.source.path).read_bytes())
-        return digest.hexdigest()
-
-
-def resolve(name: str, *, args: Mapping[str, Any], folders: Sequence[Path], key: str) -> Source:
-    """Return the source of an environment without reading its code. UserError for an unknown name or a missing file."""
-    path, colon, class_name = name.rpartition(":")
-    if not colon:
-        if name in BUILT_INS:
-            return Source(path=None, name=name, args=dict(args))
-        near = difflib.get_close_matches(name, BUILT_INS, n=1)
-        hint = f"did you mean `{near[0]}`? " if near else ""
-        raise UserError(
-            f"{key}: there is no built-in environment `{name}`: {hint}There are {', '.join(BUILT_INS)}; your own is "
-            "`path/file.py:CLASS`"
-        )
-    candidates = [(folder / os.path.expanduser(path)).resolve() for folder in folders]
-    for candidate in candidates:
-        if candidate.is_file():
-            return Source(path=str(candidate), name=class_name, args=dict(args))
-    tried = ", ".join(dict.fromkeys(map(str, candidates)))
-    raise UserError(f"{key}: the environment's file `{path}` does not exist (looked for {tried})")
+        settings = repr((self.max_turns, self.max_tokens, self.tool_parser, self.template))
+        return hashlib.blake2b(self.source.digest() + settings.encode(), digest_size=16).hexdigest()
 
 
 Draw = Callable[[int, tuple[int, ...], int, Sampling, int | None], Awaitable[Sampled]]

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rlhf.errors import RunError, UserError
+from rlhf.extensions import CodeSource
 from rlhf.rewards.processes.process import MAX_LOG_LINES, OutputLog, place_in
-from rlhf.rewards.processes.program import Source
 from rlhf.rollouts.environments.process import NUMBER, SIZE, Description
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class EnvironmentFailure(Exception):
 class EnvironmentHost:
     """An environment, loaded once and forked into a separate process for each conversation."""
 
-    def __init__(self, source: Source, *, step_timeout_s: float, memory_gib: float) -> None:
+    def __init__(self, source: CodeSource, *, step_timeout_s: float, memory_gib: float) -> None:
         self.source = source
         self.step_timeout_s = step_timeout_s
         self.memory_gib = memory_gib

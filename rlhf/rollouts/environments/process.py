@@ -25,10 +25,11 @@ import struct
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from rlhf.rewards.processes.program import LoadError, Source, die_with_parent, import_file, summarize
+from rlhf.extensions import CodeSource, LoadError, construct, load_code, summarize
+from rlhf.rewards.processes.program import die_with_parent
 
 SIZE = struct.Struct("!Q")
 NUMBER = struct.Struct("!q")
@@ -51,27 +52,18 @@ class Description:
         return {name: columns[name] for name in (dict.fromkeys([*wanted, *columns]) if self.takes_all else wanted)}
 
 
-def load_environment(source: Source) -> Any:
+def load_environment(source: CodeSource) -> Any:
     """Import and construct the environment. LoadError if it cannot be used."""
-    if source.path is None:
+    if source.path is None and source.entry is None:
         environments = importlib.import_module("rlhf.rollouts.environments.built_in").BUILT_INS
-        module, _, name = environments[source.name].partition(":")
-        target = getattr(importlib.import_module(module), name)
-    else:
-        target = vars(import_file(source.path)).get(source.name)
+        source = replace(source, entry=environments[source.name])
+    target = load_code(source)
     if not inspect.isclass(target):
-        actual = "nothing of that name" if target is None else f"`{source.name}` of type {type(target).__name__}"
-        raise LoadError(f"{source.path} has {actual}; an environment is a class with `reset` and `step`")
-    try:
-        inspect.signature(target).bind(**source.args)
-    except TypeError as error:
         raise LoadError(
-            f"class `{source.name}` cannot be constructed with args {dict(source.args)}: {error}"
-        ) from error
-    try:
-        return target(**source.args)
-    except BaseException as error:
-        raise LoadError(f"constructing `{source.name}` raised {summarize(error, source.path)}") from error
+            f"`{source.name}` in {source.path or source.entry} is of type {type(target).__name__}; an environment is a "
+            "class with `reset` and `step`"
+        )
+    return construct(source, target)
 
 
 def describe(environment: Any) -> Description:

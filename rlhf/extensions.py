@@ -1,0 +1,191 @@
+"""Locate and load code that extends a run: algorithms, rewards, environments and trackers.
+
+A configuration names such code in three ways: as a built-in, as `path/file.py:NAME`, or by the name of an entry point
+that an installed package offers. It uses only the standard library, since reward processes start through it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from rlhf.errors import UserError
+
+Kind = Literal["algorithm", "reward", "environment", "tracker"]
+
+MAX_ERROR_CHARS = 500
+# Frames of these files are not shown as the place of an error, because they only call the user's code.
+_CALLERS = (__file__, os.path.join(os.path.dirname(__file__), "rewards", "processes", ""))
+
+
+class LoadError(Exception):
+    """Raised if code cannot be loaded; the message says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodeSource:
+    """Code that a configuration names. `args` are arguments of a class's constructor, or fixed ones of a function."""
+
+    path: str | None  # absolute path of a file; None for a built-in or an entry point
+    name: str
+    args: Mapping[str, Any] = field(default_factory=dict)
+    entry: str | None = None  # `package.module:NAME` of an entry point
+    package: str | None = None  # name and version of the package that offers the entry point
+
+    def digest(self) -> bytes:
+        """Return a digest of the source and of the text of its file, but not of other files that the file imports."""
+        text = b"" if self.path is None else Path(self.path).read_bytes()
+        return hashlib.blake2b(repr(self).encode() + text, digest_size=16).digest()
+
+
+def find_code(
+    kind: Kind,
+    name: str,
+    *,
+    built_ins: Collection[str] = (),
+    args: Mapping[str, Any] | None = None,
+    folders: Sequence[Path] = (),
+    key: str,
+) -> CodeSource:
+    """Locate code without importing it. A file is relative to the first of `folders` that has it.
+
+    UserError, beginning with the configuration's `key`: the name is unknown or ambiguous, or the file is missing.
+    """
+    path, colon, target = name.rpartition(":")
+    if colon:
+        candidates = [(folder / os.path.expanduser(path)).resolve() for folder in folders]
+        for candidate in candidates:
+            if candidate.is_file():
+                return CodeSource(path=str(candidate), name=target, args=dict(args or {}))
+        tried = ", ".join(dict.fromkeys(map(str, candidates)))
+        raise UserError(f"{key}: the file `{path}` of the {kind} does not exist (looked for {tried})")
+    offers = _offers(kind, name, key)
+    if name in built_ins:
+        if offers:
+            raise UserError(
+                f"{key}: the package {_package(offers[0])} offers the {kind} `{name}`, which is a built-in {kind}. "
+                "Uninstall the package, or give its entry point another name."
+            )
+        return CodeSource(path=None, name=name, args=dict(args or {}))
+    if offers:
+        (offer,) = offers
+        return CodeSource(path=None, name=name, args=dict(args or {}), entry=offer.value, package=_package(offer))
+    if name.endswith(".py"):
+        raise UserError(f"{key}: `{name}` names a file, but no {kind} in it. Write `{name}:NAME`.")
+    raise UserError(f"{key}: there is no {kind} `{name}`{known_names(kind, name, built_ins)}")
+
+
+def _offers(kind: Kind, name: str, key: str) -> list[EntryPoint]:
+    """Return the entry point of a name, if a package offers it. UserError if several packages do."""
+    offers = list(entry_points(group=f"rlhf.{kind}s", name=name))
+    if len(offers) > 1:
+        packages = " and ".join(sorted(map(_package, offers)))
+        raise UserError(f"{key}: the packages {packages} all offer the {kind} `{name}`. Uninstall all but one of them.")
+    return offers
+
+
+def known_names(kind: Kind, name: str, built_ins: Collection[str]) -> str:
+    """Return the end of a message about an unknown name: the nearest name, and all that there are."""
+    installed = sorted(entry_points(group=f"rlhf.{kind}s").names - set(built_ins))
+    near = difflib.get_close_matches(name, [*built_ins, *installed], n=1)
+    hint = f"; did you mean `{near[0]}`?" if near else "."
+    lists = (("Built-in", built_ins), ("From packages", installed))
+    known = "".join(f" {title}: {', '.join(names)}." for title, names in lists if names)
+    own = "" if kind == "tracker" else f" For your own {kind}, write `path/file.py:NAME`."
+    return f"{hint}{known}{own}" if known or own else f"{hint} No installed package offers a {kind}."
+
+
+def _package(offer: EntryPoint) -> str:
+    return "of unknown name" if offer.dist is None else f"{offer.dist.name} {offer.dist.version}"
+
+
+def load_code(source: CodeSource) -> Any:
+    """Import the file or the package, and return what the source names. LoadError if that fails."""
+    if source.path is not None:
+        offer, where, name, module = "", source.path, source.name, import_file(source.path)
+    else:
+        assert source.entry is not None, f"{source.name} is a built-in"
+        where, _, name = source.entry.partition(":")
+        offer = f"the package {source.package} offers `{source.name}` as {source.entry}, but "
+        try:
+            module = importlib.import_module(where)
+        except BaseException as error:  # sys.exit in a module is reported like an exception
+            raise LoadError(f"{offer}importing {where} raised {summarize(error, None)}") from error
+    members = vars(module)
+    if name not in members:
+        local = [n for n, v in members.items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
+        raise LoadError(f"{offer}{where} defines no `{name}`; it defines: {', '.join(local) or 'nothing callable'}")
+    return members[name]
+
+
+def import_file(path: str) -> ModuleType:
+    """Import a file once in this process, as a module with a separate name. LoadError if that fails.
+
+    The file may import its neighbours, unless they have the name of an installed module.
+    """
+    name = "rlhf_file_" + Path(path).stem  # prefixed, so a file `random.py` does not replace the module
+    while name in sys.modules:
+        if sys.modules[name].__file__ == path:
+            return sys.modules[name]
+        name += "_"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise LoadError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    if (folder := str(Path(path).parent)) not in sys.path:
+        sys.path.append(folder)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:  # sys.exit in a file is reported like an exception
+        del sys.modules[name]
+        raise LoadError(f"importing {path} raised {summarize(error, path)}") from error
+    return module
+
+
+def construct(source: CodeSource, target: type) -> Any:
+    """Return an instance of a class with the source's arguments. LoadError if that fails."""
+    try:
+        inspect.signature(target).bind(**source.args)
+    except TypeError as error:
+        raise LoadError(
+            f"class `{source.name}` cannot be constructed with args {dict(source.args)}: {error}"
+        ) from error
+    try:
+        return target(**source.args)
+    except BaseException as error:
+        raise LoadError(f"constructing `{source.name}` raised {summarize(error, source.path)}") from error
+
+
+def describe_frames(frames: Sequence[tuple[str, int, str]], path: str | None) -> str:
+    """Format the innermost of (file, line, function) frames, listed outermost first, and the innermost in the user's
+    file.
+    """
+    shown = [frame for frame in frames if not frame[0].startswith(("<", *_CALLERS))]
+    if not shown:
+        return ""
+    places = shown[-1:]
+    user_frames = [frame for frame in shown if frame[0] == path]
+    if user_frames and user_frames[-1] != places[0]:
+        places.append(user_frames[-1])
+    return ", called from ".join(f"{file}:{line} in {function}" for file, line, function in places)
+
+
+def summarize(error: BaseException, path: str | None) -> str:
+    """Return type, text and place of an exception on a single line."""
+    text = " ".join(" ".join(traceback.format_exception_only(error)).split())[:MAX_ERROR_CHARS]
+    frames = [(f.filename, f.lineno or 0, f.name) for f in traceback.extract_tb(error.__traceback__)]
+    place = describe_frames(frames, path)
+    return f"{text}, at {place}" if place else text

@@ -1,0 +1,103 @@
+"""Code by name: files, entry points of installed packages, and every way in which a name can be wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlhf.errors import UserError
+from rlhf.extensions import CodeSource, LoadError, find_code, load_code
+from rlhf.rewards.loading import load_reward
+from tests.packages import install
+
+
+def refusal(name: str, *, folder: Path | None = None) -> str:
+    with pytest.raises(UserError) as error:
+        find_code("reward", name, built_ins=["contains"], folders=[folder] if folder else [], key="rewards.r.function")
+    assert str(error.value).startswith("rewards.r.function: ")
+    return str(error.value)
+
+
+def test_an_entry_point_is_found_with_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, monkeypatch, "shop", rewards={"polite": "shop_code:polite"}, code="def polite(): return 3\n")
+    source = find_code("reward", "polite", args={"a": 1}, key="k")
+    assert source == CodeSource(path=None, name="polite", args={"a": 1}, entry="shop_code:polite", package="shop 1.0")
+    assert load_code(source)() == 3
+
+
+def test_a_built_in_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_code("reward", "contains", built_ins=["contains"], key="k").entry is None
+    install(tmp_path, monkeypatch, "shop", rewards={"contains": "shop_code:x"})
+    assert "the package shop 1.0 offers the reward `contains`, which is a built-in reward" in refusal("contains")
+
+
+def test_two_packages_with_one_name_are_both_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, monkeypatch, "shop", rewards={"polite": "shop_code:x"})
+    install(tmp_path, monkeypatch, "market", rewards={"polite": "market_code:x"})
+    assert "the packages market 1.0 and shop 1.0 all offer the reward `polite`" in refusal("polite")
+
+
+def test_an_unknown_name_is_answered_with_all_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, monkeypatch, "shop", rewards={"polite": "shop_code:x"}, environments={"elsewhere": "shop_code:y"})
+    message = refusal("polites")
+    assert "there is no reward `polites`; did you mean `polite`? Built-in: contains. From packages: polite." in message
+    assert "elsewhere" not in message
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("import nowhere\n", "importing shop_code raised ModuleNotFoundError: No module named 'nowhere', at "),
+        ("import sys\nsys.exit(3)\n", "importing shop_code raised SystemExit: 3"),
+        ("def polit(): ...\n", "shop_code defines no `polite`; it defines: polit"),
+    ],
+)
+def test_a_broken_entry_point_names_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, expected: str
+) -> None:
+    install(tmp_path, monkeypatch, "shop", rewards={"polite": "shop_code:polite"}, code=code)
+    with pytest.raises(LoadError) as error:
+        load_code(find_code("reward", "polite", key="k"))
+    assert str(error.value).startswith("the package shop 1.0 offers `polite` as shop_code:polite, but ")
+    assert expected in str(error.value)
+
+
+def test_a_reward_of_a_package_is_loaded_in_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "def polite(prompt, response, answer): return 1.0\n"
+    install(tmp_path, monkeypatch, "shop", rewards={"polite": "shop_code:polite"}, code=code)
+    reward = load_reward("polite", args={}, folders=[], key="rewards.r.function")
+    assert reward.signature.required == ("answer",)
+    assert reward.score_of_killed is None
+    (tmp_path / "shop_code.py").write_text("import nowhere\n")
+    with pytest.raises(UserError, match=r"rewards\.r\.function: the package shop 1\.0 offers `polite`"):
+        load_reward("polite", args={}, folders=[], key="rewards.r.function")
+
+
+def test_files(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("import neighbour\ndef reward(): return neighbour.VALUE\n")
+    (tmp_path / "neighbour.py").write_text("VALUE = 5\n")
+    source = find_code("reward", "mine.py:reward", folders=[tmp_path], key="k")
+    assert load_code(source)() == 5
+    assert "names a file, but no reward in it. Write `mine.py:NAME`" in refusal("mine.py", folder=tmp_path)
+    assert f"(looked for {tmp_path / 'absent.py'})" in refusal("absent.py:reward", folder=tmp_path)
+
+
+def test_a_file_that_failed_fails_again(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("x = 1 / 0\n")
+    source = find_code("reward", "broken.py:x", folders=[tmp_path], key="k")
+    for _ in range(2):
+        with pytest.raises(LoadError, match=r"ZeroDivisionError: division by zero, at .*broken\.py:1"):
+            load_code(source)
+
+
+def test_a_digest_covers_the_source_and_its_text(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("a = 1\n")
+    source = CodeSource(path=str(path), name="a")
+    first = source.digest()
+    assert source.digest() == first
+    path.write_text("a = 2\n")
+    assert source.digest() != first
+    offer = {"path": None, "name": "a", "entry": "shop_code:a"}
+    assert CodeSource(**offer, package="shop 1.0").digest() != CodeSource(**offer, package="shop 1.1").digest()
