@@ -18,8 +18,8 @@ from rlhf.config.schema.stages import MergeStage, Stage
 from rlhf.controller.record import RunRecord
 from rlhf.errors import Preempted, RunError
 from rlhf.preflight.run_folder import kept_checkpoints, open_mirror
-from rlhf.tracking.display.open_progress import open_progress
 from rlhf.tracking.display.progress import Mode
+from rlhf.tracking.display.progress_live import open_progress
 from rlhf.tracking.run_folder.folder import RunFolder
 from rlhf.tracking.run_folder.timeline import Timeline
 from rlhf.tracking.sinks.backends import TrackerBackend

@@ -19,7 +19,7 @@ from rlhf.controller.sampling import rollout_metrics
 from rlhf.controller.training_scores import is_flat
 from rlhf.errors import UserError
 from rlhf.roles import AdvantagesReport, CompletedGroup, PrepareReport, ScoredGroup, SequenceReport
-from rlhf.tracking.display.open_progress import open_progress
+from rlhf.tracking.display.progress_live import open_progress
 from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.tracking.metrics.reductions import Mean
 from rlhf.tracking.run_folder.folder import RunFolder

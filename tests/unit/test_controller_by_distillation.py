@@ -16,7 +16,7 @@ from rlhf.controller.learning import OnlineRoles, Signals
 from rlhf.controller.record import RunRecord
 from rlhf.controller.sampling import group_samples, rollout_metrics
 from rlhf.roles import CompletedGroup, PrepareReport, ScoredGroup
-from rlhf.tracking.display.open_progress import open_progress
+from rlhf.tracking.display.progress_live import open_progress
 from rlhf.tracking.run_folder.folder import RunFolder
 from rlhf.tracking.run_folder.timeline import Timeline
 from rlhf.types import BatchPlan, GroupRequest, GroupScores, MinibatchPlan, Prompt, RolloutInfo

@@ -13,10 +13,8 @@ from rich.console import Console
 
 from rlhf.tracking import formatting
 from rlhf.tracking.diagnosis.findings import Finding
-from rlhf.tracking.display import progress
-from rlhf.tracking.display.open_progress import LineProgress, open_progress
-from rlhf.tracking.display.progress import Progress
-from rlhf.tracking.display.progress_live import LiveProgress
+from rlhf.tracking.display.progress import LineProgress, Progress
+from rlhf.tracking.display.progress_live import LiveProgress, open_progress
 from rlhf.tracking.run_folder.samples import last_sample, samples_path
 
 
@@ -190,7 +188,7 @@ def test_lines_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min"), (-1, "0 s")]
 )
 def test_duration(seconds: float, text: str) -> None:
-    assert progress.duration(seconds) == text
+    assert formatting.duration(seconds) == text
 
 
 @pytest.mark.parametrize(

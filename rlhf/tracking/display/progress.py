@@ -1,27 +1,30 @@
-"""The terminal's view of a run: a live display, one plain line a step, or JSON lines.
+"""The display of a run's progress: its interface, plain lines for logs, and JSON lines for programs.
 
-The live display has bars, a step table and the last sample. The driver writes to stderr, and JSON lines to stdout. The
-display shows numbers computed elsewhere and decides nothing: a run is the same without it.
+The driver writes lines to stderr, and JSON to stdout. A display shows numbers that are computed elsewhere and decides
+nothing: a run is the same without it. rlhf/tracking/display/progress_live.py has the display for terminals.
 """
 
 from __future__ import annotations
 
+import math
+import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self, TextIO
 
-from rlhf.tracking.formatting import duration
+from rlhf.tracking.diagnosis.findings import Finding
+from rlhf.tracking.formatting import duration, number
+from rlhf.tracking.run_folder.atomic import json_line
 from rlhf.tracking.run_folder.samples import last_sample
-
-if TYPE_CHECKING:
-    from rlhf.tracking.diagnosis.findings import Finding
 
 Mode = Literal["auto", "json", "quiet"]
 _PACE_STEPS = 20  # steps over which the pace is taken
+_HEARTBEAT_S = 60.0  # between plain lines within one step
+_SAMPLE_KEYS = ("split", "prompt", "response", "score", "truncated")
 
 
 @dataclass(slots=True)
@@ -38,7 +41,13 @@ class Progress:
     """The interface, and the quiet form of it: keeps count and shows nothing."""
 
     def __init__(
-        self, total_steps: int, done_steps: int, show: Sequence[str], run: str = "", folder: Path | None = None
+        self,
+        total_steps: int,
+        done_steps: int = 0,
+        show: Sequence[str] = (),
+        run: str = "",
+        folder: Path | None = None,
+        stream: TextIO | None = None,
     ) -> None:
         self._total = total_steps
         self._done = done_steps
@@ -46,10 +55,14 @@ class Progress:
         self._show = tuple(show)
         self._run = run
         self._folder = folder
+        self._stream = stream
         self._ends = deque([time.monotonic()], maxlen=_PACE_STEPS + 1)
         self._stage = ""
         self._stages: dict[str, StageTime] = {}
-        self._numbers: dict[str, float] = {}
+        self._start()
+
+    def _start(self) -> None:
+        """Open the display."""
 
     def begin(self, step: int) -> None:
         """Begin a step. Step 0 is the evaluation before training."""
@@ -70,7 +83,6 @@ class Progress:
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record that a step is done. Step 0, the evaluation before training, does not count."""
         self._leave(time.monotonic())
-        self._numbers |= {key: metrics[key] for key in self._show if key in metrics}
         if step > 0:
             self._done = step
             self._ends.append(time.monotonic())
@@ -119,16 +131,71 @@ class Progress:
         seconds = self._left_s()
         return "" if seconds is None else f"  left {duration(seconds)}"
 
-    def _where(self) -> str:
-        """Name the step in progress."""
-        if self._current is None:
-            return self._run
-        return f"step {self._current}/{self._total}" if self._current > 0 else "before training"
-
-    def _doing(self) -> str:
-        stage = self._stages.get(self._stage, StageTime())
-        return f"{self._stage} {stage.done}/{stage.total}" if stage.total else self._stage
-
     def _sample(self, step: int) -> Mapping[str, Any] | None:
         """Return a response of the step. None: no sample is written."""
         return last_sample(self._folder, step) if self._folder is not None else None
+
+
+class LineProgress(Progress):
+    """Writes a heading and one line a step. Within a long step it writes one line a minute."""
+
+    def _start(self) -> None:
+        self._numbers: dict[str, float] = {}  # the newest of each metric
+        done = f", of which {self._done} are done" if self._done else ""
+        self.note(f"{self._run}: {self._total} steps{done}")
+
+    def note(self, text: str) -> None:
+        stream = self._stream or sys.stderr
+        stream.write(text + "\n")
+        stream.flush()
+        self._last_line = time.monotonic()
+
+    def _shown(self, *, entered: bool) -> None:
+        if time.monotonic() - self._last_line >= _HEARTBEAT_S:
+            stage = self._stages[self._stage]
+            where = self._run if self._current is None else self._name(self._current)
+            counted = f" {stage.done}/{stage.total}" if stage.total else ""
+            self.note(f"{where}: {self._stage}{counted}")
+
+    def _stepped(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._numbers |= {key: metrics[key] for key in self._show if key in metrics}
+        numbers = "".join(f"  {key} {number(value)}" for key, value in self._numbers.items())
+        self.note(f"{self._name(step)}{numbers}{self._left()}")
+
+    def _name(self, step: int) -> str:
+        return f"step {step}/{self._total}" if step > 0 else "before training"
+
+
+class JsonProgress(Progress):
+    """Writes one JSON object a line: `stage`, `step` (with a sample if the step has any), `finding` and `note`.
+
+    Every object has `event` and `run`. The step of a stage is null while the run starts. Metrics that are not finite
+    are null, as in metrics.jsonl.
+    """
+
+    def note(self, text: str) -> None:
+        self._write("note", text=text)
+
+    def finding(self, finding: Finding) -> None:
+        self._write("finding", **asdict(finding))
+
+    def _shown(self, *, entered: bool) -> None:
+        if entered:
+            self._write("stage", step=self._current, stage=self._stage)
+
+    def _stepped(self, step: int, metrics: Mapping[str, float]) -> None:
+        left = self._left_s()
+        sample = self._sample(step)
+        self._write(
+            "step",
+            step=step,
+            steps=self._total,
+            left_s=None if left is None else round(left, 1),
+            metrics={key: value if math.isfinite(value) else None for key, value in sorted(metrics.items())},
+            sample=None if sample is None else {key: sample.get(key) for key in _SAMPLE_KEYS},
+        )
+
+    def _write(self, event: str, **fields: Any) -> None:
+        stream = self._stream or sys.stdout
+        stream.write(json_line({"event": event, "run": self._run, **fields}))
+        stream.flush()

@@ -1,10 +1,12 @@
 """The live display of a run on a terminal: bars of the step's stages, a table of the last steps, the last sample.
 
-A separate thread redraws the display in place. Nothing waits for the terminal.
+A separate thread redraws the display in place. Nothing waits for the terminal. `open_progress` chooses this display or
+another one.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -17,7 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from rlhf.tracking.display.progress import Progress, StageTime
+from rlhf.tracking.display.progress import JsonProgress, LineProgress, Mode, Progress, StageTime
 from rlhf.tracking.formatting import number
 
 _TABLE_STEPS = 6  # newest steps in the table
@@ -25,23 +27,41 @@ _SAMPLE_CHARACTERS = 240  # of a prompt's end, and of a response
 _BAR = 32
 
 
+def open_progress(
+    total_steps: int,
+    *,
+    done_steps: int = 0,
+    show: Sequence[str] = (),
+    mode: Mode = "auto",
+    run: str = "",
+    folder: Path | None = None,
+    stream: TextIO | None = None,
+) -> Progress:
+    """Return the display for `mode`. `auto` is a live display on a terminal, and plain lines elsewhere.
+
+    Args:
+        done_steps: the steps that an earlier start completed.
+        show: the metrics to show, in this order, if a step has them.
+        run: the name of the run.
+        folder: the run folder, for its samples. None: show no samples.
+        stream: where to write. None: stdout for JSON, stderr otherwise.
+    """
+    kinds: dict[Mode, type[Progress]] = {
+        "auto": LiveProgress if (stream or sys.stderr).isatty() else LineProgress,
+        "json": JsonProgress,
+        "quiet": Progress,
+    }
+    return kinds[mode](total_steps, done_steps, show, run, folder, stream)
+
+
 class LiveProgress(Progress):
     """Steps and their time left, each stage of the step at work, the last steps' numbers, and a response."""
 
-    def __init__(
-        self,
-        total_steps: int,
-        done_steps: int,
-        show: Sequence[str],
-        run: str,
-        folder: Path | None,
-        stream: TextIO | None,
-    ) -> None:
-        super().__init__(total_steps, done_steps, show, run, folder)
+    def _start(self) -> None:
         self._rows: deque[tuple[int, Mapping[str, float]]] = deque(maxlen=_TABLE_STEPS)
         self._evaluated: tuple[int, Mapping[str, float]] | None = None  # the last row with an evaluation
         self._last: Mapping[str, Any] | None = None
-        self._console = Console(file=stream, stderr=stream is None)
+        self._console = Console(file=self._stream, stderr=self._stream is None)
         # A separate thread redraws the result of `get_renderable` at 4 Hz: calls never wait for the terminal.
         self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4, transient=False)
         self._live.start()
