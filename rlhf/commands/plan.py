@@ -69,10 +69,10 @@ def plan(
     if simulate is not None:
         from rlhf.planning import scenarios
 
-        return scenarios.render(target, simulate, cluster=cluster, shapes=shapes, lengths=lengths)
-    from rlhf.planning.report import render
+        return scenarios.render_scenarios(target, simulate, cluster=cluster, shapes=shapes, lengths=lengths)
+    from rlhf.planning.report import render_plan
 
-    return render(target, cluster=cluster, shapes=shapes, lengths=lengths)
+    return render_plan(target, cluster=cluster, shapes=shapes, lengths=lengths)
 
 
 def check_inputs(loaded: LoadedConfig, *, cluster: str | None) -> str:

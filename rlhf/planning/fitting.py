@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from rlhf.config.nodes import Node
 from rlhf.config.placement_plan import Seating, fit, seat
@@ -83,8 +83,7 @@ def _gpus(seating: Seating, by_role: Mapping[Role, Footprint], nodes: Sequence[N
         if not roles or not all(r in by_role for r in roles):
             continue
         if "rollout" in roles and "policy" in roles:
-            moments: tuple[Moment, ...] = ("generate", "train", "weight sync")
-            by_moment = {moment: {r: held_on_gpu(by_role[r], moment) for r in roles} for moment in moments}
+            by_moment = {moment: {r: held_on_gpu(by_role[r], moment) for r in roles} for moment in get_args(Moment)}
             wanted, fullest = max((sum(sizes.values()), moment) for moment, sizes in by_moment.items())
             rest = ", ".join(f"{m} {sum(s.values()) / GIB:,.1f}" for m, s in by_moment.items() if m != fullest)
             parts = f"{fullest}: {_sum(by_moment[fullest])} ({rest})"
@@ -92,14 +91,13 @@ def _gpus(seating: Seating, by_role: Mapping[Role, Footprint], nodes: Sequence[N
             sizes = {r: by_role[r].of("device") for r in roles}
             wanted, parts = sum(sizes.values()), _sum(sizes)
         gib = nodes[at[bundle]].gpu_memory_gib
-        room = None if gib is None else gib * GIB
-        key = tuple(roles)
+        room, key = None if gib is None else gib * GIB, tuple(roles)
         if key not in fits or (room or 0.0) < (fits[key].room or 0.0):
             fits[key] = Fit(where=f"GPU of {', '.join(roles)}", wanted=wanted, room=room, parts=parts)
     return list(fits.values())
 
 
-def _sum(sizes: Mapping[Role, float]) -> str:
+def _sum(sizes: Mapping[Any, float]) -> str:
     return " + ".join(f"{role} {size / GIB:,.1f}" for role, size in sizes.items())
 
 
@@ -124,11 +122,9 @@ def _hosts(
         local = config.cluster.address is None
         parts["Ray"] = RAY_BYTES + (DRIVER_BYTES + config.cluster.object_store_gib * GIB if local else 0.0)
         wanted = sum(parts.values())
-        text = " + ".join(f"{name} {size / GIB:,.1f}" for name, size in parts.items())
         room = None if node.mem_gib is None else node.mem_gib * GIB * HOST_SHARE
-        host = Fit(where=f"host of node {index}", wanted=wanted, room=room, parts=text)
         if node.mem_gib not in fits or wanted > fits[node.mem_gib].wanted:
-            fits[node.mem_gib] = host
+            fits[node.mem_gib] = Fit(where=f"host of node {index}", wanted=wanted, room=room, parts=_sum(parts))
     return list(fits.values())
 
 
@@ -138,36 +134,31 @@ def remedies(config: Config, sizes: Sizes, nodes: Sequence[Node], roles: Sequenc
     A change is left out if the checks refuse it, the nodes cannot place it, or it reduces no overfull place. If no
     single change is enough, the last line gives the effect of all changes together.
     """
-    before = {place.where: place for place in _places_of(config, sizes, nodes)}
+    before = _places_of(config, sizes, nodes)
     tight = {where for where, place in before.items() if place.fits is False}
-    changes = {text: change for role in roles for text, change in _changes(config, role)}
     lines: list[str] = []
     used: list[str] = []
     together = config
-    for text, change in changes.items():
-        after = {place.where: place for place in _places_of(change(config), sizes, nodes)}
-        effects = [
-            _shrunk(before[w], after[w]) for w in tight & after.keys() if after[w].wanted < 0.98 * before[w].wanted
-        ]
-        if not effects:
+    changes = {f"{key}={_yaml(value)}": (key, value) for role in roles for key, value in _changes(config, role)}
+    for text, (key, value) in changes.items():
+        after = _places_of(_with(config, key.split("."), value), sizes, nodes)
+        reduced = [where for where in tight & after.keys() if after[where].wanted < 0.98 * before[where].wanted]
+        if not reduced:
             continue
         newly_full = [where for where, place in after.items() if place.fits is False and where not in tight]
-        lines.append(
-            f"{text}: {', '.join(sorted(effects))}"
-            + (f"; but {', '.join(newly_full)} then does not" if newly_full else "")
-        )
+        but = f"; but {', '.join(newly_full)} then does not" if newly_full else ""
+        lines.append(f"{text}: {', '.join(sorted(_shrunk(before[w], after[w]) for w in reduced))}{but}")
         if all(place.fits is not False for place in after.values()):
             return lines
-        if _places_of(change(together), sizes, nodes):
-            together, used = change(together), [*used, text]
+        if _places_of(changed := _with(together, key.split("."), value), sizes, nodes):
+            together, used = changed, [*used, text]
+    larger = "use larger nodes, more of them, or a smaller model"
     if not lines:
-        return ["no key that is known to do so; use larger nodes, more of them, or a smaller model"]
+        return [f"no key that is known to do so; {larger}"]
     if len(used) < 2:
         return lines
-    is_enough = all(place.fits is not False for place in _places_of(together, sizes, nodes))
-    verdict = (
-        "everything fits" if is_enough else "it still does not fit: use larger nodes, more of them, or a smaller model"
-    )
+    is_enough = all(place.fits is not False for place in _places_of(together, sizes, nodes).values())
+    verdict = "everything fits" if is_enough else f"it still does not fit: {larger}"
     return [*lines, f"with {', '.join(used)} together {verdict}"]
 
 
@@ -176,54 +167,42 @@ def _shrunk(old: Fit, new: Fit) -> str:
     return f"{new.where} wants {new.wanted / GIB:,.1f} GiB in place of {old.wanted / GIB:,.1f} and {word}"
 
 
-def _places_of(config: Config, sizes: Sizes, nodes: Sequence[Node]) -> list[Fit]:
-    """Return the places of a changed configuration, or an empty list if it is refused or cannot be placed."""
-    return [] if problems(config) else places(config, seat(config), footprints(config, sizes), nodes)
+def _places_of(config: Config, sizes: Sizes, nodes: Sequence[Node]) -> dict[str, Fit]:
+    """Return the places of a changed configuration by name. There are none if it is refused or cannot be placed."""
+    fits = [] if problems(config) else places(config, seat(config), footprints(config, sizes), nodes)
+    return {place.where: place for place in fits}
 
 
-def _changes(config: Config, role: Role) -> list[tuple[str, Callable[[Config], Config]]]:
-    """Return changes of keys as text, each with a function applying it to a configuration."""
-    budget, longest = config.train.max_tokens_per_microbatch, _longest(config)
-    half = max(budget // 2, longest)
-    changes: list[tuple[str, Callable[[Config], Config]]] = []
-
-    def add(key: str, value: Any, shown: str) -> None:
-        changes.append((f"{key}={shown}", lambda c: _with(c, key.split("."), value)))
-
+def _changes(config: Config, role: Role) -> Iterator[tuple[str, Any]]:
+    """Yield keys with values that reduce the memory of a role, mildest first."""
+    cuda, section = config.cluster.device == "cuda", getattr(config.cluster.roles, role)
     if role == "rollout":
-        section = config.cluster.roles.rollout
-        if config.cluster.device == "cpu" and section.kv_cache_gib > 1:
-            add("cluster.roles.rollout.kv_cache_gib", section.kv_cache_gib // 2, str(section.kv_cache_gib // 2))
-        add(
-            "cluster.roles.rollout.max_num_seqs",
-            max(section.max_num_seqs // 4, 1),
-            str(max(section.max_num_seqs // 4, 1)),
-        )
-        if config.cluster.device == "cuda":
+        if not cuda and section.kv_cache_gib > 1:
+            yield "cluster.roles.rollout.kv_cache_gib", section.kv_cache_gib // 2
+        yield "cluster.roles.rollout.max_num_seqs", max(section.max_num_seqs // 4, 1)
+        if cuda:
             for share in (0.7, 0.5):
                 if share < section.gpu_memory_utilization:
-                    add("cluster.roles.rollout.gpu_memory_utilization", share, str(share))
-            add("cluster.roles.rollout.tensor_parallel", 2 * section.tensor_parallel, str(2 * section.tensor_parallel))
-        return changes
-    if half < budget:
-        add("train.max_tokens_per_microbatch", half, str(half))
-    if role in ("policy", "critic") and getattr(config, role) is not None:
-        add(f"{role}.gradient_checkpointing", True, "true")
-        trained = getattr(config.cluster.roles, role)
-        if trained.zero_stage < 3 and trained.workers > 1:
-            add(f"cluster.roles.{role}.zero_stage", 3, "3")
-        if trained.offload:
-            add(f"cluster.roles.{role}.offload", (), "[]")
-        elif config.cluster.device == "cuda":
-            add(f"cluster.roles.{role}.offload", ("optimizer",), "[optimizer]")
-        add(f"cluster.roles.{role}.workers", 2 * trained.workers, str(2 * trained.workers))
-    return changes
-
-
-def _longest(config: Config) -> int:
+                    yield "cluster.roles.rollout.gpu_memory_utilization", share
+            yield "cluster.roles.rollout.tensor_parallel", 2 * section.tensor_parallel
+        return
+    budget, longest = config.train.max_tokens_per_microbatch, config.data.max_sequence_tokens
     if config.rollouts is not None:
-        return config.rollouts.longest_sequence(config.data.max_prompt_tokens)
-    return config.data.max_sequence_tokens or config.train.max_tokens_per_microbatch
+        longest = config.rollouts.longest_sequence(config.data.max_prompt_tokens)
+    half = max(budget // 2, longest or budget)
+    if half < budget:
+        yield "train.max_tokens_per_microbatch", half
+    if role in ("policy", "critic") and getattr(config, role) is not None:
+        yield f"{role}.gradient_checkpointing", True
+        if section.zero_stage < 3 and section.workers > 1:
+            yield f"cluster.roles.{role}.zero_stage", 3
+        if section.offload or cuda:
+            yield f"cluster.roles.{role}.offload", () if section.offload else ("optimizer",)
+        yield f"cluster.roles.{role}.workers", 2 * section.workers
+
+
+def _yaml(value: Any) -> str:
+    return f"[{', '.join(value)}]" if isinstance(value, tuple) else str(value).replace("True", "true")
 
 
 def _with(section: Any, key: Sequence[str], value: Any) -> Any:

@@ -5,7 +5,7 @@ rlhf.planning.fitting decides whether the processes fit and suggests changes. Th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -73,20 +73,16 @@ class Sizes:
 def footprints(config: Config, sizes: Sizes) -> list[Footprint]:
     """Return the footprint of each role with workers, in placement order. Raise UserError if a model's sizes are
     unknown."""
-    roles = needs(config)
-    result = [_trained("policy", config.policy, config, sizes)]
-    if "rollout" in roles:
-        result.append(_engine(config, sizes))
-    if "critic" in roles:
-        result.append(_trained("critic", critic_model(config), config, sizes))
-    if "reference" in roles:
-        result.append(_forward("reference", reference_model(config), config, sizes))
-    if "teacher" in roles and config.teacher is not None:
-        result.append(_forward("teacher", config.teacher, config, sizes))
-    if "reward" in roles:
-        model = config.reward if uses_reward_model(config) else None
-        result.append(_forward("reward", model, config, sizes))
-    return result
+    reward = config.reward if uses_reward_model(config) else None
+    makers: dict[Role, Callable[[], Footprint]] = {
+        "policy": lambda: _trained("policy", config.policy, config, sizes),
+        "rollout": lambda: _engine(config, sizes),
+        "critic": lambda: _trained("critic", critic_model(config), config, sizes),
+        "reference": lambda: _forward("reference", reference_model(config), config, sizes),
+        "teacher": lambda: _forward("teacher", config.teacher, config, sizes),
+        "reward": lambda: _forward("reward", reward, config, sizes),
+    }
+    return [make() for role, make in makers.items() if role == "policy" or role in needs(config)]
 
 
 def tokens_of_microbatch(config: Config, role: TrainedResources) -> tuple[int, bool]:
@@ -158,7 +154,7 @@ def _trained(name: Role, model: PolicyConfig | CriticConfig, config: Config, siz
     shape, how = sizes.of(model.model), training(name, model, config, sizes)
     terms = training_terms(shape, how)
     if name == "policy" and is_online(config):
-        terms += _published(config, shape, how)
+        terms.append(_published(config, shape, how))
     if name in shares_engines_gpus(config):
         terms.append(_put_aside(terms))
     process = with_process(terms, process=Measured.TRAINER_BYTES, on_gpu=how.on_gpu, ranks=how.ranks)
@@ -168,23 +164,21 @@ def _trained(name: Role, model: PolicyConfig | CriticConfig, config: Config, siz
 def _put_aside(terms: Sequence[Term]) -> Term:
     """Return the host memory of a role offloaded while an engine uses its GPU."""
     nbytes = sum(term.nbytes for term in terms if term.place == "device" and term.phase == "always")
-    how = "what the GPU holds between steps, while an engine has the GPU"
-    return Term(name="put aside", nbytes=nbytes, how=how, place="host")
+    return Term("put aside", nbytes, "what the GPU holds between steps, while an engine has the GPU", "host")
 
 
-def _published(config: Config, shape: Shape, how: Training) -> list[Term]:
+def _published(config: Config, shape: Shape, how: Training) -> Term:
     """Return the first rank's memory for weights in transfer to the engines."""
     if ships_adapter(config):
-        size = how.trained * how.itemsize
         how_sent = "the adapter, copied to be written to the run folder"
-        return [Term(name="weight sync", nbytes=size, how=how_sent, place="host", first_only=True)]
+        return Term("weight sync", how.trained * how.itemsize, how_sent, "host", first_only=True)
     size, method = shape.parameters * how.itemsize, weight_sync(config.cluster, one_host=not config.cluster.address)
     if method.method == "shm":
-        return [Term(name="weight sync", nbytes=size, how="all weights in shared memory", place="shared")]
+        return Term("weight sync", size, "all weights in shared memory", "shared")
     if method.method == "ipc":
-        return [Term(name="weight sync", nbytes=size, how="all weights side by side on the GPU", phase="sync")]
+        return Term("weight sync", size, "all weights side by side on the GPU", phase="sync")
     bucket, how_sent = max(BUCKET_BYTES, shape.embedding * how.itemsize), "the largest weight, or a bucket of 64 MiB"
-    return [Term(name="weight sync", nbytes=bucket, how=how_sent, phase="sync", first_only=True)]
+    return Term("weight sync", bucket, how_sent, phase="sync", first_only=True)
 
 
 def cache_tokens(config: Config, sizes: Sizes) -> float | None:
@@ -220,10 +214,9 @@ def _engine(config: Config, sizes: Sizes) -> Footprint:
         longest = derive(config).longest_sequence
         fits = max(cache, 0.0) / each
         how = f"{each / 1024:,.0f} KiB a token: {fits:,.0f} tokens, {fits / longest:,.1f} sequences of {longest:,}"
-        terms.append(Term(name="KV cache", nbytes=max(cache, 0.0), how=how, phase="step", in_heap=False))
+        terms.append(Term("KV cache", max(cache, 0.0), how, phase="step", in_heap=False))
     if not on_gpu and not ships_adapter(config) and config.cluster.address is None:
-        whole = shape.parameters * size
-        terms.append(Term(name="weight sync", nbytes=whole, how="the policy's file, mapped", place="shared"))
+        terms.append(Term("weight sync", shape.parameters * size, "the policy's file, mapped", "shared"))
     process = with_process(terms, process=Measured.ENGINE_BYTES, on_gpu=on_gpu)
     return Footprint(role="rollout", workers=role.engines * role.tensor_parallel, terms=process, on_gpu=on_gpu)
 
@@ -245,7 +238,6 @@ def _forward(name: Role, model: ModelConfig | None, config: Config, sizes: Sizes
         terms.append(_put_aside(terms))
     if name == "reward":
         vocab, each = sizes.of(config.policy.model).vocab, Measured.TOKENIZER_BYTES
-        how = f"measured: {vocab:,} * {each} bytes"
-        terms.append(Term(name="tokenizer", nbytes=vocab * each, how=how, place="host"))
+        terms.append(Term("tokenizer", vocab * each, f"measured: {vocab:,} * {each} bytes", "host"))
     workers = getattr(config.cluster.roles, name).workers
     return Footprint(role=name, workers=workers, terms=with_process(terms, process=base, on_gpu=on_gpu), on_gpu=on_gpu)

@@ -9,8 +9,8 @@ with short responses. GPU terms follow the same rules but were never measured.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.planning.shapes import Shape
 
@@ -54,7 +54,7 @@ class Assumed:
     NCCL_BYTES = int(1.0 * GIB)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Term:
     """Describe one part of a process's memory."""
 
@@ -66,6 +66,12 @@ class Term:
     stays: bool = False  # it stays on the device even while the role is offloaded
     first_only: bool = False  # only the first rank of a gang has it
     in_heap: bool = True  # False: one block, or pages of a file
+
+
+def weights_term(name: str, count: float, itemsize: int, by: int = 1, note: str = "", **options: Any) -> Term:
+    """Return the memory of `count` values, divided by a number of ranks. options: other fields of Term."""
+    how = f"{_short(count)} * {itemsize} bytes" + ("" if by == 1 else f" / {by}") + note
+    return Term(name, count * itemsize / by, how, **options)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +130,10 @@ class Training:
     on_gpu: bool
     widens: bool  # products of bfloat16 are taken in float32 (rlhf.objectives.products)
 
+    def place(self, part: str) -> Place:
+        """Return where the optimizer or the parameters are, which a GPU may offload."""
+        return "host" if self.on_gpu and part in self.offload else "device"
+
 
 def activation_bytes(shape: Shape, *, itemsize: int, checkpointing: bool, lora_rank: int | None) -> float:
     """Return the bytes saved by all layers for the backward pass, per token of a micro-batch.
@@ -163,57 +173,41 @@ def training_terms(shape: Shape, t: Training) -> list[Term]:
 
     The first peak is the start of the backward pass: all activations, the head, the gradient bucket. The second is its
     end: the bucket twice, since gradients are reduced in a copy. Stage 3 also peaks in the optimizer step, where the
-    gradients become one block, in host memory with optimizer offload. By then the heap has freed the activations,
-    but it
-    has no hole of this size.
+    gradients become one block, in host memory with optimizer offload. By then the heap has freed the activations, but
+    it has no hole of this size.
     """
-    states = _states(shape, t)
-    bucket = _bucket(t)
-    work = [_activations(shape, t), *([] if t.scalar else [_head(shape, t)])]
-    summed = _summed_gradients(t)
-    first = [*bucket, *work, *(summed if t.accumulates or t.zero_stage in (0, 3) else [])]
-    last = [*bucket, *summed]
+    bucket, summed = _bucket(t), _summed_gradients(t)
+    first = [*bucket, _activations(shape, t), *([] if t.scalar else [_head(shape, t)])]
+    if t.accumulates or t.zero_stage in (0, 3):
+        first.append(summed)
+    last, step = [*bucket, summed], [*bucket, summed]
     if t.zero_stage in (1, 2):
         size = t.itemsize * min(t.trained, BUCKET_ELEMENTS)
-        last.append(Term(name="gradients in reduction", nbytes=size, how="as the bucket", phase="step"))
+        last.append(Term("gradients in reduction", size, "as the bucket", phase="step"))
         if t.trained > shape.embedding:
-            how = "vocabulary * hidden * 4 bytes"
-            last.append(Term(name="largest gradient", nbytes=4 * shape.embedding, how=how, phase="step"))
-    step = [*bucket, *summed]
+            last.append(Term("largest gradient", 4 * shape.embedding, "vocabulary * hidden * 4 bytes", phase="step"))
     if t.zero_stage == 0 and t.itemsize == 2:  # DeepSpeed copies all of them
-        how = _product(t.trained, 4, 1)
-        step.append(Term(name="gradients in float32", nbytes=t.trained * 4, how=how, phase="step"))
-    if t.zero_stage == 3:
-        block = _block(t)
+        step.append(weights_term("gradients in float32", t.trained, 4, phase="step"))
+    if t.zero_stage == 3:  # the block that the optimizer step uses
+        block = weights_term("gradients as a block", t.trained, 4, t.ranks, place=t.place("optimizer"), phase="step")
         step.append(block)
         if block.place == "host" or not t.on_gpu:  # it exists from the start, or next to holes too small for it
             first.append(block)
-    peak = max(first, last, step, key=lambda terms: sum(term.nbytes for term in terms))
-    return [*states, *peak]
+    return [*_states(shape, t), *max(first, last, step, key=lambda terms: sum(term.nbytes for term in terms))]
 
 
 def _states(shape: Shape, t: Training) -> list[Term]:
     """Return the weights, their float32 copy and the optimizer's states."""
-    all_weights, b = t.trained + t.frozen, t.itemsize
-    weights_by, quantized = t.ranks if t.zero_stage == 3 else 1, t.frozen_bytes < t.frozen * b
-    by = t.ranks if t.zero_stage >= 1 else 1
-    terms = [
-        Term(
-            name="weights",
-            nbytes=(t.trained * b + t.frozen_bytes) / weights_by,
-            how=_product(all_weights, b, weights_by) + (", the base in 4 bits" if quantized else ""),
-            place="host" if t.on_gpu and "parameters" in t.offload else "device",
-        )
-    ]
-    optimizer: Place = "host" if t.on_gpu and "optimizer" in t.offload else "device"
-    if t.zero_stage >= 1 or b == 2:
-        terms.append(
-            Term(name="master weights", nbytes=t.trained * 4 / by, how=_product(t.trained, 4, by), place=optimizer)
-        )
+    by, weights_by = t.ranks if t.zero_stage >= 1 else 1, t.ranks if t.zero_stage == 3 else 1
+    note = ", the base in 4 bits" if t.frozen_bytes < t.frozen * t.itemsize else ""
+    weights = weights_term("weights", t.trained + t.frozen, t.itemsize, weights_by, note, place=t.place("parameters"))
+    terms = [replace(weights, nbytes=(t.trained * t.itemsize + t.frozen_bytes) / weights_by)]
+    optimizer = t.place("optimizer")
+    if t.zero_stage >= 1 or t.itemsize == 2:
+        terms.append(weights_term("master weights", t.trained, 4, by, place=optimizer))
     terms.append(_optimizer_states(shape, t, by=by, place=optimizer))
     if t.zero_stage == 3 and t.ranks > 1:
-        live = min(t.trained + t.frozen, LIVE_PARAMETERS)
-        terms.append(Term(name="weights gathered", nbytes=live * b, how=_product(live, b, 1)))
+        terms.append(weights_term("weights gathered", min(t.trained + t.frozen, LIVE_PARAMETERS), t.itemsize))
     return terms
 
 
@@ -224,39 +218,25 @@ def checkpoint_bytes(shape: Shape, t: Training) -> float:
 
 
 def _optimizer_states(shape: Shape, t: Training, *, by: int, place: Place) -> Term:
-    """Return the memory of the optimizer's states."""
     if t.optimizer == "adamw_8bit":
-        how = _product(t.trained, 2, by) + ", and two scales for each 256"
-        return Term(name="8-bit moments", nbytes=t.trained * (2 + 8 / 256) / by, how=how, place=place)
+        moments = weights_term("8-bit moments", t.trained, 2, by, ", and two scales for each 256", place=place)
+        return replace(moments, nbytes=t.trained * (2 + 8 / 256) / by)
     if t.optimizer == "muon":
         matrices = t.trained if t.lora_rank is not None else shape.matrix_parameters
-        nbytes = 4.0 * matrices + 8 * (t.trained - matrices)
-        how = f"{_product(matrices, 4, 1)}, and 8 bytes of each other weight"
-        return Term(name="Muon momentum", nbytes=nbytes, how=how, place=place)
+        momentum = weights_term("Muon momentum", matrices, 4, 1, ", and 8 bytes of each other weight", place=place)
+        return replace(momentum, nbytes=4.0 * matrices + 8 * (t.trained - matrices))
     if t.optimizer == "adafactor":
         count = shape.factored(lora_rank=t.lora_rank, scalar=t.scalar)
-        how = f"{_product(count, 4, 1)}: a row and a column of each matrix"
-        return Term(name="Adafactor states", nbytes=4.0 * count, how=how, place=place)
-    return Term(name="Adam moments", nbytes=t.trained * 8 / by, how=_product(t.trained, 8, by), place=place)
+        return weights_term("Adafactor states", count, 4, 1, ": a row and a column of each matrix", place=place)
+    return weights_term("Adam moments", t.trained, 8, by, place=place)
 
 
-def _summed_gradients(t: Training) -> list[Term]:
+def _summed_gradients(t: Training) -> Term:
     """Return the gradient sums over the micro-batches so far. Stage 3 keeps their block between steps."""
     if t.zero_stage == 0:
-        how = _product(t.trained, t.itemsize, 1)
-        return [Term(name="gradients", nbytes=t.trained * t.itemsize, how=how, phase="step")]
-    by = t.ranks if t.zero_stage in (2, 3) else 1
-    place: Place = "host" if t.on_gpu and "optimizer" in t.offload else "device"
-    phase: Phase = "always" if t.zero_stage == 3 else "step"
-    how = _product(t.trained, 4, by)
-    return [Term(name="summed gradients", nbytes=t.trained * 4 / by, how=how, place=place, phase=phase)]
-
-
-def _block(t: Training) -> Term:
-    """Return the block of gradients used by stage 3's optimizer step."""
-    place: Place = "host" if t.on_gpu and "optimizer" in t.offload else "device"
-    how = _product(t.trained, 4, t.ranks)
-    return Term(name="gradients as a block", nbytes=t.trained * 4 / t.ranks, how=how, place=place, phase="step")
+        return weights_term("gradients", t.trained, t.itemsize, phase="step")
+    by, phase = t.ranks if t.zero_stage in (2, 3) else 1, "always" if t.zero_stage == 3 else "step"
+    return weights_term("summed gradients", t.trained, 4, by, place=t.place("optimizer"), phase=phase)
 
 
 def _bucket(t: Training) -> list[Term]:
@@ -264,30 +244,29 @@ def _bucket(t: Training) -> list[Term]:
 
     At stage 0 gradients are summed in place. Stage 3 keeps the buffer.
     """
-    size = min(t.trained, BUCKET_ELEMENTS)
     if t.zero_stage == 0:
         return []
-    count = 2 if t.on_gpu and t.zero_stage < 3 else 1
-    how = _product(size, t.itemsize * count, 1)
-    phase: Phase = "always" if t.zero_stage == 3 else "step"
-    return [Term(name="gradient bucket", nbytes=size * t.itemsize * count, how=how, phase=phase)]
+    count, phase = 2 if t.on_gpu and t.zero_stage < 3 else 1, "always" if t.zero_stage == 3 else "step"
+    size = min(t.trained, BUCKET_ELEMENTS)
+    return [weights_term("gradient bucket", size, t.itemsize * count, phase=phase)]
 
 
 def _activations(shape: Shape, t: Training) -> Term:
     each = activation_bytes(shape, itemsize=t.itemsize, checkpointing=t.checkpointing, lora_rank=t.lora_rank)
     how = f"{t.tokens:,} tokens * {each / 1024:,.0f} KiB" + (", checkpointed" if t.checkpointing else "")
-    return Term(name="activations", nbytes=t.tokens * each, how=how, phase="step")
+    return Term("activations", t.tokens * each, how, phase="step")
 
 
 def _head(shape: Shape, t: Training) -> Term:
     trains = t.lora_rank is None
     if t.keeps_head_gradient:  # the logits are freed before the bucket is allocated
-        elements = shape.embedding if trains else 0
-        how = _product(elements, t.itemsize, 1)
-        return Term(name="head's gradient", nbytes=elements * t.itemsize, how=how, phase="step")
+        return weights_term("head's gradient", shape.embedding if trains else 0, t.itemsize, phase="step")
     size = head_bytes(shape, rows=t.tokens, itemsize=t.itemsize, trains_head=trains, widens=t.widens)
-    how = f"chunks of {CHUNK_ROWS} rows of {shape.vocab:,} logits"
-    return Term(name="vocabulary head", nbytes=size, how=how, phase="step")
+    return Term("vocabulary head", size, _chunks(shape), phase="step")
+
+
+def _chunks(shape: Shape) -> str:
+    return f"chunks of {CHUNK_ROWS} rows of {shape.vocab:,} logits"
 
 
 def forward_terms(shape: Shape, *, itemsize: int, tokens: int, scalar: bool, widens: bool) -> list[Term]:
@@ -295,35 +274,26 @@ def forward_terms(shape: Shape, *, itemsize: int, tokens: int, scalar: bool, wid
     count = shape.scalar_parameters if scalar else shape.parameters
     rows = tokens * itemsize * (4 * shape.hidden + 3 * shape.ffn + 2 * shape.query)
     terms = [
-        Term(name="weights", nbytes=count * itemsize, how=_product(count, itemsize, 1), in_heap=False),
-        Term(name="activations", nbytes=rows, how=f"{tokens:,} tokens of one layer", phase="step"),
+        weights_term("weights", count, itemsize, in_heap=False),
+        Term("activations", rows, f"{tokens:,} tokens of one layer", phase="step"),
     ]
     if not scalar:
         each = (4 if widens else itemsize) + 4 + 4  # the product, the logits, and the input of their sum
         size = min(tokens, CHUNK_ROWS) * shape.vocab * each + (shape.embedding * 4 if widens else 0)
-        how = f"chunks of {CHUNK_ROWS} rows of {shape.vocab:,} logits"
-        terms.append(Term(name="vocabulary head", nbytes=size, how=how, phase="step"))
+        terms.append(Term("vocabulary head", size, _chunks(shape), phase="step"))
     return terms
 
 
 def engine_terms(shape: Shape, *, itemsize: int, tensor_parallel: int, max_num_seqs: int, on_gpu: bool) -> list[Term]:
     """Return the terms of vLLM without its cache: weights in kernel layout, and the work of the largest step."""
-    count = shape.parameters
     logits = 4 * max_num_seqs * shape.vocab * 4
     rows = PREFILL_TOKENS * itemsize * (3 * shape.ffn + 2 * shape.hidden) / tensor_parallel
-    terms = [
-        Term(
-            name="weights",
-            nbytes=count * itemsize / tensor_parallel,
-            how=_product(count, itemsize, tensor_parallel),
-        ),
-        Term(name="largest prefill", nbytes=rows, how=f"{PREFILL_TOKENS:,} tokens of one layer", phase="step"),
-        Term(name="sampling", nbytes=logits, how=f"4 * {max_num_seqs} rows of {shape.vocab:,} logits", phase="step"),
+    return [
+        weights_term("weights", shape.parameters, itemsize, tensor_parallel),
+        *([] if on_gpu else [weights_term("packed head", shape.embedding, itemsize)]),
+        Term("largest prefill", rows, f"{PREFILL_TOKENS:,} tokens of one layer", phase="step"),
+        Term("sampling", logits, f"4 * {max_num_seqs} rows of {shape.vocab:,} logits", phase="step"),
     ]
-    if not on_gpu:
-        packed = shape.embedding * itemsize
-        terms.insert(1, Term(name="packed head", nbytes=packed, how=_product(shape.embedding, itemsize, 1)))
-    return terms
 
 
 def kv_bytes_per_token(shape: Shape, *, itemsize: int) -> int:
@@ -336,21 +306,16 @@ def with_process(terms: Sequence[Term], *, process: int, on_gpu: bool, ranks: in
 
     ranks: the size of a gang communicating by NCCL.
     """
-    result = [*terms, Term(name="process", nbytes=process, how="measured: libraries and interpreter", place="host")]
+    result = [*terms, Term("process", process, "measured: libraries and interpreter", "host")]
     if on_gpu:
         nbytes = Assumed.CUDA_BYTES + (Assumed.NCCL_BYTES if ranks > 1 else 0)
         name = "CUDA and NCCL" if ranks > 1 else "CUDA"
-        result.append(Term(name=name, nbytes=nbytes, how="assumed: context, workspaces, buffers", stays=True))
+        result.append(Term(name, nbytes, "assumed: context, workspaces, buffers", stays=True))
     else:
         heap = sum(term.nbytes for term in terms if term.place == "device" and term.in_heap)
-        slack = (Measured.HEAP - 1.0) * heap
-        result.append(Term(name="heap", nbytes=slack, how=f"measured: {Measured.HEAP - 1.0:.0%} of tensors"))
+        slack = Measured.HEAP - 1.0
+        result.append(Term("heap", slack * heap, f"measured: {slack:.0%} of tensors"))
     return tuple(result)
-
-
-def _product(elements: float, itemsize: int, by: int) -> str:
-    text = f"{_short(elements)} * {itemsize} bytes"
-    return text if by == 1 else f"{text} / {by}"
 
 
 def _short(count: float) -> str:

@@ -20,11 +20,11 @@ from rlhf.planning.lengths import Lengths, parse_lengths
 from rlhf.planning.memory import GIB, Footprint
 from rlhf.planning.shapes import find_config
 from rlhf.planning.simulate import simulate
-from rlhf.planning.summary import refuse_misfit, stage_text, table
+from rlhf.planning.summary import aligned, refuse_misfit, stage_text
 from rlhf.planning.time import DEFAULT_GPU, Stage, rates, sync_stage, system_of, training_stages
 
 
-def render(
+def render_plan(
     loaded: LoadedConfig, *, cluster: str | None = None, shapes: Path | None = None, lengths: str | None = None
 ) -> str:
     """Return the plan as text. Raise UserError if a run wants more CPUs or GPUs than the described cluster has."""
@@ -106,7 +106,7 @@ def _terms(processes: Sequence[Footprint]) -> str:
         for term in filter(lambda t: t.nbytes > 0.0, process.terms):
             place = {"device": "", "host": " (host)" if process.on_gpu else "", "shared": " (shared)"}[term.place]
             rows.append(["", term.name + place, _gib(term.nbytes), term.how])
-    return table(rows)
+    return aligned(rows)
 
 
 def _fits(config: Config, sizes: Sizes, processes: Sequence[Footprint], nodes: Sequence[Node] | None) -> list[str]:
@@ -124,7 +124,7 @@ def _fits(config: Config, sizes: Sizes, processes: Sequence[Footprint], nodes: S
         room = "-" if place.room is None else _gib(place.room)
         where = "this machine" if local else place.where
         rows.append([where, _gib(place.wanted), room, word, place.parts])
-    text = ["memory by place, GiB\n" + table(rows)]
+    text = ["memory by place, GiB\n" + aligned(rows)]
     if is_tight:
         roles = [process.role for process in processes if process.role != "reward"]
         lines = "\n".join(f"  {line}" for line in remedies(config, sizes, nodes, roles))
@@ -162,36 +162,25 @@ def response_lengths(config: Config, text: str | None) -> Lengths:
 
 def _times(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: Lengths) -> list[str]:
     stages = training_stages(config, sizes, nodes, lengths)
-    assumed = _assumed(config, sizes, nodes, lengths)
+    title = f"time of a step, estimated ({_assumed(config, sizes, nodes, lengths)})\n"
     if not is_online(config):
-        return [f"time of a step, estimated ({assumed})\n" + _stages(config, stages, nodes)]
-    system = system_of(config, sizes, nodes, lengths, {})
-    sync = sync_stage(config, sizes, nodes)
-    outcome = simulate(system, staleness=0, steps=3, seed=0)
-    rest = sum(stage.seconds for stage in stages)
-    rollouts = max(outcome.step_s - rest - sync.seconds, 0.0)
+        return [title + _stages(config, stages, nodes)]
+    system, sync = system_of(config, sizes, nodes, lengths, {}), sync_stage(config, sizes, nodes)
+    outcomes = [simulate(system, staleness=s, steps=3, seed=0) for s in ((0,) if system.colocated else (0, 1, 2))]
+    seconds = outcomes[0].step_s - sum(stage.seconds for stage in stages) - sync.seconds
     how = (
         f"until the slowest response; an engine's step {system.base_s * 1e3:,.3g} ms + "
         f"{system.each_s * 1e6:,.3g} us a sequence"
     )
-    all_stages = [Stage(name="rollouts", seconds=rollouts, how=how), *stages, sync]
-    text = [f"time of a step, estimated ({assumed})\n" + _stages(config, all_stages, nodes)]
+    text = title + _stages(config, [Stage("rollouts", max(seconds, 0.0), how), *stages, sync], nodes)
     if system.colocated:
-        return [*text, "pipelined: rollouts and training share their devices, so they can only take turns"]
+        return [text, "pipelined: rollouts and training share their devices, so they can only take turns"]
     rows = [["schedule", "s / step", "engines busy", "trainers busy", "mean lag"]]
-    for staleness in (0, 1, 2):
-        result = outcome if staleness == 0 else simulate(system, staleness=staleness, steps=3, seed=0)
-        name = "synchronous (max_staleness 0)" if staleness == 0 else f"pipelined, {staleness} ahead"
-        rows.append(
-            [
-                name,
-                f"{result.step_s:,.4g}",
-                f"{result.engines_busy:.0%}",
-                f"{result.trainer_busy:.0%}",
-                f"{result.lag:.2f}",
-            ]
-        )
-    return [*text, "schedules; runs use the first one, the others are predictions for a pipeline\n" + table(rows)]
+    for staleness, outcome in enumerate(outcomes):
+        name = f"pipelined, {staleness} ahead" if staleness else "synchronous (max_staleness 0)"
+        busy = [f"{outcome.engines_busy:.0%}", f"{outcome.trainer_busy:.0%}"]
+        rows.append([name, f"{outcome.step_s:,.4g}", *busy, f"{outcome.lag:.2f}"])
+    return [text, "schedules; runs use the first one, the others are predictions for a pipeline\n" + aligned(rows)]
 
 
 def _assumed(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: Lengths) -> str:
@@ -203,27 +192,21 @@ def _assumed(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths
 
 
 def _stages(config: Config, stages: Sequence[Stage], nodes: Sequence[Node] | None) -> str:
-    total = sum(stage.seconds for stage in stages)
-    seating = seat(config)
-    unit, amount = ("GPU", seating.total("GPU")) if config.cluster.device == "cuda" else ("CPU", seating.total("CPU"))
-    price = None
+    total, steps = sum(stage.seconds for stage in stages), config.train.steps
+    unit = "GPU" if config.cluster.device == "cuda" else "CPU"
+    rates_per_hour = {f"{unit} hours": seat(config).total(unit)}
     if nodes is not None and all(node.price is not None for node in nodes):
-        price = sum(node.price or 0.0 for node in nodes)
-    rows = [["stage", "s", "share", f"{unit} hours", *(["price"] if price is not None else []), "how"]]
-    steps = config.train.steps
-    step = Stage(name="step", seconds=total, how="" if steps is None else f"* {steps:,} steps")
-    for stage in [*stages, step, *([] if steps is None else [_whole(total, steps)])]:
-        row = [stage.name, f"{stage.seconds:,.4g}", f"{stage.seconds / total:.0%}" if stage.seconds <= total else ""]
-        row.append(f"{stage.seconds * amount / 3600:,.4g}")
-        if price is not None:
-            row.append(f"{stage.seconds * price / 3600:,.4g}")
-        rows.append([*row, stage.how])
-    return table(rows)
-
-
-def _whole(step: float, steps: int) -> Stage:
-    seconds = step * steps
-    return Stage(name="whole run", seconds=seconds, how=f"{seconds / 3600:,.3g} hours, without start and evaluations")
+        rates_per_hour["price"] = sum(node.price or 0.0 for node in nodes)
+    rows = [["stage", "s", "share", *rates_per_hour, "how"]]
+    summed = [Stage("step", total, "" if steps is None else f"* {steps:,} steps")]
+    if steps is not None:
+        how = f"{total * steps / 3600:,.3g} hours, without start and evaluations"
+        summed.append(Stage("whole run", total * steps, how))
+    for stage in [*stages, *summed]:
+        share = f"{stage.seconds / total:.0%}" if stage.seconds <= total else ""
+        costs = [f"{stage.seconds * rate / 3600:,.4g}" for rate in rates_per_hour.values()]
+        rows.append([stage.name, f"{stage.seconds:,.4g}", share, *costs, stage.how])
+    return aligned(rows)
 
 
 def _gib(nbytes: float) -> str:

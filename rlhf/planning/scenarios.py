@@ -6,8 +6,8 @@ unchanged. This module creates the scenarios; rlhf.planning.simulate simulates t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rlhf.config.derive import is_online
@@ -17,7 +17,7 @@ from rlhf.config.schema.root import Config
 from rlhf.errors import UserError
 from rlhf.planning.report import response_lengths, sizes_of
 from rlhf.planning.simulate import Outcome, System, simulate
-from rlhf.planning.summary import refuse_misfit, table
+from rlhf.planning.summary import aligned, refuse_misfit
 from rlhf.planning.time import system_of
 
 # The meaning of each number, and its smallest value.
@@ -31,22 +31,25 @@ _NUMBERS: Mapping[str, tuple[str, float]] = {
     "steps": ("steps after the pipeline is full; 6, of large batches 2", 1.0),
     "seed": ("of lengths and failures", 0.0),
 }
+_FIELDS = {  # of System, and the unit
+    "base_ms": ("base_s", 1e-3),
+    "each_us": ("each_s", 1e-6),
+    "train_tokens_per_s": ("train_tokens_per_s", 1.0),
+    "sync_s": ("sync_s", 1.0),
+    "mtbf_h": ("mtbf_s", 3600.0),
+    "restart_s": ("restart_s", 1.0),
+}
 _LISTS = {"gpus": 1, "staleness": 0}
 MOST_RESPONSES = 1_000_000  # per step: takes seconds to simulate
 MANY_RESPONSES = 30_000  # per step: fewer steps give the same averages
 MOST_STALENESS = 16
+_HEADINGS = (
+    *("GPUs", "staleness", "s / step", "tokens / s", "GPUs busy", "engines busy", "engines full", "trainers busy"),
+    *("tail", "lag", "failures"),
+)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scenario:
-    """Hold one line of the result table."""
-
-    gpus: int
-    staleness: int
-    outcome: Outcome
-
-
-def render(
+def render_scenarios(
     loaded: LoadedConfig,
     spec: str,
     *,
@@ -54,8 +57,10 @@ def render(
     shapes: Path | None = None,
     lengths: str | None = None,
 ) -> str:
-    """Return the scenarios of every run with rollouts as a table. Raise UserError without such a run or for a wrong
-    spec."""
+    """Return the scenarios of every run with rollouts as a table.
+
+    Raise UserError without such a run or for a wrong spec.
+    """
     runs = [run for run in loaded.runs.values() if is_online(run)]
     if not runs:
         raise UserError(f"--simulate: {loaded.source} has no run with rollouts; there is nothing to overlap")
@@ -63,16 +68,10 @@ def render(
     nodes = None if cluster is None else parse_cluster(cluster)
     refuse_misfit(loaded, nodes, cluster)
     sizes = sizes_of(loaded, nodes, shapes)
+    given = {field: numbers[key] * unit for key, (field, unit) in _FIELDS.items() if key in numbers}
     parts = []
     for run in runs:
-        units = {"base_s": 1e-3, "each_s": 1e-6, "train_tokens_per_s": 1.0, "sync_s": 1.0}
-        names = {"base_s": "base_ms", "each_s": "each_us"}
-        given = {to: numbers[names.get(to, to)] * unit for to, unit in units.items() if names.get(to, to) in numbers}
-        drawn = response_lengths(run, lengths)
-        system = system_of(run, sizes, nodes, drawn, given)
-        system = replace(system, restart_s=numbers.get("restart_s", system.restart_s))
-        if "mtbf_h" in numbers:
-            system = replace(system, mtbf_s=numbers["mtbf_h"] * 3600)
+        system = system_of(run, sizes, nodes, response_lengths(run, lengths), given)
         results = scenarios(run, system, lists, steps=numbers.get("steps"), seed=int(numbers.get("seed", 0)))
         parts.append(_text(run, system, results))
     return "\n\n".join(parts) + "\n"
@@ -108,8 +107,8 @@ def parse_spec(text: str) -> tuple[dict[str, float], dict[str, tuple[int, ...]]]
 
 def scenarios(
     config: Config, system: System, lists: Mapping[str, tuple[int, ...]], *, steps: float | None, seed: int
-) -> list[Scenario]:
-    """Simulate every size with every staleness.
+) -> list[tuple[int, int, Outcome]]:
+    """Simulate every size with every staleness. Return the GPUs, the staleness and the outcome of each.
 
     Raise UserError if a size is not a multiple of the layout or cannot be simulated.
     """
@@ -121,75 +120,50 @@ def scenarios(
         )
     results = []
     for gpus in lists.get("gpus", (system.gpus,)):
-        if gpus % system.gpus:
+        factor, rest = divmod(gpus, system.gpus)
+        if rest:
             raise UserError(
                 f"--simulate: gpus={gpus} is no multiple of the {system.gpus} that {config.run.name} uses for "
                 "training and engines"
             )
-        larger = _times(system, gpus // system.gpus)
+        larger = replace(
+            system,
+            engines=system.engines * factor,
+            training_gpus=system.training_gpus * factor,
+            prompts_per_step=system.prompts_per_step * factor,
+            train_tokens_per_s=system.train_tokens_per_s * factor,
+        )
         responses = larger.prompts_per_step * larger.samples_per_prompt
         if responses > MOST_RESPONSES:
             raise UserError(f"--simulate: {responses:,} responses a step at gpus={gpus}, expected {MOST_RESPONSES:,}")
-        played = int(steps) if steps is not None else 2 if responses > MANY_RESPONSES else 6
-        results += [
-            Scenario(gpus=gpus, staleness=s, outcome=simulate(larger, staleness=s, steps=played, seed=seed))
-            for s in staleness
-        ]
+        count = int(steps) if steps is not None else 2 if responses > MANY_RESPONSES else 6
+        results += [(gpus, s, simulate(larger, staleness=s, steps=count, seed=seed)) for s in staleness]
     return results
 
 
-def _times(system: System, factor: int) -> System:
-    return replace(
-        system,
-        engines=system.engines * factor,
-        training_gpus=system.training_gpus * factor,
-        prompts_per_step=system.prompts_per_step * factor,
-        train_tokens_per_s=system.train_tokens_per_s * factor,
+def _text(config: Config, system: System, results: Sequence[tuple[int, int, Outcome]]) -> str:
+    engines = (
+        f"{system.engines} of {system.gpus_per_engine}; a step {system.base_s * 1e3:.3g} ms + "
+        f"{system.each_s * 1e6:.3g} us a sequence, at most {system.max_num_seqs}"
     )
-
-
-def _text(config: Config, system: System, results: list[Scenario]) -> str:
-    fails = (
-        "none"
-        if system.mtbf_s is None
-        else f"each node every {system.mtbf_s / 3600:,.4g} h, back in {system.restart_s:g} s"
-    )
+    fails = "none"
+    if system.mtbf_s is not None:
+        fails = f"each node every {system.mtbf_s / 3600:,.4g} h, back in {system.restart_s:g} s"
     facts = [
         ["responses", f"{system.prompts_per_step} prompts * {system.samples_per_prompt} at {system.gpus} GPUs"],
         ["lengths", str(system.lengths)],
-        [
-            "engines",
-            f"{system.engines} of {system.gpus_per_engine}; a step {system.base_s * 1e3:.3g} ms + "
-            f"{system.each_s * 1e6:.3g} us a sequence, at most {system.max_num_seqs}",
-        ],
+        ["engines", engines],
         ["training", f"{system.training_gpus} GPUs, {system.train_tokens_per_s:,.0f} tokens / s"],
         ["weight sync", f"{system.sync_s:.3g} s"],
         ["failures", fails],
     ]
-    rows = [
-        [
-            "GPUs",
-            "staleness",
-            "s / step",
-            "tokens / s",
-            "GPUs busy",
-            "engines busy",
-            "engines full",
-            "trainers busy",
-            "tail",
-            "lag",
-            "failures",
-        ]
-    ]
-    for scenario in results:
-        o = scenario.outcome
-        rows.append(
-            [f"{scenario.gpus:,}", str(scenario.staleness), f"{o.step_s:,.4g}", f"{o.tokens_per_s:,.0f}"]
-            + [f"{part:.0%}" for part in (o.gpus_busy, o.engines_busy, o.engines_full, o.trainer_busy, o.tail)]
-            + [f"{o.lag:.2f}", str(o.failures)]
-        )
+    rows = [list(_HEADINGS)]
+    for gpus, staleness, o in results:
+        shares = [f"{part:.0%}" for part in (o.gpus_busy, o.engines_busy, o.engines_full, o.trainer_busy, o.tail)]
+        speed = [f"{o.step_s:,.4g}", f"{o.tokens_per_s:,.0f}"]
+        rows.append([f"{gpus:,}", str(staleness), *speed, *shares, f"{o.lag:.2f}", str(o.failures)])
     notes = (
         "  full: sampled tokens divided by those of engines that are always full. tail: fraction of a batch's rollout\n"
         "  time after nine tenths of its responses are done."
     )
-    return f"{config.run.name}: simulated\n\n{table(facts)}\n\n{table(rows)}\n{notes}"
+    return f"{config.run.name}: simulated\n\n{aligned(facts)}\n\n{aligned(rows)}\n{notes}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from rlhf.algorithms.shared import FollowedReferenceConfig
@@ -55,17 +56,13 @@ def refuse_misfit(loaded: LoadedConfig, nodes: Sequence[Node] | None, cluster: s
             continue
         seating, available = seat(stage), [node.resources for node in nodes]
         if fit(seating.bundles, available) is None:
-            wanted = table(
-                [
-                    ["", "CPU", "GPU"],
-                    ["wanted", *(_number(_total(seating.bundles, resource)) for resource in ("CPU", "GPU"))],
-                    ["available", *(_number(_total(available, resource)) for resource in ("CPU", "GPU"))],
-                ]
-            )
+            rows = [["", "CPU", "GPU"]]
+            for name, resources in (("wanted", seating.bundles), ("available", available)):
+                rows.append([name, *(_number(sum(r.get(key, 0.0) for r in resources)) for key in ("CPU", "GPU"))])
             raise UserError(
-                f"{stage.run.name} does not fit the cluster {cluster!r}.\n{wanted}\nBundles: {_sizes(seating)}. Lower "
-                "cluster.roles.*.workers, .engines or .cpus, let roles share bundles with colocate_with, or use a "
-                "larger cluster."
+                f"{stage.run.name} does not fit the cluster {cluster!r}.\n{aligned(rows)}\n"
+                f"Bundles: {_sizes(seating)}. Lower cluster.roles.*.workers, .engines or .cpus, let roles share "
+                "bundles with colocate_with, or use a larger cluster."
             )
 
 
@@ -76,7 +73,7 @@ def stage_text(stage: Stage, nodes: Sequence[Mapping[str, float]] | None) -> str
     name = "merge" if isinstance(stage, MergeStage) else "evaluate"
     parts = [f"{stage.run.name}: {name} -> {run_folder(stage)}"]
     if isinstance(stage, MergeStage):
-        return "\n\n".join([*parts, table(_merge_facts(stage.merge))])
+        return "\n\n".join([*parts, aligned(_merge_facts(stage.merge))])
     seating = seat(stage)
     model = stage.evaluate.model
     reward = stage.evaluate.reward
@@ -86,8 +83,8 @@ def stage_text(stage: Stage, nodes: Sequence[Mapping[str, float]] | None) -> str
         "reward": reward.model if reward else "functions",
     }
     roles = [role for role in ROLE_ORDER if role in stage.needs]
-    parts += [table(_evaluation_facts(stage)), table(_role_rows(roles, stage.cluster, seating, models))]
-    return "\n\n".join([*parts, table(_bundles(seating, nodes))])
+    parts += [aligned(_evaluation_facts(stage)), aligned(_role_rows(roles, stage.cluster, seating, models))]
+    return "\n\n".join([*parts, aligned(_bundles(seating, nodes))])
 
 
 def _merge_facts(config: MergeConfig) -> list[list[str]]:
@@ -126,9 +123,9 @@ def _run(config: Config, nodes: Sequence[Mapping[str, float]] | None) -> str:
     derived, seating = derive(config), seat(config)
     parts = [
         f"{config.run.name}: {config.algorithm.name} -> {run_folder(config)}",
-        table(_facts(config, derived)),
-        table(_roles(config, derived, seating)),
-        table(_bundles(seating, nodes)),
+        aligned(_facts(config, derived)),
+        aligned(_roles(config, derived, seating)),
+        aligned(_bundles(seating, nodes)),
     ]
     return "\n\n".join(parts)
 
@@ -303,17 +300,11 @@ def _bundles(seating: Seating, nodes: Sequence[Mapping[str, float]] | None) -> l
     for index, bundle in enumerate(seating.bundles):
         tenants = [role for role, seats in seating.seats.items() if any(s.bundle == index for s in seats)]
         row = [_number(bundle["CPU"]), _number(bundle.get("GPU", 0.0)), ", ".join(tenants)]
-        if nodes is not None:
-            row.append(f"node {where[index]}" if where else "no room")
-        rows.append(row)
+        rows.append(row if nodes is None else [*row, f"node {where[index]}" if where else "no room"])
     header = ["bundle", "CPU", "GPU", "roles", *(["where"] if nodes is not None else [])]
-    table = [header]
-    start = 0
-    for end in range(1, len(rows) + 1):
-        if end == len(rows) or rows[end] != rows[start]:
-            table.append([_ranges(list(range(start, end))), *rows[start]])
-            start = end
-    return [*table, ["all", _number(seating.total("CPU")), _number(seating.total("GPU"))]]
+    runs = [(row, [index for index, _ in run]) for row, run in groupby(enumerate(rows), key=lambda pair: pair[1])]
+    total = ["all", _number(seating.total("CPU")), _number(seating.total("GPU"))]
+    return [header, *([_ranges(indices), *row] for row, indices in runs), total]
 
 
 def _sizes(seating: Seating) -> str:
@@ -338,24 +329,15 @@ def _source(source: DataSource) -> str:
 
 def _ranges(numbers: Sequence[int]) -> str:
     """Format numbers as ranges: 0, 1, 2, 5 become `0-2, 5`."""
-    runs: list[list[int]] = []
-    for n in numbers:
-        if runs and n == runs[-1][-1] + 1:
-            runs[-1].append(n)
-        else:
-            runs.append([n])
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])]
     return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
-
-
-def _total(bundles: Sequence[Mapping[str, float]], resource: str) -> float:
-    return sum(bundle.get(resource, 0.0) for bundle in bundles)
 
 
 def _number(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
+def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Format rows of cells as aligned columns."""
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
     return "\n".join("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=False)).rstrip() for row in rows)

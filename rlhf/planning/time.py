@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from rlhf.types import Role
 
 DEFAULT_GPU = "h100"
-CPU_GFLOPS = {"float32": 75.0, "bfloat16": 75.0}  # per core, reached in training; docs/scaling.md
+CPU_GFLOPS = 75.0  # per core, reached in training; docs/scaling.md
 CPU_FAST_BF16_GFLOPS = 200.0  # per core with bfloat16 instructions
 CPU_BANDWIDTH = 5e9  # bytes per second and core
 
@@ -57,7 +57,7 @@ class Rates:
     link: float = 20e9  # bytes per second between hosts, for weights
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Stage:
     """Hold the seconds of one part of a step, and the arithmetic behind them."""
 
@@ -74,30 +74,21 @@ def rates(config: Config, nodes: Sequence[Node] | None, sizes: Sizes, *, role: R
         gpu = ACCELERATORS[str(kind)]
         return Rates(name=str(kind), peak=gpu.tflops * 1e12, bandwidth=gpu.bandwidth_gb_s * 1e9)
     section = getattr(config.cluster.roles, role)
-    cores = float(section.threads) if section.threads != "auto" else _cores(nodes, _workers(section))
-    model = config.policy
-    fast = model.dtype == "bfloat16" and not sizes.widens
-    gflops = CPU_FAST_BF16_GFLOPS if fast else CPU_GFLOPS[model.dtype]
+    if section.threads != "auto":
+        cores = float(section.threads)
+    else:  # a node's cores are divided among the role's workers on it
+        all_cores = float(os.cpu_count() or 1) if nodes is None else sum(node.cpus for node in nodes)
+        cores = max(1.0, all_cores // (section.engines if role == "rollout" else section.workers))
+    fast = config.policy.dtype == "bfloat16" and not sizes.widens
     return Rates(
         name=f"{cores:g} CPUs",
-        peak=gflops * 1e9 * cores,
+        peak=(CPU_FAST_BF16_GFLOPS if fast else CPU_GFLOPS) * 1e9 * cores,
         bandwidth=CPU_BANDWIDTH * cores,
         train=1.0,
         forward=1.0,
         decode=1.0,
         link=1e9,
     )
-
-
-def _workers(section: Any) -> int:
-    count: int = section.engines if hasattr(section, "engines") else section.workers
-    return count
-
-
-def _cores(nodes: Sequence[Node] | None, workers: int) -> float:
-    """Return the cores of each worker: a node's cores are divided among the role's workers on it."""
-    all_cores = float(os.cpu_count() or 1) if nodes is None else sum(node.cpus for node in nodes)
-    return max(1.0, all_cores // workers)
 
 
 def forward_operations(shape: Shape, length: float) -> float:
@@ -149,7 +140,7 @@ def training_stages(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, 
         values = scored("values", critic_model(config), "critic")
         stages.append(_meanwhile(values, stages[-1:]) if own_critic and derived.reference == "workers" else values)
     if needs_reference_logprobs(config):
-        stages.append(Stage(name="reference", seconds=0.0, how="computed once, before the first step"))
+        stages.append(Stage("reference", 0.0, "computed once, before the first step"))
     stages.append(trained("update", config.policy, "policy"))
     if has_critic(config):
         update = trained("critic update", critic_model(config), "critic")
@@ -160,16 +151,14 @@ def training_stages(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, 
 def _meanwhile(stage: Stage, others: Sequence[Stage]) -> Stage:
     """Return the time added by a stage running in parallel with others."""
     adds = max(stage.seconds - sum(other.seconds for other in others), 0.0)
-    return Stage(
-        name=stage.name, seconds=adds, how=f"{stage.seconds:,.4g} s in parallel with {others[-1].name}: {stage.how}"
-    )
+    return Stage(stage.name, adds, f"{stage.seconds:,.4g} s in parallel with {others[-1].name}: {stage.how}")
 
 
 def _stage(config: Config, name: str, role: Role, tokens: float, each: float, speed: Rates, *, trains: bool) -> Stage:
     workers = getattr(config.cluster.roles, role).workers
     reached = speed.peak * (speed.train if trains else speed.forward)
     how = f"{tokens:,.0f} tokens * {each / 1e9:,.4g} GFLOP / ({workers} * {reached / 1e12:,.4g} TFLOP/s)"
-    return Stage(name=name, seconds=tokens * each / (workers * reached), how=how)
+    return Stage(name, tokens * each / (workers * reached), how)
 
 
 def sync_stage(config: Config, sizes: Sizes, nodes: Sequence[Node] | None) -> Stage:
@@ -180,16 +169,10 @@ def sync_stage(config: Config, sizes: Sizes, nodes: Sequence[Node] | None) -> St
     if ships_adapter(config) and config.policy.lora is not None:
         nbytes, payload = shape.lora_parameters(config.policy.lora.rank) * size, "the adapter"
     else:
-        nbytes, payload = (
-            shape.parameters * size,
-            weight_sync(config.cluster, one_host=config.cluster.address is None).method,
-        )
-    seconds = 2 * nbytes / speed.link + 0.2
-    return Stage(
-        name="weight sync",
-        seconds=seconds,
-        how=f"2 * {nbytes / 2**30:,.3g} GiB ({payload}, published and sent) / {speed.link / 1e9:g} GB/s + 0.2 s",
-    )
+        payload = weight_sync(config.cluster, one_host=config.cluster.address is None).method
+        nbytes = shape.parameters * size
+    how = f"2 * {nbytes / 2**30:,.3g} GiB ({payload}, published and sent) / {speed.link / 1e9:g} GB/s + 0.2 s"
+    return Stage("weight sync", 2 * nbytes / speed.link + 0.2, how)
 
 
 def system_of(

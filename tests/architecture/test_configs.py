@@ -16,7 +16,7 @@ from rlhf.config.files.dump import dump_yaml
 from rlhf.config.files.load import load
 from rlhf.config.schema.merge import load_merge
 from rlhf.config.schema.sweep import load_sweep
-from rlhf.planning.report import render
+from rlhf.planning.report import render_plan
 from rlhf.sweeps.space import known_trials
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -48,7 +48,7 @@ def test_a_sweep_loads_with_all_its_trials(path: Path) -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_a_recipe_plans_and_resolves(path: Path, tmp_path: Path) -> None:
     loaded = load(path)
-    assert render(loaded).startswith(loaded.name)
+    assert render_plan(loaded).startswith(loaded.name)
     resolved = tmp_path / "config.resolved.yaml"
     resolved.write_text(dump_yaml(loaded))
     assert dict(load(resolved).stages) == dict(loaded.stages)
@@ -56,7 +56,7 @@ def test_a_recipe_plans_and_resolves(path: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", [p for p in RECIPES if "gpu" not in p.name and "multinode" not in p.name])
 def test_a_laptop_recipe_fits_two_cores(path: Path) -> None:
-    render(load(path), cluster="cpu=2")
+    render_plan(load(path), cluster="cpu=2")
 
 
 def test_planning_imports_nothing_heavy() -> None:

@@ -9,7 +9,7 @@ import pytest
 from rlhf.config.files.load import load
 from rlhf.config.nodes import Node, parse_cluster
 from rlhf.errors import UserError
-from rlhf.planning.report import render
+from rlhf.planning.report import render_plan
 
 BASE = """\
 run: {name: demo}
@@ -28,7 +28,7 @@ cluster: {roles: {policy: {workers: 2}}}
 def plan(tmp_path: Path, *overrides: str, cluster: str | None = None) -> str:
     path = tmp_path / "run.yaml"
     path.write_text(BASE)
-    return render(load(path, overrides), cluster=cluster)
+    return render_plan(load(path, overrides), cluster=cluster)
 
 
 def fact(text: str, name: str) -> str:
@@ -93,7 +93,7 @@ def test_mixed_data_and_what_becomes_of_long_examples(tmp_path: Path) -> None:
         "data: {train: x.jsonl, max_sequence_tokens: 4000, too_long: cut}\n"
         "train: {steps: 10, lr: 1e-6, sequences_per_update: 8}\n"
     )
-    text = render(load(path))
+    text = render_plan(load(path))
     assert fact(text, "micro-batch") == "at most 8,192 tokens; a sequence of more than 4,000 loses its end"
 
 
@@ -125,11 +125,11 @@ def test_a_teacher_beside_its_student_or_on_its_own(tmp_path: Path) -> None:
         "algorithm: {name: distillation}\ndata: {train: a.jsonl}\n"
         "train: {steps: 10, lr: 1e-6, sequences_per_update: 8}\n"
     )
-    text = render(load(path))
+    text = render_plan(load(path))
     assert fact(text, "teacher").split() == ["1", "0", "0.5", "0", "auto", "large/model"]
     assert fact(text, "all").split() == ["1", "0"]
     roles = "cluster.roles.teacher={workers: 2, colocate_with: null}"
-    text = render(load(path, ["cluster.device=cuda", roles]))
+    text = render_plan(load(path, ["cluster.device=cuda", roles]))
     assert fact(text, "teacher").split() == ["2", "1-2", "1", "1", "-", "large/model"]
     assert fact(text, "all").split() == ["3", "3"]
 
@@ -194,7 +194,7 @@ def test_a_merge_and_an_evaluation(tmp_path: Path) -> None:
         "    cluster: {roles: {rollout: {engines: 2}}}\n"
         "  read: {evaluate: {model: stage:soup, data: {task: t, size: 3}}}\n"
     )
-    text = render(load(path)).replace("runs/demo/", "runs/D/")
+    text = render_plan(load(path)).replace("runs/demo/", "runs/D/")
     soup, judge, read = ("demo/" + part for part in text.split("demo/")[1:])
     assert soup.startswith("demo/soup: merge -> runs/D/soup\n")
     assert fact(soup, "method") == "linear"
@@ -208,7 +208,7 @@ def test_a_merge_and_an_evaluation(tmp_path: Path) -> None:
     assert fact(read, "data") == "heldout (3 rows of t)"
     assert fact(read, "measured").startswith("completions")
     played = load(path, ["stages.judge.evaluate.environment={name: guess_number, max_tokens: 2000}"])
-    assert fact(render(played), "responses").endswith("of at most 8 turns of 1,300 tokens with guess_number")
-    render(load(path), cluster="cpu=2")
+    assert fact(render_plan(played), "responses").endswith("of at most 8 turns of 1,300 tokens with guess_number")
+    render_plan(load(path), cluster="cpu=2")
     with pytest.raises(UserError, match="demo/judge does not fit the cluster 'cpu=1'"):
-        render(load(path), cluster="cpu=1")
+        render_plan(load(path), cluster="cpu=1")
