@@ -29,6 +29,8 @@ MAX_ERROR_CHARS = 500
 # Frames of these files are not shown as the place of an error, because they only call the user's code.
 _CALLERS = (__file__, os.path.join(os.path.dirname(__file__), "rewards", "processes", ""))
 
+_imported: dict[str, tuple[bytes, ModuleType]] = {}  # the text of each imported file, and its module
+
 
 class LoadError(Exception):
     """Raised if code cannot be loaded; the message says why."""
@@ -111,10 +113,13 @@ def _package(offer: EntryPoint) -> str:
     return "of unknown name" if offer.dist is None else f"{offer.dist.name} {offer.dist.version}"
 
 
-def load_code(source: CodeSource) -> Any:
-    """Import the file or the package, and return what the source names. LoadError if that fails."""
+def load_code(source: CodeSource, *, isolated: bool = False) -> Any:
+    """Import the file or the package, and return what the source names. LoadError if that fails.
+
+    `isolated` says that this process runs nothing but such code.
+    """
     if source.path is not None:
-        offer, where, name, module = "", source.path, source.name, import_file(source.path)
+        offer, where, name, module = "", source.path, source.name, import_file(source.path, isolated=isolated)
     else:
         assert source.entry is not None, f"{source.name} is a built-in"
         where, _, name = source.entry.partition(":")
@@ -130,28 +135,30 @@ def load_code(source: CodeSource) -> Any:
     return members[name]
 
 
-def import_file(path: str) -> ModuleType:
-    """Import a file once in this process, as a module with a separate name. LoadError if that fails.
+def import_file(path: str, *, isolated: bool = False) -> ModuleType:
+    """Import a file as a module with a separate name, once for each text of the file. LoadError if that fails.
 
-    The file may import its neighbours, unless they have the name of an installed module.
+    The file may import its neighbours. In a process that is not `isolated`, installed modules of the same name win.
     """
+    text = Path(path).read_bytes()
+    if path in _imported and _imported[path][0] == text:
+        return _imported[path][1]
     name = "rlhf_file_" + Path(path).stem  # prefixed, so a file `random.py` does not replace the module
     while name in sys.modules:
-        if sys.modules[name].__file__ == path:
-            return sys.modules[name]
         name += "_"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise LoadError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    if (folder := str(Path(path).parent)) not in sys.path:
-        sys.path.append(folder)
+    if (folder := str(Path(path).parent)) not in sys.path[: 1 if isolated else None]:
+        sys.path.insert(0 if isolated else len(sys.path), folder)
     try:
-        spec.loader.exec_module(module)
+        exec(compile(text, path, "exec"), vars(module))  # not by the spec, which may find the bytecode of an older text
     except BaseException as error:  # sys.exit in a file is reported like an exception
         del sys.modules[name]
         raise LoadError(f"importing {path} raised {summarize(error, path)}") from error
+    _imported[path] = text, module
     return module
 
 

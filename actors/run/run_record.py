@@ -18,6 +18,7 @@ from rlhf.config.schema.stages import MergeStage, Stage
 from rlhf.controller.record import RunRecord
 from rlhf.errors import Preempted, RunError
 from rlhf.preflight.run_folder import kept_checkpoints, open_mirror
+from rlhf.preflight.sources import installed_trackers
 from rlhf.tracking.display.progress import Mode
 from rlhf.tracking.display.progress_live import open_progress
 from rlhf.tracking.run_folder.folder import RunFolder
@@ -116,7 +117,7 @@ def _backends(stage: Stage, folder: Path, after: int | None) -> list[TrackerBack
             checkpoints=settings.wandb_checkpoints,
         )
         backends.append(wandb)
-    return backends
+    return [*backends, *installed_trackers(stage, done_steps=after)]
 
 
 def _settings(stage: Stage) -> dict[str, Any]:

@@ -59,6 +59,7 @@ from rlhf.preflight.merge import foresee, with_local_models
 from rlhf.preflight.models import StageResults, check_models, refuse_other_results, with_adapters, with_sources
 from rlhf.preflight.prompts import read_prompts
 from rlhf.preflight.sources import (
+    installed_trackers,
     load_rewards,
     prefix_errors,
     reading_of,
@@ -139,6 +140,8 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs | MergeStage | Evaluat
     stages: list[StageInputs | MergeStage | EvaluationStage] = []
     for name, config in loaded.stages.items():
         with prefix_errors(f"stages.{name}") if loaded.is_pipeline else nullcontext():
+            if not isinstance(config, MergeStage):
+                installed_trackers(config)
             if not isinstance(config, Config):
                 if isinstance(config, MergeStage):
                     foresee(with_local_models(config, loaded.folder), made, final=str(final_folder(config)))

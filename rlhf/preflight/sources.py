@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config.derive import is_online, max_sequence_tokens
+from rlhf.config.files.dump import dump_yaml
+from rlhf.config.files.yaml_tree import from_yaml
 from rlhf.config.schema.data import DataSource
+from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.rewards import RewardConfig
 from rlhf.config.schema.root import Config
+from rlhf.config.schema.stages import run_folder
 from rlhf.data.examples import Reading
 from rlhf.data.sources import Row, Source, shown
 from rlhf.data.tasks import TaskSource
@@ -25,6 +29,8 @@ from rlhf.rewards.scoring import RewardSpec
 from rlhf.rewards.services.client import ServiceSpec
 from rlhf.rewards.services.judge import JudgeSpec
 from rlhf.rewards.services.remote import RemoteReward
+from rlhf.tracking.logs import redact_config
+from rlhf.tracking.sinks.installed import InstalledTracker, TrackedRun, installed_tracker
 
 TINY = "tiny:llama"
 REWARD_KEY = "rewards.{}.function"
@@ -143,6 +149,17 @@ def load_rewards(
             )
         )
     return tuple(specs)
+
+
+def installed_trackers(stage: Config | EvaluationStage, *, done_steps: int | None = None) -> list[InstalledTracker]:
+    """Return the trackers of packages that a stage names, none of them constructed. UserError: one cannot be used."""
+    run = TrackedRun(
+        name=stage.run.name,
+        folder=run_folder(stage),
+        config=redact_config(from_yaml(dump_yaml(stage))),
+        done_steps=done_steps,
+    )
+    return [installed_tracker(name, args, run) for name, args in stage.tracking.trackers.items()]
 
 
 def _section(key: str, name: str) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from rlhf.errors import UserError
-from rlhf.extensions import CodeSource, LoadError, find_code, load_code
+from rlhf.extensions import CodeSource, LoadError, find_code, import_file, load_code
 from rlhf.rewards.loading import load_reward
 from tests.packages import install
 
@@ -74,16 +75,36 @@ def test_a_reward_of_a_package_is_loaded_in_a_process(tmp_path: Path, monkeypatc
         load_reward("polite", args={}, folders=[], key="rewards.r.function")
 
 
-def test_files(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("import neighbour\ndef reward(): return neighbour.VALUE\n")
-    (tmp_path / "neighbour.py").write_text("VALUE = 5\n")
+def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "mine.py").write_text("import near_it\ndef reward(): return near_it.VALUE\n")
+    (tmp_path / "near_it.py").write_text("VALUE = 5\n")
     source = find_code("reward", "mine.py:reward", folders=[tmp_path], key="k")
     assert load_code(source)() == 5
     assert "names a file, but no reward in it. Write `mine.py:NAME`" in refusal("mine.py", folder=tmp_path)
     assert f"(looked for {tmp_path / 'absent.py'})" in refusal("absent.py:reward", folder=tmp_path)
 
 
-def test_a_file_that_failed_fails_again(tmp_path: Path) -> None:
+def test_a_changed_file_is_imported_again(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    source = CodeSource(path=str(path), name="LIMIT")
+    for text, value in (("LIMIT = 1\n", 1), ("LIMIT = 2\n", 2)):
+        path.write_text(text)  # as long as the text before, and possibly within one tick of the file's clock
+        assert load_code(source) == value
+    assert import_file(str(path)) is import_file(str(path))
+
+
+def test_neighbours_come_first_only_in_an_isolated_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for isolated, place in ((False, -1), (True, 0)):
+        monkeypatch.setattr(sys, "path", ["/elsewhere"])
+        (tmp_path / "mine.py").write_text(f"ISOLATED = {isolated}\n")
+        import_file(str(tmp_path / "mine.py"), isolated=isolated)
+        assert sys.path[place] == str(tmp_path)
+        assert len(sys.path) == 2
+
+
+def test_a_file_that_failed_fails_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "broken.py").write_text("x = 1 / 0\n")
     source = find_code("reward", "broken.py:x", folders=[tmp_path], key="k")
     for _ in range(2):

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, JsonValue, field_validator
 
 from rlhf.algorithms.section import Section
 
@@ -67,5 +67,8 @@ class TrackingConfig(Section):
     """Also save checkpoints and the final model as W&B artifacts."""
     tensorboard: bool = False
     """Write TensorBoard files in the run's folder."""
+    trackers: dict[str, dict[str, JsonValue]] = Field(default_factory=dict)
+    """Trackers of installed packages (entry points `rlhf.trackers`), by name. The value is a mapping of arguments, `{}`
+    if the tracker needs none. docs/extending.md describes the class."""
     samples_per_step: int = Field(default=16, ge=0)
     """Responses written to samples/ at each step, token by token. All evaluation responses are written."""

@@ -209,7 +209,7 @@ def _as_reply(value: object) -> Reply:
 def _find(source: CodeSource) -> Any:
     if source.path is None and source.entry is None:
         return importlib.import_module("rlhf.rewards.functions.table").BUILT_INS[source.name]
-    target = load_code(source)
+    target = load_code(source, isolated=True)
     if not callable(target):
         raise LoadError(
             f"`{source.name}` in {source.path or source.entry} is of type {type(target).__name__}, not a function or a "

@@ -57,7 +57,7 @@ def load_environment(source: CodeSource) -> Any:
     if source.path is None and source.entry is None:
         environments = importlib.import_module("rlhf.rollouts.environments.built_in").BUILT_INS
         source = replace(source, entry=environments[source.name])
-    target = load_code(source)
+    target = load_code(source, isolated=True)
     if not inspect.isclass(target):
         raise LoadError(
             f"`{source.name}` in {source.path or source.entry} is of type {type(target).__name__}; an environment is a "

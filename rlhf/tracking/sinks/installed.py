@@ -1,0 +1,80 @@
+"""Trackers that installed packages offer, by entry points of the group `rlhf.trackers`.
+
+A tracker is a class. Its constructor takes the run and the arguments from the configuration; its methods are those of
+`TrackerBackend`. It is constructed on its thread, so a failure there does not affect the run either.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+from rlhf.errors import UserError
+from rlhf.extensions import LoadError, find_code, load_code
+from rlhf.tracking.diagnosis.findings import Severity
+from rlhf.tracking.sinks.backends import TrackedStep, TrackerBackend
+
+METHODS = ("log", "alert", "checkpoint", "close")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrackedRun:
+    """The run that a tracker follows."""
+
+    name: str
+    folder: Path
+    config: Mapping[str, Any]  # all values in effect, without secrets
+    done_steps: int | None  # steps before this start; None for a new run, -1 if a resumed run has no checkpoint
+
+
+def installed_tracker(name: str, args: Mapping[str, Any], run: TrackedRun) -> InstalledTracker:
+    """Load the class of a tracker without constructing it. UserError, naming the key: it cannot be used."""
+    key = f"tracking.trackers.{name}"
+    try:
+        target: Any = load_code(find_code("tracker", name, key=key))
+    except LoadError as error:
+        raise UserError(f"{key}: {error}") from error
+    if not inspect.isclass(target) or any(not callable(getattr(target, method, None)) for method in METHODS):
+        raise UserError(
+            f"{key}: a tracker is a class with the methods {', '.join(METHODS)}, and {target!r:.100} is not. Make it a "
+            "subclass of rlhf.tracking.sinks.backends.TrackerBackend, which has them all."
+        )
+    make = cast("Callable[..., TrackerBackend]", target)
+    try:
+        inspect.signature(target).bind(run, **args)
+    except TypeError as error:
+        raise UserError(f"{key}: {target.__name__} cannot be constructed with these arguments: {error}") from error
+    return InstalledTracker(name, lambda: make(run, **args))
+
+
+class InstalledTracker:
+    """A tracker that is constructed at its first step."""
+
+    def __init__(self, name: str, construct: Callable[[], TrackerBackend]) -> None:
+        self.name = f"the tracker {name}"
+        self._construct = construct
+
+    @cached_property
+    def _backend(self) -> TrackerBackend:
+        return self._construct()
+
+    def log(self, step: TrackedStep) -> None:
+        """Log one step."""
+        self._backend.log(step)
+
+    def alert(self, severity: Severity, title: str, text: str) -> None:
+        """Send an alert."""
+        self._backend.alert(severity, title, text)
+
+    def checkpoint(self, step: int, folder: Path) -> None:
+        """Store a whole checkpoint."""
+        self._backend.checkpoint(step, folder)
+
+    def close(self, *, failed: bool) -> None:
+        """Close the tracker, if there was anything to track."""
+        if "_backend" in vars(self):
+            self._backend.close(failed=failed)
