@@ -13,7 +13,7 @@ Rules (docs/configuration.md repeats them for users):
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,14 @@ MODELS: tuple[Key, ...] = (
     ("evaluate", "model"),
     ("evaluate", "against"),
     ("evaluate", "reward", "model"),
+)
+# Keys that accept `path/file.py:NAME`.
+CODE: tuple[Key, ...] = (
+    ("algorithm", "name"),
+    ("rewards", "*", "function"),
+    ("rollouts", "environment", "name"),
+    ("evaluate", "rewards", "*", "function"),
+    ("evaluate", "environment", "name"),
 )
 
 
@@ -191,7 +199,12 @@ def _link_models(stage: _Stage, run: RunConfig, earlier: list[_Stage], names: li
 
 def model_places(values: Mapping[str, Any]) -> Iterator[tuple[Key, dict[str, Any]]]:
     """Yield the keys with a model's name in a stage's tree, each with the mapping around it."""
-    for pattern in MODELS:
+    return texts_at(MODELS, values)
+
+
+def texts_at(patterns: Iterable[Key], values: Mapping[str, Any]) -> Iterator[tuple[Key, dict[str, Any]]]:
+    """Yield the keys of a stage's tree that match a pattern and hold a string, each with the mapping around it."""
+    for pattern in patterns:
         matches: list[tuple[Key, Any]] = [((), values)]
         for part in pattern[:-1]:
             matches = [

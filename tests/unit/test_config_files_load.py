@@ -333,3 +333,11 @@ def test_a_reward_beside_the_file_keeps_its_place(file: Path) -> None:
     assert config.rewards["mine"].function == f"{file.parent.resolve() / 'mine.py'}:score"
     assert config.rewards["far"].function == "elsewhere.py:score"
     assert config.rewards["builtin"].function == "last_number"
+
+
+def test_an_environment_beside_the_file_keeps_its_place(file: Path) -> None:
+    (file.parent / "mine.py").write_text("")
+    (config,) = load(file, ["rollouts.environment={name: 'mine.py:Game', max_tokens: 2000}"]).runs.values()
+    assert config.rollouts is not None
+    assert config.rollouts.environment is not None
+    assert config.rollouts.environment.name == f"{file.parent.resolve() / 'mine.py'}:Game"

@@ -1,6 +1,6 @@
 """Turn a YAML file and `section.key=value` arguments into checked configurations.
 
-This module opens only the YAML file and its bases. It also checks whether reward files exist next to it.
+This module opens only the YAML file and its bases. It also checks whether files of code exist next to it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rlhf.config.files.recipes import config_file
 from rlhf.config.files.yaml_tree import Key, Tree, apply_overrides
 from rlhf.config.mistakes.explain import parse, refuse
 from rlhf.config.mistakes.suggestions import nearest
-from rlhf.config.pipeline import resolve_stages
+from rlhf.config.pipeline import CODE, resolve_stages, texts_at
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.stages import Stage, run_folder
 from rlhf.config.validation.run import problems
@@ -74,12 +74,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
 
 
 def resolve(tree: Tree, overrides: Sequence[str], folder: Path) -> LoadedConfig:
-    """Check a tree as `load` does. Reward files may be relative to `folder`."""
+    """Check a tree as `load` does. Files of code may be relative to `folder`."""
     _refuse_unknown_stages(tree, overrides)
     tree = apply_overrides(tree, overrides)
     if "base" in tree.values:
         raise UserError(f"{tree.place(('base',))}: base: is a key of files only; `rlhf train FILE` names the file")
-    _locate_rewards(tree.values, folder)
+    _locate_code(tree.values, folder)
     if "sweep" in tree.values:
         raise UserError(f"{tree.place(('sweep',))}: sweep: is no part of a run; use `rlhf sweep {tree.source}`")
     if "merge" in tree.values and "stages" not in tree.values:
@@ -105,18 +105,14 @@ def resolve(tree: Tree, overrides: Sequence[str], folder: Path) -> LoadedConfig:
     return replace(_single(config, tree.source), places=tree.places)
 
 
-def _locate_rewards(section: Any, folder: Path) -> None:
-    """Make paths of reward files next to the configuration absolute, because the resolved file is in another folder."""
-    if not isinstance(section, dict):
-        return
-    rewards, stages = section.get("rewards"), section.get("stages")
-    for reward in rewards.values() if isinstance(rewards, dict) else ():
-        if isinstance(reward, dict) and isinstance(function := reward.get("function"), str):
-            file = function.rpartition(":")[0]
+def _locate_code(values: dict[str, Any], folder: Path) -> None:
+    """Make paths of code files next to the configuration absolute, because the resolved file is in another folder."""
+    stages = values.get("stages")
+    for stage in (values, *(stages.values() if isinstance(stages, dict) else ())):
+        for key, section in texts_at(CODE, stage) if isinstance(stage, dict) else ():
+            file, _, name = section[key[-1]].rpartition(":")
             if file and (folder / file).is_file():
-                reward["function"] = f"{folder / file}{function[len(file) :]}"
-    for below in (section.get("evaluate"), *(stages.values() if isinstance(stages, dict) else ())):
-        _locate_rewards(below, folder)
+                section[key[-1]] = f"{folder / file}:{name}"
 
 
 def from_mapping(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> LoadedConfig:
