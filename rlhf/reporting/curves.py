@@ -41,7 +41,7 @@ def main_keys(runs: Sequence[Run], findings: Sequence[Finding]) -> list[str]:
     return [key for key in wanted if key in keys][:_NUM_MAIN]
 
 
-def plot(key: str, runs: Sequence[Run], findings: Sequence[Finding]) -> dict[str, Any]:
+def plot_data(key: str, runs: Sequence[Run], findings: Sequence[Finding]) -> dict[str, Any]:
     """Return one plot's data in the form of uPlot: the steps, and each run's values at them."""
     curves = [_curve(run.rows, key) for run in runs]
     steps = sorted({step for curve in curves for step in curve})

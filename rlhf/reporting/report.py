@@ -9,24 +9,24 @@ from __future__ import annotations
 import base64
 import hashlib
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from rlhf.errors import UserError
-from rlhf.reporting import sections
-from rlhf.reporting.clock import time_spent
-from rlhf.reporting.curves import keys_of, main_keys, plot
-from rlhf.reporting.markup import embedded, folded, section, text
-from rlhf.reporting.runs import Run, read_pairs, read_runs, read_spans
+from rlhf.reporting.curves import keys_of, main_keys, plot_data
+from rlhf.reporting.markup import STATIC, embedded, page_template
+from rlhf.reporting.runs import Run, read_runs
+from rlhf.reporting.sections import config_differences, environment_differences, run_parts, whole_files
 from rlhf.tracking.diagnosis.diagnose import diagnose
 from rlhf.tracking.diagnosis.findings import SEVERITIES, Finding
 from rlhf.tracking.display.plots import COLORS, plot_curves
 from rlhf.tracking.metrics.declarations import is_declared
 from rlhf.tracking.run_folder.atomic import write_atomic
 
-_OWN = Path(__file__).with_name("static")
 _UPLOT = Path(__file__).parent.parent / "viewing" / "static" / "vendor"
 
 
@@ -72,90 +72,61 @@ def _pictures(groups: Sequence[Sequence[Run]], findings: dict[str, list[Finding]
 
 
 def _page(groups: Sequence[Sequence[Run]], findings: dict[str, list[Finding]], *, title: str) -> str:
+    plots = [_plots(group, findings, index) for index, group in enumerate(groups)]
+    parts = [_group(group, findings, plots[index]) for index, group in enumerate(groups)]
     runs = [run for group in groups for run in group]
-    data: dict[str, Any] = {"groups": []}
-    content = _summary(runs, findings) + sections.header(runs)
-    for group in groups:
-        content += _group(group, findings, data)
-    content += sections.whole_configs(runs)
-    written = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-    scripts = [_read(_UPLOT / "uPlot.iife.min.js"), _read(_OWN / "report.js")]
+    scripts = [_read(_UPLOT / "uPlot.iife.min.js"), _read(STATIC / "report.js")]
     allowed = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {allowed}"
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" '
-        f'content="light dark"><title>{text(title)}: report</title>'
-        f"<style>{_read(_UPLOT / 'uPlot.min.css')}</style><style>{_read(_OWN / 'report.css')}</style></head><body>"
-        f'<h1>{text(title)}</h1><p class="dim">Written {written}.</p>{content}'
-        f'<script id="data" type="application/json">{embedded(data)}</script>'
-        + "".join(f"<script>{script}</script>" for script in scripts)
-        + "</body></html>\n"
+    return page_template().render(
+        title=title,
+        policy=f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {allowed}",
+        styles=[_read(_UPLOT / "uPlot.min.css"), _read(STATIC / "report.css")],
+        scripts=scripts,
+        written=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+        summary=_summary(runs, findings),
+        groups=parts,
+        files=whole_files(runs),
+        data=embedded({"groups": [{"runs": group["legend"], "plots": group["plots"]} for group in plots]}),
     )
 
 
 def _summary(runs: Sequence[Run], findings: dict[str, list[Finding]]) -> str:
     """Return a one-sentence summary."""
-    found = [finding for run in runs for finding in findings[run.name]]
-    counts = [(severity, sum(finding.severity == severity for finding in found)) for severity in SEVERITIES]
-    counted = ", ".join(f"{count} {name}{'s' if count > 1 else ''}" for name, count in counts if count)
     if not any(run.rows for run in runs):
-        return "<p>No step is written down yet.</p>"
-    return f"<p>{text(counted)} found.</p>" if counted else "<p>Nothing in the metrics looks wrong.</p>"
+        return "No step is written down yet."
+    counts = Counter(finding.severity for run in runs for finding in findings[run.name])
+    counted = [f"{counts[name]} {name}{'s' if counts[name] > 1 else ''}" for name in SEVERITIES if counts[name]]
+    return f"{', '.join(counted)} found." if counted else "Nothing in the metrics looks wrong."
 
 
-def _group(runs: Sequence[Run], findings: dict[str, list[Finding]], data: dict[str, Any]) -> str:
-    """Return the section of overlaid runs: problems, differences, and then all details of each run."""
+def _group(runs: Sequence[Run], findings: dict[str, list[Finding]], plots: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the section of overlaid runs: problems, differences, curves, and all details of each run."""
     several = len(runs) > 1
-    content = ""
-    for run in runs:
-        diagnosis = sections.diagnosis(run, findings[run.name])
-        content += f"<h3>Diagnosis{f' of {text(run.name)}' if several else ''}</h3>{diagnosis}" if diagnosis else ""
-    content += sections.config_differences(runs) + _plots(runs, findings, data)
-    for run in runs:
-        details = "".join(
-            (
-                sections.numbers(run),
-                sections.samples(run, read_pairs(run)),
-                time_spent(run, read_spans(run.folder)),
-                sections.memory(run),
-                sections.errors(run),
-            )
-        )
-        content += (folded(run.name, details) if several else details) if details else ""
-    content += sections.environment_differences(runs)
-    heading = runs[0].stage or ("Comparison" if several else "Run")
-    return f"<h2>{text(heading)}</h2>{content}"
+    return {
+        "heading": runs[0].stage or ("Comparison" if several else "Run"),
+        "several": several,
+        "parts": [run_parts(run, findings[run.name]) for run in runs],
+        "main": plots["main"],
+        "stages": plots["stages"],
+        "config": config_differences(runs),
+        "environment": environment_differences(runs),
+    }
 
 
-def _plots(runs: Sequence[Run], findings: dict[str, list[Finding]], data: dict[str, Any]) -> str:
-    """Return places for the main curves, and folded ones for all others, by stage. Their data goes into `data`."""
-    index = len(data["groups"])
+def _plots(runs: Sequence[Run], findings: dict[str, list[Finding]], group: int) -> dict[str, Any]:
+    """Return the main curves, and all curves by stage. Each plot knows its place in the list of all plots."""
+    all_findings = [finding for run in runs for finding in findings[run.name]]
     plots: list[dict[str, Any]] = []
-    all_findings = [one for run in runs for one in findings[run.name]]
-    names = [{"name": run.name, "color": COLORS[at % len(COLORS)]} for at, run in enumerate(runs)]
-    data["groups"].append({"runs": names, "plots": plots})
 
-    def places(keys: Sequence[str]) -> str:
-        content = ""
-        for key in keys:
-            one = plot(key, runs, all_findings)
-            unit = f' <span class="dim">{text(one["unit"])}</span>' if one["unit"] else ""
-            content += (
-                f'<div class="plot" title="{text(one["meaning"])}"><h4>{text(key)}{unit}</h4>'
-                f'<div class="canvas" data-group="{index}" data-plot="{len(plots)}"></div></div>'
-            )
-            plots.append(one)
-        return f'<div class="plots">{content}</div>'
+    def placed(keys: Iterable[str]) -> list[dict[str, Any]]:
+        start = len(plots)
+        plots.extend(plot_data(key, runs, all_findings) for key in keys)
+        return [{**plot, "group": group, "index": index} for index, plot in enumerate(plots[start:], start)]
 
-    main, keys = main_keys(runs, all_findings), keys_of(runs)
-    content = places(main) if main else ""
-    stages = dict.fromkeys(key.split("/")[0] for key in keys)
-    for stage in stages:
-        own = [key for key in keys if key.split("/")[0] == stage]
-        content += folded(stage, places(own), note=f"{len(own)}", of="group")
-    return section("Curves", content)
+    main = placed(main_keys(runs, all_findings))
+    stages = {stage: placed(keys) for stage, keys in groupby(keys_of(runs), key=lambda key: key.split("/")[0])}
+    legend = [{"name": run.name, "color": COLORS[index % len(COLORS)]} for index, run in enumerate(runs)]
+    return {"main": main, "stages": stages, "legend": legend, "plots": plots}
 
 
 def _read(path: Path) -> str:

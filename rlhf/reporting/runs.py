@@ -9,17 +9,19 @@ from __future__ import annotations
 import fcntl
 import json
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.config.files.yaml_tree import from_yaml
 from rlhf.errors import UserError
-from rlhf.tracking.run_folder.atomic import read_lines
+from rlhf.tracking.run_folder.atomic import read_lines, read_object
 from rlhf.tracking.run_folder.samples import samples_path
 from rlhf.tracking.sinks.tracker import read_metrics
+from rlhf.viewing.runs import is_run, short_names, stage_folders
 
+Answer = tuple[int, Mapping[str, Any]]  # a step, and a row of its samples
 State = Literal["finished", "running", "failed", "stopped", "not started"]
 _MOST_SPANS = 400  # newest spans to read from a timeline
 _SCANNED_STEPS = 25  # sample files at each end to search for the same prompt
@@ -95,53 +97,31 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read the runs of these folders. The stages of a pipeline follow in its order. UserError: a
-    folder holds no run.
+    """Read the runs of these folders. The stages of a pipeline follow in its order. UserError: a folder holds no run,
+    or is named twice.
     """
-    names = _names(folders)
-    return [run for folder, name in zip(folders, names, strict=True) for run in _runs_of(folder, name)]
-
-
-def _names(folders: Sequence[Path]) -> list[str]:
-    """Return the shortest distinct ends of the paths."""
-    parts = [folder.resolve().parts for folder in folders]
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-depth:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    raise UserError(f"{folders[0]}: is named twice; name each run once")
+    paths = [folder.resolve() for folder in folders]
+    if len(set(paths)) < len(paths):
+        raise UserError(f"{folders[0]}: is named twice; name each run once")
+    return [run for folder, name in zip(folders, short_names(paths), strict=True) for run in _runs_of(folder, name)]
 
 
 def _runs_of(folder: Path, name: str) -> list[Run]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name the folder of a run, such as runs/NAME")
-    if _is_run(folder):
+    if is_run(folder):
         return [_run(folder, name, stage="")]
-    config = _config(folder)
-    written = config.get("stages")
+    written = _config(folder).get("stages")
     order = list(written) if isinstance(written, Mapping) else []
-    found = sorted(
-        (child for child in folder.iterdir() if child.is_dir() and _is_run(child)),
-        key=lambda child: (order.index(child.name) if child.name in order else len(order), _began(child)),
-    )
-    if not found:
+    stages = stage_folders(folder)
+    if not stages:
         raise UserError(f"{folder}: holds no run: neither metrics.jsonl nor a pipeline's stages. Name a run's folder.")
-    return [_run(child, f"{name}/{child.name}", stage=child.name) for child in found]
-
-
-def _is_run(folder: Path) -> bool:
-    """Return whether a folder is a run's. A pipeline's folder also has a config, but not the files of a run's start."""
-    return any((folder / name).exists() for name in ("metrics.jsonl", "environment.json", "eval.json"))
-
-
-def _began(folder: Path) -> float:
-    environment = folder / "environment.json"
-    return environment.stat().st_mtime if environment.exists() else 0.0
+    stages.sort(key=lambda stage: order.index(stage.name) if stage.name in order else len(order))
+    return [_run(stage, f"{name}/{stage.name}", stage=stage.name) for stage in stages]
 
 
 def _run(folder: Path, name: str, *, stage: str) -> Run:
-    rows = _rows(folder)
-    errors = _read(folder / "errors.jsonl")
+    rows, errors = _read(folder, read_metrics), _read(folder / "errors.jsonl", read_lines)
     state = _state(folder, rows, errors)
     return Run(
         name=name,
@@ -150,18 +130,11 @@ def _run(folder: Path, name: str, *, stage: str) -> Run:
         state=state,
         rows=rows,
         config=_own_config(folder),
-        environment=_json(folder / "environment.json"),
+        environment=read_object(folder / "environment.json") or {},
         evaluations=_evaluations(folder),
         errors=_kinds(errors),
         ended_by=str(errors[-1].get("message", "")) if state == "failed" else None,
     )
-
-
-def _rows(folder: Path) -> list[dict[str, Any]]:
-    try:
-        return read_metrics(folder)
-    except ValueError as error:
-        raise UserError(f"{error}. Mend that line, or remove it, to have a report of the rest.") from error
 
 
 def _state(folder: Path, rows: Sequence[Any], errors: Sequence[Mapping[str, Any]]) -> State:
@@ -202,19 +175,11 @@ def _own_config(folder: Path) -> Mapping[str, Any]:
     return own if isinstance(own, Mapping) else config
 
 
-def _json(path: Path) -> Mapping[str, Any]:
+def _read(path: Path, read: Callable[[Path], list[dict[str, Any]]]) -> list[dict[str, Any]]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # not written yet, or never written
-        return {}
-    return found if isinstance(found, Mapping) else {}
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    try:
-        return read_lines(path)
+        return read(path)
     except ValueError as error:
-        raise UserError(f"{error}. Mend that line, or remove it, to have a report of the rest.") from error
+        raise UserError(f"{error}. Repair or remove that line, so that the report can show the rest.") from error
 
 
 def _evaluations(folder: Path) -> dict[int, Mapping[str, Any]]:
@@ -224,7 +189,7 @@ def _evaluations(folder: Path) -> dict[int, Mapping[str, Any]]:
     paths = {int(path.stem[5:]): path for path in folder.glob("evals/step_*.json") if path.stem[5:].isdecimal()}
     if (folder / "eval.json").exists():
         paths[0] = folder / "eval.json"
-    read = {step: _json(path) for step, path in sorted(paths.items())}
+    read = {step: read_object(path) or {} for step, path in sorted(paths.items())}
     return {step: evaluation for step, evaluation in read.items() if _has_numbers(evaluation.get("sets"))}
 
 
@@ -250,21 +215,18 @@ def _kinds(errors: Iterable[Mapping[str, Any]]) -> list[ErrorKind]:
     for error in errors:
         key = (str(error.get("stage")), str(error.get("kind")), error.get("source"))
         seen.setdefault(key, []).append(error)
-    kinds = []
-    for (stage, kind, source), alike in seen.items():
-        messages = Counter(str(error.get("message", "")) for error in alike)
-        steps = [int(error.get("step", 0)) for error in alike]
-        kinds.append(
-            ErrorKind(
-                stage=stage,
-                kind=kind,
-                source=source,
-                count=len(alike),
-                first_step=min(steps),
-                last_step=max(steps),
-                example=messages.most_common(1)[0][0],
-            )
+    kinds = [
+        ErrorKind(
+            stage=stage,
+            kind=kind,
+            source=source,
+            count=len(alike),
+            first_step=min(int(error.get("step", 0)) for error in alike),
+            last_step=max(int(error.get("step", 0)) for error in alike),
+            example=Counter(str(error.get("message", "")) for error in alike).most_common(1)[0][0],
         )
+        for (stage, kind, source), alike in seen.items()
+    ]
     return sorted(kinds, key=lambda kind: -kind.count)
 
 
@@ -323,7 +285,7 @@ def _splits(folder: Path, steps: Iterable[int], *, training: bool) -> dict[str, 
     """Return rows by split and step, of training alone or of the evaluations alone."""
     splits: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
     for step in steps:
-        for row in _read(samples_path(folder, step)):
+        for row in _read(samples_path(folder, step), read_lines):
             if (row.get("split") == "train") == training:
                 splits.setdefault(str(row.get("split")), {}).setdefault(step, []).append(row)
     return splits
@@ -331,27 +293,21 @@ def _splits(folder: Path, steps: Iterable[int], *, training: bool) -> dict[str, 
 
 def _pairs(split: str, steps: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[ResponsePair]:
     """Pair the responses to a prompt in its first and last step. Return single ones if no prompt came twice."""
-    answers: dict[tuple[object, str], list[tuple[int, Mapping[str, Any]]]] = {}
+    answers: dict[tuple[object, str], list[Answer]] = {}
     for step in sorted(steps):
         for row in steps[step]:  # tasks of an environment may begin with the same words
             answers.setdefault((row.get("prompt_id"), str(row.get("prompt"))), []).append((step, row))
-    pairs = [
-        ResponsePair(split=split, prompt=prompt, first=a, last=b, first_step=i, last_step=j)
-        for (_, prompt), found in answers.items()
-        for (i, a), (j, b) in [(found[0], found[-1])]
-        if i < j
-    ]
+    first, last = min(steps), max(steps)
+
+    def pair(prompt: str, early: Answer | None, late: Answer | None) -> ResponsePair:
+        (i, a), (j, b) = early or (first, None), late or (last, None)
+        return ResponsePair(split=split, prompt=prompt, first=a, last=b, first_step=i, last_step=j)
+
+    pairs = [pair(prompt, of[0], of[-1]) for (_, prompt), of in answers.items() if of[0][0] < of[-1][0]]
     if pairs:
         return pairs
-    first, last = min(steps), max(steps)
-    early = [
-        ResponsePair(split=split, prompt=str(row.get("prompt")), first=row, last=None, first_step=first, last_step=last)
-        for row in steps[first][:3]
-    ]
-    late = [
-        ResponsePair(split=split, prompt=str(row.get("prompt")), first=None, last=row, first_step=first, last_step=last)
-        for row in (steps[last][:3] if last > first else [])
-    ]
+    early = [pair(str(row.get("prompt")), (first, row), None) for row in steps[first][:3]]
+    late = [pair(str(row.get("prompt")), None, (last, row)) for row in steps[last][:3] if last > first]
     return early + late
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from rlhf.errors import UserError
 
-_MARKS = ("metrics.jsonl", "environment.json", ".lock")  # of a run; a pipeline's folder has none of them
+_MARKS = ("metrics.jsonl", "environment.json", "eval.json", ".lock")  # of a run; a pipeline's folder has none of them
 _SAMPLES = re.compile(r"step_(\d{6,})\.jsonl")
 
 
@@ -51,30 +51,35 @@ class RunPlaces:
         for folder, name in zip(self.folders, folders, strict=True):
             if not folder.is_dir():
                 raise UserError(f"{name} is no folder; name the folder of a run, such as runs/my-run")
-            if not _is_run(folder) and not _stages(folder) and not (folder / "config.resolved.yaml").exists():
+            if not is_run(folder) and not stage_folders(folder) and not (folder / "config.resolved.yaml").exists():
                 raise UserError(f"{name} holds no run: there is neither a metrics.jsonl nor a config.resolved.yaml")
 
     def by_name(self) -> dict[str, RunPlace]:
         """Return the runs by name. Each stage of a pipeline is a run, in order of their start."""
-        paths: list[Path] = []
-        for folder in self.folders:
-            stages = _stages(folder)
-            paths += stages or [folder]
-        depth = 1
-        while len({_name(path, depth) for path in paths}) < len(set(paths)):
-            depth += 1
-        return {_name(path, depth): RunPlace(name=_name(path, depth), path=path) for path in dict.fromkeys(paths)}
+        paths = dict.fromkeys(path for folder in self.folders for path in stage_folders(folder) or [folder])
+        return {
+            name: RunPlace(name=name, path=path) for name, path in zip(short_names(list(paths)), paths, strict=True)
+        }
 
 
-def _is_run(folder: Path) -> bool:
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """Return the shortest ends of absolute paths that differ. The paths differ."""
+    depth = 1
+    while len({path.parts[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    return ["/".join(path.parts[-depth:]) for path in paths]
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a folder has the files of a run's start. A pipeline's folder has only a configuration."""
     return any((folder / mark).exists() for mark in _MARKS)
 
 
-def _stages(folder: Path) -> list[Path]:
-    """Return the runs in the folder of a pipeline."""
-    if _is_run(folder) or not folder.is_dir():
+def stage_folders(folder: Path) -> list[Path]:
+    """Return the runs in the folder of a pipeline, in order of their start. An empty list: it is no pipeline."""
+    if is_run(folder) or not folder.is_dir():
         return []
-    return sorted((path for path in folder.iterdir() if path.is_dir() and _is_run(path)), key=_began)
+    return sorted((path for path in folder.iterdir() if path.is_dir() and is_run(path)), key=_began)
 
 
 def _began(path: Path) -> tuple[float, str]:
@@ -88,7 +93,3 @@ def _written(path: Path) -> float:
         return path.stat().st_mtime
     except OSError:
         return 0.0
-
-
-def _name(path: Path, depth: int) -> str:
-    return "/".join(path.parts[-depth:])
