@@ -1,4 +1,7 @@
-"""Define the base class of all configuration sections. Sections hold values and open no files."""
+"""Define the base class of all configuration sections, and the marks of keys that depend on others.
+
+Sections hold values and open no files. rlhf.config.validation.unused_keys reads the marks.
+"""
 
 from __future__ import annotations
 
@@ -9,3 +12,34 @@ class Section(BaseModel):
     """Sections are frozen and keyword-only, and refuse unknown keys. The string under a field is its documentation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class OnlyIn:
+    """Mark a key that has an effect only in runs with certain parts, such as rollouts or a critic."""
+
+    def __init__(self, *parts: str) -> None:
+        self.parts = parts
+
+
+class OnlyWith:
+    """Mark a key that has an effect only if the key `other` of the same section has one of these values.
+
+    Example: `lr_cycles: Annotated[int, OnlyWith("lr_schedule", "cosine_with_restarts")]`
+    """
+
+    def __init__(self, other: str, *values: object, because: str = "") -> None:
+        self.other = other
+        self.values = values
+        self.because = because  # explains the rule if it is not obvious
+
+    def allows(self, value: object) -> bool:
+        """Return whether the marked key has an effect if the other key has this value."""
+        return value in self.values
+
+
+class NotWith(OnlyWith):
+    """Mark a key that has no effect if the key `other` of the same section has one of these values."""
+
+    def allows(self, value: object) -> bool:
+        """Return whether the marked key has an effect if the other key has this value."""
+        return value not in self.values

@@ -113,7 +113,7 @@ def test_merges_and_evaluations_dump_and_repeat(kinds: Path) -> None:
         ("stages.judge.evaluate.reward=null", "stages.judge.evaluate.reward: is missing: evaluate.rewards.taste has"),
         (
             "stages.judge.evaluate.reward_policy.max_dropped_fraction=0.5",
-            "has no effect here: an evaluation draws no other prompts",
+            "has no effect here: an evaluation trains nothing",
         ),
         ("stages.judge.cluster.weight_sync=shm", "stages.judge.cluster.weight_sync: has no effect here"),
         ("stages.judge.cluster.roles.critic.cpus=2", "has no effect here: this stage starts no critic role"),

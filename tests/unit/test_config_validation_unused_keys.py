@@ -106,7 +106,7 @@ INERT = {
     "rewards.correct.http.timeout_s=5": ([], "rewards.correct.url is null: it is no service"),
     "rewards.taste.judge.scale=[0, 5]": (
         ["rewards.taste={url: 'http://h/', judge: {model: m, choices: {A: 1, B: 0}}}"],
-        "rewards.taste.judge.choices says what the answer is worth",
+        "choices is a mapping: they give the score; remove it, or set rewards.taste.judge.choices to `{}`",
     ),
     "rewards.taste.gate=correct": (["rewards.taste={function: contains, weight: 0}"], "rewards.taste.weight is 0"),
     "rewards.correct.normalize=group": (
@@ -121,7 +121,7 @@ INERT = {
     "train.min_lr_ratio=0.1": ([], "train.lr_schedule is constant"),
     "train.betas=[0.8, 0.9]": (
         [GRPO, "train.optimizer=adafactor", "cluster.roles.policy.zero_stage=0"],
-        "train.optimizer is adafactor, which has no moments",
+        "train.optimizer is adafactor: it has no moments",
     ),
     "train.lr_cycles=3": (["train.lr_schedule=cosine"], "train.lr_schedule is cosine"),
     "train.lr_decay_ratio=0.2": (["train.lr_schedule=linear"], "train.lr_schedule is linear"),
@@ -130,7 +130,10 @@ INERT = {
     "tracking.wandb_group=g": ([], "tracking.wandb is off"),
     "tracking.wandb_tags=[a]": ([], "tracking.wandb is off"),
     "tracking.wandb_checkpoints=true": ([], "tracking.wandb is off"),
-    "cluster.object_store_gib=2": (["cluster.address=auto"], "cluster.address names a running Ray"),
+    "cluster.object_store_gib=2": (
+        ["cluster.address=auto"],
+        "cluster.address is auto: its size is that of `ray start --object-store-memory`",
+    ),
     "cluster.roles.rollout.gpu_memory_utilization=0.5": ([], "cluster.device is cpu"),
     "cluster.roles.rollout.enforce_eager=true": ([], "cluster.device is cpu"),
     "cluster.roles.rollout.kv_cache_gib=2": ([CUDA], "cluster.device is cuda"),

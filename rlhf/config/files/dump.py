@@ -10,7 +10,7 @@ from typing import Any
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.files.yaml_tree import from_yaml, to_yaml
 from rlhf.config.pipeline import model_places
-from rlhf.config.schema.evaluate import EvaluationStage, inert_in_evaluation
+from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.merge import in_effect
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.stages import MergeStage, Stage, final_folder
@@ -53,7 +53,7 @@ def _tree(config: Stage) -> dict[str, Any]:
     tree = config.model_dump(mode="json")
     if isinstance(config, MergeStage):
         return tree | {"merge": in_effect(config.merge)}
-    for inert in inert_keys(config) if isinstance(config, Config) else inert_in_evaluation(config):
+    for inert in inert_keys(config):
         _prune(tree, inert.key)
     return tree
 

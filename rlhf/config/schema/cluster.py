@@ -6,8 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rlhf.algorithms.section import Section
+from rlhf.algorithms.section import OnlyIn, OnlyWith, Section
 
+OF_THE_HOST = OnlyWith("colocate_with", None, because="it uses what {value} reserves")
+OF_A_LOCAL_RAY = OnlyWith("address", None, because="its size is that of `ray start --object-store-memory`")
 Threads = Annotated[int, Field(ge=1, le=1024)] | Literal["auto"]
 
 
@@ -16,18 +18,18 @@ class TrainedResources(Section):
 
     workers: int = Field(default=1, ge=1, le=65536)
     """Number of ranks."""
-    cpus: float = Field(default=1.0, gt=0.0)
+    cpus: Annotated[float, OF_THE_HOST] = Field(default=1.0, gt=0.0)
     """CPUs reserved by Ray for each rank. A colocated worker uses the CPUs of its host."""
-    node_labels: dict[str, str] = Field(default_factory=dict)
+    node_labels: Annotated[dict[str, str], OF_THE_HOST] = Field(default_factory=dict)
     """Labels required on the nodes of these workers, as set by `ray start --labels=pool=gpu`. Colocated workers run on
     the node of their host."""
-    threads: Threads = "auto"
+    threads: Annotated[Threads, OnlyIn("cpu")] = "auto"
     """Compute threads of each rank. auto: the node's cores divided by the number of this role's ranks on it."""
-    zero_stage: Literal[0, 1, 2, 3] = 2
+    zero_stage: Annotated[Literal[0, 1, 2, 3], OnlyIn("training")] = 2
     """DeepSpeed ZeRO: 1 shards the optimizer, 2 the gradients too, 3 the parameters too."""
-    offload: tuple[Literal["optimizer", "parameters"], ...] = ()
+    offload: Annotated[tuple[Literal["optimizer", "parameters"], ...], OnlyIn("training")] = ()
     """States that DeepSpeed keeps in host memory. `parameters` needs zero_stage 3."""
-    sequence_parallel: int = Field(default=1, ge=1)
+    sequence_parallel: Annotated[int, OnlyIn("training")] = Field(default=1, ge=1)
     """Ranks that share each micro-batch, each with a part of its tokens (DeepSpeed Ulysses). Use it for sequences that
     are too long for one rank. It must divide workers and the model's attention heads."""
 
@@ -60,12 +62,12 @@ class ForwardResources(Section):
 
     workers: int = Field(default=1, ge=1, le=65536)
     """Number of processes."""
-    cpus: float = Field(default=1.0, gt=0.0)
+    cpus: Annotated[float, OF_THE_HOST] = Field(default=1.0, gt=0.0)
     """CPUs reserved by Ray for each worker. A colocated worker uses the CPUs of its host."""
-    node_labels: dict[str, str] = Field(default_factory=dict)
+    node_labels: Annotated[dict[str, str], OF_THE_HOST] = Field(default_factory=dict)
     """Labels required on the nodes of these workers, as set by `ray start --labels=pool=gpu`. Colocated workers run on
     the node of their host."""
-    threads: Threads = "auto"
+    threads: Annotated[Threads, OnlyIn("cpu")] = "auto"
     """Compute threads of each worker. auto: the node's cores divided by the number of this role's workers on it."""
 
 
@@ -98,24 +100,24 @@ class RolloutResources(Section):
     """Number of engines. Prompts are divided among them."""
     tensor_parallel: int = Field(default=1, ge=1)
     """Number of GPUs of one engine."""
-    cpus: float = Field(default=1.0, gt=0.0)
+    cpus: Annotated[float, OF_THE_HOST] = Field(default=1.0, gt=0.0)
     """CPUs reserved by Ray for each engine. A colocated engine uses the CPUs of its host."""
-    node_labels: dict[str, str] = Field(default_factory=dict)
+    node_labels: Annotated[dict[str, str], OF_THE_HOST] = Field(default_factory=dict)
     """Labels required on the nodes of the engines, as set by `ray start --labels=pool=gpu`. Colocated engines run on
     the node of their host."""
-    threads: Threads = "auto"
+    threads: Annotated[Threads, OnlyIn("cpu")] = "auto"
     """Compute threads of each engine on a CPU. auto: the node's cores divided by the number of engines on it."""
     colocate_with: Literal["policy"] | None = None
     """Share the policy's bundles and take turns with it; on GPUs the engine sleeps while the policy trains. null: use
     separate bundles."""
-    kv_cache_gib: int = Field(default=1, ge=1)
+    kv_cache_gib: Annotated[int, OnlyIn("cpu")] = Field(default=1, ge=1)
     """KV cache of each engine on a CPU, in whole GiB."""
-    gpu_memory_utilization: float = Field(default=0.85, gt=0.0, lt=1.0)
+    gpu_memory_utilization: Annotated[float, OnlyIn("cuda")] = Field(default=0.85, gt=0.0, lt=1.0)
     """Fraction of a GPU's memory that an engine may use."""
     max_num_seqs: int = Field(default=256, ge=1)
     """Largest number of sequences decoded at once by one engine. vLLM's default depends on the GPU (1024 on an H100),
     and so would the rounding of log-probabilities. Increase it if an engine gets more responses at once."""
-    enforce_eager: bool = False
+    enforce_eager: Annotated[bool, OnlyIn("cuda")] = False
     """Disable CUDA graphs on GPUs. CPU engines never use them."""
 
 
@@ -145,10 +147,10 @@ class ClusterConfig(Section):
     device: Literal["cpu", "cuda"] = "cpu"
     """Device of the models. cuda gives every trained and forward worker one GPU and every engine
     tensor_parallel GPUs."""
-    weight_sync: Literal["auto", "shm", "gloo", "nccl", "ipc"] = "auto"
+    weight_sync: Annotated[Literal["auto", "shm", "gloo", "nccl", "ipc"], OnlyIn("rollouts")] = "auto"
     """Transport of the weights to the engines. auto: shm on one CPU host, gloo across CPU hosts, ipc if policy and
     engine share GPUs, else nccl."""
-    object_store_gib: float = Field(default=1.0, gt=0.05)
+    object_store_gib: Annotated[float, OF_A_LOCAL_RAY] = Field(default=1.0, gt=0.05)
     """Shared memory of a local Ray, in GiB."""
     start_timeout_s: float = Field(default=300.0, gt=0.0, le=1_000_000)
     """Time limit for placing and starting all workers, in seconds."""

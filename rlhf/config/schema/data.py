@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, JsonValue, Tag, model_validator
 
-from rlhf.algorithms.section import Section
+from rlhf.algorithms.section import OnlyIn, OnlyWith, Section
 
 
 class TaskConfig(Section):
@@ -33,6 +33,7 @@ def _kind(value: Any) -> str:
     return "dict" if isinstance(value, Mapping) else "str"
 
 
+OF_THE_TEMPLATE = OnlyWith("apply_chat_template", True, because="only the template puts it before a prompt")
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 DataSource = Annotated[
     Annotated[str, Tag("str")] | Annotated[TaskConfig, Tag("TaskConfig")],
@@ -93,11 +94,11 @@ class DataConfig(Section):
     """Held-out sets by name. A single set is called `heldout`."""
     shuffle: bool = True
     """Use a new order every epoch, determined by run.seed."""
-    curriculum: CurriculumConfig | None = None
+    curriculum: Annotated[CurriculumConfig | None, OnlyIn("rollouts", "rewards", "repeated prompts")] = None
     """Skip prompts by their measured scores. null: every prompt comes up once per epoch."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Map from our column name to the column name in the data set."""
-    system_prompt: str | None = None
+    system_prompt: Annotated[str | None, OF_THE_TEMPLATE] = None
     """System message added before every prompt by the chat template."""
     apply_chat_template: bool = True
     """false: string prompts reach the model unchanged. Rows with `messages` always use the template."""
@@ -106,17 +107,17 @@ class DataConfig(Section):
     chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
     """Variables of the chat template, such as `enable_thinking: false`. They become the template's defaults, also in
     `final/`."""
-    max_prompt_tokens: int = Field(default=1024, ge=1)
+    max_prompt_tokens: Annotated[int, OnlyIn("rollouts")] = Field(default=1024, ge=1)
     """Largest number of tokens in a rollout prompt. `too_long` decides what happens to longer prompts. Offline
     sequences are limited by max_sequence_tokens."""
-    max_sequence_tokens: int | None = Field(default=None, ge=2)
+    max_sequence_tokens: Annotated[int | None, OnlyIn("fixed data")] = Field(default=None, ge=2)
     """Offline: largest number of tokens in a sequence, prompt and completion. null: train.max_tokens_per_microbatch,
     half of it for pairs, a third of it for triples."""
     too_long: Literal["error", "skip", "cut"] = "error"
     """What to do with a prompt or offline sequence that is too long: stop the run before it starts, skip it, or
     truncate it. A raw prompt loses its beginning, a conversation its oldest turns (except the system prompt), an
     offline sequence the end of its completion."""
-    max_unusable_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
+    max_unusable_fraction: Annotated[float, OnlyIn("skipped rows")] = Field(default=0.0, ge=0.0, lt=1.0)
     """Fraction of a set's rows that may be skipped although they are well formed. Skipped rows are prompts that are too
     long, and offline also rows with an empty completion, a chosen response equal to the rejected one, or no
     assistant turn. The run stops if more are skipped."""

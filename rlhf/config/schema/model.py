@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt
 
-from rlhf.algorithms.section import Section
+from rlhf.algorithms.section import OnlyIn, Section
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -107,7 +107,7 @@ class TeacherConfig(ModelConfig):
 class StepScores(Section):
     """A response's score is combined from a process reward model's scores of its steps."""
 
-    combine: Literal["min", "mean", "product"] = "min"
+    combine: Annotated[Literal["min", "mean", "product"], OnlyIn("combined steps")] = "min"
     """How to combine the probabilities of correct steps: their minimum (arXiv:2312.08935), their mean, or their product
     (arXiv:2305.20050)."""
     separator: str = Field(default="\n", min_length=1)

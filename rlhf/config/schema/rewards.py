@@ -10,11 +10,14 @@ from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
-from rlhf.algorithms.section import Section
+from rlhf.algorithms.section import NotWith, OnlyIn, OnlyWith, Section
 from rlhf.rewards.failure_rule import ErrorRule
 from rlhf.rewards.functions.table import BUILT_INS
 from rlhf.tracking.logs import is_secret_name
 
+OF_NUMBERS = OnlyWith("choices", {}, because="they give the score")
+OF_A_SERVICE = NotWith("url", None, because="it is no service")
+OF_A_WEIGHT = NotWith("weight", 0.0)
 _JUDGE_PROMPT = """\
 Rate how well the response answers the prompt, from 1 (useless) to 10 (excellent).
 
@@ -54,9 +57,9 @@ class JudgeConfig(Section):
     literally."""
     system: str | None = Field(default=None, min_length=1)
     """A system message before the prompt."""
-    pattern: str = r"(?i)score[\s:=*]*(-?\d+(?:\.\d+)?)"
+    pattern: Annotated[str, OF_NUMBERS] = r"(?i)score[\s:=*]*(-?\d+(?:\.\d+)?)"
     """Regular expression whose first group is the number. The last match counts."""
-    scale: tuple[float, float] = (1.0, 10.0)
+    scale: Annotated[tuple[float, float], OF_NUMBERS] = (1.0, 10.0)
     """Numbers of the worst and the best response, mapped to 0 and 1. A number outside is a failure."""
     choices: dict[Annotated[str, Field(min_length=1)], float] = Field(default_factory=dict)
     """Scores of words, used instead of a number and without scaling. The last of these words in the answer counts."""
@@ -104,13 +107,13 @@ class RewardConfig(Section):
     """true: the sum of the rewards from rollouts.environment in a conversation."""
     weight: float = 1.0
     """Factor of the reward in the response's score."""
-    normalize: Literal["none", "group"] = "none"
+    normalize: Annotated[Literal["none", "group"], OF_A_WEIGHT, OnlyIn("training", "rewards as given")] = "none"
     """group: train on the difference from the group's mean, divided by the group's standard deviation."""
     credit: Literal["response", "step"] = "response"
     """step: values of single steps are credited to the tokens up to the end of each step. A function gives each step a
     value, the reward model (`reward.steps`) gives the probability that it is right, and an environment gives the
     reward of a turn. response: one value is credited to all tokens."""
-    gate: str | None = None
+    gate: Annotated[str | None, OF_A_WEIGHT] = None
     """Name of another reward. This reward is multiplied by its raw value."""
     only: dict[str, Annotated[tuple[str | int | bool, ...], Field(min_length=1)]] = Field(default_factory=dict)
     """Map from columns to values. The reward applies only to rows that have one of the values in each column."""
@@ -122,11 +125,11 @@ class RewardConfig(Section):
     score is still recorded as an error. null: as in reward_policy.on_error."""
     args: dict[str, JsonValue] = Field(default_factory=dict)
     """Keyword arguments of the function, or of the constructor of a class."""
-    token_env: str | None = Field(default=None, pattern=r"^[A-Z_][A-Z0-9_]*$")
+    token_env: Annotated[str | None, OF_A_SERVICE] = Field(default=None, pattern=r"^[A-Z_][A-Z0-9_]*$")
     """Environment variable on the driver with the bearer token of the service."""
-    judge: JudgeConfig | None = None
+    judge: Annotated[JudgeConfig | None, OF_A_SERVICE] = None
     """Prompt and scale for the language model at `url`."""
-    http: HttpConfig = HttpConfig()
+    http: Annotated[HttpConfig, OF_A_SERVICE] = HttpConfig()
     """Timeouts and limits of requests to the service."""
 
     @field_validator("url")
@@ -172,14 +175,14 @@ class RewardPolicy(Section):
     on_error: Literal["fail", "drop"] = "fail"
     """Default for rewards without `on_error`. fail: the run stops. drop: the prompt's group is replaced by another
     prompt's group."""
-    timeout_s: float = Field(default=10.0, gt=0.0, le=1_000_000)
+    timeout_s: Annotated[float, OnlyIn("reward functions")] = Field(default=10.0, gt=0.0, le=1_000_000)
     """Time limit of one function call, in seconds."""
-    max_dropped_fraction: float = Field(default=0.25, gt=0.0, lt=1.0)
+    max_dropped_fraction: Annotated[float, OnlyIn("training", "dropped groups")] = Field(default=0.25, gt=0.0, lt=1.0)
     """With drop: largest fraction of dropped groups among the latest groups, across steps. The run stops above it. The
     window is 32 groups, or prompts_per_step if larger."""
-    processes: int = Field(default=1, ge=1, le=1024)
+    processes: Annotated[int, OnlyIn("reward functions")] = Field(default=1, ge=1, le=1024)
     """Processes for reward functions in each reward worker."""
-    memory_gib: float = Field(default=8.0, ge=0.25, le=65536)
+    memory_gib: Annotated[float, OnlyIn("reward functions")] = Field(default=8.0, ge=0.25, le=65536)
     """Memory that one of these processes may map, including libraries, in GiB. Exceeding it counts as a failure."""
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
 
-from rlhf.algorithms.section import Section
+from rlhf.algorithms.section import OnlyIn, Section
 from rlhf.limits import MAX_TEMPERATURE, MIN_TEMPERATURE
 
 
@@ -86,12 +86,12 @@ class RolloutsConfig(Section):
     """Strings that end a response. They stay in it and may contain special tokens."""
     stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Token ids that end a response, in addition to the model's and the chat template's. They stay in the response."""
-    dynamic_sampling: DynamicSampling | None = None
+    dynamic_sampling: Annotated[DynamicSampling | None, OnlyIn("rewards", "filtered groups")] = None
     """Replace groups without a learning signal. null: train on all groups."""
     oversample: float = Field(default=1.0, ge=1.0, le=10.0)
     """Prompts sampled per prompt needed. Above 1, the slowest prompts are cancelled once the batch is full, and come
     first in the next step. Steps wait less for long responses and train on fewer of them."""
-    keep_per_prompt: KeepPerPrompt | None = None
+    keep_per_prompt: Annotated[KeepPerPrompt | None, OnlyIn("a choice of responses")] = None
     """Train on some of a prompt's responses. null: train on all."""
     max_staleness: Literal[0] = 0
     """Optimizer phases by which a rollout may lag behind the weights it trains. 0: rollouts and training take turns."""

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from rlhf.algorithms import AlgorithmConfig
-from rlhf.algorithms.section import Section
+from rlhf.algorithms.section import OnlyIn, Section
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.data import DataConfig
 from rlhf.config.schema.model import CriticConfig, PolicyConfig, ReferenceConfig, RewardModelConfig, TeacherConfig
@@ -26,28 +26,28 @@ class Config(Section):
     """Name, folder and seed."""
     policy: PolicyConfig
     """The trained model."""
-    reference: ReferenceConfig | None = None
+    reference: Annotated[ReferenceConfig | None, OnlyIn("reference model")] = None
     """The reference model. null: the policy's model before training, if the run needs a reference. A LoRA policy is its
     own reference with the adapter disabled."""
-    teacher: TeacherConfig | None = None
+    teacher: Annotated[TeacherConfig | None, OnlyIn("teacher")] = None
     """The teacher model, if the algorithm distils one."""
-    critic: CriticConfig | None = None
+    critic: Annotated[CriticConfig | None, OnlyIn("critic")] = None
     """The critic. null: as the policy (model, dtype, LoRA), with a value head, if the run needs a critic."""
-    reward: RewardModelConfig | None = None
+    reward: Annotated[RewardModelConfig | None, OnlyIn("rollouts", "reward model")] = None
     """The reward model, if a reward uses it."""
     algorithm: AlgorithmConfig = Field(discriminator="name")
     """The training objective."""
     data: DataConfig
     """Datasets."""
-    rollouts: RolloutsConfig | None = None
+    rollouts: Annotated[RolloutsConfig | None, OnlyIn("rollouts")] = None
     """Sampling of responses, for online algorithms only."""
-    rewards: dict[RewardName, RewardConfig] = Field(default_factory=dict)
+    rewards: Annotated[dict[RewardName, RewardConfig], OnlyIn("rollouts")] = Field(default_factory=dict)
     """Rewards by name, for online algorithms only. These need at least one reward unless they learn from a teacher."""
-    reward_policy: RewardPolicy = RewardPolicy()
+    reward_policy: Annotated[RewardPolicy, OnlyIn("rollouts", "rewards")] = RewardPolicy()
     """What to do if a reward fails."""
     train: TrainConfig
     """Optimisation and checkpoints."""
-    eval: EvalConfig = EvalConfig()
+    eval: Annotated[EvalConfig, OnlyIn("data.eval")] = EvalConfig()
     """Evaluation on data.eval."""
     cluster: ClusterConfig = ClusterConfig()
     """Cluster, device and resources of each role."""

@@ -8,8 +8,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue, field_validator
 
-from rlhf.algorithms.section import Section
+from rlhf.algorithms.section import OnlyIn, OnlyWith, Section
 
+OF_WANDB = OnlyWith("wandb", "offline", "online")
+Tag = Annotated[str, Field(min_length=1, max_length=64)]
 _MAX_PATH_BYTES = 3000  # Linux allows 4,095; file names inside the run's folder need the rest
 
 
@@ -55,20 +57,20 @@ class TrackingConfig(Section):
 
     wandb: Literal["off", "offline", "online"] = "off"
     """W&B: `online` needs WANDB_API_KEY or a login."""
-    wandb_project: str = "rlhf"
+    wandb_project: Annotated[str, OF_WANDB] = "rlhf"
     """W&B project."""
-    wandb_entity: str | None = Field(default=None, min_length=1)
+    wandb_entity: Annotated[str | None, OF_WANDB] = Field(default=None, min_length=1)
     """W&B user or team. null: the account's default."""
-    wandb_group: str | None = Field(default=None, min_length=1)
+    wandb_group: Annotated[str | None, OF_WANDB] = Field(default=None, min_length=1)
     """W&B group. null: the pipeline's name for its stages, otherwise no group. A sweep uses its name for its trials."""
-    wandb_tags: tuple[Annotated[str, Field(min_length=1, max_length=64)], ...] = ()
+    wandb_tags: Annotated[tuple[Tag, ...], OF_WANDB] = ()
     """W&B tags."""
-    wandb_checkpoints: bool = False
+    wandb_checkpoints: Annotated[bool, OF_WANDB, OnlyIn("training")] = False
     """Also save checkpoints and the final model as W&B artifacts."""
     tensorboard: bool = False
     """Write TensorBoard files in the run's folder."""
     trackers: dict[str, dict[str, JsonValue]] = Field(default_factory=dict)
     """Trackers of installed packages (entry points `rlhf.trackers`), by name. The value is a mapping of arguments, `{}`
     if the tracker needs none. docs/extending.md describes the class."""
-    samples_per_step: int = Field(default=16, ge=0)
+    samples_per_step: Annotated[int, OnlyIn("rollouts")] = Field(default=16, ge=0)
     """Responses written to samples/ at each step, token by token. All evaluation responses are written."""

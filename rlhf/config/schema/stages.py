@@ -8,11 +8,13 @@ from typing import Any
 
 from rlhf.algorithms.section import Section
 from rlhf.config.mistakes.explain import Problem
-from rlhf.config.schema.evaluate import EvaluationStage, evaluation_problems, inert_in_evaluation
+from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.merge import MergeConfig, merge_problems
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.run import RunConfig
-from rlhf.config.validation.run import problems, unused, written_inert
+from rlhf.config.validation.evaluation import evaluation_problems
+from rlhf.config.validation.run import problems
+from rlhf.config.validation.unused_keys import unused
 
 
 class MergeStage(Section):
@@ -60,7 +62,5 @@ def stage_problems(stage: Stage) -> tuple[Problem, ...]:
 
 def stage_unused(stage: Stage) -> Iterator[Problem]:
     """Yield written keys without effect in a stage but of possible use in another. A merge has none to yield."""
-    if isinstance(stage, Config):
+    if not isinstance(stage, MergeStage):
         yield from unused(stage)
-    elif isinstance(stage, EvaluationStage):
-        yield from written_inert(stage, inert_in_evaluation(stage))

@@ -6,11 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from rlhf.algorithms.section import Section
+from rlhf.algorithms.section import NotWith, OnlyIn, OnlyWith, Section
+from rlhf.evaluation.voting import AnswerForm
 from rlhf.limits import MAX_TEMPERATURE, MIN_TEMPERATURE
 
 Schedule = Literal["constant", "linear", "cosine", "cosine_with_restarts", "wsd"]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Ks = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+OF_MOMENTS = NotWith("optimizer", "adafactor", because="it has no moments")
+SAMPLED = NotWith("temperature", 0.0, because="greedy responses to one prompt are all equal")
 
 
 def _greedy_or_sampled(value: float) -> float:
@@ -50,19 +54,19 @@ class TrainConfig(Section):
     lr_schedule: Schedule = "constant"
     """Schedule after the warm-up, over all optimizer steps of the run. cosine_with_restarts decays `lr_cycles` times.
     wsd (warmup-stable-decay) is constant, then decays linearly in the last `lr_decay_ratio` of the steps."""
-    lr_cycles: int = Field(default=2, ge=2)
+    lr_cycles: Annotated[int, OnlyWith("lr_schedule", "cosine_with_restarts")] = Field(default=2, ge=2)
     """Number of decays from the full rate in cosine_with_restarts."""
-    lr_decay_ratio: float = Field(default=0.1, gt=0.0, le=1.0)
+    lr_decay_ratio: Annotated[float, OnlyWith("lr_schedule", "wsd")] = Field(default=0.1, gt=0.0, le=1.0)
     """Fraction of the run's optimizer steps in which wsd decays."""
     warmup_steps: int = Field(default=0, ge=0)
     """Optimizer steps with a learning rate rising linearly from 0."""
     warmup_ratio: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Fraction of the run's optimizer steps for warm-up, instead of `warmup_steps`. It is rounded up."""
-    min_lr_ratio: float = Field(default=0.0, ge=0.0, le=1.0)
+    min_lr_ratio: Annotated[float, NotWith("lr_schedule", "constant")] = Field(default=0.0, ge=0.0, le=1.0)
     """Learning rate one step after the end of the decay, as a fraction of lr. The last step still has a higher rate."""
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    betas: Annotated[tuple[Beta, Beta], OF_MOMENTS] = (0.9, 0.999)
     """Decay rates of AdamW's moments."""
-    eps: float = Field(default=1e-8, gt=0.0)
+    eps: Annotated[float, OF_MOMENTS] = Field(default=1e-8, gt=0.0)
     """AdamW's epsilon."""
     weight_decay: float = Field(default=0.0, ge=0.0)
     """Decoupled weight decay of matrices. Norms and biases do not decay."""
@@ -70,7 +74,7 @@ class TrainConfig(Section):
     """Largest norm of a gradient. Longer gradients are scaled down."""
     sequences_per_update: int = Field(ge=1, le=1_000_000)
     """Sequences per optimizer step, over all ranks."""
-    epochs_per_batch: int = Field(default=1, ge=1, le=1000)
+    epochs_per_batch: Annotated[int, OnlyIn("rollouts")] = Field(default=1, ge=1, le=1000)
     """Passes over each batch of rollouts."""
     max_tokens_per_microbatch: int = Field(default=8192, ge=2)
     """Largest number of tokens in one forward and backward pass. No sequence may be longer."""
@@ -81,10 +85,10 @@ class TrainConfig(Section):
     preemption_grace_s: float = Field(default=25.0, gt=0.0, le=86_400)
     """Seconds after SIGTERM, SIGHUP or SIGUSR1 for finishing the step and its checkpoint, before the run ends with exit
     code 75. Kubernetes allows 30 s by default, a spot machine 30 to 120 s."""
-    best_metric: str | None = None
+    best_metric: Annotated[str | None, OnlyIn("data.eval")] = None
     """Evaluation metric for choosing the best checkpoint. A leading `-` means lower is better. null: the first
     evaluation set's score, or its `-kl_teacher` without rewards (its `-loss` for runs without rollouts)."""
-    early_stopping: EarlyStopping | None = None
+    early_stopping: Annotated[EarlyStopping | None, OnlyIn("data.eval", "enough evaluations")] = None
     """Stop when evaluations no longer improve. null: the run does all its steps."""
 
     @property
@@ -102,20 +106,20 @@ class EvalConfig(Section):
     """Steps between evaluations. The last step always has an evaluation."""
     at_start: bool = True
     """Also evaluate before training, as step 0."""
-    temperature: EvalTemperature = 0.0
+    temperature: Annotated[EvalTemperature, OnlyIn("rollouts")] = 0.0
     """0 is greedy; otherwise at least 0.01."""
-    samples_per_prompt: int = Field(default=1, ge=1)
+    samples_per_prompt: Annotated[int, OnlyIn("rollouts"), SAMPLED] = Field(default=1, ge=1)
     """Responses to each held-out prompt; more than one needs a temperature above 0."""
-    greedy: bool = False
+    greedy: Annotated[bool, OnlyIn("rollouts"), SAMPLED] = False
     """Sample one greedy response to each prompt in addition to the sampled responses. Its score is
     `eval/<set>/greedy`."""
-    k: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | None = None
+    k: Annotated[Ks | None, OnlyIn("rollouts", "passing scores")] = None
     """Values of k in pass@k and maj@k. null: 1, 2, 4, ... up to samples_per_prompt."""
-    pass_score: float | None = None
+    pass_score: Annotated[float | None, OnlyIn("rollouts")] = None
     """Lowest score with which a response passes. null: 1 if a reward with a weight is a function; otherwise there is no
     threshold."""
-    answer: Literal["last_number", "answer_tag", "boxed", "whole"] | None = None
+    answer: Annotated[AnswerForm | None, OnlyIn("rollouts", "passing scores")] = None
     """Answer extracted from responses for majority votes (maj@k). null: as the rewards compare answers."""
-    by: str | None = Field(default=None, min_length=1)
+    by: Annotated[str | None, OnlyIn("rollouts")] = Field(default=None, min_length=1)
     """A column whose values split each set. Each subset is reported in addition to the whole, as `SET.VALUE`. null: no
     split."""

@@ -7,16 +7,14 @@ responses in rlhf.config.validation.groups, and policy losses in rlhf.config.val
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf.algorithms.correction import CorrectionConfig
 from rlhf.algorithms.ppo import PPOConfig
-from rlhf.algorithms.section import Section
 from rlhf.algorithms.shared import FollowedReferenceConfig, OnlineConfig
 from rlhf.config import derive
-from rlhf.config.files.yaml_tree import Key
 from rlhf.config.mistakes.explain import Problem
 from rlhf.config.schema.cluster import ClusterConfig, TrainedResources
 from rlhf.config.schema.model import CriticConfig, ModelConfig, PolicyConfig
@@ -27,7 +25,7 @@ from rlhf.config.validation.groups import group_problems
 from rlhf.config.validation.losses import loss_problems
 from rlhf.config.validation.reward_limits import limit_problems
 from rlhf.config.validation.rewards import credit_problems, normalization_problems, reward_problems
-from rlhf.config.validation.unused_keys import Inert, inert_keys, is_written
+from rlhf.config.validation.unused_keys import unused
 
 if TYPE_CHECKING:
     from rlhf.types import Role
@@ -57,21 +55,6 @@ def problems(config: Config) -> tuple[Problem, ...]:
         result.append(_problem("data.too_long", text))
     result += [*_updates(config), *_evaluation(config), *limit_problems(config.rewards, config.reward_policy)]
     return tuple(result)
-
-
-def unused(config: Config) -> Iterator[Problem]:
-    """Yield written keys without effect, each once."""
-    yield from written_inert(config, inert_keys(config))
-
-
-def written_inert(config: Section, inert_ones: Iterable[Inert]) -> Iterator[Problem]:
-    """Yield the given keys that the user wrote, each once."""
-    named: set[Key] = set()
-    for inert in inert_ones:
-        if is_written(config, inert.key) and not any(inert.key[: len(key)] == key for key in named):
-            named.add(inert.key)
-            fix = f"remove it, or {inert.fix}"
-            yield Problem(key=inert.key, text=f"has no effect here: {inert.why}; {fix}")
 
 
 def _problem(dotted: str, text: str) -> Problem:

@@ -1,6 +1,7 @@
-"""List keys without effect in a run. Load refuses them if they are written, and dump leaves them out.
+"""List keys without effect in a run or an evaluation. Load refuses them if they are written, and dump leaves them out.
 
-A key is listed if and only if the run would be the same for any value of it.
+A key is listed if and only if the run would be the same for any value of it. Most rules are marks beside the field
+(rlhf.algorithms.section). This module says which parts a run lacks, and holds the rules that need several sections.
 """
 
 from __future__ import annotations
@@ -16,14 +17,19 @@ from rlhf.algorithms.dpo import SMOOTHED, LogRatioConfig
 from rlhf.algorithms.gdpo import GDPOConfig
 from rlhf.algorithms.on_policy_distillation import OnPolicyDistillationConfig
 from rlhf.algorithms.raft import RAFTConfig
-from rlhf.algorithms.section import Section
+from rlhf.algorithms.section import NotWith, OnlyIn, OnlyWith, Section
 from rlhf.algorithms.shared import FollowedReferenceConfig, OnlineConfig
 from rlhf.config import derive
-from rlhf.config.files.yaml_tree import Key
-from rlhf.config.schema.cluster import ClusterConfig
+from rlhf.config.files.yaml_tree import Key, kind
+from rlhf.config.mistakes.explain import Problem
+from rlhf.config.mistakes.suggestions import choice
 from rlhf.config.schema.data import TaskConfig
+from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.rewards import RewardConfig, drops
 from rlhf.config.schema.root import Config
+
+Missing = dict[str, tuple[str, str]]  # a part that the run lacks: the reason, and what to change
+MORE_UPDATES = "lower train.sequences_per_update or raise train.epochs_per_batch"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +41,13 @@ class Inert:
     fix: str  # the change to make if the key was meant
 
 
-OF_WANDB = " ".join(f"tracking.wandb_{key}" for key in ("project", "entity", "group", "tags", "checkpoints"))
-MORE_UPDATES = "lower train.sequences_per_update or raise train.epochs_per_batch"
+def unused(stage: Config | EvaluationStage) -> Iterator[Problem]:
+    """Yield written keys without effect, each once."""
+    named: set[Key] = set()
+    for inert in inert_keys(stage):
+        if is_written(stage, inert.key) and not any(inert.key[: len(key)] == key for key in named):
+            named.add(inert.key)
+            yield Problem(key=inert.key, text=f"has no effect here: {inert.why}; remove it, or {inert.fix}")
 
 
 def is_written(config: Section, key: Key) -> bool:
@@ -53,21 +64,54 @@ def is_written(config: Section, key: Key) -> bool:
     return not ((node is None or node == {}) and node == field.get_default(call_default_factory=True))
 
 
-def inert_keys(config: Config) -> Iterator[Inert]:
+def inert_keys(stage: Config | EvaluationStage) -> Iterator[Inert]:
     """Yield all keys without effect, sections before single keys."""
-    yield from _of_method(config)
-    yield from _of_models(config)
-    if isinstance(config.algorithm, OnlineConfig):
-        yield from _of_algorithm(config, config.algorithm)
-    if isinstance(config.algorithm, FollowedReferenceConfig) and derive.uses_reference(config):
-        yield from _of_reference(config, config.algorithm)
-    if derive.is_online(config):
-        yield from _of_rewards(config)
-        yield from _of_kept(config)
-    yield from _of_preferences(config)
-    yield from _of_distillation(config)
-    yield from _of_data_and_training(config)
-    yield from inert_in_cluster(config.cluster)
+    device, other = stage.cluster.device, "cuda" if stage.cluster.device == "cpu" else "cpu"
+    missing: Missing = {other: (f"cluster.device is {device}", f"set cluster.device to {other}")}
+    if isinstance(stage, EvaluationStage):
+        yield from _roles_of_evaluation(stage)
+        yield from _marked(stage, missing | _missing_in_evaluation(stage))
+        return
+    yield from _roles_of_run(stage)
+    yield from _marked(stage, missing | _missing_in_run(stage))
+    yield from _of_adapters(stage)
+    if isinstance(stage.algorithm, OnlineConfig):
+        yield from _of_algorithm(stage, stage.algorithm)
+    if isinstance(stage.algorithm, FollowedReferenceConfig) and derive.uses_reference(stage):
+        yield from _of_reference(stage, stage.algorithm)
+    yield from _of_preferences(stage)
+    yield from _of_distillation(stage)
+    if isinstance(stage.data.train, dict) and len(stage.data.train) == 1:
+        key = ("data", "train", next(iter(stage.data.train)), "weight")
+        yield Inert(key=key, why="there is no other set to be mixed with", fix="name another set")
+
+
+def _marked(section: Section, missing: Missing, at: Key = ()) -> Iterator[Inert]:
+    """Yield the keys whose marks say that they have no effect."""
+    for name, field in type(section).model_fields.items():
+        key, value = (*at, name), getattr(section, name)
+        for mark in field.metadata:
+            if isinstance(mark, OnlyIn):
+                for part in mark.parts:
+                    if part in missing:
+                        why, fix = missing[part]
+                        yield Inert(key=key, why=why, fix=fix)
+            elif isinstance(mark, OnlyWith) and not mark.allows(given := getattr(section, mark.other)):
+                other, value_text = ".".join((*at, mark.other)), _plain(given)
+                because = f": {mark.because.format(value=value_text)}" if mark.because else ""
+                values = "another value" if isinstance(mark, NotWith) else choice([_plain(v) for v in mark.values])
+                yield Inert(key=key, why=f"{other} is {value_text}{because}", fix=f"set {other} to {values}")
+        children = {(*key, part): child for part, child in value.items()} if isinstance(value, dict) else {key: value}
+        for below, child in children.items():
+            if isinstance(child, Section):
+                yield from _marked(child, missing, below)
+
+
+def _plain(value: object) -> str:
+    """Return a value as it is written in a file."""
+    if isinstance(value, str) or value == {}:
+        return str(value)
+    return kind(value)
 
 
 def _all(dotted: str, why: str, fix: str) -> Iterator[Inert]:
@@ -75,37 +119,140 @@ def _all(dotted: str, why: str, fix: str) -> Iterator[Inert]:
         yield Inert(key=tuple(key.split(".")), why=why, fix=fix)
 
 
-def _of_method(config: Config) -> Iterator[Inert]:
-    name = config.algorithm.name
-    if not derive.is_online(config):
-        yield from _all(
-            "rollouts rewards reward_policy reward critic cluster.weight_sync data.max_prompt_tokens data.curriculum "
-            "eval.temperature eval.samples_per_prompt eval.greedy eval.k eval.pass_score eval.answer eval.by "
-            "tracking.samples_per_step train.epochs_per_batch",
-            f"algorithm {name} samples no responses",
-            "choose an algorithm that does",
-        )
-        if derive.needs_reference_logprobs(config):
-            why = f"the reference of algorithm {name} is the policy before training"
-            yield from _all("reference", why, "start from the model that you want as policy.model")
-        else:
-            yield from _all("reference", f"algorithm {name} has no reference", "use dpo")
-    else:
-        yield from _all(
-            "data.max_sequence_tokens",
-            f"algorithm {name} samples what it trains on",
-            "choose an algorithm that learns from given answers",
-        )
+def _missing_in_run(config: Config) -> Missing:
+    """Return the parts that a run lacks."""
+    name, missing = config.algorithm.name, _missing_rewards(config.rewards)
+    if derive.is_online(config):
+        why = f"algorithm {name} samples what it trains on"
+        missing["fixed data"] = (why, "choose an algorithm that learns from given answers")
         if config.data.too_long == "error":
             why = f"algorithm {name} leaves out no rows but prompts that are too long, and data.too_long is error"
-            yield from _all("data.max_unusable_fraction", why, "set data.too_long to skip or cut")
-        if not derive.has_critic(config):
-            yield from _all("critic", f"algorithm {name} has no critic", "use ppo")
+            missing["skipped rows"] = (why, "set data.too_long to skip or cut")
+    else:
+        missing["rollouts"] = (f"algorithm {name} samples no responses", "choose an algorithm that does")
+    if not derive.has_critic(config):
+        missing["critic"] = (f"algorithm {name} has no critic", "use ppo")
     if not derive.has_teacher(config):
         other = "on_policy_distillation" if derive.is_online(config) else "distillation"
-        yield from _all("teacher", f"algorithm {name} has no teacher", f"use {other}")
-    if derive.is_online(config) and not derive.uses_reward_model(config):
-        yield from _all("reward", "no reward uses it", "add a reward with `role: reward` to rewards")
+        missing["teacher"] = (f"algorithm {name} has no teacher", f"use {other}")
+    if not config.rewards:
+        missing["rewards"] = ("there are no rewards", "name one in rewards")
+    if not drops(config.rewards, config.reward_policy):
+        why = "reward_policy.on_error is fail, and no reward's on_error is drop: nothing is dropped"
+        missing["dropped groups"] = (why, "set reward_policy.on_error to drop")
+    if not _has_passing_scores(config.rewards, config.eval.pass_score):
+        why = "no reward with a weight is a function and eval.pass_score is null, so no response passes"
+        missing["passing scores"] = (why, "set eval.pass_score")
+    if isinstance(config.algorithm, GDPOConfig):
+        missing["rewards as given"] = (
+            f"algorithm {name} normalises each reward within its group",
+            "use another algorithm",
+        )
+    return missing | _missing_reference(config) | _missing_in_rollouts(config) | _missing_steps(config)
+
+
+def _missing_reference(config: Config) -> Missing:
+    name = config.algorithm.name
+    if derive.needs_reference_logprobs(config):
+        why = f"the reference of algorithm {name} is the policy before training"
+        return {"reference model": (why, "start from the model that you want as policy.model")}
+    if not derive.is_online(config) or derive.distils_rollouts(config):
+        other = "grpo" if derive.is_online(config) else "dpo"
+        return {"reference model": (f"algorithm {name} has no reference", f"use {other}")}
+    if not derive.uses_reference(config):
+        return {"reference model": ("algorithm.kl.coef is 0", "set algorithm.kl.coef above 0")}
+    if derive.reference_is_adapter_off(config):
+        why = "the policy with its LoRA adapter off is that very model"
+        return {"reference model": (why, "name another reference.model if you want one")}
+    return {}
+
+
+def _missing_in_rollouts(config: Config) -> Missing:
+    """Return the reasons why groups are not filtered, or responses not chosen, by the settings of rollouts."""
+    name, rollouts, missing = config.algorithm.name, config.rollouts, Missing()
+    rule = None if rollouts is None else rollouts.dynamic_sampling
+    bounded = rule is not None and (rule.min_mean, rule.max_mean) != (None, None)
+    if not derive.compares_responses(config) and not bounded:
+        why = f"{name} learns from responses of equal scores too, and no bound of the mean is set"
+        missing["filtered groups"] = (why, "set its min_mean or max_mean")
+    if derive.pairs_rollouts(config):
+        why = f"algorithm {name} takes a pair of them"
+        missing["a choice of responses"] = (why, "choose an algorithm with advantages")
+    elif derive.distils_rollouts(config):
+        why = f"algorithm {name} learns from all of them"
+        missing["a choice of responses"] = (why, "choose an algorithm with advantages")
+    elif derive.most_kept(config) is not None:
+        missing["a choice of responses"] = (f"algorithm {name} keeps the best by itself", "set algorithm.keep")
+    return missing
+
+
+def _missing_steps(config: Config) -> Missing:
+    """Return the parts that a run lacks because it is too short, or has no evaluation."""
+    data, rollouts, steps, missing = config.data, config.rollouts, config.train.steps, Missing()
+    if data.curriculum is not None and rollouts is not None and steps and isinstance(data.train, TaskConfig):
+        asked = steps * rollouts.prompts_per_step
+        replaced = rollouts.dynamic_sampling is not None or drops(config.rewards, config.reward_policy)
+        if asked <= data.train.size and not replaced and rollouts.oversample == 1.0:
+            why = (
+                f"train.steps * rollouts.prompts_per_step = {asked} prompts are asked, and data.train has as many or "
+                "more: none comes up twice"
+            )
+            missing["repeated prompts"] = (why, "train for more steps")
+    stopping = config.train.early_stopping
+    if data.eval is None:
+        missing["data.eval"] = ("there is no data.eval", "name a held-out set as data.eval")
+    elif stopping is not None and steps is not None and stopping.patience >= -(-steps // config.eval.every):
+        why = f"the run has {-(-steps // config.eval.every)} evaluations, too few to wait for {stopping.patience}"
+        missing["enough evaluations"] = (why, "evaluate more often, or lower its patience")
+    return missing
+
+
+def _missing_in_evaluation(stage: EvaluationStage) -> Missing:
+    """Return the parts that an evaluation lacks."""
+    config, missing = stage.evaluate, _missing_rewards(stage.evaluate.rewards)
+    missing["training"] = ("an evaluation trains nothing", "use it to train")
+    missing["rollouts"] = ("an evaluation does not train on rollouts", "use it to train")
+    if not config.rewards:
+        why = "evaluate.rewards is empty, so completions are measured and no response is sampled"
+        missing["rewards"] = (why, "name a reward")
+        del missing["reward model"]  # its micro-batches are those of the measured model
+    if not _has_passing_scores(config.rewards, config.pass_score):
+        why = "no reward with a weight is a function and evaluate.pass_score is null, so no response passes"
+        missing["passing scores"] = (why, "set evaluate.pass_score")
+    return missing
+
+
+def _missing_rewards(rewards: Mapping[str, RewardConfig]) -> Missing:
+    """Return the kinds of rewards that a run or an evaluation lacks."""
+    missing: Missing = {}
+    models = [(name, reward) for name, reward in rewards.items() if reward.role == "reward"]
+    if not models:
+        missing["reward model"] = ("no reward uses it", "add a reward with `role: reward` to rewards")
+    elif all(reward.credit == "step" for _, reward in models):
+        why = f"rewards.{models[0][0]}.credit is step: nothing is combined"
+        missing["combined steps"] = (why, "set that to response")
+    if all(reward.function is None for reward in rewards.values()):
+        missing["reward functions"] = ("no reward is a function", "add a reward with `function`")
+    return missing
+
+
+def _has_passing_scores(rewards: Mapping[str, RewardConfig], pass_score: float | None) -> bool:
+    """Return whether a score is known with which a response passes."""
+    return pass_score is not None or any(
+        reward.function is not None and reward.weight != 0.0 for reward in rewards.values()
+    )
+
+
+def _roles_of_evaluation(stage: EvaluationStage) -> Iterator[Inert]:
+    """Yield the resources of roles that the stage does not start."""
+    workers = "rollout and reward answer" if stage.evaluate.rewards else "completions are measured by policy workers"
+    for role in derive.ROLE_ORDER:
+        if role not in stage.needs:
+            yield from _all(f"cluster.roles.{role}", f"this stage starts no {role} role: {workers}", "use it to train")
+
+
+def _roles_of_run(config: Config) -> Iterator[Inert]:
+    """Yield the resources of roles that the run does not start."""
     for role in derive.ROLE_ORDER:
         if role not in derive.needs(config):
             yield from _all(f"cluster.roles.{role}", f"this run starts no {role} role", _how_to_need(config, role))
@@ -121,7 +268,8 @@ def _how_to_need(config: Config, role: str) -> str:
     return "use ppo" if role == "critic" else "choose an algorithm that samples responses"
 
 
-def _of_models(config: Config) -> Iterator[Inert]:
+def _of_adapters(config: Config) -> Iterator[Inert]:
+    """Yield the shape of an adapter that is read from a folder."""
     for role in ("policy", "critic"):
         section = getattr(config, role)
         if section is not None and section.adapter is not None:
@@ -131,15 +279,6 @@ def _of_models(config: Config) -> Iterator[Inert]:
                 f"{role}.adapter names an adapter, which has its own",
                 f"set {role}.adapter to null to train a new one",
             )
-    if not derive.is_online(config):
-        return
-    if derive.distils_rollouts(config):
-        yield from _all("reference", f"algorithm {config.algorithm.name} has no reference", "use grpo")
-    elif not derive.uses_reference(config):
-        yield from _all("reference", "algorithm.kl.coef is 0", "set algorithm.kl.coef above 0")
-    elif derive.reference_is_adapter_off(config):
-        why = "the policy with its LoRA adapter off is that very model"
-        yield from _all("reference", why, "name another reference.model if you want one")
 
 
 def _of_reference(config: Config, algorithm: FollowedReferenceConfig) -> Iterator[Inert]:
@@ -187,17 +326,6 @@ def _of_ratios(config: Config, keys: Sequence[str], *, or_else: str = "") -> Ite
         )
 
 
-def _of_kept(config: Config) -> Iterator[Inert]:
-    """Yield rollouts.keep_per_prompt if the algorithm selects responses itself."""
-    key, name = "rollouts.keep_per_prompt", config.algorithm.name
-    if derive.pairs_rollouts(config):
-        yield from _all(key, f"algorithm {name} takes a pair of them", "choose an algorithm with advantages")
-    elif derive.distils_rollouts(config):
-        yield from _all(key, f"algorithm {name} learns from all of them", "choose an algorithm with advantages")
-    elif derive.most_kept(config) is not None:
-        yield from _all(key, f"algorithm {name} keeps the best by itself", "set algorithm.keep")
-
-
 def _of_distillation(config: Config) -> Iterator[Inert]:
     algorithm = config.algorithm
     if not isinstance(algorithm, DistillationConfig | OnPolicyDistillationConfig):
@@ -213,51 +341,6 @@ def _of_distillation(config: Config) -> Iterator[Inert]:
             yield from _all(keys, why, "set algorithm.divergence to sampled_reverse_kl")
 
 
-def _of_rewards(config: Config) -> Iterator[Inert]:
-    if not config.rewards:
-        keys = "reward_policy rollouts.dynamic_sampling data.curriculum"
-        yield from _all(keys, "there are no rewards", "name one in rewards")
-        return
-    rule = None if config.rollouts is None else config.rollouts.dynamic_sampling
-    bounded = rule is not None and (rule.min_mean, rule.max_mean) != (None, None)
-    if not derive.compares_responses(config) and not bounded:
-        why = f"{config.algorithm.name} learns from responses of equal scores too, and no bound of the mean is set"
-        yield from _all("rollouts.dynamic_sampling", why, "set its min_mean or max_mean")
-    if not drops(config.rewards, config.reward_policy):
-        why = "reward_policy.on_error is fail, and no reward's on_error is drop: nothing is dropped"
-        yield from _all("reward_policy.max_dropped_fraction", why, "set reward_policy.on_error to drop")
-    if all(reward.function is None for reward in config.rewards.values()):
-        keys = "reward_policy.timeout_s reward_policy.processes reward_policy.memory_gib"
-        yield from _all(keys, "no reward is a function", "add a reward with `function`")
-    yield from inert_in_rewards(config.rewards)
-    if isinstance(config.algorithm, GDPOConfig):
-        for name in config.rewards:
-            why = "algorithm gdpo normalises each reward within its group"
-            yield Inert(key=("rewards", name, "normalize"), why=why, fix="use another algorithm")
-
-
-def inert_in_rewards(rewards: Mapping[str, RewardConfig], *, at: Key = ()) -> Iterator[Inert]:
-    """Yield keys of single rewards without effect. `at` is the section around `rewards`."""
-    for name, reward in rewards.items():
-        key = (*at, "rewards", name)
-        of_service = f"{'.'.join(key)}.url is null: it is no service"
-        if reward.url is None:
-            for field in ("token_env", "judge", "http"):
-                yield Inert(key=(*key, field), why=of_service, fix="name the service as `url`")
-        if reward.judge is not None and reward.judge.choices:
-            for field in ("pattern", "scale"):
-                why = f"{'.'.join((*key, 'judge', 'choices'))} says what the answer is worth"
-                yield Inert(key=(*key, "judge", field), why=why, fix="remove `choices`")
-        if reward.role == "reward" and all(
-            other.credit == "step" for other in rewards.values() if other.role == "reward"
-        ):
-            why = f"{'.'.join((*key, 'credit'))} is step: nothing is combined"
-            yield Inert(key=(*at, "reward", "steps", "combine"), why=why, fix="set that to response")
-        if reward.weight == 0.0:
-            for field in ("gate", "normalize"):
-                yield Inert(key=(*key, field), why=f"{'.'.join(key)}.weight is 0", fix="give it a weight")
-
-
 def _of_preferences(config: Config) -> Iterator[Inert]:
     algorithm = config.algorithm
     if isinstance(algorithm, LogRatioConfig):
@@ -270,75 +353,3 @@ def _of_preferences(config: Config) -> Iterator[Inert]:
     if isinstance(algorithm, CPOConfig) and algorithm.loss != "sigmoid":
         why = f"algorithm.loss {algorithm.loss} does not read it"
         yield from _all("algorithm.label_smoothing", why, "use sigmoid")
-
-
-def _of_data_and_training(config: Config) -> Iterator[Inert]:
-    data, rollouts, steps = config.data, config.rollouts, config.train.steps
-    if data.curriculum is not None and rollouts is not None and steps and isinstance(data.train, TaskConfig):
-        num_prompts = steps * rollouts.prompts_per_step
-        replaced = rollouts.dynamic_sampling is not None or drops(config.rewards, config.reward_policy)
-        if num_prompts <= data.train.size and not replaced and rollouts.oversample == 1.0:
-            why = (
-                f"train.steps * rollouts.prompts_per_step = {num_prompts} prompts are asked, and data.train has as many"
-            )
-            yield from _all("data.curriculum", f"{why} or more: none comes up twice", "train for more steps")
-    if config.data.eval is None:
-        keys = "eval train.best_metric train.early_stopping"
-        yield from _all(keys, "there is no data.eval", "name a held-out set as data.eval")
-    elif config.train.early_stopping is not None and steps is not None:
-        evaluations = -(-steps // config.eval.every)
-        if config.train.early_stopping.patience >= evaluations:
-            why = f"the run has {evaluations} evaluations, too few to wait for {config.train.early_stopping.patience}"
-            yield from _all("train.early_stopping", why, "evaluate more often, or lower its patience")
-    if config.data.eval is not None and derive.is_online(config) and config.eval.temperature == 0.0:
-        why = "eval.temperature is 0: greedy responses to one prompt are all equal"
-        yield from _all("eval.samples_per_prompt eval.greedy", why, "set eval.temperature above 0")
-    functions = [reward for reward in config.rewards.values() if reward.function is not None and reward.weight != 0.0]
-    if config.data.eval is not None and derive.is_online(config) and not functions and config.eval.pass_score is None:
-        why = "no reward with a weight is a function and eval.pass_score is null, so no response passes"
-        yield from _all("eval.k eval.answer", why, "set eval.pass_score")
-    if isinstance(config.data.train, dict) and len(config.data.train) == 1:
-        key = ("data", "train", next(iter(config.data.train)), "weight")
-        yield Inert(key=key, why="there is no other set to be mixed with", fix="name another set")
-    if not config.data.apply_chat_template:
-        why = "data.apply_chat_template is false: nothing puts it before the prompts"
-        yield from _all("data.system_prompt", why, "apply the chat template, or write it into the prompts")
-    if config.train.lr_schedule == "constant":
-        why = "train.lr_schedule is constant"
-        yield from _all("train.min_lr_ratio", why, "set train.lr_schedule to linear or cosine")
-    if config.train.optimizer == "adafactor":
-        why = "train.optimizer is adafactor, which has no moments"
-        yield from _all("train.betas train.eps", why, "set train.optimizer to adamw")
-    why = f"train.lr_schedule is {config.train.lr_schedule}"
-    if config.train.lr_schedule != "cosine_with_restarts":
-        yield from _all("train.lr_cycles", why, "set train.lr_schedule to cosine_with_restarts")
-    if config.train.lr_schedule != "wsd":
-        yield from _all("train.lr_decay_ratio", why, "set train.lr_schedule to wsd")
-    if config.tracking.wandb == "off":
-        yield from _all(OF_WANDB, "tracking.wandb is off", "set tracking.wandb to offline or online")
-
-
-def inert_in_cluster(cluster: ClusterConfig) -> Iterator[Inert]:
-    """Yield cluster keys without effect due to device, address and colocation, whatever runs there."""
-    roles = cluster.roles
-    if cluster.address is not None:
-        why = "cluster.address names a running Ray, whose object store has its size already"
-        yield from _all("cluster.object_store_gib", why, "give --object-store-memory to `ray start`")
-    engine = "cluster.roles.rollout"
-    if cluster.device == "cpu":
-        keys = f"{engine}.gpu_memory_utilization {engine}.enforce_eager"
-        yield from _all(keys, "cluster.device is cpu", "set cluster.device to cuda")
-    else:
-        keys = f"{engine}.kv_cache_gib"
-        keys += "".join(f" cluster.roles.{role}.threads" for role in derive.ROLE_ORDER)
-        yield from _all(keys, "cluster.device is cuda", "set cluster.device to cpu")
-    for role, section in roles:
-        host = section.colocate_with
-        if host is not None:
-            key = f"cluster.roles.{role}"
-            for name in ("cpus", "node_labels"):
-                yield from _all(
-                    f"{key}.{name}",
-                    f"{key}.colocate_with is {host}: it uses what {host} reserves",
-                    f"set cluster.roles.{host}.{name}, or {key}.colocate_with to null",
-                )

@@ -1,0 +1,44 @@
+"""Check the relations between the keys of an evaluation stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rlhf.config.mistakes.explain import Problem
+from rlhf.config.schema.evaluate import EvaluateConfig, EvaluationStage
+from rlhf.config.validation.reward_limits import limit_problems
+from rlhf.config.validation.rewards import reward_problems
+from rlhf.config.validation.run import cluster_problems
+from rlhf.config.validation.unused_keys import unused
+
+
+def evaluation_problems(stage: EvaluationStage) -> tuple[Problem, ...]:
+    """Return all problems of the stage. If there are none, it can start."""
+    return (
+        *unused(stage),
+        *reward_problems(
+            stage.evaluate.rewards,
+            stage.evaluate.reward,
+            environment=stage.evaluate.environment,
+            at=("evaluate",),
+        ),
+        *limit_problems(stage.evaluate.rewards, stage.evaluate.reward_policy, at=("evaluate",)),
+        *_problems(stage.evaluate),
+        *cluster_problems(stage.cluster, stage.needs, with_reward_model=stage.uses_reward_model),
+    )
+
+
+def _problems(config: EvaluateConfig) -> Iterator[Problem]:
+    samples = config.samples_per_prompt
+    if config.data == {}:
+        yield Problem(key=("evaluate", "data"), text="is an empty mapping; name a held-out set")
+    if samples > 1 and config.temperature == 0.0 and config.rewards:
+        text = f"is {samples}, but evaluate.temperature is 0: greedy responses to one prompt are all equal; raise that"
+        yield Problem(key=("evaluate", "samples_per_prompt"), text=text)
+    environment, new = config.environment, config.max_new_tokens
+    if environment is not None and config.rewards and environment.max_tokens <= new:
+        text = f"is {environment.max_tokens} and must hold a prompt and one turn of evaluate.max_new_tokens = {new}"
+        yield Problem(key=("evaluate", "environment", "max_tokens"), text=text)
+    if config.k is not None and max(config.k) > samples:
+        text = f"has {max(config.k)}, but evaluate.samples_per_prompt is {samples}; raise that, or lower k"
+        yield Problem(key=("evaluate", "k"), text=text)
