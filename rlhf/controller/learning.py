@@ -31,8 +31,8 @@ class OnlineRoles:
     rollout: RolloutRole
     reward: RewardRole
     reference: ReferenceRole | None
-    critic: CriticRole | None
     teacher: OnlineTeacherRole | None = None
+    critic: CriticRole | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

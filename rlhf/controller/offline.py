@@ -2,33 +2,26 @@
 
     rows -> reference logprobs or teacher's states -> minibatches -> update
 
-The trained role gets the data sets once, as columns, and a step names rows. A step is kept in the order of the online
-loop: the checkpoint is written aside, its row is logged, and then the checkpoint becomes valid. A notice to end makes
-the current step the last one.
+The trained role gets the data sets once, as columns, and a step names rows.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from rlhf.config.schema.root import Config
-from rlhf.controller.notice import Notice
-from rlhf.controller.record import Best, RunRecord
+from rlhf.controller.loop import TrainingLoop
+from rlhf.controller.record import RunRecord
 from rlhf.controller.reference import provide_reference
-from rlhf.controller.trained import trained_models
 from rlhf.data.packing import balance
 from rlhf.data.stream import Cursor, Stream
-from rlhf.errors import Preempted
 from rlhf.roles import OfflineRole, StatesByRank, TeacherRole
 from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.tracking.metrics.reductions import Last
 from rlhf.types import MinibatchPlan
-
-logger = logging.getLogger(__name__)
 
 REFERENCE_MICROBATCHES = 64  # per rank in one call
 
@@ -61,8 +54,8 @@ class StepRows:
     cursor: Cursor  # start of the next batch
 
 
-class OfflineController:
-    """Runs the training loop. `step` is the last finished step; a step is one optimizer step."""
+class OfflineController(TrainingLoop):
+    """The loop of a run on fixed data. A step is one optimizer step."""
 
     def __init__(
         self,
@@ -76,72 +69,26 @@ class OfflineController:
         policy_fingerprint: str,
         teacher: TeacherRole | None = None,
     ) -> None:
-        self.config = config
+        super().__init__(
+            config,
+            record,
+            {"policy": role, "teacher": teacher},
+            {"policy": role},
+            eval_sets=eval_sets,
+            eval_metric="loss",
+            lower_is_better=True,
+            policy_fingerprint=policy_fingerprint,
+        )
         self.role = role
-        self.record = record
         self.train_set = train_set
         self.rows = rows
         self.eval_sets = eval_sets
-        self.fingerprint = policy_fingerprint
         self.teacher = teacher
-        self.notice = Notice()
         self.is_ahead = teacher is not None and config.cluster.roles.teacher.colocate_with is None
         self.cursor = rows.state()
         self.next_batch: StepRows | None = None
-        self.step = 0
-        first_set = next(iter(eval_sets), "heldout")
-        self.best = Best.of(config.train, f"eval/{first_set}/loss", default_lower=True)
 
-    async def run(self, *, until: int | None = None) -> bool:
-        """Train until the last step, or until step `until`, and write a checkpoint there.
-
-        Returns whether the run is over. Continues from `step` if a checkpoint has been restored.
-        """
-        train, record = self.config.train, self.record
-        end = train.num_steps if until is None else until
-        arithmetic = await self.role.arithmetic()
-        if self.step == 0 and self.eval_sets and self.config.eval.at_start:
-            record.begin_step(0)
-            await self._evaluate()
-            record.write_row(0, record.row())
-        while self.step < end and not self.best.is_over:
-            step = self.step + 1
-            record.begin_step(step)
-            last = step == train.num_steps
-            with record.stage("step"):
-                await self._update(last=last)
-            evaluates = bool(self.eval_sets) and (last or step % self.config.eval.every == 0)
-            if evaluates:
-                await self._evaluate()
-            record.memory("policy", await self.role.memory())
-            if self.teacher is not None:
-                record.memory("teacher", await self.teacher.memory())
-            await record.system()
-            row = record.row()
-            rate = row["update/tokens/total"] / row["time/update_s"]
-            length = row["update/tokens/total"] / train.sequences_per_update
-            record.add(
-                {
-                    "throughput/tokens_per_s": Last(value=row["update/tokens/total"] / row["time/step_s"]),
-                    "throughput/train_tokens_per_s": Last(value=rate),
-                    "throughput/mfu": Last(value=arithmetic.utilisation(tokens_per_s=rate, mean_length=length)),
-                }
-            )
-            self.step = step
-            is_best = evaluates and self.best.improves(row, step)
-            is_over, is_told = last or self.best.is_over, self.notice.is_given
-            if is_over or is_told or step == end or is_best or step % train.checkpoint_every == 0:
-                await self._checkpoint(is_best=is_best)
-            else:
-                record.write_row(step, record.row())
-            if is_told and not is_over:
-                raise Preempted(f"a checkpoint of step {step} is written")
-        if self.step < train.num_steps and not self.best.is_over:
-            return False
-        await self._take_best()
-        return True
-
-    async def _update(self, *, last: bool) -> None:
+    async def train_step(self, step: int) -> None:
         """Make one optimizer step. A teacher with separate hardware computes the next rows meanwhile."""
         batch = self.next_batch or await self._take_batch()
 
@@ -149,7 +96,7 @@ class OfflineController:
             with self.record.stage("update", role="policy"):
                 self.record.add(await self.role.update_on(batch.plan, batch.states))
 
-        if self.is_ahead and not last:
+        if self.is_ahead and step < self.config.train.num_steps:
             _, self.next_batch = await asyncio.gather(update(), self._take_batch())
         else:
             await update()
@@ -167,13 +114,6 @@ class OfflineController:
             return ()
         with self.record.stage("teacher", role="teacher"):
             return await self.teacher.states(dataset, plan)
-
-    async def _take_best(self) -> None:
-        """After an early stop, load the weights of the best checkpoint for the export."""
-        best = self.best.step
-        if self.config.train.early_stopping is not None and best is not None and best != self.step:
-            logger.info("%s was best at step %d: that is the final model", self.best.metric, best)
-            await self.role.load(self.record.folder.checkpoint(best) / "policy")
 
     async def provide_reference(self) -> None:
         """Give the role the logprobs of the policy before training. Must be called before `restore`."""
@@ -197,7 +137,7 @@ class OfflineController:
             num_sequences=len(rows),
         )
 
-    async def _evaluate(self) -> None:
+    async def evaluate(self, step: int) -> None:
         """Measure loss and accuracy on the held-out sets, in chunks of one optimizer step's size."""
         size = self.config.train.sequences_per_update
         with self.record.stage("eval", role="policy"):
@@ -209,35 +149,16 @@ class OfflineController:
                     parts.append(await self.role.evaluate(index, name, chunk, await self._states(index, chunk)))
                 self.record.add(merge_metrics(parts))
 
-    async def _checkpoint(self, *, is_best: bool) -> None:
-        """Write the checkpoint aside, log the step, and make the checkpoint valid."""
-        folder = self.record.folder
-        with self.record.stage("checkpoint"):
-            aside = folder.begin_checkpoint(self.step)
-            await self.role.save(aside / "policy")
-            self.record.write_state(aside, self._state())
-        self.record.write_row(self.step, self.record.row())
-        self.record.commit_checkpoint(self.step)
-        if is_best:
-            folder.mark_best(self.step)
-        await self.record.prune(self.config.train.keep_checkpoints)
+    def trained_tokens(self, row: Mapping[str, float]) -> tuple[float, float]:
+        """Return the tokens of the step's rows, and their mean number."""
+        tokens = row["update/tokens/total"]
+        return tokens, tokens / self.config.train.sequences_per_update
 
-    def _state(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "cursor": asdict(self.cursor),
-            "best": self.best.state(),
-            "policy": self.fingerprint,
-            "algorithm": self.config.algorithm.name,
-            "trained": trained_models(self.config),
-        }
+    def position(self) -> Mapping[str, Any]:
+        """Return the position in the training set."""
+        return {"cursor": asdict(self.cursor)}
 
-    async def restore(self, step: int) -> None:
-        """Restore the checkpoint of a step."""
-        state = self.record.read_state(step)
+    async def restore_position(self, state: Mapping[str, Any]) -> None:
+        """Restore the position in the training set."""
         self.cursor = Cursor(**state["cursor"])
         self.rows.restore(self.cursor)
-        self.step = state["step"]
-        self.record.restore_best(self.best, state["best"])
-        await self.role.load(self.record.folder.checkpoint(step) / "policy")
-        logger.info("resumed from the checkpoint of step %d", step)

@@ -18,7 +18,7 @@ from rlhf.config.derive import (
 from rlhf.config.files.differences import differences
 from rlhf.config.schema.model import CriticConfig, LoraConfig, ModelConfig, PolicyConfig
 from rlhf.config.schema.root import Config
-from rlhf.controller.trained import trained_models
+from rlhf.controller.loop import trained_models
 from rlhf.data.sources import Row
 from rlhf.data.templates import ChatTemplate
 from rlhf.engine.optimizers import refuse_absent_bitsandbytes

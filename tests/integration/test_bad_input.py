@@ -28,7 +28,7 @@ import actors.run.export
 import actors.run.train
 from rlhf.cli import main
 from rlhf.config.files.load import load
-from rlhf.controller.trained import trained_models
+from rlhf.controller.loop import trained_models
 from rlhf.models.loading import architecture_fingerprint, load_model_config
 from rlhf.preflight.models import with_sources
 from rlhf.tracking.run_folder.folder import RunFolder

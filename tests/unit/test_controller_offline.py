@@ -47,7 +47,7 @@ def test_pieces_of_an_evaluation_are_divided_by_the_counts_of_the_whole_set() ->
         eval_sets={"heldout": rows},
         policy_fingerprint="",
     )
-    asyncio.run(controller._evaluate())
+    asyncio.run(controller.evaluate(1))
     shares = [[set(ids) for ids in plan.sequences_by_rank] for plan in role.plans]
     assert [set.union(*ranks) for ranks in shares] == [{0, 1, 2}, {3, 4, 5}, {6}]
     assert set() in shares[-1]  # one row for two ranks

@@ -74,8 +74,8 @@ def three_steps(*, colocate_with: str | None) -> tuple[list[str], list[int]]:
     )
     positions = []
     for step in range(3):
-        asyncio.run(controller._update(last=step == 2))
-        cursor = controller._state()["cursor"]
+        asyncio.run(controller.train_step(step + 1))
+        cursor = controller.state()["cursor"]
         positions.append(5 * cursor["epoch"] + cursor["position"])
     return calls, positions
 
