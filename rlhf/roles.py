@@ -20,6 +20,7 @@ from rlhf.types import (
     GroupRequest,
     GroupScores,
     LearntStates,
+    MemoryReport,
     MinibatchPlan,
     Pairs,
     RolloutInfo,
@@ -67,14 +68,6 @@ class SampleSelection:
     rollouts: Ref[Rollouts]
     records: tuple[SampleRecord, ...]  # `sample` is the index within the group
     sequence_ids: tuple[int, ...]  # in the order of the records
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryReport:
-    """Peak memory of a role's largest process, GiB."""
-
-    rss_gib: float
-    gpu_gib: float | None  # None without a GPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

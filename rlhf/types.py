@@ -332,3 +332,11 @@ class BatchPlan:
     def some_sequence(self) -> tuple[int]:
         """Return the first sequence of any rank. A rank without sequences runs it and learns nothing from it."""
         return (next(i for minibatch in self.minibatches for ids in minibatch.sequences_by_rank for i in ids),)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryReport:
+    """Peak memory of a process, or of a role's largest process, in GiB."""
+
+    rss_gib: float
+    gpu_gib: float | None  # None: no GPU

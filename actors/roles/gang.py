@@ -19,11 +19,12 @@ from actors.cluster.waiting import wait_all
 from actors.weights import Meeting, Transport, WeightManifest
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.errors import RunError, UserError
-from rlhf.roles import AdvantagesReport, Arithmetic, MemoryReport, Metrics, PrepareReport, Ref, StatesByRank
+from rlhf.roles import AdvantagesReport, Arithmetic, Metrics, PrepareReport, Ref, StatesByRank
 from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.types import (
     BatchPlan,
     Examples,
+    MemoryReport,
     MinibatchPlan,
     Pairs,
     Role,

@@ -14,8 +14,8 @@ from actors.roles.gang import largest, spawn
 from actors.roles.worker_pools import ReferenceWorkers
 from rlhf.config.schema.root import Config
 from rlhf.data.packing import balance
-from rlhf.roles import CompletedGroup, MemoryReport, Ref, StatesByRank
-from rlhf.types import Examples, LearntStates, MinibatchPlan, Role, Rollouts, VocabularyHead
+from rlhf.roles import CompletedGroup, Ref, StatesByRank
+from rlhf.types import Examples, LearntStates, MemoryReport, MinibatchPlan, Role, Rollouts, VocabularyHead
 from rlhf.workers.frozen.online_teacher import OnlineTeacherWorker
 from rlhf.workers.frozen.teacher import TeacherWorker
 

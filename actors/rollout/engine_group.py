@@ -26,9 +26,9 @@ from rlhf.config.schema.root import Config
 from rlhf.engine.memory import peak_memory
 from rlhf.errors import RunError
 from rlhf.models.on_disk import ModelOnDisk
-from rlhf.roles import CompletedGroup, EnginePart, MemoryReport
+from rlhf.roles import CompletedGroup, EnginePart
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
-from rlhf.types import GroupRequest, RolloutInfo, Sampling
+from rlhf.types import GroupRequest, MemoryReport, RolloutInfo, Sampling
 
 logger = logging.getLogger(__name__)
 

@@ -22,8 +22,9 @@ from rlhf.config.schema.root import Config
 from rlhf.controller.notice import Notice
 from rlhf.controller.record import Best, RunRecord
 from rlhf.errors import Preempted
-from rlhf.roles import MemoryReport, TrainedRole
+from rlhf.roles import TrainedRole
 from rlhf.tracking.metrics.reductions import Last
+from rlhf.types import MemoryReport
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from rlhf.config.schema.train import EarlyStopping, TrainConfig
 from rlhf.errors import RunError, UserError
-from rlhf.roles import MemoryReport, Metrics, NodesRole
+from rlhf.roles import Metrics, NodesRole
 from rlhf.tracking.display.progress import Progress
 from rlhf.tracking.logs import redact, set_step
 from rlhf.tracking.metrics.declarations import histograms, merge_metrics, results
@@ -27,6 +27,7 @@ from rlhf.tracking.run_folder.folder import RunFolder
 from rlhf.tracking.run_folder.mirror import Mirror
 from rlhf.tracking.run_folder.timeline import Timeline
 from rlhf.tracking.sinks.tracker import Tracker
+from rlhf.types import MemoryReport
 
 logger = logging.getLogger(__name__)
 STATE_FILE = "controller.json"

@@ -9,28 +9,19 @@ from __future__ import annotations
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 
 from rlhf.errors import RunError
-from rlhf.types import Role
+from rlhf.types import MemoryReport, Role
 
 _GIB = 2**30
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PeakMemory:
-    """Peaks of this process so far, in GiB."""
-
-    rss_gib: float
-    gpu_gib: float | None  # None: no GPU
-
-
-def peak_memory() -> PeakMemory:
+def peak_memory() -> MemoryReport:
     """Return the largest resident set and, on a GPU, the most memory held by the allocator."""
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _GIB  # Linux counts in KiB
-    return PeakMemory(
+    return MemoryReport(
         rss_gib=rss, gpu_gib=torch.cuda.max_memory_reserved() / _GIB if torch.cuda.is_available() else None
     )
 

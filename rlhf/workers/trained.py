@@ -23,9 +23,9 @@ from rlhf.models.export import export_adapter, export_model
 from rlhf.models.loading import architecture_fingerprint, load_tokenizer
 from rlhf.models.row_check import check_rows
 from rlhf.models.row_layout import row_layout
-from rlhf.roles import Arithmetic, MemoryReport
+from rlhf.roles import Arithmetic
 from rlhf.tracking.run_folder.atomic import explains_full
-from rlhf.types import Role
+from rlhf.types import MemoryReport, Role
 from rlhf.workers.rank_context import RankContext, torch_dtype
 
 

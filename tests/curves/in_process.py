@@ -39,20 +39,11 @@ from rlhf.models.loading import load_tokenizer
 from rlhf.objectives.masking import through_first
 from rlhf.preflight.inputs import OnlineInputs, StageInputs, load_inputs
 from rlhf.rewards.scoring import fingerprint
-from rlhf.roles import (
-    AdvantagesReport,
-    Arithmetic,
-    CompletedGroup,
-    EnginePart,
-    MemoryReport,
-    Metrics,
-    PrepareReport,
-    SampleSelection,
-)
+from rlhf.roles import AdvantagesReport, Arithmetic, CompletedGroup, EnginePart, Metrics, PrepareReport, SampleSelection
 from rlhf.rollouts.environments.conversations import Conversations, EnvironmentSpec
 from rlhf.rollouts.records.spans import Sampled, assemble
 from rlhf.tracking.metrics.declarations import merge_metrics
-from rlhf.types import BatchPlan, GroupRequest, GroupScores, RolloutInfo, Rollouts, Sampling
+from rlhf.types import BatchPlan, GroupRequest, GroupScores, MemoryReport, RolloutInfo, Rollouts, Sampling
 from rlhf.workers.frozen.online_teacher import OnlineTeacherWorker
 from rlhf.workers.frozen.reference import ReferenceWorker
 from rlhf.workers.frozen.reward import RewardSettings, RewardWorker

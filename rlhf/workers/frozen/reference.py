@@ -15,8 +15,7 @@ from rlhf.models.loading import load_causal_lm
 from rlhf.models.packed import policy_logprobs_only
 from rlhf.models.row_check import check_rows
 from rlhf.models.row_layout import row_layout
-from rlhf.roles import MemoryReport
-from rlhf.types import Role, Rollouts, TokenValues
+from rlhf.types import MemoryReport, Role, Rollouts, TokenValues
 from rlhf.workers.microbatches import Temperatures, shared_prompts, split_microbatches
 from rlhf.workers.rank_context import RankContext, torch_dtype
 

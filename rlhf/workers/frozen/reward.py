@@ -22,11 +22,10 @@ from rlhf.evaluation.voting import AnswerForm, answer_of
 from rlhf.models.loading import load_tokenizer
 from rlhf.rewards.processes.pool import GroupOutcome
 from rlhf.rewards.scoring import RewardSet, RewardSpec, asks_in_flight
-from rlhf.roles import MemoryReport
 from rlhf.rollouts.environments.turns import PLACEHOLDER
 from rlhf.rollouts.records.texts import Transcript, character_ends, response_texts, step_ends, transcripts, turns_of
 from rlhf.tracking.run_folder.samples import SampleRecord, SampleTokens, write_samples
-from rlhf.types import GroupScores, Prompt, Rollouts, StepReward, TokenSignals
+from rlhf.types import GroupScores, MemoryReport, Prompt, Rollouts, StepReward, TokenSignals
 from rlhf.workers.frozen.reward_model import RewardModel
 from rlhf.workers.rank_context import RankContext
 

@@ -18,8 +18,7 @@ from rlhf.models.loading import load_causal_lm
 from rlhf.models.packed import learnt_states, lm_head_settings, lm_head_weight
 from rlhf.models.row_check import check_rows
 from rlhf.models.row_layout import row_layout
-from rlhf.roles import MemoryReport
-from rlhf.types import Examples, LearntStates, VocabularyHead
+from rlhf.types import Examples, LearntStates, MemoryReport, VocabularyHead
 from rlhf.workers.microbatches import Microbatch, split_microbatches
 from rlhf.workers.rank_context import RankContext, torch_dtype
 
