@@ -5,7 +5,7 @@ Both operations hold the base model in memory in float32, because peft computes 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,17 @@ import peft
 import torch
 import transformers
 
+from rlhf.config.schema.merge import MergeConfig
 from rlhf.errors import UserError
-from rlhf.merging.sources import Source
+from rlhf.merging.sources import MergeSource
 from rlhf.models.export import name_padding
 from rlhf.models.lora import with_merged_adapter
 
 COMBINED = "combined"
-
 _ADDS_FACTORS = frozenset({"linear", "ties", "dare_linear", "dare_ties"})
 
 
-def fold_adapter(source: Source, folder: Path, *, dtype: torch.dtype, shard_bytes: int) -> None:
+def fold_adapter(source: MergeSource, folder: Path, *, dtype: torch.dtype, shard_bytes: int) -> None:
     """Add the adapter's update to every adapted layer in float32, and save whole weights in `dtype`."""
     assert source.adapter is not None
     model = with_merged_adapter(_load_base(source), str(source.adapter.folder))
@@ -32,44 +32,32 @@ def fold_adapter(source: Source, folder: Path, *, dtype: torch.dtype, shard_byte
     model.to(dtype).save_pretrained(folder, max_shard_size=shard_bytes)
 
 
-def combine_adapters(
-    sources: Sequence[Source],
-    weights: Mapping[str, float],
-    folder: Path,
-    *,
-    method: str,
-    density: float | None,
-    rank: int | None,
-    seed: int | None,
-    dtype: torch.dtype,
-) -> None:
-    """Combine adapters of one base with peft's add_weighted_adapter, and save the result in `dtype`.
-
-    `weights` maps the name of each source to its weight.
-    """
+def combine_adapters(config: MergeConfig, sources: Sequence[MergeSource], folder: Path) -> None:
+    """Combine adapters of one base with peft's add_weighted_adapter, and save the result."""
     model: Any = None
-    given = {f"adapter_{index}": source for index, source in enumerate(sources)}  # peft forbids some names of users
-    for name, source in given.items():
+    for index, source in enumerate(sources):
         assert source.adapter is not None
+        path, name = str(source.adapter.folder), f"adapter_{index}"  # peft forbids some names of users
         if model is None:
-            model = peft.PeftModel.from_pretrained(_load_base(source), str(source.adapter.folder), adapter_name=name)
+            model = peft.PeftModel.from_pretrained(_load_base(source), path, adapter_name=name)
         else:
-            model.load_adapter(str(source.adapter.folder), adapter_name=name)
+            model.load_adapter(path, adapter_name=name)
+    inputs, method = [config.models[source.name] for source in sources], config.method
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        if seed is not None:
-            torch.manual_seed(seed)
+        if "dare" in method:
+            torch.manual_seed(config.seed)
         model.add_weighted_adapter(
-            list(given),
-            [weights[source.name] for source in given.values()],
+            [f"adapter_{index}" for index in range(len(sources))],
+            [model_input.weight for model_input in inputs],
             COMBINED,
             combination_type=method,
-            svd_rank=rank,
+            svd_rank=config.rank,
             svd_full_matrices=False,
-            density=density,
+            density=inputs[0].density if "ties" in method or "dare" in method else None,
         )
     for name, parameter in model.named_parameters():
         if f".{COMBINED}." in name:
-            parameter.data = parameter.data.to(dtype)
+            parameter.data = parameter.data.to(getattr(torch, config.dtype))
     model.peft_config[COMBINED].inference_mode = True
     model.save_pretrained(str(folder), selected_adapters=[COMBINED])
     for file in (folder / COMBINED).iterdir():  # peft saves an adapter in a subfolder with its name
@@ -78,7 +66,7 @@ def combine_adapters(
     (folder / "README.md").unlink(missing_ok=True)  # an empty model card
 
 
-def check_combinable(sources: Sequence[Source], *, method: str, rank: int | None) -> None:
+def check_combinable(sources: Sequence[MergeSource], *, method: str, rank: int | None) -> None:
     """Check that the sources are plain adapters of one base, with equal ranks if the method adds their factors.
 
     Raise UserError with the names of two sources if they do not fit together.
@@ -101,7 +89,7 @@ def check_combinable(sources: Sequence[Source], *, method: str, rank: int | None
             )
 
 
-def _check_plain(source: Source, rank: int | None) -> None:
+def _check_plain(source: MergeSource, rank: int | None) -> None:
     if source.adapter is None:
         raise UserError(
             f"{source.key}: {source.folder} is a whole model, and merge.output is adapter; name an adapter, or set "
@@ -118,7 +106,7 @@ def _check_plain(source: Source, rank: int | None) -> None:
         raise UserError(f"merge.rank: {rank} is more than the {narrowest} of the narrowest layer of {source.key}.")
 
 
-def _ranks(source: Source) -> str:
+def _ranks(source: MergeSource) -> str:
     """Describe the rank of an adapter and the ranks of layers with a different one."""
     assert source.adapter is not None
     settings = source.adapter.settings
@@ -126,12 +114,10 @@ def _ranks(source: Source) -> str:
     return f"{settings['r']}" + (f" {pattern}" if pattern else "")
 
 
-def _load_base(source: Source) -> Any:
+def _load_base(source: MergeSource) -> Any:
     """Load the base model of an adapter. An adapter for sequence classification gets a base with a scalar head."""
     assert source.adapter is not None
-    folder = str(source.folder)
+    kind, options = transformers.AutoModelForCausalLM, {}
     if source.adapter.is_scored:
-        return transformers.AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, num_labels=1
-        )
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        kind, options = transformers.AutoModelForSequenceClassification, {"num_labels": 1}
+    return kind.from_pretrained(str(source.folder), dtype=torch.float32, use_safetensors=True, **options)

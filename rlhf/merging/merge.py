@@ -17,7 +17,7 @@ from rlhf.config.schema.merge import MergeConfig, in_effect, merge_problems
 from rlhf.errors import RunError, UserError
 from rlhf.merging.adapters import check_combinable, combine_adapters, fold_adapter
 from rlhf.merging.sources import (
-    Source,
+    MergeSource,
     check_distinct,
     check_layers,
     check_same_tokenizer,
@@ -28,12 +28,11 @@ from rlhf.merging.sources import (
     num_bytes,
     weight_shapes,
 )
-from rlhf.merging.whole import require_mergekit, run_mergekit
+from rlhf.merging.whole import require_mergekit, run_mergekit, shard_bytes
 from rlhf.models.export import appearing, name_padding
 from rlhf.models.loading import load_model_config
 
 RECORD = "merge.yaml"
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def merge_models(config: MergeConfig, out: Path, *, quiet: bool = False) -> None:
@@ -60,12 +59,14 @@ def require_tools(config: MergeConfig) -> None:
         require_mergekit(config.method)
 
 
-def checked_sources(config: MergeConfig, out: Path, *, key: str) -> list[Source]:
-    """Return all models of the merge after checking that they fit together.
+def checked_sources(config: MergeConfig, out: Path, *, key: str) -> list[MergeSource]:
+    """Return the models in the order of the section, and the base, after checking that they fit together.
 
     Raise UserError if a model is missing or does not fit. Name `key` in the error if the disk of `out` is too small.
     """
-    sources = find_sources(config)
+    sources = [find_source(f"merge.models.{name}", name, model.model) for name, model in config.models.items()]
+    if config.base is not None:
+        sources.append(find_source("merge.base", "base", config.base))
     if len(sources) > 1:
         check_distinct(sources)
     check_fit(config, sources)
@@ -73,26 +74,20 @@ def checked_sources(config: MergeConfig, out: Path, *, key: str) -> list[Source]
     return sources
 
 
-def find_sources(config: MergeConfig) -> list[Source]:
-    """Return the models in the order of the section, followed by the base."""
-    sources = [find_source(f"merge.models.{name}", name, model.model) for name, model in config.models.items()]
-    return sources if config.base is None else [*sources, find_source("merge.base", "base", config.base)]
-
-
-def write_merge(config: MergeConfig, sources: Sequence[Source], folder: Path, *, out: Path, quiet: bool) -> None:
+def write_merge(config: MergeConfig, sources: Sequence[MergeSource], folder: Path, *, out: Path, quiet: bool) -> None:
     """Write the whole result into the empty folder `folder`, to be renamed to `out` later."""
     if config.output == "adapter":
-        _combine(config, sources, folder)
+        combine_adapters(config, sources, folder)
     elif config.method == "fold":
-        fold_adapter(sources[0], folder, dtype=_DTYPES[config.dtype], shard_bytes=_shard_bytes(config))
+        fold_adapter(sources[0], folder, dtype=getattr(torch, config.dtype), shard_bytes=shard_bytes(config))
     else:
         with tempfile.TemporaryDirectory(prefix=".folded-", dir=folder) as scratch:
-            _merge_whole(config, sources, folder, Path(scratch), quiet=quiet)
+            _merge_whole(config, sources, folder, Path(scratch), quiet)
     _add_tokenizer(config, sources, folder)
     (folder / RECORD).write_text(_record(config, out), encoding="utf-8")
 
 
-def check_fit(config: MergeConfig, sources: Sequence[Source]) -> None:
+def check_fit(config: MergeConfig, sources: Sequence[MergeSource]) -> None:
     """Check for one architecture and one vocabulary, or for adapters of one base.
 
     Raise UserError with the names of two models that differ.
@@ -112,7 +107,7 @@ def check_fit(config: MergeConfig, sources: Sequence[Source]) -> None:
         check_same_tokenizer(sources, chosen=config.tokenizer)
 
 
-def _needed_bytes(config: MergeConfig, sources: Sequence[Source]) -> int:
+def _needed_bytes(config: MergeConfig, sources: Sequence[MergeSource]) -> int:
     """Return an upper bound on the disk space for the result and for folded adapters."""
     if config.output == "adapter":
         return sum(num_bytes(source.adapter.shapes, "float32") for source in sources if source.adapter is not None)
@@ -125,52 +120,30 @@ def _needed_bytes(config: MergeConfig, sources: Sequence[Source]) -> int:
     return result + sum(num_bytes(source.shapes, "float32") for source in sources if source.adapter is not None)
 
 
-def _combine(config: MergeConfig, sources: Sequence[Source], folder: Path) -> None:
-    model = config.models[sources[0].name]
-    combine_adapters(
-        sources,
-        {name: model.weight for name, model in config.models.items()},
-        folder,
-        method=config.method,
-        density=model.density if "ties" in config.method or "dare" in config.method else None,
-        rank=config.rank,
-        seed=config.seed if "dare" in config.method else None,
-        dtype=_DTYPES[config.dtype],
-    )
-
-
-def _merge_whole(config: MergeConfig, sources: Sequence[Source], folder: Path, scratch: Path, *, quiet: bool) -> None:
-    folders: dict[str, Path] = {}
+def _merge_whole(config: MergeConfig, sources: Sequence[MergeSource], folder: Path, scratch: Path, quiet: bool) -> None:
+    folders = {source.name: source.folder for source in sources}
     for source in sources:
-        folders[source.name] = source.folder
         if source.adapter is not None:
             folders[source.name] = scratch / source.name
-            fold_adapter(source, folders[source.name], dtype=torch.float32, shard_bytes=_shard_bytes(config))
-    run_mergekit(config, folders, folder, shard_bytes=_shard_bytes(config), quiet=quiet)
+            fold_adapter(source, folders[source.name], dtype=torch.float32, shard_bytes=shard_bytes(config))
+    run_mergekit(config, folders, folder, quiet=quiet)
     donor = _donor(config, sources)
     result = load_model_config(str(folders[donor.name]))
     if config.method == "passthrough":
         _set_layers(config, sources, result)
-    result.dtype = _DTYPES[config.dtype]
+    result.dtype = getattr(torch, config.dtype)
     name_padding(result, donor.tokenizer())
     result.save_pretrained(folder)
     if config.method != "passthrough":
         _check_complete(folders[donor.name], folder, result)
 
 
-def _shard_bytes(config: MergeConfig) -> int:
-    return int(config.shard_gib * 2**30)
-
-
-def _set_layers(config: MergeConfig, sources: Sequence[Source], result: Any) -> None:
+def _set_layers(config: MergeConfig, sources: Sequence[MergeSource], result: Any) -> None:
     """Set the number of layers, and the type of each layer if the architecture has several types."""
     by_name = {source.name: source.config for source in sources}
     layers = [(by_name[part.model], layer) for part in config.slices for layer in range(*part.layers)]
-    kinds = [
-        layer_config.layer_types[layer] for layer_config, layer in layers if getattr(layer_config, "layer_types", None)
-    ]
     result.num_hidden_layers = len(layers)
-    if kinds:
+    if kinds := [model.layer_types[layer] for model, layer in layers if getattr(model, "layer_types", None)]:
         result.layer_types = kinds
 
 
@@ -185,7 +158,7 @@ def _check_complete(donor: Path, folder: Path, config: Any) -> None:
         )
 
 
-def _add_tokenizer(config: MergeConfig, sources: Sequence[Source], folder: Path) -> None:
+def _add_tokenizer(config: MergeConfig, sources: Sequence[MergeSource], folder: Path) -> None:
     donor = _donor(config, sources)
     tokenizer = donor.tokenizer()
     if config.output == "model":
@@ -196,7 +169,7 @@ def _add_tokenizer(config: MergeConfig, sources: Sequence[Source], folder: Path)
         shutil.copyfile(file, folder / file.name)
 
 
-def _donor(config: MergeConfig, sources: Sequence[Source]) -> Source:
+def _donor(config: MergeConfig, sources: Sequence[MergeSource]) -> MergeSource:
     """Return the source of the result's config and tokenizer."""
     return next((source for source in sources if source.name == config.tokenizer), sources[0])
 

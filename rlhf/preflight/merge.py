@@ -15,7 +15,7 @@ from rlhf.config.schema.stages import MergeStage
 from rlhf.data.templates import UNCHANGED
 from rlhf.errors import UserError
 from rlhf.merging.merge import check_fit, checked_sources, require_tools
-from rlhf.merging.sources import Source, find_source
+from rlhf.merging.sources import MergeSource, find_source
 from rlhf.models.hub import use_cache_if_silent
 from rlhf.models.on_disk import may_ask_the_hub
 from rlhf.preflight.models import StageResults
@@ -60,7 +60,7 @@ def _key(name: str) -> str:
     return "merge.base" if name == "base" else f"merge.models.{name}"
 
 
-def _stand_in(name: str, model: str, made: StageResults) -> Source:
+def _stand_in(name: str, model: str, made: StageResults) -> MergeSource:
     """Return the model, or for a missing one the model its stage trains, which differs only in the values."""
     return find_source(_key(name), name, made.finals.get(model, model))
 
@@ -97,7 +97,7 @@ def _refuse_mixed_heads(awaited: Mapping[str, str], made: StageResults) -> None:
         )
 
 
-def _refuse_other_bases(sources: Mapping[str, Source]) -> None:
+def _refuse_other_bases(sources: Mapping[str, MergeSource]) -> None:
     (first, source), *others = sources.items()
     for name, other in others:
         if source.folder.resolve() != other.folder.resolve():
@@ -108,7 +108,7 @@ def _refuse_other_bases(sources: Mapping[str, Source]) -> None:
 
 
 def _note(
-    config: MergeConfig, models: Mapping[str, str], sources: Mapping[str, Source], made: StageResults, final: str
+    config: MergeConfig, models: Mapping[str, str], sources: Mapping[str, MergeSource], made: StageResults, final: str
 ) -> None:
     """Record the properties of the result for later stages."""
     donor = config.tokenizer or next(iter(config.models))
@@ -124,11 +124,11 @@ def _note(
         made.adapters[final] = LoraConfig(rank=rank, alpha=float(rank))
 
 
-def _is_scored(source: Source) -> bool:
+def _is_scored(source: MergeSource) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in source.config.architectures or [])
 
 
-def _rank(model: str, source: Source, made: StageResults) -> int:
+def _rank(model: str, source: MergeSource, made: StageResults) -> int:
     if model in made.adapters:
         return saved_rank(made.adapters[model])
     return 0 if source.adapter is None else int(source.adapter.settings["r"])

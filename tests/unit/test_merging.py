@@ -282,7 +282,7 @@ def broken(models: Path, folder: Path, change: str) -> None:
             "vocabulary",
             r"models\.a .* and merge\.models\.b .* different vocabularies of 320 and 321 tokens: '<new>' is no",
         ),
-        ("template", r"merge\.models\.a and merge\.models\.b have different chat templates; say in merge\.tokenizer"),
+        ("template", r"merge\.models\.a and merge\.models\.b have different chat templates; set merge\.tokenizer"),
         ("size", r"differ in size: lm_head\.weight is \[320, 96\] in the one and \[352, 96\] in the other"),
         ("cut", r"merge\.models\.b: .*model\.safetensors cannot be read \(.*\); copy or download it again"),
         ("part", r"merge\.models\.b: .* lacks model-00002-of-00004\.safetensors, which its index names"),
@@ -317,7 +317,7 @@ def test_a_full_disk(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(config: MergeConfig, folders: dict[str, Path], out: Path, *, shard_bytes: int, quiet: bool) -> None:
+    def fail(config: MergeConfig, folders: dict[str, Path], out: Path, *, quiet: bool) -> None:
         (out / "model.safetensors").write_text("half")
         raise rlhf.RunError("broke")
 
