@@ -1,4 +1,4 @@
-"""The command line: it finds the command and reports errors.
+"""The command line: it parses the arguments, runs the command, and reports errors.
 
 Exit codes: 0 done, 2 the user's input is wrong, 1 a failure at run time, 75 a signal other than Ctrl-C ended the run,
 and --resume auto continues it, 130 Ctrl-C ended it. An error is one short paragraph on stderr; --debug adds a
@@ -8,6 +8,8 @@ traceback.
 from __future__ import annotations
 
 import argparse
+import difflib
+import importlib.metadata
 import io
 import os
 import select
@@ -15,8 +17,8 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from rlhf.arguments import parse
 from rlhf.commands import COMMANDS
 from rlhf.errors import Preempted, RunError, UserError
 from rlhf.stopping import leave_stuck_threads
@@ -44,7 +46,7 @@ def _repair_streams() -> None:
 
 def _main(words: list[str]) -> int:
     try:
-        args = parse(words)
+        args = parse_arguments(words)
     except UserError as error:
         return _report(error, 2)
     try:
@@ -63,6 +65,35 @@ def _main(words: list[str]) -> int:
         if known is None:
             return _report(f"{type(error).__name__}: {error} (unexpected; --debug shows where)", 1)
         return _report(known, 2 if isinstance(known, UserError) else 1)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. `{self.prog} --help` shows the choices")
+
+
+def parse_arguments(words: list[str]) -> argparse.Namespace:
+    """Parse the words into a command with its options. UserError: the words are invalid."""
+    parser = _Parser(prog="rlhf", description="Post-training on Ray: from a laptop CPU to a cluster.")
+    parser.add_argument("--version", action="version", version=importlib.metadata.version("ray-rlhf"))
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+    for name, command in COMMANDS.items():
+        added = commands.add_parser(name, help=command.summary, description=f"{command.summary}.")
+        if name in words:
+            command.add_arguments(added)
+    args, extra = parser.parse_known_args(words)
+    takes_overrides = "overrides" in args
+    if extra and (not takes_overrides or any(word.startswith("-") for word in extra)):
+        unknown = [word for word in extra if word.startswith("-")] or extra
+        options = commands.choices[args.command]._option_string_actions
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], options, n=1)
+        raise UserError(
+            f"{args.command} has no argument {' '.join(unknown)}{f'; did you mean {near[0]}?' if near else '.'} "
+            f"`rlhf {args.command} --help` shows all arguments"
+        )
+    if takes_overrides:
+        args.overrides = [*args.overrides, *extra]  # argparse does not parse overrides after an option
+    return args
 
 
 def _how_to_continue(given: Sequence[str], args: argparse.Namespace) -> str:

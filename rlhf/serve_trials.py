@@ -17,7 +17,7 @@ from rlhf.errors import RunError, UserError
 from rlhf.stopping import leave_stuck_threads
 
 
-def serve() -> int:
+def run_trials() -> int:
     """Run trials from stdin until it ends."""
     with ExitStack() as to_the_end, os.fdopen(os.dup(1), "w") as replies:
         has_ray = False
@@ -53,6 +53,6 @@ def _keep(to_the_end: ExitStack, config: str) -> None:
 
 
 if __name__ == "__main__":
-    exit_code = serve()
+    exit_code = run_trials()
     leave_stuck_threads(exit_code)
     sys.exit(exit_code)

@@ -256,7 +256,7 @@ async def _next(log: AsyncGenerator[str, None]) -> str | None:
         return None
 
 
-def submit(
+def submit_job(
     config: str | Path, overrides: Sequence[str], *, address: str | None, env: Sequence[str], driver: DriverResources
 ) -> tuple[Jobs, str]:
     """Check a configuration, pack the current folder, and start or continue `rlhf train` on it.

@@ -25,7 +25,7 @@ class Left(Exception):
     """The player gave no further turn."""
 
 
-def play(loaded: LoadedConfig, turns: Iterable[str], show: Callable[[str], None], *, row: int) -> Played:
+def play_conversation(loaded: LoadedConfig, turns: Iterable[str], show: Callable[[str], None], *, row: int) -> Played:
     """Play one conversation. `turns` stand for the policy's turns; `show` gets the policy's input before each.
 
     row: the prompt's place among the training data, from 1. UserError if the configuration has no environment or the

@@ -84,7 +84,7 @@ class EvaluationResults:
         return json.dumps(self.evaluation.to_json(), indent=2, allow_nan=False) + "\n"
 
 
-def evaluate(inputs: EvalInputs, folder: Path) -> Evaluation:
+def evaluate_inputs(inputs: EvalInputs, folder: Path) -> Evaluation:
     """Evaluate and write eval.json and samples.jsonl into the folder.
 
     If a reward or an environment failed, errors.jsonl is written too.

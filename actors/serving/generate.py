@@ -27,7 +27,7 @@ CHAT_TOKENS = 8192  # of a conversation if the model allows more: the engine's c
 _READ = ("prompt", "messages", "tools")
 
 
-def generate(
+def generate_responses(
     name: str,
     source: Sequence[str] | Path,
     decoding: Decoding,

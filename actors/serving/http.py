@@ -16,11 +16,11 @@ import logging
 import secrets
 import signal
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from aiohttp import web
 
@@ -45,22 +45,16 @@ from rlhf.data.prompts import rollout_seed
 from rlhf.data.sources import refuse_half_characters
 from rlhf.data.tokenization import encode, encode_raw, raw_beginning
 from rlhf.errors import RunError, UserError
-from rlhf.models.loading import load_tokenizer
-from rlhf.models.on_disk import refuse_unservable
-from rlhf.models.template_check import refuse_runaway_template
-from rlhf.preflight.models import resolve_model
+from rlhf.models.on_disk import ModelOnDisk
 from rlhf.rollouts.records.spans import Sampled
 from rlhf.rollouts.records.texts import text_before_stop, token_texts, without_turn_end
 from rlhf.serving import (
     END_WITHIN_S,
     gives_token,
     read_text,
-    refuse_taken,
     serve_until_interrupted,
-    serving_token,
     stranger,
 )
-from rlhf.tracking import logs
 from rlhf.types import Prompt, Sampling
 
 logger = logging.getLogger(__name__)
@@ -68,10 +62,8 @@ T = TypeVar("T")
 
 MAX_BODY_BYTES = 16 * 2**20
 MAX_WAITING = 1024  # unanswered requests; more are refused with 429
-USUAL_LENGTH = 8192  # tokens of prompt and response if the model allows more: the engine's cache has to hold them
 LONG_TEXT = 100_000  # characters; tokenizing a longer request takes a noticeable part of a second
 LAST_S = END_WITHIN_S - 1.0  # for running requests when the server gets a signal
-GRACE_S = 60.0  # added to a request's deadline for the engine's calls, so that the request's deadline is reported
 THERE_IS = "there are GET /health, GET /v1/models, POST /v1/chat/completions and POST /v1/completions"
 
 
@@ -308,55 +300,19 @@ def _error(status: int, text: str, kind: str, *, code: str | None = None) -> web
     return web.json_response(error_body(text, kind, code=code), status=status)
 
 
-def serve(
-    model_name: str,
+def serve_model(
+    model: ModelOnDisk,
+    tokenizer: Any,
+    spec: ServerSpec,
+    cluster: ClusterConfig,
     *,
-    name: str | None,
     host: str,
     port: int,
-    token_env: str | None,
-    engines: int,
-    tensor_parallel: int,
-    kv_cache_gib: int | None,
-    max_length: int | None,
-    deadline_s: float,
-    device: Literal["cpu", "cuda"],
-    trust_remote_code: bool,
     ready: Callable[[str], None],
 ) -> None:
-    """Serve a model until interrupted. `ready` is called with the address, the base URL for clients.
-
-    UserError before anything starts if the model, the token or a limit is wrong.
-    """
-    logs.configure()
-    least = {
-        "--engines": (engines, 1),
-        "--tensor-parallel": (tensor_parallel, 1),
-        "--kv-cache-gib": (kv_cache_gib, 1),
-        "--max-length": (max_length, 2),
-    }
-    _refuse_limits(least, deadline_s)
-    if kv_cache_gib is not None and device == "cuda":
-        raise UserError("--kv-cache-gib: has no effect on a GPU, where the cache has what the model leaves; remove it")
-    if tensor_parallel > 1 and device == "cpu":
-        raise UserError("--tensor-parallel: is of GPUs; give --device cuda, or remove it")
-    token = serving_token(host, token_env)
-    refuse_taken(host, port)
-    model = resolve_model(model_name, trust_remote_code=trust_remote_code)
-    refuse_unservable(model)
-    if max_length is not None and model.max_length is not None and max_length > model.max_length:
-        raise UserError(f"--max-length: is {max_length}, more than the {model.max_length} that {model.name} takes")
-    length = max_length or min(model.max_length or USUAL_LENGTH, USUAL_LENGTH)
-    spec = ServerSpec(name=name or model.name, max_length=length, deadline_s=deadline_s, token=token)
-    tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=trust_remote_code)
-    refuse_runaway_template(tokenizer)
-    rollout = {"engines": engines, "tensor_parallel": tensor_parallel}
-    if kv_cache_gib is not None:
-        rollout["kv_cache_gib"] = kv_cache_gib
-    limit_s = deadline_s + GRACE_S
-    cluster = ClusterConfig.model_validate({"device": device, "roles": {"rollout": rollout}, "call_timeout_s": limit_s})
-    with suppress(_Terminated), serving(model, tokenizer, cluster, max_model_len=length) as served:
-        server = ModelServer(Answering(served.engines.handles, deadline_s=limit_s), tokenizer, spec)
+    """Serve a model until interrupted. `ready` is called with the address, the base URL for clients."""
+    with suppress(_Terminated), serving(model, tokenizer, cluster, max_model_len=spec.max_length) as served:
+        server = ModelServer(Answering(served.engines.handles, deadline_s=cluster.call_timeout_s), tokenizer, spec)
         try:
             signal_received = serve_until_interrupted(
                 server.application(),
@@ -375,11 +331,3 @@ def serve(
 
 class _Terminated(Exception):
     """Raised by SIGTERM to end a server that started its Ray."""
-
-
-def _refuse_limits(least: Mapping[str, tuple[int | None, int]], deadline_s: float) -> None:
-    for flag, (value, lowest) in least.items():
-        if value is not None and value < lowest:
-            raise UserError(f"{flag}: is {value}, expected {lowest} or more")
-    if not 0.0 < deadline_s <= 900_000.0:
-        raise UserError(f"--deadline-s: is {deadline_s:g}, expected more than 0, up to 900000")

@@ -1,13 +1,12 @@
-"""The commands, one module each, in the order of the help: `add` declares the arguments, `run` executes the command.
+"""The commands, one module each, in the order of the help.
 
-These modules of rlhf import actors, inside functions, so that help stays fast. A command reads its arguments, makes one
-call and shows the result. Python code can make the same call (rlhf/__init__.py).
+A module has the function of the Python API (`rlhf.train` and so on) and the presenter of its result on the command
+line. Functions import actors and everything heavy themselves, so that help stays fast.
 """
 
 from __future__ import annotations
 
-import argparse
-from typing import Protocol
+from collections.abc import Mapping
 
 from rlhf.commands import (
     dashboard,
@@ -28,35 +27,24 @@ from rlhf.commands import (
     train,
     view,
 )
-from rlhf.commands.shared import Subparsers
+from rlhf.commands.command import Command
 
-
-class Command(Protocol):
-    """The interface of a command's module."""
-
-    def add(self, commands: Subparsers) -> None:
-        """Declare the command and its arguments."""
-
-    def run(self, args: argparse.Namespace) -> int:
-        """Do it; the exit code."""
-
-
-COMMANDS: dict[str, Command] = {
-    "train": train,
-    "plan": plan,
-    "sweep": sweep,
-    "quickstart": quickstart,
-    "export": export,
-    "merge": merge,
-    "generate": generate,
-    "eval": evaluate,
-    "serve": serve,
-    "reward": reward,
-    "play": play,
-    "serve-reward": serve_reward,
-    "view": view,
-    "report": report,
-    "dashboard": dashboard,
-    "submit": submit,
-    "doctor": doctor,
+COMMANDS: Mapping[str, Command] = {
+    "train": train.COMMAND,
+    "plan": plan.COMMAND,
+    "sweep": sweep.COMMAND,
+    "quickstart": quickstart.COMMAND,
+    "export": export.COMMAND,
+    "merge": merge.COMMAND,
+    "generate": generate.COMMAND,
+    "eval": evaluate.COMMAND,
+    "serve": serve.COMMAND,
+    "reward": reward.COMMAND,
+    "play": play.COMMAND,
+    "serve-reward": serve_reward.COMMAND,
+    "view": view.COMMAND,
+    "report": report.COMMAND,
+    "dashboard": dashboard.COMMAND,
+    "submit": submit.COMMAND,
+    "doctor": doctor.COMMAND,
 }

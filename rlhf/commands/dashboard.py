@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from rlhf.commands.shared import say
-
-if TYPE_CHECKING:
-    from rlhf.commands.shared import Subparsers
+from rlhf.commands.command import Command
+from rlhf.commands.shared import write_stdout
 
 
-def add(commands: Subparsers) -> None:
-    command = commands.add_parser("dashboard", help="make a W&B workspace for the runs of a project")
-    command.add_argument("--project", default="rlhf", help="W&B project (tracking.wandb_project); rlhf")
-    command.add_argument("--entity", help="W&B user or team; the account's own")
-    command.add_argument("--out", type=Path, metavar="FILE", help="write it as JSON, and ask no server")
+def dashboard(*, project: str = "rlhf", entity: str | None = None, out: str | Path | None = None) -> str:
+    """Make a W&B workspace for the runs of a project. Return its address, or the file.
 
+    UserError: no credentials, or wandb-workspaces is not installed. RunError: W&B did not take it.
 
-def run(args: argparse.Namespace) -> int:
-    """Save it, or write it down; say where."""
+    Args:
+        project (NAME): the W&B project (tracking.wandb_project).
+        entity (NAME): the W&B user or team; the account's default if not given.
+        out (FILE): write the workspace to this file as JSON, without a server.
+    """
     from rlhf.tracking.sinks.wandb_workspace import publish
 
-    say(f"{publish(project=args.project, entity=args.entity, out=args.out)}\n")
+    return publish(project=project, entity=entity, out=None if out is None else Path(out))
+
+
+def _run(args: argparse.Namespace) -> int:
+    write_stdout(f"{COMMAND.call(args)}\n")
     return 0
+
+
+COMMAND = Command(dashboard, _run)

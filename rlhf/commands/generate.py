@@ -5,80 +5,89 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from rlhf.commands.asking import add_decoding, decoding_of, options_given
-from rlhf.commands.shared import say, typed_lines
+from rlhf.commands.command import Command
+from rlhf.commands.decoding import add_decoding, decoding_of, options_given
+from rlhf.commands.shared import typed_lines, write_stdout
 from rlhf.errors import UserError
 from rlhf.stopping import run_stoppable
 
 if TYPE_CHECKING:
-    from rlhf.commands.shared import Subparsers
     from rlhf.evaluation.decoding import Decoding, Generation
     from rlhf.stopping import StopRequest
 
-Device = Literal["cpu", "cuda"]
+
+def generate(
+    model: str | Path,
+    prompts: Sequence[str] | Path,
+    *,
+    decoding: Decoding | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
+    trust_remote_code: bool = False,
+) -> list[Generation]:
+    """Return responses of a model to prompts, or hold a conversation with it on the command line.
+
+    A Path as `prompts` is a file or dataset. The responses have the order of the prompts.
+
+    `model` is a hub name, a model folder, a LoRA adapter's folder, or a run's folder. Without `decoding` there is one
+    greedy response, with the system prompt, chat template, columns and stops of the run that produced the model.
+    """
+    name, settings = str(model), decoding or decoding_of(str(model), {})
+
+    def work(_: StopRequest) -> list[Generation]:
+        from actors.serving.generate import generate_responses
+
+        return generate_responses(name, prompts, settings, device=device, trust_remote_code=trust_remote_code)
+
+    return run_stoppable(work)
 
 
-def add(commands: Subparsers) -> None:
-    command = commands.add_parser("generate", help="responses of a model, or a conversation with it")
-    command.add_argument("model", metavar="MODEL", help="model folder, hub name, LoRA adapter folder or run folder")
-    source = command.add_mutually_exclusive_group(required=True)
+def _add(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated")
     source.add_argument(
-        "--file", type=Path, metavar="DATA", help="prompts of a file or dataset; answered as JSON lines"
+        "--file", type=Path, metavar="DATA", help="answer the prompts of a file or dataset in JSON lines"
     )
-    source.add_argument("--chat", action="store_true", help="each line on stdin is a turn; ends with it (Ctrl-D)")
-    command.add_argument("--out", type=Path, metavar="FILE", help="JSON lines go here, not to stdout")
-    add_decoding(command)
+    source.add_argument("--chat", action="store_true", help="hold a conversation: each line of stdin is a turn")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write JSON lines to this file instead of stdout")
+    add_decoding(parser)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Answer the prompts, or start a conversation."""
+def _run(args: argparse.Namespace) -> int:
+    """Answer the prompts, or hold a conversation."""
     given = options_given(args)
     if args.chat:
         if args.out is not None or given.keys() & {"samples", "columns", "apply_chat_template"}:
             raise UserError("--out, --samples, --column and --no-chat-template have no effect with --chat; remove them")
-        given["apply_chat_template"] = True
-    decoding = decoding_of(args.model, given)
-    settings: dict[str, Any] = {"device": args.device or "cpu", "trust_remote_code": args.trust_remote_code}
-    if args.chat:
-
-        def work(_: StopRequest) -> None:
-            from actors.serving.generate import chat
-
-            chat(args.model, typed_lines(), lambda text: say(f"{text}\n"), decoding, **settings)
-
-        run_stoppable(work)
+        _chat(args, decoding_of(args.model, {**given, "apply_chat_template": True}))
         return 0
+    decoding = decoding_of(args.model, given)
     if args.out is not None and (args.out.exists() or not args.out.parent.is_dir()):
         raise UserError(f"--out: {args.out} exists already, or its folder does not; name a new file")
-    generations = generate(args.model, args.prompt or args.file, decoding, **settings)
+    generations = COMMAND.call(args, prompts=args.prompt or args.file, decoding=decoding)
     if args.prompt and args.out is None:
-        say("".join(f"{generation.response}\n" for generation in generations))
+        write_stdout("".join(f"{generation.response}\n" for generation in generations))
         return 0
     from dataclasses import asdict
 
     from rlhf.tracking.run_folder.atomic import json_line, write_lines
 
     if args.out is None:
-        say("".join(json_line(asdict(generation)) for generation in generations))
+        write_stdout("".join(json_line(asdict(generation)) for generation in generations))
     else:
         write_lines(args.out, map(asdict, generations))
     return 0
 
 
-def generate(
-    model: str, source: Sequence[str] | Path, decoding: Decoding | None, *, device: Device, trust_remote_code: bool
-) -> list[Generation]:
-    """Return responses to prompts, or to the prompts of a file or dataset. decoding None: use the settings of the
-    model's run.
-    """
-    decoding = decoding or decoding_of(model, {})
+def _chat(args: argparse.Namespace, decoding: Decoding) -> None:
+    def work(_: StopRequest) -> None:
+        from actors.serving.generate import chat
 
-    def work(_: StopRequest) -> list[Generation]:
-        from actors.serving.generate import generate as answer
+        settings = {"device": args.device, "trust_remote_code": args.trust_remote_code}
+        chat(args.model, typed_lines(), lambda text: write_stdout(f"{text}\n"), decoding, **settings)
 
-        return answer(model, source, decoding, device=device, trust_remote_code=trust_remote_code)
+    run_stoppable(work)
 
-    return run_stoppable(work)
+
+COMMAND = Command(generate, _run, add=_add, prompts=None, decoding=None)

@@ -3,33 +3,49 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf.commands.shared import add_overrides, add_quiet, say
+from rlhf.commands.command import Command
+from rlhf.commands.shared import write_stdout
+from rlhf.errors import UserError
 
 if TYPE_CHECKING:
-    from rlhf.commands.shared import Subparsers
     from rlhf.config.schema.merge import MergeRun
 
 
-def add(commands: Subparsers) -> None:
-    command = commands.add_parser("merge", help="merge models or adapters into one")
-    command.add_argument("config", metavar="CONFIG", help="YAML file with a merge section")
-    add_quiet(command)
-    add_overrides(command)
+def load_merge(path: str | Path, overrides: Sequence[str] = ()) -> MergeRun:
+    """Load a YAML file with `merge.key=value` overrides, and return the checked merge.
+
+    UserError names every mistake.
+    """
+    from rlhf.config.schema.merge import load_merge_file
+
+    return load_merge_file(path, overrides)
 
 
-def run(args: argparse.Namespace) -> int:
-    from rlhf.config.schema.merge import load_merge
+def merge(config: str | Path | MergeRun, overrides: Sequence[str] = (), *, quiet: bool = False) -> Path:
+    """Merge models or adapters into one. Return the new folder.
 
-    merging = load_merge(args.config, args.overrides)
-    merge(merging, quiet=args.quiet)
-    say(f"done: {merging.out}\n")
+    UserError: the input is wrong. RunError: something failed at run time.
+
+    Args:
+        config (CONFIG): a YAML file with a merge section.
+    """
+    from rlhf.merging.merge import merge_models
+
+    if isinstance(config, str | Path):
+        config = load_merge(config, overrides)
+    elif overrides:
+        raise UserError("overrides change a file; build the MergeRun with the values you want instead")
+    merge_models(config, config.out, quiet=quiet)
+    return config.out
+
+
+def _run(args: argparse.Namespace) -> int:
+    write_stdout(f"done: {COMMAND.call(args)}\n")
     return 0
 
 
-def merge(config: MergeRun, *, quiet: bool) -> None:
-    """Merge models or adapters into the folder of the section `merge`."""
-    from rlhf.merging.merge import merge_models
-
-    merge_models(config, config.out, quiet=quiet)
+COMMAND = Command(merge, _run, config={"type": str})

@@ -9,57 +9,39 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf.commands.shared import add_overrides, say
+from rlhf.commands.command import Command
+from rlhf.commands.shared import AnyConfig, loaded_config, write_stdout
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
-    from rlhf.commands.shared import Subparsers
     from rlhf.config.files.load import LoadedConfig
     from rlhf.config.schema.sweep import Sweep
 
 
-def add(commands: Subparsers) -> None:
-    command = commands.add_parser("plan", help="check a configuration and show its plan")
-    command.add_argument("config", metavar="CONFIG", help="YAML file")
-    command.add_argument("--cluster", metavar="NODES", help="fit it into nodes such as '2*cpu=96,gpu=8,type=h100'")
-    command.add_argument(
-        "--shapes", metavar="FOLDER", type=Path, help="where config.json of models that are not here lie"
-    )
-    command.add_argument(
-        "--lengths", metavar="SPEC", help="of responses: lognormal:MEAN:SIGMA, a file, or a run's folder"
-    )
-    command.add_argument(
-        "--simulate", metavar="SPEC", help="predict how busy GPUs are, such as 'gpus=64+4096,staleness=0+1,mtbf_h=5000'"
-    )
-    add_overrides(command)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Print the plan, then check the run's inputs on this machine."""
-    from rlhf.config.files.load import LoadedConfig
-
-    target = _read(args.config, args.overrides)
-    settings = {"cluster": args.cluster, "shapes": args.shapes, "lengths": args.lengths}
-    say(plan(target, (), simulate=args.simulate, **settings))
-    if args.simulate is None:
-        say("\ninputs: models, data, rewards, environments\n")
-        say(check_inputs(target if isinstance(target, LoadedConfig) else target.base, cluster=args.cluster))
-    return 0
-
-
 def plan(
-    config: str | Path | LoadedConfig | Sweep,
-    overrides: Sequence[str],
+    config: AnyConfig | Sweep,
+    overrides: Sequence[str] = (),
     *,
-    cluster: str | None,
-    shapes: Path | None,
-    lengths: str | None,
-    simulate: str | None,
+    cluster: str | None = None,
+    shapes: Path | None = None,
+    lengths: str | None = None,
+    simulate: str | None = None,
 ) -> str:
-    """Return the text, of a run or of a file for `rlhf sweep`."""
+    """Check a configuration, and show its derived numbers, placement, memory, time and cost. Return the text.
+
+    For a sweep's file, the text has its trials, how many fit at once, and the plan of the first. For the numbers of
+    `simulate`, call rlhf.planning.footprints and rlhf.planning.simulate.
+
+    Args:
+        cluster (NODES): nodes to fit the run into, such as '2*cpu=96,gpu=8,type=h100'.
+        shapes (FOLDER): a folder with config.json of models that are not on this machine.
+        lengths (SPEC): lengths of responses, as lognormal:MEAN:SIGMA, a file, or a run's folder.
+        simulate (SPEC): predict the load of the GPUs in scenarios such as 'gpus=64+4096,staleness=0+1,mtbf_h=5000',
+            instead of the plan.
+    """
     from rlhf.config.files.load import LoadedConfig
 
-    target = _read(config, overrides) if isinstance(config, str | Path) else config
+    target = _loaded_run_or_sweep(config, overrides)
     if not isinstance(target, LoadedConfig):
         from rlhf.planning.trials import render_sweep
 
@@ -75,7 +57,20 @@ def plan(
     return render_plan(target, cluster=cluster, shapes=shapes, lengths=lengths)
 
 
-def check_inputs(loaded: LoadedConfig, *, cluster: str | None) -> str:
+def _run(args: argparse.Namespace) -> int:
+    """Print the plan, then check the run's inputs on this machine."""
+    from rlhf.config.files.load import LoadedConfig
+
+    target = _loaded_run_or_sweep(args.config, args.overrides)
+    write_stdout(COMMAND.call(args, config=target, overrides=()))
+    if args.simulate is None:
+        write_stdout("\ninputs: models, data, rewards, environments\n")
+        loaded = target if isinstance(target, LoadedConfig) else target.base
+        write_stdout(_check_inputs(loaded, cluster=args.cluster))
+    return 0
+
+
+def _check_inputs(loaded: LoadedConfig, *, cluster: str | None) -> str:
     """Check the inputs as `rlhf train` does. Return a sentence about the checks, or the reason for none.
 
     UserError: an input is invalid.
@@ -98,14 +93,16 @@ def check_inputs(loaded: LoadedConfig, *, cluster: str | None) -> str:
     return "  checked: `rlhf train` takes them\n"
 
 
-def _read(config: str | Path, overrides: Sequence[str]) -> LoadedConfig | Sweep:
+def _loaded_run_or_sweep(config: AnyConfig | Sweep, overrides: Sequence[str]) -> LoadedConfig | Sweep:
     from rlhf.config.files.base import read_tree
-    from rlhf.config.files.load import load
     from rlhf.config.files.recipes import config_file
+    from rlhf.config.schema.sweep import Sweep, load_sweep
 
-    file = config_file(config)
-    if "sweep" in read_tree(file).values:
-        from rlhf.config.schema.sweep import load_sweep
+    if isinstance(config, Sweep):
+        return config
+    if isinstance(config, str | Path) and "sweep" in read_tree(config_file(config)).values:
+        return load_sweep(config, overrides)
+    return loaded_config(config, overrides)
 
-        return load_sweep(file, overrides)
-    return load(file, overrides)
+
+COMMAND = Command(plan, _run, config={"type": str})

@@ -3,42 +3,45 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from rlhf.commands.shared import add_overrides, say, typed_lines
+from rlhf.commands.command import Command
+from rlhf.commands.shared import AnyConfig, loaded_config, typed_lines, write_stdout
 
 if TYPE_CHECKING:
-    from rlhf.commands.shared import Subparsers
-    from rlhf.config.files.load import LoadedConfig
     from rlhf.rollouts.records.spans import Played
 
 
-def add(commands: Subparsers) -> None:
-    command = commands.add_parser("play", help="play the configuration's environment by hand, without a model")
-    command.add_argument("config", metavar="CONFIG", help="YAML file with rollouts.environment")
-    command.add_argument("--row", type=int, default=1, metavar="N", help="row of the training data, from 1; 1")
-    add_overrides(command)
+def play(
+    config: AnyConfig, turns: Iterable[str], show: Callable[[str], None], overrides: Sequence[str] = (), *, row: int = 1
+) -> Played:
+    """Play one conversation with the configuration's environment by hand, without a model.
+
+    Each element of `turns` stands for a turn of the policy. `show` gets the policy's input before it.
+
+    Args:
+        config (CONFIG): a YAML file with rollouts.environment.
+        row (N): the row of the training data, from 1.
+    """
+    from actors.rollout.play import play_conversation
+
+    return play_conversation(loaded_config(config, overrides), turns, show, row=row)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Play, and say how it ended."""
+def _run(args: argparse.Namespace) -> int:
+    """Play, and print the rewards."""
     from actors.rollout.play import Left
-    from rlhf.config.files.load import load
 
     try:
-        played = play(load(args.config, args.overrides), typed_lines(), lambda text: say(f"{text}\n"), row=args.row)
+        played = COMMAND.call(args, turns=typed_lines(), show=lambda text: write_stdout(f"{text}\n"))
     except Left:
-        say("\nleft before the conversation was over\n")
+        write_stdout("\nleft before the conversation was over\n")
         return 0
     rewards = played.rewards or ()
-    ended = "over" if played.finish_reason == "stop" else "cut at a limit"
-    say(f"{ended}: rewards {', '.join(f'{reward:g}' for reward in rewards)}; together {sum(rewards):g}\n")
+    end = "over" if played.finish_reason == "stop" else "cut at a limit"
+    write_stdout(f"{end}: rewards {', '.join(f'{reward:g}' for reward in rewards)}; together {sum(rewards):g}\n")
     return 0
 
 
-def play(loaded: LoadedConfig, turns: Iterable[str], show: Callable[[str], None], *, row: int = 1) -> Played:
-    """Play one conversation. `turns` stand for the policy's turns; `show` gets the policy's input before each."""
-    from actors.rollout.play import play as converse
-
-    return converse(loaded, turns, show, row=row)
+COMMAND = Command(play, _run, turns=None, show=None)

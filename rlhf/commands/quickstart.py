@@ -1,45 +1,105 @@
-"""`rlhf quickstart`: train a tiny model on this machine, and say whether it worked."""
+"""`rlhf quickstart`: train a tiny model on this machine, and report its improvement on held-out data."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Literal
 
-from rlhf.commands.shared import add_overrides, add_quiet
-from rlhf.errors import UserError
-
-if TYPE_CHECKING:
-    from rlhf.commands.shared import Subparsers
+from rlhf.commands.command import Command
+from rlhf.commands.train import train
+from rlhf.errors import RunError, UserError
 
 RECIPE_OF = {"ppo": "quickstart.yaml", "grpo": "quickstart_grpo.yaml"}
+ACCURACY = "eval/heldout/score"
+BEFORE = (0.2, 0.7)  # the warm start has learned the task only in part
+AFTER = 0.85
+CURVES = (ACCURACY, "rewards/score/mean", "experience/kl_ref/mean", "update/entropy/mean")
+NUM_SAMPLES = 5
 
 
-def add(commands: Subparsers) -> None:
-    command = commands.add_parser("quickstart", help="train a tiny model on this machine, in minutes")
-    command.add_argument("--algorithm", choices=tuple(RECIPE_OF), default="ppo", help="which recipe")
-    add_quiet(command)
-    add_overrides(command)
+def quickstart(
+    algorithm: Literal["ppo", "grpo"] = "ppo", overrides: Sequence[str] = (), *, quiet: bool = False
+) -> Path:
+    """Train a tiny model on this machine in minutes, and show its improvement. Return the pipeline's folder.
 
+    An interrupted quickstart continues. RunError: the model has not reached the expected accuracy.
 
-def run(args: argparse.Namespace) -> int:
-    """Train, show before and after."""
-    quickstart(args.algorithm, args.overrides, quiet=args.quiet)
-    return 0
-
-
-def quickstart(algorithm: str, overrides: Sequence[str], *, quiet: bool) -> Path:
-    """Train, show results before and after, and return the folder. An interrupted quickstart continues."""
-    from rlhf.commands.train import launch
+    Args:
+        algorithm: the algorithm of the recipe.
+    """
     from rlhf.config.files.load import load
     from rlhf.config.files.recipes import RECIPES
     from rlhf.config.schema.stages import run_folder
-    from rlhf.quickstart_results import show
 
     if algorithm not in RECIPE_OF:
         raise UserError(f"quickstart: got {algorithm!r}, expected {' or '.join(RECIPE_OF)}")
     loaded = load(RECIPES / RECIPE_OF[algorithm], overrides)
-    launch(loaded, resume=True, quiet=quiet)
-    show(run_folder(list(loaded.stages.values())[-1]))
+    train(loaded, resume=True, quiet=quiet)
+    show_improvement(run_folder(list(loaded.stages.values())[-1]))
     return loaded.folder
+
+
+def show_improvement(folder: Path) -> None:
+    """Print held-out accuracy before and after, samples, and the path of the plotted curves of a run folder.
+
+    RunError: the accuracy is not the expected one.
+    """
+    from rich.console import Console
+
+    from rlhf.tracking.display.plots import before_after_table, plot_curves
+    from rlhf.tracking.sinks.tracker import read_metrics
+
+    rows = [row for row in read_metrics(folder) if row.get(ACCURACY) is not None]
+    if len(rows) < 2:
+        raise RunError(f"quickstart: {folder / 'metrics.jsonl'} has no evaluation before and after training")
+    before, after = rows[0], rows[-1]
+    console = Console()
+    pairs = _sample_pairs(folder, before["step"], after["step"])
+    console.print(before_after_table(_evaluation(before), _evaluation(after), pairs))
+    curves = plot_curves({folder.name: folder}, CURVES, output=folder / "curves.png")
+    console.print(f"plot: {curves}", highlight=False, soft_wrap=True)
+    start, end = before[ACCURACY], after[ACCURACY]
+    if not BEFORE[0] <= start <= BEFORE[1]:
+        raise RunError(
+            f"quickstart: held-out accuracy after the warm start is {start:.2f}, expected {BEFORE[0]} to {BEFORE[1]}"
+        )
+    if end < AFTER:
+        raise RunError(f"quickstart: held-out accuracy after training is {end:.2f}, expected at least {AFTER}")
+    console.print(f"held-out accuracy {start:.2f} -> {end:.2f}", highlight=False)
+
+
+def _evaluation(row: Mapping[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in row.items() if key.startswith("eval/") and value is not None}
+
+
+def _sample_pairs(folder: Path, first: int, last: int) -> list[Any]:
+    """Return some held-out prompts with both responses, corrected ones first."""
+    from rlhf.tracking.display.plots import SamplePair
+    from rlhf.tracking.run_folder.atomic import read_lines
+    from rlhf.tracking.run_folder.samples import samples_path
+
+    before, after = (
+        {row["prompt_id"]: row for row in read_lines(samples_path(folder, step)) if row["split"] == "heldout"}
+        for step in (first, last)
+    )
+    shared = sorted(before.keys() & after.keys(), key=lambda i: (before[i]["score"] - after[i]["score"], i))
+    return [
+        SamplePair(
+            prompt=before[i]["prompt"],
+            before=before[i]["response"],
+            before_score=before[i]["score"],
+            after=after[i]["response"],
+            after_score=after[i]["score"],
+        )
+        for i in shared[:NUM_SAMPLES]
+    ]
+
+
+def _run(args: argparse.Namespace) -> int:
+    COMMAND.call(args)
+    return 0
+
+
+COMMAND = Command(quickstart, _run)

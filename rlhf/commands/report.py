@@ -1,34 +1,42 @@
-"""`rlhf report RUN [RUN ...]`: run folders as one self-contained HTML file."""
+"""`rlhf report RUN [RUN ...]`: write run folders as one self-contained HTML file."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf.commands.shared import say
+from rlhf.commands.command import Command
+from rlhf.commands.shared import write_stdout
 
 if TYPE_CHECKING:
-    from rlhf.commands.shared import Subparsers
+    from rlhf.reporting.report import Report
 
 
-def add(commands: Subparsers) -> None:
-    command = commands.add_parser(
-        "report", help="run folders as one HTML file: diagnosis, curves, samples, differences"
-    )
-    command.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run or a pipeline")
-    command.add_argument(
-        "--out", type=Path, metavar="FILE", help="RUN/report.html if not given; of several runs RUN/comparison.html"
-    )
+def report(runs: str | Path | Sequence[str | Path], *, out: Path | None = None) -> Report:
+    """Write run folders as one HTML file: diagnosis, curves, samples, differences. The result holds the problems.
 
+    UserError: a folder holds no run, or the file cannot be written.
 
-def run(args: argparse.Namespace) -> int:
-    """Write it; the worst findings go to the terminal too."""
+    Args:
+        runs (RUN): the folder of a run or a pipeline.
+        out (FILE): the file to write; RUN/report.html, or RUN/comparison.html for several runs, if not given.
+    """
     from rlhf.reporting.report import write_report
 
-    written = write_report(args.runs, args.out)
+    return write_report([Path(run) for run in ([runs] if isinstance(runs, str | Path) else runs)], out)
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Write it, and show the worst findings on the terminal too."""
+    written = COMMAND.call(args)
     for name, findings in written.findings.items():
         for finding in findings:
-            say(f"{finding.severity}: {name}, steps {finding.first_step} to {finding.last_step}: {finding.what}\n")
-    say("".join(f"written: {path}\n" for path in (written.html, *written.pictures)))
+            steps = f"steps {finding.first_step} to {finding.last_step}"
+            write_stdout(f"{finding.severity}: {name}, {steps}: {finding.what}\n")
+    write_stdout("".join(f"written: {path}\n" for path in (written.html, *written.pictures)))
     return 0
+
+
+COMMAND = Command(report, _run, runs={"nargs": "+", "type": str})

@@ -1,71 +1,107 @@
-"""`rlhf serve MODEL`: a model behind an HTTP server, asked as OpenAI's interface is."""
+"""`rlhf serve MODEL`: serve a model over HTTP through OpenAI's interface."""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-from rlhf.commands.shared import say
+from rlhf.commands.command import Command
+from rlhf.commands.shared import write_stdout
+from rlhf.errors import UserError
 from rlhf.stopping import run_stoppable
 
 if TYPE_CHECKING:
-    from rlhf.commands.shared import Subparsers
     from rlhf.stopping import StopRequest
 
 SERVE_PORT = 8702
-SERVE_DEADLINE_S = 600.0
+USUAL_LENGTH = 8192  # tokens of prompt and response if the model allows more: the engine's cache has to hold them
+GRACE_S = 60.0  # added to a request's deadline for the engine's calls, so that the request's deadline is reported
 
 
-def add(commands: Subparsers) -> None:
-    command = commands.add_parser("serve", help="serve a model over HTTP, in OpenAI's form")
-    add = command.add_argument
-    add("model", metavar="MODEL", help="model folder, hub name, LoRA adapter folder or run folder")
-    add("--name", help="by which requests call it; MODEL if not given")
-    add("--host", default="127.0.0.1", help="address to listen on; others than loopback: a token")
-    add("--port", type=int, default=SERVE_PORT, help=f"0: a free one; {SERVE_PORT} if not given")
-    add("--token-env", metavar="NAME", help="variable with the token that callers must give, as their API key")
-    add("--engines", type=int, default=1, metavar="N", help="among which requests are dealt out; 1")
-    add("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs of one engine; 1")
-    add("--kv-cache-gib", type=int, metavar="N", help="cache of each engine on a CPU; 1")
-    add("--max-length", type=int, metavar="N", help="tokens of prompt and response; what the model takes, up to 8192")
-    add(
-        "--deadline-s",
-        type=float,
-        default=SERVE_DEADLINE_S,
-        metavar="S",
-        help=f"from a request to its answer; {SERVE_DEADLINE_S:g}",
-    )
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="cpu if not given")
-    add("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+def serve(
+    model: str | Path,
+    *,
+    name: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    token_env: str | None = None,
+    engines: int = 1,
+    tensor_parallel: int = 1,
+    kv_cache_gib: int | None = None,
+    max_length: int | None = None,
+    deadline_s: float = 600.0,
+    device: Literal["cpu", "cuda"] = "cpu",
+    trust_remote_code: bool = False,
+    ready: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Serve a model over HTTP through OpenAI's interface, until SIGINT or SIGTERM.
 
+    `ready` is called with the base URL for clients. UserError before anything starts if the model, the token or a
+    limit is wrong.
 
-def run(args: argparse.Namespace) -> int:
-    serve(
-        args.model,
-        name=args.name,
-        host=args.host,
-        port=args.port,
-        token_env=args.token_env,
-        engines=args.engines,
-        tensor_parallel=args.tensor_parallel,
-        kv_cache_gib=args.kv_cache_gib,
-        max_length=args.max_length,
-        deadline_s=args.deadline_s,
-        device=args.device,
-        trust_remote_code=args.trust_remote_code,
-        ready=lambda url: say(f"serving {url}\n"),
-    )
-    return 0
-
-
-def serve(model: str, **options: Any) -> None:
-    """Serve a model until interrupted. The options are the arguments of `actors.serving.http.serve`,
-    without defaults.
+    Args:
+        name (NAME): the model's name in requests; MODEL if not given.
+        token_env (NAME): the environment variable with the token that callers must give as their API key.
+        engines (N): the number of engines, over which requests are distributed.
+        tensor_parallel (N): the number of GPUs of each engine.
+        kv_cache_gib (N): the cache of each engine on a CPU, in GiB; 1 if not given.
+        max_length (N): the maximum number of tokens in a prompt and its response; the model's, up to 8192, if not
+            given.
+        deadline_s (S): the maximum time from a request to its answer, in seconds.
     """
 
     def work(_: StopRequest) -> None:
-        from actors.serving.http import serve as serve_model
+        from actors.serving.http import ServerSpec, serve_model
+        from rlhf.config.schema.cluster import ClusterConfig
+        from rlhf.models.loading import load_tokenizer
+        from rlhf.models.on_disk import refuse_unservable
+        from rlhf.models.template_check import refuse_runaway_template
+        from rlhf.preflight.models import resolve_model
+        from rlhf.serving import refuse_taken, serving_token
+        from rlhf.tracking import logs
 
-        serve_model(model, **options)
+        logs.configure()
+        token = serving_token(host, token_env)
+        refuse_taken(host, port)
+        served = resolve_model(str(model), trust_remote_code=trust_remote_code)
+        refuse_unservable(served)
+        if max_length is not None and served.max_length is not None and max_length > served.max_length:
+            raise UserError(
+                f"--max-length: is {max_length}, more than the {served.max_length} tokens that {served.name} takes"
+            )
+        length = max_length or min(served.max_length or USUAL_LENGTH, USUAL_LENGTH)
+        tokenizer = load_tokenizer(served.tokenizer, trust_remote_code=trust_remote_code)
+        refuse_runaway_template(tokenizer)
+        rollout = {"engines": engines, "tensor_parallel": tensor_parallel}
+        if kv_cache_gib is not None:
+            rollout["kv_cache_gib"] = kv_cache_gib
+        cluster = {"device": device, "roles": {"rollout": rollout}, "call_timeout_s": deadline_s + GRACE_S}
+        spec = ServerSpec(name=name or served.name, max_length=length, deadline_s=deadline_s, token=token)
+        serve_model(served, tokenizer, spec, ClusterConfig.model_validate(cluster), host=host, port=port, ready=ready)
 
+    least = {
+        "--engines": (engines, 1),
+        "--tensor-parallel": (tensor_parallel, 1),
+        "--kv-cache-gib": (kv_cache_gib, 1),
+        "--max-length": (max_length, 2),
+    }
+    for flag, (value, lowest) in least.items():
+        if value is not None and value < lowest:
+            raise UserError(f"{flag}: is {value}, expected {lowest} or more")
+    if not 0.0 < deadline_s <= 900_000.0:
+        raise UserError(f"--deadline-s: is {deadline_s:g}, expected more than 0, up to 900000")
+    if kv_cache_gib is not None and device == "cuda":
+        raise UserError("--kv-cache-gib: has no effect on a GPU, where the cache has what the model leaves; remove it")
+    if tensor_parallel > 1 and device == "cpu":
+        raise UserError("--tensor-parallel: is of GPUs; give --device cuda, or remove it")
     run_stoppable(work)
+
+
+def _run(args: argparse.Namespace) -> int:
+    COMMAND.call(args, ready=lambda url: write_stdout(f"serving {url}\n"))
+    return 0
+
+
+COMMAND = Command(serve, _run, port={"default": SERVE_PORT}, ready=None)

@@ -1,63 +1,74 @@
-"""Options of several commands, and output to stdout for all commands. It runs nothing."""
+"""Read the configuration of a call, write to stdout, and read typed lines, for all commands."""
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
     from rlhf.config.files.load import LoadedConfig
+    from rlhf.config.schema.root import Config
 
-Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-
-
-def add_overrides(command: argparse.ArgumentParser) -> None:
-    """Add the `key=value` words, allowed anywhere on the line."""
-    command.add_argument("overrides", metavar="key=value", nargs="*", help="set a key of the configuration")
+AnyConfig: TypeAlias = "str | Path | Mapping[str, Any] | Config | LoadedConfig"
 
 
-def add_quiet(command: argparse.ArgumentParser) -> None:
-    """Add the option --quiet."""
-    command.add_argument("--quiet", action="store_true", help="no progress")
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Load a YAML file with `section.key=value` overrides, and return the checked configuration.
+
+    UserError names every mistake.
+    """
+    from rlhf.config.files.load import load
+
+    return load(path, overrides)
 
 
-def add_progress(command: argparse.ArgumentParser) -> None:
-    """Add the options --quiet and --json."""
-    modes = command.add_mutually_exclusive_group()
-    modes.add_argument("--quiet", action="store_true", help="no progress")
-    modes.add_argument("--json", action="store_true", help="progress as JSON lines on stdout, for programs")
+def loaded_config(config: AnyConfig, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Return the checked configuration of a call: of a file, of a mapping with the same keys, or loaded before."""
+    from rlhf.config.files.load import LoadedConfig, checked, from_mapping
+    from rlhf.config.schema.root import Config
+
+    if isinstance(config, str | Path):
+        return load_config(config, overrides)
+    if isinstance(config, Mapping):
+        return from_mapping(config, overrides)
+    if not isinstance(config, Config | LoadedConfig):
+        raise TypeError(
+            f"the configuration is of type {type(config).__name__}; give the path of a YAML file, a mapping with the "
+            "same keys, or what rlhf.load_config returned"
+        )
+    if overrides:
+        raise UserError("overrides change a file or a mapping; build the Config with the values you want instead")
+    return checked(config) if isinstance(config, Config) else config
 
 
-def configuration_or_name(target: str, overrides: Sequence[str]) -> LoadedConfig | str:
-    """Return a YAML file's configuration, or the name unchanged. UserError: overrides are given for a name."""
-    if target.endswith((".yaml", ".yml")):
-        from rlhf.config.files.load import load
-
-        return load(target, overrides)
+def config_or_name(target: AnyConfig, overrides: Sequence[str] = ()) -> LoadedConfig | str:
+    """Return a configuration, or the name of a model or a function. UserError: overrides are given for a name."""
+    if not isinstance(target, str | Path) or str(target).endswith((".yaml", ".yml")):
+        return loaded_config(target, overrides)
     if overrides:
         raise UserError(
             f"{overrides[0]}: changes a configuration, and {target} is none. Give a CONFIG.yaml, or options such as "
             "--column prompt=question in place of keys."
         )
-    return target
+    return str(target)
 
 
-def say(text: str) -> None:
-    """Write a line to stdout and flush it."""
+def write_stdout(text: str) -> None:
+    """Write to stdout and flush it."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def typed_lines() -> Iterator[str]:
-    """Yield the lines of stdin, asked for where a person types them. Blank lines are passed over."""
-    asks = sys.stdin.isatty()
+    """Yield the lines of stdin without blank ones. A prompt is shown on a terminal."""
+    is_terminal = sys.stdin.isatty()
     while True:
-        if asks:
-            say("> ")
+        if is_terminal:
+            write_stdout("> ")
         line = sys.stdin.readline()
         if not line:
             return

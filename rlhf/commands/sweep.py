@@ -4,88 +4,109 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf.commands.shared import add_overrides, add_quiet, say
+from rlhf.commands.command import Command
+from rlhf.commands.shared import write_stdout
+from rlhf.commands.train import train
 from rlhf.errors import UserError
 from rlhf.stopping import run_stoppable
 
 if TYPE_CHECKING:
-    from rlhf.commands.shared import Subparsers
-    from rlhf.config.schema.sweep import Sweep
     from rlhf.stopping import StopRequest
     from rlhf.sweeps.results import SweepResult
 
 
-def add(commands: Subparsers) -> None:
-    command = commands.add_parser("sweep", help="vary keys of a configuration over many runs, and find the best")
-    command.add_argument("config", metavar="CONFIG", help="YAML file with a sweep section")
-    command.add_argument(
-        "--resume", choices=("auto", "never"), default="never", help="auto: continue the sweep in its folder"
-    )
-    command.add_argument("--retry-failed", action="store_true", help="with --resume auto: failed trials too")
-    native = command.add_mutually_exclusive_group()
-    native.add_argument("--wandb", action="store_true", help="make it a sweep on W&B's server, and say how to run it")
-    native.add_argument("--agent", metavar="ID", help="run trials of a sweep that --wandb made")
-    native.add_argument(
-        "--trial", action="store_true", help="run one trial with the given parameters; --agent calls it"
-    )
-    command.add_argument("--count", type=int, help="with --agent: so many trials")
-    add_quiet(command)
-    add_overrides(command)
+def sweep(
+    config: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    retry_failed: bool = False,
+    quiet: bool = False,
+) -> SweepResult:
+    """Vary keys of a configuration over many runs, and find the best. The section `sweep` names the keys.
 
+    `resume` continues the sweep in its folder. UserError: the input is wrong. RunError: all trials failed.
 
-def run(args: argparse.Namespace) -> int:
-    """Run the sweep and show its result."""
+    Args:
+        config (CONFIG): a YAML file with a sweep section.
+        retry_failed: with --resume auto, repeat failed trials too.
+    """
     from rlhf.config.schema.sweep import load_sweep
 
+    loaded = load_sweep(config, overrides)
+
+    def work(_: StopRequest) -> SweepResult:
+        from actors.sweeps.runner import run_sweep
+
+        return run_sweep(loaded, resume=resume, retry_failed=retry_failed, quiet=quiet)
+
+    return run_stoppable(work)
+
+
+def make_wandb_sweep(config: str | Path, overrides: Sequence[str] = ()) -> str:
+    """Create the file's sweep on W&B's server. W&B agents run its trials. Return `ENTITY/PROJECT/ID`.
+
+    UserError: the input is wrong, or there are no credentials. RunError: the server did not create the sweep.
+    """
+    from rlhf.config.schema.sweep import load_sweep
+    from rlhf.sweeps.wandb_sweep import create
+
+    return create(load_sweep(config, overrides), [str(config), *overrides])
+
+
+def run_wandb_agent(sweep: str, *, count: int | None = None) -> None:
+    """Run trials of a sweep from `make_wandb_sweep`, until W&B has no more or `count` are done."""
+    from rlhf.sweeps.wandb_sweep import run_agent
+
+    run_agent(sweep, count=count)
+
+
+def _add(parser: argparse.ArgumentParser) -> None:
+    wandb = parser.add_mutually_exclusive_group()
+    wandb.add_argument("--wandb", action="store_true", help="create the sweep on W&B's server, and show how to run it")
+    wandb.add_argument("--agent", metavar="ID", help="run trials of a sweep created with --wandb")
+    wandb.add_argument("--trial", action="store_true", help="run one trial with the given parameters; --agent calls it")
+    parser.add_argument("--count", type=int, metavar="N", help="with --agent, the number of trials")
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Run the sweep and show its result."""
     if args.count is not None and args.agent is None:
         raise UserError("--count has no effect without --agent; set sweep.method.trials")
     if args.retry_failed and args.resume != "auto":
         raise UserError("--retry-failed has no effect without --resume auto")
     if args.resume == "auto" and (args.wandb or args.trial or args.agent is not None):
-        raise UserError("--resume has no effect with --wandb, --agent or --trial; it continues a sweep of our own")
+        raise UserError("--resume has no effect with --wandb, --agent or --trial, which continue no local sweep")
     if args.agent is not None and args.overrides:
         raise UserError(f"{args.overrides[0]} has no effect with --agent: trials have the keys that --wandb was given")
     if args.trial:
         return _run_trial(args)
-    sweep = load_sweep(args.config, args.overrides)
     if args.wandb:
-        from rlhf.sweeps.wandb_sweep import create
-
-        words = [args.config, *args.overrides]
-        identity = create(sweep, words)
-        say(f"made: {identity}\nrun trials of it, here and elsewhere: rlhf sweep {args.config} --agent {identity}\n")
+        identity = make_wandb_sweep(args.config, args.overrides)
+        write_stdout(f"created: {identity}\nto run its trials: rlhf sweep {args.config} --agent {identity}\n")
         return 0
     if args.agent is not None:
-        from rlhf.sweeps.wandb_sweep import run_agent
+        from rlhf.config.schema.sweep import load_sweep
 
-        run_agent(args.agent, count=args.count)
+        load_sweep(args.config)
+        run_wandb_agent(args.agent, count=args.count)
         return 0
-    result = run_sweep(sweep, resume=args.resume == "auto", retry_failed=args.retry_failed, quiet=args.quiet)
     from rich.console import Console
 
+    result = COMMAND.call(args, resume=args.resume == "auto")
     Console().print(result.to_table())
-    say(f"results: {result.folder}\n")
+    write_stdout(f"results: {result.folder}\n")
     if result.best is not None:
-        say(f"best: {result.best.trial}; rlhf train {result.folder / 'best.yaml'}\n")
+        write_stdout(f"best: {result.best.trial}; rlhf train {result.folder / 'best.yaml'}\n")
     return 0
-
-
-def run_sweep(sweep: Sweep, *, resume: bool, retry_failed: bool, quiet: bool) -> SweepResult:
-    """Run all trials, or only the remaining ones. A signal ends them as described in `run_stoppable`."""
-
-    def work(_: StopRequest) -> SweepResult:
-        from actors.sweeps.runner import run_sweep as start
-
-        return start(sweep, resume=resume, retry_failed=retry_failed, quiet=quiet)
-
-    return run_stoppable(work)
 
 
 def _run_trial(args: argparse.Namespace) -> int:
     """Run a trial with the parameters of W&B's agent and the overrides of the sweep."""
-    from rlhf.commands.train import launch
     from rlhf.config.files.yaml_tree import from_yaml
     from rlhf.config.schema.sweep import load_sweep
 
@@ -95,9 +116,22 @@ def _run_trial(args: argparse.Namespace) -> int:
     of_sweep = [word for word in args.overrides if word.startswith("sweep.")]
     varied = load_sweep(args.config, of_sweep).config.parameters
     varied_words = [word for word in args.overrides if word.partition("=")[0] in varied]
-    sweep = load_sweep(args.config, [word for word in args.overrides if word not in varied_words])
+    loaded = load_sweep(args.config, [word for word in args.overrides if word not in varied_words])
     parameters = {word.partition("=")[0]: from_yaml(word.partition("=")[2]) for word in varied_words}
     if missing := [key for key in varied if key not in parameters]:
         raise UserError(f"--trial: {missing[0]} is not given; write {missing[0]}=VALUE")
-    launch(sweep.trial(parameters, run_id), resume=False, quiet=args.quiet)
+    train(loaded.trial(parameters, run_id), quiet=args.quiet)
     return 0
+
+
+COMMAND = Command(
+    sweep,
+    _run,
+    add=_add,
+    resume={
+        "action": "store",
+        "choices": ("auto", "never"),
+        "default": "never",
+        "help": "auto: continue the sweep in its folder (default: never)",
+    },
+)

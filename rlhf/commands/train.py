@@ -7,64 +7,121 @@ import logging
 import re
 import shlex
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf.commands.shared import add_overrides, add_progress, say
+from rlhf.commands.command import Command
+from rlhf.commands.shared import AnyConfig, loaded_config, write_stdout
 from rlhf.errors import Preempted, UserError
 from rlhf.stopping import run_stoppable
 
 if TYPE_CHECKING:
-    from rlhf.commands.shared import Subparsers
     from rlhf.config.files.load import LoadedConfig
     from rlhf.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
 
 
-def add(commands: Subparsers) -> None:
-    command = commands.add_parser("train", help="run a configuration of any method")
-    command.add_argument("config", metavar="CONFIG", help="YAML file")
-    command.add_argument(
-        "--resume",
-        type=_resume,
-        default="never",
-        metavar="{auto,never,STEP}",
-        help="auto: continue the run in its folder, from its newest checkpoint; STEP: from that one, as step_000010",
-    )
-    command.add_argument(
-        "--until", type=int, metavar="STEP", help="stop after this step, with a checkpoint to --resume from"
-    )
-    command.add_argument("--overwrite", action="store_true", help="replace the run that the folder of run.name holds")
-    add_progress(command)
-    add_overrides(command)
+def train(
+    config: AnyConfig,
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    from_step: int | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+    json_lines: bool = False,
+    until: int | None = None,
+) -> Path:
+    """Run a configuration of any method, all stages of a pipeline in turn. Return the folder of the run or pipeline.
+
+    `config` is a YAML file, a mapping with the same keys, or a configuration loaded or built before. In a mapping, a
+    reward's `function` may be a function of a Python file. `resume` continues the run in the folder from its newest
+    checkpoint, and `from_step` from the checkpoint of this step.
+
+    Args:
+        overwrite: replace the run in the folder of run.name.
+        json_lines: write progress to stdout as JSON lines, for programs.
+        until (STEP): stop after this step, with a checkpoint from which --resume continues.
+
+    Raises:
+        UserError: the input is wrong.
+        RunError: something failed at run time.
+        Preempted: a signal ended the run, and `resume` continues it.
+        KeyboardInterrupt: Ctrl-C ended the run, and `resume` continues it.
+    """
+    from rlhf.config.schema.stages import run_folder
+    from rlhf.tracking import logs
+    from rlhf.tracking.run_folder.folder import refuse_other_run
+
+    loaded = loaded_config(config, overrides)
+    resume = resume or from_step is not None
+    logs.configure()
+    if not resume and not overwrite:
+        for stage in loaded.stages.values():
+            refuse_other_run(run_folder(stage))
+
+    def work(_: StopRequest) -> None:
+        logger.info("%s: loading PyTorch, Ray and vLLM", loaded.name)
+        from actors.run.train import launch
+
+        launch(
+            loaded,
+            resume=resume,
+            from_step=from_step,
+            overwrite=overwrite,
+            quiet=quiet,
+            json_lines=json_lines,
+            until=until,
+        )
+
+    try:
+        run_stoppable(work)
+    except (KeyboardInterrupt, Preempted) as end:
+        raise type(end)(f"{end}{_resume_point(loaded)}") from end
+    return loaded.folder
 
 
-def run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace) -> int:
     """Train, and show the evaluations."""
-    from rlhf.config.files.load import load
     from rlhf.tracking.run_folder.atomic import json_line
 
     if args.overwrite and args.resume != "never":
         raise UserError("--overwrite has no effect with --resume; remove one of them")
-    loaded = load(args.config, args.overrides)
-    launch(
-        loaded,
-        resume=args.resume != "never",
-        from_step=args.resume if isinstance(args.resume, int) else None,
-        overwrite=args.overwrite,
-        quiet=args.quiet,
-        json_lines=args.json,
-        until=args.until,
-    )
-    if args.json:
-        say(json_line({"event": "done", "run": loaded.name, "folder": str(loaded.folder)}))
+    loaded = loaded_config(args.config, args.overrides)
+    from_step = args.resume if isinstance(args.resume, int) else None
+    COMMAND.call(args, config=loaded, overrides=(), resume=args.resume == "auto", from_step=from_step)
+    if args.json_lines:
+        write_stdout(json_line({"event": "done", "run": loaded.name, "folder": str(loaded.folder)}))
         return 0
     if not args.quiet:
         _show_evaluations(loaded)
-    say(f"done: {loaded.folder}\n")
+    write_stdout(f"done: {loaded.folder}\n")
     if not args.quiet:
         sys.stderr.write(_next_steps(loaded))
     return 0
+
+
+def _resume(text: str) -> str | int:
+    """Parse the value of --resume: a word, or the step of a checkpoint."""
+    match = re.fullmatch(r"(?:step_)?(\d{1,12})", text)
+    if match is None and text not in ("auto", "never"):
+        raise argparse.ArgumentTypeError(f"is {text!r}, expected auto, never, or a checkpoint such as step_000010")
+    return text if match is None else int(match[1])
+
+
+def _show_evaluations(loaded: LoadedConfig) -> None:
+    """Show the first and the last evaluation of each run with evaluations by responses."""
+    from rich.console import Console
+
+    from rlhf.config.schema.stages import run_folder
+    from rlhf.evaluation.comparison import before_after
+
+    for stage in loaded.stages.values():
+        table = before_after(run_folder(stage))
+        if table is not None:
+            Console().print(table)
 
 
 def _next_steps(loaded: LoadedConfig) -> str:
@@ -79,56 +136,7 @@ def _next_steps(loaded: LoadedConfig) -> str:
     return text
 
 
-def _resume(text: str) -> str | int:
-    """Parse the value of --resume: a word, or the step of a checkpoint."""
-    match = re.fullmatch(r"(?:step_)?(\d{1,12})", text)
-    if match is None and text not in ("auto", "never"):
-        raise argparse.ArgumentTypeError(f"is {text!r}, expected auto, never, or a checkpoint such as step_000010")
-    return text if match is None else int(match[1])
-
-
-def launch(
-    loaded: LoadedConfig,
-    *,
-    resume: bool,
-    quiet: bool,
-    from_step: int | None = None,
-    overwrite: bool = False,
-    json_lines: bool = False,
-    until: int | None = None,
-) -> None:
-    """Run all stages in turn. A signal ends them as `run_stoppable` says."""
-
-    from rlhf.config.schema.stages import run_folder
-    from rlhf.tracking import logs
-    from rlhf.tracking.run_folder.folder import refuse_other_run
-
-    logs.configure()
-    if not resume and not overwrite:
-        for stage in loaded.stages.values():
-            refuse_other_run(run_folder(stage))
-
-    def work(_: StopRequest) -> None:
-        logger.info("%s: loading PyTorch, Ray and vLLM", loaded.name)
-        from actors.run.train import launch as start
-
-        start(
-            loaded,
-            resume=resume,
-            from_step=from_step,
-            overwrite=overwrite,
-            quiet=quiet,
-            json_lines=json_lines,
-            until=until,
-        )
-
-    try:
-        run_stoppable(work)
-    except (KeyboardInterrupt, Preempted) as end:
-        raise type(end)(f"{end}{_continues(loaded)}") from end
-
-
-def _continues(loaded: LoadedConfig) -> str:
+def _resume_point(loaded: LoadedConfig) -> str:
     """Say from where the run, or the first unfinished stage of a pipeline, continues."""
     from rlhf.config.schema.stages import result_of, run_folder
 
@@ -144,14 +152,18 @@ def _continues(loaded: LoadedConfig) -> str:
     return ""
 
 
-def _show_evaluations(loaded: LoadedConfig) -> None:
-    """Show the first and the last evaluation of each run with evaluations by responses."""
-    from rich.console import Console
-
-    from rlhf.config.schema.stages import run_folder
-    from rlhf.evaluation.comparison import before_after
-
-    for stage in loaded.stages.values():
-        table = before_after(run_folder(stage))
-        if table is not None:
-            Console().print(table)
+COMMAND = Command(
+    train,
+    _run,
+    exclusive=("quiet", "json_lines"),
+    resume={
+        "action": "store",
+        "type": _resume,
+        "default": "never",
+        "metavar": "{auto,never,STEP}",
+        "help": "auto: continue the run in its folder from its newest checkpoint; STEP: continue from this checkpoint, "
+        "such as step_000010 (default: never)",
+    },
+    from_step=None,
+    json_lines={"flag": "--json"},
+)

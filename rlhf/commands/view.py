@@ -1,38 +1,43 @@
-"""`rlhf view RUN [RUN]`: run folders in a browser, while the runs go on."""
+"""`rlhf view RUN [RUN]`: show run folders in a browser, also while the runs go on."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from rlhf.commands.shared import say
-
-if TYPE_CHECKING:
-    from rlhf.commands.shared import Subparsers
+from rlhf.commands.command import Command
+from rlhf.commands.shared import write_stdout
 
 VIEW_PORT = 8701
 
 
-def add(commands: Subparsers) -> None:
-    command = commands.add_parser("view", help="look at a run, or two, in a browser")
-    command.add_argument("run", metavar="RUN", type=Path, help="folder of a run or a pipeline")
-    command.add_argument("against", metavar="RUN", type=Path, nargs="?", help="another one to compare it with")
-    command.add_argument("--host", default="127.0.0.1", help="address to listen on; others than loopback: a token")
-    command.add_argument("--port", type=int, default=VIEW_PORT, help=f"0: a free one; {VIEW_PORT} if not given")
-    command.add_argument("--token-env", metavar="NAME", help="variable with the token that browsers must give")
+def view(
+    run: str | Path,
+    against: str | Path | None = None,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    token_env: str | None = None,
+    ready: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Show a run, or two, in a browser, until SIGINT or SIGTERM. `ready` is called with the URL.
+
+    Args:
+        run (RUN): the folder of a run or a pipeline.
+        against (RUN): the folder of another run, for a comparison.
+        token_env (NAME): the environment variable with the token that browsers must give.
+    """
+    from rlhf.viewing.server import serve_runs
+
+    folders = [Path(folder) for folder in (run, against) if folder is not None]
+    serve_runs(folders, host=host, port=port, token_env=token_env, ready=ready)
 
 
-def run(args: argparse.Namespace) -> int:
-    from rlhf.viewing.server import view
-
-    folders = [folder for folder in (args.run, args.against) if folder is not None]
+def _run(args: argparse.Namespace) -> int:
     login = "" if args.token_env is None else f" (log in with the token in {args.token_env})"
-    view(
-        folders,
-        host=args.host,
-        port=args.port,
-        token_env=args.token_env,
-        ready=lambda url: say(f"open {url}{login}; Ctrl-C ends it\n"),
-    )
+    COMMAND.call(args, ready=lambda url: write_stdout(f"open {url}{login}; Ctrl-C ends it\n"))
     return 0
+
+
+COMMAND = Command(view, _run, port={"default": VIEW_PORT}, ready=None)

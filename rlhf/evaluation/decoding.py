@@ -13,22 +13,39 @@ from rlhf.limits import MAX_TEMPERATURE, MIN_TEMPERATURE
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoding:
-    """Settings for reading prompts and sampling responses. UserError for a value out of its range."""
+    """Settings for reading prompts and sampling responses. UserError for a value out of its range.
 
-    samples: int = 1  # responses to a prompt
-    temperature: float = 0.0  # 0 is greedy decoding
-    top_p: float = 1.0  # 1 keeps all tokens
-    top_k: int | None = None  # None keeps all tokens
-    min_p: float = 0.0  # least probability of a token relative to the likeliest token
-    repetition_penalty: float = 1.0  # above 1: tokens of the prompt and the response become less likely
+    Args:
+        samples (N): responses to each prompt.
+        temperature (T): the sampling temperature; 0 is greedy decoding.
+        top_p (P): nucleus sampling; 1 keeps all tokens.
+        top_k (K): sample among the k likeliest tokens.
+        min_p (P): the least probability of a token relative to the likeliest token; 0 keeps all tokens.
+        repetition_penalty (X): above 1, tokens of the prompt and the response become less likely.
+        max_new_tokens (N): the maximum number of tokens in a response.
+        stop (TEXT): a string that ends a response and remains in it; may be repeated.
+        stop_token_ids (ID): a token that ends a response; may be repeated.
+        seed (N): the seed of sampling and of confidence intervals.
+        system_prompt (TEXT): the system prompt in the chat template; an empty one is left out.
+        apply_chat_template: write string prompts by the chat template, or pass them to the model unchanged.
+        template (JSON): variables of the chat template, such as '{"enable_thinking": false}'.
+        columns (OURS=THEIRS): read our column from the column THEIRS of the data; may be repeated.
+    """
+
+    samples: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     max_new_tokens: int = 256
-    stop: tuple[str, ...] = ()  # strings that end a response and remain in it
-    stop_token_ids: tuple[int, ...] = ()  # tokens that end a response
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
     system_prompt: str | None = None
-    apply_chat_template: bool = True  # False: string prompts go to the model as they are
-    template: ChatTemplate = UNCHANGED  # changes to the model's chat template
-    columns: Mapping[str, str] = field(default_factory=dict)  # our column name -> the column name in the data
+    apply_chat_template: bool = True
+    template: ChatTemplate = UNCHANGED
+    columns: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check("samples", self.samples, "1 to 10000", 1 <= self.samples <= 10_000)

@@ -58,12 +58,19 @@ class ExampleResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Marks:
-    """The user's settings for grading responses. None: derived from the number of samples and the rewards."""
+    """The user's settings for grading responses. None: derived from the number of samples and the rewards.
+
+    Args:
+        ks (K,K): the numbers k of pass@k and maj@k; 1, 2, 4 and so on if not given.
+        pass_score (X): the score from which a response passes; 1 for functions.
+        answers: the part of a response that is its vote in maj@k.
+        by (COLUMN): report each value of this column as well as the whole set.
+    """
 
     ks: tuple[int, ...] | None = None
     pass_score: float | None = None
     answers: AnswerForm | None = None
-    by: str | None = None  # a column whose values split each set
+    by: str | None = None
 
     def over(self, other: Marks) -> Marks:
         """Return these settings, with missing ones from `other`."""

@@ -174,7 +174,9 @@ def _error(status: int, text: str) -> web.Response:
     return web.json_response({"error": text}, status=status)
 
 
-def serve(scoring: Scoring, *, host: str, port: int, token_env: str | None, ready: Callable[[str], None]) -> None:
+def serve_scores(
+    scoring: Scoring, *, host: str, port: int, token_env: str | None, ready: Callable[[str], None]
+) -> None:
     """Serve until interrupted. `ready` is called with the address."""
     logs.configure()
     token = serving_token(host, token_env)

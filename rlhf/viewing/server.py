@@ -190,7 +190,9 @@ def _error(status: int, text: str) -> web.Response:
     return web.json_response({"error": text}, status=status)
 
 
-def view(folders: Sequence[Path], *, host: str, port: int, token_env: str | None, ready: Callable[[str], None]) -> None:
+def serve_runs(
+    folders: Sequence[Path], *, host: str, port: int, token_env: str | None, ready: Callable[[str], None]
+) -> None:
     """Serve until interrupted. `ready` is called with the address."""
     viewer = RunViewer(RunPlaces(folders), serving_token(host, token_env))
     serve_until_interrupted(viewer.application(), host=host, port=port, ready=lambda address: ready(f"{address}/"))

@@ -14,7 +14,7 @@ import pytest
 from rlhf.config.files.base import read_tree
 from rlhf.config.files.dump import dump_yaml
 from rlhf.config.files.load import load
-from rlhf.config.schema.merge import load_merge
+from rlhf.config.schema.merge import load_merge_file
 from rlhf.config.schema.sweep import load_sweep
 from rlhf.planning.report import render_plan
 from rlhf.sweeps.space import known_trials
@@ -35,7 +35,7 @@ def test_there_are_recipes() -> None:
 
 @pytest.mark.parametrize("path", MERGES, ids=lambda path: path.name)
 def test_a_merge_loads(path: Path) -> None:
-    assert load_merge(path).out
+    assert load_merge_file(path).out
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.name)

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 import rlhf
 from rlhf.algorithms import AlgorithmConfig
-from rlhf.arguments import parse
+from rlhf.cli import parse_arguments
 from rlhf.config.files.base import read_tree
 from rlhf.config.files.recipes import RECIPES
 from rlhf.config.mistakes.synonyms import table
@@ -97,7 +97,7 @@ def test_commands_parse(page: Path) -> None:
             continue
         if words[0] == "ray":
             words = words[words.index("--") + 1 :]
-        args = parse(words[1:])
+        args = parse_arguments(words[1:])
         config = getattr(args, "config", None)
         if config is not None and config != "CONFIG":
             if config in written_by(page):

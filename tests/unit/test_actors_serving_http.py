@@ -646,7 +646,7 @@ def test_a_server_says_what_ended_it_and_signals_are_heard_as_before(number: sig
         (["MODEL", "--kv-cache-gib", "2", "--device", "cuda"], "has no effect on a GPU"),
         (["MODEL", "--tensor-parallel", "2"], "--tensor-parallel: is of GPUs"),
         (["MODEL", "--max-length", "1"], "--max-length: is 1, expected 2 or more"),
-        (["MODEL", "--max-length", "4096"], "--max-length: is 4096, more than the 2048 that"),
+        (["MODEL", "--max-length", "4096"], "--max-length: is 4096, more than the 2048 tokens that"),
         (["MODEL", "--deadline-s", "0"], "--deadline-s: is 0, expected more than 0"),
         (["no/such/folder"], "no/such/folder"),
     ],
@@ -667,23 +667,23 @@ def test_what_is_wrong_is_said_before_anything_starts(
     assert why in capsys.readouterr().err
 
 
-def test_the_command_and_the_call_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[dict[str, Any]] = []
-    monkeypatch.setattr("actors.serving.http.serve", lambda model, **given: calls.append({"model": model, **given}))
-    assert main(["serve", "some/model", "--port", "0"]) == 0
-    rlhf.serve("some/model")
-    words = ["--name", "judge", "--engines", "2", "--tensor-parallel", "4", "--device", "cuda", "--max-length", "99"]
-    words += ["--kv-cache-gib", "5"]
-    assert main(["serve", "m", *words, "--token-env", "T", "--host", "::1", "--deadline-s", "3"]) == 0
-    for call in calls:
-        del call["ready"]
+def test_the_command_and_the_call_start_the_same_server(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    def record(model: Any, tokenizer: Any, spec: ServerSpec, cluster: Any, *, host: str, port: int, **_: Any) -> None:
+        calls.append((spec, cluster.device, cluster.roles.rollout, cluster.call_timeout_s, host, port))
+
+    monkeypatch.setattr("actors.serving.http.serve_model", record)
+    monkeypatch.setattr("rlhf.serving.refuse_taken", lambda host, port: None)
+    monkeypatch.setenv("T", "secret")
+    assert main(["serve", str(tiny_model), "--port", "0"]) == 0
+    rlhf.serve(str(tiny_model))
+    words = ["--name", "judge", "--engines", "2", "--kv-cache-gib", "5", "--max-length", "99"]
+    assert main(["serve", str(tiny_model), *words, "--token-env", "T", "--host", "::1", "--deadline-s", "3"]) == 0
+    assert main(["serve", str(tiny_model), "--tensor-parallel", "4", "--device", "cuda"]) == 0
     assert calls[0] == calls[1]
-    expected = {"name": "judge", "engines": 2, "tensor_parallel": 4, "device": "cuda", "max_length": 99}
-    expected["kv_cache_gib"] = 5
-    assert calls[2].items() >= expected.items()
-    assert (calls[2]["token_env"], calls[2]["host"], calls[2]["deadline_s"], calls[2]["port"]) == (
-        "T",
-        "::1",
-        3.0,
-        8702,
-    )
+    spec, device, rollout, timeout_s, host, port = calls[2]
+    assert spec == ServerSpec(name="judge", max_length=99, deadline_s=3.0, token="secret")
+    assert (device, rollout.engines, rollout.kv_cache_gib, timeout_s) == ("cpu", 2, 5, 63.0)
+    assert (host, port) == ("::1", 8702)
+    assert (calls[3][1], calls[3][2].tensor_parallel) == ("cuda", 4)

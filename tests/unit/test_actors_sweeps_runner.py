@@ -12,7 +12,7 @@ import pytest
 import actors.sweeps.runner
 from actors.sweeps.runner import _wait_for_leftovers, run_sweep
 from actors.sweeps.trial_process import Share
-from rlhf.commands.sweep import run_sweep as start
+from rlhf.commands.sweep import sweep
 from rlhf.config.schema.sweep import load_sweep
 from rlhf.errors import Preempted, RunError, UserError
 from rlhf.sweeps.journal import Journal
@@ -79,7 +79,7 @@ def test_a_signal_ends_a_sweep_and_its_trials(
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background
     try:
         with pytest.raises(ended, match="the trials in progress were ended"):
-            start(load_sweep(write_sweep(tmp_path)), resume=False, retry_failed=False, quiet=True)
+            sweep(write_sweep(tmp_path), quiet=True)
     finally:
         signal.signal(signal.SIGINT, before)
     assert len(interrupted) == 1

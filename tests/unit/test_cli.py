@@ -81,8 +81,9 @@ def raising(error: BaseException) -> Launch:
             "is 'maybe', expected auto, never, or a checkpoint such as step_000010",
         ),
         (["train", "x.yaml", "--quiet", "--json"], "argument --json: not allowed with argument --quiet"),
-        (["train", "x.yaml", "--fast"], "train does not know --fast"),
-        (["doctor", "x=1"], "doctor does not know x=1"),
+        (["train", "x.yaml", "--fast"], "train has no argument --fast. `rlhf train --help` shows all"),
+        (["train", "x.yaml", "--overwritte"], "no argument --overwritte; did you mean --overwrite?"),
+        (["doctor", "x=1"], "doctor has no argument x=1"),
         (["quickstart", "--algorithm", "dqn"], "invalid choice: 'dqn' (choose from 'ppo', 'grpo')"),
         (["plan", "none.yaml"], "none.yaml: no such config file"),
     ],
@@ -213,7 +214,7 @@ def test_an_agent_that_is_interrupted_has_nothing_to_go_on_with(
     def interrupted(_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rlhf.commands.sweep.run", interrupted)
+    monkeypatch.setattr(COMMANDS["sweep"], "run", interrupted)
     assert main(["sweep", "x.yaml", "--agent", "me/ours/x"]) == 130
     assert capsys.readouterr().err == "rlhf: interrupted\n"
 
@@ -342,7 +343,7 @@ def test_a_quickstart_by_a_call(
     shown: list[Path] = []
     launched = []
     launch_with(lambda loaded, *, resume, quiet, **_: launched.append((loaded.name, resume, quiet)))
-    monkeypatch.setattr("rlhf.quickstart_results.show", shown.append)
+    monkeypatch.setattr("rlhf.commands.quickstart.show_improvement", shown.append)
     assert rlhf.quickstart("grpo", ["run.name=mine"], quiet=True) == Path("runs/mine")
     assert launched == [("mine", True, True)]
     assert shown == [Path("runs/mine/grpo")]

@@ -15,7 +15,7 @@ import rlhf
 from actors.rollout.engine_actor import RolloutSpec, RolloutWorker
 from actors.run.evaluate import refuse_unusable_results_folder
 from rlhf.cli import main
-from rlhf.commands.asking import decoding_of
+from rlhf.commands.decoding import decoding_of
 from rlhf.config.files.load import load
 from rlhf.config.placement_plan import seats_of
 from rlhf.config.schema.cluster import ClusterConfig
@@ -95,7 +95,7 @@ def tools(tmp_path: Path) -> str:
         ("generate MODEL --file none.jsonl", "none.jsonl does not exist"),
         ("generate MODEL --prompt a --out PROMPTS", "prompts.jsonl exists already"),
         ("generate ./none --prompt a", "The model folder ./none does not exist"),
-        ("generate MODEL --prompt a x=1", "generate does not know x=1"),
+        ("generate MODEL --prompt a x=1", "generate has no argument x=1"),
         ("eval MODEL", "--data is missing"),
         ("eval MODEL --data running_totals:0 --reward last_number", "a number of rows follows the task's name"),
         (

@@ -59,7 +59,7 @@ def test_a_conversation_is_shown_as_the_policy_is_given_it(
         ("--row 15", "--row: is 15, and the training data has the rows 1 to 14"),
         ("--row 0", "--row: is 0"),
         ("rollouts.environment=null", "rewards.won.environment"),
-        ("rollouts.environment.name=nothing", "no built-in environment `nothing`"),
+        ("rollouts.environment.name=nothing", "there is no environment `nothing`"),
     ],
 )
 def test_what_cannot_be_played_is_refused(

@@ -8,7 +8,15 @@ import pytest
 
 import rlhf
 from rlhf.config.files.yaml_tree import to_yaml
-from rlhf.config.schema.merge import METHODS, MergeConfig, MergeInput, MergeRun, in_effect, load_merge, merge_problems
+from rlhf.config.schema.merge import (
+    METHODS,
+    MergeConfig,
+    MergeInput,
+    MergeRun,
+    in_effect,
+    load_merge_file,
+    merge_problems,
+)
 
 TIES = """\
 merge:
@@ -37,7 +45,7 @@ def file(tmp_path: Path) -> Path:
 
 def mistakes(path: Path, *overrides: str) -> str:
     with pytest.raises(rlhf.UserError) as caught:
-        load_merge(path, overrides)
+        load_merge_file(path, overrides)
     return str(caught.value).replace(str(path), "file")
 
 
@@ -111,7 +119,7 @@ def test_mistakes(file: Path, overrides: list[str], message: str) -> None:
 def test_mistakes_in_slices(tmp_path: Path, slices: str, message: str) -> None:
     path = tmp_path / "merge.yaml"
     path.write_text(PASSTHROUGH)
-    assert load_merge(path).slices[1].layers == (8, 24)
+    assert load_merge_file(path).slices[1].layers == (8, 24)
     assert message in mistakes(path, f"merge.slices={slices}")
 
 
@@ -137,7 +145,7 @@ def test_what_is_in_effect_repeats_the_merge(tmp_path: Path, file: Path) -> None
         config = MergeRun.model_validate(values)
         assert merge_problems(config) == ()
         file.write_text(to_yaml({"merge": in_effect(config)}))
-        assert load_merge(file).model_dump() == config.model_dump()
+        assert load_merge_file(file).model_dump() == config.model_dump()
 
 
 def test_a_stage_has_no_out() -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import rlhf
 from rlhf.cli import main
-from rlhf.config.schema.merge import MergeConfig, MergeRun, load_merge
+from rlhf.config.schema.merge import MergeConfig, MergeRun, load_merge_file
 from rlhf.merging import merge as merging
 from rlhf.merging.merge import merge_models
 from tests.merging_models import make_adapter, make_models, make_reward_adapter, weights
@@ -70,7 +70,7 @@ def test_the_record_repeats_the_merge(tmp_path: Path, models: Path) -> None:
     text = (out / "merge.yaml").read_text()
     assert text.startswith("# made by ray-rlhf ")
     assert "mergekit 0.1.5" in text
-    assert load_merge(out / "merge.yaml").models["a"].weight == 0.2
+    assert load_merge_file(out / "merge.yaml").models["a"].weight == 0.2
     again = rlhf.merge(out / "merge.yaml", [f"merge.out={tmp_path / 'second'}"], quiet=True)
     assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 

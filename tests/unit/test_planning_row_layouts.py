@@ -24,7 +24,7 @@ def plan_of(folder: Path, model_type: str) -> str:
     }
     path = folder / "run.yaml"
     path.write_text(json.dumps(config))
-    return plan(path, [], cluster=None, shapes=None, lengths=None, simulate=None)
+    return plan(path)
 
 
 def test_the_plan_names_a_model_whose_sequences_are_computed_one_by_one(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ ADAPTER_METHODS = {
 METHODS = {"model": MODEL_METHODS, "adapter": ADAPTER_METHODS}
 
 
-def load_merge(path: str | Path, overrides: Sequence[str] = ()) -> MergeRun:
+def load_merge_file(path: str | Path, overrides: Sequence[str] = ()) -> MergeRun:
     """Load and check a YAML file with `merge.key=value` overrides. UserError has a line for each mistake."""
     tree = read_tree(config_file(path), needs="a merge needs the section merge, with method, models and out")
     if "merge" not in tree.values and not tree.values.keys().isdisjoint(OF_A_RUN):

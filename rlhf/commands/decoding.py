@@ -5,13 +5,14 @@ model.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf.commands.command import add_parameters
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 RESOLVED = "config.resolved.yaml"
 _OF_RUN = {"data": ("system_prompt", "apply_chat_template", "columns"), "rollouts": ("stop", "stop_token_ids")}
-_OPTIONS = {
+_FLAGS = {
     "columns": "--column",
     "stop_token_ids": "--stop-token-id",
     "apply_chat_template": "--chat-template",
@@ -28,36 +29,14 @@ _OPTIONS = {
 }
 
 
-def add_decoding(command: argparse.ArgumentParser) -> None:
-    """Add the options of a Decoding. They have no defaults here, so an omitted option stays unset."""
-    add = command.add_argument
-    add("--samples", type=int, metavar="N", help="responses to each prompt; 1")
-    add("--temperature", type=float, help="0 is greedy; 0")
-    add("--top-p", type=float, help="nucleus sampling; 1 keeps all tokens")
-    add("--top-k", type=int, help="sample among the k likeliest tokens")
-    add("--min-p", type=float, help="sample tokens at least so likely as this share of the likeliest; 0 keeps all")
-    add("--repetition-penalty", type=float, help="above 1: tokens that have occurred are less likely; 1")
-    add("--max-new-tokens", type=int, metavar="N", help="tokens of a response, at most; 256")
-    add("--stop", action="append", metavar="TEXT", help="ends a response; may be repeated")
-    add("--stop-token-id", type=int, action="append", dest="stop_token_ids", metavar="ID", help="the same, by its id")
-    add("--seed", type=int, help="of sampling and intervals; 0")
-    add("--system-prompt", metavar="TEXT", help="put before every prompt by the chat template; empty: none")
-    add(
-        "--chat-template",
-        action=argparse.BooleanOptionalAction,
-        dest="apply_chat_template",
-        help="with --no-chat-template string prompts go to the model as they are",
-    )
-    add(
-        "--chat-template-kwargs",
-        type=_template,
-        dest="template",
-        metavar="JSON",
-        help="variables of the chat template, such as '{\"enable_thinking\": false}'",
-    )
-    add("--column", action="append", type=_column, dest="columns", metavar="OURS=THEIRS", help="rename a column")
-    add("--device", choices=("cpu", "cuda"), help="cpu if not given")
-    add("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+def add_decoding(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a Decoding. An omitted option stays None, so that the settings of a run can replace it."""
+    from rlhf.evaluation.decoding import Decoding
+
+    changes: dict[str, Any] = {name: {"flag": flag} for name, flag in _FLAGS.items()}
+    changes["columns"] |= {"action": "append", "type": _column}
+    changes["template"] |= {"type": _template}
+    add_parameters(parser.add_argument_group("decoding"), Decoding, changes, has_defaults=False)
 
 
 def _template(text: str) -> ChatTemplate:
@@ -85,7 +64,7 @@ def options_given(args: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of a Decoding set by the options."""
     from rlhf.evaluation.decoding import Decoding
 
-    values = {field.name: getattr(args, field.name) for field in fields(Decoding)}
+    values = {name: getattr(args, name) for name in inspect.signature(Decoding).parameters}
     given = {name: value for name, value in values.items() if value is not None}
     if "columns" in given:
         given["columns"] = dict(given["columns"])
@@ -95,9 +74,9 @@ def options_given(args: argparse.Namespace) -> dict[str, Any]:
 def refuse_options(given: Mapping[str, Any], configuration: str) -> None:
     """Raise UserError for the first option of a Decoding, because it has no effect on a configuration."""
     for name in given:
-        option = _OPTIONS.get(name, f"--{name.replace('_', '-')}")
+        option = _FLAGS.get(name, f"--{name.replace('_', '-')}")
         raise UserError(
-            f"{option} has no effect: {configuration} says how it is sampled. Set eval.temperature, "
+            f"{option} has no effect: {configuration} sets the decoding. Set eval.temperature, "
             "eval.samples_per_prompt, rollouts.max_new_tokens and the like as key=value."
         )
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.commands.quickstart import show_improvement
 from rlhf.errors import RunError
-from rlhf.quickstart_results import show
 
 
 def write(folder: Path, scores: list[float]) -> None:
@@ -35,7 +35,7 @@ def write(folder: Path, scores: list[float]) -> None:
 
 def test_a_run_that_learnt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, [0.4, 0.3, 0.9])
-    show(tmp_path)
+    show_improvement(tmp_path)
     out = capsys.readouterr().out
     assert "8+3=" in out
     assert "9,10 [0" in out
@@ -56,4 +56,4 @@ def test_a_run_that_learnt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_a_run_that_did_not_get_there(tmp_path: Path, scores: list[float], message: str) -> None:
     write(tmp_path, scores)
     with pytest.raises(RunError, match=message):
-        show(tmp_path)
+        show_improvement(tmp_path)

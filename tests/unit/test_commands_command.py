@@ -1,0 +1,117 @@
+"""Arguments of the command line that are made from the signature of a function."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from rlhf.commands import COMMANDS
+from rlhf.commands.command import Command
+
+
+def measure(
+    config: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    steps: int | None = None,
+    rate: float = 0.5,
+    out_file: Path | None = None,
+    names: Sequence[str] = (),
+    device: Literal["cpu", "cuda"] = "cpu",
+    quiet: bool = False,
+    json_lines: bool = False,
+    ready: Callable[[], None] | None = None,
+) -> dict[str, Any]:
+    """Measure a run. Return the arguments.
+
+    Args:
+        steps (STEP): the steps of
+            at most 100 % of the run.
+        names (NAME): a name.
+    """
+    return dict(locals())
+
+
+def command(run: Callable[[argparse.Namespace], int] = lambda _: 0, **changes: Any) -> Command:
+    return Command(
+        measure, run, exclusive=("quiet", "json_lines"), ready=None, json_lines={"flag": "--json"}, **changes
+    )
+
+
+def parser(made: Command) -> argparse.ArgumentParser:
+    built = argparse.ArgumentParser(prog="x", exit_on_error=False)
+    made.add_arguments(built)
+    return built
+
+
+def test_a_signature_declares_the_arguments() -> None:
+    made = command()
+    words = ["a.yaml", "x=1", "--steps", "3", "--out-file", "f", "--names", "a", "--names", "b", "--device", "cuda"]
+    given = made.call(parser(made).parse_args([*words, "--json"]), ready=None)
+    assert given == {
+        "config": "a.yaml",
+        "overrides": ["x=1"],
+        "steps": 3,
+        "rate": 0.5,
+        "out_file": Path("f"),
+        "names": ["a", "b"],
+        "device": "cuda",
+        "quiet": False,
+        "json_lines": True,
+        "ready": None,
+    }
+    assert made.call(parser(made).parse_args(["b.yaml"]))["names"] == []
+    assert made.call(parser(made).parse_args(["b.yaml"]), steps=9)["steps"] == 9
+
+
+def test_the_docstring_and_the_defaults_explain_them() -> None:
+    made = command(rate={"default": 0.25})
+    text = " ".join(parser(made).format_help().split())
+    assert made.summary == "Measure a run"
+    assert "--steps STEP the steps of at most 100 % of the run --rate" in text
+    assert "(default: 0.25)" in text
+    assert "[--quiet | --json]" in text
+    assert "CONFIG a YAML file" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["a.yaml", "--steps", "x"], "invalid int value: 'x'"),
+        (["a.yaml", "--device", "tpu"], "invalid choice: 'tpu'"),
+        (["a.yaml", "--quiet", "--json"], "not allowed with"),
+    ],
+)
+def test_wrong_values_are_refused(words: list[str], why: str) -> None:
+    with pytest.raises(argparse.ArgumentError, match=why):
+        parser(command()).parse_args(words)
+
+
+def test_a_parameter_without_a_place_on_the_command_line_is_an_error() -> None:
+    with pytest.raises(TypeError, match=r"measure: ready has the type Callable\[\[\], None\] \| None"):
+        parser(Command(measure, lambda _: 0))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_argument_of_a_command_has_an_explanation(name: str) -> None:
+    made = parser(COMMANDS[name])
+    assert COMMANDS[name].summary
+    assert [action.dest for action in made._actions if not action.help] == []
+
+
+def test_help_loads_nothing_heavy() -> None:
+    check = (
+        "import sys, rlhf.cli\n"
+        "sys.argv = ['rlhf', 'eval', '--help']\n"
+        "try:\n"
+        "    rlhf.cli.main()\n"
+        "except SystemExit:\n"
+        "    sys.exit(bool({'ray', 'vllm', 'torch', 'pandas', 'datasets'} & set(sys.modules)))\n"
+    )
+    assert subprocess.run([sys.executable, "-c", check], capture_output=True, timeout=60).returncode == 0
