@@ -19,6 +19,7 @@ from rlhf.config.schema.root import Config
 from rlhf.config.schema.stages import MergeStage, Stage, final_folder
 from rlhf.data.sources import FILE_SUFFIXES
 from rlhf.extensions import find_code
+from rlhf.planning.shapes import hub_folder
 from rlhf.rewards.functions.table import BUILT_INS as REWARDS
 from rlhf.rollouts.environments.built_in import BUILT_INS as ENVIRONMENTS
 
@@ -42,11 +43,8 @@ def missing_here(loaded: LoadedConfig) -> list[str]:
 
 def num_gpus() -> int:
     """Return the number of NVIDIA GPUs visible to a process on this machine, without starting CUDA."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    there = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    return (
-        there if visible is None else min(there, len([word for word in visible.split(",") if word not in ("", "-1")]))
-    )
+    count, visible = len(list(Path("/dev").glob("nvidia[0-9]*"))), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return count if visible is None else min(count, sum(word not in ("", "-1") for word in visible.split(",")))
 
 
 def _resources(stage: Stage) -> Iterator[str]:
@@ -65,9 +63,9 @@ def _models(stage: Stage, made: set[str]) -> Iterator[str]:
         name = section[key[-1]]
         if name in made or name.startswith("tiny:") or os.path.exists(name):
             continue
-        if name.startswith(("/", ".", "~")):
+        if _is_path(name):
             yield f"{'.'.join(key)}: there is no folder {name}"
-        elif not _is_cached("models", name):
+        elif not os.path.exists(hub_folder("models", name)):
             yield f"{'.'.join(key)}: there is no folder {name}, and the cache of the model hub does not hold it"
 
 
@@ -90,7 +88,9 @@ def absent_data(sources: Mapping[str, DataSource]) -> Iterator[str]:
             continue
         if source.endswith(FILE_SUFFIXES):
             yield f"{key}: there is no file {source}"
-        elif not os.path.exists(name) and (name.startswith(("/", ".", "~")) or not _is_cached("datasets", name)):
+        elif not os.path.exists(name) and (
+            name.startswith(("/", ".", "~")) or not os.path.exists(hub_folder("datasets", name))
+        ):
             yield f"{key}: there is no folder {name}, and the cache of the model hub does not hold it"
 
 
@@ -120,7 +120,5 @@ def _code(stage: Stage, folder: Path) -> Iterator[str]:
             )
 
 
-def _is_cached(kind: str, name: str) -> bool:
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface"))
-    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
-    return os.path.exists(cache / f"{kind}--{name.replace('/', '--')}")
+def _is_path(name: str) -> bool:
+    return name.startswith(("/", ".", "~"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,9 +121,8 @@ def shape_of(config: Mapping[str, Any], source: str) -> Shape:
 def find_shape(model: str, *, shapes: Path | None, made: Mapping[str, str]) -> Shape:
     """Return the sizes of a model named in a configuration. Raise UserError if no source has them.
 
-    shapes: a folder of config.json files, at OWNER/NAME/config.json or OWNER--NAME.json. made: maps each final
-    folder of
-    an earlier stage to its original model.
+    shapes: a folder of config.json files, at OWNER/NAME/config.json or OWNER--NAME.json. made: maps each
+    final folder of an earlier stage to its original model.
     """
     if model == "tiny:llama":
         return TINY
@@ -133,7 +132,9 @@ def find_shape(model: str, *, shapes: Path | None, made: Mapping[str, str]) -> S
         config, path = stored
         return shape_of(config, str(path))
     if model in _TABLE:
-        return shape_of(_config_of_table(model), f"the built-in table ({model})")
+        family, *values = _TABLE[model]
+        config = {"architectures": [f"{family}ForCausalLM"], **dict(zip(_SIZES, values, strict=True))}
+        return shape_of(config, f"the built-in table ({model})")
     raise UserError(
         f"the sizes of {model} are not known here: there is no {_places(model, shapes)[0]}, it is not in the hub's "
         "cache, and not among the well-known models. Put its config.json there, or into a folder given as --shapes"
@@ -155,19 +156,17 @@ def find_config(model: str, *, shapes: Path | None) -> tuple[dict[str, Any], Pat
 
 
 def _places(model: str, shapes: Path | None) -> list[Path]:
-    places = [Path(model) / "config.json"]
-    if shapes is not None:
-        places += [shapes / model / "config.json", shapes / f"{model.replace('/', '--')}.json"]
-    return [*places, *_cached(model)]
+    snapshots = (hub_folder("models", model) / "snapshots").glob("*/config.json")
+    newest_first = sorted(snapshots, key=lambda path: path.stat().st_mtime, reverse=True)
+    given = [] if shapes is None else [shapes / model / "config.json", shapes / f"{model.replace('/', '--')}.json"]
+    return [Path(model) / "config.json", *given, *newest_first]
 
 
-def _cached(model: str) -> Iterator[Path]:
-    """Yield config.json files of snapshots in the hub's cache, newest first."""
-    home = Path(os.environ.get("HF_HOME", Path("~/.cache/huggingface").expanduser()))
-    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
-    snapshots = cache / f"models--{model.replace('/', '--')}" / "snapshots"
-    if snapshots.is_dir():
-        yield from sorted(snapshots.glob("*/config.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+def hub_folder(kind: str, name: str) -> Path:
+    """Return the folder of a model or a data set (kind `models` or `datasets`) in the hub's cache."""
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface"))
+    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
+    return cache / f"{kind}--{name.replace('/', '--')}"
 
 
 TINY = Shape(
@@ -182,8 +181,11 @@ TINY = Shape(
     tied=False,
 )
 
-# Class, hidden, MLP, layers, heads, key heads, head size, vocabulary, tied, from each model's config.json. A test
-# compares the resulting parameters with the published counts.
+_SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "vocab_size", "tie_word_embeddings"),
+)
+# Class and _SIZES, from each model's config.json. A test compares the resulting parameters with the published counts.
 _TABLE: Mapping[str, tuple[str, int, int, int, int, int, int, int, bool]] = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": ("Llama", 576, 1536, 30, 9, 3, 64, 49152, True),
     "Qwen/Qwen2.5-0.5B-Instruct": ("Qwen2", 896, 4864, 24, 14, 2, 64, 151936, True),
@@ -203,18 +205,3 @@ _TABLE: Mapping[str, tuple[str, int, int, int, int, int, int, int, bool]] = {
     "meta-llama/Llama-3.3-70B-Instruct": ("Llama", 8192, 28672, 80, 64, 8, 128, 128256, False),
     "mistralai/Mistral-7B-Instruct-v0.3": ("Mistral", 4096, 14336, 32, 32, 8, 128, 32768, False),
 }
-
-
-def _config_of_table(model: str) -> dict[str, Any]:
-    family, hidden, ffn, layers, heads, kv_heads, head_size, vocab, tied = _TABLE[model]
-    return {
-        "architectures": [f"{family}ForCausalLM"],
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_size,
-        "vocab_size": vocab,
-        "tie_word_embeddings": tied,
-    }
