@@ -1,33 +1,28 @@
-"""Load and check all inputs of an evaluation before any actor starts, from a run's configuration or by name."""
+"""Load and check all inputs of an evaluation before any actor starts.
+
+A run's configuration and the options of `rlhf eval` become an EvaluateConfig, as in a pipeline's stage.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.config.derive import (
-    OfflineKind,
-    chat_template,
-    eval_sets,
-    offline_kind,
-    uses_reward_model,
-)
+from rlhf.config.derive import OfflineKind, eval_sets, offline_kind
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.schema.cluster import ClusterConfig
-from rlhf.config.schema.data import DataSource
-from rlhf.config.schema.evaluate import EvaluationStage
+from rlhf.config.schema.data import DataSource, TaskConfig
+from rlhf.config.schema.evaluate import EvaluateConfig, EvaluationStage
 from rlhf.config.schema.model import RewardModelConfig
 from rlhf.config.schema.rewards import RewardConfig, RewardPolicy
-from rlhf.config.schema.rollouts import EnvironmentConfig
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.stages import MergeStage, final_folder
 from rlhf.data.examples import Example, Reading, load_examples
-from rlhf.data.sources import Row, Source, read_rows
-from rlhf.data.tasks import REASONING_GYM, RUNNING_TOTALS, TaskSource
+from rlhf.data.sources import Row, read_rows
+from rlhf.data.tasks import REASONING_GYM, RUNNING_TOTALS
 from rlhf.data.templates import UNCHANGED, ChatTemplate, read_template
 from rlhf.errors import UserError
 from rlhf.evaluation.decoding import Decoding
@@ -45,6 +40,7 @@ from rlhf.preflight.models import ANY_LENGTH, StageResults, refuse_too_long, res
 from rlhf.preflight.prompts import read_prompts
 from rlhf.preflight.sources import (
     REWARD_KEY,
+    as_evaluation,
     in_options,
     load_rewards,
     local_model,
@@ -52,7 +48,6 @@ from rlhf.preflight.sources import (
     reading_of,
     refuse_absent_tokens,
     source_of,
-    with_template,
 )
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
@@ -60,7 +55,6 @@ from rlhf.types import Prompt
 
 logger = logging.getLogger(__name__)
 TASK_ROWS = 200  # rows of `--data TASK` without a size
-MICROBATCH_TOKENS = 8192  # for likelihoods and reward models without a configuration
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,9 +77,6 @@ class Candidate:
         return self.longest_prompt + max_new_tokens if self.environment is None else self.environment.max_tokens
 
 
-EnvironmentFor = Callable[[ModelOnDisk], LoadedEnvironment | None]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalInputs:
     """The checked inputs of an evaluation."""
@@ -100,72 +91,67 @@ class EvalInputs:
     cluster: ClusterConfig
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Names:
+    """What messages call the settings."""
+
+    model: str = "evaluate.model"
+    against: str = "evaluate.against"
+    sets: str = "evaluate.data.{}"
+    rewards: str = f"evaluate.{REWARD_KEY}"
+    reward_model: str = "evaluate.reward.model"
+    by: str = "evaluate.by"
+    template: str = "evaluate"
+    environment: str = "evaluate.environment"
+
+
+IN_RUN = _Names(
+    model="policy.model",
+    against="--against",
+    sets="data.eval.{}",
+    rewards=REWARD_KEY,
+    reward_model="reward.model",
+    by="eval.by",
+    template="data",
+    environment=ENVIRONMENT_KEY,
+)
+IN_OPTIONS = replace(
+    IN_RUN, model="MODEL", sets="--data {}", rewards="--reward {}", reward_model="--reward-model", by="--by"
+)
+
+
 def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | None, marks: Marks) -> EvalInputs:
     """Return the inputs for evaluating a run's model, or `model`, on the held-out sets of the run.
 
-    For a pipeline, the last training stage is used.
+    For a pipeline, the last stage that trains or evaluates is used.
     """
     stages = [stage for stage in loaded.stages.values() if not isinstance(stage, MergeStage)]
     if not stages:
         raise UserError(f"{loaded.source} has only merges: evaluate their models on --data")
-    if isinstance(stages[-1], EvaluationStage):
-        given: dict[str, Any] = {"model": model, "against": against, "k": marks.ks}
-        given |= {"pass_score": marks.pass_score, "answer": marks.answers, "by": marks.by}
-        changes = {key: value for key, value in given.items() if value is not None}
-        section = stages[-1].evaluate.model_copy(update=changes)
-        if not section.rewards:
-            _refuse_without_rewards((), against, marks)
-        return inputs_of_stage(stages[-1].model_copy(update={"evaluate": section}), loaded)
-    config = with_template(stages[-1])
-    _refuse_other_measures(config, model or str(final_folder(config)))
-    sets = {name: source_of(source) for name, source in eval_sets(config).items()}
-    if not sets:
-        raise UserError(f"data.eval: {loaded.source} names no held-out set; give one, or evaluate a model on --data")
-    data, rollouts = config.data, config.rollouts
-    decoding = Decoding(
-        samples=config.eval.samples_per_prompt,
-        temperature=config.eval.temperature,
-        max_new_tokens=1 if rollouts is None else rollouts.max_new_tokens,
-        stop=() if rollouts is None else rollouts.stop,
-        stop_token_ids=() if rollouts is None else rollouts.stop_token_ids,
-        seed=config.run.seed,
-        system_prompt=data.system_prompt,
-        apply_chat_template=data.apply_chat_template,
-        template=chat_template(config),
-    )
-    rewards = load_rewards(
-        config.rewards, beside=Path(loaded.source).resolve().parent, memory_gib=config.reward_policy.memory_gib
-    )
-    _refuse_without_rewards(rewards, against, marks)
-    if rewards:
-        settings = config.eval
-        marks = marks.over(
-            Marks(ks=settings.k, pass_score=settings.pass_score, answers=settings.answer, by=settings.by)
-        )
-    played = None if rollouts is None else rollouts.environment
-    environment = _environment(played, loaded, decoding.template)
-    candidates = []
-    first = ("policy.model", config.policy.source) if model is None else ("--model", model)
-    for key, wanted in (first, ("--against", against)):
-        if wanted is not None:
-            with prefix_errors(key):
-                local = local_model(wanted, loaded.folder, seed=config.run.seed)
-                resolved = resolve_model(local, trust_remote_code=config.policy.trust_remote_code)
-            resolved = replace(resolved, dtype=config.policy.dtype)
-            if config.policy.tokenizer is not None:
-                resolved = replace(resolved, tokenizer=config.policy.tokenizer)
-            how: dict[str, Any] = {"columns": data.columns, "reading": reading_of(config), "by": marks.by}
-            how |= {"environment": environment}
-            candidates.append(_candidate(resolved, sets, decoding, rewards, set_key="data.eval.{}", **how))
-    return _inputs(
-        candidates,
-        decoding,
-        marks,
-        rewards,
-        reward_model=config.reward.as_loaded() if config.reward is not None and uses_reward_model(config) else None,
-        reward_policy=config.reward_policy,
-        max_tokens_per_microbatch=config.train.max_tokens_per_microbatch,
-        cluster=config.cluster,
+    stage = stages[-1]
+    if isinstance(stage, Config):
+        _refuse_other_measures(stage, model or str(final_folder(stage)))
+        if not eval_sets(stage):
+            raise UserError(
+                f"data.eval: {loaded.source} names no held-out set; give one, or evaluate a model on --data"
+            )
+    given: dict[str, Any] = {"model": model, "against": against, "k": marks.ks}
+    given |= {"pass_score": marks.pass_score, "answer": marks.answers, "by": marks.by}
+    changes = {key: value for key, value in given.items() if value is not None}
+    section = stage.evaluate if isinstance(stage, EvaluationStage) else as_evaluation(stage)
+    _refuse_without_rewards(section.rewards, against, marks)
+    section = section.model_copy(update=changes)
+    if isinstance(stage, EvaluationStage):
+        return inputs_of_stage(stage.model_copy(update={"evaluate": section}), loaded)
+    return _load(
+        section,
+        IN_RUN if model is None else replace(IN_RUN, model="--model"),
+        reading=reading_of(stage),
+        seed=stage.run.seed,
+        cluster=stage.cluster,
+        beside=Path(loaded.source).resolve().parent,
+        models=loaded.folder,
+        tokenizer=stage.policy.tokenizer,
     )
 
 
@@ -190,79 +176,17 @@ def inputs_of_stage(stage: EvaluationStage, loaded: LoadedConfig, *, made: Stage
     `made` holds the results of earlier stages. Their models may not exist yet. The models they train stand in for them,
     with the same tokenizer and context length, and the results are checked by their configuration.
     """
-    config, made = stage.evaluate, made or StageResults()
+    made = made or StageResults()
     _refuse_unfit_results(stage, made)
-    sets = {name: source_of(section) for name, section in _sets(stage).items()}
-    decoding = Decoding(
-        samples=config.samples_per_prompt if config.rewards else 1,
-        temperature=config.temperature,
-        max_new_tokens=config.max_new_tokens if config.rewards else 1,
-        stop=config.stop,
-        stop_token_ids=config.stop_token_ids,
+    return _load(
+        stage.evaluate,
+        _Names(),
         seed=stage.run.seed,
-        system_prompt=config.system_prompt,
-        apply_chat_template=config.apply_chat_template,
-        template=ChatTemplate(
-            text=config.chat_template and read_template(config.chat_template, key="evaluate.chat_template"),
-            kwargs=config.chat_template_kwargs,
-        ),
-    )
-    reading = Reading(
-        system_prompt=config.system_prompt,
-        apply_chat_template=config.apply_chat_template,
-        max_tokens=config.max_tokens_per_microbatch,
-    )
-    key = f"evaluate.{REWARD_KEY}"
-    rewards = load_rewards(
-        config.rewards, beside=Path(loaded.source).resolve().parent, memory_gib=config.reward_policy.memory_gib, key=key
-    )
-    environment = _environment(config.environment, loaded, decoding.template, key="evaluate.environment")
-    candidates = []
-    for name in ("model", "against"):
-        wanted = getattr(config, name)
-        if wanted is not None:
-            with prefix_errors(f"evaluate.{name}"):
-                local = local_model(made.finals.get(wanted, wanted), loaded.folder, seed=stage.run.seed)
-                resolved = resolve_model(local, trust_remote_code=config.trust_remote_code)
-            resolved = replace(resolved, name=wanted, dtype=config.dtype or resolved.dtype)
-            how: dict[str, Any] = {
-                "columns": config.columns,
-                "reading": reading,
-                "by": config.by,
-                "by_key": "evaluate.by",
-                "template_key": "evaluate",
-                "environment": environment,
-                "made": made.templates.get(wanted, UNCHANGED),
-            }
-            candidates.append(
-                _candidate(resolved, sets, decoding, rewards, set_key="evaluate.data.{}", reward_key=key, **how)
-            )
-    reward_model = config.reward if stage.uses_reward_model else None
-    return _inputs(
-        candidates,
-        decoding,
-        Marks(ks=config.k, pass_score=config.pass_score, answers=config.answer, by=config.by),
-        rewards,
-        reward_model=reward_model,
-        is_there=reward_model is None or reward_model.model not in made.finals,
-        key="evaluate.reward.model",
-        reward_policy=config.reward_policy,
-        max_tokens_per_microbatch=config.max_tokens_per_microbatch,
         cluster=stage.cluster,
+        beside=Path(loaded.source).resolve().parent,
+        models=loaded.folder,
+        made=made,
     )
-
-
-def _environment(
-    section: EnvironmentConfig | None, loaded: LoadedConfig, template: ChatTemplate, *, key: str = ENVIRONMENT_KEY
-) -> EnvironmentFor:
-    """Return the section's environment, loaded for each model's tokenizer and template."""
-    load = partial(preload_environment, section, beside=Path(loaded.source).resolve().parent, key=key)
-    return lambda model: load(tokenizer=model.tokenizer, trust_remote_code=model.trust_remote_code, template=template)
-
-
-def _sets(stage: EvaluationStage) -> Mapping[str, DataSource]:
-    data = stage.evaluate.data
-    return data if isinstance(data, dict) else {"heldout": data}
 
 
 def _refuse_unfit_results(stage: EvaluationStage, made: StageResults) -> None:
@@ -301,14 +225,14 @@ def inputs_of_model(
 ) -> EvalInputs:
     """Return the inputs for evaluating a model on data named by the user.
 
-    Prompts whose responses are scored if there are rewards; examples otherwise.
+    With rewards, the rows are prompts whose responses are scored; without rewards, they are examples.
     """
     if not data:
         raise UserError(
             "--data is missing: name a file, a dataset or a task to evaluate the model on. The held-out sets of a run "
             "are evaluated by its configuration: rlhf eval RUN/config.resolved.yaml --model RUN"
         )
-    sets: dict[str, Source] = {}
+    sets: dict[str, DataSource] = {}
     for text in data:
         name, source = _source(text)
         if name in sets:
@@ -322,69 +246,145 @@ def inputs_of_model(
         configs[name] = RewardConfig(function=text)
     if reward_model is not None:
         configs["reward_model"] = RewardConfig(role="reward")
-    policy = RewardPolicy()
-    specs = load_rewards(configs, beside=Path.cwd(), memory_gib=policy.memory_gib, key="--reward {}")
-    _refuse_without_rewards(specs, against, marks)
-    reading = Reading(
+    _refuse_without_rewards(configs, against, marks)
+    section = EvaluateConfig.model_construct(
+        model=model,
+        against=against,
+        trust_remote_code=trust_remote_code,
+        data=sets,
+        columns=dict(decoding.columns),
         system_prompt=decoding.system_prompt,
         apply_chat_template=decoding.apply_chat_template,
-        max_tokens=MICROBATCH_TOKENS,
+        rewards=configs,
+        reward=None if reward_model is None else RewardModelConfig(model=reward_model),
+        k=marks.ks,
+        pass_score=marks.pass_score,
+        answer=marks.answers,
+        by=marks.by,
     )
+    with in_options():
+        cluster = ClusterConfig(device=device)
+        return _load(section, IN_OPTIONS, seed=decoding.seed, cluster=cluster, beside=Path.cwd(), decoding=decoding)
+
+
+def _load(
+    section: EvaluateConfig,
+    names: _Names,
+    *,
+    seed: int,
+    cluster: ClusterConfig,
+    beside: Path,
+    models: Path | None = None,
+    reading: Reading | None = None,
+    decoding: Decoding | None = None,
+    tokenizer: str | None = None,
+    made: StageResults | None = None,
+) -> EvalInputs:
+    """Load everything that an evaluation section names.
+
+    Args:
+        beside: the folder searched for code before the current one.
+        models: the folder for tiny:llama. None: this model is not available.
+        reading: how rows become prompts or examples, if the section does not decide it alone.
+        decoding: how responses are sampled, if the section does not decide it alone.
+        tokenizer: the tokenizer of the models, if it is not their own.
+        made: results of earlier stages, by the names of models.
+    """
+    decoding = decoding or _decoding(section, seed, template_key=names.template)
+    reading = reading or Reading(
+        system_prompt=section.system_prompt,
+        apply_chat_template=section.apply_chat_template,
+        max_tokens=section.max_tokens_per_microbatch,
+    )
+    memory_gib = section.reward_policy.memory_gib
+    rewards = load_rewards(section.rewards, beside=beside, memory_gib=memory_gib, key=names.rewards)
     candidates = []
-    for key, wanted in (("MODEL", model), ("--against", against)):
-        if wanted is not None:
-            with prefix_errors(key):
-                resolved = resolve_model(wanted, trust_remote_code=trust_remote_code)
-            how: dict[str, Any] = {"columns": decoding.columns, "reading": reading, "by": marks.by, "by_key": "--by"}
-            with in_options():
-                candidates.append(_candidate(resolved, sets, decoding, specs, set_key="--data {}", **how))
-    return _inputs(
-        candidates,
-        decoding,
-        marks,
-        specs,
-        reward_model=None if reward_model is None else RewardModelConfig(model=reward_model),
-        reward_policy=policy,
-        max_tokens_per_microbatch=MICROBATCH_TOKENS,
-        cluster=ClusterConfig(device=device),
+    for key, wanted in ((names.model, section.model), (names.against, section.against)):
+        if wanted is None:
+            continue
+        name = wanted if made is None else made.finals.get(wanted, wanted)
+        with prefix_errors(key):
+            local = name if models is None else local_model(name, models, seed=seed)
+            model = resolve_model(local, trust_remote_code=section.trust_remote_code)
+        model = replace(model, dtype=section.dtype or model.dtype, tokenizer=tokenizer or model.tokenizer)
+        if made is not None:
+            model = replace(model, name=wanted)
+        template = UNCHANGED if made is None else made.templates.get(wanted, UNCHANGED)
+        candidates.append(_candidate(section, names, model, decoding, reading, rewards, template, beside))
+    reward_model = section.reward if any(spec.is_model for spec in rewards) else None
+    if reward_model is not None and (made is None or reward_model.model not in made.finals):
+        _refuse_unusable_reward_model(reward_model, key=names.reward_model)
+    longest = max(candidate.longest_sequence(decoding.max_new_tokens) for candidate in candidates)
+    marks = Marks(ks=section.k, pass_score=section.pass_score, answers=section.answer, by=section.by)
+    try:
+        marking = marking_of(marks, rewards, samples=decoding.samples)
+    except ValueError as error:
+        raise UserError(f"--k: {error}") from error
+    return EvalInputs(
+        candidates=tuple(candidates),
+        decoding=decoding,
+        marking=marking,
+        rewards=rewards,
+        reward_model=reward_model,
+        reward_policy=section.reward_policy,
+        max_tokens_per_microbatch=max(section.max_tokens_per_microbatch, longest),
+        cluster=cluster,
+    )
+
+
+def _decoding(section: EvaluateConfig, seed: int, *, template_key: str) -> Decoding:
+    """Return the section's settings for sampling. Without rewards, no response is sampled."""
+    text = section.chat_template and read_template(section.chat_template, key=f"{template_key}.chat_template")
+    return Decoding(
+        samples=section.samples_per_prompt if section.rewards else 1,
+        temperature=section.temperature,
+        max_new_tokens=section.max_new_tokens if section.rewards else 1,
+        stop=section.stop,
+        stop_token_ids=section.stop_token_ids,
+        seed=seed,
+        system_prompt=section.system_prompt,
+        apply_chat_template=section.apply_chat_template,
+        template=ChatTemplate(text=text, kwargs=section.chat_template_kwargs),
     )
 
 
 def _candidate(
+    section: EvaluateConfig,
+    names: _Names,
     model: ModelOnDisk,
-    sets: Mapping[str, Source],
     decoding: Decoding,
-    rewards: Sequence[RewardSpec],
-    *,
-    columns: Mapping[str, str],
     reading: Reading,
-    by: str | None,
-    set_key: str,
-    reward_key: str = REWARD_KEY,
-    by_key: str = "eval.by",
-    environment: EnvironmentFor = lambda _: None,
-    template_key: str = "data",
-    made: ChatTemplate = UNCHANGED,
+    rewards: Sequence[RewardSpec],
+    made: ChatTemplate,
+    beside: Path,
 ) -> Candidate:
     """Return the sets in a model's tokens. UserErrors name the set and the invalid row.
 
     `made` holds template changes made by an earlier stage, before the stage has run.
     """
     tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=model.trust_remote_code, template=made)
-    decoding.template.apply_checked(tokenizer, key=template_key)
+    decoding.template.apply_checked(tokenizer, key=names.template)
     refuse_runaway_template(tokenizer)
+    refuse_absent_tokens(decoding.stop_token_ids, tokenizer, key="stop_token_ids")
     prompts: dict[str, tuple[Prompt, ...]] = {}
     examples: dict[str, tuple[Example, ...]] = {}
     sources: dict[str, Mapping[int, str]] = {}
-    refuse_absent_tokens(decoding.stop_token_ids, tokenizer, key="stop_token_ids")
+    environment: LoadedEnvironment | None = None
     if rewards:
         refuse_unservable(model)
-    played = environment(model) if rewards else None
-    for name, source in sets.items():
-        key = set_key.format(name)
+        environment = preload_environment(
+            section.environment,
+            beside=beside,
+            tokenizer=model.tokenizer,
+            trust_remote_code=model.trust_remote_code,
+            template=decoding.template,
+            key=names.environment,
+        )
+    for name, data in section.sets.items():
+        key, source = names.sets.format(name), source_of(data)
         if not rewards:
             with prefix_errors(key):
-                rows = read_rows(source, columns=columns)
+                rows = read_rows(source, columns=section.columns)
             with prefix_errors(f"{key} (without rewards its completions are measured)"):
                 examples[name] = _examples(rows, tokenizer, reading, model, key=key)
             continue
@@ -393,20 +393,20 @@ def _candidate(
             key,
             tokenizer,
             replace(reading, max_tokens=ANY_LENGTH) if reading.too_long == "error" else reading,
-            columns=columns,
+            columns=section.columns,
             rewards=rewards,
-            reward_key=reward_key,
-            environment=played,
+            reward_key=names.rewards,
+            environment=environment,
         )
         prompts[name] = loaded.items
         with prefix_errors(key):
-            if played is None:
+            if environment is None:
                 refuse_too_long(prompts[name], rows, model, max_new_tokens=decoding.max_new_tokens)
             else:
-                played.check_lengths(prompts[name], rows, model, max_new_tokens=decoding.max_new_tokens)
-        if by is not None:
-            sources[name] = source_names(prompts[name], by, key=by_key, data=key)
-    spec = None if played is None else played.spec
+                environment.check_lengths(prompts[name], rows, model, max_new_tokens=decoding.max_new_tokens)
+        if section.by is not None:
+            sources[name] = source_names(prompts[name], section.by, key=names.by, data=key)
+    spec = None if environment is None else environment.spec
     return Candidate(model=model, prompts=prompts, examples=examples, sources=sources, environment=spec)
 
 
@@ -428,45 +428,17 @@ def _examples(
     return loaded.items
 
 
-def _inputs(
-    candidates: Sequence[Candidate],
-    decoding: Decoding,
-    marks: Marks,
-    rewards: tuple[RewardSpec, ...],
-    *,
-    reward_model: RewardModelConfig | None,
-    is_there: bool = True,
-    key: str = "reward.model",
-    reward_policy: RewardPolicy,
-    max_tokens_per_microbatch: int,
-    cluster: ClusterConfig,
-) -> EvalInputs:
-    """Return the inputs with decided marks. The reward model is checked if it `is_there` already."""
-    if reward_model is not None and is_there:
-        if not Path(reward_model.model).exists():
-            use_cache_if_silent()
-        with prefix_errors(key):
-            refuse_without_head(reward_model.model, trust_remote_code=reward_model.trust_remote_code)
-            refuse_broken_weights(Path(reward_model.model))
-            refuse_missing_weights(reward_model.model, scalar=True, trust_remote_code=reward_model.trust_remote_code)
-    longest = max(candidate.longest_sequence(decoding.max_new_tokens) for candidate in candidates)
-    try:
-        marking = marking_of(marks, rewards, samples=decoding.samples)
-    except ValueError as error:
-        raise UserError(f"--k: {error}") from error
-    return EvalInputs(
-        candidates=tuple(candidates),
-        decoding=decoding,
-        marking=marking,
-        rewards=rewards,
-        reward_model=reward_model,
-        reward_policy=reward_policy,
-        max_tokens_per_microbatch=max(max_tokens_per_microbatch, longest),
-        cluster=cluster,
-    )
+def _refuse_unusable_reward_model(model: RewardModelConfig, *, key: str) -> None:
+    """Raise UserError if the reward model is missing, broken or of another kind."""
+    if not Path(model.model).exists():
+        use_cache_if_silent()
+    with prefix_errors(key):
+        refuse_without_head(model.model, trust_remote_code=model.trust_remote_code)
+        refuse_broken_weights(Path(model.model))
+        refuse_missing_weights(model.model, scalar=True, trust_remote_code=model.trust_remote_code)
 
 
-def _refuse_without_rewards(rewards: Sequence[RewardSpec], against: str | None, marks: Marks) -> None:
+def _refuse_without_rewards(rewards: Mapping[str, RewardConfig], against: str | None, marks: Marks) -> None:
     """Raise UserError for options that need scores, if there are no rewards."""
     if not rewards and (against is not None or marks != Marks()):
         raise UserError(
@@ -474,11 +446,11 @@ def _refuse_without_rewards(rewards: Sequence[RewardSpec], against: str | None, 
         )
 
 
-def _source(text: str) -> tuple[str, Source]:
+def _source(text: str) -> tuple[str, DataSource]:
     """Return a set's name and its source. TASK[:ROWS] generates rows of the task's eval split."""
     task, _, rows = text.partition(":")
     if task == RUNNING_TOTALS or task.startswith(REASONING_GYM):
         if rows and not (rows.isdecimal() and int(rows) > 0):
             raise UserError(f"--data {text}: a number of rows follows the task's name, such as {task}:100")
-        return task, TaskSource(task=task, split="eval", size=int(rows) if rows else TASK_ROWS)
+        return task, TaskConfig(task=task, split="eval", size=int(rows) if rows else TASK_ROWS)
     return Path(text).stem, text

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.derive import is_online, max_sequence_tokens
+from rlhf.config.derive import eval_sets, is_online, max_sequence_tokens, uses_reward_model
 from rlhf.config.files.dump import dump_yaml
 from rlhf.config.files.yaml_tree import from_yaml
 from rlhf.config.schema.data import DataSource
-from rlhf.config.schema.evaluate import EvaluationStage
+from rlhf.config.schema.evaluate import EvaluateConfig, EvaluationStage
 from rlhf.config.schema.rewards import RewardConfig
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.stages import run_folder
@@ -34,6 +34,10 @@ from rlhf.tracking.sinks.installed import InstalledTracker, TrackedRun, installe
 
 TINY = "tiny:llama"
 REWARD_KEY = "rewards.{}.function"
+# Keys of an evaluation that data, rollouts and eval of a training run have too.
+PROMPT_FORMAT = ("columns", "system_prompt", "apply_chat_template", "chat_template", "chat_template_kwargs")
+SAMPLING = ("max_new_tokens", "stop", "stop_token_ids", "environment")
+GRADING = ("temperature", "samples_per_prompt", "k", "pass_score", "answer", "by")
 MOST_SHOWN = 5  # values of a column shown in a message
 
 
@@ -73,6 +77,25 @@ def local_model(name: str, folder: Path, *, seed: int) -> str:
     if name != TINY:
         return name
     return str(build_tiny_llama(folder / "models" / f"tiny-llama-{seed}", seed=seed))
+
+
+def as_evaluation(config: Config) -> EvaluateConfig:
+    """Return the evaluations of a training run as the section of a stage that evaluates."""
+    data, rollouts, settings = config.data, config.rollouts, config.eval
+    sampling = {} if rollouts is None else {key: getattr(rollouts, key) for key in SAMPLING}
+    return EvaluateConfig.model_construct(
+        model=config.policy.source,
+        dtype=config.policy.dtype,
+        trust_remote_code=config.policy.trust_remote_code,
+        data=dict(eval_sets(config)),
+        rewards=config.rewards,
+        reward=config.reward.as_loaded() if config.reward is not None and uses_reward_model(config) else None,
+        reward_policy=config.reward_policy,
+        max_tokens_per_microbatch=config.train.max_tokens_per_microbatch,
+        **{key: getattr(data, key) for key in PROMPT_FORMAT},
+        **{key: getattr(settings, key) for key in GRADING},
+        **sampling,
+    )
 
 
 def with_template(config: Config) -> Config:

@@ -14,18 +14,19 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from rlhf.config.derive import eval_sets, train_sets, uses_reward_model
+from rlhf.config.derive import train_sets
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.schema.data import DataSource
-from rlhf.config.schema.evaluate import EvaluationStage
+from rlhf.config.schema.evaluate import EvaluateConfig, EvaluationStage
 from rlhf.config.schema.model import RewardModelConfig, StepScores
 from rlhf.config.schema.rewards import RewardConfig, RewardPolicy
 from rlhf.config.schema.root import Config
+from rlhf.config.schema.stages import MergeStage
 from rlhf.data.tokenization import Continuation, encode
 from rlhf.errors import UserError
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.reward_models import refuse_without_head
-from rlhf.preflight.sources import REWARD_KEY, load_rewards, local_model, prefix_errors
+from rlhf.preflight.sources import REWARD_KEY, as_evaluation, load_rewards, local_model, prefix_errors
 from rlhf.rewards.processes.pool import GroupOutcome
 from rlhf.rewards.scoring import RewardSet, RewardSpec
 from rlhf.rollouts.records.texts import step_ends
@@ -71,62 +72,36 @@ def scoring_of_function(function: str) -> Scoring:
 def scoring_of_config(loaded: LoadedConfig) -> Scoring:
     """Return the scoring of a configuration. In a pipeline it is the last stage with rewards."""
     for stage in reversed(list(loaded.stages.values())):
-        if isinstance(stage, Config) and stage.rewards:
-            return _of_run(stage, loaded)
-        if isinstance(stage, EvaluationStage) and stage.evaluate.rewards:
-            return _of_evaluation(stage, loaded)
+        if isinstance(stage, MergeStage):
+            continue
+        section = stage.evaluate if isinstance(stage, EvaluationStage) else as_evaluation(stage)
+        if section.rewards:
+            return _scoring_of_stage(stage, section, loaded)
     raise UserError(f"{loaded.source}: has no rewards; add them, or give a configuration that has some")
 
 
-def _of_run(config: Config, loaded: LoadedConfig) -> Scoring:
-    model = None
-    if uses_reward_model(config):
-        assert config.reward is not None
+def _scoring_of_stage(stage: Config | EvaluationStage, section: EvaluateConfig, loaded: LoadedConfig) -> Scoring:
+    model, key = None, REWARD_KEY if isinstance(stage, Config) else f"evaluate.{REWARD_KEY}"
+    if section.reward is not None:
+        source = stage.policy.tokenizer_source if isinstance(stage, Config) else section.model
         model = HeldModel(
-            config=config.reward.as_loaded(),
-            tokenizer=local_model(config.policy.tokenizer_source, loaded.folder, seed=config.run.seed),
-            trust_remote_code=config.policy.trust_remote_code,
-            device=config.cluster.device,
-            max_tokens_per_microbatch=config.train.max_tokens_per_microbatch,
-        )
-    return Scoring(
-        name=loaded.source,
-        specs=_load(config.rewards, config.reward_policy, loaded, key=REWARD_KEY),
-        policy=config.reward_policy,
-        model=model,
-        train_sets=tuple(train_set.source for train_set in train_sets(config).values()),
-        eval_sets=eval_sets(config),
-        columns=config.data.columns,
-    )
-
-
-def _of_evaluation(stage: EvaluationStage, loaded: LoadedConfig) -> Scoring:
-    config, model, key = stage.evaluate, None, f"evaluate.{REWARD_KEY}"
-    if stage.uses_reward_model:
-        assert config.reward is not None
-        model = HeldModel(
-            config=config.reward,
-            tokenizer=local_model(config.model, loaded.folder, seed=stage.run.seed),
-            trust_remote_code=config.trust_remote_code,
+            config=section.reward,
+            tokenizer=local_model(source, loaded.folder, seed=stage.run.seed),
+            trust_remote_code=section.trust_remote_code,
             device=stage.cluster.device,
-            max_tokens_per_microbatch=config.max_tokens_per_microbatch,
+            max_tokens_per_microbatch=section.max_tokens_per_microbatch,
         )
+    beside, policy = Path(loaded.source).resolve().parent, section.reward_policy
     return Scoring(
         name=loaded.source,
-        specs=_load(config.rewards, config.reward_policy, loaded, key=key),
-        policy=config.reward_policy,
+        specs=load_rewards(section.rewards, beside=beside, memory_gib=policy.memory_gib, key=key),
+        policy=policy,
         model=model,
-        train_sets=(),
-        eval_sets=config.data if isinstance(config.data, dict) else {"heldout": config.data},
-        columns=config.columns,
+        train_sets=tuple(mixed.source for mixed in train_sets(stage).values()) if isinstance(stage, Config) else (),
+        eval_sets=section.sets,
+        columns=section.columns,
         reward_key=key,
     )
-
-
-def _load(
-    rewards: Mapping[str, RewardConfig], policy: RewardPolicy, loaded: LoadedConfig, *, key: str
-) -> tuple[RewardSpec, ...]:
-    return load_rewards(rewards, beside=Path(loaded.source).resolve().parent, memory_gib=policy.memory_gib, key=key)
 
 
 class Scorer:

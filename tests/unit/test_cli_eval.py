@@ -117,7 +117,7 @@ def tools(tmp_path: Path) -> str:
         ("eval MODEL --data running_totals --data running_totals", "a set called running_totals already"),
         ("eval MODEL --data running_totals --model other", "--model has no effect"),
         ("eval MODEL --data running_totals train.steps=3", "train.steps=3: changes a configuration"),
-        ("eval MODEL --data running_totals --reward last_number --reward-model MODEL", "reward.model: "),
+        ("eval MODEL --data running_totals --reward last_number --reward-model MODEL", "--reward-model: "),
         ("eval CONFIG --samples 4", "--samples has no effect: "),
         ("eval CONFIG --data x.jsonl", "--data has no effect"),
         ("eval CONFIG --model ./none", "--model: The model folder ./none does not exist"),

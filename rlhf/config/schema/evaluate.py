@@ -5,13 +5,14 @@ rlhf.config.validation.evaluation checks it, and actors.run.evaluate runs it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue
 
 from rlhf.algorithms.section import OnlyIn, Section
 from rlhf.config.schema.cluster import ClusterConfig
-from rlhf.config.schema.data import OF_THE_TEMPLATE, EvalSource
+from rlhf.config.schema.data import OF_THE_TEMPLATE, DataSource, EvalSource
 from rlhf.config.schema.model import Dtype, RewardModelConfig
 from rlhf.config.schema.rewards import RewardConfig, RewardPolicy
 from rlhf.config.schema.rollouts import EnvironmentConfig
@@ -76,6 +77,11 @@ class EvaluateConfig(Section):
     split."""
     max_tokens_per_microbatch: Annotated[int, OnlyIn("reward model")] = Field(default=8192, ge=2)
     """Largest number of tokens in one forward pass of a reward model, or of the model if completions are measured."""
+
+    @property
+    def sets(self) -> Mapping[str, DataSource]:
+        """Return the held-out sets by name."""
+        return self.data if isinstance(self.data, dict) else {"heldout": self.data}
 
 
 class EvaluationStage(Section):
