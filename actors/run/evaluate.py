@@ -42,7 +42,7 @@ from rlhf.evaluation.voting import AnswerForm, answer_of
 from rlhf.preflight.eval_inputs import Candidate, EvalInputs, inputs_of_stage
 from rlhf.preflight.sources import prefix_errors
 from rlhf.rewards.failure_rule import ends_run
-from rlhf.rewards.scoring import describe, error_rules
+from rlhf.rewards.scoring import describe_errors, rules_of_specs
 from rlhf.roles import CompletedGroup, ScoredGroup
 from rlhf.rollouts.records.texts import Transcript
 from rlhf.stopping import run_async
@@ -208,13 +208,13 @@ async def _answers(
                 for index, prompt in enumerate(prompts)
             ]
             judged = await answered(engines, requests, sampling_of(decoding), judge)
-            rules = error_rules(inputs.rewards)
+            rules = rules_of_specs(inputs.rewards)
             errors = [scored.scores.errors for scored, _ in judged if scored.scores.errors]
             fatal = [failed for failed in errors if ends_run(failed, rules, policy.on_error)]
             if errors and (fatal or len(errors) == len(judged)):
-                raise RunError(f"eval {name}: {describe((fatal or errors)[0])}")
+                raise RunError(f"eval {name}: {describe_errors((fatal or errors)[0])}")
             for failed in errors:
-                logger.warning("%s: left out, since %s", name, describe(failed))
+                logger.warning("%s: left out, since %s", name, describe_errors(failed))
             form = inputs.marking.answers if inputs.marking.pass_score is not None else None
             results[name] = [
                 _result(scored, responses, form) for scored, responses in judged if not scored.scores.errors

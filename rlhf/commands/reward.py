@@ -31,13 +31,13 @@ def reward(config: AnyConfig, file: str | Path, overrides: Sequence[str] = ()) -
 def _score(loaded: LoadedConfig, file: Path) -> tuple[ScoredFile, bool]:
     """Score the responses in a file. Also return whether a failure among them would end a run."""
     from rlhf.rewards.failure_rule import ends_run
-    from rlhf.rewards.scoring import error_rules
+    from rlhf.rewards.scoring import rules_of_specs
     from rlhf.scoring.score_file import score_file
     from rlhf.scoring.scorer import scoring_of_config
 
     with loaded.located():
         scoring = scoring_of_config(loaded)
-        scored, rules = score_file(scoring, file), error_rules(scoring.specs)
+        scored, rules = score_file(scoring, file), rules_of_specs(scoring.specs)
     return scored, ends_run([error for _, error in scored.errors], rules, scoring.policy.on_error)
 
 

@@ -27,7 +27,7 @@ from rlhf.data.curriculum import Curriculum
 from rlhf.data.stream import Cursor, Stream
 from rlhf.errors import RunError
 from rlhf.rewards.failure_rule import ends_run
-from rlhf.rewards.scoring import describe
+from rlhf.rewards.scoring import describe_errors
 from rlhf.roles import ScoredGroup
 from rlhf.tracking.metrics.reductions import Last, Mean, Reduction, Sum
 from rlhf.types import GroupRequest, Prompt, RolloutInfo, Sampling
@@ -211,7 +211,7 @@ class Collector:
                 f"max_dropped_fraction {policy.max_dropped_fraction:g} allows {most:g} of {window}. Correct the "
                 "reward, raise that fraction, or give rewards.NAME.on_error the score of such a response."
             )
-        raise RunError(f"rewards, step {step}: {describe(scored.scores.errors)}. {fix}")
+        raise RunError(f"rewards, step {step}: {describe_errors(scored.scores.errors)}. {fix}")
 
     def _refuse_filtered(self, batch: _Batch, step: int) -> None:
         """Raise RunError if too many groups were filtered while the batch is still incomplete."""

@@ -17,7 +17,7 @@ from rlhf.errors import RunError
 from rlhf.evaluation.results import Evaluation, Marking, PromptScores, SetReport, prompt_reports
 from rlhf.evaluation.statistics import mean_estimate
 from rlhf.rewards.failure_rule import ends_run
-from rlhf.rewards.scoring import describe
+from rlhf.rewards.scoring import describe_errors
 from rlhf.roles import OnlineTeacherRole, RewardRole, SampleSelection, ScoredGroup
 from rlhf.tracking.metrics.reductions import Last, Mean
 from rlhf.tracking.run_folder.atomic import write_atomic
@@ -82,7 +82,7 @@ async def score_held_out(
         fatal = [errors for errors in failures if ends_run(errors, *rules)]
         if fatal or not sound:
             answers.forget_failures()
-            raise RunError(f"eval {name}, step {step}: {describe((fatal or failures)[0])}")
+            raise RunError(f"eval {name}, step {step}: {describe_errors((fatal or failures)[0])}")
         return sound
 
     with record.stage("eval", role="rollout"):

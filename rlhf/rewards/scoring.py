@@ -276,13 +276,13 @@ def _without_scores(errors: Sequence[RewardError], scored_errors: Sequence[Rewar
     return GroupScores(scores=(), by_name={}, errors=tuple(errors), scored_errors=tuple(scored_errors))
 
 
-def error_rules(specs: Sequence[RewardSpec]) -> dict[str, ErrorRule]:
+def rules_of_specs(specs: Sequence[RewardSpec]) -> dict[str, ErrorRule]:
     """Return the failure rule of each reward, and of the environment under the name `environment`."""
     of_environment = next((spec.on_error for spec in specs if spec.from_environment), None)
     return {"environment": of_environment, **{spec.name: spec.on_error for spec in specs}}
 
 
-def describe(errors: Sequence[RewardError]) -> str:
+def describe_errors(errors: Sequence[RewardError]) -> str:
     """Return a line for each reward and kind of failure, with its first message."""
     first: dict[tuple[str, str], RewardError] = {}
     count: dict[tuple[str, str], int] = {}

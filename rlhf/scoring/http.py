@@ -90,7 +90,7 @@ class RewardServer:
         if self.waiting >= MAX_WAITING:
             return _error(503, f"{MAX_WAITING} requests are waiting already")
         try:
-            group = read_group(await read_text(request))
+            group = parse_request(await read_text(request))
             self._refuse_unfit(group.prompt)
         except ValueError as error:
             return _error(400, str(error))
@@ -128,7 +128,7 @@ class RewardServer:
                 raise ValueError(f"{spec.name} needs columns {', '.join(absent)}; there are: {there}")
 
 
-def read_group(text: str) -> Asked:
+def parse_request(text: str) -> Asked:
     """Parse a request's body. ValueError describes an invalid body."""
     try:
         body = json.loads(text)

@@ -8,7 +8,7 @@ import pytest
 
 from rlhf.rewards.failure_rule import ErrorRule
 from rlhf.rewards.loading import load_reward
-from rlhf.rewards.scoring import RewardSet, RewardSpec, deadline_s, describe, fingerprint
+from rlhf.rewards.scoring import RewardSet, RewardSpec, deadline_s, describe_errors, fingerprint
 from rlhf.types import Prompt, RewardError, StepReward
 
 FILES = Path(__file__).parent.parent / "fixtures" / "rewards"
@@ -93,7 +93,7 @@ def test_describe_says_each_cause_once() -> None:
         for i in (2, 4, 5)
     ]
     errors.append(RewardError(reward="q", kind="timeout", message="no answer within 10 s", prompt_id=8, sample=0))
-    assert describe(errors).splitlines() == [
+    assert describe_errors(errors).splitlines() == [
         "reward `r` raised an exception on response 2 to prompt 7: ValueError: no, at f.py:3 in r (and 2 more like it)",
         "reward `q` did not answer in time on response 0 to prompt 8: no answer within 10 s",
     ]

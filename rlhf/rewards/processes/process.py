@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rlhf.errors import RunError
@@ -38,10 +38,6 @@ logger = logging.getLogger(__name__)
 MAX_LOG_LINES = 20  # lines of a reward's output per request
 KILL_WAIT_S = 10.0
 MARK = "RLHF_REWARD_PROCESS"  # environment variable to identify child processes of a reward
-_BOOT = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from rlhf.rewards.processes.program import main; main({}, {}, {})"
-)
 _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
 
 
@@ -53,38 +49,74 @@ class ProcessDied(Exception):
     """Raised if the process has ended. The message says how."""
 
 
-class RewardProcess:
-    """A process with `sources` loaded, for a single caller at a time."""
+class ChildProcess:
+    """A process that runs a user's code in a separate process group, with a connection to it.
 
-    def __init__(self, sources: Sequence[CodeSource], *, memory_gib: float) -> None:
-        self._sources = tuple(sources)
-        self._memory_gib = memory_gib
-        self._connection, theirs = socket.socketpair()
+    It dies with this process. Its output is logged. A signal makes it write its place in the code to a file.
+    """
+
+    def __init__(self, program: str, *, label: str, env: Mapping[str, str]) -> None:
+        self.connection, theirs = socket.socketpair()
         lifeline, self._lifeline = os.pipe()
-        self._output, output = os.pipe()
-        os.set_blocking(self._output, False)
-        self._faults = tempfile.TemporaryFile()  # noqa: SIM115  closed by kill
-        self._log = OutputLog()
-        self._poll = select.poll()
-        self._poll.register(self._connection, select.POLLIN)
-        self._poll.register(self._output, select.POLLIN)
-        fds = (theirs.fileno(), lifeline, self._faults.fileno())
-        self._mark = uuid.uuid4().hex
+        self.output, output = os.pipe()
+        os.set_blocking(self.output, False)
+        self.faults = tempfile.TemporaryFile(mode="ab+")  # noqa: SIM115  closed by close
+        self.log = OutputLog(label)
+        fds = (theirs.fileno(), lifeline, self.faults.fileno())
+        boot = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {program} import main; main{fds}"
         try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-u", "-c", _BOOT.format(*fds), json.dumps(sys.path)],
+            self.process = subprocess.Popen(
+                [sys.executable, "-u", "-c", boot, json.dumps(sys.path)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 pass_fds=fds,
                 start_new_session=True,  # a new process group: killed together with its children
                 # hash seed: iteration over a set is deterministic
-                env={**os.environ, "PYTHONHASHSEED": "0", MARK: self._mark},
+                env={**os.environ, "PYTHONHASHSEED": "0", **env},
             )
         finally:
             theirs.close()
             os.close(lifeline)
             os.close(output)
+
+    def read_output(self) -> bool:
+        """Log the output written so far. Return False at its end."""
+        return self.log.read(self.output)
+
+    def read_faults(self) -> str:
+        """Return the places in the code that the process and its children have written."""
+        return os.pread(self.faults.fileno(), 1 << 20, 0).decode(errors="replace")
+
+    def describe_end(self, code: int, path: str | None) -> str:
+        """Return how a process with this exit code ended, with its place in the file `path` and its last output."""
+        how = f"it was killed by {signal.Signals(-code).name}" if code < 0 else f"it exited with code {code}"
+        self.read_output()
+        place = place_in(self.read_faults(), path)
+        last = f'; its last output: "{self.log.last_line}"' if self.log.last_line else ""
+        return f"{how}{place and ', at ' + place}{last}"
+
+    def close(self) -> None:
+        """Log the remaining output, and close the connection and the files. Processes that still run then end."""
+        self.read_output()
+        self.connection.close()
+        self.faults.close()
+        os.close(self._lifeline)
+        os.close(self.output)
+
+
+class RewardProcess:
+    """A process with `sources` loaded, for a single caller at a time."""
+
+    def __init__(self, sources: Sequence[CodeSource], *, memory_gib: float) -> None:
+        self._sources = tuple(sources)
+        self._memory_gib = memory_gib
+        self._mark = uuid.uuid4().hex
+        self._child = ChildProcess("rlhf.rewards.processes.program", label="reward", env={MARK: self._mark})
+        self._process, self._connection = self._child.process, self._child.connection
+        self._poll = select.poll()
+        self._poll.register(self._connection, select.POLLIN)
+        self._poll.register(self._child.output, select.POLLIN)
         self._hello = Hello(memory_bytes=int(memory_gib * 2**30), sources=self._sources)
 
     @property
@@ -114,7 +146,7 @@ class RewardProcess:
 
     def send(self, message: Hello | Request, timeout_s: float) -> None:
         """Send a message. Raises ProcessTimeout and ProcessDied."""
-        self._log.lines_left = MAX_LOG_LINES
+        self._child.log.lines_left = MAX_LOG_LINES
         self._connection.settimeout(timeout_s)
         try:
             send_frame(self._connection, message)
@@ -129,8 +161,8 @@ class RewardProcess:
         while True:
             left = max(deadline - time.monotonic(), 0.0)
             ready = {fd for fd, _ in self._poll.poll(left * 1000)}
-            if self._output in ready and not self._log.read(self._output):
-                self._poll.unregister(self._output)
+            if self._child.output in ready and not self._child.read_output():
+                self._poll.unregister(self._child.output)
             if self._connection.fileno() in ready:
                 break
             if left == 0.0 and self._process.poll() is not None:  # a child process still holds the connection
@@ -158,7 +190,7 @@ class RewardProcess:
         text = ""
         while time.monotonic() < deadline:
             time.sleep(0.05)
-            earlier, text = text, self._read_faults()
+            earlier, text = text, self._child.read_faults()
             if text and text == earlier:
                 break
         return place_in(text, path)
@@ -180,11 +212,7 @@ class RewardProcess:
         except subprocess.TimeoutExpired as error:
             raise RunError(f"reward process {self.pid} is still there {KILL_WAIT_S:g} s after SIGKILL") from error
         finally:
-            self._log.read(self._output)
-            self._connection.close()
-            self._faults.close()
-            for fd in (self._lifeline, self._output):
-                os.close(fd)
+            self._child.close()
 
     def _kill_daemons(self) -> None:
         """Kill processes outside the process group, such as a daemon with its own session. They inherit the mark."""
@@ -199,27 +227,16 @@ class RewardProcess:
 
     def flush_log(self) -> None:
         """Log the output written so far."""
-        self._log.read(self._output)
+        self._child.read_output()
 
     def _how_it_died(self) -> str:
         try:
             code = self._process.wait(1.0)
         except subprocess.TimeoutExpired:
             return "it closed its connection"
-        if code < 0:
-            how = f"it was killed by {signal.Signals(-code).name}"
-            if code == -signal.SIGKILL:
-                how += " (by somebody, or by the kernel for want of memory)"
-        else:
-            how = f"it exited with code {code}"
-        self._log.read(self._output)
-        place = place_in(self._read_faults(), None)
-        last = f'; its last output: "{self._log.last_line}"' if self._log.last_line else ""
-        return f"{how}{place and ', at ' + place}{last}"
-
-    def _read_faults(self) -> str:
-        self._faults.seek(0)
-        return self._faults.read().decode(errors="replace")
+        end = self._child.describe_end(code, None)
+        killed = "it was killed by SIGKILL"
+        return end.replace(killed, f"{killed} (by somebody, or by the kernel for want of memory)", 1)
 
 
 def _other_processes(pid: int) -> Iterator[int]:
@@ -244,7 +261,7 @@ def place_in(text: str, path: str | None) -> str:
 class OutputLog:
     """Logs the output of rewards or environments in whole lines, up to a limit per request."""
 
-    def __init__(self, source: str = "reward") -> None:
+    def __init__(self, source: str) -> None:
         self.source = source
         self.lines_left = MAX_LOG_LINES
         self.last_line = ""

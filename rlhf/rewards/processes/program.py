@@ -283,21 +283,29 @@ def die_with_parent(lifeline: int) -> None:
         sys.exit("the parent is gone")
 
 
-def main(connection_fd: int, lifeline: int, faults_fd: int) -> None:
-    """Load the rewards, answer requests in order, and return when the parent closes the connection."""
+def begin_child(lifeline: int, faults_fd: int) -> None:
+    """Prepare a process of a user's code: it dies with its parent, and writes its place in the code when asked."""
     die_with_parent(lifeline)
     faulthandler.enable(file=faults_fd, all_threads=False)
-    faulthandler.register(
-        signal.SIGUSR1, file=faults_fd, all_threads=False
-    )  # the parent locates a hanging call with it
+    faulthandler.register(signal.SIGUSR1, file=faults_fd, all_threads=False)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
-    connection = socket.socket(fileno=connection_fd)
-    hello: Hello = receive_frame(connection)
+
+
+def limit_memory(num_bytes: int) -> None:
+    """Limit the memory that this process may map."""
     _, allowed = resource.getrlimit(resource.RLIMIT_AS)  # this user may not raise the hard limit
-    limit = hello.memory_bytes if allowed == resource.RLIM_INFINITY else min(hello.memory_bytes, allowed)
+    limit = num_bytes if allowed == resource.RLIM_INFINITY else min(num_bytes, allowed)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def main(connection_fd: int, lifeline: int, faults_fd: int) -> None:
+    """Load the rewards, answer requests in order, and return when the parent closes the connection."""
+    begin_child(lifeline, faults_fd)
+    connection = socket.socket(fileno=connection_fd)
+    hello: Hello = receive_frame(connection)
+    limit_memory(hello.memory_bytes)
     rewards = []
     for source in hello.sources:
         try:

@@ -14,16 +14,13 @@ import os
 import pickle
 import signal
 import socket
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from rlhf.errors import RunError, UserError
 from rlhf.extensions import CodeSource
-from rlhf.rewards.processes.process import MAX_LOG_LINES, OutputLog, place_in
+from rlhf.rewards.processes.process import MAX_LOG_LINES, ChildProcess, place_in
 from rlhf.rollouts.environments.process import NUMBER, SIZE, Description
 
 logger = logging.getLogger(__name__)
@@ -31,10 +28,6 @@ logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 120.0  # limit for loading an environment
 FORK_TIMEOUT_S = 60.0
 MAX_REPLY_BYTES = 16 << 20
-_BOOT = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from rlhf.rollouts.environments.process import main; main({}, {}, {})"
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,47 +57,27 @@ class EnvironmentHost:
         self.step_timeout_s = step_timeout_s
         self.memory_gib = memory_gib
         self.description: Description | None = None
-        self._control: socket.socket | None = None
+        self._child: ChildProcess | None = None
         self._asking = asyncio.Lock()
         self._looking = asyncio.Lock()
-        self._log = OutputLog("environment")
 
     async def start(self) -> Description:
         """Load the environment. UserError if it cannot be used."""
-        self._control, theirs = socket.socketpair()
-        self._control.setblocking(False)
-        lifeline, self._lifeline = os.pipe()
-        self._output, output = os.pipe()
-        os.set_blocking(self._output, False)
-        self._faults = tempfile.TemporaryFile(mode="ab+")  # noqa: SIM115  closed by stop
-        fds = (theirs.fileno(), lifeline, self._faults.fileno())
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-u", "-c", _BOOT.format(*fds), json.dumps(sys.path)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                pass_fds=fds,
-                start_new_session=True,
-                env={**os.environ, "PYTHONHASHSEED": "0"},  # iteration over a set is deterministic
-            )
-        finally:
-            theirs.close()
-            os.close(lifeline)
-            os.close(output)
-        asyncio.get_running_loop().add_reader(self._output, self._read_output)
+        self._child = child = ChildProcess("rlhf.rollouts.environments.process", label="environment", env={})
+        child.connection.setblocking(False)
+        asyncio.get_running_loop().add_reader(child.output, self._read_output)
         hello = pickle.dumps((self.source, int(self.memory_gib * 2**30)))
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                await asyncio.get_running_loop().sock_sendall(self._control, SIZE.pack(len(hello)) + hello)
+                await asyncio.get_running_loop().sock_sendall(child.connection, SIZE.pack(len(hello)) + hello)
                 description = pickle.loads(await self._receive(SIZE.unpack(await self._receive(SIZE.size))[0]))
         except TimeoutError as error:
-            place = await self._where(self._process.pid)
+            place = await self._where(child.process.pid)
             raise UserError(f"loading `{self.source.name}` took over {START_TIMEOUT_S:g} s{place}") from error
         except (EOFError, OSError) as error:
             self._read_output()
             raise UserError(
-                f"loading `{self.source.name}` ended its process; its last output: {self._log.last_line!r}"
+                f"loading `{self.source.name}` ended its process; its last output: {child.log.last_line!r}"
             ) from error
         if not isinstance(description, Description):
             raise UserError(description)
@@ -131,18 +104,14 @@ class EnvironmentHost:
 
     async def stop(self) -> None:
         """End the environment and all conversations."""
-        if self._control is None:
+        child, self._child = self._child, None
+        if child is None:
             return
-        asyncio.get_running_loop().remove_reader(self._output)
-        self._control.close()
-        self._control = None
+        asyncio.get_running_loop().remove_reader(child.output)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        await asyncio.to_thread(self._process.wait, 10.0)
-        self._log.read(self._output)
-        os.close(self._lifeline)  # ends the conversations, which have separate process groups
-        os.close(self._output)
-        self._faults.close()
+            os.killpg(child.process.pid, signal.SIGKILL)
+        await asyncio.to_thread(child.process.wait, 10.0)
+        child.close()  # ends the conversations, which have separate process groups
 
     async def end(self, pid: int, *, is_closed: bool = False) -> str:
         """Kill a conversation's processes, and return how it had ended before, or an empty string.
@@ -153,28 +122,30 @@ class EnvironmentHost:
         status = await asyncio.shield(asking)  # the answer must always be read
         if status < 0:
             return ""
-        self._read_output()
-        place = place_in(self._read_faults(), self.source.path)
-        os.ftruncate(self._faults.fileno(), 0)  # otherwise the next failure would report this place
-        last = f'; its last output: "{self._log.last_line}"' if self._log.last_line else ""
-        code = os.waitstatus_to_exitcode(status)
-        how = f"it was killed by {signal.Signals(-code).name}" if code < 0 else f"it exited with code {code}"
-        return f"{how}{place and ', at ' + place}{last}"
+        child = self._started
+        end = child.describe_end(os.waitstatus_to_exitcode(status), self.source.path)
+        os.ftruncate(child.faults.fileno(), 0)  # otherwise the next failure would report this place
+        return end
+
+    @property
+    def _started(self) -> ChildProcess:
+        assert self._child is not None, "the environment has not been started"
+        return self._child
 
     async def _ask(self, pid: int, fd: int | None) -> int:
         """Fork a conversation on `fd`, or end a conversation."""
-        assert self._control is not None, "the environment has not been started"
+        child = self._started
         async with self._asking:
             try:
                 async with asyncio.timeout(FORK_TIMEOUT_S):
-                    socket.send_fds(self._control, [NUMBER.pack(pid)], [] if fd is None else [fd])
+                    socket.send_fds(child.connection, [NUMBER.pack(pid)], [] if fd is None else [fd])
                     answer: int = NUMBER.unpack(await self._receive(NUMBER.size))[0]
             except TimeoutError as error:
                 raise RunError(f"the environment's process made no copy of itself in {FORK_TIMEOUT_S:g} s") from error
             except (EOFError, OSError) as error:
                 self._read_output()
                 raise RunError(
-                    f"the environment's process is gone; its last output: {self._log.last_line!r}. It may have been "
+                    f"the environment's process is gone; its last output: {child.log.last_line!r}. It may have been "
                     f"killed for want of memory: each conversation may take "
                     f"rollouts.environment.memory_gib ({self.memory_gib:g})."
                 ) from error
@@ -183,8 +154,7 @@ class EnvironmentHost:
     async def _receive(self, size: int) -> bytes:
         data = bytearray()
         while len(data) < size:
-            assert self._control is not None
-            chunk = await asyncio.get_running_loop().sock_recv(self._control, size - len(data))
+            chunk = await asyncio.get_running_loop().sock_recv(self._started.connection, size - len(data))
             if not chunk:
                 raise EOFError
             data += chunk
@@ -196,28 +166,25 @@ class EnvironmentHost:
             return await self._where(pid)
 
     async def _where(self, pid: int) -> str:
-        os.ftruncate(self._faults.fileno(), 0)
+        os.ftruncate(self._started.faults.fileno(), 0)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGUSR1)
         text = ""
         for _ in range(10):
             await asyncio.sleep(0.05)
-            earlier, text = text, self._read_faults()
+            earlier, text = text, self._started.read_faults()
             if text and text == earlier:
                 break
         place = place_in(text, self.source.path)
         return f", at {place}" if place else ""
 
-    def _read_faults(self) -> str:
-        return os.pread(self._faults.fileno(), 1 << 20, 0).decode(errors="replace")
-
     def _read_output(self) -> None:
-        if not self._log.read(self._output):
-            asyncio.get_running_loop().remove_reader(self._output)
+        if not self._started.read_output():
+            asyncio.get_running_loop().remove_reader(self._started.output)
 
     def new_log_budget(self) -> None:
         """Reset the number of output lines still to be logged."""
-        self._log.lines_left = MAX_LOG_LINES
+        self._started.log.lines_left = MAX_LOG_LINES
 
 
 def _end_unwanted(opening: asyncio.Future[Conversation]) -> None:

@@ -8,7 +8,6 @@ torch here, directly or through another module.
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import gc
 import importlib
 import inspect
@@ -18,7 +17,6 @@ import numbers
 import os
 import pickle
 import random
-import resource
 import signal
 import socket
 import struct
@@ -29,7 +27,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf.extensions import CodeSource, LoadError, construct, load_code, summarize
-from rlhf.rewards.processes.program import die_with_parent
+from rlhf.rewards.processes.program import begin_child, die_with_parent, limit_memory
 
 SIZE = struct.Struct("!Q")
 NUMBER = struct.Struct("!q")
@@ -66,7 +64,7 @@ def load_environment(source: CodeSource) -> Any:
     return construct(source, target)
 
 
-def describe(environment: Any) -> Description:
+def describe_environment(environment: Any) -> Description:
     """Return the parameters of reset and step, and the tools. LoadError if the methods do not match the protocol."""
     name = type(environment).__name__
     reset, step = (_parameters(environment, method, name) for method in ("reset", "step"))
@@ -217,23 +215,14 @@ def _end(number: int) -> int:
 
 def main(control_fd: int, lifeline: int, faults_fd: int) -> None:
     """Load the environment, then fork and end conversations until the parent closes the connection."""
-    die_with_parent(lifeline)
-    faulthandler.enable(file=faults_fd, all_threads=False)
-    faulthandler.register(
-        signal.SIGUSR1, file=faults_fd, all_threads=False
-    )  # the parent locates a hanging call with it
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
+    begin_child(lifeline, faults_fd)
     control = socket.socket(fileno=control_fd)
     size = SIZE.unpack(control.recv(SIZE.size, socket.MSG_WAITALL))[0]
     source, memory_bytes = pickle.loads(control.recv(size, socket.MSG_WAITALL))
-    _, allowed = resource.getrlimit(resource.RLIMIT_AS)  # this user may not raise the hard limit
-    limit = memory_bytes if allowed == resource.RLIM_INFINITY else min(memory_bytes, allowed)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limit_memory(memory_bytes)
     try:
         environment = load_environment(source)
-        result: Description | str = describe(environment)
+        result: Description | str = describe_environment(environment)
     except LoadError as error:
         result = str(error)
     reply = pickle.dumps(result)

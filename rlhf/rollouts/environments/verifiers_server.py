@@ -376,7 +376,7 @@ async def listen(app: web.Application, host: str, port: int) -> tuple[web.AppRun
     return runner, int(runner.addresses[0][1])
 
 
-async def serve(args: argparse.Namespace, token: str | None) -> None:
+async def run_server(args: argparse.Namespace, token: str | None) -> None:
     """Serve the bridge until SIGINT or SIGTERM."""
     model = Model()
     os.environ[KEY] = model.key
@@ -404,7 +404,7 @@ async def serve(args: argparse.Namespace, token: str | None) -> None:
         await inside.cleanup()
 
 
-def is_loopback(host: str) -> bool:
+def _is_loopback(host: str) -> bool:
     """Return whether the address is reachable only from this machine."""
     with suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
@@ -429,7 +429,7 @@ def parsed(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, 
     if min(args.tasks, args.sessions, args.timeout_s, args.idle_s) <= 0:
         parser.error("--tasks, --sessions, --timeout-s and --idle-s: expected more than 0")
     if args.token_env is None:
-        if not is_loopback(args.host):
+        if not _is_loopback(args.host):
             parser.error(f"--host {args.host}: others reach it, so --token-env must name a variable with a token")
         return args, None
     token = os.environ.get(args.token_env)
@@ -444,7 +444,7 @@ def main() -> None:
     sys.path[:] = [folder for folder in sys.path if str(Path(folder).resolve()) != here]
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logger.setLevel(logging.INFO)
-    asyncio.run(serve(*parsed()))
+    asyncio.run(run_server(*parsed()))
 
 
 if __name__ == "__main__":
