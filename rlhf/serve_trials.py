@@ -27,7 +27,7 @@ def run_trials() -> int:
             with open(order["log"], "ab") as log:
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
-            if not has_ray:
+            if order["keep"] and not has_ray:
                 has_ray = True
                 with suppress(UserError, RunError):  # main raises the same error again, and reports it
                     _keep(to_the_end, order["words"][1])

@@ -32,8 +32,6 @@ LINK_WITHIN_S = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeFacts:
-    """The facts about one node."""
-
     host: str
     interface: str  # the interface of the node's address in Ray
     others: tuple[str, ...]  # the node's other active interfaces
@@ -82,7 +80,6 @@ class NodeProbe:
         )
 
     def now(self) -> float:
-        """Return the time of this node's clock."""
         return time.time()
 
     def listen(self, address: str) -> int:

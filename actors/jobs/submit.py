@@ -63,7 +63,6 @@ class JobEnd:
 
     @property
     def is_over(self) -> bool:
-        """Return whether the job is over."""
         return self.state in OVER
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from actors.cluster.address import cluster_to_join
 from actors.sweeps.search import require_optuna, strategy_of
-from actors.sweeps.trial_process import END_WITHIN_S, Process, Share, TrialProcess, WarmProcess, end_all, wait_for_all
+from actors.sweeps.trial_process import END_WITHIN_S, MachineShare, TrialProcess, wait_for_all
 from rlhf.config.derive import is_online
 from rlhf.config.files.dump import dump_yaml
 from rlhf.config.files.load import LoadedConfig
@@ -45,10 +45,8 @@ PREEMPTED = 75  # exit code of a run after a stop signal
 
 @dataclass(slots=True)
 class _Running:
-    """Track a running trial and its process."""
-
     assignment: Assignment
-    process: Process
+    process: TrialProcess
     slot: int
     log_bytes: int  # size of its log before this process
     reported_step: int = -1  # last step reported to the strategy
@@ -63,11 +61,11 @@ class _Loop:
     sweep: Sweep
     journal: Journal
     strategy: Strategy
-    shares: Sequence[Share]
+    shares: Sequence[MachineShare]
     failures: int  # including failures before a kill
     request: StopRequest
     running: list[_Running] = field(default_factory=list)
-    warm: dict[int, WarmProcess] = field(default_factory=dict)  # by slot
+    processes: dict[int, TrialProcess] = field(default_factory=dict)  # by slot
 
     def run(self) -> None:
         """Run trials until none is left. Raise Preempted after a stop request, once all trials have ended."""
@@ -87,11 +85,13 @@ class _Loop:
                         self.running.remove(running)
                         self._end(running, code)
         finally:
-            for process in self.warm.values():
-                if process.is_idle and all(running.process is not process for running in self.running):
+            busy = {running.slot for running in self.running}
+            for slot, process in self.processes.items():
+                if slot in busy:
+                    process.interrupt()
+                elif process.is_idle:
                     process.dismiss()
-            end_all([running.process for running in self.running], self.request)
-            wait_for_all(list(self.warm.values()), self.request)
+            wait_for_all(list(self.processes.values()), self.request)
             self.request.ends_by_itself = False
 
     def _fill(self) -> None:
@@ -110,20 +110,14 @@ class _Loop:
         write_atomic(file, dump_yaml(self.sweep.trial(trial.parameters, trial.name)))
         slot = next(n for n in range(len(self.shares)) if all(running.slot != n for running in self.running))
         log_bytes = log.stat().st_size if log.exists() else 0
-        process = self._process(slot, file, log, until=assignment.until)
+        keep = _may_keep_engines(self.sweep)
+        if slot not in self.processes or not self.processes[slot].is_idle:
+            self.processes[slot] = TrialProcess(self.shares[slot], log, grace_s=_grace_s(self.sweep))
+        process = self.processes[slot]
+        process.begin(file, log, until=assignment.until, keep=keep)
         self.running.append(_Running(assignment, process, slot, log_bytes))
         until = "" if assignment.until is None else f" to step {assignment.until}"
         logger.info("%s begins%s: %s", trial.name, until, _shown_values(trial.parameters))
-
-    def _process(self, slot: int, file: Path, log: Path, *, until: int | None) -> Process:
-        """Start a process for the trial, or reuse the slot's process if its engines can stay."""
-        grace_s = _grace_s(self.sweep)
-        if not _may_keep_engines(self.sweep):
-            return TrialProcess(file, log, self.shares[slot], until=until, grace_s=grace_s)
-        if slot not in self.warm or not self.warm[slot].is_idle:
-            self.warm[slot] = WarmProcess(self.shares[slot], grace_s=grace_s)
-        self.warm[slot].begin(file, log, until=until)
-        return self.warm[slot]
 
     def _read(self, running: _Running) -> None:
         """Report new values in metrics.jsonl to the strategy."""
@@ -242,7 +236,7 @@ def _failures(result: SweepResult) -> str:
     return f"{failed[-1].trial}: {failed[-1].error}" if failed else "none was run."
 
 
-def _shares(sweep: Sweep, known: Sequence[Values] | None) -> list[Share]:
+def _shares(sweep: Sweep, known: Sequence[Values] | None) -> list[MachineShare]:
     """Return the share of the machine for each trial that runs at once."""
     config = sweep.config
     trials = [sweep.base, *(sweep.trial(values, "trial") for values in known or ())]
@@ -259,7 +253,7 @@ def _shares(sweep: Sweep, known: Sequence[Values] | None) -> list[Share]:
         logger.warning("sweep.concurrency is %d, and there is room for %d trials at once", count, room)
     if address is not None:
         logger.info("%d trials at once, in the cluster at %s", count, address)
-        return [Share()] * count
+        return [MachineShare()] * count
     each_gpus = max(round(sum(bundle.get("GPU", 0.0) for bundle in bundles)) for bundles in wanted)
     if each_gpus * count > len(gpus):
         raise UserError(
@@ -268,7 +262,7 @@ def _shares(sweep: Sweep, known: Sequence[Values] | None) -> list[Share]:
     each = len(cores) // count
     logger.info("%d trials at once, of %d cores each", count, each or len(cores))
     return [
-        Share(cores=cores[n * each : (n + 1) * each], gpus=tuple(gpus[n * each_gpus : (n + 1) * each_gpus]))
+        MachineShare(cores=cores[n * each : (n + 1) * each], gpus=tuple(gpus[n * each_gpus : (n + 1) * each_gpus]))
         for n in range(count)
     ]
 
@@ -285,7 +279,6 @@ def _cluster(loaded: LoadedConfig) -> ClusterConfig:
 
 
 def _nodes(cluster: ClusterConfig) -> list[Mapping[str, float]]:
-    """Return the resources of each node of a running cluster."""
     import ray
 
     from actors.cluster.connect import connected

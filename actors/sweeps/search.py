@@ -21,7 +21,6 @@ METRIC = "value"
 
 
 def strategy_of(sweep: Sweep, journal: Journal, known: list[Values] | None) -> Strategy:
-    """Return the strategy for the sweep's method."""
     method = sweep.config.method
     if isinstance(method, BayesianMethod):
         return Bayesian(sweep, journal, trials=method.trials)
@@ -32,7 +31,6 @@ def strategy_of(sweep: Sweep, journal: Journal, known: list[Values] | None) -> S
 
 
 def require_optuna() -> None:
-    """Raise UserError if optuna is not installed."""
     try:
         import optuna
     except ImportError as error:
@@ -43,7 +41,7 @@ def require_optuna() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-class Bayesian:
+class Bayesian(Strategy):
     """Suggest each trial when a slot is free, based on the trials that have ended by then."""
 
     def __init__(self, sweep: Sweep, journal: Journal, *, trials: int) -> None:
@@ -76,10 +74,6 @@ class Bayesian:
         values = {key: _decoded(parameter, suggested[key]) for key, parameter in self.parameters.items()}
         self.suggested.add(number)
         return Assignment(trial=self.journal.add(number, values))
-
-    def report(self, trial: Trial, step: int, value: float) -> bool:
-        """Return False: every trial runs to its end."""
-        return False
 
     def ended(self, trial: Trial) -> None:
         """Report the trial's last value, or its failure, to the searcher."""

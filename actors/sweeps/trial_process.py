@@ -1,4 +1,4 @@
-"""Run `rlhf train` for a trial on its share of the machine, and end it with a signal or by force.
+"""Run the trials of a sweep in processes, each on its share of the machine, and end them with a signal or by force.
 
 Each process has its own session, so that Ctrl-C reaches only the sweep, which then ends its trials. If the sweep
 dies, the kernel sends them SIGTERM. This module knows nothing about metrics or methods.
@@ -17,7 +17,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import psutil
 
@@ -29,31 +28,23 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
+class MachineShare:
     """Name a part of this machine. Empty fields mean the whole machine, shared with other trials."""
 
     cores: tuple[int, ...] = ()
     gpus: tuple[str, ...] = ()
 
 
-class Process(Protocol):
-    """Control the process of one trial."""
+class TrialProcess:
+    """Run consecutive trials in one process (rlhf.serve_trials), and keep its engines while the next can use them.
 
-    def poll(self) -> int | None:
-        """Return its exit code, or None while it runs."""
+    The process ends with the first trial that fails or is interrupted, so the next trial starts in a new process.
+    """
 
-    def interrupt(self) -> None:
-        """Ask the process to end by sending SIGTERM once."""
-
-    def kill(self) -> None:
-        """Kill it and all its descendants now."""
-
-
-class _Started:
-    """Start a process, and kill it if it does not end in time after SIGTERM."""
-
-    def __init__(self, words: Sequence[str], share: Share, *, grace_s: float, **streams: Any) -> None:
+    def __init__(self, share: MachineShare, log: Path, *, grace_s: float = 0.0) -> None:
         self.end_within_s = grace_s + END_WITHIN_S
+        self.deadline: float | None = None
+        self._takes_more = True
         parent = os.getpid()
 
         def before_exec() -> None:  # runs in the child, which has a single thread
@@ -63,22 +54,54 @@ class _Started:
             if share.cores:
                 os.sched_setaffinity(0, share.cores)
 
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", *words],
-            **streams,
-            start_new_session=True,
-            env={**os.environ, **({"CUDA_VISIBLE_DEVICES": ",".join(share.gpus)} if share.gpus else {})},
-            preexec_fn=before_exec,
-        )
-        self.deadline: float | None = None
+        with log.open("ab") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "rlhf.serve_trials"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                start_new_session=True,
+                env={**os.environ, **({"CUDA_VISIBLE_DEVICES": ",".join(share.gpus)} if share.gpus else {})},
+                preexec_fn=before_exec,
+            )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self._orders, self._replies = self.process.stdin, self.process.stdout
+        os.set_blocking(self._replies.fileno(), False)
+
+    def begin(self, config: Path, log: Path, *, until: int | None, keep: bool) -> None:
+        """Send the next trial to the process. keep: the process takes more trials, and keeps Ray and its engines."""
+        words = ["train", str(config), "--resume", "auto", "--quiet"]
+        order = {"words": words if until is None else [*words, "--until", str(until)], "log": str(log), "keep": keep}
+        self._takes_more = keep
+        with contextlib.suppress(BrokenPipeError):  # poll then reports how it ended
+            self._orders.write(json.dumps(order).encode() + b"\n")
+            self._orders.flush()
+            if not keep:
+                self._orders.close()
 
     def poll(self) -> int | None:
-        """Return its exit code, or None while it runs. Kill it after its deadline."""
+        """Return the exit code of the trial, or None while it runs. Kill the process after its deadline."""
         code = self.process.poll()
         if code is None and self.deadline is not None and time.monotonic() > self.deadline:
             self.kill()
             code = self.process.wait()
+        if self._takes_more and self._replies.readline():
+            if self.deadline is None:
+                return 0
+            self.dismiss()  # the trial finished before it handled the stop request
         return code
+
+    @property
+    def is_idle(self) -> bool:
+        """Return whether the process can take another trial: it runs and was not asked to end."""
+        return self._takes_more and self.deadline is None and self.process.poll() is None
+
+    def dismiss(self) -> None:
+        """Close its input after the last trial, so that it ends."""
+        with contextlib.suppress(BrokenPipeError):
+            self._orders.close()
+        self.deadline = time.monotonic() + self.end_within_s
 
     def interrupt(self) -> None:
         """Send SIGTERM once and set the deadline."""
@@ -97,73 +120,7 @@ class _Started:
             psutil.wait_procs(below, timeout=10.0)
 
 
-class TrialProcess(_Started):
-    """Run `rlhf train` for one trial."""
-
-    def __init__(self, config: Path, log: Path, share: Share, *, until: int | None, grace_s: float = 0.0) -> None:
-        words = ["rlhf.cli", *train_words(config, until)]
-        with log.open("ab") as file:
-            streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
-            super().__init__(words, share, grace_s=grace_s, **streams)
-
-
-class WarmProcess(_Started):
-    """Run consecutive trials in one process, and keep its engines while the next trial can use them.
-
-    The process ends with the first trial that fails or is interrupted, so the next trial starts in a new process.
-    """
-
-    def __init__(self, share: Share, *, grace_s: float = 0.0) -> None:
-        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        super().__init__(["rlhf.serve_trials"], share, grace_s=grace_s, **streams)
-        assert self.process.stdout is not None
-        os.set_blocking(self.process.stdout.fileno(), False)
-
-    def begin(self, config: Path, log: Path, *, until: int | None) -> None:
-        """Send the next trial to the process."""
-        assert self.process.stdin is not None
-        order = {"words": train_words(config, until), "log": str(log)}
-        with contextlib.suppress(BrokenPipeError):  # poll then reports how it ended
-            self.process.stdin.write(json.dumps(order).encode() + b"\n")
-            self.process.stdin.flush()
-
-    def poll(self) -> int | None:
-        """Return the exit code of the trial, or None while it runs."""
-        assert self.process.stdout is not None
-        code, ended_well = super().poll(), self.process.stdout.readline()
-        if ended_well and self.deadline is None:
-            return 0
-        if ended_well:  # the trial finished before it handled the stop request
-            self.dismiss()
-        return code
-
-    @property
-    def is_idle(self) -> bool:
-        """Return whether the process can take another trial: it runs and was not asked to end."""
-        return self.deadline is None and self.process.poll() is None
-
-    def dismiss(self) -> None:
-        """Close its input after the last trial, so that it ends."""
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-        self.deadline = time.monotonic() + self.end_within_s
-
-
-def train_words(config: Path, until: int | None) -> list[str]:
-    """Return the arguments of `rlhf`."""
-    words = ["train", str(config), "--resume", "auto", "--quiet"]
-    return [*words, "--until", str(until)] if until is not None else words
-
-
-def end_all(processes: Sequence[Process], request: StopRequest) -> None:
-    """Send SIGTERM to all processes and wait until none is left. A second signal kills them."""
-    for process in processes:
-        process.interrupt()
-    wait_for_all(processes, request)
-
-
-def wait_for_all(processes: Sequence[Process], request: StopRequest) -> None:
+def wait_for_all(processes: Sequence[TrialProcess], request: StopRequest) -> None:
     """Wait until all processes have ended, each within its deadline. An interrupt kills them."""
     while any(process.poll() is None for process in processes):
         if request.interrupted.is_set():

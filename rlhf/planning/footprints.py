@@ -59,7 +59,6 @@ class Sizes:
     tokens: int | None = None  # of a real micro-batch, if known. None: the configured limit
 
     def of(self, model: str) -> Shape:
-        """Return the shape of a model."""
         return find_shape(model, shapes=self.shapes, made=self.made or {})
 
     @cached_property
@@ -130,7 +129,6 @@ def training(role_name: Role, model: PolicyConfig | CriticConfig, config: Config
 
 
 def checkpoint_sizes(config: Config, sizes: Sizes) -> Mapping[Role, float]:
-    """Return the bytes of each trained role in one checkpoint."""
     models: dict[Role, PolicyConfig | CriticConfig] = {"policy": config.policy}
     if "critic" in needs(config):
         models["critic"] = critic_model(config)

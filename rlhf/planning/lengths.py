@@ -22,7 +22,6 @@ class Lengths:
     seen: tuple[int, ...] = ()
 
     def draw(self, random: Random) -> int:
-        """Draw one response length in tokens."""
         if self.seen:
             return min(self.seen[random.randrange(len(self.seen))], self.most)
         if self.sigma == 0.0:
@@ -31,7 +30,6 @@ class Lengths:
         return min(max(round(random.lognormvariate(location, self.sigma)), 1), self.most)
 
     def average(self) -> float:
-        """Return the mean of 4,000 draws."""
         random = Random(0)
         return sum(self.draw(random) for _ in range(4000)) / 4000
 

@@ -56,8 +56,6 @@ class Assumed:
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """Describe one part of a process's memory."""
-
     name: str
     nbytes: float
     how: str  # the arithmetic
@@ -197,7 +195,6 @@ def training_terms(shape: Shape, t: Training) -> list[Term]:
 
 
 def _states(shape: Shape, t: Training) -> list[Term]:
-    """Return the weights, their float32 copy and the optimizer's states."""
     by, weights_by = t.ranks if t.zero_stage >= 1 else 1, t.ranks if t.zero_stage == 3 else 1
     note = ", the base in 4 bits" if t.frozen_bytes < t.frozen * t.itemsize else ""
     weights = weights_term("weights", t.trained + t.frozen, t.itemsize, weights_by, note, place=t.place("parameters"))

@@ -58,7 +58,6 @@ def _with_counted_steps(stage: RunStage) -> tuple[RunStage, str]:
 
 
 def sizes_of(loaded: LoadedConfig, nodes: Sequence[Node] | None, shapes: Path | None) -> Sizes:
-    """Return the model sizes for the estimates of all runs."""
     made: dict[str, str] = {}
     for stage in loaded.stages.values():
         if isinstance(stage, Config):

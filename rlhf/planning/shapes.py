@@ -36,7 +36,6 @@ class Shape:
 
     @property
     def query(self) -> int:
-        """Return the width of all query heads."""
         return self.heads * self.head_size
 
     @property
@@ -46,7 +45,6 @@ class Shape:
 
     @property
     def layer_parameters(self) -> int:
-        """Return the number of parameters in one layer."""
         attention = 2 * self.hidden * (self.query + self.key)
         small = 2 * self.hidden + self.qkv_bias * (self.query + 2 * self.key) + self.qk_norm * 2 * self.head_size
         return attention + 3 * self.hidden * self.ffn + small
@@ -58,7 +56,6 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """Return the number of parameters in the language model."""
         return self.embedding * (1 if self.tied else 2) + self.layers * self.layer_parameters + self.hidden
 
     @property
@@ -68,7 +65,6 @@ class Shape:
 
     @property
     def _linear_layers(self) -> tuple[tuple[int, int], ...]:
-        """Return the rows and columns of the linear layers in one block."""
         h, q, k, f = self.hidden, self.query, self.key, self.ffn
         return ((q, h), (k, h), (k, h), (h, q), (f, h), (f, h), (h, f))
 

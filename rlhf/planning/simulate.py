@@ -45,7 +45,6 @@ class System:
 
     @property
     def gpus(self) -> int:
-        """Return the total number of GPUs."""
         rollout_gpus = self.engines * self.gpus_per_engine
         return max(rollout_gpus, self.training_gpus) if self.colocated else rollout_gpus + self.training_gpus
 

@@ -27,14 +27,11 @@ MAY_CHANGE = ("concurrency", "max_failures")  # when a sweep resumes
 
 
 def trial_name(number: int) -> str:
-    """Return the run name of a trial."""
     return f"trial-{number:03d}"
 
 
 @dataclass(slots=True)
 class Trial:
-    """Describe one run of the sweep and its state."""
-
     number: int
     parameters: Values
     state: State = "open"
@@ -43,7 +40,6 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Return the run name of the trial."""
         return trial_name(self.number)
 
 
@@ -92,7 +88,6 @@ class Journal:
         return journal
 
     def close(self) -> None:
-        """Release the lock on the folder."""
         os.close(self._lock)
 
     def __enter__(self) -> Self:
@@ -104,7 +99,6 @@ class Journal:
         self.close()
 
     def run_folder(self, number: int) -> Path:
-        """Return the run folder of a trial."""
         return self.folder / "trials" / trial_name(number)
 
     def config_file(self, number: int) -> Path:
@@ -116,7 +110,6 @@ class Journal:
         return self.folder / "trials" / f"{trial_name(number)}.log"
 
     def add(self, number: int, parameters: Values) -> Trial:
-        """Record a new trial and return it."""
         self._write({"event": "trial", "trial": number, "parameters": dict(parameters)})
         return self.trials[number]
 
@@ -132,7 +125,6 @@ class Journal:
         self._write({"event": "look", "step": step, "copies": decided})
 
     def copied(self, copy: Copy) -> None:
-        """Record that a copy is complete."""
         self._write({"event": "copied", "trial": copy.trial})
 
     def _take_up(self, sweep: Sweep, *, resume: bool) -> None:

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Protocol
 
 from rlhf.config.schema.sweep import PbtMethod, Sweep
 from rlhf.sweeps.journal import Copy, Journal, Trial
@@ -29,20 +28,22 @@ class Assignment:
     until: int | None = None  # step at which it waits for the others; None: run to its end
 
 
-class Strategy(Protocol):
+class Strategy:
     """Choose trials for a running sweep. The journal restores the knowledge from before a restart."""
 
     def next(self) -> Assignment | None:
         """Return a trial to run now, or None if there is none until a running trial ends."""
+        raise NotImplementedError
 
     def report(self, trial: Trial, step: int, value: float) -> bool:
         """Take the metric of a running trial, in rising order of steps. Return True to stop the trial."""
+        return False
 
     def ended(self, trial: Trial) -> None:
         """Take note that the process of a trial has ended."""
 
 
-class Listed:
+class Listed(Strategy):
     """Run a fixed list of trials in order."""
 
     def __init__(self, journal: Journal, known: Sequence[Values]) -> None:
@@ -59,15 +60,8 @@ class Listed:
         trial = self.journal.trials.get(number) or self.journal.add(number, self.known[number])
         return Assignment(trial=trial)
 
-    def report(self, trial: Trial, step: int, value: float) -> bool:
-        """Return False: every trial runs to its end."""
-        return False
 
-    def ended(self, trial: Trial) -> None:
-        """Do nothing, because the list is fixed."""
-
-
-class Population:
+class Population(Strategy):
     """Train all members for equally many steps, then replace the worst by copies of the best with changed parameters.
 
     No member continues before all have arrived, so each comparison uses equal steps. Its result depends only on the
@@ -100,10 +94,6 @@ class Population:
         self.running.add(number)
         return Assignment(trial=self.journal.trials[number], until=self._until())
 
-    def report(self, trial: Trial, step: int, value: float) -> bool:
-        """Return False: no member stops before the others."""
-        return False
-
     def ended(self, trial: Trial) -> None:
         """Take note that a member has arrived or failed."""
         self.running.discard(trial.number)
@@ -132,20 +122,16 @@ class Population:
         scores = {n: sign * self._score(n, step) for n in arrived}
         ranked = sorted(arrived, key=lambda n: (-scores[n], n))
         count = max(1, math.floor(self.method.quantile * len(self.journal.trials)))
-        best = ranked[: min(count, len(ranked))]
+        best = ranked[:count]
         failed = [n for n, trial in self.journal.trials.items() if trial.state == "failed"]
         worst = [*failed, *ranked[len(best) :][-max(count - len(failed), 0) :]] if len(failed) < count else failed
-        random = Random(f"{self.sweep.config.seed} look {step}")
+        random, parameters = Random(f"{self.sweep.config.seed} look {step}"), self.sweep.config.parameters
         copies = []
         for number in sorted(worst):
             source = random.choice(best)
-            values = changed(
-                self.sweep.config.parameters,
-                self.journal.trials[source].parameters,
-                resample=self.method.resample,
-                random=random,
-            )
-            self.sweep.trial(values, "trial")
+            before = self.journal.trials[source].parameters
+            values = changed(parameters, before, resample=self.method.resample, random=random)
+            self.sweep.trial(values, "trial")  # refuses an invalid run
             copies.append(Copy(trial=number, source=source, step=step, parameters=values))
         self.journal.look(step, copies)
         self._copy()

@@ -11,7 +11,7 @@ import pytest
 
 import actors.sweeps.runner
 from actors.sweeps.runner import _wait_for_leftovers, run_sweep
-from actors.sweeps.trial_process import Share
+from actors.sweeps.trial_process import MachineShare
 from rlhf.commands.sweep import sweep
 from rlhf.config.schema.sweep import load_sweep
 from rlhf.errors import Preempted, RunError, UserError
@@ -67,13 +67,16 @@ def test_a_signal_ends_a_sweep_and_its_trials(
         def __init__(self, *_: object, **__: object) -> None:
             os.kill(os.getpid(), number)
 
+        def begin(self, *_: object, **__: object) -> None:
+            pass
+
         def poll(self) -> int | None:
             return 75 if interrupted else None
 
         def interrupt(self) -> None:
             interrupted.append(self)
 
-    monkeypatch.setattr(actors.sweeps.runner, "_shares", lambda *_: [Share()])
+    monkeypatch.setattr(actors.sweeps.runner, "_shares", lambda *_: [MachineShare()])
     monkeypatch.setattr(actors.sweeps.runner, "_may_keep_engines", lambda _: False)
     monkeypatch.setattr(actors.sweeps.runner, "TrialProcess", Trial)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background

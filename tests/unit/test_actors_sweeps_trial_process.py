@@ -11,20 +11,20 @@ from pathlib import Path
 
 import psutil
 
-from actors.sweeps.trial_process import Share, TrialProcess, WarmProcess, end_all, wait_for_all
+from actors.sweeps.trial_process import MachineShare, TrialProcess, wait_for_all
 from rlhf.stopping import StopRequest
 
 DEADLINE_S = 60.0
 SWEEP = """
 import sys, time
 from pathlib import Path
-from actors.sweeps.trial_process import Share, WarmProcess
-print(WarmProcess(Share()).process.pid, flush=True)
+from actors.sweeps.trial_process import MachineShare, TrialProcess
+print(TrialProcess(MachineShare(), Path("/dev/null")).process.pid, flush=True)
 time.sleep(60)
 """
 
 
-def code_of(process: TrialProcess | WarmProcess) -> int:
+def code_of(process: TrialProcess) -> int:
     """Its exit code, within a minute."""
     until = time.monotonic() + DEADLINE_S
     while (code := process.poll()) is None:
@@ -35,14 +35,18 @@ def code_of(process: TrialProcess | WarmProcess) -> int:
 
 def test_a_trial_says_in_its_log_why_it_failed(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    assert code_of(TrialProcess(tmp_path / "none.yaml", log, Share(), until=3)) == 2
+    process = TrialProcess(MachineShare(), log)
+    process.begin(tmp_path / "none.yaml", log, until=3, keep=False)
+    assert not process.is_idle
+    assert code_of(process) == 2
     assert f"rlhf: error: {tmp_path}/none.yaml: no such config file" in log.read_text()
 
 
 def test_a_warm_process_ends_with_a_trial_that_fails(tmp_path: Path) -> None:
-    process, log = WarmProcess(Share()), tmp_path / "log"
+    log = tmp_path / "log"
+    process = TrialProcess(MachineShare(), log)
     assert process.is_idle
-    process.begin(tmp_path / "none.yaml", log, until=None)
+    process.begin(tmp_path / "none.yaml", log, until=None, keep=True)
     assert code_of(process) == 2
     assert not process.is_idle  # nor does it take one more while it ends
     assert process.process.returncode == 2
@@ -51,12 +55,15 @@ def test_a_warm_process_ends_with_a_trial_that_fails(tmp_path: Path) -> None:
 
 def test_a_process_has_its_share_and_ends_when_it_is_told(tmp_path: Path) -> None:
     core = max(os.sched_getaffinity(0))
-    kept, told = WarmProcess(Share(cores=(core,), gpus=("1", "3"))), WarmProcess(Share())
+    log = tmp_path / "log"
+    kept = TrialProcess(MachineShare(cores=(core,), gpus=("1", "3")), log)
+    interrupted = TrialProcess(MachineShare(), log)
     started = psutil.Process(kept.process.pid)
     assert started.cpu_affinity() == [core]
     assert started.environ()["CUDA_VISIBLE_DEVICES"] == "1,3"
-    end_all([told], StopRequest())
-    assert told.process.returncode == -signal.SIGTERM
+    interrupted.interrupt()
+    wait_for_all([interrupted], StopRequest())
+    assert interrupted.process.returncode == -signal.SIGTERM
     kept.dismiss()
     wait_for_all([kept], StopRequest())
     assert kept.process.returncode == 0
@@ -72,9 +79,10 @@ def test_a_process_ends_with_the_sweep_however_that_ends() -> None:
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_an_interrupt_kills_what_does_not_end() -> None:
-    request, stuck = StopRequest(), WarmProcess(Share(), grace_s=600.0)
+def test_an_interrupt_kills_what_does_not_end(tmp_path: Path) -> None:
+    request, stuck = StopRequest(), TrialProcess(MachineShare(), tmp_path / "log", grace_s=600.0)
     psutil.Process(stuck.process.pid).suspend()
     request.interrupted.set()
-    end_all([stuck], request)
+    stuck.interrupt()
+    wait_for_all([stuck], request)
     assert stuck.process.poll() is not None

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import fsspec
 
@@ -59,6 +59,7 @@ class Mirror:
         protocols = self._store.protocol
         self._has_folders = _FLAT.isdisjoint([protocols] if isinstance(protocols, str) else protocols)
         self._thread: threading.Thread | None = None
+        self._result: Any = None
         self._error: Exception | None = None
         self._moved = 0.0  # time of the last moved byte
         self._abandoned = False
@@ -81,25 +82,15 @@ class Mirror:
 
     def begin(self, keep: int) -> None:
         """Start to make the mirror equal to the folder, with the newest `keep` checkpoints. Only after `settle`."""
-        if self._thread is not None and self._thread.is_alive():
-            return  # it hangs, and settle has reported it
-        self._error, self._moved, self._abandoned = None, time.monotonic(), False
-        self._thread = threading.Thread(target=self._work, args=(keep,), name="mirror", daemon=True)
-        self._thread.start()
+        if self.is_free():  # else the upload hangs, and settle has reported it
+            self._start(lambda: self._upload(keep))
 
     def settle(self, *, within_s: float = float("inf")) -> str | None:
         """Wait for the upload while it moves. Return the reason of a failure, once. None: it did not fail."""
-        if self._thread is None:
-            return None
-        ends = time.monotonic() + within_s
-        while self._thread.is_alive():
-            now = time.monotonic()
-            if now > ends or now - self._moved > self._stalled_s:
-                self._abandoned = True
-                return f"{self.place}: no answer for {now - self._moved:.0f} s; the upload is given up"
-            self._thread.join(min(1.0, max(ends - now, 0.01)))
+        if (silent_s := self._wait(within_s)) is not None:
+            return f"{self.place}: no answer for {silent_s:.0f} s; the upload is given up"
         error, self._error = self._error, None
-        return None if error is None else f"{self.place}: {redact(_words(error))}"
+        return None if error is None else f"{self.place}: {_text(error)}"
 
     def finish(self, keep: int, *, failed: bool) -> None:
         """Upload the rest. RunError if it fails. If the run has failed anyway, log a warning instead."""
@@ -121,11 +112,42 @@ class Mirror:
         """Return whether no upload reads the folder's checkpoints, so that they may be removed."""
         return self._thread is None or not self._thread.is_alive()
 
-    def _work(self, keep: int) -> None:
-        try:
-            self._upload(keep)
-        except Exception as error:  # noqa: BLE001  (any error of the store's library: settle reports it)
-            self._error = error
+    def _start(self, call: Callable[[], Any]) -> None:
+        """Make a call in a thread, which records the result or the error."""
+
+        def work() -> None:
+            try:
+                self._result = call()
+            except Exception as error:  # noqa: BLE001  (any error of the store's library: the caller reports it)
+                self._error = error
+
+        self._result, self._error, self._moved, self._abandoned = None, None, time.monotonic(), False
+        self._thread = threading.Thread(target=work, name="mirror", daemon=True)
+        self._thread.start()
+
+    def _wait(self, within_s: float = float("inf")) -> float | None:
+        """Wait for the thread while bytes move. Return the seconds without a moved byte if the thread is abandoned."""
+        ends = time.monotonic() + within_s
+        while not self.is_free():
+            assert self._thread is not None
+            now = time.monotonic()
+            if now > ends or now - self._moved > self._stalled_s:
+                self._abandoned = True
+                return now - self._moved
+            self._thread.join(min(0.2, max(ends - now, 0.01)))
+        return None
+
+    def _guarded(self, call: Callable[[], T], action: str) -> T:
+        """Return the result of a call, abandoned when no bytes move. RunError names the place."""
+        self._start(call)
+        if self._wait() is not None:
+            raise RunError(f"run.mirror: {action} {self.place}: no answer for {self._stalled_s:g} s")
+        error, self._error = self._error, None
+        if isinstance(error, RunError | UserError):
+            raise error
+        if error is not None:
+            raise RunError(f"run.mirror: {action} {self.place} failed: {_text(error)}") from error
+        return cast(T, self._result)
 
     def _upload(self, keep: int) -> None:
         """Upload all changes. The file that marks a part as complete goes last."""
@@ -231,9 +253,9 @@ class Mirror:
     def _has(self, step: int, *, named: bool) -> bool:
         """Return whether the folder needs no download of this step's checkpoint. named: the user asked for the step."""
         present = step if named else self._folder.latest_checkpoint()
-        if present is None or (not named and present != step):
-            return present is not None and present > step
-        return find_damage(self._folder.checkpoint(present), step=present) is None
+        if present == step:
+            return find_damage(self._folder.checkpoint(step), step=step) is None
+        return present is not None and present > step
 
     def _get_checkpoint(self, step: int, whole: list[int]) -> None:
         name = f"checkpoints/step_{step:06d}"
@@ -258,19 +280,16 @@ class Mirror:
         """Return the steps of the mirror's whole checkpoints in rising order."""
         whole = []
         for name in listing:
-            match = _in_step(name)
-            if match is None or not name.endswith(f"/{MANIFEST}"):
+            if (match := _in_step(name)) is None or not name.endswith(f"/{MANIFEST}"):
                 continue
-            manifest = self._manifest(name)
-            if manifest is not None and all(
-                listing.get(f"checkpoints/{match[0]}/{file}") == entry.size for file, entry in manifest.files.items()
-            ):
+            manifest, folder = self._manifest(name), f"checkpoints/{match[0]}"
+            files = {} if manifest is None else manifest.files
+            if manifest is not None and all(listing.get(f"{folder}/{file}") == e.size for file, e in files.items()):
                 whole.append(int(match[1]))
         return sorted(whole)
 
     def _best(self) -> int | None:
-        marker = self._marker(_BEST)
-        step = None if marker is None else marker.get("step")
+        step = (self._marker(_BEST) or {}).get("step")
         return step if isinstance(step, int) else None
 
     def _listing(self) -> dict[str, int]:
@@ -349,37 +368,12 @@ class Mirror:
             except Exception as error:
                 if number == _TRIES or isinstance(error, FileNotFoundError | PermissionError):
                     raise
-                logger.warning("%s: %s; tried again", self.place, redact(_words(error)))
+                logger.warning("%s: %s; tried again", self.place, _text(error))
                 time.sleep(_PAUSE_S * 2 ** (number - 1))
             else:
                 self._moved = time.monotonic()
                 return result
         raise AssertionError("unreachable")
-
-    def _guarded(self, call: Callable[[], T], action: str) -> T:
-        """Return the result of a call, from a thread abandoned when no bytes move. RunError names the place."""
-        done: list[T] = []
-        failed: list[Exception] = []
-
-        def work() -> None:
-            try:
-                done.append(call())
-            except Exception as error:  # noqa: BLE001  (raised below, with the place)
-                failed.append(error)
-
-        self._moved = time.monotonic()
-        thread = threading.Thread(target=work, name="mirror", daemon=True)
-        thread.start()
-        while thread.is_alive():
-            if time.monotonic() - self._moved > self._stalled_s:
-                self._abandoned = True
-                raise RunError(f"run.mirror: {action} {self.place}: no answer for {self._stalled_s:g} s")
-            thread.join(0.2)
-        if failed and isinstance(failed[0], RunError | UserError):
-            raise failed[0]
-        if failed:
-            raise RunError(f"run.mirror: {action} {self.place} failed: {redact(_words(failed[0]))}") from failed[0]
-        return done[0]
 
 
 class _Moves(fsspec.callbacks.Callback):  # type: ignore[misc]
@@ -399,5 +393,5 @@ def _in_step(name: str) -> re.Match[str] | None:
     return _STEP.fullmatch(parts[1]) if len(parts) > 2 and parts[0] == "checkpoints" else None
 
 
-def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+def _text(error: Exception) -> str:
+    return redact(f"{type(error).__name__}: {error}")
