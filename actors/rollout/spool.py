@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from rlhf.rollouts.records.request_digest import request_identity
+from rlhf.rollouts.records.ledgers import request_identity
 from rlhf.tracking.run_folder.atomic import explains_full
 from rlhf.types import GroupRequest, RolloutInfo, Rollouts, Sampling, StepReward
 

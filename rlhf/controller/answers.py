@@ -12,9 +12,7 @@ from rlhf.controller.record import RunRecord
 from rlhf.controller.sampling import environment_failures
 from rlhf.data.prompts import rollout_seed
 from rlhf.roles import CompletedGroup, RewardRole, RolloutRole, ScoredGroup
-from rlhf.rollouts.records.finish_order import FinishOrderLedger, request_set_digest
-from rlhf.rollouts.records.request_digest import scored_identity
-from rlhf.rollouts.records.score_ledger import ScoreLedger
+from rlhf.rollouts.records.ledgers import FinishOrderLedger, ScoreLedger, request_set_digest, scored_identity
 from rlhf.tracking.metrics.reductions import Sum
 from rlhf.tracking.run_folder.errors import ErrorRecord
 from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, Sampling

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -183,22 +183,16 @@ class RewardSet:
             for failure in outcome.failures:
                 error = _as_error(spec.name, failure, prompt)
                 (errors if spec.score_of_failure(failure.kind) is None else scored_errors).append(error)
-            outcome = _with_scored_failures(spec, outcome, places)
-            if spec.truncated_score is not None and len(outcome.scores) == len(responses):
-                outcome = _with_truncated_score(outcome, truncated, spec.truncated_score, places)
+            outcome = _with_fixed(outcome, _fixed_scores(spec, outcome, truncated), places)
             by_name[spec.name] = outcome.scores
             if spec.by_step and places is not None:
                 steps[spec.name] = outcome.steps
         if errors or not self.specs:
             return _without_scores(errors, scored_errors)
-        scores: list[float] = []
-        for sample, score in enumerate(plain_sum(by_name, self._shares)):
-            if score is not None and math.isfinite(score):
-                scores.append(score)
-            else:
-                failure = _not_summed(sample, score)
-                errors.append(_as_error("score", failure, prompt))
-        if errors:
+        sums = plain_sum(by_name, self._shares)
+        scores = [score for score in sums if score is not None and math.isfinite(score)]
+        if len(scores) < len(sums):
+            errors = [_as_error("score", failure, prompt) for failure in _not_summed(sums)]
             return _without_scores(errors, scored_errors)
         return GroupScores(
             scores=tuple(scores), by_name=by_name, errors=(), scored_errors=tuple(scored_errors), steps=steps
@@ -247,29 +241,34 @@ def _model_outcome(
     )
 
 
-def _with_scored_failures(
-    spec: RewardSpec, outcome: GroupOutcome, places: Sequence[Sequence[int]] | None
-) -> GroupOutcome:
-    """Return the outcome with the scores for failed calls, if there is a rule for them.
+def _fixed_scores(spec: RewardSpec, outcome: GroupOutcome, truncated: Sequence[bool]) -> dict[int, float]:
+    """Return the configured scores of failed calls and of truncated responses, by index of the response."""
+    rules = ((failure.sample, spec.score_of_failure(failure.kind)) for failure in outcome.failures)
+    fixed = {sample: score for sample, score in rules if score is not None}
+    if spec.truncated_score is not None and len(outcome.scores) == len(truncated):
+        fixed |= {sample: spec.truncated_score for sample, is_truncated in enumerate(truncated) if is_truncated}
+    return fixed
 
-    With steps, such a score is a single step for the whole response.
-    """
+
+def _with_fixed(
+    outcome: GroupOutcome, fixed: Mapping[int, float], places: Sequence[Sequence[int]] | None
+) -> GroupOutcome:
+    """Return the outcome with fixed scores for some responses. With steps, such a score is a single step."""
     scores, steps = list(outcome.scores), list(outcome.steps)
-    for failure in outcome.failures:
-        score = spec.score_of_failure(failure.kind)
-        if score is None:
-            continue
-        scores[failure.sample] = score
+    for sample, score in fixed.items():
+        scores[sample] = score
         if steps and places is not None:
-            steps[failure.sample] = (StepReward(end=places[failure.sample][-1], value=score),)
+            steps[sample] = (StepReward(end=places[sample][-1], value=score),)
     return replace(outcome, scores=tuple(scores), steps=tuple(steps))
 
 
-def _not_summed(sample: int, score: float | None) -> Failure:
-    if score is None:
-        text = "no reward with a weight has an opinion on the response: each returned None"
-        return Failure(sample=sample, kind="no_opinion", message=text)
-    return Failure(sample=sample, kind="not_a_number", message=f"the weighted sum is {score}")
+def _not_summed(sums: Sequence[float | None]) -> Iterator[Failure]:
+    for sample, score in enumerate(sums):
+        if score is None:
+            text = "no reward with a weight has an opinion on the response: each returned None"
+            yield Failure(sample=sample, kind="no_opinion", message=text)
+        elif not math.isfinite(score):
+            yield Failure(sample=sample, kind="not_a_number", message=f"the weighted sum is {score}")
 
 
 def _without_scores(errors: Sequence[RewardError], scored_errors: Sequence[RewardError]) -> GroupScores:
@@ -327,20 +326,3 @@ def _at_tokens(
         tuple(replace(step, end=place[step.end]) for step in response)
         for response, place in zip(steps, places, strict=False)  # a group ended by a failure has fewer steps
     )
-
-
-def _with_truncated_score(
-    outcome: GroupOutcome, truncated: Sequence[bool], value: float, places: Sequence[Sequence[int]] | None
-) -> GroupOutcome:
-    """Return the outcome with a fixed value for every truncated response. With steps it is a single step."""
-    scores = tuple(
-        value if is_truncated else score for score, is_truncated in zip(outcome.scores, truncated, strict=True)
-    )
-    steps = outcome.steps
-    if steps and places is not None:
-        rows = zip(steps, truncated, places, strict=True)
-        steps = tuple(
-            (StepReward(end=place[-1], value=value),) if is_truncated else response_steps
-            for response_steps, is_truncated, place in rows
-        )
-    return replace(outcome, scores=scores, steps=steps)

@@ -20,7 +20,7 @@ from rlhf.controller.collect import Collected, Collector, is_within
 from rlhf.data.stream import Stream
 from rlhf.errors import RunError
 from rlhf.roles import CompletedGroup
-from rlhf.rollouts.records.request_digest import request_identity
+from rlhf.rollouts.records.ledgers import request_identity
 from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, RolloutInfo, Sampling, StepReward
 

@@ -1,0 +1,151 @@
+"""Store which groups finished first and their scores, so that a resumed step trains on exactly the same groups.
+
+The engines spool the tokens. Digests of the requests tell whether they and the records here belong to a request. The
+records are dropped once a checkpoint covers their step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+from pydantic import TypeAdapter
+
+from rlhf.tracking.run_folder.atomic import append_line, json_line, keep_lines, write_atomic
+from rlhf.types import GroupRequest, GroupScores, RolloutInfo, Sampling
+
+logger = logging.getLogger(__name__)
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+_SCORES = TypeAdapter(GroupScores)
+
+
+def request_identity(request: GroupRequest, sampling: Sampling) -> dict[str, str]:
+    """Return the inputs of a request its tokens depend on, except the weights."""
+    return {
+        "sampling": json.dumps(asdict(request.drawn_by(sampling))),
+        "prompt_token_ids": json.dumps(request.prompt.token_ids),
+        "turn_end": json.dumps(request.prompt.turn_end),
+        "seeds": json.dumps(request.seeds),
+        "first_sequence_id": json.dumps(request.first_sequence_id),
+    }
+
+
+def scored_identity(request: GroupRequest, sampling: Sampling, infos: Sequence[RolloutInfo]) -> str:
+    """Return a digest of the inputs of a group's scores, except weights and rewards.
+
+    It includes the row and the sampled responses.
+    """
+    prompt = request.prompt
+    return _digest((request_identity(request, sampling), prompt.text, dict(prompt.columns), tuple(infos)))
+
+
+def request_set_digest(requests: Sequence[GroupRequest], sampling: Sampling, *, version: int, rule: str) -> str:
+    """Return a digest of requests whose first finished ones are used, of the weights, and of the stopping rule."""
+    identities = [(request.group_id, request_identity(request, sampling)) for request in requests]
+    return _digest((identities, version, rule))
+
+
+def _digest(inputs: tuple[Any, ...]) -> str:
+    return hashlib.blake2b(repr(inputs).encode(errors="surrogatepass"), digest_size=16).hexdigest()
+
+
+class _Ledger(Generic[Key, Value]):
+    """An append-only file in the run's spool folder. Records made with other rewards are kept but not used."""
+
+    name: ClassVar[str]  # of the file
+    lost: ClassVar[str]  # effect of unreadable lines, for the log
+
+    def __init__(self, folder: Path, *, rewards: str) -> None:
+        self.rewards = rewards  # fingerprint of the run's rewards
+        self.path = folder / self.name
+        self.known: dict[Key, Value] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            self._read()
+
+    @abstractmethod
+    def _record(self, row: dict[str, Any]) -> tuple[Key, Value]:
+        """Return the record of a line."""
+
+    def _read(self) -> None:
+        """Read all valid lines and drop the others, such as a line truncated by a kill."""
+        text = self.path.read_text(encoding="utf-8", errors="replace")
+        lines, valid = [line for line in text.split("\n") if line], []
+        for line in lines:
+            try:
+                row = json.loads(line)
+                key, value = self._record(row)
+                if row["rewards"] == self.rewards:
+                    self.known[key] = value
+            except (ValueError, KeyError, TypeError):
+                continue
+            valid.append(line + "\n")
+        if len(valid) < len(lines):
+            logger.warning("%s: %d of its lines cannot be read; %s", self.path, len(lines) - len(valid), self.lost)
+        write_atomic(self.path, "".join(valid))
+
+
+class FinishOrderLedger(_Ledger[str, frozenset[int]]):
+    """The groups that finished first, recorded before training on them.
+
+    If more prompts are sampled than needed, timing decides the contents of a batch. A resumed run must not repeat that.
+    """
+
+    name = "firsts.jsonl"
+    lost = "their batches are sampled again"
+
+    def _record(self, row: dict[str, Any]) -> tuple[str, frozenset[int]]:
+        return row["race"], frozenset(row["group_ids"])
+
+    def get(self, race: str) -> frozenset[int] | None:
+        """Return the first finished groups, or None if the run was interrupted before they were known."""
+        return self.known.get(race)
+
+    def put(self, race: str, group_ids: Sequence[int]) -> None:
+        """Record the first finished groups. They are on disk when this returns."""
+        append_line(self.path, {"race": race, "group_ids": sorted(group_ids), "rewards": self.rewards})
+
+    def clear(self) -> None:
+        """Drop all records once they are no longer needed."""
+        self.known = {}
+        self.path.unlink(missing_ok=True)
+
+
+class ScoreLedger(_Ledger[tuple[int, int, str], GroupScores]):
+    """The scores of finished groups by group, weight version and request: other weights make another group."""
+
+    name = "scores.jsonl"
+    lost = "their groups are scored again"
+
+    def _record(self, row: dict[str, Any]) -> tuple[tuple[int, int, str], GroupScores]:
+        scores = _SCORES.validate_python({field.name: row[field.name] for field in fields(GroupScores)})
+        return (row["group_id"], row["version"], row["request"]), scores
+
+    def get(self, group_id: int, version: int, request: str) -> GroupScores | None:
+        """Return the scores the group received before the interruption. `request` is its `scored_identity`."""
+        return self.known.get((group_id, version, request))
+
+    def put(self, group_id: int, version: int, request: str, scores: GroupScores) -> None:
+        """Store a group's scores. They are not synced to disk, since only the process may end, not the machine."""
+        key = {"group_id": group_id, "version": version, "request": request, "rewards": self.rewards}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json_line({**key, **asdict(scores)}))
+
+    def forget_failures(self) -> None:
+        """Drop failed groups when the run ends because of them. A resumed run then calls the repaired reward again."""
+        self.known = {key: scores for key, scores in self.known.items() if not scores.errors}
+        keep_lines(self.path, lambda row: not row["errors"])
+
+    def clear(self) -> None:
+        """Drop all files of the spool folder. A checkpoint covers them."""
+        self.known = {}
+        for path in self.path.parent.iterdir():
+            path.unlink(missing_ok=True)
