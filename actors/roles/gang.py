@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
-from actors.cluster.placement import Placement
-from actors.cluster.processes import KEEPS_MEMORY, Processes, hub_environment
-from actors.cluster.waiting import wait_all
+from actors.roles.group import END_WITHIN_S, ModelGroup
 from actors.weights import Meeting, Transport, WeightManifest
-from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.errors import RunError, UserError
 from rlhf.roles import AdvantagesReport, Arithmetic, Metrics, PrepareReport, Ref, StatesByRank
 from rlhf.tracking.metrics.declarations import merge_metrics
@@ -33,56 +27,19 @@ from rlhf.types import (
     TokenValues,
     VocabularyHead,
 )
-from rlhf.workers.rank_context import RankContext
 
 T = TypeVar("T")
 
-logger = logging.getLogger(__name__)
-END_WITHIN_S = 10.0
 
-
-class Stoppable(Protocol):
-    """A group of actors with an orderly and an immediate end."""
-
-    async def stop(self) -> None: ...
-
-    def end(self) -> None: ...
-
-
-class Placed(Protocol):
-    """An object that holds cluster resources."""
-
-    def release(self) -> None:
-        """Release the resources to the cluster."""
-
-
-@asynccontextmanager
-async def ending(groups: Sequence[Stoppable], placement: Placed) -> AsyncIterator[None]:
-    """Stop the groups in order after the block, when its results are on disk. After a failure, end them at once."""
-    try:
-        yield
-        for group in groups:
-            try:
-                await group.stop()
-            except RunError as error:
-                logger.warning("%s It is ended instead.", error)
-    finally:
-        for group in groups:
-            group.end()
-        placement.release()
-
-
-class Gang:
+class Gang(ModelGroup):
     """Ranks 0 to n - 1 of one role, with the methods common to all trained roles."""
 
     def __init__(
-        self, role: Role, handles: Sequence[ActorHandle[Any]], *, deadline_s: float, sequence_parallel: int = 1
+        self, handles: Sequence[ActorHandle[Any]], *, deadline_s: float, one_host: bool, sequence_parallel: int = 1
     ) -> None:
-        self.role = role
+        super().__init__(handles, deadline_s=deadline_s)
+        self.one_host = one_host
         self.sequence_parallel = sequence_parallel
-        self.handles = handles
-        self.deadline_s = deadline_s
-        self.processes = Processes(role, handles)
 
     @property
     def num_ranks(self) -> int:
@@ -96,19 +53,16 @@ class Gang:
     async def all(self, refs: Sequence[ObjectRef[Any]], stage: str, *, deadline_s: float | None = None) -> list[Any]:
         """Return every rank's result, in rank order. A failure ends the gang."""
         try:
-            return await wait_all(refs, role=self.role, stage=stage, deadline_s=deadline_s or self.deadline_s)
+            return await super().all(refs, stage, deadline_s=deadline_s)
         except (RunError, UserError):
             self.end()
             raise
 
-    def end(self) -> None:
-        """End all ranks at once."""
-        self.processes.end()
-
-    async def start(self, *, one_host: bool, deadline_s: float) -> None:
+    async def start(self, *, deadline_s: float) -> None:
         """Connect the ranks and load the model. Sets `fingerprint` from the model's architecture."""
         await self.processes.wait_until_started(deadline_s=deadline_s)
-        [(host, port)] = await self.all([self.handles[0].address.remote(one_host)], "start", deadline_s=deadline_s)
+        address = self.handles[0].address.remote(self.one_host)
+        [(host, port)] = await self.all([address], "start", deadline_s=deadline_s)
         starts = [h.start.remote(host, port) for h in self.handles]
         self.fingerprint: str = (await self.all(starts, "start", deadline_s=deadline_s))[0]
 
@@ -137,18 +91,6 @@ class Gang:
         reports: list[Arithmetic] = await self.all([h.arithmetic.remote() for h in self.handles], "start")
         return replace(reports[0], peak_flops=sum(report.peak_flops for report in reports))
 
-    async def offload(self) -> None:
-        """Free the GPUs for the engines."""
-        await self.all([h.offload.remote() for h in self.handles], "offload")
-
-    async def reload(self) -> None:
-        """Move the state back to the GPUs."""
-        await self.all([h.reload.remote() for h in self.handles], "reload")
-
-    async def memory(self) -> MemoryReport:
-        """Return the memory peaks over the ranks."""
-        return largest(await self.all([h.memory.remote() for h in self.handles], "memory"))
-
     async def stop(self) -> None:
         """Let the ranks leave in order."""
         if not self.processes.ended:
@@ -159,16 +101,18 @@ class Gang:
 class PolicyGang(Gang):
     """The ranks of an online run's policy."""
 
-    async def meeting(self, *, num_receivers: int, one_host: bool, timeout_s: float) -> Meeting:
+    role: Role = "policy"
+
+    async def meeting(self, *, num_receivers: int, timeout_s: float) -> Meeting:
         """Return the address at which rank 0 waits for the receivers of a broadcast."""
-        [(host, port)] = await self.all([self.handles[0].address.remote(one_host)], "weight sync")
+        [(host, port)] = await self.all([self.handles[0].address.remote(self.one_host)], "weight sync")
         return Meeting(address=host, port=port, num_receivers=num_receivers, timeout_s=timeout_s)
 
     async def open_weights(
-        self, transport: Transport, meeting: Meeting | None, adapters: Path, *, num_engines: int
+        self, transport: Transport, meeting: Meeting | None, adapter: Path | None, *, num_engines: int
     ) -> None:
         """Open the ranks' ends of the weight transport. A broadcast blocks here until all receivers have connected."""
-        refs = [h.open_weights.remote(transport, meeting, adapters, num_engines) for h in self.handles]
+        refs = [h.open_weights.remote(transport, meeting, adapter, num_engines) for h in self.handles]
         await self.all(refs, "weight sync")
 
     async def prepare(
@@ -214,9 +158,10 @@ class PolicyGang(Gang):
 
     async def publish(self, version: int) -> WeightManifest:
         """Stage the weights and return the manifest of rank 0."""
-        manifests = await self.all([h.publish.remote(version) for h in self.handles], "weight sync")
-        manifest: WeightManifest = manifests[0]
-        return manifest
+        manifests: list[WeightManifest] = await self.all(
+            [h.publish.remote(version) for h in self.handles], "weight sync"
+        )
+        return manifests[0]
 
     async def send(self, manifest: WeightManifest) -> None:
         """Send the weights while the engines receive."""
@@ -228,13 +173,15 @@ class PolicyGang(Gang):
 
     async def probe(self, token_ids: Sequence[int]) -> list[float]:
         """Compute the probe on all ranks, since the weights may be sharded over them."""
-        results = await self.all([h.probe.remote(tuple(token_ids)) for h in self.handles], "weight sync")
-        logprobs: list[float] = results[0]
-        return logprobs
+        refs = [h.probe.remote(tuple(token_ids)) for h in self.handles]
+        results: list[list[float]] = await self.all(refs, "weight sync")
+        return results[0]
 
 
 class CriticGang(Gang):
     """The ranks of an online run's critic."""
+
+    role: Role = "critic"
 
     async def values(self, plan: BatchPlan, rollouts: Sequence[Ref[Rollouts]]) -> list[Ref[TokenValues]]:
         """Return one column of values per rank."""
@@ -254,6 +201,8 @@ class CriticGang(Gang):
 
 class OfflineGang(Gang):
     """The ranks of a model trained on fixed data."""
+
+    role: Role = "policy"
 
     async def load_data(self, sets: Sequence[Ref[Examples | Pairs]]) -> None:
         """Map the data sets into each rank's memory."""
@@ -293,62 +242,3 @@ class OfflineGang(Gang):
     async def read_reference(self, dataset: int, path: Path) -> bool:
         """Return whether every rank could read the stored reference columns."""
         return all(await self.all([h.read_reference.remote(dataset, path) for h in self.handles], "reference"))
-
-
-def largest(reports: Sequence[MemoryReport]) -> MemoryReport:
-    """Return the peaks of the largest process."""
-    gpus = [report.gpu_gib for report in reports if report.gpu_gib is not None]
-    return MemoryReport(rss_gib=max(report.rss_gib for report in reports), gpu_gib=max(gpus) if gpus else None)
-
-
-def _places(cluster: ClusterConfig, placement: Placement, role: Role) -> list[RankContext]:
-    """Return the context of each rank of a role. On a GPU, a process sees only its assigned device."""
-    nodes, threads = placement.nodes_of(role), getattr(cluster.roles, role).threads
-    cuda = cluster.device == "cuda" and placement.seating.seats[role][0].gpus > 0.0
-    places = []
-    for rank, node in enumerate(nodes):
-        on_node = nodes.count(node)
-        auto = max(1, placement.cores(node) // on_node)
-        places.append(
-            RankContext(
-                rank=rank,
-                world_size=len(nodes),
-                local_rank=0 if cuda else nodes[:rank].count(node),
-                local_world_size=1 if cuda else on_node,
-                device="cuda" if cuda else "cpu",
-                threads=auto if threads == "auto" else threads,
-                deadline_s=cluster.call_timeout_s,
-            )
-        )
-    return places
-
-
-def worker_environment(place: RankContext) -> dict[str, str]:
-    """Return the environment of a worker that computes with torch. It must be set before torch is imported."""
-    return {
-        "OMP_NUM_THREADS": str(place.threads),
-        "DS_ACCELERATOR": place.device,
-        "TOKENIZERS_PARALLELISM": "false",
-        **(KEEPS_MEMORY if place.device == "cpu" else {}),
-        **hub_environment(),
-    }
-
-
-def spawn(
-    cluster: ClusterConfig,
-    placement: Placement,
-    role: Role,
-    arguments: Callable[[RankContext], tuple[tuple[Any, ...], dict[str, Any]]],
-    cls: Any,
-    *,
-    concurrency: int = 1,
-) -> list[ActorHandle[Any]]:
-    """Create an actor for each rank of a role. `arguments` returns the constructor arguments for a rank's context."""
-    remote = ray.remote(cls)
-    handles = []
-    for place in _places(cluster, placement, role):
-        args, options = arguments(place)
-        environment = worker_environment(place)
-        settings = placement.options(role, place.rank, environment, concurrency=concurrency)
-        handles.append(remote.options(**settings).remote(*args, **options))
-    return handles

@@ -12,7 +12,7 @@ from pathlib import Path
 import ray.util
 from torch import Tensor
 
-from actors.weights import Meeting, Transport, WeightManifest, WeightSender, open_sender
+from actors.weights import SENDERS, Meeting, Transport, WeightManifest, WeightSender
 from actors.weights.adapter import AdapterSender
 from rlhf.config.derive import OfflineKind, ships_adapter
 from rlhf.models.export import adapter_config
@@ -50,18 +50,18 @@ class Publishes(Meets, TrainedWorker):
 
     sender: WeightSender
 
-    def open_weights(self, transport: Transport, meeting: Meeting | None, adapters: Path, num_engines: int) -> None:
-        """Open this rank's end of the weight transport. If vLLM loads the adapter alone, it is written to `adapters`.
+    def open_weights(
+        self, transport: Transport, meeting: Meeting | None, adapter: Path | None, num_engines: int
+    ) -> None:
+        """Open this rank's end of the weight transport. If vLLM loads the adapter alone, it is written to `adapter`.
 
         Colocated engines share the GPUs of the first ranks, one each.
         """
         dtype, rank = torch_dtype(self.model_config.dtype), self.place.rank
-        if not ships_adapter(self.config):
-            beside = rank < num_engines
-            self.sender = open_sender(transport, rank=rank, dtype=dtype, meeting=meeting, beside_engine=beside)
+        if adapter is not None:
+            self.sender = AdapterSender(adapter, adapter_config(self.engine.module), rank=rank, dtype=dtype)
             return
-        config = adapter_config(self.engine.module)
-        self.sender = AdapterSender(adapters, config, rank=rank, dtype=dtype)
+        self.sender = SENDERS[transport](rank=rank, dtype=dtype, meeting=meeting, beside_engine=rank < num_engines)
 
     def publish(self, version: int) -> WeightManifest | None:
         """Describe the weights of a version to the engines; None on ranks other than 0. Collective."""

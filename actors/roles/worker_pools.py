@@ -9,9 +9,8 @@ from typing import Any
 
 from ray.actor import ActorHandle
 
-from actors.cluster.processes import Processes
-from actors.cluster.waiting import wait_all, wait_one
-from actors.roles.gang import END_WITHIN_S, largest
+from actors.cluster.waiting import wait_one
+from actors.roles.group import END_WITHIN_S, ModelGroup, WorkerGroup
 from rlhf.data.examples import Example, collate
 from rlhf.data.packing import balance
 from rlhf.evaluation.results import ExampleResult
@@ -27,29 +26,28 @@ from rlhf.workers.frozen.reward import RewardSettings
 PING_EVERY_S = 10.0  # while an answer is pending
 
 
-class RewardWorkers:
+class RewardWorkers(WorkerGroup):
     """The reward role of a run, as a pool of workers."""
 
+    role: Role = "reward"
+
     def __init__(self, handles: Sequence[ActorHandle[Any]], settings: RewardSettings, *, deadline_s: float) -> None:
-        self.handles = handles
+        super().__init__(handles, deadline_s=deadline_s)
         self.settings = settings
         self.free = [asyncio.Semaphore(settings.processes) for _ in handles]
         self.free_to_ask = [asyncio.Semaphore(asks_in_flight(settings.specs)) for _ in handles]
-        self.deadline_s = deadline_s
         self.pings: dict[int, asyncio.Task[Any]] = {}  # by worker
-        self.processes = Processes("reward", handles)
 
-    async def start(self, *, deadline_s: float) -> None:
-        """Start the reward processes and load the models."""
-        await self.processes.wait_until_started(deadline_s=deadline_s)
-        await wait_all([h.start.remote() for h in self.handles], role="reward", stage="start", deadline_s=deadline_s)
+    def _worker_of(self, group: CompletedGroup) -> int:
+        """Return the worker of a group. Groups go to the workers in turn."""
+        return group.request.group_id % len(self.handles)
 
     async def score(self, group: CompletedGroup) -> GroupScores:
         """Score a group. Groups go to the workers in turn, and each worker runs as many at once as it has processes.
 
         The time limit starts with the work on a group. Services are called first, for more groups concurrently.
         """
-        worker = group.request.group_id % len(self.handles)
+        worker = self._worker_of(group)
         errors = tuple(info.environment_error for info in group.infos if info.environment_error is not None)
         if errors:
             return GroupScores(scores=(), by_name={}, errors=errors)
@@ -84,7 +82,7 @@ class RewardWorkers:
         limit = "the limits of the rewards and cluster.call_timeout_s"
         limit_s = longest + self.deadline_s
         answer = asyncio.ensure_future(
-            wait_one(ref, role="reward", rank=worker, stage=stage, deadline_s=limit_s, limit=limit)
+            wait_one(ref, role=self.role, rank=worker, stage=stage, deadline_s=limit_s, limit=limit)
         )
         try:
             while not (await asyncio.wait({answer}, timeout=PING_EVERY_S))[0]:
@@ -101,9 +99,7 @@ class RewardWorkers:
         ping = self.pings.get(worker)
         if ping is None or ping.done():
             ref = self.handles[worker].ping.remote()
-            ping = asyncio.ensure_future(
-                wait_one(ref, role="reward", rank=worker, stage=stage, deadline_s=self.deadline_s)
-            )
+            ping = asyncio.ensure_future(self.one(ref, stage, rank=worker))
             ping.add_done_callback(
                 lambda done: done.cancelled() or done.exception()
             )  # retrieve the error even if nobody awaits the ping
@@ -112,30 +108,18 @@ class RewardWorkers:
 
     async def texts(self, group: CompletedGroup) -> list[str]:
         """Return the responses as text."""
-        worker = group.request.group_id % len(self.handles)
-        ref = self.handles[worker].texts.remote(group.rollouts)
-        texts: list[str] = await wait_one(ref, role="reward", rank=worker, stage="texts", deadline_s=self.deadline_s)
-        return texts
+        worker = self._worker_of(group)
+        return await self.one(self.handles[worker].texts.remote(group.rollouts), "texts", rank=worker)
 
     async def transcripts(self, group: CompletedGroup) -> list[Transcript]:
         """Return the responses turn by turn and token by token."""
-        worker = group.request.group_id % len(self.handles)
-        ref = self.handles[worker].transcripts.remote(group.rollouts)
-        limit_s = self.deadline_s
-        transcripts: list[Transcript] = await wait_one(
-            ref, role="reward", rank=worker, stage="texts", deadline_s=limit_s
-        )
-        return transcripts
+        worker = self._worker_of(group)
+        return await self.one(self.handles[worker].transcripts.remote(group.rollouts), "texts", rank=worker)
 
     async def answers(self, group: CompletedGroup, form: AnswerForm) -> tuple[str | None, ...]:
         """Return the answer of each response, used for voting; None if it has no answer."""
-        worker = group.request.group_id % len(self.handles)
-        ref = self.handles[worker].answers.remote(group.rollouts, form)
-        limit_s = self.deadline_s
-        answers: tuple[str | None, ...] = await wait_one(
-            ref, role="reward", rank=worker, stage="eval", deadline_s=limit_s
-        )
-        return answers
+        worker = self._worker_of(group)
+        return await self.one(self.handles[worker].answers.remote(group.rollouts, form), "eval", rank=worker)
 
     async def write_samples(
         self, path: Path, selections: Sequence[SampleSelection], signals: Sequence[Ref[TokenSignals]] = ()
@@ -143,45 +127,22 @@ class RewardWorkers:
         """Write the samples file in the first worker."""
         records = [selection.records for selection in selections]
         rollouts = [selection.rollouts for selection in selections]
-        ref = self.handles[0].write_samples.remote(path, records, *rollouts, *signals)
-        await wait_one(ref, role="reward", rank=0, stage="samples", deadline_s=self.deadline_s)
-
-    async def memory(self) -> MemoryReport:
-        """Return the memory peaks over the workers."""
-        refs = [h.memory.remote() for h in self.handles]
-        return largest(await wait_all(refs, role="reward", stage="memory", deadline_s=self.deadline_s))
+        await self.one(self.handles[0].write_samples.remote(path, records, *rollouts, *signals), "samples")
 
     async def stop(self) -> None:
         """End the reward processes and the workers."""
-        refs = [h.stop.remote() for h in self.handles]
-        await wait_all(refs, role="reward", stage="stop", deadline_s=END_WITHIN_S)
+        await self.all([h.stop.remote() for h in self.handles], "stop", deadline_s=END_WITHIN_S)
         self.end()
 
-    def end(self) -> None:
-        """End the workers at once; their reward processes end with them."""
-        self.processes.end()
 
-
-class ReferenceWorkers:
+class ReferenceWorkers(ModelGroup):
     """The reference role of a run, as a pool of workers."""
 
     role: Role = "reference"
 
-    def __init__(self, handles: Sequence[ActorHandle[Any]], *, deadline_s: float) -> None:
-        self.handles = handles
-        self.deadline_s = deadline_s
-        self.processes = Processes(self.role, handles)
-
-    async def start(self, *, deadline_s: float) -> None:
-        """Load the model in every worker."""
-        await self.processes.wait_until_started(deadline_s=deadline_s)
-        refs = [h.start.remote() for h in self.handles]
-        await wait_all(refs, role=self.role, stage="start", deadline_s=deadline_s)
-
     async def become(self, folder: Path) -> None:
         """Replace the model by the one in a folder."""
-        refs = [h.become.remote(str(folder)) for h in self.handles]
-        await wait_all(refs, role=self.role, stage="reference", deadline_s=self.deadline_s)
+        await self.all([h.become.remote(str(folder)) for h in self.handles], "reference")
 
     async def logprobs(
         self,
@@ -202,45 +163,14 @@ class ReferenceWorkers:
             for i, ref in zip(share, logprob_refs, strict=True):
                 columns[i] = ref
             waits.append(done)
-        await wait_all(waits, role=self.role, stage=self.role, deadline_s=self.deadline_s)
+        await self.all(waits, self.role)
         return columns
 
-    async def offload(self) -> None:
-        """Free the GPU for the engines."""
-        refs = [h.offload.remote() for h in self.handles]
-        await wait_all(refs, role=self.role, stage="offload", deadline_s=self.deadline_s)
 
-    async def reload(self) -> None:
-        """Move the model back to the GPU."""
-        refs = [h.reload.remote() for h in self.handles]
-        await wait_all(refs, role=self.role, stage="reload", deadline_s=self.deadline_s)
-
-    async def memory(self) -> MemoryReport:
-        """Return the memory peaks over the workers."""
-        refs = [h.memory.remote() for h in self.handles]
-        return largest(await wait_all(refs, role=self.role, stage="memory", deadline_s=self.deadline_s))
-
-    async def stop(self) -> None:
-        """End the workers. They hold no state worth saving."""
-        self.end()
-
-    def end(self) -> None:
-        """End the workers at once."""
-        self.processes.end()
-
-
-class LikelihoodWorkers:
+class LikelihoodWorkers(WorkerGroup):
     """Workers measuring supervised examples, for an evaluation outside of a run."""
 
-    def __init__(self, handles: Sequence[ActorHandle[Any]], *, deadline_s: float) -> None:
-        self.handles = handles
-        self.deadline_s = deadline_s
-        self.processes = Processes("policy", handles)
-
-    async def start(self, *, deadline_s: float) -> None:
-        """Load the model in every worker."""
-        await self.processes.wait_until_started(deadline_s=deadline_s)
-        await wait_all([h.start.remote() for h in self.handles], role="policy", stage="start", deadline_s=deadline_s)
+    role: Role = "policy"
 
     async def measure(self, examples: Sequence[Example]) -> list[ExampleResult]:
         """Return one result for each example, in order. The examples are distributed by equal work."""
@@ -250,18 +180,10 @@ class LikelihoodWorkers:
             handle.measure.remote(collate([examples[i] for i in share]))
             for handle, share in zip(self.handles, shares, strict=False)
         ]
-        results_by_worker = await wait_all(refs, role="policy", stage="eval", deadline_s=self.deadline_s)
+        results_by_worker: list[list[ExampleResult]] = await self.all(refs, "eval")
         by_row = {
             i: result
             for share, results in zip(shares, results_by_worker, strict=True)
             for i, result in zip(share, results, strict=True)
         }
         return [by_row[i] for i in range(len(examples))]
-
-    async def stop(self) -> None:
-        """End the workers. They hold no state worth saving."""
-        self.end()
-
-    def end(self) -> None:
-        """End the workers at once."""
-        self.processes.end()

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray import ObjectRef
 from ray.actor import ActorHandle
 
 from actors.cluster.actor_locations import lost_nodes
 from actors.cluster.placement import Placement
-from actors.cluster.processes import Processes
-from actors.cluster.waiting import RESUMES, explain, wait_all
-from actors.roles.gang import END_WITHIN_S, PolicyGang, largest
+from actors.cluster.waiting import RESUMES, explain
+from actors.roles.gang import PolicyGang
+from actors.roles.group import END_WITHIN_S, WorkerGroup
 from actors.rollout.engine_actor import RolloutSpec, RolloutWorker, engine_environment
 from actors.weights import WeightManifest
 from rlhf.config.derive import WeightSync, saved_rank, ships_adapter, weight_sync
@@ -28,7 +27,7 @@ from rlhf.errors import RunError
 from rlhf.models.on_disk import ModelOnDisk
 from rlhf.roles import CompletedGroup, EnginePart
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
-from rlhf.types import GroupRequest, MemoryReport, RolloutInfo, Sampling
+from rlhf.types import GroupRequest, MemoryReport, Role, RolloutInfo, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +68,12 @@ def start_engines(
         spool=spool,
         environment=environment,
     )
-    return RolloutEngines(_spawn(spec, config.cluster, placement), sync, deadline_s=config.cluster.call_timeout_s)
+    return RolloutEngines(
+        _spawn(spec, config.cluster, placement),
+        sync,
+        deadline_s=config.cluster.call_timeout_s,
+        tensor_parallel=role.tensor_parallel,
+    )
 
 
 def serve_engines(
@@ -121,59 +125,53 @@ def _spawn(common: RolloutSpec, cluster: ClusterConfig, placement: Placement) ->
     return handles
 
 
-class RolloutEngines:
+class RolloutEngines(WorkerGroup):
     """All engines of a run. `sync` is the transport of the policy's weights, or None for frozen engines.
 
     Requests are distributed by their place in the list, and an engine starts its share in one step. A batch of the same
     requests under the same weights is therefore always scheduled and rounded alike.
     """
 
-    def __init__(self, handles: Sequence[ActorHandle[Any]], sync: WeightSync | None, *, deadline_s: float) -> None:
-        self.handles = handles
+    role: Role = "rollout"
+
+    def __init__(
+        self,
+        handles: Sequence[ActorHandle[Any]],
+        sync: WeightSync | None,
+        *,
+        deadline_s: float,
+        tensor_parallel: int = 1,
+    ) -> None:
+        super().__init__(handles, deadline_s=deadline_s)
         self.sync = sync
-        self.deadline_s = deadline_s
-        self.processes = Processes("rollout", handles)
+        self.tensor_parallel = tensor_parallel
         self._cancelled: set[int] = set()  # groups that a running `generate` must not yield
 
-    async def connect(
-        self, policy: PolicyGang, *, one_host: bool, tensor_parallel: int, adapter: bool, shared: Path
-    ) -> None:
+    async def connect(self, policy: PolicyGang, *, adapter: Path | None) -> None:
         """Open both ends of the weight transport.
 
-        An adapter alone travels through the folder `shared`. It must be visible to the policy and to engines on all
-        hosts.
+        adapter: the folder through which an adapter alone travels. It must be visible to the policy and to engines on
+        all hosts. None: all weights travel.
         """
         assert self.sync is not None, "frozen engines are not connected to a policy"
-        engines = len(self.handles)
-        if adapter:
-            logger.info("the adapter goes through %s", shared)
-            await policy.open_weights(self.sync.method, None, shared, num_engines=engines)
+        engines, parallel = len(self.handles), self.tensor_parallel
+        if adapter is not None:
+            logger.info("the adapter goes through %s", adapter)
+            await policy.open_weights(self.sync.method, None, adapter, num_engines=engines)
             return
         logger.info("weights go by %s: %s", self.sync.method, self.sync.why)
         meeting = None
         if self.sync.method in ("gloo", "nccl"):
-            receivers = engines * tensor_parallel
-            meeting = await policy.meeting(num_receivers=receivers, one_host=one_host, timeout_s=self.deadline_s)
-        opened = [
-            handle.open_weights.remote(meeting, 1 + engine * tensor_parallel)
-            for engine, handle in enumerate(self.handles)
-        ]
+            meeting = await policy.meeting(num_receivers=engines * parallel, timeout_s=self.deadline_s)
+        opened = [h.open_weights.remote(meeting, 1 + engine * parallel) for engine, h in enumerate(self.handles)]
         await asyncio.gather(
-            policy.open_weights(self.sync.method, meeting, shared, num_engines=engines),
-            self._all(opened, "weight sync"),
+            policy.open_weights(self.sync.method, meeting, None, num_engines=engines),
+            self.all(opened, "weight sync"),
         )
-
-    async def _all(self, refs: Sequence[ObjectRef[Any]], stage: str, *, deadline_s: float | None = None) -> list[Any]:
-        return await wait_all(refs, role="rollout", stage=stage, deadline_s=deadline_s or self.deadline_s)
-
-    async def start(self, *, deadline_s: float) -> None:
-        """Start all engines."""
-        await self.processes.wait_until_started(deadline_s=deadline_s)
-        await self._all([h.start.remote() for h in self.handles], "start", deadline_s=deadline_s)
 
     async def renew(self, spool: Path) -> bool:
         """Prepare the engines for another run. Return False if one of them still works for the last run."""
-        return all(await self._all([h.renew.remote(spool) for h in self.handles], "start"))
+        return all(await self.all([h.renew.remote(spool) for h in self.handles], "start"))
 
     async def generate(self, requests: Sequence[GroupRequest], sampling: Sampling) -> AsyncIterator[CompletedGroup]:
         """Answer all requests except for cancelled ones, and yield groups as they are completed.
@@ -181,7 +179,7 @@ class RolloutEngines:
         The first failure ends the wait. It may be a request refused by its engine before the batch starts.
         """
         shares = [requests[i :: len(self.handles)] for i in range(len(self.handles))]
-        await self._all([h.hold.remote() for h in self.handles], "rollouts")
+        await self.all([h.hold.remote() for h in self.handles], "rollouts")
         columns: dict[int, Any] = {}
         waits: dict[asyncio.Future[Any], tuple[GroupRequest, int]] = {}
         for engine, (handle, share) in enumerate(zip(self.handles, shares, strict=True)):
@@ -222,11 +220,11 @@ class RolloutEngines:
         """Drop requests of the running `generate`."""
         group_ids = [request.group_id for request in requests]
         self._cancelled.update(group_ids)
-        await self._all([h.cancel.remote(group_ids) for h in self.handles], "rollouts")
+        await self.all([h.cancel.remote(group_ids) for h in self.handles], "rollouts")
 
     async def update_weights(self, manifest: WeightManifest) -> None:
         """Load a published set of weights. RunError unless the engines then have its version and its bytes."""
-        receipts = await self._all(
+        receipts = await self.all(
             [h.update_weights.remote(manifest, manifest.version) for h in self.handles], "weight sync"
         )
         for engine, receipt in enumerate(receipts):
@@ -239,32 +237,24 @@ class RolloutEngines:
 
     async def probe(self, token_ids: Sequence[int]) -> list[list[float]]:
         """Return each engine's log-probabilities of token_ids[1:]."""
-        return await self._all([h.probe.remote(tuple(token_ids)) for h in self.handles], "weight sync")
+        return await self.all([h.probe.remote(tuple(token_ids)) for h in self.handles], "weight sync")
 
     async def sleep(self, *, keep_weights: bool) -> None:
         """Give the GPUs to the trainers."""
-        await self._all([h.sleep.remote(keep_weights=keep_weights) for h in self.handles], "sleep")
+        await self.all([h.sleep.remote(keep_weights=keep_weights) for h in self.handles], "sleep")
 
     async def wake(self, part: EnginePart) -> None:
         """Take GPU memory back: the weights' part, then the cache's."""
-        await self._all([h.wake.remote(part) for h in self.handles], "wake")
-
-    async def memory(self) -> MemoryReport:
-        """Return the largest peaks of all engines."""
-        return largest(await self._all([h.memory.remote() for h in self.handles], "memory"))
+        await self.all([h.wake.remote(part) for h in self.handles], "wake")
 
     async def stop(self) -> None:
         """Shut the engines down in order."""
-        await self._all([h.shutdown.remote() for h in self.handles], "stop", deadline_s=END_WITHIN_S)
+        await self.all([h.shutdown.remote() for h in self.handles], "stop", deadline_s=END_WITHIN_S)
         self.end()
-
-    def end(self) -> None:
-        """End the engines at once."""
-        self.processes.end()
 
 
 def _result(future: asyncio.Future[Any], engine: int) -> Any:
     """Return the result of a call to an engine, or raise its failure in the words of the run."""
     if future.exception() is not None:
-        raise explain(future.exception(), role="rollout", rank=engine, stage="rollouts")
+        raise explain(future.exception(), role=RolloutEngines.role, rank=engine, stage="rollouts")
     return future.result()

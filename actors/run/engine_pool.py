@@ -8,13 +8,17 @@ sender.
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from actors.cluster.placement import Placement, reserve
+from actors.roles.group import WorkerGroup
 from actors.rollout.engine_group import RolloutEngines, start_engines
 from rlhf.config.placement_plan import seat
+from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.root import Config
 from rlhf.errors import RunError
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
@@ -64,6 +68,19 @@ class EngineLease:
     may_stay: bool
     is_started: bool = False
     is_kept: bool = False
+
+    async def start_with(self, others: Sequence[WorkerGroup], cluster: ClusterConfig) -> None:
+        """Start the engines and the other groups of the run. On GPUs, the engines then sleep where they take turns."""
+        limit_s, on_gpus = cluster.start_timeout_s, cluster.device == "cuda"
+        groups = list(others)
+        if on_gpus and self.placement.seating.shares_gpus("rollout"):
+            # An engine measures free GPU memory, so no other process may start meanwhile.
+            await self.engines.start(deadline_s=limit_s)
+        elif not self.is_started:
+            groups.append(self.engines)
+        if on_gpus and cluster.roles.rollout.colocate_with is not None:
+            await self.engines.sleep(keep_weights=False)
+        await asyncio.gather(*[group.start(deadline_s=limit_s) for group in groups])
 
     async def stop(self) -> None:
         """Keep the engines, or shut them down. Called only after a normal end of the run."""

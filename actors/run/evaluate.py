@@ -17,7 +17,7 @@ from typing import Any
 
 from actors.cluster.connect import connected
 from actors.cluster.placement import reserve_seats
-from actors.roles.gang import Stoppable, ending, spawn
+from actors.roles.group import Stoppable, ending, spawn
 from actors.roles.worker_pools import LikelihoodWorkers, RewardWorkers
 from actors.rollout.engine_group import serve_engines
 from actors.run.run_record import recording
@@ -167,14 +167,7 @@ async def _answers(
             max_tokens_per_microbatch=inputs.max_tokens_per_microbatch,
         )
         reward = RewardWorkers(
-            spawn(
-                cluster,
-                placement,
-                "reward",
-                lambda place: ((settings, place), {}),
-                RewardWorker,
-                concurrency=settings.concurrency,
-            ),
+            spawn(cluster, placement, "reward", RewardWorker, settings, concurrency=settings.concurrency),
             settings,
             deadline_s=cluster.call_timeout_s,
         )
@@ -227,17 +220,9 @@ async def _measured(candidate: Candidate, inputs: EvalInputs) -> dict[str, list[
     cluster = inputs.cluster
     seating = seats_of({"policy"}, cluster, with_reward_model=False)
     placement = await reserve_seats(seating, limit_s=cluster.start_timeout_s)
-    options = {"max_tokens_per_microbatch": inputs.max_tokens_per_microbatch}
-    workers = LikelihoodWorkers(
-        spawn(
-            cluster,
-            placement,
-            "policy",
-            lambda place: ((candidate.model, place), options),
-            LikelihoodWorker,
-        ),
-        deadline_s=cluster.call_timeout_s,
-    )
+    limit = inputs.max_tokens_per_microbatch
+    handles = spawn(cluster, placement, "policy", LikelihoodWorker, candidate.model, max_tokens_per_microbatch=limit)
+    workers = LikelihoodWorkers(handles, deadline_s=cluster.call_timeout_s)
     async with ending([workers], placement):
         await workers.start(deadline_s=cluster.start_timeout_s)
         results = {}

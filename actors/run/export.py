@@ -8,7 +8,9 @@ from pathlib import Path
 
 from actors.cluster.connect import connected
 from actors.cluster.placement import reserve
-from actors.roles.gang import OfflineGang, ending, spawn
+from actors.roles.build import RunContext
+from actors.roles.gang import OfflineGang
+from actors.roles.group import ending
 from actors.roles.ranks import OFFLINE_RANKS
 from rlhf.algorithms.sft import SFTConfig
 from rlhf.config.derive import has_scalar_head, offline_kind
@@ -91,12 +93,8 @@ def export_checkpoint(
 async def _export(config: Config, checkpoint: Path, folder: Path, merged: bool) -> None:
     placement = await reserve(config)
     rank = OFFLINE_RANKS[offline_kind(config)]
-    gang = OfflineGang(
-        "policy",
-        spawn(config.cluster, placement, "policy", lambda place: ((config, place), {"optimizer_steps": 1}), rank),
-        deadline_s=config.cluster.call_timeout_s,
-    )
+    gang = RunContext(config=config, placement=placement).gang(OfflineGang, rank, config, optimizer_steps=1)
     async with ending([gang], placement):
-        await gang.start(one_host=placement.on_one_host(), deadline_s=config.cluster.start_timeout_s)
+        await gang.start(deadline_s=config.cluster.start_timeout_s)
         await gang.load(checkpoint / "policy")
         await gang.export(folder.resolve(), merged=merged)

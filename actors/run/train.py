@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection
-from contextlib import nullcontext
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager, nullcontext
 from functools import partial
-from typing import Any
 
 import ray
 
@@ -19,31 +18,14 @@ from actors.cluster.connect import connected
 from actors.cluster.node_metrics import Nodes
 from actors.cluster.placement import Placement, reserve
 from actors.cluster.preemption import run_loop
-from actors.roles.gang import CriticGang, OfflineGang, PolicyGang, Stoppable, ending, spawn
-from actors.roles.ranks import OFFLINE_RANKS, CriticRank, OnlinePreferenceRank, PolicyRank, Publishes, StudentRank
-from actors.roles.teacher import spawn_online_teacher, spawn_teacher
-from actors.roles.worker_pools import ReferenceWorkers, RewardWorkers
+from actors.roles.build import RunContext, build_roles
+from actors.roles.gang import OfflineGang, PolicyGang
+from actors.roles.group import Stoppable, ending
 from actors.run.engine_pool import ENGINE_POOL
 from actors.run.evaluate import run_evaluation
 from actors.run.merge import run_merge
 from actors.run.run_record import recording
-from rlhf.config.derive import (
-    chat_template,
-    critic_model,
-    critic_optimizer_steps,
-    distils_rollouts,
-    has_teacher,
-    needs,
-    needs_reference_logprobs,
-    offline_kind,
-    pairs_rollouts,
-    policy_optimizer_steps,
-    reads_teacher_states,
-    reference_is_adapter_off,
-    reference_model,
-    ships_adapter,
-    uses_reward_model,
-)
+from rlhf.config.derive import needs_reference_logprobs, reads_teacher_states, ships_adapter
 from rlhf.config.files.dump import dump_masked_yaml
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.schema.root import Config
@@ -64,8 +46,6 @@ from rlhf.tracking.display.progress import Mode
 from rlhf.tracking.run_folder.atomic import write_atomic
 from rlhf.tracking.run_folder.errors import ErrorRecord
 from rlhf.tracking.run_folder.folder import refuse_to_overwrite, remove_run
-from rlhf.workers.frozen.reference import ReferenceWorker
-from rlhf.workers.frozen.reward import RewardSettings, RewardWorker
 
 logger = logging.getLogger(__name__)
 SHOWN_ONLINE = (
@@ -171,219 +151,97 @@ def _refuse_other_end(config: Config, until: int) -> None:
 
 async def _run_stage(stage: StageInputs, request: StopRequest, *, resume: bool, mode: Mode, until: int | None) -> None:
     """Run one stage in its folder, from its last checkpoint if there is one."""
-    is_online = isinstance(stage.inputs, OnlineInputs)
+    inputs = stage.inputs
+    is_online = isinstance(inputs, OnlineInputs)
     show: tuple[str, ...] = SHOWN_ONLINE if is_online else SHOWN_OFFLINE
-    if stage.inputs.eval_sets:
-        show += (f"eval/{next(iter(stage.inputs.eval_sets))}/{'score' if is_online else 'loss'}",)
+    if inputs.eval_sets:
+        show += (f"eval/{next(iter(inputs.eval_sets))}/{'score' if is_online else 'loss'}",)
     steps = stage.config.train.num_steps
     with recording(stage.written, resume=resume, steps=steps, show=show, mode=mode) as (record, step):
-        for row in stage.inputs.unusable if step is None else ():
+        for row in inputs.unusable if step is None else ():
             record.tracker.log_error(
                 ErrorRecord(step=0, stage="data", kind="unusable", message=row.reason, source=row.place)
             )
-        if isinstance(stage.inputs, OnlineInputs):
-            await _run_online(stage, stage.inputs, record, step, request, until=until)
-        else:
-            await _run_offline(stage, stage.inputs, record, step, request, until=until)
+        running = (
+            _online(stage, inputs, record) if isinstance(inputs, OnlineInputs) else _offline(stage, inputs, record)
+        )
+        async with running as (controller, policy, placement):
+            await _carry_out(controller, policy, request, step=step, until=until, nodes=placement.nodes())
 
 
-async def _run_offline(
-    stage: StageInputs,
-    inputs: OfflineInputs,
-    record: RunRecord,
-    step: int | None,
-    request: StopRequest,
-    *,
-    until: int | None,
-) -> None:
+@asynccontextmanager
+async def _offline(
+    stage: StageInputs, inputs: OfflineInputs, record: RunRecord
+) -> AsyncIterator[tuple[OfflineController, OfflineGang, Placement]]:
+    """Start the roles of a run on fixed data, and yield its controller. The roles end with the block."""
     config = stage.config
     placement = await reserve(config)
-    steps = config.train.num_steps
-    rank = OFFLINE_RANKS[offline_kind(config)]
-    gang = OfflineGang(
-        "policy",
-        spawn(config.cluster, placement, "policy", lambda place: ((config, place), {"optimizer_steps": steps}), rank),
-        deadline_s=config.cluster.call_timeout_s,
-        sequence_parallel=config.cluster.roles.policy.sequence_parallel,
-    )
-    teacher = spawn_teacher(config, placement) if has_teacher(config) else None
     nodes = record.nodes = Nodes(placement)
-    async with ending([gang, *([teacher] if teacher is not None else []), nodes], placement):
-        limit_s = config.cluster.start_timeout_s
+    groups: list[Stoppable] = [nodes]
+    async with ending(groups, placement):
+        roles = build_roles(RunContext(config=config, placement=placement), groups)
         record.progress.stage(f"starting {_names(placement)}")
-        await asyncio.gather(
-            gang.start(one_host=placement.on_one_host(), deadline_s=limit_s),
-            *([teacher.start(deadline_s=limit_s)] if teacher is not None else []),
-        )
+        await asyncio.gather(*[g.start(deadline_s=config.cluster.start_timeout_s) for g in roles.values()])
+        policy, teacher = roles["policy"], roles.get("teacher")
         sets = (inputs.rows, *inputs.eval_sets.values())
         data = [ray.put(collated(config, rows)) for rows in sets]
-        await gang.load_data(data)
+        await policy.load_data(data)
         if teacher is not None:
             await teacher.load_data(data, lengths=[[row.longest for row in rows] for rows in sets])
-            await gang.take_teacher(await teacher.head())
+            await policy.take_teacher(await teacher.head())
         controller = OfflineController(
             config,
-            gang,
+            policy,
             record,
             train_set=inputs.rows,
             rows=stream_of(stage),
             eval_sets=inputs.eval_sets,
-            policy_fingerprint=gang.fingerprint,
+            policy_fingerprint=policy.fingerprint,
             teacher=teacher,
         )
         if needs_reference_logprobs(config):
             await controller.provide_reference()
-        await _carry_out(controller, gang, request, step=step, until=until, nodes=placement.nodes())
+        yield controller, policy, placement
 
 
-async def _run_online(
-    stage: StageInputs,
-    inputs: OnlineInputs,
-    record: RunRecord,
-    step: int | None,
-    request: StopRequest,
-    *,
-    until: int | None,
-) -> None:
+@asynccontextmanager
+async def _online(
+    stage: StageInputs, inputs: OnlineInputs, record: RunRecord
+) -> AsyncIterator[tuple[OnlineController, PolicyGang, Placement]]:
+    """Start the roles of a run with rollouts, and yield its controller. The roles end with the block."""
     config = stage.config
-    cluster, rollouts = config.cluster, config.rollouts
-    assert rollouts is not None
-    roles = needs(config)
     lease = await ENGINE_POOL.lease(
         config, max_model_len=inputs.max_model_len, spool=record.folder.spool, environment=inputs.environment
     )
-    placement, engines = lease.placement, lease.engines
-    deadline_s = cluster.call_timeout_s
-    nodes = record.nodes = Nodes(placement)
+    nodes = record.nodes = Nodes(lease.placement)
     groups: list[Stoppable] = [nodes]
     async with ending(groups, lease):
-        policy_options: dict[str, Any] = {"optimizer_steps": policy_optimizer_steps(config)}
-        if not distils_rollouts(config):
-            policy_options["reference_is_adapter_off"] = reference_is_adapter_off(config)
-        policy = PolicyGang(
-            "policy",
-            spawn(
-                cluster,
-                placement,
-                "policy",
-                lambda place: ((config, place), policy_options),
-                _policy_rank(config),
-            ),
-            deadline_s=deadline_s,
-            sequence_parallel=cluster.roles.policy.sequence_parallel,
-        )
-        groups.append(policy)
-        critic: CriticGang | None = None
-        if "critic" in roles:
-            critic_options = {"optimizer_steps": critic_optimizer_steps(config)}
-            critic = CriticGang(
-                "critic",
-                spawn(
-                    cluster,
-                    placement,
-                    "critic",
-                    lambda place: ((config, critic_model(config), place), critic_options),
-                    CriticRank,
-                ),
-                deadline_s=deadline_s,
-                sequence_parallel=cluster.roles.critic.sequence_parallel,
-            )
-            groups.append(critic)
-        reference: ReferenceWorkers | None = None
-        if "reference" in roles:
-            reference_options = {
-                "temperature": rollouts.temperature,
-                "samples_per_prompt": rollouts.samples_per_prompt,
-                "max_tokens_per_microbatch": config.train.max_tokens_per_microbatch,
-            }
-            reference = ReferenceWorkers(
-                spawn(
-                    cluster,
-                    placement,
-                    "reference",
-                    lambda place: ((reference_model(config), place), reference_options),
-                    ReferenceWorker,
-                ),
-                deadline_s=deadline_s,
-            )
-            groups.append(reference)
-        teacher = spawn_online_teacher(config, placement) if has_teacher(config) else None
-        groups += [teacher] if teacher is not None else []
-        settings = RewardSettings(
-            specs=inputs.rewards,
-            tokenizer=config.policy.tokenizer_source,
-            trust_remote_code=config.policy.trust_remote_code,
-            template=chat_template(config),
-            model=config.reward if uses_reward_model(config) else None,
-            timeout_s=config.reward_policy.timeout_s,
-            processes=config.reward_policy.processes,
-            memory_gib=config.reward_policy.memory_gib,
-            max_tokens_per_microbatch=config.train.max_tokens_per_microbatch,
-        )
-        reward = RewardWorkers(
-            spawn(
-                cluster,
-                placement,
-                "reward",
-                lambda place: ((settings, place), {}),
-                RewardWorker,
-                concurrency=settings.concurrency,
-            ),
-            settings,
-            deadline_s=deadline_s,
-        )
-        groups += [reward, lease]
-        limit_s = cluster.start_timeout_s
-        record.progress.stage(f"starting {_names(placement)}")
-        one_host = placement.on_one_host()
-        engines_first = cluster.device == "cuda" and placement.seating.shares_gpus("rollout")
-        if engines_first:  # an engine measures free GPU memory, so no other process may start meanwhile
-            await engines.start(deadline_s=limit_s)
-        if cluster.device == "cuda" and cluster.roles.rollout.colocate_with is not None:
-            await engines.sleep(keep_weights=False)
-        await asyncio.gather(
-            policy.start(one_host=one_host, deadline_s=limit_s),
-            *([] if engines_first or lease.is_started else [engines.start(deadline_s=limit_s)]),
-            reward.start(deadline_s=limit_s),
-            *([critic.start(one_host=one_host, deadline_s=limit_s)] if critic is not None else []),
-            *([reference.start(deadline_s=limit_s)] if reference is not None else []),
-            *([teacher.start(deadline_s=limit_s)] if teacher is not None else []),
-        )
+        context = RunContext(config=config, placement=lease.placement, rewards=inputs.rewards)
+        roles = build_roles(context, groups)
+        groups.append(lease)
+        record.progress.stage(f"starting {_names(lease.placement)}")
+        await lease.start_with(list(roles.values()), config.cluster)
+        policy, teacher = roles["policy"], roles.get("teacher")
         if teacher is not None and reads_teacher_states(config):
             await policy.take_teacher(await teacher.head())
-        await engines.connect(
-            policy,
-            one_host=one_host,
-            tensor_parallel=cluster.roles.rollout.tensor_parallel,
-            adapter=ships_adapter(config),
-            shared=record.folder.own / "adapter",
-        )
+        await lease.engines.connect(policy, adapter=record.folder.own / "adapter" if ships_adapter(config) else None)
         controller = OnlineController(
             config,
-            OnlineRoles(
-                policy=policy, rollout=engines, reward=reward, reference=reference, critic=critic, teacher=teacher
-            ),
+            OnlineRoles(rollout=lease.engines, **roles),
             record,
             prompts=stream_of(stage),
             eval_sets=inputs.eval_sets,
             marking=inputs.marking,
             probe_ids=inputs.probe_ids,
             policy_fingerprint=policy.fingerprint,
-            rewards_fingerprint=fingerprint(inputs.rewards, model=repr(settings.model)),
+            rewards_fingerprint=fingerprint(inputs.rewards, model=repr(roles["reward"].settings.model)),
         )
-        await _carry_out(controller, policy, request, step=step, until=until, nodes=placement.nodes())
+        yield controller, policy, lease.placement
 
 
 def _names(placement: Placement) -> str:
     """Return the names and worker counts of the starting roles."""
     return ", ".join(f"{len(seats)} {role}" for role, seats in placement.seating.seats.items())
-
-
-def _policy_rank(config: Config) -> type[Publishes]:
-    """Return the class of the policy's ranks, given by the learning method."""
-    if distils_rollouts(config):
-        return StudentRank
-    return OnlinePreferenceRank if pairs_rollouts(config) else PolicyRank
 
 
 async def _carry_out(

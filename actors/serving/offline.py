@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from actors.cluster.connect import connected
 from actors.cluster.placement import reserve_seats
 from actors.cluster.waiting import wait_one
-from actors.roles.gang import ending
+from actors.roles.group import ending
 from actors.rollout.engine_group import RolloutEngines, serve_engines
 from rlhf.config.placement_plan import seats_of
 from rlhf.config.schema.cluster import ClusterConfig

@@ -30,9 +30,9 @@ class OnlineRoles:
     policy: PolicyRole
     rollout: RolloutRole
     reward: RewardRole
-    reference: ReferenceRole | None
+    reference: ReferenceRole | None = None
     teacher: OnlineTeacherRole | None = None
-    critic: CriticRole | None
+    critic: CriticRole | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

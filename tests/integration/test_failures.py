@@ -278,6 +278,34 @@ def test_a_model_that_only_a_rank_finds_broken_is_named(
     assert said.startswith(f"The hidden states of the model {model} are not finite"), said
 
 
+ONE_PROCESS_MODEL = """
+import torch
+from transformers import LlamaForCausalLM
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        if torch.distributed.is_initialized():
+            raise RuntimeError("this model cannot be sharded")
+"""
+
+
+def test_a_rank_that_fails_at_its_start_is_named(
+    ray_local: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The model's own code loads in the driver's checks, which have no process group, and fails in the rank."""
+    model = build_tiny_llama(tmp_path / "sharded", seed=0)
+    (model / "modeling_own.py").write_text(ONE_PROCESS_MODEL, encoding="utf-8")
+    config = json.loads((model / "config.json").read_text())
+    config |= {"architectures": ["OwnForCausalLM"], "auto_map": {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}}
+    (model / "config.json").write_text(json.dumps(config))
+    changes = {"policy": {"model": str(model), "trust_remote_code": True}, "cluster": {"roles": None}}
+    said = failed(capsys, write_run(tmp_path, "fails_at_start", SFT, changes))
+    assert said == "start: policy rank 0 failed: RuntimeError: this model cannot be sharded"
+    assert last_error(tmp_path / "fails_at_start")["kind"] == "RunError"
+
+
 def test_more_than_the_cluster_has(ray_local: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     wants = {"cluster": {"roles": {"policy": {"workers": 64, "cpus": 1.0}}}, "train": {"sequences_per_update": 64}}
     said = failed(capsys, write_run(tmp_path, "large", SFT, wants), code=2)

@@ -1,0 +1,139 @@
+"""Create the workers of each role of a run. The table at the end names the builder of each role."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ray.actor import ActorHandle
+
+from actors.cluster.placement import Placement
+from actors.roles.gang import CriticGang, Gang, OfflineGang, PolicyGang
+from actors.roles.group import Stoppable, WorkerGroup, spawn
+from actors.roles.ranks import OFFLINE_RANKS, CriticRank, OnlinePreferenceRank, PolicyRank, StudentRank
+from actors.roles.teacher import OnlineTeacherWorkers, TeacherWorkers
+from actors.roles.worker_pools import ReferenceWorkers, RewardWorkers
+from rlhf.config.derive import (
+    chat_template,
+    critic_model,
+    critic_optimizer_steps,
+    distils_rollouts,
+    is_online,
+    needs,
+    offline_kind,
+    pairs_rollouts,
+    policy_optimizer_steps,
+    reference_is_adapter_off,
+    reference_model,
+    uses_reward_model,
+)
+from rlhf.config.schema.root import Config
+from rlhf.rewards.scoring import RewardSpec
+from rlhf.types import Role
+from rlhf.workers.frozen.online_teacher import OnlineTeacherWorker
+from rlhf.workers.frozen.reference import ReferenceWorker
+from rlhf.workers.frozen.reward import RewardSettings, RewardWorker
+from rlhf.workers.frozen.teacher import TeacherWorker
+from rlhf.workers.trained import TrainedWorker
+
+G = TypeVar("G", bound=Gang)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunContext:
+    """Hold what the builders of a run's roles need."""
+
+    config: Config
+    placement: Placement
+    rewards: tuple[RewardSpec, ...] = ()
+
+    def spawn(self, role: Role, worker: type, *args: Any, **options: Any) -> list[ActorHandle[Any]]:
+        """Create the actors of a role."""
+        return spawn(self.config.cluster, self.placement, role, worker, *args, **options)
+
+    def gang(self, gang: type[G], rank: type[TrainedWorker], *args: Any, **options: Any) -> G:
+        """Create the ranks of a trained role."""
+        return gang(
+            self.spawn(gang.role, rank, *args, **options),
+            deadline_s=self.config.cluster.call_timeout_s,
+            one_host=self.placement.on_one_host(),
+            sequence_parallel=getattr(self.config.cluster.roles, gang.role).sequence_parallel,
+        )
+
+    def frozen(self, group: type[WorkerGroup], worker: type, model: Any) -> WorkerGroup:
+        """Create the workers of a frozen role. Online, they score responses as they were sampled."""
+        config = self.config
+        options: dict[str, Any] = {"max_tokens_per_microbatch": config.train.max_tokens_per_microbatch}
+        if config.rollouts is not None:
+            options["temperature"] = config.rollouts.temperature
+            options["samples_per_prompt"] = config.rollouts.samples_per_prompt
+        handles = self.spawn(group.role, worker, model, **options)
+        return group(handles, deadline_s=config.cluster.call_timeout_s)
+
+
+def _policy(run: RunContext) -> PolicyGang | OfflineGang:
+    config, steps = run.config, policy_optimizer_steps(run.config)
+    if not is_online(config):
+        return run.gang(OfflineGang, OFFLINE_RANKS[offline_kind(config)], config, optimizer_steps=steps)
+    if distils_rollouts(config):
+        return run.gang(PolicyGang, StudentRank, config, optimizer_steps=steps)
+    rank = OnlinePreferenceRank if pairs_rollouts(config) else PolicyRank
+    adapter_off = reference_is_adapter_off(config)
+    return run.gang(PolicyGang, rank, config, optimizer_steps=steps, reference_is_adapter_off=adapter_off)
+
+
+def _critic(run: RunContext) -> CriticGang:
+    config, steps = run.config, critic_optimizer_steps(run.config)
+    return run.gang(CriticGang, CriticRank, config, critic_model(config), optimizer_steps=steps)
+
+
+def _reference(run: RunContext) -> WorkerGroup:
+    return run.frozen(ReferenceWorkers, ReferenceWorker, reference_model(run.config))
+
+
+def _teacher(run: RunContext) -> WorkerGroup:
+    if is_online(run.config):
+        return run.frozen(OnlineTeacherWorkers, OnlineTeacherWorker, run.config.teacher)
+    return run.frozen(TeacherWorkers, TeacherWorker, run.config.teacher)
+
+
+def _reward(run: RunContext) -> RewardWorkers:
+    config, policy = run.config, run.config.reward_policy
+    settings = RewardSettings(
+        specs=run.rewards,
+        tokenizer=config.policy.tokenizer_source,
+        trust_remote_code=config.policy.trust_remote_code,
+        template=chat_template(config),
+        model=config.reward if uses_reward_model(config) else None,
+        timeout_s=policy.timeout_s,
+        processes=policy.processes,
+        memory_gib=policy.memory_gib,
+        max_tokens_per_microbatch=config.train.max_tokens_per_microbatch,
+    )
+    handles = run.spawn("reward", RewardWorker, settings, concurrency=settings.concurrency)
+    return RewardWorkers(handles, settings, deadline_s=config.cluster.call_timeout_s)
+
+
+# In the order in which the groups start and stop. The engines are leased with the run's placement: see EnginePool.
+ROLE_BUILDERS: Mapping[Role, Callable[[RunContext], WorkerGroup]] = {
+    "policy": _policy,
+    "critic": _critic,
+    "reference": _reference,
+    "teacher": _teacher,
+    "reward": _reward,
+}
+
+
+def build_roles(run: RunContext, groups: list[Stoppable]) -> dict[Role, Any]:
+    """Create the workers of all roles that the run needs, apart from the engines.
+
+    Each group is appended to `groups` at once, so that a failure of the next one still ends it.
+    """
+    roles: dict[Role, Any] = {}
+    for role, build in ROLE_BUILDERS.items():
+        if role not in needs(run.config):
+            continue
+        roles[role] = build(run)
+        groups.append(roles[role])
+    return roles

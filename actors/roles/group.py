@@ -1,0 +1,158 @@
+"""Start groups of actors that form one role, call all of them, and end them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Protocol, TypeVar
+
+import ray
+from ray import ObjectRef
+from ray.actor import ActorHandle
+
+from actors.cluster.placement import Placement
+from actors.cluster.processes import KEEPS_MEMORY, Processes, hub_environment
+from actors.cluster.waiting import wait_all, wait_one
+from rlhf.config.schema.cluster import ClusterConfig
+from rlhf.errors import RunError
+from rlhf.types import MemoryReport, Role
+from rlhf.workers.rank_context import RankContext
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+END_WITHIN_S = 10.0
+
+
+class Stoppable(Protocol):
+    """A group of actors with an orderly and an immediate end."""
+
+    async def stop(self) -> None: ...
+
+    def end(self) -> None: ...
+
+
+class Placed(Protocol):
+    """An object that holds cluster resources."""
+
+    def release(self) -> None:
+        """Release the resources to the cluster."""
+
+
+@asynccontextmanager
+async def ending(groups: Sequence[Stoppable], placement: Placed) -> AsyncIterator[None]:
+    """Stop the groups in order after the block, when its results are on disk. After a failure, end them at once."""
+    try:
+        yield
+        for group in groups:
+            try:
+                await group.stop()
+            except RunError as error:
+                logger.warning("%s It is ended instead.", error)
+    finally:
+        for group in groups:
+            group.end()
+        placement.release()
+
+
+class WorkerGroup:
+    """The actors of one role, in rank order. The error of a failed call names stage, role and rank."""
+
+    role: Role
+
+    def __init__(self, handles: Sequence[ActorHandle[Any]], *, deadline_s: float) -> None:
+        self.handles = handles
+        self.deadline_s = deadline_s
+        self.processes = Processes(self.role, handles)
+
+    async def all(self, refs: Sequence[ObjectRef[Any]], stage: str, *, deadline_s: float | None = None) -> list[Any]:
+        """Return the results of all workers, in rank order."""
+        return await wait_all(refs, role=self.role, stage=stage, deadline_s=deadline_s or self.deadline_s)
+
+    async def one(self, ref: ObjectRef[T], stage: str, *, rank: int = 0) -> T:
+        """Return the result of one worker."""
+        result: T = await wait_one(ref, role=self.role, rank=rank, stage=stage, deadline_s=self.deadline_s)
+        return result
+
+    async def start(self, *, deadline_s: float) -> None:
+        """Load what each worker needs, such as its model."""
+        await self.processes.wait_until_started(deadline_s=deadline_s)
+        await self.all([h.start.remote() for h in self.handles], "start", deadline_s=deadline_s)
+
+    async def memory(self) -> MemoryReport:
+        """Return the memory peaks of the largest worker."""
+        reports: list[MemoryReport] = await self.all([h.memory.remote() for h in self.handles], "memory")
+        gpus = [report.gpu_gib for report in reports if report.gpu_gib is not None]
+        return MemoryReport(rss_gib=max(report.rss_gib for report in reports), gpu_gib=max(gpus) if gpus else None)
+
+    async def stop(self) -> None:
+        """End the workers. They hold no state worth saving."""
+        self.end()
+
+    def end(self) -> None:
+        """End the workers at once, with the processes that they started."""
+        self.processes.end()
+
+
+class ModelGroup(WorkerGroup):
+    """Workers that can leave a GPU shared with an engine."""
+
+    async def offload(self) -> None:
+        """Free the GPUs for the engines."""
+        await self.all([h.offload.remote() for h in self.handles], "offload")
+
+    async def reload(self) -> None:
+        """Move the state back to the GPUs."""
+        await self.all([h.reload.remote() for h in self.handles], "reload")
+
+
+def _rank_contexts(cluster: ClusterConfig, placement: Placement, role: Role) -> list[RankContext]:
+    """Return the context of each rank of a role. On a GPU, a process sees only its assigned device."""
+    nodes, threads = placement.nodes_of(role), getattr(cluster.roles, role).threads
+    cuda = cluster.device == "cuda" and placement.seating.seats[role][0].gpus > 0.0
+    contexts = []
+    for rank, node in enumerate(nodes):
+        on_node = nodes.count(node)
+        auto = max(1, placement.cores(node) // on_node)
+        contexts.append(
+            RankContext(
+                rank=rank,
+                world_size=len(nodes),
+                local_rank=0 if cuda else nodes[:rank].count(node),
+                local_world_size=1 if cuda else on_node,
+                device="cuda" if cuda else "cpu",
+                threads=auto if threads == "auto" else threads,
+                deadline_s=cluster.call_timeout_s,
+            )
+        )
+    return contexts
+
+
+def worker_environment(context: RankContext) -> dict[str, str]:
+    """Return the environment of a worker that computes with torch. It must be set before torch is imported."""
+    return {
+        "OMP_NUM_THREADS": str(context.threads),
+        "DS_ACCELERATOR": context.device,
+        "TOKENIZERS_PARALLELISM": "false",
+        **(KEEPS_MEMORY if context.device == "cpu" else {}),
+        **hub_environment(),
+    }
+
+
+def spawn(
+    cluster: ClusterConfig,
+    placement: Placement,
+    role: Role,
+    worker: type,
+    *args: Any,
+    concurrency: int = 1,
+    **options: Any,
+) -> list[ActorHandle[Any]]:
+    """Create an actor for each rank of a role. Its arguments are `args`, the rank's context, and `options`."""
+    remote = ray.remote(worker)
+    handles = []
+    for context in _rank_contexts(cluster, placement, role):
+        settings = placement.options(role, context.rank, worker_environment(context), concurrency=concurrency)
+        handles.append(remote.options(**settings).remote(*args, context, **options))
+    return handles
