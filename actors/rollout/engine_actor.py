@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -130,7 +130,7 @@ class RolloutWorker:
         A broadcast meets its sender here; first_rank is the rank of the engine's first worker there.
         """
         self._refuse_frozen()
-        settings = {} if meeting is None else {**asdict(meeting), "first_rank": first_rank}
+        settings = {"meeting": meeting, "first_rank": first_rank}
         await self._call(
             lambda engine: engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": settings}),
             "the sender of the weights",

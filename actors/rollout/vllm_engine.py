@@ -189,7 +189,7 @@ def serve_own_weights(engine: Any, spec: RolloutSpec) -> Any:
 def load_weights(engine: Any, manifest: WeightManifest) -> LoadedWeights:
     """Load a published set of weights and forget all values computed with the old ones."""
     engine.collective_rpc("start_weight_update")
-    engine.collective_rpc("update_weights", kwargs={"update_info": manifest.update_info()})
+    engine.collective_rpc("update_weights", kwargs={"update_info": {"manifest": manifest}})
     engine.collective_rpc("finish_weight_update")
     return _finish(engine, manifest.version, engine.collective_rpc("received_checksum"))
 

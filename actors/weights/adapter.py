@@ -18,23 +18,26 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from actors.weights.manifest import WeightManifest
+from actors.weights.staging import WeightSender
 from rlhf.errors import RunError
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's file names
 
 
-class AdapterSender:
+class AdapterSender(WeightSender):
     """The policy's end, which writes the folder. `config` is peft's, as in adapter_config.json."""
 
+    transport = "adapter"
+
     def __init__(self, folder: Path, config: Mapping[str, Any], *, rank: int, dtype: torch.dtype) -> None:
+        super().__init__(rank=rank, dtype=dtype)
         self.folder = folder if rank == 0 else None
-        self.dtype = dtype
         if rank == 0:
             folder.mkdir()
             (folder / CONFIG).write_text(json.dumps(dict(config)))
 
     def publish(self, named_weights: Iterator[tuple[str, Tensor]], version: int) -> WeightManifest | None:
-        """Write the adapter. None on ranks other than 0."""
+        """Write the adapter. Returns None on ranks other than 0."""
         tensors = {
             name: weight.detach().to("cpu", self.dtype).clone(memory_format=torch.contiguous_format)
             for name, weight in named_weights
@@ -50,20 +53,14 @@ class AdapterSender:
         return WeightManifest(
             version=version,
             checksum=file_checksum(path),
+            dtype=str(self.dtype).removeprefix("torch."),
             names=tuple(tensors),
-            dtypes=(str(self.dtype).removeprefix("torch."),) * len(tensors),
             shapes=tuple(tuple(tensor.shape) for tensor in tensors.values()),
             offsets=(),
             nbytes=path.stat().st_size,
-            transport="adapter",
+            transport=self.transport,
             fields={"folder": str(self.folder)},
         )
-
-    def send(self, manifest: WeightManifest, named_weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Do nothing: the engines read the folder."""
-
-    def settle(self) -> None:
-        """Do nothing: the folder is written again at the next sync."""
 
     def close(self) -> None:
         """Remove the folder. Safe to call twice."""

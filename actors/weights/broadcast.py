@@ -1,16 +1,15 @@
 """Weights by broadcast, from the policy's first rank to every worker of every engine, in buckets.
 
-The transports gloo (between CPU hosts) and nccl (between GPUs) differ in the process group and the device alone. The
+The transports gloo (between CPU hosts) and nccl (between GPUs) differ only in the process group and the device. The
 group is separate from the trainer's and from vLLM's own, and every operation on it has a deadline. The weights are
 gathered twice, for the checksum and for the broadcast, so that no copy of all of them is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -19,22 +18,12 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore
 
 from actors.weights.manifest import WeightManifest
-from actors.weights.staging import Scratch, stage, staged_buckets
+from actors.weights.staging import Meeting, Scratch, WeightSender, iterate, staged_buckets
 from rlhf.engine.distributed import meet_through
 from rlhf.errors import RunError
 
 Method = Literal["gloo", "nccl"]
 BUCKET_BYTES = 64 << 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Meeting:
-    """Where sender and receivers meet. The sender is rank 0 and listens; receivers are 1 to num_receivers."""
-
-    address: str
-    port: int
-    num_receivers: int
-    timeout_s: float
 
 
 def open_group(method: Method, meeting: Meeting, rank: int) -> Any:
@@ -83,44 +72,41 @@ def broadcast(group: Any, tensor: Tensor) -> None:
         raise RunError(f"weight sync: a broadcast of {tensor.numel()} bytes failed: {error}") from error
 
 
-class BroadcastSender:
-    """The policy's end. Only rank 0 is in the group."""
+class BroadcastSender(WeightSender):
+    """The policy's end, between CPU hosts. It meets the receivers when it is created. Only rank 0 is in the group."""
 
-    def __init__(self, method: Method, meeting: Meeting, *, rank: int, dtype: torch.dtype) -> None:
-        self.method = method
-        self.dtype = dtype
-        self.memory = Scratch(group_device(method)) if rank == 0 else None
-        self.group = open_group(method, meeting, 0) if rank == 0 else None
+    transport: ClassVar[Method] = "gloo"
+    memory: Scratch | None
 
-    def publish(self, named_weights: Iterator[tuple[str, Tensor]], version: int) -> WeightManifest | None:
-        """Describe the weights. None on ranks other than 0."""
-        if self.memory is None:
-            for _ in named_weights:
-                pass
-            return None
-        return stage(
-            named_weights,
-            self.memory,
-            version=version,
-            dtype=self.dtype,
-            transport=self.method,
-            fields={"bucket_bytes": BUCKET_BYTES},
-        )
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        assert self.meeting is not None, f"{self.transport} needs a place to meet"
+        self.memory = Scratch(group_device(self.transport)) if self.rank == 0 else None
+        self.group = open_group(self.transport, self.meeting, 0) if self.rank == 0 else None
+
+    def fields(self) -> Mapping[str, Any]:
+        """Return the size of a bucket."""
+        return {"bucket_bytes": BUCKET_BYTES}
 
     def send(self, manifest: WeightManifest, named_weights: Iterator[tuple[str, Tensor]]) -> None:
         """Broadcast the weights, while every receiver is in its update."""
         if self.memory is None:
-            for _ in named_weights:
-                pass
+            iterate(named_weights)
             return
         for bucket in staged_buckets(named_weights, self.memory, manifest, limit=BUCKET_BYTES):
             broadcast(self.group, bucket)
 
     def settle(self) -> None:
-        """Give the bucket's memory back: on a GPU training wants it."""
+        """Free the bucket's memory, because training needs it on a GPU."""
         if self.memory is not None:
             self.memory = Scratch(self.memory.flat.device)
 
     def close(self) -> None:
         """Leave the process group of the weights."""
         self.group = self.memory = None
+
+
+class NcclSender(BroadcastSender):
+    """The policy's end, between GPUs."""
+
+    transport = "nccl"

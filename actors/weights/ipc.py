@@ -18,36 +18,27 @@ from torch import distributed as dist
 from torch.multiprocessing.reductions import reduce_tensor
 
 from actors.weights.manifest import WeightManifest
-from actors.weights.staging import stage
+from actors.weights.staging import WeightSender
 
 
-class IpcSender:
+class IpcSender(WeightSender):
     """The end of one policy rank."""
 
-    def __init__(self, *, rank: int, dtype: torch.dtype, beside_engine: bool) -> None:
-        self.rank = rank
-        self.dtype = dtype
-        self.beside_engine = beside_engine
-        self.memory: DeviceParts | None = None
+    transport = "ipc"
+    memory: DeviceParts | None = None
 
     def publish(self, named_weights: Iterator[tuple[str, Tensor]], version: int) -> WeightManifest | None:
-        """Copy the weights to this rank's GPU and exchange handles. None on ranks other than 0."""
+        """Copy the weights to this rank's GPU and exchange handles. Returns None on ranks other than 0."""
         handles: list[Any] = [None] * dist.get_world_size()
-        if not self.beside_engine:
-            for _ in named_weights:
-                pass
-            dist.all_gather_object(handles, None)
-            return None
-        self.memory = DeviceParts(torch.device("cuda", torch.cuda.current_device()))
-        manifest = stage(named_weights, self.memory, version=version, dtype=self.dtype, transport="ipc", fields={})
-        torch.cuda.synchronize()
-        dist.all_gather_object(handles, self.memory.handles())
-        if self.rank != 0:
+        if self.beside_engine:
+            self.memory = DeviceParts(torch.device("cuda", torch.cuda.current_device()))
+        manifest = super().publish(named_weights, version)
+        if self.memory is not None:
+            torch.cuda.synchronize()
+        dist.all_gather_object(handles, None if self.memory is None else self.memory.handles())
+        if manifest is None or self.rank != 0:
             return None
         return replace(manifest, fields={"handles": dict(handle for handle in handles if handle is not None)})
-
-    def send(self, manifest: WeightManifest, named_weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Do nothing: the engines read the memory."""
 
     def settle(self) -> None:
         """Free the copied weights on this GPU."""

@@ -24,26 +24,21 @@ class WeightManifest:
 
     version: int
     checksum: str  # of the nbytes of the flat run: see Checksum
+    dtype: str  # torch's name of every weight's type, e.g. "bfloat16"
     names: tuple[str, ...]  # Hugging Face names
-    dtypes: tuple[str, ...]  # torch's names, e.g. "bfloat16"
     shapes: tuple[tuple[int, ...], ...]
     offsets: tuple[int, ...]  # bytes from the start of the flat run
     nbytes: int
     transport: str
     fields: Mapping[str, Any]  # additional values for this transport's receiver
 
-    def update_info(self) -> dict[str, Any]:
-        """Return the same as plain values, as vLLM passes it to its workers."""
-        return {
-            "version": self.version,
-            "checksum": self.checksum,
-            "names": list(self.names),
-            "dtypes": list(self.dtypes),
-            "shapes": [list(shape) for shape in self.shapes],
-            "offsets": list(self.offsets),
-            "nbytes": self.nbytes,
-            **self.fields,
-        }
+    def views(
+        self, flat: UInt8[Tensor, " bytes"], first: int = 0, last: int | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights from `first` until `last` as views of `flat`, which begins with `first`."""
+        for i in range(first, len(self.names) if last is None else last):
+            begin = self.offsets[i] - self.offsets[first]
+            yield self.names[i], tensor_view(flat, begin, getattr(torch, self.dtype), self.shapes[i])
 
 
 def aligned(nbytes: int) -> int:
@@ -55,18 +50,6 @@ def tensor_view(flat: UInt8[Tensor, " bytes"], offset: int, dtype: torch.dtype, 
     """Return a tensor as a view of the flat memory."""
     nbytes = math.prod(shape) * dtype.itemsize
     return flat[offset : offset + nbytes].view(dtype).view(tuple(shape))
-
-
-def named_views(
-    flat: UInt8[Tensor, " bytes"],
-    names: Sequence[str],
-    dtypes: Sequence[str],
-    shapes: Sequence[Sequence[int]],
-    offsets: Sequence[int],
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a flat run without copying them."""
-    for name, dtype, shape, offset in zip(names, dtypes, shapes, offsets, strict=True):
-        yield name, tensor_view(flat, offset, getattr(torch, dtype), shape)
 
 
 def buckets(offsets: Sequence[int], nbytes: int, *, limit: int) -> list[tuple[int, int, int, int]]:

@@ -9,47 +9,34 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from actors.weights.manifest import WeightManifest
-from actors.weights.staging import stage
+from actors.weights.staging import WeightSender
 from rlhf.errors import RunError
 
 GROW_BY = 64 << 20  # bytes; only the first publication grows the memory
 
 
-class ShmSender:
-    """The policy's end. Rank 0 owns the memory; the other ranks only take part in the gathering of weights."""
+class ShmSender(WeightSender):
+    """The policy's end. Rank 0 owns the memory."""
 
-    def __init__(self, *, rank: int, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.memory = SharedMemory() if rank == 0 else None
+    transport = "shm"
+    memory: SharedMemory | None
 
-    def publish(self, named_weights: Iterator[tuple[str, Tensor]], version: int) -> WeightManifest | None:
-        """Write the weights. None on ranks other than 0."""
-        if self.memory is None:
-            for _ in named_weights:
-                pass
-            return None
-        return stage(
-            named_weights,
-            self.memory,
-            version=version,
-            dtype=self.dtype,
-            transport="shm",
-            fields={"path": str(self.memory.path)},
-        )
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.memory = SharedMemory() if self.rank == 0 else None
 
-    def send(self, manifest: WeightManifest, named_weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Do nothing: the engines read the memory."""
-
-    def settle(self) -> None:
-        """Do nothing: the memory is written again at the next sync."""
+    def fields(self) -> Mapping[str, Any]:
+        """Return the path of the memory."""
+        assert self.memory is not None
+        return {"path": str(self.memory.path)}
 
     def close(self) -> None:
         """Free the memory. Engines with an open mapping keep their pages."""

@@ -1,4 +1,4 @@
-"""The trainer's part of every transport: weights as one flat run of bytes, with the checksum of the run.
+"""The policy's end of every transport: weights as one flat run of bytes, with the checksum of the run.
 
 It runs in the policy's process. Iterating the weights may be a collective, so every rank does it, and only rank 0 keeps
 the weights. It must never write to memory in use by an engine.
@@ -6,8 +6,9 @@ the weights. It must never write to memory in use by an engine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
 from jaxtyping import UInt8
@@ -39,6 +40,72 @@ class Scratch:
         return self.flat[: end - begin]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Meeting:
+    """Where sender and receivers of a broadcast meet. The sender is rank 0; receivers are 1 to num_receivers."""
+
+    address: str
+    port: int
+    num_receivers: int
+    timeout_s: float
+
+
+class WeightSender:
+    """The policy's end of a transport, one on every rank. In a sync: publish, send, settle.
+
+    Iterating the weights may be a collective: in `publish` all ranks do, in `send` all or none, as the transport needs.
+    Most transports stage the weights in the memory of rank 0, and the engines read them without `send`.
+
+    Args:
+        meeting: where a broadcast meets its receivers.
+        beside_engine: an engine shares this rank's GPU.
+    """
+
+    transport: ClassVar[str]
+    memory: FlatMemory | None = None  # None: this rank stages no weights
+
+    def __init__(
+        self, *, rank: int, dtype: torch.dtype, meeting: Meeting | None = None, beside_engine: bool = True
+    ) -> None:
+        self.rank = rank
+        self.dtype = dtype
+        self.meeting = meeting
+        self.beside_engine = beside_engine
+
+    def publish(self, named_weights: Iterator[tuple[str, Tensor]], version: int) -> WeightManifest | None:
+        """Stage the weights and describe them. Returns None on ranks other than 0."""
+        if self.memory is None:
+            iterate(named_weights)
+            return None
+        return stage(
+            named_weights,
+            self.memory,
+            version=version,
+            dtype=self.dtype,
+            transport=self.transport,
+            fields=self.fields(),
+        )
+
+    def fields(self) -> Mapping[str, Any]:
+        """Return the values in the manifest that only this transport's receiver reads."""
+        return {}
+
+    def send(self, manifest: WeightManifest, named_weights: Iterator[tuple[str, Tensor]]) -> None:
+        """Send the same weights while the engines receive, unless the engines read them by themselves."""
+
+    def settle(self) -> None:
+        """Free memory used only for the transfer. Called after the engines have loaded."""
+
+    def close(self) -> None:
+        """Free all resources of the transport."""
+
+
+def iterate(named_weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Take part in the gathering of all weights, and keep none."""
+    for _ in named_weights:
+        pass
+
+
 def stage(
     named_weights: Iterator[tuple[str, Tensor]],
     memory: FlatMemory,
@@ -68,8 +135,8 @@ def stage(
     return WeightManifest(
         version=version,
         checksum=checksum.hexdigest(),
+        dtype=str(dtype).removeprefix("torch."),
         names=tuple(names),
-        dtypes=(str(dtype).removeprefix("torch."),) * len(names),
         shapes=tuple(shapes),
         offsets=tuple(offsets),
         nbytes=end,
@@ -88,10 +155,9 @@ def staged_buckets(
             name, weight = next(named_weights)
             assert (name, tuple(weight.shape)) == (manifest.names[at], manifest.shapes[at])
             until = end if at + 1 == last else manifest.offsets[at + 1]
-            _write(bucket[manifest.offsets[at] - begin : until - begin], weight, getattr(torch, manifest.dtypes[at]))
+            _write(bucket[manifest.offsets[at] - begin : until - begin], weight, getattr(torch, manifest.dtype))
         yield bucket
-    for _ in named_weights:  # no weight is left, but the generator frees its resources only at the next request
-        pass
+    iterate(named_weights)  # no weight is left, but the generator frees its resources only at the next request
 
 
 def _write(region: UInt8[Tensor, " bytes"], weight: Tensor, dtype: torch.dtype) -> None:

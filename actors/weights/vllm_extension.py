@@ -10,17 +10,12 @@ from typing import Any
 
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+from actors.weights import ENGINES
 from actors.weights.vllm_lora_cpu import share_adapter_on_cpu
 from rlhf.engine.memory import peak_memory
 
 PREFIX = "rlhf_"  # vLLM has other backends called nccl and ipc
-_ENGINES = {
-    "shm": ("actors.weights.vllm_shm", "ShmEngine"),
-    "gloo": ("actors.weights.vllm_broadcast", "GlooEngine"),
-    "nccl": ("actors.weights.vllm_broadcast", "NcclEngine"),
-    "ipc": ("actors.weights.vllm_ipc", "IpcEngine"),
-}
-for _name, (_module, _class) in _ENGINES.items():
+for _name, (_module, _class) in ENGINES.items():
     WeightTransferEngineFactory.register_engine(PREFIX + _name, _module, _class)
 share_adapter_on_cpu()
 

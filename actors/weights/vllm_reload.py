@@ -8,7 +8,8 @@ form, and the layer is packed again once its weights have arrived.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,17 +23,47 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
+from actors.weights.manifest import WeightManifest
+from actors.weights.staging import Meeting
 from actors.weights.vllm_packed import load_packed, loads_packed
 from rlhf.errors import RunError
 
-InitInfo = TypeVar("InitInfo", bound=WeightTransferInitInfo)
-UpdateInfo = TypeVar("UpdateInfo", bound=WeightTransferUpdateInfo)
+
+@dataclass
+class MeetingInfo(WeightTransferInitInfo):  # type: ignore[misc]
+    """Where the receivers of a broadcast meet the sender. Other transports have no meeting."""
+
+    meeting: Meeting | None
+    first_rank: int  # at the meeting, of this engine's first worker
 
 
-class ReloadEngine(WeightTransferEngine[InitInfo, UpdateInfo], Generic[InitInfo, UpdateInfo]):  # type: ignore[misc]
+@dataclass
+class ManifestInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
+    """The published weights."""
+
+    manifest: WeightManifest
+
+
+class ReloadEngine(WeightTransferEngine[MeetingInfo, ManifestInfo]):  # type: ignore[misc]
     """A receiving end that loads whole, named weights. Its worker runs no step between start and finish."""
 
+    init_info_cls = MeetingInfo
+    update_info_cls = ManifestInfo
     checksum = ""  # of the bytes last received
+
+    def init_transfer_engine(self, init_info: MeetingInfo) -> None:
+        """Connect to the sender, if the transport needs it."""
+
+    def shutdown(self) -> None:
+        """Free what stays open between updates."""
+
+    def receive(self, manifest: WeightManifest) -> None:
+        """Receive the published weights, give them to `load`, and set `checksum`."""
+        raise NotImplementedError
+
+    def receive_weights(self, update_info: ManifestInfo) -> None:
+        """Receive and load."""
+        self.receive(update_info.manifest)
 
     def start_weight_update(self) -> None:
         """Put the model into its loadable form."""
@@ -44,7 +75,7 @@ class ReloadEngine(WeightTransferEngine[InitInfo, UpdateInfo], Generic[InitInfo,
             initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Receive and load. The base class waits for an accelerator, but a CPU has none."""
+        """Receive and load. The base class would wait for an accelerator, and a CPU has none."""
         self.receive_weights(self.parse_update_info(update_info))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

@@ -16,7 +16,7 @@ from rlhf.algorithms.distillation import DistillationConfig
 from rlhf.algorithms.on_policy_distillation import OnPolicyDistillationConfig
 from rlhf.algorithms.ppo import PPOConfig
 from rlhf.algorithms.shared import OnlineConfig
-from rlhf.config.schema.cluster import ClusterConfig
+from rlhf.config.schema.cluster import ClusterConfig, Transport
 from rlhf.config.schema.data import DataSource, WeightedSource
 from rlhf.config.schema.model import CriticConfig, LoraConfig, ModelConfig, ReferenceConfig
 from rlhf.config.schema.rewards import drops
@@ -28,7 +28,6 @@ from rlhf.data.templates import ChatTemplate
 if TYPE_CHECKING:
     from rlhf.types import Role
 
-SyncMethod = Literal["shm", "gloo", "nccl", "ipc"]
 OfflineKind = Literal["supervised", "distillation", "preference", "reward_model", "step_rewards", "unpaired"]
 
 MAX_ENGINE_RANK = 512  # largest adapter rank in vLLM
@@ -402,7 +401,7 @@ def with_steps(config: Config, rows: int) -> Config:
 class WeightSync:
     """Name the transport of the policy's weights to the engines, and the reason for it."""
 
-    method: SyncMethod
+    method: Transport
     why: str
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from actors.rollout.engine_actor import RolloutSpec
-from actors.weights import Meeting, Transport, WeightManifest, WeightSender, open_sender
+from actors.weights import SENDERS, Meeting, Transport, WeightManifest, WeightSender
 from rlhf.models.tiny import VOCAB_SIZE, byte_tokenizer
 from tests.integration.engine_helpers import call, logprobs_of, model_like, spec
 from tests.integration.rank_gang import Gang
@@ -68,7 +68,7 @@ class Trainer:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
     def open(self, transport: Transport, meeting: Meeting | None) -> None:
-        self.sender = open_sender(transport, rank=0, dtype=torch.float32, meeting=meeting)
+        self.sender = SENDERS[transport](rank=0, dtype=torch.float32, meeting=meeting)
 
     def publish(self, version: int) -> WeightManifest | None:
         self.model = model_like(self.folder, seed=version)

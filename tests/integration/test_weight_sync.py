@@ -17,7 +17,7 @@ import ray
 import torch
 from ray.exceptions import RayTaskError
 
-from actors.weights import Meeting, open_sender
+from actors.weights import SENDERS, Meeting
 from actors.weights.broadcast import BroadcastSender
 from actors.weights.shm import ShmSender
 from rlhf.controller.weight_sync import check_probe
@@ -166,7 +166,7 @@ def test_gloo_syncs_an_untied_engine(tiny_model: Path, ray_local: None) -> None:
     meeting = Meeting(address="127.0.0.1", port=port, num_receivers=1, timeout_s=30.0)
     with engine(spec(tiny_model, transport="gloo")) as handle:
         opened = handle.open_weights.remote(meeting, 1)
-        sender = open_sender("gloo", rank=0, dtype=torch.float32, meeting=meeting)
+        sender = SENDERS["gloo"](rank=0, dtype=torch.float32, meeting=meeting)
         assert isinstance(sender, BroadcastSender)
         call(opened)
         for version in (1, 2):

@@ -169,7 +169,7 @@ def manifest(version: int) -> WeightManifest:
         version=version,
         checksum="checksum",
         names=(),
-        dtypes=(),
+        dtype="float32",
         shapes=(),
         offsets=(),
         nbytes=0,

@@ -14,11 +14,11 @@ import xxhash
 from safetensors.torch import load_file
 from torch import Tensor
 
-from actors.weights import Meeting, open_sender
+from actors.weights import SENDERS, Meeting
 from actors.weights.adapter import AdapterSender
 from actors.weights.broadcast import BUCKET_BYTES, BroadcastSender, broadcast, open_group
 from actors.weights.checksum import WEIGHT_STEP, weighted_sum
-from actors.weights.manifest import buckets, named_views
+from actors.weights.manifest import buckets
 from actors.weights.shm import SharedMemory, ShmSender
 from actors.weights.staging import Scratch, stage, staged_buckets
 from rlhf.errors import RunError
@@ -43,9 +43,7 @@ def test_layout_is_aligned_and_contiguous_and_the_checksum_is_of_the_whole_run()
     assert manifest.shapes == ((7,), (4, 3), ())
     flat = memory.region(0, manifest.nbytes)
     assert manifest.checksum == xxhash.xxh3_64(flat.numpy().tobytes()).hexdigest()
-    for (name, seen), (expected_name, expected) in zip(
-        named_views(flat, manifest.names, manifest.dtypes, manifest.shapes, manifest.offsets), weights(), strict=True
-    ):
+    for (name, seen), (expected_name, expected) in zip(manifest.views(flat), weights(), strict=True):
         assert name == expected_name
         assert torch.equal(seen, expected.bfloat16())
     memory.close()
@@ -101,7 +99,7 @@ def test_shared_memory_is_written_in_place() -> None:
     assert second is not None
     assert first.fields == second.fields
     flat = torch.from_file(second.fields["path"], size=second.nbytes, dtype=torch.uint8)
-    seen = dict(named_views(flat, second.names, second.dtypes, second.shapes, second.offsets))
+    seen = dict(second.views(flat))
     assert torch.equal(seen["a"], torch.arange(7.0) + 1.0)
     sender.close()
     sender.close()
@@ -147,7 +145,7 @@ def test_gloo_broadcast_brings_the_staged_bytes(unused_port: int, monkeypatch: p
     monkeypatch.setattr("actors.weights.broadcast.BUCKET_BYTES", 64)  # one tensor a bucket
     with ThreadPoolExecutor(2) as threads:
         receiver = threads.submit(open_group, "gloo", meeting, 1)
-        sender = threads.submit(open_sender, "gloo", rank=0, dtype=torch.float32, meeting=meeting).result(30)
+        sender = threads.submit(SENDERS["gloo"], rank=0, dtype=torch.float32, meeting=meeting).result(30)
         group = receiver.result(30)
         assert isinstance(sender, BroadcastSender)
         manifest = sender.publish(weights(), 1)
@@ -166,7 +164,7 @@ def test_gloo_broadcast_brings_the_staged_bytes(unused_port: int, monkeypatch: p
 def test_missing_receivers_are_named_at_the_deadline(unused_port: int) -> None:
     meeting = Meeting(address="127.0.0.1", port=unused_port, num_receivers=1, timeout_s=0.5)
     with pytest.raises(RunError, match=r"rank 0 of 2 found not all others at 127\.0\.0\.1"):
-        open_sender("gloo", rank=0, dtype=torch.float32, meeting=meeting)
+        SENDERS["gloo"](rank=0, dtype=torch.float32, meeting=meeting)
 
 
 def test_adapter_folder_holds_peft_files(tmp_path: Path) -> None:
@@ -190,7 +188,7 @@ def test_a_rank_without_an_engine_offers_no_gpu_memory() -> None:
 
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        sender = open_sender("ipc", rank=1, dtype=torch.float32, meeting=None, beside_engine=False)
+        sender = SENDERS["ipc"](rank=1, dtype=torch.float32, meeting=None, beside_engine=False)
         assert sender.publish(gathered(), 1) is None
     finally:
         torch.distributed.destroy_process_group()

@@ -10,6 +10,7 @@ from rlhf.algorithms.section import OnlyIn, OnlyWith, Section
 
 OF_THE_HOST = OnlyWith("colocate_with", None, because="it uses what {value} reserves")
 OF_A_LOCAL_RAY = OnlyWith("address", None, because="its size is that of `ray start --object-store-memory`")
+Transport = Literal["shm", "gloo", "nccl", "ipc"]
 Threads = Annotated[int, Field(ge=1, le=1024)] | Literal["auto"]
 
 
@@ -147,7 +148,7 @@ class ClusterConfig(Section):
     device: Literal["cpu", "cuda"] = "cpu"
     """Device of the models. cuda gives every trained and forward worker one GPU and every engine
     tensor_parallel GPUs."""
-    weight_sync: Annotated[Literal["auto", "shm", "gloo", "nccl", "ipc"], OnlyIn("rollouts")] = "auto"
+    weight_sync: Annotated[Literal["auto", Transport], OnlyIn("rollouts")] = "auto"
     """Transport of the weights to the engines. auto: shm on one CPU host, gloo across CPU hosts, ipc if policy and
     engine share GPUs, else nccl."""
     object_store_gib: Annotated[float, OF_A_LOCAL_RAY] = Field(default=1.0, gt=0.05)
