@@ -17,7 +17,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
-Role = Literal["policy", "reference", "teacher", "reward", "critic", "rollout"]
 RewardErrorKind = Literal["raised", "timeout", "not_a_number", "no_opinion", "died", "refused", "unavailable"]
 
 

@@ -18,8 +18,8 @@ from actors.cluster.connect import OWN_RAY
 from rlhf.config.placement_plan import Seating, fit, seat
 from rlhf.config.schema.root import Config
 from rlhf.errors import RunError, UserError
+from rlhf.role_table import Role
 from rlhf.stopping import finishes_within
-from rlhf.types import Role
 
 logger = logging.getLogger(__name__)
 SAY_EVERY_S = 30.0

@@ -33,13 +33,14 @@ from rlhf.config.placement_plan import fit, seat
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.stages import MergeStage, Stage
 from rlhf.errors import UserError
+from rlhf.role_table import MODEL_SECTIONS
 
 ANSWER_WITHIN_S = 60.0  # for a node, whose actor has to start first
 QUICK_S = 15.0
 MOST_FOR_ALL_PAIRS = 8  # nodes; with more, each node is measured with the next
 CLOCKS_WITHIN_S = 1.0
 SLOW = 0.5  # of the median bandwidth
-MODELS = ("policy", "critic", "reference", "teacher", "reward", "evaluate")  # sections with models
+MODELS = (*MODEL_SECTIONS, "evaluate")  # sections with models
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 

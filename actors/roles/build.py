@@ -30,7 +30,7 @@ from rlhf.config.derive import (
 )
 from rlhf.config.schema.root import Config
 from rlhf.rewards.scoring import RewardSpec
-from rlhf.types import Role
+from rlhf.role_table import Role
 from rlhf.workers.frozen.online_teacher import OnlineTeacherWorker
 from rlhf.workers.frozen.reference import ReferenceWorker
 from rlhf.workers.frozen.reward import RewardSettings, RewardWorker

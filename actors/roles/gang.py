@@ -13,15 +13,14 @@ from ray.actor import ActorHandle
 from actors.roles.group import END_WITHIN_S, ModelGroup
 from actors.weights import Meeting, Transport, WeightManifest
 from rlhf.errors import RunError, UserError
+from rlhf.role_table import Role
 from rlhf.roles import AdvantagesReport, Arithmetic, Metrics, PrepareReport, Ref, StatesByRank
 from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.types import (
     BatchPlan,
     Examples,
-    MemoryReport,
     MinibatchPlan,
     Pairs,
-    Role,
     Rollouts,
     TokenSignals,
     TokenValues,

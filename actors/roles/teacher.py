@@ -8,8 +8,9 @@ from typing import Any
 from actors.roles.group import ModelGroup
 from actors.roles.worker_pools import ReferenceWorkers
 from rlhf.data.packing import balance
+from rlhf.role_table import Role
 from rlhf.roles import CompletedGroup, Ref, StatesByRank
-from rlhf.types import Examples, LearntStates, MinibatchPlan, Role, Rollouts, VocabularyHead
+from rlhf.types import Examples, LearntStates, MinibatchPlan, Rollouts, VocabularyHead
 
 
 class _Teacher(ModelGroup):

@@ -18,9 +18,10 @@ from rlhf.evaluation.voting import AnswerForm
 from rlhf.rewards.processes.pool import GroupOutcome
 from rlhf.rewards.scoring import ask_deadline_s, asks_in_flight
 from rlhf.rewards.scoring import deadline_s as longest_s
+from rlhf.role_table import Role
 from rlhf.roles import CompletedGroup, Ref, SampleSelection
 from rlhf.rollouts.records.texts import Transcript
-from rlhf.types import GroupScores, MemoryReport, Role, Rollouts, TokenSignals, TokenValues
+from rlhf.types import GroupScores, Rollouts, TokenSignals, TokenValues
 from rlhf.workers.frozen.reward import RewardSettings
 
 PING_EVERY_S = 10.0  # while an answer is pending

@@ -25,9 +25,10 @@ from rlhf.config.schema.root import Config
 from rlhf.engine.memory import peak_memory
 from rlhf.errors import RunError
 from rlhf.models.on_disk import ModelOnDisk
+from rlhf.role_table import Role
 from rlhf.roles import CompletedGroup, EnginePart
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
-from rlhf.types import GroupRequest, MemoryReport, Role, RolloutInfo, Sampling
+from rlhf.types import GroupRequest, MemoryReport, RolloutInfo, Sampling
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ the predicates above it take any configuration.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from rlhf.algorithms import ONLINE_ALGORITHMS, ONLINE_PAIR_ALGORITHMS, PAIR_ALGORITHMS, UNPAIRED_ALGORITHMS
 from rlhf.algorithms.distillation import DistillationConfig
@@ -18,22 +18,17 @@ from rlhf.algorithms.ppo import PPOConfig
 from rlhf.algorithms.shared import OnlineConfig
 from rlhf.config.schema.cluster import ClusterConfig, Transport
 from rlhf.config.schema.data import DataSource, WeightedSource
-from rlhf.config.schema.model import CriticConfig, LoraConfig, ModelConfig, ReferenceConfig
+from rlhf.config.schema.model import CriticConfig, LoraConfig, ModelConfig, PolicyConfig, ReferenceConfig
 from rlhf.config.schema.rewards import drops
 from rlhf.config.schema.rollouts import RolloutsConfig
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.train import TrainConfig
 from rlhf.data.templates import ChatTemplate
-
-if TYPE_CHECKING:
-    from rlhf.types import Role
+from rlhf.role_table import GUESTS_OF_ENGINES, MODEL_SECTIONS, ROLE_ORDER, Role
 
 OfflineKind = Literal["supervised", "distillation", "preference", "reward_model", "step_rewards", "unpaired"]
 
 MAX_ENGINE_RANK = 512  # largest adapter rank in vLLM
-
-# Bundles are laid out in this order, so that each role follows its possible hosts.
-ROLE_ORDER: tuple[Role, ...] = ("policy", "rollout", "critic", "reference", "teacher", "reward")
 
 
 def is_online(config: Config) -> bool:
@@ -205,20 +200,6 @@ def uses_reward_model(config: Config) -> bool:
     return any(reward.role == "reward" for reward in config.rewards.values())
 
 
-def needs(config: Config) -> frozenset[Role]:
-    """Return the roles with workers in this run."""
-    roles: set[Role] = {"policy"}
-    if is_online(config):
-        roles |= {"rollout", "reward"}
-    if has_critic(config):
-        roles.add("critic")
-    if uses_reference(config) and not reference_is_adapter_off(config):
-        roles.add("reference")
-    if has_teacher(config):
-        roles.add("teacher")
-    return frozenset(roles)
-
-
 def shares_engines_gpus(config: Config) -> frozenset[Role]:
     """Return the roles that leave their GPUs while an engine is awake. Without shared GPUs the set is empty.
 
@@ -227,8 +208,8 @@ def shares_engines_gpus(config: Config) -> frozenset[Role]:
     roles, needed = config.cluster.roles, needs(config)
     if config.cluster.device == "cpu" or "rollout" not in needed or roles.rollout.colocate_with is None:
         return frozenset()
-    guests: tuple[Role, ...] = ("critic", "reference", "teacher")
-    return frozenset({"policy", *(r for r in guests if r in needed and getattr(roles, r).colocate_with is not None)})
+    hosts = {"policy", *(role for role in GUESTS_OF_ENGINES if getattr(roles, role).colocate_with is not None)}
+    return needed & hosts
 
 
 def reference_model(config: Config) -> ReferenceConfig:
@@ -247,19 +228,46 @@ def critic_model(config: Config) -> CriticConfig:
     return CriticConfig(**values)
 
 
-def models_of(config: Config) -> dict[str, ModelConfig]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoleUse:
+    """Say which runs need a role, and which model its workers load. None: they only have reward functions."""
+
+    is_needed: Callable[[Config], bool]
+    model: Callable[[Config], ModelConfig | None]
+
+
+ROLE_USES: Mapping[Role, RoleUse] = {
+    "policy": RoleUse(is_needed=lambda config: True, model=lambda config: config.policy),
+    "critic": RoleUse(is_needed=has_critic, model=critic_model),
+    "reference": RoleUse(
+        is_needed=lambda config: uses_reference(config) and not reference_is_adapter_off(config),
+        model=reference_model,
+    ),
+    "teacher": RoleUse(is_needed=has_teacher, model=lambda config: config.teacher),
+    "reward": RoleUse(is_needed=is_online, model=lambda config: config.reward if uses_reward_model(config) else None),
+    "rollout": RoleUse(is_needed=is_online, model=lambda config: config.policy),
+}
+
+
+def needs(config: Config) -> frozenset[Role]:
+    """Return the roles with workers in this run."""
+    return frozenset(role for role, use in ROLE_USES.items() if use.is_needed(config))
+
+
+def models_of(config: Config) -> dict[Role, ModelConfig]:
     """Return the models loaded by the run, by section."""
-    roles = needs(config)
-    models: dict[str, ModelConfig] = {"policy": config.policy}
-    if "reference" in roles:
-        models["reference"] = reference_model(config)
-    if "teacher" in roles and config.teacher is not None:
-        models["teacher"] = config.teacher
-    if "critic" in roles:
-        models["critic"] = critic_model(config)
-    if uses_reward_model(config) and config.reward is not None:
-        models["reward"] = config.reward
-    return models
+    models = {role: ROLE_USES[role].model(config) for role in MODEL_SECTIONS if role in needs(config)}
+    return {role: model for role, model in models.items() if model is not None}
+
+
+def trained_sections(config: Config) -> dict[Role, PolicyConfig | CriticConfig]:
+    """Return the models trained by the run, by section."""
+    return {role: model for role, model in models_of(config).items() if isinstance(model, PolicyConfig | CriticConfig)}
+
+
+def has_value_head(config: Config, role: Role) -> bool:
+    """Return whether a role's model gives a number per token instead of a distribution."""
+    return role == "critic" or (role == "policy" and has_scalar_head(config))
 
 
 def train_sets(config: Config) -> Mapping[str, WeightedSource]:

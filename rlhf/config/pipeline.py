@@ -33,18 +33,14 @@ from rlhf.config.schema.stages import (
     stage_problems,
     stage_unused,
 )
+from rlhf.role_table import MODEL_SECTIONS, TRAINED_ROLES
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 # Keys that accept `stage:NAME`; `*` is any name.
 MODELS: tuple[Key, ...] = (
-    ("policy", "model"),
-    ("policy", "adapter"),
+    *((section, "model") for section in MODEL_SECTIONS),
+    *((section, "adapter") for section in TRAINED_ROLES),
     ("policy", "tokenizer"),
-    ("reference", "model"),
-    ("teacher", "model"),
-    ("critic", "model"),
-    ("critic", "adapter"),
-    ("reward", "model"),
     ("merge", "base"),
     ("merge", "models", "*", "model"),
     ("evaluate", "model"),

@@ -9,15 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from rlhf.config.derive import ROLE_ORDER, needs, uses_reward_model
+from rlhf.config.derive import needs, uses_reward_model
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.root import Config
-
-if TYPE_CHECKING:
-    from rlhf.types import Role
+from rlhf.role_table import ROLE_ORDER, ROLES, Role
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,32 +125,16 @@ def copies(bundles: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str, 
 
 def _wishes(needed: Collection[Role], cluster: ClusterConfig, *, with_reward_model: bool) -> dict[Role, _Wish]:
     """Return the requests of all roles, each after its host."""
-    roles, gpu = cluster.roles, 1.0 if cluster.device == "cuda" else 0.0
-    engine = roles.rollout
-
-    def host(wanted: Role | None) -> Role | None:
-        return wanted if wanted in needed else None
-
-    wishes: dict[Role, _Wish] = {
-        "policy": _Wish(
-            count=roles.policy.workers, cpus=roles.policy.cpus, gpus=gpu, labels=roles.policy.node_labels, host=None
-        ),
-        "rollout": _Wish(
-            count=engine.engines,
-            cpus=engine.cpus,
-            gpus=gpu * engine.tensor_parallel,
-            labels=engine.node_labels,
-            host=host(engine.colocate_with),
-        ),
-    }
-    for role in ("critic", "reference", "teacher", "reward"):
-        section = getattr(roles, role)
-        gpus = 0.0 if role == "reward" and not with_reward_model else gpu
-        wishes[role] = _Wish(
-            count=section.workers,
-            cpus=section.cpus,
-            gpus=gpus,
-            labels=section.node_labels,
-            host=host(section.colocate_with),
-        )
-    return {role: wishes[role] for role in ROLE_ORDER if role in needed}
+    wishes: dict[Role, _Wish] = {}
+    for role in ROLE_ORDER:
+        if role not in needed:
+            continue
+        section, kind = getattr(cluster.roles, role), ROLES[role].kind
+        gpus = 1.0 if cluster.device == "cuda" else 0.0
+        if kind == "engines":
+            gpus *= section.tensor_parallel
+        elif kind == "scoring" and not with_reward_model:
+            gpus = 0.0
+        host = section.colocate_with if section.colocate_with in needed else None
+        wishes[role] = _Wish(count=section.workers, cpus=section.cpus, gpus=gpus, labels=section.node_labels, host=host)
+    return wishes

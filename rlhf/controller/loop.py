@@ -15,9 +15,8 @@ from collections.abc import Collection, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any, Protocol
 
-from rlhf.config.derive import critic_model, has_critic
+from rlhf.config.derive import trained_sections
 from rlhf.config.files.differences import home, portable
-from rlhf.config.schema.model import CriticConfig, PolicyConfig
 from rlhf.config.schema.root import Config
 from rlhf.controller.notice import Notice
 from rlhf.controller.record import Best, RunRecord
@@ -208,9 +207,7 @@ def trained_models(config: Config) -> dict[str, Any]:
 
     They are each trained role's model, adapter shape, dtype, number of ranks and sharding.
     """
-    models: dict[str, PolicyConfig | CriticConfig] = {"policy": config.policy}
-    if has_critic(config):
-        models["critic"] = critic_model(config)
+    models = trained_sections(config)
     roles = config.cluster.roles.model_dump(mode="json")
     tree: dict[str, Any] = {
         role: model.model_dump(mode="json", include={"model", "adapter", "dtype", "lora"})

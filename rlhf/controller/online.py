@@ -31,10 +31,11 @@ from rlhf.controller.weight_sync import sync_weights
 from rlhf.data.stream import Stream
 from rlhf.errors import Preempted
 from rlhf.evaluation.results import Marking
-from rlhf.roles import GpuGuest, TrainedRole
+from rlhf.role_table import GUESTS_OF_ENGINES, ROLES, TRAINED_ROLES, Role
+from rlhf.roles import GpuGuest
 from rlhf.tracking.metrics.reductions import Last, Max, Sum
 from rlhf.tracking.run_folder.samples import samples_path
-from rlhf.types import Prompt, Role, Sampling
+from rlhf.types import Prompt, Sampling
 
 
 class OnlineController(TrainingLoop):
@@ -54,15 +55,13 @@ class OnlineController(TrainingLoop):
         rewards_fingerprint: str,
     ) -> None:
         assert config.rollouts is not None
-        trained: dict[str, TrainedRole] = {"policy": roles.policy}
-        if roles.critic is not None:
-            trained["critic"] = roles.critic
+        present = {field.name: getattr(roles, field.name) for field in fields(roles)}
         scored = bool(config.rewards)
         super().__init__(
             config,
             record,
-            {field.name: getattr(roles, field.name) for field in fields(roles)},
-            trained,
+            present,
+            {role: present[role] for role in TRAINED_ROLES if present[role] is not None},
             eval_sets=eval_sets,
             eval_metric="score" if scored else "kl_teacher",
             lower_is_better=not scored,
@@ -95,7 +94,7 @@ class OnlineController(TrainingLoop):
 
     async def end(self) -> None:
         """Load the trained roles onto shared GPUs, and prepare the policy for its export."""
-        await self._to_trainers("policy", "critic", keep_weights=False)
+        await self._to_trainers(*TRAINED_ROLES, keep_weights=False)
         await super().end()
 
     async def train_step(self, step: int) -> None:
@@ -106,7 +105,7 @@ class OnlineController(TrainingLoop):
         groups, seconds = batch.groups, record.row()["time/rollouts_s"]
         record.add(rollout_metrics(groups, version=step - 1))
         record.add({"throughput/rollout_tokens_per_s": Last(value=batch.sampled_tokens / seconds)})
-        await self._to_trainers("policy", "critic", "reference", "teacher", keep_weights=False)
+        await self._to_trainers(*GUESTS_OF_ENGINES, keep_weights=False)
         signals = await self.learning.learn(groups, step)
         await self._sync(step)
         kept = self.config.tracking.samples_per_step
@@ -133,7 +132,7 @@ class OnlineController(TrainingLoop):
         """Sync the weights to the engines, verify them, and hand the GPU to the engines."""
         roles, record = self.roles, self.record
         if self.sharing:  # free the GPU memory cached by torch, which the engines need
-            await self._offload("critic", "reference", "teacher")
+            await self._offload(*(role for role in GUESTS_OF_ENGINES if not ROLES[role].hosts))
             await roles.policy.empty_cache()
             await roles.rollout.wake("weights")
         record.progress.stage("weight_sync")
@@ -203,7 +202,7 @@ class OnlineController(TrainingLoop):
 
     def saving(self) -> AbstractAsyncContextManager[None]:
         """Load the trained roles onto shared GPUs in the block."""
-        return self._trainers_turn("policy", "critic")
+        return self._trainers_turn(*TRAINED_ROLES)
 
     async def checkpoint(self, *, is_best: bool) -> None:
         """Write a checkpoint, and delete the stored responses that it covers."""

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 import torch
 
 from rlhf.errors import RunError
-from rlhf.types import MemoryReport, Role
+from rlhf.role_table import ROLES, Role
+from rlhf.types import MemoryReport
 
 _GIB = 2**30
 
@@ -51,12 +52,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 def what_shrinks(role: Role) -> str:
     """Return a sentence with the keys that reduce a role's memory."""
     at = f"cluster.roles.{role}"
-    if role == "rollout":
+    kind = ROLES[role].kind
+    if kind == "engines":
         keys = (
             f"a lower {at}.max_num_seqs, a lower {at}.kv_cache_gib (on a CPU) or {at}.gpu_memory_utilization, a higher "
             f"{at}.tensor_parallel (on GPUs)"
         )
-    elif role in ("reference", "teacher", "reward"):
+    elif kind != "trained":
         keys = f"a lower train.max_tokens_per_microbatch, {role}.dtype=bfloat16, {at}.colocate_with=null (on GPUs)"
     else:
         keys = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from rlhf.config.nodes import Node
 from rlhf.config.placement_plan import Seating, fit, seat
@@ -13,9 +13,7 @@ from rlhf.config.schema.root import Config
 from rlhf.config.validation.run import problems
 from rlhf.planning.footprints import Sizes, footprints
 from rlhf.planning.memory import GIB, Footprint
-
-if TYPE_CHECKING:
-    from rlhf.types import Role
+from rlhf.role_table import ROLES, TRAINED_ROLES, Role
 
 RAY_BYTES = int(1.0 * GIB)  # measured: Ray's own processes on a head node
 DRIVER_BYTES = int(0.65 * GIB)  # measured: this command while it trains
@@ -64,15 +62,16 @@ def held_on_gpu(footprint: Footprint, moment: Moment) -> float:
     generate: the engine is awake, and the reward model scores its responses. train: the engine sleeps. weight sync: the
     policy sends weights to the engine while its cache sleeps. All other roles have left the GPU.
     """
-    if footprint.role == "reward":
+    kind = ROLES[footprint.role].kind
+    if kind == "scoring":
         return footprint.of("device")
     if moment == "generate":
-        return footprint.of("device") if footprint.role == "rollout" else footprint.stays
+        return footprint.of("device") if kind == "engines" else footprint.stays
     if moment == "train":
-        return footprint.stays if footprint.role == "rollout" else footprint.held("always") + footprint.held("step")
+        return footprint.stays if kind == "engines" else footprint.held("always") + footprint.held("step")
     if footprint.role == "policy":
         return footprint.held("always") + footprint.held("sync")
-    return footprint.held("always") if footprint.role == "rollout" else footprint.stays
+    return footprint.held("always") if kind == "engines" else footprint.stays
 
 
 def _gpus(seating: Seating, by_role: Mapping[Role, Footprint], nodes: Sequence[Node], at: Sequence[int]) -> list[Fit]:
@@ -176,7 +175,7 @@ def _places_of(config: Config, sizes: Sizes, nodes: Sequence[Node]) -> dict[str,
 def _changes(config: Config, role: Role) -> Iterator[tuple[str, Any]]:
     """Yield keys with values that reduce the memory of a role, mildest first."""
     cuda, section = config.cluster.device == "cuda", getattr(config.cluster.roles, role)
-    if role == "rollout":
+    if ROLES[role].kind == "engines":
         if not cuda and section.kv_cache_gib > 1:
             yield "cluster.roles.rollout.kv_cache_gib", section.kv_cache_gib // 2
         yield "cluster.roles.rollout.max_num_seqs", max(section.max_num_seqs // 4, 1)
@@ -192,7 +191,7 @@ def _changes(config: Config, role: Role) -> Iterator[tuple[str, Any]]:
     half = max(budget // 2, longest or budget)
     if half < budget:
         yield "train.max_tokens_per_microbatch", half
-    if role in ("policy", "critic") and getattr(config, role) is not None:
+    if role in TRAINED_ROLES and getattr(config, role) is not None:
         yield f"{role}.gradient_checkpointing", True
         if section.zero_stage < 3 and section.workers > 1:
             yield f"cluster.roles.{role}.zero_stage", 3

@@ -5,23 +5,20 @@ rlhf.planning.fitting decides whether the processes fit and suggests changes. Th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rlhf.config.derive import (
-    critic_model,
+    ROLE_USES,
     derive,
-    has_scalar_head,
+    has_value_head,
     is_online,
-    needs,
     offline_kind,
-    reference_model,
     shares_engines_gpus,
     ships_adapter,
-    uses_reward_model,
+    trained_sections,
     weight_sync,
 )
 from rlhf.config.schema.cluster import TrainedResources
@@ -41,9 +38,7 @@ from rlhf.planning.memory import (
     with_process,
 )
 from rlhf.planning.shapes import Shape, find_shape
-
-if TYPE_CHECKING:
-    from rlhf.types import Role
+from rlhf.role_table import ROLES, Role
 
 CPUINFO = Path("/proc/cpuinfo")
 BUCKET_BYTES = 64 << 20  # of a weight broadcast: actors.weights.broadcast
@@ -72,16 +67,16 @@ class Sizes:
 def footprints(config: Config, sizes: Sizes) -> list[Footprint]:
     """Return the footprint of each role with workers, in placement order. Raise UserError if a model's sizes are
     unknown."""
-    reward = config.reward if uses_reward_model(config) else None
-    makers: dict[Role, Callable[[], Footprint]] = {
-        "policy": lambda: _trained("policy", config.policy, config, sizes),
-        "rollout": lambda: _engine(config, sizes),
-        "critic": lambda: _trained("critic", critic_model(config), config, sizes),
-        "reference": lambda: _forward("reference", reference_model(config), config, sizes),
-        "teacher": lambda: _forward("teacher", config.teacher, config, sizes),
-        "reward": lambda: _forward("reward", reward, config, sizes),
-    }
-    return [make() for role, make in makers.items() if role == "policy" or role in needs(config)]
+    result = []
+    for role in derive(config).needs:
+        model, kind = ROLE_USES[role].model(config), ROLES[role].kind
+        if kind == "engines":
+            result.append(_engine(config, sizes))
+        elif isinstance(model, PolicyConfig | CriticConfig):
+            result.append(_trained(role, model, config, sizes))
+        else:
+            result.append(_forward(role, model, config, sizes))
+    return result
 
 
 def tokens_of_microbatch(config: Config, role: TrainedResources) -> tuple[int, bool]:
@@ -101,7 +96,7 @@ def _itemsize(model: ModelConfig) -> int:
 def training(role_name: Role, model: PolicyConfig | CriticConfig, config: Config, sizes: Sizes) -> Training:
     """Return the training settings of one rank of the policy or the critic."""
     shape, role = sizes.of(model.model), getattr(config.cluster.roles, role_name)
-    scalar = role_name == "critic" or has_scalar_head(config)
+    scalar = has_value_head(config, role_name)
     whole = shape.scalar_parameters if scalar else shape.parameters
     lora = model.lora
     trained = whole if lora is None else shape.lora_parameters(lora.rank) + (shape.hidden if scalar else 0)
@@ -129,12 +124,9 @@ def training(role_name: Role, model: PolicyConfig | CriticConfig, config: Config
 
 
 def checkpoint_sizes(config: Config, sizes: Sizes) -> Mapping[Role, float]:
-    models: dict[Role, PolicyConfig | CriticConfig] = {"policy": config.policy}
-    if "critic" in needs(config):
-        models["critic"] = critic_model(config)
     return {
         role: checkpoint_bytes(sizes.of(model.model), training(role, model, config, sizes))
-        for role, model in models.items()
+        for role, model in trained_sections(config).items()
     }
 
 
@@ -222,19 +214,20 @@ def _engine(config: Config, sizes: Sizes) -> Footprint:
 def _forward(name: Role, model: ModelConfig | None, config: Config, sizes: Sizes) -> Footprint:
     """Return the footprint of a worker with a frozen model, or with reward functions only if `model` is None."""
     on_gpu = config.cluster.device == "cuda" and model is not None
-    base = Measured.REWARD_BYTES if name == "reward" else Measured.FORWARD_BYTES
+    is_scoring = ROLES[name].kind == "scoring"
+    base = Measured.REWARD_BYTES if is_scoring else Measured.FORWARD_BYTES
     terms: list[Term] = []
     if model is not None:
         terms = forward_terms(
             sizes.of(model.model),
             itemsize=_itemsize(model),
             tokens=config.train.max_tokens_per_microbatch if sizes.tokens is None else sizes.tokens,
-            scalar=name == "reward",
+            scalar=is_scoring,
             widens=not on_gpu and model.dtype == "bfloat16" and sizes.widens,
         )
     if name in shares_engines_gpus(config):
         terms.append(_put_aside(terms))
-    if name == "reward":
+    if is_scoring:
         vocab, each = sizes.of(config.policy.model).vocab, Measured.TOKENIZER_BYTES
         terms.append(Term("tokenizer", vocab * each, f"measured: {vocab:,} * {each} bytes", "host"))
     workers = getattr(config.cluster.roles, name).workers

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from rlhf.planning.shapes import Shape
-
-if TYPE_CHECKING:
-    from rlhf.types import Role
+from rlhf.role_table import Role
 
 GIB = 2**30
 CHUNK_ROWS, CHUNKS_PER_PRODUCT = 256, 4  # as in rlhf.objectives.vocabulary_head; a test compares them

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf.config.derive import ROLE_ORDER, eval_sets, is_online, max_sequence_tokens, models_of, with_steps
+from rlhf.config.derive import eval_sets, is_online, max_sequence_tokens, models_of, with_steps
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.nodes import Node, parse_cluster
 from rlhf.config.placement_plan import seat
@@ -22,6 +22,7 @@ from rlhf.planning.shapes import find_config
 from rlhf.planning.simulate import simulate
 from rlhf.planning.summary import aligned, refuse_misfit, stage_text
 from rlhf.planning.time import DEFAULT_GPU, Stage, rates, sync_stage, system_of, training_stages
+from rlhf.role_table import ROLE_ORDER
 
 
 def render_plan(

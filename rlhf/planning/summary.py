@@ -8,13 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 from rlhf.algorithms.shared import FollowedReferenceConfig
 from rlhf.config.derive import (
-    ROLE_ORDER,
+    ROLE_USES,
     Derived,
-    critic_model,
     critic_optimizer_steps,
     derive,
     eval_sets,
@@ -44,9 +42,7 @@ from rlhf.config.schema.rollouts import RolloutsConfig
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.stages import MergeStage, Stage, run_folder
 from rlhf.errors import UserError
-
-if TYPE_CHECKING:
-    from rlhf.types import Role
+from rlhf.role_table import ROLE_ORDER, Role
 
 
 def refuse_misfit(loaded: LoadedConfig, nodes: Sequence[Node] | None, cluster: str | None) -> None:
@@ -268,15 +264,10 @@ def _sync(config: Config) -> str:
 
 
 def _roles(config: Config, derived: Derived, seating: Seating) -> list[list[str]]:
-    models: dict[Role, str] = {
-        "policy": config.policy.model,
-        "critic": critic_model(config).model,
-        "reference": reference_model(config).model,
-        "teacher": config.teacher.model if config.teacher else "none",
-        "rollout": config.policy.model,
-        "reward": config.reward.model if config.reward else "functions" if config.rewards else "none",
-    }
-    return _role_rows(derived.needs, config.cluster, seating, models)
+    models = {role: ROLE_USES[role].model(config) for role in derived.needs}
+    without = "functions" if config.rewards else "none"
+    names = {role: without if model is None else model.model for role, model in models.items()}
+    return _role_rows(derived.needs, config.cluster, seating, names)
 
 
 def _role_rows(

@@ -10,19 +10,20 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlhf.config.derive import (
+    ROLE_USES,
     critic_model,
     derive,
     has_critic,
     is_online,
+    needs,
     needs_reference_logprobs,
     reference_model,
     sequences_per_row,
     ships_adapter,
     uses_reference,
-    uses_reward_model,
     weight_sync,
 )
 from rlhf.config.nodes import ACCELERATORS, Node
@@ -33,9 +34,7 @@ from rlhf.planning.lengths import Lengths
 from rlhf.planning.memory import kv_bytes_per_token
 from rlhf.planning.shapes import Shape
 from rlhf.planning.simulate import System
-
-if TYPE_CHECKING:
-    from rlhf.types import Role
+from rlhf.role_table import Role
 
 DEFAULT_GPU = "h100"
 CPU_GFLOPS = 75.0  # per core, reached in training; docs/scaling.md
@@ -228,12 +227,6 @@ def _at_once(config: Config, sizes: Sizes, lengths: Lengths) -> int:
 
 def _separate_workers(config: Config) -> int:
     """Return the number of workers with separate devices in other roles."""
-    roles, count = config.cluster.roles, 0
-    for name, used in (
-        ("critic", has_critic(config)),
-        ("reference", derive(config).reference == "workers"),
-        ("reward", uses_reward_model(config)),
-    ):
-        section = getattr(roles, name)
-        count += section.workers if used and section.colocate_with is None else 0
-    return count
+    needed = needs(config) - {"policy", "rollout"}
+    sections = [getattr(config.cluster.roles, role) for role in needed if ROLE_USES[role].model(config) is not None]
+    return sum(section.workers for section in sections if section.colocate_with is None)

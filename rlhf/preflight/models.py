@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from rlhf.config.derive import (
     adapter_options,
-    has_scalar_head,
+    has_value_head,
     models_of,
     saved_rank,
 )
@@ -38,6 +38,7 @@ from rlhf.models.reward_models import refuse_without_head
 from rlhf.models.row_layout import refuse_unpackable
 from rlhf.models.sequence_parallel import refuse_uneven_heads
 from rlhf.preflight.sources import local_model, prefix_errors
+from rlhf.role_table import MODEL_SECTIONS, ROLES, TRAINED_ROLES, Role
 from rlhf.types import Prompt
 
 
@@ -62,13 +63,13 @@ def check_models(config: Config, made: StageResults, *, vocabulary_of: str) -> N
 
 
 def _refuse_unusable_model(
-    section: str, model: ModelConfig, config: Config, finals: Mapping[str, str], *, vocabulary_of: str
+    section: Role, model: ModelConfig, config: Config, finals: Mapping[str, str], *, vocabulary_of: str
 ) -> None:
     """Raise UserError if a section's model is missing, is of the wrong kind, or has a different vocabulary."""
     remote = model.trust_remote_code
-    is_scalar = section == "critic" or (section == "policy" and has_scalar_head(config))
+    is_scalar = has_value_head(config, section)
     with prefix_errors(f"{section}.model"):
-        if section == "reward":
+        if ROLES[section].kind == "scoring":
             refuse_without_head(model.model, trust_remote_code=remote)
             refuse_broken_weights(Path(model.model))
             refuse_missing_weights(model.model, scalar=True, trust_remote_code=remote)
@@ -123,10 +124,10 @@ def _refuse_other_head(path: str, shape: Any) -> None:
         raise UserError(f"{path} has a head of {shape.num_labels} labels, expected one label, or a language model")
 
 
-def _refuse_other_vocabulary(section: str, path: str, policy: str, trust_remote_code: bool) -> None:
+def _refuse_other_vocabulary(section: Role, path: str, policy: str, trust_remote_code: bool) -> None:
     """Raise UserError if a model maps the policy's token ids to other tokens. A model without a tokenizer is accepted.
 
-    A teacher predicts every token, so its vocabulary may not have additional ones.
+    A role that predicts every token may not have additional ones.
     """
     if path == policy:
         return
@@ -139,7 +140,7 @@ def _refuse_other_vocabulary(section: str, path: str, policy: str, trust_remote_
     else:
         policy_vocabulary, theirs = tokenizer.get_vocab(), other.get_vocab()
         fits = _words(tokenizer).items() <= theirs.items()
-        if section == "teacher":
+        if ROLES[section].predicts_all_tokens:
             fits = fits and _words(other).items() <= policy_vocabulary.items()
     if not fits:
         raise UserError(
@@ -156,14 +157,14 @@ def _words(tokenizer: Any) -> dict[str, int]:
     return words
 
 
-def _refuse_other_kind(section: str, folder: str, config: Config, *, trained_by: str | None) -> None:
+def _refuse_other_kind(section: Role, folder: str, config: Config, *, trained_by: str | None) -> None:
     """Raise UserError if an earlier stage's result does not fit the section.
 
     `trained_by` None means a language model.
     """
-    if section == "reward":
+    if ROLES[section].kind == "scoring":
         fits, wanted = trained_by is not None, "a reward model"
-    elif section == "critic" or (section == "policy" and has_scalar_head(config)):
+    elif has_value_head(config, section):
         return  # any language model: its head is kept or replaced
     else:
         fits, wanted = trained_by is None, "a language model"
@@ -200,7 +201,7 @@ def with_sources(config: Config, folder: Path) -> Config:
     tiny:llama becomes a folder, created now if it is missing. A model of the hub has its revision in its name.
     """
     changed: dict[str, Any] = {}
-    for name in ("policy", "reference", "teacher", "critic", "reward"):
+    for name in MODEL_SECTIONS:
         section: ModelConfig | None = getattr(config, name)
         if section is not None:
             loaded = section.as_loaded()
@@ -215,7 +216,7 @@ def with_adapters(config: Config, ours: Mapping[str, LoraConfig]) -> Config:
     `ours` holds the shapes of folders not yet written.
     """
     changed: dict[str, Any] = {}
-    for name in ("policy", "critic"):
+    for name in TRAINED_ROLES:
         section: PolicyConfig | CriticConfig | None = getattr(config, name)
         if section is None or section.adapter is None or section.lora is None:
             continue
@@ -251,9 +252,9 @@ def _refuse_unquantizable(name: str, section: ModelConfig, shape: Any, *, device
 def refuse_other_results(config: Config, made: StageResults) -> None:
     """Raise UserError if a stage's adapter is used as a model, or its model as an adapter."""
     for name, section in models_of(config).items():
-        if section.model in made.adapters and name != "reward":
+        if section.model in made.adapters and ROLES[name].kind != "scoring":
             merge = "merge it into its base in a stage between (method fold)."
-            if name in ("policy", "critic"):
+            if name in TRAINED_ROLES:
                 merge = f"name the base as {name}.model and the stage as {name}.adapter, or {merge}"
             raise UserError(
                 f"{name}.model: {section.model} will be an adapter, not a model, as its stage has lora; {merge}"

@@ -23,9 +23,10 @@ from rlhf.models.export import export_adapter, export_model
 from rlhf.models.loading import architecture_fingerprint, load_tokenizer
 from rlhf.models.row_check import check_rows
 from rlhf.models.row_layout import row_layout
+from rlhf.role_table import Role
 from rlhf.roles import Arithmetic
 from rlhf.tracking.run_folder.atomic import explains_full
-from rlhf.types import MemoryReport, Role
+from rlhf.types import MemoryReport
 from rlhf.workers.rank_context import RankContext, torch_dtype
 
 

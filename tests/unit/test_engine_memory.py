@@ -13,7 +13,7 @@ from actors.rollout.engine_thread import EngineLoop
 from rlhf.config.schema.root import Config
 from rlhf.engine.memory import explains_out_of_memory, peak_memory, what_shrinks
 from rlhf.errors import RunError
-from rlhf.types import Role
+from rlhf.role_table import Role
 
 
 def allocate_too_much() -> None:

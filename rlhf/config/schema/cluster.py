@@ -121,6 +121,11 @@ class RolloutResources(Section):
     enforce_eager: Annotated[bool, OnlyIn("cuda")] = False
     """Disable CUDA graphs on GPUs. CPU engines never use them."""
 
+    @property
+    def workers(self) -> int:
+        """Return the number of engines. Each is one actor, also with several GPUs."""
+        return self.engines
+
 
 class Roles(Section):
     """Resources of each role. Roles not needed by the run must not be given."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rlhf.algorithms.correction import CorrectionConfig
 from rlhf.algorithms.ppo import PPOConfig
@@ -26,9 +25,7 @@ from rlhf.config.validation.losses import loss_problems
 from rlhf.config.validation.reward_limits import limit_problems
 from rlhf.config.validation.rewards import credit_problems, normalization_problems, reward_problems
 from rlhf.config.validation.unused_keys import unused
-
-if TYPE_CHECKING:
-    from rlhf.types import Role
+from rlhf.role_table import MODEL_SECTIONS, ROLES, TRAINED_ROLES, Role
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -90,7 +87,7 @@ def _presence(config: Config) -> Iterator[Problem]:
     if best is not None and sets and best.removeprefix("-") not in known and not of_a_source:
         text = f"got {best!r}, expected a metric of an evaluation, or one with `-` before it: {', '.join(known)}"
         yield _problem("train.best_metric", text)
-    for field in ("policy", "reference", "teacher", "critic", "reward"):
+    for field in MODEL_SECTIONS:
         section = getattr(config, field)
         if section is not None and section.model.startswith("stage:"):
             text = (
@@ -106,7 +103,7 @@ def _presence(config: Config) -> Iterator[Problem]:
 
 def _revisions(config: Config) -> Iterator[Problem]:
     """Yield revisions of models outside the hub."""
-    for role in ("policy", "critic", "reference", "teacher", "reward"):
+    for role in MODEL_SECTIONS:
         section: ModelConfig | None = getattr(config, role)
         if section is None or section.revision is None:
             continue
@@ -119,7 +116,7 @@ def _revisions(config: Config) -> Iterator[Problem]:
 
 def _adapters(config: Config) -> Iterator[Problem]:
     """Yield kinds of low-rank training that exclude each other or the role's ZeRO stage."""
-    for role in ("policy", "critic"):
+    for role in TRAINED_ROLES:
         section: PolicyConfig | CriticConfig | None = getattr(config, role)
         if section is None:
             continue
@@ -139,10 +136,9 @@ def _adapters(config: Config) -> Iterator[Problem]:
         if both := sorted(set(named) & set(lora.modules_to_save)):
             text = f"has {', '.join(both)}, which {key}.target_modules adapts; name it in one of them"
             yield _problem(f"{key}.modules_to_save", text)
-    trained = {"policy": config.policy.lora, "critic": derive.critic_model(config).lora}
-    for role, lora in trained.items():
+    for role, model in derive.trained_sections(config).items():
         stage = getattr(config.cluster.roles, role).zero_stage
-        if lora is not None and lora.quantize is not None and stage == 3 and role in derive.needs(config):
+        if model.lora is not None and model.lora.quantize is not None and stage == 3:
             text = f"is 3, but DeepSpeed does not shard weights of 4 bits ({role}.lora.quantize); set 2"
             yield _problem(f"cluster.roles.{role}.zero_stage", text)
 
@@ -239,7 +235,7 @@ def _evaluation(config: Config) -> Iterator[Problem]:
 def _updates(config: Config) -> Iterator[Problem]:
     """Yield problems with the optimizer's schedule and its ranks."""
     train = config.train
-    for role in ("policy", "critic"):
+    for role in TRAINED_ROLES:
         if role not in derive.needs(config):
             continue
         section: TrainedResources = getattr(config.cluster.roles, role)
@@ -275,7 +271,7 @@ def _cluster(config: Config) -> Iterator[Problem]:
     cluster, roles = config.cluster, config.cluster.roles
     needed = derive.needs(config)
     yield from cluster_problems(cluster, needed, with_reward_model=derive.uses_reward_model(config))
-    for role in ("policy", "critic"):
+    for role in TRAINED_ROLES:
         if role not in needed:
             continue
         section: TrainedResources = getattr(roles, role)
@@ -328,9 +324,9 @@ def _colocation(cluster: ClusterConfig, needed: Collection[Role], *, with_reward
         yield _problem("cluster.roles.rollout.colocate_with", text)
     if engine.tensor_parallel > 1:
         rule = f"Ray shares out single GPUs only, and cluster.roles.rollout.tensor_parallel is {engine.tensor_parallel}"
-        guests = [r for r in ("reference", "reward") if r in needed and getattr(roles, r).colocate_with == "rollout"]
-        for guest in guests:
-            if guest == "reference" or with_reward_model:
+        for guest in MODEL_SECTIONS:
+            has_model = with_reward_model or ROLES[guest].kind != "scoring"
+            if guest in needed and getattr(roles, guest).colocate_with == "rollout" and has_model:
                 text = f"is rollout, but {rule}; set it to policy or null, or tensor_parallel to 1"
                 yield _problem(f"cluster.roles.{guest}.colocate_with", text)
         if with_policy and engine.colocate_with == "policy":
@@ -341,13 +337,12 @@ def _colocation(cluster: ClusterConfig, needed: Collection[Role], *, with_reward
 def _guests(cluster: ClusterConfig, needed: Collection[Role]) -> Iterator[Problem]:
     """Yield colocated roles with more workers than their host has bundles."""
     roles = cluster.roles
-    engine = roles.rollout
-    for role in ("critic", "reference", "teacher", "reward"):
+    for role in MODEL_SECTIONS:
         section = getattr(roles, role)
         host = section.colocate_with
         if role not in needed or host not in needed:
             continue
-        size, unit = (engine.engines, "engines") if host == "rollout" else (roles.policy.workers, "workers")
+        size, unit = getattr(roles, host).workers, "engines" if ROLES[host].kind == "engines" else "workers"
         if section.workers > size:
             text = (
                 f"is {section.workers}, but it is colocated with {host}, which has {size} {unit}: each hosts at"
@@ -358,19 +353,18 @@ def _guests(cluster: ClusterConfig, needed: Collection[Role]) -> Iterator[Proble
 
 def _turns(config: Config) -> Iterator[Problem]:
     """Yield trained roles whose states cannot leave a GPU shared with an engine."""
-    cluster, roles, needed = config.cluster, config.cluster.roles, derive.needs(config)
+    cluster, roles = config.cluster, config.cluster.roles
     if cluster.device == "cpu" or roles.rollout.colocate_with is None:
         return
     rule = "an engine takes turns with it on its GPU (cluster.roles.rollout.colocate_with)"
-    adapters = {"policy": config.policy.lora, "critic": derive.critic_model(config).lora}
-    for role in ("policy", "critic"):
+    for role, model in derive.trained_sections(config).items():
         section: TrainedResources = getattr(roles, role)
-        if role not in needed or (role == "critic" and roles.critic.colocate_with is None):
+        if role not in derive.shares_engines_gpus(config):
             continue
         if section.zero_stage < 2:
             text = f"is {section.zero_stage}, but {rule}, and DeepSpeed moves the states of stages 2 and 3 only; set 2"
             yield _problem(f"cluster.roles.{role}.zero_stage", text)
-        if section.zero_stage == 3 and adapters[role] is not None:
+        if section.zero_stage == 3 and model.lora is not None:
             text = f"is 3, but {rule}, and DeepSpeed does not move a LoRA model of that stage; set 2"
             yield _problem(f"cluster.roles.{role}.zero_stage", text)
         if "parameters" in section.offload:

@@ -27,6 +27,7 @@ from rlhf.config.schema.data import TaskConfig
 from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.rewards import RewardConfig, drops
 from rlhf.config.schema.root import Config
+from rlhf.role_table import ROLE_ORDER
 
 Missing = dict[str, tuple[str, str]]  # a part that the run lacks: the reason, and what to change
 MORE_UPDATES = "lower train.sequences_per_update or raise train.epochs_per_batch"
@@ -246,14 +247,14 @@ def _has_passing_scores(rewards: Mapping[str, RewardConfig], pass_score: float |
 def _roles_of_evaluation(stage: EvaluationStage) -> Iterator[Inert]:
     """Yield the resources of roles that the stage does not start."""
     workers = "rollout and reward answer" if stage.evaluate.rewards else "completions are measured by policy workers"
-    for role in derive.ROLE_ORDER:
+    for role in ROLE_ORDER:
         if role not in stage.needs:
             yield from _all(f"cluster.roles.{role}", f"this stage starts no {role} role: {workers}", "use it to train")
 
 
 def _roles_of_run(config: Config) -> Iterator[Inert]:
     """Yield the resources of roles that the run does not start."""
-    for role in derive.ROLE_ORDER:
+    for role in ROLE_ORDER:
         if role not in derive.needs(config):
             yield from _all(f"cluster.roles.{role}", f"this run starts no {role} role", _how_to_need(config, role))
 

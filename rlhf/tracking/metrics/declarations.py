@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from rlhf.role_table import ROLES
 from rlhf.tracking.metrics.reductions import Histogram, Reduction
 
 _REDUCTIONS = {kind.__name__: kind for kind in Reduction.__subclasses__()}
@@ -38,7 +39,7 @@ PLACEHOLDERS: Mapping[str, tuple[str, str]] = {
     "set": (r"[A-Za-z0-9_.-]+", "an evaluation set's name"),
     "metric": (r"[A-Za-z0-9_.@-]+", "`score`, a reward's name, `loss`, `kl_teacher`, or what the evaluation calls it"),
     "node": (r"[A-Za-z0-9_.-]+", "a node's address in the Ray cluster"),
-    "role": ("policy|reference|teacher|reward|critic|rollout|controller", "a role, or `controller` for the driver"),
+    "role": ("|".join(("controller", *ROLES)), "a role, or `controller` for the driver"),
     "stage": (
         "data|rollouts|rewards|reference|teacher|values|old_logprobs|experience|advantages|update|weight_sync|probe"
         "|snapshot|checkpoint|eval",

@@ -18,9 +18,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from rlhf.role_table import ROLES
+
 logger = logging.getLogger(__name__)
 
-_ROLES = ("controller", "policy", "critic", "reference", "teacher", "reward", "rollout")  # rows from top to bottom
+_ROWS = ("controller", *ROLES)  # from top to bottom
 _REMEMBERED = 256  # newest spans of a lane, for the overlap check
 
 
@@ -97,8 +99,8 @@ class Timeline:
 
     def _pid(self, role: str) -> int:
         if role not in self._pids:
-            known = _ROLES.index(role) + 1 if role in _ROLES else None
-            pid = known or max([len(_ROLES), *self._pids.values()]) + 1
+            known = _ROWS.index(role) + 1 if role in _ROWS else None
+            pid = known or max([len(_ROWS), *self._pids.values()]) + 1
             self._pids[role] = pid
             self._write({"name": "process_name", "ph": "M", "pid": pid, "args": {"name": role}})
             self._write({"name": "process_sort_index", "ph": "M", "pid": pid, "args": {"sort_index": pid}})

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 
 from rlhf.models.row_layout import row_layout
 from rlhf.objectives.masking import sequence_means
-from rlhf.types import Examples, LearntStates, Role, Rollouts, VocabularyHead
+from rlhf.role_table import Role
+from rlhf.types import Examples, LearntStates, Rollouts, VocabularyHead
 from rlhf.workers.frozen.reference import ReferenceWorker
 from rlhf.workers.frozen.teacher import in_shares, states_of, vocabulary_head
 from rlhf.workers.microbatches import shared_prompts, split_microbatches

@@ -15,7 +15,8 @@ from rlhf.models.loading import load_causal_lm
 from rlhf.models.packed import policy_logprobs_only
 from rlhf.models.row_check import check_rows
 from rlhf.models.row_layout import row_layout
-from rlhf.types import MemoryReport, Role, Rollouts, TokenValues
+from rlhf.role_table import Role
+from rlhf.types import MemoryReport, Rollouts, TokenValues
 from rlhf.workers.microbatches import Temperatures, shared_prompts, split_microbatches
 from rlhf.workers.rank_context import RankContext, torch_dtype
 

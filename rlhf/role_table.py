@@ -1,0 +1,48 @@
+"""Declare the roles of a run in one table, which all code that treats roles alike reads. It imports nothing.
+
+A new role needs an entry here, its resources (rlhf.config.schema.cluster), the runs that need it (rlhf.config.derive),
+its workers (rlhf.workers), their group and its builder (actors.roles), and the controller that uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal["policy", "critic", "reference", "teacher", "reward", "rollout"]
+RoleKind = Literal["trained", "frozen", "scoring", "engines"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoleEntry:
+    """Describe one role.
+
+    trained: ranks with an optimizer. frozen: workers with a whole model. scoring: workers with reward functions, and
+    with a model only if a reward uses one. engines: vLLM engines with the policy's model.
+    """
+
+    kind: RoleKind
+    hosts: bool = False  # other roles may share its bundles
+    predicts_all_tokens: bool = False  # so its vocabulary may have no tokens that the policy's lacks
+
+
+ROLES: Mapping[Role, RoleEntry] = {
+    "policy": RoleEntry(kind="trained", hosts=True),
+    "critic": RoleEntry(kind="trained"),
+    "reference": RoleEntry(kind="frozen"),
+    "teacher": RoleEntry(kind="frozen", predicts_all_tokens=True),
+    "reward": RoleEntry(kind="scoring"),
+    "rollout": RoleEntry(kind="engines", hosts=True),
+}
+
+
+def roles_of(*kinds: RoleKind) -> tuple[Role, ...]:
+    """Return the roles of these kinds, in the order of the table."""
+    return tuple(role for role, entry in ROLES.items() if entry.kind in kinds)
+
+
+TRAINED_ROLES = roles_of("trained")
+MODEL_SECTIONS = roles_of("trained", "frozen", "scoring")  # roles whose model has a section of the same name
+GUESTS_OF_ENGINES = roles_of("trained", "frozen")  # they can leave a GPU while an engine uses it
+ROLE_ORDER = tuple(sorted(ROLES, key=lambda role: not ROLES[role].hosts))  # each role after its possible hosts
