@@ -111,17 +111,17 @@ def _reward(run: RunContext) -> RewardWorkers:
         memory_gib=policy.memory_gib,
         max_tokens_per_microbatch=config.train.max_tokens_per_microbatch,
     )
-    handles = run.spawn("reward", RewardWorker, settings, concurrency=settings.concurrency)
+    handles = run.spawn(RewardWorkers.role, RewardWorker, settings, concurrency=settings.concurrency)
     return RewardWorkers(handles, settings, deadline_s=config.cluster.call_timeout_s)
 
 
 # In the order in which the groups start and stop. The engines are leased with the run's placement: see EnginePool.
 ROLE_BUILDERS: Mapping[Role, Callable[[RunContext], WorkerGroup]] = {
-    "policy": _policy,
-    "critic": _critic,
-    "reference": _reference,
-    "teacher": _teacher,
-    "reward": _reward,
+    PolicyGang.role: _policy,
+    CriticGang.role: _critic,
+    ReferenceWorkers.role: _reference,
+    TeacherWorkers.role: _teacher,
+    RewardWorkers.role: _reward,
 }
 
 

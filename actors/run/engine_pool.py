@@ -73,7 +73,7 @@ class EngineLease:
         """Start the engines and the other groups of the run. On GPUs, the engines then sleep where they take turns."""
         limit_s, on_gpus = cluster.start_timeout_s, cluster.device == "cuda"
         groups = list(others)
-        if on_gpus and self.placement.seating.shares_gpus("rollout"):
+        if on_gpus and self.placement.seating.shares_gpus(self.engines.role):
             # An engine measures free GPU memory, so no other process may start meanwhile.
             await self.engines.start(deadline_s=limit_s)
         elif not self.is_started:

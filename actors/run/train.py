@@ -21,6 +21,8 @@ from actors.cluster.preemption import run_loop
 from actors.roles.build import RunContext, build_roles
 from actors.roles.gang import OfflineGang, PolicyGang
 from actors.roles.group import Stoppable, ending
+from actors.roles.teacher import TeacherWorkers
+from actors.roles.worker_pools import RewardWorkers
 from actors.run.engine_pool import ENGINE_POOL
 from actors.run.evaluate import run_evaluation
 from actors.run.merge import run_merge
@@ -182,7 +184,7 @@ async def _offline(
         roles = build_roles(RunContext(config=config, placement=placement), groups)
         record.progress.stage(f"starting {_names(placement)}")
         await asyncio.gather(*[g.start(deadline_s=config.cluster.start_timeout_s) for g in roles.values()])
-        policy, teacher = roles["policy"], roles.get("teacher")
+        policy, teacher = roles[PolicyGang.role], roles.get(TeacherWorkers.role)
         sets = (inputs.rows, *inputs.eval_sets.values())
         data = [ray.put(collated(config, rows)) for rows in sets]
         await policy.load_data(data)
@@ -221,7 +223,7 @@ async def _online(
         groups.append(lease)
         record.progress.stage(f"starting {_names(lease.placement)}")
         await lease.start_with(list(roles.values()), config.cluster)
-        policy, teacher = roles["policy"], roles.get("teacher")
+        policy, teacher = roles[PolicyGang.role], roles.get(TeacherWorkers.role)
         if teacher is not None and reads_teacher_states(config):
             await policy.take_teacher(await teacher.head())
         await lease.engines.connect(policy, adapter=record.folder.own / "adapter" if ships_adapter(config) else None)
@@ -234,7 +236,7 @@ async def _online(
             marking=inputs.marking,
             probe_ids=inputs.probe_ids,
             policy_fingerprint=policy.fingerprint,
-            rewards_fingerprint=fingerprint(inputs.rewards, model=repr(roles["reward"].settings.model)),
+            rewards_fingerprint=fingerprint(inputs.rewards, model=repr(roles[RewardWorkers.role].settings.model)),
         )
         yield controller, policy, lease.placement
 

@@ -67,9 +67,10 @@ def _presence(config: Config) -> Iterator[Problem]:
         if not config.rewards and derive.needs_rewards(config):
             by = "algorithm.reward_coef" if derive.distils_rollouts(config) else f"algorithm {name}"
             yield _problem("rewards", f"is missing: {by} needs at least one reward")
-    if derive.has_teacher(config) and config.teacher is None:
-        text = f"is missing: algorithm {config.algorithm.name} learns from a model; name it as teacher.model"
-        yield _problem("teacher", text)
+    for role in derive.needs(config):
+        if ROLES[role].kind == "frozen" and derive.ROLE_USES[role].model(config) is None:
+            text = f"is missing: algorithm {config.algorithm.name} learns from a model; name it as {role}.model"
+            yield _problem(role, text)
     if config.data.train == {}:
         yield _problem("data.train", "is an empty mapping; name what is trained on")
     if config.data.eval == {}:

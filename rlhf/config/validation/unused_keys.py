@@ -27,7 +27,7 @@ from rlhf.config.schema.data import TaskConfig
 from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.rewards import RewardConfig, drops
 from rlhf.config.schema.root import Config
-from rlhf.role_table import ROLE_ORDER
+from rlhf.role_table import ROLE_ORDER, TRAINED_ROLES
 
 Missing = dict[str, tuple[str, str]]  # a part that the run lacks: the reason, and what to change
 MORE_UPDATES = "lower train.sequences_per_update or raise train.epochs_per_batch"
@@ -131,11 +131,9 @@ def _missing_in_run(config: Config) -> Missing:
             missing["skipped rows"] = (why, "set data.too_long to skip or cut")
     else:
         missing["rollouts"] = (f"algorithm {name} samples no responses", "choose an algorithm that does")
-    if not derive.has_critic(config):
-        missing["critic"] = (f"algorithm {name} has no critic", "use ppo")
-    if not derive.has_teacher(config):
-        other = "on_policy_distillation" if derive.is_online(config) else "distillation"
-        missing["teacher"] = (f"algorithm {name} has no teacher", f"use {other}")
+    for role, use in derive.ROLE_USES.items():
+        if not use.is_needed(config):
+            missing[role] = (f"algorithm {name} has no {role}", use.how_to_need(config))
     if not config.rewards:
         missing["rewards"] = ("there are no rewards", "name one in rewards")
     if not drops(config.rewards, config.reward_policy):
@@ -255,23 +253,14 @@ def _roles_of_evaluation(stage: EvaluationStage) -> Iterator[Inert]:
 def _roles_of_run(config: Config) -> Iterator[Inert]:
     """Yield the resources of roles that the run does not start."""
     for role in ROLE_ORDER:
-        if role not in derive.needs(config):
-            yield from _all(f"cluster.roles.{role}", f"this run starts no {role} role", _how_to_need(config, role))
-
-
-def _how_to_need(config: Config, role: str) -> str:
-    if role == "reference" and derive.reference_is_adapter_off(config):
-        return "the policy with its adapter off is the reference; name another reference.model if you want a second one"
-    if role == "reference" and isinstance(config.algorithm, OnlineConfig):
-        return "set algorithm.kl.coef above 0"
-    if role == "teacher":
-        return "use on_policy_distillation" if derive.is_online(config) else "use distillation"
-    return "use ppo" if role == "critic" else "choose an algorithm that samples responses"
+        use = derive.ROLE_USES[role]
+        if not use.is_needed(config):
+            yield from _all(f"cluster.roles.{role}", f"this run starts no {role} role", use.how_to_need(config))
 
 
 def _of_adapters(config: Config) -> Iterator[Inert]:
     """Yield the shape of an adapter that is read from a folder."""
-    for role in ("policy", "critic"):
+    for role in TRAINED_ROLES:
         section = getattr(config, role)
         if section is not None and section.adapter is not None:
             keys = "rank alpha target_modules layers modules_to_save rslora dora init"
