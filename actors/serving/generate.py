@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from actors.serving.offline import serving
+from actors.serving.offline import load_servable, serving
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.data.chat import Message, render, require_template, turn_end, with_system_prompt
 from rlhf.data.examples import Reading
@@ -15,10 +15,7 @@ from rlhf.data.sources import Row, read_rows
 from rlhf.data.tokenization import encode
 from rlhf.errors import UserError
 from rlhf.evaluation.decoding import Decoding, Generation
-from rlhf.models.loading import load_tokenizer
-from rlhf.models.on_disk import ModelOnDisk, refuse_unservable
-from rlhf.models.template_check import refuse_runaway_template
-from rlhf.preflight.models import ANY_LENGTH, refuse_too_long, resolve_model
+from rlhf.preflight.models import ANY_LENGTH, refuse_too_long
 from rlhf.preflight.sources import in_options, refuse_absent_tokens
 from rlhf.tracking import logs
 from rlhf.types import Prompt
@@ -42,7 +39,7 @@ def generate_responses(
     logs.configure("WARNING")
     with in_options():
         rows = _rows(source, decoding.columns)
-        model, tokenizer = _loaded(name, decoding, trust_remote_code=trust_remote_code)
+        model, tokenizer = load_servable(name, trust_remote_code=trust_remote_code, template=decoding.template)
         refuse_absent_tokens(decoding.stop_token_ids, tokenizer, key="--stop-token-id")
         prompts = load_prompts(
             rows,
@@ -74,7 +71,7 @@ def chat(
     """
     logs.configure("WARNING")
     with in_options():
-        model, tokenizer = _loaded(name, decoding, trust_remote_code=trust_remote_code)
+        model, tokenizer = load_servable(name, trust_remote_code=trust_remote_code, template=decoding.template)
         require_template(tokenizer, name)
     refuse_absent_tokens(decoding.stop_token_ids, tokenizer, key="--stop-token-id")
     room = min(model.max_length or CHAT_TOKENS, CHAT_TOKENS)
@@ -115,12 +112,3 @@ def _rows(source: Sequence[str] | Path, columns: Mapping[str, str]) -> list[Row]
     if not source:
         raise UserError("there are no prompts")
     return [Row(file="prompt", line=i, columns={"prompt": text}) for i, text in enumerate(source, start=1)]
-
-
-def _loaded(name: str, decoding: Decoding, *, trust_remote_code: bool) -> tuple[ModelOnDisk, Any]:
-    model = resolve_model(name, trust_remote_code=trust_remote_code)
-    refuse_unservable(model)
-    tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=trust_remote_code)
-    decoding.template.apply_checked(tokenizer, key="data")
-    refuse_runaway_template(tokenizer)
-    return model, tokenizer

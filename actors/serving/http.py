@@ -33,10 +33,9 @@ from actors.serving.openai_schema import (
     ChatRequest,
     Refused,
     TextRequest,
-    chat_body,
+    answer_body,
     error_body,
     read,
-    text_body,
 )
 from actors.serving.router import Answering, NoEngine
 from rlhf.config.schema.cluster import ClusterConfig
@@ -58,7 +57,7 @@ from rlhf.serving import (
 from rlhf.types import Prompt, Sampling
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
+A = TypeVar("A", ChatRequest, TextRequest)
 
 MAX_BODY_BYTES = 16 * 2**20
 MAX_WAITING = 1024  # unanswered requests; more are refused with 429
@@ -159,17 +158,15 @@ class ModelServer:
         return web.json_response({"object": "list", "data": [{**model, "max_model_len": self.spec.max_length}]})
 
     async def _chat(self, request: web.Request) -> web.Response:
-        asked = read(await _body(request), ChatRequest)
-        return await self._within_limits(asked.model, lambda: self._answer_chat(asked))
+        return await self._complete(await _body(request, ChatRequest), self._of_conversation)
 
     async def _text(self, request: web.Request) -> web.Response:
-        asked = read(await _body(request), TextRequest)
-        return await self._within_limits(asked.model, lambda: self._answer_texts(asked))
+        return await self._complete(await _body(request, TextRequest), self._of_texts)
 
-    async def _within_limits(self, model: str, answering: Callable[[], Awaitable[dict[str, Any]]]) -> web.Response:
+    async def _complete(self, asked: A, to_prompts: Callable[[A, Any], list[Prompt]]) -> web.Response:
         """Answer a request for this model before its deadline, unless too many already wait."""
-        if model != self.spec.name:
-            message = f"there is no model {model}: this server has {self.spec.name}"
+        if asked.model != self.spec.name:
+            message = f"there is no model {asked.model}: this server has {self.spec.name}"
             raise Refused(message, param="model", code="model_not_found", status=404)
         if len(self.limits) >= MAX_WAITING:
             return _error(429, f"{MAX_WAITING} requests are waiting already", "rate_limit_error")
@@ -177,38 +174,28 @@ class ModelServer:
             async with asyncio.timeout(LAST_S if self.is_ending else self.spec.deadline_s) as limit:
                 self.limits.add(limit)
                 try:
-                    return web.json_response(await answering())
+                    answered = await self._answer_all(asked, await self._tokenized(asked, to_prompts))
                 finally:
                     self.limits.remove(limit)
         except TimeoutError:
             if self.is_ending:
-                return _error(503, "the server is told to end", "server_error")
+                return _error(503, "the server was told to end", "server_error")
             return _error(504, f"not answered within {self.spec.deadline_s:g} s (--deadline-s)", "server_error")
+        return web.json_response(answer_body(asked, answered, name=secrets.token_hex(12), created=int(time.time())))
 
-    async def _answer_chat(self, asked: ChatRequest) -> dict[str, Any]:
-        prompt = await self._prompt_of(self._of_conversation, asked, [message.content for message in asked.messages])
-        answered = await self._answered(prompt, asked, asked.limit, seed=_seed(asked), wants_tokens=asked.logprobs)
-        return chat_body(asked, answered, name=secrets.token_hex(12), created=int(time.time()))
-
-    async def _answer_texts(self, asked: TextRequest) -> dict[str, Any]:
-        prompts = await self._prompt_of(self._of_texts, asked, asked.prompt)
-        seed, wants_tokens = _seed(asked), asked.logprobs is not None
-        tasks = [
-            asyncio.ensure_future(self._answered(prompt, asked, asked.max_tokens, seed=seed, wants_tokens=wants_tokens))
-            for prompt in prompts
-        ]
+    async def _answer_all(self, asked: ChatRequest | TextRequest, prompts: Sequence[Prompt]) -> list[Answered]:
+        """Return the responses to all prompts. The first failure ends the request."""
+        seed = secrets.randbelow(2**63) if asked.seed is None else asked.seed
+        tasks = [asyncio.ensure_future(self._answered(prompt, asked, seed=seed)) for prompt in prompts]
         try:
-            answered = await asyncio.gather(*tasks)
+            return await asyncio.gather(*tasks)
         finally:
-            for task in tasks:  # the first failure ends the request
+            for task in tasks:
                 task.cancel()
-        return text_body(asked, answered, name=secrets.token_hex(12), created=int(time.time()))
 
-    async def _answered(
-        self, prompt: Prompt, asked: ChatRequest | TextRequest, limit: int | None, *, seed: int, wants_tokens: bool
-    ) -> Answered:
+    async def _answered(self, prompt: Prompt, asked: ChatRequest | TextRequest, *, seed: int) -> Answered:
         """Return the responses to one prompt."""
-        num_tokens, whole = len(prompt.token_ids), self.spec.max_length
+        num_tokens, whole, limit = len(prompt.token_ids), self.spec.max_length, asked.limit
         if num_tokens + (limit or 1) > whole:
             raise Refused(
                 f"the prompt has {num_tokens} tokens, with {limit or 1} new ones that is more than the {whole} that "
@@ -217,17 +204,17 @@ class ModelServer:
             )
         seeds = [rollout_seed(seed, 0, prompt.prompt_id, sample) for sample in range(asked.n)]
         drawn = await self.engines.answer(prompt, seeds, asked.sampling(limit or whole - num_tokens))
-        answers = await self._off_the_loop(
-            lambda: [self._to_answer(response, prompt, asked.stop, wants_tokens) for response in drawn]
+        answers = await asyncio.get_running_loop().run_in_executor(
+            self.texts, lambda: [self._to_answer(response, prompt, asked) for response in drawn]
         )
         return Answered(num_prompt_tokens=num_tokens, answers=tuple(answers))
 
-    def _to_answer(self, response: Sampled, prompt: Prompt, stop: Sequence[str], wants_tokens: bool) -> Answer:
+    def _to_answer(self, response: Sampled, prompt: Prompt, asked: ChatRequest | TextRequest) -> Answer:
         """Return a response as text, without the special tokens at its end and without the stop string."""
         ids = list(response.token_ids)
-        text = text_before_stop(without_turn_end(ids, prompt.turn_end), stop, self.tokenizer)
+        text = text_before_stop(without_turn_end(ids, prompt.turn_end), asked.stop, self.tokenizer)
         tokens: list[tuple[str, float]] = []
-        if wants_tokens:
+        if asked.wants_tokens:
             special, length = set(self.tokenizer.all_special_ids), 0
             for token, token_text, logprob in zip(
                 ids, token_texts(ids, self.tokenizer), response.logprobs, strict=True
@@ -238,17 +225,15 @@ class ModelServer:
                 length += len(token_text)
         return Answer(text=text, finish_reason=response.finish_reason, tokens=tuple(tokens), num_tokens=len(ids))
 
-    def _of_conversation(self, asked: ChatRequest, tokenizer: Any) -> Prompt:
+    def _of_conversation(self, asked: ChatRequest, tokenizer: Any) -> list[Prompt]:
         if tokenizer.chat_template is None:
-            raise Refused(
-                f"{self.spec.name} has no chat template, by which conversations are written; ask for completions"
-            )
+            raise Refused(f"{self.spec.name} has no chat template, which conversations need; use POST /v1/completions")
         for index, message in enumerate(asked.messages):
             refuse_half_characters(message.content, f"`messages[{index}].content`")
         messages = [{"role": message.role, "content": message.content} for message in asked.messages]
         text = render(messages, tokenizer, add_generation_prompt=True, place="`messages`")
         (prompt,) = self._prompts([text], encode([text], tokenizer))
-        return replace(prompt, is_chat=True, turn_end=self.turn_end)
+        return [replace(prompt, is_chat=True, turn_end=self.turn_end)]
 
     def _of_texts(self, asked: TextRequest, tokenizer: Any) -> list[Prompt]:
         for index, text in enumerate(asked.prompt):
@@ -265,10 +250,9 @@ class ModelServer:
             for place, (text, token_ids) in enumerate(zip(texts, encoded, strict=True))
         ]
 
-    async def _prompt_of(self, tokenized: Callable[[Any, Any], T], asked: object, texts: Sequence[str]) -> T:
-        """Tokenize a request. A long request is refused by its number of characters, or waits only
-        for other long ones.
-        """
+    async def _tokenized(self, asked: A, to_prompts: Callable[[A, Any], list[Prompt]]) -> list[Prompt]:
+        """Tokenize a request. A long one is refused by its number of characters, or waits only for other long ones."""
+        texts = asked.texts
         longest = max(map(len, texts))
         if longest > self.most_characters:
             raise Refused(
@@ -278,20 +262,13 @@ class ModelServer:
             )
         loop = asyncio.get_running_loop()
         if sum(map(len, texts)) > LONG_TEXT:
-            return await loop.run_in_executor(self.long_texts, tokenized, asked, self.long_tokenizer)
-        return await loop.run_in_executor(self.texts, tokenized, asked, self.tokenizer)
-
-    async def _off_the_loop(self, work: Callable[..., T], *arguments: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self.texts, work, *arguments)
+            return await loop.run_in_executor(self.long_texts, to_prompts, asked, self.long_tokenizer)
+        return await loop.run_in_executor(self.texts, to_prompts, asked, self.tokenizer)
 
 
-def _seed(asked: ChatRequest | TextRequest) -> int:
-    return secrets.randbelow(2**63) if asked.seed is None else asked.seed
-
-
-async def _body(request: web.Request) -> str:
+async def _body(request: web.Request, form: type[A]) -> A:
     try:
-        return await read_text(request)
+        return read(await read_text(request), form)
     except ValueError as error:
         raise Refused(str(error)) from error
 

@@ -18,8 +18,12 @@ from actors.rollout.engine_group import RolloutEngines, serve_engines
 from rlhf.config.placement_plan import seats_of
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.controller.answers import answered, request_for
+from rlhf.data.templates import UNCHANGED, ChatTemplate
 from rlhf.evaluation.decoding import Decoding, Generation
-from rlhf.models.on_disk import ModelOnDisk
+from rlhf.models.loading import load_tokenizer
+from rlhf.models.on_disk import ModelOnDisk, refuse_unservable
+from rlhf.models.template_check import refuse_runaway_template
+from rlhf.preflight.models import resolve_model
 from rlhf.roles import CompletedGroup
 from rlhf.rollouts.records.texts import response_texts
 from rlhf.stopping import run_async
@@ -72,6 +76,16 @@ class Served:
             )
             for sample, (text, info) in enumerate(zip(texts, group.infos, strict=True))
         ]
+
+
+def load_servable(name: str, *, trust_remote_code: bool, template: ChatTemplate = UNCHANGED) -> tuple[ModelOnDisk, Any]:
+    """Find a model by its name, and load its tokenizer. UserError: an engine cannot serve the model."""
+    model = resolve_model(name, trust_remote_code=trust_remote_code)
+    refuse_unservable(model)
+    tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=trust_remote_code)
+    template.apply_checked(tokenizer, key="data")
+    refuse_runaway_template(tokenizer)
+    return model, tokenizer
 
 
 @contextmanager

@@ -95,6 +95,24 @@ class Structure(_Form):
         return value
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """One response in the form of the answer."""
+
+    text: str  # up to the stop string
+    finish_reason: FinishReason
+    tokens: tuple[tuple[str, float], ...]  # of the text, with their log-probabilities
+    num_tokens: int  # sampled tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """The responses to one prompt, with its token count."""
+
+    num_prompt_tokens: int
+    answers: tuple[Answer, ...]
+
+
 class _Request(_Form):
     """The fields of both kinds of requests."""
 
@@ -133,7 +151,7 @@ class _Request(_Form):
         return value
 
     def sampling(self, max_new_tokens: int) -> Sampling:
-        """Convert the request for the engine."""
+        """Return the sampling parameters for the engine."""
         return Sampling(
             max_new_tokens=max_new_tokens,
             temperature=self.temperature,
@@ -175,6 +193,15 @@ class ChatRequest(_Request):
         """Return the maximum number of tokens in a response. None: all remaining room."""
         return self.max_completion_tokens or self.max_tokens
 
+    @property
+    def texts(self) -> list[str]:
+        """Return the texts to tokenize."""
+        return [message.content for message in self.messages]
+
+    @property
+    def wants_tokens(self) -> bool:
+        return self.logprobs
+
 
 class TextRequest(_Request):
     """The body of POST /v1/completions."""
@@ -188,26 +215,22 @@ class TextRequest(_Request):
     def _listed_prompt(cls, value: object) -> object:
         return [value] if isinstance(value, str) else value
 
+    @property
+    def limit(self) -> int:
+        """Return the maximum number of tokens in a response."""
+        return self.max_tokens
+
+    @property
+    def texts(self) -> list[str]:
+        """Return the texts to tokenize."""
+        return self.prompt
+
+    @property
+    def wants_tokens(self) -> bool:
+        return self.logprobs is not None
+
 
 R = TypeVar("R", ChatRequest, TextRequest)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """One response in the form of the answer."""
-
-    text: str  # up to the stop string
-    finish_reason: FinishReason
-    tokens: tuple[tuple[str, float], ...]  # of the text, with their log-probabilities
-    num_tokens: int  # sampled tokens
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answered:
-    """The responses to one prompt, with its token count."""
-
-    num_prompt_tokens: int
-    answers: tuple[Answer, ...]
 
 
 def read(text: str, form: type[R]) -> R:
@@ -255,71 +278,52 @@ def _short(value: object) -> str:
     return f"{json.dumps(value):.80}"
 
 
-def chat_body(request: ChatRequest, answered: Answered, *, name: str, created: int) -> dict[str, Any]:
-    """Return the answer to a conversation."""
-    return {
-        "id": f"chatcmpl-{name}",
-        "object": "chat.completion",
-        "created": created,
-        "model": request.model,
-        "choices": [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": answer.text, "refusal": None},
-                "logprobs": _chat_logprobs(answer) if request.logprobs else None,
-                "finish_reason": answer.finish_reason,
-            }
-            for index, answer in enumerate(answered.answers)
-        ],
-        "usage": _usage([answered]),
-    }
-
-
-def text_body(request: TextRequest, answered_prompts: Sequence[Answered], *, name: str, created: int) -> dict[str, Any]:
-    """Return the answer to prompts: n choices to the first, then to the next."""
+def answer_body(
+    request: ChatRequest | TextRequest, answered_prompts: Sequence[Answered], *, name: str, created: int
+) -> dict[str, Any]:
+    """Return the answer to a request: n choices to the first prompt, then to the next."""
     answers = [answer for answered in answered_prompts for answer in answered.answers]
+    num_prompt_tokens = sum(answered.num_prompt_tokens for answered in answered_prompts)
+    num_sampled = sum(answer.num_tokens for answer in answers)
+    is_chat = isinstance(request, ChatRequest)
+    choice = _chat_choice if is_chat else _text_choice
     return {
-        "id": f"cmpl-{name}",
-        "object": "text_completion",
+        "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{name}",
+        "object": "chat.completion" if is_chat else "text_completion",
         "created": created,
         "model": request.model,
         "choices": [
-            {
-                "index": index,
-                "text": answer.text,
-                "logprobs": None if request.logprobs is None else _text_logprobs(answer),
-                "finish_reason": answer.finish_reason,
-            }
+            {"index": index, **choice(answer, request.wants_tokens), "finish_reason": answer.finish_reason}
             for index, answer in enumerate(answers)
         ],
-        "usage": _usage(answered_prompts),
+        "usage": {
+            "prompt_tokens": num_prompt_tokens,
+            "completion_tokens": num_sampled,
+            "total_tokens": num_prompt_tokens + num_sampled,
+        },
     }
 
 
-def _chat_logprobs(answer: Answer) -> dict[str, Any]:
+def _chat_choice(answer: Answer, has_logprobs: bool) -> dict[str, Any]:
+    tokens = [
+        {"token": token, "logprob": logprob, "bytes": list(token.encode()), "top_logprobs": []}
+        for token, logprob in answer.tokens
+    ]
     return {
-        "content": [
-            {"token": token, "logprob": logprob, "bytes": list(token.encode()), "top_logprobs": []}
-            for token, logprob in answer.tokens
-        ],
-        "refusal": None,
+        "message": {"role": "assistant", "content": answer.text, "refusal": None},
+        "logprobs": {"content": tokens, "refusal": None} if has_logprobs else None,
     }
 
 
-def _text_logprobs(answer: Answer) -> dict[str, Any]:
+def _text_choice(answer: Answer, has_logprobs: bool) -> dict[str, Any]:
     tokens = [token for token, _ in answer.tokens]
-    return {
+    logprobs = {
         "tokens": tokens,
         "token_logprobs": [logprob for _, logprob in answer.tokens],
         "top_logprobs": None,
         "text_offset": [sum(map(len, tokens[:index])) for index in range(len(tokens))],
     }
-
-
-def _usage(answered_prompts: Sequence[Answered]) -> dict[str, int]:
-    prompts = sum(answered.num_prompt_tokens for answered in answered_prompts)
-    sampled = sum(answer.num_tokens for answered in answered_prompts for answer in answered.answers)
-    return {"prompt_tokens": prompts, "completion_tokens": sampled, "total_tokens": prompts + sampled}
+    return {"text": answer.text, "logprobs": logprobs if has_logprobs else None}
 
 
 def error_body(message: str, kind: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:

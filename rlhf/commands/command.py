@@ -39,7 +39,8 @@ class Command:
 
     Args:
         function: the function whose parameters become arguments.
-        run: calls the function with the parsed arguments, shows the result, and returns the exit code.
+        present: calls the function, shows the result, and returns the exit code unless it is 0. None: there is nothing
+            to show.
         add: adds arguments that are no parameters.
         exclusive: parameters of which at most one may be given.
         changes: keywords of argparse for a parameter, and `flag` for another name. None drops the parameter.
@@ -48,14 +49,14 @@ class Command:
     def __init__(
         self,
         function: Callable[..., Any],
-        run: Callable[[argparse.Namespace], int],
+        present: Callable[[argparse.Namespace], int | None] | None = None,
         *,
         add: Callable[[argparse.ArgumentParser], object] = lambda _: None,
         exclusive: Sequence[str] = (),
         **changes: Change,
     ) -> None:
         self.function = function
-        self.run = run
+        self._present = present
         self.summary = _docstring(function).split(". ")[0].split(".\n")[0].rstrip(".").replace("\n", " ")
         self._add = add
         self._exclusive = exclusive
@@ -66,6 +67,13 @@ class Command:
         add_parameters(parser, self.function, self._changes, exclusive=self._exclusive)
         self._add(parser)
         parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Run the command, and return the exit code."""
+        if self._present is not None:
+            return self._present(args) or 0
+        self.call(args)
+        return 0
 
     def call(self, args: argparse.Namespace, **given: Any) -> Any:
         """Call the function with the parsed arguments, except for the given ones."""

@@ -24,9 +24,8 @@ def dashboard(*, project: str = "rlhf", entity: str | None = None, out: str | Pa
     return publish(project=project, entity=entity, out=None if out is None else Path(out))
 
 
-def _run(args: argparse.Namespace) -> int:
+def _present(args: argparse.Namespace) -> None:
     write_stdout(f"{COMMAND.call(args)}\n")
-    return 0
 
 
-COMMAND = Command(dashboard, _run)
+COMMAND = Command(dashboard, _present)

@@ -47,7 +47,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _run(args: argparse.Namespace) -> int:
+def _present(args: argparse.Namespace) -> int:
     """Run the checks and print the findings. Return 1 if a finding makes training impossible, else 0."""
     if args.cluster is None:
         if args.address is not None:
@@ -58,4 +58,4 @@ def _run(args: argparse.Namespace) -> int:
     return int(any(finding.state == "bad" for finding in findings))
 
 
-COMMAND = Command(doctor, _run, add=_add)
+COMMAND = Command(doctor, _present, add=_add)

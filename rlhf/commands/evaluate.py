@@ -11,15 +11,15 @@ from rlhf.commands.command import Command, add_parameters
 from rlhf.commands.decoding import add_decoding, decoding_of, options_given, refuse_options
 from rlhf.commands.shared import AnyConfig, config_or_name, write_stdout
 from rlhf.errors import UserError
-from rlhf.stopping import run_stoppable
+from rlhf.stopping import stoppable
 
 if TYPE_CHECKING:
     from rlhf.config.files.load import LoadedConfig
     from rlhf.evaluation.decoding import Decoding
     from rlhf.evaluation.results import Evaluation, Marks
-    from rlhf.stopping import StopRequest
 
 
+@stoppable
 def evaluate(
     target: AnyConfig,
     overrides: Sequence[str] = (),
@@ -72,31 +72,28 @@ def evaluate(
                 raise UserError(f"{option} has no effect: {measured.source} says it; set {keys} instead, as key=value")
     folder = _results_folder(measured, out)
 
-    def work(_: StopRequest) -> Evaluation:
-        from actors.run.evaluate import evaluate_inputs, refuse_unusable_results_folder
-        from rlhf.preflight.eval_inputs import inputs_of_model, inputs_of_run
-        from rlhf.tracking import logs
+    from actors.run.evaluate import evaluate_inputs, refuse_unusable_results_folder
+    from rlhf.preflight.eval_inputs import inputs_of_model, inputs_of_run
+    from rlhf.tracking import logs
 
-        logs.configure()
-        if isinstance(measured, str):
-            inputs = inputs_of_model(
-                measured,
-                data=data,
-                rewards=rewards,
-                reward_model=reward_model,
-                against=against,
-                decoding=decoding or decoding_of(measured, {}),
-                marks=marking,
-                device=device or "cpu",
-                trust_remote_code=trust_remote_code,
-            )
-        else:
-            with measured.located():
-                inputs = inputs_of_run(measured, model=model, against=against, marks=marking)
-        refuse_unusable_results_folder(folder, overwrite=overwrite)
-        return evaluate_inputs(inputs, folder)
-
-    return run_stoppable(work)
+    logs.configure()
+    if isinstance(measured, str):
+        inputs = inputs_of_model(
+            measured,
+            data=data,
+            rewards=rewards,
+            reward_model=reward_model,
+            against=against,
+            decoding=decoding or decoding_of(measured, {}),
+            marks=marking,
+            device=device or "cpu",
+            trust_remote_code=trust_remote_code,
+        )
+    else:
+        with measured.located():
+            inputs = inputs_of_run(measured, model=model, against=against, marks=marking)
+    refuse_unusable_results_folder(folder, overwrite=overwrite)
+    return evaluate_inputs(inputs, folder)
 
 
 def _results_folder(target: LoadedConfig | str, out: Path | None) -> Path:
@@ -121,7 +118,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
     add_decoding(parser)
 
 
-def _run(args: argparse.Namespace) -> int:
+def _present(args: argparse.Namespace) -> None:
     """Measure, and print the table."""
     import json
 
@@ -140,13 +137,12 @@ def _run(args: argparse.Namespace) -> int:
     )
     if args.json:
         write_stdout(json.dumps(evaluation.to_json(), indent=2) + "\n")
-        return 0
+        return
     from rich.console import Console
 
     console = Console()
     console.print(evaluation.to_table())
     console.print(f"results: {_results_folder(target, args.out)}", highlight=False, soft_wrap=True)
-    return 0
 
 
 def _whole_numbers(text: str) -> tuple[int, ...]:
@@ -156,4 +152,4 @@ def _whole_numbers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"takes whole numbers, such as 1,8, got {text!r}") from None
 
 
-COMMAND = Command(evaluate, _run, add=_add, rewards={"flag": "--reward"}, decoding=None, marks=None)
+COMMAND = Command(evaluate, _present, add=_add, rewards={"flag": "--reward"}, decoding=None, marks=None)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rlhf.commands.command import Command
-from rlhf.stopping import run_stoppable
-
-if TYPE_CHECKING:
-    from rlhf.stopping import StopRequest
+from rlhf.stopping import stoppable
 
 
+@stoppable
 def export(
     run: str | Path,
     folder: str | Path,
@@ -31,25 +27,16 @@ def export(
         merged: for a run with LoRA, write a whole model with the adapter in its weights instead of an adapter folder.
         push_to_hub (OWNER/NAME): upload the folder to this repository of the hub.
     """
+    from actors.run.export import export_checkpoint
 
-    def work(_: StopRequest) -> None:
-        from actors.run.export import export_checkpoint
-
-        export_checkpoint(
-            Path(run),
-            step=step,
-            folder=Path(folder),
-            merged=merged,
-            push_to_hub=push_to_hub,
-            trust_remote_code=trust_remote_code,
-        )
-
-    run_stoppable(work)
+    export_checkpoint(
+        Path(run),
+        folder=Path(folder),
+        step=step,
+        merged=merged,
+        push_to_hub=push_to_hub,
+        trust_remote_code=trust_remote_code,
+    )
 
 
-def _run(args: argparse.Namespace) -> int:
-    COMMAND.call(args)
-    return 0
-
-
-COMMAND = Command(export, _run)
+COMMAND = Command(export)

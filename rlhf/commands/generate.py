@@ -11,13 +11,13 @@ from rlhf.commands.command import Command
 from rlhf.commands.decoding import add_decoding, decoding_of, options_given
 from rlhf.commands.shared import typed_lines, write_stdout
 from rlhf.errors import UserError
-from rlhf.stopping import run_stoppable
+from rlhf.stopping import stoppable
 
 if TYPE_CHECKING:
     from rlhf.evaluation.decoding import Decoding, Generation
-    from rlhf.stopping import StopRequest
 
 
+@stoppable
 def generate(
     model: str | Path,
     prompts: Sequence[str] | Path,
@@ -33,14 +33,11 @@ def generate(
     `model` is a hub name, a model folder, a LoRA adapter's folder, or a run's folder. Without `decoding` there is one
     greedy response, with the system prompt, chat template, columns and stops of the run that produced the model.
     """
-    name, settings = str(model), decoding or decoding_of(str(model), {})
 
-    def work(_: StopRequest) -> list[Generation]:
-        from actors.serving.generate import generate_responses
+    from actors.serving.generate import generate_responses
 
-        return generate_responses(name, prompts, settings, device=device, trust_remote_code=trust_remote_code)
-
-    return run_stoppable(work)
+    decoding = decoding or decoding_of(str(model), {})
+    return generate_responses(str(model), prompts, decoding, device=device, trust_remote_code=trust_remote_code)
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
@@ -54,21 +51,21 @@ def _add(parser: argparse.ArgumentParser) -> None:
     add_decoding(parser)
 
 
-def _run(args: argparse.Namespace) -> int:
+def _present(args: argparse.Namespace) -> None:
     """Answer the prompts, or hold a conversation."""
     given = options_given(args)
     if args.chat:
         if args.out is not None or given.keys() & {"samples", "columns", "apply_chat_template"}:
             raise UserError("--out, --samples, --column and --no-chat-template have no effect with --chat; remove them")
         _chat(args, decoding_of(args.model, {**given, "apply_chat_template": True}))
-        return 0
+        return
     decoding = decoding_of(args.model, given)
     if args.out is not None and (args.out.exists() or not args.out.parent.is_dir()):
         raise UserError(f"--out: {args.out} exists already, or its folder does not; name a new file")
     generations = COMMAND.call(args, prompts=args.prompt or args.file, decoding=decoding)
     if args.prompt and args.out is None:
         write_stdout("".join(f"{generation.response}\n" for generation in generations))
-        return 0
+        return
     from dataclasses import asdict
 
     from rlhf.tracking.run_folder.atomic import json_line, write_lines
@@ -77,17 +74,14 @@ def _run(args: argparse.Namespace) -> int:
         write_stdout("".join(json_line(asdict(generation)) for generation in generations))
     else:
         write_lines(args.out, map(asdict, generations))
-    return 0
 
 
+@stoppable
 def _chat(args: argparse.Namespace, decoding: Decoding) -> None:
-    def work(_: StopRequest) -> None:
-        from actors.serving.generate import chat
+    from actors.serving.generate import chat
 
-        settings = {"device": args.device, "trust_remote_code": args.trust_remote_code}
-        chat(args.model, typed_lines(), lambda text: write_stdout(f"{text}\n"), decoding, **settings)
-
-    run_stoppable(work)
+    settings = {"device": args.device, "trust_remote_code": args.trust_remote_code}
+    chat(args.model, typed_lines(), lambda text: write_stdout(f"{text}\n"), decoding, **settings)
 
 
-COMMAND = Command(generate, _run, add=_add, prompts=None, decoding=None)
+COMMAND = Command(generate, _present, add=_add, prompts=None, decoding=None)

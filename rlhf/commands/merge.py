@@ -43,9 +43,8 @@ def merge(config: str | Path | MergeRun, overrides: Sequence[str] = (), *, quiet
     return config.out
 
 
-def _run(args: argparse.Namespace) -> int:
+def _present(args: argparse.Namespace) -> None:
     write_stdout(f"done: {COMMAND.call(args)}\n")
-    return 0
 
 
-COMMAND = Command(merge, _run, config={"type": str})
+COMMAND = Command(merge, _present, config={"type": str})

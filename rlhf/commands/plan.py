@@ -57,7 +57,7 @@ def plan(
     return render_plan(target, cluster=cluster, shapes=shapes, lengths=lengths)
 
 
-def _run(args: argparse.Namespace) -> int:
+def _present(args: argparse.Namespace) -> None:
     """Print the plan, then check the run's inputs on this machine."""
     from rlhf.config.files.load import LoadedConfig
 
@@ -67,7 +67,6 @@ def _run(args: argparse.Namespace) -> int:
         write_stdout("\ninputs: models, data, rewards, environments\n")
         loaded = target if isinstance(target, LoadedConfig) else target.base
         write_stdout(_check_inputs(loaded, cluster=args.cluster))
-    return 0
 
 
 def _check_inputs(loaded: LoadedConfig, *, cluster: str | None) -> str:
@@ -105,4 +104,4 @@ def _loaded_run_or_sweep(config: AnyConfig | Sweep, overrides: Sequence[str]) ->
     return loaded_config(config, overrides)
 
 
-COMMAND = Command(plan, _run, config={"type": str})
+COMMAND = Command(plan, _present, config={"type": str})

@@ -29,7 +29,7 @@ def play(
     return play_conversation(loaded_config(config, overrides), turns, show, row=row)
 
 
-def _run(args: argparse.Namespace) -> int:
+def _present(args: argparse.Namespace) -> None:
     """Play, and print the rewards."""
     from actors.rollout.play import Left
 
@@ -37,11 +37,10 @@ def _run(args: argparse.Namespace) -> int:
         played = COMMAND.call(args, turns=typed_lines(), show=lambda text: write_stdout(f"{text}\n"))
     except Left:
         write_stdout("\nleft before the conversation was over\n")
-        return 0
+        return
     rewards = played.rewards or ()
     end = "over" if played.finish_reason == "stop" else "cut at a limit"
     write_stdout(f"{end}: rewards {', '.join(f'{reward:g}' for reward in rewards)}; together {sum(rewards):g}\n")
-    return 0
 
 
-COMMAND = Command(play, _run, turns=None, show=None)
+COMMAND = Command(play, _present, turns=None, show=None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -97,9 +96,4 @@ def _sample_pairs(folder: Path, first: int, last: int) -> list[Any]:
     ]
 
 
-def _run(args: argparse.Namespace) -> int:
-    COMMAND.call(args)
-    return 0
-
-
-COMMAND = Command(quickstart, _run)
+COMMAND = Command(quickstart)

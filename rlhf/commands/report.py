@@ -28,7 +28,7 @@ def report(runs: str | Path | Sequence[str | Path], *, out: Path | None = None) 
     return write_report([Path(run) for run in ([runs] if isinstance(runs, str | Path) else runs)], out)
 
 
-def _run(args: argparse.Namespace) -> int:
+def _present(args: argparse.Namespace) -> None:
     """Write it, and show the worst findings on the terminal too."""
     written = COMMAND.call(args)
     for name, findings in written.findings.items():
@@ -36,7 +36,6 @@ def _run(args: argparse.Namespace) -> int:
             steps = f"steps {finding.first_step} to {finding.last_step}"
             write_stdout(f"{finding.severity}: {name}, {steps}: {finding.what}\n")
     write_stdout("".join(f"written: {path}\n" for path in (written.html, *written.pictures)))
-    return 0
 
 
-COMMAND = Command(report, _run, runs={"nargs": "+", "type": str})
+COMMAND = Command(report, _present, runs={"nargs": "+", "type": str})

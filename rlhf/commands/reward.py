@@ -41,7 +41,7 @@ def _score(loaded: LoadedConfig, file: Path) -> tuple[ScoredFile, bool]:
     return scored, ends_run([error for _, error in scored.errors], rules, scoring.policy.on_error)
 
 
-def _run(args: argparse.Namespace) -> int:
+def _present(args: argparse.Namespace) -> None:
     """Print the table or the lines, then the failures. A failure is an error if the rewards' policy is to fail."""
     from rlhf.tracking.run_folder.atomic import json_line
 
@@ -61,11 +61,10 @@ def _run(args: argparse.Namespace) -> int:
         sys.stderr.write(lines + (f"\nand {more} more\n" if more > 0 else "\n"))
         if scored.num_unscored and fails:
             raise RunError(f"{scored.num_unscored} of {len(scored.rows)} rows have no score, and on_error is fail")
-    return 0
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each row instead of a table")
 
 
-COMMAND = Command(reward, _run, add=_add, file={"flag": "--file", "required": True})
+COMMAND = Command(reward, _present, add=_add, file={"flag": "--file", "required": True})

@@ -5,21 +5,19 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from rlhf.commands.command import Command
 from rlhf.commands.shared import write_stdout
 from rlhf.errors import UserError
-from rlhf.stopping import run_stoppable
-
-if TYPE_CHECKING:
-    from rlhf.stopping import StopRequest
+from rlhf.stopping import stoppable
 
 SERVE_PORT = 8702
 USUAL_LENGTH = 8192  # tokens of prompt and response if the model allows more: the engine's cache has to hold them
 GRACE_S = 60.0  # added to a request's deadline for the engine's calls, so that the request's deadline is reported
 
 
+@stoppable
 def serve(
     model: str | Path,
     *,
@@ -51,36 +49,13 @@ def serve(
             given.
         deadline_s (S): the maximum time from a request to its answer, in seconds.
     """
+    from actors.serving.http import ServerSpec, serve_model
+    from actors.serving.offline import load_servable
+    from rlhf.config.schema.cluster import ClusterConfig
+    from rlhf.serving import refuse_taken, serving_token
+    from rlhf.tracking import logs
 
-    def work(_: StopRequest) -> None:
-        from actors.serving.http import ServerSpec, serve_model
-        from rlhf.config.schema.cluster import ClusterConfig
-        from rlhf.models.loading import load_tokenizer
-        from rlhf.models.on_disk import refuse_unservable
-        from rlhf.models.template_check import refuse_runaway_template
-        from rlhf.preflight.models import resolve_model
-        from rlhf.serving import refuse_taken, serving_token
-        from rlhf.tracking import logs
-
-        logs.configure()
-        token = serving_token(host, token_env)
-        refuse_taken(host, port)
-        served = resolve_model(str(model), trust_remote_code=trust_remote_code)
-        refuse_unservable(served)
-        if max_length is not None and served.max_length is not None and max_length > served.max_length:
-            raise UserError(
-                f"--max-length: is {max_length}, more than the {served.max_length} tokens that {served.name} takes"
-            )
-        length = max_length or min(served.max_length or USUAL_LENGTH, USUAL_LENGTH)
-        tokenizer = load_tokenizer(served.tokenizer, trust_remote_code=trust_remote_code)
-        refuse_runaway_template(tokenizer)
-        rollout = {"engines": engines, "tensor_parallel": tensor_parallel}
-        if kv_cache_gib is not None:
-            rollout["kv_cache_gib"] = kv_cache_gib
-        cluster = {"device": device, "roles": {"rollout": rollout}, "call_timeout_s": deadline_s + GRACE_S}
-        spec = ServerSpec(name=name or served.name, max_length=length, deadline_s=deadline_s, token=token)
-        serve_model(served, tokenizer, spec, ClusterConfig.model_validate(cluster), host=host, port=port, ready=ready)
-
+    logs.configure()
     least = {
         "--engines": (engines, 1),
         "--tensor-parallel": (tensor_parallel, 1),
@@ -96,12 +71,24 @@ def serve(
         raise UserError("--kv-cache-gib: has no effect on a GPU, where the cache has what the model leaves; remove it")
     if tensor_parallel > 1 and device == "cpu":
         raise UserError("--tensor-parallel: is of GPUs; give --device cuda, or remove it")
-    run_stoppable(work)
+    token = serving_token(host, token_env)
+    refuse_taken(host, port)
+    served, tokenizer = load_servable(str(model), trust_remote_code=trust_remote_code)
+    if max_length is not None and served.max_length is not None and max_length > served.max_length:
+        raise UserError(
+            f"--max-length: is {max_length}, more than the {served.max_length} tokens that {served.name} takes"
+        )
+    length = max_length or min(served.max_length or USUAL_LENGTH, USUAL_LENGTH)
+    rollout = {"engines": engines, "tensor_parallel": tensor_parallel}
+    if kv_cache_gib is not None:
+        rollout["kv_cache_gib"] = kv_cache_gib
+    cluster = {"device": device, "roles": {"rollout": rollout}, "call_timeout_s": deadline_s + GRACE_S}
+    spec = ServerSpec(name=name or served.name, max_length=length, deadline_s=deadline_s, token=token)
+    serve_model(served, tokenizer, spec, ClusterConfig.model_validate(cluster), host=host, port=port, ready=ready)
 
 
-def _run(args: argparse.Namespace) -> int:
+def _present(args: argparse.Namespace) -> None:
     COMMAND.call(args, ready=lambda url: write_stdout(f"serving {url}\n"))
-    return 0
 
 
-COMMAND = Command(serve, _run, port={"default": SERVE_PORT}, ready=None)
+COMMAND = Command(serve, _present, port={"default": SERVE_PORT}, ready=None)

@@ -37,9 +37,8 @@ def serve_reward(
     serve_scores(scoring, host=host, port=port, token_env=token_env, ready=ready)
 
 
-def _run(args: argparse.Namespace) -> int:
+def _present(args: argparse.Namespace) -> None:
     COMMAND.call(args, ready=lambda url: write_stdout(f"serving {url}\n"))
-    return 0
 
 
-COMMAND = Command(serve_reward, _run, port={"default": REWARD_PORT}, ready=None)
+COMMAND = Command(serve_reward, _present, port={"default": REWARD_PORT}, ready=None)

@@ -71,7 +71,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
     jobs.add_argument("--stop", metavar="JOB", help="end a job; its run writes a checkpoint first")
 
 
-def _run(args: argparse.Namespace) -> int:
+def _present(args: argparse.Namespace) -> int:
     """Submit a job, or follow, query or stop one."""
     job = args.follow or args.status or args.stop
     if job is None:
@@ -120,7 +120,7 @@ def _amount(text: str) -> tuple[str, float]:
 
 COMMAND = Command(
     submit,
-    _run,
+    _present,
     add=_add,
     config={"nargs": "?"},
     resources={"flag": "--resource", "action": "append", "type": _amount, "default": []},

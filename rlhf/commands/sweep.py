@@ -12,13 +12,13 @@ from rlhf.commands.command import Command
 from rlhf.commands.shared import write_stdout
 from rlhf.commands.train import train
 from rlhf.errors import UserError
-from rlhf.stopping import run_stoppable
+from rlhf.stopping import stoppable
 
 if TYPE_CHECKING:
-    from rlhf.stopping import StopRequest
     from rlhf.sweeps.results import SweepResult
 
 
+@stoppable
 def sweep(
     config: str | Path,
     overrides: Sequence[str] = (),
@@ -39,12 +39,9 @@ def sweep(
 
     loaded = load_sweep(config, overrides)
 
-    def work(_: StopRequest) -> SweepResult:
-        from actors.sweeps.runner import run_sweep
+    from actors.sweeps.runner import run_sweep
 
-        return run_sweep(loaded, resume=resume, retry_failed=retry_failed, quiet=quiet)
-
-    return run_stoppable(work)
+    return run_sweep(loaded, resume=resume, retry_failed=retry_failed, quiet=quiet)
 
 
 def make_wandb_sweep(config: str | Path, overrides: Sequence[str] = ()) -> str:
@@ -73,7 +70,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, metavar="N", help="with --agent, the number of trials")
 
 
-def _run(args: argparse.Namespace) -> int:
+def _present(args: argparse.Namespace) -> None:
     """Run the sweep and show its result."""
     if args.count is not None and args.agent is None:
         raise UserError("--count has no effect without --agent; set sweep.method.trials")
@@ -84,28 +81,29 @@ def _run(args: argparse.Namespace) -> int:
     if args.agent is not None and args.overrides:
         raise UserError(f"{args.overrides[0]} has no effect with --agent: trials have the keys that --wandb was given")
     if args.trial:
-        return _run_trial(args)
-    if args.wandb:
+        _run_trial(args)
+    elif args.wandb:
         identity = make_wandb_sweep(args.config, args.overrides)
         write_stdout(f"created: {identity}\nto run its trials: rlhf sweep {args.config} --agent {identity}\n")
-        return 0
-    if args.agent is not None:
+    elif args.agent is not None:
         from rlhf.config.schema.sweep import load_sweep
 
         load_sweep(args.config)
         run_wandb_agent(args.agent, count=args.count)
-        return 0
+    else:
+        _show(COMMAND.call(args, resume=args.resume == "auto"))
+
+
+def _show(result: SweepResult) -> None:
     from rich.console import Console
 
-    result = COMMAND.call(args, resume=args.resume == "auto")
     Console().print(result.to_table())
     write_stdout(f"results: {result.folder}\n")
     if result.best is not None:
         write_stdout(f"best: {result.best.trial}; rlhf train {result.folder / 'best.yaml'}\n")
-    return 0
 
 
-def _run_trial(args: argparse.Namespace) -> int:
+def _run_trial(args: argparse.Namespace) -> None:
     """Run a trial with the parameters of W&B's agent and the overrides of the sweep."""
     from rlhf.config.files.yaml_tree import from_yaml
     from rlhf.config.schema.sweep import load_sweep
@@ -121,12 +119,11 @@ def _run_trial(args: argparse.Namespace) -> int:
     if missing := [key for key in varied if key not in parameters]:
         raise UserError(f"--trial: {missing[0]} is not given; write {missing[0]}=VALUE")
     train(loaded.trial(parameters, run_id), quiet=args.quiet)
-    return 0
 
 
 COMMAND = Command(
     sweep,
-    _run,
+    _present,
     add=_add,
     resume={
         "action": "store",

@@ -83,7 +83,7 @@ def train(
     return loaded.folder
 
 
-def _run(args: argparse.Namespace) -> int:
+def _present(args: argparse.Namespace) -> None:
     """Train, and show the evaluations."""
     from rlhf.tracking.run_folder.atomic import json_line
 
@@ -94,13 +94,12 @@ def _run(args: argparse.Namespace) -> int:
     COMMAND.call(args, config=loaded, overrides=(), resume=args.resume == "auto", from_step=from_step)
     if args.json_lines:
         write_stdout(json_line({"event": "done", "run": loaded.name, "folder": str(loaded.folder)}))
-        return 0
+        return
     if not args.quiet:
         _show_evaluations(loaded)
     write_stdout(f"done: {loaded.folder}\n")
     if not args.quiet:
         sys.stderr.write(_next_steps(loaded))
-    return 0
 
 
 def _resume(text: str) -> str | int:
@@ -154,7 +153,7 @@ def _resume_point(loaded: LoadedConfig) -> str:
 
 COMMAND = Command(
     train,
-    _run,
+    _present,
     exclusive=("quiet", "json_lines"),
     resume={
         "action": "store",

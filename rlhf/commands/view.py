@@ -34,10 +34,9 @@ def view(
     serve_runs(folders, host=host, port=port, token_env=token_env, ready=ready)
 
 
-def _run(args: argparse.Namespace) -> int:
+def _present(args: argparse.Namespace) -> None:
     login = "" if args.token_env is None else f" (log in with the token in {args.token_env})"
     COMMAND.call(args, ready=lambda url: write_stdout(f"open {url}{login}; Ctrl-C ends it\n"))
-    return 0
 
 
-COMMAND = Command(view, _run, port={"default": VIEW_PORT}, ready=None)
+COMMAND = Command(view, _present, port={"default": VIEW_PORT}, ready=None)

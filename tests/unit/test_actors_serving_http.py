@@ -408,7 +408,7 @@ async def test_what_is_being_answered_when_it_ends_is_told(monkeypatch: pytest.M
         await until(lambda: len(engines.asked) == 1)
         ending = asyncio.create_task(server.close())
         status, told = await waiting
-        assert (status, told["error"]["message"]) == (503, "the server is told to end")
+        assert (status, told["error"]["message"]) == (503, "the server was told to end")
         assert engines.dropped == 1
         await ending
 
