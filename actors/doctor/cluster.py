@@ -26,8 +26,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.cluster.address import cluster_to_join
 from actors.cluster.connect import connected
-from actors.doctor.node_probe import Link, NodeFacts, NodeProbe, code_hash, size_of, versions
-from actors.doctor.results import CheckResult, check, check_shared_memory, show
+from actors.doctor.node_probe import SHARE, DriverFacts, Link, NodeProbe, code_hash, size_of, versions
+from actors.doctor.results import CheckResult, check, show
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.placement_plan import fit, seat
 from rlhf.config.schema.cluster import ClusterConfig
@@ -67,63 +67,27 @@ def cluster_results(stages: Sequence[Stage]) -> Iterator[CheckResult]:
     alive = [node for node in ray.nodes() if node["Alive"]]
     yield from (replace(result, node="cluster") for result in _room(stages, alive))
     with _probes(alive) as probes, _shared_folder(stages) as shared:
-        paths, models = paths_of(stages), hub_models(stages)
-        answers = {node: probe.look.remote(node, paths, models, shared) for node, probe in probes.items()}
-        facts: dict[str, NodeFacts] = {}
+        sizes = {path: size_of(path) for path in paths_of(stages)}
+        driver = DriverFacts(
+            versions=versions(), code=code_hash(), sizes=sizes, models=hub_models(stages), shared=shared
+        )
+        answers = {node: probe.look.remote(node, driver) for node, probe in probes.items()}
+        reached: list[str] = []
         ends = time.monotonic() + ANSWER_WITHIN_S
         for node, ref in answers.items():
             answer = _result(ref, max(1.0, ends - time.monotonic()))
-            if isinstance(answer, NodeFacts):
-                facts[node] = answer
+            if not isinstance(answer, list):
+                advice = "is it up, and is the project installed there as it is here?"
+                yield CheckResult("answer", "bad", str(answer), advice, node)
                 continue
-            advice = "is it up, and is the project installed there as it is here?"
-            yield CheckResult("answer", "bad", str(answer), advice, node)
-        here = {path: size_of(path) for path in paths}
-        for node, seen in facts.items():
-            for result in (*judge(seen, here), *_shares(seen, shared, node)):
-                yield replace(result, node=node)
-        for node in facts:
+            reached.append(node)
+            if shared is not None and all(result.what != "run.dir" for result in answer):
+                answer.append(_shares(shared, node))
+            yield from (replace(result, node=node) for result in answer)
+        for node in reached:
             yield replace(_clock(probes[node]), node=node)
-        if len(facts) > 1:
-            yield from _links({node: probes[node] for node in facts})
-
-
-def judge(facts: NodeFacts, here: Mapping[str, str]) -> Iterator[CheckResult]:
-    """Compare the facts of a node with this machine's. here: the sizes of the paths."""
-    installed, remote = versions(), facts.versions
-    differences = ", ".join(
-        f"{name} {remote.get(name, 'missing')} (here {installed.get(name, 'missing')})"
-        for name in {**installed, **remote}
-        if installed.get(name) != remote.get(name)
-    )
-    same = ", ".join(f"{name} {version}" for name, version in remote.items())
-    advice = "install the same on all nodes, best by one image"
-    yield check("versions", differences or same, not differences, advice, failed="bad")
-    same_code = facts.code == code_hash()
-    found = f"hash {facts.code}" + ("" if same_code else f", here {code_hash()}")
-    advice = "ship the same code to all nodes: one image, or one installation on a shared disk"
-    yield check("our code", found, same_code, advice, failed="bad")
-    yield check_shared_memory(facts.shm_gib, facts.shm_free_gib)
-    others = f"; also up: {', '.join(facts.others)}" if facts.others else ""
-    found = (facts.interface or "none has the address that Ray knows the node by") + others
-    advice = "start the node with --node-ip-address=ADDRESS, the address of one of its interfaces"
-    yield check("interface", found, bool(facts.interface), advice)
-    for path, size in facts.seen.items():
-        found = size if size == here[path] else f"{size or 'not there'}, here {here[path]}"
-        advice = "put it on a disk that all nodes share, or copy it to every node"
-        if not Path(path).is_absolute():
-            advice += f"; it is taken from {facts.folder} there: name it from the root"
-        yield check(path, found, size == here[path], advice, failed="note" if size else "bad")
-    for model, cached in facts.cached.items():
-        if cached:
-            yield check(model, "in the hub's cache")
-        elif facts.no_hub:
-            found = f"not in the hub's cache, and no hub answers ({facts.no_hub})"
-            advice = f"`hf download {model}` there, share HF_HOME, or name a folder that all nodes see"
-            yield CheckResult(model, "bad", found, advice)
-        else:
-            advice = "each such node downloads it when the run starts: better before, or share HF_HOME"
-            yield CheckResult(model, "note", "not in the hub's cache; the hub answers", advice)
+        if len(reached) > 1:
+            yield from _links({node: probes[node] for node in reached})
 
 
 def hub_models(stages: Sequence[Stage]) -> list[str]:
@@ -214,17 +178,12 @@ def _shared_folder(stages: Sequence[Stage]) -> Iterator[Path | None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _shares(facts: NodeFacts, shared: Path | None, node: str) -> Iterator[CheckResult]:
-    """Check whether the node's file next to the driver's file is visible here."""
-    if shared is None:
-        return
+def _shares(shared: Path, node: str) -> CheckResult:
+    """Check whether the node's copy of the driver's file is visible here."""
     where, written = shared.parents[1], shared.with_name(node)
-    if not facts.shared and written.exists() and written.read_bytes() == shared.read_bytes():
-        yield check("run.dir", f"{where}: shared, and can be written")
-        return
-    found = f"{where}: {facts.shared or 'what the node writes there is not seen here'}"
-    advice = "set run.dir to a folder on a disk that all nodes share and can write"
-    yield CheckResult("run.dir", "bad", found, advice)
+    if written.exists() and written.read_bytes() == shared.read_bytes():
+        return check("run.dir", f"{where}: shared, and can be written")
+    return CheckResult("run.dir", "bad", f"{where}: what the node writes there is not seen here", SHARE)
 
 
 def _clock(probe: Any) -> CheckResult:

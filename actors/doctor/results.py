@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 GIB = 2**30
-SHM_NEEDED_GIB = 2.0
 State = Literal["ok", "note", "bad"]
 STYLES: dict[State, str] = {"ok": "green", "note": "yellow", "bad": "bold red"}
 
@@ -32,15 +29,27 @@ def check(what: str, found: str, passed: bool = True, advice: str = "", *, faile
     return CheckResult(what, "ok", found) if passed else CheckResult(what, failed, found, advice)
 
 
-def check_shared_memory(total_gib: float, free_gib: float) -> CheckResult:
+def check_shared_memory() -> CheckResult:
     """Check the room for Ray's objects."""
+    shm = shutil.disk_usage("/dev/shm")
     advice = "Ray keeps its objects here: start Docker with --shm-size=4g, or mount an emptyDir with medium Memory"
-    found = f"{total_gib:.1f} GiB, {free_gib:.1f} GiB free"
-    return check("/dev/shm", found, free_gib >= SHM_NEEDED_GIB, advice)
+    return check("/dev/shm", f"{shm.total / GIB:.1f} GiB, {shm.free / GIB:.1f} GiB free", shm.free >= 2 * GIB, advice)
+
+
+def version_of(package: str) -> str | None:
+    """Return the version of a package, or None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def show(results: Sequence[CheckResult], *, title: str, subject: str, nodes: set[str] | None = None) -> None:
     """Print all results as a table, and whether training is possible. nodes: all nodes of a cluster."""
+    from rich.console import Console  # a node of a cluster needs no table
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(title=title, title_justify="left")
     for heading in ("", *(["node"] if nodes is not None else []), "what", "found", "what to do"):
         table.add_column(heading, overflow="fold")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,64 +11,70 @@ from typing import Any
 import pytest
 
 import rlhf
-from actors.doctor.cluster import check_cluster, hub_models, judge, paths_of
-from actors.doctor.node_probe import NodeFacts, NodeProbe, code_hash, of_hub, size_of, versions
+from actors.doctor import node_probe
+from actors.doctor.cluster import check_cluster, hub_models, paths_of
+from actors.doctor.node_probe import DriverFacts, NodeProbe, code_hash, node_results, of_hub, size_of, versions
 from actors.doctor.results import CheckResult, together
 from rlhf.cli import main
 from rlhf.errors import UserError
 
-SOUND = NodeFacts(
-    host="node",
-    interface="eth0",
-    others=(),
-    versions=versions(),
-    code=code_hash(),
-    folder="/tmp",
-    shm_gib=16.0,
-    shm_free_gib=15.0,
-    seen={},
-    cached={},
-    no_hub="",
-    shared="",
-)
+HERE = DriverFacts(versions=versions(), code=code_hash(), sizes={})
+ADDRESS = "127.0.0.1"
 
 
 def test_a_node_like_this_machine_is_fine() -> None:
-    assert {finding.state for finding in judge(SOUND, {})} == {"ok"}
+    assert {result.state for result in node_results(ADDRESS, HERE)} == {"ok"}
 
 
 @pytest.mark.parametrize(
     ("changes", "state", "what", "found"),
     [
-        ({"versions": {**versions(), "ray": "1.0"}}, "bad", "versions", "ray 1.0 (here "),
-        ({"versions": {"python": "3.10.1"}}, "bad", "versions", "python 3.10.1 (here "),
-        ({"code": "0" * 12}, "bad", "our code", "hash 000000000000, here "),
-        ({"shm_gib": 0.06, "shm_free_gib": 0.06}, "note", "/dev/shm", "0.1 GiB, 0.1 GiB free"),
-        ({"interface": "", "others": ("eth1",)}, "note", "interface", "none has the address"),
-        ({"seen": {"/models/a": ""}}, "bad", "/models/a", "not there, here 3 files of 9 bytes"),
-        ({"cached": {"a/b": False, "c/d": True}}, "note", "a/b", "not in the hub's cache; the hub answers"),
-        (
-            {"cached": {"a/b": False}, "no_hub": "away"},
-            "bad",
-            "a/b",
-            "not in the hub's cache, and no hub answers (away)",
-        ),
-        ({"seen": {"/models/a": "2 files of 8 bytes"}}, "note", "/models/a", "2 files of 8 bytes, here 3 files"),
+        ({"versions": {**versions(), "ray": "1.0"}}, "bad", "versions", f"ray {versions()['ray']} (here 1.0)"),
+        ({"versions": {**versions(), "vllm-gpu": "1"}}, "bad", "versions", "vllm-gpu missing (here 1)"),
+        ({"code": "0" * 12}, "bad", "our code", f"hash {code_hash()}, here 000000000000"),
+        ({"sizes": {"/models/a": "3 files of 9 bytes"}}, "bad", "/models/a", "not there, here 3 files of 9 bytes"),
+        ({"sizes": {__file__: "8 bytes"}}, "note", __file__, f"{size_of(__file__)}, here 8 bytes"),
     ],
 )
 def test_what_differs_is_found(changes: dict[str, Any], state: str, what: str, found: str) -> None:
-    here = {"/models/a": "3 files of 9 bytes"}
-    odd = [finding for finding in judge(replace(SOUND, **changes), here) if finding.state != "ok"]
-    assert [(finding.state, finding.what) for finding in odd] == [(state, what)]
-    assert odd[0].found.startswith(found)
+    odd = [result for result in node_results(ADDRESS, replace(HERE, **changes)) if result.state != "ok"]
+    assert [(result.state, result.what, result.found) for result in odd] == [(state, what, found)]
     assert odd[0].advice
 
 
+@pytest.mark.parametrize(
+    ("no_hub", "state", "found"),
+    [
+        ("", "note", "not in the hub's cache; the hub answers"),
+        ("away", "bad", "not in the hub's cache, and no hub answers (away)"),
+    ],
+)
+def test_models_that_a_node_lacks(monkeypatch: pytest.MonkeyPatch, no_hub: str, state: str, found: str) -> None:
+    monkeypatch.setattr(node_probe, "of_hub", lambda models: ({"a/b": False, "c/d": True}, no_hub))
+    odd = [result for result in node_results(ADDRESS, HERE) if result.state != "ok"]
+    assert [(result.state, result.what, result.found) for result in odd] == [(state, "a/b", found)]
+
+
+def test_little_shared_memory_and_an_unknown_address_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**26, 0, 2**26))
+    odd = [result for result in node_results("203.0.113.1", HERE) if result.state != "ok"]
+    assert [(result.state, result.what) for result in odd] == [("note", "/dev/shm"), ("note", "interface")]
+    assert odd[0].found == "0.1 GiB, 0.1 GiB free"
+    assert odd[1].found.startswith("none has the address")
+
+
 def test_a_relative_path_is_said_to_be_one() -> None:
-    (finding,) = [
-        one for one in judge(replace(SOUND, seen={"data.jsonl": ""}), {"data.jsonl": "1"}) if one.state == "bad"
-    ]
-    assert "it is taken from /tmp there" in finding.advice
+    (result,) = [r for r in node_results(ADDRESS, replace(HERE, sizes={"data.jsonl": "1"})) if r.state == "bad"]
+    assert f"it is taken from {Path.cwd()} there" in result.advice
+
+
+def test_a_shared_folder_that_a_node_cannot_write_is_bad(tmp_path: Path) -> None:
+    (tmp_path / "driver").write_text("x")
+    shared = replace(HERE, shared=tmp_path / "driver")
+    assert "run.dir" not in [result.what for result in NodeProbe().look(ADDRESS, shared)]
+    assert (tmp_path / ADDRESS).read_text() == "x"
+    missing = replace(HERE, shared=tmp_path / "gone" / "driver")
+    assert NodeProbe().look(ADDRESS, missing)[-1].found == f"{tmp_path}: FileNotFoundError: No such file or directory"
 
 
 def test_equal_findings_stand_once() -> None:

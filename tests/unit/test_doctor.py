@@ -18,7 +18,7 @@ from rlhf.tracking.run_folder.environment import output_of
 def versions(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """What is installed; a test fills it in."""
     installed: dict[str, str] = {}
-    monkeypatch.setattr(doctor, "_version", installed.get)
+    monkeypatch.setattr(doctor, "version_of", installed.get)
     return installed
 
 
