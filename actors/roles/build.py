@@ -11,18 +11,14 @@ from ray.actor import ActorHandle
 from actors.cluster.placement import Placement
 from actors.roles.gang import CriticGang, Gang, OfflineGang, PolicyGang
 from actors.roles.group import Stoppable, WorkerGroup, spawn
-from actors.roles.ranks import OFFLINE_RANKS, CriticRank, OnlinePreferenceRank, PolicyRank, StudentRank
+from actors.roles.ranks import OFFLINE_RANKS, ONLINE_RANKS, CriticRank
 from actors.roles.teacher import OnlineTeacherWorkers, TeacherWorkers
 from actors.roles.worker_pools import ReferenceWorkers, RewardWorkers
 from rlhf.config.derive import (
     chat_template,
     critic_model,
     critic_optimizer_steps,
-    distils_rollouts,
-    is_online,
     needs,
-    offline_kind,
-    pairs_rollouts,
     policy_optimizer_steps,
     reference_is_adapter_off,
     reference_model,
@@ -74,13 +70,12 @@ class RunContext:
 
 def _policy(run: RunContext) -> PolicyGang | OfflineGang:
     config, steps = run.config, policy_optimizer_steps(run.config)
-    if not is_online(config):
-        return run.gang(OfflineGang, OFFLINE_RANKS[offline_kind(config)], config, optimizer_steps=steps)
-    if distils_rollouts(config):
-        return run.gang(PolicyGang, StudentRank, config, optimizer_steps=steps)
-    rank = OnlinePreferenceRank if pairs_rollouts(config) else PolicyRank
-    adapter_off = reference_is_adapter_off(config)
-    return run.gang(PolicyGang, rank, config, optimizer_steps=steps, reference_is_adapter_off=adapter_off)
+    if not config.algorithm.is_online:
+        return run.gang(OfflineGang, OFFLINE_RANKS[config.algorithm.kind], config, optimizer_steps=steps)
+    options: dict[str, Any] = {}
+    if not config.algorithm.has_teacher:
+        options["reference_is_adapter_off"] = reference_is_adapter_off(config)
+    return run.gang(PolicyGang, ONLINE_RANKS[config.algorithm.kind], config, optimizer_steps=steps, **options)
 
 
 def _critic(run: RunContext) -> CriticGang:
@@ -93,7 +88,7 @@ def _reference(run: RunContext) -> WorkerGroup:
 
 
 def _teacher(run: RunContext) -> WorkerGroup:
-    if is_online(run.config):
+    if run.config.algorithm.is_online:
         return run.frozen(OnlineTeacherWorkers, OnlineTeacherWorker, run.config.teacher)
     return run.frozen(TeacherWorkers, TeacherWorker, run.config.teacher)
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from actors.weights import SENDERS, Meeting, Transport, WeightManifest, WeightSender
 from actors.weights.adapter import AdapterSender
-from rlhf.config.derive import OfflineKind, ships_adapter
+from rlhf.algorithms.base import Kind
+from rlhf.config.derive import ships_adapter
 from rlhf.models.export import adapter_config
 from rlhf.workers.offline.distillation import DistillationWorker
 from rlhf.workers.offline.pairs import PreferenceWorker, RewardModelWorker
@@ -128,7 +129,12 @@ class UnpairedRank(Meets, UnpairedWorker):
     """One rank of a policy trained on labelled responses."""
 
 
-OFFLINE_RANKS: Mapping[OfflineKind, type[TrainedWorker]] = {
+ONLINE_RANKS: Mapping[Kind, type[Publishes]] = {
+    "advantages": PolicyRank,
+    "sampled_pairs": OnlinePreferenceRank,
+    "sampled_distillation": StudentRank,
+}
+OFFLINE_RANKS: Mapping[Kind, type[TrainedWorker]] = {
     "supervised": SupervisedRank,
     "distillation": DistillationRank,
     "preference": PreferenceRank,

@@ -13,7 +13,6 @@ from actors.roles.gang import OfflineGang
 from actors.roles.group import ending
 from actors.roles.ranks import OFFLINE_RANKS
 from rlhf.algorithms.sft import SFTConfig
-from rlhf.config.derive import has_scalar_head, offline_kind
 from rlhf.config.files.load import load
 from rlhf.config.schema.root import Config
 from rlhf.errors import UserError
@@ -76,7 +75,7 @@ def export_checkpoint(
             "run": config.run,
             "policy": config.policy,
             # same model and optimizer as a policy; a reward model also has a scalar head
-            "algorithm": config.algorithm if has_scalar_head(config) else SFTConfig(name="sft"),
+            "algorithm": config.algorithm if config.algorithm.has_scalar_head else SFTConfig(name="sft"),
             "data": config.data,
             "train": config.train,
             "cluster": config.cluster,
@@ -92,7 +91,7 @@ def export_checkpoint(
 
 async def _export(config: Config, checkpoint: Path, folder: Path, merged: bool) -> None:
     placement = await reserve(config)
-    rank = OFFLINE_RANKS[offline_kind(config)]
+    rank = OFFLINE_RANKS[config.algorithm.kind]
     gang = RunContext(config=config, placement=placement).gang(OfflineGang, rank, config, optimizer_steps=1)
     async with ending([gang], placement):
         await gang.start(deadline_s=config.cluster.start_timeout_s)

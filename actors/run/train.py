@@ -27,7 +27,7 @@ from actors.run.engine_pool import ENGINE_POOL
 from actors.run.evaluate import run_evaluation
 from actors.run.merge import run_merge
 from actors.run.run_record import recording
-from rlhf.config.derive import needs_reference_logprobs, reads_teacher_states, ships_adapter
+from rlhf.config.derive import needs_reference_logprobs, ships_adapter
 from rlhf.config.files.dump import dump_masked_yaml
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.schema.root import Config
@@ -224,7 +224,7 @@ async def _online(
         record.progress.stage(f"starting {_names(lease.placement)}")
         await lease.start_with(list(roles.values()), config.cluster)
         policy, teacher = roles[PolicyGang.role], roles.get(TeacherWorkers.role)
-        if teacher is not None and reads_teacher_states(config):
+        if teacher is not None and config.algorithm.reads_teacher_states:
             await policy.take_teacher(await teacher.head())
         await lease.engines.connect(policy, adapter=record.folder.own / "adapter" if ships_adapter(config) else None)
         controller = OnlineController(

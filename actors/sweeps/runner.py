@@ -18,7 +18,6 @@ from pathlib import Path
 from actors.cluster.address import cluster_to_join
 from actors.sweeps.search import require_optuna, strategy_of
 from actors.sweeps.trial_process import END_WITHIN_S, MachineShare, TrialProcess, wait_for_all
-from rlhf.config.derive import is_online
 from rlhf.config.files.dump import dump_yaml
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.placement_plan import copies
@@ -271,7 +270,7 @@ def _may_keep_engines(sweep: Sweep) -> bool:
     """Return whether consecutive trials can use the same engines, because they use the same Ray."""
     runs = list(sweep.base.runs.values())
     fixed = not any(key.split(".")[0] == "cluster" for key in sweep.config.parameters)
-    return fixed and not sweep.base.is_pipeline and is_online(runs[0]) and runs[0].cluster.device == "cpu"
+    return fixed and not sweep.base.is_pipeline and runs[0].algorithm.is_online and runs[0].cluster.device == "cpu"
 
 
 def _cluster(loaded: LoadedConfig) -> ClusterConfig:

@@ -1,89 +1,49 @@
-"""Define the policy-training algorithms, one file each. The tables below are the only list of algorithms."""
+"""Define the algorithms, one file each. The table below is the only list of algorithms."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeVar, Union
 
-from rlhf.algorithms.cispo import CISPO, CISPOConfig
-from rlhf.algorithms.clip_cov import ClipCov, ClipCovConfig
-from rlhf.algorithms.cpo import CPO, CPOConfig
-from rlhf.algorithms.dapo import DAPO, DAPOConfig
-from rlhf.algorithms.distillation import DistillationConfig
-from rlhf.algorithms.dpo import DPO, DPOConfig
-from rlhf.algorithms.dppo import DPPO, DPPOConfig
-from rlhf.algorithms.dr_grpo import DrGRPO, DrGRPOConfig
-from rlhf.algorithms.dro import DRO, DROConfig
-from rlhf.algorithms.gdpo import GDPO, GDPOConfig
-from rlhf.algorithms.gmpo import GMPO, GMPOConfig
-from rlhf.algorithms.gpg import GPG, GPGConfig
-from rlhf.algorithms.grpo import GRPO, GRPOConfig
-from rlhf.algorithms.gspo import GSPO, GSPOConfig
-from rlhf.algorithms.kl_cov import KLCov, KLCovConfig
-from rlhf.algorithms.kto import KTO, KTOConfig
-from rlhf.algorithms.luspo import LUSPO, LUSPOConfig
-from rlhf.algorithms.on_policy_distillation import OnPolicyDistillationConfig
-from rlhf.algorithms.online_dpo import OnlineDPO, OnlineDPOConfig
-from rlhf.algorithms.opo import OPO, OPOConfig
-from rlhf.algorithms.orpo import ORPO, ORPOConfig
-from rlhf.algorithms.otb import OTB, OTBConfig
-from rlhf.algorithms.pairs import OnlinePairAlgorithm, PairAlgorithm
-from rlhf.algorithms.pass_at_k import PassAtK, PassAtKConfig
-from rlhf.algorithms.ppo import PPO, PPOConfig
-from rlhf.algorithms.process_reward_model import ProcessRewardModelConfig
-from rlhf.algorithms.raft import RAFT, RAFTConfig
-from rlhf.algorithms.reinforce import Reinforce, ReinforceConfig
-from rlhf.algorithms.reinforce_plus_plus import ReinforcePlusPlus, ReinforcePlusPlusConfig
-from rlhf.algorithms.remax import ReMax, ReMaxConfig
-from rlhf.algorithms.reward_model import RewardModeling, RewardModelingConfig
-from rlhf.algorithms.rloo import RLOO, RLOOConfig
-from rlhf.algorithms.sapo import SAPO, SAPOConfig
-from rlhf.algorithms.sft import SFTConfig
-from rlhf.algorithms.shared import OnlineAlgorithm
-from rlhf.algorithms.simpo import SimPO, SimPOConfig
-from rlhf.algorithms.tpo import TPO, TPOConfig
-from rlhf.algorithms.vespo import VESPO, VESPOConfig
+from rlhf.algorithms.base import Algorithm, AlgorithmConfig
+from rlhf.algorithms.cispo import CISPO
+from rlhf.algorithms.clip_cov import ClipCov
+from rlhf.algorithms.cpo import CPO
+from rlhf.algorithms.dapo import DAPO
+from rlhf.algorithms.distillation import Distillation
+from rlhf.algorithms.dpo import DPO
+from rlhf.algorithms.dppo import DPPO
+from rlhf.algorithms.dr_grpo import DrGRPO
+from rlhf.algorithms.dro import DRO
+from rlhf.algorithms.gdpo import GDPO
+from rlhf.algorithms.gmpo import GMPO
+from rlhf.algorithms.gpg import GPG
+from rlhf.algorithms.grpo import GRPO
+from rlhf.algorithms.gspo import GSPO
+from rlhf.algorithms.kl_cov import KLCov
+from rlhf.algorithms.kto import KTO
+from rlhf.algorithms.luspo import LUSPO
+from rlhf.algorithms.on_policy_distillation import OnPolicyDistillation
+from rlhf.algorithms.online_dpo import OnlineDPO
+from rlhf.algorithms.opo import OPO
+from rlhf.algorithms.orpo import ORPO
+from rlhf.algorithms.otb import OTB
+from rlhf.algorithms.pass_at_k import PassAtK
+from rlhf.algorithms.ppo import PPO
+from rlhf.algorithms.process_reward_model import ProcessRewardModel
+from rlhf.algorithms.raft import RAFT
+from rlhf.algorithms.reinforce import Reinforce
+from rlhf.algorithms.reinforce_plus_plus import ReinforcePlusPlus
+from rlhf.algorithms.remax import ReMax
+from rlhf.algorithms.reward_model import RewardModeling
+from rlhf.algorithms.rloo import RLOO
+from rlhf.algorithms.sapo import SAPO
+from rlhf.algorithms.sft import SFT
+from rlhf.algorithms.simpo import SimPO
+from rlhf.algorithms.tpo import TPO
+from rlhf.algorithms.vespo import VESPO
 
-AlgorithmConfig = (
-    PPOConfig
-    | GRPOConfig
-    | DrGRPOConfig
-    | GSPOConfig
-    | CISPOConfig
-    | GMPOConfig
-    | SAPOConfig
-    | RLOOConfig
-    | OPOConfig
-    | ReinforcePlusPlusConfig
-    | DAPOConfig
-    | LUSPOConfig
-    | VESPOConfig
-    | GPGConfig
-    | ReinforceConfig
-    | DPPOConfig
-    | DROConfig
-    | ClipCovConfig
-    | KLCovConfig
-    | GDPOConfig
-    | PassAtKConfig
-    | ReMaxConfig
-    | OTBConfig
-    | RAFTConfig
-    | SFTConfig
-    | DistillationConfig
-    | RewardModelingConfig
-    | ProcessRewardModelConfig
-    | DPOConfig
-    | SimPOConfig
-    | CPOConfig
-    | ORPOConfig
-    | TPOConfig
-    | KTOConfig
-    | OnlineDPOConfig
-    | OnPolicyDistillationConfig
-)
-
-ONLINE_ALGORITHMS: Mapping[str, Callable[[Any], OnlineAlgorithm]] = {
+ALGORITHMS: Mapping[str, type[Algorithm]] = {
     "ppo": PPO,
     "grpo": GRPO,
     "dr_grpo": DrGRPO,
@@ -108,14 +68,30 @@ ONLINE_ALGORITHMS: Mapping[str, Callable[[Any], OnlineAlgorithm]] = {
     "remax": ReMax,
     "otb": OTB,
     "raft": RAFT,
-}
-PAIR_ALGORITHMS: Mapping[str, Callable[[Any], PairAlgorithm]] = {
+    "sft": SFT,
+    "distillation": Distillation,
     "reward_model": RewardModeling,
+    "process_reward_model": ProcessRewardModel,
     "dpo": DPO,
     "simpo": SimPO,
     "cpo": CPO,
     "orpo": ORPO,
     "tpo": TPO,
+    "kto": KTO,
+    "online_dpo": OnlineDPO,
+    "on_policy_distillation": OnPolicyDistillation,
 }
-ONLINE_PAIR_ALGORITHMS: Mapping[str, Callable[[Any], OnlinePairAlgorithm]] = {"online_dpo": OnlineDPO}
-UNPAIRED_ALGORITHMS: Mapping[str, Callable[[Any], KTO]] = {"kto": KTO}
+
+if TYPE_CHECKING:
+    AnyAlgorithmConfig = AlgorithmConfig
+else:
+    AnyAlgorithmConfig = Union[tuple(algorithm.config_class() for algorithm in ALGORITHMS.values())]  # noqa: UP007
+
+Family = TypeVar("Family", bound=Algorithm)
+
+
+def algorithm_of(config: AlgorithmConfig, family: type[Family]) -> Family:
+    """Return the algorithm of a configuration. `family` is the base class that the caller knows."""
+    algorithm = ALGORITHMS[config.name](config)
+    assert isinstance(algorithm, family), f"{config.name} is no {family.__name__}"
+    return algorithm

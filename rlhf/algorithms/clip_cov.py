@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
+import torch
+from jaxtyping import Bool
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from rlhf.algorithms.grpo import GroupRelative
-from rlhf.algorithms.shared import ClippedConfig, StepUse
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool
-    from torch import Tensor
-
-    from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts, StepTokens
+from rlhf.algorithms.microbatch import PolicyMicrobatch, StepTokens, Surrogate
+from rlhf.algorithms.online import clipped
+from rlhf.algorithms.online_config import ClippedConfig, StepUse
+from rlhf.objectives.entropy import advantage_covariance, drawn_covariance_tokens
 
 
 class ClipCovConfig(ClippedConfig):
@@ -23,7 +23,6 @@ class ClipCovConfig(ClippedConfig):
     token_selection_keys: ClassVar[tuple[str, ...]] = ("fraction", "min_covariance", "max_covariance")
     takes_steps: ClassVar[StepUse] = "advantages"
     name: Literal["clip_cov"]
-    """The algorithm."""
     fraction: float = Field(default=2e-4, gt=0.0, le=1.0)
     """Share of an optimizer step's tokens to leave out, at least one token between the bounds."""
     min_covariance: float = 1.0
@@ -50,10 +49,6 @@ class ClipCov(GroupRelative):
 
     def selected(self, step: StepTokens) -> Bool[Tensor, " N"]:
         """Return True for the tokens without a gradient."""
-        import torch
-
-        from rlhf.objectives.entropy import advantage_covariance, drawn_covariance_tokens
-
         everywhere = torch.ones_like(step.advantages, dtype=torch.bool)
         return drawn_covariance_tokens(
             advantage_covariance(step.old_logprobs, step.advantages, everywhere),
@@ -64,13 +59,8 @@ class ClipCov(GroupRelative):
             fraction=self.config.fraction,
         )
 
-    def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """Return this micro-batch's share of the policy loss."""
-        import torch
-
-        from rlhf.algorithms.losses import clipped, composed_loss
-
+    def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
+        """Return the policy loss of each token."""
         assert batch.selected is not None
         whole = clipped(self.config, batch)
-        surrogate = dataclasses.replace(whole, per_token=torch.where(batch.selected, 0.0, whole.per_token))
-        return composed_loss(self.config, batch, counts, surrogate, kl_coef=kl_coef)
+        return dataclasses.replace(whole, per_token=torch.where(batch.selected, 0.0, whole.per_token))

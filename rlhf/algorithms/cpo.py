@@ -2,49 +2,38 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Annotated, Literal
 
+from jaxtyping import Float
 from pydantic import Field
+from torch import Tensor
 
-from rlhf.algorithms.pairs import PairScores, PreferenceConfig
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
+from rlhf.algorithms.pairs import PairAlgorithm, PairScores, PreferenceConfig
+from rlhf.algorithms.section import OnlyWith
+from rlhf.objectives import preference_loss as of
 
 
 class CPOConfig(PreferenceConfig):
     """Contrastive preference optimisation, without a reference model."""
 
     name: Literal["cpo"]
-    """The algorithm."""
     loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
     """The loss of a pair's log-probabilities."""
     beta: float = Field(default=0.1, gt=0.0)
     """Factor of the log-probabilities."""
-    label_smoothing: float = Field(default=0.0, ge=0.0, lt=0.5)
+    label_smoothing: Annotated[float, OnlyWith("loss", "sigmoid")] = Field(default=0.0, ge=0.0, lt=0.5)
     """Assumed share of pairs with a wrong preference; only `sigmoid` reads it."""
     sft_coef: float = Field(default=1.0, ge=0.0)
     """Weight of the mean negative log-probability of the chosen responses' tokens."""
 
 
-class CPO:
+class CPO(PairAlgorithm):
     """The losses read summed log-probabilities (`ipo` reads averaged ones, as in TRL)."""
 
-    needs_reference = False
-    needs_gold = False
-    couples = False
-    length_alpha = 1.0
-
-    def __init__(self, config: CPOConfig) -> None:
-        self.config = config
-        self.sft_coef = config.sft_coef
-        self.wpo = config.wpo
+    config: CPOConfig
 
     def losses(self, scores: PairScores) -> Float[Tensor, " B"]:
         """Return one loss per pair."""
-        from rlhf.objectives import preference_loss as of
-
         beta = self.config.beta
         if self.config.loss == "hinge":
             return of.hinge(scores.chosen, scores.rejected, beta=beta)

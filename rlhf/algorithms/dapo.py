@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Iterator
+from typing import ClassVar, Literal
 
+from jaxtyping import Float, Int
 from pydantic import Field
+from torch import Tensor
 
+from rlhf.algorithms.base import Responses
 from rlhf.algorithms.grpo import GroupRelative
+from rlhf.algorithms.online_config import ClippedConfig, StepUse
 from rlhf.algorithms.section import Section
-from rlhf.algorithms.shared import ClippedConfig, StepUse
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, Int
-    from torch import Tensor
-
-    from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
+from rlhf.objectives.rewards import overlong_penalty
 
 
 class OverlongConfig(Section):
@@ -32,11 +31,18 @@ class DAPOConfig(ClippedConfig):
 
     takes_steps: ClassVar[StepUse] = "advantages"
     name: Literal["dapo"]
-    """The algorithm."""
     clip_high: float = Field(default=0.28, gt=0.0)
     """The ratio is clipped above at 1 + clip_high: higher than below, so that unlikely tokens can become likely."""
     overlong: OverlongConfig | None = None
     """Soft penalty on length; null: no penalty."""
+
+    def problems(self, responses: Responses) -> Iterator[tuple[str, str]]:
+        """Yield a buffer of the length penalty longer than a response."""
+        most = responses.max_tokens
+        if self.overlong is not None and self.overlong.buffer > most:
+            key = responses.max_tokens_key
+            text = f"is {self.overlong.buffer} and must be at most {key} = {most}, which it ends at; lower it"
+            yield "algorithm.overlong.buffer", text
 
 
 class DAPO(GroupRelative):
@@ -48,17 +54,9 @@ class DAPO(GroupRelative):
         self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, max_new_tokens: int
     ) -> Float[Tensor, " B"]:
         """Return the scores minus the overlong penalty."""
-        from rlhf.objectives.rewards import overlong_penalty
-
         overlong = self.config.overlong
         if overlong is None:
             return scores
         return scores + overlong.factor * overlong_penalty(
             num_tokens, max_tokens=max_new_tokens, buffer=overlong.buffer
         )
-
-    def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """Return this micro-batch's share of the policy loss."""
-        from rlhf.algorithms.losses import clipped, composed_loss
-
-        return composed_loss(self.config, batch, counts, clipped(self.config, batch), kl_coef=kl_coef)

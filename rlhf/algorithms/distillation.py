@@ -6,26 +6,25 @@ The method is GKD (arXiv:2306.13649) with fixed data.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from rlhf.algorithms.section import Section
+from rlhf.algorithms.base import Algorithm, AlgorithmConfig, Kind
+from rlhf.algorithms.section import OnlyWith
+from rlhf.objectives import distillation as of
 
-if TYPE_CHECKING:
-    from rlhf.objectives.distillation import Divergence
 
-
-class DistillationConfig(Section):
+class DistillationConfig(AlgorithmConfig):
     """Distillation from the model of `teacher`. The loss is the mean over all tokens under the loss mask in the
     optimizer step."""
 
+    kind: ClassVar[Kind] = "distillation"
     name: Literal["distillation"]
-    """The algorithm."""
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     """`forward_kl`: KL(teacher || student), mode-covering. `reverse_kl`: KL(student || teacher), mode-seeking. `jsd`:
     between the two, by beta."""
-    beta: float = Field(default=0.5, gt=0.0, lt=1.0)
+    beta: Annotated[float, OnlyWith("divergence", "jsd")] = Field(default=0.5, gt=0.0, lt=1.0)
     """Share of the teacher in the mixture of `jsd`."""
     temperature: float = Field(default=1.0, gt=0.0)
     """Both models' logits are divided by it. The loss is not multiplied by its square."""
@@ -33,23 +32,20 @@ class DistillationConfig(Section):
     """Weight of the negative log-probability of the data's own tokens, at temperature 1."""
 
 
-class Distillation:
+class Distillation(Algorithm):
     """The loss is a divergence over the whole vocabulary plus a supervised term."""
 
-    def __init__(self, config: DistillationConfig) -> None:
-        self.config = config
+    config: DistillationConfig
 
     @property
-    def divergence(self) -> Divergence:
+    def divergence(self) -> of.Divergence:
         """Return the divergence of two distributions."""
         return divergence_of(self.config.divergence, beta=self.config.beta)
 
 
-def divergence_of(name: str, *, beta: float) -> Divergence:
+def divergence_of(name: str, *, beta: float) -> of.Divergence:
     """Return the configured divergence. Only `jsd` uses beta."""
-    from rlhf.objectives import distillation as of
-
-    by_name: dict[str, Divergence] = {
+    by_name: dict[str, of.Divergence] = {
         "forward_kl": of.forward_kl,
         "reverse_kl": of.reverse_kl,
         "jsd": partial(of.generalized_jsd, beta=beta),

@@ -6,19 +6,21 @@ The reference is the policy before training. Its log-probabilities are computed 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Literal, Self, get_args
+from typing import Annotated, Literal, Self, get_args
 
+from jaxtyping import Float
 from pydantic import Field, model_validator
+from torch import Tensor
 
-from rlhf.algorithms.pairs import PairScores, PreferenceConfig
+from rlhf.algorithms.base import UnusedKey
+from rlhf.algorithms.pairs import PairAlgorithm, PairScores, PreferenceConfig
+from rlhf.algorithms.section import OnlyWith
+from rlhf.objectives import divergences
+from rlhf.objectives import preference_loss as of
 
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
-
-    Loss = Callable[..., Float[Tensor, " B"]]
+Loss = Callable[..., Tensor]
 
 DPOLoss = Literal[
     "sigmoid",
@@ -57,7 +59,7 @@ class LogRatioConfig(PreferenceConfig):
     """Weight of the tokens by which the longer response of a pair exceeds the shorter (LD-DPO, arXiv:2409.06411)."""
     divergence: Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha"] = "reverse_kl"
     """Divergence from the reference (f-DPO, arXiv:2309.16240)."""
-    divergence_alpha: float = Field(default=0.5, ge=0.0, lt=1.0)
+    divergence_alpha: Annotated[float, OnlyWith("divergence", "alpha")] = Field(default=0.5, ge=0.0, lt=1.0)
     """alpha of the alpha-divergence: 0 is the forward KL; towards 1 it becomes the reverse KL."""
 
     @property
@@ -87,33 +89,30 @@ class LogRatioConfig(PreferenceConfig):
             raise ValueError(f"`divergence` is for loss {', '.join(sorted(OF_MARGINS))}, not for {others}")
         return self
 
+    @property
+    def uses_reference(self) -> bool:
+        """Return True: the losses are of log-ratios to the reference."""
+        return True
 
-class DPOConfig(LogRatioConfig):
-    """Direct preference optimisation, with a reference model."""
+    def unused_keys(self) -> Iterator[UnusedKey]:
+        """Yield label_smoothing unless a loss reads it."""
+        if not SMOOTHED & set(self.losses):
+            why = f"algorithm.loss {', '.join(self.losses)} does not read it"
+            yield UnusedKey(key="label_smoothing", why=why, fix=f"use one of {', '.join(sorted(SMOOTHED))}")
 
-    name: Literal["dpo"]
-    """The algorithm."""
 
-
-class DPO:
+class LogRatioAlgorithm(PairAlgorithm):
     """The loss is a weighted sum of losses of a pair's log-ratios.
 
     Deviation from BCO's paper: its delta is the mean reward of the optimizer step, not a running one.
     """
 
-    needs_reference = True
-    needs_gold = False
+    config: LogRatioConfig
 
     def __init__(self, config: LogRatioConfig) -> None:
-        self.config = config
-        self.sft_coef = config.sft_coef
-        self.wpo = config.wpo
+        super().__init__(config)
         self.length_alpha = config.length_alpha
-
-    @property
-    def couples(self) -> bool:
-        """Whether a loss depends on all pairs of a step."""
-        return bool(COUPLED & set(self.config.losses))
+        self.couples = bool(COUPLED & set(config.losses))
 
     def losses(self, scores: PairScores) -> Float[Tensor, " B"]:
         """Return one loss per pair."""
@@ -130,8 +129,6 @@ class DPO:
         return self.config.beta * chosen, self.config.beta * rejected
 
     def _functions(self, scores: PairScores) -> Mapping[str, Loss]:
-        from rlhf.objectives import preference_loss as of
-
         smoothing = self.config.label_smoothing
         return {
             "sigmoid": partial(of.dpo, label_smoothing=smoothing),
@@ -152,8 +149,6 @@ class DPO:
         }
 
     def _log_ratios(self, scores: PairScores) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
-        from rlhf.objectives import divergences
-
         assert scores.ref_chosen is not None
         assert scores.ref_rejected is not None
         chosen, rejected = scores.chosen - scores.ref_chosen, scores.rejected - scores.ref_rejected
@@ -174,3 +169,15 @@ class DPO:
         assert scores.ref_rejected is not None
         c, r = (scores.chosen_tokens, scores.rejected_tokens) if self.config.length_normalize else (1.0, 1.0)
         return scores.chosen / c - scores.rejected / r, scores.ref_chosen / c - scores.ref_rejected / r
+
+
+class DPOConfig(LogRatioConfig):
+    """Direct preference optimisation, with a reference model."""
+
+    name: Literal["dpo"]
+
+
+class DPO(LogRatioAlgorithm):
+    """The pairs are given, and the reference is the policy before training."""
+
+    config: DPOConfig

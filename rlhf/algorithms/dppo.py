@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from rlhf.algorithms.grpo import GroupRelative
-from rlhf.algorithms.shared import OnlineConfig, StepUse
-
-if TYPE_CHECKING:
-    from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
+from rlhf.algorithms.microbatch import PolicyMicrobatch, Surrogate
+from rlhf.algorithms.online_config import OnlineConfig, StepUse
+from rlhf.objectives.policy_loss import importance_ratio
+from rlhf.objectives.weighted_loss import cispo, trusted_by_kl, trusted_by_tv
 
 
 class DPPOConfig(OnlineConfig):
@@ -19,7 +19,6 @@ class DPPOConfig(OnlineConfig):
     off_policy_keys: ClassVar[tuple[str, ...]] = ("divergence", "max_decrease", "max_increase", "max_ratio")
     takes_steps: ClassVar[StepUse] = "advantages"
     name: Literal["dppo"]
-    """The algorithm."""
     divergence: Literal["tv", "kl"] = "tv"
     """tv: the change of the sampled token's probability. kl: KL(old || new) of that probability, in nats."""
     max_decrease: float = Field(default=0.15, gt=0.0)
@@ -39,13 +38,8 @@ class DPPO(GroupRelative):
 
     config: DPPOConfig
 
-    def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """Return this micro-batch's share of the policy loss."""
-        from rlhf.algorithms.losses import composed_loss
-        from rlhf.algorithms.microbatch import Surrogate
-        from rlhf.objectives.policy_loss import importance_ratio
-        from rlhf.objectives.weighted_loss import cispo, trusted_by_kl, trusted_by_tv
-
+    def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
+        """Return the policy loss of each token."""
         config, mask = self.config, batch.response_mask
         columns = (batch.logprobs, batch.old_logprobs, batch.advantages, mask)
         down, up = config.max_decrease, config.max_increase
@@ -54,11 +48,10 @@ class DPPO(GroupRelative):
         else:
             trusted = trusted_by_kl(*columns, max_kl_decrease=down, max_kl_increase=up)
         ratio = importance_ratio(batch.logprobs.detach(), batch.old_logprobs, mask)
-        surrogate = Surrogate(
+        return Surrogate(
             per_token=cispo(
                 ratio, batch.logprobs, batch.advantages, trusted, min_ratio=0.0, max_ratio=config.max_ratio
             ),
             ratio=ratio,
             clipped=mask & (~trusted | (ratio > config.max_ratio)),
         )
-        return composed_loss(config, batch, counts, surrogate, kl_coef=kl_coef)

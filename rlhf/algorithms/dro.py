@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from rlhf.algorithms.grpo import GroupRelative
-from rlhf.algorithms.shared import OnlineConfig, StepUse
-
-if TYPE_CHECKING:
-    from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
+from rlhf.algorithms.microbatch import PolicyMicrobatch, Surrogate
+from rlhf.algorithms.online import unclipped
+from rlhf.algorithms.online_config import OnlineConfig, StepUse
+from rlhf.objectives.weighted_loss import dro
 
 
 class DROConfig(OnlineConfig):
@@ -19,7 +19,6 @@ class DROConfig(OnlineConfig):
     off_policy_keys: ClassVar[tuple[str, ...]] = ("beta",)
     takes_steps: ClassVar[StepUse] = "advantages"
     name: Literal["dro"]
-    """The algorithm."""
     beta: float = Field(default=0.05, gt=0.0)
     """Weight of half the squared log-ratio of a token."""
 
@@ -33,19 +32,7 @@ class DRO(GroupRelative):
 
     config: DROConfig
 
-    def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """Return this micro-batch's share of the policy loss."""
-        import torch
-
-        from rlhf.algorithms.losses import composed_loss
-        from rlhf.algorithms.microbatch import Surrogate
-        from rlhf.objectives.policy_loss import importance_ratio
-        from rlhf.objectives.weighted_loss import dro
-
+    def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
+        """Return the policy loss of each token."""
         mask = batch.response_mask
-        surrogate = Surrogate(
-            per_token=dro(batch.logprobs, batch.old_logprobs, batch.advantages, mask, beta=self.config.beta),
-            ratio=importance_ratio(batch.logprobs.detach(), batch.old_logprobs, mask),
-            clipped=torch.zeros_like(mask),
-        )
-        return composed_loss(self.config, batch, counts, surrogate, kl_coef=kl_coef)
+        return unclipped(batch, dro(batch.logprobs, batch.old_logprobs, batch.advantages, mask, beta=self.config.beta))

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
 
+from jaxtyping import Float
+from torch import Tensor
+
+from rlhf.algorithms.base import Responses
 from rlhf.algorithms.grpo import FLAT_BELOW, GROUP_STD_EPS, GroupRelative
-from rlhf.algorithms.shared import ClippedConfig, LossKLConfig, SequenceOutcomes
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
-
-    from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
+from rlhf.algorithms.online import SequenceOutcomes
+from rlhf.algorithms.online_config import ClippedConfig, LossKLConfig
+from rlhf.objectives.advantages import group_decoupled, group_normalized_sum
 
 
 class GDPOConfig(ClippedConfig):
     """Group reward-decoupled normalisation policy optimisation."""
 
+    normalizes_rewards: ClassVar[bool] = True
     name: Literal["gdpo"]
-    """The algorithm."""
     kl: LossKLConfig = LossKLConfig()
-    """Penalty towards the reference model."""
+
+    def problems(self, responses: Responses) -> Iterator[tuple[str, str]]:
+        """Yield fewer than two rewards to compare by."""
+        if responses.num_rewards < 2:
+            count = responses.num_rewards
+            text = f"has {count} with a weight other than 0, but gdpo compares by several; add one, or use grpo"
+            yield "rewards", text
 
 
 class GDPO(GroupRelative):
@@ -33,32 +40,14 @@ class GDPO(GroupRelative):
 
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
         """Return the weighted sum of the rewards, each normalised in its group, normalised over the batch."""
-        from rlhf.objectives.advantages import group_decoupled
-
-        return group_decoupled(
-            outcomes.by_reward,
-            outcomes.weights,
-            group_size=outcomes.group_size,
-            eps=GROUP_STD_EPS,
-            counted=outcomes.has_opinion,
-        )
+        return group_decoupled(outcomes.by_reward, outcomes.weights, **_grouping(outcomes))
 
     def is_flat(self, outcomes: SequenceOutcomes) -> bool:
         """Whether the weighted sum of normalised rewards is 0 for every response. The sums of the plain rewards may
         differ."""
-        from rlhf.objectives.advantages import group_normalized_sum
-
-        sums = group_normalized_sum(
-            outcomes.by_reward,
-            outcomes.weights,
-            group_size=outcomes.group_size,
-            eps=GROUP_STD_EPS,
-            counted=outcomes.has_opinion,
-        )
+        sums = group_normalized_sum(outcomes.by_reward, outcomes.weights, **_grouping(outcomes))
         return bool((sums.abs() < FLAT_BELOW).all())
 
-    def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """Return this micro-batch's share of the policy loss."""
-        from rlhf.algorithms.losses import clipped, composed_loss
 
-        return composed_loss(self.config, batch, counts, clipped(self.config, batch), kl_coef=kl_coef)
+def _grouping(outcomes: SequenceOutcomes) -> dict[str, Any]:
+    return {"group_size": outcomes.group_size, "eps": GROUP_STD_EPS, "counted": outcomes.has_opinion}

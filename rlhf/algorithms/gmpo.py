@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
+import torch
 from pydantic import Field
 
 from rlhf.algorithms.grpo import GroupRelative
-from rlhf.algorithms.shared import Aggregation, OnlineConfig
-
-if TYPE_CHECKING:
-    from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
+from rlhf.algorithms.microbatch import PolicyMicrobatch, Surrogate
+from rlhf.algorithms.online_config import Aggregation, OnlineConfig
+from rlhf.objectives.sequence_ratios import geometric_mean_ratio
 
 
 class GMPOConfig(OnlineConfig):
@@ -18,13 +18,11 @@ class GMPOConfig(OnlineConfig):
 
     off_policy_keys: ClassVar[tuple[str, ...]] = ("clip_low", "clip_high")
     name: Literal["gmpo"]
-    """The algorithm."""
     clip_low: float = Field(default=0.4, gt=0.0)
     """A token's log-ratio is held above -clip_low where the advantage is negative."""
     clip_high: float = Field(default=0.4, gt=0.0)
     """A token's log-ratio is held below clip_high where the advantage is positive."""
     aggregation: Aggregation = "sequence_mean_token_mean"
-    """How per-token losses are weighted over the whole optimizer step."""
 
 
 class GMPO(GroupRelative):
@@ -32,14 +30,8 @@ class GMPO(GroupRelative):
 
     config: GMPOConfig
 
-    def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """Return this micro-batch's share of the policy loss."""
-        import torch
-
-        from rlhf.algorithms.losses import composed_loss
-        from rlhf.algorithms.microbatch import Surrogate
-        from rlhf.objectives.sequence_ratios import geometric_mean_ratio
-
+    def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
+        """Return the policy loss of each token."""
         config, mask, advantages = self.config, batch.response_mask, batch.advantages
         ratio = geometric_mean_ratio(
             batch.logprobs,
@@ -51,10 +43,9 @@ class GMPO(GroupRelative):
             clip_high=config.clip_high,
         )
         log_ratio = torch.where(mask, batch.logprobs.detach() - batch.old_logprobs, 0.0)
-        surrogate = Surrogate(
+        return Surrogate(
             per_token=torch.where(mask, -ratio * advantages, 0.0),
             ratio=ratio.detach(),
             clipped=((log_ratio > config.clip_high) & (advantages > 0))
             | ((log_ratio < -config.clip_low) & (advantages < 0)),
         )
-        return composed_loss(config, batch, counts, surrogate, kl_coef=kl_coef)

@@ -3,15 +3,14 @@ critic."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from rlhf.algorithms.shared import ClippedConfig, OnlineConfig, SequenceOutcomes, StepUse, WithoutCritic
+from jaxtyping import Float
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
-
-    from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
+from rlhf.algorithms.online import OnlineAlgorithm, SequenceOutcomes
+from rlhf.algorithms.online_config import ClippedConfig, StepUse
+from rlhf.objectives.advantages import group_centered, group_normalized, steps_centered, steps_normalized
 
 FLAT_BELOW = 1e-9  # an advantage that is 0 but for rounding, in float64
 GROUP_STD_EPS = 1e-6  # the published codes use 1e-4 (TRL), 1e-6 (verl), 1e-8 and 1e-9: it matters only near std 0
@@ -22,27 +21,19 @@ class GRPOConfig(ClippedConfig):
 
     takes_steps: ClassVar[StepUse] = "advantages"
     name: Literal["grpo"]
-    """The algorithm."""
     std_normalize: bool = True
     """Divide the centred scores by their group's standard deviation; dr_grpo does not."""
 
 
-class GroupRelative(WithoutCritic):
+class GroupRelative(OnlineAlgorithm):
     """Every token of a response has the response's advantage: its score compared with its group."""
-
-    def __init__(self, config: OnlineConfig) -> None:
-        self.config = config
 
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
         """Return the scores minus their group's mean, divided by its standard deviation."""
-        from rlhf.objectives.advantages import group_normalized
-
         return group_normalized(outcomes.scores, group_size=outcomes.group_size, eps=GROUP_STD_EPS)
 
     def step_terms(self, rewards: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
         """Return the rewards minus their mean, divided by their standard deviation."""
-        from rlhf.objectives.advantages import steps_normalized
-
         return steps_normalized(rewards, eps=GROUP_STD_EPS)
 
 
@@ -57,20 +48,10 @@ class GRPO(GroupRelative):
 
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
         """Return each score compared with its group."""
-        from rlhf.objectives.advantages import group_centered
-
         if not self.config.std_normalize:
             return group_centered(outcomes.scores, group_size=outcomes.group_size)
         return super().sequence_advantages(outcomes)
 
     def step_terms(self, rewards: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
         """Return each step reward compared with all step rewards of its group."""
-        from rlhf.objectives.advantages import steps_centered
-
         return super().step_terms(rewards) if self.config.std_normalize else steps_centered(rewards)
-
-    def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """Return this micro-batch's share of the policy loss."""
-        from rlhf.algorithms.losses import clipped, composed_loss
-
-        return composed_loss(self.config, batch, counts, clipped(self.config, batch), kl_coef=kl_coef)

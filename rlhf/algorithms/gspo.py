@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from rlhf.algorithms.grpo import GroupRelative
-from rlhf.algorithms.shared import Aggregation, ClippedConfig, StepUse
-
-if TYPE_CHECKING:
-    from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
+from rlhf.algorithms.microbatch import PolicyMicrobatch, Surrogate
+from rlhf.algorithms.online import clipped
+from rlhf.algorithms.online_config import Aggregation, ClippedConfig, StepUse
+from rlhf.objectives.sequence_ratios import sequence_token_ratio
 
 
 class SequenceClipConfig(ClippedConfig):
@@ -23,16 +23,7 @@ class SequenceClipConfig(ClippedConfig):
     """The ratio is clipped above at 1 + clip_high."""
 
 
-class GSPOConfig(SequenceClipConfig):
-    """Group sequence policy optimisation, with ratios of whole responses."""
-
-    name: Literal["gspo"]
-    """The algorithm."""
-    aggregation: Aggregation = "sequence_mean_token_mean"
-    """How per-token losses are weighted over the whole optimizer step."""
-
-
-class GSPO(GroupRelative):
+class SequenceClip(GroupRelative):
     """Each token's ratio is the geometric mean of the response's token ratios.
 
     The loss is the paper's token form (eq. 14). Its gradient equals that of the sequence form (eq. 5) if all tokens of
@@ -42,10 +33,20 @@ class GSPO(GroupRelative):
 
     config: SequenceClipConfig
 
-    def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """Return this micro-batch's share of the policy loss."""
-        from rlhf.algorithms.losses import clipped, composed_loss
-        from rlhf.objectives.sequence_ratios import sequence_token_ratio
-
+    def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
+        """Return the policy loss of each token."""
         ratio = sequence_token_ratio(batch.logprobs, batch.old_logprobs, batch.response_mask, batch.lengths)
-        return composed_loss(self.config, batch, counts, clipped(self.config, batch, ratio), kl_coef=kl_coef)
+        return clipped(self.config, batch, ratio)
+
+
+class GSPOConfig(SequenceClipConfig):
+    """Group sequence policy optimisation, with ratios of whole responses."""
+
+    name: Literal["gspo"]
+    aggregation: Aggregation = "sequence_mean_token_mean"
+
+
+class GSPO(SequenceClip):
+    """The loss of a response is the mean over its tokens."""
+
+    config: GSPOConfig

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
+import torch
+from jaxtyping import Bool
 from pydantic import Field
+from torch import Tensor
 
 from rlhf.algorithms.grpo import GroupRelative
-from rlhf.algorithms.shared import OnlineConfig, StepUse
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool
-    from torch import Tensor
-
-    from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts, StepTokens
+from rlhf.algorithms.microbatch import PolicyMicrobatch, StepTokens, Surrogate
+from rlhf.algorithms.online import unclipped
+from rlhf.algorithms.online_config import OnlineConfig, StepUse
+from rlhf.objectives.entropy import advantage_covariance, top_covariance_tokens
+from rlhf.objectives.kl import kl_k1
+from rlhf.objectives.policy_loss import importance_ratio
 
 
 class KLCovConfig(OnlineConfig):
@@ -22,7 +24,6 @@ class KLCovConfig(OnlineConfig):
     off_policy_keys: ClassVar[tuple[str, ...]] = ("fraction", "penalty")
     takes_steps: ClassVar[StepUse] = "advantages"
     name: Literal["kl_cov"]
-    """The algorithm."""
     fraction: float = Field(default=2e-3, gt=0.0, le=1.0)
     """Share of an optimizer step's tokens to penalise, by largest covariance, at least one token."""
     penalty: float = Field(default=1.0, gt=0.0)
@@ -41,30 +42,14 @@ class KLCov(GroupRelative):
 
     def selected(self, step: StepTokens) -> Bool[Tensor, " N"]:
         """Return True for the tokens with a penalty."""
-        import torch
-
-        from rlhf.objectives.entropy import advantage_covariance, top_covariance_tokens
-
         everywhere = torch.ones_like(step.advantages, dtype=torch.bool)
         covariance = advantage_covariance(step.old_logprobs, step.advantages, everywhere)
         return top_covariance_tokens(covariance, everywhere, fraction=self.config.fraction)
 
-    def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """Return this micro-batch's share of the policy loss."""
-        import torch
-
-        from rlhf.algorithms.losses import composed_loss
-        from rlhf.algorithms.microbatch import Surrogate
-        from rlhf.objectives.kl import kl_k1
-        from rlhf.objectives.policy_loss import importance_ratio
-
+    def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
+        """Return the policy loss of each token."""
         assert batch.selected is not None
         mask = batch.response_mask
         ratio = importance_ratio(batch.logprobs, batch.old_logprobs, mask)
         moved = torch.where(batch.selected, kl_k1(batch.logprobs, batch.old_logprobs), 0.0).abs()
-        surrogate = Surrogate(
-            per_token=torch.where(mask, -ratio * batch.advantages, 0.0) + self.config.penalty * moved,
-            ratio=ratio.detach(),
-            clipped=torch.zeros_like(mask),
-        )
-        return composed_loss(self.config, batch, counts, surrogate, kl_coef=kl_coef)
+        return unclipped(batch, torch.where(mask, -ratio * batch.advantages, 0.0) + self.config.penalty * moved)

@@ -6,25 +6,24 @@ The reference is the policy before training. Its log-probabilities are computed 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import ClassVar, Literal
 
+from jaxtyping import Bool, Float
 from pydantic import Field
+from torch import Tensor
 
-from rlhf.algorithms.section import Section
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
-    from torch import Tensor
+from rlhf.algorithms.base import Algorithm, AlgorithmConfig, Kind
+from rlhf.objectives import unpaired_loss
 
 Comparison = Literal["divergence", "mean", "zero"]
 _COMPARED: Mapping[str, Comparison] = {"kto": "divergence", "bco": "mean", "apo_zero": "zero"}
 
 
-class KTOConfig(Section):
+class KTOConfig(AlgorithmConfig):
     """Kahneman-Tversky optimisation on labelled responses."""
 
+    kind: ClassVar[Kind] = "unpaired"
     name: Literal["kto"]
-    """The algorithm."""
     loss: Literal["kto", "apo_zero", "bco"] = "kto"
     """What a reward is compared with: `kto` the divergence from the reference, `apo_zero` (arXiv:2408.06266) 0, `bco`
     (arXiv:2404.04656) the mean reward."""
@@ -36,28 +35,35 @@ class KTOConfig(Section):
     undesirable_weight: float = Field(default=1.0, gt=0.0)
     """Weight of an undesirable response's loss."""
 
+    @property
+    def uses_reference(self) -> bool:
+        """Return True: rewards are log-ratios to the reference."""
+        return True
 
-class KTO:
+    @property
+    def compares_with(self) -> Comparison:
+        """Return the baseline: the mismatched divergence for KTO, the mean log-ratio for BCO, 0 for APO."""
+        return _COMPARED[self.loss]
+
+    @property
+    def compares_with_divergence(self) -> bool:
+        """Whether a row also has its prompt with another row's response."""
+        return self.compares_with == "divergence"
+
+
+class KTO(Algorithm):
     """The losses read log-ratios and labels.
 
     Deviations from the papers: 1. KTO's divergence is estimated over the whole optimizer step, from each row's prompt
     with the response of the next row in the data; 2. BCO's mean reward is taken over the step, without a running mean.
     """
 
-    def __init__(self, config: KTOConfig) -> None:
-        self.config = config
-
-    @property
-    def compares_with(self) -> Comparison:
-        """Return the baseline: the mismatched divergence for KTO, the mean log-ratio for BCO, 0 for APO."""
-        return _COMPARED[self.config.loss]
+    config: KTOConfig
 
     def losses(
         self, log_ratios: Float[Tensor, " B"], labels: Bool[Tensor, " B"], *, compared: float
     ) -> Float[Tensor, " B"]:
         """Return one loss per response, weighted by its label."""
-        from rlhf.objectives import unpaired_loss
-
         config = self.config
         weights = unpaired_loss.label_weights(
             labels, desirable=config.desirable_weight, undesirable=config.undesirable_weight, dtype=log_ratios.dtype

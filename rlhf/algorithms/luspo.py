@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Literal
 
-from rlhf.algorithms.gspo import GSPO, SequenceClipConfig
-from rlhf.algorithms.shared import Aggregation
+from rlhf.algorithms.gspo import SequenceClip, SequenceClipConfig
+from rlhf.algorithms.online_config import Aggregation
 
 
 class LUSPOConfig(SequenceClipConfig):
     """Length-unbiased sequence policy optimisation."""
 
     name: Literal["luspo"]
-    """The algorithm."""
     aggregation: Aggregation = "sequence_mean_token_sum"
-    """How per-token losses are weighted over the whole optimizer step."""
 
 
-class LUSPO(GSPO):
+class LUSPO(SequenceClip):
     """A response's loss is one number on each of its tokens. Their sum is this number times the length."""
+
+    config: LUSPOConfig

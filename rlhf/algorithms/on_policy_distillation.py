@@ -2,41 +2,41 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
+from jaxtyping import Float
 from pydantic import Field
+from torch import Tensor
 
+from rlhf.algorithms.base import Algorithm, AlgorithmConfig, Kind
+from rlhf.algorithms.distillation import divergence_of
 from rlhf.algorithms.grpo import GROUP_STD_EPS
-from rlhf.algorithms.section import Section
-from rlhf.algorithms.shared import ClippedConfig
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
-
-    from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
-    from rlhf.objectives.distillation import Divergence
+from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
+from rlhf.algorithms.online import OnlineAlgorithm
+from rlhf.algorithms.online_config import ClippedConfig
+from rlhf.algorithms.section import OnlyWith
+from rlhf.objectives.advantages import group_normalized
+from rlhf.objectives.distillation import Divergence
 
 
-class OnPolicyDistillationConfig(Section):
+class OnPolicyDistillationConfig(AlgorithmConfig):
     """Distillation from the model of `teacher` on sampled responses. The loss is the mean over the sampled tokens of
     the optimizer step. Both models' logits are divided by rollouts.temperature."""
 
+    kind: ClassVar[Kind] = "sampled_distillation"
     off_policy_keys: ClassVar[tuple[str, ...]] = ("clip_low", "clip_high")
-
     name: Literal["on_policy_distillation"]
-    """The algorithm."""
     divergence: Literal["sampled_reverse_kl", "forward_kl", "reverse_kl", "jsd"] = "sampled_reverse_kl"
     """`sampled_reverse_kl`: a policy gradient whose advantages are the teacher's log-probability of each sampled token
     minus the student's. The others use the whole vocabulary. `forward_kl`: KL(teacher || student).
     `reverse_kl`: KL(student || teacher). `jsd`: between the two, by beta."""
-    beta: float = Field(default=0.5, gt=0.0, lt=1.0)
+    beta: Annotated[float, OnlyWith("divergence", "jsd")] = Field(default=0.5, gt=0.0, lt=1.0)
     """Share of the teacher in the mixture of `jsd`."""
-    clip_low: float = Field(default=0.2, gt=0.0, lt=1.0)
+    clip_low: Annotated[float, OnlyWith("divergence", "sampled_reverse_kl")] = Field(default=0.2, gt=0.0, lt=1.0)
     """`sampled_reverse_kl`: the importance ratio is clipped below at 1 - clip_low."""
-    clip_high: float = Field(default=0.2, gt=0.0)
+    clip_high: Annotated[float, OnlyWith("divergence", "sampled_reverse_kl")] = Field(default=0.2, gt=0.0)
     """`sampled_reverse_kl`: the importance ratio is clipped above at 1 + clip_high."""
-    reward_coef: float = Field(default=0.0, ge=0.0)
+    reward_coef: Annotated[float, OnlyWith("divergence", "sampled_reverse_kl")] = Field(default=0.0, ge=0.0)
     """`sampled_reverse_kl`: weight of GRPO's advantages from the rewards, added to the teacher's advantages. 0: rewards
     are logged and not trained on."""
 
@@ -45,33 +45,46 @@ class OnPolicyDistillationConfig(Section):
         """Whether the loss reads the teacher's log-probabilities of the sampled tokens alone."""
         return self.divergence == "sampled_reverse_kl"
 
+    @property
+    def reads_teacher_states(self) -> bool:
+        """Whether the loss reads the teacher's distributions instead of its log-probabilities of sampled tokens."""
+        return not self.is_sampled
 
-class OnPolicyDistillation:
+    @property
+    def trusts_sampler(self) -> bool:
+        """Whether there are importance ratios."""
+        return self.is_sampled
+
+    @property
+    def needs_rewards(self) -> bool:
+        """Whether rewards are trained on, not only logged."""
+        return self.reward_coef > 0.0
+
+    @property
+    def compares_responses(self) -> bool:
+        """Whether there are advantages from rewards."""
+        return self.needs_rewards
+
+
+class OnPolicyDistillation(Algorithm):
     """The loss over the whole vocabulary is GKD's. The loss of the sampled tokens alone is PPO's surrogate.
 
     Deviations from GKD: 1. all responses are the student's, and the data gives none; 2. several optimizer steps may
     train on one batch.
     """
 
-    def __init__(self, config: OnPolicyDistillationConfig) -> None:
-        self.config = config
+    config: OnPolicyDistillationConfig
 
     @property
     def divergence(self) -> Divergence:
         """Return the divergence over the vocabulary."""
-        from rlhf.algorithms.distillation import divergence_of
-
         return divergence_of(self.config.divergence, beta=self.config.beta)
 
     def reward_advantages(self, scores: Float[Tensor, " B"], *, group_size: int) -> Float[Tensor, " B"]:
         """Return the rewards' contribution to the advantages of each response's tokens. Scores are prompt-major."""
-        from rlhf.objectives.advantages import group_normalized
-
         return self.config.reward_coef * group_normalized(scores, group_size=group_size, eps=GROUP_STD_EPS)
 
     def sampled_loss(self, batch: PolicyMicrobatch, counts: StepCounts) -> LossTerms:
         """Return this micro-batch's share of the loss of `sampled_reverse_kl`."""
-        from rlhf.algorithms.losses import clipped, composed_loss
-
-        surrogate = ClippedConfig(clip_low=self.config.clip_low, clip_high=self.config.clip_high)
-        return composed_loss(surrogate, batch, counts, clipped(surrogate, batch), kl_coef=0.0)
+        config = ClippedConfig(name=self.config.name, clip_low=self.config.clip_low, clip_high=self.config.clip_high)
+        return OnlineAlgorithm(config).policy_loss(batch, counts, kl_coef=0.0)

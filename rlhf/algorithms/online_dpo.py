@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
-from rlhf.algorithms.dpo import DPO, LogRatioConfig
-from rlhf.algorithms.shared import FollowedReferenceConfig
+from rlhf.algorithms.base import Kind
+from rlhf.algorithms.dpo import LogRatioAlgorithm, LogRatioConfig
+from rlhf.algorithms.online_config import FollowedReferenceConfig
 
 
 class OnlineDPOConfig(LogRatioConfig, FollowedReferenceConfig):
     """DPO on the best and the worst of each prompt's responses."""
 
+    kind: ClassVar[Kind] = "sampled_pairs"
     name: Literal["online_dpo"]
-    """The algorithm."""
+
+    @property
+    def compares_responses(self) -> bool:
+        """Return True: a pair is chosen among the responses to a prompt."""
+        return True
 
 
-class OnlineDPO(DPO):
+class OnlineDPO(LogRatioAlgorithm):
     """The losses are DPO's. The policy samples the responses, and the rewards decide the preference in each pair.
 
     Deviations from the papers: 1. of more than two responses the best and the worst are a pair, as in arXiv:2312.11456;
     2. log-probabilities are taken at rollouts.temperature, as in sampling.
     """
 
-    def __init__(self, config: OnlineDPOConfig) -> None:
-        super().__init__(config)
-        self.reference_every = config.reference_every
-
-    def pair(self, scores: Sequence[float]) -> tuple[int, int] | None:
-        """Return the best and the worst response of a prompt, or None if all scores are equal. Ties take the first."""
-        best, worst = max(scores), min(scores)
-        return None if best == worst else (scores.index(best), scores.index(worst))
+    config: OnlineDPOConfig

@@ -3,44 +3,34 @@ rejected."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import ClassVar, Literal
 
+from jaxtyping import Float
 from pydantic import Field
+from torch import Tensor
 
-from rlhf.algorithms.pairs import PairScores
-from rlhf.algorithms.section import Section
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
+from rlhf.algorithms.base import AlgorithmConfig, Kind
+from rlhf.algorithms.pairs import PairAlgorithm, PairScores
+from rlhf.objectives.preference_loss import odds_ratio
 
 
-class ORPOConfig(Section):
+class ORPOConfig(AlgorithmConfig):
     """Odds-ratio preference optimisation, without a reference model."""
 
+    kind: ClassVar[Kind] = "preference"
     name: Literal["orpo"]
-    """The algorithm."""
     beta: float = Field(default=0.1, gt=0.0)
     """Weight of the odds-ratio term (the paper's lambda)."""
 
 
-class ORPO:
+class ORPO(PairAlgorithm):
     """Deviation from the paper: the supervised term covers the chosen response's tokens alone, not the prompt's."""
 
-    needs_reference = False
-    needs_gold = False
-    wpo = False
-    couples = False
+    config: ORPOConfig
     sft_coef = 1.0
-    length_alpha = 1.0
-
-    def __init__(self, config: ORPOConfig) -> None:
-        self.config = config
 
     def losses(self, scores: PairScores) -> Float[Tensor, " B"]:
         """Return the odds-ratio term of each pair."""
-        from rlhf.objectives.preference_loss import odds_ratio
-
         chosen, rejected = scores.chosen / scores.chosen_tokens, scores.rejected / scores.rejected_tokens
         return self.config.beta * odds_ratio(chosen, rejected)
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from rlhf.algorithms.shared import Aggregation, ClippedConfig, RewardsToGo, StepUse
-
-if TYPE_CHECKING:
-    from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
+from rlhf.algorithms.online import OnlineAlgorithm
+from rlhf.algorithms.online_config import Aggregation, ClippedConfig, StepUse
 
 
 class OTBConfig(ClippedConfig):
@@ -15,12 +13,10 @@ class OTBConfig(ClippedConfig):
 
     takes_steps: ClassVar[StepUse] = "rewards"
     name: Literal["otb"]
-    """The algorithm."""
     aggregation: Aggregation = "sequence_mean_token_sum"
-    """How per-token losses are weighted over the whole optimizer step."""
 
 
-class OTB(RewardsToGo):
+class OTB(OnlineAlgorithm):
     """A token's advantage is its return minus the baseline of its group's tokens at the same step.
 
     A response's weight in the baseline is its energy so far, a proxy of its squared gradient: uncertain responses count
@@ -31,13 +27,5 @@ class OTB(RewardsToGo):
     token ratios are clipped as in PPO.
     """
 
+    config: OTBConfig
     has_step_baseline = True
-
-    def __init__(self, config: OTBConfig) -> None:
-        self.config = config
-
-    def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """Return this micro-batch's share of the policy loss."""
-        from rlhf.algorithms.losses import clipped, composed_loss
-
-        return composed_loss(self.config, batch, counts, clipped(self.config, batch), kl_coef=kl_coef)

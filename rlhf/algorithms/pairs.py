@@ -1,4 +1,4 @@
-"""Define the interface and the shared keys of algorithms on pairs of responses.
+"""Define the base class and the shared keys of algorithms on pairs of responses.
 
 A policy's scores are sums of log-probabilities under the loss mask. A reward model's scores come from its head.
 """
@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import ClassVar
 
+from jaxtyping import Float
 from pydantic import Field
+from torch import Tensor
 
-from rlhf.algorithms.section import Section
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
+from rlhf.algorithms.base import Algorithm, AlgorithmConfig, Kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,9 +31,10 @@ class PairScores:
     weights: Float[Tensor, " B"] | None = None  # of the pairs' losses; None: all 1
 
 
-class PreferenceConfig(Section):
+class PreferenceConfig(AlgorithmConfig):
     """Keys of every algorithm that trains a policy on pairs."""
 
+    kind: ClassVar[Kind] = "preference"
     sft_coef: float = Field(default=0.0, ge=0.0)
     """Weight of the mean negative log-probability of the chosen responses' tokens (RPO, arXiv:2404.19733)."""
     wpo: bool = False
@@ -43,57 +42,31 @@ class PreferenceConfig(Section):
     current policy (WPO, arXiv:2406.11827)."""
 
 
-class PairAlgorithm(Protocol):
-    """Interface of the algorithms on pairs."""
+class PairAlgorithm(Algorithm):
+    """An algorithm on pairs. A subclass defines `losses` and `rewards`."""
 
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the losses read the log-probabilities of the policy before training."""
-        ...
+    sft_coef: float = 0.0  # weight of the chosen (or gold) responses' mean negative log-probability
+    wpo: bool = False  # whether a pair's loss is multiplied by the on-policy weights of its responses
+    length_alpha: float = 1.0  # weight of the longer response's surplus tokens in a pair. 1 treats all tokens alike
+    couples: bool = False  # whether a loss depends on all pairs of the step, which get a forward pass first
 
-    @property
-    def needs_gold(self) -> bool:
-        """Whether a row has a third, gold response, used by the supervised term instead of the chosen one."""
-        ...
+    def __init__(self, config: AlgorithmConfig) -> None:
+        super().__init__(config)
+        if isinstance(config, PreferenceConfig):
+            self.sft_coef, self.wpo = config.sft_coef, config.wpo
 
-    @property
-    def wpo(self) -> bool:
-        """Whether a pair's loss is multiplied by the on-policy weights of its responses."""
-        ...
+    def pair(self, scores: Sequence[float]) -> tuple[int, int] | None:
+        """Return the best and the worst sampled response of a prompt, or None if all scores are equal.
 
-    @property
-    def couples(self) -> bool:
-        """Whether a pair's loss depends on the other pairs of its optimizer step. All pairs then get a forward pass
-        first."""
-        ...
-
-    @property
-    def sft_coef(self) -> float:
-        """Weight of the chosen (or gold) responses' mean negative log-probability."""
-        ...
-
-    @property
-    def length_alpha(self) -> float:
-        """Weight of the longer response's surplus tokens in a pair. 1 treats all tokens alike."""
-        ...
+        Ties take the first.
+        """
+        best, worst = max(scores), min(scores)
+        return None if best == worst else (scores.index(best), scores.index(worst))
 
     def losses(self, scores: PairScores) -> Float[Tensor, " B"]:
         """Return one loss per pair. If `couples` is set, `scores` holds all pairs of the step."""
-        ...
+        raise NotImplementedError
 
     def rewards(self, scores: PairScores) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
         """Return the implicit rewards of the chosen and of the rejected responses, for the metrics."""
-        ...
-
-
-class OnlinePairAlgorithm(PairAlgorithm, Protocol):
-    """Interface of the algorithms on pairs of responses sampled by the policy during the run."""
-
-    @property
-    def reference_every(self) -> int | None:
-        """Number of steps after which the current policy becomes the reference. None: never."""
-        ...
-
-    def pair(self, scores: Sequence[float]) -> tuple[int, int] | None:
-        """Return the indices of a prompt's chosen and rejected responses, or None if the prompt yields no pair."""
-        ...
+        raise NotImplementedError

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterator
+from typing import Literal
 
+from jaxtyping import Float
 from pydantic import Field
+from torch import Tensor
 
+from rlhf.algorithms.base import Responses
 from rlhf.algorithms.grpo import FLAT_BELOW, GROUP_STD_EPS, GroupRelative
-from rlhf.algorithms.shared import ClippedConfig, SequenceOutcomes
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
-
-    from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
+from rlhf.algorithms.online import SequenceOutcomes
+from rlhf.algorithms.online_config import ClippedConfig
+from rlhf.objectives.advantages import group_best_margin, group_best_normalized
 
 
 class PassAtKConfig(ClippedConfig):
     """Policy optimisation of the best of k responses."""
 
     name: Literal["pass_at_k"]
-    """The algorithm."""
     k: int = Field(default=4, ge=2)
     """Number of responses in a set; the best one counts. k is below rollouts.samples_per_prompt, or equal to it with
     baseline leave_one_out."""
     baseline: Literal["group", "leave_one_out"] = "group"
     """group: the sets of k with a response compared with all sets of k, over their deviation (arXiv:2508.10751);
     leave_one_out: what the response adds to the best of the others (arXiv:2503.19595, arXiv:2505.15201)."""
+
+    def problems(self, responses: Responses) -> Iterator[tuple[str, str]]:
+        """Yield a set larger than the group of responses."""
+        size, key = responses.trained_per_prompt, responses.trained_key
+        most = size if self.baseline == "leave_one_out" else size - 1
+        if self.k > most:
+            text = f"is {self.k}, but may be {most} at most: its sets are drawn among {key} = {size} responses"
+            yield "algorithm.k", text
 
 
 class PassAtK(GroupRelative):
@@ -40,8 +47,6 @@ class PassAtK(GroupRelative):
 
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
         """Return advantages from exact means over all sets of k responses."""
-        from rlhf.objectives.advantages import group_best_margin, group_best_normalized
-
         scores, size, k = outcomes.scores, outcomes.group_size, self.config.k
         if self.config.baseline == "leave_one_out":
             return group_best_margin(scores, group_size=size, k=k)
@@ -50,9 +55,3 @@ class PassAtK(GroupRelative):
     def is_flat(self, outcomes: SequenceOutcomes) -> bool:
         """Whether all sets of k are equally good. This also holds if most responses have the best score."""
         return bool((self.sequence_advantages(outcomes).abs() < FLAT_BELOW).all())
-
-    def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """Return this micro-batch's share of the policy loss."""
-        from rlhf.algorithms.losses import clipped, composed_loss
-
-        return composed_loss(self.config, batch, counts, clipped(self.config, batch), kl_coef=kl_coef)

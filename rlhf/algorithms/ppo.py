@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Iterator
+from typing import ClassVar, Literal
 
+import torch
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
+from torch import Tensor
 
-from rlhf.algorithms.shared import ClippedConfig, OnlineDefaults, RewardKLConfig, SequenceOutcomes, StepUse
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
-    from torch import Tensor
-
-    from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts, ValueLossTerms, ValueMicrobatch
+from rlhf.algorithms.base import Responses
+from rlhf.algorithms.microbatch import StepCounts, ValueLossTerms, ValueMicrobatch
+from rlhf.algorithms.online import OnlineAlgorithm
+from rlhf.algorithms.online_config import ClippedConfig, RewardKLConfig, StepUse
+from rlhf.objectives import value_loss
+from rlhf.objectives.advantages import gae
 
 
 class PPOConfig(ClippedConfig):
     """PPO with a separate critic."""
 
+    has_critic: ClassVar[bool] = True
     critic_reuse_keys: ClassVar[tuple[str, ...]] = ("value_clip",)
     takes_steps: ClassVar[StepUse] = "rewards"
     name: Literal["ppo"]
-    """The algorithm."""
     kl: RewardKLConfig = RewardKLConfig()
-    """Penalty towards the reference model."""
     gamma: float = Field(default=1.0, gt=0.0, le=1.0)
     """Discount per sampled token. 1.0 is usual for one reward at the end of a response."""
     lam: float = Field(default=0.95, ge=0.0, le=1.0)
@@ -37,8 +39,27 @@ class PPOConfig(ClippedConfig):
     critic_warmup_steps: int = Field(default=0, ge=0)
     """Number of first steps that train only the critic."""
 
+    @property
+    def compares_responses(self) -> bool:
+        """Return False: the critic is the baseline."""
+        return False
 
-class PPO(OnlineDefaults):
+    @property
+    def critic_only_steps(self) -> int:
+        """The number of first steps that train the critic alone."""
+        return self.critic_warmup_steps
+
+    def problems(self, responses: Responses) -> Iterator[tuple[str, str]]:
+        """Yield a warm-up of the critic as long as the run."""
+        steps = responses.num_steps
+        if steps is not None and self.critic_warmup_steps >= steps:
+            text = (
+                f"is {self.critic_warmup_steps} and must be below train.steps = {steps}, or the policy is never trained"
+            )
+            yield "algorithm.critic_warmup_steps", text
+
+
+class PPO(OnlineAlgorithm):
     """Token rewards are the score on the last sampled token minus the KL penalty. Advantages are GAE; losses are
     clipped.
 
@@ -46,21 +67,11 @@ class PPO(OnlineDefaults):
     whitened over the whole batch before it is split into minibatches; 3. policy and critic share no parameters.
     """
 
-    has_critic = True
-    compares_responses = False
+    config: PPOConfig
 
     def __init__(self, config: PPOConfig) -> None:
-        self.config = config
-        self.critic_warmup_steps = config.critic_warmup_steps
-
-    @property
-    def whitens(self) -> bool:
-        """Whether advantages get mean 0 and variance 1 over the sampled tokens of the batch."""
-        return self.config.whiten_advantages
-
-    def sequence_advantages(self, outcomes: SequenceOutcomes) -> None:
-        """Return None: PPO's advantages are per token."""
-        return None
+        super().__init__(config)
+        self.whitens = config.whiten_advantages
 
     def token_advantages(
         self,
@@ -70,19 +81,18 @@ class PPO(OnlineDefaults):
         lengths: Int[Tensor, " B"],
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
         """Return generalised advantages and the critic's targets."""
-        from rlhf.objectives.advantages import gae
-
         assert values is not None, "PPO has a critic"
         return gae(rewards, values, response_mask, lengths, gamma=self.config.gamma, lam=self.config.lam)
 
-    def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """Return this micro-batch's share of the policy loss."""
-        from rlhf.algorithms.losses import clipped, composed_loss
-
-        return composed_loss(self.config, batch, counts, clipped(self.config, batch), kl_coef=kl_coef)
-
     def critic_loss(self, batch: ValueMicrobatch, counts: StepCounts) -> ValueLossTerms:
-        """Return this micro-batch's share of the critic's loss."""
-        from rlhf.algorithms.losses import clipped_critic_loss
-
-        return clipped_critic_loss(batch, counts, config=self.config, value_clip=self.config.value_clip)
+        """Return this micro-batch's share of the critic's loss, aggregated like the policy loss."""
+        mask, clip = batch.response_mask, self.config.value_clip
+        if clip is None:
+            per_token = value_loss.value_loss(batch.values, batch.returns, mask)
+            num_clipped = torch.zeros((), device=mask.device)
+        else:
+            columns = (batch.values, batch.old_values, batch.returns, mask)
+            per_token = value_loss.clipped_value_loss(*columns, clip=clip)
+            num_clipped = value_loss.clipped_values(*columns, clip=clip).sum().float()
+        weights = self.token_weights(mask, batch.lengths, counts)
+        return ValueLossTerms(loss=(per_token * weights).sum(), clipped_tokens=num_clipped)

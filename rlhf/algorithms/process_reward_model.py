@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from rlhf.algorithms.section import Section
+from rlhf.algorithms.base import Algorithm, AlgorithmConfig, Kind
 
 
-class ProcessRewardModelConfig(Section):
+class ProcessRewardModelConfig(AlgorithmConfig):
     """Cross-entropy of each step's label, as a mean over all steps of the optimizer step."""
 
+    kind: ClassVar[Kind] = "step_rewards"
     name: Literal["process_reward_model"]
-    """The algorithm."""
     step_separator: str = Field(default="\n", min_length=1)
     """Separator after every step of a response except the last. It is added if the data lacks it."""
+
+    @property
+    def row_options(self) -> Mapping[str, Any]:
+        """Return the separator of the steps in the data."""
+        return {"step_separator": self.step_separator}
+
+
+class ProcessRewardModel(Algorithm):
+    """The loss is rlhf.objectives.reward_model_loss.step_cross_entropy."""
+
+    config: ProcessRewardModelConfig

@@ -2,53 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
+from torch import Tensor
 
-from rlhf.algorithms.shared import LossKLConfig, OnlineConfig, SequenceOutcomes, WithoutCritic
+from rlhf.algorithms.base import Responses, UnusedKey
+from rlhf.algorithms.microbatch import PolicyMicrobatch, Surrogate
+from rlhf.algorithms.online import OnlineAlgorithm, unclipped
+from rlhf.algorithms.online_config import LossKLConfig, OnlineConfig
 from rlhf.objectives.selection import best
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
-    from torch import Tensor
-
-    from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
+from rlhf.objectives.supervised import negative_logprob
 
 
 class RAFTConfig(OnlineConfig):
     """Reward-ranked fine-tuning: rejection sampling."""
 
     name: Literal["raft"]
-    """The algorithm."""
     keep: int = Field(default=1, ge=1)
     """Number of responses per prompt to train on, by highest score."""
     min_score: float | None = None
     """Responses with a lower score are left out, even if they are among the best; null: no threshold."""
     kl: LossKLConfig = LossKLConfig()
-    """Penalty towards the reference model."""
+
+    @property
+    def most_kept(self) -> int:
+        """The largest number of responses per prompt to train on."""
+        return self.keep
+
+    @property
+    def trusts_sampler(self) -> bool:
+        """Return False: the loss has no importance ratio."""
+        return False
+
+    def problems(self, responses: Responses) -> Iterator[tuple[str, str]]:
+        """Yield a number of kept responses that rejects none, or does not exist."""
+        samples = responses.samples_per_prompt
+        if self.keep > samples:
+            text = f"is {self.keep}, but a prompt has rollouts.samples_per_prompt = {samples} responses; lower it"
+            yield "algorithm.keep", text
+        elif self.keep == samples and self.min_score is None:
+            text = f"is {samples}, as rollouts.samples_per_prompt: nothing is rejected; lower it, or set min_score"
+            yield "algorithm.keep", text
+
+    def unused_keys(self) -> Iterator[UnusedKey]:
+        """Yield keys about advantages, because the loss reads none."""
+        why = f"algorithm {self.name} imitates what it keeps, without advantages"
+        yield UnusedKey(key="advantage_clip", why=why, fix="choose an algorithm with advantages")
+        why = f"algorithm {self.name} has no tokens of negative advantage"
+        yield UnusedKey(key="correction.off_policy_mask", why=why, fix="bound the ratios by reject")
 
 
-class RAFT(WithoutCritic):
+class RAFT(OnlineAlgorithm):
     """The loss is the supervised loss of the selected responses. The other responses are not computed.
 
     Deviations from the paper: 1. the policy is updated after each batch of prompts, whereas the paper first gathers a
     data set; 2. the penalty towards the reference is a term of the loss, not of the score.
     """
 
-    def __init__(self, config: RAFTConfig) -> None:
-        self.config = config
-        self.most_kept = config.keep
+    config: RAFTConfig
 
     def kept(self, scores: Sequence[float]) -> Sequence[int]:
         """Return the indices of the best responses with a score at or above the threshold."""
         least = self.config.min_score
         return [index for index in best(scores, self.config.keep) if least is None or scores[index] >= least]
-
-    def sequence_advantages(self, outcomes: SequenceOutcomes) -> None:
-        """Return None: all selected responses are imitated with equal weight."""
-        return None
 
     def token_advantages(
         self,
@@ -61,19 +80,6 @@ class RAFT(WithoutCritic):
         ones = response_mask.to(rewards.dtype)
         return ones, ones
 
-    def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """Return this micro-batch's share of the policy loss."""
-        import torch
-
-        from rlhf.algorithms.losses import composed_loss
-        from rlhf.algorithms.microbatch import Surrogate
-        from rlhf.objectives.policy_loss import importance_ratio
-        from rlhf.objectives.supervised import negative_logprob
-
-        mask = batch.response_mask
-        surrogate = Surrogate(
-            per_token=negative_logprob(batch.logprobs, mask),
-            ratio=importance_ratio(batch.logprobs, batch.old_logprobs, mask).detach(),
-            clipped=torch.zeros_like(mask),
-        )
-        return composed_loss(self.config, batch, counts, surrogate, kl_coef=kl_coef)
+    def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
+        """Return the policy loss of each token."""
+        return unclipped(batch, negative_logprob(batch.logprobs, batch.response_mask))

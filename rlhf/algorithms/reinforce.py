@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from rlhf.algorithms.shared import OnlineConfig, RewardKLConfig, RewardsToGo, StepUse
-
-if TYPE_CHECKING:
-    from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
+from rlhf.algorithms.microbatch import PolicyMicrobatch, Surrogate
+from rlhf.algorithms.online import OnlineAlgorithm, plain_gradient
+from rlhf.algorithms.online_config import OnlineConfig, RewardKLConfig, StepUse
 
 
 class ReinforceConfig(OnlineConfig):
@@ -17,31 +16,28 @@ class ReinforceConfig(OnlineConfig):
 
     takes_steps: ClassVar[StepUse] = "rewards"
     name: Literal["reinforce"]
-    """The algorithm."""
     kl: RewardKLConfig = RewardKLConfig()
-    """Penalty towards the reference model."""
     gamma: float = Field(default=1.0, gt=0.0, le=1.0)
     """Discount per sampled token."""
     baseline: Literal["batch_mean", "none"] = "batch_mean"
     """Baseline of the rewards to come: their mean over the batch's sampled tokens, or none."""
 
+    @property
+    def compares_responses(self) -> bool:
+        """Return False: the baseline is the batch, not the group."""
+        return False
 
-class Reinforce(RewardsToGo):
+
+class Reinforce(OnlineAlgorithm):
     """A token's advantage is the discounted score minus the KL penalties from the token on, minus the baseline."""
 
-    compares_responses = False
+    config: ReinforceConfig
 
     def __init__(self, config: ReinforceConfig) -> None:
-        self.config = config
+        super().__init__(config)
         self.discount = config.gamma
+        self.centers = config.baseline == "batch_mean"
 
-    @property
-    def centers(self) -> bool:
-        """Whether to subtract the batch mean as the baseline."""
-        return self.config.baseline == "batch_mean"
-
-    def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """Return this micro-batch's share of the policy loss."""
-        from rlhf.algorithms.losses import composed_loss, unweighted
-
-        return composed_loss(self.config, batch, counts, unweighted(batch), kl_coef=kl_coef)
+    def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
+        """Return the policy loss of each token."""
+        return plain_gradient(batch)

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import ClassVar, Literal
 
-from rlhf.algorithms.shared import Aggregation, ClippedConfig, RewardKLConfig, SequenceOutcomes, WithoutCritic
+from jaxtyping import Float
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
-
-    from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
+from rlhf.algorithms.online import OnlineAlgorithm, SequenceOutcomes
+from rlhf.algorithms.online_config import Aggregation, ClippedConfig, RewardKLConfig
+from rlhf.objectives.advantages import greedy_centered
 
 
 class ReMaxConfig(ClippedConfig):
     """REINFORCE with a greedy baseline."""
 
+    wants_greedy: ClassVar[bool] = True
     name: Literal["remax"]
-    """The algorithm."""
     kl: RewardKLConfig = RewardKLConfig()
-    """Penalty towards the reference model."""
     aggregation: Aggregation = "sequence_mean_token_sum"
-    """How per-token losses are weighted over the whole optimizer step."""
+
+    @property
+    def compares_responses(self) -> bool:
+        """Return False: a response is compared only with the greedy one."""
+        return False
 
 
-class ReMax(WithoutCritic):
+class ReMax(OnlineAlgorithm):
     """One response to a prompt is enough. The greedy response is scored by the same rewards and never trained on.
 
     Deviations from the paper: 1. a KL penalty in the reward is subtracted from the whole score, whereas the paper gives
@@ -32,25 +34,9 @@ class ReMax(WithoutCritic):
     PPO.
     """
 
-    wants_greedy = True
-
-    def __init__(self, config: ReMaxConfig) -> None:
-        self.config = config
-
-    @property
-    def compares_responses(self) -> bool:
-        """Return False: a response is compared only with the greedy one."""
-        return False
+    config: ReMaxConfig
 
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
         """Return each score minus the score of the greedy response."""
-        from rlhf.objectives.advantages import greedy_centered
-
         assert outcomes.greedy_scores is not None, "ReMax asks for greedy responses"
         return greedy_centered(outcomes.scores, outcomes.greedy_scores, group_size=outcomes.group_size)
-
-    def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """Return this micro-batch's share of the policy loss."""
-        from rlhf.algorithms.losses import clipped, composed_loss
-
-        return composed_loss(self.config, batch, counts, clipped(self.config, batch), kl_coef=kl_coef)

@@ -2,44 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import ClassVar, Literal
 
+from jaxtyping import Float
 from pydantic import Field
+from torch import Tensor
 
-from rlhf.algorithms.pairs import PairScores
-from rlhf.algorithms.section import Section
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
+from rlhf.algorithms.base import AlgorithmConfig, Kind
+from rlhf.algorithms.pairs import PairAlgorithm, PairScores
+from rlhf.objectives.reward_model_loss import bradley_terry, centering
 
 
-class RewardModelingConfig(Section):
+class RewardModelingConfig(AlgorithmConfig):
     """A model of `policy` with a scalar head. A later run loads the result by `reward.model`."""
 
+    kind: ClassVar[Kind] = "reward_model"
     name: Literal["reward_model"]
-    """The algorithm."""
     centering: float = Field(default=0.0, ge=0.0)
     """Weight of (chosen + rejected)^2, which keeps the scores around 0 (arXiv:2312.09244)."""
 
 
-class RewardModeling:
+class RewardModeling(PairAlgorithm):
     """The loss is Bradley-Terry on the scores, with the data's margins and the centring term."""
 
-    needs_reference = False
-    needs_gold = False
-    wpo = False
-    couples = False
-    sft_coef = 0.0
-    length_alpha = 1.0
-
-    def __init__(self, config: RewardModelingConfig) -> None:
-        self.config = config
+    config: RewardModelingConfig
 
     def losses(self, scores: PairScores) -> Float[Tensor, " B"]:
         """Return one loss per pair."""
-        from rlhf.objectives.reward_model_loss import bradley_terry, centering
-
         losses = bradley_terry(scores.chosen, scores.rejected, margin=scores.margins)
         if self.config.centering:
             losses = losses + self.config.centering * centering(scores.chosen, scores.rejected)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from jaxtyping import Float
 from pydantic import Field
+from torch import Tensor
 
-from rlhf.algorithms.pairs import PairScores, PreferenceConfig
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
+from rlhf.algorithms.pairs import PairAlgorithm, PairScores, PreferenceConfig
+from rlhf.objectives.divergences import alphapo_scores
+from rlhf.objectives.preference_loss import simpo
 
 
 class MarginConfig(PreferenceConfig):
@@ -29,34 +28,22 @@ class SimPOConfig(MarginConfig):
     """Simple preference optimisation, without a reference model."""
 
     name: Literal["simpo"]
-    """The algorithm."""
     alpha: float = 0.0
     """Shape of the reward (1 - p^-alpha) / alpha: above 0 it falls faster for unlikely responses (AlphaPO,
     arXiv:2501.03884); 0 is SimPO's log p."""
 
 
-class RewardMargin(ABC):
+class RewardMargin(PairAlgorithm):
     """The loss reads the margin between two rewards. A subclass defines the reward before beta."""
 
-    needs_reference = False
-    needs_gold = False
-    couples = False
-    length_alpha = 1.0
     config: MarginConfig
 
-    def __init__(self, config: MarginConfig) -> None:
-        self.config = config
-        self.sft_coef = config.sft_coef
-        self.wpo = config.wpo
-
-    @abstractmethod
     def scores(self, scores: PairScores) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
         """Return the rewards of the chosen and of the rejected responses, before beta."""
+        raise NotImplementedError
 
     def losses(self, scores: PairScores) -> Float[Tensor, " B"]:
         """Return one loss per pair."""
-        from rlhf.objectives.preference_loss import simpo
-
         config = self.config
         return simpo(*self.scores(scores), beta=config.beta, gamma=config.gamma, label_smoothing=config.label_smoothing)
 
@@ -73,8 +60,6 @@ class SimPO(RewardMargin):
 
     def scores(self, scores: PairScores) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
         """Return (1 - p^-alpha) / alpha of the averages."""
-        from rlhf.objectives.divergences import alphapo_scores
-
         chosen, rejected = scores.chosen / scores.chosen_tokens, scores.rejected / scores.rejected_tokens
         alpha = self.config.alpha
         return alphapo_scores(chosen, alpha=alpha), alphapo_scores(rejected, alpha=alpha)

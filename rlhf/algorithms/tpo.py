@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import ClassVar, Literal
 
+from jaxtyping import Float
 from pydantic import Field
+from torch import Tensor
 
 from rlhf.algorithms.pairs import PairScores
 from rlhf.algorithms.simpo import MarginConfig, RewardMargin
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
 
 
 class TPOConfig(MarginConfig):
     """Triple preference optimisation. Rows also have `reference`, the gold response."""
 
+    needs_gold: ClassVar[bool] = True
     name: Literal["tpo"]
-    """The algorithm."""
     beta: float = Field(default=0.01, gt=0.0)
     """Factor of the log-probabilities."""
     gamma: float = Field(default=0.0, ge=0.0)
@@ -34,7 +32,6 @@ class TPO(RewardMargin):
     """Rewards are summed log-probabilities, as in CPO. The supervised term uses the gold response, not the chosen
     one."""
 
-    needs_gold = True
     config: TPOConfig
 
     def scores(self, scores: PairScores) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
+import torch
 from pydantic import Field
 
 from rlhf.algorithms.grpo import GroupRelative
-from rlhf.algorithms.shared import OnlineConfig
-
-if TYPE_CHECKING:
-    from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
+from rlhf.algorithms.microbatch import PolicyMicrobatch, Surrogate
+from rlhf.algorithms.online import unclipped
+from rlhf.algorithms.online_config import OnlineConfig
+from rlhf.objectives.masking import sequence_sums, to_tokens
+from rlhf.objectives.policy_loss import reinforce
+from rlhf.objectives.weighted_loss import vespo_weights
 
 
 class VESPOConfig(OnlineConfig):
@@ -23,7 +26,6 @@ class VESPOConfig(OnlineConfig):
         "decay_negative",
     )
     name: Literal["vespo"]
-    """The algorithm."""
     power_positive: float = Field(default=2.0, ge=0.0)
     """Power of the ratio for advantages of at least 0: larger values lower the weight faster at ratios below 1."""
     decay_positive: float = Field(default=3.0, gt=0.0)
@@ -42,16 +44,8 @@ class VESPO(GroupRelative):
 
     config: VESPOConfig
 
-    def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """Return this micro-batch's share of the policy loss."""
-        import torch
-
-        from rlhf.algorithms.losses import composed_loss
-        from rlhf.algorithms.microbatch import Surrogate
-        from rlhf.objectives.masking import sequence_sums, to_tokens
-        from rlhf.objectives.policy_loss import importance_ratio, reinforce
-        from rlhf.objectives.weighted_loss import vespo_weights
-
+    def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
+        """Return the policy loss of each token."""
         config, mask = self.config, batch.response_mask
         log_ratio = torch.where(mask, batch.logprobs.detach() - batch.old_logprobs, 0.0)
         weights = vespo_weights(
@@ -62,9 +56,4 @@ class VESPO(GroupRelative):
             power_negative=config.power_negative,
             decay_negative=config.decay_negative,
         )
-        surrogate = Surrogate(
-            per_token=reinforce(batch.logprobs, weights * batch.advantages, mask),
-            ratio=importance_ratio(batch.logprobs.detach(), batch.old_logprobs, mask),
-            clipped=torch.zeros_like(mask),
-        )
-        return composed_loss(config, batch, counts, surrogate, kl_coef=kl_coef)
+        return unclipped(batch, reinforce(batch.logprobs, weights * batch.advantages, mask))

@@ -1,7 +1,7 @@
 """Derive facts from one run's configuration: roles, batch arithmetic, placement, weight sync. `rlhf plan` shows them.
 
-The functions are pure and import nothing heavy. `derive` takes a configuration checked by rlhf.config.validation.run;
-the predicates above it take any configuration.
+The functions are pure. `derive` takes a configuration checked by rlhf.config.validation.run; the functions above it
+take any configuration. Facts about the algorithm alone are in its section (rlhf.algorithms.base).
 """
 
 from __future__ import annotations
@@ -11,11 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlhf.algorithms import ONLINE_ALGORITHMS, ONLINE_PAIR_ALGORITHMS, PAIR_ALGORITHMS, UNPAIRED_ALGORITHMS
-from rlhf.algorithms.distillation import DistillationConfig
-from rlhf.algorithms.on_policy_distillation import OnPolicyDistillationConfig
-from rlhf.algorithms.ppo import PPOConfig
-from rlhf.algorithms.shared import OnlineConfig
+from rlhf.algorithms.base import Kind
+from rlhf.algorithms.online_config import OnlineConfig
 from rlhf.config.schema.cluster import ClusterConfig, Transport
 from rlhf.config.schema.data import DataSource, WeightedSource
 from rlhf.config.schema.model import CriticConfig, LoraConfig, ModelConfig, PolicyConfig, ReferenceConfig
@@ -26,61 +23,7 @@ from rlhf.config.schema.train import TrainConfig
 from rlhf.data.templates import ChatTemplate
 from rlhf.role_table import GUESTS_OF_ENGINES, MODEL_SECTIONS, ROLE_ORDER, Role
 
-OfflineKind = Literal["supervised", "distillation", "preference", "reward_model", "step_rewards", "unpaired"]
-
 MAX_ENGINE_RANK = 512  # largest adapter rank in vLLM
-
-
-def is_online(config: Config) -> bool:
-    """Return whether the algorithm learns from rollouts."""
-    return config.algorithm.name in ONLINE_ALGORITHMS or pairs_rollouts(config) or distils_rollouts(config)
-
-
-def pairs_rollouts(config: Config) -> bool:
-    """Return whether the algorithm compares two responses of a prompt instead of using advantages."""
-    return config.algorithm.name in ONLINE_PAIR_ALGORITHMS
-
-
-def distils_rollouts(config: Config) -> bool:
-    """Return whether a teacher scores the rollouts. Rewards are then optional."""
-    return isinstance(config.algorithm, OnPolicyDistillationConfig)
-
-
-def needs_rewards(config: Config) -> bool:
-    """Return whether responses must have scores."""
-    algorithm = config.algorithm
-    if isinstance(algorithm, OnPolicyDistillationConfig):
-        return algorithm.reward_coef > 0.0
-    return is_online(config)
-
-
-def reads_teacher_states(config: Config) -> bool:
-    """Return whether an online run learns the teacher's distributions instead of its log-probabilities of sampled
-    tokens."""
-    return isinstance(config.algorithm, OnPolicyDistillationConfig) and not config.algorithm.is_sampled
-
-
-def offline_kind(config: Config) -> OfflineKind:
-    """Return the training kind of a run without rollouts. It selects the worker and the form of the data."""
-    name = config.algorithm.name
-    if name in UNPAIRED_ALGORITHMS:
-        return "unpaired"
-    if name in PAIR_ALGORITHMS:
-        return "reward_model" if name == "reward_model" else "preference"
-    if name == "process_reward_model":
-        return "step_rewards"
-    return "distillation" if has_teacher(config) else "supervised"
-
-
-def compares_with_divergence(config: Config) -> bool:
-    """Return whether single responses are compared with responses to other prompts, as in KTO."""
-    name = config.algorithm.name
-    return name in UNPAIRED_ALGORITHMS and UNPAIRED_ALGORITHMS[name](config.algorithm).compares_with == "divergence"
-
-
-def has_scalar_head(config: Config) -> bool:
-    """Return whether the run trains a scoring model instead of a language model."""
-    return config.algorithm.name in ("reward_model", "process_reward_model")
 
 
 def adapter_options(lora: LoraConfig) -> dict[str, Any]:
@@ -90,37 +33,12 @@ def adapter_options(lora: LoraConfig) -> dict[str, Any]:
 
 def needs_reference_logprobs(config: Config) -> bool:
     """Return whether the losses of a run without rollouts use log-probabilities from before training."""
-    name = config.algorithm.name
-    return name in UNPAIRED_ALGORITHMS or (
-        name in PAIR_ALGORITHMS and PAIR_ALGORITHMS[name](config.algorithm).needs_reference
-    )
-
-
-def compares_responses(config: Config) -> bool:
-    """Return whether training on rollouts needs more than one response to a prompt."""
-    name = config.algorithm.name
-    if distils_rollouts(config):
-        return needs_rewards(config)
-    return pairs_rollouts(config) or (
-        name in ONLINE_ALGORITHMS and ONLINE_ALGORITHMS[name](config.algorithm).compares_responses
-    )
-
-
-def wants_greedy(config: Config) -> bool:
-    """Return whether each prompt also gets a greedy response as a baseline."""
-    name = config.algorithm.name
-    return name in ONLINE_ALGORITHMS and ONLINE_ALGORITHMS[name](config.algorithm).wants_greedy
-
-
-def most_kept(config: Config) -> int | None:
-    """Return the algorithm's limit on trained responses per prompt, or None for all."""
-    name = config.algorithm.name
-    return ONLINE_ALGORITHMS[name](config.algorithm).most_kept if name in ONLINE_ALGORITHMS else None
+    return config.algorithm.uses_reference and not config.algorithm.is_online
 
 
 def trained_per_prompt(config: Config, rollouts: RolloutsConfig) -> int:
     """Return the largest number of a prompt's responses trained on by their advantages."""
-    limit, keep = most_kept(config), rollouts.keep_per_prompt
+    limit, keep = config.algorithm.most_kept, rollouts.keep_per_prompt
     if limit is not None:
         return limit
     return rollouts.samples_per_prompt if keep is None else keep.count
@@ -128,7 +46,7 @@ def trained_per_prompt(config: Config, rollouts: RolloutsConfig) -> int:
 
 def trained_key(config: Config, rollouts: RolloutsConfig) -> str:
     """Return the configuration key behind `trained_per_prompt`."""
-    if most_kept(config) is not None:
+    if config.algorithm.most_kept is not None:
         return "algorithm.keep"
     return "rollouts.samples_per_prompt" if rollouts.keep_per_prompt is None else "rollouts.keep_per_prompt.count"
 
@@ -137,26 +55,12 @@ def leaves_out(config: Config) -> bool:
     """Return whether some responses with advantages are not trained on."""
     keeps = config.rollouts is not None and config.rollouts.keep_per_prompt is not None
     masks = isinstance(config.algorithm, OnlineConfig) and config.algorithm.mask_truncated
-    return keeps or masks or most_kept(config) is not None
-
-
-def has_critic(config: Config) -> bool:
-    """Return whether the algorithm trains a value model."""
-    name = config.algorithm.name
-    return name in ONLINE_ALGORITHMS and ONLINE_ALGORITHMS[name](config.algorithm).has_critic
-
-
-def has_teacher(config: Config) -> bool:
-    """Return whether the algorithm learns from another model."""
-    return isinstance(config.algorithm, DistillationConfig | OnPolicyDistillationConfig)
+    return keeps or masks or config.algorithm.most_kept is not None
 
 
 def uses_reference(config: Config) -> bool:
     """Return whether a reference's log-probabilities of the rollouts enter the objective."""
-    algorithm = config.algorithm
-    if isinstance(algorithm, OnlineConfig):
-        return algorithm.kl.coef > 0.0
-    return pairs_rollouts(config) and ONLINE_PAIR_ALGORITHMS[algorithm.name](algorithm).needs_reference
+    return config.algorithm.uses_reference and config.algorithm.is_online
 
 
 def reference_is_adapter_off(config: Config) -> bool:
@@ -248,19 +152,24 @@ class RoleUse:
 
 ROLE_USES: Mapping[Role, RoleUse] = {
     "policy": RoleUse(is_needed=lambda config: True, model=lambda config: config.policy),
-    "critic": RoleUse(is_needed=has_critic, model=critic_model, how_to_need=lambda config: "use ppo"),
+    "critic": RoleUse(
+        is_needed=lambda config: config.algorithm.has_critic, model=critic_model, how_to_need=lambda config: "use ppo"
+    ),
     "reference": RoleUse(
         is_needed=lambda config: uses_reference(config) and not reference_is_adapter_off(config),
         model=reference_model,
         how_to_need=how_to_need_reference,
     ),
     "teacher": RoleUse(
-        is_needed=has_teacher,
+        is_needed=lambda config: config.algorithm.has_teacher,
         model=lambda config: config.teacher,
-        how_to_need=lambda config: f"use {'on_policy_' if is_online(config) else ''}distillation",
+        how_to_need=lambda config: f"use {'on_policy_' if config.algorithm.is_online else ''}distillation",
     ),
-    "reward": RoleUse(is_needed=is_online, model=lambda config: config.reward if uses_reward_model(config) else None),
-    "rollout": RoleUse(is_needed=is_online, model=lambda config: config.policy),
+    "reward": RoleUse(
+        is_needed=lambda config: config.algorithm.is_online,
+        model=lambda config: config.reward if uses_reward_model(config) else None,
+    ),
+    "rollout": RoleUse(is_needed=lambda config: config.algorithm.is_online, model=lambda config: config.policy),
 }
 
 
@@ -282,7 +191,7 @@ def trained_sections(config: Config) -> dict[Role, PolicyConfig | CriticConfig]:
 
 def has_value_head(config: Config, role: Role) -> bool:
     """Return whether a role's model gives a number per token instead of a distribution."""
-    return role == "critic" or (role == "policy" and has_scalar_head(config))
+    return role == "critic" or (role == "policy" and config.algorithm.has_scalar_head)
 
 
 def train_sets(config: Config) -> Mapping[str, WeightedSource]:
@@ -310,13 +219,7 @@ def max_sequence_tokens(config: Config) -> int:
 
 def sequences_per_row(config: Config) -> int:
     """Return the number of sequences per offline row. They pass through the model together."""
-    return 2 + needs_gold(config) if config.algorithm.name in PAIR_ALGORITHMS else 1
-
-
-def needs_gold(config: Config) -> bool:
-    """Return whether a row has a gold response in addition to its pair."""
-    name = config.algorithm.name
-    return name in PAIR_ALGORITHMS and PAIR_ALGORITHMS[name](config.algorithm).needs_gold
+    return 2 + config.algorithm.needs_gold if config.algorithm.kind in ("preference", "reward_model") else 1
 
 
 def eval_sets(config: Config) -> Mapping[str, DataSource]:
@@ -327,7 +230,7 @@ def eval_sets(config: Config) -> Mapping[str, DataSource]:
     return held_out if isinstance(held_out, dict) else {"heldout": held_out}
 
 
-EVAL_METRICS: Mapping[OfflineKind, tuple[str, ...]] = {
+EVAL_METRICS: Mapping[Kind, tuple[str, ...]] = {
     "supervised": ("loss", "perplexity", "token_accuracy"),
     "distillation": ("loss", "token_accuracy", "nll"),
     "preference": ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward"),
@@ -339,14 +242,14 @@ EVAL_METRICS: Mapping[OfflineKind, tuple[str, ...]] = {
 
 def eval_metrics(config: Config) -> tuple[str, ...]:
     """Return the metrics of an evaluation on each set."""
-    if is_online(config):
+    if config.algorithm.is_online:
         samples, settings = config.eval.samples_per_prompt, config.eval
         ks = tuple(2**i for i in range(samples.bit_length())) if settings.k is None else settings.k
         votes = [f"{mark}@{k}" for mark in ("pass", "maj") for k in ks]
         scored = ("score", "score_low", "score_high", *votes, *(("greedy",) if settings.greedy else ()))
-        teacher = ("kl_teacher",) if distils_rollouts(config) else ()
+        teacher = ("kl_teacher",) if config.algorithm.kind == "sampled_distillation" else ()
         return (*(scored if config.rewards else ()), *teacher, "truncated", "response_tokens", *config.rewards)
-    return EVAL_METRICS[offline_kind(config)]
+    return EVAL_METRICS[config.algorithm.kind]
 
 
 def responses_per_step(rollouts: RolloutsConfig) -> int:
@@ -373,7 +276,9 @@ def prompts_asked(config: Config, rollouts: RolloutsConfig) -> int:
 
 def rows_per_step(config: Config, rollouts: RolloutsConfig) -> int:
     """Return the most rows trained on in one step: responses, or one pair per prompt."""
-    return rollouts.prompts_per_step * (1 if pairs_rollouts(config) else trained_per_prompt(config, rollouts))
+    return rollouts.prompts_per_step * (
+        1 if config.algorithm.kind == "sampled_pairs" else trained_per_prompt(config, rollouts)
+    )
 
 
 def _as_reference(config: Config) -> ReferenceConfig:
@@ -396,8 +301,7 @@ def updates_per_step(config: Config) -> int:
 
 def policy_optimizer_steps(config: Config) -> int:
     """Return the policy's optimizer steps in the whole run, without steps of critic warm-up."""
-    warmup = config.algorithm.critic_warmup_steps if isinstance(config.algorithm, PPOConfig) else 0
-    return max(config.train.num_steps - warmup, 0) * updates_per_step(config)
+    return max(config.train.num_steps - config.algorithm.critic_only_steps, 0) * updates_per_step(config)
 
 
 def critic_optimizer_steps(config: Config) -> int:

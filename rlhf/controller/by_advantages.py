@@ -17,8 +17,8 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rlhf.algorithms import ONLINE_ALGORITHMS
-from rlhf.algorithms.shared import OnlineAlgorithm, SequenceOutcomes
+from rlhf.algorithms import algorithm_of
+from rlhf.algorithms.online import OnlineAlgorithm, SequenceOutcomes
 from rlhf.config.derive import leaves_out, rows_per_step, updates_per_step
 from rlhf.config.schema.root import Config
 from rlhf.controller.batches import only, plan_batch, visits
@@ -50,7 +50,7 @@ class AdvantageLearning:
         self.roles = roles
         self.record = record
         self.rollouts = config.rollouts
-        self.algorithm: OnlineAlgorithm = ONLINE_ALGORITHMS[config.algorithm.name](config.algorithm)
+        self.algorithm = algorithm_of(config.algorithm, OnlineAlgorithm)
         self.kl_coef = self.algorithm.config.kl.coef
         self.entropy = EntropyBonus(self.algorithm.config.entropy)
         self.following = FollowingReference(self.algorithm.config.reference_every, roles, record)
@@ -118,7 +118,7 @@ class AdvantageLearning:
             places = self.algorithm.kept(scores) if keep is None else KEPT_BY[keep.by](scores, keep.count)
             if places:
                 kept.append(only(trained, places))
-        if self.algorithm.compares_responses:
+        if self.algorithm.config.compares_responses:
             flat = sum(is_flat(scored, self.config, self.algorithm) for scored in groups)
             self.record.add({"advantages/zero_groups/fraction": Mean(total=flat, count=len(groups))})
         return kept
@@ -218,7 +218,7 @@ class AdvantageLearning:
         """Make one optimizer step of each trained role. Roles with separate hardware update concurrently."""
         roles, config = self.roles, self.config
         critic = roles.critic
-        warming = critic is not None and step <= self.algorithm.critic_warmup_steps
+        warming = critic is not None and step <= self.algorithm.config.critic_only_steps
         if critic is None:
             self.record.add(await roles.policy.update(minibatch))
         elif warming:

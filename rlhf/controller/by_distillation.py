@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from rlhf.algorithms.on_policy_distillation import OnPolicyDistillation, OnPolicyDistillationConfig
+from rlhf.algorithms import algorithm_of
+from rlhf.algorithms.on_policy_distillation import OnPolicyDistillation
 from rlhf.config.derive import responses_per_step
 from rlhf.config.schema.root import Config
 from rlhf.controller.batches import plan_batch, visits
@@ -32,14 +33,13 @@ class DistillationLearning:
 
     def __init__(self, config: Config, roles: OnlineRoles, record: RunRecord) -> None:
         assert config.rollouts is not None
-        assert isinstance(config.algorithm, OnPolicyDistillationConfig)
         assert roles.teacher is not None
         self.config = config
         self.roles = roles
         self.record = record
         self.rollouts = config.rollouts
         self.teacher = roles.teacher
-        self.algorithm = OnPolicyDistillation(config.algorithm)
+        self.algorithm = algorithm_of(config.algorithm, OnPolicyDistillation)
         self.is_ahead = config.cluster.roles.teacher.colocate_with is None
 
     async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:

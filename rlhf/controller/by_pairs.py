@@ -11,8 +11,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf.algorithms import ONLINE_PAIR_ALGORITHMS
-from rlhf.algorithms.pairs import OnlinePairAlgorithm
+from rlhf.algorithms import algorithm_of
+from rlhf.algorithms.online_config import FollowedReferenceConfig
+from rlhf.algorithms.pairs import PairAlgorithm
 from rlhf.config.schema.root import Config
 from rlhf.controller.batches import plan_pairs, temperatures, visits
 from rlhf.controller.following_reference import FollowingReference
@@ -32,11 +33,12 @@ class PairLearning:
 
     def __init__(self, config: Config, roles: OnlineRoles, record: RunRecord) -> None:
         assert config.rollouts is not None
+        assert isinstance(config.algorithm, FollowedReferenceConfig)
         self.config = config
         self.roles = roles
         self.record = record
-        self.algorithm: OnlinePairAlgorithm = ONLINE_PAIR_ALGORITHMS[config.algorithm.name](config.algorithm)
-        self.following = FollowingReference(self.algorithm.reference_every, roles, record)
+        self.algorithm = algorithm_of(config.algorithm, PairAlgorithm)
+        self.following = FollowingReference(config.algorithm.reference_every, roles, record)
         self.num_minibatches = config.rollouts.prompts_per_step // config.train.sequences_per_update
 
     async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:

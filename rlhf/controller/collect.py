@@ -15,8 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from rlhf.algorithms import ONLINE_ALGORITHMS
-from rlhf.config.derive import prompts_at_once, wants_greedy
+from rlhf.algorithms import algorithm_of
+from rlhf.algorithms.online import OnlineAlgorithm
+from rlhf.config.derive import prompts_at_once
 from rlhf.config.schema.rewards import error_rules
 from rlhf.config.schema.rollouts import DynamicSampling
 from rlhf.config.schema.root import Config
@@ -83,8 +84,8 @@ class Collector:
         self.answers = answers
         self.record = record
         self.sampling = sampling
-        name = config.algorithm.name
-        self.algorithm = ONLINE_ALGORITHMS[name](config.algorithm) if name in ONLINE_ALGORITHMS else None
+        weighs = config.algorithm.kind == "advantages"
+        self.algorithm = algorithm_of(config.algorithm, OnlineAlgorithm) if weighs else None
         self.next_group = 0
         self.waiting: list[Turn] = []  # requested but unfinished; requested first in the next step
         settings = config.data.curriculum
@@ -126,7 +127,7 @@ class Collector:
             groups = await self.answers.score_all(requests, self.sampling, step=step, version=step - 1)
         else:
             groups = await self._first(turns, requests, needed, step)
-        if wants_greedy(self.config):
+        if self.config.algorithm.wants_greedy:
             groups = await self.answers.add_greedy_baseline(groups, self.sampling, step=step, version=step - 1)
         return groups
 

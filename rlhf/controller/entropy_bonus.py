@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rlhf.algorithms.shared import EntropyConfig
+from rlhf.algorithms.online_config import EntropyConfig
 from rlhf.objectives.entropy import adaptive_entropy_coef
 
 

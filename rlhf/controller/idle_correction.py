@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from rlhf.algorithms.shared import OnlineConfig
+from rlhf.algorithms.online_config import OnlineConfig
 
 logger = logging.getLogger(__name__)
 

@@ -10,12 +10,13 @@ stores the finished ones for a resumed run and keeps the previous step. A later 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import fields
 from typing import Any
 
-from rlhf.config.derive import distils_rollouts, pairs_rollouts, shares_engines_gpus
+from rlhf.algorithms.base import Kind
+from rlhf.config.derive import shares_engines_gpus
 from rlhf.config.schema.root import Config
 from rlhf.controller.answers import Answers
 from rlhf.controller.by_advantages import AdvantageLearning
@@ -36,6 +37,12 @@ from rlhf.roles import GpuGuest
 from rlhf.tracking.metrics.reductions import Last, Max, Sum
 from rlhf.tracking.run_folder.samples import samples_path
 from rlhf.types import Prompt, Sampling
+
+LEARNERS: Mapping[Kind, Callable[[Config, OnlineRoles, RunRecord], Learning]] = {
+    "advantages": AdvantageLearning,
+    "sampled_pairs": PairLearning,
+    "sampled_distillation": DistillationLearning,
+}
 
 
 class OnlineController(TrainingLoop):
@@ -82,7 +89,7 @@ class OnlineController(TrainingLoop):
             stop=self.rollouts.stop,
             stop_token_ids=self.rollouts.stop_token_ids,
         )
-        self.learning = _learning(config, roles, record)
+        self.learning = LEARNERS[config.algorithm.kind](config, roles, record)
         self.answers = Answers(roles.rollout, roles.reward, record, rewards_fingerprint=rewards_fingerprint)
         self.collector = Collector(config, prompts, self.answers, record, sampling)
         self.sharing = shares_engines_gpus(config)
@@ -217,10 +224,3 @@ class OnlineController(TrainingLoop):
         """Restore the position in the prompts and the state of the learning method."""
         self.collector.restore(state)
         await self.learning.restore(state, self.step)
-
-
-def _learning(config: Config, roles: OnlineRoles, record: RunRecord) -> Learning:
-    """Return the learning method of the configured algorithm."""
-    if distils_rollouts(config):
-        return DistillationLearning(config, roles, record)
-    return (PairLearning if pairs_rollouts(config) else AdvantageLearning)(config, roles, record)

@@ -9,8 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf.algorithms.shared import OnlineAlgorithm, SequenceOutcomes
-from rlhf.config.derive import compares_responses
+from rlhf.algorithms.online import OnlineAlgorithm, SequenceOutcomes
 from rlhf.config.schema.rewards import RewardConfig
 from rlhf.config.schema.root import Config
 from rlhf.rewards.combining import RewardTerm, gated, gated_steps, training_sum
@@ -105,7 +104,7 @@ def is_flat(scored: ScoredGroup, config: Config, algorithm: OnlineAlgorithm | No
     A run without comparisons learns from any group. `algorithm` is None unless it weighs responses by advantages.
     """
     assert config.rollouts is not None
-    if not compares_responses(config):
+    if not config.algorithm.compares_responses:
         return False
     shares = _shares(config.rewards)
     steps = gated_steps(scored.scores.steps, scored.scores.by_name, shares)

@@ -14,8 +14,6 @@ from rlhf.config.derive import (
     ROLE_USES,
     derive,
     has_value_head,
-    is_online,
-    offline_kind,
     shares_engines_gpus,
     ships_adapter,
     trained_sections,
@@ -102,7 +100,7 @@ def training(role_name: Role, model: PolicyConfig | CriticConfig, config: Config
     trained = whole if lora is None else shape.lora_parameters(lora.rank) + (shape.hidden if scalar else 0)
     tokens, accumulates = tokens_of_microbatch(config, role)
     on_gpu = config.cluster.device == "cuda"
-    online = is_online(config)
+    online = config.algorithm.is_online
     return Training(
         trained=trained,
         frozen=0 if lora is None else whole,
@@ -115,7 +113,7 @@ def training(role_name: Role, model: PolicyConfig | CriticConfig, config: Config
         checkpointing=model.gradient_checkpointing,
         lora_rank=None if lora is None else lora.rank,
         scalar=scalar,
-        keeps_head_gradient=not online and offline_kind(config) in ("supervised", "distillation"),
+        keeps_head_gradient=not online and config.algorithm.kind in ("supervised", "distillation"),
         optimizer=config.train.optimizer,
         offload=role.offload,
         on_gpu=on_gpu,
@@ -143,7 +141,7 @@ def _base_bytes(shape: Shape, model: PolicyConfig | CriticConfig, whole: int) ->
 def _trained(name: Role, model: PolicyConfig | CriticConfig, config: Config, sizes: Sizes) -> Footprint:
     shape, how = sizes.of(model.model), training(name, model, config, sizes)
     terms = training_terms(shape, how)
-    if name == "policy" and is_online(config):
+    if name == "policy" and config.algorithm.is_online:
         terms.append(_published(config, shape, how))
     if name in shares_engines_gpus(config):
         terms.append(_put_aside(terms))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf.config.derive import eval_sets, is_online, max_sequence_tokens, models_of, with_steps
+from rlhf.config.derive import eval_sets, max_sequence_tokens, models_of, with_steps
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.nodes import Node, parse_cluster
 from rlhf.config.placement_plan import seat
@@ -163,7 +163,7 @@ def response_lengths(config: Config, text: str | None) -> Lengths:
 def _times(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: Lengths) -> list[str]:
     stages = training_stages(config, sizes, nodes, lengths)
     title = f"time of a step, estimated ({_assumed(config, sizes, nodes, lengths)})\n"
-    if not is_online(config):
+    if not config.algorithm.is_online:
         return [title + _stages(config, stages, nodes)]
     system, sync = system_of(config, sizes, nodes, lengths, {}), sync_stage(config, sizes, nodes)
     outcomes = [simulate(system, staleness=s, steps=3, seed=0) for s in ((0,) if system.colocated else (0, 1, 2))]
@@ -187,7 +187,7 @@ def _assumed(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths
     speed = rates(config, nodes, sizes, role="policy")
     has_type = any(node.kind for node in nodes or ())
     guess = "" if has_type or config.cluster.device == "cpu" else f", assumed: --cluster says no type={DEFAULT_GPU}"
-    responses = f"; responses {lengths}" if is_online(config) else f"; sequences of {lengths.mean:,.0f} tokens"
+    responses = f"; responses {lengths}" if config.algorithm.is_online else f"; sequences of {lengths.mean:,.0f} tokens"
     return f"on {speed.name}{guess}{responses}"
 
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rlhf.config.derive import is_online
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.nodes import parse_cluster
 from rlhf.config.schema.root import Config
@@ -61,7 +60,7 @@ def render_scenarios(
 
     Raise UserError without such a run or for a wrong spec.
     """
-    runs = [run for run in loaded.runs.values() if is_online(run)]
+    runs = [run for run in loaded.runs.values() if run.algorithm.is_online]
     if not runs:
         raise UserError(f"--simulate: {loaded.source} has no run with rollouts; there is nothing to overlap")
     numbers, lists = parse_spec(spec)

@@ -9,26 +9,21 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 
-from rlhf.algorithms.shared import FollowedReferenceConfig
+from rlhf.algorithms.online_config import FollowedReferenceConfig
 from rlhf.config.derive import (
     ROLE_USES,
     Derived,
     critic_optimizer_steps,
     derive,
     eval_sets,
-    has_critic,
-    has_teacher,
     leaves_out,
     merged_because,
     needs_reference_logprobs,
-    pairs_rollouts,
     policy_optimizer_steps,
     prompts_at_once,
-    reads_teacher_states,
     reference_model,
     train_sets,
     trained_per_prompt,
-    wants_greedy,
     weight_sync,
 )
 from rlhf.config.files.load import LoadedConfig
@@ -129,7 +124,7 @@ def _run(config: Config, nodes: Sequence[Mapping[str, float]] | None) -> str:
 def _greedy(config: Config) -> str:
     """Describe extra greedy responses and the limit on trained responses."""
     assert config.rollouts is not None
-    greedy = f", and {config.rollouts.prompts_per_step} greedy ones" if wants_greedy(config) else ""
+    greedy = f", and {config.rollouts.prompts_per_step} greedy ones" if config.algorithm.wants_greedy else ""
     most = trained_per_prompt(config, config.rollouts)
     return greedy + (f", of which at most {most} a prompt are trained on" if leaves_out(config) else "")
 
@@ -138,7 +133,7 @@ def _facts(config: Config, derived: Derived) -> list[list[str]]:
     train, rollouts = config.train, config.rollouts
     updates = "1 optimizer step" if derived.updates_per_step == 1 else f"{derived.updates_per_step} optimizer steps"
     sequences, per_update = derived.sequences_per_step, train.sequences_per_update
-    rows = "pairs" if pairs_rollouts(config) else "sequences"
+    rows = "pairs" if config.algorithm.kind == "sampled_pairs" else "sequences"
     facts: list[list[str]] = []
     if rollouts is None:
         facts.append(["sequences a step", f"{per_update}: {updates}"])
@@ -184,7 +179,7 @@ def _facts(config: Config, derived: Derived) -> list[list[str]]:
         where = config.run.dir / "reference_logprobs"
         facts.append(["reference", f"the policy before training: computed once, then taken from {where}"])
     if rollouts is not None:
-        facts.append(_teacher(config) if has_teacher(config) else ["reference", _reference(config, derived)])
+        facts.append(_teacher(config) if config.algorithm.has_teacher else ["reference", _reference(config, derived)])
         facts.append(["weight sync", _sync(config)])
     facts.append(
         ["checkpoints", f"every {train.checkpoint_every} steps; the newest {train.keep_checkpoints} and the best kept"]
@@ -208,7 +203,7 @@ def _whole_run(config: Config) -> str:
     if train.steps is None:
         return f"{train.epochs:g} epochs: how many steps that is follows from data.train, which is not here"
     text = f"{train.steps} steps: {policy_optimizer_steps(config)} optimizer steps of the policy"
-    return f"{text}, {critic_optimizer_steps(config)} of the critic" if has_critic(config) else text
+    return f"{text}, {critic_optimizer_steps(config)} of the critic" if config.algorithm.has_critic else text
 
 
 def _learning_rate(config: Config) -> str:
@@ -236,7 +231,7 @@ def _reference(config: Config, derived: Derived) -> str:
 
 
 def _teacher(config: Config) -> list[str]:
-    says = "its distributions at" if reads_teacher_states(config) else "its log-probabilities of"
+    says = "its distributions at" if config.algorithm.reads_teacher_states else "its log-probabilities of"
     return ["teacher", f"{config.teacher.model if config.teacher else 'none'}: {says} the sampled tokens"]
 
 

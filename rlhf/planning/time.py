@@ -16,8 +16,6 @@ from rlhf.config.derive import (
     ROLE_USES,
     critic_model,
     derive,
-    has_critic,
-    is_online,
     needs,
     needs_reference_logprobs,
     reference_model,
@@ -110,14 +108,14 @@ def training_stages(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, 
 
     Roles on separate devices work in parallel; only their extra time counts.
     """
-    derived, online = derive(config), is_online(config)
+    derived, online = derive(config), config.algorithm.is_online
     if config.rollouts is None:
         mean = lengths.mean
         tokens = config.train.sequences_per_update * sequences_per_row(config) * mean
     else:
         mean = config.data.max_prompt_tokens + lengths.average()
         tokens = derived.sequences_per_step * mean
-    own_critic = has_critic(config) and config.cluster.roles.critic.colocate_with is None
+    own_critic = config.algorithm.has_critic and config.cluster.roles.critic.colocate_with is None
     stages: list[Stage] = []
 
     def scored(name: str, model: Any, role: Role) -> Stage:
@@ -135,13 +133,13 @@ def training_stages(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, 
         stages.append(scored("reference", reference_model(config), "reference"))
     elif derived.reference == "adapter off":
         stages.append(scored("reference", config.policy, "policy"))
-    if has_critic(config):
+    if config.algorithm.has_critic:
         values = scored("values", critic_model(config), "critic")
         stages.append(_meanwhile(values, stages[-1:]) if own_critic and derived.reference == "workers" else values)
     if needs_reference_logprobs(config):
         stages.append(Stage("reference", 0.0, "computed once, before the first step"))
     stages.append(trained("update", config.policy, "policy"))
-    if has_critic(config):
+    if config.algorithm.has_critic:
         update = trained("critic update", critic_model(config), "critic")
         stages.append(_meanwhile(update, stages[-1:]) if own_critic else update)
     return stages

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.config.derive import OfflineKind, eval_sets, offline_kind
+from rlhf.config.derive import eval_sets
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.data import DataSource, TaskConfig
@@ -157,16 +157,16 @@ def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | Non
 
 def _refuse_other_measures(config: Config, model: str) -> None:
     """Raise UserError if the run measures its held-out sets neither by responses nor by given completions."""
-    if config.rewards or offline_kind(config) == "supervised":
+    if config.rewards or config.algorithm.kind == "supervised":
         return
-    others: Mapping[OfflineKind, str] = {
+    others: Mapping[str, str] = {
         "reward_model": f"let it score a model's responses: rlhf eval MODEL --data PROMPTS --reward-model {model}",
         "step_rewards": "read them there",
     }
     instead = f"name prompts or SFT examples: rlhf eval {model} --data SET, with --reward NAME to score responses"
     raise UserError(
         f"algorithm.name: is {config.algorithm.name}, whose held-out sets only the run itself measures (eval/ in its "
-        f"metrics.jsonl); {others.get(offline_kind(config), instead)}"
+        f"metrics.jsonl); {others.get(config.algorithm.kind, instead)}"
     )
 
 

@@ -10,22 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlhf.algorithms.process_reward_model import ProcessRewardModelConfig
-from rlhf.config.derive import (
-    OfflineKind,
-    chat_template,
-    compares_with_divergence,
-    distils_rollouts,
-    eval_sets,
-    has_scalar_head,
-    is_online,
-    models_of,
-    needs_gold,
-    offline_kind,
-    prompts_asked,
-    train_sets,
-    with_steps,
-)
+from rlhf.algorithms.base import Kind
+from rlhf.config.derive import chat_template, eval_sets, models_of, prompts_asked, train_sets, with_steps
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.mistakes.explain import refuse
 from rlhf.config.schema.data import DataSource
@@ -75,7 +61,7 @@ from rlhf.types import Examples, Pairs, Prompt
 OfflineRow = Example | PreferencePair | StepLabelled | Labelled
 
 logger = logging.getLogger(__name__)
-LOADERS: Mapping[OfflineKind, Callable[..., LoadedRows[Any]]] = {
+LOADERS: Mapping[Kind, Callable[..., LoadedRows[Any]]] = {
     "supervised": load_examples,
     "distillation": load_examples,
     "preference": load_pairs,
@@ -83,7 +69,7 @@ LOADERS: Mapping[OfflineKind, Callable[..., LoadedRows[Any]]] = {
     "step_rewards": load_step_labelled,
     "unpaired": load_labelled,
 }
-COLLATE: Mapping[OfflineKind, Callable[[Sequence[Any]], Examples | Pairs]] = {
+COLLATE: Mapping[Kind, Callable[[Sequence[Any]], Examples | Pairs]] = {
     "supervised": collate,
     "distillation": collate,
     "preference": collate_pairs,
@@ -167,7 +153,7 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs | MergeStage | Evaluat
             template = chat_template(local)
             template.apply_checked(tokenizer, key="data")
             refuse_runaway_template(tokenizer)
-            if is_online(local):
+            if local.algorithm.is_online:
                 inputs: OnlineInputs | OfflineInputs = _online(local, source, tokenizer, loaded)
             else:
                 inputs = _offline(local, source, tokenizer)
@@ -181,7 +167,7 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs | MergeStage | Evaluat
             made.adapters[final] = local.policy.lora
         if local.policy.model in made.restacked:
             made.restacked.add(final)
-        if has_scalar_head(config):
+        if config.algorithm.has_scalar_head:
             made.scored[final] = config.algorithm.name
     return stages
 
@@ -254,7 +240,7 @@ def _online(config: Config, source: str, tokenizer: Any, loaded: LoadedConfig) -
             f"{config.train.num_steps} steps ask {prompts_asked(config, rollouts)} at most, so none comes up "
             "twice; remove it, or raise train.steps or rollouts.prompts_per_step."
         )
-    if distils_rollouts(config) and any(prompt.temperature is not None for prompt in prompts):
+    if config.algorithm.kind == "sampled_distillation" and any(prompt.temperature is not None for prompt in prompts):
         raise UserError(
             f"data.train: column `temperature` is not for algorithm {config.algorithm.name}, whose teacher is asked at "
             "rollouts.temperature. Give the column another name, or leave it out."
@@ -307,11 +293,7 @@ def _offline(config: Config, source: str, tokenizer: Any) -> OfflineInputs:
     data = config.data
     reading = reading_of(config)
     unusable: list[Unusable] = []
-    load = LOADERS[offline_kind(config)]
-    if isinstance(config.algorithm, ProcessRewardModelConfig):
-        load = partial(load, step_separator=config.algorithm.step_separator)
-    if needs_gold(config):
-        load = partial(load, with_gold=True)
+    load = partial(LOADERS[config.algorithm.kind], **config.algorithm.row_options)
 
     def rows_of(name: str, source: DataSource, first_id: int = 0) -> tuple[OfflineRow, ...]:
         with prefix_errors(name):
@@ -334,7 +316,7 @@ def _offline(config: Config, source: str, tokenizer: Any) -> OfflineInputs:
         **{f"data.eval.{name}": section for name, section in held_out.items()},
     }.items():
         prompts = {row.token_ids[: row.prompt_tokens] for row in group if isinstance(row, Labelled)}
-        if len(prompts) == 1 and compares_with_divergence(config):
+        if len(prompts) == 1 and config.algorithm.compares_with_divergence:
             raise UserError(
                 f"{name}: all rows have one prompt; algorithm.loss kto compares answers with those to other prompts. "
                 "Use bco or apo_zero."
@@ -351,9 +333,9 @@ def _offline(config: Config, source: str, tokenizer: Any) -> OfflineInputs:
 
 def collated(config: Config, rows: Sequence[OfflineRow]) -> Examples | Pairs:
     """Collate rows of a data set into the batch type of the algorithm's workers."""
-    kind = offline_kind(config)
+    kind = config.algorithm.kind
     if kind == "unpaired":
-        return collate_labelled(rows, mismatched=compares_with_divergence(config))  # type: ignore[arg-type]
+        return collate_labelled(rows, mismatched=config.algorithm.compares_with_divergence)  # type: ignore[arg-type]
     return COLLATE[kind](rows)
 
 

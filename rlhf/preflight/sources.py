@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.derive import eval_sets, is_online, max_sequence_tokens, uses_reward_model
+from rlhf.config.derive import eval_sets, max_sequence_tokens, uses_reward_model
 from rlhf.config.files.dump import dump_yaml
 from rlhf.config.files.yaml_tree import from_yaml
 from rlhf.config.schema.data import DataSource
@@ -130,7 +130,7 @@ def reading_of(config: Config) -> Reading:
     return Reading(
         system_prompt=data.system_prompt,
         apply_chat_template=data.apply_chat_template,
-        max_tokens=data.max_prompt_tokens if is_online(config) else max_sequence_tokens(config),
+        max_tokens=data.max_prompt_tokens if config.algorithm.is_online else max_sequence_tokens(config),
         too_long=data.too_long,
         max_unusable_fraction=data.max_unusable_fraction,
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from rlhf.config.derive import eval_sets, has_scalar_head, is_online, train_sets
+from rlhf.config.derive import eval_sets, train_sets
 from rlhf.config.schema.data import DataSource
 from rlhf.config.schema.root import Config
 from rlhf.tracking.sinks.tracker import read_metrics
@@ -48,7 +48,7 @@ def model_card(config: Config, rows: list[dict[str, Any]], *, merged: bool = Fal
     name = config.run.name.rpartition("/")[2]
     base = _shown(config.policy.source)
     is_adapter = config.policy.lora is not None and not merged
-    kind = "a reward model" if has_scalar_head(config) else "a language model"
+    kind = "a reward model" if config.algorithm.has_scalar_head else "a language model"
     lines = [
         "---",
         yaml.safe_dump(_front_matter(config, is_adapter=is_adapter), sort_keys=False).rstrip(),
@@ -73,7 +73,7 @@ def _front_matter(config: Config, *, is_adapter: bool) -> dict[str, Any]:
     values: dict[str, Any] = {"library_name": "peft" if is_adapter else "transformers"}
     if _HUB_NAME.fullmatch(base) and not Path(base).exists():
         values["base_model"] = base
-    values["pipeline_tag"] = "text-classification" if has_scalar_head(config) else "text-generation"
+    values["pipeline_tag"] = "text-classification" if config.algorithm.has_scalar_head else "text-generation"
     values["tags"] = ["ray-rlhf", config.algorithm.name]
     if data:
         values["datasets"] = sorted(data)
@@ -96,7 +96,7 @@ def _settings(config: Config, rows: list[dict[str, Any]]) -> Iterator[tuple[str,
     yield "sequences per update", f"{train.sequences_per_update}"
     if lora is not None:
         yield "LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}"
-    if is_online(config) and config.rollouts is not None:
+    if config.algorithm.is_online and config.rollouts is not None:
         rollouts = config.rollouts
         yield "rollouts per step", f"{rollouts.prompts_per_step} prompts, {rollouts.samples_per_prompt} responses each"
         yield "new tokens at most", f"{rollouts.max_new_tokens}"

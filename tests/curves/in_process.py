@@ -21,9 +21,7 @@ from actors.run.run_record import recording
 from rlhf.config.derive import (
     critic_model,
     critic_optimizer_steps,
-    distils_rollouts,
     needs,
-    pairs_rollouts,
     policy_optimizer_steps,
     reference_is_adapter_off,
     reference_model,
@@ -430,9 +428,9 @@ async def run(loaded: LoadedConfig, *, watch: Callable[[OnlineRoles], OnlineRole
 def _roles(config: Config, inputs: OnlineInputs) -> tuple[OnlineRoles, RewardWorker]:
     assert config.rollouts is not None
     wanted = needs(config)
-    kind: Any = OnlinePreferenceWorker if pairs_rollouts(config) else PolicyWorker
+    kind: Any = OnlinePreferenceWorker if config.algorithm.kind == "sampled_pairs" else PolicyWorker
     own: dict[str, Any] = {"reference_is_adapter_off": reference_is_adapter_off(config)}
-    if distils_rollouts(config):
+    if config.algorithm.kind == "sampled_distillation":
         kind, own = StudentWorker, {}
     worker = kind(config, PLACE, optimizer_steps=policy_optimizer_steps(config), **own)
     policy = Policy(worker)

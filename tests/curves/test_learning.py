@@ -19,7 +19,7 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
-from rlhf.algorithms import ONLINE_ALGORITHMS, ONLINE_PAIR_ALGORITHMS
+from rlhf.algorithms import ALGORITHMS
 from rlhf.config.files.base import read_tree
 from rlhf.config.files.load import load
 from rlhf.data.tasks import TaskSource, make_rows
@@ -30,12 +30,9 @@ from tests.curves.in_process import join_alone, leave_alone, run
 from tests.integration.recipes import merge
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+SCORED = {name for name, one in ALGORITHMS.items() if one.config_class().kind in ("advantages", "sampled_pairs")}
 SMALL = [path for path in sorted(CONFIGS.glob("*_smollm2.yaml"))]
-RECIPES = {
-    name: path
-    for path in SMALL
-    if (name := read_tree(path).values.get("algorithm", {}).get("name")) in ONLINE_ALGORITHMS | ONLINE_PAIR_ALGORITHMS
-}
+RECIPES = {name: path for path in SMALL if (name := read_tree(path).values.get("algorithm", {}).get("name")) in SCORED}
 OTHERS = {  # beside one for each algorithm that learns from scores
     "reinforce_plus_plus_baseline": CONFIGS / "reinforce_plus_plus_baseline_smollm2.yaml",
     "on_policy_distillation": CONFIGS / "on_policy_distill_smollm2.yaml",
@@ -146,7 +143,7 @@ async def test_the_score_rises(
 
 
 def test_every_algorithm_has_a_recipe() -> None:
-    assert set(RECIPES) == ONLINE_ALGORITHMS.keys() | ONLINE_PAIR_ALGORITHMS.keys()
+    assert set(RECIPES) == SCORED
 
 
 def demonstration(row: dict[str, Any]) -> tuple[list[int], list[bool]]:

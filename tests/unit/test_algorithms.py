@@ -4,18 +4,18 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, get_args
+from typing import Any, get_args
 
 import pytest
 import torch
-from pydantic import Field, TypeAdapter
 from torch import Tensor
 
-from rlhf.algorithms import ONLINE_ALGORITHMS, AlgorithmConfig
+from rlhf.algorithms import ALGORITHMS
 from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts, StepTokens, ValueMicrobatch
+from rlhf.algorithms.online import OnlineAlgorithm, SequenceOutcomes
+from rlhf.algorithms.online_config import Aggregation
 from rlhf.algorithms.online_dpo import OnlineDPO, OnlineDPOConfig
 from rlhf.algorithms.ppo import PPO, PPOConfig
-from rlhf.algorithms.shared import Aggregation, OnlineAlgorithm, SequenceOutcomes
 from rlhf.objectives.aggregation import token_weights
 from rlhf.objectives.policy_loss import clipped_loss
 from rlhf.objectives.sequence_ratios import sequence_ratio, sequence_token_ratio
@@ -24,6 +24,7 @@ COUNTS = StepCounts(num_tokens=4, num_sequences=2, max_new_tokens=8)
 # Two sequences of 3 tokens; the policy sampled the last two of each.
 MASK = torch.tensor([False, True, True, False, True, True])
 LENGTHS = torch.tensor([3, 3])
+ONLINE = [name for name, algorithm in ALGORITHMS.items() if issubclass(algorithm, OnlineAlgorithm)]
 
 
 def microbatch(logprobs: Tensor, **columns: Tensor | float | None) -> PolicyMicrobatch:
@@ -40,10 +41,9 @@ def microbatch(logprobs: Tensor, **columns: Tensor | float | None) -> PolicyMicr
 
 
 def made(name: str, **settings: Any) -> OnlineAlgorithm:
-    config = TypeAdapter(Annotated[AlgorithmConfig, Field(discriminator="name")]).validate_python(
-        {"name": name, **settings}
-    )
-    return ONLINE_ALGORITHMS[name](config)
+    algorithm = ALGORITHMS[name](ALGORITHMS[name].config_class().model_validate({"name": name, **settings}))
+    assert isinstance(algorithm, OnlineAlgorithm)
+    return algorithm
 
 
 def outcomes(
@@ -134,7 +134,7 @@ def test_the_entropy_bonus_lowers_the_loss() -> None:
     [
         *(("grpo", {"aggregation": mode}) for mode in get_args(Aggregation)),
         ("clip_cov", {"min_covariance": 0.0, "fraction": 0.5}),
-        *((name, {}) for name in ONLINE_ALGORITHMS if name != "grpo"),
+        *((name, {}) for name in ONLINE if name != "grpo"),
     ],
 )
 def test_the_gradient_is_that_of_the_step_however_it_is_cut(name: str, settings: dict[str, Any]) -> None:
@@ -246,8 +246,8 @@ def test_remax_compares_with_the_greedy_response() -> None:
     found = made("remax").sequence_advantages(told)
     assert found is not None
     assert found.tolist() == [0.5, -0.5, 0.0, -0.5]
-    assert made("remax").wants_greedy
-    assert [name for name in ONLINE_ALGORITHMS if made(name).wants_greedy] == ["remax"]
+    assert made("remax").config.wants_greedy
+    assert [name for name in ONLINE if made(name).config.wants_greedy] == ["remax"]
 
 
 def test_pass_at_k_rewards_what_the_best_of_k_needs() -> None:
@@ -267,7 +267,7 @@ def test_raft_keeps_the_best_that_are_good_enough() -> None:
     assert list(made("raft", keep=3).kept(scores)) == [0, 1, 3]
     assert list(made("raft", keep=3, min_score=1.0).kept(scores)) == [1, 3]
     assert list(made("raft", min_score=3.0).kept(scores)) == []
-    assert made("raft", keep=3).most_kept == 3
+    assert made("raft", keep=3).config.most_kept == 3
     assert list(made("grpo").kept(scores)) == [0, 1, 2, 3]
 
 
@@ -277,7 +277,7 @@ def test_otb_has_rewards_to_come_before_their_baseline() -> None:
     rewards = torch.tensor([0.0, -0.1, 1.0, 0.0, 0.0, -1.0])
     returns, _ = algorithm.token_advantages(rewards, None, MASK, LENGTHS)
     torch.testing.assert_close(returns, torch.tensor([0.0, 0.9, 1.0, 0.0, -1.0, -1.0]))
-    assert [name for name in ONLINE_ALGORITHMS if made(name).has_step_baseline] == ["otb"]
+    assert [name for name in ONLINE if made(name).has_step_baseline] == ["otb"]
 
 
 def test_reinforce_plus_plus_has_rewards_to_come_as_advantages() -> None:
@@ -288,8 +288,8 @@ def test_reinforce_plus_plus_has_rewards_to_come_as_advantages() -> None:
     advantages, _ = algorithm.token_advantages(rewards, None, MASK, LENGTHS)
     torch.testing.assert_close(advantages, torch.tensor([0.0, 0.9, 1.0, 0.0, -1.0, -1.0]))
     assert algorithm.whitens
-    assert not algorithm.compares_responses
-    assert made("reinforce_plus_plus", group_baseline=True).compares_responses
+    assert not algorithm.config.compares_responses
+    assert made("reinforce_plus_plus", group_baseline=True).config.compares_responses
 
 
 @pytest.mark.parametrize(
@@ -341,7 +341,7 @@ def test_the_loss_of_one_token_that_moved(
     assert float(terms.clipped_tokens) == clipped
 
 
-@pytest.mark.parametrize("name", [name for name in ONLINE_ALGORITHMS if name not in ("ppo", "raft")])
+@pytest.mark.parametrize("name", [name for name in ONLINE if name not in ("ppo", "raft")])
 def test_on_the_policy_itself_every_one_has_the_policy_gradient(name: str) -> None:
     torch.manual_seed(0)
     logprobs = torch.full((6,), -1.0, requires_grad=True)
@@ -396,7 +396,7 @@ def test_reinforce_discounts_the_score_and_has_the_batch_as_its_baseline() -> No
     torch.testing.assert_close(advantages, torch.tensor([0.0, 0.3, 1.0, 0.0, -0.5, -1.0]))
     assert algorithm.centers
     assert not algorithm.whitens
-    assert not algorithm.compares_responses
+    assert not algorithm.config.compares_responses
     assert not made("reinforce", baseline="none").centers
 
 

@@ -13,12 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.algorithms import ONLINE_ALGORITHMS
 from rlhf.algorithms.microbatch import PolicyMicrobatch, StepCounts
-from rlhf.algorithms.shared import OnlineAlgorithm, SequenceOutcomes
+from rlhf.algorithms.online import OnlineAlgorithm, SequenceOutcomes
 from rlhf.objectives.advantages import whiten
 from rlhf.objectives.masking import moments
-from tests.unit.test_algorithms import made, selected
+from tests.unit.test_algorithms import ONLINE, made, selected
 
 PROMPTS, SAMPLES, LENGTH, WANTED = 8, 8, 3, 2
 RESPONSES = PROMPTS * SAMPLES
@@ -36,7 +35,7 @@ def advantages_of(algorithm: OnlineAlgorithm, wanted: Tensor, greedy: float) -> 
         weights={"first": 1.0, "others": 2.0},
         num_tokens=LENGTHS,
         group_size=SAMPLES,
-        greedy_scores=torch.full((PROMPTS,), greedy, dtype=scores.dtype) if algorithm.wants_greedy else None,
+        greedy_scores=torch.full((PROMPTS,), greedy, dtype=scores.dtype) if algorithm.config.wants_greedy else None,
     )
     by_sequence = algorithm.sequence_advantages(told)
     if by_sequence is not None:
@@ -100,7 +99,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ONLINE_ALGORITHMS)
+@pytest.mark.parametrize("name", ONLINE)
 def test_it_learns_which_token_scores(name: str) -> None:
     algorithm = made(name, **SETTINGS.get(name, {}))
     summed = algorithm.config.aggregation == "sequence_mean_token_sum"

@@ -34,7 +34,7 @@ WHOLE = "algorithm.divergence=forward_kl"
         (
             [REWARDS, WHOLE, "algorithm.reward_coef=0.1"],
             "algorithm.reward_coef: has no effect here: algorithm.divergence is forward_kl; remove it, or set "
-            "algorithm.divergence to sampled_reverse_kl",
+            "algorithm.divergence to `sampled_reverse_kl`",
         ),
         (
             [WHOLE, "algorithm.clip_low=0.1"],

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
-from rlhf.algorithms import AlgorithmConfig
+from rlhf.algorithms import ALGORITHMS
 from rlhf.config.files.load import LoadedConfig, checked, load, run_folder
 from rlhf.config.files.yaml_tree import from_yaml
 from rlhf.config.schema.root import Config
@@ -24,8 +23,8 @@ rollouts: {max_new_tokens: 50}
 rewards: {correct: {function: math_answer}}
 train: {steps: 10, lr: 1e-6, sequences_per_update: 128}
 """
-*_FIRST, _LAST = (f"`{get_args(one.model_fields['name'].annotation)[0]}`" for one in get_args(AlgorithmConfig))
-ALGORITHMS = f"{', '.join(_FIRST)} or {_LAST}"
+*_FIRST, _LAST = (f"`{name}`" for name in ALGORITHMS)
+NAMES = f"{', '.join(_FIRST)} or {_LAST}"
 
 
 @pytest.fixture
@@ -157,11 +156,11 @@ def test_a_key_unlike_any_other_lists_the_keys(file: Path) -> None:
         ("policy.trust_remote_code=yes", "policy.trust_remote_code: got 'yes', expected true or false"),
         (
             "algorithm.name=pp",
-            f"algorithm.name: got 'pp'; did you mean `ppo`? Expected {ALGORITHMS}",
+            f"algorithm.name: got 'pp'; did you mean `ppo`? Expected {NAMES}",
         ),
         (
             "algorithm={}",
-            f"algorithm.name: is missing: expected {ALGORITHMS}",
+            f"algorithm.name: is missing: expected {NAMES}",
         ),
         (
             "cluster.roles.policy.threads=0",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.algorithms import ONLINE_ALGORITHMS
+from rlhf.algorithms import ALGORITHMS
 from rlhf.cli import main
 
 ONLINE = """\
@@ -516,10 +516,15 @@ def test_beside_an_engine_zero_3_takes_no_adapter(tmp_path: Path, capsys: pytest
 
 
 BY_STEP = "rewards={f: {function: 'f.py:g', credit: step}}"
+FROM_SCORES = [
+    name
+    for name, one in ALGORITHMS.items()
+    if one.config_class().kind in ("advantages", "sampled_pairs") and name != "gdpo"
+]
 WITHOUT_STEPS = ("gmpo", "vespo", "rloo", "opo", "gpg", "pass_at_k", "remax", "raft", "online_dpo")
 
 
-@pytest.mark.parametrize("name", [name for name in (*ONLINE_ALGORITHMS, "online_dpo") if name != "gdpo"])
+@pytest.mark.parametrize("name", FROM_SCORES)
 def test_an_algorithm_takes_steps_or_refuses_them(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf.algorithms.shared import EntropyConfig
+from rlhf.algorithms.online_config import EntropyConfig
 from rlhf.controller.entropy_bonus import EntropyBonus
 
 

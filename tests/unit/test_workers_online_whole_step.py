@@ -16,7 +16,7 @@ from torch import Tensor
 from rlhf.algorithms.clip_cov import ClipCov, ClipCovConfig
 from rlhf.algorithms.grpo import GRPO, GRPOConfig
 from rlhf.algorithms.kl_cov import KLCov, KLCovConfig
-from rlhf.algorithms.shared import OnlineAlgorithm
+from rlhf.algorithms.online import OnlineAlgorithm
 from rlhf.objectives.entropy import advantage_covariance, high_entropy_tokens, top_covariance_tokens
 from rlhf.types import BatchPlan, MinibatchPlan
 from rlhf.workers.online.whole_step import Ranks, Selections, ShareColumns, gathered, reads_whole_step, select_tokens

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from rlhf.algorithms import AlgorithmConfig
+from rlhf.algorithms import AnyAlgorithmConfig
 from rlhf.algorithms.section import OnlyIn, Section
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.data import DataConfig
@@ -35,7 +35,7 @@ class Config(Section):
     """The critic. null: as the policy (model, dtype, LoRA), with a value head, if the run needs a critic."""
     reward: Annotated[RewardModelConfig | None, OnlyIn("rollouts", "reward model")] = None
     """The reward model, if a reward uses it."""
-    algorithm: AlgorithmConfig = Field(discriminator="name")
+    algorithm: AnyAlgorithmConfig = Field(discriminator="name")
     """The training objective."""
     data: DataConfig
     """Datasets."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from rlhf.config import derive
 from rlhf.config.files.yaml_tree import Key
 from rlhf.config.mistakes.explain import Problem
 from rlhf.config.schema.rewards import RewardConfig
@@ -18,7 +17,7 @@ from rlhf.config.schema.root import Config
 def length_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
     """Yield a problem if the longest possible sequence does not fit into a micro-batch."""
     prompt, new, environment = config.data.max_prompt_tokens, rollouts.max_new_tokens, rollouts.environment
-    pairs, room = derive.pairs_rollouts(config), config.train.max_tokens_per_microbatch
+    pairs, room = config.algorithm.kind == "sampled_pairs", config.train.max_tokens_per_microbatch
     whole, times = ("both responses of a pair", "2 * ") if pairs else ("the longest sequence", "")
     count = 2 if pairs else 1
     if environment is None:

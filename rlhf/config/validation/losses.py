@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rlhf.algorithms.dapo import DAPOConfig
-from rlhf.algorithms.on_policy_distillation import OnPolicyDistillationConfig
-from rlhf.algorithms.raft import RAFTConfig
-from rlhf.algorithms.shared import OnlineConfig
-from rlhf.config import derive
+from rlhf.algorithms.online_config import OnlineConfig
 from rlhf.config.mistakes.explain import Problem
 from rlhf.config.schema.rollouts import RolloutsConfig
 from rlhf.config.schema.root import Config
@@ -30,7 +26,7 @@ def loss_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]
     if kl.coef > 0.0 and kl.place == "loss" and kl.estimator == "k1":
         text = "is k1, but algorithm.kl.place is loss, where its mean gradient is 0; set k1_straight_through or k2"
         yield Problem(key=("algorithm", "kl", "estimator"), text=text)
-    if algorithm.mask_truncated and kl.coef > 0.0 and kl.place == "reward" and derive.compares_responses(config):
+    if algorithm.mask_truncated and kl.coef > 0.0 and kl.place == "reward" and config.algorithm.compares_responses:
         text = (
             f"is true, but algorithm.kl.place is reward and {algorithm.name} compares responses with each other, those "
             "that are masked too, whose KL is not computed; set algorithm.kl.place to loss"
@@ -39,22 +35,16 @@ def loss_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]
     if entropy.adaptive is not None and entropy.coef > entropy.adaptive.max_coef:
         text = f"is {entropy.coef:g}, above algorithm.entropy.adaptive.max_coef {entropy.adaptive.max_coef:g}; lower it"
         yield Problem(key=("algorithm", "entropy", "coef"), text=text)
-    if isinstance(algorithm, DAPOConfig) and algorithm.overlong is not None:
-        buffer, most = algorithm.overlong.buffer, rollouts.max_response_tokens
-        if buffer > most:
-            whose = "rollouts.max_new_tokens" if rollouts.environment is None else "what a conversation samples"
-            text = f"is {buffer} and must be at most {whose} = {most}, which it ends at; lower it"
-            yield Problem(key=("algorithm", "overlong", "buffer"), text=text)
 
 
 def _penalty(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
     """Yield a repetition penalty without a correction, since it makes the sampler another policy."""
     algorithm, penalty = config.algorithm, rollouts.repetition_penalty
-    if penalty == 1.0 or isinstance(algorithm, RAFTConfig):
+    if penalty == 1.0 or not algorithm.trusts_sampler:
         return
     key = ("rollouts", "repetition_penalty")
     trained = "is trained by log-probabilities without a penalty, as if they were the sampler's"
-    if isinstance(algorithm, OnPolicyDistillationConfig) and algorithm.is_sampled:
+    if algorithm.kind == "sampled_distillation":
         text = f"is {penalty:g}, but algorithm {algorithm.name} {trained}; set 1, or another algorithm.divergence"
         yield Problem(key=key, text=text)
     if isinstance(algorithm, OnlineConfig):

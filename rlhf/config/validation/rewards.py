@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rlhf.algorithms.reinforce_plus_plus import ReinforcePlusPlusConfig
-from rlhf.algorithms.shared import OnlineConfig
-from rlhf.config import derive
+from rlhf.algorithms.online_config import OnlineConfig
 from rlhf.config.files.yaml_tree import Key
 from rlhf.config.mistakes.explain import Problem
 from rlhf.config.schema.model import RewardModelConfig
@@ -24,7 +22,7 @@ def normalization_problems(config: Config) -> Iterator[Problem]:
         if reward.normalize == "group" and config.rollouts is not None and config.rollouts.samples_per_prompt < 2:
             text = "is group, but rollouts.samples_per_prompt is 1: a group of one has no deviation; sample more"
             yield Problem(key=("rewards", name, "normalize"), text=text)
-        elif reward.normalize == "group" and derive.wants_greedy(config):
+        elif reward.normalize == "group" and config.algorithm.wants_greedy:
             text = f"is group, but algorithm {config.algorithm.name} compares with the score of a greedy response alone"
             yield Problem(key=("rewards", name, "normalize"), text=text + "; set it to none")
 
@@ -38,9 +36,6 @@ def credit_problems(config: Config) -> Iterator[Problem]:
         text = f"is step, but algorithm {algorithm.name} weighs a response as a whole; use ppo, grpo or response"
         yield Problem(key=("rewards", names[0], "credit"), text=text)
         return
-    if isinstance(algorithm, ReinforcePlusPlusConfig) and algorithm.group_baseline:
-        text = f"is true, which compares whole responses, but rewards.{names[0]}.credit is step; set it to false"
-        yield Problem(key=("algorithm", "group_baseline"), text=text)
     if algorithm.takes_steps == "advantages" and algorithm.kl.coef > 0.0 and algorithm.kl.place == "reward":
         text = f"is reward, a penalty on whole responses, but rewards.{names[0]}.credit is step; set it to loss"
         yield Problem(key=("algorithm", "kl", "place"), text=text)

@@ -11,8 +11,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from rlhf.algorithms.correction import CorrectionConfig
-from rlhf.algorithms.ppo import PPOConfig
-from rlhf.algorithms.shared import FollowedReferenceConfig, OnlineConfig
+from rlhf.algorithms.online_config import FollowedReferenceConfig, OnlineConfig
 from rlhf.config import derive
 from rlhf.config.mistakes.explain import Problem
 from rlhf.config.schema.cluster import ClusterConfig, TrainedResources
@@ -42,7 +41,7 @@ def problems(config: Config) -> tuple[Problem, ...]:
         *normalization_problems(config),
         *credit_problems(config),
     ]
-    if not derive.is_online(config):
+    if not config.algorithm.is_online:
         result += _offline(config)
     elif config.rollouts is not None:
         result += [*_batch(config, config.rollouts), *group_problems(config, config.rollouts), *_algorithm(config)]
@@ -61,11 +60,11 @@ def _problem(dotted: str, text: str) -> Problem:
 def _presence(config: Config) -> Iterator[Problem]:
     """Yield missing sections and roles."""
     name = config.algorithm.name
-    if derive.is_online(config):
+    if config.algorithm.is_online:
         if config.rollouts is None:
             yield _problem("rollouts", f"is missing: algorithm {name} samples responses")
-        if not config.rewards and derive.needs_rewards(config):
-            by = "algorithm.reward_coef" if derive.distils_rollouts(config) else f"algorithm {name}"
+        if not config.rewards and config.algorithm.needs_rewards:
+            by = "algorithm.reward_coef" if config.algorithm.kind == "sampled_distillation" else f"algorithm {name}"
             yield _problem("rewards", f"is missing: {by} needs at least one reward")
     for role in derive.needs(config):
         if ROLES[role].kind == "frozen" and derive.ROLE_USES[role].model(config) is None:
@@ -148,7 +147,7 @@ def _batch(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
     """Yield problems in the arithmetic of a batch of rollouts."""
     train, samples = config.train, rollouts.samples_per_prompt
     rows = derive.rows_per_step(config, rollouts)
-    if derive.pairs_rollouts(config):
+    if config.algorithm.kind == "sampled_pairs":
         counted, available = f"rollouts.prompts_per_step = {rows}", f"{rows} pairs, one a prompt"
     else:
         product = f"{rollouts.prompts_per_step} * {derive.trained_per_prompt(config, rollouts)} = {rows}"
@@ -162,27 +161,20 @@ def _batch(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
         text = f"is {train.sequences_per_update} and must divide {counted}; {fits} would fit"
         yield _problem("train.sequences_per_update", text)
     yield from length_problems(config, rollouts)
-    if derive.compares_responses(config) and samples < 2:
-        by = "algorithm.reward_coef" if derive.distils_rollouts(config) else config.algorithm.name
+    if config.algorithm.compares_responses and samples < 2:
+        by = "algorithm.reward_coef" if config.algorithm.kind == "sampled_distillation" else config.algorithm.name
         text = f"is {samples}, but {by} compares a prompt's responses with each other: 2 or more"
         yield _problem("rollouts.samples_per_prompt", text)
 
 
 def _algorithm(config: Config) -> Iterator[Problem]:
     """Yield contradictory keys of an algorithm with rollouts."""
-    algorithm, train = config.algorithm, config.train
+    algorithm = config.algorithm
     if isinstance(algorithm, OnlineConfig) and algorithm.correction is not None:
         yield from _correction(config, algorithm, algorithm.correction)
     if isinstance(algorithm, OnlineConfig) and algorithm.kl.adaptive is not None and algorithm.kl.coef == 0.0:
         text = "multiplies algorithm.kl.coef, and 0 stays 0 whatever the factor; give coef a positive first value"
         yield _problem("algorithm.kl.adaptive", text)
-    steps = train.steps
-    if isinstance(algorithm, PPOConfig) and steps is not None and algorithm.critic_warmup_steps >= steps:
-        text = (
-            f"is {algorithm.critic_warmup_steps} and must be below train.steps = {steps}, or the policy is never "
-            "trained"
-        )
-        yield _problem("algorithm.critic_warmup_steps", text)
     if isinstance(algorithm, FollowedReferenceConfig) and algorithm.reference_every and config.policy.lora is not None:
         text = (
             f"is {algorithm.reference_every}, but a policy with policy.lora is exported as its adapter alone, which no "
@@ -227,7 +219,7 @@ def _offline(config: Config) -> Iterator[Problem]:
 def _evaluation(config: Config) -> Iterator[Problem]:
     """Yield problems with settings of evaluations by responses."""
     settings = config.eval
-    if derive.is_online(config) and settings.k is not None and max(settings.k) > settings.samples_per_prompt:
+    if config.algorithm.is_online and settings.k is not None and max(settings.k) > settings.samples_per_prompt:
         samples = settings.samples_per_prompt
         text = f"has {max(settings.k)}, but eval.samples_per_prompt is {samples}; raise that, or lower k"
         yield _problem("eval.k", text)

@@ -6,19 +6,13 @@ A key is listed if and only if the run would be the same for any value of it. Mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from pydantic import BaseModel
 
-from rlhf.algorithms.cpo import CPOConfig
-from rlhf.algorithms.distillation import DistillationConfig
-from rlhf.algorithms.dpo import SMOOTHED, LogRatioConfig
-from rlhf.algorithms.gdpo import GDPOConfig
-from rlhf.algorithms.on_policy_distillation import OnPolicyDistillationConfig
-from rlhf.algorithms.raft import RAFTConfig
+from rlhf.algorithms.online_config import FollowedReferenceConfig, OnlineConfig
 from rlhf.algorithms.section import NotWith, OnlyIn, OnlyWith, Section
-from rlhf.algorithms.shared import FollowedReferenceConfig, OnlineConfig
 from rlhf.config import derive
 from rlhf.config.files.yaml_tree import Key, kind
 from rlhf.config.mistakes.explain import Problem
@@ -76,12 +70,14 @@ def inert_keys(stage: Config | EvaluationStage) -> Iterator[Inert]:
     yield from _roles_of_run(stage)
     yield from _marked(stage, missing | _missing_in_run(stage))
     yield from _of_adapters(stage)
+    for rule in stage.algorithm.unused_keys():
+        yield from _all(f"algorithm.{rule.key}", rule.why, rule.fix)
     if isinstance(stage.algorithm, OnlineConfig):
         yield from _of_algorithm(stage, stage.algorithm)
+    else:
+        yield from _of_ratios(stage)
     if isinstance(stage.algorithm, FollowedReferenceConfig) and derive.uses_reference(stage):
         yield from _of_reference(stage, stage.algorithm)
-    yield from _of_preferences(stage)
-    yield from _of_distillation(stage)
     if isinstance(stage.data.train, dict) and len(stage.data.train) == 1:
         key = ("data", "train", next(iter(stage.data.train)), "weight")
         yield Inert(key=key, why="there is no other set to be mixed with", fix="name another set")
@@ -123,7 +119,7 @@ def _all(dotted: str, why: str, fix: str) -> Iterator[Inert]:
 def _missing_in_run(config: Config) -> Missing:
     """Return the parts that a run lacks."""
     name, missing = config.algorithm.name, _missing_rewards(config.rewards)
-    if derive.is_online(config):
+    if config.algorithm.is_online:
         why = f"algorithm {name} samples what it trains on"
         missing["fixed data"] = (why, "choose an algorithm that learns from given answers")
         if config.data.too_long == "error":
@@ -142,7 +138,7 @@ def _missing_in_run(config: Config) -> Missing:
     if not _has_passing_scores(config.rewards, config.eval.pass_score):
         why = "no reward with a weight is a function and eval.pass_score is null, so no response passes"
         missing["passing scores"] = (why, "set eval.pass_score")
-    if isinstance(config.algorithm, GDPOConfig):
+    if config.algorithm.normalizes_rewards:
         missing["rewards as given"] = (
             f"algorithm {name} normalises each reward within its group",
             "use another algorithm",
@@ -155,8 +151,8 @@ def _missing_reference(config: Config) -> Missing:
     if derive.needs_reference_logprobs(config):
         why = f"the reference of algorithm {name} is the policy before training"
         return {"reference model": (why, "start from the model that you want as policy.model")}
-    if not derive.is_online(config) or derive.distils_rollouts(config):
-        other = "grpo" if derive.is_online(config) else "dpo"
+    if not config.algorithm.is_online or config.algorithm.kind == "sampled_distillation":
+        other = "grpo" if config.algorithm.is_online else "dpo"
         return {"reference model": (f"algorithm {name} has no reference", f"use {other}")}
     if not derive.uses_reference(config):
         return {"reference model": ("algorithm.kl.coef is 0", "set algorithm.kl.coef above 0")}
@@ -171,16 +167,16 @@ def _missing_in_rollouts(config: Config) -> Missing:
     name, rollouts, missing = config.algorithm.name, config.rollouts, Missing()
     rule = None if rollouts is None else rollouts.dynamic_sampling
     bounded = rule is not None and (rule.min_mean, rule.max_mean) != (None, None)
-    if not derive.compares_responses(config) and not bounded:
+    if not config.algorithm.compares_responses and not bounded:
         why = f"{name} learns from responses of equal scores too, and no bound of the mean is set"
         missing["filtered groups"] = (why, "set its min_mean or max_mean")
-    if derive.pairs_rollouts(config):
+    if config.algorithm.kind == "sampled_pairs":
         why = f"algorithm {name} takes a pair of them"
         missing["a choice of responses"] = (why, "choose an algorithm with advantages")
-    elif derive.distils_rollouts(config):
+    elif config.algorithm.kind == "sampled_distillation":
         why = f"algorithm {name} learns from all of them"
         missing["a choice of responses"] = (why, "choose an algorithm with advantages")
-    elif derive.most_kept(config) is not None:
+    elif config.algorithm.most_kept is not None:
         missing["a choice of responses"] = (f"algorithm {name} keeps the best by itself", "set algorithm.keep")
     return missing
 
@@ -282,64 +278,30 @@ def _of_algorithm(config: Config, algorithm: OnlineConfig) -> Iterator[Inert]:
     if algorithm.kl.coef == 0.0:
         keys = "algorithm.kl.estimator algorithm.kl.place algorithm.reference_every"
         yield from _all(keys, "algorithm.kl.coef is 0", "set algorithm.kl.coef above 0")
-    if isinstance(algorithm, RAFTConfig):
-        why = f"algorithm {algorithm.name} imitates what it keeps, without advantages"
-        yield from _all("algorithm.advantage_clip", why, "choose an algorithm with advantages")
-        why = f"algorithm {algorithm.name} has no tokens of negative advantage"
-        yield from _all("algorithm.correction.off_policy_mask", why, "bound the ratios by reject")
-    correction, clips = algorithm.correction, algorithm.off_policy_keys
+    correction = algorithm.correction
     if correction is not None and correction.weights is None:
         keys = "algorithm.correction.max_ratio algorithm.correction.min_ratio"
         yield from _all(keys, "algorithm.correction.weights is null", "choose weights")
     if correction is not None and correction.mode == "policy_gradient":
         why = "algorithm.correction.mode is policy_gradient, whose loss has no importance ratio"
         fix = "set algorithm.correction.mode to bypass or decoupled"
-        keys = " ".join(f"algorithm.{key}" for key in (*clips, *algorithm.token_selection_keys))
+        keys = " ".join(f"algorithm.{key}" for key in (*algorithm.off_policy_keys, *algorithm.token_selection_keys))
         yield from _all(keys, why, fix)
     if not algorithm.bypasses_old_logprobs:
-        yield from _of_ratios(config, clips, or_else=", or set algorithm.correction.mode to bypass")
+        yield from _of_ratios(config, or_else=", or set algorithm.correction.mode to bypass")
     if config.rollouts is not None and derive.updates_per_step(config) == 1:
         why = "each batch is trained on in one optimizer step, from the values it was computed with: none has moved yet"
         keys = " ".join(f"algorithm.{key}" for key in algorithm.critic_reuse_keys)
         yield from _all(keys, why, MORE_UPDATES)
 
 
-def _of_ratios(config: Config, keys: Sequence[str], *, or_else: str = "") -> Iterator[Inert]:
+def _of_ratios(config: Config, *, or_else: str = "") -> Iterator[Inert]:
     """Yield algorithm keys without effect if all importance ratios are 1."""
     rollouts = config.rollouts
     if rollouts is not None and derive.updates_per_step(config) == 1:
         yield from _all(
-            " ".join(f"algorithm.{key}" for key in keys),
+            " ".join(f"algorithm.{key}" for key in config.algorithm.off_policy_keys),
             f"the batch of {derive.rows_per_step(config, rollouts)} responses is trained on in one optimizer step, "
             "from the weights that sampled it: every ratio is 1 and nothing is clipped",
             MORE_UPDATES + or_else,
         )
-
-
-def _of_distillation(config: Config) -> Iterator[Inert]:
-    algorithm = config.algorithm
-    if not isinstance(algorithm, DistillationConfig | OnPolicyDistillationConfig):
-        return
-    why = f"algorithm.divergence is {algorithm.divergence}"
-    if algorithm.divergence != "jsd":
-        yield from _all("algorithm.beta", why, "set algorithm.divergence to jsd")
-    if isinstance(algorithm, OnPolicyDistillationConfig):
-        if algorithm.is_sampled:
-            yield from _of_ratios(config, algorithm.off_policy_keys)
-        else:
-            keys = "algorithm.clip_low algorithm.clip_high algorithm.reward_coef"
-            yield from _all(keys, why, "set algorithm.divergence to sampled_reverse_kl")
-
-
-def _of_preferences(config: Config) -> Iterator[Inert]:
-    algorithm = config.algorithm
-    if isinstance(algorithm, LogRatioConfig):
-        if algorithm.divergence != "alpha":
-            why = f"algorithm.divergence is {algorithm.divergence}"
-            yield from _all("algorithm.divergence_alpha", why, "set algorithm.divergence to alpha")
-        if not SMOOTHED & set(algorithm.losses):
-            why = f"algorithm.loss {', '.join(algorithm.losses)} does not read it"
-            yield from _all("algorithm.label_smoothing", why, f"use one of {', '.join(sorted(SMOOTHED))}")
-    if isinstance(algorithm, CPOConfig) and algorithm.loss != "sigmoid":
-        why = f"algorithm.loss {algorithm.loss} does not read it"
-        yield from _all("algorithm.label_smoothing", why, "use sigmoid")

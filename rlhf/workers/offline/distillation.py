@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rlhf.algorithms.distillation import Distillation, DistillationConfig
+from rlhf.algorithms import algorithm_of
+from rlhf.algorithms.distillation import Distillation
 from rlhf.config.schema.root import Config
 from rlhf.engine.memory import explains_out_of_memory
 from rlhf.models.loading import load_causal_lm
@@ -27,9 +28,8 @@ class DistillationWorker(ExamplesWorker[Examples]):
     """Divergence from the teacher at the tokens in the loss mask, averaged over the whole optimizer step."""
 
     def __init__(self, config: Config, place: RankContext, *, optimizer_steps: int) -> None:
-        assert isinstance(config.algorithm, DistillationConfig)
         super().__init__(config, place, optimizer_steps=optimizer_steps)
-        self.algorithm = Distillation(config.algorithm)
+        self.algorithm = algorithm_of(config.algorithm, Distillation)
 
     def load_module(self) -> Any:
         """Load the language model without an adapter."""

@@ -7,15 +7,15 @@ shared prompt once. Losses are sums over pairs, divided by the pairs of the whol
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rlhf.algorithms import PAIR_ALGORITHMS
+from rlhf.algorithms import algorithm_of
 from rlhf.algorithms.pairs import PairAlgorithm, PairScores
 from rlhf.config.schema.root import Config
 from rlhf.engine.memory import explains_out_of_memory
@@ -65,11 +65,9 @@ class _Slopes:
 class PairWorker(PairsWorker):
     """Turns rows into scores, scores into losses, and losses into updates and metrics."""
 
-    algorithms: ClassVar[Mapping[str, Callable[[Any], PairAlgorithm]]] = PAIR_ALGORITHMS
-
     def __init__(self, config: Config, place: RankContext, *, optimizer_steps: int) -> None:
         super().__init__(config, place, optimizer_steps=optimizer_steps)
-        self.algorithm: PairAlgorithm = self.algorithms[config.algorithm.name](config.algorithm)
+        self.algorithm = algorithm_of(config.algorithm, PairAlgorithm)
 
     @abstractmethod
     def numbers(self, batch: Batch, microbatch: Microbatch) -> Numbers:

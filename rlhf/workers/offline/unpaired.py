@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf.algorithms import UNPAIRED_ALGORITHMS
+from rlhf.algorithms import algorithm_of
+from rlhf.algorithms.kto import KTO
 from rlhf.config.schema.root import Config
 from rlhf.engine.memory import explains_out_of_memory
 from rlhf.objectives.masking import sequence_sums
@@ -33,7 +34,7 @@ class UnpairedWorker(ReferencedPolicy):
 
     def __init__(self, config: Config, place: RankContext, *, optimizer_steps: int) -> None:
         super().__init__(config, place, optimizer_steps=optimizer_steps)
-        self.algorithm = UNPAIRED_ALGORITHMS[config.algorithm.name](config.algorithm)
+        self.algorithm = algorithm_of(config.algorithm, KTO)
 
     def update_on(self, plan: MinibatchPlan) -> Metrics:
         """Run one optimizer step on the plan's rows of the training set. Collective."""
@@ -53,7 +54,7 @@ class UnpairedWorker(ReferencedPolicy):
                     metrics,
                 ]
         parts.append(self.step_metrics(self.engine.step()))
-        if self.place.rank == 0 and self.algorithm.compares_with == "divergence":
+        if self.place.rank == 0 and self.algorithm.config.compares_with == "divergence":
             parts.append({"preference/mismatched_kl": Last(value=compared)})
         return merge_metrics(parts)
 
@@ -84,7 +85,7 @@ class UnpairedWorker(ReferencedPolicy):
 
     def _compared(self, dataset: int, plan: MinibatchPlan) -> float:
         """Return the reference point of the log-ratios, over all rows of the plan. Collective."""
-        of = self.algorithm.compares_with
+        of = self.algorithm.config.compares_with
         if of == "zero":
             return 0.0
         batch = self.batch(dataset, plan, sides=MISMATCHED if of == "divergence" else RESPONSE)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rlhf.algorithms import algorithm_of
 from rlhf.algorithms.microbatch import StepCounts, ValueMicrobatch
 from rlhf.algorithms.ppo import PPO, PPOConfig
 from rlhf.config.schema.model import CriticConfig
@@ -41,7 +42,7 @@ class CriticWorker(TrainedWorker):
             lr=config.algorithm.critic_lr,
             optimizer_steps=optimizer_steps,
         )
-        self.algorithm = PPO(config.algorithm)
+        self.algorithm = algorithm_of(config.algorithm, PPO)
         self.max_new_tokens = config.rollouts.max_response_tokens
         self.samples_per_prompt = config.rollouts.samples_per_prompt
 

@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf.algorithms import ONLINE_PAIR_ALGORITHMS
 from rlhf.config.schema.root import Config
 from rlhf.objectives.kl import kl_k3
 from rlhf.roles import Metrics, SequenceReport
@@ -31,8 +30,6 @@ from rlhf.workers.rank_context import RankContext
 
 class OnlinePreferenceWorker(PreferenceWorker):
     """Receives a batch of rollouts, learns from its pairs as from a fixed data set, and publishes the weights."""
-
-    algorithms = ONLINE_PAIR_ALGORITHMS
 
     def __init__(
         self, config: Config, place: RankContext, *, optimizer_steps: int, reference_is_adapter_off: bool

@@ -14,10 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rlhf.algorithms import ONLINE_ALGORITHMS
-from rlhf.algorithms.losses import reference_kl
+from rlhf.algorithms import algorithm_of
 from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
-from rlhf.algorithms.shared import OnlineAlgorithm
+from rlhf.algorithms.online import OnlineAlgorithm, reference_kl
 from rlhf.config.schema.root import Config
 from rlhf.engine.memory import explains_out_of_memory
 from rlhf.models.loading import load_causal_lm
@@ -87,7 +86,7 @@ class PolicyWorker(TrainedWorker):
         )
         assert config.rollouts is not None
         self.rollouts_config = config.rollouts
-        self.algorithm: OnlineAlgorithm = ONLINE_ALGORITHMS[config.algorithm.name](config.algorithm)
+        self.algorithm = algorithm_of(config.algorithm, OnlineAlgorithm)
         self.reference_is_adapter_off = reference_is_adapter_off
 
     def load_module(self) -> Any:

@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rlhf.algorithms import algorithm_of
 from rlhf.algorithms.microbatch import PolicyMicrobatch, StepCounts
-from rlhf.algorithms.on_policy_distillation import OnPolicyDistillation, OnPolicyDistillationConfig
+from rlhf.algorithms.on_policy_distillation import OnPolicyDistillation
 from rlhf.config.schema.root import Config
 from rlhf.engine.memory import explains_out_of_memory
 from rlhf.models.loading import load_causal_lm
@@ -53,10 +54,9 @@ class StudentWorker(OfflineWorker):
     """Receives a batch of rollouts, learns the teacher's predictions on them, and publishes the weights."""
 
     def __init__(self, config: Config, place: RankContext, *, optimizer_steps: int) -> None:
-        assert isinstance(config.algorithm, OnPolicyDistillationConfig)
         assert config.rollouts is not None
         super().__init__(config, place, optimizer_steps=optimizer_steps)
-        self.algorithm = OnPolicyDistillation(config.algorithm)
+        self.algorithm = algorithm_of(config.algorithm, OnPolicyDistillation)
         self.rollouts_config = config.rollouts
 
     def load_module(self) -> Any:

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rlhf.algorithms.losses import reference_kl
 from rlhf.algorithms.microbatch import Correction, LossTerms, ValueLossTerms
-from rlhf.algorithms.shared import OnlineConfig
+from rlhf.algorithms.online import reference_kl
+from rlhf.algorithms.online_config import OnlineConfig
 from rlhf.objectives.kl import kl_k1, kl_k3
 from rlhf.objectives.masking import Moments, bin_counts, sequence_counts, sequence_means, sequence_sums
 from rlhf.roles import Metrics, SequenceReport

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlhf.algorithms.microbatch import StepTokens
-from rlhf.algorithms.shared import OnlineAlgorithm
+from rlhf.algorithms.online import OnlineAlgorithm
 from rlhf.objectives.entropy import high_entropy_tokens
 from rlhf.objectives.masking import sequence_counts
 from rlhf.types import BatchPlan, MinibatchPlan

@@ -1,0 +1,135 @@
+"""Define the base classes of every algorithm and of its configuration section."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
+
+from rlhf.algorithms.section import Section
+
+OnlineKind = Literal["advantages", "sampled_pairs", "sampled_distillation"]
+OfflineKind = Literal["supervised", "distillation", "preference", "reward_model", "step_rewards", "unpaired"]
+Kind = OnlineKind | OfflineKind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Responses:
+    """Facts about the responses of an online run, for the checks of an algorithm."""
+
+    samples_per_prompt: int
+    trained_per_prompt: int
+    trained_key: str  # the configuration key behind trained_per_prompt
+    max_tokens: int  # of one response
+    max_tokens_key: str
+    num_rewards: int  # with a weight other than 0
+    step_reward: str | None  # name of the first reward with credit by steps
+    num_steps: int | None  # None: follows from the data
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnusedKey:
+    """Name a key of an algorithm without effect, given its other keys."""
+
+    key: str
+    why: str  # the rule and the values behind it
+    fix: str  # the change to make if the key was meant
+
+
+class AlgorithmConfig(Section):
+    """Keys of every algorithm, and the facts about it needed before a run starts."""
+
+    kind: ClassVar[Kind]  # selects the learner, the worker, and the form of the data
+    off_policy_keys: ClassVar[tuple[str, ...]] = ()  # keys without effect while every importance ratio is 1
+    has_critic: ClassVar[bool] = False
+    needs_gold: ClassVar[bool] = False  # whether a row has a gold response in addition to its pair
+    normalizes_rewards: ClassVar[bool] = False  # whether each reward is normalised within its group
+    wants_greedy: ClassVar[bool] = False  # whether each prompt also gets a greedy response as a baseline
+    name: str
+    """The algorithm."""
+
+    @property
+    def is_online(self) -> bool:
+        """Whether the algorithm learns from rollouts."""
+        return self.kind in get_args(OnlineKind)
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the algorithm learns from another model."""
+        return self.kind in ("distillation", "sampled_distillation")
+
+    @property
+    def has_scalar_head(self) -> bool:
+        """Whether the result is a scoring model instead of a language model."""
+        return self.kind in ("reward_model", "step_rewards")
+
+    @property
+    def reads_teacher_states(self) -> bool:
+        """Whether rollouts are compared with the teacher's distributions, not only with its log-probabilities."""
+        return False
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether a reference's log-probabilities enter the objective."""
+        return False
+
+    @property
+    def needs_rewards(self) -> bool:
+        """Whether responses must have scores."""
+        return self.is_online
+
+    @property
+    def compares_responses(self) -> bool:
+        """Whether training on a response depends on the other responses to its prompt."""
+        return False
+
+    @property
+    def most_kept(self) -> int | None:
+        """The largest number of responses per prompt to train on. None: all."""
+        return None
+
+    @property
+    def trusts_sampler(self) -> bool:
+        """Whether the loss takes the policy's log-probabilities before the update for those of the sampler."""
+        return False
+
+    @property
+    def critic_only_steps(self) -> int:
+        """The number of first steps that train the critic alone."""
+        return 0
+
+    @property
+    def compares_with_divergence(self) -> bool:
+        """Whether a row also has its prompt with another row's response."""
+        return False
+
+    @property
+    def row_options(self) -> Mapping[str, Any]:
+        """Return further arguments of the function that loads the rows of a data set."""
+        return {"with_gold": True} if self.needs_gold else {}
+
+    def problems(self, responses: Responses) -> Iterator[tuple[str, str]]:
+        """Yield contradictions with the rest of an online run: the key and the text of the message after it."""
+        yield from ()
+
+    def unused_keys(self) -> Iterator[UnusedKey]:
+        """Yield keys without effect by rules that the marks of rlhf.algorithms.section cannot express."""
+        yield from ()
+
+
+class Algorithm:
+    """An algorithm: the mathematics that differs from other algorithms of its kind.
+
+    The annotation of `config` names the class of its configuration section. All other facts follow from that class.
+    """
+
+    config: AlgorithmConfig
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @classmethod
+    def config_class(cls) -> type[AlgorithmConfig]:
+        """Return the class of the configuration section."""
+        config_class: type[AlgorithmConfig] = get_type_hints(cls)["config"]
+        return config_class

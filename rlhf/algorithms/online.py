@@ -1,0 +1,207 @@
+"""Define the base class of algorithms on rollouts. It composes the loss; the equations are in rlhf.objectives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rlhf.algorithms.base import Algorithm
+from rlhf.algorithms.correction_weights import corrected
+from rlhf.algorithms.microbatch import (
+    LossTerms,
+    PolicyMicrobatch,
+    StepCounts,
+    StepTokens,
+    Surrogate,
+)
+from rlhf.algorithms.online_config import ClippedConfig, Estimator, OnlineConfig
+from rlhf.objectives import aggregation, kl, policy_loss
+from rlhf.objectives.advantages import reward_to_go
+from rlhf.objectives.masking import bin_counts, masked_sum
+from rlhf.tracking.metrics.histograms import RATIO_EDGES
+
+KL_ESTIMATORS: Mapping[Estimator, Callable[[Tensor, Tensor], Tensor]] = {
+    "k1": kl.kl_k1,
+    "k2": kl.kl_k2,
+    "k3": kl.kl_k3,
+    "k1_straight_through": kl.kl_k1_straight_through,
+    "k3_straight_through": kl.kl_k3_straight_through,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceOutcomes:
+    """Results of B responses without their tokens, prompt-major: each prompt has group_size consecutive responses."""
+
+    scores: Float[Tensor, " B"]  # weighted sum of the rewards, less a KL penalty that is placed in the reward
+    by_reward: Mapping[str, Float[Tensor, " B"]]  # each reward after its gate, before its weight; 0 if not applicable
+    weights: Mapping[str, float]
+    num_tokens: Int[Tensor, " B"]  # sampled ones
+    group_size: int
+    greedy_scores: Float[Tensor, " P"] | None  # of one greedy response per prompt; None: the algorithm needs none
+    has_opinion: Mapping[str, Bool[Tensor, " B"]] = field(default_factory=dict)
+    # True where a reward has a value for the response; a reward without an entry has values for all responses
+
+
+class OnlineAlgorithm(Algorithm):
+    """An algorithm on rollouts. By default it is REINFORCE: advantages are rewards to come.
+
+    A subclass defines what differs: the advantages of responses (`sequence_advantages`) or of tokens
+    (`token_advantages`), and the policy loss of each token (`surrogate`).
+    """
+
+    config: OnlineConfig
+    whitens: bool = False  # whether advantages get mean 0 and variance 1 over the sampled tokens of the batch
+    centers: bool = False  # whether advantages get mean 0 alone
+    selects_tokens = False  # whether the loss treats the tokens of `selected` differently
+    has_step_baseline = False  # whether a token's baseline is the mean return of its group's tokens at the same step
+    discount: float = 1.0  # of the rewards to come, per sampled token
+
+    def kept(self, scores: Sequence[float]) -> Sequence[int]:
+        """Return the indices of a prompt's responses to train on, ascending and possibly empty (default: all)."""
+        return range(len(scores))
+
+    def shaped(
+        self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, max_new_tokens: int
+    ) -> Float[Tensor, " B"]:
+        """Return the scores for `sequence_advantages`: `scores` minus the length penalty (default: none)."""
+        return scores
+
+    def is_flat(self, outcomes: SequenceOutcomes) -> bool:
+        """Whether all responses of one group get an advantage of 0 (default: if their scores are equal).
+
+        Called only if the algorithm compares responses.
+        """
+        return len(set(outcomes.scores.tolist())) == 1
+
+    def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"] | None:
+        """Return one advantage per response in the order of `outcomes`, or None if advantages are per token."""
+        return None
+
+    def step_terms(self, rewards: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
+        """Return the credit of each step, for all steps of one prompt's responses (default: the step rewards).
+
+        A token's advantage is the sum of the credits of the steps that end at or after it.
+        """
+        return rewards
+
+    def token_advantages(
+        self,
+        rewards: Float[Tensor, " N"],
+        values: Float[Tensor, " N"] | None,
+        response_mask: Bool[Tensor, " N"],
+        lengths: Int[Tensor, " B"],
+    ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+        """Return (advantages, returns) per token (default: the rewards to come, without a baseline).
+
+        Called only if `sequence_advantages` returns None. `values` is None without a critic.
+        """
+        returns = reward_to_go(rewards, response_mask, lengths, gamma=self.discount)
+        return returns, returns
+
+    def selected(self, step: StepTokens) -> Bool[Tensor, " N"]:
+        """Return True for the tokens of one optimizer step with a different treatment in the loss."""
+        raise TypeError(f"{type(self).__name__} treats all tokens alike")
+
+    def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
+        """Return the policy loss of each token, before correction, penalty and bonus (default: PPO's clipped loss)."""
+        if not isinstance(self.config, ClippedConfig):
+            raise TypeError(f"{type(self).__name__} must define `surrogate`, because its config is no ClippedConfig")
+        return clipped(self.config, batch)
+
+    def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
+        """Return this micro-batch's share of the loss: `surrogate` with correction, KL penalty and entropy bonus.
+
+        The correction multiplies only the surrogate. Unselected tokens are masked from the surrogate alone; the
+        denominator is unchanged. The KL penalty and the bonus are aggregated like the surrogate.
+        """
+        mask = batch.response_mask
+        weights = self.token_weights(mask, batch.lengths, counts)
+        surrogate, correction = self.surrogate(batch), None
+        if self.config.correction is not None:
+            surrogate, correction = corrected(self.config.correction, batch, surrogate)
+        trained = mask if batch.high_entropy is None else mask & batch.high_entropy
+        surrogate_loss = (torch.where(trained, surrogate.per_token, 0.0) * weights).sum()
+        loss = surrogate_loss
+        kl_loss = torch.zeros((), device=mask.device)
+        if batch.ref_logprobs is not None and self.config.kl.place == "loss":
+            kl_loss = (reference_kl(self.config, batch.logprobs, batch.ref_logprobs, mask) * weights).sum()
+            loss = loss + kl_coef * kl_loss
+        if batch.entropy_coef:
+            loss = loss - batch.entropy_coef * (torch.where(mask, batch.entropy, 0.0) * weights).sum()
+
+        with torch.no_grad():
+            old, new = torch.where(mask, batch.old_logprobs, 0.0), torch.where(mask, batch.logprobs, 0.0)
+            return LossTerms(
+                loss=loss,
+                surrogate=surrogate_loss.detach(),
+                kl_loss=kl_loss.detach(),
+                clipped_tokens=surrogate.clipped.sum().float(),
+                capped_tokens=None if surrogate.capped is None else surrogate.capped.sum().float(),
+                kl_old_sum=kl.kl_k3(old, new).sum(),
+                entropy_sum=masked_sum(batch.entropy, mask),
+                ratio_max=surrogate.ratio.max(),
+                ratio_counts=bin_counts(surrogate.ratio, mask, edges=RATIO_EDGES),
+                correction=correction,
+            )
+
+    def token_weights(
+        self, mask: Bool[Tensor, " N"], lengths: Int[Tensor, " B"], counts: StepCounts
+    ) -> Float[Tensor, " N"]:
+        """Return the weight of each token in the loss of the optimizer step."""
+        return aggregation.token_weights(
+            mask,
+            lengths,
+            mode=self.config.aggregation,
+            num_tokens=counts.num_tokens,
+            num_sequences=counts.num_sequences,
+            max_new_tokens=counts.max_new_tokens,
+        )
+
+
+def clipped(config: ClippedConfig, batch: PolicyMicrobatch, ratio: Float[Tensor, " N"] | None = None) -> Surrogate:
+    """Return PPO's clipped surrogate with the configured bounds.
+
+    ratio: replaces each token's importance ratio, if given.
+    """
+    mask, advantages = batch.response_mask, batch.advantages
+    if ratio is None:
+        ratio = policy_loss.importance_ratio(batch.logprobs, batch.old_logprobs, mask)
+    columns, low, high = (ratio, advantages, mask), config.clip_low, config.clip_high
+    below, above = policy_loss.clipped_ratios(*columns, clip_low=low, clip_high=high)
+    capped = None
+    if config.dual_clip is None:
+        per_token = policy_loss.clipped_loss(*columns, clip_low=low, clip_high=high)
+    else:
+        per_token = policy_loss.dual_clipped_loss(*columns, clip_low=low, clip_high=high, max_ratio=config.dual_clip)
+        capped = mask & (advantages < 0) & (ratio > config.dual_clip)
+    return Surrogate(per_token=per_token, ratio=ratio.detach(), clipped=below | above, capped=capped)
+
+
+def unclipped(batch: PolicyMicrobatch, per_token: Float[Tensor, " N"]) -> Surrogate:
+    """Return the given policy loss of each token as a surrogate without a clip."""
+    mask = batch.response_mask
+    return Surrogate(
+        per_token=per_token,
+        ratio=policy_loss.importance_ratio(batch.logprobs.detach(), batch.old_logprobs, mask),
+        clipped=torch.zeros_like(mask),
+    )
+
+
+def plain_gradient(batch: PolicyMicrobatch) -> Surrogate:
+    """Return the plain policy gradient, without a ratio and without a clip."""
+    return unclipped(batch, policy_loss.reinforce(batch.logprobs, batch.advantages, batch.response_mask))
+
+
+def reference_kl(
+    config: OnlineConfig,
+    logprobs: Float[Tensor, " N"],
+    ref_logprobs: Float[Tensor, " N"],
+    mask: Bool[Tensor, " N"],
+) -> Float[Tensor, " N"]:
+    """Return KL(policy || reference) of each token by the configured estimator, zero outside mask."""
+    return KL_ESTIMATORS[config.kl.estimator](torch.where(mask, logprobs, 0.0), torch.where(mask, ref_logprobs, 0.0))

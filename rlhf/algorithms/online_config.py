@@ -1,0 +1,142 @@
+"""Define the configuration keys of algorithms on rollouts."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from rlhf.algorithms.base import AlgorithmConfig, Kind
+from rlhf.algorithms.correction import CorrectionConfig
+from rlhf.algorithms.section import Section
+
+Aggregation = Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "token_sum_norm"]
+StepUse = Literal["rewards", "advantages"] | None
+Estimator = Literal["k1", "k2", "k3", "k1_straight_through", "k3_straight_through"]
+
+
+class AdaptiveKL(Section):
+    """Moves kl.coef after every step so that the measured KL approaches a target (arXiv:1909.08593, section 2.2)."""
+
+    target: float = Field(gt=0.0)
+    """KL to the reference to hold, in nats a response."""
+    horizon: int = Field(default=10_000, ge=1)
+    """Responses over which the coefficient adapts."""
+
+
+class KLConfig(Section):
+    """Penalty on the divergence from the reference model. With coef 0 no reference model is started."""
+
+    coef: float = Field(default=0.0, ge=0.0)
+    """Weight of the penalty (its initial value if adaptive)."""
+    estimator: Estimator = "k3"
+    """Per-token estimator (http://joschu.net/blog/kl-approx.html). In the loss, k2 and the straight-through estimators
+    lower KL(policy || reference). k3 lowers KL(reference || policy). k1 has no effect there."""
+    place: Literal["reward", "loss"] = "loss"
+    """reward: subtracted from the rewards; loss: added to the loss."""
+    adaptive: AdaptiveKL | None = None
+    """null: the coefficient is fixed."""
+
+
+class RewardKLConfig(KLConfig):
+    """The penalty of algorithms that subtract it from the reward by default."""
+
+    coef: float = Field(default=0.01, ge=0.0)
+    estimator: Estimator = "k1"
+    """Per-token estimator (http://joschu.net/blog/kl-approx.html)."""
+    place: Literal["reward", "loss"] = "reward"
+
+
+class LossKLConfig(KLConfig):
+    """The penalty of algorithms with advantages not derived from the sum of the rewards."""
+
+    place: Literal["loss"] = "loss"
+    """It is added to the loss."""
+
+
+class AdaptiveEntropy(Section):
+    """Moves entropy.coef after every step, and gives the bonus only at or below the target (arXiv:2505.22312)."""
+
+    target: float = Field(gt=0.0)
+    """Mean entropy of a sampled token's distribution to keep, in nats."""
+    step: float = Field(default=0.001, gt=0.0)
+    """How far the coefficient moves after a step: up below the target, down above it."""
+    max_coef: float = Field(default=0.05, gt=0.0)
+    """Largest coefficient; the smallest is 0."""
+
+
+class EntropyConfig(Section):
+    """A bonus on the entropy of the policy's next-token distributions."""
+
+    coef: float = Field(default=0.0, ge=0.0)
+    """Weight of the bonus (its initial value if adaptive)."""
+    adaptive: AdaptiveEntropy | None = None
+    """null: the coefficient is fixed."""
+
+
+class FollowedReferenceConfig(AlgorithmConfig):
+    """The key of every online algorithm that may have a reference."""
+
+    reference_every: int | None = Field(default=None, ge=1)
+    """Number of steps between updates of the reference to the current policy (arXiv:2404.09656). null: the reference
+    stays the policy before training. Not with policy.lora."""
+
+
+class OnlineConfig(FollowedReferenceConfig):
+    """Keys of every algorithm on rollouts."""
+
+    kind: ClassVar[Kind] = "advantages"
+    token_selection_keys: ClassVar[tuple[str, ...]] = ()  # further keys without effect if no tokens are selected
+    critic_reuse_keys: ClassVar[tuple[str, ...]] = ()  # keys without effect in a batch's first optimizer step
+    takes_steps: ClassVar[StepUse] = None  # use of step rewards: as rewards of the last token of each step, or as
+    # advantages of all tokens up to it; None: step rewards are not supported
+    kl: KLConfig = KLConfig()
+    """Penalty towards the reference model."""
+    entropy: EntropyConfig = EntropyConfig()
+    """Bonus on the policy's entropy."""
+    top_entropy_fraction: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Share of an optimizer step's tokens to train on: the tokens of highest entropy before the update
+    (arXiv:2506.01939 takes 0.2). The loss is still divided by the number of all tokens. null: train on all tokens."""
+    advantage_clip: float | None = Field(default=None, gt=0.0)
+    """Advantages are clipped to [-advantage_clip, advantage_clip] after whitening; null: no clip."""
+    aggregation: Aggregation = "token_mean"
+    """How per-token losses are weighted over the whole optimizer step."""
+    mask_truncated: bool = False
+    """Exclude truncated responses from all losses and their denominators (overlong filtering, arXiv:2503.14476, section
+    3.4). A response is truncated at rollouts.max_new_tokens, a conversation at a limit of its environment. Its score
+    still counts in the baseline of its group."""
+    correction: CorrectionConfig | None = None
+    """Correction of the mismatch between rollout engine and trainer; null: no correction."""
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether a penalty keeps the policy near the reference."""
+        return self.kl.coef > 0.0
+
+    @property
+    def compares_responses(self) -> bool:
+        """Whether a response's advantage depends on the other responses to its prompt (default: True)."""
+        return True
+
+    @property
+    def trusts_sampler(self) -> bool:
+        """Return True: importance ratios compare with the policy before the update."""
+        return True
+
+    @property
+    def bypasses_old_logprobs(self) -> bool:
+        """Whether the rollout's log-probabilities replace the old ones."""
+        return self.correction is not None and self.correction.mode != "decoupled"
+
+
+class ClippedConfig(OnlineConfig):
+    """Keys of every algorithm that clips importance ratios as PPO does."""
+
+    off_policy_keys: ClassVar[tuple[str, ...]] = ("clip_low", "clip_high", "dual_clip")
+    clip_low: float = Field(default=0.2, gt=0.0, lt=1.0)
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: float = Field(default=0.2, gt=0.0)
+    """The ratio is clipped above at 1 + clip_high."""
+    dual_clip: float | None = Field(default=None, gt=1.0)
+    """Largest loss of a token with negative advantage, as a multiple of the advantage (arXiv:1912.09729); null: no
+    limit."""
