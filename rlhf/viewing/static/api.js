@@ -1,5 +1,5 @@
-// What the page asks the server for. Rows come as JSON lines; a tail remembers where it stopped, and begins anew where
-// the file is not the one it was (a run that is resumed takes rows back).
+// The requests to the server. Rows come as JSON lines. A tail remembers its position in a file, and reads the file anew
+// if it has changed (a resumed run removes rows).
 
 export class ApiError extends Error {
   constructor(status, message) {
@@ -16,7 +16,7 @@ export async function ask(path, params = {}) {
   try {
     message = (await response.json()).error ?? message;
   } catch {
-    // not one of our errors: the status says enough
+    // not an error of this server: the status is enough
   }
   throw new ApiError(response.status, message);
 }
@@ -26,18 +26,16 @@ export async function login(token) {
   return response.ok;
 }
 
+// The objects of JSON lines. A damaged line is left out.
 export function rowsOf(text) {
-  const rows = [];
-  for (const line of text.split("\n")) {
-    if (!line) continue;
+  return text.split("\n").flatMap((line) => {
     try {
       const row = JSON.parse(line);
-      if (row && typeof row === "object") rows.push(row);
+      return row && typeof row === "object" ? [row] : [];
     } catch {
-      // a damaged line: the others can be read
+      return [];
     }
-  }
-  return rows;
+  });
 }
 
 class Tail {
@@ -47,7 +45,7 @@ class Tail {
     this.place = { next: 0, mark: 0 };
   }
 
-  // Calls `take` with new rows, and `clear` before them where they begin anew. True if anything changed.
+  // Calls `take` with new rows, and before that `clear` if the file has changed. True if there is anything new.
   async read(clear, take) {
     let changed = false;
     for (let more = true; more; ) {
@@ -55,14 +53,9 @@ class Tail {
       const response = await ask(this.path, { run: this.run, from: next, mark });
       const text = await response.text();
       this.place = JSON.parse(response.headers.get("X-Place"));
-      if (this.place.reset) {
-        clear();
-        changed = true;
-      }
-      if (text) {
-        take(rowsOf(text));
-        changed = true;
-      }
+      if (this.place.reset) clear();
+      if (text) take(rowsOf(text));
+      changed ||= this.place.reset || text !== "";
       more = this.place.more;
     }
     return changed;
@@ -71,7 +64,7 @@ class Tail {
 
 const MOST_ERRORS = 2000;
 
-// Metrics and errors of a run as far as they are written: columns of numbers, aligned to `steps`.
+// Metrics and errors that a run has written so far: columns of numbers, aligned to `steps`.
 export class RunData {
   constructor(name) {
     this.name = name;
@@ -124,10 +117,7 @@ export async function samplesOf(run, step) {
 const AT_ONCE = 16; // the server's limit
 
 export async function responsesOf(run, step, version, places) {
-  const asked = [];
-  for (let i = 0; i < places.length; i += AT_ONCE) {
-    asked.push(ask("responses", { run, step, version, at: places.slice(i, i + AT_ONCE).join(",") }));
-  }
-  const texts = await Promise.all(asked.map(async (one) => (await one).text()));
-  return texts.flatMap(rowsOf);
+  const parts = Array.from({ length: Math.ceil(places.length / AT_ONCE) }, (_, i) => places.slice(i * AT_ONCE, (i + 1) * AT_ONCE));
+  const answers = await Promise.all(parts.map((part) => ask("responses", { run, step, version, at: part.join(",") })));
+  return (await Promise.all(answers.map((answer) => answer.text()))).flatMap(rowsOf);
 }

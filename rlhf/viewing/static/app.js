@@ -1,9 +1,10 @@
-// The page: which runs, which tab, the keys, and a look every two seconds at what the runs have written since.
+// The page: the runs, the tabs, the keys, and a request every two seconds for new data of the runs.
 
 import { html, render, useEffect, useMemo, useRef, useState } from "./vendor/htm-preact.module.js";
 import { ApiError, ask, login, RunData } from "./api.js";
 import { Curves } from "./curves.js";
 import { Errors } from "./errors.js";
+import { Choice } from "./fields.js";
 import { ago } from "./format.js";
 import { NO_FILTER } from "./listing.js";
 import { Samples } from "./samples.js";
@@ -29,7 +30,7 @@ const KEYS = [
   ["Esc", "close, leave a field"],
 ];
 
-// ---- where one is, kept in the address: a link shows the same
+// ---- the place of the reader, kept in the address: a link shows the same
 
 const TEXT = ["tab", "run", "split", "group", "colour", "runB"];
 const NUMBERS = ["step", "stepB", "sample"];
@@ -54,7 +55,7 @@ function writePlace(place) {
   history.replaceState(null, "", `#${kept}`);
 }
 
-// What is asked for, as far as there is such a run and such a step.
+// Returns the requested place, with a run and a step that exist.
 function settle(place, runs) {
   const withSamples = runs.filter((run) => run.steps.length);
   const run = runs.find((one) => one.name === place.run) ?? withSamples.at(0) ?? runs.at(0);
@@ -85,7 +86,7 @@ function Login({ enter, wrong }) {
     }}
   >
     <h1>rlhf view</h1>
-    <p>This server wants the token that it was started with.</p>
+    <p>This server needs the token with which it was started.</p>
     <input type="password" autocomplete="current-password" aria-label="token" ref=${field} autofocus />
     <button>log in</button>
     ${wrong && html`<p class="bad">This is not the token.</p>`}
@@ -139,27 +140,24 @@ function RunChips({ runs, shown, toggle }) {
 
 // ---- the whole
 
+const darkMode = matchMedia("(prefers-color-scheme: dark)");
+
 function useTheme() {
-  const [dark, setDark] = useState(matchMedia("(prefers-color-scheme: dark)").matches);
-  useEffect(() => {
-    const query = matchMedia("(prefers-color-scheme: dark)");
-    const change = () => setDark(query.matches);
-    query.addEventListener("change", change);
-    return () => query.removeEventListener("change", change);
-  }, []);
+  const [dark, setDark] = useState(darkMode.matches);
+  useEffect(() => darkMode.addEventListener("change", () => setDark(darkMode.matches)), []);
   return dark ? "dark" : "light";
 }
 
-const data = new Map(); // by run: what has been read of it
+const data = new Map(); // the metrics and errors of each run
 
-async function look(wanted) {
-  const told = await (await ask("runs", wanted ? { metrics: 1 } : {})).json();
-  const runs = told.runs.map((run, i) => {
+async function refresh(withMetrics) {
+  const answer = await (await ask("runs", withMetrics ? { metrics: 1 } : {})).json();
+  const runs = answer.runs.map((run, i) => {
     if (!data.has(run.name)) data.set(run.name, new RunData(run.name));
     return { ...run, colour: TONES[i % TONES.length], data: data.get(run.name) };
   });
   const changed = await Promise.all(runs.map((run) => run.data.refresh()));
-  return { runs, metrics: told.metrics, changed: changed.some(Boolean) };
+  return { runs, metrics: answer.metrics, changed: changed.some(Boolean) };
 }
 
 function App() {
@@ -177,7 +175,7 @@ function App() {
   const [help, setHelp] = useState(false);
   const [searching, setSearching] = useState(0);
   const theme = useTheme();
-  const other = useRef({ groups: [], splits: [], count: 0 }).current; // what the samples tab shows, for the keys
+  const other = useRef({ groups: [], splits: [], count: 0 }).current; // the content of the samples tab, for the keys
   const known = useRef(false);
 
   const place = settle(asked, runs);
@@ -186,23 +184,19 @@ function App() {
   useEffect(() => {
     if (runs.length) writePlace(place);
   });
-  useEffect(() => {
-    const moved = () => setAsked(readPlace());
-    addEventListener("hashchange", moved);
-    return () => removeEventListener("hashchange", moved);
-  }, []);
+  useEffect(() => addEventListener("hashchange", () => setAsked(readPlace())), []);
 
   useEffect(() => {
     let timer = null;
     let gone = false;
     const turn = async () => {
       try {
-        const found = await look(!known.current);
+        const answer = await refresh(!known.current);
         if (gone) return;
-        if (found.metrics) setMetrics(found.metrics.map((one) => ({ ...one, pattern: new RegExp(`^${one.pattern}$`) })));
+        if (answer.metrics) setMetrics(answer.metrics.map((one) => ({ ...one, pattern: new RegExp(`^${one.pattern}$`) })));
         known.current = true;
-        setRuns(found.runs);
-        if (found.changed) setTick((n) => n + 1);
+        setRuns(answer.runs);
+        if (answer.changed) setTick((n) => n + 1);
         setTrouble(null);
         setLocked(false);
       } catch (error) {
@@ -229,23 +223,25 @@ function App() {
   }, [locked]);
 
   const about = useMemo(() => {
-    const found = new Map();
+    const meanings = new Map();
     return (name) => {
-      if (!found.has(name)) {
-        const one = metrics.find((metric) => metric.pattern.test(name));
-        found.set(name, one ? `${one.meaning}${one.unit === "1" ? "" : ` (${one.unit})`}` : name);
+      if (!meanings.has(name)) {
+        const metric = metrics.find(({ pattern }) => pattern.test(name));
+        meanings.set(name, metric ? `${metric.meaning}${metric.unit === "1" ? "" : ` (${metric.unit})`}` : name);
       }
-      return found.get(name);
+      return meanings.get(name);
     };
   }, [metrics]);
 
   const walk = (list, at, by) => list[Math.max(0, Math.min(list.length - 1, Math.max(list.indexOf(at), 0) + by))];
+  const stepsOf = (name) => runs.find((run) => run.name === name)?.steps ?? [];
   const step = (by) => {
-    const steps = runs.find((run) => run.name === place.run)?.steps ?? [];
-    if (steps.length) go({ step: walk(steps, place.step, by), follow: walk(steps, place.step, by) === steps.at(-1) && by > 0 });
+    const steps = stepsOf(place.run);
+    const next = walk(steps, place.step, by);
+    if (steps.length) go({ step: next, follow: next === steps.at(-1) && by > 0 });
   };
   const stepB = (by) => {
-    const steps = runs.find((run) => run.name === place.runB)?.steps ?? [];
+    const steps = stepsOf(place.runB);
     if (place.compare && steps.length) go({ stepB: walk(steps, place.stepB, by) });
   };
   const group = (by) => go({ group: walk(other.groups, other.at, by) ?? null, sample: 0 });
@@ -268,9 +264,7 @@ function App() {
   };
   const everywhere = {
     "?": () => setHelp((shown) => !shown),
-    1: () => go({ tab: "curves" }),
-    2: () => go({ tab: "samples" }),
-    3: () => go({ tab: "errors" }),
+    ...Object.fromEntries(TABS.map((tab, i) => [i + 1, () => go({ tab })])),
     "/": () => {
       go({ tab: "curves" });
       setSearching((n) => n + 1);
@@ -297,10 +291,8 @@ function App() {
     }
   };
   useEffect(() => {
-    const pressed = (event) => press.current(event);
-    addEventListener("keydown", pressed);
+    addEventListener("keydown", (event) => press.current(event));
     addEventListener("scroll", () => tip.hide(), { passive: true, capture: true });
-    return () => removeEventListener("keydown", pressed);
   }, []);
 
   const enter = async (token) => {
@@ -316,6 +308,7 @@ function App() {
     setHidden(next);
   };
   const drawn = runs.filter((run) => shown.has(run.name));
+  const current = runs.find((run) => run.name === place.run);
   const count = runs.reduce((sum, run) => sum + run.data.errors.length, 0);
   document.title = runs.length ? `${runs.map((run) => run.name).join(", ")} – rlhf view` : "rlhf view";
   return html`
@@ -330,12 +323,14 @@ function App() {
       </nav>
       ${place.tab === "samples"
         ? html`<div class="runs">
-            <select aria-label="run" value=${place.run ?? ""} onChange=${(event) => go({ run: event.target.value, follow: true, group: null })}>
-              ${runs.map((run) => html`<option key=${run.name} value=${run.name}>${run.name}</option>`)}
-            </select>
-            ${runs
-              .filter((run) => run.name === place.run)
-              .map((run) => html`<small key=${run.name} class=${stateOf(run)[0]}>${stateOf(run)[1]}${place.follow && !run.done ? ", following" : ""}</small>`)}
+            <${Choice}
+              label="run"
+              value=${place.run ?? ""}
+              options=${runs.map((run) => [run.name, run.name])}
+              set=${(run) => go({ run, follow: true, group: null })}
+            />
+            ${current &&
+            html`<small class=${stateOf(current)[0]}>${stateOf(current)[1]}${place.follow && !current.done ? ", following" : ""}</small>`}
           </div>`
         : html`<${RunChips} ...${{ runs, shown, toggle }} />`}
       <button class="ask" aria-label="keys" onClick=${() => setHelp(true)}>?</button>

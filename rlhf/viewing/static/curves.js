@@ -1,49 +1,29 @@
-// Curves of all metrics: what one looks at first, then stage by stage. A chart is drawn when it comes into view.
+// Curves of all metrics: the main metrics first, then stage by stage. A chart is drawn when it comes into view.
 
 import { html, useEffect, useMemo, useRef, useState } from "./vendor/htm-preact.module.js";
+import { Check, Search } from "./fields.js";
 import { number } from "./format.js";
 
-const FIRST = [
-  /^rewards\/score\/mean$/,
-  /^eval\/[^/]+\/score$/,
-  /^eval\/[^/]+\/(loss|kl_teacher)$/,
-  /^update\/loss\/mean$/,
-  /^preference\/(accuracy|margin)\/mean$/,
-  /^experience\/kl_ref\/mean$/,
-  /^experience\/kl_teacher\/mean$/,
-  /^update\/entropy\/mean$/,
-  /^rollouts\/response_tokens\/mean$/,
-  /^rollouts\/truncated\/fraction$/,
-  /^experience\/rollout_logprob_diff\/mean$/,
-  /^update\/grad_norm$/,
-  /^update\/clip_fraction\/mean$/,
-  /^update\/explained_variance$/,
-  /^throughput\/tokens_per_s$/,
-  /^time\/step_s$/,
-];
-const ORDER = "rewards eval rollouts experience advantages preference update weight_sync throughput time memory data".split(
-  " ",
-);
+const FIRST = `
+  rewards/score/mean eval/[^/]+/score eval/[^/]+/(loss|kl_teacher) update/loss/mean preference/(accuracy|margin)/mean
+  experience/kl_ref/mean experience/kl_teacher/mean update/entropy/mean rollouts/response_tokens/mean
+  rollouts/truncated/fraction experience/rollout_logprob_diff/mean update/grad_norm update/clip_fraction/mean
+  update/explained_variance throughput/tokens_per_s time/step_s
+`.trim().split(/\s+/).map((pattern) => new RegExp(`^${pattern}$`));
+const ORDER = ["rewards", "eval", "rollouts", "experience", "advantages", "preference", "update", "weight_sync", "throughput", "time", "memory", "data"];
 
-export function sectionsOf(names, wanted) {
-  const found = [...names].filter((name) => name.includes(wanted)).sort();
-  const first = FIRST.flatMap((pattern) => found.filter((name) => pattern.test(name)));
-  const stages = new Map([["first", first]]);
-  const stageOf = (name) => name.split("/")[0];
-  const known = (stage) => (ORDER.includes(stage) ? ORDER.indexOf(stage) : ORDER.length);
-  for (const stage of [...new Set(found.map(stageOf))].sort((a, b) => known(a) - known(b))) {
-    stages.set(
-      stage,
-      found.filter((name) => stageOf(name) === stage),
-    );
-  }
-  return [...stages].filter(([, members]) => members.length);
+function sectionsOf(names, wanted) {
+  const matching = [...names].filter((name) => name.includes(wanted)).sort();
+  const first = FIRST.flatMap((pattern) => matching.filter((name) => pattern.test(name)));
+  const stages = Map.groupBy(matching, (name) => name.split("/")[0]);
+  const rank = ([stage]) => (ORDER.includes(stage) ? ORDER.indexOf(stage) : ORDER.length);
+  return [["first", first], ...[...stages].sort((a, b) => rank(a) - rank(b))].filter(([, members]) => members.length);
 }
 
-const FEW = 20; // values that are shown as they are
+const FEW = 20; // values that are shown without smoothing
 
-// An exponential mean without the pull towards its start; of many values.
-export function smoothed(values, weight) {
+// Returns the exponential mean of many values, corrected for its start.
+function smoothed(values, weight) {
   if (values.length < FEW) return values;
   let sum = 0;
   let mass = 0;
@@ -66,7 +46,7 @@ function tableOf(run, name, { smoothing, log, byTime }) {
 
 const colourOf = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
-// The range of a linear axis. uPlot draws a flat curve at 0 on an axis from 0 to 100, as if it had nearly reached it.
+// The range of a linear axis. Without it uPlot would draw a flat curve at 0 at the bottom of an axis from 0 to 100.
 export function around(u, low, high) {
   if (low === null || high === null) return [0, 1];
   if (low === high) return low === 0 ? [-1, 1] : [low - Math.abs(low) / 10, high + Math.abs(high) / 10];
@@ -109,16 +89,17 @@ function Chart({ name, about, runs, settings, tick, theme }) {
   }, []);
 
   const shown = runs.filter((run) => run.data.columns.has(name));
+  const names = shown.map((run) => run.name).join();
   const { smoothing, byTime } = settings;
   const log = settings.log && shown.some((run) => run.data.columns.get(name).some((one) => one > 0));
   const tables = useMemo(
     () => (seen ? shown.map((run) => tableOf(run.data, name, { smoothing, log, byTime })) : []),
-    [seen, name, tick, smoothing, log, byTime, shown.map((run) => run.name).join()],
+    [seen, name, tick, smoothing, log, byTime, names],
   );
   const plot = useRef(null);
   const joined = useRef(null);
 
-  const say = (values) => {
+  const print = (values) => {
     value.current?.replaceChildren(
       ...values.map((one, i) => {
         const span = document.createElement("span");
@@ -131,19 +112,14 @@ function Chart({ name, about, runs, settings, tick, theme }) {
   const last = () => shown.map((run) => run.data.columns.get(name).findLast((one) => one !== null));
   const readOut = (u) => {
     const i = u.cursor.idx;
-    if (i === null || i === undefined || !joined.current) return say(last());
-    say(shown.map((_, k) => joined.current[2 + 2 * k]?.[i] ?? joined.current[1 + 2 * k]?.[i]));
+    if (i == null || !joined.current) return print(last());
+    print(shown.map((_, k) => joined.current[2 + 2 * k]?.[i] ?? joined.current[1 + 2 * k]?.[i]));
   };
 
   useEffect(() => {
     if (!seen || !shown.length) return undefined;
-    const make = () => {
-      plot.current?.destroy();
-      const options = optionsOf(shown, root.current.clientWidth, log, byTime, readOut);
-      plot.current = new uPlot(options, joined.current ?? [[]], root.current);
-    };
     joined.current = tables.length === 1 ? tables[0] : uPlot.join(tables);
-    make();
+    plot.current = new uPlot(optionsOf(shown, root.current.clientWidth, log, byTime, readOut), joined.current, root.current);
     const sized = new ResizeObserver(() => {
       const width = root.current?.clientWidth;
       if (plot.current && width && width !== plot.current.width) plot.current.setSize({ width, height: 150 });
@@ -154,13 +130,13 @@ function Chart({ name, about, runs, settings, tick, theme }) {
       plot.current?.destroy();
       plot.current = null;
     };
-  }, [seen, log, byTime, theme, name, shown.map((run) => run.name).join()]);
+  }, [seen, log, byTime, theme, name, names]);
 
   useEffect(() => {
     if (!plot.current) return;
     joined.current = tables.length === 1 ? tables[0] : uPlot.join(tables);
     plot.current.setData(joined.current);
-    say(last());
+    print(last());
   }, [tables]);
 
   return html`<figure class="chart" data-metric=${name}>
@@ -181,34 +157,23 @@ export function Curves({ runs, settings, set, tick, about, theme, focus }) {
   }, [focus]);
   return html`<main class="curves">
     <div class="bar">
-      <input
-        ref=${search}
-        type="search"
+      <${Search}
         placeholder="metrics with …"
-        aria-label="only metrics whose name has this"
+        label="only metrics with this in their name"
         value=${settings.wanted}
-        onInput=${(event) => set({ wanted: event.target.value })}
+        set=${(wanted) => set({ wanted })}
+        field=${search}
       />
       <label class="slide">
         smoothing
         <input
-          type="range"
-          min="0"
-          max="0.98"
-          step="0.02"
-          value=${settings.smoothing}
+          ...${{ type: "range", min: 0, max: 0.98, step: 0.02, value: settings.smoothing }}
           onInput=${(event) => set({ smoothing: Number(event.target.value) })}
         />
         <output>${settings.smoothing.toFixed(2)}</output>
       </label>
-      <label class="check">
-        <input type="checkbox" checked=${settings.log} onChange=${(event) => set({ log: event.target.checked })} /> log
-        scale
-      </label>
-      <label class="check">
-        <input type="checkbox" checked=${settings.byTime} onChange=${(event) => set({ byTime: event.target.checked })} />
-        by time
-      </label>
+      <${Check} checked=${settings.log} set=${(log) => set({ log })}>log scale<//>
+      <${Check} checked=${settings.byTime} set=${(byTime) => set({ byTime })}>by time<//>
     </div>
     ${!names.size && html`<p class="empty">No step is written yet. Curves come with the first.</p>`}
     ${names.size > 0 && !sections.length && html`<p class="empty">No metric has “${settings.wanted}” in its name.</p>`}
@@ -216,10 +181,7 @@ export function Curves({ runs, settings, set, tick, about, theme, focus }) {
       ([stage, members]) => html`<details open class="stage" key=${stage} data-stage=${stage}>
         <summary>${stage === "first" ? "at a glance" : stage} <small>${members.length}</small></summary>
         <div class="grid">
-          ${members.map(
-            (name) =>
-              html`<${Chart} key=${name} ...${{ name, runs, settings, tick, theme }} about=${about(name)} />`,
-          )}
+          ${members.map((name) => html`<${Chart} key=${name} ...${{ name, runs, settings, tick, theme }} about=${about(name)} />`)}
         </div>
       </details>`,
     )}

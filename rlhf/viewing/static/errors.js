@@ -1,27 +1,22 @@
-// errors.jsonl of the runs shown: what went wrong and did not stop the run, or was the last thing before it stopped.
+// errors.jsonl of the shown runs: the errors that a run survived, and the error that ended it.
 
 import { html } from "./vendor/htm-preact.module.js";
+import { Search } from "./fields.js";
 import { visible } from "./format.js";
 
 const MOST = 300;
 
 export function Errors({ runs, go, wanted, setWanted }) {
   const all = runs.flatMap((run) => run.data.errors.map((error) => ({ ...error, run: run.name, hasSamples: run.steps.includes(error.step) })));
-  const found = all.filter((error) => JSON.stringify(error).toLowerCase().includes(wanted.toLowerCase())).reverse();
+  const shown = all.filter((error) => JSON.stringify(error).toLowerCase().includes(wanted.toLowerCase())).reverse();
   return html`<main class="errors">
     <div class="bar">
-      <input
-        type="search"
-        placeholder="errors with …"
-        aria-label="only errors with this text"
-        value=${wanted}
-        onInput=${(event) => setWanted(event.target.value)}
-      />
-      <span>${found.length} of ${all.length}</span>
+      <${Search} placeholder="errors with …" label="only errors with this text" value=${wanted} set=${setWanted} />
+      <span>${shown.length} of ${all.length}</span>
     </div>
     ${!all.length && html`<p class="empty">No error is on record.</p>`}
     <div class="list">
-      ${found.slice(0, MOST).map(
+      ${shown.slice(0, MOST).map(
         (error, i) =>
           html`<article class="error" key=${i}>
             <header>
@@ -34,13 +29,13 @@ export function Errors({ runs, go, wanted, setWanted }) {
                     step ${error.step}
                   </button>`
                 : html`<span class="chip">step ${error.step}</span>`}
-              ${error.prompt_id !== null && error.prompt_id !== undefined && html`<span class="chip">prompt ${error.prompt_id}</span>`}
-              ${error.sample !== null && error.sample !== undefined && html`<span class="chip">response ${error.sample}</span>`}
+              ${error.prompt_id != null && html`<span class="chip">prompt ${error.prompt_id}</span>`}
+              ${error.sample != null && html`<span class="chip">response ${error.sample}</span>`}
             </header>
             <pre>${visible(error.message ?? "")}</pre>
           </article>`,
       )}
     </div>
-    ${found.length > MOST && html`<p class="empty">The last ${MOST} are shown.</p>`}
+    ${shown.length > MOST && html`<p class="empty">The last ${MOST} are shown.</p>`}
   </main>`;
 }

@@ -1,4 +1,4 @@
-// Numbers and characters as people read them.
+// Numbers and characters in a form for people.
 
 export function number(value) {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
@@ -14,14 +14,13 @@ export function signed(value) {
 }
 
 export function ago(seconds) {
-  if (seconds === null) return "";
   if (seconds < 90) return `${Math.round(seconds)} s ago`;
   if (seconds < 5400) return `${Math.round(seconds / 60)} min ago`;
   if (seconds < 172800) return `${Math.round(seconds / 3600)} h ago`;
   return `${Math.round(seconds / 86400)} days ago`;
 }
 
-// What would not be seen, or would turn the text round, is written out; a tab and a line end stay.
+// Invisible characters, and those that change the direction of the text, are written out. A tab and a line end stay.
 const UNSEEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;
 
 export function visible(text) {

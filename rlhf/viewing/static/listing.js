@@ -1,24 +1,21 @@
-// Which responses of a step there are, in groups, and which of them pass the filters; and the whole of some.
+// The responses of a step in groups, the filters on them, and the full text of some.
 
 import { useEffect, useState } from "./vendor/htm-preact.module.js";
 import { responsesOf, samplesOf } from "./api.js";
 
 export const NO_FILTER = { scoreFrom: "", scoreTo: "", tokensFrom: "", tokensTo: "", truncated: "", error: false };
 
+export const isFilter = (filter) => JSON.stringify(filter) !== JSON.stringify(NO_FILTER);
+
 export const failed = (errors, step, row) =>
   errors.some(
-    (one) =>
-      one.step === step &&
-      one.prompt_id === row.prompt_id &&
-      (one.sample === null || one.sample === undefined || one.sample === row.sample),
+    (error) => error.step === step && error.prompt_id === row.prompt_id && (error.sample ?? row.sample) === row.sample,
   );
 
 export function passes(row, filter, step, errors) {
-  const within = (value, from, to) => {
-    if (from === "" && to === "") return true;
-    if (value === null || value === undefined) return false;
-    return (from === "" || value >= Number(from)) && (to === "" || value <= Number(to));
-  };
+  const within = (value, from, to) =>
+    (from === "" && to === "") ||
+    (value != null && (from === "" || value >= Number(from)) && (to === "" || value <= Number(to)));
   return (
     within(row.score, filter.scoreFrom, filter.scoreTo) &&
     within(row.tokens, filter.tokensFrom, filter.tokensTo) &&
@@ -27,7 +24,7 @@ export function passes(row, filter, step, errors) {
   );
 }
 
-// Groups of a step's file that have a response to show, in the file's order.
+// The groups of a step's file with at least one response that passes the filter, in the file's order.
 export function groupsOf(listing, split, filter, step, errors) {
   const groups = new Map();
   listing?.rows.forEach((row, place) => {
@@ -47,46 +44,37 @@ export function groupsOf(listing, split, filter, step, errors) {
 
 export const splitsOf = (listing) => [...new Set(listing?.rows.map((row) => row.split) ?? [])];
 
-// The listing of a step; read again when `tick` changes and the step may still be written to.
-export function useListing(run, step, tick) {
-  const [found, put] = useState({ key: null, listing: null, error: null });
-  const key = `${run} ${step}`;
+// The answer of `load` for a key: { value } or { error }, and {} until it comes. `load` is called again when `renewed`
+// changes. An answer that comes after the key has changed is dropped.
+function useAnswer(key, load, renewed) {
+  const [answer, put] = useState({ key: null });
   useEffect(() => {
-    if (!run || step === null) return undefined;
+    if (key === null) return undefined;
     let gone = false;
-    samplesOf(run, step).then(
-      (listing) => {
-        if (gone) return;
-        put((before) =>
-          before.key === key && before.listing?.version === listing.version ? before : { key, listing, error: null },
-        );
-      },
-      (error) => !gone && put({ key, listing: null, error }),
+    load().then(
+      (value) => !gone && put((before) => (before.key === key && before.value?.version && before.value.version === value.version ? before : { key, value })),
+      (error) => !gone && put({ key, error }),
     );
     return () => {
       gone = true;
     };
-  }, [key, tick]);
-  return found.key === key ? found : { key, listing: null, error: null };
+  }, [key, renewed]);
+  return answer.key === key ? answer : {};
 }
 
+// The listing of a step. It is read again when `tick` changes, because the step may still be written.
+export function useListing(run, step, tick) {
+  const answer = useAnswer(run && step !== null ? `${run} ${step}` : null, () => samplesOf(run, step), tick);
+  return { listing: answer.value ?? null, error: answer.error };
+}
+
+// The responses of a group. `renew` is called if the file has changed since its listing.
 export function useResponses(run, step, listing, group, renew) {
-  const [found, put] = useState({ key: null, responses: [] });
   const key = group && listing ? `${run} ${step} ${listing.version} ${group.key}` : null;
+  const answer = useAnswer(key, () => responsesOf(run, step, listing.version, group.places));
+  const changed = answer.error?.status === 409;
   useEffect(() => {
-    if (!key) return undefined;
-    let gone = false;
-    responsesOf(run, step, listing.version, group.places).then(
-      (responses) => !gone && put({ key, responses }),
-      (error) => {
-        if (gone) return;
-        if (error.status === 409) renew();
-        else put({ key, responses: [], error });
-      },
-    );
-    return () => {
-      gone = true;
-    };
-  }, [key]);
-  return found.key === key ? found : { key, responses: null };
+    if (changed) renew();
+  }, [changed]);
+  return { responses: answer.value ?? null, error: changed ? null : answer.error };
 }

@@ -1,20 +1,22 @@
-// The responses of a step, a prompt's side by side; or of two steps (of one run or two), the same prompts side by side.
+// The responses to a prompt side by side, at one step, or at two steps of one run or of two runs.
 
 import { html, useEffect, useMemo, useRef, useState } from "./vendor/htm-preact.module.js";
+import { Check, Choice } from "./fields.js";
 import { number, signed, visible } from "./format.js";
-import { failed, groupsOf, NO_FILTER, passes, splitsOf, useListing, useResponses } from "./listing.js";
+import { failed, groupsOf, isFilter, NO_FILTER, passes, splitsOf, useListing, useResponses } from "./listing.js";
 import { COLOURS, drawTokens, scaleOf, tip } from "./tokens.js";
 
 const previewOf = (prompt) => visible(prompt.replace(/<\|[^|<>]*\|>/g, " ")).trim().slice(0, 80) || "(empty prompt)";
 const median = (values) => [...values].sort((a, b) => a - b)[Math.floor(values.length / 2)];
+const scoresOf = (rows) => rows.map((row) => row.score).filter((score) => score != null);
+const rounded = (value) => Number(value.toPrecision(3));
 
 function Dots({ rows, low, high }) {
   const place = (score) => (high > low ? (score - low) / (high - low) : 0.5);
   return html`<span class="dots" aria-hidden="true">
-    ${rows
-      .filter((row) => row.score !== undefined && row.score !== null)
+    ${scoresOf(rows)
       .slice(0, 32)
-      .map((row, i) => html`<i key=${i} style=${{ left: `${4 + 92 * place(row.score)}%` }}></i>`)}
+      .map((score, i) => html`<i key=${i} style=${{ left: `${4 + 92 * place(score)}%` }}></i>`)}
   </span>`;
 }
 
@@ -23,11 +25,11 @@ function GroupList({ groups, chosen, choose }) {
   useEffect(() => {
     list.current?.querySelector("[aria-selected=true]")?.scrollIntoView({ block: "nearest" });
   }, [chosen]);
-  const scores = groups.flatMap((group) => group.rows.map((row) => row.score).filter((score) => score !== undefined));
+  const scores = groups.flatMap((group) => scoresOf(group.rows));
   const [low, high] = [Math.min(...scores), Math.max(...scores)];
   return html`<div class="groups" role="listbox" aria-label="prompts" ref=${list}>
     ${groups.slice(0, 500).map((group) => {
-      const own = group.rows.map((row) => row.score).filter((score) => score !== undefined && score !== null);
+      const own = scoresOf(group.rows);
       return html`<button
         key=${group.key}
         role="option"
@@ -51,13 +53,10 @@ function Tokens({ response, colour, scale, theme }) {
   const root = useRef();
   const [all, setAll] = useState(false);
   const [left, setLeft] = useState(0);
-  useEffect(() => setLeft(drawTokens(root.current, response.tokens, colour, scale, { all })), [
-    response,
-    colour,
-    scale,
-    all,
-    theme,
-  ]);
+  useEffect(
+    () => setLeft(drawTokens(root.current, response.tokens, colour, scale, all)),
+    [response, colour, scale, all, theme],
+  );
   const over = (event) => {
     const span = event.target.closest?.("[data-i]");
     if (span && root.current.contains(span)) tip.show(response.tokens, span);
@@ -84,7 +83,8 @@ function Card({ response, row, colour, scale, focused, dim, hasError, theme }) {
   useEffect(() => {
     if (focused) root.current.scrollIntoView({ block: "nearest", inline: "nearest" });
   }, [focused]);
-  const chips = Object.entries(response.scores ?? {});
+  const { score, advantage, min_version: oldest, max_version: newest, mean_rollout_logprob: logprob } = response;
+  const scores = Object.entries(response.scores ?? {});
   return html`<article
     ref=${root}
     class=${`card${focused ? " focused" : ""}${dim ? " dim" : ""}`}
@@ -93,22 +93,15 @@ function Card({ response, row, colour, scale, focused, dim, hasError, theme }) {
   >
     <header>
       <small>#${response.sample ?? row.sample ?? 0}</small>
-      ${response.score !== null &&
-      response.score !== undefined &&
-      html`<span title="weighted sum of the rewards">score <b class="score">${number(response.score)}</b></span>`}
-      ${response.advantage !== null &&
-      response.advantage !== undefined &&
-      html`<span title="advantage, mean over the tokens"
-        >adv <b class=${response.advantage >= 0 ? "up" : "down"}>${signed(Number(response.advantage.toPrecision(3)))}</b></span
-      >`}
-      ${chips.length > 1 && chips.map(([name, value]) => html`<span class="chip" key=${name}>${name} ${number(value)}</span>`)}
+      ${score != null && html`<span title="weighted sum of the rewards">score <b class="score">${number(score)}</b></span>`}
+      ${advantage != null &&
+      html`<span title="advantage, mean over the tokens">adv <b class=${advantage >= 0 ? "up" : "down"}>${signed(rounded(advantage))}</b></span>`}
+      ${scores.length > 1 && scores.map(([name, value]) => html`<span class="chip" key=${name}>${name} ${number(value)}</span>`)}
       <span class="chip" title="tokens that the policy sampled">${response.response_tokens ?? "?"} tok</span>
-      ${typeof response.mean_rollout_logprob === "number" &&
-      html`<span class="chip" title="mean log-probability by the engine">lp ${number(Number(response.mean_rollout_logprob.toPrecision(3)))}</span>`}
-      ${response.max_version >= 0 &&
-      html`<span class="chip" title="weights that sampled it"
-        >v${response.min_version === response.max_version ? response.max_version : `${response.min_version}–${response.max_version}`}</span
-      >`}
+      ${typeof logprob === "number" &&
+      html`<span class="chip" title="mean log-probability by the engine">lp ${number(rounded(logprob))}</span>`}
+      ${newest >= 0 &&
+      html`<span class="chip" title="weights that sampled it">v${oldest === newest ? newest : `${oldest}–${newest}`}</span>`}
       ${response.truncated && html`<span class="chip bad">truncated</span>`}
       ${hasError && html`<span class="chip bad">error</span>`}
       ${response.preferred === true && html`<span class="chip good">chosen</span>`}
@@ -124,11 +117,11 @@ function Card({ response, row, colour, scale, focused, dim, hasError, theme }) {
 
 const MOST_CARDS = 64;
 
-function Side({ label, tone, run, step, listing, group, colour, scale, responses, error, filter, errors, focus, theme }) {
+function Side({ labelled, tone, run, step, group, colour, scale, responses, error, filter, errors, focus, theme }) {
   if (error) return html`<p class="empty">${error.message}</p>`;
   if (!responses) return html`<p class="empty">…</p>`;
   return html`<section class="side">
-    ${label && html`<h3><i style=${{ background: `var(${tone})` }}></i>${label}</h3>`}
+    ${labelled && html`<h3><i style=${{ background: `var(${tone})` }}></i>${run} · step ${step}</h3>`}
     <div class="cards">
       ${responses.slice(0, MOST_CARDS).map((response, i) => {
         const row = group.rows[i];
@@ -165,36 +158,21 @@ function Filters({ filter, set }) {
       value=${filter[name]}
       onInput=${(event) => set({ ...filter, [name]: event.target.value })}
     />`;
-  const active = JSON.stringify(filter) !== JSON.stringify(NO_FILTER);
+  const truncated = [["", "truncated or not"], ["yes", "truncated"], ["no", "not truncated"]];
   return html`<div class="filters">
     <span>score</span>${box("scoreFrom", "score from")}${box("scoreTo", "score to")}
     <span>tokens</span>${box("tokensFrom", "tokens from")}${box("tokensTo", "tokens to")}
-    <select
-      aria-label="truncated"
-      value=${filter.truncated}
-      onChange=${(event) => set({ ...filter, truncated: event.target.value })}
-    >
-      <option value="">truncated or not</option>
-      <option value="yes">truncated</option>
-      <option value="no">not truncated</option>
-    </select>
-    <label class="check">
-      <input
-        type="checkbox"
-        checked=${filter.error}
-        onChange=${(event) => set({ ...filter, error: event.target.checked })}
-      />
-      with an error
-    </label>
-    ${active && html`<button onClick=${() => set(NO_FILTER)}>clear</button>`}
+    <${Choice} label="truncated" value=${filter.truncated} options=${truncated} set=${(value) => set({ ...filter, truncated: value })} />
+    <${Check} checked=${filter.error} set=${(error) => set({ ...filter, error })}>with an error<//>
+    ${isFilter(filter) && html`<button onClick=${() => set(NO_FILTER)}>clear</button>`}
   </div>`;
 }
 
-export function StepPicker({ label, tone, steps, step, choose }) {
+function StepPicker({ tone, steps, step, choose }) {
   const place = steps.indexOf(step);
   const go = (to) => choose(steps[Math.max(0, Math.min(steps.length - 1, to))]);
   return html`<div class="steps">
-    ${label && html`<i style=${{ background: `var(${tone})` }}></i>`}
+    ${tone && html`<i style=${{ background: `var(${tone})` }}></i>`}
     <button aria-label="previous step" disabled=${place <= 0} onClick=${() => go(place - 1)}>‹</button>
     <span class="at">step <b>${step ?? "–"}</b></span>
     <button aria-label="next step" disabled=${place >= steps.length - 1} onClick=${() => go(place + 1)}>›</button>
@@ -237,6 +215,9 @@ export function Samples({ place, go, runs, other, tick, theme, focus, filter, se
   const shown = [...(gotA.responses ?? []), ...((groupB && gotB.responses) || [])];
   const scale = useMemo(() => scaleOf(colour, shown), [colour, gotA.responses, gotB.responses]);
   const there = shown.some((response) => response.tokens);
+  const names = runs.map((run) => [run.name, run.name]);
+  const colours = Object.entries(COLOURS).map(([name, { label }]) => [name, label]);
+  const look = { colour, scale, filter, theme, labelled: place.compare };
   const prompt = gotA.responses?.[0]?.prompt ?? group?.preview ?? "";
   useEffect(() => tip.hide(), [place.step, group?.key]);
   useEffect(() => {
@@ -244,39 +225,27 @@ export function Samples({ place, go, runs, other, tick, theme, focus, filter, se
     other.count = group?.rows.length ?? 0;
   });
 
-  const missing = !place.run
-    ? "No run yet."
-    : !runA?.steps.length
-      ? "No samples are written yet. They come with the first step or evaluation of a run that samples responses."
-      : a.error
-        ? a.error.message
-        : a.listing && !groups.length
-          ? place.compare && groupsA.length
-            ? `No prompt of these responses is in step ${place.stepB} of ${place.runB} too. An evaluation set has the same prompts at every evaluation.`
-            : "No response passes the filters."
-          : null;
+  const missing = () => {
+    if (!place.run) return "No run yet.";
+    if (!runA?.steps.length) return "No samples are written yet. They come with the first step or evaluation of a run that samples responses.";
+    if (a.error) return a.error.message;
+    if (!a.listing || groups.length) return null;
+    if (!place.compare || !groupsA.length) return "No response passes the filters.";
+    return `No prompt of these responses is in step ${place.stepB} of ${place.runB} too. An evaluation set has the same prompts at every evaluation.`;
+  };
 
   return html`<main class="samples">
     <div class="bar">
       <${StepPicker}
-        label=${place.compare}
-        tone="--run-a"
+        tone=${place.compare && "--run-a"}
         steps=${runA?.steps ?? []}
         step=${place.step}
         choose=${(step) => go({ step, follow: step === runA.steps.at(-1) })}
       />
       ${place.compare &&
       html`<div class="against">
-        <select aria-label="run to compare with" value=${place.runB} onChange=${(event) => go({ runB: event.target.value, stepB: null })}>
-          ${runs.map((run) => html`<option key=${run.name} value=${run.name}>${run.name}</option>`)}
-        </select>
-        <${StepPicker}
-          label=${true}
-          tone="--run-b"
-          steps=${runB?.steps ?? []}
-          step=${place.stepB}
-          choose=${(stepB) => go({ stepB })}
-        />
+        <${Choice} label="run to compare with" value=${place.runB} options=${names} set=${(name) => go({ runB: name, stepB: null })} />
+        <${StepPicker} tone="--run-b" steps=${runB?.steps ?? []} step=${place.stepB} choose=${(stepB) => go({ stepB })} />
       </div>`}
       ${splits.length > 1 &&
       html`<div class="tabs small" role="group" aria-label="set">
@@ -292,18 +261,16 @@ export function Samples({ place, go, runs, other, tick, theme, focus, filter, se
     <div class="bar second">
       <label class="colour">
         colour
-        <select aria-label="colour of the tokens" value=${place.colour} onChange=${(event) => go({ colour: event.target.value })}>
-          ${Object.entries(COLOURS).map(([name, one]) => html`<option key=${name} value=${name}>${one.label}</option>`)}
-        </select>
+        <${Choice} label="colour of the tokens" value=${place.colour} options=${colours} set=${(name) => go({ colour: name })} />
       </label>
       ${shown.length > 0 && html`<${Legend} ...${{ colour, scale, there }} />`}
       <details class="filterbox">
-        <summary>filters${JSON.stringify(filter) === JSON.stringify(NO_FILTER) ? "" : " •"}</summary>
+        <summary>filters${isFilter(filter) ? " •" : ""}</summary>
         <${Filters} filter=${filter} set=${setFilter} />
       </details>
     </div>
-    ${missing
-      ? html`<p class="empty">${missing}</p>`
+    ${missing()
+      ? html`<p class="empty">${missing()}</p>`
       : html`<div class="board">
           <${GroupList} groups=${groups} chosen=${group?.key} choose=${(key) => go({ group: key, sample: 0 })} />
           <div class="detail">
@@ -314,31 +281,9 @@ export function Samples({ place, go, runs, other, tick, theme, focus, filter, se
               <pre>${visible(prompt)}</pre>
             </details>
             <div class=${place.compare ? "sides two" : "sides"}>
-              <${Side}
-                ...${{ colour, scale, filter, theme, group }}
-                label=${place.compare ? `${place.run} · step ${place.step}` : ""}
-                tone="--run-a"
-                run=${place.run}
-                step=${place.step}
-                responses=${gotA.responses}
-                error=${gotA.error}
-                errors=${errorsA}
-                focus=${focus}
-              />
-              ${place.compare &&
-              groupB &&
-              html`<${Side}
-                ...${{ colour, scale, filter, theme }}
-                group=${groupB}
-                label=${`${place.runB} · step ${place.stepB}`}
-                tone="--run-b"
-                run=${place.runB}
-                step=${place.stepB}
-                responses=${gotB.responses}
-                error=${gotB.error}
-                errors=${errorsB}
-                focus=${null}
-              />`}
+              <${Side} ...${{ ...look, ...gotA, group }} run=${place.run} step=${place.step} tone="--run-a" errors=${errorsA} focus=${focus} />
+              ${groupB &&
+              html`<${Side} ...${{ ...look, ...gotB, group: groupB }} run=${place.runB} step=${place.stepB} tone="--run-b" errors=${errorsB} />`}
             </div>
           </div>
         </div>`}

@@ -1,4 +1,4 @@
-// A response token by token: what colours it, and the numbers of the one under the pointer.
+// A response token by token: its colour, and the numbers of the token under the pointer.
 
 import { number, signed, visible } from "./format.js";
 
@@ -7,40 +7,23 @@ const minus = (a, b) => (a === null || b === null ? null : a - b);
 
 const old = (t, i) => at(t.old_logprobs, i);
 const rollout = (t, i) => at(t.rollout_logprobs, i);
+const current = (t, i) => old(t, i) ?? rollout(t, i);
 
-// `least`: what the strongest colour stands for at the least, so that rounding errors stay pale.
+// `least`: the smallest value for the strongest colour, so that rounding errors stay pale.
 export const COLOURS = {
   advantage: { key: "a", label: "advantage", least: 0.1, of: (t, i) => at(t.advantages, i) },
   logprob: { key: "l", label: "log-probability", least: 1, below: true, of: rollout },
   difference: { key: "d", label: "trainer − rollout", least: 0.02, of: (t, i) => minus(old(t, i), rollout(t, i)) },
-  reference: {
-    key: "r",
-    label: "KL to the reference",
-    least: 0.1,
-    of: (t, i) => minus(old(t, i) ?? rollout(t, i), at(t.ref_logprobs, i)),
-  },
-  teacher: {
-    key: "t",
-    label: "student − teacher",
-    least: 0.1,
-    of: (t, i) => minus(old(t, i) ?? rollout(t, i), at(t.teacher_logprobs, i)),
-  },
+  reference: { key: "r", label: "KL to the reference", least: 0.1, of: (t, i) => minus(current(t, i), at(t.ref_logprobs, i)) },
+  teacher: { key: "t", label: "student − teacher", least: 0.1, of: (t, i) => minus(current(t, i), at(t.teacher_logprobs, i)) },
   none: { key: "n", label: "no colour", least: 1, of: () => null },
 };
 
-// What the strongest colour stands for: nearly the largest of the values shown. Null: there are none.
+// The value for the strongest colour: nearly the largest of the shown values. Null: there are no values.
 export function scaleOf(colour, responses) {
-  const found = [];
-  for (const { tokens } of responses) {
-    if (!tokens) continue;
-    for (let i = 0; i < tokens.ids.length; i++) {
-      const value = colour.of(tokens, i);
-      if (value !== null) found.push(Math.abs(value));
-    }
-  }
-  if (!found.length) return null;
-  found.sort((a, b) => a - b);
-  return Math.max(found[Math.floor(0.98 * (found.length - 1))], colour.least);
+  const values = responses.flatMap(({ tokens }) => tokens?.ids.map((_, i) => colour.of(tokens, i)) ?? []);
+  const sizes = values.filter((value) => value !== null).map(Math.abs).sort((a, b) => a - b);
+  return sizes.length ? Math.max(sizes[Math.floor(0.98 * (sizes.length - 1))], colour.least) : null;
 }
 
 function paint(span, value, colour, scale) {
@@ -53,31 +36,31 @@ function paint(span, value, colour, scale) {
   span.style.background = `rgb(var(${hue}) / ${strength.toFixed(3)})`;
 }
 
+function element(name, className, text = "") {
+  const made = document.createElement(name);
+  made.className = className;
+  made.textContent = text;
+  return made;
+}
+
 function spanOf(text, i) {
-  const span = document.createElement("span");
-  span.className = text === "" ? "token part" : "token";
+  const span = element("span", text === "" ? "token part" : "token", visible(text).replaceAll("\n", "↵\n"));
   span.dataset.i = i;
-  span.textContent = visible(text).replaceAll("\n", "↵\n");
   return span;
 }
 
-const FIRST = 3000; // tokens that are drawn at once
+const FIRST = 3000; // tokens to draw at once
 
-// Fills an element with the tokens of a response. Everything is text: nothing of it is ever read as HTML.
-export function drawTokens(root, tokens, colour, scale, { all = false } = {}) {
+// Fills an element with the tokens of a response, as text and never as HTML. Returns the number of tokens left out.
+export function drawTokens(root, tokens, colour, scale, all) {
   root.replaceChildren();
   const mixed = tokens.sampled.includes(false);
   const count = all ? tokens.ids.length : Math.min(tokens.ids.length, FIRST);
   let block = root;
   for (let i = 0; i < count; i++) {
     if (mixed && (i === 0 || tokens.sampled[i] !== tokens.sampled[i - 1])) {
-      const own = tokens.sampled[i];
-      block = document.createElement("div");
-      block.className = own ? "turn policy" : "turn environment";
-      const label = document.createElement("div");
-      label.className = "who";
-      label.textContent = own ? "policy" : "environment (not trained)";
-      block.append(label);
+      block = element("div", tokens.sampled[i] ? "turn policy" : "turn environment");
+      block.append(element("div", "who", tokens.sampled[i] ? "policy" : "environment (not trained)"));
       root.append(block);
     }
     const span = spanOf(tokens.texts[i], i);
@@ -87,51 +70,47 @@ export function drawTokens(root, tokens, colour, scale, { all = false } = {}) {
   return tokens.ids.length - count;
 }
 
-function line(table, name, value, note = "") {
-  const row = table.insertRow();
-  row.insertCell().textContent = name;
-  row.insertCell().textContent = value;
-  row.insertCell().textContent = note;
-}
-
 const percent = (logprob) => (logprob === null ? "" : `${number(100 * Math.exp(logprob))} %`);
 
-export function describe(tokens, i) {
-  const box = document.createElement("div");
-  const text = document.createElement("div");
-  text.className = "what";
-  text.textContent = tokens.texts[i] === "" ? "part of a character" : JSON.stringify(visible(tokens.texts[i]));
-  const table = document.createElement("table");
-  line(table, "token", String(tokens.ids[i]), `place ${i}`);
-  if (!tokens.sampled[i]) {
-    line(table, "environment", "not trained");
-  } else {
-    line(table, "rollout logprob", number(rollout(tokens, i)), percent(rollout(tokens, i)));
-    if (tokens.old_logprobs) line(table, "trainer logprob", number(old(tokens, i)), percent(old(tokens, i)));
-    if (tokens.old_logprobs) line(table, "trainer − rollout", signed(COLOURS.difference.of(tokens, i)));
-    if (tokens.ref_logprobs) {
-      line(table, "reference logprob", number(at(tokens.ref_logprobs, i)), percent(at(tokens.ref_logprobs, i)));
-      const d = COLOURS.reference.of(tokens, i);
-      line(table, "KL to reference", signed(d), d === null ? "" : `k3 ${number(Math.expm1(-d) + d)}`);
-    }
-    if (tokens.teacher_logprobs) line(table, "teacher logprob", number(at(tokens.teacher_logprobs, i)));
-    if (tokens.advantages) line(table, "advantage", signed(at(tokens.advantages, i)));
+// The numbers of a token: name, value, note.
+function numbersOf(tokens, i) {
+  const rows = [["token", String(tokens.ids[i]), `place ${i}`]];
+  if (!tokens.sampled[i]) return [...rows, ["environment", "not trained"]];
+  const logprob = (name, value) => rows.push([`${name} logprob`, number(value), percent(value)]);
+  logprob("rollout", rollout(tokens, i));
+  if (tokens.old_logprobs) {
+    logprob("trainer", old(tokens, i));
+    rows.push(["trainer − rollout", signed(COLOURS.difference.of(tokens, i))]);
   }
-  box.append(text, table);
-  return box;
+  if (tokens.ref_logprobs) {
+    logprob("reference", at(tokens.ref_logprobs, i));
+    const d = COLOURS.reference.of(tokens, i);
+    rows.push(["KL to reference", signed(d), d === null ? "" : `k3 ${number(Math.expm1(-d) + d)}`]);
+  }
+  if (tokens.teacher_logprobs) rows.push(["teacher logprob", number(at(tokens.teacher_logprobs, i))]);
+  if (tokens.advantages) rows.push(["advantage", signed(at(tokens.advantages, i))]);
+  return rows;
 }
 
-// One box for the whole page, beside the token that it speaks of.
+function fill(box, tokens, i) {
+  const text = tokens.texts[i] === "" ? "part of a character" : JSON.stringify(visible(tokens.texts[i]));
+  const table = document.createElement("table");
+  for (const [name, value, note = ""] of numbersOf(tokens, i)) {
+    const row = table.insertRow();
+    for (const cell of [name, value, note]) row.insertCell().textContent = cell;
+  }
+  box.replaceChildren(element("div", "what", text), table);
+}
+
+// One box for the whole page, next to the token under the pointer.
 export const tip = {
   box: null,
   show(tokens, span) {
     if (!this.box) {
-      this.box = document.createElement("div");
-      this.box.id = "tip";
-      this.box.setAttribute("role", "tooltip");
+      this.box = Object.assign(document.createElement("div"), { id: "tip", role: "tooltip" });
       document.body.append(this.box);
     }
-    this.box.replaceChildren(describe(tokens, Number(span.dataset.i)));
+    fill(this.box, tokens, Number(span.dataset.i));
     this.box.hidden = false;
     const { left, bottom, top } = span.getBoundingClientRect();
     const { offsetWidth: width, offsetHeight: height } = this.box;
