@@ -63,7 +63,7 @@ def _main(words: list[str]) -> int:
             raise
         known = _known(error)
         if known is None:
-            return _report(f"{type(error).__name__}: {error} (unexpected; --debug shows where)", 1)
+            return _report(f"{type(error).__name__}: {error} (unexpected; --debug shows the traceback)", 1)
         return _report(known, 2 if isinstance(known, UserError) else 1)
 
 

@@ -42,7 +42,8 @@ def serving_token(host: str, token_env: str | None) -> str | None:
     if token_env is None:
         if not is_loopback(host):
             raise UserError(
-                f"--host {host}: others can reach it; name an environment variable that holds a token: --token-env NAME"
+                f"--host {host}: other machines can reach it. Name an environment variable that holds a token: "
+                "--token-env NAME"
             )
         return None
     token = os.environ.get(token_env, "")
@@ -52,7 +53,7 @@ def serving_token(host: str, token_env: str | None) -> str | None:
 
 
 def refuse_taken(host: str, port: int) -> None:
-    """Raise UserError if an address cannot be listened on now. Called by servers with a slow start."""
+    """Raise UserError if an address the server cannot listen there now. Called by servers with a slow start."""
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except (OSError, OverflowError) as error:
@@ -61,7 +62,7 @@ def refuse_taken(host: str, port: int) -> None:
 
 def _unheard(host: str, port: int, error: OSError | OverflowError) -> UserError:
     why = error.strerror if isinstance(error, OSError) else error
-    return UserError(f"--host {host} --port {port}: cannot be listened on: {why}")
+    return UserError(f"--host {host} --port {port}: the server cannot listen there: {why}")
 
 
 def stranger(request: web.Request) -> str | None:
@@ -71,9 +72,9 @@ def stranger(request: web.Request) -> str | None:
     """
     origin = request.headers.get("Origin")
     if not _names_this_machine(f"//{request.host}"):
-        return f"this server is for this machine alone, and was called {request.host}"
+        return f"this server answers only its own machine, but the request is for {request.host}"
     if origin is not None and not _names_this_machine(origin):
-        return f"this server is for this machine alone, and a page of {origin} sent this request"
+        return f"this server answers only its own machine, but a page of {origin} sent this request"
     return None
 
 

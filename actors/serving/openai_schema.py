@@ -32,13 +32,13 @@ _ASKS_NOTHING: Mapping[str, Any] = {
 }
 _MESSAGES = {
     "missing": "is missing",
-    "string_type": "is no string",
-    "int_type": "is no integer",
-    "float_type": "is no number",
+    "string_type": "is not a string",
+    "int_type": "is not an integer",
+    "float_type": "is not a number",
     "bool_type": "is neither true nor false",
-    "list_type": "is no list",
-    "model_type": "is no object",
-    "model_attributes_type": "is no object",
+    "list_type": "is not a list",
+    "model_type": "is not an object",
+    "model_attributes_type": "is not an object",
 }
 
 
@@ -78,7 +78,7 @@ class Message(_Form):
                 case {"type": "text", "text": str(text), **rest} if not rest:
                     texts.append(text)
                 case _:
-                    raise ValueError('has a part that is not {"type": "text", "text": ...}: images are not read')
+                    raise ValueError('has a part that is not {"type": "text", "text": ...}: images are not supported')
         return "\n".join(texts)
 
 
@@ -91,7 +91,7 @@ class Structure(_Form):
     @classmethod
     def _printable(cls, value: list[str]) -> list[str]:
         if not all(text and text.isprintable() for text in value):
-            raise ValueError("must have strings that are not empty, of printable characters on one line")
+            raise ValueError("must have only non-empty strings of printable characters on one line")
         return value
 
 
@@ -147,7 +147,7 @@ class _Request(_Form):
     @classmethod
     def _not_empty(cls, value: list[str]) -> list[str]:
         if not all(value):
-            raise ValueError("has a string that is empty")
+            raise ValueError("has an empty string")
         return value
 
     def sampling(self, max_new_tokens: int) -> Sampling:
@@ -177,7 +177,7 @@ class ChatRequest(_Request):
     @classmethod
     def _ends_before_the_answer(cls, value: list[Message]) -> list[Message]:
         if value[-1].role == "assistant":
-            raise ValueError("end with the assistant's turn, which is to be sampled")
+            raise ValueError("end with the assistant's turn, which the model has to write")
         return value
 
     @field_validator("max_completion_tokens")
@@ -185,7 +185,7 @@ class ChatRequest(_Request):
     def _agrees(cls, value: int | None, info: ValidationInfo) -> int | None:
         other = info.data.get("max_tokens")
         if None not in (value, other) and value != other:
-            raise ValueError(f"is {value}, and max_tokens is {other}: one of them is enough")
+            raise ValueError(f"is {value}, but max_tokens is {other}; give only one of them")
         return value
 
     @property
@@ -240,7 +240,7 @@ def read(text: str, form: type[R]) -> R:
     except (ValueError, RecursionError) as error:
         raise Refused(f"the body is not JSON: {error}") from error
     if not isinstance(body, dict):
-        raise Refused("the body is no JSON object")
+        raise Refused("the body is not a JSON object")
     given = {name: value for name, value in body.items() if value is not None}
     for name, nothing in _ASKS_NOTHING.items():
         if name in given and name not in form.model_fields and given[name] == nothing:
@@ -256,7 +256,9 @@ def read(text: str, form: type[R]) -> R:
 
 def _not_done(name: str, value: object, form: type[BaseModel]) -> Refused:
     if name in _ASKS_NOTHING:
-        return Refused(f"`{name}` is {_short(value)}, and can be {_short(_ASKS_NOTHING[name])} only here", param=name)
+        return Refused(
+            f"`{name}` is {_short(value)}, but this server supports {_short(_ASKS_NOTHING[name])} only", param=name
+        )
     return Refused(f"`{name}` is not supported here; there are {', '.join(form.model_fields)}", param=name)
 
 

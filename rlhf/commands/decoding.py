@@ -100,7 +100,7 @@ def decoding_of(model: str, given: Mapping[str, Any]) -> Decoding:
     taken = {name: value for name, value in settings.items() if name not in options and value != getattr(usual, name)}
     if taken:
         shown = ", ".join(f"{name} {json.dumps(value, ensure_ascii=False)}" for name, value in taken.items())
-        sys.stderr.write(f"{model} is asked as its run asked it ({file}): {shown}. Options win over these.\n")
+        sys.stderr.write(f"{model} is sampled with the settings of its run ({file}): {shown}. Options replace them.\n")
     return Decoding(**{**settings, **options, "columns": columns})
 
 

@@ -69,7 +69,9 @@ def evaluate(
         }
         for option, (value, keys) in without_effect.items():
             if value:
-                raise UserError(f"{option} has no effect: {measured.source} says it; set {keys} instead, as key=value")
+                raise UserError(
+                    f"{option} has no effect on the configuration {measured.source}. Set {keys} as key=value"
+                )
     folder = _results_folder(measured, out)
 
     from actors.run.evaluate import evaluate_inputs, refuse_unusable_results_folder

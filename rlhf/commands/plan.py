@@ -46,7 +46,7 @@ def plan(
         from rlhf.planning.trials import render_sweep
 
         if simulate is not None:
-            raise UserError("--simulate is of one run; give the file that the sweep varies")
+            raise UserError("--simulate takes one run; give the file that the sweep varies")
         return render_sweep(target, cluster=cluster, shapes=shapes, lengths=lengths)
     if simulate is not None:
         from rlhf.planning import scenarios
@@ -89,7 +89,7 @@ def _check_inputs(loaded: LoadedConfig, *, cluster: str | None) -> str:
 
     with tempfile.TemporaryDirectory() as folder, loaded.located():  # the tiny model is written to that folder
         load_inputs(replace(loaded, folder=Path(folder)))
-    return "  checked: `rlhf train` takes them\n"
+    return "  checked: `rlhf train` accepts them\n"
 
 
 def _loaded_run_or_sweep(config: AnyConfig | Sweep, overrides: Sequence[str]) -> LoadedConfig | Sweep:

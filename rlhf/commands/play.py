@@ -39,7 +39,7 @@ def _present(args: argparse.Namespace) -> None:
         write_stdout("\nleft before the conversation was over\n")
         return
     rewards = played.rewards or ()
-    end = "over" if played.finish_reason == "stop" else "cut at a limit"
+    end = "over" if played.finish_reason == "stop" else "stopped at a limit"
     write_stdout(f"{end}: rewards {', '.join(f'{reward:g}' for reward in rewards)}; together {sum(rewards):g}\n")
 
 

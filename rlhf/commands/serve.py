@@ -68,9 +68,11 @@ def serve(
     if not 0.0 < deadline_s <= 900_000.0:
         raise UserError(f"--deadline-s: is {deadline_s:g}, expected more than 0, up to 900000")
     if kv_cache_gib is not None and device == "cuda":
-        raise UserError("--kv-cache-gib: has no effect on a GPU, where the cache has what the model leaves; remove it")
+        raise UserError(
+            "--kv-cache-gib: has no effect on a GPU, where the cache takes the memory left by the model. Remove it"
+        )
     if tensor_parallel > 1 and device == "cpu":
-        raise UserError("--tensor-parallel: is of GPUs; give --device cuda, or remove it")
+        raise UserError("--tensor-parallel: distributes a model over GPUs. Give --device cuda, or remove it")
     token = serving_token(host, token_env)
     refuse_taken(host, port)
     served, tokenizer = load_servable(str(model), trust_remote_code=trust_remote_code)

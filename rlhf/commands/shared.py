@@ -51,8 +51,8 @@ def config_or_name(target: AnyConfig, overrides: Sequence[str] = ()) -> LoadedCo
         return loaded_config(target, overrides)
     if overrides:
         raise UserError(
-            f"{overrides[0]}: changes a configuration, and {target} is none. Give a CONFIG.yaml, or options such as "
-            "--column prompt=question in place of keys."
+            f"{overrides[0]}: sets a key of a configuration, but {target} is not a YAML file. Give a CONFIG.yaml, or "
+            "options such as --column prompt=question instead of keys."
         )
     return str(target)
 

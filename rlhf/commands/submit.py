@@ -78,7 +78,7 @@ def _present(args: argparse.Namespace) -> int:
         return _run_new(args)
     reserved = (args.cpus, args.memory_gib, *args.resources)
     if any((args.config, *args.overrides, args.wait, *args.env, *reserved)):
-        raise UserError("--follow, --status and --stop take a JOB and --address alone")
+        raise UserError("--follow, --status and --stop take only a JOB and --address")
     if args.follow:
         return _exit_code(job, follow_job(job, address=args.address, write=write_stdout))
     end = job_status(job, address=args.address) if args.status else stop_job(job, address=args.address)

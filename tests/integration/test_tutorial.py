@@ -55,7 +55,7 @@ def test_the_configuration_of_the_tutorial_is_valid(tmp_path: Path, monkeypatch:
 @pytest.mark.timeout(1200)
 def test_the_tutorial_works_as_written(tmp_path: Path) -> None:
     outputs = follow(tmp_path)
-    assert "checked: `rlhf train` takes them" in outputs["rlhf plan backwards.yaml"]
+    assert "checked: `rlhf train` accepts them" in outputs["rlhf plan backwards.yaml"]
     run = tmp_path / "runs" / "backwards" / "grpo"
     rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     scores = [row["rewards/score/mean"] for row in rows if "rewards/score/mean" in row]

@@ -44,8 +44,8 @@ def silent() -> Iterator[str]:
     ("arguments", "words"),
     [
         ([], "give a CONFIG, or --follow, --status or --stop with a job"),
-        (["run.yaml", "--follow", "demo-1"], "take a JOB and --address alone"),
-        (["--stop", "demo-1", "--env", "X"], "take a JOB and --address alone"),
+        (["run.yaml", "--follow", "demo-1"], "take only a JOB and --address"),
+        (["--stop", "demo-1", "--env", "X"], "take only a JOB and --address"),
         (["--status", "demo-1", "--stop", "demo-1"], "not allowed with argument"),
         (["run.yaml", "train.stps=3"], "did you mean train.steps?"),
         (["run.yaml", "run.dir=runs"], "run.dir: runs is relative"),

@@ -156,9 +156,13 @@ def test_train_passes_what_it_was_given(
         (
             BrokenPipeError(32, "Broken pipe"),  # of another than our reader
             1,
-            "rlhf: error: BrokenPipeError: [Errno 32] Broken pipe (unexpected; --debug shows where)\n",
+            "rlhf: error: BrokenPipeError: [Errno 32] Broken pipe (unexpected; --debug shows the traceback)\n",
         ),
-        (ZeroDivisionError("by 0"), 1, "rlhf: error: ZeroDivisionError: by 0 (unexpected; --debug shows where)\n"),
+        (
+            ZeroDivisionError("by 0"),
+            1,
+            "rlhf: error: ZeroDivisionError: by 0 (unexpected; --debug shows the traceback)\n",
+        ),
     ],
 )
 def test_failures(

@@ -116,7 +116,7 @@ def tools(tmp_path: Path) -> str:
         ("eval MODEL --data running_totals --k x", "argument --k: takes whole numbers, such as 1,8, got 'x'"),
         ("eval MODEL --data running_totals --data running_totals", "a set called running_totals already"),
         ("eval MODEL --data running_totals --model other", "--model has no effect"),
-        ("eval MODEL --data running_totals train.steps=3", "train.steps=3: changes a configuration"),
+        ("eval MODEL --data running_totals train.steps=3", "train.steps=3: sets a key of a configuration"),
         ("eval MODEL --data running_totals --reward last_number --reward-model MODEL", "--reward-model: "),
         ("eval CONFIG --samples 4", "--samples has no effect: "),
         ("eval CONFIG --data x.jsonl", "--data has no effect"),
@@ -362,9 +362,8 @@ def test_a_runs_model_is_asked_as_its_run_asked_it(run_folder: Path, capsys: pyt
         assert decoding_of(str(model), {}) == asked
         said = capsys.readouterr().err
         assert said.count("\n") == 1
-        assert (
-            f'{model} is asked as its run asked it ({run_folder / "config.resolved.yaml"}): system_prompt "Be' in said
-        )
+        resolved = run_folder / "config.resolved.yaml"
+        assert f'{model} is sampled with the settings of its run ({resolved}): system_prompt "Be' in said
     assert decoding_of(str(run_folder / "final" / "config.json"), {}) == Decoding()  # not of that run's making
     assert capsys.readouterr().err == ""
 

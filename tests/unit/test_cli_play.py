@@ -38,7 +38,7 @@ def config(tmp_path: Path, tiny_model: Path) -> str:
     ("typed", "end"),
     [
         ("4\n\n3\n", "over: rewards 0, 1; together 1\n"),
-        ("4\n1\n2\n", "cut at a limit: rewards 0, 0, 0; together 0\n"),
+        ("4\n1\n2\n", "stopped at a limit: rewards 0, 0, 0; together 0\n"),
         ("4\n", "\nleft before the conversation was over\n"),
     ],
 )

@@ -46,5 +46,5 @@ def test_what_depends_on_results_is_planned_as_the_varied_run(tmp_path: Path) ->
 
 
 def test_a_sweep_is_not_simulated(tmp_path: Path) -> None:
-    with pytest.raises(rlhf.UserError, match="--simulate is of one run"):
+    with pytest.raises(rlhf.UserError, match="--simulate takes one run"):
         rlhf.plan(write_sweep(tmp_path), simulate="gpus=8")

@@ -311,7 +311,10 @@ async def test_a_browser_logs_in_once(client: Client, run: Path) -> None:
 @pytest.mark.parametrize("port", ["65536", "-1"])
 def test_a_port_that_is_none_is_refused(run: Path, capsys: pytest.CaptureFixture[str], port: str) -> None:
     assert main(["view", str(run), "--port", port]) == 2
-    assert f"--host 127.0.0.1 --port {port}: cannot be listened on: bind(): port must be" in capsys.readouterr().err
+    assert (
+        f"--host 127.0.0.1 --port {port}: the server cannot listen there: bind(): port must be"
+        in capsys.readouterr().err
+    )
 
 
 def test_folders_without_a_run_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
