@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -110,7 +111,8 @@ def start(arguments: argparse.Namespace, *, lora_rank: int | None) -> Engine:
     )
     options = {"num_cpus": 1, "max_concurrency": 100, "runtime_env": {"env_vars": engine_environment(spec)}}
     handle = ray.remote(RolloutWorker).options(**options).remote(spec)
-    return Engine(handle=handle, process=psutil.Process(call(handle.start.remote()).pid))
+    call(handle.start.remote())
+    return Engine(handle=handle, process=psutil.Process(call(handle.__ray_call__.remote(lambda worker: os.getpid()))))
 
 
 def publish(arguments: argparse.Namespace, folder: Path, engines: dict[str, Engine]) -> tuple[ShmSender, AdapterSender]:

@@ -118,30 +118,24 @@ class RolloutRole(Protocol):
 
     def generate(self, requests: Sequence[GroupRequest], sampling: Sampling) -> AsyncIterator[CompletedGroup]:
         """Answer all requests, and yield groups as they are completed."""
-        ...
 
     async def cancel(self, requests: Sequence[GroupRequest]) -> None:
         """Cancel requests of the running `generate` call: it no longer yields them, and ends without them."""
-        ...
 
     async def update_weights(self, manifest: WeightManifest) -> None:
         """Load a published set of weights.
 
         Raise RunError if the version or checksum differs from the manifest afterwards.
         """
-        ...
 
     async def probe(self, token_ids: Sequence[int]) -> list[list[float]]:
         """Return each engine's log-probabilities of token_ids[1:]."""
-        ...
 
     async def sleep(self, *, keep_weights: bool) -> None:
         """Free the GPU for the trainers (no effect on a CPU). Discarded weights are restored by the next sync."""
-        ...
 
     async def wake(self, part: EnginePart) -> None:
         """Allocate a part of the GPU memory again: first the weights, then the cache. Generating needs both."""
-        ...
 
     async def memory(self) -> MemoryReport: ...
 
@@ -153,13 +147,11 @@ class RewardRole(Protocol):
 
     async def answers(self, group: CompletedGroup, form: AnswerForm) -> tuple[str | None, ...]:
         """Return the answer of each response, used for voting; None if it has no answer."""
-        ...
 
     async def write_samples(
         self, path: Path, selections: Sequence[SampleSelection], signals: Sequence[Ref[TokenSignals]] = ()
     ) -> None:
         """Write the samples file with text and tokens. Tokens covered by `signals` also get their training signals."""
-        ...
 
     async def memory(self) -> MemoryReport: ...
 
@@ -169,7 +161,6 @@ class NodesRole(Protocol):
 
     async def use(self) -> Metrics:
         """Return `system/*` of each node since the last call. Unresponsive nodes are left out."""
-        ...
 
 
 StatesByRank = Sequence[Sequence[Ref[LearntStates]]]  # for each data-parallel rank, the columns with its rows
@@ -180,11 +171,9 @@ class GpuGuest(Protocol):
 
     async def offload(self) -> None:
         """Free the GPU for the engines."""
-        ...
 
     async def reload(self) -> None:
         """Move the state back to the GPU."""
-        ...
 
 
 class ReferenceRole(GpuGuest, Protocol):
@@ -192,7 +181,6 @@ class ReferenceRole(GpuGuest, Protocol):
 
     async def become(self, folder: Path) -> None:
         """Replace the model by the one in a folder."""
-        ...
 
     async def logprobs(
         self,
@@ -207,7 +195,6 @@ class ReferenceRole(GpuGuest, Protocol):
             only: the sequences to compute, at least one in each batch; None computes all.
             temperatures: by sequence id, for sequences with a temperature of their prompt.
         """
-        ...
 
     async def memory(self) -> MemoryReport: ...
 
@@ -219,7 +206,6 @@ class TeacherRole(Protocol):
         """Return the last hidden states at the positions predicting loss-mask tokens, for the planned rows of a data
         set.
         """
-        ...
 
     async def memory(self) -> MemoryReport: ...
 
@@ -231,17 +217,14 @@ class OnlineTeacherRole(GpuGuest, Protocol):
         self, rollouts: Sequence[Ref[Rollouts]], *, temperatures: Mapping[int, float]
     ) -> list[Ref[TokenValues]]:
         """Return log-probabilities of the sampled tokens, one column for each given batch, in order."""
-        ...
 
     async def states(self, plan: MinibatchPlan, groups: Sequence[CompletedGroup]) -> StatesByRank:
         """Return the last hidden states at the positions predicting a minibatch's sampled tokens."""
-        ...
 
     async def mean_logprobs(
         self, rollouts: Sequence[Ref[Rollouts]], *, temperature: float, samples_per_prompt: int
     ) -> Mapping[int, float]:
         """Return the mean over the sampled tokens, by sequence id."""
-        ...
 
     async def memory(self) -> MemoryReport: ...
 
@@ -254,17 +237,14 @@ class TrainedRole(GpuGuest, Protocol):
 
     async def save(self, folder: Path) -> None:
         """Save the full training state, for an exact continuation."""
-        ...
 
     async def load(self, folder: Path) -> None: ...
 
     async def export(self, folder: Path) -> None:
         """Write a Hugging Face folder, or an adapter folder."""
-        ...
 
     async def arithmetic(self) -> Arithmetic:
         """Measure the hardware's throughput now. Nothing else should run meanwhile."""
-        ...
 
     async def memory(self) -> MemoryReport: ...
 
@@ -276,44 +256,35 @@ class PolicyRole(TrainedRole, Protocol):
         self, plan: BatchPlan, rollouts: Sequence[Ref[Rollouts]], ref_logprobs: Sequence[Ref[TokenValues]]
     ) -> PrepareReport:
         """Load a batch, and compute its metrics under the current weights."""
-        ...
 
     async def set_advantages(
         self, by_sequence: Mapping[int, float] | None, values: Sequence[Ref[TokenValues]]
     ) -> AdvantagesReport:
         """Give every sampled token the advantage of its sequence, or if None one estimated from the critic's values."""
-        ...
 
     async def update(self, minibatch: int, states: StatesByRank = ()) -> Metrics:
         """Make one optimizer step on a minibatch of the prepared batch.
 
         `states`: the teacher's states, if a teacher is used.
         """
-        ...
 
     async def token_signals(self, sequences: Sequence[int]) -> list[Ref[TokenSignals]]:
         """Return the training signals of the tokens of these sequences in the prepared batch, one column per rank."""
-        ...
 
     async def empty_cache(self) -> None:
         """Return memory cached by torch but used by no tensor, so that another process on the GPU can allocate it."""
-        ...
 
     async def publish(self, version: int) -> WeightManifest:
         """Stage the current weights for the engines."""
-        ...
 
     async def send(self, manifest: WeightManifest) -> None:
         """Send the weights while the engines receive, if the transport needs it."""
-        ...
 
     async def settle(self) -> None:
         """Free the memory of the transfer, once the engines have loaded the weights."""
-        ...
 
     async def probe(self, token_ids: Sequence[int]) -> list[float]:
         """Return log-probabilities of token_ids[1:] at temperature 1."""
-        ...
 
 
 class CriticRole(TrainedRole, Protocol):
@@ -321,13 +292,11 @@ class CriticRole(TrainedRole, Protocol):
 
     async def values(self, plan: BatchPlan, rollouts: Sequence[Ref[Rollouts]]) -> list[Ref[TokenValues]]:
         """Return the values of the batch's tokens, one column per rank."""
-        ...
 
     async def prepare(self, plan: BatchPlan, returns: Sequence[Ref[TokenValues]]) -> None: ...
 
     async def update(self, minibatch: int) -> Metrics:
         """Make one optimizer step on a minibatch of the prepared batch."""
-        ...
 
 
 class OfflineRole(TrainedRole, Protocol):
@@ -335,28 +304,21 @@ class OfflineRole(TrainedRole, Protocol):
 
     async def load_data(self, sets: Sequence[Ref[Examples | Pairs]]) -> None:
         """Load the data sets: the training set first, then the evaluation sets."""
-        ...
 
     async def update_on(self, plan: MinibatchPlan, states: StatesByRank = ()) -> Metrics:
         """Make one optimizer step on rows of the training set. `states`: the teacher's states, if a teacher is used."""
-        ...
 
     async def evaluate(self, dataset: int, name: str, plan: MinibatchPlan, states: StatesByRank = ()) -> Metrics:
         """Return loss and accuracy on the planned rows of a data set, without an update."""
-        ...
 
     async def reference_key(self, dataset: int) -> str:
         """Return a key for the current weights' logprobs of a data set."""
-        ...
 
     async def reference_logprobs(self, dataset: int, plan: MinibatchPlan) -> list[Ref[TokenValues]]:
         """Return log-probabilities of the planned rows under the current weights, one column per rank."""
-        ...
 
     async def keep_reference(self, dataset: int, path: Path, columns: Sequence[Ref[TokenValues]]) -> None:
         """Store the columns of a whole data set as the reference's, in memory and on disk."""
-        ...
 
     async def read_reference(self, dataset: int, path: Path) -> bool:
         """Load stored columns. Return False if the file is damaged or belongs to other weights."""
-        ...

@@ -11,7 +11,7 @@ from ray.actor import ActorHandle
 from actors.cluster.placement import Placement
 from actors.roles.gang import CriticGang, Gang, OfflineGang, PolicyGang
 from actors.roles.group import Stoppable, WorkerGroup, spawn
-from actors.roles.ranks import OFFLINE_RANKS, ONLINE_RANKS, CriticRank
+from actors.roles.ranks import RANKS
 from actors.roles.teacher import OnlineTeacherWorkers, TeacherWorkers
 from actors.roles.worker_pools import ReferenceWorkers, RewardWorkers
 from rlhf.config.derive import (
@@ -31,6 +31,7 @@ from rlhf.workers.frozen.online_teacher import OnlineTeacherWorker
 from rlhf.workers.frozen.reference import ReferenceWorker
 from rlhf.workers.frozen.reward import RewardSettings, RewardWorker
 from rlhf.workers.frozen.teacher import TeacherWorker
+from rlhf.workers.online.critic import CriticWorker
 from rlhf.workers.trained import TrainedWorker
 
 G = TypeVar("G", bound=Gang)
@@ -69,18 +70,17 @@ class RunContext:
 
 
 def _policy(run: RunContext) -> PolicyGang | OfflineGang:
-    config, steps = run.config, policy_optimizer_steps(run.config)
-    if not config.algorithm.is_online:
-        return run.gang(OfflineGang, OFFLINE_RANKS[config.algorithm.kind], config, optimizer_steps=steps)
-    options: dict[str, Any] = {}
-    if not config.algorithm.has_teacher:
+    config, algorithm = run.config, run.config.algorithm
+    options: dict[str, Any] = {"optimizer_steps": policy_optimizer_steps(config)}
+    if algorithm.is_online and not algorithm.has_teacher:
         options["reference_is_adapter_off"] = reference_is_adapter_off(config)
-    return run.gang(PolicyGang, ONLINE_RANKS[config.algorithm.kind], config, optimizer_steps=steps, **options)
+    gang: type[PolicyGang | OfflineGang] = PolicyGang if algorithm.is_online else OfflineGang
+    return run.gang(gang, RANKS[algorithm.kind], config, **options)
 
 
 def _critic(run: RunContext) -> CriticGang:
     config, steps = run.config, critic_optimizer_steps(run.config)
-    return run.gang(CriticGang, CriticRank, config, critic_model(config), optimizer_steps=steps)
+    return run.gang(CriticGang, CriticWorker, config, critic_model(config), optimizer_steps=steps)
 
 
 def _reference(run: RunContext) -> WorkerGroup:

@@ -1,12 +1,18 @@
-"""Manage gangs of trained ranks. A failure or missed deadline of one rank ends the whole gang, without retries."""
+"""Manage gangs of trained ranks. A failure or missed deadline of one rank ends the whole gang, without retries.
+
+The Protocols in rlhf.roles describe the methods. Each calls all ranks, also where one result is enough, since the ranks
+compute and gather together.
+"""
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import ray.util
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
@@ -28,6 +34,14 @@ from rlhf.types import (
 )
 
 T = TypeVar("T")
+
+
+def free_address(actor: object, one_host: bool) -> tuple[str, int]:
+    """Return a free port of the actor's node, and the node's address. On one host, that is loopback."""
+    host = "127.0.0.1" if one_host else ray.util.get_node_ip_address()
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return host, int(probe.getsockname()[1])
 
 
 class Gang(ModelGroup):
@@ -60,25 +74,36 @@ class Gang(ModelGroup):
     async def start(self, *, deadline_s: float) -> None:
         """Connect the ranks and load the model. Sets `fingerprint` from the model's architecture."""
         await self.processes.wait_until_started(deadline_s=deadline_s)
-        address = self.handles[0].address.remote(self.one_host)
-        [(host, port)] = await self.all([address], "start", deadline_s=deadline_s)
+        host, port = await self._address("start", deadline_s=deadline_s)
         starts = [h.start.remote(host, port) for h in self.handles]
         self.fingerprint: str = (await self.all(starts, "start", deadline_s=deadline_s))[0]
 
+    async def _address(self, stage: str, *, deadline_s: float | None = None) -> tuple[str, int]:
+        """Return an address at which rank 0 can be met."""
+        refs = [self.handles[0].__ray_call__.remote(free_address, self.one_host)]
+        addresses: list[tuple[str, int]] = await self.all(refs, stage, deadline_s=deadline_s)
+        return addresses[0]
+
     async def take_teacher(self, head: Ref[VocabularyHead]) -> None:
-        """Give each rank the teacher's vocabulary head."""
         await self.all([h.take_teacher.remote(head) for h in self.handles], "start")
 
-    def states_by_rank(self, states: StatesByRank) -> StatesByRank:
-        """Return the states of each rank's rows, in rank order."""
-        return [states[rank // self.sequence_parallel] if states else () for rank in range(len(self.handles))]
+    async def _columns(self, refs: Sequence[tuple[Ref[Any], ObjectRef[Any]]], stage: str) -> list[Ref[Any]]:
+        """Wait for calls that return a column and a scalar, and return one column per data-parallel rank."""
+        await self.all([scalar for _, scalar in refs], stage)
+        return [column for column, _ in self.distinct(refs)]
+
+    async def _step(self, methods: Sequence[Any], states: StatesByRank, stage: str, *args: Any) -> Metrics:
+        """Call a method of each rank with the teacher's states of its rows, if there are any, and merge the metrics."""
+        refs = [
+            method.remote(*args, *(states[rank // self.sequence_parallel] if states else ()))
+            for rank, method in enumerate(methods)
+        ]
+        return merge_metrics(self.distinct(await self.all(refs, stage)))
 
     async def save(self, folder: Path) -> None:
-        """Save the checkpoint shard of every rank."""
         await self.all([h.save.remote(folder) for h in self.handles], "checkpoint")
 
     async def load(self, folder: Path) -> None:
-        """Load the checkpoint shard of every rank."""
         await self.all([h.load.remote(folder) for h in self.handles], "resume")
 
     async def export(self, folder: Path, *, merged: bool = False) -> None:
@@ -104,7 +129,7 @@ class PolicyGang(Gang):
 
     async def meeting(self, *, num_receivers: int, timeout_s: float) -> Meeting:
         """Return the address at which rank 0 waits for the receivers of a broadcast."""
-        [(host, port)] = await self.all([self.handles[0].address.remote(self.one_host)], "weight sync")
+        host, port = await self._address("weight sync")
         return Meeting(address=host, port=port, num_receivers=num_receivers, timeout_s=timeout_s)
 
     async def open_weights(
@@ -117,7 +142,6 @@ class PolicyGang(Gang):
     async def prepare(
         self, plan: BatchPlan, rollouts: Sequence[Ref[Rollouts]], ref_logprobs: Sequence[Ref[TokenValues]]
     ) -> PrepareReport:
-        """Give each rank its share of the batch."""
         refs = [h.prepare.remote(plan, len(rollouts), *rollouts, *ref_logprobs) for h in self.handles]
         reports = self.distinct(await self.all(refs, "experience"))
         return PrepareReport(
@@ -138,36 +162,25 @@ class PolicyGang(Gang):
         )
 
     async def update(self, minibatch: int, states: StatesByRank = ()) -> Metrics:
-        """Make one optimizer step on a minibatch."""
-        refs = [
-            h.update.remote(minibatch, *rank_states)
-            for h, rank_states in zip(self.handles, self.states_by_rank(states), strict=True)
-        ]
-        return merge_metrics(self.distinct(await self.all(refs, "update")))
+        return await self._step([h.update for h in self.handles], states, "update", minibatch)
 
     async def token_signals(self, sequences: Sequence[int]) -> list[Ref[TokenSignals]]:
-        """Return one column per rank, for its share of the sequences."""
         refs = [h.token_signals.options(num_returns=2).remote(tuple(sequences)) for h in self.handles]
-        await self.all([size for _, size in refs], "samples")
-        return [column for column, _ in self.distinct(refs)]
+        return await self._columns(refs, "samples")
 
     async def empty_cache(self) -> None:
-        """Return unused memory of torch's allocator to the GPUs."""
         await self.all([h.empty_cache.remote() for h in self.handles], "weight sync")
 
     async def publish(self, version: int) -> WeightManifest:
-        """Stage the weights and return the manifest of rank 0."""
         manifests: list[WeightManifest] = await self.all(
             [h.publish.remote(version) for h in self.handles], "weight sync"
         )
         return manifests[0]
 
     async def send(self, manifest: WeightManifest) -> None:
-        """Send the weights while the engines receive."""
         await self.all([h.send.remote(manifest) for h in self.handles], "weight sync")
 
     async def settle(self) -> None:
-        """Free the memory of the transfer."""
         await self.all([h.settle.remote() for h in self.handles], "weight sync")
 
     async def probe(self, token_ids: Sequence[int]) -> list[float]:
@@ -183,17 +196,13 @@ class CriticGang(Gang):
     role: Role = "critic"
 
     async def values(self, plan: BatchPlan, rollouts: Sequence[Ref[Rollouts]]) -> list[Ref[TokenValues]]:
-        """Return one column of values per rank."""
         refs = [h.values.options(num_returns=2).remote(plan, *rollouts) for h in self.handles]
-        await self.all([done for _, done in refs], "values")
-        return [column for column, _ in self.distinct(refs)]
+        return await self._columns(refs, "values")
 
     async def prepare(self, plan: BatchPlan, returns: Sequence[Ref[TokenValues]]) -> None:
-        """Give each rank the targets of its share."""
         await self.all([h.prepare.remote(*returns) for h in self.handles], "advantages")
 
     async def update(self, minibatch: int) -> Metrics:
-        """Make one optimizer step on a minibatch."""
         results = await self.all([h.update.remote(minibatch) for h in self.handles], "critic update")
         return merge_metrics(self.distinct(results))
 
@@ -204,24 +213,13 @@ class OfflineGang(Gang):
     role: Role = "policy"
 
     async def load_data(self, sets: Sequence[Ref[Examples | Pairs]]) -> None:
-        """Map the data sets into each rank's memory."""
         await self.all([h.load_data.remote(*sets) for h in self.handles], "data")
 
     async def update_on(self, plan: MinibatchPlan, states: StatesByRank = ()) -> Metrics:
-        """Make one optimizer step on rows of the training set."""
-        refs = [
-            h.update_on.remote(plan, *rank_states)
-            for h, rank_states in zip(self.handles, self.states_by_rank(states), strict=True)
-        ]
-        return merge_metrics(self.distinct(await self.all(refs, "update")))
+        return await self._step([h.update_on for h in self.handles], states, "update", plan)
 
     async def evaluate(self, dataset: int, name: str, plan: MinibatchPlan, states: StatesByRank = ()) -> Metrics:
-        """Return loss and accuracy on rows of a data set."""
-        refs = [
-            h.evaluate.remote(dataset, name, plan, *rank_states)
-            for h, rank_states in zip(self.handles, self.states_by_rank(states), strict=True)
-        ]
-        return merge_metrics(self.distinct(await self.all(refs, "eval")))
+        return await self._step([h.evaluate for h in self.handles], states, "eval", dataset, name, plan)
 
     async def reference_key(self, dataset: int) -> str:
         """Return the first rank's key of the weights. All ranks take part, since they gather the weights."""
@@ -231,8 +229,7 @@ class OfflineGang(Gang):
     async def reference_logprobs(self, dataset: int, plan: MinibatchPlan) -> list[Ref[TokenValues]]:
         """Return one column per data-parallel rank."""
         refs = [h.reference_logprobs.options(num_returns=2).remote(dataset, plan) for h in self.handles]
-        await self.all([done for _, done in refs], "reference")
-        return [column for column, _ in self.distinct(refs)]
+        return await self._columns(refs, "reference")
 
     async def keep_reference(self, dataset: int, path: Path, columns: Sequence[Ref[TokenValues]]) -> None:
         """Give every rank all reference columns."""

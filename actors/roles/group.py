@@ -100,11 +100,9 @@ class ModelGroup(WorkerGroup):
     """Workers that can leave a GPU shared with an engine."""
 
     async def offload(self) -> None:
-        """Free the GPUs for the engines."""
         await self.all([h.offload.remote() for h in self.handles], "offload")
 
     async def reload(self) -> None:
-        """Move the state back to the GPUs."""
         await self.all([h.reload.remote() for h in self.handles], "reload")
 
 

@@ -1,15 +1,10 @@
-"""Wrap the trained workers as Ray actors.
-
-The wrappers add a meeting address and, for the policy, a weight sender. All other code of a rank is in rlhf.workers.
-"""
+"""Choose the class of the policy's ranks. Online, it adds a weight sender to the worker from rlhf.workers."""
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import ray.util
 from torch import Tensor
 
 from actors.weights import SENDERS, Meeting, Transport, WeightManifest, WeightSender
@@ -22,7 +17,6 @@ from rlhf.workers.offline.pairs import PreferenceWorker, RewardModelWorker
 from rlhf.workers.offline.step_rewards import StepRewardWorker
 from rlhf.workers.offline.supervised import SupervisedWorker
 from rlhf.workers.offline.unpaired import UnpairedWorker
-from rlhf.workers.online.critic import CriticWorker
 from rlhf.workers.online.pairs import OnlinePreferenceWorker
 from rlhf.workers.online.policy import PolicyWorker
 from rlhf.workers.online.student import StudentWorker
@@ -30,23 +24,7 @@ from rlhf.workers.rank_context import torch_dtype
 from rlhf.workers.trained import TrainedWorker
 
 
-def free_address(*, one_host: bool) -> tuple[str, int]:
-    """Return a meeting address for the gang: this node (loopback if all ranks are on it) and a currently free port."""
-    host = "127.0.0.1" if one_host else ray.util.get_node_ip_address()
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return host, int(probe.getsockname()[1])
-
-
-class Meets:
-    """Adds a meeting address to a trained worker."""
-
-    def address(self, one_host: bool) -> tuple[str, int]:
-        """Return the address at which the other ranks find this one."""
-        return free_address(one_host=one_host)
-
-
-class Publishes(Meets, TrainedWorker):
+class Publishes(TrainedWorker):
     """Adds the weight transfer to the engines to an online policy."""
 
     sender: WeightSender
@@ -101,44 +79,14 @@ class StudentRank(Publishes, StudentWorker):
     """One rank of a policy trained by a teacher on its responses."""
 
 
-class CriticRank(Meets, CriticWorker):
-    """One rank of an online run's critic."""
-
-
-class SupervisedRank(Meets, SupervisedWorker):
-    """One rank of a model trained on examples."""
-
-
-class DistillationRank(Meets, DistillationWorker):
-    """One rank of a student trained on fixed data."""
-
-
-class PreferenceRank(Meets, PreferenceWorker):
-    """One rank of a policy trained on pairs."""
-
-
-class RewardModelRank(Meets, RewardModelWorker):
-    """One rank of a reward model trained on pairs."""
-
-
-class StepRewardRank(Meets, StepRewardWorker):
-    """One rank of a process reward model."""
-
-
-class UnpairedRank(Meets, UnpairedWorker):
-    """One rank of a policy trained on labelled responses."""
-
-
-ONLINE_RANKS: Mapping[Kind, type[Publishes]] = {
+RANKS: Mapping[Kind, type[TrainedWorker]] = {
     "advantages": PolicyRank,
     "sampled_pairs": OnlinePreferenceRank,
     "sampled_distillation": StudentRank,
-}
-OFFLINE_RANKS: Mapping[Kind, type[TrainedWorker]] = {
-    "supervised": SupervisedRank,
-    "distillation": DistillationRank,
-    "preference": PreferenceRank,
-    "reward_model": RewardModelRank,
-    "step_rewards": StepRewardRank,
-    "unpaired": UnpairedRank,
+    "supervised": SupervisedWorker,
+    "distillation": DistillationWorker,
+    "preference": PreferenceWorker,
+    "reward_model": RewardModelWorker,
+    "step_rewards": StepRewardWorker,
+    "unpaired": UnpairedWorker,
 }

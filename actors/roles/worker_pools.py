@@ -118,7 +118,6 @@ class RewardWorkers(WorkerGroup):
         return await self.one(self.handles[worker].transcripts.remote(group.rollouts), "texts", rank=worker)
 
     async def answers(self, group: CompletedGroup, form: AnswerForm) -> tuple[str | None, ...]:
-        """Return the answer of each response, used for voting; None if it has no answer."""
         worker = self._worker_of(group)
         return await self.one(self.handles[worker].answers.remote(group.rollouts, form), "eval", rank=worker)
 
@@ -142,7 +141,6 @@ class ReferenceWorkers(ModelGroup):
     role: Role = "reference"
 
     async def become(self, folder: Path) -> None:
-        """Replace the model by the one in a folder."""
         await self.all([h.become.remote(str(folder)) for h in self.handles], "reference")
 
     async def logprobs(

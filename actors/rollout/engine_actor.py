@@ -11,7 +11,6 @@ of its rollouts follows a sync.
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
@@ -30,7 +29,6 @@ from actors.rollout.vllm_engine import (
     added_tokens,
     build_engine,
     engine_environment,
-    kv_cache_tokens,
     load_adapter,
     load_weights,
     reset_caches,
@@ -46,18 +44,9 @@ from rlhf.rollouts.environments.conversations import Conversations, EnvironmentS
 from rlhf.rollouts.records.spans import Played, Sampled, assemble
 from rlhf.types import GroupRequest, RolloutInfo, Rollouts, Sampling
 
-__all__ = ["EngineHealth", "EngineInfo", "RolloutSpec", "RolloutWorker", "SyncReceipt", "engine_environment"]
+__all__ = ["EngineHealth", "RolloutSpec", "RolloutWorker", "SyncReceipt", "engine_environment"]
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineInfo:
-    """The facts about a started engine."""
-
-    pid: int
-    kv_cache_tokens: int
-    start_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,13 +85,11 @@ class RolloutWorker:
         self._conversations: Conversations | None = None
         self._playing: dict[int, asyncio.Future[list[Played]]] = {}  # groups with running conversations
 
-    async def start(self) -> EngineInfo:
+    async def start(self) -> None:
         """Load the model. RunError if that fails or takes longer than start_timeout_s."""
-        began = time.monotonic()
         if self.spec.sender_address is not None:
             meet_through(self.spec.sender_address)  # before vLLM starts NCCL, which chooses an interface once
         await self._wait(self.loop.start(), "its start", self.spec.start_timeout_s)
-        tokens = await self._call(kv_cache_tokens, "its size", 10.0)
         self._added = await self._call(added_tokens, "its tokenizer", self.spec.start_timeout_s)
         if self.spec.is_frozen:
             self._lora = await self._call(
@@ -111,7 +98,6 @@ class RolloutWorker:
             self.version = 0
         if self.spec.environment is not None:
             self._conversations = await self._start_environment(self.spec.environment)
-        return EngineInfo(pid=os.getpid(), kv_cache_tokens=tokens, start_s=time.monotonic() - began)
 
     async def renew(self, spool: Path) -> bool:
         """Prepare for another run, whose groups go to `spool`.
@@ -156,9 +142,7 @@ class RolloutWorker:
         try:
             if self._conversations is None:
                 futures = await self._admit(request, submissions)
-                outputs = await asyncio.gather(
-                    *[self._wait(f, f"group {request.group_id}", self.spec.call_timeout_s) for f in futures]
-                )
+                outputs = await asyncio.gather(*[self._wait(f, f"group {request.group_id}") for f in futures])
                 played = [_answer(request, sampled_of(output)) for output in outputs]
             else:
                 await self._admit(request, submissions)  # none: its turns come later, each by itself
@@ -256,7 +240,7 @@ class RolloutWorker:
         With `release` this makes the composition of every engine step a function of the requests and the weights alone.
         It therefore fixes every bit of every log-probability.
         """
-        await self._call(reset_caches, "the reset of its caches", self.spec.call_timeout_s)
+        await self._call(reset_caches, "the reset of its caches")
         self._held, self._refused = [], None
 
     async def release(self, num_groups: int) -> None:
@@ -300,9 +284,7 @@ class RolloutWorker:
         self.version = None  # in any case: no sample from half-loaded weights
         is_adapter = manifest.transport == "adapter"
         load = load_adapter if is_adapter else load_weights
-        loaded = await self._call(
-            lambda engine: load(engine, manifest), f"version {version} of the weights", self.spec.call_timeout_s
-        )
+        loaded = await self._call(lambda engine: load(engine, manifest), f"version {version} of the weights")
         wrong = [(rank, checksum) for rank, checksum in enumerate(loaded.checksums) if checksum != manifest.checksum]
         if wrong:
             raise RunError(
@@ -331,7 +313,7 @@ class RolloutWorker:
             request_id=self._next_id("probe-"), prompt_token_ids=tuple(token_ids), params=params, lora=self._lora
         )
         (future,) = self.loop.submit([submission])
-        output = await self._wait(future, "the probe", self.spec.call_timeout_s)
+        output = await self._wait(future, "the probe")
         return [at[token].logprob for at, token in zip(output.prompt_logprobs[1:], token_ids[1:], strict=True)]
 
     async def sleep(self, *, keep_weights: bool) -> None:
@@ -346,22 +328,20 @@ class RolloutWorker:
         if not keeps:
             self.version = None
         self._asleep = {"weights", "cache"}
-        await self._call(lambda engine: engine.sleep(level=1 if keeps else 2), "its sleep", self.spec.call_timeout_s)
+        await self._call(lambda engine: engine.sleep(level=1 if keeps else 2), "its sleep")
 
     async def wake(self, part: EnginePart) -> None:
         """Take GPU memory back: first for the weights (a sync may fill it), then for the cache."""
         if self.spec.device == "cuda":
             tag = {"weights": "weights", "cache": "kv_cache"}[part]
-            await self._call(lambda engine: engine.wake_up(tags=[tag]), f"the {part} to wake", self.spec.call_timeout_s)
+            await self._call(lambda engine: engine.wake_up(tags=[tag]), f"the {part} to wake")
             self._asleep.discard(part)
 
     async def gpu_peak_gib(self) -> float | None:
         """Return the peak GPU memory of the engine's largest worker, or None on a CPU."""
         if self.spec.device == "cpu":
             return None
-        peaks: list[float] = await self._call(
-            lambda engine: engine.collective_rpc("gpu_peak_gib"), "its memory", self.spec.call_timeout_s
-        )
+        peaks: list[float] = await self._call(lambda engine: engine.collective_rpc("gpu_peak_gib"), "its memory")
         return max(peaks)
 
     async def cancel(self, group_ids: Sequence[int]) -> int:
@@ -369,7 +349,7 @@ class RolloutWorker:
         for playing in [self._playing[group_id] for group_id in group_ids if group_id in self._playing]:
             playing.cancel()
         prefixes = [_prefix(group_id) for group_id in group_ids]
-        return await self._wait(self.loop.abort(prefixes), "an abort", self.spec.call_timeout_s)
+        return await self._wait(self.loop.abort(prefixes), "an abort")
 
     async def health(self) -> EngineHealth:
         """Return the engine's state without waiting for it."""
@@ -431,10 +411,10 @@ class RolloutWorker:
             for seed in request.seeds
         ]
 
-    async def _call(self, work: Callable[[Any], T], operation: str, deadline_s: float) -> T:
+    async def _call(self, work: Callable[[Any], T], operation: str, deadline_s: float | None = None) -> T:
         return await self._wait(self.loop.call(work), operation, deadline_s)
 
-    async def _wait(self, future: Future[T], operation: str, deadline_s: float) -> T:
+    async def _wait(self, future: Future[T], operation: str, deadline_s: float | None = None) -> T:
         return await self._within(asyncio.wrap_future(future), operation, deadline_s)
 
     async def _within(self, awaitable: Awaitable[T], operation: str, deadline_s: float | None = None) -> T:

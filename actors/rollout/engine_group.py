@@ -218,7 +218,6 @@ class RolloutEngines(WorkerGroup):
             self._cancelled.difference_update(columns)
 
     async def cancel(self, requests: Sequence[GroupRequest]) -> None:
-        """Drop requests of the running `generate`."""
         group_ids = [request.group_id for request in requests]
         self._cancelled.update(group_ids)
         await self.all([h.cancel.remote(group_ids) for h in self.handles], "rollouts")
@@ -237,15 +236,12 @@ class RolloutEngines(WorkerGroup):
                 )
 
     async def probe(self, token_ids: Sequence[int]) -> list[list[float]]:
-        """Return each engine's log-probabilities of token_ids[1:]."""
         return await self.all([h.probe.remote(tuple(token_ids)) for h in self.handles], "weight sync")
 
     async def sleep(self, *, keep_weights: bool) -> None:
-        """Give the GPUs to the trainers."""
         await self.all([h.sleep.remote(keep_weights=keep_weights) for h in self.handles], "sleep")
 
     async def wake(self, part: EnginePart) -> None:
-        """Take GPU memory back: the weights' part, then the cache's."""
         await self.all([h.wake.remote(part) for h in self.handles], "wake")
 
     async def stop(self) -> None:

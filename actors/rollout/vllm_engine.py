@@ -219,12 +219,6 @@ def reset_caches(engine: Any) -> None:
         raise RunError("the engine did not reset its prefix cache")
 
 
-def kv_cache_tokens(engine: Any) -> int:
-    """Return the number of tokens that fit into the cache."""
-    cache = engine.vllm_config.cache_config
-    return int(cache.num_gpu_blocks * cache.block_size)
-
-
 def _finish(engine: Any, version: int, checksums: Sequence[str]) -> LoadedWeights:
     engine.set_weight_version(str(version))
     reset_caches(engine)

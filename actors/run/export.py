@@ -11,7 +11,7 @@ from actors.cluster.placement import reserve
 from actors.roles.build import RunContext
 from actors.roles.gang import OfflineGang
 from actors.roles.group import ending
-from actors.roles.ranks import OFFLINE_RANKS
+from actors.roles.ranks import RANKS
 from rlhf.algorithms.sft import SFTConfig
 from rlhf.config.files.load import load
 from rlhf.config.schema.root import Config
@@ -91,7 +91,7 @@ def export_checkpoint(
 
 async def _export(config: Config, checkpoint: Path, folder: Path, merged: bool) -> None:
     placement = await reserve(config)
-    rank = OFFLINE_RANKS[config.algorithm.kind]
+    rank = RANKS[config.algorithm.kind]
     gang = RunContext(config=config, placement=placement).gang(OfflineGang, rank, config, optimizer_steps=1)
     async with ending([gang], placement):
         await gang.start(deadline_s=config.cluster.start_timeout_s)

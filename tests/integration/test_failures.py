@@ -231,7 +231,7 @@ def test_killed_and_stopped_ranks_are_named_and_the_gang_ends(
     ray_local: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     config, run = write_run(tmp_path, "gang", SFT), tmp_path / "gang"
-    with once(lambda: steps_done(run) >= 3, lambda: actor_processes("SupervisedRank")[1].kill()):
+    with once(lambda: steps_done(run) >= 3, lambda: actor_processes("SupervisedWorker")[1].kill()):
         said = failed(capsys, config)
     assert re.match(r"update: policy rank [01] died \(process \d+ on ", said), said
     assert "--resume auto" in said
@@ -244,7 +244,7 @@ def test_killed_and_stopped_ranks_are_named_and_the_gang_ends(
 
     def freeze() -> None:
         began.append(time.monotonic())
-        actor_processes("SupervisedRank")[1].suspend()
+        actor_processes("SupervisedWorker")[1].suspend()
 
     with once(lambda: steps_done(run) >= done + 3, freeze):
         said = failed(capsys, config, *stop)  # which also sees that the stopped process is gone

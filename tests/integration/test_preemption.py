@@ -70,7 +70,7 @@ def test_a_step_that_takes_too_long_is_lost_but_nothing_before_it(
     config, run = write_run(tmp_path, "long", SFT, {"cluster": {"roles": None}}), tmp_path / "long"
 
     def hang() -> None:
-        actor_processes("SupervisedRank")[0].suspend()
+        actor_processes("SupervisedWorker")[0].suspend()
         os.kill(os.getpid(), signal.SIGTERM)
 
     with once(lambda: steps_done(run) >= STEPS_BEFORE, hang):

@@ -61,7 +61,7 @@ def test_a_rank_whose_start_fails_ends_the_gang(
     ended: list[str] = []
     monkeypatch.setattr(Processes, "wait_until_started", wait_until_started)
     monkeypatch.setattr(Processes, "end", lambda self: ended.append(self.role))
-    first = SimpleNamespace(address=answers(("127.0.0.1", 1)), start=answers("fingerprint"))
+    first = SimpleNamespace(__ray_call__=answers(("127.0.0.1", 1)), start=answers("fingerprint"))
     second = SimpleNamespace(start=answers(failure))
     gang = OfflineGang(cast("Any", [first, second]), deadline_s=60.0, one_host=True)
     with pytest.raises(RunError, match=message):
