@@ -34,7 +34,6 @@ from actors.serving.openai_schema import (
     Refused,
     TextRequest,
     answer_body,
-    error_body,
     read,
 )
 from actors.serving.router import Answering, NoEngine
@@ -126,32 +125,38 @@ class ModelServer:
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         """Check the token, and return errors in OpenAI's form."""
+        try:
+            self._check_access(request)
+            return await handler(request)
+        except Refused as error:
+            refused = error
+        except UserError as error:  # raised while a conversation becomes a prompt
+            refused = Refused(str(error))
+        except NoEngine as error:
+            refused = Refused(str(error), status=503)
+        except RunError as error:
+            logger.error("%s", error)
+            refused = Refused(str(error), status=500)
+        except web.HTTPRequestEntityTooLarge:
+            refused = Refused(f"the body has more than {MAX_BODY_BYTES} bytes", status=413)
+        except web.HTTPException as error:
+            refused = Refused(f"{error.reason}: {THERE_IS}", status=error.status)
+        return web.json_response(refused.body(), status=refused.status)
+
+    def _check_access(self, request: web.Request) -> None:
         if self.spec.token is None:
             why = stranger(request)
             if why is not None:
-                return _error(403, why, "invalid_request_error")
+                raise Refused(why, status=403)
         elif request.path != "/health" and not gives_token(request, self.spec.token):
             why = "give the token as `Authorization: Bearer TOKEN`, which is what clients do with an API key"
-            return _error(401, why, "invalid_request_error", code="invalid_api_key")
-        try:
-            return await handler(request)
-        except Refused as error:
-            return web.json_response(error.body(), status=error.status)
-        except UserError as error:  # raised while a conversation becomes a prompt
-            return _error(400, str(error), "invalid_request_error")
-        except NoEngine as error:
-            return _error(503, str(error), "server_error")
-        except RunError as error:
-            logger.error("%s", error)
-            return _error(500, str(error), "server_error")
-        except web.HTTPRequestEntityTooLarge:
-            return _error(413, f"the body has more than {MAX_BODY_BYTES} bytes", "invalid_request_error")
-        except web.HTTPException as error:
-            return _error(error.status, f"{error.reason}: {THERE_IS}", "invalid_request_error")
+            raise Refused(why, code="invalid_api_key", status=401)
 
     async def _health(self, request: web.Request) -> web.Response:
         why = await self.engines.trouble()
-        return web.json_response({"status": "ok"}) if why is None else _error(503, why, "server_error")
+        if why is not None:
+            raise Refused(why, status=503)
+        return web.json_response({"status": "ok"})
 
     async def _models(self, request: web.Request) -> web.Response:
         model = {"id": self.spec.name, "object": "model", "created": self.created, "owned_by": "rlhf"}
@@ -169,7 +174,7 @@ class ModelServer:
             message = f"there is no model {asked.model}: this server has {self.spec.name}"
             raise Refused(message, param="model", code="model_not_found", status=404)
         if len(self.limits) >= MAX_WAITING:
-            return _error(429, f"{MAX_WAITING} requests are waiting already", "rate_limit_error")
+            raise Refused(f"{MAX_WAITING} requests are waiting already", status=429)
         try:
             async with asyncio.timeout(LAST_S if self.is_ending else self.spec.deadline_s) as limit:
                 self.limits.add(limit)
@@ -177,10 +182,10 @@ class ModelServer:
                     answered = await self._answer_all(asked, await self._tokenized(asked, to_prompts))
                 finally:
                     self.limits.remove(limit)
-        except TimeoutError:
+        except TimeoutError as error:
             if self.is_ending:
-                return _error(503, "the server was told to end", "server_error")
-            return _error(504, f"not answered within {self.spec.deadline_s:g} s (--deadline-s)", "server_error")
+                raise Refused("the server was told to end", status=503) from error
+            raise Refused(f"not answered within {self.spec.deadline_s:g} s (--deadline-s)", status=504) from error
         return web.json_response(answer_body(asked, answered, name=secrets.token_hex(12), created=int(time.time())))
 
     async def _answer_all(self, asked: ChatRequest | TextRequest, prompts: Sequence[Prompt]) -> list[Answered]:
@@ -271,10 +276,6 @@ async def _body(request: web.Request, form: type[A]) -> A:
         return read(await read_text(request), form)
     except ValueError as error:
         raise Refused(str(error)) from error
-
-
-def _error(status: int, text: str, kind: str, *, code: str | None = None) -> web.Response:
-    return web.json_response(error_body(text, kind, code=code), status=status)
 
 
 def serve_model(

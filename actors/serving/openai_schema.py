@@ -54,7 +54,9 @@ class Refused(Exception):
 
     def body(self) -> dict[str, Any]:
         """Return the error in OpenAI's form."""
-        return error_body(self.message, "invalid_request_error", param=self.param, code=self.code)
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        kind = "rate_limit_error" if self.status == 429 else kind
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 class _Form(BaseModel):
@@ -326,8 +328,3 @@ def _text_choice(answer: Answer, has_logprobs: bool) -> dict[str, Any]:
         "text_offset": [sum(map(len, tokens[:index])) for index in range(len(tokens))],
     }
     return {"text": answer.text, "logprobs": logprobs if has_logprobs else None}
-
-
-def error_body(message: str, kind: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """Return an error in OpenAI's form."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
