@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from rlhf.config.files.docs import HEAD, render, slug
+from rlhf.config.files.docs import TEXT, render, slug
 from rlhf.config.files.load import load
 from rlhf.config.mistakes.schema_keys import all_keys
 from rlhf.config.schema.root import Config
@@ -45,7 +45,7 @@ def test_sections_of_one_name_are_told_apart() -> None:
 
 
 def test_the_example_of_a_pipeline_loads(tmp_path: Path) -> None:
-    based, example = re.findall(r"```yaml\n(.*?)```", HEAD, re.DOTALL)
+    based, example = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
     (tmp_path / "based.yaml").write_text(based)
     assert load(tmp_path / "based.yaml").runs == load("dapo_smollm2.yaml").runs
     path = tmp_path / "example.yaml"

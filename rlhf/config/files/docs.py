@@ -1,6 +1,6 @@
 """Write docs/configuration.md from the schema: `python -m rlhf.config.files.docs > docs/configuration.md`.
 
-The text comes from the docstrings of the sections and their fields; this module describes no keys.
+The prose is in docs.md. The text of the keys comes from the docstrings of the sections and their fields.
 """
 
 from __future__ import annotations
@@ -22,129 +22,22 @@ from rlhf.config.schema.merge import MergeFile
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.sweep import SweepFile
 
-HEAD = """\
-# Configuration
-
-Generated from the schema by `python -m rlhf.config.files.docs > docs/configuration.md`; edit the docstrings in
-`rlhf/config/` and `rlhf/algorithms/`.
-
-One YAML file describes one run, or a pipeline of runs. Every key is typed. An unknown key is an error, and the message
-suggests a key. A key without effect is an error too: a critic with GRPO, `rollouts` with supervised fine-tuning, or the
-clip range with one optimizer step per batch. `rlhf plan CONFIG` checks a file and shows the derived values: batch
-arithmetic, optimizer steps, placement and weight transport. The run folder gets `config.resolved.yaml` with every value
-in effect. `rlhf train` on this file repeats the run.
-
-{contents}
-## On the command line
-
-`rlhf train FILE section.key=value ...` sets any key, whether the file has it or not:
-
-```
-rlhf train configs/ppo_smollm2.yaml train.lr=3e-6 rollouts.stop='["\\n"]' policy.lora.rank=8
-```
-
-Values are YAML: `null`, `true`, numbers, quoted or plain strings, `[lists]`, `{mappings: of values}`. A string with
-`: ` or ` #` in it needs YAML's own quotes. Only `true` and `false` are boolean values, so `tracking.wandb=off` is a
-string. A key given twice is an error.
-
-## A file on top of another
-
-`base: FILE` at the top of a file names a file to start from. The path is relative to the file, or is the name of a
-recipe of the library. Most files in `configs/` differ from another one in a few lines:
-
-```yaml
-base: grpo_smollm2.yaml
-run: {name: dapo-smollm2}
-algorithm: {name: dapo, clip_low: 0.2, clip_high: 0.28, overlong: {buffer: 32, factor: 1.0}}
-rollouts: {dynamic_sampling: {}}
-train: {sequences_per_update: 16}
-```
-
-1. Mappings are merged key by key. All other values, lists among them, replace those of the base.
-2. A section of another kind replaces the section of the base, since keys of the old kind do not belong to it. This
-   holds for an `algorithm`, an `environment` or a sweep's `method` with another `name`, for a data source with another
-   `task` or form, and for a reward with another `function`, `url`, `role` or `environment`.
-3. `null` sets a key to null if null is one of its values. Otherwise it takes back what the base gives:
-   `rewards: {correct: null}` removes an inherited reward, and `train: {eps: null}` restores the default.
-4. An inherited key without effect is an error as always. The message names its line in the base.
-5. A base may have a base. A circle is an error.
-6. A stage of a pipeline may have a `base` too, the file of a single run. The stage takes everything but its `run`.
-7. A sweep's inline `config` may have a `base`, and so may a mapping in Python, relative to the current folder.
-   `rlhf submit` packs all bases. `config.resolved.yaml` has every value and no `base`.
-
-## Pipelines
-
-A file with `stages:`, a mapping of stage names to sections, is a pipeline. Its stages run in the order of the file,
-each in a separate folder, `<run.dir>/<run.name>/<stage>/`. A stage trains a model, merges models or evaluates a model.
-
-```yaml
-run: {name: demo}
-policy: {dtype: float32}
-data: {eval: heldout.jsonl}
-rollouts: {prompts_per_step: 64, samples_per_prompt: 4}
-rewards: {correct: {function: math_answer}}
-stages:
-  sft:
-    policy: {model: HuggingFaceTB/SmolLM2-135M-Instruct}
-    algorithm: {name: sft}
-    data: {train: demonstrations.jsonl}
-    train: {steps: 200, lr: 1e-5, sequences_per_update: 32}
-  ppo:
-    policy: {model: stage:sft}
-    algorithm: {name: ppo}
-    data: {train: prompts.jsonl}
-    train: {steps: 100, lr: 1e-6, sequences_per_update: 128}
-  soup:
-    merge: {method: linear, models: {sft: {model: stage:sft}, ppo: {model: stage:ppo}}}
-  judge:
-    evaluate: {model: stage:soup, against: stage:ppo, data: heldout.jsonl, rewards: {correct: {function: math_answer}}}
-```
-
-1. Sections at the top are shared. Each stage merges its sections over them, key by key.
-2. A shared key is left out of a stage that cannot use it (here `rollouts` and `rewards` in `sft`). A shared key is an
-   error if no stage uses it, because no stage can or because every stage overrides it. The keys of a stage follow the
-   rules of a single run.
-3. Only the top has `run`.
-4. Each stage has exactly one of `algorithm` (it trains), `merge` ([merging](merging.md)) and `evaluate`
-   ([evaluation](evaluation.md)). A merge has no other section, and an evaluation only `cluster` and `tracking`. Other
-   shared sections are left out.
-5. `stage:NAME` as a model or adapter is the final model or adapter of an earlier stage.
-6. All stages run in one Ray with the same `cluster.address` and `cluster.object_store_gib`.
-7. On the command line, `train.lr=1e-5` sets the shared key, and `stages.ppo.train.lr=1e-5` sets the key of one stage.
-
-## Keys
-
-Keys marked "required" have no default. All other keys are optional.
-"""
-
-
-MERGE = """
-## Keys of a merge
-
-A file for `rlhf merge` has only this section. A merge stage has it too, without `out`. [merging](merging.md) lists the
-keys of each method.
-"""
-
-EVALUATION = """
-## Keys of an evaluation
-
-An evaluation stage has this section. [evaluation](evaluation.md) describes the metrics.
-"""
-
-
-SWEEP = """
-## Keys of a sweep
-
-A file for `rlhf sweep` has only this section. [sweeps](sweeps.md) describes each method.
-"""
+TEXT = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")  # with {places} for what follows from the schema
 
 
 def render() -> str:
     """Return the whole page as Markdown."""
     page = _Page()
-    parts = [HEAD, page.sections(Config), MERGE, page.sections(MergeFile), EVALUATION]
-    parts += [page.keys("evaluate", EvaluationStage.model_fields["evaluate"]), SWEEP, page.sections(SweepFile)]
-    return "".join(parts).replace("{contents}", _contents("".join(parts)))
+    keys = {
+        "Config": page.sections(Config),
+        "MergeFile": page.sections(MergeFile),
+        "EvaluationStage.evaluate": page.keys("evaluate", EvaluationStage.model_fields["evaluate"]),
+        "SweepFile": page.sections(SweepFile),
+    }
+    text = TEXT
+    for name, section in keys.items():
+        text = text.replace(f"{{keys of {name}}}", section.strip("\n"))
+    return text.replace("{contents}", _contents(text))
 
 
 class _Page:
