@@ -13,11 +13,12 @@ from typing import Any
 from rlhf.config.derive import eval_sets, max_sequence_tokens, uses_reward_model
 from rlhf.config.files.dump import dump_yaml
 from rlhf.config.files.yaml_tree import from_yaml
-from rlhf.config.schema.data import DataSource
+from rlhf.config.schema.data import DataSource, PromptFormat
 from rlhf.config.schema.evaluate import EvaluateConfig, EvaluationStage
 from rlhf.config.schema.rewards import RewardConfig
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.stages import run_folder
+from rlhf.config.schema.train import Grading
 from rlhf.data.examples import Reading
 from rlhf.data.sources import Row, Source, shown
 from rlhf.data.tasks import TaskSource
@@ -34,10 +35,7 @@ from rlhf.tracking.sinks.installed import InstalledTracker, TrackedRun, installe
 
 TINY = "tiny:llama"
 REWARD_KEY = "rewards.{}.function"
-# Keys of an evaluation that data, rollouts and eval of a training run have too.
-PROMPT_FORMAT = ("columns", "system_prompt", "apply_chat_template", "chat_template", "chat_template_kwargs")
-SAMPLING = ("max_new_tokens", "stop", "stop_token_ids", "environment")
-GRADING = ("temperature", "samples_per_prompt", "k", "pass_score", "answer", "by")
+SAMPLING = ("max_new_tokens", "stop", "stop_token_ids", "environment")  # of rollouts and of an evaluation
 MOST_SHOWN = 5  # values of a column shown in a message
 
 
@@ -92,8 +90,8 @@ def as_evaluation(config: Config) -> EvaluateConfig:
         reward=config.reward.as_loaded() if config.reward is not None and uses_reward_model(config) else None,
         reward_policy=config.reward_policy,
         max_tokens_per_microbatch=config.train.max_tokens_per_microbatch,
-        **{key: getattr(data, key) for key in PROMPT_FORMAT},
-        **{key: getattr(settings, key) for key in GRADING},
+        **{key: getattr(data, key) for key in PromptFormat.model_fields},
+        **{key: getattr(settings, key) for key in Grading.model_fields},
         **sampling,
     )
 

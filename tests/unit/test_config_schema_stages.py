@@ -108,7 +108,7 @@ def test_merges_and_evaluations_dump_and_repeat(kinds: Path) -> None:
         ),
         ("stages.soup.merge.base=stage:judge", "got 'stage:judge', but stage judge does not run earlier"),
         ("stages.judge.evaluate.k=[1, 4]", "stages.judge.evaluate.k: has 4, but evaluate.samples_per_prompt is 1"),
-        ("stages.judge.evaluate.samples_per_prompt=4", "is 4, but evaluate.temperature is 0: greedy responses"),
+        ("stages.judge.evaluate.samples_per_prompt=4", "evaluate.temperature is 0: greedy responses"),
         ("stages.judge.evaluate.temperature=0.001", "got 0.001, expected 0 (greedy) or a number from 0.01"),
         ("stages.judge.evaluate.reward=null", "stages.judge.evaluate.reward: is missing: evaluate.rewards.taste has"),
         (

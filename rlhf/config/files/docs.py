@@ -64,7 +64,7 @@ class _Page:
         text += f" {_line(field.description or '')}\n\n" if field.default is None else "\n\n"
         text += "| key | values | default | meaning |\n|---|---|---|---|\n"
         below = ""
-        for name, member in sorted(section.model_fields.items(), key=lambda item: item[0] != "name"):
+        for name, member in sorted(section.model_fields.items(), key=_rank):
             below += self.keys(f"{path}.{name}", member, owner)
             cells = (f"`{name}`", _cell(expected(member)), _default(member), self._meaning(member))
             text += f"| {' | '.join(cells)} |\n"
@@ -73,6 +73,11 @@ class _Page:
     def _meaning(self, field: FieldInfo) -> str:
         links = [f"[{self.titles[section]}](#{slug(self.titles[section])})" for _, section in _sections("", field)]
         return _cell(field.description or "") + (f" Keys: {', '.join(links)}." if links else "")
+
+
+def _rank(item: tuple[str, FieldInfo]) -> tuple[bool, bool]:
+    """Return a sort key: the name of a form comes first, then required keys."""
+    return item[0] != "name", not item[1].is_required()
 
 
 def slug(title: str) -> str:

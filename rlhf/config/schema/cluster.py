@@ -14,18 +14,24 @@ Transport = Literal["shm", "gloo", "nccl", "ipc"]
 Threads = Annotated[int, Field(ge=1, le=1024)] | Literal["auto"]
 
 
-class TrainedResources(Section):
+class RoleResources(Section):
+    """What each process of a role uses of its node."""
+
+    cpus: Annotated[float, OF_THE_HOST] = Field(default=1.0, gt=0.0)
+    """CPUs reserved by Ray for each process. A colocated process uses the CPUs of its host."""
+    node_labels: Annotated[dict[str, str], OF_THE_HOST] = Field(default_factory=dict)
+    """Labels required on the nodes of this role, as set by `ray start --labels=pool=gpu`. Colocated processes run on
+    the node of their host."""
+    threads: Annotated[Threads, OnlyIn("cpu")] = "auto"
+    """Compute threads of each process on a CPU. auto: the node's cores divided by the number of this role's processes
+    on it."""
+
+
+class TrainedResources(RoleResources):
     """Workers of a trained model, which form one group of ranks."""
 
     workers: int = Field(default=1, ge=1, le=65536)
     """Number of ranks."""
-    cpus: Annotated[float, OF_THE_HOST] = Field(default=1.0, gt=0.0)
-    """CPUs reserved by Ray for each rank. A colocated worker uses the CPUs of its host."""
-    node_labels: Annotated[dict[str, str], OF_THE_HOST] = Field(default_factory=dict)
-    """Labels required on the nodes of these workers, as set by `ray start --labels=pool=gpu`. Colocated workers run on
-    the node of their host."""
-    threads: Annotated[Threads, OnlyIn("cpu")] = "auto"
-    """Compute threads of each rank. auto: the node's cores divided by the number of this role's ranks on it."""
     zero_stage: Annotated[Literal[0, 1, 2, 3], OnlyIn("training")] = 2
     """DeepSpeed ZeRO: 1 shards the optimizer, 2 the gradients too, 3 the parameters too."""
     offload: Annotated[tuple[Literal["optimizer", "parameters"], ...], OnlyIn("training")] = ()
@@ -57,19 +63,12 @@ class CriticResources(TrainedResources):
     """Share the bundles of this role and take turns with it. null: use separate bundles."""
 
 
-class ForwardResources(Section):
+class ForwardResources(RoleResources):
     """Workers of the reference, teacher or reward role. Each holds the whole model, and the work is
     divided among them."""
 
     workers: int = Field(default=1, ge=1, le=65536)
     """Number of processes."""
-    cpus: Annotated[float, OF_THE_HOST] = Field(default=1.0, gt=0.0)
-    """CPUs reserved by Ray for each worker. A colocated worker uses the CPUs of its host."""
-    node_labels: Annotated[dict[str, str], OF_THE_HOST] = Field(default_factory=dict)
-    """Labels required on the nodes of these workers, as set by `ray start --labels=pool=gpu`. Colocated workers run on
-    the node of their host."""
-    threads: Annotated[Threads, OnlyIn("cpu")] = "auto"
-    """Compute threads of each worker. auto: the node's cores divided by the number of this role's workers on it."""
 
 
 class ReferenceResources(ForwardResources):
@@ -94,20 +93,13 @@ class RewardResources(ForwardResources):
     """Share the bundles of this role and take turns with it. null: use separate bundles."""
 
 
-class RolloutResources(Section):
+class RolloutResources(RoleResources):
     """The vLLM engines."""
 
     engines: int = Field(default=1, ge=1, le=65536)
     """Number of engines. Prompts are divided among them."""
     tensor_parallel: int = Field(default=1, ge=1)
     """Number of GPUs of one engine."""
-    cpus: Annotated[float, OF_THE_HOST] = Field(default=1.0, gt=0.0)
-    """CPUs reserved by Ray for each engine. A colocated engine uses the CPUs of its host."""
-    node_labels: Annotated[dict[str, str], OF_THE_HOST] = Field(default_factory=dict)
-    """Labels required on the nodes of the engines, as set by `ray start --labels=pool=gpu`. Colocated engines run on
-    the node of their host."""
-    threads: Annotated[Threads, OnlyIn("cpu")] = "auto"
-    """Compute threads of each engine on a CPU. auto: the node's cores divided by the number of engines on it."""
     colocate_with: Literal["policy"] | None = None
     """Share the policy's bundles and take turns with it; on GPUs the engine sleeps while the policy trains. null: use
     separate bundles."""

@@ -84,7 +84,23 @@ class CurriculumConfig(Section):
         return self
 
 
-class DataConfig(Section):
+class PromptFormat(Section):
+    """How rows of data become prompts."""
+
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Map from our column name to the column name in the data set."""
+    system_prompt: Annotated[str | None, OF_THE_TEMPLATE] = None
+    """System message added before every prompt by the chat template."""
+    apply_chat_template: bool = True
+    """false: string prompts reach the model unchanged. Rows with `messages` always use the template."""
+    chat_template: str | None = Field(default=None, min_length=1)
+    """A Jinja file to use instead of the tokenizer's chat template. A trained model keeps it in `final/`."""
+    chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
+    """Variables of the chat template, such as `enable_thinking: false`. They become the template's defaults, also in
+    the `final/` of a trained model."""
+
+
+class DataConfig(PromptFormat):
     """Data sets of one run. A string is a JSONL, JSON, CSV or Parquet file, a saved dataset folder, or a Hugging Face
     name with an optional `:split`."""
 
@@ -96,17 +112,6 @@ class DataConfig(Section):
     """Use a new order every epoch, determined by run.seed."""
     curriculum: Annotated[CurriculumConfig | None, OnlyIn("rollouts", "rewards", "repeated prompts")] = None
     """Skip prompts by their measured scores. null: every prompt comes up once per epoch."""
-    columns: dict[str, str] = Field(default_factory=dict)
-    """Map from our column name to the column name in the data set."""
-    system_prompt: Annotated[str | None, OF_THE_TEMPLATE] = None
-    """System message added before every prompt by the chat template."""
-    apply_chat_template: bool = True
-    """false: string prompts reach the model unchanged. Rows with `messages` always use the template."""
-    chat_template: str | None = Field(default=None, min_length=1)
-    """A Jinja file to use instead of the tokenizer's chat template. It is also saved in `final/`."""
-    chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
-    """Variables of the chat template, such as `enable_thinking: false`. They become the template's defaults, also in
-    `final/`."""
     max_prompt_tokens: Annotated[int, OnlyIn("rollouts")] = Field(default=1024, ge=1)
     """Largest number of tokens in a rollout prompt. `too_long` decides what happens to longer prompts. Offline
     sequences are limited by max_sequence_tokens."""

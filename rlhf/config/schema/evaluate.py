@@ -8,26 +8,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import Field, JsonValue
+from pydantic import Field
 
 from rlhf.algorithms.section import OnlyIn, Section
 from rlhf.config.schema.cluster import ClusterConfig
-from rlhf.config.schema.data import OF_THE_TEMPLATE, DataSource, EvalSource
+from rlhf.config.schema.data import DataSource, EvalSource, PromptFormat
 from rlhf.config.schema.model import Dtype, RewardModelConfig
 from rlhf.config.schema.rewards import RewardConfig, RewardPolicy
 from rlhf.config.schema.rollouts import EnvironmentConfig
 from rlhf.config.schema.root import RewardName
 from rlhf.config.schema.run import RunConfig, TrackingConfig
-from rlhf.config.schema.train import EvalTemperature, Ks
-from rlhf.evaluation.voting import AnswerForm
+from rlhf.config.schema.train import Grading
 
 
-class EvaluateConfig(Section):
+class EvaluateConfig(Grading, PromptFormat):
     """A model, evaluation data and rewards for its responses. Without rewards, losses on completions are measured."""
 
     model: str = Field(min_length=1)
     """A Hugging Face name, a local folder of a model or an adapter, a run's folder, or `stage:NAME`."""
-    against: Annotated[str | None, OnlyIn("rewards")] = Field(default=None, min_length=1)
+    against: Annotated[str | None, OnlyIn("responses")] = Field(default=None, min_length=1)
     """Another model to compare with. It answers the same prompts, and `win_rate` is the fraction of prompts on which
     `model` scores more."""
     dtype: Dtype | None = None
@@ -36,45 +35,21 @@ class EvaluateConfig(Section):
     """Run Python code from the model repositories. Set it to true only after reading the code."""
     data: EvalSource
     """Held-out sets by name. A single set is called `heldout`."""
-    columns: dict[str, str] = Field(default_factory=dict)
-    """Map from our column name to the column name in the data set."""
-    system_prompt: Annotated[str | None, OF_THE_TEMPLATE] = None
-    """System message added before every prompt by the chat template."""
-    apply_chat_template: bool = True
-    """false: string prompts reach the model unchanged. Rows with `messages` always use the template."""
-    chat_template: str | None = Field(default=None, min_length=1)
-    """A Jinja file to use instead of the models' chat templates."""
-    chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
-    """Variables of the chat template, such as `enable_thinking: false`."""
     rewards: dict[RewardName, RewardConfig] = Field(default_factory=dict)
     """Rewards by name."""
-    reward: Annotated[RewardModelConfig | None, OnlyIn("rewards", "reward model")] = None
+    reward: Annotated[RewardModelConfig | None, OnlyIn("responses", "reward model")] = None
     """The reward model, if a reward uses it."""
-    reward_policy: Annotated[RewardPolicy, OnlyIn("rewards")] = RewardPolicy()
+    reward_policy: Annotated[RewardPolicy, OnlyIn("responses")] = RewardPolicy()
     """What to do if a reward fails. `drop` leaves the prompt out."""
-    temperature: Annotated[EvalTemperature, OnlyIn("rewards")] = 0.0
-    """0 is greedy; otherwise at least 0.01."""
-    samples_per_prompt: Annotated[int, OnlyIn("rewards")] = Field(default=1, ge=1, le=10_000)
-    """Responses to each prompt; more than one needs a temperature above 0."""
-    max_new_tokens: Annotated[int, OnlyIn("rewards")] = Field(default=256, ge=1)
+    max_new_tokens: Annotated[int, OnlyIn("responses")] = Field(default=256, ge=1)
     """Largest number of tokens in a response. A longer response is truncated."""
-    environment: Annotated[EnvironmentConfig | None, OnlyIn("rewards")] = None
+    environment: Annotated[EnvironmentConfig | None, OnlyIn("responses")] = None
     """The environment for conversations. null: one turn answers a prompt. With an environment, evaluate.max_new_tokens
     limits each turn."""
-    stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], OnlyIn("rewards")] = ()
+    stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], OnlyIn("responses")] = ()
     """Strings that end a response. They stay in it and may contain special tokens."""
-    stop_token_ids: Annotated[tuple[Annotated[int, Field(ge=0)], ...], OnlyIn("rewards")] = ()
+    stop_token_ids: Annotated[tuple[Annotated[int, Field(ge=0)], ...], OnlyIn("responses")] = ()
     """Token ids that end a response, in addition to the model's and the chat template's. They stay in the response."""
-    k: Annotated[Ks | None, OnlyIn("rewards", "passing scores")] = None
-    """Values of k in pass@k and maj@k. null: 1, 2, 4, ... up to samples_per_prompt."""
-    pass_score: Annotated[float | None, OnlyIn("rewards")] = None
-    """Lowest score with which a response passes. null: 1 if a reward with a weight is a function; otherwise there is no
-    threshold."""
-    answer: Annotated[AnswerForm | None, OnlyIn("rewards", "passing scores")] = None
-    """Answer extracted from responses for majority votes (maj@k). null: as the rewards compare answers."""
-    by: Annotated[str | None, OnlyIn("rewards")] = Field(default=None, min_length=1)
-    """A column whose values split each set. Each subset is reported in addition to the whole, as `SET.VALUE`. null: no
-    split."""
     max_tokens_per_microbatch: Annotated[int, OnlyIn("reward model")] = Field(default=8192, ge=2)
     """Largest number of tokens in one forward pass of a reward model, or of the model if completions are measured."""
 

@@ -99,27 +99,32 @@ class TrainConfig(Section):
         return self.steps
 
 
-class EvalConfig(Section):
+class Grading(Section):
+    """How responses are sampled for an evaluation, and how they are graded beyond their scores."""
+
+    temperature: Annotated[EvalTemperature, OnlyIn("responses")] = 0.0
+    """0 is greedy; otherwise at least 0.01."""
+    samples_per_prompt: Annotated[int, OnlyIn("responses"), SAMPLED] = Field(default=1, ge=1, le=10_000)
+    """Responses to each held-out prompt; more than one needs a temperature above 0."""
+    k: Annotated[Ks | None, OnlyIn("responses", "passing scores")] = None
+    """Values of k in pass@k and maj@k. null: 1, 2, 4, ... up to samples_per_prompt."""
+    pass_score: Annotated[float | None, OnlyIn("responses")] = None
+    """Lowest score with which a response passes. null: 1 if a reward with a weight is a function; otherwise there is no
+    threshold."""
+    answer: Annotated[AnswerForm | None, OnlyIn("responses", "passing scores")] = None
+    """Answer extracted from responses for majority votes (maj@k). null: as the rewards compare answers."""
+    by: Annotated[str | None, OnlyIn("responses")] = Field(default=None, min_length=1)
+    """A column whose values split each set. Each subset is reported in addition to the whole, as `SET.VALUE`. null: no
+    split."""
+
+
+class EvalConfig(Grading):
     """Evaluation on data.eval: greedy responses scored by the training rewards, or the loss for supervised runs."""
 
     every: int = Field(default=10, ge=1)
     """Steps between evaluations. The last step always has an evaluation."""
     at_start: bool = True
     """Also evaluate before training, as step 0."""
-    temperature: Annotated[EvalTemperature, OnlyIn("rollouts")] = 0.0
-    """0 is greedy; otherwise at least 0.01."""
-    samples_per_prompt: Annotated[int, OnlyIn("rollouts"), SAMPLED] = Field(default=1, ge=1)
-    """Responses to each held-out prompt; more than one needs a temperature above 0."""
-    greedy: Annotated[bool, OnlyIn("rollouts"), SAMPLED] = False
+    greedy: Annotated[bool, OnlyIn("responses"), SAMPLED] = False
     """Sample one greedy response to each prompt in addition to the sampled responses. Its score is
     `eval/<set>/greedy`."""
-    k: Annotated[Ks | None, OnlyIn("rollouts", "passing scores")] = None
-    """Values of k in pass@k and maj@k. null: 1, 2, 4, ... up to samples_per_prompt."""
-    pass_score: Annotated[float | None, OnlyIn("rollouts")] = None
-    """Lowest score with which a response passes. null: 1 if a reward with a weight is a function; otherwise there is no
-    threshold."""
-    answer: Annotated[AnswerForm | None, OnlyIn("rollouts", "passing scores")] = None
-    """Answer extracted from responses for majority votes (maj@k). null: as the rewards compare answers."""
-    by: Annotated[str | None, OnlyIn("rollouts")] = Field(default=None, min_length=1)
-    """A column whose values split each set. Each subset is reported in addition to the whole, as `SET.VALUE`. null: no
-    split."""

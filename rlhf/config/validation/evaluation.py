@@ -32,9 +32,6 @@ def _problems(config: EvaluateConfig) -> Iterator[Problem]:
     samples = config.samples_per_prompt
     if config.data == {}:
         yield Problem(key=("evaluate", "data"), text="is an empty mapping; name a held-out set")
-    if samples > 1 and config.temperature == 0.0 and config.rewards:
-        text = f"is {samples}, but evaluate.temperature is 0: greedy responses to one prompt are all equal; raise that"
-        yield Problem(key=("evaluate", "samples_per_prompt"), text=text)
     environment, new = config.environment, config.max_new_tokens
     if environment is not None and config.rewards and environment.max_tokens <= new:
         text = f"is {environment.max_tokens} and must hold a prompt and one turn of evaluate.max_new_tokens = {new}"

@@ -97,7 +97,8 @@ def _marked(section: Section, missing: Missing, at: Key = ()) -> Iterator[Inert]
                 other, value_text = ".".join((*at, mark.other)), _plain(given)
                 because = f": {mark.because.format(value=value_text)}" if mark.because else ""
                 values = "another value" if isinstance(mark, NotWith) else choice([_plain(v) for v in mark.values])
-                yield Inert(key=key, why=f"{other} is {value_text}{because}", fix=f"set {other} to {values}")
+                fix = f"set {other} to {values}" if given is not None or mark.values != (None,) else f"set {other}"
+                yield Inert(key=key, why=f"{other} is {value_text}{because}", fix=fix)
         children = {(*key, part): child for part, child in value.items()} if isinstance(value, dict) else {key: value}
         for below, child in children.items():
             if isinstance(child, Section):
@@ -108,7 +109,7 @@ def _plain(value: object) -> str:
     """Return a value as it is written in a file."""
     if isinstance(value, str) or value == {}:
         return str(value)
-    return kind(value)
+    return f"{value:g}" if isinstance(value, float) else kind(value)
 
 
 def _all(dotted: str, why: str, fix: str) -> Iterator[Inert]:
@@ -127,6 +128,7 @@ def _missing_in_run(config: Config) -> Missing:
             missing["skipped rows"] = (why, "set data.too_long to skip or cut")
     else:
         missing["rollouts"] = (f"algorithm {name} samples no responses", "choose an algorithm that does")
+        missing["responses"] = missing["rollouts"]
     for role, use in derive.ROLE_USES.items():
         if not use.is_needed(config):
             missing[role] = (f"algorithm {name} has no {role}", use.how_to_need(config))
@@ -209,7 +211,7 @@ def _missing_in_evaluation(stage: EvaluationStage) -> Missing:
     missing["rollouts"] = ("an evaluation does not train on rollouts", "use it to train")
     if not config.rewards:
         why = "evaluate.rewards is empty, so completions are measured and no response is sampled"
-        missing["rewards"] = (why, "name a reward")
+        missing["responses"] = (why, "name a reward")
         del missing["reward model"]  # its micro-batches are those of the measured model
     if not _has_passing_scores(config.rewards, config.pass_score):
         why = "no reward with a weight is a function and evaluate.pass_score is null, so no response passes"
