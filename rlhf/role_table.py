@@ -23,15 +23,20 @@ class RoleEntry:
     """
 
     kind: RoleKind
+    metrics_of: str = ""  # why some metrics are those of runs with the role: a trait of these metrics
     hosts: bool = False  # other roles may share its bundles
     predicts_all_tokens: bool = False  # so its vocabulary may have no tokens that the policy's lacks
 
 
 ROLES: Mapping[Role, RoleEntry] = {
     "policy": RoleEntry(kind="trained", hosts=True),
-    "critic": RoleEntry(kind="trained"),
-    "reference": RoleEntry(kind="frozen"),
-    "teacher": RoleEntry(kind="frozen", predicts_all_tokens=True),
+    "critic": RoleEntry(kind="trained", metrics_of="there is a critic"),
+    "reference": RoleEntry(kind="frozen", metrics_of="there is a reference model"),
+    "teacher": RoleEntry(
+        kind="frozen",
+        metrics_of="a teacher scores the sampled responses (on-policy distillation)",
+        predicts_all_tokens=True,
+    ),
     "reward": RoleEntry(kind="scoring"),
     "rollout": RoleEntry(kind="engines", hosts=True),
 }

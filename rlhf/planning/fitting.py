@@ -81,7 +81,7 @@ def _gpus(seating: Seating, by_role: Mapping[Role, Footprint], nodes: Sequence[N
         roles = [r for r, seats in seating.seats.items() if any(s.bundle == bundle and s.gpus > 0 for s in seats)]
         if not roles or not all(r in by_role for r in roles):
             continue
-        if "rollout" in roles and "policy" in roles:
+        if {ROLES[role].kind for role in roles} >= {"trained", "engines"}:
             by_moment = {moment: {r: held_on_gpu(by_role[r], moment) for r in roles} for moment in get_args(Moment)}
             wanted, fullest = max((sum(sizes.values()), moment) for moment, sizes in by_moment.items())
             rest = ", ".join(f"{m} {sum(s.values()) / GIB:,.1f}" for m, s in by_moment.items() if m != fullest)

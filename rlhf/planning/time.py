@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.config.derive import (
-    ROLE_USES,
-    critic_model,
     derive,
-    needs,
+    models_of,
     needs_reference_logprobs,
     reference_model,
     sequences_per_row,
     ships_adapter,
+    trained_sections,
     uses_reference,
     weight_sync,
 )
@@ -32,7 +31,7 @@ from rlhf.planning.lengths import Lengths
 from rlhf.planning.memory import kv_bytes_per_token
 from rlhf.planning.shapes import Shape
 from rlhf.planning.simulate import System
-from rlhf.role_table import Role
+from rlhf.role_table import ROLES, Role
 
 DEFAULT_GPU = "h100"
 CPU_GFLOPS = 75.0  # per core, reached in training; docs/scaling.md
@@ -75,7 +74,7 @@ def rates(config: Config, nodes: Sequence[Node] | None, sizes: Sizes, *, role: R
         cores = float(section.threads)
     else:  # a node's cores are divided among the role's workers on it
         all_cores = float(os.cpu_count() or 1) if nodes is None else sum(node.cpus for node in nodes)
-        cores = max(1.0, all_cores // (section.engines if role == "rollout" else section.workers))
+        cores = max(1.0, all_cores // section.workers)
     fast = config.policy.dtype == "bfloat16" and not sizes.widens
     return Rates(
         name=f"{cores:g} CPUs",
@@ -116,6 +115,7 @@ def training_stages(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, 
         mean = config.data.max_prompt_tokens + lengths.average()
         tokens = derived.sequences_per_step * mean
     own_critic = config.algorithm.has_critic and config.cluster.roles.critic.colocate_with is None
+    critics = {role: model for role, model in trained_sections(config).items() if not ROLES[role].hosts}
     stages: list[Stage] = []
 
     def scored(name: str, model: Any, role: Role) -> Stage:
@@ -133,14 +133,14 @@ def training_stages(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, 
         stages.append(scored("reference", reference_model(config), "reference"))
     elif derived.reference == "adapter off":
         stages.append(scored("reference", config.policy, "policy"))
-    if config.algorithm.has_critic:
-        values = scored("values", critic_model(config), "critic")
+    for role, model in critics.items():
+        values = scored("values", model, role)
         stages.append(_meanwhile(values, stages[-1:]) if own_critic and derived.reference == "workers" else values)
     if needs_reference_logprobs(config):
         stages.append(Stage("reference", 0.0, "computed once, before the first step"))
     stages.append(trained("update", config.policy, "policy"))
-    if config.algorithm.has_critic:
-        update = trained("critic update", critic_model(config), "critic")
+    for role, model in critics.items():
+        update = trained(f"{role} update", model, role)
         stages.append(_meanwhile(update, stages[-1:]) if own_critic else update)
     return stages
 
@@ -225,6 +225,6 @@ def _at_once(config: Config, sizes: Sizes, lengths: Lengths) -> int:
 
 def _separate_workers(config: Config) -> int:
     """Return the number of workers with separate devices in other roles."""
-    needed = needs(config) - {"policy", "rollout"}
-    sections = [getattr(config.cluster.roles, role) for role in needed if ROLE_USES[role].model(config) is not None]
+    guests = [role for role in models_of(config) if not ROLES[role].hosts]
+    sections = [getattr(config.cluster.roles, role) for role in guests]
     return sum(section.workers for section in sections if section.colocate_with is None)

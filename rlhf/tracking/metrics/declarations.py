@@ -20,18 +20,16 @@ TRAITS: Mapping[str, str] = {
     "online": "responses are sampled during the run (PPO, GRPO, online DPO, ...)",
     "advantages": "the sampled tokens are weighed by advantages (PPO, GRPO, ...)",
     "rewards": "responses are scored",
-    "teacher": "a teacher scores the sampled responses (on-policy distillation)",
     "sft": "supervised training on given responses, by their tokens or a teacher's distributions",
     "distillation": "training towards a teacher's distributions",
     "preference": "training on pairs of responses (reward models, DPO, ...)",
     "steps": "training on labelled steps of responses (process reward models)",
-    "reference": "there is a reference model",
-    "critic": "there is a critic",
     "groups": "the responses to one prompt are compared (GRPO, online DPO, ...)",
     "correction": "`algorithm.correction` is set",
     "environment": "the policy converses with an environment (`rollouts.environment`)",
     "eval": "there is an evaluation set",
     "gpu": "the role has a GPU",
+    **{role: entry.metrics_of for role, entry in ROLES.items() if entry.metrics_of},
 }
 
 PLACEHOLDERS: Mapping[str, tuple[str, str]] = {
