@@ -21,7 +21,7 @@ from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.merge import MergeFile
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.sweep import SweepFile, load_sweep
-from rlhf.tracking.metrics.declarations import METRICS
+from rlhf.tracking.metrics.declarations import METRICS, is_declared
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -55,7 +55,7 @@ def test_files_exist(page: Path) -> None:
     missing = [link for link in links if not (page.parent / link).exists()]
     named = [text for text in quoted(page) if FILE.fullmatch(text) and "NAME" not in text]
     named = [text for text in named if text not in written_by(page)]
-    metrics = {name for name in named if any(metric.matches(name) for metric in METRICS.values())}
+    metrics = {name for name in named if is_declared(name)}
     missing += [text for text in named if text not in metrics and not (ROOT / text).exists()]
     assert not missing
 
@@ -64,7 +64,7 @@ def test_files_exist(page: Path) -> None:
 def test_metrics_are_declared(page: Path) -> None:
     stages = {name.split("/")[0] for name in METRICS}
     names = {t for t in quoted(page) if re.fullmatch(r"[a-z_]+(/\w+)+", t) and t.split("/")[0] in stages}
-    assert not {name for name in names if not any(metric.matches(name) for metric in METRICS.values())}
+    assert not {name for name in names if not is_declared(name)}
 
 
 def has_key(section: object, key: list[str]) -> bool:

@@ -14,7 +14,7 @@ from rlhf.errors import UserError
 from rlhf.tracking.metrics.declarations import METRICS
 from rlhf.tracking.metrics.panels import SECTIONS
 from rlhf.tracking.sinks import wandb_workspace as workspace
-from rlhf.tracking.sinks.grafana import dashboard
+from rlhf.tracking.sinks.grafana import grafana_dashboard
 from rlhf.tracking.sinks.prometheus_names import all_exported, labelled
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,7 +105,7 @@ def expressions(tree: Any) -> list[str]:
 
 def test_grafana_asks_for_exported_metrics_alone() -> None:
     written = json.loads((ROOT / "cluster" / "grafana.json").read_text(encoding="utf-8"))
-    assert written == dashboard(), "run: python -m rlhf.tracking.sinks.grafana > cluster/grafana.json"
+    assert written == grafana_dashboard(), "run: python -m rlhf.tracking.sinks.grafana > cluster/grafana.json"
     known = {one.in_prometheus: one for one in all_exported()}
     found = expressions(written)
     assert len(found) > 40

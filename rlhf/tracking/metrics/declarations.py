@@ -12,9 +12,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from rlhf.role_table import ROLES
+from rlhf.tracking.metrics import reductions
 from rlhf.tracking.metrics.reductions import Histogram, Reduction
 
-_REDUCTIONS = {kind.__name__: kind for kind in Reduction.__subclasses__()}
+_REDUCTIONS: Mapping[str, type[Reduction]] = {
+    kind.__name__: kind for kind in vars(reductions).values() if isinstance(kind, type) and issubclass(kind, Reduction)
+}
 
 TRAITS: Mapping[str, str] = {
     "online": "responses are sampled during the run (PPO, GRPO, online DPO, ...)",
@@ -237,9 +240,10 @@ class Metric:
         """Return a regular expression of the metric's keys, for programs in any language."""
         return re.sub(r"<(\w+)>", lambda m: f"(?:{PLACEHOLDERS[m[1]][0]})", self.name)
 
-    def matches(self, key: str) -> bool:
-        """Return whether the key is this metric, with placeholders filled in."""
-        return re.fullmatch(self.pattern, key) is not None
+    def placeholders(self, key: str) -> dict[str, str] | None:
+        """Return the values of the placeholders in a key. None: the key is not this metric."""
+        match = re.fullmatch(re.sub(r"<(\w+)>", lambda m: f"(?P<{m[1]}>{PLACEHOLDERS[m[1]][0]})", self.name), key)
+        return None if match is None else match.groupdict()
 
 
 def _parse(line: str) -> Metric:
@@ -262,7 +266,7 @@ METRICS: Mapping[str, Metric] = {metric.name: metric for metric in _DECLARATIONS
 
 
 def _find(key: str) -> Metric | None:
-    patterns = (metric for metric in METRICS.values() if "<" in metric.name and metric.matches(key))
+    patterns = (metric for metric in METRICS.values() if "<" in metric.name and metric.placeholders(key))
     return METRICS.get(key) or next(patterns, None)
 
 

@@ -6,12 +6,13 @@ associative, so any split of the same values gives the same result up to float r
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 _LARGEST_LOG = 709.0  # exp of more is no float
 
@@ -30,8 +31,22 @@ class Reduction(ABC):
         """Return the metric's value. nan where it is not defined (the mean of nothing)."""
 
 
+class _Additive(Reduction):
+    """A reduction whose fields merge one by one: numbers add up, and reductions merge."""
+
+    __slots__ = ()
+
+    def merge(self, other: Self) -> Self:
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        return type(self)(**{f.name: _add(getattr(self, f.name), getattr(other, f.name)) for f in fields})
+
+
+def _add(left: Any, right: Any) -> Any:
+    return left.merge(right) if isinstance(left, Reduction) else left + right
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mean(Reduction):
+class Mean(_Additive):
     """Arithmetic mean; also a fraction (`total` counts the cases) and a ratio of two sums."""
 
     total: float
@@ -41,9 +56,6 @@ class Mean(Reduction):
     def of(cls, values: Sequence[float]) -> Self:
         """Return the mean over the values."""
         return cls(total=math.fsum(values), count=len(values))
-
-    def merge(self, other: Self) -> Self:
-        return type(self)(total=self.total + other.total, count=self.count + other.count)
 
     def result(self) -> float:
         return self.total / self.count if self.count else math.nan
@@ -59,14 +71,11 @@ class ExpMean(Mean):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DifferenceOfMeans(Reduction):
+class DifferenceOfMeans(_Additive):
     """One mean minus another, each over its separate cases. nan if either has no cases."""
 
     left: Mean
     right: Mean
-
-    def merge(self, other: Self) -> Self:
-        return type(self)(left=self.left.merge(other.left), right=self.right.merge(other.right))
 
     def result(self) -> float:
         return self.left.result() - self.right.result()
@@ -92,66 +101,13 @@ class CalibrationError(Reduction):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sum(Reduction):
+class Sum(_Additive):
     """Sum, or number of cases. Of nothing it is 0."""
 
     total: float
 
-    def merge(self, other: Self) -> Self:
-        return type(self)(total=self.total + other.total)
-
     def result(self) -> float:
         return self.total
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Max(Reduction):
-    """Largest value; a nan among the values is kept."""
-
-    value: float
-
-    def merge(self, other: Self) -> Self:
-        if math.isnan(self.value) or math.isnan(other.value):
-            return type(self)(value=math.nan)
-        return type(self)(value=max(self.value, other.value))
-
-    def result(self) -> float:
-        return self.value
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Min(Reduction):
-    """Smallest value; a nan among the values is kept."""
-
-    value: float
-
-    def merge(self, other: Self) -> Self:
-        if math.isnan(self.value) or math.isnan(other.value):
-            return type(self)(value=math.nan)
-        return type(self)(value=min(self.value, other.value))
-
-    def result(self) -> float:
-        return self.value
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EffectiveShare(Reduction):
-    """Effective sample size of weighted cases as a fraction of them: (sum of w)^2 / (cases * sum of w^2) (Kish 1965).
-
-    It is 1 for equal weights, 1 / cases for a single nonzero weight, and nan without cases.
-    """
-
-    total: float
-    squares: float
-    count: float
-
-    def merge(self, other: Self) -> Self:
-        return type(self)(
-            total=self.total + other.total, squares=self.squares + other.squares, count=self.count + other.count
-        )
-
-    def result(self) -> float:
-        return self.total * self.total / (self.count * self.squares) if self.count * self.squares else math.nan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,6 +121,47 @@ class Last(Reduction):
 
     def result(self) -> float:
         return self.value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Max(Reduction):
+    """Largest value; a nan among the values is kept."""
+
+    value: float
+
+    def merge(self, other: Self) -> Self:
+        return self if math.isnan(self.value) or self.value >= other.value else other
+
+    def result(self) -> float:
+        return self.value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Min(Reduction):
+    """Smallest value; a nan among the values is kept."""
+
+    value: float
+
+    def merge(self, other: Self) -> Self:
+        return self if math.isnan(self.value) or self.value <= other.value else other
+
+    def result(self) -> float:
+        return self.value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EffectiveShare(_Additive):
+    """Effective sample size of weighted cases as a fraction of them: (sum of w)^2 / (cases * sum of w^2) (Kish 1965).
+
+    It is 1 for equal weights, 1 / cases for a single nonzero weight, and nan without cases.
+    """
+
+    total: float
+    squares: float
+    count: float
+
+    def result(self) -> float:
+        return self.total * self.total / (self.count * self.squares) if self.count * self.squares else math.nan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,7 +200,7 @@ class Std(Reduction):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExplainedVariance(Reduction):
+class ExplainedVariance(_Additive):
     """1 - var(target - prediction) / var(target): 1 is perfect, 0 no better than the mean; nan for a constant target.
 
     Not a mean of per-rank values: both variances are taken over all values, then divided.
@@ -211,9 +208,6 @@ class ExplainedVariance(Reduction):
 
     target: Std
     residual: Std  # of target - prediction, over the same values
-
-    def merge(self, other: Self) -> Self:
-        return type(self)(target=self.target.merge(other.target), residual=self.residual.merge(other.residual))
 
     def result(self) -> float:
         return 1.0 - self.residual.m2 / self.target.m2 if self.target.m2 else math.nan

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
+from string import ascii_uppercase
 from typing import Any
 
 from rlhf.tracking.metrics.declarations import METRICS
@@ -19,16 +21,17 @@ _SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 _UNITS = {"s": "s", "GiB": "gibibytes", "tokens/s": "none", "1": "none"}
 
 
-def dashboard() -> dict[str, Any]:
+def grafana_dashboard() -> dict[str, Any]:
     """Return the dashboard, for all runs chosen by name."""
-    panels: list[dict[str, Any]] = [_progress()]
+    steps = _target(f"{RAYS_PREFIX}{PREFIX}{STEP}", (), "A")
+    panels = [_graph("steps done", [steps], x=0, y=0)]
     top = _HEIGHT
     for section in SECTIONS:
         row = {"type": "row", "title": section.title, "collapsed": False, "panels": []}
         panels.append({**row, "gridPos": {"x": 0, "y": top, "w": 24, "h": 1}})
         for place, panel in enumerate(section.panels):
             x, y = place % _COLUMNS * _WIDTH, top + 1 + place // _COLUMNS * _HEIGHT
-            panels.append(_graph(panel, section.question, x=x, y=y))
+            panels.append(_panel(panel, section.question, x=x, y=y))
         top += 1 + -(-len(section.panels) // _COLUMNS) * _HEIGHT
     variables = [
         {"name": "datasource", "type": "datasource", "query": "prometheus", "label": "Prometheus"},
@@ -55,34 +58,29 @@ def dashboard() -> dict[str, Any]:
     }
 
 
-def _progress() -> dict[str, Any]:
-    """Return the panel with the newest step of each run."""
-    target = _target(f"{RAYS_PREFIX}{PREFIX}{STEP}", (), "A")
-    position = {"x": 0, "y": 0, "w": 24, "h": _HEIGHT}
+def _graph(title: str, targets: Sequence[Mapping[str, Any]], *, x: int, y: int, width: int = 24) -> dict[str, Any]:
     return {
         "type": "timeseries",
-        "title": "steps done",
+        "title": title,
         "datasource": _SOURCE,
-        "targets": [target],
-        "gridPos": position,
+        "targets": targets,
+        "gridPos": {"x": x, "y": y, "w": width, "h": _HEIGHT},
     }
 
 
-def _graph(panel: Panel, question: str, *, x: int, y: int) -> dict[str, Any]:
-    targets, unit = [], "none"
-    for number, name in enumerate(panel.metrics):
-        metric = exported(METRICS[name])
-        targets.append(_target(metric.in_prometheus, metric.labels, chr(ord("A") + number), rate=metric.is_counter))
-        unit = _UNITS.get(METRICS[name].unit, "none")
+def _panel(panel: Panel, question: str, *, x: int, y: int) -> dict[str, Any]:
+    metrics = [(exported(METRICS[name]), ref) for name, ref in zip(panel.metrics, ascii_uppercase, strict=False)]
+    targets = [_target(metric.in_prometheus, metric.labels, ref, rate=metric.is_counter) for metric, ref in metrics]
+    title = f"{panel.title}, a second" if any(metric.is_counter for metric, _ in metrics) else panel.title
     scale = {"type": "log", "log": 10} if panel.log else {"type": "linear"}
+    defaults = {
+        "unit": _UNITS.get(METRICS[panel.metrics[-1]].unit, "none"),
+        "custom": {"scaleDistribution": scale},
+    }
     return {
-        "type": "timeseries",
-        "title": f"{panel.title}, a second" if any(name.endswith("/total") for name in panel.metrics) else panel.title,
+        **_graph(title, targets, x=x, y=y, width=_WIDTH),
         "description": question,
-        "datasource": _SOURCE,
-        "targets": targets,
-        "fieldConfig": {"defaults": {"unit": unit, "custom": {"scaleDistribution": scale}}, "overrides": []},
-        "gridPos": {"x": x, "y": y, "w": _WIDTH, "h": _HEIGHT},
+        "fieldConfig": {"defaults": defaults, "overrides": []},
     }
 
 
@@ -96,4 +94,4 @@ def _target(name: str, labels: tuple[str, ...], ref: str, *, rate: bool = False)
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(dashboard(), indent=1) + "\n")
+    sys.stdout.write(json.dumps(grafana_dashboard(), indent=1) + "\n")

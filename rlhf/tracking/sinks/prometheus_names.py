@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from rlhf.tracking.metrics.declarations import METRICS, PLACEHOLDERS, Metric, declared
+from rlhf.tracking.metrics.declarations import METRICS, Metric, declared
 from rlhf.tracking.metrics.reductions import Histogram
 
 PREFIX = "rlhf_"
@@ -49,10 +49,7 @@ def exported(metric: Metric) -> Exported:
 def labelled(key: str) -> tuple[Exported, dict[str, str]]:
     """Return the Prometheus form of a key, and its labels. KeyError: the key is not declared."""
     metric = declared(key)
-    pattern = re.sub(r"<(\w+)>", lambda m: f"(?P<{m[1]}>{PLACEHOLDERS[m[1]][0]})", metric.name)
-    match = re.fullmatch(pattern, key)
-    assert match is not None
-    return exported(metric), match.groupdict()
+    return exported(metric), metric.placeholders(key) or {}
 
 
 def all_exported() -> list[Exported]:

@@ -7,14 +7,13 @@ Made by wandb-workspaces; only saving it speaks to W&B. It reads no run.
 from __future__ import annotations
 
 import json
-import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import RunError, UserError
 from rlhf.tracking.logs import redact
-from rlhf.tracking.metrics.declarations import METRICS, PLACEHOLDERS
+from rlhf.tracking.metrics.declarations import METRICS
 from rlhf.tracking.metrics.panels import SECTIONS, Panel
 from rlhf.tracking.metrics.reductions import Histogram
 
@@ -35,11 +34,10 @@ def make_workspace(*, entity: str, project: str) -> Workspace:
         ws.Section(name=section.title, panels=[_plot(wr, panel) for panel in section.panels], is_open=True)
         for section in SECTIONS
     ]
-    seen = [metric.name for metric in METRICS.values() if metric.reduction is Histogram]
-    media = [wr.MediaBrowser(title=name, media_keys=[name]) for name in seen]
+    histograms = [metric.name for metric in METRICS.values() if metric.reduction is Histogram]
+    media = [wr.MediaBrowser(title=name, media_keys=[name]) for name in histograms]
     samples = [wr.WeavePanelSummaryTable(table_name="samples/train")]
-    sections.append(ws.Section(name="Distributions", panels=media, is_open=False))
-    sections.append(ws.Section(name="Samples", panels=samples, is_open=False))
+    sections += [ws.Section(name="Distributions", panels=media), ws.Section(name="Samples", panels=samples)]
     return ws.Workspace(
         entity=entity,
         project=project,
@@ -53,12 +51,13 @@ def make_workspace(*, entity: str, project: str) -> Workspace:
 def publish(*, project: str, entity: str | None, out: Path | None) -> str:
     """Save the workspace to W&B, or as JSON to a file without asking any server. Returns its address, or the file.
 
-    UserError: no credentials, or no package. RunError: W&B did not take it.
+    UserError: no credentials, or no package. RunError: W&B refused it.
     """
     if out is not None:
         if not out.parent.is_dir():
-            raise UserError(f"--out: the folder of {out} does not exist; name a file in one that does")
-        spec = serialised(make_workspace(entity=entity or "", project=project))
+            raise UserError(f"--out: the folder of {out} does not exist. Name a file in an existing folder.")
+        workspace: Any = make_workspace(entity=entity or "", project=project)
+        spec = workspace._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
         out.write_text(json.dumps(spec, indent=1) + "\n", encoding="utf-8")
         return str(out)
     _need_package()
@@ -66,20 +65,14 @@ def publish(*, project: str, entity: str | None, out: Path | None) -> str:
 
     if not wandb.login(prompt=False):
         raise UserError(
-            "rlhf dashboard saves to W&B, which has no credentials here: set WANDB_API_KEY, run `wandb login`, or "
-            "write the workspace to a file with --out."
+            "rlhf dashboard saves to W&B, but there are no credentials: set WANDB_API_KEY, run `wandb login`, or write "
+            "the workspace to a file with --out."
         )
     try:
         owner = entity or str(wandb.Api(timeout=ANSWER_WITHIN_S).default_entity)
         return str(make_workspace(entity=owner, project=project).save().url)
     except (wandb.errors.Error, ValueError, OSError) as error:
-        raise RunError(f"dashboard: W&B did not take the workspace: {redact(str(error))}") from error
-
-
-def serialised(workspace: Workspace) -> dict[str, Any]:
-    """Return the workspace as sent to W&B."""
-    spec: dict[str, Any] = workspace._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
-    return spec
+        raise RunError(f"dashboard: W&B refused the workspace: {redact(str(error))}") from error
 
 
 def _need_package() -> None:
@@ -94,10 +87,6 @@ def _plot(reports: Any, panel: Panel) -> Any:
     """Return a line plot of the panel's metrics over our step. A pattern selects metrics with placeholders."""
     settings: dict[str, Any] = {"title": panel.title, "x": "step", "log_y": panel.log or None}
     if any("<" in name for name in panel.metrics):
-        return reports.LinePlot(**settings, metric_regex="|".join(map(pattern, panel.metrics)))
+        patterns = [f"^{METRICS[name].pattern}$" for name in panel.metrics]
+        return reports.LinePlot(**settings, metric_regex="|".join(patterns))
     return reports.LinePlot(**settings, y=list(panel.metrics))
-
-
-def pattern(name: str) -> str:
-    """Return a regular expression for the keys of a declared metric."""
-    return "^" + re.sub(r"<(\w+)>", lambda m: f"({PLACEHOLDERS[m[1]][0]})", name) + "$"
