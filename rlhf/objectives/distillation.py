@@ -1,9 +1,8 @@
 """Compute divergences between a student's and a teacher's next-token distributions.
 
-forward_kl, reverse_kl and generalized_jsd take log-probabilities over one support, the last axis. It is the vocabulary,
-or a top-k support made by with_tail or renormalized. chunked_divergence and weighted_divergence_sum apply a divergence
-to two models' hidden states and hold the logits of a few hundred rows at a time. Each row gets one value; the caller
-masks, weights and sums. Only the student gets a gradient.
+forward_kl, reverse_kl and generalized_jsd take log-probabilities over one support, the last axis.
+weighted_divergence_sum applies a divergence to two models' hidden states and holds the logits of a few hundred rows at
+a time. Only the student gets a gradient.
 
 sampled_divergence_sum is weighted_divergence_sum for tokens sampled by the student. On-policy distillation from these
 tokens alone (arXiv:2306.08543; TRL's sampled_token) needs no distributions: teacher_advantages are used in a policy
@@ -19,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rlhf.objectives.vocabulary_head import CHUNK_ROWS, Factors, Head, rows_of_logits, sum_over_rows
+from rlhf.objectives.vocabulary_head import CHUNK_ROWS, Factors, Head, sum_over_rows
 
 Divergence = Callable[[Tensor, Tensor], Tensor]  # (student_logprobs, teacher_logprobs) over the last axis
 
@@ -57,20 +56,6 @@ def _kl(logprobs: Float[Tensor, "*B V"], others: Float[Tensor, "*B V"]) -> Float
     return (logprobs.exp() * difference).sum(-1)
 
 
-def with_tail(logprobs: Float[Tensor, "*B K"]) -> Float[Tensor, "*B K+1"]:
-    """Return the log-probabilities of K tokens and, last, of all other tokens together: a distribution over K + 1.
-
-    Its divergences are at most those over the vocabulary. The tail is clipped below at 1e-7, without gradient there.
-    """
-    inside = logprobs.logsumexp(-1, keepdim=True).clamp(max=-1e-7)
-    return torch.cat([logprobs, (-inside.expm1()).log()], dim=-1)
-
-
-def renormalized(logprobs: Float[Tensor, "*B K"]) -> Float[Tensor, "*B K"]:
-    """Return the log-probabilities of K tokens, conditioned on this set. The other tokens get no gradient."""
-    return logprobs - logprobs.logsumexp(-1, keepdim=True)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherStates:
     """Hidden states of the teacher for the student's rows, with the teacher's vocabulary head."""
@@ -80,40 +65,6 @@ class TeacherStates:
     bias: Float[Tensor, " V"] | None = None
     softcap: float | None = None
     logit_scale: float = 1.0
-
-
-def chunked_divergence(
-    divergence: Divergence,
-    hidden: Float[Tensor, "N H"],
-    weight: Float[Tensor, "V H"],
-    teacher: TeacherStates,
-    *,
-    bias: Float[Tensor, " V"] | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    chunk_size: int = CHUNK_ROWS,
-) -> Float[Tensor, " N"]:
-    """Return divergence(student, teacher) of each row, over the whole vocabulary.
-
-    Both models' logits are divided by temperature (GKD does not multiply the loss by its square). ValueError if rows or
-    vocabularies differ: slice both heads to the shared tokens.
-    """
-    teacher_logprobs = _teacher_logprobs(teacher, like=(hidden, weight), temperature=temperature)
-
-    def of_rows(logits: Tensor, rows: slice) -> Tensor:
-        return divergence(logits.log_softmax(-1), teacher_logprobs(rows).to(logits.dtype))
-
-    return rows_of_logits(
-        of_rows,
-        hidden,
-        weight,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        chunk_size=chunk_size,
-    )
 
 
 def weighted_divergence_sum(
@@ -134,8 +85,9 @@ def weighted_divergence_sum(
     """Return (loss, divergences, logprobs, is_top1). Only the loss has a gradient.
 
     The loss is token_weight times the sum of divergence - sft_coef * logprob. logprobs are those of the targets at
-    temperature 1, and is_top1 is True for targets with the largest logit. Use it for losses with weights known
-    beforehand: each head is applied once, not twice as in `chunked_divergence`.
+    temperature 1, and is_top1 is True for targets with the largest logit. Both models' logits are divided by
+    temperature (GKD does not multiply the loss by its square). ValueError if rows or vocabularies differ: slice both
+    heads to the shared tokens.
     """
     teacher_logprobs = _teacher_logprobs(teacher, like=(hidden, weight), temperature=temperature)
 
@@ -235,31 +187,3 @@ def _teacher_logprobs(
             return head.logits(factors, rows).log_softmax(-1)
 
     return of_rows
-
-
-def chunked_logprobs_of(
-    tokens: Int[Tensor, "N K"],
-    hidden: Float[Tensor, "N H"],
-    weight: Float[Tensor, "V H"],
-    *,
-    bias: Float[Tensor, " V"] | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    chunk_size: int = CHUNK_ROWS,
-) -> Float[Tensor, "N K"]:
-    """Return the log-probabilities of K tokens per row, such as a teacher's stored top-k tokens."""
-
-    def of_rows(logits: Tensor, rows: slice) -> Tensor:
-        return logits.gather(-1, tokens[rows]) - logits.logsumexp(-1, keepdim=True)
-
-    return rows_of_logits(
-        of_rows,
-        hidden,
-        weight,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        chunk_size=chunk_size,
-    )

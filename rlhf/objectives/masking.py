@@ -40,11 +40,6 @@ def sequence_sums(values: Float[Tensor, " N"], lengths: Int[Tensor, " B"]) -> Fl
     return torch.segment_reduce(values, "sum", lengths=lengths, axis=0, initial=0.0)
 
 
-def sequence_maxima(values: Float[Tensor, " N"], lengths: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """Return the largest token of each sequence; -inf for an empty one."""
-    return torch.segment_reduce(values, "max", lengths=lengths, axis=0, initial=-torch.inf)
-
-
 def sequence_counts(mask: Bool[Tensor, " N"], lengths: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
     """Return the number of counted tokens of each sequence."""
     running = torch.nn.functional.pad(mask.cumsum(0), (1, 0))
@@ -57,14 +52,6 @@ def sequence_means(
 ) -> Float[Tensor, " B"]:
     """Return the mean over each sequence's counted tokens; 0 for a sequence without any."""
     return sequence_sums(torch.where(mask, values, 0.0), lengths) / sequence_counts(mask, lengths).clamp(min=1)
-
-
-def through_first(marks: Bool[Tensor, "*B T"]) -> Bool[Tensor, "*B T"]:
-    """Return True up to and including each row's first mark; rows without a mark are all True.
-
-    For right-padded responses with their end tokens marked, the result is the mask of sampled tokens.
-    """
-    return marks.cumsum(-1) - marks.long() == 0
 
 
 def to_tokens(
@@ -91,13 +78,6 @@ class Moments:
         if self.count < 2:
             raise ValueError(f"a variance needs at least 2 values, got {self.count}")
         return self.squared_deviation / (self.count - 1)
-
-    @property
-    def biased_variance(self) -> float:
-        """Return the mean squared deviation (count in the denominator). ValueError if no value counts."""
-        if self.count < 1:
-            raise ValueError("a variance of no values")
-        return self.squared_deviation / self.count
 
 
 def moments(values: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"]) -> Moments:

@@ -3,9 +3,8 @@
 Each returns one term per token, zero where `mask` is False; aggregation.py weights them and the caller sums them. No
 function here knows the number of tokens in the step, so none can average over the wrong tokens.
 
-`*_surrogate` and clipped_tokens take logprobs and use importance_ratio. `*_loss` and clipped_ratios take any ratio,
-such as those of sequence_ratios.py. With one optimizer step per batch pass `logprobs.detach()` as old_logprobs: the
-ratio is then exactly 1 and the gradient that of REINFORCE.
+The ratio is importance_ratio or one of sequence_ratios.py. With one optimizer step per batch pass `logprobs.detach()`
+as old_logprobs: the ratio is then exactly 1 and the gradient that of REINFORCE.
 """
 
 from __future__ import annotations
@@ -22,52 +21,6 @@ def importance_ratio(
     return torch.where(mask, logprobs - old_logprobs, 0.0).exp()
 
 
-def clipped_surrogate(
-    logprobs: Float[Tensor, "*N"],
-    old_logprobs: Float[Tensor, "*N"],
-    advantages: Float[Tensor, "*N"],
-    mask: Bool[Tensor, "*N"],
-    *,
-    clip_low: float,
-    clip_high: float,
-) -> Float[Tensor, "*N"]:
-    """Return PPO's clipped objective (arXiv:1707.06347, eq. 7), negated.
-
-    The ratio's bounds are 1 - clip_low and 1 + clip_high; equal in PPO, apart in DAPO (arXiv:2503.14476, eq. 10).
-    """
-    ratio = importance_ratio(logprobs, old_logprobs, mask)
-    return clipped_loss(ratio, advantages, mask, clip_low=clip_low, clip_high=clip_high)
-
-
-def dual_clipped_surrogate(
-    logprobs: Float[Tensor, "*N"],
-    old_logprobs: Float[Tensor, "*N"],
-    advantages: Float[Tensor, "*N"],
-    mask: Bool[Tensor, "*N"],
-    *,
-    clip_low: float,
-    clip_high: float,
-    max_ratio: float,
-) -> Float[Tensor, "*N"]:
-    """Return clipped_surrogate with a limit of max_ratio * |A| on negative advantages: see dual_clipped_loss."""
-    ratio = importance_ratio(logprobs, old_logprobs, mask)
-    return dual_clipped_loss(ratio, advantages, mask, clip_low=clip_low, clip_high=clip_high, max_ratio=max_ratio)
-
-
-def clipped_tokens(
-    logprobs: Float[Tensor, "*N"],
-    old_logprobs: Float[Tensor, "*N"],
-    advantages: Float[Tensor, "*N"],
-    mask: Bool[Tensor, "*N"],
-    *,
-    clip_low: float,
-    clip_high: float,
-) -> tuple[Bool[Tensor, "*N"], Bool[Tensor, "*N"]]:
-    """Return clipped_ratios of importance_ratio."""
-    ratio = importance_ratio(logprobs, old_logprobs, mask)
-    return clipped_ratios(ratio, advantages, mask, clip_low=clip_low, clip_high=clip_high)
-
-
 def clipped_loss(
     ratio: Float[Tensor, "*N"],
     advantages: Float[Tensor, "*N"],
@@ -76,7 +29,10 @@ def clipped_loss(
     clip_low: float,
     clip_high: float,
 ) -> Float[Tensor, "*N"]:
-    """Return -min(ratio * A, clip(ratio) * A) (arXiv:1707.06347, eq. 7, negated)."""
+    """Return PPO's clipped objective -min(ratio * A, clip(ratio) * A) (arXiv:1707.06347, eq. 7, negated).
+
+    The ratio's bounds are 1 - clip_low and 1 + clip_high; equal in PPO, apart in DAPO (arXiv:2503.14476, eq. 10).
+    """
     clipped_ratio = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
     return torch.where(mask, -torch.minimum(ratio * advantages, clipped_ratio * advantages), 0.0)
 

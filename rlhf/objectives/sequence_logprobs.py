@@ -15,22 +15,6 @@ from torch import Tensor
 from rlhf.objectives.masking import sequence_counts, sequence_means, sequence_sums, to_tokens
 
 
-def sequence_total(
-    values: Float[Tensor, " N"], mask: Bool[Tensor, " N"], lengths: Int[Tensor, " B"]
-) -> Float[Tensor, " B"]:
-    """Return the sum over each response's counted tokens. ValueError for a response without any."""
-    _counts(mask, lengths, needed_by="sequence_total")
-    return sequence_sums(torch.where(mask, values, 0.0), lengths)
-
-
-def sequence_average(
-    values: Float[Tensor, " N"], mask: Bool[Tensor, " N"], lengths: Int[Tensor, " B"]
-) -> Float[Tensor, " B"]:
-    """Return the mean over each response's counted tokens. ValueError for a response without any."""
-    _counts(mask, lengths, needed_by="sequence_average")
-    return sequence_means(values, mask, lengths)
-
-
 def length_desensitized_total(
     values: Float[Tensor, " N"],
     mask: Bool[Tensor, " N"],

@@ -1,8 +1,7 @@
 """Apply the vocabulary head to a few hundred rows at a time, so that no [rows, vocabulary] matrix ever exists.
 
-logprobs.py computes log-probabilities and entropies with it, distillation.py divergences; rows_of_logits computes any
-other function of single rows. The backward pass recomputes the logits. Products are taken in the dtype of their
-factors, reductions in float32 (float64 for float64 input). Nothing here knows the meaning of a row.
+logprobs.py computes log-probabilities and entropies with it, distillation.py divergences. Products are taken in the
+dtype of their factors, reductions in float32 (float64 for float64 input). Nothing here knows the meaning of a row.
 """
 
 from __future__ import annotations
@@ -118,67 +117,6 @@ def chunks(stop: int, size: int, *, start: int = 0) -> list[slice]:
     return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 
-class _RowsOfLogits(torch.autograd.Function):
-    """Saves the factors alone; the backward pass recomputes logits and function chunk by chunk."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        head: Head,
-        chunk_size: int,
-        function: Callable[[Tensor, slice], Tensor],
-    ) -> Tensor:
-        factors = Factors.of(hidden, weight, bias)
-        ctx.save_for_backward(hidden, weight, bias)
-        ctx.head, ctx.chunk_size, ctx.function = head, chunk_size, function
-        ranges = chunks(len(hidden), chunk_size) or [slice(0, 0)]
-        return torch.cat([function(head.logits(factors, rows), rows) for rows in ranges])
-
-    @staticmethod
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
-        hidden, weight, bias = ctx.saved_tensors
-        head: Head = ctx.head
-        factors = Factors.of(hidden, weight, bias)
-        gradients = ProductGradients(factors, needed=ctx.needs_input_grad[:3])
-        for block in chunks(len(hidden), ctx.chunk_size * CHUNKS_PER_PRODUCT):
-            block_grad = factors.hidden.new_empty(block.stop - block.start, len(weight))
-            for rows in chunks(block.stop, ctx.chunk_size, start=block.start):
-                logits = head.logits(factors, rows).requires_grad_()
-                with torch.enable_grad():
-                    values = ctx.function(logits, rows)
-                (grad,) = torch.autograd.grad(values, logits, outer[rows])
-                block_grad[rows.start - block.start : rows.stop - block.start] = head.product_gradient_(
-                    grad, logits.detach(), rows
-                )
-            gradients.add(block, block_grad)
-        return *gradients.totals(hidden.dtype, weight.dtype), None, None, None
-
-
-def rows_of_logits(
-    function: Callable[[Tensor, slice], Tensor],
-    hidden: Float[Tensor, "N H"],
-    weight: Float[Tensor, "V H"],
-    *,
-    bias: Float[Tensor, " V"] | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    chunk_size: int = CHUNK_ROWS,
-) -> Float[Tensor, "N ..."]:
-    """Return function(logits of some rows, row slice) over all rows, in chunks. It must treat rows independently.
-
-    The logits are those of logprobs.py: softcap(logit_scale * (hidden @ weight.T + bias)) / temperature. The gradient
-    reaches hidden, weight and bias; all other inputs of the function are data. The function must not change its
-    argument and must be differentiable by autograd.
-    """
-    head = Head(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
-    rows: Tensor = _RowsOfLogits.apply(hidden, weight, bias, head, chunk_size, function)
-    return rows
-
-
 class _SumOverRows(torch.autograd.Function):
     """Takes the gradient chunk by chunk in the forward pass, and keeps it for the backward pass."""
 
@@ -238,9 +176,10 @@ def sum_over_rows(
     """Return (sum of the rows' terms, further values per row without gradient) of function(logits of some rows, row
     slice).
 
-    The conditions of `rows_of_logits` hold. Use it for sums with weights already in the terms: head and function are
-    evaluated once, not twice as by `rows_of_logits`. The cost is one gradient of the head's weight kept from the
-    forward to the backward pass.
+    The logits are those of logprobs.py. The gradient reaches hidden, weight and bias; all other inputs of the function
+    are data. The function must treat rows independently, must not change its argument, and must be differentiable by
+    autograd. Head and function are evaluated once, so the terms must contain their weights. The cost is one gradient of
+    the head's weight kept from the forward to the backward pass.
     """
     head = Head(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
     results: tuple[Tensor, Tensor] = _SumOverRows.apply(hidden, weight, bias, head, chunk_size, function)

@@ -34,7 +34,6 @@ from rlhf.data.stream import Stream
 from rlhf.engine.distributed import init_distributed, leave_distributed
 from rlhf.evaluation.voting import AnswerForm
 from rlhf.models.loading import load_tokenizer
-from rlhf.objectives.masking import through_first
 from rlhf.preflight.inputs import OnlineInputs, StageInputs, load_inputs
 from rlhf.rewards.scoring import fingerprint
 from rlhf.roles import AdvantagesReport, Arithmetic, CompletedGroup, EnginePart, Metrics, PrepareReport, SampleSelection
@@ -288,7 +287,8 @@ class Engine:
         }
         infos = []
         for sample, (row, logprob) in enumerate(zip(ids, logprobs, strict=True)):
-            count = int(through_first(row[prompt:] == end).sum())
+            marks = (row[prompt:] == end).long()
+            count = int((marks.cumsum(0) - marks == 0).sum())  # through the first end token
             mask = torch.arange(prompt + count) >= prompt
             columns["token_ids"].append(row[: prompt + count])
             columns["response_mask"].append(mask)

@@ -25,8 +25,7 @@ from rlhf.objectives.kl import kl_k1, kl_k2, kl_k3
 from rlhf.objectives.masking import Moments, merge_moments, moments, sequence_means, sequence_sums
 from rlhf.objectives.policy_loss import (
     clipped_loss,
-    clipped_surrogate,
-    dual_clipped_surrogate,
+    dual_clipped_loss,
     importance_ratio,
     reinforce,
     two_sided_clipped_loss,
@@ -103,6 +102,16 @@ def two_sided(batch: Batch, logprobs: Tensor) -> Tensor:
     return two_sided_clipped_loss(ratio, batch.advantages, batch.mask, **CLIP, max_ratio=3.0)
 
 
+def clipped(batch: Batch, logprobs: Tensor) -> Tensor:
+    ratio = importance_ratio(logprobs, batch.old_logprobs, batch.mask)
+    return clipped_loss(ratio, batch.advantages, batch.mask, **CLIP)
+
+
+def dual_clipped(batch: Batch, logprobs: Tensor) -> Tensor:
+    ratio = importance_ratio(logprobs, batch.old_logprobs, batch.mask)
+    return dual_clipped_loss(ratio, batch.advantages, batch.mask, **CLIP, max_ratio=3.0)
+
+
 def cispo_of(batch: Batch, logprobs: Tensor) -> Tensor:
     ratio = importance_ratio(logprobs, batch.old_logprobs, batch.mask)
     return cispo(ratio, logprobs, batch.advantages, batch.mask, min_ratio=0.0, max_ratio=2.0)
@@ -115,8 +124,8 @@ def sapo_of(batch: Batch, logprobs: Tensor) -> Tensor:
 
 # Every per-token loss of one differentiable column.
 LOSSES: dict[str, Callable[[Batch, Tensor], Tensor]] = {
-    "clipped": lambda b, x: clipped_surrogate(x, b.old_logprobs, b.advantages, b.mask, **CLIP),
-    "dual clip": lambda b, x: dual_clipped_surrogate(x, b.old_logprobs, b.advantages, b.mask, **CLIP, max_ratio=3.0),
+    "clipped": clipped,
+    "dual clip": dual_clipped,
     "two-sided clip": two_sided,
     "gspo": lambda b, x: gspo(b, x, sequence_ratio),
     "gspo token": lambda b, x: gspo(b, x, sequence_token_ratio),

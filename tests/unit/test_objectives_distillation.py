@@ -13,18 +13,13 @@ from torch import Tensor
 from rlhf.objectives.distillation import (
     Divergence,
     TeacherStates,
-    chunked_divergence,
-    chunked_logprobs_of,
     forward_kl,
     generalized_jsd,
-    renormalized,
     reverse_kl,
     sampled_divergence_sum,
     teacher_advantages,
     weighted_divergence_sum,
-    with_tail,
 )
-from rlhf.objectives.vocabulary_head import rows_of_logits
 
 STUDENT, TEACHER = (torch.tensor(p, dtype=torch.float64).log() for p in ([0.5, 0.5], [0.75, 0.25]))
 DIVERGENCES: list[Divergence] = [forward_kl, reverse_kl, partial(generalized_jsd, beta=0.3)]
@@ -66,19 +61,6 @@ def test_the_jsd_of_what_never_meets_is_the_entropy_of_beta() -> None:
     assert forward_kl(*apart) == math.inf
 
 
-def test_top_k_with_and_without_the_others() -> None:
-    top = torch.tensor([0.5, 0.25], dtype=torch.float64).log()
-    torch.testing.assert_close(with_tail(top).exp().tolist(), [0.5, 0.25, 0.25])
-    torch.testing.assert_close(renormalized(top).exp().tolist(), [2 / 3, 1 / 3])
-
-
-def test_a_tail_of_nothing_is_finite() -> None:
-    everything = torch.tensor([0.0, -1e-3]).log_softmax(-1).requires_grad_()
-    tailed = with_tail(everything)
-    assert tailed[-1].item() == pytest.approx(math.log(1e-7), rel=1e-2)
-    assert torch.autograd.grad(tailed.sum(), everything)[0].isfinite().all()
-
-
 def random(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
@@ -89,15 +71,15 @@ def test_chunks_give_what_whole_logits_give(divergence: Divergence, chunk_size: 
     hidden, weight, bias = (random(*shape, seed=i).requires_grad_() for i, shape in enumerate([(10, 4), (7, 4), (7,)]))
     teacher = TeacherStates(hidden=random(10, 3, seed=3), weight=random(7, 3, seed=4), softcap=3.0, logit_scale=0.5)
     settings: dict[str, Any] = {"temperature": 0.7, "softcap": 2.0, "logit_scale": 1.5}
-    found = chunked_divergence(divergence, hidden, weight, teacher, bias=bias, **settings, chunk_size=chunk_size)
+    settings |= {"bias": bias, "chunk_size": chunk_size, "token_weight": 0.5}
+    loss, found, *_ = weighted_divergence_sum(divergence, hidden, weight, torch.zeros(10).long(), teacher, **settings)
     logits = 2.0 * (1.5 * (hidden @ weight.T + bias) / 2.0).tanh() / 0.7
     teacher_logits = 3.0 * (0.5 * (teacher.hidden @ teacher.weight.T) / 3.0).tanh() / 0.7
     whole = divergence(logits.log_softmax(-1), teacher_logits.log_softmax(-1))
-    torch.testing.assert_close(found, whole)
-    outer = random(10, seed=5)
+    torch.testing.assert_close(found, whole.detach())
     for ours, theirs in zip(
-        torch.autograd.grad(found, [hidden, weight, bias], outer),
-        torch.autograd.grad(whole, [hidden, weight, bias], outer),
+        torch.autograd.grad(loss, [hidden, weight, bias]),
+        torch.autograd.grad(0.5 * whole.sum(), [hidden, weight, bias]),
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs)
@@ -139,8 +121,10 @@ def test_a_weighted_sum_is_that_of_whole_logits(temperature: float, sft_coef: fl
 def test_bfloat16_is_reduced_in_float32() -> None:
     hidden, weight = (random(*shape, seed=i).bfloat16().requires_grad_() for i, shape in enumerate([(5, 4), (7, 4)]))
     teacher = TeacherStates(hidden=random(5, 4, seed=2).bfloat16(), weight=random(7, 4, seed=3).bfloat16())
-    found = chunked_divergence(forward_kl, hidden, weight, teacher, chunk_size=2)
-    gradients = torch.autograd.grad(found.sum(), [hidden, weight])
+    loss, found, *_ = weighted_divergence_sum(
+        forward_kl, hidden, weight, torch.zeros(5).long(), teacher, token_weight=1.0, chunk_size=2
+    )
+    gradients = torch.autograd.grad(loss, [hidden, weight])
     assert found.dtype == torch.float32
     assert [gradient.dtype for gradient in gradients] == [torch.bfloat16] * 2
     logprobs = (
@@ -149,33 +133,9 @@ def test_bfloat16_is_reduced_in_float32() -> None:
     torch.testing.assert_close(found.double(), forward_kl(*logprobs), rtol=0.02, atol=0.02)
 
 
-def test_logprobs_of_several_tokens_a_row() -> None:
-    hidden, weight = random(5, 4, seed=0).requires_grad_(), random(7, 4, seed=1).requires_grad_()
-    tokens = torch.tensor([[0, 6], [1, 1], [2, 3], [4, 5], [6, 0]])
-    found = chunked_logprobs_of(tokens, hidden, weight, temperature=2.0, chunk_size=2)
-    whole = (hidden @ weight.T / 2.0).log_softmax(-1).gather(-1, tokens)
-    torch.testing.assert_close(found, whole)
-    outer = random(5, 2, seed=2)
-    for ours, theirs in zip(
-        torch.autograd.grad(found, [hidden, weight], outer),
-        torch.autograd.grad(whole, [hidden, weight], outer),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs)
-
-
-def test_any_function_of_a_row_in_chunks() -> None:
-    hidden, weight = random(5, 4, seed=0), random(7, 4, seed=1)
-    found = rows_of_logits(lambda logits, rows: logits.amax(-1), hidden, weight, chunk_size=2)
-    torch.testing.assert_close(found, (hidden @ weight.T).amax(-1))
-    assert rows_of_logits(lambda logits, rows: logits.amax(-1), hidden[:0], weight).shape == (0,)
-
-
 def test_other_rows_or_vocabularies_are_refused() -> None:
     teacher = TeacherStates(hidden=random(5, 3, seed=0), weight=random(7, 3, seed=1))
     for hidden, weight in ((random(4, 4, seed=2), random(7, 4, seed=3)), (random(5, 4, seed=2), random(8, 4, seed=3))):
-        with pytest.raises(ValueError, match="one teacher row a student row and one vocabulary"):
-            chunked_divergence(forward_kl, hidden, weight, teacher)
         with pytest.raises(ValueError, match="one teacher row a student row and one vocabulary"):
             weighted_divergence_sum(
                 forward_kl, hidden, weight, torch.zeros(len(hidden)).long(), teacher, token_weight=1.0

@@ -14,10 +14,8 @@ from rlhf.objectives.masking import (
     merge_moments,
     moments,
     sequence_counts,
-    sequence_maxima,
     sequence_means,
     sequence_sums,
-    through_first,
     to_tokens,
 )
 
@@ -38,7 +36,6 @@ def test_mean_of_nothing_is_zero() -> None:
 def test_per_sequence_reductions() -> None:
     values = torch.tensor([1.0, 2.0, 3.0, 10.0, 20.0])
     assert sequence_sums(values, LENGTHS).tolist() == [6.0, 0.0, 30.0]
-    assert sequence_maxima(values, LENGTHS).tolist() == [3.0, -math.inf, 20.0]
     assert sequence_counts(MASK, LENGTHS).tolist() == [2, 0, 1]
     assert sequence_means(VALUES, MASK, LENGTHS).tolist() == [2.0, 0.0, 20.0]  # (1 + 3) / 2, nothing, 20 / 1
 
@@ -59,7 +56,6 @@ def test_moments() -> None:
     found = moments(torch.tensor([1.0, 100.0, 3.0, 5.0]), torch.tensor([True, False, True, True]))
     assert found == Moments(count=3, mean=3.0, squared_deviation=8.0)  # (1-3)^2 + 0 + (5-3)^2
     assert found.variance == 4.0  # 8 / 2
-    assert found.biased_variance == pytest.approx(8 / 3)
 
 
 def test_moments_of_parts_merge_to_those_of_the_whole() -> None:
@@ -82,9 +78,3 @@ def test_moments_keep_their_digits_beside_a_large_mean() -> None:
 def test_too_few_values_have_no_variance(count: int) -> None:
     with pytest.raises(ValueError, match="at least 2 values"):
         _ = Moments(count=count, mean=0.0, squared_deviation=0.0).variance
-
-
-def test_through_the_first_mark_of_each_row() -> None:
-    marks = torch.tensor([[False, True, False, True], [False, False, False, False], [True, True, False, False]])
-    found = through_first(marks)
-    assert found.tolist() == [[True, True, False, False], [True] * 4, [True, False, False, False]]

@@ -11,11 +11,7 @@ from torch import Tensor
 from rlhf.objectives.policy_loss import (
     clipped_loss,
     clipped_ratios,
-    clipped_surrogate,
-    clipped_tokens,
     dual_clipped_loss,
-    dual_clipped_surrogate,
-    importance_ratio,
     reinforce,
     two_sided_clipped_loss,
 )
@@ -80,19 +76,6 @@ def test_clipped_ratios_are_those_without_a_gradient() -> None:
     assert high.nonzero().flatten().tolist() == [2, 3]  # r = 2 and 5 with A > 0
     masked = clipped_ratios(column(5.0), column(1.0), torch.tensor([False]), **CLIP)
     assert not masked[0] | masked[1]
-
-
-def test_surrogates_take_logprobs() -> None:
-    old = column(-1.0, -2.0, -3.0, -4.0)
-    logprobs = old + column(*RATIOS).log()
-    advantages = column(1.0, -2.0, 1.0, -2.0)
-    columns = (logprobs, old, advantages, all_true(4))
-    ratio = importance_ratio(logprobs, old, all_true(4))
-    torch.testing.assert_close(ratio.tolist(), RATIOS)
-    assert torch.equal(clipped_surrogate(*columns, **CLIP), clipped_loss(ratio, *columns[2:], **CLIP))
-    dual = dual_clipped_surrogate(*columns, **CLIP, max_ratio=3.0)
-    assert torch.equal(dual, dual_clipped_loss(ratio, *columns[2:], **CLIP, max_ratio=3.0))
-    assert [flags.tolist() for flags in clipped_tokens(*columns, **CLIP)] == [[False] * 4, [False, False, True, False]]
 
 
 def test_reinforce() -> None:

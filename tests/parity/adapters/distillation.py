@@ -10,12 +10,10 @@ from torch import Tensor
 from rlhf.objectives.distillation import (
     Divergence,
     TeacherStates,
-    chunked_divergence,
     forward_kl,
     generalized_jsd,
-    renormalized,
     reverse_kl,
-    with_tail,
+    weighted_divergence_sum,
 )
 from rlhf.objectives.logprobs import chunked_logprobs, logprobs_from_logits
 from rlhf.objectives.masking import masked_sum
@@ -74,11 +72,13 @@ def trl_chunked(arguments: Arguments) -> Outputs:
         softcap=arguments.optional("teacher_final_logit_softcapping"),
         logit_scale=arguments.number("teacher_logit_scale", 1.0),
     )
-    found = chunked_divergence(
+    loss, found, *_ = weighted_divergence_sum(
         divergence_of(arguments.number("beta")),
         hidden,
         weight,
+        torch.zeros(len(hidden), dtype=torch.long),
         teacher,
+        token_weight=1.0,
         bias=bias,
         temperature=temperature,
         softcap=softcap,
@@ -98,10 +98,10 @@ def trl_chunked(arguments: Arguments) -> Outputs:
     outputs = {
         "per_token_divergence": found,
         "student_entropy": entropy,
-        "grad_student_hidden": gradient(found.sum(), hidden),
-        "grad_student_weight": gradient(found.sum(), weight),
+        "grad_student_hidden": gradient(loss, hidden),
+        "grad_student_weight": gradient(loss, weight),
     }
-    return outputs if bias is None else outputs | {"grad_student_bias": gradient(found.sum(), bias)}
+    return outputs if bias is None else outputs | {"grad_student_bias": gradient(loss, bias)}
 
 
 def per_token(found: Tensor, variable: Tensor) -> Outputs:
@@ -114,6 +114,17 @@ def trl_full_logit(arguments: Arguments) -> Outputs:
     variable, teacher = arguments.variable("student_logits"), arguments.tensor("teacher_logits")
     divergence = divergence_of(arguments.number("distillation_alpha"))
     return per_token(divergence(variable.log_softmax(-1), teacher.log_softmax(-1)), variable)
+
+
+def with_tail(logprobs: Tensor) -> Tensor:
+    """One more entry for all other tokens together, clipped below at 1e-7."""
+    inside = logprobs.logsumexp(-1, keepdim=True).clamp(max=-1e-7)
+    return torch.cat([logprobs, (-inside.expm1()).log()], dim=-1)
+
+
+def renormalized(logprobs: Tensor) -> Tensor:
+    """Conditioned on these tokens."""
+    return logprobs - logprobs.logsumexp(-1, keepdim=True)
 
 
 def trl_topk(arguments: Arguments) -> Outputs:

@@ -243,7 +243,7 @@ def openrlhf_pipeline(arguments: Arguments) -> Outputs:
     without_std = arguments.flag("no_std_norm", False)
     if estimator in ("gae", "reinforce", "reinforce_baseline"):
         found = moments(advantages, mask)
-        variance = 1.0 if without_std else max(found.biased_variance, EPS)
+        variance = 1.0 if without_std else max(found.squared_deviation / found.count, EPS)
         advantages = whiten(advantages, torch.ones_like(mask), mean=found.mean, variance=variance, eps=0.0)
     return {"advantages": advantages, "returns": returns}
 

@@ -14,7 +14,6 @@ from rlhf.objectives.kl import kl_k3
 from rlhf.objectives.masking import (
     masked_mean,
     sequence_counts,
-    sequence_maxima,
     sequence_means,
     sequence_sums,
     to_tokens,
@@ -139,7 +138,8 @@ class GRPOBatch:
         """[B] out of a column that is constant over each sequence; 1 for a fully masked row."""
         if self.one_column:
             return ratio.detach()
-        largest = sequence_maxima(ratio.detach().masked_fill(~self.mask, -math.inf), self.lengths)
+        masked = ratio.detach().masked_fill(~self.mask, -math.inf)
+        largest = torch.segment_reduce(masked, "max", lengths=self.lengths, axis=0, initial=-math.inf)
         return largest.where(sequence_counts(self.mask, self.lengths) > 0, 1.0)
 
     def aggregated(self, losses: Tensor, loss_type: str) -> Tensor:
@@ -353,12 +353,13 @@ def trl_async_grpo_loss(arguments: Arguments) -> Outputs:
     lengths = arguments.integers("segment_id").unique_consecutive(return_counts=True)[1]
     low, high = arguments.number("epsilon_low", 0.2), arguments.optional("epsilon_high")
     clip = {"clip_low": low, "clip_high": low if high is None else high}
-    losses = policy_loss.clipped_surrogate(logprobs, old, advantages, mask, **clip)
+    ratio = policy_loss.importance_ratio(logprobs, old, mask)
+    losses = policy_loss.clipped_loss(ratio, advantages, mask, **clip)
     tokens = max(arguments.number("global_n_tokens") / arguments.number("num_processes", 1), 1.0)
     accumulation = arguments.number("grad_accum", 1)
     layout = Layout(mask[None])
     loss = weighted(losses, layout, "token_mean", num_tokens=tokens * accumulation, num_sequences=1)
-    low_flags, high_flags = (f.float() for f in policy_loss.clipped_tokens(logprobs, old, advantages, mask, **clip))
+    low_flags, high_flags = (f.float() for f in policy_loss.clipped_ratios(ratio, advantages, mask, **clip))
     return {
         "loss": loss,
         "grad_flat_logps": gradient(loss, logprobs),

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 
 from rlhf.data.packing import pack
-from rlhf.objectives.masking import through_first
 from tests.parity.case import Adapter, Arguments, Outputs
 
 
@@ -60,7 +59,8 @@ def verl_response_mask(arguments: Arguments) -> Outputs:
     """Up to the first end token, one of one or several."""
     ends = arguments.param("eos_token", 2)
     ids = arguments.integers("response_id")
-    return {"mask": through_first(torch.isin(ids, torch.tensor(ends))).to(arguments.dtype)}
+    marks = torch.isin(ids, torch.tensor(ends))
+    return {"mask": (marks.cumsum(-1) - marks.long() == 0).to(arguments.dtype)}
 
 
 ADAPTERS: dict[tuple[str, str], Adapter] = {

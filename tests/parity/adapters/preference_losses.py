@@ -16,14 +16,19 @@ from rlhf.objectives.logprobs import (
     is_top1_from_logits,
     logprobs_from_logits,
 )
-from rlhf.objectives.masking import masked_mean, sequence_counts, sequence_means
-from rlhf.objectives.sequence_logprobs import length_desensitized_total, on_policy_weights, sequence_total
+from rlhf.objectives.masking import masked_mean, sequence_counts, sequence_means, sequence_sums
+from rlhf.objectives.sequence_logprobs import length_desensitized_total, on_policy_weights
 from rlhf.objectives.supervised import negative_logprob
 from tests.parity.adapters.tiny_llama import load, parameter_gradients, token_columns
 from tests.parity.case import Adapter, Arguments, Outputs, Unsupported
 from tests.parity.layout import Layout, gradient
 
 COLLISIONS = ("policy_log_sum_sq_probs", "log_sum_sq_probs")  # of the sampled tokens' distributions, for WPO
+
+
+def sequence_total(values: Tensor, mask: Tensor, lengths: Tensor) -> Tensor:
+    """Of the counted tokens of each response."""
+    return sequence_sums(torch.where(mask, values, 0.0), lengths)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

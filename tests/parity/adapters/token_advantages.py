@@ -117,7 +117,7 @@ def openrlhf_masked_normalize(arguments: Arguments) -> Outputs:
     rows = []
     for row, kept in zip(values, mask, strict=True):
         found = moments(row, kept)
-        variance = max(found.biased_variance, eps) if found.count else eps
+        variance = max(found.squared_deviation / found.count, eps) if found.count else eps
         rows.append(whiten(row, kept, mean=found.mean, variance=variance, eps=0.0))
     out = torch.stack(rows)
     return {"out": out.T if by_column else out}

@@ -13,7 +13,7 @@ from torch import Tensor
 from rlhf.objectives.advantages import group_centered, group_normalized, group_std, leave_one_out, whiten
 from rlhf.objectives.kl import kl_k1
 from rlhf.objectives.masking import Moments, masked_mean, moments, sequence_sums
-from rlhf.objectives.policy_loss import clipped_ratios, clipped_surrogate
+from rlhf.objectives.policy_loss import clipped_loss, clipped_ratios, importance_ratio
 from tests.parity.adapters.aggregation import weighted
 from tests.parity.adapters.corrections import trl_sampler_correction
 from tests.parity.adapters.token_advantages import COUNT_ROUNDING
@@ -115,7 +115,7 @@ def trl_rloo_loss(arguments: Arguments) -> Outputs:
     rows = torch.ones(len(old), dtype=torch.bool)
     epsilon_low, epsilon_high = arguments.number("epsilon_low", 0.2), arguments.optional("epsilon_high")
     clip = {"clip_low": epsilon_low, "clip_high": epsilon_low if epsilon_high is None else epsilon_high}
-    losses = clipped_surrogate(by_sequence, old, advantages, rows, **clip)
+    losses = clipped_loss(importance_ratio(by_sequence, old, rows), advantages, rows, **clip)
     loss = weighted(losses, Layout(rows[:, None]), "token_mean", num_tokens=len(rows), num_sequences=len(rows))
     low, high = (f.float() for f in clipped_ratios((by_sequence - old).exp(), advantages, rows, **clip))
     entropies = arguments.maybe("entropies")

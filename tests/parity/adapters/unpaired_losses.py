@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rlhf.objectives import unpaired_loss
 from rlhf.objectives.masking import Moments, masked_mean, merge_moments, moments
-from rlhf.objectives.sequence_logprobs import sequence_total
+from tests.parity.adapters.preference_losses import sequence_total
 from tests.parity.case import Adapter, Arguments, Outputs, Unsupported
 from tests.parity.layout import Layout, gradient
 
