@@ -171,8 +171,7 @@ class Jobs:
         self.state(job)
         shown = 0
         while True:
-            log = self._log(job, skip=shown)
-            while text := await _next(log):
+            async for text in self._log(job, skip=shown):
                 shown += len(text)
                 write(self._masked(text))
             end = await self._state_in_time(job)
@@ -185,21 +184,19 @@ class Jobs:
         connection breaks.
         """
         stream = self._client.tail_job_logs(job)
-        coming = asyncio.ensure_future(anext(stream, None))
         try:
             while True:
-                done, _ = await asyncio.wait({coming}, timeout=HEARTBEAT_S)
-                if not done:
+                coming = asyncio.ensure_future(anext(stream, None))
+                while not (await asyncio.wait({coming}, timeout=HEARTBEAT_S))[0]:
                     if (await self._state_in_time(job)).is_over:
                         return
-                    continue
-                text = coming.result()
-                if text is None:
+                if (text := coming.result()) is None:
                     return
                 skip, text = max(0, skip - len(text)), text[skip:]
                 if text:
                     yield text
-                coming = asyncio.ensure_future(anext(stream, None))
+        except (RuntimeError, OSError, aiohttp.ClientError):
+            return  # the connection broke, and the caller asks again
         finally:
             coming.cancel()
             await asyncio.wait({coming})
@@ -245,14 +242,6 @@ class Jobs:
             if len(value) >= 4:
                 text = text.replace(value, MASK)
         return redact(text)
-
-
-async def _next(log: AsyncGenerator[str, None]) -> str | None:
-    """Return the next part of a log. None: the log has ended, or the connection broke and the caller asks again."""
-    try:
-        return await anext(log, None)
-    except (RuntimeError, OSError, aiohttp.ClientError):
-        return None
 
 
 def submit_job(

@@ -185,11 +185,7 @@ def _engine(config: Config, sizes: Sizes) -> Footprint:
     shape, size = sizes.of(policy.model), _itemsize(policy)
     on_gpu = config.cluster.device == "cuda"
     terms = engine_terms(
-        shape,
-        itemsize=size,
-        tensor_parallel=role.tensor_parallel,
-        max_num_seqs=role.max_num_seqs,
-        on_gpu=on_gpu,
+        shape, itemsize=size, tensor_parallel=role.tensor_parallel, max_num_seqs=role.max_num_seqs, on_gpu=on_gpu
     )
     each = kv_bytes_per_token(shape, itemsize=size) / (role.tensor_parallel if on_gpu else 1)
     if not on_gpu:

@@ -166,15 +166,7 @@ def hub_folder(kind: str, name: str) -> Path:
 
 
 TINY = Shape(
-    source="rlhf/models/tiny.py",
-    hidden=96,
-    ffn=256,
-    layers=3,
-    heads=4,
-    kv_heads=2,
-    head_size=32,
-    vocab=320,
-    tied=False,
+    source="rlhf/models/tiny.py", hidden=96, ffn=256, layers=3, heads=4, kv_heads=2, head_size=32, vocab=320, tied=False
 )
 
 _SIZES = (

@@ -68,12 +68,7 @@ class SweepResult:
         failures = [f"{row.trial} failed: {row.error}" for row in self.rows if row.error is not None]
         caption = Text("\n".join(["* best", *failures]))
         table = Table(
-            title=title,
-            title_justify="left",
-            caption=caption,
-            caption_justify="left",
-            box=None,
-            padding=(0, 1, 0, 0),
+            title=title, title_justify="left", caption=caption, caption_justify="left", box=None, padding=(0, 1, 0, 0)
         )
         table.add_column("  trial", no_wrap=True)
         for heading in (*keys, self.metric.removeprefix("-"), "step", "time"):
