@@ -15,7 +15,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.cluster.connect import OWN_RAY
-from rlhf.config.placement_plan import Seating, fit, seat
+from rlhf.config.placement_plan import Seating, assign_nodes, seat
 from rlhf.config.schema.root import Config
 from rlhf.errors import RunError, UserError
 from rlhf.role_table import Role
@@ -136,7 +136,7 @@ def _missing(seating: Seating, alive: Sequence[Mapping[str, Any]]) -> str | None
         if not any(wanted.items() <= node["Labels"].items() for node in alive):
             labels = ", ".join(f"{name}={value}" for name, value in wanted.items())
             return f": no node has the label {labels} (cluster.roles.*.node_labels; `ray start --labels`)"
-    return "" if fit(seating.bundles, [node["Resources"] for node in alive]) is None else None
+    return "" if assign_nodes(seating.bundles, [node["Resources"] for node in alive]) is None else None
 
 
 def _table(seating: Seating, have: Mapping[str, float]) -> str:

@@ -29,7 +29,7 @@ from actors.cluster.connect import connected
 from actors.doctor.node_probe import SHARE, DriverFacts, Link, NodeProbe, code_hash, size_of, versions
 from actors.doctor.results import CheckResult, check, show
 from rlhf.config.files.load import LoadedConfig
-from rlhf.config.placement_plan import fit, seat
+from rlhf.config.placement_plan import assign_nodes, seat
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.stages import MergeStage, Stage
 from rlhf.errors import UserError
@@ -136,8 +136,11 @@ def _room(stages: Sequence[Stage], alive: Sequence[Mapping[str, Any]]) -> Iterat
             continue
         plan = seat(stage)
         found = f"{len(plan.bundles)} bundles, {plan.total('CPU'):g} CPU and {plan.total('GPU'):g} GPU"
-        advice = "see `rlhf plan`: lower cluster.roles, or add nodes"
-        yield check(f"room for {stage.run.name}", found, fit(plan.bundles, nodes) is not None, advice, failed="bad")
+        fits, advice = (
+            assign_nodes(plan.bundles, nodes) is not None,
+            "see `rlhf plan`: lower cluster.roles, or add nodes",
+        )
+        yield check(f"room for {stage.run.name}", found, fits, advice, failed="bad")
 
 
 @contextmanager

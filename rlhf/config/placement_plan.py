@@ -98,7 +98,7 @@ def _share(amount: float, parts: int) -> float:
     return math.floor(amount / parts * 10_000) / 10_000
 
 
-def fit(bundles: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str, float]]) -> list[int] | None:
+def assign_nodes(bundles: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str, float]]) -> list[int] | None:
     """Return the node of each bundle, filled in order as by Ray's PACK strategy, or None if they do not fit.
 
     The search is first fit by decreasing size, so None can be wrong for bundles of several sizes in tight nodes.
@@ -120,7 +120,7 @@ def fit(bundles: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str, flo
 
 def copies(bundles: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str, float]], *, most: int) -> int:
     """Return how many of at most `most` such runs fit into the nodes at once."""
-    return next((count for count in range(most, 0, -1) if fit([*bundles] * count, nodes) is not None), 0)
+    return next((count for count in range(most, 0, -1) if assign_nodes([*bundles] * count, nodes) is not None), 0)
 
 
 def _wishes(needed: Collection[Role], cluster: ClusterConfig, *, with_reward_model: bool) -> dict[Role, _Wish]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from rlhf.config.nodes import Node
-from rlhf.config.placement_plan import Seating, fit, seat
+from rlhf.config.placement_plan import Seating, assign_nodes, seat
 from rlhf.config.schema.root import Config
 from rlhf.config.validation.run import problems
 from rlhf.planning.footprints import Sizes, footprints
@@ -43,7 +43,7 @@ def this_machine(*, cpus: float) -> Node:
 
 def places(config: Config, seating: Seating, processes: Sequence[Footprint], nodes: Sequence[Node]) -> list[Fit]:
     """Return the memory use of each set of roles on a GPU and of each node's host, at its fullest."""
-    at = fit(seating.bundles, [node.resources for node in nodes])
+    at = assign_nodes(seating.bundles, [node.resources for node in nodes])
     if at is None:
         return []
     by_role = {footprint.role: footprint for footprint in processes}

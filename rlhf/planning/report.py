@@ -20,7 +20,7 @@ from rlhf.planning.lengths import Lengths, parse_lengths
 from rlhf.planning.memory import GIB, Footprint
 from rlhf.planning.shapes import find_config
 from rlhf.planning.simulate import simulate
-from rlhf.planning.summary import aligned, refuse_misfit, stage_text
+from rlhf.planning.summary import format_table, refuse_misfit, stage_text
 from rlhf.planning.time import DEFAULT_GPU, Stage, rates, sync_stage, system_of, training_stages
 from rlhf.role_table import ROLE_ORDER
 
@@ -106,7 +106,7 @@ def _terms(processes: Sequence[Footprint]) -> str:
         for term in filter(lambda t: t.nbytes > 0.0, process.terms):
             place = {"device": "", "host": " (host)" if process.on_gpu else "", "shared": " (shared)"}[term.place]
             rows.append(["", term.name + place, _gib(term.nbytes), term.how])
-    return aligned(rows)
+    return format_table(rows)
 
 
 def _fits(config: Config, sizes: Sizes, processes: Sequence[Footprint], nodes: Sequence[Node] | None) -> list[str]:
@@ -124,7 +124,7 @@ def _fits(config: Config, sizes: Sizes, processes: Sequence[Footprint], nodes: S
         room = "-" if place.room is None else _gib(place.room)
         where = "this machine" if local else place.where
         rows.append([where, _gib(place.wanted), room, word, place.parts])
-    text = ["memory by place, GiB\n" + aligned(rows)]
+    text = ["memory by place, GiB\n" + format_table(rows)]
     if is_tight:
         roles = [process.role for process in processes if process.role != "reward"]
         lines = "\n".join(f"  {line}" for line in remedies(config, sizes, nodes, roles))
@@ -180,7 +180,7 @@ def _times(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: 
         name = f"pipelined, {staleness} ahead" if staleness else "synchronous (max_staleness 0)"
         busy = [f"{outcome.engines_busy:.0%}", f"{outcome.trainer_busy:.0%}"]
         rows.append([name, f"{outcome.step_s:,.4g}", *busy, f"{outcome.lag:.2f}"])
-    return [text, "schedules; runs use the first one, the others are predictions for a pipeline\n" + aligned(rows)]
+    return [text, "schedules; runs use the first one, the others are predictions for a pipeline\n" + format_table(rows)]
 
 
 def _assumed(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: Lengths) -> str:
@@ -206,7 +206,7 @@ def _stages(config: Config, stages: Sequence[Stage], nodes: Sequence[Node] | Non
         share = f"{stage.seconds / total:.0%}" if stage.seconds <= total else ""
         costs = [f"{stage.seconds * rate / 3600:,.4g}" for rate in rates_per_hour.values()]
         rows.append([stage.name, f"{stage.seconds:,.4g}", share, *costs, stage.how])
-    return aligned(rows)
+    return format_table(rows)
 
 
 def _gib(nbytes: float) -> str:

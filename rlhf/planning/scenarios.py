@@ -16,7 +16,7 @@ from rlhf.config.schema.root import Config
 from rlhf.errors import UserError
 from rlhf.planning.report import response_lengths, sizes_of
 from rlhf.planning.simulate import Outcome, System, simulate
-from rlhf.planning.summary import aligned, refuse_misfit
+from rlhf.planning.summary import format_table, refuse_misfit
 from rlhf.planning.time import system_of
 
 # The meaning of each number, and its smallest value.
@@ -165,4 +165,4 @@ def _text(config: Config, system: System, results: Sequence[tuple[int, int, Outc
         "  full: sampled tokens divided by those of engines that are always full. tail: fraction of a batch's rollout\n"
         "  time after nine tenths of its responses are done."
     )
-    return f"{config.run.name}: simulated\n\n{aligned(facts)}\n\n{aligned(rows)}\n{notes}"
+    return f"{config.run.name}: simulated\n\n{format_table(facts)}\n\n{format_table(rows)}\n{notes}"

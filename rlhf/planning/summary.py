@@ -28,7 +28,7 @@ from rlhf.config.derive import (
 )
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.nodes import Node
-from rlhf.config.placement_plan import Seating, fit, seat
+from rlhf.config.placement_plan import Seating, assign_nodes, seat
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.data import DataSource, TaskConfig
 from rlhf.config.schema.evaluate import EvaluationStage
@@ -46,12 +46,12 @@ def refuse_misfit(loaded: LoadedConfig, nodes: Sequence[Node] | None, cluster: s
         if isinstance(stage, MergeStage) or nodes is None:
             continue
         seating, available = seat(stage), [node.resources for node in nodes]
-        if fit(seating.bundles, available) is None:
+        if assign_nodes(seating.bundles, available) is None:
             rows = [["", "CPU", "GPU"]]
             for name, resources in (("wanted", seating.bundles), ("available", available)):
                 rows.append([name, *(_number(sum(r.get(key, 0.0) for r in resources)) for key in ("CPU", "GPU"))])
             raise UserError(
-                f"{stage.run.name} does not fit the cluster {cluster!r}.\n{aligned(rows)}\n"
+                f"{stage.run.name} does not fit the cluster {cluster!r}.\n{format_table(rows)}\n"
                 f"Bundles: {_sizes(seating)}. Lower cluster.roles.*.workers, .engines or .cpus, let roles share "
                 "bundles with colocate_with, or use a larger cluster."
             )
@@ -64,7 +64,7 @@ def stage_text(stage: Stage, nodes: Sequence[Mapping[str, float]] | None) -> str
     name = "merge" if isinstance(stage, MergeStage) else "evaluate"
     parts = [f"{stage.run.name}: {name} -> {run_folder(stage)}"]
     if isinstance(stage, MergeStage):
-        return "\n\n".join([*parts, aligned(_merge_facts(stage.merge))])
+        return "\n\n".join([*parts, format_table(_merge_facts(stage.merge))])
     seating = seat(stage)
     model = stage.evaluate.model
     reward = stage.evaluate.reward
@@ -74,8 +74,8 @@ def stage_text(stage: Stage, nodes: Sequence[Mapping[str, float]] | None) -> str
         "reward": reward.model if reward else "functions",
     }
     roles = [role for role in ROLE_ORDER if role in stage.needs]
-    parts += [aligned(_evaluation_facts(stage)), aligned(_role_rows(roles, stage.cluster, seating, models))]
-    return "\n\n".join([*parts, aligned(_bundles(seating, nodes))])
+    parts += [format_table(_evaluation_facts(stage)), format_table(_role_rows(roles, stage.cluster, seating, models))]
+    return "\n\n".join([*parts, format_table(_bundles(seating, nodes))])
 
 
 def _merge_facts(config: MergeConfig) -> list[list[str]]:
@@ -114,9 +114,9 @@ def _run(config: Config, nodes: Sequence[Mapping[str, float]] | None) -> str:
     derived, seating = derive(config), seat(config)
     parts = [
         f"{config.run.name}: {config.algorithm.name} -> {run_folder(config)}",
-        aligned(_facts(config, derived)),
-        aligned(_roles(config, derived, seating)),
-        aligned(_bundles(seating, nodes)),
+        format_table(_facts(config, derived)),
+        format_table(_roles(config, derived, seating)),
+        format_table(_bundles(seating, nodes)),
     ]
     return "\n\n".join(parts)
 
@@ -281,7 +281,7 @@ def _role_rows(
 
 def _bundles(seating: Seating, nodes: Sequence[Mapping[str, float]] | None) -> list[list[str]]:
     """Return one row for each run of equal bundles."""
-    where = fit(seating.bundles, nodes) if nodes is not None else None
+    where = assign_nodes(seating.bundles, nodes) if nodes is not None else None
     rows: list[list[str]] = []
     for index, bundle in enumerate(seating.bundles):
         tenants = [role for role, seats in seating.seats.items() if any(s.bundle == index for s in seats)]
@@ -323,7 +323,7 @@ def _number(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
+def format_table(rows: Sequence[Sequence[str]]) -> str:
     """Format rows of cells as aligned columns."""
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
     return "\n".join("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=False)).rstrip() for row in rows)

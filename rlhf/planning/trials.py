@@ -13,7 +13,7 @@ from rlhf.config.placement_plan import copies, seat
 from rlhf.config.schema.stages import MergeStage
 from rlhf.config.schema.sweep import AshaMethod, GridMethod, Parameter, PbtMethod, Sweep
 from rlhf.planning.report import render_plan
-from rlhf.planning.summary import aligned
+from rlhf.planning.summary import format_table
 from rlhf.sweeps.space import known_trials
 
 NUM_SHOWN = 12  # trials
@@ -33,11 +33,11 @@ def render_sweep(
         *((f"  {key}", _range(parameter)) for key, parameter in config.parameters.items()),
         ("at once", _at_once(sweep, known, count, cluster)),
     ]
-    parts = [f"{config.name}: sweep -> {sweep.folder}\n", aligned(rows)]
+    parts = [f"{config.name}: sweep -> {sweep.folder}\n", format_table(rows)]
     if known is not None:
         shown = [[f"trial-{number:03d}", _shown_values(values)] for number, values in enumerate(known[:NUM_SHOWN])]
         more = [[f"and {count - NUM_SHOWN} more"]] if count > NUM_SHOWN else []
-        parts.append("\n" + aligned([*shown, *more]))
+        parts.append("\n" + format_table([*shown, *more]))
     first = sweep.base if known is None else sweep.trial(known[0], "trial-000")
     return "\n".join([*parts, "", render_plan(first, cluster=cluster, shapes=shapes, lengths=lengths)])
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhf.config.schema.sweep import Sweep
 from rlhf.sweeps.journal import Journal
-from rlhf.sweeps.results import SweepResult, TrialResult, judged_folder, metric_values, shown
+from rlhf.sweeps.results import SweepResult, TrialResult, format_value, judged_folder, metric_values
 
 _PANEL_INCHES = (4.2, 3.2)
 _COLUMNS = 3
@@ -43,8 +43,8 @@ def _places(sweep: Sweep, rows: Sequence[TrialResult], key: str) -> tuple[list[f
         parameter = sweep.config.parameters[key]
         spread = parameter.values is not None and min(values) > 0.0 and max(values) >= 10.0 * min(values)
         return [float(value) for value in values], None, parameter.scale == "log" or spread
-    names = list(dict.fromkeys(map(shown, values)))
-    return [float(names.index(shown(value))) for value in values], names, False
+    names = list(dict.fromkeys(map(format_value, values)))
+    return [float(names.index(format_value(value))) for value in values], names, False
 
 
 def _against(sweep: Sweep, rows: Sequence[TrialResult], keys: Sequence[str], output: Path) -> Path:

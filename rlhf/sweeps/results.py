@@ -80,13 +80,15 @@ class SweepResult:
             is_best = row == self.best
             outcome = row.state + "".join(f", from {origin}" for origin in row.origin[-1:])
             numbers = ["-" if row.value is None else number(row.value), str(row.step), duration(row.time_s)]
-            values = [number(value) if isinstance(value, float) else shown(value) for value in row.parameters.values()]
+            values = [
+                number(value) if isinstance(value, float) else format_value(value) for value in row.parameters.values()
+            ]
             cells = [f"{'*' if is_best else ' '} {row.trial}", *values, *numbers, outcome]
             table.add_row(*map(Text, cells), style="bold" if is_best else None)
         return table
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Format a parameter's value for a table or an axis."""
     if isinstance(value, float):
         return f"{value:g}"

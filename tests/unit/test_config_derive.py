@@ -22,7 +22,7 @@ from rlhf.config.derive import (
     weight_sync,
     with_steps,
 )
-from rlhf.config.placement_plan import fit, seat
+from rlhf.config.placement_plan import assign_nodes, seat
 from rlhf.config.schema.root import Config
 
 
@@ -257,10 +257,10 @@ def test_a_reward_beside_engines_that_sit_with_the_policy() -> None:
 def test_bundles_fill_nodes_in_order_the_large_ones_first() -> None:
     small, large = {"CPU": 1.0}, {"CPU": 4.0, "GPU": 2.0}
     nodes = [{"CPU": 5.0, "GPU": 2.0}, {"CPU": 2.0}]
-    assert fit([small, large, small], nodes) == [0, 0, 1]
-    assert fit([small, large, small, small], nodes) == [0, 0, 1, 1]
-    assert fit([large, large], nodes) is None
-    assert fit([{"CPU": 6.0}], nodes) is None  # 7 CPUs, but on no node 6
+    assert assign_nodes([small, large, small], nodes) == [0, 0, 1]
+    assert assign_nodes([small, large, small, small], nodes) == [0, 0, 1, 1]
+    assert assign_nodes([large, large], nodes) is None
+    assert assign_nodes([{"CPU": 6.0}], nodes) is None  # 7 CPUs, but on no node 6
 
 
 def test_prompts_asked_for_those_that_are_needed() -> None:
