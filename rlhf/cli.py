@@ -48,13 +48,13 @@ def _main(words: list[str]) -> int:
     try:
         args = parse_arguments(words)
     except UserError as error:
-        return _report(error, 2)
+        return _end(f"error: {error}", 2)
     try:
         return COMMANDS[args.command].run(args)
     except KeyboardInterrupt as end:
-        return _say(f"interrupted{f': {end}' if str(end) else ''}{_how_to_continue(words, args)}", 130)
+        return _end(f"interrupted{f': {end}' if str(end) else ''}{_how_to_continue(words, args)}", 130)
     except Preempted as end:
-        return _say(f"preempted: {end}{_how_to_continue(words, args)}", 75)
+        return _end(f"preempted: {end}{_how_to_continue(words, args)}", 75)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             sys.stderr.close()  # nobody reads the output
@@ -63,8 +63,8 @@ def _main(words: list[str]) -> int:
             raise
         known = _known(error)
         if known is None:
-            return _report(f"{type(error).__name__}: {error} (unexpected; --debug shows the traceback)", 1)
-        return _report(known, 2 if isinstance(known, UserError) else 1)
+            return _end(f"error: {type(error).__name__}: {error} (unexpected; --debug shows the traceback)", 1)
+        return _end(f"error: {known}", 2 if isinstance(known, UserError) else 1)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -125,11 +125,7 @@ def _reader_is_gone() -> bool:
     return bool(output.poll(0))
 
 
-def _report(error: object, code: int) -> int:
-    return _say(f"error: {error}", code)
-
-
-def _say(text: str, code: int) -> int:
+def _end(text: str, code: int) -> int:
     sys.stderr.write(printable(redact(f"rlhf: {text}\n")))
     return code
 

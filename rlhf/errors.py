@@ -1,4 +1,4 @@
-"""The ways in which a run ends other than well. Everything the command line reports is one of them."""
+"""Define the exceptions that end a command. The command line reports each with its exit code."""
 
 from __future__ import annotations
 
@@ -12,5 +12,4 @@ class RunError(Exception):
 
 
 class Preempted(Exception):
-    """The run was told to end before it was done, and can go on with --resume auto. Exit code 75. The message says what
-    is kept."""
+    """A signal ended the run, and --resume auto continues it. Exit code 75. The message names the results kept."""

@@ -24,7 +24,7 @@ from rlhf.stopping import StopRequest, run_async, run_stoppable
 END_WITHIN_S = 5.0
 IDLE_CONNECTION_S = 20.0  # a connection without a complete request head is closed after this time
 BODY_S = 60.0  # from the head of a request to the end of its body
-SWEEP_EVERY_S = 0.5
+CLOSE_EVERY_S = 0.5
 LOOK_EVERY_S = 0.1  # for a signal
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -57,10 +57,10 @@ def refuse_taken(host: str, port: int) -> None:
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except (OSError, OverflowError) as error:
-        raise _unheard(host, port, error) from error
+        raise _cannot_listen(host, port, error) from error
 
 
-def _unheard(host: str, port: int, error: OSError | OverflowError) -> UserError:
+def _cannot_listen(host: str, port: int, error: OSError | OverflowError) -> UserError:
     why = error.strerror if isinstance(error, OSError) else error
     return UserError(f"--host {host} --port {port}: the server cannot listen there: {why}")
 
@@ -102,10 +102,10 @@ async def read_text(request: web.Request) -> str:
 
 def gives_token(request: web.Request, token: str) -> bool:
     """Return whether a request has the token, as `Authorization: Bearer TOKEN`."""
-    return same(request.headers.get("Authorization", ""), f"Bearer {token}")
+    return is_same_secret(request.headers.get("Authorization", ""), f"Bearer {token}")
 
 
-def same(given: str, secret: str) -> bool:
+def is_same_secret(given: str, secret: str) -> bool:
     """Return whether a header equals the secret, in constant time. A header may be invalid text."""
     return hmac.compare_digest(os.fsencode(given), os.fsencode(secret))
 
@@ -122,11 +122,7 @@ def serve_until_interrupted(
 
     drops_abandoned: whether to cancel a request after its caller has gone.
     """
-
-    def work(request: StopRequest) -> signal.Signals:
-        return run_async(_serve(application, host, port, ready, drops_abandoned, request))
-
-    return run_stoppable(work)
+    return run_stoppable(lambda request: run_async(_serve(application, host, port, ready, drops_abandoned, request)))
 
 
 async def _serve(
@@ -143,19 +139,19 @@ async def _serve(
         application, access_log=None, shutdown_timeout=END_WITHIN_S, handler_cancellation=drops_abandoned
     )
     await runner.setup()
-    sweeping = asyncio.create_task(connections.close_idle(runner))
+    closing = asyncio.create_task(connections.close_idle(runner))
     request.ends_by_itself = True
     try:
         try:
             await web.TCPSite(runner, host, port).start()
         except (OSError, OverflowError) as error:
-            raise _unheard(host, port, error) from error
+            raise _cannot_listen(host, port, error) from error
         ready(f"http://{f'[{host}]' if ':' in host else host}:{runner.addresses[0][1]}")
         while request.signal is None:
             await asyncio.sleep(LOOK_EVERY_S)
         return request.signal
     finally:
-        sweeping.cancel()
+        closing.cancel()
         request.ends_by_itself = False
         await runner.cleanup()
 
@@ -185,16 +181,16 @@ class Connections:
     async def close_idle(self, runner: web.AppRunner) -> None:
         """Look at all connections again and again, until cancelled."""
         while True:
-            await asyncio.sleep(SWEEP_EVERY_S)
+            await asyncio.sleep(CLOSE_EVERY_S)
             assert runner.server is not None
-            self.sweep(runner.server.connections, now=asyncio.get_running_loop().time())
+            self.close_excess(runner.server.connections, now=asyncio.get_running_loop().time())
 
-    def sweep(self, connections: Sequence[web.RequestHandler], *, now: float) -> None:
+    def close_excess(self, connections: Sequence[web.RequestHandler], *, now: float) -> None:
         """Close connections after too long an idle time, and idle connections beyond the limit."""
         idle = [connection for connection in connections if connection not in self._busy]
         self._idle_since = {connection: self._idle_since.get(connection, now) for connection in idle}
         excess = len(connections) - self._most
-        for connection in sorted(idle, key=lambda one: self._idle_since[one]):
+        for connection in sorted(idle, key=self._idle_since.__getitem__):
             if excess <= 0 and now - self._idle_since[connection] < IDLE_CONNECTION_S:
                 break
             connection.force_close()

@@ -216,8 +216,8 @@ def _listening(request: StopRequest) -> Iterator[None]:
     """Handle the signals in the block. Requires the main thread."""
     before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        before = {number: signal.signal(number, request._receive) for number in heard}
+        handled = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, request._receive) for number in handled}
     try:
         yield
     finally:

@@ -36,7 +36,7 @@ from actors.serving.openai_schema import (
     answer_body,
     read,
 )
-from actors.serving.router import Answering, NoEngine
+from actors.serving.router import NoEngine, RequestRouter
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.data.chat import raw_prompt, render, turn_end
 from rlhf.data.prompts import rollout_seed
@@ -290,7 +290,7 @@ def serve_model(
 ) -> None:
     """Serve a model until interrupted. `ready` is called with the address, the base URL for clients."""
     with suppress(_Terminated), serving(model, tokenizer, cluster, max_model_len=spec.max_length) as served:
-        server = ModelServer(Answering(served.engines.handles, deadline_s=cluster.call_timeout_s), tokenizer, spec)
+        server = ModelServer(RequestRouter(served.engines.handles, deadline_s=cluster.call_timeout_s), tokenizer, spec)
         try:
             signal_received = serve_until_interrupted(
                 server.application(),

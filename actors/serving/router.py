@@ -29,7 +29,7 @@ class NoEngine(RunError):
     """Raised when all engines are dead."""
 
 
-class Answering:
+class RequestRouter:
     """Started, frozen engines. Use them on one event loop; the caller's deadline ends a wait."""
 
     def __init__(self, handles: Sequence[ActorHandle[Any]], *, deadline_s: float) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 from aiohttp import web
 
-from rlhf.serving import gives_token, same, serve_until_interrupted, serving_token, stranger
+from rlhf.serving import gives_token, is_same_secret, serve_until_interrupted, serving_token, stranger
 from rlhf.tracking.metrics.declarations import METRICS
 from rlhf.tracking.run_folder.samples import samples_path
 from rlhf.viewing.runs import RunPlace, RunPlaces
@@ -89,7 +89,7 @@ class RunViewer:
         if request.path in _OPEN or request.path.startswith("/static/"):
             return None
         cookie = request.cookies.get(_COOKIE, "")
-        if gives_token(request, self.token) or same(cookie, self._pass()):
+        if gives_token(request, self.token) or is_same_secret(cookie, self._pass()):
             return None
         return _error(401, "log in with the token")
 

@@ -26,7 +26,7 @@ import rlhf
 from actors.rollout.engine_actor import EngineHealth
 from actors.serving.http import MAX_BODY_BYTES, ModelServer, ServerSpec
 from actors.serving.openai_schema import MOST_SAMPLES, ChatRequest, read
-from actors.serving.router import Answering, NoEngine
+from actors.serving.router import NoEngine, RequestRouter
 from rlhf.cli import main
 from rlhf.data.tokenization import encode_raw
 from rlhf.errors import RunError
@@ -553,9 +553,9 @@ PROMPT = Prompt(prompt_id=0, token_ids=(1, 2), text="", columns={})
 HOW = Sampling(max_new_tokens=2)
 
 
-def answering(*states: Any) -> tuple[Answering, list[Handle]]:
+def answering(*states: Any) -> tuple[RequestRouter, list[Handle]]:
     handles = [Handle(state) for state in states]
-    return Answering(handles, deadline_s=5.0), handles  # type: ignore[arg-type]
+    return RequestRouter(handles, deadline_s=5.0), handles  # type: ignore[arg-type]
 
 
 async def test_an_engine_answers() -> None:

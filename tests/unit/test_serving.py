@@ -82,34 +82,34 @@ class Connection:
         self.closed = True
 
 
-def sweep(connections: Connections, held: list[Connection], now: float) -> list[bool]:
-    connections.sweep(held, now=now)  # type: ignore[arg-type]
+def close_excess(connections: Connections, held: list[Connection], now: float) -> list[bool]:
+    connections.close_excess(held, now=now)  # type: ignore[arg-type]
     return [one.closed for one in held]
 
 
 def test_idle_connections_are_closed_after_their_time() -> None:
     connections, held = Connections(), [Connection(), Connection()]
-    assert sweep(connections, held[:1], 0.0) == [False]
-    assert sweep(connections, held, 10.0) == [False, False]
-    assert sweep(connections, held, serving.IDLE_CONNECTION_S) == [True, False]
+    assert close_excess(connections, held[:1], 0.0) == [False]
+    assert close_excess(connections, held, 10.0) == [False, False]
+    assert close_excess(connections, held, serving.IDLE_CONNECTION_S) == [True, False]
 
 
 def test_a_busy_connection_is_never_closed() -> None:
     connections, held = Connections(), [Connection()]
     connections._busy.add(held[0])
-    assert sweep(connections, held, 0.0) == [False]
-    assert sweep(connections, held, 1e6) == [False]
+    assert close_excess(connections, held, 0.0) == [False]
+    assert close_excess(connections, held, 1e6) == [False]
 
 
 def test_the_oldest_idle_connections_leave_when_descriptors_run_short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda which: (6, 6))
     connections, held = Connections(), [Connection() for _ in range(5)]
-    sweep(connections, held[:2], 0.0)
-    assert sweep(connections, held, 1.0) == [True, True, False, False, False]
+    close_excess(connections, held[:2], 0.0)
+    assert close_excess(connections, held, 1.0) == [True, True, False, False, False]
 
 
 async def test_a_server_answers_beside_connections_that_send_half_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "SWEEP_EVERY_S", 0.05)
+    monkeypatch.setattr(serving, "CLOSE_EVERY_S", 0.05)
     monkeypatch.setattr(serving, "IDLE_CONNECTION_S", 0.3)
     port, app = unused_port(), web.Application()
 
