@@ -27,10 +27,9 @@ from rlhf.config.derive import (
 from rlhf.config.schema.root import Config
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.role_table import Role
-from rlhf.workers.frozen.online_teacher import OnlineTeacherWorker
 from rlhf.workers.frozen.reference import ReferenceWorker
 from rlhf.workers.frozen.reward import RewardSettings, RewardWorker
-from rlhf.workers.frozen.teacher import TeacherWorker
+from rlhf.workers.frozen.teacher import OnlineTeacherWorker, TeacherWorker
 from rlhf.workers.online.critic import CriticWorker
 from rlhf.workers.trained import TrainedWorker
 

@@ -20,10 +20,8 @@ class RankContext:
     deadline_s: float
 
     def torch_device(self) -> torch.device:
-        """Return the device used by this process."""
         return torch.device("cuda", 0) if self.device == "cuda" else torch.device("cpu")
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """Return the torch dtype named in a configuration."""
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

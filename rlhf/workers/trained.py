@@ -1,11 +1,10 @@
-"""Base of the policy's and the critic's ranks: joining the gang, the engine, checkpoints, export, memory."""
+"""Base of the policy's and the critic's ranks: the gang, the engine, optimizer steps, checkpoints and export."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,47 +16,61 @@ from rlhf.config.schema.root import Config
 from rlhf.engine.base import OptimizerSettings, ScheduleSettings, TrainingEngine
 from rlhf.engine.distributed import init_distributed, leave_distributed
 from rlhf.engine.flops import flops_per_token, measure_peak_flops
-from rlhf.engine.memory import explains_out_of_memory, peak_memory
 from rlhf.engine.sharded_loading import shards_as_it_loads
 from rlhf.models.export import export_adapter, export_model
-from rlhf.models.loading import architecture_fingerprint, load_tokenizer
+from rlhf.models.loading import architecture_fingerprint, load_causal_lm, load_tokenizer
+from rlhf.models.packed import policy_logprobs_only
 from rlhf.models.row_check import check_rows
 from rlhf.models.row_layout import row_layout
-from rlhf.role_table import Role
-from rlhf.roles import Arithmetic
+from rlhf.roles import Arithmetic, Metrics
+from rlhf.tracking.metrics.declarations import merge_metrics
+from rlhf.tracking.metrics.reductions import Last, Mean
 from rlhf.tracking.run_folder.atomic import explains_full
-from rlhf.types import MemoryReport
+from rlhf.workers.microbatches import Microbatch
+from rlhf.workers.model_worker import ModelWorker
 from rlhf.workers.rank_context import RankContext, torch_dtype
 
+Measure = Callable[[], Metrics]
 
-class TrainedWorker(ABC):
+
+class TrainedWorker(ModelWorker):
     """One rank of a gang. `start` joins it; every other method is called on all ranks, in the same order.
 
     Ranks sharing micro-batches all return the result of a single rank, so callers keep the results of the first.
     """
 
-    role: Role
+    step_metric: ClassVar[str] = "update/{}"  # names of the gradient norm and the learning rate
+    load_model: ClassVar[Callable[..., Any]] = staticmethod(load_causal_lm)
 
     def __init__(
         self,
         config: Config,
-        model: PolicyConfig | CriticConfig,
-        resources: TrainedResources,
         place: RankContext,
         *,
-        lr: float,
         optimizer_steps: int,
+        model: CriticConfig | None = None,
+        lr: float | None = None,
     ) -> None:
+        """Keep the settings of the run, and those of the role.
+
+        Args:
+            optimizer_steps: number of optimizer steps of the run.
+            model: None: the policy's.
+            lr: None: the policy's.
+        """
+        super().__init__(place)
         self.config = config
-        self.model_config = model
-        self.resources = resources
-        self.place = place
-        self.lr = lr
+        self.model_config: PolicyConfig | CriticConfig = config.policy if model is None else model
+        self.resources: TrainedResources = getattr(config.cluster.roles, self.role)
+        self.lr = config.train.lr if lr is None else lr
         self.optimizer_steps = optimizer_steps
-        self.data_rank = place.rank // resources.sequence_parallel  # index of this rank's share of a batch
-        self.device = place.torch_device()
-        torch.set_num_threads(place.threads)
+        self.data_rank = place.rank // self.resources.sequence_parallel  # index of this rank's share of a batch
         torch.manual_seed(config.run.seed + place.rank)
+
+    @property
+    def contributes(self) -> bool:
+        """Return whether this rank adds its share to a sum over ranks. Of ranks with one share, the first does."""
+        return self.place.rank % self.resources.sequence_parallel == 0
 
     def start(self, master_addr: str, master_port: int) -> str:
         """Join the gang and load the model. Return the architecture's fingerprint."""
@@ -78,8 +91,7 @@ class TrainedWorker(ABC):
         """Load the model and wrap it for training. The process must have joined its gang."""
         from rlhf.engine.deepspeed import DeepSpeedEngine  # DeepSpeed chooses its device when it is imported
 
-        place = self.place
-        with explains_out_of_memory(role=self.role, stage="start", rank=place.rank):
+        with self.explaining("start"):
             dtype = torch_dtype(self.model_config.dtype)
             offload = frozenset(self.resources.offload)
             with shards_as_it_loads(
@@ -113,7 +125,7 @@ class TrainedWorker(ABC):
                 offload=offload,
                 dtype=dtype,
                 device=self.device,
-                deadline_s=place.deadline_s,
+                deadline_s=self.place.deadline_s,
                 sequence_parallel=self.resources.sequence_parallel,
             )
             with torch.no_grad():
@@ -126,20 +138,17 @@ class TrainedWorker(ABC):
         )
         return self.fingerprint
 
-    @abstractmethod
     def load_module(self) -> Any:
         """Load the model without an adapter."""
-
-    def loading_options(self) -> dict[str, Any]:
-        """Return the keyword arguments for rlhf.models.loading, from the role's section of the configuration."""
         model = self.model_config
-        return {
-            "dtype": torch_dtype(model.dtype),
-            "trust_remote_code": model.trust_remote_code,
-            "gradient_checkpointing": model.gradient_checkpointing,
-            "quantize": None if model.lora is None else model.lora.quantize,
-            "device": self.device,
-        }
+        return type(self).load_model(
+            model.model,
+            dtype=torch_dtype(model.dtype),
+            trust_remote_code=model.trust_remote_code,
+            gradient_checkpointing=model.gradient_checkpointing,
+            quantize=None if model.lora is None else model.lora.quantize,
+            device=self.device,
+        )
 
     def _with_adapter(self, module: Any) -> Any:
         """Return the model with a new or a trained adapter. A role without an adapter gets the model unchanged."""
@@ -153,6 +162,41 @@ class TrainedWorker(ABC):
             return load_trainable_adapter(module, Path(model.adapter), dropout=lora.dropout)
         return add_lora(module, **adapter_options(lora))
 
+    def optimize(
+        self, microbatches: Sequence[Microbatch], compute: Callable[[Microbatch], tuple[Tensor, Measure]]
+    ) -> Metrics:
+        """Make one optimizer step with the sum of the micro-batches' losses. Collective.
+
+        `compute` returns a micro-batch's share of the step's loss, and a function that returns its metrics. The
+        metrics are read after the backward pass, since they make a GPU wait.
+        """
+        parts: list[Metrics] = []
+        for index, microbatch in enumerate(microbatches):
+            with self.explaining("update", microbatch):
+                loss, measure = compute(microbatch)
+                self.engine.backward(loss, last=index == len(microbatches) - 1)
+            if microbatch.rows:
+                parts.append(measure())
+        report = self.engine.step()
+        if self.place.rank == 0:
+            norm, rate = (self.step_metric.format(name) for name in ("grad_norm", "lr"))
+            parts.append({norm: Mean.of([report.grad_norm]), rate: Last(value=report.lr)})
+        return merge_metrics(parts)
+
+    def probe(self, token_ids: Sequence[int]) -> list[float]:
+        """Return the log-probabilities of token_ids[1:] at temperature 1, under the weights as published.
+
+        Collective. Every weight sync is verified with it.
+        """
+        ids = torch.tensor(list(token_ids), device=self.device)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        mask[0] = False
+        with torch.no_grad():
+            lengths = torch.tensor([len(ids)], device=self.device)
+            logprobs = self.engine.forward(policy_logprobs_only, ids, lengths, mask=mask)
+        result: list[float] = logprobs[1:].float().tolist()
+        return result
+
     def weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Yield the saved weights: the adapter alone for LoRA, otherwise all weights. Collective."""
         if self.model_config.lora is not None:
@@ -160,11 +204,9 @@ class TrainedWorker(ABC):
         return self.engine.named_weights(dtype)
 
     def save(self, folder: Path) -> None:
-        """Write this rank's part of a checkpoint. Collective."""
         self.engine.save(folder)
 
     def load(self, folder: Path) -> None:
-        """Continue from a checkpoint. All ranks call this together."""
         self.engine.load(folder)
 
     def export(self, folder: Path, merged: bool = False) -> None:
@@ -207,22 +249,14 @@ class TrainedWorker(ABC):
         )
 
     def offload(self) -> None:
-        """Leave the GPU to a colocated engine."""
         self.engine.offload_to_host()
 
     def reload(self) -> None:
-        """Move the model back to the GPU after `offload`."""
         self.engine.reload_to_device()
 
     def empty_cache(self) -> None:
-        """Return unused memory of torch's allocator to the GPU."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def memory(self) -> MemoryReport:
-        """Return the peak memory of this process."""
-        peak = peak_memory()
-        return MemoryReport(rss_gib=peak.rss_gib, gpu_gib=peak.gpu_gib)
 
     def stop(self) -> None:
         """Leave the gang, so that the process can end or join another one."""

@@ -41,9 +41,9 @@ from rlhf.rollouts.environments.conversations import Conversations, EnvironmentS
 from rlhf.rollouts.records.spans import Sampled, assemble
 from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.types import BatchPlan, GroupRequest, GroupScores, MemoryReport, RolloutInfo, Rollouts, Sampling
-from rlhf.workers.frozen.online_teacher import OnlineTeacherWorker
 from rlhf.workers.frozen.reference import ReferenceWorker
 from rlhf.workers.frozen.reward import RewardSettings, RewardWorker
+from rlhf.workers.frozen.teacher import OnlineTeacherWorker
 from rlhf.workers.online.critic import CriticWorker
 from rlhf.workers.online.pairs import OnlinePreferenceWorker
 from rlhf.workers.online.policy import PolicyWorker

@@ -23,7 +23,7 @@ from rlhf.data.packing import balance
 from rlhf.models.tiny import VOCAB_SIZE
 from rlhf.tracking.metrics.declarations import expected_metrics, merge_metrics, results
 from rlhf.types import BatchPlan, MinibatchPlan, Rollouts
-from rlhf.workers.frozen.online_teacher import OnlineTeacherWorker
+from rlhf.workers.frozen.teacher import OnlineTeacherWorker
 from rlhf.workers.online.student import StudentWorker
 from rlhf.workers.rank_context import RankContext
 from tests.integration.rank_gang import DEADLINE_S, Gang

@@ -18,11 +18,12 @@ import torch
 from rlhf.config.files.load import checked
 from rlhf.config.schema.root import Config
 from rlhf.controller.batches import plan_batch
+from rlhf.models.packed import policy_logprobs_only
 from rlhf.models.tiny import build_tiny_llama
 from rlhf.roles import CompletedGroup, ScoredGroup
 from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.types import GroupRequest, GroupScores, Prompt, RolloutInfo, Rollouts
-from rlhf.workers.online.policy import PolicyWorker, _logprobs
+from rlhf.workers.online.policy import PolicyWorker
 from tests.integration.rank_gang import Gang
 from tests.integration.test_online_pairs import GROUPS, MOST_NEW, PROMPT, SAMPLES, place_of, rollouts_of
 
@@ -97,11 +98,11 @@ def learn(
     plan = plan_batch(groups, step=1, seed=0, num_minibatches=2, num_ranks=world_size, kl_coef=0.0)
     if agree:
         worker.prepare(plan, len(rollouts), *rollouts)
-        own = worker._compute("old logprobs", _logprobs)[0]
+        own = worker.compute("old logprobs", policy_logprobs_only)[0]
         rollouts = [replace(worker.share.rollouts, rollout_logprobs=own)]
     if correction is not None and correction.get("mode") in BYPASSES:
         unusable: Any = None
-        worker._compute = unusable  # type: ignore[method-assign]
+        worker.compute = unusable  # type: ignore[method-assign]
     reports, prepared = worker.prepare(plan, len(rollouts), *rollouts)
     assert {report.sequence_id for report in reports} == set(plan.sequences_of(rank))
     by_sequence = {i: (i % SAMPLES) - 1.0 + 0.1 * i for i in range(GROUPS * SAMPLES)}

@@ -145,9 +145,9 @@ def signals(rank: int, world_size: int, *, algorithm: dict[str, Any], model: str
     )
     plan = replace(plan, minibatches=(whole,))
     worker.prepare(plan, GROUPS, *(rollouts_of(group) for group in range(GROUPS)))
-    (before,) = worker._compute("a test", lambda *given, **options: (policy_logprobs_only(*given, **options),))
+    (before,) = worker.compute("a test", policy_logprobs_only)
     worker.set_advantages({i: float(i) for i in ids})
-    assert worker.share.old_logprobs is None  # only the update computes them
+    assert worker.old_logprobs is None  # only the update computes them
     worker.update(0)
     told, size = worker.token_signals((4, 99, 1))
     assert size == len(told.old_logprobs)

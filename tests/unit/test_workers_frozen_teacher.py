@@ -10,8 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf.config.schema.model import TeacherConfig
 from rlhf.types import Examples, LearntStates, Rollouts
-from rlhf.workers.frozen.online_teacher import OnlineTeacherWorker
-from rlhf.workers.frozen.teacher import TeacherWorker
+from rlhf.workers.frozen.teacher import OnlineTeacherWorker, TeacherWorker
 from rlhf.workers.rank_context import RankContext
 
 PLACE = RankContext(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=60.0)

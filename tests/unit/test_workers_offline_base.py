@@ -31,8 +31,8 @@ class Worker(PairsWorker):
             sequence_ids=pairs.examples.sequence_ids, lengths=pairs.examples.lengths, values=values
         )
 
-    def load_module(self) -> Any:
-        raise AssertionError("it has no model")
+    def loss(self, *_: Any) -> Any:
+        raise AssertionError("it has no loss")
 
 
 def some_pairs(draw: random.Random, *, sides: int) -> Pairs:
@@ -71,14 +71,14 @@ def test_rows_in_any_order_and_twice_keep_what_is_theirs(sides: int, seed: int) 
     for microbatch in batch.microbatches:
         if not microbatch.rows:
             continue
-        examples = batch.pairs.examples
+        examples = batch.examples
         whole = examples.token_ids[microbatch.tokens].split(microbatch.lengths.tolist())
         reference = batch.reference.values[microbatch.tokens].split(microbatch.lengths.tolist())
         for index, place in enumerate(batch.places(microbatch)):
             row = batch.rows[place]
             seen.append(row)
-            assert batch.pairs.margins[place] == row
-            assert bool(batch.pairs.labels[place]) == (row % 2 == 0)
+            assert batch.margins[place] == row
+            assert bool(batch.labels[place]) == (row % 2 == 0)
             for side in range(sides):
                 tokens = whole[index * sides + side].tolist()
                 kept = tokens if side == 0 else [1000 * row, 1000 * row + 1, *tokens]
@@ -93,4 +93,4 @@ def test_a_rank_without_rows_has_micro_batches_like_the_others() -> None:
     batch = worker.batch(0, MinibatchPlan(sequences_by_rank=((1, 2), ()), num_tokens=1, num_sequences=2))
     assert [microbatch.rows for microbatch in batch.microbatches] == [(), (), ()]
     assert [batch.places(microbatch) for microbatch in batch.microbatches] == [[], [], []]
-    assert all(not batch.pairs.examples.loss_mask[microbatch.tokens].any() for microbatch in batch.microbatches)
+    assert all(not batch.examples.loss_mask[microbatch.tokens].any() for microbatch in batch.microbatches)

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rlhf.config.schema.model import ReferenceConfig, TeacherConfig
-from rlhf.engine.memory import explains_out_of_memory, peak_memory
-from rlhf.models.loading import load_causal_lm
 from rlhf.models.packed import policy_logprobs_only
-from rlhf.models.row_check import check_rows
-from rlhf.models.row_layout import row_layout
 from rlhf.role_table import Role
-from rlhf.types import MemoryReport, Rollouts, TokenValues
-from rlhf.workers.microbatches import Temperatures, shared_prompts, split_microbatches
-from rlhf.workers.rank_context import RankContext, torch_dtype
+from rlhf.types import Rollouts, TokenValues
+from rlhf.workers.frozen.base import FrozenWorker
+from rlhf.workers.microbatches import Microbatch, Temperatures, shared_prompts
+from rlhf.workers.rank_context import RankContext
 
 
-class ReferenceWorker:
-    """Holds the whole model. Batches are distributed over the workers."""
+class ReferenceWorker(FrozenWorker):
+    """Computes log-probabilities. Batches are distributed over the workers."""
 
     role: Role = "reference"
 
@@ -35,36 +31,16 @@ class ReferenceWorker:
         samples_per_prompt: int,
         max_tokens_per_microbatch: int,
     ) -> None:
-        self.model_config = model
-        self.place = place
+        super().__init__(model, place, max_tokens_per_microbatch=max_tokens_per_microbatch)
         self.temperature = temperature
         self.samples_per_prompt = samples_per_prompt
-        self.max_tokens = max_tokens_per_microbatch
-        self.device = place.torch_device()
-        torch.set_num_threads(place.threads)
-
-    def start(self) -> None:
-        """Load the model named in the configuration."""
-        self.become(self.model_config.model)
-
-    def become(self, model: str) -> None:
-        """Load `model` in place of the current one."""
-        config = self.model_config
-        self.model: Any = None  # frees the old model before loading the new one
-        self.host_weights: list[Tensor] = []
-        with explains_out_of_memory(role=self.role, stage="start", rank=self.place.rank):
-            loaded = load_causal_lm(model, dtype=torch_dtype(config.dtype), trust_remote_code=config.trust_remote_code)
-            self.model = loaded.to(self.device).eval().requires_grad_(False)
-            check_rows(self.model, self.device)
 
     def offload(self) -> None:
-        """Leave the GPU to a colocated engine."""
         if self.device.type == "cuda":
             self.put_aside()
             torch.cuda.empty_cache()
 
     def reload(self) -> None:
-        """Move the model back to the GPU after `offload`."""
         for tensor in self._tensors():
             tensor.data = tensor.data.to(self.device)
 
@@ -88,11 +64,9 @@ class ReferenceWorker:
         sequence id, for sequences sampled at another temperature than the common one.
         """
         parts = given if only is None else [part.take(_places(part, only)) for part in given]
-        values = self.values_of(
-            parts,
-            temperature=self.temperature,
-            temperatures=temperatures,
-            samples_per_prompt=self.samples_per_prompt,
+        samples = self.samples_per_prompt
+        _, values = self.values_of(
+            parts, temperature=self.temperature, temperatures=temperatures, samples_per_prompt=samples
         )
         columns = [
             TokenValues(sequence_ids=part.sequence_ids, lengths=part.lengths, values=column.clone())
@@ -107,40 +81,29 @@ class ReferenceWorker:
         temperature: float,
         temperatures: Mapping[int, float],
         samples_per_prompt: int,
-    ) -> Float[Tensor, " N"]:
-        """Return the log-probabilities of the sampled tokens of all batches, concatenated.
+    ) -> tuple[Rollouts, Float[Tensor, " N"]]:
+        """Return all batches as one, and the log-probabilities of its sampled tokens.
 
         `temperatures`: by sequence id, for sequences sampled at another temperature than the common one.
         """
         rollouts = Rollouts.gather(parts, [i for part in parts for i in part.sequence_ids.tolist()])
-        lengths = rollouts.lengths.tolist()
         values = torch.zeros(len(rollouts.token_ids))
         at = Temperatures.of(rollouts, temperatures, common=temperature)
-        prompts = shared_prompts(rollouts, samples_per_prompt=samples_per_prompt)
-        for microbatch in split_microbatches(
-            lengths, range(len(lengths)), max_tokens=self.max_tokens, prompts=prompts, layout=row_layout(self.model)
-        ):
-            with (
-                torch.no_grad(),
-                explains_out_of_memory(
-                    role=self.role, stage="logprobs", rank=self.place.rank, tokens=len(microbatch.tokens)
-                ),
-            ):
-                logprobs = policy_logprobs_only(
-                    self.model,
-                    rollouts.token_ids[microbatch.tokens].to(self.device),
-                    microbatch.lengths.to(self.device),
-                    mask=rollouts.response_mask[microbatch.tokens].to(self.device),
-                    branches=microbatch.branches,
-                    temperature=at.at(microbatch, self.device),
-                )
-            values[microbatch.tokens] = logprobs.float().cpu()
-        return values
 
-    def memory(self) -> MemoryReport:
-        """Return the peak memory of this process."""
-        peak = peak_memory()
-        return MemoryReport(rss_gib=peak.rss_gib, gpu_gib=peak.gpu_gib)
+        def forward(microbatch: Microbatch) -> Tensor:
+            return policy_logprobs_only(
+                self.model,
+                self.part(rollouts.token_ids, microbatch),
+                microbatch.lengths.to(self.device),
+                mask=self.part(rollouts.response_mask, microbatch),
+                branches=microbatch.branches,
+                temperature=at.at(microbatch, self.device),
+            )
+
+        microbatches = self.split(rollouts.lengths, shared_prompts(rollouts, samples_per_prompt=samples_per_prompt))
+        for microbatch, logprobs in self.passes("logprobs", microbatches, forward):
+            values[microbatch.tokens] = logprobs.float().cpu()
+        return rollouts, values
 
 
 def _places(part: Rollouts, wanted: frozenset[int]) -> list[int]:

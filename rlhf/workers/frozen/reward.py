@@ -10,14 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from rlhf.config.schema.model import RewardModelConfig
 from rlhf.data.chat import turn_end
 from rlhf.data.templates import UNCHANGED, ChatTemplate
-from rlhf.engine.memory import peak_memory
 from rlhf.evaluation.voting import AnswerForm, answer_of
 from rlhf.models.loading import load_tokenizer
 from rlhf.rewards.processes.pool import GroupOutcome
@@ -25,8 +23,9 @@ from rlhf.rewards.scoring import RewardSet, RewardSpec, asks_in_flight
 from rlhf.rollouts.environments.turns import PLACEHOLDER
 from rlhf.rollouts.records.texts import Transcript, character_ends, response_texts, step_ends, transcripts, turns_of
 from rlhf.tracking.run_folder.samples import SampleRecord, SampleTokens, write_samples
-from rlhf.types import GroupScores, MemoryReport, Prompt, Rollouts, StepReward, TokenSignals
+from rlhf.types import GroupScores, Prompt, Rollouts, StepReward, TokenSignals
 from rlhf.workers.frozen.reward_model import RewardModel
+from rlhf.workers.model_worker import ModelWorker
 from rlhf.workers.rank_context import RankContext
 
 
@@ -50,13 +49,14 @@ class RewardSettings:
         return self.processes + asks_in_flight(self.specs) + 1
 
 
-class RewardWorker:
+class RewardWorker(ModelWorker):
     """Scores several groups concurrently. Groups are distributed over the workers."""
 
+    role = "reward"
+
     def __init__(self, settings: RewardSettings, place: RankContext) -> None:
+        super().__init__(place)
         self.settings = settings
-        self.place = place
-        torch.set_num_threads(place.threads)
 
     def ping(self) -> None:
         """Return at once, as proof of life."""
@@ -69,16 +69,13 @@ class RewardWorker:
         )
         self.turn_end = turn_end(self.tokenizer)
         self.rewards = RewardSet(
-            settings.specs,
-            timeout_s=settings.timeout_s,
-            processes=settings.processes,
-            memory_gib=settings.memory_gib,
+            settings.specs, timeout_s=settings.timeout_s, processes=settings.processes, memory_gib=settings.memory_gib
         )
         self.rewards.greet()
         if settings.model is not None:
             self.model = RewardModel(
                 settings.model,
-                self.place.torch_device(),
+                self.device,
                 max_tokens_per_microbatch=settings.max_tokens_per_microbatch,
                 rank=self.place.rank,
             )
@@ -176,11 +173,6 @@ class RewardWorker:
                     record = replace(record, prompt=transcript.turns[0].text, turns=transcript.turns)
                 whole.append(record)
         write_samples(path, whole)
-
-    def memory(self) -> MemoryReport:
-        """Return the peak memory of this process, without the reward processes."""
-        peak = peak_memory()
-        return MemoryReport(rss_gib=peak.rss_gib, gpu_gib=peak.gpu_gib)
 
     def stop(self) -> None:
         """End the reward processes, so that the worker can end."""

@@ -1,116 +1,103 @@
-"""A worker of the frozen teacher. It computes hidden states at the tokens in the loss mask, and ships its head once.
+"""Workers of the frozen teacher: hidden states at the tokens in the loss mask, and the vocabulary head.
 
 The student's ranks compute the teacher's logits from both, some rows at a time. Logits never leave the process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from rlhf.config.schema.model import TeacherConfig
-from rlhf.engine.memory import explains_out_of_memory, peak_memory
-from rlhf.models.loading import load_causal_lm
 from rlhf.models.packed import learnt_states, lm_head_settings, lm_head_weight
-from rlhf.models.row_check import check_rows
-from rlhf.models.row_layout import row_layout
-from rlhf.types import Examples, LearntStates, MemoryReport, VocabularyHead
-from rlhf.workers.microbatches import Microbatch, split_microbatches
-from rlhf.workers.rank_context import RankContext, torch_dtype
+from rlhf.objectives.masking import sequence_means
+from rlhf.role_table import Role
+from rlhf.types import Examples, LearntStates, Rollouts, VocabularyHead
+from rlhf.workers.frozen.base import FrozenWorker
+from rlhf.workers.frozen.reference import ReferenceWorker
+from rlhf.workers.microbatches import Microbatch, SharedPrompts, shared_prompts
 
 
-class TeacherWorker:
-    """Holds the whole model. Rows are distributed over the workers."""
+class _StatesWorker(FrozenWorker):
+    """Computes hidden states and returns the head."""
 
-    def __init__(self, model: TeacherConfig, place: RankContext, *, max_tokens_per_microbatch: int) -> None:
-        self.model_config = model
-        self.place = place
-        self.max_tokens = max_tokens_per_microbatch
-        self.device = place.torch_device()
-        torch.set_num_threads(place.threads)
+    role: Role = "teacher"
 
-    def start(self) -> None:
-        """Load the model named in the configuration."""
-        config = self.model_config
-        with explains_out_of_memory(role="teacher", stage="start", rank=self.place.rank):
-            model = load_causal_lm(
-                config.model, dtype=torch_dtype(config.dtype), trust_remote_code=config.trust_remote_code
+    def head(self) -> tuple[VocabularyHead, int]:
+        """Return the vocabulary head on the host, and the size of its vocabulary."""
+        settings = lm_head_settings(self.model)
+        weight, bias = lm_head_weight(self.model).detach(), settings["bias"]
+        settings["bias"] = bias if bias is None else bias.detach().cpu()
+        return VocabularyHead(weight=weight.cpu(), **settings), len(weight)
+
+    def states_of(
+        self, examples: Examples, sizes: Sequence[int], prompts: SharedPrompts | None = None
+    ) -> tuple[LearntStates | int, ...]:
+        """Return one column of hidden states for each share of the examples and, last, the total number of states.
+
+        All shares are packed together. `sizes` gives the number of sequences in each share.
+        """
+        loss_mask = examples.loss_mask
+        places = loss_mask.cumsum(0) - 1
+        weight = lm_head_weight(self.model)
+        hidden = weight.new_empty(int(loss_mask.sum()), weight.shape[1], device="cpu")
+
+        def forward(microbatch: Microbatch) -> Tensor:
+            return learnt_states(
+                self.model,
+                self.part(examples.token_ids, microbatch),
+                microbatch.lengths.to(self.device),
+                mask=self.part(loss_mask, microbatch),
+                branches=microbatch.branches,
             )
-            self.model = model.to(self.device).eval().requires_grad_(False)
-            check_rows(self.model, self.device)
+
+        for microbatch, states in self.passes("states", self.split(examples.lengths, prompts), forward):
+            hidden[places[microbatch.tokens[loss_mask[microbatch.tokens]]]] = states.cpu()
+        counts = torch.stack([mask.sum() for mask in loss_mask.split(examples.lengths.tolist())]).split(list(sizes))
+        parts = hidden.split([int(of_rows.sum()) for of_rows in counts])
+        columns = [
+            LearntStates(sequence_ids=ids, lengths=of_rows, hidden=part.clone())
+            for ids, of_rows, part in zip(examples.sequence_ids.split(list(sizes)), counts, parts, strict=True)
+        ]
+        return (*columns, len(hidden))
+
+
+class TeacherWorker(_StatesWorker):
+    """The teacher of a run on fixed data."""
 
     def load_data(self, *sets: Examples) -> None:
         """Keep the student's data sets, in the student's order."""
         self.sets = sets
 
-    def head(self) -> tuple[VocabularyHead, int]:
-        """Return the vocabulary head and the size of its vocabulary."""
-        return vocabulary_head(self.model)
-
     def states(self, dataset: int, shares: Sequence[Sequence[int]]) -> tuple[LearntStates | int, ...]:
-        """Return one column of hidden states for each share of the rows and, last, the total number of states.
-
-        All shares are packed together.
-        """
+        """Return one column for each share of the rows and, last, the total number of states."""
         examples = self.sets[dataset].take([row for share in shares for row in share])
-        lengths = examples.lengths.tolist()
-        microbatches = split_microbatches(
-            lengths, range(len(lengths)), max_tokens=self.max_tokens, layout=row_layout(self.model)
-        )
-        hidden = states_of(self.model, examples, microbatches, place=self.place)
-        return (*in_shares(examples, hidden, [len(share) for share in shares]), len(hidden))
-
-    def memory(self) -> MemoryReport:
-        """Return the peak memory of this process."""
-        peak = peak_memory()
-        return MemoryReport(rss_gib=peak.rss_gib, gpu_gib=peak.gpu_gib)
+        return self.states_of(examples, [len(share) for share in shares])
 
 
-def vocabulary_head(model: Any) -> tuple[VocabularyHead, int]:
-    """Return a model's vocabulary head on the host, and the size of its vocabulary."""
-    settings = lm_head_settings(model)
-    weight, bias = lm_head_weight(model).detach(), settings["bias"]
-    settings["bias"] = bias if bias is None else bias.detach().cpu()
-    return VocabularyHead(weight=weight.cpu(), **settings), len(weight)
+class OnlineTeacherWorker(_StatesWorker, ReferenceWorker):
+    """The teacher in on-policy distillation. It also computes the log-probabilities of the sampled tokens.
 
-
-def states_of(
-    model: Any, examples: Examples, microbatches: Sequence[Microbatch], *, place: RankContext
-) -> Float[Tensor, "n H"]:
-    """Return the hidden states predicting the tokens in the loss mask, in token order.
-
-    `microbatches` cover all examples.
+    Responses share the computation of their prompt.
     """
-    device = place.torch_device()
-    places = examples.loss_mask.cumsum(0) - 1
-    weight = lm_head_weight(model)
-    hidden = weight.new_empty(int(examples.loss_mask.sum()), weight.shape[1], device="cpu")
-    for microbatch in microbatches:
-        mask = examples.loss_mask[microbatch.tokens]
-        with (
-            torch.no_grad(),
-            explains_out_of_memory(role="teacher", stage="states", rank=place.rank, tokens=len(microbatch.tokens)),
-        ):
-            states = learnt_states(
-                model,
-                examples.token_ids[microbatch.tokens].to(device),
-                microbatch.lengths.to(device),
-                mask=mask.to(device),
-                branches=microbatch.branches,
-            )
-        hidden[places[microbatch.tokens[mask]]] = states.cpu()
-    return hidden
 
+    def states(self, shares: Sequence[Sequence[int]], *given: Rollouts) -> tuple[LearntStates | int, ...]:
+        """Return one column for each share of the sequences and, last, the total number of states."""
+        rollouts = Rollouts.gather(given, [i for share in shares for i in share])
+        examples = Examples(
+            sequence_ids=rollouts.sequence_ids,
+            lengths=rollouts.lengths,
+            token_ids=rollouts.token_ids,
+            loss_mask=rollouts.response_mask,
+        )
+        prompts = shared_prompts(rollouts, samples_per_prompt=self.samples_per_prompt)
+        return self.states_of(examples, [len(share) for share in shares], prompts)
 
-def in_shares(examples: Examples, hidden: Float[Tensor, "n H"], sizes: Sequence[int]) -> list[LearntStates]:
-    """Split hidden states into one column for each share. `sizes` gives the number of sequences in each share."""
-    counts = torch.stack([mask.sum() for mask in examples.loss_mask.split(examples.lengths.tolist())]).split(sizes)
-    parts = (examples.sequence_ids.split(sizes), counts, hidden.split([int(of_rows.sum()) for of_rows in counts]))
-    return [
-        LearntStates(sequence_ids=ids, lengths=of_rows, hidden=part.clone())
-        for ids, of_rows, part in zip(*parts, strict=True)
-    ]
+    def mean_logprobs(self, temperature: float, samples_per_prompt: int, *given: Rollouts) -> Mapping[int, float]:
+        """Return the mean log-probability of each sequence's sampled tokens, by sequence id."""
+        rollouts, values = self.values_of(
+            given, temperature=temperature, temperatures={}, samples_per_prompt=samples_per_prompt
+        )
+        means = sequence_means(values, rollouts.response_mask, rollouts.lengths)
+        return dict(zip(rollouts.sequence_ids.tolist(), means.tolist(), strict=True))

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from rlhf.algorithms import algorithm_of
 from rlhf.algorithms.distillation import Distillation
 from rlhf.config.schema.root import Config
-from rlhf.engine.memory import explains_out_of_memory
-from rlhf.models.loading import load_causal_lm
 from rlhf.models.packed import distillation_loss
 from rlhf.roles import Metrics
-from rlhf.tracking.metrics.declarations import merge_metrics
-from rlhf.tracking.metrics.reductions import Mean, Reduction, Sum
-from rlhf.types import Examples, LearntStates, MinibatchPlan, VocabularyHead
+from rlhf.tracking.metrics.reductions import Mean
+from rlhf.types import Examples, LearntStates, VocabularyHead
 from rlhf.workers.microbatches import Microbatch
-from rlhf.workers.offline.base import ExamplesWorker
+from rlhf.workers.offline.base import ExamplesWorker, OfflineBatch
 from rlhf.workers.rank_context import RankContext
+from rlhf.workers.trained import Measure
 
 
 class DistillationWorker(ExamplesWorker[Examples]):
@@ -31,88 +28,40 @@ class DistillationWorker(ExamplesWorker[Examples]):
         super().__init__(config, place, optimizer_steps=optimizer_steps)
         self.algorithm = algorithm_of(config.algorithm, Distillation)
 
-    def load_module(self) -> Any:
-        """Load the language model without an adapter."""
-        return load_causal_lm(self.model_config.model, **self.loading_options())
-
     def take_teacher(self, head: VocabularyHead) -> None:
         """Keep the teacher's vocabulary head. Called once, before the first step."""
         self.teacher = head.to(self.device)
 
-    def update_on(self, plan: MinibatchPlan, *states: LearntStates) -> Metrics:
-        """Run one optimizer step on the plan's training rows. `states` are the teacher's hidden states. Collective."""
-        parts: list[Metrics] = []
-        examples, microbatches = self.split(0, plan)
-        hidden = self._hidden(plan, states)
-        for index, microbatch in enumerate(microbatches):
-            with explains_out_of_memory(
-                role="policy", stage="update", rank=self.place.rank, tokens=len(microbatch.tokens)
-            ):
-                loss, *columns = self._forward(examples, microbatch, hidden, token_weight=1.0 / plan.num_tokens)
-                self.engine.backward(loss, last=index == len(microbatches) - 1)
-            learnt = int(examples.loss_mask[microbatch.tokens].sum())
-            divergence, logprob, top1 = _totals(columns)
-            metrics: dict[str, Reduction] = {
-                "update/loss/mean": Mean(total=float(loss.detach()) * plan.num_tokens, count=learnt),
-                "update/divergence/mean": Mean(total=divergence, count=learnt),
-                "update/nll/mean": Mean(total=-logprob, count=learnt),
-                "update/token_accuracy/mean": Mean(total=top1, count=learnt),
-                "update/tokens/total": Sum(total=len(microbatch.tokens) if microbatch.rows else 0),
-            }
-            parts.append(metrics)
-        parts.append(self.step_metrics(self.engine.step()))
-        return merge_metrics(parts)
+    def shared(self, batch: OfflineBatch[Examples], states: Sequence[LearntStates]) -> Float[Tensor, "n K"]:
+        return LearntStates.gather(states, batch.rows).hidden if batch.rows else states[0].hidden[:0]
 
-    def evaluate(self, dataset: int, name: str, plan: MinibatchPlan, *states: LearntStates) -> Metrics:
-        """Measure divergence, likelihood and accuracy on the plan's rows of a data set. Collective."""
-        parts: list[Metrics] = []
-        examples, microbatches = self.split(dataset, plan)
-        hidden = self._hidden(plan, states)
-        for microbatch in microbatches:
-            with (
-                torch.no_grad(),
-                explains_out_of_memory(
-                    role="policy", stage="eval", rank=self.place.rank, tokens=len(microbatch.tokens)
-                ),
-            ):
-                _, *columns = self._forward(examples, microbatch, hidden, token_weight=1.0)
-            learnt = int(examples.loss_mask[microbatch.tokens].sum())
-            divergence, logprob, top1 = _totals(columns)
-            metrics: dict[str, Reduction] = {
-                f"eval/{name}/loss": Mean(total=divergence, count=learnt),
-                f"eval/{name}/nll": Mean(total=-logprob, count=learnt),
-                f"eval/{name}/token_accuracy": Mean(total=top1, count=learnt),
-            }
-            parts.append(metrics)
-        return merge_metrics(parts)
-
-    def _hidden(self, plan: MinibatchPlan, states: tuple[LearntStates, ...]) -> Float[Tensor, "n K"]:
-        """Concatenate the teacher's states of this rank's rows."""
-        rows = plan.sequences_by_rank[self.data_rank]
-        return LearntStates.gather(states, rows).hidden if rows else states[0].hidden[:0]
-
-    def _forward(
-        self, examples: Examples, microbatch: Microbatch, hidden: Float[Tensor, "n K"], *, token_weight: float
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Float[Tensor, " N"], Bool[Tensor, " N"]]:
-        """Return a micro-batch's weighted loss, divergences, log-probabilities, and top-1 hits."""
-        config = self.algorithm.config
-        mask = examples.loss_mask[microbatch.tokens]
-        places = examples.loss_mask.cumsum(0)[microbatch.tokens[mask]] - 1
-        return self.engine.forward(
+    def loss(
+        self, batch: OfflineBatch[Examples], microbatch: Microbatch, shared: Float[Tensor, "n K"]
+    ) -> tuple[Tensor, Measure]:
+        """Return the divergence from the teacher, plus the cross-entropy if the algorithm adds it."""
+        config, trains, num_tokens = self.algorithm.config, torch.is_grad_enabled(), batch.plan.num_tokens
+        whole_mask = batch.examples.loss_mask
+        mask = whole_mask[microbatch.tokens]
+        places = whole_mask.cumsum(0)[microbatch.tokens[mask]] - 1
+        loss, *columns = self.engine.forward(
             distillation_loss,
-            examples.token_ids[microbatch.tokens].to(self.device),
+            self.part(batch.examples.token_ids, microbatch),
             microbatch.lengths.to(self.device),
             mask=mask.to(self.device),
-            teacher=hidden[places].to(self.device),
+            teacher=shared[places].to(self.device),
             head=self.teacher,
             divergence=self.algorithm.divergence,
             temperature=config.temperature,
-            token_weight=token_weight,
+            token_weight=1.0 / num_tokens,
             sft_coef=config.sft_coef,
         )
 
+        def measure() -> Metrics:
+            count = int(mask.sum())
+            totals = torch.stack([column.sum() for column in columns]).tolist()  # synchronizes the device once
+            divergence, logprob, top1 = (Mean(total=total, count=count) for total in totals)
+            total = Mean(total=float(loss.detach()) * num_tokens, count=count)
+            losses = {"loss/mean": total, "divergence/mean": divergence} if trains else {"loss/mean": divergence}
+            return {**losses, "nll/mean": Mean(total=-logprob.total, count=count), "token_accuracy/mean": top1}
 
-def _totals(columns: Sequence[Tensor]) -> list[float]:
-    """Sum each column over the tokens. The device is synchronized once."""
-    totals: list[float] = torch.stack([column.sum() for column in columns]).tolist()
-    return totals
+        return loss, measure

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from torch import Tensor
 from rlhf.algorithms import algorithm_of
 from rlhf.algorithms.pairs import PairAlgorithm, PairScores
 from rlhf.config.schema.root import Config
-from rlhf.engine.memory import explains_out_of_memory
 from rlhf.models.heads import sequence_scores
 from rlhf.models.loading import load_critic
 from rlhf.models.packed import policy_logprobs_and_collisions
@@ -26,13 +26,13 @@ from rlhf.objectives.masking import sequence_counts, sequence_sums
 from rlhf.objectives.reward_model_loss import calibration_bins
 from rlhf.objectives.sequence_logprobs import length_desensitized_total, on_policy_weights
 from rlhf.roles import Metrics
-from rlhf.tracking.metrics.declarations import merge_metrics
-from rlhf.tracking.metrics.reductions import CalibrationError, DifferenceOfMeans, Mean, Sum
-from rlhf.types import MinibatchPlan
+from rlhf.tracking.metrics.reductions import CalibrationError, DifferenceOfMeans, Mean
+from rlhf.types import LearntStates
 from rlhf.workers.microbatches import Microbatch
-from rlhf.workers.offline.base import Batch, PairsWorker
+from rlhf.workers.offline.base import PairsBatch, PairsWorker
 from rlhf.workers.offline.referenced import ReferencedPolicy
 from rlhf.workers.rank_context import RankContext
+from rlhf.workers.trained import Measure
 
 CALIBRATION_BINS = 10
 
@@ -63,66 +63,64 @@ class _Slopes:
 
 
 class PairWorker(PairsWorker):
-    """Turns rows into scores, scores into losses, and losses into updates and metrics."""
+    """Turns rows into scores, and scores into losses."""
 
     def __init__(self, config: Config, place: RankContext, *, optimizer_steps: int) -> None:
         super().__init__(config, place, optimizer_steps=optimizer_steps)
         self.algorithm = algorithm_of(config.algorithm, PairAlgorithm)
 
     @abstractmethod
-    def numbers(self, batch: Batch, microbatch: Microbatch) -> Numbers:
+    def numbers(self, batch: PairsBatch, microbatch: Microbatch) -> Numbers:
         """Return the numbers of a micro-batch's sequences. Collective."""
 
-    def update_on(self, plan: MinibatchPlan) -> Metrics:
-        """Run one optimizer step on the plan's pairs of the training set. Collective."""
-        parts: list[Metrics] = []
-        batch = self.batch(0, plan)
-        slopes = self._slopes(batch, plan) if self.algorithm.couples else None
-        for index, microbatch in enumerate(batch.microbatches):
-            with explains_out_of_memory(
-                role="policy", stage="update", rank=self.place.rank, tokens=len(microbatch.tokens)
-            ):
-                scores, loss = self._loss(batch, microbatch, plan, slopes)
-                self.engine.backward(loss, last=index == len(batch.microbatches) - 1)
-            if microbatch.rows:
-                count = len(scores.chosen)
-                parts.append({"update/loss/mean": Mean(total=float(loss.detach()) * plan.num_sequences, count=count)})
-                parts.append({"update/tokens/total": Sum(total=len(microbatch.tokens))})
-                parts.append(self._metrics(scores, "preference/{}/mean"))
-                if scores.weights is not None:
-                    weights = Mean(total=float(scores.weights.sum()), count=count)
-                    parts.append({"preference/on_policy_weight/mean": weights})
-        parts.append(self.step_metrics(self.engine.step()))
-        return merge_metrics(parts)
+    def shared(self, batch: PairsBatch, states: Sequence[LearntStates]) -> _Slopes | None:
+        """Return the slopes of a loss that couples the pairs of a step. Collective."""
+        return self._slopes(batch) if self.algorithm.couples else None
 
-    def evaluate(self, dataset: int, name: str, plan: MinibatchPlan) -> Metrics:
-        """Measure loss and accuracy on the plan's pairs. Losses couple only the plan's pairs. Collective."""
-        parts: list[Metrics] = []
+    def loss(self, batch: PairsBatch, microbatch: Microbatch, shared: _Slopes | None) -> tuple[Tensor, Measure]:
+        """Return the loss of the pairs' scores, plus the cross-entropy if the algorithm adds it."""
+        scores, plan, trains = self._scores(batch, microbatch), batch.plan, torch.is_grad_enabled()
+        if not microbatch.rows:
+            return (scores.chosen + scores.rejected).sum(), dict
+        losses = self.algorithm.losses(scores) if shared is None else shared.losses_of(scores, batch.places(microbatch))
+        if scores.weights is not None:
+            losses = losses * scores.weights
+        loss = losses.sum() / plan.num_sequences
+        if self.algorithm.sft_coef:
+            imitated = scores.chosen if scores.gold is None else scores.gold
+            loss = loss - self.algorithm.sft_coef * imitated.sum() / plan.num_tokens
+
+        def measure() -> Metrics:
+            count = len(scores.chosen)
+            metrics = {"loss/mean": Mean(total=float(loss.detach()) * plan.num_sequences, count=count)}
+            if trains and scores.weights is not None:
+                metrics["on_policy_weight/mean"] = Mean(total=float(scores.weights.sum()), count=count)
+            return {**metrics, **self.comparison(scores)}
+
+        return loss, measure
+
+    def comparison(self, scores: PairScores) -> Metrics:
+        """Return metrics of the chosen against the rejected responses."""
         with torch.no_grad():
-            batch = self.batch(dataset, plan)
-            slopes = self._slopes(batch, plan) if self.algorithm.couples else None
-            for microbatch in batch.microbatches:
-                with explains_out_of_memory(
-                    role="policy", stage="eval", rank=self.place.rank, tokens=len(microbatch.tokens)
-                ):
-                    scores, loss = self._loss(batch, microbatch, plan, slopes)
-                if microbatch.rows:
-                    total = Mean(total=float(loss) * plan.num_sequences, count=len(scores.chosen))
-                    parts += [{f"eval/{name}/loss": total}, self._metrics(scores, f"eval/{name}/{{}}")]
-        return merge_metrics(parts)
+            chosen, rejected = self.algorithm.rewards(scores)
+            sums = torch.stack([(chosen > rejected).float(), chosen, rejected]).sum(1).tolist()
+        accuracy, good, bad = (Mean(total=total, count=len(chosen)) for total in sums)
+        return {
+            "accuracy/mean": accuracy,
+            "margin/mean": DifferenceOfMeans(left=good, right=bad),
+            "chosen_reward/mean": good,
+            "rejected_reward/mean": bad,
+        }
 
-    def _scores(self, batch: Batch, microbatch: Microbatch) -> PairScores:
+    def _scores(self, batch: PairsBatch, microbatch: Microbatch) -> PairScores:
         """Return a micro-batch's pairs as numbers.
 
         An empty micro-batch has one pair of zeros, with a gradient of zeros.
         """
         numbers = self.numbers(batch, microbatch)
-        counts = (
-            sequence_counts(batch.pairs.examples.loss_mask[microbatch.tokens], microbatch.lengths)
-            .to(self.device)
-            .float()
-        )
-        margins = batch.pairs.margins[batch.places(microbatch)].to(self.device)
+        mask = batch.examples.loss_mask[microbatch.tokens]
+        counts = sequence_counts(mask, microbatch.lengths).to(self.device).float()
+        margins = batch.margins[batch.places(microbatch)].to(self.device)
         if not microbatch.rows:
             margins = counts * 0.0
 
@@ -146,70 +144,36 @@ class PairWorker(PairsWorker):
             weights=None if numbers.weights is None else weights[0] * weights[1],
         )
 
-    def _loss(
-        self, batch: Batch, microbatch: Microbatch, plan: MinibatchPlan, slopes: _Slopes | None
-    ) -> tuple[PairScores, Float[Tensor, ""]]:
-        """Return a micro-batch's numbers, and its share of the step's loss."""
-        scores = self._scores(batch, microbatch)
-        if not microbatch.rows:
-            return scores, (scores.chosen + scores.rejected).sum()
-        losses = self.algorithm.losses(scores) if slopes is None else slopes.losses_of(scores, batch.places(microbatch))
-        if scores.weights is not None:
-            losses = losses * scores.weights
-        loss = losses.sum() / plan.num_sequences
-        if self.algorithm.sft_coef:
-            imitated = scores.chosen if scores.gold is None else scores.gold
-            loss = loss - self.algorithm.sft_coef * imitated.sum() / plan.num_tokens
-        return scores, loss
-
-    def _slopes(self, batch: Batch, plan: MinibatchPlan) -> _Slopes:
+    def _slopes(self, batch: PairsBatch) -> _Slopes:
         """Gather all pairs of the step from all ranks and differentiate their coupled loss. Collective."""
-        counts = [len(rows) for rows in plan.sequences_by_rank]  # a row repeated in a step has one entry for each time
+        counts = [len(rows) for rows in batch.plan.sequences_by_rank]  # a repeated row has an entry for each time
         first = sum(counts[: self.data_rank])
         names = [field.name for field in fields(PairScores)]
         table = torch.zeros(sum(counts), len(names), dtype=torch.float64)
-        alone = self.place.rank % self.resources.sequence_parallel == 0  # one rank per sequence group contributes
-        with torch.no_grad():
-            for microbatch in batch.microbatches:
-                scores = self._scores(batch, microbatch)
-                if microbatch.rows and alone:
-                    columns = [getattr(scores, name) for name in names]
-                    filled = [torch.zeros_like(scores.chosen) if column is None else column for column in columns]
-                    table[first + torch.tensor(batch.places(microbatch))] = torch.stack(filled, 1).double().cpu()
+        for microbatch, scores in self.passes("update", batch.microbatches, partial(self._scores, batch)):
+            if microbatch.rows and self.contributes:
+                columns = [getattr(scores, name) for name in names]
+                filled = [torch.zeros_like(scores.chosen) if column is None else column for column in columns]
+                table[first + torch.tensor(batch.places(microbatch))] = torch.stack(filled, 1).double().cpu()
         seen = self.engine.all_reduce_sum(table.to(self.device)).float().unbind(1)
         missing: dict[str, Any] = {name: None for name in names if getattr(scores, name) is None}  # same on all ranks
         whole = PairScores(**dict(zip(names, seen, strict=True)) | missing)
         with torch.enable_grad():
             leaves = replace(
-                whole,
-                chosen=whole.chosen.detach().requires_grad_(),
-                rejected=whole.rejected.detach().requires_grad_(),
+                whole, chosen=whole.chosen.detach().requires_grad_(), rejected=whole.rejected.detach().requires_grad_()
             )
             losses = self.algorithm.losses(leaves)
             chosen, rejected = torch.autograd.grad(losses.sum(), [leaves.chosen, leaves.rejected])
         return _Slopes(first=first, losses=losses.detach(), chosen=chosen, rejected=rejected)
 
-    def _metrics(self, scores: PairScores, name: str) -> Metrics:
-        """Compare the pairs of a micro-batch. `name` has a placeholder for the name of the quantity."""
-        with torch.no_grad():
-            chosen, rejected = self.algorithm.rewards(scores)
-            sums = torch.stack([(chosen > rejected).float(), chosen, rejected]).sum(1).tolist()
-        accuracy, good, bad = (Mean(total=total, count=len(chosen)) for total in sums)
-        return {
-            name.format("accuracy"): accuracy,
-            name.format("margin"): DifferenceOfMeans(left=good, right=bad),
-            name.format("chosen_reward"): good,
-            name.format("rejected_reward"): bad,
-        }
-
 
 class PreferenceWorker(PairWorker, ReferencedPolicy):
     """A policy trained on preferences. Pairs are compared by their log-probabilities."""
 
-    def numbers(self, batch: Batch, microbatch: Microbatch) -> Numbers:
+    def numbers(self, batch: PairsBatch, microbatch: Microbatch) -> Numbers:
         """Sum the log-probabilities of each sequence's tokens in the loss mask."""
-        examples, reference, weights = batch.pairs.examples, None, None
-        mask, lengths = examples.loss_mask[microbatch.tokens].to(self.device), microbatch.lengths.to(self.device)
+        examples, reference, weights = batch.examples, None, None
+        mask, lengths = self.part(examples.loss_mask, microbatch), microbatch.lengths.to(self.device)
         if self.algorithm.wpo:
             logprobs, collisions = self.forward(policy_logprobs_and_collisions, examples, microbatch)
             no_weights = torch.zeros_like(lengths, dtype=logprobs.dtype)
@@ -219,10 +183,10 @@ class PreferenceWorker(PairWorker, ReferencedPolicy):
         if torch.is_grad_enabled() and microbatch.rows:
             self.observe(batch, microbatch, logprobs.detach())
         if batch.reference is not None:
-            reference = self._totals(batch.reference.values[microbatch.tokens].to(self.device), mask, lengths)
+            reference = self._totals(self.part(batch.reference.values, microbatch), mask, lengths)
         return Numbers(values=self._totals(logprobs, mask, lengths), reference=reference, weights=weights)
 
-    def observe(self, batch: Batch, microbatch: Microbatch, logprobs: Float[Tensor, " n"]) -> None:
+    def observe(self, batch: PairsBatch, microbatch: Microbatch, logprobs: Float[Tensor, " n"]) -> None:
         """Measure a micro-batch before its loss. Subclasses override it; fixed data needs no measurement."""
 
     def _totals(self, values: Float[Tensor, " n"], mask: Bool[Tensor, " n"], lengths: Int[Tensor, " b"]) -> Tensor:
@@ -236,23 +200,21 @@ class PreferenceWorker(PairWorker, ReferencedPolicy):
 class RewardModelWorker(PairWorker):
     """A language model's body with a scalar head, trained to score the chosen response higher."""
 
-    def load_module(self) -> Any:
-        """Load the language model with a head of zeros. A checkpoint with a head keeps it."""
-        return load_critic(self.model_config.model, **self.loading_options())
+    load_model = staticmethod(load_critic)  # with a head of zeros, unless the checkpoint has one
 
-    def numbers(self, batch: Batch, microbatch: Microbatch) -> Numbers:
+    def numbers(self, batch: PairsBatch, microbatch: Microbatch) -> Numbers:
         """Return the head's score at each sequence's last token."""
         scores = self.engine.forward(
             sequence_scores,
-            batch.pairs.examples.token_ids[microbatch.tokens].to(self.device),
+            self.part(batch.examples.token_ids, microbatch),
             microbatch.lengths.to(self.device),
             microbatch.branches,
         )
         return Numbers(values=scores, reference=None)
 
-    def _metrics(self, scores: PairScores, name: str) -> Metrics:
+    def comparison(self, scores: PairScores) -> Metrics:
         """Add the calibration error of the margins to the metrics of a pair."""
         margins = (scores.chosen - scores.rejected).detach()
         bins = calibration_bins(margins[margins.isfinite()], num_bins=CALIBRATION_BINS).tolist()
-        key = name.format("calibration_error").removesuffix("/mean")
-        return {**super()._metrics(scores, name), key: CalibrationError(bins=tuple((n, c, r) for n, c, r in bins))}
+        error = CalibrationError(bins=tuple((n, c, r) for n, c, r in bins))
+        return {**super().comparison(scores), "calibration_error": error}

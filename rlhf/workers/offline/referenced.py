@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf.engine.memory import explains_out_of_memory
-from rlhf.models.loading import load_causal_lm
 from rlhf.models.packed import policy_logprobs_only
 from rlhf.types import Examples, MinibatchPlan, TokenValues
 from rlhf.workers.microbatches import Microbatch, split_microbatches
@@ -28,10 +27,6 @@ SPOT_CHECK_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.15}
 class ReferencedPolicy(PairsWorker):
     """The language model, with the log-probabilities of its reference."""
 
-    def load_module(self) -> Any:
-        """Load the language model without an adapter."""
-        return load_causal_lm(self.model_config.model, **self.loading_options())
-
     def reference_key(self, dataset: int) -> str:
         """Return the cache key of a data set under the current weights. Collective."""
         dtype = torch_dtype(self.model_config.dtype)
@@ -40,19 +35,12 @@ class ReferencedPolicy(PairsWorker):
     def reference_logprobs(self, dataset: int, plan: MinibatchPlan) -> tuple[TokenValues, int]:
         """Return the log-probabilities of the rows' tokens under the current weights, and their number. Collective."""
         batch = self.batch(dataset, plan)
-        values = torch.zeros(len(batch.pairs.examples.token_ids))
-        with torch.no_grad():
-            for microbatch in batch.microbatches:
-                with explains_out_of_memory(
-                    role="policy", stage="reference", rank=self.place.rank, tokens=len(microbatch.tokens)
-                ):
-                    values[microbatch.tokens] = self.logprobs(batch.pairs.examples, microbatch).float().cpu()
-        examples = batch.pairs.examples
-        if not batch.rows:
-            return TokenValues(
-                sequence_ids=examples.sequence_ids[:0], lengths=examples.lengths[:0], values=values[:0]
-            ), 0
-        return TokenValues(sequence_ids=examples.sequence_ids, lengths=examples.lengths, values=values), len(values)
+        examples = batch.examples
+        values = torch.zeros(len(examples.token_ids))
+        for microbatch, logprobs in self.passes("reference", batch.microbatches, partial(self.logprobs, examples)):
+            values[microbatch.tokens] = logprobs.float().cpu()
+        column = TokenValues(sequence_ids=examples.sequence_ids, lengths=examples.lengths, values=values)
+        return (column, len(values)) if batch.rows else (column.take(()), 0)
 
     def keep_reference(self, dataset: int, path: Path, *columns: TokenValues) -> None:
         """Keep the columns computed by all ranks. The first rank writes them to the cache."""
@@ -90,9 +78,9 @@ class ReferencedPolicy(PairsWorker):
         """Run a forward pass of rlhf.models.packed. Collective."""
         return self.engine.forward(
             function,
-            examples.token_ids[microbatch.tokens].to(self.device),
+            self.part(examples.token_ids, microbatch),
             microbatch.lengths.to(self.device),
-            mask=examples.loss_mask[microbatch.tokens].to(self.device),
+            mask=self.part(examples.loss_mask, microbatch),
             branches=microbatch.branches,
             temperature=self.temperature(examples, microbatch),
         )

@@ -20,9 +20,8 @@ from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.tracking.metrics.reductions import Mean
 from rlhf.types import BatchPlan, Examples, MinibatchPlan, Pairs, Rollouts, SampledExamples, TokenSignals, TokenValues
 from rlhf.workers.microbatches import Microbatch, Temperatures, shared_prompts
-from rlhf.workers.offline.base import Batch
+from rlhf.workers.offline.base import PairsBatch
 from rlhf.workers.offline.pairs import PreferenceWorker
-from rlhf.workers.online.probe import probe_logprobs
 from rlhf.workers.online.token_signals import signals_of, unknown
 from rlhf.workers.online.update_metrics import sampler_metrics
 from rlhf.workers.rank_context import RankContext
@@ -73,9 +72,7 @@ class OnlinePreferenceWorker(PreferenceWorker):
         self.plans, self.sequence_ids = self._rows(plan), sequence_ids
         self.trainer_logprobs = unknown(len(examples.token_ids))
         self.positions = TokenValues(
-            sequence_ids=examples.sequence_ids,
-            lengths=examples.lengths,
-            values=torch.arange(len(examples.token_ids)),
+            sequence_ids=examples.sequence_ids, lengths=examples.lengths, values=torch.arange(len(examples.token_ids))
         )
         self.observed: list[Metrics] = []
         self.observes = True
@@ -109,22 +106,14 @@ class OnlinePreferenceWorker(PreferenceWorker):
         )
         return signals, len(signals.old_logprobs)
 
-    def probe(self, token_ids: Sequence[int]) -> list[float]:
-        """Return the log-probabilities of token_ids[1:] at temperature 1, under the weights as published.
-
-        Collective.
-        """
-        return probe_logprobs(self.engine, token_ids)
-
     def temperature(self, examples: Examples, microbatch: Microbatch) -> float | Float[Tensor, " n"]:
-        """Return the sampling temperature of the responses."""
         if not self.has_own_temperatures or not isinstance(examples, SampledExamples):
             return self.rollouts_config.temperature
         return examples.temperatures[microbatch.tokens].to(self.device)
 
-    def observe(self, batch: Batch, microbatch: Microbatch, logprobs: Float[Tensor, " n"]) -> None:
+    def observe(self, batch: PairsBatch, microbatch: Microbatch, logprobs: Float[Tensor, " n"]) -> None:
         """Record the gaps between sampler, trainer and reference, in the first update after sampling."""
-        examples = batch.pairs.examples
+        examples = batch.examples
         if not self.observes or not isinstance(examples, SampledExamples):
             return
         logprobs, mask = logprobs.float().cpu(), examples.loss_mask[microbatch.tokens]

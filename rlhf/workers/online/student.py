@@ -1,38 +1,33 @@
 """One rank of a student in on-policy distillation: it learns from a frozen teacher on its own responses.
 
-Token columns arrive as arguments and stay here. Between `prepare` and the last `update` a rank holds the sequences of
-its share of the batch, in the order of the plan.
+The columns for the samples file are measured before training, in the first update that reads them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlhf.algorithms import algorithm_of
-from rlhf.algorithms.microbatch import PolicyMicrobatch, StepCounts
+from rlhf.algorithms.microbatch import PolicyMicrobatch
 from rlhf.algorithms.on_policy_distillation import OnPolicyDistillation
 from rlhf.config.schema.root import Config
-from rlhf.engine.memory import explains_out_of_memory
-from rlhf.models.loading import load_causal_lm
 from rlhf.models.packed import policy_logprobs, policy_logprobs_only, sampled_distillation_loss
 from rlhf.objectives.distillation import teacher_advantages
 from rlhf.objectives.masking import masked_sum, moments, sequence_counts, to_tokens
 from rlhf.roles import Metrics, SequenceReport
-from rlhf.tracking.metrics.declarations import merge_metrics
-from rlhf.tracking.metrics.reductions import Mean, Sum
+from rlhf.tracking.metrics.reductions import Mean, Reduction, Sum
 from rlhf.types import BatchPlan, LearntStates, MinibatchPlan, Rollouts, TokenSignals, TokenValues, VocabularyHead
-from rlhf.workers.microbatches import Microbatch, padded, shared_prompts, split_microbatches
-from rlhf.workers.offline.base import OfflineWorker
-from rlhf.workers.online.probe import probe_logprobs
-from rlhf.workers.online.token_signals import signals_of, unknown
+from rlhf.workers.microbatches import Microbatch
+from rlhf.workers.online.base import OnlineWorker
+from rlhf.workers.online.token_signals import Column, signals_of, unknown
 from rlhf.workers.online.update_metrics import advantage_histogram, as_std, sampler_metrics, update_metrics
 from rlhf.workers.rank_context import RankContext
+from rlhf.workers.trained import Measure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,18 +45,14 @@ class MeasuredColumns:
         return cls(old_logprobs=old, teacher_logprobs=teacher, advantages=advantages)
 
 
-class StudentWorker(OfflineWorker):
+class StudentWorker(OnlineWorker):
     """Receives a batch of rollouts, learns the teacher's predictions on them, and publishes the weights."""
 
+    role = "policy"
+
     def __init__(self, config: Config, place: RankContext, *, optimizer_steps: int) -> None:
-        assert config.rollouts is not None
         super().__init__(config, place, optimizer_steps=optimizer_steps)
         self.algorithm = algorithm_of(config.algorithm, OnPolicyDistillation)
-        self.rollouts_config = config.rollouts
-
-    def load_module(self) -> Any:
-        """Load the language model without an adapter."""
-        return load_causal_lm(self.model_config.model, **self.loading_options())
 
     def take_teacher(self, head: VocabularyHead) -> None:
         """Keep the teacher's vocabulary head. Called once before the first step, if the run uses hidden states."""
@@ -76,25 +67,16 @@ class StudentWorker(OfflineWorker):
         uses them. plan.scores is the rewards' contribution to the advantage of each token of a sequence. The
         student's log-probabilities are computed here only if several updates read them.
         """
-        ids = plan.sequences_of(self.data_rank)
-        rollouts = Rollouts.gather([p for p in parts[:num_rollouts] if isinstance(p, Rollouts)], ids)
-        teacher_columns = [p for p in parts[num_rollouts:] if isinstance(p, TokenValues)]
-        lengths, row_of = rollouts.lengths.tolist(), {sequence_id: row for row, sequence_id in enumerate(ids)}
-        prompts = shared_prompts(rollouts, samples_per_prompt=self.rollouts_config.samples_per_prompt)
-        budget = self.config.train.max_tokens_per_microbatch
-        self.microbatches: list[list[Microbatch]] = []
-        for minibatch in plan.minibatches:
-            rows = [row_of[i] for i in minibatch.sequences_by_rank[self.data_rank]]
-            microbatches = split_microbatches(lengths, rows, max_tokens=budget, prompts=prompts, layout=self.layout)
-            self.microbatches.append(padded(microbatches, self.engine.max_over_ranks(len(microbatches))))
-        self.plan, self.rollouts = plan, rollouts
-        self.teacher_logprobs = TokenValues.gather(teacher_columns, ids).values if teacher_columns else None
-        added = torch.tensor([plan.scores.get(i, 0.0) for i in ids])
-        self.reward_advantages = to_tokens(added, rollouts.lengths, num_tokens=len(rollouts.token_ids))
+        self.teacher_logprobs = self.receive(plan, parts, {})
+        num_tokens = len(self.share.rollouts.token_ids)
+        added = torch.tensor([plan.scores.get(i, 0.0) for i in self.share.held])
+        self.reward_advantages = to_tokens(added, self.share.rollouts.lengths, num_tokens=num_tokens)
         several = len(plan.minibatches) * self.config.train.epochs_per_batch > 1
-        self.old_logprobs = self._compute_logprobs() if teacher_columns and several else None
+        self.old_logprobs: Column = None  # None: the current ones of each update
+        if self.teacher_logprobs is not None and several:
+            (self.old_logprobs,) = self.compute("old logprobs", policy_logprobs_only)
         self.visited: set[int] = set()
-        self.seen = MeasuredColumns.of(len(rollouts.token_ids))
+        self.seen = MeasuredColumns.of(num_tokens)
         return (), {}
 
     def update(self, minibatch: int, *states: LearntStates) -> Metrics:
@@ -102,61 +84,41 @@ class StudentWorker(OfflineWorker):
 
         `states` are the teacher's hidden states, if the run uses them.
         """
-        plan, microbatches = self.plan.minibatches[minibatch], self.microbatches[minibatch]
+        plan = self.share.plan.minibatches[minibatch]
         # later updates of a batch can measure the state before training only from stored log-probabilities
         self.observes = minibatch not in self.visited and (not self.visited or self.old_logprobs is not None)
         self.visited.add(minibatch)
-        hidden = self._hidden(minibatch, states)
-        parts: list[Metrics] = []
-        for index, microbatch in enumerate(microbatches):
-            with explains_out_of_memory(
-                role="policy", stage="update", rank=self.place.rank, tokens=len(microbatch.tokens)
-            ):
-                loss, *reports = (
-                    self._sampled(microbatch, plan) if hidden is None else self._whole(microbatch, plan, hidden)
-                )
-                self.engine.backward(loss, last=index == len(microbatches) - 1)
-            if microbatch.rows:
-                parts += reports if self.observes else reports[:1]
-        parts.append(self.step_metrics(self.engine.step()))
-        return merge_metrics(parts)
+        hidden = LearntStates.gather(states, plan.sequences_by_rank[self.data_rank]).hidden if states else None
+
+        def compute(microbatch: Microbatch) -> tuple[Tensor, Measure]:
+            if hidden is None:
+                return self._sampled(microbatch, plan)
+            return self._whole(microbatch, plan, hidden)
+
+        return self.optimize(self.share.microbatches[minibatch], compute)
 
     def token_signals(self, sequences: Sequence[int]) -> tuple[TokenSignals, int]:
         """Return the signals from before training for this rank's subset of `sequences`, and the number of tokens."""
-        held, seen = self.plan.sequences_of(self.data_rank), self.seen
+        seen = self.seen
         signals = signals_of(
-            self.rollouts,
-            [i for i in held if i in sequences],
+            self.share.rollouts,
+            [i for i in self.share.ids if i in sequences],
             old_logprobs=seen.old_logprobs,
             teacher_logprobs=seen.teacher_logprobs,
             advantages=seen.advantages,
         )
         return signals, len(signals.advantages)
 
-    def probe(self, token_ids: Sequence[int]) -> list[float]:
-        """Return the log-probabilities of token_ids[1:] at temperature 1, under the weights as published.
-
-        Collective.
-        """
-        return probe_logprobs(self.engine, token_ids)
-
-    def _sampled(self, microbatch: Microbatch, plan: MinibatchPlan) -> tuple[Tensor, Metrics, Metrics]:
-        """Return a micro-batch's loss from advantages, its update metrics, and its metrics before training."""
-        token_ids, lengths, mask = self._columns(microbatch)
-        logprobs, entropy = self.engine.forward(
-            policy_logprobs,
-            token_ids,
-            lengths,
-            mask=mask,
-            branches=microbatch.branches,
-            temperature=self.rollouts_config.temperature,
-        )
-        logprobs, rollout_logprobs = logprobs.float(), self._of(self.rollouts.rollout_logprobs, microbatch)
-        old = logprobs.detach() if self.old_logprobs is None else self._of(self.old_logprobs, microbatch)
+    def _sampled(self, microbatch: Microbatch, plan: MinibatchPlan) -> tuple[Tensor, Measure]:
+        """Return a micro-batch's loss from advantages of the sampled tokens, and its metrics."""
+        _, lengths, mask = self.columns(microbatch)
+        logprobs, entropy = self.forward(policy_logprobs, microbatch)
+        logprobs, rollout_logprobs = logprobs.float(), self.part(self.share.rollouts.rollout_logprobs, microbatch)
+        old = logprobs.detach() if self.old_logprobs is None else self.part(self.old_logprobs, microbatch)
         assert self.teacher_logprobs is not None
-        teacher_logprobs = self._of(self.teacher_logprobs, microbatch)
+        teacher_logprobs = self.part(self.teacher_logprobs, microbatch)
         advantages = teacher_advantages(old, teacher_logprobs, mask)
-        advantages = advantages + torch.where(mask, self._of(self.reward_advantages, microbatch), 0.0)
+        advantages = advantages + torch.where(mask, self.part(self.reward_advantages, microbatch), 0.0)
         self._keep(microbatch, old, teacher_logprobs, advantages)
         batch = PolicyMicrobatch(
             lengths=lengths,
@@ -168,42 +130,35 @@ class StudentWorker(OfflineWorker):
             ref_logprobs=None,
             advantages=advantages,
         )
-        counts = StepCounts(
-            num_tokens=plan.num_tokens,
-            num_sequences=plan.num_sequences,
-            max_new_tokens=self.rollouts_config.max_response_tokens,
-        )
-        terms = self.algorithm.sampled_loss(batch, counts)
-        updated = update_metrics(
-            terms,
-            sampled=int(mask.sum()),
-            passed=len(microbatch.tokens),
-            step_tokens=plan.num_tokens,
-            has_kl_loss=False,
-        )
-        spread = moments(advantages, mask)
-        before = {
-            **_observed(old, teacher_logprobs, rollout_logprobs, mask, lengths),
-            "advantages/mean": Mean(total=spread.mean * spread.count, count=spread.count),
-            "advantages/std": as_std(spread),
-            "advantages/histogram": advantage_histogram(advantages, mask),
-        }
-        return terms.loss, updated, before
+        terms = self.algorithm.sampled_loss(batch, self.counts(plan))
+
+        def measure() -> Metrics:
+            sampled, passed = int(mask.sum()), len(microbatch.tokens)
+            metrics = update_metrics(
+                terms, sampled=sampled, passed=passed, step_tokens=plan.num_tokens, has_kl_loss=False
+            )
+            if self.observes:
+                spread = moments(advantages, mask)
+                metrics |= _observed(old, teacher_logprobs, rollout_logprobs, mask, lengths) | {
+                    "advantages/mean": Mean(total=spread.mean * spread.count, count=spread.count),
+                    "advantages/std": as_std(spread),
+                    "advantages/histogram": advantage_histogram(advantages, mask),
+                }
+            return metrics
+
+        return terms.loss, measure
 
     def _whole(
         self, microbatch: Microbatch, plan: MinibatchPlan, hidden: Float[Tensor, "n K"]
-    ) -> tuple[Tensor, Metrics, Metrics]:
-        """Do the same with a divergence over the vocabulary.
+    ) -> tuple[Tensor, Measure]:
+        """Return a micro-batch's divergence over the whole vocabulary, and its metrics.
 
         `hidden` holds the teacher's states of the minibatch.
         """
-        token_ids, lengths, mask = self._columns(microbatch)
-        loss, logprobs, teacher_logprobs, entropy = self.engine.forward(
+        _, lengths, mask = self.columns(microbatch)
+        loss, logprobs, teacher_logprobs, entropy = self.forward(
             sampled_distillation_loss,
-            token_ids,
-            lengths,
-            mask=mask,
-            branches=microbatch.branches,
+            microbatch,
             teacher=hidden[self._places(microbatch, plan)].to(self.device),
             head=self.teacher,
             divergence=self.algorithm.divergence,
@@ -211,14 +166,20 @@ class StudentWorker(OfflineWorker):
             token_weight=1.0 / plan.num_tokens,
         )
         self._keep(microbatch, logprobs, teacher_logprobs, None)
-        sampled = int(mask.sum())
-        updated: Metrics = {
-            "update/loss/mean": Mean(total=float(loss.detach()) * plan.num_tokens, count=sampled),
-            "update/entropy/mean": Mean(total=float(masked_sum(entropy, mask)), count=sampled),
-            "update/tokens/total": Sum(total=len(microbatch.tokens)),
-        }
-        rollout_logprobs = self._of(self.rollouts.rollout_logprobs, microbatch)
-        return loss, updated, _observed(logprobs, teacher_logprobs, rollout_logprobs, mask, lengths)
+
+        def measure() -> Metrics:
+            sampled = int(mask.sum())
+            metrics: dict[str, Reduction] = {
+                "update/loss/mean": Mean(total=float(loss.detach()) * plan.num_tokens, count=sampled),
+                "update/entropy/mean": Mean(total=float(masked_sum(entropy, mask)), count=sampled),
+                "update/tokens/total": Sum(total=len(microbatch.tokens)),
+            }
+            if self.observes:
+                rollout_logprobs = self.part(self.share.rollouts.rollout_logprobs, microbatch)
+                metrics |= _observed(logprobs, teacher_logprobs, rollout_logprobs, mask, lengths)
+            return metrics
+
+        return loss, measure
 
     def _keep(
         self,
@@ -235,58 +196,12 @@ class StudentWorker(OfflineWorker):
         if advantages is not None:
             self.seen.advantages[microbatch.tokens] = advantages.float().cpu()
 
-    def _hidden(self, minibatch: int, states: Sequence[LearntStates]) -> Float[Tensor, "n K"] | None:
-        """Concatenate the teacher's states of this rank's sequences of a minibatch.
-
-        None: the teacher returned no states.
-        """
-        if not states:
-            return None
-        return LearntStates.gather(states, self.plan.minibatches[minibatch].sequences_by_rank[self.data_rank]).hidden
-
     def _places(self, microbatch: Microbatch, plan: MinibatchPlan) -> Int[Tensor, " n"]:
         """Return the index of each sampled token of a micro-batch among the sampled tokens of its minibatch."""
-        mask = self.rollouts.response_mask
-        ids = plan.sequences_by_rank[self.data_rank]
-        first = self.plan.sequences_of(self.data_rank).index(ids[0])
-        before = sequence_counts(mask, self.rollouts.lengths)[:first].sum()
+        rollouts, mask = self.share.rollouts, self.share.rollouts.response_mask
+        first = self.share.ids.index(plan.sequences_by_rank[self.data_rank][0])
+        before = sequence_counts(mask, rollouts.lengths)[:first].sum()
         return mask.cumsum(0)[microbatch.tokens[mask[microbatch.tokens]]] - 1 - before
-
-    def _of(self, column: Float[Tensor, " N"], microbatch: Microbatch) -> Float[Tensor, " n"]:
-        return column[microbatch.tokens].to(self.device)
-
-    def _columns(self, microbatch: Microbatch) -> tuple[Int[Tensor, " n"], Int[Tensor, " b"], Bool[Tensor, " n"]]:
-        rollouts = self.rollouts
-        return (
-            rollouts.token_ids[microbatch.tokens].to(self.device),
-            microbatch.lengths.to(self.device),
-            rollouts.response_mask[microbatch.tokens].to(self.device),
-        )
-
-    def _compute_logprobs(self) -> Float[Tensor, " N"]:
-        """Return the log-probabilities of all sampled tokens of the share, without a gradient.
-
-        The micro-batches are the same as in the updates.
-        """
-        result = torch.zeros(len(self.rollouts.token_ids))
-        for microbatch in (microbatch for microbatches in self.microbatches for microbatch in microbatches):
-            token_ids, lengths, mask = self._columns(microbatch)
-            with (
-                torch.no_grad(),
-                explains_out_of_memory(
-                    role="policy", stage="old logprobs", rank=self.place.rank, tokens=len(token_ids)
-                ),
-            ):
-                logprobs = self.engine.forward(
-                    policy_logprobs_only,
-                    token_ids,
-                    lengths,
-                    mask=mask,
-                    branches=microbatch.branches,
-                    temperature=self.rollouts_config.temperature,
-                )
-            result[microbatch.tokens] = logprobs.float().cpu()
-        return result
 
 
 def _observed(
@@ -295,7 +210,7 @@ def _observed(
     rollout_logprobs: Float[Tensor, " N"],
     mask: Bool[Tensor, " N"],
     lengths: Int[Tensor, " B"],
-) -> Metrics:
+) -> dict[str, Reduction]:
     """Measure the gaps between student, sampler and teacher on the sampled tokens.
 
     `logprobs`: under the sampling weights.

@@ -89,7 +89,9 @@ def correction_metrics(correction: Correction, *, sampled: int) -> dict[str, Red
     }
 
 
-def update_metrics(terms: LossTerms, *, sampled: int, passed: int, step_tokens: int, has_kl_loss: bool) -> Metrics:
+def update_metrics(
+    terms: LossTerms, *, sampled: int, passed: int, step_tokens: int, has_kl_loss: bool
+) -> dict[str, Reduction]:
     """Return the metrics of a policy micro-batch with `sampled` tokens in its mask and `passed` tokens in all.
 
     A loss term is this micro-batch's share of the step's loss. Times the step's tokens it becomes a total, counted
@@ -143,7 +145,6 @@ def advantage_histogram(advantages: Float[Tensor, " N"], mask: Bool[Tensor, " N"
 
 
 def as_std(value: Moments) -> Std:
-    """Convert moments to a metric of the standard deviation."""
     return Std(count=value.count, mean=value.mean, m2=value.squared_deviation)
 
 

@@ -106,6 +106,5 @@ def gathered(
 
 
 def _positions(share: ShareColumns) -> dict[int, Int[Tensor, " m"]]:
-    """Return the positions of each sequence's sampled tokens."""
     counts = sequence_counts(share.response_mask, share.lengths).tolist()
     return dict(zip(share.ids, share.response_mask.nonzero().flatten().split(counts), strict=True))

@@ -1,0 +1,50 @@
+"""Base of every process that holds a model: its device, its forward passes and its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from rlhf.engine.memory import explains_out_of_memory, peak_memory
+from rlhf.role_table import Role
+from rlhf.types import MemoryReport
+from rlhf.workers.microbatches import Microbatch
+from rlhf.workers.rank_context import RankContext
+
+T = TypeVar("T")
+
+
+class ModelWorker:
+    """A process of a role."""
+
+    role: Role
+
+    def __init__(self, place: RankContext) -> None:
+        self.place = place
+        self.device = place.torch_device()
+        torch.set_num_threads(place.threads)
+
+    def explaining(self, stage: str, microbatch: Microbatch | None = None) -> AbstractContextManager[None]:
+        """Turn a failed allocation in the block into an error that names the keys to change."""
+        tokens = None if microbatch is None else len(microbatch.tokens)
+        return explains_out_of_memory(role=self.role, stage=stage, rank=self.place.rank, tokens=tokens)
+
+    def passes(
+        self, stage: str, microbatches: Iterable[Microbatch], compute: Callable[[Microbatch], T]
+    ) -> Iterator[tuple[Microbatch, T]]:
+        """Yield each micro-batch with the result of `compute`, which runs without a gradient."""
+        for microbatch in microbatches:
+            with torch.no_grad(), self.explaining(stage, microbatch):
+                result = compute(microbatch)
+            yield microbatch, result
+
+    def part(self, column: Tensor, microbatch: Microbatch) -> Tensor:
+        """Return the tokens of a micro-batch on the device."""
+        return column[microbatch.tokens].to(self.device)
+
+    def memory(self) -> MemoryReport:
+        return peak_memory()

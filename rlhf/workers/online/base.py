@@ -1,0 +1,127 @@
+"""Base of the ranks trained on rollouts. A rank receives its share of a batch and computes columns of it.
+
+Token columns arrive as arguments and leave as results; the controller never reads them. A rank holds the sequences of
+its share until the next batch, in the order of the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rlhf.algorithms.microbatch import StepCounts
+from rlhf.config.schema.model import CriticConfig
+from rlhf.config.schema.root import Config
+from rlhf.types import BatchPlan, MinibatchPlan, Rollouts, TokenValues
+from rlhf.workers.microbatches import Microbatch, Temperatures, padded, shared_prompts, split_microbatches
+from rlhf.workers.rank_context import RankContext
+from rlhf.workers.trained import TrainedWorker
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """A rank's sequences of the batch, with a list of micro-batches for each minibatch."""
+
+    plan: BatchPlan
+    ids: tuple[int, ...]  # empty: the share holds another rank's sequence, unsampled, for its forward passes
+    rollouts: Rollouts
+    microbatches: tuple[tuple[Microbatch, ...], ...]
+    temperatures: Temperatures
+
+    @property
+    def held(self) -> list[int]:
+        ids: list[int] = self.rollouts.sequence_ids.tolist()
+        return ids
+
+    def column(self, values: Tensor) -> TokenValues:
+        """Return the values of the share's tokens as a column of the rank's sequences."""
+        column = TokenValues(sequence_ids=self.rollouts.sequence_ids, lengths=self.rollouts.lengths, values=values)
+        return column if self.ids else column.take(())
+
+
+class OnlineWorker(TrainedWorker):
+    """One rank of a model trained on rollouts."""
+
+    share: Share
+
+    def __init__(
+        self,
+        config: Config,
+        place: RankContext,
+        *,
+        optimizer_steps: int,
+        model: CriticConfig | None = None,
+        lr: float | None = None,
+    ) -> None:
+        assert config.rollouts is not None
+        super().__init__(config, place, optimizer_steps=optimizer_steps, model=model, lr=lr)
+        self.rollouts_config = config.rollouts
+
+    def receive(
+        self, plan: BatchPlan, parts: Sequence[Rollouts | TokenValues], temperatures: Mapping[int, float]
+    ) -> Float[Tensor, " N"] | None:
+        """Keep this rank's share of a batch. Return the share of the columns among the parts. Collective.
+
+        Args:
+            parts: the rollouts, and columns of token values. Without columns the result is None.
+            temperatures: by sequence id, for sequences with another temperature than the common one.
+        """
+        ids = plan.sequences_of(self.data_rank)
+        held = ids or plan.some_sequence()
+        rollouts = Rollouts.gather([part for part in parts if isinstance(part, Rollouts)], held)
+        if not ids:
+            rollouts = replace(rollouts, response_mask=torch.zeros_like(rollouts.response_mask))
+        lengths, row_of = rollouts.lengths.tolist(), {sequence_id: row for row, sequence_id in enumerate(ids)}
+        prompts = shared_prompts(rollouts, samples_per_prompt=self.rollouts_config.samples_per_prompt)
+        microbatches = []
+        for minibatch in plan.minibatches:
+            rows = [row_of[i] for i in minibatch.sequences_by_rank[self.data_rank]]
+            budget = self.config.train.max_tokens_per_microbatch
+            packed = split_microbatches(lengths, rows, max_tokens=budget, prompts=prompts, layout=self.layout)
+            microbatches.append(tuple(padded(packed, self.engine.max_over_ranks(len(packed)))))
+        self.share = Share(
+            plan=plan,
+            ids=ids,
+            rollouts=rollouts,
+            microbatches=tuple(microbatches),
+            temperatures=Temperatures.of(rollouts, temperatures, common=self.rollouts_config.temperature),
+        )
+        columns = [part for part in parts if isinstance(part, TokenValues)]
+        return TokenValues.gather(columns, held).values if columns else None
+
+    def counts(self, plan: MinibatchPlan) -> StepCounts:
+        return StepCounts(
+            num_tokens=plan.num_tokens,
+            num_sequences=plan.num_sequences,
+            max_new_tokens=self.rollouts_config.max_response_tokens,
+        )
+
+    def columns(self, microbatch: Microbatch) -> tuple[Int[Tensor, " n"], Int[Tensor, " b"], Bool[Tensor, " n"]]:
+        """Return the token ids, the lengths and the response mask of a micro-batch on the device."""
+        rollouts, lengths = self.share.rollouts, microbatch.lengths.to(self.device)
+        return self.part(rollouts.token_ids, microbatch), lengths, self.part(rollouts.response_mask, microbatch)
+
+    def forward(self, function: Callable[..., Any], microbatch: Microbatch, **options: Any) -> Any:
+        """Run a function of rlhf.models.packed on a micro-batch, at the temperature of the samples. Collective."""
+        token_ids, lengths, mask = self.columns(microbatch)
+        options = {"temperature": self.share.temperatures.at(microbatch, self.device)} | options
+        return self.engine.forward(function, token_ids, lengths, mask=mask, branches=microbatch.branches, **options)
+
+    def compute(self, stage: str, function: Callable[..., Any]) -> tuple[Float[Tensor, " N"], ...]:
+        """Run `function` (from rlhf.models.packed) over the share without a gradient. Return its columns. Collective.
+
+        The micro-batches are those of the updates, so that both give the same values.
+        """
+        results: tuple[Tensor, ...] = ()
+        microbatches = [microbatch for minibatch in self.share.microbatches for microbatch in minibatch]
+        for microbatch, values in self.passes(stage, microbatches, lambda one: self.forward(function, one)):
+            columns = (values,) if isinstance(values, Tensor) else values
+            results = results or tuple(torch.zeros(len(self.share.rollouts.token_ids)) for _ in columns)
+            for result, column in zip(results, columns, strict=True):
+                result[microbatch.tokens] = column.float().cpu()
+        return results
