@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 from actors.rollout.tool_calls import VllmToolCalls
 from rlhf.config.files.load import LoadedConfig
-from rlhf.controller.answers import request_for
+from rlhf.controller.rollout_scorer import request_for
 from rlhf.data.tokenization import Continuation
 from rlhf.errors import RunError, UserError
 from rlhf.preflight.inputs import OnlineInputs, StageInputs, load_inputs

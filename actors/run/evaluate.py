@@ -26,7 +26,7 @@ from rlhf.config.files.load import LoadedConfig
 from rlhf.config.placement_plan import seats_of
 from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.stages import result_of
-from rlhf.controller.answers import answered, error_record, note_errors, request_for
+from rlhf.controller.rollout_scorer import error_record, note_errors, process_answers, request_for
 from rlhf.errors import RunError, UserError
 from rlhf.evaluation.results import (
     Evaluation,
@@ -200,7 +200,7 @@ async def _answers(
                 )
                 for index, prompt in enumerate(prompts)
             ]
-            judged = await answered(engines, requests, sampling_of(decoding), judge)
+            judged = await process_answers(engines, requests, sampling_of(decoding), judge)
             rules = rules_of_specs(inputs.rewards)
             errors = [scored.scores.errors for scored, _ in judged if scored.scores.errors]
             fatal = [failed for failed in errors if ends_run(failed, rules, policy.on_error)]

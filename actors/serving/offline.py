@@ -17,7 +17,7 @@ from actors.roles.group import ending
 from actors.rollout.engine_group import RolloutEngines, serve_engines
 from rlhf.config.placement_plan import seats_of
 from rlhf.config.schema.cluster import ClusterConfig
-from rlhf.controller.answers import answered, request_for
+from rlhf.controller.rollout_scorer import process_answers, request_for
 from rlhf.data.templates import UNCHANGED, ChatTemplate
 from rlhf.evaluation.decoding import Decoding, Generation
 from rlhf.models.loading import load_tokenizer
@@ -55,7 +55,7 @@ class Served:
             )
             for index, prompt in enumerate(prompts)
         ]
-        groups = await answered(self.engines, requests, sampling_of(decoding), self._read)
+        groups = await process_answers(self.engines, requests, sampling_of(decoding), self._read)
         return [generation for group in groups for generation in group]
 
     async def _read(self, group: CompletedGroup, _: int) -> list[Generation]:

@@ -21,13 +21,11 @@ from rlhf.algorithms import algorithm_of
 from rlhf.algorithms.online import OnlineAlgorithm, SequenceOutcomes
 from rlhf.config.derive import leaves_out, rows_per_step, updates_per_step
 from rlhf.config.schema.root import Config
-from rlhf.controller.batches import only, plan_batch, visits
+from rlhf.controller.batches import only, plan_batch
 from rlhf.controller.entropy_bonus import EntropyBonus
-from rlhf.controller.following_reference import FollowingReference
 from rlhf.controller.idle_correction import IdleCorrection
-from rlhf.controller.learning import OnlineRoles, Signals
+from rlhf.controller.learning import OnlineRoles, ReferencedLearning, Signals
 from rlhf.controller.record import RunRecord
-from rlhf.controller.training_scores import by_step, for_training, is_flat, outcomes_of
 from rlhf.objectives.kl import adaptive_kl_coef
 from rlhf.objectives.selection import best, most_spread
 from rlhf.roles import PrepareReport, Ref, ScoredGroup, TrainedRole
@@ -38,22 +36,18 @@ logger = logging.getLogger(__name__)
 KEPT_BY = {"spread": most_spread, "best": best}
 
 
-class AdvantageLearning:
+class AdvantageLearning(ReferencedLearning):
     """Trains on the tokens of all kept responses.
 
     `kl_coef` and `entropy.in_force` are the coefficients of the next step.
     """
 
     def __init__(self, config: Config, roles: OnlineRoles, record: RunRecord) -> None:
-        assert config.rollouts is not None
-        self.config = config
-        self.roles = roles
-        self.record = record
-        self.rollouts = config.rollouts
+        super().__init__(config, roles, record)
         self.algorithm = algorithm_of(config.algorithm, OnlineAlgorithm)
         self.kl_coef = self.algorithm.config.kl.coef
         self.entropy = EntropyBonus(self.algorithm.config.entropy)
-        self.following = FollowingReference(self.algorithm.config.reference_every, roles, record)
+        self.reference_every = self.algorithm.config.reference_every
         self.num_minibatches = rows_per_step(config, self.rollouts) // config.train.sequences_per_update
         self.steps: Mapping[int, tuple[StepReward, ...]] = {}
         self.idle = IdleCorrection(self.algorithm.config, updates_per_step=updates_per_step(config))
@@ -61,7 +55,7 @@ class AdvantageLearning:
     async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:
         """Run the stages listed in the module's docstring. If no response is kept, the step makes no update."""
         record, roles = self.record, self.roles
-        kept, self.steps = by_step(self._kept(groups), self.config.rewards, self.algorithm.step_terms)
+        kept, self.steps = self.scores.by_step(self._kept(groups), self.algorithm.step_terms)
         trained = self._not_masked(kept)
         if leaves_out(self.config):
             total, count = (sum(len(scored.group.infos) for scored in some) for some in (trained, groups))
@@ -77,15 +71,9 @@ class AdvantageLearning:
             else:
                 logger.warning("step %d: no response reaches algorithm.min_score, so the policy is not updated", step)
         with record.stage("update", role="policy"):
-            order = visits(
-                len(plan.minibatches),
-                epochs=self.config.train.epochs_per_batch,
-                seed=self.config.run.seed,
-                step=step,
-            )
-            for minibatch in order:
+            for minibatch in self.visits(len(plan.minibatches), step):
                 await self._update(minibatch, step)
-        await self.following.renew(step)
+        await self.renew_reference(step)
         if self.idle.watches:
             self.idle.see(record.row())
         self._adapt_entropy()
@@ -97,14 +85,12 @@ class AdvantageLearning:
         )
 
     def state(self) -> Mapping[str, Any]:
-        """Return the coefficients in force, and the step of the reference."""
-        return {"kl_coef": self.kl_coef, "entropy": self.entropy.state(), **self.following.state()}
+        return {"kl_coef": self.kl_coef, "entropy": self.entropy.state(), **super().state()}
 
     async def restore(self, state: Mapping[str, Any], step: int) -> None:
-        """Restore the coefficients and the reference."""
         self.kl_coef = state["kl_coef"]
         self.entropy.restore(state["entropy"])
-        await self.following.restore(state, step)
+        await super().restore(state, step)
 
     def _kept(self, groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
         """Return the groups reduced to their kept responses, with the scores used for training.
@@ -113,13 +99,15 @@ class AdvantageLearning:
         """
         keep = self.rollouts.keep_per_prompt
         kept = []
-        for scored, trained in zip(groups, for_training(groups, self.config.rewards), strict=True):
+        for scored, trained in zip(groups, self.scores.normalized(groups), strict=True):
             scores = scored.scores.scores
             places = self.algorithm.kept(scores) if keep is None else KEPT_BY[keep.by](scores, keep.count)
             if places:
                 kept.append(only(trained, places))
         if self.algorithm.config.compares_responses:
-            flat = sum(is_flat(scored, self.config, self.algorithm) for scored in groups)
+            flat = 0  # with dynamic sampling the collector leaves flat groups out
+            if self.rollouts.dynamic_sampling is None:
+                flat = sum(self.scores.is_flat(scored, self.config, self.algorithm) for scored in groups)
             self.record.add({"advantages/zero_groups/fraction": Mean(total=flat, count=len(groups))})
         return kept
 
@@ -198,7 +186,7 @@ class AdvantageLearning:
 
         `scores` is keyed by sequence id, in the order of the groups.
         """
-        outcomes = outcomes_of(groups, list(scores.values()), self.config.rewards)
+        outcomes = self.scores.outcomes(groups, list(scores.values()))
         return replace(outcomes, scores=self._shaped(outcomes.scores, outcomes.num_tokens))
 
     def _shaped(self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
@@ -210,7 +198,6 @@ class AdvantageLearning:
         return shaped
 
     def _share_bundles(self) -> bool:
-        """Return whether reference and critic compute on the same hardware."""
         placed = self.config.cluster.roles
         return placed.reference.colocate_with == placed.critic.colocate_with == "policy"
 

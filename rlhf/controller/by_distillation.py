@@ -17,35 +17,29 @@ from rlhf.algorithms import algorithm_of
 from rlhf.algorithms.on_policy_distillation import OnPolicyDistillation
 from rlhf.config.derive import responses_per_step
 from rlhf.config.schema.root import Config
-from rlhf.controller.batches import plan_batch, visits
-from rlhf.controller.learning import OnlineRoles, Signals
+from rlhf.controller.batches import plan_batch
+from rlhf.controller.learning import Learning, OnlineRoles, Signals
 from rlhf.controller.record import RunRecord
-from rlhf.controller.training_scores import for_training
 from rlhf.roles import ScoredGroup, StatesByRank
 from rlhf.types import BatchPlan
 
 
-class DistillationLearning:
+class DistillationLearning(Learning):
     """Trains on all responses.
 
     Rewards, if there are any, are only measured or are added to the teacher's advantages.
     """
 
     def __init__(self, config: Config, roles: OnlineRoles, record: RunRecord) -> None:
-        assert config.rollouts is not None
+        super().__init__(config, roles, record)
         assert roles.teacher is not None
-        self.config = config
-        self.roles = roles
-        self.record = record
-        self.rollouts = config.rollouts
         self.teacher = roles.teacher
         self.algorithm = algorithm_of(config.algorithm, OnPolicyDistillation)
         self.is_ahead = config.cluster.roles.teacher.colocate_with is None
 
     async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:
-        """Run the stages listed in the module's docstring."""
         config, record, policy = self.config, self.record, self.roles.policy
-        groups = for_training(groups, config.rewards)
+        groups = self.scores.normalized(groups)
         rollouts = [scored.group.rollouts for scored in groups]
         plan = self._plan(groups, step)
         with record.stage("teacher", role="teacher"):
@@ -56,7 +50,7 @@ class DistillationLearning:
             means = await self._mean_logprobs(shown)
         with record.stage("experience", role="policy"):
             record.add((await policy.prepare(plan, rollouts, teacher_columns)).metrics)
-        order = visits(len(plan.minibatches), epochs=config.train.epochs_per_batch, seed=config.run.seed, step=step)
+        order = self.visits(len(plan.minibatches), step)
         if self.algorithm.config.is_sampled:
             for minibatch in order:
                 await self._update(minibatch)

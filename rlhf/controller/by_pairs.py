@@ -8,18 +8,15 @@ A group whose responses all have the same score has no pair. Responses outside o
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from rlhf.algorithms import algorithm_of
 from rlhf.algorithms.online_config import FollowedReferenceConfig
 from rlhf.algorithms.pairs import PairAlgorithm
 from rlhf.config.schema.root import Config
-from rlhf.controller.batches import plan_pairs, temperatures, visits
-from rlhf.controller.following_reference import FollowingReference
-from rlhf.controller.learning import OnlineRoles, Signals
+from rlhf.controller.batches import plan_pairs, temperatures
+from rlhf.controller.learning import OnlineRoles, ReferencedLearning, Signals
 from rlhf.controller.record import RunRecord
-from rlhf.controller.training_scores import for_training
 from rlhf.roles import ScoredGroup
 from rlhf.tracking.metrics.reductions import Mean, Sum
 from rlhf.types import RolloutInfo
@@ -28,23 +25,20 @@ logger = logging.getLogger(__name__)
 Pair = tuple[RolloutInfo, RolloutInfo]  # chosen and rejected
 
 
-class PairLearning:
+class PairLearning(ReferencedLearning):
     """Trains on at most one pair per prompt."""
 
     def __init__(self, config: Config, roles: OnlineRoles, record: RunRecord) -> None:
-        assert config.rollouts is not None
+        super().__init__(config, roles, record)
         assert isinstance(config.algorithm, FollowedReferenceConfig)
-        self.config = config
-        self.roles = roles
-        self.record = record
         self.algorithm = algorithm_of(config.algorithm, PairAlgorithm)
-        self.following = FollowingReference(config.algorithm.reference_every, roles, record)
-        self.num_minibatches = config.rollouts.prompts_per_step // config.train.sequences_per_update
+        self.reference_every = config.algorithm.reference_every
+        self.num_minibatches = self.rollouts.prompts_per_step // config.train.sequences_per_update
 
     async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:
         """Run the stages listed in the module's docstring. Without a pair, the step makes no update."""
-        record, config = self.record, self.config
-        groups = for_training(groups, config.rewards)
+        record = self.record
+        groups = self.scores.normalized(groups)
         paired = [(scored, pair) for scored in groups if (pair := self._pair(scored)) is not None]
         record.add(
             {
@@ -57,20 +51,12 @@ class PairLearning:
         with record.stage("experience", role="policy"):
             minibatches = await self._prepare(paired, step) if paired else 0
         with record.stage("update", role="policy"):
-            for minibatch in visits(minibatches, epochs=config.train.epochs_per_batch, seed=config.run.seed, step=step):
+            for minibatch in self.visits(minibatches, step):
                 record.add(await self.roles.policy.update(minibatch))
         pairs = [pair for _, pair in paired]
-        await self.following.renew(step)
+        await self.renew_reference(step)
         preferred = {info.sequence_id: place == 0 for pair in pairs for place, info in enumerate(pair)}
         return Signals(trained=frozenset(preferred), preferred=preferred)
-
-    def state(self) -> Mapping[str, Any]:
-        """Return the step of the reference."""
-        return self.following.state()
-
-    async def restore(self, state: Mapping[str, Any], step: int) -> None:
-        """Restore the reference of the checkpoint."""
-        await self.following.restore(state, step)
 
     async def _prepare(self, paired: Sequence[tuple[ScoredGroup, Pair]], step: int) -> int:
         """Give the policy the pairs and their reference logprobs. Returns the number of minibatches."""

@@ -21,9 +21,9 @@ from rlhf.config.derive import prompts_at_once
 from rlhf.config.schema.rewards import error_rules
 from rlhf.config.schema.rollouts import DynamicSampling
 from rlhf.config.schema.root import Config
-from rlhf.controller.answers import Answers, request_for
 from rlhf.controller.record import RunRecord
-from rlhf.controller.training_scores import is_flat
+from rlhf.controller.rollout_scorer import RolloutScorer, request_for
+from rlhf.controller.training_scores import TrainingScores
 from rlhf.data.curriculum import Curriculum
 from rlhf.data.stream import Cursor, Stream
 from rlhf.errors import RunError
@@ -34,11 +34,10 @@ from rlhf.tracking.metrics.reductions import Last, Mean, Reduction, Sum
 from rlhf.types import GroupRequest, Prompt, RolloutInfo, Sampling
 
 RECENT_GROUPS = 32  # window for counting dropped groups; prompts_per_step if that is larger
-Turn = tuple[int, Prompt]  # a prompt and its epoch
+EpochPrompt = tuple[int, Prompt]  # a prompt and its epoch
 
 
 def is_within(mean: float, rule: DynamicSampling) -> bool:
-    """Return whether a group's mean score is within the rule's bounds."""
     above = rule.min_mean is None or mean >= rule.min_mean
     below = rule.max_mean is None or mean <= rule.max_mean
     return above and below
@@ -59,7 +58,7 @@ class _Batch:
     kept: list[ScoredGroup] = field(default_factory=list)
     filtered: list[ScoredGroup] = field(default_factory=list)
     dropped: list[ScoredGroup] = field(default_factory=list)  # a reward failed
-    num_asked: int = 0
+    num_requested: int = 0
 
     @property
     def left_out(self) -> list[ScoredGroup]:
@@ -75,42 +74,43 @@ class Collector:
     """Requests the run's prompts in order. Its state is only consistent between two steps."""
 
     def __init__(
-        self, config: Config, prompts: Stream[Prompt], answers: Answers, record: RunRecord, sampling: Sampling
+        self, config: Config, prompts: Stream[Prompt], scorer: RolloutScorer, record: RunRecord, sampling: Sampling
     ) -> None:
         assert config.rollouts is not None
         self.config = config
         self.rollouts = config.rollouts
         self.prompts = prompts
-        self.answers = answers
+        self.scorer = scorer
         self.record = record
         self.sampling = sampling
         weighs = config.algorithm.kind == "advantages"
         self.algorithm = algorithm_of(config.algorithm, OnlineAlgorithm) if weighs else None
+        self.scores = TrainingScores(config.rewards)
         self.next_group = 0
-        self.waiting: list[Turn] = []  # requested but unfinished; requested first in the next step
+        self.unfinished: list[EpochPrompt] = []  # requested first in the next step
         settings = config.data.curriculum
         self.curriculum = None if settings is None else Curriculum(seed=config.run.seed, **settings.model_dump())
-        self.num_passed_over = 0  # skipped by the curriculum in this step
-        asked_last = max(RECENT_GROUPS, self.rollouts.prompts_per_step)
-        self.recent_drops: deque[bool] = deque(maxlen=asked_last)  # whether each recent group was dropped
+        self.num_skipped = 0  # skipped by the curriculum in this step
+        window = max(RECENT_GROUPS, self.rollouts.prompts_per_step)
+        self.recent_drops: deque[bool] = deque(maxlen=window)  # whether each recent group was dropped
 
     async def collect(self, step: int) -> Collected:
         """Return a whole batch, sampled by version step - 1 of the weights. Raise RunError if a bound is reached."""
         batch = _Batch()
-        self.num_passed_over = 0
+        self.num_skipped = 0
         count = self.rollouts.prompts_per_step
         while len(batch.kept) < count:
             for scored in await self._round(batch, count - len(batch.kept), step):
                 self.recent_drops.append(bool(scored.scores.errors))
                 if scored.scores.errors:
                     batch.dropped.append(_without_tokens(scored))
-                    self._refuse_dropped(scored, step)
+                    self._check_dropped(scored, step)
                 elif self._teaches(scored):
                     batch.kept.append(scored)
                 else:
                     batch.filtered.append(_without_tokens(scored))
             if len(batch.kept) < count:
-                self._refuse_filtered(batch, step)
+                self._check_filtered(batch, step)
         if self.curriculum is not None:
             for scored in batch.measured:
                 self.curriculum.measure(scored.group.request.prompt.prompt_id, _mean(scored))
@@ -120,21 +120,21 @@ class Collector:
 
     async def _round(self, batch: _Batch, needed: int, step: int) -> list[ScoredGroup]:
         """Request prompts and return the answered groups in plan order."""
-        turns = self._next(prompts_at_once(needed, self.rollouts))
-        requests = [self._request(turn, batch.num_asked + index) for index, turn in enumerate(turns)]
-        batch.num_asked += len(requests)
+        prompts = self._next(prompts_at_once(needed, self.rollouts))
+        requests = [self._request(prompt, batch.num_requested + index) for index, prompt in enumerate(prompts)]
+        batch.num_requested += len(requests)
         if len(requests) == needed:
-            groups = await self.answers.score_all(requests, self.sampling, step=step, version=step - 1)
+            groups = await self.scorer.score_all(requests, self.sampling, step=step, version=step - 1)
         else:
-            groups = await self._first(turns, requests, needed, step)
+            groups = await self._first(prompts, requests, needed, step)
         if self.config.algorithm.wants_greedy:
-            groups = await self.answers.add_greedy_baseline(groups, self.sampling, step=step, version=step - 1)
+            groups = await self.scorer.add_greedy_baseline(groups, self.sampling, step=step, version=step - 1)
         return groups
 
     async def _first(
-        self, turns: Sequence[Turn], requests: Sequence[GroupRequest], needed: int, step: int
+        self, prompts: Sequence[EpochPrompt], requests: Sequence[GroupRequest], needed: int, step: int
     ) -> list[ScoredGroup]:
-        """Return `needed` trainable groups and all groups finished before them. Unfinished prompts go to `waiting`."""
+        """Return `needed` trainable groups and all groups finished before them. Keep the unfinished prompts."""
         rule, left = self.rollouts.dynamic_sampling, needed
 
         def is_enough(scored: ScoredGroup) -> bool:
@@ -143,12 +143,12 @@ class Collector:
                 left -= 1
             return left == 0
 
-        groups = await self.answers.score_first_finished(
+        groups = await self.scorer.score_first_finished(
             requests, self.sampling, is_enough, rule=f"{needed} {rule!r}", step=step, version=step - 1
         )
         answered = {scored.group.request.group_id for scored in groups}
-        waiting = [t for t, r in zip(turns, requests, strict=True) if r.group_id not in answered]
-        self.waiting = waiting + self.waiting
+        unfinished = [p for p, r in zip(prompts, requests, strict=True) if r.group_id not in answered]
+        self.unfinished = unfinished + self.unfinished
         return groups
 
     def _teaches(self, scored: ScoredGroup) -> bool:
@@ -159,25 +159,25 @@ class Collector:
         masks = self.algorithm is not None and self.algorithm.config.mask_truncated
         if masks and all(info.finish_reason == "length" for info in scored.group.infos):
             return False
-        return not is_flat(scored, self.config, self.algorithm) and is_within(_mean(scored), rule)
+        return not self.scores.is_flat(scored, self.config, self.algorithm) and is_within(_mean(scored), rule)
 
-    def _next(self, count: int) -> list[Turn]:
-        """Return the next prompts: first the waiting ones, then the stream's.
+    def _next(self, count: int) -> list[EpochPrompt]:
+        """Return the next prompts: first the unfinished ones, then the stream's.
 
         The curriculum may skip some of the stream.
         """
-        turns, self.waiting = self.waiting[:count], self.waiting[count:]
-        while len(turns) < count:
+        prompts, self.unfinished = self.unfinished[:count], self.unfinished[count:]
+        while len(prompts) < count:
             ((epoch, prompt),) = self.prompts.next(1)
             if self.curriculum is None or self.curriculum.takes(prompt.prompt_id, epoch):
-                turns.append((epoch, prompt))
+                prompts.append((epoch, prompt))
             else:
-                self.num_passed_over += 1
-        return turns
+                self.num_skipped += 1
+        return prompts
 
-    def _request(self, turn: Turn, place: int) -> GroupRequest:
+    def _request(self, chosen: EpochPrompt, place: int) -> GroupRequest:
         """Return the request of a prompt. `place` counts the prompts requested in its step."""
-        epoch, prompt = turn
+        epoch, prompt = chosen
         samples = self.rollouts.samples_per_prompt
         group = request_for(
             prompt,
@@ -191,7 +191,7 @@ class Collector:
         self.next_group += 1
         return group
 
-    def _refuse_dropped(self, scored: ScoredGroup, step: int) -> None:
+    def _check_dropped(self, scored: ScoredGroup, step: int) -> None:
         """Raise RunError if the failure ends the run by its rule, or if too many groups were dropped."""
         policy, window = self.config.reward_policy, self.recent_drops.maxlen
         assert window is not None
@@ -200,7 +200,7 @@ class Collector:
         count, most = sum(self.recent_drops), policy.max_dropped_fraction * window
         if not is_fatal and count <= most:
             return
-        self.answers.forget_failures()
+        self.scorer.forget_failures()
         if is_fatal:
             fix = (
                 "on_error is fail, for the reward or in reward_policy. Set it to drop, which replaces the prompt by "
@@ -214,7 +214,7 @@ class Collector:
             )
         raise RunError(f"rewards, step {step}: {describe_errors(scored.scores.errors)}. {fix}")
 
-    def _refuse_filtered(self, batch: _Batch, step: int) -> None:
+    def _check_filtered(self, batch: _Batch, step: int) -> None:
         """Raise RunError if too many groups were filtered while the batch is still incomplete."""
         rule, count = self.rollouts.dynamic_sampling, self.rollouts.prompts_per_step
         if rule is None or len(batch.filtered) <= rule.max_filtered_fraction * count:
@@ -223,12 +223,13 @@ class Collector:
         tried = {scored.group.request.prompt.prompt_id for scored in batch.kept + batch.left_out}
         if len(tried) == len(self.prompts):
             fix = (
-                f"These were all {len(tried)} prompts of data.train: it has nothing left that this policy learns from. "
+                f"These were all {len(tried)} prompts of data.train: none is left from which this policy learns. "
                 "Add other prompts, or end the run here"
             )
         else:
             fix = (
-                "Choose other prompts, sample more responses to each, widen the bounds of the mean, or raise that share"
+                "Choose other prompts, sample more responses to each, widen the bounds of the mean, or raise that "
+                "fraction"
             )
         raise RunError(
             f"rollouts, step {step}: {len(batch.filtered)} groups were filtered, more than rollouts.dynamic_sampling."
@@ -257,18 +258,17 @@ class Collector:
             }
         if self.rollouts.oversample > 1.0:
             answered = len(batch.kept) + len(batch.left_out)
-            metrics["rollouts/cancelled_groups/total"] = Sum(total=batch.num_asked - answered)
+            metrics["rollouts/cancelled_groups/total"] = Sum(total=batch.num_requested - answered)
         if self.curriculum is not None:
             measured, within = self.curriculum.counts()
-            metrics["data/passed_over/total"] = Sum(total=self.num_passed_over)
+            metrics["data/passed_over/total"] = Sum(total=self.num_skipped)
             metrics["data/within_band/fraction"] = Mean(total=within, count=measured)
         return metrics
 
     def state(self) -> dict[str, Any]:
-        """Return the position in the prompts for a checkpoint."""
         return {
             "cursor": asdict(self.prompts.state()),
-            "waiting": [(epoch, prompt.prompt_id) for epoch, prompt in self.waiting],
+            "waiting": [(epoch, prompt.prompt_id) for epoch, prompt in self.unfinished],
             "next_group": self.next_group,
             "recent_drops": list(self.recent_drops),
             "curriculum": None if self.curriculum is None else self.curriculum.state(),
@@ -277,7 +277,7 @@ class Collector:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restore the position from a checkpoint. A curriculum without stored state starts afresh."""
         self.prompts.restore(Cursor(**state["cursor"]))
-        self.waiting = [(epoch, self.prompts.at(prompt_id)) for epoch, prompt_id in state["waiting"]]
+        self.unfinished = [(epoch, self.prompts.at(prompt_id)) for epoch, prompt_id in state["waiting"]]
         self.next_group = state["next_group"]
         self.recent_drops.clear()
         self.recent_drops.extend(state["recent_drops"])

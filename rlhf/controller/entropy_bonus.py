@@ -37,11 +37,9 @@ class EntropyBonus:
         )
 
     def state(self) -> Mapping[str, float | None]:
-        """Return the state for a checkpoint."""
         return {"coef": self.coef, "measured": self.entropy}
 
     def restore(self, state: Mapping[str, float | None]) -> None:
-        """Restore the state of a checkpoint."""
         coef = state["coef"]
         assert coef is not None
         self.coef, self.entropy = coef, state["measured"]

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 from rlhf.config.schema.rewards import error_rules
 from rlhf.config.schema.root import Config
-from rlhf.controller.answers import Answers, request_for
 from rlhf.controller.learning import Signals
 from rlhf.controller.record import RunRecord
+from rlhf.controller.rollout_scorer import RolloutScorer, request_for
 from rlhf.controller.sampling import group_samples
 from rlhf.errors import RunError
 from rlhf.evaluation.results import Evaluation, Marking, PromptScores, SetReport, prompt_reports
@@ -35,14 +35,7 @@ class EvalSet:
 
 
 async def score_held_out(
-    sets: Mapping[str, EvalSet],
-    config: Config,
-    marking: Marking,
-    answers: Answers,
-    reward: RewardRole,
-    record: RunRecord,
-    *,
-    step: int,
+    sets: Mapping[str, EvalSet], config: Config, marking: Marking, scorer: RolloutScorer, *, step: int
 ) -> dict[str, list[ScoredGroup]]:
     """Answer and score every set with the weights of a step. Returns the scored groups of each set.
 
@@ -50,7 +43,7 @@ async def score_held_out(
     with `on_error: fail` failed, or if a set has no score at all.
     """
     assert config.rollouts is not None
-    settings = config.eval
+    settings, record = config.eval, scorer.record
     sampling = Sampling(
         max_new_tokens=config.rollouts.max_new_tokens,
         temperature=settings.temperature,
@@ -75,20 +68,20 @@ async def score_held_out(
             for index, prompt in enumerate(prompts)
         ]
         offset += len(requests)
-        groups = await answers.score_all(requests, sampling, step=step, version=step)
+        groups = await scorer.score_all(requests, sampling, step=step, version=step)
         sound = [group for group in groups if not group.scores.errors]
         failures = [group.scores.errors for group in groups if group.scores.errors]
         rules = error_rules(config.rewards), config.reward_policy.on_error
         fatal = [errors for errors in failures if ends_run(errors, *rules)]
         if fatal or not sound:
-            answers.forget_failures()
+            scorer.forget_failures()
             raise RunError(f"eval {name}, step {step}: {describe_errors((fatal or failures)[0])}")
         return sound
 
     with record.stage("eval", role="rollout"):
         for name, held_out in sets.items():
             groups = await scored(name, held_out.prompts, sampling, settings.samples_per_prompt)
-            results = await _results(groups, marking, reward)
+            results = await _results(groups, marking, scorer.reward)
             prompt_ids = [prompt.prompt_id for prompt in held_out.prompts]
             set_reports = prompt_reports(
                 name, results, marking, sources=held_out.sources, prompt_ids=prompt_ids, seed=config.run.seed
@@ -109,7 +102,7 @@ async def score_held_out(
         record.add({name: Last(value=value) for name, value in whole.to_metrics().items()})
         text = json.dumps(whole.to_json(), indent=2, allow_nan=False) + "\n"
         write_atomic(evaluation_path(record.folder.path, step), text)
-        await reward.write_samples(samples_path(record.folder.own, step), selections)
+        await scorer.reward.write_samples(samples_path(record.folder.own, step), selections)
     return answered
 
 

@@ -35,7 +35,6 @@ class IdleCorrection:
 
     @property
     def watches(self) -> bool:
-        """Return whether more steps must be observed."""
         return self.steps_left > 0
 
     def see(self, row: Mapping[str, float]) -> None:

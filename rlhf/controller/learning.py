@@ -7,10 +7,15 @@ rlhf.controller.online collects the groups. Like it, this module computes on sca
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
+from rlhf.config.schema.root import Config
+from rlhf.controller.batches import visits
+from rlhf.controller.record import RunRecord
+from rlhf.controller.training_scores import TrainingScores
 from rlhf.roles import (
     CriticRole,
     OnlineTeacherRole,
@@ -46,17 +51,66 @@ class Signals:
     teacher_logprobs: Mapping[int, float] = field(default_factory=dict)  # means over the sampled tokens
 
 
-class Learning(Protocol):
-    """One learning method, such as advantages or pairs. Its metrics go to the run's record."""
+class Learning(ABC):
+    """A learning method, such as advantages or pairs. Its metrics go to the run's record."""
 
+    def __init__(self, config: Config, roles: OnlineRoles, record: RunRecord) -> None:
+        assert config.rollouts is not None
+        self.config = config
+        self.roles = roles
+        self.record = record
+        self.rollouts = config.rollouts
+        self.scores = TrainingScores(config.rewards)
+
+    @abstractmethod
     async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:
         """Make all optimizer steps of a step. The groups carry the reported scores."""
-        ...
 
+    @abstractmethod
     def state(self) -> Mapping[str, Any]:
         """Return the state for a checkpoint. The trained roles save theirs separately."""
-        ...
 
+    @abstractmethod
     async def restore(self, state: Mapping[str, Any], step: int) -> None:
         """Restore the state of a step's checkpoint."""
-        ...
+
+    def visits(self, num_minibatches: int, step: int) -> list[int]:
+        """Return the minibatch of each optimizer step."""
+        train, run = self.config.train, self.config.run
+        return visits(num_minibatches, epochs=train.epochs_per_batch, seed=run.seed, step=step)
+
+
+class ReferencedLearning(Learning):
+    """A learning method with a reference that may be renewed from the policy every few steps (sync_ref_model in TRL).
+
+        policy -> model folder in references/ -> reference
+
+    The weights go through a folder, so a resumed run has the reference of its checkpoint. A folder is kept as long as a
+    checkpoint needs it.
+    """
+
+    reference_every: int | None  # steps between two renewals; None keeps the first reference
+    reference_step: int = 0  # of the last renewal; 0: the model before training
+
+    async def renew_reference(self, step: int) -> None:
+        """Replace the reference by the policy after this step, if a renewal is due."""
+        if self.reference_every is None or step % self.reference_every:
+            return
+        folder = self.record.folder
+        assert self.roles.reference is not None
+        with self.record.stage("reference", role="reference"):
+            await self.roles.policy.export(folder.begin_reference(step))
+            needed = {self.record.read_state(other)["reference_step"] for other in folder.checkpoint_steps()}
+            await self.roles.reference.become(folder.commit_reference(step, keep=needed))
+        self.reference_step = step
+
+    def state(self) -> Mapping[str, Any]:
+        return {"reference_step": self.reference_step}
+
+    async def restore(self, state: Mapping[str, Any], step: int) -> None:
+        """Restore the reference of a step's checkpoint. Raise UserError if its folder is damaged."""
+        self.reference_step = state["reference_step"]
+        if self.reference_step:
+            self.record.folder.refuse_damaged_reference(self.reference_step, checkpoint=step)
+            assert self.roles.reference is not None
+            await self.roles.reference.become(self.record.folder.reference(self.reference_step))

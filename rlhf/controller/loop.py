@@ -192,7 +192,6 @@ class TrainingLoop(ABC):
         }
 
     async def restore(self, step: int) -> None:
-        """Restore the checkpoint of a step."""
         state = self.record.read_state(step)
         self.step = self.kept_step = state["step"]
         await self.restore_position(state)

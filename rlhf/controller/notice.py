@@ -20,7 +20,6 @@ class Notice:
 
     @property
     def is_given(self) -> bool:
-        """Return whether the run is to end."""
         return self._given.is_set()
 
     def give(self) -> None:

@@ -2,26 +2,29 @@
 
     rows -> reference logprobs or teacher's states -> minibatches -> update
 
-The trained role gets the data sets once, as columns, and a step names rows.
+The trained role gets the data sets once, as columns, and a step names rows. The reference is the
+policy before training: its ranks compute the logprobs before a checkpoint is restored.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from rlhf.config.schema.root import Config
 from rlhf.controller.loop import TrainingLoop
 from rlhf.controller.record import RunRecord
-from rlhf.controller.reference import provide_reference
 from rlhf.data.packing import balance
 from rlhf.data.stream import Cursor, Stream
-from rlhf.roles import OfflineRole, StatesByRank, TeacherRole
+from rlhf.roles import OfflineRole, Ref, StatesByRank, TeacherRole
 from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.tracking.metrics.reductions import Last
-from rlhf.types import MinibatchPlan
+from rlhf.types import MinibatchPlan, TokenValues
+
+logger = logging.getLogger(__name__)
 
 REFERENCE_MICROBATCHES = 64  # per rank in one call
 
@@ -116,15 +119,36 @@ class OfflineController(TrainingLoop):
             return await self.teacher.states(dataset, plan)
 
     async def provide_reference(self) -> None:
-        """Give the role the logprobs of the policy before training. Must be called before `restore`."""
-        await provide_reference(
-            self.role,
-            [self.train_set, *self.eval_sets.values()],
-            self.record,
-            folder=self.config.run.dir / "reference_logprobs",
-            plan=self._plan,
-            tokens_at_once=REFERENCE_MICROBATCHES * self.config.train.max_tokens_per_microbatch * self.role.num_ranks,
-        )
+        """Give the role the logprobs of the policy before training, from disk or computed once, for every data set.
+
+        Must be called before `restore`.
+        """
+        role, folder = self.role, self.config.run.dir / "reference_logprobs"
+        for index, rows in enumerate([self.train_set, *self.eval_sets.values()]):
+            path = folder / f"{await role.reference_key(index)}.safetensors"
+            if path.exists():
+                if await role.read_reference(index, path):
+                    logger.info("the reference log-probabilities of data set %d are read from %s", index, path)
+                    continue
+                logger.warning("%s is damaged or belongs to other weights; it is computed again", path)
+            columns: list[Ref[TokenValues]] = []
+            done = 0
+            for chunk in self._chunks(rows):
+                columns += await role.reference_logprobs(index, self._plan(chunk))
+                done += len(chunk)
+                self.record.progress.stage("reference", done, len(rows))
+            await role.keep_reference(index, path, columns)
+            logger.info("the reference log-probabilities of %d rows are written to %s", len(rows), path)
+
+    def _chunks(self, rows: Sequence[DataRow]) -> Iterator[Sequence[DataRow]]:
+        """Yield adjacent rows of about some micro-batches per rank. Each chunk is one call with its own deadline."""
+        at_once = REFERENCE_MICROBATCHES * self.config.train.max_tokens_per_microbatch * self.role.num_ranks
+        start = size = 0
+        for end, row in enumerate(rows, start=1):
+            size += len(row.token_ids)
+            if size >= at_once or end == len(rows):
+                yield rows[start:end]
+                start, size = end, 0
 
     def _plan(self, rows: Sequence[DataRow]) -> MinibatchPlan:
         """Distribute rows over the ranks by equal work."""
@@ -150,15 +174,12 @@ class OfflineController(TrainingLoop):
                 self.record.add(merge_metrics(parts))
 
     def trained_tokens(self, row: Mapping[str, float]) -> tuple[float, float]:
-        """Return the tokens of the step's rows, and their mean number."""
         tokens = row["update/tokens/total"]
         return tokens, tokens / self.config.train.sequences_per_update
 
     def position(self) -> Mapping[str, Any]:
-        """Return the position in the training set."""
         return {"cursor": asdict(self.cursor)}
 
     async def restore_position(self, state: Mapping[str, Any]) -> None:
-        """Restore the position in the training set."""
         self.cursor = Cursor(**state["cursor"])
         self.rows.restore(self.cursor)

@@ -10,7 +10,7 @@ stores the finished ones for a resumed run and keeps the previous step. A later 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import fields
 from typing import Any
@@ -18,7 +18,6 @@ from typing import Any
 from rlhf.algorithms.base import Kind
 from rlhf.config.derive import shares_engines_gpus
 from rlhf.config.schema.root import Config
-from rlhf.controller.answers import Answers
 from rlhf.controller.by_advantages import AdvantageLearning
 from rlhf.controller.by_distillation import DistillationLearning
 from rlhf.controller.by_pairs import PairLearning
@@ -27,6 +26,7 @@ from rlhf.controller.evaluation import EvalSet, compare_with_teacher, score_held
 from rlhf.controller.learning import Learning, OnlineRoles
 from rlhf.controller.loop import TrainingLoop
 from rlhf.controller.record import RunRecord
+from rlhf.controller.rollout_scorer import RolloutScorer
 from rlhf.controller.sampling import group_samples, rollout_metrics
 from rlhf.controller.weight_sync import sync_weights
 from rlhf.data.stream import Stream
@@ -38,7 +38,7 @@ from rlhf.tracking.metrics.reductions import Last, Max, Sum
 from rlhf.tracking.run_folder.samples import samples_path
 from rlhf.types import Prompt, Sampling
 
-LEARNERS: Mapping[Kind, Callable[[Config, OnlineRoles, RunRecord], Learning]] = {
+LEARNERS: Mapping[Kind, type[Learning]] = {
     "advantages": AdvantageLearning,
     "sampled_pairs": PairLearning,
     "sampled_distillation": DistillationLearning,
@@ -90,8 +90,8 @@ class OnlineController(TrainingLoop):
             stop_token_ids=self.rollouts.stop_token_ids,
         )
         self.learning = LEARNERS[config.algorithm.kind](config, roles, record)
-        self.answers = Answers(roles.rollout, roles.reward, record, rewards_fingerprint=rewards_fingerprint)
-        self.collector = Collector(config, prompts, self.answers, record, sampling)
+        self.scorer = RolloutScorer(roles.rollout, roles.reward, record, rewards_fingerprint=rewards_fingerprint)
+        self.collector = Collector(config, prompts, self.scorer, record, sampling)
         self.sharing = shares_engines_gpus(config)
 
     async def begin(self) -> None:
@@ -105,7 +105,6 @@ class OnlineController(TrainingLoop):
         await super().end()
 
     async def train_step(self, step: int) -> None:
-        """Run the stages listed in the module's docstring."""
         roles, record = self.roles, self.record
         with record.stage("rollouts", role="rollout"):
             batch = await self._collect(step)
@@ -189,15 +188,12 @@ class OnlineController(TrainingLoop):
         await asyncio.gather(*(guest.offload() for guest in self._guests(names)))
 
     def _guests(self, names: Sequence[Role]) -> list[GpuGuest]:
-        """Return the named roles that share GPUs with the engines."""
         return [getattr(self.roles, name) for name in names if name in self.sharing]
 
     async def evaluate(self, step: int) -> None:
         """Answer and score the held-out prompts. With a teacher, compare the responses with its predictions."""
         roles = self.roles
-        answered = await score_held_out(
-            self.eval_sets, self.config, self.marking, self.answers, roles.reward, self.record, step=step
-        )
+        answered = await score_held_out(self.eval_sets, self.config, self.marking, self.scorer, step=step)
         if roles.teacher is not None:
             async with self._trainers_turn("teacher"):
                 await compare_with_teacher(answered, self.config, roles.teacher, self.record)
@@ -214,13 +210,11 @@ class OnlineController(TrainingLoop):
     async def checkpoint(self, *, is_best: bool) -> None:
         """Write a checkpoint, and delete the stored responses that it covers."""
         await super().checkpoint(is_best=is_best)
-        self.answers.clear()
+        self.scorer.clear()
 
     def position(self) -> Mapping[str, Any]:
-        """Return the position in the prompts and the state of the learning method."""
         return {**self.collector.state(), **self.learning.state()}
 
     async def restore_position(self, state: Mapping[str, Any]) -> None:
-        """Restore the position in the prompts and the state of the learning method."""
         self.collector.restore(state)
         await self.learning.restore(state, self.step)

@@ -55,7 +55,6 @@ class RunRecord:
         self.began = time.perf_counter()
 
     def add(self, metrics: Metrics) -> None:
-        """Add metrics to the current step."""
         self.parts.append(metrics)
 
     @contextmanager
@@ -68,19 +67,16 @@ class RunRecord:
         self.add({f"time/{name}_s": Sum(total=time.perf_counter() - began)})
 
     def memory(self, role: str, report: MemoryReport) -> None:
-        """Add the memory peaks of a role."""
         peaks: dict[str, Reduction] = {f"memory/{role}_rss_gib": Max(value=report.rss_gib)}
         if report.gpu_gib is not None:
             peaks[f"memory/{role}_gpu_gib"] = Max(value=report.gpu_gib)
         self.add(peaks)
 
     async def system(self) -> None:
-        """Add the `system/*` metrics of the nodes."""
         if self.nodes is not None:
             self.add(await self.nodes.use())
 
     def row(self) -> dict[str, float]:
-        """Return the metrics of the current step so far."""
         return results(merge_metrics(self.parts))
 
     def write_row(self, step: int, row: Mapping[str, float]) -> None:
@@ -128,7 +124,6 @@ class RunRecord:
         write_atomic(self.folder.path / "traceback.txt", redact("".join(traceback.format_exception(error))))
 
     def write_state(self, folder: Path, state: Mapping[str, Any]) -> None:
-        """Write the controller's state into a checkpoint."""
         (folder / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
 
     def restore_best(self, best: Best, state: Mapping[str, Any]) -> None:
@@ -209,13 +204,10 @@ class Best:
 
     @property
     def is_over(self) -> bool:
-        """Return whether the patience of early stopping is exhausted."""
         return self.stopping is not None and self.stale >= self.stopping.patience
 
     def state(self) -> dict[str, Any]:
-        """Return the state for a checkpoint."""
         return {"value": self.value, "step": self.step, "stale": self.stale}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore the state of a checkpoint."""
         self.value, self.step, self.stale = state["value"], state["step"], state["stale"]

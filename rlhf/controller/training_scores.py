@@ -17,115 +17,106 @@ from rlhf.roles import ScoredGroup
 from rlhf.types import StepReward
 
 
-def for_training(groups: Sequence[ScoredGroup], rewards: Mapping[str, RewardConfig]) -> list[ScoredGroup]:
-    """Return the groups with scores computed from normalised rewards, if the configuration asks for them."""
-    if all(reward.normalize == "none" for reward in rewards.values()):
-        return list(groups)
-    shares = _shares(rewards)
-    normalized = []
-    for scored in groups:
-        sums = training_sum(scored.scores.by_name, shares)
-        scores = tuple(score for score in sums if score is not None)
-        assert len(scores) == len(sums), "a group in which a response has no score is dropped"
-        normalized.append(replace(scored, scores=replace(scored.scores, scores=scores)))
-    return normalized
+class TrainingScores:
+    """Combines the rewards of a run's groups for training."""
 
+    def __init__(self, rewards: Mapping[str, RewardConfig]) -> None:
+        self.terms = {
+            name: RewardTerm(weight=reward.weight, gate=reward.gate, normalize=reward.normalize)
+            for name, reward in rewards.items()
+        }
+        self.normalizes = any(term.normalize != "none" for term in self.terms.values())
 
-def by_reward(groups: Sequence[ScoredGroup], rewards: Mapping[str, RewardConfig]) -> dict[str, list[float | None]]:
-    """Return each reward after its gate, one value per response of all groups.
+    def normalized(self, groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
+        """Return the groups with scores computed from normalised rewards, if the configuration asks for them."""
+        if not self.normalizes:
+            return list(groups)
+        results = []
+        for scored in groups:
+            sums = training_sum(scored.scores.by_name, self.terms)
+            scores = tuple(score for score in sums if score is not None)
+            assert len(scores) == len(sums), "a group in which a response has no score is dropped"
+            results.append(replace(scored, scores=replace(scored.scores, scores=scores)))
+        return results
 
-    The value is 0 in a group outside of the reward's scope, and None if the reward has no opinion.
-    """
-    shares = _shares(rewards)
-    columns: dict[str, list[float | None]] = {name: [] for name in rewards}
-    for scored in groups:
-        products = gated(scored.scores.by_name, shares)
-        for name, column in columns.items():
-            column += products.get(name, [0.0] * len(scored.scores.scores))
-    return columns
+    def by_reward(self, groups: Sequence[ScoredGroup]) -> dict[str, list[float | None]]:
+        """Return each reward after its gate, one value per response of all groups.
 
+        The value is 0 in a group outside of the reward's scope, and None if the reward has no opinion.
+        """
+        columns: dict[str, list[float | None]] = {name: [] for name in self.terms}
+        for scored in groups:
+            products = gated(scored.scores.by_name, self.terms)
+            for name, column in columns.items():
+                column += products.get(name, [0.0] * len(scored.scores.scores))
+        return columns
 
-def by_step(
-    groups: Sequence[ScoredGroup], rewards: Mapping[str, RewardConfig], terms: Callable[[Tensor], Tensor]
-) -> tuple[list[ScoredGroup], dict[int, tuple[StepReward, ...]]]:
-    """Return the groups without the score credited by steps, and the credited steps by sequence id.
+    def by_step(
+        self, groups: Sequence[ScoredGroup], step_terms: Callable[[Tensor], Tensor]
+    ) -> tuple[list[ScoredGroup], dict[int, tuple[StepReward, ...]]]:
+        """Return the groups without the score credited by steps, and the credited steps by sequence id.
 
-    `terms` maps the step rewards of a prompt's responses, from one gated reward, to their training values. Each is then
-    multiplied by the reward's weight. The remaining score is the weighted sum over the other rewards.
-    """
-    shares = _shares(rewards)
-    steps_by_sequence: dict[int, tuple[StepReward, ...]] = {}
-    left = []
-    for scored in groups:
-        scores = list(scored.scores.scores)
-        credited: list[list[StepReward]] = [[] for _ in scores]
-        for name, values in gated_steps(scored.scores.steps, scored.scores.by_name, shares).items():
-            weight = shares[name].weight
-            flat = torch.tensor([value for step_values in values for value in step_values], dtype=torch.float64)
-            trained = iter((weight * terms(flat)).tolist())
-            for place, (step_values, steps) in enumerate(zip(values, scored.scores.steps[name], strict=True)):
-                scores[place] -= weight * sum(step_values)
-                counted = steps[: len(step_values)]  # empty if the gate has no opinion
-                credited[place] += [StepReward(end=step.end, value=next(trained)) for step in counted]
-        left.append(replace(scored, scores=replace(scored.scores, scores=tuple(scores))))
-        if scored.scores.steps:
-            steps_by_sequence |= {
-                info.sequence_id: tuple(step_values)
-                for info, step_values in zip(scored.group.infos, credited, strict=True)
-            }
-    return left, steps_by_sequence
+        `step_terms` maps the step rewards of a prompt's responses, from one gated reward, to their training values.
+        Each is then multiplied by the reward's weight. The remaining score is the weighted sum over the other rewards.
+        """
+        steps_by_sequence: dict[int, tuple[StepReward, ...]] = {}
+        left = []
+        for scored in groups:
+            scores = list(scored.scores.scores)
+            credited: list[list[StepReward]] = [[] for _ in scores]
+            for name, values in gated_steps(scored.scores.steps, scored.scores.by_name, self.terms).items():
+                weight = self.terms[name].weight
+                flat = torch.tensor([value for step_values in values for value in step_values], dtype=torch.float64)
+                trained = iter((weight * step_terms(flat)).tolist())
+                for place, (step_values, steps) in enumerate(zip(values, scored.scores.steps[name], strict=True)):
+                    scores[place] -= weight * sum(step_values)
+                    counted = steps[: len(step_values)]  # empty if the gate has no opinion
+                    credited[place] += [StepReward(end=step.end, value=next(trained)) for step in counted]
+            left.append(replace(scored, scores=replace(scored.scores, scores=tuple(scores))))
+            if scored.scores.steps:
+                ids = [info.sequence_id for info in scored.group.infos]
+                steps_by_sequence |= zip(ids, map(tuple, credited), strict=True)
+        return left, steps_by_sequence
 
+    def outcomes(self, groups: Sequence[ScoredGroup], scores: Sequence[float]) -> SequenceOutcomes:
+        """Return the outcomes of groups of one size. `scores` covers all responses, in the order of the groups."""
+        greedy = [scored.greedy_score for scored in groups if scored.greedy_score is not None]
+        infos = [info for scored in groups for info in scored.group.infos]
+        columns = self.by_reward(groups)
+        return SequenceOutcomes(
+            scores=_column(scores),
+            by_reward={name: _column([value or 0.0 for value in values]) for name, values in columns.items()},
+            has_opinion={
+                name: torch.tensor([value is not None for value in values])
+                for name, values in columns.items()
+                if None in values
+            },
+            weights={name: term.weight for name, term in self.terms.items()},
+            num_tokens=torch.tensor([info.num_response_tokens for info in infos]),
+            group_size=len(groups[0].group.infos),
+            greedy_scores=_column(greedy) if greedy else None,
+        )
 
-def outcomes_of(
-    groups: Sequence[ScoredGroup], scores: Sequence[float], rewards: Mapping[str, RewardConfig]
-) -> SequenceOutcomes:
-    """Return the outcomes of groups of one size. `scores` covers all responses, in the order of the groups."""
-    greedy = [scored.greedy_score for scored in groups if scored.greedy_score is not None]
-    infos = [info for scored in groups for info in scored.group.infos]
-    columns = by_reward(groups, rewards)
-    return SequenceOutcomes(
-        scores=_column(scores),
-        by_reward={name: _column([value or 0.0 for value in values]) for name, values in columns.items()},
-        has_opinion={
-            name: torch.tensor([value is not None for value in values])
-            for name, values in columns.items()
-            if None in values
-        },
-        weights={name: reward.weight for name, reward in rewards.items()},
-        num_tokens=torch.tensor([info.num_response_tokens for info in infos]),
-        group_size=len(groups[0].group.infos),
-        greedy_scores=_column(greedy) if greedy else None,
-    )
+    def is_flat(self, scored: ScoredGroup, config: Config, algorithm: OnlineAlgorithm | None) -> bool:
+        """Return whether a group carries no learning signal: all responses have equal steps and outcomes.
 
-
-def is_flat(scored: ScoredGroup, config: Config, algorithm: OnlineAlgorithm | None) -> bool:
-    """Return whether a group carries no learning signal: all responses have equal steps and outcomes.
-
-    A run without comparisons learns from any group. `algorithm` is None unless it weighs responses by advantages.
-    """
-    assert config.rollouts is not None
-    if not config.algorithm.compares_responses:
-        return False
-    shares = _shares(config.rewards)
-    steps = gated_steps(scored.scores.steps, scored.scores.by_name, shares)
-    counting = [values for name, values in steps.items() if shares[name].weight != 0.0]
-    if any(len({value for step_values in values for value in step_values}) > 1 for values in counting):
-        return False
-    (scored,) = for_training([scored], config.rewards)
-    if algorithm is None:
-        return len(set(scored.scores.scores)) == 1
-    outcomes = outcomes_of([scored], scored.scores.scores, config.rewards)
-    most = config.rollouts.max_response_tokens
-    shaped = algorithm.shaped(outcomes.scores, outcomes.num_tokens, max_new_tokens=most)
-    return algorithm.is_flat(replace(outcomes, scores=shaped))
+        A run without comparisons learns from any group. `algorithm` is None unless it weighs responses by advantages.
+        """
+        assert config.rollouts is not None
+        if not config.algorithm.compares_responses:
+            return False
+        steps = gated_steps(scored.scores.steps, scored.scores.by_name, self.terms)
+        counting = [values for name, values in steps.items() if self.terms[name].weight != 0.0]
+        if any(len({value for step_values in values for value in step_values}) > 1 for values in counting):
+            return False
+        (scored,) = self.normalized([scored])
+        if algorithm is None:
+            return len(set(scored.scores.scores)) == 1
+        outcomes = self.outcomes([scored], scored.scores.scores)
+        most = config.rollouts.max_response_tokens
+        shaped = algorithm.shaped(outcomes.scores, outcomes.num_tokens, max_new_tokens=most)
+        return algorithm.is_flat(replace(outcomes, scores=shaped))
 
 
 def _column(values: Sequence[float]) -> Float[Tensor, " B"]:
     return torch.tensor(values, dtype=torch.float64)
-
-
-def _shares(rewards: Mapping[str, RewardConfig]) -> dict[str, RewardTerm]:
-    return {
-        name: RewardTerm(weight=reward.weight, gate=reward.gate, normalize=reward.normalize)
-        for name, reward in rewards.items()
-    }

@@ -60,10 +60,7 @@ async def sync_weights(
         for i, engine_logprobs in enumerate(engines)
     )
     return SyncReport(
-        version=version,
-        seconds=synced - began,
-        probe_seconds=time.perf_counter() - synced,
-        probe_max_diff=worst,
+        version=version, seconds=synced - began, probe_seconds=time.perf_counter() - synced, probe_max_diff=worst
     )
 
 

@@ -169,13 +169,11 @@ class DeepSpeedEngine:
                 dropout.train()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradient of this rank's share of the step's loss."""
         self._nonfinite_losses += int(not torch.isfinite(loss.detach()))
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * dist.get_world_size())  # DeepSpeed divides by it
 
     def step(self) -> StepReport:
-        """Update the weights. Raise RunError, with the weights unchanged, if loss or gradient are not finite."""
         step = self._steps + 1
         nonfinite = int(self.all_reduce_sum(torch.tensor(self._nonfinite_losses, device=self.device)))
         self._nonfinite_losses = 0
@@ -207,23 +205,19 @@ class DeepSpeedEngine:
         return float(norm)
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
-        """Sum the values over the ranks."""
         total = values.to(self.device, copy=True)
         dist.all_reduce(total)
         return total
 
     def max_over_ranks(self, value: int) -> int:
-        """Return the largest of the ranks' values."""
         largest = torch.tensor(value, device=self.device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return int(largest)
 
     def named_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Yield all weights in dtype, whole, with LoRA merged. Each is valid until the next one."""
         return self._gathered(weight_sources(self.module), dtype)
 
     def named_adapter_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Yield the LoRA weights alone, under peft's names."""
         return self._gathered(adapter_sources(self.module), dtype)
 
     def _gathered(self, sources: list[WeightSource], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -256,7 +250,6 @@ class DeepSpeedEngine:
         dist.barrier()
 
     def load(self, folder: Path) -> None:
-        """Continue exactly where `save` was called."""
         try:
             saved = json.loads((folder / "engine.json").read_text())
         except (OSError, ValueError, RecursionError) as error:
@@ -275,10 +268,7 @@ class DeepSpeedEngine:
                 f"is {self._digest_frozen()} now. Bring the model's folder back as it was when the run began."
             )
         self._engine.load_checkpoint(
-            str(folder),
-            tag=_TAG,
-            load_lr_scheduler_states=False,
-            custom_load_fn=self._load_trained,
+            str(folder), tag=_TAG, load_lr_scheduler_states=False, custom_load_fn=self._load_trained
         )
         load_initial_copies(self.module, folder / _INITIAL)
         self._steps = saved["steps"]
@@ -314,14 +304,12 @@ class DeepSpeedEngine:
         }
 
     def offload_to_host(self) -> None:
-        """Move all states to host memory and free the GPU for another process."""
         if self.device.type == "cuda":
             self.put_aside()
             torch._C._cuda_clearCublasWorkspaces()  # up to 32 MiB a stream; empty_cache would keep them
             torch.cuda.empty_cache()
 
     def reload_to_device(self) -> None:
-        """Move the states back after `offload_to_host`."""
         if self.device.type == "cuda":
             self.take_back()
 

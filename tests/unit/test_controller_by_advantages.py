@@ -16,7 +16,7 @@ from rlhf.controller.by_advantages import AdvantageLearning
 from rlhf.controller.learning import OnlineRoles, Signals
 from rlhf.controller.record import RunRecord
 from rlhf.controller.sampling import rollout_metrics
-from rlhf.controller.training_scores import is_flat
+from rlhf.controller.training_scores import TrainingScores
 from rlhf.errors import UserError
 from rlhf.roles import AdvantagesReport, CompletedGroup, PrepareReport, ScoredGroup, SequenceReport
 from rlhf.tracking.display.progress_live import open_progress
@@ -366,9 +366,9 @@ def test_a_group_is_flat_if_its_steps_are_too(folder: RunFolder) -> None:
     found = [in_steps(one, *told, parses=(1.0, 1.0)), in_steps(one, *told, parses=(0.0, 0.0))]
     assert found[0].scores.scores == (0.5, 0.5)
     config, algorithm = run.learning.config, run.learning.algorithm
-    assert [is_flat(scored, config, algorithm) for scored in found] == [False, True]
+    assert [run.learning.scores.is_flat(scored, config, algorithm) for scored in found] == [False, True]
     silent = {**config.rewards, "sound": config.rewards["sound"].model_copy(update={"weight": 0.0})}
-    assert is_flat(found[0], config.model_copy(update={"rewards": silent}), algorithm)
+    assert TrainingScores(silent).is_flat(found[0], config, algorithm)
 
 
 def cut(scored: ScoredGroup, *places: int) -> ScoredGroup:

@@ -15,8 +15,8 @@ import pytest
 
 from rlhf.config.schema.rollouts import DynamicSampling
 from rlhf.config.schema.root import Config
-from rlhf.controller.answers import Answers
 from rlhf.controller.collect import Collected, Collector, is_within
+from rlhf.controller.rollout_scorer import RolloutScorer
 from rlhf.data.stream import Stream
 from rlhf.errors import RunError
 from rlhf.roles import CompletedGroup
@@ -99,13 +99,13 @@ class Run:
             add=self.parts.append,
         )
         roles: tuple[Any, Any] = (self.engines, self)
-        self.answers = Answers(*roles, record, rewards_fingerprint="f")
+        self.scorer = RolloutScorer(*roles, record, rewards_fingerprint="f")
         items = [
             Prompt(prompt_id=i, token_ids=(1, i), text="", columns={}, temperature=warmth.get(i))
             for i in range(prompts)
         ]
         stream = Stream(items, seed=0, shuffle=False)
-        self.collector = Collector(config, stream, self.answers, record, Sampling(max_new_tokens=4))
+        self.collector = Collector(config, stream, self.scorer, record, Sampling(max_new_tokens=4))
 
     async def score(self, group: CompletedGroup) -> GroupScores:
         prompt_id = group.request.prompt.prompt_id
@@ -157,7 +157,7 @@ def told(run: Run, scores: Sequence[float], **by_name: Sequence[float]) -> None:
         return GroupScores(scores=varied, by_name=dict.fromkeys(by_name or ["r"], varied), errors=())
 
     run.score = score  # type: ignore[method-assign]
-    run.answers.reward = run  # type: ignore[assignment]
+    run.scorer.reward = run  # type: ignore[assignment]
 
 
 THREE_REWARDS = {name: {"function": "f"} for name in "abc"}
@@ -247,7 +247,7 @@ def test_too_many_filtered_groups_end_the_run(tmp_path: Path) -> None:
     ):
         run.collect()
     small = Run(tmp_path / "small", lambda _: SOLVED, prompts=6, **bounded)
-    with pytest.raises(RunError, match=r"all 6 prompts of data\.train: it has nothing left that this policy learns"):
+    with pytest.raises(RunError, match=r"all 6 prompts of data\.train: none is left from which this policy learns"):
         small.collect()
 
 
@@ -319,7 +319,7 @@ def test_the_slowest_of_more_prompts_are_cancelled_and_come_first_in_the_next_st
     run.engines.order = slowest(6)
     assert run.trained(2) == [1, 3, 7, 8]
     assert run.engines.asked[1] == [1, 3, 6, 7, 8, 9]
-    assert [prompt.prompt_id for _, prompt in run.collector.waiting] == [6, 9]
+    assert [prompt.prompt_id for _, prompt in run.collector.unfinished] == [6, 9]
 
 
 @pytest.mark.parametrize("oversample", [1.0, 1.5])
@@ -362,7 +362,7 @@ def test_no_prompt_is_lost_and_none_is_trained_on_twice(tmp_path: Path) -> None:
     assert len(trained) == len(set(trained)) == 28
     assert trained != sorted(trained)
     given = set(range(run.collector.prompts.state().position))
-    waiting = {prompt.prompt_id for _, prompt in run.collector.waiting}
+    waiting = {prompt.prompt_id for _, prompt in run.collector.unfinished}
     assert waiting.isdisjoint(trained)
     assert set(trained) | waiting | (left_out & given) == given
 
@@ -377,7 +377,7 @@ def test_a_resumed_run_makes_the_batch_that_was_written_down(tmp_path: Path) -> 
     assert again.collector.state() == first.collector.state()
     other_rule = Run(tmp_path, order=slowest(0, 2), oversample=1.5, dynamic_sampling={})
     assert other_rule.trained() == [1, 3, 4, 5]
-    first.answers.clear()
+    first.scorer.clear()
     assert Run(tmp_path, order=slowest(0, 2), oversample=1.5).trained() == [1, 3, 4, 5]
 
 
@@ -495,7 +495,7 @@ def test_groups_of_one_score_teach_by_their_steps(tmp_path: Path) -> None:
         return GroupScores(scores=(1.0, 1.0), by_name={"r": (1.0, 1.0)}, errors=(), steps={"r": (steps, steps)})
 
     run.score = score  # type: ignore[method-assign]
-    run.answers.reward = run  # type: ignore[assignment]
+    run.scorer.reward = run  # type: ignore[assignment]
     assert run.trained() == [0, 2, 4, 6]
     again = Run(tmp_path / "run", dynamic_sampling=DynamicSampling(max_filtered_fraction=3.0), prompts=12)
     again.collector.config = run.collector.config

@@ -12,8 +12,8 @@ import pytest
 
 from rlhf.config.files.load import load
 from rlhf.config.schema.root import Config
-from rlhf.controller.answers import Answers
 from rlhf.controller.evaluation import EvalSet, score_held_out
+from rlhf.controller.rollout_scorer import RolloutScorer
 from rlhf.errors import RunError
 from rlhf.evaluation.results import Marking
 from rlhf.roles import CompletedGroup, SampleSelection
@@ -123,9 +123,9 @@ PROMPTS = tuple(
 async def run(run_config: Config, tmp_path: Path, rewards: Rewards, engines: Engines | None = None) -> Record:
     record: Any = Record(tmp_path / "run")
     engines = engines or Engines()
-    answers = Answers(engines, rewards, record, rewards_fingerprint="")  # type: ignore[arg-type]
+    scorer = RolloutScorer(engines, rewards, record, rewards_fingerprint="")  # type: ignore[arg-type]
     sets = {"heldout": EvalSet(prompts=PROMPTS, sources={0: "easy", 1: "hard"})}
-    await score_held_out(sets, run_config, MARKING, answers, rewards, record, step=3)  # type: ignore[arg-type]
+    await score_held_out(sets, run_config, MARKING, scorer, step=3)  # type: ignore[arg-type]
     found: Record = record
     return found
 

@@ -9,7 +9,7 @@ import pytest
 
 from rlhf.config.schema.rewards import RewardConfig
 from rlhf.controller.sampling import rollout_metrics, values_by_reward
-from rlhf.controller.training_scores import by_reward, for_training
+from rlhf.controller.training_scores import TrainingScores
 from rlhf.roles import CompletedGroup, ScoredGroup
 from rlhf.types import GroupRequest, GroupScores, Prompt, RolloutInfo
 
@@ -39,8 +39,8 @@ GROUPS = [
 ]
 
 
-def rewards(**given: dict[str, Any]) -> dict[str, RewardConfig]:
-    return {name: RewardConfig(function="f", **one) for name, one in given.items()}
+def scores(**given: dict[str, Any]) -> TrainingScores:
+    return TrainingScores({name: RewardConfig(function="f", **one) for name, one in given.items()})
 
 
 def test_a_reward_counts_where_it_applies() -> None:
@@ -58,14 +58,14 @@ def test_a_reward_without_an_opinion_is_in_no_mean_and_is_counted() -> None:
     assert metrics["rewards/maths/no_opinion/fraction"].result() == 0.5
     assert "rewards/style/mean" not in metrics
     assert metrics["rewards/style/no_opinion/fraction"].result() == 1.0
-    assert by_reward(silent, rewards(maths={}, style={"gate": "maths"})) == {
+    assert scores(maths={}, style={"gate": "maths"}).by_reward(silent) == {
         "maths": [1.0, None],
         "style": [None, None],
     }
 
 
 def test_training_sees_normalised_rewards_and_reports_do_not() -> None:
-    normalised = for_training(GROUPS, rewards(maths={"normalize": "group", "weight": 10.0}, style={}))
+    normalised = scores(maths={"normalize": "group", "weight": 10.0}, style={}).normalized(GROUPS)
     # maths of group 0: -+1 over std sqrt(2), times 10; style as it is
     assert normalised[0].scores.scores == pytest.approx((4 - 10 * math.sqrt(0.5), 4 + 10 * math.sqrt(0.5)), abs=1e-4)
     assert normalised[1].scores.scores == (2.0, 6.0)
@@ -74,11 +74,11 @@ def test_training_sees_normalised_rewards_and_reports_do_not() -> None:
 
 
 def test_without_normalisation_they_are_the_same() -> None:
-    assert for_training(GROUPS, rewards(maths={}, style={"gate": "maths"})) == GROUPS
+    assert scores(maths={}, style={"gate": "maths"}).normalized(GROUPS) == GROUPS
 
 
 def test_an_algorithm_that_compares_by_reward_sees_gates_and_rows() -> None:
-    found = by_reward(GROUPS, rewards(maths={"weight": 9.0}, style={}))
+    found = scores(maths={"weight": 9.0}, style={}).by_reward(GROUPS)
     assert found == {"maths": [1.0, 3.0, 0.0, 0.0], "style": [4.0, 4.0, 2.0, 6.0]}
     (first, _) = GROUPS
-    assert by_reward([first], rewards(maths={}, style={"gate": "maths"}))["style"] == [4.0, 12.0]  # 4 * 1, 4 * 3
+    assert scores(maths={}, style={"gate": "maths"}).by_reward([first])["style"] == [4.0, 12.0]  # 4 * 1, 4 * 3

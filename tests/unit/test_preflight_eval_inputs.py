@@ -14,7 +14,7 @@ from actors.run.evaluate import run_evaluation
 from rlhf.config.files.load import load
 from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.stages import run_folder
-from rlhf.controller.answers import request_for
+from rlhf.controller.rollout_scorer import request_for
 from rlhf.errors import UserError
 from rlhf.evaluation.results import Marking, Marks, PromptResult
 from rlhf.preflight.eval_inputs import Candidate, EvalInputs, inputs_of_run

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import psutil
 import pytest
 
-from rlhf.controller.answers import request_for
+from rlhf.controller.rollout_scorer import request_for
 from rlhf.errors import RunError, UserError
 from rlhf.extensions import CodeSource, find_code
 from rlhf.models.tiny import byte_tokenizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf.controller.answers import request_for
+from rlhf.controller.rollout_scorer import request_for
 from rlhf.errors import RunError
 from rlhf.models.tiny import byte_tokenizer
 from rlhf.rollouts.records.spans import InsertedSpan, Played, Sampled, assemble, token_spans

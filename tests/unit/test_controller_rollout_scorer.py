@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from rlhf.controller.answers import GREEDY_GROUPS, Answers, request_for
 from rlhf.controller.evaluation import EvalSet, score_held_out
+from rlhf.controller.rollout_scorer import GREEDY_GROUPS, RolloutScorer, request_for
 from rlhf.evaluation.results import Marking
 from rlhf.roles import CompletedGroup, ScoredGroup
 from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, RolloutInfo, Sampling
@@ -59,7 +59,7 @@ class Reward:
         pass
 
 
-def begun(folder: Path, *, logprob: float = -0.5) -> tuple[Answers, Reward, Any]:
+def begun(folder: Path, *, logprob: float = -0.5) -> tuple[RolloutScorer, Reward, Any]:
     """A run on that folder, as each start of it makes them."""
     reward = Reward()
     (folder / "evals").mkdir(parents=True, exist_ok=True)
@@ -70,11 +70,11 @@ def begun(folder: Path, *, logprob: float = -0.5) -> tuple[Answers, Reward, Any]
         add=lambda metrics: None,
         stage=lambda *_, **__: nullcontext(),
     )
-    return Answers(Engines(logprob), reward, record, rewards_fingerprint="f"), reward, record  # type: ignore[arg-type]
+    return RolloutScorer(Engines(logprob), reward, record, rewards_fingerprint="f"), reward, record  # type: ignore[arg-type]
 
 
 def ask(
-    answers: Answers,
+    scorer: RolloutScorer,
     *,
     version: int = 0,
     sampling: Sampling = SAMPLING,
@@ -85,7 +85,7 @@ def ask(
         request_for(prompt, group_id=i, first_sequence_id=i, samples=1, run_seed=run_seed)
         for i, prompt in enumerate(prompts)
     ]
-    scored = asyncio.run(answers.score_all(requests, sampling, step=1, version=version))
+    scored = asyncio.run(scorer.score_all(requests, sampling, step=1, version=version))
     return [one.group.request.group_id for one in scored]
 
 
@@ -143,36 +143,36 @@ def test_an_evaluation_is_taken_up_by_the_weights_of_its_own_step(tmp_path: Path
     marking = Marking(ks=(1,), pass_score=None, answers=None)
 
     def evaluated(step: int) -> Reward:
-        answers, reward, record = begun(tmp_path)
+        scorer, reward, _ = begun(tmp_path)
         (tmp_path / "evals").mkdir(exist_ok=True)
-        asyncio.run(score_held_out(sets, config, marking, answers, reward, record, step=step))  # type: ignore[arg-type]
+        asyncio.run(score_held_out(sets, config, marking, scorer, step=step))  # type: ignore[arg-type]
         return reward
 
     assert len(evaluated(before).asked) == 2
     assert bool(evaluated(0).asked) is asks
 
 
-def ask_with_greedy(answers: Answers, sampling: Sampling = SAMPLING) -> list[ScoredGroup]:
+def ask_with_greedy(scorer: RolloutScorer, sampling: Sampling = SAMPLING) -> list[ScoredGroup]:
     requests = [
         request_for(prompt, group_id=5 + i, first_sequence_id=2 * i, samples=2, run_seed=0)
         for i, prompt in enumerate(PROMPTS)
     ]
 
     async def both() -> list[ScoredGroup]:
-        groups = await answers.score_all(requests, sampling, step=1, version=0)
-        return await answers.add_greedy_baseline(groups, sampling, step=1, version=0)
+        groups = await scorer.score_all(requests, sampling, step=1, version=0)
+        return await scorer.add_greedy_baseline(groups, sampling, step=1, version=0)
 
     return asyncio.run(both())
 
 
 def test_each_prompt_is_answered_greedily_too_and_that_is_taken_up_again(tmp_path: Path) -> None:
-    answers, reward, _ = begun(tmp_path)
+    scorer, reward, _ = begun(tmp_path)
     sampling = Sampling(max_new_tokens=4, temperature=0.7, top_p=0.9, top_k=3, stop=(";",))
-    found = ask_with_greedy(answers, sampling)
+    found = ask_with_greedy(scorer, sampling)
     assert [one.group.request.group_id for one in found] == [5, 6]
     assert [one.greedy_score for one in found] == [0.0, 1.0]
     assert sorted(reward.asked) == [5, 6, 5 + GREEDY_GROUPS, 6 + GREEDY_GROUPS]
-    engines: Any = answers.rollout
+    engines: Any = scorer.rollout
     assert engines.asked[1] == Sampling(max_new_tokens=4, temperature=0.0, stop=(";",))
     again, reward, _ = begun(tmp_path)
     assert [one.greedy_score for one in ask_with_greedy(again, sampling)] == [0.0, 1.0]
@@ -180,9 +180,9 @@ def test_each_prompt_is_answered_greedily_too_and_that_is_taken_up_again(tmp_pat
 
 
 def test_a_group_whose_greedy_response_was_not_scored_has_failed(tmp_path: Path) -> None:
-    answers, reward, _ = begun(tmp_path)
+    scorer, reward, _ = begun(tmp_path)
     reward.fails = {6 + GREEDY_GROUPS}
-    found = ask_with_greedy(answers)
+    found = ask_with_greedy(scorer)
     assert [one.scores.errors for one in found] == [(), (FAILURE,)]
     reward.fails = {5}
     reward.asked.clear()

@@ -46,7 +46,6 @@ def request_for(
 
 
 def error_record(error: RewardError, *, step: int) -> ErrorRecord:
-    """Return the line of errors.jsonl for a failed reward."""
     return ErrorRecord(
         step=step,
         stage="rewards",
@@ -68,28 +67,28 @@ def note_errors(scored: ScoredGroup, record: RunRecord, *, step: int) -> None:
     record.add({"rewards/errors/total": Sum(total=len(errors)), **environment_failures(scored.group.infos)})
 
 
-async def answered(
+async def process_answers(
     rollout: RolloutRole,
     requests: Sequence[GroupRequest],
     sampling: Sampling,
-    then: Callable[[CompletedGroup, int], Coroutine[Any, Any, T]],
+    process: Callable[[CompletedGroup, int], Coroutine[Any, Any, T]],
 ) -> list[T]:
-    """Apply `then` to each answered request and return the results in the order of the requests.
+    """Apply `process` to each answered request and return the results in the order of the requests.
 
-    `then` starts while other requests still generate. It receives the group and the number of answered groups so far.
+    `process` starts while other requests still generate. It receives the group and the number of answered groups so
+    far.
     """
     tasks: dict[int, asyncio.Task[T]] = {}
-
     try:
         async for group in rollout.generate(requests, sampling):
-            tasks[group.request.group_id] = asyncio.create_task(then(group, len(tasks) + 1))
+            tasks[group.request.group_id] = asyncio.create_task(process(group, len(tasks) + 1))
         return [await tasks[request.group_id] for request in requests]
     finally:
         for task in tasks.values():
             task.cancel()
 
 
-class Answers:
+class RolloutScorer:
     """Generates and scores responses, and stores them so that a resumed run reuses the same ones."""
 
     def __init__(
@@ -98,8 +97,8 @@ class Answers:
         self.rollout = rollout
         self.reward = reward
         self.record = record
-        self.ledger = ScoreLedger(record.folder.spool, rewards=rewards_fingerprint)
-        self.firsts = FinishOrderLedger(record.folder.spool, rewards=rewards_fingerprint)
+        self.score_ledger = ScoreLedger(record.folder.spool, rewards=rewards_fingerprint)
+        self.finish_order = FinishOrderLedger(record.folder.spool, rewards=rewards_fingerprint)
 
     async def score_all(
         self, requests: Sequence[GroupRequest], sampling: Sampling, *, step: int, version: int
@@ -116,10 +115,10 @@ class Answers:
         async def score(group: CompletedGroup, num_done: int) -> ScoredGroup:
             self.record.progress.stage("rollouts", num_done, len(requests))
             scored = await self._score(group, sampling, version=version)
-            self._note_errors(scored, step=step)
+            note_errors(scored, self.record, step=step)
             return scored
 
-        return await answered(self.rollout, requests, sampling, score)
+        return await process_answers(self.rollout, requests, sampling, score)
 
     async def score_first_finished(
         self,
@@ -139,31 +138,31 @@ class Answers:
                 groups.
         """
         race = request_set_digest(requests, sampling, version=version, rule=rule)
-        firsts = self.firsts.get(race)
+        stored = self.finish_order.get(race)
         finished: list[ScoredGroup] = []
-        closing: asyncio.Task[Any] | None = None
+        closing: asyncio.Task[Any] | None = None  # the task of the last group that is needed
 
-        async def take(group: CompletedGroup) -> None:
+        async def score(group: CompletedGroup) -> None:
             nonlocal closing
             scored = await self._score(group, sampling, version=version)
             if closing is not None:
                 return
-            self._note_errors(scored, step=step)
+            note_errors(scored, self.record, step=step)
             finished.append(scored)
             self.record.progress.stage("rollouts", len(finished), len(requests))
-            if is_enough(scored) if firsts is None else len(finished) == len(firsts):
+            if is_enough(scored) if stored is None else len(finished) == len(stored):
                 closing = asyncio.current_task()
-                done = {one.group.request.group_id for one in finished}
-                await self.rollout.cancel([request for request in requests if request.group_id not in done])
+                ids = {scored.group.request.group_id for scored in finished}
+                await self.rollout.cancel([request for request in requests if request.group_id not in ids])
 
         tasks: list[asyncio.Task[None]] = []
         try:
             async for group in self.rollout.generate(requests, sampling):
-                if firsts is None or group.request.group_id in firsts:
-                    tasks.append(asyncio.create_task(take(group)))
-            waiting: set[asyncio.Task[None]] = set(tasks)
-            while closing is None and waiting:
-                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                if stored is None or group.request.group_id in stored:
+                    tasks.append(asyncio.create_task(score(group)))
+            pending: set[asyncio.Task[None]] = set(tasks)
+            while closing is None and pending:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     task.result()
             if closing is not None:
@@ -175,8 +174,8 @@ class Answers:
             for task in tasks:
                 task.cancel()
         finished.sort(key=lambda scored: scored.group.request.group_id)
-        if firsts is None:
-            self.firsts.put(race, [scored.group.request.group_id for scored in finished])
+        if stored is None:
+            self.finish_order.put(race, [scored.group.request.group_id for scored in finished])
         return finished
 
     def forget_failures(self) -> None:
@@ -184,13 +183,13 @@ class Answers:
 
         The user fixes the reward, and the resumed run calls it again.
         """
-        self.ledger.forget_failures()
-        self.firsts.clear()  # a new score may change the batch
+        self.score_ledger.forget_failures()
+        self.finish_order.clear()  # a new score may change the batch
 
     def clear(self) -> None:
         """Delete the stored responses, since a checkpoint covers them."""
-        self.ledger.clear()
-        self.firsts.clear()
+        self.score_ledger.clear()
+        self.finish_order.clear()
 
     async def add_greedy_baseline(
         self, groups: Sequence[ScoredGroup], sampling: Sampling, *, step: int, version: int
@@ -199,29 +198,25 @@ class Answers:
 
         A group whose greedy response could not be scored carries its errors.
         """
-        sound = [group.group.request for group in groups if not group.scores.errors]
-        beside = [
+        requests = [
             replace(request, group_id=request.group_id + GREEDY_GROUPS, seeds=request.seeds[:1], temperature=None)
-            for request in sound
+            for request in (scored.group.request for scored in groups if not scored.scores.errors)
         ]
-        likeliest = replace(sampling, temperature=0.0, top_p=1.0, top_k=None, min_p=0.0)
-        answered_greedily = await self.score_all(beside, likeliest, step=step, version=version) if beside else []
-        greedy = {request.group.request.group_id - GREEDY_GROUPS: request.scores for request in answered_greedily}
-        return [_beside(group, greedy.get(group.group.request.group_id)) for group in groups]
+        greedy_sampling = replace(sampling, temperature=0.0, top_p=1.0, top_k=None, min_p=0.0)
+        answers = await self.score_all(requests, greedy_sampling, step=step, version=version) if requests else []
+        greedy = {scored.group.request.group_id - GREEDY_GROUPS: scored.scores for scored in answers}
+        return [_with_greedy(scored, greedy.get(scored.group.request.group_id)) for scored in groups]
 
     async def _score(self, group: CompletedGroup, sampling: Sampling, *, version: int) -> ScoredGroup:
         group_id, request = group.request.group_id, scored_identity(group.request, sampling, group.infos)
-        scores = self.ledger.get(group_id, version, request)
+        scores = self.score_ledger.get(group_id, version, request)
         if scores is None:
             scores = await self.reward.score(group)
-            self.ledger.put(group_id, version, request, scores)
+            self.score_ledger.put(group_id, version, request, scores)
         return ScoredGroup(group=group, scores=scores)
 
-    def _note_errors(self, scored: ScoredGroup, *, step: int) -> None:
-        note_errors(scored, self.record, step=step)
 
-
-def _beside(group: ScoredGroup, greedy: GroupScores | None) -> ScoredGroup:
+def _with_greedy(group: ScoredGroup, greedy: GroupScores | None) -> ScoredGroup:
     """Return the group with the score or the errors of its greedy response."""
     if greedy is None:
         return group
