@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import functools
 import logging
 import math
 import os
@@ -22,13 +21,12 @@ from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 from rlhf.errors import Preempted, RunError, UserError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-P = ParamSpec("P")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 REPEATED_WITHIN_S = 2.0  # `timeout` sends its signal twice, to the process and to its group
@@ -145,16 +143,6 @@ def run_stoppable(work: Callable[[StopRequest], T]) -> T:
             elif deadline is not None and time.monotonic() > deadline:
                 request.given_up.set()
     return _result(outcome, request)
-
-
-def stoppable(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorate a function to run in `run_stoppable`."""
-
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        return run_stoppable(lambda _: function(*args, **kwargs))
-
-    return call
 
 
 def run_async(work: Coroutine[Any, Any, T], runner: asyncio.Runner | None = None) -> T:

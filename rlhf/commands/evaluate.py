@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 from rlhf.commands.command import Command, add_parameters
 from rlhf.commands.decoding import add_decoding, decoding_of, options_given, refuse_options
-from rlhf.commands.shared import AnyConfig, config_or_name, write_stdout
+from rlhf.commands.shared import AnyConfig, config_or_name, stoppable, write_stdout
 from rlhf.errors import UserError
-from rlhf.stopping import stoppable
 
 if TYPE_CHECKING:
     from rlhf.config.files.load import LoadedConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlhf.commands.command import Command
-from rlhf.stopping import stoppable
+from rlhf.commands.shared import stoppable
 
 
 @stoppable

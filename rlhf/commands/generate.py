@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 from rlhf.commands.command import Command
 from rlhf.commands.decoding import add_decoding, decoding_of, options_given
-from rlhf.commands.shared import typed_lines, write_stdout
+from rlhf.commands.shared import stoppable, typed_lines, write_stdout
 from rlhf.errors import UserError
-from rlhf.stopping import stoppable
 
 if TYPE_CHECKING:
     from rlhf.evaluation.decoding import Decoding, Generation

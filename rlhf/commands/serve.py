@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from rlhf.commands.command import Command
-from rlhf.commands.shared import write_stdout
+from rlhf.commands.shared import stoppable, write_stdout
 from rlhf.errors import UserError
-from rlhf.stopping import stoppable
 
 SERVE_PORT = 8702
 USUAL_LENGTH = 8192  # tokens of prompt and response if the model allows more: the engine's cache has to hold them

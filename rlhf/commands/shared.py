@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
 from rlhf.errors import UserError
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from rlhf.config.files.load import LoadedConfig
     from rlhf.config.schema.root import Config
 
+P = ParamSpec("P")
+T = TypeVar("T")
 AnyConfig: TypeAlias = "str | Path | Mapping[str, Any] | Config | LoadedConfig"
 
 
@@ -55,6 +58,18 @@ def config_or_name(target: AnyConfig, overrides: Sequence[str] = ()) -> LoadedCo
             "options such as --column prompt=question instead of keys."
         )
     return str(target)
+
+
+def stoppable(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a function to run in `run_stoppable`."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        from rlhf.stopping import run_stoppable  # imports asyncio, and every reward process imports this module
+
+        return run_stoppable(lambda _: function(*args, **kwargs))
+
+    return call
 
 
 def write_stdout(text: str) -> None:

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf.commands.command import Command
-from rlhf.commands.shared import write_stdout
+from rlhf.commands.shared import stoppable, write_stdout
 from rlhf.commands.train import train
 from rlhf.errors import UserError
-from rlhf.stopping import stoppable
 
 if TYPE_CHECKING:
     from rlhf.sweeps.results import SweepResult

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from rlhf.commands.command import Command
 from rlhf.commands.shared import AnyConfig, loaded_config, write_stdout
 from rlhf.errors import Preempted, UserError
-from rlhf.stopping import run_stoppable
 
 if TYPE_CHECKING:
     from rlhf.config.files.load import LoadedConfig
@@ -52,6 +51,7 @@ def train(
         KeyboardInterrupt: Ctrl-C ended the run, and `resume` continues it.
     """
     from rlhf.config.schema.stages import run_folder
+    from rlhf.stopping import run_stoppable
     from rlhf.tracking import logs
     from rlhf.tracking.run_folder.folder import refuse_other_run
 
