@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from rlhf.config.files.docs import TEXT, render, slug
+from rlhf.config.files.docs import TEXT, configuration_page, slug
 from rlhf.config.files.load import load
 from rlhf.config.mistakes.schema_keys import all_keys
 from rlhf.config.schema.root import Config
@@ -14,26 +14,26 @@ PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 
 def test_the_page_is_up_to_date() -> None:
-    assert PAGE.read_text() == render(), "run: python -m rlhf.config.files.docs > docs/configuration.md"
+    assert PAGE.read_text() == configuration_page(), "run: python -m rlhf.config.files.docs > docs/configuration.md"
 
 
 def test_every_key_has_words() -> None:
-    rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", render(), re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", configuration_page(), re.MULTILINE)
     assert {name for name, _ in rows} >= {key[-1] for key in all_keys(Config) if len(key) > 1}
     assert all(meaning.strip().endswith((".", ")")) for _, meaning in rows)
 
 
 def test_every_link_leads_to_one_heading() -> None:
-    anchors = [slug(title) for title in re.findall(r"^##+ (.+)$", render(), re.MULTILINE)]
+    anchors = [slug(title) for title in re.findall(r"^##+ (.+)$", configuration_page(), re.MULTILINE)]
     assert len(set(anchors)) == len(anchors)
-    links = set(re.findall(r"\]\(#([^)]+)\)", render()))
+    links = set(re.findall(r"\]\(#([^)]+)\)", configuration_page()))
     assert links <= set(anchors)
     assert {"keys", "run", "algorithm-with-name-grpo", "cluster", "sweepmethod-with-name-asha"} <= links
 
 
 def test_sections_of_one_name_are_told_apart() -> None:
     """PPO's penalty has other defaults than GRPO's."""
-    page = render()
+    page = configuration_page()
     ppo, grpo = (
         page.partition(f"### `algorithm.kl` of `{name}`")[2].partition("\n### ")[0] for name in ("ppo", "grpo")
     )

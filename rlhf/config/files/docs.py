@@ -25,7 +25,7 @@ from rlhf.config.schema.sweep import SweepFile
 TEXT = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")  # with {places} for what follows from the schema
 
 
-def render() -> str:
+def configuration_page() -> str:
     """Return the whole page as Markdown."""
     page = _Page()
     keys = {
@@ -144,4 +144,4 @@ def _cell(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(render())
+    sys.stdout.write(configuration_page())
