@@ -28,7 +28,7 @@ from rlhf.config.schema.root import Config
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.role_table import Role
 from rlhf.workers.frozen.reference import ReferenceWorker
-from rlhf.workers.frozen.reward import RewardSettings, RewardWorker
+from rlhf.workers.frozen.reward import RewardSettings
 from rlhf.workers.frozen.teacher import OnlineTeacherWorker, TeacherWorker
 from rlhf.workers.online.critic import CriticWorker
 from rlhf.workers.trained import TrainedWorker
@@ -105,8 +105,7 @@ def _reward(run: RunContext) -> RewardWorkers:
         memory_gib=policy.memory_gib,
         max_tokens_per_microbatch=config.train.max_tokens_per_microbatch,
     )
-    handles = run.spawn(RewardWorkers.role, RewardWorker, settings, concurrency=settings.concurrency)
-    return RewardWorkers(handles, settings, deadline_s=config.cluster.call_timeout_s)
+    return RewardWorkers.create(config.cluster, run.placement, settings)
 
 
 # In the order in which the groups start and stop. The engines are leased with the run's placement: see EnginePool.

@@ -9,8 +9,10 @@ from typing import Any
 
 from ray.actor import ActorHandle
 
+from actors.cluster.placement import Placement
 from actors.cluster.waiting import wait_one
-from actors.roles.group import END_WITHIN_S, ModelGroup, WorkerGroup
+from actors.roles.group import END_WITHIN_S, ModelGroup, WorkerGroup, spawn
+from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.data.examples import Example, collate
 from rlhf.data.packing import balance
 from rlhf.evaluation.results import ExampleResult
@@ -22,7 +24,7 @@ from rlhf.role_table import Role
 from rlhf.roles import CompletedGroup, Ref, SampleSelection
 from rlhf.rollouts.records.texts import Transcript
 from rlhf.types import GroupScores, Rollouts, TokenSignals, TokenValues
-from rlhf.workers.frozen.reward import RewardSettings
+from rlhf.workers.frozen.reward import RewardSettings, RewardWorker
 
 PING_EVERY_S = 10.0  # while an answer is pending
 
@@ -38,6 +40,12 @@ class RewardWorkers(WorkerGroup):
         self.free = [asyncio.Semaphore(settings.processes) for _ in handles]
         self.free_to_ask = [asyncio.Semaphore(asks_in_flight(settings.specs)) for _ in handles]
         self.pings: dict[int, asyncio.Task[Any]] = {}  # by worker
+
+    @classmethod
+    def create(cls, cluster: ClusterConfig, placement: Placement, settings: RewardSettings) -> RewardWorkers:
+        """Create the actors of the workers."""
+        handles = spawn(cluster, placement, cls.role, RewardWorker, settings, concurrency=settings.concurrency)
+        return cls(handles, settings, deadline_s=cluster.call_timeout_s)
 
     def _worker_of(self, group: CompletedGroup) -> int:
         """Return the worker of a group. Groups go to the workers in turn."""

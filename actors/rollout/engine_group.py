@@ -55,14 +55,12 @@ def start_engines(
     policy, role, lora = config.policy, config.cluster.roles.rollout, config.policy.lora
     sync = weight_sync(config.cluster, one_host=placement.on_one_host())
     spec = RolloutSpec(
-        name="rollout engine",
         model=policy.model,
         tokenizer=policy.tokenizer,
         dtype=policy.dtype,
         max_model_len=max_model_len,
-        max_num_seqs=role.max_num_seqs,
         transport=sync.method,
-        sender_address=None if placement.on_one_host() else placement.addresses_of("policy")[0],
+        sender_address=None if placement.on_one_host() else placement.addresses_of(PolicyGang.role)[0],
         lora_rank=saved_rank(lora) if lora is not None and ships_adapter(config) else None,
         colocated=role.colocate_with is not None,
         trust_remote_code=policy.trust_remote_code,
@@ -87,12 +85,10 @@ def serve_engines(
 ) -> RolloutEngines:
     """Create frozen engines for a model on disk. They are not started and cannot be synced."""
     spec = RolloutSpec(
-        name="rollout engine",
         model=model.base,
         tokenizer=model.tokenizer,
         dtype=model.dtype,
         max_model_len=max_model_len,
-        max_num_seqs=cluster.roles.rollout.max_num_seqs,
         transport=None,
         adapter=model.adapter,
         lora_rank=model.lora_rank,
@@ -111,7 +107,8 @@ def _spawn(common: RolloutSpec, cluster: ClusterConfig, placement: Placement) ->
         auto = max(1, placement.cores(node) // nodes.count(node))
         spec = replace(
             common,
-            name=f"{common.name} {rank}",
+            name=f"rollout engine {rank}",
+            max_num_seqs=role.max_num_seqs,
             device=cluster.device,
             threads=auto if role.threads == "auto" else role.threads,
             kv_cache_gib=float(role.kv_cache_gib) if cluster.device == "cpu" else None,

@@ -26,12 +26,12 @@ PREFILL_TOKENS = 8192  # most prompt tokens of one engine step
 class RolloutSpec:
     """The settings of one engine."""
 
-    name: str  # in messages, e.g. "rollout engine 0"
     model: str  # Hugging Face folder or name; its weights are replaced at the first sync, unless it is frozen
     dtype: Literal["bfloat16", "float16", "float32"]
     max_model_len: int  # prompt and response, tokens
-    max_num_seqs: int  # samples in one step of the engine
     transport: Transport | None  # how weights come. None: never, the engine is frozen: see is_frozen
+    name: str = "rollout engine"  # in messages, with its number
+    max_num_seqs: int = 256  # samples in one step of the engine
     tokenizer: str | None = None  # folder or name of another tokenizer; None: the model's own
     adapter: str | None = None  # a LoRA folder for a frozen engine's model
     device: Literal["cpu", "cuda"] = "cpu"

@@ -10,7 +10,6 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from actors.cluster.connect import connected
 from actors.cluster.placement import reserve_seats
 from actors.roles.group import Stoppable, ending, spawn
 from actors.roles.worker_pools import LikelihoodWorkers, RewardWorkers
-from actors.rollout.engine_group import serve_engines
+from actors.rollout.engine_group import RolloutEngines, serve_engines
 from actors.run.run_record import recording
 from actors.serving.offline import sampling_of
 from rlhf.config.files.load import LoadedConfig
@@ -50,7 +49,7 @@ from rlhf.tracking.run_folder.atomic import write_atomic, write_lines
 from rlhf.tracking.run_folder.errors import write_error
 from rlhf.tracking.run_folder.samples import samples_path
 from rlhf.workers.frozen.likelihood import LikelihoodWorker
-from rlhf.workers.frozen.reward import RewardSettings, RewardWorker
+from rlhf.workers.frozen.reward import RewardSettings
 
 logger = logging.getLogger(__name__)
 REPORT, SAMPLES = "eval.json", "samples.jsonl"
@@ -71,19 +70,6 @@ def refuse_unusable_results_folder(folder: Path, *, overwrite: bool) -> None:
         raise UserError(f"{folder} cannot be written: {error.strerror}; name another folder with --out") from error
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationResults:
-    """The results to be written."""
-
-    evaluation: Evaluation
-    rows: list[dict[str, Any]]  # samples
-
-    @property
-    def report(self) -> str:
-        """Return the text of eval.json."""
-        return json.dumps(self.evaluation.to_json(), indent=2, allow_nan=False) + "\n"
-
-
 def evaluate_inputs(inputs: EvalInputs, folder: Path) -> Evaluation:
     """Evaluate and write eval.json and samples.jsonl into the folder.
 
@@ -99,10 +85,14 @@ def evaluate_inputs(inputs: EvalInputs, folder: Path) -> Evaluation:
             write_error(folder, error_record(error, step=0))
 
     with connected(inputs.cluster):
-        results = run_async(_find(inputs, note))
-    write_lines(folder / SAMPLES, results.rows)
-    write_atomic(folder / REPORT, results.report)
-    return results.evaluation
+        evaluation, rows = run_async(_evaluate(inputs, note))
+    write_lines(folder / SAMPLES, rows)
+    _write_report(folder / REPORT, evaluation)
+    return evaluation
+
+
+def _write_report(path: Path, evaluation: Evaluation) -> None:
+    write_atomic(path, json.dumps(evaluation.to_json(), indent=2, allow_nan=False) + "\n")
 
 
 def run_evaluation(stage: EvaluationStage, loaded: LoadedConfig, *, resume: bool) -> None:
@@ -111,17 +101,17 @@ def run_evaluation(stage: EvaluationStage, loaded: LoadedConfig, *, resume: bool
         with prefix_errors(f"stages.{record.folder.path.name}"):
             inputs = inputs_of_stage(stage, loaded)
         record.begin_step(0)
-        with record.stage("eval", role="rollout" if inputs.rewards else "policy"):
-            results = run_async(_find(inputs, partial(note_errors, record=record, step=0)))
-        write_lines(samples_path(record.folder.path, 0), results.rows)
-        metrics = results.evaluation.to_metrics()
+        with record.stage("eval", role=RolloutEngines.role if inputs.rewards else LikelihoodWorkers.role):
+            evaluation, rows = run_async(_evaluate(inputs, partial(note_errors, record=record, step=0)))
+        write_lines(samples_path(record.folder.path, 0), rows)
+        metrics = evaluation.to_metrics()
         record.write_row(0, {**record.row(), **metrics})
-        write_atomic(result_of(stage), results.report)
+        _write_report(result_of(stage), evaluation)
     logger.info("%s: %s", stage.run.name, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
 
-async def _find(inputs: EvalInputs, note: Callable[[ScoredGroup], None]) -> EvaluationResults:
-    """Evaluate all models. `note` is called with each scored group and its failures."""
+async def _evaluate(inputs: EvalInputs, note: Callable[[ScoredGroup], None]) -> tuple[Evaluation, list[dict[str, Any]]]:
+    """Evaluate all models, and also return the samples. `note` is called with each scored group and its failures."""
     if inputs.rewards:
         answers = [await _answers(candidate, inputs, note) for candidate in inputs.candidates]
         sets, rows = _prompt_reports(inputs, answers)
@@ -135,7 +125,7 @@ async def _find(inputs: EvalInputs, note: Callable[[ScoredGroup], None]) -> Eval
         samples=inputs.decoding.samples if inputs.rewards else None,
         sets=tuple(sets),
     )
-    return EvaluationResults(evaluation=evaluation, rows=rows)
+    return evaluation, rows
 
 
 async def _answers(
@@ -143,7 +133,9 @@ async def _answers(
 ) -> dict[str, list[PromptResult]]:
     """Return a model's scored responses to the prompts of every set. Prompts with a failed reward are left out."""
     cluster, decoding, policy = inputs.cluster, inputs.decoding, inputs.reward_policy
-    seating = seats_of({"rollout", "reward"}, cluster, with_reward_model=inputs.reward_model is not None)
+    seating = seats_of(
+        {RolloutEngines.role, RewardWorkers.role}, cluster, with_reward_model=inputs.reward_model is not None
+    )
     placement = await reserve_seats(seating, limit_s=cluster.start_timeout_s)
     groups: list[Stoppable] = []
     async with ending(groups, placement):
@@ -166,11 +158,7 @@ async def _answers(
             memory_gib=policy.memory_gib,
             max_tokens_per_microbatch=inputs.max_tokens_per_microbatch,
         )
-        reward = RewardWorkers(
-            spawn(cluster, placement, "reward", RewardWorker, settings, concurrency=settings.concurrency),
-            settings,
-            deadline_s=cluster.call_timeout_s,
-        )
+        reward = RewardWorkers.create(cluster, placement, settings)
         groups.append(reward)
         # Sequential: an engine measures the free memory of its GPU, so no other process may start or end meanwhile.
         await engines.start(deadline_s=cluster.start_timeout_s)
@@ -218,10 +206,12 @@ async def _answers(
 async def _measured(candidate: Candidate, inputs: EvalInputs) -> dict[str, list[ExampleResult]]:
     """Return a model's results on the examples of every set."""
     cluster = inputs.cluster
-    seating = seats_of({"policy"}, cluster, with_reward_model=False)
+    seating = seats_of({LikelihoodWorkers.role}, cluster, with_reward_model=False)
     placement = await reserve_seats(seating, limit_s=cluster.start_timeout_s)
     limit = inputs.max_tokens_per_microbatch
-    handles = spawn(cluster, placement, "policy", LikelihoodWorker, candidate.model, max_tokens_per_microbatch=limit)
+    handles = spawn(
+        cluster, placement, LikelihoodWorkers.role, LikelihoodWorker, candidate.model, max_tokens_per_microbatch=limit
+    )
     workers = LikelihoodWorkers(handles, deadline_s=cluster.call_timeout_s)
     async with ending([workers], placement):
         await workers.start(deadline_s=cluster.start_timeout_s)

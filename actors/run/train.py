@@ -10,6 +10,7 @@ import logging
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 
 import ray
 
@@ -25,7 +26,6 @@ from actors.roles.teacher import TeacherWorkers
 from actors.roles.worker_pools import RewardWorkers
 from actors.run.engine_pool import ENGINE_POOL
 from actors.run.evaluate import run_evaluation
-from actors.run.merge import run_merge
 from actors.run.run_record import recording
 from rlhf.config.derive import needs_reference_logprobs, ships_adapter
 from rlhf.config.files.dump import dump_masked_yaml
@@ -37,9 +37,12 @@ from rlhf.controller.offline import OfflineController
 from rlhf.controller.online import OnlineController
 from rlhf.controller.record import RunRecord
 from rlhf.errors import RunError, UserError
+from rlhf.merging.merge import checked_sources, write_merge
 from rlhf.models.publish import push_folder
 from rlhf.preflight.inputs import OfflineInputs, OnlineInputs, StageInputs, collated, load_inputs
+from rlhf.preflight.merge import with_local_models
 from rlhf.preflight.run_folder import check_folders, refuse_other_checkpoint, stream_of
+from rlhf.preflight.sources import prefix_errors
 from rlhf.reporting.model_card import write_model_card
 from rlhf.rewards.scoring import fingerprint
 from rlhf.stopping import StopRequest, current_request, run_async
@@ -137,7 +140,7 @@ def _run_stages(
             if isinstance(stage, StageInputs):
                 run_async(_run_stage(stage, request, resume=resume, mode=mode, until=until))
             elif isinstance(stage, MergeStage):
-                run_merge(stage, loaded.folder, resume=resume, quiet=mode != "auto")
+                _run_merge(stage, loaded.folder, resume=resume, quiet=mode != "auto")
             else:
                 run_evaluation(stage, loaded, resume=resume)
     if loaded.is_pipeline:
@@ -149,6 +152,18 @@ def _refuse_other_end(config: Config, until: int) -> None:
     steps = config.train.num_steps
     if not 1 <= until <= steps:
         raise UserError(f"--until: is {until}, and the run has the steps 1 to {steps} (train.steps)")
+
+
+def _run_merge(stage: MergeStage, pipeline: Path, *, resume: bool, quiet: bool) -> None:
+    """Run the merge and write the stage's final/ atomically."""
+    config = with_local_models(stage, pipeline)
+    with recording(stage, resume=resume) as (record, _):
+        folder = record.folder
+        with prefix_errors(f"stages.{folder.path.name}"), record.timeline.span("merge"):
+            sources = checked_sources(config, folder.final, key="run.dir")
+            write_merge(config, sources, folder.begin_final(), out=folder.final, quiet=quiet)
+        folder.commit_final()
+    logger.info("%s: merged %s by %s", stage.run.name, ", ".join(config.models), config.method)
 
 
 async def _run_stage(stage: StageInputs, request: StopRequest, *, resume: bool, mode: Mode, until: int | None) -> None:

@@ -3,7 +3,7 @@
 The policy's end is a WeightSender. The engines' end is a vLLM weight-transfer backend with the same name, registered in
 every vLLM worker by `actors.weights.vllm_extension`. Importing this package imports neither vLLM nor Ray.
 
-A new transport needs a sender, a ReloadEngine, and a line in each of the two tables.
+A new transport needs a sender, a ReloadEngine, a line in each of the two tables, and a name in `Transport`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from actors.weights.shm import ShmSender
 from actors.weights.staging import Meeting, WeightSender
 from rlhf.config.schema.cluster import Transport
 
-__all__ = ["ENGINES", "SENDERS", "Meeting", "Transport", "WeightManifest", "WeightSender"]
+__all__ = ["RECEIVERS", "SENDERS", "Meeting", "Transport", "WeightManifest", "WeightSender"]
 
 SENDERS: Mapping[Transport, type[WeightSender]] = {
     "shm": ShmSender,
@@ -26,9 +26,9 @@ SENDERS: Mapping[Transport, type[WeightSender]] = {
     "ipc": IpcSender,
 }
 
-ENGINES: Mapping[Transport, tuple[str, str]] = {  # module and class, which only vLLM's workers import
-    "shm": ("actors.weights.vllm_shm", "ShmEngine"),
-    "gloo": ("actors.weights.vllm_broadcast", "GlooEngine"),
-    "nccl": ("actors.weights.vllm_broadcast", "NcclEngine"),
-    "ipc": ("actors.weights.vllm_ipc", "IpcEngine"),
+RECEIVERS: Mapping[Transport, str] = {  # classes in actors.weights.vllm_receivers, which only vLLM's workers import
+    "shm": "ShmEngine",
+    "gloo": "GlooEngine",
+    "nccl": "NcclEngine",
+    "ipc": "IpcEngine",
 }

@@ -10,13 +10,13 @@ from typing import Any
 
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-from actors.weights import ENGINES
+from actors.weights import RECEIVERS
 from actors.weights.vllm_lora_cpu import share_adapter_on_cpu
 from rlhf.engine.memory import peak_memory
 
 PREFIX = "rlhf_"  # vLLM has other backends called nccl and ipc
-for _name, (_module, _class) in ENGINES.items():
-    WeightTransferEngineFactory.register_engine(PREFIX + _name, _module, _class)
+for _transport, _class in RECEIVERS.items():
+    WeightTransferEngineFactory.register_engine(PREFIX + _transport, "actors.weights.vllm_receivers", _class)
 share_adapter_on_cpu()
 
 

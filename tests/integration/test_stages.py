@@ -112,14 +112,14 @@ def check_judgement(judge: Path, *, failed: str) -> None:
 
 KILLED = """
 import os, signal, sys
-import actors.run.merge
+import actors.run.train
 from rlhf.cli import main
 
 def half(config, sources, folder, *, out, quiet):
     (folder / "model.safetensors").write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
 
-actors.run.merge.write_merge = half
+actors.run.train.write_merge = half
 main(["train", sys.argv[1]])
 """
 

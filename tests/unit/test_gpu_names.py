@@ -38,7 +38,7 @@ def keywords(path: str, called: str) -> set[str]:
 
 
 def test_names_of_torch() -> None:
-    pattern = re.compile(r"\b(?:torch\.cuda|dist)(?:\.\w+)+")
+    pattern = re.compile(r"(?<![\w.])(?:torch\.cuda|dist)(?:\.\w+)+")
     names = {match for _, text in sources() for match in pattern.findall(text)}
     stub = (STUBS / "_distributed_c10d.pyi").read_text()
     for name in names:
@@ -80,7 +80,7 @@ def test_states_that_deepspeed_moves() -> None:
 
 
 def test_the_argument_of_a_cuda_handle_that_is_the_device() -> None:
-    from actors.weights.vllm_ipc import _DEVICE_ARGUMENT
+    from actors.weights.vllm_receivers import _DEVICE_ARGUMENT
 
     assert list(inspect.signature(reductions.rebuild_cuda_tensor).parameters)[_DEVICE_ARGUMENT] == "storage_device"
 

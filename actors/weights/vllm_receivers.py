@@ -1,0 +1,115 @@
+"""The engines' ends of the transports, inside vLLM's workers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import rebuild_cuda_tensor
+from vllm.utils.nccl import unpinned_nccl_env
+
+from actors.weights.broadcast import Method, broadcast, open_group
+from actors.weights.checksum import Checksum
+from actors.weights.ipc import gpu_uuid
+from actors.weights.manifest import WeightManifest, buckets, tensor_view
+from actors.weights.vllm_reload import MeetingInfo, ReloadEngine
+from rlhf.errors import RunError
+
+_DEVICE_ARGUMENT = 6  # of rebuild_cuda_tensor: the sender's device index, which need not be ours
+
+
+class ShmEngine(ReloadEngine):
+    """Reads the memory in place. It stays mapped from one sync to the next."""
+
+    mapped: tuple[str, int, int] = ("", 0, 0)  # path, inode and size of the memory that `flat` maps
+    flat = torch.empty(0, dtype=torch.uint8)
+
+    def receive(self, manifest: WeightManifest) -> None:
+        """Load every tensor out of the mapped memory, and at the same time take the checksum of its bytes."""
+        path = manifest.fields["path"]
+        published = (path, os.stat(path).st_ino, manifest.nbytes)  # another process may come to have the same path
+        if published != self.mapped:
+            self.flat = torch.from_file(path, shared=True, size=manifest.nbytes, dtype=torch.uint8)
+            self.mapped = published
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights-hash") as hashing:
+            checksum = Checksum()
+            added = hashing.submit(checksum.add, self.flat)
+            self.load(manifest.views(self.flat))
+        added.result()
+        self.checksum = checksum.hexdigest()
+
+    def shutdown(self) -> None:
+        """Unmap the trainer's shared memory."""
+        self.mapped, self.flat = ("", 0, 0), torch.empty(0, dtype=torch.uint8)
+
+
+class GlooEngine(ReloadEngine):
+    """Receives bucket after bucket. A bucket is freed when its layers are loaded."""
+
+    method: ClassVar[Method] = "gloo"
+    group: Any = None
+
+    def init_transfer_engine(self, init_info: MeetingInfo) -> None:
+        """Meet the sender. Blocks until all receivers have come."""
+        assert init_info.meeting is not None
+        self.group = open_group(self.method, init_info.meeting, init_info.first_rank + self.parallel_config.rank)
+
+    def receive(self, manifest: WeightManifest) -> None:
+        """Load the weights in the order of arrival and take their checksum."""
+        checksum = Checksum()
+        self.load(self._received(manifest, checksum))
+        self.checksum = checksum.hexdigest()
+
+    def shutdown(self) -> None:
+        """Leave the process group of the weights."""
+        self.group = None
+
+    def _received(self, manifest: WeightManifest, checksum: Checksum) -> Iterator[tuple[str, Tensor]]:
+        limit = manifest.fields["bucket_bytes"]
+        for first, last, begin, end in buckets(manifest.offsets, manifest.nbytes, limit=limit):
+            bucket = torch.empty(end - begin, dtype=torch.uint8, device=self.device)
+            broadcast(self.group, bucket)
+            checksum.add(bucket)
+            yield from manifest.views(bucket, first, last)
+
+
+class NcclEngine(GlooEngine):
+    """The same transport between GPUs, by NCCL."""
+
+    method: ClassVar[Method] = "nccl"
+
+    def init_transfer_engine(self, init_info: MeetingInfo) -> None:
+        """Meet the sender without the NCCL settings pinned by VLLM_BATCH_INVARIANT, because the sender lacks them."""
+        with unpinned_nccl_env():
+            super().init_transfer_engine(init_info)
+
+
+class IpcEngine(ReloadEngine):
+    """Opens the memory of the trainer rank on the same GPU for the time of one update."""
+
+    def receive(self, manifest: WeightManifest) -> None:
+        """Load from the trainer's memory and take the checksum of the loaded bytes."""
+        handles, gpu = manifest.fields["handles"], gpu_uuid(self.device)  # by physical GPU, one a tensor
+        if gpu not in handles:
+            raise RunError(
+                f"weight sync: no policy rank shares GPU {gpu} with this engine's worker; they are on "
+                f"{sorted(handles)}. The ipc transport needs cluster.roles.rollout.colocate_with: policy."
+            )
+        parts = []
+        for handle in handles[gpu]:
+            arguments = list(handle)
+            arguments[_DEVICE_ARGUMENT] = self.device.index
+            parts.append(rebuild_cuda_tensor(*arguments))
+        dtype = getattr(torch, manifest.dtype)
+        self.load(
+            (name, tensor_view(part, 0, dtype, shape))
+            for name, shape, part in zip(manifest.names, manifest.shapes, parts, strict=True)
+        )
+        checksum = Checksum()
+        for part in parts:
+            checksum.add(part)
+        self.checksum = checksum.hexdigest()
