@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from rlhf.algorithms.section import Section
+from rlhf.algorithms.section import NotWith, Section
 
 Bounds = tuple[float | None, float | None]
 Preset = Literal[
@@ -110,9 +110,9 @@ class CorrectionConfig(Section):
     weights: Literal["token_truncated", "token_masked", "sequence_truncated", "sequence_masked"] | None = None
     """Weight of a token's policy loss: the token's ratio, or the product of its response's ratios. truncated: clipped
     to the bounds (truncated importance sampling). masked: 0 outside of the bounds (IcePop). null: 1."""
-    max_ratio: float = Field(default=2.0, gt=1.0)
+    max_ratio: Annotated[float, NotWith("weights", None)] = Field(default=2.0, gt=1.0)
     """Upper bound of the weight."""
-    min_ratio: float = Field(default=0.0, ge=0.0, lt=1.0)
+    min_ratio: Annotated[float, NotWith("weights", None)] = Field(default=0.0, ge=0.0, lt=1.0)
     """Lower bound of the weight."""
     reject: RejectConfig = RejectConfig()
     """Rules that remove tokens and responses from the policy loss."""

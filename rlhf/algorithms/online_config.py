@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from rlhf.algorithms.base import AlgorithmConfig, Kind
 from rlhf.algorithms.correction import CorrectionConfig
-from rlhf.algorithms.section import Section
+from rlhf.algorithms.section import NotWith, Section
 
 Aggregation = Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "token_sum_norm"]
 StepUse = Literal["rewards", "advantages"] | None
@@ -24,15 +24,18 @@ class AdaptiveKL(Section):
     """Responses over which the coefficient adapts."""
 
 
+OF_A_PENALTY = NotWith("coef", 0.0)
+
+
 class KLConfig(Section):
     """Penalty on the divergence from the reference model. With coef 0 no reference model is started."""
 
     coef: float = Field(default=0.0, ge=0.0)
     """Weight of the penalty (its initial value if adaptive)."""
-    estimator: Estimator = "k3"
+    estimator: Annotated[Estimator, OF_A_PENALTY] = "k3"
     """Per-token estimator (http://joschu.net/blog/kl-approx.html). In the loss, k2 and the straight-through estimators
     lower KL(policy || reference). k3 lowers KL(reference || policy). k1 has no effect there."""
-    place: Literal["reward", "loss"] = "loss"
+    place: Annotated[Literal["reward", "loss"], OF_A_PENALTY] = "loss"
     """reward: subtracted from the rewards; loss: added to the loss."""
     adaptive: AdaptiveKL | None = None
     """null: the coefficient is fixed."""
@@ -42,15 +45,15 @@ class RewardKLConfig(KLConfig):
     """The penalty of algorithms that subtract it from the reward by default."""
 
     coef: float = Field(default=0.01, ge=0.0)
-    estimator: Estimator = "k1"
+    estimator: Annotated[Estimator, OF_A_PENALTY] = "k1"
     """Per-token estimator (http://joschu.net/blog/kl-approx.html)."""
-    place: Literal["reward", "loss"] = "reward"
+    place: Annotated[Literal["reward", "loss"], OF_A_PENALTY] = "reward"
 
 
 class LossKLConfig(KLConfig):
     """The penalty of algorithms with advantages not derived from the sum of the rewards."""
 
-    place: Literal["loss"] = "loss"
+    place: Annotated[Literal["loss"], OF_A_PENALTY] = "loss"
     """It is added to the loss."""
 
 

@@ -50,6 +50,11 @@ class Problem:
     text: str
 
 
+def problem(dotted: str, text: str) -> Problem:
+    """Return the mistake at a key that is written with dots."""
+    return Problem(key=tuple(dotted.split(".")), text=text)
+
+
 def parse(values: dict[str, Any]) -> Config | tuple[Problem, ...]:
     """Parse the tree as the configuration of a run, or return all its problems."""
     return parse_as(Config, values)

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 from rlhf.config.mistakes.explain import Problem
 from rlhf.config.schema.evaluate import EvaluateConfig, EvaluationStage
-from rlhf.config.validation.reward_limits import limit_problems
-from rlhf.config.validation.rewards import reward_problems
+from rlhf.config.validation.rewards import limit_problems, reward_problems
 from rlhf.config.validation.run import cluster_problems
 from rlhf.config.validation.unused_keys import unused
 

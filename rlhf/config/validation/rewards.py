@@ -9,10 +9,10 @@ from rlhf.algorithms.online_config import OnlineConfig
 from rlhf.config.files.yaml_tree import Key
 from rlhf.config.mistakes.explain import Problem
 from rlhf.config.schema.model import RewardModelConfig
-from rlhf.config.schema.rewards import RewardConfig
+from rlhf.config.schema.rewards import RewardConfig, RewardPolicy
 from rlhf.config.schema.rollouts import EnvironmentConfig
 from rlhf.config.schema.root import Config
-from rlhf.config.validation.environments import source_problems
+from rlhf.rewards.functions.table import own_limit_s
 from rlhf.tracking.logs import is_secret_name, redact
 
 
@@ -89,3 +89,24 @@ def _secrets(value: Any, key: Key) -> Iterator[Problem]:
     elif not isinstance(value, bool) and value and (is_secret_name(key[-1]) or redact(str(value)) != str(value)):
         text = "looks like a secret, and the config is written to the run folder: read it from the environment"
         yield Problem(key=key, text=text)
+
+
+def source_problems(
+    rewards: Mapping[str, RewardConfig], environment: EnvironmentConfig | None, *, at: Key
+) -> Iterator[Problem]:
+    """Yield rewards of a missing environment. `at` is the section around `rewards`."""
+    for name, reward in rewards.items():
+        if reward.environment and environment is None:
+            where = "evaluate.environment" if at else "rollouts.environment of a run on rollouts"
+            text = f"is true, but there is no environment; name one as {where}"
+            yield Problem(key=(*at, "rewards", name, "environment"), text=text)
+
+
+def limit_problems(rewards: Mapping[str, RewardConfig], policy: RewardPolicy, *, at: Key = ()) -> Iterator[Problem]:
+    """Yield built-ins whose process would be killed before they reject a slow response. `at` is the section."""
+    for name, reward in rewards.items():
+        limit_s = own_limit_s(reward.function or "", reward.args)
+        if limit_s is not None and limit_s >= policy.timeout_s:
+            where = ".".join((*at, "rewards", name, "args.limit_s"))
+            text = f"is {policy.timeout_s:g}, but `{reward.function}` may take {limit_s:g} s ({where}): raise it"
+            yield Problem(key=(*at, "reward_policy", "timeout_s"), text=text)

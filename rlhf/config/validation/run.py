@@ -1,7 +1,6 @@
 """Check the relations between sections, each in one place, before anything starts.
 
-Fields check ranges of single values. Keys without effect are in rlhf.config.validation.unused_keys, groups of
-responses in rlhf.config.validation.groups, and policy losses in rlhf.config.validation.losses.
+Fields check ranges of single values. Keys without effect are in rlhf.config.validation.unused_keys.
 """
 
 from __future__ import annotations
@@ -13,16 +12,13 @@ from pathlib import Path
 from rlhf.algorithms.correction import CorrectionConfig
 from rlhf.algorithms.online_config import FollowedReferenceConfig, OnlineConfig
 from rlhf.config import derive
-from rlhf.config.mistakes.explain import Problem
+from rlhf.config.mistakes.explain import Problem, problem
 from rlhf.config.schema.cluster import ClusterConfig, TrainedResources
 from rlhf.config.schema.model import CriticConfig, ModelConfig, PolicyConfig
 from rlhf.config.schema.rollouts import RolloutsConfig
 from rlhf.config.schema.root import Config
-from rlhf.config.validation.environments import length_problems
-from rlhf.config.validation.groups import group_problems
-from rlhf.config.validation.losses import loss_problems
-from rlhf.config.validation.reward_limits import limit_problems
-from rlhf.config.validation.rewards import credit_problems, normalization_problems, reward_problems
+from rlhf.config.validation.rewards import credit_problems, limit_problems, normalization_problems, reward_problems
+from rlhf.config.validation.rollouts import group_problems, length_problems, loss_problems
 from rlhf.config.validation.unused_keys import unused
 from rlhf.role_table import MODEL_SECTIONS, ROLES, TRAINED_ROLES, Role
 
@@ -48,13 +44,9 @@ def problems(config: Config) -> tuple[Problem, ...]:
         result += loss_problems(config, config.rollouts)
     if config.data.too_long == "skip" and config.data.max_unusable_fraction == 0.0:
         text = "is skip, but data.max_unusable_fraction is 0: no row may be left out; raise that, or set error or cut"
-        result.append(_problem("data.too_long", text))
+        result.append(problem("data.too_long", text))
     result += [*_updates(config), *_evaluation(config), *limit_problems(config.rewards, config.reward_policy)]
     return tuple(result)
-
-
-def _problem(dotted: str, text: str) -> Problem:
-    return Problem(key=tuple(dotted.split(".")), text=text)
 
 
 def _presence(config: Config) -> Iterator[Problem]:
@@ -62,43 +54,41 @@ def _presence(config: Config) -> Iterator[Problem]:
     name = config.algorithm.name
     if config.algorithm.is_online:
         if config.rollouts is None:
-            yield _problem("rollouts", f"is missing: algorithm {name} samples responses")
+            yield problem("rollouts", f"is missing: algorithm {name} samples responses")
         if not config.rewards and config.algorithm.needs_rewards:
             by = "algorithm.reward_coef" if config.algorithm.kind == "sampled_distillation" else f"algorithm {name}"
-            yield _problem("rewards", f"is missing: {by} needs at least one reward")
+            yield problem("rewards", f"is missing: {by} needs at least one reward")
     for role in derive.needs(config):
         if ROLES[role].kind == "frozen" and derive.ROLE_USES[role].model(config) is None:
             text = f"is missing: algorithm {config.algorithm.name} learns from a model; name it as {role}.model"
-            yield _problem(role, text)
+            yield problem(role, text)
     if config.data.train == {}:
-        yield _problem("data.train", "is an empty mapping; name what is trained on")
+        yield problem("data.train", "is an empty mapping; name what is trained on")
     if config.data.eval == {}:
-        yield _problem("data.eval", "is an empty mapping; name a held-out set, or write null")
+        yield problem("data.eval", "is an empty mapping; name a held-out set, or write null")
     train = config.train
     if train.steps is None and train.epochs is None:
-        yield _problem("train.steps", "is missing; give the run's steps, or train.epochs for passes over the data")
+        yield problem("train.steps", "is missing; give the run's steps, or train.epochs for passes over the data")
     elif train.steps is not None and train.epochs is not None:
         text = f"is {train.epochs:g}, but train.steps is {train.steps}; give one of them, and set the other to null"
-        yield _problem("train.epochs", text)
+        yield problem("train.epochs", text)
     best = train.best_metric
     sets = derive.eval_sets(config)
     known = [f"eval/{name}/{metric}" for name in sets for metric in derive.eval_metrics(config)]
     of_a_source = config.eval.by is not None and re.fullmatch(r"-?eval/[A-Za-z0-9_.-]+/[A-Za-z0-9_.@-]+", best or "")
     if best is not None and sets and best.removeprefix("-") not in known and not of_a_source:
         text = f"got {best!r}, expected a metric of an evaluation, or one with `-` before it: {', '.join(known)}"
-        yield _problem("train.best_metric", text)
+        yield problem("train.best_metric", text)
     for field in MODEL_SECTIONS:
         section = getattr(config, field)
         if section is not None and section.model.startswith("stage:"):
             text = (
                 f"got {section.model!r}, but this run is no stage of a pipeline; name a folder or a Hugging Face model"
             )
-            yield _problem(f"{field}.model", text)
+            yield problem(f"{field}.model", text)
         adapter = section.adapter if isinstance(section, PolicyConfig | CriticConfig) else None
         if adapter is not None and adapter.startswith("stage:"):
-            yield _problem(
-                f"{field}.adapter", f"got {adapter!r}, but this run is no stage of a pipeline; name a folder"
-            )
+            yield problem(f"{field}.adapter", f"got {adapter!r}, but this run is no stage of a pipeline; name a folder")
 
 
 def _revisions(config: Config) -> Iterator[Problem]:
@@ -111,7 +101,7 @@ def _revisions(config: Config) -> Iterator[Problem]:
             text = (
                 f"is {section.revision}, but {role}.model is {section.model}, which is no model of the hub; remove it"
             )
-            yield _problem(f"{role}.revision", text)
+            yield problem(f"{role}.revision", text)
 
 
 def _adapters(config: Config) -> Iterator[Problem]:
@@ -124,23 +114,23 @@ def _adapters(config: Config) -> Iterator[Problem]:
         if lora is None:
             if section.adapter is not None:
                 text = f"is {section.adapter}, but {key} is null; write `lora: {{}}` to train it on, or merge it first"
-                yield _problem(f"{role}.adapter", text)
+                yield problem(f"{role}.adapter", text)
             continue
         if lora.init == "pissa" and lora.dora:
             text = "is pissa, but dora takes the magnitudes of the whole weight, not of what PiSSA leaves; use one"
-            yield _problem(f"{key}.init", text)
+            yield problem(f"{key}.init", text)
         if lora.init == "pissa" and lora.quantize is not None:
             text = f"is pissa, which takes weights apart, but {key}.quantize keeps them in 4 bits; use one"
-            yield _problem(f"{key}.init", text)
+            yield problem(f"{key}.init", text)
         named = () if isinstance(lora.target_modules, str) else lora.target_modules
         if both := sorted(set(named) & set(lora.modules_to_save)):
             text = f"has {', '.join(both)}, which {key}.target_modules adapts; name it in one of them"
-            yield _problem(f"{key}.modules_to_save", text)
+            yield problem(f"{key}.modules_to_save", text)
     for role, model in derive.trained_sections(config).items():
         stage = getattr(config.cluster.roles, role).zero_stage
         if model.lora is not None and model.lora.quantize is not None and stage == 3:
             text = f"is 3, but DeepSpeed does not shard weights of 4 bits ({role}.lora.quantize); set 2"
-            yield _problem(f"cluster.roles.{role}.zero_stage", text)
+            yield problem(f"cluster.roles.{role}.zero_stage", text)
 
 
 def _batch(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
@@ -155,16 +145,16 @@ def _batch(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
         available = f"{counted} responses"
     if train.sequences_per_update > rows:
         text = f"is {train.sequences_per_update}, but a step has only {available}; lower it, or sample more"
-        yield _problem("train.sequences_per_update", text)
+        yield problem("train.sequences_per_update", text)
     elif rows % train.sequences_per_update:
         fits = max(n for n in range(1, train.sequences_per_update) if rows % n == 0)
         text = f"is {train.sequences_per_update} and must divide {counted}; {fits} would fit"
-        yield _problem("train.sequences_per_update", text)
+        yield problem("train.sequences_per_update", text)
     yield from length_problems(config, rollouts)
     if config.algorithm.compares_responses and samples < 2:
         by = "algorithm.reward_coef" if config.algorithm.kind == "sampled_distillation" else config.algorithm.name
         text = f"is {samples}, but {by} compares a prompt's responses with each other: 2 or more"
-        yield _problem("rollouts.samples_per_prompt", text)
+        yield problem("rollouts.samples_per_prompt", text)
 
 
 def _algorithm(config: Config) -> Iterator[Problem]:
@@ -174,32 +164,32 @@ def _algorithm(config: Config) -> Iterator[Problem]:
         yield from _correction(config, algorithm, algorithm.correction)
     if isinstance(algorithm, OnlineConfig) and algorithm.kl.adaptive is not None and algorithm.kl.coef == 0.0:
         text = "multiplies algorithm.kl.coef, and 0 stays 0 whatever the factor; give coef a positive first value"
-        yield _problem("algorithm.kl.adaptive", text)
+        yield problem("algorithm.kl.adaptive", text)
     if isinstance(algorithm, FollowedReferenceConfig) and algorithm.reference_every and config.policy.lora is not None:
         text = (
             f"is {algorithm.reference_every}, but a policy with policy.lora is exported as its adapter alone, which no "
             "reference can become; set it to null, or train all weights"
         )
-        yield _problem("algorithm.reference_every", text)
+        yield problem("algorithm.reference_every", text)
 
 
 def _correction(config: Config, algorithm: OnlineConfig, correction: CorrectionConfig) -> Iterator[Problem]:
     """Yield a correction without effect, or with a duplicate effect."""
     if correction.mode == "decoupled" and correction.weights is None and not correction.rejects:
         text = "corrects nothing: name a preset (token_tis is a good first one), choose weights or a mode, or reject"
-        yield _problem("algorithm.correction", text)
+        yield problem("algorithm.correction", text)
     if correction.mode == "bypass" and not algorithm.off_policy_keys and not correction.rejects:
         text = (
             f"is bypass, but algorithm {config.algorithm.name} has no importance ratio that it would act on; set "
             "policy_gradient and choose weights, or reject"
         )
-        yield _problem("algorithm.correction.mode", text)
+        yield problem("algorithm.correction.mode", text)
     elif correction.mode == "bypass" and correction.weights is not None:
         text = (
             f"is {correction.weights}, but with mode bypass the clipped ratio is that of policy and sampler already: "
             "weights would count it twice; set null, or mode policy_gradient"
         )
-        yield _problem("algorithm.correction.weights", text)
+        yield problem("algorithm.correction.weights", text)
 
 
 def _offline(config: Config) -> Iterator[Problem]:
@@ -213,7 +203,7 @@ def _offline(config: Config) -> Iterator[Problem]:
             f"train.max_tokens_per_microbatch = {train.max_tokens_per_microbatch} holds {whole}; lower it, or "
             "raise that"
         )
-        yield _problem("data.max_sequence_tokens", text)
+        yield problem("data.max_sequence_tokens", text)
 
 
 def _evaluation(config: Config) -> Iterator[Problem]:
@@ -222,7 +212,7 @@ def _evaluation(config: Config) -> Iterator[Problem]:
     if config.algorithm.is_online and settings.k is not None and max(settings.k) > settings.samples_per_prompt:
         samples = settings.samples_per_prompt
         text = f"has {max(settings.k)}, but eval.samples_per_prompt is {samples}; raise that, or lower k"
-        yield _problem("eval.k", text)
+        yield problem("eval.k", text)
 
 
 def _updates(config: Config) -> Iterator[Problem]:
@@ -237,7 +227,7 @@ def _updates(config: Config) -> Iterator[Problem]:
                 f"is {section.sequence_parallel} and must divide cluster.roles.{role}.workers = {section.workers}: "
                 "that many ranks share each micro-batch"
             )
-            yield _problem(f"cluster.roles.{role}.sequence_parallel", text)
+            yield problem(f"cluster.roles.{role}.sequence_parallel", text)
             continue
         ranks = section.data_parallel_ranks
         if train.sequences_per_update < ranks:
@@ -245,10 +235,10 @@ def _updates(config: Config) -> Iterator[Problem]:
                 f"is {train.sequences_per_update}, but {ranks} data-parallel ranks of cluster.roles.{role} need at"
                 " least one sequence each in every optimizer step; raise it, or lower the workers"
             )
-            yield _problem("train.sequences_per_update", text)
+            yield problem("train.sequences_per_update", text)
     if train.warmup_steps and train.warmup_ratio:
         text = f"is {train.warmup_ratio:g}, but train.warmup_steps is {train.warmup_steps}; give one of them"
-        yield _problem("train.warmup_ratio", text)
+        yield problem("train.warmup_ratio", text)
     rows = derive.rows_per_step(config, config.rollouts) if config.rollouts else train.sequences_per_update
     if rows % train.sequences_per_update == 0 and train.steps is not None:
         total = derive.policy_optimizer_steps(config)
@@ -256,7 +246,7 @@ def _updates(config: Config) -> Iterator[Problem]:
             text = (
                 f"is {train.warmup_steps} and must be below the run's {total} optimizer steps, or lr is never reached"
             )
-            yield _problem("train.warmup_steps", text)
+            yield problem("train.warmup_steps", text)
 
 
 def _cluster(config: Config) -> Iterator[Problem]:
@@ -273,18 +263,18 @@ def _cluster(config: Config) -> Iterator[Problem]:
                 f"is {section.zero_stage}, but train.optimizer {config.train.optimizer} needs whole matrices, which "
                 "DeepSpeed cuts up from stage 1 on; set 0, or use adamw or adamw_8bit"
             )
-            yield _problem(f"cluster.roles.{role}.zero_stage", text)
+            yield problem(f"cluster.roles.{role}.zero_stage", text)
         if cluster.device == "cpu" and section.offload:
             text = f"is {list(section.offload)}, but with cluster.device cpu all is in host memory already; remove it"
-            yield _problem(f"cluster.roles.{role}.offload", text)
+            yield problem(f"cluster.roles.{role}.offload", text)
         elif section.offload and section.zero_stage == 0:
             text = (
                 f"is {list(section.offload)}, but DeepSpeed offloads nothing at stage 0; set zero_stage, or remove it"
             )
-            yield _problem(f"cluster.roles.{role}.offload", text)
+            yield problem(f"cluster.roles.{role}.offload", text)
         elif "parameters" in section.offload and section.zero_stage != 3:
             text = f"has `parameters`, which needs cluster.roles.{role}.zero_stage 3, not {section.zero_stage}"
-            yield _problem(f"cluster.roles.{role}.offload", text)
+            yield problem(f"cluster.roles.{role}.offload", text)
     if "rollout" not in needed:
         return
     yield from _turns(config)
@@ -294,14 +284,14 @@ def _cluster(config: Config) -> Iterator[Problem]:
 def cluster_problems(cluster: ClusterConfig, needed: Collection[Role], *, with_reward_model: bool) -> Iterator[Problem]:
     """Yield problems with the address, colocated roles and engines, for any kind of run."""
     if cluster.address == "local":
-        yield _problem("cluster.address", "is local; a Ray that is started for this run is written null")
+        yield problem("cluster.address", "is local; a Ray that is started for this run is written null")
     yield from _guests(cluster, needed)
     if "rollout" not in needed:
         return
     engine = cluster.roles.rollout
     if cluster.device == "cpu" and engine.tensor_parallel > 1:
         text = f"is {engine.tensor_parallel}, but tensor parallelism needs cluster.device cuda; set 1"
-        yield _problem("cluster.roles.rollout.tensor_parallel", text)
+        yield problem("cluster.roles.rollout.tensor_parallel", text)
     yield from _colocation(cluster, needed, with_reward_model=with_reward_model)
 
 
@@ -314,17 +304,17 @@ def _colocation(cluster: ClusterConfig, needed: Collection[Role], *, with_reward
             f"is policy, with {roles.policy.workers} workers for {engine.engines} engines: each worker hosts"
             " at most one; lower cluster.roles.rollout.engines, or set colocate_with to null"
         )
-        yield _problem("cluster.roles.rollout.colocate_with", text)
+        yield problem("cluster.roles.rollout.colocate_with", text)
     if engine.tensor_parallel > 1:
         rule = f"Ray shares out single GPUs only, and cluster.roles.rollout.tensor_parallel is {engine.tensor_parallel}"
         for guest in MODEL_SECTIONS:
             has_model = with_reward_model or ROLES[guest].kind != "scoring"
             if guest in needed and getattr(roles, guest).colocate_with == "rollout" and has_model:
                 text = f"is rollout, but {rule}; set it to policy or null, or tensor_parallel to 1"
-                yield _problem(f"cluster.roles.{guest}.colocate_with", text)
+                yield problem(f"cluster.roles.{guest}.colocate_with", text)
         if with_policy and engine.colocate_with == "policy":
             text = f"is policy, but {rule}; set it to null, or tensor_parallel to 1"
-            yield _problem("cluster.roles.rollout.colocate_with", text)
+            yield problem("cluster.roles.rollout.colocate_with", text)
 
 
 def _guests(cluster: ClusterConfig, needed: Collection[Role]) -> Iterator[Problem]:
@@ -341,7 +331,7 @@ def _guests(cluster: ClusterConfig, needed: Collection[Role]) -> Iterator[Proble
                 f"is {section.workers}, but it is colocated with {host}, which has {size} {unit}: each hosts at"
                 f" most one; lower it, or set cluster.roles.{role}.colocate_with to null"
             )
-            yield _problem(f"cluster.roles.{role}.workers", text)
+            yield problem(f"cluster.roles.{role}.workers", text)
 
 
 def _turns(config: Config) -> Iterator[Problem]:
@@ -356,13 +346,13 @@ def _turns(config: Config) -> Iterator[Problem]:
             continue
         if section.zero_stage < 2:
             text = f"is {section.zero_stage}, but {rule}, and DeepSpeed moves the states of stages 2 and 3 only; set 2"
-            yield _problem(f"cluster.roles.{role}.zero_stage", text)
+            yield problem(f"cluster.roles.{role}.zero_stage", text)
         if section.zero_stage == 3 and model.lora is not None:
             text = f"is 3, but {rule}, and DeepSpeed does not move a LoRA model of that stage; set 2"
-            yield _problem(f"cluster.roles.{role}.zero_stage", text)
+            yield problem(f"cluster.roles.{role}.zero_stage", text)
         if "parameters" in section.offload:
             text = f"has `parameters`, but {rule}, and DeepSpeed does not move offloaded parameters; remove it"
-            yield _problem(f"cluster.roles.{role}.offload", text)
+            yield problem(f"cluster.roles.{role}.offload", text)
 
 
 def _weight_sync(config: Config) -> Iterator[Problem]:
@@ -370,14 +360,14 @@ def _weight_sync(config: Config) -> Iterator[Problem]:
     cluster = config.cluster
     method, shared = cluster.weight_sync, cluster.roles.rollout.colocate_with == "policy"
     if method in ("shm", "gloo") and cluster.device == "cuda":
-        yield _problem("cluster.weight_sync", f"is {method}, which is for cluster.device cpu; use auto, nccl or ipc")
+        yield problem("cluster.weight_sync", f"is {method}, which is for cluster.device cpu; use auto, nccl or ipc")
     if method in ("nccl", "ipc") and cluster.device == "cpu":
-        yield _problem("cluster.weight_sync", f"is {method}, which needs cluster.device cuda; use auto, shm or gloo")
+        yield problem("cluster.weight_sync", f"is {method}, which needs cluster.device cuda; use auto, shm or gloo")
     elif method == "ipc" and not shared:
         text = "is ipc, which needs engines on the policy's GPUs: set cluster.roles.rollout.colocate_with to policy"
-        yield _problem("cluster.weight_sync", text)
+        yield problem("cluster.weight_sync", text)
     elif method == "nccl" and shared:
         text = (
             "is nccl, which cannot join two processes on a GPU: cluster.roles.rollout.colocate_with is policy; use ipc"
         )
-        yield _problem("cluster.weight_sync", text)
+        yield problem("cluster.weight_sync", text)

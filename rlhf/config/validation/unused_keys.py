@@ -278,12 +278,8 @@ def _of_reference(config: Config, algorithm: FollowedReferenceConfig) -> Iterato
 
 def _of_algorithm(config: Config, algorithm: OnlineConfig) -> Iterator[Inert]:
     if algorithm.kl.coef == 0.0:
-        keys = "algorithm.kl.estimator algorithm.kl.place algorithm.reference_every"
-        yield from _all(keys, "algorithm.kl.coef is 0", "set algorithm.kl.coef above 0")
+        yield from _all("algorithm.reference_every", "algorithm.kl.coef is 0", "set algorithm.kl.coef above 0")
     correction = algorithm.correction
-    if correction is not None and correction.weights is None:
-        keys = "algorithm.correction.max_ratio algorithm.correction.min_ratio"
-        yield from _all(keys, "algorithm.correction.weights is null", "choose weights")
     if correction is not None and correction.mode == "policy_gradient":
         why = "algorithm.correction.mode is policy_gradient, whose loss has no importance ratio"
         fix = "set algorithm.correction.mode to bypass or decoupled"

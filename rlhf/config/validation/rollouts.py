@@ -1,0 +1,118 @@
+"""Check how a run samples responses, and how its algorithm weighs them, for rlhf.config.validation.run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rlhf.algorithms.base import Responses
+from rlhf.algorithms.online_config import OnlineConfig
+from rlhf.config import derive
+from rlhf.config.mistakes.explain import Problem, problem
+from rlhf.config.schema.rollouts import RolloutsConfig
+from rlhf.config.schema.root import Config
+
+STRAIGHT_THROUGH = "_straight_through"
+
+
+def length_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
+    """Yield a problem if the longest possible sequence does not fit into a micro-batch."""
+    prompt, new, environment = config.data.max_prompt_tokens, rollouts.max_new_tokens, rollouts.environment
+    pairs, room = config.algorithm.kind == "sampled_pairs", config.train.max_tokens_per_microbatch
+    whole, times = ("both responses of a pair", "2 * ") if pairs else ("the longest sequence", "")
+    count = 2 if pairs else 1
+    if environment is None:
+        longest = prompt + count * new
+        sum_of = f"data.max_prompt_tokens + {times}rollouts.max_new_tokens = {prompt} + {times}{new} = {longest}"
+    else:
+        longest = count * environment.max_tokens
+        sum_of = f"{times}rollouts.environment.max_tokens = {longest}"
+        if environment.max_tokens < prompt + new:
+            text = (
+                f"is {environment.max_tokens} and must hold a prompt and one turn: data.max_prompt_tokens + "
+                f"rollouts.max_new_tokens = {prompt} + {new} = {prompt + new}; raise it, or lower one of those"
+            )
+            yield problem("rollouts.environment.max_tokens", text)
+    if room < longest:
+        text = f"is {room} and must hold {whole}: {sum_of}; raise it, or lower one of those"
+        yield problem("train.max_tokens_per_microbatch", text)
+
+
+def group_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
+    """Yield all problems of groups of responses."""
+    yield from _kept(config, rollouts)
+    for key, text in config.algorithm.problems(_responses(config, rollouts)):
+        yield problem(key, text)
+    if config.algorithm.wants_greedy and "greedy" in config.rewards:
+        text = "is taken: rewards/greedy/mean is the score of the greedy responses; call this reward something else"
+        yield problem("rewards.greedy", text)
+
+
+def _kept(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
+    keep, samples = rollouts.keep_per_prompt, rollouts.samples_per_prompt
+    if keep is None:
+        return
+    if keep.count >= samples:
+        text = f"is {keep.count} and must be below rollouts.samples_per_prompt = {samples}, or all are kept"
+        yield problem("rollouts.keep_per_prompt.count", text)
+    elif config.algorithm.compares_responses and keep.count < 2:
+        text = f"is {keep.count}, but {config.algorithm.name} compares the kept ones with each other: 2 or more"
+        yield problem("rollouts.keep_per_prompt.count", text)
+
+
+def _responses(config: Config, rollouts: RolloutsConfig) -> Responses:
+    by_step = (name for name, reward in config.rewards.items() if reward.credit == "step")
+    return Responses(
+        samples_per_prompt=rollouts.samples_per_prompt,
+        trained_per_prompt=derive.trained_per_prompt(config, rollouts),
+        trained_key=derive.trained_key(config, rollouts),
+        max_tokens=rollouts.max_response_tokens,
+        max_tokens_key="rollouts.max_new_tokens" if rollouts.environment is None else "what a conversation samples",
+        num_rewards=sum(reward.weight != 0.0 for reward in config.rewards.values()),
+        step_reward=next(by_step, None),
+        num_steps=config.train.steps,
+    )
+
+
+def loss_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
+    """Yield problems of an algorithm that weighs rollout tokens by advantages."""
+    algorithm = config.algorithm
+    yield from _penalty(config, rollouts)
+    if not isinstance(algorithm, OnlineConfig):
+        return
+    kl, entropy = algorithm.kl, algorithm.entropy
+    if kl.coef > 0.0 and kl.place == "reward" and kl.estimator.endswith(STRAIGHT_THROUGH):
+        plain = kl.estimator.removesuffix(STRAIGHT_THROUGH)
+        text = f"is {kl.estimator}, but algorithm.kl.place is reward, where nothing has a gradient; set {plain}"
+        yield problem("algorithm.kl.estimator", text)
+    if kl.coef > 0.0 and kl.place == "loss" and kl.estimator == "k1":
+        text = "is k1, but algorithm.kl.place is loss, where its mean gradient is 0; set k1_straight_through or k2"
+        yield problem("algorithm.kl.estimator", text)
+    if algorithm.mask_truncated and kl.coef > 0.0 and kl.place == "reward" and config.algorithm.compares_responses:
+        text = (
+            f"is true, but algorithm.kl.place is reward and {algorithm.name} compares responses with each other, those "
+            "that are masked too, whose KL is not computed; set algorithm.kl.place to loss"
+        )
+        yield problem("algorithm.mask_truncated", text)
+    if entropy.adaptive is not None and entropy.coef > entropy.adaptive.max_coef:
+        text = f"is {entropy.coef:g}, above algorithm.entropy.adaptive.max_coef {entropy.adaptive.max_coef:g}; lower it"
+        yield problem("algorithm.entropy.coef", text)
+
+
+def _penalty(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
+    """Yield a repetition penalty without a correction, since it makes the sampler another policy."""
+    algorithm, penalty = config.algorithm, rollouts.repetition_penalty
+    if penalty == 1.0 or not algorithm.trusts_sampler:
+        return
+    key = "rollouts.repetition_penalty"
+    trained = "is trained by log-probabilities without a penalty, as if they were the sampler's"
+    if algorithm.kind == "sampled_distillation":
+        text = f"is {penalty:g}, but algorithm {algorithm.name} {trained}; set 1, or another algorithm.divergence"
+        yield problem(key, text)
+    if isinstance(algorithm, OnlineConfig):
+        correction = algorithm.correction
+        if correction is None or (correction.weights is None and correction.mode != "bypass"):
+            text = (
+                f"is {penalty:g}, but algorithm {config.algorithm.name} {trained}; set algorithm.correction.preset to "
+                "token_tis, which weighs tokens by the ratio of the two, or set 1"
+            )
+            yield problem(key, text)
