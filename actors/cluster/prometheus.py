@@ -6,17 +6,17 @@ Ray computes their sums from the centers of its buckets, and the means are metri
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ray.util.metrics import Counter, Gauge
 
-from rlhf.tracking.diagnosis.findings import Severity
-from rlhf.tracking.sinks.backends import TrackedStep
+from rlhf.tracking.sinks.backends import TrackedStep, TrackerBackend
 from rlhf.tracking.sinks.prometheus_names import PREFIX, RUN_LABEL, STEP, Exported, labelled
 
 
-class PrometheusBackend:
-    """Exports the metrics of one run, as gauges and counters created at first use."""
+class PrometheusBackend(TrackerBackend):
+    """Exports the metrics of one run, as gauges and counters created at first use.
+
+    Alerts are configured in Prometheus. Ray drops the values when this process ends.
+    """
 
     name = "Prometheus"
 
@@ -38,15 +38,6 @@ class PrometheusBackend:
             elif value > 0.0:
                 self._counter(exported).inc(value, tags=tags)
         self._step.set(step.step, tags=self._run)
-
-    def alert(self, severity: Severity, title: str, text: str) -> None:
-        """Do nothing: alerts are configured in Prometheus."""
-
-    def checkpoint(self, step: int, folder: Path) -> None:
-        """Do nothing: checkpoints are not exported."""
-
-    def close(self, *, failed: bool) -> None:
-        """Do nothing: Ray drops the values when this process ends."""
 
     def _gauge(self, exported: Exported) -> Gauge:
         if exported.name not in self._gauges:

@@ -43,7 +43,7 @@ def export_checkpoint(
     resolved = run / "config.resolved.yaml"
     if not (run / "checkpoints").is_dir() or not resolved.exists():
         raise UserError(
-            f"{run} is no run folder: it has no checkpoints/ or config.resolved.yaml. Name a run's own folder."
+            f"{run} is not a run folder: it has no checkpoints/ or config.resolved.yaml. Name a run's own folder."
         )
     name = "latest" if step is None else f"step_{step:06d}"
     checkpoint = run / "checkpoints" / name
@@ -69,7 +69,7 @@ def export_checkpoint(
     saved_step = int(checkpoint.resolve().name.removeprefix("step_"))
     damage = find_damage(checkpoint.resolve(), step=saved_step)
     if damage is not None:
-        raise UserError(f"{damage} Bring the file back from a copy, or name another step with --step.")
+        raise UserError(f"{damage} Restore the file from a copy, or name another step with --step.")
     alone = Config.model_validate(
         {
             "run": config.run,

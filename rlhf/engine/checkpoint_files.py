@@ -62,7 +62,7 @@ def load_data(path: Path, *, map_location: Any = None) -> Any:
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, AssertionError) as error:
         raise UserError(
-            f"{path} cannot be read: {type(error).__name__}: {_first_line(error)}. Bring the file back from a copy, or "
+            f"{path} cannot be read: {type(error).__name__}: {_first_line(error)}. Restore the file from a copy, or "
             "resume from an earlier checkpoint."
         ) from error
 

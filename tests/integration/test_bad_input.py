@@ -218,7 +218,7 @@ def test_a_run_folder_that_is_in_use_finished_or_damaged(capsys: pytest.CaptureF
     assert "--resume auto" in said
     said = refused(capsys, run, "--resume", "auto")
     assert f"{tmp_path}/r/checkpoints/step_000002/manifest.json is missing, is damaged, or" in said
-    assert "start again under another run.name, since there is no sound checkpoint before it" in said
+    assert "start again under another run.name, because there is no undamaged checkpoint before this one" in said
 
 
 def test_a_finished_run_is_neither_begun_nor_continued(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_what_cannot_be_exported(
         (_, said) = capsys.readouterr().err.split("rlhf: error: ")
         return said
 
-    assert "r is no run folder" in said_of("out")
+    assert "r is not a run folder" in said_of("out")
     with RunFolder.open(tmp_path, "r", resume=False) as folder:
         shutil.copy(config(tmp_path, {}), folder.config)
         for step in (1, 2):

@@ -67,6 +67,6 @@ def test_a_full_disk_and_a_flipped_byte(tmp_path: Path, disk: Path) -> None:
     code, said = failure_of(run, "--resume", "auto")
     assert code == 2, said
     assert f"{path} is damaged: its checksum" in said
-    assert f"continue from the checkpoint before it with --resume {steps[-2]}" in said
+    assert f"continue from the checkpoint before this one with --resume {steps[-2]}" in said
     train(run, "--resume", steps[-2])
     assert without_clocks(rows(folder)) == without_clocks(rows(tmp_path / "unbroken"))

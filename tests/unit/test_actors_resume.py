@@ -128,7 +128,7 @@ def test_a_damaged_checkpoint_is_not_passed_over(tmp_path: Path) -> None:
     run = with_checkpoints(tmp_path, 1, 2)
     path = tmp_path / "demo" / "checkpoints" / "step_000002" / "controller.json"
     path.write_text(path.read_text().replace("ppo", "ppp"))
-    with pytest.raises(UserError, match=rf"{path} is damaged: .*checkpoint before it with --resume step_000001\."):
+    with pytest.raises(UserError, match=rf"{path} is damaged: .*before this one with --resume step_000001\."):
         launch(run, resume=True)
     with pytest.raises(UserError, match=rf"{path} is damaged"):
         launch(run, resume=True, from_step=2)

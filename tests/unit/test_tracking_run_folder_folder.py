@@ -72,7 +72,7 @@ def test_damaged_metrics_are_the_users_to_mend(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_bytes(b"not json\n")
     for resume in (True, False, True):  # each refusal lets go of the lock
-        with pytest.raises(UserError, match=r"run.name: .*metrics.jsonl:1: not JSON.*are damaged: bring the file back"):
+        with pytest.raises(UserError, match=r"run.name: .*metrics.jsonl:1: not JSON.*are damaged: restore the file"):
             RunFolder.open(tmp_path, "run", resume=resume)
 
 
@@ -122,13 +122,13 @@ def test_a_damaged_checkpoint_is_refused_and_the_sound_one_before_it_is_named(tm
             folder.refuse_damage(40)
         path = folder.checkpoint(40) / "policy" / "model.bin"
         assert str(caught.value).startswith(f"--resume: {path} is damaged: its checksum")
-        assert str(caught.value).endswith("or continue from the checkpoint before it with --resume step_000010.")
+        assert str(caught.value).endswith("or continue from the checkpoint before this one with --resume step_000010.")
         folder.continue_from(10)
         assert folder.latest_checkpoint() == 10
         commit(folder, 15)  # of the new history: the later checkpoints were made by the old one
         assert [path.name for path in sorted(folder.checkpoints.glob("step_*"))] == ["step_000010", "step_000015"]
         (folder.checkpoint(10) / "added.bin").write_text("x")
-        with pytest.raises(UserError, match=r"added.bin is not in manifest.json.*there is no sound checkpoint before"):
+        with pytest.raises(UserError, match=r"added.bin is not in manifest.json.*there is no undamaged checkpoint"):
             folder.refuse_damage(10)
 
 
@@ -184,7 +184,7 @@ def test_a_damaged_environment_is_written_anew(
 def test_a_metrics_row_without_its_step_is_damage(tmp_path: Path, row: str) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text(row + "\n")
-    with pytest.raises(UserError, match=r"run.name: .*metrics.jsonl.*are damaged: bring the file back"):
+    with pytest.raises(UserError, match=r"run.name: .*metrics.jsonl.*are damaged: restore the file"):
         RunFolder.open(tmp_path, "run", resume=True)
 
 
@@ -193,7 +193,7 @@ def test_a_metrics_row_without_its_step_is_damage(tmp_path: Path, row: str) -> N
 def test_a_record_without_its_step_is_damage(tmp_path: Path, name: str, row: str) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).write_text(row + "\n")
-    with pytest.raises(UserError, match=rf"run.name: .*{name}.*are damaged: bring the file back"):
+    with pytest.raises(UserError, match=rf"run.name: .*{name}.*are damaged: restore the file"):
         RunFolder.open(tmp_path, "run", resume=True)
 
 
@@ -388,6 +388,6 @@ def test_a_run_is_removed_and_nothing_else_of_its_folder(tmp_path: Path) -> None
 def test_a_folder_that_is_no_run_is_not_removed(tmp_path: Path) -> None:
     remove_run(tmp_path / "none")
     (tmp_path / "final").mkdir()
-    with pytest.raises(UserError, match=r"--overwrite: .* is no run folder, since it has no config.resolved.yaml"):
+    with pytest.raises(UserError, match=r"--overwrite: .* is not a run folder, because it has no config.resolved.yaml"):
         remove_run(tmp_path)
     assert (tmp_path / "final").is_dir()

@@ -24,14 +24,12 @@ def test_spans_in_microseconds_with_names(tmp_path: Path) -> None:
     path = tmp_path / "timeline.json"
     timeline = Timeline(path)
     timeline.record("update", "policy", start_s=10.0, end_s=12.5, args={"step": 3})
-    timeline.counter("queue", "controller", groups=4)
     timeline.close()
     (span,) = events(path)
     assert (span["name"], span["ts"], span["dur"], span["args"]) == ("update", 10_000_000, 2_500_000, {"step": 3})
     assert all(isinstance(span[key], int) for key in ("ts", "dur", "pid", "tid"))
     roles = {e["pid"]: e["args"]["name"] for e in events(path, "M") if e["name"] == "process_name"}
     assert roles[span["pid"]] == "policy"
-    assert events(path, "C")[0]["args"] == {"groups": 4}
 
 
 def test_a_span_is_written_when_its_body_raises(tmp_path: Path) -> None:

@@ -170,14 +170,15 @@ def test_a_back_end_that_hangs_holds_nobody(
     relay = Relay(stuck, close_within_s=0.2)
     began = time.monotonic()
     for number in range(20):
-        relay.log(TrackedStep(folder=tmp_path, step=number, metrics={}, histograms={}))
+        step = TrackedStep(folder=tmp_path, step=number, metrics={}, histograms={})
+        relay.call("logging", lambda backend, step=step: backend.log(step))
     relay.close(failed=False)
     assert time.monotonic() - began < 5
     stuck.go_on.set()
     messages = told(caplog)
     assert [message.split(":")[0] for message in messages] == [
-        "stuck is 3 calls behind and misses some",
-        "stuck did not finish within 0 s and is left",
+        "stuck is 3 calls behind and misses some of them",
+        "stuck did not finish within 0 s, so it is abandoned",
     ]
 
 
@@ -192,7 +193,7 @@ def test_a_failure_on_the_way_is_one_warning(
     tracker.close()
     assert stuck.calls == 1
     (message,) = told(caplog)
-    assert message.startswith("stuck failed while logging: BrokenPipeError: service gone, token=***. The run goes on")
+    assert message.startswith("stuck failed while logging: BrokenPipeError: service gone, token=***. The run continues")
 
 
 class Alerted(Stuck):

@@ -13,7 +13,6 @@ import re
 import secrets
 import shutil
 from collections.abc import Collection
-from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -29,11 +28,6 @@ from rlhf.tracking.sinks.tracker import read_metrics
 logger = logging.getLogger(__name__)
 
 
-def evaluation_path(folder: Path, step: int) -> Path:
-    """Return the path of a step's evaluation by responses."""
-    return folder / "evals" / f"step_{step:06d}.json"
-
-
 _STEP = re.compile(r"step_(\d{6,})")
 _OWN = ".own-"
 _PARTS = (  # of a run folder; the first one marks it as such, and is removed last
@@ -42,6 +36,11 @@ _PARTS = (  # of a run folder; the first one marks it as such, and is removed la
     *("wandb_run_id", "report.html", "eval.json"),
     *("samples", "evals", "checkpoints", "references", "tensorboard", "wandb", "final"),
 )
+
+
+def evaluation_path(folder: Path, step: int) -> Path:
+    """Return the path of a step's evaluation by responses."""
+    return folder / "evals" / f"step_{step:06d}.json"
 
 
 class RunFolder:
@@ -81,15 +80,12 @@ class RunFolder:
             raise UserError(
                 f"run.dir: {path} cannot be written: {error.strerror}. Choose a folder you can write."
             ) from error
-        with ExitStack() as after_failure:
-            after_failure.callback(os.close, lock)
+        folder = cls(path, lock)
+        try:
             if resume:
                 _state(path)
             else:
                 refuse_other_run(path)
-            after_failure.pop_all()
-        folder = cls(path, lock)
-        try:
             folder._prepare(resume=resume)
         except BaseException:
             folder.close()
@@ -97,9 +93,7 @@ class RunFolder:
         return folder
 
     def _prepare(self, *, resume: bool) -> None:
-        """Create the subfolders, and remove the leftovers of an earlier start. UserError: a subfolder's
-        name is a file.
-        """
+        """Create the subfolders, and remove the leftovers of an earlier start. UserError: a subfolder is a file."""
         for part in (self.checkpoints, self.samples, self.evals, self.references, self.final):
             if part.exists() and not part.is_dir():
                 raise UserError(
@@ -205,7 +199,7 @@ class RunFolder:
         if damage is not None:
             raise UserError(
                 f"--resume: the checkpoint of step {checkpoint} needs its reference {self.reference(step)}. {damage} "
-                "Bring the folder back from a copy, or start again under another run.name."
+                "Restore the folder from a copy, or start again under another run.name."
             )
 
     def mark_best(self, step: int) -> None:
@@ -232,15 +226,11 @@ class RunFolder:
         damage = find_damage(self.checkpoint(step), step=step)
         if damage is None:
             return
-        before = [
-            other for other, path in self._step_folders() if other < step and find_damage(path, step=other) is None
-        ]
-        instead = (
-            f"continue from the checkpoint before it with --resume {self.checkpoint(before[-1]).name}"
-            if before
-            else "start again under another run.name, since there is no sound checkpoint before it"
-        )
-        raise UserError(f"--resume: {damage} Bring the file back from a copy, or {instead}.")
+        before = [other for other, path in self._step_folders() if other < step and not find_damage(path, step=other)]
+        instead = "start again under another run.name, because there is no undamaged checkpoint before this one"
+        if before:
+            instead = f"continue from the checkpoint before this one with --resume {self.checkpoint(before[-1]).name}"
+        raise UserError(f"--resume: {damage} Restore the file from a copy, or {instead}.")
 
     def best_checkpoint(self) -> int | None:
         """Return the step that `best` points at. None: no checkpoint was marked, or it is damaged."""
@@ -252,12 +242,10 @@ class RunFolder:
         if keep < 1:
             raise ValueError(f"prune needs keep >= 1, got {keep}: the latest checkpoint is never removed")
         kept = {*self.checkpoint_steps()[-keep:], self._pointed("latest"), self._pointed("best")}
-        removed = []
-        for step, path in self._step_folders():
-            if step not in kept:
-                _remove(path)
-                removed.append(step)
-        return removed
+        removed = {step: path for step, path in self._step_folders() if step not in kept}
+        for path in removed.values():
+            _remove(path)
+        return list(removed)
 
     def _step_folders(self) -> list[tuple[int, Path]]:
         matches = ((_STEP.fullmatch(path.name), path) for path in self.checkpoints.iterdir())
@@ -305,8 +293,9 @@ class RunFolder:
         sync_folder(target.parent)
 
     def _take_over(self) -> None:
-        """Rename the `own` folder of the last start, and keep only its spool. An `own` folder without a spool was made
-        by an actor that outlived its run.
+        """Rename the `own` folder of the last start, and keep only its spool.
+
+        An actor that outlived its run made an `own` folder without a spool.
         """
         before = sorted(self.path.glob(f"{_OWN}*"), key=lambda path: not (path / self.spool.name).is_dir())
         for index, path in enumerate(before):
@@ -316,23 +305,21 @@ class RunFolder:
             path.rename(self.own)
             for part in self.own.iterdir():
                 if part != self.spool:
-                    shutil.rmtree(part) if part.is_dir() and not part.is_symlink() else part.unlink()
+                    _delete(part)
         self.own.mkdir(exist_ok=True)
 
     def _clear(self) -> None:
         """Remove the files of a start that ended before its first step. This run does not continue it."""
-        for path in (self.metrics, self.path / HISTOGRAMS, self.errors, self.timeline, self.path / "wandb_run_id"):
-            path.unlink(missing_ok=True)
-        for path in (self.samples, self.evals, self.spool, self.references, self.path / "tensorboard"):
-            if path.exists():
-                shutil.rmtree(path)
+        files = (self.metrics, self.path / HISTOGRAMS, self.errors, self.timeline, self.path / "wandb_run_id")
+        for path in (*files, self.samples, self.evals, self.spool, self.references, self.path / "tensorboard"):
+            _delete(path)
 
     def _sweep(self) -> None:
         """Remove incomplete files of a killed run."""
         for folder in (self.path, self.checkpoints, self.samples, self.evals, self.references):
             for pattern in (".*.partial", ".*.removed"):
                 for path in folder.glob(pattern):
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+                    _delete(path)
 
 
 def refuse_other_run(path: Path) -> None:
@@ -351,7 +338,8 @@ def refuse_to_overwrite(path: Path) -> None:
     os.close(lock_folder(path, key="run.name"))
     if not (path / _PARTS[0]).is_file() and any(child.name != ".lock" for child in path.iterdir()):
         raise UserError(
-            f"--overwrite: {path} is no run folder, since it has no {_PARTS[0]}. Choose another run.name, or remove it."
+            f"--overwrite: {path} is not a run folder, because it has no {_PARTS[0]}. Choose another run.name, or "
+            "remove the folder."
         )
 
 
@@ -382,13 +370,18 @@ def _state(path: Path) -> str | None:
                 raise ValueError(f"{path / name}: a row has no `step`")
     except (ValueError, OSError) as error:
         raise UserError(
-            f"run.name: {error}. The run's metrics are damaged: bring the file back from a copy, remove it, or choose "
+            f"run.name: {error}. The run's metrics are damaged: restore the file from a copy, remove it, or choose "
             "another run.name."
         ) from error
     if not rows and not any((path / "checkpoints").glob("step_*")):
         return None
     last = f" (last step {rows[-1]['step']})" if rows else ""
     return f"an unfinished run{last}. Continue it with --resume auto,"
+
+
+def _delete(path: Path) -> None:
+    """Remove a folder, or a file or link if there is one."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def _remove(path: Path) -> None:

@@ -237,7 +237,7 @@ class Mirror:
                 if fetched.files.get(name) != entry:
                     raise UserError(
                         f"run.mirror: {self.place}/final/{name} is damaged: its checksum is not the one that {_FINAL} "
-                        f"says. Bring the file back from a copy, or remove {_FINAL} there to train the end again."
+                        f"says. Restore the file from a copy, or remove {_FINAL} there to train the end again."
                     )
             self._folder.commit_final()
         best = self._best()
@@ -272,7 +272,7 @@ class Mirror:
             before = [other for other in whole if other < step]
             advice = f" or continue with --resume step_{before[-1]:06d}," if before else ""
             raise UserError(
-                f"run.mirror: {self.place}/{name} is damaged. {error} Bring the file back from a copy,{advice} or "
+                f"run.mirror: {self.place}/{name} is damaged. {error} Restore the file from a copy,{advice} or "
                 "remove the damaged checkpoint there."
             ) from error
 

@@ -74,20 +74,8 @@ class Timeline:
         with self._guard:
             pid = self._pid(role)
             tid = self._tid(pid, self._free_lane(role, lane, start_s, end_s))
-            event = {
-                "name": name,
-                "ph": "X",
-                "ts": _us(start_s),
-                "dur": _us(end_s) - _us(start_s),
-                "pid": pid,
-                "tid": tid,
-            }
-            self._write({**event, "args": dict(args)} if args else event)
-
-    def counter(self, name: str, role: str, **values: float) -> None:
-        """Add the present values of a graph."""
-        with self._guard:
-            self._write({"name": name, "ph": "C", "ts": _us(time.time()), "pid": self._pid(role), "args": values})
+            ends = {"ts": _us(start_s), "dur": _us(end_s) - _us(start_s)}
+            self._write({"name": name, "ph": "X", **ends, "pid": pid, "tid": tid, **({"args": args} if args else {})})
 
     def close(self) -> None:
         """End the array: the file is then strict JSON."""

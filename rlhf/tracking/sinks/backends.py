@@ -11,9 +11,10 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rlhf.tracking.diagnosis.findings import Severity
 from rlhf.tracking.logs import redact
@@ -41,8 +42,11 @@ class TrackedStep:
         return read_lines(samples_path(self.folder, self.step))
 
 
-class TrackerBackend(Protocol):
-    """A view of the run folder elsewhere. All calls come from one thread. An exception ends the view alone."""
+class TrackerBackend:
+    """A view of the run folder elsewhere. All calls come from one thread. An exception ends the view alone.
+
+    A back end inherits the methods that it does not need: here they do nothing.
+    """
 
     name: str  # in messages
 
@@ -65,58 +69,42 @@ class Relay:
     def __init__(self, backend: TrackerBackend, *, close_within_s: float = CLOSE_WITHIN_S) -> None:
         self._backend = backend
         self._close_within_s = close_within_s
-        self._calls: queue.Queue[tuple[str, Callable[[], None]] | None] = queue.Queue(MOST_WAITING)
+        self._calls: queue.Queue[tuple[str, Callable[[TrackerBackend], None]] | None] = queue.Queue(MOST_WAITING)
         self._broken = False
         self._missed = False
         self._thread = threading.Thread(target=self._work, name=f"tracking {backend.name}", daemon=True)
         self._thread.start()
 
-    def log(self, step: TrackedStep) -> None:
-        """Queue a step for the thread."""
-        self._put("logging", lambda: self._backend.log(step))
-
-    def alert(self, severity: Severity, title: str, text: str) -> None:
-        """Queue an alert for the thread."""
-        self._put("alerting", lambda: self._backend.alert(severity, title, text))
-
-    def checkpoint(self, step: int, folder: Path) -> None:
-        """Queue a checkpoint for the thread."""
-        self._put("taking a checkpoint", lambda: self._backend.checkpoint(step, folder))
+    def call(self, action: str, method: Callable[[TrackerBackend], None]) -> None:
+        """Queue a call for the thread. `action` is for messages."""
+        try:
+            self._calls.put_nowait((action, method))
+        except queue.Full:
+            if not (self._missed or self._broken):
+                logger.warning("%s is %d calls behind and misses some of them", self._backend.name, MOST_WAITING)
+            self._missed = True
 
     def close(self, *, failed: bool) -> None:
         """Let the back end finish its queue, or leave it at the deadline."""
         end = time.monotonic() + self._close_within_s
-        for call in (("finishing", lambda: self._backend.close(failed=failed)), None):
-            try:
-                self._calls.put(call, timeout=max(end - time.monotonic(), 0.0))
-            except queue.Full:
-                break
+        with suppress(queue.Full):
+            self._calls.put(("finishing", lambda backend: backend.close(failed=failed)), timeout=self._close_within_s)
+            self._calls.put(None, timeout=max(end - time.monotonic(), 0.0))
         self._thread.join(max(end - time.monotonic(), 0.0))
         if self._thread.is_alive():
-            logger.warning(
-                "%s did not finish within %.0f s and is left: metrics.jsonl has all",
-                self._backend.name,
-                self._close_within_s,
-            )
-
-    def _put(self, name: str, call: Callable[[], None]) -> None:
-        try:
-            self._calls.put_nowait((name, call))
-        except queue.Full:
-            if not (self._missed or self._broken):
-                logger.warning("%s is %d calls behind and misses some", self._backend.name, MOST_WAITING)
-            self._missed = True
+            message = "%s did not finish within %.0f s, so it is abandoned: metrics.jsonl has all values"
+            logger.warning(message, self._backend.name, self._close_within_s)
 
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:
             if self._broken:
                 continue
             try:
-                call[1]()
+                call[1](self._backend)
             except Exception as error:  # noqa: BLE001  (any failure ends the view alone)
                 self._broken = True
                 logger.warning(
-                    "%s failed while %s: %s: %s. The run goes on without it: metrics.jsonl has all.",
+                    "%s failed while %s: %s: %s. The run continues without it: metrics.jsonl has all values.",
                     self._backend.name,
                     call[0],
                     type(error).__name__,

@@ -51,7 +51,7 @@ def installed_tracker(name: str, args: Mapping[str, Any], run: TrackedRun) -> In
     return InstalledTracker(name, lambda: make(run, **args))
 
 
-class InstalledTracker:
+class InstalledTracker(TrackerBackend):
     """A tracker that is constructed at its first step."""
 
     def __init__(self, name: str, construct: Callable[[], TrackerBackend]) -> None:

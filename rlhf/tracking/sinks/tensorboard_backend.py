@@ -1,17 +1,19 @@
 """TensorBoard as a tracker back end: event files in <run folder>/tensorboard, for `tensorboard --logdir runs`.
 
-Scalars and histograms under the names of the metrics, alerts as text. Samples and timeline it has no place for.
+It shows scalars and histograms under the names of the metrics, and alerts as text. It does not show samples or the
+timeline.
 """
 
 from __future__ import annotations
 
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf.errors import UserError
 from rlhf.tracking.diagnosis.findings import Severity
-from rlhf.tracking.sinks.backends import TrackedStep
+from rlhf.tracking.sinks.backends import TrackedStep, TrackerBackend
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -35,7 +37,7 @@ def open_tensorboard(folder: Path, *, done_steps: int | None) -> TensorboardBack
     return TensorboardBackend(SummaryWriter(folder / "tensorboard", purge_step=purge, flush_secs=FLUSH_S))
 
 
-class TensorboardBackend:
+class TensorboardBackend(TrackerBackend):
     """Writes steps to an open event file."""
 
     name = "TensorBoard"
@@ -50,26 +52,24 @@ class TensorboardBackend:
         for key, value in step.metrics.items():
             if value is not None:
                 self._writer.add_scalar(key, value, step.step)
-        for key, found in step.histograms.items():
-            middles = [(low + high) / 2 for low, high in zip(found.edges, found.edges[1:], strict=False)]
+        for key, histogram in step.histograms.items():
+            edges, counts = histogram.edges, histogram.counts
+            middles = [(low + high) / 2 for low, high in pairwise(edges)]
             self._writer.add_histogram_raw(
                 key,
-                min=found.edges[0],
-                max=found.edges[-1],
-                num=sum(found.counts),
-                sum=sum(c * m for c, m in zip(found.counts, middles, strict=True)),
-                sum_squares=sum(c * m * m for c, m in zip(found.counts, middles, strict=True)),
-                bucket_limits=list(found.edges[1:]),
-                bucket_counts=list(found.counts),
+                min=edges[0],
+                max=edges[-1],
+                num=sum(counts),
+                sum=sum(c * m for c, m in zip(counts, middles, strict=True)),
+                sum_squares=sum(c * m * m for c, m in zip(counts, middles, strict=True)),
+                bucket_limits=list(edges[1:]),
+                bucket_counts=list(counts),
                 global_step=step.step,
             )
 
     def alert(self, severity: Severity, title: str, text: str) -> None:
         """Write the alert as a text at the last step."""
         self._writer.add_text(f"alerts/{title}", f"**{severity}**: {text}", self._step)
-
-    def checkpoint(self, step: int, folder: Path) -> None:
-        """Do nothing, because TensorBoard stores no checkpoints."""
 
     def close(self, *, failed: bool) -> None:
         """Write the remaining events and close the file."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -26,6 +26,7 @@ from rlhf.tracking.run_folder.samples import remove_files_after
 from rlhf.tracking.sinks.backends import Relay, TrackedStep, TrackerBackend
 
 logger = logging.getLogger(__name__)
+_FILES = ("metrics.jsonl", histograms.FILE, "errors.jsonl")  # files with a row or more a step
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -50,8 +51,8 @@ class Tracker:
     def __init__(self, folder: Path, *, backends: Sequence[TrackerBackend] = ()) -> None:
         self._folder = folder
         self._path = folder / "metrics.jsonl"
-        self._backends = tuple(map(Relay, backends))
-        for name in ("metrics.jsonl", histograms.FILE, "errors.jsonl"):
+        self._relays = tuple(map(Relay, backends))
+        for name in _FILES:
             keep_lines(folder / name, lambda row: True)
         self._continue()
 
@@ -90,8 +91,8 @@ class Tracker:
         row = {"step": step, "time_s": round(time.monotonic() - self._start, 3), **values}
         append_line(self._path, row)
         self._last_step = step
-        for backend in self._backends:
-            backend.log(TrackedStep(folder=self._folder, step=step, metrics=values, histograms=distributions))
+        tracked = TrackedStep(folder=self._folder, step=step, metrics=values, histograms=distributions)
+        self._call("logging", lambda backend: backend.log(tracked))
         findings = self._watch.observe(row)
         for finding in findings:
             logger.log(logging.INFO if finding.severity == "notice" else logging.WARNING, "%s", finding.sentence())
@@ -101,38 +102,33 @@ class Tracker:
 
     def alert(self, severity: Severity, title: str, text: str) -> None:
         """Send an alert to the back ends."""
-        for backend in self._backends:
-            backend.alert(severity, title, redact(text))
+        self._call("alerting", lambda backend: backend.alert(severity, title, redact(text)))
 
     def checkpoint(self, step: int, folder: Path) -> None:
         """Announce a whole checkpoint to the back ends."""
-        for backend in self._backends:
-            backend.checkpoint(step, folder)
+        self._call("storing a checkpoint", lambda backend: backend.checkpoint(step, folder))
+
+    def _call(self, action: str, method: Callable[[TrackerBackend], None]) -> None:
+        for relay in self._relays:
+            relay.call(action, method)
 
     def log_error(self, record: ErrorRecord) -> None:
         """Append a record to errors.jsonl."""
         write_error(self._folder, record)
 
     def truncate_after(self, step: int) -> None:
-        """Remove the rows of later steps, because a run resumed at this step writes them again. Called
-        once, at start.
+        """Remove the rows of later steps, because a run resumed at this step writes them again. Called once, at
+        start.
         """
-        rows = keep_lines(self._path, lambda row: row["step"] <= step)
-        keep_lines(self._folder / histograms.FILE, lambda row: row["step"] <= step)
-        errors = keep_lines(self._folder / "errors.jsonl", lambda row: row["step"] <= step)
+        rows, _, errors = (keep_lines(self._folder / name, lambda row: row["step"] <= step) for name in _FILES)
         files = remove_files_after(self._folder, step)
         if rows or errors or files:
             start = "the run starts from the beginning" if step < 0 else f"the run continues after step {step}"
-            logger.info(
-                "%s: removed the metrics of %d steps, %d files of samples and evaluations, and %d errors",
-                start,
-                rows,
-                len(files),
-                errors,
-            )
+            message = "%s: removed the metrics of %d steps, %d files of samples and evaluations, and %d errors"
+            logger.info(message, start, rows, len(files), errors)
         self._continue()
 
     def close(self, *, failed: bool = False) -> None:
         """Close the back ends; `failed` marks the run so in them."""
-        for backend in self._backends:
-            backend.close(failed=failed)
+        for relay in self._relays:
+            relay.close(failed=failed)

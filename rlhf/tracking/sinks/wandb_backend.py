@@ -23,7 +23,7 @@ from rlhf.tracking.logs import redact, redact_config
 from rlhf.tracking.metrics.histograms import trimmed
 from rlhf.tracking.run_folder.atomic import write_atomic
 from rlhf.tracking.run_folder.environment import git_state
-from rlhf.tracking.sinks.backends import TrackedStep
+from rlhf.tracking.sinks.backends import TrackedStep, TrackerBackend
 
 if TYPE_CHECKING:
     import wandb
@@ -109,7 +109,7 @@ def open_wandb(
     return WandbBackend(run, folder, checkpoints=checkpoints)
 
 
-class WandbBackend:
+class WandbBackend(TrackerBackend):
     """A started W&B run."""
 
     name = "W&B"
