@@ -6,7 +6,7 @@ Memory and time follow from other modules of rlhf.planning. Neither models nor d
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 from rlhf.algorithms.online_config import FollowedReferenceConfig
@@ -31,7 +31,7 @@ from rlhf.config.nodes import Node
 from rlhf.config.placement_plan import Seating, assign_nodes, seat
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.data import DataSource, TaskConfig
-from rlhf.config.schema.evaluate import EvaluationStage
+from rlhf.config.schema.evaluate import EvaluateConfig, EvaluationStage
 from rlhf.config.schema.merge import MergeConfig, in_effect
 from rlhf.config.schema.rollouts import RolloutsConfig
 from rlhf.config.schema.root import Config
@@ -59,143 +59,107 @@ def refuse_misfit(loaded: LoadedConfig, nodes: Sequence[Node] | None, cluster: s
 
 def stage_text(stage: Stage, nodes: Sequence[Mapping[str, float]] | None) -> str:
     """Describe a stage's derived numbers and placement."""
-    if isinstance(stage, Config):
-        return _run(stage, nodes)
-    name = "merge" if isinstance(stage, MergeStage) else "evaluate"
-    parts = [f"{stage.run.name}: {name} -> {run_folder(stage)}"]
     if isinstance(stage, MergeStage):
-        return "\n\n".join([*parts, format_table(_merge_facts(stage.merge))])
-    seating = seat(stage)
-    model = stage.evaluate.model
-    reward = stage.evaluate.reward
-    models: dict[Role, str] = {
-        "policy": model,
-        "rollout": model if stage.evaluate.against is None else f"{model}, then {stage.evaluate.against}",
-        "reward": reward.model if reward else "functions",
-    }
-    roles = [role for role in ROLE_ORDER if role in stage.needs]
-    parts += [format_table(_evaluation_facts(stage)), format_table(_role_rows(roles, stage.cluster, seating, models))]
-    return "\n\n".join([*parts, format_table(_bundles(seating, nodes))])
+        kind, tables = "merge", [list(_merge_facts(stage.merge))]
+    elif isinstance(stage, EvaluationStage):
+        kind, seating, config = "evaluate", seat(stage), stage.evaluate
+        models: dict[Role, str] = {
+            "policy": config.model,
+            "rollout": config.model if config.against is None else f"{config.model}, then {config.against}",
+            "reward": config.reward.model if config.reward else "functions",
+        }
+        roles = [role for role in ROLE_ORDER if role in stage.needs]
+        role_rows = _role_rows(roles, stage.cluster, seating, models)
+        tables = [list(_evaluation_facts(config)), role_rows, _bundles(seating, nodes)]
+    else:
+        kind, seating, derived = stage.algorithm.name, seat(stage), derive(stage)
+        tables = [list(_facts(stage, derived)), _roles(stage, derived, seating), _bundles(seating, nodes)]
+    return "\n\n".join([f"{stage.run.name}: {kind} -> {run_folder(stage)}", *map(format_table, tables)])
 
 
-def _merge_facts(config: MergeConfig) -> list[list[str]]:
-    shown = in_effect(config)
-    inner = {
-        name: {k: v for k, v in settings.items() if k != "model"} for name, settings in shown.pop("models").items()
-    }
-    facts = [["result", f"one {config.output}, made by this process; no worker is started"]]
-    facts += [[key, str(value)] for key, value in shown.items() if value is not None and key != "output"]
-    for name, model in config.models.items():
-        keys = ", ".join(f"{key} {value:g}" for key, value in inner[name].items())
-        facts.append([f"model {name}", model.model + (f" ({keys})" if keys else "")])
-    return facts
+def _merge_facts(config: MergeConfig) -> Iterator[list[str]]:
+    effective = in_effect(config)
+    inputs = effective.pop("models")
+    yield ["result", f"one {config.output}, made by this process; no worker is started"]
+    for key, value in effective.items():
+        if value is not None and key != "output":
+            yield [key, str(value)]
+    for name, settings in inputs.items():
+        keys = ", ".join(f"{key} {value:g}" for key, value in settings.items() if key != "model")
+        yield [f"model {name}", config.models[name].model + (f" ({keys})" if keys else "")]
 
 
-def _evaluation_facts(stage: EvaluationStage) -> list[list[str]]:
-    config = stage.evaluate
-    sets = config.data if isinstance(config.data, dict) else {"heldout": config.data}
-    facts = [["model", config.model]]
+def _evaluation_facts(config: EvaluateConfig) -> Iterator[list[str]]:
+    yield ["model", config.model]
     if config.against is not None:
-        facts.append(["against", config.against])
-    facts.append(["data", ", ".join(f"{name} ({_source(source)})" for name, source in sets.items())])
+        yield ["against", config.against]
+    yield ["data", _named(config.data if isinstance(config.data, dict) else {"heldout": config.data})]
     if not config.rewards:
-        return [*facts, ["measured", "completions: loss, perplexity and token accuracy; nothing is sampled"]]
-    count = config.samples_per_prompt
+        yield ["measured", "completions: loss, perplexity and token accuracy; nothing is sampled"]
+        return
     how = "greedy" if config.temperature == 0.0 else f"at temperature {config.temperature:g}"
-    played = config.environment
-    most = f"at most {config.max_new_tokens:,} tokens"
-    if played is not None:
-        most = f"at most {played.max_turns} turns of {config.max_new_tokens:,} tokens with {played.name}"
-    answers = f"{count} to a prompt, {how}, of {most}"
-    return [*facts, ["responses", answers], ["rewards", ", ".join(config.rewards)]]
+    most, environment = f"{config.max_new_tokens:,} tokens", config.environment
+    if environment is not None:
+        most = f"{environment.max_turns} turns of {most} with {environment.name}"
+    yield ["responses", f"{config.samples_per_prompt} to a prompt, {how}, of at most {most}"]
+    yield ["rewards", ", ".join(config.rewards)]
 
 
-def _run(config: Config, nodes: Sequence[Mapping[str, float]] | None) -> str:
-    derived, seating = derive(config), seat(config)
-    parts = [
-        f"{config.run.name}: {config.algorithm.name} -> {run_folder(config)}",
-        format_table(_facts(config, derived)),
-        format_table(_roles(config, derived, seating)),
-        format_table(_bundles(seating, nodes)),
-    ]
-    return "\n\n".join(parts)
-
-
-def _greedy(config: Config) -> str:
-    """Describe extra greedy responses and the limit on trained responses."""
-    assert config.rollouts is not None
-    greedy = f", and {config.rollouts.prompts_per_step} greedy ones" if config.algorithm.wants_greedy else ""
-    most = trained_per_prompt(config, config.rollouts)
-    return greedy + (f", of which at most {most} a prompt are trained on" if leaves_out(config) else "")
-
-
-def _facts(config: Config, derived: Derived) -> list[list[str]]:
+def _facts(config: Config, derived: Derived) -> Iterator[list[str]]:
     train, rollouts = config.train, config.rollouts
     updates = "1 optimizer step" if derived.updates_per_step == 1 else f"{derived.updates_per_step} optimizer steps"
-    sequences, per_update = derived.sequences_per_step, train.sequences_per_update
-    rows = "pairs" if config.algorithm.kind == "sampled_pairs" else "sequences"
-    facts: list[list[str]] = []
     if rollouts is None:
-        facts.append(["sequences a step", f"{per_update}: {updates}"])
+        yield ["sequences a step", f"{train.sequences_per_update}: {updates}"]
+        fate = {"error": "is an error", "skip": "is left out", "cut": "loses its end"}[config.data.too_long]
+        most = f"a sequence of more than {derived.longest_sequence:,} {fate}"
     else:
-        prompts, samples = rollouts.prompts_per_step, rollouts.samples_per_prompt
-        prompt, new, environment = config.data.max_prompt_tokens, rollouts.max_new_tokens, rollouts.environment
-        if environment is None:
-            longest = f"{prompt} prompt + {new} new = {derived.longest_sequence} tokens"
-        else:
-            turns = f"{environment.max_turns} turns of {new}"
-            longest = f"{derived.longest_sequence} tokens of a conversation with {environment.name}, at most {turns}"
-        passes = f"{train.epochs_per_batch} passes" if train.epochs_per_batch > 1 else "1 pass"
-        facts += [
-            [
-                "responses a step",
-                f"{prompts} prompts * {samples} samples = {sequences}{_greedy(config)}{_extra(rollouts)}",
-            ],
-            [
-                "updates a step",
-                f"{derived.rows_per_step} / {per_update} {rows} = {derived.updates_per_batch}, {passes}: {updates}",
-            ],
-            ["longest sequence", longest],
-        ]
+        yield from _rollout_facts(config, rollouts, derived, updates)
+        most = f"a step at most {derived.tokens_per_step:,}"
     ranks, shared = derived.data_parallel_ranks, config.cluster.roles.policy.sequence_parallel
     on = f" on {ranks} ranks" if ranks > 1 else ""
     if shared > 1:
         on = f" on {shared} ranks together" if ranks == 1 else f" on each {shared} of {ranks * shared} ranks"
-    fate = {"error": "is an error", "skip": "is left out", "cut": "loses its end"}[config.data.too_long]
-    longer = f"a sequence of more than {derived.longest_sequence:,} {fate}"
-    most = f"a step at most {derived.tokens_per_step:,}" if rollouts else longer
-    facts += [
-        ["micro-batch", f"at most {train.max_tokens_per_microbatch:,} tokens{on}; {most}"],
-        ["whole run", _whole_run(config)],
-        ["learning rate", _learning_rate(config)],
-        ["training data", _mixture(config)],
-    ]
-    sets = eval_sets(config)
-    if sets:
+    yield ["micro-batch", f"at most {train.max_tokens_per_microbatch:,} tokens{on}; {most}"]
+    yield ["whole run", _whole_run(config)]
+    yield ["learning rate", _learning_rate(config)]
+    yield ["training data", _mixture(config)]
+    if sets := eval_sets(config):
         first = "before training, " if config.eval.at_start else ""
-        named = ", ".join(f"{name} ({_source(source)})" for name, source in sets.items())
-        facts.append(["evaluation", f"{first}every {config.eval.every} steps and at the end: {named}"])
+        yield ["evaluation", f"{first}every {config.eval.every} steps and at the end: {_named(sets)}"]
     if needs_reference_logprobs(config):
         where = config.run.dir / "reference_logprobs"
-        facts.append(["reference", f"the policy before training: computed once, then taken from {where}"])
+        yield ["reference", f"the policy before training: computed once, then taken from {where}"]
     if rollouts is not None:
-        facts.append(_teacher(config) if config.algorithm.has_teacher else ["reference", _reference(config, derived)])
-        facts.append(["weight sync", _sync(config)])
-    facts.append(
-        ["checkpoints", f"every {train.checkpoint_every} steps; the newest {train.keep_checkpoints} and the best kept"]
-    )
-    return facts
+        yield _teacher(config) if config.algorithm.has_teacher else ["reference", _reference(config, derived)]
+        yield ["weight sync", _sync(config)]
+    kept = f"the newest {train.keep_checkpoints} and the best kept"
+    yield ["checkpoints", f"every {train.checkpoint_every} steps; {kept}"]
 
 
-def _extra(rollouts: RolloutsConfig) -> str:
-    """Describe extra prompts from oversampling, and filtered prompts."""
-    text = ""
+def _rollout_facts(config: Config, rollouts: RolloutsConfig, derived: Derived, updates: str) -> Iterator[list[str]]:
+    prompts, samples, environment = rollouts.prompts_per_step, rollouts.samples_per_prompt, rollouts.environment
+    text = f"{prompts} prompts * {samples} samples = {derived.sequences_per_step}"
+    if config.algorithm.wants_greedy:
+        text += f", and {prompts} greedy ones"
+    if leaves_out(config):
+        text += f", of which at most {trained_per_prompt(config, rollouts)} a prompt are trained on"
     if rollouts.oversample > 1.0:
-        text += f", the first of {prompts_at_once(rollouts.prompts_per_step, rollouts)} prompts to be answered"
+        text += f", the first of {prompts_at_once(prompts, rollouts)} prompts to be answered"
     if rollouts.dynamic_sampling is not None:
-        most = math.floor(rollouts.prompts_per_step * rollouts.dynamic_sampling.max_filtered_fraction)
+        most = math.floor(prompts * rollouts.dynamic_sampling.max_filtered_fraction)
         text += f", in place of at most {most} prompts that are filtered"
-    return text
+    yield ["responses a step", text]
+    rows = "pairs" if config.algorithm.kind == "sampled_pairs" else "sequences"
+    passes = f"{config.train.epochs_per_batch} passes" if config.train.epochs_per_batch > 1 else "1 pass"
+    batch = f"{derived.rows_per_step} / {config.train.sequences_per_update} {rows} = {derived.updates_per_batch}"
+    yield ["updates a step", f"{batch}, {passes}: {updates}"]
+    longest = (
+        f"{config.data.max_prompt_tokens} prompt + {rollouts.max_new_tokens} new = {derived.longest_sequence} tokens"
+    )
+    if environment is not None:
+        turns = f"{environment.max_turns} turns of {rollouts.max_new_tokens}"
+        longest = f"{derived.longest_sequence} tokens of a conversation with {environment.name}, at most {turns}"
+    yield ["longest sequence", longest]
 
 
 def _whole_run(config: Config) -> str:
@@ -221,13 +185,14 @@ def _learning_rate(config: Config) -> str:
 
 
 def _reference(config: Config, derived: Derived) -> str:
-    return {
-        "none": "none: algorithm.kl.coef is 0",
-        "adapter off": "the policy with its LoRA adapter off: no second model"
-        if config.policy.adapter is None
-        else "the policy with policy.adapter as it is now: no second model",
-        "workers": f"{reference_model(config).model} in workers of its own{_renewed(config)}",
-    }[derived.reference]
+    if derived.reference == "none":
+        return "none: algorithm.kl.coef is 0"
+    if derived.reference == "workers":
+        every = config.algorithm.reference_every if isinstance(config.algorithm, FollowedReferenceConfig) else None
+        renewed = "" if every is None else f"; after every {every} steps the policy as it is then, from the run folder"
+        return f"{reference_model(config).model} in workers of its own{renewed}"
+    adapter = "its LoRA adapter off" if config.policy.adapter is None else "policy.adapter as it is now"
+    return f"the policy with {adapter}: no second model"
 
 
 def _teacher(config: Config) -> list[str]:
@@ -235,26 +200,17 @@ def _teacher(config: Config) -> list[str]:
     return ["teacher", f"{config.teacher.model if config.teacher else 'none'}: {says} the sampled tokens"]
 
 
-def _renewed(config: Config) -> str:
-    every = config.algorithm.reference_every if isinstance(config.algorithm, FollowedReferenceConfig) else None
-    return "" if every is None else f"; after every {every} steps the policy as it is then, from the run folder"
-
-
 def _sync(config: Config) -> str:
-    cluster = config.cluster
-    one_host = cluster.address is None
-    choice = weight_sync(cluster, one_host=one_host)
+    one_host, lora = config.cluster.address is None, config.policy.lora
+    choice, other = (weight_sync(config.cluster, one_host=at_once) for at_once in (one_host, not one_host))
     text = f"{choice.method}: {choice.why}"
-    other = weight_sync(cluster, one_host=not one_host)
     if not one_host and other != choice:
         text += f"; {other.method} if they are placed on one"
-    lora = config.policy.lora
     if lora is None:
         return text
-    alone = "the adapter alone, as a folder"
+    alone, why = "the adapter alone, as a folder", merged_because(lora)
     if config.policy.adapter is not None:
         return f"{alone}, unless it is of a kind that vLLM does not take; then merged, by {text}"
-    why = merged_because(lora)
     return alone if why is None else f"all weights, the adapter merged ({why}), by {text}"
 
 
@@ -300,13 +256,15 @@ def _sizes(seating: Seating) -> str:
     return ", ".join(f"{sizes.count(size)} of {size}" for size in dict.fromkeys(sizes))
 
 
+def _named(sets: Mapping[str, DataSource]) -> str:
+    return ", ".join(f"{name} ({_source(source)})" for name, source in sets.items())
+
+
 def _mixture(config: Config) -> str:
     sets = train_sets(config).values()
     total = sum(weighted.weight for weighted in sets)
-    shown = [
-        (f"{weighted.weight / total:.1%} " if len(sets) > 1 else "") + _source(weighted.source) for weighted in sets
-    ]
-    return ", ".join(shown)
+    shares = [f"{weighted.weight / total:.1%} " if len(sets) > 1 else "" for weighted in sets]
+    return ", ".join(share + _source(weighted.source) for share, weighted in zip(shares, sets, strict=True))
 
 
 def _source(source: DataSource) -> str:
