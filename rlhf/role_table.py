@@ -23,13 +23,14 @@ class RoleEntry:
     """
 
     kind: RoleKind
+    stages: tuple[str, ...] = ()  # of a step, in which its workers compute, besides the stage named after it
     metrics_of: str = ""  # why some metrics are those of runs with the role: a trait of these metrics
     hosts: bool = False  # other roles may share its bundles
     predicts_all_tokens: bool = False  # so its vocabulary may have no tokens that the policy's lacks
 
 
 ROLES: Mapping[Role, RoleEntry] = {
-    "policy": RoleEntry(kind="trained", hosts=True),
+    "policy": RoleEntry(kind="trained", hosts=True, stages=("experience", "update")),
     "critic": RoleEntry(kind="trained", metrics_of="there is a critic"),
     "reference": RoleEntry(kind="frozen", metrics_of="there is a reference model"),
     "teacher": RoleEntry(
@@ -38,7 +39,7 @@ ROLES: Mapping[Role, RoleEntry] = {
         predicts_all_tokens=True,
     ),
     "reward": RoleEntry(kind="scoring"),
-    "rollout": RoleEntry(kind="engines", hosts=True),
+    "rollout": RoleEntry(kind="engines", hosts=True, stages=("rollouts", "weight_sync")),
 }
 
 
@@ -51,3 +52,4 @@ TRAINED_ROLES = roles_of("trained")
 MODEL_SECTIONS = roles_of("trained", "frozen", "scoring")  # roles whose model has a section of the same name
 GUESTS_OF_ENGINES = roles_of("trained", "frozen")  # they can leave a GPU while an engine uses it
 ROLE_ORDER = tuple(sorted(ROLES, key=lambda role: not ROLES[role].hosts))  # each role after its possible hosts
+ROLE_OF_STAGE: Mapping[str, Role] = {stage: role for role, entry in ROLES.items() for stage in (role, *entry.stages)}

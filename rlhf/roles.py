@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 from rlhf.evaluation.voting import AnswerForm
+from rlhf.role_table import Role
 from rlhf.tracking.metrics.reductions import Reduction
 from rlhf.tracking.run_folder.samples import SampleRecord
 from rlhf.types import (
@@ -179,6 +180,8 @@ class GpuGuest(Protocol):
 class ReferenceRole(GpuGuest, Protocol):
     """The reference: a frozen language model."""
 
+    role: Role
+
     async def become(self, folder: Path) -> None:
         """Replace the model by the one in a folder."""
 
@@ -202,6 +205,8 @@ class ReferenceRole(GpuGuest, Protocol):
 class TeacherRole(Protocol):
     """The frozen teacher of a student trained on fixed data."""
 
+    role: Role
+
     async def states(self, dataset: int, plan: MinibatchPlan) -> StatesByRank:
         """Return the last hidden states at the positions predicting loss-mask tokens, for the planned rows of a data
         set.
@@ -212,6 +217,8 @@ class TeacherRole(Protocol):
 
 class OnlineTeacherRole(GpuGuest, Protocol):
     """The frozen teacher of a student trained on its own responses."""
+
+    role: Role
 
     async def logprobs(
         self, rollouts: Sequence[Ref[Rollouts]], *, temperatures: Mapping[int, float]

@@ -63,14 +63,14 @@ class AdvantageLearning(ReferencedLearning):
         plan = self._plan(trained, step, roles.policy)
         report = PrepareReport(sequences=(), metrics={})
         advantages: Mapping[int, float] = {}
-        with record.stage("experience", role="policy"):
+        with record.stage("experience"):
             if trained:
                 report, advantages = await self._experience(plan, kept, trained)
             elif kept:
                 logger.warning("step %d: every response was cut (algorithm.mask_truncated): nothing is updated", step)
             else:
                 logger.warning("step %d: no response reaches algorithm.min_score, so the policy is not updated", step)
-        with record.stage("update", role="policy"):
+        with record.stage("update"):
             for minibatch in self.visits(len(plan.minibatches), step):
                 await self._update(minibatch, step)
         await self.renew_reference(step)

@@ -42,13 +42,13 @@ class DistillationLearning(Learning):
         groups = self.scores.normalized(groups)
         rollouts = [scored.group.rollouts for scored in groups]
         plan = self._plan(groups, step)
-        with record.stage("teacher", role="teacher"):
+        with record.stage(self.teacher.role):
             teacher_columns = (
                 await self.teacher.logprobs(rollouts, temperatures={}) if self.algorithm.config.is_sampled else []
             )
             shown = rollouts[: -(-config.tracking.samples_per_step // self.rollouts.samples_per_prompt)]
             means = await self._mean_logprobs(shown)
-        with record.stage("experience", role="policy"):
+        with record.stage("experience"):
             record.add((await policy.prepare(plan, rollouts, teacher_columns)).metrics)
         order = self.visits(len(plan.minibatches), step)
         if self.algorithm.config.is_sampled:
@@ -94,7 +94,7 @@ class DistillationLearning(Learning):
         )
 
     async def _update(self, minibatch: int, states: StatesByRank = ()) -> None:
-        with self.record.stage("update", role="policy"):
+        with self.record.stage("update"):
             self.record.add(await self.roles.policy.update(minibatch, states))
 
     async def _update_all(self, order: Sequence[int], plan: BatchPlan, groups: Sequence[ScoredGroup]) -> None:
@@ -105,7 +105,7 @@ class DistillationLearning(Learning):
         answered = [scored.group for scored in groups]
 
         async def states_of(minibatch: int) -> StatesByRank:
-            with self.record.stage("teacher", role="teacher"):
+            with self.record.stage(self.teacher.role):
                 return await self.teacher.states(plan.minibatches[minibatch], answered)
 
         states = await states_of(order[0])

@@ -48,9 +48,9 @@ class PairLearning(ReferencedLearning):
         )
         if not paired:
             logger.warning("step %d: the responses to every prompt scored alike, so the policy is not updated", step)
-        with record.stage("experience", role="policy"):
+        with record.stage("experience"):
             minibatches = await self._prepare(paired, step) if paired else 0
-        with record.stage("update", role="policy"):
+        with record.stage("update"):
             for minibatch in self.visits(minibatches, step):
                 record.add(await self.roles.policy.update(minibatch))
         pairs = [pair for _, pair in paired]

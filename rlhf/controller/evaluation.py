@@ -114,7 +114,7 @@ async def compare_with_teacher(
     Greedy responses are compared at temperature 1, because the engine reports their logprobs at temperature 1.
     """
     settings = config.eval
-    with record.stage("teacher", role="teacher"):
+    with record.stage(teacher.role):
         for name, groups in answered.items():
             teacher_logprobs = await teacher.mean_logprobs(
                 [scored.group.rollouts for scored in groups],

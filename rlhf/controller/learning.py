@@ -98,7 +98,7 @@ class ReferencedLearning(Learning):
             return
         folder = self.record.folder
         assert self.roles.reference is not None
-        with self.record.stage("reference", role="reference"):
+        with self.record.stage(self.roles.reference.role):
             await self.roles.policy.export(folder.begin_reference(step))
             needed = {self.record.read_state(other)["reference_step"] for other in folder.checkpoint_steps()}
             await self.roles.reference.become(folder.commit_reference(step, keep=needed))

@@ -75,7 +75,7 @@ class OfflineController(TrainingLoop):
         super().__init__(
             config,
             record,
-            {"policy": role, "teacher": teacher},
+            {"policy": role, **({} if teacher is None else {teacher.role: teacher})},
             {"policy": role},
             eval_sets=eval_sets,
             eval_metric="loss",
@@ -96,7 +96,7 @@ class OfflineController(TrainingLoop):
         batch = self.next_batch or await self._take_batch()
 
         async def update() -> None:
-            with self.record.stage("update", role="policy"):
+            with self.record.stage("update"):
                 self.record.add(await self.role.update_on(batch.plan, batch.states))
 
         if self.is_ahead and step < self.config.train.num_steps:
@@ -115,7 +115,7 @@ class OfflineController(TrainingLoop):
         """Return the teacher's states for the planned rows of a data set."""
         if self.teacher is None:
             return ()
-        with self.record.stage("teacher", role="teacher"):
+        with self.record.stage(self.teacher.role):
             return await self.teacher.states(dataset, plan)
 
     async def provide_reference(self) -> None:

@@ -32,7 +32,7 @@ from rlhf.controller.weight_sync import sync_weights
 from rlhf.data.stream import Stream
 from rlhf.errors import Preempted
 from rlhf.evaluation.results import Marking
-from rlhf.role_table import GUESTS_OF_ENGINES, ROLES, TRAINED_ROLES, Role
+from rlhf.role_table import GUESTS_OF_ENGINES, ROLE_OF_STAGE, ROLES, TRAINED_ROLES, Role
 from rlhf.roles import GpuGuest
 from rlhf.tracking.metrics.reductions import Last, Max, Sum
 from rlhf.tracking.run_folder.samples import samples_path
@@ -106,7 +106,7 @@ class OnlineController(TrainingLoop):
 
     async def train_step(self, step: int) -> None:
         roles, record = self.roles, self.record
-        with record.stage("rollouts", role="rollout"):
+        with record.stage("rollouts"):
             batch = await self._collect(step)
         groups, seconds = batch.groups, record.row()["time/rollouts_s"]
         record.add(rollout_metrics(groups, version=step - 1))
@@ -142,7 +142,7 @@ class OnlineController(TrainingLoop):
             await roles.policy.empty_cache()
             await roles.rollout.wake("weights")
         record.progress.stage("weight_sync")
-        with record.timeline.span("weight_sync", "rollout"):
+        with record.timeline.span("weight_sync", ROLE_OF_STAGE["weight_sync"]):
             report = await sync_weights(
                 roles.policy,
                 roles.rollout,
@@ -195,7 +195,7 @@ class OnlineController(TrainingLoop):
         roles = self.roles
         answered = await score_held_out(self.eval_sets, self.config, self.marking, self.scorer, step=step)
         if roles.teacher is not None:
-            async with self._trainers_turn("teacher"):
+            async with self._trainers_turn(roles.teacher.role):
                 await compare_with_teacher(answered, self.config, roles.teacher, self.record)
 
     def trained_tokens(self, row: Mapping[str, float]) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from rlhf.config.schema.train import EarlyStopping, TrainConfig
 from rlhf.errors import RunError, UserError
+from rlhf.role_table import ROLE_OF_STAGE, Role
 from rlhf.roles import Metrics, NodesRole
 from rlhf.tracking.display.progress import Progress
 from rlhf.tracking.logs import redact, set_step
@@ -58,11 +59,11 @@ class RunRecord:
         self.parts.append(metrics)
 
     @contextmanager
-    def stage(self, name: str, *, role: str = "controller") -> Generator[None]:
-        """Time a stage: `time/<name>_s`, the timeline, the progress display."""
+    def stage(self, name: str, *, role: Role | None = None) -> Generator[None]:
+        """Time a stage: `time/<name>_s`, the timeline, the progress display. The stage's name determines the role."""
         self.progress.stage(name)
         began = time.perf_counter()
-        with self.timeline.span(name, role):
+        with self.timeline.span(name, role or ROLE_OF_STAGE.get(name) or "controller"):
             yield
         self.add({f"time/{name}_s": Sum(total=time.perf_counter() - began)})
 

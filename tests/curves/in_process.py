@@ -36,6 +36,7 @@ from rlhf.evaluation.voting import AnswerForm
 from rlhf.models.loading import load_tokenizer
 from rlhf.preflight.inputs import OnlineInputs, StageInputs, load_inputs
 from rlhf.rewards.scoring import fingerprint
+from rlhf.role_table import Role
 from rlhf.roles import AdvantagesReport, Arithmetic, CompletedGroup, EnginePart, Metrics, PrepareReport, SampleSelection
 from rlhf.rollouts.environments.conversations import Conversations, EnvironmentSpec
 from rlhf.rollouts.records.spans import Sampled, assemble
@@ -160,6 +161,8 @@ class Critic(Trained):
 class Reference:
     """The reference role."""
 
+    role: Role = "reference"
+
     def __init__(self, worker: ReferenceWorker) -> None:
         self.worker = worker
         worker.start()
@@ -185,6 +188,8 @@ class Reference:
 
 class Teacher(Reference):
     """The teacher role, which is asked for the sampled tokens alone."""
+
+    role: Role = "teacher"
 
     worker: OnlineTeacherWorker
 

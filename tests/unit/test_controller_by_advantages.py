@@ -18,6 +18,7 @@ from rlhf.controller.record import RunRecord
 from rlhf.controller.sampling import rollout_metrics
 from rlhf.controller.training_scores import TrainingScores
 from rlhf.errors import UserError
+from rlhf.role_table import Role
 from rlhf.roles import AdvantagesReport, CompletedGroup, PrepareReport, ScoredGroup, SequenceReport
 from rlhf.tracking.display.progress_live import open_progress
 from rlhf.tracking.metrics.declarations import merge_metrics, results
@@ -62,6 +63,8 @@ class Policy:
 
 
 class Reference:
+    role: Role = "reference"
+
     def __init__(self) -> None:
         self.only: frozenset[int] | None = None
         self.weights = "initial"

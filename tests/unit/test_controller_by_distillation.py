@@ -15,6 +15,7 @@ from rlhf.controller.evaluation import compare_with_teacher
 from rlhf.controller.learning import OnlineRoles, Signals
 from rlhf.controller.record import RunRecord
 from rlhf.controller.sampling import group_samples, rollout_metrics
+from rlhf.role_table import Role
 from rlhf.roles import CompletedGroup, PrepareReport, ScoredGroup
 from rlhf.tracking.display.progress_live import open_progress
 from rlhf.tracking.run_folder.folder import RunFolder
@@ -46,6 +47,8 @@ class Student:
 
 class Teacher:
     """Says what it was asked of."""
+
+    role: Role = "teacher"
 
     def __init__(self, calls: list[str]) -> None:
         self.calls = calls

@@ -15,6 +15,7 @@ from rlhf.controller.by_pairs import PairLearning
 from rlhf.controller.learning import OnlineRoles, Signals
 from rlhf.controller.record import RunRecord
 from rlhf.errors import UserError
+from rlhf.role_table import Role
 from rlhf.roles import CompletedGroup, PrepareReport, ScoredGroup
 from rlhf.tracking.display.progress_live import open_progress
 from rlhf.tracking.run_folder.folder import RunFolder
@@ -46,6 +47,8 @@ class Policy:
 
 class Reference:
     """Says what it was asked of; holds the weights that it became."""
+
+    role: Role = "reference"
 
     def __init__(self) -> None:
         self.only: frozenset[int] | None = None

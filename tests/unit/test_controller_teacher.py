@@ -38,6 +38,8 @@ class Student:
 class Teacher:
     """Notes of what it is asked."""
 
+    role = "teacher"
+
     def __init__(self, calls: list[str]) -> None:
         self.calls = calls
 
