@@ -59,12 +59,14 @@ def find_code(
     built_ins: Collection[str] = (),
     args: Mapping[str, Any] | None = None,
     folders: Sequence[Path] = (),
-    key: str,
+    key: str = "",
 ) -> CodeSource:
     """Locate code without importing it. A file is relative to the first of `folders` that has it.
 
-    UserError, beginning with the configuration's `key`: the name is unknown or ambiguous, or the file is missing.
+    UserError, beginning with the configuration's `key` if it is given: the name is unknown or ambiguous, or the file is
+    missing.
     """
+    key = f"{key}: " if key else ""
     path, colon, target = name.rpartition(":")
     if colon:
         candidates = [(folder / os.path.expanduser(path)).resolve() for folder in folders]
@@ -72,12 +74,12 @@ def find_code(
             if candidate.is_file():
                 return CodeSource(path=str(candidate), name=target, args=dict(args or {}))
         tried = ", ".join(dict.fromkeys(map(str, candidates)))
-        raise UserError(f"{key}: the file `{path}` of the {kind} does not exist (looked for {tried})")
+        raise UserError(f"{key}the file `{path}` of the {kind} does not exist (looked for {tried})")
     offers = _offers(kind, name, key)
     if name in built_ins:
         if offers:
             raise UserError(
-                f"{key}: the package {_package(offers[0])} offers the {kind} `{name}`, which is a built-in {kind}. "
+                f"{key}the package {_package(offers[0])} offers the {kind} `{name}`, which is a built-in {kind}. "
                 "Uninstall the package, or give its entry point another name."
             )
         return CodeSource(path=None, name=name, args=dict(args or {}))
@@ -85,8 +87,13 @@ def find_code(
         (offer,) = offers
         return CodeSource(path=None, name=name, args=dict(args or {}), entry=offer.value, package=_package(offer))
     if name.endswith(".py"):
-        raise UserError(f"{key}: `{name}` names a file, but no {kind} in it. Write `{name}:NAME`.")
-    raise UserError(f"{key}: there is no {kind} `{name}`{known_names(kind, name, built_ins)}")
+        raise UserError(f"{key}`{name}` names a file, but no {kind} in it. Write `{name}:NAME`.")
+    raise UserError(f"{key}there is no {kind} `{name}`{known_names(kind, name, built_ins)}")
+
+
+def is_offered(kind: Kind, name: str) -> bool:
+    """Return whether an installed package offers the name, or the name is that of a file without an object in it."""
+    return name.endswith(".py") or bool(entry_points(group=f"rlhf.{kind}s", name=name))
 
 
 def _offers(kind: Kind, name: str, key: str) -> list[EntryPoint]:
@@ -94,7 +101,7 @@ def _offers(kind: Kind, name: str, key: str) -> list[EntryPoint]:
     offers = list(entry_points(group=f"rlhf.{kind}s", name=name))
     if len(offers) > 1:
         packages = " and ".join(sorted(map(_package, offers)))
-        raise UserError(f"{key}: the packages {packages} all offer the {kind} `{name}`. Uninstall all but one of them.")
+        raise UserError(f"{key}the packages {packages} all offer the {kind} `{name}`. Uninstall all but one of them.")
     return offers
 
 

@@ -110,7 +110,7 @@ def _backends(stage: Stage, folder: Path, after: int | None) -> list[TrackerBack
             entity=settings.wandb_entity,
             project=settings.wandb_project,
             name=stage.run.name,
-            job_type=stage.algorithm.name if isinstance(stage, Config) else "evaluation",
+            job_type=stage.algorithm.short_name if isinstance(stage, Config) else "evaluation",
             group=settings.wandb_group or (pipeline if is_stage else None),
             tags=settings.wandb_tags,
             config=_settings(stage),

@@ -1,4 +1,7 @@
-"""Define the algorithms, one file each. The table below is the only list of algorithms."""
+"""Define the algorithms, one file each. The table below is the only list of them.
+
+Users name further algorithms in a configuration (rlhf.algorithms.custom).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from rlhf.algorithms.base import Algorithm, AlgorithmConfig
 from rlhf.algorithms.cispo import CISPO
 from rlhf.algorithms.clip_cov import ClipCov
 from rlhf.algorithms.cpo import CPO
+from rlhf.algorithms.custom import CustomConfig
 from rlhf.algorithms.dapo import DAPO
 from rlhf.algorithms.distillation import Distillation
 from rlhf.algorithms.dpo import DPO
@@ -92,6 +96,7 @@ Family = TypeVar("Family", bound=Algorithm)
 
 def algorithm_of(config: AlgorithmConfig, family: type[Family]) -> Family:
     """Return the algorithm of a configuration. `family` is the base class that the caller knows."""
-    algorithm = ALGORITHMS[config.name](config)
+    custom = config.algorithm_class if isinstance(config, CustomConfig) else None
+    algorithm = (custom or ALGORITHMS[config.name])(config)
     assert isinstance(algorithm, family), f"{config.name} is no {family.__name__}"
     return algorithm

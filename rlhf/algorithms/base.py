@@ -49,6 +49,16 @@ class AlgorithmConfig(Section):
     """The algorithm."""
 
     @property
+    def short_name(self) -> str:
+        """The name without a folder, for other machines."""
+        return self.name
+
+    @property
+    def code_digest(self) -> str:
+        """A digest of the code, if the algorithm is not built in."""
+        return ""
+
+    @property
     def is_online(self) -> bool:
         """Whether the algorithm learns from rollouts."""
         return self.kind in get_args(OnlineKind)

@@ -187,7 +187,8 @@ class TrainingLoop(ABC):
             **self.position(),
             "best": self.best.state(),
             "policy": self.fingerprint,
-            "algorithm": self.config.algorithm.name,
+            "algorithm": self.config.algorithm.short_name,
+            "algorithm_code": self.config.algorithm.code_digest,
             "trained": trained_models(self.config),
         }
 

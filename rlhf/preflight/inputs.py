@@ -168,7 +168,7 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs | MergeStage | Evaluat
         if local.policy.model in made.restacked:
             made.restacked.add(final)
         if config.algorithm.has_scalar_head:
-            made.scored[final] = config.algorithm.name
+            made.scored[final] = config.algorithm.short_name
     return stages
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +41,8 @@ from rlhf.models.sequence_parallel import refuse_uneven_heads
 from rlhf.preflight.sources import local_model, prefix_errors
 from rlhf.role_table import MODEL_SECTIONS, ROLES, TRAINED_ROLES, Role
 from rlhf.types import Prompt
+
+logger = logging.getLogger(__name__)
 
 
 def check_models(config: Config, made: StageResults, *, vocabulary_of: str) -> None:
@@ -182,11 +185,14 @@ def refuse_other_model(config: Config, state: Mapping[str, Any], *, checkpoint: 
             f"{checkpoint} is a checkpoint of another model than policy.model {policy.model}: their architectures "
             "differ. Resume with the model that it was made with, or choose another run.name."
         )
-    if state["algorithm"] != config.algorithm.name:
+    algorithm = config.algorithm
+    if state["algorithm"] != algorithm.short_name:
         raise UserError(
-            f"{checkpoint} is a checkpoint of algorithm {state['algorithm']}, not of {config.algorithm.name}. Resume "
+            f"{checkpoint} is a checkpoint of algorithm {state['algorithm']}, not of {algorithm.short_name}. Resume "
             "with the one that it was made with, or choose another run.name."
         )
+    if state.get("algorithm_code", "") != algorithm.code_digest:
+        logger.warning("the code of algorithm %s has changed since %s", algorithm.short_name, checkpoint)
     differing = list(differences(state["trained"], trained_models(config)))
     if differing:
         raise UserError(

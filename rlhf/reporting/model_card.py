@@ -55,7 +55,7 @@ def model_card(config: Config, rows: list[dict[str, Any]], *, merged: bool = Fal
         "---",
         f"# {name}",
         "",
-        f"This is {kind}, trained from `{base}` with `{config.algorithm.name}` by ray-rlhf."
+        f"This is {kind}, trained from `{base}` with `{config.algorithm.short_name}` by ray-rlhf."
         + (" The folder holds a LoRA adapter, which needs its base model." if is_adapter else ""),
         "",
         "## Training",
@@ -74,7 +74,7 @@ def _front_matter(config: Config, *, is_adapter: bool) -> dict[str, Any]:
     if _HUB_NAME.fullmatch(base) and not Path(base).exists():
         values["base_model"] = base
     values["pipeline_tag"] = "text-classification" if config.algorithm.has_scalar_head else "text-generation"
-    values["tags"] = ["ray-rlhf", config.algorithm.name]
+    values["tags"] = ["ray-rlhf", config.algorithm.short_name]
     if data:
         values["datasets"] = sorted(data)
     return values
@@ -88,7 +88,7 @@ def _sources(config: Config) -> Iterator[DataSource]:
 def _settings(config: Config, rows: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
     train, lora = config.train, config.policy.lora
     yield "base model", _shown(config.policy.source)
-    yield "method", config.algorithm.name
+    yield "method", config.algorithm.short_name
     yield "training data", ", ".join(_shown(one.source) for one in train_sets(config).values())
     if rows:
         yield "steps", f"{rows[-1]['step']}"

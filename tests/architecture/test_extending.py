@@ -1,4 +1,4 @@
-"""docs/extending.md, step by step, in a copy of the repository: files are written, changes made, commands run."""
+"""docs/extending.md, step by step: files are written, changes made and commands run, in a folder of their own."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
-COPIED = ("rlhf", "actors", "configs", "docs", "tests", "pyproject.toml")
 BLOCK = re.compile(r"^( *)```(\w+)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
+MODULES = {"python": [], "rlhf": ["-m", "rlhf.cli"], "pip": ["-m", "pip"]}
+# Nothing is fetched, and the environment of the tests stays as it is.
+OPTIONS = {"pip install": ["--quiet", "--no-build-isolation", "--no-deps", "--target", "installed"]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,77 +45,88 @@ def steps(chapter: str) -> Iterator[Step]:
 def changed(text: str, change: str) -> str:
     """The text with a change: its lines without `+` must stand there once, those without `-` take their place."""
     lines = change.splitlines(keepends=True)
-    old = "".join(line[1:] for line in lines if not line.startswith("+"))
-    new = "".join(line[1:] for line in lines if not line.startswith("-"))
+    old = "".join(line[1:] or "\n" for line in lines if not line.startswith("+"))
+    new = "".join(line[1:] or "\n" for line in lines if not line.startswith("-"))
     assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times"
     return text.replace(old, new)
 
 
-def follow(chapter: str, root: Path, *, trains: bool) -> list[str]:
+def follow(chapter: str, folder: Path, *, trains: bool = False, code: Path = ROOT) -> list[str]:
     """Do what the chapter says; returns the output of its commands. `trains`: those that train too."""
-    told = []
+    outputs = []
     for step in steps(chapter):
-        path = root / step.path
-        if step.kind in ("python", "yaml", "json"):
+        path = folder / step.path
+        if step.kind in ("python", "yaml", "json", "toml"):
             path.write_text(step.text, encoding="utf-8")
         elif step.kind == "diff":
             path.write_text(changed(path.read_text(encoding="utf-8"), step.text), encoding="utf-8")
         else:
             assert step.kind == "console"
-            told += [ran(line, root) for line in step.text.splitlines() if trains or not line.startswith("rlhf train")]
-    return told
+            lines = [line for line in step.text.splitlines() if trains or not line.startswith("rlhf train")]
+            outputs += [run(line, folder, code) for line in lines]
+    return outputs
 
 
-def ran(line: str, root: Path) -> str:
-    """The output of a command, run in the copy."""
+def run(line: str, folder: Path, code: Path = ROOT) -> str:
+    """The output of a command that succeeds."""
     words, _, output = line.partition(" > ")
     program, *rest = shlex.split(words)
-    modules = {"python": [], "pytest": ["-m", "pytest", "-p", "no:cacheprovider"], "rlhf": ["-m", "rlhf.cli"]}
+    rest += OPTIONS.get(f"{program} {rest[0]}", [])
     done = subprocess.run(
-        [sys.executable, *modules[program], *rest],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        [sys.executable, *MODULES[program], *rest],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": f"{code}:{folder / 'installed'}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=280,
     )
     assert done.returncode == 0, f"{line}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
     if output:
-        (root / output).write_text(done.stdout, encoding="utf-8")
+        (folder / output).write_text(done.stdout, encoding="utf-8")
     return done.stdout
 
 
-@pytest.fixture
-def copy(tmp_path: Path) -> Path:
-    """The repository, to be changed."""
-    for name in COPIED:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, tmp_path / name)
-    return tmp_path
+def test_an_algorithm_of_a_file(tmp_path: Path) -> None:
+    (plan,) = follow("Add an algorithm", tmp_path)
+    assert f"ranked: {tmp_path / 'my_algorithms.py'}:Ranked -> runs/ranked" in plan
 
 
-def test_an_algorithm_is_added_as_the_page_says(copy: Path) -> None:
-    before = (copy / "docs" / "configuration.md").read_text(encoding="utf-8")
-    _, plan, _ = follow("Add an algorithm", copy, trains=False)
-    assert "algorithm" in plan
-    assert "ranked" in plan
-    assert (copy / "docs" / "configuration.md").read_text(encoding="utf-8") != before
-
-
-def test_a_reward_is_added_as_the_page_says(copy: Path) -> None:
+def test_a_reward_of_a_file(tmp_path: Path) -> None:
     """Of `3,6,11` one of six characters is wrong."""
-    (told,) = follow("Add a reward", copy, trains=False)
-    assert "0.83" in told
-    assert "1.0" in told
+    (scores,) = follow("Add a reward", tmp_path)
+    assert "0.83" in scores
+    assert "1.0" in scores
+
+
+def test_code_of_a_package(tmp_path: Path) -> None:
+    """The files of the earlier chapters are gone, once they are installed."""
+    follow("Add an algorithm", tmp_path)
+    follow("Add a reward", tmp_path)
+    follow("Share code as a package", tmp_path)
+    for file in ("my_algorithms.py", "my_rewards.py", "my_trackers.py"):
+        (tmp_path / file).unlink()
+    for folder in (*tmp_path.glob("*.egg-info"), tmp_path / "build"):
+        shutil.rmtree(folder)
+    assert "packaged: ranked -> runs/packaged" in run("rlhf plan packaged.yaml", tmp_path)
+
+
+def test_an_algorithm_of_the_repository(tmp_path: Path) -> None:
+    for name in ("rlhf", "actors", "configs", "docs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    written = {step.path: step.text for step in steps("Add an algorithm") if step.kind != "console"}
+    (tmp_path / "rlhf" / "algorithms" / "ranked.py").write_text(written["my_algorithms.py"], encoding="utf-8")
+    (tmp_path / "ranked.yaml").write_text(written["ranked.yaml"], encoding="utf-8")
+    _, plan = follow("Add an algorithm to this repository", tmp_path, code=tmp_path)
+    assert "ranked: ranked -> runs/ranked" in plan
+    assert "`algorithm` with `name: ranked`" in (tmp_path / "docs" / "configuration.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_what_the_page_adds_trains(copy: Path) -> None:
-    follow("Add an algorithm", copy, trains=True)
-    follow("Add a reward", copy, trains=True)
-    assert (copy / "runs" / "ranked-tiny" / "final" / "config.json").exists()
-    assert (copy / "runs" / "closeness" / "final" / "config.json").exists()
+@pytest.mark.timeout(900)
+def test_what_the_page_adds_trains(tmp_path: Path) -> None:
+    for chapter in ("Add an algorithm", "Add a reward", "Share code as a package"):
+        follow(chapter, tmp_path, trains=True)
+    for name in ("ranked", "closeness", "packaged"):
+        assert (tmp_path / "runs" / name / "final" / "config.json").exists()
+    lines = (tmp_path / "runs" / "packaged" / "metrics.csv").read_text(encoding="utf-8").splitlines()
+    assert [line.split(",")[0] for line in lines] == ["1", "2"]

@@ -23,6 +23,7 @@ from rlhf.config.schema.root import Config
 from rlhf.config.schema.stages import Stage, run_folder
 from rlhf.config.validation.run import problems
 from rlhf.errors import UserError
+from rlhf.extensions import find_code
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +80,7 @@ def resolve(tree: Tree, overrides: Sequence[str], folder: Path) -> LoadedConfig:
     tree = apply_overrides(tree, overrides)
     if "base" in tree.values:
         raise UserError(f"{tree.place(('base',))}: base: is a key of files only; `rlhf train FILE` names the file")
-    _locate_code(tree.values, folder)
+    _locate_code(tree, folder)
     if "sweep" in tree.values:
         raise UserError(f"{tree.place(('sweep',))}: sweep: is no part of a run; use `rlhf sweep {tree.source}`")
     if "merge" in tree.values and "stages" not in tree.values:
@@ -105,14 +106,25 @@ def resolve(tree: Tree, overrides: Sequence[str], folder: Path) -> LoadedConfig:
     return replace(_single(config, tree.source), places=tree.places)
 
 
-def _locate_code(values: dict[str, Any], folder: Path) -> None:
-    """Make paths of code files next to the configuration absolute, because the resolved file is in another folder."""
-    stages = values.get("stages")
-    for stage in (values, *(stages.values() if isinstance(stages, dict) else ())):
+def _locate_code(tree: Tree, folder: Path) -> None:
+    """Make the paths of code files absolute, because the resolved file is in another folder.
+
+    UserError: the file of an algorithm does not exist. A reward's or an environment's file may exist only on another
+    machine, since it is loaded later.
+    """
+    folders = (folder, Path.cwd())
+    stages = tree.values.get("stages")
+    named = stages.items() if isinstance(stages, dict) else ()
+    sections: list[tuple[Key, Any]] = [((), tree.values), *((("stages", name), stage) for name, stage in named)]
+    for at, stage in sections:
         for key, section in texts_at(CODE, stage) if isinstance(stage, dict) else ():
             file, _, name = section[key[-1]].rpartition(":")
-            if file and (folder / file).is_file():
-                section[key[-1]] = f"{folder / file}:{name}"
+            there = next((place for place in folders if file and (place / file).is_file()), None)
+            if there is not None:
+                section[key[-1]] = f"{there / file}:{name}"
+            elif file and key == ("algorithm", "name"):
+                whole = (*at, *key)
+                find_code("algorithm", section["name"], folders=folders, key=f"{tree.place(whole)}: {'.'.join(whole)}")
 
 
 def from_mapping(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -138,17 +150,17 @@ def _plain(value: Any, place: str) -> Any:
         return value
     if isinstance(value, Path):
         return str(value)
-    if inspect.isfunction(value):
-        return _function_of_a_file(value, place)
+    if inspect.isfunction(value) or inspect.isclass(value):
+        return _name_in_file(value, place)
     raise UserError(f"{place}: is of type {type(value).__name__}, expected a value that a YAML file can hold")
 
 
-def _function_of_a_file(function: FunctionType, place: str) -> str:
-    """Name a function as FILE.py:NAME. Raise UserError if other processes cannot load it by this name."""
-    file, name = Path(inspect.getfile(function)), function.__qualname__
+def _name_in_file(code: FunctionType | type, place: str) -> str:
+    """Name a function or a class as FILE.py:NAME. Raise UserError if other processes cannot load it by this name."""
+    file, name = Path(inspect.getfile(code)), code.__qualname__
     if not name.isidentifier() or file.suffix != ".py" or not file.is_file():
         raise UserError(
-            f"{place}: {name} is a function that other processes cannot load: it must stand at the top level of a .py "
+            f"{place}: {name} is code that other processes cannot load: it must stand at the top level of a .py "
             "file. In a notebook, write the cell to a file with `%%writefile rewards.py` and name it "
             '"rewards.py:NAME".'
         )

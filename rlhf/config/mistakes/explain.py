@@ -11,18 +11,21 @@ import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import ValidationError
+from pydantic import ValidationError, create_model
 from pydantic.fields import FieldInfo
 
+from rlhf.algorithms import ALGORITHMS
+from rlhf.algorithms.custom import custom_config_class
 from rlhf.algorithms.section import Section
 from rlhf.config.files.yaml_tree import Key, kind
 from rlhf.config.mistakes.schema_keys import descend, is_section, tag
 from rlhf.config.mistakes.suggestions import choice, example, meant_value, unknown_key
 from rlhf.config.schema.root import Config
 from rlhf.errors import UserError
+from rlhf.extensions import is_offered
 
 S = TypeVar("S", bound=Section)
 
@@ -66,24 +69,39 @@ def parse_as(root: type[S], values: dict[str, Any]) -> S | tuple[Problem, ...]:
     Nothing is converted: a number in quotes stays a string.
     """
     try:
-        return root.model_validate_json(json.dumps(values), strict=True)
+        form = _form_of(root, values)
+    except UserError as error:
+        return (Problem(key=("algorithm", "name"), text=str(error)),)
+    try:
+        parsed = form.model_validate_json(json.dumps(values), strict=True)
+        return parsed if form is root else cast("S", root.model_construct(parsed.model_fields_set, **dict(parsed)))
     except ValidationError as error:
         problems: dict[Key, Problem] = {}
         missing: dict[Key, Problem] = {}
         meant: set[str] = set()
         for item in error.errors(include_url=False)[:MAX_PROBLEMS]:
             if item["type"] == "extra_forbidden":
-                section, _, nodes = _follow(root, item["loc"])
-                suggestions = unknown_key(root, values, section, str(item["loc"][-1]), nodes)
+                section, _, nodes = _follow(form, item["loc"])
+                suggestions = unknown_key(form, values, section, str(item["loc"][-1]), nodes)
                 meant.update(*(suggestion.meant for suggestion in suggestions))
                 item_problems = [Problem(key=suggestion.key, text=suggestion.text) for suggestion in suggestions]
             else:
-                item_problems = [_wrong_value(root, item["loc"], item["type"], item["input"], item["msg"])]
+                item_problems = [_wrong_value(form, item["loc"], item["type"], item["input"], item["msg"])]
             for problem in item_problems:
                 group = missing if item["type"] == "missing" else problems
                 group.setdefault(problem.key, problem)  # each member of a union reports the same key
         absent = {key: problem for key, problem in missing.items() if not _is_meant(key, meant)}
         return tuple((absent | problems).values())
+
+
+def _form_of(root: type[S], values: dict[str, Any]) -> type[S]:
+    """Return the class to parse a tree with: `root`, or one that has the keys of an algorithm that is not built in."""
+    section = values.get("algorithm")
+    name = section.get("name") if isinstance(section, dict) else None
+    if root is not Config or not isinstance(name, str) or (":" not in name and not is_offered("algorithm", name)):
+        return root
+    config_class = custom_config_class(name, built_ins=ALGORITHMS)
+    return cast("type[S]", create_model(root.__name__, __base__=root, algorithm=(config_class, ...)))
 
 
 def refuse(problems: Sequence[Problem], place: Callable[[Key], str]) -> None:
@@ -144,6 +162,8 @@ def _wrong_value(
     key, field, nodes = _follow(root, location)
     if error_type in ("union_tag_not_found", "union_tag_invalid"):
         expected_tags = choice([tag(node) or "" for node in nodes])
+        if key == ("algorithm",):
+            expected_tags += ", or your own as `path/file.py:CLASS`"
         key, name = (*key, "name"), given.get("name")
         if error_type == "union_tag_not_found" or field is None:
             return Problem(key=key, text=f"is missing: expected {expected_tags}")

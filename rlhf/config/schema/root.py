@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, SerializeAsAny
 
 from rlhf.algorithms import AnyAlgorithmConfig
 from rlhf.algorithms.section import OnlyIn, Section
@@ -35,8 +35,8 @@ class Config(Section):
     """The critic. null: as the policy (model, dtype, LoRA), with a value head, if the run needs a critic."""
     reward: Annotated[RewardModelConfig | None, OnlyIn("rollouts", "reward model")] = None
     """The reward model, if a reward uses it."""
-    algorithm: AnyAlgorithmConfig = Field(discriminator="name")
-    """The training objective."""
+    algorithm: SerializeAsAny[AnyAlgorithmConfig] = Field(discriminator="name")
+    """The training objective: a built-in, `path/file.py:CLASS`, or an entry point `rlhf.algorithms` of a package."""
     data: DataConfig
     """Datasets."""
     rollouts: Annotated[RolloutsConfig | None, OnlyIn("rollouts")] = None
