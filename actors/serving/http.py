@@ -46,13 +46,7 @@ from rlhf.errors import RunError, UserError
 from rlhf.models.on_disk import ModelOnDisk
 from rlhf.rollouts.records.spans import Sampled
 from rlhf.rollouts.records.texts import text_before_stop, token_texts, without_turn_end
-from rlhf.serving import (
-    END_WITHIN_S,
-    gives_token,
-    read_text,
-    serve_until_interrupted,
-    stranger,
-)
+from rlhf.serving import END_WITHIN_S, gives_token, read_text, serve_until_interrupted, stranger
 from rlhf.types import Prompt, Sampling
 
 logger = logging.getLogger(__name__)

@@ -61,7 +61,8 @@ def test_a_laptop_recipe_fits_two_cores(path: Path) -> None:
 
 def test_planning_imports_nothing_heavy_but_torch() -> None:
     code = (
-        "import sys, rlhf; light = sorted(m for m in sys.modules if m.startswith('rlhf')); "
+        "import sys, rlhf; "
+        "light = sorted(m for m in sys.modules if m.startswith('rlhf') and not m.startswith('rlhf.commands')); "
         "rlhf.plan(sys.argv[1]); "
         "heavy = [m for m in ('transformers', 'ray', 'vllm', 'datasets') if m in sys.modules]; "
         "few = ['rlhf', 'rlhf.errors', 'rlhf.tracking', 'rlhf.tracking.logs']; "
