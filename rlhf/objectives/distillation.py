@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Unpack
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rlhf.objectives.vocabulary_head import CHUNK_ROWS, Factors, Head, sum_over_rows
+from rlhf.objectives.vocabulary_head import Factors, Head, HeadOptions, sum_over_rows
 
 Divergence = Callable[[Tensor, Tensor], Tensor]  # (student_logprobs, teacher_logprobs) over the last axis
 
@@ -76,11 +77,7 @@ def weighted_divergence_sum(
     *,
     token_weight: float,
     sft_coef: float = 0.0,
-    bias: Float[Tensor, " V"] | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    chunk_size: int = CHUNK_ROWS,
+    **options: Unpack[HeadOptions],
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Float[Tensor, " N"], Bool[Tensor, " N"]]:
     """Return (loss, divergences, logprobs, is_top1). Only the loss has a gradient.
 
@@ -89,28 +86,20 @@ def weighted_divergence_sum(
     temperature (GKD does not multiply the loss by its square). ValueError if rows or vocabularies differ: slice both
     heads to the shared tokens.
     """
-    teacher_logprobs = _teacher_logprobs(teacher, like=(hidden, weight), temperature=temperature)
+    head = Head(**options)
+    teacher_logprobs = _teacher_logprobs(teacher, like=(hidden, weight), temperature=head.temperature)
 
     def of_rows(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         log_p = logits.log_softmax(-1)
         divergences = divergence(log_p, teacher_logprobs(rows).to(logits.dtype))
         kept = log_p if sft_coef else log_p.detach()
-        plain = kept if temperature == 1.0 else (kept * temperature).log_softmax(-1)
+        plain = kept if head.temperature == 1.0 else (kept * head.temperature).log_softmax(-1)
         logprobs = plain.gather(-1, targets[rows, None])[:, 0]
         is_top1 = (log_p.argmax(-1) == targets[rows]).to(divergences.dtype)
         losses = divergences - sft_coef * logprobs if sft_coef else divergences
         return token_weight * losses, torch.stack([divergences, logprobs, is_top1], dim=-1)
 
-    loss, columns = sum_over_rows(
-        of_rows,
-        hidden,
-        weight,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        chunk_size=chunk_size,
-    )
+    loss, columns = sum_over_rows(of_rows, hidden, weight, head)
     divergences, logprobs, is_top1 = columns.unbind(-1)
     return loss, divergences, logprobs, is_top1.bool()
 
@@ -123,18 +112,15 @@ def sampled_divergence_sum(
     teacher: TeacherStates,
     *,
     token_weight: float,
-    bias: Float[Tensor, " V"] | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    chunk_size: int = CHUNK_ROWS,
+    **options: Unpack[HeadOptions],
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Float[Tensor, " N"], Float[Tensor, " N"]]:
     """Return (loss, student logprobs, teacher logprobs, student entropies) of the sampled tokens.
 
     The loss is token_weight times the sum of divergences. Only the loss has a gradient. All results use this
     temperature. Each head is applied once.
     """
-    teacher_logprobs = _teacher_logprobs(teacher, like=(hidden, weight), temperature=temperature)
+    head = Head(**options)
+    teacher_logprobs = _teacher_logprobs(teacher, like=(hidden, weight), temperature=head.temperature)
 
     def of_rows(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         log_p, log_q = logits.log_softmax(-1), teacher_logprobs(rows).to(logits.dtype)
@@ -143,16 +129,7 @@ def sampled_divergence_sum(
         entropies = torch.special.entr(detached.exp()).sum(-1)
         return token_weight * divergence(log_p, log_q), torch.stack([*sampled_logprobs, entropies], dim=-1)
 
-    loss, columns = sum_over_rows(
-        of_rows,
-        hidden,
-        weight,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        chunk_size=chunk_size,
-    )
+    loss, columns = sum_over_rows(of_rows, hidden, weight, head)
     logprobs, teacher_columns, entropies = columns.unbind(-1)
     return loss, logprobs, teacher_columns, entropies
 
@@ -169,7 +146,7 @@ def teacher_advantages(
 
 
 def _teacher_logprobs(
-    teacher: TeacherStates, *, like: tuple[Tensor, Tensor], temperature: float
+    teacher: TeacherStates, *, like: tuple[Tensor, Tensor], temperature: float | Tensor
 ) -> Callable[[slice], Tensor]:
     """Return a function from rows to the teacher's log-probabilities. ValueError if rows or vocabularies differ."""
     hidden, weight = like

@@ -11,17 +11,16 @@ tanh(x / c) as in Gemma 2 (arXiv:2408.00118, section 2). The temperature may be 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlhf.objectives.vocabulary_head import (
-    CHUNK_ROWS,
-    CHUNKS_PER_PRODUCT,
     Factors,
     Head,
+    HeadOptions,
     ProductGradients,
     chunks,
     widened,
@@ -41,14 +40,13 @@ class _ChunkedLogprobs(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         head: Head,
-        chunk_size: int,
         extras: frozenset[_Extra],
     ) -> tuple[Tensor, Tensor, Tensor]:
         logprobs, entropy, collision, normaliser = (
             widened(hidden.new_empty(0)).new_zeros(len(targets)) for _ in range(4)
         )
         factors = Factors.of(hidden, weight, bias)
-        for rows in chunks(len(targets), chunk_size):
+        for rows in chunks(len(targets), head.chunk_size):
             logits = head.logits(factors, rows)
             chosen = logits.gather(-1, targets[rows, None])[:, 0]
             normaliser[rows] = logits.logsumexp(-1)
@@ -60,7 +58,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 else:
                     entropy[rows] = -torch.linalg.vecdot(log_p.exp(), log_p)
         ctx.save_for_backward(hidden, weight, bias, targets, normaliser, entropy)
-        ctx.head, ctx.chunk_size = head, chunk_size
+        ctx.head = head
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(collision, *(() if "entropy_grad" in extras else (entropy,)))
         return logprobs, entropy, collision
@@ -68,29 +66,27 @@ class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, logprobs_grad: Tensor | None, entropy_grad: Tensor | None, _: None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         hidden, weight, bias, targets, normaliser, entropy = ctx.saved_tensors
         head: Head = ctx.head
         factors = Factors.of(hidden, weight, bias)
         gradients = ProductGradients(factors, needed=ctx.needs_input_grad[:3])
-        for block in chunks(len(targets), ctx.chunk_size * CHUNKS_PER_PRODUCT):
-            block_grad = factors.hidden.new_empty(block.stop - block.start, len(weight))
-            for rows in chunks(block.stop, ctx.chunk_size, start=block.start):
-                logits = head.logits(factors, rows)
-                p = (logits - normaliser[rows, None]).exp_()
-                slope = torch.zeros_like(p[:, :1])  # grad = -p * slope, and one more entry at the target
-                if entropy_grad is not None:  # d entropy / d logit_j = -p_j (log p_j + entropy)
-                    slope = (logits + (entropy - normaliser)[rows, None]).mul_(entropy_grad[rows, None])
-                if logprobs_grad is not None:  # d logprob / d logit_j = 1[j = target] - p_j
-                    slope += logprobs_grad[rows, None]
-                grad = p.mul_(slope.neg_())
-                if logprobs_grad is not None:
-                    grad.scatter_add_(-1, targets[rows, None], logprobs_grad[rows, None])
-                block_grad[rows.start - block.start : rows.stop - block.start] = head.product_gradient_(
-                    grad, logits, rows
-                )
-            gradients.add(block, block_grad)
-        return *gradients.totals(hidden.dtype, weight.dtype), None, None, None, None
+
+        def gradient_of(rows: slice) -> tuple[Tensor, Tensor]:
+            logits = head.logits(factors, rows)
+            p = (logits - normaliser[rows, None]).exp_()
+            slope = torch.zeros_like(p[:, :1])  # grad = -p * slope, and one more entry at the target
+            if entropy_grad is not None:  # d entropy / d logit_j = -p_j (log p_j + entropy)
+                slope = (logits + (entropy - normaliser)[rows, None]).mul_(entropy_grad[rows, None])
+            if logprobs_grad is not None:  # d logprob / d logit_j = 1[j = target] - p_j
+                slope += logprobs_grad[rows, None]
+            grad = p.mul_(slope.neg_())
+            if logprobs_grad is not None:
+                grad.scatter_add_(-1, targets[rows, None], logprobs_grad[rows, None])
+            return grad, logits
+
+        gradients.collect(len(targets), head, gradient_of)
+        return *gradients.totals(hidden.dtype, weight.dtype), None, None, None
 
 
 class _WeightedLogprobSum(torch.autograd.Function):
@@ -105,32 +101,27 @@ class _WeightedLogprobSum(torch.autograd.Function):
         targets: Tensor,
         token_weights: Tensor,
         head: Head,
-        chunk_size: int,
         by_probability: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         logprobs = widened(hidden.new_empty(0)).new_empty(len(targets))
         token_weights = token_weights.to(logprobs.dtype, copy=True)
         is_top1 = torch.empty_like(targets, dtype=torch.bool)
-        needed = ctx.needs_input_grad[:3]
         factors = Factors.of(hidden, weight, bias)
-        gradients = ProductGradients(factors, needed=needed)
-        for block in chunks(len(targets), chunk_size * CHUNKS_PER_PRODUCT):
-            block_grad = factors.hidden.new_empty(block.stop - block.start, len(weight)) if any(needed) else None
-            for rows in chunks(block.stop, chunk_size, start=block.start):
-                logits = head.logits(factors, rows)
-                is_top1[rows] = logits.argmax(-1) == targets[rows]
-                log_p = logits.log_softmax(-1)
-                logprobs[rows] = log_p.gather(-1, targets[rows, None])[:, 0]
-                if by_probability:
-                    token_weights[rows] *= logprobs[rows].exp()
-                if block_grad is not None:
-                    outer = token_weights[rows, None]
-                    grad = log_p.exp_().mul_(-outer).scatter_add_(-1, targets[rows, None], outer)
-                    block_grad[rows.start - block.start : rows.stop - block.start] = head.product_gradient_(
-                        grad, logits, rows
-                    )
-            if block_grad is not None:
-                gradients.add(block, block_grad)
+        gradients = ProductGradients(factors, needed=ctx.needs_input_grad[:3])
+
+        def gradient_of(rows: slice) -> tuple[Tensor, Tensor] | None:
+            logits = head.logits(factors, rows)
+            is_top1[rows] = logits.argmax(-1) == targets[rows]
+            log_p = logits.log_softmax(-1)
+            logprobs[rows] = log_p.gather(-1, targets[rows, None])[:, 0]
+            if by_probability:
+                token_weights[rows] *= logprobs[rows].exp()
+            if not any(ctx.needs_input_grad[:3]):
+                return None
+            outer = token_weights[rows, None]
+            return log_p.exp_().mul_(-outer).scatter_add_(-1, targets[rows, None], outer), logits
+
+        gradients.collect(len(targets), head, gradient_of)
         ctx.save_for_backward(*gradients.totals(hidden.dtype, weight.dtype))
         ctx.mark_non_differentiable(logprobs, is_top1)
         return torch.dot(logprobs, token_weights), logprobs, is_top1
@@ -138,9 +129,9 @@ class _WeightedLogprobSum(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, outer: Tensor, *_: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None, None]:
         hidden, weight, bias = (g if g is None else g * outer.to(g.dtype) for g in ctx.saved_tensors)
-        return hidden, weight, bias, None, None, None, None, None
+        return hidden, weight, bias, None, None, None, None
 
 
 def chunked_logprobs(
@@ -148,18 +139,14 @@ def chunked_logprobs(
     weight: Float[Tensor, "V H"],
     targets: Int[Tensor, " N"],
     *,
-    bias: Float[Tensor, " V"] | None = None,
-    temperature: float | Float[Tensor, " N"] = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
     entropy_grad: bool = False,
-    chunk_size: int = CHUNK_ROWS,
+    **options: Unpack[HeadOptions],
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """Return (logprobs, entropy) of each row, in nats. logprobs have a gradient; entropy has one only with
     entropy_grad."""
-    head = Head(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
+    head = Head(**options)
     extras = frozenset({"entropy", "entropy_grad"} if entropy_grad else {"entropy"})
-    logprobs, entropy, _ = _ChunkedLogprobs.apply(hidden, weight, bias, targets, head, chunk_size, extras)
+    logprobs, entropy, _ = _ChunkedLogprobs.apply(hidden, weight, head.bias, targets, head, extras)
     return logprobs, entropy
 
 
@@ -167,16 +154,11 @@ def chunked_logprobs_only(
     hidden: Float[Tensor, "N H"],
     weight: Float[Tensor, "V H"],
     targets: Int[Tensor, " N"],
-    *,
-    bias: Float[Tensor, " V"] | None = None,
-    temperature: float | Float[Tensor, " N"] = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    chunk_size: int = CHUNK_ROWS,
+    **options: Unpack[HeadOptions],
 ) -> Float[Tensor, " N"]:
     """Return the logprobs of `chunked_logprobs` without computing the entropy."""
-    head = Head(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
-    logprobs: Tensor = _ChunkedLogprobs.apply(hidden, weight, bias, targets, head, chunk_size, frozenset())[0]
+    head = Head(**options)
+    logprobs: Tensor = _ChunkedLogprobs.apply(hidden, weight, head.bias, targets, head, frozenset())[0]
     return logprobs
 
 
@@ -184,17 +166,12 @@ def chunked_logprobs_and_collisions(
     hidden: Float[Tensor, "N H"],
     weight: Float[Tensor, "V H"],
     targets: Int[Tensor, " N"],
-    *,
-    bias: Float[Tensor, " V"] | None = None,
-    temperature: float | Float[Tensor, " N"] = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    chunk_size: int = CHUNK_ROWS,
+    **options: Unpack[HeadOptions],
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """Return (logprobs, `collision_logprob_from_logits`) of each row. The second has no gradient."""
-    head = Head(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
+    head = Head(**options)
     extras: frozenset[_Extra] = frozenset({"collision"})
-    logprobs, _, collision = _ChunkedLogprobs.apply(hidden, weight, bias, targets, head, chunk_size, extras)
+    logprobs, _, collision = _ChunkedLogprobs.apply(hidden, weight, head.bias, targets, head, extras)
     return logprobs, collision
 
 
@@ -204,12 +181,8 @@ def weighted_logprob_sum(
     targets: Int[Tensor, " N"],
     token_weights: Float[Tensor, " N"],
     *,
-    bias: Float[Tensor, " V"] | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    chunk_size: int = CHUNK_ROWS,
     by_probability: bool = False,
+    **options: Unpack[HeadOptions],
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Bool[Tensor, " N"]]:
     """Return (sum of token_weights * logprobs, logprobs, is_top1). Only the sum has a gradient.
 
@@ -221,9 +194,9 @@ def weighted_logprob_sum(
     quarter of the head's work. The cost is one gradient of the head's weight kept from the forward to the backward
     pass.
     """
-    head = Head(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
+    head = Head(**options)
     results: tuple[Tensor, Tensor, Tensor] = _WeightedLogprobSum.apply(
-        hidden, weight, bias, targets, token_weights, head, chunk_size, by_probability
+        hidden, weight, head.bias, targets, token_weights, head, by_probability
     )
     return results
 

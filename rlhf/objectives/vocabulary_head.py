@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -36,13 +36,25 @@ class Factors:
         return cls(hidden.float(), weight.float(), None if bias is None else bias.float())
 
 
+class HeadOptions(TypedDict, total=False):
+    """The fields of `Head`, as keyword arguments of the functions that apply it."""
+
+    bias: Tensor | None
+    temperature: float | Tensor
+    softcap: float | None
+    logit_scale: float
+    chunk_size: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
     """Maps the product hidden @ weight.T + bias to the logits of the distribution."""
 
-    temperature: float | Tensor  # one for all rows, or one for each
-    softcap: float | None
-    logit_scale: float
+    bias: Tensor | None = None
+    temperature: float | Tensor = 1.0  # one for all rows, or one for each
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    chunk_size: int = CHUNK_ROWS
 
     def __post_init__(self) -> None:
         lowest = self.temperature.min().item() if isinstance(self.temperature, Tensor) else self.temperature
@@ -101,6 +113,23 @@ class ProductGradients:
         if self._bias is not None:
             self._bias += gradient.sum(0, dtype=self._bias.dtype)
 
+    def collect(self, num_rows: int, head: Head, gradient_of: Callable[[slice], tuple[Tensor, Tensor] | None]) -> None:
+        """Add the gradients of all rows.
+
+        `gradient_of` returns (gradient with respect to the logits, logits) of some rows, or None if it is not needed.
+        Both may be overwritten.
+        """
+        for block in chunks(num_rows, head.chunk_size * CHUNKS_PER_PRODUCT):
+            gradient: Tensor | None = None
+            for rows in chunks(block.stop, head.chunk_size, start=block.start):
+                if (of_rows := gradient_of(rows)) is None:
+                    continue
+                if gradient is None:
+                    gradient = self._factors.hidden.new_empty(block.stop - block.start, len(self._factors.weight))
+                gradient[rows.start - block.start : rows.stop - block.start] = head.product_gradient_(*of_rows, rows)
+            if gradient is not None:
+                self.add(block, gradient)
+
     def totals(self, hidden: torch.dtype, weight: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return the gradients in the dtypes of the stored factors; the bias is stored like the weight."""
         if self._needed[1] and self._weight is None:  # there were no rows
@@ -127,51 +156,43 @@ class _SumOverRows(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         head: Head,
-        chunk_size: int,
         function: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor]:
         factors = Factors.of(hidden, weight, bias)
-        needed = ctx.needs_input_grad[:3]
-        gradients = ProductGradients(factors, needed=needed)
+        gradients = ProductGradients(factors, needed=ctx.needs_input_grad[:3])
+        is_needed = any(ctx.needs_input_grad[:3])
         terms, columns = [], []
-        for block in chunks(len(hidden), chunk_size * CHUNKS_PER_PRODUCT) or [slice(0, 0)]:
-            block_grad = factors.hidden.new_empty(block.stop - block.start, len(weight)) if any(needed) else None
-            for rows in chunks(block.stop, chunk_size, start=block.start) or [block]:
-                logits = head.logits(factors, rows).requires_grad_(block_grad is not None)
-                with torch.set_grad_enabled(block_grad is not None):
-                    of_rows, column = function(logits, rows)
-                terms.append(of_rows.detach())
-                columns.append(column.detach())
-                if block_grad is not None:
-                    (grad,) = torch.autograd.grad(of_rows, logits, torch.ones_like(of_rows))
-                    block_grad[rows.start - block.start : rows.stop - block.start] = head.product_gradient_(
-                        grad, logits.detach(), rows
-                    )
-            if block_grad is not None:
-                gradients.add(block, block_grad)
+
+        def gradient_of(rows: slice) -> tuple[Tensor, Tensor] | None:
+            logits = head.logits(factors, rows).requires_grad_(is_needed)
+            with torch.set_grad_enabled(is_needed):
+                of_rows, column = function(logits, rows)
+            terms.append(of_rows.detach())
+            columns.append(column.detach())
+            if not is_needed:
+                return None
+            (grad,) = torch.autograd.grad(of_rows, logits, torch.ones_like(of_rows))
+            return grad, logits.detach()
+
+        gradients.collect(len(hidden), head, gradient_of)
+        if not terms:
+            gradient_of(slice(0, 0))  # for the shapes of the results
         ctx.save_for_backward(*gradients.totals(hidden.dtype, weight.dtype))
         column = torch.cat(columns)
         ctx.mark_non_differentiable(column)
         return torch.cat(terms).sum(), column
 
     @staticmethod
-    def backward(
-        ctx: Any, outer: Tensor, _: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, outer: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         hidden, weight, bias = (g if g is None else g * outer.to(g.dtype) for g in ctx.saved_tensors)
-        return hidden, weight, bias, None, None, None
+        return hidden, weight, bias, None, None
 
 
 def sum_over_rows(
     function: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
     hidden: Float[Tensor, "N H"],
     weight: Float[Tensor, "V H"],
-    *,
-    bias: Float[Tensor, " V"] | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    chunk_size: int = CHUNK_ROWS,
+    head: Head,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "N ..."]]:
     """Return (sum of the rows' terms, further values per row without gradient) of function(logits of some rows, row
     slice).
@@ -181,6 +202,5 @@ def sum_over_rows(
     autograd. Head and function are evaluated once, so the terms must contain their weights. The cost is one gradient of
     the head's weight kept from the forward to the backward pass.
     """
-    head = Head(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
-    results: tuple[Tensor, Tensor] = _SumOverRows.apply(hidden, weight, bias, head, chunk_size, function)
+    results: tuple[Tensor, Tensor] = _SumOverRows.apply(hidden, weight, head.bias, head, function)
     return results
