@@ -1,16 +1,25 @@
-"""Configure the correction of tokens sampled by other kernels or by older weights than the trained policy.
+"""Configure and compute the correction of tokens sampled by other kernels or by older weights than the trained policy.
 
-This module does not import torch. rlhf.algorithms.correction_weights computes the correction.
+The correction is a factor for each token's policy loss. A rejected or masked token has factor 0 and still counts in the
+denominator of the step's loss: the number of such tokens may be known only during the step, and a denominator of local
+tokens would depend on micro-batches and ranks.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from dataclasses import replace
+from typing import Annotated, Any, Literal, Self, cast
 
+import torch
+from jaxtyping import Bool
 from pydantic import AfterValidator, Field, model_validator
+from torch import Tensor
 
+from rlhf.algorithms.microbatch import Correction, PolicyMicrobatch, Surrogate
 from rlhf.algorithms.section import NotWith, Section
+from rlhf.objectives import corrections, policy_loss
 
 Bounds = tuple[float | None, float | None]
 Preset = Literal[
@@ -158,3 +167,71 @@ PRESETS: Mapping[Preset, Mapping[str, Any]] = {
     "bypass_pg_geo_rs": {**_PG, **_GEO_RS},
     "bypass_pg_geo_rs_token_tis": {**_PG, **_GEO_RS, **_TOKEN_TIS},
 }
+
+_LEVELS: dict[str, corrections.Level] = {"geometric_mean": "sequence_mean", "sequence": "sequence_sum"}
+
+
+def corrected(config: CorrectionConfig, batch: PolicyMicrobatch, surrogate: Surrogate) -> tuple[Surrogate, Correction]:
+    """Return the surrogate multiplied by the correction weights, and the correction.
+
+    In mode policy_gradient the surrogate is the plain policy gradient instead of the algorithm's own.
+    """
+    result = correction(config, batch)
+    if config.mode == "policy_gradient":
+        mask = batch.response_mask
+        surrogate = replace(
+            surrogate,
+            per_token=policy_loss.reinforce(batch.logprobs, batch.advantages, mask),
+            ratio=policy_loss.importance_ratio(batch.logprobs.detach(), batch.rollout_logprobs, mask),
+            clipped=torch.zeros_like(mask),
+            capped=None,
+        )
+    return replace(surrogate, per_token=surrogate.per_token * result.weights), result
+
+
+def correction(config: CorrectionConfig, batch: PolicyMicrobatch) -> Correction:
+    """Return the configured correction of each token."""
+    mask, lengths = batch.response_mask, batch.lengths
+    trained = batch.old_logprobs if config.mode == "decoupled" else batch.logprobs.detach()
+    gap = (trained, batch.rollout_logprobs, mask)
+    bounds = {"max_ratio": config.max_ratio, "min_ratio": config.min_ratio}
+    level, _, how = (config.weights or "").partition("_")
+    masks, ratio = how == "masked", mask.to(trained.dtype)
+    weights = ratio
+    if level:
+        ratio = corrections.product_ratio(*gap, lengths) if level == "sequence" else corrections.token_ratio(*gap)
+        weights = (corrections.masked if masks else corrections.truncated)(ratio, mask, **bounds)
+    outside, nowhere = mask & (weights != ratio), torch.zeros_like(mask)
+    keep = _kept(config, batch, gap)
+    return Correction(
+        weights=torch.where(keep, weights, 0.0),
+        truncated=nowhere if masks else outside,
+        masked=outside if masks else nowhere,
+        rejected=mask & ~keep,
+    )
+
+
+def _kept(config: CorrectionConfig, batch: PolicyMicrobatch, gap: tuple[Tensor, Tensor, Tensor]) -> Bool[Tensor, " N"]:
+    """Return True for the tokens within all configured bounds."""
+    mask, lengths = batch.response_mask, batch.lengths
+    keep = mask
+    for name, (low, high) in config.reject.bounds.items():
+        level, _, statistic = name.rpartition("_")
+        keep = keep & corrections.accepted(
+            *gap,
+            lengths,
+            statistic=cast(corrections.Statistic, statistic),
+            level=_LEVELS.get(level, cast(corrections.Level, level)),
+            low=-math.inf if low is None else low,
+            high=math.inf if high is None else high,
+        )
+    if config.off_policy_mask is not None:
+        keep = keep & corrections.on_policy_sequences(
+            batch.logprobs.detach(),
+            batch.rollout_logprobs,
+            batch.advantages,
+            mask,
+            lengths,
+            max_kl=config.off_policy_mask,
+        )
+    return keep

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlhf.algorithms.base import Algorithm
-from rlhf.algorithms.correction_weights import corrected
+from rlhf.algorithms.correction import corrected
 from rlhf.algorithms.microbatch import (
     LossTerms,
     PolicyMicrobatch,

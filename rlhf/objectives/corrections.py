@@ -32,68 +32,31 @@ def product_ratio(
     rollout_logprobs: Float[Tensor, " N"],
     mask: Bool[Tensor, " N"],
     lengths: Int[Tensor, " B"],
-) -> Float[Tensor, " B"]:
-    """Return the product of each sequence's token ratios: unbiased, and noisy for long responses."""
-    return sequence_sums(torch.where(mask, old_logprobs - rollout_logprobs, 0.0).detach(), lengths).exp()
+) -> Float[Tensor, " N"]:
+    """Return the product of a sequence's token ratios on each of its tokens: unbiased, and noisy for long responses.
+
+    It is zero outside mask.
+    """
+    products = sequence_sums(torch.where(mask, old_logprobs - rollout_logprobs, 0.0).detach(), lengths).exp()
+    return torch.where(mask, to_tokens(products, lengths, num_tokens=len(mask)), 0.0)
 
 
-def token_truncated(
-    old_logprobs: Float[Tensor, "*N"],
-    rollout_logprobs: Float[Tensor, "*N"],
-    mask: Bool[Tensor, "*N"],
-    *,
-    max_ratio: float,
-    min_ratio: float = 0.0,
+def truncated(
+    ratio: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"], *, max_ratio: float, min_ratio: float = 0.0
 ) -> Float[Tensor, "*N"]:
-    """Return the ratio of each token, at most max_ratio: truncated importance sampling (Ionides 2008; Yao et al. 2025).
+    """Return the ratio, at most max_ratio: truncated importance sampling (Ionides 2008; Yao et al. 2025).
 
     A min_ratio above 0 raises smaller ratios to min_ratio: less variance, more bias.
     """
-    ratio = token_ratio(old_logprobs, rollout_logprobs, mask)
     return torch.where(mask, ratio.clamp(min_ratio, max_ratio), 0.0)
 
 
-def sequence_truncated(
-    old_logprobs: Float[Tensor, " N"],
-    rollout_logprobs: Float[Tensor, " N"],
-    mask: Bool[Tensor, " N"],
-    lengths: Int[Tensor, " B"],
-    *,
-    max_ratio: float,
-    min_ratio: float = 0.0,
-) -> Float[Tensor, " N"]:
-    """Return token_truncated of the product of a sequence's ratios, on each of its tokens."""
-    ratio = product_ratio(old_logprobs, rollout_logprobs, mask, lengths).clamp(min_ratio, max_ratio)
-    return torch.where(mask, to_tokens(ratio, lengths, num_tokens=len(mask)), 0.0)
-
-
-def token_masked(
-    old_logprobs: Float[Tensor, "*N"],
-    rollout_logprobs: Float[Tensor, "*N"],
-    mask: Bool[Tensor, "*N"],
-    *,
-    max_ratio: float,
-    min_ratio: float = 0.0,
+def masked(
+    ratio: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"], *, max_ratio: float, min_ratio: float = 0.0
 ) -> Float[Tensor, "*N"]:
     """Return the ratio if it lies in [min_ratio, max_ratio], else 0, which drops the token (IcePop,
     arXiv:2510.18855)."""
-    ratio = token_ratio(old_logprobs, rollout_logprobs, mask)
     return torch.where(kept(ratio, mask, low=min_ratio, high=max_ratio), ratio, 0.0)
-
-
-def sequence_masked(
-    old_logprobs: Float[Tensor, " N"],
-    rollout_logprobs: Float[Tensor, " N"],
-    mask: Bool[Tensor, " N"],
-    lengths: Int[Tensor, " B"],
-    *,
-    max_ratio: float,
-    min_ratio: float = 0.0,
-) -> Float[Tensor, " N"]:
-    """Return token_masked of the product of a sequence's ratios, on each of its tokens: drops whole sequences."""
-    ratio = product_ratio(old_logprobs, rollout_logprobs, mask, lengths)
-    columns = to_tokens(ratio, lengths, num_tokens=len(mask))
-    return torch.where(kept(columns, mask, low=min_ratio, high=max_ratio), columns, 0.0)
 
 
 def kept(statistic: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"], *, low: float, high: float) -> Bool[Tensor, "*N"]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rlhf.objectives.advantages import gae, group_centered, group_normalized, leave_one_out, reward_to_go
 from rlhf.objectives.aggregation import Aggregation, token_weights
-from rlhf.objectives.corrections import Level, Statistic, accepted, sequence_truncated, token_truncated
+from rlhf.objectives.corrections import Level, Statistic, accepted, product_ratio, token_ratio
 from rlhf.objectives.kl import kl_k1, kl_k2, kl_k3
 from rlhf.objectives.masking import Moments, merge_moments, moments, sequence_means, sequence_sums
 from rlhf.objectives.policy_loss import (
@@ -253,8 +253,8 @@ def test_identical_policies(batch: Batch) -> None:
     assert torch.equal(sequence_ratio(x, x, mask, lengths), torch.ones_like(x))
     for estimator in (kl_k1, kl_k2, kl_k3):
         assert not estimator(x, x).any()
-    assert torch.equal(token_truncated(x, x, mask, max_ratio=2.0), mask.double())
-    assert torch.equal(sequence_truncated(x, x, mask, lengths, max_ratio=2.0), mask.double())
+    assert torch.equal(token_ratio(x, x, mask), mask.double())
+    assert torch.equal(product_ratio(x, x, mask, lengths), mask.double())
 
 
 @settings(max_examples=60, deadline=None)

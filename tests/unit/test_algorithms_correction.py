@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.algorithms.correction import PRESETS, CorrectionConfig, Preset
-from rlhf.algorithms.correction_weights import correction
+from rlhf.algorithms.correction import PRESETS, CorrectionConfig, Preset, correction
 from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
 from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.workers.online.update_metrics import correction_metrics, sampler_metrics, update_metrics

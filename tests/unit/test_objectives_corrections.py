@@ -13,13 +13,11 @@ from rlhf.objectives.corrections import (
     Statistic,
     accepted,
     kept,
+    masked,
     on_policy_sequences,
     product_ratio,
-    sequence_masked,
-    sequence_truncated,
-    token_masked,
     token_ratio,
-    token_truncated,
+    truncated,
 )
 
 
@@ -34,36 +32,31 @@ OLD, ROLLOUT = column(0.5, math.nan, 3.0, 4.0, 1.0).log(), column(1.0, 1.0, 1.0,
 
 def test_ratios() -> None:
     torch.testing.assert_close(token_ratio(OLD, ROLLOUT, MASK), column(0.5, 0, 3, 4, 1))
-    torch.testing.assert_close(product_ratio(OLD, ROLLOUT, MASK, LENGTHS), column(1.5, 4))
+    torch.testing.assert_close(product_ratio(OLD, ROLLOUT, MASK, LENGTHS), column(1.5, 0, 1.5, 4, 4))
 
 
 def test_truncated() -> None:
-    torch.testing.assert_close(token_truncated(OLD, ROLLOUT, MASK, max_ratio=2.0), column(0.5, 0, 2, 2, 1))
-    torch.testing.assert_close(
-        token_truncated(OLD, ROLLOUT, MASK, max_ratio=2.0, min_ratio=0.8), column(0.8, 0, 2, 2, 1)
-    )
-    torch.testing.assert_close(
-        sequence_truncated(OLD, ROLLOUT, MASK, LENGTHS, max_ratio=2.0), column(1.5, 0, 1.5, 2, 2)
-    )
+    ratio = column(0.5, 9, 3, 4, 1)
+    torch.testing.assert_close(truncated(ratio, MASK, max_ratio=2.0), column(0.5, 0, 2, 2, 1))
+    torch.testing.assert_close(truncated(ratio, MASK, max_ratio=2.0, min_ratio=0.8), column(0.8, 0, 2, 2, 1))
 
 
 def test_masked() -> None:
-    torch.testing.assert_close(token_masked(OLD, ROLLOUT, MASK, min_ratio=0.8, max_ratio=3.5), column(0, 0, 3, 0, 1))
-    torch.testing.assert_close(
-        sequence_masked(OLD, ROLLOUT, MASK, LENGTHS, min_ratio=0.8, max_ratio=2.0), column(1.5, 0, 1.5, 0, 0)
-    )
+    ratio = column(0.5, 9, 3, 4, 1)
+    torch.testing.assert_close(masked(ratio, MASK, min_ratio=0.8, max_ratio=3.5), column(0, 0, 3, 0, 1))
 
 
 def test_an_infinite_ratio_is_truncated_or_dropped() -> None:
-    old, rollout, mask = column(0.0), column(-1e4), torch.tensor([True])
-    assert token_truncated(old, rollout, mask, max_ratio=2.0) == 2.0
-    assert token_masked(old, rollout, mask, max_ratio=2.0) == 0.0
+    mask = torch.tensor([True])
+    ratio = token_ratio(column(0.0), column(-1e4), mask)
+    assert truncated(ratio, mask, max_ratio=2.0) == 2.0
+    assert masked(ratio, mask, max_ratio=2.0) == 0.0
 
 
-def test_weights_carry_no_gradient() -> None:
+def test_ratios_carry_no_gradient() -> None:
     old = OLD.clone().requires_grad_()
-    assert not token_truncated(old, ROLLOUT, MASK, max_ratio=2.0).requires_grad
-    assert not sequence_truncated(old, ROLLOUT, MASK, LENGTHS, max_ratio=2.0).requires_grad
+    assert not token_ratio(old, ROLLOUT, MASK).requires_grad
+    assert not product_ratio(old, ROLLOUT, MASK, LENGTHS).requires_grad
 
 
 def test_kept_includes_the_bounds() -> None:

@@ -43,19 +43,13 @@ def verl_weights(arguments: Arguments) -> Outputs:
     level = arguments.choice("rollout_is", {"token": "token", "sequence": "sequence"}, "token")
     upper, lower = _bounds(arguments.param("rollout_is_threshold", 2.0))
     if level == "token":
-        columns = (log_ratio.clamp(-SAFETY, SAFETY), zeros, layout.mask)
-        if lower is None:
-            weights = corrections.token_truncated(*columns, max_ratio=upper)
-        else:
-            weights = corrections.token_masked(*columns, min_ratio=lower, max_ratio=upper)
+        ratio = corrections.token_ratio(log_ratio.clamp(-SAFETY, SAFETY), zeros, layout.mask)
     else:
-        held = _held_sequence_sums(log_ratio, layout)
-        if lower is None:
-            weights = corrections.sequence_truncated(held, zeros, layout.mask, layout.lengths, max_ratio=upper)
-        else:
-            weights = corrections.sequence_masked(
-                held, zeros, layout.mask, layout.lengths, min_ratio=lower, max_ratio=upper
-            )
+        ratio = corrections.product_ratio(_held_sequence_sums(log_ratio, layout), zeros, layout.mask, layout.lengths)
+    if lower is None:
+        weights = corrections.truncated(ratio, layout.mask, max_ratio=upper)
+    else:
+        weights = corrections.masked(ratio, layout.mask, min_ratio=lower, max_ratio=upper)
     if arguments.flag("rollout_is_batch_normalize", False):
         mean = verl_mean(weights, layout.mask)
         if level == "sequence":
@@ -133,7 +127,7 @@ def verl_metrics(arguments: Arguments) -> Outputs:
     held = (old - rollout).clamp(-SAFETY, SAFETY)
     zeros = torch.zeros_like(held)
     squared = corrections.token_ratio(held, zeros, mask).square()
-    sequence = corrections.product_ratio(_held_sequence_sums(old - rollout, layout), zeros, mask, lengths)
+    sequence = sequence_sums(torch.where(mask, _held_sequence_sums(old - rollout, layout), 0.0), lengths).exp()
     return {
         **metrics,
         "kl": verl_mean(kl_k1(rollout, old), mask),
@@ -162,16 +156,14 @@ def trl_sampler_correction(arguments: Arguments) -> Outputs:
     layout = Layout.full(mask.shape)
     flat = layout.flat(torch.where(scored, old - sampling, 0.0))
     columns = (flat, torch.zeros_like(flat), layout.mask)
-    if mode == "token_truncate":
-        weights = layout.padded(corrections.token_truncated(*columns, **bounds))
-    elif mode == "token_mask":
-        weights = layout.padded(corrections.token_masked(*columns, **bounds))
-    elif mode == "sequence_truncate":
-        weights = layout.padded(corrections.sequence_truncated(*columns, layout.lengths, **bounds))[:, :1]
-    elif mode == "sequence_mask":
-        weights = layout.padded(corrections.sequence_masked(*columns, layout.lengths, **bounds))[:, :1]
-    else:
+    level, _, how = mode.partition("_")
+    if level not in ("token", "sequence") or how not in ("truncate", "mask"):
         raise Unsupported(f"vllm_importance_sampling_mode {mode!r}")
+    is_token = level == "token"
+    ratio = corrections.token_ratio(*columns) if is_token else corrections.product_ratio(*columns, layout.lengths)
+    weigh = corrections.truncated if how == "truncate" else corrections.masked
+    weights = layout.padded(weigh(ratio, layout.mask, **bounds))
+    weights = weights if is_token else weights[:, :1]
     shown = weights[mask] if mode.startswith("token") else weights.flatten()
     gaps = kl_k1(old, sampling).abs()[scored]
     return {

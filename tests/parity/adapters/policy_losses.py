@@ -356,13 +356,14 @@ def openrlhf_correction(arguments: Arguments, batch: Batch, rollout: Tensor, *, 
         raise Unsupported(f"vllm_is_truncated_threshold {bounds!r}")
     low, high = (float(bound) for bound in bounds)
     columns = (batch.old, rollout, batch.mask)
+    ratio = corrections.token_ratio(*columns)
     if kind == "tis":
-        return corrections.token_truncated(*columns, min_ratio=low, max_ratio=high)
+        return corrections.truncated(ratio, batch.mask, min_ratio=low, max_ratio=high)
     if kind == "icepop":
-        return corrections.token_masked(*columns, min_ratio=low, max_ratio=high)
+        return corrections.masked(ratio, batch.mask, min_ratio=low, max_ratio=high)
     mean = sequence_means(batch.old - rollout, batch.mask, batch.lengths).exp()
     kept = corrections.kept(batch.layout.spread(mean), batch.mask, low=low, high=high)
-    return torch.where(kept, corrections.token_ratio(*columns), 0.0)
+    return torch.where(kept, ratio, 0.0)
 
 
 ADAPTERS: dict[tuple[str, str], Adapter] = {
