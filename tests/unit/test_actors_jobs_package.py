@@ -84,6 +84,12 @@ def test_files_go_by_gitignore_and_by_name(folder: Path, repository: bool) -> No
     assert names(packed()) == EXPECTED
 
 
+def test_the_file_of_an_algorithm_goes_too(folder: Path) -> None:
+    (folder / "data" / "mine.py").write_text("from rlhf.algorithms.grpo import GRPO\n\n\nclass Mine(GRPO): ...\n")
+    assert names(packed("algorithm={name: 'data/mine.py:Mine'}")) == EXPECTED | {"data/mine.py"}
+    assert "absent.py" in refused("algorithm={name: 'absent.py:Mine'}")
+
+
 def test_a_repository_inside_of_the_project_goes_too(folder: Path) -> None:
     subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
     inner = folder / "package" / "models"
