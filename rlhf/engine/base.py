@@ -71,7 +71,6 @@ class TrainingEngine(Protocol):
     @property
     def module(self) -> Any:
         """The model, for reading its config and for work without gradients of sharded weights."""
-        ...
 
     @property
     def device(self) -> torch.device: ...
@@ -81,50 +80,39 @@ class TrainingEngine(Protocol):
 
         Collective where weights are sharded.
         """
-        ...
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of this rank's share of the step's loss. last: the step's last micro-batch. Collective."""
-        ...
 
     def step(self) -> StepReport:
         """Update the weights. Collective.
 
         Raise RunError, with the weights unchanged, if loss or gradient are not finite.
         """
-        ...
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Sum the values over the ranks. Collective."""
-        ...
 
     def max_over_ranks(self, value: int) -> int:
         """Return the largest value of any rank, such as the number of micro-batches to run. Collective."""
-        ...
 
     def named_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Yield whole weights under their Hugging Face names. Each is valid until the next one. Collective."""
-        ...
 
     def named_adapter_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights of the LoRA adapter alone, under peft's names. Collective."""
-        ...
 
     def save(self, folder: Path) -> None:
         """Write everything needed for an exact continuation. Collective.
 
         The caller renames the folder once all ranks are done.
         """
-        ...
 
     def load(self, folder: Path) -> None:
         """Continue exactly where `save` was called. Raise UserError for another layout of ranks. Collective."""
-        ...
 
     def offload_to_host(self) -> None:
         """Leave the GPU to another process. On a CPU this does nothing. Collective."""
-        ...
 
     def reload_to_device(self) -> None:
         """Move the states back to the GPU. Collective."""
-        ...

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from rlhf.config.derive import adapter_options, chat_template, warmup_steps
@@ -26,7 +27,7 @@ from rlhf.roles import Arithmetic, Metrics
 from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.tracking.metrics.reductions import Last, Mean
 from rlhf.tracking.run_folder.atomic import explains_full
-from rlhf.workers.microbatches import Microbatch
+from rlhf.workers.microbatches import Microbatch, SharedPrompts, padded, split_microbatches
 from rlhf.workers.model_worker import ModelWorker
 from rlhf.workers.rank_context import RankContext, torch_dtype
 
@@ -161,6 +162,19 @@ class TrainedWorker(ModelWorker):
         if model.adapter is not None:
             return load_trainable_adapter(module, Path(model.adapter), dropout=lora.dropout)
         return add_lora(module, **adapter_options(lora))
+
+    def split(
+        self, lengths: Int[Tensor, " B"], rows: Sequence[int], prompts: SharedPrompts | None = None, *, padding: int = 1
+    ) -> tuple[Microbatch, ...]:
+        """Split the given rows into micro-batches, as many as on the rank that has the most. Collective.
+
+        An empty micro-batch has `padding` sequences.
+        """
+        budget = self.config.train.max_tokens_per_microbatch
+        microbatches = split_microbatches(
+            lengths.tolist(), rows, max_tokens=budget, prompts=prompts, layout=self.layout
+        )
+        return tuple(padded(microbatches, self.engine.max_over_ranks(len(microbatches)), sequences=padding))
 
     def optimize(
         self, microbatches: Sequence[Microbatch], compute: Callable[[Microbatch], tuple[Tensor, Measure]]

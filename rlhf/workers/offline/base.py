@@ -19,7 +19,7 @@ from rlhf.roles import Metrics
 from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.tracking.metrics.reductions import Sum
 from rlhf.types import Examples, LearntStates, MinibatchPlan, Pairs, TokenValues
-from rlhf.workers.microbatches import Microbatch, SharedPrompts, padded, split_microbatches
+from rlhf.workers.microbatches import Microbatch, SharedPrompts
 from rlhf.workers.trained import Measure, TrainedWorker
 
 E = TypeVar("E", bound=Examples)
@@ -118,16 +118,8 @@ class ExamplesWorker(OfflineWorker[OfflineBatch[E]]):
     def step_batch(self, dataset: int, plan: MinibatchPlan) -> OfflineBatch[E]:
         rows = plan.sequences_by_rank[self.data_rank]
         examples = self.sets[dataset].take(rows or (0,))  # without rows the rank passes tokens outside the loss mask
-        lengths = examples.lengths.tolist()
-        budget = self.config.train.max_tokens_per_microbatch
-        microbatches = split_microbatches(lengths, range(len(rows)), max_tokens=budget, layout=self.layout)
-        return OfflineBatch(
-            dataset=dataset,
-            plan=plan,
-            rows=rows,
-            examples=examples,
-            microbatches=tuple(padded(microbatches, self.engine.max_over_ranks(len(microbatches)))),
-        )
+        microbatches = self.split(examples.lengths, range(len(rows)))
+        return OfflineBatch(dataset=dataset, plan=plan, rows=rows, examples=examples, microbatches=microbatches)
 
 
 class PairsWorker(OfflineWorker[PairsBatch]):
@@ -156,23 +148,14 @@ class PairsWorker(OfflineWorker[PairsBatch]):
             lengths=tuple(whole.prompt_tokens[some].repeat_interleave(len(sides)).tolist()),
             together=True,
         )
-        budget = self.config.train.max_tokens_per_microbatch
-        microbatches = split_microbatches(
-            examples.lengths.tolist(),
-            range(len(sides) * len(rows)),
-            max_tokens=budget,
-            prompts=prompts,
-            layout=self.layout,
-        )
-        in_padding = len(sides) if self.layout is RowLayout.ONE_BY_ONE else 1
-        count = self.engine.max_over_ranks(len(microbatches))
+        padding = len(sides) if self.layout is RowLayout.ONE_BY_ONE else 1
         reference = self.references.get(dataset)
         return PairsBatch(
             dataset=dataset,
             plan=plan,
             rows=rows,
             examples=examples,
-            microbatches=tuple(padded(microbatches, count, sequences=in_padding)),
+            microbatches=self.split(examples.lengths, range(len(sides) * len(rows)), prompts, padding=padding),
             num_sides=len(sides),
             margins=whole.margins[some],
             labels=whole.labels[some],

@@ -18,7 +18,7 @@ from rlhf.algorithms.microbatch import StepCounts
 from rlhf.config.schema.model import CriticConfig
 from rlhf.config.schema.root import Config
 from rlhf.types import BatchPlan, MinibatchPlan, Rollouts, TokenValues
-from rlhf.workers.microbatches import Microbatch, Temperatures, padded, shared_prompts, split_microbatches
+from rlhf.workers.microbatches import Microbatch, Temperatures, shared_prompts
 from rlhf.workers.rank_context import RankContext
 from rlhf.workers.trained import TrainedWorker
 
@@ -76,19 +76,14 @@ class OnlineWorker(TrainedWorker):
         rollouts = Rollouts.gather([part for part in parts if isinstance(part, Rollouts)], held)
         if not ids:
             rollouts = replace(rollouts, response_mask=torch.zeros_like(rollouts.response_mask))
-        lengths, row_of = rollouts.lengths.tolist(), {sequence_id: row for row, sequence_id in enumerate(ids)}
+        row_of = {sequence_id: row for row, sequence_id in enumerate(ids)}
         prompts = shared_prompts(rollouts, samples_per_prompt=self.rollouts_config.samples_per_prompt)
-        microbatches = []
-        for minibatch in plan.minibatches:
-            rows = [row_of[i] for i in minibatch.sequences_by_rank[self.data_rank]]
-            budget = self.config.train.max_tokens_per_microbatch
-            packed = split_microbatches(lengths, rows, max_tokens=budget, prompts=prompts, layout=self.layout)
-            microbatches.append(tuple(padded(packed, self.engine.max_over_ranks(len(packed)))))
+        shares = [minibatch.sequences_by_rank[self.data_rank] for minibatch in plan.minibatches]
         self.share = Share(
             plan=plan,
             ids=ids,
             rollouts=rollouts,
-            microbatches=tuple(microbatches),
+            microbatches=tuple(self.split(rollouts.lengths, [row_of[i] for i in share], prompts) for share in shares),
             temperatures=Temperatures.of(rollouts, temperatures, common=self.rollouts_config.temperature),
         )
         columns = [part for part in parts if isinstance(part, TokenValues)]

@@ -6,7 +6,6 @@ The columns for the samples file are measured before training, in the first upda
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,25 +23,10 @@ from rlhf.tracking.metrics.reductions import Mean, Reduction, Sum
 from rlhf.types import BatchPlan, LearntStates, MinibatchPlan, Rollouts, TokenSignals, TokenValues, VocabularyHead
 from rlhf.workers.microbatches import Microbatch
 from rlhf.workers.online.base import OnlineWorker
-from rlhf.workers.online.token_signals import Column, signals_of, unknown
+from rlhf.workers.online.token_signals import Column, unknown_signals
 from rlhf.workers.online.update_metrics import advantage_histogram, as_std, sampler_metrics, update_metrics
 from rlhf.workers.rank_context import RankContext
 from rlhf.workers.trained import Measure
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MeasuredColumns:
-    """Token columns measured before training. Entries are nan until they are measured."""
-
-    old_logprobs: Float[Tensor, " N"]
-    teacher_logprobs: Float[Tensor, " N"]
-    advantages: Float[Tensor, " N"]
-
-    @classmethod
-    def of(cls, num_tokens: int) -> MeasuredColumns:
-        """Return columns of nan for a share of `num_tokens` tokens."""
-        old, teacher, advantages = (unknown(num_tokens) for _ in range(3))
-        return cls(old_logprobs=old, teacher_logprobs=teacher, advantages=advantages)
 
 
 class StudentWorker(OnlineWorker):
@@ -76,7 +60,7 @@ class StudentWorker(OnlineWorker):
         if self.teacher_logprobs is not None and several:
             (self.old_logprobs,) = self.compute("old logprobs", policy_logprobs_only)
         self.visited: set[int] = set()
-        self.seen = MeasuredColumns.of(num_tokens)
+        self.seen = unknown_signals(self.share.rollouts)  # as measured before training
         return (), {}
 
     def update(self, minibatch: int, *states: LearntStates) -> Metrics:
@@ -99,14 +83,8 @@ class StudentWorker(OnlineWorker):
 
     def token_signals(self, sequences: Sequence[int]) -> tuple[TokenSignals, int]:
         """Return the signals from before training for this rank's subset of `sequences`, and the number of tokens."""
-        seen = self.seen
-        signals = signals_of(
-            self.share.rollouts,
-            [i for i in self.share.ids if i in sequences],
-            old_logprobs=seen.old_logprobs,
-            teacher_logprobs=seen.teacher_logprobs,
-            advantages=seen.advantages,
-        )
+        held = self.share.held
+        signals = self.seen.take([held.index(i) for i in self.share.ids if i in sequences])
         return signals, len(signals.advantages)
 
     def _sampled(self, microbatch: Microbatch, plan: MinibatchPlan) -> tuple[Tensor, Measure]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -18,26 +19,22 @@ def unknown(num_tokens: int) -> Float[Tensor, " N"]:
     return torch.full((num_tokens,), torch.nan)
 
 
-def signals_of(
-    batch: Ragged,
-    wanted: Sequence[int],
-    *,
-    old_logprobs: Column = None,
-    ref_logprobs: Column = None,
-    teacher_logprobs: Column = None,
-    advantages: Column = None,
-) -> TokenSignals:
-    """Return the signals of the wanted sequences of a batch. A column of None becomes a column of nan."""
+def unknown_signals(batch: Ragged) -> TokenSignals:
+    """Return signals of a batch that are not measured yet. Their columns are separate."""
     num_tokens = int(batch.lengths.sum())
-    columns = (old_logprobs, ref_logprobs, teacher_logprobs, advantages)
-    old, ref, teacher, advantage = (unknown(num_tokens) if column is None else column.float() for column in columns)
-    whole = TokenSignals(
+    old, ref, teacher, advantages = (unknown(num_tokens) for _ in range(4))
+    return TokenSignals(
         sequence_ids=batch.sequence_ids,
         lengths=batch.lengths,
         old_logprobs=old,
         ref_logprobs=ref,
         teacher_logprobs=teacher,
-        advantages=advantage,
+        advantages=advantages,
     )
+
+
+def signals_of(batch: Ragged, sequences: Sequence[int], **columns: Column) -> TokenSignals:
+    """Return the signals of some sequences of a batch. A column of None is not measured."""
+    known = {name: column.float() for name, column in columns.items() if column is not None}
     ids = batch.sequence_ids.tolist()
-    return whole.take([ids.index(i) for i in wanted])
+    return replace(unknown_signals(batch), **known).take([ids.index(i) for i in sequences])
