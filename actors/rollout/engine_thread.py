@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from rlhf.engine.memory import is_out_of_memory, what_shrinks
+from rlhf.engine.memory import advice_on_memory, is_out_of_memory
 from rlhf.errors import RunError
 
 T = TypeVar("T")
@@ -184,7 +184,7 @@ def _message(error: BaseException) -> str:
     """Return vLLM's message and, after an out-of-memory error, the settings to change."""
     text = f"{type(error).__name__}: {error}"
     if is_out_of_memory(error):
-        return f"{text} {what_shrinks('rollout')}"
+        return f"{text} {advice_on_memory('rollout')}"
     if isinstance(error, ValueError) and "KV cache" in text:  # its cache does not hold one sequence
         return (
             f"{text} Here that is a higher cluster.roles.rollout.kv_cache_gib (on a CPU) or gpu_memory_utilization (on "

@@ -238,7 +238,7 @@ class Collector:
         )
 
     def _metrics(self, batch: _Batch) -> Mapping[str, Reduction]:
-        """Return the metrics of untrained groups. rlhf.controller.sampling has the metrics of the batch."""
+        """Return the metrics of untrained groups. rlhf.controller.rollout_report has the metrics of the batch."""
         tokens = sum(info.num_tokens for info in _infos(batch.left_out))
         metrics: dict[str, Reduction] = {
             "rollouts/dropped_groups/total": Sum(total=len(batch.dropped)),

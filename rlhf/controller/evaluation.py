@@ -11,8 +11,8 @@ from rlhf.config.schema.rewards import error_rules
 from rlhf.config.schema.root import Config
 from rlhf.controller.learning import Signals
 from rlhf.controller.record import RunRecord
+from rlhf.controller.rollout_report import group_samples
 from rlhf.controller.rollout_scorer import RolloutScorer, request_for
-from rlhf.controller.sampling import group_samples
 from rlhf.errors import RunError
 from rlhf.evaluation.results import Evaluation, Marking, PromptScores, SetReport, prompt_reports
 from rlhf.evaluation.statistics import mean_estimate

@@ -49,8 +49,8 @@ class IdleCorrection:
         self.steps_left -= 1
         if self.steps_left == 0:
             logger.warning(
-                "algorithm.correction has touched no token in %d steps: sampler and trainer differ by at most %.1e "
-                "nats, which meets none of its bounds, nor mode bypass's clip. Remove it, or keep it as a guard",
+                "algorithm.correction changed no token in %d steps: sampler and trainer differ by at most %.1e nats, "
+                "which is within all of its bounds. Remove the key, or keep it as a guard",
                 STEPS,
                 self.largest,
             )

@@ -18,16 +18,16 @@ from typing import Any
 from rlhf.algorithms.base import Kind
 from rlhf.config.derive import shares_engines_gpus
 from rlhf.config.schema.root import Config
-from rlhf.controller.by_advantages import AdvantageLearning
-from rlhf.controller.by_distillation import DistillationLearning
-from rlhf.controller.by_pairs import PairLearning
+from rlhf.controller.advantage_learning import AdvantageLearning
 from rlhf.controller.collect import Collected, Collector
+from rlhf.controller.distillation_learning import DistillationLearning
 from rlhf.controller.evaluation import EvalSet, compare_with_teacher, score_held_out
 from rlhf.controller.learning import Learning, OnlineRoles
 from rlhf.controller.loop import TrainingLoop
+from rlhf.controller.pair_learning import PairLearning
 from rlhf.controller.record import RunRecord
+from rlhf.controller.rollout_report import group_samples, rollout_metrics
 from rlhf.controller.rollout_scorer import RolloutScorer
-from rlhf.controller.sampling import group_samples, rollout_metrics
 from rlhf.controller.weight_sync import sync_weights
 from rlhf.data.stream import Stream
 from rlhf.errors import Preempted

@@ -46,14 +46,12 @@ class RunRecord:
     mirror: Mirror | None = None  # None: the folder has no mirror
     step: int = 0  # the last logged step
     parts: list[Metrics] = field(default_factory=list)
-    began: float = 0.0
 
     def begin_step(self, step: int) -> None:
-        """Clear the last step's metrics and restart the clock. Step 0 is the evaluation before training."""
+        """Clear the last step's metrics. Step 0 is the evaluation before training."""
         set_step(step)
         self.progress.begin(step)
         self.parts = []
-        self.began = time.perf_counter()
 
     def add(self, metrics: Metrics) -> None:
         self.parts.append(metrics)
@@ -102,7 +100,9 @@ class RunRecord:
             return
         problem = await asyncio.to_thread(self.mirror.settle)
         if problem is not None:
-            logger.warning("the newest checkpoints are on this machine alone; tried again with the next. %s", problem)
+            logger.warning(
+                "the newest checkpoints are only on this machine; the next checkpoint tries again. %s", problem
+            )
             self.tracker.log_error(ErrorRecord(step=self.step, stage="mirror", kind="not_uploaded", message=problem))
         if self.mirror.is_free():
             self.folder.prune(keep)
@@ -188,7 +188,9 @@ class Best:
         """
         if self.metric not in row:
             known = ", ".join(sorted(key for key in row if key.startswith("eval/")))
-            raise UserError(f"train.best_metric: {self.metric!r} is no metric of the evaluation. There are: {known}")
+            raise UserError(
+                f"train.best_metric: {self.metric!r} is not a metric of the evaluation. The metrics are: {known}"
+            )
         value = row[self.metric]
         if math.isnan(value):  # no values, or a diverged model
             self.stale += 1

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from rlhf.controller.record import RunRecord
-from rlhf.controller.sampling import environment_failures
+from rlhf.controller.rollout_report import environment_failures
 from rlhf.data.prompts import rollout_seed
 from rlhf.roles import CompletedGroup, RewardRole, RolloutRole, ScoredGroup
 from rlhf.rollouts.records.ledgers import FinishOrderLedger, ScoreLedger, request_set_digest, scored_identity

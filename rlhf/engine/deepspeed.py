@@ -265,7 +265,7 @@ class DeepSpeedEngine:
         if saved.get("frozen_weights") != self._digest_frozen():
             raise UserError(
                 f"{folder} was trained on other frozen weights: their checksum was {saved.get('frozen_weights')}, and "
-                f"is {self._digest_frozen()} now. Bring the model's folder back as it was when the run began."
+                f"is {self._digest_frozen()} now. Restore the folder of the model as it was when the run began."
             )
         self._engine.load_checkpoint(
             str(folder), tag=_TAG, load_lr_scheduler_states=False, custom_load_fn=self._load_trained
@@ -305,15 +305,15 @@ class DeepSpeedEngine:
 
     def offload_to_host(self) -> None:
         if self.device.type == "cuda":
-            self.put_aside()
+            self.move_to_host()
             torch._C._cuda_clearCublasWorkspaces()  # up to 32 MiB a stream; empty_cache would keep them
             torch.cuda.empty_cache()
 
     def reload_to_device(self) -> None:
         if self.device.type == "cuda":
-            self.take_back()
+            self.move_to_device()
 
-    def put_aside(self) -> None:
+    def move_to_host(self) -> None:
         """Move all states to host memory, on any device. It needs stage 2 or 3, and no offloaded parameters."""
         from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as State
 
@@ -325,8 +325,8 @@ class DeepSpeedEngine:
             self._engine.offload_states()
             self._move_frozen(host)
 
-    def take_back(self) -> None:
-        """Move the states back to the device after `put_aside`."""
+    def move_to_device(self) -> None:
+        """Move the states back to the device after `move_to_host`."""
         self._engine.reload_states()
         if self._zero_stage == 3:
             self._move_adam(self.device)

@@ -48,10 +48,12 @@ def load_initial_copies(module: nn.Module, path: Path) -> None:
     try:
         saved = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {error}. It holds what the adapter began as.") from error
+        raise UserError(
+            f"{path} cannot be read: {error}. The file holds the initial weights of the adapter."
+        ) from error
     with whole(list(copies.values())), torch.no_grad():
         shapes = {name: parameter.shape for name, parameter in copies.items()}
         if {name: tensor.shape for name, tensor in saved.items()} != shapes:
-            raise UserError(f"{path} holds the beginning of another adapter than the run's.")
+            raise UserError(f"{path} holds the initial weights of another adapter.")
         for name, parameter in copies.items():
             parameter.copy_(saved[name])

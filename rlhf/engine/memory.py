@@ -38,7 +38,7 @@ def explains_out_of_memory(*, role: Role, stage: str, rank: int, tokens: int | N
         batch = "" if tokens is None else f" with a micro-batch of {tokens} tokens"
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RunError(
-            f"Out of memory: {role} rank {rank} during {stage}{batch} ({reason}). {what_shrinks(role)}"
+            f"Out of memory: {role} rank {rank} during {stage}{batch} ({reason}). {advice_on_memory(role)}"
         ) from error
 
 
@@ -49,7 +49,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
-def what_shrinks(role: Role) -> str:
+def advice_on_memory(role: Role) -> str:
     """Return a sentence with the keys that reduce a role's memory."""
     at = f"cluster.roles.{role}"
     kind = ROLES[role].kind
@@ -65,4 +65,4 @@ def what_shrinks(role: Role) -> str:
             f"a lower train.max_tokens_per_microbatch, {role}.gradient_checkpointing=true, a higher {at}.zero_stage (2 "
             f"or 3) with more workers, {at}.sequence_parallel, {at}.offload=[optimizer] or [optimizer, parameters]"
         )
-    return f"What shrinks it, mildest first: {keys}."
+    return f"To reduce it, mildest first: {keys}."

@@ -177,7 +177,7 @@ class Reference:
         return columns
 
     async def offload(self) -> None:
-        self.worker.put_aside()
+        self.worker.move_to_host()
 
     async def reload(self) -> None:
         self.worker.reload()

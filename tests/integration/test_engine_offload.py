@@ -29,8 +29,8 @@ def train_with_a_rest(
         for step in range(1, 4):
             train(engine, rank, world_size, steps=range(step, step + 1), num_microbatches=1)
             if rests:
-                engine.put_aside()
-                engine.take_back()
+                engine.move_to_host()
+                engine.move_to_device()
         found.append(weights_of(engine))
         engine.close()
     unbroken, rested = found
@@ -56,9 +56,9 @@ def states_put_aside(
             for step in range(1, 4):
                 train(engine, rank, world_size, steps=range(step, step + 1), num_microbatches=1)
                 if rests:
-                    engine.put_aside()
+                    engine.move_to_host()
                     moved |= {state.value for state in engine._engine.optimizer.offloaded_states}
-                    engine.take_back()
+                    engine.move_to_device()
             weights.append(weights_of(engine))
             engine.close()
     return moved, weights[0], weights[1]

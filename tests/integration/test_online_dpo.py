@@ -120,7 +120,7 @@ def test_a_run_without_preferences_says_so_and_keeps_its_weights(tmp_path: Path)
     )
     train(config)
     assert (
-        "the responses to every prompt scored alike, so the policy is not updated"
+        "all responses to each prompt have the same score, so the policy is not updated"
         in config.with_suffix(".log").read_text()
     )
     found = rows(tmp_path / "alike")

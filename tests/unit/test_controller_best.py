@@ -62,7 +62,7 @@ def test_without_early_stopping_it_is_never_over() -> None:
 
 
 def test_a_metric_that_is_not_there_is_named_with_those_that_are() -> None:
-    with pytest.raises(UserError, match=r"eval/heldout/mine.*There are: eval/heldout/score"):
+    with pytest.raises(UserError, match=r"eval/heldout/mine.*The metrics are: eval/heldout/score"):
         best_of("eval/heldout/mine").improves({"eval/heldout/score": 1.0}, 1)
 
 

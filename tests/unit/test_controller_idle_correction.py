@@ -43,7 +43,7 @@ def test_a_correction_that_touches_nothing_is_named_once(
 ) -> None:
     found = warnings(caplog, correction, [QUIET] * 3 * STEPS, updates)
     assert len(found) == 1
-    assert "touched no token in 5 steps" in found[0]
+    assert "changed no token in 5 steps" in found[0]
     assert "2.0e-06 nats" in found[0]
     assert warnings(caplog, correction, [QUIET] * (STEPS - 1), updates) == []
     warming = [{"time/step_s": 1.0}] * STEPS  # while the critic alone is trained

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rlhf.config.schema.rewards import RewardConfig
-from rlhf.controller.sampling import rollout_metrics, values_by_reward
+from rlhf.controller.rollout_report import rollout_metrics, values_by_reward
 from rlhf.controller.training_scores import TrainingScores
 from rlhf.roles import CompletedGroup, ScoredGroup
 from rlhf.types import GroupRequest, GroupScores, Prompt, RolloutInfo

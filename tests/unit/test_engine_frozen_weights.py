@@ -56,7 +56,7 @@ def test_a_missing_file_and_one_of_another_adapter_are_refused(tmp_path: Path) -
     with pytest.raises(UserError, match=rf"{path} cannot be read"):
         load_initial_copies(adapted(), path)
     save_initial_copies(adapted(rank=4), path)
-    with pytest.raises(UserError, match="holds the beginning of another adapter"):
+    with pytest.raises(UserError, match="holds the initial weights of another adapter"):
         load_initial_copies(adapted(), path)
 
 

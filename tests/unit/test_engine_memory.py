@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from actors.rollout.engine_thread import EngineLoop
 from rlhf.config.schema.root import Config
-from rlhf.engine.memory import explains_out_of_memory, peak_memory, what_shrinks
+from rlhf.engine.memory import advice_on_memory, explains_out_of_memory, peak_memory
 from rlhf.errors import RunError
 from rlhf.role_table import Role
 
@@ -49,7 +49,7 @@ def test_names_place_and_keys(fail: object) -> None:
 @pytest.mark.parametrize("role", ["policy", "critic", "reference", "reward", "rollout"])
 def test_every_key_that_a_role_is_told_exists(role: Role) -> None:
     """A message that names an unknown key sends its reader into the next error."""
-    named = re.findall(r"[a-z_]+(?:\.[a-z_]+)+", what_shrinks(role))
+    named = re.findall(r"[a-z_]+(?:\.[a-z_]+)+", advice_on_memory(role))
     assert len(named) >= 3
     for key in named:
         section: Any = Config

@@ -41,7 +41,7 @@ def test_a_model_that_was_put_aside_says_the_same(tiny_model: Path) -> None:
     worker = worker_of(tiny_model)
     before = logprobs_of(worker)
     for _ in range(2):
-        worker.put_aside()
+        worker.move_to_host()
         worker.reload()
         assert torch.equal(logprobs_of(worker), before)
 
@@ -49,9 +49,9 @@ def test_a_model_that_was_put_aside_says_the_same(tiny_model: Path) -> None:
 def test_a_new_model_does_not_come_back_as_the_old_one(tiny_model: Path, tmp_path: Path) -> None:
     other = build_tiny_llama(tmp_path / "other", seed=1)
     worker = worker_of(tiny_model)
-    worker.put_aside()
+    worker.move_to_host()
     worker.reload()
     worker.become(str(other))
-    worker.put_aside()
+    worker.move_to_host()
     worker.reload()
     assert torch.equal(logprobs_of(worker), logprobs_of(worker_of(other)))

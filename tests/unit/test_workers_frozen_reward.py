@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from rlhf.controller.learning import Signals
+from rlhf.controller.rollout_report import environment_failures, group_samples, rollout_metrics
 from rlhf.controller.rollout_scorer import request_for
-from rlhf.controller.sampling import environment_failures, group_samples, rollout_metrics
 from rlhf.models.tiny import build_tiny_llama
 from rlhf.rewards.loading import load_reward
 from rlhf.rewards.scoring import RewardSpec

@@ -37,14 +37,14 @@ class ReferenceWorker(FrozenWorker):
 
     def offload(self) -> None:
         if self.device.type == "cuda":
-            self.put_aside()
+            self.move_to_host()
             torch.cuda.empty_cache()
 
     def reload(self) -> None:
         for tensor in self._tensors():
             tensor.data = tensor.data.to(self.device)
 
-    def put_aside(self) -> None:
+    def move_to_host(self) -> None:
         """Move the model to host memory. The weights never change, so one host copy lasts for the whole run."""
         if not self.host_weights:
             self.host_weights = [tensor.data.cpu() for tensor in self._tensors()]

@@ -47,7 +47,9 @@ class PairLearning(ReferencedLearning):
             }
         )
         if not paired:
-            logger.warning("step %d: the responses to every prompt scored alike, so the policy is not updated", step)
+            logger.warning(
+                "step %d: all responses to each prompt have the same score, so the policy is not updated", step
+            )
         with record.stage("experience"):
             minibatches = await self._prepare(paired, step) if paired else 0
         with record.stage("update"):

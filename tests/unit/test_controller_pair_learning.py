@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from rlhf.config.schema.root import Config
-from rlhf.controller.by_pairs import PairLearning
 from rlhf.controller.learning import OnlineRoles, Signals
+from rlhf.controller.pair_learning import PairLearning
 from rlhf.controller.record import RunRecord
 from rlhf.errors import UserError
 from rlhf.role_table import Role
@@ -158,7 +158,7 @@ def test_without_a_preference_the_policy_stays(folder: RunFolder, caplog: pytest
     run = Run(folder)
     with caplog.at_level(logging.WARNING):
         signals = run.learn(EQUAL, EQUAL, EQUAL, EQUAL, step=7)
-    assert "step 7: the responses to every prompt scored alike, so the policy is not updated" in caplog.text
+    assert "step 7: all responses to each prompt have the same score, so the policy is not updated" in caplog.text
     assert (run.policy.plan, run.policy.updates, signals.preferred) == (None, 0, {})
     row = run.record.row()
     assert (row["preference/pairs/total"], row["advantages/zero_groups/fraction"]) == (0, 1.0)

@@ -67,7 +67,9 @@ class AdvantageLearning(ReferencedLearning):
             if trained:
                 report, advantages = await self._experience(plan, kept, trained)
             elif kept:
-                logger.warning("step %d: every response was cut (algorithm.mask_truncated): nothing is updated", step)
+                logger.warning(
+                    "step %d: every response was truncated (algorithm.mask_truncated), so nothing is updated", step
+                )
             else:
                 logger.warning("step %d: no response reaches algorithm.min_score, so the policy is not updated", step)
         with record.stage("update"):

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from rlhf.config.schema.root import Config
-from rlhf.controller.by_advantages import AdvantageLearning
+from rlhf.controller.advantage_learning import AdvantageLearning
 from rlhf.controller.learning import OnlineRoles, Signals
 from rlhf.controller.record import RunRecord
-from rlhf.controller.sampling import rollout_metrics
+from rlhf.controller.rollout_report import rollout_metrics
 from rlhf.controller.training_scores import TrainingScores
 from rlhf.errors import UserError
 from rlhf.role_table import Role
@@ -408,7 +408,7 @@ def test_where_all_responses_are_masked_the_policy_stays(folder: RunFolder, capl
     run = Run(folder, {"name": "dr_grpo", "mask_truncated": True}, per_update=6)
     with caplog.at_level(logging.WARNING):
         signals = run.learn([cut(scored, 0, 1, 2, 3) for scored in groups(FIRST, SECOND, FLAT)], step=3)
-    assert "step 3: every response was cut (algorithm.mask_truncated): nothing is updated" in caplog.text
+    assert "step 3: every response was truncated (algorithm.mask_truncated), so nothing is updated" in caplog.text
     assert (run.policy.updates, signals.trained, signals.advantages) == ([], frozenset(), {})
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from rlhf.config.schema.root import Config
-from rlhf.controller.by_distillation import DistillationLearning
+from rlhf.controller.distillation_learning import DistillationLearning
 from rlhf.controller.evaluation import compare_with_teacher
 from rlhf.controller.learning import OnlineRoles, Signals
 from rlhf.controller.record import RunRecord
-from rlhf.controller.sampling import group_samples, rollout_metrics
+from rlhf.controller.rollout_report import group_samples, rollout_metrics
 from rlhf.role_table import Role
 from rlhf.roles import CompletedGroup, PrepareReport, ScoredGroup
 from rlhf.tracking.display.progress_live import open_progress
