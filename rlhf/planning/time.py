@@ -118,29 +118,28 @@ def training_stages(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, 
     critics = {role: model for role, model in trained_sections(config).items() if not ROLES[role].hosts}
     stages: list[Stage] = []
 
-    def scored(name: str, model: Any, role: Role) -> Stage:
-        each = forward_operations(sizes.of(model.model), mean)
-        return _stage(config, name, role, tokens, each, rates(config, nodes, sizes, role=role), trains=False)
-
-    def trained(name: str, model: PolicyConfig | CriticConfig, role: Role) -> Stage:
-        each = passes(model) * forward_operations(sizes.of(model.model), mean)
-        count = tokens * (config.train.epochs_per_batch if online else 1)
-        return _stage(config, name, role, count, each, rates(config, nodes, sizes, role=role), trains=True)
+    def stage(name: str, role: Role, model: Any, *, trains: bool = False) -> Stage:
+        speed, workers = rates(config, nodes, sizes, role=role), getattr(config.cluster.roles, role).workers
+        each = (passes(model) if trains else 1.0) * forward_operations(sizes.of(model.model), mean)
+        count = tokens * (config.train.epochs_per_batch if trains and online else 1)
+        reached = speed.peak * (speed.train if trains else speed.forward)
+        how = f"{count:,.0f} tokens * {each / 1e9:,.4g} GFLOP / ({workers} * {reached / 1e12:,.4g} TFLOP/s)"
+        return Stage(name, count * each / (workers * reached), how)
 
     if online and (derived.updates_per_step > 1 or uses_reference(config)):
-        stages.append(scored("old logprobs", config.policy, "policy"))
+        stages.append(stage("old logprobs", "policy", config.policy))
     if derived.reference == "workers":
-        stages.append(scored("reference", reference_model(config), "reference"))
+        stages.append(stage("reference", "reference", reference_model(config)))
     elif derived.reference == "adapter off":
-        stages.append(scored("reference", config.policy, "policy"))
+        stages.append(stage("reference", "policy", config.policy))
     for role, model in critics.items():
-        values = scored("values", model, role)
+        values = stage("values", role, model)
         stages.append(_meanwhile(values, stages[-1:]) if own_critic and derived.reference == "workers" else values)
     if needs_reference_logprobs(config):
         stages.append(Stage("reference", 0.0, "computed once, before the first step"))
-    stages.append(trained("update", config.policy, "policy"))
+    stages.append(stage("update", "policy", config.policy, trains=True))
     for role, model in critics.items():
-        update = trained(f"{role} update", model, role)
+        update = stage(f"{role} update", role, model, trains=True)
         stages.append(_meanwhile(update, stages[-1:]) if own_critic else update)
     return stages
 
@@ -149,13 +148,6 @@ def _meanwhile(stage: Stage, others: Sequence[Stage]) -> Stage:
     """Return the time added by a stage running in parallel with others."""
     adds = max(stage.seconds - sum(other.seconds for other in others), 0.0)
     return Stage(stage.name, adds, f"{stage.seconds:,.4g} s in parallel with {others[-1].name}: {stage.how}")
-
-
-def _stage(config: Config, name: str, role: Role, tokens: float, each: float, speed: Rates, *, trains: bool) -> Stage:
-    workers = getattr(config.cluster.roles, role).workers
-    reached = speed.peak * (speed.train if trains else speed.forward)
-    how = f"{tokens:,.0f} tokens * {each / 1e9:,.4g} GFLOP / ({workers} * {reached / 1e12:,.4g} TFLOP/s)"
-    return Stage(name, tokens * each / (workers * reached), how)
 
 
 def sync_stage(config: Config, sizes: Sizes, nodes: Sequence[Node] | None) -> Stage:
@@ -177,50 +169,44 @@ def system_of(
 ) -> System:
     """Return the system to simulate. `replacements` maps fields of System to known values."""
     assert config.rollouts is not None
-    role, policy = config.cluster.roles.rollout, config.policy
+    role, policy, parallel = config.cluster.roles.rollout, config.policy, config.cluster.roles.rollout.tensor_parallel
     shape, size = sizes.of(policy.model), 4 if policy.dtype == "float32" else 2
     speed = rates(config, nodes, sizes, role="rollout")
-    parallel = role.tensor_parallel
-    bandwidth = speed.bandwidth * speed.decode * parallel
-    mean = config.data.max_prompt_tokens + lengths.average() / 2
-    arithmetic = forward_operations(shape, 2 * mean) / (
-        speed.peak * speed.forward * parallel
-    )  # a token attends to all earlier tokens
+    bandwidth, arithmetic = speed.bandwidth * speed.decode * parallel, speed.peak * speed.forward * parallel
+    prompt, average = config.data.max_prompt_tokens, lengths.average()
+    mean = prompt + average / 2
+    operations = forward_operations(shape, 2 * mean)  # a token attends to all earlier tokens
     seconds = sum(stage.seconds for stage in training_stages(config, sizes, nodes, lengths))
-    derived = derive(config)
-    tokens = derived.sequences_per_step * (config.data.max_prompt_tokens + lengths.average())
-    cuda = config.cluster.device == "cuda"
     values: dict[str, Any] = {
         "engines": role.engines,
         "base_s": shape.parameters * size / bandwidth + speed.step_s,
-        "each_s": mean * kv_bytes_per_token(shape, itemsize=size) / bandwidth + arithmetic,
-        "train_tokens_per_s": tokens / seconds,
+        "each_s": mean * kv_bytes_per_token(shape, itemsize=size) / bandwidth + operations / arithmetic,
+        "train_tokens_per_s": derive(config).sequences_per_step * (prompt + average) / seconds,
         "sync_s": sync_stage(config, sizes, nodes).seconds,
-        "max_num_seqs": _at_once(config, sizes, lengths),
+        "max_num_seqs": _at_once(config, sizes, prompt + average),
+        **replacements,
     }
-    values.update(replacements)
+    gpus = max((node.gpus for node in nodes or ()), default=8.0) if config.cluster.device == "cuda" else 1
     return System(
         lengths=lengths,
         prompts_per_step=config.rollouts.prompts_per_step,
         samples_per_prompt=config.rollouts.samples_per_prompt,
-        prompt_tokens=config.data.max_prompt_tokens,
+        prompt_tokens=prompt,
         gpus_per_engine=parallel,
         training_gpus=config.cluster.roles.policy.workers + _separate_workers(config),
         colocated=role.colocate_with is not None,
-        gpus_per_node=int(max((node.gpus for node in nodes or ()), default=8.0) or 1) if cuda else 1,
+        gpus_per_node=int(gpus or 1),
         **values,
     )
 
 
-def _at_once(config: Config, sizes: Sizes, lengths: Lengths) -> int:
+def _at_once(config: Config, sizes: Sizes, length: float) -> int:
     """Return the sequences decoded at once by an engine: the configured limit, or fewer if its cache is full.
 
     The cache is counted at the mean sequence length, because vLLM preempts sequences beyond it.
     """
     most, held = config.cluster.roles.rollout.max_num_seqs, cache_tokens(config, sizes)
-    if held is None:
-        return most
-    return max(1, min(most, int(held / (config.data.max_prompt_tokens + lengths.average()))))
+    return most if held is None else max(1, min(most, int(held / length)))
 
 
 def _separate_workers(config: Config) -> int:
