@@ -26,7 +26,7 @@ from rlhf.config.placement_plan import seats_of
 from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.stages import result_of
 from rlhf.controller.rollout_scorer import error_record, note_errors, process_answers, request_for
-from rlhf.errors import RunError, UserError
+from rlhf.errors import RunError, UserError, prefix_errors
 from rlhf.evaluation.results import (
     Evaluation,
     ExampleResult,
@@ -39,7 +39,6 @@ from rlhf.evaluation.results import (
 )
 from rlhf.evaluation.voting import AnswerForm, answer_of
 from rlhf.preflight.eval_inputs import Candidate, EvalInputs, inputs_of_stage
-from rlhf.preflight.sources import prefix_errors
 from rlhf.rewards.failure_rule import ends_run
 from rlhf.rewards.scoring import describe_errors, rules_of_specs
 from rlhf.roles import CompletedGroup, ScoredGroup

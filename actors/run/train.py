@@ -36,13 +36,12 @@ from rlhf.controller.learning import OnlineRoles
 from rlhf.controller.offline import OfflineController
 from rlhf.controller.online import OnlineController
 from rlhf.controller.record import RunRecord
-from rlhf.errors import RunError, UserError
+from rlhf.errors import RunError, UserError, prefix_errors
 from rlhf.merging.merge import checked_sources, write_merge
 from rlhf.models.publish import push_folder
 from rlhf.preflight.inputs import OfflineInputs, OnlineInputs, StageInputs, collated, load_inputs
 from rlhf.preflight.merge import with_local_models
 from rlhf.preflight.run_folder import check_folders, refuse_other_checkpoint, stream_of
-from rlhf.preflight.sources import prefix_errors
 from rlhf.reporting.model_card import write_model_card
 from rlhf.rewards.scoring import fingerprint
 from rlhf.stopping import StopRequest, current_request, run_async

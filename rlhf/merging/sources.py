@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as SEQUENCE_CLASSIFIERS,
 )
 
-from rlhf.errors import UserError
+from rlhf.errors import UserError, prefix_errors
 from rlhf.models.adapter_settings import read_adapter_settings
 from rlhf.models.loading import load_model_config, load_tokenizer
 
@@ -62,7 +61,7 @@ class MergeSource:
     def tokenizer(self) -> Any:
         """Load the adapter's tokenizer if its folder has one, else the model's."""
         folder = self.own_folder
-        with _named(self.key):
+        with prefix_errors(self.key):
             return load_tokenizer(str(folder if (folder / "tokenizer_config.json").is_file() else self.folder))
 
 
@@ -79,7 +78,7 @@ def find_source(key: str, name: str, model: str) -> MergeSource:
                 "base_model_name_or_path in its adapter_config.json."
             )
         folder = _local(f"{key}: the base model of the adapter {folder} (its adapter_config.json)", str(base))
-    with _named(key):
+    with prefix_errors(key):
         config = load_model_config(str(folder))
     shapes = weight_shapes(key, folder, config)
     if adapter is not None and adapter.is_scored:
@@ -196,15 +195,6 @@ def num_bytes(shapes: Shapes, dtype: str) -> int:
     return DTYPE_BYTES[dtype] * sum(math.prod(shape) for shape in shapes.values())
 
 
-@contextmanager
-def _named(key: str) -> Iterator[None]:
-    """Put the configuration key in front of the message of a UserError."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{key}: {error}") from error
-
-
 def _both(first: MergeSource, other: MergeSource) -> str:
     return f"{first.key} ({first.own_folder}) and {other.key} ({other.own_folder})"
 
@@ -242,7 +232,7 @@ def _local(key: str, model: str) -> Path:
 
 
 def _read_adapter(key: str, folder: Path) -> Adapter:
-    with _named(key):
+    with prefix_errors(key):
         settings = read_adapter_settings(folder)
     if settings["peft_type"] != "LORA":
         raise UserError(f"{key}: {folder} is a {settings['peft_type']} adapter; only LoRA adapters can be merged.")

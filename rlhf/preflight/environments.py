@@ -14,10 +14,9 @@ from rlhf.config.schema.rollouts import EnvironmentConfig
 from rlhf.data.chat import names, read_tools
 from rlhf.data.sources import Row
 from rlhf.data.templates import ChatTemplate
-from rlhf.errors import UserError
+from rlhf.errors import UserError, prefix_errors
 from rlhf.extensions import find_code
 from rlhf.models.on_disk import ModelOnDisk
-from rlhf.preflight.sources import prefix_errors
 from rlhf.rollouts.environments.built_in import BUILT_INS
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
 from rlhf.rollouts.environments.host import EnvironmentFailure, EnvironmentHost

@@ -24,7 +24,7 @@ from rlhf.data.examples import Example, Reading, load_examples
 from rlhf.data.sources import Row, read_rows
 from rlhf.data.tasks import REASONING_GYM, RUNNING_TOTALS
 from rlhf.data.templates import UNCHANGED, ChatTemplate, read_template
-from rlhf.errors import UserError
+from rlhf.errors import UserError, prefix_errors
 from rlhf.evaluation.decoding import Decoding
 from rlhf.evaluation.results import Marking, Marks, marking_of
 from rlhf.evaluation.sources import source_names
@@ -44,7 +44,6 @@ from rlhf.preflight.sources import (
     in_options,
     load_rewards,
     local_model,
-    prefix_errors,
     reading_of,
     refuse_absent_tokens,
     source_of,

@@ -28,7 +28,7 @@ from rlhf.data.steps import StepLabelled, collate_steps, load_step_labelled
 from rlhf.data.stream import MixtureShare
 from rlhf.data.templates import UNCHANGED
 from rlhf.data.usable import LoadedRows, Unusable
-from rlhf.errors import UserError
+from rlhf.errors import UserError, prefix_errors
 from rlhf.evaluation.results import Marking, Marks, marking_of
 from rlhf.evaluation.sources import source_names
 from rlhf.models.hub import use_cache_if_silent
@@ -47,7 +47,6 @@ from rlhf.preflight.prompts import read_prompts
 from rlhf.preflight.sources import (
     installed_trackers,
     load_rewards,
-    prefix_errors,
     reading_of,
     refuse_absent_tokens,
     refuse_unused_rewards,

@@ -23,7 +23,7 @@ from rlhf.controller.loop import trained_models
 from rlhf.data.sources import Row
 from rlhf.data.templates import ChatTemplate
 from rlhf.engine.optimizers import refuse_absent_bitsandbytes
-from rlhf.errors import UserError
+from rlhf.errors import UserError, prefix_errors
 from rlhf.models.folder_check import refuse_broken_weights
 from rlhf.models.hub import use_cache_if_silent
 from rlhf.models.loading import (
@@ -38,7 +38,7 @@ from rlhf.models.quantized import refuse_unquantizable
 from rlhf.models.reward_models import refuse_without_head
 from rlhf.models.row_layout import refuse_unpackable
 from rlhf.models.sequence_parallel import refuse_uneven_heads
-from rlhf.preflight.sources import local_model, prefix_errors
+from rlhf.preflight.sources import local_model
 from rlhf.role_table import MODEL_SECTIONS, ROLES, TRAINED_ROLES, Role
 from rlhf.types import Prompt
 

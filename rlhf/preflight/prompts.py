@@ -13,8 +13,9 @@ from rlhf.data.examples import Reading
 from rlhf.data.prompts import load_prompts
 from rlhf.data.sources import Row, Source, read_rows
 from rlhf.data.usable import LoadedRows
+from rlhf.errors import prefix_errors
 from rlhf.preflight.environments import LoadedEnvironment
-from rlhf.preflight.sources import REWARD_KEY, check_rewards, prefix_errors
+from rlhf.preflight.sources import REWARD_KEY, check_rewards
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.types import Prompt
 

@@ -39,15 +39,6 @@ SAMPLING = ("max_new_tokens", "stop", "stop_token_ids", "environment")  # of rol
 MOST_SHOWN = 5  # values of a column shown in a message
 
 
-@contextmanager
-def prefix_errors(key: str) -> Iterator[None]:
-    """Prefix errors with the key of the configuration."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{key}: {error}") from error
-
-
 _OPTIONS = (
     (re.compile(r"data\.columns: \{(\w+): (\w+)\}"), r"--column \1=\2"),
     (re.compile(r"data\.columns\.(\w+) names"), r"--column \1 names"),

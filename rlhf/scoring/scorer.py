@@ -23,10 +23,10 @@ from rlhf.config.schema.rewards import RewardConfig, RewardPolicy
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.stages import MergeStage
 from rlhf.data.tokenization import Continuation, encode
-from rlhf.errors import UserError
+from rlhf.errors import UserError, prefix_errors
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.reward_models import refuse_without_head
-from rlhf.preflight.sources import REWARD_KEY, as_evaluation, load_rewards, local_model, prefix_errors
+from rlhf.preflight.sources import REWARD_KEY, as_evaluation, load_rewards, local_model
 from rlhf.rewards.processes.pool import GroupOutcome
 from rlhf.rewards.scoring import RewardSet, RewardSpec
 from rlhf.rollouts.records.texts import step_ends
