@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from rlhf.commands.command import Command
 from rlhf.commands.train import train
 from rlhf.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 RECIPE_OF = {"ppo": "quickstart.yaml", "grpo": "quickstart_grpo.yaml"}
 ACCURACY = "eval/heldout/score"
@@ -41,25 +44,26 @@ def quickstart(
 
 
 def show_improvement(folder: Path) -> None:
-    """Print held-out accuracy before and after, samples, and the path of the plotted curves of a run folder.
+    """Print the evaluations before and after, samples, and the path of the plotted curves of a run folder.
 
-    RunError: the accuracy is not the expected one.
+    RunError: the held-out accuracy is not as expected.
     """
     from rich.console import Console
 
-    from rlhf.tracking.display.plots import before_after_table, plot_curves
+    from rlhf.evaluation.comparison import before_after
+    from rlhf.tracking.display.plots import plot_curves
     from rlhf.tracking.sinks.tracker import read_metrics
 
     rows = [row for row in read_metrics(folder) if row.get(ACCURACY) is not None]
     if len(rows) < 2:
         raise RunError(f"quickstart: {folder / 'metrics.jsonl'} has no evaluation before and after training")
-    before, after = rows[0], rows[-1]
     console = Console()
-    pairs = _sample_pairs(folder, before["step"], after["step"])
-    console.print(before_after_table(_evaluation(before), _evaluation(after), pairs))
+    if (table := before_after(folder)) is not None:
+        console.print(table)
+    console.print(_samples(folder, rows[0]["step"], rows[-1]["step"]))
     curves = plot_curves({folder.name: folder}, CURVES, output=folder / "curves.png")
     console.print(f"plot: {curves}", highlight=False, soft_wrap=True)
-    start, end = before[ACCURACY], after[ACCURACY]
+    start, end = rows[0][ACCURACY], rows[-1][ACCURACY]
     if not BEFORE[0] <= start <= BEFORE[1]:
         raise RunError(
             f"quickstart: held-out accuracy after the warm start is {start:.2f}, expected {BEFORE[0]} to {BEFORE[1]}"
@@ -69,13 +73,12 @@ def show_improvement(folder: Path) -> None:
     console.print(f"held-out accuracy {start:.2f} -> {end:.2f}", highlight=False)
 
 
-def _evaluation(row: Mapping[str, Any]) -> dict[str, float]:
-    return {key: value for key, value in row.items() if key.startswith("eval/") and value is not None}
-
-
-def _sample_pairs(folder: Path, first: int, last: int) -> list[Any]:
+def _samples(folder: Path, first: int, last: int) -> Table:
     """Return some held-out prompts with both responses, corrected ones first."""
-    from rlhf.tracking.display.plots import SamplePair
+    from rich.table import Table
+    from rich.text import Text
+
+    from rlhf.tracking.formatting import number
     from rlhf.tracking.run_folder.atomic import read_lines
     from rlhf.tracking.run_folder.samples import samples_path
 
@@ -84,16 +87,13 @@ def _sample_pairs(folder: Path, first: int, last: int) -> list[Any]:
         for step in (first, last)
     )
     shared = sorted(before.keys() & after.keys(), key=lambda i: (before[i]["score"] - after[i]["score"], i))
-    return [
-        SamplePair(
-            prompt=before[i]["prompt"],
-            before=before[i]["response"],
-            before_score=before[i]["score"],
-            after=after[i]["response"],
-            after_score=after[i]["score"],
-        )
-        for i in shared[:NUM_SAMPLES]
-    ]
+    table = Table(title="Samples (score in brackets)", title_justify="left", show_lines=True)
+    for heading in ("prompt", "before", "after"):
+        table.add_column(heading, overflow="fold")
+    for i in shared[:NUM_SAMPLES]:
+        responses = (f"{row['response']} [{number(row['score'])}]" for row in (before[i], after[i]))
+        table.add_row(*map(Text, (before[i]["prompt"], *responses)))
+    return table
 
 
 COMMAND = Command(quickstart)

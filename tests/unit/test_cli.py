@@ -295,7 +295,7 @@ def reward(prompt: str, response: str) -> float:
 def test_a_reward_of_a_mapping_can_be_a_function_of_a_file() -> None:
     loaded = from_mapping({**ONLINE, "rewards": {"mine": {"function": reward}}})
     assert loaded.runs["demo"].rewards["mine"].function == f"{__file__}:reward"
-    with pytest.raises(rlhf.UserError, match=r"rewards.mine.function: .*<lambda> is a function that other processes"):
+    with pytest.raises(rlhf.UserError, match=r"rewards.mine.function: .*<lambda> is code that other processes"):
         from_mapping({**ONLINE, "rewards": {"mine": {"function": lambda prompt, response: 1.0}}})
 
 

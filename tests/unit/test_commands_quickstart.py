@@ -18,7 +18,7 @@ def write(folder: Path, scores: list[float]) -> None:
         for index, score in enumerate(scores):
             row = {"step": 10 * index, "time_s": 1.0, "eval/heldout/score": score}
             file.write(json.dumps(row) + "\n" + json.dumps({"step": 10 * index + 1, "time_s": 1.0}) + "\n")
-    for step, response in ((0, "9,10"), (10 * (len(scores) - 1), "11,19")):
+    for step, response in ((0, "[b]9,10"), (10 * (len(scores) - 1), "11,19")):
         rows = [
             {
                 "split": split,
@@ -38,7 +38,7 @@ def test_a_run_that_learnt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     show_improvement(tmp_path)
     out = capsys.readouterr().out
     assert "8+3=" in out
-    assert "9,10 [0" in out
+    assert "[b]9,10 [0" in out
     assert "11,19 [1" in out
     assert "held-out accuracy 0.40 -> 0.90" in out
     assert (tmp_path / "curves.png").stat().st_size > 1000

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from rlhf.errors import UserError
-from rlhf.tracking.display.plots import SamplePair, before_after_table, plot_curves
+from rlhf.tracking.display.plots import plot_curves
 from rlhf.tracking.sinks.tracker import Tracker
 
 
@@ -64,16 +63,3 @@ def test_nothing_to_plot_is_said(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="not declared"):
         plot_curves(runs, ["update/speed"], output=output)
     assert not output.exists()
-
-
-def test_before_and_after() -> None:
-    console = Console(width=100, record=True, file=None, force_terminal=False)
-    pair = SamplePair(prompt="8+3=", before="[b]1", before_score=0.0, after="11", after_score=1.0)
-    with console.capture() as captured:
-        console.print(
-            before_after_table({"eval/held/score": 0.25}, {"eval/held/score": 0.75, "eval/b/score": 1.0}, [pair])
-        )
-    shown = " ".join(captured.get().split())
-    assert "│ eval/held/score │ 0.25 │ 0.75 │ +0.5 │" in shown
-    assert "│ eval/b/score │ │ 1 │ │" in shown
-    assert "│ 8+3= │ [b]1 [0] │ 11 [1] │" in shown

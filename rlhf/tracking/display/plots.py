@@ -1,19 +1,14 @@
-"""Pictures and tables of a run for people: curves as PNG, before and after as a terminal table.
+"""Draw the curves of finished or running runs as PNG.
 
-Reads a finished or running run's metrics.jsonl. It never imports pyplot: no window, no global state.
+It reads metrics.jsonl. It never imports pyplot, so there is no window and no global state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import Any
-
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 
 from rlhf.errors import UserError
 from rlhf.tracking.formatting import number
@@ -74,36 +69,3 @@ def _draw(axes: Any, key: str, points: Sequence[tuple[int, float]], *, color: st
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplePair:
-    """The responses to one held-out prompt before and after training."""
-
-    prompt: str
-    before: str
-    before_score: float
-    after: str
-    after_score: float
-
-
-def before_after_table(before: Mapping[str, float], after: Mapping[str, float], samples: Sequence[SamplePair]) -> Group:
-    """Return a renderable: each metric of `after` with its value before and the change, then the sample responses."""
-    numbers = Table(title="Held-out, before and after", title_justify="left")
-    numbers.add_column("metric")
-    for heading in ("before", "after", "change"):
-        numbers.add_column(heading, justify="right")
-    for key, value in after.items():
-        old = before.get(key)
-        change = "" if old is None else f"{value - old:+.3g}"
-        numbers.add_row(Text(key), "" if old is None else number(old), number(value), change)
-    answers = Table(title="Samples (score in brackets)", title_justify="left", show_lines=True)
-    for heading in ("prompt", "before", "after"):
-        answers.add_column(heading, overflow="fold")
-    for pair in samples:
-        answers.add_row(
-            Text(pair.prompt),
-            Text(f"{pair.before} [{number(pair.before_score)}]"),
-            Text(f"{pair.after} [{number(pair.after_score)}]"),
-        )
-    return Group(numbers, answers) if samples else Group(numbers)
