@@ -20,12 +20,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar, cast
 
 import fsspec
+from fsspec.implementations.dirfs import DirFileSystem
 
 from rlhf.errors import RunError, UserError
 from rlhf.tracking.logs import redact
 from rlhf.tracking.run_folder.folder import RunFolder
 from rlhf.tracking.run_folder.manifest import MANIFEST, Manifest, find_damage
-from rlhf.tracking.run_folder.mirror_store import open_store
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -51,17 +51,18 @@ class Mirror:
         """
         self.place = redact(f"{url.rstrip('/')}/{name}")  # for messages
         self._folder = folder
-        self._store, root = open_store(url)
-        self._root = f"{root.rstrip('/')}/{name}"
+        store, root = _open_store(url)
+        self._store = DirFileSystem(f"{root.rstrip('/')}/{name}", store)
         self._stalled_s = stalled_s
         self._sent: dict[str, tuple[int, int]] = {}  # size and modification time of uploaded files, by name
         self._folders: set[str] = set()  # known to exist in the mirror
-        protocols = self._store.protocol
+        protocols = store.protocol
         self._has_folders = _FLAT.isdisjoint([protocols] if isinstance(protocols, str) else protocols)
         self._thread: threading.Thread | None = None
         self._result: Any = None
         self._error: Exception | None = None
         self._moved = 0.0  # time of the last moved byte
+        self._callback = fsspec.callbacks.Callback(hooks={"moved": self._note_move})
         self._abandoned = False
 
     def holds_run(self) -> bool:
@@ -163,8 +164,7 @@ class Mirror:
             self._write(_BEST, {"step": best})
         if self._folder.final.exists() and self._manifest(_FINAL) is None:
             manifest = Manifest.of(self._folder.final, step=None)
-            for name in manifest.files:
-                self._put(self._folder.final / name, f"final/{name}")
+            self._put_all(self._folder.final, "final", manifest)
             self._write(_FINAL, manifest.model_dump())
         self._remove_old(keep, latest)
 
@@ -187,7 +187,7 @@ class Mirror:
         if self._sent.get(name) == now:
             return
         self._put(path, f"{name}.partial")  # without atomic writes, a truncated file would be read as whole
-        self._tried(lambda: self._store.mv(self._at(f"{name}.partial"), self._at(name)))
+        self._tried(lambda: self._store.mv(f"{name}.partial", name))
         self._sent[name] = now
 
     def _put_checkpoint(self, step: int) -> None:
@@ -197,8 +197,7 @@ class Mirror:
         manifest = Manifest.read(path)
         if manifest is None:
             raise RunError(f"{path / MANIFEST} is damaged, so the checkpoint is not uploaded")
-        for file in manifest.files:
-            self._put(path / file, f"{name}/{file}")
+        self._put_all(path, name, manifest)
         self._put(path / MANIFEST, f"{name}/{MANIFEST}")
         logger.info("checkpoint of step %d is in %s", step, self.place)
 
@@ -230,8 +229,7 @@ class Mirror:
                 self._get(name, self._folder.path / name, size=listing[name])
         if final is not None:
             aside = self._folder.begin_final()
-            for name, entry in final.files.items():
-                self._get(f"final/{name}", aside / name, size=entry.size)
+            self._get_all("final", aside, final)
             fetched = Manifest.of(aside, step=None)
             for name, entry in final.files.items():
                 if fetched.files.get(name) != entry:
@@ -263,8 +261,7 @@ class Mirror:
         manifest = self._manifest(f"{name}/{MANIFEST}")
         if manifest is None:
             raise RunError(f"run.mirror: {self.place}/{name}/{MANIFEST} cannot be read")
-        for file, entry in manifest.files.items():
-            self._get(f"{name}/{file}", aside / file, size=entry.size)
+        self._get_all(name, aside, manifest)
         manifest.write(aside)
         try:
             self._folder.adopt_checkpoint(step)
@@ -297,22 +294,25 @@ class Mirror:
 
         def find() -> dict[str, int]:
             self._store.invalidate_cache()
-            if not self._store.exists(self._root):
-                return {}
-            files: dict[str, dict[str, Any]] = self._store.find(self._root, detail=True)
-            return {path.removeprefix(self._root).lstrip("/"): int(file["size"]) for path, file in files.items()}
+            files = self._store.find("", detail=True) if self._store.exists("") else {}
+            return {path.lstrip("/"): int(file["size"]) for path, file in files.items()}
 
         return self._tried(find)
 
-    def _at(self, name: str) -> str:
-        return f"{self._root}/{name}"
-
     def _put(self, path: Path, name: str) -> None:
-        parent = self._at(name).rpartition("/")[0]
+        parent = name.rpartition("/")[0]
         if parent not in self._folders and self._has_folders:
             self._tried(lambda: self._store.makedirs(parent, exist_ok=True))
             self._folders.add(parent)
-        self._tried(lambda: self._store.put_file(str(path), self._at(name), callback=_Moves(self)))
+        self._tried(lambda: self._store.put_file(str(path), name, callback=self._callback))
+
+    def _put_all(self, folder: Path, name: str, manifest: Manifest) -> None:
+        for file in manifest.files:
+            self._put(folder / file, f"{name}/{file}")
+
+    def _get_all(self, name: str, folder: Path, manifest: Manifest) -> None:
+        for file, entry in manifest.files.items():
+            self._get(f"{name}/{file}", folder / file, size=entry.size)
 
     def _get(self, name: str, path: Path, *, size: int) -> None:
         """Download a file, whole or not at all. RunError: its length is wrong."""
@@ -320,13 +320,13 @@ class Mirror:
             raise RunError(f"run.mirror: {self.place} has a file {name!r}, which would lie outside the run's folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.partial")
-        self._tried(lambda: self._store.get_file(self._at(name), str(aside), callback=_Moves(self)))
+        self._tried(lambda: self._store.get_file(name, str(aside), callback=self._callback))
         if aside.stat().st_size != size:
             raise RunError(f"run.mirror: {self.place}/{name} has {aside.stat().st_size} bytes, and {size} were listed")
         aside.replace(path)
 
     def _write(self, name: str, value: Mapping[str, Any]) -> None:
-        self._tried(lambda: self._store.pipe_file(self._at(name), json.dumps(value).encode()))
+        self._tried(lambda: self._store.pipe_file(name, json.dumps(value).encode()))
 
     def _marker(self, name: str) -> dict[str, Any] | None:
         """Return the object in a small file. None: the file is absent, or truncated by a store that writes in parts."""
@@ -344,19 +344,17 @@ class Mirror:
     def _read(self, name: str) -> bytes | None:
         """Return a small file's content. None: the file is absent."""
         try:
-            content: bytes = self._tried(lambda: self._store.cat_file(self._at(name)))
+            content: bytes = self._tried(lambda: self._store.cat_file(name))
         except FileNotFoundError:
             return None
         return content
 
     def _remove(self, name: str) -> None:
         """Remove a file, or a folder with all its content."""
+        self._tried(lambda: self._store.exists(name) and self._store.rm(name, recursive=True))
 
-        def remove() -> None:
-            if self._store.exists(self._at(name)):
-                self._store.rm(self._at(name), recursive=True)
-
-        self._tried(remove)
+    def _note_move(self, *_: object, **__: object) -> None:
+        self._moved = time.monotonic()
 
     def _tried(self, call: Callable[[], T]) -> T:
         """Return the call's result, after up to three attempts."""
@@ -371,20 +369,25 @@ class Mirror:
                 logger.warning("%s: %s; tried again", self.place, _text(error))
                 time.sleep(_PAUSE_S * 2 ** (number - 1))
             else:
-                self._moved = time.monotonic()
+                self._note_move()
                 return result
         raise AssertionError("unreachable")
 
 
-class _Moves(fsspec.callbacks.Callback):  # type: ignore[misc]
-    """Record that an upload still moves bytes."""
-
-    def __init__(self, mirror: Mirror) -> None:
-        super().__init__()
-        self._mirror = mirror
-
-    def call(self, *args: Any, **kwargs: Any) -> None:
-        self._mirror._moved = time.monotonic()
+def _open_store(url: str) -> tuple[Any, str]:
+    """Return the file system of a URL, and the path in it. UserError: it is not known, or its package is missing."""
+    try:
+        return fsspec.core.url_to_fs(url)  # type: ignore[no-any-return]
+    except ImportError as error:
+        raise UserError(
+            f"run.mirror: {redact(url)} needs a package that is not installed: {error}. Install it with pip (s3fs for "
+            "s3://, gcsfs for gs://, adlfs for abfs://)."
+        ) from error
+    except ValueError as error:
+        raise UserError(
+            f"run.mirror: {redact(url)} is no URL that fsspec knows: {redact(str(error))}. Take s3://, gs://, abfs://, "
+            "or a folder."
+        ) from error
 
 
 def _in_step(name: str) -> re.Match[str] | None:
