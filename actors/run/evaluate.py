@@ -20,12 +20,12 @@ from actors.roles.group import Stoppable, ending, spawn
 from actors.roles.worker_pools import LikelihoodWorkers, RewardWorkers
 from actors.rollout.engine_group import RolloutEngines, serve_engines
 from actors.run.run_record import recording
-from actors.serving.offline import sampling_of
+from actors.serving.offline import requests_of
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.placement_plan import seats_of
 from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.stages import result_of
-from rlhf.controller.rollout_scorer import error_record, note_errors, process_answers, request_for
+from rlhf.controller.rollout_scorer import error_record, note_errors, process_answers
 from rlhf.errors import RunError, UserError, prefix_errors
 from rlhf.evaluation.results import (
     Evaluation,
@@ -177,17 +177,7 @@ async def _answers(
             logger.info(
                 "%s answers %s: %d prompts, %d samples", candidate.model.name, name, len(prompts), decoding.samples
             )
-            requests = [
-                request_for(
-                    prompt,
-                    group_id=index,
-                    first_sequence_id=index * decoding.samples,
-                    samples=decoding.samples,
-                    run_seed=decoding.seed,
-                )
-                for index, prompt in enumerate(prompts)
-            ]
-            judged = await process_answers(engines, requests, sampling_of(decoding), judge)
+            judged = await process_answers(engines, *requests_of(prompts, decoding), judge)
             rules = rules_of_specs(inputs.rewards)
             errors = [scored.scores.errors for scored, _ in judged if scored.scores.errors]
             fatal = [failed for failed in errors if ends_run(failed, rules, policy.on_error)]

@@ -27,7 +27,7 @@ from rlhf.preflight.models import resolve_model
 from rlhf.roles import CompletedGroup
 from rlhf.rollouts.records.texts import response_texts
 from rlhf.stopping import run_async
-from rlhf.types import Prompt, Rollouts, Sampling
+from rlhf.types import GroupRequest, Prompt, Rollouts, Sampling
 
 T = TypeVar("T")
 
@@ -45,17 +45,7 @@ class Served:
         return run_async(self._answer(prompts, decoding), self.runner)
 
     async def _answer(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[Generation]:
-        requests = [
-            request_for(
-                prompt,
-                group_id=index,
-                first_sequence_id=index * decoding.samples,
-                samples=decoding.samples,
-                run_seed=decoding.seed,
-            )
-            for index, prompt in enumerate(prompts)
-        ]
-        groups = await process_answers(self.engines, requests, sampling_of(decoding), self._read)
+        groups = await process_answers(self.engines, *requests_of(prompts, decoding), self._read)
         return [generation for group in groups for generation in group]
 
     async def _read(self, group: CompletedGroup, _: int) -> list[Generation]:
@@ -109,9 +99,19 @@ def _entered(context: AbstractAsyncContextManager[T], runner: asyncio.Runner) ->
         yield value
 
 
-def sampling_of(decoding: Decoding) -> Sampling:
-    """Convert a Decoding for the engines."""
-    return Sampling(
+def requests_of(prompts: Sequence[Prompt], decoding: Decoding) -> tuple[list[GroupRequest], Sampling]:
+    """Return a request for each prompt, and their sampling parameters."""
+    requests = [
+        request_for(
+            prompt,
+            group_id=index,
+            first_sequence_id=index * decoding.samples,
+            samples=decoding.samples,
+            run_seed=decoding.seed,
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+    sampling = Sampling(
         max_new_tokens=decoding.max_new_tokens,
         temperature=decoding.temperature,
         top_p=decoding.top_p,
@@ -121,3 +121,4 @@ def sampling_of(decoding: Decoding) -> Sampling:
         stop=decoding.stop,
         stop_token_ids=decoding.stop_token_ids,
     )
+    return requests, sampling
