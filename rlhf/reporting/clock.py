@@ -14,13 +14,12 @@ _OTHER = "#8b93a3"  # of a span that is no stage
 
 
 def time_spent(run: Run, spans: Sequence[Span]) -> dict[str, Any]:
-    """Return the seconds of each stage with a color, and the picture of the last steps."""
+    """Return name, seconds, per cent and color of each stage, and the picture of the last steps."""
     totals = _totals(run.rows)
     colors = {name: COLORS[index % len(COLORS)] for index, name in enumerate(totals)}
-    shown = _last_steps(run, spans)
+    whole, shown = sum(totals.values()), _last_steps(run, spans)
     return {
-        "stages": [(name, seconds, colors[name]) for name, seconds in totals.items()],
-        "whole": sum(totals.values()),
+        "stages": [(name, of, 100 * of / whole, colors[name]) for name, of in totals.items() if whole > 0],
         "picture": _picture(shown, colors) if shown else None,
     }
 

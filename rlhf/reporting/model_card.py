@@ -81,7 +81,7 @@ def _front_matter(config: Config, *, is_adapter: bool) -> dict[str, Any]:
 
 
 def _sources(config: Config) -> Iterator[DataSource]:
-    yield from (one.source for one in train_sets(config).values())
+    yield from (data.source for data in train_sets(config).values())
     yield from eval_sets(config).values()
 
 
@@ -89,7 +89,7 @@ def _settings(config: Config, rows: list[dict[str, Any]]) -> Iterator[tuple[str,
     train, lora = config.train, config.policy.lora
     yield "base model", _shown(config.policy.source)
     yield "method", config.algorithm.short_name
-    yield "training data", ", ".join(_shown(one.source) for one in train_sets(config).values())
+    yield "training data", ", ".join(_shown(data.source) for data in train_sets(config).values())
     if rows:
         yield "steps", f"{rows[-1]['step']}"
     yield "learning rate", f"{train.lr:g} ({train.lr_schedule}, {train.warmup_steps} steps of warm-up)"

@@ -64,7 +64,8 @@ def _pictures(groups: Sequence[Sequence[Run]], findings: dict[str, list[Finding]
     """Write report.png, or for a pipeline report.STAGE.png of each stage with curves."""
     written = []
     for runs in groups:
-        keys = [key for key in main_keys(runs, [one for run in runs for one in findings[run.name]]) if is_declared(key)]
+        problems = [finding for run in runs for finding in findings[run.name]]
+        keys = [key for key in main_keys(runs, problems) if is_declared(key)]
         if keys:
             end = f".{runs[0].stage}.png" if len(groups) > 1 else ".png"
             written.append(plot_curves({run.name: run.folder for run in runs}, keys, output=html.with_suffix(end)))

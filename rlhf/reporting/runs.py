@@ -102,20 +102,20 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     """
     paths = [folder.resolve() for folder in folders]
     if len(set(paths)) < len(paths):
-        raise UserError(f"{folders[0]}: is named twice; name each run once")
+        raise UserError(f"{folders[0]} is named twice. Name each run once.")
     return [run for folder, name in zip(folders, short_names(paths), strict=True) for run in _runs_of(folder, name)]
 
 
 def _runs_of(folder: Path, name: str) -> list[Run]:
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; name the folder of a run, such as runs/NAME")
+        raise UserError(f"{folder}: no such folder. Name the folder of a run, such as runs/NAME.")
     if is_run(folder):
         return [_run(folder, name, stage="")]
     written = _config(folder).get("stages")
     order = list(written) if isinstance(written, Mapping) else []
     stages = stage_folders(folder)
     if not stages:
-        raise UserError(f"{folder}: holds no run: neither metrics.jsonl nor a pipeline's stages. Name a run's folder.")
+        raise UserError(f"{folder} holds no run: it has neither metrics.jsonl nor the stages of a pipeline.")
     stages.sort(key=lambda stage: order.index(stage.name) if stage.name in order else len(order))
     return [_run(stage, f"{name}/{stage.name}", stage=stage.name) for stage in stages]
 
@@ -148,9 +148,7 @@ def _state(folder: Path, rows: Sequence[Any], errors: Sequence[Mapping[str, Any]
 
 
 def _is_held(lock: Path) -> bool:
-    """Return whether a process of this machine runs here. Processes of other machines on a shared
-    folder are not seen.
-    """
+    """Return whether a process of this machine runs here. Other machines on a shared folder are not visible."""
     try:
         with lock.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -163,16 +161,16 @@ def _is_held(lock: Path) -> bool:
 
 def _config(folder: Path) -> Mapping[str, Any]:
     path = folder / "config.resolved.yaml"
-    found = from_yaml(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found if isinstance(found, Mapping) else {}
+    config = from_yaml(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return config if isinstance(config, Mapping) else {}
 
 
 def _own_config(folder: Path) -> Mapping[str, Any]:
     """Return a run's configuration. Merges and evaluations write theirs as a pipeline of one stage."""
     config = _config(folder)
     stages = config.get("stages")
-    own = stages.get(folder.name) if isinstance(stages, Mapping) else None
-    return own if isinstance(own, Mapping) else config
+    stage = stages.get(folder.name) if isinstance(stages, Mapping) else None
+    return stage if isinstance(stage, Mapping) else config
 
 
 def _read(path: Path, read: Callable[[Path], list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -194,18 +192,18 @@ def _evaluations(folder: Path) -> dict[int, Mapping[str, Any]]:
 
 
 def _has_numbers(sets: Any) -> bool:
-    """Return whether each set is an object, and each of its metrics has numbers alone."""
-    if not isinstance(sets, Mapping) or not all(isinstance(one, Mapping) for one in sets.values()):
+    """Return whether each set is an object, and each of its metrics has only numbers."""
+    if not isinstance(sets, Mapping) or not all(isinstance(results, Mapping) for results in sets.values()):
         return False
-    metrics = [one.get("metrics", {}) for one in sets.values()]
-    if not all(isinstance(named, Mapping) for named in metrics):
+    metrics = [results.get("metrics", {}) for results in sets.values()]
+    if not all(isinstance(estimates, Mapping) for estimates in metrics):
         return False
-    estimates = [estimate for named in metrics for estimate in named.values()]
     return all(
         isinstance(estimate, Mapping)
         and isinstance(estimate.get("value"), int | float)
         and all(isinstance(estimate.get(end), int | float | None) for end in ("low", "high"))
-        for estimate in estimates
+        for estimates in metrics
+        for estimate in estimates.values()
     )
 
 
@@ -274,11 +272,11 @@ def read_pairs(run: Run) -> list[ResponsePair]:
     evaluated = {row["step"] for row in run.rows if any(key.startswith("eval/") for key in row)}
     at_evaluations = [step for step in steps if step in evaluated]
     held_out = _splits(run.folder, [*at_evaluations[:1], *at_evaluations[1:][-1:]], training=False)
-    if not any(len(found) > 1 for found in held_out.values()):
+    if not any(len(by_step) > 1 for by_step in held_out.values()):
         if len(steps) > 2 * _SCANNED_STEPS:
             steps = [*steps[:_SCANNED_STEPS], *steps[-_SCANNED_STEPS:]]
         held_out = _splits(run.folder, steps, training=True)
-    return [pair for split, found in held_out.items() for pair in _pairs(split, found)]
+    return [pair for split, by_step in held_out.items() for pair in _pairs(split, by_step)]
 
 
 def _splits(folder: Path, steps: Iterable[int], *, training: bool) -> dict[str, dict[int, list[Mapping[str, Any]]]]:

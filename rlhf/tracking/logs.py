@@ -99,15 +99,10 @@ def configure(level: str = "INFO", *, role: str = "controller", rank: int | None
 
 
 def hush_imports() -> None:
-    """Silence import-time log lines of libraries. Called before the imports, because users cannot
-    change these lines.
-    """
+    """Silence import-time log lines of libraries, which users cannot change. Called before the imports."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a package that nothing here calls
-    logging.getLogger("DeepSpeed").addFilter(_is_of_use)
-
-
-def _is_of_use(record: logging.LogRecord) -> bool:
-    return "Setting accelerator to CPU" not in record.getMessage()  # logged by a driver, which needs no accelerator
+    # A driver logs this line, although it needs no accelerator.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 
 def printable(text: str) -> str:

@@ -50,9 +50,9 @@ class RunPlaces:
         self.folders = [folder.resolve() for folder in folders]
         for folder, name in zip(self.folders, folders, strict=True):
             if not folder.is_dir():
-                raise UserError(f"{name} is no folder; name the folder of a run, such as runs/my-run")
+                raise UserError(f"{name} is not a folder. Name the folder of a run, such as runs/my-run.")
             if not is_run(folder) and not stage_folders(folder) and not (folder / "config.resolved.yaml").exists():
-                raise UserError(f"{name} holds no run: there is neither a metrics.jsonl nor a config.resolved.yaml")
+                raise UserError(f"{name} holds no run: it has neither metrics.jsonl nor config.resolved.yaml.")
 
     def by_name(self) -> dict[str, RunPlace]:
         """Return the runs by name. Each stage of a pipeline is a run, in order of their start."""

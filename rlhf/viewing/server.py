@@ -91,7 +91,7 @@ class RunViewer:
         cookie = request.cookies.get(_COOKIE, "")
         if gives_token(request, self.token) or is_same_secret(cookie, self._pass()):
             return None
-        return _error(401, "log in with the token")
+        return _error(401, "log in with the token of this server")
 
     def _pass(self) -> str:
         """Return the cookie of a logged-in browser. It is derived from the token and does not reveal it."""
@@ -105,7 +105,7 @@ class RunViewer:
         if self.token is None:
             return web.json_response({})
         if not gives_token(request, self.token):
-            return _error(401, "this is not the token")
+            return _error(401, "the token is wrong")
         response = web.json_response({})
         response.set_cookie(_COOKIE, self._pass(), httponly=True, samesite="Strict", path="/")
         return response
@@ -152,16 +152,16 @@ class RunViewer:
         try:
             rows = [int(row) for row in request.query.get("at", "").split(",")]
         except ValueError as error:
-            raise web.HTTPBadRequest(reason="at: give the places of responses, such as 0,1,2") from error
+            raise web.HTTPBadRequest(reason="at: give the positions of responses, such as 0,1,2") from error
         if len(rows) > MOST_WHOLE or min(rows) < 0:
-            raise web.HTTPBadRequest(reason=f"at: at most {MOST_WHOLE} places, from 0 on")
+            raise web.HTTPBadRequest(reason=f"at: give at most {MOST_WHOLE} positions, from 0 on")
         version = request.query.get("version", "")
         try:
             lines = await asyncio.to_thread(self.samples.whole, path, version, rows)
         except (OSError, IndexError) as error:
             raise web.HTTPNotFound(reason="no such response") from error
         if lines is None:
-            raise web.HTTPConflict(reason="the samples of this step were written anew")
+            raise web.HTTPConflict(reason="the samples of this step were written again")
         return web.Response(body=lines, content_type="application/jsonl")
 
     async def _config(self, request: web.Request) -> web.Response:

@@ -258,7 +258,7 @@ def test_tensors_are_counted_as_numbers_are(edges: tuple[float, ...]) -> None:
 
 
 def test_merging_other_edges_is_refused() -> None:
-    with pytest.raises(ValueError, match="other edges"):
+    with pytest.raises(ValueError, match="different edges"):
         LENGTHS.merge(Histogram.of([1.0], edges=(0.0, 1.0, 2.0)))
 
 

@@ -318,7 +318,7 @@ def test_a_port_that_is_none_is_refused(run: Path, capsys: pytest.CaptureFixture
 
 
 def test_folders_without_a_run_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         RunPlaces([tmp_path / "no"])
     (tmp_path / "empty").mkdir()
     assert main(["view", str(tmp_path / "empty")]) == 2

@@ -94,7 +94,8 @@ class LiveProgress(Progress):
         steps = f"{self._done}/{self._total}{self._left()}  {self._run}"
         bars.add_row(Text("steps"), _bar(self._done, self._total), Text(steps))
         for name, stage in list(self._stages.items()):
-            bars.add_row(Text(name), _stage_bar(stage), Text(_stage_words(stage)))
+            done, total = (1, 1) if stage.since is None else (stage.done, stage.total)
+            bars.add_row(Text(name), _bar(done, total), Text(_stage_text(stage)))
         return bars
 
     def _table(self) -> Table:
@@ -112,17 +113,11 @@ class LiveProgress(Progress):
 
 
 def _bar(done: int, total: int) -> ProgressBar:
+    """Return a bar, which moves if the total is 0 (not counted)."""
     return ProgressBar(total=total or 1, completed=done, width=_BAR, pulse=not total)
 
 
-def _stage_bar(stage: StageTime) -> ProgressBar:
-    """Return a bar: full for a finished stage, moving for an uncounted one."""
-    if stage.since is None:
-        return _bar(1, 1)
-    return _bar(stage.done, stage.total)
-
-
-def _stage_words(stage: StageTime) -> str:
+def _stage_text(stage: StageTime) -> str:
     seconds = stage.seconds + (0.0 if stage.since is None else time.monotonic() - stage.since)
     counted = f"{stage.done}/{stage.total}  " if stage.total else ""
     return f"{counted}{seconds:.1f} s"

@@ -235,7 +235,7 @@ class Histogram(Reduction):
 
     def merge(self, other: Self) -> Self:
         if self.edges != other.edges:
-            raise ValueError(f"histograms of {len(self.counts)} and {len(other.counts)} bins have other edges")
+            raise ValueError(f"histograms of {len(self.counts)} and {len(other.counts)} bins have different edges")
         return type(self)(edges=self.edges, counts=tuple(a + b for a, b in zip(self.counts, other.counts, strict=True)))
 
     def result(self) -> float:

@@ -32,9 +32,7 @@ class NodeSampler:
             threading.Thread(target=self._watch_gpus, name="node's GPUs", daemon=True).start()
 
     def take(self) -> dict[str, Reduction]:
-        """Return the load by the last part of the metrics' names. GPU values need GPUs and a new
-        sample of nvidia-smi.
-        """
+        """Return the load by the last part of the metrics' names. GPU values need a new sample of nvidia-smi."""
         before, self._times = self._times, psutil.cpu_times()
         now, memory = self._times, psutil.virtual_memory()
         total = sum(now[:_COUNTED]) - sum(before[:_COUNTED])

@@ -29,7 +29,7 @@ _TIMEOUT_S = 10.0
 
 def record_environment(path: Path, *, seed: int) -> None:
     """Write the environment of this start to a file. Warn of differences from the last start."""
-    now = describe(seed=seed)
+    now = _environment(seed)
     if path.exists():
         before = read_object(path)
         if before is None:
@@ -39,11 +39,8 @@ def record_environment(path: Path, *, seed: int) -> None:
     write_atomic(path, json.dumps(now, indent=2) + "\n")
 
 
-def describe(*, seed: int) -> dict[str, Any]:
-    """Return versions, git commit of the working folder, hardware and the run's seed. None: not
-    installed, or absent.
-    """
-    memory = psutil.virtual_memory()
+def _environment(seed: int) -> dict[str, Any]:
+    """Return versions, git commit of the working folder, hardware and the run's seed. None: absent."""
     return {
         "seed": seed,
         "python": platform.python_version(),
@@ -53,7 +50,7 @@ def describe(*, seed: int) -> dict[str, Any]:
         "hardware": {
             "cpu": _cpu_model(),
             "cores": len(psutil.Process().cpu_affinity()),
-            "memory_gib": round(memory.total / 2**30, 1),
+            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
             "gpus": _gpus(),
         },
     }
@@ -78,9 +75,7 @@ def output_of(*command: str, timeout_s: float = _TIMEOUT_S) -> str | None:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Return commit, branch (None: detached) and whether there are changes, but never the changes.
-    None: no repository.
-    """
+    """Return commit, branch (None: detached) and whether there are changes. None: no repository."""
     commit = output_of("git", "rev-parse", "HEAD")
     if commit is None:
         return None

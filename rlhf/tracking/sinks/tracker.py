@@ -38,7 +38,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     rows = read_lines(path)
     for number, row in enumerate(rows, start=1):
         if type(row.get("step")) is not int:
-            raise ValueError(f"{path}:{number}: the row has no `step`, or one that is no whole number")
+            raise ValueError(f"{path}:{number}: the row has no `step`, or its `step` is not a whole number")
     return rows
 
 
@@ -75,7 +75,7 @@ class Tracker:
         number. ValueError: the step is not after the last one.
         """
         if step <= self._last_step:
-            raise ValueError(f"step {step} was logged after step {self._last_step}: one row a step, steps rising")
+            raise ValueError(f"step {step} was logged after step {self._last_step}, but steps must rise")
         values: dict[str, float | None] = {}
         for key in sorted(metrics):
             declared(key)
@@ -129,6 +129,6 @@ class Tracker:
         self._continue()
 
     def close(self, *, failed: bool = False) -> None:
-        """Close the back ends; `failed` marks the run so in them."""
+        """Close the back ends. `failed`: they show that the run failed."""
         for relay in self._relays:
             relay.close(failed=failed)

@@ -169,7 +169,7 @@ class WandbBackend(TrackerBackend):
                     name = str(file.relative_to(path)) if file != path else path.name
                     artifact.add_file(str(file), name=name, policy=policy)
         except (FileNotFoundError, ValueError) as error:
-            logger.warning("%s was gone before W&B had read it: it is not kept there (%s)", path, error)
+            logger.warning("%s was removed before W&B read it, so W&B does not keep it (%s)", path, error)
             return
         self._run.log_artifact(artifact, aliases=list(aliases))
 
@@ -186,10 +186,10 @@ def plain(value: Any) -> Any:
 
 
 def tables(samples: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[str], list[list[Any]]]]:
-    """Return columns and rows of a table for each split of a step's samples, with at most MOST_ROWS rows and no
-    secrets.
+    """Return columns and rows of a table for each split of a step's samples, with at most MOST_ROWS rows.
 
-    An evaluation stage writes a set's name in place of the split. An example measured without a response is left out.
+    Secrets are masked. An evaluation stage writes the name of a set in place of the split. An example measured without
+    a response is left out.
     """
     by_split: dict[str, list[Mapping[str, Any]]] = {}
     for sample in samples:
@@ -198,27 +198,22 @@ def tables(samples: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[str], l
     tables_by_split = {}
     for split, rows in by_split.items():
         rewards = sorted({name for row in rows for name in row.get("scores") or {}})
-        columns = ["group_id", "sample", "prompt", "response", "score", *(f"score/{name}" for name in rewards)]
-        columns += ["advantage", "response_tokens", "truncated", "old_minus_rollout_logprob", "old_minus_ref_logprob"]
-        tables_by_split[split] = (columns, [_cells(row, rewards) for row in rows[:MOST_ROWS]])
+        cells = [_cells(row, rewards) for row in rows[:MOST_ROWS]]
+        tables_by_split[split] = (list(cells[0]), [list(row.values()) for row in cells])
     return tables_by_split
 
 
-def _cells(row: Mapping[str, Any], rewards: Sequence[str]) -> list[Any]:
+def _cells(row: Mapping[str, Any], rewards: Sequence[str]) -> dict[str, Any]:
     scores, old = row.get("scores") or {}, _mean_logprob(row, "old")
-    return [
-        row.get("group_id"),
-        row.get("sample"),
-        redact(row["prompt"]),
-        redact(row["response"]),
-        row.get("score"),
-        *(scores.get(name) for name in rewards),
-        row.get("advantage"),
-        row.get("response_tokens"),
-        row.get("truncated"),
-        _difference(old, row.get("mean_rollout_logprob")),
-        _difference(old, _mean_logprob(row, "ref")),
-    ]
+    return {
+        **{name: row.get(name) for name in ("group_id", "sample")},
+        **{name: redact(row[name]) for name in ("prompt", "response")},
+        "score": row.get("score"),
+        **{f"score/{name}": scores.get(name) for name in rewards},
+        **{name: row.get(name) for name in ("advantage", "response_tokens", "truncated")},
+        "old_minus_rollout_logprob": _difference(old, row.get("mean_rollout_logprob")),
+        "old_minus_ref_logprob": _difference(old, _mean_logprob(row, "ref")),
+    }
 
 
 def _mean_logprob(row: Mapping[str, Any], whose: str) -> float | None:
@@ -229,8 +224,7 @@ def _mean_logprob(row: Mapping[str, Any], whose: str) -> float | None:
 
 
 def _difference(left: float | None, right: float | None) -> float | None:
-    found = None if left is None or right is None else left - right
-    return found if found is None or math.isfinite(found) else None
+    return left - right if left is not None and right is not None and math.isfinite(left - right) else None
 
 
 def _within(timeout_s: float, action: str, call: Callable[[], T]) -> T:
