@@ -80,7 +80,7 @@ def _node(description: str, text: str) -> Node:
     kind: str | None = None
     items = dict(item.split("=") for item in description.split(","))
     if len(items) <= description.count(","):
-        raise UserError(f"--cluster {text!r}: {description!r} says a key twice")
+        raise UserError(f"--cluster {text!r}: {description!r} gives a key twice")
     for key, value in items.items():
         if key == "type":
             kind = value.lower()

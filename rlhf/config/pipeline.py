@@ -131,7 +131,7 @@ def _misplaced(tree: Tree) -> Iterator[Problem]:
         if sections is not None and not isinstance(sections, dict):
             yield Problem(key=("stages", name), text=f"got {kind(sections)}, expected a mapping of sections")
         elif sections is not None and "run" in sections:
-            text = "stands at the top, for all stages; a stage's run is called after the pipeline and the stage"
+            text = "stands at the top, for all stages; a stage's run has the names of the pipeline and the stage"
             yield Problem(key=("stages", name, "run"), text=text)
         else:
             yield from _not_of_its_kind(name, sections or {})

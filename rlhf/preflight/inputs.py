@@ -236,12 +236,12 @@ def _online(config: Config, source: str, tokenizer: Any, loaded: LoadedConfig) -
     if data.curriculum is not None and len(shares) == 1 and prompts_asked(config, rollouts) <= len(prompts):
         raise UserError(
             f"data.curriculum: has no effect here: data.train has {len(prompts)} prompts, of which "
-            f"{config.train.num_steps} steps ask {prompts_asked(config, rollouts)} at most, so none comes up "
+            f"{config.train.num_steps} steps need {prompts_asked(config, rollouts)} at most, so none comes up "
             "twice; remove it, or raise train.steps or rollouts.prompts_per_step."
         )
     if config.algorithm.kind == "sampled_distillation" and any(prompt.temperature is not None for prompt in prompts):
         raise UserError(
-            f"data.train: column `temperature` is not for algorithm {config.algorithm.name}, whose teacher is asked at "
+            f"data.train: column `temperature` is not for algorithm {config.algorithm.name}, whose teacher works at "
             "rollouts.temperature. Give the column another name, or leave it out."
         )
     held_out = {name: prompts_of(f"data.eval.{name}", section) for name, section in eval_sets(config).items()}

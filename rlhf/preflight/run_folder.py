@@ -102,7 +102,7 @@ def _refuse_other_settings(stage: Stage) -> None:
     if changed:
         raise UserError(
             f"--resume: {run_folder(stage)} is finished, with other settings: {'; '.join(changed)}. Choose another "
-            "run.name, or remove the folder to do it anew."
+            "run.name, or remove the folder to run it again."
         )
 
 

@@ -101,7 +101,7 @@ def refuse_absent_tokens(token_ids: Sequence[int], tokenizer: Any, *, key: str) 
     for token in token_ids:
         if token not in known:
             raise UserError(
-                f"{key}: {token} is no token of {tokenizer.name_or_path}, whose ids go from {min(known)} to "
+                f"{key}: {token} is not a token of {tokenizer.name_or_path}, whose ids go from {min(known)} to "
                 f"{max(known)}. Name one of these."
             )
 

@@ -87,7 +87,7 @@ def tools(tmp_path: Path) -> str:
         ("generate MODEL --prompt a --system-prompt b --no-chat-template", "system_prompt: has no effect without"),
         ("generate MODEL --prompt a --chat-template-kwargs x", "is 'x', expected a JSON object, such as"),
         ('generate MODEL --prompt a --chat-template-kwargs {"x":1}', "--chat-template-kwargs.x: has no effect: "),
-        ("generate MODEL --prompt a --stop-token-id 320", "--stop-token-id: 320 is no token of "),
+        ("generate MODEL --prompt a --stop-token-id 320", "--stop-token-id: 320 is not a token of "),
         ("generate MODEL --prompt a --min-p 2", "min_p: is 2.0, expected 0 to 1"),
         ("generate MODEL --chat --samples 2", "have no effect with --chat"),
         ("generate MODEL --file PROMPTS", "prompts.jsonl:2: column `prompt` is the number 5, expected a string"),

@@ -35,7 +35,7 @@ train: {steps: 10, lr: 1e-6, sequences_per_update: 16}
         (["data.eval=null", "train.early_stopping.patience=2"], "train.early_stopping: has no effect here"),
         (["eval.every=2", "train.early_stopping.patience=5"], "the run has 5 evaluations, too few to wait for 5"),
         (["algorithm.neftune_alpha=5"], "algorithm.neftune_alpha: is a key of `sft`; `dpo` has beta, "),
-        (["train.best_metric=eval/heldout/score"], "before it: eval/heldout/loss, eval/heldout/accuracy"),
+        (["train.best_metric=eval/heldout/score"], "a leading `-`: eval/heldout/loss, eval/heldout/accuracy"),
         (["algorithm.loss={sigmoid: 1e999}"], "is not a finite number"),
         (["algorithm={name: dpo, length_alpha: 0.5, sft_coef: 1}"], "algorithm: `length_alpha` below 1 weighs"),
         (["rollouts.top_p=0.9"], "rollouts: has no effect here: algorithm dpo samples no responses"),
@@ -104,7 +104,7 @@ train: {steps: 10, lr: 1e-6, sequences_per_update: 16}
         ),
         (["algorithm={name: distillation, divergence: jsd, beta: 1}"], "algorithm.beta: got 1, expected a number > 0"),
         (["algorithm.temperature=0"], "algorithm.temperature: got 0, expected a number > 0"),
-        (["teacher.model=stage:sft"], "teacher.model: got 'stage:sft', but this run is no stage of a pipeline"),
+        (["teacher.model=stage:sft"], "teacher.model: got 'stage:sft', but this run is not a pipeline's stage"),
         (
             ["cluster.roles.teacher.workers=2"],
             "cluster.roles.teacher.workers: is 2, but it is colocated with policy, which has 1 workers",
@@ -114,7 +114,7 @@ train: {steps: 10, lr: 1e-6, sequences_per_update: 16}
         (["reference.model=a/b"], "reference: has no effect here: algorithm distillation has no reference"),
         (
             ["train.best_metric=eval/heldout/accuracy"],
-            "before it: eval/heldout/loss, eval/heldout/token_accuracy, eval",
+            "a leading `-`: eval/heldout/loss, eval/heldout/token_accuracy, eval",
         ),
     ],
 )

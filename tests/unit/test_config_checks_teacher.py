@@ -29,7 +29,7 @@ WHOLE = "algorithm.divergence=forward_kl"
         (["algorithm.reward_coef=0.1"], "rewards: is missing: algorithm.reward_coef needs at least one reward"),
         (
             [REWARDS, "algorithm.reward_coef=0.1", "rollouts.samples_per_prompt=1", "train.sequences_per_update=8"],
-            "rollouts.samples_per_prompt: is 1, but algorithm.reward_coef compares a prompt's responses",
+            "rollouts.samples_per_prompt: is 1, but algorithm.reward_coef compares the responses to one prompt",
         ),
         (
             [REWARDS, WHOLE, "algorithm.reward_coef=0.1"],
@@ -54,7 +54,10 @@ WHOLE = "algorithm.divergence=forward_kl"
             ["cluster.roles.reference.workers=1"],
             "cluster.roles.reference: has no effect here: this run starts no reference role",
         ),
-        (["train.best_metric=eval/heldout/score"], "before it: eval/heldout/kl_teacher, eval/heldout/truncated, eval"),
+        (
+            ["train.best_metric=eval/heldout/score"],
+            "a leading `-`: eval/heldout/kl_teacher, eval/heldout/truncated, eval",
+        ),
         (["data.max_sequence_tokens=9"], "data.max_sequence_tokens: has no effect here"),
     ],
 )

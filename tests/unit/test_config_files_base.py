@@ -154,7 +154,10 @@ def test_a_circle_is_refused_with_its_chain(folder: Path, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        ("bas.yaml", "bas.yaml is no file in {folder}, and the library has no recipe of that name; did you mean base"),
+        (
+            "bas.yaml",
+            "bas.yaml is not a file in {folder}, and no recipe has this name; did you mean base",
+        ),
         ("3", "got 3, expected the name of a file"),
         ("[base.yaml]", "got ['base.yaml'], expected the name of a file"),
         ("null", "got null, expected the name of a file"),

@@ -87,8 +87,8 @@ def test_a_run_and_its_folder(file: Path) -> None:
         ("run: &x {name: *x}\n", "the alias contains itself"),
         ("run: {name: a\0b}\n", "holds the control character '\\x00', which is not YAML"),
         ("{a: " * 3000 + "1" + "}" * 3000, "sections within sections go too deep"),
-        ("run: !!int abc\n", ":1: 'abc' is no value of a config"),
-        ("run: !!timestamp 2020-01-01\n", ":1: '2020-01-01' as tag:yaml.org,2002:timestamp is no value"),
+        ("run: !!int abc\n", ":1: 'abc' is not a value of a config"),
+        ("run: !!timestamp 2020-01-01\n", ":1: '2020-01-01' as tag:yaml.org,2002:timestamp is not a value"),
     ],
 )
 def test_broken_files_name_their_line(file: Path, text: str, message: str) -> None:
@@ -255,7 +255,7 @@ def test_an_override_replaces_a_whole_section(file: Path) -> None:
         (["train.lr.x=1"], "argument 'train.lr.x=1': train.lr is 1e-06, not a section with keys"),
         (["train.lr=[1"], "argument 'train.lr=[1': not valid YAML: "),
         (["train.lr=1e400"], "argument 'train.lr=1e400': '1e400' is not a finite number"),
-        (["train.steps=" + "9" * 5000], "is no value of a config: Exceeds the limit"),
+        (["train.steps=" + "9" * 5000], "is not a value of a config: Exceeds the limit"),
         ([".".join("a" * 200) + "=1"], "sections within sections go too deep, beyond 100"),
         (["run.dir=~nosuchuser/x"], "run.dir: got '~nosuchuser/x', and there is no such home folder"),
         (["run.dir=" + "a/" * 2000], "run.dir: has 3999 bytes; a path may have 3000, and the name of a folder 255"),

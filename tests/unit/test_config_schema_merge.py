@@ -72,11 +72,14 @@ def test_a_file_and_arguments(file: Path) -> None:
         (["merge.models.math.epsilon=0.1"], "epsilon: has no effect here: method ties takes no epsilon; remove it"),
         (["merge.models={}"], "merge.models: has 0, but method ties takes at least 1 model in addition to merge.base"),
         (["merge.tokenizer=mth"], "merge.tokenizer: got 'mth'; did you mean math?"),
-        (["merge.models.base={model: x}"], "merge.models.base: is no name for a model: base is merge.base"),
+        (
+            ["merge.models.base={model: x}"],
+            "merge.models.base: is no valid name, since merge.base has it",
+        ),
         (["merge.output=adapter"], "merge.base: has no effect here: method ties on adapters takes no base"),
         (
             ["merge.output=adapter", "merge.base=null"],
-            "densities differ (math: 0.5, chat: 1); adapters have one for all",
+            "densities differ (math: 0.5, chat: 1); adapters share one density",
         ),
         (["merge.method=slerp"], "merge.models: has 2, but method slerp takes one model in addition to merge.base"),
         (["merge.method=svd"], "merge.method: svd makes no model; set merge.output to adapter, or take one of linear"),
@@ -87,7 +90,7 @@ def test_a_file_and_arguments(file: Path) -> None:
         ),
         (
             ["merge={method: linear, models: {a: {model: x, weight: 1}, b: {model: y, weight: -1}}, out: z}"],
-            "the weights add up to 0, and linear divides by that",
+            "the weights add up to 0, and linear divides by the sum",
         ),
         (["merge.scale=0"], "merge.scale: is 0, so the result is merge.base; give another factor"),
         (
@@ -109,8 +112,8 @@ def test_mistakes(file: Path, overrides: list[str], message: str) -> None:
     ("slices", "message"),
     [
         ("[]", "merge.slices: is missing: passthrough stacks layers"),
-        ("[{model: a, layers: [0, 4]}]", "merge.models.b: has no effect here: no slice takes layers of it"),
-        ("[{model: a, layers: [4, 4]}, {model: b, layers: [0, 1]}]", "layers [4, 4] of a are none"),
+        ("[{model: a, layers: [0, 4]}]", "merge.models.b: has no effect here: no slice uses its layers"),
+        ("[{model: a, layers: [4, 4]}, {model: b, layers: [0, 1]}]", "layers [4, 4] of a are empty"),
         ("[{model: c, layers: [0, 4]}]", "merge.slices: got 'c'; the models are a, b"),
         ("[{model: a, leyers: [0, 4]}]", "merge.slices.0.leyers: unknown key; did you mean merge.slices.0.layers?"),
         ("[{model: a, layers: [0, -1]}]", "merge.slices.0.layers: got -1, expected a list of 2 integers >= 0"),
@@ -161,5 +164,5 @@ def test_an_empty_file_and_a_runs_configuration(file: Path) -> None:
 
 
 def test_a_merge_is_no_run(file: Path) -> None:
-    with pytest.raises(rlhf.UserError, match=r":1: merge: is no part of a run; use `rlhf merge "):
+    with pytest.raises(rlhf.UserError, match=r":1: merge: is not a section of a run; use `rlhf merge "):
         rlhf.load_config(file)

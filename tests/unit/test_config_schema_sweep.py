@@ -94,10 +94,10 @@ def test_in_a_pipeline_the_last_stage_that_has_the_metric_is_judged(tmp_path: Pa
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"metric": "eval/heldout/lss"}, r"sweep.metric: got 'eval/heldout/lss'; did you mean eval/heldout/loss\?"),
-    ({"metric": "-nonsense"}, "sweep.metric: got 'nonsense', which is no metric"),
+    ({"metric": "-nonsense"}, "sweep.metric: got 'nonsense', which is not a metric"),
     ({"name": "a/b"}, "sweep.name: got 'a/b', expected letters"),
     ({"paramters": {}}, r"sweep.paramters: unknown key; did you mean sweep.parameters\?"),
-    ({"config": "nowhere.yaml"}, "sweep.config: nowhere.yaml is no file"),
+    ({"config": "nowhere.yaml"}, "sweep.config: nowhere.yaml is not a file"),
     ({"parameters": {}}, "sweep.parameters"),
     ({"parameters": {"train.lrr": {"values": [1.0]}}}, r"train.lrr: unknown key; did you mean train.lr\?"),
     ({"parameters": {"train.lr": {"values": []}}}, "sweep.parameters.train.lr.values: is empty"),
@@ -114,7 +114,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"set": {"train.lr": 1.0}}, "train.lr: is fixed by sweep.set too"),
     ({"set": {"run.dir": "x"}}, "sweep.set.run.dir: is given to each trial"),
     ({"set": {"train.stps": 1}}, r"train.stps: unknown key; did you mean train.steps\?"),
-    ({"method": {"name": "grid"}}, "train.lr: is a range without end of numbers, and a grid has each"),
+    ({"method": {"name": "grid"}}, "train.lr: is an infinite range, and a grid tries every number"),
     ({"method": {"name": "gird"}}, "sweep.method.name: got 'gird'; did you mean `grid`. Expected `grid`, `random`"),
     ({"method": {"name": "grid", "trials": 3}}, "sweep.method.trials: is a key of"),
     ({"method": {"name": "asha", "trials": 3, "grace_steps": 9}}, "grace_steps: is 9, but a trial has only 9 steps"),
@@ -126,7 +126,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
             "method": {"name": "pbt", "trials": 4, "every": 2},
             "parameters": {"train.sequences_per_update": {"values": [8, 16]}},
         },
-        "sweep.parameters.train.sequences_per_update: cannot change while a run goes on",
+        "sweep.parameters.train.sequences_per_update: cannot change when a run continues",
     ),
 ]
 
@@ -142,10 +142,13 @@ def test_what_is_wrong_is_said_with_its_key(tmp_path: Path, changes: dict[str, A
     [
         (
             {"train.lr": {"min": -1.0, "max": 1e-3}},
-            "train.lr=-1.0 is no run: .*train.lr: got -1.0, expected a number > 0",
+            "train.lr=-1.0 is not a valid run: .*train.lr: got -1.0, expected a number > 0",
         ),
-        ({"eval.every": {"values": [2, 0]}}, "eval.every=0 is no run: .*expected an integer >= 1"),
-        ({"train.warmup_steps": {"min": 0, "max": 9, "integer": True}}, "warmup_steps=9 is no run: .*is 9 and must be"),
+        ({"eval.every": {"values": [2, 0]}}, "eval.every=0 is not a valid run: .*expected an integer >= 1"),
+        (
+            {"train.warmup_steps": {"min": 0, "max": 9, "integer": True}},
+            "warmup_steps=9 is not a valid run: .*is 9 and must be",
+        ),
     ],
 )
 def test_every_end_of_a_range_is_checked_before_anything_starts(

@@ -95,7 +95,7 @@ RELATIONS = {
     ),
     "what is kept can be compared": (
         [GRPO, "rollouts.keep_per_prompt={count: 1}", "train.sequences_per_update=8"],
-        "rollouts.keep_per_prompt.count: is 1, but grpo compares the kept ones with each other: 2 or more",
+        "rollouts.keep_per_prompt.count: is 1, but grpo compares the kept responses; keep 2 or more",
     ),
     "raft keeps no more than there are": (["algorithm={name: raft, keep: 5}", "train.sequences_per_update=8"], "lower"),
     "raft rejects some": (
@@ -142,7 +142,7 @@ RELATIONS = {
     ),
     "groups to choose from have two responses": (
         ["algorithm={name: grpo}", "rollouts.samples_per_prompt=1", "train.sequences_per_update=8"],
-        "rollouts.samples_per_prompt: is 1, but grpo compares a prompt's responses with each other",
+        "rollouts.samples_per_prompt: is 1, but grpo compares the responses to one prompt",
     ),
     "a band of means has something in it": (
         ["rollouts.dynamic_sampling={min_mean: 0.5, max_mean: 0.25}"],
@@ -166,7 +166,7 @@ RELATIONS = {
     ),
     "a group has two responses": (
         [GRPO, "rollouts.samples_per_prompt=1", "train.sequences_per_update=4"],
-        "rollouts.samples_per_prompt: is 1, but grpo compares a prompt's responses",
+        "rollouts.samples_per_prompt: is 1, but grpo compares the responses to one prompt",
     ),
     # 10 steps * 32/16 updates = 20
     "the warm-up ends": (["train.warmup_steps=20"], "is 20 and must be below the run's 20 optimizer steps"),
@@ -181,7 +181,7 @@ RELATIONS = {
     ),
     "a step has no more pairs than prompts": (
         PAIRS[:1],
-        "train.sequences_per_update: is 16, but a step has only 8 pairs, one a prompt",
+        "train.sequences_per_update: is 16, but a step has only 8 pairs, one per prompt",
     ),
     "minibatches divide the pairs": (
         [PAIRS[0], "train.sequences_per_update=3"],
@@ -194,7 +194,7 @@ RELATIONS = {
     ),
     "a pair has two responses": (
         [*PAIRS, "rollouts.samples_per_prompt=1"],
-        "rollouts.samples_per_prompt: is 1, but online_dpo compares a prompt's responses",
+        "rollouts.samples_per_prompt: is 1, but online_dpo compares the responses to one prompt",
     ),
     "pairs have no advantages": (
         [*PAIRS, "algorithm.clip_low=0.1"],
@@ -208,11 +208,11 @@ RELATIONS = {
     ),
     "a reference does not become a policy with an adapter": (
         [*PAIRS, "algorithm.reference_every=2", LORA],
-        "algorithm.reference_every: is 2, but a policy with policy.lora is exported as its adapter alone",
+        "algorithm.reference_every: is 2, but a policy with policy.lora is exported as an adapter only",
     ),
     "nor does that of an algorithm with advantages": (
         ["algorithm={name: grpo, kl: {coef: 0.1}, reference_every: 2}", LORA],
-        "algorithm.reference_every: is 2, but a policy with policy.lora is exported as its adapter alone",
+        "algorithm.reference_every: is 2, but a policy with policy.lora is exported as an adapter only",
     ),
     "a straight-through estimator has a gradient": (
         ["algorithm.kl.estimator=k3_straight_through"],
@@ -233,7 +233,7 @@ RELATIONS = {
     ),
     "an adaptive coefficient starts above 0": (
         ["algorithm.kl={coef: 0, adaptive: {target: 1}}"],
-        "algorithm.kl.adaptive: multiplies algorithm.kl.coef, and 0 stays 0",
+        "algorithm.kl.adaptive: multiplies algorithm.kl.coef, which is 0 and stays 0",
     ),
     "a correction corrects": (
         ["algorithm.correction={}"],
@@ -241,7 +241,7 @@ RELATIONS = {
     ),
     "a correction is not counted twice": (
         ["algorithm.correction={mode: bypass, weights: token_truncated}"],
-        "algorithm.correction.weights: is token_truncated, but with mode bypass the clipped ratio is",
+        "algorithm.correction.weights: is token_truncated, but with mode bypass the clipped ratio already",
     ),
     "weights cannot be added to a bypass": (
         ["algorithm.correction={preset: bypass_clip, weights: token_truncated}"],
@@ -276,16 +276,16 @@ RELATIONS = {
     "a mapping of evaluation sets names one": (["data.eval={}"], "data.eval: is an empty mapping"),
     "the best metric is evaluated": (
         ["train.best_metric=eval/other/score"],
-        "train.best_metric: got 'eval/other/score', expected a metric of an evaluation, or one with `-` before it: "
+        "train.best_metric: got 'eval/other/score', expected a metric of an evaluation, with or without a leading `-`: "
         "eval/heldout/score, eval/heldout/score_low",
     ),
     "a vote needs its samples": (
         ["eval.temperature=1.0", "eval.samples_per_prompt=4", "eval.k=[1, 8]"],
-        "eval.k: has 8, but eval.samples_per_prompt is 4; raise that, or lower k",
+        "eval.k: has 8, but eval.samples_per_prompt is 4; raise it, or lower k",
     ),
     "a single run has no stages": (
         ["policy.model=stage:sft"],
-        "policy.model: got 'stage:sft', but this run is no stage",
+        "policy.model: got 'stage:sft', but this run is not a pipeline's stage",
     ),
     "a Ray of the run's own is written null": (["cluster.address=local"], "cluster.address: is local; a Ray that is"),
     "a gate is another reward": (
@@ -328,7 +328,7 @@ RELATIONS = {
     ),
     "a reward model has steps to be credited": (
         [*REWARD_MODEL, "rewards.taste.credit=step"],
-        "rewards.taste.credit: is step, but reward.steps is null: set reward.steps.separator to what ends",
+        "rewards.taste.credit: is step, but reward.steps is null: set reward.steps.separator to the text at the end",
     ),
     "a baseline of whole responses has no steps": (
         [
@@ -418,12 +418,12 @@ RELATIONS = {
     "a critic's too": (["critic={model: a/b, adapter: c}"], "critic.adapter: is c, but critic.lora is null"),
     "an adapter of a stage is for pipelines": (
         [LORA, "policy.adapter=stage:sft"],
-        "policy.adapter: got 'stage:sft', but this run is no stage",
+        "policy.adapter: got 'stage:sft', but this run is not a pipeline's stage",
     ),
-    "pissa is no dora": (["policy.lora={init: pissa, dora: true}"], "policy.lora.init: is pissa, but dora takes"),
+    "pissa is no dora": (["policy.lora={init: pissa, dora: true}"], "policy.lora.init: is pissa, but dora needs"),
     "pissa takes whole weights": (
         ["policy.lora={init: pissa, quantize: nf4}"],
-        "policy.lora.init: is pissa, which takes weights apart, but policy.lora.quantize",
+        "policy.lora.init: is pissa, which decomposes the weights, but policy.lora.quantize",
     ),
     "a module is adapted or trained whole": (
         ["policy.lora={target_modules: [q_proj, o_proj], modules_to_save: [o_proj]}"],
@@ -431,11 +431,11 @@ RELATIONS = {
     ),
     "4 bits are not sharded": (
         ["policy.lora.quantize=nf4", "cluster.roles.policy.zero_stage=3"],
-        "cluster.roles.policy.zero_stage: is 3, but DeepSpeed does not shard weights of 4 bits (policy.lora.quantize)",
+        "cluster.roles.policy.zero_stage: is 3, but DeepSpeed does not shard 4-bit weights (policy.lora.quantize)",
     ),
     "a critic's neither": (
         ["critic={model: a/b, lora: {quantize: nf4}}", "cluster.roles.critic.zero_stage=3"],
-        "cluster.roles.critic.zero_stage: is 3, but DeepSpeed does not shard weights of 4 bits (critic.lora.quantize)",
+        "cluster.roles.critic.zero_stage: is 3, but DeepSpeed does not shard 4-bit weights (critic.lora.quantize)",
     ),
     "nccl is for GPUs": (["cluster.weight_sync=nccl"], "cluster.weight_sync: is nccl, which needs cluster.device cuda"),
     "shm is for CPUs": (

@@ -170,7 +170,7 @@ def test_the_description_of_a_cluster() -> None:
         parse_cluster("2x8")
     for text, error in {
         "gpu=8": "'gpu=8' has no cpu=",
-        "cpu=8,cpu=16": "'cpu=8,cpu=16' says a key twice",
+        "cpu=8,cpu=16": "'cpu=8,cpu=16' gives a key twice",
         "cpu=8,ram=5": "'ram' is unknown, expected cpu, gpu, mem, gpumem, price, type",
         "cpu=8,gpu=1,type=gtx": "type=gtx, expected one of a100",
         "cpu=8,gpu=0.5": "'gpu=0.5', expected a number, of GPUs a whole one",

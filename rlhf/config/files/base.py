@@ -90,7 +90,7 @@ def _find(name: Any, folder: Path, place: str) -> Path:
             return file.relative_to(here) if file.is_relative_to(here) else file
     close = nearest(path.name, sorted({file.name for at in (folder, RECIPES) for file in at.glob("*.yaml")}))
     hint = f"; did you mean {close}?" if close else ""
-    raise UserError(f"{place}: {name} is no file in {folder}, and the library has no recipe of that name{hint}")
+    raise UserError(f"{place}: {name} is not a file in {folder}, and no recipe has this name{hint}")
 
 
 def _relocate(value: Any, folder: Path, target: Path) -> Any:

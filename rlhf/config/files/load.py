@@ -82,9 +82,9 @@ def resolve(tree: Tree, overrides: Sequence[str], folder: Path) -> LoadedConfig:
         raise UserError(f"{tree.place(('base',))}: base: is a key of files only; `rlhf train FILE` names the file")
     _locate_code(tree, folder)
     if "sweep" in tree.values:
-        raise UserError(f"{tree.place(('sweep',))}: sweep: is no part of a run; use `rlhf sweep {tree.source}`")
+        raise UserError(f"{tree.place(('sweep',))}: sweep: is not a section of a run; use `rlhf sweep {tree.source}`")
     if "merge" in tree.values and "stages" not in tree.values:
-        raise UserError(f"{tree.place(('merge',))}: merge: is no part of a run; use `rlhf merge {tree.source}`")
+        raise UserError(f"{tree.place(('merge',))}: merge: is not a section of a run; use `rlhf merge {tree.source}`")
     if "evaluate" in tree.values and "stages" not in tree.values:
         text = "is a stage's section; put it into `stages:`, or evaluate a model with `rlhf eval`"
         raise UserError(f"{tree.place(('evaluate',))}: evaluate: {text}")
@@ -142,7 +142,7 @@ def _plain(value: Any, place: str) -> Any:
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
-                raise UserError(f"{place}: the key {key!r} is no string")
+                raise UserError(f"{place}: the key {key!r} is not a string")
         return {key: _plain(inner, f"{place}.{key}" if place != "config" else key) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(inner, f"{place}[{index}]") for index, inner in enumerate(value)]

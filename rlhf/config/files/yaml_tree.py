@@ -211,9 +211,9 @@ class _Converter:
         try:
             scalar = self.loader.construct_object(node)
         except ValueError as error:  # an integer with thousands of digits, or an unsuitable tag
-            raise UserError(f"{self._place(node)}: {kind(node.value)} is no value of a config: {error}") from None
+            raise UserError(f"{self._place(node)}: {kind(node.value)} is not a value of a config: {error}") from None
         if not isinstance(scalar, str | int | float | None):
-            raise UserError(f"{self._place(node)}: {kind(node.value)} as {node.tag} is no value of a config")
+            raise UserError(f"{self._place(node)}: {kind(node.value)} as {node.tag} is not a value of a config")
         if isinstance(scalar, str) and any("\ud800" <= character <= "\udfff" for character in scalar):
             raise UserError(f"{self._place(node)}: {kind(scalar)} holds half of a character (a lone surrogate)")
         if isinstance(scalar, float) and not math.isfinite(scalar):

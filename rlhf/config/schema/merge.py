@@ -220,27 +220,27 @@ def _of_models(config: MergeConfig, takes: Takes) -> Iterator[Problem]:
     if config.tokenizer is not None and config.tokenizer not in named:
         yield Problem(key=(*AT, "tokenizer"), text=_no_model(config.tokenizer, named))
     if "base" in config.models:
-        yield Problem(key=(*AT, "models", "base"), text="is no name for a model: base is merge.base")
+        yield Problem(key=(*AT, "models", "base"), text="is no valid name, since merge.base has it")
 
 
 def _of_methods(config: MergeConfig, takes: Takes) -> Iterator[Problem]:
     if "scale" in takes.keys and config.scale == 0.0:
         yield Problem(key=(*AT, "scale"), text="is 0, so the result is merge.base; give another factor")
     if "weight" in takes.per_model and config.models and not any(model.weight for model in config.models.values()):
-        yield Problem(key=(*AT, "models"), text="every weight is 0, so nothing is merged; give one that is not")
+        yield Problem(key=(*AT, "models"), text="every weight is 0, so nothing is merged; give a model another weight")
     elif config.method == "linear" and config.output == "model" and config.normalize is not False:
         total = math.fsum(model.weight for model in config.models.values())
         if abs(total) < 1e-8:
-            text = (
-                "the weights add up to 0, and linear divides by that; change a weight, or set merge.normalize to false"
-            )
+            text = "the weights add up to 0, and linear divides by the sum; change one, or set merge.normalize to false"
             yield Problem(key=(*AT, "models"), text=text)
     densities = {name: model.density for name, model in config.models.items()}
     if config.method in RANDOM and densities and all(density == 1.0 for density in densities.values()):
         text = f"every density is 1, so {config.method} drops nothing; set a density below 1, or take task_arithmetic"
         yield Problem(key=(*AT, "models"), text=text)
     if config.output == "adapter" and "density" in takes.per_model and len(set(densities.values())) > 1:
-        text = f"densities differ ({', '.join(f'{n}: {d:g}' for n, d in densities.items())}); adapters have one for all"
+        text = (
+            f"densities differ ({', '.join(f'{n}: {d:g}' for n, d in densities.items())}); adapters share one density"
+        )
         yield Problem(key=(*AT, "models"), text=text)
     if "epsilon" in takes.per_model:
         for name, model in config.models.items():
@@ -262,11 +262,11 @@ def _of_slices(config: MergeConfig) -> Iterator[Problem]:
         if part.model not in config.models:
             yield Problem(key=(*AT, "slices"), text=_no_model(part.model, list(config.models)))
         if first >= end:
-            text = f"layers {[first, end]} of {part.model} are none: the second number is the layer after the last"
+            text = f"layers {[first, end]} of {part.model} are empty: the second number is the layer after the last"
             yield Problem(key=(*AT, "slices"), text=text)
     for name in config.models:
         if name not in {part.model for part in config.slices}:
-            yield Problem(key=(*AT, "models", name), text="has no effect here: no slice takes layers of it; remove it")
+            yield Problem(key=(*AT, "models", name), text="has no effect here: no slice uses its layers; remove it")
 
 
 def _no_model(name: str, named: Sequence[str]) -> str:

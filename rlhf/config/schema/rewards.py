@@ -16,7 +16,7 @@ from rlhf.rewards.functions.table import BUILT_INS
 from rlhf.tracking.logs import is_secret_name
 
 OF_NUMBERS = OnlyWith("choices", {}, because="they give the score")
-OF_A_SERVICE = NotWith("url", None, because="it is no service")
+OF_A_SERVICE = NotWith("url", None, because="the reward is not a service")
 OF_A_WEIGHT = NotWith("weight", 0.0)
 _JUDGE_PROMPT = """\
 Rate how well the response answers the prompt, from 1 (useless) to 10 (excellent).
@@ -79,7 +79,7 @@ class JudgeConfig(Section):
         try:
             groups = re.compile(pattern).groups
         except re.error as error:
-            raise ValueError(f"`pattern` is no regular expression: {error}") from error
+            raise ValueError(f"`pattern` is not a regular expression: {error}") from error
         if not groups:
             raise ValueError("`pattern` has no group; put parentheses around the number")
         return pattern

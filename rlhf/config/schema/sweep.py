@@ -198,7 +198,7 @@ def _blaming(source: str, parameters: Mapping[str, Any]) -> Iterator[None]:
         yield
     except UserError as error:
         values = ", ".join(f"{key}={kind(value)}" for key, value in parameters.items())
-        raise UserError(f"{source}: sweep.parameters: a trial with {values} is no run: {error}") from error
+        raise UserError(f"{source}: sweep.parameters: a trial with {values} is not a valid run: {error}") from error
 
 
 def arguments(values: Mapping[str, Any]) -> list[str]:
@@ -229,7 +229,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     with _blaming(tree.source, first):
         base = resolve(run, arguments(first), folder)
     if not base.runs:
-        raise UserError(f"{tree.place((*AT, 'config'))}: sweep.config: no stage of it trains; there is nothing to vary")
+        raise UserError(f"{tree.place((*AT, 'config'))}: sweep.config: no stage of it trains, so nothing can vary")
     sweep = Sweep(source=tree.source, config=config, tree=run, tree_folder=folder, base=base)
     refuse(tuple(_run_problems(sweep)), tree.place)
     return sweep
@@ -253,7 +253,7 @@ def _run_tree(config: SweepConfig, tree: Tree, path: Path) -> tuple[Tree, Path]:
     run_file = next((file for file in (Path(config.config), folder / config.config) if file.is_file()), None)
     if run_file is None:
         place = tree.place((*AT, "config"))
-        raise UserError(f"{place}: sweep.config: {config.config} is no file, neither from here nor in {folder}")
+        raise UserError(f"{place}: sweep.config: {config.config} is not a file, neither here nor in {folder}")
     return read_tree(run_file), run_file.resolve().parent
 
 
@@ -268,8 +268,8 @@ def _problems(config: SweepConfig) -> Iterator[Problem]:
         yield from _of_parameter(parameter, at, is_grid=config.method.name == "grid")
         if isinstance(config.method, PbtMethod) and not (key in STEERED or _of_loss(key)):
             text = (
-                "cannot change while a run goes on from a checkpoint, as pbt has it; it varies "
-                f"{', '.join(STEERED)}, rewards.NAME.weight and the keys of algorithm but its name"
+                "cannot change when a run continues from a checkpoint, as it does with pbt, which varies "
+                f"{', '.join(STEERED)}, rewards.NAME.weight and the keys of algorithm except its name"
             )
             yield Problem(key=at, text=text)
     for key in config.set:
@@ -280,7 +280,7 @@ def _problems(config: SweepConfig) -> Iterator[Problem]:
         declared(metric)
     except KeyError:
         close = nearest(metric, list(METRICS))
-        text = f"got {metric!r}, which is no metric" + (
+        text = f"got {metric!r}, which is not a metric" + (
             f"; did you mean {close}?" if close else "; see docs/metrics.md"
         )
         yield Problem(key=(*AT, "metric"), text=text)
@@ -312,7 +312,7 @@ def _of_parameter(parameter: Parameter, at: Key, *, is_grid: bool) -> Iterator[P
     if parameter.integer and not whole:
         yield Problem(key=(*at, "integer"), text="is true, but min, max or step is not a whole number")
     if is_grid and (parameter.scale == "log" or (parameter.step is None and not parameter.integer)):
-        yield Problem(key=at, text="is a range without end of numbers, and a grid has each; write `values`, or a step")
+        yield Problem(key=at, text="is an infinite range, and a grid tries every number; write `values`, or a step")
 
 
 def _run_problems(sweep: Sweep) -> Iterator[Problem]:
@@ -343,7 +343,7 @@ def _run_problems(sweep: Sweep) -> Iterator[Problem]:
         if sweep.base.is_pipeline:
             yield Problem(key=(*AT, "method"), text="is pbt, which varies a single run, and `config` is a pipeline")
         if judged.run.mirror is not None:
-            text = "is pbt, whose members take each other's checkpoints, and run.mirror would bring theirs back"
+            text = "is pbt, whose members copy each other's checkpoints, and run.mirror would restore the old ones"
             yield Problem(key=(*AT, "method"), text=text)
         if judged.train.early_stopping is not None:
             yield Problem(key=(*AT, "method"), text="is pbt, which runs to the end; set train.early_stopping to null")

@@ -36,5 +36,5 @@ def _problems(config: EvaluateConfig) -> Iterator[Problem]:
         text = f"is {environment.max_tokens} and must hold a prompt and one turn of evaluate.max_new_tokens = {new}"
         yield Problem(key=("evaluate", "environment", "max_tokens"), text=text)
     if config.k is not None and max(config.k) > samples:
-        text = f"has {max(config.k)}, but evaluate.samples_per_prompt is {samples}; raise that, or lower k"
+        text = f"has {max(config.k)}, but evaluate.samples_per_prompt is {samples}; raise it, or lower k"
         yield Problem(key=("evaluate", "k"), text=text)

@@ -58,10 +58,10 @@ def reward_problems(
     for name, reward in rewards.items():
         if reward.role == "reward" and reward.credit == "step" and model is not None and model.steps is None:
             steps = ".".join((*at, "reward", "steps"))
-            text = f"is step, but {steps} is null: set {steps}.separator to what ends the reward model's steps"
+            text = f"is step, but {steps} is null: set {steps}.separator to the text at the end of a step"
             yield Problem(key=(*at, "rewards", name, "credit"), text=text)
     if "score" in rewards:
-        text = "is taken: rewards/score/mean is the weighted sum of all rewards; call this reward something else"
+        text = "is taken: rewards/score/mean is the weighted sum of all rewards; choose another name for this reward"
         yield Problem(key=(*at, "rewards", "score"), text=text)
     if rewards and all(reward.weight == 0.0 for reward in rewards.values()):
         text = "all have weight 0, so every score is 0; give one a weight"

@@ -43,7 +43,7 @@ def group_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem
     for key, text in config.algorithm.problems(_responses(config, rollouts)):
         yield problem(key, text)
     if config.algorithm.wants_greedy and "greedy" in config.rewards:
-        text = "is taken: rewards/greedy/mean is the score of the greedy responses; call this reward something else"
+        text = "is taken: rewards/greedy/mean is the score of the greedy responses; choose another name for this reward"
         yield problem("rewards.greedy", text)
 
 
@@ -55,7 +55,7 @@ def _kept(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
         text = f"is {keep.count} and must be below rollouts.samples_per_prompt = {samples}, or all are kept"
         yield problem("rollouts.keep_per_prompt.count", text)
     elif config.algorithm.compares_responses and keep.count < 2:
-        text = f"is {keep.count}, but {config.algorithm.name} compares the kept ones with each other: 2 or more"
+        text = f"is {keep.count}, but {config.algorithm.name} compares the kept responses; keep 2 or more"
         yield problem("rollouts.keep_per_prompt.count", text)
 
 

@@ -43,7 +43,7 @@ def problems(config: Config) -> tuple[Problem, ...]:
         result += [*_batch(config, config.rollouts), *group_problems(config, config.rollouts), *_algorithm(config)]
         result += loss_problems(config, config.rollouts)
     if config.data.too_long == "skip" and config.data.max_unusable_fraction == 0.0:
-        text = "is skip, but data.max_unusable_fraction is 0: no row may be left out; raise that, or set error or cut"
+        text = "is skip, but data.max_unusable_fraction is 0: no row may be skipped; raise it, or set error or cut"
         result.append(problem("data.too_long", text))
     result += [*_updates(config), *_evaluation(config), *limit_problems(config.rewards, config.reward_policy)]
     return tuple(result)
@@ -63,7 +63,7 @@ def _presence(config: Config) -> Iterator[Problem]:
             text = f"is missing: algorithm {config.algorithm.name} learns from a model; name it as {role}.model"
             yield problem(role, text)
     if config.data.train == {}:
-        yield problem("data.train", "is an empty mapping; name what is trained on")
+        yield problem("data.train", "is an empty mapping; name the training data")
     if config.data.eval == {}:
         yield problem("data.eval", "is an empty mapping; name a held-out set, or write null")
     train = config.train
@@ -77,18 +77,16 @@ def _presence(config: Config) -> Iterator[Problem]:
     known = [f"eval/{name}/{metric}" for name in sets for metric in derive.eval_metrics(config)]
     of_a_source = config.eval.by is not None and re.fullmatch(r"-?eval/[A-Za-z0-9_.-]+/[A-Za-z0-9_.@-]+", best or "")
     if best is not None and sets and best.removeprefix("-") not in known and not of_a_source:
-        text = f"got {best!r}, expected a metric of an evaluation, or one with `-` before it: {', '.join(known)}"
+        text = f"got {best!r}, expected a metric of an evaluation, with or without a leading `-`: {', '.join(known)}"
         yield problem("train.best_metric", text)
     for field in MODEL_SECTIONS:
         section = getattr(config, field)
         if section is not None and section.model.startswith("stage:"):
-            text = (
-                f"got {section.model!r}, but this run is no stage of a pipeline; name a folder or a Hugging Face model"
-            )
+            text = f"got {section.model!r}, but this run is not a pipeline's stage; name a folder or a model of the hub"
             yield problem(f"{field}.model", text)
         adapter = section.adapter if isinstance(section, PolicyConfig | CriticConfig) else None
         if adapter is not None and adapter.startswith("stage:"):
-            yield problem(f"{field}.adapter", f"got {adapter!r}, but this run is no stage of a pipeline; name a folder")
+            yield problem(f"{field}.adapter", f"got {adapter!r}, but this run is not a pipeline's stage; name a folder")
 
 
 def _revisions(config: Config) -> Iterator[Problem]:
@@ -98,9 +96,7 @@ def _revisions(config: Config) -> Iterator[Problem]:
         if section is None or section.revision is None:
             continue
         if not _HUB_NAME.fullmatch(section.model) or Path(section.model).exists():
-            text = (
-                f"is {section.revision}, but {role}.model is {section.model}, which is no model of the hub; remove it"
-            )
+            text = f"is {section.revision}, but {role}.model is {section.model}, not a model of the hub; remove it"
             yield problem(f"{role}.revision", text)
 
 
@@ -113,14 +109,14 @@ def _adapters(config: Config) -> Iterator[Problem]:
         lora, key = section.lora, f"{role}.lora"
         if lora is None:
             if section.adapter is not None:
-                text = f"is {section.adapter}, but {key} is null; write `lora: {{}}` to train it on, or merge it first"
+                text = f"is {section.adapter}, but {key} is null; write `lora: {{}}` to train it, or merge it first"
                 yield problem(f"{role}.adapter", text)
             continue
         if lora.init == "pissa" and lora.dora:
-            text = "is pissa, but dora takes the magnitudes of the whole weight, not of what PiSSA leaves; use one"
+            text = "is pissa, but dora needs the magnitudes of whole weights, and PiSSA leaves a remainder; use one"
             yield problem(f"{key}.init", text)
         if lora.init == "pissa" and lora.quantize is not None:
-            text = f"is pissa, which takes weights apart, but {key}.quantize keeps them in 4 bits; use one"
+            text = f"is pissa, which decomposes the weights, but {key}.quantize keeps them in 4 bits; use one"
             yield problem(f"{key}.init", text)
         named = () if isinstance(lora.target_modules, str) else lora.target_modules
         if both := sorted(set(named) & set(lora.modules_to_save)):
@@ -129,7 +125,7 @@ def _adapters(config: Config) -> Iterator[Problem]:
     for role, model in derive.trained_sections(config).items():
         stage = getattr(config.cluster.roles, role).zero_stage
         if model.lora is not None and model.lora.quantize is not None and stage == 3:
-            text = f"is 3, but DeepSpeed does not shard weights of 4 bits ({role}.lora.quantize); set 2"
+            text = f"is 3, but DeepSpeed does not shard 4-bit weights ({role}.lora.quantize); set 2"
             yield problem(f"cluster.roles.{role}.zero_stage", text)
 
 
@@ -138,7 +134,7 @@ def _batch(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
     train, samples = config.train, rollouts.samples_per_prompt
     rows = derive.rows_per_step(config, rollouts)
     if config.algorithm.kind == "sampled_pairs":
-        counted, available = f"rollouts.prompts_per_step = {rows}", f"{rows} pairs, one a prompt"
+        counted, available = f"rollouts.prompts_per_step = {rows}", f"{rows} pairs, one per prompt"
     else:
         product = f"{rollouts.prompts_per_step} * {derive.trained_per_prompt(config, rollouts)} = {rows}"
         counted = f"rollouts.prompts_per_step * {derive.trained_key(config, rollouts)} = {product}"
@@ -153,7 +149,7 @@ def _batch(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
     yield from length_problems(config, rollouts)
     if config.algorithm.compares_responses and samples < 2:
         by = "algorithm.reward_coef" if config.algorithm.kind == "sampled_distillation" else config.algorithm.name
-        text = f"is {samples}, but {by} compares a prompt's responses with each other: 2 or more"
+        text = f"is {samples}, but {by} compares the responses to one prompt; set 2 or more"
         yield problem("rollouts.samples_per_prompt", text)
 
 
@@ -163,11 +159,11 @@ def _algorithm(config: Config) -> Iterator[Problem]:
     if isinstance(algorithm, OnlineConfig) and algorithm.correction is not None:
         yield from _correction(config, algorithm, algorithm.correction)
     if isinstance(algorithm, OnlineConfig) and algorithm.kl.adaptive is not None and algorithm.kl.coef == 0.0:
-        text = "multiplies algorithm.kl.coef, and 0 stays 0 whatever the factor; give coef a positive first value"
+        text = "multiplies algorithm.kl.coef, which is 0 and stays 0; give it a positive initial value"
         yield problem("algorithm.kl.adaptive", text)
     if isinstance(algorithm, FollowedReferenceConfig) and algorithm.reference_every and config.policy.lora is not None:
         text = (
-            f"is {algorithm.reference_every}, but a policy with policy.lora is exported as its adapter alone, which no "
+            f"is {algorithm.reference_every}, but a policy with policy.lora is exported as an adapter only, which no "
             "reference can become; set it to null, or train all weights"
         )
         yield problem("algorithm.reference_every", text)
@@ -186,7 +182,7 @@ def _correction(config: Config, algorithm: OnlineConfig, correction: CorrectionC
         yield problem("algorithm.correction.mode", text)
     elif correction.mode == "bypass" and correction.weights is not None:
         text = (
-            f"is {correction.weights}, but with mode bypass the clipped ratio is that of policy and sampler already: "
+            f"is {correction.weights}, but with mode bypass the clipped ratio already compares policy and sampler: "
             "weights would count it twice; set null, or mode policy_gradient"
         )
         yield problem("algorithm.correction.weights", text)
@@ -211,7 +207,7 @@ def _evaluation(config: Config) -> Iterator[Problem]:
     settings = config.eval
     if config.algorithm.is_online and settings.k is not None and max(settings.k) > settings.samples_per_prompt:
         samples = settings.samples_per_prompt
-        text = f"has {max(settings.k)}, but eval.samples_per_prompt is {samples}; raise that, or lower k"
+        text = f"has {max(settings.k)}, but eval.samples_per_prompt is {samples}; raise it, or lower k"
         yield problem("eval.k", text)
 
 

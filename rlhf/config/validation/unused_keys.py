@@ -80,7 +80,7 @@ def inert_keys(stage: Config | EvaluationStage) -> Iterator[Inert]:
         yield from _of_reference(stage, stage.algorithm)
     if isinstance(stage.data.train, dict) and len(stage.data.train) == 1:
         key = ("data", "train", next(iter(stage.data.train)), "weight")
-        yield Inert(key=key, why="there is no other set to be mixed with", fix="name another set")
+        yield Inert(key=key, why="there is no other set to mix it with", fix="name another set")
 
 
 def _marked(section: Section, missing: Missing, at: Key = ()) -> Iterator[Inert]:
@@ -121,10 +121,10 @@ def _missing_in_run(config: Config) -> Missing:
     """Return the parts that a run lacks."""
     name, missing = config.algorithm.name, _missing_rewards(config.rewards)
     if config.algorithm.is_online:
-        why = f"algorithm {name} samples what it trains on"
+        why = f"algorithm {name} samples its training data"
         missing["fixed data"] = (why, "choose an algorithm that learns from given answers")
         if config.data.too_long == "error":
-            why = f"algorithm {name} leaves out no rows but prompts that are too long, and data.too_long is error"
+            why = f"algorithm {name} skips only prompts that are too long, and data.too_long is error"
             missing["skipped rows"] = (why, "set data.too_long to skip or cut")
     else:
         missing["rollouts"] = (f"algorithm {name} samples no responses", "choose an algorithm that does")
@@ -159,7 +159,7 @@ def _missing_reference(config: Config) -> Missing:
     if not derive.uses_reference(config):
         return {"reference model": ("algorithm.kl.coef is 0", "set algorithm.kl.coef above 0")}
     if derive.reference_is_adapter_off(config):
-        why = "the policy with its LoRA adapter off is that very model"
+        why = "the policy with its LoRA adapter disabled is the same model"
         return {"reference model": (why, "name another reference.model if you want one")}
     return {}
 
@@ -170,10 +170,10 @@ def _missing_in_rollouts(config: Config) -> Missing:
     rule = None if rollouts is None else rollouts.dynamic_sampling
     bounded = rule is not None and (rule.min_mean, rule.max_mean) != (None, None)
     if not config.algorithm.compares_responses and not bounded:
-        why = f"{name} learns from responses of equal scores too, and no bound of the mean is set"
+        why = f"{name} learns from responses of equal scores too, and no bound of the mean score is set"
         missing["filtered groups"] = (why, "set its min_mean or max_mean")
     if config.algorithm.kind == "sampled_pairs":
-        why = f"algorithm {name} takes a pair of them"
+        why = f"algorithm {name} trains on one pair of them"
         missing["a choice of responses"] = (why, "choose an algorithm with advantages")
     elif config.algorithm.kind == "sampled_distillation":
         why = f"algorithm {name} learns from all of them"
@@ -191,7 +191,7 @@ def _missing_steps(config: Config) -> Missing:
         replaced = rollouts.dynamic_sampling is not None or drops(config.rewards, config.reward_policy)
         if asked <= data.train.size and not replaced and rollouts.oversample == 1.0:
             why = (
-                f"train.steps * rollouts.prompts_per_step = {asked} prompts are asked, and data.train has as many or "
+                f"train.steps * rollouts.prompts_per_step = {asked} prompts are needed, and data.train has as many or "
                 "more: none comes up twice"
             )
             missing["repeated prompts"] = (why, "train for more steps")
@@ -288,7 +288,7 @@ def _of_algorithm(config: Config, algorithm: OnlineConfig) -> Iterator[Inert]:
     if not algorithm.bypasses_old_logprobs:
         yield from _of_ratios(config, or_else=", or set algorithm.correction.mode to bypass")
     if config.rollouts is not None and derive.updates_per_step(config) == 1:
-        why = "each batch is trained on in one optimizer step, from the values it was computed with: none has moved yet"
+        why = "a batch has only one optimizer step, in which the values are still the old ones"
         keys = " ".join(f"algorithm.{key}" for key in algorithm.critic_reuse_keys)
         yield from _all(keys, why, MORE_UPDATES)
 
