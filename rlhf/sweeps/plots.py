@@ -5,9 +5,13 @@ The plots show a SweepResult and the trials' metrics and make no decisions. The 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 
 from rlhf.config.schema.sweep import Sweep
 from rlhf.sweeps.journal import Journal
@@ -30,12 +34,6 @@ def plot(sweep: Sweep, journal: Journal, result: SweepResult) -> list[Path]:
     return [*drawn, _curves(sweep, journal, rows, folder / "curves.png")]
 
 
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def _places(sweep: Sweep, rows: Sequence[TrialResult], key: str) -> tuple[list[float], list[str] | None, bool]:
     """Return the axis positions of the rows, the labels of positions without numbers, and whether the axis is log."""
     values = [row.parameters[key] for row in rows]
@@ -50,13 +48,15 @@ def _places(sweep: Sweep, rows: Sequence[TrialResult], key: str) -> tuple[list[f
 def _against(sweep: Sweep, rows: Sequence[TrialResult], keys: Sequence[str], output: Path) -> Path:
     columns = min(_COLUMNS, len(keys))
     lines = -(-len(keys) // columns)
-    figure = _figure(_PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * lines)
+    figure = Figure(figsize=(_PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * lines), layout="constrained")
     for place, key in enumerate(keys, start=1):
         axes = figure.add_subplot(lines, columns, place)
         where, names, log = _places(sweep, rows, key)
         for row, x in zip(rows, where, strict=True):
             full = row.state == "finished"
-            axes.plot(x, row.value, "o", color="#2563eb", markerfacecolor="#2563eb" if full else "none", markersize=6)
+            axes.plot(
+                x, row.value or 0.0, "o", color="#2563eb", markerfacecolor="#2563eb" if full else "none", markersize=6
+            )
         if log:
             axes.set_xscale("log")
         if names is not None:
@@ -71,27 +71,19 @@ def _against(sweep: Sweep, rows: Sequence[TrialResult], keys: Sequence[str], out
 
 def _parallel(sweep: Sweep, rows: Sequence[TrialResult], keys: Sequence[str], folder: Path) -> Path:
     """Draw one line per trial across an axis for each parameter and one for the metric, all scaled alike."""
-    import math
-
-    from matplotlib import colormaps
-
-    figure = _figure(2.2 * (len(keys) + 1), 3.8)
+    figure = Figure(figsize=(2.2 * (len(keys) + 1), 3.8), layout="constrained")
     axes = figure.add_subplot()
     columns: list[list[float]] = []
     for index, key in enumerate([*keys, None]):
-        where, names, log = (
-            ([row.value or 0.0 for row in rows], None, False) if key is None else _places(sweep, rows, key)
-        )
+        metric = [row.value or 0.0 for row in rows], None, False
+        where, names, log = metric if key is None else _places(sweep, rows, key)
         scaled = [math.log(x) if log else x for x in where]
         low, high = min(scaled), max(scaled)
         columns.append([0.5 if high == low else (x - low) / (high - low) for x in scaled])
-        ends = (
-            ((0.0, names[0]), (1.0, names[-1])) if names else ((0.0, f"{min(where):.4g}"), (1.0, f"{max(where):.4g}"))
-        )
+        lowest, highest = (names[0], names[-1]) if names else (f"{min(where):.4g}", f"{max(where):.4g}")
         axes.axvline(index, color="#9ca3af", linewidth=0.8)
-        for height, text in ends if high > low else ends[:1]:
-            at = height if high > low else 0.5
-            axes.annotate(text, (index, at), xytext=(4, 4), textcoords="offset points", fontsize=8)
+        for height, text in ((0.0, lowest), (1.0, highest)) if high > low else ((0.5, lowest),):
+            axes.annotate(text, (index, height), xytext=(4, 4), textcoords="offset points", fontsize=8)
     for row, heights in zip(rows, zip(*columns, strict=True), strict=True):
         good = 1.0 - heights[-1] if sweep.lower_is_better else heights[-1]
         style = "-" if row.state == "finished" else ":"
@@ -105,9 +97,7 @@ def _parallel(sweep: Sweep, rows: Sequence[TrialResult], keys: Sequence[str], fo
 
 
 def _curves(sweep: Sweep, journal: Journal, rows: Sequence[TrialResult], output: Path) -> Path:
-    from matplotlib import colormaps
-
-    figure = _figure(6.4, 4.0)
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
     for number, row in enumerate(rows):
         points = metric_values(judged_folder(sweep, journal.folder / "trials" / row.trial), sweep.metric)

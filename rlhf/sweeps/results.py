@@ -11,7 +11,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
@@ -19,13 +19,11 @@ from rich.text import Text
 from rlhf.config.files.dump import dump_yaml
 from rlhf.config.files.yaml_tree import kind
 from rlhf.config.schema.sweep import Sweep
+from rlhf.sweeps.journal import Journal, State, Trial
+from rlhf.sweeps.space import Values
 from rlhf.tracking.formatting import duration, number
 from rlhf.tracking.run_folder.atomic import read_lines, write_atomic, write_lines
 from rlhf.tracking.sinks.tracker import read_metrics
-
-if TYPE_CHECKING:
-    from rlhf.sweeps.journal import Journal, State, Trial
-    from rlhf.sweeps.space import Values
 
 MOST_OF_ERROR = 300  # characters
 
@@ -47,9 +45,9 @@ class TrialResult:
 
     def flat(self) -> dict[str, Any]:
         """Return a row with one column for each parameter."""
-        row: dict[str, Any] = {"trial": self.trial, "state": self.state, **self.parameters, "value": self.value}
-        row |= {"best_value": self.best_value, "best_step": self.best_step, "step": self.step, "time_s": self.time_s}
-        return {**row, "error": self.error, "origin": " ".join(self.origin)}
+        row = {"trial": self.trial, "state": self.state, **self.parameters}
+        numbers = {key: getattr(self, key) for key in ("value", "best_value", "best_step", "step", "time_s")}
+        return {**row, **numbers, "error": self.error, "origin": " ".join(self.origin)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,17 +139,16 @@ def metric_values(folder: Path, metric: str) -> list[tuple[int, float]]:
 
 def _row(sweep: Sweep, journal: Journal, trial: Trial) -> TrialResult:
     folder = judged_folder(sweep, journal.run_folder(trial.number))
-    rows = read_metrics(folder)
-    values = [(row["step"], row[sweep.metric]) for row in rows if row.get(sweep.metric) is not None]
+    rows, values = read_metrics(folder), metric_values(folder, sweep.metric)
     sign = -1.0 if sweep.lower_is_better else 1.0
-    best = max(values, key=lambda item: sign * item[1], default=(None, None))
+    best_step, best_value = max(values, key=lambda item: sign * item[1], default=(None, None))
     return TrialResult(
         trial=trial.name,
         state=trial.state,
         parameters=trial.parameters,
         value=values[-1][1] if values else None,
-        best_value=best[1],
-        best_step=best[0],
+        best_value=best_value,
+        best_step=best_step,
         step=rows[-1]["step"] if rows else 0,
         time_s=rows[-1]["time_s"] if rows else 0.0,
         error=trial.error,
