@@ -6,7 +6,6 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -68,22 +67,20 @@ def test_planning_imports_nothing_heavy_but_torch() -> None:
         "few = ['rlhf', 'rlhf.errors', 'rlhf.tracking', 'rlhf.tracking.logs']; "
         "sys.exit(f'{light} {heavy}' if heavy or light != few else 0)"
     )
-    began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code, str(RECIPES[0])], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, str(RECIPES[0])], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - began < 10  # half a second on an idle machine
 
 
-def test_a_70b_model_on_many_nodes_is_planned_in_two_seconds() -> None:
-    """Of processor time, the interpreter's start and all imports included, in the best of three attempts.
+def cpu_seconds(code: str) -> float:
+    """Of a new interpreter, its start and all imports included: time in which other processes ran does not count."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    Other work on the machine only slows the caches, which one attempt in three survives.
-    """
-    code = "import sys, rlhf; rlhf.plan(sys.argv[1], cluster='4*cpu=96,gpu=8,type=h100,mem=1000,price=98')"
-    seconds = []
-    while len(seconds) < 3 and min(seconds, default=2.0) >= 2.0:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-c", code, str(CONFIGS / "ppo_70b_multinode.yaml")], check=True, timeout=60)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(seconds) < 2.0, seconds
+
+def test_a_70b_model_on_many_nodes_is_planned_in_twice_the_time_of_importing_torch() -> None:
+    """An idle laptop imports torch in a second. A busy machine slows both alike, so their ratio is tested."""
+    cluster = "4*cpu=96,gpu=8,type=h100,mem=1000,price=98"
+    plan = cpu_seconds(f"import rlhf; rlhf.plan({str(CONFIGS / 'ppo_70b_multinode.yaml')!r}, cluster={cluster!r})")
+    assert plan < 2.0 * cpu_seconds("import torch")
