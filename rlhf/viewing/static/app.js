@@ -6,29 +6,14 @@ import { Curves } from "./curves.js";
 import { Errors } from "./errors.js";
 import { Choice } from "./fields.js";
 import { ago } from "./format.js";
+import { actionOf, KEYS, TABS, useKeys } from "./keys.js";
 import { NO_FILTER } from "./listing.js";
 import { Samples } from "./samples.js";
-import { COLOURS, tip } from "./tokens.js";
+import { tip } from "./tokens.js";
 
 const EVERY_MS = 2000;
 const HIDDEN_EVERY_MS = 15000;
-const TABS = ["curves", "samples", "errors"];
 const TONES = ["--run-a", "--run-b", "--run-c", "--run-d", "--run-e", "--run-f"];
-
-const KEYS = [
-  ["1 2 3", "curves, samples, errors"],
-  ["← →", "step before, step after"],
-  ["Home End", "first step, last step (and follow)"],
-  ["↑ ↓ or k j", "prompt before, prompt after"],
-  ["[ ]", "response before, response after"],
-  ["s", "next set (training, evaluation)"],
-  [Object.values(COLOURS).map((one) => one.key).join(" "), "colour: " + Object.values(COLOURS).map((one) => one.label).join(", ")],
-  ["c", "compare with another step or run"],
-  ["shift ← →", "step of the other side"],
-  ["/", "search metrics"],
-  ["?", "these keys"],
-  ["Esc", "close, leave a field"],
-];
 
 // ---- the place of the reader, kept in the address: a link shows the same
 
@@ -160,31 +145,16 @@ async function refresh(withMetrics) {
   return { runs, metrics: answer.metrics, changed: changed.some(Boolean) };
 }
 
-function App() {
+// Reads the runs every two seconds. `moved` is called when the address no longer has the token with which a link let the
+// browser in.
+function useRuns(moved) {
   const [runs, setRuns] = useState([]);
-  const [tick, setTick] = useState(0);
+  const [tick, setTick] = useState(0); // counts the times when there was new data
   const [metrics, setMetrics] = useState([]);
   const [trouble, setTrouble] = useState(null);
   const [locked, setLocked] = useState(false);
-  const [wrong, setWrong] = useState(false);
-  const [asked, setAsked] = useState(readPlace);
-  const [hidden, setHidden] = useState(new Set());
-  const [settings, setSettings] = useState({ wanted: "", smoothing: 0.6, log: false, byTime: false });
-  const [filter, setFilter] = useState(NO_FILTER);
-  const [errorText, setErrorText] = useState("");
-  const [help, setHelp] = useState(false);
-  const [searching, setSearching] = useState(0);
-  const theme = useTheme();
-  const other = useRef({ groups: [], splits: [], count: 0 }).current; // the content of the samples tab, for the keys
-  const known = useRef(false);
-
-  const place = settle(asked, runs);
-  const go = (change) => setAsked((before) => ({ ...settle(before, runs), ...change }));
-
-  useEffect(() => {
-    if (runs.length) writePlace(place);
-  });
-  useEffect(() => addEventListener("hashchange", () => setAsked(readPlace())), []);
+  const [wrong, setWrong] = useState(false); // the given token
+  const known = useRef(false); // the metrics' meanings are here
 
   useEffect(() => {
     let timer = null;
@@ -210,7 +180,7 @@ function App() {
       const token = new URLSearchParams(location.hash.slice(1)).get("token");
       if (token !== null) {
         history.replaceState(null, "", location.pathname);
-        setAsked(readPlace());
+        moved();
         if (!(await login(token))) setWrong(true);
       }
       await turn();
@@ -221,6 +191,12 @@ function App() {
       clearTimeout(timer);
     };
   }, [locked]);
+
+  const enter = async (token) => {
+    const right = await login(token);
+    setWrong(!right);
+    if (right) setLocked(false);
+  };
 
   const about = useMemo(() => {
     const meanings = new Map();
@@ -233,73 +209,39 @@ function App() {
     };
   }, [metrics]);
 
-  const walk = (list, at, by) => list[Math.max(0, Math.min(list.length - 1, Math.max(list.indexOf(at), 0) + by))];
-  const stepsOf = (name) => runs.find((run) => run.name === name)?.steps ?? [];
-  const step = (by) => {
-    const steps = stepsOf(place.run);
-    const next = walk(steps, place.step, by);
-    if (steps.length) go({ step: next, follow: next === steps.at(-1) && by > 0 });
-  };
-  const stepB = (by) => {
-    const steps = stepsOf(place.runB);
-    if (place.compare && steps.length) go({ stepB: walk(steps, place.stepB, by) });
-  };
-  const group = (by) => go({ group: walk(other.groups, other.at, by) ?? null, sample: 0 });
-  const sample = (by) => go({ sample: Math.max(0, Math.min(other.count - 1, place.sample + by)) });
-  const set = () => other.splits?.length && go({ split: other.splits[(other.splits.indexOf(other.split) + 1) % other.splits.length], group: null });
-  const onSamples = {
-    ArrowLeft: () => step(-1),
-    ArrowRight: () => step(1),
-    Home: () => step(-1e9),
-    End: () => step(1e9),
-    ArrowUp: () => group(-1),
-    ArrowDown: () => group(1),
-    k: () => group(-1),
-    j: () => group(1),
-    "[": () => sample(-1),
-    "]": () => sample(1),
-    s: set,
-    c: () => go({ compare: !place.compare }),
-    ...Object.fromEntries(Object.entries(COLOURS).map(([name, one]) => [one.key, () => go({ colour: name })])),
-  };
-  const everywhere = {
-    "?": () => setHelp((shown) => !shown),
-    ...Object.fromEntries(TABS.map((tab, i) => [i + 1, () => go({ tab })])),
-    "/": () => {
-      go({ tab: "curves" });
-      setSearching((n) => n + 1);
-    },
-    Escape: () => {
-      setHelp(false);
-      tip.hide();
-    },
-  };
-  const press = useRef();
-  press.current = (event) => {
-    const inField = event.target.closest?.("input:not([type=range]):not([type=checkbox]), select, textarea");
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
-    if (inField) {
-      if (event.key === "Escape") event.target.blur();
-      return;
-    }
-    const shifted = { ArrowLeft: () => stepB(-1), ArrowRight: () => stepB(1) };
-    const act =
-      (place.tab === "samples" && ((event.shiftKey && shifted[event.key]) || onSamples[event.key])) || everywhere[event.key];
-    if (act && !locked) {
-      event.preventDefault();
-      act();
-    }
-  };
+  return { runs, tick, about, trouble, locked, wrong, enter };
+}
+
+function App() {
+  const [asked, setAsked] = useState(readPlace);
+  const { runs, tick, about, trouble, locked, wrong, enter } = useRuns(() => setAsked(readPlace()));
+  const [hidden, setHidden] = useState(new Set());
+  const [settings, setSettings] = useState({ wanted: "", smoothing: 0.6, log: false, byTime: false });
+  const [filter, setFilter] = useState(NO_FILTER);
+  const [errorText, setErrorText] = useState("");
+  const [help, setHelp] = useState(false);
+  const [searching, setSearching] = useState(0);
+  const theme = useTheme();
+  const samples = useRef({ groups: [], splits: [], count: 0 }).current; // the content of the samples tab, for the keys
+
+  const place = settle(asked, runs);
+  const go = (change) => setAsked((before) => ({ ...settle(before, runs), ...change }));
+
   useEffect(() => {
-    addEventListener("keydown", (event) => press.current(event));
+    if (runs.length) writePlace(place);
+  });
+  useEffect(() => {
+    addEventListener("hashchange", () => setAsked(readPlace()));
     addEventListener("scroll", () => tip.hide(), { passive: true, capture: true });
   }, []);
 
-  const enter = async (token) => {
-    const right = await login(token);
-    setWrong(!right);
-    if (right) setLocked(false);
+  const toggleHelp = () => setHelp((shown) => !shown);
+  const search = () => {
+    go({ tab: "curves" });
+    setSearching((n) => n + 1);
   };
+  useKeys((event) => (locked ? undefined : actionOf(event, { place, go, runs, samples, toggleHelp, search, closeHelp: () => setHelp(false) })));
+
   if (locked) return html`<${Login} enter=${enter} wrong=${wrong} />`;
   const shown = new Set(runs.filter((run) => !hidden.has(run.name)).map((run) => run.name));
   const toggle = (name) => {
@@ -345,7 +287,7 @@ function App() {
       ...${{ tick, about, theme }}
     />`}
     ${place.tab === "samples" &&
-    html`<${Samples} ...${{ place, go, runs, other, tick, theme, filter, setFilter }} focus=${place.sample} />`}
+    html`<${Samples} ...${{ place, go, runs, tick, theme, filter, setFilter }} content=${samples} focus=${place.sample} />`}
     ${place.tab === "errors" && html`<${Errors} runs=${drawn} go=${go} wanted=${errorText} setWanted=${setErrorText} />`}
     ${help && html`<${Help} close=${() => setHelp(false)} />`}
   `;

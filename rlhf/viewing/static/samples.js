@@ -187,7 +187,7 @@ function StepPicker({ tone, steps, step, choose }) {
   </div>`;
 }
 
-export function Samples({ place, go, runs, other, tick, theme, focus, filter, setFilter }) {
+export function Samples({ place, go, runs, content, tick, theme, focus, filter, setFilter }) {
   const [again, renew] = useState(0);
   const a = useListing(place.run, place.step, `${tick} ${again}`);
   const b = useListing(place.compare ? place.runB : null, place.compare ? place.stepB : null, `${tick} ${again}`);
@@ -221,8 +221,7 @@ export function Samples({ place, go, runs, other, tick, theme, focus, filter, se
   const prompt = gotA.responses?.[0]?.prompt ?? group?.preview ?? "";
   useEffect(() => tip.hide(), [place.step, group?.key]);
   useEffect(() => {
-    Object.assign(other, { groups: groups.map((one) => one.key), at: group?.key, splits, split });
-    other.count = group?.rows.length ?? 0;
+    Object.assign(content, { groups: groups.map((one) => one.key), at: group?.key, count: group?.rows.length ?? 0, splits, split });
   });
 
   const missing = () => {
