@@ -11,10 +11,11 @@ import ast
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-Change: TypeAlias = Mapping[str, Any] | None
+Change: TypeAlias = Mapping[str, Any] | None  # keywords of argparse, and `flag` for another name; None: no argument
 Container: TypeAlias = "argparse._ActionsContainer"
 
 TYPES = {"str": str, "int": int, "float": float, "Path": Path, "str | Path": str, "AnyConfig": str}
@@ -34,44 +35,31 @@ Args:
 """
 
 
+@dataclass
 class Command:
-    """One command: a function of the Python API, a presenter of its result, and the differences between them.
+    """One command: a function of the Python API, a presenter of its result, and the differences between them."""
 
-    Args:
-        function: the function whose parameters become arguments.
-        present: calls the function, shows the result, and returns the exit code unless it is 0. None: there is nothing
-            to show.
-        add: adds arguments that are no parameters.
-        exclusive: parameters of which at most one may be given.
-        changes: keywords of argparse for a parameter, and `flag` for another name. None drops the parameter.
-    """
+    function: Callable[..., Any]  # its parameters become arguments
+    present: Callable[[argparse.Namespace], int | None] | None = None  # calls it, shows the result; the exit code
+    add: Callable[[argparse.ArgumentParser], object] = lambda _: None  # adds arguments that are no parameters
+    exclusive: Sequence[str] = ()  # parameters of which at most one may be given
+    changes: Mapping[str, Change] = field(default_factory=dict)
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        present: Callable[[argparse.Namespace], int | None] | None = None,
-        *,
-        add: Callable[[argparse.ArgumentParser], object] = lambda _: None,
-        exclusive: Sequence[str] = (),
-        **changes: Change,
-    ) -> None:
-        self.function = function
-        self._present = present
-        self.summary = _docstring(function).split(". ")[0].split(".\n")[0].rstrip(".").replace("\n", " ")
-        self._add = add
-        self._exclusive = exclusive
-        self._changes = changes
+    @property
+    def summary(self) -> str:
+        """Return the first sentence of the function's docstring."""
+        return _docstring(self.function).split(". ")[0].split(".\n")[0].rstrip(".").replace("\n", " ")
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the arguments."""
-        add_parameters(parser, self.function, self._changes, exclusive=self._exclusive)
-        self._add(parser)
+        add_parameters(parser, self.function, self.changes, exclusive=self.exclusive)
+        self.add(parser)
         parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def run(self, args: argparse.Namespace) -> int:
         """Run the command, and return the exit code."""
-        if self._present is not None:
-            return self._present(args) or 0
+        if self.present is not None:
+            return self.present(args) or 0
         self.call(args)
         return 0
 

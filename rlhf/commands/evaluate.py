@@ -153,4 +153,6 @@ def _whole_numbers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"takes whole numbers, such as 1,8, got {text!r}") from None
 
 
-COMMAND = Command(evaluate, _present, add=_add, rewards={"flag": "--reward"}, decoding=None, marks=None)
+COMMAND = Command(
+    evaluate, _present, add=_add, changes={"rewards": {"flag": "--reward"}, "decoding": None, "marks": None}
+)

@@ -83,4 +83,4 @@ def _chat(args: argparse.Namespace, decoding: Decoding) -> None:
     chat(args.model, typed_lines(), lambda text: write_stdout(f"{text}\n"), decoding, **settings)
 
 
-COMMAND = Command(generate, _present, add=_add, prompts=None, decoding=None)
+COMMAND = Command(generate, _present, add=_add, changes={"prompts": None, "decoding": None})

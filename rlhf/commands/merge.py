@@ -47,4 +47,4 @@ def _present(args: argparse.Namespace) -> None:
     write_stdout(f"done: {COMMAND.call(args)}\n")
 
 
-COMMAND = Command(merge, _present, config={"type": str})
+COMMAND = Command(merge, _present, changes={"config": {"type": str}})

@@ -104,4 +104,4 @@ def _loaded_run_or_sweep(config: AnyConfig | Sweep, overrides: Sequence[str]) ->
     return loaded_config(config, overrides)
 
 
-COMMAND = Command(plan, _present, config={"type": str})
+COMMAND = Command(plan, _present, changes={"config": {"type": str}})

@@ -43,4 +43,4 @@ def _present(args: argparse.Namespace) -> None:
     write_stdout(f"{end}: rewards {', '.join(f'{reward:g}' for reward in rewards)}; together {sum(rewards):g}\n")
 
 
-COMMAND = Command(play, _present, turns=None, show=None)
+COMMAND = Command(play, _present, changes={"turns": None, "show": None})

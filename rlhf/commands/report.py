@@ -38,4 +38,4 @@ def _present(args: argparse.Namespace) -> None:
     write_stdout("".join(f"written: {path}\n" for path in (written.html, *written.pictures)))
 
 
-COMMAND = Command(report, _present, runs={"nargs": "+", "type": str})
+COMMAND = Command(report, _present, changes={"runs": {"nargs": "+", "type": str}})

@@ -67,4 +67,4 @@ def _add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each row instead of a table")
 
 
-COMMAND = Command(reward, _present, add=_add, file={"flag": "--file", "required": True})
+COMMAND = Command(reward, _present, add=_add, changes={"file": {"flag": "--file", "required": True}})

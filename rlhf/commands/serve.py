@@ -92,4 +92,4 @@ def _present(args: argparse.Namespace) -> None:
     COMMAND.call(args, ready=lambda url: write_stdout(f"serving {url}\n"))
 
 
-COMMAND = Command(serve, _present, port={"default": SERVE_PORT}, ready=None)
+COMMAND = Command(serve, _present, changes={"port": {"default": SERVE_PORT}, "ready": None})

@@ -41,4 +41,4 @@ def _present(args: argparse.Namespace) -> None:
     COMMAND.call(args, ready=lambda url: write_stdout(f"serving {url}\n"))
 
 
-COMMAND = Command(serve_reward, _present, port={"default": REWARD_PORT}, ready=None)
+COMMAND = Command(serve_reward, _present, changes={"port": {"default": REWARD_PORT}, "ready": None})

@@ -122,6 +122,8 @@ COMMAND = Command(
     submit,
     _present,
     add=_add,
-    config={"nargs": "?"},
-    resources={"flag": "--resource", "action": "append", "type": _amount, "default": []},
+    changes={
+        "config": {"nargs": "?"},
+        "resources": {"flag": "--resource", "action": "append", "type": _amount, "default": []},
+    },
 )

@@ -120,14 +120,10 @@ def _run_trial(args: argparse.Namespace) -> None:
     train(loaded.trial(parameters, run_id), quiet=args.quiet)
 
 
-COMMAND = Command(
-    sweep,
-    _present,
-    add=_add,
-    resume={
-        "action": "store",
-        "choices": ("auto", "never"),
-        "default": "never",
-        "help": "auto: continue the sweep in its folder (default: never)",
-    },
-)
+RESUME = {
+    "action": "store",
+    "choices": ("auto", "never"),
+    "default": "never",
+    "help": "auto: continue the sweep in its folder (default: never)",
+}
+COMMAND = Command(sweep, _present, add=_add, changes={"resume": RESUME})

@@ -151,18 +151,17 @@ def _resume_point(loaded: LoadedConfig) -> str:
     return ""
 
 
+RESUME = {
+    "action": "store",
+    "type": _resume,
+    "default": "never",
+    "metavar": "{auto,never,STEP}",
+    "help": "auto: continue the run in its folder from its newest checkpoint; STEP: continue from this checkpoint, "
+    "such as step_000010 (default: never)",
+}
 COMMAND = Command(
     train,
     _present,
     exclusive=("quiet", "json_lines"),
-    resume={
-        "action": "store",
-        "type": _resume,
-        "default": "never",
-        "metavar": "{auto,never,STEP}",
-        "help": "auto: continue the run in its folder from its newest checkpoint; STEP: continue from this checkpoint, "
-        "such as step_000010 (default: never)",
-    },
-    from_step=None,
-    json_lines={"flag": "--json"},
+    changes={"resume": RESUME, "from_step": None, "json_lines": {"flag": "--json"}},
 )

@@ -39,4 +39,4 @@ def _present(args: argparse.Namespace) -> None:
     COMMAND.call(args, ready=lambda url: write_stdout(f"open {url}{login}; Ctrl-C ends it\n"))
 
 
-COMMAND = Command(view, _present, port={"default": VIEW_PORT}, ready=None)
+COMMAND = Command(view, _present, changes={"port": {"default": VIEW_PORT}, "ready": None})

@@ -38,10 +38,9 @@ def measure(
     return dict(locals())
 
 
-def command(run: Callable[[argparse.Namespace], int] = lambda _: 0, **changes: Any) -> Command:
-    return Command(
-        measure, run, exclusive=("quiet", "json_lines"), ready=None, json_lines={"flag": "--json"}, **changes
-    )
+def command(**changes: Any) -> Command:
+    changes = {"ready": None, "json_lines": {"flag": "--json"}, **changes}
+    return Command(measure, exclusive=("quiet", "json_lines"), changes=changes)
 
 
 def parser(made: Command) -> argparse.ArgumentParser:
@@ -95,7 +94,7 @@ def test_wrong_values_are_refused(words: list[str], why: str) -> None:
 
 def test_a_parameter_without_a_place_on_the_command_line_is_an_error() -> None:
     with pytest.raises(TypeError, match=r"measure: ready has the type Callable\[\[\], None\] \| None"):
-        parser(Command(measure, lambda _: 0))
+        parser(Command(measure))
 
 
 @pytest.mark.parametrize("name", COMMANDS)
