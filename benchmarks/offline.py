@@ -142,11 +142,11 @@ def ours(job: Job) -> Measured:
     from rlhf.config.schema.root import Config
     from rlhf.data.examples import Example, collate
     from rlhf.data.preferences import PreferencePair, collate_pairs
+    from rlhf.engine.distributed import RankContext
     from rlhf.tracking.metrics.declarations import results
     from rlhf.types import MinibatchPlan
     from rlhf.workers.offline.pairs import PreferenceWorker, RewardModelWorker
     from rlhf.workers.offline.supervised import SupervisedWorker
-    from rlhf.workers.rank_context import RankContext
 
     def sequence(index: int, row: Row, side: int) -> Example:
         response = row.responses[side]

@@ -157,7 +157,7 @@ def train_alone(case: Alone, rank: int, port: int, model: str, results: Any) -> 
     from rlhf.config.derive import adapter_options
     from rlhf.config.schema.model import LoraConfig
     from rlhf.engine.base import OptimizerSettings, ScheduleSettings
-    from rlhf.engine.distributed import init_distributed
+    from rlhf.engine.distributed import RankContext, init_distributed
     from rlhf.engine.sharded_loading import shards_as_it_loads
     from rlhf.models.loading import load_causal_lm
     from rlhf.models.lora import add_lora
@@ -166,7 +166,7 @@ def train_alone(case: Alone, rank: int, port: int, model: str, results: Any) -> 
     cpu, dtype = torch.device("cpu"), getattr(torch, case.dtype)
     torch.set_num_threads(max(1, torch.get_num_threads() // case.ranks))
     here = {"rank": rank, "world_size": case.ranks, "local_rank": rank, "local_world_size": case.ranks}
-    init_distributed(**here, master_addr="127.0.0.1", master_port=port, device=cpu, deadline_s=60.0)
+    init_distributed(RankContext(**here, device="cpu", threads=1, deadline_s=60.0), "127.0.0.1", port)
     from rlhf.engine.deepspeed import DeepSpeedEngine
 
     with shards_as_it_loads(zero_stage=case.zero_stage, dtype=dtype, offload_parameters=False):

@@ -90,7 +90,7 @@ def ours(job: Job) -> Measured:
     """Steps of the DeepSpeed engine on packed micro-batches, one rank."""
     from rlhf.engine.base import OptimizerSettings, ScheduleSettings
     from rlhf.engine.deepspeed import DeepSpeedEngine
-    from rlhf.engine.distributed import init_distributed
+    from rlhf.engine.distributed import RankContext, init_distributed
     from rlhf.engine.memory import peak_memory
     from rlhf.models.loading import load_causal_lm
     from rlhf.models.packed import supervised_loss
@@ -98,16 +98,10 @@ def ours(job: Job) -> Measured:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    init_distributed(
-        rank=0,
-        world_size=1,
-        local_rank=0,
-        local_world_size=1,
-        master_addr="127.0.0.1",
-        master_port=port,
-        device=torch.device("cpu"),
-        deadline_s=DEADLINE_S,
+    place = RankContext(
+        rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=DEADLINE_S
     )
+    init_distributed(place, "127.0.0.1", port)
     model = load_causal_lm(job.model, dtype=DTYPES[job.dtype])
     engine = DeepSpeedEngine(
         model,

@@ -15,10 +15,10 @@ from actors.cluster.placement import Placement
 from actors.cluster.processes import KEEPS_MEMORY, Processes, hub_environment
 from actors.cluster.waiting import wait_all, wait_one
 from rlhf.config.schema.cluster import ClusterConfig
+from rlhf.engine.distributed import RankContext
 from rlhf.errors import RunError
 from rlhf.role_table import Role
 from rlhf.types import MemoryReport
-from rlhf.workers.rank_context import RankContext
 
 T = TypeVar("T")
 

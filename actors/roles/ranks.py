@@ -12,6 +12,7 @@ from actors.weights.adapter import AdapterSender
 from rlhf.algorithms.base import Kind
 from rlhf.config.derive import ships_adapter
 from rlhf.models.export import adapter_config
+from rlhf.workers.model_worker import torch_dtype
 from rlhf.workers.offline.distillation import DistillationWorker
 from rlhf.workers.offline.pairs import PreferenceWorker, RewardModelWorker
 from rlhf.workers.offline.step_rewards import StepRewardWorker
@@ -20,7 +21,6 @@ from rlhf.workers.offline.unpaired import UnpairedWorker
 from rlhf.workers.online.pairs import OnlinePreferenceWorker
 from rlhf.workers.online.policy import PolicyWorker
 from rlhf.workers.online.student import StudentWorker
-from rlhf.workers.rank_context import torch_dtype
 from rlhf.workers.trained import TrainedWorker
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+from dataclasses import dataclass
 from datetime import timedelta
 
 import psutil
@@ -18,6 +19,22 @@ from torch.distributed import distributed_c10d
 from rlhf.errors import RunError
 
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankContext:
+    """Identity and limits of one rank of a trained role, or of one worker of a frozen role (a gang of one)."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: str  # cpu or cuda; the process sees one GPU
+    threads: int
+    deadline_s: float
+
+    def torch_device(self) -> torch.device:
+        return torch.device("cuda", 0) if self.device == "cuda" else torch.device("cpu")
 
 
 def meet_through(address: str) -> None:
@@ -40,55 +57,46 @@ def meet_through(address: str) -> None:
         os.environ.setdefault(variable, interfaces[0])
 
 
-def init_distributed(
-    *,
-    rank: int,
-    world_size: int,
-    local_rank: int,
-    local_world_size: int,
-    master_addr: str,
-    master_port: int,
-    device: torch.device,
-    deadline_s: float,
-) -> None:
-    """Join the gang. Raise RunError if the other ranks have not joined within deadline_s.
+def init_distributed(place: RankContext, master_addr: str, master_port: int) -> None:
+    """Join the gang. Raise RunError if the other ranks have not joined within the deadline.
 
     The environment is set as DeepSpeed reads it. On a CPU DeepSpeed must be imported after this, not before.
     """
     meet_through(master_addr)
     os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(local_rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_SIZE=str(local_world_size),
+        RANK=str(place.rank),
+        LOCAL_RANK=str(place.local_rank),
+        WORLD_SIZE=str(place.world_size),
+        LOCAL_SIZE=str(place.local_world_size),
         MASTER_ADDR=master_addr,
         MASTER_PORT=str(master_port),
-        DS_ACCELERATOR=device.type,
+        DS_ACCELERATOR=place.device,
     )
-    if device.type == "cuda":
+    on_gpu, device = place.device == "cuda", place.torch_device()
+    backend, timeout = "nccl" if on_gpu else "gloo", timedelta(seconds=place.deadline_s)
+    if on_gpu:
         torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(
             backend,
             init_method=f"tcp://{master_addr}:{master_port}",
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=deadline_s),
-            device_id=device if device.type == "cuda" else None,
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timeout,
+            device_id=device if on_gpu else None,
         )
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise RunError(
-            f"Rank {rank} of {world_size} could not join its group at {master_addr}:{master_port} "
-            f"({backend}, deadline {deadline_s:g} s): {error}"
+            f"Rank {place.rank} of {place.world_size} could not join its group at {master_addr}:{master_port} "
+            f"({backend}, deadline {place.deadline_s:g} s): {error}"
         ) from error
     import deepspeed  # reads DS_ACCELERATOR when it is imported
 
-    if device.type == "cpu":
+    if not on_gpu:
         # DeepSpeed would compile its all-reduce for ranks of one CPU host here, and it waits without a deadline. On a
         # GPU even reading this table would probe compilers for every DeepSpeed kernel.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=deadline_s))
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout)
 
 
 def set_deadline(deadline_s: float) -> None:

@@ -9,13 +9,17 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from rlhf.engine.distributed import RankContext
 from rlhf.engine.memory import explains_out_of_memory, peak_memory
 from rlhf.role_table import Role
 from rlhf.types import MemoryReport
 from rlhf.workers.microbatches import Microbatch
-from rlhf.workers.rank_context import RankContext
 
 T = TypeVar("T")
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
 class ModelWorker:

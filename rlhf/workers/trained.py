@@ -15,7 +15,7 @@ from rlhf.config.schema.cluster import TrainedResources
 from rlhf.config.schema.model import CriticConfig, PolicyConfig
 from rlhf.config.schema.root import Config
 from rlhf.engine.base import OptimizerSettings, ScheduleSettings, TrainingEngine
-from rlhf.engine.distributed import init_distributed, leave_distributed
+from rlhf.engine.distributed import RankContext, init_distributed, leave_distributed
 from rlhf.engine.flops import flops_per_token, measure_peak_flops
 from rlhf.engine.sharded_loading import shards_as_it_loads
 from rlhf.models.export import export_adapter, export_model
@@ -28,8 +28,7 @@ from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.tracking.metrics.reductions import Last, Mean
 from rlhf.tracking.run_folder.atomic import explains_full
 from rlhf.workers.microbatches import Microbatch, SharedPrompts, padded, split_microbatches
-from rlhf.workers.model_worker import ModelWorker
-from rlhf.workers.rank_context import RankContext, torch_dtype
+from rlhf.workers.model_worker import ModelWorker, torch_dtype
 
 Measure = Callable[[], Metrics]
 
@@ -75,17 +74,7 @@ class TrainedWorker(ModelWorker):
 
     def start(self, master_addr: str, master_port: int) -> str:
         """Join the gang and load the model. Return the architecture's fingerprint."""
-        place = self.place
-        init_distributed(
-            rank=place.rank,
-            world_size=place.world_size,
-            local_rank=place.local_rank,
-            local_world_size=place.local_world_size,
-            master_addr=master_addr,
-            master_port=master_port,
-            device=self.device,
-            deadline_s=place.deadline_s,
-        )
+        init_distributed(self.place, master_addr, master_port)
         return self.build()
 
     def build(self) -> str:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from actors.roles.ranks import free_address
 from actors.run.run_record import recording
 from rlhf.config.derive import (
     critic_model,
@@ -31,7 +30,7 @@ from rlhf.config.schema.root import Config
 from rlhf.controller.learning import OnlineRoles
 from rlhf.controller.online import OnlineController
 from rlhf.data.stream import Stream
-from rlhf.engine.distributed import init_distributed, leave_distributed
+from rlhf.engine.distributed import RankContext, init_distributed, leave_distributed
 from rlhf.evaluation.voting import AnswerForm
 from rlhf.models.loading import load_tokenizer
 from rlhf.preflight.inputs import OnlineInputs, StageInputs, load_inputs
@@ -49,8 +48,8 @@ from rlhf.workers.online.critic import CriticWorker
 from rlhf.workers.online.pairs import OnlinePreferenceWorker
 from rlhf.workers.online.policy import PolicyWorker
 from rlhf.workers.online.student import StudentWorker
-from rlhf.workers.rank_context import RankContext
 from rlhf.workers.trained import TrainedWorker
+from tests.integration.rank_gang import free_port
 
 PLACE = RankContext(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=120.0)
 NOTHING = MemoryReport(rss_gib=0.0, gpu_gib=None)
@@ -58,17 +57,7 @@ NOTHING = MemoryReport(rss_gib=0.0, gpu_gib=None)
 
 def join_alone() -> None:
     """A gang of one, which all trained workers of this process share."""
-    address, port = free_address(one_host=True)
-    init_distributed(
-        rank=0,
-        world_size=1,
-        local_rank=0,
-        local_world_size=1,
-        master_addr=address,
-        master_port=port,
-        device=torch.device("cpu"),
-        deadline_s=PLACE.deadline_s,
-    )
+    init_distributed(PLACE, "127.0.0.1", free_port())
 
 
 def leave_alone() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from rlhf.engine.distributed import init_distributed, leave_distributed
+from rlhf.engine.distributed import RankContext, init_distributed, leave_distributed
 
 DEADLINE_S = 240.0  # of each wait: the first includes imports, on a machine that may be busy
 CPU = torch.device("cpu")
@@ -34,6 +34,18 @@ def small_config(**changes: Any) -> LlamaConfig:
     return LlamaConfig(**(values | changes))
 
 
+def place_of(rank: int, world_size: int, device: str = "cpu") -> RankContext:
+    return RankContext(
+        rank=rank,
+        world_size=world_size,
+        local_rank=rank,
+        local_world_size=world_size,
+        device=device,
+        threads=1,
+        deadline_s=DEADLINE_S,
+    )
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -42,16 +54,7 @@ def free_port() -> int:
 
 def serve(connection: Connection, rank: int, world_size: int, port: int, device: torch.device) -> None:
     torch.set_num_threads(1)
-    init_distributed(
-        rank=rank,
-        world_size=world_size,
-        local_rank=rank,
-        local_world_size=world_size,
-        master_addr="127.0.0.1",
-        master_port=port,
-        device=device,
-        deadline_s=DEADLINE_S,
-    )
+    init_distributed(place_of(rank, world_size, device.type), "127.0.0.1", port)
     while (task := connection.recv()) is not None:
         function, options = task
         try:

@@ -28,8 +28,7 @@ from rlhf.tracking.metrics.declarations import expected_metrics, merge_metrics, 
 from rlhf.types import Examples, MinibatchPlan
 from rlhf.workers.frozen.teacher import TeacherWorker
 from rlhf.workers.offline.distillation import DistillationWorker
-from rlhf.workers.rank_context import RankContext
-from tests.integration.rank_gang import DEADLINE_S, Gang
+from tests.integration.rank_gang import Gang, place_of
 from tests.integration.recipes import rows, start, train, without_clocks, write_config
 from tests.integration.test_online import kill_all, wait_for
 
@@ -161,15 +160,7 @@ def plan_of(data: Examples, chosen: Sequence[int], *, ranks: int) -> MinibatchPl
 
 def train_rank(rank: int, world_size: int, *, config: Config, models: Path) -> list[Any]:
     """One rank: the metrics of its steps and of an evaluation after them. It has a teacher of its own."""
-    place = RankContext(
-        rank=rank,
-        world_size=world_size,
-        local_rank=rank,
-        local_world_size=world_size,
-        device="cpu",
-        threads=1,
-        deadline_s=DEADLINE_S,
-    )
+    place = place_of(rank, world_size)
     worker = DistillationWorker(config, place, optimizer_steps=STEPS)
     worker.build()
     assert config.teacher is not None

@@ -37,8 +37,7 @@ from rlhf.workers.offline.pairs import PreferenceWorker, RewardModelWorker
 from rlhf.workers.offline.referenced import ReferencedPolicy
 from rlhf.workers.offline.step_rewards import StepRewardWorker
 from rlhf.workers.offline.unpaired import UnpairedWorker
-from rlhf.workers.rank_context import RankContext
-from tests.integration.rank_gang import DEADLINE_S, Gang
+from tests.integration.rank_gang import Gang, place_of
 
 ROWS, STEPS, LR = 12, 2, 1e-3
 PIECES = (range(5), range(5, 10), range(10, 11), range(11, 12))  # of an evaluation; the last leave a rank without rows
@@ -131,15 +130,7 @@ def train_rank(
     zero_stage: int = 2,
 ) -> list[Any]:
     """One rank: the metrics of its steps, then of an evaluation as a whole and in pieces, from the model folder."""
-    place = RankContext(
-        rank=rank,
-        world_size=world_size,
-        local_rank=rank,
-        local_world_size=world_size,
-        device="cpu",
-        threads=1,
-        deadline_s=DEADLINE_S,
-    )
+    place = place_of(rank, world_size)
     name = algorithm["name"]
     config = config_of(algorithm, model, folder, workers=world_size, tokens=tokens, zero_stage=zero_stage)
     worker = WORKERS[name](config, place, optimizer_steps=STEPS)

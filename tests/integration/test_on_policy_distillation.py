@@ -25,8 +25,7 @@ from rlhf.tracking.metrics.declarations import expected_metrics, merge_metrics, 
 from rlhf.types import BatchPlan, MinibatchPlan, Rollouts
 from rlhf.workers.frozen.teacher import OnlineTeacherWorker
 from rlhf.workers.online.student import StudentWorker
-from rlhf.workers.rank_context import RankContext
-from tests.integration.rank_gang import DEADLINE_S, Gang
+from tests.integration.rank_gang import Gang, place_of
 from tests.integration.recipes import rows, start, train, without_clocks, write_config
 from tests.integration.test_distillation import BETA, build_models, divergence
 from tests.integration.test_online import kill_all, wait_for
@@ -109,15 +108,7 @@ def plan_of(given: Rollouts, *, ranks: int, scores: Mapping[int, float]) -> Batc
 def train_rank(rank: int, world_size: int, *, config: Config) -> list[Any]:
     """One rank, with a teacher of its own: the metrics of an update on each half, in as many epochs as there are."""
     assert config.teacher is not None
-    place = RankContext(
-        rank=rank,
-        world_size=world_size,
-        local_rank=rank,
-        local_world_size=world_size,
-        device="cpu",
-        threads=1,
-        deadline_s=DEADLINE_S,
-    )
+    place = place_of(rank, world_size)
     tokens = config.train.max_tokens_per_microbatch
     worker = StudentWorker(config, place, optimizer_steps=4)
     worker.build()

@@ -24,8 +24,7 @@ from rlhf.types import Examples, MinibatchPlan, Pairs, RolloutInfo, Rollouts
 from rlhf.workers.frozen.reference import ReferenceWorker
 from rlhf.workers.offline.pairs import PreferenceWorker
 from rlhf.workers.online.pairs import OnlinePreferenceWorker
-from rlhf.workers.rank_context import RankContext
-from tests.integration.rank_gang import DEADLINE_S, Gang
+from tests.integration.rank_gang import Gang, place_of
 
 GROUPS, SAMPLES, PROMPT, MOST_NEW = 6, 3, 5, 9
 CHOSEN, REJECTED = 2, 0  # samples of each group
@@ -97,18 +96,6 @@ def pair_of(rollouts: Rollouts) -> tuple[RolloutInfo, RolloutInfo]:
         for sequence_id, length in zip(rollouts.sequence_ids.tolist(), rollouts.lengths.tolist(), strict=True)
     ]
     return infos[CHOSEN], infos[REJECTED]
-
-
-def place_of(rank: int, world_size: int) -> RankContext:
-    return RankContext(
-        rank=rank,
-        world_size=world_size,
-        local_rank=rank,
-        local_world_size=world_size,
-        device="cpu",
-        threads=1,
-        deadline_s=DEADLINE_S,
-    )
 
 
 def learn(

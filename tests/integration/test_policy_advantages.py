@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM
 
 from rlhf.config.files.load import checked
 from rlhf.config.schema.root import Config
+from rlhf.engine.distributed import RankContext
 from rlhf.models.tiny import build_tiny_llama
 from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.types import BatchPlan, MinibatchPlan, Rollouts, StepReward, TokenValues
 from rlhf.workers.online.policy import PolicyWorker
-from rlhf.workers.rank_context import RankContext
-from tests.integration.rank_gang import Gang
-from tests.integration.test_online_pairs import GROUPS, MOST_NEW, PROMPT, SAMPLES, place_of, rollouts_of
+from tests.integration.rank_gang import Gang, place_of
+from tests.integration.test_online_pairs import GROUPS, MOST_NEW, PROMPT, SAMPLES, rollouts_of
 
 SCORES = {i: float((7 * i) % 5) / 2 for i in range(GROUPS * SAMPLES)}
 TEMPERATURE = 0.7

@@ -24,8 +24,8 @@ from rlhf.roles import CompletedGroup, ScoredGroup
 from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.types import GroupRequest, GroupScores, Prompt, RolloutInfo, Rollouts
 from rlhf.workers.online.policy import PolicyWorker
-from tests.integration.rank_gang import Gang
-from tests.integration.test_online_pairs import GROUPS, MOST_NEW, PROMPT, SAMPLES, place_of, rollouts_of
+from tests.integration.rank_gang import Gang, place_of
+from tests.integration.test_online_pairs import GROUPS, MOST_NEW, PROMPT, SAMPLES, rollouts_of
 
 BYPASSES = ("bypass", "policy_gradient")
 

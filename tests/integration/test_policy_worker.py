@@ -22,8 +22,8 @@ from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.tracking.metrics.reductions import Mean
 from rlhf.types import BatchPlan, MinibatchPlan, TokenSignals, TokenValues
 from rlhf.workers.online.policy import PolicyWorker
-from tests.integration.rank_gang import Gang
-from tests.integration.test_online_pairs import GROUPS, MOST_NEW, PROMPT, SAMPLES, place_of, rollouts_of
+from tests.integration.rank_gang import Gang, place_of
+from tests.integration.test_online_pairs import GROUPS, MOST_NEW, PROMPT, SAMPLES, rollouts_of
 
 ALGORITHMS: Mapping[str, dict[str, Any]] = {
     "entropy": {"name": "grpo", "top_entropy_fraction": 0.2, "advantage_clip": 1.0, "entropy": {"coef": 0.01}},

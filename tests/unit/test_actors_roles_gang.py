@@ -15,8 +15,8 @@ from actors.cluster.processes import Processes
 from actors.roles.gang import OfflineGang
 from actors.roles.group import worker_environment
 from actors.rollout.vllm_engine import RolloutSpec, engine_environment
+from rlhf.engine.distributed import RankContext
 from rlhf.errors import RunError
-from rlhf.workers.rank_context import RankContext
 
 PLACE = RankContext(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=1.0)
 ENGINE = RolloutSpec(name="", model="org/name", dtype="float32", max_model_len=8, max_num_seqs=1, transport="shm")

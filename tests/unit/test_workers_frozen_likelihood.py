@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rlhf.engine.distributed import RankContext
 from rlhf.errors import UserError
 from rlhf.models.on_disk import find_model
 from rlhf.types import Examples
 from rlhf.workers.frozen.likelihood import LikelihoodWorker
-from rlhf.workers.rank_context import RankContext
 
 PLACE = RankContext(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=60.0)
 LENGTHS = [5, 9, 3, 7]

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from rlhf.config.schema.model import ReferenceConfig
+from rlhf.engine.distributed import RankContext
 from rlhf.models.tiny import build_tiny_llama
 from rlhf.types import Rollouts, TokenValues
 from rlhf.workers.frozen.reference import ReferenceWorker
-from rlhf.workers.rank_context import RankContext
 
 PLACE = RankContext(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=1.0)
 ROLLOUTS = Rollouts(

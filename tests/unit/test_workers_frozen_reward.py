@@ -13,6 +13,7 @@ import torch
 from rlhf.controller.learning import Signals
 from rlhf.controller.rollout_report import environment_failures, group_samples, rollout_metrics
 from rlhf.controller.rollout_scorer import request_for
+from rlhf.engine.distributed import RankContext
 from rlhf.models.tiny import build_tiny_llama
 from rlhf.rewards.loading import load_reward
 from rlhf.rewards.scoring import RewardSpec
@@ -21,7 +22,6 @@ from rlhf.rollouts.records.spans import InsertedSpan, Played, Sampled, assemble
 from rlhf.tracking.run_folder.samples import samples_path
 from rlhf.types import GroupScores, Prompt, RewardError, StepReward, TokenSignals
 from rlhf.workers.frozen.reward import RewardSettings, RewardWorker
-from rlhf.workers.rank_context import RankContext
 
 PROMPT = Prompt(prompt_id=2, token_ids=(63,), text="{observation}", columns={"answer": "7"})
 REQUEST = request_for(PROMPT, group_id=0, first_sequence_id=0, samples=2, run_seed=0)

@@ -10,6 +10,7 @@ import torch
 from aiohttp import web
 
 from rlhf.config.schema.model import RewardModelConfig, StepScores
+from rlhf.engine.distributed import RankContext
 from rlhf.rewards.loading import load_reward
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.rewards.services.client import ServiceSpec
@@ -17,7 +18,6 @@ from rlhf.rewards.services.remote import RemoteReward
 from rlhf.types import Prompt, Rollouts
 from rlhf.workers.frozen.reward import RewardSettings, RewardWorker
 from rlhf.workers.frozen.reward_model import RewardModel
-from rlhf.workers.rank_context import RankContext
 from tests.unit.test_rewards_services_remote import served
 
 PLACE = RankContext(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=10.0)

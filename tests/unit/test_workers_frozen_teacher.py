@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlhf.config.schema.model import TeacherConfig
+from rlhf.engine.distributed import RankContext
 from rlhf.types import Examples, LearntStates, Rollouts
 from rlhf.workers.frozen.teacher import OnlineTeacherWorker, TeacherWorker
-from rlhf.workers.rank_context import RankContext
 
 PLACE = RankContext(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=60.0)
 LENGTHS = (5, 9, 3, 7)

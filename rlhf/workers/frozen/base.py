@@ -9,13 +9,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from rlhf.config.schema.model import ReferenceConfig, TeacherConfig
+from rlhf.engine.distributed import RankContext
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.on_disk import ModelOnDisk
 from rlhf.models.row_check import check_rows
 from rlhf.models.row_layout import row_layout
 from rlhf.workers.microbatches import Microbatch, SharedPrompts, split_microbatches
 from rlhf.workers.model_worker import ModelWorker
-from rlhf.workers.rank_context import RankContext
 
 FrozenModel = ReferenceConfig | TeacherConfig | ModelOnDisk
 

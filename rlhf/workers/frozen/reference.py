@@ -9,12 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf.config.schema.model import ReferenceConfig, TeacherConfig
+from rlhf.engine.distributed import RankContext
 from rlhf.models.packed import policy_logprobs_only
 from rlhf.role_table import Role
 from rlhf.types import Rollouts, TokenValues
 from rlhf.workers.frozen.base import FrozenWorker
 from rlhf.workers.microbatches import Microbatch, Temperatures, shared_prompts
-from rlhf.workers.rank_context import RankContext
 
 
 class ReferenceWorker(FrozenWorker):

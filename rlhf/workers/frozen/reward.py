@@ -16,6 +16,7 @@ from torch import Tensor
 from rlhf.config.schema.model import RewardModelConfig
 from rlhf.data.chat import turn_end
 from rlhf.data.templates import UNCHANGED, ChatTemplate
+from rlhf.engine.distributed import RankContext
 from rlhf.evaluation.voting import AnswerForm, answer_of
 from rlhf.models.loading import load_tokenizer
 from rlhf.rewards.processes.pool import GroupOutcome
@@ -26,7 +27,6 @@ from rlhf.tracking.run_folder.samples import SampleRecord, SampleTokens, write_s
 from rlhf.types import GroupScores, Prompt, Rollouts, StepReward, TokenSignals
 from rlhf.workers.frozen.reward_model import RewardModel
 from rlhf.workers.model_worker import ModelWorker
-from rlhf.workers.rank_context import RankContext
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

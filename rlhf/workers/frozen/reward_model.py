@@ -18,7 +18,7 @@ from rlhf.models.row_layout import row_layout
 from rlhf.objectives.reward_model_loss import combined_steps
 from rlhf.types import StepReward
 from rlhf.workers.microbatches import Microbatch, split_microbatches
-from rlhf.workers.rank_context import torch_dtype
+from rlhf.workers.model_worker import torch_dtype
 
 
 class RewardModel:

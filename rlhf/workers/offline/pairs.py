@@ -19,6 +19,7 @@ from torch import Tensor
 from rlhf.algorithms import algorithm_of
 from rlhf.algorithms.pairs import PairAlgorithm, PairScores
 from rlhf.config.schema.root import Config
+from rlhf.engine.distributed import RankContext
 from rlhf.models.heads import sequence_scores
 from rlhf.models.loading import load_critic
 from rlhf.models.packed import policy_logprobs_and_collisions
@@ -31,7 +32,6 @@ from rlhf.types import LearntStates
 from rlhf.workers.microbatches import Microbatch
 from rlhf.workers.offline.base import PairsBatch, PairsWorker
 from rlhf.workers.offline.referenced import ReferencedPolicy
-from rlhf.workers.rank_context import RankContext
 from rlhf.workers.trained import Measure
 
 CALIBRATION_BINS = 10

@@ -14,9 +14,9 @@ from torch import Tensor
 from rlhf.models.packed import policy_logprobs_only
 from rlhf.types import Examples, MinibatchPlan, TokenValues
 from rlhf.workers.microbatches import Microbatch, split_microbatches
+from rlhf.workers.model_worker import torch_dtype
 from rlhf.workers.offline.base import PairsWorker
 from rlhf.workers.offline.reference_cache import read_columns, reference_key, write_columns
-from rlhf.workers.rank_context import torch_dtype
 
 T = TypeVar("T")
 

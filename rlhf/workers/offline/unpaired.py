@@ -17,6 +17,7 @@ from torch import Tensor
 from rlhf.algorithms import algorithm_of
 from rlhf.algorithms.kto import KTO
 from rlhf.config.schema.root import Config
+from rlhf.engine.distributed import RankContext
 from rlhf.objectives.masking import sequence_sums
 from rlhf.objectives.unpaired_loss import mismatched_kl
 from rlhf.roles import Metrics
@@ -25,7 +26,6 @@ from rlhf.types import LearntStates, MinibatchPlan
 from rlhf.workers.microbatches import Microbatch
 from rlhf.workers.offline.base import PairsBatch
 from rlhf.workers.offline.referenced import ReferencedPolicy
-from rlhf.workers.rank_context import RankContext
 from rlhf.workers.trained import Measure
 
 RESPONSE, MISMATCHED = (0,), (1,)  # sides of a row

@@ -17,9 +17,9 @@ from torch import Tensor
 from rlhf.algorithms.microbatch import StepCounts
 from rlhf.config.schema.model import CriticConfig
 from rlhf.config.schema.root import Config
+from rlhf.engine.distributed import RankContext
 from rlhf.types import BatchPlan, MinibatchPlan, Rollouts, TokenValues
 from rlhf.workers.microbatches import Microbatch, Temperatures, shared_prompts
-from rlhf.workers.rank_context import RankContext
 from rlhf.workers.trained import TrainedWorker
 
 

@@ -12,6 +12,7 @@ from rlhf.algorithms.microbatch import ValueMicrobatch
 from rlhf.algorithms.ppo import PPO, PPOConfig
 from rlhf.config.schema.model import CriticConfig
 from rlhf.config.schema.root import Config
+from rlhf.engine.distributed import RankContext
 from rlhf.models.heads import token_values
 from rlhf.models.loading import load_critic
 from rlhf.roles import Metrics
@@ -19,7 +20,6 @@ from rlhf.types import BatchPlan, Rollouts, TokenValues
 from rlhf.workers.microbatches import Microbatch
 from rlhf.workers.online.base import OnlineWorker
 from rlhf.workers.online.update_metrics import critic_metrics
-from rlhf.workers.rank_context import RankContext
 from rlhf.workers.trained import Measure
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf.config.schema.root import Config
+from rlhf.engine.distributed import RankContext
 from rlhf.objectives.kl import kl_k3
 from rlhf.roles import Metrics, SequenceReport
 from rlhf.tracking.metrics.declarations import merge_metrics
@@ -24,7 +25,6 @@ from rlhf.workers.offline.base import PairsBatch
 from rlhf.workers.offline.pairs import PreferenceWorker
 from rlhf.workers.online.token_signals import signals_of, unknown
 from rlhf.workers.online.update_metrics import sampler_metrics
-from rlhf.workers.rank_context import RankContext
 
 
 class OnlinePreferenceWorker(PreferenceWorker):

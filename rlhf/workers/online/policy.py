@@ -15,6 +15,7 @@ from rlhf.algorithms import algorithm_of
 from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
 from rlhf.algorithms.online import OnlineAlgorithm, reference_kl
 from rlhf.config.schema.root import Config
+from rlhf.engine.distributed import RankContext
 from rlhf.models.packed import policy_logprobs, policy_logprobs_and_collisions, policy_logprobs_only
 from rlhf.objectives.advantages import reward_to_go, whiten
 from rlhf.objectives.masking import Moments, merge_moments, moments, sequence_counts, sequence_means, to_tokens
@@ -35,7 +36,6 @@ from rlhf.workers.online.update_metrics import (
     update_metrics,
 )
 from rlhf.workers.online.whole_step import Ranks, Selections, ShareColumns, reads_whole_step, select_tokens
-from rlhf.workers.rank_context import RankContext
 from rlhf.workers.trained import Measure
 
 STEP_BASELINE_EPS = 1e-8  # bound of the summed energy, as in verl

@@ -15,6 +15,7 @@ from rlhf.algorithms import algorithm_of
 from rlhf.algorithms.microbatch import PolicyMicrobatch
 from rlhf.algorithms.on_policy_distillation import OnPolicyDistillation
 from rlhf.config.schema.root import Config
+from rlhf.engine.distributed import RankContext
 from rlhf.models.packed import policy_logprobs, policy_logprobs_only, sampled_distillation_loss
 from rlhf.objectives.distillation import teacher_advantages
 from rlhf.objectives.masking import masked_sum, moments, sequence_counts, to_tokens
@@ -25,7 +26,6 @@ from rlhf.workers.microbatches import Microbatch
 from rlhf.workers.online.base import OnlineWorker
 from rlhf.workers.online.token_signals import Column, unknown_signals
 from rlhf.workers.online.update_metrics import advantage_histogram, as_std, sampler_metrics, update_metrics
-from rlhf.workers.rank_context import RankContext
 from rlhf.workers.trained import Measure
 
 
