@@ -21,13 +21,13 @@ def cluster_to_join(configured: str | None) -> str | None:
         address = named if named not in (None, "auto") else started_here()
         if address is None:
             raise UserError(
-                "cluster.address or RAY_ADDRESS is auto, but no cluster was begun on this machine with `ray start` "
+                "cluster.address or RAY_ADDRESS is auto, but no cluster was started on this machine with `ray start` "
                 f"({word_of_cluster()} does not exist). Start one with `ray start --head`, name a cluster as "
                 "HOST:PORT, or leave cluster.address null for a local Ray."
             )
     if address is not None and address.startswith(("http://", "https://")):
         raise UserError(
-            f"{address} (cluster.address or RAY_ADDRESS) is the address of a dashboard, which `ray job submit` takes. "
+            f"{address} (cluster.address or RAY_ADDRESS) is the address of a dashboard, for `ray job submit`. "
             "A run needs the cluster's own, HOST:PORT, or on one of its machines cluster.address=auto; unset "
             "RAY_ADDRESS for a local Ray."
         )

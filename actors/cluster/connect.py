@@ -130,7 +130,7 @@ def _start_local(config: ClusterConfig) -> None:
         )
     except Exception as error:  # Ray raises a bare Exception if a node starts too slowly
         raise RunError(
-            f"start: the local Ray did not come up: {' '.join(str(error).split())} The machine may be short of "
+            f"start: the local Ray did not start: {' '.join(str(error).split())} The machine may be short of "
             "memory or busy: end what else runs here and start again, with --resume auto if the run had begun."
         ) from error
     finally:
@@ -156,19 +156,21 @@ def _private_temp() -> Path:
     temp = parent / f"ray-{os.getuid()}"
     if len(str(temp / SOCKET_IN_TEMP)) > LONGEST_SOCKET:
         raise UserError(
-            f"start: Ray cannot make its sockets below {parent} (TMPDIR or RAY_TMPDIR): their paths would be longer "
+            f"start: Ray cannot create its sockets below {parent} (TMPDIR or RAY_TMPDIR): their paths would be longer "
             f"than {LONGEST_SOCKET} characters. Set RAY_TMPDIR to a folder with a short path, such as /tmp."
         )
     try:
         temp.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = temp.lstat()
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-            raise UserError(f"start: {temp} is no folder of this user. Remove it, or set RAY_TMPDIR to another folder.")
+            raise UserError(
+                f"start: {temp} is not a folder that belongs to this user. Remove it, or set RAY_TMPDIR to another."
+            )
         temp.chmod(0o700)
     except OSError as error:
         raise UserError(
-            f"start: {temp} cannot be made for Ray's files: {error.strerror}. Set RAY_TMPDIR to a folder that you can "
-            "write."
+            f"start: {temp} cannot be created for Ray's files: {error.strerror}. Set RAY_TMPDIR to a folder "
+            "that you can write."
         ) from error
     return temp
 
@@ -200,7 +202,7 @@ def _refuse_dead(address: str) -> None:
     except subprocess.TimeoutExpired as error:
         raise _no_cluster(
             address,
-            f"something listens there that does not speak Ray's protocol "
+            f"a program listens there, but it did not answer in Ray's protocol "
             f"within {ANSWER_WITHIN_S:.0f} s (the dashboard has another port)",
         ) from error
     except subprocess.CalledProcessError as error:
@@ -210,7 +212,7 @@ def _refuse_dead(address: str) -> None:
 
 def _no_cluster(address: str, reason: str) -> UserError:
     return UserError(
-        f"no Ray cluster answers at {address!r} (cluster.address or RAY_ADDRESS): {reason}. Start one with "
+        f"no Ray cluster responds at {address!r} (cluster.address or RAY_ADDRESS): {reason}. Start one with "
         "`ray start --head`, or leave cluster.address null for a local one. If the cluster uses tokens, set "
         "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN."
     )

@@ -79,7 +79,7 @@ class Placement:
         if OWN_RAY.killed:  # no call to a killed Ray: it would abort the driver after a minute
             finishes_within(RELEASED_WITHIN_S, ray.shutdown, "ray.shutdown")
         elif not finishes_within(RELEASED_WITHIN_S, partial(remove_placement_group, self.group), "release"):
-            logger.warning("Ray did not take the run's resources back within %.0f s", RELEASED_WITHIN_S)
+            logger.warning("Ray did not release the run's resources within %.0f s", RELEASED_WITHIN_S)
 
 
 async def reserve(config: Config) -> Placement:
@@ -96,7 +96,7 @@ async def reserve_seats(seating: Seating, *, limit_s: float) -> Placement:
     missing = _missing(seating, [node for node in nodes if node["Alive"]])
     if missing is not None and all(node["Alive"] for node in nodes):
         raise UserError(
-            f"the run wants more than the cluster has{missing}.\n{_table(seating, ray.cluster_resources())}\n"
+            f"the run needs more than the cluster has{missing}.\n{_table(seating, ray.cluster_resources())}\n"
             "Lower cluster.roles.*.workers, .engines or .cpus, let roles share bundles with colocate_with, "
             "or use a larger cluster."
         )
@@ -116,9 +116,9 @@ async def reserve_seats(seating: Seating, *, limit_s: float) -> Placement:
             state = placement_group_table(group)
             remove_placement_group(group)
             raise RunError(
-                f"placement: no room for the run in {waited:.0f} s (cluster.start_timeout_s); the placement group is "
-                f"{state['state']}.\n{_table(seating, ray.available_resources())}\n"
-                + ("Something else holds the resources." if missing is None else "The cluster has lost nodes.")
+                f"placement: the run could not be placed within {waited:.0f} s (cluster.start_timeout_s); "
+                f"the placement group is {state['state']}.\n{_table(seating, ray.available_resources())}\n"
+                + ("Other programs hold the resources." if missing is None else "The cluster has lost nodes.")
             )
         if time.monotonic() - last_log >= SAY_EVERY_S:
             last_log = time.monotonic()
@@ -144,5 +144,5 @@ def _table(seating: Seating, have: Mapping[str, float]) -> str:
     for role, seats in seating.seats.items():
         rows.append(f"  {role:<12}{len(seats):>8}{seats[0].cpus:>10.2f}{seats[0].gpus:>10.2f}")
     for key in ("CPU", "GPU"):
-        rows.append(f"  wanted {key}: {seating.total(key):g}, there are {have.get(key, 0.0):g}")
+        rows.append(f"  needed {key}: {seating.total(key):g}, available: {have.get(key, 0.0):g}")
     return "\n".join(rows)

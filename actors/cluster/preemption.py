@@ -68,10 +68,10 @@ async def run_loop(
                 notice.give()
             if OWN_RAY.is_ending:
                 OWN_RAY.kill()
-                raise Preempted("the step in progress was given up, because the run's own Ray was ended too")
+                raise Preempted("the step in progress was abandoned, because the run's local Ray was ended too")
             if limit_s is not None and time.monotonic() - request.came > limit_s:
                 raise Preempted(
-                    f"the step in progress was not done in {limit_s:g} s (train.preemption_grace_s, or less)"
+                    f"the step in progress was not finished within {limit_s:g} s (train.preemption_grace_s, or less)"
                 )
         return await task
     finally:

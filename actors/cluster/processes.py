@@ -81,7 +81,7 @@ class Processes:
         _, alive = psutil.wait_procs(alive, timeout=GONE_WITHIN_S)
         if alive:
             logger.warning(
-                "%s: processes %s are still there %.0f s after they were killed",
+                "%s: processes %s still exist %.0f s after they were killed",
                 self.role,
                 ", ".join(str(process.pid) for process in alive),
                 GONE_WITHIN_S,

@@ -24,7 +24,7 @@ class PrometheusBackend(TrackerBackend):
         self._run = {RUN_LABEL: run}
         self._gauges: dict[str, Gauge] = {}
         self._counters: dict[str, Counter] = {}
-        self._step = Gauge(PREFIX + STEP, description="The last step that is done", tag_keys=(RUN_LABEL,))
+        self._step = Gauge(PREFIX + STEP, description="The last finished step", tag_keys=(RUN_LABEL,))
 
     def log(self, step: TrackedStep) -> None:
         """Export the newest values."""

@@ -41,7 +41,7 @@ async def wait_all(refs: Sequence[ObjectRef[Any]], *, role: str, stage: str, dea
             late = [rank for rank, future in enumerate(futures) if future in pending]
             limit = f"cluster.{'start' if stage == 'start' else 'call'}_timeout_s"
             raise RunError(
-                f"{stage}: {role} rank {', '.join(map(str, late))} gave no answer in "
+                f"{stage}: {role} rank {', '.join(map(str, late))} did not answer within "
                 f"{time.monotonic() - began:.0f} s ({limit}).{lost_nodes() or IT_HANGS} {RESUMES}"
             )
         return [future.result() for future in futures]
@@ -58,7 +58,7 @@ async def wait_one(
         return await asyncio.wait_for(asyncio.wrap_future(ref.future()), timeout=deadline_s)
     except TimeoutError as error:
         raise RunError(
-            f"{stage}: {role} rank {rank} gave no answer in {deadline_s:.0f} s ({limit})."
+            f"{stage}: {role} rank {rank} did not answer within {deadline_s:.0f} s ({limit})."
             f"{lost_nodes() or IT_HANGS} {RESUMES}"
         ) from error
     except RayError as error:
@@ -89,7 +89,7 @@ def _how_it_died(error: RayActorError) -> str:
     """Return Ray's reason for a death, and the log file with the process's last output."""
     message = str(error)
     if error.actor_init_failed:
-        return f"could not be made: {_short(message.strip().splitlines()[-1])}."
+        return f"could not be created: {_short(message.strip().splitlines()[-1])}."
     was = location_of(error.actor_id)
     node_failure = was.node_failure() if was is not None else None
     if was is not None and node_failure is not None:
@@ -98,7 +98,7 @@ def _how_it_died(error: RayActorError) -> str:
     number, address = (was.pid, was.address) if was is not None else (pid and pid[1], host and host[1])
     detail = re.search(r"(?:Worker exit detail|The actor is dead because|is unavailable): *(.*)", message)
     where = f" (process {number}{f' on {address}' if address else ''})" if number else ""
-    log = f" Its last words are in {_logs()}/worker-*-{number}.err there." if number else ""
+    log = f" Its last output is in {_logs()}/worker-*-{number}.err there." if number else ""
     return f"died{where}. {_short(detail[1]) if detail else ''}{log}"
 
 

@@ -50,7 +50,7 @@ async def ending(groups: Sequence[Stoppable], placement: Placed) -> AsyncIterato
             try:
                 await group.stop()
             except RunError as error:
-                logger.warning("%s It is ended instead.", error)
+                logger.warning("%s It is killed instead.", error)
     finally:
         for group in groups:
             group.end()

@@ -259,7 +259,8 @@ class RolloutWorker:
                 )
             except TimeoutError as error:
                 raise RunError(
-                    f"{self.spec.name}: {len(held)} of {num_groups} groups came in {self.spec.call_timeout_s:.0f} s"
+                    f"{self.spec.name}: only {len(held)} of {num_groups} groups arrived within "
+                    f"{self.spec.call_timeout_s:.0f} s"
                 ) from error
         self._held = None
         if self._refused is not None:
@@ -280,7 +281,10 @@ class RolloutWorker:
         self._refuse_frozen()
         self._refuse_asleep("weights")
         if manifest.version != version:
-            raise RunError(f"{self.spec.name}: asked for version {version}, the manifest holds {manifest.version}")
+            raise RunError(
+                f"{self.spec.name}: version {version} was requested, but the manifest describes version "
+                f"{manifest.version}"
+            )
         self.version = None  # in any case: no sample from half-loaded weights
         is_adapter = manifest.transport == "adapter"
         load = load_adapter if is_adapter else load_weights
@@ -382,7 +386,7 @@ class RolloutWorker:
     def _synced_version(self) -> int:
         if self.version is None:
             raise RunError(
-                f"{self.spec.name} has not been given the policy's weights, so it does not generate. "
+                f"{self.spec.name} has not received the policy's weights yet, so it cannot generate. "
                 "It must be synced first."
             )
         self._refuse_asleep("weights", "cache")

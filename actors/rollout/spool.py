@@ -63,7 +63,7 @@ def read_group(
             rollouts = Rollouts(**{field.name: file.get_tensor(field.name) for field in fields(Rollouts)})
             infos = tuple(_info(row) for row in json.loads(metadata["infos"]))
     except (SafetensorError, ValueError, KeyError, TypeError) as error:  # also from a release with other scalars
-        logger.warning("%s is damaged (%s); its group is drawn again", path, error)
+        logger.warning("%s is damaged (%s); its group is sampled again", path, error)
         return None
     return rollouts, infos
 

@@ -51,7 +51,7 @@ class RolloutSpec:
 
     def __post_init__(self) -> None:
         if self.adapter is not None and not (self.is_frozen and self.lora_rank):
-            raise ValueError("an adapter of its own needs a frozen engine and the adapter's lora_rank")
+            raise ValueError("an engine with an adapter must be frozen, and lora_rank must be the adapter's rank")
 
     @property
     def is_frozen(self) -> bool:

@@ -40,7 +40,7 @@ class EnginePool:
         key, lent = engines_key(config, max_model_len, environment), self.kept
         if lent is not None and lent.key == key and await _renewed(lent.engines, spool):
             self.kept, lent.is_kept, lent.is_started = None, False, True
-            logger.info("the rollout engines are those of the run before")
+            logger.info("the rollout engines of the previous run are reused")
             return lent
         self.close()
         placement = await reserve(config)

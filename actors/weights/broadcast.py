@@ -54,8 +54,8 @@ def _new_group(method: Method, meeting: Meeting, rank: int) -> Any:
         return dist.ProcessGroupNCCL(PrefixStore("weights", store), rank, size, options)
     except (RuntimeError, dist.DistError) as error:
         raise RunError(
-            f"weight sync: rank {rank} of {size} found not all others at {meeting.address}:{meeting.port} in "
-            f"{meeting.timeout_s:.0f} s: {error}"
+            f"weight sync: rank {rank} of {size} did not meet all others at {meeting.address}:{meeting.port} "
+            f"within {meeting.timeout_s:.0f} s: {error}"
         ) from error
 
 

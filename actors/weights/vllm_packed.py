@@ -44,7 +44,7 @@ def load_packed(model: Any, weights: Mapping[str, Tensor]) -> None:
         sources = [f"{prefix}{part}.{kind}" for part in parts_of.get(leaf, (leaf,))]
         missing = [source for source in sources if source not in unused]
         if missing:
-            raise RunError(f"weight sync: the engine's {name} wants {missing[0]}, which was not published")
+            raise RunError(f"weight sync: the engine's {name} wants {missing[0]}, which the policy did not publish")
         weight = joined([unused.pop(source) for source in sources])
         module = model.get_submodule(name.rpartition(".")[0])
         if isinstance(module, LinearBase) and kind == "weight":
@@ -56,7 +56,7 @@ def load_packed(model: Any, weights: Mapping[str, Tensor]) -> None:
         else:
             parameter.data.copy_(weight)
     if unused:
-        raise RunError(f"weight sync: {next(iter(unused))} was published, and the engine has no such weight")
+        raise RunError(f"weight sync: {next(iter(unused))} was published, but the engine has no such weight")
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

@@ -335,11 +335,11 @@ class WeightSync:
 def weight_sync(cluster: ClusterConfig, *, one_host: bool) -> WeightSync:
     """Choose the weight transport. `one_host`: the policy's first rank and all engines are on one machine."""
     if cluster.weight_sync != "auto":
-        return WeightSync(method=cluster.weight_sync, why="cluster.weight_sync names it")
+        return WeightSync(method=cluster.weight_sync, why="cluster.weight_sync sets it")
     if cluster.device == "cuda":
         if cluster.roles.rollout.colocate_with == "policy":
             return WeightSync(method="ipc", why="policy and engines share GPUs")
-        return WeightSync(method="nccl", why="policy and engines have GPUs of their own")
+        return WeightSync(method="nccl", why="policy and engines have separate GPUs")
     if one_host:
         return WeightSync(method="shm", why="policy and engines are on one CPU host")
     return WeightSync(method="gloo", why="policy and engines are on several CPU hosts")

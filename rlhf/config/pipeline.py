@@ -122,16 +122,16 @@ def _misplaced(tree: Tree) -> Iterator[Problem]:
         yield Problem(key=("run", "name"), text=f"got {kind(run['name'])}, expected a name without `/` for a pipeline")
     for section in KINDS:
         if section in tree.values:
-            text = f"stands in each stage, not at the top: write stages.{next(iter(stages))}.{section}"
+            text = f"belongs in each stage, not at the top: write stages.{next(iter(stages))}.{section}"
             yield Problem(key=(section,), text=text)
     for name, sections in stages.items():
         if not _NAME.fullmatch(name):
-            text = "is no name for a stage: letters, digits, `_` and `-`, starting with a letter or digit"
+            text = "is not a valid stage name: use letters, digits, `_` and `-`, and begin with a letter or digit"
             yield Problem(key=("stages", name), text=text)
         if sections is not None and not isinstance(sections, dict):
             yield Problem(key=("stages", name), text=f"got {kind(sections)}, expected a mapping of sections")
         elif sections is not None and "run" in sections:
-            text = "stands at the top, for all stages; a stage's run has the names of the pipeline and the stage"
+            text = "belongs at the top, for all stages; a stage's run is named after the pipeline and the stage"
             yield Problem(key=("stages", name, "run"), text=text)
         else:
             yield from _not_of_its_kind(name, sections or {})
@@ -142,11 +142,11 @@ def _not_of_its_kind(name: str, sections: dict[str, Any]) -> Iterator[Problem]:
     root = kind_of(sections)
     (mark,) = (section for section in KINDS if KINDS[section] is root)
     if mark not in sections:
-        text = "has no section that says what it is: `algorithm` (it trains), `merge` or `evaluate`"
+        text = "needs one of the sections `algorithm` (to train), `merge` and `evaluate`"
         yield Problem(key=("stages", name), text=text)
     for section in sections:
         if section not in root.model_fields and (section in Config.model_fields or section in KINDS):
-            text = f"does not go with `{mark}`, which makes this stage {WHAT[root]}; make two stages of it"
+            text = f"cannot be combined with `{mark}`, which makes this stage {WHAT[root]}; split it into two stages"
             yield Problem(key=("stages", name, section), text=text)
 
 
@@ -237,7 +237,7 @@ def _unused_by_all(shared: dict[str, Any], stages: list[_Stage]) -> Iterator[Pro
         key, why = reasons[-1] if reasons else (leaf, "")  # the reason of the last stage matters most
         if key not in named:
             named.add(key)
-            overridden = f"has no effect: every stage sets its own; write stages.{trained[-1].name}.{'.'.join(leaf)}"
+            overridden = f"has no effect: every stage sets its value; write stages.{trained[-1].name}.{'.'.join(leaf)}"
             yield Problem(key=key, text=f"no stage can use it: {why}" if reasons else overridden)
 
 

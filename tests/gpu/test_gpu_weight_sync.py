@@ -66,7 +66,7 @@ def test_an_engine_sleeps_without_weights_and_wakes_to_new_ones(neighbours: tupl
     handle, policy = neighbours
     for version in (1, 2):
         call(handle.sleep.remote(keep_weights=False))
-        with pytest.raises(RunError, match="has not been given the policy's weights"):
+        with pytest.raises(RunError, match="has not received the policy's weights"):
             call(handle.generate.remote(request(version), SAMPLING))
         call(handle.wake.remote("weights"))
         sync(handle, policy, version)

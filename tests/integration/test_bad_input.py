@@ -323,4 +323,4 @@ def test_an_address_without_a_ray(
         for address in (f"127.0.0.1:{port}", "127.0.0.1:1", "ray://127.0.0.1:1", "nowhere.invalid:6379", "nonsense"):
             cluster = {"cluster": {"address": address, "object_store_gib": None}}
             said = refused(capsys, str(config(tmp_path, cluster)))
-            assert f"no Ray cluster answers at {address!r} (cluster.address or RAY_ADDRESS)" in said
+            assert f"no Ray cluster responds at {address!r} (cluster.address or RAY_ADDRESS)" in said

@@ -235,7 +235,7 @@ def test_killed_and_stopped_ranks_are_named_and_the_gang_ends(
         said = failed(capsys, config)
     assert re.match(r"update: policy rank [01] died \(process \d+ on ", said), said
     assert "--resume auto" in said
-    assert re.search(r"Its last words are in /\S+/worker-\*-\d+\.err", said)
+    assert re.search(r"Its last output is in /\S+/worker-\*-\d+\.err", said)
     assert last_error(run) == {**last_error(run), "stage": "run", "kind": "RunError"}
 
     done = steps_done(run)
@@ -309,9 +309,9 @@ def test_a_rank_that_fails_at_its_start_is_named(
 def test_more_than_the_cluster_has(ray_local: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     wants = {"cluster": {"roles": {"policy": {"workers": 64, "cpus": 1.0}}}, "train": {"sequences_per_update": 64}}
     said = failed(capsys, write_run(tmp_path, "large", SFT, wants), code=2)
-    assert "the run wants more than the cluster has" in said
+    assert "the run needs more than the cluster has" in said
     assert re.search(r"policy +64 +1\.00", said), said
-    assert "wanted CPU: 64, there are 4" in said
+    assert "needed CPU: 64, available: 4" in said
 
 
 @pytest.mark.slow
@@ -338,7 +338,7 @@ def test_two_runs_at_once_have_a_ray_each_and_leave_nothing_when_they_are_killed
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     auto = write_run(tmp_path, "auto", SFT, {"cluster": {"roles": None, "object_store_gib": None, "address": "auto"}})
     assert main(["train", str(auto), "--quiet"]) == 2
-    assert "no cluster was begun on this machine with `ray start`" in capsys.readouterr().err
+    assert "no cluster was started on this machine with `ray start`" in capsys.readouterr().err
 
     # Two agents of Ray, which hold nothing, notice the sudden death of their parent only after a minute or two.
     end(runs.pop(killed), signal.SIGKILL, -signal.SIGKILL, late={"ray::DashboardAgent", "ray::RuntimeEnvAgent"})

@@ -75,6 +75,6 @@ def test_a_step_that_takes_too_long_is_lost_but_nothing_before_it(
 
     with once(lambda: steps_done(run) >= STEPS_BEFORE, hang):
         assert main(["train", str(config), "--quiet", "train.preemption_grace_s=2"]) == 75
-    assert "was not done in 2 s (train.preemption_grace_s" in capsys.readouterr().err
+    assert "was not finished within 2 s (train.preemption_grace_s" in capsys.readouterr().err
     assert not actor_processes()
     assert main(["train", str(config), "--quiet", "--resume", "auto", f"train.steps={steps_done(run) + 1}"]) == 0

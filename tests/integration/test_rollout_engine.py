@@ -54,7 +54,7 @@ def unsynced(tiny_model: Path, spool: Path, ray_local: None) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def synced(unsynced: Any, model: Any) -> Iterator[Any]:
-    with pytest.raises(RunError, match="has not been given the policy's weights, so it does not generate"):
+    with pytest.raises(RunError, match="has not received the policy's weights yet, so it cannot generate"):
         call(unsynced.generate.remote(request(0), SAMPLING))
     sender = ShmSender(rank=0, dtype=torch.float32)
     sync(unsynced, sender.publish(model.named_parameters(), 1))

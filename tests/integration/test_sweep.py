@@ -296,7 +296,7 @@ def test_equal_engines_stay_from_one_trial_to_the_next(tmp_path: Path, tiny_mode
     found = rlhf.sweep(file, quiet=True)
     assert [row.state for row in found.rows] == ["finished"] * 2
     logs = [(found.folder / "trials" / f"{row.trial}.log").read_text(encoding="utf-8") for row in found.rows]
-    assert ["the rollout engines are those of the run before" in log for log in logs] == [False, True]
+    assert ["the rollout engines of the previous run are reused" in log for log in logs] == [False, True]
     rlhf.train(found.folder / "trials" / "trial-001.yaml", ["run.name=alone", f"run.dir={tmp_path}"], quiet=True)
     ours, alone = rows(found.folder / "trials" / "trial-001"), rows(tmp_path / "alone")
     assert without_clocks(ours) == without_clocks(alone)

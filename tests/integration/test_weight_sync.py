@@ -113,7 +113,7 @@ def test_kept_caches_stop_the_sync(tied: Any, folder: Path, sender: ShmSender) -
     try:
         with pytest.raises(RunError, match="blocks of keys and values that earlier weights computed are still cached"):
             sync(tied, sender.publish(model_like(folder, seed=31).named_parameters(), 31))
-        with pytest.raises(RunError, match="has not been given the policy's weights"):
+        with pytest.raises(RunError, match="has not received the policy's weights"):
             call(tied.generate.remote(request(31), SAMPLING))
     finally:
         call(tied.replace.remote("actors.rollout.vllm_engine", "reset_caches", None))
@@ -129,13 +129,13 @@ def test_a_damaged_byte_stops_the_sync(tied: Any, folder: Path, sender: ShmSende
         file.write(bytes([byte ^ 1]))
     with pytest.raises(RunError, match=rf"version 40: worker 0 read bytes with checksum .* wrote {manifest.checksum}"):
         sync(tied, manifest)
-    with pytest.raises(RunError, match="has not been given the policy's weights"):
+    with pytest.raises(RunError, match="has not received the policy's weights"):
         call(tied.generate.remote(request(40), SAMPLING))
 
 
 def test_a_manifest_of_another_version_is_refused(tied: Any, folder: Path, sender: ShmSender) -> None:
     manifest = sender.publish(model_like(folder, seed=50).named_parameters(), 50)
-    with pytest.raises(RunError, match="asked for version 51, the manifest holds 50"):
+    with pytest.raises(RunError, match="version 51 was requested, but the manifest describes version 50"):
         call(tied.update_weights.remote(manifest, 51))
 
 

@@ -47,7 +47,7 @@ def test_auto_is_what_ray_start_left_word_of(monkeypatch: pytest.MonkeyPatch) ->
 def test_auto_without_such_word_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for configured, named in (("auto", ""), (None, "auto"), ("auto", "auto")):
         monkeypatch.setenv("RAY_ADDRESS", named)
-        with pytest.raises(UserError, match=r"auto, but no cluster was begun on this machine with `ray start`"):
+        with pytest.raises(UserError, match=r"auto, but no cluster was started on this machine with `ray start`"):
             cluster_to_join(configured)
 
 

@@ -41,7 +41,7 @@ def test_nobody_else_can_enter_the_folder_of_ray(temp: Path) -> None:
 def test_a_folder_of_ray_that_another_put_there_is_refused(tmp_path: Path, temp: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     temp.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="is no folder of this user"):
+    with pytest.raises(UserError, match="is not a folder that belongs to this user"):
         _private_temp()
 
 

@@ -124,7 +124,7 @@ def test_after_sigterm_a_step_has_a_limit_and_after_ctrl_c_it_has_none() -> None
         ask(request, number)
         await asyncio.sleep(0.5)
 
-    with pytest.raises(Preempted, match=r"not done in 0.1 s \(train.preemption_grace_s, or less\)"):
+    with pytest.raises(Preempted, match=r"not finished within 0.1 s \(train.preemption_grace_s, or less\)"):
         run(lambda notice, request: slow(notice, request, signal.SIGTERM), grace_s=0.1)
     run(lambda notice, request: slow(notice, request, signal.SIGINT), grace_s=0.1)
 
@@ -139,7 +139,7 @@ def test_a_node_that_is_to_go_is_a_notice_too(monkeypatch: pytest.MonkeyPatch) -
         await until(lambda: notice.is_given)
         await asyncio.sleep(60.0)
 
-    with pytest.raises(Preempted, match=r"not done in 0\.\d+ s"):
+    with pytest.raises(Preempted, match=r"not finished within 0\.\d+ s"):
         run(work, draining_node=goes)
 
 

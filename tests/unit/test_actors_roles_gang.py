@@ -49,7 +49,7 @@ def answers(result: Any) -> Any:
     ("failure", "message"),
     [
         (RayTaskError("start", "", OSError("no space left")), "start: policy rank 1 failed: OSError: no space left"),
-        (None, r"start: policy rank 1 gave no answer in 0 s \(cluster.start_timeout_s\)"),
+        (None, r"start: policy rank 1 did not answer within 0 s \(cluster.start_timeout_s\)"),
     ],
     ids=["raises", "hangs"],
 )

@@ -98,7 +98,7 @@ def test_waiting_for_a_worker_does_not_count() -> None:
 
 
 def test_work_that_takes_too_long_does() -> None:
-    with pytest.raises(RunError, match=r"reward rank 0 gave no answer in 2 s \(the limits of the rewards and"):
+    with pytest.raises(RunError, match=r"reward rank 0 did not answer within 2 s \(the limits of the rewards and"):
         asyncio.run(score([Handle(takes_s=3.0)], groups=1))
 
 
@@ -108,7 +108,7 @@ def test_a_worker_that_stands_still_is_noticed_before_its_rewards_limits(monkeyp
     busy = Handle(takes_s=2.5)
     asyncio.run(score([busy], 1))
     assert busy.pings >= 2
-    with pytest.raises(RunError, match=r"reward rank 0 gave no answer in 2 s \(cluster.call_timeout_s\)"):
+    with pytest.raises(RunError, match=r"reward rank 0 did not answer within 2 s \(cluster.call_timeout_s\)"):
         asyncio.run(score([Handle(takes_s=4.0, ping_takes_s=4.0)], 3))
 
 

@@ -1,4 +1,4 @@
-"""A spooled group is taken up whole, for the request that it answers; one that the disk has damaged is drawn again."""
+"""A spooled group is taken up whole, for the request that it answers; one that the disk damaged is sampled again."""
 
 from __future__ import annotations
 

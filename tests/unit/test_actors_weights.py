@@ -163,7 +163,7 @@ def test_gloo_broadcast_brings_the_staged_bytes(unused_port: int, monkeypatch: p
 
 def test_missing_receivers_are_named_at_the_deadline(unused_port: int) -> None:
     meeting = Meeting(address="127.0.0.1", port=unused_port, num_receivers=1, timeout_s=0.5)
-    with pytest.raises(RunError, match=r"rank 0 of 2 found not all others at 127\.0\.0\.1"):
+    with pytest.raises(RunError, match=r"rank 0 of 2 did not meet all others at 127\.0\.0\.1"):
         SENDERS["gloo"](rank=0, dtype=torch.float32, meeting=meeting)
 
 

@@ -85,7 +85,7 @@ def test_overrides_of_a_stage_and_of_all(file: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.steps=3", "train.steps: has no effect: every stage sets its own; write stages.ppo.train.steps"),
+        ("train.steps=3", "train.steps: has no effect: every stage sets its value; write stages.ppo.train.steps"),
         ("critic={model: x}", ""),
         ("reward.model=x", "reward: no stage can use it: no reward uses it"),
         (
@@ -93,8 +93,8 @@ def test_overrides_of_a_stage_and_of_all(file: Path) -> None:
             "cluster.roles.rollout.enforce_eager: no stage can use it: cluster.device is cpu",
         ),
         ("stages.ppo.cluster.object_store_gib=2", "is 2.0 here and 1.0 in stage sft: all stages run in one Ray"),
-        ("algorithm.clip_low=0.1", "algorithm: stands in each stage, not at the top: write stages.sft.algorithm"),
-        ("stages.sft.run.seed=1", "stages.sft.run: stands at the top"),
+        ("algorithm.clip_low=0.1", "algorithm: belongs in each stage, not at the top: write stages.sft.algorithm"),
+        ("stages.sft.run.seed=1", "stages.sft.run: belongs at the top"),
         (
             "stages.sft.rollouts.top_p=0.5",
             "stages.sft.rollouts: has no effect here: algorithm sft samples no responses",
@@ -107,7 +107,7 @@ def test_overrides_of_a_stage_and_of_all(file: Path) -> None:
         ("run.dir=3", "run.dir: got 3, expected a path"),
         ("run=3", "run: got 3, expected a mapping"),
         ("stages=3", "stages: got 3, expected a mapping of stage names"),
-        ("stages={a b: {}}", "stages.a b: is no name for a stage"),
+        ("stages={a b: {}}", "stages.a b: is not a valid stage name"),
         ("stages={a: 3}", "stages.a: got 3, expected a mapping of sections"),
     ],
 )

@@ -55,5 +55,5 @@ def labelled(key: str) -> tuple[Exported, dict[str, str]]:
 def all_exported() -> list[Exported]:
     """Return all metrics that a run may export."""
     metrics = [exported(metric) for metric in METRICS.values() if metric.reduction is not Histogram]
-    step = Exported(name=PREFIX + STEP, labels=(), is_counter=False, meaning="The last step that is done")
+    step = Exported(name=PREFIX + STEP, labels=(), is_counter=False, meaning="The last finished step")
     return [step, *metrics]
