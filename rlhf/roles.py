@@ -117,8 +117,13 @@ EnginePart = Literal["weights", "cache"]
 class RolloutRole(Protocol):
     """The inference engines. They refuse to generate until they have received weights."""
 
-    def generate(self, requests: Sequence[GroupRequest], sampling: Sampling) -> AsyncIterator[CompletedGroup]:
-        """Answer all requests, and yield groups as they are completed."""
+    def generate(
+        self, requests: Sequence[GroupRequest], sampling: Sampling, *, version: int
+    ) -> AsyncIterator[CompletedGroup]:
+        """Answer all requests with the weights of `version`, and yield groups as they are completed.
+
+        Engines with later weights answer from their stored groups. Raise RunError if they store no such group.
+        """
 
     async def cancel(self, requests: Sequence[GroupRequest]) -> None:
         """Cancel requests of the running `generate` call: it no longer yields them, and ends without them."""

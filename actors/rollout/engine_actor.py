@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 import psutil
 
 from actors.rollout.engine_thread import Aborted, EngineLoop, Submission
-from actors.rollout.spool import read_group, write_group
 from actors.rollout.tool_calls import VllmToolCalls
 from actors.rollout.vllm_engine import (
     RolloutSpec,
@@ -42,6 +41,7 @@ from rlhf.models.loading import load_tokenizer
 from rlhf.roles import EnginePart
 from rlhf.rollouts.environments.conversations import Conversations, EnvironmentSpec
 from rlhf.rollouts.records.spans import Played, Sampled, assemble
+from rlhf.rollouts.records.spool import read_group, write_group
 from rlhf.types import GroupRequest, RolloutInfo, Rollouts, Sampling
 
 __all__ = ["EngineHealth", "RolloutSpec", "RolloutWorker", "SyncReceipt", "engine_environment"]
@@ -124,42 +124,54 @@ class RolloutWorker:
         )
 
     async def generate(
-        self, request: GroupRequest, sampling: Sampling
+        self, request: GroupRequest, sampling: Sampling, version: int | None = None
     ) -> tuple[Rollouts, tuple[RolloutInfo, ...]] | tuple[None, None]:
-        """Draw one response for each seed, or return nothing if the group is cancelled.
+        """Draw one response for each seed by the weights of `version`, or return nothing if the group is cancelled.
 
         With a spool the group is on disk before this returns, and a resumed run gets the spooled group. The engine
         draws it all the same, because the other groups of the batch are then scheduled and rounded as before. A
         conversation is not drawn again: its turns are batched as they arrive in any case, and its environment may cost
-        money.
+        money. Groups of an earlier version come from the spool alone. RunError: the spool has no such group.
+
+        Args:
+            version: the version of the weights, by default the engine's.
         """
         try:
-            version = self._synced_version()
-            submissions = [] if self._conversations is not None else self._submissions(request, sampling)
+            current = self._synced_version()
+            drawn_by = current if version is None else version
+            is_current = drawn_by == current
+            draws = self._conversations is None and is_current
+            submissions = self._submissions(request, sampling) if draws else []
         except Exception as error:
             await self._stop_release(request, error)
             raise
         try:
-            if self._conversations is None:
+            if draws:
                 futures = await self._admit(request, submissions)
                 outputs = await asyncio.gather(*[self._wait(f, f"group {request.group_id}") for f in futures])
                 played = [_answer(request, sampled_of(output)) for output in outputs]
             else:
-                await self._admit(request, submissions)  # none: its turns come later, each by itself
-                spooled = await self.read_spooled(request, sampling, version)
+                await self._admit(request, submissions)  # none: a turn comes later, by itself
+                spooled = await self.read_spooled(request, sampling, drawn_by)
                 if spooled is not None:
                     return spooled
+                if self._conversations is None or not is_current:
+                    raise RunError(
+                        f"{self.spec.name} has version {self.version} of the weights, and group {request.group_id} of "
+                        f"version {drawn_by} is not in its spool. Continue from an earlier checkpoint, such as "
+                        "--resume step_000010."
+                    )
                 played = await self._play(self._conversations, request, sampling)
         except Aborted:
             return None, None
         rollouts, infos = assemble(request, played)
-        spooled = await self.read_spooled(request, sampling, version)
+        spooled = await self.read_spooled(request, sampling, drawn_by)
         if spooled is not None:
             return spooled
         failed = any(info.environment_error is not None for info in infos)
-        if self.spec.spool is not None and not failed:  # a resumed run may have a fixed environment
+        if self.spec.spool is not None and (self.spec.spools_failures or not failed):
             await asyncio.to_thread(
-                write_group, self.spec.spool, request, sampling, version, rollouts, infos, environment=self._played_in
+                write_group, self.spec.spool, request, sampling, drawn_by, rollouts, infos, environment=self._played_in
             )
         return rollouts, infos
 

@@ -65,6 +65,7 @@ def start_engines(
         colocated=role.colocate_with is not None,
         trust_remote_code=policy.trust_remote_code,
         spool=spool,
+        spools_failures=config.rollouts is not None and config.rollouts.max_staleness > 0,
         environment=environment,
     )
     return RolloutEngines(
@@ -171,7 +172,9 @@ class RolloutEngines(WorkerGroup):
         """Prepare the engines for another run. Return False if one of them still works for the last run."""
         return all(await self.all([h.renew.remote(spool) for h in self.handles], "start"))
 
-    async def generate(self, requests: Sequence[GroupRequest], sampling: Sampling) -> AsyncIterator[CompletedGroup]:
+    async def generate(
+        self, requests: Sequence[GroupRequest], sampling: Sampling, *, version: int
+    ) -> AsyncIterator[CompletedGroup]:
         """Answer all requests except for cancelled ones, and yield groups as they are completed.
 
         The first failure ends the wait. It may be a request refused by its engine before the batch starts.
@@ -182,7 +185,7 @@ class RolloutEngines(WorkerGroup):
         waits: dict[asyncio.Future[Any], tuple[GroupRequest, int]] = {}
         for engine, (handle, share) in enumerate(zip(self.handles, shares, strict=True)):
             for request in share:
-                rollouts, scalars = handle.generate.options(num_returns=2).remote(request, sampling)
+                rollouts, scalars = handle.generate.options(num_returns=2).remote(request, sampling, version)
                 columns[request.group_id] = rollouts
                 waits[asyncio.wrap_future(scalars.future())] = (request, engine)
         releases = {

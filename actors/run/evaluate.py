@@ -177,7 +177,7 @@ async def _answers(
             logger.info(
                 "%s answers %s: %d prompts, %d samples", candidate.model.name, name, len(prompts), decoding.samples
             )
-            judged = await process_answers(engines, *requests_of(prompts, decoding), judge)
+            judged = await process_answers(engines, *requests_of(prompts, decoding), judge, version=0)
             rules = rules_of_specs(inputs.rewards)
             errors = [scored.scores.errors for scored, _ in judged if scored.scores.errors]
             fatal = [failed for failed in errors if ends_run(failed, rules, policy.on_error)]

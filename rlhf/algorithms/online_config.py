@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag, field_validator
 
 from rlhf.algorithms.base import AlgorithmConfig, Kind
 from rlhf.algorithms.correction import CorrectionConfig
@@ -12,6 +12,15 @@ from rlhf.algorithms.section import NotWith, Section
 
 Aggregation = Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "token_sum_norm"]
 StepUse = Literal["rewards", "advantages"] | None
+if TYPE_CHECKING:
+    _Correction = CorrectionConfig | None
+else:
+    # Without tags, pydantic reports an error in the mapping as an error of the union.
+    _Correction = Annotated[
+        Annotated[CorrectionConfig, Tag("CorrectionConfig")]
+        | Annotated[Literal["none"] | None, Tag("none")],  # a validator makes none null
+        Discriminator(lambda value: "none" if value in ("none", None) else "CorrectionConfig"),
+    ]
 Estimator = Literal["k1", "k2", "k3", "k1_straight_through", "k3_straight_through"]
 
 
@@ -108,8 +117,9 @@ class OnlineConfig(FollowedReferenceConfig):
     """Exclude truncated responses from all losses and their denominators (overlong filtering, arXiv:2503.14476, section
     3.4). A response is truncated at rollouts.max_new_tokens, a conversation at a limit of its environment. Its score
     still counts in the baseline of its group."""
-    correction: CorrectionConfig | None = None
-    """Correction of the mismatch between rollout engine and trainer; null: no correction."""
+    correction: _Correction = None
+    """Correction of the mismatch between rollout engine and trainer. null or none: no correction. With
+    rollouts.max_staleness it must be given."""
 
     @property
     def uses_reference(self) -> bool:
@@ -125,6 +135,11 @@ class OnlineConfig(FollowedReferenceConfig):
     def trusts_sampler(self) -> bool:
         """Return True: importance ratios compare with the policy before the update."""
         return True
+
+    @field_validator("correction")
+    @classmethod
+    def _without_correction(cls, value: CorrectionConfig | Literal["none"] | None) -> CorrectionConfig | None:
+        return None if value == "none" else value
 
     @property
     def bypasses_old_logprobs(self) -> bool:

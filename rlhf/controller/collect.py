@@ -94,13 +94,16 @@ class Collector:
         window = max(RECENT_GROUPS, self.rollouts.prompts_per_step)
         self.recent_drops: deque[bool] = deque(maxlen=window)  # whether each recent group was dropped
 
-    async def collect(self, step: int) -> Collected:
-        """Return a whole batch, sampled by version step - 1 of the weights. Raise RunError if a bound is reached."""
+    async def collect(self, step: int, *, version: int) -> Collected:
+        """Return the whole batch of a step, sampled by one version of the weights.
+
+        Raise RunError if a bound is reached.
+        """
         batch = _Batch()
         self.num_skipped = 0
         count = self.rollouts.prompts_per_step
         while len(batch.kept) < count:
-            for scored in await self._round(batch, count - len(batch.kept), step):
+            for scored in await self._round(batch, count - len(batch.kept), step, version):
                 self.recent_drops.append(bool(scored.scores.errors))
                 if scored.scores.errors:
                     batch.dropped.append(_without_tokens(scored))
@@ -118,21 +121,21 @@ class Collector:
         tokens = sum(info.num_response_tokens for info in _infos(batch.kept + batch.left_out))
         return Collected(groups=batch.kept, sampled_tokens=tokens)
 
-    async def _round(self, batch: _Batch, needed: int, step: int) -> list[ScoredGroup]:
+    async def _round(self, batch: _Batch, needed: int, step: int, version: int) -> list[ScoredGroup]:
         """Request prompts and return the answered groups in plan order."""
         prompts = self._next(prompts_at_once(needed, self.rollouts))
         requests = [self._request(prompt, batch.num_requested + index) for index, prompt in enumerate(prompts)]
         batch.num_requested += len(requests)
         if len(requests) == needed:
-            groups = await self.scorer.score_all(requests, self.sampling, step=step, version=step - 1)
+            groups = await self.scorer.score_all(requests, self.sampling, step=step, version=version)
         else:
-            groups = await self._first(prompts, requests, needed, step)
+            groups = await self._first(prompts, requests, needed, step, version)
         if self.config.algorithm.wants_greedy:
-            groups = await self.scorer.add_greedy_baseline(groups, self.sampling, step=step, version=step - 1)
+            groups = await self.scorer.add_greedy_baseline(groups, self.sampling, step=step, version=version)
         return groups
 
     async def _first(
-        self, prompts: Sequence[EpochPrompt], requests: Sequence[GroupRequest], needed: int, step: int
+        self, prompts: Sequence[EpochPrompt], requests: Sequence[GroupRequest], needed: int, step: int, version: int
     ) -> list[ScoredGroup]:
         """Return `needed` trainable groups and all groups finished before them. Keep the unfinished prompts."""
         rule, left = self.rollouts.dynamic_sampling, needed
@@ -144,7 +147,7 @@ class Collector:
             return left == 0
 
         groups = await self.scorer.score_first_finished(
-            requests, self.sampling, is_enough, rule=f"{needed} {rule!r}", step=step, version=step - 1
+            requests, self.sampling, is_enough, rule=f"{needed} {rule!r}", step=step, version=version
         )
         answered = {scored.group.request.group_id for scored in groups}
         unfinished = [p for p, r in zip(prompts, requests, strict=True) if r.group_id not in answered]

@@ -13,6 +13,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
+from pathlib import Path
 from typing import Any, Protocol
 
 from rlhf.config.derive import trained_sections
@@ -168,12 +169,13 @@ class TrainingLoop(ABC):
             self.record.folder.mark_best(self.step)
         await self.record.prune(self.config.train.keep_checkpoints)
 
-    async def save_aside(self, state: Mapping[str, Any]) -> None:
-        """Write a checkpoint of the last step that is not valid yet."""
+    async def save_aside(self, state: Mapping[str, Any]) -> Path:
+        """Write a checkpoint of the last step that is not valid yet, and return its folder."""
         aside = self.record.folder.begin_checkpoint(self.step)
         for name, role in self.trained.items():
             await role.save(aside / name)
         self.record.write_state(aside, state)
+        return aside
 
     def commit(self) -> None:
         """Make the checkpoint written aside valid."""

@@ -2,24 +2,28 @@
 
     prompts -> rollouts -> rewards -> experience -> advantages -> minibatches -> update -> weight sync
 
-Version v of the weights is the result of v training steps. Step s samples its responses with version s - 1 (rollouts
-and training alternate), trains, and syncs version s to the engines before it ends. A notice to end during the rollouts
-stores the finished ones for a resumed run and keeps the previous step. A later stage is finished first.
+Version v of the weights is the result of v training steps. Step s trains on responses of version s - 1, or of an
+earlier one (rlhf.controller.batch_queue), and syncs version s to the engines before it ends. A notice to end that comes
+while the step waits for its batch stores the finished responses for a resumed run and keeps the previous step. A later
+stage is finished first.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from rlhf.algorithms.base import Kind
 from rlhf.config.derive import shares_engines_gpus
 from rlhf.config.schema.root import Config
 from rlhf.controller.advantage_learning import AdvantageLearning
-from rlhf.controller.collect import Collected, Collector
+from rlhf.controller.batch_queue import Batch, BatchQueue
+from rlhf.controller.collect import Collector
 from rlhf.controller.distillation_learning import DistillationLearning
 from rlhf.controller.evaluation import EvalSet, compare_with_teacher, score_held_out
 from rlhf.controller.learning import Learning, OnlineRoles
@@ -38,6 +42,7 @@ from rlhf.tracking.metrics.reductions import Last, Max, Sum
 from rlhf.tracking.run_folder.samples import samples_path
 from rlhf.types import Prompt, Sampling
 
+AHEAD = "rollouts"  # folder of a checkpoint
 LEARNERS: Mapping[Kind, type[Learning]] = {
     "advantages": AdvantageLearning,
     "sampled_pairs": PairLearning,
@@ -91,13 +96,25 @@ class OnlineController(TrainingLoop):
         )
         self.learning = LEARNERS[config.algorithm.kind](config, roles, record)
         self.scorer = RolloutScorer(roles.rollout, roles.reward, record, rewards_fingerprint=rewards_fingerprint)
-        self.collector = Collector(config, prompts, self.scorer, record, sampling)
+        self.batches = BatchQueue(
+            Collector(config, prompts, self.scorer, record, sampling),
+            record,
+            max_staleness=self.rollouts.max_staleness,
+            num_steps=config.train.num_steps,
+        )
         self.sharing = shares_engines_gpus(config)
 
     async def begin(self) -> None:
         """Prepare the roles, and give the engines their first weights."""
         await super().begin()
         await self._sync(self.step)
+
+    async def run(self, *, until: int | None = None) -> bool:
+        """Run the loop, and give up the rollouts that it leaves behind."""
+        try:
+            return await super().run(until=until)
+        finally:
+            await self.batches.stop()
 
     async def end(self) -> None:
         """Load the trained roles onto shared GPUs, and prepare the policy for its export."""
@@ -106,14 +123,22 @@ class OnlineController(TrainingLoop):
 
     async def train_step(self, step: int) -> None:
         roles, record = self.roles, self.record
-        with record.stage("rollouts"):
-            batch = await self._collect(step)
-        groups, seconds = batch.groups, record.row()["time/rollouts_s"]
+        began = time.perf_counter()
+        batch = await self._take(step)
+        waited_s = time.perf_counter() - began
+        for metrics in batch.metrics:
+            record.add(metrics)
+        groups, seconds = batch.collected.groups, record.row()["time/rollouts_s"]
         record.add(rollout_metrics(groups, version=step - 1))
-        record.add({"throughput/rollout_tokens_per_s": Last(value=batch.sampled_tokens / seconds)})
+        record.add({"throughput/rollout_tokens_per_s": Last(value=batch.collected.sampled_tokens / seconds)})
         await self._to_trainers(*GUESTS_OF_ENGINES, keep_weights=False)
         signals = await self.learning.learn(groups, step)
+        learnt = time.perf_counter()
+        await self.batches.settle(step)
+        waited_s += time.perf_counter() - learnt
         await self._sync(step)
+        idle = 1.0 - self.batches.seconds / (time.perf_counter() - began)
+        record.add({"time/trainer_waits_s": Sum(total=waited_s), "time/engines_idle/fraction": Last(value=idle)})
         kept = self.config.tracking.samples_per_step
         if kept:
             chosen = group_samples(groups, signals, split="train", most=kept)
@@ -121,14 +146,16 @@ class OnlineController(TrainingLoop):
             columns = await roles.policy.token_signals(written) if written else []
             await roles.reward.write_samples(samples_path(record.folder.own, step), chosen, columns)
 
-    async def _collect(self, step: int) -> Collected:
+    async def _take(self, step: int) -> Batch:
         """Return the step's batch. If the run is to end, keep the previous step and raise Preempted."""
-        if self.sharing:  # the offloaded policy cannot be saved while engines generate
-            return await self.collector.collect(step)
         before = self.state()
-        batch = await self.notice.unless_given(self.collector.collect(step))
+        self.batches.ask(step)
+        if self.sharing:  # the offloaded policy cannot be saved while engines generate
+            return await self.batches.take(step)
+        batch = await self.notice.unless_given(self.batches.take(step))
         if batch is not None:
             return batch
+        await self.batches.stop()
         if self.kept_step < self.step:
             await self.save_aside(before)
             self.commit()
@@ -210,11 +237,22 @@ class OnlineController(TrainingLoop):
     async def checkpoint(self, *, is_best: bool) -> None:
         """Write a checkpoint, and delete the stored responses that it covers."""
         await super().checkpoint(is_best=is_best)
-        self.scorer.clear()
+        self.scorer.keep_from(self.batches.position["next_group"])
+
+    async def save_aside(self, state: Mapping[str, Any]) -> Path:
+        """Write a checkpoint that is not valid yet, with the responses of the batches that are not trained yet."""
+        aside = await super().save_aside(state)
+        if self.rollouts.max_staleness:
+            start = self.batches.position["next_group"]
+            await asyncio.to_thread(self.scorer.copy_to, aside / AHEAD, start=start)
+        return aside
 
     def position(self) -> Mapping[str, Any]:
-        return {**self.collector.state(), **self.learning.state()}
+        return {**self.batches.state(), **self.learning.state()}
 
     async def restore_position(self, state: Mapping[str, Any]) -> None:
-        self.collector.restore(state)
+        ahead = self.record.folder.checkpoint(self.step) / AHEAD
+        if ahead.is_dir():
+            await asyncio.to_thread(self.scorer.take_from, ahead)
+        self.batches.restore(state)
         await self.learning.restore(state, self.step)

@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from rlhf.types import MemoryReport
 
 logger = logging.getLogger(__name__)
 STATE_FILE = "controller.json"
+_APART: ContextVar[list[Metrics] | None] = ContextVar("metrics of another step than the current one", default=None)
 
 
 @dataclass(slots=True)
@@ -54,7 +56,22 @@ class RunRecord:
         self.parts = []
 
     def add(self, metrics: Metrics) -> None:
-        self.parts.append(metrics)
+        """Add metrics to the current step, or to the list of `apart` inside its block."""
+        apart = _APART.get()
+        (self.parts if apart is None else apart).append(metrics)
+
+    @contextmanager
+    def apart(self) -> Generator[list[Metrics]]:
+        """Collect the metrics of the block, and of the tasks created in it, in a list of their own.
+
+        The block works for a later step while the current one is still trained.
+        """
+        parts: list[Metrics] = []
+        token = _APART.set(parts)
+        try:
+            yield parts
+        finally:
+            _APART.reset(token)
 
     @contextmanager
     def stage(self, name: str, *, role: Role | None = None) -> Generator[None]:

@@ -30,6 +30,7 @@ def rollout_metrics(groups: Sequence[ScoredGroup], *, version: int) -> Metrics:
             total=sum(info.mean_logprob * info.num_response_tokens for info in infos), count=sum(lengths)
         ),
         "experience/policy_lag/max": Max(value=float(max(version - info.min_version for info in infos))),
+        "experience/policy_lag/mean": Mean.of([float(version - info.min_version) for info in infos]),
         **_conversation_metrics(infos),
     }
     if scores:

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf.controller.record import RunRecord
 from rlhf.controller.rollout_report import environment_failures
 from rlhf.data.prompts import rollout_seed
 from rlhf.roles import CompletedGroup, RewardRole, RolloutRole, ScoredGroup
-from rlhf.rollouts.records.ledgers import FinishOrderLedger, ScoreLedger, request_set_digest, scored_identity
+from rlhf.rollouts.records.ledgers import (
+    GREEDY_GROUPS,
+    FinishOrderLedger,
+    ScoreLedger,
+    is_from,
+    request_set_digest,
+    scored_identity,
+)
+from rlhf.rollouts.records.spool import stored_groups
 from rlhf.tracking.metrics.reductions import Sum
 from rlhf.tracking.run_folder.errors import ErrorRecord
 from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, Sampling
 
 T = TypeVar("T")
-
-GREEDY_GROUPS = 1_000_000_000  # offset of a greedy group's id from its group's id
 
 
 def request_for(
@@ -72,6 +80,8 @@ async def process_answers(
     requests: Sequence[GroupRequest],
     sampling: Sampling,
     process: Callable[[CompletedGroup, int], Coroutine[Any, Any, T]],
+    *,
+    version: int,
 ) -> list[T]:
     """Apply `process` to each answered request and return the results in the order of the requests.
 
@@ -80,7 +90,7 @@ async def process_answers(
     """
     tasks: dict[int, asyncio.Task[T]] = {}
     try:
-        async for group in rollout.generate(requests, sampling):
+        async for group in rollout.generate(requests, sampling, version=version):
             tasks[group.request.group_id] = asyncio.create_task(process(group, len(tasks) + 1))
         return [await tasks[request.group_id] for request in requests]
     finally:
@@ -97,6 +107,7 @@ class RolloutScorer:
         self.rollout = rollout
         self.reward = reward
         self.record = record
+        self.spool = record.folder.spool
         self.score_ledger = ScoreLedger(record.folder.spool, rewards=rewards_fingerprint)
         self.finish_order = FinishOrderLedger(record.folder.spool, rewards=rewards_fingerprint)
 
@@ -118,7 +129,7 @@ class RolloutScorer:
             note_errors(scored, self.record, step=step)
             return scored
 
-        return await process_answers(self.rollout, requests, sampling, score)
+        return await process_answers(self.rollout, requests, sampling, score, version=version)
 
     async def score_first_finished(
         self,
@@ -157,7 +168,7 @@ class RolloutScorer:
 
         tasks: list[asyncio.Task[None]] = []
         try:
-            async for group in self.rollout.generate(requests, sampling):
+            async for group in self.rollout.generate(requests, sampling, version=version):
                 if stored is None or group.request.group_id in stored:
                     tasks.append(asyncio.create_task(score(group)))
             pending: set[asyncio.Task[None]] = set(tasks)
@@ -186,10 +197,32 @@ class RolloutScorer:
         self.score_ledger.forget_failures()
         self.finish_order.clear()  # a new score may change the batch
 
-    def clear(self) -> None:
-        """Delete the stored responses, since a checkpoint covers them."""
-        self.score_ledger.clear()
-        self.finish_order.clear()
+    def keep_from(self, start: int) -> None:
+        """Delete the stored responses to evaluations and to groups before `start`, which a checkpoint covers."""
+        kept = {path for path, group_id in stored_groups(self.spool).items() if is_from(group_id, start)}
+        for path in self.spool.iterdir():
+            if path not in {*kept, self.score_ledger.path, self.finish_order.path}:
+                path.unlink(missing_ok=True)
+        self.score_ledger.keep_from(start)
+        self.finish_order.keep_from(start)
+
+    def copy_to(self, folder: Path, *, start: int) -> None:
+        """Copy the stored responses from group `start` on into a folder. Later weights cannot draw them."""
+        folder.mkdir()
+        for path, group_id in stored_groups(self.spool).items():
+            if is_from(group_id, start):
+                shutil.copyfile(path, folder / path.name)
+        self.score_ledger.copy_to(folder, start=start)
+        self.finish_order.copy_to(folder, start=start)
+
+    def take_from(self, folder: Path) -> None:
+        """Add the responses that `copy_to` wrote into a folder."""
+        for path in stored_groups(folder):
+            aside = self.spool / f"{path.name}.tmp"
+            shutil.copyfile(path, aside)
+            aside.replace(self.spool / path.name)
+        self.score_ledger.take_from(folder)
+        self.finish_order.take_from(folder)
 
     async def add_greedy_baseline(
         self, groups: Sequence[ScoredGroup], sampling: Sampling, *, step: int, version: int

@@ -166,7 +166,9 @@ def _times(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: 
     if not config.algorithm.is_online:
         return [title + _stages(config, stages, nodes)]
     system, sync = system_of(config, sizes, nodes, lengths, {}), sync_stage(config, sizes, nodes)
-    outcomes = [simulate(system, staleness=s, steps=3, seed=0) for s in ((0,) if system.colocated else (0, 1, 2))]
+    ahead = config.rollouts.max_staleness if config.rollouts is not None else 0
+    bounds = (0,) if system.colocated else sorted({0, 1, 2, ahead})
+    outcomes = {bound: simulate(system, staleness=bound, steps=3, seed=0) for bound in bounds}
     seconds = outcomes[0].step_s - sum(stage.seconds for stage in stages) - sync.seconds
     how = (
         f"until the slowest response; an engine's step {system.base_s * 1e3:,.3g} ms + "
@@ -176,11 +178,11 @@ def _times(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: 
     if system.colocated:
         return [text, "pipelined: rollouts and training share their devices, so they can only take turns"]
     rows = [["schedule", "s / step", "engines busy", "trainers busy", "mean lag"]]
-    for staleness, outcome in enumerate(outcomes):
-        name = f"pipelined, {staleness} ahead" if staleness else "synchronous (max_staleness 0)"
+    for bound, outcome in outcomes.items():
+        name = f"pipelined, {bound} ahead" if bound else "in turns"
         busy = [f"{outcome.engines_busy:.0%}", f"{outcome.trainer_busy:.0%}"]
         rows.append([name, f"{outcome.step_s:,.4g}", *busy, f"{outcome.lag:.2f}"])
-    return [text, "schedules; runs use the first one, the others are predictions for a pipeline\n" + format_table(rows)]
+    return [text, f"schedules; this run has rollouts.max_staleness {ahead}\n" + format_table(rows)]
 
 
 def _assumed(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: Lengths) -> str:

@@ -235,7 +235,9 @@ class Engine:
             logprobs = self.model(ids).logits[0, :-1].log_softmax(-1)
         return [logprobs.gather(1, ids[0, 1:, None])[:, 0].tolist()]
 
-    async def generate(self, requests: Sequence[GroupRequest], sampling: Sampling) -> AsyncIterator[CompletedGroup]:
+    async def generate(
+        self, requests: Sequence[GroupRequest], sampling: Sampling, *, version: int
+    ) -> AsyncIterator[CompletedGroup]:
         by_length: dict[int, list[GroupRequest]] = {}
         for request in requests:
             by_length.setdefault(len(request.prompt.token_ids), []).append(request)
@@ -326,7 +328,9 @@ class Conversing(Engine):
         self.is_started = False
         self.waiting: list[tuple[tuple[int, ...], int, Sampling, asyncio.Future[Sampled]]] = []
 
-    async def generate(self, requests: Sequence[GroupRequest], sampling: Sampling) -> AsyncIterator[CompletedGroup]:
+    async def generate(
+        self, requests: Sequence[GroupRequest], sampling: Sampling, *, version: int
+    ) -> AsyncIterator[CompletedGroup]:
         if not self.is_started:
             await self.conversations.start()
             self.is_started = True

@@ -242,12 +242,14 @@ async def test_a_failed_generate_ends_the_wait_for_the_release() -> None:
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: unheard.append(context))
     handle = SimpleNamespace(
         hold=FakeMethod(ref),
-        generate=FakeMethod(lambda request, sampling: (None, ref(error=ValueError(f"group {request.group_id}")))),
+        generate=FakeMethod(
+            lambda request, sampling, version: (None, ref(error=ValueError(f"group {request.group_id}")))
+        ),
         release=FakeMethod(lambda num_groups: ref(is_late=True)),
     )
     engines = RolloutEngines(cast(Any, [handle]), None, deadline_s=DEADLINE_S)
     with pytest.raises(RunError, match="rollouts: rollout rank 0 failed: ValueError: group 0"):
-        async for _ in engines.generate([request(0), request(1), request(2)], SAMPLING):
+        async for _ in engines.generate([request(0), request(1), request(2)], SAMPLING, version=1):
             pass
     del handle, engines
     await asyncio.sleep(0)

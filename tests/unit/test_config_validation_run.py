@@ -69,7 +69,29 @@ def test_a_repetition_penalty_is_allowed_where_the_sampler_may_be_another_policy
     assert main(["plan", str(path), *overrides, "rollouts.repetition_penalty=1.2", "rollouts.min_p=0.1"]) == 0
 
 
+@pytest.mark.parametrize("correction", ["none", "null", "{preset: token_tis}"])
+def test_rollouts_run_ahead_where_the_correction_is_given(tmp_path: Path, correction: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(ONLINE)
+    ahead = [GRPO, "rollouts.max_staleness=1", f"algorithm.correction={correction}"]
+    assert main(["plan", str(path), *ahead]) == 0
+
+
 RELATIONS = {
+    "old responses need a decision about the correction": (
+        [GRPO, "rollouts.max_staleness=2"],
+        "algorithm.correction: is missing, and with rollouts.max_staleness 2 the policy trains on responses of earlier "
+        "weights; give {preset: token_tis}, or write none",
+    ),
+    "rollouts ahead of training need engines of their own": (
+        [
+            GRPO,
+            "rollouts.max_staleness=1",
+            "algorithm.correction=none",
+            "cluster.roles.rollout.colocate_with=policy",
+        ],
+        "rollouts.max_staleness: is 1, but cluster.roles.rollout.colocate_with is policy: engines and policy take",
+    ),
     "a penalty needs importance weights": (
         [GRPO, "rollouts.repetition_penalty=1.2"],
         "rollouts.repetition_penalty: is 1.2, but algorithm grpo is trained by log-probabilities without a penalty, as "

@@ -39,7 +39,9 @@ class Engines:
         self.lengths: tuple[int, ...] = ()  # of the responses to each prompt; empty: three tokens
         self.cancelled: set[int] = set()
 
-    async def generate(self, requests: Sequence[GroupRequest], sampling: Sampling) -> AsyncIterator[CompletedGroup]:
+    async def generate(
+        self, requests: Sequence[GroupRequest], sampling: Sampling, *, version: int
+    ) -> AsyncIterator[CompletedGroup]:
         self.asked.append([request.prompt.prompt_id for request in requests])
         for request in self.order(requests):
             for _ in range(5):  # until the one before is scored
@@ -123,7 +125,7 @@ class Run:
 
     def collect(self, step: int = 1) -> Collected:
         self.parts.clear()
-        return asyncio.run(self.collector.collect(step))
+        return asyncio.run(self.collector.collect(step, version=step - 1))
 
     def trained(self, step: int = 1) -> list[int]:
         """Prompt ids of a step's batch."""
@@ -377,7 +379,7 @@ def test_a_resumed_run_makes_the_batch_that_was_written_down(tmp_path: Path) -> 
     assert again.collector.state() == first.collector.state()
     other_rule = Run(tmp_path, order=slowest(0, 2), oversample=1.5, dynamic_sampling={})
     assert other_rule.trained() == [1, 3, 4, 5]
-    first.scorer.clear()
+    first.scorer.keep_from(first.collector.next_group)
     assert Run(tmp_path, order=slowest(0, 2), oversample=1.5).trained() == [1, 3, 4, 5]
 
 

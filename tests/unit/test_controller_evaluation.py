@@ -30,7 +30,9 @@ class Engines:
     def __init__(self) -> None:
         self.asked: list[tuple[int, float]] = []
 
-    async def generate(self, requests: Sequence[GroupRequest], sampling: Sampling) -> AsyncIterator[CompletedGroup]:
+    async def generate(
+        self, requests: Sequence[GroupRequest], sampling: Sampling, *, version: int
+    ) -> AsyncIterator[CompletedGroup]:
         for request in reversed(requests):
             self.asked.append((len(request.seeds), sampling.temperature))
             infos = tuple(

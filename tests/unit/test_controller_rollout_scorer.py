@@ -28,7 +28,9 @@ class Engines:
         self.logprob = logprob
         self.asked: list[Sampling] = []
 
-    async def generate(self, requests: Sequence[GroupRequest], sampling: Sampling) -> AsyncIterator[CompletedGroup]:
+    async def generate(
+        self, requests: Sequence[GroupRequest], sampling: Sampling, *, version: int
+    ) -> AsyncIterator[CompletedGroup]:
         self.asked.append(sampling)
         for request in reversed(requests):
             info = RolloutInfo(

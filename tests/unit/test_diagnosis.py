@@ -82,6 +82,24 @@ CASES: dict[str, tuple[Rows, Rows]] = {  # kind: a series that shows it, one tha
         rows(12, experience__rollout_logprob_diff__mean=lambda s: 1e-6 if s < 8 else 0.05),
         rows(12, experience__rollout_logprob_diff__mean=lambda s: 0.04),  # bfloat16
     ),
+    "trainer_starved": (
+        rows(
+            10,
+            time__trainer_waits_s=lambda s: 6.0,
+            time__step_s=lambda s: 10.0,
+            experience__policy_lag__mean=lambda s: 1.0,
+        ),
+        rows(
+            10,
+            time__trainer_waits_s=lambda s: 6.0,
+            time__step_s=lambda s: 10.0,
+            experience__policy_lag__mean=lambda s: 0.0,
+        ),
+    ),
+    "engines_starved": (
+        rows(10, time__engines_idle__fraction=lambda s: 0.7, experience__policy_lag__mean=lambda s: 1.0),
+        rows(10, time__engines_idle__fraction=lambda s: 0.7, experience__policy_lag__mean=lambda s: 0.0),  # in turns
+    ),
     "probe_drift": (
         rows(20, weight_sync__probe_max_diff=lambda s: 0.02 * s),
         rows(20, weight_sync__probe_max_diff=lambda s: 0.4 + 0.3 * (s % 3)),  # bfloat16, noisy

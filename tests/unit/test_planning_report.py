@@ -53,7 +53,7 @@ def test_the_large_recipe_term_by_term(large: str) -> None:
     assert "80 KiB a token" in large  # 320 KiB over four GPUs
     assert cells(large, "GPU of policy, critic")[-7:] == ["80.00", "fits", "policy", "26.1", "+", "critic", "15.2"]
     assert cells(large, "step  ")[2] == "100%"
-    assert "synchronous (max_staleness 0)" in large
+    assert "this run has rollouts.max_staleness 0" in large
     assert "pipelined, 2 ahead" in large
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.rollouts.records.ledgers import FinishOrderLedger, ScoreLedger, request_set_digest
+from rlhf.rollouts.records.ledgers import GREEDY_GROUPS, FinishOrderLedger, ScoreLedger, request_set_digest
 from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, Sampling, StepReward
 
 REQUESTS = [
@@ -122,10 +122,24 @@ def test_a_broken_line_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureF
     again.forget_failures()  # which reads the file once more
 
 
-def test_a_checkpoint_clears_it(tmp_path: Path) -> None:
+def test_a_checkpoint_drops_what_it_covers(tmp_path: Path) -> None:
+    """Group 4 is trained. Group 5 waits for a later step, its greedy response too. Evaluations have negative ids."""
     ledger = ScoreLedger(tmp_path, rewards="ours")
+    for group_id in (-1, 4, 5, 4 + GREEDY_GROUPS, 5 + GREEDY_GROUPS):
+        ledger.put(group_id, 2, "r", SCORES)
+    ledger.keep_from(5)
+    kept = {group_id for group_id, _, _ in ScoreLedger(tmp_path, rewards="ours").known}
+    assert kept == {5, 5 + GREEDY_GROUPS}
+
+
+def test_entries_travel_with_a_checkpoint(tmp_path: Path) -> None:
+    here, there, elsewhere = tmp_path / "here", tmp_path / "there", tmp_path / "elsewhere"
+    ledger = ScoreLedger(here, rewards="ours")
     ledger.put(4, 2, "r", SCORES)
-    (tmp_path / "group.safetensors").write_bytes(b"tokens")
-    ledger.clear()
-    assert ScoreLedger(tmp_path, rewards="ours").get(4, 2, "r") is None
-    assert not (tmp_path / "group.safetensors").exists()
+    ledger.put(5, 3, "r", SCORES)
+    there.mkdir()
+    ledger.copy_to(there, start=5)
+    resumed = ScoreLedger(elsewhere, rewards="ours")
+    resumed.put(6, 3, "r", SCORES)
+    resumed.take_from(there)
+    assert set(ScoreLedger(elsewhere, rewards="ours").known) == {(5, 3, "r"), (6, 3, "r")}

@@ -93,8 +93,10 @@ class RolloutsConfig(Section):
     first in the next step. Steps wait less for long responses and train on fewer of them."""
     keep_per_prompt: Annotated[KeepPerPrompt | None, OnlyIn("a choice of responses")] = None
     """Train on some of a prompt's responses. null: train on all."""
-    max_staleness: Literal[0] = 0
-    """Optimizer phases by which a rollout may lag behind the weights it trains. 0: rollouts and training take turns."""
+    max_staleness: int = Field(default=0, ge=0, le=16)
+    """Steps by which the weights that sample a response may lag behind the weights it trains. 0: rollouts and training
+    take turns. 1 and more: the engines sample later batches during a training step. Every response then lags by exactly
+    this number of steps, except for those of the first steps, and algorithm.correction must be given."""
     environment: EnvironmentConfig | None = None
     """The environment for conversations. null: one turn answers a prompt."""
 

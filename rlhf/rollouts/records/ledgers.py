@@ -17,14 +17,24 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import TypeAdapter
 
-from rlhf.tracking.run_folder.atomic import append_line, json_line, keep_lines, write_atomic
+from rlhf.tracking.run_folder.atomic import append_line, json_line, keep_lines, read_lines, write_atomic, write_lines
 from rlhf.types import GroupRequest, GroupScores, RolloutInfo, Sampling
 
 logger = logging.getLogger(__name__)
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
+GREEDY_GROUPS = 1_000_000_000  # offset of a greedy group's id from its group's id
+
 _SCORES = TypeAdapter(GroupScores)
+
+
+def is_from(group_id: int, start: int) -> bool:
+    """Return whether a group, or the group of a greedy response, comes from the prompts at or after group `start`.
+
+    Groups of evaluations have negative ids and never do.
+    """
+    return group_id >= 0 and group_id % GREEDY_GROUPS >= start
 
 
 def request_identity(request: GroupRequest, sampling: Sampling) -> dict[str, str]:
@@ -68,8 +78,26 @@ class _Ledger(Generic[Key, Value]):
         self.path = folder / self.name
         self.known: dict[Key, Value] = {}
         folder.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            self._read()
+        self._read()
+
+    def keep_from(self, start: int) -> None:
+        """Drop the records of evaluations and of groups before `start`. A checkpoint covers them."""
+        keep_lines(self.path, lambda row: self._is_from(row, start))
+        self.known = {}
+        self._read()
+
+    def copy_to(self, folder: Path, *, start: int) -> None:
+        """Write the records of groups from `start` on into a file of another folder."""
+        write_lines(folder / self.name, [row for row in read_lines(self.path) if self._is_from(row, start)])
+
+    def take_from(self, folder: Path) -> None:
+        """Add the records that `copy_to` wrote into a folder."""
+        write_lines(self.path, [*read_lines(self.path), *read_lines(folder / self.name)])
+        self._read()
+
+    @abstractmethod
+    def _is_from(self, row: dict[str, Any], start: int) -> bool:
+        """Return whether a line is about groups from `start` on."""
 
     @abstractmethod
     def _record(self, row: dict[str, Any]) -> tuple[Key, Value]:
@@ -77,6 +105,8 @@ class _Ledger(Generic[Key, Value]):
 
     def _read(self) -> None:
         """Read all valid lines and drop the others, such as a line truncated by a kill."""
+        if not self.path.exists():
+            return
         text = self.path.read_text(encoding="utf-8", errors="replace")
         lines, valid = [line for line in text.split("\n") if line], []
         for line in lines:
@@ -105,6 +135,9 @@ class FinishOrderLedger(_Ledger[str, frozenset[int]]):
     def _record(self, row: dict[str, Any]) -> tuple[str, frozenset[int]]:
         return row["race"], frozenset(row["group_ids"])
 
+    def _is_from(self, row: dict[str, Any], start: int) -> bool:
+        return is_from(min(row["group_ids"]), start)
+
     def get(self, race: str) -> frozenset[int] | None:
         """Return the first finished groups, or None if the run was interrupted before they were known."""
         return self.known.get(race)
@@ -129,6 +162,9 @@ class ScoreLedger(_Ledger[tuple[int, int, str], GroupScores]):
         scores = _SCORES.validate_python({field.name: row[field.name] for field in fields(GroupScores)})
         return (row["group_id"], row["version"], row["request"]), scores
 
+    def _is_from(self, row: dict[str, Any], start: int) -> bool:
+        return is_from(row["group_id"], start)
+
     def get(self, group_id: int, version: int, request: str) -> GroupScores | None:
         """Return the scores the group received before the interruption. `request` is its `scored_identity`."""
         return self.known.get((group_id, version, request))
@@ -143,9 +179,3 @@ class ScoreLedger(_Ledger[tuple[int, int, str], GroupScores]):
         """Drop failed groups when the run ends because of them. A resumed run then calls the repaired reward again."""
         self.known = {key: scores for key, scores in self.known.items() if not scores.errors}
         keep_lines(self.path, lambda row: not row["errors"])
-
-    def clear(self) -> None:
-        """Drop all files of the spool folder. A checkpoint covers them."""
-        self.known = {}
-        for path in self.path.parent.iterdir():
-            path.unlink(missing_ok=True)

@@ -181,6 +181,9 @@ def gradient_spikes(history: History, _: list[Point]) -> Evidence | None:
     "large difference, or removes them.",
 )
 def sampler_mismatch(history: History, recent: list[Point]) -> str | None:
+    lag = history.newest("experience/policy_lag/max")
+    if lag is not None and lag.value > 0:  # older weights differ by themselves; their effect shows in the ratios
+        return None
     start = history.first("experience/rollout_logprob_diff/mean", 5)
     level, before = mean(recent), median(point.value for point in start)
     grown = len(start) == 5 and level > LOGPROB_GROWTH * before and level > LOGPROB_GROWTH_FROM

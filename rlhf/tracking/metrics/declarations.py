@@ -138,6 +138,8 @@ experience/rollout_weight_masked/fraction | 1 | Mean | online correction | Token
     out of bounds
 experience/rollout_rejected/fraction | 1 | Mean | online correction | Tokens rejected by `reject` or `off_policy_mask`
 experience/policy_lag/max | versions | Max | online | Age of the oldest weights that sampled a token
+experience/policy_lag/mean | versions | Mean | online | Mean over responses of the age of the oldest weights that
+    sampled one of their tokens
 experience/values/mean | 1 | Mean | online critic | Critic's value of a token's state, before the update
 experience/returns/mean | 1 | Mean | online critic | Critic's target
 
@@ -204,6 +206,8 @@ weight_sync/version | version | Last | online | Version of the weights that the 
 weight_sync/probe_max_diff | nats | Max | online | Largest |logprob| difference of engine and trainer on the probe after
     a sync
 
+time/engines_idle/fraction | 1 | Last | online | Part of the step in which the engines answered no prompt of training
+time/trainer_waits_s | s | Sum | online | Time in which training waited for responses
 time/step_s | s | Sum | all | Wall time of the step, without evaluation and checkpoint
 time/<stage>_s | s | Sum | all | Wall time of one stage; stages may overlap
 

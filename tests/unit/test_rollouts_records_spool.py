@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from actors.rollout.spool import group_path, read_group, write_group
 from rlhf.controller.rollout_scorer import request_for
+from rlhf.rollouts.records.spool import group_path, read_group, write_group
 from rlhf.types import Prompt, RolloutInfo, Rollouts, Sampling, StepReward
 
 PROMPT = Prompt(prompt_id=0, token_ids=(1,), text="p", columns={})

@@ -23,6 +23,11 @@ from rlhf.types import GroupRequest, RolloutInfo, Rollouts, Sampling, StepReward
 logger = logging.getLogger(__name__)
 
 
+def stored_groups(folder: Path) -> dict[Path, int]:
+    """Return the files of all spooled groups, with the ids of their groups."""
+    return {path: int(path.name.split("_")[1]) for path in folder.glob("group_*.safetensors")}
+
+
 def group_path(folder: Path, group_id: int, version: int) -> Path:
     """Return the path of a spooled group."""
     return folder / f"group_{group_id:08d}_v{version:06d}.safetensors"

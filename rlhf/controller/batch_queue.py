@@ -1,0 +1,113 @@
+"""Collect batches ahead of training, in order and within a bound.
+
+The batch of step s is trained by version s - 1 of the weights and sampled by an earlier one, at most `max_staleness`
+versions before. With max_staleness 0, rollouts and training take turns. Above 0, the engines sample the batch of step
+s + max_staleness while step s is trained. Both end before the weights are synced: an engine step sees one batch and one
+version, so a run repeats bit for bit.
+
+After step s the batches of the next `max_staleness` steps are whole. No later weights can sample them again, so a
+checkpoint holds their responses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf.controller.collect import Collected, Collector
+from rlhf.controller.record import RunRecord
+from rlhf.roles import Metrics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """A whole batch with the metrics of its rollouts."""
+
+    collected: Collected
+    metrics: list[Metrics]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """A batch that is asked and not trained yet."""
+
+    version: int
+    position: Mapping[str, Any]  # of the collector, before the batch
+    batch: asyncio.Future[Batch]
+
+
+class BatchQueue:
+    """The batches that are asked and not trained yet."""
+
+    def __init__(self, collector: Collector, record: RunRecord, *, max_staleness: int, num_steps: int) -> None:
+        self.collector = collector
+        self.record = record
+        self.max_staleness = max_staleness
+        self.num_steps = num_steps
+        self._asked: dict[int, _Asked] = {}  # by step
+        self._versions: dict[int, int] = {}  # of the batches in the checkpoint of a resumed run, by step
+        self._collecting: asyncio.Task[None] | None = None
+        self.seconds = 0.0  # of the newest `ask`, once settled
+
+    def ask(self, step: int) -> None:
+        """Start to collect the batch of a step, if it is not asked yet, and those after it within the bound."""
+        last = min(step + self.max_staleness, self.num_steps)
+        steps = [asked for asked in range(step, last + 1) if asked not in self._asked]
+        self.seconds = 0.0
+        if steps:
+            self._collecting = asyncio.create_task(self._collect(steps, version=step - 1))
+
+    async def _collect(self, steps: list[int], *, version: int) -> None:
+        began = time.perf_counter()
+        for step in steps:
+            stored = self._versions.pop(step, version)
+            if step - 1 - stored > self.max_staleness:  # the bound was larger before the run was resumed
+                self._versions.clear()
+                stored = version
+            batch: asyncio.Future[Batch] = asyncio.get_running_loop().create_future()
+            self._asked[step] = _Asked(version=stored, position=self.collector.state(), batch=batch)
+            with self.record.apart() as metrics, self.record.stage("rollouts"):
+                collected = await self.collector.collect(step, version=stored)
+            batch.set_result(Batch(collected=collected, metrics=metrics))
+        self.seconds = time.perf_counter() - began
+
+    async def take(self, step: int) -> Batch:
+        """Return the batch of a step that was asked, once it is whole. Raise the failure of its rollouts."""
+        assert self._collecting is not None
+        await asyncio.sleep(0)  # until the collecting has begun
+        batch = self._asked[step].batch
+        either: set[asyncio.Future[Any]] = {batch, self._collecting}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not batch.done():
+            await self._collecting
+        return batch.result()
+
+    async def settle(self, step: int) -> None:
+        """Wait until all asked batches are whole, and forget that of a trained step."""
+        assert self._collecting is not None
+        await self._collecting
+        del self._asked[step]
+
+    async def stop(self) -> None:
+        """Give up the batches that are not whole."""
+        if self._collecting is not None:
+            self._collecting.cancel()
+            await asyncio.gather(self._collecting, return_exceptions=True)
+
+    @property
+    def position(self) -> Mapping[str, Any]:
+        """Return the collector's state before the first batch that is not trained."""
+        first = next(iter(self._asked.values()), None)
+        return self.collector.state() if first is None else first.position
+
+    def state(self) -> dict[str, Any]:
+        """Return the position in the prompts, and the versions of the asked batches, for a checkpoint."""
+        return {**self.position, "ahead": [(step, asked.version) for step, asked in self._asked.items()]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Restore the position in the prompts. The batches of the checkpoint are then collected from the store."""
+        self.collector.restore(state)
+        self._versions = {step: version for step, version in state["ahead"]}

@@ -1,0 +1,124 @@
+"""The order, versions and positions of batches that are collected ahead of training."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from rlhf.controller.batch_queue import BatchQueue
+from rlhf.controller.record import RunRecord
+from rlhf.errors import RunError
+
+
+class Batches:
+    """A collector. Its position is the number of batches that it has collected."""
+
+    def __init__(self) -> None:
+        self.collected: list[tuple[int, int]] = []  # step and version
+        self.fails_at: int | None = None
+        self.may_go_on = asyncio.Event()
+        self.may_go_on.set()
+
+    async def collect(self, step: int, *, version: int) -> Any:
+        await self.may_go_on.wait()
+        if step == self.fails_at:
+            raise RunError("an engine died")
+        self.collected.append((step, version))
+        return step
+
+    def state(self) -> dict[str, Any]:
+        return {"next_group": len(self.collected)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.collected = [(0, 0)] * state["next_group"]
+
+
+def queue(batches: Batches, *, max_staleness: int, num_steps: int = 5) -> BatchQueue:
+    record = SimpleNamespace(apart=lambda: nullcontext([]), stage=lambda *_, **__: nullcontext())
+    return BatchQueue(cast(Any, batches), cast(RunRecord, record), max_staleness=max_staleness, num_steps=num_steps)
+
+
+async def train(ahead: BatchQueue, *, first: int, last: int) -> None:
+    for step in range(first, last + 1):
+        ahead.ask(step)
+        assert (await ahead.take(step)).collected == step  # type: ignore[comparison-overlap]
+        await ahead.settle(step)
+
+
+@pytest.mark.parametrize(
+    ("max_staleness", "versions"),
+    [(0, [0, 1, 2, 3, 4]), (1, [0, 0, 1, 2, 3]), (2, [0, 0, 0, 1, 2]), (9, [0, 0, 0, 0, 0])],
+)
+async def test_batches_are_sampled_by_the_newest_weights_within_the_bound(
+    max_staleness: int, versions: list[int]
+) -> None:
+    batches = Batches()
+    await train(queue(batches, max_staleness=max_staleness), first=1, last=5)
+    assert batches.collected == list(zip(range(1, 6), versions, strict=True))
+
+
+async def test_the_next_batch_is_collected_while_a_step_is_trained() -> None:
+    batches = Batches()
+    ahead = queue(batches, max_staleness=1)
+    await train(ahead, first=1, last=1)
+    batches.may_go_on.clear()
+    ahead.ask(2)
+    await ahead.take(2)  # collected before; the engines work on batch 3 from here on
+    assert batches.collected == [(1, 0), (2, 0)]
+    batches.may_go_on.set()
+    await ahead.settle(2)
+    assert batches.collected == [(1, 0), (2, 0), (3, 1)]
+
+
+async def test_a_resumed_queue_asks_for_the_same_batches_by_the_same_versions() -> None:
+    unbroken = Batches()
+    await train(queue(unbroken, max_staleness=2), first=1, last=5)
+    first = queue(Batches(), max_staleness=2)
+    await train(first, first=1, last=2)
+    assert first.state() == {"next_group": 2, "ahead": [(3, 0), (4, 1)]}
+    resumed = Batches()
+    again = queue(resumed, max_staleness=2)
+    again.restore(first.state())
+    await train(again, first=3, last=5)
+    assert resumed.collected[2:] == unbroken.collected[2:]
+
+
+async def test_a_smaller_bound_after_a_resume_samples_the_older_batches_again() -> None:
+    first = queue(Batches(), max_staleness=2)
+    await train(first, first=1, last=2)
+    batches = Batches()
+    again = queue(batches, max_staleness=1)
+    again.restore(first.state())
+    await train(again, first=3, last=5)
+    assert batches.collected[2:] == [(3, 2), (4, 2), (5, 3)]  # (3, 0) lags by two
+
+
+async def test_a_failure_of_the_engines_ends_the_step_that_waits_or_the_step_before() -> None:
+    batches = Batches()
+    batches.fails_at = 2
+    ahead = queue(batches, max_staleness=1)
+    ahead.ask(1)
+    await ahead.take(1)
+    with pytest.raises(RunError, match="an engine died"):
+        await ahead.settle(1)
+    turns = queue(batches, max_staleness=0)
+    turns.ask(2)
+    with pytest.raises(RunError, match="an engine died"):
+        await turns.take(2)
+
+
+async def test_a_stopped_queue_is_where_it_was_before_the_batch() -> None:
+    batches = Batches()
+    batches.may_go_on.clear()
+    ahead = queue(batches, max_staleness=0)
+    ahead.ask(1)
+    waiting = asyncio.create_task(ahead.take(1))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await ahead.stop()
+    assert ahead.state() == {"next_group": 0, "ahead": [(1, 0)]}
