@@ -6,9 +6,8 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from rlhf.algorithms.base import Kind
 from rlhf.config.derive import chat_template, eval_sets, models_of, prompts_asked, train_sets, with_steps
@@ -59,23 +58,28 @@ from rlhf.types import Examples, Pairs, Prompt
 
 OfflineRow = Example | PreferencePair | StepLabelled | Labelled
 
+R = TypeVar("R")
 logger = logging.getLogger(__name__)
-LOADERS: Mapping[Kind, Callable[..., LoadedRows[Any]]] = {
-    "supervised": load_examples,
-    "distillation": load_examples,
-    "preference": load_pairs,
-    "reward_model": load_pairs,
-    "step_rewards": load_step_labelled,
-    "unpaired": load_labelled,
-}
-COLLATE: Mapping[Kind, Callable[[Sequence[Any]], Examples | Pairs]] = {
-    "supervised": collate,
-    "distillation": collate,
-    "preference": collate_pairs,
-    "reward_model": collate_pairs,
-    "step_rewards": collate_steps,
+# How each kind of algorithm without rollouts reads its rows, and how they become a batch.
+FORMS: Mapping[Kind, tuple[Callable[..., LoadedRows[Any]], Callable[..., Examples | Pairs]]] = {
+    "supervised": (load_examples, collate),
+    "distillation": (load_examples, collate),
+    "preference": (load_pairs, collate_pairs),
+    "reward_model": (load_pairs, collate_pairs),
+    "step_rewards": (load_step_labelled, collate_steps),
+    "unpaired": (load_labelled, collate_labelled),
 }
 PROBE_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sets(Generic[R]):
+    """The data sets of a run."""
+
+    train: tuple[R, ...]  # all training sets, concatenated
+    shares: tuple[MixtureShare, ...]
+    held_out: Mapping[str, tuple[R, ...]]
+    unusable: tuple[Unusable, ...]  # skipped rows of all sets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,23 +201,6 @@ def _online(config: Config, source: str, tokenizer: Any, loaded: LoadedConfig) -
     assert config.rollouts is not None
     data = config.data
     refuse_absent_tokens(config.rollouts.stop_token_ids, tokenizer, key="rollouts.stop_token_ids")
-
-    unusable: list[Unusable] = []
-
-    def prompts_of(name: str, source: DataSource, first_id: int = 0) -> tuple[Prompt, ...]:
-        loaded, _ = read_prompts(
-            source_of(source),
-            name,
-            tokenizer,
-            reading_of(config),
-            columns=data.columns,
-            rewards=specs,
-            environment=environment,
-            first_id=first_id,
-        )
-        unusable.extend(loaded.unusable)
-        return loaded.items
-
     beside = Path(loaded.source).resolve().parent
     specs = load_rewards(config.rewards, beside=beside, memory_gib=config.reward_policy.memory_gib)
     environment = preload_environment(
@@ -223,17 +210,26 @@ def _online(config: Config, source: str, tokenizer: Any, loaded: LoadedConfig) -
         trust_remote_code=config.policy.trust_remote_code,
         template=chat_template(config),
     )
-    prompts: tuple[Prompt, ...] = ()
-    shares = []
-    for name, section in train_sets(config).items():
-        more = prompts_of(name, section.source, len(prompts))
-        prompts += more
-        shares.append(MixtureShare(name=name, weight=section.weight, size=len(more)))
+
+    def read(name: str, source: DataSource, first_id: int) -> LoadedRows[Prompt]:
+        return read_prompts(
+            source_of(source),
+            name,
+            tokenizer,
+            reading_of(config),
+            columns=data.columns,
+            rewards=specs,
+            environment=environment,
+            first_id=first_id,
+        )[0]
+
+    sets = _read_sets(config, read)
+    prompts, held_out = sets.train, sets.held_out
     refuse_unused_rewards(specs, (prompt.columns for prompt in prompts))
     config = _with_steps(config, len(prompts))
     rollouts = config.rollouts
     assert rollouts is not None
-    if data.curriculum is not None and len(shares) == 1 and prompts_asked(config, rollouts) <= len(prompts):
+    if data.curriculum is not None and len(sets.shares) == 1 and prompts_asked(config, rollouts) <= len(prompts):
         raise UserError(
             f"data.curriculum: has no effect here: data.train has {len(prompts)} prompts, of which "
             f"{config.train.num_steps} steps need {prompts_asked(config, rollouts)} at most, so none comes up "
@@ -244,7 +240,6 @@ def _online(config: Config, source: str, tokenizer: Any, loaded: LoadedConfig) -
             f"data.train: column `temperature` is not for algorithm {config.algorithm.name}, whose teacher works at "
             "rollouts.temperature. Give the column another name, or leave it out."
         )
-    held_out = {name: prompts_of(f"data.eval.{name}", section) for name, section in eval_sets(config).items()}
     _refuse_absent_metric(config, specs, held_out)
     settings = config.eval
     sources = {
@@ -264,8 +259,8 @@ def _online(config: Config, source: str, tokenizer: Any, loaded: LoadedConfig) -
     probe = [token for prompt in prompts[:PROBE_TOKENS] for token in prompt.token_ids]
     return OnlineInputs(
         prompts=prompts,
-        unusable=tuple(unusable),
-        shares=tuple(shares),
+        unusable=sets.unusable,
+        shares=sets.shares,
         eval_sets={name: EvalSet(prompts=group, sources=sources[name]) for name, group in held_out.items()},
         marking=marking_of(marks, specs, samples=settings.samples_per_prompt),
         rewards=specs,
@@ -289,31 +284,19 @@ def _refuse_absent_metric(
 
 
 def _offline(config: Config, source: str, tokenizer: Any) -> OfflineInputs:
-    data = config.data
-    reading = reading_of(config)
-    unusable: list[Unusable] = []
-    load = partial(LOADERS[config.algorithm.kind], **config.algorithm.row_options)
+    load, reading = FORMS[config.algorithm.kind][0], reading_of(config)
 
-    def rows_of(name: str, source: DataSource, first_id: int = 0) -> tuple[OfflineRow, ...]:
+    def read(name: str, source: DataSource, first_id: int) -> LoadedRows[OfflineRow]:
         with prefix_errors(name):
-            rows = read_rows(source_of(source), columns=data.columns)
-            loaded = load(rows, tokenizer, reading, first_id=first_id)
+            rows = read_rows(source_of(source), columns=config.data.columns)
+            loaded = load(rows, tokenizer, reading, first_id=first_id, **config.algorithm.row_options)
         if loaded.unusable:
             logger.warning("%s: %d of %d rows cannot be used and are left out", name, len(loaded.unusable), len(rows))
-        unusable.extend(loaded.unusable)
-        return loaded.items
+        return loaded
 
-    rows: tuple[OfflineRow, ...] = ()
-    shares = []
-    for name, section in train_sets(config).items():
-        more = rows_of(name, section.source, len(rows))
-        rows += more
-        shares.append(MixtureShare(name=name, weight=section.weight, size=len(more)))
-    held_out = {name: rows_of(f"data.eval.{name}", section) for name, section in eval_sets(config).items()}
-    for name, group in {
-        "data.train": rows,
-        **{f"data.eval.{name}": section for name, section in held_out.items()},
-    }.items():
+    sets = _read_sets(config, read)
+    rows, held_out = sets.train, sets.held_out
+    for name, group in {"data.train": rows, **{f"data.eval.{name}": group for name, group in held_out.items()}}.items():
         prompts = {row.token_ids[: row.prompt_tokens] for row in group if isinstance(row, Labelled)}
         if len(prompts) == 1 and config.algorithm.compares_with_divergence:
             raise UserError(
@@ -322,20 +305,33 @@ def _offline(config: Config, source: str, tokenizer: Any) -> OfflineInputs:
             )
     longest = max(row.longest for group in (rows, *held_out.values()) for row in group)
     _refuse_too_long(source, config, longest=longest, wanted=longest)
-    return OfflineInputs(
-        rows=rows,
+    return OfflineInputs(rows=rows, shares=sets.shares, eval_sets=held_out, unusable=sets.unusable)
+
+
+def _read_sets(config: Config, read: Callable[[str, DataSource, int], LoadedRows[R]]) -> _Sets[R]:
+    """Return all sets of a run. `read` gets a set's key, its source, and the id of its first row."""
+    train: tuple[R, ...] = ()
+    shares: list[MixtureShare] = []
+    unusable: list[Unusable] = []
+    for name, section in train_sets(config).items():
+        loaded = read(name, section.source, len(train))
+        train += loaded.items
+        shares.append(MixtureShare(name=name, weight=section.weight, size=len(loaded.items)))
+        unusable += loaded.unusable
+    held_out = {name: read(f"data.eval.{name}", source, 0) for name, source in eval_sets(config).items()}
+    return _Sets(
+        train=train,
         shares=tuple(shares),
-        eval_sets=held_out,
-        unusable=tuple(unusable),
+        held_out={name: loaded.items for name, loaded in held_out.items()},
+        unusable=(*unusable, *(row for loaded in held_out.values() for row in loaded.unusable)),
     )
 
 
 def collated(config: Config, rows: Sequence[OfflineRow]) -> Examples | Pairs:
     """Collate rows of a data set into the batch type of the algorithm's workers."""
-    kind = config.algorithm.kind
-    if kind == "unpaired":
-        return collate_labelled(rows, mismatched=config.algorithm.compares_with_divergence)  # type: ignore[arg-type]
-    return COLLATE[kind](rows)
+    kind, algorithm = config.algorithm.kind, config.algorithm
+    options = {"mismatched": algorithm.compares_with_divergence} if kind == "unpaired" else {}
+    return FORMS[kind][1](rows, **options)
 
 
 def _refuse_too_long(source: str, config: Config, *, longest: int, wanted: int) -> None:

@@ -110,9 +110,9 @@ def test_prompts_of_several_sets_have_ids_of_their_own(folder: Path) -> None:
 def test_a_curriculum_needs_prompts_that_come_up_twice(folder: Path) -> None:
     one = ["data.train=DIR/a.jsonl".replace("DIR", str(folder)), "data.curriculum={}"]
     assert isinstance(inputs(folder, GRPO, *one, "train.steps=2"), OnlineInputs)
-    with pytest.raises(UserError, match=r"data.train has 3 prompts, of which 1 steps ask 2 at most, so none comes up"):
+    with pytest.raises(UserError, match=r"data.train has 3 prompts, of which 1 steps need 2 at most, so none comes up"):
         inputs(folder, GRPO, *one)
-    with pytest.raises(UserError, match="ask 3 at most"):  # 2 * 1.1, rounded up
+    with pytest.raises(UserError, match="need 3 at most"):  # 2 * 1.1, rounded up
         inputs(folder, GRPO, *one, "reward_policy.on_error=drop")
     for more in ("rollouts.oversample=2", "rollouts.dynamic_sampling={}"):
         assert isinstance(inputs(folder, GRPO, *one, more), OnlineInputs)
