@@ -1,15 +1,17 @@
-"""Which runs may have the engines of the run before. Engines that stay: tests/integration/test_sweep.py."""
+"""Which runs may reuse engines, and the order of starts. Engines that stay: tests/integration/test_sweep.py."""
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from actors.run.engine_pool import engines_key
+from actors.run.engine_pool import EngineLease, engines_key
 from rlhf.config.files.load import load
+from rlhf.config.schema.cluster import ClusterConfig, Roles, RolloutResources
 from rlhf.config.schema.root import Config
 from tests.integration.recipes import write_config
 
@@ -37,3 +39,48 @@ def test_engines_of_another_kind_are_others(run: Any, other: str) -> None:
 def test_engines_for_longer_responses_or_conversations_are_others(run: Any) -> None:
     game: Any = SimpleNamespace(max_turns=2)
     assert len({engines_key(run(), length, world) for length, world in ((32, None), (64, None), (32, game))}) == 3
+
+
+class Group:
+    """Notes when its start begins and ends, in the calls of all groups."""
+
+    def __init__(self, role: str, calls: list[str]) -> None:
+        self.role, self.calls = role, calls
+
+    async def start(self, *, deadline_s: float) -> None:
+        self.calls.append(f"{self.role} begins")
+        await asyncio.sleep(0)
+        self.calls.append(f"{self.role} ends")
+
+    async def sleep(self, *, keep_weights: bool) -> None:
+        self.calls.append(f"{self.role} sleeps")
+
+
+TOGETHER = ["policy begins", "rollout begins", "policy ends", "rollout ends"]
+ENGINES_FIRST = ["rollout begins", "rollout ends", "policy begins", "policy ends"]
+
+
+@pytest.mark.parametrize(
+    ("device", "colocated", "shares_gpus", "is_started", "expected"),
+    [
+        ("cpu", False, False, False, TOGETHER),
+        ("cpu", True, False, False, TOGETHER),
+        ("cpu", False, False, True, ["policy begins", "policy ends"]),
+        ("cuda", False, False, False, TOGETHER),
+        ("cuda", False, True, False, ENGINES_FIRST),
+        ("cuda", True, True, False, [*ENGINES_FIRST[:2], "rollout sleeps", *ENGINES_FIRST[2:]]),
+    ],
+)
+def test_no_process_starts_while_an_engine_measures_its_gpu(
+    device: Any, colocated: bool, shares_gpus: bool, is_started: bool, expected: list[str]
+) -> None:
+    calls: list[str] = []
+    cluster = ClusterConfig(
+        device=device, roles=Roles(rollout=RolloutResources(colocate_with="policy" if colocated else None))
+    )
+    placement: Any = SimpleNamespace(seating=SimpleNamespace(shares_gpus=lambda role: shares_gpus))
+    engines: Any = Group("rollout", calls)
+    lease = EngineLease(key="", placement=placement, engines=engines, may_stay=False, is_started=is_started)
+    policy: Any = Group("policy", calls)
+    asyncio.run(lease.start_with([policy], cluster))
+    assert calls == expected
