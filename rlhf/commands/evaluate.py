@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from rlhf.commands.command import Command, add_parameters
 from rlhf.commands.decoding import add_decoding, decoding_of, options_given, refuse_options
-from rlhf.commands.shared import AnyConfig, config_or_name, stoppable, write_stdout
+from rlhf.commands.shared import AnyConfig, config_or_name, print_table, stoppable, write_stdout
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
@@ -139,11 +139,8 @@ def _present(args: argparse.Namespace) -> None:
     if args.json:
         write_stdout(json.dumps(evaluation.to_json(), indent=2) + "\n")
         return
-    from rich.console import Console
-
-    console = Console()
-    console.print(evaluation.to_table())
-    console.print(f"results: {_results_folder(target, args.out)}", highlight=False, soft_wrap=True)
+    print_table(evaluation.to_table())
+    write_stdout(f"results: {_results_folder(target, args.out)}\n")
 
 
 def _whole_numbers(text: str) -> tuple[int, ...]:

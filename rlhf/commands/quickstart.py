@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rlhf.commands.command import Command
+from rlhf.commands.shared import print_table, write_stdout
 from rlhf.commands.train import train
 from rlhf.errors import RunError, UserError
 
@@ -48,8 +49,6 @@ def show_improvement(folder: Path) -> None:
 
     RunError: the held-out accuracy is not as expected.
     """
-    from rich.console import Console
-
     from rlhf.evaluation.comparison import before_after
     from rlhf.tracking.display.plots import plot_curves
     from rlhf.tracking.sinks.tracker import read_metrics
@@ -57,12 +56,9 @@ def show_improvement(folder: Path) -> None:
     rows = [row for row in read_metrics(folder) if row.get(ACCURACY) is not None]
     if len(rows) < 2:
         raise RunError(f"quickstart: {folder / 'metrics.jsonl'} has no evaluation before and after training")
-    console = Console()
-    if (table := before_after(folder)) is not None:
-        console.print(table)
-    console.print(_samples(folder, rows[0]["step"], rows[-1]["step"]))
-    curves = plot_curves({folder.name: folder}, CURVES, output=folder / "curves.png")
-    console.print(f"plot: {curves}", highlight=False, soft_wrap=True)
+    print_table(before_after(folder))
+    print_table(_samples(folder, rows[0]["step"], rows[-1]["step"]))
+    write_stdout(f"plot: {plot_curves({folder.name: folder}, CURVES, output=folder / 'curves.png')}\n")
     start, end = rows[0][ACCURACY], rows[-1][ACCURACY]
     if not BEFORE[0] <= start <= BEFORE[1]:
         raise RunError(
@@ -70,7 +66,7 @@ def show_improvement(folder: Path) -> None:
         )
     if end < AFTER:
         raise RunError(f"quickstart: held-out accuracy after training is {end:.2f}, expected at least {AFTER}")
-    console.print(f"held-out accuracy {start:.2f} -> {end:.2f}", highlight=False)
+    write_stdout(f"held-out accuracy {start:.2f} -> {end:.2f}\n")
 
 
 def _samples(folder: Path, first: int, last: int) -> Table:

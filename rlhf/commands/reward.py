@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf.commands.command import Command
-from rlhf.commands.shared import AnyConfig, loaded_config, write_stdout
+from rlhf.commands.shared import AnyConfig, loaded_config, print_table, write_stdout
 from rlhf.errors import RunError
 
 if TYPE_CHECKING:
@@ -49,9 +49,7 @@ def _present(args: argparse.Namespace) -> None:
     if args.json:
         write_stdout("".join(map(json_line, scored.to_json())))
     else:
-        from rich.console import Console
-
-        Console().print(scored.to_table())
+        print_table(scored.to_table())
     if scored.errors:
         lines = "\n".join(
             f"{position}: {error.reward}: {error.kind}: {error.message}"

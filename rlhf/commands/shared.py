@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from rlhf.config.files.load import LoadedConfig
     from rlhf.config.schema.root import Config
 
@@ -76,6 +78,14 @@ def write_stdout(text: str) -> None:
     """Write to stdout and flush it."""
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def print_table(table: Table | None) -> None:
+    """Print a table to stdout, if there is one."""
+    from rich.console import Console
+
+    if table is not None:
+        Console().print(table)
 
 
 def typed_lines() -> Iterator[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf.commands.command import Command
-from rlhf.commands.shared import stoppable, write_stdout
+from rlhf.commands.shared import print_table, stoppable, write_stdout
 from rlhf.commands.train import train
 from rlhf.errors import UserError
 
@@ -94,9 +94,7 @@ def _present(args: argparse.Namespace) -> None:
 
 
 def _show(result: SweepResult) -> None:
-    from rich.console import Console
-
-    Console().print(result.to_table())
+    print_table(result.to_table())
     write_stdout(f"results: {result.folder}\n")
     if result.best is not None:
         write_stdout(f"best: {result.best.trial}; rlhf train {result.folder / 'best.yaml'}\n")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf.commands.command import Command
-from rlhf.commands.shared import AnyConfig, loaded_config, write_stdout
+from rlhf.commands.shared import AnyConfig, loaded_config, print_table, write_stdout
 from rlhf.errors import Preempted, UserError
 
 if TYPE_CHECKING:
@@ -112,15 +112,11 @@ def _resume(text: str) -> str | int:
 
 def _show_evaluations(loaded: LoadedConfig) -> None:
     """Show the first and the last evaluation of each run with evaluations by responses."""
-    from rich.console import Console
-
     from rlhf.config.schema.stages import run_folder
     from rlhf.evaluation.comparison import before_after
 
     for stage in loaded.stages.values():
-        table = before_after(run_folder(stage))
-        if table is not None:
-            Console().print(table)
+        print_table(before_after(run_folder(stage)))
 
 
 def _next_steps(loaded: LoadedConfig) -> str:
