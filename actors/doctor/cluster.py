@@ -77,7 +77,7 @@ def cluster_results(stages: Sequence[Stage]) -> Iterator[CheckResult]:
         for node, ref in answers.items():
             answer = _result(ref, max(1.0, ends - time.monotonic()))
             if not isinstance(answer, list):
-                advice = "is it up, and is the project installed there as it is here?"
+                advice = "check that the node is up and has the same installation as this machine"
                 yield CheckResult("answer", "bad", str(answer), advice, node)
                 continue
             reached.append(node)

@@ -160,7 +160,7 @@ def _resources() -> Iterator[CheckResult]:
     advice = "checkpoints may not fit: set run.dir to a larger disk"
     yield check("disk here", f"{free / GIB:.0f} GiB free", free >= 5 * GIB, advice)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    advice = f"Ray opens many: `ulimit -n {min(65536, hard)}` before the run"
+    advice = f"Ray opens many files: run `ulimit -n {min(65536, hard)}` before the run"
     yield check("open files", f"limit {soft}", soft >= 4096, advice)
 
 
@@ -169,7 +169,7 @@ def _sandbox() -> CheckResult:
     try:
         sandbox = Sandbox()
     except SandboxError as error:
-        advice = "the reward code_tests needs one: apt-get install bubblewrap"
+        advice = "the reward code_tests needs a sandbox: apt-get install bubblewrap"
         return CheckResult("code sandbox", "note", str(error), advice)
     return check("code sandbox", f"{sandbox.rung}, with {sandbox.python}")
 
@@ -189,8 +189,8 @@ def _import(name: str) -> CheckResult:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S, env=environment)
     except subprocess.TimeoutExpired:
-        found = f"still not done after {IMPORT_TIMEOUT_S:.0f} s"
-        return CheckResult(f"import {name}", "bad", found, "is the disk slow or full? try again")
+        found = f"not finished after {IMPORT_TIMEOUT_S:.0f} s"
+        return CheckResult(f"import {name}", "bad", found, "check whether the disk is slow or full, and try again")
     last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
     works = done.returncode == 0
     return check(f"import {name}", "works" if works else last[:300], works, f"remove .venv and {SETUP}", failed="bad")
@@ -213,7 +213,7 @@ def _cluster_in_reach(address: str | None) -> CheckResult:
         return none
     if target and "://" in target:
         found = f"RAY_ADDRESS={re.sub('//.*@', '//', target)}"
-        return CheckResult("Ray cluster", "note", found, "not checked: not a host:port")
+        return CheckResult("Ray cluster", "note", found, "not checked, because it is not HOST:PORT")
     if target and output_of(sys.executable, "-c", _RAY_PROBE, target, timeout_s=30.0) is not None:
         where = "RAY_ADDRESS: a run joins it" if address else "this machine: a run joins it with cluster.address: auto"
         return check("Ray cluster", f"{address or target} ({where})")
@@ -225,7 +225,7 @@ def _hub() -> CheckResult:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return check("model hub", "HF_HUB_OFFLINE is set: only local models and data")
     reachable = output_of(sys.executable, "-c", _HUB_PROBE) is not None
-    advice = "use model folders and data files; HF_HUB_OFFLINE=1 saves the waiting"
+    advice = "use model folders and data files; HF_HUB_OFFLINE=1 avoids the wait"
     return check("model hub", "reachable" if reachable else "not reachable", reachable, advice)
 
 

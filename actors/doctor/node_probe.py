@@ -117,7 +117,7 @@ def node_results(address: str, driver: DriverFacts) -> Iterator[CheckResult]:
         if installed.get(name) != there.get(name)
     )
     same = ", ".join(f"{name} {version}" for name, version in there.items())
-    advice = "install the same on all nodes, best by one image"
+    advice = "install the same versions on all nodes, preferably by one image"
     yield check("versions", differences or same, not differences, advice, failed="bad")
     code = code_hash()
     found = f"hash {code}" + ("" if code == driver.code else f", here {driver.code}")
@@ -129,7 +129,7 @@ def node_results(address: str, driver: DriverFacts) -> Iterator[CheckResult]:
         size = size_of(path)
         advice = "put it on a disk that all nodes share, or copy it to every node"
         if not Path(path).is_absolute():
-            advice += f"; it is taken from {Path.cwd()} there: name it from the root"
+            advice += f"; it is relative to {Path.cwd()} there: use an absolute path"
         found = size if size == expected else f"{size or 'not there'}, here {expected}"
         yield check(path, found, size == expected, advice, failed="note" if size else "bad")
     cached, no_hub = of_hub(driver.models)
@@ -141,7 +141,7 @@ def node_results(address: str, driver: DriverFacts) -> Iterator[CheckResult]:
             advice = f"`hf download {model}` there, share HF_HOME, or name a folder that all nodes see"
             yield CheckResult(model, "bad", found, advice)
         else:
-            advice = "each such node downloads it when the run starts: better before, or share HF_HOME"
+            advice = "each such node downloads it when the run starts; download it before, or share HF_HOME"
             yield CheckResult(model, "note", "not in the hub's cache; the hub answers", advice)
 
 
@@ -151,7 +151,7 @@ def _interface(address: str) -> CheckResult:
     interface = next((name for name, addresses in ends.items() if any(e.address == address for e in addresses)), "")
     up = [name for name, state in psutil.net_if_stats().items() if state.isup and name not in ("lo", interface)]
     others = ", ".join(sorted(name for name in up if ends.get(name)))
-    found = (interface or "none has the address that Ray knows the node by") + (
+    found = (interface or "no interface has the address by which Ray knows the node") + (
         f"; also up: {others}" if others else ""
     )
     advice = "start the node with --node-ip-address=ADDRESS, the address of one of its interfaces"

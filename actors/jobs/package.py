@@ -77,7 +77,7 @@ def project_of(config: Path, overrides: Sequence[str], loaded: LoadedConfig) -> 
     whole = config.resolve()
     if not whole.is_relative_to(folder):
         raise UserError(
-            f"{config} is not below {folder}: a job takes the current folder with it. Run this in the project's folder."
+            f"{config} is not below {folder}, whose files a job gets. Run this in the folder of the project."
         )
     _refuse_folders_of_this_machine(loaded)
     tree = read_tree(config)
@@ -104,13 +104,13 @@ def _refuse_folders_of_this_machine(loaded: LoadedConfig) -> None:
         for key, place in named.items():
             if not place.is_absolute():
                 raise UserError(
-                    f"run.{key}: {place} is relative, and the job's folder is a copy that Ray removes. Name a place "
-                    f"that every node of the cluster sees; on one that sees this disk: run.{key}={place.absolute()}"
+                    f"run.{key}: {place} is relative, and the job's folder is a copy that Ray removes. Name a folder "
+                    f"that every node can read; if the nodes share this disk, set run.{key}={place.absolute()}"
                 )
         address = None if isinstance(stage, MergeStage) else stage.cluster.address
         if address not in (None, "auto"):
             raise UserError(
-                f"cluster.address: is {address!r}, but a job runs in the cluster that it is submitted to; remove it"
+                f"cluster.address: is {address!r}, but a job runs in the cluster to which it is submitted; remove it"
             )
 
 
@@ -130,12 +130,12 @@ def _named_files(tree: Any, overrides: Sequence[str], *, folder: Path, beside: P
         if key in models:
             if named.startswith((".", "~")) or os.path.isdir(folder / named):
                 raise UserError(
-                    f"{place}: {value} is a folder of this machine, and models do not travel with a job. Name one of "
-                    "the hub, or an absolute path that every node sees."
+                    f"{place}: {value} is a folder of this machine, and a job takes no models along. Name a model of "
+                    "the hub, or an absolute path that every node can read."
                 )
             continue
         if named.startswith("~"):
-            raise UserError(f"{place}: {value} is below this machine's home; move it into the project, {folder}")
+            raise UserError(f"{place}: {value} is in this machine's home folder; move it into the project, {folder}")
         is_code = named.endswith(".py")
         paths = [base / named for base in ((beside, folder) if is_code else (folder,))]
         if not is_code and "data" in key:
@@ -152,7 +152,7 @@ def _named_files(tree: Any, overrides: Sequence[str], *, folder: Path, beside: P
 def _below(path: Path, folder: Path, place: str) -> set[Path]:
     """Return a file, or all files of a folder, relative to the project's folder."""
     if not path.is_relative_to(folder):
-        raise UserError(f"{place}: {path} is outside of the project, {folder}, which is all that a job takes with it")
+        raise UserError(f"{place}: {path} is outside of the project, {folder}, and a job gets only its files")
     if path.is_file():
         return {path.relative_to(folder)}
     return _safe({file.relative_to(folder) for file in path.rglob("*") if file.is_file()}, folder)
@@ -163,7 +163,7 @@ def _safe(names: set[Path], folder: Path) -> set[Path]:
     reasons = {name: reason for name in names if (reason := _why_unsafe(name, folder)) is not None}
     if reasons:
         listed = "".join(f"\n  {name}: {reasons[name]}" for name in sorted(reasons))
-        logger.warning("left out of the job, since the configuration does not name them:%s", listed)
+        logger.warning("left out of the job, because the configuration does not name them:%s", listed)
     return names - reasons.keys()
 
 
@@ -202,7 +202,7 @@ def _listed(folder: Path) -> set[Path]:
                 _git(folder, "init", "--quiet", "--bare", empty)
                 output = _git(folder, f"--git-dir={empty}", f"--work-tree={folder}", *listing)
     except FileNotFoundError as error:
-        raise UserError("git is not installed; it tells which files .gitignore leaves out. Install it.") from error
+        raise UserError("git is not installed; it finds the files that .gitignore excludes. Install it.") from error
     files: set[Path] = set()
     for name in filter(None, (output or "").split("\0")):
         path = folder / name
@@ -227,5 +227,5 @@ def _refuse_too_large(folder: Path, files: Sequence[Path]) -> None:
         largest = ", ".join(f"{name} ({sizes[name]:.0f} MiB)" for name in sorted(sizes, key=lambda n: -sizes[n])[:3])
         raise UserError(
             f"{folder} has {sum(sizes.values()):.0f} MiB in {len(files)} files, and at most {LARGEST_MIB} MiB go with "
-            f"a job; the largest: {largest}. Leave files out by .gitignore, or put them where every node sees them."
+            f"a job; the largest: {largest}. Exclude files in .gitignore, or put them where every node can read."
         )

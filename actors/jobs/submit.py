@@ -162,7 +162,7 @@ class Jobs:
             if time.monotonic() > give_up:
                 raise RunError(
                     f"the job {job} is {end.state} {STOP_WITHIN_S + ANSWER_WITHIN_S:.0f} s after it was told to stop; "
-                    "one that waits for resources heeds it only once it has them"
+                    "a job that waits for resources stops only after it gets them"
                 )
             time.sleep(0.5)
         return end
@@ -210,7 +210,9 @@ class Jobs:
                 return await asyncio.to_thread(self.state, job)
             except (UserError, RunError) as error:
                 if time.monotonic() > give_up:
-                    raise RunError(f"no state of {job} for {LOST_FOR_S:.0f} s, it may go on: {error}") from error
+                    raise RunError(
+                        f"no answer about {job} for {LOST_FOR_S:.0f} s, it may still run: {error}"
+                    ) from error
             await asyncio.sleep(2.0)
 
     @contextlib.contextmanager
@@ -220,18 +222,18 @@ class Jobs:
             yield
         except AuthenticationError:
             raise UserError(
-                f"the cluster at {self.address} takes requests with its token alone: set RAY_AUTH_MODE=token, and "
-                "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, to those of the cluster"
+                f"the cluster at {self.address} requires its token: set RAY_AUTH_MODE=token, and "
+                "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, to the values of the cluster"
             ) from None
         except OSError as error:
             raise UserError(
                 f"no dashboard of Ray answers at {self.address} (--address or RAY_ADDRESS): {self._message(error)}. "
-                "`ray start --head` prints its address; it is in ray[default]."
+                "`ray start --head` prints its address; it is part of ray[default]."
             ) from None
         except RuntimeError as error:
             message = self._message(error)
             if "status code 404" in message and "does not exist" in message:
-                raise UserError(f"{self.address} knows no such job: {message}") from None
+                raise UserError(f"{self.address} has no such job: {message}") from None
             raise RunError(f"the cluster at {self.address} refused: {message}") from None
 
     def _message(self, words: object) -> str:
@@ -277,7 +279,7 @@ def _values(names: Sequence[str]) -> dict[str, str]:
     for name in names:
         if not _ENV_NAME.fullmatch(name):
             raise UserError(
-                f"--env {name.partition('=')[0]}: takes the name of a variable alone; its value comes from your "
+                f"--env {name.partition('=')[0]}: takes only the name of a variable; its value comes from your "
                 "environment, so that no command line shows it"
             )
         if name not in os.environ:
@@ -290,12 +292,12 @@ def _dashboard(address: str | None) -> str:
     url = address or os.environ.get("RAY_ADDRESS")
     if not url:
         raise UserError(
-            "no cluster is named: give --address http://HOST:8265, or set RAY_ADDRESS to that; `ray start --head` "
-            "prints it"
+            "no cluster is named: give --address http://HOST:8265, or set RAY_ADDRESS to it; `ray start --head` "
+            "prints the address"
         )
     if not url.startswith(("http://", "https://")):
         raise UserError(
-            f"{url} (--address or RAY_ADDRESS) is no address of a dashboard, which takes jobs: it is "
-            "http://HOST:PORT, the port 8265 unless the head was told another"
+            f"{url} (--address or RAY_ADDRESS) is not the address of a dashboard, which accepts jobs. It is "
+            "http://HOST:PORT, with the port 8265 by default"
         )
     return url.rstrip("/")

@@ -194,14 +194,14 @@ def run_sweep(sweep: Sweep, *, resume: bool, retry_failed: bool = False, quiet: 
     most = sweep.config.max_failures
     if most is not None and loop.failures > most:
         raise RunError(
-            f"{loop.failures} trials failed, more than sweep.max_failures = {most}: {_failures(result)} What has ended "
-            f"is in {sweep.folder}; --resume auto --retry-failed goes on."
+            f"{loop.failures} trials failed, more than sweep.max_failures = {most}: {_failures(result)} Ended trials "
+            f"are in {sweep.folder}; continue with --resume auto --retry-failed."
         )
     cut_off = [row.trial for row in result.rows if row.state == "open"]
     if cut_off:
         raise Preempted(f"{', '.join(cut_off)} were stopped by a signal; their checkpoints are kept")
     if result.best is None:
-        raise RunError(f"no trial came to an end with a value of {sweep.metric}: {_failures(result)}")
+        raise RunError(f"no trial finished with a value of {sweep.metric}: {_failures(result)}")
     return result
 
 
@@ -225,14 +225,14 @@ def _wait_for_leftovers(journal: Journal, *, within_s: float) -> None:
             except UserError:
                 if time.monotonic() > give_up:
                     raise
-            logger.info("%s: a process of the sweep before still ends", lock.parent)
+            logger.info("%s: a process of the earlier sweep is still ending", lock.parent)
             time.sleep(1.0)
 
 
 def _failures(result: SweepResult) -> str:
     """Describe one failed trial as an example."""
     failed = [row for row in result.rows if row.state == "failed"]
-    return f"{failed[-1].trial}: {failed[-1].error}" if failed else "none was run."
+    return f"{failed[-1].trial}: {failed[-1].error}" if failed else "no trial was run."
 
 
 def _shares(sweep: Sweep, known: Sequence[Values] | None) -> list[MachineShare]:
@@ -249,14 +249,14 @@ def _shares(sweep: Sweep, known: Sequence[Values] | None) -> list[MachineShare]:
     room = max(1, min(copies(bundles, nodes, most=count) for bundles in wanted))
     count = room if config.concurrency is None else count
     if count > room:
-        logger.warning("sweep.concurrency is %d, and there is room for %d trials at once", count, room)
+        logger.warning("sweep.concurrency is %d, but there is room for %d trials at once", count, room)
     if address is not None:
         logger.info("%d trials at once, in the cluster at %s", count, address)
         return [MachineShare()] * count
     each_gpus = max(round(sum(bundle.get("GPU", 0.0) for bundle in bundles)) for bundles in wanted)
     if each_gpus * count > len(gpus):
         raise UserError(
-            f"{sweep.source}: sweep.concurrency: {count} trials of {each_gpus} GPUs each, and there are {len(gpus)}"
+            f"{sweep.source}: sweep.concurrency: {count} trials of {each_gpus} GPUs each, but there are {len(gpus)}"
         )
     each = len(cores) // count
     logger.info("%d trials at once, of %d cores each", count, each or len(cores))

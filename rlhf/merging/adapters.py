@@ -103,7 +103,7 @@ def _check_plain(source: MergeSource, rank: int | None) -> None:
             )
     narrowest = min(max(shape) for shape in source.adapter.shapes.values())
     if rank is not None and rank > narrowest:
-        raise UserError(f"merge.rank: {rank} is more than the {narrowest} of the narrowest layer of {source.key}.")
+        raise UserError(f"merge.rank: {rank} is more than {narrowest}, the narrowest layer of {source.key}.")
 
 
 def _ranks(source: MergeSource) -> str:

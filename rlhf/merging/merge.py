@@ -100,7 +100,7 @@ def check_fit(config: MergeConfig, sources: Sequence[MergeSource]) -> None:
         for part in config.slices:
             check_layers(by_name[part.model], *part.layers)
     elif config.method == "fold" and sources[0].adapter is None:
-        raise UserError(f"{sources[0].key}: {sources[0].folder} is no adapter, and fold adds one to its base.")
+        raise UserError(f"{sources[0].key}: {sources[0].folder} is not an adapter, which fold adds to its base.")
     else:
         check_same_weights(sources)
     if len(sources) > 1:

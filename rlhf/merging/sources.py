@@ -74,7 +74,7 @@ def find_source(key: str, name: str, model: str) -> MergeSource:
         base = adapter.settings.get("base_model_name_or_path")
         if not base:
             raise UserError(
-                f"{key}: the adapter {folder} does not say which model it belongs on; set "
+                f"{key}: the adapter {folder} does not name its base model; set "
                 "base_model_name_or_path in its adapter_config.json."
             )
         folder = _local(f"{key}: the base model of the adapter {folder} (its adapter_config.json)", str(base))
@@ -217,7 +217,7 @@ def _local(key: str, model: str) -> Path:
     if folder.is_dir():
         return folder
     if model.startswith("stage:"):
-        raise UserError(f"{key}: got {model!r}, but this merge is no stage of a pipeline; name a folder.")
+        raise UserError(f"{key}: got {model!r}, but this merge is not a stage of a pipeline; name a folder.")
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise UserError(f"{key}: the folder {model} does not exist.")
     from huggingface_hub import snapshot_download
@@ -226,8 +226,7 @@ def _local(key: str, model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=list(HUB_FILES)))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{key}: {model} is neither a folder here nor could it be obtained from the hub "
-            f"({' '.join(str(error).split())})"
+            f"{key}: {model} is not a folder here, and the hub did not provide it ({' '.join(str(error).split())})"
         ) from error
 
 

@@ -69,7 +69,7 @@ def _read(path: Path) -> Sequence[int]:
                 f"--lengths {path}: cannot be read: {error.strerror}. Give a file or lognormal:MEAN:SIGMA"
             ) from error
         except UnicodeDecodeError as error:
-            raise UserError(f"--lengths {path}: is no text: {error}. Give a file or lognormal:MEAN:SIGMA") from error
+            raise UserError(f"--lengths {path}: is not text: {error}. Give a file or lognormal:MEAN:SIGMA") from error
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -85,8 +85,8 @@ def _read(path: Path) -> Sequence[int]:
                     f"{file}:{number}: expected a number, or an object with `response_tokens`, got {line[:60]!r}"
                 ) from error
             if length < 1:
-                raise UserError(f"{file}:{number}: a length of {length}, expected at least 1")
+                raise UserError(f"{file}:{number}: the length is {length}, expected at least 1")
             lengths.append(length)
     if not lengths:
-        raise UserError(f"--lengths {path}: there are no lengths in it")
+        raise UserError(f"--lengths {path}: it has no lengths")
     return lengths

@@ -22,13 +22,13 @@ from rlhf.planning.time import system_of
 # The meaning of each number, and its smallest value.
 _NUMBERS: Mapping[str, tuple[str, float]] = {
     "base_ms": ("an engine's decoding step without sequences, ms", 1e-6),
-    "each_us": ("and for each sequence in it, us", 0.0),
+    "each_us": ("additional time of a decoding step for each sequence, us", 0.0),
     "train_tokens_per_s": ("tokens through experience and updates, all trainers together", 1e-3),
-    "sync_s": ("seconds that engines stand still for new weights", 0.0),
+    "sync_s": ("seconds that engines are paused for new weights", 0.0),
     "mtbf_h": ("hours between two failures of a node", 1e-3),
-    "restart_s": ("seconds until a failed one works again", 0.0),
-    "steps": ("steps after the pipeline is full; 6, of large batches 2", 1.0),
-    "seed": ("of lengths and failures", 0.0),
+    "restart_s": ("seconds until a failed node works again", 0.0),
+    "steps": ("steps after the pipeline is full; by default 6, or 2 for large batches", 1.0),
+    "seed": ("seed of lengths and failures", 0.0),
 }
 _FIELDS = {  # of System, and the unit
     "base_ms": ("base_s", 1e-3),

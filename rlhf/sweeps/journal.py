@@ -138,7 +138,7 @@ class Journal:
             if changed := list(differences(_fixed(before), _fixed(current))):
                 raise UserError(
                     f"--resume: {self.folder} is a sweep with other settings: {'; '.join(changed)}. Choose another "
-                    "sweep.name, or remove the folder to do it anew."
+                    "sweep.name, or remove the folder to start again."
                 )
             keep_lines(self._path, lambda event: True)
             for event in read_lines(self._path):

@@ -121,8 +121,8 @@ def _best_yaml(sweep: Sweep, best: TrialResult) -> str:
     header = f"# {best.trial} of the sweep {sweep.folder}: {sweep.metric} was {best.value:g} at step {best.step}.\n"
     if best.origin:
         header += (
-            "# These are the parameters that it ended with. It went on from checkpoints of others "
-            f"({', '.join(best.origin)}),\n# so a run with these from its beginning is another one.\n"
+            "# These are the parameters at its end. It continued from checkpoints of other trials "
+            f"({', '.join(best.origin)}),\n# so a run with these parameters from its start gives other results.\n"
         )
     return header + dump_yaml(sweep.best(best.parameters))
 

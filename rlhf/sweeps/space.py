@@ -31,7 +31,7 @@ def known_trials(sweep: Sweep) -> list[Values] | None:
     if isinstance(method, GridMethod):
         count = math.prod(_count(parameter) or 0 for parameter in config.parameters.values())
         if count > MOST_TRIALS:
-            raise UserError(f"{sweep.source}: sweep.parameters: have {count} combinations; {MOST_TRIALS} at most")
+            raise UserError(f"{sweep.source}: sweep.parameters: have {count} combinations, more than {MOST_TRIALS}")
         trials = grid(config.parameters)
     elif isinstance(method, RandomMethod | AshaMethod | PbtMethod):
         trials = [draw(config.parameters, seed=config.seed, number=number) for number in range(method.trials)]

@@ -48,7 +48,7 @@ def sweep_configuration(sweep: Sweep, words: list[str]) -> dict[str, Any]:
     if isinstance(method, AshaMethod):
         eta = round(method.reduction_factor)
         if eta != method.reduction_factor:
-            raise UserError(f"{sweep.source}: sweep.method.reduction_factor: W&B takes whole numbers; {eta} is near")
+            raise UserError(f"{sweep.source}: sweep.method.reduction_factor: W&B takes whole numbers, such as {eta}")
         result["early_terminate"] = {"type": "hyperband", "min_iter": method.grace_steps, "eta": eta, "strict": True}
     return result
 
@@ -57,7 +57,7 @@ def _parameter(key: str, parameter: Parameter) -> dict[str, Any]:
     if parameter.values is not None:
         for value in parameter.values:
             if not isinstance(value, bool | int | float | str):
-                raise UserError(f"sweep.parameters.{key}: W&B passes no {value!r} on; take strings and numbers alone")
+                raise UserError(f"sweep.parameters.{key}: W&B cannot pass {value!r}; use only strings and numbers")
         return {"values": list(parameter.values)}
     log = parameter.scale == "log"
     low, high = parameter.min, parameter.max
@@ -83,7 +83,7 @@ def create(sweep: Sweep, words: list[str]) -> str:
         identity = wandb.sweep(configuration, entity=where.wandb_entity, project=where.wandb_project)
         return f"{where.wandb_entity or wandb.Api().default_entity}/{where.wandb_project}/{identity}"
     except (wandb.errors.Error, OSError, ValueError) as error:
-        raise RunError(f"--wandb: W&B did not make the sweep: {error}") from error
+        raise RunError(f"--wandb: W&B did not create the sweep: {error}") from error
 
 
 def run_agent(identity: str, *, count: int | None) -> None:

@@ -143,5 +143,5 @@ def test_a_job_is_stopped_and_submitted_again(
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     reset_auth_token_state()
-    with pytest.raises(rlhf.UserError, match="takes requests with its token alone: set RAY_AUTH_MODE=token"):
+    with pytest.raises(rlhf.UserError, match="requires its token: set RAY_AUTH_MODE=token"):
         rlhf.job_status(first, address=head)

@@ -60,12 +60,12 @@ def test_little_shared_memory_and_an_unknown_address_are_noted(monkeypatch: pyte
     odd = [result for result in node_results("203.0.113.1", HERE) if result.state != "ok"]
     assert [(result.state, result.what) for result in odd] == [("note", "/dev/shm"), ("note", "interface")]
     assert odd[0].found == "0.1 GiB, 0.1 GiB free"
-    assert odd[1].found.startswith("none has the address")
+    assert odd[1].found.startswith("no interface has the address")
 
 
 def test_a_relative_path_is_said_to_be_one() -> None:
     (result,) = [r for r in node_results(ADDRESS, replace(HERE, sizes={"data.jsonl": "1"})) if r.state == "bad"]
-    assert f"it is taken from {Path.cwd()} there" in result.advice
+    assert f"it is relative to {Path.cwd()} there" in result.advice
 
 
 def test_a_shared_folder_that_a_node_cannot_write_is_bad(tmp_path: Path) -> None:

@@ -50,9 +50,12 @@ def silent() -> Iterator[str]:
         (["run.yaml", "train.stps=3"], "did you mean train.steps?"),
         (["run.yaml", "run.dir=runs"], "run.dir: runs is relative"),
         (["run.yaml", "--env", "NOT_SET_HERE"], "--env NOT_SET_HERE: is not set in your environment"),
-        (["run.yaml", "--env", "MINE=very-private-words"], "--env MINE: takes the name of a variable alone"),
-        (["run.yaml", "--address", "10.0.0.1:6379"], "10.0.0.1:6379 (--address or RAY_ADDRESS) is no address of a"),
-        (["run.yaml", "--address", "ray://10.0.0.1:10001"], "ray://10.0.0.1:10001 (--address or RAY_ADDRESS) is no"),
+        (["run.yaml", "--env", "MINE=very-private-words"], "--env MINE: takes only the name of a variable"),
+        (
+            ["run.yaml", "--address", "10.0.0.1:6379"],
+            "10.0.0.1:6379 (--address or RAY_ADDRESS) is not the address",
+        ),
+        (["run.yaml", "--address", "ray://10.0.0.1:10001"], "ray://10.0.0.1:10001 (--address or RAY_ADDRESS) is not"),
         (["run.yaml"], "no dashboard of Ray answers at http://127.0.0.1:1"),
         (["run.yaml", "--resource", "tpu"], "--resource: takes NAME=N, such as tpu=4, got 'tpu'"),
         (["run.yaml", "run.mirror=https://me:very-private-words@store/runs"], "argument run.mirror: holds a secret"),
@@ -125,5 +128,5 @@ def test_a_head_that_is_lost_is_given_up(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(actors.jobs.submit, "LOST_FOR_S", -1.0)
     jobs = object.__new__(Jobs)
     jobs._hidden, jobs._client, jobs.address = (), Lost(), "http://head:8265"
-    with pytest.raises(rlhf.RunError, match=r"no state of demo-1 for .*it may go on: .*refused"):
+    with pytest.raises(rlhf.RunError, match=r"no answer about demo-1 for .*it may still run: .*refused"):
         jobs.follow("demo-1", lambda text: None)

@@ -133,9 +133,9 @@ def test_lengths_are_cut_and_keep_their_mean(tmp_path: Path) -> None:
         ("lognormal:0:1", "expected a mean from 1 and a sigma from 0 to 5"),
         ("nowhere.txt", "nowhere.txt: cannot be read: No such file"),
         ("{bad}", r"bad.jsonl:2: expected a number, or an object with `response_tokens`, got 'x'"),
-        ("{empty}", "there are no lengths in it"),
+        ("{empty}", "it has no lengths"),
         ("{endless}", "endless:1: expected a number"),
-        ("{binary}", "binary: is no text: 'utf-8' codec can't decode byte 0xff"),
+        ("{binary}", "binary: is not text: 'utf-8' codec can't decode byte 0xff"),
     ],
 )
 def test_wrong_lengths(tmp_path: Path, text: str, error: str) -> None:

@@ -106,7 +106,7 @@ def test_the_words_of_an_agent_make_the_run(tmp_path: Path, monkeypatch: pytest.
             {"method": {"name": "pbt", "trials": 4, "every": 2}, "parameters": {"train.lr": PARAMETERS["train.lr"]}},
             "W&B has no pbt",
         ),
-        ({"parameters": {"train.best_metric": {"values": [None]}}}, "train.best_metric: W&B passes no None on"),
+        ({"parameters": {"train.best_metric": {"values": [None]}}}, "train.best_metric: W&B cannot pass None"),
         ({"method": {"name": "asha", "trials": 4, "grace_steps": 2, "reduction_factor": 2.5}}, "takes whole numbers"),
     ],
 )

@@ -147,7 +147,7 @@ def test_a_damaged_result_is_not_fetched(tmp_path: Path, url: str) -> None:
         folder.commit_final()
         Mirror(url, folder, name="demo").finish(1, failed=False)
     flip(url, "final/model.safetensors")
-    with pytest.raises(UserError, match=r"final/model\.safetensors is damaged: its checksum is not the one that final"):
+    with pytest.raises(UserError, match=r"final/model\.safetensors is damaged: its checksum is not that of final"):
         fetched(url, tmp_path / "b")
 
 
@@ -348,7 +348,7 @@ def test_a_file_that_would_lie_outside_the_folder_is_refused(tmp_path: Path, mon
     [
         ("s3://bucket/runs", "s3fs"),
         ("gs://user:verysecret@bucket/runs", "gcsfs"),
-        ("nonsense://x", r"no URL that fsspec knows.*s3://, gs://"),
+        ("nonsense://x", r"not a URL that fsspec knows.*s3://, gs://"),
     ],
 )
 def test_what_cannot_be_reached_is_refused_by_name(tmp_path: Path, url: str, message: str) -> None:

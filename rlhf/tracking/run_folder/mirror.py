@@ -102,7 +102,7 @@ class Mirror:
         if error is None:
             return
         text = (
-            f"run.mirror: {error}. What the run made is in {self._folder.path}; the mirror has what was uploaded "
+            f"run.mirror: {error}. The results are in {self._folder.path}; the mirror has only what was uploaded "
             "before. Copy it by hand, or repair the mirror and start again with --resume auto."
         )
         if not failed:
@@ -234,8 +234,8 @@ class Mirror:
             for name, entry in final.files.items():
                 if fetched.files.get(name) != entry:
                     raise UserError(
-                        f"run.mirror: {self.place}/final/{name} is damaged: its checksum is not the one that {_FINAL} "
-                        f"says. Restore the file from a copy, or remove {_FINAL} there to train the end again."
+                        f"run.mirror: {self.place}/final/{name} is damaged: its checksum is not that of {_FINAL}. "
+                        f"Restore the file from a copy, or remove {_FINAL} there to train the end again."
                     )
             self._folder.commit_final()
         best = self._best()
@@ -366,7 +366,7 @@ class Mirror:
             except Exception as error:
                 if number == _TRIES or isinstance(error, FileNotFoundError | PermissionError):
                     raise
-                logger.warning("%s: %s; tried again", self.place, _text(error))
+                logger.warning("%s: %s; trying again", self.place, _text(error))
                 time.sleep(_PAUSE_S * 2 ** (number - 1))
             else:
                 self._note_move()
@@ -385,8 +385,8 @@ def _open_store(url: str) -> tuple[Any, str]:
         ) from error
     except ValueError as error:
         raise UserError(
-            f"run.mirror: {redact(url)} is no URL that fsspec knows: {redact(str(error))}. Take s3://, gs://, abfs://, "
-            "or a folder."
+            f"run.mirror: {redact(url)} is not a URL that fsspec knows: {redact(str(error))}. Take s3://, gs://, "
+            "abfs://, or a folder."
         ) from error
 
 
