@@ -97,9 +97,7 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read the runs of these folders. The stages of a pipeline follow in its order. UserError: a folder holds no run,
-    or is named twice.
-    """
+    """Read the runs and pipelines in these folders. UserError: a folder holds no run, or is named twice."""
     paths = [folder.resolve() for folder in folders]
     if len(set(paths)) < len(paths):
         raise UserError(f"{folders[0]} is named twice. Name each run once.")
@@ -181,9 +179,7 @@ def _read(path: Path, read: Callable[[Path], list[dict[str, Any]]]) -> list[dict
 
 
 def _evaluations(folder: Path) -> dict[int, Mapping[str, Any]]:
-    """Read the evaluations of a run by step. A file whose sets have no numbers is left out: another program may have
-    written it.
-    """
+    """Read the evaluations of a run by step. A file of another program, without numbers, is left out."""
     paths = {int(path.stem[5:]): path for path in folder.glob("evals/step_*.json") if path.stem[5:].isdecimal()}
     if (folder / "eval.json").exists():
         paths[0] = folder / "eval.json"

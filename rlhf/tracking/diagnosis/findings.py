@@ -91,9 +91,7 @@ class History:
         return self._first.get(key, [])[:count]
 
     def last(self, key: str, count: int = WINDOW) -> list[Point]:
-        """Return the newest `count` values, or an empty list if there are fewer. No claim then rests on
-        too few values.
-        """
+        """Return the newest `count` values, or an empty list if there are fewer: too few values prove nothing."""
         points = self._last.get(key, ())
         return list(points)[-count:] if len(points) >= count else []
 

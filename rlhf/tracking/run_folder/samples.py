@@ -73,10 +73,8 @@ class SampleRecord:
     mean_old_logprob: float | None
     mean_ref_logprob: float | None
     mean_teacher_logprob: float | None
-    steps: Mapping[str, Sequence[StepReward]] = field(
-        default_factory=dict
-    )  # of the rewards that are credited by steps;
-    # their ends are places in `tokens`
+    # of the rewards that are credited by steps; their ends are positions in `tokens`
+    steps: Mapping[str, Sequence[StepReward]] = field(default_factory=dict)
     turns: tuple[SampleTurn, ...] | None = None  # of a conversation with an environment
     tokens: SampleTokens | None = None  # added together with the text
 
@@ -114,14 +112,12 @@ def last_sample(folder: Path, step: int) -> dict[str, Any] | None:
 
 
 def remove_files_after(folder: Path, step: int) -> list[int]:
-    """Remove the samples and the evaluations of later steps, as a resumed run writes them anew. Return their steps."""
-    removed = set()
-    for path in (*folder.glob("samples/step_*.jsonl"), *folder.glob("evals/step_*.json")):
-        number = int(path.stem.removeprefix("step_"))
-        if number > step:
-            path.unlink()
-            removed.add(number)
-    return sorted(removed)
+    """Remove the samples and evaluations of later steps, which a resumed run writes again. Return their steps."""
+    paths = (*folder.glob("samples/step_*.jsonl"), *folder.glob("evals/step_*.json"))
+    later = {path: number for path in paths if (number := int(path.stem.removeprefix("step_"))) > step}
+    for path in later:
+        path.unlink()
+    return sorted(set(later.values()))
 
 
 def _finite(value: Any) -> Any:

@@ -75,7 +75,9 @@ class Timeline:
             pid = self._pid(role)
             tid = self._tid(pid, self._free_lane(role, lane, start_s, end_s))
             ends = {"ts": _us(start_s), "dur": _us(end_s) - _us(start_s)}
-            self._write({"name": name, "ph": "X", **ends, "pid": pid, "tid": tid, **({"args": args} if args else {})})
+            self._write(
+                {"name": name, "ph": "X", **ends, "pid": pid, "tid": tid, **({"args": dict(args)} if args else {})}
+            )
 
     def close(self) -> None:
         """End the array: the file is then strict JSON."""

@@ -117,9 +117,7 @@ class Tracker:
         write_error(self._folder, record)
 
     def truncate_after(self, step: int) -> None:
-        """Remove the rows of later steps, because a run resumed at this step writes them again. Called once, at
-        start.
-        """
+        """Remove the rows of later steps at the start of a resumed run, which writes them again."""
         rows, _, errors = (keep_lines(self._folder / name, lambda row: row["step"] <= step) for name in _FILES)
         files = remove_files_after(self._folder, step)
         if rows or errors or files:
