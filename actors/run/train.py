@@ -240,7 +240,9 @@ async def _online(
         policy, teacher = roles[PolicyGang.role], roles.get(TeacherWorkers.role)
         if teacher is not None and config.algorithm.reads_teacher_states:
             await policy.take_teacher(await teacher.head())
-        await lease.engines.connect(policy, adapter=record.folder.own / "adapter" if ships_adapter(config) else None)
+        await lease.engines.connect(
+            policy, adapter=record.folder.scratch / "adapter" if ships_adapter(config) else None
+        )
         controller = OnlineController(
             config,
             OnlineRoles(rollout=lease.engines, **roles),

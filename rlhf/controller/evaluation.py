@@ -102,7 +102,7 @@ async def score_held_out(
         record.add({name: Last(value=value) for name, value in whole.to_metrics().items()})
         text = json.dumps(whole.to_json(), indent=2, allow_nan=False) + "\n"
         write_atomic(evaluation_path(record.folder.path, step), text)
-        await scorer.reward.write_samples(samples_path(record.folder.own, step), selections)
+        await scorer.reward.write_samples(samples_path(record.folder.scratch, step), selections)
     return answered
 
 

@@ -144,7 +144,7 @@ class OnlineController(TrainingLoop):
             chosen = group_samples(groups, signals, split="train", most=kept)
             written = [i for selection in chosen for i in selection.sequence_ids if i in signals.trained]
             columns = await roles.policy.token_signals(written) if written else []
-            await roles.reward.write_samples(samples_path(record.folder.own, step), chosen, columns)
+            await roles.reward.write_samples(samples_path(record.folder.scratch, step), chosen, columns)
 
     async def _take(self, step: int) -> Batch:
         """Return the step's batch. If the run is to end, keep the previous step and raise Preempted."""

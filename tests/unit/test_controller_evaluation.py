@@ -101,7 +101,7 @@ class Record:
 
     def __init__(self, folder: Path) -> None:
         (folder / "evals").mkdir(parents=True, exist_ok=True)
-        self.folder = SimpleNamespace(path=folder, own=folder, spool=folder / "spool")
+        self.folder = SimpleNamespace(path=folder, scratch=folder, spool=folder / "spool")
         self.progress = SimpleNamespace(stage=lambda *_: None)
         self.errors: list[Any] = []
         self.tracker = SimpleNamespace(log_error=self.errors.append)

@@ -306,18 +306,18 @@ def test_leftovers_of_a_kill_are_swept(tmp_path: Path) -> None:
         folder.checkpoint(1).rename(folder.checkpoints / ".step_000001.removed")
         (folder.samples / ".step_000002.jsonl.partial").write_text("{")
         (folder.begin_final() / "half").write_text("x")
-        (folder.own / "rlhf-adapter-0123").mkdir()
+        (folder.scratch / "rlhf-adapter-0123").mkdir()
     with RunFolder.open(tmp_path, "run", resume=True) as folder:
         assert [path.name for path in folder.checkpoints.iterdir()] == ["latest"]
         assert folder.latest_checkpoint() is None
         assert list(folder.samples.iterdir()) == []
-        assert {path.name for path in folder.own.iterdir()} == {"spool", "samples"}
+        assert {path.name for path in folder.scratch.iterdir()} == {"spool", "samples"}
 
 
 def test_actors_of_a_start_before_find_nothing_to_write_to(tmp_path: Path) -> None:
     with RunFolder.open(tmp_path, "run", resume=False) as before:
         before.metrics.write_text('{"step": 1, "time_s": 0.5}\n')
-        late = [before.begin_checkpoint(2), before.begin_final(), before.spool, samples_path(before.own, 1).parent]
+        late = [before.begin_checkpoint(2), before.begin_final(), before.spool, samples_path(before.scratch, 1).parent]
         (before.spool / "group_0").write_text("rollouts")
     with RunFolder.open(tmp_path, "run", resume=True) as folder:
         for path in late:
@@ -325,11 +325,11 @@ def test_actors_of_a_start_before_find_nothing_to_write_to(tmp_path: Path) -> No
                 (path / "file").write_text("too late")
         late[0].mkdir(parents=True)  # as some libraries do
         assert (folder.spool / "group_0").read_text() == "rollouts"
-        samples_path(folder.own, 1).write_text("")
+        samples_path(folder.scratch, 1).write_text("")
         assert samples_path(folder.path, 1).exists()
         (folder.begin_checkpoint(2) / "half").write_text("x")
     with RunFolder.open(tmp_path, "run", resume=True) as folder:
-        assert [path for path in folder.path.glob(".own-*")] == [folder.own]
+        assert [path for path in folder.path.glob(".own-*")] == [folder.scratch]
         assert (folder.spool / "group_0").read_text() == "rollouts"
 
 

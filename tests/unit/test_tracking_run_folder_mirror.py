@@ -300,7 +300,7 @@ def test_a_folder_that_goes_during_an_upload_is_passed_over(tmp_path: Path, monk
     with RunFolder.open(tmp_path, "demo", resume=False) as folder:
         commit(folder, 10)
         mirror = Mirror("memory://going", folder, name="demo")
-        going, scandir = [folder.own / "checkpoints-step_000020", folder.reference(10)], os.scandir
+        going, scandir = [folder.scratch / "checkpoints-step_000020", folder.reference(10)], os.scandir
         for path in going:
             path.mkdir(parents=True)
 

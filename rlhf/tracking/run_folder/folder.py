@@ -1,8 +1,8 @@
 """The run folder: its names, its lock, and checkpoints that are whole or absent.
 
 The driver opens the folder before any actor starts, and holds it until the run ends. Only the holder of the lock writes
-here. Its actors write below `own` alone. `own` has a new name at each start, so actors that outlive an earlier start
-cannot write into the folder. This module does not know the contents of a checkpoint.
+here. Its actors write below `scratch` alone. `scratch` has a new name at each start, so actors that outlive an earlier
+start cannot write into the folder. This module does not know the contents of a checkpoint.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 _STEP = re.compile(r"step_(\d{6,})")
-_OWN = ".own-"
+_SCRATCH = ".own-"
 _PARTS = (  # of a run folder; the first one marks it as such, and is removed last
     "config.resolved.yaml",
     *("environment.json", "metrics.jsonl", HISTOGRAMS, "errors.jsonl", "timeline.json", "traceback.txt"),
@@ -58,8 +58,8 @@ class RunFolder:
         self.errors = path / "errors.jsonl"
         self.timeline = path / "timeline.json"
         self.checkpoints = path / "checkpoints"
-        self.own = path / f"{_OWN}{secrets.token_hex(4)}"  # files in progress, and a link to `samples`
-        self.spool = self.own / "spool"  # finished rollouts for a resumed step
+        self.scratch = path / f"{_SCRATCH}{secrets.token_hex(4)}"  # files in progress, and a link to `samples`
+        self.spool = self.scratch / "spool"  # finished rollouts for a resumed step
         self.references = path / "references"  # copies of the policy that became the reference
         self.final = path / "final"  # the trained model
         self._lock: int | None = lock
@@ -104,7 +104,7 @@ class RunFolder:
             self._clear()
         for part in (self.checkpoints, self.samples, self.evals, self.spool):
             part.mkdir(exist_ok=True)
-        (self.own / "samples").symlink_to(Path("..", self.samples.name))
+        (self.scratch / "samples").symlink_to(Path("..", self.samples.name))
         self._sweep()
 
     def close(self) -> None:
@@ -261,7 +261,7 @@ class RunFolder:
         return int(match[1]) if match else None
 
     def _aside(self, target: Path) -> Path:
-        return self.own / f"{target.parent.name}-{target.name}"
+        return self.scratch / f"{target.parent.name}-{target.name}"
 
     def _begin(self, target: Path) -> Path:
         aside = self._aside(target)
@@ -273,7 +273,7 @@ class RunFolder:
 
     def discard_begun(self) -> None:
         """Remove begun checkpoints and models, which frees their space. Only for a run that ends."""
-        for path in self.own.iterdir():
+        for path in self.scratch.iterdir():
             if path.is_dir() and not path.is_symlink() and path != self.spool:
                 shutil.rmtree(path)
 
@@ -290,20 +290,20 @@ class RunFolder:
         sync_folder(target.parent)
 
     def _take_over(self) -> None:
-        """Rename the `own` folder of the last start, and keep only its spool.
+        """Rename the `scratch` folder of the last start, and keep only its spool.
 
-        An actor that outlived its run made an `own` folder without a spool.
+        An actor that outlived its run made a `scratch` folder without a spool.
         """
-        before = sorted(self.path.glob(f"{_OWN}*"), key=lambda path: not (path / self.spool.name).is_dir())
+        before = sorted(self.path.glob(f"{_SCRATCH}*"), key=lambda path: not (path / self.spool.name).is_dir())
         for index, path in enumerate(before):
             if index > 0:
                 shutil.rmtree(path)
                 continue
-            path.rename(self.own)
-            for part in self.own.iterdir():
+            path.rename(self.scratch)
+            for part in self.scratch.iterdir():
                 if part != self.spool:
                     _delete(part)
-        self.own.mkdir(exist_ok=True)
+        self.scratch.mkdir(exist_ok=True)
 
     def _clear(self) -> None:
         """Remove the files of a start that ended before its first step. This run does not continue it."""
@@ -343,7 +343,7 @@ def refuse_to_overwrite(path: Path) -> None:
 def remove_run(path: Path) -> None:
     """Remove a run, and no other file of its folder. UserError as in `refuse_to_overwrite`."""
     refuse_to_overwrite(path)
-    for part in [path / name for name in reversed(_PARTS)] + list(path.glob(f"{_OWN}*")):
+    for part in [path / name for name in reversed(_PARTS)] + list(path.glob(f"{_SCRATCH}*")):
         if part.is_dir() and not part.is_symlink():
             _remove(part)
         else:
