@@ -14,9 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from jaxtyping import Float, Int
-from torch import Tensor
-
 from rlhf.algorithms import algorithm_of
 from rlhf.algorithms.online import OnlineAlgorithm, SequenceOutcomes
 from rlhf.config.derive import leaves_out, rows_per_step, updates_per_step
@@ -150,7 +147,9 @@ class AdvantageLearning(ReferencedLearning):
         rollouts = [scored.group.rollouts for scored in trained]
         reference, critic = roles.reference, roles.critic
         wanted = frozenset(plan.scores) if leaves_out(self.config) else None
-        in_turn = asyncio.Semaphore(1 if self._share_bundles() else 2)
+        placed = self.config.cluster.roles
+        share_bundles = placed.reference.colocate_with == placed.critic.colocate_with == "policy"
+        in_turn = asyncio.Semaphore(1 if share_bundles else 2)
 
         async def logprobs() -> Sequence[Ref[TokenValues]]:
             async with in_turn:
@@ -184,24 +183,17 @@ class AdvantageLearning(ReferencedLearning):
         return report, advantages.mean_advantages
 
     def _outcomes(self, groups: Sequence[ScoredGroup], scores: Mapping[int, float]) -> SequenceOutcomes:
-        """Return the outcomes compared by the algorithm.
+        """Return the outcomes compared by the algorithm, after its length penalty.
 
         `scores` is keyed by sequence id, in the order of the groups.
         """
         outcomes = self.scores.outcomes(groups, list(scores.values()))
-        return replace(outcomes, scores=self._shaped(outcomes.scores, outcomes.num_tokens))
-
-    def _shaped(self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
-        """Return the scores after the algorithm's length penalty, and record its mean."""
-        shaped = self.algorithm.shaped(scores, num_tokens, max_new_tokens=self.rollouts.max_response_tokens)
-        if shaped is not scores:
-            taken = float((scores - shaped).sum())
-            self.record.add({"advantages/overlong_penalty/mean": Mean(total=taken, count=len(scores))})
-        return shaped
-
-    def _share_bundles(self) -> bool:
-        placed = self.config.cluster.roles
-        return placed.reference.colocate_with == placed.critic.colocate_with == "policy"
+        most = self.rollouts.max_response_tokens
+        shaped = self.algorithm.shaped(outcomes.scores, outcomes.num_tokens, max_new_tokens=most)
+        if shaped is not outcomes.scores:
+            penalty = float((outcomes.scores - shaped).sum())
+            self.record.add({"advantages/overlong_penalty/mean": Mean(total=penalty, count=len(shaped))})
+        return replace(outcomes, scores=shaped)
 
     async def _update(self, minibatch: int, step: int) -> None:
         """Make one optimizer step of each trained role. Roles with separate hardware update concurrently."""
@@ -226,7 +218,8 @@ class AdvantageLearning(ReferencedLearning):
 
     def _adapt_kl(self, report: PrepareReport, *, num_sequences: int) -> None:
         adaptive = self.algorithm.config.kl.adaptive
-        self.record.add({"experience/kl_coef": Last(value=self.kl_coef)} if self._has_reference() else {})
+        if self.algorithm.config.kl.coef > 0.0:
+            self.record.add({"experience/kl_coef": Last(value=self.kl_coef)})
         kls = [sequence.kl_ref for sequence in report.sequences if sequence.kl_ref is not None]
         if adaptive is not None and kls:
             self.kl_coef = adaptive_kl_coef(
@@ -236,6 +229,3 @@ class AdvantageLearning(ReferencedLearning):
                 horizon=adaptive.horizon,
                 num_sequences=num_sequences,
             )
-
-    def _has_reference(self) -> bool:
-        return self.algorithm.config.kl.coef > 0.0

@@ -38,7 +38,7 @@ from rlhf.errors import Preempted
 from rlhf.evaluation.results import Marking
 from rlhf.role_table import GUESTS_OF_ENGINES, ROLE_OF_STAGE, ROLES, TRAINED_ROLES, Role
 from rlhf.roles import GpuGuest
-from rlhf.tracking.metrics.reductions import Last, Max, Sum
+from rlhf.tracking.metrics.reductions import Last, Sum
 from rlhf.tracking.run_folder.samples import samples_path
 from rlhf.types import Prompt, Sampling
 
@@ -84,16 +84,7 @@ class OnlineController(TrainingLoop):
         self.marking = marking
         self.probe_ids = probe_ids
         self.rollouts = config.rollouts
-        sampling = Sampling(
-            max_new_tokens=self.rollouts.max_new_tokens,
-            temperature=self.rollouts.temperature,
-            top_p=self.rollouts.top_p,
-            top_k=self.rollouts.top_k,
-            min_p=self.rollouts.min_p,
-            repetition_penalty=self.rollouts.repetition_penalty,
-            stop=self.rollouts.stop,
-            stop_token_ids=self.rollouts.stop_token_ids,
-        )
+        sampling = Sampling(**self.rollouts.model_dump(include=set(Sampling.__dataclass_fields__)))
         self.learning = LEARNERS[config.algorithm.kind](config, roles, record)
         self.scorer = RolloutScorer(roles.rollout, roles.reward, record, rewards_fingerprint=rewards_fingerprint)
         self.batches = BatchQueue(
@@ -170,7 +161,7 @@ class OnlineController(TrainingLoop):
             await roles.rollout.wake("weights")
         record.progress.stage("weight_sync")
         with record.timeline.span("weight_sync", ROLE_OF_STAGE["weight_sync"]):
-            report = await sync_weights(
+            metrics = await sync_weights(
                 roles.policy,
                 roles.rollout,
                 version=version,
@@ -178,14 +169,7 @@ class OnlineController(TrainingLoop):
                 dtype=self.config.policy.dtype,
                 hand_over=self._to_engines,
             )
-        record.add(
-            {
-                "weight_sync/version": Last(value=report.version),
-                "weight_sync/probe_max_diff": Max(value=report.probe_max_diff),
-                "time/weight_sync_s": Sum(total=report.seconds),
-                "time/probe_s": Sum(total=report.probe_seconds),
-            }
-        )
+        record.add(metrics)
 
     async def _to_trainers(self, *names: Role, keep_weights: bool) -> None:
         """On shared GPUs, put the engines to sleep and reload the named roles."""

@@ -13,25 +13,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 
 from rlhf.errors import RunError
-from rlhf.roles import PolicyRole, RolloutRole
+from rlhf.roles import Metrics, PolicyRole, RolloutRole
+from rlhf.tracking.metrics.reductions import Last, Max, Sum
 
 # Largest accepted mean |difference| per token between kernels of one dtype. In bfloat16, correct engines differ by
 # about 0.04; one stale matrix after a large update gives 0.4 or more. Rounding hides small updates, but version and
 # checksum detect them.
 PROBE_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.15}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SyncReport:
-    """Report of one verified sync."""
-
-    version: int
-    seconds: float  # without the probe's time
-    probe_seconds: float
-    probe_max_diff: float  # nats, over engines and probe tokens
 
 
 async def sync_weights(
@@ -42,10 +32,10 @@ async def sync_weights(
     probe_ids: Sequence[int],
     dtype: str,
     hand_over: Callable[[], Awaitable[None]],
-) -> SyncReport:
+) -> Metrics:
     """Send the policy's weights to the engines and verify them. Raise RunError if the engines hold other weights.
 
-    `hand_over` is called when the policy no longer needs a shared GPU.
+    Return the metrics of the sync. `hand_over` is called when the policy no longer needs a shared GPU.
     """
     began = time.perf_counter()
     manifest = await policy.publish(version)
@@ -59,9 +49,12 @@ async def sync_weights(
         check_probe(trainer_logprobs, engine_logprobs, engine=i, version=version, dtype=dtype)
         for i, engine_logprobs in enumerate(engines)
     )
-    return SyncReport(
-        version=version, seconds=synced - began, probe_seconds=time.perf_counter() - synced, probe_max_diff=worst
-    )
+    return {
+        "weight_sync/version": Last(value=version),
+        "weight_sync/probe_max_diff": Max(value=worst),
+        "time/weight_sync_s": Sum(total=synced - began),
+        "time/probe_s": Sum(total=time.perf_counter() - synced),
+    }
 
 
 def check_probe(ours: Sequence[float], theirs: Sequence[float], *, engine: int, version: int, dtype: str) -> float:

@@ -66,11 +66,11 @@ def sync(engines: Any) -> float:
     async def hand_over() -> None:
         engines.calls.append("hand over")
 
-    report = asyncio.run(
+    metrics = asyncio.run(
         sync_weights(policy, engines, version=4, probe_ids=[1, 2, 3], dtype="float32", hand_over=hand_over)
     )
-    assert report.version == 4
-    return report.probe_max_diff
+    assert metrics["weight_sync/version"].result() == 4
+    return metrics["weight_sync/probe_max_diff"].result()
 
 
 def test_a_sync_is_proven_on_every_engine() -> None:
