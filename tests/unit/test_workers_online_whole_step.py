@@ -18,8 +18,8 @@ from rlhf.algorithms.grpo import GRPO, GRPOConfig
 from rlhf.algorithms.kl_cov import KLCov, KLCovConfig
 from rlhf.algorithms.online import OnlineAlgorithm
 from rlhf.objectives.entropy import advantage_covariance, high_entropy_tokens, top_covariance_tokens
-from rlhf.types import BatchPlan, MinibatchPlan
-from rlhf.workers.online.whole_step import Ranks, Selections, ShareColumns, gathered, reads_whole_step, select_tokens
+from rlhf.types import BatchPlan, MinibatchPlan, Rollouts
+from rlhf.workers.online.whole_step import Ranks, Selections, gathered, reads_whole_step, select_tokens
 
 SIZES = {0: (3, 2), 1: (1, 4), 2: (2, 3), 3: (4, 1), 4: (1, 6)}  # prompt and sampled tokens by sequence id
 MINIBATCHES = ((3, 0, 4), (2, 1))
@@ -67,16 +67,18 @@ def chosen(
         held = [sequence(i) for i in ids]
         columns = {name: torch.cat([torch.empty(0), *(one[name] for one in held)]) for name in ("a", "old", "h")}
         lengths = torch.tensor([len(one["mask"]) for one in held], dtype=torch.int64)
-        share = ShareColumns(
-            ids=ids,
+        unread = torch.zeros(int(lengths.sum()))
+        rollouts = Rollouts(
+            sequence_ids=torch.tensor(ids, dtype=torch.int64),
             lengths=lengths,
+            token_ids=unread.long(),
             response_mask=torch.cat([torch.empty(0, dtype=torch.bool), *(one["mask"] for one in held)]),
-            old_logprobs=columns["old"],
-            advantages=columns["a"],
-            entropy=None if algorithm.config.top_entropy_fraction is None else columns["h"],
+            rollout_logprobs=unread,
+            versions=unread.long(),
         )
+        read = ["old", "a", *([] if algorithm.config.top_entropy_fraction is None else ["h"])]
         ranks = Ranks(rank=rank, contributes=copy == 0, all_reduce_sum=total)
-        found = select_tokens(algorithm, plan, share, ranks, seed=3)
+        found = select_tokens(algorithm, plan, rollouts, [columns[name] for name in read], ranks, seed=3)
         sizes = lengths.tolist()
         high = [None] * len(ids) if found.high_entropy is None else found.high_entropy.split(sizes)
         selected = [None] * len(ids) if found.selected is None else found.selected.split(sizes)

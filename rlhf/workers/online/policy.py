@@ -35,7 +35,7 @@ from rlhf.workers.online.update_metrics import (
     sequence_reports,
     update_metrics,
 )
-from rlhf.workers.online.whole_step import Ranks, Selections, ShareColumns, reads_whole_step, select_tokens
+from rlhf.workers.online.whole_step import Ranks, Selections, reads_whole_step, select_tokens
 from rlhf.workers.trained import Measure
 
 STEP_BASELINE_EPS = 1e-8  # bound of the summed energy, as in verl
@@ -193,16 +193,9 @@ class PolicyWorker(OnlineWorker):
         if not reads_whole_step(self.algorithm):
             return Selections(high_entropy=None, selected=None)
         assert self.old_logprobs is not None
-        columns = ShareColumns(
-            ids=share.held,
-            lengths=share.rollouts.lengths,
-            response_mask=share.rollouts.response_mask,
-            old_logprobs=self.old_logprobs,
-            advantages=self.advantages,
-            entropy=self.old_entropy,
-        )
+        columns = [self.old_logprobs, self.advantages, *([] if self.old_entropy is None else [self.old_entropy])]
         ranks = Ranks(rank=self.data_rank, contributes=self.contributes, all_reduce_sum=self.engine.all_reduce_sum)
-        return select_tokens(self.algorithm, share.plan, columns, ranks, seed=self.config.run.seed)
+        return select_tokens(self.algorithm, share.plan, share.rollouts, columns, ranks, seed=self.config.run.seed)
 
     def _token_rewards(self) -> Float[Tensor, " N"]:
         """Return the reward of each token.

@@ -19,19 +19,7 @@ from rlhf.algorithms.microbatch import StepTokens
 from rlhf.algorithms.online import OnlineAlgorithm
 from rlhf.objectives.entropy import high_entropy_tokens
 from rlhf.objectives.masking import sequence_counts
-from rlhf.types import BatchPlan, MinibatchPlan
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShareColumns:
-    """A rank's sequences of the batch before its first update."""
-
-    ids: Sequence[int]
-    lengths: Int[Tensor, " B"]
-    response_mask: Bool[Tensor, " N"]
-    old_logprobs: Float[Tensor, " N"]
-    advantages: Float[Tensor, " N"]
-    entropy: Float[Tensor, " N"] | None  # None: not needed
+from rlhf.types import BatchPlan, MinibatchPlan, Rollouts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,19 +45,29 @@ def reads_whole_step(algorithm: OnlineAlgorithm) -> bool:
 
 
 def select_tokens(
-    algorithm: OnlineAlgorithm, plan: BatchPlan, share: ShareColumns, ranks: Ranks, *, seed: int
+    algorithm: OnlineAlgorithm,
+    plan: BatchPlan,
+    rollouts: Rollouts,
+    columns: Sequence[Float[Tensor, " N"]],
+    ranks: Ranks,
+    *,
+    seed: int,
 ) -> Selections:
-    """Select tokens of each minibatch as the configuration says. Collective."""
+    """Select tokens of each minibatch as the configuration says. Collective.
+
+    Args:
+        rollouts: the rank's sequences.
+        columns: their old log-probabilities, advantages and, for a selection by entropy, entropies.
+    """
     fraction = algorithm.config.top_entropy_fraction
-    high = None if fraction is None else torch.zeros_like(share.response_mask)
-    selected = torch.zeros_like(share.response_mask) if algorithm.selects_tokens else None
-    columns = [share.old_logprobs, share.advantages, *([] if share.entropy is None else [share.entropy])]
-    sampled = _positions(share)
+    high = None if fraction is None else torch.zeros_like(rollouts.response_mask)
+    selected = torch.zeros_like(rollouts.response_mask) if algorithm.selects_tokens else None
+    sampled = _positions(rollouts)
     for number, minibatch in enumerate(plan.minibatches):
         positions_by_id = {i: sampled[i] for i in minibatch.sequences_by_rank[ranks.rank]}
         places = torch.cat([torch.empty(0, dtype=torch.int64), *positions_by_id.values()])
         counts = {i: len(positions) for i, positions in positions_by_id.items()}
-        whole, at = gathered(torch.stack(columns)[:, places], counts, minibatch, ranks)
+        whole, at = gathered(torch.stack(list(columns))[:, places], counts, minibatch, ranks)
         everywhere = torch.ones(whole.shape[1], dtype=torch.bool)
         if high is not None and fraction is not None:
             high[places] = high_entropy_tokens(whole[2], everywhere, quantile=1.0 - fraction)[at]
@@ -105,6 +103,8 @@ def gathered(
     return ranks.all_reduce_sum(whole).cpu(), at
 
 
-def _positions(share: ShareColumns) -> dict[int, Int[Tensor, " m"]]:
-    counts = sequence_counts(share.response_mask, share.lengths).tolist()
-    return dict(zip(share.ids, share.response_mask.nonzero().flatten().split(counts), strict=True))
+def _positions(rollouts: Rollouts) -> dict[int, Int[Tensor, " m"]]:
+    counts = sequence_counts(rollouts.response_mask, rollouts.lengths).tolist()
+    return dict(
+        zip(rollouts.sequence_ids.tolist(), rollouts.response_mask.nonzero().flatten().split(counts), strict=True)
+    )
