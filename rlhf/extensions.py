@@ -52,6 +52,20 @@ class CodeSource:
         return hashlib.blake2b(repr(self).encode() + text, digest_size=16).digest()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Columns:
+    """The columns of a data row that a function takes by name."""
+
+    required: tuple[str, ...]  # parameters without a default
+    optional: tuple[str, ...]  # parameters with a default
+    takes_all: bool  # it has **columns
+
+    def select(self, columns: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the columns of a row for the function. KeyError if a required column is missing."""
+        names = [*self.required, *(name for name in self.optional if name in columns)]
+        return {name: columns[name] for name in (dict.fromkeys([*names, *columns]) if self.takes_all else names)}
+
+
 def find_code(
     kind: Kind,
     name: str,

@@ -13,7 +13,9 @@ from actors.roles.gang import OfflineGang
 from actors.roles.group import ending
 from actors.roles.ranks import RANKS
 from rlhf.algorithms.sft import SFTConfig
+from rlhf.config.files.base import read_tree
 from rlhf.config.files.load import load
+from rlhf.config.pipeline import texts_at
 from rlhf.config.schema.root import Config
 from rlhf.errors import UserError
 from rlhf.models.publish import push_folder, refuse_unpublishable
@@ -34,8 +36,8 @@ def export_checkpoint(
     Args:
         merged: write a whole model, with the adapter added to the weights. UserError if the run trained no adapter.
         push_to_hub: upload the folder to this repository of the hub, OWNER/NAME; None uploads nothing.
-        trust_remote_code: run code of the run's model. The run may come from another person, so its configuration alone
-            does not allow this.
+        trust_remote_code: run code of the run's model or of its algorithm. The run may come from another person, so its
+            configuration alone does not allow this.
     """
     logs.configure()
     if push_to_hub is not None:
@@ -58,6 +60,8 @@ def export_checkpoint(
             pass
     except OSError as error:
         raise UserError(f"{folder} cannot be made: {error.strerror}; name a folder that you can write") from error
+    if not trust_remote_code:
+        _refuse_code_of_run(resolved)
     config = next(iter(load(resolved).runs.values()))
     if merged and config.policy.lora is None:
         raise UserError(f"--merged: the run {run} has no policy.lora, so its model is whole already. Leave it out.")
@@ -74,19 +78,33 @@ def export_checkpoint(
         {
             "run": config.run,
             "policy": config.policy,
-            # same model and optimizer as a policy; a reward model also has a scalar head
-            "algorithm": config.algorithm if config.algorithm.has_scalar_head else SFTConfig(name="sft"),
+            "algorithm": SFTConfig(name="sft"),  # same model and optimizer as a policy
             "data": config.data,
             "train": config.train,
             "cluster": config.cluster,
         }
     )
+    if config.algorithm.has_scalar_head:
+        alone = alone.model_copy(update={"algorithm": config.algorithm})
     with tempfile.TemporaryDirectory() as aside, connected(config.cluster):
         run_async(_export(with_adapters(with_sources(alone, Path(aside)), {}), checkpoint.resolve(), folder, merged))
     write_model_card(folder, config, run=run, step=saved_step, merged=merged)
     logger.info("exported %s to %s", checkpoint.resolve().name, folder)
     if push_to_hub is not None:
         push_folder(folder, push_to_hub)
+
+
+def _refuse_code_of_run(resolved: Path) -> None:
+    """Raise UserError if the configuration of a run, which may come from another person, names a file of code."""
+    tree = read_tree(resolved).values
+    stages = tree.get("stages")
+    for section in (tree, *(stages.values() if isinstance(stages, dict) else ())):
+        for key, values in texts_at([("algorithm", "name")], section) if isinstance(section, dict) else ():
+            if ":" in values["name"]:
+                raise UserError(
+                    f"{resolved}: {'.'.join(key)} is {values['name']}, so the export would run the code of this file. "
+                    "Repeat it with --trust-remote-code if you trust the file."
+                )
 
 
 async def _export(config: Config, checkpoint: Path, folder: Path, merged: bool) -> None:

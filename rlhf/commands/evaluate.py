@@ -45,7 +45,8 @@ def evaluate(
         model (MODEL): with CONFIG, measure this model instead of its policy.model.
         against (MODEL): compute the win rate against this model, by score.
         data (SET): a file, a dataset, or TASK[:ROWS]; may be repeated.
-        rewards (NAME): a built-in reward, or path/file.py:name; may be repeated.
+        rewards (NAME): a built-in reward, a reward of an installed package, or path/file.py:name; may be
+            repeated.
         reward_model (MODEL): a reward model whose score is added.
         device: the device of the model; cpu if not given.
         out (FOLDER): the folder for the results; evals/NAME if not given.

@@ -36,11 +36,7 @@ class LoadedReward:
     def select(self, columns: Mapping[str, Any]) -> dict[str, Any]:
         """Return the columns of a row for the reward's call. KeyError if a required column is missing."""
         fixed = {"prompt", "response", "prompts", "responses", *self.source.args}
-        if self.signature.takes_all:
-            wanted = [*columns, *self.signature.required]
-        else:
-            wanted = [*self.signature.required, *(name for name in self.signature.optional if name in columns)]
-        return {name: columns[name] for name in wanted if name not in fixed}
+        return self.signature.select({name: value for name, value in columns.items() if name not in fixed})
 
 
 def load_reward(

@@ -265,7 +265,7 @@ def _with_fixed(
 def _not_summed(sums: Sequence[float | None]) -> Iterator[Failure]:
     for sample, score in enumerate(sums):
         if score is None:
-            text = "no reward with a weight has an opinion on the response: each returned None"
+            text = "every reward with a weight returned None for the response"
             yield Failure(sample=sample, kind="no_opinion", message=text)
         elif not math.isfinite(score):
             yield Failure(sample=sample, kind="not_a_number", message=f"the weighted sum is {score}")

@@ -15,15 +15,17 @@ import json
 import logging
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
+from pydantic import Field, JsonValue
 
+from rlhf.algorithms.section import Section
+from rlhf.config.mistakes.explain import parse_as
 from rlhf.errors import RunError
 from rlhf.rewards.loading import MAX_DEPTH, is_nested_too_deep
 from rlhf.rewards.scoring import asks_in_flight
-from rlhf.scoring.scorer import Scorer, Scoring
+from rlhf.scoring.scorer import Group, Scorer, Scoring
 from rlhf.serving import gives_token, read_text, serve_until_interrupted, serving_token, stranger
 from rlhf.tracking import logs
 from rlhf.types import GroupScores, Prompt
@@ -33,16 +35,19 @@ logger = logging.getLogger(__name__)
 MAX_BODY_BYTES = 16 * 2**20
 MAX_WAITING = 1024  # open requests; further requests get status 503
 LONGEST_S = 3600.0  # limit from a request to its answer
-_FIELDS = frozenset({"prompt", "responses", "columns", "truncated"})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """The prompt and the responses of a request."""
+class ScoreRequest(Section):
+    """The body of a request."""
 
-    prompt: Prompt
-    responses: tuple[str, ...]
-    truncated: tuple[bool, ...]
+    prompt: str
+    """The prompt."""
+    responses: tuple[str, ...] = Field(min_length=1)
+    """Responses to it."""
+    columns: dict[str, JsonValue] = Field(default_factory=dict)
+    """The columns of its row."""
+    truncated: tuple[bool, ...] | None = None
+    """Whether each response is truncated. null: none is."""
 
 
 class RewardServer:
@@ -103,11 +108,10 @@ class RewardServer:
         finally:
             self.waiting -= 1
 
-    async def _scores(self, group: Asked) -> GroupScores:
+    async def _scores(self, group: Group) -> GroupScores:
         loop, scorer = asyncio.get_running_loop(), self.scorer
-        group_args = (group.prompt, group.responses, group.truncated)
-        outcomes = await loop.run_in_executor(self.asking, scorer.ask, *group_args)
-        return await loop.run_in_executor(self.scoring, scorer.score, *group_args, outcomes)
+        outcomes = await loop.run_in_executor(self.asking, scorer.ask, group)
+        return await loop.run_in_executor(self.scoring, scorer.score, group, outcomes)
 
     def _refuse_unfit(self, prompt: Prompt) -> None:
         """Raise ValueError for columns the rewards cannot score."""
@@ -128,7 +132,7 @@ class RewardServer:
                 raise ValueError(f"{spec.name} needs columns {', '.join(absent)}; there are: {there}")
 
 
-def parse_request(text: str) -> Asked:
+def parse_request(text: str) -> Group:
     """Parse a request's body. ValueError describes an invalid body."""
     try:
         body = json.loads(text)
@@ -136,27 +140,17 @@ def parse_request(text: str) -> Asked:
         raise ValueError(f"the body is not JSON: {error}") from error
     if not isinstance(body, dict):
         raise ValueError("the body is no JSON object")
-    unknown = sorted(body.keys() - _FIELDS)
-    if unknown:
-        raise ValueError(f"unknown fields: {', '.join(unknown)}; there are prompt, responses, columns, truncated")
-    prompt, responses = body.get("prompt"), body.get("responses")
-    columns = body.get("columns", {})
-    if not isinstance(prompt, str):
-        raise ValueError("`prompt` must be a string")
-    if not isinstance(responses, list) or not responses or not all(isinstance(item, str) for item in responses):
-        raise ValueError("`responses` must be a list of strings, at least one")
-    if not isinstance(columns, dict):
-        raise ValueError("`columns` must be an object")
-    if is_nested_too_deep(columns):
-        raise ValueError(f"`columns` are nested deeper than {MAX_DEPTH} levels")
-    truncated = body.get("truncated", [False] * len(responses))
-    if not isinstance(truncated, list) or [type(item) for item in truncated] != [bool] * len(responses):
-        raise ValueError("`truncated` must be a list of booleans, one a response")
-    return Asked(
-        prompt=Prompt(prompt_id=0, token_ids=(), text=prompt, columns=columns),
-        responses=tuple(responses),
-        truncated=tuple(truncated),
-    )
+    columns = body.get("columns")
+    if isinstance(columns, dict) and is_nested_too_deep(columns):
+        raise ValueError(f"columns: nested deeper than {MAX_DEPTH} levels")
+    request = parse_as(ScoreRequest, body)
+    if isinstance(request, tuple):
+        raise ValueError("; ".join(f"{'.'.join(problem.key)}: {problem.text}" for problem in request))
+    truncated = request.truncated if request.truncated is not None else (False,) * len(request.responses)
+    if len(truncated) != len(request.responses):
+        raise ValueError(f"truncated: has {len(truncated)} values, expected one for each response")
+    prompt = Prompt(prompt_id=0, token_ids=(), text=request.prompt, columns=request.columns)
+    return Group(prompt=prompt, responses=request.responses, truncated=truncated)
 
 
 def _as_json(scores: GroupScores) -> dict[str, Any]:

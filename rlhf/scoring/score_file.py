@@ -14,7 +14,7 @@ from rlhf.errors import UserError
 from rlhf.evaluation.scored import RowError, ScoredFile, ScoredRow
 from rlhf.preflight.sources import check_rewards, source_of
 from rlhf.rewards.scoring import asks_in_flight
-from rlhf.scoring.scorer import Scorer, Scoring
+from rlhf.scoring.scorer import Group, Scorer, Scoring
 from rlhf.tracking import logs
 from rlhf.types import GroupScores, Prompt
 
@@ -34,13 +34,10 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
+class FileGroup(Group):
     """The responses of the file to the same prompt."""
 
-    prompt: Prompt
     rows: tuple[int, ...]  # indices in the file's rows
-    responses: tuple[str, ...]
-    truncated: tuple[bool, ...]
 
 
 def score_file(scoring: Scoring, file: Path) -> ScoredFile:
@@ -71,17 +68,17 @@ def _row(row: Row, group: int, sample: int, scores: GroupScores) -> ScoredRow:
     )
 
 
-def _score(scorer: Scorer, groups: Sequence[Group], scoring: Scoring) -> list[GroupScores]:
+def _score(scorer: Scorer, groups: Sequence[FileGroup], scoring: Scoring) -> list[GroupScores]:
     """Score the groups. Services receive many groups at once, and functions a group per process."""
     asking = ThreadPoolExecutor(max(asks_in_flight(scoring.specs), 1))
     scores = ThreadPoolExecutor(scoring.policy.processes)
 
     def score(group: Group, asked: Future[Any]) -> GroupScores:
-        return scorer.score(group.prompt, group.responses, group.truncated, asked.result())
+        return scorer.score(group, asked.result())
 
     with asking, scores:
         try:
-            asked = [asking.submit(scorer.ask, group.prompt, group.responses, group.truncated) for group in groups]
+            asked = [asking.submit(scorer.ask, group) for group in groups]
             futures = [scores.submit(score, group, future) for group, future in zip(groups, asked, strict=True)]
             return [future.result() for future in futures]
         except BaseException:
@@ -145,7 +142,9 @@ class _DataOfRun:
             scoring = self.scoring
             if split != "train" and split not in scoring.eval_sets:
                 sets = ", ".join(scoring.eval_sets) or "none"
-                raise UserError(f"{row.place}: is of the set {split}; the evaluation sets of {scoring.name}: {sets}")
+                raise UserError(
+                    f"{row.place}: belongs to the set {split}, but the evaluation sets of {scoring.name} are {sets}"
+                )
             sources = scoring.train_sets if split == "train" else [scoring.eval_sets[split]]
             self.sets[split] = [
                 row for source in sources for row in read_rows(source_of(source), columns=scoring.columns)
@@ -153,7 +152,7 @@ class _DataOfRun:
         return self.sets[split]
 
 
-def _groups(lines: Sequence[Line]) -> list[Group]:
+def _groups(lines: Sequence[Line]) -> list[FileGroup]:
     """Group the lines, in the order of the first line of each group."""
     places: dict[str, list[int]] = {}
     for place, line in enumerate(lines):
@@ -163,7 +162,7 @@ def _groups(lines: Sequence[Line]) -> list[Group]:
         first = lines[members[0]]
         member_columns = [lines[place].row.columns for place in members]
         groups.append(
-            Group(
+            FileGroup(
                 prompt=Prompt(
                     prompt_id=first.row.line, token_ids=(), text=first.row.columns["prompt"], columns=first.columns
                 ),

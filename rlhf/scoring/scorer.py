@@ -61,6 +61,15 @@ class Scoring:
     reward_key: str = REWARD_KEY
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Responses to the same prompt."""
+
+    prompt: Prompt
+    responses: tuple[str, ...]
+    truncated: tuple[bool, ...]
+
+
 def scoring_of_function(function: str) -> Scoring:
     """Return the scoring of a function, built in or `path/file.py:name`, without args."""
     policy = RewardPolicy()
@@ -135,14 +144,13 @@ class Scorer:
     def __exit__(self, *_: object) -> None:
         self.rewards.close()
 
-    def ask(self, prompt: Prompt, responses: Sequence[str], truncated: Sequence[bool]) -> dict[str, GroupOutcome]:
+    def ask(self, group: Group) -> dict[str, GroupOutcome]:
         """Return the outcomes of the services."""
-        return self.rewards.ask(prompt, responses, truncated=truncated)
+        return self.rewards.ask(group.prompt, group.responses, truncated=group.truncated)
 
-    def score(
-        self, prompt: Prompt, responses: Sequence[str], truncated: Sequence[bool], asked: Mapping[str, GroupOutcome]
-    ) -> GroupScores:
+    def score(self, group: Group, asked: Mapping[str, GroupOutcome]) -> GroupScores:
         """Return the weighted scores of a group."""
+        prompt, responses, truncated = group.prompt, group.responses, group.truncated
         models = [spec for spec in self.specs if spec.is_model and spec.applies_to(prompt.columns)]
         model_scores: dict[str, list[float]] = {}
         model_steps: dict[str, list[tuple[StepReward, ...]]] = {}

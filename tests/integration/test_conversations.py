@@ -106,7 +106,7 @@ def test_the_same_request_is_the_same_conversation_held_or_not(played: Any) -> N
         ("greedy", "died", "ran out of memory"),
         ("nan", "not_a_number", "returned nan as reward"),
         ("bad_start", "raised", "reset: ValueError: no game today"),
-        ("unlike", "raised", "must depend on seed and columns alone"),
+        ("unlike", "raised", "may depend only on the seed and the columns"),
     ],
 )
 def test_a_failure_is_an_error_and_never_a_reward(played: Any, spool: Path, mood: str, kind: str, message: str) -> None:

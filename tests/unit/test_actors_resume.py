@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -141,28 +142,32 @@ def test_a_damaged_checkpoint_is_not_passed_over(tmp_path: Path) -> None:
 
 def test_an_export_checks_every_byte_and_runs_no_code_unasked(tmp_path: Path) -> None:
     run, resolved = with_checkpoints(tmp_path, 1), tmp_path / "demo" / "config.resolved.yaml"
+
+    def refusal(*, trust_remote_code: bool = False) -> str:
+        with pytest.raises(UserError) as error:
+            export_checkpoint(
+                tmp_path / "demo",
+                step=None,
+                folder=tmp_path / "out",
+                merged=False,
+                push_to_hub=None,
+                trust_remote_code=trust_remote_code,
+            )
+        return str(error.value)
+
     resolved.write_text(dump_yaml(run).replace("trust_remote_code: false", "trust_remote_code: true"))
-    with pytest.raises(UserError, match=r"policy\.trust_remote_code is true.*Repeat it with --trust-remote-code"):
-        export_checkpoint(
-            tmp_path / "demo",
-            step=None,
-            folder=tmp_path / "out",
-            merged=False,
-            push_to_hub=None,
-            trust_remote_code=False,
-        )
+    assert re.search(r"policy\.trust_remote_code is true.*Repeat it with --trust-remote-code", refusal())
+    code = tmp_path / "demo" / "theirs.py"
+    code.write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
+    resolved.write_text(dump_yaml(run).replace("name: ppo", "name: theirs.py:Theirs"))
+    assert "algorithm.name is theirs.py:Theirs, so the export would run the code of this file. Repeat it" in refusal()
+    assert not (tmp_path / "ran").exists()
+    assert "theirs.py defines no `Theirs`" in refusal(trust_remote_code=True)
+    assert (tmp_path / "ran").exists()
     resolved.write_text(dump_yaml(run))
     path = tmp_path / "demo" / "checkpoints" / "step_000001" / "controller.json"
     path.write_text(path.read_text().replace("ppo", "ppp"))
-    with pytest.raises(UserError, match=rf"{path} is damaged.*name another step with --step"):
-        export_checkpoint(
-            tmp_path / "demo",
-            step=None,
-            folder=tmp_path / "out",
-            merged=False,
-            push_to_hub=None,
-            trust_remote_code=False,
-        )
+    assert re.search(rf"{path} is damaged.*name another step with --step", refusal())
 
 
 def test_a_finished_run_does_not_go_back(tmp_path: Path) -> None:

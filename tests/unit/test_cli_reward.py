@@ -82,7 +82,7 @@ def test_samples_of_a_run_get_the_columns_of_its_data(config: str, tmp_path: Pat
     assert [one.score for one in rlhf.reward(config, write(tmp_path / "r.jsonl", rows)).rows] == [1.5, 2.0]
     for wrong, why in (
         ({"prompt_id": 2}, "train has 2 rows in"),
-        ({"split": "other"}, "evaluation sets of .*: heldout"),
+        ({"split": "other"}, "evaluation sets of .* are heldout"),
     ):
         with pytest.raises(UserError, match=rf"r.jsonl:1: .*{why}"):
             rlhf.reward(config, write(tmp_path / "r.jsonl", [rows[0] | wrong]))

@@ -186,10 +186,10 @@ def test_tolerance() -> None:
     [
         ("nonsense", "not JSON"),
         (5, "it must be a list of objects"),
-        ([], "no test"),
+        ([], "is empty, so every program would pass"),
         ([{"input": "1"}], "it must be a list of objects"),
         ([{"input": 1, "output": "1"}], "must be text"),
-        ({"inputs": [], "outputs": []}, "no test"),
+        ({"inputs": [], "outputs": []}, "is empty, so every program would pass"),
         ({"inputs": ["1"], "outputs": []}, "shorter"),
         ({"fn_name": "f", "inputs": [1], "outputs": [1]}, "lines of JSON"),
     ],
@@ -203,8 +203,8 @@ def test_tests_that_cannot_be_read_are_errors(tests: object, message: str) -> No
     ("code", "message"),
     [
         ("def f(:", "is not Python"),
-        ("import math\nX = 1\ndef check(candidate):\n    assert candidate(1)", "only defines things"),
-        ('"""Tests."""\nclass TestAdd:\n    def test_a(self):\n        assert 1', "only defines things"),
+        ("import math\nX = 1\ndef check(candidate):\n    assert candidate(1)", "only has definitions"),
+        ('"""Tests."""\nclass TestAdd:\n    def test_a(self):\n        assert 1', "only has definitions"),
     ],
 )
 def test_test_code_that_tests_nothing_is_an_error(code: str, message: str) -> None:

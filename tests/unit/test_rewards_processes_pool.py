@@ -18,6 +18,8 @@ import pytest
 from rlhf.errors import RunError
 from rlhf.extensions import CodeSource
 from rlhf.rewards.processes.pool import Failure, RewardPool
+from rlhf.rewards.processes.process import RewardProcess
+from rlhf.rewards.processes.program import Hello, Reply, Request
 
 FILES = Path(__file__).parent.parent / "fixtures" / "rewards"
 TIMEOUT_S = 0.8
@@ -79,8 +81,8 @@ def failures_of(pool: RewardPool, name: str, **columns: object) -> tuple[Failure
         ("swallows_everything", "timeout", ("in swallows_everything",)),
         ("dies", "died", ("exited with code 3",)),
         ("crashes", "died", ("SIGSEGV", "ctypes")),
-        ("writes_rubbish", "died", ("wrote something else where its answers are read",)),
-        ("writes_a_large_header", "died", ("wrote something else where its answers are read",)),
+        ("writes_rubbish", "died", ("wrote invalid data to the connection for its answers",)),
+        ("writes_a_large_header", "died", ("wrote invalid data to the connection for its answers",)),
         ("eats_memory", "died", ("ran out of memory; the limit is reward_policy.memory_gib: 8",)),
     ],
 )
@@ -230,25 +232,33 @@ def test_a_process_killed_from_outside_costs_nothing() -> None:
             assert pool.score(0, "p", group, {}).scores == tuple(float(len(r)) for r in group)
 
 
-def test_a_process_killed_in_the_middle_of_a_call_is_tried_once_more() -> None:
+def test_a_process_killed_in_the_middle_of_a_call_is_tried_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`sleeps` answers for `a` and sleeps for `x`: each process is killed while it sleeps."""
     killed: list[int] = []
-    over = threading.Event()
+    send, receive = RewardProcess.send, RewardProcess.receive
 
-    def kill_each() -> None:
-        while not over.wait(0.3):
-            for pid in set(pool.pids()) - set(killed):
-                killed.append(pid)
-                os.kill(pid, signal.SIGKILL)
+    def kill(process: RewardProcess) -> None:
+        killed.append(process.pid)
+        os.kill(process.pid, signal.SIGKILL)
 
-    with RewardPool([source("hostile.py:sleeps")], timeout_s=20.0) as pool:
-        killer = threading.Thread(target=kill_each, daemon=True)
-        killer.start()
+    def send_and_kill(process: RewardProcess, message: Hello | Request, timeout_s: float) -> None:
+        send(process, message, timeout_s)
+        if isinstance(message, Request) and message.responses == ("x",):
+            kill(process)
+
+    def receive_and_kill(process: RewardProcess, timeout_s: float) -> Reply:
+        reply = receive(process, timeout_s)
+        if reply.kind == "value":
+            kill(process)
+        return reply
+
+    monkeypatch.setattr(RewardProcess, "send", send_and_kill)
+    monkeypatch.setattr(RewardProcess, "receive", receive_and_kill)
+    with RewardPool([source("hostile.py:sleeps")], timeout_s=60.0) as pool:
         (failure,) = pool.score(0, "p", ["a", "x"], {}).failures
-        over.set()
-        killer.join(5.0)
     assert (failure.sample, failure.kind) == (1, "died")
     assert "SIGKILL" in failure.message
-    assert len(killed) >= 2
+    assert len(set(killed)) == 2
 
 
 def test_a_stopped_process_is_replaced() -> None:
@@ -326,9 +336,9 @@ def test_steps_of_functions_and_what_is_none() -> None:
             (1.0, "returned 1.0 of type float where a list of (end, value), one a step, is expected"),
             ([(1, "x")], "returned 'x' of type str where a float is expected"),
             ([(1, float("nan"))], "returned nan"),
-            ([(3, 1.0)], "returned a step that ends at 3 of a response of 2 characters"),
-            ([(-1, 1.0)], "returned a step that ends at -1 of a response of 2 characters"),
-            ([(0.5, 1.0)], "returned a step that ends at 0.5 of a response of 2 characters"),
+            ([(3, 1.0)], "returned a step that ends at 3, but the response has 2 characters"),
+            ([(-1, 1.0)], "returned a step that ends at -1, but the response has 2 characters"),
+            ([(0.5, 1.0)], "returned a step that ends at 0.5, but the response has 2 characters"),
         ):
             (failure,) = pool.score(2, "p", ["ab"], {"value": value}, by_step=True).failures
             assert (failure.kind, failure.message) == ("not_a_number", message)

@@ -53,8 +53,8 @@ def test_the_last_number_on_the_scale(text: str, worth: float) -> None:
     ("text", "why"),
     [
         ("good", "no match of `pattern`: 'good'"),
-        ("Score: 11", "says 11, which is not on the scale from 1 to 10"),
-        ("Score: -3", "says -3"),
+        ("Score: 11", "gives 11, which is not on the scale from 1 to 10"),
+        ("Score: -3", "gives -3"),
     ],
 )
 def test_an_answer_off_the_scale_is_no_low_score(text: str, why: str) -> None:
@@ -66,7 +66,7 @@ def test_choices_stand_alone_and_the_last_counts() -> None:
     spec = judge(choices={"YES": 1.0, "NO": 0.0, "NOT SURE": 0.25})
     assert verdict(spec, says("NO... no, YES")) == 1.0
     assert verdict(spec, says("I say NOT SURE")) == 0.25
-    with pytest.raises(ValueError, match="none of YES, NO, NOT SURE: 'NOBODY KNOWS'"):
+    with pytest.raises(ValueError, match="contains none of the choices YES, NO, NOT SURE: 'NOBODY KNOWS'"):
         verdict(spec, says("NOBODY KNOWS"))
 
 
@@ -77,7 +77,7 @@ def test_what_is_no_completion(answer: dict[str, Any]) -> None:
 
 
 def test_a_cut_answer_is_told() -> None:
-    with pytest.raises(ValueError, match="cut by its limit of tokens"):
+    with pytest.raises(ValueError, match="truncated at its limit of tokens"):
         verdict(judge(), says("Let me think", finish_reason="length"))
 
 

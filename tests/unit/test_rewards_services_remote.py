@@ -133,7 +133,7 @@ def test_a_token_that_is_refused_is_an_error_at_the_start() -> None:
     with served(handler) as url:
         with RewardSet([spec(url, token="right")], timeout_s=1.0) as rewards:
             rewards.greet()  # 405: it is there
-        refused = pytest.raises(RunError, match=r"HTTP 401 to the token")
+        refused = pytest.raises(RunError, match=r"it refused the token with HTTP 401")
         with RewardSet([spec(url, token="wrong")], timeout_s=1.0) as rewards, refused:
             rewards.greet()
 
@@ -235,7 +235,7 @@ for _ in range(2000):
 @pytest.mark.parametrize(
     ("answer", "kind", "why"),
     [
-        ({}, "refused", 'no list of "scores"'),
+        ({}, "refused", 'has no list "scores"'),
         ({"scores": [1.0]}, "not_a_number", "1 scores for 2 responses"),
         ({"scores": [1.0, True]}, "not_a_number", "gave True"),
         ({"scores": [1.0, float("nan")]}, "not_a_number", "gave nan"),
@@ -245,7 +245,7 @@ for _ in range(2000):
         ({"errors": [NESTED]}, "refused", "a list that cannot be shown"),
         ({"errors": [{"sample": 1, "kind": "timeout", "message": "slow"}]}, "timeout", "slow"),
         ({"errors": [{"sample": 1, "kind": ["?"], "message": "odd"}]}, "raised", "odd"),
-        ({"errors": [{"sample": 5, "message": "?"}], "scores": [1.0, 1.0]}, "refused", "no known form"),
+        ({"errors": [{"sample": 5, "message": "?"}], "scores": [1.0, 1.0]}, "refused", "an error of unknown form"),
         ({"errors": "all wrong"}, "refused", "all wrong"),
     ],
 )

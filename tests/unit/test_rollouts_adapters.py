@@ -111,9 +111,9 @@ def test_a_server_plays(server: str) -> None:
 def test_a_server_that_fails_is_a_failure(server: str) -> None:
     with pytest.raises(EnvironmentFailure, match=r"reset: .*URLError"):
         play("http", {"url": "http://127.0.0.1:9"}, {})
-    with pytest.raises(UserError, match="expected one of http or https"):
+    with pytest.raises(UserError, match="expected a URL that begins with http:// or https://"):
         play("http", {"url": "file:///etc/passwd"}, {})
-    with pytest.raises(UserError, match="NO_SUCH_TOKEN, which is to hold the token, is not set"):
+    with pytest.raises(UserError, match="NO_SUCH_TOKEN for the token is not set"):
         play("http", {"url": server, "token_env": "NO_SUCH_TOKEN"}, {})
 
 
@@ -169,11 +169,11 @@ def test_an_environment_of_openenv_plays(openenv: str, monkeypatch: pytest.Monke
     ("changes", "kind", "said"),
     [
         ({}, EnvironmentFailure, r"step: RuntimeError: ws://.*/ws answered step with error: .*too loud"),
-        ({"observation": "told"}, EnvironmentFailure, "the observation has said, more, and no told"),
+        ({"observation": "told"}, EnvironmentFailure, "the observation has said, more, but not told"),
         ({"url": "http://127.0.0.1:9"}, EnvironmentFailure, r"reset: ConnectionRefusedError"),
-        ({"url": "ftp://here"}, UserError, "expected one of http or https"),
+        ({"url": "ftp://here"}, UserError, "expected a URL that begins with http:// or https://"),
         ({"action": {"text": "fixed"}}, UserError, r"which has no \{response\}"),
-        ({"token_env": "NO_SUCH_TOKEN"}, UserError, "NO_SUCH_TOKEN, which is to hold the token, is not set"),
+        ({"token_env": "NO_SUCH_TOKEN"}, UserError, "NO_SUCH_TOKEN for the token is not set"),
     ],
 )
 def test_what_openenv_does_not_take_is_said(openenv: str, changes: dict[str, Any], kind: type, said: str) -> None:

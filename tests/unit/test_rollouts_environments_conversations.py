@@ -182,13 +182,13 @@ def test_a_failure_is_that_conversations_error(mood: str, kind: str, message: st
 def test_beginnings_that_differ_are_an_error() -> None:
     played = play(request(samples=2, text="{observation}", mood="unlike"), Script("x"), spec(source=moody()))
     errors = [one.error for one in played if one.error is not None]
-    assert "must depend on seed and columns alone" in errors[0].message
+    assert "may depend only on the seed and the columns" in errors[0].message
 
 
 def test_a_prompt_that_leaves_no_room_is_an_error() -> None:
     (played,) = play(request(text="{observation}" + "x" * 50), Script("x"), spec(source=moody(), max_tokens=40))
     assert played.error is not None
-    assert "which leaves none for an answer" in played.error.message
+    assert "which leaves no room for a response" in played.error.message
 
 
 class Calls:

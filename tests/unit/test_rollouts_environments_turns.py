@@ -53,9 +53,9 @@ def test_the_whole_is_what_the_template_would_have_written() -> None:
     ("template", "why"),
     [
         (CHATML.replace("+ '<|eos|>' + '\n'", "+ '\n'"), "not with a special token"),
-        (CHATML.replace("'<|eos|>' + '\n'", "' <|eos|>'"), "not right with the token"),
-        (CHATML.replace("m.content", "m.content[:3]"), "does not write an assistant's turn once"),
-        (CHATML.replace("m.content", "m.content + m.content"), "does not write an assistant's turn once"),
+        (CHATML.replace("'<|eos|>' + '\n'", "' <|eos|>'"), "not directly with the token"),
+        (CHATML.replace("m.content", "m.content[:3]"), "does not write an assistant's turn exactly once"),
+        (CHATML.replace("m.content", "m.content + m.content"), "does not write an assistant's turn exactly once"),
         (CHATML.replace("m.content", "('' if loop.last and m.role == 'user' else m.content)"), "of role user"),
         ("{{ raise_exception('no') }}", "refuses the roles user, assistant"),
     ],

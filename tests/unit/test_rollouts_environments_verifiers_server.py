@@ -36,11 +36,11 @@ def test_what_is_new_is_told() -> None:
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
-        ([user("other"), user("b")], "only grows"),
-        ([user("a")], "are none"),
-        ([user("a"), {"role": "assistant", "content": "x"}, user("b")], "nobody said"),
+        ([user("other"), user("b")], "may only grow"),
+        ([user("a")], "sent no new message"),
+        ([user("a"), {"role": "assistant", "content": "x"}, user("b")], "the policy did not write"),
         ([user("a"), {"role": "tool", "content": "4", "tool_call_id": "1"}], "calls tools"),
-        ([user("a"), {"role": "user", "content": [{"type": "image_url"}]}], "not text alone"),
+        ([user("a"), {"role": "user", "content": [{"type": "image_url"}]}], "has other content than text"),
     ],
 )
 def test_what_a_conversation_cannot_hold_is_refused(messages: list[Any], reason: str) -> None:

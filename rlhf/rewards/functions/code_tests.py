@@ -29,28 +29,12 @@ _NUMBER = re.compile(r"[+-]?(?:[0-9]{1,400}(?:\.[0-9]{0,400})?|\.[0-9]{1,400})(?
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Printed:
-    """A script's standard output for a standard input."""
-
-    stdin: str
-    stdout: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Returned:
-    """The return value of a function, or of a method of `Solution`, for arguments. `expected` is a JSON value."""
-
-    arguments: Sequence[Any]
-    expected: Any
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Cases:
     """The tests of a row. Exactly one of `printed`, `returned` and `statements` is filled."""
 
-    printed: tuple[Printed, ...] = ()
-    function: str | None = None
-    returned: tuple[Returned, ...] = ()
+    printed: tuple[tuple[str, str], ...] = ()  # a script's standard input and output
+    function: str | None = None  # its name, or the name of a method of `Solution`
+    returned: tuple[tuple[list[Any], Any], ...] = ()  # the function's arguments and its value, as JSON values
     statements: tuple[str, ...] = ()
     test_functions: tuple[str, ...] = ()  # defined by the single statement; each function is a test
 
@@ -114,30 +98,30 @@ class CodeTests:
         if not tests.printed:
             yield from self._in_one_process(program, tests)
             return
-        for test in tests.printed:
+        for stdin, stdout in tests.printed:
             left = deadline - time.monotonic()
             if left <= 0:
                 yield False
                 return
-            stdin = test.stdin.encode("utf-8", "surrogatepass")
-            done = self._sandbox.run(program, wall_s=min(self._test_s, left), stdin=stdin)
+            data = stdin.encode("utf-8", "surrogatepass")
+            done = self._sandbox.run(program, wall_s=min(self._test_s, left), stdin=data)
             printed = done.stdout.decode("utf-8", "replace")
-            yield done.code == 0 and same_output(printed, test.stdout, tolerance=self._tolerance)
+            yield done.code == 0 and same_output(printed, stdout, tolerance=self._tolerance)
 
     def _in_one_process(self, program: str, tests: Cases) -> Iterator[bool]:
         mark = secrets.token_hex(16)
         job = {
             "mark": mark,
             "function": tests.function,
-            "calls": [test.arguments for test in tests.returned],
+            "calls": [arguments for arguments, _ in tests.returned],
             "statements": tests.statements,
             "test_functions": tests.test_functions,
         }
         count = len(tests.returned) or len(tests.statements) + len(tests.test_functions)
         answers = _parsed(self._sandbox.run(program, wall_s=self._test_s, tests=job).results, count)
         if tests.returned:
-            for answer, test in zip(answers, tests.returned, strict=True):
-                yield isinstance(answer, dict) and self._is_expected(answer.get("value"), test.expected)
+            for answer, (_, expected) in zip(answers, tests.returned, strict=True):
+                yield isinstance(answer, dict) and self._is_expected(answer.get("value"), expected)
             return
         if tests.test_functions:
             defined, *answers = answers
@@ -209,8 +193,8 @@ def read_tests(column: object) -> Cases:
             "of assertions, or an object with `inputs`, `outputs` and perhaps `fn_name`"
         )
     if not pairs:
-        raise ValueError("the column `tests` has no test: every program would pass")
-    return Cases(printed=tuple(Printed(stdin=_text(stdin), stdout=_text(printed)) for stdin, printed in pairs))
+        raise ValueError("the column `tests` is empty, so every program would pass; add at least one test")
+    return Cases(printed=tuple((_text(stdin), _text(printed)) for stdin, printed in pairs))
 
 
 def read_test_code(code: str, entry_point: str | None) -> Cases:
@@ -236,7 +220,7 @@ def read_test_code(code: str, entry_point: str | None) -> Cases:
     )
     if all(isinstance(node, defining) or isinstance(getattr(node, "value", None), ast.Constant) for node in body):
         raise ValueError(
-            "the column `test_code` only defines things, so every program would pass: it needs statements, functions "
+            "the column `test_code` only has definitions, so every program would pass: add statements, functions "
             "called test_..., or a function `check` and a column `entry_point`"
         )
     return Cases(statements=(code,))
@@ -292,7 +276,7 @@ def _close(first: Any, second: Any, tolerance: float) -> bool:
         return False
 
 
-def _returned(raw_arguments: object, expected: object) -> Returned:
+def _returned(raw_arguments: object, expected: object) -> tuple[list[Any], Any]:
     arguments = (
         [json.loads(line) for line in raw_arguments.splitlines()] if isinstance(raw_arguments, str) else raw_arguments
     )
@@ -301,7 +285,7 @@ def _returned(raw_arguments: object, expected: object) -> Returned:
     if isinstance(raw_arguments, str) and isinstance(expected, str):
         expected = json.loads(expected)
     plain = json.loads(json.dumps([arguments, expected]))
-    return Returned(arguments=plain[0], expected=plain[1])
+    return plain[0], plain[1]
 
 
 def _text(value: object) -> str:

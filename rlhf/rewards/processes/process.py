@@ -177,9 +177,9 @@ class RewardProcess:
         except (EOFError, OSError) as error:
             raise ProcessDied(self._how_it_died()) from error
         except BrokenFrame as error:
-            raise ProcessDied(f"it wrote something else where its answers are read ({error})") from error
+            raise ProcessDied(f"it wrote invalid data to the connection for its answers ({error})") from error
         if not isinstance(message, Reply):
-            raise ProcessDied(f"it wrote something else where its answers are read (a {type(message).__name__})")
+            raise ProcessDied(f"it wrote invalid data to the connection for its answers (a {type(message).__name__})")
         return message
 
     def where(self, path: str | None) -> str:
@@ -210,7 +210,7 @@ class RewardProcess:
         try:
             self._process.wait(KILL_WAIT_S)
         except subprocess.TimeoutExpired as error:
-            raise RunError(f"reward process {self.pid} is still there {KILL_WAIT_S:g} s after SIGKILL") from error
+            raise RunError(f"reward process {self.pid} still runs {KILL_WAIT_S:g} s after SIGKILL") from error
         finally:
             self._child.close()
 
@@ -236,7 +236,7 @@ class RewardProcess:
             return "it closed its connection"
         end = self._child.describe_end(code, None)
         killed = "it was killed by SIGKILL"
-        return end.replace(killed, f"{killed} (by somebody, or by the kernel for want of memory)", 1)
+        return end.replace(killed, f"{killed} (by another process, or by the kernel because memory ran out)", 1)
 
 
 def _other_processes(pid: int) -> Iterator[int]:
@@ -287,4 +287,4 @@ class OutputLog:
         if self.lines_left >= 0:
             logger.info("%s output: %s", self.source, self.last_line)
         elif self.lines_left == -1:
-            logger.info("%s output: more lines than %d for one group are left out", self.source, MAX_LOG_LINES)
+            logger.info("%s output: only the first %d lines for a group are shown", self.source, MAX_LOG_LINES)

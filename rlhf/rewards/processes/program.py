@@ -25,20 +25,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.extensions import CodeSource, LoadError, construct, load_code, summarize
+from rlhf.extensions import CodeSource, Columns, LoadError, construct, load_code, summarize
 
 MAX_FRAME_BYTES = 1 << 32
 _HEADER = struct.Struct("!Q")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Signature:
+class Signature(Columns):
     """The parameters of a reward's call besides prompt and response."""
 
     batched: bool  # `prompts, responses`: called once per group
-    required: tuple[str, ...]  # columns without a default
-    optional: tuple[str, ...]  # columns with a default
-    takes_all: bool  # it has **columns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,7 +173,7 @@ def _as_steps(value: Any, response: str) -> Reply:
         if reply.kind != "value":
             return reply
         if not isinstance(end, numbers.Integral) or not 0 <= int(end) <= len(response):
-            text = f"returned a step that ends at {end!r:.40} of a response of {len(response)} characters"
+            text = f"returned a step that ends at {end!r:.40}, but the response has {len(response)} characters"
             return Reply(kind="not_a_number", payload=text)
         steps.append((int(end), reply.payload))
     return Reply(kind="value", payload=tuple(steps))
@@ -232,7 +229,7 @@ def _bind(source: CodeSource, target: Callable[..., Any]) -> Callable[..., Any]:
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     unknown = [name for name in source.args if name not in parameters and not open_ended]
     if unknown:
-        raise LoadError(f"`{source.name}` has no parameter {', '.join(unknown)}, which args gives")
+        raise LoadError(f"`{source.name}` has no parameter {', '.join(unknown)}, but `args` names it")
     return functools.partial(target, **source.args)
 
 
@@ -248,8 +245,8 @@ def _read_signature(source: CodeSource, target: Callable[..., Any]) -> Signature
     pairs = [pair for pair in (("prompt", "response"), ("prompts", "responses")) if set(pair) <= parameters.keys()]
     if len(pairs) != 1:
         raise LoadError(
-            f"{shown} must take `prompt, response` (called once a response) "
-            "or `prompts, responses` (called once a group)"
+            f"{shown} must take `prompt, response` (called once per response) "
+            "or `prompts, responses` (called once per group)"
         )
     required: list[str] = []
     optional: list[str] = []

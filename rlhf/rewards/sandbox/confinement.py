@@ -48,13 +48,8 @@ _CALLS: dict[str, tuple[int, int | None]] = {
     "uname": (63, 160), "sysinfo": (99, 179), "getrandom": (318, 278), "getrlimit": (97, 163), "setrlimit": (160, 164),
     "wait4": (61, 260), "exit": (60, 93), "exit_group": (231, 94),
 }  # fmt: skip
-_CLONE, _FCNTL, _IOCTL, _PRLIMIT, _SOCKETPAIR = (
-    (56, 220),
-    (72, 25),
-    (16, 29),
-    (302, 261),
-    (53, 199),
-)  # allowed only with some arguments
+# Calls allowed only with some arguments.
+_CLONE, _FCNTL, _IOCTL, _PRLIMIT, _SOCKETPAIR = (56, 220), (72, 25), (16, 29), (302, 261), (53, 199)
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of _CALLS, AUDIT_ARCH
 
 _CLONE_THREAD = 0x10000
@@ -80,7 +75,7 @@ def seccomp_filter() -> bytes:
     """Return the filter as an array of struct sock_filter. Unavailable on an unknown machine type."""
     machine = platform.machine()
     if machine not in _MACHINES:
-        raise Unavailable(f"the system calls of {machine} are not known here")
+        raise Unavailable(f"the system calls of machine type {machine} are not known")
     column, architecture = _MACHINES[machine]
     code = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, architecture), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
     for numbers in _CALLS.values():
@@ -91,16 +86,8 @@ def seccomp_filter() -> bytes:
     for numbers, commands in ((_FCNTL, _FCNTL_COMMANDS), (_IOCTL, _IOCTL_COMMANDS)):
         for command in commands:
             code += _when(numbers[column], 1, [(_EQUAL, 0, 1, command)])
-    code += _when(
-        _SOCKETPAIR[column],
-        0,
-        [
-            (_EQUAL, 0, 4, _AF_UNIX),
-            (_LOAD, 0, 0, _ARGUMENT + 8),
-            (_AND, 0, 0, _SOCK_TYPE_MASK),
-            (_EQUAL, 0, 1, _SOCK_STREAM),
-        ],
-    )
+    is_stream = [(_LOAD, 0, 0, _ARGUMENT + 8), (_AND, 0, 0, _SOCK_TYPE_MASK), (_EQUAL, 0, 1, _SOCK_STREAM)]
+    code += _when(_SOCKETPAIR[column], 0, [(_EQUAL, 0, 4, _AF_UNIX), *is_stream])
     code.append((_RETURN, 0, 0, _ERRNO | errno.ENOSYS))
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in code)
 
@@ -127,7 +114,7 @@ def landlock_ruleset(readable: Iterable[str], writable: Iterable[str]) -> int:
     handled = struct.pack("=Q", (1 << _RIGHTS_BY_ABI.get(abi, 16)) - 1)
     ruleset: int = libc.syscall(_CREATE_RULESET, handled, ctypes.c_size_t(len(handled)), ctypes.c_uint32(0))
     if ruleset < 0:
-        raise Unavailable(f"no Landlock ruleset could be made ({os.strerror(ctypes.get_errno())})")
+        raise Unavailable(f"the Landlock ruleset could not be created ({os.strerror(ctypes.get_errno())})")
     rules = [(path, _READ_FILE | _READ_DIR) for path in readable]
     rules += [(path, _READ_FILE | _WRITE_FILE) for path in writable]
     for path, rights in rules:
@@ -140,7 +127,7 @@ def landlock_ruleset(readable: Iterable[str], writable: Iterable[str]) -> int:
             if libc.syscall(_ADD_RULE, ruleset, 1, rule, ctypes.c_uint32(0)) != 0:
                 reason = os.strerror(ctypes.get_errno())
                 os.close(ruleset)
-                raise Unavailable(f"Landlock takes no rule for {path} ({reason})")
+                raise Unavailable(f"Landlock refused a rule for {path} ({reason})")
         finally:
             os.close(parent)
     return ruleset

@@ -173,7 +173,9 @@ class Sandbox:
             if not _is_ready(ready):
                 _end(process, info)
                 reason = _content(stderr).decode(errors="replace").strip()[-300:]
-                raise SandboxError(f"{self.rung} started no program: it ended with {process.returncode}: {reason}")
+                raise SandboxError(
+                    f"{self.rung} did not start the program: it ended with {process.returncode}: {reason}"
+                )
             began = time.monotonic()
             in_time = self._wait(process, began + wall_s)
             seconds = time.monotonic() - began
@@ -291,7 +293,7 @@ def _end(process: subprocess.Popen[bytes], info: io.FileIO) -> None:
         process.wait(KILL_WAIT_S)
     except subprocess.TimeoutExpired as error:
         process.kill()
-        raise SandboxError(f"process {process.pid} is still there {KILL_WAIT_S:g} s after it was killed") from error
+        raise SandboxError(f"process {process.pid} still runs {KILL_WAIT_S:g} s after it was killed") from error
 
 
 def _readable(file: io.FileIO, limit_s: float) -> bool:

@@ -82,7 +82,7 @@ class Service:
         try:
             timeout = aiohttp.ClientTimeout(total=self.spec.timeout_s)
             async with self._session.get(self._url(path), timeout=timeout, allow_redirects=False) as answer:
-                return f"it answered HTTP {answer.status} to the token" if answer.status in (401, 403) else None
+                return f"it refused the token with HTTP {answer.status}" if answer.status in (401, 403) else None
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             return f"it cannot be reached ({_describe_error(error, self.spec.timeout_s)})"
 
@@ -92,7 +92,7 @@ class Service:
         ServiceError has the kind `unavailable` if there was no answer before the deadline after all attempts. It has
         the kind `refused` if another attempt would not help.
         """
-        attempts, last = 0, "another request is trying whether it is back"
+        attempts, last = 0, "another request tests whether it works again"
         async with self._free:
             try:
                 async with asyncio.timeout(self.spec.deadline_s):
@@ -128,7 +128,7 @@ class Service:
         except (ValueError, RecursionError) as error:
             raise ServiceError("refused", f"its answer is not JSON: {self._shown(text)}") from error
         if not isinstance(result, dict):
-            raise ServiceError("refused", f"its answer is no JSON object: {self._shown(text)}")
+            raise ServiceError("refused", f"its answer is not a JSON object: {self._shown(text)}")
         return result
 
     async def _text(self, answer: aiohttp.ClientResponse) -> str:
@@ -198,7 +198,7 @@ class Breaker:
             self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
         elif self.is_open and not was_open:
             self._pause_s = 2 * FIRST_PAUSE_S
-            logger.warning("%s fails (%s); one request at a time tries whether it is back", self._name, why)
+            logger.warning("%s fails (%s); one request at a time tests whether it works again", self._name, why)
 
     def _worked(self) -> None:
         if self.is_open:

@@ -57,13 +57,15 @@ def verdict(spec: JudgeSpec, answer: Mapping[str, Any]) -> float:
     """
     match answer:
         case {"choices": [{"message": {"content": str(text)}, **rest}, *_]}:
-            truncation = ", cut by its limit of tokens" if rest.get("finish_reason") == "length" else ""
+            truncation = ", truncated at its limit of tokens," if rest.get("finish_reason") == "length" else ""
         case _:
             raise ValueError(f"the judge's answer has no choices[0].message.content: {_short(json.dumps(answer))}")
     if spec.choices:
         word = _last_choice(text, tuple(spec.choices))
         if word is None:
-            raise ValueError(f"the judge's answer{truncation} has none of {', '.join(spec.choices)}: {_short(text)}")
+            raise ValueError(
+                f"the judge's answer{truncation} contains none of the choices {', '.join(spec.choices)}: {_short(text)}"
+            )
         return spec.choices[word]
     matches = [match[1] for match in re.finditer(spec.pattern, text) if match[1]]
     if not matches:
@@ -72,9 +74,11 @@ def verdict(spec: JudgeSpec, answer: Mapping[str, Any]) -> float:
     try:
         number = float(matches[-1])
     except ValueError:
-        raise ValueError(f"`pattern` finds {_short(matches[-1])} in the judge's answer, which is no number") from None
+        raise ValueError(
+            f"`pattern` matches {_short(matches[-1])} in the judge's answer, which is not a number"
+        ) from None
     if not low <= number <= high:  # also refuses nan
-        raise ValueError(f"the judge's answer says {matches[-1]}, which is not on the scale from {low:g} to {high:g}")
+        raise ValueError(f"the judge's answer gives {matches[-1]}, which is not on the scale from {low:g} to {high:g}")
     return (number - low) / (high - low)
 
 

@@ -161,15 +161,15 @@ def read_scores(answer: Mapping[str, Any], num_responses: int) -> GroupOutcome:
                     kind = _KINDS.get(str(rest.get("kind")), "raised")
                     failures[sample] = Failure(sample=sample, kind=kind, message=message[:500])
                 case _:
-                    text = f"it answered an error of no known form: {_shown(error)}"
+                    text = f"its answer has an error of unknown form: {_shown(error)}"
                     return _all_failed("refused", text, num_responses)
     scores = answer.get("scores")
     if errors and scores is None:
-        text = "it scored no response of the group, since it failed on another"
+        text = "it scored no response of the group, because another response failed"
         others = _all_failed("refused", text, num_responses)
         return replace(others, failures=tuple(failures.get(failure.sample, failure) for failure in others.failures))
     if not isinstance(scores, list):
-        return _all_failed("refused", 'it answered no list of "scores"', num_responses)
+        return _all_failed("refused", 'its answer has no list "scores"', num_responses)
     if len(scores) != num_responses:
         text = f"it gave {len(scores)} scores for {num_responses} responses"
         return _all_failed("not_a_number", text, num_responses)

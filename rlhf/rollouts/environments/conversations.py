@@ -146,7 +146,7 @@ class Conversations:
             raise EnvironmentFailure(
                 "raised",
                 f"reset returned {observation!r:.80} and, for another response to the same prompt, "
-                f"{game.observation!r:.80}: it must depend on seed and columns alone",
+                f"{game.observation!r:.80}: it may depend only on the seed and the columns",
             )
         try:
             token_ids = first_prompt(prompt, observation, self.tokenizer)
@@ -155,8 +155,8 @@ class Conversations:
         if len(token_ids) >= self.spec.max_tokens:
             raise EnvironmentFailure(
                 "raised",
-                f"the prompt with its first observation has {len(token_ids)} tokens, which leaves none for an answer: "
-                f"{self.spec.key}.max_tokens is {self.spec.max_tokens}",
+                f"the prompt with its first observation has {len(token_ids)} tokens, which leaves no room for a "
+                f"response: {self.spec.key}.max_tokens is {self.spec.max_tokens}",
             )
         return token_ids
 

@@ -141,7 +141,7 @@ class EnvironmentHost:
                     socket.send_fds(child.connection, [NUMBER.pack(pid)], [] if fd is None else [fd])
                     answer: int = NUMBER.unpack(await self._receive(NUMBER.size))[0]
             except TimeoutError as error:
-                raise RunError(f"the environment's process made no copy of itself in {FORK_TIMEOUT_S:g} s") from error
+                raise RunError(f"the environment's process did not fork within {FORK_TIMEOUT_S:g} s") from error
             except (EOFError, OSError) as error:
                 self._read_output()
                 raise RunError(

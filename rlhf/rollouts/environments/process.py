@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rlhf.extensions import CodeSource, LoadError, construct, load_code, summarize
+from rlhf.extensions import CodeSource, Columns, LoadError, construct, load_code, summarize
 from rlhf.rewards.processes.program import begin_child, die_with_parent, limit_memory
 
 SIZE = struct.Struct("!Q")
@@ -35,19 +35,11 @@ GONE_WITHIN_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Description:
-    """Properties of an environment the run needs before it starts."""
+class Description(Columns):
+    """Properties of an environment the run needs before it starts. The columns are those of `reset`."""
 
-    required: tuple[str, ...]  # columns reset requires
-    optional: tuple[str, ...]  # columns reset accepts if the row has them
-    takes_all: bool  # reset has **columns
     tools: tuple[Mapping[str, Any], ...]  # offered tools; if there are any, step takes `tool_calls`
     has_close: bool
-
-    def select(self, columns: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the columns of a row for reset. KeyError if a required column is missing."""
-        wanted = [*self.required, *(name for name in self.optional if name in columns)]
-        return {name: columns[name] for name in (dict.fromkeys([*wanted, *columns]) if self.takes_all else wanted)}
 
 
 def load_environment(source: CodeSource) -> Any:
@@ -139,9 +131,7 @@ def _step(environment: Any, **turn: Any) -> dict[str, Any]:
     if done not in (True, False):
         raise _ProtocolViolation(f"step returned {done!r:.80} for done, expected True or False")
     if not done and not observation:
-        raise _ProtocolViolation(
-            "step returned no observation, and is not done: the policy would have nothing to answer"
-        )
+        raise _ProtocolViolation("step returned no observation and is not done, so the policy has nothing to answer")
     if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
         return {"kind": "not_a_number", "message": f"step returned {reward!r:.80} as reward, expected a finite number"}
     for text in results or [observation or ""]:

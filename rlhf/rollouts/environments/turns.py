@@ -40,7 +40,9 @@ def first_prompt(prompt: Prompt, observation: str, tokenizer: Any) -> tuple[int,
     """
     if PLACEHOLDER not in prompt.text:
         if observation:
-            raise ValueError(f"reset returned {observation!r:.60}, but the prompt has no {PLACEHOLDER} to put it at")
+            raise ValueError(
+                f"reset returned {observation!r:.60}, but the prompt has no {PLACEHOLDER} to mark its place"
+            )
         return prompt.token_ids
     if not observation:
         raise ValueError(f"reset returned no observation, but the prompt has {PLACEHOLDER}")
@@ -80,7 +82,7 @@ class ChatTurns:
             raise self._refusal(f"an assistant's turn ends with {tail!r:.40}, not with a special token")
         self._end = str(tokenizer.convert_ids_to_tokens(self.stop_token))
         if not tail.startswith(self._end):
-            raise self._refusal(f"an assistant's turn ends with {tail!r:.40}, not right with the token {self._end}")
+            raise self._refusal(f"an assistant's turn ends with {tail!r:.40}, not directly with the token {self._end}")
         self._check([{"role": "user", "content": _OBSERVATION}])
         if with_tools:
             self._check([{"role": "tool", "content": _OBSERVATION}])
@@ -107,7 +109,7 @@ class ChatTurns:
     def _text_after_turn(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         text = text_after_turn(messages, self.tokenizer, add_generation_prompt=add_generation_prompt, place=_KEY)
         if text is None:
-            raise self._refusal("it does not write an assistant's turn once, as it is")
+            raise self._refusal("it does not write an assistant's turn exactly once and unchanged")
         return text
 
     def _check(self, messages: Sequence[Message]) -> None:
@@ -115,12 +117,12 @@ class ChatTurns:
         role = messages[0]["role"]
         after = self._text_after_turn(messages, add_generation_prompt=True)
         if after.count(_OBSERVATION) != 1 or not after.startswith(self._end):
-            raise self._refusal(f"a turn of role {role} behind an assistant's is written as {after!r:.60}")
+            raise self._refusal(f"after an assistant's turn, a turn of role {role} is written as {after!r:.60}")
         conversation = [{"role": "user", "content": "Hello."}, {"role": ASSISTANT, "content": "Fine."}, *messages]
         whole = render(conversation, self.tokenizer, add_generation_prompt=True, place=_KEY)
         apart = (self._stop, *self._tokens(messages))
         if tuple(encode([whole], self.tokenizer)[0][-len(apart) :]) != apart:
-            raise self._refusal(f"a turn of role {role} has other tokens by itself than within a conversation")
+            raise self._refusal(f"a turn of role {role} has different tokens alone than within a conversation")
 
     def _refusal(self, why: str) -> UserError:
         return UserError(

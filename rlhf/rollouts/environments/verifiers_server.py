@@ -59,7 +59,7 @@ def text_of(message: Message) -> str:
     if isinstance(content, str):
         return content
     if any(part.get("type") != "text" for part in content):
-        raise ValueError("a message is not text alone")
+        raise ValueError("a message has other content than text")
     return "".join(part["text"] for part in content)
 
 
@@ -68,10 +68,10 @@ def news(seen: Sequence[Message], messages: Sequence[Message]) -> str:
     known = [(message["role"], text_of(message)) for message in seen]
     received = [(message["role"], text_of(message)) for message in messages]
     if received[: len(known)] != known:
-        raise ValueError("the environment changed messages that the policy has read or said; a conversation only grows")
+        raise ValueError("the environment changed earlier messages, but a conversation may only grow")
     new = received[len(known) :]
     if not new or any(role == "assistant" for role, _ in new):
-        raise ValueError("the environment's new messages are none, or hold a turn of the assistant that nobody said")
+        raise ValueError("the environment sent no new message, or an assistant's turn that the policy did not write")
     return "\n\n".join(text for _, text in new)
 
 
@@ -89,7 +89,7 @@ class EpisodeSession:
     async def ask(self, messages: Sequence[Message]) -> str:
         """Return the policy's turn for all messages so far."""
         if self.pending_turn is not None:
-            raise ValueError("the environment asks for two turns at once; one conversation is one agent")
+            raise ValueError("the environment asks for two turns at once, but a conversation has a single agent")
         observation = news(self.seen, messages)
         self.pending_turn = asyncio.get_running_loop().create_future()
         self.observations.put_nowait(observation)
@@ -127,7 +127,7 @@ class Bridge:
     async def reset(self, sent: Mapping[str, Any]) -> dict[str, Any]:
         """Begin an episode, and answer when it asks for the first turn."""
         if len(self.sessions) >= self.most:
-            raise Refusal(503, f"{self.most} sessions are open, which is the most (--sessions)")
+            raise Refusal(503, f"{self.most} sessions are open, the largest number allowed (--sessions)")
         session, conversation = uuid.uuid4().hex, EpisodeSession()
         self.sessions[session] = conversation
         conversation.episode = asyncio.ensure_future(self._episode(conversation, sent))
@@ -223,12 +223,14 @@ class Bridge:
                 if self.token is not None and not hmac.compare_digest(
                     given.encode("utf-8", "surrogateescape"), f"Bearer {self.token}".encode()
                 ):
-                    raise Refusal(401, "the token is missing or another one")
+                    raise Refusal(401, "the token is missing or wrong")
                 try:
                     sent = await request.json()
                     return web.json_response(await call(sent))
                 except (KeyError, TypeError, json.JSONDecodeError) as error:
-                    raise Refusal(400, f"the call is not of the protocol: {type(error).__name__}: {error}") from error
+                    raise Refusal(
+                        400, f"the call does not follow the protocol: {type(error).__name__}: {error}"
+                    ) from error
             except Refusal as refusal:
                 return web.json_response({"error": str(refusal)[:REASON_CHARS]}, status=refusal.status)
 
@@ -315,10 +317,12 @@ class Episodes:
         kind = vf.env_config_type(name, config.get("id", ""))
         seats = [key for key, field in kind.model_fields.items() if isinstance(field.default, vf.AgentConfig)]
         if len(seats) != 1:
-            raise ValueError(f"{name} has the agents {', '.join(seats)}; one that has one agent is expected")
+            raise ValueError(f"{name} has the agents {', '.join(seats)}, expected a single agent")
         seat = dict(config.get(seats[0], {}))
         if set(seat) & {"harness", "client", "model"}:
-            raise ValueError(f"--config: the harness, client and model of {seats[0]} are this server's")
+            raise ValueError(
+                f"--config: may not set the harness, client or model of {seats[0]}, because this server does"
+            )
         seat = {"runtime": {"type": "subprocess"}, **seat, "harness": {"id": HARNESS}}
         full_config = {**config, "taskset": {**config.get("taskset", {}), "id": name}, seats[0]: seat}
         self.vf = vf
@@ -360,7 +364,7 @@ class Episodes:
         if errors or not episode.ok:
             raise RuntimeError("; ".join(f"{error.type}: {error.message}" for error in errors) or "the episode failed")
         if len(episode.traces) != 1:
-            raise RuntimeError(f"the episode has {len(episode.traces)} runs of the agent; one conversation is one")
+            raise RuntimeError(f"the episode has {len(episode.traces)} runs of the agent, expected one")
         (trace,) = episode.traces
         missing = [name for name, reward in trace.rewards.items() if reward is None]
         if missing or not trace.rewards:
@@ -430,7 +434,9 @@ def parsed(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, 
         parser.error("--tasks, --sessions, --timeout-s and --idle-s: expected more than 0")
     if args.token_env is None:
         if not _is_loopback(args.host):
-            parser.error(f"--host {args.host}: others reach it, so --token-env must name a variable with a token")
+            parser.error(
+                f"--host {args.host}: other machines can reach it, so --token-env must name a variable with a token"
+            )
         return args, None
     token = os.environ.get(args.token_env)
     if not token:

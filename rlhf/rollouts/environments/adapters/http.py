@@ -22,13 +22,13 @@ class HttpEnvironment:
 
     def __init__(self, url: str, token_env: str | None = None, timeout_s: float = 60.0) -> None:
         if not url.startswith(("http://", "https://")):
-            raise ValueError(f"url is {url!r}, expected one of http or https")
+            raise ValueError(f"url is {url!r}, expected a URL that begins with http:// or https://")
         self.url = url.rstrip("/")
         self.timeout_s = timeout_s
         self.headers = {"Content-Type": "application/json"}
         if token_env is not None:
             if token_env not in os.environ:
-                raise ValueError(f"the environment variable {token_env}, which is to hold the token, is not set")
+                raise ValueError(f"the environment variable {token_env} for the token is not set")
             self.headers["Authorization"] = f"Bearer {os.environ[token_env]}"
         self.session: str | None = None
 

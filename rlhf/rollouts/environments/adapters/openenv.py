@@ -39,12 +39,12 @@ class OpenEnv:
             from websockets.sync.client import connect
         except ImportError as error:
             raise ImportError(
-                f"websockets is not installed ({error}); it comes with the extra: pip install 'ray-rlhf[openenv]'"
+                f"websockets is not installed ({error}); install the extra: pip install 'ray-rlhf[openenv]'"
             ) from error
         if not url.startswith(("http://", "https://")):
-            raise ValueError(f"url is {url!r}, expected one of http or https")
+            raise ValueError(f"url is {url!r}, expected a URL that begins with http:// or https://")
         if RESPONSE not in json.dumps(action):
-            raise ValueError(f"action is {action!r:.100}, which has no {RESPONSE} for what the policy says")
+            raise ValueError(f"action is {action!r:.100}, which has no {RESPONSE} as the place of the policy's turn")
         self.connect, self.closed = connect, ConnectionClosed
         self.url = f"ws{url.removeprefix('http').rstrip('/')}/ws"
         self.action = action
@@ -54,7 +54,7 @@ class OpenEnv:
         self.headers: dict[str, str] = {}
         if token_env is not None:
             if token_env not in os.environ:
-                raise ValueError(f"the environment variable {token_env}, which is to hold the token, is not set")
+                raise ValueError(f"the environment variable {token_env} for the token is not set")
             self.headers["Authorization"] = f"Bearer {os.environ[token_env]}"
 
     def reset(self, seed: int, **columns: Any) -> str | None:
@@ -89,7 +89,9 @@ class OpenEnv:
         observation = result["observation"]
         if self.observation is not None:
             if self.observation not in observation:
-                raise KeyError(f"the observation has {', '.join(observation) or 'nothing'}, and no {self.observation}")
+                raise KeyError(
+                    f"the observation has {', '.join(observation) or 'no fields'}, but not {self.observation}"
+                )
             observation = observation[self.observation]
         if not observation:
             return ""

@@ -20,7 +20,7 @@ class SkyRLGym:
             import skyrl_gym
         except ImportError as error:
             raise ImportError(
-                f"skyrl-gym is not installed ({error}); it comes with the extra: pip install 'ray-rlhf[skyrl-gym]'"
+                f"skyrl-gym is not installed ({error}); install the extra: pip install 'ray-rlhf[skyrl-gym]'"
             ) from error
         skyrl_gym.spec(env)  # raises for an unknown environment
         self.gym = skyrl_gym

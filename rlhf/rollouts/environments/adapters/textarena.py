@@ -16,7 +16,7 @@ class TextArena:
             import textarena
         except ImportError as error:
             raise ImportError(
-                f"textarena is not installed ({error}); it comes with the extra: pip install 'ray-rlhf[textarena]'"
+                f"textarena is not installed ({error}); install the extra: pip install 'ray-rlhf[textarena]'"
             ) from error
         # Without wrappers the game returns only new messages, and not the whole history each time.
         self.game = textarena.make(f"{game}-raw", **(args or {}))
