@@ -114,7 +114,13 @@ class Arithmetic:
 EnginePart = Literal["weights", "cache"]
 
 
-class RolloutRole(Protocol):
+class MeasuredRole(Protocol):
+    """A role that reports its memory."""
+
+    async def memory(self) -> MemoryReport: ...
+
+
+class RolloutRole(MeasuredRole, Protocol):
     """The inference engines. They refuse to generate until they have received weights."""
 
     def generate(
@@ -143,10 +149,8 @@ class RolloutRole(Protocol):
     async def wake(self, part: EnginePart) -> None:
         """Allocate a part of the GPU memory again: first the weights, then the cache. Generating needs both."""
 
-    async def memory(self) -> MemoryReport: ...
 
-
-class RewardRole(Protocol):
+class RewardRole(MeasuredRole, Protocol):
     """Scores responses and, since it has their text, writes the samples files."""
 
     async def score(self, group: CompletedGroup) -> GroupScores: ...
@@ -159,8 +163,6 @@ class RewardRole(Protocol):
     ) -> None:
         """Write the samples file with text and tokens. Tokens covered by `signals` also get their training signals."""
 
-    async def memory(self) -> MemoryReport: ...
-
 
 class NodesRole(Protocol):
     """The nodes of the run."""
@@ -172,7 +174,7 @@ class NodesRole(Protocol):
 StatesByRank = Sequence[Sequence[Ref[LearntStates]]]  # for each data-parallel rank, the columns with its rows
 
 
-class GpuGuest(Protocol):
+class GpuGuest(MeasuredRole, Protocol):
     """A role that can leave a GPU shared with an engine. Both methods have no effect on a CPU."""
 
     async def offload(self) -> None:
@@ -204,10 +206,8 @@ class ReferenceRole(GpuGuest, Protocol):
             temperatures: by sequence id, for sequences with a temperature of their prompt.
         """
 
-    async def memory(self) -> MemoryReport: ...
 
-
-class TeacherRole(Protocol):
+class TeacherRole(MeasuredRole, Protocol):
     """The frozen teacher of a student trained on fixed data."""
 
     role: Role
@@ -216,8 +216,6 @@ class TeacherRole(Protocol):
         """Return the last hidden states at the positions predicting loss-mask tokens, for the planned rows of a data
         set.
         """
-
-    async def memory(self) -> MemoryReport: ...
 
 
 class OnlineTeacherRole(GpuGuest, Protocol):
@@ -238,8 +236,6 @@ class OnlineTeacherRole(GpuGuest, Protocol):
     ) -> Mapping[int, float]:
         """Return the mean over the sampled tokens, by sequence id."""
 
-    async def memory(self) -> MemoryReport: ...
-
 
 class TrainedRole(GpuGuest, Protocol):
     """Methods shared by the policy and the critic."""
@@ -257,8 +253,6 @@ class TrainedRole(GpuGuest, Protocol):
 
     async def arithmetic(self) -> Arithmetic:
         """Measure the hardware's throughput now. Nothing else should run meanwhile."""
-
-    async def memory(self) -> MemoryReport: ...
 
 
 class PolicyRole(TrainedRole, Protocol):

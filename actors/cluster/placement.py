@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
@@ -70,9 +70,11 @@ class Placement:
         """Return whether all workers of the run are on one node."""
         return len(self.nodes()) == 1
 
-    def cores(self, node: str) -> int:
-        """Return the CPUs of a node, as counted by Ray."""
-        return next(int(n["Resources"].get("CPU", 1)) for n in ray.nodes() if n["NodeID"] == node)
+    def threads(self, role: Role, configured: int | Literal["auto"]) -> list[int]:
+        """Return the compute threads of each worker of a role. auto: the cores of its node, divided by its workers."""
+        cores = {node["NodeID"]: int(node["Resources"].get("CPU", 1)) for node in ray.nodes()}
+        nodes = self.nodes_of(role)
+        return [max(1, cores[n] // nodes.count(n)) if configured == "auto" else configured for n in nodes]
 
     def release(self) -> None:
         """Release the resources. Has no effect after a local Ray has been killed."""

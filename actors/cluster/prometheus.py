@@ -6,6 +6,8 @@ Ray computes their sums from the centers of its buckets, and the means are metri
 
 from __future__ import annotations
 
+from typing import Any
+
 from ray.util.metrics import Counter, Gauge
 
 from rlhf.tracking.sinks.backends import TrackedStep, TrackerBackend
@@ -22,8 +24,7 @@ class PrometheusBackend(TrackerBackend):
 
     def __init__(self, run: str) -> None:
         self._run = {RUN_LABEL: run}
-        self._gauges: dict[str, Gauge] = {}
-        self._counters: dict[str, Counter] = {}
+        self._exporters: dict[str, Gauge | Counter] = {}
         self._step = Gauge(PREFIX + STEP, description="The last finished step", tag_keys=(RUN_LABEL,))
 
     def log(self, step: TrackedStep) -> None:
@@ -34,23 +35,15 @@ class PrometheusBackend(TrackerBackend):
             exported, labels = labelled(key)
             tags = self._run | labels
             if not exported.is_counter:
-                self._gauge(exported).set(value, tags=tags)
+                self._exporter(exported).set(value, tags=tags)
             elif value > 0.0:
-                self._counter(exported).inc(value, tags=tags)
+                self._exporter(exported).inc(value, tags=tags)
         self._step.set(step.step, tags=self._run)
 
-    def _gauge(self, exported: Exported) -> Gauge:
-        if exported.name not in self._gauges:
-            self._gauges[exported.name] = Gauge(exported.name, description=exported.meaning, tag_keys=_keys(exported))
-        return self._gauges[exported.name]
-
-    def _counter(self, exported: Exported) -> Counter:
-        if exported.name not in self._counters:
-            self._counters[exported.name] = Counter(
-                exported.name, description=exported.meaning, tag_keys=_keys(exported)
-            )
-        return self._counters[exported.name]
-
-
-def _keys(exported: Exported) -> tuple[str, ...]:
-    return (RUN_LABEL, *exported.labels)
+    def _exporter(self, exported: Exported) -> Any:
+        """Return the gauge or counter of a metric, created at its first use."""
+        if exported.name not in self._exporters:
+            kind = Counter if exported.is_counter else Gauge
+            tags = (RUN_LABEL, *exported.labels)
+            self._exporters[exported.name] = kind(exported.name, description=exported.meaning, tag_keys=tags)
+        return self._exporters[exported.name]

@@ -108,12 +108,11 @@ class ModelGroup(WorkerGroup):
 
 def _rank_contexts(cluster: ClusterConfig, placement: Placement, role: Role) -> list[RankContext]:
     """Return the context of each rank of a role. On a GPU, a process sees only its assigned device."""
-    nodes, threads = placement.nodes_of(role), getattr(cluster.roles, role).threads
+    nodes, threads = placement.nodes_of(role), placement.threads(role, getattr(cluster.roles, role).threads)
     cuda = cluster.device == "cuda" and placement.seating.seats[role][0].gpus > 0.0
     contexts = []
     for rank, node in enumerate(nodes):
         on_node = nodes.count(node)
-        auto = max(1, placement.cores(node) // on_node)
         contexts.append(
             RankContext(
                 rank=rank,
@@ -121,7 +120,7 @@ def _rank_contexts(cluster: ClusterConfig, placement: Placement, role: Role) -> 
                 local_rank=0 if cuda else nodes[:rank].count(node),
                 local_world_size=1 if cuda else on_node,
                 device="cuda" if cuda else "cpu",
-                threads=auto if threads == "auto" else threads,
+                threads=threads[rank],
                 deadline_s=cluster.call_timeout_s,
             )
         )

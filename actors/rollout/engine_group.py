@@ -101,17 +101,16 @@ def serve_engines(
 
 def _spawn(common: RolloutSpec, cluster: ClusterConfig, placement: Placement) -> list[ActorHandle[Any]]:
     """Create one actor for each seat. The cluster and the seat add their settings to the common ones."""
-    role, nodes = cluster.roles.rollout, placement.nodes_of("rollout")
+    role = cluster.roles.rollout
     remote = ray.remote(RolloutEngine)
     handles = []
-    for rank, node in enumerate(nodes):
-        auto = max(1, placement.cores(node) // nodes.count(node))
+    for rank, threads in enumerate(placement.threads(RolloutEngines.role, role.threads)):
         spec = replace(
             common,
             name=f"rollout engine {rank}",
             max_num_seqs=role.max_num_seqs,
             device=cluster.device,
-            threads=auto if role.threads == "auto" else role.threads,
+            threads=threads,
             kv_cache_gib=float(role.kv_cache_gib) if cluster.device == "cpu" else None,
             gpu_memory_utilization=role.gpu_memory_utilization,
             tensor_parallel=role.tensor_parallel,
@@ -119,7 +118,7 @@ def _spawn(common: RolloutSpec, cluster: ClusterConfig, placement: Placement) ->
             start_timeout_s=cluster.start_timeout_s,
             call_timeout_s=cluster.call_timeout_s,
         )
-        options = placement.options("rollout", rank, engine_environment(spec), concurrency=ASKED_AT_ONCE)
+        options = placement.options(RolloutEngines.role, rank, engine_environment(spec), concurrency=ASKED_AT_ONCE)
         handles.append(remote.options(**options).remote(spec))
     return handles
 

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rlhf.config.derive import trained_sections
 from rlhf.config.files.differences import home, portable
@@ -22,17 +22,10 @@ from rlhf.config.schema.root import Config
 from rlhf.controller.notice import Notice
 from rlhf.controller.record import Best, RunRecord
 from rlhf.errors import Preempted
-from rlhf.roles import TrainedRole
+from rlhf.roles import MeasuredRole, TrainedRole
 from rlhf.tracking.metrics.reductions import Last
-from rlhf.types import MemoryReport
 
 logger = logging.getLogger(__name__)
-
-
-class MeasuredRole(Protocol):
-    """A role that reports its memory."""
-
-    async def memory(self) -> MemoryReport: ...
 
 
 class TrainingLoop(ABC):
