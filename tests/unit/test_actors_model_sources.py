@@ -76,7 +76,7 @@ def test_a_reference_and_a_critic_begin_at_the_policys_revision(tmp_path: Path) 
 
 @pytest.mark.parametrize("model", ["./folder", "/folder", "tiny:llama"])
 def test_a_folder_has_no_revision(tmp_path: Path, model: str) -> None:
-    with pytest.raises(UserError, match=r"policy\.revision: is v1, but policy\.model is .* no model of the hub"):
+    with pytest.raises(UserError, match=r"policy\.revision: is v1, but policy\.model is .* not a model of the hub"):
         loaded(tmp_path, policy={"model": model, "revision": "v1"})
 
 
