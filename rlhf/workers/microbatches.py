@@ -57,7 +57,7 @@ class Temperatures:
 
     @classmethod
     def of(cls, rollouts: Rollouts, by_sequence: Mapping[int, float], *, common: float) -> Temperatures:
-        """Read the temperatures of a batch. `own` maps sequence ids to temperatures other than the common one."""
+        """Read the temperatures of a batch. `by_sequence` maps ids to temperatures other than `common`."""
         if not by_sequence:
             return cls(common=common, by_token=None)
         per_sequence = torch.tensor([by_sequence.get(i, common) for i in rollouts.sequence_ids.tolist()])

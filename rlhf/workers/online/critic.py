@@ -61,8 +61,11 @@ class CriticWorker(OnlineWorker):
                 returns=self.part(self.returns, microbatch),
             )
             terms = self.algorithm.critic_loss(batch, counts)
-            sampled = int(mask.sum())
-            return terms.loss, lambda: critic_metrics(terms, sampled=sampled, step_tokens=plan.num_tokens, clips=clips)
+
+            def measure() -> Metrics:
+                return critic_metrics(terms, sampled=int(mask.sum()), step_tokens=plan.num_tokens, clips=clips)
+
+            return terms.loss, measure
 
         return self.optimize(self.share.microbatches[minibatch], compute)
 
