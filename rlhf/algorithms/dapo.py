@@ -41,7 +41,7 @@ class DAPOConfig(ClippedConfig):
         most = responses.max_tokens
         if self.overlong is not None and self.overlong.buffer > most:
             key = responses.max_tokens_key
-            text = f"is {self.overlong.buffer} and must be at most {key} = {most}, which it ends at; lower it"
+            text = f"is {self.overlong.buffer} and must be at most {key} = {most}, the end of the buffer; lower it"
             yield "algorithm.overlong.buffer", text
 
 

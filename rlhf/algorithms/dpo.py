@@ -71,22 +71,24 @@ class LogRatioConfig(PreferenceConfig):
     def _fits(self) -> Self:
         names = set(self.losses)
         if not names:
-            raise ValueError("`loss` is an empty mapping; name a loss")
+            raise ValueError("`loss` is an empty mapping; name at least one loss")
         if unknown := sorted(names - set(get_args(DPOLoss))):
-            raise ValueError(f"`loss` names {unknown[0]!r}; there are {', '.join(get_args(DPOLoss))}")
+            raise ValueError(f"`loss` has {unknown[0]!r}, expected names among {', '.join(get_args(DPOLoss))}")
         if not all(0.0 < weight < math.inf for weight in self.losses.values()):
             raise ValueError(f"`loss` has the weights {dict(self.losses)}, expected numbers above 0")
         if self.length_alpha < 1.0 and (self.length_normalize or self.sft_coef):
             other = "length_normalize" if self.length_normalize else "sft_coef"
-            raise ValueError(f"`length_alpha` below 1 weighs a response's tokens unlike `{other}`; give up one of them")
+            raise ValueError(f"`length_alpha` below 1 contradicts `{other}`; use only one of them")
         if "exo" in names and self.label_smoothing == 0.0:
-            raise ValueError("`loss: exo` needs `label_smoothing` above 0: 0.001 is usual")
+            raise ValueError("`loss: exo` needs `label_smoothing` above 0; a usual value is 0.001")
         if self.wpo and COUPLED & names:
             coupled = ", ".join(sorted(COUPLED & names))
-            raise ValueError(f"`wpo` weighs each pair, and `loss: {coupled}` looks at all; give up one of them")
+            raise ValueError(
+                f"`wpo` weights single pairs, but `loss: {coupled}` depends on all pairs; use only one of them"
+            )
         if self.divergence != "reverse_kl" and not names <= OF_MARGINS:
             others = ", ".join(sorted(names - OF_MARGINS))
-            raise ValueError(f"`divergence` is for loss {', '.join(sorted(OF_MARGINS))}, not for {others}")
+            raise ValueError(f"`divergence` works only with loss {', '.join(sorted(OF_MARGINS))}, not with {others}")
         return self
 
     @property

@@ -26,7 +26,7 @@ class GDPOConfig(ClippedConfig):
         """Yield fewer than two rewards to compare by."""
         if responses.num_rewards < 2:
             count = responses.num_rewards
-            text = f"has {count} with a weight other than 0, but gdpo compares by several; add one, or use grpo"
+            text = f"has {count} with a weight other than 0, but gdpo needs at least two; add one, or use grpo"
             yield "rewards", text
 
 

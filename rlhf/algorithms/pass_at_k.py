@@ -32,7 +32,7 @@ class PassAtKConfig(ClippedConfig):
         size, key = responses.trained_per_prompt, responses.trained_key
         most = size if self.baseline == "leave_one_out" else size - 1
         if self.k > most:
-            text = f"is {self.k}, but may be {most} at most: its sets are drawn among {key} = {size} responses"
+            text = f"is {self.k} and must be at most {most}, because sets are chosen among {key} = {size} responses"
             yield "algorithm.k", text
 
 

@@ -44,7 +44,7 @@ class RAFTConfig(OnlineConfig):
             text = f"is {self.keep}, but a prompt has rollouts.samples_per_prompt = {samples} responses; lower it"
             yield "algorithm.keep", text
         elif self.keep == samples and self.min_score is None:
-            text = f"is {samples}, as rollouts.samples_per_prompt: nothing is rejected; lower it, or set min_score"
+            text = f"is {samples} = rollouts.samples_per_prompt, so no response is rejected; lower it, or set min_score"
             yield "algorithm.keep", text
 
     def unused_keys(self) -> Iterator[UnusedKey]:

@@ -151,12 +151,6 @@ def leave_one_out(scores: Float[Tensor, " B"], *, group_size: int) -> Float[Tens
     return (scores_P_G - others_P_G).flatten()
 
 
-def group_std(scores: Float[Tensor, " B"], *, group_size: int) -> Float[Tensor, " B"]:
-    """Return the unbiased std of each score's group. Scores are prompt-major; ValueError as in group_centered."""
-    scores_P_G = _grouped(scores, group_size=group_size, needed_by="group_std")
-    return scores_P_G.std(dim=1, keepdim=True).expand_as(scores_P_G).flatten()
-
-
 def uneven_group_scale(scores: Float[Tensor, " B"], *, group_size: int) -> float:
     """Return the number of groups divided by the number of groups with unequal scores (GPG's alpha, arXiv:2504.02546).
 

@@ -56,24 +56,6 @@ def dual_clipped_loss(
     return torch.where(mask & (advantages < 0), torch.minimum(clipped, -max_ratio * advantages), clipped)
 
 
-def two_sided_clipped_loss(
-    ratio: Float[Tensor, "*N"],
-    advantages: Float[Tensor, "*N"],
-    mask: Bool[Tensor, "*N"],
-    *,
-    clip_low: float,
-    clip_high: float,
-    max_ratio: float,
-) -> Float[Tensor, "*N"]:
-    """Return -min(min(ratio, max_ratio) * A, clip(ratio) * A) (INTELLECT-2, arXiv:2505.07291).
-
-    For max_ratio >= 1 + clip_high, as the paper asks, the result equals dual_clipped_loss.
-    """
-    clipped_ratio = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    objective = torch.minimum(ratio.clamp(max=max_ratio) * advantages, clipped_ratio * advantages)
-    return torch.where(mask, -objective, 0.0)
-
-
 def clipped_ratios(
     ratio: Float[Tensor, "*N"],
     advantages: Float[Tensor, "*N"],

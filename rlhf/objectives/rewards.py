@@ -56,20 +56,3 @@ def overlong_penalty(num_tokens: Int[Tensor, " B"], *, max_tokens: int, buffer: 
         raise ValueError(f"overlong_penalty needs 0 < buffer <= max_tokens, got {buffer} and {max_tokens}")
     excess = (num_tokens.double() - (max_tokens - buffer)).clamp(0.0, buffer)
     return -excess / buffer
-
-
-def scale_truncated(
-    scores: Float[Tensor, " B"], truncated: Bool[Tensor, " B"], *, factor: float
-) -> Float[Tensor, " B"]:
-    """Return scores, with those of truncated responses times a factor (ProRL, arXiv:2505.24864).
-
-    A factor below 1 makes a negative score milder.
-    """
-    return torch.where(truncated, scores * factor, scores)
-
-
-def replace_truncated(
-    scores: Float[Tensor, " B"], truncated: Bool[Tensor, " B"], *, value: float
-) -> Float[Tensor, " B"]:
-    """Return scores with one fixed value for every truncated response."""
-    return torch.where(truncated, value, scores)

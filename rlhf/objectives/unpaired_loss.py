@@ -1,4 +1,4 @@
-"""Compute losses of single responses with labels (KTO, APO-zero, BCO) or with scores and optimal values (A*-PO).
+"""Compute losses of single responses with labels (KTO, APO-zero, BCO).
 
 Each function returns one loss per response; the caller weights it and divides by the responses of the whole optimizer
 step. `log_ratios` are log pi - log pi_ref summed over the response (sequence_logprobs.py); `labels` are True for good
@@ -7,8 +7,6 @@ that is not positive.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from jaxtyping import Bool, Float
@@ -68,26 +66,6 @@ def label_weights(
     """
     weights = torch.tensor([undesirable, desirable], dtype=dtype, device=labels.device)
     return weights[labels.long()]
-
-
-def optimal_values(scores: Float[Tensor, " B"], *, group_size: int, beta: float) -> Float[Tensor, " P"]:
-    """Return V* of each prompt: beta * log mean exp(score / beta) over responses of the reference (arXiv:2505.20686).
-
-    It lies between the mean score (large beta) and the largest (small beta). Responses are prompt-major.
-    """
-    _check_beta("optimal_values", beta)
-    return beta * (torch.logsumexp(scores.view(-1, group_size) / beta, dim=1) - math.log(group_size))
-
-
-def advantage_regression(
-    log_ratios: Float[Tensor, " B"], scores: Float[Tensor, " B"], values: Float[Tensor, " B"], *, beta: float
-) -> Float[Tensor, " B"]:
-    """Return (beta c - (score - V*))^2: the log-ratio c learns the optimal advantage (A*-PO, arXiv:2505.20686).
-
-    beta may differ from optimal_values' beta. values: V* of each response's prompt.
-    """
-    _check_beta("advantage_regression", beta)
-    return (beta * log_ratios - (scores - values)).square()
 
 
 def _towards_label(values: Float[Tensor, " B"], labels: Bool[Tensor, " B"]) -> Float[Tensor, " B"]:

@@ -28,7 +28,6 @@ from rlhf.objectives.policy_loss import (
     dual_clipped_loss,
     importance_ratio,
     reinforce,
-    two_sided_clipped_loss,
 )
 from rlhf.objectives.sequence_ratios import geometric_mean_ratio, sequence_ratio, sequence_token_ratio
 from rlhf.objectives.supervised import dynamic_fine_tuning, negative_logprob
@@ -97,11 +96,6 @@ def gmpo(batch: Batch, logprobs: Tensor) -> Tensor:
     return torch.where(batch.mask, -ratio * torch.where(batch.mask, batch.advantages, 0.0), 0.0)
 
 
-def two_sided(batch: Batch, logprobs: Tensor) -> Tensor:
-    ratio = importance_ratio(logprobs, batch.old_logprobs, batch.mask)
-    return two_sided_clipped_loss(ratio, batch.advantages, batch.mask, **CLIP, max_ratio=3.0)
-
-
 def clipped(batch: Batch, logprobs: Tensor) -> Tensor:
     ratio = importance_ratio(logprobs, batch.old_logprobs, batch.mask)
     return clipped_loss(ratio, batch.advantages, batch.mask, **CLIP)
@@ -126,7 +120,6 @@ def sapo_of(batch: Batch, logprobs: Tensor) -> Tensor:
 LOSSES: dict[str, Callable[[Batch, Tensor], Tensor]] = {
     "clipped": clipped,
     "dual clip": dual_clipped,
-    "two-sided clip": two_sided,
     "gspo": lambda b, x: gspo(b, x, sequence_ratio),
     "gspo token": lambda b, x: gspo(b, x, sequence_token_ratio),
     "gmpo": gmpo,

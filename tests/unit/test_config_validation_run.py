@@ -122,19 +122,19 @@ RELATIONS = {
     "raft keeps no more than there are": (["algorithm={name: raft, keep: 5}", "train.sequences_per_update=8"], "lower"),
     "raft rejects some": (
         ["algorithm={name: raft, keep: 4}"],
-        "algorithm.keep: is 4, as rollouts.samples_per_prompt: nothing is rejected; lower it, or set min_score",
+        "algorithm.keep: is 4 = rollouts.samples_per_prompt, so no response is rejected; lower it, or set min_score",
     ),
     "a set of k has others to be compared with": (
         ["algorithm={name: pass_at_k}"],
-        "algorithm.k: is 4, but may be 3 at most: its sets are drawn among rollouts.samples_per_prompt = 4 responses",
+        "algorithm.k: is 4 and must be at most 3, because sets are chosen among rollouts.samples_per_prompt = 4 ",
     ),
     "a set of k fits the group": (
         ["algorithm={name: pass_at_k, baseline: leave_one_out, k: 5}"],
-        "algorithm.k: is 5, but may be 4 at most",
+        "algorithm.k: is 5 and must be at most 4",
     ),
     "gdpo has several rewards": (
         ["algorithm={name: gdpo}", "rewards.watched={function: exact_match, weight: 0}"],
-        "rewards: has 1 with a weight other than 0, but gdpo compares by several; add one, or use grpo",
+        "rewards: has 1 with a weight other than 0, but gdpo needs at least two; add one, or use grpo",
     ),
     "no reward has the greedy one's name": (
         ["algorithm={name: remax}", "rewards.greedy.function=exact_match"],

@@ -13,7 +13,6 @@ from rlhf.objectives.policy_loss import (
     clipped_ratios,
     dual_clipped_loss,
     reinforce,
-    two_sided_clipped_loss,
 )
 from rlhf.objectives.sequence_ratios import geometric_mean_ratio, sequence_ratio, sequence_token_ratio
 
@@ -55,14 +54,6 @@ def test_the_dual_clip_bounds_the_loss_on_negative_advantages_only() -> None:
     positive = column(*[1.0] * 4)
     same = clipped_loss(ratio, positive, all_true(4), **CLIP)
     assert torch.equal(dual_clipped_loss(ratio, positive, all_true(4), **CLIP, max_ratio=3.0), same)
-
-
-def test_the_two_sided_clip_is_the_dual_clip_above_the_clip_range() -> None:
-    ratio, advantages = column(*RATIOS, *RATIOS), column(*[1.0] * 4, *[-2.0] * 4)
-    two_sided = two_sided_clipped_loss(ratio, advantages, all_true(8), **CLIP, max_ratio=3.0)
-    torch.testing.assert_close(
-        two_sided, dual_clipped_loss(ratio, advantages, all_true(8), **CLIP, max_ratio=3.0), rtol=0, atol=0
-    )
 
 
 def test_a_dual_clip_within_the_clip_range_is_refused() -> None:

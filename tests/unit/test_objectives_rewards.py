@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rlhf.objectives.rewards import overlong_penalty, replace_truncated, scale_truncated, step_rewards, token_rewards
+from rlhf.objectives.rewards import overlong_penalty, step_rewards, token_rewards
 
 MASK, LENGTHS = torch.tensor([False, True, True, False, False, True]), torch.tensor([4, 2])
 
@@ -30,12 +30,6 @@ def test_overlong_penalty() -> None:
     assert halves.tolist() == pytest.approx([0.0, -0.2, -1.0])  # from 17.5 on: (18 - 17.5) / 2.5
     with pytest.raises(ValueError, match="0 < buffer <= max_tokens, got 0 and 20"):
         overlong_penalty(torch.tensor([1]), max_tokens=20, buffer=0)
-
-
-def test_truncated_scores() -> None:
-    scores, truncated = torch.tensor([1.0, 0.5, -0.5]), torch.tensor([True, False, True])
-    assert scale_truncated(scores, truncated, factor=0.5).tolist() == [0.5, 0.5, -0.25]
-    assert replace_truncated(scores, truncated, value=-1.0).tolist() == [-1.0, 0.5, -1.0]
 
 
 def test_a_step_is_rewarded_where_it_ends() -> None:

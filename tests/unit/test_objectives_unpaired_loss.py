@@ -9,13 +9,11 @@ import torch
 
 from rlhf.objectives.preference_loss import apo_zero, bco_pair
 from rlhf.objectives.unpaired_loss import (
-    advantage_regression,
     apo_zero_unpaired,
     bco,
     kto,
     label_weights,
     mismatched_kl,
-    optimal_values,
 )
 
 LOG3 = math.log(3.0)
@@ -52,20 +50,6 @@ def test_bco_is_a_classifier() -> None:
 
 def test_label_weights() -> None:
     assert label_weights(LABELS, desirable=1.5, undesirable=0.5).tolist() == [1.5, 0.5, 0.5]
-
-
-def test_the_log_ratio_learns_the_optimal_advantage() -> None:
-    scores = torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=torch.float64)
-    # exp(score / beta) is 3 or 1: log((3 + 1) / 2) and log 3, times beta
-    beta = 1.0 / LOG3
-    values = optimal_values(scores, group_size=2, beta=beta)
-    torch.testing.assert_close(values.tolist(), [math.log(2.0) / LOG3, 1.0])
-    log_ratios = torch.tensor([2.0, -1.0], dtype=torch.float64)
-    # 0.5 * 2 - (1 - 0.25) = 0.25 and 0.5 * -1 - (0 - 0.75) = 0.25
-    terms = advantage_regression(log_ratios, scores[:2], torch.tensor([0.25, 0.75], dtype=torch.float64), beta=0.5)
-    torch.testing.assert_close(terms.tolist(), [0.0625, 0.0625])
-    with pytest.raises(ValueError, match="optimal_values needs beta > 0"):
-        optimal_values(scores, group_size=2, beta=0.0)
 
 
 def test_far_log_ratios_stay_finite() -> None:

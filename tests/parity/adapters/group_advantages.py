@@ -15,7 +15,6 @@ from rlhf.objectives.advantages import (
     group_best_margin,
     group_centered,
     group_normalized,
-    group_std,
     leave_one_out,
     length_weighted_centered,
     reward_to_go,
@@ -110,7 +109,7 @@ def verl_passk(arguments: Arguments) -> Outputs:
 
     def estimate(scores: Tensor, rows: Tensor) -> Tensor:
         margin = group_best_margin(scores, group_size=len(rows), k=len(rows))
-        return margin / (group_std(scores, group_size=len(rows)) + eps) if by_std else margin
+        return margin / (scores.std() + eps) if by_std else margin
 
     return on_tokens(by_group(arguments, estimate), arguments.mask("response_mask"))
 

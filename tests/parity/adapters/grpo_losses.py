@@ -195,7 +195,7 @@ def surrogate(batch: GRPOBatch, ratio: Tensor, loss_type: str) -> Tensor:
     if loss_type in CLIPPED:
         if delta is None:
             return policy_loss.clipped_loss(ratio, *columns, **batch.clip)
-        return policy_loss.two_sided_clipped_loss(ratio, *columns, **batch.clip, max_ratio=delta)
+        return policy_loss.dual_clipped_loss(ratio, *columns, **batch.clip, max_ratio=delta)
     if loss_type == "cispo":
         cap = batch.clip["clip_high"]
         return weighted_loss.cispo(ratio, batch.logprobs, *columns, min_ratio=0.0, max_ratio=cap)

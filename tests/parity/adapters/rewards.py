@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rlhf.objectives.rewards import overlong_penalty, replace_truncated, scale_truncated, token_rewards
+from rlhf.objectives.rewards import overlong_penalty, token_rewards
 from rlhf.objectives.supervised import negative_logprob
 from tests.parity.adapters.aggregation import openrlhf_aggregated
 from tests.parity.case import Adapter, Arguments, Outputs
@@ -45,9 +45,7 @@ def openrlhf_stop_properly(arguments: Arguments) -> Outputs:
     """A coefficient below zero is a value, any other a factor."""
     scores, truncated = arguments.tensor("rewards"), arguments.mask("truncated")
     coef = arguments.number("stop_properly_penalty_coef")
-    if coef < 0:
-        return {"rewards": replace_truncated(scores, truncated, value=coef)}
-    return {"rewards": scale_truncated(scores, truncated, factor=coef)}
+    return {"rewards": torch.where(truncated, torch.full_like(scores, coef) if coef < 0 else scores * coef, scores)}
 
 
 def trl_soft_overlong(arguments: Arguments) -> Outputs:

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from rlhf.objectives.advantages import group_centered, group_normalized, group_std, leave_one_out, whiten
+from rlhf.objectives.advantages import group_centered, group_normalized, leave_one_out, whiten
 from rlhf.objectives.kl import kl_k1
 from rlhf.objectives.masking import Moments, masked_mean, moments, sequence_sums
 from rlhf.objectives.policy_loss import clipped_loss, clipped_ratios, importance_ratio
@@ -62,7 +62,7 @@ def trl_grpo_advantages(arguments: Arguments) -> Outputs:
         centered, batch_std = group_centered(scores, group_size=group_size), math.sqrt(all_moments(scores).variance)
         advantages, zero_std = over_std(centered, batch_std), torch.full_like(scores, batch_std)
     else:
-        zero_std = group_std(scores, group_size=group_size)
+        zero_std = scores.view(-1, group_size).std(dim=1).repeat_interleave(group_size)
         if scaling == "group":
             advantages = group_normalized(scores, group_size=group_size, eps=STD_EPS)
         else:

@@ -82,12 +82,8 @@ def trl_bco(arguments: Arguments) -> Outputs:
 def trl_a2po(arguments: Arguments) -> Outputs:
     """The regression of A*-PO's second stage, on values that are given."""
     policy = arguments.variable("policy_logps")
-    losses = unpaired_loss.advantage_regression(
-        policy - arguments.tensor("ref_logps"),
-        arguments.tensor("rewards"),
-        arguments.tensor("v_star"),
-        beta=arguments.number("beta2"),
-    )
+    learnt = arguments.number("beta2") * (policy - arguments.tensor("ref_logps"))
+    losses = (learnt - (arguments.tensor("rewards") - arguments.tensor("v_star"))).square()
     loss = losses.mean()
     return {"loss": loss, "grad_policy_logps": gradient(loss, policy)}
 
