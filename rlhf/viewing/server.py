@@ -6,7 +6,6 @@ GET  /api/runs                runs with their state, and the meaning of each met
 GET  /api/metrics?run=        rows of metrics.jsonl from a position on; /api/errors likewise
 GET  /api/samples?run=&step=  short forms of a step's responses
 GET  /api/responses?...&at=   some responses in full
-GET  /api/config?run=         config.resolved.yaml, unchanged
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import json
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +63,10 @@ class RunViewer:
         get = app.router.add_get
         get("/", self._page)
         get("/api/runs", self._runs)
-        get("/api/metrics", self._metrics)
-        get("/api/errors", self._errors)
+        get("/api/metrics", partial(self._tail, "metrics.jsonl", last=False))
+        get("/api/errors", partial(self._tail, "errors.jsonl", last=True))
         get("/api/samples", self._samples)
         get("/api/responses", self._responses)
-        get("/api/config", self._config)
         app.router.add_post("/login", self._login)
         app.router.add_static("/static", STATIC)
         return app
@@ -98,7 +97,7 @@ class RunViewer:
         assert self.token is not None
         return hmac.digest(os.fsencode(self.token), b"rlhf view", "sha256").hex()
 
-    async def _page(self, request: web.Request) -> web.StreamResponse:
+    async def _page(self, _: web.Request) -> web.StreamResponse:
         return web.FileResponse(STATIC / "index.html")
 
     async def _login(self, request: web.Request) -> web.Response:
@@ -118,13 +117,7 @@ class RunViewer:
             answer["metrics"] = _DECLARED
         return web.json_response(answer)
 
-    async def _metrics(self, request: web.Request) -> web.Response:
-        return await self._tail(request, "metrics.jsonl", last=False)
-
-    async def _errors(self, request: web.Request) -> web.Response:
-        return await self._tail(request, "errors.jsonl", last=True)
-
-    async def _tail(self, request: web.Request, name: str, *, last: bool) -> web.Response:
+    async def _tail(self, name: str, request: web.Request, *, last: bool) -> web.Response:
         start, mark = _number(request, "from", default=0), _number(request, "mark", default=0)
         path = self._run(request).path / name
         chunk = await asyncio.to_thread(read_chunk, path, start, mark, last=last)
@@ -163,13 +156,6 @@ class RunViewer:
         if lines is None:
             raise web.HTTPConflict(reason="the samples of this step were written again")
         return web.Response(body=lines, content_type="application/jsonl")
-
-    async def _config(self, request: web.Request) -> web.Response:
-        try:
-            text = (self._run(request).path / "config.resolved.yaml").read_text(encoding="utf-8", errors="replace")
-        except OSError as error:
-            raise web.HTTPNotFound(reason="no config.resolved.yaml yet") from error
-        return web.Response(text=text)
 
     def _run(self, request: web.Request) -> RunPlace:
         run = self.runs.by_name().get(request.query.get("run", ""))

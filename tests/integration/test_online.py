@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from rlhf.tracking.metrics.declarations import expected_metrics
-from rlhf.tracking.metrics.histograms import read_histograms
+from rlhf.tracking.metrics.histograms import FILE as HISTOGRAMS
+from rlhf.tracking.run_folder.atomic import read_lines
 from tests.integration.recipes import rows, start, train, without_clocks, write_config
 
 PPO: dict[str, Any] = {
@@ -97,7 +98,7 @@ def test_the_run_folder_has_what_it_promises(unbroken: Path) -> None:
     assert len(trained) == 16
     assert all(row["response_tokens"] >= 1 and row["advantage"] is not None for row in trained)
     assert {key.split("/")[2] for key in found[2] if key.startswith("system/")} >= {"cpu_fraction", "memory_gib"}
-    distributions = {row["step"]: row for row in read_histograms(unbroken)}
+    distributions = {row["step"]: row for row in read_lines(unbroken / HISTOGRAMS)}
     assert sorted(distributions) == [1, 2, 3, 4]
     count = {key: sum(one["counts"]) for key, one in distributions[2].items() if key != "step"}
     tokens = round(32 * found[2]["rollouts/response_tokens/mean"])  # 8 prompts, 4 samples of each
@@ -141,7 +142,7 @@ def test_a_killed_and_resumed_run_equals_an_unbroken_one(unbroken: Path) -> None
 
     expected_rows, found = (without_clocks(rows(folder / name)) for name in ("unbroken", "killed"))
     assert found == expected_rows
-    assert read_histograms(folder / "killed") == read_histograms(unbroken)
+    assert read_lines(folder / "killed" / HISTOGRAMS) == read_lines(unbroken / HISTOGRAMS)
     assert found[4]["experience/kl_coef"] != found[1]["experience/kl_coef"]
     assert found[1]["update/entropy_coef"] == 0.0
     assert found[4]["update/entropy_coef"] == pytest.approx(0.003)  # three steps with less entropy than the target

@@ -13,9 +13,10 @@ import rlhf
 from rlhf.errors import UserError
 from rlhf.tracking.metrics.declarations import METRICS
 from rlhf.tracking.metrics.panels import SECTIONS
+from rlhf.tracking.metrics.reductions import Histogram
 from rlhf.tracking.sinks import wandb_workspace as workspace
 from rlhf.tracking.sinks.grafana import grafana_dashboard
-from rlhf.tracking.sinks.prometheus_names import all_exported, labelled
+from rlhf.tracking.sinks.prometheus_names import PREFIX, STEP, Exported, exported, labelled
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -82,6 +83,12 @@ def test_a_missing_package_or_folder_is_named(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(workspace, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"ray-rlhf\[dashboard\]"):
         rlhf.dashboard(out=tmp_path / "file.json")
+
+
+def all_exported() -> list[Exported]:
+    """All metrics that a run may export, and the last finished step."""
+    metrics = [exported(metric) for metric in METRICS.values() if metric.reduction is not Histogram]
+    return [Exported(name=PREFIX + STEP, labels=(), is_counter=False, meaning=""), *metrics]
 
 
 def test_exported_names_are_prometheus_names_and_distinct() -> None:

@@ -17,8 +17,9 @@ import torch
 from rlhf.errors import UserError
 from rlhf.objectives.masking import bin_counts
 from rlhf.tracking.diagnosis.findings import Severity
-from rlhf.tracking.metrics.histograms import ADVANTAGE_EDGES, RATIO_EDGES, TOKEN_EDGES, read_histograms
+from rlhf.tracking.metrics.histograms import ADVANTAGE_EDGES, RATIO_EDGES, TOKEN_EDGES
 from rlhf.tracking.metrics.reductions import Histogram
+from rlhf.tracking.run_folder.atomic import read_lines
 from rlhf.tracking.run_folder.samples import samples_path, write_samples
 from rlhf.tracking.sinks import backends, tensorboard_backend
 from rlhf.tracking.sinks.backends import Relay, TrackedStep, TrackerBackend
@@ -238,11 +239,11 @@ def test_histograms_are_cut_to_what_they_hold_and_taken_back(tmp_path: Path) -> 
         tracker.log(step, {}, {KEY: LENGTHS})
     tracker.log(3, {})
     # edges go ... 2, 3, 4, 5, 6, 7, 8, 10: three is in the first bin that is kept, nine in the last
-    row = read_histograms(tmp_path)[0]
+    row = read_lines(tmp_path / "histograms.jsonl")[0]
     assert row["step"] == 1
     assert row[KEY] == {"edges": [3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0], "counts": [2.0, 0.0, 0.0, 0.0, 0.0, 1.0]}
     Tracker(tmp_path).truncate_after(1)
-    assert [row["step"] for row in read_histograms(tmp_path)] == [1]
+    assert [row["step"] for row in read_lines(tmp_path / "histograms.jsonl")] == [1]
 
 
 @pytest.mark.parametrize("edges", [ADVANTAGE_EDGES, RATIO_EDGES, TOKEN_EDGES])

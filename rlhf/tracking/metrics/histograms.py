@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.tracking.metrics.reductions import Histogram
-from rlhf.tracking.run_folder.atomic import explains_full, json_line, read_lines
+from rlhf.tracking.run_folder.atomic import explains_full, json_line
 
 FILE = "histograms.jsonl"
 
@@ -46,8 +46,3 @@ def append_histograms(folder: Path, step: int, distributions: Mapping[str, Histo
         row = {"step": step, **{key: trimmed(histogram) for key, histogram in sorted(distributions.items())}}
         with explains_full(path), path.open("a", encoding="utf-8") as file:
             file.write(json_line(row))
-
-
-def read_histograms(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of a run in order of steps. An incomplete last line after a kill is left out."""
-    return read_lines(folder / FILE)

@@ -111,42 +111,40 @@ class Sum(_Additive):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Last(Reduction):
-    """State rather than a sample of something (a learning rate, a version): the right operand wins."""
+class _Chosen(Reduction):
+    """A reduction that keeps the value of one operand."""
 
     value: float
+
+    def result(self) -> float:
+        return self.value
+
+
+class Last(_Chosen):
+    """State rather than a sample of something (a learning rate, a version): the right operand wins."""
+
+    __slots__ = ()
 
     def merge(self, other: Self) -> Self:
         return other
 
-    def result(self) -> float:
-        return self.value
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Max(Reduction):
+class Max(_Chosen):
     """Largest value; a nan among the values is kept."""
 
-    value: float
+    __slots__ = ()
 
     def merge(self, other: Self) -> Self:
         return self if math.isnan(self.value) or self.value >= other.value else other
 
-    def result(self) -> float:
-        return self.value
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Min(Reduction):
+class Min(_Chosen):
     """Smallest value; a nan among the values is kept."""
 
-    value: float
+    __slots__ = ()
 
     def merge(self, other: Self) -> Self:
         return self if math.isnan(self.value) or self.value <= other.value else other
-
-    def result(self) -> float:
-        return self.value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

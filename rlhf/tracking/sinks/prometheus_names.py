@@ -10,8 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from rlhf.tracking.metrics.declarations import METRICS, Metric, declared
-from rlhf.tracking.metrics.reductions import Histogram
+from rlhf.tracking.metrics.declarations import Metric, declared
 
 PREFIX = "rlhf_"
 RAYS_PREFIX = "ray_"  # Ray puts it before every name
@@ -50,10 +49,3 @@ def labelled(key: str) -> tuple[Exported, dict[str, str]]:
     """Return the Prometheus form of a key, and its labels. KeyError: the key is not declared."""
     metric = declared(key)
     return exported(metric), metric.placeholders(key) or {}
-
-
-def all_exported() -> list[Exported]:
-    """Return all metrics that a run may export."""
-    metrics = [exported(metric) for metric in METRICS.values() if metric.reduction is not Histogram]
-    step = Exported(name=PREFIX + STEP, labels=(), is_counter=False, meaning="The last finished step")
-    return [step, *metrics]
