@@ -281,7 +281,7 @@ def test_a_frozen_engine_takes_no_weights(tiny_model: Path) -> None:
         "max_model_len": 64,
         "max_num_seqs": 4,
     }
-    with pytest.raises(ValueError, match="needs a frozen engine"):
+    with pytest.raises(ValueError, match="an engine with an adapter must be frozen"):
         RolloutSpec(transport="shm", adapter="x", lora_rank=4, **settings)
     assert not RolloutSpec(transport="shm", **settings).is_frozen
     worker = RolloutWorker(RolloutSpec(transport=None, **settings))
