@@ -19,7 +19,6 @@ from actors.cluster.address import cluster_to_join
 from actors.sweeps.search import require_optuna, strategy_of
 from actors.sweeps.trial_process import END_WITHIN_S, MachineShare, TrialProcess, wait_for_all
 from rlhf.config.files.dump import dump_yaml
-from rlhf.config.files.load import LoadedConfig
 from rlhf.config.placement_plan import copies
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.sweep import GridMethod, Sweep
@@ -29,7 +28,7 @@ from rlhf.stopping import StopRequest, current_request
 from rlhf.sweeps.journal import Journal, Trial
 from rlhf.sweeps.plots import plot
 from rlhf.sweeps.results import SweepResult, collect, explain_failure, judged_folder, metric_values, write
-from rlhf.sweeps.space import Values, known_trials
+from rlhf.sweeps.space import Values, format_values, known_trials
 from rlhf.sweeps.strategy import Assignment, Strategy
 from rlhf.tracking import logs
 from rlhf.tracking.formatting import number
@@ -116,7 +115,7 @@ class _Loop:
         process.begin(file, log, until=assignment.until, keep=keep)
         self.running.append(_Running(assignment, process, slot, log_bytes))
         until = "" if assignment.until is None else f" to step {assignment.until}"
-        logger.info("%s begins%s: %s", trial.name, until, _shown_values(trial.parameters))
+        logger.info("%s begins%s: %s", trial.name, until, format_values(trial.parameters))
 
     def _read(self, running: _Running) -> None:
         """Report new values in metrics.jsonl to the strategy."""
@@ -240,7 +239,7 @@ def _shares(sweep: Sweep, known: Sequence[Values] | None) -> list[MachineShare]:
     config = sweep.config
     trials = [sweep.base, *(sweep.trial(values, "trial") for values in known or ())]
     wanted = [bundles_of(trial) for trial in trials]
-    cluster = _cluster(sweep.base)
+    cluster = next(iter(sweep.base.runs.values())).cluster
     address = cluster_to_join(cluster.address)
     cores, gpus = tuple(sorted(os.sched_getaffinity(0))), visible_gpus()
     nodes = [{"CPU": float(len(cores)), "GPU": float(len(gpus))}] if address is None else _nodes(cluster)
@@ -273,10 +272,6 @@ def _may_keep_engines(sweep: Sweep) -> bool:
     return fixed and not sweep.base.is_pipeline and runs[0].algorithm.is_online and runs[0].cluster.device == "cpu"
 
 
-def _cluster(loaded: LoadedConfig) -> ClusterConfig:
-    return next(iter(loaded.runs.values())).cluster
-
-
 def _nodes(cluster: ClusterConfig) -> list[Mapping[str, float]]:
     import ray
 
@@ -284,7 +279,3 @@ def _nodes(cluster: ClusterConfig) -> list[Mapping[str, float]]:
 
     with connected(cluster):
         return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def _shown_values(parameters: Values) -> str:
-    return ", ".join(f"{key}={value}" for key, value in parameters.items())

@@ -14,7 +14,7 @@ from rlhf.config.schema.stages import MergeStage
 from rlhf.config.schema.sweep import AshaMethod, GridMethod, Parameter, PbtMethod, Sweep
 from rlhf.planning.report import render_plan
 from rlhf.planning.summary import format_table
-from rlhf.sweeps.space import known_trials
+from rlhf.sweeps.space import format_values, known_trials
 
 NUM_SHOWN = 12  # trials
 
@@ -35,7 +35,7 @@ def render_sweep(
     ]
     parts = [f"{config.name}: sweep -> {sweep.folder}\n", format_table(rows)]
     if known is not None:
-        shown = [[f"trial-{number:03d}", _shown_values(values)] for number, values in enumerate(known[:NUM_SHOWN])]
+        shown = [[f"trial-{number:03d}", format_values(values)] for number, values in enumerate(known[:NUM_SHOWN])]
         more = [[f"and {count - NUM_SHOWN} more"]] if count > NUM_SHOWN else []
         parts.append("\n" + format_table([*shown, *more]))
     first = sweep.base if known is None else sweep.trial(known[0], "trial-000")
@@ -57,12 +57,6 @@ def _range(parameter: Parameter) -> str:
     kinds = ["integers"] * parameter.integer + ["log"] * (parameter.scale == "log")
     kinds += [] if parameter.step is None else [f"in steps of {parameter.step:g}"]
     return ", ".join([f"{parameter.min:g} to {parameter.max:g}", *kinds])
-
-
-def _shown_values(values: Mapping[str, Any]) -> str:
-    return ", ".join(
-        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items()
-    )
 
 
 def _at_once(sweep: Sweep, known: Sequence[Mapping[str, Any]] | None, count: int, cluster: str | None) -> str:

@@ -7,9 +7,9 @@ of a trial is recorded only in its run folder.
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self
 
 from rlhf.config.files.differences import differences
@@ -53,7 +53,7 @@ class Copy:
     parameters: Values
 
 
-class Journal:
+class Journal(AbstractContextManager["Journal"]):
     """Own the sweep's folder and its lock on behalf of the running process."""
 
     def __init__(self, folder: Path, lock: int) -> None:
@@ -90,12 +90,7 @@ class Journal:
     def close(self) -> None:
         os.close(self._lock)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def run_folder(self, number: int) -> Path:

@@ -87,6 +87,11 @@ def fitting(parameter: Parameter, number: float) -> float | int:
     return min(max(float(f"{number:.6g}"), low), high)
 
 
+def format_values(values: Values) -> str:
+    """Return the parameters of a trial in one line."""
+    return ", ".join(f"{k}={value:.4g}" if isinstance(value, float) else f"{k}={value}" for k, value in values.items())
+
+
 def _moved(parameter: Parameter, value: Any, random: Random) -> Any:
     count = _count(parameter)
     if count is None:
