@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -53,41 +54,32 @@ async def score_held_out(
     selections: list[SampleSelection] = []
     reports: list[SetReport] = []
     answered: dict[str, list[ScoredGroup]] = {}
-    offset = 0
+    group_ids = itertools.count(-1, -1)  # negative: not in the prompt stream
 
-    async def scored(name: str, prompts: Sequence[Prompt], sampling: Sampling, samples: int) -> list[ScoredGroup]:
-        nonlocal offset
+    async def score(name: str, prompts: Sequence[Prompt], sampling: Sampling, samples: int) -> list[ScoredGroup]:
         requests = [
             request_for(
                 prompt,
-                group_id=-1 - offset - index,  # negative: not in the prompt stream
+                group_id=next(group_ids),
                 first_sequence_id=index * samples,
                 samples=samples,
                 run_seed=config.run.seed,
             )
             for index, prompt in enumerate(prompts)
         ]
-        offset += len(requests)
         groups = await scorer.score_all(requests, sampling, step=step, version=step)
-        sound = [group for group in groups if not group.scores.errors]
-        failures = [group.scores.errors for group in groups if group.scores.errors]
-        rules = error_rules(config.rewards), config.reward_policy.on_error
-        fatal = [errors for errors in failures if ends_run(errors, *rules)]
-        if fatal or not sound:
-            scorer.forget_failures()
-            raise RunError(f"eval {name}, step {step}: {describe_errors((fatal or failures)[0])}")
-        return sound
+        return _sound(groups, config, scorer, where=f"eval {name}, step {step}")
 
     with record.stage("eval", role="rollout"):
         for name, held_out in sets.items():
-            groups = await scored(name, held_out.prompts, sampling, settings.samples_per_prompt)
+            groups = await score(name, held_out.prompts, sampling, settings.samples_per_prompt)
             results = await _results(groups, marking, scorer.reward)
             prompt_ids = [prompt.prompt_id for prompt in held_out.prompts]
             set_reports = prompt_reports(
                 name, results, marking, sources=held_out.sources, prompt_ids=prompt_ids, seed=config.run.seed
             )
             if settings.greedy:
-                greedy = await scored(name, held_out.prompts, replace(sampling, temperature=0.0), 1)
+                greedy = await score(name, held_out.prompts, replace(sampling, temperature=0.0), 1)
                 set_reports[0] = _with_greedy(set_reports[0], greedy, seed=config.run.seed)
             reports += set_reports
             answered[name] = groups
@@ -104,6 +96,18 @@ async def score_held_out(
         write_atomic(evaluation_path(record.folder.path, step), text)
         await scorer.reward.write_samples(samples_path(record.folder.scratch, step), selections)
     return answered
+
+
+def _sound(groups: Sequence[ScoredGroup], config: Config, scorer: RolloutScorer, *, where: str) -> list[ScoredGroup]:
+    """Return the groups without failed rewards. Raise RunError if a failure ends the run, or if no group is left."""
+    sound = [scored for scored in groups if not scored.scores.errors]
+    failures = [scored.scores.errors for scored in groups if scored.scores.errors]
+    rules = error_rules(config.rewards), config.reward_policy.on_error
+    fatal = [errors for errors in failures if ends_run(errors, *rules)]
+    if fatal or not sound:
+        scorer.forget_failures()
+        raise RunError(f"{where}: {describe_errors((fatal or failures)[0])}")
+    return sound
 
 
 async def compare_with_teacher(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from rlhf.controller.learning import Signals
 from rlhf.roles import Metrics, SampleSelection, ScoredGroup
@@ -11,6 +12,8 @@ from rlhf.tracking.metrics.histograms import TOKEN_EDGES
 from rlhf.tracking.metrics.reductions import Histogram, Max, Mean, Reduction, Std, Sum
 from rlhf.tracking.run_folder.samples import SampleRecord
 from rlhf.types import RolloutInfo, StepReward
+
+T = TypeVar("T")
 
 
 def rollout_metrics(groups: Sequence[ScoredGroup], *, version: int) -> Metrics:
@@ -38,14 +41,14 @@ def rollout_metrics(groups: Sequence[ScoredGroup], *, version: int) -> Metrics:
     greedy = [scored.greedy_score for scored in groups if scored.greedy_score is not None]
     if greedy:
         metrics["rewards/greedy/mean"] = Mean.of(greedy)
-    for name, values in values_by_reward(groups).items():
+    for name, values in by_reward(scored.scores.by_name for scored in groups).items():
         opinions = [value for value in values if value is not None]
         if opinions:
             metrics[f"rewards/{name}/mean"] = Mean.of(opinions)
         if len(opinions) < len(values):
             silent = len(values) - len(opinions)
             metrics[f"rewards/{name}/no_opinion/fraction"] = Mean(total=silent, count=len(values))
-    for name, responses in steps_by_reward(groups).items():
+    for name, responses in by_reward(scored.scores.steps for scored in groups).items():
         step_values = [step.value for steps in responses for step in steps]
         metrics[f"rewards/{name}/steps/mean"] = Mean.of([float(len(steps)) for steps in responses])
         metrics[f"rewards/{name}/step/mean"] = Mean.of(step_values)
@@ -53,22 +56,13 @@ def rollout_metrics(groups: Sequence[ScoredGroup], *, version: int) -> Metrics:
     return metrics
 
 
-def steps_by_reward(groups: Sequence[ScoredGroup]) -> dict[str, list[tuple[StepReward, ...]]]:
-    """Return the step values of each reward credited by steps, one tuple per response."""
-    steps: dict[str, list[tuple[StepReward, ...]]] = {}
-    for scored in groups:
-        for name, responses in scored.scores.steps.items():
-            steps.setdefault(name, []).extend(responses)
-    return steps
-
-
-def values_by_reward(groups: Sequence[ScoredGroup]) -> dict[str, list[float | None]]:
-    """Return each reward's values for the responses it applies to. Rewards without such a response are absent."""
-    columns: dict[str, list[float | None]] = {}
-    for scored in groups:
-        for name, values in scored.scores.by_name.items():
-            columns.setdefault(name, []).extend(values)
-    return columns
+def by_reward(columns: Iterable[Mapping[str, Sequence[T]]]) -> dict[str, list[T]]:
+    """Join the columns of all groups by reward. Rewards that apply to no response are absent."""
+    whole: dict[str, list[T]] = {}
+    for rewards in columns:
+        for name, values in rewards.items():
+            whole.setdefault(name, []).extend(values)
+    return whole
 
 
 def _conversation_metrics(infos: Sequence[RolloutInfo]) -> dict[str, Reduction]:
@@ -94,7 +88,7 @@ def environment_failures(infos: Sequence[RolloutInfo]) -> dict[str, Reduction]:
     }
 
 
-def _behind(info: RolloutInfo, steps: Sequence[StepReward]) -> tuple[StepReward, ...]:
+def _after_prompt(info: RolloutInfo, steps: Sequence[StepReward]) -> tuple[StepReward, ...]:
     """Return the steps with ends counted from the prompt's end, as for a sample's tokens."""
     return tuple(replace(step, end=step.end - info.num_prompt_tokens) for step in steps)
 
@@ -124,7 +118,7 @@ def group_samples(
                     response="",
                     score=scored.scores.scores[sample] if scored.scores.scores else None,
                     scores={name: values[sample] for name, values in scored.scores.by_name.items()},
-                    steps={name: _behind(info, steps[sample]) for name, steps in scored.scores.steps.items()},
+                    steps={name: _after_prompt(info, steps[sample]) for name, steps in scored.scores.steps.items()},
                     advantage=signals.advantages.get(info.sequence_id),
                     preferred=signals.preferred.get(info.sequence_id),
                     truncated=info.finish_reason == "length",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rlhf.config.schema.rewards import RewardConfig
-from rlhf.controller.rollout_report import rollout_metrics, values_by_reward
+from rlhf.controller.rollout_report import by_reward, rollout_metrics
 from rlhf.controller.training_scores import TrainingScores
 from rlhf.roles import CompletedGroup, ScoredGroup
 from rlhf.types import GroupRequest, GroupScores, Prompt, RolloutInfo
@@ -44,7 +44,7 @@ def scores(**given: dict[str, Any]) -> TrainingScores:
 
 
 def test_a_reward_counts_where_it_applies() -> None:
-    assert values_by_reward(GROUPS) == {"maths": [1.0, 3.0], "style": [4.0, 4.0, 2.0, 6.0]}
+    assert by_reward(scored.scores.by_name for scored in GROUPS) == {"maths": [1.0, 3.0], "style": [4.0, 4.0, 2.0, 6.0]}
     found = rollout_metrics(GROUPS, version=0)
     assert found["rewards/maths/mean"].result() == 2.0  # (1 + 3) / 2
     assert found["rewards/style/mean"].result() == 4.0  # (4 + 4 + 2 + 6) / 4
