@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rlhf.evaluation.statistics import (
@@ -71,11 +71,6 @@ class Marks:
     pass_score: float | None = None
     answers: AnswerForm | None = None
     by: str | None = None
-
-    def over(self, other: Marks) -> Marks:
-        """Return these settings, with missing ones from `other`."""
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(other, **{name: value for name, value in given.items() if value is not None})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,6 @@ from rlhf.evaluation.results import (
     Evaluation,
     ExampleResult,
     Marking,
-    Marks,
     PromptResult,
     SetReport,
     example_metrics,
@@ -94,10 +93,6 @@ def test_a_set_and_each_of_its_sources_has_a_report() -> None:
         ("heldout.hard", 1, 0),
     ]
     assert [one.metrics["score"].value for one in found] == [0.25, 0.5, 0.0]
-
-
-def test_marks_of_the_user_go_before_the_configuration() -> None:
-    assert Marks(ks=(3,)).over(Marks(ks=(1,), by="task")) == Marks(ks=(3,), by="task")
 
 
 def test_models_are_compared_on_the_prompts_that_both_answered() -> None:
