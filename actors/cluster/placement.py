@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -15,7 +15,8 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.cluster.connect import OWN_RAY
-from rlhf.config.placement_plan import Seating, assign_nodes, seat
+from rlhf.config.placement_plan import Seating, assign_nodes, seat, seats_of
+from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.root import Config
 from rlhf.errors import RunError, UserError
 from rlhf.role_table import Role
@@ -86,10 +87,16 @@ class Placement:
 
 async def reserve(config: Config) -> Placement:
     """Reserve the resources of all roles of a run."""
-    return await reserve_seats(seat(config), limit_s=config.cluster.start_timeout_s)
+    return await _reserve(seat(config), limit_s=config.cluster.start_timeout_s)
 
 
-async def reserve_seats(seating: Seating, *, limit_s: float) -> Placement:
+async def reserve_roles(roles: Collection[Role], cluster: ClusterConfig, *, with_reward_model: bool) -> Placement:
+    """Reserve the resources of some roles, for work outside of a run."""
+    seating = seats_of(roles, cluster, with_reward_model=with_reward_model)
+    return await _reserve(seating, limit_s=cluster.start_timeout_s)
+
+
+async def _reserve(seating: Seating, *, limit_s: float) -> Placement:
     """Reserve all bundles, or fail at the deadline with a table of required and available resources.
 
     Raises UserError if even the empty cluster could not hold them, unless a lost node may return.

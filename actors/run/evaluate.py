@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from actors.cluster.connect import connected
-from actors.cluster.placement import reserve_seats
+from actors.cluster.placement import reserve_roles
 from actors.roles.group import Stoppable, ending, spawn
 from actors.roles.worker_pools import LikelihoodWorkers, RewardWorkers
 from actors.rollout.engine_group import RolloutEngines, serve_engines
 from actors.run.run_record import recording
 from actors.serving.offline import requests_of
 from rlhf.config.files.load import LoadedConfig
-from rlhf.config.placement_plan import seats_of
 from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.stages import result_of
 from rlhf.controller.rollout_scorer import error_record, note_errors, process_answers
@@ -132,10 +131,8 @@ async def _answers(
 ) -> dict[str, list[PromptResult]]:
     """Return a model's scored responses to the prompts of every set. Prompts with a failed reward are left out."""
     cluster, decoding, policy = inputs.cluster, inputs.decoding, inputs.reward_policy
-    seating = seats_of(
-        {RolloutEngines.role, RewardWorkers.role}, cluster, with_reward_model=inputs.reward_model is not None
-    )
-    placement = await reserve_seats(seating, limit_s=cluster.start_timeout_s)
+    roles = {RolloutEngines.role, RewardWorkers.role}
+    placement = await reserve_roles(roles, cluster, with_reward_model=inputs.reward_model is not None)
     groups: list[Stoppable] = []
     async with ending(groups, placement):
         engines = serve_engines(
@@ -178,25 +175,27 @@ async def _answers(
                 "%s answers %s: %d prompts, %d samples", candidate.model.name, name, len(prompts), decoding.samples
             )
             judged = await process_answers(engines, *requests_of(prompts, decoding), judge, version=0)
-            rules = rules_of_specs(inputs.rewards)
-            errors = [scored.scores.errors for scored, _ in judged if scored.scores.errors]
-            fatal = [failed for failed in errors if ends_run(failed, rules, policy.on_error)]
-            if errors and (fatal or len(errors) == len(judged)):
-                raise RunError(f"eval {name}: {describe_errors((fatal or errors)[0])}")
-            for failed in errors:
-                logger.warning("%s: left out, since %s", name, describe_errors(failed))
-            form = inputs.marking.answers if inputs.marking.pass_score is not None else None
-            results[name] = [
-                _result(scored, responses, form) for scored, responses in judged if not scored.scores.errors
-            ]
+            results[name] = _results(name, judged, inputs)
     return results
+
+
+def _results(name: str, judged: Sequence[tuple[ScoredGroup, ResponseTexts]], inputs: EvalInputs) -> list[PromptResult]:
+    """Return the results of a set, without prompts whose reward failed. RunError: all failed, or one ends the run."""
+    rules = rules_of_specs(inputs.rewards)
+    errors = [scored.scores.errors for scored, _ in judged if scored.scores.errors]
+    fatal = [failed for failed in errors if ends_run(failed, rules, inputs.reward_policy.on_error)]
+    if errors and (fatal or len(errors) == len(judged)):
+        raise RunError(f"eval {name}: {describe_errors((fatal or errors)[0])}")
+    for failed in errors:
+        logger.warning("%s: left out, since %s", name, describe_errors(failed))
+    form = inputs.marking.answers if inputs.marking.pass_score is not None else None
+    return [_result(scored, responses, form) for scored, responses in judged if not scored.scores.errors]
 
 
 async def _measured(candidate: Candidate, inputs: EvalInputs) -> dict[str, list[ExampleResult]]:
     """Return a model's results on the examples of every set."""
     cluster = inputs.cluster
-    seating = seats_of({LikelihoodWorkers.role}, cluster, with_reward_model=False)
-    placement = await reserve_seats(seating, limit_s=cluster.start_timeout_s)
+    placement = await reserve_roles({LikelihoodWorkers.role}, cluster, with_reward_model=False)
     limit = inputs.max_tokens_per_microbatch
     handles = spawn(
         cluster, placement, LikelihoodWorkers.role, LikelihoodWorker, candidate.model, max_tokens_per_microbatch=limit

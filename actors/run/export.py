@@ -42,16 +42,7 @@ def export_checkpoint(
     logs.configure()
     if push_to_hub is not None:
         refuse_unpublishable(push_to_hub, key="--push-to-hub")
-    resolved = run / "config.resolved.yaml"
-    if not (run / "checkpoints").is_dir() or not resolved.exists():
-        raise UserError(
-            f"{run} is not a run folder: it has no checkpoints/ or config.resolved.yaml. Name a run's own folder."
-        )
-    name = "latest" if step is None else f"step_{step:06d}"
-    checkpoint = run / "checkpoints" / name
-    if not checkpoint.exists():
-        names = ", ".join(sorted(p.name for p in (run / "checkpoints").glob("step_*"))) or "none"
-        raise UserError(f"{run} has no checkpoint {name}. There are: {names}")
+    resolved, checkpoint = run / "config.resolved.yaml", _checkpoint(run, step)
     if folder.exists():
         raise UserError(f"{folder} exists already; name a folder that does not")
     try:
@@ -70,8 +61,8 @@ def export_checkpoint(
             f"{resolved}: policy.trust_remote_code is true, so the export would run code that comes with "
             f"{config.policy.model}. Repeat it with --trust-remote-code if you trust that model."
         )
-    saved_step = int(checkpoint.resolve().name.removeprefix("step_"))
-    damage = find_damage(checkpoint.resolve(), step=saved_step)
+    saved_step = int(checkpoint.name.removeprefix("step_"))
+    damage = find_damage(checkpoint, step=saved_step)
     if damage is not None:
         raise UserError(f"{damage} Restore the file from a copy, or name another step with --step.")
     alone = Config.model_validate(
@@ -87,11 +78,25 @@ def export_checkpoint(
     if config.algorithm.has_scalar_head:
         alone = alone.model_copy(update={"algorithm": config.algorithm})
     with tempfile.TemporaryDirectory() as aside, connected(config.cluster):
-        run_async(_export(with_adapters(with_sources(alone, Path(aside)), {}), checkpoint.resolve(), folder, merged))
+        run_async(_export(with_adapters(with_sources(alone, Path(aside)), {}), checkpoint, folder, merged))
     write_model_card(folder, config, run=run, step=saved_step, merged=merged)
-    logger.info("exported %s to %s", checkpoint.resolve().name, folder)
+    logger.info("exported %s to %s", checkpoint.name, folder)
     if push_to_hub is not None:
         push_folder(folder, push_to_hub)
+
+
+def _checkpoint(run: Path, step: int | None) -> Path:
+    """Return the folder of a checkpoint of the run, by default the latest. UserError if there is none."""
+    if not (run / "checkpoints").is_dir() or not (run / "config.resolved.yaml").exists():
+        raise UserError(
+            f"{run} is not a run folder: it has no checkpoints/ or config.resolved.yaml. Name a run's own folder."
+        )
+    name = "latest" if step is None else f"step_{step:06d}"
+    checkpoint = run / "checkpoints" / name
+    if not checkpoint.exists():
+        names = ", ".join(sorted(p.name for p in (run / "checkpoints").glob("step_*"))) or "none"
+        raise UserError(f"{run} has no checkpoint {name}. There are: {names}")
+    return checkpoint.resolve()
 
 
 def _refuse_code_of_run(resolved: Path) -> None:

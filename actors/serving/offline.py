@@ -11,11 +11,10 @@ from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar
 
 from actors.cluster.connect import connected
-from actors.cluster.placement import reserve_seats
+from actors.cluster.placement import reserve_roles
 from actors.cluster.waiting import wait_one
 from actors.roles.group import ending
 from actors.rollout.engine_group import RolloutEngines, serve_engines
-from rlhf.config.placement_plan import seats_of
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.controller.rollout_scorer import process_answers, request_for
 from rlhf.data.templates import UNCHANGED, ChatTemplate
@@ -82,8 +81,7 @@ def load_servable(name: str, *, trust_remote_code: bool, template: ChatTemplate 
 def serving(model: ModelOnDisk, tokenizer: Any, cluster: ClusterConfig, *, max_model_len: int) -> Iterator[Served]:
     """Yield engines with the model, for the length of the block."""
     with connected(cluster), asyncio.Runner() as runner:
-        seating = seats_of({"rollout"}, cluster, with_reward_model=False)
-        placement = run_async(reserve_seats(seating, limit_s=cluster.start_timeout_s), runner)
+        placement = run_async(reserve_roles({RolloutEngines.role}, cluster, with_reward_model=False), runner)
         engines = serve_engines(model, cluster, placement, max_model_len=max_model_len)
         with _entered(ending([engines], placement), runner):
             run_async(engines.start(deadline_s=cluster.start_timeout_s), runner)
