@@ -47,9 +47,13 @@ class CodeSource:
     package: str | None = None  # name and version of the package that offers the entry point
 
     def digest(self) -> bytes:
-        """Return a digest of the source and of the text of its file, but not of other files that the file imports."""
+        """Return a digest of the code and its arguments: of the text of a file, or of the version of a package.
+
+        It does not cover other files that the file imports, and is the same if the file is moved.
+        """
         text = b"" if self.path is None else Path(self.path).read_bytes()
-        return hashlib.blake2b(repr(self).encode() + text, digest_size=16).digest()
+        settings = repr((self.name, self.args, self.entry, self.package)).encode()
+        return hashlib.blake2b(settings + text, digest_size=16).digest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,10 +103,12 @@ def find_code(
         return CodeSource(path=None, name=name, args=dict(args or {}))
     if offers:
         (offer,) = offers
-        return CodeSource(path=None, name=name, args=dict(args or {}), entry=offer.value, package=_package(offer))
+        return CodeSource(
+            path=None, name=name, args=dict(args or {}), entry=f"{offer.module}:{offer.attr}", package=_package(offer)
+        )
     if name.endswith(".py"):
         raise UserError(f"{key}`{name}` names a file, but no {kind} in it. Write `{name}:NAME`.")
-    raise UserError(f"{key}there is no {kind} `{name}`{known_names(kind, name, built_ins)}")
+    raise UserError(f"{key}there is no {kind} `{name}`{_known_names(kind, name, built_ins)}")
 
 
 def is_offered(kind: Kind, name: str) -> bool:
@@ -119,7 +125,7 @@ def _offers(kind: Kind, name: str, key: str) -> list[EntryPoint]:
     return offers
 
 
-def known_names(kind: Kind, name: str, built_ins: Collection[str]) -> str:
+def _known_names(kind: Kind, name: str, built_ins: Collection[str]) -> str:
     """Return the end of a message about an unknown name: the nearest name, and all that there are."""
     installed = sorted(entry_points(group=f"rlhf.{kind}s").names - set(built_ins))
     near = difflib.get_close_matches(name, [*built_ins, *installed], n=1)

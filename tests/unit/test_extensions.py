@@ -118,6 +118,9 @@ def test_a_digest_covers_the_source_and_its_text(tmp_path: Path) -> None:
     source = CodeSource(path=str(path), name="a")
     first = source.digest()
     assert source.digest() == first
+    moved = tmp_path / "moved.py"
+    moved.write_text("a = 1\n")
+    assert CodeSource(path=str(moved), name="a").digest() == first
     path.write_text("a = 2\n")
     assert source.digest() != first
     offer = {"path": None, "name": "a", "entry": "shop_code:a"}
