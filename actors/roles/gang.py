@@ -142,7 +142,7 @@ class PolicyGang(Gang):
     async def prepare(
         self, plan: BatchPlan, rollouts: Sequence[Ref[Rollouts]], ref_logprobs: Sequence[Ref[TokenValues]]
     ) -> PrepareReport:
-        refs = [h.prepare.remote(plan, len(rollouts), *rollouts, *ref_logprobs) for h in self.handles]
+        refs = [h.prepare.remote(plan, *rollouts, *ref_logprobs) for h in self.handles]
         reports = self.distinct(await self.all(refs, "experience"))
         return PrepareReport(
             sequences=tuple(s for sequences, _ in reports for s in sequences),

@@ -102,7 +102,7 @@ class Policy(Trained):
         self.worker: Any = worker
 
     async def prepare(self, plan: BatchPlan, rollouts: Sequence[Any], ref_logprobs: Sequence[Any]) -> PrepareReport:
-        sequences, metrics = self.worker.prepare(plan, len(rollouts), *rollouts, *ref_logprobs)
+        sequences, metrics = self.worker.prepare(plan, *rollouts, *ref_logprobs)
         return PrepareReport(sequences=sequences, metrics=metrics)
 
     async def set_advantages(self, by_sequence: Mapping[int, float] | None, values: Sequence[Any]) -> AdvantagesReport:

@@ -127,7 +127,7 @@ def train_rank(rank: int, world_size: int, *, config: Config) -> list[Any]:
     whole = Rollouts.gather(given, range(GROUPS * SAMPLES))
     plan = plan_of(whole, ranks=ranks, scores=REWARD if sampled else {})
     told = [one for one in teacher.logprobs(None, {}, *given) if not isinstance(one, int)] if sampled else []
-    worker.prepare(plan, GROUPS, *given, *told)
+    worker.prepare(plan, *given, *told)
     found = []
     for half in list(range(len(HALVES))) * config.train.epochs_per_batch:
         own = plan.minibatches[half].sequences_by_rank[worker.data_rank]

@@ -132,7 +132,7 @@ def learn(
         wanted = frozenset(info.sequence_id for pair in pairs for info in pair)
         *references, count = other.logprobs(wanted, {}, *rollouts)
         assert count == sum(info.num_prompt_tokens + info.num_response_tokens for pair in pairs for info in pair)
-    worker.prepare(plan, len(rollouts), *rollouts, *references)
+    worker.prepare(plan, *rollouts, *references)
     found = [worker.update(minibatch) for minibatch in range(len(plan.minibatches))]
     own = plan.sequences_of(rank)
     told, _ = worker.token_signals(own)

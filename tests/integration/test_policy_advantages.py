@@ -69,7 +69,7 @@ def learn(
         num_sequences=len(chosen),
     )
     plan = BatchPlan(step=1, minibatches=(minibatch,), scores={i: SCORES[i] for i in chosen}, kl_coef=0.0)
-    reports, _ = worker.prepare(plan, len(rollouts), *rollouts)
+    reports, _ = worker.prepare(plan, *rollouts)
     assert {report.sequence_id for report in reports} <= set(shares[rank])
     _, (means, _) = worker.set_advantages(None)
     assert set(means) == set(shares[rank])
@@ -171,7 +171,7 @@ def credit(
         kl_coef=0.0,
         steps={i: steps_of(i, lengths[i]) for i in chosen},
     )
-    worker.prepare(plan, len(rollouts), *rollouts)
+    worker.prepare(plan, *rollouts)
     values = [TokenValues(sequence_ids=whole.sequence_ids, lengths=whole.lengths, values=whole.token_ids / 100)]
     ppo = algorithm["name"] == "ppo"
     worker.set_advantages(None if ppo else SCORES, *(values if ppo else ()))

@@ -97,13 +97,13 @@ def learn(
     groups = [scored(one, group) for group, one in enumerate(rollouts)]
     plan = plan_batch(groups, step=1, seed=0, num_minibatches=2, num_ranks=world_size, kl_coef=0.0)
     if agree:
-        worker.prepare(plan, len(rollouts), *rollouts)
+        worker.prepare(plan, *rollouts)
         own = worker.compute("old logprobs", policy_logprobs_only)[0]
         rollouts = [replace(worker.share.rollouts, rollout_logprobs=own)]
     if correction is not None and correction.get("mode") in BYPASSES:
         unusable: Any = None
         worker.compute = unusable  # type: ignore[method-assign]
-    reports, prepared = worker.prepare(plan, len(rollouts), *rollouts)
+    reports, prepared = worker.prepare(plan, *rollouts)
     assert {report.sequence_id for report in reports} == set(plan.sequences_of(rank))
     by_sequence = {i: (i % SAMPLES) - 1.0 + 0.1 * i for i in range(GROUPS * SAMPLES)}
     _, (_, signals) = worker.set_advantages(by_sequence)

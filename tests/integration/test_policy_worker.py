@@ -80,7 +80,7 @@ def learn(rank: int, world_size: int, *, algorithm: dict[str, Any], model: str, 
     worker.build()
     plan = plan_of(config, world_size)
     rollouts = [rollouts_of(group) for group in range(GROUPS)]
-    worker.prepare(plan, len(rollouts), *rollouts)
+    worker.prepare(plan, *rollouts)
     by_sequence = None if algorithm["name"] == "reinforce" else {i: 2.0 - (i * 7 % 5) for i in plan.scores}
     _, (_, found) = worker.set_advantages(by_sequence)
     count = int(worker.share.rollouts.response_mask.sum())
@@ -144,7 +144,7 @@ def signals(rank: int, world_size: int, *, algorithm: dict[str, Any], model: str
         num_sequences=len(ids),
     )
     plan = replace(plan, minibatches=(whole,))
-    worker.prepare(plan, GROUPS, *(rollouts_of(group) for group in range(GROUPS)))
+    worker.prepare(plan, *(rollouts_of(group) for group in range(GROUPS)))
     (before,) = worker.compute("a test", policy_logprobs_only)
     worker.set_advantages({i: float(i) for i in ids})
     assert worker.old_logprobs is None  # only the update computes them

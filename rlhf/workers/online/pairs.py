@@ -38,9 +38,7 @@ class OnlinePreferenceWorker(PreferenceWorker):
         self.rollouts_config = config.rollouts
         self.reference_is_adapter_off = reference_is_adapter_off
 
-    def prepare(
-        self, plan: BatchPlan, num_rollouts: int, *parts: Rollouts | TokenValues
-    ) -> tuple[tuple[SequenceReport, ...], Metrics]:
+    def prepare(self, plan: BatchPlan, *parts: Rollouts | TokenValues) -> tuple[tuple[SequenceReport, ...], Metrics]:
         """Receive this rank's pairs of a batch. `parts`: the rollouts, then the reference's columns. Collective.
 
         Only the reference of an adapter is computed here. The first update measures the current
@@ -48,7 +46,7 @@ class OnlinePreferenceWorker(PreferenceWorker):
         """
         sequence_ids = plan.sequences_of(self.data_rank)
         ids = sequence_ids or _some_pair(plan)  # without pairs the rank passes tokens outside the loss mask
-        rollouts = Rollouts.gather([p for p in parts[:num_rollouts] if isinstance(p, Rollouts)], ids)
+        rollouts = Rollouts.gather([part for part in parts if isinstance(part, Rollouts)], ids)
         prompts = shared_prompts(rollouts, samples_per_prompt=self.rollouts_config.samples_per_prompt)
         common = self.rollouts_config.temperature
         temperatures = Temperatures.of(rollouts, plan.temperatures, common=common).by_token
@@ -76,7 +74,7 @@ class OnlinePreferenceWorker(PreferenceWorker):
         )
         self.observed: list[Metrics] = []
         self.observes = True
-        references = [p for p in parts[num_rollouts:] if isinstance(p, TokenValues)]
+        references = [part for part in parts if isinstance(part, TokenValues)]
         if self.reference_is_adapter_off:
             from rlhf.models.lora import adapter_disabled  # with peft, which takes seconds
 

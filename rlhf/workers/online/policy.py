@@ -53,9 +53,7 @@ class PolicyWorker(OnlineWorker):
         self.algorithm = algorithm_of(config.algorithm, OnlineAlgorithm)
         self.reference_is_adapter_off = reference_is_adapter_off
 
-    def prepare(
-        self, plan: BatchPlan, num_rollouts: int, *parts: Rollouts | TokenValues
-    ) -> tuple[tuple[SequenceReport, ...], Metrics]:
+    def prepare(self, plan: BatchPlan, *parts: Rollouts | TokenValues) -> tuple[tuple[SequenceReport, ...], Metrics]:
         """Receive this rank's share of a batch. `parts`: the rollouts, then the reference's columns. Collective.
 
         Old log-probabilities are computed only if something reads them before the first update: several updates

@@ -42,9 +42,7 @@ class StudentWorker(OnlineWorker):
         """Keep the teacher's vocabulary head. Called once before the first step, if the run uses hidden states."""
         self.teacher = head.to(self.device)
 
-    def prepare(
-        self, plan: BatchPlan, num_rollouts: int, *parts: Rollouts | TokenValues
-    ) -> tuple[tuple[SequenceReport, ...], Metrics]:
+    def prepare(self, plan: BatchPlan, *parts: Rollouts | TokenValues) -> tuple[tuple[SequenceReport, ...], Metrics]:
         """Receive this rank's share of a batch. Collective.
 
         `parts` holds the rollouts, followed by the teacher's log-probabilities of the sampled tokens if the run
