@@ -94,7 +94,7 @@ def _page(groups: Sequence[Sequence[Run]], findings: dict[str, list[Finding]], *
 def _summary(runs: Sequence[Run], findings: dict[str, list[Finding]]) -> str:
     """Return a one-sentence summary."""
     if not any(run.rows for run in runs):
-        return "No step is written down yet."
+        return "No step is written yet."
     counts = Counter(finding.severity for run in runs for finding in findings[run.name])
     counted = [f"{counts[name]} {name}{'s' if counts[name] > 1 else ''}" for name in SEVERITIES if counts[name]]
     return f"{', '.join(counted)} found." if counted else "Nothing in the metrics looks wrong."

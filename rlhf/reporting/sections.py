@@ -153,7 +153,7 @@ def _response(step: int, row: Mapping[str, Any]) -> dict[str, str]:
     marks = [f"step {step}"]
     marks += [f"score {number(row['score'])}"] if row.get("score") is not None else []
     marks += [f"{row['response_tokens']} tokens"] if row.get("response_tokens") is not None else []
-    marks += ["cut off"] if row.get("truncated") else []
+    marks += ["truncated"] if row.get("truncated") else []
     return {"marks": ", ".join(marks), "text": str(row.get("response", ""))}
 
 

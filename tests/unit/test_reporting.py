@@ -237,7 +237,7 @@ def test_a_run_without_rows_one_that_goes_on_and_one_that_failed(tmp_path: Path)
         young.write_environment(seed=0)
         page = Page(rlhf.report(young.path).html)
         assert "young running" in page.text
-        assert "No step is written down yet." in page.text
+        assert "No step is written yet." in page.text
     assert read_runs([young.path])[0].state == "not started"
     failed = make_run(tmp_path, "failed", steps=3, done=False)
     append_line(failed / "errors.jsonl", {"step": 4, "stage": "run", "kind": "RunError", "message": "update: <lost>"})

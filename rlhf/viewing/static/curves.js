@@ -175,7 +175,7 @@ export function Curves({ runs, settings, set, tick, about, theme, focus }) {
       <${Check} checked=${settings.log} set=${(log) => set({ log })}>log scale<//>
       <${Check} checked=${settings.byTime} set=${(byTime) => set({ byTime })}>by time<//>
     </div>
-    ${!names.size && html`<p class="empty">No step is written yet. Curves come with the first.</p>`}
+    ${!names.size && html`<p class="empty">No step is written yet. Curves appear with the first step.</p>`}
     ${names.size > 0 && !sections.length && html`<p class="empty">No metric has “${settings.wanted}” in its name.</p>`}
     ${sections.map(
       ([stage, members]) => html`<details open class="stage" key=${stage} data-stage=${stage}>

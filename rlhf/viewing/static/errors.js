@@ -14,7 +14,7 @@ export function Errors({ runs, go, wanted, setWanted }) {
       <${Search} placeholder="errors with …" label="only errors with this text" value=${wanted} set=${setWanted} />
       <span>${shown.length} of ${all.length}</span>
     </div>
-    ${!all.length && html`<p class="empty">No error is on record.</p>`}
+    ${!all.length && html`<p class="empty">There are no errors.</p>`}
     <div class="list">
       ${shown.slice(0, MOST).map(
         (error, i) =>

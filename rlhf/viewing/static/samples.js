@@ -139,7 +139,7 @@ function Side({ labelled, tone, run, step, group, colour, scale, responses, erro
 }
 
 function Legend({ colour, scale, there }) {
-  if (!there) return html`<span class="legend">these responses have no tokens on record</span>`;
+  if (!there) return html`<span class="legend">the tokens of these responses are not recorded</span>`;
   if (colour === COLOURS.none) return null;
   if (scale === null) return html`<span class="legend">no ${colour.label} here</span>`;
   const ends = colour.below ? ["0", `≤ ${number(-scale)}`] : [`≤ ${number(-scale)}`, `≥ ${signed(scale)}`];
@@ -226,7 +226,7 @@ export function Samples({ place, go, runs, content, tick, theme, focus, filter, 
 
   const missing = () => {
     if (!place.run) return "No run yet.";
-    if (!runA?.steps.length) return "No samples are written yet. They come with the first step or evaluation of a run that samples responses.";
+    if (!runA?.steps.length) return "No samples are written yet. They appear with the first step or evaluation that samples responses.";
     if (a.error) return a.error.message;
     if (!a.listing || groups.length) return null;
     if (!place.compare || !groupsA.length) return "No response passes the filters.";
