@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from rlhf.config.derive import (
@@ -22,6 +21,7 @@ from rlhf.config.derive import (
 from rlhf.config.schema.cluster import TrainedResources
 from rlhf.config.schema.model import CriticConfig, ModelConfig, PolicyConfig
 from rlhf.config.schema.root import Config
+from rlhf.objectives.products import multiplies_bfloat16_fast
 from rlhf.planning.memory import (
     GIB,
     Footprint,
@@ -38,7 +38,6 @@ from rlhf.planning.memory import (
 from rlhf.planning.shapes import Shape, find_shape
 from rlhf.role_table import ROLES, Role
 
-CPUINFO = Path("/proc/cpuinfo")
 BUCKET_BYTES = 64 << 20  # of a weight broadcast: actors.weights.broadcast
 
 
@@ -53,13 +52,6 @@ class Sizes:
 
     def of(self, model: str) -> Shape:
         return find_shape(model, shapes=self.shapes, made=self.made or {})
-
-    @cached_property
-    def widens(self) -> bool:
-        """Return whether this machine multiplies bfloat16 in float32. It mirrors rlhf.objectives.products without
-        torch."""
-        text = CPUINFO.read_text() if CPUINFO.exists() else ""
-        return not ("amx_bf16" in text or ("avx512_bf16" in text and "AuthenticAMD" in text))
 
 
 def footprints(config: Config, sizes: Sizes) -> list[Footprint]:
@@ -117,7 +109,7 @@ def training(role_name: Role, model: PolicyConfig | CriticConfig, config: Config
         optimizer=config.train.optimizer,
         offload=role.offload,
         on_gpu=on_gpu,
-        widens=not on_gpu and model.dtype == "bfloat16" and sizes.widens,
+        widens=not on_gpu and model.dtype == "bfloat16" and not multiplies_bfloat16_fast(),
     )
 
 
@@ -217,7 +209,7 @@ def _forward(name: Role, model: ModelConfig | None, config: Config, sizes: Sizes
             itemsize=_itemsize(model),
             tokens=config.train.max_tokens_per_microbatch if sizes.tokens is None else sizes.tokens,
             scalar=is_scoring,
-            widens=not on_gpu and model.dtype == "bfloat16" and sizes.widens,
+            widens=not on_gpu and model.dtype == "bfloat16" and not multiplies_bfloat16_fast(),
         )
     if name in shares_engines_gpus(config):
         terms.append(_put_aside(terms))

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from rlhf.objectives.vocabulary_head import CHUNK_ROWS, CHUNKS_PER_PRODUCT
 from rlhf.planning.shapes import Shape
 from rlhf.role_table import Role
 
 GIB = 2**30
-CHUNK_ROWS, CHUNKS_PER_PRODUCT = 256, 4  # as in rlhf.objectives.vocabulary_head; a test compares them
 PREFILL_TOKENS = 8192  # as in actors.rollout.vllm_engine
 BUCKET_ELEMENTS = 5 * 10**7  # as in rlhf.engine.deepspeed; a test compares them
 LIVE_PARAMETERS = 10**9  # of ZeRO-3: gathered and not yet released; DeepSpeed's default

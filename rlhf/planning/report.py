@@ -162,7 +162,7 @@ def response_lengths(config: Config, text: str | None) -> Lengths:
 
 def _times(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: Lengths) -> list[str]:
     stages = training_stages(config, sizes, nodes, lengths)
-    title = f"time of a step, estimated ({_assumed(config, sizes, nodes, lengths)})\n"
+    title = f"time of a step, estimated ({_assumed(config, nodes, lengths)})\n"
     if not config.algorithm.is_online:
         return [title + _stages(config, stages, nodes)]
     system, sync = system_of(config, sizes, nodes, lengths, {}), sync_stage(config, sizes, nodes)
@@ -185,8 +185,8 @@ def _times(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: 
     return [text, f"schedules; this run has rollouts.max_staleness {ahead}\n" + format_table(rows)]
 
 
-def _assumed(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: Lengths) -> str:
-    speed = rates(config, nodes, sizes, role="policy")
+def _assumed(config: Config, nodes: Sequence[Node] | None, lengths: Lengths) -> str:
+    speed = rates(config, nodes, role="policy")
     has_type = any(node.kind for node in nodes or ())
     guess = "" if has_type or config.cluster.device == "cpu" else f", assumed: --cluster says no type={DEFAULT_GPU}"
     responses = f"; responses {lengths}" if config.algorithm.is_online else f"; sequences of {lengths.mean:,.0f} tokens"

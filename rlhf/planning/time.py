@@ -26,6 +26,7 @@ from rlhf.config.derive import (
 from rlhf.config.nodes import ACCELERATORS, Node
 from rlhf.config.schema.model import CriticConfig, PolicyConfig
 from rlhf.config.schema.root import Config
+from rlhf.objectives.products import multiplies_bfloat16_fast
 from rlhf.planning.footprints import Sizes, cache_tokens
 from rlhf.planning.lengths import Lengths
 from rlhf.planning.memory import kv_bytes_per_token
@@ -62,7 +63,7 @@ class Stage:
     how: str
 
 
-def rates(config: Config, nodes: Sequence[Node] | None, sizes: Sizes, *, role: Role) -> Rates:
+def rates(config: Config, nodes: Sequence[Node] | None, *, role: Role) -> Rates:
     """Return the rates of a worker: of its GPU, or of its share of the CPUs."""
     if config.cluster.device == "cuda":
         kinds = {node.kind for node in nodes or () if node.gpus} - {None}
@@ -75,7 +76,7 @@ def rates(config: Config, nodes: Sequence[Node] | None, sizes: Sizes, *, role: R
     else:  # a node's cores are divided among the role's workers on it
         all_cores = float(os.cpu_count() or 1) if nodes is None else sum(node.cpus for node in nodes)
         cores = max(1.0, all_cores // section.workers)
-    fast = config.policy.dtype == "bfloat16" and not sizes.widens
+    fast = config.policy.dtype == "bfloat16" and multiplies_bfloat16_fast()
     return Rates(
         name=f"{cores:g} CPUs",
         peak=(CPU_FAST_BF16_GFLOPS if fast else CPU_GFLOPS) * 1e9 * cores,
@@ -119,7 +120,7 @@ def training_stages(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, 
     stages: list[Stage] = []
 
     def stage(name: str, role: Role, model: Any, *, trains: bool = False) -> Stage:
-        speed, workers = rates(config, nodes, sizes, role=role), getattr(config.cluster.roles, role).workers
+        speed, workers = rates(config, nodes, role=role), getattr(config.cluster.roles, role).workers
         each = (passes(model) if trains else 1.0) * forward_operations(sizes.of(model.model), mean)
         count = tokens * (config.train.epochs_per_batch if trains and online else 1)
         reached = speed.peak * (speed.train if trains else speed.forward)
@@ -154,7 +155,7 @@ def sync_stage(config: Config, sizes: Sizes, nodes: Sequence[Node] | None) -> St
     """Return the transfer of the policy's weights to the engines."""
     shape = sizes.of(config.policy.model)
     size = 4 if config.policy.dtype == "float32" else 2
-    speed = rates(config, nodes, sizes, role="policy")
+    speed = rates(config, nodes, role="policy")
     if ships_adapter(config) and config.policy.lora is not None:
         nbytes, payload = shape.lora_parameters(config.policy.lora.rank) * size, "the adapter"
     else:
@@ -171,7 +172,7 @@ def system_of(
     assert config.rollouts is not None
     role, policy, parallel = config.cluster.roles.rollout, config.policy, config.cluster.roles.rollout.tensor_parallel
     shape, size = sizes.of(policy.model), 4 if policy.dtype == "float32" else 2
-    speed = rates(config, nodes, sizes, role="rollout")
+    speed = rates(config, nodes, role="rollout")
     bandwidth, arithmetic = speed.bandwidth * speed.decode * parallel, speed.peak * speed.forward * parallel
     prompt, average = config.data.max_prompt_tokens, lengths.average()
     mean = prompt + average / 2

@@ -119,20 +119,9 @@ def test_activations_are_what_the_packed_forward_pass_saves(tmp_path: Path, dtyp
 def test_constants_of_the_code_that_is_modelled() -> None:
     from actors.rollout import vllm_engine
     from rlhf.engine import deepspeed
-    from rlhf.objectives import vocabulary_head
 
     assert memory.BUCKET_ELEMENTS == deepspeed.BUCKET_ELEMENTS
-    assert memory.CHUNK_ROWS == vocabulary_head.CHUNK_ROWS
-    assert memory.CHUNKS_PER_PRODUCT == vocabulary_head.CHUNKS_PER_PRODUCT
     assert memory.PREFILL_TOKENS == vllm_engine.PREFILL_TOKENS
-
-
-def test_a_machine_widens_as_the_products_do() -> None:
-    import torch
-
-    from rlhf.objectives.products import widens_products
-
-    assert Sizes().widens == widens_products(torch.zeros(1, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("rank", [None, 4])
