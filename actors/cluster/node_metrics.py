@@ -31,7 +31,7 @@ class Nodes:
     def __init__(self, placement: Placement) -> None:
         here = ray.get_runtime_context().get_node_id()
         addresses = {node["NodeID"]: node["NodeManagerAddress"].replace(":", "-") for node in ray.nodes()}
-        used = {node for role in placement.seating.seats for node in placement.nodes_of(role)}
+        used = {node for role in placement.plan.slots for node in placement.nodes_of(role)}
         self.here = addresses[here]
         self.sampler = NodeSampler()
         remote = ray.remote(NodeSampler)

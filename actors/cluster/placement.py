@@ -15,7 +15,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.cluster.connect import OWN_RAY
-from rlhf.config.placement_plan import Seating, assign_nodes, seat, seats_of
+from rlhf.config.placement_plan import PlacementPlan, assign_nodes, plan_placement, plan_roles
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.root import Config
 from rlhf.errors import RunError, UserError
@@ -29,14 +29,14 @@ RELEASED_WITHIN_S = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """A reserved placement group with its seats."""
+    """A reserved placement group with its slots."""
 
     group: PlacementGroup
-    seating: Seating
+    plan: PlacementPlan
 
     def options(self, role: Role, rank: int, env: Mapping[str, str], *, concurrency: int = 1) -> dict[str, Any]:
-        """Return the Ray options of one worker: its seat, its environment, and no retries of any kind."""
-        place = self.seating.seats[role][rank]
+        """Return the Ray options of one worker: its slot, its environment, and no retries of any kind."""
+        place = self.plan.slots[role][rank]
         return {
             "num_cpus": place.cpus,
             "num_gpus": place.gpus,
@@ -52,7 +52,7 @@ class Placement:
     def nodes_of(self, role: Role) -> list[str]:
         """Return the node of each worker of a role."""
         nodes: Mapping[int, str] = placement_group_table(self.group)["bundles_to_node_id"]
-        return [nodes[place.bundle] for place in self.seating.seats[role]]
+        return [nodes[place.bundle] for place in self.plan.slots[role]]
 
     def addresses_of(self, role: Role) -> list[str]:
         """Return the node address of each worker of a role."""
@@ -61,7 +61,7 @@ class Placement:
 
     def describe(self) -> str:
         """Return the node addresses of each role's workers, in rank order."""
-        return "; ".join(f"{role} on {', '.join(self.addresses_of(role))}" for role in self.seating.seats)
+        return "; ".join(f"{role} on {', '.join(self.addresses_of(role))}" for role in self.plan.slots)
 
     def nodes(self) -> set[str]:
         """Return all nodes of the run."""
@@ -87,34 +87,34 @@ class Placement:
 
 async def reserve(config: Config) -> Placement:
     """Reserve the resources of all roles of a run."""
-    return await _reserve(seat(config), limit_s=config.cluster.start_timeout_s)
+    return await _reserve(plan_placement(config), limit_s=config.cluster.start_timeout_s)
 
 
 async def reserve_roles(roles: Collection[Role], cluster: ClusterConfig, *, with_reward_model: bool) -> Placement:
     """Reserve the resources of some roles, for work outside of a run."""
-    seating = seats_of(roles, cluster, with_reward_model=with_reward_model)
-    return await _reserve(seating, limit_s=cluster.start_timeout_s)
+    plan = plan_roles(roles, cluster, with_reward_model=with_reward_model)
+    return await _reserve(plan, limit_s=cluster.start_timeout_s)
 
 
-async def _reserve(seating: Seating, *, limit_s: float) -> Placement:
+async def _reserve(plan: PlacementPlan, *, limit_s: float) -> Placement:
     """Reserve all bundles, or fail at the deadline with a table of required and available resources.
 
     Raises UserError if even the empty cluster could not hold them, unless a lost node may return.
     """
     nodes = ray.nodes()
-    missing = _missing(seating, [node for node in nodes if node["Alive"]])
+    missing = _missing(plan, [node for node in nodes if node["Alive"]])
     if missing is not None and all(node["Alive"] for node in nodes):
         raise UserError(
-            f"the run needs more than the cluster has{missing}.\n{_table(seating, ray.cluster_resources())}\n"
+            f"the run needs more than the cluster has{missing}.\n{_table(plan, ray.cluster_resources())}\n"
             "Lower cluster.roles.*.workers, .engines or .cpus, let roles share bundles with colocate_with, "
             "or use a larger cluster."
         )
     if missing is not None:
         logger.warning("the cluster has lost nodes that the run needs: waiting for others in their place")
     group = placement_group(
-        [dict(b) for b in seating.bundles],
+        [dict(b) for b in plan.bundles],
         strategy="PACK",
-        bundle_label_selector=[dict(labels) for labels in seating.labels] if any(seating.labels) else None,
+        bundle_label_selector=[dict(labels) for labels in plan.labels] if any(plan.labels) else None,
     )
     began = last_log = time.monotonic()
     ready = asyncio.ensure_future(asyncio.wrap_future(group.ready().future()))
@@ -126,32 +126,32 @@ async def _reserve(seating: Seating, *, limit_s: float) -> Placement:
             remove_placement_group(group)
             raise RunError(
                 f"placement: the run could not be placed within {waited:.0f} s (cluster.start_timeout_s); "
-                f"the placement group is {state['state']}.\n{_table(seating, ray.available_resources())}\n"
+                f"the placement group is {state['state']}.\n{_table(plan, ray.available_resources())}\n"
                 + ("Other programs hold the resources." if missing is None else "The cluster has lost nodes.")
             )
         if time.monotonic() - last_log >= SAY_EVERY_S:
             last_log = time.monotonic()
-            logger.warning("waiting for resources since %.0f s\n%s", waited, _table(seating, ray.available_resources()))
+            logger.warning("waiting for resources since %.0f s\n%s", waited, _table(plan, ray.available_resources()))
         await asyncio.wait([ready], timeout=min(left, 1.0))
-    placement = Placement(group=group, seating=seating)
+    placement = Placement(group=group, plan=plan)
     if not placement.on_one_host():
         logger.info("placed: %s", placement.describe())
     return placement
 
 
-def _missing(seating: Seating, alive: Sequence[Mapping[str, Any]]) -> str | None:
+def _missing(plan: PlacementPlan, alive: Sequence[Mapping[str, Any]]) -> str | None:
     """Return the resources missing in an empty cluster of these nodes; None if it has enough."""
-    for wanted in seating.labels:
+    for wanted in plan.labels:
         if not any(wanted.items() <= node["Labels"].items() for node in alive):
             labels = ", ".join(f"{name}={value}" for name, value in wanted.items())
             return f": no node has the label {labels} (cluster.roles.*.node_labels; `ray start --labels`)"
-    return "" if assign_nodes(seating.bundles, [node["Resources"] for node in alive]) is None else None
+    return "" if assign_nodes(plan.bundles, [node["Resources"] for node in alive]) is None else None
 
 
-def _table(seating: Seating, have: Mapping[str, float]) -> str:
+def _table(plan: PlacementPlan, have: Mapping[str, float]) -> str:
     rows = [f"  {'role':<12}{'workers':>8}{'CPU each':>10}{'GPU each':>10}"]
-    for role, seats in seating.seats.items():
-        rows.append(f"  {role:<12}{len(seats):>8}{seats[0].cpus:>10.2f}{seats[0].gpus:>10.2f}")
+    for role, slots in plan.slots.items():
+        rows.append(f"  {role:<12}{len(slots):>8}{slots[0].cpus:>10.2f}{slots[0].gpus:>10.2f}")
     for key in ("CPU", "GPU"):
-        rows.append(f"  needed {key}: {seating.total(key):g}, available: {have.get(key, 0.0):g}")
+        rows.append(f"  needed {key}: {plan.total(key):g}, available: {have.get(key, 0.0):g}")
     return "\n".join(rows)

@@ -29,7 +29,7 @@ from actors.cluster.connect import connected
 from actors.doctor.node_probe import SHARE, DriverFacts, Link, NodeProbe, code_hash, size_of, versions
 from actors.doctor.results import CheckResult, check, show
 from rlhf.config.files.load import LoadedConfig
-from rlhf.config.placement_plan import assign_nodes, seat
+from rlhf.config.placement_plan import assign_nodes, plan_placement
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.stages import MergeStage, Stage
 from rlhf.errors import UserError
@@ -134,7 +134,7 @@ def _room(stages: Sequence[Stage], alive: Sequence[Mapping[str, Any]]) -> Iterat
     for stage in stages:
         if isinstance(stage, MergeStage):
             continue
-        plan = seat(stage)
+        plan = plan_placement(stage)
         found = f"{len(plan.bundles)} bundles, {plan.total('CPU'):g} CPU and {plan.total('GPU'):g} GPU"
         fits, advice = (
             assign_nodes(plan.bundles, nodes) is not None,

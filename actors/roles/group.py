@@ -109,7 +109,7 @@ class ModelGroup(WorkerGroup):
 def _rank_contexts(cluster: ClusterConfig, placement: Placement, role: Role) -> list[RankContext]:
     """Return the context of each rank of a role. On a GPU, a process sees only its assigned device."""
     nodes, threads = placement.nodes_of(role), placement.threads(role, getattr(cluster.roles, role).threads)
-    cuda = cluster.device == "cuda" and placement.seating.seats[role][0].gpus > 0.0
+    cuda = cluster.device == "cuda" and placement.plan.slots[role][0].gpus > 0.0
     contexts = []
     for rank, node in enumerate(nodes):
         on_node = nodes.count(node)

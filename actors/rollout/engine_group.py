@@ -100,7 +100,7 @@ def serve_engines(
 
 
 def _spawn(common: RolloutSpec, cluster: ClusterConfig, placement: Placement) -> list[ActorHandle[Any]]:
-    """Create one actor for each seat. The cluster and the seat add their settings to the common ones."""
+    """Create one actor for each slot. The cluster and the slot add their settings to the common ones."""
     role = cluster.roles.rollout
     remote = ray.remote(RolloutEngine)
     handles = []

@@ -17,7 +17,7 @@ from pathlib import Path
 from actors.cluster.placement import Placement, reserve
 from actors.roles.group import WorkerGroup
 from actors.rollout.engine_group import RolloutEngines, start_engines
-from rlhf.config.placement_plan import seat
+from rlhf.config.placement_plan import plan_placement
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.root import Config
 from rlhf.errors import RunError
@@ -73,7 +73,7 @@ class EngineLease:
         """Start the engines and the other groups of the run. On GPUs, the engines then sleep where they take turns."""
         limit_s, on_gpus = cluster.start_timeout_s, cluster.device == "cuda"
         groups = list(others)
-        if on_gpus and self.placement.seating.shares_gpus(self.engines.role):
+        if on_gpus and self.placement.plan.shares_gpus(self.engines.role):
             # An engine measures free GPU memory, so no other process may start meanwhile.
             await self.engines.start(deadline_s=limit_s)
         elif not self.is_started:
@@ -105,7 +105,7 @@ def engines_key(config: Config, max_model_len: int, environment: EnvironmentSpec
     """Return a key. Runs with equal keys need the same engines in the same placement."""
     policy = config.policy
     model = policy.model, policy.tokenizer, policy.dtype, policy.lora, policy.trust_remote_code
-    return repr((model, max_model_len, environment, seat(config), config.cluster))
+    return repr((model, max_model_len, environment, plan_placement(config), config.cluster))
 
 
 async def _renewed(engines: RolloutEngines, spool: Path) -> bool:

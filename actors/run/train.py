@@ -259,7 +259,7 @@ async def _online(
 
 def _names(placement: Placement) -> str:
     """Return the names and worker counts of the starting roles."""
-    return ", ".join(f"{len(seats)} {role}" for role, seats in placement.seating.seats.items())
+    return ", ".join(f"{len(slots)} {role}" for role, slots in placement.plan.slots.items())
 
 
 async def _carry_out(

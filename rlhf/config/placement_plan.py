@@ -18,7 +18,7 @@ from rlhf.role_table import ROLE_ORDER, ROLES, Role
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seat:
+class WorkerSlot:
     """Name a worker's bundle and its share of the bundle."""
 
     bundle: int
@@ -27,11 +27,11 @@ class Seat:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seating:
-    """Hold the bundles to reserve, with `CPU` and optional `GPU`, and each role's seats in rank order."""
+class PlacementPlan:
+    """Hold the bundles to reserve, with `CPU` and optional `GPU`, and each role's slots in rank order."""
 
     bundles: tuple[Mapping[str, float], ...]
-    seats: Mapping[Role, tuple[Seat, ...]]
+    slots: Mapping[Role, tuple[WorkerSlot, ...]]
     labels: tuple[Mapping[str, str], ...]  # required node labels of each bundle
 
     def total(self, resource: str) -> float:
@@ -40,13 +40,13 @@ class Seating:
 
     def shares_gpus(self, role: Role) -> bool:
         """Return whether a worker of another role uses one of the role's GPUs."""
-        bundles = {seat.bundle for seat in self.seats[role] if seat.gpus > 0.0}
-        others = [seat for name, seats in self.seats.items() if name != role for seat in seats]
-        return any(seat.bundle in bundles and seat.gpus > 0.0 for seat in others)
+        bundles = {slot.bundle for slot in self.slots[role] if slot.gpus > 0.0}
+        others = [slot for name, slots in self.slots.items() if name != role for slot in slots]
+        return any(slot.bundle in bundles and slot.gpus > 0.0 for slot in others)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Wish:
+class _ResourceRequest:
     """Describe the resources requested by one role."""
 
     count: int
@@ -56,41 +56,43 @@ class _Wish:
     host: Role | None
 
 
-def seat(config: Config | EvaluationStage) -> Seating:
-    """Return bundles and seats of the roles in the run. The configuration must have passed its checks."""
+def plan_placement(config: Config | EvaluationStage) -> PlacementPlan:
+    """Return bundles and slots of the roles in the run. The configuration must have passed its checks."""
     if isinstance(config, EvaluationStage):
-        return seats_of(config.needs, config.cluster, with_reward_model=config.uses_reward_model)
-    return seats_of(needs(config), config.cluster, with_reward_model=uses_reward_model(config))
+        return plan_roles(config.needs, config.cluster, with_reward_model=config.uses_reward_model)
+    return plan_roles(needs(config), config.cluster, with_reward_model=uses_reward_model(config))
 
 
-def seats_of(roles: Collection[Role], cluster: ClusterConfig, *, with_reward_model: bool) -> Seating:
-    """Return bundles and seats of these roles. A role without its host gets separate bundles."""
-    wishes = _wishes(roles, cluster, with_reward_model=with_reward_model)
+def plan_roles(roles: Collection[Role], cluster: ClusterConfig, *, with_reward_model: bool) -> PlacementPlan:
+    """Return bundles and slots of these roles. A role without its host gets separate bundles."""
+    requests = _requests(roles, cluster, with_reward_model=with_reward_model)
     bundles: list[dict[str, float]] = []
     labels: list[Mapping[str, str]] = []
     places: dict[Role, list[int]] = {}
-    for role, wish in wishes.items():
-        if wish.host is not None:
-            hosts = places[wish.host]
-            places[role] = [hosts[i % len(hosts)] for i in range(wish.count)]
+    for role, request in requests.items():
+        if request.host is not None:
+            hosts = places[request.host]
+            places[role] = [hosts[i % len(hosts)] for i in range(request.count)]
             continue
-        places[role] = list(range(len(bundles), len(bundles) + wish.count))
-        bundles += [{"CPU": wish.cpus, **({"GPU": wish.gpus} if wish.gpus else {})} for _ in range(wish.count)]
-        labels += [wish.labels] * wish.count
+        places[role] = list(range(len(bundles), len(bundles) + request.count))
+        bundles += [
+            {"CPU": request.cpus, **({"GPU": request.gpus} if request.gpus else {})} for _ in range(request.count)
+        ]
+        labels += [request.labels] * request.count
     tenants = [[role for role, at in places.items() for place in at if place == b] for b in range(len(bundles))]
-    with_gpu = [sum(wishes[role].gpus > 0.0 for role in roles) for roles in tenants]
-    seats: dict[Role, tuple[Seat, ...]] = {
+    with_gpu = [sum(requests[role].gpus > 0.0 for role in roles) for roles in tenants]
+    slots: dict[Role, tuple[WorkerSlot, ...]] = {
         role: tuple(
-            Seat(
+            WorkerSlot(
                 bundle=b,
                 cpus=_share(bundles[b]["CPU"], len(tenants[b])),
-                gpus=_share(bundles[b].get("GPU", 0.0), with_gpu[b]) if wishes[role].gpus else 0.0,
+                gpus=_share(bundles[b].get("GPU", 0.0), with_gpu[b]) if requests[role].gpus else 0.0,
             )
             for b in at
         )
         for role, at in places.items()
     }
-    return Seating(bundles=tuple(bundles), seats=seats, labels=tuple(labels))
+    return PlacementPlan(bundles=tuple(bundles), slots=slots, labels=tuple(labels))
 
 
 def _share(amount: float, parts: int) -> float:
@@ -123,9 +125,11 @@ def copies(bundles: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str, 
     return next((count for count in range(most, 0, -1) if assign_nodes([*bundles] * count, nodes) is not None), 0)
 
 
-def _wishes(needed: Collection[Role], cluster: ClusterConfig, *, with_reward_model: bool) -> dict[Role, _Wish]:
+def _requests(
+    needed: Collection[Role], cluster: ClusterConfig, *, with_reward_model: bool
+) -> dict[Role, _ResourceRequest]:
     """Return the requests of all roles, each after its host."""
-    wishes: dict[Role, _Wish] = {}
+    requests: dict[Role, _ResourceRequest] = {}
     for role in ROLE_ORDER:
         if role not in needed:
             continue
@@ -136,5 +140,7 @@ def _wishes(needed: Collection[Role], cluster: ClusterConfig, *, with_reward_mod
         elif kind == "scoring" and not with_reward_model:
             gpus = 0.0
         host = section.colocate_with if section.colocate_with in needed else None
-        wishes[role] = _Wish(count=section.workers, cpus=section.cpus, gpus=gpus, labels=section.node_labels, host=host)
-    return wishes
+        requests[role] = _ResourceRequest(
+            count=section.workers, cpus=section.cpus, gpus=gpus, labels=section.node_labels, host=host
+        )
+    return requests

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from rlhf.config.nodes import Node
-from rlhf.config.placement_plan import Seating, assign_nodes, seat
+from rlhf.config.placement_plan import PlacementPlan, assign_nodes, plan_placement
 from rlhf.config.schema.root import Config
 from rlhf.config.validation.run import problems
 from rlhf.planning.footprints import Sizes, footprints
@@ -41,16 +41,18 @@ def this_machine(*, cpus: float) -> Node:
     return Node(cpus=max(cpus, float(os.cpu_count() or 1)), mem_gib=memory / GIB)
 
 
-def places(config: Config, seating: Seating, processes: Sequence[Footprint], nodes: Sequence[Node]) -> list[Fit]:
+def places(
+    config: Config, placement: PlacementPlan, processes: Sequence[Footprint], nodes: Sequence[Node]
+) -> list[Fit]:
     """Return the memory use of each set of roles on a GPU and of each node's host, at its fullest."""
-    at = assign_nodes(seating.bundles, [node.resources for node in nodes])
+    at = assign_nodes(placement.bundles, [node.resources for node in nodes])
     if at is None:
         return []
     by_role = {footprint.role: footprint for footprint in processes}
     fits = []
     if config.cluster.device == "cuda":
-        fits += _gpus(seating, by_role, nodes, at)
-    return fits + _hosts(config, seating, by_role, nodes, at)
+        fits += _gpus(placement, by_role, nodes, at)
+    return fits + _hosts(config, placement, by_role, nodes, at)
 
 
 Moment = Literal["generate", "train", "weight sync"]
@@ -74,11 +76,13 @@ def held_on_gpu(footprint: Footprint, moment: Moment) -> float:
     return footprint.held("always") if kind == "engines" else footprint.stays
 
 
-def _gpus(seating: Seating, by_role: Mapping[Role, Footprint], nodes: Sequence[Node], at: Sequence[int]) -> list[Fit]:
+def _gpus(
+    placement: PlacementPlan, by_role: Mapping[Role, Footprint], nodes: Sequence[Node], at: Sequence[int]
+) -> list[Fit]:
     """Return one line for each set of roles on one GPU, at the moment of their largest memory use."""
     fits: dict[tuple[str, ...], Fit] = {}
-    for bundle in range(len(seating.bundles)):
-        roles = [r for r, seats in seating.seats.items() if any(s.bundle == bundle and s.gpus > 0 for s in seats)]
+    for bundle in range(len(placement.bundles)):
+        roles = [r for r, slots in placement.slots.items() if any(s.bundle == bundle and s.gpus > 0 for s in slots)]
         if not roles or not all(r in by_role for r in roles):
             continue
         if {ROLES[role].kind for role in roles} >= {"trained", "engines"}:
@@ -101,16 +105,20 @@ def _sum(sizes: Mapping[Any, float]) -> str:
 
 
 def _hosts(
-    config: Config, seating: Seating, by_role: Mapping[Role, Footprint], nodes: Sequence[Node], at: Sequence[int]
+    config: Config,
+    placement: PlacementPlan,
+    by_role: Mapping[Role, Footprint],
+    nodes: Sequence[Node],
+    at: Sequence[int],
 ) -> list[Fit]:
     """Return the fullest node among nodes with equal memory."""
     fits: dict[float | None, Fit] = {}
     for index, node in enumerate(nodes):
         parts: dict[str, float] = {}
         shared = 0.0
-        for role, seats in seating.seats.items():
+        for role, slots in placement.slots.items():
             footprint = by_role[role]
-            here = [seat for seat in seats if at[seat.bundle] == index]
+            here = [slot for slot in slots if at[slot.bundle] == index]
             if here:
                 parts[role] = footprint.private(len(here))
                 shared = max(shared, footprint.of("shared"))
@@ -168,7 +176,7 @@ def _shrunk(old: Fit, new: Fit) -> str:
 
 def _places_of(config: Config, sizes: Sizes, nodes: Sequence[Node]) -> dict[str, Fit]:
     """Return the places of a changed configuration by name. There are none if it is refused or cannot be placed."""
-    fits = [] if problems(config) else places(config, seat(config), footprints(config, sizes), nodes)
+    fits = [] if problems(config) else places(config, plan_placement(config), footprints(config, sizes), nodes)
     return {place.where: place for place in fits}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from rlhf.config.derive import eval_sets, train_sets
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.pipeline import model_places
-from rlhf.config.placement_plan import assign_nodes, seat
+from rlhf.config.placement_plan import assign_nodes, plan_placement
 from rlhf.config.schema.data import DataSource
 from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.root import Config
@@ -51,9 +51,9 @@ def _resources(stage: Stage) -> Iterator[str]:
     """Yield a sentence if a local Ray on this machine cannot hold the stage."""
     if isinstance(stage, MergeStage) or stage.cluster.address is not None or os.environ.get("RAY_ADDRESS"):
         return
-    seating, cpus, gpus = seat(stage), len(os.sched_getaffinity(0)), num_gpus()
-    if assign_nodes(seating.bundles, [{"CPU": cpus, "GPU": gpus}]) is None:
-        wanted = f"{seating.total('CPU'):g} CPUs and {seating.total('GPU'):g} GPUs"
+    placement, cpus, gpus = plan_placement(stage), len(os.sched_getaffinity(0)), num_gpus()
+    if assign_nodes(placement.bundles, [{"CPU": cpus, "GPU": gpus}]) is None:
+        wanted = f"{placement.total('CPU'):g} CPUs and {placement.total('GPU'):g} GPUs"
         device = " (cluster.device is cuda)" if stage.cluster.device == "cuda" else ""
         yield f"cluster: wants {wanted}{device}, and this machine has {cpus} CPUs and {gpus} GPUs"
 

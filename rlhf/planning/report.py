@@ -8,7 +8,7 @@ from pathlib import Path
 from rlhf.config.derive import eval_sets, max_sequence_tokens, models_of, with_steps
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.nodes import Node, parse_cluster
-from rlhf.config.placement_plan import seat
+from rlhf.config.placement_plan import plan_placement
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.stages import MergeStage, final_folder
 from rlhf.config.schema.stages import Stage as RunStage
@@ -110,15 +110,15 @@ def _terms(processes: Sequence[Footprint]) -> str:
 
 
 def _fits(config: Config, sizes: Sizes, processes: Sequence[Footprint], nodes: Sequence[Node] | None) -> list[str]:
-    seating = seat(config)
+    placement = plan_placement(config)
     local = nodes is None and config.cluster.device == "cpu" and config.cluster.address is None
     if local:
-        nodes = [this_machine(cpus=seating.total("CPU"))]
+        nodes = [this_machine(cpus=placement.total("CPU"))]
     if nodes is None:
         return ["what fits is shown with --cluster, such as '2*cpu=96,gpu=8,type=h100,mem=1000'"]
     rows = [["place", "wanted", "of", "", "contents"]]
     is_tight = False
-    for place in places(config, seating, processes, nodes):
+    for place in places(config, placement, processes, nodes):
         word = {True: "fits", False: "DOES NOT FIT", None: "memory unknown"}[place.fits]
         is_tight |= place.fits is False
         room = "-" if place.room is None else _gib(place.room)
@@ -196,7 +196,7 @@ def _assumed(config: Config, nodes: Sequence[Node] | None, lengths: Lengths) -> 
 def _stages(config: Config, stages: Sequence[Stage], nodes: Sequence[Node] | None) -> str:
     total, steps = sum(stage.seconds for stage in stages), config.train.steps
     unit = "GPU" if config.cluster.device == "cuda" else "CPU"
-    rates_per_hour = {f"{unit} hours": seat(config).total(unit)}
+    rates_per_hour = {f"{unit} hours": plan_placement(config).total(unit)}
     if nodes is not None and all(node.price is not None for node in nodes):
         rates_per_hour["price"] = sum(node.price or 0.0 for node in nodes)
     rows = [["stage", "s", "share", *rates_per_hour, "how"]]

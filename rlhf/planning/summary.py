@@ -28,7 +28,7 @@ from rlhf.config.derive import (
 )
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.nodes import Node
-from rlhf.config.placement_plan import Seating, assign_nodes, seat
+from rlhf.config.placement_plan import PlacementPlan, assign_nodes, plan_placement
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.data import DataSource, TaskConfig
 from rlhf.config.schema.evaluate import EvaluateConfig, EvaluationStage
@@ -45,14 +45,14 @@ def refuse_misfit(loaded: LoadedConfig, nodes: Sequence[Node] | None, cluster: s
     for stage in loaded.stages.values():
         if isinstance(stage, MergeStage) or nodes is None:
             continue
-        seating, available = seat(stage), [node.resources for node in nodes]
-        if assign_nodes(seating.bundles, available) is None:
+        placement, available = plan_placement(stage), [node.resources for node in nodes]
+        if assign_nodes(placement.bundles, available) is None:
             rows = [["", "CPU", "GPU"]]
-            for name, resources in (("wanted", seating.bundles), ("available", available)):
+            for name, resources in (("wanted", placement.bundles), ("available", available)):
                 rows.append([name, *(_number(sum(r.get(key, 0.0) for r in resources)) for key in ("CPU", "GPU"))])
             raise UserError(
                 f"{stage.run.name} does not fit the cluster {cluster!r}.\n{format_table(rows)}\n"
-                f"Bundles: {_sizes(seating)}. Lower cluster.roles.*.workers, .engines or .cpus, let roles share "
+                f"Bundles: {_sizes(placement)}. Lower cluster.roles.*.workers, .engines or .cpus, let roles share "
                 "bundles with colocate_with, or use a larger cluster."
             )
 
@@ -62,18 +62,18 @@ def stage_text(stage: Stage, nodes: Sequence[Mapping[str, float]] | None) -> str
     if isinstance(stage, MergeStage):
         kind, tables = "merge", [list(_merge_facts(stage.merge))]
     elif isinstance(stage, EvaluationStage):
-        kind, seating, config = "evaluate", seat(stage), stage.evaluate
+        kind, placement, config = "evaluate", plan_placement(stage), stage.evaluate
         models: dict[Role, str] = {
             "policy": config.model,
             "rollout": config.model if config.against is None else f"{config.model}, then {config.against}",
             "reward": config.reward.model if config.reward else "functions",
         }
         roles = [role for role in ROLE_ORDER if role in stage.needs]
-        role_rows = _role_rows(roles, stage.cluster, seating, models)
-        tables = [list(_evaluation_facts(config)), role_rows, _bundles(seating, nodes)]
+        role_rows = _role_rows(roles, stage.cluster, placement, models)
+        tables = [list(_evaluation_facts(config)), role_rows, _bundles(placement, nodes)]
     else:
-        kind, seating, derived = stage.algorithm.name, seat(stage), derive(stage)
-        tables = [list(_facts(stage, derived)), _roles(stage, derived, seating), _bundles(seating, nodes)]
+        kind, placement, derived = stage.algorithm.name, plan_placement(stage), derive(stage)
+        tables = [list(_facts(stage, derived)), _roles(stage, derived, placement), _bundles(placement, nodes)]
     return "\n\n".join([f"{stage.run.name}: {kind} -> {run_folder(stage)}", *map(format_table, tables)])
 
 
@@ -214,44 +214,44 @@ def _sync(config: Config) -> str:
     return alone if why is None else f"all weights, the adapter merged ({why}), by {text}"
 
 
-def _roles(config: Config, derived: Derived, seating: Seating) -> list[list[str]]:
+def _roles(config: Config, derived: Derived, placement: PlacementPlan) -> list[list[str]]:
     models = {role: ROLE_USES[role].model(config) for role in derived.needs}
     without = "functions" if config.rewards else "none"
     names = {role: without if model is None else model.model for role, model in models.items()}
-    return _role_rows(derived.needs, config.cluster, seating, names)
+    return _role_rows(derived.needs, config.cluster, placement, names)
 
 
 def _role_rows(
-    roles: Sequence[Role], cluster: ClusterConfig, seating: Seating, models: Mapping[Role, str]
+    roles: Sequence[Role], cluster: ClusterConfig, placement: PlacementPlan, models: Mapping[Role, str]
 ) -> list[list[str]]:
     rows = [["role", "workers", "bundles", "CPUs each", "GPUs each", "threads", "model"]]
     for role in roles:
         section = getattr(cluster.roles, role)
-        seats = seating.seats[role]
+        slots = placement.slots[role]
         threads = "-" if cluster.device == "cuda" else str(section.threads)
-        cpus, gpus = min(s.cpus for s in seats), min(s.gpus for s in seats)
-        places = _ranges(sorted({s.bundle for s in seats}))
-        rows.append([role, str(len(seats)), places, _number(cpus), _number(gpus), threads, models[role]])
+        cpus, gpus = min(s.cpus for s in slots), min(s.gpus for s in slots)
+        places = _ranges(sorted({s.bundle for s in slots}))
+        rows.append([role, str(len(slots)), places, _number(cpus), _number(gpus), threads, models[role]])
     return rows
 
 
-def _bundles(seating: Seating, nodes: Sequence[Mapping[str, float]] | None) -> list[list[str]]:
+def _bundles(placement: PlacementPlan, nodes: Sequence[Mapping[str, float]] | None) -> list[list[str]]:
     """Return one row for each run of equal bundles."""
-    where = assign_nodes(seating.bundles, nodes) if nodes is not None else None
+    where = assign_nodes(placement.bundles, nodes) if nodes is not None else None
     rows: list[list[str]] = []
-    for index, bundle in enumerate(seating.bundles):
-        tenants = [role for role, seats in seating.seats.items() if any(s.bundle == index for s in seats)]
+    for index, bundle in enumerate(placement.bundles):
+        tenants = [role for role, slots in placement.slots.items() if any(s.bundle == index for s in slots)]
         row = [_number(bundle["CPU"]), _number(bundle.get("GPU", 0.0)), ", ".join(tenants)]
         rows.append(row if nodes is None else [*row, f"node {where[index]}" if where else "no room"])
     header = ["bundle", "CPU", "GPU", "roles", *(["where"] if nodes is not None else [])]
     runs = [(row, [index for index, _ in run]) for row, run in groupby(enumerate(rows), key=lambda pair: pair[1])]
-    total = ["all", _number(seating.total("CPU")), _number(seating.total("GPU"))]
+    total = ["all", _number(placement.total("CPU")), _number(placement.total("GPU"))]
     return [header, *([_ranges(indices), *row] for row, indices in runs), total]
 
 
-def _sizes(seating: Seating) -> str:
+def _sizes(placement: PlacementPlan) -> str:
     sizes = [
-        f"{_number(b['CPU'])} CPU" + (f" + {_number(b['GPU'])} GPU" if "GPU" in b else "") for b in seating.bundles
+        f"{_number(b['CPU'])} CPU" + (f" + {_number(b['GPU'])} GPU" if "GPU" in b else "") for b in placement.bundles
     ]
     return ", ".join(f"{sizes.count(size)} of {size}" for size in dict.fromkeys(sizes))
 

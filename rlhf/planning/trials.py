@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.nodes import parse_cluster
-from rlhf.config.placement_plan import copies, seat
+from rlhf.config.placement_plan import copies, plan_placement
 from rlhf.config.schema.stages import MergeStage
 from rlhf.config.schema.sweep import AshaMethod, GridMethod, Parameter, PbtMethod, Sweep
 from rlhf.planning.report import render_plan
@@ -75,5 +75,5 @@ def _at_once(sweep: Sweep, known: Sequence[Mapping[str, Any]] | None, count: int
 
 def bundles_of(loaded: LoadedConfig) -> Sequence[Mapping[str, float]]:
     """Return the bundles reserved by the most demanding stage of a trial."""
-    seats = [seat(stage) for stage in loaded.stages.values() if not isinstance(stage, MergeStage)]
-    return max(seats, key=lambda seating: (seating.total("GPU"), seating.total("CPU"))).bundles
+    slots = [plan_placement(stage) for stage in loaded.stages.values() if not isinstance(stage, MergeStage)]
+    return max(slots, key=lambda placement: (placement.total("GPU"), placement.total("CPU"))).bundles

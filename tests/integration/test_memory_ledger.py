@@ -18,7 +18,7 @@ import pytest
 from rlhf.config.files.load import load
 from rlhf.config.mistakes.explain import parse
 from rlhf.config.nodes import Node
-from rlhf.config.placement_plan import seat
+from rlhf.config.placement_plan import plan_placement
 from rlhf.config.schema.root import Config
 from rlhf.config.validation.run import problems
 from rlhf.controller.learning import OnlineRoles
@@ -144,7 +144,7 @@ def on_shared_gpu(config: Config) -> tuple[Fit, dict[str, Footprint]]:
     sizes = Sizes(gpu_memory_gib=GPU_GIB)
     found = footprints(config, sizes)
     nodes = [Node(cpus=64.0, gpus=8.0, mem_gib=2000.0, gpumem_gib=GPU_GIB)]
-    shared = [one for one in places(config, seat(config), found, nodes) if "policy, rollout" in one.where]
+    shared = [one for one in places(config, plan_placement(config), found, nodes) if "policy, rollout" in one.where]
     fit = max(shared, key=lambda one: one.where.count(","))  # the GPU with the most roles
     roles = fit.where.removeprefix("GPU of ").split(", ")
     return fit, {one.role: one for one in found if one.role in roles}

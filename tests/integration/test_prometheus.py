@@ -24,7 +24,7 @@ settings = {"num_cpus": 1, "include_dashboard": False, "_system_config": {"metri
 cluster = Cluster(initialize_head=True, connect=True, head_node_args=settings)
 cluster.add_node(num_cpus=1, node_ip_address="127.0.0.2")
 placement = SimpleNamespace(
-    seating=SimpleNamespace(seats={"policy": ()}), nodes_of=lambda role: [node["NodeID"] for node in ray.nodes()]
+    plan=SimpleNamespace(slots={"policy": ()}), nodes_of=lambda role: [node["NodeID"] for node in ray.nodes()]
 )
 nodes = Nodes(placement)
 

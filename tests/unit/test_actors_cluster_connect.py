@@ -53,7 +53,7 @@ def test_a_path_that_is_too_long_for_sockets_is_named(tmp_path: Path, monkeypatc
 
 
 def test_workers_read_and_write_utf_8_whatever_the_locale() -> None:
-    seating = SimpleNamespace(seats={"policy": [SimpleNamespace(cpus=1.0, gpus=0.0, bundle=0)]})
-    placement = Placement(group=cast("Any", None), seating=cast("Any", seating))
+    placement = SimpleNamespace(slots={"policy": [SimpleNamespace(cpus=1.0, gpus=0.0, bundle=0)]})
+    placement = Placement(group=cast("Any", None), plan=cast("Any", placement))
     options = placement.options("policy", 0, {"OMP_NUM_THREADS": "1"})
     assert options["runtime_env"] == {"env_vars": {"PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}}

@@ -78,7 +78,7 @@ def test_no_process_starts_while_an_engine_measures_its_gpu(
     cluster = ClusterConfig(
         device=device, roles=Roles(rollout=RolloutResources(colocate_with="policy" if colocated else None))
     )
-    placement: Any = SimpleNamespace(seating=SimpleNamespace(shares_gpus=lambda role: shares_gpus))
+    placement: Any = SimpleNamespace(plan=SimpleNamespace(shares_gpus=lambda role: shares_gpus))
     engines: Any = Group("rollout", calls)
     lease = EngineLease(key="", placement=placement, engines=engines, may_stay=False, is_started=is_started)
     policy: Any = Group("policy", calls)

@@ -17,7 +17,7 @@ from actors.run.evaluate import refuse_unusable_results_folder
 from rlhf.cli import main
 from rlhf.commands.decoding import decoding_of
 from rlhf.config.files.load import load
-from rlhf.config.placement_plan import seats_of
+from rlhf.config.placement_plan import plan_roles
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.errors import UserError
 from rlhf.evaluation.decoding import Decoding
@@ -293,11 +293,11 @@ def test_a_frozen_engine_takes_no_weights(tiny_model: Path) -> None:
 
 def test_roles_without_their_host_have_places_of_their_own() -> None:
     cluster = ClusterConfig()
-    both = seats_of({"rollout", "reward"}, cluster, with_reward_model=False)
+    both = plan_roles({"rollout", "reward"}, cluster, with_reward_model=False)
     assert both.total("CPU") == 1.0
-    alone = seats_of({"reward"}, cluster, with_reward_model=False)
+    alone = plan_roles({"reward"}, cluster, with_reward_model=False)
     assert [dict(bundle) for bundle in alone.bundles] == [{"CPU": 1.0}]
-    assert list(alone.seats) == ["reward"]
+    assert list(alone.slots) == ["reward"]
 
 
 STAGES = """\

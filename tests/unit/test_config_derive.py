@@ -22,7 +22,7 @@ from rlhf.config.derive import (
     weight_sync,
     with_steps,
 )
-from rlhf.config.placement_plan import assign_nodes, seat
+from rlhf.config.placement_plan import assign_nodes, plan_placement
 from rlhf.config.schema.root import Config
 
 
@@ -212,17 +212,17 @@ def test_the_way_of_the_weights(cluster: dict[str, Any], one_host: bool, method:
 
 
 def test_the_defaults_fit_two_cores() -> None:
-    seating = seat(config(PPO))
-    assert seating.bundles == ({"CPU": 1.0}, {"CPU": 1.0})
-    assert {role: [s.bundle for s in seats] for role, seats in seating.seats.items()} == {
+    placement = plan_placement(config(PPO))
+    assert placement.bundles == ({"CPU": 1.0}, {"CPU": 1.0})
+    assert {role: [s.bundle for s in slots] for role, slots in placement.slots.items()} == {
         "policy": [0],
         "rollout": [1],
         "critic": [0],
         "reference": [0],
         "reward": [1],
     }
-    assert [s.cpus for s in seating.seats["policy"]] == [0.3333]  # a third, rounded down to what Ray counts
-    assert [s.cpus for s in seating.seats["reward"]] == [0.5]
+    assert [s.cpus for s in placement.slots["policy"]] == [0.3333]  # a third, rounded down to what Ray counts
+    assert [s.cpus for s in placement.slots["reward"]] == [0.5]
 
 
 def test_guests_share_the_gpus_of_their_hosts() -> None:
@@ -232,26 +232,26 @@ def test_guests_share_the_gpus_of_their_hosts() -> None:
         "reference": {"colocate_with": None, "cpus": 2.0},
         "rollout": {"engines": 2, "tensor_parallel": 4, "cpus": 8.0},
     }
-    seating = seat(config(PPO, cluster={"device": "cuda", "roles": roles}))
+    placement = plan_placement(config(PPO, cluster={"device": "cuda", "roles": roles}))
     policy, engine = {"CPU": 3.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 4.0}
-    assert seating.bundles == (policy, policy, engine, engine, {"CPU": 2.0, "GPU": 1.0})
-    assert [(s.bundle, s.gpus) for s in seating.seats["critic"]] == [(0, 0.5), (1, 0.5)]
-    assert [(s.bundle, s.gpus) for s in seating.seats["rollout"]] == [(2, 4.0), (3, 4.0)]
-    assert [(s.bundle, s.cpus, s.gpus) for s in seating.seats["reward"]] == [(2, 4.0, 0.0)]  # functions need no GPU
-    assert (seating.total("CPU"), seating.total("GPU")) == (24.0, 11.0)  # 3+3+8+8+2, 1+1+4+4+1
-    assert [role for role in seating.seats if seating.shares_gpus(role)] == ["policy", "critic"]
+    assert placement.bundles == (policy, policy, engine, engine, {"CPU": 2.0, "GPU": 1.0})
+    assert [(s.bundle, s.gpus) for s in placement.slots["critic"]] == [(0, 0.5), (1, 0.5)]
+    assert [(s.bundle, s.gpus) for s in placement.slots["rollout"]] == [(2, 4.0), (3, 4.0)]
+    assert [(s.bundle, s.cpus, s.gpus) for s in placement.slots["reward"]] == [(2, 4.0, 0.0)]  # functions need no GPU
+    assert (placement.total("CPU"), placement.total("GPU")) == (24.0, 11.0)  # 3+3+8+8+2, 1+1+4+4+1
+    assert [role for role in placement.slots if placement.shares_gpus(role)] == ["policy", "critic"]
 
 
 def test_a_bundle_asks_for_the_labels_of_the_role_that_it_is_made_for() -> None:
     roles = {"policy": {"workers": 2}, "rollout": {"node_labels": {"pool": "serve"}}}
-    assert seat(config(GRPO, cluster={"roles": roles})).labels == ({}, {}, {"pool": "serve"})
+    assert plan_placement(config(GRPO, cluster={"roles": roles})).labels == ({}, {}, {"pool": "serve"})
 
 
 def test_a_reward_beside_engines_that_sit_with_the_policy() -> None:
     cluster = {"roles": {"policy": {"workers": 2}, "rollout": {"engines": 2, "colocate_with": "policy"}}}
-    seating = seat(config(GRPO, cluster=cluster))
-    assert len(seating.bundles) == 2
-    assert [s.bundle for s in seating.seats["reward"]] == [0]
+    placement = plan_placement(config(GRPO, cluster=cluster))
+    assert len(placement.bundles) == 2
+    assert [s.bundle for s in placement.slots["reward"]] == [0]
 
 
 def test_bundles_fill_nodes_in_order_the_large_ones_first() -> None:

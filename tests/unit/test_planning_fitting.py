@@ -8,7 +8,7 @@ import pytest
 
 from rlhf.config.mistakes.explain import parse
 from rlhf.config.nodes import Node
-from rlhf.config.placement_plan import seat
+from rlhf.config.placement_plan import plan_placement
 from rlhf.config.schema.root import Config
 from rlhf.planning.fitting import Fit, held_on_gpu, places
 from rlhf.planning.footprints import Sizes, footprints
@@ -36,7 +36,7 @@ def config_of(rewards: dict[str, Any], **rollout: Any) -> Config:
 def fullest_gpu(config: Config) -> Fit:
     nodes = [Node(cpus=96.0, gpus=8.0, mem_gib=2000.0, gpumem_gib=80.0)]
     found = footprints(config, Sizes(gpu_memory_gib=80.0))
-    gpus = [one for one in places(config, seat(config), found, nodes) if one.where.startswith("GPU")]
+    gpus = [one for one in places(config, plan_placement(config), found, nodes) if one.where.startswith("GPU")]
     return max(gpus, key=lambda one: one.wanted)
 
 
