@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Annotated, Literal, Self, get_args
 
+import torch
 from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -20,28 +21,28 @@ from rlhf.algorithms.section import OnlyWith
 from rlhf.objectives import divergences
 from rlhf.objectives import preference_loss as of
 
-Loss = Callable[..., Tensor]
-
 DPOLoss = Literal[
-    "sigmoid",
-    "robust",
-    "ipo",
-    "hinge",
-    "exo",
-    "nca",
-    "bco",
-    "sppo",
-    "aot",
-    "aot_unpaired",
-    "apo_zero",
-    "apo_down",
+    "sigmoid", "robust", "ipo", "hinge", "exo", "nca", "bco", "sppo", "aot", "aot_unpaired", "apo_zero", "apo_down",
     "discopop",
-]
-SMOOTHED = frozenset({"sigmoid", "robust", "exo", "aot", "aot_unpaired"})  # losses that read label_smoothing
-COUPLED = frozenset({"aot", "aot_unpaired", "bco"})  # that look at all pairs of a step
-OF_MARGINS = frozenset(
-    {"sigmoid", "robust", "ipo", "hinge", "discopop"}
-)  # that another divergence may replace log u in
+]  # fmt: skip
+LOSSES: Mapping[str, Callable[..., Tensor]] = {
+    "sigmoid": of.dpo,
+    "robust": of.robust_dpo,
+    "ipo": of.ipo,
+    "hinge": of.hinge,
+    "exo": of.exo_pair,
+    "nca": of.nca_pair,
+    "bco": lambda c, r, *, beta: of.bco_pair(c, r, beta=beta, delta=beta * float((c + r).mean()) / 2),
+    "sppo": of.sppo_hard,
+    "aot": of.aot,  # of the margins of policy and reference, not of log-ratios
+    "aot_unpaired": of.aot_unpaired,
+    "apo_zero": of.apo_zero,
+    "apo_down": of.apo_down,
+    "discopop": of.discopop,
+}
+SMOOTHED = frozenset({"sigmoid", "robust", "exo", "aot", "aot_unpaired"})  # losses with label_smoothing
+COUPLED = frozenset({"aot", "aot_unpaired", "bco"})  # losses of all pairs of a step
+OF_MARGINS = frozenset({"sigmoid", "robust", "ipo", "hinge", "discopop"})  # losses for other divergences
 
 
 class LogRatioConfig(PreferenceConfig):
@@ -118,11 +119,12 @@ class LogRatioAlgorithm(PairAlgorithm):
 
     def losses(self, scores: PairScores) -> Float[Tensor, " B"]:
         """Return one loss per pair."""
-        chosen, rejected = self._log_ratios(scores)
-        functions = self._functions(scores)
-        total = chosen.new_zeros(len(chosen))
+        log_ratios = self._log_ratios(scores)
+        total = torch.zeros_like(log_ratios[0])
         for name, weight in self.config.losses.items():
-            total = total + weight * functions[name](chosen, rejected, beta=self.config.beta)
+            columns = self._margins(scores) if name == "aot" else log_ratios
+            options = {"label_smoothing": self.config.label_smoothing} if name in SMOOTHED else {}
+            total = total + weight * LOSSES[name](*columns, beta=self.config.beta, **options)
         return total
 
     def rewards(self, scores: PairScores) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
@@ -130,40 +132,20 @@ class LogRatioAlgorithm(PairAlgorithm):
         chosen, rejected = self._log_ratios(scores)
         return self.config.beta * chosen, self.config.beta * rejected
 
-    def _functions(self, scores: PairScores) -> Mapping[str, Loss]:
-        smoothing = self.config.label_smoothing
-        return {
-            "sigmoid": partial(of.dpo, label_smoothing=smoothing),
-            "robust": partial(of.robust_dpo, label_smoothing=smoothing),
-            "ipo": of.ipo,
-            "hinge": of.hinge,
-            "exo": partial(of.exo_pair, label_smoothing=smoothing),
-            "nca": of.nca_pair,
-            "bco": lambda c, r, *, beta: of.bco_pair(c, r, beta=beta, delta=beta * float((c + r).mean()) / 2),
-            "sppo": of.sppo_hard,
-            "aot": lambda c, r, *, beta: of.aot(
-                *self._margins(scores), beta=beta, label_smoothing=smoothing
-            ),  # of policy and reference each, not of their difference
-            "aot_unpaired": partial(of.aot_unpaired, label_smoothing=smoothing),
-            "apo_zero": of.apo_zero,
-            "apo_down": of.apo_down,
-            "discopop": of.discopop,
-        }
-
     def _log_ratios(self, scores: PairScores) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
         assert scores.ref_chosen is not None
         assert scores.ref_rejected is not None
         chosen, rejected = scores.chosen - scores.ref_chosen, scores.rejected - scores.ref_rejected
         if self.config.length_normalize:
             chosen, rejected = chosen / scores.chosen_tokens, rejected / scores.rejected_tokens
-        if self.config.divergence == "forward_kl":
-            return divergences.forward_kl_scores(chosen), divergences.forward_kl_scores(rejected)
-        if self.config.divergence == "jensen_shannon":
-            return divergences.jensen_shannon_scores(chosen), divergences.jensen_shannon_scores(rejected)
-        if self.config.divergence == "alpha":
-            transform = partial(divergences.alpha_divergence_scores, alpha=self.config.divergence_alpha)
-            return transform(chosen), transform(rejected)
-        return chosen, rejected
+        transforms: dict[str, Callable[[Tensor], Tensor]] = {
+            "reverse_kl": lambda log_ratios: log_ratios,
+            "forward_kl": divergences.forward_kl_scores,
+            "jensen_shannon": divergences.jensen_shannon_scores,
+            "alpha": partial(divergences.alpha_divergence_scores, alpha=self.config.divergence_alpha),
+        }
+        transform = transforms[self.config.divergence]
+        return transform(chosen), transform(rejected)
 
     def _margins(self, scores: PairScores) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
         """Return log pi(chosen) - log pi(rejected) for the policy and for the reference."""

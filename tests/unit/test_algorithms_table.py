@@ -14,7 +14,7 @@ from rlhf.algorithms.grpo import GRPO, GRPOConfig
 from rlhf.algorithms.online import OnlineAlgorithm
 from rlhf.algorithms.online_config import OnlineConfig
 from rlhf.controller.online import LEARNERS
-from rlhf.preflight.inputs import LOADERS
+from rlhf.preflight.inputs import FORMS
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -26,8 +26,8 @@ def test_the_name_in_the_table_is_that_of_the_section(name: str) -> None:
 
 def test_every_kind_has_a_learner_or_a_loader_and_ranks() -> None:
     assert LEARNERS.keys() == set(get_args(OnlineKind))
-    assert LOADERS.keys() == set(get_args(OfflineKind))
-    assert RANKS.keys() == LEARNERS.keys() | LOADERS.keys()
+    assert FORMS.keys() == set(get_args(OfflineKind))
+    assert RANKS.keys() == LEARNERS.keys() | FORMS.keys()
     assert RANKS.keys() == {one.config_class().kind for one in ALGORITHMS.values()}
 
 
