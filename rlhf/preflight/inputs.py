@@ -252,9 +252,9 @@ def _online(config: Config, source: str, tokenizer: Any, loaded: LoadedConfig) -
     _refuse_too_long(source, config, longest=longest, wanted=max_model_len)
     if max_model_len > config.train.max_tokens_per_microbatch:
         raise UserError(
-            f"train.max_tokens_per_microbatch: {config.train.max_tokens_per_microbatch} holds no sequence of "
-            f"{max_model_len} tokens, and the longest prompt ({longest}) with rollouts.max_new_tokens "
-            f"({rollouts.max_new_tokens}) can become one."
+            f"train.max_tokens_per_microbatch: is {config.train.max_tokens_per_microbatch}, but the longest prompt "
+            f"({longest} tokens) with rollouts.max_new_tokens ({rollouts.max_new_tokens}) may have {max_model_len}; "
+            "raise it"
         )
     probe = [token for prompt in prompts[:PROBE_TOKENS] for token in prompt.token_ids]
     return OnlineInputs(
@@ -300,7 +300,7 @@ def _offline(config: Config, source: str, tokenizer: Any) -> OfflineInputs:
         prompts = {row.token_ids[: row.prompt_tokens] for row in group if isinstance(row, Labelled)}
         if len(prompts) == 1 and config.algorithm.compares_with_divergence:
             raise UserError(
-                f"{name}: all rows have one prompt; algorithm.loss kto compares answers with those to other prompts. "
+                f"{name}: all rows have the same prompt, but algorithm.loss kto compares answers to different prompts. "
                 "Use bco or apo_zero."
             )
     longest = max(row.longest for group in (rows, *held_out.values()) for row in group)

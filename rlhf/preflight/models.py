@@ -147,7 +147,7 @@ def _refuse_other_vocabulary(section: Role, path: str, policy: str, trust_remote
             fits = fits and _words(other).items() <= policy_vocabulary.items()
     if not fits:
         raise UserError(
-            f"{path} has another vocabulary than policy.model {policy}, whose token ids it is given: name a model with "
+            f"{path} has another vocabulary than policy.model {policy}, but gets its token ids; name a model with "
             "the same tokenizer"
         )
 
@@ -196,8 +196,8 @@ def refuse_other_model(config: Config, state: Mapping[str, Any], *, checkpoint: 
     differing = list(differences(state["trained"], trained_models(config)))
     if differing:
         raise UserError(
-            f"{checkpoint} cannot be continued by this run: {'; '.join(differing)}. Resume with what it was made with, "
-            "or choose another run.name."
+            f"{checkpoint} cannot be continued by this run: {'; '.join(differing)}. Resume with its settings, or "
+            "choose another run.name."
         )
 
 

@@ -217,7 +217,7 @@ def check_rewards(specs: Sequence[RewardSpec], rows: Sequence[Row], data: str, *
             if row is not None:
                 raise UserError(
                     f"{section}.gate: {spec.gate} does not apply to {row.place}, and {spec.name} does; "
-                    f"let {_section(key, spec.gate)}.only have all rows that {section}.only has"
+                    f"widen {_section(key, spec.gate)}.only to all rows of {section}.only"
                 )
         mine = [columns for columns, here in zip(given, applies[spec.name], strict=True) if here]
         if not mine:

@@ -94,8 +94,8 @@ RELATIONS = {
     ),
     "a penalty needs importance weights": (
         [GRPO, "rollouts.repetition_penalty=1.2"],
-        "rollouts.repetition_penalty: is 1.2, but algorithm grpo is trained by log-probabilities without a penalty, as "
-        "if they were the sampler's; set algorithm.correction.preset to token_tis",
+        "rollouts.repetition_penalty: is 1.2, but algorithm grpo trains on log-probabilities without the penalty, as "
+        "if the sampler had none; set algorithm.correction.preset to token_tis",
     ),
     # 8 * 4 = 32 responses; 32 is no multiple of 12, and the largest divisor of 32 below 12 is 8
     "minibatches divide the batch": (
@@ -333,7 +333,7 @@ RELATIONS = {
     ),
     "masked responses have no penalty in the reward": (
         ["algorithm={name: rloo, mask_truncated: true}"],
-        "algorithm.mask_truncated: is true, but algorithm.kl.place is reward and rloo compares responses",
+        "algorithm.mask_truncated: is true and algorithm.kl.place is reward, but rloo also compares masked responses",
     ),
     "a score on errors is a number": (
         ["rewards.correct.on_error=true"],

@@ -29,11 +29,11 @@ def length_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Proble
         if environment.max_tokens < prompt + new:
             text = (
                 f"is {environment.max_tokens} and must hold a prompt and one turn: data.max_prompt_tokens + "
-                f"rollouts.max_new_tokens = {prompt} + {new} = {prompt + new}; raise it, or lower one of those"
+                f"rollouts.max_new_tokens = {prompt} + {new} = {prompt + new}; raise it, or lower one of these keys"
             )
             yield problem("rollouts.environment.max_tokens", text)
     if room < longest:
-        text = f"is {room} and must hold {whole}: {sum_of}; raise it, or lower one of those"
+        text = f"is {room} and must hold {whole}: {sum_of}; raise it, or lower one of these keys"
         yield problem("train.max_tokens_per_microbatch", text)
 
 
@@ -89,8 +89,8 @@ def loss_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]
         yield problem("algorithm.kl.estimator", text)
     if algorithm.mask_truncated and kl.coef > 0.0 and kl.place == "reward" and config.algorithm.compares_responses:
         text = (
-            f"is true, but algorithm.kl.place is reward and {algorithm.name} compares responses with each other, those "
-            "that are masked too, whose KL is not computed; set algorithm.kl.place to loss"
+            f"is true and algorithm.kl.place is reward, but {algorithm.name} also compares masked responses, whose KL "
+            "is not computed; set algorithm.kl.place to loss"
         )
         yield problem("algorithm.mask_truncated", text)
     if entropy.adaptive is not None and entropy.coef > entropy.adaptive.max_coef:
@@ -104,7 +104,7 @@ def _penalty(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
     if penalty == 1.0 or not algorithm.trusts_sampler:
         return
     key = "rollouts.repetition_penalty"
-    trained = "is trained by log-probabilities without a penalty, as if they were the sampler's"
+    trained = "trains on log-probabilities without the penalty, as if the sampler had none"
     if algorithm.kind == "sampled_distillation":
         text = f"is {penalty:g}, but algorithm {algorithm.name} {trained}; set 1, or another algorithm.divergence"
         yield problem(key, text)
@@ -113,6 +113,6 @@ def _penalty(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
         if correction is None or (correction.weights is None and correction.mode != "bypass"):
             text = (
                 f"is {penalty:g}, but algorithm {config.algorithm.name} {trained}; set algorithm.correction.preset to "
-                "token_tis, which weighs tokens by the ratio of the two, or set 1"
+                "token_tis, which corrects the difference by weights, or set 1"
             )
             yield problem(key, text)
