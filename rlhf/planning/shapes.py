@@ -6,7 +6,6 @@ this machine; the table of well-known models below. Unknown models are reported,
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import UserError
+from rlhf.models.folder_check import read_json_object
 
 KNOWN_CLASSES = ("Llama", "Mistral", "Qwen2", "Qwen3")  # decoders with the layers counted here
 
@@ -139,16 +139,8 @@ def find_shape(model: str, *, shapes: Path | None, made: Mapping[str, str]) -> S
 
 def find_config(model: str, *, shapes: Path | None) -> tuple[dict[str, Any], Path] | None:
     """Return the values and path of a model's config.json, or None if there is no file."""
-    for path in _places(model, shapes):
-        if path.is_file():
-            try:
-                config = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise UserError(f"{path} cannot be read as JSON: {error}") from error
-            if not isinstance(config, dict):
-                raise UserError(f"{path} holds a {type(config).__name__}, expected the object of a model's config.")
-            return config, path
-    return None
+    path = next((path for path in _places(model, shapes) if path.is_file()), None)
+    return None if path is None else (read_json_object(path), path)
 
 
 def _places(model: str, shapes: Path | None) -> list[Path]:
