@@ -30,7 +30,6 @@ from actors.run.run_record import recording
 from rlhf.config.derive import needs_reference_logprobs, ships_adapter
 from rlhf.config.files.dump import dump_masked_yaml
 from rlhf.config.files.load import LoadedConfig
-from rlhf.config.schema.root import Config
 from rlhf.config.schema.stages import MergeStage, result_of, run_folder
 from rlhf.controller.learning import OnlineRoles
 from rlhf.controller.offline import OfflineController
@@ -52,14 +51,14 @@ from rlhf.tracking.run_folder.errors import ErrorRecord
 from rlhf.tracking.run_folder.folder import refuse_to_overwrite, remove_run
 
 logger = logging.getLogger(__name__)
-SHOWN_ONLINE = (
+SHOWN_ONLINE: tuple[str, ...] = (
     "rewards/score/mean",
     "experience/kl_ref/mean",
     "experience/kl_teacher/mean",
     "rollouts/response_tokens/mean",
     "time/step_s",
 )
-SHOWN_OFFLINE = (
+SHOWN_OFFLINE: tuple[str, ...] = (
     "update/loss/mean",
     "update/token_accuracy/mean",
     "preference/accuracy/mean",
@@ -120,8 +119,9 @@ def _run_stages(
         stages = load_inputs(loaded)
     for stage in stages:
         if isinstance(stage, StageInputs):
-            if until is not None:
-                _refuse_other_end(stage.config, until)
+            steps = stage.config.train.num_steps
+            if until is not None and not 1 <= until <= steps:
+                raise UserError(f"--until: is {until}, and the run has the steps 1 to {steps} (train.steps)")
             if resume:
                 refuse_other_checkpoint(stage)
     for written in left if overwrite else ():
@@ -146,13 +146,6 @@ def _run_stages(
         write_atomic(loaded.folder / "config.resolved.yaml", dump_masked_yaml(loaded))
 
 
-def _refuse_other_end(config: Config, until: int) -> None:
-    """Raise UserError unless the run reaches the step given by `until`."""
-    steps = config.train.num_steps
-    if not 1 <= until <= steps:
-        raise UserError(f"--until: is {until}, and the run has the steps 1 to {steps} (train.steps)")
-
-
 def _run_merge(stage: MergeStage, pipeline: Path, *, resume: bool, quiet: bool) -> None:
     """Run the merge and write the stage's final/ atomically."""
     config = with_local_models(stage, pipeline)
@@ -168,10 +161,8 @@ def _run_merge(stage: MergeStage, pipeline: Path, *, resume: bool, quiet: bool) 
 async def _run_stage(stage: StageInputs, request: StopRequest, *, resume: bool, mode: Mode, until: int | None) -> None:
     """Run one stage in its folder, from its last checkpoint if there is one."""
     inputs = stage.inputs
-    is_online = isinstance(inputs, OnlineInputs)
-    show: tuple[str, ...] = SHOWN_ONLINE if is_online else SHOWN_OFFLINE
-    if inputs.eval_sets:
-        show += (f"eval/{next(iter(inputs.eval_sets))}/{'score' if is_online else 'loss'}",)
+    show, metric = (SHOWN_ONLINE, "score") if isinstance(inputs, OnlineInputs) else (SHOWN_OFFLINE, "loss")
+    show += tuple(f"eval/{name}/{metric}" for name in list(inputs.eval_sets)[:1])
     steps = stage.config.train.num_steps
     with recording(stage.written, resume=resume, steps=steps, show=show, mode=mode) as (record, step):
         for row in inputs.unusable if step is None else ():
