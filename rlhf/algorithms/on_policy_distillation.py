@@ -41,19 +41,14 @@ class OnPolicyDistillationConfig(AlgorithmConfig):
     are logged and not trained on."""
 
     @property
-    def is_sampled(self) -> bool:
-        """Whether the loss reads the teacher's log-probabilities of the sampled tokens alone."""
-        return self.divergence == "sampled_reverse_kl"
-
-    @property
     def reads_teacher_states(self) -> bool:
         """Whether the loss reads the teacher's distributions instead of its log-probabilities of sampled tokens."""
-        return not self.is_sampled
+        return self.divergence != "sampled_reverse_kl"
 
     @property
     def trusts_sampler(self) -> bool:
         """Whether there are importance ratios."""
-        return self.is_sampled
+        return not self.reads_teacher_states
 
     @property
     def needs_rewards(self) -> bool:

@@ -35,6 +35,7 @@ class DistillationLearning(Learning):
         assert roles.teacher is not None
         self.teacher = roles.teacher
         self.algorithm = algorithm_of(config.algorithm, OnPolicyDistillation)
+        self.reads_states = config.algorithm.reads_teacher_states
         self.is_ahead = config.cluster.roles.teacher.colocate_with is None
 
     async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:
@@ -43,19 +44,17 @@ class DistillationLearning(Learning):
         rollouts = [scored.group.rollouts for scored in groups]
         plan = self._plan(groups, step)
         with record.stage(self.teacher.role):
-            teacher_columns = (
-                await self.teacher.logprobs(rollouts, temperatures={}) if self.algorithm.config.is_sampled else []
-            )
+            teacher_columns = [] if self.reads_states else await self.teacher.logprobs(rollouts, temperatures={})
             shown = rollouts[: -(-config.tracking.samples_per_step // self.rollouts.samples_per_prompt)]
             means = await self._mean_logprobs(shown)
         with record.stage("experience"):
             record.add((await policy.prepare(plan, rollouts, teacher_columns)).metrics)
         order = self.visits(len(plan.minibatches), step)
-        if self.algorithm.config.is_sampled:
+        if self.reads_states:
+            await self._update_all(order, plan, groups)
+        else:
             for minibatch in order:
                 await self._update(minibatch)
-        else:
-            await self._update_all(order, plan, groups)
         trained = frozenset(info.sequence_id for scored in groups for info in scored.group.infos)
         return Signals(trained=trained, teacher_logprobs=means)
 

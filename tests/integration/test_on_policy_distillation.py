@@ -123,7 +123,7 @@ def train_rank(rank: int, world_size: int, *, config: Config) -> list[Any]:
     worker.take_teacher(teacher.head()[0])
     ranks = config.cluster.roles.policy.data_parallel_ranks
     given = [rollouts_of(group) for group in range(GROUPS)]
-    sampled = worker.algorithm.config.is_sampled
+    sampled = not worker.algorithm.config.reads_teacher_states
     whole = Rollouts.gather(given, range(GROUPS * SAMPLES))
     plan = plan_of(whole, ranks=ranks, scores=REWARD if sampled else {})
     told = [one for one in teacher.logprobs(None, {}, *given) if not isinstance(one, int)] if sampled else []

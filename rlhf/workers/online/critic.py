@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf.algorithms import algorithm_of
 from rlhf.algorithms.microbatch import ValueMicrobatch
-from rlhf.algorithms.ppo import PPO, PPOConfig
+from rlhf.algorithms.ppo import PPO
 from rlhf.config.schema.model import CriticConfig
 from rlhf.config.schema.root import Config
 from rlhf.engine.distributed import RankContext
@@ -31,10 +31,9 @@ class CriticWorker(OnlineWorker):
     load_model = staticmethod(load_critic)
 
     def __init__(self, config: Config, model: CriticConfig, place: RankContext, *, optimizer_steps: int) -> None:
-        assert isinstance(config.algorithm, PPOConfig)
-        lr = config.algorithm.critic_lr
-        super().__init__(config, place, optimizer_steps=optimizer_steps, model=model, lr=lr)
         self.algorithm = algorithm_of(config.algorithm, PPO)
+        lr = self.algorithm.config.critic_lr
+        super().__init__(config, place, optimizer_steps=optimizer_steps, model=model, lr=lr)
 
     def values(self, plan: BatchPlan, *parts: Rollouts) -> tuple[TokenValues, int]:
         """Receive this rank's share of a batch and value its tokens. Return the column and its size. Collective."""
