@@ -18,7 +18,7 @@ from actors.cluster.waiting import RESUMES, explain
 from actors.roles.gang import PolicyGang
 from actors.roles.group import END_WITHIN_S, WorkerGroup
 from actors.rollout.engine_actor import RolloutSpec, RolloutWorker, engine_environment
-from actors.weights import WeightManifest
+from actors.weights import SENDERS, WeightManifest
 from rlhf.config.derive import WeightSync, saved_rank, ships_adapter, weight_sync
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.root import Config
@@ -159,7 +159,7 @@ class RolloutEngines(WorkerGroup):
             return
         logger.info("weights go by %s: %s", self.sync.method, self.sync.why)
         meeting = None
-        if self.sync.method in ("gloo", "nccl"):
+        if SENDERS[self.sync.method].meets:
             meeting = await policy.meeting(num_receivers=engines * parallel, timeout_s=self.deadline_s)
         opened = [h.open_weights.remote(meeting, 1 + engine * parallel) for engine, h in enumerate(self.handles)]
         await asyncio.gather(

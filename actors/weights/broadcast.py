@@ -76,6 +76,7 @@ class BroadcastSender(WeightSender):
     """The policy's end, between CPU hosts. It meets the receivers when it is created. Only rank 0 is in the group."""
 
     transport: ClassVar[Method] = "gloo"
+    meets = True
     memory: Scratch | None
 
     def __init__(self, **options: Any) -> None:

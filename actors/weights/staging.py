@@ -62,6 +62,7 @@ class WeightSender:
     """
 
     transport: ClassVar[str]
+    meets: ClassVar[bool] = False  # whether it needs a meeting with the receivers
     memory: FlatMemory | None = None  # None: this rank stages no weights
 
     def __init__(

@@ -7,6 +7,7 @@ import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import xxhash
 from safetensors.torch import load_file
 from torch import Tensor
 
-from actors.weights import SENDERS, Meeting
+from actors.weights import RECEIVERS, SENDERS, Meeting, Transport
 from actors.weights.adapter import AdapterSender
 from actors.weights.broadcast import BUCKET_BYTES, BroadcastSender, broadcast, open_group
 from actors.weights.checksum import WEIGHT_STEP, weighted_sum
@@ -159,6 +160,12 @@ def test_gloo_broadcast_brings_the_staged_bytes(unused_port: int, monkeypatch: p
     assert len(received) == 3
     assert xxhash.xxh3_64(torch.cat(received).numpy().tobytes()).hexdigest() == manifest.checksum
     sender.close()
+
+
+def test_every_transport_has_both_ends_under_one_name() -> None:
+    assert set(SENDERS) == set(RECEIVERS) == set(get_args(Transport))
+    assert {name: sender.transport for name, sender in SENDERS.items()} == {name: name for name in SENDERS}
+    assert [name for name, sender in SENDERS.items() if sender.meets] == ["gloo", "nccl"]
 
 
 def test_missing_receivers_are_named_at_the_deadline(unused_port: int) -> None:
