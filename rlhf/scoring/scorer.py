@@ -23,6 +23,7 @@ from rlhf.config.schema.rewards import RewardConfig, RewardPolicy
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.stages import MergeStage
 from rlhf.data.tokenization import Continuation, encode
+from rlhf.engine.distributed import RankContext
 from rlhf.errors import UserError, prefix_errors
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.reward_models import refuse_without_head
@@ -123,11 +124,16 @@ class Scorer:
             with prefix_errors("reward.model"):
                 refuse_without_head(held.config.model, trust_remote_code=held.config.trust_remote_code)
             self.tokenizer = load_tokenizer(held.tokenizer, trust_remote_code=held.trust_remote_code)
-            self.model = RewardModel(
-                held.config,
-                torch.device(held.device),
-                max_tokens_per_microbatch=held.max_tokens_per_microbatch,
+            place = RankContext(
+                rank=0,
+                world_size=1,
+                local_rank=0,
+                local_world_size=1,
+                device=held.device,
+                threads=torch.get_num_threads(),
+                deadline_s=0.0,
             )
+            self.model = RewardModel(held.config, place, max_tokens_per_microbatch=held.max_tokens_per_microbatch)
         self.specs = scoring.specs
         self.rewards = RewardSet(
             scoring.specs, timeout_s=policy.timeout_s, processes=policy.processes, memory_gib=policy.memory_gib

@@ -152,7 +152,7 @@ def test_a_process_reward_model_gives_each_step_its_probability(tiny_model: Path
         prompt = Prompt(prompt_id=0, token_ids=(1,), text="ab", columns={})
         rollouts = group(worker.tokenizer, "ab", ["1;22;3", "4;"])
         found = worker.score(prompt, rollouts, [True, False], {})
-        bare = RewardModel(config, torch.device("cpu"), max_tokens_per_microbatch=64)
+        bare = RewardModel(config, PLACE, max_tokens_per_microbatch=64)
         prefixes = group(worker.tokenizer, "ab", ["1;", "1;22;", "1;22;3", "4;"])
         logits = bare.scores(prefixes.token_ids, prefixes.lengths, None)
     finally:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from rlhf.config.schema.model import ReferenceConfig, TeacherConfig
+from rlhf.config.schema.model import ReferenceConfig, RewardModelConfig, TeacherConfig
 from rlhf.engine.distributed import RankContext
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.on_disk import ModelOnDisk
@@ -17,19 +17,13 @@ from rlhf.models.row_layout import row_layout
 from rlhf.workers.microbatches import Microbatch, SharedPrompts, split_microbatches
 from rlhf.workers.model_worker import ModelWorker
 
-FrozenModel = ReferenceConfig | TeacherConfig | ModelOnDisk
+FrozenModel = ReferenceConfig | TeacherConfig | RewardModelConfig | ModelOnDisk
 
 
 class FrozenWorker(ModelWorker):
-    """Holds the whole language model. Sequences are distributed over the workers."""
+    """Holds the whole model. Sequences are distributed over the workers."""
 
-    def __init__(
-        self,
-        model: ReferenceConfig | TeacherConfig | ModelOnDisk,
-        place: RankContext,
-        *,
-        max_tokens_per_microbatch: int,
-    ) -> None:
+    def __init__(self, model: FrozenModel, place: RankContext, *, max_tokens_per_microbatch: int) -> None:
         super().__init__(place)
         self.model_config = model
         self.max_tokens = max_tokens_per_microbatch

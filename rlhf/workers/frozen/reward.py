@@ -74,10 +74,7 @@ class RewardWorker(ModelWorker):
         self.rewards.greet()
         if settings.model is not None:
             self.model = RewardModel(
-                settings.model,
-                self.device,
-                max_tokens_per_microbatch=settings.max_tokens_per_microbatch,
-                rank=self.place.rank,
+                settings.model, self.place, max_tokens_per_microbatch=settings.max_tokens_per_microbatch
             )
 
     def ask(self, prompt: Prompt, rollouts: Rollouts, truncated: Sequence[bool]) -> dict[str, GroupOutcome]:

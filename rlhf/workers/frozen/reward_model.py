@@ -4,40 +4,36 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
-import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from rlhf.config.schema.model import RewardModelConfig
-from rlhf.engine.memory import explains_out_of_memory
+from rlhf.engine.distributed import RankContext
 from rlhf.models.heads import sequence_scores, token_scores
 from rlhf.models.reward_models import load_reward_model
-from rlhf.models.row_check import check_rows
-from rlhf.models.row_layout import row_layout
 from rlhf.objectives.reward_model_loss import combined_steps
 from rlhf.types import StepReward
-from rlhf.workers.microbatches import Microbatch, split_microbatches
+from rlhf.workers.frozen.base import FrozenWorker
+from rlhf.workers.microbatches import Microbatch
 from rlhf.workers.model_worker import torch_dtype
 
 
-class RewardModel:
+class RewardModel(FrozenWorker):
     """A frozen sequence-classification model with one label. It is thread-safe and runs one pass at a time."""
 
-    def __init__(
-        self, config: RewardModelConfig, device: torch.device, *, max_tokens_per_microbatch: int, rank: int = 0
-    ) -> None:
+    role = "reward"
+
+    def __init__(self, config: RewardModelConfig, place: RankContext, *, max_tokens_per_microbatch: int) -> None:
+        super().__init__(config, place, max_tokens_per_microbatch=max_tokens_per_microbatch)
         self.steps = config.steps
-        self.device = device
-        self.rank = rank
-        self.max_tokens = max_tokens_per_microbatch
         self.lock = threading.Lock()
-        with explains_out_of_memory(role="reward", stage="start", rank=rank):
-            model = load_reward_model(
-                config.model, dtype=torch_dtype(config.dtype), trust_remote_code=config.trust_remote_code
-            )
-            self.model = model.to(device).eval().requires_grad_(False)
-            check_rows(self.model, device)
+        self.become(config.model)
+
+    def load_module(self, model: str) -> Any:
+        config = self.model_config
+        return load_reward_model(model, dtype=torch_dtype(config.dtype), trust_remote_code=config.trust_remote_code)
 
     def scores(
         self, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"], step_ends: Bool[Tensor, " N"] | None
@@ -80,13 +76,11 @@ class RewardModel:
         self, function: Callable[..., Tensor], token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"]
     ) -> Iterator[tuple[Microbatch, Tensor]]:
         """Yield the micro-batches of the sequences, each with the output of `function` (from rlhf.models.heads)."""
-        sizes = lengths.tolist()
-        with self.lock, torch.no_grad():
-            layout = row_layout(self.model)
-            for microbatch in split_microbatches(sizes, range(len(sizes)), max_tokens=self.max_tokens, layout=layout):
-                with explains_out_of_memory(
-                    role="reward", stage="score", rank=self.rank, tokens=len(microbatch.tokens)
-                ):
-                    tokens = token_ids[microbatch.tokens].to(self.device)
-                    outputs = function(self.model, tokens, microbatch.lengths.to(self.device)).cpu()
-                yield microbatch, outputs
+
+        def forward(microbatch: Microbatch) -> Tensor:
+            tokens = self.part(token_ids, microbatch)
+            outputs: Tensor = function(self.model, tokens, microbatch.lengths.to(self.device)).cpu()
+            return outputs
+
+        with self.lock:
+            yield from self.passes("score", self.split(lengths), forward)
