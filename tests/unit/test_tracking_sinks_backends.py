@@ -135,7 +135,7 @@ def test_an_alert_reaches_tensorboard_as_text(tmp_path: Path) -> None:
     assert b"KL is 20" in b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
 
 
-class Stuck:
+class Stuck(TrackerBackend):
     """A back end that hangs, or raises, in its first call."""
 
     name = "stuck"
@@ -148,10 +148,6 @@ class Stuck:
         if self.raises:
             raise BrokenPipeError("service gone, token=sk-abcdefghijklmnop")
         self.go_on.wait(20)
-
-    def alert(self, severity: Severity, title: str, text: str) -> None: ...
-
-    def checkpoint(self, step: int, folder: Path) -> None: ...
 
     def close(self, *, failed: bool) -> None:
         self.calls += 1
