@@ -131,9 +131,7 @@ def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | Non
     if isinstance(stage, Config):
         _refuse_other_measures(stage, model or str(final_folder(stage)))
         if not eval_sets(stage):
-            raise UserError(
-                f"data.eval: {loaded.source} names no held-out set; give one, or evaluate a model on --data"
-            )
+            raise UserError(f"data.eval: {loaded.source} names no held-out set; give one or evaluate a model on --data")
     given: dict[str, Any] = {"model": model, "against": against, "k": marks.ks}
     given |= {"pass_score": marks.pass_score, "answer": marks.answers, "by": marks.by}
     changes = {key: value for key, value in given.items() if value is not None}
@@ -200,9 +198,7 @@ def _refuse_unfit_results(stage: EvaluationStage, made: StageResults) -> None:
         lora = made.adapters.get(model)
         if config.rewards and lora is not None and (lora.dora or lora.modules_to_save):
             kind = "dora" if lora.dora else "modules_to_save"
-            text = (
-                f"will be an adapter with {kind}, which engines cannot serve; merge it into its base in a stage before"
-            )
+            text = f"will be an adapter with {kind}, which engines cannot serve; merge it into its base before"
             raise UserError(f"evaluate.{key}: {model} {text}")
     if stage.uses_reward_model and config.reward is not None and config.reward.model in made.finals:
         folder = config.reward.model

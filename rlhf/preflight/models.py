@@ -262,9 +262,7 @@ def refuse_other_results(config: Config, made: StageResults) -> None:
             merge = "merge it into its base in a stage between (method fold)."
             if name in TRAINED_ROLES:
                 merge = f"name the base as {name}.model and the stage as {name}.adapter, or {merge}"
-            raise UserError(
-                f"{name}.model: {section.model} will be an adapter, not a model, as its stage has lora; {merge}"
-            )
+            raise UserError(f"{name}.model: {section.model} will be an adapter, since its stage has lora; {merge}")
         adapter = section.adapter if isinstance(section, PolicyConfig | CriticConfig) else None
         if adapter in made.finals and adapter not in made.adapters:
             raise UserError(

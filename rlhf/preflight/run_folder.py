@@ -74,9 +74,7 @@ def refuse_unusable_folder(stage: Stage, *, resume: bool) -> None:
             if step is not None:
                 folder.refuse_damage(step)
     except OSError as error:
-        raise UserError(
-            f"run.dir: {path} cannot be written: {error.strerror}. Choose a folder you can write."
-        ) from error
+        raise UserError(f"run.dir: {path} cannot be written: {error.strerror}. Choose another folder.") from error
 
 
 def _continue_from(stage: Stage, step: int) -> None:

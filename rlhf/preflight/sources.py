@@ -186,9 +186,7 @@ def _remote(reward: RewardConfig, *, key: str) -> RemoteReward | None:
     token = None if reward.token_env is None else os.environ.get(reward.token_env, "")
     if token is not None and not (token.isascii() and token.isprintable() and token):
         problem = "is not set" if not token else "holds more than plain text"
-        raise UserError(
-            f"{key}.token_env: the environment variable {reward.token_env} {problem}; export the token in it"
-        )
+        raise UserError(f"{key}.token_env: the environment variable {reward.token_env} {problem}; export the token")
     judge, http = reward.judge, reward.http
     return RemoteReward(
         service=ServiceSpec(

@@ -467,7 +467,7 @@ RELATIONS = {
     "ipc is for shared GPUs": ([CUDA, "cluster.weight_sync=ipc"], "is ipc, which needs engines on the policy's GPUs"),
     "nccl is not for shared GPUs": (
         [CUDA, "cluster.weight_sync=nccl", "cluster.roles.rollout.colocate_with=policy"],
-        "is nccl, which cannot join two processes on a GPU",
+        "is nccl, which cannot join processes on one GPU",
     ),
 }
 

@@ -259,9 +259,7 @@ def _updates(config: Config) -> Iterator[Problem]:
     if rows % train.sequences_per_update == 0 and train.steps is not None:
         total = derive.policy_optimizer_steps(config)
         if train.warmup_steps >= max(total, 1):
-            text = (
-                f"is {train.warmup_steps} and must be below the run's {total} optimizer steps, or lr is never reached"
-            )
+            text = f"is {train.warmup_steps} and must be below the run's {total} optimizer steps, or lr is not reached"
             yield problem("train.warmup_steps", text)
 
 
@@ -284,9 +282,7 @@ def _cluster(config: Config) -> Iterator[Problem]:
             text = f"is {list(section.offload)}, but with cluster.device cpu all is in host memory already; remove it"
             yield problem(f"cluster.roles.{role}.offload", text)
         elif section.offload and section.zero_stage == 0:
-            text = (
-                f"is {list(section.offload)}, but DeepSpeed offloads nothing at stage 0; set zero_stage, or remove it"
-            )
+            text = f"is {list(section.offload)}, but DeepSpeed offloads nothing at stage 0; set zero_stage or remove it"
             yield problem(f"cluster.roles.{role}.offload", text)
         elif "parameters" in section.offload and section.zero_stage != 3:
             text = f"has `parameters`, which needs cluster.roles.{role}.zero_stage 3, not {section.zero_stage}"
@@ -383,7 +379,5 @@ def _weight_sync(config: Config) -> Iterator[Problem]:
         text = "is ipc, which needs engines on the policy's GPUs: set cluster.roles.rollout.colocate_with to policy"
         yield problem("cluster.weight_sync", text)
     elif method == "nccl" and shared:
-        text = (
-            "is nccl, which cannot join two processes on a GPU: cluster.roles.rollout.colocate_with is policy; use ipc"
-        )
+        text = "is nccl, which cannot join processes on one GPU: cluster.roles.rollout.colocate_with is policy; use ipc"
         yield problem("cluster.weight_sync", text)
