@@ -74,7 +74,7 @@ def test_of_an_earlier_stage_it_is_that_of_its_config(tiny_model: Path, tmp_path
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [
-        ({"lora": {}}, {"model": "stage:a"}, "policy.model: .*/a/final will be an adapter, not a model"),
+        ({"lora": {}}, {"model": "stage:a"}, "policy.model: .*/a/final will be an adapter, since its stage has lora"),
         ({}, {"lora": {}, "adapter": "stage:a"}, "policy.adapter: .*/a/final will be a whole model"),
     ],
 )
