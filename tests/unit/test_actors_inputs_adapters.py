@@ -138,7 +138,7 @@ def test_of_an_adapter_that_is_no_model_no_key_is_named_that_there_is_not(tiny_m
     b = online(tiny_model, reference={"model": "stage:a"}, rewards={"right": {"function": "exact_match"}})
     b["algorithm"]["kl"] = {"coef": 0.1}
     with pytest.raises(
-        UserError, match=r"reference\.model: .* as its stage has lora; merge it into its base in a stage"
+        UserError, match=r"reference\.model: .* since its stage has lora; merge it into its base in a stage"
     ):
         load_inputs(loaded(tmp_path, {"stages": {"a": a, "b": b}}))
     b = online(tiny_model, reward={"model": "stage:a"})
