@@ -31,7 +31,6 @@ class CISPO(GroupRelative):
     config: CISPOConfig
 
     def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
-        """Return the policy loss of each token."""
         config, mask = self.config, batch.response_mask
         ratio = importance_ratio(batch.logprobs.detach(), batch.old_logprobs, mask)
         return Surrogate(

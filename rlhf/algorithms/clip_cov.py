@@ -60,7 +60,6 @@ class ClipCov(GroupRelative):
         )
 
     def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
-        """Return the policy loss of each token."""
         assert batch.selected is not None
         whole = clipped(self.config, batch)
         return dataclasses.replace(whole, per_token=torch.where(batch.selected, 0.0, whole.per_token))

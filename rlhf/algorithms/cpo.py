@@ -33,7 +33,6 @@ class CPO(PairAlgorithm):
     config: CPOConfig
 
     def losses(self, scores: PairScores) -> Float[Tensor, " B"]:
-        """Return one loss per pair."""
         beta = self.config.beta
         if self.config.loss == "hinge":
             return of.hinge(scores.chosen, scores.rejected, beta=beta)

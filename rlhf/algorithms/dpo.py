@@ -118,7 +118,6 @@ class LogRatioAlgorithm(PairAlgorithm):
         self.couples = bool(COUPLED & set(config.losses))
 
     def losses(self, scores: PairScores) -> Float[Tensor, " B"]:
-        """Return one loss per pair."""
         log_ratios = self._log_ratios(scores)
         total = torch.zeros_like(log_ratios[0])
         for name, weight in self.config.losses.items():

@@ -39,7 +39,6 @@ class DPPO(GroupRelative):
     config: DPPOConfig
 
     def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
-        """Return the policy loss of each token."""
         config, mask = self.config, batch.response_mask
         columns = (batch.logprobs, batch.old_logprobs, batch.advantages, mask)
         down, up = config.max_decrease, config.max_increase

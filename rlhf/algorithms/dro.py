@@ -33,6 +33,5 @@ class DRO(GroupRelative):
     config: DROConfig
 
     def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
-        """Return the policy loss of each token."""
         mask = batch.response_mask
         return unclipped(batch, dro(batch.logprobs, batch.old_logprobs, batch.advantages, mask, beta=self.config.beta))

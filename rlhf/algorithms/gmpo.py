@@ -31,7 +31,6 @@ class GMPO(GroupRelative):
     config: GMPOConfig
 
     def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
-        """Return the policy loss of each token."""
         config, mask, advantages = self.config, batch.response_mask, batch.advantages
         ratio = geometric_mean_ratio(
             batch.logprobs,

@@ -40,5 +40,4 @@ class GPG(OnlineAlgorithm):
         return scale * group_centered(scores, group_size=group_size)
 
     def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
-        """Return the policy loss of each token."""
         return plain_gradient(batch)

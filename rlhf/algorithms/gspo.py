@@ -34,7 +34,6 @@ class SequenceClip(GroupRelative):
     config: SequenceClipConfig
 
     def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
-        """Return the policy loss of each token."""
         ratio = sequence_token_ratio(batch.logprobs, batch.old_logprobs, batch.response_mask, batch.lengths)
         return clipped(self.config, batch, ratio)
 

@@ -47,7 +47,6 @@ class KLCov(GroupRelative):
         return top_covariance_tokens(covariance, everywhere, fraction=self.config.fraction)
 
     def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
-        """Return the policy loss of each token."""
         assert batch.selected is not None
         mask = batch.response_mask
         ratio = importance_ratio(batch.logprobs, batch.old_logprobs, mask)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,8 +19,9 @@ from rlhf.algorithms.microbatch import (
     Surrogate,
 )
 from rlhf.algorithms.online_config import ClippedConfig, Estimator, OnlineConfig
-from rlhf.objectives import aggregation, kl, policy_loss
+from rlhf.objectives import kl, policy_loss
 from rlhf.objectives.advantages import reward_to_go
+from rlhf.objectives.aggregation import token_weights
 from rlhf.objectives.masking import bin_counts, masked_sum
 from rlhf.tracking.metrics.histograms import RATIO_EDGES
 
@@ -120,7 +121,7 @@ class OnlineAlgorithm(Algorithm):
         denominator is unchanged. The KL penalty and the bonus are aggregated like the surrogate.
         """
         mask = batch.response_mask
-        weights = self.token_weights(mask, batch.lengths, counts)
+        weights = token_weights(mask, batch.lengths, mode=self.config.aggregation, **asdict(counts))
         surrogate, correction = self.surrogate(batch), None
         if self.config.correction is not None:
             surrogate, correction = corrected(self.config.correction, batch, surrogate)
@@ -148,19 +149,6 @@ class OnlineAlgorithm(Algorithm):
                 ratio_counts=bin_counts(surrogate.ratio, mask, edges=RATIO_EDGES),
                 correction=correction,
             )
-
-    def token_weights(
-        self, mask: Bool[Tensor, " N"], lengths: Int[Tensor, " B"], counts: StepCounts
-    ) -> Float[Tensor, " N"]:
-        """Return the weight of each token in the loss of the optimizer step."""
-        return aggregation.token_weights(
-            mask,
-            lengths,
-            mode=self.config.aggregation,
-            num_tokens=counts.num_tokens,
-            num_sequences=counts.num_sequences,
-            max_new_tokens=counts.max_new_tokens,
-        )
 
 
 def clipped(config: ClippedConfig, batch: PolicyMicrobatch, ratio: Float[Tensor, " N"] | None = None) -> Surrogate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import ClassVar, Literal
 
 import torch
@@ -16,6 +17,7 @@ from rlhf.algorithms.online import OnlineAlgorithm
 from rlhf.algorithms.online_config import ClippedConfig, RewardKLConfig, StepUse
 from rlhf.objectives import value_loss
 from rlhf.objectives.advantages import gae
+from rlhf.objectives.aggregation import token_weights
 
 
 class PPOConfig(ClippedConfig):
@@ -94,5 +96,5 @@ class PPO(OnlineAlgorithm):
             columns = (batch.values, batch.old_values, batch.returns, mask)
             per_token = value_loss.clipped_value_loss(*columns, clip=clip)
             num_clipped = value_loss.clipped_values(*columns, clip=clip).sum().float()
-        weights = self.token_weights(mask, batch.lengths, counts)
+        weights = token_weights(mask, batch.lengths, mode=self.config.aggregation, **asdict(counts))
         return ValueLossTerms(loss=(per_token * weights).sum(), clipped_tokens=num_clipped)

@@ -81,5 +81,4 @@ class RAFT(OnlineAlgorithm):
         return ones, ones
 
     def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
-        """Return the policy loss of each token."""
         return unclipped(batch, negative_logprob(batch.logprobs, batch.response_mask))

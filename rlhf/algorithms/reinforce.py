@@ -39,5 +39,4 @@ class Reinforce(OnlineAlgorithm):
         self.centers = config.baseline == "batch_mean"
 
     def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
-        """Return the policy loss of each token."""
         return plain_gradient(batch)

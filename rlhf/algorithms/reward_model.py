@@ -28,7 +28,6 @@ class RewardModeling(PairAlgorithm):
     config: RewardModelingConfig
 
     def losses(self, scores: PairScores) -> Float[Tensor, " B"]:
-        """Return one loss per pair."""
         losses = bradley_terry(scores.chosen, scores.rejected, margin=scores.margins)
         if self.config.centering:
             losses = losses + self.config.centering * centering(scores.chosen, scores.rejected)

@@ -33,7 +33,6 @@ class SAPO(GroupRelative):
     config: SAPOConfig
 
     def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
-        """Return the policy loss of each token."""
         mask = batch.response_mask
         ratio = importance_ratio(batch.logprobs, batch.old_logprobs, mask)
         per_token = sapo(

@@ -43,7 +43,6 @@ class RewardMargin(PairAlgorithm):
         raise NotImplementedError
 
     def losses(self, scores: PairScores) -> Float[Tensor, " B"]:
-        """Return one loss per pair."""
         config = self.config
         return simpo(*self.scores(scores), beta=config.beta, gamma=config.gamma, label_smoothing=config.label_smoothing)
 

@@ -45,7 +45,6 @@ class VESPO(GroupRelative):
     config: VESPOConfig
 
     def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
-        """Return the policy loss of each token."""
         config, mask = self.config, batch.response_mask
         log_ratio = torch.where(mask, batch.logprobs.detach() - batch.old_logprobs, 0.0)
         weights = vespo_weights(
