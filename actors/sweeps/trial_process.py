@@ -56,7 +56,7 @@ class TrialProcess:
 
         with log.open("ab") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "rlhf.serve_trials"],
+                [sys.executable, "-m", "rlhf.serve_trials", str(log.parent)],  # the folder is for readers of `ps`
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,

@@ -60,6 +60,7 @@ def test_a_process_has_its_share_and_ends_when_it_is_told(tmp_path: Path) -> Non
     interrupted = TrialProcess(MachineShare(), log)
     started = psutil.Process(kept.process.pid)
     assert started.cpu_affinity() == [core]
+    assert started.cmdline()[-1] == str(tmp_path)  # ps tells the sweep of a process
     assert started.environ()["CUDA_VISIBLE_DEVICES"] == "1,3"
     interrupted.interrupt()
     wait_for_all([interrupted], StopRequest())
