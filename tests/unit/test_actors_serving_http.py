@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+import urllib.request
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -687,3 +691,22 @@ def test_the_command_and_the_call_start_the_same_server(tiny_model: Path, monkey
     assert (device, rollout.engines, rollout.kv_cache_gib, timeout_s) == ("cpu", 2, 5, 63.0)
     assert (host, port) == ("::1", 8702)
     assert (calls[3][1], calls[3][2].tensor_parallel) == ("cuda", 4)
+
+
+def test_a_model_is_served_until_a_signal(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def started(*_: Any, **__: Any) -> Iterator[SimpleNamespace]:
+        yield SimpleNamespace(engines=SimpleNamespace(handles=[]))
+
+    names: list[str] = []
+
+    def ask(url: str) -> None:
+        try:
+            with urllib.request.urlopen(f"{url}/models", timeout=30) as answer:
+                names.extend(model["id"] for model in json.load(answer)["data"])
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("actors.serving.http.serving", started)
+    rlhf.serve(str(tiny_model), name="tiny", ready=lambda url: threading.Thread(target=ask, args=[url]).start())
+    assert names == ["tiny"]
