@@ -120,20 +120,20 @@ def test_a_loop_that_has_its_last_step_is_done() -> None:
 
 
 def test_after_sigterm_a_step_has_a_limit_and_after_ctrl_c_it_has_none() -> None:
-    async def slow(notice: Notice, request: StopRequest, number: signal.Signals) -> None:
+    async def slow(notice: Notice, request: StopRequest, number: signal.Signals, takes_s: float) -> None:
         ask(request, number)
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(takes_s)
 
     with pytest.raises(Preempted, match=r"not finished within 0.1 s \(train.preemption_grace_s, or less\)"):
-        run(lambda notice, request: slow(notice, request, signal.SIGTERM), grace_s=0.1)
-    run(lambda notice, request: slow(notice, request, signal.SIGINT), grace_s=0.1)
+        run(lambda notice, request: slow(notice, request, signal.SIGTERM, 60.0), grace_s=0.1)
+    run(lambda notice, request: slow(notice, request, signal.SIGINT, 0.5), grace_s=0.1)
 
 
 def test_a_node_that_is_to_go_is_a_notice_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interrupts, "ASK_EVERY_S", 0.0)
 
     async def goes() -> tuple[str, float | None]:
-        return "10.0.0.7", time.time() + 0.3
+        return "10.0.0.7", time.time() + 0.9
 
     async def work(notice: Notice, _: StopRequest) -> None:
         await until(lambda: notice.is_given)

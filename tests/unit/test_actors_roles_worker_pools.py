@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,9 +37,10 @@ STYLE = RewardSpec(
 class Handle:
     """A worker's, whose groups take so long."""
 
-    def __init__(self, *, takes_s: float, ask_takes_s: float = 0.0, ping_takes_s: float = 0.0) -> None:
+    def __init__(self, *, takes_s: float, asked_at_once: int = 1, ping_takes_s: float = 0.0) -> None:
         thread, threads = ThreadPoolExecutor(1), ThreadPoolExecutor(16)
-        self.asked = 0
+        self.asked, self.asking, self.most_asking = 0, 0, 0
+        together, lock = threading.Barrier(asked_at_once), threading.Lock()
 
         def method(call: Callable[..., Any], threads: ThreadPoolExecutor) -> Any:
             def remote(*args: Any) -> Any:
@@ -48,8 +50,14 @@ class Handle:
             return SimpleNamespace(remote=remote)
 
         def ask(*_: Any) -> dict[str, Any]:
-            self.asked += 1
-            time.sleep(ask_takes_s)
+            with lock:
+                self.asked += 1
+                self.asking += 1
+                self.most_asking = max(self.most_asking, self.asking)
+            together.wait(10.0)
+            time.sleep(0.02)  # one more call would come meanwhile
+            with lock:
+                self.asking -= 1
             return {"style": "told"}
 
         self.given: list[Any] = []
@@ -113,10 +121,9 @@ def test_a_worker_that_stands_still_is_noticed_before_its_rewards_limits(monkeyp
 
 
 def test_services_are_asked_about_many_groups_at_once() -> None:
-    handle = Handle(takes_s=0.0, ask_takes_s=0.3)
-    begun = time.monotonic()
+    handle = Handle(takes_s=0.0, asked_at_once=5)  # each call waits until five have come
     asyncio.run(score([handle], 10, STYLE, columns={"kind": "a"}))
-    assert 0.6 <= time.monotonic() - begun < 2.5  # five at once, twice; one after the other they would take 3 s
+    assert handle.most_asking == 5
     assert handle.given == [{"style": "told"}] * 10
 
 

@@ -418,7 +418,7 @@ async def test_what_is_being_answered_when_it_ends_is_told(monkeypatch: pytest.M
 
 
 async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10.0):
+    async with asyncio.timeout(60.0):
         while not holds():
             await asyncio.sleep(0.01)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -168,9 +170,9 @@ def test_what_a_reward_started_dies_with_it(hostile: RewardPool) -> None:
         assert child is not None
         assert psutil.pid_exists(int(child))
         assert failures_of(hostile, name)[0].kind == kind
-        deadline = time.monotonic() + 5.0
+        deadline = time.monotonic() + 60.0
         while psutil.pid_exists(int(child)) and psutil.Process(int(child)).status() != psutil.STATUS_ZOMBIE:
-            assert time.monotonic() < deadline, f"the reward's child {child} is still there 5 s after its parent"
+            assert time.monotonic() < deadline, f"the reward's child {child} is still there 60 s after its parent"
             time.sleep(0.02)
 
 
@@ -219,10 +221,12 @@ def test_empty_group(simple: RewardPool) -> None:
 
 def test_several_thousand_a_second(simple: RewardPool) -> None:
     simple.score(0, "p", ["a"], {})
-    began = time.monotonic()
+    fastest = math.inf  # of 500 groups, which other work on the machine does not slow down
     for _ in range(500):
+        began = time.monotonic()
         simple.score(0, "p", ["a"] * 8, {})
-    assert time.monotonic() - began < 2.0  # 4,000 rewards; a tenth of a second on an idle machine
+        fastest = min(fastest, time.monotonic() - began)
+    assert fastest < 8 / 2000
 
 
 def test_a_process_killed_from_outside_costs_nothing() -> None:
@@ -279,20 +283,29 @@ def test_a_process_maps_no_more_memory_than_it_may() -> None:
         assert all("the limit is reward_policy.memory_gib: 0.5" in failure.message for failure in failures)
 
 
-def test_groups_run_side_by_side() -> None:
-    with RewardPool([source("hostile.py:sleeps")], timeout_s=1.5, processes=2) as pool:
-        began = time.monotonic()
-        threads = [threading.Thread(target=pool.score, args=(0, "p", ["x"], {})) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(20.0)
-        assert time.monotonic() - began < 2.9  # two limits of 1.5 s, not one after the other
+def test_groups_run_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No group gets its reply before both have been sent."""
+    both, receive = threading.Barrier(2), RewardProcess.receive
+
+    def receive_together(process: RewardProcess, timeout_s: float) -> Reply:
+        both.wait(20.0)
+        return receive(process, timeout_s)
+
+    with RewardPool([source("simple.py:length")], timeout_s=30.0, processes=2) as pool, ThreadPoolExecutor() as threads:
+        monkeypatch.setattr(RewardProcess, "receive", receive_together)
+        outcomes = list(threads.map(lambda response: pool.score(0, "p", [response], {}), ["a", "bb"]))
+    assert [outcome.scores for outcome in outcomes] == [(1.0,), (2.0,)]
 
 
-def test_closing_ends_a_group_under_way() -> None:
+def test_closing_ends_a_group_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = RewardPool([source("hostile.py:sleeps")], timeout_s=60.0)
-    threading.Timer(0.3, pool.close).start()
+    send = RewardProcess.send
+
+    def send_and_close(process: RewardProcess, message: Hello | Request, timeout_s: float) -> None:
+        send(process, message, timeout_s)
+        threading.Thread(target=pool.close).start()
+
+    monkeypatch.setattr(RewardProcess, "send", send_and_close)
     with pytest.raises(RunError, match="closed"):
         pool.score(0, "p", ["x"], {})
     assert pool.pids() == []
@@ -305,22 +318,28 @@ def test_a_reward_that_cannot_be_loaded_here() -> None:
 
 @pytest.mark.parametrize("name", ["sleeps", "hangs_in_c"])
 def test_processes_end_with_their_parent(name: str) -> None:
+    path = str(FILES / "hostile.py")
     code = (
-        "import threading, time\n"
         "from rlhf.rewards.processes.pool import RewardPool\n"
+        "from rlhf.rewards.processes.process import RewardProcess\n"
         "from rlhf.extensions import CodeSource\n"
-        f"pool = RewardPool([CodeSource(path={str(FILES / 'hostile.py')!r}, name={name!r}, args={{}})], timeout_s=60)\n"
-        "threading.Thread(target=pool.score, args=(0, 'p', ['x'], {}), daemon=True).start()\n"
-        "time.sleep(0.3); print(*pool.pids(), flush=True); time.sleep(60)"
+        f"pool = RewardPool([CodeSource(path={path!r}, name={name!r}, args={{}})], timeout_s=200)\n"
+        "send = RewardProcess.send\n"
+        "def send_and_say(process, message, timeout_s):\n"
+        "    send(process, message, timeout_s)\n"
+        f"    while not process.where({path!r}): pass\n"
+        "    print(process.pid, flush=True)\n"
+        "RewardProcess.send = send_and_say\n"
+        "pool.score(0, 'p', ['x'], {})"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
         assert psutil.pid_exists(pid)
         parent.kill()
-    deadline = time.monotonic() + 3.0
+    deadline = time.monotonic() + 30.0
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline, f"reward process {pid} is still there 3 s after its parent"
+        assert time.monotonic() < deadline, f"reward process {pid} is still there 30 s after its parent"
         time.sleep(0.02)
 
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 
 import pytest
 
@@ -123,14 +124,21 @@ def test_what_fails_after_a_signal_is_preempted_but_an_error_of_the_user_stays_o
 
 
 def test_a_signal_that_is_sent_twice_at_once_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    received, receive = [], StopRequest._receive
+
+    def count(request: StopRequest, number: int, frame: FrameType | None) -> None:
+        receive(request, number, frame)
+        received.append(number)
+
     def work(request: StopRequest) -> bool:
         request.ends_by_itself = True
-        for _ in range(2):
+        for times in (1, 2):
             send(signal.SIGTERM)
-            until(lambda: request.came is not None)
-            time.sleep(0.02)
+            until(lambda times=times: len(received) == times)
         return request.interrupted.is_set()
 
+    monkeypatch.setattr(StopRequest, "_receive", count)
+    monkeypatch.setattr(stopping, "REPEATED_WITHIN_S", 60.0)
     assert run_stoppable(work) is False
     monkeypatch.setattr(stopping, "REPEATED_WITHIN_S", 0.0)
     with pytest.raises(Preempted, match="given up"):
@@ -159,7 +167,7 @@ def test_a_second_ctrl_c_cancels_the_event_loop(
     with pytest.raises(kind, match="the work in progress was given up"):
         run_stoppable(lambda request: run_async(loop(request)))
     assert cleaned_up.is_set()
-    assert killed.wait(5.0)
+    assert killed.wait(60.0)
 
 
 def test_other_work_is_interrupted_by_the_first_signal() -> None:
@@ -206,9 +214,9 @@ def test_a_call_that_does_not_return_in_time_is_not_waited_for() -> None:
     gate = threading.Event()
     assert not finishes_within(0.05, gate.wait, "gate")
     gate.set()
-    assert finishes_within(5.0, gate.wait, "gate")
+    assert finishes_within(60.0, gate.wait, "gate")
     with pytest.raises(RunError):
-        finishes_within(5.0, lambda: fail(RunError("broken")), "broken")
+        finishes_within(60.0, lambda: fail(RunError("broken")), "broken")
     until(lambda: not stopping.has_stuck_threads())
 
 
@@ -217,8 +225,7 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
 
     def work(request: StopRequest) -> bool:
         send(signal.SIGHUP)
-        time.sleep(0.05)
-        return request.came is None
+        return signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and request.came is None
 
     assert run_stoppable(work)
 
@@ -237,7 +244,7 @@ def test_a_process_does_not_wait_for_a_call_that_never_returns() -> None:
         "cli.sys.argv = ['rlhf', 'doctor']\n"
         "raise SystemExit(cli.main())\n"
     )
-    assert subprocess.run([sys.executable, "-c", script], timeout=30).returncode == 75
+    assert subprocess.run([sys.executable, "-c", script], timeout=120).returncode == 75
 
 
 def test_the_time_before_a_loop_begins_does_not_count_as_silence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,10 +252,10 @@ def test_the_time_before_a_loop_begins_does_not_count_as_silence(monkeypatch: py
     monkeypatch.setattr(stopping, "LOOK_EVERY_S", 0.01)
 
     def work(request: StopRequest) -> str:
-        time.sleep(0.3)  # loading
-        request.beats_within_s = 0.2
-        for _ in range(10):
-            time.sleep(0.05)
+        time.sleep(1.2)  # loading
+        request.beats_within_s = 1.0
+        for _ in range(6):
+            time.sleep(0.2)
             request.beats += 1
         return "trained"
 
