@@ -215,7 +215,7 @@ def test_a_killed_engine_is_named_and_the_run_goes_on_from_its_checkpoint(
 
     with once(lambda: steps_done(run) >= 2, kill):
         said = failed(capsys, config, f"train.steps={MANY}")
-    assert time.monotonic() - began[0] < 30.0
+    assert time.monotonic() - began[0] < 60.0  # cluster.call_timeout_s: the death is noticed before
     assert re.search(r"rollout (rank|engine) 0 died", said), said
     assert "--resume auto" in said
     assert last_error(run)["stage"] == "run"
@@ -248,7 +248,7 @@ def test_killed_and_stopped_ranks_are_named_and_the_gang_ends(
 
     with once(lambda: steps_done(run) >= done + 3, freeze):
         said = failed(capsys, config, *stop)  # which also sees that the stopped process is gone
-    assert time.monotonic() - began[0] < 25.0
+    assert time.monotonic() - began[0] < 60.0  # the limit is 6 s, and 60 s in the file
     assert re.match(r"(update|memory|checkpoint): policy rank", said), said
 
     other = build_tiny_llama(tmp_path / "other", seed=0, tied=True)
