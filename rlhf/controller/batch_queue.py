@@ -31,8 +31,8 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Asked:
-    """A batch that is asked and not trained yet."""
+class _Requested:
+    """A batch that is requested and not trained yet."""
 
     version: int
     position: Mapping[str, Any]  # of the collector, before the batch
@@ -40,22 +40,22 @@ class _Asked:
 
 
 class BatchQueue:
-    """The batches that are asked and not trained yet."""
+    """The batches that are requested and not trained yet."""
 
     def __init__(self, collector: Collector, record: RunRecord, *, max_staleness: int, num_steps: int) -> None:
         self.collector = collector
         self.record = record
         self.max_staleness = max_staleness
         self.num_steps = num_steps
-        self._asked: dict[int, _Asked] = {}  # by step
+        self._requested: dict[int, _Requested] = {}  # by step
         self._versions: dict[int, int] = {}  # of the batches in the checkpoint of a resumed run, by step
         self._collecting: asyncio.Task[None] | None = None
-        self.seconds = 0.0  # of the newest `ask`, once settled
+        self.seconds = 0.0  # of the collecting since the newest `request`
 
-    def ask(self, step: int) -> None:
-        """Start to collect the batch of a step, if it is not asked yet, and those after it within the bound."""
+    def request(self, step: int) -> None:
+        """Start to collect the batch of a step, unless it is requested already, and those after it within the bound."""
         last = min(step + self.max_staleness, self.num_steps)
-        steps = [asked for asked in range(step, last + 1) if asked not in self._asked]
+        steps = [number for number in range(step, last + 1) if number not in self._requested]
         self.seconds = 0.0
         if steps:
             self._collecting = asyncio.create_task(self._collect(steps, version=step - 1))
@@ -68,28 +68,28 @@ class BatchQueue:
                 self._versions.clear()
                 stored = version
             batch: asyncio.Future[Batch] = asyncio.get_running_loop().create_future()
-            self._asked[step] = _Asked(version=stored, position=self.collector.state(), batch=batch)
+            self._requested[step] = _Requested(version=stored, position=self.collector.state(), batch=batch)
             with self.record.apart() as metrics, self.record.stage("rollouts"):
                 collected = await self.collector.collect(step, version=stored)
             batch.set_result(Batch(collected=collected, metrics=metrics))
         self.seconds = time.perf_counter() - began
 
     async def take(self, step: int) -> Batch:
-        """Return the batch of a step that was asked, once it is whole. Raise the failure of its rollouts."""
+        """Return the batch of a step that was requested, once it is whole. Raise the failure of its rollouts."""
         assert self._collecting is not None
         await asyncio.sleep(0)  # until the collecting has begun
-        batch = self._asked[step].batch
+        batch = self._requested[step].batch
         either: set[asyncio.Future[Any]] = {batch, self._collecting}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not batch.done():
             await self._collecting
         return batch.result()
 
-    async def settle(self, step: int) -> None:
-        """Wait until all asked batches are whole, and forget that of a trained step."""
+    async def finish(self, step: int) -> None:
+        """Wait until all requested batches are whole, and forget the batch of a trained step."""
         assert self._collecting is not None
         await self._collecting
-        del self._asked[step]
+        del self._requested[step]
 
     async def stop(self) -> None:
         """Give up the batches that are not whole."""
@@ -100,12 +100,12 @@ class BatchQueue:
     @property
     def position(self) -> Mapping[str, Any]:
         """Return the collector's state before the first batch that is not trained."""
-        first = next(iter(self._asked.values()), None)
+        first = next(iter(self._requested.values()), None)
         return self.collector.state() if first is None else first.position
 
     def state(self) -> dict[str, Any]:
-        """Return the position in the prompts, and the versions of the asked batches, for a checkpoint."""
-        return {**self.position, "ahead": [(step, asked.version) for step, asked in self._asked.items()]}
+        """Return the position in the prompts, and the versions of the requested batches, for a checkpoint."""
+        return {**self.position, "ahead": [(step, entry.version) for step, entry in self._requested.items()]}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restore the position in the prompts. The batches of the checkpoint are then collected from the store."""

@@ -125,7 +125,7 @@ class OnlineController(TrainingLoop):
         await self._to_trainers(*GUESTS_OF_ENGINES, keep_weights=False)
         signals = await self.learning.learn(groups, step)
         learnt = time.perf_counter()
-        await self.batches.settle(step)
+        await self.batches.finish(step)
         waited_s += time.perf_counter() - learnt
         await self._sync(step)
         idle = 1.0 - self.batches.seconds / (time.perf_counter() - began)
@@ -140,7 +140,7 @@ class OnlineController(TrainingLoop):
     async def _take(self, step: int) -> Batch:
         """Return the step's batch. If the run is to end, keep the previous step and raise Preempted."""
         before = self.state()
-        self.batches.ask(step)
+        self.batches.request(step)
         if self.sharing:  # the offloaded policy cannot be saved while engines generate
             return await self.batches.take(step)
         batch = await self.notice.unless_given(self.batches.take(step))

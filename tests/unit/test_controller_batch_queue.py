@@ -45,9 +45,9 @@ def queue(batches: Batches, *, max_staleness: int, num_steps: int = 5) -> BatchQ
 
 async def train(ahead: BatchQueue, *, first: int, last: int) -> None:
     for step in range(first, last + 1):
-        ahead.ask(step)
+        ahead.request(step)
         assert (await ahead.take(step)).collected == step  # type: ignore[comparison-overlap]
-        await ahead.settle(step)
+        await ahead.finish(step)
 
 
 @pytest.mark.parametrize(
@@ -67,11 +67,11 @@ async def test_the_next_batch_is_collected_while_a_step_is_trained() -> None:
     ahead = queue(batches, max_staleness=1)
     await train(ahead, first=1, last=1)
     batches.may_go_on.clear()
-    ahead.ask(2)
+    ahead.request(2)
     await ahead.take(2)  # collected before; the engines work on batch 3 from here on
     assert batches.collected == [(1, 0), (2, 0)]
     batches.may_go_on.set()
-    await ahead.settle(2)
+    await ahead.finish(2)
     assert batches.collected == [(1, 0), (2, 0), (3, 1)]
 
 
@@ -102,12 +102,12 @@ async def test_a_failure_of_the_engines_ends_the_step_that_waits_or_the_step_bef
     batches = Batches()
     batches.fails_at = 2
     ahead = queue(batches, max_staleness=1)
-    ahead.ask(1)
+    ahead.request(1)
     await ahead.take(1)
     with pytest.raises(RunError, match="an engine died"):
-        await ahead.settle(1)
+        await ahead.finish(1)
     turns = queue(batches, max_staleness=0)
-    turns.ask(2)
+    turns.request(2)
     with pytest.raises(RunError, match="an engine died"):
         await turns.take(2)
 
@@ -116,7 +116,7 @@ async def test_a_stopped_queue_is_where_it_was_before_the_batch() -> None:
     batches = Batches()
     batches.may_go_on.clear()
     ahead = queue(batches, max_staleness=0)
-    ahead.ask(1)
+    ahead.request(1)
     waiting = asyncio.create_task(ahead.take(1))
     await asyncio.sleep(0)
     waiting.cancel()

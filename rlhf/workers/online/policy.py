@@ -1,6 +1,7 @@
-"""One rank of the policy. It receives a batch of rollouts, assigns advantages to tokens, updates, and publishes.
+"""One rank of the policy. It receives a batch of rollouts, assigns advantages to tokens, and updates the weights.
 
-The columns of the share are measured under the sampling weights, in `prepare` or in the first update.
+The columns of the rank's sequences are measured under the weights before the update, in `prepare` or in the first
+update. `actors.roles.ranks` adds the publishing of the weights.
 """
 
 from __future__ import annotations
