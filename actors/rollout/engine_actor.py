@@ -75,6 +75,7 @@ class RolloutWorker:
         self.spec = spec
         self.loop = EngineLoop(lambda: build_engine(spec), name=spec.name)
         self.version: int | None = None
+        self.checksum = ""  # of the weights of this version
         self._asleep: set[EnginePart] = set()  # parts whose GPU memory a trainer uses now
         self._lora: Any = None
         self._added: dict[str, int] = {}  # special and added tokens by their text
@@ -158,8 +159,8 @@ class RolloutWorker:
                 if self._conversations is None or not is_current:
                     raise RunError(
                         f"{self.spec.name} has version {self.version} of the weights, and group {request.group_id} of "
-                        f"version {drawn_by} is not in its spool. Continue from an earlier checkpoint, such as "
-                        "--resume step_000010."
+                        f"version {drawn_by} is not in its spool. Resume with rollouts.max_staleness=0, which samples "
+                        "the batches ahead again."
                     )
                 played = await self._play(self._conversations, request, sampling)
         except Aborted:
@@ -171,7 +172,15 @@ class RolloutWorker:
         failed = any(info.environment_error is not None for info in infos)
         if self.spec.spool is not None and (self.spec.spools_failures or not failed):
             await asyncio.to_thread(
-                write_group, self.spec.spool, request, sampling, drawn_by, rollouts, infos, environment=self._played_in
+                write_group,
+                self.spec.spool,
+                request,
+                sampling,
+                drawn_by,
+                rollouts,
+                infos,
+                environment=self._played_in,
+                weights=self.checksum,
             )
         return rollouts, infos
 
@@ -243,7 +252,13 @@ class RolloutWorker:
         if self.spec.spool is None:
             return None
         return await asyncio.to_thread(
-            read_group, self.spec.spool, request, sampling, version, environment=self._played_in
+            read_group,
+            self.spec.spool,
+            request,
+            sampling,
+            version,
+            environment=self._played_in,
+            weights=self.checksum if version == self.version else None,
         )
 
     async def hold(self) -> None:
@@ -314,7 +329,7 @@ class RolloutWorker:
                 "that earlier weights computed are still cached"
             )
         self._lora = adapter_request(manifest) if is_adapter else None
-        self.version = loaded.version
+        self.version, self.checksum = loaded.version, loaded.checksums[0]
         return SyncReceipt(version=loaded.version, checksum=loaded.checksums[0])
 
     async def probe(self, token_ids: Sequence[int]) -> list[float]:

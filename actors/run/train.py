@@ -244,6 +244,7 @@ async def _online(
             probe_ids=inputs.probe_ids,
             policy_fingerprint=policy.fingerprint,
             rewards_fingerprint=fingerprint(inputs.rewards, model=repr(roles[RewardWorkers.role].settings.model)),
+            environment_fingerprint="" if inputs.environment is None else inputs.environment.fingerprint(),
         )
         yield controller, policy, lease.placement
 

@@ -12,6 +12,7 @@ checkpoint holds their responses.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from typing import Any
 from rlhf.controller.collect import Collected, Collector
 from rlhf.controller.record import RunRecord
 from rlhf.roles import Metrics
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,21 +45,29 @@ class _Requested:
 class BatchQueue:
     """The batches that are requested and not trained yet."""
 
-    def __init__(self, collector: Collector, record: RunRecord, *, max_staleness: int, num_steps: int) -> None:
+    def __init__(
+        self, collector: Collector, record: RunRecord, *, max_staleness: int, num_steps: int, settings: str
+    ) -> None:
+        """Create an empty queue.
+
+        Args:
+            settings: digest of the settings that decide which groups make a batch.
+        """
         self.collector = collector
         self.record = record
         self.max_staleness = max_staleness
         self.num_steps = num_steps
+        self.settings = settings
         self._requested: dict[int, _Requested] = {}  # by step
         self._versions: dict[int, int] = {}  # of the batches in the checkpoint of a resumed run, by step
         self._collecting: asyncio.Task[None] | None = None
-        self.seconds = 0.0  # of the collecting since the newest `request`
+        self.seconds: float | None = None  # of the collecting since the newest `request`; None: nothing was left
 
     def request(self, step: int) -> None:
         """Start to collect the batch of a step, unless it is requested already, and those after it within the bound."""
         last = min(step + self.max_staleness, self.num_steps)
         steps = [number for number in range(step, last + 1) if number not in self._requested]
-        self.seconds = 0.0
+        self.seconds = None
         if steps:
             self._collecting = asyncio.create_task(self._collect(steps, version=step - 1))
 
@@ -105,9 +116,19 @@ class BatchQueue:
 
     def state(self) -> dict[str, Any]:
         """Return the position in the prompts, and the versions of the requested batches, for a checkpoint."""
-        return {**self.position, "ahead": [(step, entry.version) for step, entry in self._requested.items()]}
+        ahead = [(step, entry.version) for step, entry in self._requested.items()]
+        return {**self.position, "ahead": ahead, "settings": self.settings}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore the position in the prompts. The batches of the checkpoint are then collected from the store."""
+        """Restore the position in the prompts. The batches of the checkpoint are then collected from the store.
+
+        After a change of their settings they are sampled again by the newest weights.
+        """
         self.collector.restore(state)
-        self._versions = {step: version for step, version in state["ahead"]}
+        if state["settings"] == self.settings:
+            self._versions = dict(state["ahead"])
+        elif state["ahead"]:
+            logger.warning(
+                "the settings of rollouts or rewards have changed: %d batches ahead are sampled again",
+                len(state["ahead"]),
+            )

@@ -11,6 +11,7 @@ stage is finished first.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -65,6 +66,7 @@ class OnlineController(TrainingLoop):
         probe_ids: Sequence[int],
         policy_fingerprint: str,
         rewards_fingerprint: str,
+        environment_fingerprint: str = "",
     ) -> None:
         assert config.rollouts is not None
         present = {field.name: getattr(roles, field.name) for field in fields(roles)}
@@ -92,6 +94,7 @@ class OnlineController(TrainingLoop):
             record,
             max_staleness=self.rollouts.max_staleness,
             num_steps=config.train.num_steps,
+            settings=_digest_of_settings(config, rewards_fingerprint, environment_fingerprint),
         )
         self.sharing = shares_engines_gpus(config)
 
@@ -128,8 +131,10 @@ class OnlineController(TrainingLoop):
         await self.batches.finish(step)
         waited_s += time.perf_counter() - learnt
         await self._sync(step)
-        idle = 1.0 - self.batches.seconds / (time.perf_counter() - began)
-        record.add({"time/trainer_waits_s": Sum(total=waited_s), "time/engines_idle/fraction": Last(value=idle)})
+        record.add({"time/trainer_waits_s": Sum(total=waited_s)})
+        if self.batches.seconds is not None:
+            idle = 1.0 - self.batches.seconds / (time.perf_counter() - began)
+            record.add({"time/engines_idle/fraction": Last(value=idle)})
         kept = self.config.tracking.samples_per_step
         if kept:
             chosen = group_samples(groups, signals, split="train", most=kept)
@@ -240,3 +245,11 @@ class OnlineController(TrainingLoop):
             await asyncio.to_thread(self.scorer.take_from, ahead)
         self.batches.restore(state)
         await self.learning.restore(state, self.step)
+
+
+def _digest_of_settings(config: Config, *fingerprints: str) -> str:
+    """Return a digest of the settings that decide which groups make a batch, besides the prompts."""
+    tree = config.model_dump(mode="json", include={"rollouts", "rewards", "reward_policy"})
+    del tree["rollouts"]["max_staleness"]
+    inputs = (tree, config.data.curriculum, fingerprints)
+    return hashlib.blake2b(repr(inputs).encode(errors="surrogatepass"), digest_size=16).hexdigest()

@@ -22,8 +22,9 @@ from rlhf.rollouts.records.ledgers import (
     request_set_digest,
     scored_identity,
 )
-from rlhf.rollouts.records.spool import stored_groups
+from rlhf.rollouts.records.spool import drop_failed_conversations, stored_groups
 from rlhf.tracking.metrics.reductions import Sum
+from rlhf.tracking.run_folder.atomic import explains_full
 from rlhf.tracking.run_folder.errors import ErrorRecord
 from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, Sampling
 
@@ -150,6 +151,8 @@ class RolloutScorer:
         """
         race = request_set_digest(requests, sampling, version=version, rule=rule)
         stored = self.finish_order.get(race)
+        if stored is not None:  # the other requests were cancelled, and later weights cannot answer them
+            requests = [request for request in requests if request.group_id in stored]
         finished: list[ScoredGroup] = []
         closing: asyncio.Task[Any] | None = None  # the task of the last group that is needed
 
@@ -195,6 +198,7 @@ class RolloutScorer:
         The user fixes the reward, and the resumed run calls it again.
         """
         self.score_ledger.forget_failures()
+        drop_failed_conversations(self.spool)
         self.finish_order.clear()  # a new score may change the batch
 
     def keep_from(self, start: int) -> None:
@@ -208,19 +212,21 @@ class RolloutScorer:
 
     def copy_to(self, folder: Path, *, start: int) -> None:
         """Copy the stored responses from group `start` on into a folder. Later weights cannot draw them."""
-        folder.mkdir()
-        for path, group_id in stored_groups(self.spool).items():
-            if is_from(group_id, start):
-                shutil.copyfile(path, folder / path.name)
-        self.score_ledger.copy_to(folder, start=start)
-        self.finish_order.copy_to(folder, start=start)
+        with explains_full(folder):
+            folder.mkdir()
+            for path, group_id in stored_groups(self.spool).items():
+                if is_from(group_id, start):
+                    shutil.copyfile(path, folder / path.name)
+            self.score_ledger.copy_to(folder, start=start)
+            self.finish_order.copy_to(folder, start=start)
 
     def take_from(self, folder: Path) -> None:
         """Add the responses that `copy_to` wrote into a folder."""
-        for path in stored_groups(folder):
-            aside = self.spool / f"{path.name}.tmp"
-            shutil.copyfile(path, aside)
-            aside.replace(self.spool / path.name)
+        with explains_full(self.spool):
+            for path in stored_groups(folder):
+                aside = self.spool / f"{path.name}.tmp"
+                shutil.copyfile(path, aside)
+                aside.replace(self.spool / path.name)
         self.score_ledger.take_from(folder)
         self.finish_order.take_from(folder)
 

@@ -38,9 +38,11 @@ class Batches:
         self.collected = [(0, 0)] * state["next_group"]
 
 
-def queue(batches: Batches, *, max_staleness: int, num_steps: int = 5) -> BatchQueue:
+def queue(batches: Batches, *, max_staleness: int, num_steps: int = 5, settings: str = "same") -> BatchQueue:
     record = SimpleNamespace(apart=lambda: nullcontext([]), stage=lambda *_, **__: nullcontext())
-    return BatchQueue(cast(Any, batches), cast(RunRecord, record), max_staleness=max_staleness, num_steps=num_steps)
+    return BatchQueue(
+        cast(Any, batches), cast(RunRecord, record), max_staleness=max_staleness, num_steps=num_steps, settings=settings
+    )
 
 
 async def train(ahead: BatchQueue, *, first: int, last: int) -> None:
@@ -80,7 +82,7 @@ async def test_a_resumed_queue_asks_for_the_same_batches_by_the_same_versions() 
     await train(queue(unbroken, max_staleness=2), first=1, last=5)
     first = queue(Batches(), max_staleness=2)
     await train(first, first=1, last=2)
-    assert first.state() == {"next_group": 2, "ahead": [(3, 0), (4, 1)]}
+    assert first.state() == {"next_group": 2, "ahead": [(3, 0), (4, 1)], "settings": "same"}
     resumed = Batches()
     again = queue(resumed, max_staleness=2)
     again.restore(first.state())
@@ -96,6 +98,16 @@ async def test_a_smaller_bound_after_a_resume_samples_the_older_batches_again() 
     again.restore(first.state())
     await train(again, first=3, last=5)
     assert batches.collected[2:] == [(3, 2), (4, 2), (5, 3)]  # (3, 0) lags by two
+
+
+async def test_batches_ahead_are_sampled_again_after_a_change_of_their_settings() -> None:
+    first = queue(Batches(), max_staleness=2)
+    await train(first, first=1, last=2)
+    batches = Batches()
+    again = queue(batches, max_staleness=2, settings="another temperature")
+    again.restore(first.state())
+    await train(again, first=3, last=5)
+    assert batches.collected[2:] == [(3, 2), (4, 2), (5, 2)]
 
 
 async def test_a_failure_of_the_engines_ends_the_step_that_waits_or_the_step_before() -> None:
@@ -121,4 +133,4 @@ async def test_a_stopped_queue_is_where_it_was_before_the_batch() -> None:
     await asyncio.sleep(0)
     waiting.cancel()
     await ahead.stop()
-    assert ahead.state() == {"next_group": 0, "ahead": [(1, 0)]}
+    assert ahead.state() == {"next_group": 0, "ahead": [(1, 0)], "settings": "same"}

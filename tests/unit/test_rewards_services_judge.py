@@ -88,7 +88,7 @@ def test_a_cut_answer_is_told() -> None:
         ({"prompt": "{response.__class__}"}, "braces hold the name of a column"),
         ({"prompt": "{response} {"}, "Single"),
         ({"pattern": "score"}, "no group"),
-        ({"pattern": "("}, "no regular expression"),
+        ({"pattern": "("}, "is not a regular expression"),
         ({"scale": (3.0, 3.0)}, "must rise"),
         ({"request": {"messages": []}}, "may not have messages"),
     ],

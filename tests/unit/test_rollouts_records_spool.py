@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rlhf.controller.rollout_scorer import request_for
-from rlhf.rollouts.records.spool import group_path, read_group, write_group
-from rlhf.types import Prompt, RolloutInfo, Rollouts, Sampling, StepReward
+from rlhf.rollouts.records.spool import drop_failed_conversations, group_path, read_group, write_group
+from rlhf.types import Prompt, RewardError, RolloutInfo, Rollouts, Sampling, StepReward
 
 PROMPT = Prompt(prompt_id=0, token_ids=(1,), text="p", columns={})
 REQUEST = request_for(PROMPT, group_id=0, first_sequence_id=0, samples=1, run_seed=0)
@@ -76,3 +76,22 @@ def test_what_the_turns_earned_comes_back_as_it_was(tmp_path: Path) -> None:
     assert found is not None
     assert repr(found[1]) == repr((info,))  # by which a ledger knows its scores
     assert found[1][0].environment_reward == 0.5
+
+
+def test_a_conversation_whose_environment_failed_comes_back_whole_or_goes(tmp_path: Path) -> None:
+    error = RewardError(reward="environment", kind="timeout", message="no", prompt_id=0, sample=0)
+    info = replace(INFO, environment_error=error)
+    write_group(tmp_path, REQUEST, SAMPLING, 0, ROLLOUTS, (info,))
+    stored = read_group(tmp_path, REQUEST, SAMPLING, 0)
+    assert stored is not None
+    assert stored[1] == (info,)
+    drop_failed_conversations(tmp_path)
+    assert read_group(tmp_path, REQUEST, SAMPLING, 0) is None
+
+
+def test_a_group_answers_for_its_weights_alone(tmp_path: Path) -> None:
+    """After a resume with another learning rate, version 3 has other weights than before."""
+    write_group(tmp_path, REQUEST, SAMPLING, 3, ROLLOUTS, (INFO,), weights="before")
+    assert read_group(tmp_path, REQUEST, SAMPLING, 3, weights="after") is None
+    assert read_group(tmp_path, REQUEST, SAMPLING, 3, weights="before") is not None
+    assert read_group(tmp_path, REQUEST, SAMPLING, 3) is not None

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from rlhf.rollouts.records.ledgers import request_identity
 from rlhf.tracking.run_folder.atomic import explains_full
-from rlhf.types import GroupRequest, RolloutInfo, Rollouts, Sampling, StepReward
+from rlhf.types import GroupRequest, RewardError, RolloutInfo, Rollouts, Sampling, StepReward
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,15 @@ logger = logging.getLogger(__name__)
 def stored_groups(folder: Path) -> dict[Path, int]:
     """Return the files of all spooled groups, with the ids of their groups."""
     return {path: int(path.name.split("_")[1]) for path in folder.glob("group_*.safetensors")}
+
+
+def drop_failed_conversations(folder: Path) -> None:
+    """Delete the spooled groups in which an environment failed. A resumed run plays them again."""
+    for path in stored_groups(folder):
+        with safe_open(path, framework="pt") as file:
+            infos = json.loads((file.metadata() or {}).get("infos", "[]"))
+        if any(info["environment_error"] is not None for info in infos):
+            path.unlink(missing_ok=True)
 
 
 def group_path(folder: Path, group_id: int, version: int) -> Path:
@@ -42,28 +51,48 @@ def write_group(
     infos: tuple[RolloutInfo, ...],
     *,
     environment: str = "",
+    weights: str = "",
 ) -> None:
-    """Write a finished group aside, then rename it into place. The folder is there, or is no longer this run's."""
+    """Write a finished group aside, then rename it into place. The folder is there, or is no longer this run's.
+
+    Args:
+        weights: checksum of the weights. A resumed run with other settings makes other weights of the same version.
+    """
     path = group_path(folder, request.group_id, version)
     aside = path.with_suffix(f".{os.getpid()}.tmp")
     columns = {field.name: getattr(rollouts, field.name).contiguous() for field in fields(Rollouts)}
     infos_json = json.dumps([asdict(info) for info in infos])
     with explains_full(path):
-        save_file(columns, aside, metadata={**_identity(request, sampling, environment), "infos": infos_json})
+        save_file(
+            columns,
+            aside,
+            metadata={**_identity(request, sampling, environment), "infos": infos_json, "weights": weights},
+        )
         aside.replace(path)
 
 
 def read_group(
-    folder: Path, request: GroupRequest, sampling: Sampling, version: int, *, environment: str = ""
+    folder: Path,
+    request: GroupRequest,
+    sampling: Sampling,
+    version: int,
+    *,
+    environment: str = "",
+    weights: str | None = None,
 ) -> tuple[Rollouts, tuple[RolloutInfo, ...]] | None:
-    """Return the group, if its file is whole and answers this very request."""
+    """Return the group, if its file is whole and answers this very request.
+
+    Args:
+        weights: checksum of the weights that must have sampled it. None: any weights of the version.
+    """
     path = group_path(folder, request.group_id, version)
     if not path.is_file():
         return None
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if any(metadata.get(key) != value for key, value in _identity(request, sampling, environment).items()):
+            wanted = _identity(request, sampling, environment) | ({} if weights is None else {"weights": weights})
+            if any(metadata.get(key) != value for key, value in wanted.items()):
                 return None
             rollouts = Rollouts(**{field.name: file.get_tensor(field.name) for field in fields(Rollouts)})
             infos = tuple(_info(row) for row in json.loads(metadata["infos"]))
@@ -74,9 +103,11 @@ def read_group(
 
 
 def _info(row: dict[str, Any]) -> RolloutInfo:
-    rewards = row.pop("environment_rewards")
+    rewards, error = row.pop("environment_rewards"), row.pop("environment_error")
     return RolloutInfo(
-        **row, environment_rewards=None if rewards is None else tuple(StepReward(**reward) for reward in rewards)
+        **row,
+        environment_rewards=None if rewards is None else tuple(StepReward(**reward) for reward in rewards),
+        environment_error=None if error is None else RewardError(**error),
     )
 
 
