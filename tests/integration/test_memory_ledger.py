@@ -59,10 +59,10 @@ class Recorder:
     """A role that writes down its calls."""
 
     def __init__(self, name: str, role: Any, calls: list[tuple[str, str]]) -> None:
-        self.name, self.role, self.calls = name, role, calls
+        self.name, self.recorded, self.calls = name, role, calls
 
     def __getattr__(self, method: str) -> Any:
-        member = getattr(self.role, method)
+        member = getattr(self.recorded, method)
         if not callable(member):
             return member
 

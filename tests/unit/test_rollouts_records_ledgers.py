@@ -130,6 +130,8 @@ def test_a_checkpoint_drops_what_it_covers(tmp_path: Path) -> None:
     ledger.keep_from(5)
     kept = {group_id for group_id, _, _ in ScoreLedger(tmp_path, rewards="ours").known}
     assert kept == {5, 5 + GREEDY_GROUPS}
+    ledger.keep_from(6)
+    assert not list(tmp_path.iterdir())
 
 
 def test_entries_travel_with_a_checkpoint(tmp_path: Path) -> None:

@@ -85,6 +85,8 @@ class _Ledger(Generic[Key, Value]):
         keep_lines(self.path, lambda row: self._is_from(row, start))
         self.known = {}
         self._read()
+        if self.path.exists() and not self.path.stat().st_size:
+            self.path.unlink()
 
     def copy_to(self, folder: Path, *, start: int) -> None:
         """Write the records of groups from `start` on into a file of another folder."""
