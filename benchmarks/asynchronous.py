@@ -4,8 +4,8 @@
 
 Each mode runs alone. "one core each" gives the engine a core and the trainer a core. "both cores each" lets each side
 use the whole machine in its turn, which is the fastest way to take turns. A step is everything from one step's end to
-the next. The first two steps of each mode are a warm-up and not counted. Tokens are the prompt and response tokens of
-the counted steps.
+the next. The first two steps of each mode are a warm-up and not counted. The last two are not counted either: engines
+ahead of training have nothing left to sample in them. Tokens are the prompt and response tokens of the counted steps.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
-WARM_UP = 2
+WARM_UP = RUN_OUT = 2
 DEADLINE_S = 1800.0
 MODES: dict[str, tuple[int, int]] = {  # threads of each side, max_staleness
     "in turns, both cores each": (2, 0),
@@ -62,13 +62,13 @@ def measure(name: str, *, steps: int, new_tokens: int) -> list[dict[str, Any]]:
         command = [sys.executable, "-m", "rlhf.cli", "train", str(folder / "run.yaml"), "--quiet"]
         subprocess.run(command, check=True, timeout=DEADLINE_S, cwd=ROOT)
         lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row for row in map(json.loads, lines) if row["step"] > WARM_UP]
+    return [row for row in map(json.loads, lines) if WARM_UP < row["step"] <= steps - RUN_OUT]
 
 
 def main() -> None:
     """Run all modes and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--new-tokens", type=int, default=96)
     args = parser.parse_args()
     table = Table("mode", "tokens / s", "against turns", "s / step", "training waits", "engines idle", "lag")
