@@ -120,7 +120,7 @@ def _keywords(parameter: inspect.Parameter, metavar: str | None, text: str) -> d
         keywords["choices"] = ast.literal_eval(kind.removeprefix("Literal"))
     elif match := LIST.fullmatch(kind):
         keywords["type"] = TYPES[match[1]]
-        keywords |= {"nargs": "*"} if _is_positional(parameter) else {"action": "append", "default": []}
+        keywords |= {"default": [], **({"nargs": "*"} if _is_positional(parameter) else {"action": "append"})}
     else:
         keywords |= {"type": TYPES[kind]} if kind in TYPES else {}  # a change gives another type
         if _is_positional(parameter) and default is None:

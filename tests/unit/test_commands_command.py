@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import pytest
 
+from rlhf.cli import main
 from rlhf.commands import COMMANDS
 from rlhf.commands.command import Command
 
@@ -114,3 +115,8 @@ def test_help_loads_nothing_heavy() -> None:
         "    sys.exit(bool({'ray', 'vllm', 'torch', 'pandas', 'datasets'} & set(sys.modules)))\n"
     )
     assert subprocess.run([sys.executable, "-c", check], capture_output=True, timeout=60).returncode == 0
+
+
+def test_overrides_are_not_among_the_missing_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train"]) == 2
+    assert "the following arguments are required: CONFIG. `rlhf train --help`" in capsys.readouterr().err
