@@ -121,6 +121,8 @@ def refuse_other_checkpoint(stage: StageInputs) -> None:
             )
         try:
             refuse_other_model(config, state, checkpoint=folder.checkpoint(step))
+            if config.rollouts is not None and "ahead" not in state:
+                raise KeyError("ahead")
             stream_of(stage).restore(Cursor(**state["cursor"]))
             reference_step = state.get("reference_step")
         except (KeyError, TypeError) as error:

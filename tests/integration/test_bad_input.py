@@ -237,7 +237,15 @@ def test_a_checkpoint_that_this_run_cannot_go_on_from(capsys: pytest.CaptureFixt
         trained = trained_models(local)
         cursor = {"epoch": 0, "position": 1, "fingerprint": "of other data"}
         with RunFolder.open(tmp_path, "r", resume=True) as folder:
-            state = {"step": 3, "policy": model, "algorithm": "grpo", "trained": trained, "cursor": cursor, **changes}
+            state = {
+                "step": 3,
+                "policy": model,
+                "algorithm": "grpo",
+                "trained": trained,
+                "cursor": cursor,
+                "ahead": [],
+                **changes,
+            }
             (folder.begin_checkpoint(3) / "controller.json").write_text(json.dumps(state), encoding="utf-8")
             folder.commit_checkpoint(3)
         return refused(capsys, run, "--resume", "auto", *overrides)

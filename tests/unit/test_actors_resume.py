@@ -104,7 +104,7 @@ def test_a_finished_run_is_done_with_its_own_settings_alone(tmp_path: Path) -> N
 
 def with_checkpoints(folder: Path, *steps: int) -> LoadedConfig:
     run = loaded(folder)
-    state = state_of(local(folder)) | {"cursor": {"epoch": 0, "index": 0}, "step": 1}
+    state = state_of(local(folder)) | {"cursor": {"epoch": 0, "index": 0}, "ahead": [], "step": 1}
     with RunFolder.open(folder, "demo", resume=True) as opened:
         for step in steps:
             Tracker(opened.path).log(step, {"update/lr": 1.0})
@@ -113,15 +113,24 @@ def with_checkpoints(folder: Path, *steps: int) -> LoadedConfig:
     return run
 
 
-@pytest.mark.parametrize("changes", [{"cursor": {"x": 1}}, {"cursor": None}, {"policy": DROPPED}, {"trained": DROPPED}])
-def test_a_state_that_another_version_wrote_is_named(tmp_path: Path, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("changes", "missing"),
+    [
+        ({"cursor": {"x": 1}}, "'x'"),
+        ({"cursor": None}, "NoneType"),
+        ({"policy": DROPPED}, "no 'policy'"),
+        ({"trained": DROPPED}, "no 'trained'"),
+        ({"ahead": DROPPED}, "no 'ahead'"),
+    ],
+)
+def test_a_state_that_another_version_wrote_is_named(tmp_path: Path, changes: dict[str, Any], missing: str) -> None:
     run, config = with_checkpoints(tmp_path, 1), local(tmp_path)
-    state = state_of(config) | {"cursor": {"epoch": 0, "index": 0}} | changes
+    state = state_of(config) | {"cursor": {"epoch": 0, "index": 0}, "ahead": []} | changes
     with RunFolder.open(tmp_path, "demo", resume=True) as folder:
         kept = {key: value for key, value in state.items() if value != DROPPED}
         (folder.begin_checkpoint(1) / "controller.json").write_text(json.dumps(kept))
         folder.commit_checkpoint(1)
-    with pytest.raises(UserError, match=r"step_000001 was written by another version of this program"):
+    with pytest.raises(UserError, match=rf"step_000001 was written by another version of this program: .*{missing}"):
         launch(run, resume=True)
 
 
