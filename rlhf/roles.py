@@ -131,8 +131,21 @@ class RolloutRole(MeasuredRole, Protocol):
         Engines with later weights answer from their stored groups. Raise RunError if they store no such group.
         """
 
+    async def answer(
+        self, request: GroupRequest, sampling: Sampling, *, oldest: int, urgent: bool = False
+    ) -> CompletedGroup | None:
+        """Answer one request by whatever weights the engines have. None: it was cancelled.
+
+        Args:
+            oldest: a stored group is used only if no token of it is older than this version.
+            urgent: before waiting requests (evaluations).
+        """
+
     async def cancel(self, requests: Sequence[GroupRequest]) -> None:
-        """Cancel requests of the running `generate` call: it no longer yields them, and ends without them."""
+        """Cancel requests of the running `generate` call: it no longer yields them, and ends without them.
+
+        A call of `answer` for one of them returns None.
+        """
 
     async def update_weights(self, manifest: WeightManifest) -> None:
         """Load a published set of weights.

@@ -216,6 +216,12 @@ class RolloutEngines(WorkerGroup):
                     future.exception()  # otherwise asyncio logs a failure that nobody waits for
             self._cancelled.difference_update(columns)
 
+    async def answer(
+        self, request: GroupRequest, sampling: Sampling, *, oldest: int, urgent: bool = False
+    ) -> CompletedGroup | None:
+        """Answer one request by whatever weights the engines have. None: it was cancelled."""
+        raise NotImplementedError
+
     async def cancel(self, requests: Sequence[GroupRequest]) -> None:
         group_ids = [request.group_id for request in requests]
         self._cancelled.update(group_ids)

@@ -309,6 +309,12 @@ class Engine:
         )
         return rollouts, tuple(infos)
 
+    async def answer(
+        self, request: GroupRequest, sampling: Sampling, *, oldest: int, urgent: bool = False
+    ) -> CompletedGroup | None:
+        (group,) = [group async for group in self.generate([request], sampling, version=self.version)]
+        return group
+
     async def cancel(self, requests: Sequence[GroupRequest]) -> None: ...
 
     async def sleep(self, *, keep_weights: bool) -> None: ...
