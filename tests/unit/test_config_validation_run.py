@@ -92,6 +92,24 @@ RELATIONS = {
         ],
         "rollouts.max_staleness: is 1, but cluster.roles.rollout.colocate_with is policy: engines and policy take",
     ),
+    "the order of completion is not repeatable": (
+        [GRPO, "rollouts.max_staleness=1", "algorithm.correction=none", "rollouts.batch_order=completion"],
+        "rollouts.batch_order: is completion, but rollouts.weight_updates between_batches promises runs that repeat",
+    ),
+    "in flight cancels no slow prompt": (
+        [
+            GRPO,
+            "rollouts.max_staleness=1",
+            "algorithm.correction=none",
+            "rollouts.weight_updates=in_flight",
+            "rollouts.oversample=1.5",
+        ],
+        "rollouts.oversample: is 1.5, but with rollouts.weight_updates in_flight no prompt is cancelled",
+    ),
+    "updates in flight need a bound": (
+        [GRPO, "rollouts.weight_updates=in_flight"],
+        "rollouts.weight_updates: has no effect here: rollouts.max_staleness is 0",
+    ),
     "a penalty needs importance weights": (
         [GRPO, "rollouts.repetition_penalty=1.2"],
         "rollouts.repetition_penalty: is 1.2, but algorithm grpo trains on log-probabilities without the penalty, as "

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
 
-from rlhf.algorithms.section import OnlyIn, Section
+from rlhf.algorithms.section import NotWith, OnlyIn, Section
 from rlhf.limits import MAX_TEMPERATURE, MIN_TEMPERATURE
 
 
@@ -95,8 +95,18 @@ class RolloutsConfig(Section):
     """Train on some of a prompt's responses. null: train on all."""
     max_staleness: int = Field(default=0, ge=0, le=16)
     """Steps by which the weights that sample a response may lag behind the weights it trains. 0: rollouts and training
-    take turns. 1 and more: the engines sample later batches during a training step. Every response then lags by exactly
-    this number of steps, except for those of the first steps, and algorithm.correction must be given."""
+    take turns. 1 and more: the engines sample later batches during a training step, and algorithm.correction must be
+    given. Between batches, every response lags by exactly this number of steps, except for those of the first steps."""
+    weight_updates: Annotated[
+        Literal["between_batches", "in_flight"],
+        NotWith("max_staleness", 0, because="in turns, no response is in progress at an update"),
+    ] = "between_batches"
+    """When the engines load new weights. between_batches: after a whole batch, so that runs repeat bit for bit.
+    in_flight: between two decoding steps. The engines never wait, and a response may span versions; max_staleness is
+    the largest lag of its oldest token."""
+    batch_order: Literal["prompt", "completion"] = "prompt"
+    """Order in which groups are trained. prompt: the order of the data. completion: the order in which they finish,
+    which favours short responses; only with weight_updates in_flight."""
     environment: EnvironmentConfig | None = None
     """The environment for conversations. null: one turn answers a prompt."""
 

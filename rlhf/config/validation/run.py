@@ -17,6 +17,7 @@ from rlhf.config.schema.cluster import ClusterConfig, TrainedResources
 from rlhf.config.schema.model import CriticConfig, ModelConfig, PolicyConfig
 from rlhf.config.schema.rollouts import RolloutsConfig
 from rlhf.config.schema.root import Config
+from rlhf.config.validation.asynchrony import asynchrony_problems
 from rlhf.config.validation.rewards import credit_problems, limit_problems, normalization_problems, reward_problems
 from rlhf.config.validation.rollouts import group_problems, length_problems, loss_problems
 from rlhf.config.validation.unused_keys import unused
@@ -146,31 +147,12 @@ def _batch(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
         fits = max(n for n in range(1, train.sequences_per_update) if rows % n == 0)
         text = f"is {train.sequences_per_update} and must divide {counted}; {fits} would fit"
         yield problem("train.sequences_per_update", text)
-    yield from _staleness(config, rollouts)
+    yield from asynchrony_problems(config, rollouts)
     yield from length_problems(config, rollouts)
     if config.algorithm.compares_responses and samples < 2:
         by = "algorithm.reward_coef" if config.algorithm.kind == "sampled_distillation" else config.algorithm.name
         text = f"is {samples}, but {by} compares the responses to one prompt; set 2 or more"
         yield problem("rollouts.samples_per_prompt", text)
-
-
-def _staleness(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
-    """Yield problems of rollouts that are sampled ahead of training."""
-    ahead, algorithm = rollouts.max_staleness, config.algorithm
-    if not ahead:
-        return
-    if config.cluster.roles.rollout.colocate_with == "policy":
-        text = (
-            f"is {ahead}, but cluster.roles.rollout.colocate_with is policy: engines and policy take turns, so nothing "
-            "can be sampled during a training step; set colocate_with to null, or max_staleness to 0"
-        )
-        yield problem("rollouts.max_staleness", text)
-    if isinstance(algorithm, OnlineConfig) and "correction" not in algorithm.model_fields_set:
-        text = (
-            f"is missing, and with rollouts.max_staleness {ahead} the policy trains on responses of earlier weights; "
-            "give {preset: token_tis}, or write none to train without a correction"
-        )
-        yield problem("algorithm.correction", text)
 
 
 def _algorithm(config: Config) -> Iterator[Problem]:
