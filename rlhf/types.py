@@ -201,16 +201,18 @@ class Prompt:
     text: str  # the tokenizer's input
     columns: Mapping[str, Any]
     temperature: float | None = None  # in training; None: the run's temperature
+    max_new_tokens: int | None = None  # of a response, or of each turn; None: the limit of the sampling parameters
     is_chat: bool = False  # written by the chat template
     turn_end: int | None = None  # token ending a response in the template; None: the model's end tokens
 
     @property
     def non_token_bytes(self) -> bytes:
-        """Return the bytes of the temperature.
+        """Return the bytes of the temperature and of the limit.
 
         Reward columns are excluded, since a user may fix them before a resume.
         """
-        return b"" if self.temperature is None else str(self.temperature).encode()
+        temperature = "" if self.temperature is None else str(self.temperature)
+        return (temperature if self.max_new_tokens is None else f"{temperature}/{self.max_new_tokens}").encode()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,7 +226,12 @@ class GroupRequest:
     temperature: float | None = None  # of this group; None: the run's temperature
 
     def drawn_by(self, sampling: Sampling) -> Sampling:
-        """Return the sampling parameters of this request, given the defaults."""
+        """Return the sampling parameters of this request, given the defaults.
+
+        A prompt's limit always holds. A temperature holds where the request has it, in training.
+        """
+        if self.prompt.max_new_tokens is not None:
+            sampling = replace(sampling, max_new_tokens=self.prompt.max_new_tokens)
         return sampling if self.temperature is None else replace(sampling, temperature=self.temperature)
 
 

@@ -72,7 +72,9 @@ async def _play(
         prompt = inputs.prompts[row - 1]
         seed = stage.config.run.seed
         request = request_for(prompt, group_id=0, first_sequence_id=0, samples=1, run_seed=seed)
-        (played,) = await conversations.play(request, Sampling(max_new_tokens=rollouts.max_new_tokens))
+        (played,) = await conversations.play(
+            request, request.drawn_by(Sampling(max_new_tokens=rollouts.max_new_tokens))
+        )
     finally:
         await conversations.stop()
     if played.error is not None:

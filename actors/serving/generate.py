@@ -48,6 +48,7 @@ def generate_responses(
                 system_prompt=decoding.system_prompt,
                 apply_chat_template=decoding.apply_chat_template,
                 max_tokens=ANY_LENGTH,
+                max_new_tokens=decoding.max_new_tokens,
             ),
         ).items
     refuse_too_long(prompts, rows, model, max_new_tokens=decoding.max_new_tokens)

@@ -37,6 +37,7 @@ class Reading:
         "error"  # cut removes the beginning of a prompt for rollouts, and the end of an offline completion
     )
     max_unusable_fraction: float = 0.0  # maximum share of skipped rows in a data set
+    max_new_tokens: int | None = None  # largest limit that a row may give its responses; None: any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

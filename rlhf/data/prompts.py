@@ -52,9 +52,9 @@ def load_prompts(
     Conversations always go through the chat template, and string prompts if the reading asks for it. Tools come from
     column `tools`, or else from the argument `tools`. A prompt ends where the assistant's turn begins.
 
-    All columns except `prompt` go to the rewards. `temperature` also sets the sampling temperature of the prompt. The
-    reading decides whether a long prompt is an error, is left out, or loses its beginning. UserError names the invalid
-    row.
+    All columns except `prompt` go to the rewards. `temperature` also sets the sampling temperature of the prompt, and
+    `max_new_tokens` limits its responses. The reading decides whether a long prompt is an error, is left out, or loses
+    its beginning. UserError names the invalid row.
     """
     drafts = [_draft(row, tokenizer, reading, tools=read_tools(row) or tools) for row in rows]
     chat = iter(encode([draft.text for draft in drafts if draft.messages is not None], tokenizer))
@@ -79,6 +79,7 @@ def load_prompts(
                 text=text,
                 columns={name: value for name, value in row.columns.items() if name != "prompt"},
                 temperature=_temperature(row),
+                max_new_tokens=_max_new_tokens(row, reading),
                 is_chat=is_chat,
                 turn_end=end if is_chat else None,
             )
@@ -171,6 +172,21 @@ def _temperature(row: Row) -> float | None:
 
 def _is_sampled_at(temperature: float) -> bool:
     return MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE
+
+
+def _max_new_tokens(row: Row, reading: Reading) -> int | None:
+    """Return the value of column `max_new_tokens`, or None if it is null or missing."""
+    value, most = row.columns.get("max_new_tokens"), reading.max_new_tokens
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most is not None and value > most):
+        limits = "of at least 1" if most is None else f"from 1 to the configured max_new_tokens, {most},"
+        raise UserError(
+            f"{row.place}: column `max_new_tokens` is {value!r}, expected the whole number {limits} that limits a "
+            "response to the prompt. Raise the configured limit, or give the column another name if it means "
+            "something else."
+        )
+    return value
 
 
 def _messages(row: Row, reading: Reading) -> list[Message] | None:

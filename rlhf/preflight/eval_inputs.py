@@ -366,6 +366,7 @@ def _candidate(
     sources: dict[str, Mapping[int, str]] = {}
     environment: LoadedEnvironment | None = None
     if rewards:
+        reading = replace(reading, max_new_tokens=decoding.max_new_tokens)
         refuse_unservable(model)
         environment = preload_environment(
             section.environment,

@@ -122,6 +122,7 @@ def reading_of(config: Config) -> Reading:
         max_tokens=data.max_prompt_tokens if config.algorithm.is_online else max_sequence_tokens(config),
         too_long=data.too_long,
         max_unusable_fraction=data.max_unusable_fraction,
+        max_new_tokens=None if config.rollouts is None else config.rollouts.max_new_tokens,
     )
 
 

@@ -68,6 +68,17 @@ def test_a_prompt_may_have_a_temperature_of_its_own(tokenizer: Any) -> None:
             load(tokenizer, {"prompt": "a", "temperature": wrong})
 
 
+def test_a_prompt_may_have_a_length_limit_of_its_own(tokenizer: Any) -> None:
+    rows = [{"prompt": "a", "max_new_tokens": 8}, {"prompt": "a", "max_new_tokens": None}, {"prompt": "a"}]
+    found = load(tokenizer, *rows, {"prompt": "a", "temperature": 0.5, "max_new_tokens": 1}, max_new_tokens=8)
+    assert [prompt.max_new_tokens for prompt in found] == [8, None, None, 1]
+    assert [prompt.non_token_bytes for prompt in found] == [b"/8", b"", b"", b"0.5/1"]
+    for wrong in ("8", True, 0, -1, 2.0, 9):
+        message = rf"p.jsonl:1: column `max_new_tokens` is {wrong!r}, expected the whole number from 1 to .*, 8, that"
+        with pytest.raises(UserError, match=message):
+            load(tokenizer, {"prompt": "a", "max_new_tokens": wrong}, max_new_tokens=8)
+
+
 def test_a_raw_prompt_goes_as_it_is(tokenizer: Any) -> None:
     (prompt,) = load(tokenizer, {"prompt": "8+3="}, apply_chat_template=False)
     assert (prompt.text, prompt.token_ids) == ("8+3=", tuple(b"8+3="))

@@ -127,6 +127,16 @@ def test_a_teacher_is_not_asked_at_a_temperature_of_each_prompt(folder: Path) ->
         inputs(folder, GRPO, *taught)
 
 
+def test_a_row_limits_its_responses_within_the_runs_limit(folder: Path) -> None:
+    write(folder / "a.jsonl", [{"prompt": "a", "answer": "b", "max_new_tokens": 8}])
+    held_out = f"data.eval={folder / 'a.jsonl'}"
+    found = inputs(folder, GRPO, held_out)
+    (evaluated,) = found.eval_sets.values()
+    assert (found.prompts[0].max_new_tokens, evaluated.prompts[0].max_new_tokens) == (8, 8)
+    with pytest.raises(UserError, match=r"data.train.a.source: .*:1: column `max_new_tokens` is 8, .* 1 to .*, 7,"):
+        inputs(folder, GRPO, "rollouts.max_new_tokens=7")
+
+
 def test_another_seed_is_another_tiny_model(tmp_path: Path) -> None:
     first, second, again = (local_model("tiny:llama", tmp_path, seed=seed) for seed in (0, 1, 0))
     assert first == again

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 
-from rlhf.types import BatchPlan, LearntStates, MinibatchPlan, TokenValues
+from rlhf.types import BatchPlan, GroupRequest, LearntStates, MinibatchPlan, Prompt, Sampling, TokenValues
 
 
 def column(ids: list[int], lengths: list[int], values: list[float]) -> TokenValues:
@@ -48,6 +49,15 @@ def test_a_column_may_hold_a_row_a_token() -> None:
     assert found.hidden.tolist() == [[3.0, 4.0], [5.0, 6.0], [1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]
     with pytest.raises(ValueError, match=r"hidden has \(1, 2\) entries, lengths sum to 2"):
         LearntStates(sequence_ids=torch.tensor([4]), lengths=torch.tensor([2]), hidden=torch.zeros(1, 2))
+
+
+def test_a_request_is_drawn_within_its_prompts_limit_and_at_its_own_temperature() -> None:
+    prompt = Prompt(prompt_id=0, token_ids=(1,), text="", columns={}, temperature=0.5, max_new_tokens=3)
+    request = GroupRequest(group_id=0, prompt=prompt, seeds=(1,), first_sequence_id=0)
+    usual = Sampling(max_new_tokens=8, temperature=0.9)
+    assert request.drawn_by(usual) == Sampling(max_new_tokens=3, temperature=0.9)  # an evaluation sets no temperature
+    assert replace(request, temperature=0.5).drawn_by(usual) == Sampling(max_new_tokens=3, temperature=0.5)
+    assert replace(request, prompt=replace(prompt, max_new_tokens=None)).drawn_by(usual) == usual
 
 
 def test_a_ranks_sequences_follow_the_minibatches() -> None:

@@ -69,7 +69,8 @@ class RolloutsConfig(Section):
     samples_per_prompt: int = Field(default=4, ge=1, le=10_000)
     """Responses to each prompt, which form one group."""
     max_new_tokens: int = Field(default=256, ge=1)
-    """Largest number of tokens in a response. A longer response is truncated."""
+    """Largest number of tokens in a response. A longer response is truncated. A column `max_new_tokens` sets a lower
+    limit for each row."""
     temperature: float = Field(default=1.0, ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE)
     """Sampling temperature. The trainer computes log-probabilities at the same temperature. In training, a column
     `temperature` sets it for each row."""

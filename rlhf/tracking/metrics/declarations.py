@@ -64,8 +64,8 @@ rollouts/response_tokens/mean | tokens | Mean | online | Sampled tokens of a res
 rollouts/response_tokens/max | tokens | Max | online | Sampled tokens of the longest response
 rollouts/response_tokens/histogram | tokens | Histogram | online | Sampled tokens of each response
 rollouts/prompt_tokens/mean | tokens | Mean | online | Length of a prompt
-rollouts/truncated/fraction | 1 | Mean | online | Responses truncated at `rollouts.max_new_tokens`, or conversations at
-    a limit of `rollouts.environment`
+rollouts/truncated/fraction | 1 | Mean | online | Responses truncated at `rollouts.max_new_tokens` or at the limit of
+    their row, or conversations at a limit of `rollouts.environment`
 rollouts/tokens/total | tokens | Sum | online | All tokens of the step's sequences, including those of
     groups that are not trained on
 rollouts/logprob/mean | nats | Mean | online | Log-probability of a sampled token, by the sampler
