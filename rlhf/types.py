@@ -104,6 +104,7 @@ class SampledExamples(Examples):
     """Responses sampled by the policy during the run. `loss_mask` is True on sampled tokens."""
 
     rollout_logprobs: Float[Tensor, " N"]  # by the sampler while sampling
+    versions: Int[Tensor, " N"]  # weight version that sampled the token; -1 outside the mask
     temperatures: Float[Tensor, " N"]  # at which the response was sampled
 
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from rlhf.controller.learning import Signals
 from rlhf.roles import Metrics, SampleSelection, ScoredGroup
-from rlhf.tracking.metrics.histograms import TOKEN_EDGES
+from rlhf.tracking.metrics.histograms import LAG_EDGES, TOKEN_EDGES
 from rlhf.tracking.metrics.reductions import Histogram, Max, Mean, Reduction, Std, Sum
 from rlhf.tracking.run_folder.samples import SampleRecord
 from rlhf.types import RolloutInfo, StepReward
@@ -22,6 +22,7 @@ def rollout_metrics(groups: Sequence[ScoredGroup], *, version: int) -> Metrics:
     scores = [score for scored in groups for score in scored.scores.scores]
     lengths = [float(info.num_response_tokens) for info in infos]
     prompts = [float(info.num_prompt_tokens) for info in infos]
+    lags = [float(version - info.min_version) for info in infos]
     metrics: dict[str, Reduction] = {
         "rollouts/response_tokens/mean": Mean.of(lengths),
         "rollouts/response_tokens/max": Max(value=max(lengths)),
@@ -32,8 +33,9 @@ def rollout_metrics(groups: Sequence[ScoredGroup], *, version: int) -> Metrics:
         "rollouts/logprob/mean": Mean(
             total=sum(info.mean_logprob * info.num_response_tokens for info in infos), count=sum(lengths)
         ),
-        "experience/policy_lag/max": Max(value=float(max(version - info.min_version for info in infos))),
-        "experience/policy_lag/mean": Mean.of([float(version - info.min_version) for info in infos]),
+        "experience/policy_lag/max": Max(value=max(lags)),
+        "experience/policy_lag/mean": Mean.of(lags),
+        "experience/policy_lag/histogram": Histogram.of(lags, edges=LAG_EDGES),
         **_conversation_metrics(infos),
     }
     if scores:

@@ -211,7 +211,7 @@ def test_a_step_does_not_depend_on_how_it_is_cut(mode: str, aggregation: str) ->
             own = int(piece.response_mask.sum())
             parts.append(update_metrics(terms, sampled=own, passed=own, step_tokens=sampled, has_kl_loss=False))
             columns = (piece.logprobs.detach(), piece.rollout_logprobs, piece.response_mask, piece.lengths)
-            parts.append(sampler_metrics(*columns))
+            parts.append(sampler_metrics(*columns, lags=piece.lengths.repeat_interleave(piece.lengths) % 3))
         assert logprobs.grad is not None
         return logprobs.grad, results(merge_metrics(parts))
 
@@ -227,12 +227,14 @@ def test_a_step_does_not_depend_on_how_it_is_cut(mode: str, aggregation: str) ->
 def test_what_is_measured_of_the_mismatch() -> None:
     batch = batch_of(3)
     mask, lengths = batch.response_mask, batch.lengths
-    found = results(sampler_metrics(batch.old_logprobs, batch.rollout_logprobs, mask, lengths))
+    lags = torch.arange(len(mask)) % 2 * 4
+    found = results(sampler_metrics(batch.old_logprobs, batch.rollout_logprobs, mask, lengths, lags=lags))
     gaps = (batch.old_logprobs - batch.rollout_logprobs).double().numpy()
     logs = gaps[mask.numpy()]
     cuts = np.cumsum(LENGTHS)[:-1]
     sums = [one.sum() for one in np.split(np.where(mask.numpy(), gaps, 0.0), cuts)]
     ratio, product = np.exp(logs), np.exp(sums)
+    newest, oldest = (ratio[lags[mask].numpy() == lag] for lag in (0, 4))
     wanted = {
         "experience/rollout_logprob_diff/mean": np.abs(logs).mean(),
         "experience/rollout_logprob_diff/max": np.abs(logs).max(),
@@ -244,6 +246,8 @@ def test_what_is_measured_of_the_mismatch() -> None:
         "experience/rollout_chi2_token": (ratio**2).mean() - 1,
         "experience/rollout_chi2_sequence": (product**2).mean() - 1,
         "experience/rollout_ess_token": ratio.mean() ** 2 / (ratio**2).mean(),
+        "experience/rollout_ess_token/lag_0": newest.mean() ** 2 / (newest**2).mean(),
+        "experience/rollout_ess_token/lag_4": oldest.mean() ** 2 / (oldest**2).mean(),
         "experience/rollout_ess_sequence": product.mean() ** 2 / (product**2).mean(),
     }
     assert found == pytest.approx(wanted, rel=1e-9)
@@ -252,8 +256,10 @@ def test_what_is_measured_of_the_mismatch() -> None:
 def test_equal_policies_are_measured_as_equal_and_nothing_is_done_to_them() -> None:
     batch = batch_of()
     columns = (batch.rollout_logprobs, batch.response_mask, batch.lengths)
-    found = results(sampler_metrics(batch.rollout_logprobs, *columns))
-    ones = ("rollout_ratio/mean", "rollout_ratio/max", "rollout_ratio/min", "rollout_ess_token", "rollout_ess_sequence")
+    lags = torch.zeros_like(batch.response_mask, dtype=torch.long)
+    found = results(sampler_metrics(batch.rollout_logprobs, *columns, lags=lags))
+    ratios = ("rollout_ratio/mean", "rollout_ratio/max", "rollout_ratio/min")
+    ones = (*ratios, "rollout_ess_token", "rollout_ess_token/lag_0", "rollout_ess_sequence")
     assert found == {key: float(key.removeprefix("experience/") in ones) for key in found}
     same = batch.rollout_logprobs
     equal = rows_of(batch_of(bypass=True), [0, 1, 2, 3, 4], same)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from rlhf.config.schema.rewards import RewardConfig
 from rlhf.controller.rollout_report import by_reward, rollout_metrics
 from rlhf.controller.training_scores import TrainingScores
 from rlhf.roles import CompletedGroup, ScoredGroup
+from rlhf.tracking.metrics.reductions import Histogram
 from rlhf.types import GroupRequest, GroupScores, Prompt, RolloutInfo
 
 
@@ -82,3 +84,14 @@ def test_an_algorithm_that_compares_by_reward_sees_gates_and_rows() -> None:
     assert found == {"maths": [1.0, 3.0, 0.0, 0.0], "style": [4.0, 4.0, 2.0, 6.0]}
     (first, _) = GROUPS
     assert scores(maths={}, style={"gate": "maths"}).by_reward([first])["style"] == [4.0, 12.0]  # 4 * 1, 4 * 3
+
+
+def test_the_lag_of_a_response_is_that_of_its_oldest_token() -> None:
+    infos = [replace(GROUPS[0].group.infos[0], min_version=oldest, max_version=7) for oldest in (7, 4, 4, 6)]
+    batch = [replace(GROUPS[0], group=replace(GROUPS[0].group, infos=tuple(infos)))]
+    metrics = rollout_metrics(batch, version=7)
+    histogram = metrics["experience/policy_lag/histogram"]
+    assert isinstance(histogram, Histogram)
+    assert histogram.counts[:5] == (1, 1, 0, 2, 0)  # lags 0, 3, 3 and 1
+    assert metrics["experience/policy_lag/mean"].result() == 7 / 4
+    assert metrics["experience/policy_lag/max"].result() == 3.0

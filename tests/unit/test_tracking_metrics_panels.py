@@ -66,7 +66,8 @@ def test_the_workspace_as_it_would_be_sent(tmp_path: Path) -> None:
 
 def _filled(name: str) -> str:
     """A key of a declared metric."""
-    return name.replace("<stage>", "update").replace("<role>", "policy").replace("<", "").replace(">", "")
+    known = name.replace("<stage>", "update").replace("<role>", "policy").replace("<lag>", "1")
+    return known.replace("<", "").replace(">", "")
 
 
 def test_saving_without_credentials_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

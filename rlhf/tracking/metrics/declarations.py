@@ -39,6 +39,7 @@ PLACEHOLDERS: Mapping[str, tuple[str, str]] = {
     "name": (r"[A-Za-z0-9_.-]+", "a reward's name in the config"),
     "set": (r"[A-Za-z0-9_.-]+", "an evaluation set's name"),
     "metric": (r"[A-Za-z0-9_.@-]+", "`score`, a reward's name, `loss`, `kl_teacher`, or what the evaluation calls it"),
+    "lag": (r"[0-9]+", "a number of versions"),
     "node": (r"[A-Za-z0-9_.-]+", "a node's address in the Ray cluster"),
     "role": ("|".join(("controller", *ROLES)), "a role, or `controller` for the driver"),
     "stage": (
@@ -87,6 +88,12 @@ rollouts/filtered_hard/fraction | 1 | Mean | online optional | The other filtere
     responses failed
 rollouts/cancelled_groups/total | groups | Sum | online optional | Groups that were started but not awaited
     (`rollouts.oversample`); their tokens are not counted anywhere
+rollouts/reasked_groups/total | groups | Sum | online optional | Groups that were requested again, because training them
+    would exceed `rollouts.max_staleness` (`weight_updates: in_flight`)
+rollouts/in_flight/mean | groups | Mean | online optional | Groups that are requested and not yet scored, averaged over
+    the step's time (`weight_updates: in_flight`)
+rollouts/completion_bias | 1 | Last | online optional | Mean response tokens of the trained groups over those of all
+    groups answered so far (`batch_order: completion`); below 1, short responses are trained first
 
 rewards/score/mean | 1 | Mean | online rewards | Weighted sum of the rewards of a response
 rewards/score/std | 1 | Std | online rewards | Standard deviation of the score over the step's responses
@@ -126,6 +133,8 @@ experience/rollout_chi2_sequence | 1 | Mean | online | Chi-square divergence per
     tokens' ratios
 experience/rollout_ess_token | 1 | EffectiveShare | online | Effective sample size if tokens were weighted by their
     ratios, as a fraction of the tokens
+experience/rollout_ess_token/lag_<lag> | 1 | EffectiveShare | online | The same over the tokens whose weights were
+    `<lag>` versions older than the trained ones
 experience/rollout_ess_sequence | 1 | EffectiveShare | online | Effective sample size if responses were weighted by the
     products of their ratios, as a fraction of the responses
 experience/rollout_weight/mean | 1 | Mean | online correction | Factor of the correction on a token's policy loss; 0 if
@@ -140,6 +149,8 @@ experience/rollout_rejected/fraction | 1 | Mean | online correction | Tokens rej
 experience/policy_lag/max | versions | Max | online | Age of the oldest weights that sampled a token
 experience/policy_lag/mean | versions | Mean | online | Mean over responses of the age of the oldest weights that
     sampled one of their tokens
+experience/policy_lag/histogram | versions | Histogram | online | Age of the oldest weights that sampled a token of each
+    response
 experience/values/mean | 1 | Mean | online critic | Critic's value of a token's state, before the update
 experience/returns/mean | 1 | Mean | online critic | Critic's target
 

@@ -27,6 +27,8 @@ ADVANTAGE_EDGES = (*(-size for size in reversed(_SIZES)), 0.0, *_SIZES)
 RATIO_EDGES = (0.0, *(2.0 ** ((2 * k + 1) / 32) for k in range(-48, 48)))
 # Whole numbers of tokens, four bins for each factor of 2, to 2^20.
 TOKEN_EDGES = (0.0, *sorted({float(round(2.0 ** (k / 4))) for k in range(81)}))
+# One bin for each number of versions, to 64.
+LAG_EDGES = tuple(float(lag) for lag in range(66))
 
 
 def trimmed(histogram: Histogram) -> dict[str, Any]:

@@ -66,7 +66,10 @@ SECTIONS = (
         _panel("turns", "rollouts/turns/mean", "rollouts/turns/max"),
         _panel("tokens of a step", "rollouts/tokens/total"),
         _panel("sampler against trainer", "experience/rollout_logprob_diff/mean", "experience/kl_rollout/mean"),
-        _panel("policy lag", "experience/policy_lag/max"),
+        _panel("policy lag", "experience/policy_lag/mean", "experience/policy_lag/max"),
+        _panel("effective samples by lag", "experience/rollout_ess_token/lag_<lag>"),
+        _panel("groups in flight", "rollouts/in_flight/mean"),
+        _panel("groups requested again", "rollouts/reasked_groups/total"),
     ),
     _section(
         "Rewards and advantages",
@@ -86,6 +89,8 @@ SECTIONS = (
         _panel("tokens a second", "throughput/tokens_per_s"),
         _panel("sampled tokens a second", "throughput/rollout_tokens_per_s"),
         _panel("trained tokens a second", "throughput/train_tokens_per_s"),
+        _panel("training waits for responses", "time/trainer_waits_s"),
+        _panel("idle engines", "time/engines_idle/fraction"),
         _panel("model flops utilization", "throughput/mfu"),
     ),
     _section(

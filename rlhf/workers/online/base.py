@@ -38,6 +38,11 @@ class Share:
         ids: list[int] = self.rollouts.sequence_ids.tolist()
         return ids
 
+    @property
+    def lags(self) -> Int[Tensor, " N"]:
+        """Return the versions between the weights that are trained and those that sampled a token."""
+        return self.plan.step - 1 - self.rollouts.versions
+
     def column(self, values: Tensor) -> TokenValues:
         """Return the values of the share's tokens as a column of the rank's sequences."""
         column = TokenValues(sequence_ids=self.rollouts.sequence_ids, lengths=self.rollouts.lengths, values=values)

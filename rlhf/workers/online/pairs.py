@@ -57,6 +57,7 @@ class OnlinePreferenceWorker(PreferenceWorker):
             token_ids=rollouts.token_ids,
             loss_mask=rollouts.response_mask,
             rollout_logprobs=rollouts.rollout_logprobs,
+            versions=rollouts.versions,
             temperatures=torch.full_like(rollouts.rollout_logprobs, common) if temperatures is None else temperatures,
         )
         self.load_data(
@@ -67,7 +68,7 @@ class OnlinePreferenceWorker(PreferenceWorker):
                 labels=torch.ones(len(ids) // 2, dtype=torch.bool),
             )
         )
-        self.plans, self.sequence_ids = self._rows(plan), sequence_ids
+        self.plans, self.sequence_ids, self.version = self._rows(plan), sequence_ids, plan.step - 1
         self.trainer_logprobs = unknown(len(examples.token_ids))
         self.positions = TokenValues(
             sequence_ids=examples.sequence_ids, lengths=examples.lengths, values=torch.arange(len(examples.token_ids))
@@ -117,7 +118,9 @@ class OnlinePreferenceWorker(PreferenceWorker):
         logprobs, mask = logprobs.float().cpu(), examples.loss_mask[microbatch.tokens]
         places = TokenValues.gather([self.positions], examples.sequence_ids.tolist()).values
         self.trainer_logprobs[places[microbatch.tokens]] = logprobs
-        metrics = sampler_metrics(logprobs, examples.rollout_logprobs[microbatch.tokens], mask, microbatch.lengths)
+        lags = self.version - examples.versions[microbatch.tokens]
+        rollout_logprobs = examples.rollout_logprobs[microbatch.tokens]
+        metrics = sampler_metrics(logprobs, rollout_logprobs, mask, microbatch.lengths, lags=lags)
         if batch.reference is not None:
             kl = kl_k3(logprobs[mask], batch.reference.values[microbatch.tokens][mask])
             metrics["experience/kl_ref/mean"] = Mean(total=float(kl.sum()), count=len(kl))

@@ -85,7 +85,8 @@ class PolicyWorker(OnlineWorker):
         metrics = reference_metrics(config, old, self.ref_logprobs, rollouts.response_mask)
         if not config.bypasses_old_logprobs:
             self.observes, self.trainer_logprobs = False, old
-            metrics |= sampler_metrics(old, rollouts.rollout_logprobs, rollouts.response_mask, rollouts.lengths)
+            mask, lengths = rollouts.response_mask, rollouts.lengths
+            metrics |= sampler_metrics(old, rollouts.rollout_logprobs, mask, lengths, lags=self.share.lags)
         return sequence_reports(config, self.share.ids, rollouts, old, self.ref_logprobs), metrics
 
     def set_advantages(
@@ -287,7 +288,8 @@ class PolicyWorker(OnlineWorker):
             return terms, {}
         now = logprobs.detach()
         self.trainer_logprobs[microbatch.tokens] = now.cpu()
-        metrics = sampler_metrics(now, batch.rollout_logprobs, mask, lengths)
+        lags = self.part(share.lags, microbatch)
+        metrics = sampler_metrics(now, batch.rollout_logprobs, mask, lengths, lags=lags)
         if old is None:
             metrics |= reference_metrics(config, now, batch.ref_logprobs, mask)
         return terms, metrics

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlhf.algorithms import algorithm_of
@@ -115,7 +115,7 @@ class StudentWorker(OnlineWorker):
             )
             if self.observes:
                 spread = moments(advantages, mask)
-                metrics |= _observed(old, teacher_logprobs, rollout_logprobs, mask, lengths) | {
+                metrics |= self._observed(old, teacher_logprobs, microbatch) | {
                     "advantages/mean": Mean(total=spread.mean * spread.count, count=spread.count),
                     "advantages/std": as_std(spread),
                     "advantages/histogram": advantage_histogram(advantages, mask),
@@ -131,7 +131,7 @@ class StudentWorker(OnlineWorker):
 
         `hidden` holds the teacher's states of the minibatch.
         """
-        _, lengths, mask = self.columns(microbatch)
+        _, _, mask = self.columns(microbatch)
         loss, logprobs, teacher_logprobs, entropy = self.forward(
             sampled_distillation_loss,
             microbatch,
@@ -151,8 +151,7 @@ class StudentWorker(OnlineWorker):
                 "update/tokens/total": Sum(total=len(microbatch.tokens)),
             }
             if self.observes:
-                rollout_logprobs = self.part(self.share.rollouts.rollout_logprobs, microbatch)
-                metrics |= _observed(logprobs, teacher_logprobs, rollout_logprobs, mask, lengths)
+                metrics |= self._observed(logprobs, teacher_logprobs, microbatch)
             return metrics
 
         return loss, measure
@@ -179,20 +178,17 @@ class StudentWorker(OnlineWorker):
         before = sequence_counts(mask, rollouts.lengths)[:first].sum()
         return mask.cumsum(0)[microbatch.tokens[mask[microbatch.tokens]]] - 1 - before
 
+    def _observed(
+        self, logprobs: Float[Tensor, " n"], teacher_logprobs: Float[Tensor, " n"], microbatch: Microbatch
+    ) -> dict[str, Reduction]:
+        """Measure the gaps between student, sampler and teacher on the sampled tokens of a micro-batch.
 
-def _observed(
-    logprobs: Float[Tensor, " N"],
-    teacher_logprobs: Float[Tensor, " N"],
-    rollout_logprobs: Float[Tensor, " N"],
-    mask: Bool[Tensor, " N"],
-    lengths: Int[Tensor, " B"],
-) -> dict[str, Reduction]:
-    """Measure the gaps between student, sampler and teacher on the sampled tokens.
-
-    `logprobs`: under the sampling weights.
-    """
-    gap = masked_sum(logprobs - teacher_logprobs, mask)
-    return {
-        **sampler_metrics(logprobs, rollout_logprobs, mask, lengths),
-        "experience/kl_teacher/mean": Mean(total=float(gap), count=int(mask.sum())),
-    }
+        `logprobs`: by the student, before it trains on them.
+        """
+        _, lengths, mask = self.columns(microbatch)
+        rollout_logprobs = self.part(self.share.rollouts.rollout_logprobs, microbatch)
+        gap = masked_sum(logprobs - teacher_logprobs, mask)
+        return {
+            **sampler_metrics(logprobs, rollout_logprobs, mask, lengths, lags=self.part(self.share.lags, microbatch)),
+            "experience/kl_teacher/mean": Mean(total=float(gap), count=int(mask.sum())),
+        }

@@ -24,8 +24,15 @@ def sampler_metrics(
     rollout_logprobs: Float[Tensor, " N"],
     mask: Bool[Tensor, " N"],
     lengths: Int[Tensor, " B"],
+    *,
+    lags: Int[Tensor, " N"],
 ) -> dict[str, Reduction]:
-    """Measure the gap between trainer and sampler on the sampled tokens. `logprobs`: under the sampling weights."""
+    """Measure the gap between trainer and sampler on the sampled tokens.
+
+    Args:
+        logprobs: by the trainer, before it trains on the tokens.
+        lags: versions between the trained weights and those that sampled a token.
+    """
     old, rollout = (torch.where(mask, column, 0.0).double() for column in (logprobs, rollout_logprobs))
     gap = old - rollout
     ratio, products = gap.exp(), sequence_sums(gap, lengths).exp()  # both are 1 outside the mask
@@ -59,6 +66,19 @@ def sampler_metrics(
         "experience/rollout_chi2_sequence": Mean(total=product_squares - sequences, count=sequences),
         "experience/rollout_ess_token": EffectiveShare(total=ratios, squares=squares, count=tokens),
         "experience/rollout_ess_sequence": EffectiveShare(total=product, squares=product_squares, count=sequences),
+        **_ess_by_lag(ratio[mask], lags[mask]),
+    }
+
+
+def _ess_by_lag(ratio: Float[Tensor, " n"], lags: Int[Tensor, " n"]) -> dict[str, Reduction]:
+    """Return the effective share of the tokens of each lag."""
+    values, which = lags.unique(return_inverse=True)
+    sums = ratio.new_zeros(3, len(values))
+    for row, column in zip(sums, (ratio, ratio.square(), torch.ones_like(ratio)), strict=True):
+        row.index_add_(0, which, column)
+    return {
+        f"experience/rollout_ess_token/lag_{lag}": EffectiveShare(total=total, squares=squares, count=count)
+        for lag, total, squares, count in zip(values.tolist(), *sums.tolist(), strict=True)
     }
 
 
