@@ -32,6 +32,26 @@ def rows(steps: int, **series: Callable[[int], float | None]) -> Rows:
     ]
 
 
+def in_flight(*, lag: float, waits_s: float) -> dict[str, Callable[[int], float]]:
+    """Series of a run with 24 groups in flight, responses up to 2 versions old, and steps of 10 seconds."""
+    return {
+        "rollouts__in_flight__mean": lambda s: 24.0,
+        "experience__policy_lag__mean": lambda s: lag,
+        "experience__policy_lag__max": lambda s: 2.0,
+        "time__trainer_waits_s": lambda s: waits_s,
+        "time__step_s": lambda s: 10.0,
+    }
+
+
+def corrected(*, truncated: float, masked: float, lag: float) -> dict[str, Callable[[int], float]]:
+    """Series of a run with a correction of old responses."""
+    return {
+        "experience__rollout_weight_truncated__fraction": lambda s: truncated,
+        "experience__rollout_weight_masked__fraction": lambda s: masked,
+        "experience__policy_lag__mean": lambda s: lag,
+    }
+
+
 def evaluated(steps: int, *values: float, every: int, key: str = "eval/heldout/score", **series: Any) -> Rows:
     """The same, with a row 0 and an evaluation every so many steps."""
     made = [{"step": 0, "time_s": 0.0}, *rows(steps, **series)]
@@ -99,6 +119,22 @@ CASES: dict[str, tuple[Rows, Rows]] = {  # kind: a series that shows it, one tha
     "engines_starved": (
         rows(10, time__engines_idle__fraction=lambda s: 0.7, experience__policy_lag__mean=lambda s: 1.0),
         rows(10, time__engines_idle__fraction=lambda s: 0.7, experience__policy_lag__mean=lambda s: 0.0),  # in turns
+    ),
+    "lag_at_bound": (
+        rows(10, **in_flight(lag=1.9, waits_s=0.1)),
+        rows(10, **in_flight(lag=1.9, waits_s=4.0)),  # long responses are in time for the bound, and training waits
+    ),
+    "correction_clips": (
+        rows(4, **corrected(truncated=0.2, masked=0.2, lag=1.0)),
+        rows(4, **corrected(truncated=0.2, masked=0.2, lag=0.0)),  # in turns; sampler_mismatch finds the cause
+    ),
+    "groups_reasked": (
+        rows(10, **in_flight(lag=1.0, waits_s=0.1), rollouts__reasked_groups__total=lambda s: 4.0),
+        rows(10, **in_flight(lag=1.0, waits_s=0.1), rollouts__reasked_groups__total=lambda s: 1.0),
+    ),
+    "short_responses_first": (
+        rows(10, rollouts__completion_bias=lambda s: 0.8),
+        rows(10, rollouts__completion_bias=lambda s: 0.8 if s < 4 else 1.0),  # the first batches
     ),
     "probe_drift": (
         rows(20, weight_sync__probe_max_diff=lambda s: 0.02 * s),

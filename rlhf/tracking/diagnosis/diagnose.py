@@ -10,12 +10,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from rlhf.tracking.diagnosis.asynchrony import ASYNCHRONY
 from rlhf.tracking.diagnosis.findings import SEVERITIES, Finding, History
 from rlhf.tracking.diagnosis.learning import LEARNING
 from rlhf.tracking.diagnosis.results import RESULTS
 from rlhf.tracking.diagnosis.running import RUNNING
 
-CHECKS = (*LEARNING, *RESULTS, *RUNNING)
+CHECKS = (*LEARNING, *RESULTS, *RUNNING, *ASYNCHRONY)
 
 
 class Watch:

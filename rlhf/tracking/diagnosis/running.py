@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from statistics import median
 
-from rlhf.tracking.diagnosis.findings import HEAD, Evidence, History, Point, mean, symptom
+from rlhf.tracking.diagnosis.findings import HEAD, Evidence, History, Point, symptom
 from rlhf.tracking.formatting import number
 
 RECENT = 20  # steps in which an error still counts as current
 SLOWED = 0.5  # of the first steps' throughput: longer responses cost less
 GROWTH, GROWTH_GIB = 1.5, 1.0  # both: a long-lived process keeps memory that it has once allocated
-STARVED = 0.5  # of the time, while rollouts run ahead of training
 STILL_GROWS = 1.02  # within the last 20 steps
 
 _FAILURES = {
@@ -75,35 +74,4 @@ def memory_grows(history: History, _: list[Point]) -> Evidence | None:
     return None
 
 
-@symptom(
-    "notice",
-    *("time/trainer_waits_s", "time/step_s", "experience/policy_lag/mean"),
-    steps=HEAD,
-    why="The engines need longer for a batch than a training step takes, so the trainers have nothing to do meanwhile.",
-    advice="give the engines more devices (cluster.roles.rollout.engines), or let rollouts.oversample not wait for the "
-    "slowest responses.",
-)
-def trainer_starved(history: History, recent: list[Point]) -> str | None:
-    lags, steps = history.last("experience/policy_lag/mean", HEAD), history.last("time/step_s", HEAD)
-    if not lags or not steps or mean(lags) == 0.0:  # in turns, training always waits
-        return None
-    share = mean(recent[-HEAD:]) / mean(steps)
-    return f"Training waits for responses in {share:.0%} of the time." if share > STARVED else None
-
-
-@symptom(
-    "notice",
-    *("time/engines_idle/fraction", "experience/policy_lag/mean"),
-    steps=HEAD,
-    why="A training step takes longer than the engines need for a batch, so the engines have nothing to do meanwhile.",
-    advice="give the policy more devices (cluster.roles.policy.workers) and the engines fewer.",
-)
-def engines_starved(history: History, recent: list[Point]) -> str | None:
-    lags = history.last("experience/policy_lag/mean", HEAD)
-    if not lags or mean(lags) == 0.0:
-        return None
-    share = mean(recent[-HEAD:])
-    return f"The engines are idle in {share:.0%} of the time." if share > STARVED else None
-
-
-RUNNING = (rewards_fail, slower, memory_grows, trainer_starved, engines_starved)
+RUNNING = (rewards_fail, slower, memory_grows)

@@ -1,0 +1,119 @@
+"""Symptoms of rollouts that run ahead of training: a side that waits, old responses, and their correction."""
+
+from __future__ import annotations
+
+from rlhf.tracking.diagnosis.findings import HEAD, History, Point, mean, symptom
+from rlhf.tracking.formatting import number
+
+STARVED = 0.5  # of the time, while rollouts run ahead of training
+AT_BOUND, BUSY = 0.8, 0.1  # the mean lag as a share of the largest one; a share of the time in which training waits
+CORRECTED = 0.3  # of the tokens: a correction is meant for the few whose ratio is far from 1
+REASKED = 0.1  # of the groups in flight, in each step
+BIASED = 0.9  # of the mean length: batches of one run differ by less
+
+
+@symptom(
+    "notice",
+    *("time/trainer_waits_s", "time/step_s", "experience/policy_lag/mean"),
+    steps=HEAD,
+    why="The engines need longer for a batch than a training step takes, so the trainers have nothing to do meanwhile.",
+    advice="give the engines more devices (cluster.roles.rollout.engines), or let rollouts.oversample not wait for the "
+    "slowest responses.",
+)
+def trainer_starved(history: History, _: list[Point]) -> str | None:
+    lags = history.last("experience/policy_lag/mean", HEAD)
+    if not lags or mean(lags) == 0.0:  # in turns, training always waits
+        return None
+    share = _waiting(history)
+    return f"Training waits for responses in {share:.0%} of the time." if share > STARVED else None
+
+
+@symptom(
+    "notice",
+    *("time/engines_idle/fraction", "experience/policy_lag/mean"),
+    steps=HEAD,
+    why="A training step takes longer than the engines need for a batch, so the engines have nothing to do meanwhile.",
+    advice="give the policy more devices (cluster.roles.policy.workers) and the engines fewer.",
+)
+def engines_starved(history: History, recent: list[Point]) -> str | None:
+    lags = history.last("experience/policy_lag/mean", HEAD)
+    if not lags or mean(lags) == 0.0:
+        return None
+    share = mean(recent)
+    return f"The engines are idle in {share:.0%} of the time." if share > STARVED else None
+
+
+@symptom(
+    "notice",
+    *("experience/policy_lag/mean", "experience/policy_lag/max", "time/trainer_waits_s"),
+    steps=HEAD,
+    why="The engines are faster than training, so finished responses wait until they are as old as the bound allows.",
+    advice="lower rollouts.max_staleness, which makes responses newer and steps no slower; or give the engines fewer "
+    "devices (cluster.roles.rollout.engines) and the policy more.",
+)
+def lag_at_bound(history: History, recent: list[Point]) -> str | None:
+    if not history.last("rollouts/in_flight/mean", HEAD):  # between batches, every response has the same lag
+        return None
+    largest = max((point.value for point in history.last("experience/policy_lag/max", HEAD)), default=0.0)
+    if largest < 2.0 or mean(recent) < AT_BOUND * largest or _waiting(history) > BUSY:
+        return None
+    return f"Responses are {number(mean(recent))} versions old on average, and at most {number(largest)}."
+
+
+@symptom(
+    "warning",
+    *("experience/rollout_weight_truncated/fraction", "experience/rollout_weight_masked/fraction"),
+    *("experience/policy_lag/mean", "experience/rollout_ess_token"),
+    steps=3,
+    why="The policy moves so far within the lag of its responses that the correction changes them instead of guarding "
+    "against a few. A gradient of changed weights is biased.",
+    advice="lower rollouts.max_staleness or train.lr; or choose another preset of algorithm.correction.",
+)
+def correction_clips(history: History, recent: list[Point]) -> str | None:
+    lags = history.last("experience/policy_lag/mean", 3)
+    masked = history.last("experience/rollout_weight_masked/fraction", 3)
+    if not lags or mean(lags) == 0.0:
+        return None
+    share = mean(recent) + (mean(masked) if masked else 0.0)
+    return f"The correction truncates or masks {share:.0%} of the tokens." if share > CORRECTED else None
+
+
+@symptom(
+    "warning",
+    *("rollouts/reasked_groups/total", "rollouts/in_flight/mean", "rollouts/response_tokens/max"),
+    steps=HEAD,
+    why="Responses to these prompts were older than the bound before they could be trained. Their tokens are lost, and "
+    "slow prompts are affected most.",
+    advice="set rollouts.batch_order to prompt, so that batches wait for slow prompts; or raise "
+    "rollouts.max_staleness.",
+)
+def groups_reasked(history: History, recent: list[Point]) -> str | None:
+    in_flight = history.last("rollouts/in_flight/mean", HEAD)
+    if not in_flight or mean(recent) <= REASKED * mean(in_flight):
+        return None
+    return f"{number(mean(recent))} groups a step are requested again; {number(mean(in_flight))} are in flight."
+
+
+@symptom(
+    "warning",
+    *("rollouts/completion_bias", "rollouts/response_tokens/mean", "rollouts/reasked_groups/total"),
+    steps=HEAD,
+    why="Batches are filled in the order of completion, so short responses are trained before long ones. The policy "
+    "learns from fewer long responses than it gives.",
+    advice="set rollouts.batch_order to prompt.",
+)
+def short_responses_first(_: History, recent: list[Point]) -> str | None:
+    level = mean(recent)
+    return f"Trained responses have {level:.0%} of the length of all responses." if level < BIASED else None
+
+
+def _waiting(history: History) -> float:
+    """Return the share of the time in which training waited in the last steps; 0 if it is not known."""
+    waits, steps = history.last("time/trainer_waits_s", HEAD), history.last("time/step_s", HEAD)
+    return mean(waits) / mean(steps) if waits and steps else 0.0
+
+
+ASYNCHRONY = (
+    *(trainer_starved, engines_starved, lag_at_bound),
+    *(correction_clips, groups_reasked, short_responses_first),
+)
