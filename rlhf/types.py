@@ -225,6 +225,7 @@ class GroupRequest:
     seeds: tuple[int, ...]  # one per sample, from (run, epoch, prompt id, sample index); independent of scheduling
     first_sequence_id: int  # the samples are sequences first_sequence_id, +1, ... of the step
     temperature: float | None = None  # of this group; None: the run's temperature
+    epoch: int = 0  # in which the prompt stream gave this prompt
 
     def drawn_by(self, sampling: Sampling) -> Sampling:
         """Return the sampling parameters of this request, given the defaults.

@@ -31,6 +31,7 @@ from rlhf.rewards.failure_rule import ends_run
 from rlhf.rewards.scoring import describe_errors
 from rlhf.roles import ScoredGroup
 from rlhf.tracking.metrics.reductions import Last, Mean, Reduction, Sum
+from rlhf.tracking.run_folder.group_ledger import GroupRecord, StepGroups
 from rlhf.types import GroupRequest, Prompt, RolloutInfo, Sampling
 
 RECENT_GROUPS = 32  # window for counting dropped groups; prompts_per_step if that is larger
@@ -49,6 +50,7 @@ class Collected:
 
     groups: list[ScoredGroup]  # in plan order
     sampled_tokens: int  # of all responses, including groups left out
+    ended: StepGroups  # for the ledger of groups
 
 
 @dataclass(slots=True)
@@ -58,6 +60,7 @@ class _Batch:
     kept: list[ScoredGroup] = field(default_factory=list)
     filtered: list[ScoredGroup] = field(default_factory=list)
     dropped: list[ScoredGroup] = field(default_factory=list)  # a reward failed
+    cancelled: list[GroupRequest] = field(default_factory=list)
     num_requested: int = 0
 
     @property
@@ -90,7 +93,7 @@ class Collector:
         self.unfinished: list[EpochPrompt] = []  # requested first in the next step
         settings = config.data.curriculum
         self.curriculum = None if settings is None else Curriculum(seed=config.run.seed, **settings.model_dump())
-        self.num_skipped = 0  # skipped by the curriculum in this step
+        self.skipped: list[tuple[int, int]] = []  # epoch and id of the prompts skipped in this step
         window = max(RECENT_GROUPS, self.rollouts.prompts_per_step)
         self.recent_drops: deque[bool] = deque(maxlen=window)  # whether each recent group was dropped
 
@@ -100,7 +103,7 @@ class Collector:
         Raise RunError if a bound is reached.
         """
         batch = _Batch()
-        self.num_skipped = 0
+        self.skipped = []
         count = self.rollouts.prompts_per_step
         while len(batch.kept) < count:
             for scored in await self._round(batch, count - len(batch.kept), step, version):
@@ -119,7 +122,7 @@ class Collector:
                 self.curriculum.measure(scored.group.request.prompt.prompt_id, _mean(scored))
         self.record.add(self._metrics(batch))
         tokens = sum(info.num_response_tokens for info in _infos(batch.kept + batch.left_out))
-        return Collected(groups=batch.kept, sampled_tokens=tokens)
+        return Collected(groups=batch.kept, sampled_tokens=tokens, ended=self._ended(batch))
 
     async def _round(self, batch: _Batch, needed: int, step: int, version: int) -> list[ScoredGroup]:
         """Request prompts and return the answered groups in plan order."""
@@ -130,6 +133,8 @@ class Collector:
             groups = await self.scorer.score_all(requests, self.sampling, step=step, version=version)
         else:
             groups = await self._first(prompts, requests, needed, step, version)
+            answered = {scored.group.request.group_id for scored in groups}
+            batch.cancelled += [request for request in requests if request.group_id not in answered]
         if self.config.algorithm.wants_greedy:
             groups = await self.scorer.add_greedy_baseline(groups, self.sampling, step=step, version=version)
         return groups
@@ -175,7 +180,7 @@ class Collector:
             if self.curriculum is None or self.curriculum.takes(prompt.prompt_id, epoch):
                 prompts.append((epoch, prompt))
             else:
-                self.num_skipped += 1
+                self.skipped.append((epoch, prompt.prompt_id))
         return prompts
 
     def _request(self, chosen: EpochPrompt, place: int) -> GroupRequest:
@@ -240,6 +245,16 @@ class Collector:
             f"were kept. The mean scores of the filtered are {min(means):g} to {max(means):g}. {fix}."
         )
 
+    def _ended(self, batch: _Batch) -> StepGroups:
+        return StepGroups(
+            max_staleness=self.rollouts.max_staleness,
+            trained=records(batch.kept),
+            filtered=records(batch.filtered),
+            dropped=records(batch.dropped),
+            asked_again=[GroupRecord.of(request) for request in batch.cancelled],
+            skipped=self.skipped,
+        )
+
     def _metrics(self, batch: _Batch) -> Mapping[str, Reduction]:
         """Return the metrics of untrained groups. rlhf.controller.rollout_report has the metrics of the batch."""
         tokens = sum(info.num_tokens for info in _infos(batch.left_out))
@@ -264,13 +279,14 @@ class Collector:
             metrics["rollouts/cancelled_groups/total"] = Sum(total=batch.num_requested - answered)
         if self.curriculum is not None:
             measured, within = self.curriculum.counts()
-            metrics["data/passed_over/total"] = Sum(total=self.num_skipped)
+            metrics["data/passed_over/total"] = Sum(total=len(self.skipped))
             metrics["data/within_band/fraction"] = Mean(total=within, count=measured)
         return metrics
 
     def state(self) -> dict[str, Any]:
         return {
             "cursor": asdict(self.prompts.state()),
+            "num_given": self.prompts.num_given,
             "waiting": [(epoch, prompt.prompt_id) for epoch, prompt in self.unfinished],
             "next_group": self.next_group,
             "recent_drops": list(self.recent_drops),
@@ -286,6 +302,11 @@ class Collector:
         self.recent_drops.extend(state["recent_drops"])
         if self.curriculum is not None and state["curriculum"] is not None:
             self.curriculum.restore(state["curriculum"])
+
+
+def records(groups: Sequence[ScoredGroup]) -> list[GroupRecord]:
+    """Return the records of answered groups for the ledger."""
+    return [GroupRecord.of(scored.group.request, scored.group.infos) for scored in groups]
 
 
 def _mean(scored: ScoredGroup) -> float:

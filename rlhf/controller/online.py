@@ -122,6 +122,7 @@ class OnlineController(TrainingLoop):
         waited_s = time.perf_counter() - began
         for metrics in batch.metrics:
             record.add(metrics)
+        record.groups = batch.collected.ended
         groups, seconds = batch.collected.groups, record.row()["time/rollouts_s"]
         record.add(rollout_metrics(groups, version=step - 1))
         record.add({"throughput/rollout_tokens_per_s": Last(value=batch.collected.sampled_tokens / seconds)})

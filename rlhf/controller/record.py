@@ -26,6 +26,7 @@ from rlhf.tracking.metrics.reductions import Max, Reduction, Sum
 from rlhf.tracking.run_folder.atomic import write_atomic
 from rlhf.tracking.run_folder.errors import ErrorRecord
 from rlhf.tracking.run_folder.folder import RunFolder
+from rlhf.tracking.run_folder.group_ledger import StepGroups
 from rlhf.tracking.run_folder.mirror import Mirror
 from rlhf.tracking.run_folder.timeline import Timeline
 from rlhf.tracking.sinks.tracker import Tracker
@@ -48,12 +49,14 @@ class RunRecord:
     mirror: Mirror | None = None  # None: the folder has no mirror
     step: int = 0  # the last logged step
     parts: list[Metrics] = field(default_factory=list)
+    groups: StepGroups | None = None  # of the current step; None: it trains on no rollouts
 
     def begin_step(self, step: int) -> None:
         """Clear the last step's metrics. Step 0 is the evaluation before training."""
         set_step(step)
         self.progress.begin(step)
         self.parts = []
+        self.groups = None
 
     def add(self, metrics: Metrics) -> None:
         """Add metrics to the current step, or to the list of `apart` inside its block."""
@@ -100,7 +103,7 @@ class RunRecord:
         loss = row.get("update/loss/mean", 0.0)
         if not math.isfinite(loss):
             raise RunError(f"update: the loss of step {step} is {loss}. No checkpoint of it was written.")
-        findings = self.tracker.log(step, row, histograms(merge_metrics(self.parts)))
+        findings = self.tracker.log(step, row, histograms(merge_metrics(self.parts)), self.groups)
         self.step = step
         self.progress.step(step, row)
         for finding in findings:

@@ -51,6 +51,7 @@ def request_for(
         seeds=tuple(rollout_seed(run_seed, epoch, prompt.prompt_id, sample) for sample in range(samples)),
         first_sequence_id=first_sequence_id,
         temperature=temperature,
+        epoch=epoch,
     )
 
 

@@ -83,6 +83,11 @@ class Stream(Generic[T]):
         """Return the next `count` items, each with the epoch of its set. Continue into later epochs as needed."""
         return tuple(self._next() for _ in range(count))
 
+    @property
+    def num_given(self) -> int:
+        """Count the items given so far, over all epochs."""
+        return self._given
+
     def at(self, place: int) -> T:
         """Return the item at a position of the data, independent of the order."""
         return self._items[place]

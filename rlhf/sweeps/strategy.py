@@ -17,6 +17,7 @@ from rlhf.sweeps.journal import Copy, Journal, Trial
 from rlhf.sweeps.results import metric_values
 from rlhf.sweeps.space import Values, changed
 from rlhf.tracking.run_folder.folder import RunFolder
+from rlhf.tracking.run_folder.group_ledger import FILE as GROUPS
 from rlhf.tracking.run_folder.manifest import is_complete
 
 
@@ -152,7 +153,7 @@ class Population(Strategy):
 
 
 def copy_checkpoint(journal: Journal, copy: Copy) -> None:
-    """Give a run the checkpoint of another: weights, optimizer, random states, data position and reference."""
+    """Give a run the checkpoint of another: weights, optimizer, random states, data position, ledger and reference."""
     source = journal.run_folder(copy.source)
     target = journal.run_folder(copy.trial)
     with RunFolder.open(target.parent, target.name, resume=True) as folder:
@@ -162,6 +163,8 @@ def copy_checkpoint(journal: Journal, copy: Copy) -> None:
         folder.adopt_checkpoint(copy.step)
         folder.continue_from(copy.step)
         (folder.checkpoints / "best").unlink(missing_ok=True)  # records of the earlier run
+        if (source / GROUPS).exists():
+            shutil.copyfile(source / GROUPS, folder.path / GROUPS)
         for part in (folder.spool, folder.references):  # rollouts of the earlier weights, and the earlier reference
             shutil.rmtree(part, ignore_errors=True)
         folder.spool.mkdir()

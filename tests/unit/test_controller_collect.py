@@ -22,6 +22,7 @@ from rlhf.errors import RunError
 from rlhf.roles import CompletedGroup
 from rlhf.rollouts.records.ledgers import request_identity
 from rlhf.tracking.metrics.declarations import merge_metrics, results
+from rlhf.tracking.run_folder.group_ledger import GroupRecord
 from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, RolloutInfo, Sampling, StepReward
 
 Scores = Callable[[int], Sequence[float] | None]  # by prompt id; None: the reward fails
@@ -340,7 +341,10 @@ def test_a_reward_worker_that_dies_ends_the_run_also_where_enough_others_have_sc
 def test_oversampling_and_filtering_go_together(tmp_path: Path) -> None:
     run = Run(tmp_path, by_prompt(solved=[0, 2, 4, 5]), order=slowest(3), oversample=1.5, dynamic_sampling={})
     # Of the first six, 1 and 3 teach: all are waited for. Two are missing: three are asked, and 8 was one too many.
-    assert run.trained() == [1, 3, 6, 7]
+    ended = run.collect().ended
+    assert [record.prompt_id for record in ended.trained] == [1, 3, 6, 7]
+    assert [record.prompt_id for record in ended.filtered] == [0, 2, 4, 5]
+    assert ended.asked_again == [GroupRecord(group_id=8, epoch=0, prompt_id=8, oldest=None, newest=None)]
     assert run.engines.asked == [[0, 1, 2, 3, 4, 5], [6, 7, 8]]
     assert (run.row["rollouts/filtered_groups/fraction"], run.row["rollouts/cancelled_groups/total"]) == (4 / 8, 1)
 
@@ -478,7 +482,10 @@ def test_prompts_that_were_too_easy_or_too_hard_are_passed_over(tmp_path: Path) 
     run = Run(tmp_path, by_prompt(solved=[0, 5], failed=[7]), curriculum={"outside": 0.001}, prompts=8)
     assert [run.trained(1), run.trained(2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert (run.row["data/passed_over/total"], run.row["data/within_band/fraction"]) == (0, 5 / 8)
-    assert [run.trained(3), run.trained(4)] == [[1, 2, 3, 4], [6, 1, 2, 3]]
+    assert run.trained(3) == [1, 2, 3, 4]
+    ended = run.collect(4).ended
+    assert [(record.epoch, record.prompt_id) for record in ended.trained] == [(1, 6), (2, 1), (2, 2), (2, 3)]
+    assert ended.skipped == [(1, 5), (1, 7), (2, 0)]
     assert run.row["data/passed_over/total"] == 3  # 5 and 7, and 0 of the next epoch
     run.scores = lambda _: FAILED
     run.collect(5)  # 4, 6 and then 1, 2: (0.5 + 0) / 2 is within the band, 0 after some more groups is not

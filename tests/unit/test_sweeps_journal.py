@@ -19,7 +19,7 @@ from rlhf.sweeps.plots import plot
 from rlhf.sweeps.results import SweepResult, TrialResult, collect, explain_failure, write
 from rlhf.sweeps.space import known_trials
 from rlhf.sweeps.strategy import Listed, Population
-from rlhf.tracking.run_folder.atomic import write_lines
+from rlhf.tracking.run_folder.atomic import read_lines, write_lines
 from rlhf.tracking.run_folder.folder import RunFolder
 from rlhf.tracking.run_folder.manifest import is_complete
 from tests.unit.test_config_schema_sweep import write_sweep
@@ -157,6 +157,8 @@ def test_the_worst_member_goes_on_from_the_best(tmp_path: Path) -> None:
         members = Population(sweep, journal, known)
         with RunFolder.open(journal.run_folder(1).parent, "trial-001", resume=True) as folder:
             (folder.spool / "group").write_text("sampled by other weights")
+        journal.run_folder(2).mkdir()
+        write_lines(journal.run_folder(2) / "groups.jsonl", [{"step": 4, "max_staleness": 0}])
         arrive(journal, members, {0: 2.0, 1: 3.0, 2: 1.0, 3: 2.5})
         next_one = members.next()
         assert next_one is not None
@@ -170,6 +172,7 @@ def test_the_worst_member_goes_on_from_the_best(tmp_path: Path) -> None:
         assert is_complete(journal.run_folder(1) / "checkpoints" / "step_000004", 4)
         with RunFolder.open(journal.run_folder(1).parent, "trial-001", resume=True) as folder:
             assert not list(folder.spool.iterdir())
+        assert read_lines(journal.run_folder(1) / "groups.jsonl") == [{"step": 4, "max_staleness": 0}]
         assert journal.trials[0].parameters == known[0]
         assert (journal.run_folder(0) / "checkpoints" / "latest" / "weights").read_text() == "0"
 

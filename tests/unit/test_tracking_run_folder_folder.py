@@ -81,12 +81,13 @@ def test_a_start_that_did_nothing_is_cleared(tmp_path: Path) -> None:
         folder.write_config("run: {}\n")
         folder.errors.write_text('{"step": 1}\n')
         (folder.spool / "group_0").write_text("rollouts of another seed")
-        (folder.path / "histograms.jsonl").write_text('{"step": 1}\n')
+        for name in ("histograms.jsonl", "groups.jsonl"):
+            (folder.path / name).write_text('{"step": 1}\n')
         (folder.path / "tensorboard").mkdir()
     with RunFolder.open(tmp_path, "run", resume=False) as folder:
         assert not folder.errors.exists()
         assert list(folder.spool.iterdir()) == []
-        assert not {"histograms.jsonl", "tensorboard"} & {path.name for path in folder.path.iterdir()}
+        assert not {"histograms.jsonl", "groups.jsonl", "tensorboard"} & {path.name for path in folder.path.iterdir()}
 
 
 def test_a_folder_that_cannot_be_made_is_the_users_error(tmp_path: Path) -> None:
@@ -188,7 +189,7 @@ def test_a_metrics_row_without_its_step_is_damage(tmp_path: Path, row: str) -> N
         RunFolder.open(tmp_path, "run", resume=True)
 
 
-@pytest.mark.parametrize("name", ["errors.jsonl", "histograms.jsonl"])
+@pytest.mark.parametrize("name", ["errors.jsonl", "histograms.jsonl", "groups.jsonl"])
 @pytest.mark.parametrize("row", ['{"kind": "x"}', "null", "[" * 100_000, '{"step": 1.5}'])
 def test_a_record_without_its_step_is_damage(tmp_path: Path, name: str, row: str) -> None:
     (tmp_path / "run").mkdir()

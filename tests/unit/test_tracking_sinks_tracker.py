@@ -15,6 +15,7 @@ from rlhf.tracking.diagnosis.findings import Severity
 from rlhf.tracking.run_folder.atomic import read_lines, write_atomic, write_lines
 from rlhf.tracking.run_folder.errors import ErrorRecord
 from rlhf.tracking.run_folder.folder import evaluation_path
+from rlhf.tracking.run_folder.group_ledger import StepGroups, read_groups
 from rlhf.tracking.run_folder.samples import SampleRecord, samples_path, write_samples
 from rlhf.tracking.sinks.backends import TrackedStep
 from rlhf.tracking.sinks.tracker import Tracker, read_metrics
@@ -108,7 +109,7 @@ def test_resume_takes_back_what_came_later(tmp_path: Path) -> None:
     (tmp_path / "evals").mkdir()
     tracker = Tracker(tmp_path)
     for step in range(1, 6):
-        tracker.log(step, {"update/lr": float(step)})
+        tracker.log(step, {"update/lr": float(step)}, groups=StepGroups(max_staleness=0))
         tracker.log_error(failure(step))
         write_samples(samples_path(tmp_path, step), [sample(f"answer {step}")])
         write_atomic(evaluation_path(tmp_path, step), "{}")
@@ -116,6 +117,7 @@ def test_resume_takes_back_what_came_later(tmp_path: Path) -> None:
     resumed.truncate_after(3)
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
     assert [row["step"] for row in read_lines(tmp_path / "errors.jsonl")] == [1, 2, 3]
+    assert [step for step, _ in read_groups(tmp_path)] == [1, 2, 3]
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [f"step_00000{n}.jsonl" for n in (1, 2, 3)]
     assert sorted(path.name for path in (tmp_path / "evals").iterdir()) == [f"step_00000{n}.json" for n in (1, 2, 3)]
     resumed.log(4, {"update/lr": 40.0})

@@ -20,6 +20,7 @@ from rlhf.errors import RunError, UserError
 from rlhf.tracking.metrics.histograms import FILE as HISTOGRAMS
 from rlhf.tracking.run_folder.atomic import explains_full, read_lines, sync_folder, sync_tree, write_atomic
 from rlhf.tracking.run_folder.environment import record_environment
+from rlhf.tracking.run_folder.group_ledger import FILE as GROUPS
 from rlhf.tracking.run_folder.lock import lock_folder
 from rlhf.tracking.run_folder.manifest import Manifest, find_damage, is_complete
 from rlhf.tracking.sinks.tracker import read_metrics
@@ -31,7 +32,7 @@ _STEP = re.compile(r"step_(\d{6,})")
 _SCRATCH = ".own-"
 _PARTS = (  # of a run folder; the first one marks it as such, and is removed last
     "config.resolved.yaml",
-    *("environment.json", "metrics.jsonl", HISTOGRAMS, "errors.jsonl", "timeline.json", "traceback.txt"),
+    *("environment.json", "metrics.jsonl", HISTOGRAMS, GROUPS, "errors.jsonl", "timeline.json", "traceback.txt"),
     *("wandb_run_id", "report.html", "eval.json"),
     *("samples", "evals", "checkpoints", "references", "tensorboard", "wandb", "final"),
 )
@@ -307,8 +308,10 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Remove the files of a start that ended before its first step. This run does not continue it."""
-        files = (self.metrics, self.path / HISTOGRAMS, self.errors, self.timeline, self.path / "wandb_run_id")
-        for path in (*files, self.samples, self.evals, self.spool, self.references, self.path / "tensorboard"):
+        files = (self.metrics, self.errors, self.timeline)
+        names = (HISTOGRAMS, GROUPS, "wandb_run_id", "tensorboard")
+        folders = (self.samples, self.evals, self.spool, self.references)
+        for path in (*files, *folders, *(self.path / name for name in names)):
             _delete(path)
 
     def _sweep(self) -> None:
@@ -362,7 +365,7 @@ def _state(path: Path) -> str | None:
         rows = read_metrics(path)
         if rows and not isinstance(rows[-1].get("time_s"), int | float):
             raise ValueError(f"{path / 'metrics.jsonl'}: the last row has no `time_s`")
-        for name in (HISTOGRAMS, "errors.jsonl"):
+        for name in (HISTOGRAMS, GROUPS, "errors.jsonl"):
             if any(type(row.get("step")) is not int for row in read_lines(path / name)):
                 raise ValueError(f"{path / name}: a row has no `step`")
     except (ValueError, OSError) as error:

@@ -20,13 +20,15 @@ from rlhf.tracking.logs import redact
 from rlhf.tracking.metrics import histograms
 from rlhf.tracking.metrics.declarations import declared
 from rlhf.tracking.metrics.reductions import Histogram
+from rlhf.tracking.run_folder import group_ledger
 from rlhf.tracking.run_folder.atomic import append_line, keep_lines, read_lines
 from rlhf.tracking.run_folder.errors import ErrorRecord, write_error
+from rlhf.tracking.run_folder.group_ledger import StepGroups, append_groups
 from rlhf.tracking.run_folder.samples import remove_files_after
 from rlhf.tracking.sinks.backends import Relay, TrackedStep, TrackerBackend
 
 logger = logging.getLogger(__name__)
-_FILES = ("metrics.jsonl", histograms.FILE, "errors.jsonl")  # files with a row or more a step
+_FILES = ("metrics.jsonl", "errors.jsonl", histograms.FILE, group_ledger.FILE)  # files with a row or more a step
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -43,7 +45,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 class Tracker:
-    """Writes metrics.jsonl, histograms.jsonl and errors.jsonl.
+    """Writes metrics.jsonl, histograms.jsonl, groups.jsonl and errors.jsonl.
 
     Invariant: one row a step, steps rising, each row on the disk before `log` returns.
     """
@@ -66,10 +68,14 @@ class Tracker:
         self._start = time.monotonic() - (rows[-1]["time_s"] if rows else 0.0)
 
     def log(
-        self, step: int, metrics: Mapping[str, float], distributions: Mapping[str, Histogram] = MappingProxyType({})
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        distributions: Mapping[str, Histogram] = MappingProxyType({}),
+        groups: StepGroups | None = None,
     ) -> list[Finding]:
-        """Write the step's row and its histograms. Return the problems that first show in this step, also logged and
-        sent.
+        """Write the step's row, its histograms and its groups. Return the problems that first show in this step, also
+        logged and sent.
 
         Non-finite values become null, with a warning. KeyError: a key is not declared. TypeError: a value is not a
         number. ValueError: the step is not after the last one.
@@ -88,6 +94,8 @@ class Tracker:
         for key in distributions:
             declared(key)
         histograms.append_histograms(self._folder, step, distributions)
+        if groups is not None:
+            append_groups(self._folder, step, groups)
         row = {"step": step, "time_s": round(time.monotonic() - self._start, 3), **values}
         append_line(self._path, row)
         self._last_step = step
@@ -118,7 +126,7 @@ class Tracker:
 
     def truncate_after(self, step: int) -> None:
         """Remove the rows of later steps at the start of a resumed run, which writes them again."""
-        rows, _, errors = (keep_lines(self._folder / name, lambda row: row["step"] <= step) for name in _FILES)
+        rows, errors, *_ = (keep_lines(self._folder / name, lambda row: row["step"] <= step) for name in _FILES)
         files = remove_files_after(self._folder, step)
         if rows or errors or files:
             start = "the run starts from the beginning" if step < 0 else f"the run continues after step {step}"
