@@ -174,7 +174,8 @@ async def _answers(
             logger.info(
                 "%s answers %s: %d prompts, %d samples", candidate.model.name, name, len(prompts), decoding.samples
             )
-            judged = await process_answers(engines, *requests_of(prompts, decoding), judge, version=0)
+            requests, sampling = requests_of(prompts, decoding)
+            judged = await process_answers(engines.generate(requests, sampling, version=0), requests, judge)
             results[name] = _results(name, judged, inputs)
     return results
 

@@ -44,7 +44,8 @@ class Served:
         return run_async(self._answer(prompts, decoding), self.runner)
 
     async def _answer(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[Generation]:
-        groups = await process_answers(self.engines, *requests_of(prompts, decoding), self._read, version=0)
+        requests, sampling = requests_of(prompts, decoding)
+        groups = await process_answers(self.engines.generate(requests, sampling, version=0), requests, self._read)
         return [generation for group in groups for generation in group]
 
     async def _read(self, group: CompletedGroup, _: int) -> list[Generation]:

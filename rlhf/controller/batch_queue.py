@@ -63,6 +63,9 @@ class BatchQueue:
         self._collecting: asyncio.Task[None] | None = None
         self.seconds: float | None = None  # of the collecting since the newest `request`; None: nothing was left
 
+    async def synced(self, version: int) -> None:
+        """Do nothing when the engines have new weights: a batch is requested by the step that needs it."""
+
     def request(self, step: int) -> None:
         """Start to collect the batch of a step, unless it is requested already, and those after it within the bound."""
         last = min(step + self.max_staleness, self.num_steps)
@@ -80,7 +83,8 @@ class BatchQueue:
                 stored = version
             batch: asyncio.Future[Batch] = asyncio.get_running_loop().create_future()
             self._requested[step] = _Requested(version=stored, position=self.collector.state(), batch=batch)
-            with self.record.apart() as metrics, self.record.stage("rollouts"):
+            metrics: list[Metrics] = []
+            with self.record.apart(metrics), self.record.stage("rollouts"):
                 collected = await self.collector.collect(step, version=stored)
             batch.set_result(Batch(collected=collected, metrics=metrics))
         self.seconds = time.perf_counter() - began
@@ -113,6 +117,12 @@ class BatchQueue:
         """Return the collector's state before the first batch that is not trained."""
         first = next(iter(self._requested.values()), None)
         return self.collector.state() if first is None else first.position
+
+    @property
+    def first_group(self) -> int:
+        """Return the first group that is not trained."""
+        group: int = self.position["next_group"]
+        return group
 
     def state(self) -> dict[str, Any]:
         """Return the position in the prompts, and the versions of the requested batches, for a checkpoint."""

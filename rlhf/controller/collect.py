@@ -54,8 +54,8 @@ class Collected:
 
 
 @dataclass(slots=True)
-class _Batch:
-    """The groups collected so far, by outcome. Only groups in `kept` hold references to their tokens."""
+class Outcomes:
+    """The groups of a batch so far, by outcome. Only groups in `kept` hold references to their tokens."""
 
     kept: list[ScoredGroup] = field(default_factory=list)
     filtered: list[ScoredGroup] = field(default_factory=list)
@@ -102,32 +102,48 @@ class Collector:
 
         Raise RunError if a bound is reached.
         """
-        batch = _Batch()
-        self.skipped = []
+        batch = Outcomes()
         count = self.rollouts.prompts_per_step
         while len(batch.kept) < count:
             for scored in await self._round(batch, count - len(batch.kept), step, version):
-                self.recent_drops.append(bool(scored.scores.errors))
-                if scored.scores.errors:
-                    batch.dropped.append(_without_tokens(scored))
-                    self._check_dropped(scored, step)
-                elif self._teaches(scored):
-                    batch.kept.append(scored)
-                else:
-                    batch.filtered.append(_without_tokens(scored))
+                self.sort(scored, batch, step)
             if len(batch.kept) < count:
-                self._check_filtered(batch, step)
+                self.check_filtered(batch, step)
+        return self.finish(batch)
+
+    def sort(self, scored: ScoredGroup, batch: Outcomes, step: int) -> bool:
+        """Add a group to its batch by its outcome, and return whether it is kept.
+
+        Raise RunError if its failure ends the run.
+        """
+        self.recent_drops.append(bool(scored.scores.errors))
+        if scored.scores.errors:
+            batch.dropped.append(_without_tokens(scored))
+            self._check_dropped(scored, step)
+        elif self._teaches(scored):
+            batch.kept.append(scored)
+            return True
+        else:
+            batch.filtered.append(_without_tokens(scored))
+        return False
+
+    def finish(self, batch: Outcomes) -> Collected:
+        """Record the outcomes of a whole batch, and return its groups."""
         if self.curriculum is not None:
             for scored in batch.measured:
                 self.curriculum.measure(scored.group.request.prompt.prompt_id, _mean(scored))
         self.record.add(self._metrics(batch))
         tokens = sum(info.num_response_tokens for info in _infos(batch.kept + batch.left_out))
-        return Collected(groups=batch.kept, sampled_tokens=tokens, ended=self._ended(batch))
+        ended, self.skipped = self._ended(batch), []
+        return Collected(groups=batch.kept, sampled_tokens=tokens, ended=ended)
 
-    async def _round(self, batch: _Batch, needed: int, step: int, version: int) -> list[ScoredGroup]:
+    async def _round(self, batch: Outcomes, needed: int, step: int, version: int) -> list[ScoredGroup]:
         """Request prompts and return the answered groups in plan order."""
-        prompts = self._next(prompts_at_once(needed, self.rollouts))
-        requests = [self._request(prompt, batch.num_requested + index) for index, prompt in enumerate(prompts)]
+        prompts = self.next(prompts_at_once(needed, self.rollouts))
+        requests = []
+        for place, prompt in enumerate(prompts, batch.num_requested):
+            requests.append(self.request(prompt, group_id=self.next_group, place=place))
+            self.next_group += 1
         batch.num_requested += len(requests)
         if len(requests) == needed:
             groups = await self.scorer.score_all(requests, self.sampling, step=step, version=version)
@@ -169,7 +185,7 @@ class Collector:
             return False
         return not self.scores.is_flat(scored, self.config, self.algorithm) and is_within(_mean(scored), rule)
 
-    def _next(self, count: int) -> list[EpochPrompt]:
+    def next(self, count: int) -> list[EpochPrompt]:
         """Return the next prompts: first the unfinished ones, then the stream's.
 
         The curriculum may skip some of the stream.
@@ -183,21 +199,19 @@ class Collector:
                 self.skipped.append((epoch, prompt.prompt_id))
         return prompts
 
-    def _request(self, chosen: EpochPrompt, place: int) -> GroupRequest:
-        """Return the request of a prompt. `place` counts the prompts requested in its step."""
+    def request(self, chosen: EpochPrompt, *, group_id: int, place: int) -> GroupRequest:
+        """Return the request of a prompt. `place` differs for all groups of a batch."""
         epoch, prompt = chosen
         samples = self.rollouts.samples_per_prompt
-        group = request_for(
+        return request_for(
             prompt,
-            group_id=self.next_group,
+            group_id=group_id,
             first_sequence_id=place * samples,
             samples=samples,
             run_seed=self.config.run.seed,
             epoch=epoch,
             temperature=prompt.temperature,
         )
-        self.next_group += 1
-        return group
 
     def _check_dropped(self, scored: ScoredGroup, step: int) -> None:
         """Raise RunError if the failure ends the run by its rule, or if too many groups were dropped."""
@@ -222,7 +236,7 @@ class Collector:
             )
         raise RunError(f"rewards, step {step}: {describe_errors(scored.scores.errors)}. {fix}")
 
-    def _check_filtered(self, batch: _Batch, step: int) -> None:
+    def check_filtered(self, batch: Outcomes, step: int) -> None:
         """Raise RunError if too many groups were filtered while the batch is still incomplete."""
         rule, count = self.rollouts.dynamic_sampling, self.rollouts.prompts_per_step
         if rule is None or len(batch.filtered) <= rule.max_filtered_fraction * count:
@@ -245,7 +259,7 @@ class Collector:
             f"were kept. The mean scores of the filtered are {min(means):g} to {max(means):g}. {fix}."
         )
 
-    def _ended(self, batch: _Batch) -> StepGroups:
+    def _ended(self, batch: Outcomes) -> StepGroups:
         return StepGroups(
             max_staleness=self.rollouts.max_staleness,
             trained=records(batch.kept),
@@ -255,7 +269,7 @@ class Collector:
             skipped=self.skipped,
         )
 
-    def _metrics(self, batch: _Batch) -> Mapping[str, Reduction]:
+    def _metrics(self, batch: Outcomes) -> Mapping[str, Reduction]:
         """Return the metrics of untrained groups. rlhf.controller.rollout_report has the metrics of the batch."""
         tokens = sum(info.num_tokens for info in _infos(batch.left_out))
         metrics: dict[str, Reduction] = {

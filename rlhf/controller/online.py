@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from rlhf.controller.batch_queue import Batch, BatchQueue
 from rlhf.controller.collect import Collector
 from rlhf.controller.distillation_learning import DistillationLearning
 from rlhf.controller.evaluation import EvalSet, compare_with_teacher, score_held_out
+from rlhf.controller.group_queue import GroupQueue
 from rlhf.controller.learning import Learning, OnlineRoles
 from rlhf.controller.loop import TrainingLoop
 from rlhf.controller.pair_learning import PairLearning
@@ -39,6 +41,7 @@ from rlhf.errors import Preempted
 from rlhf.evaluation.results import Marking
 from rlhf.role_table import GUESTS_OF_ENGINES, ROLE_OF_STAGE, ROLES, TRAINED_ROLES, Role
 from rlhf.roles import GpuGuest
+from rlhf.rollouts.records.spool import forget_after
 from rlhf.tracking.metrics.reductions import Last, Sum
 from rlhf.tracking.run_folder.samples import samples_path
 from rlhf.types import Prompt, Sampling
@@ -88,8 +91,16 @@ class OnlineController(TrainingLoop):
         self.rollouts = config.rollouts
         sampling = Sampling(**self.rollouts.model_dump(include=set(Sampling.__dataclass_fields__)))
         self.learning = LEARNERS[config.algorithm.kind](config, roles, record)
-        self.scorer = RolloutScorer(roles.rollout, roles.reward, record, rewards_fingerprint=rewards_fingerprint)
-        self.batches = BatchQueue(
+        self.in_flight = self.rollouts.weight_updates == "in_flight"
+        self.scorer = RolloutScorer(
+            roles.rollout,
+            roles.reward,
+            record,
+            rewards_fingerprint=rewards_fingerprint,
+            in_flight=self.in_flight,
+        )
+        queue = partial(GroupQueue, order=self.rollouts.batch_order) if self.in_flight else BatchQueue
+        self.batches: BatchQueue | GroupQueue = queue(
             Collector(config, prompts, self.scorer, record, sampling),
             record,
             max_staleness=self.rollouts.max_staleness,
@@ -176,6 +187,7 @@ class OnlineController(TrainingLoop):
                 hand_over=self._to_engines,
             )
         record.add(metrics)
+        await self.batches.synced(version)
 
     async def _to_trainers(self, *names: Role, keep_weights: bool) -> None:
         """On shared GPUs, put the engines to sleep and reload the named roles."""
@@ -227,14 +239,13 @@ class OnlineController(TrainingLoop):
     async def checkpoint(self, *, is_best: bool) -> None:
         """Write a checkpoint, and delete the stored responses that it covers."""
         await super().checkpoint(is_best=is_best)
-        self.scorer.keep_from(self.batches.position["next_group"])
+        self.scorer.keep_from(self.batches.first_group)
 
     async def save_aside(self, state: Mapping[str, Any]) -> Path:
         """Write a checkpoint that is not valid yet, with the responses of the batches that are not trained yet."""
         aside = await super().save_aside(state)
-        if self.rollouts.max_staleness:
-            start = self.batches.position["next_group"]
-            await asyncio.to_thread(self.scorer.copy_to, aside / AHEAD, start=start)
+        if self.rollouts.max_staleness and not self.in_flight:
+            await asyncio.to_thread(self.scorer.copy_to, aside / AHEAD, start=self.batches.first_group)
         return aside
 
     def position(self) -> Mapping[str, Any]:
@@ -244,6 +255,8 @@ class OnlineController(TrainingLoop):
         ahead = self.record.folder.checkpoint(self.step) / AHEAD
         if ahead.is_dir():
             await asyncio.to_thread(self.scorer.take_from, ahead)
+        if self.in_flight:  # the weights after the checkpoint are trained anew
+            await asyncio.to_thread(forget_after, self.record.folder.spool, self.step)
         self.batches.restore(state)
         await self.learning.restore(state, self.step)
 
@@ -251,6 +264,7 @@ class OnlineController(TrainingLoop):
 def _digest_of_settings(config: Config, *fingerprints: str) -> str:
     """Return a digest of the settings that decide which groups make a batch, besides the prompts."""
     tree = config.model_dump(mode="json", include={"rollouts", "rewards", "reward_policy"})
-    del tree["rollouts"]["max_staleness"]
+    for key in ("max_staleness", "weight_updates", "batch_order"):
+        del tree["rollouts"][key]
     inputs = (tree, config.data.curriculum, fingerprints)
     return hashlib.blake2b(repr(inputs).encode(errors="surrogatepass"), digest_size=16).hexdigest()

@@ -64,15 +64,14 @@ class RunRecord:
         (self.parts if apart is None else apart).append(metrics)
 
     @contextmanager
-    def apart(self) -> Generator[list[Metrics]]:
-        """Collect the metrics of the block, and of the tasks created in it, in a list of their own.
+    def apart(self, parts: list[Metrics]) -> Generator[None]:
+        """Collect the metrics of the block, and of the tasks created in it, in the given list.
 
         The block works for a later step while the current one is still trained.
         """
-        parts: list[Metrics] = []
         token = _APART.set(parts)
         try:
-            yield parts
+            yield
         finally:
             _APART.reset(token)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -77,13 +78,30 @@ def note_errors(scored: ScoredGroup, record: RunRecord, *, step: int) -> None:
     record.add({"rewards/errors/total": Sum(total=len(errors)), **environment_failures(scored.group.infos)})
 
 
+async def answers_in_flight(
+    rollout: RolloutRole, requests: Sequence[GroupRequest], sampling: Sampling, *, version: int
+) -> AsyncIterator[CompletedGroup]:
+    """Answer requests before those that wait, and yield groups as they are completed.
+
+    The caller makes sure that the engines keep the weights of `version` meanwhile.
+    """
+    answers = [
+        asyncio.create_task(rollout.answer(request, sampling, oldest=version, urgent=True)) for request in requests
+    ]
+    try:
+        for answer in asyncio.as_completed(answers):
+            group = await answer
+            assert group is not None, "nobody cancels these requests"
+            yield group
+    finally:
+        for task in answers:
+            task.cancel()
+
+
 async def process_answers(
-    rollout: RolloutRole,
+    answers: AsyncIterator[CompletedGroup],
     requests: Sequence[GroupRequest],
-    sampling: Sampling,
     process: Callable[[CompletedGroup, int], Coroutine[Any, Any, T]],
-    *,
-    version: int,
 ) -> list[T]:
     """Apply `process` to each answered request and return the results in the order of the requests.
 
@@ -92,7 +110,7 @@ async def process_answers(
     """
     tasks: dict[int, asyncio.Task[T]] = {}
     try:
-        async for group in rollout.generate(requests, sampling, version=version):
+        async for group in answers:
             tasks[group.request.group_id] = asyncio.create_task(process(group, len(tasks) + 1))
         return [await tasks[request.group_id] for request in requests]
     finally:
@@ -104,9 +122,21 @@ class RolloutScorer:
     """Generates and scores responses, and stores them so that a resumed run reuses the same ones."""
 
     def __init__(
-        self, rollout: RolloutRole, reward: RewardRole, record: RunRecord, *, rewards_fingerprint: str
+        self,
+        rollout: RolloutRole,
+        reward: RewardRole,
+        record: RunRecord,
+        *,
+        rewards_fingerprint: str,
+        in_flight: bool = False,
     ) -> None:
+        """Open the stores of a run's responses and scores.
+
+        Args:
+            in_flight: whether the engines answer other requests at the same time, so that no batch waits to be whole.
+        """
         self.rollout = rollout
+        self.answers = partial(answers_in_flight, rollout) if in_flight else rollout.generate
         self.reward = reward
         self.record = record
         self.spool = record.folder.spool
@@ -127,11 +157,9 @@ class RolloutScorer:
 
         async def score(group: CompletedGroup, num_done: int) -> ScoredGroup:
             self.record.progress.stage("rollouts", num_done, len(requests))
-            scored = await self._score(group, sampling, version=version)
-            note_errors(scored, self.record, step=step)
-            return scored
+            return await self.score(group, sampling, step=step, version=version)
 
-        return await process_answers(self.rollout, requests, sampling, score, version=version)
+        return await process_answers(self.answers(requests, sampling, version=version), requests, score)
 
     async def score_first_finished(
         self,
@@ -246,6 +274,17 @@ class RolloutScorer:
         answers = await self.score_all(requests, greedy_sampling, step=step, version=version) if requests else []
         greedy = {scored.group.request.group_id - GREEDY_GROUPS: scored.scores for scored in answers}
         return [_with_greedy(scored, greedy.get(scored.group.request.group_id)) for scored in groups]
+
+    async def score(self, group: CompletedGroup, sampling: Sampling, *, step: int, version: int) -> ScoredGroup:
+        """Return the group with its scores, and record its failures.
+
+        Args:
+            step: the step whose metrics row and error lines are written.
+            version: the version of the sampling weights.
+        """
+        scored = await self._score(group, sampling, version=version)
+        note_errors(scored, self.record, step=step)
+        return scored
 
     async def _score(self, group: CompletedGroup, sampling: Sampling, *, version: int) -> ScoredGroup:
         group_id, request = group.request.group_id, scored_identity(group.request, sampling, group.infos)

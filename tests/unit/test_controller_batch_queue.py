@@ -39,7 +39,7 @@ class Batches:
 
 
 def queue(batches: Batches, *, max_staleness: int, num_steps: int = 5, settings: str = "same") -> BatchQueue:
-    record = SimpleNamespace(apart=lambda: nullcontext([]), stage=lambda *_, **__: nullcontext())
+    record = SimpleNamespace(apart=nullcontext, stage=lambda *_, **__: nullcontext())
     return BatchQueue(
         cast(Any, batches), cast(RunRecord, record), max_staleness=max_staleness, num_steps=num_steps, settings=settings
     )

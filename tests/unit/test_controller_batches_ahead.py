@@ -45,7 +45,7 @@ def begin(folder: Path, store: Store, *, version: int, settings: str = "same", *
     run.engines = StoringEngines(run.engines.order, store, version)
     roles: tuple[Any, Any] = (run.engines, run)
     run.scorer = run.collector.scorer = RolloutScorer(*roles, run.scorer.record, rewards_fingerprint="f")
-    record: Any = SimpleNamespace(apart=lambda: nullcontext([]), stage=lambda *_, **__: nullcontext())
+    record: Any = SimpleNamespace(apart=nullcontext, stage=lambda *_, **__: nullcontext())
     return run, BatchQueue(run.collector, record, max_staleness=1, num_steps=9, settings=settings)
 
 

@@ -431,16 +431,16 @@ def test_a_prompts_samples_do_not_depend_on_what_else_is_asked_or_when(tmp_path:
     seeds: list[dict[tuple[int, int], tuple[int, ...]]] = []
     for number, way in enumerate(ways):
         run = Run(tmp_path / str(number), by_prompt(solved=[2, 3, 9]), **way)
-        request = run.collector._request
+        request = run.collector.request
         asked: dict[tuple[int, int], tuple[int, ...]] = {}
 
-        def note(turn: Any, place: int, *, request: Any = request, asked: Any = asked) -> GroupRequest:
-            made: GroupRequest = request(turn, place)
+        def note(turn: Any, *, request: Any = request, asked: Any = asked, **ids: int) -> GroupRequest:
+            made: GroupRequest = request(turn, **ids)
             asked.setdefault((turn[0], turn[1].prompt_id), made.seeds)
             assert asked[turn[0], turn[1].prompt_id] == made.seeds  # a cancelled one is asked for the same samples
             return made
 
-        run.collector._request = note  # type: ignore[method-assign]
+        run.collector.request = note  # type: ignore[method-assign]
         for step in range(1, 7):
             run.collect(step)
         seeds.append(asked)

@@ -37,6 +37,17 @@ def drop_failed_conversations(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def forget_after(folder: Path, version: int) -> int:
+    """Delete the spooled groups with a token newer than `version`, and return their number.
+
+    A run resumed from this version trains newer weights anew.
+    """
+    newer = [path for path in stored_groups(folder) if int(path.stem.rpartition("_v")[2]) > version]
+    for path in newer:
+        path.unlink(missing_ok=True)
+    return len(newer)
+
+
 def group_path(folder: Path, group_id: int, version: int) -> Path:
     """Return the path of a spooled group."""
     return folder / f"group_{group_id:08d}_v{version:06d}.safetensors"

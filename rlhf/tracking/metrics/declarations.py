@@ -90,8 +90,8 @@ rollouts/cancelled_groups/total | groups | Sum | online optional | Groups that w
     (`rollouts.oversample`); their tokens are not counted anywhere
 rollouts/reasked_groups/total | groups | Sum | online optional | Groups that were requested again, because training them
     would exceed `rollouts.max_staleness` (`weight_updates: in_flight`)
-rollouts/in_flight/mean | groups | Mean | online optional | Groups that are requested and not yet scored, averaged over
-    the step's time (`weight_updates: in_flight`)
+rollouts/in_flight/mean | groups | Mean | online optional | Groups that are requested and not yet answered, averaged
+    over the step's time (`weight_updates: in_flight`)
 rollouts/completion_bias | 1 | Last | online optional | Mean response tokens of the trained groups over those of all
     groups answered so far (`batch_order: completion`); below 1, short responses are trained first
 

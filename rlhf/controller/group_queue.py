@@ -1,0 +1,302 @@
+"""Request groups one by one while the weights change, and form batches of the finished ones.
+
+    prompts -> outstanding groups -> scored groups -> the batch of a step
+
+A group is outstanding from its request until it is trained, or until it is dropped or filtered. At most
+(max_staleness + 1) * prompts_per_step groups are outstanding. The engines load new weights between two decoding steps,
+so a response may span versions. The lag of its oldest token never exceeds max_staleness: a group that would exceed it
+is requested again and never trained as it was.
+
+A checkpoint holds the ids and prompts of the outstanding groups. A resumed run requests them again with the same seeds.
+The engines answer the finished ones from their store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice, takewhile
+from typing import Any, Literal
+
+from rlhf.controller.batch_queue import Batch
+from rlhf.controller.collect import Collector, EpochPrompt, Outcomes
+from rlhf.controller.record import RunRecord
+from rlhf.role_table import ROLE_OF_STAGE
+from rlhf.roles import Metrics, ScoredGroup
+from rlhf.tracking.metrics.reductions import Last, Mean, Reduction, Sum
+from rlhf.types import GroupRequest
+
+Order = Literal["prompt", "completion"]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Outstanding:
+    """A group that is not trained yet."""
+
+    group_id: int
+    chosen: EpochPrompt
+    place: int  # no other outstanding group has it, so sequence ids differ within a batch
+    version: int = 0  # of the weights at the newest request
+    request: GroupRequest | None = None  # None: not requested yet
+    task: asyncio.Task[None] | None = None
+    scored: ScoredGroup | None = None  # None: not finished
+
+
+class _Load:
+    """Integrates the number of groups in the engines over time."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.group_seconds = 0.0
+        self.busy_s = 0.0  # with at least one group
+        self._since = time.perf_counter()
+
+    def add(self, change: int) -> None:
+        now = time.perf_counter()
+        self.group_seconds += self.count * (now - self._since)
+        self.busy_s += (now - self._since) * (self.count > 0)
+        self.count += change
+        self._since = now
+
+
+class GroupQueue:
+    """The groups that are not trained yet."""
+
+    def __init__(
+        self,
+        collector: Collector,
+        record: RunRecord,
+        *,
+        max_staleness: int,
+        order: Order,
+        num_steps: int,
+        settings: str,
+    ) -> None:
+        """Create an empty queue.
+
+        Args:
+            settings: digest of the settings that decide which groups make a batch.
+        """
+        self.collector = collector
+        self.record = record
+        self.max_staleness = max_staleness
+        self.order = order
+        self.num_steps = num_steps
+        self.settings = settings
+        self.prompts_per_step = collector.rollouts.prompts_per_step
+        self.version = 0  # of the trained weights, which the engines have
+        self._outstanding: dict[int, _Outstanding] = {}  # by group id, in the order of the prompts
+        self._waiting: deque[_Outstanding] = deque()  # of a resumed run, not requested yet
+        self._finished: list[int] = []  # kept groups, in the order of completion
+        self._taken: Sequence[int] = ()  # the groups of the batch that is trained now
+        self._outcomes = Outcomes()  # since the last batch
+        self._metrics: list[Metrics] = []  # since the last batch
+        self._tokens = 0  # sampled in the groups that finished since the last batch
+        self._lengths = Mean(total=0.0, count=0)  # of the responses of all finished groups
+        self._free: list[int] = []  # places below the largest one, as a heap
+        self._load = _Load()
+        self._taken_at, self._busy_at_request, self._was_over = time.time(), 0.0, False
+        self._changed = asyncio.Event()
+        self._failure: BaseException | None = None
+
+    async def synced(self, version: int) -> None:
+        """Continue with the weights that the engines have now: ask for old groups again, and for new ones."""
+        self.version = version
+        late = [entry for entry in self._outstanding.values() if entry.scored is None and self._is_old(entry.version)]
+        if late:
+            await self.collector.scorer.rollout.cancel([entry.request for entry in late if entry.request is not None])
+        for entry in self._outstanding.values():
+            if entry.scored is not None and self._is_old(_oldest(entry.scored)):
+                self._finished.remove(entry.group_id)
+                self._outcomes.cancelled.append(entry.scored.group.request)
+                entry.scored = None
+                self._start(entry)
+        self._admit()
+
+    def request(self, step: int) -> None:
+        """Begin to measure a step. Its groups are requested as soon as the bound allows it."""
+        self._load.add(0)
+        self._busy_at_request = self._load.busy_s
+        self._was_over = not self._load.count and self.num_steps - self.version <= self.max_staleness + 1
+
+    def _is_old(self, version: int) -> bool:
+        """Return whether a token of this version lags too much in the next training step."""
+        return version < self.version - self.max_staleness
+
+    def _limit(self) -> int:
+        """Return the largest number of outstanding groups, at most those that the run still needs."""
+        return min(self.max_staleness + 1, self.num_steps - self.version) * self.prompts_per_step
+
+    def _admit(self) -> None:
+        while len(self._outstanding) < self._limit():
+            if self._waiting:
+                entry = self._waiting.popleft()
+            else:
+                (chosen,) = self.collector.next(1)
+                entry = _Outstanding(group_id=self.collector.next_group, chosen=chosen, place=self._free_place())
+                self.collector.next_group += 1
+            self._outstanding[entry.group_id] = entry
+            self._start(entry)
+
+    def _free_place(self) -> int:
+        return heapq.heappop(self._free) if self._free else len(self._outstanding) + len(self._waiting)
+
+    def _start(self, entry: _Outstanding) -> None:
+        with self.record.apart(self._metrics):
+            entry.task = asyncio.create_task(self._collect(entry))
+        entry.task.add_done_callback(self._note_end)
+
+    def _remove(self, group_id: int) -> None:
+        heapq.heappush(self._free, self._outstanding.pop(group_id).place)
+
+    def _note_end(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            self._failure = self._failure or task.exception()
+        self._changed.set()
+
+    async def _collect(self, entry: _Outstanding) -> None:
+        """Request a group until its tokens are new enough. Keep it, or request another prompt in its place."""
+        collector = self.collector
+        entry.request = collector.request(entry.chosen, group_id=entry.group_id, place=entry.place)
+        scored = await self._answer(entry, entry.request)
+        while scored is None or self._is_old(_oldest(scored)):
+            self._outcomes.cancelled.append(entry.request)
+            scored = await self._answer(entry, entry.request)
+        lengths = [info.num_response_tokens for info in scored.group.infos]
+        self._tokens += sum(lengths)
+        self._lengths = self._lengths.merge(Mean.of(lengths))
+        if collector.sort(scored, self._outcomes, self.version + 1):
+            entry.scored = scored
+            self._finished.append(entry.group_id)
+        else:
+            collector.check_filtered(self._outcomes, self.version + 1)
+            self._remove(entry.group_id)
+            self._admit()
+
+    async def _answer(self, entry: _Outstanding, request: GroupRequest) -> ScoredGroup | None:
+        """Return the scored group, or None if its request was cancelled because of its age."""
+        collector, scorer, entry.version = self.collector, self.collector.scorer, self.version
+        oldest, step = self.version - self.max_staleness, self.version + 1
+        self._load.add(1)
+        try:
+            group = await scorer.rollout.answer(request, collector.sampling, oldest=oldest)
+        finally:
+            self._load.add(-1)
+        if group is None:
+            return None
+        newest = max(info.max_version for info in group.infos)
+        scored = await scorer.score(group, collector.sampling, step=step, version=newest)
+        if collector.config.algorithm.wants_greedy:
+            (scored,) = await scorer.add_greedy_baseline([scored], collector.sampling, step=step, version=oldest)
+        return scored
+
+    async def take(self, step: int) -> Batch:
+        """Return the batch of a step once enough groups are finished. Raise the failure of a group."""
+        while (chosen := self._first_finished()) is None:
+            if self._failure is not None:
+                raise self._failure
+            ready = min(len(self._finished), self.prompts_per_step)
+            self.record.progress.stage("rollouts", ready, self.prompts_per_step)
+            self._changed.clear()
+            await self._changed.wait()
+        self._taken = chosen
+        groups = [scored for scored in (self._outstanding[i].scored for i in sorted(chosen)) if scored is not None]
+        outcomes, self._outcomes = self._outcomes, Outcomes()
+        outcomes.kept = groups
+        metrics, self._metrics[:] = list(self._metrics), []
+        with self.record.apart(metrics):
+            collected = self.collector.finish(outcomes)
+            self.record.add(self._measured(outcomes))
+        sampled, self._tokens = self._tokens, 0
+        return Batch(collected=replace(collected, sampled_tokens=sampled), metrics=metrics)
+
+    def _first_finished(self) -> Sequence[int] | None:
+        """Return the groups of the next batch, or None if one of them is not finished."""
+        count = self.prompts_per_step
+        if self.order == "completion":
+            return self._finished[:count] if len(self._finished) >= count else None
+        first = islice(self._outstanding.values(), count)
+        finished = [entry.group_id for entry in takewhile(lambda entry: entry.scored is not None, first)]
+        return finished if len(finished) == count else None
+
+    def _measured(self, outcomes: Outcomes) -> Mapping[str, Reduction]:
+        """Return the metrics of the time since the last batch."""
+        began, self._taken_at = self._taken_at, time.time()
+        load = self._load
+        load.add(0)
+        self.record.timeline.record("rollouts", ROLE_OF_STAGE["rollouts"], start_s=began, end_s=self._taken_at)
+        trained = Mean.of([info.num_response_tokens for scored in outcomes.kept for info in scored.group.infos])
+        metrics: dict[str, Reduction] = {
+            "time/rollouts_s": Sum(total=self._taken_at - began),
+            "rollouts/in_flight/mean": Mean(total=load.group_seconds, count=self._taken_at - began),
+            "rollouts/reasked_groups/total": Sum(total=len(outcomes.cancelled)),
+        }
+        if self.order == "completion":
+            metrics["rollouts/completion_bias"] = Last(value=trained.result() / self._lengths.result())
+        load.group_seconds = 0.0
+        return metrics
+
+    async def finish(self, step: int) -> None:
+        """Forget the groups of a trained step."""
+        for group_id in self._taken:
+            self._remove(group_id)
+        self._finished = [group_id for group_id in self._finished if group_id in self._outstanding]
+        self._taken = ()
+
+    async def stop(self) -> None:
+        """Give up the unfinished groups. They wait for another start, with the finished ones."""
+        tasks = [entry.task for entry in self._outstanding.values() if entry.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._waiting.extendleft(reversed(self._outstanding.values()))
+        self._outstanding, self._finished, self._taken = {}, [], ()
+
+    @property
+    def seconds(self) -> float | None:
+        """Return the time since `request` with a group in the engines. None: nothing was left to request."""
+        self._load.add(0)
+        return None if self._was_over else self._load.busy_s - self._busy_at_request
+
+    @property
+    def first_group(self) -> int:
+        """Return the first group that is not trained."""
+        return min((entry.group_id for entry in self._untrained()), default=self.collector.next_group)
+
+    def _untrained(self) -> list[_Outstanding]:
+        return [*self._outstanding.values(), *self._waiting]
+
+    def state(self) -> dict[str, Any]:
+        """Return the position in the prompts and the outstanding groups, for a checkpoint.
+
+        A run without updates in flight requests the prompts in `waiting`.
+        """
+        state, untrained = self.collector.state(), self._untrained()
+        chosen = [(entry.chosen[0], entry.chosen[1].prompt_id) for entry in untrained]
+        outstanding = [(e.group_id, *prompt, e.place) for e, prompt in zip(untrained, chosen, strict=True)]
+        return state | {
+            "waiting": [*chosen, *state["waiting"]],
+            "ahead": [],
+            "settings": self.settings,
+            "outstanding": outstanding,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Restore the position in the prompts. The outstanding groups are requested again first."""
+        self.collector.restore(state)
+        outstanding = state.get("outstanding", [])
+        del self.collector.unfinished[: len(outstanding)]
+        prompts = self.collector.prompts
+        for group_id, epoch, prompt_id, place in outstanding:
+            chosen = (epoch, prompts.at(prompt_id))
+            self._waiting.append(_Outstanding(group_id=group_id, chosen=chosen, place=place))
+        used = {entry.place for entry in self._waiting}
+        self._free = [place for place in range(max(used, default=0)) if place not in used]
+
+
+def _oldest(scored: ScoredGroup) -> int:
+    return min(info.min_version for info in scored.group.infos)

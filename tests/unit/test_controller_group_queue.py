@@ -1,0 +1,270 @@
+"""Groups in flight: the bound, the order of batches, the lag of old groups, and exactly-once after a resume."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rlhf.controller.batch_queue import Batch, BatchQueue
+from rlhf.controller.group_queue import GroupQueue
+from rlhf.controller.rollout_scorer import RolloutScorer
+from rlhf.errors import RunError
+from rlhf.roles import CompletedGroup, Metrics
+from rlhf.tracking.metrics.declarations import merge_metrics, results
+from rlhf.types import GroupRequest, RolloutInfo, Sampling
+from tests.unit.test_controller_collect import Run, by_prompt
+
+PROMPTS = 4  # of a step
+
+
+class Engines:
+    """Answers a request when a test lets it finish. Every token before an update has the version of the request."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.running: dict[int, tuple[GroupRequest, int, asyncio.Future[CompletedGroup | None]]] = {}  # by prompt
+        self.asked: list[int] = []  # prompt ids
+        self.slow: set[int] = set()  # prompts that only `finish` lets finish
+        self.error: RunError | None = None
+
+    async def answer(
+        self, request: GroupRequest, sampling: Sampling, *, oldest: int, urgent: bool = False
+    ) -> CompletedGroup | None:
+        prompt = request.prompt.prompt_id
+        self.asked.append(prompt)
+        if self.error is not None:
+            raise self.error
+        future: asyncio.Future[CompletedGroup | None] = asyncio.get_running_loop().create_future()
+        self.running[prompt] = (request, self.version, future)
+        if prompt not in self.slow:
+            self.finish(prompt)
+        return await future
+
+    def finish(self, prompt: int, *, tokens: int = 3) -> None:
+        request, began, future = self.running.pop(prompt)
+        infos = tuple(
+            RolloutInfo(
+                sequence_id=request.first_sequence_id + sample,
+                num_prompt_tokens=2,
+                num_response_tokens=tokens,
+                finish_reason="stop",
+                min_version=began,
+                max_version=self.version,
+                mean_logprob=-1.0,
+            )
+            for sample in range(len(request.seeds))
+        )
+        future.set_result(CompletedGroup(request=request, rollouts=None, infos=infos))  # type: ignore[arg-type]
+
+    async def cancel(self, requests: Sequence[GroupRequest]) -> None:
+        for request in requests:
+            _, _, future = self.running.pop(request.prompt.prompt_id)
+            future.set_result(None)
+
+
+class Record:
+    """The part of a run's record that a queue uses."""
+
+    def __init__(self, run: Run) -> None:
+        self.progress = SimpleNamespace(stage=lambda *_: None)
+        self.timeline = SimpleNamespace(record=lambda *_, **__: None)
+        self.add = run.parts.append
+        self.parts = run.parts
+
+    @contextmanager
+    def apart(self, parts: list[Metrics]) -> Any:
+        before = len(self.parts)
+        yield
+        parts.extend(self.parts[before:])
+
+
+class InFlight:
+    """A run whose weights change while its engines answer."""
+
+    def __init__(self, folder: Path, *, max_staleness: int = 1, num_steps: int = 9, **keys: Any) -> None:
+        order = keys.pop("batch_order", "prompt")
+        keys["reward_policy"] = {"on_error": "drop", "max_dropped_fraction": 0.9}
+        self.run = Run(folder, keys.pop("scores", lambda _: (0.0, 1.0)), prompts=100, **keys)
+        self.engines = Engines()
+        roles: tuple[Any, Any] = (self.engines, self.run)
+        self.run.collector.scorer = RolloutScorer(
+            *roles, self.run.scorer.record, rewards_fingerprint="f", in_flight=True
+        )
+        record: Any = Record(self.run)
+        self.queue = GroupQueue(
+            self.run.collector, record, max_staleness=max_staleness, order=order, num_steps=num_steps, settings="same"
+        )
+        self.trained: list[int] = []  # prompt ids
+        self.lags: list[int] = []
+
+    async def begin(self, version: int = 0) -> None:
+        self.engines.version = version
+        await self.queue.synced(version)
+        await settle()
+
+    async def step(self, step: int) -> Batch:
+        """Train one step, and give the engines its weights."""
+        self.queue.request(step)
+        async with asyncio.timeout(5):
+            batch = await self.queue.take(step)
+        for scored in batch.collected.groups:
+            self.trained.append(scored.group.request.prompt.prompt_id)
+            self.lags.append(step - 1 - min(info.min_version for info in scored.group.infos))
+        await self.queue.finish(step)
+        await self.begin(step)
+        return batch
+
+
+async def settle() -> None:
+    """Let every task run until it waits for an answer."""
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+async def test_no_more_groups_are_outstanding_than_the_bound_allows(tmp_path: Path) -> None:
+    run = InFlight(tmp_path, max_staleness=2)
+    await run.begin()
+    assert run.engines.asked == list(range(3 * PROMPTS))
+    await run.step(1)
+    assert run.engines.asked == list(range(4 * PROMPTS))
+
+
+async def test_the_last_steps_request_only_what_is_trained(tmp_path: Path) -> None:
+    run = InFlight(tmp_path, max_staleness=4, num_steps=2)
+    await run.begin()
+    for step in (1, 2):
+        await run.step(step)
+    assert run.engines.asked == run.trained == list(range(2 * PROMPTS))
+    assert run.queue.seconds is None, "nothing was left to request"
+
+
+async def test_the_order_of_prompts_waits_for_a_slow_response(tmp_path: Path) -> None:
+    run = InFlight(tmp_path, max_staleness=1)
+    run.engines.slow = {1}
+    await run.begin()
+    run.queue.request(1)
+    waiting = asyncio.create_task(run.queue.take(1))
+    await settle()
+    assert not waiting.done()
+    run.engines.finish(1)
+    groups = (await waiting).collected.groups
+    assert [scored.group.request.prompt.prompt_id for scored in groups] == [0, 1, 2, 3]
+
+
+async def test_the_order_of_completion_does_not_wait(tmp_path: Path) -> None:
+    run = InFlight(tmp_path, max_staleness=1, batch_order="completion")
+    run.engines.slow = {1}
+    await run.begin()
+    await run.step(1)
+    assert run.trained == [0, 2, 3, 4]
+
+
+async def test_a_group_that_would_lag_too_much_is_requested_again(tmp_path: Path) -> None:
+    run = InFlight(tmp_path, max_staleness=1, batch_order="completion")
+    run.engines.slow = {1}
+    await run.begin()
+    batches = [await run.step(step) for step in (1, 2)]
+    assert run.engines.asked.count(1) == 2, "version 2 is two versions after its request"
+    counts = [results(merge_metrics(batch.metrics))["rollouts/reasked_groups/total"] for batch in batches]
+    run.engines.finish(1)
+    await settle()
+    counts.append(results(merge_metrics((await run.step(3)).metrics))["rollouts/reasked_groups/total"])
+    await run.step(4)
+    assert counts == [0, 0, 1]
+    assert max(run.lags) == 1
+    assert sorted(run.trained) == list(range(16))
+
+
+async def test_a_finished_group_that_waited_too_long_is_requested_again(tmp_path: Path) -> None:
+    run = InFlight(tmp_path, max_staleness=1)
+    run.engines.slow = {0}
+    await run.begin()
+    run.queue.prompts_per_step = 2  # the window shrinks, as after a resume with another bound
+    run.engines.finish(0)
+    await settle()
+    for step in (1, 2, 3):
+        await run.step(step)
+    assert max(run.lags) == 1
+    assert run.trained == [0, 1, 2, 3, 4, 5]
+    assert run.engines.asked.count(4) == 2
+
+
+async def test_groups_without_a_signal_are_replaced_and_counted(tmp_path: Path) -> None:
+    run = InFlight(tmp_path, dynamic_sampling={}, scores=by_prompt(solved=[1, 2], broken=[5]))
+    await run.begin()
+    rows = [results(merge_metrics((await run.step(step)).metrics)) for step in (1, 2)]
+    assert run.trained == [0, 3, 4, 6, 7, 8, 9, 10]
+    assert sum(row["rollouts/dropped_groups/total"] for row in rows) == 1
+    assert rows[0]["rollouts/filtered_groups/fraction"] == 2 / 6
+
+
+async def test_a_resumed_run_requests_the_outstanding_groups_again(tmp_path: Path) -> None:
+    first = InFlight(tmp_path, max_staleness=2, batch_order="completion")
+    first.engines.slow = {1, 6}
+    await first.begin()
+    await first.step(1)
+    state = json.loads(json.dumps(first.queue.state()))
+    resumed = InFlight(tmp_path, max_staleness=2, batch_order="completion")
+    resumed.queue.restore(state)
+    assert resumed.queue.first_group == 1
+    await resumed.begin(1)
+    requested = {request.group_id: request for request, _, _ in resumed.engines.running.values()}
+    assert not requested
+    outstanding = [1, *range(5, 16)]
+    assert resumed.engines.asked == outstanding
+    again = {entry.group_id: entry.request for entry in resumed.queue._outstanding.values()}
+    before = {entry.group_id: entry.request for entry in first.queue._outstanding.values()}
+    assert again == before, "ids, seeds and places are those of the killed run"
+    for step in (2, 3):
+        await resumed.step(step)
+    assert sorted(first.trained + resumed.trained) == list(range(12))
+
+
+async def test_sequence_ids_differ_within_every_batch(tmp_path: Path) -> None:
+    run = InFlight(tmp_path, max_staleness=2, batch_order="completion", scores=by_prompt(broken=[3, 9, 11]))
+    run.engines.slow = {1, 7}
+    await run.begin()
+    for step in range(1, 6):
+        groups = (await run.step(step)).collected.groups
+        ids = [info.sequence_id for scored in groups for info in scored.group.infos]
+        assert len(set(ids)) == len(ids)
+        assert max(ids) < 2 * 3 * PROMPTS, "places are used again"
+
+
+async def test_the_failure_of_a_group_ends_the_wait(tmp_path: Path) -> None:
+    run = InFlight(tmp_path)
+    run.engines.error = RunError("rollout engine 0 died")
+    await run.begin()
+    with pytest.raises(RunError, match="engine 0 died"):
+        await run.step(1)
+    await run.queue.stop()
+
+
+async def test_a_stopped_queue_continues_with_its_groups(tmp_path: Path) -> None:
+    run = InFlight(tmp_path)
+    run.engines.slow = {2}
+    await run.begin()
+    await run.queue.stop()
+    run.engines.slow = set()
+    await run.begin()
+    await run.step(1)
+    assert run.trained == [0, 1, 2, 3]
+
+
+async def test_turns_continue_a_run_that_was_in_flight(tmp_path: Path) -> None:
+    run = InFlight(tmp_path)
+    await run.begin()
+    await run.step(1)
+    state = json.loads(json.dumps(run.queue.state()))
+    turns = Run(tmp_path, prompts=100)
+    record: Any = Record(turns)
+    batches = BatchQueue(turns.collector, record, max_staleness=0, num_steps=9, settings="same")
+    batches.restore(state)
+    assert [prompt.prompt_id for _, prompt in turns.collector.next(10)] == list(range(4, 14))
