@@ -18,8 +18,9 @@ from rlhf.planning.fitting import places, remedies, this_machine
 from rlhf.planning.footprints import Sizes, checkpoint_sizes, footprints
 from rlhf.planning.lengths import Lengths, parse_lengths
 from rlhf.planning.memory import GIB, Footprint
+from rlhf.planning.schedules import schedule_of, schedules
 from rlhf.planning.shapes import find_config
-from rlhf.planning.simulate import simulate
+from rlhf.planning.simulate import Schedule, simulate
 from rlhf.planning.summary import format_table, refuse_misfit, stage_text
 from rlhf.planning.time import DEFAULT_GPU, Stage, rates, sync_stage, system_of, training_stages
 from rlhf.role_table import ROLE_ORDER
@@ -163,26 +164,25 @@ def response_lengths(config: Config, text: str | None) -> Lengths:
 def _times(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: Lengths) -> list[str]:
     stages = training_stages(config, sizes, nodes, lengths)
     title = f"time of a step, estimated ({_assumed(config, nodes, lengths)})\n"
-    if not config.algorithm.is_online:
+    if config.rollouts is None:
         return [title + _stages(config, stages, nodes)]
     system, sync = system_of(config, sizes, nodes, lengths, {}), sync_stage(config, sizes, nodes)
-    ahead = config.rollouts.max_staleness if config.rollouts is not None else 0
-    bounds = (0,) if system.colocated else sorted({0, 1, 2, ahead})
-    outcomes = {bound: simulate(system, staleness=bound, steps=3, seed=0) for bound in bounds}
-    seconds = outcomes[0].step_s - sum(stage.seconds for stage in stages) - sync.seconds
+    bounds = (0,) if system.colocated else sorted({0, 1, 2, config.rollouts.max_staleness})
+    compared = schedules(config.rollouts, bounds, colocated=system.colocated)
+    outcomes = {schedule: simulate(system, schedule, steps=3, seed=0, warm_up=3) for schedule in compared}
+    seconds = outcomes[Schedule()].step_s - sum(stage.seconds for stage in stages) - sync.seconds
     how = (
         f"until the slowest response; an engine's step {system.base_s * 1e3:,.3g} ms + "
         f"{system.each_s * 1e6:,.3g} us a sequence"
     )
     text = title + _stages(config, [Stage("rollouts", max(seconds, 0.0), how), *stages, sync], nodes)
     if system.colocated:
-        return [text, "pipelined: rollouts and training share their devices, so they can only take turns"]
+        return [text, "schedules: rollouts and training share their devices, so they can only take turns"]
     rows = [["schedule", "s / step", "engines busy", "trainers busy", "mean lag"]]
-    for bound, outcome in outcomes.items():
-        name = f"pipelined, {bound} ahead" if bound else "in turns"
+    for schedule, outcome in outcomes.items():
         busy = [f"{outcome.engines_busy:.0%}", f"{outcome.trainer_busy:.0%}"]
-        rows.append([name, f"{outcome.step_s:,.4g}", *busy, f"{outcome.lag:.2f}"])
-    return [text, f"schedules; this run has rollouts.max_staleness {ahead}\n" + format_table(rows)]
+        rows.append([str(schedule), f"{outcome.step_s:,.4g}", *busy, f"{outcome.lag:.2f}"])
+    return [text, f"schedules; this run: {schedule_of(config.rollouts)}\n" + format_table(rows)]
 
 
 def _assumed(config: Config, nodes: Sequence[Node] | None, lengths: Lengths) -> str:

@@ -15,7 +15,8 @@ from rlhf.config.nodes import parse_cluster
 from rlhf.config.schema.root import Config
 from rlhf.errors import UserError
 from rlhf.planning.report import response_lengths, sizes_of
-from rlhf.planning.simulate import Outcome, System, simulate
+from rlhf.planning.schedules import schedules
+from rlhf.planning.simulate import Outcome, Schedule, System, simulate
 from rlhf.planning.summary import format_table, refuse_misfit
 from rlhf.planning.time import system_of
 
@@ -24,7 +25,10 @@ _NUMBERS: Mapping[str, tuple[str, float]] = {
     "base_ms": ("an engine's decoding step without sequences, ms", 1e-6),
     "each_us": ("additional time of a decoding step for each sequence, us", 0.0),
     "train_tokens_per_s": ("tokens through experience and updates, all trainers together", 1e-3),
-    "sync_s": ("seconds that engines are paused for new weights", 0.0),
+    "sync_s": ("seconds from the end of an update to new weights in the engines", 0.0),
+    "load_s": ("seconds of it in which the engines pause, if responses are in flight", 0.0),
+    "latency_s": ("mean seconds of a response in a reward or environment, after it is decoded", 0.0),
+    "latency_sigma": ("sigma of its logarithm", 0.0),
     "mtbf_h": ("hours between two failures of a node", 1e-3),
     "restart_s": ("seconds until a failed node works again", 0.0),
     "steps": ("steps after the pipeline is full; by default 6, or 2 for large batches", 1.0),
@@ -35,6 +39,9 @@ _FIELDS = {  # of System, and the unit
     "each_us": ("each_s", 1e-6),
     "train_tokens_per_s": ("train_tokens_per_s", 1.0),
     "sync_s": ("sync_s", 1.0),
+    "load_s": ("load_s", 1.0),
+    "latency_s": ("latency_s", 1.0),
+    "latency_sigma": ("latency_sigma", 1.0),
     "mtbf_h": ("mtbf_s", 3600.0),
     "restart_s": ("restart_s", 1.0),
 }
@@ -43,8 +50,8 @@ MOST_RESPONSES = 1_000_000  # per step: takes seconds to simulate
 MANY_RESPONSES = 30_000  # per step: fewer steps give the same averages
 MOST_STALENESS = 16
 _HEADINGS = (
-    *("GPUs", "staleness", "s / step", "tokens / s", "GPUs busy", "engines busy", "engines full", "trainers busy"),
-    *("tail", "lag", "failures"),
+    *("GPUs", "schedule", "s / step", "tokens / s", "GPUs busy", "engines busy", "engines full", "trainers busy"),
+    *("tail", "lag", "asked again", "failures"),
 )
 
 
@@ -106,8 +113,8 @@ def parse_spec(text: str) -> tuple[dict[str, float], dict[str, tuple[int, ...]]]
 
 def scenarios(
     config: Config, system: System, lists: Mapping[str, tuple[int, ...]], *, steps: float | None, seed: int
-) -> list[tuple[int, int, Outcome]]:
-    """Simulate every size with every staleness. Return the GPUs, the staleness and the outcome of each.
+) -> list[tuple[int, Schedule, Outcome]]:
+    """Simulate every size with every schedule. Return the GPUs, the schedule and the outcome of each.
 
     Raise UserError if a size is not a multiple of the layout or cannot be simulated.
     """
@@ -117,7 +124,8 @@ def scenarios(
             "--simulate: cluster.roles.rollout.colocate_with is policy, so rollouts and training take turns; only "
             "staleness=0 can be simulated"
         )
-    results = []
+    assert config.rollouts is not None
+    compared, results = schedules(config.rollouts, staleness, colocated=system.colocated), []
     for gpus in lists.get("gpus", (system.gpus,)):
         factor, rest = divmod(gpus, system.gpus)
         if rest:
@@ -136,11 +144,11 @@ def scenarios(
         if responses > MOST_RESPONSES:
             raise UserError(f"--simulate: {responses:,} responses a step at gpus={gpus}, expected {MOST_RESPONSES:,}")
         count = int(steps) if steps is not None else 2 if responses > MANY_RESPONSES else 6
-        results += [(gpus, s, simulate(larger, staleness=s, steps=count, seed=seed)) for s in staleness]
+        results += [(gpus, s, simulate(larger, s, steps=count, seed=seed)) for s in compared]
     return results
 
 
-def _text(config: Config, system: System, results: Sequence[tuple[int, int, Outcome]]) -> str:
+def _text(config: Config, system: System, results: Sequence[tuple[int, Schedule, Outcome]]) -> str:
     engines = (
         f"{system.engines} of {system.gpus_per_engine}; a step {system.base_s * 1e3:.3g} ms + "
         f"{system.each_s * 1e6:.3g} us a sequence, at most {system.max_num_seqs}"
@@ -148,19 +156,21 @@ def _text(config: Config, system: System, results: Sequence[tuple[int, int, Outc
     fails = "none"
     if system.mtbf_s is not None:
         fails = f"each node every {system.mtbf_s / 3600:,.4g} h, back in {system.restart_s:g} s"
+    service = f"log-normal, sigma {system.latency_sigma:g}, mean {system.latency_s:g} s a response"
     facts = [
         ["responses", f"{system.prompts_per_step} prompts * {system.samples_per_prompt} at {system.gpus} GPUs"],
         ["lengths", str(system.lengths)],
         ["engines", engines],
         ["training", f"{system.training_gpus} GPUs, {system.train_tokens_per_s:,.0f} tokens / s"],
-        ["weight sync", f"{system.sync_s:.3g} s"],
+        ["weight sync", f"{system.sync_s:.3g} s, of which engines in flight pause {system.load_s:.3g} s"],
+        *([["services", service]] if system.latency_s else []),
         ["failures", fails],
     ]
     rows = [list(_HEADINGS)]
-    for gpus, staleness, o in results:
+    for gpus, schedule, o in results:
         shares = [f"{part:.0%}" for part in (o.gpus_busy, o.engines_busy, o.engines_full, o.trainer_busy, o.tail)]
         speed = [f"{o.step_s:,.4g}", f"{o.tokens_per_s:,.0f}"]
-        rows.append([f"{gpus:,}", str(staleness), *speed, *shares, f"{o.lag:.2f}", str(o.failures)])
+        rows.append([f"{gpus:,}", str(schedule), *speed, *shares, f"{o.lag:.2f}", str(o.reasked), str(o.failures)])
     notes = (
         "  full: sampled tokens divided by those of engines that are always full. tail: fraction of a batch's rollout\n"
         "  time after nine tenths of its responses are done."

@@ -1,16 +1,18 @@
 """Simulate many steps of a run on many GPUs, event by event, to measure waiting times and utilization.
 
-Engines decode all their sequences in lockstep, one token each in base_s + sequences * each_s. A group of responses may
-start while fewer than `staleness` batches are ahead of the weights. The trainer takes finished groups first. A new
-version stops every engine for the sync. Staleness 0 matches the loop of rlhf.controller.online. Nodes fail at random
-and restart: an engine repeats its unfinished groups, and the trainer repeats its step. The simulation knows no
-configuration. Prefill, evaluation, checkpoints, other network traffic and slow rewards are not modelled.
+Engines decode all their sequences in lockstep, one token each in base_s + sequences * each_s. The schedule decides when
+groups are requested, when the trainer may take them, and whether the engines finish before they get new weights, as
+rlhf.controller.batch_queue and rlhf.controller.group_queue do. A response may need a service, such as a reward or an
+environment, for some time after it is decoded. Nodes fail at random and restart: an engine repeats its unfinished
+groups, and the trainer repeats its update. The simulation knows no configuration. Prefill, evaluation, checkpoints and
+other network traffic are not modelled.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import deque
+import math
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from random import Random
 from typing import Literal
@@ -19,7 +21,23 @@ from rlhf.errors import UserError
 from rlhf.planning.lengths import Lengths
 
 MOST_FAILURES = 10_000
-Kind = Literal["finish", "trained", "failed"]
+Kind = Literal["decoded", "answered", "trained", "synced", "failed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """How rollouts and training overlap: in turns, streamed, pipelined or in flight."""
+
+    max_staleness: int = 0
+    streamed: bool = False  # only with a max_staleness of 0
+    in_flight: bool = False  # only with a max_staleness of 1 and more, as is by_completion
+    by_completion: bool = False
+
+    def __str__(self) -> str:
+        if self.max_staleness == 0:
+            return "streamed" if self.streamed else "in turns"
+        order = ", by completion" if self.by_completion else ""
+        return f"{'in flight' if self.in_flight else 'pipelined'}, {self.max_staleness} ahead{order}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +56,10 @@ class System:
     base_s: float  # of a decoding step: reading the weights
     each_s: float  # additional time per sequence
     train_tokens_per_s: float  # experience and updates together
-    sync_s: float
+    sync_s: float  # until the engines hold the trained weights
+    load_s: float  # in flight: pause of the engines within it
+    latency_s: float = 0.0  # mean time of a response in a service, after it is decoded
+    latency_sigma: float = 0.0  # of its logarithm
     mtbf_s: float | None = None  # of a node; None: no failures
     restart_s: float = 300.0
     gpus_per_node: int = 8
@@ -65,7 +86,8 @@ class Outcome:
     trainer_busy: float
     gpus_busy: float  # of all GPUs
     tail: float  # fraction of a batch's rollout time after 90 % of its responses are done
-    lag: float  # average staleness of trained groups, in versions
+    lag: float  # average age of the weights at the start of trained groups, in versions
+    reasked: int  # groups that were too old to be trained
     failures: int
 
 
@@ -74,7 +96,7 @@ class _Engine:
     """Track sequences decoding in lockstep. `ticks` counts the tokens decoded per sequence since the start."""
 
     active: list[tuple[float, int]] = field(default_factory=list)  # (tick of completion, group)
-    lengths: dict[int, list[int]] = field(default_factory=dict)  # of groups with unfinished responses on this engine
+    lengths: dict[int, list[int]] = field(default_factory=dict)  # of groups with undecoded responses on this engine
     waiting: deque[tuple[int, int]] = field(default_factory=deque)  # (tokens, group)
     ticks: float = 0.0
     at: float = 0.0  # time of the last advance; in the future while the engine is paused
@@ -84,29 +106,34 @@ class _Engine:
 
 
 class _Simulation:
-    def __init__(self, system: System, staleness: int, seed: int) -> None:
-        self.system, self.staleness = system, staleness
-        self.random = Random(seed)
+    def __init__(self, system: System, schedule: Schedule, seed: int) -> None:
+        self.system, self.schedule = system, schedule
+        self.seed, self.random = seed, Random(seed)  # the latter for failures
         self.engines = [_Engine() for _ in range(system.engines)]
         self.events: list[tuple[float, int, Kind, int, int]] = []
         self.order = 0
         self.now = 0.0
         self.version = 0
-        self.issued = 0  # batches
-        self.open: dict[int, int] = {}  # by group: number of unfinished responses
+        self.issued = 0  # groups
+        self.undecoded: dict[int, int] = {}  # by group: number of responses
+        self.open: dict[int, int] = {}  # by group: number of unanswered responses
         self.started: dict[int, int] = {}  # by group: version at its start
         self.tokens: dict[int, float] = {}
-        self.ready: deque[int] = deque()
+        self.ready: dict[int, None] = {}  # answered groups, in the order of completion
+        self.answered_in: Counter[int] = Counter()  # by batch, in the order of prompts: answered groups
         self.training: list[int] = []
+        self.consumed = 0  # groups of the current step that are trained
+        self.syncing = False
         self.work = (0.0, 0.0)  # seconds and tokens of the current update
         self.trained_tokens, self.trained_groups, self.lags, self.train_s, self.failures = 0.0, 0, 0.0, 0.0, 0
+        self.reasked = 0
         self.ends: dict[int, list[float]] = {}  # of a batch's responses
         self.issue_time: dict[int, float] = {}
         self.tails: list[float] = []
         self.next_engine = 0
 
     def post(self, time: float, kind: Kind, index: int = 0, serial: int = 0) -> None:
-        """Schedule an event. `index` is the number of the engine or of the failing node."""
+        """Schedule an event. `index` is the number of an engine, a failing node or a group."""
         self.order += 1
         heapq.heappush(self.events, (time, self.order, kind, index, serial))
 
@@ -134,82 +161,151 @@ class _Simulation:
         engine.serial += 1
         if engine.active:
             ends = engine.at + max(engine.active[0][0] - engine.ticks, 0.0) * self.step_s(engine)
-            self.post(ends, "finish", index, engine.serial)
+            self.post(ends, "decoded", index, engine.serial)
 
     def issue(self) -> None:
-        """Start all batches allowed by the staleness."""
-        system, touched = self.system, set()
-        while self.issued <= self.version + self.staleness:
-            for place in range(system.prompts_per_step):
-                group = self.issued * system.prompts_per_step + place
-                lengths = [system.lengths.draw(self.random) for _ in range(system.samples_per_prompt)]
-                index = self.next_engine = (self.next_engine + 1) % len(self.engines)
-                self.engines[index].waiting.extend((tokens, group) for tokens in lengths)
-                self.engines[index].lengths[group] = lengths
-                self.open[group], self.started[group] = len(lengths), self.version
-                self.tokens[group] = sum(lengths) + len(lengths) * system.prompt_tokens
-                touched.add(index)
-            self.issue_time[self.issued], self.ends[self.issued] = self.now, []
-            self.issued += 1
-        for index in sorted(touched):
-            self.advance(self.engines[index])
-            self.refill(index)
+        """Request all batches that the schedule allows."""
+        size, last = self.system.prompts_per_step, self.version + self.schedule.max_staleness
+        while self.issued // size <= last:
+            if not self.schedule.in_flight and self.open:
+                return  # whole batches are collected one after another
+            self.issue_time[self.issued // size], self.ends[self.issued // size] = self.now, []
+            touched = {self.request(group) for group in range(self.issued, self.issued + size)}
+            self.issued += size
+            for index in sorted(touched):
+                self.advance(self.engines[index])
+                self.refill(index)
 
-    def finish(self, index: int) -> None:
-        """Finish the responses of an engine due at the current time."""
+    def request(self, group: int, *, attempt: int = 0) -> int:
+        """Add a group to an engine's queue. Return the number of the engine.
+
+        The lengths depend on the group and not on the schedule, so that schedules compare.
+        """
+        random = Random(hash((self.seed, group, attempt)))
+        if self.schedule.in_flight:
+            index = min(
+                range(len(self.engines)), key=lambda i: len(self.engines[i].active) + len(self.engines[i].waiting)
+            )
+        else:
+            index = self.next_engine = (self.next_engine + 1) % len(self.engines)
+        lengths = [self.system.lengths.draw(random) for _ in range(self.system.samples_per_prompt)]
+        self.engines[index].waiting.extend((tokens, group) for tokens in lengths)
+        self.engines[index].lengths[group] = lengths
+        self.undecoded[group] = self.open[group] = len(lengths)
+        self.started[group] = self.version
+        self.tokens[group] = sum(lengths) + len(lengths) * self.system.prompt_tokens
+        return index
+
+    def decoded(self, index: int) -> None:
+        """End the responses of an engine due at the current time."""
         engine = self.engines[index]
         self.advance(engine)
         engine.ticks = max(engine.ticks, engine.active[0][0])
         while engine.active and engine.active[0][0] <= engine.ticks + 1e-6:
             _, group = heapq.heappop(engine.active)
-            self.open[group] -= 1
-            batch = group // self.system.prompts_per_step
+            left = self.undecoded[group] = self.undecoded[group] - 1
+            if left == 0:
+                del self.undecoded[group], engine.lengths[group]
+            if self.system.latency_s:
+                random = Random(hash((self.seed, group, -1 - left)))
+                sigma = self.system.latency_sigma
+                location = math.log(self.system.latency_s) - sigma**2 / 2
+                self.post(self.now + random.lognormvariate(location, sigma), "answered", group)
+            else:
+                self.answered(group)
+        self.refill(index)
+        self.proceed()
+
+    def answered(self, group: int) -> None:
+        """Count an answered response of a group."""
+        self.open[group] -= 1
+        if self.open[group] == 0:
+            del self.open[group]
+            self.ready[group] = None
+            self.answered_in[group // self.system.prompts_per_step] += 1
+        batch = group // self.system.prompts_per_step
+        if batch in self.ends:  # a batch with a group that is requested again has more responses
             self.ends[batch].append(self.now)
             if len(self.ends[batch]) == self.system.prompts_per_step * self.system.samples_per_prompt:
                 self.close(batch)
-            if self.open[group] == 0:
-                del self.open[group], engine.lengths[group]
-                self.ready.append(group)
-        self.refill(index)
-        self.train()
 
     def close(self, batch: int) -> None:
         ends, began = self.ends.pop(batch), self.issue_time.pop(batch)
         late = ends[int(len(ends) * 0.9) - 1 if len(ends) >= 10 else 0]
         self.tails.append((ends[-1] - late) / max(ends[-1] - began, 1e-9))
 
-    def train(self) -> None:
-        """Begin an update if a batch is ready and the previous update is over."""
-        system = self.system
-        if self.training or len(self.ready) < system.prompts_per_step:
+    def proceed(self) -> None:
+        """Start what can start now: the next batch, an update or a sync."""
+        self.issue()
+        if self.training or self.syncing:
             return
-        self.training = [self.ready.popleft() for _ in range(system.prompts_per_step)]
+        size = self.system.prompts_per_step
+        if self.consumed < size:
+            self.training = self.take()
+            if self.training:
+                self.train()
+        elif self.schedule.in_flight or not self.open:  # whole batches end before the engines get new weights
+            self.syncing = True
+            for index, engine in enumerate(self.engines):
+                self.advance(engine)
+                engine.at = max(engine.at, self.now) + (self.system.load_s if self.schedule.in_flight else 0.0)
+                self.refill(index)
+            self.post(self.now + self.system.sync_s, "synced")
+
+    def take(self) -> list[int]:
+        """Return the groups of the next update. It is empty until they are answered."""
+        size, first = self.system.prompts_per_step, self.version * self.system.prompts_per_step
+        if self.schedule.streamed:
+            groups = [next(iter(self.ready))] if self.ready else []
+        elif self.schedule.by_completion:
+            if len(self.ready) < size:
+                return []
+            for group in [g for g in self.ready if self.version - self.started[g] > self.schedule.max_staleness]:
+                del self.ready[group]
+                self.reasked += 1
+                index = self.request(group, attempt=self.reasked)
+                self.advance(self.engines[index])
+                self.refill(index)
+            groups = list(self.ready)[:size] if len(self.ready) >= size else []
+        else:
+            groups = list(range(first, first + size)) if self.answered_in[self.version] == size else []
+        for group in groups:
+            del self.ready[group]
+        return groups
+
+    def train(self) -> None:
+        """Begin an update on the taken groups."""
+        system = self.system
         tokens = sum(self.tokens.pop(group) for group in self.training)
         work = tokens / system.train_tokens_per_s
         lost = 0.0
         if system.mtbf_s is not None:
             nodes = -(-system.training_gpus // system.gpus_per_node)
             while (until := self.random.expovariate(nodes / system.mtbf_s)) < work:
-                lost += until + system.restart_s  # the step starts again
+                lost += until + system.restart_s  # the update starts again
                 self.count_failure()
         self.work = (work, tokens)
         self.post(self.now + work + lost, "trained")
 
     def trained(self) -> None:
-        """Publish a new version and pause every engine for the sync."""
+        """End an update."""
         work, tokens = self.work
         self.train_s += work
         self.trained_tokens += tokens
         self.trained_groups += len(self.training)
         self.lags += sum(self.version - self.started.pop(group) for group in self.training)
+        self.consumed += len(self.training)
         self.training = []
+        self.proceed()
+
+    def synced(self) -> None:
+        """Begin the next step, by new weights in the engines."""
         self.version += 1
-        for index, engine in enumerate(self.engines):
+        self.consumed = 0
+        self.syncing = False
+        for engine in self.engines:
             self.advance(engine)
-            engine.at = max(engine.at, self.now) + self.system.sync_s
-            self.refill(index)
-        self.issue()
-        self.train()
+        self.proceed()
 
     def fail(self, node: int) -> None:
         """Fail a node. Its engines repeat their unfinished groups after the restart."""
@@ -229,7 +325,7 @@ class _Simulation:
             raise UserError("--simulate: nodes fail so often that steps do not end; raise mtbf_h")
 
     def _unfinished(self, engine: _Engine, group: int) -> list[int]:
-        return sorted(engine.lengths[group])[-self.open[group] :]
+        return sorted(engine.lengths[group])[-self.undecoded[group] :]
 
     def expect_failure(self, node: int) -> None:
         """Schedule the next failure of a node, or of the group of nodes under one engine."""
@@ -242,24 +338,34 @@ class _Simulation:
             self.now, _, kind, index, serial = heapq.heappop(self.events)
             if kind == "trained":
                 self.trained()
+            elif kind == "synced":
+                self.synced()
+            elif kind == "answered":
+                self.answered(index)
+                self.proceed()
             elif kind == "failed":
                 self.fail(index)
             elif serial == self.engines[index].serial:
-                self.finish(index)
+                self.decoded(index)
 
 
-def simulate(system: System, *, staleness: int, steps: int, seed: int) -> Outcome:
-    """Simulate `steps` steps after the pipeline has filled. Equal seeds give equal outcomes."""
-    run = _Simulation(system, staleness, seed)
+def simulate(system: System, schedule: Schedule, *, steps: int, seed: int, warm_up: int | None = None) -> Outcome:
+    """Simulate `steps` steps after a warm-up. Equal seeds give equal outcomes.
+
+    `warm_up`: steps that are not counted. None: until the pipeline is full.
+    """
+    run = _Simulation(system, schedule, seed)
     if system.mtbf_s is not None:
         for node in range(-(-system.engines // system.engines_per_node)):
             run.expect_failure(node)
     run.issue()
-    run.run_until(1 + staleness)
+    if warm_up is None:
+        warm_up = (1 + schedule.max_staleness) * (2 if schedule.in_flight else 1)  # in flight, all start at once
+    run.run_until(warm_up)
     began, busy, sampled = run.now, *_decoded(run)
     tokens, groups, lags, train_s = run.trained_tokens, run.trained_groups, run.lags, run.train_s
     run.tails.clear()
-    run.run_until(1 + staleness + steps)
+    run.run_until(warm_up + steps)
     passed = run.now - began
     busy_after, sampled_after = _decoded(run)
     engines_busy = (busy_after - busy) / (passed * system.engines)
@@ -275,6 +381,7 @@ def simulate(system: System, *, staleness: int, steps: int, seed: int) -> Outcom
         gpus_busy=(rollout_gpus * engines_busy + system.training_gpus * trainer_busy) / system.gpus,
         tail=sum(run.tails) / len(run.tails) if run.tails else 0.0,
         lag=(run.lags - lags) / max(run.trained_groups - groups, 1),
+        reasked=run.reasked,
         failures=run.failures,
     )
 

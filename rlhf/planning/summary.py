@@ -37,6 +37,7 @@ from rlhf.config.schema.rollouts import RolloutsConfig
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.stages import MergeStage, Stage, run_folder
 from rlhf.errors import UserError
+from rlhf.planning.schedules import correction_in_force, schedule_of
 from rlhf.role_table import ROLE_ORDER, Role
 
 
@@ -160,6 +161,7 @@ def _rollout_facts(config: Config, rollouts: RolloutsConfig, derived: Derived, u
         turns = f"{environment.max_turns} turns of {rollouts.max_new_tokens}"
         longest = f"{derived.longest_sequence} tokens of a conversation with {environment.name}, at most {turns}"
     yield ["longest sequence", longest]
+    yield ["schedule", f"{schedule_of(rollouts)}; correction of old responses: {correction_in_force(config, rollouts)}"]
 
 
 def _whole_run(config: Config) -> str:

@@ -178,12 +178,14 @@ def system_of(
     mean = prompt + average / 2
     operations = forward_operations(shape, 2 * mean)  # a token attends to all earlier tokens
     seconds = sum(stage.seconds for stage in training_stages(config, sizes, nodes, lengths))
+    sync_s = sync_stage(config, sizes, nodes).seconds
     values: dict[str, Any] = {
         "engines": role.engines,
         "base_s": shape.parameters * size / bandwidth + speed.step_s,
         "each_s": mean * kv_bytes_per_token(shape, itemsize=size) / bandwidth + operations / arithmetic,
         "train_tokens_per_s": derive(config).sequences_per_step * (prompt + average) / seconds,
-        "sync_s": sync_stage(config, sizes, nodes).seconds,
+        "sync_s": sync_s,
+        "load_s": sync_s / 2,  # the engines go on while the weights are published
         "max_num_seqs": _at_once(config, sizes, prompt + average),
         **replacements,
     }

@@ -53,8 +53,8 @@ def test_the_large_recipe_term_by_term(large: str) -> None:
     assert "80 KiB a token" in large  # 320 KiB over four GPUs
     assert cells(large, "GPU of policy, critic")[-7:] == ["80.00", "fits", "policy", "26.1", "+", "critic", "15.2"]
     assert cells(large, "step  ")[2] == "100%"
-    assert "this run has rollouts.max_staleness 0" in large
-    assert "pipelined, 2 ahead" in large
+    assert "schedules; this run: in turns" in large
+    assert all(f"\n  {name} " in large for name in ("streamed", "pipelined, 2 ahead", "in flight, 2 ahead"))
 
 
 def test_cost_is_split_by_stage(large: str) -> None:
@@ -142,9 +142,10 @@ def test_decoding_time_by_hand() -> None:
 def test_a_simulation_of_the_recipe() -> None:
     said = "gpus=32+128,staleness=0+1,steps=2,mtbf_h=50"
     text = rlhf.plan(LARGE, cluster=NODES, simulate=said, lengths="lognormal:1000:0.8")
-    rows = [line.split() for line in text.splitlines() if line.strip()[:3] in ("32 ", "128")]
-    assert [(row[0], row[1]) for row in rows] == [("32", "0"), ("32", "1"), ("128", "0"), ("128", "1")]
-    assert float(rows[1][2]) < float(rows[0][2])
+    rows = [re.split(r"  +", line.strip()) for line in text.splitlines() if line.strip()[:3] in ("32 ", "128")]
+    names = ["in turns", "streamed", "pipelined, 1 ahead", "in flight, 1 ahead"]
+    assert [row[:2] for row in rows] == [[gpus, name] for gpus in ("32", "128") for name in names]
+    assert float(rows[3][2]) < float(rows[0][2])
     assert text == rlhf.plan(LARGE, cluster=NODES, simulate=said, lengths="lognormal:1000:0.8")
 
 

@@ -12,7 +12,7 @@ import pytest
 from rlhf.errors import UserError
 from rlhf.planning.lengths import Lengths, parse_lengths
 from rlhf.planning.scenarios import parse_spec
-from rlhf.planning.simulate import System, simulate
+from rlhf.planning.simulate import Schedule, System, simulate
 
 ONE = System(
     lengths=Lengths(most=1000, mean=100.0),
@@ -28,6 +28,7 @@ ONE = System(
     each_s=0.001,
     train_tokens_per_s=1000.0,
     sync_s=1.0,
+    load_s=0.5,
 )
 MANY = replace(
     ONE,
@@ -42,7 +43,7 @@ MANY = replace(
 
 def test_one_gpu_without_spread_is_the_closed_form() -> None:
     # 8 responses of 100 tokens: 100 steps of 0.01 + 8 * 0.001 s. Training: 8 * 110 tokens at 1000 / s. Sync: 1 s.
-    found = simulate(ONE, staleness=0, steps=5, seed=0)
+    found = simulate(ONE, Schedule(), steps=5, seed=0)
     assert found.step_s == pytest.approx(1.8 + 0.88 + 1.0)
     assert found.engines_busy == pytest.approx(1.8 / 3.68)
     assert found.trainer_busy == pytest.approx(0.88 / 3.68)
@@ -53,22 +54,87 @@ def test_one_gpu_without_spread_is_the_closed_form() -> None:
 
 def test_a_full_engine_takes_turns() -> None:
     # Two at a time: four waves of 100 steps of 0.01 + 2 * 0.001 s.
-    found = simulate(replace(ONE, max_num_seqs=2), staleness=0, steps=3, seed=0)
+    found = simulate(replace(ONE, max_num_seqs=2), Schedule(), steps=3, seed=0)
     assert found.step_s == pytest.approx(4 * 1.2 + 0.88 + 1.0)
     assert found.engines_full == pytest.approx(4.8 / 6.68)
 
 
-def test_a_slow_trainer_hides_all_of_the_rollouts() -> None:
-    # The trainer never waits: a step is its 88 s.
-    found = simulate(replace(ONE, train_tokens_per_s=10.0), staleness=1, steps=4, seed=0)
-    assert found.step_s == pytest.approx(88.0)
-    assert found.trainer_busy == pytest.approx(1.0)
+@pytest.mark.parametrize("in_flight", [False, True])
+def test_a_slow_trainer_hides_all_of_the_rollouts(in_flight: bool) -> None:
+    # The trainer never waits for responses: a step is its 88 s and the sync.
+    schedule = Schedule(max_staleness=1, in_flight=in_flight)
+    found = simulate(replace(ONE, train_tokens_per_s=10.0), schedule, steps=4, seed=0)
+    assert found.step_s == pytest.approx(88.0 + 1.0)
+    assert found.trainer_busy == pytest.approx(88 / 89)
     assert found.lag == pytest.approx(1.0)
 
 
+def test_the_longer_side_is_a_pipelined_step() -> None:
+    # Engines finish before they get new weights, however far ahead they may be: 1.8 s of rollouts and 1 s of sync.
+    for bound in (1, 3):
+        found = simulate(ONE, Schedule(max_staleness=bound), steps=5, seed=0)
+        assert found.step_s == pytest.approx(1.8 + 1.0)
+        assert found.lag == pytest.approx(bound)
+
+
+def test_streaming_hides_the_training_of_all_but_the_last_group() -> None:
+    # One response at a time, of 100 steps of 0.011 s. A group of two is trained in 0.22 s, while the next one decodes.
+    system = replace(ONE, max_num_seqs=1)
+    turns, streamed = (simulate(system, Schedule(streamed=s), steps=3, seed=0) for s in (False, True))
+    assert turns.step_s == pytest.approx(8.8 + 0.88 + 1.0)
+    assert streamed.step_s == pytest.approx(8.8 + 0.22 + 1.0)
+    assert streamed.lag == 0.0
+
+
+def test_engines_in_flight_are_always_full() -> None:
+    # Two at a time and two batches of 8 in flight: the engine pauses only for half a second at each sync.
+    schedule = Schedule(max_staleness=1, in_flight=True)
+    found = simulate(replace(ONE, max_num_seqs=2), schedule, steps=5, seed=0)
+    assert found.step_s == pytest.approx(4 * 1.2 + 0.5)
+    assert found.engines_full == pytest.approx(4.8 / 5.3)
+
+
+def test_a_service_delays_a_batch_but_no_engine() -> None:
+    # All responses take 10 s after they are decoded. In flight, three batches wait for the service at the same time.
+    slow = replace(ONE, latency_s=10.0)
+    turns = simulate(slow, Schedule(), steps=3, seed=0)
+    assert turns.step_s == pytest.approx(1.8 + 10.0 + 0.88 + 1.0)
+    found = simulate(slow, Schedule(max_staleness=2, in_flight=True), steps=9, seed=0)
+    assert found.step_s < turns.step_s / 2
+
+
+@pytest.mark.parametrize("sigma", [0.0, 1.0])
+@pytest.mark.parametrize("rate", [2_000.0, 10_000.0, 100_000.0])
+@pytest.mark.parametrize("latency_s", [0.0, 20.0])
+def test_more_overlap_is_never_slower(sigma: float, rate: float, latency_s: float) -> None:
+    system = replace(MANY, train_tokens_per_s=rate, latency_s=latency_s, latency_sigma=sigma)
+    system = replace(system, lengths=replace(MANY.lengths, sigma=sigma))
+    order = [
+        *(Schedule(), Schedule(streamed=True), Schedule(max_staleness=1), Schedule(max_staleness=1, in_flight=True)),
+        Schedule(max_staleness=2, in_flight=True),
+    ]
+    turns, streamed, pipelined, *in_flight = (
+        simulate(system, one, steps=12, seed=0, warm_up=6).step_s for one in order
+    )
+    assert turns >= max(streamed, pipelined) - 1e-6
+    assert min(streamed, pipelined) >= 0.999 * in_flight[0]
+    assert in_flight[0] >= 0.999 * in_flight[1]
+
+
+def test_the_order_of_completion_is_faster_and_within_the_bound() -> None:
+    prompt, completion = (
+        simulate(MANY, Schedule(max_staleness=1, in_flight=True, by_completion=c), steps=20, seed=0)
+        for c in (False, True)
+    )
+    assert completion.step_s < prompt.step_s
+    assert prompt.reasked == 0 < completion.reasked
+    assert completion.lag < 1.0
+
+
 def test_spread_costs_and_staleness_buys_it_back() -> None:
-    even = simulate(replace(MANY, lengths=Lengths(most=4000, mean=500.0)), staleness=0, steps=6, seed=0)
-    steps = [simulate(MANY, staleness=s, steps=6, seed=0) for s in (0, 1, 2)]
+    even = simulate(replace(MANY, lengths=Lengths(most=4000, mean=500.0)), Schedule(), steps=6, seed=0)
+    modes = [Schedule(), *(Schedule(max_staleness=bound, in_flight=True) for bound in (1, 2))]
+    steps = [simulate(MANY, mode, steps=6, seed=0) for mode in modes]
     assert steps[0].step_s > 1.5 * even.step_s
     assert steps[0].tail > 0.3
     assert steps[0].step_s > steps[1].step_s > steps[2].step_s
@@ -79,11 +145,11 @@ def test_spread_costs_and_staleness_buys_it_back() -> None:
 
 def test_failures_cost_time_and_the_seed_says_which() -> None:
     failing = replace(MANY, mtbf_s=600.0, restart_s=60.0)
-    calm, storm = (simulate(s, staleness=0, steps=6, seed=1) for s in (MANY, failing))
+    calm, storm = (simulate(s, Schedule(), steps=6, seed=1) for s in (MANY, failing))
     assert storm.failures > 0
     assert storm.step_s > calm.step_s
-    assert storm == simulate(failing, staleness=0, steps=6, seed=1)
-    assert storm != simulate(failing, staleness=0, steps=6, seed=2)
+    assert storm == simulate(failing, Schedule(), steps=6, seed=1)
+    assert storm != simulate(failing, Schedule(), steps=6, seed=2)
 
 
 @pytest.mark.timeout(60)
@@ -91,21 +157,21 @@ def test_failures_cost_time_and_the_seed_says_which() -> None:
 def test_nodes_that_fail_before_anything_is_done_are_told(mtbf_s: float, rate: float) -> None:
     failing = replace(ONE, mtbf_s=mtbf_s, restart_s=1.0, train_tokens_per_s=rate)
     with pytest.raises(UserError, match=r"nodes fail so often that steps do not end; raise mtbf_h"):
-        simulate(failing, staleness=0, steps=1, seed=0)
+        simulate(failing, Schedule(), steps=1, seed=0)
 
 
 def test_the_engines_of_a_node_fail_together() -> None:
     """As often as the node does, not each by itself."""
     failing = replace(MANY, train_tokens_per_s=1e9, mtbf_s=200.0, restart_s=0.0)  # training takes no time to fail in
     for engines, nodes in ((8, 1), (16, 2)):
-        found = simulate(replace(failing, engines=engines), staleness=0, steps=400, seed=1)
+        found = simulate(replace(failing, engines=engines), Schedule(), steps=400, seed=1)
         assert found.failures == pytest.approx(nodes * 401 * found.step_s / 200.0, rel=0.25)  # some hundred, at random
 
 
 def test_an_engine_that_fails_answers_everything_again() -> None:
     # Every response is trained on once: as many tokens a step as without failures.
     failing = replace(ONE, mtbf_s=5.0, restart_s=1.0)
-    found = simulate(failing, staleness=0, steps=20, seed=0)
+    found = simulate(failing, Schedule(), steps=20, seed=0)
     assert found.failures > 0
     assert found.tokens_per_s * found.step_s == pytest.approx(880)
 
