@@ -17,6 +17,7 @@ from actors.cluster.placement import Placement
 from actors.cluster.waiting import RESUMES, explain
 from actors.roles.gang import PolicyGang
 from actors.roles.group import END_WITHIN_S, WorkerGroup
+from actors.rollout.dispatch import Dispatch, GroupWork, shares
 from actors.rollout.engine_actor import RolloutSpec, RolloutWorker, engine_environment
 from actors.weights import SENDERS, WeightManifest
 from rlhf.config.derive import WeightSync, saved_rank, ships_adapter, weight_sync
@@ -53,6 +54,8 @@ def start_engines(
 ) -> RolloutEngines:
     """Create the engines' actors. Their models are not loaded yet, and they wait for the policy's weights."""
     policy, role, lora = config.policy, config.cluster.roles.rollout, config.policy.lora
+    assert config.rollouts is not None
+    rollouts, in_flight = config.rollouts, config.rollouts.weight_updates == "in_flight"
     sync = weight_sync(config.cluster, one_host=placement.on_one_host())
     spec = RolloutSpec(
         model=policy.model,
@@ -65,7 +68,8 @@ def start_engines(
         colocated=role.colocate_with is not None,
         trust_remote_code=policy.trust_remote_code,
         spool=spool,
-        spools_failures=config.rollouts is not None and config.rollouts.max_staleness > 0,
+        spools_failures=rollouts.max_staleness > 0,
+        kv_after_update=rollouts.kv_after_update if in_flight else None,
         environment=environment,
     )
     return RolloutEngines(
@@ -73,6 +77,7 @@ def start_engines(
         sync,
         deadline_s=config.cluster.call_timeout_s,
         tensor_parallel=role.tensor_parallel,
+        conversation_tokens=None if environment is None else environment.max_tokens,
     )
 
 
@@ -126,8 +131,11 @@ def _spawn(common: RolloutSpec, cluster: ClusterConfig, placement: Placement) ->
 class RolloutEngines(WorkerGroup):
     """All engines of a run. `sync` is the transport of the policy's weights, or None for frozen engines.
 
-    Requests are distributed by their place in the list, and an engine starts its share in one step. A batch of the same
-    requests under the same weights is therefore always scheduled and rounded alike.
+    `generate` distributes requests by their order and their largest size, and an engine starts its share in one step. A
+    batch of the same requests under the same weights is therefore always scheduled and rounded alike. `answer`
+    distributes them by the engines' outstanding work.
+
+    conversation_tokens: most tokens of a conversation; None: one turn answers a prompt.
     """
 
     role: Role = "rollout"
@@ -139,11 +147,15 @@ class RolloutEngines(WorkerGroup):
         *,
         deadline_s: float,
         tensor_parallel: int = 1,
+        conversation_tokens: int | None = None,
     ) -> None:
         super().__init__(handles, deadline_s=deadline_s)
         self.sync = sync
         self.tensor_parallel = tensor_parallel
-        self._cancelled: set[int] = set()  # groups that a running `generate` must not yield
+        self.conversation_tokens = conversation_tokens
+        self._cancelled: set[int] = set()  # groups that a running `generate` or `answer` must not return
+        self._dispatch: Dispatch | None = None  # of `answer`
+        self._asking = asyncio.Lock()
 
     async def connect(self, policy: PolicyGang, *, adapter: Path | None) -> None:
         """Open both ends of the weight transport.
@@ -178,18 +190,19 @@ class RolloutEngines(WorkerGroup):
 
         The first failure ends the wait. It may be a request refused by its engine before the batch starts.
         """
-        shares = [requests[i :: len(self.handles)] for i in range(len(self.handles))]
+        places = shares([self._work(request, sampling) for request in requests], len(self.handles))
+        by_engine = [[requests[place] for place in own] for own in places]
         await self.all([h.hold.remote() for h in self.handles], "rollouts")
         columns: dict[int, Any] = {}
         waits: dict[asyncio.Future[Any], tuple[GroupRequest, int]] = {}
-        for engine, (handle, share) in enumerate(zip(self.handles, shares, strict=True)):
+        for engine, (handle, share) in enumerate(zip(self.handles, by_engine, strict=True)):
             for request in share:
                 rollouts, scalars = handle.generate.options(num_returns=2).remote(request, sampling, version)
                 columns[request.group_id] = rollouts
                 waits[asyncio.wrap_future(scalars.future())] = (request, engine)
         releases = {
             asyncio.wrap_future(handle.release.remote(len(share)).future()): engine
-            for engine, (handle, share) in enumerate(zip(self.handles, shares, strict=True))
+            for engine, (handle, share) in enumerate(zip(self.handles, by_engine, strict=True))
         }
         try:
             while waits or releases:
@@ -212,19 +225,69 @@ class RolloutEngines(WorkerGroup):
                     _result(future, releases.pop(future))
         finally:
             for future in (*waits, *releases):
-                if not future.cancel() and not future.cancelled():
-                    future.exception()  # otherwise asyncio logs a failure that nobody waits for
+                _silence(future)
             self._cancelled.difference_update(columns)
 
     async def answer(
         self, request: GroupRequest, sampling: Sampling, *, oldest: int, urgent: bool = False
     ) -> CompletedGroup | None:
-        """Answer one request by whatever weights the engines have. None: it was cancelled."""
-        raise NotImplementedError
+        """Answer one request by whatever weights the engines have. None: it was cancelled.
+
+        The request waits here while all engines are full. Then the least loaded engine gets it, with all its samples.
+        """
+        self._cancelled.discard(request.group_id)
+        dispatch = await self._dispatching()
+        slot = await dispatch.enter(request.group_id, self._work(request, sampling), urgent=urgent)
+        if slot is None:
+            return None
+        infos: tuple[RolloutInfo, ...] | None = None
+        try:
+            if request.group_id not in self._cancelled:
+                handle = self.handles[slot.engine]
+                rollouts, scalars = handle.answer.options(num_returns=2).remote(request, sampling, oldest)
+                infos = await self._answered(asyncio.wrap_future(scalars.future()), slot.engine, dispatch)
+        finally:
+            dispatch.leave(slot, [info.num_tokens_after_prompt for info in infos or ()])
+        if infos is None or request.group_id in self._cancelled:
+            return None
+        return CompletedGroup(request=request, rollouts=rollouts, infos=infos)
+
+    async def _answered(self, future: asyncio.Future[Any], engine: int, dispatch: Dispatch) -> Any:
+        """Return the result of a group. RunError if its engine finishes no group within the deadline."""
+        try:
+            while not future.done():
+                left_s = self.deadline_s - dispatch.quiet_s(engine)
+                if left_s <= 0.0:
+                    raise RunError(
+                        f"rollouts: engine {engine} finished none of its prompts in {self.deadline_s:.0f} s "
+                        f"(cluster.call_timeout_s).{lost_nodes()} {RESUMES}"
+                    )
+                await asyncio.wait([future], timeout=left_s)
+            return _result(future, engine)
+        finally:
+            _silence(future)
+
+    async def _dispatching(self) -> Dispatch:
+        """Return the dispatch. The first call asks the engines for their capacities."""
+        async with self._asking:
+            if self._dispatch is None:
+                self._dispatch = Dispatch(await self.all([h.capacity.remote() for h in self.handles], "rollouts"))
+        return self._dispatch
+
+    def _work(self, request: GroupRequest, sampling: Sampling) -> GroupWork:
+        limit = request.drawn_by(sampling).max_new_tokens
+        return GroupWork(
+            prompt_tokens=len(request.prompt.token_ids),
+            samples=len(request.seeds),
+            limit=limit if self.conversation_tokens is None else self.conversation_tokens,
+        )
 
     async def cancel(self, requests: Sequence[GroupRequest]) -> None:
         group_ids = [request.group_id for request in requests]
         self._cancelled.update(group_ids)
+        if self._dispatch is not None:
+            for group_id in group_ids:
+                self._dispatch.drop(group_id)
         await self.all([h.cancel.remote(group_ids) for h in self.handles], "rollouts")
 
     async def update_weights(self, manifest: WeightManifest) -> None:
@@ -253,6 +316,12 @@ class RolloutEngines(WorkerGroup):
         """Shut the engines down in order."""
         await self.all([h.shutdown.remote() for h in self.handles], "stop", deadline_s=END_WITHIN_S)
         self.end()
+
+
+def _silence(future: asyncio.Future[Any]) -> None:
+    """Give a call up. Otherwise asyncio logs a failure that nobody waits for."""
+    if not future.cancel() and not future.cancelled():
+        future.exception()
 
 
 def _result(future: asyncio.Future[Any], engine: int) -> Any:

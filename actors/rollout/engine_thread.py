@@ -97,7 +97,11 @@ class EngineLoop:
                 for sample in submissions:
                     engine.add_request(
                         sample.request_id,
-                        {"type": "token", "prompt_token_ids": list(sample.prompt_token_ids)},
+                        {
+                            "type": "token",
+                            "prompt_token_ids": list(sample.prompt_token_ids),
+                            "cache_salt": engine.get_weight_version(),  # no block of other weights is reused
+                        },
                         sample.params,
                         lora_request=sample.lora,
                     )

@@ -18,6 +18,7 @@ from rlhf.errors import RunError
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
 from rlhf.types import Sampling
 
+KvAfterUpdate = Literal["recompute", "keep"]  # keys and values computed by the weights before an update
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # supported by vLLM
 PREFILL_TOKENS = 8192  # most prompt tokens of one engine step
 
@@ -41,6 +42,7 @@ class RolloutSpec:
     tensor_parallel: int = 1
     enforce_eager: bool = True
     lora_rank: int | None = None  # then an adapter is synced, not the weights
+    kv_after_update: KvAfterUpdate | None = None  # of running samples; None: weights never change while samples run
     colocated: bool = False  # takes turns with a trainer on the same GPUs
     trust_remote_code: bool = False
     sender_address: str | None = None  # of the host that broadcasts the weights; None: all on one host
@@ -90,7 +92,7 @@ def build_engine(spec: RolloutSpec) -> Any:
 
     from rlhf.models.loading import split_revision  # with transformers, which the driver need not wait for
 
-    cpu = spec.device == "cpu"
+    cpu, in_flight = spec.device == "cpu", spec.kv_after_update is not None
     model, revision = split_revision(spec.model)
     tokenizer, tokenizer_revision = split_revision(spec.tokenizer or spec.model)
     return LLMEngine.from_engine_args(
@@ -101,7 +103,7 @@ def build_engine(spec: RolloutSpec) -> Any:
             tokenizer_revision=tokenizer_revision,
             dtype=spec.dtype,
             max_model_len=spec.max_model_len,
-            max_num_seqs=spec.max_num_seqs,
+            max_num_seqs=spec.max_num_seqs + in_flight,  # one more for the probe of an update while samples run
             max_num_batched_tokens=max(PREFILL_TOKENS, spec.max_model_len),
             tensor_parallel_size=spec.tensor_parallel,
             # By default vLLM would place additional actors in the run's placement group.
@@ -128,6 +130,13 @@ def build_engine(spec: RolloutSpec) -> Any:
 def added_tokens(engine: Any) -> dict[str, int]:
     """Return the ids of the tokenizer's special and added tokens by their text."""
     return dict(engine.get_tokenizer().get_added_vocab())
+
+
+def kv_cache_tokens(engine: Any) -> int:
+    """Return the number of tokens whose keys and values the engine can hold."""
+    cache = engine.vllm_config.cache_config
+    tokens: int = cache.num_gpu_blocks * cache.block_size
+    return tokens
 
 
 def sampling_params(sampling: Sampling, seed: int, *, turn_end: int | None, added: Mapping[str, int]) -> Any:
@@ -171,7 +180,7 @@ class LoadedWeights:
 
     checksums: tuple[str, ...]  # of the bytes read by each worker
     version: int
-    cached_blocks: int  # of reusable keys and values; they would come from the old weights
+    reusable_blocks: int  # of keys and values from the old weights that a request which starts now would reuse
 
 
 def serve_own_weights(engine: Any, spec: RolloutSpec) -> Any:
@@ -187,20 +196,20 @@ def serve_own_weights(engine: Any, spec: RolloutSpec) -> Any:
     return request
 
 
-def load_weights(engine: Any, manifest: WeightManifest) -> LoadedWeights:
-    """Load a published set of weights and forget all values computed with the old ones."""
+def load_weights(engine: Any, manifest: WeightManifest, *, keep_cache: bool) -> LoadedWeights:
+    """Load a published set of weights. Forget the keys and values of the old ones, or keep those of running samples."""
     engine.collective_rpc("start_weight_update")
     engine.collective_rpc("update_weights", kwargs={"update_info": {"manifest": manifest}})
     engine.collective_rpc("finish_weight_update")
-    return _finish(engine, manifest.version, engine.collective_rpc("received_checksum"))
+    return _finish(engine, manifest.version, engine.collective_rpc("received_checksum"), keep_cache=keep_cache)
 
 
-def load_adapter(engine: Any, manifest: WeightManifest) -> LoadedWeights:
-    """Load a published LoRA adapter from its folder, over the previous one."""
+def load_adapter(engine: Any, manifest: WeightManifest, *, keep_cache: bool) -> LoadedWeights:
+    """Load a published LoRA adapter from its folder, over the previous one, also for running samples."""
     checksum = file_checksum(Path(manifest.fields["folder"]) / WEIGHTS)
     if not engine.add_lora(adapter_request(manifest, load_inplace=True)):
         raise RunError(f"vLLM did not load the adapter in {manifest.fields['folder']}")
-    return _finish(engine, manifest.version, [checksum])
+    return _finish(engine, manifest.version, [checksum], keep_cache=keep_cache)
 
 
 def adapter_request(manifest: WeightManifest, *, load_inplace: bool = False) -> Any:
@@ -220,12 +229,26 @@ def reset_caches(engine: Any) -> None:
         raise RunError("the engine did not reset its prefix cache")
 
 
-def _finish(engine: Any, version: int, checksums: Sequence[str]) -> LoadedWeights:
+def salt_waiting(engine: Any) -> None:
+    """Let the samples that have not started yet reuse only blocks of the engine's version, as later requests do."""
+    for request in _scheduler(engine).waiting:
+        request.cache_salt = engine.get_weight_version()
+        request.block_hashes.clear()
+        request.update_block_hashes()
+
+
+def _scheduler(engine: Any) -> Any:
+    return engine.engine_core.engine_core.scheduler
+
+
+def _finish(engine: Any, version: int, checksums: Sequence[str], *, keep_cache: bool) -> LoadedWeights:
     engine.set_weight_version(str(version))
-    reset_caches(engine)
-    pool = engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
-    return LoadedWeights(
-        checksums=tuple(checksums),
-        version=int(engine.get_weight_version()),
-        cached_blocks=len(pool.cached_block_hash_to_block),
-    )
+    scheduler = _scheduler(engine)
+    cache = scheduler.kv_cache_manager
+    if keep_cache:
+        salt_waiting(engine)
+        reusable = sum(sum(map(len, cache.get_computed_blocks(request)[0].blocks)) for request in scheduler.waiting)
+    else:
+        reset_caches(engine)
+        reusable = len(cache.block_pool.cached_block_hash_to_block)
+    return LoadedWeights(checksums=tuple(checksums), version=int(engine.get_weight_version()), reusable_blocks=reusable)

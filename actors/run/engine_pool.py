@@ -103,9 +103,11 @@ class EngineLease:
 
 def engines_key(config: Config, max_model_len: int, environment: EnvironmentSpec | None) -> str:
     """Return a key. Runs with equal keys need the same engines in the same placement."""
-    policy = config.policy
+    policy, rollouts = config.policy, config.rollouts
+    assert rollouts is not None
+    ahead = rollouts.max_staleness > 0, rollouts.weight_updates, rollouts.kv_after_update
     model = policy.model, policy.tokenizer, policy.dtype, policy.lora, policy.trust_remote_code
-    return repr((model, max_model_len, environment, plan_placement(config), config.cluster))
+    return repr((model, ahead, max_model_len, environment, plan_placement(config), config.cluster))
 
 
 async def _renewed(engines: RolloutEngines, spool: Path) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -128,3 +130,9 @@ def test_nccl_syncs_an_engine_on_another_gpu(folder: Path, ray_local: None) -> N
         for version in (1, 2, 3):
             sync(handle, policy, version)
             prove(handle, policy, version)
+        running = handle.answer.remote(request(9, samples=8), replace(SAMPLING, max_new_tokens=400), 3)
+        assert not ray.wait([running], timeout=0.5)[0]
+        sync(handle, policy, 4)
+        prove(handle, policy, 4)
+        assert call(handle.health.remote()).requests_in_flight > 0  # the probe did not wait for them
+        assert any((info.min_version, info.max_version) == (3, 4) for info in call(running)[1])

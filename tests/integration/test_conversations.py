@@ -18,7 +18,17 @@ from rlhf.models.tiny import byte_tokenizer
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
 from rlhf.rollouts.records.spans import token_spans
 from rlhf.types import GroupRequest, Prompt, Sampling
-from tests.integration.engine_helpers import call, engine, model_like, request, sequences, spec, sync, worst_difference
+from tests.integration.engine_helpers import (
+    call,
+    engine,
+    logprobs_of,
+    model_like,
+    request,
+    sequences,
+    spec,
+    sync,
+    worst_difference,
+)
 
 pytestmark = pytest.mark.slow
 MOODY = Path(__file__).parents[1] / "fixtures" / "environments" / "moody.py"
@@ -176,3 +186,24 @@ def test_a_cancelled_group_ends_at_once_wherever_its_turns_are(played: Any, tmp_
     assert "ends" not in trace.read_text(encoding="utf-8")  # not even the first step in progress was waited for
     assert call(other)[1][0].environment_reward == 1.5
     assert call(handle.generate.remote(game(20), SAMPLING))[1][0].num_turns == 3  # it may be asked again
+
+
+def test_a_conversation_goes_on_with_new_weights(played: Any, tiny_model: Path, tmp_path: Path) -> None:
+    """The last test of this engine: its weights are others afterwards."""
+    handle, old = played
+    new = model_like(tiny_model, seed=2)
+    sender = ShmSender(rank=0, dtype=torch.float32)
+    trace = tmp_path / "trace"
+    running = handle.answer.remote(game(17, sleep_s=2.0, trace=str(trace)), SAMPLING, 1)
+    while not ray.wait([running], timeout=0.05)[0]:
+        if trace.exists() and trace.read_text(encoding="utf-8").count("begins") == 4:
+            break
+    sync(handle, sender.publish(new.named_parameters(), 2))
+    rollouts, infos = call(running)
+    assert {(info.min_version, info.max_version) for info in infos} == {(1, 2)}
+    for sequence in sequences(rollouts):
+        for version, model in ((1, old), (2, new)):
+            by_it = sequence["versions"] == version
+            differences = (logprobs_of(model, sequence["token_ids"]) - sequence["rollout_logprobs"])[by_it].abs()
+            assert 0.0 < float(differences.max()) < 1e-3
+    sender.close()

@@ -281,13 +281,16 @@ def test_health_answers_while_groups_are_awaited(synced: Any) -> None:
     call(waiting)
 
 
-def test_an_adapter_is_loaded_over_the_one_before(tiny_model: Path, ray_local: None, tmp_path: Path) -> None:
+def test_an_adapter_is_loaded_over_the_one_before_also_for_running_samples(
+    tiny_model: Path, ray_local: None, tmp_path: Path
+) -> None:
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
     modules = ["q_proj", "v_proj", "o_proj", "up_proj"]  # vLLM fuses q, k, v and gate, up: an adapter may lack parts
     config = LoraConfig(r=4, lora_alpha=8, target_modules=modules, task_type="CAUSAL_LM")
     policy = get_peft_model(base, config).eval()
     fields = json.loads(json.dumps(config.to_dict(), default=sorted))
     sender = AdapterSender(tmp_path / "adapter", fields, rank=0, dtype=torch.float32)
+    running = None  # a group that the second adapter finds in the engine
     with engine(spec(tiny_model, lora_rank=4)) as handle:
         for version in (1, 2):
             with torch.no_grad():
@@ -303,6 +306,19 @@ def test_an_adapter_is_loaded_over_the_one_before(tiny_model: Path, ray_local: N
             assert worst_difference(policy, rollouts) < 1e-4
             with policy.disable_adapter():
                 assert worst_difference(policy, rollouts) > 1e-2
+            if running is None:
+                long = dataclasses.replace(SAMPLING, max_new_tokens=400)
+                running = handle.answer.remote(request(9, samples=8), long, 1)
+                assert not ray.wait([running], timeout=0.2)[0]
+
+        worst = {1: 0.0, 2: 0.0}
+        for sequence in sequences(call(running)[0]):
+            differences = (logprobs_of(policy, sequence["token_ids"]) - sequence["rollout_logprobs"]).abs()
+            for version in worst:
+                by_it = sequence["versions"] == version
+                worst[version] = max([worst[version], *differences[by_it].tolist()])
+        assert worst[1] > 1e-2
+        assert 0.0 < worst[2] < 1e-3
 
         def load_again(*args: Any) -> None:
             raise ValueError("an engine step loaded the adapter again")

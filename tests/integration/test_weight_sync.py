@@ -140,22 +140,31 @@ def test_a_manifest_of_another_version_is_refused(tied: Any, folder: Path, sende
 
 
 def test_samples_in_flight_go_on_with_the_new_weights(tied: Any, folder: Path, sender: ShmSender) -> None:
-    old, new = model_like(folder, seed=70), model_like(folder, seed=71)
-    sync(tied, sender.publish(old.named_parameters(), 70))
+    """Very different weights tell by the log-probabilities which of them sampled a token: as the versions say."""
+    models = {version: model_like(folder, seed=version) for version in (70, 71, 72)}
+    sync(tied, sender.publish(models[70].named_parameters(), 70))
     longer = replace(SAMPLING, max_new_tokens=400)
-    running = [tied.generate.remote(request(group, samples=8), longer) for group in (70, 71)]
-    ready, _ = ray.wait(running, timeout=0.2)
-    assert not ready
-    sync(tied, sender.publish(new.named_parameters(), 71))
+    running = [tied.answer.remote(request(group, samples=8), longer, 70) for group in (70, 71)]
+    for version in (71, 72):
+        ready, _ = ray.wait(running, timeout=0.2)
+        assert not ready
+        sync(tied, sender.publish(models[version].named_parameters(), version))
+        assert probe_difference(tied, models[version], version=version) < 1e-4
+        assert call(tied.health.remote()).requests_in_flight > 0  # the probe did not wait for them
     spans = 0
-    for rollouts, _ in call(*running):
-        for sequence in sequences(rollouts):
-            for version, model in ((70, old), (71, new)):
-                by_it = sequence["versions"] == version
-                diff = (logprobs_of(model, sequence["token_ids"]) - sequence["rollout_logprobs"])[by_it].abs()
-                assert diff.numel() == 0 or float(diff.max()) < 1e-3
-            assert set(sequence["versions"][sequence["response_mask"]].tolist()) <= {70, 71}
-            spans += set(sequence["versions"].tolist()) == {-1, 70, 71}
+    for rollouts, infos in call(*running):
+        for sequence, info in zip(sequences(rollouts), infos, strict=True):
+            sampled = sequence["response_mask"]
+            by_model = torch.stack([logprobs_of(models[v], sequence["token_ids"])[sampled] for v in models])
+            differences = (by_model - sequence["rollout_logprobs"][sampled]).abs()
+            told = sequence["versions"][sampled] - 70
+            assert float(differences.gather(0, told[None]).max()) < 1e-3
+            is_clear = differences.sort(0).values[1] > 1e-2  # no other weights would have given this value
+            assert is_clear.float().mean() > 0.9
+            assert torch.equal(differences.argmin(0)[is_clear], told[is_clear])
+            assert (told.diff() >= 0).all()
+            assert (info.min_version, info.max_version) == (70 + int(told[0]), 70 + int(told[-1]))
+            spans += len(told.unique()) == 3
     assert spans > 0
 
 

@@ -7,17 +7,22 @@ import gc
 import os
 from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from actors.rollout.dispatch import EngineCapacity
 from actors.rollout.engine_actor import RolloutSpec, RolloutWorker
 from actors.rollout.engine_group import RolloutEngines
 from actors.rollout.engine_thread import EngineLoop, Submission
 from actors.weights import WeightManifest
 from rlhf.engine.distributed import INTERFACE_VARIABLES
 from rlhf.errors import RunError
+from rlhf.roles import CompletedGroup
+from rlhf.rollouts.records.spans import Sampled
+from rlhf.rollouts.records.spool import group_path
 from rlhf.types import GroupRequest, Prompt, Sampling
 
 SAMPLING = Sampling(max_new_tokens=4)
@@ -37,6 +42,7 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.running: dict[str, int] = {}
+        self.version = ""
         self.engine_core = SimpleNamespace(shutdown=lambda: None)
         self.vllm_config = SimpleNamespace(cache_config=SimpleNamespace(num_gpu_blocks=1, block_size=16))
         self.get_tokenizer = lambda: SimpleNamespace(get_added_vocab=dict)
@@ -58,6 +64,12 @@ class FakeEngine:
         done = [name for name, left in self.running.items() if left == 0]
         self.running = {name: left for name, left in self.running.items() if left}
         return [SimpleNamespace(request_id=name, finished=True) for name in done]
+
+    def set_weight_version(self, version: str) -> None:
+        self.version = version
+
+    def get_weight_version(self) -> str:
+        return self.version
 
     def reset_prefix_cache(self, *, reset_running_requests: bool) -> bool:
         return True
@@ -97,7 +109,7 @@ async def test_a_refused_group_ends_the_release(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("actors.rollout.engine_actor.build_engine", lambda spec: FakeEngine())
     worker = RolloutWorker(SPEC)
     worker.loop.start().result(DEADLINE_S)
-    worker.version = 1
+    worker.weights.version = 1
     monkeypatch.setattr("actors.rollout.engine_actor.sampling_params", lambda *arguments, **options: None)
     await worker.hold()
     good = asyncio.ensure_future(worker.generate(request(0), SAMPLING))
@@ -130,13 +142,65 @@ async def test_an_engine_on_another_host_knows_its_interface_before_it_is_built(
     await worker.shutdown()
 
 
+def drawn(output: Any) -> Sampled:
+    return Sampled(token_ids=(5, 6), logprobs=(-1.0, -2.0), versions=(3, 4), finish_reason="stop")
+
+
+@pytest.fixture
+async def in_flight(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """A worker at version 4 with a spool, whose responses begin with version 3."""
+    monkeypatch.setattr("actors.rollout.engine_actor.build_engine", lambda spec: FakeEngine())
+    monkeypatch.setattr("actors.rollout.engine_actor.sampling_params", lambda *arguments, **options: None)
+    monkeypatch.setattr("actors.rollout.engine_actor.sampled_of", drawn)
+    worker = RolloutWorker(replace(SPEC, spool=tmp_path))
+    worker.loop.start().result(DEADLINE_S)
+    worker.weights.version = 4
+    yield worker
+    await worker.shutdown()
+
+
+async def test_a_stored_group_is_returned_unless_a_token_is_too_old(in_flight: RolloutWorker, tmp_path: Path) -> None:
+    await in_flight.answer(request(0), SAMPLING, 3)
+    (path,) = tmp_path.iterdir()
+    assert path == group_path(tmp_path, 0, 4)  # of its newest token
+    written = path.stat().st_mtime_ns
+    in_flight.weights.version = 5
+    rollouts, infos = await in_flight.answer(request(0), SAMPLING, 3)
+    assert rollouts is not None
+    assert infos is not None
+    assert rollouts.versions.tolist() == [-1, -1, 3, 4] * 2
+    assert {(info.min_version, info.max_version) for info in infos} == {(3, 4)}
+    assert path.stat().st_mtime_ns == written  # it was not drawn again
+    await in_flight.answer(request(0), SAMPLING, 4)
+    assert path.stat().st_mtime_ns > written
+
+
+async def test_a_cancelled_group_is_dropped_at_every_moment(in_flight: RolloutWorker, tmp_path: Path) -> None:
+    for turns in range(6):  # of the event loop: while it reads the spool, and later
+        answer = asyncio.ensure_future(in_flight.answer(request(turns), SAMPLING, 4))
+        for _ in range(turns + 1):
+            await asyncio.sleep(0)
+        await in_flight.cancel([turns])
+        assert await asyncio.wait_for(answer, DEADLINE_S) == (None, None)
+    assert in_flight.loop.num_waiting == 0
+
+
+async def test_a_request_that_arrives_during_an_update_starts_after_it(in_flight: RolloutWorker) -> None:
+    async with in_flight.weights._updating:
+        in_flight.weights.version = None
+        answer = asyncio.ensure_future(in_flight.answer(request(0), SAMPLING, 4))
+        await asyncio.sleep(0.01)
+        assert in_flight.loop.num_waiting == 0
+        in_flight.weights.version = 5
+    assert (await asyncio.wait_for(answer, DEADLINE_S))[1] is not None
+
+
 class SleepingEngine(FakeEngine):
     """vLLM's engine with the states of its executor: what a GPU would do to memory that was given away is an error."""
 
     def __init__(self) -> None:
         super().__init__()
         self.sleeping: set[str] = set()
-        self.version = ""
         pool = SimpleNamespace(cached_block_hash_to_block={})
         scheduler = SimpleNamespace(kv_cache_manager=SimpleNamespace(block_pool=pool))
         self.engine_core.engine_core = SimpleNamespace(scheduler=scheduler)
@@ -156,12 +220,6 @@ class SleepingEngine(FakeEngine):
     def collective_rpc(self, method: str, kwargs: Any = None) -> list[Any]:
         assert "weights" not in self.sleeping, "illegal memory access"
         return ["checksum"] if method == "received_checksum" else [None]
-
-    def set_weight_version(self, version: str) -> None:
-        self.version = version
-
-    def get_weight_version(self) -> str:
-        return self.version
 
 
 def manifest(version: int) -> WeightManifest:
@@ -197,7 +255,7 @@ async def test_an_engine_takes_turns_with_a_trainer(colocated: RolloutWorker, ke
     if not keep_weights:
         await colocated.update_weights(manifest(2), 2)
     await colocated.wake("cache")
-    (future,) = await colocated._admit(request(0), [submission("good-1")])
+    (future,) = await colocated.held.admit(0, [submission("good-1")])
     assert future.result(DEADLINE_S).request_id == "good-1"
 
 
@@ -211,7 +269,7 @@ async def test_an_engine_that_sleeps_refuses_what_needs_the_memory(colocated: Ro
         with pytest.raises(RunError, match=f"is asleep: its {part} must be woken"):
             await colocated.probe((1, 2))
         await colocated.wake(part)
-    assert colocated.version == 1
+    assert colocated.weights.version == 1
 
 
 class FakeMethod:
@@ -255,3 +313,92 @@ async def test_a_failed_generate_ends_the_wait_for_the_release() -> None:
     await asyncio.sleep(0)
     gc.collect()
     assert unheard == []
+
+
+class FakeHandle:
+    """An engine's actor. A test finishes its groups."""
+
+    def __init__(self, *, samples: int = 2) -> None:
+        self.groups: dict[int, Future[Any]] = {}
+        self.cancelled: list[int] = []
+        self.capacity = FakeMethod(lambda: ref(EngineCapacity(cache_tokens=1000, samples=samples)))
+        self.answer = FakeMethod(self._answer)
+        self.cancel = FakeMethod(self._cancel)
+
+    def _answer(self, request: GroupRequest, sampling: Sampling, oldest: int) -> Any:
+        self.groups[request.group_id] = Future()
+        return f"tokens of {request.group_id}", SimpleNamespace(future=lambda: self.groups[request.group_id])
+
+    def _cancel(self, group_ids: list[int]) -> Any:
+        for group_id in group_ids:
+            if group_id in self.groups:
+                self.cancelled.append(group_id)
+                self.groups[group_id].set_result(None)
+        return ref()
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while not condition():
+            await asyncio.sleep(0)
+
+
+def asked(engines: RolloutEngines, group_id: int, *, urgent: bool = False) -> asyncio.Task[CompletedGroup | None]:
+    return asyncio.create_task(engines.answer(request(group_id), SAMPLING, oldest=0, urgent=urgent))
+
+
+async def test_a_group_waits_in_the_driver_until_an_engine_is_free() -> None:
+    first, second = FakeHandle(), FakeHandle()
+    engines = RolloutEngines(cast(Any, [first, second]), None, deadline_s=DEADLINE_S)
+    tasks = [asked(engines, group_id) for group_id in range(3)]
+    await until(lambda: first.groups and second.groups)
+    urgent = asked(engines, 3, urgent=True)
+    await asyncio.sleep(0.01)
+    assert (list(first.groups), list(second.groups)) == ([0], [1])
+    second.groups[1].set_result(())
+    await until(lambda: 3 in second.groups)
+    second.groups[3].set_result(())
+    await until(lambda: 2 in second.groups)
+    first.groups[0].set_result(())
+    second.groups[2].set_result(())
+    groups = [group for group in await asyncio.gather(*tasks, urgent) if group is not None]
+    assert [group.rollouts for group in groups] == [f"tokens of {group_id}" for group_id in range(4)]
+
+
+async def test_cancelled_groups_are_none_wherever_they_are() -> None:
+    handle = FakeHandle()
+    engines = RolloutEngines(cast(Any, [handle]), None, deadline_s=DEADLINE_S)
+    running, waiting, behind = (asked(engines, group_id) for group_id in range(3))
+    await until(lambda: 0 in handle.groups)
+    await engines.cancel([request(0), request(1)])
+    assert (await running, await waiting) == (None, None)
+    assert handle.cancelled == [0]
+    await until(lambda: 2 in handle.groups)
+    handle.groups[2].set_result(())
+    assert await behind is not None
+    again = asked(engines, 1)  # it may be requested once more
+    await until(lambda: 1 in handle.groups)
+    handle.groups[1].set_result(())
+    assert await again is not None
+
+
+async def test_an_engine_that_finishes_nothing_is_named() -> None:
+    engines = RolloutEngines(cast(Any, [FakeHandle(), FakeHandle()]), None, deadline_s=0.05)
+    one, other = asked(engines, 0), asked(engines, 1)
+    with pytest.raises(RunError, match="rollouts: engine 1 finished none of its prompts in 0 s"):
+        await asyncio.wait_for(other, DEADLINE_S)
+    with pytest.raises(RunError, match="engine 0 finished none"):
+        await asyncio.wait_for(one, DEADLINE_S)
+
+
+async def test_a_failed_answer_is_the_engines_and_frees_its_room() -> None:
+    handle = FakeHandle()
+    engines = RolloutEngines(cast(Any, [handle]), None, deadline_s=DEADLINE_S)
+    failing, behind = asked(engines, 0), asked(engines, 1)
+    await until(lambda: 0 in handle.groups)
+    handle.groups[0].set_exception(ValueError("a broken kernel"))
+    with pytest.raises(RunError, match="rollouts: rollout rank 0 failed: ValueError: a broken kernel"):
+        await failing
+    await until(lambda: 1 in handle.groups)
+    handle.groups[1].set_result(())
+    assert await behind is not None

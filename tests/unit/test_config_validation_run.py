@@ -110,6 +110,10 @@ RELATIONS = {
         [GRPO, "rollouts.weight_updates=in_flight"],
         "rollouts.weight_updates: has no effect here: rollouts.max_staleness is 0",
     ),
+    "only updates in flight meet keys and values": (
+        [GRPO, "rollouts.max_staleness=1", "algorithm.correction=none", "rollouts.kv_after_update=keep"],
+        "rollouts.kv_after_update: has no effect here: rollouts.weight_updates is between_batches",
+    ),
     "a penalty needs importance weights": (
         [GRPO, "rollouts.repetition_penalty=1.2"],
         "rollouts.repetition_penalty: is 1.2, but algorithm grpo trains on log-probabilities without the penalty, as "

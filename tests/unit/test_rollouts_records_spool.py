@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlhf.controller.rollout_scorer import request_for
-from rlhf.rollouts.records.spool import drop_failed_conversations, group_path, read_group, write_group
+from rlhf.rollouts.records.spool import drop_failed_conversations, forget_after, group_path, read_group, write_group
 from rlhf.types import Prompt, RewardError, RolloutInfo, Rollouts, Sampling, StepReward
 
 PROMPT = Prompt(prompt_id=0, token_ids=(1,), text="p", columns={})
@@ -95,3 +95,20 @@ def test_a_group_answers_for_its_weights_alone(tmp_path: Path) -> None:
     assert read_group(tmp_path, REQUEST, SAMPLING, 3, weights="after") is None
     assert read_group(tmp_path, REQUEST, SAMPLING, 3, weights="before") is not None
     assert read_group(tmp_path, REQUEST, SAMPLING, 3) is not None
+
+
+def test_a_group_with_too_old_a_token_is_deleted_and_not_read(tmp_path: Path) -> None:
+    info = replace(INFO, min_version=2, max_version=4)
+    failed = replace(INFO, num_response_tokens=0, min_version=-1, max_version=-1)  # its environment never began
+    write_group(tmp_path, REQUEST, SAMPLING, 4, ROLLOUTS, (info, failed))
+    assert read_group(tmp_path, REQUEST, SAMPLING, 4, oldest=2) is not None
+    assert read_group(tmp_path, REQUEST, SAMPLING, 4, oldest=3) is None
+    assert not group_path(tmp_path, 0, 4).exists()
+
+
+def test_groups_of_weights_that_are_trained_anew_are_forgotten(tmp_path: Path) -> None:
+    for version in (2, 3, 4, 5):
+        write_group(tmp_path, REQUEST, SAMPLING, version, ROLLOUTS, (INFO,))
+    write_group(tmp_path, replace(REQUEST, group_id=-7), SAMPLING, 4, ROLLOUTS, (INFO,))  # of an evaluation
+    assert forget_after(tmp_path, 3) == 3
+    assert sorted(tmp_path.iterdir()) == [group_path(tmp_path, 0, 2), group_path(tmp_path, 0, 3)]

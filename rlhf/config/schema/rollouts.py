@@ -108,6 +108,13 @@ class RolloutsConfig(Section):
     batch_order: Literal["prompt", "completion"] = "prompt"
     """Order in which groups are trained. prompt: the order of the data. completion: the order in which they finish,
     which favours short responses; only with weight_updates in_flight."""
+    kv_after_update: Annotated[
+        Literal["recompute", "keep"],
+        NotWith("weight_updates", "between_batches", because="no response is in progress at an update"),
+    ] = "recompute"
+    """Keys and values of the tokens before an update, for responses in progress. recompute: the new weights compute
+    them again, so later log-probabilities are those of the new weights. keep: the update costs no prefill, and later
+    log-probabilities depend on earlier weights through the kept keys and values."""
     environment: EnvironmentConfig | None = None
     """The environment for conversations. null: one turn answers a prompt."""
 

@@ -1,7 +1,7 @@
 """Finished groups on disk, so that a resumed run trains on the very same rollouts.
 
-One file a group, named by group id and the version of the weights that the group began with, written whole or not at
-all. A file speaks for a request only if prompt, seeds, sampling and environment are the same.
+One file a group, named by group id and the version of the weights that sampled its newest token, written whole or not
+at all. A file speaks for a request only if prompt, seeds, sampling and environment are the same.
 """
 
 from __future__ import annotations
@@ -88,12 +88,15 @@ def read_group(
     sampling: Sampling,
     version: int,
     *,
+    oldest: int | None = None,
     environment: str = "",
     weights: str | None = None,
 ) -> tuple[Rollouts, tuple[RolloutInfo, ...]] | None:
     """Return the group, if its file is whole and answers this very request.
 
     Args:
+        version: of the weights that sampled its newest token.
+        oldest: a group with a token older than this version is deleted. None: its tokens may have any age.
         weights: checksum of the weights that must have sampled it. None: any weights of the version.
     """
     path = group_path(folder, request.group_id, version)
@@ -105,8 +108,11 @@ def read_group(
             wanted = _identity(request, sampling, environment) | ({} if weights is None else {"weights": weights})
             if any(metadata.get(key) != value for key, value in wanted.items()):
                 return None
-            rollouts = Rollouts(**{field.name: file.get_tensor(field.name) for field in fields(Rollouts)})
             infos = tuple(_info(row) for row in json.loads(metadata["infos"]))
+            if oldest is not None and any(info.num_response_tokens and info.min_version < oldest for info in infos):
+                path.unlink(missing_ok=True)
+                return None
+            rollouts = Rollouts(**{field.name: file.get_tensor(field.name) for field in fields(Rollouts)})
     except (SafetensorError, ValueError, KeyError, TypeError) as error:  # also from a release with other scalars
         logger.warning("%s is damaged (%s); its group is sampled again", path, error)
         return None

@@ -1,0 +1,170 @@
+"""Choose the engine of each group by load, and let groups wait here while all engines are full.
+
+The load of an engine is its outstanding work in tokens: a group counts its prompt once and the expected tokens of its
+responses. An engine that becomes free takes waiting work, so a wrong expectation costs little. The work per group does
+not depend on the number of waiting groups.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+RECENT_RESPONSES = 1000  # window of the mean response length
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineCapacity:
+    """What an engine can hold at once."""
+
+    cache_tokens: int  # keys and values of its cache
+    samples: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupWork:
+    """The size of a group, before it is answered."""
+
+    prompt_tokens: int
+    samples: int
+    limit: int  # most tokens of a response
+
+    def tokens(self, expected: float = float("inf")) -> float:
+        """Return the tokens of the group, for an expected response length. The samples share their prompt."""
+        return self.prompt_tokens + self.samples * min(self.limit, expected)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slot:
+    """The share of an engine that a group takes."""
+
+    engine: int
+    tokens: float
+    samples: int
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class _Waiting:
+    work: GroupWork
+    slot: asyncio.Future[Slot | None]  # None: the group is dropped
+
+
+@dataclass(slots=True, kw_only=True)
+class _Load:
+    """The outstanding work of one engine."""
+
+    capacity: EngineCapacity
+    tokens: float = 0.0
+    samples: int = 0
+    progress_at: float = 0.0  # when it last finished a group, or got its first one
+
+    def has_room(self, tokens: float, samples: int) -> bool:
+        """Return whether a group fits. An idle engine takes any group."""
+        capacity = self.capacity
+        fits = self.tokens + tokens <= capacity.cache_tokens and self.samples + samples <= capacity.samples
+        return fits or self.samples == 0
+
+
+@dataclass(slots=True, kw_only=True)
+class _Queue:
+    """Groups in order of arrival. Dropped groups are skipped when their turn comes."""
+
+    groups: deque[_Waiting] = field(default_factory=deque)
+
+    def first(self) -> _Waiting | None:
+        while self.groups and self.groups[0].slot.done():
+            self.groups.popleft()
+        return self.groups[0] if self.groups else None
+
+
+class Dispatch:
+    """The engines' outstanding work, and the groups that wait for room."""
+
+    def __init__(self, capacities: Sequence[EngineCapacity]) -> None:
+        self._loads = [_Load(capacity=capacity) for capacity in capacities]
+        self._urgent, self._ordinary = _Queue(), _Queue()
+        self._waiting: dict[int, _Waiting] = {}  # by group id
+        self._mean_length = float("inf")  # of recent responses; at first nothing is known
+        self._num_lengths = 0
+
+    async def enter(self, group_id: int, work: GroupWork, *, urgent: bool) -> Slot | None:
+        """Wait for room in an engine and take it. None: the group was dropped.
+
+        Urgent groups come before all others, and each kind in order of arrival.
+        """
+        queue = self._urgent if urgent else self._ordinary
+        ahead = self._urgent.first() or (None if urgent else self._ordinary.first())
+        engine = self._emptiest(work) if ahead is None else None
+        if engine is not None:
+            return self._take(engine, work)
+        waiting = _Waiting(work=work, slot=asyncio.get_running_loop().create_future())
+        queue.groups.append(waiting)
+        self._waiting[group_id] = waiting
+        try:
+            return await waiting.slot
+        except asyncio.CancelledError:
+            if waiting.slot.done() and not waiting.slot.cancelled() and (slot := waiting.slot.result()) is not None:
+                self.leave(slot)
+            raise
+        finally:
+            self._waiting.pop(group_id, None)
+
+    def leave(self, slot: Slot, lengths: Iterable[int] = ()) -> None:
+        """Give the room of a group back, and start waiting groups in it.
+
+        Args:
+            lengths: tokens of its responses.
+        """
+        for length in lengths:
+            self._num_lengths = min(self._num_lengths + 1, RECENT_RESPONSES)
+            previous = self._mean_length if self._num_lengths > 1 else float(length)
+            self._mean_length = previous + (length - previous) / self._num_lengths
+        load = self._loads[slot.engine]
+        load.tokens -= slot.tokens
+        load.samples -= slot.samples
+        load.progress_at = asyncio.get_running_loop().time()
+        while (waiting := self._urgent.first() or self._ordinary.first()) is not None:
+            if not load.has_room(waiting.work.tokens(self._mean_length), waiting.work.samples):
+                return
+            waiting.slot.set_result(self._take(slot.engine, waiting.work))
+
+    def drop(self, group_id: int) -> None:
+        """End the wait of a group, if it waits."""
+        waiting = self._waiting.get(group_id)
+        if waiting is not None and not waiting.slot.done():
+            waiting.slot.set_result(None)
+
+    def quiet_s(self, engine: int) -> float:
+        """Return the seconds since the engine finished a group or, if it finished none, began to work."""
+        return asyncio.get_running_loop().time() - self._loads[engine].progress_at
+
+    def _emptiest(self, work: GroupWork) -> int | None:
+        """Return the engine with the least outstanding work among those with room for a group."""
+        tokens = work.tokens(self._mean_length)
+        free = [index for index, load in enumerate(self._loads) if load.has_room(tokens, work.samples)]
+        return min(free, key=lambda index: self._loads[index].tokens, default=None)
+
+    def _take(self, engine: int, work: GroupWork) -> Slot:
+        slot = Slot(engine=engine, tokens=work.tokens(self._mean_length), samples=work.samples)
+        load = self._loads[engine]
+        if load.samples == 0:
+            load.progress_at = asyncio.get_running_loop().time()
+        load.tokens += slot.tokens
+        load.samples += slot.samples
+        return slot
+
+
+def shares(works: Sequence[GroupWork], num_engines: int) -> list[list[int]]:
+    """Distribute groups over engines by their largest size, and return the places of each engine's groups.
+
+    Nothing here depends on time: the same groups always have the same engines.
+    """
+    result: list[list[int]] = [[] for _ in range(num_engines)]
+    totals = [0.0] * num_engines
+    for place, work in enumerate(works):
+        engine = min(range(num_engines), key=lambda index: totals[index])
+        result[engine].append(place)
+        totals[engine] += work.tokens()
+    return result

@@ -1,0 +1,134 @@
+"""The weights of an engine: which version it has, how it gets another one, and whether they are in memory."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+from actors.rollout.engine_calls import EngineCalls
+from actors.rollout.vllm_engine import (
+    RolloutSpec,
+    adapter_request,
+    load_adapter,
+    load_weights,
+    serve_own_weights,
+)
+from actors.weights import WeightManifest
+from rlhf.errors import RunError
+from rlhf.roles import EnginePart
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncReceipt:
+    """The version and the checksum reported by an engine after a sync."""
+
+    version: int
+    checksum: str
+
+
+class EngineWeights:
+    """The state of an engine's weights. An engine that is not frozen has none before its first sync."""
+
+    def __init__(self, spec: RolloutSpec, calls: EngineCalls) -> None:
+        self.spec = spec
+        self.calls = calls
+        self.version: int | None = None
+        self.checksum = ""  # of the weights of this version
+        self.lora: Any = None  # the adapter named in requests
+        self._asleep: set[EnginePart] = set()  # parts whose GPU memory a trainer uses now
+        self._updating = asyncio.Lock()
+
+    async def serve_own(self) -> None:
+        """Serve the weights of the model folder as version 0: the engine is frozen."""
+        self.lora = await self.calls.run(
+            lambda engine: serve_own_weights(engine, self.spec), "its adapter", self.spec.start_timeout_s
+        )
+        self.version = 0
+
+    def synced_version(self) -> int:
+        """Return the version. RunError if the engine was never synced, is being synced, or sleeps."""
+        if self.version is None:
+            raise RunError(
+                f"{self.spec.name} has not received the policy's weights yet, so it cannot generate. "
+                "It must be synced first."
+            )
+        self.refuse_asleep("weights", "cache")
+        return self.version
+
+    async def settled_version(self) -> int:
+        """Return the version, after the update in progress if there is one. RunError as in `synced_version`."""
+        async with self._updating:
+            return self.synced_version()
+
+    def refuse_frozen(self) -> None:
+        """Raise RunError if the engine is frozen."""
+        if self.spec.is_frozen:
+            raise RunError(
+                f"{self.spec.name} is frozen: it answers with the weights of {self.spec.model} and no others."
+            )
+
+    def refuse_asleep(self, *parts: EnginePart) -> None:
+        """Raise RunError if one of these parts sleeps."""
+        asleep = [part for part in parts if part in self._asleep]
+        if asleep:
+            raise RunError(f"{self.spec.name} is asleep: its {asleep[0]} must be woken first.")
+
+    async def update(self, manifest: WeightManifest, version: int) -> SyncReceipt:
+        """Load a published set of weights between two steps. Samples in flight continue with the new weights.
+
+        RunError: the checksum of the received weights is wrong, or the engine is frozen.
+        """
+        self.refuse_frozen()
+        self.refuse_asleep("weights")
+        if manifest.version != version:
+            raise RunError(
+                f"{self.spec.name}: version {version} was requested, but the manifest describes version "
+                f"{manifest.version}"
+            )
+        async with self._updating:
+            return await self._load(manifest)
+
+    async def _load(self, manifest: WeightManifest) -> SyncReceipt:
+        self.version = None  # in any case: no sample from half-loaded weights
+        is_adapter, keeps = manifest.transport == "adapter", self.spec.kv_after_update == "keep"
+        load = load_adapter if is_adapter else load_weights
+        loaded = await self.calls.run(
+            lambda engine: load(engine, manifest, keep_cache=keeps), f"version {manifest.version} of the weights"
+        )
+        wrong = [(rank, checksum) for rank, checksum in enumerate(loaded.checksums) if checksum != manifest.checksum]
+        if wrong:
+            raise RunError(
+                f"{self.spec.name}: weight sync to version {manifest.version}: worker {wrong[0][0]} read bytes with "
+                f"checksum {wrong[0][1]}, the policy wrote {manifest.checksum} for version {manifest.version}. The "
+                "weights were damaged in transit."
+            )
+        if loaded.reusable_blocks:
+            raise RunError(
+                f"{self.spec.name}: weight sync to version {manifest.version}: {loaded.reusable_blocks} blocks of keys "
+                "and values that earlier weights computed are still cached for requests that start now"
+            )
+        self.lora = adapter_request(manifest) if is_adapter else None
+        self.version, self.checksum = loaded.version, loaded.checksums[0]
+        return SyncReceipt(version=loaded.version, checksum=loaded.checksums[0])
+
+    async def sleep(self, *, keep_weights: bool) -> None:
+        """Give the GPU to the trainer: free the cache, and the weights unless keep_weights moves them to host memory.
+
+        The next sync brings freed weights again. With LoRA the base weights are always kept, since no sync brings them.
+        On a CPU this does nothing.
+        """
+        if self.spec.device == "cpu":
+            return
+        keeps = keep_weights or self.spec.lora_rank is not None
+        if not keeps:
+            self.version = None
+        self._asleep = {"weights", "cache"}
+        await self.calls.run(lambda engine: engine.sleep(level=1 if keeps else 2), "its sleep")
+
+    async def wake(self, part: EnginePart) -> None:
+        """Take GPU memory back: first for the weights (a sync may fill it), then for the cache."""
+        if self.spec.device == "cuda":
+            tag = {"weights": "weights", "cache": "kv_cache"}[part]
+            await self.calls.run(lambda engine: engine.wake_up(tags=[tag]), f"the {part} to wake")
+            self._asleep.discard(part)

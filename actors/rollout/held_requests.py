@@ -1,0 +1,83 @@
+"""Start the requests of a batch in one engine step, in an order that does not depend on their arrival.
+
+This makes the composition of every engine step a function of the requests and the weights alone. It therefore fixes
+every bit of every log-probability.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from actors.rollout.engine_calls import EngineCalls
+from actors.rollout.engine_thread import Submission
+from rlhf.errors import RunError
+
+
+class HeldRequests:
+    """The entrance of an engine: it is open, or it holds requests back from `hold` to `release`."""
+
+    def __init__(self, calls: EngineCalls) -> None:
+        self.calls = calls
+        self.loop = calls.loop
+        self._held: list[tuple[int, list[Submission], asyncio.Future[list[Future[Any]]]]] | None = None
+        self._refused: RunError | None = None  # the error of a group submitted since `hold`
+        self._arrived = asyncio.Condition()
+
+    def hold(self) -> None:
+        """Hold back the requests that arrive from now on."""
+        self._held, self._refused = [], None
+
+    async def admit(self, group_id: int, submissions: list[Submission]) -> list[Future[Any]]:
+        """Give a group's samples to the engine, after `release` if the engine holds its requests."""
+        if self._held is None:
+            return self.loop.submit(submissions)
+        started: asyncio.Future[list[Future[Any]]] = asyncio.get_running_loop().create_future()
+        async with self._arrived:
+            self._held.append((group_id, submissions, started))
+            self._arrived.notify_all()
+        return await self.calls.within(started, f"the release of group {group_id}")
+
+    async def refuse(self, group_id: int, error: Exception) -> None:
+        """End the wait of `release` if requests are held, because a refused group never arrives."""
+        if self._held is None:
+            return
+        async with self._arrived:
+            self._refused = self._refused or RunError(f"{self.loop.name}: group {group_id}: {error}")
+            self._arrived.notify_all()
+
+    async def release(self, num_groups: int) -> None:
+        """Wait until that many groups have arrived since `hold`, then start them in one step, by group id and sample.
+
+        RunError as soon as one of the groups is refused.
+        """
+        held = self._held
+        if held is None:
+            raise RunError(f"{self.loop.name}: release without hold")
+        async with self._arrived:
+            try:
+                await asyncio.wait_for(
+                    self._arrived.wait_for(lambda: self._refused is not None or len(held) >= num_groups),
+                    self.calls.deadline_s,
+                )
+            except TimeoutError as error:
+                raise RunError(
+                    f"{self.loop.name}: only {len(held)} of {num_groups} groups arrived within "
+                    f"{self.calls.deadline_s:.0f} s"
+                ) from error
+        self._held = None
+        if self._refused is not None:
+            _fail_all([started for _, _, started in held], self._refused)
+            raise self._refused
+        held.sort(key=lambda entry: entry[0])
+        futures = iter(self.loop.submit([sample for _, samples, _ in held for sample in samples]))
+        for _, samples, started in held:
+            started.set_result([next(futures) for _ in samples])
+
+
+def _fail_all(waiters: Sequence[asyncio.Future[Any]], error: RunError) -> None:
+    for waiter in waiters:
+        if not waiter.done():  # otherwise its `admit` has given up
+            waiter.set_exception(error)

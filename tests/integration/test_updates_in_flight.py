@@ -1,0 +1,82 @@
+"""Updates that keep the keys and values of running samples: what they compute afterwards, and what nobody may reuse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from actors.weights.shm import ShmSender
+from tests.integration.engine_helpers import (
+    SAMPLING,
+    call,
+    engine,
+    logprobs_of,
+    model_like,
+    request,
+    sequences,
+    spec,
+    sync,
+    worst_difference,
+)
+
+SAMPLES = 16  # as many as the engine runs at once
+
+
+@pytest.fixture(scope="module")
+def keeping(tiny_model: Path, ray_local: None) -> Iterator[Any]:
+    with engine(spec(tiny_model, kv_after_update="keep", max_num_seqs=SAMPLES)) as handle:
+        yield handle
+
+
+def continued(old: Any, new: Any, token_ids: Tensor, first: int) -> Tensor:
+    """The log-probabilities of the tokens from `first` on by new weights, over keys and values of old weights."""
+    cache = DynamicCache()
+    with torch.no_grad():
+        old(token_ids[None, : first - 1], past_key_values=cache)
+        logits = new(token_ids[None, first - 1 :], past_key_values=cache).logits[0, :-1].float()
+    return logits.log_softmax(-1).gather(1, token_ids[first:, None])[:, 0]
+
+
+def test_kept_keys_and_values_serve_running_samples_alone(keeping: Any, tiny_model: Path) -> None:
+    """Samples that start later reuse none of them, also those that waited in the engine during the update."""
+    old, new = model_like(tiny_model, seed=1), model_like(tiny_model, seed=2)
+    sender = ShmSender(rank=0, dtype=torch.float32)
+    sync(keeping, sender.publish(old.named_parameters(), 1))
+    probe = [65 + i % 57 for i in range(48)]
+    group = request(1, samples=SAMPLES, prompt_tokens=200)  # its prompt fills several blocks
+    running = keeping.answer.remote(group, replace(SAMPLING, max_new_tokens=250), 1)
+    waiting = keeping.answer.remote(replace(group, group_id=2, seeds=group.seeds[:6]), SAMPLING, 1)
+    ready, _ = ray.wait([running, waiting], num_returns=1, timeout=0.2)
+    assert not ready
+    sync(keeping, sender.publish(new.named_parameters(), 2))
+    in_flight = call(keeping.health.remote()).requests_in_flight
+    (told,) = torch.tensor([call(keeping.probe.remote(probe))])
+    assert (told - logprobs_of(new, torch.tensor(probe))[1:]).abs().max() < 1e-3
+    assert in_flight > SAMPLES
+    later, _ = call(keeping.answer.remote(replace(group, group_id=3, seeds=group.seeds[:4]), SAMPLING, 1))
+    assert set(later.versions.tolist()) == {-1, 2}
+    assert worst_difference(new, later) < 1e-3
+
+    spans = 0
+    for sequence in sequences(call(running)[0]):
+        first = int((sequence["versions"] == 2).int().argmax())
+        if sequence["versions"][first] == 2:
+            ours, theirs = continued(old, new, sequence["token_ids"], first), sequence["rollout_logprobs"][first:]
+            assert (ours - theirs).abs().max() < 1e-3
+            spans += float((logprobs_of(new, sequence["token_ids"])[first:] - theirs).abs().mean()) > 1e-2
+    assert spans > 0
+    started_later = [s for s in sequences(call(waiting)[0]) if set(s["versions"].tolist()) == {-1, 2}]
+    assert started_later
+    for sequence in started_later:
+        sampled = sequence["response_mask"]
+        ours = logprobs_of(new, sequence["token_ids"])[sampled]
+        assert (ours - sequence["rollout_logprobs"][sampled]).abs().max() < 1e-3
+    sender.close()

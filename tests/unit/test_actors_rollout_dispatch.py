@@ -1,0 +1,104 @@
+"""Groups go to the engine with the least outstanding tokens, and wait outside the engines while all are full."""
+
+from __future__ import annotations
+
+import asyncio
+
+from actors.rollout.dispatch import Dispatch, EngineCapacity, GroupWork, Slot, shares
+
+
+def work(*, prompt: int = 10, samples: int = 2, limit: int = 20) -> GroupWork:
+    return GroupWork(prompt_tokens=prompt, samples=samples, limit=limit)
+
+
+def dispatch(engines: int, *, tokens: int = 1000, samples: int = 100) -> Dispatch:
+    return Dispatch([EngineCapacity(cache_tokens=tokens, samples=samples)] * engines)
+
+
+async def entered(rules: Dispatch, group_id: int, size: GroupWork) -> Slot:
+    slot = await asyncio.wait_for(rules.enter(group_id, size, urgent=False), 5.0)
+    assert slot is not None
+    return slot
+
+
+def waiter(rules: Dispatch, group_id: int, *, urgent: bool = False) -> asyncio.Task[Slot | None]:
+    return asyncio.create_task(rules.enter(group_id, work(), urgent=urgent))
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def test_work_is_counted_in_tokens_and_not_in_groups() -> None:
+    rules = dispatch(2)
+    assert (await entered(rules, 0, work(prompt=500))).engine == 0
+    small = [await entered(rules, group_id, work()) for group_id in range(1, 10)]
+    assert [slot.engine for slot in small] == [1] * 9
+
+
+async def test_a_response_is_expected_to_be_as_long_as_the_recent_ones() -> None:
+    rules = dispatch(1)
+    first = await entered(rules, 0, work(limit=100))
+    assert first.tokens == 10 + 2 * 100
+    rules.leave(first, [4, 8])
+    assert (await entered(rules, 1, work(limit=100))).tokens == 10 + 2 * 6
+    assert (await entered(rules, 2, work(limit=3))).tokens == 10 + 2 * 3
+
+
+async def test_groups_wait_for_an_engine_with_room_in_order_and_urgent_ones_first() -> None:
+    rules = dispatch(2, samples=2)
+    slots = [await entered(rules, group_id, work()) for group_id in (0, 1)]
+    late, later, urgent = waiter(rules, 2), waiter(rules, 3), waiter(rules, 4, urgent=True)
+    await settle()
+    assert [late.done(), later.done(), urgent.done()] == [False, False, False]
+    rules.leave(slots[1])
+    await settle()
+    assert [late.done(), later.done(), urgent.done()] == [False, False, True]
+    slot = urgent.result()
+    assert slot is not None
+    assert slot.engine == 1
+    rules.leave(slots[0])
+    rules.leave(slot)
+    results = [await late, await later]
+    assert [slot.engine for slot in results if slot is not None] == [0, 1]
+
+
+async def test_the_cache_limits_an_engine_too_but_an_idle_one_takes_any_group() -> None:
+    rules = dispatch(1, tokens=60)
+    huge = await entered(rules, 0, work(prompt=500))
+    waiting = waiter(rules, 1)
+    await settle()
+    assert not waiting.done()
+    rules.leave(huge)
+    assert await waiting == Slot(engine=0, tokens=50, samples=2)
+
+
+async def test_a_dropped_group_does_not_hold_up_those_behind_it() -> None:
+    rules = dispatch(1, samples=2)
+    slot = await entered(rules, 0, work())
+    dropped, given_up, behind = waiter(rules, 1), waiter(rules, 2), waiter(rules, 3)
+    await settle()
+    rules.drop(1)
+    given_up.cancel()
+    assert await dropped is None
+    rules.leave(slot)
+    assert (await behind) is not None
+
+
+async def test_room_given_to_a_waiter_that_gives_up_is_free_again() -> None:
+    rules = dispatch(1, samples=2)
+    slot = await entered(rules, 0, work())
+    given_up = waiter(rules, 1)
+    await settle()
+    rules.leave(slot)  # the waiter has the room now and does not know it yet
+    given_up.cancel()
+    await settle()
+    assert (await entered(rules, 2, work())).engine == 0
+
+
+def test_shares_of_a_batch_are_balanced_by_tokens() -> None:
+    works = [work(limit=100), *[work(limit=20)] * 4]
+    assert shares(works, 2) == [[0], [1, 2, 3, 4]]
+    assert shares([work()] * 5, 2) == [[0, 2, 4], [1, 3]]
+    assert shares(works, 1) == [[0, 1, 2, 3, 4]]
