@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from rlhf.evaluation.voting import AnswerForm
 from rlhf.role_table import Role
@@ -42,12 +42,25 @@ class Ref(Protocol[T_co]):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteColumns(Generic[T_co]):
+    """Token columns in another process. A rank fetches them only if it has one of their sequences."""
+
+    ref: Ref[T_co]
+    sequence_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CompletedGroup:
     """All responses to one request. `rollouts` holds their tokens."""
 
     request: GroupRequest
     rollouts: Ref[Rollouts]
     infos: tuple[RolloutInfo, ...]
+
+    @property
+    def columns(self) -> RemoteColumns[Rollouts]:
+        """Return the columns of the responses."""
+        return RemoteColumns(ref=self.rollouts, sequence_ids=tuple(info.sequence_id for info in self.infos))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +108,7 @@ class AdvantagesReport:
 
     mean_advantages: Mapping[int, float]  # by sequence id
     metrics: Metrics
-    returns: tuple[Ref[TokenValues], ...]
+    returns: tuple[RemoteColumns[TokenValues], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,15 +220,15 @@ class ReferenceRole(GpuGuest, Protocol):
 
     async def logprobs(
         self,
-        rollouts: Sequence[Ref[Rollouts]],
+        groups: Sequence[CompletedGroup],
         *,
         only: frozenset[int] | None = None,
         temperatures: Mapping[int, float] | None = None,
-    ) -> list[Ref[TokenValues]]:
-        """Return one column for each given batch, in order.
+    ) -> list[RemoteColumns[TokenValues]]:
+        """Return one column for each group, in order.
 
         Args:
-            only: the sequences to compute, at least one in each batch; None computes all.
+            only: the sequences to compute, at least one in each group; None computes all.
             temperatures: by sequence id, for sequences with a temperature of their prompt.
         """
 
@@ -237,9 +250,9 @@ class OnlineTeacherRole(GpuGuest, Protocol):
     role: Role
 
     async def logprobs(
-        self, rollouts: Sequence[Ref[Rollouts]], *, temperatures: Mapping[int, float]
-    ) -> list[Ref[TokenValues]]:
-        """Return log-probabilities of the sampled tokens, one column for each given batch, in order."""
+        self, groups: Sequence[CompletedGroup], *, temperatures: Mapping[int, float]
+    ) -> list[RemoteColumns[TokenValues]]:
+        """Return log-probabilities of the sampled tokens, one column for each group, in order."""
 
     async def states(self, plan: MinibatchPlan, groups: Sequence[CompletedGroup]) -> StatesByRank:
         """Return the last hidden states at the positions predicting a minibatch's sampled tokens."""
@@ -272,12 +285,15 @@ class PolicyRole(TrainedRole, Protocol):
     """The policy: the trained language model."""
 
     async def prepare(
-        self, plan: BatchPlan, rollouts: Sequence[Ref[Rollouts]], ref_logprobs: Sequence[Ref[TokenValues]]
+        self, plan: BatchPlan, groups: Sequence[CompletedGroup], ref_logprobs: Sequence[RemoteColumns[TokenValues]]
     ) -> PrepareReport:
-        """Load a batch, and compute its metrics under the current weights."""
+        """Load a batch, and compute its metrics under the current weights. Each rank receives its own sequences."""
 
     async def set_advantages(
-        self, by_sequence: Mapping[int, float] | None, values: Sequence[Ref[TokenValues]]
+        self,
+        plan: BatchPlan,
+        by_sequence: Mapping[int, float] | None,
+        values: Sequence[RemoteColumns[TokenValues]],
     ) -> AdvantagesReport:
         """Give every sampled token the advantage of its sequence, or if None one estimated from the critic's values."""
 
@@ -288,7 +304,7 @@ class PolicyRole(TrainedRole, Protocol):
         """
 
     async def token_signals(self, sequences: Sequence[int]) -> list[Ref[TokenSignals]]:
-        """Return the training signals of the tokens of these sequences in the prepared batch, one column per rank."""
+        """Return the training signals of the tokens of these sequences in the prepared batch, by rank."""
 
     async def empty_cache(self) -> None:
         """Return memory cached by torch but used by no tensor, so that another process on the GPU can allocate it."""
@@ -309,10 +325,11 @@ class PolicyRole(TrainedRole, Protocol):
 class CriticRole(TrainedRole, Protocol):
     """The critic: the trained value model."""
 
-    async def values(self, plan: BatchPlan, rollouts: Sequence[Ref[Rollouts]]) -> list[Ref[TokenValues]]:
+    async def values(self, plan: BatchPlan, groups: Sequence[CompletedGroup]) -> list[RemoteColumns[TokenValues]]:
         """Return the values of the batch's tokens, one column per rank."""
 
-    async def prepare(self, plan: BatchPlan, returns: Sequence[Ref[TokenValues]]) -> None: ...
+    async def prepare(self, plan: BatchPlan, returns: Sequence[RemoteColumns[TokenValues]]) -> None:
+        """Load the targets of the batch given to `values`, which has the same plan."""
 
     async def update(self, minibatch: int) -> Metrics:
         """Make one optimizer step on a minibatch of the prepared batch."""

@@ -341,6 +341,20 @@ class BatchPlan:
         """Return the first sequence of any rank. A rank without sequences runs it and learns nothing from it."""
         return (next(i for minibatch in self.minibatches for ids in minibatch.sequences_by_rank for i in ids),)
 
+    def received_by(self, rank: int) -> tuple[int, ...]:
+        """Return the sequences whose columns a rank receives."""
+        return self.sequences_of(rank) or self.some_sequence()
+
+    def for_rank(self, rank: int) -> Self:
+        """Return the plan with the scores, temperatures and steps of a rank's sequences alone."""
+        received = self.received_by(rank)
+        return replace(
+            self,
+            scores={i: self.scores[i] for i in received if i in self.scores},
+            temperatures={i: self.temperatures[i] for i in received if i in self.temperatures},
+            steps={i: self.steps[i] for i in received if i in self.steps},
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryReport:

@@ -20,14 +20,22 @@ from actors.roles.group import END_WITHIN_S, ModelGroup
 from actors.weights import Meeting, Transport, WeightManifest
 from rlhf.errors import RunError, UserError
 from rlhf.role_table import Role
-from rlhf.roles import AdvantagesReport, Arithmetic, Metrics, PrepareReport, Ref, StatesByRank
+from rlhf.roles import (
+    AdvantagesReport,
+    Arithmetic,
+    CompletedGroup,
+    Metrics,
+    PrepareReport,
+    Ref,
+    RemoteColumns,
+    StatesByRank,
+)
 from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.types import (
     BatchPlan,
     Examples,
     MinibatchPlan,
     Pairs,
-    Rollouts,
     TokenSignals,
     TokenValues,
     VocabularyHead,
@@ -87,10 +95,27 @@ class Gang(ModelGroup):
     async def take_teacher(self, head: Ref[VocabularyHead]) -> None:
         await self.all([h.take_teacher.remote(head) for h in self.handles], "start")
 
-    async def _columns(self, refs: Sequence[tuple[Ref[Any], ObjectRef[Any]]], stage: str) -> list[Ref[Any]]:
-        """Wait for calls that return a column and a scalar, and return one column per data-parallel rank."""
-        await self.all([scalar for _, scalar in refs], stage)
-        return [column for column, _ in self.distinct(refs)]
+    async def _columns(self, refs: Sequence[tuple[Ref[Any], ObjectRef[Any]]], stage: str) -> list[tuple[Ref[Any], int]]:
+        """Wait for calls that return a column and its size, and return one column per data-parallel rank."""
+        sizes = await self.all([size for _, size in refs], stage)
+        return [(column, size) for (column, _), size in self.distinct(list(zip(refs, sizes, strict=True)))]
+
+    def _by_rank(self, plan: BatchPlan, columns: Sequence[RemoteColumns[Any]]) -> list[list[Ref[Any]]]:
+        """Return the references that each rank fetches: those with one of its sequences, in the given order."""
+        receivers: dict[int, set[int]] = {}
+        for rank in range(self.num_ranks):
+            for sequence_id in plan.received_by(rank):
+                receivers.setdefault(sequence_id, set()).add(rank)
+        refs: list[list[Ref[Any]]] = [[] for _ in range(self.num_ranks)]
+        for column in columns:
+            for rank in set().union(*(receivers.get(i, ()) for i in column.sequence_ids)):
+                refs[rank].append(column.ref)
+        return [refs[rank // self.sequence_parallel] for rank in range(len(self.handles))]
+
+    def _plans(self, plan: BatchPlan) -> list[BatchPlan]:
+        """Return the plan that each rank receives."""
+        plans = [plan.for_rank(rank) for rank in range(self.num_ranks)]
+        return [plans[rank // self.sequence_parallel] for rank in range(len(self.handles))]
 
     async def _step(self, methods: Sequence[Any], states: StatesByRank, stage: str, *args: Any) -> Metrics:
         """Call a method of each rank with the teacher's states of its rows, if there are any, and merge the metrics."""
@@ -140,9 +165,13 @@ class PolicyGang(Gang):
         await self.all(refs, "weight sync")
 
     async def prepare(
-        self, plan: BatchPlan, rollouts: Sequence[Ref[Rollouts]], ref_logprobs: Sequence[Ref[TokenValues]]
+        self, plan: BatchPlan, groups: Sequence[CompletedGroup], ref_logprobs: Sequence[RemoteColumns[TokenValues]]
     ) -> PrepareReport:
-        refs = [h.prepare.remote(plan, *rollouts, *ref_logprobs) for h in self.handles]
+        parts = self._by_rank(plan, [*(group.columns for group in groups), *ref_logprobs])
+        refs = [
+            handle.prepare.remote(own_plan, *own_parts)
+            for handle, own_plan, own_parts in zip(self.handles, self._plans(plan), parts, strict=True)
+        ]
         reports = self.distinct(await self.all(refs, "experience"))
         return PrepareReport(
             sequences=tuple(s for sequences, _ in reports for s in sequences),
@@ -150,15 +179,25 @@ class PolicyGang(Gang):
         )
 
     async def set_advantages(
-        self, by_sequence: Mapping[int, float] | None, values: Sequence[Ref[TokenValues]]
+        self,
+        plan: BatchPlan,
+        by_sequence: Mapping[int, float] | None,
+        values: Sequence[RemoteColumns[TokenValues]],
     ) -> AdvantagesReport:
         """Set the advantages of each rank's tokens. The returns stay references."""
-        pairs = [h.set_advantages.options(num_returns=2).remote(by_sequence, *values) for h in self.handles]
+        pairs = []
+        for rank, (handle, own_values) in enumerate(zip(self.handles, self._by_rank(plan, values), strict=True)):
+            received = plan.received_by(rank // self.sequence_parallel)
+            own = None if by_sequence is None else {i: by_sequence[i] for i in received}
+            pairs.append(handle.set_advantages.options(num_returns=2).remote(own, *own_values))
         reports = self.distinct(await self.all([scalars for _, scalars in pairs], "advantages"))
         return AdvantagesReport(
             mean_advantages={i: value for means, _ in reports for i, value in means.items()},
             metrics=merge_metrics(metrics for _, metrics in reports),
-            returns=tuple(returns for returns, _ in self.distinct(pairs)),
+            returns=tuple(
+                RemoteColumns(ref=returns, sequence_ids=plan.sequences_of(rank))
+                for rank, (returns, _) in enumerate(self.distinct(pairs))
+            ),
         )
 
     async def update(self, minibatch: int, states: StatesByRank = ()) -> Metrics:
@@ -166,7 +205,7 @@ class PolicyGang(Gang):
 
     async def token_signals(self, sequences: Sequence[int]) -> list[Ref[TokenSignals]]:
         refs = [h.token_signals.options(num_returns=2).remote(tuple(sequences)) for h in self.handles]
-        return await self._columns(refs, "samples")
+        return [column for column, size in await self._columns(refs, "samples") if size]
 
     async def empty_cache(self) -> None:
         await self.all([h.empty_cache.remote() for h in self.handles], "weight sync")
@@ -195,12 +234,21 @@ class CriticGang(Gang):
 
     role: Role = "critic"
 
-    async def values(self, plan: BatchPlan, rollouts: Sequence[Ref[Rollouts]]) -> list[Ref[TokenValues]]:
-        refs = [h.values.options(num_returns=2).remote(plan, *rollouts) for h in self.handles]
-        return await self._columns(refs, "values")
+    async def values(self, plan: BatchPlan, groups: Sequence[CompletedGroup]) -> list[RemoteColumns[TokenValues]]:
+        parts = self._by_rank(plan, [group.columns for group in groups])
+        refs = [
+            handle.values.options(num_returns=2).remote(own_plan, *own_parts)
+            for handle, own_plan, own_parts in zip(self.handles, self._plans(plan), parts, strict=True)
+        ]
+        return [
+            RemoteColumns(ref=column, sequence_ids=plan.sequences_of(rank))
+            for rank, (column, _) in enumerate(await self._columns(refs, "values"))
+        ]
 
-    async def prepare(self, plan: BatchPlan, returns: Sequence[Ref[TokenValues]]) -> None:
-        await self.all([h.prepare.remote(*returns) for h in self.handles], "advantages")
+    async def prepare(self, plan: BatchPlan, returns: Sequence[RemoteColumns[TokenValues]]) -> None:
+        parts = self._by_rank(plan, returns)
+        refs = [handle.prepare.remote(*own) for handle, own in zip(self.handles, parts, strict=True)]
+        await self.all(refs, "advantages")
 
     async def update(self, minibatch: int) -> Metrics:
         results = await self.all([h.update.remote(minibatch) for h in self.handles], "critic update")
@@ -229,10 +277,10 @@ class OfflineGang(Gang):
     async def reference_logprobs(self, dataset: int, plan: MinibatchPlan) -> list[Ref[TokenValues]]:
         """Return one column per data-parallel rank."""
         refs = [h.reference_logprobs.options(num_returns=2).remote(dataset, plan) for h in self.handles]
-        return await self._columns(refs, "reference")
+        return [column for column, _ in await self._columns(refs, "reference")]
 
     async def keep_reference(self, dataset: int, path: Path, columns: Sequence[Ref[TokenValues]]) -> None:
-        """Give every rank all reference columns."""
+        """Give every rank all reference columns, since each step deals the data set's rows to the ranks anew."""
         await self.all([h.keep_reference.remote(dataset, path, *columns) for h in self.handles], "reference")
 
     async def read_reference(self, dataset: int, path: Path) -> bool:

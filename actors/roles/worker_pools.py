@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from rlhf.rewards.processes.pool import GroupOutcome
 from rlhf.rewards.scoring import ask_deadline_s, asks_in_flight
 from rlhf.rewards.scoring import deadline_s as longest_s
 from rlhf.role_table import Role
-from rlhf.roles import CompletedGroup, Ref, SampleSelection
+from rlhf.roles import CompletedGroup, Ref, RemoteColumns, SampleSelection
 from rlhf.rollouts.records.texts import Transcript
-from rlhf.types import GroupScores, Rollouts, TokenSignals, TokenValues
+from rlhf.types import GroupScores, TokenSignals, TokenValues
 from rlhf.workers.frozen.reward import RewardSettings, RewardWorker
 
 PING_EVERY_S = 10.0  # while an answer is pending
@@ -153,22 +154,22 @@ class ReferenceWorkers(ModelGroup):
 
     async def logprobs(
         self,
-        rollouts: Sequence[Ref[Rollouts]],
+        groups: Sequence[CompletedGroup],
         *,
         only: frozenset[int] | None = None,
         temperatures: Mapping[int, float] | None = None,
-    ) -> list[Ref[TokenValues]]:
-        """Return one column per batch. The workers share the batches evenly, and each packs its batches together."""
-        columns: list[Any] = [None] * len(rollouts)
-        shares = balance([1] * len(rollouts), min(len(self.handles), len(rollouts)))
+    ) -> list[RemoteColumns[TokenValues]]:
+        """Return one column per group. The workers share the groups evenly, and each packs its groups together."""
+        columns: list[Any] = [None] * len(groups)
+        shares = balance([1] * len(groups), min(len(self.handles), len(groups)))
         waits = []
         for handle, share in zip(self.handles, shares, strict=False):
-            given = [rollouts[i] for i in share]
+            given = [groups[i].rollouts for i in share]
             *logprob_refs, done = handle.logprobs.options(num_returns=len(share) + 1).remote(
                 only, temperatures or {}, *given
             )
             for i, ref in zip(share, logprob_refs, strict=True):
-                columns[i] = ref
+                columns[i] = replace(groups[i].columns, ref=ref)
             waits.append(done)
         await self.all(waits, self.role)
         return columns

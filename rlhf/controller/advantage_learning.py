@@ -25,7 +25,7 @@ from rlhf.controller.learning import OnlineRoles, ReferencedLearning, Signals
 from rlhf.controller.record import RunRecord
 from rlhf.objectives.kl import adaptive_kl_coef
 from rlhf.objectives.selection import best, most_spread
-from rlhf.roles import PrepareReport, Ref, ScoredGroup, TrainedRole
+from rlhf.roles import PrepareReport, RemoteColumns, ScoredGroup, TrainedRole
 from rlhf.tracking.metrics.reductions import Last, Mean
 from rlhf.types import BatchPlan, StepReward, TokenValues
 
@@ -144,25 +144,27 @@ class AdvantageLearning(ReferencedLearning):
             trained: the same groups without masked responses.
         """
         roles, config = self.roles, self.algorithm.config
-        rollouts = [scored.group.rollouts for scored in trained]
+        groups = [scored.group for scored in trained]
         reference, critic = roles.reference, roles.critic
         wanted = frozenset(plan.scores) if leaves_out(self.config) else None
         placed = self.config.cluster.roles
         share_bundles = placed.reference.colocate_with == placed.critic.colocate_with == "policy"
         in_turn = asyncio.Semaphore(1 if share_bundles else 2)
 
-        async def logprobs() -> Sequence[Ref[TokenValues]]:
+        async def logprobs() -> Sequence[RemoteColumns[TokenValues]]:
             async with in_turn:
                 if reference is None:
                     return []
-                return await reference.logprobs(rollouts, only=wanted, temperatures=plan.temperatures)
+                return await reference.logprobs(groups, only=wanted, temperatures=plan.temperatures)
 
-        async def old_values() -> Sequence[Ref[TokenValues]]:
+        critic_plan = plan if critic is None else self._plan(trained, plan.step, critic)
+
+        async def old_values() -> Sequence[RemoteColumns[TokenValues]]:
             async with in_turn:
-                return [] if critic is None else await critic.values(self._plan(trained, plan.step, critic), rollouts)
+                return [] if critic is None else await critic.values(critic_plan, groups)
 
         references, values = await asyncio.gather(logprobs(), old_values())
-        report = await roles.policy.prepare(plan, rollouts, references)
+        report = await roles.policy.prepare(plan, groups, references)
         scores = {
             info.sequence_id: score
             for scored in kept
@@ -174,10 +176,10 @@ class AdvantageLearning(ReferencedLearning):
                     scores[sequence.sequence_id] -= plan.kl_coef * sequence.kl_ref
         by_sequence = self.algorithm.sequence_advantages(self._outcomes(kept, scores))
         advantages = await roles.policy.set_advantages(
-            None if by_sequence is None else dict(zip(scores, by_sequence.tolist(), strict=True)), values
+            plan, None if by_sequence is None else dict(zip(scores, by_sequence.tolist(), strict=True)), values
         )
         if critic is not None:
-            await critic.prepare(plan, advantages.returns)
+            await critic.prepare(critic_plan, advantages.returns)
         self.record.add(report.metrics)
         self.record.add(advantages.metrics)
         return report, advantages.mean_advantages

@@ -20,7 +20,7 @@ from rlhf.config.schema.root import Config
 from rlhf.controller.batches import plan_batch
 from rlhf.controller.learning import Learning, OnlineRoles, Signals
 from rlhf.controller.record import RunRecord
-from rlhf.roles import ScoredGroup, StatesByRank
+from rlhf.roles import CompletedGroup, ScoredGroup, StatesByRank
 from rlhf.types import BatchPlan
 
 
@@ -41,17 +41,17 @@ class DistillationLearning(Learning):
     async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:
         config, record, policy = self.config, self.record, self.roles.policy
         groups = self.scores.normalized(groups)
-        rollouts = [scored.group.rollouts for scored in groups]
+        answered = [scored.group for scored in groups]
         plan = self._plan(groups, step)
         with record.stage(self.teacher.role):
-            teacher_columns = [] if self.reads_states else await self.teacher.logprobs(rollouts, temperatures={})
-            shown = rollouts[: -(-config.tracking.samples_per_step // self.rollouts.samples_per_prompt)]
-            means = await self._mean_logprobs(shown)
+            teacher_columns = [] if self.reads_states else await self.teacher.logprobs(answered, temperatures={})
+            shown = answered[: -(-config.tracking.samples_per_step // self.rollouts.samples_per_prompt)]
+            means = await self._mean_logprobs([group.rollouts for group in shown])
         with record.stage("experience"):
-            record.add((await policy.prepare(plan, rollouts, teacher_columns)).metrics)
+            record.add((await policy.prepare(plan, answered, teacher_columns)).metrics)
         order = self.visits(len(plan.minibatches), step)
         if self.reads_states:
-            await self._update_all(order, plan, groups)
+            await self._update_all(order, plan, answered)
         else:
             for minibatch in order:
                 await self._update(minibatch)
@@ -96,12 +96,11 @@ class DistillationLearning(Learning):
         with self.record.stage("update"):
             self.record.add(await self.roles.policy.update(minibatch, states))
 
-    async def _update_all(self, order: Sequence[int], plan: BatchPlan, groups: Sequence[ScoredGroup]) -> None:
+    async def _update_all(self, order: Sequence[int], plan: BatchPlan, answered: Sequence[CompletedGroup]) -> None:
         """Update from the teacher's states, requested for one minibatch at a time because they are large.
 
         A teacher with separate hardware computes the next minibatch during an update.
         """
-        answered = [scored.group for scored in groups]
 
         async def states_of(minibatch: int) -> StatesByRank:
             with self.record.stage(self.teacher.role):

@@ -71,12 +71,12 @@ class PairLearning(ReferencedLearning):
             num_minibatches=self.num_minibatches,
             num_ranks=policy.num_ranks,
         )
-        rollouts = [scored.group.rollouts for scored, _ in paired]
+        groups = [scored.group for scored, _ in paired]
         only = frozenset(info.sequence_id for pair in pairs for info in pair)
         references = (
-            [] if reference is None else await reference.logprobs(rollouts, only=only, temperatures=plan.temperatures)
+            [] if reference is None else await reference.logprobs(groups, only=only, temperatures=plan.temperatures)
         )
-        self.record.add((await policy.prepare(plan, rollouts, references)).metrics)
+        self.record.add((await policy.prepare(plan, groups, references)).metrics)
         return len(plan.minibatches)
 
     def _pair(self, scored: ScoredGroup) -> Pair | None:

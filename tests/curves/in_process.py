@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,20 @@ from rlhf.models.loading import load_tokenizer
 from rlhf.preflight.inputs import OnlineInputs, StageInputs, load_inputs
 from rlhf.rewards.scoring import fingerprint
 from rlhf.role_table import Role
-from rlhf.roles import AdvantagesReport, Arithmetic, CompletedGroup, EnginePart, Metrics, PrepareReport, SampleSelection
+from rlhf.roles import (
+    AdvantagesReport,
+    Arithmetic,
+    CompletedGroup,
+    EnginePart,
+    Metrics,
+    PrepareReport,
+    RemoteColumns,
+    SampleSelection,
+)
 from rlhf.rollouts.environments.conversations import Conversations, EnvironmentSpec
 from rlhf.rollouts.records.spans import Sampled, assemble
 from rlhf.tracking.metrics.declarations import merge_metrics
-from rlhf.types import BatchPlan, GroupRequest, GroupScores, MemoryReport, RolloutInfo, Rollouts, Sampling
+from rlhf.types import BatchPlan, GroupRequest, GroupScores, MemoryReport, RolloutInfo, Rollouts, Sampling, TokenValues
 from rlhf.workers.frozen.reference import ReferenceWorker
 from rlhf.workers.frozen.reward import RewardSettings, RewardWorker
 from rlhf.workers.frozen.teacher import OnlineTeacherWorker
@@ -101,13 +111,22 @@ class Policy(Trained):
         super().__init__(worker)
         self.worker: Any = worker
 
-    async def prepare(self, plan: BatchPlan, rollouts: Sequence[Any], ref_logprobs: Sequence[Any]) -> PrepareReport:
-        sequences, metrics = self.worker.prepare(plan, *rollouts, *ref_logprobs)
+    async def prepare(
+        self, plan: BatchPlan, groups: Sequence[CompletedGroup], ref_logprobs: Sequence[RemoteColumns[TokenValues]]
+    ) -> PrepareReport:
+        parts: list[Any] = [group.rollouts for group in groups] + [column.ref for column in ref_logprobs]
+        sequences, metrics = self.worker.prepare(plan, *parts)
         return PrepareReport(sequences=sequences, metrics=metrics)
 
-    async def set_advantages(self, by_sequence: Mapping[int, float] | None, values: Sequence[Any]) -> AdvantagesReport:
-        returns, (means, metrics) = self.worker.set_advantages(by_sequence, *values)
-        return AdvantagesReport(mean_advantages=means, metrics=metrics, returns=() if returns is None else (returns,))
+    async def set_advantages(
+        self,
+        plan: BatchPlan,
+        by_sequence: Mapping[int, float] | None,
+        values: Sequence[RemoteColumns[TokenValues]],
+    ) -> AdvantagesReport:
+        returns, (means, metrics) = self.worker.set_advantages(by_sequence, *(column.ref for column in values))
+        column = RemoteColumns(ref=returns, sequence_ids=plan.sequences_of(0))
+        return AdvantagesReport(mean_advantages=means, metrics=metrics, returns=(column,))
 
     async def update(self, minibatch: int, states: Sequence[Any] = ()) -> Metrics:
         return merge_metrics([self.worker.update(minibatch, *states)])
@@ -136,12 +155,14 @@ class Critic(Trained):
         super().__init__(worker)
         self.worker = worker
 
-    async def values(self, plan: BatchPlan, rollouts: Sequence[Any]) -> list[Any]:
+    async def values(self, plan: BatchPlan, groups: Sequence[CompletedGroup]) -> list[RemoteColumns[TokenValues]]:
+        rollouts: list[Any] = [group.rollouts for group in groups]
         column, _ = self.worker.values(plan, *rollouts)
-        return [column]
+        return [RemoteColumns(ref=column, sequence_ids=plan.sequences_of(0))]
 
-    async def prepare(self, plan: BatchPlan, returns: Sequence[Any]) -> None:
-        self.worker.prepare(*returns)
+    async def prepare(self, plan: BatchPlan, returns: Sequence[RemoteColumns[TokenValues]]) -> None:
+        columns: list[Any] = [column.ref for column in returns]
+        self.worker.prepare(*columns)
 
     async def update(self, minibatch: int) -> Metrics:
         return merge_metrics([self.worker.update(minibatch)])
@@ -160,10 +181,15 @@ class Reference:
         self.worker.become(str(folder))
 
     async def logprobs(
-        self, rollouts: Sequence[Any], *, only: frozenset[int] | None = None, temperatures: Mapping[int, float]
-    ) -> list[Any]:
+        self,
+        groups: Sequence[CompletedGroup],
+        *,
+        only: frozenset[int] | None = None,
+        temperatures: Mapping[int, float],
+    ) -> list[RemoteColumns[TokenValues]]:
+        rollouts: list[Any] = [group.rollouts for group in groups]
         *columns, _ = self.worker.logprobs(only, temperatures, *rollouts)
-        return columns
+        return [replace(group.columns, ref=column) for group, column in zip(groups, columns, strict=True)]
 
     async def offload(self) -> None:
         self.worker.move_to_host()

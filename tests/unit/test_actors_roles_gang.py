@@ -1,9 +1,9 @@
-"""The environment of a gang's processes, and the failed start of one rank. Real gangs: tests/integration."""
+"""The environment of a gang's processes, a failed start, and each rank's columns. Real gangs: tests/integration."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,11 +12,13 @@ import pytest
 from ray.exceptions import RayTaskError
 
 from actors.cluster.processes import Processes
-from actors.roles.gang import OfflineGang
+from actors.roles.gang import CriticGang, OfflineGang, PolicyGang
 from actors.roles.group import worker_environment
 from actors.rollout.vllm_engine import RolloutSpec, engine_environment
 from rlhf.engine.distributed import RankContext
 from rlhf.errors import RunError
+from rlhf.roles import CompletedGroup, RemoteColumns
+from rlhf.types import BatchPlan, GroupRequest, MinibatchPlan, Prompt, RolloutInfo, StepReward, TokenValues
 
 PLACE = RankContext(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=1.0)
 ENGINE = RolloutSpec(name="", model="org/name", dtype="float32", max_model_len=8, max_num_seqs=1, transport="shm")
@@ -67,3 +69,136 @@ def test_a_rank_whose_start_fails_ends_the_gang(
     with pytest.raises(RunError, match=message):
         asyncio.run(gang.start(deadline_s=0.2))
     assert ended == ["policy"]
+
+
+class Rank:
+    """A rank that notes the arguments of its calls."""
+
+    def __init__(self, **results: Any) -> None:
+        self.calls: dict[str, tuple[Any, ...]] = {}
+        for name, result in results.items():
+            setattr(self, name, SimpleNamespace(remote=self.noting(name, result), options=self.options(name, result)))
+
+    def noting(self, name: str, result: Any) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            self.calls[name] = args
+            return done(result)
+
+        return call
+
+    def options(self, name: str, result: Any) -> Callable[..., Any]:
+        """Return the method that returns a column and, awaited, the result."""
+
+        def call(*args: Any) -> Any:
+            self.calls[name] = args
+            return f"column of {args[-1] if args else None}", done(result)
+
+        return lambda num_returns: SimpleNamespace(remote=call)
+
+
+def done(result: Any) -> Any:
+    future: Future[Any] = Future()
+    future.set_result(result)
+    return SimpleNamespace(future=lambda: future)
+
+
+def group(index: int, *sequence_ids: int) -> CompletedGroup:
+    prompt = Prompt(prompt_id=index, token_ids=(1, 2), text="", columns={})
+    rollouts: Any = f"group {index}"
+    return CompletedGroup(
+        request=GroupRequest(group_id=index, prompt=prompt, seeds=(0,), first_sequence_id=sequence_ids[0]),
+        rollouts=rollouts,
+        infos=tuple(
+            RolloutInfo(
+                sequence_id=i,
+                num_prompt_tokens=2,
+                num_response_tokens=3,
+                finish_reason="stop",
+                min_version=0,
+                max_version=0,
+                mean_logprob=-1.0,
+            )
+            for i in sequence_ids
+        ),
+    )
+
+
+def plan_of(*minibatches: Sequence[tuple[int, ...]]) -> BatchPlan:
+    """Return a plan of minibatches with these sequences for each rank."""
+    ids = [i for shares in minibatches for share in shares for i in share]
+    return BatchPlan(
+        step=1,
+        minibatches=tuple(
+            MinibatchPlan(sequences_by_rank=tuple(shares), num_tokens=9, num_sequences=3) for shares in minibatches
+        ),
+        scores={i: float(i) for i in ids},
+        kl_coef=0.0,
+        temperatures={0: 0.5},
+        steps={5: (StepReward(end=3, value=1.0),)},
+    )
+
+
+def column(name: str, *sequence_ids: int) -> RemoteColumns[TokenValues]:
+    ref: Any = name
+    return RemoteColumns(ref=ref, sequence_ids=sequence_ids)
+
+
+GROUPS = [group(0, 0, 1), group(1, 2, 3), group(2, 4, 5)]
+PLAN = plan_of([(0, 1), (2,), ()], [(4,), (3, 5), ()])  # the third rank has no sequence, and runs sequence 0
+
+
+def test_a_rank_is_handed_only_columns_and_scores_of_its_own_sequences() -> None:
+    ranks = [Rank(prepare=((), {}), set_advantages=({}, {}), token_signals=size) for size in (4, 0, 7)]
+    gang = PolicyGang(cast("Any", ranks), deadline_s=60.0, one_host=True)
+    references = [column(f"reference {i}", *one.columns.sequence_ids) for i, one in enumerate(GROUPS)]
+    values = [column("values of 5 and 0", 5, 0), column("values of 1 to 4", 1, 2, 3, 4)]
+
+    async def run() -> tuple[Any, Any]:
+        await gang.prepare(PLAN, GROUPS, references)
+        report = await gang.set_advantages(PLAN, {i: i / 2 for i in range(8)}, values)
+        return report, await gang.token_signals((0, 4))
+
+    report, signals = asyncio.run(run())
+    plans, parts = zip(*((call[0], call[1:]) for call in (rank.calls["prepare"] for rank in ranks)), strict=True)
+    assert parts == (
+        ("group 0", "group 2", "reference 0", "reference 2"),
+        ("group 1", "group 2", "reference 1", "reference 2"),
+        ("group 0", "reference 0"),
+    )
+    assert [set(plan.scores) for plan in plans] == [{0, 1, 4}, {2, 3, 5}, {0}]
+    assert [set(plan.temperatures) for plan in plans] == [{0}, set(), {0}]
+    assert [set(plan.steps) for plan in plans] == [set(), {5}, set()]
+    assert [plan.minibatches for plan in plans] == [PLAN.minibatches] * 3
+    assert [rank.calls["set_advantages"] for rank in ranks] == [
+        ({0: 0.0, 1: 0.5, 4: 2.0}, "values of 5 and 0", "values of 1 to 4"),
+        ({2: 1.0, 3: 1.5, 5: 2.5}, "values of 5 and 0", "values of 1 to 4"),
+        ({0: 0.0}, "values of 5 and 0"),
+    ]
+    assert [returns.sequence_ids for returns in report.returns] == [(0, 1, 4), (2, 3, 5), ()]
+    assert signals == ["column of (0, 4)"] * 2  # the second rank has neither sequence
+
+
+def test_ranks_that_share_microbatches_are_handed_the_same_columns() -> None:
+    ranks = [Rank(prepare=((), {})) for _ in range(4)]
+    gang = PolicyGang(cast("Any", ranks), deadline_s=60.0, one_host=True, sequence_parallel=2)
+    asyncio.run(gang.prepare(plan_of([(0, 1), (2, 3)]), GROUPS, ()))
+    assert [rank.calls["prepare"][1:] for rank in ranks] == [("group 0",)] * 2 + [("group 1",)] * 2
+
+
+def test_the_critic_is_handed_returns_by_its_own_plan() -> None:
+    ranks = [Rank(values=3, prepare=None) for _ in range(2)]
+    gang = CriticGang(cast("Any", ranks), deadline_s=60.0, one_host=True)
+    plan = plan_of([(0, 1), (2, 3)], [(4,), (5,)])
+
+    async def run() -> Any:
+        values = await gang.values(plan, GROUPS)
+        await gang.prepare(plan, [column("returns of 0 to 4", 0, 1, 2, 3, 4), column("returns of 5", 5)])
+        return values
+
+    values = asyncio.run(run())
+    assert [rank.calls["values"][1:] for rank in ranks] == [("group 0", "group 2"), ("group 1", "group 2")]
+    assert [one.sequence_ids for one in values] == [(0, 1, 4), (2, 3, 5)]
+    assert [rank.calls["prepare"] for rank in ranks] == [
+        ("returns of 0 to 4",),
+        ("returns of 0 to 4", "returns of 5"),
+    ]

@@ -41,8 +41,10 @@ class Policy:
         self.advantages: Mapping[int, float] | None = None
         self.updates: list[int] = []
 
-    async def prepare(self, plan: BatchPlan, rollouts: Sequence[Any], references: Sequence[Any]) -> PrepareReport:
-        self.plan, self.rollouts = plan, list(rollouts)
+    async def prepare(
+        self, plan: BatchPlan, groups: Sequence[CompletedGroup], references: Sequence[Any]
+    ) -> PrepareReport:
+        self.plan, self.rollouts = plan, [group.rollouts for group in groups]
         reports = tuple(
             SequenceReport(sequence_id=i, kl_ref=self.kl, mean_old_logprob=-1.0, mean_ref_logprob=None)
             for rank in range(2)
@@ -50,7 +52,10 @@ class Policy:
         )
         return PrepareReport(sequences=reports, metrics={})
 
-    async def set_advantages(self, by_sequence: Mapping[int, float] | None, values: Sequence[Any]) -> AdvantagesReport:
+    async def set_advantages(
+        self, plan: BatchPlan, by_sequence: Mapping[int, float] | None, values: Sequence[Any]
+    ) -> AdvantagesReport:
+        assert plan == self.plan
         self.advantages = by_sequence
         return AdvantagesReport(mean_advantages=by_sequence or {}, metrics={}, returns=())
 
@@ -73,10 +78,10 @@ class Reference:
         self.weights = (folder / "weights").read_text()
 
     async def logprobs(
-        self, rollouts: Sequence[Any], *, only: frozenset[int] | None = None, temperatures: Mapping[int, float]
+        self, groups: Sequence[Any], *, only: frozenset[int] | None = None, temperatures: Mapping[int, float]
     ) -> list[Any]:
         self.only = only
-        return [None for _ in rollouts]
+        return [None for _ in groups]
 
 
 def groups(*scores: Sequence[float], greedy: Sequence[float] | None = None) -> list[ScoredGroup]:

@@ -33,7 +33,7 @@ class Student:
     def __init__(self, calls: list[str]) -> None:
         self.calls = calls
 
-    async def prepare(self, plan: BatchPlan, rollouts: Sequence[Any], told: Sequence[Any]) -> PrepareReport:
+    async def prepare(self, plan: BatchPlan, groups: Sequence[Any], told: Sequence[Any]) -> PrepareReport:
         self.plan, self.told = plan, list(told)
         return PrepareReport(sequences=(), metrics={})
 
@@ -54,8 +54,8 @@ class Teacher:
         self.calls = calls
         self.asked: dict[str, Any] = {}
 
-    async def logprobs(self, rollouts: Sequence[Any], *, temperatures: Mapping[int, float]) -> list[str]:
-        return [f"teacher of {one}" for one in rollouts]
+    async def logprobs(self, groups: Sequence[CompletedGroup], *, temperatures: Mapping[int, float]) -> list[str]:
+        return [f"teacher of {group.rollouts}" for group in groups]
 
     async def states(self, plan: MinibatchPlan, groups: Sequence[CompletedGroup]) -> str:
         ids = sorted(i for share in plan.sequences_by_rank for i in share)

@@ -33,8 +33,10 @@ class Policy:
         self.given: tuple[list[Any], list[Any]] = ([], [])
         self.updates = 0
 
-    async def prepare(self, plan: BatchPlan, rollouts: Sequence[Any], references: Sequence[Any]) -> PrepareReport:
-        self.plan, self.given = plan, (list(rollouts), list(references))
+    async def prepare(
+        self, plan: BatchPlan, groups: Sequence[CompletedGroup], references: Sequence[Any]
+    ) -> PrepareReport:
+        self.plan, self.given = plan, ([group.rollouts for group in groups], list(references))
         return PrepareReport(sequences=(), metrics={})
 
     async def update(self, minibatch: int) -> dict[str, Any]:
@@ -55,10 +57,10 @@ class Reference:
         self.weights = "initial"
 
     async def logprobs(
-        self, rollouts: Sequence[Any], *, only: frozenset[int] | None = None, temperatures: Mapping[int, float]
+        self, groups: Sequence[CompletedGroup], *, only: frozenset[int] | None = None, temperatures: Mapping[int, float]
     ) -> list[Any]:
         self.only = only
-        return [f"reference of {one}" for one in rollouts]
+        return [f"reference of {group.rollouts}" for group in groups]
 
     async def become(self, folder: Path) -> None:
         self.weights = (folder / "weights").read_text()

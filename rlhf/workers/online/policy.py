@@ -236,7 +236,8 @@ class PolicyWorker(OnlineWorker):
         assert self.collision_logprobs is not None
         samples = self.rollouts_config.samples_per_prompt
         max_steps = self.engine.max_over_ranks(int(sequence_counts(mask, lengths).max()))
-        num_cells = (max(share.plan.scores) // samples + 1) * max_steps
+        last = max(i for minibatch in share.plan.minibatches for ids in minibatch.sequences_by_rank for i in ids)
+        num_cells = (last // samples + 1) * max_steps
         cells = step_cells(mask, lengths, rollouts.sequence_ids // samples, max_steps=max_steps)
         energy = realized_energy(self.old_logprobs, self.collision_logprobs, mask, lengths)
         sums = step_sums(returns.double(), energy.double(), mask, cells, num_cells=num_cells)
