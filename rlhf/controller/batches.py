@@ -8,6 +8,7 @@ minibatch, and in each with equal probability, so the mean gradient is the same 
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, groupby
@@ -15,6 +16,8 @@ from itertools import chain, groupby
 from rlhf.data.packing import balance
 from rlhf.roles import ScoredGroup
 from rlhf.types import BatchPlan, MinibatchPlan, RolloutInfo
+
+EVEN = 1.02  # largest load of a rank, relative to the mean, at which no further group is split
 
 
 def plan_batch(
@@ -123,24 +126,45 @@ def only(scored: ScoredGroup, places: Sequence[int]) -> ScoredGroup:
 
 
 def share_out(chosen: Sequence[RolloutInfo], group_of: Mapping[int, int], *, num_ranks: int) -> list[list[RolloutInfo]]:
-    """Return a shard for each rank: whole groups, or single sequences if the largest shard is smaller then.
+    """Return a shard for each rank: whole groups, then single sequences moved until the shards are about equal.
 
-    A group's members are adjacent in `chosen`. No shard is empty if there are at least as many sequences as ranks.
+    A group's members are adjacent in `chosen`. Few groups are split, since a rank computes the prompt and fetches the
+    columns of all groups in its shard. No shard is empty if there are at least as many sequences as ranks.
     """
     families = [list(members) for _, members in groupby(chosen, key=lambda info: group_of[info.sequence_id])]
+    shares = balance([_tokens(family, group_of) for family in families], num_ranks)
+    shards = [[info for index in share for info in families[index]] for share in shares]
+    loads = [_tokens(shard, group_of) for shard in shards]
+    while move := _evening_move(shards, loads, group_of):
+        info, giver, taker = move
+        shards[giver].remove(info)
+        shards[taker].append(info)
+        for rank in (giver, taker):
+            loads[rank] = _tokens(shards[rank], group_of)
+    return shards
 
-    def deal(units: Sequence[Sequence[RolloutInfo]]) -> list[list[RolloutInfo]]:
-        shares = balance([_tokens(unit, group_of) for unit in units], num_ranks)
-        return [[info for index in share for info in units[index]] for share in shares]
 
-    whole, single = deal(families), deal([[info] for info in chosen])
-    if all(whole) and _largest(whole, group_of) <= _largest(single, group_of):
-        return whole
-    return single
+def _evening_move(
+    shards: Sequence[Sequence[RolloutInfo]], loads: Sequence[int], group_of: Mapping[int, int]
+) -> tuple[RolloutInfo, int, int] | None:
+    """Return a sequence with the rank that gives it and the rank that takes it. None: the shards are about equal."""
+    taker = min(range(len(shards)), key=loads.__getitem__)
+    givers = [rank for rank, shard in enumerate(shards) if len(shard) > 1 and rank != taker]
+    if not givers:
+        return None
+    giver = max(givers, key=loads.__getitem__)
+    if shards[taker] and loads[giver] * len(loads) <= EVEN * sum(loads):
+        return None
+    given, taken = (Counter(group_of[info.sequence_id] for info in shards[rank]) for rank in (giver, taker))
 
+    def largest_after(info: RolloutInfo) -> int:
+        group = group_of[info.sequence_id]
+        less = info.num_tokens_after_prompt + (info.num_prompt_tokens if given[group] == 1 else 0)
+        more = info.num_tokens_after_prompt + (0 if taken[group] else info.num_prompt_tokens)
+        return max(loads[giver] - less, loads[taker] + more)
 
-def _largest(shares: Sequence[Sequence[RolloutInfo]], group_of: Mapping[int, int]) -> int:
-    return max(_tokens(share, group_of) for share in shares)
+    best = min(shards[giver], key=lambda info: (largest_after(info), info.sequence_id))
+    return (best, giver, taker) if not shards[taker] or largest_after(best) < loads[giver] else None
 
 
 def _tokens(share: Sequence[RolloutInfo], group_of: Mapping[int, int]) -> int:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -120,6 +121,22 @@ def test_a_group_is_split_where_that_is_less_work_for_the_busiest_rank() -> None
     # prompts of 100 tokens: whole 140 and 108; split 2 * 100 + 24
     found = dealt([[20, 20], [4, 4]], prompt=100, ranks=2)
     assert [len(ranks_of(found, group, 2)) for group in (0, 1)] == [1, 1]
+
+
+def test_few_groups_are_split_for_an_even_load() -> None:
+    """64 groups with a long tail on 16 ranks. Dealt singly, each group would be fetched by 3 ranks and more."""
+    draw = random.Random(0)
+    scales = [draw.lognormvariate(6.0, 0.7) for _ in range(64)]
+    lengths = [[1 + int(draw.lognormvariate(0.0, 0.7) * scale) for _ in range(8)] for scale in scales]
+    for ranks in (1, 4, 16):
+        found = dealt(lengths, prompt=100, ranks=ranks)
+        tokens = [sum(100 + n for n in group) for group in lengths]
+        fetched = sum(tokens[group] * len(ranks_of(found, group, 8)) for group in range(64))
+        assert fetched <= 1.1 * sum(tokens)
+        loads = []
+        for share in found.minibatches[0].sequences_by_rank:
+            loads.append(100 * len({i // 8 for i in share}) + sum(lengths[i // 8][i % 8] for i in share))
+        assert max(loads) * ranks <= 1.05 * sum(loads)
 
 
 def test_no_rank_is_left_without_a_sequence() -> None:
