@@ -20,8 +20,9 @@ from rlhf.planning.lengths import Lengths, parse_lengths
 from rlhf.planning.memory import GIB, Footprint
 from rlhf.planning.schedules import schedule_of, schedules
 from rlhf.planning.shapes import find_config
-from rlhf.planning.simulate import Schedule, simulate
+from rlhf.planning.simulate import simulate
 from rlhf.planning.summary import format_table, refuse_misfit, stage_text
+from rlhf.planning.system import Schedule
 from rlhf.planning.time import DEFAULT_GPU, Stage, rates, sync_stage, system_of, training_stages
 from rlhf.role_table import ROLE_ORDER
 

@@ -16,8 +16,9 @@ from rlhf.config.schema.root import Config
 from rlhf.errors import UserError
 from rlhf.planning.report import response_lengths, sizes_of
 from rlhf.planning.schedules import schedules
-from rlhf.planning.simulate import Outcome, Schedule, System, simulate
+from rlhf.planning.simulate import simulate
 from rlhf.planning.summary import format_table, refuse_misfit
+from rlhf.planning.system import Outcome, Schedule, System
 from rlhf.planning.time import system_of
 
 # The meaning of each number, and its smallest value.
@@ -27,7 +28,8 @@ _NUMBERS: Mapping[str, tuple[str, float]] = {
     "train_tokens_per_s": ("tokens through experience and updates, all trainers together", 1e-3),
     "sync_s": ("seconds from the end of an update to new weights in the engines", 0.0),
     "load_s": ("seconds of it in which the engines pause, if responses are in flight", 0.0),
-    "latency_s": ("mean seconds of a response in a reward or environment, after it is decoded", 0.0),
+    "prefill_us": ("time of a token of a prompt, or of one whose keys and values are computed again, us", 0.0),
+    "latency_s": ("mean seconds of a group in a reward service, after it is decoded", 0.0),
     "latency_sigma": ("sigma of its logarithm", 0.0),
     "mtbf_h": ("hours between two failures of a node", 1e-3),
     "restart_s": ("seconds until a failed node works again", 0.0),
@@ -40,6 +42,7 @@ _FIELDS = {  # of System, and the unit
     "train_tokens_per_s": ("train_tokens_per_s", 1.0),
     "sync_s": ("sync_s", 1.0),
     "load_s": ("load_s", 1.0),
+    "prefill_us": ("prefill_s", 1e-6),
     "latency_s": ("latency_s", 1.0),
     "latency_sigma": ("latency_sigma", 1.0),
     "mtbf_h": ("mtbf_s", 3600.0),
@@ -151,12 +154,13 @@ def scenarios(
 def _text(config: Config, system: System, results: Sequence[tuple[int, Schedule, Outcome]]) -> str:
     engines = (
         f"{system.engines} of {system.gpus_per_engine}; a step {system.base_s * 1e3:.3g} ms + "
-        f"{system.each_s * 1e6:.3g} us a sequence, at most {system.max_num_seqs}"
+        f"{system.each_s * 1e6:.3g} us a sequence, at most {system.max_num_seqs}; "
+        f"{system.prefill_s * 1e6:.3g} us a token of a prompt"
     )
     fails = "none"
     if system.mtbf_s is not None:
         fails = f"each node every {system.mtbf_s / 3600:,.4g} h, back in {system.restart_s:g} s"
-    service = f"log-normal, sigma {system.latency_sigma:g}, mean {system.latency_s:g} s a response"
+    service = f"log-normal, sigma {system.latency_sigma:g}, mean {system.latency_s:g} s a group"
     facts = [
         ["responses", f"{system.prompts_per_step} prompts * {system.samples_per_prompt} at {system.gpus} GPUs"],
         ["lengths", str(system.lengths)],

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from rlhf.algorithms.online_config import OnlineConfig
 from rlhf.config.schema.rollouts import RolloutsConfig
 from rlhf.config.schema.root import Config
-from rlhf.planning.simulate import Schedule
+from rlhf.planning.system import Schedule
 
 
 def schedule_of(rollouts: RolloutsConfig) -> Schedule:

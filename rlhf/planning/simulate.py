@@ -2,10 +2,10 @@
 
 Engines decode all their sequences in lockstep, one token each in base_s + sequences * each_s. The schedule decides when
 groups are requested, when the trainer may take them, and whether the engines finish before they get new weights, as
-rlhf.controller.batch_queue and rlhf.controller.group_queue do. A response may need a service, such as a reward or an
-environment, for some time after it is decoded. Nodes fail at random and restart: an engine repeats its unfinished
-groups, and the trainer repeats its update. The simulation knows no configuration. Prefill, evaluation, checkpoints and
-other network traffic are not modelled.
+rlhf.controller.batch_queue and rlhf.controller.group_queue do. A prompt is computed once for its group, before its
+responses start. A group may need a service, such as a slow reward, for some time after it is decoded. Nodes fail at
+random and restart: an engine repeats its unfinished groups, and the trainer repeats its update. Evaluation, checkpoints
+and other network traffic are not modelled.
 """
 
 from __future__ import annotations
@@ -18,86 +18,20 @@ from random import Random
 from typing import Literal
 
 from rlhf.errors import UserError
-from rlhf.planning.lengths import Lengths
+from rlhf.planning.system import Outcome, Schedule, System
 
 MOST_FAILURES = 10_000
 Kind = Literal["decoded", "answered", "trained", "synced", "failed"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Schedule:
-    """How rollouts and training overlap: in turns, streamed, pipelined or in flight."""
-
-    max_staleness: int = 0
-    streamed: bool = False  # only with a max_staleness of 0
-    in_flight: bool = False  # only with a max_staleness of 1 and more, as is by_completion
-    by_completion: bool = False
-
-    def __str__(self) -> str:
-        if self.max_staleness == 0:
-            return "streamed" if self.streamed else "in turns"
-        order = ", by completion" if self.by_completion else ""
-        return f"{'in flight' if self.in_flight else 'pipelined'}, {self.max_staleness} ahead{order}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class System:
-    """Describe the simulated system in seconds and tokens."""
-
-    lengths: Lengths
-    prompts_per_step: int
-    samples_per_prompt: int
-    prompt_tokens: float
-    engines: int
-    gpus_per_engine: int
-    training_gpus: int
-    colocated: bool  # engines and trainer take turns on the same GPUs
-    max_num_seqs: int
-    base_s: float  # of a decoding step: reading the weights
-    each_s: float  # additional time per sequence
-    train_tokens_per_s: float  # experience and updates together
-    sync_s: float  # until the engines hold the trained weights
-    load_s: float  # in flight: pause of the engines within it
-    latency_s: float = 0.0  # mean time of a response in a service, after it is decoded
-    latency_sigma: float = 0.0  # of its logarithm
-    mtbf_s: float | None = None  # of a node; None: no failures
-    restart_s: float = 300.0
-    gpus_per_node: int = 8
-
-    @property
-    def gpus(self) -> int:
-        rollout_gpus = self.engines * self.gpus_per_engine
-        return max(rollout_gpus, self.training_gpus) if self.colocated else rollout_gpus + self.training_gpus
-
-    @property
-    def engines_per_node(self) -> int:
-        """Return the engines on one node, or 1 if an engine takes a node or more."""
-        return max(self.gpus_per_node // self.gpus_per_engine, 1)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """Hold averages over the steps after the pipeline has filled."""
-
-    step_s: float
-    tokens_per_s: float  # trained prompt and response tokens
-    engines_busy: float  # fraction of the time with a decoding engine
-    engines_full: float  # sampled tokens divided by those of engines that are always full
-    trainer_busy: float
-    gpus_busy: float  # of all GPUs
-    tail: float  # fraction of a batch's rollout time after 90 % of its responses are done
-    lag: float  # average age of the weights at the start of trained groups, in versions
-    reasked: int  # groups that were too old to be trained
-    failures: int
 
 
 @dataclass(slots=True)
 class _Engine:
     """Track sequences decoding in lockstep. `ticks` counts the tokens decoded per sequence since the start."""
 
-    active: list[tuple[float, int]] = field(default_factory=list)  # (tick of completion, group)
+    active: list[tuple[float, int, int]] = field(default_factory=list)  # (tick of completion, group, tokens)
     lengths: dict[int, list[int]] = field(default_factory=dict)  # of groups with undecoded responses on this engine
     waiting: deque[tuple[int, int]] = field(default_factory=deque)  # (tokens, group)
+    computed: set[int] = field(default_factory=set)  # groups with a computed prompt
     ticks: float = 0.0
     at: float = 0.0  # time of the last advance; in the future while the engine is paused
     serial: int = 0  # events with an earlier serial are void
@@ -116,7 +50,9 @@ class _Simulation:
         self.version = 0
         self.issued = 0  # groups
         self.undecoded: dict[int, int] = {}  # by group: number of responses
-        self.open: dict[int, int] = {}  # by group: number of unanswered responses
+        self.attempts: Counter[int] = Counter()  # by group; only of those that are requested again
+        self.unanswered: set[int] = set()  # groups
+        self.latencies: dict[int, float] = {}  # by group
         self.started: dict[int, int] = {}  # by group: version at its start
         self.tokens: dict[int, float] = {}
         self.ready: dict[int, None] = {}  # answered groups, in the order of completion
@@ -157,17 +93,25 @@ class _Simulation:
         engine = self.engines[index]
         while engine.waiting and len(engine.active) < self.system.max_num_seqs:
             tokens, group = engine.waiting.popleft()
-            heapq.heappush(engine.active, (engine.ticks + tokens, group))
+            if group not in engine.computed:
+                engine.computed.add(group)
+                self.stall(engine, self.system.prompt_tokens * self.system.prefill_s)
+            heapq.heappush(engine.active, (engine.ticks + tokens, group, tokens))
         engine.serial += 1
         if engine.active:
             ends = engine.at + max(engine.active[0][0] - engine.ticks, 0.0) * self.step_s(engine)
             self.post(ends, "decoded", index, engine.serial)
 
+    def stall(self, engine: _Engine, seconds: float) -> None:
+        """Keep an engine busy with something else than decoding."""
+        engine.at = max(engine.at, self.now) + seconds
+        engine.busy_s += seconds
+
     def issue(self) -> None:
         """Request all batches that the schedule allows."""
         size, last = self.system.prompts_per_step, self.version + self.schedule.max_staleness
         while self.issued // size <= last:
-            if not self.schedule.in_flight and self.open:
+            if not self.schedule.in_flight and self.unanswered:
                 return  # whole batches are collected one after another
             self.issue_time[self.issued // size], self.ends[self.issued // size] = self.now, []
             touched = {self.request(group) for group in range(self.issued, self.issued + size)}
@@ -176,24 +120,33 @@ class _Simulation:
                 self.advance(self.engines[index])
                 self.refill(index)
 
-    def request(self, group: int, *, attempt: int = 0) -> int:
+    def request(self, group: int) -> int:
         """Add a group to an engine's queue. Return the number of the engine.
 
         The lengths depend on the group and not on the schedule, so that schedules compare.
         """
-        random = Random(hash((self.seed, group, attempt)))
+        system = self.system
         if self.schedule.in_flight:
             index = min(
                 range(len(self.engines)), key=lambda i: len(self.engines[i].active) + len(self.engines[i].waiting)
             )
         else:
             index = self.next_engine = (self.next_engine + 1) % len(self.engines)
-        lengths = [self.system.lengths.draw(random) for _ in range(self.system.samples_per_prompt)]
+        if system.recorded:
+            recorded = system.recorded[group % len(system.recorded)]
+            lengths, latency = list(recorded.lengths), recorded.latency_s
+        else:
+            random = Random(hash((self.seed, group, self.attempts[group])))
+            lengths, latency = [system.lengths.draw(random) for _ in range(system.samples_per_prompt)], 0.0
+            if system.latency_s:
+                location = math.log(system.latency_s) - system.latency_sigma**2 / 2
+                latency = random.lognormvariate(location, system.latency_sigma)
         self.engines[index].waiting.extend((tokens, group) for tokens in lengths)
         self.engines[index].lengths[group] = lengths
-        self.undecoded[group] = self.open[group] = len(lengths)
+        self.undecoded[group], self.latencies[group] = len(lengths), latency
+        self.unanswered.add(group)
         self.started[group] = self.version
-        self.tokens[group] = sum(lengths) + len(lengths) * self.system.prompt_tokens
+        self.tokens[group] = sum(lengths) + len(lengths) * system.prompt_tokens
         return index
 
     def decoded(self, index: int) -> None:
@@ -202,32 +155,29 @@ class _Simulation:
         self.advance(engine)
         engine.ticks = max(engine.ticks, engine.active[0][0])
         while engine.active and engine.active[0][0] <= engine.ticks + 1e-6:
-            _, group = heapq.heappop(engine.active)
-            left = self.undecoded[group] = self.undecoded[group] - 1
-            if left == 0:
+            _, group, _ = heapq.heappop(engine.active)
+            self.undecoded[group] -= 1
+            self.note_end(group // self.system.prompts_per_step)
+            if self.undecoded[group] == 0:
                 del self.undecoded[group], engine.lengths[group]
-            if self.system.latency_s:
-                random = Random(hash((self.seed, group, -1 - left)))
-                sigma = self.system.latency_sigma
-                location = math.log(self.system.latency_s) - sigma**2 / 2
-                self.post(self.now + random.lognormvariate(location, sigma), "answered", group)
-            else:
-                self.answered(group)
+                engine.computed.discard(group)
+                self.post(self.now + self.latencies[group], "answered", group, self.attempts[group])
         self.refill(index)
         self.proceed()
 
-    def answered(self, group: int) -> None:
-        """Count an answered response of a group."""
-        self.open[group] -= 1
-        if self.open[group] == 0:
-            del self.open[group]
-            self.ready[group] = None
-            self.answered_in[group // self.system.prompts_per_step] += 1
-        batch = group // self.system.prompts_per_step
+    def note_end(self, batch: int) -> None:
+        """Count a decoded response of a batch."""
         if batch in self.ends:  # a batch with a group that is requested again has more responses
             self.ends[batch].append(self.now)
             if len(self.ends[batch]) == self.system.prompts_per_step * self.system.samples_per_prompt:
                 self.close(batch)
+
+    def answered(self, group: int) -> None:
+        """Make a group ready for training."""
+        self.unanswered.discard(group)
+        self.ready[group] = None
+        self.answered_in[group // self.system.prompts_per_step] += 1
+        self.proceed()
 
     def close(self, batch: int) -> None:
         ends, began = self.ends.pop(batch), self.issue_time.pop(batch)
@@ -244,13 +194,22 @@ class _Simulation:
             self.training = self.take()
             if self.training:
                 self.train()
-        elif self.schedule.in_flight or not self.open:  # whole batches end before the engines get new weights
+        elif self.schedule.in_flight or not self.unanswered:  # whole batches end before the engines get new weights
             self.syncing = True
             for index, engine in enumerate(self.engines):
                 self.advance(engine)
-                engine.at = max(engine.at, self.now) + (self.system.load_s if self.schedule.in_flight else 0.0)
-                self.refill(index)
+                if self.schedule.in_flight:
+                    self.load(engine)
+                    self.refill(index)
             self.post(self.now + self.system.sync_s, "synced")
+
+    def load(self, engine: _Engine) -> None:
+        """Pause an engine with responses in flight for new weights."""
+        engine.at = max(engine.at, self.now) + self.system.load_s
+        if self.system.recomputes:
+            decoded = sum(tokens - (end - engine.ticks) for end, _, tokens in engine.active)
+            prompts = len({group for _, group, _ in engine.active}) * self.system.prompt_tokens
+            self.stall(engine, (decoded + prompts) * self.system.prefill_s)
 
     def take(self) -> list[int]:
         """Return the groups of the next update. It is empty until they are answered."""
@@ -258,14 +217,6 @@ class _Simulation:
         if self.schedule.streamed:
             groups = [next(iter(self.ready))] if self.ready else []
         elif self.schedule.by_completion:
-            if len(self.ready) < size:
-                return []
-            for group in [g for g in self.ready if self.version - self.started[g] > self.schedule.max_staleness]:
-                del self.ready[group]
-                self.reasked += 1
-                index = self.request(group, attempt=self.reasked)
-                self.advance(self.engines[index])
-                self.refill(index)
             groups = list(self.ready)[:size] if len(self.ready) >= size else []
         else:
             groups = list(range(first, first + size)) if self.answered_in[self.version] == size else []
@@ -305,7 +256,25 @@ class _Simulation:
         self.syncing = False
         for engine in self.engines:
             self.advance(engine)
+        if self.schedule.by_completion:
+            self.renew()
         self.proceed()
+
+    def renew(self) -> None:
+        """Request the groups again that have become too old."""
+        for group in [g for g, version in self.started.items() if self.version - version > self.schedule.max_staleness]:
+            self.reasked += 1
+            self.attempts[group] += 1
+            self.ready.pop(group, None)
+            for engine in self.engines:
+                if engine.lengths.pop(group, None) is not None:
+                    engine.active = [entry for entry in engine.active if entry[1] != group]
+                    heapq.heapify(engine.active)
+                    engine.waiting = deque(entry for entry in engine.waiting if entry[1] != group)
+                    engine.computed.discard(group)
+            self.request(group)
+        for index in range(len(self.engines)):
+            self.refill(index)
 
     def fail(self, node: int) -> None:
         """Fail a node. Its engines repeat their unfinished groups after the restart."""
@@ -316,6 +285,7 @@ class _Simulation:
             self.advance(engine)
             again = [(tokens, group) for group in engine.lengths for tokens in self._unfinished(engine, group)]
             engine.active, engine.waiting, engine.at = [], deque(again), self.now + self.system.restart_s
+            engine.computed.clear()
             self.refill(index)
         self.expect_failure(node)
 
@@ -341,8 +311,8 @@ class _Simulation:
             elif kind == "synced":
                 self.synced()
             elif kind == "answered":
-                self.answered(index)
-                self.proceed()
+                if serial == self.attempts[index]:
+                    self.answered(index)
             elif kind == "failed":
                 self.fail(index)
             elif serial == self.engines[index].serial:

@@ -31,7 +31,7 @@ from rlhf.planning.footprints import Sizes, cache_tokens
 from rlhf.planning.lengths import Lengths
 from rlhf.planning.memory import kv_bytes_per_token
 from rlhf.planning.shapes import Shape
-from rlhf.planning.simulate import System
+from rlhf.planning.system import System
 from rlhf.role_table import ROLES, Role
 
 DEFAULT_GPU = "h100"
@@ -186,6 +186,7 @@ def system_of(
         "train_tokens_per_s": derive(config).sequences_per_step * (prompt + average) / seconds,
         "sync_s": sync_s,
         "load_s": sync_s / 2,  # the engines go on while the weights are published
+        "prefill_s": operations / arithmetic,
         "max_num_seqs": _at_once(config, sizes, prompt + average),
         **replacements,
     }
@@ -199,6 +200,7 @@ def system_of(
         training_gpus=config.cluster.roles.policy.workers + _separate_workers(config),
         colocated=role.colocate_with is not None,
         gpus_per_node=int(gpus or 1),
+        recomputes=config.rollouts.kv_after_update == "recompute",
         **values,
     )
 

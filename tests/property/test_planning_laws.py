@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from rlhf.planning.lengths import Lengths
 from rlhf.planning.memory import Training, training_terms
 from rlhf.planning.shapes import Shape
-from rlhf.planning.simulate import Schedule, System, simulate
+from rlhf.planning.simulate import simulate
+from rlhf.planning.system import Schedule, System
 
 SCHEDULES = [
     *(Schedule(), Schedule(streamed=True), Schedule(max_staleness=2), Schedule(max_staleness=1, in_flight=True)),

@@ -12,7 +12,8 @@ import pytest
 from rlhf.errors import UserError
 from rlhf.planning.lengths import Lengths, parse_lengths
 from rlhf.planning.scenarios import parse_spec
-from rlhf.planning.simulate import Schedule, System, simulate
+from rlhf.planning.simulate import simulate
+from rlhf.planning.system import RecordedGroup, Schedule, System
 
 ONE = System(
     lengths=Lengths(most=1000, mean=100.0),
@@ -94,8 +95,30 @@ def test_engines_in_flight_are_always_full() -> None:
     assert found.engines_full == pytest.approx(4.8 / 5.3)
 
 
+def test_a_prompt_is_computed_once_for_its_group() -> None:
+    found = simulate(replace(ONE, prefill_s=0.01), Schedule(), steps=3, seed=0)
+    assert found.step_s == pytest.approx(1.8 + 4 * 10 * 0.01 + 0.88 + 1.0)
+
+
+def test_computing_keys_and_values_again_takes_the_time_of_a_prefill() -> None:
+    schedule = Schedule(max_staleness=1, in_flight=True)
+    kept, again = (
+        simulate(replace(ONE, max_num_seqs=2, prefill_s=0.01, recomputes=r), schedule, steps=6, seed=0).step_s
+        for r in (False, True)
+    )
+    assert kept + 0.1 < again < kept + (2 * 100 + 10) * 0.01  # two responses of at most 100 tokens, and their prompt
+
+
+def test_recorded_groups_are_repeated_in_order() -> None:
+    groups = tuple(RecordedGroup(lengths=(10 * k, 10 * k), latency_s=float(k)) for k in (1, 2, 3, 4))
+    found = simulate(replace(ONE, recorded=groups), Schedule(), steps=3, seed=0)
+    # All decode together: 8 sequences for 10 steps, 6, 4 and 2 for 10 more each. The last group then takes 4 s.
+    rollouts = 10 * (4 * 0.01 + (8 + 6 + 4 + 2) * 0.001)
+    assert found.step_s == pytest.approx(rollouts + 4.0 + (200 + 80) / 1000 + 1.0)
+
+
 def test_a_service_delays_a_batch_but_no_engine() -> None:
-    # All responses take 10 s after they are decoded. In flight, three batches wait for the service at the same time.
+    # Each group takes 10 s after it is decoded. In flight, three batches wait for the service at the same time.
     slow = replace(ONE, latency_s=10.0)
     turns = simulate(slow, Schedule(), steps=3, seed=0)
     assert turns.step_s == pytest.approx(1.8 + 10.0 + 0.88 + 1.0)

@@ -1,0 +1,85 @@
+"""What is simulated: a system, a schedule of rollouts and training, and the outcome. They know no configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlhf.planning.lengths import Lengths
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """How rollouts and training overlap: in turns, streamed, pipelined or in flight."""
+
+    max_staleness: int = 0
+    streamed: bool = False  # only with a max_staleness of 0
+    in_flight: bool = False  # only with a max_staleness of 1 and more, as is by_completion
+    by_completion: bool = False
+
+    def __str__(self) -> str:
+        if self.max_staleness == 0:
+            return "streamed" if self.streamed else "in turns"
+        order = ", by completion" if self.by_completion else ""
+        return f"{'in flight' if self.in_flight else 'pipelined'}, {self.max_staleness} ahead{order}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedGroup:
+    """What a group of a real run took."""
+
+    lengths: tuple[int, ...]  # of its responses
+    latency_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class System:
+    """Describe the simulated system in seconds and tokens."""
+
+    lengths: Lengths
+    recorded: tuple[RecordedGroup, ...] = ()  # the groups in their order, in place of drawn ones
+    prompts_per_step: int
+    samples_per_prompt: int
+    prompt_tokens: float
+    engines: int
+    gpus_per_engine: int
+    training_gpus: int
+    colocated: bool  # engines and trainer take turns on the same GPUs
+    max_num_seqs: int
+    base_s: float  # of a decoding step: reading the weights
+    each_s: float  # additional time per sequence
+    train_tokens_per_s: float  # experience and updates together
+    sync_s: float  # until the engines hold the trained weights
+    load_s: float  # in flight: pause of the engines within it, without recomputed keys and values
+    prefill_s: float = 0.0  # of a token of a prompt, or of one whose keys and values are computed again
+    recomputes: bool = False  # in flight, keys and values are computed again by new weights
+    latency_s: float = 0.0  # mean time of a group in a reward service, after it is decoded
+    latency_sigma: float = 0.0  # of its logarithm
+    mtbf_s: float | None = None  # of a node; None: no failures
+    restart_s: float = 300.0
+    gpus_per_node: int = 8
+
+    @property
+    def gpus(self) -> int:
+        rollout_gpus = self.engines * self.gpus_per_engine
+        return max(rollout_gpus, self.training_gpus) if self.colocated else rollout_gpus + self.training_gpus
+
+    @property
+    def engines_per_node(self) -> int:
+        """Return the engines on one node, or 1 if an engine takes a node or more."""
+        return max(self.gpus_per_node // self.gpus_per_engine, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """Hold averages over the steps after the pipeline has filled."""
+
+    step_s: float
+    tokens_per_s: float  # trained prompt and response tokens
+    engines_busy: float  # fraction of the time with a decoding engine
+    engines_full: float  # sampled tokens divided by those of engines that are always full
+    trainer_busy: float
+    gpus_busy: float  # of all GPUs
+    tail: float  # fraction of a batch's rollout time after 90 % of its responses are done
+    lag: float  # average age of the weights at the start of trained groups, in versions
+    reasked: int  # groups that were too old to be trained
+    failures: int
