@@ -14,15 +14,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from rlhf.controller.collect import Collected, Collector
 from rlhf.controller.record import RunRecord
 from rlhf.roles import Metrics
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +41,20 @@ class _Requested:
     version: int
     position: Mapping[str, Any]  # of the collector, before the batch
     batch: asyncio.Future[Batch]
+
+
+async def unless_failed(work: Coroutine[Any, Any, T], watched: asyncio.Future[None]) -> T:
+    """Return the result of the work. If the watched future fails first, cancel the work and raise that failure."""
+    working = asyncio.ensure_future(work)
+    try:
+        either: set[asyncio.Future[Any]] = {working, watched}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            watched.result()
+        return await working
+    finally:
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
 
 
 class BatchQueue:
@@ -84,9 +99,11 @@ class BatchQueue:
             batch: asyncio.Future[Batch] = asyncio.get_running_loop().create_future()
             self._requested[step] = _Requested(version=stored, position=self.collector.state(), batch=batch)
             metrics: list[Metrics] = []
-            with self.record.apart(metrics), self.record.stage("rollouts"):
+            with self.record.apart(metrics, is_shown=step == version + 1), self.record.stage("rollouts"):
                 collected = await self.collector.collect(step, version=stored)
             batch.set_result(Batch(collected=collected, metrics=metrics))
+            whole = (number for number, entry in self._requested.items() if entry.batch.done() and number > version + 1)
+            self.record.progress.ahead(sum(1 for _ in whole))
         self.seconds = time.perf_counter() - began
 
     async def take(self, step: int) -> Batch:
@@ -99,6 +116,11 @@ class BatchQueue:
         if not batch.done():
             await self._collecting
         return batch.result()
+
+    async def during(self, work: Coroutine[Any, Any, T]) -> T:
+        """Return the result of the work. If the collecting fails meanwhile, cancel the work and raise that failure."""
+        assert self._collecting is not None
+        return await unless_failed(work, self._collecting)
 
     async def finish(self, step: int) -> None:
         """Wait until all requested batches are whole, and forget the batch of a trained step."""

@@ -17,12 +17,12 @@ import asyncio
 import heapq
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, takewhile
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from rlhf.controller.batch_queue import Batch
+from rlhf.controller.batch_queue import Batch, unless_failed
 from rlhf.controller.collect import Collector, EpochPrompt, Outcomes
 from rlhf.controller.record import RunRecord
 from rlhf.role_table import ROLE_OF_STAGE
@@ -31,6 +31,7 @@ from rlhf.tracking.metrics.reductions import Last, Mean, Reduction, Sum
 from rlhf.types import GroupRequest
 
 Order = Literal["prompt", "completion"]
+T = TypeVar("T")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -213,6 +214,20 @@ class GroupQueue:
             self.record.add(self._measured(outcomes))
         sampled, self._tokens = self._tokens, 0
         return Batch(collected=replace(collected, sampled_tokens=sampled), metrics=metrics)
+
+    async def during(self, work: Coroutine[Any, Any, T]) -> T:
+        """Return the result of the work. If a group fails meanwhile, cancel the work and raise that failure."""
+        failing = asyncio.ensure_future(self._until_failed())
+        try:
+            return await unless_failed(work, failing)
+        finally:
+            failing.cancel()
+
+    async def _until_failed(self) -> None:
+        while self._failure is None:
+            self._changed.clear()
+            await self._changed.wait()
+        raise self._failure
 
     def _first_finished(self) -> Sequence[int] | None:
         """Return the groups of the next batch, or None if one of them is not finished."""

@@ -138,7 +138,7 @@ class OnlineController(TrainingLoop):
         record.add(rollout_metrics(groups, version=step - 1))
         record.add({"throughput/rollout_tokens_per_s": Last(value=batch.collected.sampled_tokens / seconds)})
         await self._to_trainers(*GUESTS_OF_ENGINES, keep_weights=False)
-        signals = await self.learning.learn(groups, step)
+        signals = await self.batches.during(self.learning.learn(groups, step))
         learnt = time.perf_counter()
         await self.batches.finish(step)
         waited_s += time.perf_counter() - learnt

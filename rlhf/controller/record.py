@@ -35,6 +35,7 @@ from rlhf.types import MemoryReport
 logger = logging.getLogger(__name__)
 STATE_FILE = "controller.json"
 _APART: ContextVar[list[Metrics] | None] = ContextVar("metrics of another step than the current one", default=None)
+_IS_SHOWN: ContextVar[bool] = ContextVar("whether the progress display shows the stage", default=True)
 
 
 @dataclass(slots=True)
@@ -64,21 +65,29 @@ class RunRecord:
         (self.parts if apart is None else apart).append(metrics)
 
     @contextmanager
-    def apart(self, parts: list[Metrics]) -> Generator[None]:
+    def apart(self, parts: list[Metrics], *, is_shown: bool = False) -> Generator[None]:
         """Collect the metrics of the block, and of the tasks created in it, in the given list.
 
-        The block works for a later step while the current one is still trained.
+        Args:
+            is_shown: whether the progress display shows the stages of the block. It does not while they work for a
+                later step, because it shows the stages of the current one.
         """
-        token = _APART.set(parts)
+        tokens = _APART.set(parts), _IS_SHOWN.set(is_shown)
         try:
             yield
         finally:
-            _APART.reset(token)
+            _APART.reset(tokens[0])
+            _IS_SHOWN.reset(tokens[1])
+
+    def show(self, stage: str, done: int = 0, total: int = 0) -> None:
+        """Show the current stage and its progress, unless it works for a later step."""
+        if _IS_SHOWN.get():
+            self.progress.stage(stage, done, total)
 
     @contextmanager
     def stage(self, name: str, *, role: Role | None = None) -> Generator[None]:
         """Time a stage: `time/<name>_s`, the timeline, the progress display. The stage's name determines the role."""
-        self.progress.stage(name)
+        self.show(name)
         began = time.perf_counter()
         with self.timeline.span(name, role or ROLE_OF_STAGE.get(name) or "controller"):
             yield

@@ -156,7 +156,7 @@ class RolloutScorer:
         """
 
         async def score(group: CompletedGroup, num_done: int) -> ScoredGroup:
-            self.record.progress.stage("rollouts", num_done, len(requests))
+            self.record.show("rollouts", num_done, len(requests))
             return await self.score(group, sampling, step=step, version=version)
 
         return await process_answers(self.answers(requests, sampling, version=version), requests, score)
@@ -192,7 +192,7 @@ class RolloutScorer:
                 return
             note_errors(scored, self.record, step=step)
             finished.append(scored)
-            self.record.progress.stage("rollouts", len(finished), len(requests))
+            self.record.show("rollouts", len(finished), len(requests))
             if is_enough(scored) if stored is None else len(finished) == len(stored):
                 closing = asyncio.current_task()
                 ids = {scored.group.request.group_id for scored in finished}

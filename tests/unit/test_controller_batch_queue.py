@@ -13,6 +13,7 @@ import pytest
 from rlhf.controller.batch_queue import BatchQueue
 from rlhf.controller.record import RunRecord
 from rlhf.errors import RunError
+from rlhf.tracking.display.progress import Progress
 
 
 class Batches:
@@ -39,7 +40,9 @@ class Batches:
 
 
 def queue(batches: Batches, *, max_staleness: int, num_steps: int = 5, settings: str = "same") -> BatchQueue:
-    record = SimpleNamespace(apart=nullcontext, stage=lambda *_, **__: nullcontext())
+    record = SimpleNamespace(
+        apart=lambda *_, **__: nullcontext(), stage=lambda _: nullcontext(), progress=Progress(num_steps)
+    )
     return BatchQueue(
         cast(Any, batches), cast(RunRecord, record), max_staleness=max_staleness, num_steps=num_steps, settings=settings
     )
@@ -122,6 +125,52 @@ async def test_a_failure_of_the_engines_ends_the_step_that_waits_or_the_step_bef
     turns.request(2)
     with pytest.raises(RunError, match="an engine died"):
         await turns.take(2)
+
+
+async def test_a_failure_of_the_engines_cancels_the_training_meanwhile() -> None:
+    batches = Batches()
+    ahead = queue(batches, max_staleness=1)
+    await train(ahead, first=1, last=1)
+    batches.fails_at = 3
+    batches.may_go_on.clear()
+    ahead.request(2)
+    await ahead.take(2)
+    cancelled = asyncio.Event()
+
+    async def learn() -> None:
+        batches.may_go_on.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    async with asyncio.timeout(5):
+        with pytest.raises(RunError, match="an engine died"):
+            await ahead.during(learn())
+    assert cancelled.is_set()
+
+
+async def test_training_is_shown_while_a_batch_is_collected_ahead() -> None:
+    """The batch that training waits for is shown; a later one only counts once it is whole."""
+    batches, unused = Batches(), cast(Any, None)
+    progress = Progress(5)
+    record = RunRecord(folder=unused, tracker=unused, timeline=unused, progress=progress)
+    ahead = queue(batches, max_staleness=1)
+    ahead.record = cast(RunRecord, SimpleNamespace(apart=record.apart, stage=nullcontext, progress=progress))
+    shown: list[tuple[int, str, int]] = []
+
+    async def collect(step: int, *, version: int) -> int:
+        record.show(f"rollouts of step {step}")
+        shown.append((step, progress._stage, progress._ahead))
+        return step
+
+    batches.collect = collect  # type: ignore[method-assign]
+    ahead.request(1)
+    await ahead.take(1)
+    record.show("update")
+    await ahead.finish(1)
+    assert shown == [(1, "rollouts of step 1", 0), (2, "rollouts of step 1", 0)]
+    assert (progress._stage, progress._ahead) == ("update", 1)
 
 
 async def test_a_stopped_queue_is_where_it_was_before_the_batch() -> None:

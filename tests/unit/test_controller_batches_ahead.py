@@ -16,6 +16,7 @@ from rlhf.controller.rollout_scorer import RolloutScorer
 from rlhf.errors import RunError
 from rlhf.roles import CompletedGroup
 from rlhf.rollouts.records.ledgers import request_identity
+from rlhf.tracking.display.progress import Progress
 from rlhf.types import GroupRequest, Sampling
 from tests.unit.test_controller_collect import Engines, Run, by_prompt, slowest
 
@@ -45,7 +46,9 @@ def begin(folder: Path, store: Store, *, version: int, settings: str = "same", *
     run.engines = StoringEngines(run.engines.order, store, version)
     roles: tuple[Any, Any] = (run.engines, run)
     run.scorer = run.collector.scorer = RolloutScorer(*roles, run.scorer.record, rewards_fingerprint="f")
-    record: Any = SimpleNamespace(apart=nullcontext, stage=lambda *_, **__: nullcontext())
+    record: Any = SimpleNamespace(
+        apart=lambda *_, **__: nullcontext(), stage=lambda _: nullcontext(), progress=Progress(9)
+    )
     return run, BatchQueue(run.collector, record, max_staleness=1, num_steps=9, settings=settings)
 
 

@@ -102,7 +102,7 @@ class Record:
     def __init__(self, folder: Path) -> None:
         (folder / "evals").mkdir(parents=True, exist_ok=True)
         self.folder = SimpleNamespace(path=folder, scratch=folder, spool=folder / "spool")
-        self.progress = SimpleNamespace(stage=lambda *_: None)
+        self.show = lambda *_: None
         self.errors: list[Any] = []
         self.tracker = SimpleNamespace(log_error=self.errors.append)
         self.found: dict[str, float] = {}

@@ -79,7 +79,7 @@ class Record:
         self.parts = run.parts
 
     @contextmanager
-    def apart(self, parts: list[Metrics]) -> Any:
+    def apart(self, parts: list[Metrics], **_: Any) -> Any:
         before = len(self.parts)
         yield
         parts.extend(self.parts[before:])
@@ -245,6 +245,22 @@ async def test_the_failure_of_a_group_ends_the_wait(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="engine 0 died"):
         await run.step(1)
     await run.queue.stop()
+
+
+async def test_the_failure_of_a_group_cancels_the_training_meanwhile(tmp_path: Path) -> None:
+    run = InFlight(tmp_path)
+    run.engines.slow = {0}
+    await run.begin()
+    waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def learn() -> None:
+        run.engines.running[0][2].set_exception(RunError("rollout engine 0 died"))
+        await waiting
+
+    async with asyncio.timeout(5):
+        with pytest.raises(RunError, match="engine 0 died"):
+            await run.queue.during(learn())
+    assert waiting.cancelled()
 
 
 async def test_a_stopped_queue_continues_with_its_groups(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def begun(folder: Path, *, logprob: float = -0.5) -> tuple[RolloutScorer, Reward
     (folder / "evals").mkdir(parents=True, exist_ok=True)
     record: Any = SimpleNamespace(
         folder=SimpleNamespace(spool=folder / "spool", path=folder, scratch=folder),
-        progress=SimpleNamespace(stage=lambda *_: None),
+        show=lambda *_: None,
         tracker=SimpleNamespace(log_error=lambda error: None),
         add=lambda metrics: None,
         stage=lambda *_, **__: nullcontext(),

@@ -46,6 +46,17 @@ def test_one_line_a_step_with_numbers_and_time_left(monkeypatch: pytest.MonkeyPa
     ]
 
 
+def test_batches_ahead_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, out = Clock(monkeypatch), io.StringIO()
+    display = open_progress(10, stream=out)
+    display.begin(3)
+    for count in (1, 2):
+        display.ahead(count)
+        clock.now += 60.0
+        display.stage("update")
+    assert out.getvalue().splitlines()[1:] == ["step 3/10: update  1 batch ahead", "step 3/10: update  2 batches ahead"]
+
+
 def test_a_long_step_speaks_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, out = Clock(monkeypatch), io.StringIO()
     display = open_progress(10, done_steps=4, run="soup/ppo", stream=out)

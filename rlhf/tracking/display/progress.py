@@ -58,6 +58,7 @@ class Progress:
         self._ends = deque([time.monotonic()], maxlen=_PACE_STEPS + 1)
         self._stage = ""
         self._stages: dict[str, StageTime] = {}
+        self._ahead = 0  # whole batches of later steps
         self._start()
 
     def _start(self) -> None:
@@ -78,6 +79,10 @@ class Progress:
         if stage.since is None:
             stage.since = now
         self._shown(entered=entered)
+
+    def ahead(self, batches: int) -> None:
+        """Show how many whole batches wait for later steps."""
+        self._ahead = batches
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record that a step is done. Step 0, the evaluation before training, does not count."""
@@ -128,6 +133,10 @@ class Progress:
         seconds = self._left_s()
         return "" if seconds is None else f"  left {duration(seconds)}"
 
+    def _waiting(self) -> str:
+        """Return `  2 batches ahead`, or nothing if no batch waits for a later step."""
+        return f"  {self._ahead} {'batch' if self._ahead == 1 else 'batches'} ahead" if self._ahead else ""
+
     def _sample(self, step: int) -> Mapping[str, Any] | None:
         """Return a response of the step. None: no sample is written."""
         return last_sample(self._folder, step) if self._folder is not None else None
@@ -152,7 +161,7 @@ class LineProgress(Progress):
             stage = self._stages[self._stage]
             where = self._run if self._current is None else self._name(self._current)
             counted = f" {stage.done}/{stage.total}" if stage.total else ""
-            self.note(f"{where}: {self._stage}{counted}")
+            self.note(f"{where}: {self._stage}{counted}{self._waiting()}")
 
     def _stepped(self, step: int, metrics: Mapping[str, float]) -> None:
         self._numbers |= {key: metrics[key] for key in self._show if key in metrics}

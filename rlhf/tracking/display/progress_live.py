@@ -91,7 +91,7 @@ class LiveProgress(Progress):
     def _bars(self) -> Table:
         bars = Table.grid(padding=(0, 1))
         bars.add_column(min_width=12)  # so that nothing shifts as the stages change
-        steps = f"{self._done}/{self._total}{self._left()}  {self._run}"
+        steps = f"{self._done}/{self._total}{self._left()}{self._waiting()}  {self._run}"
         bars.add_row(Text("steps"), _bar(self._done, self._total), Text(steps))
         for name, stage in list(self._stages.items()):
             done, total = (1, 1) if stage.since is None else (stage.done, stage.total)
