@@ -58,7 +58,7 @@ def check_cluster(loaded: LoadedConfig | None, address: str | None) -> tuple[Che
     with connected(settings):
         results = tuple(cluster_results(stages))
         nodes = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-    show(results, title="rlhf doctor --cluster", subject="this cluster", nodes=nodes)
+    show(results, title="rlhf doctor --cluster", passed="this cluster can train", nodes=nodes)
     return results
 
 

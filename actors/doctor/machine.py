@@ -40,7 +40,7 @@ _RAY_PROBE = "import sys; from ray.scripts.scripts import cli; cli(['health-chec
 def check_machine() -> tuple[CheckResult, ...]:
     """Return the results of all checks, and print them as a table."""
     results = tuple(machine_results())
-    show(results, title="rlhf doctor", subject="this machine")
+    show(results, title="rlhf doctor", passed="this machine can train")
     return results
 
 

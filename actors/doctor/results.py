@@ -44,25 +44,40 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def show(results: Sequence[CheckResult], *, title: str, subject: str, nodes: set[str] | None = None) -> None:
-    """Print all results as a table, and whether training is possible. nodes: all nodes of a cluster."""
+def show(
+    results: Sequence[CheckResult],
+    *,
+    title: str,
+    passed: str,
+    failed: str = "training is not possible yet",
+    advice: str = "what to do",
+    where: str = "node",
+    nodes: set[str] | None = None,
+) -> None:
+    """Print all results as a table, and the conclusion.
+
+    Args:
+        passed: the conclusion without a bad result.
+        failed: the conclusion with one.
+        advice, where: the headings of two columns.
+        nodes: all nodes of a cluster. None: the table has no column of nodes.
+    """
     from rich.console import Console  # a node of a cluster needs no table
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=title, title_justify="left")
-    for heading in ("", *(["node"] if nodes is not None else []), "what", "found", "what to do"):
+    for heading in ("", *([where] if nodes is not None else []), "what", "found", advice):
         table.add_column(heading, overflow="fold")
-    for where, result in together(results, nodes or set()):
+    for node, result in together(results, nodes or set()):
         state = Text(result.state, STYLES[result.state])
         table.add_row(
-            state, *([where] if nodes is not None else []), result.what, *map(Text, (result.found, result.advice))
+            state, *([node] if nodes is not None else []), result.what, *map(Text, (result.found, result.advice))
         )
     bad = sorted({f"{r.what} ({r.node})" if r.node else r.what for r in results if r.state == "bad"})
     console = Console()
     console.print(table)
-    verdict = f"training is not possible yet: see {', '.join(bad)}" if bad else f"{subject} can train"
-    console.print(verdict, highlight=False)
+    console.print(f"{failed}: see {', '.join(bad)}" if bad else passed, highlight=False)
 
 
 def together(results: Sequence[CheckResult], nodes: set[str]) -> Iterator[tuple[str, CheckResult]]:

@@ -1,8 +1,9 @@
-"""`rlhf doctor`: check the installation here, or whether the nodes of a cluster fit together, and give remedies."""
+"""`rlhf doctor`: check the installation here, the nodes of a cluster, or the record of a run."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf.commands.command import Command
@@ -13,11 +14,19 @@ if TYPE_CHECKING:
     from actors.doctor.results import CheckResult
 
 
-def doctor() -> tuple[CheckResult, ...]:
-    """Check the installation, and give a remedy for each problem. Print the findings and return them.
+def doctor(run: str | Path | None = None) -> tuple[CheckResult, ...]:
+    """Check the installation, or the record of a run. Print the findings and return them.
 
-    A `bad` finding makes training impossible.
+    A `bad` finding makes training impossible, or contradicts the rest of the record.
+
+    Args:
+        run (RUN): prove from this run folder that no prompt was lost or trained twice, that no response was older than
+            rollouts.max_staleness allows, and that each step and checkpoint is whole.
     """
+    if run is not None:
+        from actors.doctor.run_folder import check_run
+
+        return check_run(Path(run))
     from actors.doctor.machine import check_machine
 
     return check_machine()
@@ -48,11 +57,13 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 
 def _present(args: argparse.Namespace) -> int:
-    """Run the checks and print the findings. Return 1 if a finding makes training impossible, else 0."""
+    """Run the checks and print the findings. Return 1 if one of them is bad, else 0."""
+    if args.run is not None and args.cluster is not None:
+        raise UserError("--cluster: RUN and --cluster are two checks. Give one of them.")
     if args.cluster is None:
         if args.address is not None:
             raise UserError("--address has no effect without --cluster")
-        findings = doctor()
+        findings = doctor(args.run)
     else:
         findings = cluster_doctor(args.cluster or None, address=args.address)
     return int(any(finding.state == "bad" for finding in findings))

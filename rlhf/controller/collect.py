@@ -300,7 +300,8 @@ class Collector:
     def state(self) -> dict[str, Any]:
         return {
             "cursor": asdict(self.prompts.state()),
-            "num_given": self.prompts.num_given,
+            "stream": self.prompts.order.state(),
+            "skipped": list(self.skipped),
             "waiting": [(epoch, prompt.prompt_id) for epoch, prompt in self.unfinished],
             "next_group": self.next_group,
             "recent_drops": list(self.recent_drops),
@@ -312,6 +313,7 @@ class Collector:
         self.prompts.restore(Cursor(**state["cursor"]))
         self.unfinished = [(epoch, self.prompts.at(prompt_id)) for epoch, prompt_id in state["waiting"]]
         self.next_group = state["next_group"]
+        self.skipped = [(epoch, prompt_id) for epoch, prompt_id in state.get("skipped", [])]
         self.recent_drops.clear()
         self.recent_drops.extend(state["recent_drops"])
         if self.curriculum is not None and state["curriculum"] is not None:

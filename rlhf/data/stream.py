@@ -9,9 +9,9 @@ from __future__ import annotations
 import array
 import hashlib
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 from rlhf.data.mixing import Turns
 from rlhf.errors import UserError
@@ -50,12 +50,66 @@ class MixtureShare:
     size: int  # number of items; the items of the sets are concatenated
 
 
-class Stream(Generic[T]):
-    """Items over and over, in a new order each epoch. An item comes once an epoch, for any batch size.
+class StreamOrder:
+    """The places of a stream's items in the data, over and over, in a new order each epoch.
 
-    Several data sets (`shares`) have separate epochs and separate orders. They take turns by weight
-    (`rlhf.data.mixing`), so a small set with a large weight starts again before a large set is finished.
+    Several data sets have separate epochs and separate orders. They take turns by weight (`rlhf.data.mixing`), so a
+    small set with a large weight starts again before a large set is finished.
     """
+
+    def __init__(self, shares: Sequence[MixtureShare], *, seed: int, shuffle: bool) -> None:
+        """Start at the first item. A single set needs no name, and mixed sets are shuffled independently."""
+        self.shares = tuple(shares)
+        self.seed = seed
+        self.shuffle = shuffle
+        self.given = 0  # items so far, over all epochs
+        self._sizes = [share.size for share in shares]
+        self._starts = [sum(self._sizes[:i]) for i in range(len(shares))]
+        self._seeds = [f"{seed}/{share.name}" for share in shares] if len(shares) > 1 else [str(seed)]
+        self._turns = Turns([share.weight for share in shares] if len(shares) > 1 else [1.0])
+        self._orders = [self._order_of(i, 0) for i in range(len(shares))]
+        self._epochs = [0] * len(shares)  # epoch of each order
+
+    def next(self) -> tuple[int, int]:
+        """Return the epoch of the next item, and its place in the data."""
+        index = self._turns.next()
+        self.given += 1
+        epoch, position = divmod(self._turns.counts[index] - 1, self._sizes[index])
+        if self._epochs[index] != epoch:
+            self._orders[index] = self._order_of(index, epoch)
+            self._epochs[index] = epoch
+        return epoch, self._starts[index] + self._orders[index][position]
+
+    def go_to(self, given: int) -> None:
+        """Move to the item after the first `given` ones."""
+        self.given = given
+        self._turns.go_to(given)
+
+    def state(self) -> dict[str, Any]:
+        """Return the order and the number of given items, from which `given_places` repeats them without the data."""
+        return {
+            "shares": [asdict(share) for share in self.shares],
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "given": self.given,
+        }
+
+    def _order_of(self, index: int, epoch: int) -> list[int]:
+        order = list(range(self._sizes[index]))
+        if self.shuffle:
+            random.Random(f"{self._seeds[index]}/{epoch}").shuffle(order)
+        return order
+
+
+def given_places(state: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Return epoch and place of each item that a stream had given when it returned its order's state."""
+    shares = [MixtureShare(**share) for share in state["shares"]]
+    order = StreamOrder(shares, seed=state["seed"], shuffle=state["shuffle"])
+    return [order.next() for _ in range(state["given"])]
+
+
+class Stream(Generic[T]):
+    """Items in the order of a `StreamOrder`. An item comes once an epoch, for any batch size."""
 
     def __init__(self, items: Sequence[T], *, seed: int, shuffle: bool, shares: Sequence[MixtureShare] = ()) -> None:
         if not items:
@@ -63,17 +117,9 @@ class Stream(Generic[T]):
         if shares and sum(share.size for share in shares) != len(items):
             raise ValueError(f"shares of {[share.size for share in shares]} items do not make {len(items)}")
         self._items = items
-        self._shuffle = shuffle
         self._fingerprint = _fingerprint(items, seed, shuffle, shares)
-        sizes = [share.size for share in shares] if len(shares) > 1 else [len(items)]
-        self._sizes = sizes
-        self._starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        # Mixed sets are shuffled independently. A single set needs no name.
-        self._seeds = [f"{seed}/{share.name}" for share in shares] if len(shares) > 1 else [str(seed)]
-        self._turns = Turns([share.weight for share in shares] if len(shares) > 1 else [1.0])
-        self._given = 0
-        self._orders = [self._order_of(i, 0) for i in range(len(sizes))]
-        self._epochs = [0] * len(sizes)  # epoch of each order
+        whole = MixtureShare(name="", weight=1.0, size=len(items))
+        self.order = StreamOrder(shares if len(shares) > 1 else (whole,), seed=seed, shuffle=shuffle)
 
     def __len__(self) -> int:
         """Return the number of items of an epoch, for several sets of all together."""
@@ -81,12 +127,8 @@ class Stream(Generic[T]):
 
     def next(self, count: int) -> tuple[tuple[int, T], ...]:
         """Return the next `count` items, each with the epoch of its set. Continue into later epochs as needed."""
-        return tuple(self._next() for _ in range(count))
-
-    @property
-    def num_given(self) -> int:
-        """Count the items given so far, over all epochs."""
-        return self._given
+        places = (self.order.next() for _ in range(count))
+        return tuple((epoch, self._items[place]) for epoch, place in places)
 
     def at(self, place: int) -> T:
         """Return the item at a position of the data, independent of the order."""
@@ -94,7 +136,7 @@ class Stream(Generic[T]):
 
     def state(self) -> Cursor:
         """Return the cursor of the next item."""
-        epoch, position = divmod(self._given, len(self._items))
+        epoch, position = divmod(self.order.given, len(self._items))
         return Cursor(epoch=epoch, position=position, fingerprint=self._fingerprint)
 
     def restore(self, cursor: Cursor) -> None:
@@ -105,23 +147,7 @@ class Stream(Generic[T]):
                 " run.seed or data.shuffle differ from when it was written. Resume with the same ones, or start a new "
                 "run."
             )
-        self._given = cursor.epoch * len(self._items) + cursor.position
-        self._turns.go_to(self._given)
-
-    def _next(self) -> tuple[int, T]:
-        index = self._turns.next()
-        self._given += 1
-        epoch, position = divmod(self._turns.counts[index] - 1, self._sizes[index])
-        if self._epochs[index] != epoch:
-            self._orders[index] = self._order_of(index, epoch)
-            self._epochs[index] = epoch
-        return epoch, self._items[self._starts[index] + self._orders[index][position]]
-
-    def _order_of(self, index: int, epoch: int) -> list[int]:
-        order = list(range(self._sizes[index]))
-        if self._shuffle:
-            random.Random(f"{self._seeds[index]}/{epoch}").shuffle(order)
-        return order
+        self.order.go_to(cursor.epoch * len(self._items) + cursor.position)
 
 
 def _fingerprint(items: Sequence[Tokenized], seed: int, shuffle: bool, shares: Sequence[MixtureShare]) -> str:

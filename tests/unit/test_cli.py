@@ -83,7 +83,7 @@ def raising(error: BaseException) -> Launch:
         (["train", "x.yaml", "--quiet", "--json"], "argument --json: not allowed with argument --quiet"),
         (["train", "x.yaml", "--fast"], "train has no argument --fast. `rlhf train --help` shows all"),
         (["train", "x.yaml", "--overwritte"], "no argument --overwritte; did you mean --overwrite?"),
-        (["doctor", "x=1"], "doctor has no argument x=1"),
+        (["doctor", "runs/none"], "runs/none holds no run"),
         (["quickstart", "--algorithm", "dqn"], "invalid choice: 'dqn' (choose from 'ppo', 'grpo')"),
         (["plan", "none.yaml"], "none.yaml: no such config file"),
     ],

@@ -55,8 +55,8 @@ class Engines:
                     num_prompt_tokens=2,
                     num_response_tokens=self.lengths[sample] if self.lengths else 3,
                     finish_reason="length" if request.prompt.prompt_id in self.cut else "stop",
-                    min_version=0,
-                    max_version=0,
+                    min_version=version,
+                    max_version=version,
                     mean_logprob=-1.0,
                 )
                 for sample in range(len(request.seeds))
@@ -97,7 +97,7 @@ class Run:
         self.engines = Engines(order)
         record: Any = SimpleNamespace(
             folder=SimpleNamespace(spool=folder),
-            progress=SimpleNamespace(stage=lambda *_: None),
+            show=lambda *_: None,
             tracker=SimpleNamespace(log_error=self.errors.append),
             add=self.parts.append,
         )

@@ -246,8 +246,7 @@ class RunFolder:
         return list(removed)
 
     def _step_folders(self) -> list[tuple[int, Path]]:
-        matches = ((_STEP.fullmatch(path.name), path) for path in self.checkpoints.iterdir())
-        return sorted((int(match[1]), path) for match, path in matches if match is not None)
+        return checkpoints_in(self.checkpoints)
 
     def _point(self, link: str, step: int) -> None:
         aside = self.checkpoints / f".{link}.partial"
@@ -257,9 +256,7 @@ class RunFolder:
         sync_folder(self.checkpoints)
 
     def _pointed(self, link: str) -> int | None:
-        path = self.checkpoints / link
-        match = _STEP.fullmatch(path.readlink().name) if path.is_symlink() else None
-        return int(match[1]) if match else None
+        return pointed(self.checkpoints / link)
 
     def _aside(self, target: Path) -> Path:
         return self.scratch / f"{target.parent.name}-{target.name}"
@@ -320,6 +317,18 @@ class RunFolder:
             for pattern in (".*.partial", ".*.removed"):
                 for path in folder.glob(pattern):
                     _delete(path)
+
+
+def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
+    """Return the steps and paths of the checkpoints in a folder, whole or damaged, in rising order."""
+    matches = ((_STEP.fullmatch(path.name), path) for path in folder.iterdir())
+    return sorted((int(match[1]), path) for match, path in matches if match is not None)
+
+
+def pointed(link: Path) -> int | None:
+    """Return the step that `latest` or `best` points at. None: there is no such link."""
+    match = _STEP.fullmatch(link.readlink().name) if link.is_symlink() else None
+    return int(match[1]) if match else None
 
 
 def refuse_other_run(path: Path) -> None:

@@ -1,0 +1,174 @@
+"""The proof that a run's record is whole: it passes for real collectors and queues, and each tampered fact is named."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from actors.doctor.run_folder import check_run
+from rlhf.cli import main
+from rlhf.controller.batch_queue import BatchQueue
+from rlhf.controller.record import RunRecord
+from rlhf.tracking.display.progress import Progress
+from rlhf.tracking.run_folder.atomic import read_lines, write_lines
+from rlhf.tracking.run_folder.folder import RunFolder
+from rlhf.tracking.run_folder.manifest import Manifest
+from rlhf.tracking.sinks.tracker import Tracker
+from tests.unit.test_controller_collect import Run, by_prompt, slowest
+
+RULES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "ahead": {"max_staleness": 2},
+    "oversampled": {"oversample": 1.5, "order": slowest(1, 3, 9)},
+    "curriculum": {"scores": by_prompt(solved=[0, 5], failed=[7]), "curriculum": {"outside": 0.001}, "prompts": 8},
+    "filtered": {
+        "scores": by_prompt(solved=[0, 2, 4, 5]),
+        "order": slowest(3),
+        "oversample": 1.5,
+        "dynamic_sampling": {},
+    },
+}
+
+
+def train(folder: Path, *, steps: int = 5, checkpoint_at: int = 4, **keys: Any) -> Path:
+    """Write the record of a run: its rows, its ledger, and the checkpoint of one step."""
+    with RunFolder.open(folder, "run", resume=False) as run:
+        unused: Any = None
+        tracker = Tracker(run.path)
+        record = RunRecord(folder=run, tracker=tracker, timeline=unused, progress=Progress(steps))
+        asyncio.run(_train(run, record, Run(folder / "spool", **{"prompts": 50, **keys}), steps, checkpoint_at))
+        return run.path
+
+
+async def _train(run: RunFolder, record: RunRecord, inputs: Run, steps: int, checkpoint_at: int) -> None:
+    silent: Any = SimpleNamespace(apart=record.apart, stage=nullcontext, progress=record.progress)
+    bound = inputs.collector.rollouts.max_staleness
+    queue = BatchQueue(inputs.collector, silent, max_staleness=bound, num_steps=steps + bound, settings="")
+    for step in range(1, steps + 1):
+        record.begin_step(step)
+        queue.request(step)
+        record.groups = (await queue.take(step)).collected.ended
+        await queue.finish(step)
+        if step == checkpoint_at:
+            record.write_state(run.begin_checkpoint(step), {"step": step, **queue.state()})
+        lag = max(step - 1 - (group.oldest or 0) for group in record.groups.trained)
+        record.write_row(step, {"experience/policy_lag/max": float(lag), "rollouts/response_tokens/mean": 3.0})
+        if step == checkpoint_at:
+            run.commit_checkpoint(step)
+
+
+def contradictions(run: Path) -> str:
+    return "\n".join(result.advice for result in check_run(run) if result.state == "bad")
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_the_record_of_a_real_run_is_whole(tmp_path: Path, rules: str) -> None:
+    assert contradictions(train(tmp_path, **RULES[rules])) == ""
+
+
+def tamper(change: Callable[[dict[str, Any]], object], step: int, name: str = "groups.jsonl") -> Callable[[Path], None]:
+    """Return a change of one line of a run's file."""
+
+    def apply(run: Path) -> None:
+        lines = read_lines(run / name)
+        (line,) = (line for line in lines if line["step"] == step)
+        change(line)
+        write_lines(run / name, [line for line in lines if line])
+
+    return apply
+
+
+def of_checkpoint(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """Return a change of the checkpoint's state, with a manifest that fits."""
+
+    def apply(run: Path) -> None:
+        folder = run / "checkpoints" / "step_000004"
+        state = json.loads((folder / "controller.json").read_text())
+        change(state)
+        (folder / "controller.json").write_text(json.dumps(state))
+        Manifest.of(folder, step=4).write(folder)
+
+    return apply
+
+
+def damage_checkpoint(run: Path) -> None:
+    path = run / "checkpoints" / "step_000004" / "controller.json"
+    path.write_bytes(path.read_bytes().replace(b"4", b"5"))
+
+
+def truncate_ledger(run: Path) -> None:
+    write_lines(run / "groups.jsonl", [])
+
+
+def lose_checkpoint(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints" / "step_000004")
+
+
+TAMPERED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no row": (tamper(dict.clear, 2, "metrics.jsonl"), "metrics.jsonl has no row of step 2"),
+    "no line": (tamper(dict.clear, 2), "groups.jsonl has no line of step 2"),
+    "no last line": (tamper(dict.clear, 5), "groups.jsonl has no line of step 5"),
+    "no ledger": (truncate_ledger, "groups.jsonl has no line of step 1"),
+    "a line of the future": (tamper(lambda line: line.update(step=7), 5), "step 7 has a line but no row"),
+    "a step twice": (tamper(lambda line: line.update(step=2), 3), "step 2 comes 2 times"),
+    "no outcome": (tamper(lambda line: line.pop("filtered"), 1), "prompt 0 of epoch 0 is lost"),
+    "another prompt": (
+        tamper(lambda line: line["trained"]["prompt_id"].__setitem__(0, 90), 2),
+        "prompt 90 of epoch 0 was not requested up to step 4",
+    ),
+    "a prompt twice": (
+        tamper(lambda line: line["trained"]["prompt_id"].__setitem__(0, 1), 5),
+        "prompt 1 of epoch 0 was trained in step 1 as group 1, and trained in step 5",
+    ),
+    "a group twice": (
+        tamper(lambda line: line["trained"]["group_id"].__setitem__(0, 1), 5),
+        "group 1 ended in step 1, and in step 5",
+    ),
+    "too old": (tamper(lambda line: line["trained"].update(oldest=1), 4), "of step 4 lags by 2, and 1 is the most"),
+    "too new": (tamper(lambda line: line["trained"].update(newest=4), 4), "of step 4 has tokens of version 4"),
+    "not answered": (tamper(lambda line: line["trained"].update(oldest=None), 4), "which has no response"),
+    "another lag": (
+        tamper(lambda row: row.update({"experience/policy_lag/max": 0.0}), 4, "metrics.jsonl"),
+        "step 4 lags by 1, and its row has experience/policy_lag/max 0.0",
+    ),
+    "a lost prompt": (of_checkpoint(lambda state: state["stream"].update(given=99)), "is lost: no step ended it"),
+    "trained and outstanding": (
+        of_checkpoint(lambda state: state["waiting"].append((0, 1))),
+        "prompt 1 of epoch 0 was trained in step 1 as group 1, and the checkpoint holds it too",
+    ),
+    "a damaged checkpoint": (damage_checkpoint, "controller.json is damaged: its checksum"),
+    "a lost checkpoint": (lose_checkpoint, "checkpoints/latest points at step 4, which is missing"),
+    "half a file": (lambda run: (run / "groups.jsonl").write_text("{}\n") and None, "groups.jsonl:1"),
+}
+
+
+@pytest.mark.parametrize("fact", TAMPERED)
+def test_each_tampered_fact_is_named(tmp_path: Path, fact: str) -> None:
+    change, contradiction = TAMPERED[fact]
+    run = train(tmp_path, max_staleness=1, **RULES["filtered"])
+    assert contradictions(run) == ""
+    change(run)
+    assert contradiction in contradictions(run)
+
+
+def test_a_run_on_fixed_data_needs_no_ledger(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path, "run", resume=False) as run:
+        Tracker(run.path).log(1, {"update/loss/mean": 1.0})
+    assert [result.what for result in check_run(run.path)] == ["steps", "checkpoints"]
+    assert contradictions(run.path) == ""
+
+
+def test_the_exit_code_tells_a_whole_record_from_a_contradiction_and_from_no_run(tmp_path: Path) -> None:
+    run = train(tmp_path / "runs")
+    assert main(["doctor", str(run)]) == 0
+    truncate_ledger(run)
+    assert main(["doctor", str(run)]) == 1
+    assert main(["doctor", str(tmp_path)]) == 2
