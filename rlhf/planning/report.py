@@ -183,7 +183,7 @@ def _times(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: 
     for schedule, outcome in outcomes.items():
         busy = [f"{outcome.engines_busy:.0%}", f"{outcome.trainer_busy:.0%}"]
         rows.append([str(schedule), f"{outcome.step_s:,.4g}", *busy, f"{outcome.lag:.2f}"])
-    return [text, f"schedules; this run: {schedule_of(config.rollouts)}\n" + format_table(rows)]
+    return [text, f"schedules; this run: {schedule_of(config)}\n" + format_table(rows)]
 
 
 def _assumed(config: Config, nodes: Sequence[Node] | None, lengths: Lengths) -> str:

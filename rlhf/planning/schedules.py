@@ -14,8 +14,10 @@ from rlhf.config.schema.root import Config
 from rlhf.planning.system import Schedule
 
 
-def schedule_of(rollouts: RolloutsConfig) -> Schedule:
-    """Return the schedule of a run."""
+def schedule_of(config: Config) -> Schedule:
+    """Return the schedule of a run with rollouts."""
+    rollouts = config.rollouts
+    assert rollouts is not None
     return Schedule(
         max_staleness=rollouts.max_staleness,
         in_flight=rollouts.weight_updates == "in_flight",

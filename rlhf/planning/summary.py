@@ -161,7 +161,7 @@ def _rollout_facts(config: Config, rollouts: RolloutsConfig, derived: Derived, u
         turns = f"{environment.max_turns} turns of {rollouts.max_new_tokens}"
         longest = f"{derived.longest_sequence} tokens of a conversation with {environment.name}, at most {turns}"
     yield ["longest sequence", longest]
-    yield ["schedule", f"{schedule_of(rollouts)}; correction of old responses: {correction_in_force(config, rollouts)}"]
+    yield ["schedule", f"{schedule_of(config)}; correction of old responses: {correction_in_force(config, rollouts)}"]
 
 
 def _whole_run(config: Config) -> str:
