@@ -94,6 +94,7 @@ class GroupQueue:
         self._waiting: deque[_Outstanding] = deque()  # of a resumed run, not requested yet
         self._finished: list[int] = []  # kept groups, in the order of completion
         self._taken: Sequence[int] = ()  # the groups of the batch that is trained now
+        self._left_out: list[_Outstanding] = []  # since the last batch; no step has recorded them yet
         self._outcomes = Outcomes()  # since the last batch
         self._metrics: list[Metrics] = []  # since the last batch
         self._tokens = 0  # sampled in the groups that finished since the last batch
@@ -144,7 +145,7 @@ class GroupQueue:
             self._start(entry)
 
     def _free_place(self) -> int:
-        return heapq.heappop(self._free) if self._free else len(self._outstanding) + len(self._waiting)
+        return heapq.heappop(self._free) if self._free else len(self._untrained())
 
     def _start(self, entry: _Outstanding) -> None:
         with self.record.apart(self._metrics):
@@ -175,7 +176,7 @@ class GroupQueue:
             self._finished.append(entry.group_id)
         else:
             collector.check_filtered(self._outcomes, self.version + 1)
-            self._remove(entry.group_id)
+            self._left_out.append(self._outstanding.pop(entry.group_id))
             self._admit()
 
     async def _answer(self, entry: _Outstanding, request: GroupRequest) -> ScoredGroup | None:
@@ -207,6 +208,9 @@ class GroupQueue:
         self._taken = chosen
         groups = [scored for scored in (self._outstanding[i].scored for i in sorted(chosen)) if scored is not None]
         outcomes, self._outcomes = self._outcomes, Outcomes()
+        for entry in self._left_out:
+            heapq.heappush(self._free, entry.place)
+        self._left_out = []
         outcomes.kept = groups
         metrics, self._metrics[:] = list(self._metrics), []
         with self.record.apart(metrics):
@@ -283,7 +287,8 @@ class GroupQueue:
         return min((entry.group_id for entry in self._untrained()), default=self.collector.next_group)
 
     def _untrained(self) -> list[_Outstanding]:
-        return [*self._outstanding.values(), *self._waiting]
+        """Return the groups that no step has recorded as trained or left out."""
+        return sorted([*self._outstanding.values(), *self._waiting, *self._left_out], key=lambda e: e.group_id)
 
     def state(self) -> dict[str, Any]:
         """Return the position in the prompts and the outstanding groups, for a checkpoint.

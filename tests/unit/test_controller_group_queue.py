@@ -15,6 +15,7 @@ import pytest
 from rlhf.controller.batch_queue import Batch, BatchQueue
 from rlhf.controller.group_queue import GroupQueue
 from rlhf.controller.rollout_scorer import RolloutScorer
+from rlhf.data.stream import given_places
 from rlhf.errors import RunError
 from rlhf.roles import CompletedGroup, Metrics
 from rlhf.tracking.metrics.declarations import merge_metrics, results
@@ -227,6 +228,34 @@ async def test_a_resumed_run_requests_the_outstanding_groups_again(tmp_path: Pat
     assert sorted(first.trained + resumed.trained) == list(range(12))
 
 
+async def test_each_checkpoint_accounts_for_every_prompt(tmp_path: Path) -> None:
+    """A group that was filtered after the last batch is outstanding, because no step has recorded its end."""
+    scores = by_prompt(solved=[1, 8, 18], failed=[2, 24], broken=[5, 28])
+    curriculum = {"outside": 0.001}
+    run = InFlight(
+        tmp_path,
+        max_staleness=2,
+        batch_order="completion",
+        dynamic_sampling={},
+        scores=scores,
+        curriculum=curriculum,
+    )
+    run.engines.slow = {4}
+    ended: list[tuple[int, int]] = []
+    await run.begin()
+    for step in range(1, 7):
+        if step == 3:
+            run.engines.finish(4)
+            await settle()
+        groups = (await run.step(step)).collected.ended
+        kept = [*groups.trained, *groups.filtered, *groups.dropped]
+        ended += [(record.epoch, record.prompt_id) for record in kept] + list(groups.skipped)
+        state = json.loads(json.dumps(run.queue.state()))
+        held = [tuple(prompt) for prompt in state["waiting"] + state["skipped"]]
+        assert sorted([*ended, *held]) == sorted(given_places(state["stream"]))
+        assert len(state["outstanding"]) == len(state["waiting"])
+
+
 async def test_sequence_ids_differ_within_every_batch(tmp_path: Path) -> None:
     run = InFlight(tmp_path, max_staleness=2, batch_order="completion", scores=by_prompt(broken=[3, 9, 11]))
     run.engines.slow = {1, 7}
@@ -235,7 +264,7 @@ async def test_sequence_ids_differ_within_every_batch(tmp_path: Path) -> None:
         groups = (await run.step(step)).collected.groups
         ids = [info.sequence_id for scored in groups for info in scored.group.infos]
         assert len(set(ids)) == len(ids)
-        assert max(ids) < 2 * 3 * PROMPTS, "places are used again"
+        assert max(ids) < 2 * (3 * PROMPTS + 3), "places are used again"
 
 
 async def test_the_failure_of_a_group_ends_the_wait(tmp_path: Path) -> None:
