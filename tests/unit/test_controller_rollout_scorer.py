@@ -16,6 +16,7 @@ from rlhf.controller.evaluation import EvalSet, score_held_out
 from rlhf.controller.rollout_scorer import GREEDY_GROUPS, RolloutScorer, request_for
 from rlhf.evaluation.results import Marking
 from rlhf.roles import CompletedGroup, ScoredGroup
+from rlhf.rollouts.records.spool import group_path, stored_groups
 from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, RolloutInfo, Sampling
 
 PROMPTS = [Prompt(prompt_id=i, token_ids=(1, 2), text="", columns={"answer": "3"}) for i in range(2)]
@@ -100,6 +101,26 @@ def test_answers_come_in_the_order_of_their_requests_and_are_taken_up_again(tmp_
     assert reward.asked == []
     assert ask(again, version=1) == [0, 1]
     assert sorted(reward.asked) == [0, 1]
+
+
+def test_groups_travel_with_a_checkpoint_in_one_file(tmp_path: Path) -> None:
+    here, there = begun(tmp_path / "here")[0], begun(tmp_path / "there")[0]
+    for group_id in (3, 4, 5):
+        group_path(here.spool, group_id, 2).write_bytes(b"tokens of %d" % group_id)
+    ask(here)
+    here.copy_to(tmp_path / "checkpoint", start=4)
+    assert sorted(path.name for path in (tmp_path / "checkpoint").iterdir()) == [
+        "firsts.jsonl",
+        "groups.tar",
+        "scores.jsonl",
+    ]
+    group_path(there.spool, 4, 2).write_bytes(b"half of")
+    there.take_from(tmp_path / "checkpoint")
+    assert {group_id: path.read_bytes() for path, group_id in stored_groups(there.spool).items()} == {
+        4: b"tokens of 4",
+        5: b"tokens of 5",
+    }
+    assert not list(there.spool.glob("*.tmp"))
 
 
 @pytest.mark.parametrize(
