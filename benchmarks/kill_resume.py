@@ -1,0 +1,243 @@
+"""Kill a small run at random moments, resume it until it is finished, and compare it with an unbroken run.
+
+    python benchmarks/kill_resume.py --kills 10 --mode all --seed 0
+
+Each kill is SIGKILL, of the driver alone or of all processes of the run at once. Its moment is a random time within
+the start, or within a random one of the steps after the newest checkpoint. Every mode must end with a record that
+`rlhf doctor RUN` proves. A mode that promises bits must also have the metrics and the final weights of the unbroken
+run, and a mode that promises the groups must have trained the same groups in each step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+DEADLINE_S = 300.0  # for one start of a run
+STARTS = 0.2  # share of the kills that come during a start
+CLOCKS = ("time", "throughput/", "memory/", "system/")  # metrics that differ between two equal runs
+
+
+@dataclass(frozen=True)
+class Mode:
+    """The keys of a mode, and what a resumed run shares with an unbroken one."""
+
+    promise: Literal["bits", "groups", "each prompt once"]
+    rollouts: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+
+
+MODES = {
+    "in turns": Mode("bits"),
+    "streamed": Mode("groups", train={"streamed": True}),
+    "pipelined": Mode("bits", {"max_staleness": 2}),
+    "in flight": Mode("each prompt once", {"max_staleness": 2, "weight_updates": "in_flight"}),
+}
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """What became of a run that was killed."""
+
+    kills: int = 0
+    repeated: int = 0  # steps that were trained again
+    seconds: float = 0.0
+
+
+def write_config(folder: Path, name: str, mode: Mode, *, steps: int) -> Path:
+    """Write the configuration of a run, and return its path."""
+    tree = {
+        "run": {"name": name, "dir": str(folder), "seed": 0},
+        "policy": {"model": "tiny:llama", "dtype": "float32"},
+        "algorithm": {"name": "grpo", "kl": {"coef": 0.05}, "correction": {"preset": "token_tis"}},
+        "data": {
+            "train": {"task": "running_totals", "split": "train", "size": 64},
+            "apply_chat_template": False,
+            "max_prompt_tokens": 16,
+        },
+        "rollouts": {
+            "prompts_per_step": 8,
+            "samples_per_prompt": 4,
+            "max_new_tokens": 16,
+            "dynamic_sampling": {"max_filtered_fraction": 8.0},
+            **mode.rollouts,
+        },
+        "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*"}}},
+        "train": {
+            "steps": steps,
+            "lr": 1e-3,
+            "sequences_per_update": 16,
+            "max_tokens_per_microbatch": 256,
+            "checkpoint_every": 2,
+            **mode.train,
+        },
+        "cluster": {"object_store_gib": 0.25},
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def start(config: Path) -> subprocess.Popen[bytes]:
+    """Start or resume a run. Its output goes to a file next to its configuration."""
+    log = config.with_suffix(".log").open("ab")
+    command = [sys.executable, "-m", "rlhf.cli", "train", str(config), "--resume", "auto", "--quiet"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+
+def finish(process: subprocess.Popen[bytes], config: Path) -> None:
+    """Wait until a run has ended. Exit with its output if it failed."""
+    code = process.wait(timeout=DEADLINE_S)
+    if code != 0:
+        raise SystemExit(f"{config.stem} ended with {code}:\n{config.with_suffix('.log').read_text()[-4000:]}")
+
+
+def rows(run: Path, name: str) -> list[dict[str, Any]]:
+    """Return the whole lines of a file of a run."""
+    path = run / name
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+
+def last_step(run: Path) -> int:
+    """Return the last step with a row."""
+    return max((row["step"] for row in rows(run, "metrics.jsonl")), default=0)
+
+
+def checkpoint_step(run: Path) -> int:
+    """Return the step of the newest checkpoint."""
+    link = run / "checkpoints" / "latest"
+    return int(link.readlink().name.removeprefix("step_")) if link.is_symlink() else 0
+
+
+def kill(process: subprocess.Popen[bytes], *, driver_only: bool) -> None:
+    """Send SIGKILL to the driver, or to the driver and all that it has started. Return when all of them have ended."""
+    driver = psutil.Process(process.pid)
+    started = driver.children(recursive=True)
+    for victim in [driver] if driver_only else [driver, *started]:
+        victim.send_signal(signal.SIGKILL)
+    process.wait(timeout=DEADLINE_S)
+    _, left = psutil.wait_procs(started, timeout=30.0)  # without their driver they end by themselves
+    for victim in left:
+        victim.send_signal(signal.SIGKILL)
+    psutil.wait_procs(left, timeout=30.0)
+
+
+def wait_for_step(process: subprocess.Popen[bytes], run: Path, step: int) -> None:
+    """Wait until a step has its row, or until the run has ended."""
+    until = time.monotonic() + DEADLINE_S
+    while process.poll() is None and last_step(run) < step:
+        if time.monotonic() > until:
+            raise SystemExit(f"{run} did not reach step {step} within {DEADLINE_S:g} s")
+        time.sleep(0.02)
+
+
+def kill_and_resume(
+    config: Path, run: Path, *, kills: int, steps: int, start_s: float, step_s: float, seed: int
+) -> Tally:
+    """Run to the end, with a number of kills on the way."""
+    moments, tally, began = random.Random(seed), Tally(), time.monotonic()
+    while tally.kills < kills:
+        from_step = checkpoint_step(run)
+        process = start(config)
+        if moments.random() < STARTS:
+            time.sleep(moments.uniform(0.0, start_s))
+        else:
+            wait_for_step(process, run, min(from_step + moments.randint(1, 3), steps - 1))
+            time.sleep(moments.uniform(0.0, 2.0 * step_s))
+        if process.poll() is not None:  # the run was finished first
+            finish(process, config)
+            break
+        kill(process, driver_only=moments.random() < 0.5)
+        tally.kills += 1
+        tally.repeated += max(0, last_step(run) - checkpoint_step(run))
+    finish(start(config), config)
+    tally.seconds = time.monotonic() - began
+    return tally
+
+
+def differences(run: Path, unbroken: Path, mode: Mode) -> list[str]:
+    """Return what contradicts the promise of the mode. An empty list: nothing."""
+    found = []
+    doctor = subprocess.run(
+        [sys.executable, "-m", "rlhf.cli", "doctor", str(run)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if doctor.returncode != 0:
+        found.append(doctor.stdout + doctor.stderr)
+    if mode.promise == "bits":
+        metrics, expected = (
+            [
+                {key: value for key, value in row.items() if not key.startswith(CLOCKS)}
+                for row in rows(path, "metrics.jsonl")
+            ]
+            for path in (run, unbroken)
+        )
+        for row, other in zip(metrics, expected, strict=False):
+            found += [f"step {row['step']}: {key}" for key in other if row.get(key) != other[key]]
+        digests = {
+            hashlib.sha256((path / "final" / "model.safetensors").read_bytes()).digest() for path in (run, unbroken)
+        }
+        found += ["the final weights"] if len(digests) > 1 else []
+    if mode.promise != "each prompt once" and rows(run, "groups.jsonl") != rows(unbroken, "groups.jsonl"):
+        found.append("the groups of a step")
+    if last_step(run) != last_step(unbroken):
+        found.append("the number of steps")
+    return found
+
+
+def main() -> None:
+    """Run the chosen modes, print the table, and exit with 1 if one of them broke its promise."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--mode", choices=["all", *MODES], default="all")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    table = Table("mode", "kills", "steps trained again", "minutes", "equal to the unbroken run", "contradictions")
+    broken = False
+    steps = max(8, args.kills + 2)
+    for name in MODES if args.mode == "all" else [args.mode]:
+        mode = MODES[name]
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            config = write_config(folder, "unbroken", mode, steps=steps)
+            finish(start(config), config)
+            times = [row["time_s"] for row in rows(folder / "unbroken", "metrics.jsonl")]
+            config = write_config(folder, "killed", mode, steps=steps)
+            tally = kill_and_resume(
+                config,
+                folder / "killed",
+                kills=args.kills,
+                steps=steps,
+                start_s=times[0],
+                step_s=(times[-1] - times[0]) / (len(times) - 1),
+                seed=args.seed,
+            )
+            found = differences(folder / "killed", folder / "unbroken", mode)
+        broken = broken or bool(found)
+        promise = {"bits": "metrics, weights, groups", "groups": "groups", "each prompt once": "-"}[mode.promise]
+        cells = (tally.kills, tally.repeated, f"{tally.seconds / 60:.1f}", promise, "; ".join(found[:5]) or "none")
+        table.add_row(name, *map(str, cells))
+        Console(width=120).print(table.rows and table)
+    raise SystemExit(int(broken))
+
+
+if __name__ == "__main__":
+    main()
