@@ -1,7 +1,8 @@
-"""Rollouts that run ahead of training: the lag is as configured, and a killed run goes on bit for bit."""
+"""Rollouts that run ahead of training: the lag is within its bound, and a killed run goes on exactly."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import tarfile
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from rlhf.cli import main
 from tests.integration.recipes import rows, start, train, without_clocks, write_config
 from tests.integration.test_online import kill_all, wait_for
 
@@ -21,8 +23,9 @@ AHEAD: dict[str, Any] = {
 }
 
 
-def run_config(folder: Path, name: str) -> Path:
-    return write_config(folder / f"{name}.yaml", {**AHEAD, "run": {"name": name, "dir": str(folder), "seed": 3}})
+def run_config(folder: Path, name: str, **rollouts: Any) -> Path:
+    run = {"name": name, "dir": str(folder), "seed": 3}
+    return write_config(folder / f"{name}.yaml", {**AHEAD, "run": run, "rollouts": {**AHEAD["rollouts"], **rollouts}})
 
 
 @pytest.mark.timeout(600)
@@ -45,3 +48,23 @@ def test_batches_lag_as_configured_and_a_killed_run_equals_an_unbroken_one(tmp_p
     assert resumed == expected
     ours, theirs = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("killed", "unbroken"))
     assert all(bool((ours[name] == theirs[name]).all()) for name in theirs)
+
+
+@pytest.mark.timeout(600)
+def test_a_killed_run_in_flight_trains_every_prompt_once(tmp_path: Path) -> None:
+    config, run = (
+        run_config(tmp_path, "flight", weight_updates="in_flight", batch_order="completion"),
+        tmp_path / "flight",
+    )
+    process = start(config)
+    wait_for(run / "metrics.jsonl", 4, timeout_s=240)
+    kill_all(process.pid)
+    process.wait(timeout=30)
+    train(config, "--resume", "auto")
+
+    ledger = [json.loads(line) for line in (run / "groups.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in ledger] == list(range(1, 7))
+    groups = [group for line in ledger for group in line["trained"]["group_id"]]
+    assert sorted(groups) == list(range(len(groups)))
+    assert max(row["experience/policy_lag/max"] for row in rows(run)[1:]) == 2.0
+    assert main(["doctor", str(run)]) == 0

@@ -74,6 +74,36 @@ def test_three_hosts_train_as_one_does(ray_local: None, tmp_path: Path) -> None:
         assert there == pytest.approx(here, rel=1e-5, abs=1e-5)
 
 
+IN_FLIGHT: Mapping[str, Any] = {
+    "algorithm": {"name": "grpo", "correction": {"preset": "token_tis"}},
+    "rewards": THREE_BUNDLES["rewards"],
+    "rollouts": {"max_staleness": 2, "weight_updates": "in_flight", "batch_order": "completion"},
+    "train": {"steps": 6, "checkpoint_every": 6},
+    "cluster": {"object_store_gib": None, "roles": {"policy": ONE_THREAD, "rollout": ONE_THREAD}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_hosts_train_in_flight(tmp_path: Path) -> None:
+    """The engine gets weights by gloo from the other host while it answers requests."""
+    run = tmp_path / "flight"
+    config = write_config(
+        tmp_path / "run.yaml", merge(IN_FLIGHT, {"run": {"name": run.name, "dir": str(tmp_path)}}), ONLINE
+    )
+    with several_hosts(2) as hosts:
+        address = start_ray(hosts, cpus=[2, 2], labels=["pool=serve", "pool=train"])
+        pools = [f"cluster.roles.{role}.node_labels={{pool: {pool}}}" for role, pool in POOLS.items()]
+        said = hosts[0].run(
+            [*rlhf(), "train", config, "--quiet", f"cluster.address={address}", *pools], timeout_s=280.0
+        )
+    assert "weights go by gloo" in said
+    found = rows(run)
+    assert [row["weight_sync/version"] for row in found[1:]] == [1, 2, 3, 4, 5, 6]
+    assert max(row["experience/policy_lag/max"] for row in found[1:]) == 2.0
+    assert main(["doctor", str(run)]) == 0
+
+
 JOIN = """
 import datetime, os, sys, torch, torch.distributed as dist
 from rlhf.engine.distributed import meet_through
