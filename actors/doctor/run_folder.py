@@ -95,7 +95,7 @@ def holes(steps: Sequence[int], last: int, text: str) -> list[str]:
 def _ledger(lines: Lines, rows: Rows) -> CheckResult:
     """Check that each step has its line. A killed run may have written the line and not the row."""
     steps, last = [step for step, _ in lines], max((row["step"] for row in rows), default=0)
-    bad = holes(steps, last, f"{FILE} has no line")
+    bad = holes(steps, last, f"{FILE} has no line") if lines else [f"{FILE} is missing or empty"]
     bad += [f"step {step} has a line but no row" for step in steps if step > last + 1]
     totals = {name: sum(len(getattr(groups, name)) for _, groups in lines) for name in (*OUTCOMES, "skipped")}
     found = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in totals.items() if count)

@@ -48,6 +48,7 @@ def test_batches_lag_as_configured_and_a_killed_run_equals_an_unbroken_one(tmp_p
     assert resumed == expected
     ours, theirs = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("killed", "unbroken"))
     assert all(bool((ours[name] == theirs[name]).all()) for name in theirs)
+    assert main(["doctor", str(run)]) == 0
 
 
 @pytest.mark.timeout(600)

@@ -116,7 +116,7 @@ TAMPERED: dict[str, tuple[Callable[[Path], None], str]] = {
     "no row": (tamper(dict.clear, 2, "metrics.jsonl"), "metrics.jsonl has no row of step 2"),
     "no line": (tamper(dict.clear, 2), "groups.jsonl has no line of step 2"),
     "no last line": (tamper(dict.clear, 5), "groups.jsonl has no line of step 5"),
-    "no ledger": (truncate_ledger, "groups.jsonl has no line of step 1"),
+    "no ledger": (truncate_ledger, "groups.jsonl is missing or empty"),
     "a line of the future": (tamper(lambda line: line.update(step=7), 5), "step 7 has a line but no row"),
     "a step twice": (tamper(lambda line: line.update(step=2), 3), "step 2 comes 2 times"),
     "no outcome": (tamper(lambda line: line.pop("filtered"), 1), "prompt 0 of epoch 0 is lost"),
