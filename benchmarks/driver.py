@@ -30,9 +30,11 @@ import torch
 
 from actors.roles.gang import PolicyGang
 from actors.roles.worker_pools import RewardWorkers
+from actors.rollout.dispatch import EngineCapacity
 from actors.rollout.engine_group import RolloutEngines
 from rlhf.config.schema.root import Config
 from rlhf.controller.learning import OnlineRoles
+from rlhf.controller.loop import sparing_loaded_objects
 from rlhf.controller.online import OnlineController
 from rlhf.controller.record import RunRecord
 from rlhf.data.stream import Stream
@@ -79,6 +81,9 @@ class Engine(Worker):
     def __init__(self) -> None:
         self.released = asyncio.Event()
         self.version = 0
+
+    async def capacity(self) -> EngineCapacity:
+        return EngineCapacity(cache_tokens=10**9, samples=10**6)
 
     async def hold(self) -> None:
         self.released.clear()
@@ -290,7 +295,7 @@ async def measure(config: Config, dummies: Dummies, folder: Path, *, profile: bo
             rewards_fingerprint="",
         )
         began, profiler = time.process_time(), cProfile.Profile() if profile else nullcontext()
-        with profiler:
+        with profiler, sparing_loaded_objects():
             await controller.run()
         seconds = time.process_time() - began
         timeline.close()

@@ -72,11 +72,11 @@ class OnlineTeacherWorkers(_Teacher, ReferenceWorkers):
     async def states(self, plan: MinibatchPlan, groups: Sequence[CompletedGroup]) -> StatesByRank:
         """Return a column for each rank. Each worker packs its sequences together."""
         lengths = {info.sequence_id: info.num_tokens for group in groups for info in group.infos}
+        group_of = {info.sequence_id: place for place, group in enumerate(groups) for info in group.infos}
 
         def request(states: Callable[..., Any], shares: Sequence[Sequence[int]]) -> Any:
-            wanted = {i for share in shares for i in share}
-            given = [group.rollouts for group in groups if any(info.sequence_id in wanted for info in group.infos)]
-            return states(shares, *given)
+            wanted = sorted({group_of[i] for share in shares for i in share})
+            return states(shares, *(groups[place].rollouts for place in wanted))
 
         return await self.states_by_rank(plan, lengths.__getitem__, request)
 

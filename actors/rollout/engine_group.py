@@ -204,17 +204,22 @@ class RolloutEngines(WorkerGroup):
             asyncio.wrap_future(handle.release.remote(len(share)).future()): engine
             for engine, (handle, share) in enumerate(zip(self.handles, by_engine, strict=True))
         }
+        finished: asyncio.Queue[asyncio.Future[Any]] = asyncio.Queue()
+        for future in (*waits, *releases):
+            future.add_done_callback(finished.put_nowait)
         try:
             while waits or releases:
-                done, _ = await asyncio.wait(
-                    [*waits, *releases], timeout=self.deadline_s, return_when=asyncio.FIRST_COMPLETED
-                )
-                if not done:
+                try:
+                    async with asyncio.timeout(self.deadline_s):
+                        done = {await finished.get()}
+                except TimeoutError as error:
                     stuck = sorted({*releases.values(), *(engine for _, engine in waits.values())})
                     raise RunError(
                         f"rollouts: engines {stuck} finished none of their {len(waits)} prompts in "
                         f"{self.deadline_s:.0f} s (cluster.call_timeout_s).{lost_nodes()} {RESUMES}"
-                    )
+                    ) from error
+                while not finished.empty():
+                    done.add(finished.get_nowait())
                 for future in sorted(done & waits.keys(), key=lambda f: waits[f][0].group_id):
                     request, engine = waits.pop(future)
                     infos: tuple[RolloutInfo, ...] | None = _result(future, engine)

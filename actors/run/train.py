@@ -32,6 +32,7 @@ from rlhf.config.files.dump import dump_masked_yaml
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.schema.stages import MergeStage, result_of, run_folder
 from rlhf.controller.learning import OnlineRoles
+from rlhf.controller.loop import sparing_loaded_objects
 from rlhf.controller.offline import OfflineController
 from rlhf.controller.online import OnlineController
 from rlhf.controller.record import RunRecord
@@ -266,14 +267,15 @@ async def _carry_out(
     """Run the loop from the checkpoint of `step`, if there is one. Write final/ at its end, but not at `until`."""
     if step is not None:
         await controller.restore(step)
-    is_done = await run_loop(
-        controller.run(until=until),
-        controller.notice,
-        request,
-        grace_s=controller.config.train.preemption_grace_s,
-        call_timeout_s=controller.config.cluster.call_timeout_s,
-        draining_node=partial(draining_node, nodes),
-    )
+    with sparing_loaded_objects():
+        is_done = await run_loop(
+            controller.run(until=until),
+            controller.notice,
+            request,
+            grace_s=controller.config.train.preemption_grace_s,
+            call_timeout_s=controller.config.cluster.call_timeout_s,
+            draining_node=partial(draining_node, nodes),
+        )
     if not is_done:
         return
     folder = controller.record.folder

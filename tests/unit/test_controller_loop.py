@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from rlhf.config.schema.root import Config
-from rlhf.controller.loop import TrainingLoop
+from rlhf.controller.loop import TrainingLoop, sparing_loaded_objects
 from rlhf.errors import Preempted
 from rlhf.roles import Arithmetic
 from rlhf.types import MemoryReport
@@ -180,3 +181,17 @@ def test_an_early_stop_exports_the_best_weights() -> None:
     assert asyncio.run(loop.run())
     assert loop.step == 4
     assert calls[-1] == "load step_2/policy"
+
+
+def test_loaded_objects_are_spared_from_collections_until_the_loop_ends_also_by_a_failure() -> None:
+    counts = []
+
+    def fail() -> None:
+        with sparing_loaded_objects():
+            counts.append(gc.get_freeze_count())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert counts[0] > 1000
+    assert gc.get_freeze_count() == 0

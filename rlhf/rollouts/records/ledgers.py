@@ -12,6 +12,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -40,12 +41,17 @@ def is_from(group_id: int, start: int) -> bool:
 def request_identity(request: GroupRequest, sampling: Sampling) -> dict[str, str]:
     """Return the inputs of a request its tokens depend on, except the weights."""
     return {
-        "sampling": json.dumps(asdict(request.drawn_by(sampling))),
+        "sampling": _sampling_json(request.drawn_by(sampling)),
         "prompt_token_ids": json.dumps(request.prompt.token_ids),
         "turn_end": json.dumps(request.prompt.turn_end),
         "seeds": json.dumps(request.seeds),
         "first_sequence_id": json.dumps(request.first_sequence_id),
     }
+
+
+@lru_cache(maxsize=128)
+def _sampling_json(sampling: Sampling) -> str:
+    return json.dumps(asdict(sampling))
 
 
 def scored_identity(request: GroupRequest, sampling: Sampling, infos: Sequence[RolloutInfo]) -> str:
@@ -175,7 +181,7 @@ class ScoreLedger(_Ledger[tuple[int, int, str], GroupScores]):
         """Store a group's scores. They are not synced to disk, since only the process may end, not the machine."""
         key = {"group_id": group_id, "version": version, "request": request, "rewards": self.rewards}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json_line({**key, **asdict(scores)}))
+            file.write(json_line({**key, **_SCORES.dump_python(scores)}))
 
     def forget_failures(self) -> None:
         """Drop failed groups when the run ends because of them. A resumed run then calls the repaired reward again."""

@@ -1,0 +1,58 @@
+"""The columns that workers of the online teacher are handed, and those that they hand to the student's ranks."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any, cast
+
+from actors.roles.teacher import OnlineTeacherWorkers
+from rlhf.roles import CompletedGroup
+from rlhf.types import GroupRequest, MinibatchPlan, Prompt, RolloutInfo
+
+
+def group(index: int, *sequence_ids: int) -> CompletedGroup:
+    prompt = Prompt(prompt_id=index, token_ids=(1, 2), text="", columns={})
+    rollouts: Any = f"group {index}"
+    return CompletedGroup(
+        request=GroupRequest(group_id=index, prompt=prompt, seeds=(0,), first_sequence_id=sequence_ids[0]),
+        rollouts=rollouts,
+        infos=tuple(
+            RolloutInfo(
+                sequence_id=i,
+                num_prompt_tokens=2,
+                num_response_tokens=10 - i,
+                finish_reason="stop",
+                min_version=0,
+                max_version=0,
+                mean_logprob=-1.0,
+            )
+            for i in sequence_ids
+        ),
+    )
+
+
+class Worker:
+    """A teacher's worker that notes its calls and answers at once."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.states = SimpleNamespace(options=lambda num_returns: SimpleNamespace(remote=self.call))
+
+    def call(self, shares: list[list[int]], *given: str) -> list[Any]:
+        self.calls.append((shares, *given))
+        done: Future[int] = Future()
+        done.set_result(1)
+        return [*(f"states of {share}" for share in shares), SimpleNamespace(future=lambda: done)]
+
+
+def test_a_worker_of_the_teacher_is_handed_the_groups_of_its_rows() -> None:
+    workers = [Worker(), Worker()]
+    teacher = OnlineTeacherWorkers(cast("Any", workers), deadline_s=60.0)
+    groups = [group(0, 0, 1), group(1, 2, 3), group(2, 4, 5)]
+    plan = MinibatchPlan(sequences_by_rank=((0, 4), (5,)), num_tokens=9, num_sequences=3)
+    by_rank = asyncio.run(teacher.states(plan, groups))
+    # the rows have 12, 8 and 7 tokens: the first worker gets row 0, the second gets rows 4 and 5
+    assert [worker.calls for worker in workers] == [[([[0], []], "group 0")], [([[4], [5]], "group 2")]]
+    assert by_rank == [["states of [0]", "states of [4]"], ["states of []", "states of [5]"]]
