@@ -59,7 +59,7 @@ def drawing(runs: Sequence[tuple[str, Path]], *, from_step: int, seconds: float)
             y = top + number * ROW
             parts.append(f'<text x="{LABEL - 6}" y="{y + 12}" text-anchor="end">{lane}</text>')
             parts.append(f'<rect x="{LABEL}" y="{y}" width="{WIDTH - LABEL - 10}" height="{ROW - 3}" fill="#f2f2f2"/>')
-            for span in spans:
+            for span in sorted(spans, key=lambda one: one.start_s - one.end_s):  # short ones on top
                 if span.name in colors:
                     x, width = LABEL + span.start_s * scale, max((span.end_s - span.start_s) * scale - 0.8, 0.6)
                     parts.append(
