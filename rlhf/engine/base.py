@@ -1,7 +1,8 @@
 """The interface of a training engine: forward, backward, step, weights, snapshot. It allows other backends.
 
 Workers hold one engine and never ask for its type. Losses are this rank's share of a sum over the whole optimizer step
-(all ranks, all micro-batches), normalised beforehand by global counts. An engine must never average them again.
+(all ranks, all micro-batches). They are normalised beforehand by global counts or, where a count is only known at the
+end, by the divisor of the step. An engine must never average them again.
 """
 
 from __future__ import annotations
@@ -84,8 +85,8 @@ class TrainingEngine(Protocol):
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of this rank's share of the step's loss. last: the step's last micro-batch. Collective."""
 
-    def step(self) -> StepReport:
-        """Update the weights. Collective.
+    def step(self, divisor: float = 1.0) -> StepReport:
+        """Update the weights by the gradient divided by `divisor`, which is then clipped. Collective.
 
         Raise RunError, with the weights unchanged, if loss or gradient are not finite.
         """

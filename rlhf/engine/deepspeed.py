@@ -173,7 +173,7 @@ class DeepSpeedEngine:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * dist.get_world_size())  # DeepSpeed divides by it
 
-    def step(self) -> StepReport:
+    def step(self, divisor: float = 1.0) -> StepReport:
         step = self._steps + 1
         nonfinite = int(self.all_reduce_sum(torch.tensor(self._nonfinite_losses, device=self.device)))
         self._nonfinite_losses = 0
@@ -183,19 +183,33 @@ class DeepSpeedEngine:
         lr = self._settings.lr * lr_factor(self._schedule, step)
         for group, ratio in zip(self._optimizer.param_groups, self._lr_ratios, strict=True):
             group["lr"] = lr * ratio
-        norm = self._clip() if self._clips_itself else None
-        if norm is None:
-            self._engine.step()
-            norm = float(self._engine.get_global_grad_norm())
-            applied = self._engine.was_step_applied()
-        else:
-            applied = norm < float("inf")
-            if applied:
+        with self._gradient_divided(divisor):
+            clipped = self._clip() if self._clips_itself else None
+            if clipped is None or clipped < float("inf"):
                 self._engine.step()
+        norm = float(self._engine.get_global_grad_norm()) if clipped is None else clipped
+        applied = self._engine.was_step_applied() if clipped is None else clipped < float("inf")
         if not applied:
             raise RunError(f"The gradient was not finite in optimizer step {step}; the weights are those before it.")
         self._steps = step
         return StepReport(grad_norm=norm, lr=lr)
+
+    @contextmanager
+    def _gradient_divided(self, divisor: float) -> Iterator[None]:
+        """Divide the gradient of the step in the block, before its norm is taken and clipped."""
+        optimizer = self._engine.optimizer
+        if hasattr(optimizer, "loss_scale") and self._zero_stage > 0:
+            optimizer.loss_scale = divisor  # it divides as if the backward passes had multiplied, so it is 1 for them
+            try:
+                yield
+            finally:
+                optimizer.loss_scale = 1.0
+            return
+        if divisor != 1.0:
+            whole = [p.grad for p in self.module.parameters() if p.grad is not None]
+            for gradient in getattr(optimizer, "fp32_groups_gradients_flat", whole):  # of bfloat16 at stage 1
+                gradient.div_(divisor)
+        yield
 
     def _clip(self) -> float:
         parameters = [p for p in self.module.parameters() if p.requires_grad]

@@ -55,3 +55,8 @@ def token_weights(
     else:
         weight = 1.0 / (num_sequences * max_new_tokens)
     return response_mask.to(dtype) * weight
+
+
+def denominator(mode: Aggregation, *, num_tokens: int, num_sequences: int) -> int:
+    """Return the count of the whole step that divides a loss whose `token_weights` were computed with counts of 1."""
+    return num_tokens if mode == "token_mean" else num_sequences

@@ -113,6 +113,41 @@ def train_and_publish(
     return weights
 
 
+def distance(one: dict[str, Tensor], two: dict[str, Tensor]) -> float:
+    return float(torch.nn.utils.get_total_norm([one[name] - two[name] for name in one]))
+
+
+def train_on_sums(
+    rank: int, world_size: int, *, stage: int, dtype: torch.dtype, folder: Path
+) -> tuple[dict[str, Tensor], list[float], dict[str, Tensor], list[float]]:
+    """Weights and norms of training on means, and of training on sums that are divided in the step.
+
+    Between the passes on sums other sequences are measured, as when a step's groups arrive one after the other, and a
+    snapshot is written, as when the run must end then. Every other step ends with a pass that adds nothing.
+    """
+    divisor = float(sum(LENGTHS) - len(LENGTHS))
+    engine = make_engine(stage, dtype)
+    norms = train(engine, rank, world_size, steps=range(1, STEPS + 1), num_microbatches=2)
+    weights = weights_of(engine)
+    engine.close()
+    engine, norms_of_sums = make_engine(stage, dtype), []
+    for step in range(1, STEPS + 1):
+        mine, ends_empty = batch(step)[rank::world_size], step % 2 == 1
+        for i, sequence in enumerate(mine):
+            is_last = i == len(mine) - 1
+            engine.backward(divisor * engine.forward(loss_of, [sequence]), last=is_last and not ends_empty)
+            if not is_last:
+                with torch.no_grad():
+                    engine.forward(loss_of, mine)
+                engine.save(folder)
+        if ends_empty:
+            engine.backward(0.0 * engine.forward(loss_of, mine[:1]), last=True)
+        norms_of_sums.append(engine.step(divisor).grad_norm)
+    weights_of_sums = weights_of(engine)
+    engine.close()
+    return weights, norms, weights_of_sums, norms_of_sums
+
+
 def interrupt_and_resume(
     rank: int, world_size: int, *, stage: int, dtype: torch.dtype, folder: Path
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float], list[float], bool]:
@@ -228,6 +263,27 @@ def test_equals_plain_adamw_on_the_whole_batch(
     for weights in gang.run(train_and_publish, stage=stage, num_microbatches=num_microbatches, bucket=bucket):
         assert weights.keys() == expected.keys()
         torch.testing.assert_close(weights, expected, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_sum_divided_in_the_step_equals_a_mean(
+    gang: Gang, stage: int, dtype: torch.dtype, expected: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """The clip acts on the divided gradient: its norms are above the clip of 0.5 and below 0.5 times the divisor."""
+    before = {name: weight.float() for name, weight in tiny_model(dtype).named_parameters()}
+    for weights, norms, weights_of_sums, norms_of_sums in gang.run(
+        train_on_sums, stage=stage, dtype=dtype, folder=tmp_path / "snapshot"
+    ):
+        assert min(norms) > 0.5
+        assert max(norms) < 0.5 * (sum(LENGTHS) - len(LENGTHS))
+        if dtype == torch.float32:
+            assert norms_of_sums == pytest.approx(norms, rel=1e-5)
+            torch.testing.assert_close(weights_of_sums, expected, rtol=1e-4, atol=1e-5)
+        else:  # Adam moves a weight by its rate whatever the size of its gradient, and so amplifies rounding
+            assert norms_of_sums == pytest.approx(norms, rel=2e-2)
+            moved, apart = (distance(weights, other) for other in (before, weights_of_sums))
+            assert apart < 0.1 * moved
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
