@@ -287,7 +287,10 @@ class PolicyRole(TrainedRole, Protocol):
     async def prepare(
         self, plan: BatchPlan, groups: Sequence[CompletedGroup], ref_logprobs: Sequence[RemoteColumns[TokenValues]]
     ) -> PrepareReport:
-        """Load a batch, and compute its metrics under the current weights. Each rank receives its own sequences."""
+        """Load a batch or a portion of it, and compute its metrics under the current weights.
+
+        Each rank receives its own sequences.
+        """
 
     async def set_advantages(
         self,
@@ -295,7 +298,13 @@ class PolicyRole(TrainedRole, Protocol):
         by_sequence: Mapping[int, float] | None,
         values: Sequence[RemoteColumns[TokenValues]],
     ) -> AdvantagesReport:
-        """Give every sampled token the advantage of its sequence, or if None one estimated from the critic's values."""
+        """Give every sampled token the advantage of its sequence, or if None one estimated from the critic's values.
+
+        The tokens are those of the last `prepare`.
+        """
+
+    async def accumulate(self, minibatch: int) -> None:
+        """Compute the gradient of the part of a minibatch in the portions prepared so far (train.streamed)."""
 
     async def update(self, minibatch: int, states: StatesByRank = ()) -> Metrics:
         """Make one optimizer step on a minibatch of the prepared batch.

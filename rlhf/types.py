@@ -71,6 +71,12 @@ class Ragged:
             **taken,
         )
 
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """Return the sequences of all parts, one after the other."""
+        names = ("sequence_ids", "lengths", *cls.columns())
+        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
     def take(self, places: Sequence[int]) -> Self:
         """Return the sequences at these positions, in this order."""
         at = torch.tensor(places, dtype=torch.int64)
@@ -322,7 +328,8 @@ class MinibatchPlan:
 class BatchPlan:
     """The plan of one batch of rollouts for the trained roles. Made by the controller from scalars.
 
-    The minibatches' composition does not depend on the number of ranks. Each epoch visits them in a new order.
+    The minibatches' composition does not depend on the number of ranks. Each epoch visits them in a new order. With
+    train.streamed a batch comes in portions, each with a plan that has the portion's sequences of all minibatches.
     """
 
     step: int
@@ -332,6 +339,7 @@ class BatchPlan:
     entropy_coef: float = 0.0
     temperatures: Mapping[int, float] = field(default_factory=dict)  # by sequence id, for prompts that set one
     steps: Mapping[int, tuple[StepReward, ...]] = field(default_factory=dict)  # by sequence id, with training values
+    portion: int = 0  # index of the portion in its batch
 
     def sequences_of(self, rank: int) -> tuple[int, ...]:
         """Return all sequences of a rank, in the order of the minibatches."""

@@ -200,6 +200,9 @@ class PolicyGang(Gang):
             ),
         )
 
+    async def accumulate(self, minibatch: int) -> None:
+        await self.all([h.accumulate.remote(minibatch) for h in self.handles], "update")
+
     async def update(self, minibatch: int, states: StatesByRank = ()) -> Metrics:
         return await self._step([h.update for h in self.handles], states, "update", minibatch)
 

@@ -25,6 +25,7 @@ class DrGRPO(OnlineAlgorithm):
     weight."""
 
     config: DrGRPOConfig
+    advantages_by_group = True
 
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
         """Return each score minus its group's mean."""

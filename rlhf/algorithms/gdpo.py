@@ -37,6 +37,7 @@ class GDPO(GroupRelative):
     """
 
     config: GDPOConfig
+    advantages_by_group = False
 
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
         """Return the weighted sum of the rewards, each normalised in its group, normalised over the batch."""

@@ -28,6 +28,8 @@ class GRPOConfig(ClippedConfig):
 class GroupRelative(OnlineAlgorithm):
     """Every token of a response has the response's advantage: its score compared with its group."""
 
+    advantages_by_group = True
+
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
         """Return the scores minus their group's mean, divided by its standard deviation."""
         return group_normalized(outcomes.scores, group_size=outcomes.group_size, eps=GROUP_STD_EPS)

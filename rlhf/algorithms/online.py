@@ -59,8 +59,26 @@ class OnlineAlgorithm(Algorithm):
     whitens: bool = False  # whether advantages get mean 0 and variance 1 over the sampled tokens of the batch
     centers: bool = False  # whether advantages get mean 0 alone
     selects_tokens = False  # whether the loss treats the tokens of `selected` differently
+    advantages_by_group: bool = False  # whether the advantages of a group depend on no other group of the batch
     has_step_baseline = False  # whether a token's baseline is the mean return of its group's tokens at the same step
     discount: float = 1.0  # of the rewards to come, per sampled token
+
+    @property
+    def whole_batch_needed_for(self) -> str | None:
+        """Return what needs the whole batch before any gradient can be computed. None: groups can be trained alone."""
+        if self.config.has_critic:
+            return "the critic values a whole batch"
+        if self.config.wants_greedy:
+            return "its greedy responses are sampled after all others"
+        if self.whitens or self.centers:
+            return "its advantages are normalised over the batch"
+        if self.has_step_baseline:
+            return "its baseline of a step reads log-probabilities before the update"
+        if not self.advantages_by_group:
+            return "its advantages may depend on all groups of the batch (advantages_by_group of its class is False)"
+        if self.selects_tokens or self.config.top_entropy_fraction is not None:
+            return "it chooses among the tokens of a whole optimizer step"
+        return None
 
     def kept(self, scores: Sequence[float]) -> Sequence[int]:
         """Return the indices of a prompt's responses to train on, ascending and possibly empty (default: all)."""

@@ -26,6 +26,7 @@ class OPO(OnlineAlgorithm):
     """
 
     config: OPOConfig
+    advantages_by_group = True
 
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
         """Return each score minus its group's length-weighted mean."""

@@ -63,6 +63,7 @@ class RAFT(OnlineAlgorithm):
     """
 
     config: RAFTConfig
+    advantages_by_group = True
 
     def kept(self, scores: Sequence[float]) -> Sequence[int]:
         """Return the indices of the best responses with a score at or above the threshold."""

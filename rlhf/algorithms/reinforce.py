@@ -32,6 +32,7 @@ class Reinforce(OnlineAlgorithm):
     """A token's advantage is the discounted score minus the KL penalties from the token on, minus the baseline."""
 
     config: ReinforceConfig
+    advantages_by_group = True
 
     def __init__(self, config: ReinforceConfig) -> None:
         super().__init__(config)

@@ -28,6 +28,7 @@ class RLOO(OnlineAlgorithm):
     """
 
     config: RLOOConfig
+    advantages_by_group = True
 
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
         """Return each score minus the mean of its group's other scores."""

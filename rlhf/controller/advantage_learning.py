@@ -2,6 +2,8 @@
 
 kept responses -> batch plan -> reference logprobs, values -> old logprobs -> advantages -> minibatches -> updates
 
+With train.streamed these stages begin before the batch is whole, one portion of its groups after the other.
+
 Responses dropped by selection (rollouts.keep_per_prompt, raft) are not computed on. Masked responses
 (algorithm.mask_truncated) are not computed on either, but their scores count in the baseline of their group.
 """
@@ -10,27 +12,40 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf.algorithms import algorithm_of
 from rlhf.algorithms.online import OnlineAlgorithm, SequenceOutcomes
-from rlhf.config.derive import leaves_out, rows_per_step, updates_per_step
+from rlhf.config.derive import leaves_out, rows_per_step, trained_per_prompt, updates_per_step
 from rlhf.config.schema.root import Config
-from rlhf.controller.batches import only, plan_batch
+from rlhf.controller.arrivals import Arrivals
+from rlhf.controller.batches import draw_minibatches, only, plan_batch, temperatures
 from rlhf.controller.entropy_bonus import EntropyBonus
 from rlhf.controller.idle_correction import IdleCorrection
 from rlhf.controller.learning import OnlineRoles, ReferencedLearning, Signals
 from rlhf.controller.record import RunRecord
 from rlhf.objectives.kl import adaptive_kl_coef
 from rlhf.objectives.selection import best, most_spread
-from rlhf.roles import PrepareReport, RemoteColumns, ScoredGroup, TrainedRole
+from rlhf.roles import PrepareReport, RemoteColumns, ScoredGroup, SequenceReport, TrainedRole
 from rlhf.tracking.metrics.reductions import Last, Mean
-from rlhf.types import BatchPlan, StepReward, TokenValues
+from rlhf.types import BatchPlan, RolloutInfo, StepReward, TokenValues
 
 logger = logging.getLogger(__name__)
 KEPT_BY = {"spread": most_spread, "best": best}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Portion:
+    """Groups of a batch that were prepared together. Without train.streamed it is the whole batch."""
+
+    group_ids: frozenset[int]
+    has_kept: bool  # whether a response was kept, even if masked
+    plan: BatchPlan  # without scores: no response is trained
+    report: PrepareReport
+    advantages: Mapping[int, float]  # by sequence id
 
 
 class AdvantageLearning(ReferencedLearning):
@@ -46,40 +61,87 @@ class AdvantageLearning(ReferencedLearning):
         self.entropy = EntropyBonus(self.algorithm.config.entropy)
         self.reference_every = self.algorithm.config.reference_every
         self.num_minibatches = rows_per_step(config, self.rollouts) // config.train.sequences_per_update
-        self.steps: Mapping[int, tuple[StepReward, ...]] = {}
+        self.arrivals = Arrivals(self.rollouts.prompts_per_step)
+        # by group, for groups that have arrived; a colocated reference computes with the portion instead
+        self.references: dict[int, asyncio.Task[list[RemoteColumns[TokenValues]]]] = {}
+        self.portions: list[_Portion] = []  # of the step's batch
         self.idle = IdleCorrection(self.algorithm.config, updates_per_step=updates_per_step(config))
+
+    def arrived(self, scored: ScoredGroup) -> None:
+        """Note a group of the next batch, and start its reference log-probabilities if the reference is alone."""
+        self.arrivals.add(scored)
+        trained = self._not_masked(self._chosen([scored]))
+        if self.roles.reference is not None and trained and not self.config.cluster.roles.reference.colocate_with:
+            computing = asyncio.create_task(self._reference_logprobs(trained))
+            self.references[scored.group.request.group_id] = computing
+
+    async def stream(self, step: int) -> float:
+        """Accumulate the gradient of the step's first minibatch over portions of the batch, until it is whole.
+
+        A portion has all groups that are ready. The last one is left to `learn`, with the optimizer steps.
+        """
+        busy_s = 0.0
+        first_visited = self.visits(self.num_minibatches, step)[0]
+        while groups := await self.arrivals.take():
+            began = time.perf_counter()
+            portion = await self._prepare(groups, step)
+            self.portions.append(portion)
+            if portion.plan.scores:
+                with self.record.stage("update"):
+                    await self.roles.policy.accumulate(first_visited)
+            busy_s += time.perf_counter() - began
+        self.arrivals.begin()
+        return busy_s
 
     async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:
         """Run the stages listed in the module's docstring. If no response is kept, the step makes no update."""
-        record, roles = self.record, self.roles
-        kept, self.steps = self.scores.by_step(self._kept(groups), self.algorithm.step_terms)
-        trained = self._not_masked(kept)
-        if leaves_out(self.config):
-            total, count = (sum(len(scored.group.infos) for scored in some) for some in (trained, groups))
-            record.add({"advantages/kept/fraction": Mean(total=total, count=count)})
-        plan = self._plan(trained, step, roles.policy)
-        report = PrepareReport(sequences=(), metrics={})
-        advantages: Mapping[int, float] = {}
-        with record.stage("experience"):
-            if trained:
-                report, advantages = await self._experience(plan, kept, trained)
-            elif kept:
-                logger.warning(
-                    "step %d: every response was truncated (algorithm.mask_truncated), so nothing is updated", step
-                )
-            else:
-                logger.warning("step %d: no response reaches algorithm.min_score, so the policy is not updated", step)
+        record = self.record
+        seen = {group_id for portion in self.portions for group_id in portion.group_ids}
+        left = [scored for scored in groups if scored.group.request.group_id not in seen]
+        if left:
+            self.portions.append(await self._prepare(left, step))
+        portions = [portion for portion in self.portions if portion.plan.scores]
+        if not portions and any(portion.has_kept for portion in self.portions):
+            logger.warning(
+                "step %d: every response was truncated (algorithm.mask_truncated), so nothing is updated", step
+            )
+        elif not portions:
+            logger.warning("step %d: no response reaches algorithm.min_score, so the policy is not updated", step)
+        self.portions, self.references = [], {}
         with record.stage("update"):
-            for minibatch in self.visits(len(plan.minibatches), step):
+            for minibatch in self.visits(len(portions[0].plan.minibatches) if portions else 0, step):
                 await self._update(minibatch, step)
         await self.renew_reference(step)
         if self.idle.watches:
             self.idle.see(record.row())
         self._adapt_entropy()
-        self._adapt_kl(report, num_sequences=sum(m.num_sequences for m in plan.minibatches))
+        reports = [sequence for portion in portions for sequence in portion.report.sequences]
+        self._adapt_kl(reports, num_sequences=sum(len(portion.plan.scores) for portion in portions))
         return Signals(
-            trained=frozenset(plan.scores) if trained else frozenset(),
-            reports={sequence.sequence_id: sequence for sequence in report.sequences},
+            trained=frozenset(i for portion in portions for i in portion.plan.scores),
+            reports={sequence.sequence_id: sequence for sequence in reports},
+            advantages={i: value for portion in portions for i, value in portion.advantages.items()},
+        )
+
+    async def _prepare(self, groups: Sequence[ScoredGroup], step: int) -> _Portion:
+        """Choose the responses of some groups of the batch and, unless there are none, compute their experience."""
+        record = self.record
+        kept, steps = self.scores.by_step(self._kept(groups), self.algorithm.step_terms)
+        trained = self._not_masked(kept)
+        if leaves_out(self.config):
+            total, count = (sum(len(scored.group.infos) for scored in some) for some in (trained, groups))
+            record.add({"advantages/kept/fraction": Mean(total=total, count=count)})
+        plan = self._plan(trained, step, self.roles.policy, steps)
+        report = PrepareReport(sequences=(), metrics={})
+        advantages: Mapping[int, float] = {}
+        with record.stage("experience"):
+            if trained:
+                report, advantages = await self._experience(plan, kept, trained)
+        return _Portion(
+            group_ids=frozenset(scored.group.request.group_id for scored in groups),
+            has_kept=bool(kept),
+            plan=plan,
+            report=report,
             advantages=advantages,
         )
 
@@ -91,7 +153,7 @@ class AdvantageLearning(ReferencedLearning):
         self.entropy.restore(state["entropy"])
         await super().restore(state, step)
 
-    def _kept(self, groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
+    def _chosen(self, groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
         """Return the groups reduced to their kept responses, with the scores used for training.
 
         The reported scores select the responses. Groups without a kept response are left out.
@@ -103,12 +165,16 @@ class AdvantageLearning(ReferencedLearning):
             places = self.algorithm.kept(scores) if keep is None else KEPT_BY[keep.by](scores, keep.count)
             if places:
                 kept.append(only(trained, places))
+        return kept
+
+    def _kept(self, groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
+        """Return the groups as chosen, and measure how many carry no signal."""
         if self.algorithm.config.compares_responses:
             flat = 0  # with dynamic sampling the collector leaves flat groups out
             if self.rollouts.dynamic_sampling is None:
                 flat = sum(self.scores.is_flat(scored, self.config, self.algorithm) for scored in groups)
             self.record.add({"advantages/zero_groups/fraction": Mean(total=flat, count=len(groups))})
-        return kept
+        return self._chosen(groups)
 
     def _not_masked(self, groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
         """Return the groups reduced to their unmasked responses. Groups without one are left out."""
@@ -121,8 +187,14 @@ class AdvantageLearning(ReferencedLearning):
                 trained.append(only(scored, places))
         return trained
 
-    def _plan(self, groups: Sequence[ScoredGroup], step: int, role: TrainedRole) -> BatchPlan:
-        """Return the step's minibatches, which are the same for all roles, distributed over the ranks of one role."""
+    def _plan(
+        self,
+        groups: Sequence[ScoredGroup],
+        step: int,
+        role: TrainedRole,
+        steps: Mapping[int, tuple[StepReward, ...]],
+    ) -> BatchPlan:
+        """Return the minibatches of a portion, which are the same for all roles, over the ranks of one role."""
         plan = plan_batch(
             groups,
             step=step,
@@ -131,8 +203,25 @@ class AdvantageLearning(ReferencedLearning):
             num_ranks=role.num_ranks,
             kl_coef=self.kl_coef,
             entropy_coef=self.entropy.in_force,
+            drawn=self._drawn(groups, step) if self.config.train.streamed and self.num_minibatches > 1 else None,
         )
-        return replace(plan, steps=self.steps)
+        return replace(plan, steps=steps, portion=sum(bool(portion.plan.scores) for portion in self.portions))
+
+    def _drawn(self, groups: Sequence[ScoredGroup], step: int) -> list[list[RolloutInfo]]:
+        """Return the minibatches of a portion, as they will be drawn from the whole batch.
+
+        They are known beforehand: each prompt of the batch has a group, and all groups have one size.
+        """
+        count, samples = trained_per_prompt(self.config, self.rollouts), self.rollouts.samples_per_prompt
+        members = [[(place, i) for i in range(count)] for place in range(self.rollouts.prompts_per_step)]
+        infos = {
+            (scored.group.request.first_sequence_id // samples, i): info
+            for scored in groups
+            for i, info in enumerate(scored.group.infos)
+        }
+        seed, number = self.config.run.seed, self.num_minibatches
+        drawn = draw_minibatches(members, step=step, seed=seed, num_minibatches=number)
+        return [[infos[member] for member in minibatch if member in infos] for minibatch in drawn]
 
     async def _experience(
         self, plan: BatchPlan, kept: Sequence[ScoredGroup], trained: Sequence[ScoredGroup]
@@ -145,19 +234,19 @@ class AdvantageLearning(ReferencedLearning):
         """
         roles, config = self.roles, self.algorithm.config
         groups = [scored.group for scored in trained]
-        reference, critic = roles.reference, roles.critic
-        wanted = frozenset(plan.scores) if leaves_out(self.config) else None
+        critic = roles.critic
         placed = self.config.cluster.roles
         share_bundles = placed.reference.colocate_with == placed.critic.colocate_with == "policy"
         in_turn = asyncio.Semaphore(1 if share_bundles else 2)
 
         async def logprobs() -> Sequence[RemoteColumns[TokenValues]]:
             async with in_turn:
-                if reference is None:
-                    return []
-                return await reference.logprobs(groups, only=wanted, temperatures=plan.temperatures)
+                ids = [scored.group.request.group_id for scored in trained]
+                if self.references.keys() >= set(ids):
+                    return [column for i in ids for column in await self.references.pop(i)]
+                return await self._reference_logprobs(trained)
 
-        critic_plan = plan if critic is None else self._plan(trained, plan.step, critic)
+        critic_plan = plan if critic is None else self._plan(trained, plan.step, critic, plan.steps)
 
         async def old_values() -> Sequence[RemoteColumns[TokenValues]]:
             async with in_turn:
@@ -183,6 +272,17 @@ class AdvantageLearning(ReferencedLearning):
         self.record.add(report.metrics)
         self.record.add(advantages.metrics)
         return report, advantages.mean_advantages
+
+    async def _reference_logprobs(self, trained: Sequence[ScoredGroup]) -> list[RemoteColumns[TokenValues]]:
+        """Return a column of the reference for each group; none without a reference."""
+        if self.roles.reference is None:
+            return []
+        wanted = frozenset(info.sequence_id for scored in trained for info in scored.group.infos)
+        return await self.roles.reference.logprobs(
+            [scored.group for scored in trained],
+            only=wanted if leaves_out(self.config) else None,
+            temperatures=temperatures(trained),
+        )
 
     def _outcomes(self, groups: Sequence[ScoredGroup], scores: Mapping[int, float]) -> SequenceOutcomes:
         """Return the outcomes compared by the algorithm, after its length penalty.
@@ -218,11 +318,11 @@ class AdvantageLearning(ReferencedLearning):
             self.record.add({"update/entropy_coef": Last(value=self.entropy.in_force)})
             self.entropy.adapt(self.record.row().get("update/entropy/mean"))  # None while only the critic is trained
 
-    def _adapt_kl(self, report: PrepareReport, *, num_sequences: int) -> None:
+    def _adapt_kl(self, reports: Sequence[SequenceReport], *, num_sequences: int) -> None:
         adaptive = self.algorithm.config.kl.adaptive
         if self.algorithm.config.kl.coef > 0.0:
             self.record.add({"experience/kl_coef": Last(value=self.kl_coef)})
-        kls = [sequence.kl_ref for sequence in report.sequences if sequence.kl_ref is not None]
+        kls = [sequence.kl_ref for sequence in reports if sequence.kl_ref is not None]
         if adaptive is not None and kls:
             self.kl_coef = adaptive_kl_coef(
                 self.kl_coef,

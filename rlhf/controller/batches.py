@@ -12,12 +12,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, groupby
+from typing import TypeVar
 
 from rlhf.data.packing import balance
 from rlhf.roles import ScoredGroup
 from rlhf.types import BatchPlan, MinibatchPlan, RolloutInfo
 
 EVEN = 1.02  # largest load of a rank, relative to the mean, at which no further group is split
+T = TypeVar("T")
 
 
 def plan_batch(
@@ -29,23 +31,23 @@ def plan_batch(
     num_ranks: int,
     kl_coef: float,
     entropy_coef: float = 0.0,
+    drawn: Sequence[Sequence[RolloutInfo]] | None = None,
 ) -> BatchPlan:
     """Distribute a batch's sequences over minibatches of about equal size, and over ranks.
 
-    The composition of a minibatch depends on (seed, step) alone. Groups stay whole; only the group at a minibatch's end
-    may be split. If there are fewer sequences than minibatches, each sequence is a minibatch. Within a minibatch, ranks
-    get about equal work, and a rank may get no sequence.
+    Within a minibatch, ranks get about equal work, and a rank may get no sequence.
+
+    Args:
+        drawn: the minibatches of these groups. None: `draw_minibatches` draws them.
     """
     infos = [info for scored in groups for info in scored.group.infos]
     scores = [score for scored in groups for score in scored.scores.scores]
     group_of = {info.sequence_id: index for index, scored in enumerate(groups) for info in scored.group.infos}
-    drawn = sorted((list(scored.group.infos) for scored in groups), key=lambda group: group[0].sequence_id)
-    random.Random(f"minibatches {seed} {step}").shuffle(drawn)
-    order = list(chain.from_iterable(drawn))
-    count = min(num_minibatches, len(order))
+    if drawn is None:
+        by_prompt = sorted((scored.group.infos for scored in groups), key=lambda group: group[0].sequence_id)
+        drawn = draw_minibatches(by_prompt, step=step, seed=seed, num_minibatches=num_minibatches)
     minibatches = []
-    for number in range(count):
-        chosen = order[len(order) * number // count : len(order) * (number + 1) // count]
+    for chosen in drawn:
         minibatches.append(
             MinibatchPlan(
                 sequences_by_rank=tuple(
@@ -64,6 +66,19 @@ def plan_batch(
         temperatures=temperatures(groups),
         entropy_coef=entropy_coef,
     )
+
+
+def draw_minibatches(groups: Sequence[Sequence[T]], *, step: int, seed: int, num_minibatches: int) -> list[list[T]]:
+    """Draw the members of each minibatch from a batch's groups, which are given in the order of their prompts.
+
+    The composition of a minibatch depends on (seed, step) alone. Groups stay whole; only the group at a minibatch's end
+    may be split. If there are fewer members than minibatches, each is a minibatch.
+    """
+    drawn = list(groups)
+    random.Random(f"minibatches {seed} {step}").shuffle(drawn)
+    order = list(chain.from_iterable(drawn))
+    count = min(num_minibatches, len(order))
+    return [order[len(order) * number // count : len(order) * (number + 1) // count] for number in range(count)]
 
 
 def temperatures(groups: Sequence[ScoredGroup]) -> dict[int, float]:

@@ -11,7 +11,7 @@ the loop, this module sees only scalars, ids and references.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -77,8 +77,20 @@ class Collector:
     """Requests the run's prompts in order. Its state is only consistent between two steps."""
 
     def __init__(
-        self, config: Config, prompts: Stream[Prompt], scorer: RolloutScorer, record: RunRecord, sampling: Sampling
+        self,
+        config: Config,
+        prompts: Stream[Prompt],
+        scorer: RolloutScorer,
+        record: RunRecord,
+        sampling: Sampling,
+        *,
+        arrived: Callable[[ScoredGroup], None] | None = None,
     ) -> None:
+        """Create a collector at the start of the run's prompts.
+
+        Args:
+            arrived: called with each kept group as soon as it is scored.
+        """
         assert config.rollouts is not None
         self.config = config
         self.rollouts = config.rollouts
@@ -86,6 +98,7 @@ class Collector:
         self.scorer = scorer
         self.record = record
         self.sampling = sampling
+        self.arrived = arrived
         weighs = config.algorithm.kind == "advantages"
         self.algorithm = algorithm_of(config.algorithm, OnlineAlgorithm) if weighs else None
         self.scores = TrainingScores(config.rewards)
@@ -120,7 +133,7 @@ class Collector:
         if scored.scores.errors:
             batch.dropped.append(_without_tokens(scored))
             self._check_dropped(scored, step)
-        elif self._teaches(scored):
+        elif self._is_kept(scored):
             batch.kept.append(scored)
             return True
         else:
@@ -146,7 +159,9 @@ class Collector:
             self.next_group += 1
         batch.num_requested += len(requests)
         if len(requests) == needed:
-            groups = await self.scorer.score_all(requests, self.sampling, step=step, version=version)
+            groups = await self.scorer.score_all(
+                requests, self.sampling, step=step, version=version, report=self._report
+            )
         else:
             groups = await self._first(prompts, requests, needed, step, version)
             answered = {scored.group.request.group_id for scored in groups}
@@ -163,20 +178,32 @@ class Collector:
 
         def is_enough(scored: ScoredGroup) -> bool:
             nonlocal left
-            if not scored.scores.errors and self._teaches(scored):
-                left -= 1
+            left -= self._is_kept(scored)
             return left == 0
 
         groups = await self.scorer.score_first_finished(
-            requests, self.sampling, is_enough, rule=f"{needed} {rule!r}", step=step, version=version
+            requests,
+            self.sampling,
+            is_enough,
+            rule=f"{needed} {rule!r}",
+            step=step,
+            version=version,
+            report=self._report,
         )
         answered = {scored.group.request.group_id for scored in groups}
         unfinished = [p for p, r in zip(prompts, requests, strict=True) if r.group_id not in answered]
         self.unfinished = unfinished + self.unfinished
         return groups
 
-    def _teaches(self, scored: ScoredGroup) -> bool:
+    def _report(self, scored: ScoredGroup) -> None:
+        """Report a group that is kept."""
+        if self.arrived is not None and self._is_kept(scored):
+            self.arrived(scored)
+
+    def _is_kept(self, scored: ScoredGroup) -> bool:
         """Return whether the group is trained on: its scores carry a signal, and their mean is within the bounds."""
+        if scored.scores.errors:
+            return False
         rule = self.rollouts.dynamic_sampling
         if rule is None:
             return True

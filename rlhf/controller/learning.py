@@ -62,9 +62,16 @@ class Learning(ABC):
         self.rollouts = config.rollouts
         self.scores = TrainingScores(config.rewards)
 
+    def arrived(self, scored: ScoredGroup) -> None:  # noqa: B027
+        """Note a group of the next batch that is scored and kept, while others may still be sampled."""
+
+    async def stream(self, step: int) -> float:
+        """Learn from the groups that have arrived until the batch is whole. Return the seconds of this work."""
+        return 0.0
+
     @abstractmethod
     async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:
-        """Make all optimizer steps of a step. The groups carry the reported scores."""
+        """Make all optimizer steps of a step. The groups carry the reported scores. `stream` may have seen some."""
 
     @abstractmethod
     def state(self) -> Mapping[str, Any]:

@@ -99,9 +99,10 @@ class OnlineController(TrainingLoop):
             rewards_fingerprint=rewards_fingerprint,
             in_flight=self.in_flight,
         )
+        arrived = self.learning.arrived if config.train.streamed else None
         queue = partial(GroupQueue, order=self.rollouts.batch_order) if self.in_flight else BatchQueue
         self.batches: BatchQueue | GroupQueue = queue(
-            Collector(config, prompts, self.scorer, record, sampling),
+            Collector(config, prompts, self.scorer, record, sampling, arrived=arrived),
             record,
             max_staleness=self.rollouts.max_staleness,
             num_steps=config.train.num_steps,
@@ -129,8 +130,8 @@ class OnlineController(TrainingLoop):
     async def train_step(self, step: int) -> None:
         roles, record = self.roles, self.record
         began = time.perf_counter()
-        batch = await self._take(step)
-        waited_s = time.perf_counter() - began
+        batch, busy_s = await self._take(step)
+        waited_s = time.perf_counter() - began - busy_s
         for metrics in batch.metrics:
             record.add(metrics)
         record.groups = batch.collected.ended
@@ -154,20 +155,34 @@ class OnlineController(TrainingLoop):
             columns = await roles.policy.token_signals(written) if written else []
             await roles.reward.write_samples(samples_path(record.folder.scratch, step), chosen, columns)
 
-    async def _take(self, step: int) -> Batch:
-        """Return the step's batch. If the run is to end, keep the previous step and raise Preempted."""
+    async def _take(self, step: int) -> tuple[Batch, float]:
+        """Return the step's batch, and the seconds in which training has worked on it already.
+
+        If the run is to end, keep the previous step and raise Preempted.
+        """
         before = self.state()
         self.batches.request(step)
         if self.sharing:  # the offloaded policy cannot be saved while engines generate
-            return await self.batches.take(step)
-        batch = await self.notice.unless_given(self.batches.take(step))
-        if batch is not None:
-            return batch
+            return await self.batches.take(step), 0.0
+        taken = await self.notice.unless_given(self._learn_while_taking(step))
+        if taken is not None:
+            return taken
         await self.batches.stop()
         if self.kept_step < self.step:
             await self.save_aside(before)
             self.commit()
         raise Preempted(f"a checkpoint of step {self.step} is written" if self.step else "no step was done")
+
+    async def _learn_while_taking(self, step: int) -> tuple[Batch, float]:
+        """Return the batch once it is whole and, with train.streamed, the seconds of the work on its first groups."""
+        if not self.config.train.streamed:
+            return await self.batches.take(step), 0.0
+        taking, learning = asyncio.create_task(self.batches.take(step)), asyncio.create_task(self.learning.stream(step))
+        try:
+            return await asyncio.gather(taking, learning)
+        finally:
+            taking.cancel()
+            learning.cancel()
 
     async def _sync(self, version: int) -> None:
         """Sync the weights to the engines, verify them, and hand the GPU to the engines."""

@@ -146,7 +146,13 @@ class RolloutScorer:
         self.finish_order = FinishOrderLedger(record.folder.spool, rewards=rewards_fingerprint)
 
     async def score_all(
-        self, requests: Sequence[GroupRequest], sampling: Sampling, *, step: int, version: int
+        self,
+        requests: Sequence[GroupRequest],
+        sampling: Sampling,
+        *,
+        step: int,
+        version: int,
+        report: Callable[[ScoredGroup], None] = lambda _: None,
     ) -> list[ScoredGroup]:
         """Return the scored responses to all requests, in their order.
 
@@ -155,11 +161,14 @@ class RolloutScorer:
         Args:
             step: the step whose metrics row and error lines are written.
             version: the version of the sampling weights.
+            report: called with each group as soon as it is scored.
         """
 
         async def score(group: CompletedGroup, num_done: int) -> ScoredGroup:
             self.record.show("rollouts", num_done, len(requests))
-            return await self.score(group, sampling, step=step, version=version)
+            scored = await self.score(group, sampling, step=step, version=version)
+            report(scored)
+            return scored
 
         return await process_answers(self.answers(requests, sampling, version=version), requests, score)
 
@@ -172,6 +181,7 @@ class RolloutScorer:
         rule: str,
         step: int,
         version: int,
+        report: Callable[[ScoredGroup], None],
     ) -> list[ScoredGroup]:
         """Return the scored groups that finished first, in the order of their requests, and cancel the others.
 
@@ -179,6 +189,7 @@ class RolloutScorer:
             is_enough: returns True for the last group that is needed.
             rule: names the criterion of `is_enough`. A resumed run with the same requests and rule gets the same
                 groups.
+            report: called with each of these groups as soon as it is scored.
         """
         race = request_set_digest(requests, sampling, version=version, rule=rule)
         stored = self.finish_order.get(race)
@@ -194,6 +205,7 @@ class RolloutScorer:
                 return
             note_errors(scored, self.record, step=step)
             finished.append(scored)
+            report(scored)
             self.record.show("rollouts", len(finished), len(requests))
             if is_enough(scored) if stored is None else len(finished) == len(stored):
                 closing = asyncio.current_task()

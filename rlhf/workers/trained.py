@@ -168,23 +168,36 @@ class TrainedWorker(ModelWorker):
     def optimize(
         self, microbatches: Sequence[Microbatch], compute: Callable[[Microbatch], tuple[Tensor, Measure]]
     ) -> Metrics:
-        """Make one optimizer step with the sum of the micro-batches' losses. Collective.
+        """Make one optimizer step with the sum of the micro-batches' losses. Collective."""
+        return merge_metrics([*self.accumulate_gradient(microbatches, compute, ends=True), self.step_optimizer()])
 
-        `compute` returns a micro-batch's share of the step's loss, and a function that returns its metrics. The
-        metrics are read after the backward pass, since they make a GPU wait.
+    def accumulate_gradient(
+        self, microbatches: Sequence[Microbatch], compute: Callable[[Microbatch], tuple[Tensor, Measure]], *, ends: bool
+    ) -> list[Metrics]:
+        """Add the gradient of the micro-batches' losses to that of the optimizer step. Collective.
+
+        Returns the metrics of each. `compute` returns a micro-batch's share of the step's loss, and a function that
+        returns its metrics. They are read after the backward pass, since they make a GPU wait.
+
+        Args:
+            ends: whether the last micro-batch is the last one of the optimizer step.
         """
         parts: list[Metrics] = []
         for index, microbatch in enumerate(microbatches):
             with self.explaining("update", microbatch):
                 loss, measure = compute(microbatch)
-                self.engine.backward(loss, last=index == len(microbatches) - 1)
+                self.engine.backward(loss, last=ends and index == len(microbatches) - 1)
             if microbatch.rows:
                 parts.append(measure())
-        report = self.engine.step()
-        if self.place.rank == 0:
-            norm, rate = (self.step_metric.format(name) for name in ("grad_norm", "lr"))
-            parts.append({norm: Mean.of([report.grad_norm]), rate: Last(value=report.lr)})
-        return merge_metrics(parts)
+        return parts
+
+    def step_optimizer(self, divisor: float = 1.0) -> Metrics:
+        """Update the weights by the gradient divided by `divisor`. Return the metrics of the step. Collective."""
+        report = self.engine.step(divisor)
+        if self.place.rank != 0:
+            return {}
+        norm, rate = (self.step_metric.format(name) for name in ("grad_norm", "lr"))
+        return {norm: Mean.of([report.grad_norm]), rate: Last(value=report.lr)}
 
     def probe(self, token_ids: Sequence[int]) -> list[float]:
         """Return the log-probabilities of token_ids[1:] at temperature 1, under the weights as published.

@@ -1,13 +1,15 @@
 """The worker that learns by advantages, without Ray or vLLM: a step depends on neither ranks nor micro-batches.
 
 What is chosen among the tokens of the whole optimizer step is the point: by entropy, by covariance, and the baseline of
-the batch. One process a rank is started for each layout and serves all tests. Not covered: sequence parallelism.
+the batch. One process a rank is started for each layout and serves all tests. Not covered: sequence parallelism,
+except where a batch that arrives in portions is compared with a whole one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,9 @@ ALGORITHMS: Mapping[str, dict[str, Any]] = {
 }
 
 
-def config_of(algorithm: Mapping[str, Any], model: str, folder: str, *, workers: int, tokens: int) -> Config:
+def config_of(
+    algorithm: Mapping[str, Any], model: str, folder: str, *, workers: int, tokens: int, **changes: Any
+) -> Config:
     config = Config.model_validate(
         {
             "run": {"name": "workers", "dir": folder},
@@ -48,8 +52,9 @@ def config_of(algorithm: Mapping[str, Any], model: str, folder: str, *, workers:
                 "sequences_per_update": GROUPS * SAMPLES // 2,
                 "max_tokens_per_microbatch": tokens,
                 "grad_clip": 100.0,
+                **changes.pop("train", {}),
             },
-            "cluster": {"roles": {"policy": {"workers": workers}}},
+            "cluster": {"roles": {"policy": {"workers": workers, **changes}}},
         }
     )
     return next(iter(checked(config).stages.values()))
@@ -83,8 +88,8 @@ def learn(rank: int, world_size: int, *, algorithm: dict[str, Any], model: str, 
     worker.prepare(plan, *rollouts)
     by_sequence = None if algorithm["name"] == "reinforce" else {i: 2.0 - (i * 7 % 5) for i in plan.scores}
     _, (_, found) = worker.set_advantages(by_sequence)
-    count = int(worker.share.rollouts.response_mask.sum())
-    done = {"advantages/mean": Mean(total=float(worker.advantages.sum()), count=count)}
+    count = int(worker.portions[0].share.rollouts.response_mask.sum())
+    done = {"advantages/mean": Mean(total=float(worker.portions[0].advantages.sum()), count=count)}
     return [found, done, *(worker.update(minibatch) for minibatch in range(2))]
 
 
@@ -92,20 +97,25 @@ Learn = Callable[..., list[dict[str, float]]]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Learn]:
+def gangs() -> Iterator[Mapping[int, Gang]]:
+    gangs = {1: Gang(1), 2: Gang(2)}
+    yield gangs
+    for gang in gangs.values():
+        gang.close()
+
+
+@pytest.fixture(scope="module")
+def run(gangs: Mapping[int, Gang], tmp_path_factory: pytest.TempPathFactory) -> Learn:
     """Metrics by 1 rank with all sequences in a micro-batch or by 2 with about one."""
     folder = tmp_path_factory.mktemp("runs")
     model = str(build_tiny_llama(folder / "policy", seed=3))
-    gangs = {1: Gang(1), 2: Gang(2)}
 
     def run(algorithm: dict[str, Any], *, ranks: int) -> list[dict[str, float]]:
         tokens = 4096 if ranks == 1 else PROMPT + MOST_NEW
         found = gangs[ranks].run(learn, algorithm=algorithm, model=model, folder=str(folder), tokens=tokens)
         return [results(merge_metrics(parts)) for parts in zip(*found, strict=True)]
 
-    yield run
-    for gang in gangs.values():
-        gang.close()
+    return run
 
 
 @pytest.mark.timeout(600)
@@ -145,20 +155,20 @@ def signals(rank: int, world_size: int, *, algorithm: dict[str, Any], model: str
     )
     plan = replace(plan, minibatches=(whole,))
     worker.prepare(plan, *(rollouts_of(group) for group in range(GROUPS)))
-    (before,) = worker.compute("a test", policy_logprobs_only)
+    (before,) = worker.compute("a test", policy_logprobs_only, worker.portions[0].share)
     worker.set_advantages({i: float(i) for i in ids})
-    assert worker.old_logprobs is None  # only the update computes them
+    assert worker.portions[0].old_logprobs is None  # only the update computes them
     worker.update(0)
     told, size = worker.token_signals((4, 99, 1))
     assert size == len(told.old_logprobs)
     before = TokenValues(sequence_ids=told.sequence_ids, lengths=told.lengths, values=before[_places(worker, told)])
-    masks = worker.share.rollouts.response_mask[_places(worker, told)]
+    masks = worker.portions[0].share.rollouts.response_mask[_places(worker, told)]
     return told, before, masks
 
 
 def _places(worker: PolicyWorker, told: TokenSignals) -> torch.Tensor:
-    lengths = worker.share.rollouts.lengths
-    starts = dict(zip(worker.share.ids, (lengths.cumsum(0) - lengths).tolist(), strict=True))
+    lengths = worker.portions[0].share.rollouts.lengths
+    starts = dict(zip(worker.portions[0].share.ids, (lengths.cumsum(0) - lengths).tolist(), strict=True))
     pairs = zip(told.sequence_ids.tolist(), told.lengths.tolist(), strict=True)
     return torch.cat([torch.arange(0), *(torch.arange(starts[i], starts[i] + n) for i, n in pairs)])
 
@@ -180,3 +190,100 @@ def test_samples_are_told_what_the_only_update_saw(tmp_path: Path) -> None:
         torch.testing.assert_close(told.old_logprobs[mask], before.values[mask], rtol=1e-5, atol=1e-5)
         assert told.advantages[mask].unique().tolist() == [float(told.sequence_ids)]
         assert told.ref_logprobs.isnan().all()
+
+
+PORTIONS = ((4,), (0, 5), (2, 1, 3))  # groups in the order in which they arrive
+STREAMED: Mapping[str, dict[str, Any]] = {
+    "tokens of one minibatch": {
+        "algorithm": {"name": "grpo"},
+        "minibatches": 1,
+        "layouts": ((1, 0, 1), (2, 2, 1)),  # ranks, ZeRO stage, ranks that share a micro-batch
+    },
+    "sequences of two minibatches": {
+        "algorithm": {"name": "grpo", "aggregation": "sequence_mean_token_mean", "entropy": {"coef": 0.01}},
+        "minibatches": 2,
+        "layouts": ((2, 3, 1), (2, 2, 2)),
+    },
+    "a constant length, in two passes": {
+        "algorithm": {"name": "dr_grpo"},
+        "minibatches": 1,
+        "layouts": ((1, 0, 1),),
+        "epochs_per_batch": 2,
+    },
+}
+
+
+def portion_of(plan: BatchPlan, groups: tuple[int, ...], index: int) -> BatchPlan:
+    """The plan's sequences of some groups."""
+    minibatches = []
+    for minibatch in plan.minibatches:
+        ranks = tuple(tuple(i for i in ids if i // SAMPLES in groups) for ids in minibatch.sequences_by_rank)
+        count = sum(
+            int(rollouts_of(i // SAMPLES).take([i % SAMPLES]).response_mask.sum()) for ids in ranks for i in ids
+        )
+        minibatches.append(MinibatchPlan(sequences_by_rank=ranks, num_tokens=count, num_sequences=sum(map(len, ranks))))
+    return replace(plan, minibatches=tuple(minibatches), portion=index)
+
+
+def learn_streamed(
+    rank: int, world_size: int, *, options: dict[str, Any], model: str, folder: str, streamed: bool, **resources: Any
+) -> tuple[list[Any], dict[str, torch.Tensor], TokenSignals]:
+    """One rank: metrics of two steps, the weights after them, and the signals of the last batch."""
+    options = dict(options)
+    algorithm, number = options.pop("algorithm"), options.pop("minibatches")
+    train = {"sequences_per_update": GROUPS * SAMPLES // number, "grad_clip": 0.05, "eps": 1e-3} | options
+    train["streamed"] = streamed
+    config = config_of(algorithm, model, folder, workers=world_size, tokens=40, train=train, **resources)
+    worker = PolicyWorker(config, place_of(rank, world_size), optimizer_steps=8, reference_is_adapter_off=False)
+    worker.build()
+    num_ranks = world_size // resources.get("sequence_parallel", 1)
+    plan = plan_of(config, num_ranks)
+    if number == 1:
+        whole = MinibatchPlan(
+            sequences_by_rank=tuple(plan.sequences_of(rank) for rank in range(num_ranks)),
+            num_tokens=sum(one.num_tokens for one in plan.minibatches),
+            num_sequences=GROUPS * SAMPLES,
+        )
+        plan = replace(plan, minibatches=(whole,))
+    visits = [1, 0] if number == 2 else [0] * config.train.epochs_per_batch
+    parts: list[Any] = []
+    for _ in range(2):
+        for index, groups in enumerate(PORTIONS if streamed else (tuple(range(GROUPS)),)):
+            parts.append(worker.prepare(portion_of(plan, groups, index), *map(rollouts_of, groups))[1])
+            parts.append(worker.set_advantages({i: 2.0 - (i * 7 % 5) for i in plan.scores})[1][1])
+            if streamed and index < len(PORTIONS) - 1:
+                worker.accumulate(visits[0])
+        if streamed and number == 2:  # the last portion is in the gradient too, so an empty pass must end it
+            worker.accumulate(visits[0])
+        parts += [worker.update(minibatch) for minibatch in visits]
+    weights = {name: weight.clone() for name, weight in worker.weights(torch.float32)}
+    signals, _ = worker.token_signals(tuple(plan.scores))
+    return parts, weights, signals
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("case", STREAMED)
+def test_portions_give_the_updates_of_the_whole_batch(gangs: Mapping[int, Gang], tmp_path: Path, case: str) -> None:
+    """On one rank, on two that shard the gradients or all weights, and on two that share each micro-batch.
+
+    The clip is below every norm, so an update by a sum that was not divided would be clipped alike: the norms tell.
+    Epsilon is above the gradients, so that Adam does not amplify rounding.
+    """
+    options, model = dict(STREAMED[case]), str(build_tiny_llama(tmp_path / "policy", seed=3))
+    for ranks, zero_stage, shared in options.pop("layouts"):
+        resources = {"zero_stage": zero_stage, "sequence_parallel": shared}
+        run = partial(gangs[ranks].run, learn_streamed, options=options, model=model, folder=str(tmp_path), **resources)
+        whole, portions = (run(streamed=streamed)[::shared] for streamed in (False, True))
+        rows = [results(merge_metrics(part for parts, _, _ in one for part in parts)) for one in (whole, portions)]
+        assert rows[0]["update/grad_norm"] > 0.05
+        assert rows[0].keys() == rows[1].keys()
+        for key in rows[0].keys() - {"update/tokens/total"}:
+            assert rows[1][key] == pytest.approx(rows[0][key], rel=1e-4, abs=1e-6), key
+        for (_, weights, signals), (_, others, other_signals) in zip(whole, portions, strict=True):
+            torch.testing.assert_close(others, weights, rtol=1e-4, atol=2e-6)
+            ids = signals.sequence_ids.tolist()
+            assert sorted(other_signals.sequence_ids.tolist()) == sorted(ids)
+            same_order = TokenSignals.gather([other_signals], ids)
+            torch.testing.assert_close(same_order.advantages, signals.advantages)
+            columns = [one.old_logprobs for one in (same_order, signals)]
+            torch.testing.assert_close(*columns, rtol=1e-4, atol=1e-4, equal_nan=True)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import get_args
 
 import pytest
+import torch
+from torch import Tensor
 
 from actors.roles.ranks import RANKS
 from rlhf.algorithms import ALGORITHMS, algorithm_of
 from rlhf.algorithms.base import OfflineKind, OnlineKind
 from rlhf.algorithms.dpo import DPOConfig
 from rlhf.algorithms.grpo import GRPO, GRPOConfig
-from rlhf.algorithms.online import OnlineAlgorithm
+from rlhf.algorithms.online import OnlineAlgorithm, SequenceOutcomes
 from rlhf.algorithms.online_config import OnlineConfig
 from rlhf.controller.online import LEARNERS
 from rlhf.preflight.inputs import FORMS
@@ -43,3 +45,49 @@ def test_a_loss_without_a_clip_must_be_defined() -> None:
 
     with pytest.raises(TypeError, match="Undefined must define `surrogate`"):
         Undefined(OnlineConfig(name="undefined")).surrogate(None)  # type: ignore[arg-type]
+
+
+CUSTOM_KEYS = {"pass_at_k": {"k": 2}, "reinforce": {"baseline": "none"}}
+
+
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if ALGORITHMS[name].config_class().kind == "advantages"])
+def test_an_algorithm_that_can_be_streamed_compares_within_groups(name: str) -> None:
+    """Over a batch and over each of its groups the advantages are equal, but for the algorithms that say otherwise."""
+    config = ALGORITHMS[name].config_class()(name=name, **CUSTOM_KEYS.get(name, {}))
+    algorithm = algorithm_of(config, OnlineAlgorithm)
+    rewards = torch.tensor([[0.0, 3.0, 1.0, 2.0], [5.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
+
+    def outcomes(scores: Tensor) -> SequenceOutcomes:
+        return SequenceOutcomes(
+            scores=scores,
+            by_reward={"a": scores, "b": scores.square()},
+            weights={"a": 1.0, "b": 0.5},
+            num_tokens=torch.arange(1, len(scores) + 1) % 4 + 1,
+            group_size=4,
+            greedy_scores=torch.ones(len(scores) // 4, dtype=torch.float64),
+        )
+
+    whole = algorithm.sequence_advantages(outcomes(rewards.flatten()))
+    by_group = [algorithm.sequence_advantages(outcomes(scores)) for scores in rewards]
+    if whole is None:
+        assert by_group == [None, None, None]
+        return
+    equal = torch.allclose(whole, torch.cat([advantages for advantages in by_group if advantages is not None]))
+    assert equal == (name not in ("gdpo", "gpg"))
+    assert equal or algorithm.whole_batch_needed_for is not None
+
+
+def test_algorithms_that_can_be_streamed() -> None:
+    streamed = {
+        name
+        for name in ALGORITHMS
+        if ALGORITHMS[name].config_class().kind == "advantages"
+        and algorithm_of(
+            ALGORITHMS[name].config_class()(name=name, **CUSTOM_KEYS.get(name, {})), OnlineAlgorithm
+        ).whole_batch_needed_for
+        is None
+    }
+    assert streamed == {
+        "grpo", "dr_grpo", "gspo", "cispo", "gmpo", "sapo", "rloo", "opo", "dapo", "luspo", "vespo", "reinforce",
+        "dppo", "dro", "pass_at_k", "raft",
+    }  # fmt: skip

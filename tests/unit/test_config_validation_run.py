@@ -77,7 +77,73 @@ def test_rollouts_run_ahead_where_the_correction_is_given(tmp_path: Path, correc
     assert main(["plan", str(path), *ahead]) == 0
 
 
+STREAMED = ["train.streamed=true", "train.sequences_per_update=32"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train.streamed=true", GRPO, "train.epochs_per_batch=2"],
+        [*STREAMED, GRPO, "rollouts.dynamic_sampling={}", "rollouts.oversample=1.5", "reward_policy.on_error=drop"],
+        ["train.streamed=true", "algorithm={name: raft, keep: 2, min_score: 0.5}"],
+        [*STREAMED, "algorithm={name: dr_grpo, mask_truncated: true, kl: {coef: 0.1}}"],
+        [*STREAMED, "algorithm={name: reinforce, baseline: none}"],
+    ],
+)
+def test_runs_that_can_be_streamed_pass(tmp_path: Path, overrides: list[str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(ONLINE)
+    assert main(["plan", str(path), *overrides]) == 0
+
+
 RELATIONS = {
+    "streaming does not mix with whole batches ahead": (
+        [*STREAMED, GRPO, "rollouts.max_staleness=1", "algorithm.correction=none"],
+        "train.streamed: is true, but rollouts.max_staleness is 1, which trains on whole batches of earlier weights",
+    ),
+    "streaming needs engines of their own": (
+        [*STREAMED, GRPO, "cluster.roles.rollout.colocate_with=policy"],
+        "train.streamed: is true, but cluster.roles.rollout.colocate_with is policy: engines and policy take turns",
+    ),
+    "a critic is not streamed": ([*STREAMED], "ppo needs the whole batch first: the critic values a whole batch"),
+    "greedy responses come last": (
+        [*STREAMED, "algorithm={name: remax}"],
+        "remax needs the whole batch first: its greedy responses are sampled after all others",
+    ),
+    "a mean of the batch is not streamed": (
+        [*STREAMED, "algorithm={name: reinforce}"],
+        "reinforce needs the whole batch first: its advantages are normalised over the batch",
+    ),
+    "a factor of the batch is not streamed": (
+        [*STREAMED, "algorithm={name: gpg}"],
+        "gpg needs the whole batch first: its advantages may depend on all groups of the batch",
+    ),
+    "the optimal token baseline is not streamed": (
+        [*STREAMED, "algorithm={name: otb}"],
+        "otb needs the whole batch first: its baseline of a step reads log-probabilities before the update",
+    ),
+    "covariances are not streamed": (
+        [*STREAMED, "algorithm={name: clip_cov}"],
+        "clip_cov needs the whole batch first: it chooses among the tokens of a whole optimizer step",
+    ),
+    "tokens of high entropy are not streamed": (
+        [*STREAMED, "algorithm={name: grpo, top_entropy_fraction: 0.2}"],
+        "grpo needs the whole batch first: it chooses among the tokens of a whole optimizer step",
+    ),
+    "pairs are not streamed": (
+        [*PAIRS, "train.streamed=true"],
+        "train.streamed: is true, but algorithm online_dpo learns from whole batches",
+    ),
+    "minibatches that are known late are not streamed": (
+        ["train.streamed=true", GRPO, "rollouts.dynamic_sampling={}"],
+        "train.streamed: is true, but rollouts.dynamic_sampling decides late which responses are trained, and the "
+        "minibatches of train.sequences_per_update 16 must be known before; set it to false, or "
+        "train.sequences_per_update to 32, one minibatch",
+    ),
+    "a dropped group may change minibatches": (
+        ["train.streamed=true", GRPO, "reward_policy.on_error=drop"],
+        "train.streamed: is true, but reward_policy.on_error drop decides late which responses are trained",
+    ),
     "old responses need a decision about the correction": (
         [GRPO, "rollouts.max_staleness=2"],
         "algorithm.correction: is missing, and with rollouts.max_staleness 2 the policy trains on responses of earlier "

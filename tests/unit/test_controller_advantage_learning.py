@@ -40,11 +40,15 @@ class Policy:
         self.rollouts: list[Any] = []
         self.advantages: Mapping[int, float] | None = None
         self.updates: list[int] = []
+        self.portions: list[BatchPlan] = []
+        self.calls: list[str] = []
 
     async def prepare(
         self, plan: BatchPlan, groups: Sequence[CompletedGroup], references: Sequence[Any]
     ) -> PrepareReport:
         self.plan, self.rollouts = plan, [group.rollouts for group in groups]
+        self.portions.append(plan)
+        self.calls.append(f"prepare {', '.join(self.rollouts)}")
         reports = tuple(
             SequenceReport(sequence_id=i, kl_ref=self.kl, mean_old_logprob=-1.0, mean_ref_logprob=None)
             for rank in range(2)
@@ -62,8 +66,12 @@ class Policy:
     async def export(self, folder: Path) -> None:
         (folder / "weights").write_text(str(len(self.updates)))
 
+    async def accumulate(self, minibatch: int) -> None:
+        self.calls.append(f"accumulate {minibatch}")
+
     async def update(self, minibatch: int) -> dict[str, Any]:
         self.updates.append(minibatch)
+        self.calls.append(f"update {minibatch}")
         return {"update/entropy/mean": Mean(total=self.entropy, count=1)}
 
 
@@ -72,6 +80,7 @@ class Reference:
 
     def __init__(self) -> None:
         self.only: frozenset[int] | None = None
+        self.asked: list[Any] = []
         self.weights = "initial"
 
     async def become(self, folder: Path) -> None:
@@ -81,6 +90,7 @@ class Reference:
         self, groups: Sequence[Any], *, only: frozenset[int] | None = None, temperatures: Mapping[int, float]
     ) -> list[Any]:
         self.only = only
+        self.asked.append([group.rollouts for group in groups])
         return [None for _ in groups]
 
 
@@ -120,6 +130,7 @@ class Run:
         *,
         per_update: int,
         rewards: Mapping[str, Any] | None = None,
+        streamed: bool = False,
         **rollouts: Any,
     ) -> None:
         config = Config.model_validate(
@@ -130,7 +141,13 @@ class Run:
                 "data": {"train": "x.jsonl"},
                 "rollouts": {"prompts_per_step": 3, "samples_per_prompt": 4, **rollouts},
                 "rewards": rewards or {"right": {"function": "f"}, "short": {"function": "f", "weight": 0.5}},
-                "train": {"steps": 10, "lr": 1.0, "sequences_per_update": per_update, "epochs_per_batch": 2},
+                "train": {
+                    "steps": 10,
+                    "lr": 1.0,
+                    "sequences_per_update": per_update,
+                    "epochs_per_batch": 2,
+                    "streamed": streamed,
+                },
             }
         )
         has_reference = config.algorithm.model_dump()["kl"]["coef"] > 0.0
@@ -145,6 +162,23 @@ class Run:
     def learn(self, found: Sequence[ScoredGroup], step: int = 1) -> Signals:
         self.record.begin_step(1)
         return asyncio.run(self.learning.learn(found, step))
+
+    def stream(self, *portions: Sequence[ScoredGroup]) -> Signals:
+        """Learn from groups that arrive while the portion before them is computed."""
+
+        async def arrive() -> Signals:
+            streaming = asyncio.create_task(self.learning.stream(1))
+            for portion in portions:
+                for scored in portion:
+                    self.learning.arrived(scored)
+                for _ in range(20):
+                    await asyncio.sleep(0)
+            await streaming
+            found = sorted((one for portion in portions for one in portion), key=lambda one: one.group.request.group_id)
+            return await self.learning.learn(found, 1)
+
+        self.record.begin_step(1)
+        return asyncio.run(arrive())
 
     @property
     def trained(self) -> list[list[int]]:
@@ -445,3 +479,47 @@ def test_the_best_are_the_best_before_normalisation(folder: RunFolder) -> None:
     signals = run.learn([scored])
     assert sorted(i for one in run.trained for i in one) == [1, 3]
     assert signals.advantages[3] == pytest.approx(0.01 * 1.2247 / 2, rel=1e-3)  # what is compared is normalised
+
+
+@pytest.mark.parametrize("per_update", [12, 6, 4, 3])
+def test_portions_make_the_minibatches_and_advantages_of_the_whole_batch(folder: RunFolder, per_update: int) -> None:
+    algorithm, found = {"name": "dr_grpo", "kl": {"coef": 0.1}}, groups(FIRST, SECOND, FLAT)
+    whole, run = (Run(folder, algorithm, per_update=per_update, streamed=streamed) for streamed in (False, True))
+    expected, signals = whole.learn(found), run.stream([found[2]], [found[0]], [found[1]])
+    assert signals == expected
+    assert [plan.portion for plan in run.policy.portions] == [0, 1, 2]
+    parts = [
+        [sorted(i for ids in one.sequences_by_rank for i in ids) for one in plan.minibatches]
+        for plan in run.policy.portions
+    ]
+    assert [sorted(i for ids in one for i in ids) for one in zip(*parts, strict=True)] == whole.trained
+    first, *_ = visited = whole.policy.updates
+    assert run.policy.calls == [
+        "prepare group 2",
+        f"accumulate {first}",
+        "prepare group 0",
+        f"accumulate {first}",
+        "prepare group 1",  # the batch is whole: the update runs what is left
+        *(f"update {minibatch}" for minibatch in visited),
+    ]
+    assert run.reference.asked == [["group 2"], ["group 0"], ["group 1"]]  # each as it arrived
+    rows = (one.record.row() for one in (whole, run))
+    assert len({tuple((key, row[key]) for key in sorted(row) if not key.startswith("time/")) for row in rows}) == 1
+
+
+def test_groups_that_arrive_together_make_one_portion(folder: RunFolder) -> None:
+    run, found = Run(folder, {"name": "grpo"}, per_update=12, streamed=True), groups(FIRST, SECOND, FLAT)
+    run.stream([found[1], found[0]], [found[2]])
+    assert run.policy.calls == ["prepare group 1, group 0", "accumulate 0", "prepare group 2", "update 0", "update 0"]
+    run.policy.calls.clear()
+    run.stream(found)
+    assert run.policy.calls == ["prepare group 0, group 1, group 2", "update 0", "update 0"]
+
+
+def test_a_portion_without_a_trained_response_is_left_out(folder: RunFolder) -> None:
+    run = Run(folder, {"name": "raft", "keep": 4, "min_score": 2.0}, per_update=12, streamed=True)
+    found = groups(FLAT, FIRST, SECOND)
+    signals = run.stream([found[0]], [found[1]], [found[2]])
+    assert run.policy.calls == ["prepare group 1", "accumulate 0", "prepare group 2", "update 0", "update 0"]
+    assert [plan.portion for plan in run.policy.portions] == [0, 1]
+    assert signals.trained == {5, 7, 8}

@@ -512,3 +512,29 @@ def test_groups_of_one_score_teach_by_their_steps(tmp_path: Path) -> None:
     found = again.collect().groups  # by what was written down
     assert [scored.group.request.prompt.prompt_id for scored in found] == [0, 2, 4, 6]
     assert found[0].scores.steps["r"][1] == (StepReward(end=2, value=0.25), StepReward(end=3, value=0.75))
+
+
+@pytest.mark.parametrize(
+    ("keys", "arrived"),
+    [
+        pytest.param({}, [3, 0, 1, 2], id="plain"),
+        pytest.param({"scores": by_prompt(solved=[0]), "dynamic_sampling": {}}, [3, 1, 2, 4], id="filtered"),
+        pytest.param({"oversample": 1.5}, [5, 0, 1, 2], id="oversample"),
+        pytest.param(
+            {"scores": by_prompt(broken=[0]), "reward_policy": {"on_error": "drop", "max_dropped_fraction": 0.5}},
+            [3, 1, 2, 4],
+            id="dropped",
+        ),
+    ],
+)
+def test_kept_groups_are_reported_as_they_are_scored(tmp_path: Path, keys: dict[str, Any], arrived: list[int]) -> None:
+    """And again by a resumed run, from the stored scores and the stored order of completion."""
+
+    def last_first(requests: Sequence[GroupRequest]) -> list[GroupRequest]:
+        return [*requests[-1:], *requests[:-1]]
+
+    for _ in range(2):
+        run, found = Run(tmp_path, order=last_first, **keys), []
+        run.collector.arrived = lambda scored, found=found: found.append(scored.group.request.prompt.prompt_id)
+        assert run.trained() == sorted(found)
+        assert found == arrived

@@ -76,6 +76,9 @@ class TrainConfig(Section):
     """Sequences per optimizer step, over all ranks."""
     epochs_per_batch: Annotated[int, OnlyIn("rollouts")] = Field(default=1, ge=1, le=1000)
     """Passes over each batch of rollouts."""
+    streamed: Annotated[bool, OnlyIn("rollouts")] = False
+    """Compute the gradient of finished groups while the others are still sampled. The update is the same up to
+    rounding, and stays on-policy. false: wait for the whole batch. Engines need devices of their own."""
     max_tokens_per_microbatch: int = Field(default=8192, ge=2)
     """Largest number of tokens in one forward and backward pass. No sequence may be longer."""
     checkpoint_every: int = Field(default=50, ge=1)

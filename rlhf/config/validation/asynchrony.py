@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rlhf.algorithms import algorithm_of
+from rlhf.algorithms.online import OnlineAlgorithm
 from rlhf.algorithms.online_config import OnlineConfig
+from rlhf.config import derive
 from rlhf.config.mistakes.explain import Problem, problem
+from rlhf.config.schema.rewards import drops
 from rlhf.config.schema.rollouts import RolloutsConfig
 from rlhf.config.schema.root import Config
 
@@ -14,6 +18,9 @@ def asynchrony_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Pr
     """Yield the contradictions between the keys of a mode, and with other keys of the run."""
     if rollouts.max_staleness:
         yield from _ahead(config, rollouts)
+    if config.train.streamed:
+        for reason, fix in _reasons_against_streaming(config, rollouts):
+            yield problem("train.streamed", f"is true, but {reason}; set it to false, or {fix}")
     if rollouts.weight_updates == "in_flight" and rollouts.oversample > 1.0:
         text = (
             f"is {rollouts.oversample:g}, but with rollouts.weight_updates in_flight no prompt is cancelled for a slow "
@@ -43,3 +50,40 @@ def _ahead(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
             "give {preset: token_tis}, or write none to train without a correction"
         )
         yield problem("algorithm.correction", text)
+
+
+def _reasons_against_streaming(config: Config, rollouts: RolloutsConfig) -> Iterator[tuple[str, str]]:
+    """Yield why no group can be trained before the whole batch has arrived, and what to change."""
+    if rollouts.max_staleness:
+        yield (
+            f"rollouts.max_staleness is {rollouts.max_staleness}, which trains on whole batches of earlier weights",
+            "max_staleness to 0",
+        )
+    if config.cluster.roles.rollout.colocate_with is not None:
+        yield (
+            "cluster.roles.rollout.colocate_with is policy: engines and policy take turns on their devices",
+            "colocate_with to null",
+        )
+    algorithm = config.algorithm
+    if algorithm.kind != "advantages":
+        yield f"algorithm {algorithm.name} learns from whole batches", "choose an algorithm such as grpo"
+        return
+    needed_for = algorithm_of(algorithm, OnlineAlgorithm).whole_batch_needed_for
+    if needed_for is not None:
+        yield f"algorithm {algorithm.name} needs the whole batch first: {needed_for}", "choose one such as grpo"
+    rows = derive.rows_per_step(config, rollouts)
+    if rows == config.train.sequences_per_update:
+        return
+    late = {
+        "rollouts.dynamic_sampling": rollouts.dynamic_sampling is not None,
+        "rollouts.oversample": rollouts.oversample > 1.0,
+        "reward_policy.on_error drop": drops(config.rewards, config.reward_policy),
+        "algorithm.mask_truncated": isinstance(algorithm, OnlineConfig) and algorithm.mask_truncated,
+        "algorithm.keep": algorithm.most_kept is not None,
+    }
+    for key in (key for key, is_set in late.items() if is_set):
+        yield (
+            f"{key} decides late which responses are trained, and the minibatches of train.sequences_per_update "
+            f"{config.train.sequences_per_update} must be known before",
+            f"train.sequences_per_update to {rows}, one minibatch",
+        )

@@ -1,7 +1,7 @@
 """Base of the ranks trained on rollouts. A rank receives its share of a batch and computes columns of it.
 
 Token columns arrive as arguments and leave as results; the controller never reads them. A rank holds the sequences of
-its share until the next batch, in the order of the plan.
+its shares until the next batch, in the order of the plans.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rlhf.workers.trained import TrainedWorker
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
-    """A rank's sequences of the batch, with a list of micro-batches for each minibatch."""
+    """A rank's sequences of one plan, with a list of micro-batches for each minibatch."""
 
     plan: BatchPlan
     ids: tuple[int, ...]  # empty: the share holds another rank's sequence, unsampled, for its forward passes
@@ -52,8 +52,6 @@ class Share:
 class OnlineWorker(TrainedWorker):
     """One rank of a model trained on rollouts."""
 
-    share: Share
-
     def __init__(
         self,
         config: Config,
@@ -69,11 +67,11 @@ class OnlineWorker(TrainedWorker):
 
     def receive(
         self, plan: BatchPlan, parts: Sequence[Rollouts | TokenValues], temperatures: Mapping[int, float]
-    ) -> Float[Tensor, " N"] | None:
-        """Keep this rank's share of a batch. Return the share of the columns among the parts. Collective.
+    ) -> tuple[Share, Float[Tensor, " N"] | None]:
+        """Return this rank's share of a plan's rollouts, and of the columns among the parts. Collective.
 
         Args:
-            parts: the rollouts, and columns of token values. Without columns the result is None.
+            parts: the rollouts, and columns of token values. Without columns the second result is None.
             temperatures: by sequence id, for sequences with another temperature than the common one.
         """
         ids = plan.sequences_of(self.data_rank)
@@ -84,7 +82,7 @@ class OnlineWorker(TrainedWorker):
         row_of = {sequence_id: row for row, sequence_id in enumerate(ids)}
         prompts = shared_prompts(rollouts, samples_per_prompt=self.rollouts_config.samples_per_prompt)
         shares = [minibatch.sequences_by_rank[self.data_rank] for minibatch in plan.minibatches]
-        self.share = Share(
+        share = Share(
             plan=plan,
             ids=ids,
             rollouts=rollouts,
@@ -92,7 +90,7 @@ class OnlineWorker(TrainedWorker):
             temperatures=Temperatures.of(rollouts, temperatures, common=self.rollouts_config.temperature),
         )
         columns = [part for part in parts if isinstance(part, TokenValues)]
-        return TokenValues.gather(columns, held).values if columns else None
+        return share, TokenValues.gather(columns, held).values if columns else None
 
     def counts(self, plan: MinibatchPlan) -> StepCounts:
         return StepCounts(
@@ -101,27 +99,29 @@ class OnlineWorker(TrainedWorker):
             max_new_tokens=self.rollouts_config.max_response_tokens,
         )
 
-    def columns(self, microbatch: Microbatch) -> tuple[Int[Tensor, " n"], Int[Tensor, " b"], Bool[Tensor, " n"]]:
+    def columns(
+        self, share: Share, microbatch: Microbatch
+    ) -> tuple[Int[Tensor, " n"], Int[Tensor, " b"], Bool[Tensor, " n"]]:
         """Return the token ids, the lengths and the response mask of a micro-batch on the device."""
-        rollouts, lengths = self.share.rollouts, microbatch.lengths.to(self.device)
+        rollouts, lengths = share.rollouts, microbatch.lengths.to(self.device)
         return self.part(rollouts.token_ids, microbatch), lengths, self.part(rollouts.response_mask, microbatch)
 
-    def forward(self, function: Callable[..., Any], microbatch: Microbatch, **options: Any) -> Any:
+    def forward(self, function: Callable[..., Any], share: Share, microbatch: Microbatch, **options: Any) -> Any:
         """Run a function of rlhf.models.packed on a micro-batch, at the temperature of the samples. Collective."""
-        token_ids, lengths, mask = self.columns(microbatch)
-        options = {"temperature": self.share.temperatures.at(microbatch, self.device)} | options
+        token_ids, lengths, mask = self.columns(share, microbatch)
+        options = {"temperature": share.temperatures.at(microbatch, self.device)} | options
         return self.engine.forward(function, token_ids, lengths, mask=mask, branches=microbatch.branches, **options)
 
-    def compute(self, stage: str, function: Callable[..., Any]) -> tuple[Float[Tensor, " N"], ...]:
-        """Run `function` (from rlhf.models.packed) over the share without a gradient. Return its columns. Collective.
+    def compute(self, stage: str, function: Callable[..., Any], share: Share) -> tuple[Float[Tensor, " N"], ...]:
+        """Run `function` (from rlhf.models.packed) over a share without a gradient. Return its columns. Collective.
 
         The micro-batches are those of the updates, so that both give the same values.
         """
         results: tuple[Tensor, ...] = ()
-        microbatches = [microbatch for minibatch in self.share.microbatches for microbatch in minibatch]
-        for microbatch, values in self.passes(stage, microbatches, lambda one: self.forward(function, one)):
+        microbatches = [microbatch for minibatch in share.microbatches for microbatch in minibatch]
+        for microbatch, values in self.passes(stage, microbatches, lambda one: self.forward(function, share, one)):
             columns = (values,) if isinstance(values, Tensor) else values
-            results = results or tuple(torch.zeros(len(self.share.rollouts.token_ids)) for _ in columns)
+            results = results or tuple(torch.zeros(len(share.rollouts.token_ids)) for _ in columns)
             for result, column in zip(results, columns, strict=True):
                 result[microbatch.tokens] = column.float().cpu()
         return results

@@ -37,8 +37,8 @@ class CriticWorker(OnlineWorker):
 
     def values(self, plan: BatchPlan, *parts: Rollouts) -> tuple[TokenValues, int]:
         """Receive this rank's share of a batch and value its tokens. Return the column and its size. Collective."""
-        self.receive(plan, parts, {})
-        (self.old_values,) = self.compute("values", _values)
+        self.share, _ = self.receive(plan, parts, {})
+        (self.old_values,) = self.compute("values", _values, self.share)
         column = self.share.column(self.old_values)
         return column, len(column.values)
 
@@ -51,11 +51,11 @@ class CriticWorker(OnlineWorker):
         counts, clips = self.counts(plan), self.algorithm.config.value_clip is not None
 
         def compute(microbatch: Microbatch) -> tuple[Tensor, Measure]:
-            _, lengths, mask = self.columns(microbatch)
+            _, lengths, mask = self.columns(self.share, microbatch)
             batch = ValueMicrobatch(
                 lengths=lengths,
                 response_mask=mask,
-                values=self.forward(_values, microbatch),
+                values=self.forward(_values, self.share, microbatch),
                 old_values=self.part(self.old_values, microbatch),
                 returns=self.part(self.returns, microbatch),
             )

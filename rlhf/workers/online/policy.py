@@ -2,11 +2,16 @@
 
 The columns of the rank's sequences are measured under the weights before the update, in `prepare` or in the first
 update. `actors.roles.ranks` adds the publishing of the weights.
+
+With train.streamed a batch arrives in portions. `accumulate` computes the gradient of a portion before the others have
+arrived. The counts that divide the loss are not known then, so losses are sums, and the optimizer step divides them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -19,14 +24,16 @@ from rlhf.config.schema.root import Config
 from rlhf.engine.distributed import RankContext
 from rlhf.models.packed import policy_logprobs, policy_logprobs_and_collisions, policy_logprobs_only
 from rlhf.objectives.advantages import reward_to_go, whiten
+from rlhf.objectives.aggregation import denominator
 from rlhf.objectives.masking import Moments, merge_moments, moments, sequence_counts, sequence_means, to_tokens
 from rlhf.objectives.rewards import step_rewards, token_rewards
 from rlhf.objectives.token_baseline import realized_energy, step_baseline, step_cells, step_sums
 from rlhf.roles import Metrics, SequenceReport
+from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.tracking.metrics.reductions import ExplainedVariance, Mean, Reduction
 from rlhf.types import BatchPlan, Rollouts, TokenSignals, TokenValues
-from rlhf.workers.microbatches import Microbatch
-from rlhf.workers.online.base import OnlineWorker
+from rlhf.workers.microbatches import Microbatch, padded
+from rlhf.workers.online.base import OnlineWorker, Share
 from rlhf.workers.online.token_signals import Column, signals_of, unknown
 from rlhf.workers.online.update_metrics import (
     advantage_histogram,
@@ -35,11 +42,27 @@ from rlhf.workers.online.update_metrics import (
     sampler_metrics,
     sequence_reports,
     update_metrics,
+    with_losses_times,
 )
 from rlhf.workers.online.whole_step import Ranks, Selections, reads_whole_step, select_tokens
 from rlhf.workers.trained import Measure
 
 STEP_BASELINE_EPS = 1e-8  # bound of the summed energy, as in verl
+
+
+@dataclass(slots=True, kw_only=True)
+class Portion:
+    """A rank's share of one plan, with the columns of its tokens."""
+
+    share: Share
+    ref_logprobs: Column  # None: the run has no reference
+    trainer_logprobs: Float[Tensor, " N"]  # for the samples file
+    old_logprobs: Column = None  # None: the only update computes them
+    old_entropy: Column = None  # None: not needed
+    collision_logprobs: Column = None  # None: not needed
+    advantages: Float[Tensor, " N"]
+    selections: Selections
+    observes: bool = True  # whether the next update measures the gap between trainer and sampler
 
 
 class PolicyWorker(OnlineWorker):
@@ -55,7 +78,7 @@ class PolicyWorker(OnlineWorker):
         self.reference_is_adapter_off = reference_is_adapter_off
 
     def prepare(self, plan: BatchPlan, *parts: Rollouts | TokenValues) -> tuple[tuple[SequenceReport, ...], Metrics]:
-        """Receive this rank's share of a batch. `parts`: the rollouts, then the reference's columns. Collective.
+        """Receive this rank's share of a plan. `parts`: the rollouts, then the reference's columns. Collective.
 
         Old log-probabilities are computed only if something reads them before the first update: several updates
         per batch, a KL penalty in the reward, a baseline by step, or a token selection over the whole step.
@@ -63,40 +86,48 @@ class PolicyWorker(OnlineWorker):
         Where the rollout's log-probabilities replace them, only a baseline by step or a selection by entropy
         needs a pass.
         """
-        self.ref_logprobs = self.receive(plan, parts, plan.temperatures)  # None: the run has no reference
-        self.old_logprobs: Column = None  # None: the only update computes them
-        self.old_entropy: Column = None  # None: not needed
-        self.collision_logprobs: Column = None  # None: not needed
+        share, ref_logprobs = self.receive(plan, parts, plan.temperatures)
         if self.reference_is_adapter_off:
             from rlhf.models.lora import adapter_disabled  # with peft, which takes seconds
 
             with adapter_disabled(self.engine.module):
-                (self.ref_logprobs,) = self.compute("reference logprobs", policy_logprobs_only)
-        config, rollouts = self.algorithm.config, self.share.rollouts
+                (ref_logprobs,) = self.compute("reference logprobs", policy_logprobs_only, share)
+        config, rollouts = self.algorithm.config, share.rollouts
+        portion = Portion(
+            share=share,
+            ref_logprobs=ref_logprobs,
+            trainer_logprobs=unknown(len(rollouts.token_ids)),
+            advantages=unknown(len(rollouts.token_ids)),
+            selections=Selections(high_entropy=None, selected=None),
+        )
+        if plan.portion == 0:
+            self.portions: list[Portion] = []
+            self.num_accumulated = 0  # portions that are in the gradient already
+            self.measured: list[Metrics] = []  # of these portions
+        self.portions.append(portion)
         reads_kl = config.kl.place == "reward" or config.kl.adaptive is not None
         is_read = self.algorithm.has_step_baseline or reads_whole_step(self.algorithm)
-        is_read = is_read or (self.ref_logprobs is not None and reads_kl)
+        is_read = is_read or (ref_logprobs is not None and reads_kl)
         once = len(plan.minibatches) * self.config.train.epochs_per_batch == 1
-        self.trainer_logprobs = unknown(len(rollouts.token_ids))
-        self.observes = True  # the first update measures the gap between trainer and sampler
         if once and not is_read and not config.bypasses_old_logprobs:
             return (), {}
-        old = self._compute_old_columns()
-        metrics = reference_metrics(config, old, self.ref_logprobs, rollouts.response_mask)
+        old = self._compute_old_columns(portion)
+        metrics = reference_metrics(config, old, ref_logprobs, rollouts.response_mask)
         if not config.bypasses_old_logprobs:
-            self.observes, self.trainer_logprobs = False, old
+            portion.observes, portion.trainer_logprobs = False, old
             mask, lengths = rollouts.response_mask, rollouts.lengths
-            metrics |= sampler_metrics(old, rollouts.rollout_logprobs, mask, lengths, lags=self.share.lags)
-        return sequence_reports(config, self.share.ids, rollouts, old, self.ref_logprobs), metrics
+            metrics |= sampler_metrics(old, rollouts.rollout_logprobs, mask, lengths, lags=share.lags)
+        return sequence_reports(config, share.ids, rollouts, old, ref_logprobs), metrics
 
     def set_advantages(
         self, by_sequence: Mapping[int, float] | None, *values: TokenValues
     ) -> tuple[TokenValues | None, tuple[Mapping[int, float], Metrics]]:
-        """Set every sampled token's advantage. With a critic, also return the returns of this rank's sequences.
+        """Set the advantage of every sampled token of the newest portion. With a critic, also return the returns.
 
         Collective.
         """
-        share = self.share
+        portion = self.portions[-1]
+        share = portion.share
         mask, lengths = share.rollouts.response_mask, share.rollouts.lengths
         metrics: dict[str, Reduction] = {}
         returns: TokenValues | None = None
@@ -104,10 +135,11 @@ class PolicyWorker(OnlineWorker):
             per_sequence = torch.tensor([by_sequence[i] for i in share.held], dtype=torch.float32)
             advantages = torch.where(mask, to_tokens(per_sequence, lengths, num_tokens=len(mask)), 0.0)
             if share.plan.steps:
-                advantages = advantages + reward_to_go(self._step_rewards(), mask, lengths, gamma=1.0)
+                advantages = advantages + reward_to_go(self._step_rewards(share), mask, lengths, gamma=1.0)
         else:
             old_values = TokenValues.gather(values, share.held).values if values else None
-            advantages, targets = self.algorithm.token_advantages(self._token_rewards(), old_values, mask, lengths)
+            rewards = self._token_rewards(portion)
+            advantages, targets = self.algorithm.token_advantages(rewards, old_values, mask, lengths)
             if old_values is not None:
                 returns = share.column(targets)
                 residual, target = moments(targets - old_values, mask), moments(targets, mask)
@@ -117,7 +149,7 @@ class PolicyWorker(OnlineWorker):
                     "update/explained_variance": ExplainedVariance(target=as_std(target), residual=as_std(residual)),
                 }
         if self.algorithm.has_step_baseline:
-            advantages = self._less_step_baseline(advantages)
+            advantages = self._less_step_baseline(portion, advantages)
         local_moments = moments(advantages, mask)
         if self.algorithm.whitens:
             whole = self._moments_over_ranks(local_moments)
@@ -129,8 +161,8 @@ class PolicyWorker(OnlineWorker):
             held = int((advantages.abs() > bound).sum())
             metrics["advantages/clipped/fraction"] = Mean(total=held, count=local_moments.count)
             advantages = advantages.clamp(-bound, bound)
-        self.advantages = advantages
-        self.selections = self._select()
+        portion.advantages = advantages
+        portion.selections = self._select(portion)
         metrics["advantages/mean"] = Mean(total=local_moments.mean * local_moments.count, count=local_moments.count)
         metrics["advantages/std"] = as_std(local_moments)
         metrics["advantages/histogram"] = advantage_histogram(advantages, mask)
@@ -139,85 +171,123 @@ class PolicyWorker(OnlineWorker):
 
     def token_signals(self, sequences: Sequence[int]) -> tuple[TokenSignals, int]:
         """Return per-token training signals for this rank's subset of `sequences`, and the number of tokens."""
-        share = self.share
-        signals = signals_of(
-            share.rollouts,
-            [i for i in share.ids if i in sequences],
-            old_logprobs=self.trainer_logprobs,
-            ref_logprobs=self.ref_logprobs,
-            advantages=self.advantages,
+        signals = TokenSignals.joined(
+            [
+                signals_of(
+                    portion.share.rollouts,
+                    [i for i in portion.share.ids if i in sequences],
+                    old_logprobs=portion.trainer_logprobs,
+                    ref_logprobs=portion.ref_logprobs,
+                    advantages=portion.advantages,
+                )
+                for portion in self.portions
+            ]
         )
         return signals, len(signals.advantages)
 
+    def accumulate(self, minibatch: int) -> None:
+        """Add the newest portions' part of a minibatch to the gradient, before others have arrived. Collective."""
+        self.measured += self._add_to_gradient(minibatch, ends=False)
+        self.num_accumulated = len(self.portions)
+
     def update(self, minibatch: int) -> Metrics:
         """Run one optimizer step on a minibatch of the prepared batch. Collective."""
-        plan = self.share.plan.minibatches[minibatch]
-        counts = self.counts(plan)
+        parts = self.measured + self._add_to_gradient(minibatch, ends=True)
+        self.num_accumulated, self.measured = 0, []
+        for portion in self.portions:
+            portion.observes = False
+        if not self.config.train.streamed:
+            return merge_metrics([*parts, self.step_optimizer()])
+        plans = [portion.share.plan.minibatches[minibatch] for portion in self.portions]
+        num_tokens = sum(plan.num_tokens for plan in plans)
+        num_sequences = sum(plan.num_sequences for plan in plans)
+        mode = self.algorithm.config.aggregation
+        divisor = denominator(mode, num_tokens=num_tokens, num_sequences=num_sequences)
+        parts = [with_losses_times(part, num_tokens / divisor) for part in parts]
+        return merge_metrics([*parts, self.step_optimizer(divisor)])
 
-        def compute(microbatch: Microbatch) -> tuple[Tensor, Measure]:
-            terms, observed = self._microbatch_loss(microbatch, counts)
-            return terms.loss, lambda: self._update_metrics(terms, microbatch, counts.num_tokens) | observed
+    def _add_to_gradient(self, minibatch: int, *, ends: bool) -> list[Metrics]:
+        """Run the passes of a minibatch over the portions that are not in the gradient yet. Collective.
 
-        metrics = self.optimize(self.share.microbatches[minibatch], compute)
-        self.observes = False
-        return metrics
+        ends: whether the optimizer step follows.
+        """
+        left = [(portion, portion.share.microbatches[minibatch]) for portion in self.portions[self.num_accumulated :]]
+        if ends and not (left and left[-1][1]):
+            left.append((self.portions[-1], tuple(padded((), 1))))  # a pass must mark the end of the gradient
+        parts: list[Metrics] = []
+        for index, (portion, microbatches) in enumerate(left):
+            compute = partial(self._loss, portion, minibatch)
+            parts += self.accumulate_gradient(microbatches, compute, ends=ends and index == len(left) - 1)
+        return parts
 
-    def _update_metrics(self, terms: LossTerms, microbatch: Microbatch, step_tokens: int) -> dict[str, Reduction]:
-        sampled = int(self.share.rollouts.response_mask[microbatch.tokens].sum())
-        has_kl_loss = self.algorithm.config.kl.place == "loss" and self.ref_logprobs is not None
+    def _loss(self, portion: Portion, minibatch: int, microbatch: Microbatch) -> tuple[Tensor, Measure]:
+        """Return a micro-batch's share of the loss, and the function that measures it."""
+        counts = self.counts(portion.share.plan.minibatches[minibatch])
+        if self.config.train.streamed:
+            counts = replace(counts, num_tokens=1, num_sequences=1)
+        terms, observed = self._microbatch_loss(portion, microbatch, counts)
+        return terms.loss, lambda: self._update_metrics(portion, terms, microbatch, counts.num_tokens) | observed
+
+    def _update_metrics(
+        self, portion: Portion, terms: LossTerms, microbatch: Microbatch, step_tokens: int
+    ) -> dict[str, Reduction]:
+        sampled = int(portion.share.rollouts.response_mask[microbatch.tokens].sum())
+        has_kl_loss = self.algorithm.config.kl.place == "loss" and portion.ref_logprobs is not None
         passed = len(microbatch.tokens)
         metrics = update_metrics(
             terms, sampled=sampled, passed=passed, step_tokens=step_tokens, has_kl_loss=has_kl_loss
         )
-        if self.selections.selected is not None:
-            chosen = int(self.selections.selected[microbatch.tokens].sum())
+        selected = portion.selections.selected
+        if selected is not None:
+            chosen = int(selected[microbatch.tokens].sum())
             metrics["update/selected/fraction"] = Mean(total=chosen, count=sampled)
         return metrics
 
-    def _compute_old_columns(self) -> Float[Tensor, " N"]:
+    def _compute_old_columns(self, portion: Portion) -> Float[Tensor, " N"]:
         """Compute the columns of the sampling weights that the algorithm reads. Return the old log-probabilities."""
+        share = portion.share
         if self.algorithm.has_step_baseline:
-            columns = self.compute("old logprobs", policy_logprobs_and_collisions)
-            self.old_logprobs, self.collision_logprobs = columns
+            columns = self.compute("old logprobs", policy_logprobs_and_collisions, share)
+            portion.old_logprobs, portion.collision_logprobs = columns
         if self.algorithm.config.top_entropy_fraction is not None:
-            self.old_logprobs, self.old_entropy = self.compute("old logprobs", policy_logprobs)
+            portion.old_logprobs, portion.old_entropy = self.compute("old logprobs", policy_logprobs, share)
         if self.algorithm.config.bypasses_old_logprobs:
-            self.old_logprobs = self.share.rollouts.rollout_logprobs
-        if self.old_logprobs is None:
-            (self.old_logprobs,) = self.compute("old logprobs", policy_logprobs_only)
-        return self.old_logprobs
+            portion.old_logprobs = share.rollouts.rollout_logprobs
+        if portion.old_logprobs is None:
+            (portion.old_logprobs,) = self.compute("old logprobs", policy_logprobs_only, share)
+        return portion.old_logprobs
 
-    def _select(self) -> Selections:
+    def _select(self, portion: Portion) -> Selections:
         """Select tokens by statistics of the whole optimizer step. Collective."""
-        share = self.share
+        share = portion.share
         if not reads_whole_step(self.algorithm):
             return Selections(high_entropy=None, selected=None)
-        assert self.old_logprobs is not None
-        columns = [self.old_logprobs, self.advantages, *([] if self.old_entropy is None else [self.old_entropy])]
+        assert portion.old_logprobs is not None
+        entropy = [] if portion.old_entropy is None else [portion.old_entropy]
+        columns = [portion.old_logprobs, portion.advantages, *entropy]
         ranks = Ranks(rank=self.data_rank, contributes=self.contributes, all_reduce_sum=self.engine.all_reduce_sum)
         return select_tokens(self.algorithm, share.plan, share.rollouts, columns, ranks, seed=self.config.run.seed)
 
-    def _token_rewards(self) -> Float[Tensor, " N"]:
+    def _token_rewards(self, portion: Portion) -> Float[Tensor, " N"]:
         """Return the reward of each token.
 
         It is the score on each sequence's last sampled token, less the KL penalty if placed in the reward, plus
         the step rewards.
         """
-        share, config = self.share, self.algorithm.config
+        share, config = portion.share, self.algorithm.config
         rollouts, mask = share.rollouts, share.rollouts.response_mask
         penalty = torch.zeros(len(mask))
         if not share.ids:
             return penalty
-        if config.kl.place == "reward" and self.ref_logprobs is not None:
-            assert self.old_logprobs is not None
-            penalty = reference_kl(config, self.old_logprobs, self.ref_logprobs, mask)
+        if config.kl.place == "reward" and portion.ref_logprobs is not None:
+            assert portion.old_logprobs is not None
+            penalty = reference_kl(config, portion.old_logprobs, portion.ref_logprobs, mask)
         scores = torch.tensor([share.plan.scores[i] for i in share.held])
         rewards = token_rewards(scores, penalty, mask, rollouts.lengths, kl_coef=share.plan.kl_coef)
-        return rewards + self._step_rewards() if share.plan.steps else rewards
+        return rewards + self._step_rewards(share) if share.plan.steps else rewards
 
-    def _step_rewards(self) -> Float[Tensor, " N"]:
+    def _step_rewards(self, share: Share) -> Float[Tensor, " N"]:
         """Return the step rewards, each at the last token of its step."""
-        share = self.share
         if not share.ids:
             return torch.zeros(len(share.rollouts.token_ids))
         starts = (share.rollouts.lengths.cumsum(0) - share.rollouts.lengths).tolist()
@@ -228,18 +298,18 @@ class PolicyWorker(OnlineWorker):
         values = torch.tensor([step.value for _, step in placed_steps])
         return step_rewards(ends, values, share.rollouts.response_mask)
 
-    def _less_step_baseline(self, returns: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    def _less_step_baseline(self, portion: Portion, returns: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
         """Subtract the baseline of each group from its returns. The sequences of a group may be on several ranks."""
-        share = self.share
+        share = portion.share
         rollouts, mask, lengths = share.rollouts, share.rollouts.response_mask, share.rollouts.lengths
-        assert self.old_logprobs is not None
-        assert self.collision_logprobs is not None
+        assert portion.old_logprobs is not None
+        assert portion.collision_logprobs is not None
         samples = self.rollouts_config.samples_per_prompt
         max_steps = self.engine.max_over_ranks(int(sequence_counts(mask, lengths).max()))
         last = max(i for minibatch in share.plan.minibatches for ids in minibatch.sequences_by_rank for i in ids)
         num_cells = (last // samples + 1) * max_steps
         cells = step_cells(mask, lengths, rollouts.sequence_ids // samples, max_steps=max_steps)
-        energy = realized_energy(self.old_logprobs, self.collision_logprobs, mask, lengths)
+        energy = realized_energy(portion.old_logprobs, portion.collision_logprobs, mask, lengths)
         sums = step_sums(returns.double(), energy.double(), mask, cells, num_cells=num_cells)
         if not self.contributes:
             sums = torch.zeros_like(sums)
@@ -259,18 +329,20 @@ class PolicyWorker(OnlineWorker):
             [Moments(count=int(count), mean=mean, squared_deviation=spread) for count, mean, spread in rows]
         )
 
-    def _microbatch_loss(self, microbatch: Microbatch, counts: StepCounts) -> tuple[LossTerms, dict[str, Reduction]]:
+    def _microbatch_loss(
+        self, portion: Portion, microbatch: Microbatch, counts: StepCounts
+    ) -> tuple[LossTerms, dict[str, Reduction]]:
         """Return the loss of a micro-batch and, in the first update, the experience metrics missing after `prepare`."""
-        share, config = self.share, self.algorithm.config
-        _, lengths, mask = self.columns(microbatch)
+        share, config = portion.share, self.algorithm.config
+        _, lengths, mask = self.columns(share, microbatch)
         has_bonus = share.plan.entropy_coef > 0.0
-        logprobs, entropy = self.forward(policy_logprobs, microbatch, entropy_grad=has_bonus)
+        logprobs, entropy = self.forward(policy_logprobs, share, microbatch, entropy_grad=has_bonus)
         logprobs = logprobs.float()
 
         def part(column: Tensor | None) -> Tensor | None:
             return None if column is None else self.part(column, microbatch)
 
-        old = part(self.old_logprobs)
+        old = part(portion.old_logprobs)
         batch = PolicyMicrobatch(
             lengths=lengths,
             response_mask=mask,
@@ -278,17 +350,17 @@ class PolicyWorker(OnlineWorker):
             entropy=entropy.float(),
             old_logprobs=logprobs.detach() if old is None else old,
             rollout_logprobs=self.part(share.rollouts.rollout_logprobs, microbatch),
-            ref_logprobs=part(self.ref_logprobs),
-            advantages=self.part(self.advantages, microbatch),
-            high_entropy=part(self.selections.high_entropy),
-            selected=part(self.selections.selected),
+            ref_logprobs=part(portion.ref_logprobs),
+            advantages=self.part(portion.advantages, microbatch),
+            high_entropy=part(portion.selections.high_entropy),
+            selected=part(portion.selections.selected),
             entropy_coef=share.plan.entropy_coef,
         )
         terms = self.algorithm.policy_loss(batch, counts, kl_coef=share.plan.kl_coef)
-        if not self.observes or not microbatch.rows:
+        if not portion.observes or not microbatch.rows:
             return terms, {}
         now = logprobs.detach()
-        self.trainer_logprobs[microbatch.tokens] = now.cpu()
+        portion.trainer_logprobs[microbatch.tokens] = now.cpu()
         lags = self.part(share.lags, microbatch)
         metrics = sampler_metrics(now, batch.rollout_logprobs, mask, lengths, lags=lags)
         if old is None:

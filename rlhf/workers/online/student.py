@@ -49,14 +49,14 @@ class StudentWorker(OnlineWorker):
         uses them. plan.scores is the rewards' contribution to the advantage of each token of a sequence. The
         student's log-probabilities are computed here only if several updates read them.
         """
-        self.teacher_logprobs = self.receive(plan, parts, {})
+        self.share, self.teacher_logprobs = self.receive(plan, parts, {})
         num_tokens = len(self.share.rollouts.token_ids)
         added = torch.tensor([plan.scores.get(i, 0.0) for i in self.share.held])
         self.reward_advantages = to_tokens(added, self.share.rollouts.lengths, num_tokens=num_tokens)
         several = len(plan.minibatches) * self.config.train.epochs_per_batch > 1
         self.old_logprobs: Column = None  # None: the current ones of each update
         if self.teacher_logprobs is not None and several:
-            (self.old_logprobs,) = self.compute("old logprobs", policy_logprobs_only)
+            (self.old_logprobs,) = self.compute("old logprobs", policy_logprobs_only, self.share)
         self.visited: set[int] = set()
         self.seen = unknown_signals(self.share.rollouts)  # as measured before training
         return (), {}
@@ -87,8 +87,8 @@ class StudentWorker(OnlineWorker):
 
     def _sampled(self, microbatch: Microbatch, plan: MinibatchPlan) -> tuple[Tensor, Measure]:
         """Return a micro-batch's loss from advantages of the sampled tokens, and its metrics."""
-        _, lengths, mask = self.columns(microbatch)
-        logprobs, entropy = self.forward(policy_logprobs, microbatch)
+        _, lengths, mask = self.columns(self.share, microbatch)
+        logprobs, entropy = self.forward(policy_logprobs, self.share, microbatch)
         logprobs, rollout_logprobs = logprobs.float(), self.part(self.share.rollouts.rollout_logprobs, microbatch)
         old = logprobs.detach() if self.old_logprobs is None else self.part(self.old_logprobs, microbatch)
         assert self.teacher_logprobs is not None
@@ -131,9 +131,10 @@ class StudentWorker(OnlineWorker):
 
         `hidden` holds the teacher's states of the minibatch.
         """
-        _, _, mask = self.columns(microbatch)
+        _, _, mask = self.columns(self.share, microbatch)
         loss, logprobs, teacher_logprobs, entropy = self.forward(
             sampled_distillation_loss,
+            self.share,
             microbatch,
             teacher=hidden[self._places(microbatch, plan)].to(self.device),
             head=self.teacher,
@@ -185,7 +186,7 @@ class StudentWorker(OnlineWorker):
 
         `logprobs`: by the student, before it trains on them.
         """
-        _, lengths, mask = self.columns(microbatch)
+        _, lengths, mask = self.columns(self.share, microbatch)
         rollout_logprobs = self.part(self.share.rollouts.rollout_logprobs, microbatch)
         gap = masked_sum(logprobs - teacher_logprobs, mask)
         return {

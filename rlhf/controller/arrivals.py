@@ -1,0 +1,35 @@
+"""Hand over the groups of a batch as they are scored, while others are still sampled (train.streamed)."""
+
+from __future__ import annotations
+
+import asyncio
+
+from rlhf.roles import ScoredGroup
+
+
+class Arrivals:
+    """The kept groups of one batch after the other, of `size` groups each."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.begin()
+
+    def begin(self) -> None:
+        """Expect the first group of a batch."""
+        self._left = self.size
+        self._groups: list[ScoredGroup] = []
+        self._changed = asyncio.Event()
+
+    def add(self, scored: ScoredGroup) -> None:
+        self._left -= 1
+        self._groups.append(scored)
+        self._changed.set()
+
+    async def take(self) -> list[ScoredGroup]:
+        """Return all groups that have arrived and were not taken, at least one. Empty: the batch is whole."""
+        await self._changed.wait()
+        if self._left <= 0:
+            return []
+        self._changed.clear()
+        groups, self._groups = self._groups, []
+        return groups
