@@ -11,10 +11,10 @@ run, and a mode that promises the groups must have trained the same groups in ea
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,10 +141,15 @@ def kill(process: subprocess.Popen[bytes], *, driver_only: bool) -> None:
     psutil.wait_procs(left, timeout=30.0)
 
 
-def wait_for_step(process: subprocess.Popen[bytes], run: Path, step: int) -> None:
-    """Wait until a step has its row, or until the run has ended."""
+def wait_for_step(process: subprocess.Popen[bytes], run: Path, step: int, *, after: int) -> None:
+    """Wait until a step has its row, or until the run has ended.
+
+    after: the step of the checkpoint. A resumed run first removes the rows after it.
+    """
     until = time.monotonic() + DEADLINE_S
-    while process.poll() is None and last_step(run) < step:
+    has_begun = False
+    while process.poll() is None and not (has_begun and last_step(run) >= step):
+        has_begun = has_begun or last_step(run) <= after
         if time.monotonic() > until:
             raise SystemExit(f"{run} did not reach step {step} within {DEADLINE_S:g} s")
         time.sleep(0.02)
@@ -161,8 +166,8 @@ def kill_and_resume(
         if moments.random() < STARTS:
             time.sleep(moments.uniform(0.0, start_s))
         else:
-            wait_for_step(process, run, min(from_step + moments.randint(1, 3), steps - 1))
-            time.sleep(moments.uniform(0.0, 2.0 * step_s))
+            wait_for_step(process, run, min(from_step + moments.randint(1, 2), steps - 2), after=from_step)
+            time.sleep(moments.uniform(0.0, step_s))
         if process.poll() is not None:  # the run was finished first
             finish(process, config)
             break
@@ -174,33 +179,41 @@ def kill_and_resume(
     return tally
 
 
-def differences(run: Path, unbroken: Path, mode: Mode) -> list[str]:
+def contradictions(run: Path, unbroken: Path, mode: Mode) -> list[str]:
     """Return what contradicts the promise of the mode. An empty list: nothing."""
-    found = []
-    doctor = subprocess.run(
-        [sys.executable, "-m", "rlhf.cli", "doctor", str(run)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    if doctor.returncode != 0:
-        found.append(doctor.stdout + doctor.stderr)
-    if mode.promise == "bits":
-        metrics, expected = (
-            [
-                {key: value for key, value in row.items() if not key.startswith(CLOCKS)}
-                for row in rows(path, "metrics.jsonl")
-            ]
-            for path in (run, unbroken)
-        )
-        for row, other in zip(metrics, expected, strict=False):
-            found += [f"step {row['step']}: {key}" for key in other if row.get(key) != other[key]]
-        digests = {
-            hashlib.sha256((path / "final" / "model.safetensors").read_bytes()).digest() for path in (run, unbroken)
-        }
-        found += ["the final weights"] if len(digests) > 1 else []
-    if mode.promise != "each prompt once" and rows(run, "groups.jsonl") != rows(unbroken, "groups.jsonl"):
-        found.append("the groups of a step")
+    command = [sys.executable, "-m", "rlhf.cli", "doctor", str(run)]
+    doctor = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    found = [] if doctor.returncode == 0 else ["the record: " + doctor.stdout + doctor.stderr]
     if last_step(run) != last_step(unbroken):
         found.append("the number of steps")
+    if mode.promise != "each prompt once" and rows(run, "groups.jsonl") != rows(unbroken, "groups.jsonl"):
+        found.append("the groups of a step")
+    if mode.promise == "bits":
+        for row, other in zip(rows(run, "metrics.jsonl"), rows(unbroken, "metrics.jsonl"), strict=False):
+            keys = [key for key in {**row, **other} if not key.startswith(CLOCKS) and row.get(key) != other.get(key)]
+            found += [f"step {row['step']}: {key}" for key in keys]
+        weights = [(path / "final" / "model.safetensors").read_bytes() for path in (run, unbroken)]
+        found += [] if weights[0] == weights[1] else ["the final weights"]
     return found
+
+
+def try_mode(name: str, folder: Path, *, kills: int, seed: int) -> tuple[Tally, list[str]]:
+    """Run a mode without and with kills. Return the tally of the kills, and the contradictions."""
+    mode, steps = MODES[name], 2 * kills + 4
+    config = write_config(folder, "unbroken", mode, steps=steps)
+    finish(start(config), config)
+    times = [row["time_s"] for row in rows(folder / "unbroken", "metrics.jsonl")]
+    config = write_config(folder, "killed", mode, steps=steps)
+    tally = kill_and_resume(
+        config,
+        folder / "killed",
+        kills=kills,
+        steps=steps,
+        start_s=times[0],
+        step_s=(times[-1] - times[0]) / (len(times) - 1),
+        seed=seed,
+    )
+    return tally, contradictions(folder / "killed", folder / "unbroken", mode)
 
 
 def main() -> None:
@@ -210,33 +223,21 @@ def main() -> None:
     parser.add_argument("--mode", choices=["all", *MODES], default="all")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    table = Table("mode", "kills", "steps trained again", "minutes", "equal to the unbroken run", "contradictions")
-    broken = False
-    steps = max(8, args.kills + 2)
+    table = Table("mode", "kills", "steps trained again", "minutes", "promise", "kept")
+    console, is_broken = Console(), False
     for name in MODES if args.mode == "all" else [args.mode]:
-        mode = MODES[name]
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            config = write_config(folder, "unbroken", mode, steps=steps)
-            finish(start(config), config)
-            times = [row["time_s"] for row in rows(folder / "unbroken", "metrics.jsonl")]
-            config = write_config(folder, "killed", mode, steps=steps)
-            tally = kill_and_resume(
-                config,
-                folder / "killed",
-                kills=args.kills,
-                steps=steps,
-                start_s=times[0],
-                step_s=(times[-1] - times[0]) / (len(times) - 1),
-                seed=args.seed,
-            )
-            found = differences(folder / "killed", folder / "unbroken", mode)
-        broken = broken or bool(found)
-        promise = {"bits": "metrics, weights, groups", "groups": "groups", "each prompt once": "-"}[mode.promise]
-        cells = (tally.kills, tally.repeated, f"{tally.seconds / 60:.1f}", promise, "; ".join(found[:5]) or "none")
-        table.add_row(name, *map(str, cells))
-        Console(width=120).print(table.rows and table)
-    raise SystemExit(int(broken))
+        folder = Path(tempfile.mkdtemp(prefix="kill_resume_"))
+        tally, found = try_mode(name, folder, kills=args.kills, seed=args.seed)
+        cells = (str(tally.kills), str(tally.repeated), f"{tally.seconds / 60:.1f}", MODES[name].promise)
+        table.add_row(name, *cells, "no" if found else "yes")
+        console.print(f"{name}: {tally.kills} kills, {len(found)} contradictions", highlight=False)
+        if found:
+            is_broken = True
+            console.print(f"The runs are in {folder}.", *found[:10], sep="\n", highlight=False, markup=False)
+        else:
+            shutil.rmtree(folder)
+    console.print(table)
+    raise SystemExit(int(is_broken))
 
 
 if __name__ == "__main__":
