@@ -1,91 +1,278 @@
-"""GRPO on SmolLM2-135M in turns and with rollouts ahead of training: same prompts, batches and lengths, one machine.
+"""GRPO on SmolLM2-135M in every mode of rollouts and training: same prompts, limits, batches and samples, one machine.
 
-    python benchmarks/asynchronous.py --steps 6
+    python benchmarks/asynchronous.py
+    python benchmarks/asynchronous.py --balance     # only the share of the rollouts in a step
 
 Each mode runs alone. "one core each" gives the engine a core and the trainer a core. "both cores each" lets each side
-use the whole machine in its turn, which is the fastest way to take turns. A step is everything from one step's end to
-the next. The first two steps of each mode are a warm-up and not counted. The last two are not counted either: engines
-ahead of training have nothing left to sample in them. Tokens are the prompt and response tokens of the counted steps.
+use the whole machine in its turn. The other modes are compared with the faster of the two. The prompts are school
+mathematics. A column limits the response tokens of each row. The limits are lognormal with a sigma of 1: most responses
+are short, and a few keep the engine busy alone.
+
+In the first table, the reward is a rule that costs nothing. In the second, it is a service whose latency is lognormal
+with a sigma of 1 and a mean of one batch of rollouts, as measured in the first table. There, in flight is also measured
+with batches in the order of completion: in the order of prompts, one slow answer keeps all later batches waiting.
+
+A step is everything from one step's end to the next. The first steps are a warm-up and not counted. The last ones are
+not counted either: engines ahead of training have nothing left to sample in them. All modes count the same steps, and
+so the same prompts (but for the order of completion). Tokens are the prompt and response tokens of these steps.
+
+The bound is what a mode could gain if overlapping cost nothing. It comes from the two sides of a step in turns with one
+core each: the time until the rollouts are scored, and the rest. A step cannot be shorter than the longer side. In
+flight, it cannot be shorter than the rest, since later responses fill the engine while it waits for the longest ones.
+The prediction simulates the mode with the groups and the rates of that run, as `rlhf plan --simulate` does. Both sides
+should take about the same time, as on a cluster that was sized well: --balance helps to choose the lengths.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
+import math
+import random
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import reasoning_gym
 import yaml
+from aiohttp import web
 from rich.console import Console
 from rich.table import Table
 
+from rlhf.config.files.load import load
+from rlhf.planning.measured import measured_system, recorded_groups
+from rlhf.planning.simulate import simulate
+from rlhf.planning.system import Schedule, System
+from rlhf.tracking.sinks.tracker import read_metrics
+
 ROOT = Path(__file__).resolve().parents[1]
-WARM_UP = RUN_OUT = 2
+WARM_UP = 3
+SIGMA, MOST_TOKENS = 1.0, 384
+LONGEST_QUESTION = 200  # characters
 DEADLINE_S = 1800.0
-MODES: dict[str, tuple[int, int]] = {  # threads of each side, max_staleness
-    "in turns, both cores each": (2, 0),
-    "in turns, one core each": (1, 0),
-    "pipelined, 1 ahead, one core each": (1, 1),
-    "pipelined, 2 ahead, one core each": (1, 2),
+RULE = {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*"}}
+ONE_CORE = {"cluster.roles.policy.threads": 1, "cluster.roles.rollout.threads": 1}
+TURNS_BOTH, TURNS_ONE = "in turns, both cores each", "in turns, one core each"
+IN_FLIGHT, BY_COMPLETION = "in flight, 2 ahead", "in flight, 2 ahead, by completion"
+MODES: dict[str, dict[str, Any]] = {  # the keys of each mode
+    TURNS_BOTH: {"cluster.roles.policy.threads": 2, "cluster.roles.rollout.threads": 2},
+    TURNS_ONE: ONE_CORE,
+    "streamed": ONE_CORE | {"train.streamed": True},
+    "pipelined, 1 ahead": ONE_CORE | {"rollouts.max_staleness": 1},
+    IN_FLIGHT: ONE_CORE | {"rollouts.max_staleness": 2, "rollouts.weight_updates": "in_flight"},
 }
+MODES[BY_COMPLETION] = MODES[IN_FLIGHT] | {"rollouts.batch_order": "completion"}
 
 
-def config(folder: Path, *, steps: int, threads: int, max_staleness: int, new_tokens: int) -> dict[str, Any]:
-    """The run of a mode."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What all modes train."""
+
+    steps: int  # counted
+    prompts: int  # of a step
+    samples: int  # of each prompt
+    median_tokens: int  # of the limits
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the rows of data, with the latency of the service relative to its mean."""
+        count, generator = self.prompts * (WARM_UP + self.steps + 2), random.Random(0)
+        items = reasoning_gym.create_dataset("gsm_symbolic", seed=0, size=20 * count)
+        questions = (item["question"] for item in items if len(item["question"]) <= LONGEST_QUESTION)
+        rows = []
+        for question in islice(questions, count):
+            limit = round(generator.lognormvariate(math.log(self.median_tokens), SIGMA))
+            latency = generator.lognormvariate(-(SIGMA**2) / 2, SIGMA)
+            rows.append({"prompt": question, "max_new_tokens": min(max(limit, 4), MOST_TOKENS), "latency": latency})
+        return rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """One mode over its counted steps."""
+
+    step_s: float
+    tokens_per_s: float
+    scored_s: float  # time of a step until its rollouts are scored, where nothing overlaps
+    waits: float  # part of the time in which training waited for responses
+    idle: float  # part of the time in which the engines answered nothing
+    lag: float  # versions between the trained weights and the oldest token of a response
+
+
+@contextmanager
+def reward_service(mean_s: float) -> Iterator[str]:
+    """Serve a reward that takes `mean_s` on average. Yields its address."""
+    loop = asyncio.new_event_loop()
+
+    async def score(request: web.Request) -> web.Response:
+        body = await request.json()
+        await asyncio.sleep(mean_s * body["columns"]["latency"])
+        return web.json_response({"scores": [math.log1p(len(response)) for response in body["responses"]]})
+
+    async def greet(request: web.Request) -> web.Response:
+        return web.Response()
+
+    async def start() -> int:
+        application = web.Application()
+        application.add_routes([web.post("/score", score), web.get("/score", greet)])
+        runner = web.AppRunner(application)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        return int(runner.addresses[0][1])
+
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    try:
+        port = asyncio.run_coroutine_threadsafe(start(), loop).result(timeout=30)
+        yield f"http://127.0.0.1:{port}/score"
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(timeout=30)
+
+
+def config(folder: Path, work: Work, *, steps: int, reward: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the run that all modes share."""
     return {
         "run": {"name": "run", "dir": str(folder), "seed": 0},
         "policy": {"model": str(ROOT / "models/SmolLM2-135M-Instruct"), "dtype": "bfloat16"},
         "algorithm": {"name": "grpo", "correction": {"preset": "token_tis"}},
-        "data": {"train": {"task": "reasoning_gym/gcd", "split": "train", "size": 256}, "max_prompt_tokens": 256},
-        "rollouts": {
-            "prompts_per_step": 4,
-            "samples_per_prompt": 8,
-            "max_new_tokens": new_tokens,
-            "max_staleness": max_staleness,
+        "data": {
+            "train": str(folder / "prompts.jsonl"),
+            "system_prompt": "Solve the problem step by step.",
+            "shuffle": False,
+            "max_prompt_tokens": 128,
         },
-        "rewards": {"number": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*"}}},
-        "train": {"steps": steps, "lr": 1e-6, "sequences_per_update": 32, "max_tokens_per_microbatch": 2048},
-        "cluster": {"roles": {"policy": {"threads": threads}, "rollout": {"threads": threads}}},
+        "rollouts": {
+            "prompts_per_step": work.prompts,
+            "samples_per_prompt": work.samples,
+            "max_new_tokens": MOST_TOKENS,
+        },
+        "rewards": {"quality": dict(reward)},
+        "train": {
+            "steps": steps,
+            "lr": 1e-6,
+            "sequences_per_update": work.prompts * work.samples,
+            "max_tokens_per_microbatch": 2048,
+            "checkpoint_every": steps,
+        },
+        "tracking": {"samples_per_step": work.prompts * work.samples},  # the prediction needs all lengths
     }
 
 
-def measure(name: str, *, steps: int, new_tokens: int) -> list[dict[str, Any]]:
-    """Run a mode, and return the rows of its counted steps."""
-    threads, max_staleness = MODES[name]
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        tree = config(folder, steps=steps, threads=threads, max_staleness=max_staleness, new_tokens=new_tokens)
-        (folder / "run.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
-        command = [sys.executable, "-m", "rlhf.cli", "train", str(folder / "run.yaml"), "--quiet"]
-        subprocess.run(command, check=True, timeout=DEADLINE_S, cwd=ROOT)
-        lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row for row in map(json.loads, lines) if WARM_UP < row["step"] <= steps - RUN_OUT]
+def measure(name: str, work: Work, folder: Path, *, reward: Mapping[str, Any]) -> Measured:
+    """Run a mode in a new folder, and return what its counted steps took."""
+    folder.mkdir()
+    rows = work.rows()
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    steps = WARM_UP + work.steps + MODES[name].get("rollouts.max_staleness", 0)
+    tree = config(folder, work, steps=steps, reward=reward)
+    (folder / "run.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    keys = [f"{key}={json.dumps(value)}" for key, value in MODES[name].items()]
+    command = [sys.executable, "-m", "rlhf.cli", "train", str(folder / "run.yaml"), "--quiet", *keys]
+    subprocess.run(command, check=True, timeout=DEADLINE_S, cwd=ROOT)
+    counted = [row for row in read_metrics(folder / "run") if WARM_UP < row["step"] <= WARM_UP + work.steps]
+    seconds = sum(row["time/step_s"] for row in counted)
+    return Measured(
+        step_s=seconds / work.steps,
+        tokens_per_s=sum(row["rollouts/tokens/total"] for row in counted) / seconds,
+        scored_s=sum(row["time/rollouts_s"] for row in counted) / work.steps,
+        waits=sum(row["time/trainer_waits_s"] for row in counted) / seconds,
+        idle=sum(row["time/engines_idle/fraction"] * row["time/step_s"] for row in counted) / seconds,
+        lag=sum(row["experience/policy_lag/mean"] for row in counted) / work.steps,
+    )
 
 
-def main() -> None:
-    """Run all modes and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--new-tokens", type=int, default=96)
-    args = parser.parse_args()
-    table = Table("mode", "tokens / s", "against turns", "s / step", "training waits", "engines idle", "lag")
-    rows = {name: measure(name, steps=args.steps, new_tokens=args.new_tokens) for name in MODES}
-    speeds = {name: _sum(found, "rollouts/tokens/total") / _sum(found, "time/step_s") for name, found in rows.items()}
-    turns = max(speed for name, speed in speeds.items() if MODES[name][1] == 0)
-    for name, found in rows.items():
-        seconds = _sum(found, "time/step_s")
-        idle = sum(row["time/engines_idle/fraction"] for row in found) / len(found)
-        cells = (f"{speeds[name]:.0f}", f"{speeds[name] / turns:.2f}", f"{seconds / len(found):.2f}")
-        waits = f"{_sum(found, 'time/trainer_waits_s') / seconds:.0%}"
-        table.add_row(name, *cells, waits, f"{idle:.0%}", f"{found[0]['experience/policy_lag/mean']:.1f}")
+def system_of(folder: Path, latencies: Sequence[float] = ()) -> System:
+    """Return the system of a run in turns with one core each, for the simulation.
+
+    Args:
+        latencies: seconds that the service takes for each group. Empty: there is no service.
+    """
+    (run,) = load(folder / "run" / "config.resolved.yaml").runs.values()
+    groups = recorded_groups(folder / "run")
+    system = measured_system(run, read_metrics(folder / "run"), groups, after=1)
+    if not latencies:
+        return system
+    slow = [replace(group, latency_s=latency) for group, latency in zip(groups, latencies, strict=False)]
+    return replace(system, recorded=tuple(slow))
+
+
+def predicted(name: str, work: Work, system: System) -> float:
+    """Return the tokens per second of a mode by simulation."""
+    keys = MODES[name]
+    schedule = Schedule(
+        max_staleness=keys.get("rollouts.max_staleness", 0),
+        streamed="train.streamed" in keys,
+        in_flight="rollouts.weight_updates" in keys,
+        by_completion="rollouts.batch_order" in keys,
+    )
+    return simulate(system, schedule, steps=work.steps, seed=0, warm_up=WARM_UP).tokens_per_s
+
+
+def print_table(reward: str, work: Work, measured: Mapping[str, Measured], *, sides: Measured, system: System) -> None:
+    """Print the modes side by side.
+
+    Args:
+        sides: a run in turns with one core each, from which the bounds follow.
+        system: the same run for the simulation.
+    """
+    turns = min((measured[name] for name in (TURNS_BOTH, TURNS_ONE) if name in measured), key=lambda one: one.step_s)
+    trained_s = sides.step_s - sides.scored_s
+    headings = ("mode", "tokens / s", "predicted", "against turns", "bound", "s / step", "training waits")
+    table = Table(*headings, "engines idle", "lag", title=f"reward: {reward}", title_justify="left")
+    table.columns[0].no_wrap = True
+    for name, one in measured.items():
+        longer = trained_s if name in (IN_FLIGHT, BY_COMPLETION) else max(sides.scored_s, trained_s)
+        table.add_row(
+            name,
+            f"{one.tokens_per_s:.0f}",
+            "" if name == TURNS_BOTH else f"{predicted(name, work, system):.0f}",
+            f"{one.tokens_per_s / turns.tokens_per_s:.2f}",
+            "" if name in (TURNS_BOTH, TURNS_ONE) else f"{turns.step_s / longer:.2f}",
+            f"{one.step_s:.2f}",
+            f"{one.waits:.0%}",
+            f"{one.idle:.0%}",
+            f"{one.lag:.1f}",
+        )
     Console(width=120).print(table)
 
 
-def _sum(found: list[dict[str, Any]], key: str) -> float:
-    return sum(row[key] for row in found)
+def main() -> None:
+    """Run the modes with both rewards and print their tables."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--steps", type=int, default=4, help="counted steps of each mode")
+    parser.add_argument("--prompts", type=int, default=12, help="prompts of a step")
+    parser.add_argument("--samples", type=int, default=2, help="responses to each prompt")
+    parser.add_argument("--median-tokens", type=int, default=64, help="median of the limits")
+    parser.add_argument("--balance", action="store_true", help="only take turns with one core each")
+    args = parser.parse_args()
+    work = Work(steps=args.steps, prompts=args.prompts, samples=args.samples, median_tokens=args.median_tokens)
+    modes = [TURNS_ONE] if args.balance else [name for name in MODES if name != BY_COMPLETION]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        by_rule = {name: measure(name, work, folder / name, reward=RULE) for name in modes}
+        sides = by_rule[TURNS_ONE]
+        print_table("a rule", work, by_rule, sides=sides, system=system_of(folder / TURNS_ONE))
+        share = f"{sides.scored_s / sides.step_s:.0%}"
+        Console(width=120).print(f"In turns with one core each, the rollouts take {share} of a step.")
+        if args.balance:
+            return
+        faster = min((TURNS_BOTH, TURNS_ONE), key=lambda name: by_rule[name].step_s)
+        with reward_service(sides.scored_s) as url:
+            reward = {"url": url, "http": {"timeout_s": DEADLINE_S, "deadline_s": DEADLINE_S}}
+            by_service = {
+                name: measure(name, work, folder / f"{name}, service", reward=reward)
+                for name in (faster, IN_FLIGHT, BY_COMPLETION)
+            }
+        system = system_of(folder / TURNS_ONE, [sides.scored_s * row["latency"] for row in work.rows()])
+        print_table(f"a service, {sides.scored_s:.1f} s on average", work, by_service, sides=sides, system=system)
 
 
 if __name__ == "__main__":
