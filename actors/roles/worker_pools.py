@@ -159,11 +159,16 @@ class ReferenceWorkers(ModelGroup):
         only: frozenset[int] | None = None,
         temperatures: Mapping[int, float] | None = None,
     ) -> list[RemoteColumns[TokenValues]]:
-        """Return one column per group. The workers share the groups evenly, and each packs its groups together."""
+        """Return one column per group. The workers share the groups evenly, and each packs its groups together.
+
+        Groups that come one by one go to the workers in turn.
+        """
         columns: list[Any] = [None] * len(groups)
         shares = balance([1] * len(groups), min(len(self.handles), len(groups)))
+        first = groups[0].request.group_id if groups else 0
         waits = []
-        for handle, share in zip(self.handles, shares, strict=False):
+        for place, share in enumerate(shares, first):
+            handle = self.handles[place % len(self.handles)]
             given = [groups[i].rollouts for i in share]
             *logprob_refs, done = handle.logprobs.options(num_returns=len(share) + 1).remote(
                 only, temperatures or {}, *given

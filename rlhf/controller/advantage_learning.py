@@ -62,18 +62,15 @@ class AdvantageLearning(ReferencedLearning):
         self.reference_every = self.algorithm.config.reference_every
         self.num_minibatches = rows_per_step(config, self.rollouts) // config.train.sequences_per_update
         self.arrivals = Arrivals(self.rollouts.prompts_per_step)
-        # by group, for groups that have arrived; a colocated reference computes with the portion instead
-        self.references: dict[int, asyncio.Task[list[RemoteColumns[TokenValues]]]] = {}
         self.portions: list[_Portion] = []  # of the step's batch
         self.idle = IdleCorrection(self.algorithm.config, updates_per_step=updates_per_step(config))
 
     def arrived(self, scored: ScoredGroup) -> None:
-        """Note a group of the next batch, and start its reference log-probabilities if the reference is alone."""
-        self.arrivals.add(scored)
-        trained = self._not_masked(self._chosen([scored]))
-        if self.roles.reference is not None and trained and not self.config.cluster.roles.reference.colocate_with:
-            computing = asyncio.create_task(self._reference_logprobs(trained))
-            self.references[scored.group.request.group_id] = computing
+        """Note a group, and begin its reference log-probabilities if the reference has hardware of its own."""
+        if self.config.train.streamed:
+            self.arrivals.add(scored)
+        if self.computes_by_group and (trained := self._not_masked(self._chosen([scored]))):
+            self.columns.begin(scored, self._reference_logprobs(trained))
 
     async def stream(self, step: int) -> float:
         """Accumulate the gradient of the step's first minibatch over portions of the batch, until it is whole.
@@ -107,7 +104,7 @@ class AdvantageLearning(ReferencedLearning):
             )
         elif not portions:
             logger.warning("step %d: no response reaches algorithm.min_score, so the policy is not updated", step)
-        self.portions, self.references = [], {}
+        self.portions = []
         with record.stage("update"):
             for minibatch in self.visits(len(portions[0].plan.minibatches) if portions else 0, step):
                 await self._update(minibatch, step)
@@ -241,10 +238,8 @@ class AdvantageLearning(ReferencedLearning):
 
         async def logprobs() -> Sequence[RemoteColumns[TokenValues]]:
             async with in_turn:
-                ids = [scored.group.request.group_id for scored in trained]
-                if self.references.keys() >= set(ids):
-                    return [column for i in ids for column in await self.references.pop(i)]
-                return await self._reference_logprobs(trained)
+                columns = await self.columns.take(trained)
+                return await self._reference_logprobs(trained) if columns is None else columns
 
         critic_plan = plan if critic is None else self._plan(trained, plan.step, critic, plan.steps)
 

@@ -38,13 +38,20 @@ class DistillationLearning(Learning):
         self.reads_states = config.algorithm.reads_teacher_states
         self.is_ahead = config.cluster.roles.teacher.colocate_with is None
 
+    def arrived(self, scored: ScoredGroup) -> None:
+        """Begin the teacher's log-probabilities of the group if the teacher has hardware of its own."""
+        if self.is_ahead and not self.reads_states:
+            self.columns.begin(scored, self.teacher.logprobs([scored.group], temperatures={}))
+
     async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:
         config, record, policy = self.config, self.record, self.roles.policy
         groups = self.scores.normalized(groups)
         answered = [scored.group for scored in groups]
         plan = self._plan(groups, step)
         with record.stage(self.teacher.role):
-            teacher_columns = [] if self.reads_states else await self.teacher.logprobs(answered, temperatures={})
+            teacher_columns = [] if self.reads_states else await self.columns.take(groups)
+            if teacher_columns is None:
+                teacher_columns = await self.teacher.logprobs(answered, temperatures={})
             shown = answered[: -(-config.tracking.samples_per_step // self.rollouts.samples_per_prompt)]
             means = await self._mean_logprobs([group.rollouts for group in shown])
         with record.stage("experience"):

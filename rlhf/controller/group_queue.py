@@ -174,6 +174,8 @@ class GroupQueue:
         if collector.sort(scored, self._outcomes, self.version + 1):
             entry.scored = scored
             self._finished.append(entry.group_id)
+            if collector.arrived is not None:
+                collector.arrived(scored)
         else:
             collector.check_filtered(self._outcomes, self.version + 1)
             self._left_out.append(self._outstanding.pop(entry.group_id))

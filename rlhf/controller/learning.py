@@ -7,8 +7,9 @@ rlhf.controller.online collects the groups. Like it, this module computes on sca
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,11 +22,13 @@ from rlhf.roles import (
     OnlineTeacherRole,
     PolicyRole,
     ReferenceRole,
+    RemoteColumns,
     RewardRole,
     RolloutRole,
     ScoredGroup,
     SequenceReport,
 )
+from rlhf.types import TokenValues
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +54,25 @@ class Signals:
     teacher_logprobs: Mapping[int, float] = field(default_factory=dict)  # means over the sampled tokens
 
 
+class ColumnsByGroup:
+    """Columns of a frozen model with hardware of its own, computed for each group while others are sampled."""
+
+    def __init__(self) -> None:
+        self._computing: dict[int, asyncio.Task[list[RemoteColumns[TokenValues]]]] = {}
+
+    def begin(self, scored: ScoredGroup, work: Coroutine[Any, Any, list[RemoteColumns[TokenValues]]]) -> None:
+        """Begin to compute the columns of a group, in place of earlier ones."""
+        self._computing[scored.group.request.group_id] = asyncio.create_task(work)
+
+    async def take(self, groups: Sequence[ScoredGroup]) -> list[RemoteColumns[TokenValues]] | None:
+        """Return the columns of these groups, in order, and forget them. None: one of them was not begun."""
+        ids = [scored.group.request.group_id for scored in groups]
+        if not self._computing.keys() >= set(ids):
+            return None
+        computing = [self._computing.pop(group_id) for group_id in ids]
+        return [column for columns in await asyncio.gather(*computing) for column in columns]
+
+
 class Learning(ABC):
     """A learning method, such as advantages or pairs. Its metrics go to the run's record."""
 
@@ -61,9 +83,10 @@ class Learning(ABC):
         self.record = record
         self.rollouts = config.rollouts
         self.scores = TrainingScores(config.rewards)
+        self.columns = ColumnsByGroup()  # of the reference or the teacher
 
     def arrived(self, scored: ScoredGroup) -> None:  # noqa: B027
-        """Note a group of the next batch that is scored and kept, while others may still be sampled."""
+        """Note a group that is scored and kept, while others may still be sampled."""
 
     async def stream(self, step: int) -> float:
         """Learn from the groups that have arrived until the batch is whole. Return the seconds of this work."""
@@ -98,6 +121,16 @@ class ReferencedLearning(Learning):
 
     reference_every: int | None  # steps between two renewals; None keeps the first reference
     reference_step: int = 0  # of the last renewal; 0: the model before training
+
+    @property
+    def computes_by_group(self) -> bool:
+        """Return whether the reference computes each group when it is finished.
+
+        It needs hardware of its own. A reference that is renewed while later batches are sampled would compute them
+        with other weights than those of their step.
+        """
+        alone = self.roles.reference is not None and self.config.cluster.roles.reference.colocate_with is None
+        return alone and (self.reference_every is None or self.rollouts.max_staleness == 0)
 
     async def renew_reference(self, step: int) -> None:
         """Replace the reference by the policy after this step, if a renewal is due."""

@@ -99,7 +99,7 @@ class OnlineController(TrainingLoop):
             rewards_fingerprint=rewards_fingerprint,
             in_flight=self.in_flight,
         )
-        arrived = self.learning.arrived if config.train.streamed else None
+        arrived = self.learning.arrived if config.train.streamed or self.rollouts.max_staleness else None
         queue = partial(GroupQueue, order=self.rollouts.batch_order) if self.in_flight else BatchQueue
         self.batches: BatchQueue | GroupQueue = queue(
             Collector(config, prompts, self.scorer, record, sampling, arrived=arrived),

@@ -17,9 +17,9 @@ from rlhf.config.schema.root import Config
 from rlhf.controller.batches import plan_pairs, temperatures
 from rlhf.controller.learning import OnlineRoles, ReferencedLearning, Signals
 from rlhf.controller.record import RunRecord
-from rlhf.roles import ScoredGroup
+from rlhf.roles import RemoteColumns, ScoredGroup
 from rlhf.tracking.metrics.reductions import Mean, Sum
-from rlhf.types import RolloutInfo
+from rlhf.types import RolloutInfo, TokenValues
 
 logger = logging.getLogger(__name__)
 Pair = tuple[RolloutInfo, RolloutInfo]  # chosen and rejected
@@ -34,6 +34,13 @@ class PairLearning(ReferencedLearning):
         self.algorithm = algorithm_of(config.algorithm, PairAlgorithm)
         self.reference_every = config.algorithm.reference_every
         self.num_minibatches = self.rollouts.prompts_per_step // config.train.sequences_per_update
+
+    def arrived(self, scored: ScoredGroup) -> None:
+        """Begin the reference log-probabilities of the group's pair if the reference has hardware of its own."""
+        (normalized,) = self.scores.normalized([scored])
+        pair = self._pair(normalized) if self.computes_by_group else None
+        if pair is not None:
+            self.columns.begin(scored, self._reference_logprobs([(normalized, pair)]))
 
     async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:
         """Run the stages listed in the module's docstring. Without a pair, the step makes no update."""
@@ -62,7 +69,7 @@ class PairLearning(ReferencedLearning):
 
     async def _prepare(self, paired: Sequence[tuple[ScoredGroup, Pair]], step: int) -> int:
         """Give the policy the pairs and their reference logprobs. Returns the number of minibatches."""
-        pairs, policy, reference = [pair for _, pair in paired], self.roles.policy, self.roles.reference
+        pairs, policy = [pair for _, pair in paired], self.roles.policy
         plan = plan_pairs(
             pairs,
             temperatures=temperatures([scored for scored, _ in paired]),
@@ -71,13 +78,22 @@ class PairLearning(ReferencedLearning):
             num_minibatches=self.num_minibatches,
             num_ranks=policy.num_ranks,
         )
+        references = await self.columns.take([scored for scored, _ in paired])
+        if references is None:
+            references = await self._reference_logprobs(paired)
         groups = [scored.group for scored, _ in paired]
-        only = frozenset(info.sequence_id for pair in pairs for info in pair)
-        references = (
-            [] if reference is None else await reference.logprobs(groups, only=only, temperatures=plan.temperatures)
-        )
         self.record.add((await policy.prepare(plan, groups, references)).metrics)
         return len(plan.minibatches)
+
+    async def _reference_logprobs(self, paired: Sequence[tuple[ScoredGroup, Pair]]) -> list[RemoteColumns[TokenValues]]:
+        """Return a column of the reference for each pair's group; none without a reference."""
+        if self.roles.reference is None:
+            return []
+        return await self.roles.reference.logprobs(
+            [scored.group for scored, _ in paired],
+            only=frozenset(info.sequence_id for _, pair in paired for info in pair),
+            temperatures=temperatures([scored for scored, _ in paired]),
+        )
 
     def _pair(self, scored: ScoredGroup) -> Pair | None:
         places = self.algorithm.pair(scored.scores.scores)

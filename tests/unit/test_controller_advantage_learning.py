@@ -131,6 +131,7 @@ class Run:
         per_update: int,
         rewards: Mapping[str, Any] | None = None,
         streamed: bool = False,
+        reference_host: str | None = "policy",
         **rollouts: Any,
     ) -> None:
         config = Config.model_validate(
@@ -148,6 +149,7 @@ class Run:
                     "epochs_per_batch": 2,
                     "streamed": streamed,
                 },
+                "cluster": {"roles": {"reference": {"colocate_with": reference_host}}},
             }
         )
         has_reference = config.algorithm.model_dump()["kl"]["coef"] > 0.0
@@ -523,3 +525,29 @@ def test_a_portion_without_a_trained_response_is_left_out(folder: RunFolder) -> 
     assert run.policy.calls == ["prepare group 1", "accumulate 0", "prepare group 2", "update 0", "update 0"]
     assert [plan.portion for plan in run.policy.portions] == [0, 1]
     assert signals.trained == {5, 7, 8}
+
+
+@pytest.mark.parametrize(
+    ("keys", "asked"),
+    [
+        pytest.param({}, [["group 2"], ["group 0"], ["group 1"]], id="each as it arrived"),
+        pytest.param(
+            {"reference_every": 2}, [["group 0", "group 1", "group 2"]], id="a renewed reference: in their step"
+        ),
+    ],
+)
+def test_the_reference_computes_groups_of_later_batches_as_they_arrive(
+    folder: RunFolder, keys: dict[str, Any], asked: list[list[str]]
+) -> None:
+    algorithm = {"name": "grpo", "kl": {"coef": 0.1}, "correction": {"preset": "token_tis"}, **keys}
+    run = Run(folder, algorithm, per_update=12, reference_host=None, max_staleness=1)
+    found = groups(FIRST, SECOND, FLAT)
+
+    async def learn() -> None:
+        for scored in (found[2], found[0], found[1]):
+            run.learning.arrived(scored)
+        await run.learning.learn(found, 1)
+
+    run.record.begin_step(1)
+    asyncio.run(learn())
+    assert run.reference.asked == asked
