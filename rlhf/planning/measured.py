@@ -13,6 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from rlhf.config.derive import derive
 from rlhf.config.schema.root import Config
 from rlhf.errors import UserError
 from rlhf.planning.lengths import Lengths
@@ -77,6 +78,7 @@ def measured_system(
         base_s=base_s,
         each_s=each_s,
         train_tokens_per_s=sum(row["rollouts/tokens/total"] for row in steps) / trained_s,
+        streamed_share=1.0 / derive(config).updates_per_step,
         sync_s=sync_s / len(steps),
         load_s=sync_s / len(steps) / 2,
         prefill_s=each_s,

@@ -169,7 +169,7 @@ def _times(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: 
         return [title + _stages(config, stages, nodes)]
     system, sync = system_of(config, sizes, nodes, lengths, {}), sync_stage(config, sizes, nodes)
     bounds = (0,) if system.colocated else sorted({0, 1, 2, config.rollouts.max_staleness})
-    compared = schedules(config.rollouts, bounds, colocated=system.colocated)
+    compared = schedules(config, bounds)
     outcomes = {schedule: simulate(system, schedule, steps=3, seed=0, warm_up=3) for schedule in compared}
     seconds = outcomes[Schedule()].step_s - sum(stage.seconds for stage in stages) - sync.seconds
     how = (

@@ -127,8 +127,7 @@ def scenarios(
             "--simulate: cluster.roles.rollout.colocate_with is policy, so rollouts and training take turns; only "
             "staleness=0 can be simulated"
         )
-    assert config.rollouts is not None
-    compared, results = schedules(config.rollouts, staleness, colocated=system.colocated), []
+    compared, results = schedules(config, staleness), []
     for gpus in lists.get("gpus", (system.gpus,)):
         factor, rest = divmod(gpus, system.gpus)
         if rest:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from rlhf.algorithms.online_config import OnlineConfig
 from rlhf.config.schema.rollouts import RolloutsConfig
 from rlhf.config.schema.root import Config
+from rlhf.config.validation.asynchrony import asynchrony_problems
 from rlhf.planning.system import Schedule
 
 
@@ -20,21 +21,35 @@ def schedule_of(config: Config) -> Schedule:
     assert rollouts is not None
     return Schedule(
         max_staleness=rollouts.max_staleness,
+        streamed=config.train.streamed,
         in_flight=rollouts.weight_updates == "in_flight",
         by_completion=rollouts.batch_order == "completion",
     )
 
 
-def schedules(rollouts: RolloutsConfig, bounds: Iterable[int], *, colocated: bool) -> list[Schedule]:
-    """Return all schedules with these bounds of the lag. In flight, batches have the run's order."""
-    by_completion, found = rollouts.batch_order == "completion", []
+def schedules(config: Config, bounds: Iterable[int]) -> list[Schedule]:
+    """Return the schedules with these bounds of the lag that the run could have. In flight, batches have its order."""
+    assert config.rollouts is not None
+    by_completion, found = config.rollouts.batch_order == "completion", []
     for bound in bounds:
         if bound == 0:
-            found += [Schedule()] if colocated else [Schedule(), Schedule(streamed=True)]
+            found += [Schedule(), Schedule(streamed=True)] if _can_stream(config) else [Schedule()]
         else:
             found.append(Schedule(max_staleness=bound))
             found.append(Schedule(max_staleness=bound, in_flight=True, by_completion=by_completion))
     return found
+
+
+def _can_stream(config: Config) -> bool:
+    """Return whether the run could be streamed, if it trained on responses of the newest weights."""
+    assert config.rollouts is not None
+    rollouts = config.rollouts.model_copy(
+        update={"max_staleness": 0, "weight_updates": "between_batches", "batch_order": "prompt"}
+    )
+    streamed = config.model_copy(
+        update={"rollouts": rollouts, "train": config.train.model_copy(update={"streamed": True})}
+    )
+    return not any(problem.key == ("train", "streamed") for problem in asynchrony_problems(streamed, rollouts))
 
 
 def correction_in_force(config: Config, rollouts: RolloutsConfig) -> str:
@@ -45,6 +60,6 @@ def correction_in_force(config: Config, rollouts: RolloutsConfig) -> str:
     correction = algorithm.correction
     if correction is None:
         return "none" if rollouts.max_staleness else "not needed"
-    parts = [f"preset {correction.preset}"] if correction.preset else []
-    parts += [f"mode {correction.mode}", f"weights {correction.weights}"] if not parts else []
-    return ", ".join(parts)
+    if correction.preset is not None:
+        return f"preset {correction.preset}, mode {correction.mode}"
+    return f"mode {correction.mode}" + ("" if correction.weights is None else f", weights {correction.weights}")

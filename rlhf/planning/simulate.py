@@ -61,6 +61,7 @@ class _Simulation:
         self.consumed = 0  # groups of the current step that are trained
         self.syncing = False
         self.work = (0.0, 0.0)  # seconds and tokens of the current update
+        self.late = 0.0  # streamed: seconds of the step's updates that await the whole batch
         self.trained_tokens, self.trained_groups, self.lags, self.train_s, self.failures = 0.0, 0, 0.0, 0.0, 0
         self.reasked = 0
         self.ends: dict[int, list[float]] = {}  # of a batch's responses
@@ -229,6 +230,11 @@ class _Simulation:
         system = self.system
         tokens = sum(self.tokens.pop(group) for group in self.training)
         work = tokens / system.train_tokens_per_s
+        if self.schedule.streamed:
+            self.late += work * (1.0 - system.streamed_share)
+            work *= system.streamed_share
+            if self.consumed + len(self.training) == system.prompts_per_step:
+                work, self.late = work + self.late, 0.0
         lost = 0.0
         if system.mtbf_s is not None:
             nodes = -(-system.training_gpus // system.gpus_per_node)

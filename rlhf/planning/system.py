@@ -48,6 +48,7 @@ class System:
     base_s: float  # of a decoding step: reading the weights
     each_s: float  # additional time per sequence
     train_tokens_per_s: float  # experience and updates together
+    streamed_share: float = 1.0  # part of that work which can begin before the batch is whole
     sync_s: float  # until the engines hold the trained weights
     load_s: float  # in flight: pause of the engines within it, without recomputed keys and values
     prefill_s: float = 0.0  # of a token of a prompt, or of one whose keys and values are computed again

@@ -177,7 +177,9 @@ def system_of(
     prompt, average = config.data.max_prompt_tokens, lengths.average()
     mean = prompt + average / 2
     operations = forward_operations(shape, 2 * mean)  # a token attends to all earlier tokens
-    seconds = sum(stage.seconds for stage in training_stages(config, sizes, nodes, lengths))
+    stages, updates = training_stages(config, sizes, nodes, lengths), derive(config).updates_per_step
+    seconds = sum(stage.seconds for stage in stages)
+    late_s = sum(stage.seconds for stage in stages if stage.name.endswith("update")) * (1.0 - 1.0 / updates)
     sync_s = sync_stage(config, sizes, nodes).seconds
     values: dict[str, Any] = {
         "engines": role.engines,
@@ -200,6 +202,7 @@ def system_of(
         training_gpus=config.cluster.roles.policy.workers + _separate_workers(config),
         colocated=role.colocate_with is not None,
         gpus_per_node=int(gpus or 1),
+        streamed_share=1.0 - late_s / seconds,  # experience and the first minibatch
         recomputes=config.rollouts.kv_after_update == "recompute",
         **values,
     )

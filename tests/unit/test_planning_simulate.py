@@ -87,6 +87,12 @@ def test_streaming_hides_the_training_of_all_but_the_last_group() -> None:
     assert streamed.lag == 0.0
 
 
+def test_only_a_share_of_the_training_is_streamed() -> None:
+    # Half of each group's 0.22 s awaits the whole batch: 4 * 0.11 s, with the other half of the last group.
+    system = replace(ONE, max_num_seqs=1, streamed_share=0.5)
+    assert simulate(system, Schedule(streamed=True), steps=3, seed=0).step_s == pytest.approx(8.8 + 0.11 + 0.44 + 1.0)
+
+
 def test_engines_in_flight_are_always_full() -> None:
     # Two at a time and two batches of 8 in flight: the engine pauses only for half a second at each sync.
     schedule = Schedule(max_staleness=1, in_flight=True)

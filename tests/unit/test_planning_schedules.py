@@ -1,0 +1,75 @@
+"""The schedules that a run can have, the one that it has, and its correction of old responses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlhf.config.files.load import load
+from rlhf.config.schema.root import Config
+from rlhf.planning.schedules import correction_in_force, schedule_of, schedules
+
+ROOT = Path(__file__).resolve().parents[2]
+AHEAD = ("rollouts.max_staleness=1",)
+FLIGHT = ("rollouts.max_staleness=2", "rollouts.weight_updates=in_flight")
+
+
+def run(*keys: str, name: str = "grpo_smollm2") -> Config:
+    return next(iter(load(ROOT / f"configs/{name}.yaml", keys).runs.values()))
+
+
+@pytest.mark.parametrize(
+    ("keys", "name"),
+    [
+        ((), "in turns"),
+        (("train.streamed=true",), "streamed"),
+        ((*AHEAD, "algorithm.correction=none"), "pipelined, 1 ahead"),
+        ((*FLIGHT, "algorithm.correction=none"), "in flight, 2 ahead"),
+        (
+            (*FLIGHT, "algorithm.correction=none", "rollouts.batch_order=completion"),
+            "in flight, 2 ahead, by completion",
+        ),
+    ],
+)
+def test_the_schedule_of_a_run(keys: tuple[str, ...], name: str) -> None:
+    assert str(schedule_of(run(*keys))) == name
+
+
+@pytest.mark.parametrize(
+    ("keys", "text"),
+    [
+        ((), "not needed"),
+        ((*AHEAD, "algorithm.correction=none"), "none"),
+        ((*AHEAD, "algorithm.correction.preset=token_tis"), "preset token_tis, mode decoupled"),
+        ((*AHEAD, "algorithm.correction.mode=bypass"), "mode bypass"),
+    ],
+)
+def test_the_correction_in_force(keys: tuple[str, ...], text: str) -> None:
+    config = run(*keys)
+    assert config.rollouts is not None
+    assert correction_in_force(config, config.rollouts) == text
+
+
+def test_an_algorithm_without_a_correction_says_so() -> None:
+    config = run(*AHEAD, name="online_dpo_smollm2")
+    assert config.rollouts is not None
+    assert correction_in_force(config, config.rollouts) == "none: online_dpo has no correction"
+
+
+def test_the_schedules_of_a_bound_have_the_runs_order() -> None:
+    config = run(*FLIGHT, "algorithm.correction=none", "rollouts.batch_order=completion")
+    names = [str(one) for one in schedules(config, [0, 2])]
+    assert names == ["in turns", "streamed", "pipelined, 2 ahead", "in flight, 2 ahead, by completion"]
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("grpo_smollm2", ("cluster.device=cuda", "cluster.roles.rollout.colocate_with=policy")),
+        ("online_dpo_smollm2", ()),
+        ("otb_smollm2", ()),  # its baseline reads the whole batch
+    ],
+)
+def test_a_run_that_cannot_be_streamed_has_no_such_schedule(name: str, keys: tuple[str, ...]) -> None:
+    assert [str(one) for one in schedules(run(*keys, name=name), [0])] == ["in turns"]
