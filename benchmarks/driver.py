@@ -294,10 +294,11 @@ async def measure(config: Config, dummies: Dummies, folder: Path, *, profile: bo
             policy_fingerprint="",
             rewards_fingerprint="",
         )
-        began, profiler = time.process_time(), cProfile.Profile() if profile else nullcontext()
-        with profiler, sparing_loaded_objects():
+        profiler = cProfile.Profile() if profile else nullcontext()
+        with sparing_loaded_objects(), profiler:
+            began = time.process_time()
             await controller.run()
-        seconds = time.process_time() - began
+            seconds = time.process_time() - began
         timeline.close()
         tracker.close(failed=False)
     if isinstance(profiler, cProfile.Profile):
