@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections import Counter
 from dataclasses import replace
@@ -9,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from rlhf.data.mixing import Turns
-from rlhf.data.stream import MixtureShare, Stream
+from rlhf.data.stream import MixtureShare, Stream, given_places
 from rlhf.errors import UserError
 from rlhf.types import Prompt
 
@@ -84,6 +85,17 @@ def test_a_restored_stream_goes_on_where_the_other_stood(taken: int) -> None:
 def test_sets_of_one_size_are_shuffled_independently() -> None:
     taken = ids(mixture(replace(BIG, weight=1.0), replace(BIG, name="other", weight=1.0)), 20)
     assert [i for _, i in taken if i < 10] != [i - 10 for _, i in taken if i >= 10]
+
+
+@pytest.mark.parametrize("shares", [(BIG,), (BIG, SMALL)])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_the_given_items_are_known_without_the_data(shares: tuple[MixtureShare, ...], shuffle: bool) -> None:
+    stream = mixture(*shares, seed=5, shuffle=shuffle)
+    taken = ids(stream, 31)
+    resumed = mixture(*shares, seed=5, shuffle=shuffle)
+    resumed.restore(stream.state())
+    for one in (stream, resumed):
+        assert given_places(json.loads(json.dumps(one.order.state()))) == taken
 
 
 def test_a_single_set_is_a_stream_as_it_always_was() -> None:
