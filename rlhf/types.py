@@ -232,6 +232,7 @@ class GroupRequest:
     first_sequence_id: int  # the samples are sequences first_sequence_id, +1, ... of the step
     temperature: float | None = None  # of this group; None: the run's temperature
     epoch: int = 0  # in which the prompt stream gave this prompt
+    continues: int | None = None  # id of a cancelled request for the prompt, whose responses are continued
 
     def drawn_by(self, sampling: Sampling) -> Sampling:
         """Return the sampling parameters of this request, given the defaults.

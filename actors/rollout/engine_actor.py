@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import psutil
 
+from actors.rollout.continuation import CarriedGroups, continued_responses, not_begun, response_of, rest_params
 from actors.rollout.dispatch import EngineCapacity
 from actors.rollout.engine_calls import EngineCalls
 from actors.rollout.engine_spool import EngineSpool, Group
@@ -42,6 +43,7 @@ from rlhf.errors import RunError, UserError
 from rlhf.models.loading import load_tokenizer
 from rlhf.roles import EnginePart
 from rlhf.rollouts.environments.conversations import Conversations, EnvironmentSpec
+from rlhf.rollouts.records.begun import Begun
 from rlhf.rollouts.records.spans import Played, Sampled, assemble
 from rlhf.types import GroupRequest, Sampling
 
@@ -71,6 +73,7 @@ class RolloutWorker:
         self.held = HeldRequests(self.calls)
         self.weights = EngineWeights(spec, self.calls)
         self.spool = self._spool_in(spec.spool)
+        self.carried = CarriedGroups(spec.spool if spec.carries_over else None)
         self._added: dict[str, int] = {}  # special and added tokens by their text
         self._serial = 0
         self._conversations: Conversations | None = None
@@ -96,6 +99,7 @@ class RolloutWorker:
             return False
         await self.calls.run(reset_caches, "the reset of its caches")
         self.spool = self._spool_in(spool)
+        self.carried = CarriedGroups(spool if self.spec.carries_over else None)
         self.weights.version = None
         return True
 
@@ -138,13 +142,16 @@ class RolloutWorker:
             drawn_by = current if version is None else version
             is_current = drawn_by == current
             draws = self._conversations is None and is_current
-            submissions = self._submissions(request, sampling) if draws else []
+            begun = await self.carried.begun(request, sampling)
+            submissions = self._submissions(request, sampling, begun) if draws else []
         except Exception as error:
             await self.held.refuse(request.group_id, error)
             raise
         try:
             if draws:
-                played = await self._answers(request, await self.held.admit(request.group_id, submissions))
+                samples = await self.held.admit(request.group_id, submissions)
+                self.carried.follow(request, sampling, begun, samples)
+                played = await self._answers(request, begun, samples)
             else:
                 await self.held.admit(request.group_id, submissions)  # none: a turn comes later, by itself
                 spooled = await self.read_spooled(request, sampling, drawn_by)
@@ -184,7 +191,8 @@ class RolloutWorker:
         if spooled is not None:
             return spooled
         if self._conversations is None:
-            played = await self._answers(request, self.loop.submit(self._submissions(request, sampling)))
+            begun = not_begun(request)
+            played = await self._answers(request, begun, self.loop.submit(self._submissions(request, sampling, begun)))
         else:
             played = await self._conversations.play(request, request.drawn_by(sampling))
         group = assemble(request, played)
@@ -192,10 +200,18 @@ class RolloutWorker:
         await self.spool.write(request, sampling, newest, group, weights="")
         return group
 
-    async def _answers(self, request: GroupRequest, samples: Sequence[Future[Any]]) -> list[Played]:
-        """Wait for the samples of a group in the engine."""
+    async def _answers(
+        self, request: GroupRequest, begun: Sequence[Begun], samples: Sequence[Future[Any]]
+    ) -> list[Played]:
+        """Wait for the samples of a group in the engine, and append them to the begun responses.
+
+        Raise Aborted if a response is not finished.
+        """
         outputs = await asyncio.gather(*[self.calls.wait(sample, f"group {request.group_id}") for sample in samples])
-        return [single_turn(request, sampled_of(output)) for output in outputs]
+        responses = continued_responses(begun, outputs)
+        if any(response.finish_reason is None for response in responses):
+            raise Aborted(f"{self.spec.name}: interrupted")
+        return [single_turn(request, response.finished()) for response in responses]
 
     async def _start_environment(self, spec: EnvironmentSpec) -> Conversations:
         """Load the environment into this process."""
@@ -233,19 +249,19 @@ class RolloutWorker:
             lora=self.weights.lora,
         )
         (future,) = self.loop.submit([submission])
-        return sampled_of(
-            await self.calls.within(asyncio.shield(asyncio.wrap_future(future)), "a turn of a conversation")
-        )
+        output = await self.calls.within(asyncio.shield(asyncio.wrap_future(future)), "a turn of a conversation")
+        return response_of(output, Begun()).finished()
 
     async def read_spooled(self, request: GroupRequest, sampling: Sampling, version: int) -> Group | None:
         """Return the group as the same weights answered it before, or None if it was not finished."""
         weights = self.weights.checksum if version == self.weights.version else None
-        return await self.spool.read(request, sampling, oldest=version, newest=version, weights=weights)
+        return await self.spool.read(request, sampling, newest=version, weights=weights)
 
     async def hold(self) -> None:
         """Hold back the requests that arrive from now on, and forget cached prefixes."""
         await self.calls.run(reset_caches, "the reset of its caches")
         self.held.hold()
+        self.carried.forget()
 
     async def release(self, num_groups: int) -> None:
         """Wait until that many groups have arrived since `hold`, then start them in one step.
@@ -299,11 +315,16 @@ class RolloutWorker:
         return EngineCapacity(cache_tokens=tokens, samples=samples)
 
     async def cancel(self, group_ids: Sequence[int]) -> int:
-        """Drop the samples of these groups that are not finished, and return how many there were."""
+        """Drop the samples of these groups that are not finished, and return how many there were.
+
+        Groups that a later request may continue are on disk when this returns.
+        """
         for work in [self._working[group_id] for group_id in group_ids if group_id in self._working]:
             work.cancel()
         prefixes = [_prefix(group_id) for group_id in group_ids]
-        return await self.calls.wait(self.loop.abort(prefixes), "an abort")
+        dropped = await self.calls.wait(self.loop.abort(prefixes, keeps=self.spec.carries_over), "an abort")
+        await self.carried.write(group_ids)
+        return dropped
 
     async def health(self) -> EngineHealth:
         """Return the engine's state without waiting for it."""
@@ -326,7 +347,8 @@ class RolloutWorker:
         self._serial += 1
         return f"{kind}{self._serial}"
 
-    def _submissions(self, request: GroupRequest, sampling: Sampling) -> list[Submission]:
+    def _submissions(self, request: GroupRequest, sampling: Sampling, begun: Sequence[Begun]) -> list[Submission]:
+        """Return the samples to draw: the rest of each response that is not finished."""
         length = len(request.prompt.token_ids) + sampling.max_new_tokens
         if length > self.spec.max_model_len:
             raise RunError(
@@ -337,12 +359,17 @@ class RolloutWorker:
             Submission(
                 request_id=self._next_id(_prefix(request.group_id)),
                 prompt_token_ids=request.prompt.token_ids,
-                params=sampling_params(
-                    request.drawn_by(sampling), seed, turn_end=request.prompt.turn_end, added=self._added
+                params=rest_params(
+                    sampling_params(
+                        request.drawn_by(sampling), seed, turn_end=request.prompt.turn_end, added=self._added
+                    ),
+                    response,
                 ),
                 lora=self.weights.lora,
+                begun=response.token_ids,
             )
-            for seed in request.seeds
+            for seed, response in zip(request.seeds, begun, strict=True)
+            if response.finish_reason is None
         ]
 
 
@@ -353,14 +380,3 @@ def _prefix(group_id: int) -> str:
 
 def single_turn(request: GroupRequest, sampled: Sampled) -> Played:
     return Played(prompt_token_ids=request.prompt.token_ids, spans=(sampled,), finish_reason=sampled.finish_reason)
-
-
-def sampled_of(output: Any) -> Sampled:
-    """Convert vLLM's final output of one request."""
-    (sample,) = output.outputs
-    return Sampled(
-        token_ids=tuple(sample.token_ids),
-        logprobs=tuple(sample.logprobs.logprobs),
-        versions=tuple(int(s.version) for s in sample.weight_versions for _ in range(s.start, s.end)),
-        finish_reason=sample.finish_reason,
-    )

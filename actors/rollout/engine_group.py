@@ -69,6 +69,7 @@ def start_engines(
         trust_remote_code=policy.trust_remote_code,
         spool=spool,
         spools_failures=rollouts.max_staleness > 0,
+        carries_over=rollouts.carry_over,
         kv_after_update=rollouts.kv_after_update if in_flight else None,
         environment=environment,
     )

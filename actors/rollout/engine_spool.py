@@ -21,21 +21,28 @@ class EngineSpool:
     environment: str  # fingerprint; a stored group of another environment is not used
 
     async def read(
-        self, request: GroupRequest, sampling: Sampling, *, oldest: int, newest: int, weights: str | None = None
+        self,
+        request: GroupRequest,
+        sampling: Sampling,
+        *,
+        oldest: int | None = None,
+        newest: int,
+        weights: str | None = None,
     ) -> Group | None:
         """Return the stored group of a request, or None. The versions of its tokens lie between the given two.
 
         Args:
+            oldest: None: a group that was stored with version `newest`, and has tokens of any age.
             weights: checksum of the weights that must have sampled it. None: any weights of the versions.
         """
         return await asyncio.to_thread(self._read, request, sampling, oldest, newest, weights)
 
     def _read(
-        self, request: GroupRequest, sampling: Sampling, oldest: int, newest: int, weights: str | None
+        self, request: GroupRequest, sampling: Sampling, oldest: int | None, newest: int, weights: str | None
     ) -> Group | None:
         if self.folder is None:
             return None
-        for version in range(newest, oldest - 1, -1):
+        for version in range(newest, (newest if oldest is None else oldest) - 1, -1):
             group = read_group(
                 self.folder,
                 request,

@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from actors.rollout.continuation import output_so_far, restore_output
 from rlhf.engine.memory import advice_on_memory, is_out_of_memory
 from rlhf.errors import RunError
 
@@ -30,6 +31,7 @@ class Submission:
     prompt_token_ids: tuple[int, ...]
     params: Any
     lora: Any  # None: no adapter
+    begun: tuple[int, ...] = ()  # first tokens of the response, which an earlier request sampled
 
 
 class Aborted(RunError):
@@ -95,17 +97,19 @@ class EngineLoop:
             added: list[str] = []
             try:
                 for sample in submissions:
-                    engine.add_request(
+                    internal_id = engine.add_request(
                         sample.request_id,
                         {
                             "type": "token",
-                            "prompt_token_ids": list(sample.prompt_token_ids),
+                            "prompt_token_ids": [*sample.prompt_token_ids, *sample.begun],
                             "cache_salt": engine.get_weight_version(),  # no block of other weights is reused
                         },
                         sample.params,
                         lora_request=sample.lora,
                     )
                     added.append(sample.request_id)
+                    if sample.begun:
+                        restore_output(engine, internal_id, sample.params, sample.prompt_token_ids, sample.begun)
             except Exception:
                 engine.abort_request(added)
                 raise
@@ -114,11 +118,16 @@ class EngineLoop:
         self.call(add).add_done_callback(lambda done: _fail(futures, done.exception()))
         return futures
 
-    def abort(self, prefixes: Sequence[str]) -> Future[int]:
-        """Drop the requests whose ids have one of these prefixes. Return their number; their futures raise Aborted."""
+    def abort(self, prefixes: Sequence[str], *, keeps: bool = False) -> Future[int]:
+        """Drop the requests whose ids have one of these prefixes. Return their number.
+
+        Their futures raise Aborted, or give the unfinished outputs with `keeps`.
+        """
 
         def abort(engine: Any) -> int:
             dropped = [request_id for request_id in self._waiting if request_id.startswith(tuple(prefixes))]
+            for request_id in dropped if keeps else ():
+                _give(self._waiting[request_id], output_so_far(engine, request_id))
             engine.abort_request(dropped)
             _fail([self._waiting.pop(request_id) for request_id in dropped], Aborted(f"{self.name}: aborted"))
             return len(dropped)
@@ -179,9 +188,7 @@ class EngineLoop:
         self.last_step = time.monotonic()
         for output in outputs:
             if output.finished:
-                future = self._waiting.pop(output.request_id)
-                if future.set_running_or_notify_cancel():  # False: its waiter gave up
-                    future.set_result(output)
+                _give(self._waiting.pop(output.request_id), output)
 
 
 def _message(error: BaseException) -> str:
@@ -195,6 +202,11 @@ def _message(error: BaseException) -> str:
             "a GPU), or a lower rollouts.max_new_tokens."
         )
     return text
+
+
+def _give(future: Future[Any], output: Any) -> None:
+    if future.set_running_or_notify_cancel():  # False: its waiter gave up
+        future.set_result(output)
 
 
 def _fail(futures: Sequence[Future[Any]], error: BaseException | None) -> None:

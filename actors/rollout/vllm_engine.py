@@ -48,6 +48,7 @@ class RolloutSpec:
     sender_address: str | None = None  # of the host that broadcasts the weights; None: all on one host
     spool: Path | None = None  # finished groups are kept here
     spools_failures: bool = False  # also groups whose environment failed, which a fixed one could play again
+    carries_over: bool = False  # a cancelled group is kept in the spool, for a later request that continues it
     environment: EnvironmentSpec | None = None  # of conversations; None: one turn answers a prompt
     start_timeout_s: float = 600.0
     call_timeout_s: float = 1800.0  # of a generate or an update

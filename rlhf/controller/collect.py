@@ -21,6 +21,7 @@ from rlhf.config.derive import prompts_at_once
 from rlhf.config.schema.rewards import error_rules
 from rlhf.config.schema.rollouts import DynamicSampling
 from rlhf.config.schema.root import Config
+from rlhf.controller.carried import CarriedPrompts
 from rlhf.controller.record import RunRecord
 from rlhf.controller.rollout_scorer import RolloutScorer, request_for
 from rlhf.controller.training_scores import TrainingScores
@@ -104,6 +105,7 @@ class Collector:
         self.scores = TrainingScores(config.rewards)
         self.next_group = 0
         self.unfinished: list[EpochPrompt] = []  # requested first in the next step
+        self.carried = CarriedPrompts()  # empty without rollouts.carry_over
         settings = config.data.curriculum
         self.curriculum = None if settings is None else Curriculum(seed=config.run.seed, **settings.model_dump())
         self.skipped: list[tuple[int, int]] = []  # epoch and id of the prompts skipped in this step
@@ -116,6 +118,7 @@ class Collector:
         Raise RunError if a bound is reached.
         """
         batch = Outcomes()
+        self.carried.num_restarted = 0
         count = self.rollouts.prompts_per_step
         while len(batch.kept) < count:
             for scored in await self._round(batch, count - len(batch.kept), step, version):
@@ -157,6 +160,7 @@ class Collector:
         for place, prompt in enumerate(prompts, batch.num_requested):
             requests.append(self.request(prompt, group_id=self.next_group, place=place))
             self.next_group += 1
+        requests = [self.carried.continuing(request, version) for request in requests]
         batch.num_requested += len(requests)
         if len(requests) == needed:
             groups = await self.scorer.score_all(
@@ -166,6 +170,8 @@ class Collector:
             groups = await self._first(prompts, requests, needed, step, version)
             answered = {scored.group.request.group_id for scored in groups}
             batch.cancelled += [request for request in requests if request.group_id not in answered]
+            if self.rollouts.carry_over:
+                self.carried.update(requests, answered, version)
         if self.config.algorithm.wants_greedy:
             groups = await self.scorer.add_greedy_baseline(groups, self.sampling, step=step, version=version)
         return groups
@@ -288,7 +294,7 @@ class Collector:
 
     def _ended(self, batch: Outcomes) -> StepGroups:
         return StepGroups(
-            max_staleness=self.rollouts.max_staleness,
+            max_staleness=self.rollouts.max_lag,
             trained=records(batch.kept),
             filtered=records(batch.filtered),
             dropped=records(batch.dropped),
@@ -318,6 +324,10 @@ class Collector:
         if self.rollouts.oversample > 1.0:
             answered = len(batch.kept) + len(batch.left_out)
             metrics["rollouts/cancelled_groups/total"] = Sum(total=batch.num_requested - answered)
+        if self.rollouts.carry_over:
+            carried = [float(scored.group.request.continues is not None) for scored in batch.kept]
+            metrics["rollouts/carried/fraction"] = Mean.of(carried)
+            metrics["rollouts/reasked_groups/total"] = Sum(total=self.carried.num_restarted)
         if self.curriculum is not None:
             measured, within = self.curriculum.counts()
             metrics["data/passed_over/total"] = Sum(total=len(self.skipped))
@@ -330,6 +340,7 @@ class Collector:
             "stream": self.prompts.order.state(),
             "skipped": list(self.skipped),
             "waiting": [(epoch, prompt.prompt_id) for epoch, prompt in self.unfinished],
+            "begun": self.carried.state(),
             "next_group": self.next_group,
             "recent_drops": list(self.recent_drops),
             "curriculum": None if self.curriculum is None else self.curriculum.state(),
@@ -339,6 +350,7 @@ class Collector:
         """Restore the position from a checkpoint. A curriculum without stored state starts afresh."""
         self.prompts.restore(Cursor(**state["cursor"]))
         self.unfinished = [(epoch, self.prompts.at(prompt_id)) for epoch, prompt_id in state["waiting"]]
+        self.carried.restore(state.get("begun", ()) if self.rollouts.carry_over else ())
         self.next_group = state["next_group"]
         self.skipped = [(epoch, prompt_id) for epoch, prompt_id in state.get("skipped", [])]
         self.recent_drops.clear()

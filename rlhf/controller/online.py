@@ -25,6 +25,7 @@ from rlhf.config.derive import shares_engines_gpus
 from rlhf.config.schema.root import Config
 from rlhf.controller.advantage_learning import AdvantageLearning
 from rlhf.controller.batch_queue import Batch, BatchQueue
+from rlhf.controller.carried import begun_requests
 from rlhf.controller.collect import Collector
 from rlhf.controller.distillation_learning import DistillationLearning
 from rlhf.controller.evaluation import EvalSet, compare_with_teacher, score_held_out
@@ -254,13 +255,14 @@ class OnlineController(TrainingLoop):
     async def checkpoint(self, *, is_best: bool) -> None:
         """Write a checkpoint, and delete the stored responses that it covers."""
         await super().checkpoint(is_best=is_best)
-        self.scorer.keep_from(self.batches.first_group)
+        self.scorer.keep_from(self.batches.first_group, begun=begun_requests(self.batches.state()))
 
     async def save_aside(self, state: Mapping[str, Any]) -> Path:
-        """Write a checkpoint that is not valid yet, with the responses of the batches that are not trained yet."""
+        """Write a checkpoint that is not valid yet, with the responses that are begun or not trained yet."""
         aside = await super().save_aside(state)
-        if self.rollouts.max_staleness and not self.in_flight:
-            await asyncio.to_thread(self.scorer.copy_to, aside / AHEAD, start=self.batches.first_group)
+        if (self.rollouts.max_staleness and not self.in_flight) or self.rollouts.carry_over:
+            start, begun = self.batches.first_group, begun_requests(self.batches.state())
+            await asyncio.to_thread(self.scorer.copy_to, aside / AHEAD, start=start, begun=begun)
         return aside
 
     def position(self) -> Mapping[str, Any]:

@@ -6,7 +6,7 @@ import asyncio
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from rlhf.controller.record import RunRecord
 from rlhf.controller.rollout_report import environment_failures
 from rlhf.data.prompts import rollout_seed
 from rlhf.roles import CompletedGroup, RewardRole, RolloutRole, ScoredGroup
+from rlhf.rollouts.records.begun import begun_groups
 from rlhf.rollouts.records.ledgers import (
     GREEDY_GROUPS,
     FinishOrderLedger,
@@ -244,26 +245,29 @@ class RolloutScorer:
         drop_failed_conversations(self.spool)
         self.finish_order.clear()  # a new score may change the batch
 
-    def keep_from(self, start: int) -> None:
-        """Delete the stored responses to evaluations and to groups before `start`, which a checkpoint covers."""
-        kept = {path for path, group_id in stored_groups(self.spool).items() if is_from(group_id, start)}
+    def keep_from(self, start: int, *, begun: Collection[int] = ()) -> None:
+        """Delete the stored responses to evaluations and to groups before `start`, which a checkpoint covers.
+
+        Those to the cancelled requests `begun` are kept.
+        """
+        kept = _files(self.spool, start=start, begun=begun)
         for path in self.spool.iterdir():
             if path not in {*kept, self.score_ledger.path, self.finish_order.path}:
                 path.unlink(missing_ok=True)
         self.score_ledger.keep_from(start)
         self.finish_order.keep_from(start)
 
-    def copy_to(self, folder: Path, *, start: int) -> None:
-        """Copy the stored responses from group `start` on into a folder. Later weights cannot draw them.
+    def copy_to(self, folder: Path, *, start: int, begun: Collection[int] = ()) -> None:
+        """Copy the stored responses from group `start` on, and those to the cancelled requests `begun`, into a folder.
 
-        All groups go into one file, since a disk takes about as long to sync a small file as a large one.
+        Later weights cannot draw them. All groups go into one file, since a disk takes about as long to sync a small
+        file as a large one.
         """
         with explains_full(folder):
             folder.mkdir()
             with tarfile.open(folder / ARCHIVE, "w") as archive:
-                for path, group_id in sorted(stored_groups(self.spool).items()):
-                    if is_from(group_id, start):
-                        archive.add(path, path.name)
+                for path in sorted(_files(self.spool, start=start, begun=begun)):
+                    archive.add(path, path.name)
             self.score_ledger.copy_to(folder, start=start)
             self.finish_order.copy_to(folder, start=start)
 
@@ -289,7 +293,13 @@ class RolloutScorer:
         A group whose greedy response could not be scored carries its errors.
         """
         requests = [
-            replace(request, group_id=request.group_id + GREEDY_GROUPS, seeds=request.seeds[:1], temperature=None)
+            replace(
+                request,
+                group_id=request.group_id + GREEDY_GROUPS,
+                seeds=request.seeds[:1],
+                temperature=None,
+                continues=None,
+            )
             for request in (scored.group.request for scored in groups if not scored.scores.errors)
         ]
         greedy_sampling = replace(sampling, temperature=0.0, top_p=1.0, top_k=None, min_p=0.0)
@@ -315,6 +325,12 @@ class RolloutScorer:
             scores = await self.reward.score(group)
             self.score_ledger.put(group_id, version, request, scores)
         return ScoredGroup(group=group, scores=scores)
+
+
+def _files(folder: Path, *, start: int, begun: Collection[int]) -> list[Path]:
+    """Return the files of whole groups from `start` on, and of the cancelled requests `begun`."""
+    whole = [path for path, group_id in stored_groups(folder).items() if is_from(group_id, start)]
+    return whole + [path for path, group_id in begun_groups(folder).items() if group_id in begun]
 
 
 def _with_greedy(group: ScoredGroup, greedy: GroupScores | None) -> ScoredGroup:

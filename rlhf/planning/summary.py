@@ -146,6 +146,8 @@ def _rollout_facts(config: Config, rollouts: RolloutsConfig, derived: Derived, u
         text += f", of which at most {trained_per_prompt(config, rollouts)} a prompt are trained on"
     if rollouts.oversample > 1.0:
         text += f", the first of {prompts_at_once(prompts, rollouts)} prompts to be answered"
+    if rollouts.carry_over:
+        text += ", while the others are continued in the next step"
     if rollouts.dynamic_sampling is not None:
         most = math.floor(prompts * rollouts.dynamic_sampling.max_filtered_fraction)
         text += f", in place of at most {most} prompts that are filtered"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,17 @@ class BreakableEngine(RolloutWorker):
         originals: dict[tuple[str, str], Any] = self.__dict__.setdefault("originals", {})
         original = originals.setdefault((module, name), getattr(target, name))
         setattr(target, name, original if by is None else by)
+
+    async def interrupt(self, group_ids: Sequence[int], tokens: int) -> None:
+        """Cancel groups once a response in the engine has that many tokens."""
+
+        def longest(engine: Any) -> int:
+            states = engine.output_processor.request_states.values()
+            return max(state.detokenizer.num_output_tokens() for state in states)
+
+        while await self._call(longest, "a response") < tokens:
+            pass
+        await self.cancel(group_ids)
 
 
 def spec(model: Path, **changes: Any) -> RolloutSpec:

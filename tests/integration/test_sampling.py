@@ -24,6 +24,10 @@ GRPO: dict[str, Any] = {
 WAYS: dict[str, dict[str, Any]] = {
     "refilled": {"rollouts": {"dynamic_sampling": {}}, "data": {"curriculum": {"outside": 0.5}}},
     "first": {"rollouts": {"dynamic_sampling": {"max_mean": 0.8}, "oversample": 1.5, "max_new_tokens": 24}},
+    "continued": {
+        "algorithm": {"name": "grpo", "correction": {"preset": "token_tis"}},
+        "rollouts": {"oversample": 1.5, "carry_over": True, "max_new_tokens": 96},
+    },
 }
 
 
@@ -75,6 +79,7 @@ def test_a_resumed_run_makes_the_batches_that_it_had_trained_on(tmp_path: Path, 
         {
             **GRPO,
             "run": {"name": name, "dir": str(tmp_path), "seed": 3},
+            "algorithm": way.get("algorithm", GRPO["algorithm"]),
             "data": {**GRPO["data"], **way.get("data", {})},
             "rollouts": way["rollouts"],
             "tracking": {"samples_per_step": 32},
@@ -92,7 +97,8 @@ def test_a_resumed_run_makes_the_batches_that_it_had_trained_on(tmp_path: Path, 
     assert without_clocks(after[:3]) == without_clocks(before)
     assert samples(folder, 3) == drawn
     assert [row["step"] for row in after] == [1, 2, 3, 4]
-    assert sum(row["rollouts/filtered_groups/fraction"] for row in after) > 0.0  # or nothing was proven
+    if name != "continued":
+        assert sum(row["rollouts/filtered_groups/fraction"] for row in after) > 0.0  # or nothing was proven
     for row in after:
         step = samples(folder, int(row["step"]))
         by_group: dict[int, set[float]] = {}
@@ -100,7 +106,10 @@ def test_a_resumed_run_makes_the_batches_that_it_had_trained_on(tmp_path: Path, 
             by_group.setdefault(sample["group_id"], set()).add(sample["score"])
         assert len(by_group) == 8
         assert all(len(scores) == 2 for scores in by_group.values())
-    if name == "first":
+    if name == "continued":
+        assert sum(row["rollouts/carried/fraction"] for row in after) > 0.0
+        assert max(row["experience/policy_lag/max"] for row in after) >= 1.0
+    elif name == "first":
         assert sum(row["rollouts/cancelled_groups/total"] for row in after) > 0
     else:
         assert after[-1]["data/passed_over/total"] + after[-2]["data/passed_over/total"] > 0

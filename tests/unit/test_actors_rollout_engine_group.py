@@ -21,7 +21,7 @@ from actors.weights import WeightManifest
 from rlhf.engine.distributed import INTERFACE_VARIABLES
 from rlhf.errors import RunError
 from rlhf.roles import CompletedGroup
-from rlhf.rollouts.records.spans import Sampled
+from rlhf.rollouts.records.begun import Begun
 from rlhf.rollouts.records.spool import group_path
 from rlhf.types import GroupRequest, Prompt, Sampling
 
@@ -142,8 +142,8 @@ async def test_an_engine_on_another_host_knows_its_interface_before_it_is_built(
     await worker.shutdown()
 
 
-def drawn(output: Any) -> Sampled:
-    return Sampled(token_ids=(5, 6), logprobs=(-1.0, -2.0), versions=(3, 4), finish_reason="stop")
+def drawn(output: Any, begun: Begun) -> Begun:
+    return Begun(token_ids=(5, 6), logprobs=(-1.0, -2.0), versions=(3, 4), finish_reason="stop")
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ async def in_flight(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """A worker at version 4 with a spool, whose responses begin with version 3."""
     monkeypatch.setattr("actors.rollout.engine_actor.build_engine", lambda spec: FakeEngine())
     monkeypatch.setattr("actors.rollout.engine_actor.sampling_params", lambda *arguments, **options: None)
-    monkeypatch.setattr("actors.rollout.engine_actor.sampled_of", drawn)
+    monkeypatch.setattr("actors.rollout.continuation.response_of", drawn)
     worker = RolloutWorker(replace(SPEC, spool=tmp_path))
     worker.loop.start().result(DEADLINE_S)
     worker.weights.version = 4

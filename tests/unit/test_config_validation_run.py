@@ -172,6 +172,45 @@ RELATIONS = {
         ],
         "rollouts.oversample: is 1.5, but with rollouts.weight_updates in_flight no prompt is cancelled",
     ),
+    "continued responses need a decision about the correction": (
+        [GRPO, "rollouts.oversample=1.5", "rollouts.carry_over=true"],
+        "algorithm.correction: is missing, and with rollouts.carry_over the policy trains on responses of earlier",
+    ),
+    "only cancelled responses are continued": (
+        [GRPO, "algorithm.correction=none", "rollouts.carry_over=true"],
+        "rollouts.carry_over: is true, but rollouts.oversample is 1: a step awaits all its responses",
+    ),
+    "continued responses would exceed the bound": (
+        [
+            GRPO,
+            "rollouts.max_staleness=1",
+            "algorithm.correction=none",
+            "rollouts.oversample=1.5",
+            "rollouts.carry_over=true",
+        ],
+        "rollouts.carry_over: is true, but with rollouts.max_staleness 1 a continued response would lag by more",
+    ),
+    "conversations are not continued": (
+        [
+            GRPO,
+            "algorithm.correction=none",
+            "rollouts.oversample=1.5",
+            "rollouts.carry_over=true",
+            "rollouts.environment={name: calculator, max_tokens: 200}",
+        ],
+        "rollouts.carry_over: is true, but a conversation with rollouts.environment cannot be continued",
+    ),
+    "streaming trains on new responses": (
+        [
+            GRPO,
+            "algorithm.correction=none",
+            "rollouts.oversample=1.5",
+            "rollouts.carry_over=true",
+            "train.streamed=true",
+            "train.sequences_per_update=32",
+        ],
+        "train.streamed: is true, but rollouts.carry_over is true, which trains on responses of earlier weights; ",
+    ),
     "updates in flight need a bound": (
         [GRPO, "rollouts.weight_updates=in_flight"],
         "rollouts.weight_updates: has no effect here: rollouts.max_staleness is 0",

@@ -36,6 +36,7 @@ class Engines:
     def __init__(self, order: Order) -> None:
         self.order = order
         self.asked: list[list[int]] = []  # prompt ids of each round
+        self.continued: list[dict[int, int]] = []  # in each round, the continued requests by prompt id
         self.cut: frozenset[int] = frozenset()  # prompt ids whose responses are all cut
         self.lengths: tuple[int, ...] = ()  # of the responses to each prompt; empty: three tokens
         self.cancelled: set[int] = set()
@@ -44,6 +45,7 @@ class Engines:
         self, requests: Sequence[GroupRequest], sampling: Sampling, *, version: int
     ) -> AsyncIterator[CompletedGroup]:
         self.asked.append([request.prompt.prompt_id for request in requests])
+        self.continued.append({r.prompt.prompt_id: r.continues for r in requests if r.continues is not None})
         for request in self.order(requests):
             for _ in range(5):  # until the one before is scored
                 await asyncio.sleep(0)

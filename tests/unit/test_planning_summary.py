@@ -82,6 +82,10 @@ def test_prompts_that_are_asked_besides(tmp_path: Path) -> None:
         "64 prompts * 4 samples = 256, the first of 81 prompts to be answered, "
         "in place of at most 128 prompts that are filtered"
     )
+    text = plan(tmp_path, "rollouts.oversample=1.26", "rollouts.carry_over=true", "algorithm.correction=none")
+    assert fact(text, "responses a step").endswith(
+        "the first of 81 prompts to be answered, while the others are continued in the next step"
+    )
 
 
 def test_mixed_data_and_what_becomes_of_long_examples(tmp_path: Path) -> None:

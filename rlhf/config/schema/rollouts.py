@@ -9,6 +9,8 @@ from pydantic import Field, JsonValue, model_validator
 from rlhf.algorithms.section import NotWith, OnlyIn, Section
 from rlhf.limits import MAX_TEMPERATURE, MIN_TEMPERATURE
 
+MAX_STALENESS = 16  # most versions by which the oldest token of a trained response may lag
+
 
 class EnvironmentConfig(Section):
     """An environment for conversations of several turns. docs/environments.md describes the protocol."""
@@ -92,9 +94,13 @@ class RolloutsConfig(Section):
     oversample: float = Field(default=1.0, ge=1.0, le=10.0)
     """Prompts sampled per prompt needed. Above 1, the slowest prompts are cancelled once the batch is full, and come
     first in the next step. Steps wait less for long responses and train on fewer of them."""
+    carry_over: bool = False
+    """Keep the tokens of the prompts that oversample cancels. The next step continues these responses instead of
+    sampling them from the start. Such a response mixes versions of the weights, and algorithm.correction must be given.
+    Once its oldest token lags by more than 16 versions, it is sampled from the start."""
     keep_per_prompt: Annotated[KeepPerPrompt | None, OnlyIn("a choice of responses")] = None
     """Train on some of a prompt's responses. null: train on all."""
-    max_staleness: int = Field(default=0, ge=0, le=16)
+    max_staleness: int = Field(default=0, ge=0, le=MAX_STALENESS)
     """Steps by which the weights that sample a response may lag behind the weights it trains. 0: rollouts and training
     take turns. 1 and more: the engines sample later batches during a training step, and algorithm.correction must be
     given. Between batches, every response lags by exactly this number of steps, except for those of the first steps."""
@@ -117,6 +123,11 @@ class RolloutsConfig(Section):
     log-probabilities depend on earlier weights through the kept keys and values."""
     environment: EnvironmentConfig | None = None
     """The environment for conversations. null: one turn answers a prompt."""
+
+    @property
+    def max_lag(self) -> int:
+        """Return the most versions by which the oldest token of a trained response may lag."""
+        return MAX_STALENESS if self.carry_over else self.max_staleness
 
     @property
     def max_response_tokens(self) -> int:

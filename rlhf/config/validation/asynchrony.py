@@ -21,6 +21,10 @@ def asynchrony_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Pr
     if config.train.streamed:
         for reason, fix in _reasons_against_streaming(config, rollouts):
             yield problem("train.streamed", f"is true, but {reason}; set it to false, or {fix}")
+    if rollouts.carry_over:
+        yield from _carry_over(rollouts)
+    if rollouts.max_staleness or rollouts.carry_over:
+        yield from _correction(config, rollouts)
     if rollouts.weight_updates == "in_flight" and rollouts.oversample > 1.0:
         text = (
             f"is {rollouts.oversample:g}, but with rollouts.weight_updates in_flight no prompt is cancelled for a slow "
@@ -37,23 +41,30 @@ def asynchrony_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Pr
 
 def _ahead(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
     """Yield problems of rollouts that are sampled ahead of training."""
-    ahead, algorithm = rollouts.max_staleness, config.algorithm
+    ahead = rollouts.max_staleness
     if config.cluster.roles.rollout.colocate_with is not None:
         text = (
             f"is {ahead}, but cluster.roles.rollout.colocate_with is policy: engines and policy take turns, so nothing "
             "can be sampled during a training step; set colocate_with to null, or max_staleness to 0"
         )
         yield problem("rollouts.max_staleness", text)
-    if isinstance(algorithm, OnlineConfig) and "correction" not in algorithm.model_fields_set:
+
+
+def _correction(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
+    """Yield the missing decision about responses of earlier weights."""
+    key = f"max_staleness {rollouts.max_staleness}" if rollouts.max_staleness else "carry_over"
+    if isinstance(config.algorithm, OnlineConfig) and "correction" not in config.algorithm.model_fields_set:
         text = (
-            f"is missing, and with rollouts.max_staleness {ahead} the policy trains on responses of earlier weights; "
-            "give {preset: token_tis}, or write none to train without a correction"
+            f"is missing, and with rollouts.{key} the policy trains on responses of earlier weights; give "
+            "{preset: token_tis}, or write none to train without a correction"
         )
         yield problem("algorithm.correction", text)
 
 
 def _reasons_against_streaming(config: Config, rollouts: RolloutsConfig) -> Iterator[tuple[str, str]]:
     """Yield why no group can be trained before the whole batch has arrived, and what to change."""
+    if rollouts.carry_over:
+        yield "rollouts.carry_over is true, which trains on responses of earlier weights", "carry_over to false"
     if rollouts.max_staleness:
         yield (
             f"rollouts.max_staleness is {rollouts.max_staleness}, which trains on whole batches of earlier weights",
@@ -87,3 +98,27 @@ def _reasons_against_streaming(config: Config, rollouts: RolloutsConfig) -> Iter
             f"{config.train.sequences_per_update} must be known before",
             f"train.sequences_per_update to {rows}, one minibatch",
         )
+
+
+def _carry_over(rollouts: RolloutsConfig) -> Iterator[Problem]:
+    """Yield problems of responses that are continued in the next step."""
+    key = "rollouts.carry_over"
+    if rollouts.oversample == 1.0:
+        text = (
+            "is true, but rollouts.oversample is 1: a step awaits all its responses, and none is left to continue; set "
+            "oversample above 1, or carry_over to false"
+        )
+        yield problem(key, text)
+    if rollouts.max_staleness:
+        text = (
+            f"is true, but with rollouts.max_staleness {rollouts.max_staleness} a continued response would lag by more "
+            "than this bound; set max_staleness to 0, or use rollouts.weight_updates in_flight without carry_over, "
+            "where no response is cancelled"
+        )
+        yield problem(key, text)
+    if rollouts.environment is not None:
+        text = (
+            "is true, but a conversation with rollouts.environment cannot be continued, since its processes end with "
+            "the step; set carry_over to false"
+        )
+        yield problem(key, text)

@@ -46,6 +46,7 @@ def request_identity(request: GroupRequest, sampling: Sampling) -> dict[str, str
         "turn_end": json.dumps(request.prompt.turn_end),
         "seeds": json.dumps(request.seeds),
         "first_sequence_id": json.dumps(request.first_sequence_id),
+        "continues": json.dumps(request.continues),
     }
 
 

@@ -87,9 +87,11 @@ rollouts/filtered_easy/fraction | 1 | Mean | online optional | Filtered groups t
 rollouts/filtered_hard/fraction | 1 | Mean | online optional | The other filtered groups; with scores of 0 and 1, all
     responses failed
 rollouts/cancelled_groups/total | groups | Sum | online optional | Groups that were started but not awaited
-    (`rollouts.oversample`); their tokens are not counted anywhere
+    (`rollouts.oversample`); their tokens are counted only if `rollouts.carry_over` keeps them until they are trained
+rollouts/carried/fraction | 1 | Mean | online optional | Trained groups whose responses were begun for a
+    cancelled request (`rollouts.carry_over`)
 rollouts/reasked_groups/total | groups | Sum | online optional | Groups that were requested again, because training them
-    would exceed `rollouts.max_staleness` (`weight_updates: in_flight`)
+    would exceed `rollouts.max_staleness` (`weight_updates: in_flight`), or 16 versions (`rollouts.carry_over`)
 rollouts/in_flight/mean | groups | Mean | online optional | Groups that are requested and not yet answered, averaged
     over the step's time (`weight_updates: in_flight`)
 rollouts/completion_bias | 1 | Last | online optional | Mean response tokens of the trained groups over those of all

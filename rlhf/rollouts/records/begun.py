@@ -1,0 +1,104 @@
+"""Responses that a step left unfinished, on disk, so that a later step continues them.
+
+One file a group, named by the id of its cancelled request and written whole or not at all. It holds the responses so
+far: the tokens with their log-probabilities and versions. A file speaks for a request only if prompt, seeds and
+sampling are the same.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from rlhf.rollouts.records.ledgers import request_identity
+from rlhf.rollouts.records.spans import Sampled
+from rlhf.tracking.run_folder.atomic import explains_full
+from rlhf.types import FinishReason, GroupRequest, Sampling
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begun:
+    """The first tokens of a response, possibly none of them or all."""
+
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()  # log-probabilities of the sampler
+    versions: tuple[int, ...] = ()  # weight version that sampled each token
+    finish_reason: FinishReason | None = None  # None: it is not finished
+
+    def finished(self) -> Sampled:
+        """Return the whole response."""
+        assert self.finish_reason is not None, "an unfinished response is not trained on"
+        return Sampled(
+            token_ids=self.token_ids,
+            logprobs=self.logprobs,
+            versions=self.versions,
+            finish_reason=self.finish_reason,
+        )
+
+
+def begun_groups(folder: Path) -> dict[Path, int]:
+    """Return the files of all begun groups, with the ids of their cancelled requests."""
+    return {path: int(path.stem.split("_")[1]) for path in folder.glob("begun_*.safetensors")}
+
+
+def write_begun(folder: Path, request: GroupRequest, sampling: Sampling, responses: Sequence[Begun]) -> None:
+    """Write the responses to a cancelled request aside, then rename the file into place."""
+    path = _path(folder, request.group_id)
+    aside = path.with_suffix(f".{os.getpid()}.tmp")
+    columns = {
+        "lengths": torch.tensor([len(begun.token_ids) for begun in responses]),
+        "token_ids": torch.tensor([token for begun in responses for token in begun.token_ids], dtype=torch.int64),
+        "logprobs": torch.tensor([value for begun in responses for value in begun.logprobs], dtype=torch.float64),
+        "versions": torch.tensor([version for begun in responses for version in begun.versions], dtype=torch.int64),
+    }
+    reasons = json.dumps([begun.finish_reason for begun in responses])
+    with explains_full(path):
+        save_file(columns, aside, metadata={**_identity(request, sampling), "finish_reasons": reasons})
+        aside.replace(path)
+
+
+def read_begun(folder: Path, request: GroupRequest, sampling: Sampling) -> tuple[Begun, ...] | None:
+    """Return the responses that the request continues, or None if no whole file holds responses to its prompt."""
+    assert request.continues is not None
+    path = _path(folder, request.continues)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if any(metadata.get(key) != value for key, value in _identity(request, sampling).items()):
+                logger.warning("%s answers another request; its prompt is sampled from the start", path)
+                return None
+            sizes = file.get_tensor("lengths").tolist()
+            columns = [file.get_tensor(name).split(sizes) for name in ("token_ids", "logprobs", "versions")]
+            reasons = json.loads(metadata["finish_reasons"])
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        logger.warning("%s cannot be read (%s); its prompt is sampled from the start", path, error)
+        return None
+    return tuple(
+        Begun(
+            token_ids=tuple(token_ids.tolist()),
+            logprobs=tuple(logprobs.tolist()),
+            versions=tuple(versions.tolist()),
+            finish_reason=reason,
+        )
+        for token_ids, logprobs, versions, reason in zip(*columns, reasons, strict=True)
+    )
+
+
+def _path(folder: Path, group_id: int) -> Path:
+    return folder / f"begun_{group_id:08d}.safetensors"
+
+
+def _identity(request: GroupRequest, sampling: Sampling) -> dict[str, str]:
+    """Return the inputs of a request that its continuation has in common with it."""
+    identity = request_identity(request, sampling)
+    return {key: identity[key] for key in ("sampling", "prompt_token_ids", "turn_end", "seeds")}
