@@ -62,7 +62,7 @@ def measured_system(
         tokens = sum(sum(group.lengths) for group in batch) + prompts * prompt_tokens
         decoded.append((float(max(max(group.lengths) for group in batch)), tokens, row["time/rollouts_s"]))
     base_s, each_s = _fitted(decoded)
-    sync_s = sum(row["time/weight_sync_s"] for row in steps)
+    sync_s = sum(row["time/weight_sync_s"] + row["time/probe_s"] for row in steps)
     trained_s = sum(row["time/step_s"] - row["time/rollouts_s"] for row in steps) - sync_s
     return System(
         lengths=Lengths(most=rollouts.max_response_tokens),

@@ -61,7 +61,8 @@ def row(step: int, batch: Sequence[RecordedGroup]) -> dict[str, Any]:
         "rollouts/prompt_tokens/mean": 20.0,
         "rollouts/tokens/total": float(tokens),
         "time/rollouts_s": rollouts_s,
-        "time/weight_sync_s": 0.5,
+        "time/weight_sync_s": 0.3,
+        "time/probe_s": 0.2,
         "time/step_s": rollouts_s + tokens / 300.0 + 0.5,
     }
 
