@@ -49,7 +49,7 @@ class _Simulation:
         self.now = 0.0
         self.version = 0
         self.issued = 0  # groups
-        self.undecoded: dict[int, int] = {}  # by group: number of responses
+        self.undecoded: dict[int, int] = {}  # by group: number of responses in an engine
         self.attempts: Counter[int] = Counter()  # by group; only of those that are requested again
         self.unanswered: set[int] = set()  # groups
         self.latencies: dict[int, float] = {}  # by group
@@ -162,7 +162,7 @@ class _Simulation:
             if self.undecoded[group] == 0:
                 del self.undecoded[group], engine.lengths[group]
                 engine.computed.discard(group)
-                self.post(self.now + self.latencies[group], "answered", group, self.attempts[group])
+                self.post(self.now + self.latencies.pop(group), "answered", group, self.attempts[group])
         self.refill(index)
         self.proceed()
 
@@ -344,7 +344,7 @@ def simulate(system: System, schedule: Schedule, *, steps: int, seed: int, warm_
     run.run_until(warm_up + steps)
     passed = run.now - began
     busy_after, sampled_after = _decoded(run)
-    engines_busy = (busy_after - busy) / (passed * system.engines)
+    engines_busy = min((busy_after - busy) / (passed * system.engines), 1.0)  # a prefill may reach beyond the end
     full = system.max_num_seqs / (system.base_s + system.max_num_seqs * system.each_s)
     trainer_busy = (run.train_s - train_s) / passed
     rollout_gpus = system.engines * system.gpus_per_engine
