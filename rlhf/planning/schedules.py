@@ -56,10 +56,10 @@ def correction_in_force(config: Config, rollouts: RolloutsConfig) -> str:
     """Say what corrects the difference between the weights that sample a response and those that it trains."""
     algorithm = config.algorithm
     if not isinstance(algorithm, OnlineConfig):
-        return f"none: {algorithm.name} has no correction" if rollouts.max_staleness else "not needed"
+        return f"none: {algorithm.name} has no correction" if rollouts.max_lag else "not needed"
     correction = algorithm.correction
     if correction is None:
-        return "none" if rollouts.max_staleness else "not needed"
+        return "none" if rollouts.max_lag else "not needed"
     if correction.preset is not None:
         return f"preset {correction.preset}, mode {correction.mode}"
     return f"mode {correction.mode}" + ("" if correction.weights is None else f", weights {correction.weights}")

@@ -41,6 +41,7 @@ def test_the_schedule_of_a_run(keys: tuple[str, ...], name: str) -> None:
     [
         ((), "not needed"),
         ((*AHEAD, "algorithm.correction=none"), "none"),
+        (("rollouts.oversample=1.5", "rollouts.carry_over=true", "algorithm.correction=none"), "none"),
         ((*AHEAD, "algorithm.correction.preset=token_tis"), "preset token_tis, mode decoupled"),
         ((*AHEAD, "algorithm.correction.mode=bypass"), "mode bypass"),
     ],

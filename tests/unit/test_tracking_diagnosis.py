@@ -118,7 +118,12 @@ CASES: dict[str, tuple[Rows, Rows]] = {  # kind: a series that shows it, one tha
     ),
     "engines_starved": (
         rows(10, time__engines_idle__fraction=lambda s: 0.7, experience__policy_lag__mean=lambda s: 1.0),
-        rows(10, time__engines_idle__fraction=lambda s: 0.7, experience__policy_lag__mean=lambda s: 0.0),  # in turns
+        rows(
+            10,
+            time__engines_idle__fraction=lambda s: 0.7,
+            experience__policy_lag__mean=lambda s: 0.5,
+            rollouts__carried__fraction=lambda s: 0.5,  # in turns, with continued responses
+        ),
     ),
     "lag_at_bound": (
         rows(10, **in_flight(lag=1.9, waits_s=0.1)),

@@ -21,8 +21,7 @@ BIASED = 0.9  # of the mean length: batches of one run differ by less
     "slowest responses.",
 )
 def trainer_starved(history: History, _: list[Point]) -> str | None:
-    lags = history.last("experience/policy_lag/mean", HEAD)
-    if not lags or mean(lags) == 0.0:  # in turns, training always waits
+    if not _runs_ahead(history):  # in turns, training always waits
         return None
     share = _waiting(history)
     return f"Training waits for responses in {share:.0%} of the time." if share > STARVED else None
@@ -36,8 +35,7 @@ def trainer_starved(history: History, _: list[Point]) -> str | None:
     advice="give the policy more devices (cluster.roles.policy.workers) and the engines fewer.",
 )
 def engines_starved(history: History, recent: list[Point]) -> str | None:
-    lags = history.last("experience/policy_lag/mean", HEAD)
-    if not lags or mean(lags) == 0.0:
+    if not _runs_ahead(history):
         return None
     share = mean(recent)
     return f"The engines are idle in {share:.0%} of the time." if share > STARVED else None
@@ -105,6 +103,12 @@ def groups_reasked(history: History, recent: list[Point]) -> str | None:
 def short_responses_first(_: History, recent: list[Point]) -> str | None:
     level = mean(recent)
     return f"Trained responses have {level:.0%} of the length of all responses." if level < BIASED else None
+
+
+def _runs_ahead(history: History) -> bool:
+    """Return whether the engines sample later batches during training. Continued responses are old in turns too."""
+    lags = history.last("experience/policy_lag/mean", HEAD)
+    return bool(lags) and mean(lags) > 0.0 and not history.last("rollouts/carried/fraction", 1)
 
 
 def _waiting(history: History) -> float:
