@@ -266,7 +266,8 @@ def main() -> None:
             return
         faster = min((TURNS_BOTH, TURNS_ONE), key=lambda name: by_rule[name].step_s)
         with reward_service(sides.scored_s) as url:
-            reward = {"url": url, "http": {"timeout_s": DEADLINE_S, "deadline_s": DEADLINE_S}}
+            http = {"timeout_s": DEADLINE_S, "deadline_s": DEADLINE_S, "max_in_flight": 256}
+            reward = {"url": url, "http": http}
             by_service = {
                 name: measure(name, work, folder / f"{name}, service", reward=reward)
                 for name in (faster, IN_FLIGHT, BY_COMPLETION)
