@@ -278,7 +278,10 @@ class RolloutWorker:
         return await self.weights.update(manifest, version)
 
     async def probe(self, token_ids: Sequence[int]) -> list[float]:
-        """Return the log-probabilities of token_ids[1:] by the forward pass of rollouts, without the cache."""
+        """Return the log-probabilities of token_ids[1:] by the forward pass of rollouts, without the cache.
+
+        Samples may run meanwhile. The probe waits neither for them nor for those that recompute their tokens.
+        """
         self.weights.refuse_asleep("weights", "cache")
         from vllm import SamplingParams
 
@@ -286,7 +289,11 @@ class RolloutWorker:
             max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, skip_reading_prefix_cache=True
         )
         submission = Submission(
-            request_id=self._next_id("probe-"), prompt_token_ids=tuple(token_ids), params=params, lora=self.weights.lora
+            request_id=self._next_id("probe-"),
+            prompt_token_ids=tuple(token_ids),
+            params=params,
+            lora=self.weights.lora,
+            is_first=True,
         )
         (future,) = self.loop.submit([submission])
         output = await self.calls.wait(future, "the probe")

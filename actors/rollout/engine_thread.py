@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from actors.rollout.continuation import output_so_far, restore_output
+from actors.rollout.vllm_engine import put_first
 from rlhf.engine.memory import advice_on_memory, is_out_of_memory
 from rlhf.errors import RunError
 
@@ -32,6 +33,7 @@ class Submission:
     params: Any
     lora: Any  # None: no adapter
     begun: tuple[int, ...] = ()  # first tokens of the response, which an earlier request sampled
+    is_first: bool = False  # before all requests that wait in the engine
 
 
 class Aborted(RunError):
@@ -110,6 +112,8 @@ class EngineLoop:
                     added.append(sample.request_id)
                     if sample.begun:
                         restore_output(engine, internal_id, sample.params, sample.prompt_token_ids, sample.begun)
+                    if sample.is_first:
+                        put_first(engine)
             except Exception:
                 engine.abort_request(added)
                 raise

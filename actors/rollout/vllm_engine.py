@@ -238,6 +238,12 @@ def salt_waiting(engine: Any) -> None:
         request.update_block_hashes()
 
 
+def put_first(engine: Any) -> None:
+    """Move the newest request before all waiting ones, among them those that an update has interrupted."""
+    waiting = _scheduler(engine).waiting
+    waiting.prepend_request(waiting.pop())
+
+
 def _scheduler(engine: Any) -> Any:
     return engine.engine_core.engine_core.scheduler
 

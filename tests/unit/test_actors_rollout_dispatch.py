@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from actors.rollout.dispatch import Dispatch, EngineCapacity, GroupWork, Slot, shares
 
 
@@ -102,3 +104,17 @@ def test_shares_of_a_batch_are_balanced_by_tokens() -> None:
     assert shares(works, 2) == [[0], [1, 2, 3, 4]]
     assert shares([work()] * 5, 2) == [[0, 2, 4], [1, 3]]
     assert shares(works, 1) == [[0, 1, 2, 3, 4]]
+
+
+async def test_an_engine_is_quiet_since_its_last_group_or_its_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now)
+    rules = dispatch(1)
+    first = await rules.enter(0, work(), urgent=False)
+    now = 110.0
+    await rules.enter(1, work(), urgent=False)  # no progress
+    assert rules.quiet_s(0) == 10.0
+    assert first is not None
+    rules.leave(first)
+    now = 113.0
+    assert rules.quiet_s(0) == 3.0
