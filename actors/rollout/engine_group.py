@@ -243,6 +243,8 @@ class RolloutEngines(WorkerGroup):
         """
         self._cancelled.discard(request.group_id)
         dispatch = await self._dispatching()
+        if request.group_id in self._cancelled:
+            return None
         slot = await dispatch.enter(request.group_id, self._work(request, sampling), urgent=urgent)
         if slot is None:
             return None

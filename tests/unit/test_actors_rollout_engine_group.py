@@ -370,6 +370,7 @@ async def test_cancelled_groups_are_none_wherever_they_are() -> None:
     engines = RolloutEngines(cast(Any, [handle]), None, deadline_s=DEADLINE_S)
     running, waiting, behind = (asked(engines, group_id) for group_id in range(3))
     await until(lambda: 0 in handle.groups)
+    await asyncio.sleep(0.01)  # until the others wait
     await engines.cancel([request(1)])
     assert await asyncio.wait_for(waiting, DEADLINE_S) is None
     await engines.cancel([request(0)])
