@@ -105,7 +105,8 @@ def build_engine(spec: RolloutSpec) -> Any:
             dtype=spec.dtype,
             max_model_len=spec.max_model_len,
             max_num_seqs=spec.max_num_seqs + in_flight,  # one more for the probe of an update while samples run
-            max_num_batched_tokens=max(PREFILL_TOKENS, spec.max_model_len),
+            # In flight, an interrupted sample is computed again in one step, beside those that go on.
+            max_num_batched_tokens=max(PREFILL_TOKENS, spec.max_model_len + in_flight * spec.max_num_seqs),
             tensor_parallel_size=spec.tensor_parallel,
             # By default vLLM would place additional actors in the run's placement group.
             distributed_executor_backend="uni" if spec.tensor_parallel == 1 else "mp",

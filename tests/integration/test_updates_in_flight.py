@@ -28,12 +28,20 @@ from tests.integration.engine_helpers import (
 )
 
 SAMPLES = 16  # as many as the engine runs at once
+BYTES_PER_TOKEN = 2 * 3 * 2 * 32 * 4  # keys and values, layers, heads, their size, float32
 
 
 @pytest.fixture(scope="module")
 def keeping(tiny_model: Path, ray_local: None) -> Iterator[Any]:
     with engine(spec(tiny_model, kv_after_update="keep", max_num_seqs=SAMPLES)) as handle:
         yield handle
+
+
+def test_an_engine_tells_what_it_holds(keeping: Any) -> None:
+    capacity = call(keeping.capacity.remote())
+    assert capacity.samples == SAMPLES
+    assert capacity.cache_tokens % 32 == 0  # whole blocks
+    assert 0.9 < capacity.cache_tokens * BYTES_PER_TOKEN / (0.25 * 2**30) <= 1.0
 
 
 def continued(old: Any, new: Any, token_ids: Tensor, first: int) -> Tensor:
