@@ -1,0 +1,69 @@
+"""Groups that are handed over one by one, and what a streamed step does when rollouts or training fail meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rlhf.controller.arrivals import Arrivals
+from rlhf.controller.online import OnlineController
+from rlhf.errors import RunError
+
+
+def test_all_ready_groups_are_taken_together_and_the_last_are_left() -> None:
+    async def take() -> list[Any]:
+        arrivals: Any = Arrivals(4)
+        taken = []
+        for _ in range(2):  # one batch after the other
+            waiting = asyncio.create_task(arrivals.take())
+            await asyncio.sleep(0)
+            assert not waiting.done()
+            arrivals.add("a")
+            taken.append(await waiting)
+            for group in "bc":
+                arrivals.add(group)
+            taken.append(await arrivals.take())
+            arrivals.add("d")
+            taken += [await arrivals.take(), await arrivals.take()]
+            arrivals.begin()
+        return taken
+
+    assert asyncio.run(take()) == [["a"], ["b", "c"], [], []] * 2
+
+
+def step_of(take: Any, stream: Any, *, streamed: bool = True) -> Any:
+    """What a controller with such a queue and such a learning returns for a step, or raises at once."""
+    controller: Any = OnlineController.__new__(OnlineController)
+    controller.config = SimpleNamespace(train=SimpleNamespace(streamed=streamed))
+    controller.batches, controller.learning = SimpleNamespace(take=take), SimpleNamespace(stream=stream)
+    return asyncio.run(asyncio.wait_for(controller._learn_while_taking(1), timeout=60))
+
+
+async def never(step: int) -> Any:
+    await asyncio.Event().wait()
+
+
+async def fail(step: int) -> Any:
+    raise RunError(f"step {step} failed")
+
+
+async def batch(step: int) -> str:
+    return f"batch {step}"
+
+
+async def work(step: int) -> float:
+    return 2.5
+
+
+def test_a_batch_is_returned_with_the_seconds_of_the_work_on_it() -> None:
+    assert tuple(step_of(batch, work)) == ("batch 1", 2.5)
+    assert tuple(step_of(batch, never, streamed=False)) == ("batch 1", 0.0)
+
+
+@pytest.mark.parametrize(("take", "stream"), [(fail, never), (never, fail)], ids=["rollouts", "training"])
+def test_a_failure_ends_a_streamed_step_while_the_other_side_waits(take: Any, stream: Any) -> None:
+    with pytest.raises(RunError, match="step 1 failed"):
+        step_of(take, stream)
