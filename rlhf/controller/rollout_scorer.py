@@ -248,12 +248,11 @@ class RolloutScorer:
     def keep_from(self, start: int, *, begun: Collection[int] = ()) -> None:
         """Delete the stored responses to evaluations and to groups before `start`, which a checkpoint covers.
 
-        Those to the cancelled requests `begun` are kept.
+        Those to the cancelled requests `begun` are kept. So are files that an engine writes meanwhile.
         """
-        kept = _files(self.spool, start=start, begun=begun)
-        for path in self.spool.iterdir():
-            if path not in {*kept, self.score_ledger.path, self.finish_order.path}:
-                path.unlink(missing_ok=True)
+        found = {*stored_groups(self.spool), *begun_groups(self.spool)}
+        for path in found.difference(_files(self.spool, start=start, begun=begun)):
+            path.unlink(missing_ok=True)
         self.score_ledger.keep_from(start)
         self.finish_order.keep_from(start)
 

@@ -103,6 +103,19 @@ def test_answers_come_in_the_order_of_their_requests_and_are_taken_up_again(tmp_
     assert sorted(reward.asked) == [0, 1]
 
 
+def test_a_checkpoint_deletes_no_file_that_an_engine_writes(tmp_path: Path) -> None:
+    """In flight, an engine renames the file of a finished group into place at any moment."""
+    scorer = begun(tmp_path)[0]
+    for group_id in (-1, 3, 4):
+        group_path(scorer.spool, group_id, 2).write_bytes(b"tokens")
+    writing = group_path(scorer.spool, 5, 2).with_suffix(".77.tmp")
+    writing.write_bytes(b"tok")
+    ask(scorer)
+    scorer.keep_from(4)
+    assert list(stored_groups(scorer.spool).values()) == [4]
+    assert writing.exists()
+
+
 def test_groups_travel_with_a_checkpoint_in_one_file(tmp_path: Path) -> None:
     here, there = begun(tmp_path / "here")[0], begun(tmp_path / "there")[0]
     for group_id in (3, 4, 5):

@@ -308,11 +308,13 @@ def test_leftovers_of_a_kill_are_swept(tmp_path: Path) -> None:
         (folder.samples / ".step_000002.jsonl.partial").write_text("{")
         (folder.begin_final() / "half").write_text("x")
         (folder.scratch / "rlhf-adapter-0123").mkdir()
+        (folder.spool / "group_00000001_v000000.77.tmp").write_text("half")
     with RunFolder.open(tmp_path, "run", resume=True) as folder:
         assert [path.name for path in folder.checkpoints.iterdir()] == ["latest"]
         assert folder.latest_checkpoint() is None
         assert list(folder.samples.iterdir()) == []
         assert {path.name for path in folder.scratch.iterdir()} == {"spool", "samples"}
+        assert list(folder.spool.iterdir()) == []
 
 
 def test_actors_of_a_start_before_find_nothing_to_write_to(tmp_path: Path) -> None:

@@ -317,6 +317,8 @@ class RunFolder:
             for pattern in (".*.partial", ".*.removed"):
                 for path in folder.glob(pattern):
                     _delete(path)
+        for path in self.spool.glob("*.tmp"):
+            _delete(path)
 
 
 def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
