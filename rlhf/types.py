@@ -260,7 +260,7 @@ class RolloutInfo:
     num_prompt_tokens: int  # before the first sampled token
     num_response_tokens: int  # sampled tokens
     finish_reason: FinishReason
-    min_version: int  # oldest and newest weights that sampled one of its tokens
+    min_version: int  # oldest and newest weights that sampled one of its tokens; -1: it has none
     max_version: int
     mean_logprob: float  # of the sampled tokens, by the sampler
     num_turns: int = 1  # turns of the policy
@@ -283,6 +283,11 @@ class RolloutInfo:
     def num_tokens_after_prompt(self) -> int:
         """Return the length after the prompt. The prompt is shared with the group."""
         return self.num_response_tokens + self.num_environment_tokens
+
+
+def oldest_version(infos: Sequence[RolloutInfo]) -> int | None:
+    """Return the oldest weights that sampled a token of these responses. None: they have no token."""
+    return min((info.min_version for info in infos if info.num_response_tokens), default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -270,8 +270,11 @@ class Collector:
         raise RunError(f"rewards, step {step}: {describe_errors(scored.scores.errors)}. {fix}")
 
     def check_filtered(self, batch: Outcomes, step: int) -> None:
-        """Raise RunError if too many groups were filtered while the batch is still incomplete."""
-        rule, count = self.rollouts.dynamic_sampling, self.rollouts.prompts_per_step
+        """Raise RunError if too many groups were filtered while the batch is still incomplete.
+
+        In flight, groups of later batches may be kept and filtered meanwhile.
+        """
+        rule, count = self.rollouts.dynamic_sampling, max(self.rollouts.prompts_per_step, len(batch.kept))
         if rule is None or len(batch.filtered) <= rule.max_filtered_fraction * count:
             return
         means = [_mean(scored) for scored in batch.filtered]

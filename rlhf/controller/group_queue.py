@@ -28,7 +28,7 @@ from rlhf.controller.record import RunRecord
 from rlhf.role_table import ROLE_OF_STAGE
 from rlhf.roles import Metrics, ScoredGroup
 from rlhf.tracking.metrics.reductions import Last, Mean, Reduction, Sum
-from rlhf.types import GroupRequest
+from rlhf.types import GroupRequest, oldest_version
 
 Order = Literal["prompt", "completion"]
 T = TypeVar("T")
@@ -108,11 +108,13 @@ class GroupQueue:
     async def synced(self, version: int) -> None:
         """Continue with the weights that the engines have now: ask for old groups again, and for new ones."""
         self.version = version
+        if not self._outstanding:
+            self._taken_at = time.time()  # the first rollouts begin now
         late = [entry for entry in self._outstanding.values() if entry.scored is None and self._is_old(entry.version)]
         if late:
             await self.collector.scorer.rollout.cancel([entry.request for entry in late if entry.request is not None])
         for entry in self._outstanding.values():
-            if entry.scored is not None and self._is_old(_oldest(entry.scored)):
+            if entry.scored is not None and self._is_old(oldest_version(entry.scored.group.infos)):
                 self._finished.remove(entry.group_id)
                 self._outcomes.cancelled.append(entry.scored.group.request)
                 entry.scored = None
@@ -125,9 +127,9 @@ class GroupQueue:
         self._busy_at_request = self._load.busy_s
         self._was_over = not self._load.count and self.num_steps - self.version <= self.max_staleness + 1
 
-    def _is_old(self, version: int) -> bool:
-        """Return whether a token of this version lags too much in the next training step."""
-        return version < self.version - self.max_staleness
+    def _is_old(self, version: int | None) -> bool:
+        """Return whether a token of this version lags too much in the next training step. None: there is no token."""
+        return version is not None and version < self.version - self.max_staleness
 
     def _limit(self) -> int:
         """Return the largest number of outstanding groups, at most those that the run still needs."""
@@ -145,7 +147,9 @@ class GroupQueue:
             self._start(entry)
 
     def _free_place(self) -> int:
-        return heapq.heappop(self._free) if self._free else len(self._untrained())
+        if self._free:
+            return heapq.heappop(self._free)
+        return len(self._outstanding) + len(self._waiting) + len(self._left_out)
 
     def _start(self, entry: _Outstanding) -> None:
         with self.record.apart(self._metrics):
@@ -165,7 +169,7 @@ class GroupQueue:
         collector = self.collector
         entry.request = collector.request(entry.chosen, group_id=entry.group_id, place=entry.place)
         scored = await self._answer(entry, entry.request)
-        while scored is None or self._is_old(_oldest(scored)):
+        while scored is None or self._is_old(oldest_version(scored.group.infos)):
             self._outcomes.cancelled.append(entry.request)
             scored = await self._answer(entry, entry.request)
         lengths = [info.num_response_tokens for info in scored.group.infos]
@@ -269,11 +273,13 @@ class GroupQueue:
         self._taken = ()
 
     async def stop(self) -> None:
-        """Give up the unfinished groups. They wait for another start, with the finished ones."""
+        """Give up the unfinished groups. Another start requests them again, and the finished ones."""
         tasks = [entry.task for entry in self._outstanding.values() if entry.task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for entry in self._outstanding.values():
+            entry.scored = None
         self._waiting.extendleft(reversed(self._outstanding.values()))
         self._outstanding, self._finished, self._taken = {}, [], ()
 
@@ -318,7 +324,3 @@ class GroupQueue:
             self._waiting.append(_Outstanding(group_id=group_id, chosen=chosen, place=place))
         used = {entry.place for entry in self._waiting}
         self._free = [place for place in range(max(used, default=0)) if place not in used]
-
-
-def _oldest(scored: ScoredGroup) -> int:
-    return min(info.min_version for info in scored.group.infos)

@@ -270,10 +270,11 @@ class OnlineController(TrainingLoop):
 
     async def restore_position(self, state: Mapping[str, Any]) -> None:
         ahead = self.record.folder.checkpoint(self.step) / AHEAD
+        if self.in_flight:  # the weights after the checkpoint are trained anew; other modes may have trained others
+            newest = self.step if "outstanding" in state else -1
+            await asyncio.to_thread(forget_after, self.record.folder.spool, newest)
         if ahead.is_dir():
             await asyncio.to_thread(self.scorer.take_from, ahead)
-        if self.in_flight:  # the weights after the checkpoint are trained anew
-            await asyncio.to_thread(forget_after, self.record.folder.spool, self.step)
         self.batches.restore(state)
         await self.learning.restore(state, self.step)
 

@@ -22,7 +22,7 @@ def rollout_metrics(groups: Sequence[ScoredGroup], *, version: int) -> Metrics:
     scores = [score for scored in groups for score in scored.scores.scores]
     lengths = [float(info.num_response_tokens) for info in infos]
     prompts = [float(info.num_prompt_tokens) for info in infos]
-    lags = [float(version - info.min_version) for info in infos]
+    lags = [float(version - info.min_version) for info in infos if info.num_response_tokens] or [0.0]
     metrics: dict[str, Reduction] = {
         "rollouts/response_tokens/mean": Mean.of(lengths),
         "rollouts/response_tokens/max": Max(value=max(lengths)),

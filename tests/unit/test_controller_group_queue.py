@@ -14,10 +14,12 @@ import pytest
 
 from rlhf.controller.batch_queue import Batch, BatchQueue
 from rlhf.controller.group_queue import GroupQueue
+from rlhf.controller.online import OnlineController
 from rlhf.controller.rollout_scorer import RolloutScorer
 from rlhf.data.stream import given_places
 from rlhf.errors import RunError
 from rlhf.roles import CompletedGroup, Metrics
+from rlhf.rollouts.records.spool import group_path, stored_groups
 from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.types import GroupRequest, RolloutInfo, Sampling
 from tests.unit.test_controller_collect import Run, by_prompt
@@ -56,8 +58,8 @@ class Engines:
                 num_prompt_tokens=2,
                 num_response_tokens=tokens,
                 finish_reason="stop",
-                min_version=began,
-                max_version=self.version,
+                min_version=began if tokens else -1,
+                max_version=self.version if tokens else -1,
                 mean_logprob=-1.0,
             )
             for sample in range(len(request.seeds))
@@ -197,6 +199,44 @@ async def test_a_finished_group_that_waited_too_long_is_requested_again(tmp_path
     assert run.engines.asked.count(4) == 2
 
 
+async def test_the_first_rollouts_are_timed_from_their_start(tmp_path: Path) -> None:
+    run = InFlight(tmp_path)
+    run.queue._taken_at -= 1000.0  # the roles have started meanwhile
+    await run.begin()
+    assert results(merge_metrics((await run.step(1)).metrics))["time/rollouts_s"] < 1000.0
+
+
+async def test_responses_without_a_token_have_no_lag(tmp_path: Path) -> None:
+    """The environment failed before the first turn. The group is dropped, not requested for ever."""
+    run = InFlight(tmp_path, scores=by_prompt(broken=[8]))
+    run.engines.slow = {8}
+    await run.begin()
+    await run.step(1)
+    await run.step(2)
+    run.engines.slow = set()
+    run.engines.finish(8, tokens=0)
+    batch = await run.step(3)
+    assert run.engines.asked.count(8) == 1
+    assert [record.prompt_id for record in batch.collected.ended.dropped] == [8]
+    assert [record.oldest for record in batch.collected.ended.dropped] == [None]
+
+
+async def test_the_filter_of_the_first_groups_counts_all_that_are_kept(tmp_path: Path) -> None:
+    """While one response is slow, the groups of later batches are filtered too, as many of each as in turns."""
+    solved = [prompt for prompt in range(40) if prompt % 4 in (1, 2)]
+    run = InFlight(
+        tmp_path,
+        max_staleness=2,
+        dynamic_sampling={"max_filtered_fraction": 1.5},
+        scores=by_prompt(solved=solved),
+    )
+    run.engines.slow = {0}
+    await run.begin()
+    run.engines.finish(0)
+    await run.step(1)
+    assert run.trained == [0, 3, 4, 7]
+
+
 async def test_groups_without_a_signal_are_replaced_and_counted(tmp_path: Path) -> None:
     run = InFlight(tmp_path, dynamic_sampling={}, scores=by_prompt(solved=[1, 2], broken=[5]))
     await run.begin()
@@ -301,6 +341,45 @@ async def test_a_stopped_queue_continues_with_its_groups(tmp_path: Path) -> None
     await run.begin()
     await run.step(1)
     assert run.trained == [0, 1, 2, 3]
+
+
+async def test_a_stopped_queue_waits_for_a_finished_group_that_it_requests_again(tmp_path: Path) -> None:
+    """Otherwise the second answer comes when the group is trained already, and may count as dropped."""
+    run = InFlight(tmp_path)
+    await run.begin()
+    await run.queue.stop()
+    run.engines.slow = {1}
+    await run.begin()
+    run.queue.request(1)
+    waiting = asyncio.create_task(run.queue.take(1))
+    await settle()
+    assert not waiting.done()
+    run.engines.finish(1)
+    assert len((await waiting).collected.groups) == PROMPTS
+
+
+@pytest.mark.parametrize(("state", "used"), [({"outstanding": []}, [2, 3]), ({}, [])])
+async def test_a_resumed_run_uses_no_stored_group_of_abandoned_weights(
+    tmp_path: Path, state: dict[str, Any], used: list[int]
+) -> None:
+    """A run between batches may leave groups of weights that were trained anew since, under the same versions."""
+    for version in (2, 3, 4):
+        group_path(tmp_path, 8, version).write_bytes(b"")
+    done: list[Any] = []
+
+    async def restored(*_: Any) -> None:
+        done.append("learning")
+
+    controller: Any = SimpleNamespace(
+        record=SimpleNamespace(folder=SimpleNamespace(spool=tmp_path, checkpoint=lambda _: tmp_path / "step_000003")),
+        step=3,
+        in_flight=True,
+        batches=SimpleNamespace(restore=done.append),
+        learning=SimpleNamespace(restore=restored),
+    )
+    await OnlineController.restore_position(controller, state)
+    assert sorted(stored_groups(tmp_path)) == [group_path(tmp_path, 8, version) for version in used]
+    assert done == [state, "learning"]
 
 
 async def test_turns_continue_a_run_that_was_in_flight(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from rlhf.rollouts.records.ledgers import request_identity
 from rlhf.tracking.run_folder.atomic import explains_full
-from rlhf.types import GroupRequest, RewardError, RolloutInfo, Rollouts, Sampling, StepReward
+from rlhf.types import GroupRequest, RewardError, RolloutInfo, Rollouts, Sampling, StepReward, oldest_version
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,8 @@ def read_group(
             if any(metadata.get(key) != value for key, value in wanted.items()):
                 return None
             infos = tuple(_info(row) for row in json.loads(metadata["infos"]))
-            if oldest is not None and any(info.num_response_tokens and info.min_version < oldest for info in infos):
+            first = oldest_version(infos)
+            if oldest is not None and first is not None and first < oldest:
                 path.unlink(missing_ok=True)
                 return None
             rollouts = Rollouts(**{field.name: file.get_tensor(field.name) for field in fields(Rollouts)})

@@ -26,7 +26,7 @@ OUTCOMES = ("trained", "filtered", "dropped", "asked_again")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupRecord:
-    """A request of a prompt, with the oldest and newest weights of its tokens. None: it was not answered."""
+    """A request of a prompt, with the oldest and newest weights of its tokens. None: it has no token."""
 
     group_id: int
     epoch: int
@@ -41,8 +41,8 @@ class GroupRecord:
             group_id=request.group_id,
             epoch=request.epoch,
             prompt_id=request.prompt.prompt_id,
-            oldest=min((info.min_version for info in infos), default=None),
-            newest=max((info.max_version for info in infos), default=None),
+            oldest=min((info.min_version for info in infos if info.num_response_tokens), default=None),
+            newest=max((info.max_version for info in infos if info.num_response_tokens), default=None),
         )
 
 
