@@ -6,23 +6,29 @@ import asyncio
 import json
 import shutil
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from actors.doctor.run_folder import check_run
+from actors.doctor.run_folder import check_run, run_results
 from rlhf.cli import main
 from rlhf.controller.batch_queue import BatchQueue
+from rlhf.controller.group_queue import GroupQueue
 from rlhf.controller.record import RunRecord
+from rlhf.controller.rollout_scorer import RolloutScorer
 from rlhf.tracking.display.progress import Progress
 from rlhf.tracking.run_folder.atomic import read_lines, write_lines
 from rlhf.tracking.run_folder.folder import RunFolder
+from rlhf.tracking.run_folder.group_ledger import read_groups
 from rlhf.tracking.run_folder.manifest import Manifest
+from rlhf.tracking.run_folder.timeline import Timeline
+from rlhf.tracking.sinks import tracker as tracker_module
 from rlhf.tracking.sinks.tracker import Tracker
 from tests.unit.test_controller_collect import Run, by_prompt, slowest
+from tests.unit.test_controller_group_queue import Engines as InFlightEngines
+from tests.unit.test_controller_group_queue import settle
 
 RULES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -38,31 +44,55 @@ RULES: dict[str, dict[str, Any]] = {
 }
 
 
-def train(folder: Path, *, steps: int = 5, checkpoint_at: int = 4, **keys: Any) -> Path:
-    """Write the record of a run: its rows, its ledger, and the checkpoint of one step."""
-    with RunFolder.open(folder, "run", resume=False) as run:
-        unused: Any = None
+def train(folder: Path, *, steps: int = 5, checkpoint_every: int = 4, in_flight: bool = False, **keys: Any) -> Path:
+    """Train a run to its end as the online controller does, from its newest checkpoint if it has any. Write its record:
+    rows, ledger and checkpoints.
+    """
+    with RunFolder.open(folder, "run", resume=(folder / "run").exists()) as run:
+        latest = run.latest_checkpoint()
         tracker = Tracker(run.path)
-        record = RunRecord(folder=run, tracker=tracker, timeline=unused, progress=Progress(steps))
-        asyncio.run(_train(run, record, Run(folder / "spool", **{"prompts": 50, **keys}), steps, checkpoint_at))
+        tracker.truncate_after(-1 if latest is None else latest)
+        record = RunRecord(folder=run, tracker=tracker, timeline=Timeline(run.timeline), progress=Progress(steps))
+        inputs = Run(run.spool, **{"prompts": 50, **keys})
+        asyncio.run(_train(record, inputs, steps, checkpoint_every, in_flight, latest))
         return run.path
 
 
-async def _train(run: RunFolder, record: RunRecord, inputs: Run, steps: int, checkpoint_at: int) -> None:
-    silent: Any = SimpleNamespace(apart=record.apart, stage=nullcontext, progress=record.progress)
-    bound = inputs.collector.rollouts.max_staleness
-    queue = BatchQueue(inputs.collector, silent, max_staleness=bound, num_steps=steps + bound, settings="")
-    for step in range(1, steps + 1):
-        record.begin_step(step)
-        queue.request(step)
-        record.groups = (await queue.take(step)).collected.ended
-        await queue.finish(step)
-        if step == checkpoint_at:
-            record.write_state(run.begin_checkpoint(step), {"step": step, **queue.state()})
-        lag = max(step - 1 - (group.oldest or 0) for group in record.groups.trained)
-        record.write_row(step, {"experience/policy_lag/max": float(lag), "rollouts/response_tokens/mean": 3.0})
-        if step == checkpoint_at:
-            run.commit_checkpoint(step)
+async def _train(
+    record: RunRecord, inputs: Run, steps: int, checkpoint_every: int, in_flight: bool, latest: int | None
+) -> None:
+    collector, engines, queue = inputs.collector, InFlightEngines(), cast(Any, None)
+    bound = collector.rollouts.max_staleness
+    if in_flight:
+        roles: tuple[Any, Any] = (engines, inputs)
+        scored = inputs.scorer.record
+        collector.scorer = RolloutScorer(*roles, scored, rewards_fingerprint="f", in_flight=True)
+        queue = GroupQueue(collector, record, max_staleness=bound, order="completion", num_steps=steps, settings="same")
+    else:
+        queue = BatchQueue(collector, record, max_staleness=bound, num_steps=steps, settings="same")
+    if latest is not None:
+        queue.restore(record.read_state(latest))
+    engines.version = latest or 0
+    await queue.synced(engines.version)
+    try:
+        for step in range(engines.version + 1, steps + 1):
+            record.begin_step(step)
+            queue.request(step)
+            record.groups = (await queue.take(step)).collected.ended
+            await queue.finish(step)
+            engines.version = step
+            await queue.synced(step)
+            await settle()
+            is_kept = step % checkpoint_every == 0
+            if is_kept:
+                record.write_state(record.folder.begin_checkpoint(step), {"step": step, **queue.state()})
+            lag = max(step - 1 - (group.oldest or 0) for group in record.groups.trained)
+            record.write_row(step, {"experience/policy_lag/max": float(lag), "rollouts/response_tokens/mean": 3.0})
+            if is_kept:
+                record.folder.commit_checkpoint(step)
+                collector.scorer.keep_from(queue.first_group)
+    finally:
+        await queue.stop()
 
 
 def contradictions(run: Path) -> str:
@@ -72,6 +102,80 @@ def contradictions(run: Path) -> str:
 @pytest.mark.parametrize("rules", RULES)
 def test_the_record_of_a_real_run_is_whole(tmp_path: Path, rules: str) -> None:
     assert contradictions(train(tmp_path, **RULES[rules])) == ""
+
+
+class Killed(Exception):
+    """The end of a run at a moment between two writes."""
+
+
+class Moments:
+    """The moments before and after each write of a run, and before each score. The run is killed at one of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.left = 0
+        for owner, name in (
+            (tracker_module, "append_groups"),
+            (tracker_module, "append_line"),
+            (RunFolder, "begin_checkpoint"),
+            (RunFolder, "commit_checkpoint"),
+            (RolloutScorer, "keep_from"),
+        ):
+            monkeypatch.setattr(owner, name, self.around(getattr(owner, name)))
+        score = Run.score
+
+        async def scored(run: Run, group: Any) -> Any:
+            self.pass_by()
+            return await score(run, group)
+
+        monkeypatch.setattr(Run, "score", scored)
+
+    def around(self, write: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **keys: Any) -> Any:
+            self.pass_by()
+            result = write(*args, **keys)
+            self.pass_by()
+            return result
+
+        return call
+
+    def pass_by(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise Killed
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param({}, id="turns"),
+        pytest.param({"max_staleness": 1}, id="pipelined"),
+        pytest.param({"max_staleness": 2, "in_flight": True}, id="in flight"),
+    ],
+)
+def test_a_run_killed_at_any_moments_has_a_whole_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: dict[str, Any]
+) -> None:
+    moments = Moments(monkeypatch)
+    keys = {
+        "scores": by_prompt(solved=[1, 6, 12, 19, 27, 31], failed=[3, 9, 17, 22, 34], broken=[8]),
+        "dynamic_sampling": {},
+        "reward_policy": {"on_error": "drop", "max_dropped_fraction": 0.9},
+        "steps": 6,
+        "checkpoint_every": 3,
+        **mode,
+    }
+    unbroken = read_groups(train(tmp_path / "unbroken", **keys))
+    count = -moments.left
+    for first in range(1, count, 5):
+        folder = tmp_path / str(first)
+        folder.mkdir()
+        for moment in (first, 1 + first // 2, 0):
+            moments.left = moment
+            with suppress(Killed):
+                train(folder, **keys)
+            bad = [result for result in run_results(folder / "run") if result.state == "bad"]
+            assert not bad, f"killed at moment {first} of {count}"
+        assert mode.get("in_flight") or read_groups(folder / "run") == unbroken
 
 
 def tamper(change: Callable[[dict[str, Any]], object], step: int, name: str = "groups.jsonl") -> Callable[[Path], None]:

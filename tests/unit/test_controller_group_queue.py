@@ -67,9 +67,10 @@ class Engines:
         future.set_result(CompletedGroup(request=request, rollouts=None, infos=infos))  # type: ignore[arg-type]
 
     async def cancel(self, requests: Sequence[GroupRequest]) -> None:
-        for request in requests:
-            _, _, future = self.running.pop(request.prompt.prompt_id)
-            future.set_result(None)
+        for request in requests:  # the answer of one of them may be scored meanwhile
+            if request.prompt.prompt_id in self.running:
+                _, _, future = self.running.pop(request.prompt.prompt_id)
+                future.set_result(None)
 
 
 class Record:
