@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -105,7 +106,11 @@ def start(config: Path) -> subprocess.Popen[bytes]:
 
 def finish(process: subprocess.Popen[bytes], config: Path) -> None:
     """Wait until a run has ended. Exit with its output if it failed."""
-    code = process.wait(timeout=DEADLINE_S)
+    try:
+        code = process.wait(timeout=DEADLINE_S)
+    except subprocess.TimeoutExpired:
+        kill(process, driver_only=False)
+        raise
     if code != 0:
         raise SystemExit(f"{config.stem} ended with {code}:\n{config.with_suffix('.log').read_text()[-4000:]}")
 
@@ -133,12 +138,17 @@ def kill(process: subprocess.Popen[bytes], *, driver_only: bool) -> None:
     driver = psutil.Process(process.pid)
     started = driver.children(recursive=True)
     for victim in [driver] if driver_only else [driver, *started]:
-        victim.send_signal(signal.SIGKILL)
+        _end(victim)
     process.wait(timeout=DEADLINE_S)
     _, left = psutil.wait_procs(started, timeout=30.0)  # without their driver they end by themselves
     for victim in left:
-        victim.send_signal(signal.SIGKILL)
+        _end(victim)
     psutil.wait_procs(left, timeout=30.0)
+
+
+def _end(victim: psutil.Process) -> None:
+    with suppress(psutil.NoSuchProcess):
+        victim.send_signal(signal.SIGKILL)
 
 
 def wait_for_step(process: subprocess.Popen[bytes], run: Path, step: int, *, after: int) -> None:
@@ -151,6 +161,7 @@ def wait_for_step(process: subprocess.Popen[bytes], run: Path, step: int, *, aft
     while process.poll() is None and not (has_begun and last_step(run) >= step):
         has_begun = has_begun or last_step(run) <= after
         if time.monotonic() > until:
+            kill(process, driver_only=False)
             raise SystemExit(f"{run} did not reach step {step} within {DEADLINE_S:g} s")
         time.sleep(0.02)
 
