@@ -55,6 +55,7 @@ def run_results(folder: Path) -> Iterator[CheckResult]:
     """Yield all results for one run. A running run only adds lines to what is read here."""
     checkpoints = folder / "checkpoints"
     paths = checkpoints_in(checkpoints) if checkpoints.is_dir() else []
+    files = [*folder.glob("samples/step_*.jsonl"), *folder.glob("evals/step_*.json")]
     state = newest_state(checkpoints)
     try:
         rows = read_metrics(folder)
@@ -74,6 +75,7 @@ def run_results(folder: Path) -> Iterator[CheckResult]:
         if state is not None:
             yield _nothing_lost(lines, state)
     yield _checkpoints(paths, checkpoints / "latest", set(steps))
+    yield _files_of_steps(files, max(steps, default=0))
 
 
 def newest_state(checkpoints: Path) -> Mapping[str, Any] | None:
@@ -187,6 +189,13 @@ def _checkpoints(paths: Sequence[tuple[int, Path]], link: Path, steps: set[int])
     if latest is not None and not link.exists():
         bad.append(f"checkpoints/latest points at step {latest}, which is missing")
     return _result("checkpoints", ", ".join(str(step) for step, _ in paths) or "none", bad)
+
+
+def _files_of_steps(paths: Sequence[Path], last: int) -> CheckResult:
+    """Check that no samples and no evaluation are left of an abandoned step. The step in progress has no row yet."""
+    late = sorted(path for path in paths if int(path.stem.removeprefix("step_")) > last + 1)
+    bad = [f"{path.parent.name}/{path.name} is of a step after {last}, the last one with a row" for path in late]
+    return _result("samples", f"{len(paths)} files of samples and evaluations", bad)
 
 
 def _result(what: str, found: str, contradictions: Sequence[str]) -> CheckResult:

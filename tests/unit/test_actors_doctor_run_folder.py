@@ -23,6 +23,7 @@ from rlhf.tracking.run_folder.atomic import read_lines, write_lines
 from rlhf.tracking.run_folder.folder import RunFolder
 from rlhf.tracking.run_folder.group_ledger import read_groups
 from rlhf.tracking.run_folder.manifest import Manifest
+from rlhf.tracking.run_folder.samples import samples_path
 from rlhf.tracking.run_folder.timeline import Timeline
 from rlhf.tracking.sinks import tracker as tracker_module
 from rlhf.tracking.sinks.tracker import Tracker
@@ -212,6 +213,11 @@ def truncate_ledger(run: Path) -> None:
     write_lines(run / "groups.jsonl", [])
 
 
+def add_samples(run: Path) -> None:
+    samples_path(run, 6).write_text("")  # of the step in progress
+    samples_path(run, 9).write_text("")
+
+
 def lose_checkpoint(run: Path) -> None:
     shutil.rmtree(run / "checkpoints" / "step_000004")
 
@@ -250,6 +256,7 @@ TAMPERED: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "a damaged checkpoint": (damage_checkpoint, "controller.json is damaged: its checksum"),
     "a lost checkpoint": (lose_checkpoint, "checkpoints/latest points at step 4, which is missing"),
+    "samples of the future": (add_samples, "samples/step_000009.jsonl is of a step after 5"),
     "half a file": (lambda run: (run / "groups.jsonl").write_text("{}\n") and None, "groups.jsonl:1"),
 }
 
@@ -266,7 +273,7 @@ def test_each_tampered_fact_is_named(tmp_path: Path, fact: str) -> None:
 def test_a_run_on_fixed_data_needs_no_ledger(tmp_path: Path) -> None:
     with RunFolder.open(tmp_path, "run", resume=False) as run:
         Tracker(run.path).log(1, {"update/loss/mean": 1.0})
-    assert [result.what for result in check_run(run.path)] == ["steps", "checkpoints"]
+    assert [result.what for result in check_run(run.path)] == ["steps", "checkpoints", "samples"]
     assert contradictions(run.path) == ""
 
 
