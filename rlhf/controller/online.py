@@ -194,7 +194,7 @@ class OnlineController(TrainingLoop):
             await roles.rollout.wake("weights")
         record.progress.stage("weight_sync")
         with record.timeline.span("weight_sync", ROLE_OF_STAGE["weight_sync"]):
-            metrics = await sync_weights(
+            checksum, metrics = await sync_weights(
                 roles.policy,
                 roles.rollout,
                 version=version,
@@ -203,6 +203,7 @@ class OnlineController(TrainingLoop):
                 hand_over=self._to_engines,
             )
         record.add(metrics)
+        self.scorer.weights = version, checksum
         await self.batches.synced(version)
 
     async def _to_trainers(self, *names: Role, keep_weights: bool) -> None:

@@ -139,6 +139,7 @@ class RolloutScorer:
             in_flight: whether the engines answer other requests at the same time, so that no batch waits to be whole.
         """
         self.rollout = rollout
+        self.weights = 0, ""  # version and checksum of those that the engines have
         self.answers = partial(answers_in_flight, rollout) if in_flight else rollout.generate
         self.reward = reward
         self.record = record
@@ -193,7 +194,8 @@ class RolloutScorer:
             report: called with each of these groups as soon as it is scored.
         """
         race = request_set_digest(requests, sampling, version=version, rule=rule)
-        stored = self.finish_order.get(race)
+        newest, checksum = self.weights
+        stored = self.finish_order.get(race, weights=checksum if version == newest else None)
         if stored is not None:  # the other requests were cancelled, and later weights cannot answer them
             requests = [request for request in requests if request.group_id in stored]
         finished: list[ScoredGroup] = []
@@ -233,7 +235,7 @@ class RolloutScorer:
                 task.cancel()
         finished.sort(key=lambda scored: scored.group.request.group_id)
         if stored is None:
-            self.finish_order.put(race, [scored.group.request.group_id for scored in finished])
+            self.finish_order.put(race, [scored.group.request.group_id for scored in finished], weights=checksum)
         return finished
 
     def forget_failures(self) -> None:

@@ -32,10 +32,11 @@ async def sync_weights(
     probe_ids: Sequence[int],
     dtype: str,
     hand_over: Callable[[], Awaitable[None]],
-) -> Metrics:
+) -> tuple[str, Metrics]:
     """Send the policy's weights to the engines and verify them. Raise RunError if the engines hold other weights.
 
-    Return the metrics of the sync. `hand_over` is called when the policy no longer needs a shared GPU.
+    Return the checksum of the weights, and the metrics of the sync. `hand_over` is called when the policy no longer
+    needs a shared GPU.
     """
     began = time.perf_counter()
     manifest = await policy.publish(version)
@@ -49,7 +50,8 @@ async def sync_weights(
         check_probe(trainer_logprobs, engine_logprobs, engine=i, version=version, dtype=dtype)
         for i, engine_logprobs in enumerate(engines)
     )
-    return {
+    checksum: str = manifest.checksum
+    return checksum, {
         "weight_sync/version": Last(value=version),
         "weight_sync/probe_max_diff": Max(value=worst),
         "time/weight_sync_s": Sum(total=synced - began),

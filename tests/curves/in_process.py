@@ -11,6 +11,7 @@ import copy
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -136,10 +137,10 @@ class Policy(Trained):
 
     async def empty_cache(self) -> None: ...
 
-    async def publish(self, version: int) -> int:
-        return version
+    async def publish(self, version: int) -> SimpleNamespace:
+        return SimpleNamespace(version=version, checksum="")
 
-    async def send(self, manifest: int) -> None: ...
+    async def send(self, manifest: SimpleNamespace) -> None: ...
 
     async def settle(self) -> None: ...
 
@@ -250,10 +251,10 @@ class Engine:
         self.policy = policy
         self.version = -1
 
-    async def update_weights(self, manifest: int) -> None:
+    async def update_weights(self, manifest: SimpleNamespace) -> None:
         weights = dict(self.policy.engine.named_weights(torch.float32))
         self.model.load_state_dict(copy.deepcopy(weights), strict=True)
-        self.version = manifest
+        self.version = manifest.version
 
     async def probe(self, token_ids: Sequence[int]) -> list[list[float]]:
         ids = torch.tensor([list(token_ids)])

@@ -389,6 +389,17 @@ def test_a_resumed_run_makes_the_batch_that_was_written_down(tmp_path: Path) -> 
     assert Run(tmp_path, order=slowest(0, 2), oversample=1.5).trained() == [1, 3, 4, 5]
 
 
+def test_a_race_of_weights_that_are_trained_anew_is_run_again(tmp_path: Path) -> None:
+    """With rollouts.carry_over, its losers would be continued from tokens of the abandoned weights."""
+    first = Run(tmp_path, order=slowest(1, 3), oversample=1.5)
+    first.scorer.weights = 0, "ab"
+    assert first.trained() == [0, 2, 4, 5]
+    for checksum, trained in (("ab", [0, 2, 4, 5]), ("cd", [1, 3, 4, 5]), ("cd", [1, 3, 4, 5])):
+        again = Run(tmp_path, order=slowest(0, 2), oversample=1.5)
+        again.scorer.weights = 0, checksum
+        assert again.trained() == trained
+
+
 def test_a_line_that_a_kill_has_cut_is_passed_over(tmp_path: Path) -> None:
     assert Run(tmp_path, order=slowest(1, 3), oversample=1.5).trained() == [0, 2, 4, 5]
     path = tmp_path / "firsts.jsonl"

@@ -22,15 +22,21 @@ def test_other_weights_stop_the_run(theirs: list[float]) -> None:
         check_probe([-1.0, -2.0], theirs, engine=1, version=3, dtype="bfloat16")
 
 
+class Manifest(int):
+    """The version of published weights, with their checksum."""
+
+    checksum = "ab"
+
+
 class Policy:
     """Publishes; its probe says -1 for each token."""
 
     def __init__(self, calls: list[str]) -> None:
         self.calls = calls
 
-    async def publish(self, version: int) -> int:
+    async def publish(self, version: int) -> Manifest:
         self.calls.append("publish")
-        return version
+        return Manifest(version)
 
     async def send(self, manifest: int) -> None:
         return None
@@ -66,9 +72,10 @@ def sync(engines: Any) -> float:
     async def hand_over() -> None:
         engines.calls.append("hand over")
 
-    metrics = asyncio.run(
+    checksum, metrics = asyncio.run(
         sync_weights(policy, engines, version=4, probe_ids=[1, 2, 3], dtype="float32", hand_over=hand_over)
     )
+    assert checksum == "ab"
     assert metrics["weight_sync/version"].result() == 4
     return metrics["weight_sync/probe_max_diff"].result()
 

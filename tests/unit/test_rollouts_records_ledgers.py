@@ -32,27 +32,29 @@ FAILED = GroupScores(
 
 def test_it_is_there_for_the_same_rewards_until_it_is_cleared(tmp_path: Path) -> None:
     ledger = FinishOrderLedger(tmp_path, rewards="f")
-    assert ledger.get("race") is None
-    ledger.put("race", [2, 0])
-    ledger.put("other", [])
-    assert FinishOrderLedger(tmp_path, rewards="f").get("race") == {0, 2}
-    assert FinishOrderLedger(tmp_path, rewards="g").get("race") is None
+    assert ledger.get("race", weights=None) is None
+    ledger.put("race", [2, 0], weights="ab")
+    ledger.put("other", [], weights="ab")
+    assert FinishOrderLedger(tmp_path, rewards="f").get("race", weights="ab") == {0, 2}
+    assert FinishOrderLedger(tmp_path, rewards="f").get("race", weights=None) == {0, 2}
+    assert FinishOrderLedger(tmp_path, rewards="f").get("race", weights="cd") is None, "the version was trained anew"
+    assert FinishOrderLedger(tmp_path, rewards="g").get("race", weights="ab") is None
     again = FinishOrderLedger(tmp_path, rewards="f")
-    assert again.get("other") == frozenset()
+    assert again.get("other", weights="ab") == frozenset()
     again.clear()
-    assert again.get("race") is None
+    assert again.get("race", weights="ab") is None
     assert not list(tmp_path.iterdir())
 
 
 def test_lines_that_cannot_be_read_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    FinishOrderLedger(tmp_path, rewards="f").put("race", [1])
+    FinishOrderLedger(tmp_path, rewards="f").put("race", [1], weights="ab")
     path = tmp_path / "firsts.jsonl"
     path.write_bytes(b'{"race": 1}\n\xff\n[1]\n' + path.read_bytes() + path.read_bytes()[:-5])
     ledger = FinishOrderLedger(tmp_path, rewards="f")
-    assert ledger.known == {"race": {1}}
+    assert ledger.known == {"race": ({1}, "ab")}
     assert "firsts.jsonl: 4 of its lines cannot be read; their batches are sampled again" in caplog.text
-    ledger.put("next", [3])
-    assert FinishOrderLedger(tmp_path, rewards="f").known == {"race": {1}, "next": {3}}
+    ledger.put("next", [3], weights="cd")
+    assert FinishOrderLedger(tmp_path, rewards="f").known == {"race": ({1}, "ab"), "next": ({3}, "cd")}
 
 
 def test_a_race_is_of_what_was_asked_by_which_weights_and_rule() -> None:

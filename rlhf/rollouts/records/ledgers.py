@@ -132,8 +132,8 @@ class _Ledger(Generic[Key, Value]):
         write_atomic(self.path, "".join(valid))
 
 
-class FinishOrderLedger(_Ledger[str, frozenset[int]]):
-    """The groups that finished first, recorded before training on them.
+class FinishOrderLedger(_Ledger[str, tuple[frozenset[int], str]]):
+    """The groups that finished first, and the checksum of the weights that sampled them, recorded before training.
 
     If more prompts are sampled than needed, timing decides the contents of a batch. A resumed run must not repeat that.
     """
@@ -141,19 +141,26 @@ class FinishOrderLedger(_Ledger[str, frozenset[int]]):
     name = "firsts.jsonl"
     lost = "their batches are sampled again"
 
-    def _record(self, row: dict[str, Any]) -> tuple[str, frozenset[int]]:
-        return row["race"], frozenset(row["group_ids"])
+    def _record(self, row: dict[str, Any]) -> tuple[str, tuple[frozenset[int], str]]:
+        return row["race"], (frozenset(row["group_ids"]), row["weights"])
 
     def _is_from(self, row: dict[str, Any], start: int) -> bool:
         return is_from(min(row["group_ids"]), start)
 
-    def get(self, race: str) -> frozenset[int] | None:
-        """Return the first finished groups, or None if the run was interrupted before they were known."""
-        return self.known.get(race)
+    def get(self, race: str, *, weights: str | None) -> frozenset[int] | None:
+        """Return the first finished groups, or None if the run was interrupted before they were known.
 
-    def put(self, race: str, group_ids: Sequence[int]) -> None:
+        Args:
+            weights: checksum of the weights that must have sampled them. A resumed run with other settings makes other
+                weights of the same version. None: any weights of the version.
+        """
+        group_ids, sampled_by = self.known.get(race, (None, weights))
+        return group_ids if weights in (None, sampled_by) else None
+
+    def put(self, race: str, group_ids: Sequence[int], *, weights: str) -> None:
         """Record the first finished groups. They are on disk when this returns."""
-        append_line(self.path, {"race": race, "group_ids": sorted(group_ids), "rewards": self.rewards})
+        line = {"race": race, "group_ids": sorted(group_ids), "weights": weights, "rewards": self.rewards}
+        append_line(self.path, line)
 
     def clear(self) -> None:
         """Drop all records once they are no longer needed."""
