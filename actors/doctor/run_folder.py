@@ -109,12 +109,12 @@ def _lags(lines: Lines, rows: Rows) -> CheckResult:
     bad: list[str] = []
     lags: dict[int, int] = {}
     for step, groups in lines:
+        lags[step] = 0
         for record in groups.trained:
             if record.oldest is None or record.newest is None:
-                bad.append(f"step {step} trained group {record.group_id}, which has no response")
-                continue
+                continue  # its responses have no token
             lag = step - 1 - record.oldest
-            lags[step] = max(lag, lags.get(step, 0))
+            lags[step] = max(lag, lags[step])
             if lag > groups.max_staleness:
                 bad.append(
                     f"group {record.group_id} of step {step} lags by {lag}, and {groups.max_staleness} is the most"

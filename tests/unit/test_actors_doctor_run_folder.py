@@ -244,7 +244,6 @@ TAMPERED: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "too old": (tamper(lambda line: line["trained"].update(oldest=1), 4), "of step 4 lags by 2, and 1 is the most"),
     "too new": (tamper(lambda line: line["trained"].update(newest=4), 4), "of step 4 has tokens of version 4"),
-    "not answered": (tamper(lambda line: line["trained"].update(oldest=None), 4), "which has no response"),
     "another lag": (
         tamper(lambda row: row.update({"experience/policy_lag/max": 0.0}), 4, "metrics.jsonl"),
         "step 4 lags by 1, and its row has experience/policy_lag/max 0.0",
