@@ -86,6 +86,7 @@ class BatchQueue:
         last = min(step + self.max_staleness, self.num_steps)
         steps = [number for number in range(step, last + 1) if number not in self._requested]
         self.seconds = None
+        self._show_ahead(step)
         if steps:
             self._collecting = asyncio.create_task(self._collect(steps, version=step - 1))
 
@@ -102,9 +103,12 @@ class BatchQueue:
             with self.record.apart(metrics, is_shown=step == version + 1), self.record.stage("rollouts"):
                 collected = await self.collector.collect(step, version=stored)
             batch.set_result(Batch(collected=collected, metrics=metrics))
-            whole = (number for number, entry in self._requested.items() if entry.batch.done() and number > version + 1)
-            self.record.progress.ahead(sum(1 for _ in whole))
+            self._show_ahead(version + 1)
         self.seconds = time.perf_counter() - began
+
+    def _show_ahead(self, step: int) -> None:
+        later = [entry.batch for number, entry in self._requested.items() if number > step]
+        self.record.progress.ahead(sum(batch.done() for batch in later))
 
     async def take(self, step: int) -> Batch:
         """Return the batch of a step that was requested, once it is whole. Raise the failure of its rollouts."""

@@ -171,6 +171,9 @@ async def test_training_is_shown_while_a_batch_is_collected_ahead() -> None:
     await ahead.finish(1)
     assert shown == [(1, "rollouts of step 1", 0), (2, "rollouts of step 1", 0)]
     assert (progress._stage, progress._ahead) == ("update", 1)
+    ahead.request(2)
+    assert progress._ahead == 0
+    await ahead.stop()
 
 
 async def test_a_stopped_queue_is_where_it_was_before_the_batch() -> None:
