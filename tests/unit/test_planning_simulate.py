@@ -87,6 +87,11 @@ def test_streaming_hides_the_training_of_all_but_the_last_group() -> None:
     assert streamed.lag == 0.0
 
 
+def test_streaming_gains_nothing_where_all_groups_end_together() -> None:
+    turns, streamed = (simulate(ONE, Schedule(streamed=s), steps=3, seed=0) for s in (False, True))
+    assert streamed.step_s == pytest.approx(turns.step_s)
+
+
 def test_only_a_share_of_the_training_is_streamed() -> None:
     # Half of each group's 0.22 s awaits the whole batch: 4 * 0.11 s, with the other half of the last group.
     system = replace(ONE, max_num_seqs=1, streamed_share=0.5)
