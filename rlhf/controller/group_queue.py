@@ -2,10 +2,10 @@
 
     prompts -> outstanding groups -> scored groups -> the batch of a step
 
-A group is outstanding from its request until it is trained, or until it is dropped or filtered. At most
-(max_staleness + 1) * prompts_per_step groups are outstanding. The engines load new weights between two decoding steps,
-so a response may span versions. The lag of its oldest token never exceeds max_staleness: a group that would exceed it
-is requested again and never trained as it was.
+A group is outstanding from its request until the engines have the weights that it trained, or until it is dropped or
+filtered. At most (max_staleness + 1) * prompts_per_step groups are outstanding. The engines load new weights between two
+decoding steps, so a response may span versions. The lag of its oldest token never exceeds max_staleness: a group that
+would exceed it is requested again and never trained as it was.
 
 A checkpoint holds the ids and prompts of the outstanding groups. A resumed run requests them again with the same seeds.
 The engines answer the finished ones from their store.
@@ -106,8 +106,15 @@ class GroupQueue:
         self._failure: BaseException | None = None
 
     async def synced(self, version: int) -> None:
-        """Continue with the weights that the engines have now: ask for old groups again, and for new ones."""
+        """Continue with the weights that the engines have now.
+
+        Forget the groups of the trained step. Ask for old groups again, and for new ones.
+        """
         self.version = version
+        for group_id in self._taken:
+            self._remove(group_id)
+        self._finished = [group_id for group_id in self._finished if group_id in self._outstanding]
+        self._taken = ()
         if not self._outstanding:
             self._taken_at = time.time()  # the first rollouts begin now
         late = [entry for entry in self._outstanding.values() if entry.scored is None and self._is_old(entry.version)]
@@ -266,11 +273,7 @@ class GroupQueue:
         return metrics
 
     async def finish(self, step: int) -> None:
-        """Forget the groups of a trained step."""
-        for group_id in self._taken:
-            self._remove(group_id)
-        self._finished = [group_id for group_id in self._finished if group_id in self._outstanding]
-        self._taken = ()
+        """Do nothing: `synced` forgets the trained groups, so no old weights begin others in their place."""
 
     async def stop(self) -> None:
         """Give up the unfinished groups. Another start requests them again, and the finished ones."""

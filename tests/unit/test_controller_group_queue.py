@@ -247,6 +247,21 @@ async def test_groups_without_a_signal_are_replaced_and_counted(tmp_path: Path) 
     assert rows[0]["rollouts/filtered_groups/fraction"] == 2 / 6
 
 
+async def test_no_group_begins_with_old_weights_in_place_of_a_trained_one(tmp_path: Path) -> None:
+    """It would exceed the bound by the time it is trained, and be sampled again."""
+    run = InFlight(tmp_path, dynamic_sampling={}, scores=by_prompt(solved=[7]))
+    run.engines.slow = {7}
+    await run.begin()
+    run.queue.request(1)
+    await run.queue.take(1)
+    await run.queue.finish(1)
+    run.engines.finish(7)  # filtered, while the weights are synced
+    await settle()
+    assert run.engines.asked == list(range(9))
+    await run.begin(1)
+    assert run.engines.asked == list(range(13))
+
+
 async def test_a_resumed_run_requests_the_outstanding_groups_again(tmp_path: Path) -> None:
     first = InFlight(tmp_path, max_staleness=2, batch_order="completion")
     first.engines.slow = {1, 6}
