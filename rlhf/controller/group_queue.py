@@ -3,9 +3,9 @@
     prompts -> outstanding groups -> scored groups -> the batch of a step
 
 A group is outstanding from its request until the engines have the weights that it trained, or until it is dropped or
-filtered. At most (max_staleness + 1) * prompts_per_step groups are outstanding. The engines load new weights between two
-decoding steps, so a response may span versions. The lag of its oldest token never exceeds max_staleness: a group that
-would exceed it is requested again and never trained as it was.
+filtered. At most (max_staleness + 1) * prompts_per_step groups are outstanding. The engines load new weights between
+two decoding steps, so a response may span versions. The lag of its oldest token never exceeds max_staleness: a group
+that would exceed it is requested again and never trained as it was.
 
 A checkpoint holds the ids and prompts of the outstanding groups. A resumed run requests them again with the same seeds.
 The engines answer the finished ones from their store.
