@@ -2,8 +2,10 @@
 
     python benchmarks/driver.py [--rollouts 10000] [--tokens 256 2048 8192] [--ranks 1 4 16] [--mode in_turns]
 
-The controller of a run, its roles and its record are real, and so is Ray. A dummy engine returns as many tokens as it
-is asked for, a dummy reward worker returns scores, and a dummy rank counts the bytes of the columns that it is handed.
+The controller of a run, its roles and its record are real, and so is Ray. A dummy engine returns responses of so many
+tokens on average, from half to one and a half times as many. A dummy reward worker returns scores, and a dummy rank
+counts the bytes of the columns that it is handed.
+
 `us / rollout` is the processor time of the driver's process, all its threads, over the rollouts of the run. `received`
 is the bytes of a rank's columns over those of its own sequences, for the rank with the largest ratio.
 """
@@ -15,6 +17,7 @@ import asyncio
 import cProfile
 import os
 import pstats
+import random
 import sys
 import tempfile
 import time
@@ -76,7 +79,7 @@ class Worker:
 
 
 class Engine(Worker):
-    """Returns responses of the maximum length, once the batch is released."""
+    """Returns responses of a third of the maximum length to all of it, once the batch is released."""
 
     def __init__(self) -> None:
         self.released = asyncio.Event()
@@ -112,24 +115,25 @@ class Engine(Worker):
         return [0.0] * (len(token_ids) - 1)
 
     def _responses(self, request: GroupRequest, sampling: Sampling) -> tuple[Rollouts, tuple[RolloutInfo, ...]]:
-        samples, length = len(request.seeds), PROMPT_TOKENS + sampling.max_new_tokens
-        mask = (torch.arange(length) >= PROMPT_TOKENS).repeat(samples)
+        most = sampling.max_new_tokens
+        lengths = [random.Random(seed).randint(most // 3, most) for seed in request.seeds]
+        mask = torch.cat([torch.arange(PROMPT_TOKENS + length) >= PROMPT_TOKENS for length in lengths])
         infos = tuple(
             RolloutInfo(
                 sequence_id=request.first_sequence_id + sample,
                 num_prompt_tokens=PROMPT_TOKENS,
-                num_response_tokens=sampling.max_new_tokens,
+                num_response_tokens=length,
                 finish_reason="stop",
                 min_version=self.version,
                 max_version=self.version,
                 mean_logprob=-1.0,
             )
-            for sample in range(samples)
+            for sample, length in enumerate(lengths)
         )
         rollouts = Rollouts(
             sequence_ids=torch.tensor([info.sequence_id for info in infos]),
-            lengths=torch.full((samples,), length),
-            token_ids=torch.arange(samples * length),
+            lengths=torch.tensor(lengths) + PROMPT_TOKENS,
+            token_ids=torch.arange(len(mask)),
             response_mask=mask,
             rollout_logprobs=torch.where(mask, -1.0, 0.0),
             versions=torch.where(mask, self.version, -1),
@@ -264,7 +268,7 @@ def configuration(tokens: int, *, rollouts: int, ranks: int, steps: int, mode: s
             "rollouts": {
                 "prompts_per_step": prompts,
                 "samples_per_prompt": GROUP,
-                "max_new_tokens": tokens,
+                "max_new_tokens": tokens * 3 // 2,  # the engines' mean is two thirds of it
                 **keys,
             },
             "rewards": {"place": {"function": "f"}},
