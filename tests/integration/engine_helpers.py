@@ -39,7 +39,7 @@ class BreakableEngine(RolloutWorker):
             states = engine.output_processor.request_states.values()
             return max(state.detokenizer.num_output_tokens() for state in states)
 
-        while await self._call(longest, "a response") < tokens:
+        while await self.calls.run(longest, "a response") < tokens:
             pass
         await self.cancel(group_ids)
 
