@@ -95,7 +95,7 @@ class InFlight:
     def __init__(self, folder: Path, *, max_staleness: int = 1, num_steps: int = 9, **keys: Any) -> None:
         order = keys.pop("batch_order", "prompt")
         keys["reward_policy"] = {"on_error": "drop", "max_dropped_fraction": 0.9}
-        self.run = Run(folder, keys.pop("scores", lambda _: (0.0, 1.0)), prompts=100, **keys)
+        self.run = Run(folder, keys.pop("scores", lambda _: (0.0, 1.0)), prompts=keys.pop("prompts", 100), **keys)
         self.engines = Engines()
         roles: tuple[Any, Any] = (self.engines, self.run)
         self.run.collector.scorer = RolloutScorer(
