@@ -44,7 +44,8 @@ class DynamicSampling(Section):
     max_mean: float | None = Field(default=None, allow_inf_nan=False)
     """Filter groups with a higher mean score too. null: no upper limit."""
     max_filtered_fraction: float = Field(default=4.0, gt=0.0, le=1000.0)
-    """Number of groups filtered in one step, divided by prompts_per_step, at which the run stops."""
+    """Number of groups filtered in one step, divided by prompts_per_step, at which the run stops. In flight, groups of
+    later batches are filtered too, and the number of kept groups divides if it is larger."""
 
     @model_validator(mode="after")
     def _a_band(self) -> Self:
