@@ -101,7 +101,7 @@ def start(config: Path) -> subprocess.Popen[bytes]:
     log = config.with_suffix(".log").open("ab")
     command = [sys.executable, "-m", "rlhf.cli", "train", str(config), "--resume", "auto", "--quiet"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
 
 def finish(process: subprocess.Popen[bytes], config: Path) -> None:
