@@ -140,7 +140,7 @@ def kill(process: subprocess.Popen[bytes], *, driver_only: bool) -> None:
     for victim in [driver] if driver_only else [driver, *started]:
         _end(victim)
     process.wait(timeout=DEADLINE_S)
-    _, left = psutil.wait_procs(started, timeout=30.0)  # without their driver they end by themselves
+    _, left = psutil.wait_procs(started, timeout=10.0)  # without their driver they end by themselves
     for victim in left:
         _end(victim)
     psutil.wait_procs(left, timeout=30.0)
