@@ -286,7 +286,7 @@ class RolloutInfo:
 
 
 def oldest_version(infos: Sequence[RolloutInfo]) -> int | None:
-    """Return the oldest weights that sampled a token of these responses. None: they have no token."""
+    """Return the oldest version of any sampled token. None: the responses have no token."""
     return min((info.min_version for info in infos if info.num_response_tokens), default=None)
 
 

@@ -74,7 +74,7 @@ def not_begun(request: GroupRequest) -> tuple[Begun, ...]:
 
 
 def continued_responses(begun: Sequence[Begun], outputs: Sequence[Any]) -> list[Begun]:
-    """Return a group's responses so far. `outputs` are those of the responses that were not finished."""
+    """Return a group's responses so far. `outputs` holds vLLM's outputs of the unfinished ones."""
     rest = iter(outputs)
     return [b if b.finish_reason is not None else response_of(next(rest), b) for b in begun]
 

@@ -240,7 +240,7 @@ def salt_waiting(engine: Any) -> None:
 
 
 def put_first(engine: Any) -> None:
-    """Move the newest request before all waiting ones, among them those that an update has interrupted."""
+    """Move the newest request before all waiting ones, also before samples interrupted by an update."""
     waiting = _scheduler(engine).waiting
     waiting.prepend_request(waiting.pop())
 

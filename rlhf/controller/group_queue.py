@@ -139,7 +139,7 @@ class GroupQueue:
         return version is not None and version < self.version - self.max_staleness
 
     def _limit(self) -> int:
-        """Return the largest number of outstanding groups, at most those that the run still needs."""
+        """Return the largest number of outstanding groups. The last steps need fewer of them."""
         return min(self.max_staleness + 1, self.num_steps - self.version) * self.prompts_per_step
 
     def _admit(self) -> None:

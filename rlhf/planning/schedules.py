@@ -53,7 +53,7 @@ def _can_stream(config: Config) -> bool:
 
 
 def correction_in_force(config: Config, rollouts: RolloutsConfig) -> str:
-    """Say what corrects the difference between the weights that sample a response and those that it trains."""
+    """Name the correction for responses of earlier weights, or say why there is none."""
     algorithm = config.algorithm
     if not isinstance(algorithm, OnlineConfig):
         return f"none: {algorithm.name} has no correction" if rollouts.max_lag else "not needed"

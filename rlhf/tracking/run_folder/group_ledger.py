@@ -48,7 +48,7 @@ class GroupRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepGroups:
-    """The groups that a step trained, and those that ended in another way since the step before."""
+    """The groups of a step by outcome: trained, filtered, dropped or requested again."""
 
     max_staleness: int  # the bound of the lag
     trained: Sequence[GroupRecord] = ()

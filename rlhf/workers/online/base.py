@@ -40,7 +40,7 @@ class Share:
 
     @property
     def lags(self) -> Int[Tensor, " N"]:
-        """Return the versions between the weights that are trained and those that sampled a token."""
+        """Return the lag of each token: the trained version minus the version of its sampler."""
         return self.plan.step - 1 - self.rollouts.versions
 
     def column(self, values: Tensor) -> TokenValues:
