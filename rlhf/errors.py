@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
+
+LossKind = Literal["died", "hung", "out_of_memory"]
 
 
 class UserError(Exception):
@@ -12,6 +15,20 @@ class UserError(Exception):
 
 class RunError(Exception):
     """Something failed at run time. Exit code 1. The message names stage, actor, rank and cause."""
+
+
+class WorkerLost(RunError):
+    """A worker no longer works: its process died, or it did not answer and was given up.
+
+    Its work can be asked again from a worker started in its place (rlhf.controller.supervisor).
+    """
+
+    def __init__(self, message: str, *, role: str, rank: int, stage: str, kind: LossKind) -> None:
+        super().__init__(message)
+        self.role = role
+        self.rank = rank
+        self.stage = stage
+        self.kind = kind
 
 
 class Preempted(Exception):

@@ -14,11 +14,12 @@ from ray import ObjectRef
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from actors.cluster.actor_locations import location_of, lost_nodes
-from rlhf.errors import RunError, UserError
+from rlhf.errors import LossKind, RunError, UserError, WorkerLost
 
 IT_HANGS = " It hangs, or the limit is too short for the work."
 RESUMES = "The run can be resumed with --resume auto."
 DEATH_SHOWS_WITHIN_S = 2.0  # the peers of a dead rank may fail before it
+OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|\bOOM\b|memory monitor", re.IGNORECASE)  # in Ray's reason
 MOST_TOLD = 600  # characters of a cause in a message
 
 
@@ -40,9 +41,13 @@ async def wait_all(refs: Sequence[ObjectRef[Any]], *, role: str, stage: str, dea
         if pending:
             late = [rank for rank, future in enumerate(futures) if future in pending]
             limit = f"cluster.{'start' if stage == 'start' else 'call'}_timeout_s"
-            raise RunError(
+            raise WorkerLost(
                 f"{stage}: {role} rank {', '.join(map(str, late))} did not answer within "
-                f"{time.monotonic() - began:.0f} s ({limit}).{lost_nodes() or IT_HANGS} {RESUMES}"
+                f"{time.monotonic() - began:.0f} s ({limit}).{lost_nodes() or IT_HANGS} {RESUMES}",
+                role=role,
+                rank=late[0],
+                stage=stage,
+                kind="hung",
             )
         return [future.result() for future in futures]
     finally:
@@ -57,16 +62,20 @@ async def wait_one(
     try:
         return await asyncio.wait_for(asyncio.wrap_future(ref.future()), timeout=deadline_s)
     except TimeoutError as error:
-        raise RunError(
+        raise WorkerLost(
             f"{stage}: {role} rank {rank} did not answer within {deadline_s:.0f} s ({limit})."
-            f"{lost_nodes() or IT_HANGS} {RESUMES}"
+            f"{lost_nodes() or IT_HANGS} {RESUMES}",
+            role=role,
+            rank=rank,
+            stage=stage,
+            kind="hung",
         ) from error
     except RayError as error:
         raise explain(error, role=role, rank=rank, stage=stage) from error
 
 
 def explain(error: BaseException | None, *, role: str, rank: int, stage: str) -> Exception:
-    """Return the failure as an error with stage, role, rank and cause."""
+    """Return the failure as an error with stage, role, rank and cause: WorkerLost if the worker's process died."""
     who = f"{stage}: {role} rank {rank}"
     failure: Exception
     if isinstance(error, RayTaskError):
@@ -78,7 +87,10 @@ def explain(error: BaseException | None, *, role: str, rank: int, stage: str) ->
             lost = lost_nodes()
             failure = RunError(f"{who} failed: {reason}{f'{lost} {RESUMES}' if lost else ''}")
     elif isinstance(error, RayActorError):
-        failure = RunError(f"{who} {_how_it_died(error)} {RESUMES}")
+        message = f"{who} {_how_it_died(error)} {RESUMES}"
+        kind: LossKind = "out_of_memory" if OUT_OF_MEMORY.search(str(error)) else "died"
+        starts = error.actor_init_failed  # its successor would fail in the same way
+        failure = RunError(message) if starts else WorkerLost(message, role=role, rank=rank, stage=stage, kind=kind)
     else:
         failure = RunError(f"{who} failed: {type(error).__name__}: {_short(str(error))}{lost_nodes()}")
     failure.__cause__ = error

@@ -25,6 +25,7 @@ from rlhf.config.derive import (
     uses_reward_model,
 )
 from rlhf.config.schema.root import Config
+from rlhf.controller.supervisor import Supervisor
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.role_table import Role
 from rlhf.workers.frozen.reference import ReferenceWorker
@@ -42,6 +43,7 @@ class RunContext:
 
     config: Config
     placement: Placement
+    supervisor: Supervisor | None = None  # None: a lost worker ends the work
     rewards: tuple[RewardSpec, ...] = ()
 
     def spawn(self, role: Role, worker: type, *args: Any, **options: Any) -> list[ActorHandle[Any]]:
@@ -128,5 +130,6 @@ def build_roles(run: RunContext, groups: list[Stoppable]) -> dict[Role, Any]:
         if role not in needs(run.config):
             continue
         roles[role] = build(run)
+        roles[role].supervisor = run.supervisor
         groups.append(roles[role])
     return roles

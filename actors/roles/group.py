@@ -15,6 +15,7 @@ from actors.cluster.placement import Placement
 from actors.cluster.processes import KEEPS_MEMORY, Processes, hub_environment
 from actors.cluster.waiting import wait_all, wait_one
 from rlhf.config.schema.cluster import ClusterConfig
+from rlhf.controller.supervisor import Supervisor
 from rlhf.engine.distributed import RankContext
 from rlhf.errors import RunError
 from rlhf.role_table import Role
@@ -61,6 +62,7 @@ class WorkerGroup:
     """The actors of one role, in rank order. The error of a failed call names stage, role and rank."""
 
     role: Role
+    supervisor: Supervisor | None = None  # None: a lost worker ends the work
 
     def __init__(self, handles: Sequence[ActorHandle[Any]], *, deadline_s: float) -> None:
         self.handles = handles

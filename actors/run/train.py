@@ -36,6 +36,7 @@ from rlhf.controller.loop import sparing_loaded_objects
 from rlhf.controller.offline import OfflineController
 from rlhf.controller.online import OnlineController
 from rlhf.controller.record import RunRecord
+from rlhf.controller.supervisor import Supervisor
 from rlhf.errors import RunError, UserError, prefix_errors
 from rlhf.merging.merge import checked_sources, write_merge
 from rlhf.models.publish import push_folder
@@ -187,7 +188,8 @@ async def _offline(
     nodes = record.nodes = Nodes(placement)
     groups: list[Stoppable] = [nodes]
     async with ending(groups, placement):
-        roles = build_roles(RunContext(config=config, placement=placement), groups)
+        supervisor = Supervisor(config.cluster.restarts, record, placement.plan.slots)
+        roles = build_roles(RunContext(config=config, placement=placement, supervisor=supervisor), groups)
         record.progress.stage(f"starting {_names(placement)}")
         await asyncio.gather(*[g.start(deadline_s=config.cluster.start_timeout_s) for g in roles.values()])
         policy, teacher = roles[PolicyGang.role], roles.get(TeacherWorkers.role)
@@ -205,6 +207,7 @@ async def _offline(
             rows=stream_of(stage),
             eval_sets=inputs.eval_sets,
             policy_fingerprint=policy.fingerprint,
+            supervisor=supervisor,
             teacher=teacher,
         )
         if needs_reference_logprobs(config):
@@ -224,8 +227,10 @@ async def _online(
     nodes = record.nodes = Nodes(lease.placement)
     groups: list[Stoppable] = [nodes]
     async with ending(groups, lease):
-        context = RunContext(config=config, placement=lease.placement, rewards=inputs.rewards)
+        supervisor = Supervisor(config.cluster.restarts, record, lease.placement.plan.slots)
+        context = RunContext(config=config, placement=lease.placement, supervisor=supervisor, rewards=inputs.rewards)
         roles = build_roles(context, groups)
+        lease.engines.supervisor = supervisor
         groups.append(lease)
         record.progress.stage(f"starting {_names(lease.placement)}")
         await lease.start_with(list(roles.values()), config.cluster)
@@ -244,6 +249,7 @@ async def _online(
             marking=inputs.marking,
             probe_ids=inputs.probe_ids,
             policy_fingerprint=policy.fingerprint,
+            supervisor=supervisor,
             rewards_fingerprint=fingerprint(inputs.rewards, model=repr(roles[RewardWorkers.role].settings.model)),
             environment_fingerprint="" if inputs.environment is None else inputs.environment.fingerprint(),
         )

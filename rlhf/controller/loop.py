@@ -22,6 +22,7 @@ from rlhf.config.files.differences import home, portable
 from rlhf.config.schema.root import Config
 from rlhf.controller.notice import Notice
 from rlhf.controller.record import Best, RunRecord
+from rlhf.controller.supervisor import Supervisor
 from rlhf.errors import Preempted
 from rlhf.roles import MeasuredRole, TrainedRole
 from rlhf.tracking.metrics.reductions import Last
@@ -57,6 +58,7 @@ class TrainingLoop(ABC):
         eval_metric: str,
         lower_is_better: bool,
         policy_fingerprint: str,
+        supervisor: Supervisor,
     ) -> None:
         """Create a loop that has not begun.
 
@@ -72,6 +74,7 @@ class TrainingLoop(ABC):
         self.trained = trained
         self.evaluates = bool(eval_sets)
         self.fingerprint = policy_fingerprint
+        self.supervisor = supervisor
         self.notice = Notice()
         self.step = self.kept_step = 0
         first_set = next(iter(eval_sets), "heldout")
@@ -155,6 +158,7 @@ class TrainingLoop(ABC):
             if role is not None:
                 record.memory(name, await role.memory())
         await record.system()
+        record.add(self.supervisor.metrics())
         row = record.row()
         tokens, mean_length = self.trained_tokens(row)
         rate = row.get("update/tokens/total", 0.0) / row["time/update_s"]  # 0 while only the critic is trained

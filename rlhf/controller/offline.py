@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from rlhf.config.schema.root import Config
 from rlhf.controller.loop import TrainingLoop
 from rlhf.controller.record import RunRecord
+from rlhf.controller.supervisor import Supervisor
 from rlhf.data.packing import balance
 from rlhf.data.stream import Cursor, Stream
 from rlhf.roles import OfflineRole, Ref, StatesByRank, TeacherRole
@@ -70,6 +71,7 @@ class OfflineController(TrainingLoop):
         rows: Stream[DataRow],
         eval_sets: Mapping[str, Sequence[DataRow]],
         policy_fingerprint: str,
+        supervisor: Supervisor,
         teacher: TeacherRole | None = None,
     ) -> None:
         super().__init__(
@@ -81,6 +83,7 @@ class OfflineController(TrainingLoop):
             eval_metric="loss",
             lower_is_better=True,
             policy_fingerprint=policy_fingerprint,
+            supervisor=supervisor,
         )
         self.role = role
         self.train_set = train_set

@@ -36,6 +36,7 @@ from rlhf.controller.pair_learning import PairLearning
 from rlhf.controller.record import RunRecord
 from rlhf.controller.rollout_report import group_samples, rollout_metrics
 from rlhf.controller.rollout_scorer import RolloutScorer
+from rlhf.controller.supervisor import Supervisor
 from rlhf.controller.weight_sync import sync_weights
 from rlhf.data.stream import Stream
 from rlhf.errors import Preempted
@@ -69,6 +70,7 @@ class OnlineController(TrainingLoop):
         marking: Marking,
         probe_ids: Sequence[int],
         policy_fingerprint: str,
+        supervisor: Supervisor,
         rewards_fingerprint: str,
         environment_fingerprint: str = "",
     ) -> None:
@@ -84,6 +86,7 @@ class OnlineController(TrainingLoop):
             eval_metric="score" if scored else "kl_teacher",
             lower_is_better=not scored,
             policy_fingerprint=policy_fingerprint,
+            supervisor=supervisor,
         )
         self.roles = roles
         self.eval_sets = eval_sets

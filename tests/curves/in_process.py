@@ -31,6 +31,7 @@ from rlhf.config.files.load import LoadedConfig
 from rlhf.config.schema.root import Config
 from rlhf.controller.learning import OnlineRoles
 from rlhf.controller.online import OnlineController
+from rlhf.controller.supervisor import Supervisor
 from rlhf.data.stream import Stream
 from rlhf.engine.distributed import RankContext, init_distributed, leave_distributed
 from rlhf.evaluation.voting import AnswerForm
@@ -445,6 +446,7 @@ async def run(loaded: LoadedConfig, *, watch: Callable[[OnlineRoles], OnlineRole
             probe_ids=inputs.probe_ids,
             policy_fingerprint="",
             rewards_fingerprint=fingerprint(inputs.rewards, model=""),
+            supervisor=Supervisor(stage.config.cluster.restarts, record, ()),
         )
         try:
             await controller.run()

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+from rlhf.config.schema.cluster import Restarts
 from rlhf.controller.offline import OfflineController
+from rlhf.controller.supervisor import Supervisor
 from rlhf.data.stream import Stream
 from rlhf.types import MinibatchPlan
 
@@ -38,14 +40,16 @@ def test_pieces_of_an_evaluation_are_divided_by_the_counts_of_the_whole_set() ->
     rows = [SomeRow(example_id=i, token_ids=(0,) * (i + 1), num_targets=i) for i in range(7)]
     role: Any = Role()
     train: Any = SimpleNamespace(sequences_per_update=3, best_metric=None, early_stopping=None)
+    record: Any = SimpleNamespace(stage=lambda *_, **__: nullcontext(), add=lambda _: None)
     controller = OfflineController(
         SimpleNamespace(train=train),  # type: ignore[arg-type]
         role,
-        SimpleNamespace(stage=lambda *_, **__: nullcontext(), add=lambda _: None),  # type: ignore[arg-type]
+        record,
         train_set=rows,
         rows=Stream(rows, seed=0, shuffle=True),
         eval_sets={"heldout": rows},
         policy_fingerprint="",
+        supervisor=Supervisor(Restarts(), record, ()),
     )
     asyncio.run(controller.evaluate(1))
     shares = [[set(ids) for ids in plan.sequences_by_rank] for plan in role.plans]

@@ -12,6 +12,7 @@ import pytest
 
 from rlhf.config.schema.root import Config
 from rlhf.controller.offline import OfflineController
+from rlhf.controller.supervisor import Supervisor
 from rlhf.data.examples import Example
 from rlhf.data.stream import Stream
 from rlhf.types import MinibatchPlan
@@ -72,7 +73,14 @@ def three_steps(*, colocate_with: str | None) -> tuple[list[str], list[int]]:
     stream = Stream(ROWS, seed=0, shuffle=False)
     teacher: Any = Teacher(calls)
     controller = OfflineController(
-        config, **parts, train_set=ROWS, rows=stream, eval_sets={}, policy_fingerprint="", teacher=teacher
+        config,
+        **parts,
+        train_set=ROWS,
+        rows=stream,
+        eval_sets={},
+        policy_fingerprint="",
+        supervisor=Supervisor(config.cluster.restarts, parts["record"], ()),
+        teacher=teacher,
     )
     positions = []
     for step in range(3):

@@ -136,6 +136,19 @@ class Roles(Section):
     """Rollout engines."""
 
 
+class Restarts(Section):
+    """How many lost processes a run replaces within a time before it ends with the last error."""
+
+    engine: Annotated[int, OnlyIn("rollouts")] = Field(default=10, ge=0)
+    """Rollout engines."""
+    gang: Annotated[int, OnlyIn("training")] = Field(default=5, ge=0)
+    """Gangs: all ranks of the policy or of the critic together."""
+    worker: int = Field(default=10, ge=0)
+    """Workers of the reference, teacher or reward role."""
+    window_s: float = Field(default=3600.0, gt=0.0)
+    """The time in which the losses are counted, in seconds."""
+
+
 class ClusterConfig(Section):
     """The Ray cluster and the deadlines."""
 
@@ -154,5 +167,7 @@ class ClusterConfig(Section):
     """Time limit for placing and starting all workers, in seconds."""
     call_timeout_s: float = Field(default=1800.0, gt=0.0, le=1_000_000)
     """Time limit for one call of a worker, in seconds. It bounds the duration of a hang."""
+    restarts: Restarts = Restarts()
+    """How often lost processes are started again before the run ends."""
     roles: Roles = Roles()
     """Resources of each role."""

@@ -221,6 +221,7 @@ weight_sync/probe_max_diff | nats | Max | online | Largest |logprob| difference 
 
 time/engines_idle/fraction | 1 | Last | online | Part of the step in which the engines answered no prompt of training
 time/trainer_waits_s | s | Sum | online | Time in which training waited for responses
+time/recovery_s | s | Sum | all | Time in which lost workers were started again
 time/step_s | s | Sum | all | Wall time of the step, without evaluation and checkpoint
 time/<stage>_s | s | Sum | all | Wall time of one stage; stages may overlap
 
@@ -230,6 +231,9 @@ throughput/rollout_tokens_per_s | tokens/s | Last | online | Sampled tokens, inc
 throughput/train_tokens_per_s | tokens/s | Last | all | `update/tokens/total` over `time/update_s`
 throughput/mfu | 1 | Last | all | The policy's flops in the update, divided by the measured matrix-product flops of its
     ranks
+
+recovery/<role>/total | workers | Sum | all | Lost workers of the role that were started again; the ranks of a gang
+    count once
 
 memory/<role>_rss_gib | GiB | Max | all | Resident memory of the role's largest process
 memory/<role>_gpu_gib | GiB | Max | gpu | Peak GPU memory of the role's largest process

@@ -1,0 +1,107 @@
+"""Decide what the loss of a worker means: it is started again, or the run ends with the error of the loss.
+
+The groups of actors notice losses and know how to replace a worker. This module counts, decides and records. The run
+ends when a unit was lost more often than `cluster.restarts` allows, when memory was exhausted twice, and when the same
+worker was lost twice in a row at the same work: then the cause is a bug, and a third time would be no different.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Hashable, Iterable
+
+from rlhf.config.schema.cluster import Restarts
+from rlhf.controller.record import RunRecord
+from rlhf.errors import RunError, WorkerLost
+from rlhf.role_table import ROLES, Role, RoleKind
+from rlhf.roles import Metrics
+from rlhf.tracking.metrics.reductions import Sum
+from rlhf.tracking.run_folder.errors import ErrorRecord
+
+logger = logging.getLogger(__name__)
+UNITS: dict[RoleKind, str] = {"engines": "engine", "trained": "gang", "frozen": "worker", "scoring": "worker"}
+
+
+class Supervisor:
+    """The losses of a run."""
+
+    def __init__(self, restarts: Restarts, record: RunRecord, roles: Iterable[Role]) -> None:
+        """Create a supervisor that has seen no loss.
+
+        Args:
+            roles: the roles of the run.
+        """
+        self.restarts = restarts
+        self.record = record
+        self._lost_at: dict[Role, deque[float]] = {role: deque() for role in roles}
+        self._last_work: dict[tuple[Role, int], Hashable] = {}  # at the last loss, if nothing succeeded since
+        self._out_of_memory: set[Role] = set()
+        self._recovered: Counter[Role] = Counter()  # since the last `metrics`
+        self._seconds = 0.0
+
+    async def recover(self, lost: WorkerLost, rebuild: Callable[[], Awaitable[None]], *, work: Hashable = None) -> None:
+        """Start the lost worker again, and record it. Raise the loss itself if the run must end.
+
+        Args:
+            rebuild: ends what is left of the worker, and starts another one in its place.
+            work: what the worker did. The run ends if it was the same at its last loss, unless `succeeded` was called
+                in between. None: unknown.
+        """
+        role: Role = lost.role  # type: ignore[assignment]
+        count = self._allow(role, lost, work)
+        unit = UNITS[ROLES[role].kind]
+        limit = getattr(self.restarts, unit)
+        step = self.record.step + 1
+        message = str(lost)
+        logger.warning("%s It is started again (%d of at most %d, cluster.restarts.%s).", message, count, limit, unit)
+        source = f"{role} {lost.rank}"
+        self.record.tracker.log_error(
+            ErrorRecord(step=step, stage=lost.stage, kind=lost.kind, message=message, source=source)
+        )
+        self.record.tracker.alert("warning", f"{role} lost", f"Step {step}: {message}")
+        began = time.perf_counter()
+        with self.record.timeline.span("recovery", role):
+            try:
+                await rebuild()
+            except RunError as error:
+                raise RunError(f"{message} Its successor could not be started: {error}") from error
+        took_s = time.perf_counter() - began
+        self._recovered[role] += 1
+        self._seconds += took_s
+        logger.info("%s works again after %.1f s", source, took_s)
+
+    def succeeded(self, role: Role, rank: int) -> None:
+        """Note that a worker finished work, so its next loss is not a repetition of the last one."""
+        self._last_work.pop((role, rank), None)
+
+    def _allow(self, role: Role, lost: WorkerLost, work: Hashable) -> int:
+        """Return the number of losses in the window, or raise the loss."""
+        now, times = time.monotonic(), self._lost_at[role]
+        while times and now - times[0] > self.restarts.window_s:
+            times.popleft()
+        times.append(now)
+        key, last_work = (role, lost.rank), self._last_work.get((role, lost.rank))
+        self._last_work[key] = work
+        unit = UNITS[ROLES[role].kind]
+        reason = None
+        if len(times) > getattr(self.restarts, unit):
+            reason = f"it was lost {len(times)} times in {self.restarts.window_s:.0f} s (cluster.restarts.{unit})"
+        elif lost.kind == "out_of_memory" and role in self._out_of_memory:
+            reason = "its memory was exhausted twice"
+        elif work is not None and work == last_work:
+            reason = "it was lost twice in a row at the same work"
+        if reason is not None:
+            logger.error("%s %d is not started again: %s", role, lost.rank, reason)
+            raise lost
+        if lost.kind == "out_of_memory":
+            self._out_of_memory.add(role)
+        return len(times)
+
+    def metrics(self) -> Metrics:
+        """Return the recoveries since the last call."""
+        counts = {f"recovery/{role}/total": Sum(total=self._recovered[role]) for role in self._lost_at}
+        seconds, self._seconds = self._seconds, 0.0
+        self._recovered.clear()
+        return {**counts, "time/recovery_s": Sum(total=seconds)}
