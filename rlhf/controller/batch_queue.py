@@ -14,13 +14,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from rlhf.controller.collect import Collected, Collector
 from rlhf.controller.record import RunRecord
 from rlhf.roles import Metrics
+from rlhf.types import GroupRequest
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -132,11 +133,12 @@ class BatchQueue:
         await self._collecting
         del self._requested[step]
 
-    async def stop(self) -> None:
-        """Give up the batches that are not whole."""
+    async def stop(self) -> Sequence[GroupRequest]:
+        """Give up the batches that are not whole. No request is left in the engines after a whole step."""
         if self._collecting is not None:
             self._collecting.cancel()
             await asyncio.gather(self._collecting, return_exceptions=True)
+        return ()
 
     @property
     def position(self) -> Mapping[str, Any]:

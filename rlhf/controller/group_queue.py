@@ -275,16 +275,22 @@ class GroupQueue:
     async def finish(self, step: int) -> None:
         """Do nothing: `synced` forgets the trained groups, so no old weights begin others in their place."""
 
-    async def stop(self) -> None:
-        """Give up the unfinished groups. Another start requests them again, and the finished ones."""
+    async def stop(self) -> Sequence[GroupRequest]:
+        """Give up the unfinished groups, and return their requests, which the engines still answer.
+
+        Another start requests them again, and the finished ones.
+        """
         tasks = [entry.task for entry in self._outstanding.values() if entry.task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for entry in self._outstanding.values():
+        entries = list(self._outstanding.values())
+        unfinished = [entry.request for entry in entries if entry.scored is None and entry.request is not None]
+        for entry in entries:
             entry.scored = None
-        self._waiting.extendleft(reversed(self._outstanding.values()))
+        self._waiting.extendleft(reversed(entries))
         self._outstanding, self._finished, self._taken = {}, [], ()
+        return unfinished
 
     @property
     def seconds(self) -> float | None:

@@ -120,11 +120,14 @@ class OnlineController(TrainingLoop):
         await self._sync(self.step)
 
     async def run(self, *, until: int | None = None) -> bool:
-        """Run the loop, and give up the rollouts that it leaves behind."""
+        """Run the loop, and give up the rollouts that it leaves behind. The engines may serve another run afterwards."""
         try:
-            return await super().run(until=until)
+            is_over = await super().run(until=until)
         finally:
-            await self.batches.stop()
+            unfinished = await self.batches.stop()
+        if unfinished:
+            await self.roles.rollout.cancel(unfinished)
+        return is_over
 
     async def end(self) -> None:
         """Load the trained roles onto shared GPUs, and prepare the policy for its export."""

@@ -352,7 +352,8 @@ async def test_a_stopped_queue_continues_with_its_groups(tmp_path: Path) -> None
     run = InFlight(tmp_path)
     run.engines.slow = {2}
     await run.begin()
-    await run.queue.stop()
+    await settle()
+    assert [request.group_id for request in await run.queue.stop()] == [2], "only this one is still in the engines"
     run.engines.slow = set()
     await run.begin()
     await run.step(1)
