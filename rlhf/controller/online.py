@@ -120,7 +120,7 @@ class OnlineController(TrainingLoop):
         await self._sync(self.step)
 
     async def run(self, *, until: int | None = None) -> bool:
-        """Run the loop, and give up the rollouts that it leaves behind. The engines may serve another run afterwards."""
+        """Run the loop, and give up the rollouts that it leaves behind, since the engines may serve another run."""
         try:
             is_over = await super().run(until=until)
         finally:
