@@ -1,4 +1,4 @@
-"""Remember the nodes of a run's actors, so that an error message can name them.
+"""Remember the nodes and processes of a run's actors, so that an error message and processes.json can name them.
 
 Nodes are probed directly: Ray notices a lost connection only after its health checks, and the head node may be lost
 itself.
@@ -7,17 +7,24 @@ itself.
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 import os
 import socket
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
 from ray.exceptions import RayError
 
+from rlhf.errors import RunError
 from rlhf.stopping import start_thread
+from rlhf.tracking.run_folder.atomic import write_atomic
 
+logger = logging.getLogger(__name__)
 ANSWERS_WITHIN_S = 2.0
 
 
@@ -43,6 +50,22 @@ class ActorLocation:
 
 
 _LOCATIONS: dict[str, ActorLocation] = {}  # by actor id; ids are never reused
+_LISTS: list[Path] = []  # files that list the processes
+
+
+@contextmanager
+def listed_in(path: Path) -> Iterator[None]:
+    """List the driver and the processes of all actors in a file, which is kept up to date during the block.
+
+    After the block the file lists nothing. A killed driver leaves its last list behind.
+    """
+    _LISTS.append(path)
+    _write_lists()
+    try:
+        yield
+    finally:
+        _LISTS.remove(path)
+        path.unlink(missing_ok=True)
 
 
 def own_location(actor: object) -> tuple[str, str, int]:
@@ -58,12 +81,25 @@ def remember(role: str, locations: Sequence[tuple[str, str, int]]) -> None:
         if node in nodes:
             address, port = nodes[node]
             _LOCATIONS[actor] = ActorLocation(who=f"{role} rank {rank}", node=node, address=address, port=port, pid=pid)
+    _write_lists()
 
 
 def forget(actors: Iterable[str]) -> None:
     """Forget actors that have been ended."""
     for actor in actors:
         _LOCATIONS.pop(actor, None)
+    _write_lists()
+
+
+def _write_lists() -> None:
+    """Write the files that list the processes. A full disk costs the list, and not the run."""
+    actors = [{"who": place.who, "node": place.address, "pid": place.pid} for place in _LOCATIONS.values()]
+    rows = [{"who": "driver", "node": None, "pid": os.getpid()}, *actors]
+    for path in _LISTS:
+        try:
+            write_atomic(path, json.dumps(rows, indent=1) + "\n")
+        except (OSError, RunError) as error:
+            logger.warning("%s could not be written: %s", path, error)
 
 
 def location_of(actor: str | None) -> ActorLocation | None:

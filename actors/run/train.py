@@ -14,7 +14,7 @@ from pathlib import Path
 
 import ray
 
-from actors.cluster.actor_locations import draining_node
+from actors.cluster.actor_locations import draining_node, listed_in
 from actors.cluster.connect import connected
 from actors.cluster.node_metrics import Nodes
 from actors.cluster.placement import Placement, reserve
@@ -174,8 +174,9 @@ async def _run_stage(stage: StageInputs, request: StopRequest, *, resume: bool, 
         running = (
             _online(stage, inputs, record) if isinstance(inputs, OnlineInputs) else _offline(stage, inputs, record)
         )
-        async with running as (controller, policy, placement):
-            await _carry_out(controller, policy, request, step=step, until=until, nodes=placement.nodes())
+        with listed_in(record.folder.processes):
+            async with running as (controller, policy, placement):
+                await _carry_out(controller, policy, request, step=step, until=until, nodes=placement.nodes())
 
 
 @asynccontextmanager

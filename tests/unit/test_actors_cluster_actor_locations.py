@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from ray._private.state import GlobalState
 from ray.exceptions import RayError
 
 from actors.cluster import actor_locations
-from actors.cluster.actor_locations import ActorLocation, draining_node, forget, lost_nodes
+from actors.cluster.actor_locations import ActorLocation, draining_node, forget, listed_in, lost_nodes, remember
 
 
 @pytest.fixture
@@ -63,6 +66,24 @@ def test_a_head_that_cannot_be_asked_is_no_notice(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(RayError):
         not_joined.get_draining_nodes()
     assert asyncio.run(draining_node({"n1"})) is None
+
+
+def test_the_list_of_processes_follows_them_and_ends_with_the_run(
+    known: dict[str, ActorLocation], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    node = {"NodeID": "n1", "NodeManagerAddress": "10.0.0.1", "NodeManagerPort": 1}
+    monkeypatch.setattr("ray.nodes", lambda: [node])
+    path, driver = tmp_path / "processes.json", {"who": "driver", "node": None, "pid": os.getpid()}
+    with listed_in(path):
+        assert json.loads(path.read_text()) == [driver]
+        remember("policy", [("a", "n1", 11), ("b", "n1", 12)])
+        ranks = [{"who": f"policy rank {rank}", "node": "10.0.0.1", "pid": 11 + rank} for rank in range(2)]
+        assert json.loads(path.read_text()) == [driver, *ranks]
+        forget(["a"])
+        assert json.loads(path.read_text()) == [driver, ranks[1]]
+    assert not path.exists()
+    forget(["b"])
+    assert not path.exists()
 
 
 def free_port() -> int:

@@ -33,7 +33,7 @@ _SCRATCH = ".own-"
 _PARTS = (  # of a run folder; the first one marks it as such, and is removed last
     "config.resolved.yaml",
     *("environment.json", "metrics.jsonl", HISTOGRAMS, GROUPS, "errors.jsonl", "timeline.json", "traceback.txt"),
-    *("wandb_run_id", "report.html", "eval.json"),
+    *("wandb_run_id", "report.html", "eval.json", "processes.json"),
     *("samples", "evals", "checkpoints", "references", "tensorboard", "wandb", "final"),
 )
 
@@ -58,6 +58,7 @@ class RunFolder:
         self.evals = path / "evals"  # evaluations with their intervals
         self.errors = path / "errors.jsonl"
         self.timeline = path / "timeline.json"
+        self.processes = path / "processes.json"  # the processes of a running run
         self.checkpoints = path / "checkpoints"
         self.scratch = path / f"{_SCRATCH}{secrets.token_hex(4)}"  # files in progress, and a link to `samples`
         self.spool = self.scratch / "spool"  # finished rollouts for a resumed step
