@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,10 +74,10 @@ def own_location(actor: object) -> tuple[str, str, int]:
     return context.get_actor_id() or "", context.get_node_id(), os.getpid()
 
 
-def remember(role: str, locations: Sequence[tuple[str, str, int]]) -> None:
-    """Remember the locations of a role's workers, in rank order."""
+def remember(role: str, locations: Mapping[int, tuple[str, str, int]]) -> None:
+    """Remember the locations of a role's workers, by rank."""
     nodes = {node["NodeID"]: (node["NodeManagerAddress"], node["NodeManagerPort"]) for node in ray.nodes()}
-    for rank, (actor, node, pid) in enumerate(locations):
+    for rank, (actor, node, pid) in locations.items():
         if node in nodes:
             address, port = nodes[node]
             _LOCATIONS[actor] = ActorLocation(who=f"{role} rank {rank}", node=node, address=address, port=port, pid=pid)

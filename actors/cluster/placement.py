@@ -25,6 +25,7 @@ from rlhf.stopping import finishes_within
 logger = logging.getLogger(__name__)
 SAY_EVERY_S = 30.0
 RELEASED_WITHIN_S = 10.0
+WHOLE_ASKED_EVERY_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +78,12 @@ class Placement:
         nodes = self.nodes_of(role)
         return [max(1, cores[n] // nodes.count(n)) if configured == "auto" else configured for n in nodes]
 
+    async def wait_until_whole(self, *, limit_s: float) -> None:
+        """Wait until Ray has placed the bundles of lost nodes on others. Raise RunError at the limit."""
+        if not _is_whole(self.group):
+            logger.warning("the run has lost a node: waiting for another in its place")
+            await _wait(asyncio.ensure_future(_whole(self.group)), self.group, self.plan, limit_s=limit_s, lost=True)
+
     def release(self) -> None:
         """Release the resources. Has no effect after a local Ray has been killed."""
         if OWN_RAY.killed:  # no call to a killed Ray: it would abort the driver after a minute
@@ -116,27 +123,47 @@ async def _reserve(plan: PlacementPlan, *, limit_s: float) -> Placement:
         strategy="PACK",
         bundle_label_selector=[dict(labels) for labels in plan.labels] if any(plan.labels) else None,
     )
-    began = last_log = time.monotonic()
     ready = asyncio.ensure_future(asyncio.wrap_future(group.ready().future()))
+    try:
+        await _wait(ready, group, plan, limit_s=limit_s, lost=missing is not None)
+    except RunError:
+        remove_placement_group(group)
+        raise
+    placement = Placement(group=group, plan=plan)
+    if not placement.on_one_host():
+        logger.info("placed: %s", placement.describe())
+    return placement
+
+
+async def _wait(
+    ready: asyncio.Future[Any], group: PlacementGroup, plan: PlacementPlan, *, limit_s: float, lost: bool
+) -> None:
+    """Wait until a group is placed. Raise RunError at the deadline, with a table. `lost`: the cluster lost nodes."""
+    began = last_log = time.monotonic()
     while not ready.done():
         waited = time.monotonic() - began
         left = limit_s - waited
         if left <= 0:
-            state = placement_group_table(group)
-            remove_placement_group(group)
+            ready.cancel()
             raise RunError(
                 f"placement: the run could not be placed within {waited:.0f} s (cluster.start_timeout_s); "
-                f"the placement group is {state['state']}.\n{_table(plan, ray.available_resources())}\n"
-                + ("Other programs hold the resources." if missing is None else "The cluster has lost nodes.")
+                f"the placement group is {placement_group_table(group)['state']}.\n"
+                f"{_table(plan, ray.available_resources())}\n"
+                + ("The cluster has lost nodes." if lost else "Other programs hold the resources.")
             )
         if time.monotonic() - last_log >= SAY_EVERY_S:
             last_log = time.monotonic()
             logger.warning("waiting for resources since %.0f s\n%s", waited, _table(plan, ray.available_resources()))
         await asyncio.wait([ready], timeout=min(left, 1.0))
-    placement = Placement(group=group, plan=plan)
-    if not placement.on_one_host():
-        logger.info("placed: %s", placement.describe())
-    return placement
+
+
+def _is_whole(group: PlacementGroup) -> bool:
+    return bool(placement_group_table(group)["state"] == "CREATED")
+
+
+async def _whole(group: PlacementGroup) -> None:
+    while not _is_whole(group):
+        await asyncio.sleep(WHOLE_ASKED_EVERY_S)
 
 
 def _missing(plan: PlacementPlan, alive: Sequence[Mapping[str, Any]]) -> str | None:

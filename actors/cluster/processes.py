@@ -1,4 +1,4 @@
-"""Track the processes of a group's actors, and end them with the group.
+"""Track the processes of a group's actors, and end them with the group or before a successor takes their place.
 
 ray.kill only sends a request. A stopped process keeps its memory and ports for seconds, or forever if Ray ends
 meanwhile. So processes on the driver's host are killed directly.
@@ -6,18 +6,22 @@ meanwhile. So processes on the driver's host are killed directly.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import psutil
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.cluster.actor_locations import forget, own_location, remember
-from actors.cluster.waiting import wait_all
+from actors.cluster.actor_locations import ActorLocation, forget, location_of, own_location, remember
+from actors.cluster.waiting import wait_all, wait_one
 from rlhf.stopping import finishes_within
 
 logger = logging.getLogger(__name__)
@@ -40,29 +44,87 @@ def hub_environment() -> dict[str, str]:
     return {name: os.environ[name] for name in HUB_VARIABLES if name in os.environ}
 
 
+def _kill(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """Kill processes on this host, after they had ASKED_S to end. Return those that still exist GONE_WITHIN_S later."""
+    _, alive = psutil.wait_procs(processes, timeout=ASKED_S)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    _, alive = psutil.wait_procs(alive, timeout=GONE_WITHIN_S)
+    return list(alive)
+
+
+def _is_gone(pid: int) -> bool:
+    """Kill the process of an ended actor on this host. Return whether it is gone."""
+    try:
+        process = psutil.Process(pid)
+        is_other = not process.cmdline()[0].startswith("ray::")  # the id has been given to another process
+        return is_other or not _kill([process])
+    except (psutil.NoSuchProcess, IndexError):  # IndexError: a zombie has no command line
+        return True
+
+
 class Processes:
     """The processes of one group of actors."""
 
     def __init__(self, role: str, handles: Sequence[ActorHandle[Any]]) -> None:
+        """Create an object that knows no process yet.
+
+        Args:
+            handles: in rank order. The group replaces a handle in this list when it replaces the worker.
+        """
         self.role = role
         self.handles = handles
-        self.here: list[psutil.Process] = []
-        self.actors: list[str] = []
+        self.here: dict[int, psutil.Process] = {}  # by rank
+        self.actors: dict[int, str] = {}  # Ray's ids by rank
         self.ended = False
 
     async def wait_until_started(self, *, deadline_s: float) -> None:
         """Wait until all actors are created, and remember the processes on this host."""
         refs = [handle.__ray_call__.remote(own_location) for handle in self.handles]
-        node = ray.get_runtime_context().get_node_id()
         locations = await wait_all(refs, role=self.role, stage="start", deadline_s=deadline_s)
+        self._remember(dict(enumerate(locations)))
+
+    async def wait_until_replaced(self, rank: int, *, deadline_s: float) -> None:
+        """Wait until the successor of a worker is created, and remember its process."""
+        ref, limit = self.handles[rank].__ray_call__.remote(own_location), "cluster.start_timeout_s"
+        location = await wait_one(ref, role=self.role, rank=rank, stage="start", deadline_s=deadline_s, limit=limit)
+        self._remember({rank: location})
+
+    def _remember(self, locations: Mapping[int, tuple[str, str, int]]) -> None:
+        node = ray.get_runtime_context().get_node_id()
         remember(self.role, locations)
-        self.actors = [actor for actor, _, _ in locations]
-        for _, where, pid in locations:
+        for rank, (actor, where, pid) in locations.items():
+            self.actors[rank] = actor
             if where == node:
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    self.here.append(psutil.Process(pid))
+                    self.here[rank] = psutil.Process(pid)
 
-    def _kill(self) -> None:
+    async def end_one(self, rank: int) -> None:
+        """End what is left of one worker, and wait until its process is gone. A lost node is not waited for."""
+        actor, handle = self.actors.pop(rank, ""), self.handles[rank]
+        was, here = location_of(actor), self.here.pop(rank, None)
+        forget([actor])
+        if not await asyncio.to_thread(finishes_within, GONE_WITHIN_S, partial(ray.kill, handle), "ray.kill"):
+            logger.warning("%s: Ray did not end rank %d within %.0f s", self.role, rank, GONE_WITHIN_S)
+        if here is not None:
+            is_gone = not await asyncio.to_thread(_kill, [here])
+        else:
+            is_gone = was is None or await self._is_gone_elsewhere(was)
+        if not is_gone:
+            logger.warning("%s: the process of rank %d still exists after it was killed", self.role, rank)
+
+    async def _is_gone_elsewhere(self, was: ActorLocation) -> bool:
+        """Kill a process on another node. Return whether it is gone; True if its node is lost."""
+        on_node = NodeAffinitySchedulingStrategy(was.node, soft=False)
+        task = ray.remote(_is_gone).options(num_cpus=0, max_retries=0, scheduling_strategy=on_node)
+        answer = asyncio.wrap_future(task.remote(was.pid).future())
+        try:
+            return await asyncio.wait_for(answer, timeout=ASKED_S + 2 * GONE_WITHIN_S)
+        except (RayError, TimeoutError):
+            return await asyncio.to_thread(was.node_failure) is not None
+
+    def _kill_all(self) -> None:
         for handle in self.handles:
             ray.kill(handle)
 
@@ -71,14 +133,10 @@ class Processes:
         if self.ended:
             return
         self.ended = True
-        forget(self.actors)
-        if not finishes_within(GONE_WITHIN_S, self._kill, "ray.kill"):
+        forget(self.actors.values())
+        if not finishes_within(GONE_WITHIN_S, self._kill_all, "ray.kill"):
             logger.warning("%s: Ray did not end the actors within %.0f s", self.role, GONE_WITHIN_S)
-        _, alive = psutil.wait_procs(self.here, timeout=ASKED_S)
-        for process in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        _, alive = psutil.wait_procs(alive, timeout=GONE_WITHIN_S)
+        alive = _kill(list(self.here.values()))
         if alive:
             logger.warning(
                 "%s: processes %s still exist %.0f s after they were killed",

@@ -10,7 +10,7 @@ from ray.actor import ActorHandle
 
 from actors.cluster.placement import Placement
 from actors.roles.gang import CriticGang, Gang, OfflineGang, PolicyGang
-from actors.roles.group import Stoppable, WorkerGroup, spawn
+from actors.roles.group import SpawnOne, Stoppable, WorkerGroup, spawn
 from actors.roles.ranks import RANKS
 from actors.roles.teacher import OnlineTeacherWorkers, TeacherWorkers
 from actors.roles.worker_pools import ReferenceWorkers, RewardWorkers
@@ -46,14 +46,14 @@ class RunContext:
     supervisor: Supervisor | None = None  # None: a lost worker ends the work
     rewards: tuple[RewardSpec, ...] = ()
 
-    def spawn(self, role: Role, worker: type, *args: Any, **options: Any) -> list[ActorHandle[Any]]:
-        """Create the actors of a role."""
+    def spawn(self, role: Role, worker: type, *args: Any, **options: Any) -> tuple[list[ActorHandle[Any]], SpawnOne]:
+        """Create the actors of a role. See group.spawn."""
         return spawn(self.config.cluster, self.placement, role, worker, *args, **options)
 
     def gang(self, gang: type[G], rank: type[TrainedWorker], *args: Any, **options: Any) -> G:
         """Create the ranks of a trained role."""
         return gang(
-            self.spawn(gang.role, rank, *args, **options),
+            *self.spawn(gang.role, rank, *args, **options),
             deadline_s=self.config.cluster.call_timeout_s,
             one_host=self.placement.on_one_host(),
             sequence_parallel=getattr(self.config.cluster.roles, gang.role).sequence_parallel,
@@ -66,8 +66,8 @@ class RunContext:
         if config.rollouts is not None:
             options["temperature"] = config.rollouts.temperature
             options["samples_per_prompt"] = config.rollouts.samples_per_prompt
-        handles = self.spawn(group.role, worker, model, **options)
-        return group(handles, deadline_s=config.cluster.call_timeout_s)
+        spawned = self.spawn(group.role, worker, model, **options)
+        return group(*spawned, deadline_s=config.cluster.call_timeout_s)
 
 
 def _policy(run: RunContext) -> PolicyGang | OfflineGang:
@@ -130,6 +130,6 @@ def build_roles(run: RunContext, groups: list[Stoppable]) -> dict[Role, Any]:
         if role not in needs(run.config):
             continue
         roles[role] = build(run)
-        roles[role].supervisor = run.supervisor
+        roles[role].supervisor, roles[role].placement = run.supervisor, run.placement
         groups.append(roles[role])
     return roles

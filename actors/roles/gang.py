@@ -16,7 +16,7 @@ import ray.util
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
-from actors.roles.group import END_WITHIN_S, ModelGroup
+from actors.roles.group import END_WITHIN_S, ModelGroup, SpawnOne
 from actors.weights import Meeting, Transport, WeightManifest
 from rlhf.errors import RunError, UserError
 from rlhf.role_table import Role
@@ -56,9 +56,15 @@ class Gang(ModelGroup):
     """Ranks 0 to n - 1 of one role, with the methods common to all trained roles."""
 
     def __init__(
-        self, handles: Sequence[ActorHandle[Any]], *, deadline_s: float, one_host: bool, sequence_parallel: int = 1
+        self,
+        handles: Sequence[ActorHandle[Any]],
+        spawn_one: SpawnOne | None = None,
+        *,
+        deadline_s: float,
+        one_host: bool,
+        sequence_parallel: int = 1,
     ) -> None:
-        super().__init__(handles, deadline_s=deadline_s)
+        super().__init__(handles, spawn_one, deadline_s=deadline_s)
         self.one_host = one_host
         self.sequence_parallel = sequence_parallel
 
@@ -81,6 +87,7 @@ class Gang(ModelGroup):
 
     async def start(self, *, deadline_s: float) -> None:
         """Connect the ranks and load the model. Sets `fingerprint` from the model's architecture."""
+        self.start_deadline_s = deadline_s
         await self.processes.wait_until_started(deadline_s=deadline_s)
         host, port = await self._address("start", deadline_s=deadline_s)
         starts = [h.start.remote(host, port) for h in self.handles]

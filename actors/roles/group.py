@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol, TypeVar
 
@@ -22,6 +23,7 @@ from rlhf.role_table import Role
 from rlhf.types import MemoryReport
 
 T = TypeVar("T")
+SpawnOne = Callable[[int], ActorHandle[Any]]  # creates the actor of a rank
 
 logger = logging.getLogger(__name__)
 END_WITHIN_S = 10.0
@@ -63,11 +65,21 @@ class WorkerGroup:
 
     role: Role
     supervisor: Supervisor | None = None  # None: a lost worker ends the work
+    placement: Placement | None = None  # where a successor is placed
+    start_deadline_s: float
 
-    def __init__(self, handles: Sequence[ActorHandle[Any]], *, deadline_s: float) -> None:
-        self.handles = handles
+    def __init__(
+        self, handles: Sequence[ActorHandle[Any]], spawn_one: SpawnOne | None = None, *, deadline_s: float
+    ) -> None:
+        """Create a group of workers that have not started.
+
+        Args:
+            spawn_one: creates the actor of a rank anew. None: no worker can be replaced.
+        """
+        self.handles = list(handles)
+        self._spawn_one = spawn_one
         self.deadline_s = deadline_s
-        self.processes = Processes(self.role, handles)
+        self.processes = Processes(self.role, self.handles)
 
     async def all(self, refs: Sequence[ObjectRef[Any]], stage: str, *, deadline_s: float | None = None) -> list[Any]:
         """Return the results of all workers, in rank order."""
@@ -80,8 +92,25 @@ class WorkerGroup:
 
     async def start(self, *, deadline_s: float) -> None:
         """Load what each worker needs, such as its model."""
+        self.start_deadline_s = deadline_s
         await self.processes.wait_until_started(deadline_s=deadline_s)
         await self.all([h.start.remote() for h in self.handles], "start", deadline_s=deadline_s)
+
+    async def _replace(self, rank: int) -> None:
+        """Start a worker again in its place, in a new process, within the limit of the group's start."""
+        assert self._spawn_one is not None
+        ends = time.monotonic() + self.start_deadline_s
+        await self.processes.end_one(rank)
+        if self.placement is not None:
+            await self.placement.wait_until_whole(limit_s=ends - time.monotonic())
+        self.handles[rank] = self._spawn_one(rank)
+        await self.processes.wait_until_replaced(rank, deadline_s=ends - time.monotonic())
+        await self._start_one(rank, deadline_s=ends - time.monotonic())
+
+    async def _start_one(self, rank: int, *, deadline_s: float) -> None:
+        """Load what a replaced worker needs."""
+        ref, limit = self.handles[rank].start.remote(), "cluster.start_timeout_s"
+        await wait_one(ref, role=self.role, rank=rank, stage="start", deadline_s=deadline_s, limit=limit)
 
     async def memory(self) -> MemoryReport:
         """Return the memory peaks of the largest worker."""
@@ -148,11 +177,19 @@ def spawn(
     *args: Any,
     concurrency: int = 1,
     **options: Any,
-) -> list[ActorHandle[Any]]:
-    """Create an actor for each rank of a role. Its arguments are `args`, the rank's context, and `options`."""
+) -> tuple[list[ActorHandle[Any]], SpawnOne]:
+    """Create an actor for each rank of a role. Return the actors, and a function that creates the actor of a rank anew.
+
+    The arguments of an actor are `args`, the rank's context, and `options`.
+    """
     remote = ray.remote(worker)
-    handles = []
-    for context in _rank_contexts(cluster, placement, role):
+
+    def create(context: RankContext) -> ActorHandle[Any]:
         settings = placement.options(role, context.rank, worker_environment(context), concurrency=concurrency)
-        handles.append(remote.options(**settings).remote(*args, context, **options))
-    return handles
+        handle: ActorHandle[Any] = remote.options(**settings).remote(*args, context, **options)
+        return handle
+
+    def spawn_one(rank: int) -> ActorHandle[Any]:
+        return create(_rank_contexts(cluster, placement, role)[rank])  # its node may be another one than at first
+
+    return [create(context) for context in _rank_contexts(cluster, placement, role)], spawn_one

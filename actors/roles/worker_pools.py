@@ -12,7 +12,7 @@ from ray.actor import ActorHandle
 
 from actors.cluster.placement import Placement
 from actors.cluster.waiting import wait_one
-from actors.roles.group import END_WITHIN_S, ModelGroup, WorkerGroup, spawn
+from actors.roles.group import END_WITHIN_S, ModelGroup, SpawnOne, WorkerGroup, spawn
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.data.examples import Example, collate
 from rlhf.data.packing import balance
@@ -35,8 +35,15 @@ class RewardWorkers(WorkerGroup):
 
     role: Role = "reward"
 
-    def __init__(self, handles: Sequence[ActorHandle[Any]], settings: RewardSettings, *, deadline_s: float) -> None:
-        super().__init__(handles, deadline_s=deadline_s)
+    def __init__(
+        self,
+        handles: Sequence[ActorHandle[Any]],
+        spawn_one: SpawnOne | None = None,
+        *,
+        settings: RewardSettings,
+        deadline_s: float,
+    ) -> None:
+        super().__init__(handles, spawn_one, deadline_s=deadline_s)
         self.settings = settings
         self.free = [asyncio.Semaphore(settings.processes) for _ in handles]
         self.free_to_ask = [asyncio.Semaphore(asks_in_flight(settings.specs)) for _ in handles]
@@ -45,8 +52,8 @@ class RewardWorkers(WorkerGroup):
     @classmethod
     def create(cls, cluster: ClusterConfig, placement: Placement, settings: RewardSettings) -> RewardWorkers:
         """Create the actors of the workers."""
-        handles = spawn(cluster, placement, cls.role, RewardWorker, settings, concurrency=settings.concurrency)
-        return cls(handles, settings, deadline_s=cluster.call_timeout_s)
+        spawned = spawn(cluster, placement, cls.role, RewardWorker, settings, concurrency=settings.concurrency)
+        return cls(*spawned, settings=settings, deadline_s=cluster.call_timeout_s)
 
     def _worker_of(self, group: CompletedGroup) -> int:
         """Return the worker of a group. Groups go to the workers in turn."""

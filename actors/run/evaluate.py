@@ -198,10 +198,10 @@ async def _measured(candidate: Candidate, inputs: EvalInputs) -> dict[str, list[
     cluster = inputs.cluster
     placement = await reserve_roles({LikelihoodWorkers.role}, cluster, with_reward_model=False)
     limit = inputs.max_tokens_per_microbatch
-    handles = spawn(
+    spawned = spawn(
         cluster, placement, LikelihoodWorkers.role, LikelihoodWorker, candidate.model, max_tokens_per_microbatch=limit
     )
-    workers = LikelihoodWorkers(handles, deadline_s=cluster.call_timeout_s)
+    workers = LikelihoodWorkers(*spawned, deadline_s=cluster.call_timeout_s)
     async with ending([workers], placement):
         await workers.start(deadline_s=cluster.start_timeout_s)
         results = {}

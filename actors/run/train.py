@@ -231,7 +231,7 @@ async def _online(
         supervisor = Supervisor(config.cluster.restarts, record, lease.placement.plan.slots)
         context = RunContext(config=config, placement=lease.placement, supervisor=supervisor, rewards=inputs.rewards)
         roles = build_roles(context, groups)
-        lease.engines.supervisor = supervisor
+        lease.engines.supervisor, lease.engines.placement = supervisor, lease.placement
         groups.append(lease)
         record.progress.stage(f"starting {_names(lease.placement)}")
         await lease.start_with(list(roles.values()), config.cluster)

@@ -115,7 +115,7 @@ ray.init(address=head)
 (node,) = [one["NodeID"] for one in ray.nodes() if one["NodeManagerAddress"] == "10.77.0.2"]
 there = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
 worker = ray.remote(Worker).options(num_cpus=1, scheduling_strategy=there).remote()
-remember("policy", [ray.get(worker.where.remote(), timeout=60)])
+remember("policy", {0: ray.get(worker.where.remote(), timeout=60)})
 assert asyncio.run(draining_node({node})) is None
 reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=100"]
 subprocess.run([command, "drain-node", f"--address={head}", f"--node-id={node}", *reason], check=True)

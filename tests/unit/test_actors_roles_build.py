@@ -30,9 +30,9 @@ def created(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """The role and the worker's class of each group, in order."""
     created: list[tuple[str, str]] = []
 
-    def spawn(cluster: Any, placement: Any, role: str, worker: type, *_: Any, **__: Any) -> list[Any]:
+    def spawn(cluster: Any, placement: Any, role: str, worker: type, *_: Any, **__: Any) -> tuple[list[Any], None]:
         created.append((role, worker.__name__))
-        return [SimpleNamespace()]
+        return [SimpleNamespace()], None
 
     monkeypatch.setattr(build, "spawn", spawn)
     monkeypatch.setattr(worker_pools, "spawn", spawn)

@@ -81,7 +81,7 @@ class Handle:
 async def score(handles: list[Handle], groups: int, *specs: RewardSpec, columns: Any = MappingProxyType({})) -> None:
     """All groups at once, within a second and a half each."""
     settings = SimpleNamespace(specs=(TASTE, *specs), processes=1, timeout_s=1.0)
-    workers = RewardWorkers(cast("Any", handles), cast("RewardSettings", settings), deadline_s=1.5)
+    workers = RewardWorkers(cast("Any", handles), settings=cast("RewardSettings", settings), deadline_s=1.5)
     await workers.start(deadline_s=5.0)
     waiting = [
         SimpleNamespace(
