@@ -2,7 +2,7 @@
 
 The load of an engine is its outstanding work in tokens: a group counts its prompt once and the expected tokens of its
 responses. An engine that becomes free takes waiting work, so a wrong expectation costs little. The work per group does
-not depend on the number of waiting groups.
+not depend on the number of waiting groups. A closed engine gets no group: it is lost, and its successor is not ready.
 """
 
 from __future__ import annotations
@@ -59,12 +59,13 @@ class _Load:
     tokens: float = 0.0
     samples: int = 0
     progress_at: float = 0.0  # when it last finished a group, or got its first one
+    is_open: bool = True
 
     def has_room(self, tokens: float, samples: int) -> bool:
         """Return whether a group fits. An idle engine takes any group."""
         capacity = self.capacity
         fits = self.tokens + tokens <= capacity.cache_tokens and self.samples + samples <= capacity.samples
-        return fits or self.samples == 0
+        return self.is_open and (fits or self.samples == 0)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -88,12 +89,15 @@ class Dispatch:
         self._waiting: dict[int, _Waiting] = {}  # by group id
         self._mean_length = float("inf")  # of recent responses; at first nothing is known
         self._num_lengths = 0
+        self._failure: BaseException | None = None
 
     async def enter(self, group_id: int, work: GroupWork, *, urgent: bool) -> Slot | None:
         """Wait for room in an engine and take it. None: the group was dropped.
 
-        Urgent groups come before all others, and each kind in order of arrival.
+        Urgent groups come before all others, and each kind in order of arrival. Raise the failure given to `fail`.
         """
+        if self._failure is not None:
+            raise self._failure
         queue = self._urgent if urgent else self._ordinary
         ahead = self._urgent.first() or (None if urgent else self._ordinary.first())
         engine = self._emptiest(work) if ahead is None else None
@@ -105,8 +109,10 @@ class Dispatch:
         try:
             return await waiting.slot
         except asyncio.CancelledError:
-            if waiting.slot.done() and not waiting.slot.cancelled() and (slot := waiting.slot.result()) is not None:
-                self.leave(slot)
+            if waiting.slot.done() and not waiting.slot.cancelled() and waiting.slot.exception() is None:
+                slot = waiting.slot.result()
+                if slot is not None:
+                    self.leave(slot)
             raise
         finally:
             self._waiting.pop(group_id, None)
@@ -125,10 +131,31 @@ class Dispatch:
         load.tokens -= slot.tokens
         load.samples -= slot.samples
         load.progress_at = asyncio.get_running_loop().time()
+        self._fill(slot.engine)
+
+    def close(self, engine: int) -> None:
+        """Give no more groups to an engine."""
+        self._loads[engine].is_open = False
+
+    def open(self, engine: int) -> None:
+        """Give groups to an engine again."""
+        self._loads[engine].is_open = True
+        self._fill(engine)
+
+    def fail(self, failure: BaseException) -> None:
+        """Raise a failure in all groups that wait now or enter later: an engine is lost for good."""
+        self._failure = failure
+        for waiting in self._waiting.values():
+            if not waiting.slot.done():
+                waiting.slot.set_exception(failure)
+
+    def _fill(self, engine: int) -> None:
+        """Start waiting groups in the room of an engine."""
+        load = self._loads[engine]
         while (waiting := self._urgent.first() or self._ordinary.first()) is not None:
             if not load.has_room(waiting.work.tokens(self._mean_length), waiting.work.samples):
                 return
-            waiting.slot.set_result(self._take(slot.engine, waiting.work))
+            waiting.slot.set_result(self._take(engine, waiting.work))
 
     def drop(self, group_id: int) -> None:
         """End the wait of a group, if it waits."""

@@ -44,11 +44,22 @@ class Supervisor:
     async def recover(self, lost: WorkerLost, rebuild: Callable[[], Awaitable[None]], *, work: Hashable = None) -> None:
         """Start the lost worker again, and record it. Raise the loss itself if the run must end.
 
+        A successor that is lost before it works is started again in the same way.
+
         Args:
             rebuild: ends what is left of the worker, and starts another one in its place.
             work: what the worker did. The run ends if it was the same at its last loss, unless `succeeded` was called
                 in between. None: unknown.
         """
+        while True:
+            try:
+                return await self._recover_once(lost, rebuild, work)
+            except WorkerLost as again:
+                if again is lost or again.role != lost.role:
+                    raise
+                lost, work = again, "its start"
+
+    async def _recover_once(self, lost: WorkerLost, rebuild: Callable[[], Awaitable[None]], work: Hashable) -> None:
         role: Role = lost.role  # type: ignore[assignment]
         count = self._allow(role, lost, work)
         unit = UNITS[ROLES[role].kind]
@@ -65,6 +76,8 @@ class Supervisor:
         with self.record.timeline.span("recovery", role):
             try:
                 await rebuild()
+            except WorkerLost:
+                raise
             except RunError as error:
                 raise RunError(f"{message} Its successor could not be started: {error}") from error
         took_s = time.perf_counter() - began

@@ -118,3 +118,36 @@ async def test_an_engine_is_quiet_since_its_last_group_or_its_first(monkeypatch:
     rules.leave(first)
     now = 113.0
     assert rules.quiet_s(0) == 3.0
+
+
+async def test_a_closed_engine_gets_no_group_until_it_is_open_again() -> None:
+    rules = dispatch(2, samples=2)
+    lost, other = [await entered(rules, group_id, work()) for group_id in (0, 1)]
+    waiting = waiter(rules, 2)
+    await settle()
+    rules.close(lost.engine)
+    rules.leave(lost)
+    await settle()
+    assert not waiting.done(), "not even an idle engine takes a group while it is closed"
+    rules.leave(other)
+    await settle()
+    assert (await waiting) == other
+    behind = waiter(rules, 3)
+    await settle()
+    rules.open(lost.engine)
+    assert (await behind) == lost
+
+
+async def test_an_engine_that_is_lost_for_good_fails_all_groups_that_wait() -> None:
+    rules = dispatch(1, samples=2)
+    await entered(rules, 0, work())
+    waiting, given_up = waiter(rules, 1), waiter(rules, 2)
+    await settle()
+    rules.fail(ValueError("no successor"))
+    given_up.cancel()
+    with pytest.raises(ValueError, match="no successor"):
+        await waiting
+    with pytest.raises(ValueError, match="no successor"):
+        await rules.enter(3, work(), urgent=True)
+    with pytest.raises(asyncio.CancelledError):
+        await given_up

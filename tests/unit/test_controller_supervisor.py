@@ -138,3 +138,28 @@ def test_a_successor_that_does_not_start_ends_the_run_with_both_reasons(record: 
     supervisor = Supervisor(Restarts(), record, ("rollout",))
     with pytest.raises(RunError, match=r"rank 0 died\..*could not be started: no room"):
         asyncio.run(supervisor.recover(lost(), Rebuild(RunError("no room"))))
+
+
+class RebuildLoses:
+    """Loses so many successors before one works."""
+
+    def __init__(self, losses: int) -> None:
+        self.left = losses
+        self.raised: list[WorkerLost] = []
+
+    async def __call__(self) -> None:
+        if self.left:
+            self.left -= 1
+            self.raised.append(lost())
+            raise self.raised[-1]
+
+
+def test_a_successor_that_is_lost_too_is_started_again_once(record: Any, tmp_path: Path) -> None:
+    supervisor, once, twice = Supervisor(Restarts(), record, ("rollout",)), RebuildLoses(1), RebuildLoses(2)
+    asyncio.run(supervisor.recover(lost(), once, work="a step"))
+    assert len((tmp_path / "errors.jsonl").read_text().splitlines()) == 2
+    assert supervisor.metrics()["recovery/rollout/total"].result() == 1.0
+    supervisor.succeeded("rollout", 0)
+    with pytest.raises(WorkerLost) as ended:
+        asyncio.run(supervisor.recover(lost(), twice, work="a step"))
+    assert ended.value is twice.raised[1], "twice in a row at its start"
