@@ -19,7 +19,7 @@ def time_spent(run: Run, spans: Sequence[Span]) -> dict[str, Any]:
     colors = {name: COLORS[index % len(COLORS)] for index, name in enumerate(totals)}
     whole, shown = sum(totals.values()), _last_steps(run, spans)
     return {
-        "stages": [(name, of, 100 * of / whole, colors[name]) for name, of in totals.items() if whole > 0],
+        "stages": [(name, of, 100 * of / whole, colors[name]) for name, of in totals.items() if of > 0],
         "picture": _picture(shown, colors) if shown else None,
     }
 

@@ -73,7 +73,9 @@ def _progress(run: Run) -> str | None:
     if not run.rows:
         return None
     total = f" of {run.total_steps}" if run.total_steps else ""
-    return f"{run.last_step}{total} in {duration(run.rows[-1].get('time_s') or 0.0)}"
+    recoveries = sum(value or 0.0 for row in run.rows for key, value in row.items() if key.startswith("recovery/"))
+    again = f", lost workers started again: {recoveries:.0f}" if recoveries else ""
+    return f"{run.last_step}{total} in {duration(run.rows[-1].get('time_s') or 0.0)}{again}"
 
 
 def _machine(environment: Mapping[str, Any]) -> str:

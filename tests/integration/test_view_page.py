@@ -83,6 +83,7 @@ def write_step(folder: Path, step: int) -> None:
     row = {"step": step, "time_s": 2.0 * step, "rewards/score/mean": step / 10, "update/loss/mean": -step / 10}
     if step % 2 == 0:
         row["eval/heldout/score"] = step / 20
+        row["recovery/rollout/total"] = 1.0
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
 
@@ -118,6 +119,7 @@ def text_of(selector: str) -> str:
     return f"document.querySelector({selector!r}).innerText"
 
 
+RUN = text_of(".run small")
 SCORE = text_of('[data-metric="rewards/score/mean"] .value')
 
 
@@ -126,9 +128,10 @@ async def test_curves_grow_while_the_run_goes_on(runs: list[Path]) -> None:
         await page.open(url)
         await page.until("document.querySelectorAll('.chart canvas').length >= 3")
         sections = await page.value("[...document.querySelectorAll('.stage')].map((one) => one.dataset.stage)")
-        assert sections == ["first", "rewards", "eval", "update"]
+        assert sections == ["first", "rewards", "eval", "update", "recovery"]
         flat = "import('/static/curves.js').then((module) => module.around(null, 0, 0))"
         assert await page.value(flat) == [-1, 1]  # a curve of zeros lies in the middle of its axis
+        assert (await page.value(RUN)).endswith(", 2 recoveries")
         assert await page.value(SCORE) == "0.4"
         meaning = await page.value("document.querySelector('[data-stage=rewards] figcaption').title")
         assert meaning.startswith("Weighted sum of the rewards")

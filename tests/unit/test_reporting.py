@@ -71,6 +71,8 @@ def make_run(parent: Path, name: str, *, steps: int = 6, lr: float = 1e-6, done:
                     "time/rollouts_s": 3.0,
                     "time/update_s": 1.0,
                     "time/step_s": 4.0,
+                    "time/recovery_s": 0.0,
+                    "recovery/rollout/total": float(step == 2),
                     "memory/policy_rss_gib": 1.0 + 0.01 * step,
                 }
             )
@@ -132,6 +134,7 @@ def test_one_run_is_told_with_its_numbers(tmp_path: Path) -> None:
         "demo finished grpo on some/model with prompts.jsonl by correct 6 of 6 in",
         "2 cores, torch 2.13.0, commit abcdef0123",
         "heldout (50) score 0 (-0.05 to 0.05) 0.6 (0.55 to 0.65) +0.6",  # with its intervals
+        ", lost workers started again: 1 ",
         "step 0, score 0, 3 tokens 5 step 6, score 1, 3 tokens",
         "rollouts 75.0 % 18 s update 25.0 % 6 s",  # 6 steps of 3 + 1 seconds
         "memory/policy_rss_gib 1.01 1.06 1.06",

@@ -95,13 +95,15 @@ SECTIONS = (
     ),
     _section(
         "Memory and nodes",
-        "How much memory the roles use, and how busy the machines are.",
+        "How much memory the roles use, how busy the machines are, and which workers were lost.",
         _panel("memory of the roles", "memory/<role>_rss_gib"),
         _panel("GPU memory of the roles", "memory/<role>_gpu_gib"),
         _panel("busy cores", "system/<node>/cpu_fraction"),
         _panel("memory of the nodes", "system/<node>/memory_gib"),
         _panel("busy GPUs", "system/<node>/gpu_fraction"),
         _panel("GPU memory of the nodes", "system/<node>/gpu_memory_gib"),
+        _panel("lost workers, started again", "recovery/<role>/total"),
+        _panel("seconds of recoveries", "time/recovery_s"),
     ),
     _section(
         "Weight sync",

@@ -103,11 +103,21 @@ function stateOf(run) {
   return [run.age_s < 120 ? "live" : "idle", `last row ${ago(run.age_s)}`];
 }
 
+// The lost workers that the run has started again.
+function recoveriesOf(run) {
+  let total = 0;
+  for (const [name, column] of run.data.columns) {
+    if (/^recovery\/.+\/total$/.test(name)) total += column.reduce((sum, value) => sum + value, 0);
+  }
+  return total;
+}
+
 function RunChips({ runs, shown, toggle }) {
   return html`<div class="runs">
     ${runs.map((run) => {
       const [kind, words] = stateOf(run);
       const on = shown.has(run.name);
+      const recoveries = recoveriesOf(run);
       return html`<button
         key=${run.name}
         class="run"
@@ -117,7 +127,7 @@ function RunChips({ runs, shown, toggle }) {
       >
         <i style=${{ background: on ? `var(${run.colour})` : "var(--line)" }}></i>
         <span>${run.name}</span>
-        <small class=${kind}>${words}</small>
+        <small class=${kind}>${words}${recoveries ? `, ${recoveries} ${recoveries === 1 ? "recovery" : "recoveries"}` : ""}</small>
       </button>`;
     })}
   </div>`;

@@ -10,7 +10,7 @@ const FIRST = `
   rollouts/truncated/fraction experience/rollout_logprob_diff/mean update/grad_norm update/clip_fraction/mean
   update/explained_variance throughput/tokens_per_s time/step_s
 `.trim().split(/\s+/).map((pattern) => new RegExp(`^${pattern}$`));
-const ORDER = ["rewards", "eval", "rollouts", "experience", "advantages", "preference", "update", "weight_sync", "throughput", "time", "memory", "data"];
+const ORDER = ["rewards", "eval", "rollouts", "experience", "advantages", "preference", "update", "weight_sync", "throughput", "time", "memory", "data", "recovery"];
 
 function sectionsOf(names, wanted) {
   const matching = [...names].filter((name) => name.includes(wanted)).sort();
