@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.cluster.actor_locations import ActorLocation, forget, location_of, own_location, remember
 from actors.cluster.waiting import wait_all, wait_one
+from rlhf.role_table import Role
 from rlhf.stopping import finishes_within
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def _is_gone(pid: int) -> bool:
 class Processes:
     """The processes of one group of actors."""
 
-    def __init__(self, role: str, handles: Sequence[ActorHandle[Any]]) -> None:
+    def __init__(self, role: Role, handles: Sequence[ActorHandle[Any]]) -> None:
         """Create an object that knows no process yet.
 
         Args:

@@ -11,19 +11,20 @@ from typing import Any
 
 import ray
 from ray import ObjectRef
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from actors.cluster.actor_locations import location_of, lost_nodes
-from rlhf.errors import LossKind, RunError, UserError, WorkerLost
+from rlhf.engine.memory import advice_on_memory
+from rlhf.errors import RunError, UserError, WorkerLost
+from rlhf.role_table import Role
 
 IT_HANGS = " It hangs, or the limit is too short for the work."
 RESUMES = "The run can be resumed with --resume auto."
 DEATH_SHOWS_WITHIN_S = 2.0  # the peers of a dead rank may fail before it
-OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|\bOOM\b|memory monitor", re.IGNORECASE)  # in Ray's reason
 MOST_TOLD = 600  # characters of a cause in a message
 
 
-async def wait_all(refs: Sequence[ObjectRef[Any]], *, role: str, stage: str, deadline_s: float) -> list[Any]:
+async def wait_all(refs: Sequence[ObjectRef[Any]], *, role: Role, stage: str, deadline_s: float) -> list[Any]:
     """Return the results, in order. The first failure is raised at once.
 
     If a dead rank made its peers fail too, the error names the dead rank.
@@ -56,7 +57,7 @@ async def wait_all(refs: Sequence[ObjectRef[Any]], *, role: str, stage: str, dea
 
 
 async def wait_one(
-    ref: ObjectRef[Any], *, role: str, rank: int, stage: str, deadline_s: float, limit: str = "cluster.call_timeout_s"
+    ref: ObjectRef[Any], *, role: Role, rank: int, stage: str, deadline_s: float, limit: str = "cluster.call_timeout_s"
 ) -> Any:
     """Return one worker's result. `limit` names the configuration keys that determine the deadline."""
     try:
@@ -74,7 +75,7 @@ async def wait_one(
         raise explain(error, role=role, rank=rank, stage=stage) from error
 
 
-def explain(error: BaseException | None, *, role: str, rank: int, stage: str) -> Exception:
+def explain(error: BaseException | None, *, role: Role, rank: int, stage: str) -> Exception:
     """Return the failure as an error with stage, role, rank and cause: WorkerLost if the worker's process died."""
     who = f"{stage}: {role} rank {rank}"
     failure: Exception
@@ -88,9 +89,11 @@ def explain(error: BaseException | None, *, role: str, rank: int, stage: str) ->
             failure = RunError(f"{who} failed: {reason}{f'{lost} {RESUMES}' if lost else ''}")
     elif isinstance(error, RayActorError):
         message = f"{who} {_how_it_died(error)} {RESUMES}"
-        kind: LossKind = "out_of_memory" if OUT_OF_MEMORY.search(str(error)) else "died"
         starts = error.actor_init_failed  # its successor would fail in the same way
-        failure = RunError(message) if starts else WorkerLost(message, role=role, rank=rank, stage=stage, kind=kind)
+        failure = RunError(message) if starts else WorkerLost(message, role=role, rank=rank, stage=stage, kind="died")
+    elif isinstance(error, OutOfMemoryError):  # Ray's memory monitor killed the process
+        message = f"{who} was killed because its node ran out of memory: {_short(str(error))} {advice_on_memory(role)}"
+        failure = WorkerLost(f"{message} {RESUMES}", role=role, rank=rank, stage=stage, kind="out_of_memory")
     else:
         failure = RunError(f"{who} failed: {type(error).__name__}: {_short(str(error))}{lost_nodes()}")
     failure.__cause__ = error

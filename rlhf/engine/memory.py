@@ -60,6 +60,8 @@ def advice_on_memory(role: Role) -> str:
         )
     elif kind != "trained":
         keys = f"a lower train.max_tokens_per_microbatch, {role}.dtype=bfloat16, {at}.colocate_with=null (on GPUs)"
+        if kind == "scoring":
+            keys = f"a lower reward_policy.processes or reward_policy.memory_gib, {keys}"
     else:
         keys = (
             f"a lower train.max_tokens_per_microbatch, {role}.gradient_checkpointing=true, a higher {at}.zero_stage (2 "
