@@ -28,6 +28,7 @@ from rlhf.stopping import finishes_within
 logger = logging.getLogger(__name__)
 ASKED_S = 1.0  # limit for an orderly end by Ray
 GONE_WITHIN_S = 10.0
+START_LIMIT = "cluster.start_timeout_s"
 
 # Environment of processes that compute on a CPU. Memory freed by a micro-batch or a sync is kept for the next one.
 # Returning it to the kernel and faulting it in again page by page took a fifth of an update's time. glibc reads these
@@ -88,8 +89,10 @@ class Processes:
 
     async def wait_until_replaced(self, rank: int, *, deadline_s: float) -> None:
         """Wait until the successor of a worker is created, and remember its process."""
-        ref, limit = self.handles[rank].__ray_call__.remote(own_location), "cluster.start_timeout_s"
-        location = await wait_one(ref, role=self.role, rank=rank, stage="start", deadline_s=deadline_s, limit=limit)
+        ref = self.handles[rank].__ray_call__.remote(own_location)
+        location = await wait_one(
+            ref, role=self.role, rank=rank, stage="start", deadline_s=deadline_s, limit=START_LIMIT
+        )
         self._remember({rank: location})
 
     def _remember(self, locations: Mapping[int, tuple[str, str, int]]) -> None:

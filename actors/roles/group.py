@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import ray
@@ -13,13 +15,14 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 
 from actors.cluster.placement import Placement
-from actors.cluster.processes import KEEPS_MEMORY, Processes, hub_environment
+from actors.cluster.processes import KEEPS_MEMORY, START_LIMIT, Processes, hub_environment
 from actors.cluster.waiting import wait_all, wait_one
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.controller.supervisor import Supervisor
 from rlhf.engine.distributed import RankContext
-from rlhf.errors import RunError
+from rlhf.errors import RunError, WorkerLost
 from rlhf.role_table import Role
+from rlhf.roles import Ref
 from rlhf.types import MemoryReport
 
 T = TypeVar("T")
@@ -85,6 +88,10 @@ class WorkerGroup:
         """Return the results of all workers, in rank order."""
         return await wait_all(refs, role=self.role, stage=stage, deadline_s=deadline_s or self.deadline_s)
 
+    async def each(self, send: Callable[[Any], ObjectRef[Any]], stage: str) -> list[Any]:
+        """Return the results of a method of all workers, in rank order."""
+        return await self.all([send(handle) for handle in self.handles], stage)
+
     async def one(self, ref: ObjectRef[T], stage: str, *, rank: int = 0) -> T:
         """Return the result of one worker."""
         result: T = await wait_one(ref, role=self.role, rank=rank, stage=stage, deadline_s=self.deadline_s)
@@ -105,16 +112,17 @@ class WorkerGroup:
             await self.placement.wait_until_whole(limit_s=ends - time.monotonic())
         self.handles[rank] = self._spawn_one(rank)
         await self.processes.wait_until_replaced(rank, deadline_s=ends - time.monotonic())
-        await self._start_one(rank, deadline_s=ends - time.monotonic())
+        for ref in self._start_calls(self.handles[rank]):
+            limit_s = ends - time.monotonic()
+            await wait_one(ref, role=self.role, rank=rank, stage="start", deadline_s=limit_s, limit=START_LIMIT)
 
-    async def _start_one(self, rank: int, *, deadline_s: float) -> None:
-        """Load what a replaced worker needs."""
-        ref, limit = self.handles[rank].start.remote(), "cluster.start_timeout_s"
-        await wait_one(ref, role=self.role, rank=rank, stage="start", deadline_s=deadline_s, limit=limit)
+    def _start_calls(self, handle: ActorHandle[Any]) -> list[ObjectRef[Any]]:
+        """Send the calls that load what a replaced worker needs, and return their references in order."""
+        return [handle.start.remote()]
 
     async def memory(self) -> MemoryReport:
         """Return the memory peaks of the largest worker."""
-        reports: list[MemoryReport] = await self.all([h.memory.remote() for h in self.handles], "memory")
+        reports: list[MemoryReport] = await self.each(lambda h: h.memory.remote(), "memory")
         gpus = [report.gpu_gib for report in reports if report.gpu_gib is not None]
         return MemoryReport(rss_gib=max(report.rss_gib for report in reports), gpu_gib=max(gpus) if gpus else None)
 
@@ -131,10 +139,96 @@ class ModelGroup(WorkerGroup):
     """Workers that can leave a GPU shared with an engine."""
 
     async def offload(self) -> None:
-        await self.all([h.offload.remote() for h in self.handles], "offload")
+        await self.each(lambda h: h.offload.remote(), "offload")
 
     async def reload(self) -> None:
-        await self.all([h.reload.remote() for h in self.handles], "reload")
+        await self.each(lambda h: h.reload.remote(), "reload")
+
+
+class WorkerPool(WorkerGroup):
+    """Workers that are independent of each other. A lost worker is replaced, and its calls are made again."""
+
+    def __init__(
+        self, handles: Sequence[ActorHandle[Any]], spawn_one: SpawnOne | None = None, *, deadline_s: float
+    ) -> None:
+        super().__init__(handles, spawn_one, deadline_s=deadline_s)
+        self._rebuilds: dict[int, asyncio.Task[None]] = {}  # in progress, by rank
+
+    async def until_answered(self, rank: int, call: Callable[[Any], Awaitable[T]], *, work: Hashable = None) -> T:
+        """Return the result of a call to one worker. If the worker is lost, call its successor.
+
+        Args:
+            call: sends the call to the given handle, and waits for the result.
+            work: what the worker does. A worker that is lost twice in a row at the same work ends the run. None: it may
+                be lost more often.
+        """
+        while True:
+            handle = await self.working(rank)
+            try:
+                result = await call(handle)
+            except WorkerLost as lost:
+                await self.make_good(rank, handle, lost, work=work)
+                continue
+            if work is not None and self.supervisor is not None:
+                self.supervisor.succeeded(self.role, rank)
+            return result
+
+    async def ask(self, rank: int, send: Callable[[Any], ObjectRef[T]], stage: str, *, work: Hashable = None) -> T:
+        """Return the result of a method of one worker."""
+        return await self.until_answered(rank, lambda handle: self.one(send(handle), stage, rank=rank), work=work)
+
+    async def each(self, send: Callable[[Any], ObjectRef[Any]], stage: str) -> list[Any]:
+        return await all_results([self.ask(rank, send, stage) for rank in range(len(self.handles))])
+
+    async def columns(
+        self, rank: int, send: Callable[[Any], Sequence[ObjectRef[Any]]], stage: str, *, work: Hashable
+    ) -> Sequence[Ref[Any]]:
+        """Return references to the results of a method of one worker, without the last, which is small."""
+
+        async def call(handle: ActorHandle[Any]) -> Sequence[Ref[Any]]:
+            *columns, done = send(handle)
+            await self.one(done, stage, rank=rank)
+            return columns
+
+        return await self.until_answered(rank, call, work=work)
+
+    async def working(self, rank: int) -> ActorHandle[Any]:
+        """Return the handle of a worker, after the end of a rebuild in progress."""
+        if rank in self._rebuilds:
+            await asyncio.shield(self._rebuilds[rank])
+        return self.handles[rank]
+
+    async def make_good(self, rank: int, handle: ActorHandle[Any], lost: WorkerLost, *, work: Hashable = None) -> None:
+        """Replace a lost worker, once for all calls that lost it. Raise the loss if the run must end."""
+        if self.supervisor is None or self.processes.ended:
+            raise lost
+        if rank not in self._rebuilds:
+            if self.handles[rank] is not handle:
+                return  # it has been replaced meanwhile
+            recovery = self.supervisor.recover(lost, partial(self._replace, rank), work=work)
+            self._rebuilds[rank] = asyncio.ensure_future(recovery)
+            self._rebuilds[rank].add_done_callback(partial(self._rebuilt, rank))
+        await asyncio.shield(self._rebuilds[rank])
+
+    def _rebuilt(self, rank: int, rebuild: asyncio.Task[None]) -> None:
+        del self._rebuilds[rank]
+        if not rebuild.cancelled():
+            rebuild.exception()  # retrieves it: the calls that waited for the rebuild may have been cancelled
+
+    def end(self) -> None:
+        for rebuild in self._rebuilds.values():
+            rebuild.cancel()
+        super().end()
+
+
+async def all_results(calls: Sequence[Awaitable[T]]) -> list[T]:
+    """Return the results of all calls, in order. The first failure cancels the others."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def _rank_contexts(cluster: ClusterConfig, placement: Placement, role: Role) -> list[RankContext]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from actors.roles.group import ModelGroup
+from ray import ObjectRef
+from ray.actor import ActorHandle
+
+from actors.roles.group import ModelGroup, WorkerPool, all_results
 from actors.roles.worker_pools import ReferenceWorkers
 from rlhf.data.packing import balance
 from rlhf.role_table import Role
@@ -13,17 +16,16 @@ from rlhf.roles import CompletedGroup, Ref, StatesByRank
 from rlhf.types import Examples, LearntStates, MinibatchPlan, Rollouts, VocabularyHead
 
 
-class _Teacher(ModelGroup):
+class _Teacher(ModelGroup, WorkerPool):
     """Workers that give the student's ranks hidden states and the vocabulary head."""
 
     role: Role = "teacher"
 
     async def head(self) -> Ref[VocabularyHead]:
         """Return the first worker's vocabulary head."""
-        head, done = self.handles[0].head.options(num_returns=2).remote()
-        await self.all([done], "start")
-        vocabulary_head: Ref[VocabularyHead] = head
-        return vocabulary_head
+        columns = await self.columns(0, lambda h: h.head.options(num_returns=2).remote(), "start", work="head")
+        head: Ref[VocabularyHead] = columns[0]
+        return head
 
     async def states_by_rank(
         self,
@@ -37,28 +39,34 @@ class _Teacher(ModelGroup):
         """
         rows = [(row, rank) for rank, share in enumerate(plan.sequences_by_rank) for row in share]
         num_ranks = len(plan.sequences_by_rank)
-        work = balance([length_of(row) for row, _ in rows], min(len(self.handles), len(rows)))
-        by_rank: list[list[Ref[LearntStates]]] = [[] for _ in range(num_ranks)]
-        waits = []
-        for handle, chosen in zip(self.handles, work, strict=False):
+        by_worker = balance([length_of(row) for row, _ in rows], min(len(self.handles), len(rows)))
+
+        def compute(worker: int, chosen: Sequence[int]) -> Awaitable[Sequence[Ref[LearntStates]]]:
             shares = [[rows[i][0] for i in chosen if rows[i][1] == rank] for rank in range(num_ranks)]
-            *columns, done = request(handle.states.options(num_returns=num_ranks + 1).remote, shares)
-            for rank_columns, column in zip(by_rank, columns, strict=True):
-                rank_columns.append(column)
-            waits.append(done)
-        await self.all(waits, self.role)
-        return by_rank
+            return self.columns(
+                worker,
+                lambda h: request(h.states.options(num_returns=num_ranks + 1).remote, shares),
+                self.role,
+                work=tuple(map(tuple, shares)),
+            )
+
+        columns = await all_results([compute(worker, chosen) for worker, chosen in enumerate(by_worker)])
+        return [[of_worker[rank] for of_worker in columns] for rank in range(num_ranks)]
 
 
 class TeacherWorkers(_Teacher):
     """The teacher role of a run on fixed data."""
 
+    sets: Sequence[Ref[Examples]] = ()
     lengths: Sequence[Sequence[int]] = ()  # tokens of each row of each data set
 
     async def load_data(self, sets: Sequence[Ref[Examples]], *, lengths: Sequence[Sequence[int]]) -> None:
         """Map the data sets into each worker's memory. `lengths` holds the tokens of each row of each set."""
-        self.lengths = lengths
-        await self.all([h.load_data.remote(*sets) for h in self.handles], "data")
+        self.sets, self.lengths = sets, lengths
+        await self.each(lambda h: h.load_data.remote(*sets), "data")
+
+    def _start_calls(self, handle: ActorHandle[Any]) -> list[ObjectRef[Any]]:
+        return [*super()._start_calls(handle), handle.load_data.remote(*self.sets)]
 
     async def states(self, dataset: int, plan: MinibatchPlan) -> StatesByRank:
         """Return a column for each rank. Each worker packs its rows together."""
@@ -85,9 +93,15 @@ class OnlineTeacherWorkers(_Teacher, ReferenceWorkers):
     ) -> Mapping[int, float]:
         """Return the means by sequence id. The workers share the batches evenly."""
         shares = balance([1] * len(rollouts), min(len(self.handles), len(rollouts)))
-        refs = [
-            handle.mean_logprobs.remote(temperature, samples_per_prompt, *[rollouts[i] for i in share])
-            for handle, share in zip(self.handles, shares, strict=False)
-        ]
-        results: list[Mapping[int, float]] = await self.all(refs, self.role)
+
+        def compute(worker: int, share: Sequence[int]) -> Awaitable[Mapping[int, float]]:
+            given = [rollouts[i] for i in share]
+            return self.ask(
+                worker,
+                lambda h: h.mean_logprobs.remote(temperature, samples_per_prompt, *given),
+                self.role,
+                work=("mean_logprobs", tuple(share)),
+            )
+
+        results = await all_results([compute(worker, share) for worker, share in enumerate(shares)])
         return {sequence_id: mean for means in results for sequence_id, mean in means.items()}

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from ray import ObjectRef
 from ray.actor import ActorHandle
 
 from actors.cluster.placement import Placement
 from actors.cluster.waiting import wait_one
-from actors.roles.group import END_WITHIN_S, ModelGroup, SpawnOne, WorkerGroup, spawn
+from actors.roles.group import END_WITHIN_S, ModelGroup, SpawnOne, WorkerGroup, WorkerPool, all_results, spawn
+from actors.roles.suspects import CallLost, Suspects
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.data.examples import Example, collate
 from rlhf.data.packing import balance
+from rlhf.errors import WorkerLost
 from rlhf.evaluation.results import ExampleResult
 from rlhf.evaluation.voting import AnswerForm
 from rlhf.rewards.processes.pool import GroupOutcome
@@ -24,13 +26,14 @@ from rlhf.rewards.scoring import deadline_s as longest_s
 from rlhf.role_table import Role
 from rlhf.roles import CompletedGroup, Ref, RemoteColumns, SampleSelection
 from rlhf.rollouts.records.texts import Transcript
-from rlhf.types import GroupScores, TokenSignals, TokenValues
+from rlhf.types import GroupScores, RewardError, RewardErrorKind, TokenSignals, TokenValues
 from rlhf.workers.frozen.reward import RewardSettings, RewardWorker
 
+T = TypeVar("T")
 PING_EVERY_S = 10.0  # while an answer is pending
 
 
-class RewardWorkers(WorkerGroup):
+class RewardWorkers(WorkerPool):
     """The reward role of a run, as a pool of workers."""
 
     role: Role = "reward"
@@ -47,6 +50,7 @@ class RewardWorkers(WorkerGroup):
         self.settings = settings
         self.free = [asyncio.Semaphore(settings.processes) for _ in handles]
         self.free_to_ask = [asyncio.Semaphore(asks_in_flight(settings.specs)) for _ in handles]
+        self.suspects = [Suspects() for _ in handles]
         self.pings: dict[int, asyncio.Task[Any]] = {}  # by worker
 
     @classmethod
@@ -54,6 +58,9 @@ class RewardWorkers(WorkerGroup):
         """Create the actors of the workers."""
         spawned = spawn(cluster, placement, cls.role, RewardWorker, settings, concurrency=settings.concurrency)
         return cls(*spawned, settings=settings, deadline_s=cluster.call_timeout_s)
+
+    def _start_calls(self, handle: ActorHandle[Any]) -> list[ObjectRef[Any]]:
+        return [handle.start.remote(greets=False)]
 
     def _worker_of(self, group: CompletedGroup) -> int:
         """Return the worker of a group. Groups go to the workers in turn."""
@@ -72,11 +79,17 @@ class RewardWorkers(WorkerGroup):
         environment = tuple(info.environment_rewards for info in group.infos)
         longest = longest_s(self.settings.specs, len(truncated), timeout_s=self.settings.timeout_s)
         prompt = group.request.prompt
-        service_answers = await self._ask(worker, group, truncated)
-        async with self.free[worker]:
-            ref = self.handles[worker].score.remote(prompt, group.rollouts, truncated, service_answers, environment)
-            scores: GroupScores = await self._answer(worker, ref, stage="rewards", longest=longest)
-        return scores
+        try:
+            answers = await self._ask(worker, group, truncated)
+            async with self.free[worker]:
+                return await self._call(
+                    worker,
+                    lambda h: h.score.remote(prompt, group.rollouts, truncated, answers, environment),
+                    stage="rewards",
+                    longest=longest,
+                )
+        except CallLost as again:
+            return _ends_its_worker(group, again.lost)
 
     async def _ask(self, worker: int, group: CompletedGroup, truncated: tuple[bool, ...]) -> dict[str, GroupOutcome]:
         """Return the answers of the services that score this row."""
@@ -85,11 +98,23 @@ class RewardWorkers(WorkerGroup):
             return {}
         longest = ask_deadline_s(self.settings.specs, len(truncated))
         async with self.free_to_ask[worker]:
-            ref = self.handles[worker].ask.remote(prompt, group.rollouts, truncated)
-            service_answers: dict[str, GroupOutcome] = await self._answer(
-                worker, ref, stage="services", longest=longest
+            return await self._call(
+                worker, lambda h: h.ask.remote(prompt, group.rollouts, truncated), stage="services", longest=longest
             )
-        return service_answers
+
+    async def _call(self, worker: int, send: Callable[[Any], ObjectRef[T]], *, stage: str, longest: float) -> T:
+        """Return a result for a group. After a loss of the worker, the call is made again. CallLost: a second loss."""
+
+        async def attempt() -> T:
+            handle = await self.working(worker)
+            try:
+                answer: T = await self._answer(worker, send(handle), stage=stage, longest=longest)
+            except WorkerLost as lost:
+                await self.make_good(worker, handle, lost)
+                raise CallLost(lost) from lost
+            return answer
+
+        return await self.suspects[worker].call(attempt)
 
     async def _answer(self, worker: int, ref: Any, *, stage: str, longest: float) -> Any:
         """Wait up to `longest` seconds for an answer, and ping the worker meanwhile.
@@ -126,16 +151,16 @@ class RewardWorkers(WorkerGroup):
     async def texts(self, group: CompletedGroup) -> list[str]:
         """Return the responses as text."""
         worker = self._worker_of(group)
-        return await self.one(self.handles[worker].texts.remote(group.rollouts), "texts", rank=worker)
+        return await self.ask(worker, lambda h: h.texts.remote(group.rollouts), "texts")
 
     async def transcripts(self, group: CompletedGroup) -> list[Transcript]:
         """Return the responses turn by turn and token by token."""
         worker = self._worker_of(group)
-        return await self.one(self.handles[worker].transcripts.remote(group.rollouts), "texts", rank=worker)
+        return await self.ask(worker, lambda h: h.transcripts.remote(group.rollouts), "texts")
 
     async def answers(self, group: CompletedGroup, form: AnswerForm) -> tuple[str | None, ...]:
         worker = self._worker_of(group)
-        return await self.one(self.handles[worker].answers.remote(group.rollouts, form), "eval", rank=worker)
+        return await self.ask(worker, lambda h: h.answers.remote(group.rollouts, form), "eval")
 
     async def write_samples(
         self, path: Path, selections: Sequence[SampleSelection], signals: Sequence[Ref[TokenSignals]] = ()
@@ -143,7 +168,7 @@ class RewardWorkers(WorkerGroup):
         """Write the samples file in the first worker."""
         records = [selection.records for selection in selections]
         rollouts = [selection.rollouts for selection in selections]
-        await self.one(self.handles[0].write_samples.remote(path, records, *rollouts, *signals), "samples")
+        await self.ask(0, lambda h: h.write_samples.remote(path, records, *rollouts, *signals), "samples")
 
     async def stop(self) -> None:
         """End the reward processes and the workers."""
@@ -151,13 +176,46 @@ class RewardWorkers(WorkerGroup):
         self.end()
 
 
-class ReferenceWorkers(ModelGroup):
+def _ends_its_worker(group: CompletedGroup, lost: WorkerLost) -> GroupScores:
+    """Return the errors of a group that lost its worker twice, one for each response."""
+    kind: RewardErrorKind = "timeout" if lost.kind == "hung" else "died"
+    message = (
+        f"the reward worker was lost while it scored this group, and again while it scored only this group. {lost}"
+    )
+    prompt_id = group.request.prompt.prompt_id
+    errors = tuple(
+        RewardError(reward="worker", kind=kind, message=message, prompt_id=prompt_id, sample=sample)
+        for sample in range(len(group.infos))
+    )
+    return GroupScores(scores=(), by_name={}, errors=errors)
+
+
+class ReferenceWorkers(ModelGroup, WorkerPool):
     """The reference role of a run, as a pool of workers."""
 
     role: Role = "reference"
+    folder: Path | None = None  # of the present model; None: the configured one
+    is_away = False  # from a GPU shared with an engine
+
+    def _start_calls(self, handle: ActorHandle[Any]) -> list[ObjectRef[Any]]:
+        calls = super()._start_calls(handle)
+        if self.folder is not None:
+            calls.append(handle.become.remote(str(self.folder)))
+        if self.is_away:
+            calls.append(handle.offload.remote())
+        return calls
+
+    async def offload(self) -> None:
+        self.is_away = True
+        await super().offload()
+
+    async def reload(self) -> None:
+        self.is_away = False
+        await super().reload()
 
     async def become(self, folder: Path) -> None:
-        await self.all([h.become.remote(str(folder)) for h in self.handles], "reference")
+        self.folder = folder
+        await self.each(lambda h: h.become.remote(str(folder)), "reference")
 
     async def logprobs(
         self,
@@ -170,21 +228,23 @@ class ReferenceWorkers(ModelGroup):
 
         Groups that come one by one go to the workers in turn.
         """
-        columns: list[Any] = [None] * len(groups)
+
+        def compute(place: int, share: Sequence[int]) -> Awaitable[Sequence[Ref[TokenValues]]]:
+            given = [groups[i].rollouts for i in share]
+            return self.columns(
+                place % len(self.handles),
+                lambda h: h.logprobs.options(num_returns=len(share) + 1).remote(only, temperatures or {}, *given),
+                self.role,
+                work=tuple(groups[i].request.group_id for i in share),
+            )
+
         shares = balance([1] * len(groups), min(len(self.handles), len(groups)))
         first = groups[0].request.group_id if groups else 0
-        waits = []
-        for place, share in enumerate(shares, first):
-            handle = self.handles[place % len(self.handles)]
-            given = [groups[i].rollouts for i in share]
-            *logprob_refs, done = handle.logprobs.options(num_returns=len(share) + 1).remote(
-                only, temperatures or {}, *given
-            )
-            for i, ref in zip(share, logprob_refs, strict=True):
-                columns[i] = replace(groups[i].columns, ref=ref)
-            waits.append(done)
-        await self.all(waits, self.role)
-        return columns
+        refs = await all_results([compute(place, share) for place, share in enumerate(shares, first)])
+        by_group = {i: ref for share, own in zip(shares, refs, strict=True) for i, ref in zip(share, own, strict=True)}
+        return [
+            RemoteColumns(ref=by_group[i], sequence_ids=group.columns.sequence_ids) for i, group in enumerate(groups)
+        ]
 
 
 class LikelihoodWorkers(WorkerGroup):

@@ -1,4 +1,4 @@
-"""Reward workers by handles that answer in this process, one group at a time."""
+"""Pools of workers by handles that answer in this process: limits of time, and lost workers."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from ray.exceptions import RayActorError
 
 from actors.cluster.processes import Processes
 from actors.roles import worker_pools as services
-from actors.roles.worker_pools import RewardWorkers
-from rlhf.errors import RunError
+from actors.roles.group import WorkerPool
+from actors.roles.worker_pools import ReferenceWorkers, RewardWorkers
+from rlhf.errors import RunError, WorkerLost
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.rewards.services.client import ServiceSpec
 from rlhf.rewards.services.remote import RemoteReward
@@ -131,3 +134,163 @@ def test_services_are_not_asked_about_rows_of_others() -> None:
     handle = Handle(takes_s=0.0)
     asyncio.run(score([handle], 2, STYLE, columns={"kind": "b"}))
     assert (handle.asked, handle.given) == (0, [{}, {}])
+
+
+class Calls:
+    """A worker whose calls wait until the test lets it answer or die. They are named after their groups."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[Any, Future[Any]] = {}
+        self.asked: list[tuple[str, Any]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def remote(*args: Any, **_: Any) -> Any:
+            future: Future[Any] = Future()
+            if name in ("start", "become"):
+                self.asked.append((name, *args))
+                future.set_result(None)
+            else:
+                self.waiting[args[1] if name == "score" else args[0]] = future
+            return SimpleNamespace(future=lambda: future)
+
+        def options(num_returns: int) -> Any:
+            columns = [f"{id(self)}.{place}" for place in range(num_returns - 1)]
+            return SimpleNamespace(remote=lambda _, __, *given: [*columns, remote(given)])
+
+        return SimpleNamespace(remote=remote, options=options)
+
+    def answer(self, call: Any) -> None:
+        self.waiting.pop(call).set_result(f"of {call}")
+
+    def die(self) -> None:
+        for call in list(self.waiting):
+            self.waiting.pop(call).set_exception(RayActorError())
+
+
+class Losses:
+    """A supervisor that allows all losses but those at forbidden work."""
+
+    def __init__(self, *forbidden: Any) -> None:
+        self.forbidden = forbidden
+        self.losses: list[WorkerLost] = []
+
+    async def recover(self, lost: WorkerLost, rebuild: Callable[[], Any], *, work: Any = None) -> None:
+        if work in self.forbidden:
+            raise lost
+        self.losses.append(lost)
+        await rebuild()
+
+    def succeeded(self, role: str, rank: int) -> None: ...
+
+
+def pool(kind: Callable[..., Any], *handles: Calls, supervisor: Any, **more: Any) -> Any:
+    """A pool of these workers, which are replaced in turn: a replaced worker's handle is another."""
+    workers = kind(list(handles), lambda _: Calls(), deadline_s=60.0, **more)
+    workers.supervisor, workers.start_deadline_s = supervisor, 60.0
+    return workers
+
+
+@pytest.fixture
+def replaced_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def end_one(self: Processes, rank: int) -> None: ...
+    async def wait_until_replaced(self: Processes, rank: int, *, deadline_s: float) -> None: ...
+
+    monkeypatch.setattr(Processes, "end_one", end_one)
+    monkeypatch.setattr(Processes, "wait_until_replaced", wait_until_replaced)
+
+
+async def settle() -> None:
+    """Run what can run."""
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+def scored_group(group_id: int) -> Any:
+    prompt = SimpleNamespace(columns={}, prompt_id=group_id)
+    info = SimpleNamespace(environment_error=None, finish_reason="stop", environment_rewards=None)
+    return SimpleNamespace(
+        request=SimpleNamespace(group_id=group_id, prompt=prompt), rollouts=f"group {group_id}", infos=(info, info)
+    )
+
+
+@pytest.mark.usefixtures("replaced_at_once")
+@pytest.mark.parametrize("culprit", [0, 1, 2])
+async def test_the_group_that_ends_its_worker_is_found_and_the_others_are_scored(culprit: int) -> None:
+    supervisor = Losses()
+    settings = SimpleNamespace(specs=(), processes=3, timeout_s=1.0)
+    workers = pool(RewardWorkers, Calls(), supervisor=supervisor, settings=settings)
+    groups = [scored_group(group_id) for group_id in range(4)]
+    tasks = [asyncio.create_task(workers.score(group)) for group in groups]
+    in_work: list[set[int]] = []
+    await settle()
+    while not all(task.done() for task in tasks):
+        (worker,) = workers.handles
+        present = {int(call.removeprefix("group ")) for call in worker.waiting}
+        in_work.append(present)
+        if culprit in present:
+            worker.die()
+        else:
+            worker.answer(next(iter(worker.waiting)))
+        await settle()
+    assert in_work[0] == {0, 1, 2}
+    assert sorted(map(len, in_work[1:])) == [1, 1, 1, 1]  # one at a time, and then the group that had no place before
+    assert in_work[-1] == {3}
+    assert len(supervisor.losses) == 2  # three groups shared the first rebuild
+    results = [task.result() for task in tasks]
+    errors = results.pop(culprit).errors
+    assert [(error.kind, error.prompt_id, error.sample) for error in errors] == [
+        ("died", culprit, sample) for sample in (0, 1)
+    ]
+    assert "reward rank 0 died" in errors[0].message
+    assert all(str(result).startswith("of ") for result in results)
+
+
+@pytest.mark.usefixtures("replaced_at_once")
+async def test_a_reward_worker_that_may_not_be_replaced_ends_the_work() -> None:
+    settings = SimpleNamespace(specs=(), processes=1, timeout_s=1.0)
+    for supervisor in (None, Losses(None)):
+        workers = pool(RewardWorkers, worker := Calls(), supervisor=supervisor, settings=settings)
+        task = asyncio.create_task(workers.score(scored_group(0)))
+        await settle()
+        worker.die()
+        with pytest.raises(WorkerLost, match="rewards: reward rank 0 died"):
+            await task
+
+
+def columns_group(group_id: int) -> Any:
+    columns = SimpleNamespace(sequence_ids=(group_id,))
+    return SimpleNamespace(request=SimpleNamespace(group_id=group_id), rollouts=f"group {group_id}", columns=columns)
+
+
+@pytest.mark.usefixtures("replaced_at_once")
+async def test_a_lost_reference_worker_is_asked_again_with_the_model_that_it_had() -> None:
+    first, second = Calls(), Calls()
+    supervisor = Losses()
+    workers = pool(ReferenceWorkers, first, second, supervisor=supervisor)
+    await workers.become(Path("references/step_4"))
+    groups = [columns_group(group_id) for group_id in range(4)]
+    both = [asyncio.create_task(workers.logprobs([groups[0]])), asyncio.create_task(workers.logprobs(groups[2:]))]
+    await settle()
+    first.die()
+    await settle()
+    successor, beside = workers.handles
+    assert beside is second
+    assert successor.asked == [("start",), ("become", "references/step_4")]
+    assert len(supervisor.losses) == 1  # both calls share it
+    for worker in (successor, second):
+        for call in list(worker.waiting):
+            worker.answer(call)
+    (alone,), pair = [await task for task in both]
+    assert alone.ref.startswith(str(id(successor)))
+    assert [str(id(worker)) for worker in (successor, second)] == [column.ref.split(".")[0] for column in pair]
+    assert [column.sequence_ids for column in pair] == [(2,), (3,)]
+
+
+@pytest.mark.usefixtures("replaced_at_once")
+async def test_a_call_names_its_work_for_a_worker_that_is_lost_twice() -> None:
+    workers: WorkerPool = pool(ReferenceWorkers, worker := Calls(), supervisor=Losses((2, 3)))
+    task = asyncio.create_task(workers.logprobs([columns_group(2), columns_group(3)]))  # type: ignore[attr-defined]
+    await settle()
+    worker.die()
+    with pytest.raises(WorkerLost, match="reference: reference rank 0 died"):
+        await task

@@ -265,6 +265,20 @@ def test_a_process_killed_in_the_middle_of_a_call_is_tried_once_more(monkeypatch
     assert len(set(killed)) == 2
 
 
+def test_each_response_may_lose_its_process_once(tmp_path: Path) -> None:
+    (tmp_path / "once.py").write_text(
+        "import os, pathlib\n"
+        "def once(prompt, response):\n"
+        "    seen = pathlib.Path(__file__).with_name(response)\n"
+        "    if not seen.exists():\n"
+        "        seen.touch()\n"
+        "        os._exit(3)\n"
+        "    return float(len(response))\n"
+    )
+    with RewardPool([CodeSource(path=str(tmp_path / "once.py"), name="once", args={})], timeout_s=60.0) as pool:
+        assert pool.score(0, "p", ["a", "bb", "ccc"], {}).scores == (1.0, 2.0, 3.0)
+
+
 def test_a_stopped_process_is_replaced() -> None:
     with RewardPool([source("simple.py:length")], timeout_s=0.5) as pool:
         pid = pool.pids()[0]

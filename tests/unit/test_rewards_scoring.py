@@ -30,10 +30,10 @@ def test_weighted_sum_by_hand() -> None:
     assert scores.errors == ()
 
 
-def test_a_group_may_take_the_time_of_all_its_calls_and_of_a_fresh_process() -> None:
+def test_a_group_may_take_the_time_of_repeating_all_its_calls_and_of_fresh_processes() -> None:
     specs = [spec("length", "simple.py:length"), spec("taste", None), spec("exact", "exact_match")]
-    # 2 functions, each 8 calls of 5 s, and twice a call of 5 s with a start of 120 s
-    assert deadline_s(specs, 8, timeout_s=5.0) == 2 * (8 * 5.0 + 2 * (5.0 + 120.0))
+    # 2 functions, each twice 8 calls of 5 s and a start of 120 s
+    assert deadline_s(specs, 8, timeout_s=5.0) == 2 * 2 * (8 * 5.0 + 120.0)
 
 
 def test_rewards_are_the_same_until_configuration_or_code_changes(tmp_path: Path) -> None:

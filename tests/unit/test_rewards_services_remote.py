@@ -151,6 +151,27 @@ def test_a_hanging_attempt_is_given_up_and_made_again() -> None:
         assert ask(spec(url, timeout_s=0.2, deadline_s=30.0), ["a"]).scores == (1.0,)
 
 
+@pytest.mark.parametrize("begins", [False, True], ids=["before the answer", "in the middle of it"])
+def test_a_connection_that_breaks_is_made_again(begins: bool) -> None:
+    calls = []
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        calls.append(1)
+        if len(calls) > 1:
+            return web.json_response({"scores": [1.0]})
+        answer = web.StreamResponse(headers={"Content-Length": "100"})
+        if begins:
+            await answer.prepare(request)
+            await answer.write(b'{"scores": [')
+        assert request.transport is not None
+        request.transport.abort()
+        return answer
+
+    with served(handler) as url:
+        assert ask(spec(url, deadline_s=30.0), ["a"]).scores == (1.0,)
+    assert len(calls) == 2
+
+
 def test_no_more_requests_at_once_than_may_be() -> None:
     now, most, three = 0, 0, asyncio.Barrier(3)
 

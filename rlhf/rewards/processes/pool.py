@@ -1,7 +1,7 @@
 """Run rewards in separate processes, with a hard limit on every call.
 
-A call becomes a Failure, never a score, if it raises, hangs, returns an invalid number or ends its process. The next
-call uses a fresh process. The caller decides the effect of a failure on the response and on the run.
+A call becomes a Failure, never a score, if it raises, hangs, returns an invalid number or ends its process twice. The
+next call uses a fresh process. The caller decides the effect of a failure on the response and on the run.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class GroupOutcome:
 
 def longest_s(num_responses: int, timeout_s: float) -> float:
     """Return the longest time for a group by one reward once a process is free."""
-    return num_responses * timeout_s + 2 * (timeout_s + START_TIMEOUT_S)  # two starts of a process, and a repeated call
+    return 2 * (num_responses * timeout_s + START_TIMEOUT_S)  # each call may be repeated; starts: see RewardPool.score
 
 
 class RewardPool:
@@ -111,7 +111,8 @@ class RewardPool:
     ) -> GroupOutcome:
         """Score a group by sources[reward].
 
-        The first death of a process is retried in a fresh process, since a process may also be killed from outside.
+        If a process dies, its response is scored once more in a fresh process, since a process may also be killed from
+        outside. A second death is a failure of the response.
 
         Args: `by_step` says the reward returns steps, whose ends count characters of the response. `goes_on` says to
         score the rest of the group in a fresh process after a hang or a second death. Without it the group ends there,
@@ -119,7 +120,7 @@ class RewardPool:
         """
         pickled = pickle.dumps(dict(columns))
         replies: list[Reply] = []
-        retried = False
+        retried = -1  # the last response that was scored once more
         with self._borrow(longest_s(len(responses), self._timeout_s)) as slot:
             started_s = 0.0
             while len(replies) < len(responses):
@@ -137,8 +138,8 @@ class RewardPool:
                 if end is None:
                     break
                 slot.discard()
-                if end.kind == "died" and not retried:
-                    retried = True
+                if end.kind == "died" and retried != len(replies):
+                    retried = len(replies)
                     continue
                 replies += [end] * (len(responses) - len(replies) if self.signatures[reward].batched else 1)
                 if not goes_on:

@@ -61,8 +61,12 @@ class RewardWorker(ModelWorker):
     def ping(self) -> None:
         """Return at once, as proof of life."""
 
-    def start(self) -> None:
-        """Start the reward processes and load the model, if any."""
+    def start(self, *, greets: bool = True) -> None:
+        """Start the reward processes and load the model, if any.
+
+        Args:
+            greets: fail if a service cannot be reached. A successor does not: a service may be down for a while.
+        """
         settings = self.settings
         self.tokenizer = load_tokenizer(
             settings.tokenizer, trust_remote_code=settings.trust_remote_code, template=settings.template
@@ -71,7 +75,8 @@ class RewardWorker(ModelWorker):
         self.rewards = RewardSet(
             settings.specs, timeout_s=settings.timeout_s, processes=settings.processes, memory_gib=settings.memory_gib
         )
-        self.rewards.greet()
+        if greets:
+            self.rewards.greet()
         if settings.model is not None:
             self.model = RewardModel(
                 settings.model, self.place, max_tokens_per_microbatch=settings.max_tokens_per_microbatch

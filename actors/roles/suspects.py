@@ -1,0 +1,59 @@
+"""Find the group of responses that ends its reward worker.
+
+A worker may be lost by chance, or because of a response. All groups in work at a loss are therefore scored again one at
+a time, with no other group beside them. A group that loses its worker again was alone at the second loss: it is the
+cause.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from rlhf.errors import WorkerLost
+
+T = TypeVar("T")
+
+
+class CallLost(Exception):
+    """A call was lost with its worker, which has been replaced."""
+
+    def __init__(self, lost: WorkerLost) -> None:
+        super().__init__(str(lost))
+        self.lost = lost
+
+
+class Suspects:
+    """The calls of one worker: side by side, or alone after a loss."""
+
+    def __init__(self) -> None:
+        self._working = 0  # calls side by side
+        self._suspects = 0  # calls to be made again, and the one that is made again
+        self._idle, self._cleared = asyncio.Event(), asyncio.Event()
+        self._alone = asyncio.Lock()
+
+    async def call(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """Return the result of an attempt. If it is lost, repeat it alone. CallLost: it was lost again."""
+        while self._suspects:
+            await self._cleared.wait()
+        self._working += 1
+        self._idle.clear()
+        try:
+            return await attempt()
+        except CallLost:
+            self._suspects += 1
+            self._cleared.clear()
+        finally:
+            self._working -= 1
+            if not self._working:
+                self._idle.set()
+        try:
+            async with self._alone:
+                while self._working:
+                    await self._idle.wait()
+                return await attempt()
+        finally:
+            self._suspects -= 1
+            if not self._suspects:
+                self._cleared.set()
