@@ -69,7 +69,7 @@ quickstart: setup
 	$(BIN)/rlhf quickstart
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest --durations=25
 
 test-all: setup
 	$(BIN)/pytest -m "not gpu"
