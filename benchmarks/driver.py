@@ -227,7 +227,7 @@ class Dummies:
         )
         return OnlineRoles(
             policy=PolicyGang(self.ranks, deadline_s=DEADLINE_S, one_host=True),
-            rollout=RolloutEngines(self.engines, None, deadline_s=DEADLINE_S),
+            rollout=RolloutEngines(self.engines, deadline_s=DEADLINE_S),
             reward=RewardWorkers(self.rewarders, settings=settings, deadline_s=DEADLINE_S),
         )
 

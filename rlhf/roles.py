@@ -133,8 +133,21 @@ class MeasuredRole(Protocol):
     async def memory(self) -> MemoryReport: ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyProbe:
+    """The policy's log-probabilities of a fixed text under one version of its weights. The engines must agree."""
+
+    version: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]  # of token_ids[1:]
+    dtype: str  # of the weights
+
+
 class RolloutRole(MeasuredRole, Protocol):
-    """The inference engines. They refuse to generate until they have received weights."""
+    """The inference engines. They refuse to generate until they have received weights.
+
+    In a sync: withdraw_weights, update_weights while the policy sends, prove.
+    """
 
     def generate(
         self, requests: Sequence[GroupRequest], sampling: Sampling, *, version: int
@@ -160,14 +173,20 @@ class RolloutRole(MeasuredRole, Protocol):
         A call of `answer` for one of them returns None.
         """
 
+    async def withdraw_weights(self) -> None:
+        """Prepare for a publication. It overwrites the last one, which no engine may load any more."""
+
     async def update_weights(self, manifest: WeightManifest) -> None:
         """Load a published set of weights.
 
         Raise RunError if the version or checksum differs from the manifest afterwards.
         """
 
-    async def probe(self, token_ids: Sequence[int]) -> list[list[float]]:
-        """Return each engine's log-probabilities of token_ids[1:]."""
+    async def prove(self, probe: PolicyProbe) -> float | None:
+        """Return the largest difference between the log-probabilities of engines and policy. None: no engine works now.
+
+        Raise RunError if an engine has other weights. Engines that start later must pass the same probe.
+        """
 
     async def sleep(self, *, keep_weights: bool) -> None:
         """Free the GPU for the trainers (no effect on a CPU). Discarded weights are restored by the next sync."""

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from actors.cluster.placement import Placement, reserve
 from actors.roles.group import WorkerGroup
-from actors.rollout.engine_group import RolloutEngines, start_engines
+from actors.rollout.engine_creation import start_engines
+from actors.rollout.engine_group import RolloutEngines
 from rlhf.config.placement_plan import plan_placement
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.root import Config

@@ -18,7 +18,8 @@ from actors.cluster.connect import connected
 from actors.cluster.placement import reserve_roles
 from actors.roles.group import Stoppable, ending, spawn
 from actors.roles.worker_pools import LikelihoodWorkers, RewardWorkers
-from actors.rollout.engine_group import RolloutEngines, serve_engines
+from actors.rollout.engine_creation import serve_engines
+from actors.rollout.engine_group import RolloutEngines
 from actors.run.run_record import recording
 from actors.serving.offline import requests_of
 from rlhf.config.files.load import LoadedConfig

@@ -14,7 +14,8 @@ from actors.cluster.connect import connected
 from actors.cluster.placement import reserve_roles
 from actors.cluster.waiting import wait_one
 from actors.roles.group import ending
-from actors.rollout.engine_group import RolloutEngines, serve_engines
+from actors.rollout.engine_creation import serve_engines
+from actors.rollout.engine_group import RolloutEngines
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.controller.rollout_scorer import process_answers, request_for
 from rlhf.data.templates import UNCHANGED, ChatTemplate

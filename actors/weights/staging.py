@@ -63,6 +63,7 @@ class WeightSender:
 
     transport: ClassVar[str]
     meets: ClassVar[bool] = False  # whether it needs a meeting with the receivers
+    stays: ClassVar[bool] = False  # whether an engine can load the published weights at any time before the next ones
     memory: FlatMemory | None = None  # None: this rank stages no weights
 
     def __init__(

@@ -5,7 +5,7 @@
 Three checks can each stop the run. The engines' version must be the published one, and the checksum of the bytes they
 read must match the bytes written (the rollout role checks both). Trainer and engine must agree on the logprobs of a
 fixed probe. A shared GPU changes hands between the two probes, because the trainer's probe needs its weights there and
-the engine's probe its cache.
+the engine's probe its cache. An engine that replaces a lost one between two syncs passes the same checks.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 
 from rlhf.errors import RunError
-from rlhf.roles import Metrics, PolicyRole, RolloutRole
-from rlhf.tracking.metrics.reductions import Last, Max, Sum
+from rlhf.roles import Metrics, PolicyProbe, PolicyRole, RolloutRole
+from rlhf.tracking.metrics.reductions import Last, Max, Reduction, Sum
 
 # Largest accepted mean |difference| per token between kernels of one dtype. In bfloat16, correct engines differ by
 # about 0.04; one stale matrix after a large update gives 0.4 or more. Rounding hides small updates, but version and
@@ -39,24 +39,25 @@ async def sync_weights(
     needs a shared GPU.
     """
     began = time.perf_counter()
+    await rollout.withdraw_weights()
     manifest = await policy.publish(version)
     await asyncio.gather(policy.send(manifest), rollout.update_weights(manifest))
     await policy.settle()
     synced = time.perf_counter()
-    trainer_logprobs = await policy.probe(probe_ids)  # sequential: both may share their cores
+    logprobs = tuple(await policy.probe(probe_ids))  # sequential: both may share their cores
     await hand_over()
-    engines = await rollout.probe(probe_ids)
-    worst = max(
-        check_probe(trainer_logprobs, engine_logprobs, engine=i, version=version, dtype=dtype)
-        for i, engine_logprobs in enumerate(engines)
+    worst = await rollout.prove(
+        PolicyProbe(version=version, token_ids=tuple(probe_ids), logprobs=logprobs, dtype=dtype)
     )
     checksum: str = manifest.checksum
-    return checksum, {
+    metrics: dict[str, Reduction] = {
         "weight_sync/version": Last(value=version),
-        "weight_sync/probe_max_diff": Max(value=worst),
         "time/weight_sync_s": Sum(total=synced - began),
         "time/probe_s": Sum(total=time.perf_counter() - synced),
     }
+    if worst is not None:
+        metrics["weight_sync/probe_max_diff"] = Max(value=worst)
+    return checksum, metrics
 
 
 def check_probe(ours: Sequence[float], theirs: Sequence[float], *, engine: int, version: int, dtype: str) -> float:

@@ -32,6 +32,7 @@ from rlhf.config.schema.root import Config
 from rlhf.controller.learning import OnlineRoles
 from rlhf.controller.online import OnlineController
 from rlhf.controller.supervisor import Supervisor
+from rlhf.controller.weight_sync import check_probe
 from rlhf.data.stream import Stream
 from rlhf.engine.distributed import RankContext, init_distributed, leave_distributed
 from rlhf.evaluation.voting import AnswerForm
@@ -45,6 +46,7 @@ from rlhf.roles import (
     CompletedGroup,
     EnginePart,
     Metrics,
+    PolicyProbe,
     PrepareReport,
     RemoteColumns,
     SampleSelection,
@@ -252,16 +254,19 @@ class Engine:
         self.policy = policy
         self.version = -1
 
+    async def withdraw_weights(self) -> None: ...
+
     async def update_weights(self, manifest: SimpleNamespace) -> None:
         weights = dict(self.policy.engine.named_weights(torch.float32))
         self.model.load_state_dict(copy.deepcopy(weights), strict=True)
         self.version = manifest.version
 
-    async def probe(self, token_ids: Sequence[int]) -> list[list[float]]:
-        ids = torch.tensor([list(token_ids)])
+    async def prove(self, probe: PolicyProbe) -> float:
+        ids = torch.tensor([probe.token_ids])
         with torch.no_grad():
             logprobs = self.model(ids).logits[0, :-1].log_softmax(-1)
-        return [logprobs.gather(1, ids[0, 1:, None])[:, 0].tolist()]
+        theirs = logprobs.gather(1, ids[0, 1:, None])[:, 0].tolist()
+        return check_probe(probe.logprobs, theirs, engine=0, version=probe.version, dtype=probe.dtype)
 
     async def generate(
         self, requests: Sequence[GroupRequest], sampling: Sampling, *, version: int

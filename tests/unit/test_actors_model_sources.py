@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import transformers
 
-import actors.rollout.engine_group
-from actors.rollout.engine_group import start_engines
+import actors.rollout.engine_creation
+from actors.rollout.engine_creation import start_engines
 from rlhf.config.derive import critic_model, reference_model
 from rlhf.errors import UserError
 from rlhf.models.loading import split_revision
@@ -115,7 +115,7 @@ def test_data_are_read_with_the_tokenizer_that_replaces_the_policys(
 
 def test_engines_get_the_tokenizer(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     specs = []
-    monkeypatch.setattr(actors.rollout.engine_group, "_spawn", lambda spec, *_: specs.append(spec) or [])
+    monkeypatch.setattr(actors.rollout.engine_creation, "_spawn", lambda spec, *_: specs.append(spec) or ([], None))
     policy = {"model": "org/name", "revision": "v2", "tokenizer": "org/words@v3"}
     config = local(ppo(tmp_path, tiny_model, policy=policy), tmp_path)
     place: Any = SimpleNamespace(on_one_host=lambda: True)

@@ -1,0 +1,127 @@
+"""Create the actors of the rollout engines, for a run or for a model on disk."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from actors.cluster.placement import Placement
+from actors.roles.gang import PolicyGang
+from actors.roles.group import SpawnOne
+from actors.rollout.engine_actor import RolloutSpec, RolloutWorker, engine_environment
+from actors.rollout.engine_group import RolloutEngines
+from rlhf.config.derive import saved_rank, ships_adapter, weight_sync
+from rlhf.config.schema.cluster import ClusterConfig
+from rlhf.config.schema.root import Config
+from rlhf.engine.memory import peak_memory
+from rlhf.models.on_disk import ModelOnDisk
+from rlhf.rollouts.environments.conversations import EnvironmentSpec
+from rlhf.types import MemoryReport
+
+ASKED_AT_ONCE = 10_000  # calls queued in an engine's actor; vLLM has a separate queue
+
+
+class RolloutEngine(RolloutWorker):
+    """One engine as a Ray actor."""
+
+    async def memory(self) -> MemoryReport:
+        """Return the peaks of this process and, on GPUs, of the engine's workers, possibly in other processes."""
+        return MemoryReport(rss_gib=peak_memory().rss_gib, gpu_gib=await self.gpu_peak_gib())
+
+
+def start_engines(
+    config: Config,
+    placement: Placement,
+    *,
+    max_model_len: int,
+    spool: Path,
+    environment: EnvironmentSpec | None,
+) -> RolloutEngines:
+    """Create the engines' actors. Their models are not loaded yet, and they wait for the policy's weights."""
+    policy, role, lora = config.policy, config.cluster.roles.rollout, config.policy.lora
+    assert config.rollouts is not None
+    rollouts, in_flight = config.rollouts, config.rollouts.weight_updates == "in_flight"
+    sync = weight_sync(config.cluster, one_host=placement.on_one_host())
+    spec = RolloutSpec(
+        model=policy.model,
+        tokenizer=policy.tokenizer,
+        dtype=policy.dtype,
+        max_model_len=max_model_len,
+        transport=sync.method,
+        sender_address=None if placement.on_one_host() else placement.addresses_of(PolicyGang.role)[0],
+        lora_rank=saved_rank(lora) if lora is not None and ships_adapter(config) else None,
+        colocated=role.colocate_with is not None,
+        trust_remote_code=policy.trust_remote_code,
+        spool=spool,
+        spools_failures=rollouts.max_staleness > 0,
+        carries_over=rollouts.carry_over,
+        kv_after_update=rollouts.kv_after_update if in_flight else None,
+        environment=environment,
+    )
+    engines = RolloutEngines(
+        *_spawn(spec, config.cluster, placement),
+        sync=sync,
+        deadline_s=config.cluster.call_timeout_s,
+        tensor_parallel=role.tensor_parallel,
+        conversation_tokens=None if environment is None else environment.max_tokens,
+    )
+    engines.placement = placement
+    return engines
+
+
+def serve_engines(
+    model: ModelOnDisk,
+    cluster: ClusterConfig,
+    placement: Placement,
+    *,
+    max_model_len: int,
+    environment: EnvironmentSpec | None = None,
+) -> RolloutEngines:
+    """Create frozen engines for a model on disk. They are not started and cannot be synced."""
+    spec = RolloutSpec(
+        model=model.base,
+        tokenizer=model.tokenizer,
+        dtype=model.dtype,
+        max_model_len=max_model_len,
+        transport=None,
+        adapter=model.adapter,
+        lora_rank=model.lora_rank,
+        trust_remote_code=model.trust_remote_code,
+        environment=environment,
+    )
+    return RolloutEngines(*_spawn(spec, cluster, placement), deadline_s=cluster.call_timeout_s)
+
+
+def _spawn(
+    common: RolloutSpec, cluster: ClusterConfig, placement: Placement
+) -> tuple[list[ActorHandle[Any]], SpawnOne]:
+    """Create one actor for each slot. Return the actors, and a function that creates the actor of a slot anew.
+
+    The cluster and the slot add their settings to the common ones.
+    """
+    role = cluster.roles.rollout
+    remote = ray.remote(RolloutEngine)
+
+    def spawn_one(rank: int) -> ActorHandle[Any]:
+        spec = replace(
+            common,
+            name=f"rollout engine {rank}",
+            max_num_seqs=role.max_num_seqs,
+            device=cluster.device,
+            threads=placement.threads(RolloutEngines.role, role.threads)[rank],
+            kv_cache_gib=float(role.kv_cache_gib) if cluster.device == "cpu" else None,
+            gpu_memory_utilization=role.gpu_memory_utilization,
+            tensor_parallel=role.tensor_parallel,
+            enforce_eager=role.enforce_eager or cluster.device == "cpu",
+            start_timeout_s=cluster.start_timeout_s,
+            call_timeout_s=cluster.call_timeout_s,
+        )
+        options = placement.options(RolloutEngines.role, rank, engine_environment(spec), concurrency=ASKED_AT_ONCE)
+        handle: ActorHandle[Any] = remote.options(**options).remote(spec)
+        return handle
+
+    return [spawn_one(rank) for rank in range(len(placement.plan.slots[RolloutEngines.role]))], spawn_one

@@ -1,0 +1,224 @@
+"""Start lost engines again while the others work, and give them the newest weights.
+
+    lost -> closed -> replaced -> given the published weights -> proved -> open
+
+The first call that notices a loss begins this, and others find it begun. An engine answers nothing between its loss and
+its proof. The weights of a successor come from the memory or the folder of the last publication. The policy overwrites
+it at the next one, so a sync and a successor that loads exclude each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from ray import ObjectRef
+from ray.actor import ActorHandle
+from ray.exceptions import RayTaskError
+
+from actors.cluster.waiting import wait_one
+from actors.roles.group import SpawnOne, WorkerGroup
+from actors.rollout.dispatch import Dispatch
+from actors.rollout.engine_weights import SyncReceipt
+from actors.weights import WeightManifest
+from rlhf.controller.weight_sync import check_probe
+from rlhf.errors import RunError, WorkerLost
+from rlhf.roles import PolicyProbe
+from rlhf.types import MemoryReport
+
+Call = Callable[[ActorHandle[Any]], ObjectRef[Any]]
+
+
+class ReplaceableEngines(WorkerGroup):
+    """Engines with their losses, and the weights that a successor must have."""
+
+    def __init__(
+        self, handles: Sequence[ActorHandle[Any]], spawn_one: SpawnOne | None = None, *, deadline_s: float
+    ) -> None:
+        super().__init__(handles, spawn_one, deadline_s=deadline_s)
+        self.gives_published = False  # whether a successor can load the last publication by itself
+        self.opens_weights = False  # whether each engine has an end of a transport to open
+        self._rebuilding: dict[int, asyncio.Task[None]] = {}  # by rank; a failed one stays
+        self._dispatch: Dispatch | None = None  # of requests in flight
+        self._manifest: WeightManifest | None = None  # of the last sync
+        self._published: tuple[WeightManifest, PolicyProbe] | None = None  # None: there is nothing to load now
+        self._is_published = asyncio.Event()
+        self._loading = asyncio.Lock()  # while a successor reads what is published
+
+    def lose(self, lost: WorkerLost, handle: ActorHandle[Any]) -> None:
+        """Begin to start a lost engine again, unless that has begun. Raise the loss if the work must end.
+
+        Args:
+            handle: of the engine that was lost. Its successor may have taken its place already.
+        """
+        rank = lost.rank
+        if self.supervisor is None or not self.gives_published:
+            raise lost
+        if self.handles[rank] is not handle or rank in self._rebuilding:
+            return
+        if self._dispatch is not None:
+            self._dispatch.close(rank)
+        self._rebuilding[rank] = asyncio.create_task(self._recover(lost))
+        self._rebuilding[rank].add_done_callback(partial(self._note_end, rank))
+
+    def _note_end(self, rank: int, rebuilding: asyncio.Task[None]) -> None:
+        """Give groups to a successor that works, or fail the groups that wait for it."""
+        error = None if rebuilding.cancelled() else rebuilding.exception()
+        if error is not None and self._dispatch is not None:
+            self._dispatch.fail(error)
+
+    async def _recover(self, lost: WorkerLost) -> None:
+        assert self.supervisor is not None
+        version = None if self._manifest is None else self._manifest.version
+        await self.supervisor.recover(lost, partial(self._rebuild, lost.rank), work=(lost.stage, version))
+        del self._rebuilding[lost.rank]
+        if self._dispatch is not None:
+            self._dispatch.open(lost.rank)
+
+    async def _rebuild(self, rank: int) -> None:
+        await self._replace(rank)
+        if self.opens_weights:
+            await self.one(self.handles[rank].open_weights.remote(None, 0), "weight sync", rank=rank)
+        await self._give_weights(rank)
+
+    async def _give_weights(self, rank: int) -> None:
+        """Give the newest published weights to a successor, and prove that it has them."""
+        handle, is_given = self.handles[rank], False
+        while not is_given:
+            try:
+                await asyncio.wait_for(self._is_published.wait(), self.deadline_s)
+            except TimeoutError as error:
+                raise RunError(f"no weights were published for it in {self.deadline_s:.0f} s") from error
+            async with self._loading:
+                if self._published is None:
+                    continue
+                manifest, probe = self._published
+                try:
+                    receipt: SyncReceipt = await self.one(
+                        handle.update_weights.remote(manifest, manifest.version), "weight sync", rank=rank
+                    )
+                except RunError as error:
+                    if not _is_missing(error):
+                        raise
+                    self._withdraw()  # the policy's process has died with its memory, and its successor publishes again
+                    continue
+                check_receipt(receipt, manifest, engine=rank)
+                await self._prove(rank, handle, probe)
+                is_given = True
+
+    async def _prove(self, rank: int, handle: ActorHandle[Any], probe: PolicyProbe) -> float:
+        theirs: list[float] = await self.one(handle.probe.remote(probe.token_ids), "weight sync", rank=rank)
+        return check_probe(probe.logprobs, theirs, engine=rank, version=probe.version, dtype=probe.dtype)
+
+    async def working(self, rank: int) -> ActorHandle[Any]:
+        """Return an engine that works, once it does. Raise the failure of its successor."""
+        while (rebuilding := self._rebuilding.get(rank)) is not None:
+            await asyncio.shield(rebuilding)
+        return self.handles[rank]
+
+    async def every(self, call: Call, stage: str) -> list[Any]:
+        """Return the results of all engines, in order. A successor is asked in place of a lost engine."""
+        return await asyncio.gather(*[self._result(rank, call, stage) for rank in range(len(self.handles))])
+
+    async def _result(self, rank: int, call: Call, stage: str) -> Any:
+        while True:
+            handle = await self.working(rank)
+            try:
+                return await self.one(call(handle), stage, rank=rank)
+            except WorkerLost as lost:
+                self.lose(lost, handle)
+
+    async def each(self, call: Call, stage: str, *, deadline_s: float | None = None) -> dict[int, Any]:
+        """Return the results of the engines that work, by rank."""
+        limit_s = deadline_s or self.deadline_s
+        ranks = range(len(self.handles))
+        results = await asyncio.gather(*[self._result_if_works(rank, call, stage, limit_s) for rank in ranks])
+        return {rank: result for rank, found in enumerate(results) for result in found}
+
+    async def _result_if_works(self, rank: int, call: Call, stage: str, deadline_s: float) -> tuple[Any, ...]:
+        rebuilding = self._rebuilding.get(rank)
+        if rebuilding is not None:
+            if rebuilding.done():
+                rebuilding.result()
+            return ()
+        handle = self.handles[rank]
+        try:
+            return (await wait_one(call(handle), role=self.role, rank=rank, stage=stage, deadline_s=deadline_s),)
+        except WorkerLost as lost:
+            self.lose(lost, handle)
+            return ()
+
+    async def withdraw_weights(self) -> None:
+        """Give no successor the published weights from now on, since the policy overwrites them."""
+        async with self._loading:
+            self._withdraw()
+
+    def _withdraw(self) -> None:
+        self._published = None
+        self._is_published.clear()
+
+    async def update_weights(self, manifest: WeightManifest) -> None:
+        """Load a published set of weights. RunError unless the engines then have its version and its bytes.
+
+        Lost engines are left out: their successors load it after `prove`.
+        """
+        self._manifest = manifest
+        receipts = await self.each(lambda h: h.update_weights.remote(manifest, manifest.version), "weight sync")
+        for engine, receipt in receipts.items():
+            check_receipt(receipt, manifest, engine=engine)
+
+    async def prove(self, probe: PolicyProbe) -> float | None:
+        """Compare the engines' log-probabilities with the policy's, and return the largest difference.
+
+        In flight, lost engines are left out. None: no engine works. Otherwise a step would wait for them anyway, and
+        its metrics do not depend on a loss.
+        """
+        assert self._manifest is not None
+        self._published = self._manifest, probe
+        self._is_published.set()
+
+        def ask(handle: ActorHandle[Any]) -> ObjectRef[Any]:
+            ref: ObjectRef[Any] = handle.probe.remote(probe.token_ids)
+            return ref
+
+        if self._dispatch is None:
+            found = dict(enumerate(await self.every(ask, "weight sync")))
+        else:
+            found = await self.each(ask, "weight sync")
+        differences = [
+            check_probe(probe.logprobs, theirs, engine=engine, version=probe.version, dtype=probe.dtype)
+            for engine, theirs in found.items()
+        ]
+        return max(differences, default=None)
+
+    async def memory(self) -> MemoryReport:
+        """Return the memory peaks of the largest engine that works."""
+        while not (reports := await self.each(lambda h: h.memory.remote(), "memory")):
+            await self.working(0)
+        gpus = [report.gpu_gib for report in reports.values() if report.gpu_gib is not None]
+        rss_gib = max(report.rss_gib for report in reports.values())
+        return MemoryReport(rss_gib=rss_gib, gpu_gib=max(gpus) if gpus else None)
+
+    def end(self) -> None:
+        """End the engines at once, also those that start."""
+        for rebuilding in self._rebuilding.values():
+            rebuilding.cancel()
+        super().end()
+
+
+def check_receipt(receipt: SyncReceipt, manifest: WeightManifest, *, engine: int) -> None:
+    """Raise RunError unless an engine has the version and the bytes of a manifest."""
+    if (receipt.version, receipt.checksum) != (manifest.version, manifest.checksum):
+        raise RunError(
+            f"weight sync: rollout engine {engine} has version {receipt.version} with checksum "
+            f"{receipt.checksum}; the policy published version {manifest.version} with {manifest.checksum}. "
+            "The run stops before it samples from weights that are not the policy's."
+        )
+
+
+def _is_missing(error: RunError) -> bool:
+    """Return whether an engine did not find the published weights."""
+    cause = error.__cause__
+    return isinstance(cause, RayTaskError) and isinstance(cause.cause, FileNotFoundError)

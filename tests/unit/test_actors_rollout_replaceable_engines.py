@@ -1,0 +1,405 @@
+"""Lost engines with fakes for their actors: what is asked again and where, and what a successor must show first."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Future
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from ray.exceptions import ActorDiedError, RayTaskError
+
+from actors.rollout.dispatch import EngineCapacity
+from actors.rollout.engine_group import RolloutEngines
+from actors.rollout.engine_weights import SyncReceipt
+from actors.weights import WeightManifest
+from rlhf.config.schema.cluster import Restarts
+from rlhf.controller.supervisor import Supervisor
+from rlhf.errors import RunError, WorkerLost
+from rlhf.roles import CompletedGroup, PolicyProbe
+from rlhf.types import GroupRequest, Prompt, Sampling
+
+SAMPLING = Sampling(max_new_tokens=4)
+DEADLINE_S = 5.0
+
+
+def request(group_id: int) -> GroupRequest:
+    prompt = Prompt(prompt_id=group_id, token_ids=(1, 2), text="", columns={})
+    return GroupRequest(group_id=group_id, prompt=prompt, seeds=(0, 1), first_sequence_id=2 * group_id)
+
+
+def manifest(version: int) -> WeightManifest:
+    return WeightManifest(
+        version=version,
+        checksum=f"sum {version}",
+        names=(),
+        dtype="float32",
+        shapes=(),
+        offsets=(),
+        nbytes=0,
+        transport="shm",
+        fields={},
+    )
+
+
+def policy_probe(version: int, logprob: float = -1.0) -> PolicyProbe:
+    return PolicyProbe(version=version, token_ids=(1, 2, 3), logprobs=(logprob, logprob), dtype="float32")
+
+
+class Call:
+    """A method of a handle. It notes its calls and returns what the engine's method of this name returns."""
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        self.engine = engine
+        self.name = name
+
+    def options(self, *, num_returns: int) -> Call:
+        return self
+
+    def remote(self, *arguments: Any, **options: Any) -> Any:
+        engine, future = self.engine, Future[Any]()
+        if engine.is_dead:
+            future.set_exception(ActorDiedError())
+        else:
+            result = getattr(engine, f"on_{self.name}")(*arguments, **options)
+            if isinstance(result, Exception):
+                future.set_exception(result)
+            elif isinstance(result, Future):
+                future = result
+            else:
+                future.set_result(result)
+        ref = SimpleNamespace(future=lambda: future)
+        return (f"tokens from {engine.name}", ref) if self.name in ("generate", "answer") else ref
+
+
+class Engine:
+    """An engine's actor. A test finishes its groups and kills it."""
+
+    def __init__(self, name: str, *, samples: int = 2, logprob: float = -1.0) -> None:
+        self.name = name
+        self.samples = samples
+        self.logprob = logprob
+        self.is_dead = False
+        self.calls: list[Any] = []
+        self.groups: dict[int, Future[Any]] = {}
+        self.loads: Any = lambda version: SyncReceipt(version=version, checksum=f"sum {version}")
+
+    def __getattr__(self, name: str) -> Call:
+        return Call(self, name)
+
+    def die(self) -> None:
+        self.is_dead = True
+        for future in self.groups.values():
+            if not future.done():
+                future.set_exception(ActorDiedError())
+
+    def finish(self, *group_ids: int) -> None:
+        for group_id in group_ids:
+            self.groups[group_id].set_result(())
+
+    def on_hold(self) -> None:
+        self.calls.append("hold")
+
+    def on_generate(self, request: GroupRequest, sampling: Sampling, version: int) -> Future[Any]:
+        return self.on_answer(request, sampling, version)
+
+    def on_answer(self, request: GroupRequest, sampling: Sampling, version: int) -> Future[Any]:
+        self.calls.append(request.group_id)
+        return self.groups.setdefault(request.group_id, Future())
+
+    def on_release(self, num_groups: int) -> None:
+        self.calls.append(f"release {num_groups}")
+
+    def on_cancel(self, group_ids: list[int]) -> None:
+        self.calls.append(f"cancel {group_ids}")
+
+    def on_capacity(self) -> EngineCapacity:
+        return EngineCapacity(cache_tokens=1000, samples=self.samples)
+
+    def on_open_weights(self, meeting: None, first_rank: int) -> None:
+        self.calls.append("open")
+
+    def on_update_weights(self, manifest: WeightManifest, version: int) -> Any:
+        self.calls.append(f"load {version}")
+        return self.loads(version)
+
+    def on_probe(self, token_ids: tuple[int, ...]) -> list[float]:
+        self.calls.append("probe")
+        return [self.logprob] * (len(token_ids) - 1)
+
+
+class Engines(RolloutEngines):
+    """Engines whose successors come from a list, as soon as the test lets them."""
+
+    def __init__(self, *first: Engine, successors: tuple[Engine, ...] = (), deadline_s: float = DEADLINE_S) -> None:
+        super().__init__(cast(Any, first), lambda rank: cast(Any, None), deadline_s=deadline_s)
+        self.gives_published = self.opens_weights = True
+        self.successors = list(successors)
+        self.replaced: list[int] = []
+        self.may_start = asyncio.Event()
+        self.may_start.set()
+        record: Any = SimpleNamespace(
+            step=0,
+            tracker=SimpleNamespace(log_error=lambda error: None, alert=lambda *text: None),
+            timeline=SimpleNamespace(span=lambda *names: nullcontext()),
+        )
+        self.supervisor = Supervisor(Restarts(), record, ("rollout",))
+
+    async def _replace(self, rank: int) -> None:
+        self.replaced.append(rank)
+        await self.may_start.wait()
+        if not self.successors:
+            raise RunError("no room")
+        self.handles[rank] = cast(Any, self.successors.pop(0))
+
+
+async def synced(engines: Engines, version: int = 1) -> Engines:
+    await engines.withdraw_weights()
+    await engines.update_weights(manifest(version))
+    await engines.prove(policy_probe(version))
+    for engine in engines.handles:
+        cast(Any, engine).calls.clear()
+    return engines
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while not condition():
+            await asyncio.sleep(0)
+
+
+def generated(engines: Engines, *group_ids: int) -> asyncio.Task[list[CompletedGroup]]:
+    async def groups() -> list[CompletedGroup]:
+        requests = [request(group_id) for group_id in group_ids]
+        return [group async for group in engines.generate(requests, SAMPLING, version=1)]
+
+    return asyncio.create_task(groups())
+
+
+def asked(engines: Engines, group_id: int) -> asyncio.Task[CompletedGroup | None]:
+    return asyncio.create_task(engines.answer(request(group_id), SAMPLING, oldest=0))
+
+
+async def test_a_successor_gets_the_whole_share_and_no_group_comes_twice() -> None:
+    first, other, successor = Engine("first"), Engine("other"), Engine("successor")
+    engines = await synced(Engines(first, other, successors=(successor,)))
+    task = generated(engines, 0, 1, 2, 3, 4)
+    await until(lambda: len(first.groups) == 3 and len(other.groups) == 2)
+    first.finish(2)
+    await asyncio.sleep(0.01)
+    first.die()
+    other.finish(1, 3)
+    await until(lambda: len(successor.groups) == 3)
+    successor.finish(0, 2, 4)
+    groups = await asyncio.wait_for(task, DEADLINE_S)
+    assert sorted(group.request.group_id for group in groups) == [0, 1, 2, 3, 4]
+    assert {group.request.group_id: group.rollouts for group in groups}[2] == "tokens from first"
+    assert first.calls == ["hold", 0, 2, 4, "release 3"]
+    assert successor.calls == ["open", "load 1", "probe", *first.calls]
+    assert other.calls == ["hold", 1, 3, "release 2"]
+    assert engines.replaced == [0]
+
+
+async def test_a_share_with_nothing_left_but_cancelled_groups_is_not_asked_again() -> None:
+    first, successor = Engine("first"), Engine("successor")
+    engines = await synced(Engines(first, successors=(successor,)))
+    engines.may_start.clear()
+    task = generated(engines, 0, 1)
+    await until(lambda: len(first.groups) == 2)
+    first.finish(0)
+    await asyncio.sleep(0.01)
+    await engines.cancel([request(1)])
+    first.die()
+    assert [group.request.group_id for group in await asyncio.wait_for(task, DEADLINE_S)] == [0]
+    engines.may_start.set()
+    again = generated(engines, 2)
+    await until(lambda: 2 in successor.groups)
+    successor.finish(2)
+    assert len(await again) == 1
+
+
+async def test_an_engine_lost_twice_at_the_same_batch_ends_the_run_unless_it_finished_a_group() -> None:
+    first, second, third = Engine("first"), Engine("second"), Engine("third")
+    engines = await synced(Engines(first, successors=(second, third)))
+    task = generated(engines, 0, 1)
+    await until(lambda: len(first.groups) == 2)
+    first.die()
+    await until(lambda: len(second.groups) == 2)
+    second.finish(0)
+    await asyncio.sleep(0.01)
+    second.die()
+    await until(lambda: len(third.groups) == 2)
+    third.die()
+    with pytest.raises(WorkerLost, match="rollouts: rollout rank 0 died"):
+        await asyncio.wait_for(task, DEADLINE_S)
+    assert engines.replaced == [0, 0]
+
+
+async def test_engines_outside_of_a_run_are_not_replaced() -> None:
+    engine = Engine("frozen")
+    engines = Engines(engine)
+    engines.supervisor = None
+    task = generated(engines, 0)
+    await until(lambda: engine.groups)
+    engine.die()
+    with pytest.raises(WorkerLost):
+        await asyncio.wait_for(task, DEADLINE_S)
+    assert engines.replaced == []
+
+
+async def test_requests_in_flight_go_to_another_engine_before_those_that_wait() -> None:
+    first, other, successor = Engine("first"), Engine("other"), Engine("successor")
+    engines = await synced(Engines(first, other, successors=(successor,)))
+    engines.may_start.clear()
+    tasks = [asked(engines, group_id) for group_id in range(4)]
+    await until(lambda: first.groups and other.groups)
+    await asyncio.sleep(0.01)
+    first.die()
+    await asyncio.sleep(0.01)
+    other.finish(1)
+    await until(lambda: 0 in other.groups)
+    assert list(other.groups) == [1, 0]
+    engines.may_start.set()
+    await until(lambda: 2 in successor.groups)
+    assert successor.calls[:3] == ["open", "load 1", "probe"]
+    other.finish(0)
+    await until(lambda: 3 in other.groups)
+    other.finish(3)
+    successor.finish(2)
+    groups = await asyncio.wait_for(asyncio.gather(*tasks), DEADLINE_S)
+    assert [group.request.group_id for group in groups if group is not None] == [0, 1, 2, 3]
+    assert engines.replaced == [0]
+
+
+async def test_requests_of_the_only_engine_wait_for_its_successor_or_for_its_failure() -> None:
+    first, successor = Engine("first", samples=4), Engine("successor", samples=4)
+    engines = await synced(Engines(first, successors=(successor,)))
+    one, two = asked(engines, 0), asked(engines, 1)
+    await until(lambda: len(first.groups) == 2)
+    first.die()
+    await until(lambda: len(successor.groups) == 2)
+    assert engines.replaced == [0], "both requests noticed the loss"
+    successor.finish(0, 1)
+    assert await one is not None
+    assert await two is not None
+    three, four = asked(engines, 3), asked(engines, 4)
+    await until(lambda: {3, 4} <= successor.groups.keys())
+    successor.die()
+    for task in (three, four, asked(engines, 5)):
+        with pytest.raises(RunError, match=r"rank 0 died\..*successor could not be started: no room"):
+            await asyncio.wait_for(task, DEADLINE_S)
+    with pytest.raises(RunError, match="no room"):
+        await engines.update_weights(manifest(2))
+
+
+async def test_an_engine_that_finishes_nothing_is_replaced() -> None:
+    for ask in (asked, generated):
+        stuck, successor = Engine("stuck"), Engine("successor")
+        engines = await synced(Engines(stuck, successors=(successor,), deadline_s=0.2))
+        task: asyncio.Task[Any] = ask(engines, 0)
+        await until(lambda at=successor: 0 in at.groups)
+        successor.finish(0)
+        assert await asyncio.wait_for(task, DEADLINE_S)
+
+
+async def test_a_cancelled_request_of_a_lost_engine_is_not_asked_again() -> None:
+    first, successor = Engine("first"), Engine("successor")
+    engines = await synced(Engines(first, successors=(successor,)))
+    engines.may_start.clear()
+    task = asked(engines, 0)
+    await until(lambda: first.groups)
+    first.die()
+    await asyncio.sleep(0.01)
+    await engines.cancel([request(0)])
+    assert await asyncio.wait_for(task, DEADLINE_S) is None
+    engines.may_start.set()
+    await until(lambda: "probe" in successor.calls)
+    assert not successor.groups
+
+
+async def test_a_successor_with_other_weights_answers_nothing() -> None:
+    wrong = Engine("wrong", logprob=-2.0)
+    engines = await synced(Engines(Engine("first"), Engine("other"), successors=(wrong,)))
+    task = asked(engines, 0)
+    await until(lambda: cast(Any, engines.handles[0]).groups)
+    cast(Any, engines.handles[0]).die()
+    await until(lambda: engines.replaced)
+    with pytest.raises(RunError, match="weight sync to version 1: rollout engine 0 gives other log-probabilities"):
+        await engines.working(0)
+    assert not wrong.groups
+    task.cancel()
+
+    damaged = Engine("damaged")
+    damaged.loads = lambda version: SyncReceipt(version=version, checksum="other")
+    engines = await synced(Engines(Engine("first"), successors=(damaged,)))
+    cast(Any, engines.handles[0]).is_dead = True
+    with pytest.raises(RunError, match="checksum other; the policy published version 1 with sum 1"):
+        await asyncio.wait_for(asked(engines, 0), DEADLINE_S)
+
+
+async def test_a_successor_waits_for_a_publication_that_has_begun() -> None:
+    first, other, successor = Engine("first"), Engine("other"), Engine("successor")
+    engines = await synced(Engines(first, other, successors=(successor,)))
+    assert engines._dispatch is None
+    await engines.withdraw_weights()
+    first.is_dead = True
+    await engines.update_weights(manifest(2))  # the loss of one does not keep the others from the new weights
+    assert other.calls == ["load 2"]
+    await until(lambda: successor.calls == ["open"])
+    await asyncio.sleep(0.01)
+    assert successor.calls == ["open"], "the policy's log-probabilities are not known yet"
+    assert await engines.prove(policy_probe(2)) == 0.0
+    assert successor.calls == ["open", "load 2", "probe", "probe"]  # its own proof, and that of the sync
+
+
+async def test_a_sync_waits_until_a_successor_has_read_the_weights() -> None:
+    first, successor, loading = Engine("first"), Engine("successor"), Future[Any]()
+    engines = await synced(Engines(first, successors=(successor,)))
+    successor.loads = lambda version: loading
+    first.is_dead = True
+    task = asked(engines, 0)
+    await until(lambda: "load 1" in successor.calls)
+    withdrawn = asyncio.create_task(engines.withdraw_weights())
+    await asyncio.sleep(0.01)
+    assert not withdrawn.done(), "the policy would overwrite what the successor reads"
+    loading.set_result(SyncReceipt(version=1, checksum="sum 1"))
+    await asyncio.wait_for(withdrawn, DEADLINE_S)
+    task.cancel()
+
+
+async def test_a_successor_waits_for_the_policy_when_the_published_memory_is_gone() -> None:
+    first, successor = Engine("first"), Engine("successor")
+    engines = await synced(Engines(first, successors=(successor,)))
+    gone = RayTaskError("update_weights", "", FileNotFoundError("/proc/1/fd/2"))
+    successor.loads = lambda version: gone
+    first.is_dead = True
+    task = asked(engines, 0)
+    await until(lambda: "load 1" in successor.calls and engines._published is None)
+    successor.loads = lambda version: SyncReceipt(version=version, checksum=f"sum {version}")
+    await engines.withdraw_weights()
+    await engines.update_weights(manifest(1))
+    await engines.prove(policy_probe(1))
+    await until(lambda: 0 in successor.groups)
+    assert successor.calls == ["open", "load 1", "load 1", "probe", "probe", 0]
+    task.cancel()
+
+
+async def test_in_flight_a_sync_does_not_wait_for_a_lost_engine() -> None:
+    first, other, successors = Engine("first"), Engine("other"), (Engine("one"), Engine("two"))
+    engines = await synced(Engines(first, other, successors=successors))
+    engines.may_start.clear()
+    task = asked(engines, 0)
+    await until(lambda: first.groups)
+    first.die()
+    await until(lambda: 0 in other.groups)
+    await synced(engines, 2)
+    other.die()
+    await engines.withdraw_weights()
+    await engines.update_weights(manifest(3))
+    assert await engines.prove(policy_probe(3)) is None, "no engine works"
+    engines.may_start.set()
+    await until(lambda: any(engine.groups for engine in successors))
+    assert all(engine.calls[:3] == ["open", "load 3", "probe"] for engine in successors if engine.groups)
+    task.cancel()
