@@ -83,6 +83,6 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 def without_clocks(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows without times, throughput, memory and the nodes' state: what an exact continuation repeats bit for bit."""
-    clocks = ("time", "throughput/", "memory/", "system/")
+    """Rows without times, throughput, memory, losses and the nodes' state: what is equal bit for bit after a loss."""
+    clocks = ("time", "throughput/", "memory/", "system/", "recovery/")
     return [{key: value for key, value in row.items() if not key.startswith(clocks)} for row in found]
