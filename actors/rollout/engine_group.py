@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ray import ObjectRef
 from ray.actor import ActorHandle
 
 from actors.cluster.actor_locations import lost_nodes
@@ -16,7 +18,7 @@ from actors.roles.gang import PolicyGang
 from actors.roles.group import END_WITHIN_S, SpawnOne
 from actors.rollout.dispatch import Dispatch, GroupWork, shares
 from actors.rollout.replaceable_engines import ReplaceableEngines
-from actors.weights import SENDERS
+from actors.weights import SENDERS, Transport
 from rlhf.config.derive import WeightSync
 from rlhf.errors import WorkerLost
 from rlhf.role_table import Role
@@ -53,8 +55,10 @@ class RolloutEngines(ReplaceableEngines):
         self.sync = sync
         self.tensor_parallel = tensor_parallel
         self.conversation_tokens = conversation_tokens
+        self._meet: Callable[[], Awaitable[None]] | None = None  # prepares broadcasts; None: there are none
         self._cancelled: set[int] = set()  # groups that a running `generate` or `answer` must not return
         self._asking = asyncio.Lock()
+        self._answering = [asyncio.Lock() for _ in handles]  # while an engine answers a share
 
     async def connect(self, policy: PolicyGang, *, adapter: Path | None) -> None:
         """Open both ends of the weight transport.
@@ -63,21 +67,46 @@ class RolloutEngines(ReplaceableEngines):
         all hosts. None: all weights travel.
         """
         assert self.sync is not None, "frozen engines are not connected to a policy"
-        engines, parallel = len(self.handles), self.tensor_parallel
-        self.gives_published = adapter is not None or SENDERS[self.sync.method].stays
+        method = self.sync.method
+        self.gives_published = adapter is not None or SENDERS[method].stays
+        self.is_replaceable = self.gives_published or SENDERS[method].meets
         self.opens_weights = adapter is None
         if adapter is not None:
             logger.info("the adapter goes through %s", adapter)
-            await policy.open_weights(self.sync.method, None, adapter, num_engines=engines)
+            await policy.open_weights(method, None, adapter, num_engines=len(self.handles))
             return
-        logger.info("weights go by %s: %s", self.sync.method, self.sync.why)
-        meeting = None
-        if SENDERS[self.sync.method].meets:
-            meeting = await policy.meeting(num_receivers=engines * parallel, timeout_s=self.deadline_s)
+        logger.info("weights go by %s: %s", method, self.sync.why)
+        if SENDERS[method].meets:
+            self._meet = partial(self._meet_policy, policy, method)
+            await self._meet()
+            return
         await asyncio.gather(
-            policy.open_weights(self.sync.method, meeting, None, num_engines=engines),
-            self.each(lambda h: h.open_weights.remote(meeting, 1 + self.handles.index(h) * parallel), "weight sync"),
+            policy.open_weights(method, None, None, num_engines=len(self.handles)),
+            self.each(lambda h: h.open_weights.remote(None, 0), "weight sync"),
         )
+
+    async def _meet_policy(self, policy: PolicyGang, method: Transport) -> None:
+        """Let the policy meet all engines that work, for broadcasts."""
+        members = self.reachable()
+        meeting = await policy.meeting(num_receivers=len(members) * self.tensor_parallel, timeout_s=self.deadline_s)
+
+        def open_end(handle: ActorHandle[Any]) -> ObjectRef[Any]:
+            first_rank = 1 + members.index(handle) * self.tensor_parallel
+            ref: ObjectRef[Any] = handle.open_weights.remote(meeting, first_rank)
+            return ref
+
+        await asyncio.gather(
+            policy.open_weights(method, meeting, None, num_engines=len(self.handles)),
+            self.each(open_end, "weight sync", among=members),
+        )
+        self._met = members
+
+    async def withdraw_weights(self) -> None:
+        await super().withdraw_weights()
+        if self._meet is not None:
+            await self.each(lambda h: h.health.remote(), "weight sync")  # a broadcast to a lost engine fails
+            if self.reachable() != self._met:
+                await self._meet()
 
     async def renew(self, spool: Path) -> bool:
         """Prepare the engines for another run. Return False if one of them still works for the last run, or starts."""
@@ -120,7 +149,7 @@ class RolloutEngines(ReplaceableEngines):
 
     async def _answer_share(
         self,
-        engine: int,
+        own: int,
         share: Sequence[GroupRequest],
         sampling: Sampling,
         version: int,
@@ -129,22 +158,33 @@ class RolloutEngines(ReplaceableEngines):
         """Ask an engine for its share of a batch, and report each group once.
 
         The successor of a lost engine gets all requests of the share again, so that they are batched as before. It
-        returns the groups that were finished from the store.
+        returns the groups that were finished from the store. If a successor must wait for the next sync, another engine
+        gets the share after its own one.
         """
         unanswered = {request.group_id for request in share}
         while True:
-            handle = await self.working(engine)
-            try:
-                async for group in self._ask(handle, engine, share, sampling, version):
-                    self._note_success(engine)
-                    if group.request.group_id in unanswered:
-                        unanswered.discard(group.request.group_id)
-                        answered(group)
-                return
-            except WorkerLost as lost:
-                self.lose(lost, handle)
-                if unanswered <= self._cancelled:
+            engine = self._engine_for(own)
+            async with self._answering[engine]:
+                if self._engine_for(own) != engine:  # lost since
+                    continue
+                handle = await self.working(engine)
+                try:
+                    async for group in self._ask(handle, engine, share, sampling, version):
+                        self._note_success(engine)
+                        if group.request.group_id in unanswered:
+                            unanswered.discard(group.request.group_id)
+                            answered(group)
                     return
+                except WorkerLost as lost:
+                    self.lose(lost, handle)
+                    if unanswered <= self._cancelled:
+                        return
+
+    def _engine_for(self, own: int) -> int:
+        """Return the engine that answers the share of an engine."""
+        if self.gives_published or own not in self._rebuilding:
+            return own
+        return next((engine for engine in range(len(self.handles)) if engine not in self._rebuilding), own)
 
     async def _ask(
         self, handle: ActorHandle[Any], engine: int, share: Sequence[GroupRequest], sampling: Sampling, version: int

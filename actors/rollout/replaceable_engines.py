@@ -4,7 +4,8 @@
 
 The first call that notices a loss begins this, and others find it begun. An engine answers nothing between its loss and
 its proof. The weights of a successor come from the memory or the folder of the last publication. The policy overwrites
-it at the next one, so a sync and a successor that loads exclude each other.
+it at the next one, so a sync and a successor that loads exclude each other. A broadcast leaves nothing to load: there a
+successor takes part in the next sync.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class ReplaceableEngines(WorkerGroup):
         self, handles: Sequence[ActorHandle[Any]], spawn_one: SpawnOne | None = None, *, deadline_s: float
     ) -> None:
         super().__init__(handles, spawn_one, deadline_s=deadline_s)
-        self.gives_published = False  # whether a successor can load the last publication by itself
+        self.is_replaceable = False  # whether a successor can get the weights
+        self.gives_published = False  # whether it can load the last publication by itself
         self.opens_weights = False  # whether each engine has an end of a transport to open
         self._rebuilding: dict[int, asyncio.Task[None]] = {}  # by rank; a failed one stays
         self._dispatch: Dispatch | None = None  # of requests in flight
@@ -46,6 +48,9 @@ class ReplaceableEngines(WorkerGroup):
         self._published: tuple[WeightManifest, PolicyProbe] | None = None  # None: there is nothing to load now
         self._is_published = asyncio.Event()
         self._loading = asyncio.Lock()  # while a successor reads what is published
+        self._met: list[ActorHandle[Any]] | None = None  # the receivers of a broadcast; None: there is no broadcast
+        self._received: list[ActorHandle[Any]] = []  # the engines that have loaded the last publication in its sync
+        self._unsynced: dict[int, asyncio.Future[None]] = {}  # by rank: successors that wait for the next broadcast
 
     def lose(self, lost: WorkerLost, handle: ActorHandle[Any]) -> None:
         """Begin to start a lost engine again, unless that has begun. Raise the loss if the work must end.
@@ -54,10 +59,16 @@ class ReplaceableEngines(WorkerGroup):
             handle: of the engine that was lost. Its successor may have taken its place already.
         """
         rank = lost.rank
-        if self.supervisor is None or not self.gives_published:
+        if self.supervisor is None or not self.is_replaceable:
             raise lost
-        if self.handles[rank] is not handle or rank in self._rebuilding:
+        if self.handles[rank] is not handle:
             return
+        if rank in self._rebuilding:
+            if rank in self._unsynced:
+                self._unsynced.pop(rank).set_exception(lost)
+            return
+        if not self.gives_published and len(self._rebuilding) == len(self.handles) - 1:
+            raise lost  # no engine is left until the next sync, which may wait for the engines
         if self._dispatch is not None:
             self._dispatch.close(rank)
         self._rebuilding[rank] = asyncio.create_task(self._recover(lost))
@@ -79,9 +90,22 @@ class ReplaceableEngines(WorkerGroup):
 
     async def _rebuild(self, rank: int) -> None:
         await self._replace(rank)
+        if not self.gives_published:
+            await self._await_broadcast(rank)
+            return
         if self.opens_weights:
             await self.one(self.handles[rank].open_weights.remote(None, 0), "weight sync", rank=rank)
         await self._give_weights(rank)
+
+    async def _await_broadcast(self, rank: int) -> None:
+        """Wait until a sync has given a successor its weights, and has proved them."""
+        synced = self._unsynced[rank] = asyncio.get_running_loop().create_future()
+        try:
+            await asyncio.wait_for(synced, self.deadline_s)
+        except TimeoutError as error:
+            raise RunError(f"no weights were broadcast to it in {self.deadline_s:.0f} s") from error
+        finally:
+            self._unsynced.pop(rank, None)
 
     async def _give_weights(self, rank: int) -> None:
         """Give the newest published weights to a successor, and prove that it has them."""
@@ -112,6 +136,12 @@ class ReplaceableEngines(WorkerGroup):
         theirs: list[float] = await self.one(handle.probe.remote(probe.token_ids), "weight sync", rank=rank)
         return check_probe(probe.logprobs, theirs, engine=rank, version=probe.version, dtype=probe.dtype)
 
+    def reachable(self) -> list[ActorHandle[Any]]:
+        """Return the engines that work, and the successors that wait for a broadcast."""
+        return [
+            handle for rank, handle in enumerate(self.handles) if rank not in self._rebuilding or rank in self._unsynced
+        ]
+
     async def working(self, rank: int) -> ActorHandle[Any]:
         """Return an engine that works, once it does. Raise the failure of its successor."""
         while (rebuilding := self._rebuilding.get(rank)) is not None:
@@ -130,16 +160,27 @@ class ReplaceableEngines(WorkerGroup):
             except WorkerLost as lost:
                 self.lose(lost, handle)
 
-    async def each(self, call: Call, stage: str, *, deadline_s: float | None = None) -> dict[int, Any]:
-        """Return the results of the engines that work, by rank."""
+    async def each(
+        self,
+        call: Call,
+        stage: str,
+        *,
+        among: Sequence[ActorHandle[Any]] | None = None,
+        deadline_s: float | None = None,
+    ) -> dict[int, Any]:
+        """Return the results of the engines that work, by rank. Successors that wait for a broadcast are called too.
+
+        Args:
+            among: call only these. None: all.
+        """
         limit_s = deadline_s or self.deadline_s
-        ranks = range(len(self.handles))
+        ranks = [rank for rank, handle in enumerate(self.handles) if among is None or handle in among]
         results = await asyncio.gather(*[self._result_if_works(rank, call, stage, limit_s) for rank in ranks])
-        return {rank: result for rank, found in enumerate(results) for result in found}
+        return {rank: result for rank, found in zip(ranks, results, strict=True) for result in found}
 
     async def _result_if_works(self, rank: int, call: Call, stage: str, deadline_s: float) -> tuple[Any, ...]:
         rebuilding = self._rebuilding.get(rank)
-        if rebuilding is not None:
+        if rebuilding is not None and rank not in self._unsynced:
             if rebuilding.done():
                 rebuilding.result()
             return ()
@@ -165,15 +206,18 @@ class ReplaceableEngines(WorkerGroup):
         Lost engines are left out: their successors load it after `prove`.
         """
         self._manifest = manifest
-        receipts = await self.each(lambda h: h.update_weights.remote(manifest, manifest.version), "weight sync")
+        receipts = await self.each(
+            lambda h: h.update_weights.remote(manifest, manifest.version), "weight sync", among=self._met
+        )
         for engine, receipt in receipts.items():
             check_receipt(receipt, manifest, engine=engine)
+        self._received = [self.handles[engine] for engine in receipts]
 
     async def prove(self, probe: PolicyProbe) -> float | None:
         """Compare the engines' log-probabilities with the policy's, and return the largest difference.
 
-        In flight, lost engines are left out. None: no engine works. Otherwise a step would wait for them anyway, and
-        its metrics do not depend on a loss.
+        Lost engines are left out in flight, and if only a sync can give them weights. None: no engine works. Otherwise
+        the next batch would wait for them anyway, and the metrics do not depend on a loss.
         """
         assert self._manifest is not None
         self._published = self._manifest, probe
@@ -183,14 +227,16 @@ class ReplaceableEngines(WorkerGroup):
             ref: ObjectRef[Any] = handle.probe.remote(probe.token_ids)
             return ref
 
-        if self._dispatch is None:
+        if self._dispatch is None and (self.gives_published or not self.is_replaceable):
             found = dict(enumerate(await self.every(ask, "weight sync")))
         else:
-            found = await self.each(ask, "weight sync")
+            found = await self.each(ask, "weight sync", among=self._received)
         differences = [
             check_probe(probe.logprobs, theirs, engine=engine, version=probe.version, dtype=probe.dtype)
             for engine, theirs in found.items()
         ]
+        for engine in found.keys() & self._unsynced.keys():
+            self._unsynced.pop(engine).set_result(None)
         return max(differences, default=None)
 
     async def memory(self) -> MemoryReport:

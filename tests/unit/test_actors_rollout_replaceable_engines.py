@@ -15,6 +15,7 @@ from actors.rollout.dispatch import EngineCapacity
 from actors.rollout.engine_group import RolloutEngines
 from actors.rollout.engine_weights import SyncReceipt
 from actors.weights import WeightManifest
+from rlhf.config.derive import WeightSync
 from rlhf.config.schema.cluster import Restarts
 from rlhf.controller.supervisor import Supervisor
 from rlhf.errors import RunError, WorkerLost
@@ -22,7 +23,7 @@ from rlhf.roles import CompletedGroup, PolicyProbe
 from rlhf.types import GroupRequest, Prompt, Sampling
 
 SAMPLING = Sampling(max_new_tokens=4)
-DEADLINE_S = 5.0
+DEADLINE_S = 30.0
 
 
 def request(group_id: int) -> GroupRequest:
@@ -118,12 +119,14 @@ class Engine:
     def on_capacity(self) -> EngineCapacity:
         return EngineCapacity(cache_tokens=1000, samples=self.samples)
 
-    def on_open_weights(self, meeting: None, first_rank: int) -> None:
+    def on_open_weights(self, meeting: str | None, first_rank: int) -> None:
         self.calls.append("open")
 
     def on_update_weights(self, manifest: WeightManifest, version: int) -> Any:
         self.calls.append(f"load {version}")
         return self.loads(version)
+
+    def on_health(self) -> None: ...
 
     def on_probe(self, token_ids: tuple[int, ...]) -> list[float]:
         self.calls.append("probe")
@@ -135,7 +138,7 @@ class Engines(RolloutEngines):
 
     def __init__(self, *first: Engine, successors: tuple[Engine, ...] = (), deadline_s: float = DEADLINE_S) -> None:
         super().__init__(cast(Any, first), lambda rank: cast(Any, None), deadline_s=deadline_s)
-        self.gives_published = self.opens_weights = True
+        self.is_replaceable = self.gives_published = self.opens_weights = True
         self.successors = list(successors)
         self.replaced: list[int] = []
         self.may_start = asyncio.Event()
@@ -403,3 +406,73 @@ async def test_in_flight_a_sync_does_not_wait_for_a_lost_engine() -> None:
     await until(lambda: any(engine.groups for engine in successors))
     assert all(engine.calls[:3] == ["open", "load 3", "probe"] for engine in successors if engine.groups)
     task.cancel()
+
+
+class Policy:
+    """The policy's end of a broadcast. It notes how many receivers it meets."""
+
+    def __init__(self) -> None:
+        self.meetings: list[int] = []
+
+    async def meeting(self, *, num_receivers: int, timeout_s: float) -> str:
+        return f"meeting of {num_receivers}"
+
+    async def open_weights(self, transport: str, meeting: str, adapter: None, *, num_engines: int) -> None:
+        self.meetings.append(int(meeting.split()[-1]))
+
+
+async def broadcasting(policy: Policy, *engines: Engine, successors: tuple[Engine, ...] = ()) -> Engines:
+    made = Engines(*engines, successors=successors)
+    made.sync = WeightSync(method="gloo", why="")
+    await made.connect(cast(Any, policy), adapter=None)
+    return await synced(made)
+
+
+async def test_a_successor_joins_the_next_broadcast_and_others_answer_its_share_until_then() -> None:
+    policy, first, other, successor = Policy(), Engine("first"), Engine("other"), Engine("successor")
+    engines = await broadcasting(policy, first, other, successors=(successor,))
+    task = generated(engines, 0, 1, 2)
+    await until(lambda: len(first.groups) == 2 and len(other.groups) == 1)
+    first.die()
+    await until(lambda: engines._unsynced)
+    assert list(other.groups) == [1]
+    other.finish(1)
+    await until(lambda: len(other.groups) == 3)
+    other.finish(0, 2)
+    groups = await asyncio.wait_for(task, DEADLINE_S)
+    assert sorted(group.request.group_id for group in groups) == [0, 1, 2]
+    assert other.calls == ["hold", 1, "release 1", "hold", 0, 2, "release 2"]
+    assert policy.meetings == [2]
+    assert not successor.groups
+    await synced(engines, 2)
+    assert policy.meetings == [2, 2], "all members meet again"
+    again = generated(engines, 3, 4)
+    await until(lambda: successor.groups and 4 in other.groups)
+    successor.finish(3)
+    other.finish(4)
+    assert len(await again) == 2
+
+
+async def test_a_broadcast_goes_to_the_engines_that_work() -> None:
+    policy, first, other, successor = Policy(), Engine("first"), Engine("other"), Engine("successor")
+    engines = await broadcasting(policy, first, other, successors=(successor,))
+    engines.may_start.clear()
+    first.is_dead = True  # and nobody has noticed
+    await synced(engines, 2)
+    assert policy.meetings == [2, 1]
+    engines.may_start.set()
+    await until(lambda: engines._unsynced)
+    successor.is_dead = True
+    await synced(engines, 3)
+    with pytest.raises(RunError, match="no room"):  # for the successor of the successor
+        await engines.working(0)
+
+
+async def test_the_loss_of_the_last_engine_ends_a_run_with_broadcasts() -> None:
+    first = Engine("first")
+    engines = await broadcasting(Policy(), first, successors=(Engine("successor"),))
+    task = asked(engines, 0)
+    await until(lambda: first.groups)
+    first.die()
+    with pytest.raises(WorkerLost):
+        await asyncio.wait_for(task, DEADLINE_S)
