@@ -152,7 +152,7 @@ class WorkerPool(WorkerGroup):
         self, handles: Sequence[ActorHandle[Any]], spawn_one: SpawnOne | None = None, *, deadline_s: float
     ) -> None:
         super().__init__(handles, spawn_one, deadline_s=deadline_s)
-        self._rebuilds: dict[int, asyncio.Task[None]] = {}  # in progress, by rank
+        self._rebuilds: dict[int, asyncio.Task[None]] = {}  # in progress or failed, by rank
 
     async def until_answered(self, rank: int, call: Callable[[Any], Awaitable[T]], *, work: Hashable = None) -> T:
         """Return the result of a call to one worker. If the worker is lost, call its successor.
@@ -193,27 +193,32 @@ class WorkerPool(WorkerGroup):
         return await self.until_answered(rank, call, work=work)
 
     async def working(self, rank: int) -> ActorHandle[Any]:
-        """Return the handle of a worker, after the end of a rebuild in progress."""
+        """Return the handle of a worker, after the end of a rebuild in progress. Raise the failure of a rebuild."""
         if rank in self._rebuilds:
             await asyncio.shield(self._rebuilds[rank])
         return self.handles[rank]
 
     async def make_good(self, rank: int, handle: ActorHandle[Any], lost: WorkerLost, *, work: Hashable = None) -> None:
         """Replace a lost worker, once for all calls that lost it. Raise the loss if the run must end."""
+        self.begin_rebuild(rank, handle, lost, work=work)
+        await self.working(rank)
+
+    def begin_rebuild(self, rank: int, handle: ActorHandle[Any], lost: WorkerLost, *, work: Hashable = None) -> None:
+        """Begin to replace a lost worker, unless that has begun. Raise the loss if the run must end.
+
+        Args:
+            handle: of the lost worker. Its successor may have taken its place already.
+        """
         if self.supervisor is None or self.processes.ended:
             raise lost
-        if rank not in self._rebuilds:
-            if self.handles[rank] is not handle:
-                return  # it has been replaced meanwhile
+        if rank not in self._rebuilds and self.handles[rank] is handle:
             recovery = self.supervisor.recover(lost, partial(self._replace, rank), work=work)
             self._rebuilds[rank] = asyncio.ensure_future(recovery)
             self._rebuilds[rank].add_done_callback(partial(self._rebuilt, rank))
-        await asyncio.shield(self._rebuilds[rank])
 
     def _rebuilt(self, rank: int, rebuild: asyncio.Task[None]) -> None:
-        del self._rebuilds[rank]
-        if not rebuild.cancelled():
-            rebuild.exception()  # retrieves it: the calls that waited for the rebuild may have been cancelled
+        if not rebuild.cancelled() and rebuild.exception() is None:  # a failure is kept for the calls that come later
+            del self._rebuilds[rank]
 
     def end(self) -> None:
         for rebuild in self._rebuilds.values():

@@ -82,7 +82,7 @@ class RolloutEngines(ReplaceableEngines):
             return
         await asyncio.gather(
             policy.open_weights(method, None, None, num_engines=len(self.handles)),
-            self.each(lambda h: h.open_weights.remote(None, 0), "weight sync"),
+            self.present(lambda h: h.open_weights.remote(None, 0), "weight sync"),
         )
 
     async def _meet_policy(self, policy: PolicyGang, method: Transport) -> None:
@@ -97,21 +97,21 @@ class RolloutEngines(ReplaceableEngines):
 
         await asyncio.gather(
             policy.open_weights(method, meeting, None, num_engines=len(self.handles)),
-            self.each(open_end, "weight sync", among=members),
+            self.present(open_end, "weight sync", among=members),
         )
         self._met = members
 
     async def withdraw_weights(self) -> None:
         await super().withdraw_weights()
         if self._meet is not None:
-            await self.each(lambda h: h.health.remote(), "weight sync")  # a broadcast to a lost engine fails
+            await self.present(lambda h: h.health.remote(), "weight sync")  # a broadcast to a lost engine fails
             if self.reachable() != self._met:
                 await self._meet()
 
     async def renew(self, spool: Path) -> bool:
         """Prepare the engines for another run. Return False if one of them still works for the last run, or starts."""
         self._withdraw()
-        return not self._rebuilding and all(await self.all([h.renew.remote(spool) for h in self.handles], "start"))
+        return not self._rebuilds and all(await self.all([h.renew.remote(spool) for h in self.handles], "start"))
 
     async def generate(
         self, requests: Sequence[GroupRequest], sampling: Sampling, *, version: int
@@ -176,15 +176,15 @@ class RolloutEngines(ReplaceableEngines):
                             answered(group)
                     return
                 except WorkerLost as lost:
-                    self.lose(lost, handle)
+                    self.begin_rebuild(engine, handle, lost)
                     if unanswered <= self._cancelled:
                         return
 
     def _engine_for(self, own: int) -> int:
         """Return the engine that answers the share of an engine."""
-        if self.gives_published or own not in self._rebuilding:
+        if self.gives_published or own not in self._rebuilds:
             return own
-        return next((engine for engine in range(len(self.handles)) if engine not in self._rebuilding), own)
+        return next((engine for engine in range(len(self.handles)) if engine not in self._rebuilds), own)
 
     async def _ask(
         self, handle: ActorHandle[Any], engine: int, share: Sequence[GroupRequest], sampling: Sampling, version: int
@@ -253,7 +253,7 @@ class RolloutEngines(ReplaceableEngines):
                 rollouts, scalars = handle.answer.options(num_returns=2).remote(request, sampling, oldest)
                 infos = await self._answered(asyncio.wrap_future(scalars.future()), slot.engine, dispatch)
             except WorkerLost as lost:
-                self.lose(lost, handle)  # closes the engine before its room is given back
+                self.begin_rebuild(slot.engine, handle, lost)  # closes the engine before its room is given back
                 urgent = True
                 continue
             finally:
@@ -280,8 +280,8 @@ class RolloutEngines(ReplaceableEngines):
         """Return the dispatch. The first call asks the engines for their capacities."""
         async with self._asking:
             if self._dispatch is None:
-                self._dispatch = Dispatch(await self.every(lambda h: h.capacity.remote(), "rollouts"))
-                for engine in self._rebuilding:  # lost since
+                self._dispatch = Dispatch(await self.each(lambda h: h.capacity.remote(), "rollouts"))
+                for engine in self._rebuilds:  # lost since
                     self._dispatch.close(engine)
         return self._dispatch
 
@@ -299,18 +299,18 @@ class RolloutEngines(ReplaceableEngines):
         if self._dispatch is not None:
             for group_id in group_ids:
                 self._dispatch.drop(group_id)
-        await self.each(lambda h: h.cancel.remote(group_ids), "rollouts")
+        await self.present(lambda h: h.cancel.remote(group_ids), "rollouts")
 
     async def sleep(self, *, keep_weights: bool) -> None:
-        await self.each(lambda h: h.sleep.remote(keep_weights=keep_weights), "sleep")
+        await self.present(lambda h: h.sleep.remote(keep_weights=keep_weights), "sleep")
 
     async def wake(self, part: EnginePart) -> None:
-        await self.each(lambda h: h.wake.remote(part), "wake")
+        await self.present(lambda h: h.wake.remote(part), "wake")
 
     async def stop(self) -> None:
         """Shut down the engines that work, and end those that start."""
         self.supervisor = None
-        await self.each(lambda h: h.shutdown.remote(), "stop", deadline_s=END_WITHIN_S)
+        await self.present(lambda h: h.shutdown.remote(), "stop", deadline_s=END_WITHIN_S)
         self.end()
 
 

@@ -11,8 +11,7 @@ successor takes part in the next sync.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from ray import ObjectRef
@@ -20,7 +19,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
 
 from actors.cluster.waiting import wait_one
-from actors.roles.group import SpawnOne, WorkerGroup
+from actors.roles.group import SpawnOne, WorkerPool
 from actors.rollout.dispatch import Dispatch
 from actors.rollout.engine_weights import SyncReceipt
 from actors.weights import WeightManifest
@@ -32,7 +31,7 @@ from rlhf.types import MemoryReport
 Call = Callable[[ActorHandle[Any]], ObjectRef[Any]]
 
 
-class ReplaceableEngines(WorkerGroup):
+class ReplaceableEngines(WorkerPool):
     """Engines with their losses, and the weights that a successor must have."""
 
     def __init__(
@@ -42,7 +41,6 @@ class ReplaceableEngines(WorkerGroup):
         self.is_replaceable = False  # whether a successor can get the weights
         self.gives_published = False  # whether it can load the last publication by itself
         self.opens_weights = False  # whether each engine has an end of a transport to open
-        self._rebuilding: dict[int, asyncio.Task[None]] = {}  # by rank; a failed one stays
         self._dispatch: Dispatch | None = None  # of requests in flight
         self._manifest: WeightManifest | None = None  # of the last sync
         self._published: tuple[WeightManifest, PolicyProbe] | None = None  # None: there is nothing to load now
@@ -52,50 +50,42 @@ class ReplaceableEngines(WorkerGroup):
         self._received: list[ActorHandle[Any]] = []  # the engines that have loaded the last publication in its sync
         self._unsynced: dict[int, asyncio.Future[None]] = {}  # by rank: successors that wait for the next broadcast
 
-    def lose(self, lost: WorkerLost, handle: ActorHandle[Any]) -> None:
-        """Begin to start a lost engine again, unless that has begun. Raise the loss if the work must end.
-
-        Args:
-            handle: of the engine that was lost. Its successor may have taken its place already.
-        """
-        rank = lost.rank
+    def begin_rebuild(self, rank: int, handle: ActorHandle[Any], lost: WorkerLost, *, work: Hashable = None) -> None:
         if self.supervisor is None or not self.is_replaceable:
             raise lost
-        if self.handles[rank] is not handle:
+        if self.handles[rank] is handle and rank in self._unsynced:
+            self._unsynced.pop(rank).set_exception(lost)
+        if self.handles[rank] is not handle or rank in self._rebuilds:
             return
-        if rank in self._rebuilding:
-            if rank in self._unsynced:
-                self._unsynced.pop(rank).set_exception(lost)
-            return
-        if not self.gives_published and len(self._rebuilding) == len(self.handles) - 1:
+        if not self.gives_published and len(self._rebuilds) == len(self.handles) - 1:
             raise lost  # no engine is left until the next sync, which may wait for the engines
         if self._dispatch is not None:
             self._dispatch.close(rank)
-        self._rebuilding[rank] = asyncio.create_task(self._recover(lost))
-        self._rebuilding[rank].add_done_callback(partial(self._note_end, rank))
-
-    def _note_end(self, rank: int, rebuilding: asyncio.Task[None]) -> None:
-        """Give groups to a successor that works, or fail the groups that wait for it."""
-        error = None if rebuilding.cancelled() else rebuilding.exception()
-        if error is not None and self._dispatch is not None:
-            self._dispatch.fail(error)
-
-    async def _recover(self, lost: WorkerLost) -> None:
-        assert self.supervisor is not None
         version = None if self._manifest is None else self._manifest.version
-        await self.supervisor.recover(lost, partial(self._rebuild, lost.rank), work=(lost.stage, version))
-        del self._rebuilding[lost.rank]
-        if self._dispatch is not None:
-            self._dispatch.open(lost.rank)
+        super().begin_rebuild(rank, handle, lost, work=(lost.stage, version))
 
-    async def _rebuild(self, rank: int) -> None:
-        await self._replace(rank)
+    def _rebuilt(self, rank: int, rebuild: asyncio.Task[None]) -> None:
+        super()._rebuilt(rank, rebuild)
+        if self._dispatch is None or rebuild.cancelled():
+            return
+        failure = rebuild.exception()
+        if failure is None:
+            self._dispatch.open(rank)
+        else:
+            self._dispatch.fail(failure)
+
+    async def _replace(self, rank: int) -> None:
+        """Start an engine again in its place, give it the weights, and prove that it has them."""
+        await self._restart(rank)
         if not self.gives_published:
             await self._await_broadcast(rank)
             return
         if self.opens_weights:
             await self.one(self.handles[rank].open_weights.remote(None, 0), "weight sync", rank=rank)
         await self._give_weights(rank)
+
+    async def _restart(self, rank: int) -> None:
+        await super()._replace(rank)
 
     async def _await_broadcast(self, rank: int) -> None:
         """Wait until a sync has given a successor its weights, and has proved them."""
@@ -139,28 +129,10 @@ class ReplaceableEngines(WorkerGroup):
     def reachable(self) -> list[ActorHandle[Any]]:
         """Return the engines that work, and the successors that wait for a broadcast."""
         return [
-            handle for rank, handle in enumerate(self.handles) if rank not in self._rebuilding or rank in self._unsynced
+            handle for rank, handle in enumerate(self.handles) if rank not in self._rebuilds or rank in self._unsynced
         ]
 
-    async def working(self, rank: int) -> ActorHandle[Any]:
-        """Return an engine that works, once it does. Raise the failure of its successor."""
-        while (rebuilding := self._rebuilding.get(rank)) is not None:
-            await asyncio.shield(rebuilding)
-        return self.handles[rank]
-
-    async def every(self, call: Call, stage: str) -> list[Any]:
-        """Return the results of all engines, in order. A successor is asked in place of a lost engine."""
-        return await asyncio.gather(*[self._result(rank, call, stage) for rank in range(len(self.handles))])
-
-    async def _result(self, rank: int, call: Call, stage: str) -> Any:
-        while True:
-            handle = await self.working(rank)
-            try:
-                return await self.one(call(handle), stage, rank=rank)
-            except WorkerLost as lost:
-                self.lose(lost, handle)
-
-    async def each(
+    async def present(
         self,
         call: Call,
         stage: str,
@@ -179,7 +151,7 @@ class ReplaceableEngines(WorkerGroup):
         return {rank: result for rank, found in zip(ranks, results, strict=True) for result in found}
 
     async def _result_if_works(self, rank: int, call: Call, stage: str, deadline_s: float) -> tuple[Any, ...]:
-        rebuilding = self._rebuilding.get(rank)
+        rebuilding = self._rebuilds.get(rank)
         if rebuilding is not None and rank not in self._unsynced:
             if rebuilding.done():
                 rebuilding.result()
@@ -188,7 +160,7 @@ class ReplaceableEngines(WorkerGroup):
         try:
             return (await wait_one(call(handle), role=self.role, rank=rank, stage=stage, deadline_s=deadline_s),)
         except WorkerLost as lost:
-            self.lose(lost, handle)
+            self.begin_rebuild(rank, handle, lost)
             return ()
 
     async def withdraw_weights(self) -> None:
@@ -206,7 +178,7 @@ class ReplaceableEngines(WorkerGroup):
         Lost engines are left out: their successors load it after `prove`.
         """
         self._manifest = manifest
-        receipts = await self.each(
+        receipts = await self.present(
             lambda h: h.update_weights.remote(manifest, manifest.version), "weight sync", among=self._met
         )
         for engine, receipt in receipts.items():
@@ -228,9 +200,9 @@ class ReplaceableEngines(WorkerGroup):
             return ref
 
         if self._dispatch is None and (self.gives_published or not self.is_replaceable):
-            found = dict(enumerate(await self.every(ask, "weight sync")))
+            found = dict(enumerate(await self.each(ask, "weight sync")))
         else:
-            found = await self.each(ask, "weight sync", among=self._received)
+            found = await self.present(ask, "weight sync", among=self._received)
         differences = [
             check_probe(probe.logprobs, theirs, engine=engine, version=probe.version, dtype=probe.dtype)
             for engine, theirs in found.items()
@@ -241,17 +213,11 @@ class ReplaceableEngines(WorkerGroup):
 
     async def memory(self) -> MemoryReport:
         """Return the memory peaks of the largest engine that works."""
-        while not (reports := await self.each(lambda h: h.memory.remote(), "memory")):
+        while not (reports := await self.present(lambda h: h.memory.remote(), "memory")):
             await self.working(0)
         gpus = [report.gpu_gib for report in reports.values() if report.gpu_gib is not None]
         rss_gib = max(report.rss_gib for report in reports.values())
         return MemoryReport(rss_gib=rss_gib, gpu_gib=max(gpus) if gpus else None)
-
-    def end(self) -> None:
-        """End the engines at once, also those that start."""
-        for rebuilding in self._rebuilding.values():
-            rebuilding.cancel()
-        super().end()
 
 
 def check_receipt(receipt: SyncReceipt, manifest: WeightManifest, *, engine: int) -> None:

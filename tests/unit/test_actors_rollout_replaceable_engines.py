@@ -150,7 +150,7 @@ class Engines(RolloutEngines):
         )
         self.supervisor = Supervisor(Restarts(), record, ("rollout",))
 
-    async def _replace(self, rank: int) -> None:
+    async def _restart(self, rank: int) -> None:
         self.replaced.append(rank)
         await self.may_start.wait()
         if not self.successors:
@@ -446,6 +446,7 @@ async def test_a_successor_joins_the_next_broadcast_and_others_answer_its_share_
     assert not successor.groups
     await synced(engines, 2)
     assert policy.meetings == [2, 2], "all members meet again"
+    await engines.working(0)
     again = generated(engines, 3, 4)
     await until(lambda: successor.groups and 4 in other.groups)
     successor.finish(3)
