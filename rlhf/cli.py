@@ -22,6 +22,7 @@ from typing import NoReturn
 from rlhf.commands import COMMANDS
 from rlhf.errors import Preempted, RunError, UserError
 from rlhf.stopping import leave_stuck_threads
+from rlhf.supervised import is_supervised
 from rlhf.tracking.logs import printable, redact
 
 
@@ -101,12 +102,13 @@ def _how_to_continue(given: Sequence[str], args: argparse.Namespace) -> str:
     of_wandb = args.command == "sweep" and (args.wandb or args.trial or args.agent is not None)
     if args.command not in ("train", "sweep", "quickstart") or of_wandb:
         return ""
+    option = " --supervise" if is_supervised() else ""
     if args.command == "quickstart" or args.resume == "auto":
-        return f". Continue with: rlhf {shlex.join(given)}"
+        return f". Continue with: rlhf {shlex.join(given)}{option}"
     words = [word for word in given if word != "--overwrite"]
     if "--resume" in words:  # with a step, which the run has passed
         del words[words.index("--resume") : words.index("--resume") + 2]
-    return f". Continue with: rlhf {shlex.join(words)} --resume auto"
+    return f". Continue with: rlhf {shlex.join(words)} --resume auto{option}"
 
 
 def _known(error: BaseException) -> UserError | RunError | None:

@@ -18,6 +18,7 @@ from actors.cluster.connect import OWN_RAY
 from rlhf.controller.notice import Notice
 from rlhf.errors import Preempted
 from rlhf.stopping import StopRequest
+from rlhf.supervised import tell_parent
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -60,6 +61,7 @@ async def run_loop(
                     request.came = now
                     grace_s = grace_s if going[1] is None else min(grace_s, going[1] - time.time())
                     logger.warning("node %s is being drained", going[0])
+                    tell_parent(is_final=True)
             if request.came is None or task.done():
                 continue
             limit_s = None if request.signal is signal.SIGINT else grace_s

@@ -247,7 +247,13 @@ class Jobs:
 
 
 def submit_job(
-    config: str | Path, overrides: Sequence[str], *, address: str | None, env: Sequence[str], driver: DriverResources
+    config: str | Path,
+    overrides: Sequence[str],
+    *,
+    address: str | None,
+    env: Sequence[str],
+    driver: DriverResources,
+    supervise: bool,
 ) -> tuple[Jobs, str]:
     """Check a configuration, pack the current folder, and start or continue `rlhf train` on it.
 
@@ -264,6 +270,7 @@ def submit_job(
     values = _values(env)
     project = project_of(Path(config), overrides, loaded)
     words = ["python", "-m", "actors.jobs.entrypoint", "train", str(project.config), *overrides, "--resume", "auto"]
+    words += ["--supervise"] if supervise else []
     _dashboard(address)
     with tempfile.TemporaryDirectory() as folder:
         archive = Path(folder) / "project.zip"

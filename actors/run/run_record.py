@@ -10,15 +10,18 @@ from typing import Any
 
 import ray
 
+from actors.cluster.connect import OWN_RAY
 from actors.cluster.prometheus import PrometheusBackend
 from rlhf.config.files.dump import dump_masked_yaml, dump_yaml
 from rlhf.config.files.yaml_tree import from_yaml
+from rlhf.config.schema.cluster import Restarts
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.stages import MergeStage, Stage
 from rlhf.controller.record import RunRecord
 from rlhf.errors import Preempted, RunError
 from rlhf.preflight.run_folder import kept_checkpoints, open_mirror
 from rlhf.preflight.sources import installed_trackers
+from rlhf.supervised import tell_parent
 from rlhf.tracking.display.progress import Mode
 from rlhf.tracking.display.progress_live import open_progress
 from rlhf.tracking.run_folder.folder import RunFolder
@@ -53,6 +56,8 @@ def recording(
         try:
             if after is not None:
                 tracker.truncate_after(after)
+            limits = Restarts() if isinstance(stage, MergeStage) else stage.cluster.restarts
+            tell_parent(folder=str(folder.path), restarts=limits.gang, window_s=limits.window_s)
             with open_progress(
                 steps, done_steps=step or 0, show=show, mode=mode, run=stage.run.name, folder=folder.path
             ) as progress:
@@ -70,6 +75,7 @@ def recording(
                 except Preempted:
                     raise
                 except Exception as error:
+                    tell_parent(is_final=not OWN_RAY.is_ending)  # another start gets another Ray
                     with _hiding_nothing():
                         record.failed(error)
                     raise

@@ -46,6 +46,7 @@ from rlhf.preflight.run_folder import check_folders, refuse_other_checkpoint, st
 from rlhf.reporting.model_card import write_model_card
 from rlhf.rewards.scoring import fingerprint
 from rlhf.stopping import StopRequest, current_request, run_async
+from rlhf.supervised import unrecorded_deaths
 from rlhf.tracking import logs
 from rlhf.tracking.display.progress import Mode
 from rlhf.tracking.run_folder.atomic import write_atomic
@@ -274,6 +275,7 @@ async def _carry_out(
     """Run the loop from the checkpoint of `step`, if there is one. Write final/ at its end, but not at `until`."""
     if step is not None:
         await controller.restore(step)
+    controller.supervisor.continue_after(unrecorded_deaths())
     with sparing_loaded_objects():
         is_done = await run_loop(
             controller.run(until=until),

@@ -25,6 +25,7 @@ def submit(
     cpus: float = 0.0,
     memory_gib: float = 0.0,
     resources: Mapping[str, float] | None = None,
+    supervise: bool = True,
 ) -> str:
     """Run a configuration as a job of a Ray cluster, or continue its run. Return the job's id.
 
@@ -35,11 +36,12 @@ def submit(
         cpus (N): CPUs to reserve for the job's driver.
         memory_gib (N): memory to reserve for the job's driver, in GiB.
         resources (NAME=N): a custom resource to reserve for the job's driver; may be repeated.
+        supervise: start the run again in the same job if its driver dies, as `rlhf train --supervise` does.
     """
     from actors.jobs.submit import DriverResources, submit_job
 
     driver = DriverResources(cpus=cpus, memory_gib=memory_gib, custom=dict(resources or {}))
-    return submit_job(config, overrides, address=address, env=env, driver=driver)[1]
+    return submit_job(config, overrides, address=address, env=env, driver=driver, supervise=supervise)[1]
 
 
 def follow_job(job: str, *, address: str | None = None, write: Callable[[str], object] | None = None) -> JobEnd:
@@ -77,7 +79,7 @@ def _present(args: argparse.Namespace) -> int:
     if job is None:
         return _run_new(args)
     reserved = (args.cpus, args.memory_gib, *args.resources)
-    if any((args.config, *args.overrides, args.wait, *args.env, *reserved)):
+    if any((args.config, *args.overrides, args.wait, *args.env, *reserved, not args.supervise)):
         raise UserError("--follow, --status and --stop take only a JOB and --address")
     if args.follow:
         return _exit_code(job, follow_job(job, address=args.address, write=write_stdout))
@@ -93,7 +95,9 @@ def _run_new(args: argparse.Namespace) -> int:
     if args.config is None:
         raise UserError("give a CONFIG, or --follow, --status or --stop with a job")
     driver = DriverResources(cpus=args.cpus, memory_gib=args.memory_gib, custom=dict(args.resources))
-    jobs, job = submit_job(args.config, args.overrides, address=args.address, env=args.env, driver=driver)
+    jobs, job = submit_job(
+        args.config, args.overrides, address=args.address, env=args.env, driver=driver, supervise=args.supervise
+    )
     where = f" --address {args.address}" if args.address else ""
     write_stdout(f"submitted {job}; rlhf submit --follow {job}{where} shows its log, --stop ends it\n")
     return _exit_code(job, jobs.follow(job, write_stdout)) if args.wait else 0

@@ -83,23 +83,47 @@ def train(
     return loaded.folder
 
 
-def _present(args: argparse.Namespace) -> None:
+def _add(parser: argparse.ArgumentParser) -> None:
+    text = "start the run again with --resume auto if its process dies (docs/operations.md has the details)"
+    parser.add_argument("--supervise", action="store_true", help=text)
+
+
+def _present(args: argparse.Namespace) -> int:
     """Train, and show the evaluations."""
     from rlhf.tracking.run_folder.atomic import json_line
 
     if args.overwrite and args.resume != "never":
         raise UserError("--overwrite has no effect with --resume; remove one of them")
+    if args.supervise:
+        from rlhf.commands.supervision import supervise
+
+        return supervise(_driver_command(args), _driver_command(args, again=True))
     loaded = loaded_config(args.config, args.overrides)
     from_step = args.resume if isinstance(args.resume, int) else None
     COMMAND.call(args, config=loaded, overrides=(), resume=args.resume == "auto", from_step=from_step)
     if args.json_lines:
         write_stdout(json_line({"event": "done", "run": loaded.name, "folder": str(loaded.folder)}))
-        return
+        return 0
     if not args.quiet:
         _show_evaluations(loaded)
     write_stdout(f"done: {loaded.folder}\n")
     if not args.quiet:
         sys.stderr.write(_next_steps(loaded))
+    return 0
+
+
+def _driver_command(args: argparse.Namespace, *, again: bool = False) -> list[str]:
+    """Return the command of a supervised driver: the first one, or one that continues the run."""
+    resume = "auto" if again else f"step_{args.resume:06d}" if isinstance(args.resume, int) else args.resume
+    flags = {
+        "--overwrite": args.overwrite and not again,
+        "--quiet": args.quiet,
+        "--json": args.json_lines,
+        "--debug": args.debug,
+    }
+    until = [] if args.until is None else ["--until", str(args.until)]
+    words = ["train", str(args.config), *args.overrides, "--resume", resume, *until]
+    return [sys.executable, "-m", "rlhf.cli", *words, *(flag for flag, given in flags.items() if given)]
 
 
 def _resume(text: str) -> str | int:
@@ -158,6 +182,7 @@ RESUME = {
 COMMAND = Command(
     train,
     _present,
+    add=_add,
     exclusive=("quiet", "json_lines"),
     changes={"resume": RESUME, "from_step": None, "json_lines": {"flag": "--json"}},
 )

@@ -10,17 +10,19 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Hashable, Iterable
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 
 from rlhf.config.schema.cluster import Restarts
 from rlhf.controller.record import RunRecord
 from rlhf.errors import RunError, WorkerLost
 from rlhf.role_table import ROLES, Role, RoleKind
 from rlhf.roles import Metrics
+from rlhf.supervised import DriverDeath
 from rlhf.tracking.metrics.reductions import Sum
 from rlhf.tracking.run_folder.errors import ErrorRecord
 
 logger = logging.getLogger(__name__)
+DRIVER = "driver"
 UNITS: dict[RoleKind, str] = {"engines": "engine", "trained": "gang", "frozen": "worker", "scoring": "worker"}
 
 
@@ -38,7 +40,7 @@ class Supervisor:
         self._lost_at: dict[Role, deque[float]] = {role: deque() for role in roles}
         self._last_work: dict[tuple[Role, int], Hashable] = {}  # at the last loss, if nothing succeeded since
         self._out_of_memory: set[Role] = set()
-        self._recovered: Counter[Role] = Counter()  # since the last `metrics`
+        self._recovered: Counter[str] = Counter()  # since the last `metrics`
         self._seconds = 0.0
 
     async def recover(self, lost: WorkerLost, rebuild: Callable[[], Awaitable[None]], *, work: Hashable = None) -> None:
@@ -89,6 +91,22 @@ class Supervisor:
         """Note that a worker finished work, so its next loss is not a repetition of the last one."""
         self._last_work.pop((role, rank), None)
 
+    def continue_after(self, deaths: Sequence[DriverDeath]) -> None:
+        """Record the deaths of earlier drivers, in the driver that continues the run."""
+        for death in deaths:
+            self.record.tracker.log_error(
+                ErrorRecord(
+                    step=self.record.step + 1, stage=DRIVER, kind=death.kind, message=death.message, source=DRIVER
+                )
+            )
+        if deaths:
+            now, died_at = time.time(), deaths[-1].at
+            self.record.tracker.alert("warning", f"{DRIVER} lost", deaths[-1].message)
+            self.record.timeline.record("recovery", "controller", start_s=died_at, end_s=now)
+            self._recovered["controller"] += len(deaths)
+            self._seconds += now - died_at
+            logger.info("the run continues %.1f s after the death of its driver", now - died_at)
+
     def _allow(self, role: Role, lost: WorkerLost, work: Hashable) -> int:
         """Return the number of losses in the window, or raise the loss."""
         now, times = time.monotonic(), self._lost_at[role]
@@ -114,7 +132,7 @@ class Supervisor:
 
     def metrics(self) -> Metrics:
         """Return the recoveries since the last call."""
-        counts = {f"recovery/{role}/total": Sum(total=self._recovered[role]) for role in self._lost_at}
+        counts = {f"recovery/{role}/total": Sum(total=self._recovered[role]) for role in (*self._lost_at, "controller")}
         seconds, self._seconds = self._seconds, 0.0
         self._recovered.clear()
         return {**counts, "time/recovery_s": Sum(total=seconds)}

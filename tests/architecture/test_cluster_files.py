@@ -181,7 +181,7 @@ def test_a_kubernetes_job_resumes_and_cleans_up() -> None:
         "ttlSecondsAfterFinished",
         "rayClusterSpec",
     }
-    assert job["spec"]["entrypoint"].endswith("--resume auto")
+    assert job["spec"]["entrypoint"].endswith(" --resume auto --supervise")
     assert job["spec"]["backoffLimit"] > 0
     assert job["spec"]["shutdownAfterJobFinishes"] is True
 
@@ -212,6 +212,7 @@ def test_the_slurm_script_is_clean_and_requeues_by_itself() -> None:
     lint(SCRIPT.read_text(encoding="utf-8"))
     options = re.findall(r"^#SBATCH (--.*)$", SCRIPT.read_text(encoding="utf-8"), re.MULTILINE)
     assert {"--requeue", "--open-mode=append"} < set(options)
+    assert "--resume auto --supervise &" in SCRIPT.read_text(encoding="utf-8")
     assert any(option.startswith("--signal=B:TERM@") for option in options)
 
 

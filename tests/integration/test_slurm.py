@@ -81,7 +81,9 @@ def test_who_is_told_to_go_is_put_back_and_who_is_cancelled_is_not(
         cluster.until(lambda: cluster.job(number).get("Restarts") == "1", within_s=30.0, what="back in the queue")
         cluster.run("scancel", number)
         said = log.read_text()
-        assert re.search(r"rlhf train run.yaml train.steps=2 cluster.address=10.77.0.1:\d+ --resume auto\n", said)
+        assert re.search(
+            r"rlhf train run.yaml train.steps=2 cluster.address=10.77.0.1:\d+ --resume auto --supervise\n", said
+        )
         assert re.search(r"ray start --block --head --port=\d+ .*--node-ip-address=10.77.0.1 --num-cpus=1 ", said)
         for address in ("10.77.0.2", "10.77.0.3"):
             assert re.search(rf"ray start --block --address=10.77.0.1:\d+ --node-ip-address={address} ", said)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from rlhf.config.schema.cluster import Restarts
 from rlhf.controller import supervisor as module
 from rlhf.controller.supervisor import Supervisor
 from rlhf.errors import LossKind, RunError, WorkerLost
+from rlhf.supervised import DriverDeath
 from rlhf.tracking.run_folder.errors import write_error
 from rlhf.tracking.run_folder.timeline import Timeline
 
@@ -73,6 +75,29 @@ def test_a_loss_is_made_good_and_shows_everywhere(record: Any, tmp_path: Path) -
     assert metrics["recovery/rollout/total"] == 1.0
     assert metrics["recovery/policy/total"] == 0.0
     assert metrics["time/recovery_s"] > 0.0
+    assert {value.result() for value in supervisor.metrics().values()} == {0.0}
+
+
+def test_the_deaths_of_drivers_show_everywhere(record: Any, tmp_path: Path) -> None:
+    supervisor = Supervisor(Restarts(), record, ("policy",))
+    deaths = [DriverDeath(at=time.time() - 9.0, kind="died", message=f"The driver died {place}.") for place in "ab"]
+    supervisor.continue_after(deaths)
+    lines = [json.loads(text) for text in (tmp_path / "errors.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["stage"], line["kind"], line["message"]) for line in lines] == [
+        (7, "driver", "died", "The driver died a."),
+        (7, "driver", "died", "The driver died b."),
+    ]
+    assert record.tracker.alerts == ["driver lost"]
+    assert '"recovery"' in (tmp_path / "timeline.json").read_text()
+    metrics = {name: value.result() for name, value in supervisor.metrics().items()}
+    assert (metrics["recovery/controller/total"], metrics["recovery/policy/total"]) == (2.0, 0.0)
+    assert 9.0 <= metrics["time/recovery_s"] < 60.0
+
+
+def test_a_driver_without_a_predecessor_records_nothing(record: Any, tmp_path: Path) -> None:
+    supervisor = Supervisor(Restarts(), record, ("policy",))
+    supervisor.continue_after([])
+    assert not (tmp_path / "errors.jsonl").exists()
     assert {value.result() for value in supervisor.metrics().values()} == {0.0}
 
 

@@ -1,0 +1,75 @@
+"""The messages between a driver and its parent, which starts it again after its death (rlhf.commands.supervision).
+
+The parent passes the deaths so far in an environment variable, with the number of a file in memory. The driver appends
+its reports to this file, one JSON object a line. A driver without such a parent reads and writes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rlhf.errors import LossKind
+
+VARIABLE = "RLHF_SUPERVISION"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriverDeath:
+    """The death of an earlier driver of the run."""
+
+    at: float  # time.time()
+    kind: LossKind
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriverReport:
+    """What a driver has reported. The defaults hold until it has opened the folder of its run."""
+
+    folder: str | None = None  # of the run, or of the stage of a pipeline
+    restarts: int = 5  # cluster.restarts.gang
+    window_s: float = 3600.0  # cluster.restarts.window_s
+    is_final: bool = False  # another start would not help: the run has failed, or its machine is going away
+
+
+def tell_parent(**facts: str | float | bool) -> None:
+    """Report fields of DriverReport to the parent, if there is one."""
+    message = _from_parent()
+    if message is not None:
+        os.write(message["file"], json.dumps(facts).encode() + b"\n")
+
+
+def is_supervised() -> bool:
+    """Return whether a parent starts this driver again after its death."""
+    return _from_parent() is not None
+
+
+def unrecorded_deaths() -> list[DriverDeath]:
+    """Return the deaths since the checkpoint from which this driver continues, in order. Without a parent: none."""
+    message = _from_parent()
+    return [] if message is None else [DriverDeath(**death) for death in message["deaths"]]
+
+
+def message_to_driver(file: int, deaths: Sequence[DriverDeath]) -> Mapping[str, str]:
+    """Return the environment variable for a driver that this process is about to start."""
+    message = {"parent": os.getpid(), "file": file, "deaths": [asdict(death) for death in deaths]}
+    return {VARIABLE: json.dumps(message)}
+
+
+def read_report(file: int) -> DriverReport:
+    """Return what a driver has reported to the file."""
+    facts: dict[str, Any] = {}
+    for line in os.pread(file, 1 << 20, 0).splitlines():
+        facts |= json.loads(line)
+    return DriverReport(**facts)
+
+
+def _from_parent() -> dict[str, Any] | None:
+    """Return the parent's message. The processes that the driver starts inherit it too, and it is not for them."""
+    text = os.environ.get(VARIABLE)
+    message: dict[str, Any] | None = None if text is None else json.loads(text)
+    return message if message is not None and message["parent"] == os.getppid() else None

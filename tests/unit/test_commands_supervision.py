@@ -1,0 +1,207 @@
+"""rlhf/commands/supervision.py: when a driver is started again. A small script takes the place of the driver."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from rlhf.cli import parse_arguments
+from rlhf.commands.supervision import DriverEnd, DriverRestarts
+from rlhf.commands.train import _driver_command
+from rlhf.supervised import DriverReport
+
+# Each start takes the next line of the plan: the row and the checkpoint that it writes, and how it ends.
+DRIVER = """
+import json, os, signal, subprocess, sys, time
+from dataclasses import asdict
+from pathlib import Path
+from rlhf.supervised import tell_parent, unrecorded_deaths
+here, word = Path(sys.argv[1]), sys.argv[2]
+starts = here / "starts.jsonl"
+number = len(starts.read_text().splitlines()) if starts.exists() else 0
+with starts.open("a") as file:
+    deaths = [asdict(death) for death in unrecorded_deaths()]
+    file.write(json.dumps({"word": word, "pid": os.getpid(), "deaths": deaths}) + chr(10))
+plan = json.loads((here / "plan.json").read_text())[number]
+if "row" in plan:
+    run = here / "run"
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    tell_parent(folder=str(run), restarts=plan.get("restarts", 5), window_s=100.0)
+    (run / "metrics.jsonl").write_text(json.dumps({"step": plan["row"]}) + chr(10))
+    if "checkpoint" in plan:
+        (run / "checkpoints" / "latest").unlink(missing_ok=True)
+        (run / "checkpoints" / "latest").symlink_to(f"step_{plan['checkpoint']:06d}")
+if plan.get("leaves"):
+    sleeper = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    (here / "left").write_text(str(sleeper.pid))
+if plan.get("final"):
+    tell_parent(is_final=True)
+if plan["end"] == "waits":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    (here / "waits").touch()
+    time.sleep(1000)
+sys.exit(plan["end"]) if plan["end"] >= 0 else os.kill(os.getpid(), -plan["end"])
+"""
+PARENT = (
+    "import sys; from rlhf.commands import supervision as s; s.END_BY_THEMSELVES_S = s.STOPPED_FOR_S = 0.3; "
+    "s.LOOK_EVERY_S = 0.1; words = [sys.executable, *sys.argv[1:]]; "
+    "sys.exit(s.supervise([*words, 'first'], [*words, 'again']))"
+)
+
+
+def begin(folder: Path, plan: list[dict[str, Any]]) -> subprocess.Popen[str]:
+    (folder / "plan.json").write_text(json.dumps(plan))
+    (folder / "driver.py").write_text(DRIVER)
+    command = [sys.executable, "-c", PARENT, str(folder / "driver.py"), str(folder)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def carry_out(folder: Path, plan: list[dict[str, Any]]) -> tuple[int, list[dict[str, Any]], str]:
+    """The exit code, what each driver was given, and the log."""
+    process = begin(folder, plan)
+    _, log = process.communicate(timeout=60)
+    return process.returncode, starts(folder), log
+
+
+def starts(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
+
+
+def await_file(path: Path) -> None:
+    until = time.monotonic() + 60.0
+    while not path.exists():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+KILLED = -signal.SIGKILL
+
+
+def test_a_killed_driver_is_started_again_until_the_run_is_done(tmp_path: Path) -> None:
+    plan = [
+        {"row": 3, "checkpoint": 2, "end": KILLED, "leaves": True},
+        {"row": 3, "end": 1},
+        {"row": 5, "checkpoint": 4, "end": KILLED},
+        {"row": 6, "end": 75},
+        {"row": 8, "end": 0},
+    ]
+    code, drivers, log = carry_out(tmp_path, plan)
+    assert code == 0
+    assert [driver["word"] for driver in drivers] == ["first", *["again"] * 4]
+    killed, ended = "The driver was killed by SIGKILL after step", "The driver ended with exit code"
+    # A driver is given the deaths since its checkpoint, whose records it removes when it continues from there.
+    messages = [[death["message"] for death in driver["deaths"]] for driver in drivers]
+    assert messages[:3] == [[], [f"{killed} 3."], [f"{killed} 3.", f"{ended} 1 after step 3."]]
+    assert messages[3:] == [[f"{killed} 5."], [f"{killed} 5.", f"{ended} 75 after step 6."]]
+    assert "It is started again (4 of at most 5, cluster.restarts.gang)." in log
+    assert not psutil.pid_exists(int((tmp_path / "left").read_text()))
+
+
+@pytest.mark.parametrize(
+    "end",
+    [{"end": 0}, {"end": 2}, {"end": 130}, {"row": 1, "end": 1, "final": True}, {"row": 1, "end": 75, "final": True}],
+)
+def test_a_run_that_has_ended_is_not_started_again(tmp_path: Path, end: dict[str, Any]) -> None:
+    code, drivers, _ = carry_out(tmp_path, [end])
+    assert (code, len(drivers)) == (end["end"], 1)
+
+
+def test_a_run_that_has_not_begun_gets_its_first_command_again(tmp_path: Path) -> None:
+    code, drivers, log = carry_out(tmp_path, [{"end": KILLED}, {"row": 1, "end": KILLED}, {"row": 2, "end": 0}])
+    assert code == 0
+    assert [driver["word"] for driver in drivers] == ["first", "first", "again"]
+    assert "The driver was killed by SIGKILL before its run began. It is started again" in log
+
+
+@pytest.mark.parametrize("last", [{"end": KILLED}, {"row": 3, "end": KILLED}])
+def test_the_same_death_twice_in_a_row_ends_the_run(tmp_path: Path, last: dict[str, Any]) -> None:
+    code, drivers, log = carry_out(tmp_path, [{"row": 2, "end": KILLED}, last, last])
+    assert (code, len(drivers)) == (128 + 9, 3)
+    assert log.endswith("It is not started again: it died twice in a row at the same step in the same manner.\n")
+
+
+def test_too_many_deaths_in_the_window_end_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    restarts = DriverRestarts()
+
+    def allows(at: float, step: int) -> bool:
+        nonlocal now
+        now = at
+        (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": step}) + "\n")
+        report = DriverReport(folder=str(tmp_path), restarts=2, window_s=100.0)
+        return restarts.allow(DriverEnd(code=KILLED, is_told=False, hung=False, report=report))
+
+    assert all([allows(0.0, 1), allows(50.0, 2), allows(101.0, 3)])  # the third is outside the window of the first
+    assert not allows(102.0, 4)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 128 + signal.SIGUSR1)])
+def test_a_signal_is_passed_on_and_ends_the_supervision(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    process = begin(tmp_path, [{"row": 1, "end": "waits"}])
+    await_file(tmp_path / "waits")
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert (process.returncode, len(starts(tmp_path))) == (code, 1)
+
+
+def test_a_signal_to_the_driver_alone_does_not_end_the_run(tmp_path: Path) -> None:
+    process = begin(tmp_path, [{"row": 1, "end": "waits"}, {"row": 2, "end": 0}])
+    await_file(tmp_path / "waits")
+    os.kill(starts(tmp_path)[0]["pid"], signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert (process.returncode, len(starts(tmp_path))) == (0, 2)
+
+
+def test_a_stopped_driver_is_killed_and_started_again(tmp_path: Path) -> None:
+    process = begin(tmp_path, [{"row": 1, "end": "waits"}, {"row": 2, "end": 0}])
+    await_file(tmp_path / "waits")
+    os.kill(starts(tmp_path)[0]["pid"], signal.SIGSTOP)
+    process.communicate(timeout=60)
+    (death,) = starts(tmp_path)[1]["deaths"]
+    assert (process.returncode, death["kind"]) == (0, "hung")
+
+
+def test_the_driver_ends_with_a_killed_parent(tmp_path: Path) -> None:
+    process = begin(tmp_path, [{"row": 1, "end": "waits"}])
+    await_file(tmp_path / "waits")
+    driver = psutil.Process(starts(tmp_path)[0]["pid"])
+    process.kill()
+    process.communicate(timeout=60)
+    psutil.wait_procs([driver], timeout=60.0)
+    assert not driver.is_running() or driver.status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--overwrite", "--quiet", "--debug"],
+        ["--json", "--until", "3", "--resume", "step_000012"],
+        ["--resume", "auto"],
+    ],
+)
+def test_a_driver_gets_the_arguments_of_its_parent(options: list[str]) -> None:
+    words = ["train", "x.yaml", "train.steps=3", *options]
+    supervised = parse_arguments([*words, "--supervise"])
+    command: Callable[..., list[str]] = _driver_command
+    assert command(supervised)[:3] == [sys.executable, "-m", "rlhf.cli"]
+    assert vars(parse_arguments(command(supervised)[3:])) == vars(parse_arguments(words))
+    again = vars(parse_arguments(command(supervised, again=True)[3:]))
+    assert again == vars(parse_arguments(words)) | {"resume": "auto", "overwrite": False}
+
+
+def test_the_parent_imports_nothing_heavy() -> None:
+    code = "import sys, rlhf.cli, rlhf.commands.supervision; print({'torch', 'ray', 'vllm'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "set()\n", done.stderr
