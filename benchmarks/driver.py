@@ -40,6 +40,7 @@ from rlhf.controller.learning import OnlineRoles
 from rlhf.controller.loop import sparing_loaded_objects
 from rlhf.controller.online import OnlineController
 from rlhf.controller.record import RunRecord
+from rlhf.controller.supervisor import Supervisor
 from rlhf.data.stream import Stream
 from rlhf.evaluation.results import Marking
 from rlhf.roles import Arithmetic, Metrics
@@ -297,6 +298,7 @@ async def measure(config: Config, dummies: Dummies, folder: Path, *, profile: bo
             probe_ids=PROBE_IDS,
             policy_fingerprint="",
             rewards_fingerprint="",
+            supervisor=Supervisor(config.cluster.restarts, record, ()),
         )
         profiler = cProfile.Profile() if profile else nullcontext()
         with sparing_loaded_objects(), profiler:

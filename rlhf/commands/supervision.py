@@ -66,7 +66,8 @@ def supervise(first: Sequence[str], again: Sequence[str]) -> int:
             is_lost = not (end.is_told or end.report.is_final or end.code in ENDS)
             if is_lost:
                 _end_descendants()
-            if not is_lost or not restarts.allow(end):
+            came_late = signal.sigpending() & (heard - {signal.SIGCHLD})  # after the driver's end
+            if not is_lost or came_late or not restarts.allow(end):
                 return end.code if end.code >= 0 else 128 - end.code
             if end.report.folder is not None:
                 command = again

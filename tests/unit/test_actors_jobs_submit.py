@@ -46,6 +46,7 @@ def silent() -> Iterator[str]:
         ([], "give a CONFIG, or --follow, --status or --stop with a job"),
         (["run.yaml", "--follow", "demo-1"], "take only a JOB and --address"),
         (["--stop", "demo-1", "--env", "X"], "take only a JOB and --address"),
+        (["--stop", "demo-1", "--no-supervise"], "take only a JOB and --address"),
         (["--status", "demo-1", "--stop", "demo-1"], "not allowed with argument"),
         (["run.yaml", "train.stps=3"], "did you mean train.steps?"),
         (["run.yaml", "run.dir=runs"], "run.dir: runs is relative"),
@@ -130,3 +131,22 @@ def test_a_head_that_is_lost_is_given_up(monkeypatch: pytest.MonkeyPatch) -> Non
     jobs._hidden, jobs._client, jobs.address = (), Lost(), "http://head:8265"
     with pytest.raises(rlhf.RunError, match=r"no answer about demo-1 for .*it may still run: .*refused"):
         jobs.follow("demo-1", lambda text: None)
+
+
+@pytest.mark.parametrize(
+    ("options", "end"), [([], " --resume auto --supervise"), (["--no-supervise"], " --resume auto")]
+)
+def test_the_driver_of_a_job_is_supervised(monkeypatch: pytest.MonkeyPatch, options: list[str], end: str) -> None:
+    commands = []
+
+    class Taking:
+        def __init__(self, address: str | None) -> None:
+            pass
+
+        def submit(self, loaded: object, archive: Path, command: str, **_: object) -> str:
+            commands.append(command)
+            return "demo-1"
+
+    monkeypatch.setattr(actors.jobs.submit, "Jobs", Taking)
+    assert main(["submit", "run.yaml", "train.steps=3", *options]) == 0
+    assert commands == [f"exec python -m actors.jobs.entrypoint train run.yaml train.steps=3{end}"]
