@@ -17,12 +17,14 @@ from ray.exceptions import RayActorError
 from actors.cluster.processes import Processes
 from actors.roles import worker_pools as services
 from actors.roles.group import WorkerPool
+from actors.roles.teacher import TeacherWorkers
 from actors.roles.worker_pools import ReferenceWorkers, RewardWorkers
 from rlhf.errors import RunError, WorkerLost
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.rewards.services.client import ServiceSpec
 from rlhf.rewards.services.remote import RemoteReward
 from rlhf.roles import CompletedGroup
+from rlhf.types import MinibatchPlan
 from rlhf.workers.frozen.reward import RewardSettings
 
 TASTE = RewardSpec(name="taste", weight=1.0, function=None)
@@ -146,7 +148,7 @@ class Calls:
     def __getattr__(self, name: str) -> Any:
         def remote(*args: Any, **_: Any) -> Any:
             future: Future[Any] = Future()
-            if name in ("start", "become"):
+            if name in ("start", "become", "load_data"):
                 self.asked.append((name, *args))
                 future.set_result(None)
             else:
@@ -284,6 +286,21 @@ async def test_a_lost_reference_worker_is_asked_again_with_the_model_that_it_had
     assert alone.ref.startswith(str(id(successor)))
     assert [str(id(worker)) for worker in (successor, second)] == [column.ref.split(".")[0] for column in pair]
     assert [column.sequence_ids for column in pair] == [(2,), (3,)]
+
+
+@pytest.mark.usefixtures("replaced_at_once")
+async def test_a_lost_teacher_gets_its_data_again() -> None:
+    workers = pool(TeacherWorkers, worker := Calls(), supervisor=Losses())
+    await workers.load_data(["train", "eval"], lengths=[[3, 4], [5]])
+    plan = MinibatchPlan(sequences_by_rank=((0,), (1,)), num_tokens=7, num_sequences=2)
+    task = asyncio.create_task(workers.states(0, plan))
+    await settle()
+    worker.die()
+    await settle()
+    (successor,) = workers.handles
+    assert successor.asked == [("start",), ("load_data", "train", "eval")]
+    successor.answer(())
+    assert await task == [[f"{id(successor)}.0"], [f"{id(successor)}.1"]]
 
 
 @pytest.mark.usefixtures("replaced_at_once")

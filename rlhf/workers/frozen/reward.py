@@ -25,7 +25,6 @@ from rlhf.rollouts.environments.turns import PLACEHOLDER
 from rlhf.rollouts.records.texts import Transcript, character_ends, response_texts, step_ends, transcripts, turns_of
 from rlhf.tracking.run_folder.samples import SampleRecord, SampleTokens, write_samples
 from rlhf.types import GroupScores, Prompt, Rollouts, StepReward, TokenSignals
-from rlhf.workers.frozen.reward_model import RewardModel
 from rlhf.workers.model_worker import ModelWorker
 
 
@@ -78,6 +77,8 @@ class RewardWorker(ModelWorker):
         if greets:
             self.rewards.greet()
         if settings.model is not None:
+            from rlhf.workers.frozen.reward_model import RewardModel  # with the models' code, which takes a second
+
             self.model = RewardModel(
                 settings.model, self.place, max_tokens_per_microbatch=settings.max_tokens_per_microbatch
             )
