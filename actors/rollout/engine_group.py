@@ -168,6 +168,7 @@ class RolloutEngines(ReplaceableEngines):
                 if self._engine_for(own) != engine:  # lost since
                     continue
                 handle = await self.working(engine)
+                self.unanswered[engine] = unanswered
                 try:
                     async for group in self._ask(handle, engine, share, sampling, version):
                         self._note_success(engine)
@@ -247,6 +248,7 @@ class RolloutEngines(ReplaceableEngines):
                 break
             handle = self.handles[slot.engine]
             infos: tuple[RolloutInfo, ...] | None = None
+            self.unanswered[slot.engine].add(request.group_id)
             try:
                 if request.group_id in self._cancelled:
                     break
@@ -257,6 +259,7 @@ class RolloutEngines(ReplaceableEngines):
                 urgent = True
                 continue
             finally:
+                self.unanswered[slot.engine].discard(request.group_id)
                 dispatch.leave(slot, [info.num_tokens_after_prompt for info in infos or ()])
             self._note_success(slot.engine)
             if infos is None or request.group_id in self._cancelled:

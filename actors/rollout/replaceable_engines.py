@@ -41,6 +41,7 @@ class ReplaceableEngines(WorkerPool):
         self.is_replaceable = False  # whether a successor can get the weights
         self.gives_published = False  # whether it can load the last publication by itself
         self.opens_weights = False  # whether each engine has an end of a transport to open
+        self.unanswered: list[set[int]] = [set() for _ in handles]  # by rank: the groups that an engine works on
         self._dispatch: Dispatch | None = None  # of requests in flight
         self._manifest: WeightManifest | None = None  # of the last sync
         self._published: tuple[WeightManifest, PolicyProbe] | None = None  # None: there is nothing to load now
@@ -62,7 +63,7 @@ class ReplaceableEngines(WorkerPool):
         if self._dispatch is not None:
             self._dispatch.close(rank)
         version = None if self._manifest is None else self._manifest.version
-        super().begin_rebuild(rank, handle, lost, work=(lost.stage, version))
+        super().begin_rebuild(rank, handle, lost, work=(lost.stage, version, frozenset(self.unanswered[rank])))
 
     def _rebuilt(self, rank: int, rebuild: asyncio.Task[None]) -> None:
         super()._rebuilt(rank, rebuild)
@@ -119,12 +120,9 @@ class ReplaceableEngines(WorkerPool):
                     self._withdraw()  # the policy's process has died with its memory, and its successor publishes again
                     continue
                 check_receipt(receipt, manifest, engine=rank)
-                await self._prove(rank, handle, probe)
+                theirs: list[float] = await self.one(handle.probe.remote(probe.token_ids), "weight sync", rank=rank)
+                check_probe(probe.logprobs, theirs, engine=rank, version=probe.version, dtype=probe.dtype)
                 is_given = True
-
-    async def _prove(self, rank: int, handle: ActorHandle[Any], probe: PolicyProbe) -> float:
-        theirs: list[float] = await self.one(handle.probe.remote(probe.token_ids), "weight sync", rank=rank)
-        return check_probe(probe.logprobs, theirs, engine=rank, version=probe.version, dtype=probe.dtype)
 
     def reachable(self) -> list[ActorHandle[Any]]:
         """Return the engines that work, and the successors that wait for a broadcast."""

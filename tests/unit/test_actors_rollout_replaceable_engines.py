@@ -240,6 +240,26 @@ async def test_an_engine_lost_twice_at_the_same_batch_ends_the_run_unless_it_fin
     assert engines.replaced == [0, 0]
 
 
+async def test_the_only_engine_lost_twice_at_the_same_groups_in_flight_ends_the_run() -> None:
+    first, second, third = Engine("first", samples=4), Engine("second", samples=4), Engine("third", samples=4)
+    engines = await synced(Engines(first, successors=(second, third)))
+    tasks = [asked(engines, 0), asked(engines, 1)]
+    await until(lambda: len(first.groups) == 2)
+    engines.may_start.clear()
+    first.die()
+    await asyncio.sleep(0.01)
+    await engines.cancel([request(1)])
+    engines.may_start.set()
+    await until(lambda: second.groups)
+    second.die()
+    await until(lambda: third.groups)
+    third.die()
+    with pytest.raises(WorkerLost):
+        await asyncio.wait_for(tasks[0], DEADLINE_S)
+    assert await tasks[1] is None
+    assert engines.replaced == [0, 0], "other groups at the second loss, the same at the third"
+
+
 async def test_engines_outside_of_a_run_are_not_replaced() -> None:
     engine = Engine("frozen")
     engines = Engines(engine)
