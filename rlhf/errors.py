@@ -23,12 +23,20 @@ class WorkerLost(RunError):
     Its work can be asked again from a worker started in its place (rlhf.controller.supervisor).
     """
 
-    def __init__(self, message: str, *, role: str, rank: int, stage: str, kind: LossKind) -> None:
+    def __init__(
+        self, message: str, *, role: str, rank: int, stage: str, kind: LossKind, stack: str | None = None
+    ) -> None:
+        """Create the error.
+
+        Args:
+            stack: of a worker that hung.
+        """
         super().__init__(message)
         self.role = role
         self.rank = rank
         self.stage = stage
         self.kind = kind
+        self.stack = stack
 
 
 class Preempted(Exception):

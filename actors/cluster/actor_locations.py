@@ -11,18 +11,25 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import ray
+from ray import ObjectRef
+from ray.actor import ActorHandle
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.cluster.heartbeat import answer_heartbeats
 from rlhf.errors import RunError
 from rlhf.stopping import start_thread
 from rlhf.tracking.run_folder.atomic import write_atomic
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 ANSWERS_WITHIN_S = 2.0
@@ -37,6 +44,8 @@ class ActorLocation:
     address: str
     port: int  # port of the node's raylet
     pid: int
+    heartbeat_port: int = 0
+    handle: ActorHandle[Any] | None = None
 
     def node_failure(self) -> str | None:
         """Return a description of the node's failure; None if it responds."""
@@ -68,19 +77,30 @@ def listed_in(path: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def own_location(actor: object) -> tuple[str, str, int]:
-    """Return id, node and process of the calling actor."""
+def own_location(actor: object) -> tuple[str, str, int, int]:
+    """Return id, node and process of the calling actor, and the port at which it answers heartbeats from now on."""
     context = ray.get_runtime_context()
-    return context.get_actor_id() or "", context.get_node_id(), os.getpid()
+    port = answer_heartbeats(ray.util.get_node_ip_address())
+    return context.get_actor_id() or "", context.get_node_id(), os.getpid(), port
 
 
-def remember(role: str, locations: Mapping[int, tuple[str, str, int]]) -> None:
+def remember(
+    role: str, locations: Mapping[int, tuple[str, str, int, int]], handles: Sequence[ActorHandle[Any]] = ()
+) -> None:
     """Remember the locations of a role's workers, by rank."""
     nodes = {node["NodeID"]: (node["NodeManagerAddress"], node["NodeManagerPort"]) for node in ray.nodes()}
-    for rank, (actor, node, pid) in locations.items():
+    for rank, (actor, node, pid, heartbeat_port) in locations.items():
         if node in nodes:
             address, port = nodes[node]
-            _LOCATIONS[actor] = ActorLocation(who=f"{role} rank {rank}", node=node, address=address, port=port, pid=pid)
+            _LOCATIONS[actor] = ActorLocation(
+                who=f"{role} rank {rank}",
+                node=node,
+                address=address,
+                port=port,
+                pid=pid,
+                heartbeat_port=heartbeat_port,
+                handle=handles[rank] if handles else None,
+            )
     _write_lists()
 
 
@@ -105,6 +125,22 @@ def _write_lists() -> None:
 def location_of(actor: str | None) -> ActorLocation | None:
     """Return the location of an actor; None if it is unknown or the actor has been ended."""
     return _LOCATIONS.get(actor or "")
+
+
+def locations() -> dict[str, ActorLocation]:
+    """Return the locations of all actors that have not been ended, by actor."""
+    return dict(_LOCATIONS)
+
+
+def on_node(node: str, work: Callable[[], T]) -> ObjectRef[T]:
+    """Start work in another process on a node."""
+    strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+    result: ObjectRef[T] = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(_call).remote(work)
+    return result
+
+
+def _call(work: Callable[[], T]) -> T:
+    return work()
 
 
 def lost_nodes() -> str:

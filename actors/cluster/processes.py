@@ -18,9 +18,8 @@ import psutil
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.cluster.actor_locations import ActorLocation, forget, location_of, own_location, remember
+from actors.cluster.actor_locations import ActorLocation, forget, location_of, on_node, own_location, remember
 from actors.cluster.waiting import wait_all, wait_one
 from rlhf.role_table import Role
 from rlhf.stopping import finishes_within
@@ -95,10 +94,10 @@ class Processes:
         )
         self._remember({rank: location})
 
-    def _remember(self, locations: Mapping[int, tuple[str, str, int]]) -> None:
+    def _remember(self, locations: Mapping[int, tuple[str, str, int, int]]) -> None:
         node = ray.get_runtime_context().get_node_id()
-        remember(self.role, locations)
-        for rank, (actor, where, pid) in locations.items():
+        remember(self.role, locations, self.handles)
+        for rank, (actor, where, pid, _) in locations.items():
             self.actors[rank] = actor
             if where == node:
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -120,9 +119,7 @@ class Processes:
 
     async def _is_gone_elsewhere(self, was: ActorLocation) -> bool:
         """Kill a process on another node. Return whether it is gone; True if its node is lost."""
-        on_node = NodeAffinitySchedulingStrategy(was.node, soft=False)
-        task = ray.remote(_is_gone).options(num_cpus=0, max_retries=0, scheduling_strategy=on_node)
-        answer = asyncio.wrap_future(task.remote(was.pid).future())
+        answer = asyncio.wrap_future(on_node(was.node, partial(_is_gone, was.pid)).future())
         try:
             return await asyncio.wait_for(answer, timeout=ASKED_S + 2 * GONE_WITHIN_S)
         except (RayError, TimeoutError):

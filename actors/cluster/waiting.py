@@ -14,13 +14,15 @@ from ray import ObjectRef
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from actors.cluster.actor_locations import location_of, lost_nodes
+from actors.cluster.watch import died_for_memory, hang_of, stack_at
 from rlhf.engine.memory import advice_on_memory
-from rlhf.errors import RunError, UserError, WorkerLost
+from rlhf.errors import LossKind, RunError, UserError, WorkerLost
 from rlhf.role_table import Role
 
 IT_HANGS = " It hangs, or the limit is too short for the work."
 RESUMES = "The run can be resumed with --resume auto."
 DEATH_SHOWS_WITHIN_S = 2.0  # the peers of a dead rank may fail before it
+MOST_STACKS = 4  # of late workers in an error
 MOST_TOLD = 600  # characters of a cause in a message
 
 
@@ -49,6 +51,7 @@ async def wait_all(refs: Sequence[ObjectRef[Any]], *, role: Role, stage: str, de
                 rank=late[0],
                 stage=stage,
                 kind="hung",
+                stack=await stacks_at(role, late),
             )
         return [future.result() for future in futures]
     finally:
@@ -70,6 +73,7 @@ async def wait_one(
             rank=rank,
             stage=stage,
             kind="hung",
+            stack=await stacks_at(role, [rank]),
         ) from error
     except RayError as error:
         raise explain(error, role=role, rank=rank, stage=stage) from error
@@ -88,9 +92,7 @@ def explain(error: BaseException | None, *, role: Role, rank: int, stage: str) -
             lost = lost_nodes()
             failure = RunError(f"{who} failed: {reason}{f'{lost} {RESUMES}' if lost else ''}")
     elif isinstance(error, RayActorError):
-        message = f"{who} {_how_it_died(error)} {RESUMES}"
-        starts = error.actor_init_failed  # its successor would fail in the same way
-        failure = RunError(message) if starts else WorkerLost(message, role=role, rank=rank, stage=stage, kind="died")
+        failure = _death(error, who, role=role, rank=rank, stage=stage)
     elif isinstance(error, OutOfMemoryError):  # Ray's memory monitor killed the process
         message = f"{who} was killed because its node ran out of memory: {_short(str(error))} {advice_on_memory(role)}"
         failure = WorkerLost(f"{message} {RESUMES}", role=role, rank=rank, stage=stage, kind="out_of_memory")
@@ -98,6 +100,29 @@ def explain(error: BaseException | None, *, role: Role, rank: int, stage: str) -
         failure = RunError(f"{who} failed: {type(error).__name__}: {_short(str(error))}{lost_nodes()}")
     failure.__cause__ = error
     return failure
+
+
+def _death(error: RayActorError, who: str, *, role: Role, rank: int, stage: str) -> RunError:
+    """Return the error of a dead process: it was killed by its watch, or by the kernel for memory, or just died."""
+    if error.actor_init_failed:  # its successor would fail in the same way
+        return RunError(f"{who} {_how_it_died(error)} {RESUMES}")
+    kind: LossKind = "died"
+    hang, stack = hang_of(error.actor_id), None
+    if hang is not None:
+        kind, how, stack = "hung", f"{hang.reason} Its stack is in errors.jsonl.", hang.stack
+    else:
+        how = _how_it_died(error)
+        if died_for_memory(error.actor_id or ""):
+            kind = "out_of_memory"
+            how += f" The kernel killed a process there for memory. {advice_on_memory(role)}"
+    return WorkerLost(f"{who} {how} {RESUMES}", role=role, rank=rank, stage=stage, kind=kind, stack=stack)
+
+
+async def stacks_at(role: Role, ranks: Sequence[int]) -> str | None:
+    """Return the stacks of late workers, at most MOST_STACKS; None if none is known."""
+    chosen = ranks[:MOST_STACKS]
+    stacks = zip(chosen, await asyncio.gather(*[stack_at(role, rank) for rank in chosen]), strict=True)
+    return "\n".join(f"{role} rank {rank}\n{stack}" for rank, stack in stacks if stack is not None) or None
 
 
 def _how_it_died(error: RayActorError) -> str:

@@ -17,6 +17,7 @@ from ray.actor import ActorHandle
 from actors.cluster.placement import Placement
 from actors.cluster.processes import KEEPS_MEMORY, START_LIMIT, Processes, hub_environment
 from actors.cluster.waiting import wait_all, wait_one
+from actors.cluster.watch import watching
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.controller.supervisor import Supervisor
 from rlhf.engine.distributed import RankContext
@@ -48,10 +49,14 @@ class Placed(Protocol):
 
 
 @asynccontextmanager
-async def ending(groups: Sequence[Stoppable], placement: Placed) -> AsyncIterator[None]:
-    """Stop the groups in order after the block, when its results are on disk. After a failure, end them at once."""
+async def ending(groups: Sequence[Stoppable], placement: Placed, *, heartbeat_timeout_s: float) -> AsyncIterator[None]:
+    """Stop the groups in order after the block, when its results are on disk. After a failure, end them at once.
+
+    During the block, a process is killed that answers no heartbeat for heartbeat_timeout_s.
+    """
     try:
-        yield
+        async with watching(heartbeat_timeout_s):
+            yield
         for group in groups:
             try:
                 await group.stop()

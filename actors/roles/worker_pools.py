@@ -30,7 +30,6 @@ from rlhf.types import GroupScores, RewardError, RewardErrorKind, TokenSignals, 
 from rlhf.workers.frozen.reward import RewardSettings, RewardWorker
 
 T = TypeVar("T")
-PING_EVERY_S = 10.0  # while an answer is pending
 
 
 class RewardWorkers(WorkerPool):
@@ -51,7 +50,6 @@ class RewardWorkers(WorkerPool):
         self.free = [asyncio.Semaphore(settings.processes) for _ in handles]
         self.free_to_ask = [asyncio.Semaphore(asks_in_flight(settings.specs)) for _ in handles]
         self.suspects = [Suspects() for _ in handles]
-        self.pings: dict[int, asyncio.Task[Any]] = {}  # by worker
 
     @classmethod
     def create(cls, cluster: ClusterConfig, placement: Placement, settings: RewardSettings) -> RewardWorkers:
@@ -117,36 +115,10 @@ class RewardWorkers(WorkerPool):
         return await self.suspects[worker].call(attempt)
 
     async def _answer(self, worker: int, ref: Any, *, stage: str, longest: float) -> Any:
-        """Wait up to `longest` seconds for an answer, and ping the worker meanwhile.
-
-        A hanging worker is detected within cluster.call_timeout_s, independent of the limits of its rewards.
-        """
+        """Wait for an answer up to `longest` seconds and cluster.call_timeout_s."""
         limit = "the limits of the rewards and cluster.call_timeout_s"
         limit_s = longest + self.deadline_s
-        answer = asyncio.ensure_future(
-            wait_one(ref, role=self.role, rank=worker, stage=stage, deadline_s=limit_s, limit=limit)
-        )
-        try:
-            while not (await asyncio.wait({answer}, timeout=PING_EVERY_S))[0]:
-                ping = self._ping(worker, stage)
-                await asyncio.wait({answer, ping}, return_when=asyncio.FIRST_COMPLETED)
-                if ping.done():
-                    ping.result()
-            return answer.result()
-        finally:
-            answer.cancel()
-
-    def _ping(self, worker: int, stage: str) -> asyncio.Task[Any]:
-        """Return the worker's pending ping, or start a new one."""
-        ping = self.pings.get(worker)
-        if ping is None or ping.done():
-            ref = self.handles[worker].ping.remote()
-            ping = asyncio.ensure_future(self.one(ref, stage, rank=worker))
-            ping.add_done_callback(
-                lambda done: done.cancelled() or done.exception()
-            )  # retrieve the error even if nobody awaits the ping
-            self.pings[worker] = ping
-        return ping
+        return await wait_one(ref, role=self.role, rank=worker, stage=stage, deadline_s=limit_s, limit=limit)
 
     async def texts(self, group: CompletedGroup) -> list[str]:
         """Return the responses as text."""

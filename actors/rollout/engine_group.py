@@ -13,7 +13,7 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 
 from actors.cluster.actor_locations import lost_nodes
-from actors.cluster.waiting import RESUMES, explain
+from actors.cluster.waiting import RESUMES, explain, stacks_at
 from actors.roles.gang import PolicyGang
 from actors.roles.group import END_WITHIN_S, SpawnOne
 from actors.rollout.dispatch import Dispatch, GroupWork, shares
@@ -208,7 +208,7 @@ class RolloutEngines(ReplaceableEngines):
                 try:
                     future = await asyncio.wait_for(finished.get(), self.deadline_s)
                 except TimeoutError as error:
-                    raise self._hung(engine) from error
+                    raise await self._hung(engine) from error
                 infos: tuple[RolloutInfo, ...] | None = _result(future, engine)
                 answered = waits.pop(future)
                 if answered is not None and infos is not None:
@@ -217,7 +217,7 @@ class RolloutEngines(ReplaceableEngines):
             for future in waits:
                 _silence(future)
 
-    def _hung(self, engine: int) -> WorkerLost:
+    async def _hung(self, engine: int) -> WorkerLost:
         return WorkerLost(
             f"rollouts: engine {engine} finished none of its prompts in {self.deadline_s:.0f} s "
             f"(cluster.call_timeout_s).{lost_nodes()} {RESUMES}",
@@ -225,6 +225,7 @@ class RolloutEngines(ReplaceableEngines):
             rank=engine,
             stage="rollouts",
             kind="hung",
+            stack=await stacks_at(self.role, [engine]),
         )
 
     def _note_success(self, engine: int) -> None:
@@ -273,7 +274,7 @@ class RolloutEngines(ReplaceableEngines):
             while not future.done():
                 left_s = self.deadline_s - dispatch.quiet_s(engine)
                 if left_s <= 0.0:
-                    raise self._hung(engine)
+                    raise await self._hung(engine)
                 await asyncio.wait([future], timeout=left_s)
             return _result(future, engine)
         finally:

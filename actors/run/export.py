@@ -116,7 +116,7 @@ async def _export(config: Config, checkpoint: Path, folder: Path, merged: bool) 
     placement = await reserve(config)
     rank = RANKS[config.algorithm.kind]
     gang = RunContext(config=config, placement=placement).gang(OfflineGang, rank, config, optimizer_steps=1)
-    async with ending([gang], placement):
+    async with ending([gang], placement, heartbeat_timeout_s=config.cluster.heartbeat_timeout_s):
         await gang.start(deadline_s=config.cluster.start_timeout_s)
         await gang.load(checkpoint / "policy")
         await gang.export(folder.resolve(), merged=merged)

@@ -189,7 +189,7 @@ async def _offline(
     placement = await reserve(config)
     nodes = record.nodes = Nodes(placement)
     groups: list[Stoppable] = [nodes]
-    async with ending(groups, placement):
+    async with ending(groups, placement, heartbeat_timeout_s=config.cluster.heartbeat_timeout_s):
         supervisor = Supervisor(config.cluster.restarts, record, placement.plan.slots)
         roles = build_roles(RunContext(config=config, placement=placement, supervisor=supervisor), groups)
         record.progress.stage(f"starting {_names(placement)}")
@@ -228,7 +228,7 @@ async def _online(
     )
     nodes = record.nodes = Nodes(lease.placement)
     groups: list[Stoppable] = [nodes]
-    async with ending(groups, lease):
+    async with ending(groups, lease, heartbeat_timeout_s=config.cluster.heartbeat_timeout_s):
         supervisor = Supervisor(config.cluster.restarts, record, lease.placement.plan.slots)
         context = RunContext(config=config, placement=lease.placement, supervisor=supervisor, rewards=inputs.rewards)
         roles = build_roles(context, groups)

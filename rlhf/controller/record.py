@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config.schema.train import EarlyStopping, TrainConfig
-from rlhf.errors import RunError, UserError
+from rlhf.errors import RunError, UserError, WorkerLost
 from rlhf.role_table import ROLE_OF_STAGE, Role
 from rlhf.roles import Metrics, NodesRole
 from rlhf.tracking.display.progress import Progress
@@ -146,8 +146,9 @@ class RunRecord:
         Incomplete checkpoints are removed first, because they may fill the disk.
         """
         self.folder.discard_begun()
+        stack = error.stack if isinstance(error, WorkerLost) else None
         self.tracker.log_error(
-            ErrorRecord(step=self.step + 1, stage="run", kind=type(error).__name__, message=str(error))
+            ErrorRecord(step=self.step + 1, stage="run", kind=type(error).__name__, message=str(error), stack=stack)
         )
         self.tracker.alert("failure", "run failed", f"Step {self.step + 1}: {error}")
         write_atomic(self.folder.path / "traceback.txt", redact("".join(traceback.format_exception(error))))

@@ -71,7 +71,7 @@ class Supervisor:
         logger.warning("%s It is started again (%d of at most %d, cluster.restarts.%s).", message, count, limit, unit)
         source = f"{role} {lost.rank}"
         self.record.tracker.log_error(
-            ErrorRecord(step=step, stage=lost.stage, kind=lost.kind, message=message, source=source)
+            ErrorRecord(step=step, stage=lost.stage, kind=lost.kind, message=message, source=source, stack=lost.stack)
         )
         self.record.tracker.alert("warning", f"{role} lost", f"Step {step}: {message}")
         began = time.perf_counter()

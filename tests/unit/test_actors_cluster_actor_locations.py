@@ -76,7 +76,7 @@ def test_the_list_of_processes_follows_them_and_ends_with_the_run(
     path, driver = tmp_path / "processes.json", {"who": "driver", "node": None, "pid": os.getpid()}
     with listed_in(path):
         assert json.loads(path.read_text()) == [driver]
-        remember("policy", {0: ("a", "n1", 11), 1: ("b", "n1", 12)})
+        remember("policy", {0: ("a", "n1", 11, 0), 1: ("b", "n1", 12, 0)})
         ranks = [{"who": f"policy rank {rank}", "node": "10.0.0.1", "pid": 11 + rank} for rank in range(2)]
         assert json.loads(path.read_text()) == [driver, *ranks]
         forget(["a"])

@@ -15,7 +15,6 @@ import pytest
 from ray.exceptions import RayActorError
 
 from actors.cluster.processes import Processes
-from actors.roles import worker_pools as services
 from actors.roles.group import WorkerPool
 from actors.roles.teacher import TeacherWorkers
 from actors.roles.worker_pools import ReferenceWorkers, RewardWorkers
@@ -42,7 +41,7 @@ STYLE = RewardSpec(
 class Handle:
     """A worker's, whose groups take so long."""
 
-    def __init__(self, *, takes_s: float, asked_at_once: int = 1, ping_takes_s: float = 0.0) -> None:
+    def __init__(self, *, takes_s: float, asked_at_once: int = 1) -> None:
         thread, threads = ThreadPoolExecutor(1), ThreadPoolExecutor(16)
         self.asked, self.asking, self.most_asking = 0, 0, 0
         together, lock = threading.Barrier(asked_at_once), threading.Lock()
@@ -74,13 +73,6 @@ class Handle:
         self.start = method(lambda: None, thread)
         self.score = method(score, thread)
         self.ask = method(ask, threads)
-        self.pings = 0
-
-        def ping() -> None:
-            self.pings += 1
-            time.sleep(ping_takes_s)
-
-        self.ping = method(ping, threads)
 
 
 async def score(handles: list[Handle], groups: int, *specs: RewardSpec, columns: Any = MappingProxyType({})) -> None:
@@ -113,16 +105,6 @@ def test_waiting_for_a_worker_does_not_count() -> None:
 def test_work_that_takes_too_long_does() -> None:
     with pytest.raises(RunError, match=r"reward rank 0 did not answer within 2 s \(the limits of the rewards and"):
         asyncio.run(score([Handle(takes_s=3.0)], groups=1))
-
-
-def test_a_worker_that_stands_still_is_noticed_before_its_rewards_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(services, "PING_EVERY_S", 0.2)
-    monkeypatch.setattr(services, "longest_s", lambda *_, **__: 300.0)
-    busy = Handle(takes_s=2.5)
-    asyncio.run(score([busy], 1))
-    assert busy.pings >= 2
-    with pytest.raises(RunError, match=r"reward rank 0 did not answer within 2 s \(cluster.call_timeout_s\)"):
-        asyncio.run(score([Handle(takes_s=4.0, ping_takes_s=4.0)], 3))
 
 
 def test_services_are_asked_about_many_groups_at_once() -> None:

@@ -167,6 +167,9 @@ class ClusterConfig(Section):
     """Time limit for placing and starting all workers, in seconds."""
     call_timeout_s: float = Field(default=1800.0, gt=0.0, le=1_000_000)
     """Time limit for one call of a worker, in seconds. It bounds the duration of a hang."""
+    heartbeat_timeout_s: float = Field(default=60.0, ge=1.0, le=1_000_000)
+    """Longest time in which a process may leave the driver's heartbeats unanswered, in seconds. Then it is killed, and
+    counts as lost. A process that computes answers; a stopped one does not, nor one whose node is cut off."""
     restarts: Restarts = Restarts()
     """How often lost processes are started again before the run ends."""
     roles: Roles = Roles()

@@ -23,6 +23,7 @@ class ErrorRecord:
     source: str | None = None  # reward, actor or rank it came from
     prompt_id: int | None = None  # row in the data
     sample: int | None = None  # which of the responses to the prompt
+    stack: str | None = None  # of the threads of a process that hung
 
 
 def write_error(folder: Path, record: ErrorRecord) -> None:

@@ -44,7 +44,7 @@ class RewardSettings:
 
     @property
     def concurrency(self) -> int:
-        """Return the number of concurrent calls of one worker: groups in scoring, groups at services, and one ping."""
+        """Return the number of concurrent calls of a worker: groups in scoring, groups at services, and a short one."""
         return self.processes + asks_in_flight(self.specs) + 1
 
 
@@ -56,9 +56,6 @@ class RewardWorker(ModelWorker):
     def __init__(self, settings: RewardSettings, place: RankContext) -> None:
         super().__init__(place)
         self.settings = settings
-
-    def ping(self) -> None:
-        """Return at once, as proof of life."""
 
     def start(self, *, greets: bool = True) -> None:
         """Start the reward processes and load the model, if any.

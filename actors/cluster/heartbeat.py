@@ -1,0 +1,100 @@
+"""Answer the driver's heartbeats in a worker's process, from a thread of their own.
+
+The thread needs the interpreter for a moment. So a process answers while it computes or waits for its peers. It does
+not answer while it is stopped, or while one call holds the interpreter. A call in a concurrency group of Ray would also
+wait for the arguments of all calls made before it, and Ray would move a rank's work out of the main thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import signal
+import socket
+import socketserver
+import sys
+import threading
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+PING, STACKS = b"p", b"s"  # the questions
+ASKED_WITHIN_S = 60.0
+NEVER_S = 1e6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OomKills:
+    """How many processes the kernel has killed for memory, counted in a file of the cgroup or of the machine."""
+
+    path: str
+    count: int
+
+
+def count_oom_kills(path: str) -> OomKills | None:
+    """Return the count in a file with a line `oom_kill N`; None if there is no such file or line."""
+    with contextlib.suppress(OSError):
+        for line in Path(path).read_text(encoding="ascii").splitlines():
+            name, _, number = line.partition(" ")
+            if name == "oom_kill":
+                return OomKills(path=path, count=int(number))
+    return None
+
+
+def own_oom_kills(root: Path = Path("/")) -> OomKills | None:
+    """Return the kills in the cgroup of this process, or of the whole machine if the cgroup has no count."""
+    candidates = []
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, folder = line.split(":", 2)
+            version_1 = "memory" in controllers.split(",")
+            if version_1 or not controllers:
+                base = root / ("sys/fs/cgroup/memory" if version_1 else "sys/fs/cgroup")
+                name = "memory.oom_control" if version_1 else "memory.events"
+                # A container may see its own cgroup as the top of the tree.
+                candidates += [base / folder.lstrip("/") / name, base / name]
+    counts = (count_oom_kills(str(path)) for path in (*candidates, root / "proc/vmstat"))
+    return next((count for count in counts if count is not None), None)
+
+
+def all_stacks() -> str:
+    """Return the stacks of all threads of this process, the main thread first."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    frames = sorted(sys._current_frames().items(), key=lambda item: item[0] != threading.main_thread().ident)
+    return "\n".join(
+        f'Thread "{names.get(ident, ident)}"\n{"".join(traceback.format_stack(frame))}' for ident, frame in frames
+    )
+
+
+class _Answer(socketserver.BaseRequestHandler):
+    def handle(self) -> None:
+        self.request.settimeout(ASKED_WITHIN_S)
+        with contextlib.suppress(OSError):  # the driver no longer waits
+            if self.request.recv(1) == STACKS:
+                self.request.sendall(all_stacks().encode())
+            else:
+                kills = own_oom_kills()
+                self.request.sendall(json.dumps(None if kills is None else asdict(kills)).encode())
+
+
+class _Server(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+    request_queue_size = 64
+
+
+_SERVERS: list[_Server] = []  # the one of this process
+
+
+def answer_heartbeats(host: str) -> int:
+    """Start to answer heartbeats at this host's address, once per process. Return the port.
+
+    At SIGUSR2 the process writes the stacks of its threads to its log. This needs no right to trace processes.
+    """
+    if not _SERVERS:
+        _Server.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        server = _Server((host, 0), _Answer)
+        threading.Thread(target=server.serve_forever, args=(NEVER_S,), name="heartbeat", daemon=True).start()
+        faulthandler.register(signal.SIGUSR2, all_threads=True)
+        _SERVERS.append(server)
+    return int(_SERVERS[0].server_address[1])

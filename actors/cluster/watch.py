@@ -1,0 +1,232 @@
+"""Ping the processes of all actors, and kill the ones that hang.
+
+A process that answers no heartbeat for `cluster.heartbeat_timeout_s` is given up: its stack is dumped on its node, and
+it is killed. Ray then fails the calls that wait for it, and `actors.cluster.waiting.explain` finds here why it died.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import ray
+from ray.exceptions import RayError
+
+from actors.cluster.actor_locations import ActorLocation, location_of, locations, on_node
+from actors.cluster.heartbeat import PING, STACKS, OomKills, count_oom_kills
+from rlhf.role_table import Role
+from rlhf.stopping import finishes_within
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+PING_EVERY_S = 5.0
+TICK_S = 1.0
+DUMPED_WITHIN_S = 10.0
+ON_NODE_WITHIN_S = 30.0  # a process on another node starts first
+COUNTED_WITHIN_S = 5.0
+LONGEST_STACK = 20_000  # characters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hang:
+    """Why a process was given up, and its stack."""
+
+    reason: str
+    stack: str
+
+
+_HANGS: dict[str, Hang] = {}  # by actor
+_OOM_KILLS: dict[str, OomKills] = {}  # by actor, at its last answer
+
+
+def hang_of(actor: str | None) -> Hang | None:
+    """Return why an actor's process was killed by its watch; None if it was not."""
+    return _HANGS.get(actor or "")
+
+
+@asynccontextmanager
+async def watching(timeout_s: float) -> AsyncIterator[None]:
+    """Watch all processes of the run's actors during the block."""
+    watch = asyncio.create_task(_watch_all(timeout_s))
+    watch.add_done_callback(_log_failure)
+    try:
+        yield
+    finally:
+        watch.cancel()
+        await asyncio.wait([watch])
+
+
+def _log_failure(watch: asyncio.Task[None]) -> None:
+    if not watch.cancelled() and watch.exception() is not None:
+        logger.error("the heartbeats of a process are no longer watched", exc_info=watch.exception())
+
+
+async def _watch_all(timeout_s: float) -> None:
+    """Watch each process from its creation until it is forgotten."""
+    watches: dict[str, asyncio.Task[None]] = {}
+    try:
+        while True:
+            places = locations()
+            for actor in watches.keys() - places.keys():
+                watches.pop(actor).cancel()
+            for actor in places.keys() - watches.keys():
+                watches[actor] = asyncio.create_task(_watch_one(actor, places[actor], timeout_s))
+                watches[actor].add_done_callback(_log_failure)
+            await asyncio.sleep(TICK_S)
+    finally:
+        for watch in watches.values():
+            watch.cancel()
+
+
+async def _watch_one(actor: str, place: ActorLocation, timeout_s: float) -> None:
+    """Ping a process until it dies, and kill it if it hangs. A process that never answered is not killed."""
+    has_answered = False
+    while True:
+        ping = asyncio.ensure_future(_ping(place))
+        try:
+            if not await _finishes(ping, timeout_s):
+                break
+            kills = ping.result()
+        except ConnectionError:  # it died, and Ray fails its calls
+            return
+        finally:
+            ping.cancel()
+        has_answered = True
+        if kills is not None:
+            _OOM_KILLS[actor] = kills
+        await asyncio.sleep(min(PING_EVERY_S, timeout_s / 4))
+    if has_answered:
+        await _give_up(actor, place, timeout_s)
+    else:
+        logger.warning(
+            "%s (process %d) cannot be watched: the driver does not reach port %d of %s. A hang of this process is "
+            "noticed only after cluster.call_timeout_s.",
+            place.who,
+            place.pid,
+            place.heartbeat_port,
+            place.address,
+        )
+
+
+async def _finishes(ping: asyncio.Future[OomKills | None], limit_s: float) -> bool:
+    """Return whether a ping is answered within the limit. Time in which the driver itself is stopped does not count."""
+    waited = 0.0
+    while waited < limit_s:
+        tick, began = min(TICK_S, limit_s / 4), time.monotonic()
+        if (await asyncio.wait([ping], timeout=tick))[0]:
+            return True
+        waited += min(time.monotonic() - began, 2 * tick)
+    return False
+
+
+async def _ping(place: ActorLocation) -> OomKills | None:
+    """Return the kernel's count at the process. Retry while its node cannot be reached."""
+    while True:
+        try:
+            answer = json.loads(await _ask(place, PING))
+            return None if answer is None else OomKills(**answer)
+        except ConnectionError:
+            raise
+        except OSError:
+            await asyncio.sleep(TICK_S)
+
+
+async def _ask(place: ActorLocation, question: bytes) -> bytes:
+    """Return the answer of a process. ConnectionError: it is dead."""
+    reader, writer = await asyncio.open_connection(place.address, place.heartbeat_port)
+    try:
+        writer.write(question)
+        answer = await reader.read()
+    finally:
+        writer.close()
+    if not answer:
+        raise ConnectionResetError(f"{place.who} ended while it answered")
+    return answer
+
+
+async def _give_up(actor: str, place: ActorLocation, timeout_s: float) -> None:
+    """Dump the stack of a process, note why it is given up, and kill it."""
+    failure = await asyncio.to_thread(place.node_failure)
+    where = f"process {place.pid} on {place.address}"
+    stack = None if failure is not None else await _there(place, partial(dump_stack, place.pid))
+    how = f"{failure}" if failure is not None else "it hangs, and was killed"
+    reason = f"answered no heartbeat for {timeout_s:.0f} s (cluster.heartbeat_timeout_s; {where}): {how}."
+    _HANGS[actor] = Hang(reason=reason, stack=stack or f"There is no stack of {where}: its node does not answer.")
+    logger.warning("%s %s", place.who, reason)
+    if failure is None:
+        await _there(place, partial(kill, place.pid))
+    if place.handle is not None:  # a lost node, or a process that not even SIGKILL ends
+        await asyncio.to_thread(finishes_within, DUMPED_WITHIN_S, partial(ray.kill, place.handle), "ray.kill")
+
+
+async def stack_at(role: Role, rank: int) -> str | None:
+    """Return the stack of a worker that is late; None if it is not known. The worker answers itself, if it can."""
+    place = next((place for place in locations().values() if place.who == f"{role} rank {rank}"), None)
+    if place is None:
+        return None
+    try:
+        return (await asyncio.wait_for(_ask(place, STACKS), TICK_S * 5)).decode()[:LONGEST_STACK]
+    except (OSError, TimeoutError):
+        return await _there(place, partial(dump_stack, place.pid))
+
+
+async def _there(place: ActorLocation, work: Callable[[], T]) -> T | None:
+    """Return the result of work on the node of a process; None if the node does not answer."""
+    if place.node == ray.get_runtime_context().get_node_id():
+        return await asyncio.to_thread(work)
+    answer = asyncio.wrap_future(on_node(place.node, work).future())
+    try:
+        return await asyncio.wait_for(answer, ON_NODE_WITHIN_S)
+    except (RayError, TimeoutError):
+        return None
+
+
+def dump_stack(pid: int) -> str:
+    """Return the stacks of all threads of a process on this host, which need not run."""
+    command = [str(Path(sys.executable).with_name("py-spy")), "dump", "--nonblocking", "--pid", str(pid)]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=DUMPED_WITHIN_S, check=False)
+        if result.returncode == 0:
+            return result.stdout[:LONGEST_STACK]
+        reason = " ".join(result.stderr.split())
+    except (OSError, subprocess.TimeoutExpired) as error:
+        reason = str(error)
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGUSR2)
+    return f"py-spy could not read process {pid} ({reason}). Unless it is stopped, its log has its stack."
+
+
+def kill(pid: int) -> None:
+    """Kill a process on this host."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+@functools.cache
+def died_for_memory(actor: str) -> bool:
+    """Return whether the kernel has killed a process for memory beside a dead actor since its last heartbeat."""
+    place, before = location_of(actor), _OOM_KILLS.get(actor)
+    if place is None or before is None:
+        return False
+    if place.node == ray.get_runtime_context().get_node_id():
+        now = count_oom_kills(before.path)
+    else:
+        try:
+            now = ray.get(on_node(place.node, partial(count_oom_kills, before.path)), timeout=COUNTED_WITHIN_S)
+        except (RayError, TimeoutError):
+            return False
+    return now is not None and now.count > before.count

@@ -1,0 +1,164 @@
+"""Processes that answer heartbeats, hang, or die. Real workers: tests/integration/test_hangs.py."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import ray
+from ray.exceptions import RayActorError
+
+from actors.cluster import actor_locations, watch
+from actors.cluster.actor_locations import ActorLocation
+from actors.cluster.heartbeat import OomKills, own_oom_kills
+from actors.cluster.waiting import explain
+from actors.cluster.watch import died_for_memory, hang_of, stack_at, watching
+from rlhf.errors import WorkerLost
+
+WORKER = """
+from actors.cluster.heartbeat import answer_heartbeats
+def computes_for_long():
+    print(answer_heartbeats("127.0.0.1"), flush=True)
+    while True:
+        sum(range(1000))
+computes_for_long()
+"""
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[ActorLocation]:
+    """A process that answers heartbeats and computes, as rank 1 of the policy."""
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "here"))
+    monkeypatch.setattr(ActorLocation, "node_failure", lambda _: None)
+    with subprocess.Popen([sys.executable, "-c", WORKER], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        port = int(process.stdout.readline())
+        place = ActorLocation(
+            who="policy rank 1", node="here", address="127.0.0.1", port=1, pid=process.pid, heartbeat_port=port
+        )
+        monkeypatch.setattr(actor_locations, "_LOCATIONS", {f"actor {process.pid}": place})
+        try:
+            yield place
+        finally:
+            process.kill()
+
+
+def lost(actor: str) -> WorkerLost:
+    """The error of a call to a dead actor."""
+    error = explain(RayActorError(actor_id=actor), role="policy", rank=1, stage="update")
+    assert isinstance(error, WorkerLost)
+    return error
+
+
+async def until_dead(pid: int) -> None:
+    async with asyncio.timeout(60.0):
+        while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+            await asyncio.sleep(0.05)
+
+
+def test_a_process_that_stops_is_named_with_its_stack_and_killed(worker: ActorLocation) -> None:
+    async def stopped() -> None:
+        async with watching(1.0):
+            while f"actor {worker.pid}" not in watch._OOM_KILLS and not hang_of(f"actor {worker.pid}"):
+                await asyncio.sleep(0.05)  # it answers, although it computes
+            psutil.Process(worker.pid).suspend()
+            await until_dead(worker.pid)
+
+    asyncio.run(stopped())
+    error = lost(f"actor {worker.pid}")
+    assert error.kind == "hung"
+    assert f"(cluster.heartbeat_timeout_s; process {worker.pid} on 127.0.0.1): it hangs, and was killed." in str(error)
+    assert error.stack is not None
+    assert "computes_for_long" in error.stack
+
+
+def test_a_late_process_tells_its_stack_itself(worker: ActorLocation, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "dump_stack", lambda pid: "by another process")
+    stack = asyncio.run(stack_at("policy", 1))
+    assert stack is not None
+    assert stack.index("MainThread") < stack.index("computes_for_long") < stack.index("heartbeat")
+    psutil.Process(worker.pid).suspend()
+    monkeypatch.setattr(watch, "TICK_S", 0.05)
+    assert asyncio.run(stack_at("policy", 1)) == "by another process"
+    assert asyncio.run(stack_at("policy", 0)) is None
+
+
+def test_a_process_that_never_answered_is_not_killed(worker: ActorLocation, caplog: pytest.LogCaptureFixture) -> None:
+    psutil.Process(worker.pid).suspend()
+
+    async def silent() -> None:
+        async with watching(1.0):
+            while "cannot be watched" not in caplog.text:
+                await asyncio.sleep(0.05)
+
+    asyncio.run(silent())
+    assert psutil.Process(worker.pid).status() == psutil.STATUS_STOPPED
+    assert hang_of(f"actor {worker.pid}") is None
+
+
+def test_a_stopped_driver_gives_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten hours pass between two looks at the clock, then the answer comes."""
+    clock = iter(range(0, 10**6, 36_000))
+    monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+
+    async def finishes() -> bool:
+        ping = asyncio.ensure_future(asyncio.sleep(0.3))
+        return await watch._finishes(ping, 0.8)  # type: ignore[arg-type]
+
+    assert asyncio.run(finishes())
+
+
+def test_a_kill_by_the_kernel_for_memory_since_the_last_heartbeat_explains_a_death(
+    worker: ActorLocation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actor, events = f"actor {worker.pid}", tmp_path / "memory.events"
+    events.write_text("oom 1\noom_kill 3\noom_group_kill 0\n")
+    monkeypatch.setitem(watch._OOM_KILLS, actor, OomKills(path=str(events), count=3))
+    monkeypatch.setattr("actors.cluster.waiting._logs", lambda: Path("/logs"))
+    assert lost(actor).kind == "died"
+    died_for_memory.cache_clear()
+    events.write_text("oom 2\noom_kill 4\noom_group_kill 0\n")
+    error = lost(actor)
+    assert error.kind == "out_of_memory"
+    assert "The kernel killed a process there for memory." in str(error)
+    assert "cluster.roles.policy.zero_stage" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "source"),
+    [
+        ("0::/run/a\n", ["sys/fs/cgroup/run/a/memory.events", "proc/vmstat"], "memory.events"),
+        ("0::/run/a\n", ["sys/fs/cgroup/memory.events", "proc/vmstat"], "memory.events"),
+        ("4:cpu,memory:/b\n0::/\n", ["sys/fs/cgroup/memory/b/memory.oom_control", "proc/vmstat"], "memory.oom_control"),
+        ("1:cpu:/\n", ["proc/vmstat"], "vmstat"),
+    ],
+)
+def test_where_the_kernel_counts_its_kills(cgroup: str, files: list[str], source: str, tmp_path: Path) -> None:
+    for number, name in enumerate(files, 7):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"pgfault 5\noom_kill {number}\n")
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(cgroup)
+    kills = own_oom_kills(tmp_path)
+    assert kills is not None
+    assert (Path(kills.path).name, kills.count) == (source, 7)
+
+
+def test_a_machine_without_counts() -> None:
+    assert own_oom_kills(Path("/nowhere")) is None
+
+
+def test_a_dump_that_is_refused_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[int, int]] = []
+    monkeypatch.setattr("os.kill", lambda pid, number: sent.append((pid, number)))
+    refused = SimpleNamespace(returncode=1, stderr="Error: Permission denied\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: refused)
+    assert "py-spy could not read process 4711 (Error: Permission denied)" in watch.dump_stack(4711)
+    assert sent == [(4711, signal.SIGUSR2)]
