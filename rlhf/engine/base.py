@@ -112,6 +112,28 @@ class TrainingEngine(Protocol):
     def load(self, folder: Path) -> None:
         """Continue exactly where `save` was called. Raise UserError for another layout of ranks. Collective."""
 
+    def keep_in(self, folder: Path) -> None:
+        """Reserve shared memory for two snapshots of this rank's state, or open that of a predecessor.
+
+        Raise UserError if there is too little memory.
+        """
+
+    def keep(self, step: int) -> None:
+        """Begin to copy the state as it is after training step `step`, without waiting for the copy. Collective.
+
+        The copy is complete before the state changes. The snapshot before the last one is overwritten, once all ranks
+        have the last one. So all ranks have at least one step in common.
+        """
+
+    def kept(self) -> int | None:
+        """Return the step of the newest snapshot of this rank, once it is whole, or None."""
+
+    def take_back(self, step: int) -> None:
+        """Continue exactly where `keep(step)` was called, between two optimizer steps. Collective.
+
+        The caller chooses the newest step that all ranks have. Snapshots of other steps are forgotten.
+        """
+
     def offload_to_host(self) -> None:
         """Leave the GPU to another process. On a CPU this does nothing. Collective."""
 

@@ -22,14 +22,17 @@ from torch import Tensor, nn
 from rlhf.engine.base import OptimizerSettings, ScheduleSettings, StepReport
 from rlhf.engine.distributed import set_deadline
 from rlhf.engine.frozen_weights import digest_of_base, load_initial_copies, save_initial_copies
+from rlhf.engine.gathering import whole_numel, whole_weights
 from rlhf.engine.optimizers import make_optimizer
 from rlhf.engine.parameter_groups import parameter_groups
 from rlhf.engine.randomness import load_random_state, save_random_state
+from rlhf.engine.rank_state import RankState
 from rlhf.engine.schedule import lr_factor
+from rlhf.engine.snapshots import Snapshots
 from rlhf.errors import RunError, UserError
 from rlhf.models.loading import architecture_fingerprint
 from rlhf.models.sequence_parallel import make_group, refuse_uneven_heads, rows_shared_by
-from rlhf.models.weights import WeightSource, adapter_sources, weight_sources
+from rlhf.models.weights import adapter_sources, weight_sources
 from rlhf.tracking.run_folder.atomic import explains_full
 
 P = ParamSpec("P")
@@ -37,7 +40,6 @@ T = TypeVar("T")
 Offload = frozenset[Literal["optimizer", "parameters"]]
 
 BUCKET_ELEMENTS = 5 * 10**7  # bytes of gradients reduced at once, in up to three copies
-_GATHER_BYTES = 256 * 2**20  # bytes of ZeRO-3 parameters gathered at once
 _TAG = "deepspeed"  # folder of DeepSpeed's files in a snapshot
 _INITIAL = "initial.safetensors"  # frozen copies of the initial adapter
 
@@ -72,7 +74,7 @@ class DeepSpeedEngine:
         self.device = device
         self._settings, self._schedule = optimizer, schedule
         self._zero_stage, self._dtype = zero_stage, dtype
-        self._offload = offload
+        self._offload, self._deadline_s = offload, deadline_s
         self._steps = 0
         self._nonfinite_losses = 0
         self._dropouts = [m for m in module.modules() if isinstance(m, nn.Dropout) and m.p > 0.0]  # for adapters
@@ -94,10 +96,12 @@ class DeepSpeedEngine:
             model=_Caller(module),
             optimizer=self._optimizer,
             model_parameters=parameters,
-            config=self._deepspeed_config(offload, num_parameters=sum(map(_numel, parameters))),
+            config=self._deepspeed_config(offload, num_parameters=sum(map(whole_numel, parameters))),
             dist_init_required=False,
         )
-        self._forget_first_step()
+        self._state = RankState(self._engine, self._optimizer, zero_stage=zero_stage)
+        self._state.create()
+        self._snapshots: Snapshots | None = None
         from rlhf.engine.checkpoint_files import DataOnlyCheckpointEngine  # imports DeepSpeed
 
         self._frozen = frozenset(
@@ -106,12 +110,6 @@ class DeepSpeedEngine:
         self._engine.checkpoint_engine = DataOnlyCheckpointEngine(self._engine._config, frozen=self._frozen)
         self._frozen_digest: str | None = None
         set_deadline(deadline_s)
-
-    def _forget_first_step(self) -> None:
-        """Reset the optimizer's step to 0. DeepSpeed creates its states by a step without gradients, at a rate of 0."""
-        for state in self._optimizer.state.values():
-            if "step" in state:
-                state["step"] = torch.zeros_like(state["step"]) if torch.is_tensor(state["step"]) else 0
 
     def _deepspeed_config(self, offload: Offload, *, num_parameters: int) -> dict[str, Any]:
         on_gpu = self.device.type == "cuda"
@@ -174,6 +172,7 @@ class DeepSpeedEngine:
         self._engine.backward(loss * dist.get_world_size())  # DeepSpeed divides by it
 
     def step(self, divisor: float = 1.0) -> StepReport:
+        self._finish_snapshot()
         step = self._steps + 1
         nonfinite = int(self.all_reduce_sum(torch.tensor(self._nonfinite_losses, device=self.device)))
         self._nonfinite_losses = 0
@@ -229,20 +228,10 @@ class DeepSpeedEngine:
         return int(largest)
 
     def named_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        return self._gathered(weight_sources(self.module), dtype)
+        return whole_weights(weight_sources(self.module), dtype, sharded=self._zero_stage == 3)
 
     def named_adapter_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        return self._gathered(adapter_sources(self.module), dtype)
-
-    def _gathered(self, sources: list[WeightSource], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        import deepspeed
-
-        for bucket in _buckets(sources):
-            parameters = [p for source in bucket for p in source.parameters]
-            sharded = self._zero_stage == 3
-            with deepspeed.zero.GatheredParameters(parameters) if sharded else nullcontext(), torch.no_grad():
-                for source in bucket:
-                    yield source.name, source.make().to(dtype)
+        return whole_weights(adapter_sources(self.module), dtype, sharded=self._zero_stage == 3)
 
     def save(self, folder: Path) -> None:
         """Write the trained weights, the optimizer, the step and every random state. Collective.
@@ -264,6 +253,7 @@ class DeepSpeedEngine:
         dist.barrier()
 
     def load(self, folder: Path) -> None:
+        self._finish_snapshot()
         try:
             saved = json.loads((folder / "engine.json").read_text())
         except (OSError, ValueError, RecursionError) as error:
@@ -317,6 +307,33 @@ class DeepSpeedEngine:
             "dtype": str(self._dtype).removeprefix("torch."),
         }
 
+    def keep_in(self, folder: Path) -> None:
+        self._snapshots = Snapshots(folder, self._state.tensors(), deadline_s=self._deadline_s)
+
+    def keep(self, step: int) -> None:
+        self._finish_snapshot()
+        dist.barrier()  # the older snapshot is overwritten when all ranks have the newer one
+        self._kept_in.keep(step, self._state.tensors(), {**self._state.values(), "steps": self._steps})
+
+    def kept(self) -> int | None:
+        return self._kept_in.newest()
+
+    def take_back(self, step: int) -> None:
+        values = self._kept_in.take_back(step, self._state.tensors())
+        self._state.restore(values)
+        self._steps = values["steps"]
+
+    @property
+    def _kept_in(self) -> Snapshots:
+        if self._snapshots is None:
+            raise RunError("This rank keeps no snapshots: keep_in was not called.")
+        return self._snapshots
+
+    def _finish_snapshot(self) -> None:
+        """Wait for the copy of the state. Everything that changes or moves the state begins with this."""
+        if self._snapshots is not None:
+            self._snapshots.wait()
+
     def offload_to_host(self) -> None:
         if self.device.type == "cuda":
             self.move_to_host()
@@ -331,6 +348,7 @@ class DeepSpeedEngine:
         """Move all states to host memory, on any device. It needs stage 2 or 3, and no offloaded parameters."""
         from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as State
 
+        self._finish_snapshot()
         host = torch.device("cpu")
         if self._zero_stage == 3:  # DeepSpeed moves only the states of its Adam
             self._engine.offload_states(include=[State.lp_params, State.lp_grads, State.contiguous_grad_buffer])
@@ -341,6 +359,7 @@ class DeepSpeedEngine:
 
     def move_to_device(self) -> None:
         """Move the states back to the device after `move_to_host`."""
+        self._finish_snapshot()
         self._engine.reload_states()
         if self._zero_stage == 3:
             self._move_adam(self.device)
@@ -365,6 +384,8 @@ class DeepSpeedEngine:
 
     def close(self) -> None:
         """Drop DeepSpeed's hooks and buffers."""
+        if self._snapshots is not None:
+            self._snapshots.close()
         self._engine.destroy()
 
 
@@ -377,23 +398,3 @@ class _Caller(nn.Module):
 
     def forward(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         return function(self.module, *args, **kwargs)
-
-
-def _numel(parameter: nn.Parameter) -> int:
-    """Count the elements of the whole parameter, also where this rank has a share of it."""
-    numel: int = getattr(parameter, "ds_numel", parameter.numel())
-    return numel
-
-
-def _buckets(sources: list[WeightSource]) -> Iterator[list[WeightSource]]:
-    bucket: list[WeightSource] = []
-    nbytes = 0
-    for source in sources:
-        size = sum(_numel(p) * p.element_size() for p in source.parameters)
-        if bucket and nbytes + size > _GATHER_BYTES:
-            yield bucket
-            bucket, nbytes = [], 0
-        bucket.append(source)
-        nbytes += size
-    if bucket:
-        yield bucket

@@ -225,6 +225,22 @@ class TrainedWorker(ModelWorker):
     def load(self, folder: Path) -> None:
         self.engine.load(folder)
 
+    def keep_in(self, folder: Path) -> None:
+        """Reserve memory for two snapshots of this rank in a folder of /dev/shm, or open those of a predecessor."""
+        self.engine.keep_in(folder)
+
+    def keep(self, step: int) -> None:
+        """Begin to copy this rank's state after `step` training steps into its shared memory. Collective."""
+        self.engine.keep(step)
+
+    def kept(self) -> int | None:
+        """Return the newest step that this rank or its predecessor has kept, once the copy is whole, or None."""
+        return self.engine.kept()
+
+    def take_back(self, step: int) -> None:
+        """Restore the state that this rank or its predecessor kept after `step` training steps. Collective."""
+        self.engine.take_back(step)
+
     def export(self, folder: Path, merged: bool = False) -> None:
         """Write a Hugging Face folder (an adapter folder for LoRA). Rank 0 writes, all ranks gather. Collective.
 

@@ -1,0 +1,44 @@
+"""Gather the weights of a model that ZeRO-3 shards, a limited number of bytes at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.models.weights import WeightSource
+
+_GATHER_BYTES = 256 * 2**20  # bytes of ZeRO-3 parameters gathered at once
+
+
+def whole_weights(sources: list[WeightSource], dtype: torch.dtype, *, sharded: bool) -> Iterator[tuple[str, Tensor]]:
+    """Yield whole weights under their names. Each is valid until the next one. Collective."""
+    import deepspeed
+
+    for bucket in _buckets(sources):
+        parameters = [p for source in bucket for p in source.parameters]
+        with deepspeed.zero.GatheredParameters(parameters) if sharded else nullcontext(), torch.no_grad():
+            for source in bucket:
+                yield source.name, source.make().to(dtype)
+
+
+def whole_numel(parameter: nn.Parameter) -> int:
+    """Count the elements of the whole parameter, also where this rank has a share of it."""
+    numel: int = getattr(parameter, "ds_numel", parameter.numel())
+    return numel
+
+
+def _buckets(sources: list[WeightSource]) -> Iterator[list[WeightSource]]:
+    bucket: list[WeightSource] = []
+    nbytes = 0
+    for source in sources:
+        size = sum(whole_numel(p) * p.element_size() for p in source.parameters)
+        if bucket and nbytes + size > _GATHER_BYTES:
+            yield bucket
+            bucket, nbytes = [], 0
+        bucket.append(source)
+        nbytes += size
+    if bucket:
+        yield bucket

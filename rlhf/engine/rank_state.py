@@ -1,0 +1,89 @@
+"""The state of a rank as DeepSpeed holds it: what a checkpoint restores, as tensors that can be copied and replaced.
+
+It consists of the trained weights in float32 (at stage 0 the weights themselves), the optimizer's states, and the
+frozen copies of an adapter's initial state. At stages 1 to 3 each rank has its share. The weights in the model's own
+type follow from those in float32. Schedule, clipping and loss scale follow from the settings and the number of steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.engine.randomness import random_state, restore_random_state
+from rlhf.models.weights import initial_copies
+
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # DeepSpeed's
+
+
+class RankState:
+    """The state of the rank whose DeepSpeed engine and optimizer are given."""
+
+    def __init__(self, engine: Any, optimizer: torch.optim.Optimizer, *, zero_stage: int) -> None:
+        self._engine, self._optimizer, self._zero_stage = engine, optimizer, zero_stage
+
+    def create(self) -> None:
+        """Create the optimizer's states by steps without gradients, at a rate of 0. DeepSpeed does so at stage 3."""
+        for master in self._masters():
+            if not self._optimizer.state.get(master):
+                given, master.grad = master.grad, torch.zeros_like(master)
+                self._optimizer.step()
+                master.grad = given
+        for state in self._optimizer.state.values():
+            if "step" in state:
+                state["step"] = torch.zeros_like(state["step"]) if torch.is_tensor(state["step"]) else 0
+
+    def _masters(self) -> list[Tensor]:
+        """Return the tensors updated by the optimizer, in an order that is the same in each process."""
+        wrapped = self._engine.optimizer
+        for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+            if hasattr(wrapped, name):  # at stage 3; at stages 1 and 2; of bfloat16 at stage 0
+                return list(getattr(wrapped, name))
+        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+
+    def _states(self) -> dict[str, dict[str, Any]]:
+        return {f"state {i}": self._optimizer.state[master] for i, master in enumerate(self._masters())}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors themselves, not copies of them, under names that are the same in each process."""
+        masters = {f"master {i}": master for i, master in enumerate(self._masters())}
+        states = {
+            f"{name} {key}": value
+            for name, state in self._states().items()
+            for key, value in state.items()
+            if torch.is_tensor(value)
+        }
+        copies = {name: getattr(p, "ds_tensor", p) for name, p in initial_copies(self._engine.module.module).items()}
+        return {name: tensor.detach() for name, tensor in {**masters, **states, **copies}.items()}
+
+    def values(self) -> dict[str, Any]:
+        """Return the rest of the state: counters, numbers of the optimizer, random states."""
+        states = {
+            name: {key: value for key, value in state.items() if not torch.is_tensor(value)}
+            for name, state in self._states().items()
+        }
+        counters = {name: getattr(self._engine, name) for name in _COUNTERS}
+        return {"states": states, "counters": counters, "random": random_state()}
+
+    def restore(self, values: Mapping[str, Any]) -> None:
+        """Complete the state, after its tensors were replaced. Collective."""
+        for name, state in self._states().items():
+            state.update(values["states"][name])
+        for name, count in values["counters"].items():
+            setattr(self._engine, name, count)
+        self._spread_masters()
+        restore_random_state(values["random"])
+
+    def _spread_masters(self) -> None:
+        """Set the weights that the passes use to those in float32, as after an optimizer step."""
+        wrapped = self._engine.optimizer
+        if self._zero_stage == 3:
+            wrapped.checkpoint_event_prologue()
+            for index in range(len(self._masters())):
+                wrapped._reassign_or_swap_out_partitioned_parameters(index)
+            wrapped.checkpoint_event_epilogue()
+        elif hasattr(wrapped, "update_lp_params"):
+            wrapped.update_lp_params()

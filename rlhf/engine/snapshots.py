@@ -1,0 +1,162 @@
+"""Copies of a rank's state in shared memory. They outlive the process, and its successor on the host takes one back.
+
+A folder in /dev/shm has two slots: while one is written, the other one is whole. The file that describes a slot is
+named after its step. It gets this name last, and it is removed before the slot is written again, so half a copy is
+never taken for a whole one. The state is copied in a thread during the passes of the next step.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf.errors import RunError, UserError
+
+_ALIGNMENT = 64  # bytes, of each tensor in a slot
+_GIB = 2**30
+
+
+class Snapshots:
+    """The two slots of one rank. All states kept in them have tensors of the same names, types and shapes."""
+
+    def __init__(self, folder: Path, tensors: Mapping[str, Tensor], *, deadline_s: float) -> None:
+        """Reserve the memory of both slots. Raise UserError if there is too little.
+
+        A predecessor's snapshots in the folder are kept until the first call of `keep`.
+        """
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._folder, self._deadline_s = folder, deadline_s
+        self._layout = _layout(tensors)
+        paths = [folder / f"slot_{slot}" for slot in range(2)]
+        size = _reserve(paths, sum(map(_padded, tensors.values())))
+        self._slots = [torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8) for path in paths]
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
+        self._copying: Future[Path] | None = None
+        self._last: Path | None = None  # describes the newest whole snapshot
+        self._last_slot = 1
+
+    def newest(self) -> int | None:
+        """Return the step of the newest snapshot, once a copy in progress is whole. None: there is none."""
+        self.wait()
+        return max((int(path.stem) for path in self._folder.glob("*.pt")), default=None)
+
+    def keep(self, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Begin to copy a state and return at once. The tensors must not change before `wait` has returned.
+
+        values: plain data and small tensors of the state. They are written as they are.
+        """
+        self.wait()
+        if _layout(tensors) != self._layout:
+            raise RunError("The state of this rank no longer has the tensors that its snapshots were made for.")
+        for path in self._folder.glob("*.pt"):
+            if path != self._last:
+                path.unlink()
+        slot = 1 - self._last_slot
+        content = {"slot": slot, "layout": self._layout, "values": values}
+        self._copying = self._thread.submit(self._copy, step, list(tensors.values()), content, _ready(tensors))
+
+    def wait(self) -> None:
+        """Wait until the copy is complete."""
+        if self._copying is None:
+            return
+        try:
+            self._last = self._copying.result(self._deadline_s)
+        except TimeoutError as error:
+            raise RunError(f"The snapshot in {self._folder} was not complete after {self._deadline_s:g} s.") from error
+        except OSError as error:
+            raise RunError(f"The snapshot in {self._folder} could not be completed: {error}") from error
+        self._copying = None
+        self._last_slot = 1 - self._last_slot
+
+    def take_back(self, step: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Copy the state of a step into the tensors, and return its values. Forget the snapshots of other steps."""
+        self.wait()
+        path = self._folder / f"{step}.pt"
+        if not path.exists():
+            raise RunError(f"{self._folder} holds no snapshot of step {step}.")
+        content = torch.load(path, weights_only=True)
+        if content["layout"] != self._layout or _layout(tensors) != self._layout:
+            raise RunError(f"The snapshot {path} is of a rank with other tensors.")
+        for place, tensor in zip(self._places(content["slot"]), tensors.values(), strict=True):
+            tensor.copy_(place.view(tensor.dtype).view(tensor.shape))
+        for other in self._folder.glob("*.pt"):
+            if other != path:
+                other.unlink()
+        self._last, self._last_slot = path, content["slot"]
+        values: dict[str, Any] = content["values"]
+        return values
+
+    def close(self) -> None:
+        """End the thread. The files stay."""
+        self.wait()
+        self._thread.shutdown()
+
+    def _copy(self, step: int, tensors: list[Tensor], content: dict[str, Any], ready: torch.cuda.Event | None) -> Path:
+        """Copy the tensors into a slot, then describe it. No step holds the interpreter's lock for long."""
+        places = zip(self._places(content["slot"]), tensors, strict=True)
+        if ready is None:
+            for place, tensor in places:  # numpy copies on this thread alone, torch would wake its compute threads
+                np.copyto(place.numpy(), tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        else:
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                stream.wait_event(ready)
+                for place, tensor in places:
+                    place.copy_(tensor.contiguous().view(-1).view(torch.uint8), non_blocking=True)
+            stream.synchronize()
+        path = self._folder / f"{step}.pt"
+        unnamed = path.with_suffix(".part")
+        torch.save(content, unnamed)
+        return unnamed.rename(path)
+
+    def _places(self, slot: int) -> Iterator[Tensor]:
+        """Yield the bytes of each tensor in a slot."""
+        begin = 0
+        for _, dtype, shape in self._layout:
+            tensor = torch.empty(shape, dtype=dtype, device="meta")
+            yield self._slots[slot][begin : begin + tensor.nbytes]
+            begin += _padded(tensor)
+
+
+def _layout(tensors: Mapping[str, Tensor]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    return [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+
+
+def _padded(tensor: Tensor) -> int:
+    return -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _ready(tensors: Mapping[str, Tensor]) -> torch.cuda.Event | None:
+    """Return the event after which the GPU has computed the tensors. None: all of them are on the host."""
+    if not any(tensor.is_cuda for tensor in tensors.values()):
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event
+
+
+def _reserve(paths: list[Path], size: int) -> int:
+    """Give each file its memory now, since a write without memory would kill the process. Return the size."""
+    try:
+        for path in paths:
+            with path.open("ab") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        for path in paths:
+            path.unlink(missing_ok=True)
+        folder = paths[0].parent
+        free = shutil.disk_usage(folder).free
+        raise UserError(
+            f"cluster.restarts.gang: is above 0, so this rank needs {len(paths) * size / _GIB:.2f} GiB in {folder} for "
+            f"two snapshots of its state, and {free / _GIB:.2f} GiB are free ({error.strerror}). Make /dev/shm larger "
+            "(docker run --shm-size), or use cluster.restarts.gang=0: then the run ends when a rank is lost."
+        ) from error
+    return size

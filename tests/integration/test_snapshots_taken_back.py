@@ -1,0 +1,188 @@
+"""Two ranks are killed, one of them in the middle of a snapshot, and two successors do the step again: the same bits.
+
+The older snapshot is used then, since only that one is whole on both ranks. Everything is compared: weights, optimizer
+states, norms, random states. Dropout makes the random states count, and the largest weight is one that ZeRO-3 shards.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from rlhf.engine.base import OptimizerName, OptimizerSettings, ScheduleSettings
+from rlhf.engine.deepspeed import DeepSpeedEngine
+from rlhf.models.lora import add_lora
+from rlhf.models.packed import policy_logprobs
+from tests.integration.rank_gang import CPU, DEADLINE_S, Gang, small_config
+
+SCHEDULE = ScheduleSettings(kind="linear", warmup_steps=2, total_steps=6)
+LENGTHS = torch.tensor([5, 3])
+MASK = torch.tensor([0, 1, 1, 1, 1, 0, 1, 1], dtype=torch.bool)
+LAST, KILLED_IN = 4, 3  # steps
+
+KINDS: dict[str, dict[str, Any]] = {
+    "zero 0": {"stage": 0},
+    "zero 1": {"stage": 1},
+    "zero 2": {"stage": 2},
+    "zero 3": {"stage": 3},
+    "lora": {"stage": 2, "adapter": {}},
+    "lora, zero 0": {"stage": 0, "adapter": {}},
+    "pissa, zero 3": {"stage": 3, "adapter": {"init": "pissa"}},
+    **{f"bfloat16, zero {stage}": {"stage": stage, "dtype": torch.bfloat16} for stage in (0, 1, 2, 3)},
+    "muon": {"stage": 0, "optimizer": "muon"},
+    "adafactor": {"stage": 0, "optimizer": "adafactor"},
+}
+IN_SHORT = ("zero 0", "zero 2", "zero 3", "lora")
+
+
+class WithDropout(torch.nn.Module):
+    """Noise on the embedding, drawn as dropout is."""
+
+    def forward(self, module: Any, inputs: Any, output: Tensor) -> Tensor:
+        return torch.nn.functional.dropout(output, 0.1) if torch.is_grad_enabled() else output
+
+
+# What a rank does. Each of these runs in the processes of a gang.
+
+
+def started(
+    rank: int,
+    *,
+    stage: int,
+    dtype: torch.dtype = torch.float32,
+    adapter: Mapping[str, Any] | None = None,
+    optimizer: OptimizerName = "adamw",
+) -> DeepSpeedEngine:
+    torch.manual_seed(0)
+    model: Any = LlamaForCausalLM(small_config(vocab_size=4096)).to(dtype).train()
+    if adapter is not None:
+        model = add_lora(model, rank=4, alpha=8.0, dropout=0.0, **adapter)
+    model.get_input_embeddings().register_forward_hook(WithDropout().forward)
+    torch.manual_seed(rank)
+    return DeepSpeedEngine(
+        model,
+        optimizer=OptimizerSettings(name=optimizer, lr=0.01, weight_decay=0.1, grad_clip=0.5),
+        schedule=SCHEDULE,
+        zero_stage=stage,  # type: ignore[arg-type]
+        dtype=dtype,
+        device=CPU,
+        deadline_s=DEADLINE_S,
+    )
+
+
+def loss_of(model: Any, rank: int, step: int) -> Tensor:
+    tokens = torch.arange(rank + step, rank + step + 16, 2)
+    return -policy_logprobs(model, tokens, LENGTHS, mask=MASK)[0].sum() / 12
+
+
+def updated(engine: DeepSpeedEngine, rank: int, step: int) -> tuple[float, float]:
+    engine.backward(engine.forward(loss_of, rank, step), last=True)
+    report = engine.step()
+    return report.grad_norm, report.lr
+
+
+def everything(engine: DeepSpeedEngine) -> dict[str, Tensor]:
+    """Copies of all tensors of the rank, the weights as they are used, and the next random numbers."""
+    state = {name: tensor.clone() for name, tensor in engine._state.tensors().items()}
+    weights = {name: weight.clone() for name, weight in engine.named_weights(torch.float32)}
+    assert any(name.startswith("state ") for name in state), "the optimizer has no states"
+    return {**state, **weights, "drawn": torch.rand(4)}
+
+
+def train_unbroken(rank: int, world_size: int, *, kind: str) -> tuple[dict[str, Tensor], list[tuple[float, float]]]:
+    engine = started(rank, **KINDS[kind])
+    reports = [updated(engine, rank, step) for step in range(1, LAST + 1)]
+    state = everything(engine)
+    engine.close()
+    return state, reports[KILLED_IN - 1 :]
+
+
+def train_until_killed(rank: int, world_size: int, *, kind: str, folder: Path) -> int:
+    """Train and keep. The last rank never ends the copy of step 3. Returns the process to be killed."""
+    engine = started(rank, **KINDS[kind])
+    engine.keep_in(folder / str(rank))
+    assert engine.kept() is None
+    engine.keep(0)
+    for step in range(1, KILLED_IN + 1):
+        updated(engine, rank, step)
+        if step == KILLED_IN and rank == world_size - 1:
+            stop_in_the_middle(engine)
+        engine.keep(step)
+    if rank != world_size - 1:
+        assert engine.kept() == KILLED_IN
+    return os.getpid()
+
+
+def stop_in_the_middle(engine: DeepSpeedEngine) -> None:
+    assert engine._snapshots is not None
+    whole: Callable[..., Path] = engine._snapshots._copy
+
+    def half(step: int, tensors: list[Tensor], content: dict[str, Any], ready: None) -> Path:
+        junk = [torch.full_like(tensor, 7) for tensor in tensors]
+        with pytest.raises(TypeError):  # the slot is overwritten, and not described
+            whole(None, junk, content | {"values": threading.Lock()}, ready)
+        threading.Event().wait(DEADLINE_S)
+        raise AssertionError("the process was not killed")
+
+    engine._snapshots._copy = half  # type: ignore[method-assign]
+
+
+def take_back(
+    rank: int, world_size: int, *, kind: str, folder: Path
+) -> tuple[int | None, dict[str, Tensor], list[tuple[float, float]]]:
+    """The newest step that the predecessor kept, and what comes of doing the others again."""
+    engine = started(rank + 10, **KINDS[kind])
+    engine.keep_in(folder / str(rank))
+    newest = engine.kept()
+    engine.take_back(KILLED_IN - 1)
+    reports = []
+    for step in range(KILLED_IN, LAST + 1):
+        reports.append(updated(engine, rank, step))
+        engine.keep(step)
+    state = everything(engine)
+    engine.close()
+    return newest, state, reports
+
+
+@pytest.fixture(scope="module")
+def successors() -> Iterator[Gang]:
+    gang = Gang(2)
+    yield gang
+    gang.close()
+
+
+def kill_and_compare(kinds: tuple[str, ...], successors: Gang, folder: Path) -> None:
+    gang = Gang(2)
+    unbroken = {kind: gang.run(train_unbroken, kind=kind) for kind in kinds}
+    for kind in kinds:
+        pids = gang.run(train_until_killed, kind=kind, folder=folder / kind)
+    for pid, process in zip(pids, gang.processes, strict=True):
+        os.kill(pid, signal.SIGKILL)
+        process.join(DEADLINE_S)
+        assert process.exitcode == -signal.SIGKILL
+    for kind in kinds:
+        results = successors.run(take_back, kind=kind, folder=folder / kind)
+        assert [newest for newest, _, _ in results] == [KILLED_IN, KILLED_IN - 1]
+        for (state, reports), (_, again, reports_again) in zip(unbroken[kind], results, strict=True):
+            assert reports == reports_again, kind
+            assert state.keys() == again.keys()
+            differing = [name for name in state if not torch.equal(state[name], again[name])]
+            assert not differing, f"{kind}: {differing}"
+
+
+def test_a_killed_gang_goes_on_with_the_same_bits(successors: Gang, tmp_path: Path) -> None:
+    kill_and_compare(IN_SHORT, successors, tmp_path)
+
+
+@pytest.mark.slow
+def test_every_kind_of_state_is_taken_back(successors: Gang, tmp_path: Path) -> None:
+    kill_and_compare(tuple(kind for kind in KINDS if kind not in IN_SHORT), successors, tmp_path)

@@ -1,0 +1,127 @@
+"""Snapshots of a rank: what a successor finds after the process ended between two copies, or in the middle of one."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf.engine.snapshots import Snapshots
+from rlhf.errors import RunError, UserError
+
+DEADLINE_S = 60.0
+
+
+def state(step: int) -> dict[str, Tensor]:
+    """Tensors of several types and shapes. Their values tell the step."""
+    values = torch.arange(7, dtype=torch.float32)
+    return {
+        "weights": values.repeat(3, 1) + step,
+        "half": (values + step).to(torch.bfloat16),
+        "bytes": torch.full((5,), step, dtype=torch.uint8),
+        "count": torch.tensor(float(step)),
+        "none": torch.zeros(0),
+    }
+
+
+def opened(folder: Path, step: int = 0) -> Snapshots:
+    return Snapshots(folder, state(step), deadline_s=DEADLINE_S)
+
+
+def found(folder: Path, step: int) -> tuple[dict[str, Tensor], object]:
+    """The tensors and the values that a new process takes back."""
+    tensors = state(99)
+    return tensors, opened(folder).take_back(step, tensors)["steps"]
+
+
+def test_a_successor_takes_back_either_of_the_last_two_steps(tmp_path: Path) -> None:
+    snapshots = opened(tmp_path)
+    assert snapshots.newest() is None
+    for step in (1, 2, 3):
+        snapshots.keep(step, state(step), {"steps": step})
+    snapshots.close()
+    assert opened(tmp_path).newest() == 3
+    tensors, steps = found(tmp_path, 2)
+    assert steps == 2
+    assert all(torch.equal(tensor, state(2)[name]) for name, tensor in tensors.items())
+    assert opened(tmp_path).newest() == 2  # step 3 is done again
+    with pytest.raises(RunError, match="holds no snapshot of step 1"):
+        found(tmp_path, 1)
+
+
+def test_half_a_copy_is_never_found(tmp_path: Path) -> None:
+    snapshots = opened(tmp_path)
+    for step in (1, 2):
+        snapshots.keep(step, state(step), {"steps": step})
+    snapshots.wait()
+    reached, released = threading.Event(), threading.Event()
+
+    def stuck(*_: object) -> None:
+        reached.set()
+        released.wait(DEADLINE_S)
+
+    with mock.patch("rlhf.engine.snapshots.torch.save", stuck), mock.patch("pathlib.Path.rename"):
+        snapshots.keep(3, state(3), {"steps": 3})
+        assert reached.wait(DEADLINE_S)
+        assert opened(tmp_path).newest() == 2  # of which step 3 has overwritten nothing
+        tensors, _ = found(tmp_path, 2)
+        released.set()
+        snapshots.close()
+    assert all(torch.equal(tensor, state(2)[name]) for name, tensor in tensors.items())
+
+
+def test_the_step_taken_back_is_not_overwritten_first(tmp_path: Path) -> None:
+    first = opened(tmp_path)
+    for step in (1, 2):
+        first.keep(step, state(step), {"steps": step})
+    first.close()
+    successor = opened(tmp_path)
+    successor.take_back(1, state(0))
+    successor.keep(2, state(22), {"steps": 2})
+    successor.close()
+    assert found(tmp_path, 1)[0]["count"] == 1
+
+
+def test_snapshots_not_taken_back_are_forgotten(tmp_path: Path) -> None:
+    first = opened(tmp_path)
+    first.keep(8, state(8), {})
+    first.close()
+    successor = opened(tmp_path)  # it continues from a checkpoint
+    successor.keep(5, state(5), {})
+    successor.close()
+    assert opened(tmp_path).newest() == 5
+
+
+def test_other_tensors_are_refused(tmp_path: Path) -> None:
+    snapshots = opened(tmp_path)
+    with pytest.raises(RunError, match="no longer has the tensors"):
+        snapshots.keep(1, state(1) | {"bytes": torch.zeros(6)}, {})
+    snapshots.keep(1, state(1), {})
+    snapshots.close()
+    other = state(0) | {"count": torch.tensor(0)}
+    with pytest.raises(RunError, match="is of a rank with other tensors"):
+        Snapshots(tmp_path, other, deadline_s=DEADLINE_S).take_back(1, other)
+
+
+def test_too_little_memory_names_the_key(tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with (
+        mock.patch("rlhf.engine.snapshots.os.posix_fallocate", side_effect=full),
+        pytest.raises(UserError, match=r"cluster\.restarts\.gang: .* are free \(No space left on device\)"),
+    ):
+        opened(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_copy_is_an_error_of_the_next_step(tmp_path: Path) -> None:
+    snapshots = opened(tmp_path / "slots")
+    with mock.patch("pathlib.Path.rename", side_effect=OSError("the folder is gone")):
+        snapshots.keep(1, state(1), {})
+        with pytest.raises(RunError, match="could not be completed: the folder is gone"):
+            snapshots.wait()
