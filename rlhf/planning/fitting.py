@@ -206,6 +206,8 @@ def _changes(config: Config, role: Role) -> Iterator[tuple[str, Any]]:
         if section.offload or cuda:
             yield f"cluster.roles.{role}.offload", () if section.offload else ("optimizer",)
         yield f"cluster.roles.{role}.workers", 2 * section.workers
+        if config.cluster.restarts.gang:
+            yield "cluster.restarts.gang", 0
 
 
 def _yaml(value: Any) -> str:

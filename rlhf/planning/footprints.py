@@ -32,6 +32,7 @@ from rlhf.planning.memory import (
     engine_terms,
     forward_terms,
     kv_bytes_per_token,
+    snapshot_term,
     training_terms,
     with_process,
 )
@@ -137,6 +138,8 @@ def _trained(name: Role, model: PolicyConfig | CriticConfig, config: Config, siz
         terms.append(_published(config, shape, how))
     if name in shares_engines_gpus(config):
         terms.append(_put_aside(terms))
+    if config.cluster.restarts.gang > 0:
+        terms.append(snapshot_term(shape, how))
     process = with_process(terms, process=Measured.TRAINER_BYTES, on_gpu=how.on_gpu, ranks=how.ranks)
     return Footprint(role=name, workers=how.ranks, terms=process, on_gpu=how.on_gpu)
 

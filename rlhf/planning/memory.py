@@ -206,6 +206,13 @@ def _states(shape: Shape, t: Training) -> list[Term]:
     return terms
 
 
+def snapshot_term(shape: Shape, t: Training) -> Term:
+    """Return the shared memory of one rank for two copies of its state (rlhf.engine.snapshots)."""
+    by = t.ranks if t.zero_stage >= 1 else 1
+    nbytes = 2 * (4.0 * t.trained / by + _optimizer_states(shape, t, by=by, place="host").nbytes)
+    return Term("snapshots", nbytes, "weights in float32 and the optimizer's states, twice, in /dev/shm", "host")
+
+
 def checkpoint_bytes(shape: Shape, t: Training) -> float:
     """Return the size of a checkpoint of all ranks: trained weights, master weights and the optimizer's states."""
     masters = 4.0 * t.trained if t.zero_stage >= 1 or t.itemsize == 2 else 0.0

@@ -185,6 +185,16 @@ def test_states_of_one_rank_by_hand(tmp_path: Path) -> None:
     assert (term(plain, "master weights"), term(plain, "Adam moments")) == (0, count * 8)
 
 
+def test_two_snapshots_by_hand(tmp_path: Path) -> None:
+    # Twice the float32 weights (4 bytes) and the moments (8), shared out over 4 ranks, but whole at stage 0.
+    count = 7_615_616_512
+    assert term(policy(tmp_path, "cluster.roles.policy.workers=4"), "snapshots") == 2 * count * 12 / 4
+    whole = policy(tmp_path, "cluster.roles.policy={workers: 4, zero_stage: 0}")
+    assert term(whole, "snapshots") == 2 * count * 12
+    none = policy(tmp_path, "cluster.roles.policy={workers: 4, zero_stage: 0}", "cluster.restarts.gang=0")
+    assert whole.rss - none.rss == pytest.approx(2 * count * 12)
+
+
 def test_an_adapter_by_hand(tmp_path: Path) -> None:
     # Rank 8 on each block of Qwen2.5-7B (H 3584, F 18944, queries 3584, keys 512), in + out of each layer:
     # q 7168, k and v 4096 each, o 7168, gate, up, down 22528 each: 90,112; * 8 * 28 blocks = 20,185,088.
