@@ -26,12 +26,14 @@ class RankState:
         self._engine, self._optimizer, self._zero_stage = engine, optimizer, zero_stage
 
     def create(self) -> None:
-        """Create the optimizer's states by steps without gradients, at a rate of 0. DeepSpeed does so at stage 3."""
-        for master in self._masters():
-            if not self._optimizer.state.get(master):
-                given, master.grad = master.grad, torch.zeros_like(master)
-                self._optimizer.step()
-                master.grad = given
+        """Create the optimizer's states, so that their size is known. The first step would do so otherwise.
+
+        It takes steps without gradients at a rate of 0, and resets the count of steps.
+        """
+        for index, master in enumerate(self._masters()):
+            given, master.grad = master.grad, torch.zeros_like(master)
+            self._engine.optimizer._optimizer_step(index) if self._zero_stage == 3 else self._optimizer.step()
+            master.grad = given
         for state in self._optimizer.state.values():
             if "step" in state:
                 state["step"] = torch.zeros_like(state["step"]) if torch.is_tensor(state["step"]) else 0
