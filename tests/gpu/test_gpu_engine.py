@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,6 +82,23 @@ def train_with_a_rest(stage: int, dtype: torch.dtype) -> tuple[dict[str, Tensor]
     return weights, allocated
 
 
+def states_taken_back(stage: int, offload: frozenset[Any], folder: Path) -> tuple[list[str], list[str]]:
+    """Names of the tensors, and of those that another engine took back with other bits than they had when kept."""
+    engine = make_engine(stage, torch.bfloat16, offload)
+    engine.keep_in(folder)
+    step(engine, 1)
+    engine.keep(1)
+    kept = weights_of(engine) | {name: tensor.cpu().clone() for name, tensor in engine._state.tensors().items()}
+    step(engine, 2)  # which waits for the copy
+    engine.close()
+    engine = make_engine(stage, torch.bfloat16, offload)
+    engine.keep_in(folder)
+    engine.take_back(1)
+    found = weights_of(engine) | {name: tensor.cpu() for name, tensor in engine._state.tensors().items()}
+    engine.close()
+    return sorted(kept), [name for name in kept if not torch.equal(kept[name], found[name])]
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_float32_equals_plain_adamw_on_a_cpu(stage: int) -> None:
     found = on_one_rank(train, stage=stage, dtype=torch.float32)
@@ -106,3 +124,10 @@ def test_states_leave_the_gpu_and_come_back(stage: int, dtype: torch.dtype) -> N
     expected = on_one_rank(train, stage=stage, dtype=dtype)
     tolerance = {"rtol": 1e-3, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 5e-2, "atol": 2e-2}
     torch.testing.assert_close(weights, expected, **tolerance)
+
+
+@pytest.mark.parametrize(("stage", "offload"), [(0, ()), (2, ()), (3, ()), (3, ("optimizer", "parameters"))])
+def test_a_snapshot_has_the_bits_of_the_state_on_the_gpu(stage: int, offload: tuple[Any, ...], tmp_path: Path) -> None:
+    names, differing = on_one_rank(states_taken_back, stage=stage, offload=frozenset(offload), folder=tmp_path)
+    assert any(name.endswith("exp_avg_sq") for name in names)
+    assert not differing
