@@ -162,12 +162,14 @@ class RolloutEngines(ReplaceableEngines):
         gets the share after its own one.
         """
         unanswered = {request.group_id for request in share}
-        while True:
+        while not unanswered <= self._cancelled:
             engine = self._engine_for(own)
             async with self._answering[engine]:
                 if self._engine_for(own) != engine:  # lost since
                     continue
                 handle = await self.working(engine)
+                if unanswered <= self._cancelled:
+                    return
                 self.unanswered[engine] = unanswered
                 try:
                     async for group in self._ask(handle, engine, share, sampling, version):
@@ -178,8 +180,6 @@ class RolloutEngines(ReplaceableEngines):
                     return
                 except WorkerLost as lost:
                     self.begin_rebuild(engine, handle, lost)
-                    if unanswered <= self._cancelled:
-                        return
 
     def _engine_for(self, own: int) -> int:
         """Return the engine that answers the share of an engine."""

@@ -216,11 +216,12 @@ async def test_a_share_with_nothing_left_but_cancelled_groups_is_not_asked_again
     await engines.cancel([request(1)])
     first.die()
     assert [group.request.group_id for group in await asyncio.wait_for(task, DEADLINE_S)] == [0]
-    engines.may_start.set()
     again = generated(engines, 2)
-    await until(lambda: 2 in successor.groups)
-    successor.finish(2)
-    assert len(await again) == 1
+    await asyncio.sleep(0.01)
+    await engines.cancel([request(2)])  # while it waits for the successor
+    engines.may_start.set()
+    assert await asyncio.wait_for(again, DEADLINE_S) == []
+    assert successor.calls == ["open", "load 1", "probe"]
 
 
 async def test_an_engine_lost_twice_at_the_same_batch_ends_the_run_unless_it_finished_a_group() -> None:
