@@ -8,6 +8,7 @@ wait for the arguments of all calls made before it, and Ray would move a rank's 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import json
 import signal
@@ -22,6 +23,7 @@ from pathlib import Path
 PING, STACKS = b"p", b"s"  # the questions
 ASKED_WITHIN_S = 60.0
 NEVER_S = 1e6
+PR_SET_PTRACER, ANY_PROCESS = 0x59616D61, ctypes.c_ulong(-1)  # linux/prctl.h
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,12 +91,14 @@ _SERVERS: list[_Server] = []  # the one of this process
 def answer_heartbeats(host: str) -> int:
     """Start to answer heartbeats at this host's address, once per process. Return the port.
 
-    At SIGUSR2 the process writes the stacks of its threads to its log. This needs no right to trace processes.
+    From then on, py-spy of the same user may read the process where the kernel (Yama) lets only parents do so. At
+    SIGUSR2 the process writes the stacks of its threads to its log, which needs no right at all.
     """
     if not _SERVERS:
         _Server.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         server = _Server((host, 0), _Answer)
         threading.Thread(target=server.serve_forever, args=(NEVER_S,), name="heartbeat", daemon=True).start()
+        ctypes.CDLL(None).prctl(PR_SET_PTRACER, ANY_PROCESS, 0, 0, 0)
         faulthandler.register(signal.SIGUSR2, all_threads=True)
         _SERVERS.append(server)
     return int(_SERVERS[0].server_address[1])
