@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 1.0
 STOPPED_FOR_S = 60.0  # a driver stopped for longer counts as hanging
-END_BY_THEMSELVES_S = 5.0  # Ray's daemons end with the driver, and helpers of Python then remove shared memory
+END_BY_THEMSELVES_S = 2.0  # Ray's daemons end with the driver, and helpers of Python then remove shared memory
 GONE_WITHIN_S = 30.0
 ENDS = (0, 2, 128 + signal.SIGINT)  # exit codes: done, invalid input, Ctrl-C
 FROM_KERNEL = 0x80  # SI_KERNEL: a terminal has sent the signal to the driver too
