@@ -293,6 +293,18 @@ class TrainedRole(GpuGuest, Protocol):
 
     async def load(self, folder: Path) -> None: ...
 
+    async def keep(self, step: int) -> None:
+        """Begin to copy the state after a step into the memory of every rank's node. It survives the ranks."""
+
+    async def kept(self) -> int | None:
+        """Return the newest step whose state every rank has kept, once copies in progress are whole. None: none."""
+
+    async def restart(self) -> None:
+        """End all ranks, and start others in their places. Their state is that of a new run."""
+
+    async def take_back(self, step: int) -> None:
+        """Restore the state kept of a step."""
+
     async def export(self, folder: Path) -> None:
         """Write a Hugging Face folder, or an adapter folder."""
 

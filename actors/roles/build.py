@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ray.actor import ActorHandle
 
+from actors.cluster.memory_folders import MemoryFolders
 from actors.cluster.placement import Placement
 from actors.roles.gang import CriticGang, Gang, OfflineGang, PolicyGang
 from actors.roles.group import SpawnOne, Stoppable, WorkerGroup, spawn
@@ -22,12 +24,13 @@ from rlhf.config.derive import (
     policy_optimizer_steps,
     reference_is_adapter_off,
     reference_model,
+    restarts_gangs,
     uses_reward_model,
 )
 from rlhf.config.schema.root import Config
 from rlhf.controller.supervisor import Supervisor
 from rlhf.rewards.scoring import RewardSpec
-from rlhf.role_table import Role
+from rlhf.role_table import TRAINED_ROLES, Role
 from rlhf.workers.frozen.reference import ReferenceWorker
 from rlhf.workers.frozen.reward import RewardSettings
 from rlhf.workers.frozen.teacher import OnlineTeacherWorker, TeacherWorker
@@ -45,6 +48,7 @@ class RunContext:
     placement: Placement
     supervisor: Supervisor | None = None  # None: a lost worker ends the work
     rewards: tuple[RewardSpec, ...] = ()
+    memory_folder: Path | None = None  # in which trained ranks keep their state; None: they keep none
 
     def spawn(self, role: Role, worker: type, *args: Any, **options: Any) -> tuple[list[ActorHandle[Any]], SpawnOne]:
         """Create the actors of a role. See group.spawn."""
@@ -52,12 +56,14 @@ class RunContext:
 
     def gang(self, gang: type[G], rank: type[TrainedWorker], *args: Any, **options: Any) -> G:
         """Create the ranks of a trained role."""
-        return gang(
+        made = gang(
             *self.spawn(gang.role, rank, *args, **options),
             deadline_s=self.config.cluster.call_timeout_s,
             one_host=self.placement.on_one_host(),
             sequence_parallel=getattr(self.config.cluster.roles, gang.role).sequence_parallel,
         )
+        made.memory_folder = self.memory_folder
+        return made
 
     def frozen(self, group: type[WorkerGroup], worker: type, model: Any) -> WorkerGroup:
         """Create the workers of a frozen role. Online, they score responses as they were sampled."""
@@ -125,6 +131,10 @@ def build_roles(run: RunContext, groups: list[Stoppable]) -> dict[Role, Any]:
 
     Each group is appended to `groups` at once, so that a failure of the next one still ends it.
     """
+    if restarts_gangs(run.config):
+        folders = MemoryFolders(run.placement, needs(run.config) & set(TRAINED_ROLES))
+        groups.append(folders)
+        run = replace(run, memory_folder=folders.path)
     roles: dict[Role, Any] = {}
     for role, build in ROLE_BUILDERS.items():
         if role not in needs(run.config):

@@ -1,4 +1,4 @@
-"""Manage gangs of trained ranks. A failure or missed deadline of one rank ends the whole gang, without retries.
+"""Manage gangs of trained ranks. After the loss of one rank, all are started again (rlhf.controller.loop).
 
 The Protocols in rlhf.roles describe the methods. Each calls all ranks, also where one result is enough, since the ranks
 compute and gather together.
@@ -6,8 +6,9 @@ compute and gather together.
 
 from __future__ import annotations
 
+import asyncio
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from ray.actor import ActorHandle
 
 from actors.roles.group import END_WITHIN_S, ModelGroup, SpawnOne
 from actors.weights import Meeting, Transport, WeightManifest
-from rlhf.errors import RunError, UserError
+from rlhf.errors import RunError
 from rlhf.role_table import Role
 from rlhf.roles import (
     AdvantagesReport,
@@ -67,6 +68,8 @@ class Gang(ModelGroup):
         super().__init__(handles, spawn_one, deadline_s=deadline_s)
         self.one_host = one_host
         self.sequence_parallel = sequence_parallel
+        self.memory_folder: Path | None = None  # in which the ranks keep their state; None: they keep none
+        self.head: Ref[VocabularyHead] | None = None  # of the teacher
 
     @property
     def num_ranks(self) -> int:
@@ -77,14 +80,6 @@ class Gang(ModelGroup):
         """Return one result per data-parallel rank. Ranks that share micro-batches return equal results."""
         return results[:: self.sequence_parallel]
 
-    async def all(self, refs: Sequence[ObjectRef[Any]], stage: str, *, deadline_s: float | None = None) -> list[Any]:
-        """Return every rank's result, in rank order. A failure ends the gang."""
-        try:
-            return await super().all(refs, stage, deadline_s=deadline_s)
-        except (RunError, UserError):
-            self.end()
-            raise
-
     async def start(self, *, deadline_s: float) -> None:
         """Connect the ranks and load the model. Sets `fingerprint` from the model's architecture."""
         self.start_deadline_s = deadline_s
@@ -92,6 +87,34 @@ class Gang(ModelGroup):
         host, port = await self._address("start", deadline_s=deadline_s)
         starts = [h.start.remote(host, port) for h in self.handles]
         self.fingerprint: str = (await self.all(starts, "start", deadline_s=deadline_s))[0]
+        if self.memory_folder is not None:
+            folders = [self.memory_folder / f"{self.role}-{rank}" for rank in range(len(self.handles))]
+            keeps = [h.keep_in.remote(folder) for h, folder in zip(self.handles, folders, strict=True)]
+            await self.all(keeps, "start", deadline_s=deadline_s)
+
+    async def restart(self) -> None:
+        """End all ranks, and start others in their places. Give them what the first ones were given."""
+        assert self._spawn_one is not None
+        ranks = range(len(self.handles))
+        await asyncio.gather(*map(self.processes.end_one, ranks))
+        if self.placement is not None:
+            await self.placement.wait_until_whole(limit_s=self.start_deadline_s)
+        for rank in ranks:
+            self.handles[rank] = self._spawn_one(rank)
+        await self.start(deadline_s=self.start_deadline_s)
+        if self.head is not None:
+            await self.take_teacher(self.head)
+
+    async def keep(self, step: int) -> None:
+        await self.each(lambda h: h.keep.remote(step), "snapshot")
+
+    async def kept(self) -> int | None:
+        steps: list[int | None] = await self.each(lambda h: h.kept.remote(), "snapshot")
+        known = [step for step in steps if step is not None]
+        return min(known) if len(known) == len(steps) else None
+
+    async def take_back(self, step: int) -> None:
+        await self.each(lambda h: h.take_back.remote(step), "snapshot")
 
     async def _address(self, stage: str, *, deadline_s: float | None = None) -> tuple[str, int]:
         """Return an address at which rank 0 can be met."""
@@ -100,6 +123,7 @@ class Gang(ModelGroup):
         return addresses[0]
 
     async def take_teacher(self, head: Ref[VocabularyHead]) -> None:
+        self.head = head
         await self.all([h.take_teacher.remote(head) for h in self.handles], "start")
 
     async def _columns(self, refs: Sequence[tuple[Ref[Any], ObjectRef[Any]]], stage: str) -> list[tuple[Ref[Any], int]]:
@@ -158,6 +182,12 @@ class PolicyGang(Gang):
     """The ranks of an online run's policy."""
 
     role: Role = "policy"
+    reconnect: Callable[[], Awaitable[None]] | None = None  # connects new ranks to the engines; None: there are none
+
+    async def restart(self) -> None:
+        await super().restart()
+        if self.reconnect is not None:
+            await self.reconnect()
 
     async def meeting(self, *, num_receivers: int, timeout_s: float) -> Meeting:
         """Return the address at which rank 0 waits for the receivers of a broadcast."""
@@ -269,8 +299,19 @@ class OfflineGang(Gang):
     """The ranks of a model trained on fixed data."""
 
     role: Role = "policy"
+    sets: Sequence[Ref[Examples | Pairs]] = ()
+    references: Mapping[int, Path] = {}  # the files of the reference columns, by data set
+
+    async def restart(self) -> None:
+        await super().restart()
+        if self.sets:
+            await self.load_data(self.sets)
+        for dataset, path in self.references.items():
+            if not await self.read_reference(dataset, path):
+                raise RunError(f"reference: the new policy ranks cannot read {path}. The run can be resumed.")
 
     async def load_data(self, sets: Sequence[Ref[Examples | Pairs]]) -> None:
+        self.sets = sets
         await self.all([h.load_data.remote(*sets) for h in self.handles], "data")
 
     async def update_on(self, plan: MinibatchPlan, states: StatesByRank = ()) -> Metrics:
@@ -292,7 +333,11 @@ class OfflineGang(Gang):
     async def keep_reference(self, dataset: int, path: Path, columns: Sequence[Ref[TokenValues]]) -> None:
         """Give every rank all reference columns, since each step deals the data set's rows to the ranks anew."""
         await self.all([h.keep_reference.remote(dataset, path, *columns) for h in self.handles], "reference")
+        self.references = {**self.references, dataset: path}
 
     async def read_reference(self, dataset: int, path: Path) -> bool:
         """Return whether every rank could read the stored reference columns."""
-        return all(await self.all([h.read_reference.remote(dataset, path) for h in self.handles], "reference"))
+        found = all(await self.all([h.read_reference.remote(dataset, path) for h in self.handles], "reference"))
+        if found:
+            self.references = {**self.references, dataset: path}
+        return found

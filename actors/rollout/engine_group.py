@@ -67,6 +67,7 @@ class RolloutEngines(ReplaceableEngines):
         all hosts. None: all weights travel.
         """
         assert self.sync is not None, "frozen engines are not connected to a policy"
+        policy.reconnect = partial(self.connect, policy, adapter=adapter)
         method = self.sync.method
         self.gives_published = adapter is not None or SENDERS[method].stays
         self.is_replaceable = self.gives_published or SENDERS[method].meets

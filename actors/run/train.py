@@ -20,7 +20,7 @@ from actors.cluster.node_metrics import Nodes
 from actors.cluster.placement import Placement, reserve
 from actors.cluster.preemption import run_loop
 from actors.roles.build import RunContext, build_roles
-from actors.roles.gang import OfflineGang, PolicyGang
+from actors.roles.gang import PolicyGang
 from actors.roles.group import Stoppable, ending
 from actors.roles.teacher import TeacherWorkers
 from actors.roles.worker_pools import RewardWorkers
@@ -176,14 +176,14 @@ async def _run_stage(stage: StageInputs, request: StopRequest, *, resume: bool, 
             _online(stage, inputs, record) if isinstance(inputs, OnlineInputs) else _offline(stage, inputs, record)
         )
         with listed_in(record.folder.processes):
-            async with running as (controller, policy, placement):
-                await _carry_out(controller, policy, request, step=step, until=until, nodes=placement.nodes())
+            async with running as (controller, placement):
+                await _carry_out(controller, request, step=step, until=until, nodes=placement.nodes())
 
 
 @asynccontextmanager
 async def _offline(
     stage: StageInputs, inputs: OfflineInputs, record: RunRecord
-) -> AsyncIterator[tuple[OfflineController, OfflineGang, Placement]]:
+) -> AsyncIterator[tuple[OfflineController, Placement]]:
     """Start the roles of a run on fixed data, and yield its controller. The roles end with the block."""
     config = stage.config
     placement = await reserve(config)
@@ -214,13 +214,13 @@ async def _offline(
         )
         if needs_reference_logprobs(config):
             await controller.provide_reference()
-        yield controller, policy, placement
+        yield controller, placement
 
 
 @asynccontextmanager
 async def _online(
     stage: StageInputs, inputs: OnlineInputs, record: RunRecord
-) -> AsyncIterator[tuple[OnlineController, PolicyGang, Placement]]:
+) -> AsyncIterator[tuple[OnlineController, Placement]]:
     """Start the roles of a run with rollouts, and yield its controller. The roles end with the block."""
     config = stage.config
     lease = await ENGINE_POOL.lease(
@@ -255,7 +255,7 @@ async def _online(
             rewards_fingerprint=fingerprint(inputs.rewards, model=repr(roles[RewardWorkers.role].settings.model)),
             environment_fingerprint="" if inputs.environment is None else inputs.environment.fingerprint(),
         )
-        yield controller, policy, lease.placement
+        yield controller, lease.placement
 
 
 def _names(placement: Placement) -> str:
@@ -265,7 +265,6 @@ def _names(placement: Placement) -> str:
 
 async def _carry_out(
     controller: OnlineController | OfflineController,
-    gang: PolicyGang | OfflineGang,
     request: StopRequest,
     *,
     step: int | None,
@@ -287,9 +286,7 @@ async def _carry_out(
         )
     if not is_done:
         return
-    folder = controller.record.folder
-    aside = folder.begin_final()
-    await gang.export(aside)
+    folder, aside = controller.record.folder, await controller.export()
     if not any(aside.iterdir()):
         raise RunError(f"export: nothing was written to {aside}; the ranks see another file system than the driver")
     run = controller.config.run

@@ -33,7 +33,7 @@ class AdapterSender(WeightSender):
         super().__init__(rank=rank, dtype=dtype)
         self.folder = folder if rank == 0 else None
         if rank == 0:
-            folder.mkdir()
+            folder.mkdir(exist_ok=True)  # a lost rank may have left it
             (folder / CONFIG).write_text(json.dumps(dict(config)))
 
     def publish(self, named_weights: Iterator[tuple[str, Tensor]], version: int) -> WeightManifest | None:

@@ -116,6 +116,14 @@ def shares_engines_gpus(config: Config) -> frozenset[Role]:
     return needed & hosts
 
 
+def restarts_gangs(config: Config) -> bool:
+    """Return whether lost ranks of trained roles are started again, so that all ranks must keep their state.
+
+    Ranks that take turns with engines on shared GPUs are not.
+    """
+    return config.cluster.restarts.gang > 0 and not shares_engines_gpus(config)
+
+
 def reference_model(config: Config) -> ReferenceConfig:
     """Return the configuration of the reference model."""
     return config.reference if config.reference is not None else _as_reference(config)

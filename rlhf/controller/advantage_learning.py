@@ -108,17 +108,22 @@ class AdvantageLearning(ReferencedLearning):
         with record.stage("update"):
             for minibatch in self.visits(len(portions[0].plan.minibatches) if portions else 0, step):
                 await self._update(minibatch, step)
-        await self.renew_reference(step)
-        if self.idle.watches:
-            self.idle.see(record.row())
-        self._adapt_entropy()
-        reports = [sequence for portion in portions for sequence in portion.report.sequences]
-        self._adapt_kl(reports, num_sequences=sum(len(portion.plan.scores) for portion in portions))
         return Signals(
             trained=frozenset(i for portion in portions for i in portion.plan.scores),
-            reports={sequence.sequence_id: sequence for sequence in reports},
+            reports={s.sequence_id: s for portion in portions for s in portion.report.sequences},
             advantages={i: value for portion in portions for i, value in portion.advantages.items()},
         )
+
+    def begin_again(self) -> None:
+        self.portions = []
+        self.arrivals.rewind()
+
+    def end_step(self, groups: Sequence[ScoredGroup], signals: Signals) -> None:
+        super().end_step(groups, signals)
+        if self.idle.watches:
+            self.idle.see(self.record.row())
+        self._adapt_entropy()
+        self._adapt_kl(list(signals.reports.values()), num_sequences=len(signals.trained))
 
     async def _prepare(self, groups: Sequence[ScoredGroup], step: int) -> _Portion:
         """Choose the responses of some groups of the batch and, unless there are none, compute their experience."""
@@ -323,6 +328,6 @@ class AdvantageLearning(ReferencedLearning):
                 self.kl_coef,
                 kl=sum(kls) / len(kls),
                 target=adaptive.target,
-                horizon=adaptive.horizon,
+                horizon=float(adaptive.horizon),
                 num_sequences=num_sequences,
             )

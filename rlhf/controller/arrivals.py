@@ -18,7 +18,14 @@ class Arrivals:
         """Expect the first group of a batch."""
         self._left = self.size
         self._groups: list[ScoredGroup] = []
+        self._num_taken = 0
         self._changed = asyncio.Event()
+
+    def rewind(self) -> None:
+        """Hand over the groups of the batch again from the first."""
+        self._num_taken = 0
+        if self._groups:
+            self._changed.set()
 
     def add(self, scored: ScoredGroup) -> None:
         self._left -= 1
@@ -31,5 +38,5 @@ class Arrivals:
         if self._left <= 0:
             return []
         self._changed.clear()
-        groups, self._groups = self._groups, []
-        return groups
+        begin, self._num_taken = self._num_taken, len(self._groups)
+        return self._groups[begin:]

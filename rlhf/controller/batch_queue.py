@@ -131,7 +131,7 @@ class BatchQueue:
         """Wait until all requested batches are whole, and forget the batch of a trained step."""
         assert self._collecting is not None
         await self._collecting
-        del self._requested[step]
+        self._requested.pop(step, None)  # a step that is done again has finished before
 
     async def stop(self) -> Sequence[GroupRequest]:
         """Give up the batches that are not whole. No request is left in the engines after a whole step."""

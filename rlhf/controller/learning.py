@@ -65,12 +65,17 @@ class ColumnsByGroup:
         self._computing[scored.group.request.group_id] = asyncio.create_task(work)
 
     async def take(self, groups: Sequence[ScoredGroup]) -> list[RemoteColumns[TokenValues]] | None:
-        """Return the columns of these groups, in order, and forget them. None: one of them was not begun."""
+        """Return the columns of these groups, in order. None: one of them was not begun."""
         ids = [scored.group.request.group_id for scored in groups]
         if not self._computing.keys() >= set(ids):
             return None
-        computing = [self._computing.pop(group_id) for group_id in ids]
+        computing = [self._computing[group_id] for group_id in ids]
         return [column for columns in await asyncio.gather(*computing) for column in columns]
+
+    def forget(self, groups: Sequence[ScoredGroup]) -> None:
+        """Forget the columns of trained groups."""
+        for scored in groups:
+            self._computing.pop(scored.group.request.group_id, None)
 
 
 class Learning(ABC):
@@ -94,7 +99,21 @@ class Learning(ABC):
 
     @abstractmethod
     async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:
-        """Make all optimizer steps of a step. The groups carry the reported scores. `stream` may have seen some."""
+        """Make all optimizer steps of a step. The groups carry the reported scores. `stream` may have seen some.
+
+        It is called again with the same groups, after `begin_again`, if a rank was lost and the ranks have the state of
+        the previous step again.
+        """
+
+    def begin_again(self) -> None:  # noqa: B027
+        """Forget the gradients of a step that was begun: its ranks are lost."""
+
+    async def renew_reference(self, step: int) -> None:  # noqa: B027
+        """Replace the reference by the policy after this step, if a renewal is due."""
+
+    def end_step(self, groups: Sequence[ScoredGroup], signals: Signals) -> None:
+        """Forget the columns of the trained groups. A subclass adapts its coefficients to what they showed."""
+        self.columns.forget(groups)
 
     @abstractmethod
     def state(self) -> Mapping[str, Any]:

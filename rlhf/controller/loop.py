@@ -5,28 +5,34 @@
 A step is kept in this order: its checkpoint is written aside, its row is logged, and then the checkpoint becomes valid.
 So a checkpoint always has its row. A notice to end makes the current step the last one. The loop sees scalars, ids and
 references. It computes nothing on tokens and knows nothing of Ray.
+
+The trained roles are one unit. After each step their ranks keep a copy of their state. When a rank is lost, all are
+started again with the newest state that every one of them has kept, and the work is done again.
 """
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Generator, Mapping
 from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from rlhf.config.derive import trained_sections
+from rlhf.config.derive import restarts_gangs, trained_sections
 from rlhf.config.files.differences import home, portable
 from rlhf.config.schema.root import Config
 from rlhf.controller.notice import Notice
 from rlhf.controller.record import Best, RunRecord
 from rlhf.controller.supervisor import Supervisor
-from rlhf.errors import Preempted
-from rlhf.roles import MeasuredRole, TrainedRole
+from rlhf.errors import Preempted, RunError, WorkerLost
+from rlhf.roles import MeasuredRole, Metrics, TrainedRole
 from rlhf.tracking.metrics.reductions import Last
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -45,7 +51,11 @@ def sparing_loaded_objects() -> Generator[None]:
 
 
 class TrainingLoop(ABC):
-    """Runs the training loop. `step` is the last finished step, `kept_step` that of the newest checkpoint."""
+    """Runs the training loop.
+
+    `step` is the last finished step, `kept_step` that of the newest checkpoint, and `trained_step` that of the trained
+    roles' state.
+    """
 
     def __init__(
         self,
@@ -76,7 +86,8 @@ class TrainingLoop(ABC):
         self.fingerprint = policy_fingerprint
         self.supervisor = supervisor
         self.notice = Notice()
-        self.step = self.kept_step = 0
+        self.step = self.kept_step = self.trained_step = 0
+        self.survives = restarts_gangs(config)  # whether lost ranks are started again
         first_set = next(iter(eval_sets), "heldout")
         self.best = Best.of(config.train, f"eval/{first_set}/{eval_metric}", default_lower=lower_is_better)
 
@@ -115,6 +126,87 @@ class TrainingLoop(ABC):
             logger.info("%s was best at step %d: that is the final model", self.best.metric, best)
             await self.trained["policy"].load(self.record.folder.checkpoint(best) / "policy")
 
+    async def export(self) -> Path:
+        """Write the final model aside, and return its folder."""
+
+        async def write() -> Path:
+            await self.end()
+            aside = self.record.folder.begin_final()
+            await self.trained["policy"].export(aside)
+            return aside
+
+        return await self.despite_losses(write)
+
+    async def despite_losses(self, work: Callable[[], Awaitable[T]], *, oldest: int | None = None) -> T:
+        """Return the result of the work, which is done again after the loss of a trained rank.
+
+        The metrics of an attempt that ends by a loss are thrown away.
+
+        Args:
+            oldest: the work can be done from the state of this step or a later one. None: only from the present state.
+        """
+        oldest = self.trained_step if oldest is None else oldest
+        while True:
+            metrics: list[Metrics] = []
+            try:
+                with self.record.apart(metrics, is_shown=True):
+                    result = await work()
+            except WorkerLost as lost:
+                if not self.survives or lost.role not in self.trained:
+                    raise
+                await _whole(self._recover(lost, oldest))
+                continue
+            for part in metrics:
+                self.record.add(part)
+            return result
+
+    async def _recover(self, lost: WorkerLost, oldest: int) -> None:
+        """Restart all trained ranks. A rank of another role may be lost meanwhile."""
+        restart = partial(self.restart_trained, oldest)
+        while True:
+            try:
+                return await self.supervisor.recover(lost, restart, work=(oldest, lost.stage))
+            except WorkerLost as other:
+                if other.role == lost.role or other.role not in self.trained:
+                    raise
+                lost = other
+
+    async def restart_trained(self, oldest: int) -> None:
+        """Start all trained ranks again, with the newest state that every one of them has kept.
+
+        Without it, load the newest checkpoint. The steps until `oldest` are trained again.
+        """
+        roles = self.trained
+        await asyncio.gather(*(role.restart() for role in roles.values()))
+        kept = [step for step in [await role.kept() for role in roles.values()] if step is not None]
+        if len(kept) == len(roles):
+            self.trained_step = min(kept)
+            await asyncio.gather(*(role.take_back(self.trained_step) for role in roles.values()))
+        else:
+            self.trained_step = self.kept_step
+            if self.kept_step:
+                await self._load(self.kept_step)
+        while self.trained_step < oldest:
+            await self.repeat(self.trained_step + 1)
+
+    async def repeat(self, step: int) -> None:
+        """Train a finished step again. Raise RunError if its batch is not there any more."""
+        raise RunError(
+            f"The state after step {self.trained_step} is the newest that every rank has kept, and the batch of step "
+            f"{step} is gone. The run can be resumed with --resume auto."
+        )
+
+    async def keep(self, step: int) -> None:
+        """Begin to copy the state after a step in every rank, if lost ranks are started again."""
+        self.trained_step = step
+        if self.survives:
+            await asyncio.gather(*(role.keep(step) for role in self.trained.values()))
+
+    async def wait_until_kept(self) -> None:
+        """Wait until every rank has a whole copy of its state, if lost ranks are started again."""
+        if self.survives:
+            await asyncio.gather(*(role.kept() for role in self.trained.values()))
+
     async def run(self, *, until: int | None = None) -> bool:
         """Train until the last step, or until step `until`, and write a checkpoint there.
 
@@ -123,9 +215,10 @@ class TrainingLoop(ABC):
         train, record = self.config.train, self.record
         end = train.num_steps if until is None else until
         record.begin_step(self.step)
-        await self.begin()
+        await self.despite_losses(partial(self.keep, self.step))
+        await self.despite_losses(self.begin)
         if self.step == 0 and self.evaluates and self.config.eval.at_start:
-            await self.evaluate(0)
+            await self.despite_losses(partial(self.evaluate, 0))
             record.write_row(0, record.row())
         while self.step < end and not self.best.is_over:
             step = self.step + 1
@@ -135,7 +228,7 @@ class TrainingLoop(ABC):
                 await self.train_step(step)
             evaluates = self.evaluates and (last or step % self.config.eval.every == 0)
             if evaluates:
-                await self.evaluate(step)
+                await self.despite_losses(partial(self.evaluate, step))
             await self._measure()
             self.step = step
             is_best = evaluates and self.best.improves(record.row(), step)
@@ -146,17 +239,17 @@ class TrainingLoop(ABC):
                 record.write_row(step, record.row())
             if is_told and not is_over:
                 raise Preempted(f"a checkpoint of step {step} is written")
-        if self.step < train.num_steps and not self.best.is_over:
-            return False
-        await self.end()
-        return True
+        return self.step >= train.num_steps or self.best.is_over
+
+    async def _measure_memory(self) -> None:
+        for name, role in self.measured.items():
+            if role is not None:
+                self.record.memory(name, await role.memory())
 
     async def _measure(self) -> None:
         """Add the memory of the roles and nodes, and the throughput of the step."""
         record = self.record
-        for name, role in self.measured.items():
-            if role is not None:
-                record.memory(name, await role.memory())
+        await self.despite_losses(self._measure_memory)
         await record.system()
         record.add(self.supervisor.metrics())
         row = record.row()
@@ -173,13 +266,16 @@ class TrainingLoop(ABC):
     async def checkpoint(self, *, is_best: bool) -> None:
         """Write the checkpoint aside, log the step, and make the checkpoint valid."""
         with self.record.stage("checkpoint"):
-            async with self.saving():
-                await self.save_aside(self.state())
+            await self.despite_losses(self._save)
         self.record.write_row(self.step, self.record.row())
         self.commit()
         if is_best:
             self.record.folder.mark_best(self.step)
         await self.record.prune(self.config.train.keep_checkpoints)
+
+    async def _save(self) -> None:
+        async with self.saving():
+            await self.save_aside(self.state())
 
     async def save_aside(self, state: Mapping[str, Any]) -> Path:
         """Write a checkpoint of the last step that is not valid yet, and return its folder."""
@@ -208,12 +304,25 @@ class TrainingLoop(ABC):
 
     async def restore(self, step: int) -> None:
         state = self.record.read_state(step)
-        self.step = self.kept_step = state["step"]
+        self.step = self.kept_step = self.trained_step = state["step"]
         await self.restore_position(state)
         self.record.restore_best(self.best, state["best"])
+        await self.despite_losses(partial(self._load, step))
+        logger.info("resumed from the checkpoint of step %d", step)
+
+    async def _load(self, step: int) -> None:
         for name, role in self.trained.items():
             await role.load(self.record.folder.checkpoint(step) / name)
-        logger.info("resumed from the checkpoint of step %d", step)
+
+
+async def _whole(work: Awaitable[None]) -> None:
+    """Wait for the work. A cancellation meanwhile takes effect after its end."""
+    working = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(working)
+    except asyncio.CancelledError:
+        await working
+        raise
 
 
 def trained_models(config: Config) -> dict[str, Any]:

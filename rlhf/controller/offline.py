@@ -20,7 +20,7 @@ from rlhf.controller.record import RunRecord
 from rlhf.controller.supervisor import Supervisor
 from rlhf.data.packing import balance
 from rlhf.data.stream import Cursor, Stream
-from rlhf.roles import OfflineRole, Ref, StatesByRank, TeacherRole
+from rlhf.roles import Metrics, OfflineRole, Ref, StatesByRank, TeacherRole
 from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.tracking.metrics.reductions import Last
 from rlhf.types import MinibatchPlan, TokenValues
@@ -93,21 +93,40 @@ class OfflineController(TrainingLoop):
         self.is_ahead = teacher is not None and config.cluster.roles.teacher.colocate_with is None
         self.cursor = rows.state()
         self.next_batch: StepRows | None = None
+        self.last_update = 0, MinibatchPlan(sequences_by_rank=(), num_tokens=0, num_sequences=0)  # step and rows
 
     async def train_step(self, step: int) -> None:
         """Make one optimizer step. A teacher with separate hardware computes the next rows meanwhile."""
         batch = self.next_batch or await self._take_batch()
+        if self.is_ahead and step < self.config.train.num_steps:
+            _, self.next_batch = await asyncio.gather(self._update(batch, step), self._take_batch())
+        else:
+            await self._update(batch, step)
+        self.cursor, self.last_update = batch.cursor, (step, batch.plan)
+        self.record.add({"data/epoch": Last(value=float(batch.epoch))})
+
+    async def _update(self, batch: StepRows, step: int) -> None:
+        """Make the optimizer step, despite the loss of ranks."""
+        learnt: list[Metrics] = []
 
         async def update() -> None:
-            with self.record.stage("update"):
-                self.record.add(await self.role.update_on(batch.plan, batch.states))
+            if self.trained_step < step:
+                learnt.clear()
+                with self.record.apart(learnt, is_shown=True), self.record.stage("update"):
+                    self.record.add(await self.role.update_on(batch.plan, batch.states))
+                await self.keep(step)
 
-        if self.is_ahead and step < self.config.train.num_steps:
-            _, self.next_batch = await asyncio.gather(update(), self._take_batch())
-        else:
-            await update()
-        self.cursor = batch.cursor
-        self.record.add({"data/epoch": Last(value=float(batch.epoch))})
+        await self.despite_losses(update, oldest=step - 1)
+        for metrics in learnt:
+            self.record.add(metrics)
+
+    async def repeat(self, step: int) -> None:
+        """Make the last optimizer step again: the copy of its state was not whole at a loss."""
+        number, plan = self.last_update
+        if step != number:
+            await super().repeat(step)
+        await self.role.update_on(plan, await self._states(0, plan))
+        await self.keep(step)
 
     async def _take_batch(self) -> StepRows:
         taken = self.rows.next(self.config.train.sequences_per_update)
@@ -126,6 +145,9 @@ class OfflineController(TrainingLoop):
 
         Must be called before `restore`.
         """
+        await self.despite_losses(self._provide_reference)
+
+    async def _provide_reference(self) -> None:
         role, folder = self.role, self.config.run.dir / "reference_logprobs"
         for index, rows in enumerate([self.train_set, *self.eval_sets.values()]):
             path = folder / f"{await role.reference_key(index)}.safetensors"

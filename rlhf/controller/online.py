@@ -30,7 +30,7 @@ from rlhf.controller.collect import Collector
 from rlhf.controller.distillation_learning import DistillationLearning
 from rlhf.controller.evaluation import EvalSet, compare_with_teacher, score_held_out
 from rlhf.controller.group_queue import GroupQueue
-from rlhf.controller.learning import Learning, OnlineRoles
+from rlhf.controller.learning import Learning, OnlineRoles, Signals
 from rlhf.controller.loop import TrainingLoop
 from rlhf.controller.pair_learning import PairLearning
 from rlhf.controller.record import RunRecord
@@ -42,11 +42,11 @@ from rlhf.data.stream import Stream
 from rlhf.errors import Preempted
 from rlhf.evaluation.results import Marking
 from rlhf.role_table import GUESTS_OF_ENGINES, ROLE_OF_STAGE, ROLES, TRAINED_ROLES, Role
-from rlhf.roles import GpuGuest
+from rlhf.roles import GpuGuest, Metrics, Ref, SampleSelection, ScoredGroup
 from rlhf.rollouts.records.spool import forget_after
 from rlhf.tracking.metrics.reductions import Last, Sum
 from rlhf.tracking.run_folder.samples import samples_path
-from rlhf.types import Prompt, Sampling
+from rlhf.types import Prompt, Sampling, TokenSignals
 
 AHEAD = "rollouts"  # folder of a checkpoint
 LEARNERS: Mapping[Kind, type[Learning]] = {
@@ -113,6 +113,8 @@ class OnlineController(TrainingLoop):
             settings=_digest_of_settings(config, rewards_fingerprint, environment_fingerprint),
         )
         self.sharing = shares_engines_gpus(config)
+        self.learnt: list[Metrics] = []  # of the updates of the step in progress
+        self.is_published = False  # whether the policy's ranks hold the weights for successors of engines
 
     async def begin(self) -> None:
         """Prepare the roles, and give the engines their first weights."""
@@ -145,22 +147,61 @@ class OnlineController(TrainingLoop):
         groups, seconds = batch.collected.groups, record.row()["time/rollouts_s"]
         record.add(rollout_metrics(groups, version=step - 1))
         record.add({"throughput/rollout_tokens_per_s": Last(value=batch.collected.sampled_tokens / seconds)})
-        await self._to_trainers(*GUESTS_OF_ENGINES, keep_weights=False)
-        signals = await self.batches.during(self.learning.learn(groups, step))
-        learnt = time.perf_counter()
-        await self.batches.finish(step)
-        waited_s += time.perf_counter() - learnt
-        await self._sync(step)
-        record.add({"time/trainer_waits_s": Sum(total=waited_s)})
+        signals, columns, finishing_s = await self._train(groups, step)
+        record.add({"time/trainer_waits_s": Sum(total=waited_s + finishing_s)})
         if self.batches.seconds is not None:
             idle = 1.0 - self.batches.seconds / (time.perf_counter() - began)
             record.add({"time/engines_idle/fraction": Last(value=idle)})
-        kept = self.config.tracking.samples_per_step
-        if kept:
-            chosen = group_samples(groups, signals, split="train", most=kept)
-            written = [i for selection in chosen for i in selection.sequence_ids if i in signals.trained]
-            columns = await roles.policy.token_signals(written) if written else []
+        self.learning.end_step(groups, signals)
+        chosen = self._samples(groups, signals)
+        if chosen:
             await roles.reward.write_samples(samples_path(record.folder.scratch, step), chosen, columns)
+
+    def _samples(self, groups: Sequence[ScoredGroup], signals: Signals) -> list[SampleSelection]:
+        """Return what the samples file shows of a step."""
+        return group_samples(groups, signals, split="train", most=self.config.tracking.samples_per_step)
+
+    async def _train(
+        self, groups: Sequence[ScoredGroup], step: int
+    ) -> tuple[Signals, Sequence[Ref[TokenSignals]], float]:
+        """Update the trained roles and sync the weights, despite the loss of ranks.
+
+        Return the signals, their columns for the samples file, and the seconds of waiting for rollouts.
+        """
+        signals, columns, waited_s = Signals(), list[Ref[TokenSignals]](), 0.0
+
+        async def learn() -> None:
+            nonlocal signals, columns
+            signals = await self.learning.learn(groups, step)
+            written = [i for one in self._samples(groups, signals) for i in one.sequence_ids if i in signals.trained]
+            columns = await self.roles.policy.token_signals(written) if written else []
+
+        async def learn_and_sync() -> None:
+            nonlocal waited_s
+            await self._to_trainers(*GUESTS_OF_ENGINES, keep_weights=False)
+            if self.trained_step < step:
+                with self.record.apart(self.learnt, is_shown=True):
+                    await self.batches.during(learn())
+                await self.keep(step)
+            await self.learning.renew_reference(step)
+            began = time.perf_counter()
+            await self.batches.finish(step)
+            waited_s += time.perf_counter() - began
+            await self._sync(step)
+            await self.wait_until_kept()  # a later loss must not need the batch again
+
+        await self.despite_losses(learn_and_sync, oldest=step - 1)
+        for metrics in self.learnt:
+            self.record.add(metrics)
+        self.learnt = []
+        return signals, columns, waited_s
+
+    async def restart_trained(self, oldest: int) -> None:
+        self.is_published = False
+        await super().restart_trained(oldest)
+        if self.trained_step == self.step:  # the updates of the step in progress are lost
+            self.learnt.clear()
+            self.learning.begin_again()
 
     async def _take(self, step: int) -> tuple[Batch, float]:
         """Return the step's batch, and the seconds in which training has worked on it already.
@@ -168,6 +209,8 @@ class OnlineController(TrainingLoop):
         If the run is to end, keep the previous step and raise Preempted.
         """
         before = self.state()
+        if not self.is_published:
+            await self.despite_losses(partial(self._sync, self.step))
         self.batches.request(step)
         if self.sharing:  # the offloaded policy cannot be saved while engines generate
             return await self.batches.take(step), 0.0
@@ -176,7 +219,7 @@ class OnlineController(TrainingLoop):
             return taken
         await self.batches.stop()
         if self.kept_step < self.step:
-            await self.save_aside(before)
+            await self.despite_losses(partial(self.save_aside, before))
             self.commit()
         raise Preempted(f"a checkpoint of step {self.step} is written" if self.step else "no step was done")
 
@@ -184,12 +227,19 @@ class OnlineController(TrainingLoop):
         """Return the batch once it is whole and, with train.streamed, the seconds of the work on its first groups."""
         if not self.config.train.streamed:
             return await self.batches.take(step), 0.0
-        taking, learning = asyncio.create_task(self.batches.take(step)), asyncio.create_task(self.learning.stream(step))
+
+        async def stream() -> float:
+            with self.record.apart(self.learnt, is_shown=True):
+                return await self.learning.stream(step)
+
+        learning = asyncio.create_task(self.despite_losses(stream))
+        taking = asyncio.create_task(self.batches.take(step))
         try:
             return await asyncio.gather(taking, learning)
         finally:
             taking.cancel()
             learning.cancel()
+            await asyncio.gather(taking, learning, return_exceptions=True)
 
     async def _sync(self, version: int) -> None:
         """Sync the weights to the engines, verify them, and hand the GPU to the engines."""
@@ -210,6 +260,7 @@ class OnlineController(TrainingLoop):
             )
         record.add(metrics)
         self.scorer.weights = version, checksum
+        self.is_published = True
         await self.batches.synced(version)
 
     async def _to_trainers(self, *names: Role, keep_weights: bool) -> None:

@@ -63,7 +63,6 @@ class PairLearning(ReferencedLearning):
             for minibatch in self.visits(minibatches, step):
                 record.add(await self.roles.policy.update(minibatch))
         pairs = [pair for _, pair in paired]
-        await self.renew_reference(step)
         preferred = {info.sequence_id: place == 0 for pair in pairs for place, info in enumerate(pair)}
         return Signals(trained=frozenset(preferred), preferred=preferred)
 

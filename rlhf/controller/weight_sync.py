@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any
 
-from rlhf.errors import RunError
+from rlhf.errors import RunError, WorkerLost
 from rlhf.roles import Metrics, PolicyProbe, PolicyRole, RolloutRole
 from rlhf.tracking.metrics.reductions import Last, Max, Reduction, Sum
 
@@ -22,6 +23,7 @@ from rlhf.tracking.metrics.reductions import Last, Max, Reduction, Sum
 # about 0.04; one stale matrix after a large update gives 0.4 or more. Rounding hides small updates, but version and
 # checksum detect them.
 PROBE_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.15}
+LOSS_SHOWS_WITHIN_S = 4.0  # after the failure of the other end
 
 
 async def sync_weights(
@@ -41,7 +43,7 @@ async def sync_weights(
     began = time.perf_counter()
     await rollout.withdraw_weights()
     manifest = await policy.publish(version)
-    await asyncio.gather(policy.send(manifest), rollout.update_weights(manifest))
+    await _both(policy.send(manifest), rollout.update_weights(manifest))
     await policy.settle()
     synced = time.perf_counter()
     logprobs = tuple(await policy.probe(probe_ids))  # sequential: both may share their cores
@@ -58,6 +60,21 @@ async def sync_weights(
     if worst is not None:
         metrics["weight_sync/probe_max_diff"] = Max(value=worst)
     return checksum, metrics
+
+
+async def _both(sending: Coroutine[Any, Any, None], receiving: Coroutine[Any, Any, None]) -> None:
+    """Wait for both ends. If both fail, raise the loss of a worker, because it made the other end fail."""
+    ends = [asyncio.ensure_future(end) for end in (sending, receiving)]
+    try:
+        _, pending = await asyncio.wait(ends, return_when=asyncio.FIRST_EXCEPTION)
+        if pending:
+            await asyncio.wait(pending, timeout=LOSS_SHOWS_WITHIN_S)
+        failures = [failure for end in ends if end.done() and (failure := end.exception()) is not None]
+        if failures:
+            raise min(failures, key=lambda failure: not isinstance(failure, WorkerLost))
+    finally:
+        for end in ends:
+            end.cancel()
 
 
 def check_probe(ours: Sequence[float], theirs: Sequence[float], *, engine: int, version: int, dtype: str) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -86,7 +87,24 @@ class Trained:
 
     def __init__(self, worker: TrainedWorker) -> None:
         self.trained = worker
-        worker.build()
+        self.memory_folder = tempfile.TemporaryDirectory(dir="/dev/shm")
+        self.build()
+
+    def build(self) -> None:
+        self.trained.build()
+        self.trained.keep_in(Path(self.memory_folder.name))
+
+    async def restart(self) -> None:
+        self.build()
+
+    async def keep(self, step: int) -> None:
+        self.trained.keep(step)
+
+    async def kept(self) -> int | None:
+        return self.trained.kept()
+
+    async def take_back(self, step: int) -> None:
+        self.trained.take_back(step)
 
     async def save(self, folder: Path) -> None:
         self.trained.save(folder)
@@ -451,10 +469,11 @@ async def run(loaded: LoadedConfig, *, watch: Callable[[OnlineRoles], OnlineRole
             probe_ids=inputs.probe_ids,
             policy_fingerprint="",
             rewards_fingerprint=fingerprint(inputs.rewards, model=""),
-            supervisor=Supervisor(stage.config.cluster.restarts, record, ()),
+            supervisor=Supervisor(stage.config.cluster.restarts, record, ("policy", "critic")),
         )
         try:
             await controller.run()
+            await controller.export()
         finally:
             settings.stop()
             rollout: Any = roles.rollout

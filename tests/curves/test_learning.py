@@ -4,13 +4,13 @@ Running totals of four digits, from a model that imitates a careless demonstrato
 them from a teacher that imitates none but the careful one, and is not told its score); and the game of
 configs/guessing_game.yaml, a number from 1 to 7 in three guesses. Who halves the range each time always wins; the
 demonstrator, who heeds what he is told every other time, does not. The workers, objectives and the loop are a run's
-own; Ray and vLLM, which other tests start, are not needed to learn. One module, since a process joins one gang.
+own; Ray and vLLM, which other tests start, are not needed to learn.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from rlhf.data.tasks import TaskSource, make_rows
 from rlhf.models.tiny import build_tiny_llama
 from rlhf.tracking.sinks.tracker import read_metrics
 from tests.curves.imitation import imitate
-from tests.curves.in_process import join_alone, leave_alone, run
+from tests.curves.in_process import run
 from tests.integration.recipes import merge
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -103,14 +103,6 @@ def after_imitation(folder: Path, pairs: Sequence[tuple[str, str]]) -> Path:
         learnt = [False] * len(prompt) + [True] * (len(response) + 1)
         examples.append(([*prompt, *response, tokenizer.eos_token_id], learnt))
     return imitate(folder, examples, steps=WARM_STEPS)
-
-
-@pytest.fixture(scope="module")
-def alone() -> Iterator[None]:
-    """This process as a gang of one."""
-    join_alone()
-    yield
-    leave_alone()
 
 
 @pytest.mark.parametrize(

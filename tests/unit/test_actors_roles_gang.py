@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -55,20 +56,100 @@ def answers(result: Any) -> Any:
     ],
     ids=["raises", "hangs"],
 )
-def test_a_rank_whose_start_fails_ends_the_gang(
+def test_a_rank_whose_start_fails_is_named(
     monkeypatch: pytest.MonkeyPatch, failure: Exception | None, message: str
 ) -> None:
     async def wait_until_started(self: Processes, *, deadline_s: float) -> None: ...
 
-    ended: list[str] = []
     monkeypatch.setattr(Processes, "wait_until_started", wait_until_started)
-    monkeypatch.setattr(Processes, "end", lambda self: ended.append(self.role))
     first = SimpleNamespace(__ray_call__=answers(("127.0.0.1", 1)), start=answers("fingerprint"))
     second = SimpleNamespace(start=answers(failure))
     gang = OfflineGang(cast("Any", [first, second]), deadline_s=60.0, one_host=True)
     with pytest.raises(RunError, match=message):
         asyncio.run(gang.start(deadline_s=0.2))
-    assert ended == ["policy"]
+
+
+class Started:
+    """A rank that has started or will. It notes its calls in a list that all ranks share."""
+
+    def __init__(self, number: int, notes: list[str], newest: int | None = None) -> None:
+        self.number, self.notes, self.newest = number, notes, newest
+        self.__ray_call__ = answers(("127.0.0.1", 1))
+
+    def __getattr__(self, method: str) -> Any:
+        results = {"kept": self.newest, "read_reference": True, "start": "fingerprint"}
+
+        def call(*arguments: Any) -> Any:
+            self.notes.append(f"{method} {self.number} {' '.join(map(str, arguments))}".strip())
+            return done(results.get(method))
+
+        return SimpleNamespace(remote=call)
+
+
+@pytest.fixture
+def notes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The calls of ranks, and their ends."""
+    found: list[str] = []
+
+    async def wait_until_started(self: Processes, *, deadline_s: float) -> None: ...
+
+    async def end_one(self: Processes, rank: int) -> None:
+        found.append(f"end {cast('Any', self.handles[rank]).number}")
+
+    monkeypatch.setattr(Processes, "wait_until_started", wait_until_started)
+    monkeypatch.setattr(Processes, "end_one", end_one)
+    return found
+
+
+async def test_new_ranks_take_the_places_of_the_old_and_get_what_those_had(notes: list[str]) -> None:
+    def spawn_one(rank: int) -> Any:
+        notes.append(f"spawn {rank + 2}")
+        return Started(rank + 2, notes)
+
+    ranks: Any = [Started(0, notes), Started(1, notes)]
+    gang = OfflineGang(ranks, spawn_one, deadline_s=60.0, one_host=True)
+    gang.memory_folder = Path("/kept")
+    await gang.start(deadline_s=60.0)
+    assert notes[2:] == ["keep_in 0 /kept/policy-0", "keep_in 1 /kept/policy-1"]
+    data: Any = ["rows"]
+    await gang.load_data(data)
+    head: Any = "head"
+    await gang.take_teacher(head)
+    assert await gang.read_reference(0, Path("a"))
+    await gang.keep_reference(1, Path("b"), [])
+    notes.clear()
+    await gang.restart()
+    assert notes == [
+        *("end 0", "end 1", "spawn 2", "spawn 3"),
+        *("start 2 127.0.0.1 1", "start 3 127.0.0.1 1"),
+        *("keep_in 2 /kept/policy-0", "keep_in 3 /kept/policy-1"),
+        *("take_teacher 2 head", "take_teacher 3 head"),
+        *("load_data 2 rows", "load_data 3 rows"),
+        *("read_reference 2 0 a", "read_reference 3 0 a"),
+        *("read_reference 2 1 b", "read_reference 3 1 b"),
+    ]
+
+
+async def test_a_new_policy_is_connected_to_the_engines(notes: list[str]) -> None:
+    ranks: Any = [Started(0, notes)]
+    gang = PolicyGang(ranks, lambda rank: cast("Any", Started(1, notes)), deadline_s=60.0, one_host=True)
+    await gang.start(deadline_s=60.0)
+
+    async def reconnect() -> None:
+        notes.append("reconnect")
+
+    gang.reconnect = reconnect
+    await gang.restart()
+    assert notes[-2:] == ["start 1 127.0.0.1 1", "reconnect"]
+
+
+@pytest.mark.parametrize(("steps", "common"), [((3, 2), 2), ((3, None), None)])
+async def test_the_oldest_of_the_newest_states_is_common_to_all_ranks(
+    notes: list[str], steps: tuple[int | None, ...], common: int | None
+) -> None:
+    ranks: Any = [Started(number, notes, newest) for number, newest in enumerate(steps)]
+    gang = CriticGang(ranks, deadline_s=60.0, one_host=True)
+    assert await gang.kept() == common
 
 
 class Rank:

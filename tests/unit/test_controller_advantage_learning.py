@@ -162,8 +162,14 @@ class Run:
         self.learning = AdvantageLearning(config, OnlineRoles(**roles, rollout=unused, reward=unused), self.record)
 
     def learn(self, found: Sequence[ScoredGroup], step: int = 1) -> Signals:
+        async def finish() -> Signals:
+            signals = await self.learning.learn(found, step)
+            await self.learning.renew_reference(step)
+            self.learning.end_step(found, signals)
+            return signals
+
         self.record.begin_step(1)
-        return asyncio.run(self.learning.learn(found, step))
+        return asyncio.run(finish())
 
     def stream(self, *portions: Sequence[ScoredGroup]) -> Signals:
         """Learn from groups that arrive while the portion before them is computed."""
@@ -177,7 +183,9 @@ class Run:
                     await asyncio.sleep(0)
             await streaming
             found = sorted((one for portion in portions for one in portion), key=lambda one: one.group.request.group_id)
-            return await self.learning.learn(found, 1)
+            signals = await self.learning.learn(found, 1)
+            self.learning.end_step(found, signals)
+            return signals
 
         self.record.begin_step(1)
         return asyncio.run(arrive())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from rlhf.controller.arrivals import Arrivals
 from rlhf.controller.online import OnlineController
-from rlhf.errors import RunError
+from rlhf.errors import RunError, WorkerLost
 
 
 def test_all_ready_groups_are_taken_together_and_the_last_are_left() -> None:
@@ -34,10 +35,26 @@ def test_all_ready_groups_are_taken_together_and_the_last_are_left() -> None:
     assert asyncio.run(take()) == [["a"], ["b", "c"], [], []] * 2
 
 
+def test_taken_groups_are_handed_over_again_after_a_loss() -> None:
+    async def take() -> list[Any]:
+        arrivals: Any = Arrivals(3)
+        arrivals.add("a")
+        taken = [await arrivals.take()]
+        arrivals.add("b")
+        arrivals.rewind()
+        taken.append(await arrivals.take())
+        arrivals.add("c")
+        return [*taken, await arrivals.take()]
+
+    assert asyncio.run(take()) == [["a"], ["a", "b"], []]
+
+
 def step_of(take: Any, stream: Any, *, streamed: bool = True) -> Any:
     """What a controller with such a queue and such a learning returns for a step, or raises at once."""
     controller: Any = OnlineController.__new__(OnlineController)
     controller.config = SimpleNamespace(train=SimpleNamespace(streamed=streamed))
+    controller.record, controller.learnt = SimpleNamespace(apart=lambda *_, **__: nullcontext(), add=None), []
+    controller.trained_step = 0
     controller.batches, controller.learning = SimpleNamespace(take=take), SimpleNamespace(stream=stream)
     return asyncio.run(asyncio.wait_for(controller._learn_while_taking(1), timeout=60))
 
@@ -67,3 +84,44 @@ def test_a_batch_is_returned_with_the_seconds_of_the_work_on_it() -> None:
 def test_a_failure_ends_a_streamed_step_while_the_other_side_waits(take: Any, stream: Any) -> None:
     with pytest.raises(RunError, match="step 1 failed"):
         step_of(take, stream)
+
+
+async def test_the_groups_of_a_batch_are_streamed_again_after_a_loss_while_others_arrive() -> None:
+    calls: list[str] = []
+
+    class Ranks:
+        async def restart(self) -> None:
+            calls.append("restart")
+
+        async def kept(self) -> int:
+            return 0
+
+        async def take_back(self, step: int) -> None:
+            calls.append(f"take back {step}")
+
+    async def stream(step: int) -> float:
+        calls.append("stream")
+        if calls.count("stream") == 1:
+            raise WorkerLost("lost", role="policy", rank=0, stage="update", kind="died")
+        return 2.5
+
+    async def take(step: int) -> str:
+        calls.append("take")
+        while calls.count("stream") < 2:
+            await asyncio.sleep(0)
+        return "batch"
+
+    async def recover(lost: WorkerLost, rebuild: Any, *, work: Any) -> None:
+        await rebuild()
+
+    controller: Any = OnlineController.__new__(OnlineController)
+    controller.config = SimpleNamespace(train=SimpleNamespace(streamed=True))
+    controller.record = SimpleNamespace(apart=lambda *_, **__: nullcontext())
+    controller.trained, controller.survives, controller.learnt = {"policy": Ranks()}, True, ["of the broken attempt"]
+    controller.step = controller.kept_step = controller.trained_step = 0
+    controller.supervisor = SimpleNamespace(recover=recover)
+    controller.batches = SimpleNamespace(take=take)
+    controller.learning = SimpleNamespace(stream=stream, begin_again=lambda: calls.append("begin again"))
+    assert tuple(await controller._learn_while_taking(1)) == ("batch", 2.5)
+    assert calls == ["stream", "take", "restart", "take back 0", "begin again", "stream"]
+    assert not controller.learnt

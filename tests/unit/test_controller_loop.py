@@ -5,37 +5,64 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from rlhf.config.schema.root import Config
 from rlhf.controller.loop import TrainingLoop, sparing_loaded_objects
-from rlhf.errors import Preempted
+from rlhf.controller.supervisor import Supervisor
+from rlhf.errors import Preempted, RunError, WorkerLost
 from rlhf.roles import Arithmetic
 from rlhf.types import MemoryReport
 
 
 class Policy:
-    """Notes what is saved and loaded."""
+    """Notes what is saved and loaded. It is lost in the calls named in `losses`, once in each."""
 
     def __init__(self, calls: list[str]) -> None:
         self.calls = calls
+        self.losses: list[str] = []
+        self.lost_role = "policy"
+        self.newest: int | None = None  # the step of the newest state that is kept
+
+    def note(self, call: str) -> None:
+        """Note a call, or lose a rank in it."""
+        if call in self.losses:
+            self.losses.remove(call)
+            raise WorkerLost(f"{call}: lost", role=self.lost_role, rank=1, stage=call, kind="died")
+        self.calls.append(call)
+
+    async def keep(self, step: int) -> None:
+        self.note(f"keep {step}")
+        self.newest = step
+
+    async def kept(self) -> int | None:
+        return self.newest
+
+    async def restart(self) -> None:
+        self.note("restart")
+
+    async def take_back(self, step: int) -> None:
+        self.note(f"take back {step}")
 
     async def arithmetic(self) -> Arithmetic:
         return Arithmetic(flops_per_token=1.0, flops_per_token_and_length=0.0, peak_flops=1.0)
+
+    async def export(self, folder: Path) -> None:
+        self.note(f"export {folder}")
 
     async def memory(self) -> MemoryReport:
         return MemoryReport(rss_gib=1.0, gpu_gib=None)
 
     async def save(self, folder: Path) -> None:
-        self.calls.append(f"save {folder}")
+        self.note(f"save {folder}")
 
     async def load(self, folder: Path) -> None:
-        self.calls.append(f"load {folder}")
+        self.note(f"load {folder}")
 
 
 class Record:
@@ -47,11 +74,19 @@ class Record:
             begin_checkpoint=lambda step: Path(f"aside_{step}"),
             checkpoint=lambda step: Path(f"step_{step}"),
             mark_best=lambda step: calls.append(f"best {step}"),
+            begin_final=lambda: Path("aside_final"),
         )
+        self.tracker: Any = SimpleNamespace(log_error=lambda error: None, alert=lambda *_: None)
+        self.timeline: Any = SimpleNamespace(span=lambda *_: nullcontext())
+        self.step = 0
         self.metrics: dict[str, float] = {}
 
     def begin_step(self, step: int) -> None:
         self.metrics = {"time/update_s": 1.0, "time/step_s": 1.0}
+
+    @contextmanager
+    def apart(self, parts: list[Any], *, is_shown: bool = False) -> Iterator[None]:
+        yield
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -87,8 +122,8 @@ class Record:
 class Loop(TrainingLoop):
     """A loop whose step does nothing."""
 
-    def __init__(self, record: Any, **train: Any) -> None:
-        policy: Any = Policy(record.calls)
+    def __init__(self, record: Any, *, gang: int = 0, **train: Any) -> None:
+        self.policy = policy = Policy(record.calls)
         config = Config.model_validate(
             {
                 "run": {"name": "demo"},
@@ -97,25 +132,31 @@ class Loop(TrainingLoop):
                 "data": {"train": "a.jsonl", "eval": "b.jsonl"},
                 "train": {"steps": 5, "lr": 1.0, "sequences_per_update": 2, "checkpoint_every": 100} | train,
                 "eval": {"every": 2, "at_start": False},
+                "cluster": {"restarts": {"gang": gang}},
             }
         )
         super().__init__(
             config,
             record,
-            {"policy": policy, "teacher": None},
-            {"policy": policy},
+            {"policy": cast(Any, policy), "teacher": None},
+            {"policy": cast(Any, policy)},
             eval_sets=["heldout"],
             eval_metric="loss",
             lower_is_better=True,
             policy_fingerprint="f",
+            supervisor=Supervisor(config.cluster.restarts, record, ("policy",)),
         )
 
     async def train_step(self, step: int) -> None:
-        self.record.calls.append(f"train {step}")  # type: ignore[attr-defined]
+        async def update() -> None:
+            self.policy.note(f"train {step}")
+            await self.keep(step)
+
+        await self.despite_losses(update, oldest=step - 1)
 
     async def evaluate(self, step: int) -> None:
         record: Any = self.record
-        record.calls.append(f"evaluate {step}")
+        self.policy.note(f"evaluate {step}")
         record.metrics["eval/heldout/loss"] = record.losses.pop(0)
 
     def trained_tokens(self, row: Mapping[str, float]) -> tuple[float, float]:
@@ -128,9 +169,9 @@ class Loop(TrainingLoop):
         self.record.calls.append(f"cursor {state['cursor']}")  # type: ignore[attr-defined]
 
 
-def loop_of(losses: list[float], **train: Any) -> tuple[Loop, list[str]]:
+def loop_of(losses: list[float], **settings: Any) -> tuple[Loop, list[str]]:
     calls: list[str] = []
-    return Loop(Record(calls, losses), **train), calls
+    return Loop(Record(calls, losses), **settings), calls
 
 
 def saved(step: int) -> list[str]:
@@ -180,7 +221,113 @@ def test_an_early_stop_exports_the_best_weights() -> None:
     loop, calls = loop_of([1.0, 2.0], early_stopping={"patience": 1})
     assert asyncio.run(loop.run())
     assert loop.step == 4
-    assert calls[-1] == "load step_2/policy"
+    asyncio.run(loop.export())
+    assert calls[-2:] == ["load step_2/policy", "export aside_final"]
+
+
+def broken(losses: list[str], **settings: Any) -> tuple[Loop, list[str]]:
+    """A loop with two steps, and its calls in a run with such losses."""
+    loop, calls = loop_of([1.0], **{"gang": 9, "steps": 2, **settings})
+    loop.policy.losses = losses
+    assert asyncio.run(loop.run())
+    return loop, calls
+
+
+TAKEN_BACK = ["restart", "take back 1"]
+STEP_1, STEP_2 = ["keep 0", "train 1", "keep 1", "row 1"], ["train 2", "keep 2"]
+
+
+@pytest.mark.parametrize(
+    ("lost", "expected"),
+    [
+        ("keep 0", ["restart", *STEP_1, *STEP_2, "evaluate 2", *saved(2)]),
+        ("train 2", [*STEP_1, *TAKEN_BACK, *STEP_2, "evaluate 2", *saved(2)]),
+        ("keep 2", [*STEP_1, "train 2", *TAKEN_BACK, *STEP_2, "evaluate 2", *saved(2)]),
+        ("evaluate 2", [*STEP_1, *STEP_2, "restart", "take back 2", "evaluate 2", *saved(2)]),
+        ("save aside_2/policy", [*STEP_1, *STEP_2, "evaluate 2", "restart", "take back 2", *saved(2)]),
+    ],
+)
+def test_work_is_done_again_from_the_kept_state_when_a_rank_is_lost(lost: str, expected: list[str]) -> None:
+    loop, calls = broken([lost])
+    assert calls == [*expected, "best 2"]
+    assert (loop.step, loop.trained_step) == (2, 2)
+
+
+def test_an_export_is_written_again_from_its_begin() -> None:
+    loop, calls = loop_of([1.0, 2.0], gang=9, early_stopping={"patience": 1})
+    asyncio.run(loop.run())
+    calls.clear()
+    loop.policy.losses = ["export aside_final"]
+    asyncio.run(loop.export())
+    load = "load step_2/policy"
+    assert calls == [load, "restart", "take back 4", load, "export aside_final"]
+
+
+def test_the_checkpoint_stands_in_for_a_state_that_is_lost_too() -> None:
+    loop, calls = loop_of([1.0], gang=9, checkpoint_every=1, steps=2)
+    loop.policy.losses = ["train 2"]
+    loop.policy.kept = nothing  # type: ignore[method-assign]
+    assert asyncio.run(loop.run())
+    assert calls[calls.index("restart") :] == [
+        "restart",
+        "load step_1/policy",
+        *STEP_2,
+        "evaluate 2",
+        *saved(2),
+        "best 2",
+    ]
+
+
+async def nothing() -> None:
+    return None
+
+
+def test_a_run_ends_if_the_state_is_lost_or_no_gang_may_be_restarted_or_a_step_loses_it_twice() -> None:
+    loop, calls = loop_of([1.0], gang=9, steps=2)
+    loop.policy.losses = ["train 2"]
+    loop.policy.kept = nothing  # type: ignore[method-assign]
+    with pytest.raises(RunError, match=r"The state after step 0 is the newest .* can be resumed with --resume auto"):
+        asyncio.run(loop.run())
+    loop, calls = loop_of([1.0], steps=2)
+    loop.policy.losses = ["train 2"]
+    with pytest.raises(WorkerLost):
+        asyncio.run(loop.run())
+    assert "restart" not in calls
+    with pytest.raises(WorkerLost):
+        broken(["train 2", "train 2"])
+
+
+def test_a_rank_of_another_trained_role_may_be_lost_during_a_restart() -> None:
+    loop, calls = loop_of([1.0], gang=9, steps=2)
+    critic = Policy(calls)
+    loop.trained = {**loop.trained, "critic": cast(Any, critic)}
+    loop.supervisor = Supervisor(loop.config.cluster.restarts, loop.record, ("policy", "critic"))
+    loop.policy.losses = ["train 2"]
+    critic.losses = ["take back 1"]
+    critic.lost_role = "critic"
+    assert asyncio.run(loop.run())
+    assert calls.count("take back 1") == 3  # of the policy twice, of the critic once
+
+
+async def test_a_cancelled_restart_ends_first() -> None:
+    loop, calls = loop_of([1.0], gang=9, steps=2)
+    begun, go = asyncio.Event(), asyncio.Event()
+
+    async def restart() -> None:
+        begun.set()
+        await go.wait()
+        calls.append("restarted")
+
+    loop.policy.restart = restart  # type: ignore[method-assign]
+    loop.policy.losses = ["train 1"]
+    running = asyncio.create_task(loop.run())
+    await begun.wait()
+    running.cancel()
+    await asyncio.sleep(0)
+    go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert calls[-2:] == ["restarted", "take back 0"]
 
 
 def test_loaded_objects_are_spared_from_collections_until_the_loop_ends_also_by_a_failure() -> None:

@@ -118,7 +118,13 @@ class Run:
 
     def learn(self, *scores: Sequence[float], step: int = 1) -> Signals:
         self.record.begin_step(1)
-        return asyncio.run(self.learning.learn(groups(*scores), step))
+
+        async def finish() -> Signals:
+            signals = await self.learning.learn(groups(*scores), step)
+            await self.learning.renew_reference(step)
+            return signals
+
+        return asyncio.run(finish())
 
     def checkpoint(self, step: int) -> None:
         folder = self.record.folder

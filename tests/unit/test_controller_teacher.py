@@ -55,6 +55,11 @@ def stage(name: str, *, role: str = "controller") -> Iterator[None]:
     yield
 
 
+@contextmanager
+def apart(parts: list[Any], *, is_shown: bool = False) -> Iterator[None]:
+    yield
+
+
 def three_steps(*, colocate_with: str | None) -> tuple[list[str], list[int]]:
     """What is called in order, and the position of the cursor after each step."""
     config = Config.model_validate(
@@ -65,11 +70,11 @@ def three_steps(*, colocate_with: str | None) -> tuple[list[str], list[int]]:
             "algorithm": {"name": "distillation"},
             "data": {"train": "a.jsonl"},
             "train": {"steps": 3, "lr": 1.0, "sequences_per_update": 2},
-            "cluster": {"roles": {"teacher": {"colocate_with": colocate_with}}},
+            "cluster": {"roles": {"teacher": {"colocate_with": colocate_with}}, "restarts": {"gang": 0}},
         }
     )
     calls: list[str] = []
-    parts: Any = {"role": Student(calls), "record": SimpleNamespace(stage=stage, add=lambda metrics: None)}
+    parts: Any = {"role": Student(calls), "record": SimpleNamespace(stage=stage, apart=apart, add=lambda metrics: None)}
     stream = Stream(ROWS, seed=0, shuffle=False)
     teacher: Any = Teacher(calls)
     controller = OfflineController(

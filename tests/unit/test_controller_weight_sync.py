@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rlhf.controller.weight_sync import check_probe, sync_weights
-from rlhf.errors import RunError
+from rlhf.errors import RunError, WorkerLost
 from rlhf.roles import PolicyProbe
 
 
@@ -96,3 +96,19 @@ def test_a_sync_is_proven() -> None:
     assert sync(Engines(None)) is None
     with pytest.raises(RunError, match="rollout engine 1"):
         sync(Engines(-1.5))
+
+
+@pytest.mark.parametrize("first", ["sender", "receiver"])
+def test_the_loss_of_one_end_is_told_before_the_failure_that_it_causes_at_the_other(first: str) -> None:
+    lost = WorkerLost("lost", role="policy", rank=0, stage="weight sync", kind="died")
+
+    async def fail(error: Exception, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
+        raise error
+
+    engines: Any = Engines(-1.0)
+    engines.update_weights = lambda _: fail(RunError("connection closed"), 0.0 if first == "receiver" else 0.02)
+    policy: Any = Policy(engines.calls)
+    policy.send = lambda _: fail(lost, 0.0 if first == "sender" else 0.02)
+    with pytest.raises(WorkerLost):
+        asyncio.run(sync_weights(policy, engines, version=4, probe_ids=[1], dtype="float32", hand_over=policy.settle))

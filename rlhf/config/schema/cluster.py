@@ -142,7 +142,8 @@ class Restarts(Section):
     engine: Annotated[int, OnlyIn("rollouts")] = Field(default=10, ge=0)
     """Rollout engines."""
     gang: Annotated[int, OnlyIn("training")] = Field(default=5, ge=0)
-    """Gangs: all ranks of the policy or of the critic together. Also the driver, with `rlhf train --supervise`."""
+    """All ranks of the policy and the critic together. Above 0, each keeps two copies of its state in /dev/shm.
+    Also the driver, with `rlhf train --supervise`."""
     worker: int = Field(default=10, ge=0)
     """Workers of the reference, teacher or reward role."""
     window_s: float = Field(default=3600.0, gt=0.0)
