@@ -22,6 +22,7 @@ from rlhf.role_table import Role
 IT_HANGS = " It hangs, or the limit is too short for the work."
 RESUMES = "The run can be resumed with --resume auto."
 DEATH_SHOWS_WITHIN_S = 2.0  # the peers of a dead rank may fail before it
+DEATHS = (RayActorError, OutOfMemoryError)  # the second by Ray's memory monitor
 MOST_STACKS = 4  # of late workers in an error
 MOST_TOLD = 600  # characters of a cause in a message
 
@@ -39,7 +40,7 @@ async def wait_all(refs: Sequence[ObjectRef[Any]], *, role: Role, stage: str, de
             done, _ = await asyncio.wait(futures, timeout=DEATH_SHOWS_WITHIN_S)
         failed = [(rank, f.exception()) for rank, f in enumerate(futures) if f in done and f.exception() is not None]
         if failed:
-            rank, error = min(failed, key=lambda failure: (not isinstance(failure[1], RayActorError), failure[0]))
+            rank, error = min(failed, key=lambda failure: (not isinstance(failure[1], DEATHS), failure[0]))
             raise explain(error, role=role, rank=rank, stage=stage)
         if pending:
             late = [rank for rank, future in enumerate(futures) if future in pending]
@@ -93,7 +94,7 @@ def explain(error: BaseException | None, *, role: Role, rank: int, stage: str) -
             failure = RunError(f"{who} failed: {reason}{f'{lost} {RESUMES}' if lost else ''}")
     elif isinstance(error, RayActorError):
         failure = _death(error, who, role=role, rank=rank, stage=stage)
-    elif isinstance(error, OutOfMemoryError):  # Ray's memory monitor killed the process
+    elif isinstance(error, OutOfMemoryError):
         message = f"{who} was killed because its node ran out of memory: {_short(str(error))} {advice_on_memory(role)}"
         failure = WorkerLost(f"{message} {RESUMES}", role=role, rank=rank, stage=stage, kind="out_of_memory")
     else:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from ray.exceptions import OutOfMemoryError, RayActorError
+import asyncio
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
 
-from actors.cluster.waiting import explain
+import pytest
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+
+from actors.cluster.waiting import explain, wait_all
 from rlhf.errors import WorkerLost
 
 KILLED = (
@@ -33,3 +39,16 @@ def test_a_process_killed_by_the_memory_monitor_names_the_keys_of_its_role() -> 
     assert error.kind == "out_of_memory"
     assert "killed because its node ran out of memory" in str(error)
     assert "reward_policy.processes" in str(error)
+
+
+@pytest.mark.parametrize("death", [RayActorError(error_msg=KILLED), OutOfMemoryError("the node is running low")])
+def test_a_dead_rank_is_named_and_not_the_peers_that_failed_with_it(death: Exception) -> None:
+    def call(error: Exception) -> Any:
+        future: Future[Any] = Future()
+        future.set_exception(error)
+        return SimpleNamespace(future=lambda: future)
+
+    peer = RayTaskError("update", "", RuntimeError("Connection closed by peer"))
+    with pytest.raises(WorkerLost) as lost:
+        asyncio.run(wait_all([call(peer), call(death)], role="policy", stage="update", deadline_s=5.0))
+    assert lost.value.rank == 1
