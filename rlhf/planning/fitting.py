@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from rlhf.config.derive import restarts_gangs
 from rlhf.config.nodes import Node
 from rlhf.config.placement_plan import PlacementPlan, assign_nodes, plan_placement
 from rlhf.config.schema.root import Config
@@ -206,7 +207,7 @@ def _changes(config: Config, role: Role) -> Iterator[tuple[str, Any]]:
         if section.offload or cuda:
             yield f"cluster.roles.{role}.offload", () if section.offload else ("optimizer",)
         yield f"cluster.roles.{role}.workers", 2 * section.workers
-        if config.cluster.restarts.gang:
+        if restarts_gangs(config):
             yield "cluster.restarts.gang", 0
 
 

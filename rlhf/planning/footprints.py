@@ -13,6 +13,7 @@ from rlhf.config.derive import (
     ROLE_USES,
     derive,
     has_value_head,
+    restarts_gangs,
     shares_engines_gpus,
     ships_adapter,
     trained_sections,
@@ -138,7 +139,7 @@ def _trained(name: Role, model: PolicyConfig | CriticConfig, config: Config, siz
         terms.append(_published(config, shape, how))
     if name in shares_engines_gpus(config):
         terms.append(_put_aside(terms))
-    if config.cluster.restarts.gang > 0:
+    if restarts_gangs(config):
         terms.append(snapshot_term(shape, how))
     process = with_process(terms, process=Measured.TRAINER_BYTES, on_gpu=how.on_gpu, ranks=how.ranks)
     return Footprint(role=name, workers=how.ranks, terms=process, on_gpu=how.on_gpu)
