@@ -19,7 +19,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
 
 from actors.cluster.waiting import wait_one
-from actors.roles.group import SpawnOne, WorkerPool
+from actors.roles.group import SpawnOne, WorkerPool, all_results
 from actors.rollout.dispatch import Dispatch
 from actors.rollout.engine_weights import SyncReceipt
 from actors.weights import WeightManifest
@@ -145,7 +145,7 @@ class ReplaceableEngines(WorkerPool):
         """
         limit_s = deadline_s or self.deadline_s
         ranks = [rank for rank, handle in enumerate(self.handles) if among is None or handle in among]
-        results = await asyncio.gather(*[self._result_if_works(rank, call, stage, limit_s) for rank in ranks])
+        results = await all_results([self._result_if_works(rank, call, stage, limit_s) for rank in ranks])
         return {rank: result for rank, found in zip(ranks, results, strict=True) for result in found}
 
     async def _result_if_works(self, rank: int, call: Call, stage: str, deadline_s: float) -> tuple[Any, ...]:
