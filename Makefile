@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart test test-all test-multinode test-gpu lint smollm2 benchmarks clean
+.PHONY: help setup quickstart test test-all chaos test-multinode test-gpu lint smollm2 benchmarks clean
 
 PYTHON ?=
 BIN := .venv/bin
@@ -16,6 +16,7 @@ help:
 	make quickstart   train a tiny model with PPO on this machine, in minutes
 	make test         unit, property, parity, architecture and integration tests
 	make test-all     the slow ones too
+	make chaos        kill and stop processes of small runs, hours of them, and print a table
 	make test-multinode  those on several hosts made of network namespaces; needs root
 	make test-gpu     those that need an NVIDIA GPU; some need two or three
 	make lint         ruff, mypy, import contract
@@ -72,7 +73,10 @@ test: setup
 	$(BIN)/pytest --durations=25
 
 test-all: setup
-	$(BIN)/pytest -m "not gpu"
+	$(BIN)/pytest -m "not gpu and not chaos"
+
+chaos: setup
+	$(BIN)/pytest tests/chaos -m ""
 
 test-multinode: setup
 	$(BIN)/pytest -m multinode
