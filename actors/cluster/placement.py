@@ -80,6 +80,8 @@ class Placement:
 
     async def wait_until_whole(self, *, limit_s: float) -> None:
         """Wait until Ray has placed the bundles of lost nodes on others. Raise RunError at the limit."""
+        if OWN_RAY.is_ending:
+            raise RunError("the run's local Ray has died, and no other node can join it.")
         if not _is_whole(self.group):
             logger.warning("the run has lost a node: waiting for another in its place")
             await _wait(asyncio.ensure_future(_whole(self.group)), self.group, self.plan, limit_s=limit_s, lost=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -39,3 +40,11 @@ async def test_without_another_node_the_error_says_what_is_missing(monkeypatch: 
         RunError, match=r"(?s)is RESCHEDULING\..*reference +1 .*needed CPU: 1, available: 0.*lost nodes"
     ):
         await PLACEMENT.wait_until_whole(limit_s=0.0)
+
+
+async def test_a_dead_local_ray_gets_no_other_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    give_states(monkeypatch, "RESCHEDULING")
+    gone = SimpleNamespace(is_running=lambda: False)
+    monkeypatch.setattr(module.OWN_RAY, "daemons", [gone])
+    with pytest.raises(RunError, match="local Ray has died"):
+        await PLACEMENT.wait_until_whole(limit_s=60.0)
