@@ -97,6 +97,7 @@ def runs(tmp_path: Path) -> list[Path]:
         for step in range(1, 5):
             write_step(folder, step)
     error = {"step": 2, "stage": "rewards", "kind": "timeout", "message": f"10 s {HOSTILE}", "source": "correct"}
+    error["stack"] = f"reward (mine.py:7) {HOSTILE}"
     (folders[0] / "errors.jsonl").write_text(json.dumps({**error, "prompt_id": 2, "sample": None}) + "\n")
     return folders
 
@@ -230,6 +231,8 @@ async def test_filters_and_errors(runs: list[Path]) -> None:
         await page.press("3")
         await page.until("document.querySelectorAll('.error').length === 1")
         assert "<script>" in await page.value(text_of(".error pre"))
+        await page.value("document.querySelector('.error summary').click()")
+        assert (await page.value(text_of(".error details pre"))).startswith("reward (mine.py:7)")
         await page.value("document.querySelector('.error .link').click()")
         await page.until(f"{text_of('.steps b')} === '2'")
 

@@ -33,6 +33,7 @@ export function Errors({ runs, go, wanted, setWanted }) {
               ${error.sample != null && html`<span class="chip">response ${error.sample}</span>`}
             </header>
             <pre>${visible(error.message ?? "")}</pre>
+            ${error.stack && html`<details><summary>stack</summary><pre>${visible(error.stack)}</pre></details>`}
           </article>`,
       )}
     </div>
