@@ -45,7 +45,7 @@ BACK_WITHIN_S = 120.0
 STEP_WITHIN_S = 240.0
 STOPPED = 0.25  # share of the faults that stop a process instead of killing it
 CAN_STOP = ("engine", "policy rank 0", "policy rank 1", "critic", "reference", "reward worker")
-WHO = tuple(who for who in VICTIMS if who != "environment process")
+WHO = tuple(who for who in VICTIMS if who != "conversation")
 
 
 def draw(mode: str, *, count: int, seed: int) -> list[Fault]:

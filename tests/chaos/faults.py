@@ -20,6 +20,7 @@ import psutil
 from rlhf.role_table import Role
 
 How = Literal["kill", "stop"]
+Helper = Literal["code", "conversation", "raylet"]
 SIGNALS: Mapping[How, signal.Signals] = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 POLL_S = 0.005
 
@@ -33,7 +34,7 @@ class Victim:
     """
 
     who: str
-    helper: Literal["code", "raylet"] | None = None
+    helper: Helper | None = None
     recovers: Role | Literal["controller"] | None = None
     is_supervised: bool = False  # the run is started with --supervise
 
@@ -46,7 +47,7 @@ VICTIMS: Mapping[str, Victim] = {
     "reference": Victim(who="reference rank 0", recovers="reference"),
     "reward worker": Victim(who="reward rank 0", recovers="reward"),
     "reward process": Victim(who="reward rank 0", helper="code"),
-    "environment process": Victim(who="rollout rank 0", helper="code"),
+    "conversation": Victim(who="rollout rank 0", helper="conversation"),
     "object store": Victim(who="driver", helper="raylet", recovers="controller", is_supervised=True),
     "driver": Victim(who="driver", recovers="controller", is_supervised=True),
 }
@@ -121,12 +122,13 @@ def find_victim(run: Path, victim: Victim) -> psutil.Process | None:
     return None
 
 
-def _helpers(process: psutil.Process, kind: Literal["code", "raylet"]) -> Iterator[psutil.Process]:
-    """Yield the processes with a user's code, or the daemon that holds the object store."""
+def _helpers(process: psutil.Process, kind: Helper) -> Iterator[psutil.Process]:
+    """Yield the processes with a user's code, those of single conversations, or the daemon with the object store."""
     for child in process.children():
         with suppress(psutil.NoSuchProcess):
-            if child.name() == "raylet" if kind == "raylet" else child.cmdline()[1:3] == ["-u", "-c"]:
-                yield child
+            is_helper = child.name() == kind if kind == "raylet" else child.cmdline()[1:3] == ["-u", "-c"]
+            if is_helper:
+                yield from child.children() if kind == "conversation" else [child]
 
 
 def wait_until(

@@ -69,6 +69,7 @@ GAME: Mapping[str, Any] = {
         "eval": {"task": "guessing_game", "split": "eval", "size": 8},
         "apply_chat_template": None,
     },
+    "reward_policy": {"on_error": "drop"},
     "rollouts": {
         "max_new_tokens": 6,
         "environment": {"name": "guess_number", "args": {"low": 1, "high": 7}, "max_turns": 3, "max_tokens": 96},

@@ -34,7 +34,7 @@ WORKS_IN = {  # the stages in which a stopped process is awaited
 
 def cells() -> Iterator[Fault]:
     """Yield all faults."""
-    everywhere = [who for who in VICTIMS if who not in ("environment process", "object store")]
+    everywhere = [who for who in VICTIMS if who not in ("conversation", "object store")]
     for who in everywhere:
         for when in IN_TURNS:
             yield Fault(mode="in turns", who=who, when=when, how="kill")
@@ -44,7 +44,7 @@ def cells() -> Iterator[Fault]:
     for when in ("rollouts", "update"):
         yield Fault(mode="in turns", who="object store", when=when, how="kill")
     for when in ("rollouts", "eval"):
-        yield Fault(mode="conversations", who="environment process", when=when, how="kill")
+        yield Fault(mode="conversations", who="conversation", when=when, how="kill")
     for who, stages in WORKS_IN.items():
         for when in stages:
             yield Fault(mode="in turns", who=who, when=when, how="stop")
