@@ -80,10 +80,7 @@ def test_a_step_whose_rank_is_killed_is_done_again(
     assert [row["recovery/policy/total"] for row in rows(killed)] == [0, 1, 0]
 
 
-CRITIC = {
-    "algorithm": {"name": "ppo"},
-    "cluster": {"roles": {"policy": {"workers": 1}, "critic": {"cpus": 0.5, "threads": 1}}},
-}
+CRITIC = {"algorithm": {"name": "ppo"}, "cluster": {"roles": {"policy": {"workers": 1}}}}
 AHEAD = {"algorithm": {"correction": {"preset": "token_tis"}}, "rollouts": {"max_staleness": 1}}
 LORA = {"policy": {"lora": {"rank": 4}}}
 Loss = tuple[type[Gang], str, int, int]  # a gang, its method, the rank, and the number of the call
