@@ -1,4 +1,4 @@
-"""The host of the engine is lost during a run, another one joins, and the run goes on.
+"""The host of the engine and the reward worker is lost during a run, another one joins, and the run goes on.
 
 Hosts are network namespaces (tests/hosts.py). A host loses all its processes at once, or its network.
 """
@@ -27,7 +27,6 @@ APART: Mapping[str, Any] = {
         "roles": {
             "policy": {"node_labels": {"pool": "train"}},
             "rollout": {"node_labels": {"pool": "serve"}},
-            "reward": {"colocate_with": None, "cpus": 0.25, "node_labels": {"pool": "train"}},
         },
     },
 }
