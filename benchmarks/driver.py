@@ -158,6 +158,7 @@ class Rank(Worker):
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.plan: BatchPlan | None = None
+        self.step = 0
         self.received = self.share = 0
 
     def prepare(self, plan: BatchPlan, *parts: Rollouts) -> tuple[tuple[()], Metrics]:
@@ -200,6 +201,12 @@ class Rank(Worker):
 
     def save(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
+
+    def keep(self, step: int) -> None:
+        self.step = step
+
+    def kept(self) -> int | None:
+        return self.step
 
 
 class Dummies:
