@@ -112,6 +112,7 @@ class RolloutEngines(ReplaceableEngines):
     async def renew(self, spool: Path) -> bool:
         """Prepare the engines for another run. Return False if one of them still works for the last run, or starts."""
         self._withdraw()
+        self.spool = spool
         return not self._rebuilds and all(await self.all([h.renew.remote(spool) for h in self.handles], "start"))
 
     async def generate(

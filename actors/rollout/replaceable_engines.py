@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
 from typing import Any
 
 from ray import ObjectRef
@@ -42,6 +43,7 @@ class ReplaceableEngines(WorkerPool):
         self.gives_published = False  # whether it can load the last publication by itself
         self.opens_weights = False  # whether each engine has an end of a transport to open
         self.unanswered: list[set[int]] = [set() for _ in handles]  # by rank: the groups that an engine works on
+        self.spool: Path | None = None  # the store of the present run; None: the one given to new actors
         self._dispatch: Dispatch | None = None  # of requests in flight
         self._manifest: WeightManifest | None = None  # of the last sync
         self._published: tuple[WeightManifest, PolicyProbe] | None = None  # None: there is nothing to load now
@@ -78,6 +80,8 @@ class ReplaceableEngines(WorkerPool):
     async def _replace(self, rank: int) -> None:
         """Start an engine again in its place, give it the weights, and prove that it has them."""
         await self._restart(rank)
+        if self.spool is not None:
+            await self.one(self.handles[rank].renew.remote(self.spool), "start", rank=rank)
         if not self.gives_published:
             await self._await_broadcast(rank)
             return

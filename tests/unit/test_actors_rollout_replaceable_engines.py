@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import Future
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -128,6 +129,10 @@ class Engine:
 
     def on_health(self) -> None: ...
 
+    def on_renew(self, spool: Path) -> bool:
+        self.calls.append(f"renew {spool}")
+        return True
+
     def on_probe(self, token_ids: tuple[int, ...]) -> list[float]:
         self.calls.append("probe")
         return [self.logprob] * (len(token_ids) - 1)
@@ -203,6 +208,20 @@ async def test_a_successor_gets_the_whole_share_and_no_group_comes_twice() -> No
     assert successor.calls == ["open", "load 1", "probe", *first.calls]
     assert other.calls == ["hold", 1, 3, "release 2"]
     assert engines.replaced == [0]
+
+
+async def test_a_successor_of_a_reused_engine_keeps_its_groups_in_the_folder_of_the_present_run() -> None:
+    first, successor = Engine("first"), Engine("successor")
+    engines = await synced(Engines(first, successors=(successor,)))
+    assert await engines.renew(Path("second_run"))
+    await synced(engines)
+    task = generated(engines, 0)
+    await until(lambda: first.groups)
+    first.die()
+    await until(lambda: successor.groups)
+    successor.finish(0)
+    await asyncio.wait_for(task, DEADLINE_S)
+    assert successor.calls[:4] == ["renew second_run", "open", "load 1", "probe"]
 
 
 async def test_a_share_with_nothing_left_but_cancelled_groups_is_not_asked_again() -> None:
