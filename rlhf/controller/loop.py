@@ -16,7 +16,7 @@ import asyncio
 import gc
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Collection, Generator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Generator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -177,11 +177,11 @@ class TrainingLoop(ABC):
         Without it, load the newest checkpoint. The steps until `oldest` are trained again.
         """
         roles = self.trained
-        await asyncio.gather(*(role.restart() for role in roles.values()))
+        await _all_ended([role.restart() for role in roles.values()])
         kept = [step for step in [await role.kept() for role in roles.values()] if step is not None]
         if len(kept) == len(roles):
             self.trained_step = min(kept)
-            await asyncio.gather(*(role.take_back(self.trained_step) for role in roles.values()))
+            await _all_ended([role.take_back(self.trained_step) for role in roles.values()])
         else:
             self.trained_step = self.kept_step
             if self.kept_step:
@@ -313,6 +313,13 @@ class TrainingLoop(ABC):
     async def _load(self, step: int) -> None:
         for name, role in self.trained.items():
             await role.load(self.record.folder.checkpoint(step) / name)
+
+
+async def _all_ended(calls: Sequence[Awaitable[None]]) -> None:
+    """Wait until all calls have ended, then raise the first failure. A restart that goes on would meet the next one."""
+    for end in await asyncio.gather(*calls, return_exceptions=True):
+        if end is not None:
+            raise end
 
 
 async def _whole(work: Awaitable[None]) -> None:

@@ -309,6 +309,26 @@ def test_a_rank_of_another_trained_role_may_be_lost_during_a_restart() -> None:
     assert calls.count("take back 1") == 3  # of the policy twice, of the critic once
 
 
+async def test_restarts_of_a_role_do_not_overlap_when_a_rank_of_another_role_is_lost_in_its_own() -> None:
+    loop, calls = loop_of([1.0], gang=9, steps=2)
+    critic = Policy(calls)
+    loop.trained = {**loop.trained, "critic": cast(Any, critic)}
+    loop.supervisor = Supervisor(loop.config.cluster.restarts, loop.record, ("policy", "critic"))
+    loop.policy.losses = ["train 2", "restart"]
+    restarting: list[int] = []
+
+    async def restart() -> None:
+        restarting.append(1)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        calls.append(f"critic restarted beside {len(restarting) - 1} others")
+        restarting.pop()
+
+    critic.restart = restart  # type: ignore[method-assign]
+    assert await loop.run()
+    assert [call for call in calls if "beside" in call] == ["critic restarted beside 0 others"] * 2
+
+
 async def test_a_cancelled_restart_ends_first() -> None:
     loop, calls = loop_of([1.0], gang=9, steps=2)
     begun, go = asyncio.Event(), asyncio.Event()
