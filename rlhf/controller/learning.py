@@ -108,6 +108,10 @@ class Learning(ABC):
     def begin_again(self) -> None:  # noqa: B027
         """Forget the gradients of a step that was begun: its ranks are lost."""
 
+    def renews_reference(self, step: int) -> bool:
+        """Return whether the policy after this step becomes the reference."""
+        return False
+
     async def renew_reference(self, step: int) -> None:  # noqa: B027
         """Replace the reference by the policy after this step, if a renewal is due."""
 
@@ -151,9 +155,12 @@ class ReferencedLearning(Learning):
         alone = self.roles.reference is not None and self.config.cluster.roles.reference.colocate_with is None
         return alone and (self.reference_every is None or self.rollouts.max_staleness == 0)
 
+    def renews_reference(self, step: int) -> bool:
+        return self.reference_every is not None and step % self.reference_every == 0
+
     async def renew_reference(self, step: int) -> None:
         """Replace the reference by the policy after this step, if a renewal is due."""
-        if self.reference_every is None or step % self.reference_every:
+        if not self.renews_reference(step):
             return
         folder = self.record.folder
         assert self.roles.reference is not None

@@ -183,7 +183,9 @@ class OnlineController(TrainingLoop):
                 with self.record.apart(self.learnt, is_shown=True):
                     await self.batches.during(learn())
                 await self.keep(step)
-            await self.learning.renew_reference(step)
+            if self.learning.renews_reference(step):
+                await self.wait_until_kept()  # with the new reference the step cannot be done again
+                await self.learning.renew_reference(step)
             began = time.perf_counter()
             await self.batches.finish(step)
             waited_s += time.perf_counter() - began

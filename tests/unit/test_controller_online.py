@@ -1,0 +1,49 @@
+"""rlhf/controller/online.py: in which order a step is trained, kept and published. Its roles note calls."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rlhf.controller.learning import Signals
+from rlhf.controller.online import OnlineController
+
+
+@pytest.mark.parametrize("is_due", [False, True])
+async def test_a_reference_is_renewed_only_when_no_role_can_need_the_old_one_again(is_due: bool) -> None:
+    calls: list[str] = []
+    controller: Any = OnlineController.__new__(OnlineController)
+
+    def noting(call: str, result: Any = None) -> Any:
+        async def method(*_: Any) -> Any:
+            calls.append(call)
+            return result
+
+        return method
+
+    async def during(work: Any) -> None:
+        await work
+
+    controller.sharing = frozenset()
+    controller.step = controller.trained_step = 1
+    controller.survives, controller.learnt = True, []
+    controller.record = SimpleNamespace(apart=lambda *_, **__: nullcontext())
+    controller.batches = SimpleNamespace(during=during, finish=noting("finish"))
+    controller.learning = SimpleNamespace(
+        learn=noting("learn", Signals()),
+        renews_reference=lambda step: is_due,
+        renew_reference=noting("renew"),
+    )
+    controller.trained = {
+        role: SimpleNamespace(keep=noting(f"{role} keeps"), kept=noting(f"{role} has kept"))
+        for role in ("actor", "critic")
+    }
+    controller._samples = lambda *_: []
+    controller._sync = noting("sync")
+    await controller._train([], 2)
+    kept = ["actor has kept", "critic has kept"]
+    renewal = [*kept, "renew"] if is_due else []
+    assert calls == ["learn", "actor keeps", "critic keeps", *renewal, "finish", "sync", *kept]
