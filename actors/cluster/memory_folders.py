@@ -23,7 +23,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.cluster.placement import Placement
-from rlhf.errors import RunError
+from rlhf.errors import RunError, UserError
 from rlhf.role_table import Role
 from rlhf.stopping import finishes_within
 
@@ -40,10 +40,21 @@ class MemoryFolder:
     """The folder of a run on this node."""
 
     def __init__(self, path: Path) -> None:
-        """Make the folder, and remove its neighbours that dead runs have left. RunError: the parent is another user's.
+        """Make the folder, and remove its neighbours that dead runs have left.
 
-        Only one process at a time does this, so a folder without a held lock is not one that is being made.
+        RunError: the parent is another user's. UserError: the folder cannot be made.
         """
+        try:
+            self._make(path)
+        except OSError as error:
+            raise UserError(
+                f"cluster.restarts.gang: is above 0, so the run needs the folder {path} in shared memory, which cannot "
+                f"be made ({error.strerror}). Make /dev/shm writable, or use cluster.restarts.gang=0: then the run "
+                "ends when a rank is lost."
+            ) from error
+
+    def _make(self, path: Path) -> None:
+        """Only one process at a time does this, so a folder without a held lock is not one that is being made."""
         parent = path.parent
         parent.mkdir(mode=0o700, exist_ok=True)
         if parent.is_symlink() or parent.stat().st_uid != os.getuid():
@@ -69,10 +80,11 @@ class MemoryFolder:
 
 
 def _remove_if_left(folder: Path) -> None:
-    lock = _locked(folder)
-    if lock is not None:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+    with contextlib.suppress(FileNotFoundError):  # its run has removed it meanwhile
+        lock = _locked(folder)
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
 
 
 def _locked(folder: Path) -> int | None:

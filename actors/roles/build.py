@@ -131,15 +131,19 @@ def build_roles(run: RunContext, groups: list[Stoppable]) -> dict[Role, Any]:
 
     Each group is appended to `groups` at once, so that a failure of the next one still ends it.
     """
+    folders: list[Stoppable] = []
     if restarts_gangs(run.config):
-        folders = MemoryFolders(run.placement, needs(run.config) & set(TRAINED_ROLES))
-        groups.append(folders)
-        run = replace(run, memory_folder=folders.path)
+        made = MemoryFolders(run.placement, needs(run.config) & set(TRAINED_ROLES))
+        folders.append(made)
+        run = replace(run, memory_folder=made.path)
     roles: dict[Role, Any] = {}
-    for role, build in ROLE_BUILDERS.items():
-        if role not in needs(run.config):
-            continue
-        roles[role] = build(run)
-        roles[role].supervisor, roles[role].placement = run.supervisor, run.placement
-        groups.append(roles[role])
+    try:
+        for role, build in ROLE_BUILDERS.items():
+            if role not in needs(run.config):
+                continue
+            roles[role] = build(run)
+            roles[role].supervisor, roles[role].placement = run.supervisor, run.placement
+            groups.append(roles[role])
+    finally:
+        groups += folders  # they end after the ranks that write into them
     return roles

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from actors.cluster import memory_folders
 from actors.cluster.memory_folders import MemoryFolder
-from rlhf.errors import RunError
+from rlhf.errors import RunError, UserError
 
 
 def test_a_run_removes_the_folders_of_dead_runs_alone(tmp_path: Path) -> None:
@@ -30,3 +31,24 @@ def test_a_folder_that_another_user_has_made_is_not_used(tmp_path: Path, monkeyp
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     with pytest.raises(RunError, match="belongs to another user"):
         MemoryFolder(tmp_path / "user" / "run")
+
+
+def test_a_run_may_remove_its_folder_while_another_one_looks_at_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, locked = MemoryFolder(tmp_path / "user" / "other"), memory_folders._locked
+
+    def ends_meanwhile(folder: Path) -> int | None:
+        if folder == other.path:
+            other.remove()
+        return locked(folder)
+
+    monkeypatch.setattr(memory_folders, "_locked", ends_meanwhile)
+    MemoryFolder(tmp_path / "user" / "own").remove()
+
+
+@pytest.mark.parametrize("parent", ["a file", "missing/user"])
+def test_a_folder_that_cannot_be_made_names_the_key(tmp_path: Path, parent: str) -> None:
+    (tmp_path / "a file").touch()
+    with pytest.raises(UserError, match=r"cluster.restarts.gang: .*cluster.restarts.gang=0"):
+        MemoryFolder(tmp_path / parent / "run")
