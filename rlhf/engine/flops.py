@@ -34,7 +34,8 @@ def flops_per_token(config: Any, sequence_length: float) -> float:
 
 def measure_peak_flops(dtype: torch.dtype, device: torch.device, *, repeats: int = 3, side: int = _SIDE) -> float:
     """Measure floating-point operations per second on this device, as the best of some large matrix products."""
-    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    generator = torch.Generator(device).manual_seed(0)  # a run draws the same numbers with and without a measurement
+    left, right = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(repeats + 1):  # the first warms up
         start = time.perf_counter()

@@ -28,3 +28,11 @@ def test_counts_by_hand(tied: bool) -> None:
 @pytest.mark.timeout(60)
 def test_the_peak_is_a_rate() -> None:
     assert measure_peak_flops(torch.float32, torch.device("cpu"), repeats=0) > 1e8
+
+
+@pytest.mark.timeout(60)
+def test_the_measurement_draws_no_random_numbers_of_the_run() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    measure_peak_flops(torch.float32, torch.device("cpu"), repeats=0, side=8)
+    assert torch.equal(torch.get_rng_state(), before)
