@@ -14,6 +14,7 @@ import argparse
 import logging
 import os
 import shutil
+import signal
 import socket
 import statistics
 import sys
@@ -42,6 +43,7 @@ def main() -> None:
         sys.exit(f"{arguments.model} is no folder: `make smollm2` makes one")
     os.environ["HF_HUB_OFFLINE"] = "1"
     logging.disable(logging.WARNING)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))  # so that the folder is removed
     folder = Path(tempfile.mkdtemp(prefix="snapshot-", dir="/dev/shm"))
     try:
         measure(arguments, folder)
