@@ -4,8 +4,8 @@
 
 One rank trains SmolLM2-135M-Instruct in float32: forward, backward and AdamW, all cores. Every other step begins with
 `keep`, so the copy is made during its passes, and the step waits for it before the weights change. The order of each
-pair alternates, and the ratio is the median over the pairs. A pause before each step hides nothing: the copy is timed
-apart, without passes beside it. The snapshots are in /dev/shm.
+pair alternates, and the ratio is the median over the pairs. The copy is also timed alone, without passes beside it. The
+snapshots are in /dev/shm.
 """
 
 from __future__ import annotations
