@@ -212,7 +212,8 @@ class OnlineController(TrainingLoop):
         """
         before = self.state()
         if not self.is_published:
-            await self.despite_losses(partial(self._sync, self.step))
+            with self.record.apart([], is_shown=True):  # the last step has measured this version
+                await self.despite_losses(partial(self._sync, self.step))
         self.batches.request(step)
         if self.sharing:  # the offloaded policy cannot be saved while engines generate
             return await self.batches.take(step), 0.0

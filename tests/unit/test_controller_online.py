@@ -10,6 +10,8 @@ import pytest
 
 from rlhf.controller.learning import Signals
 from rlhf.controller.online import OnlineController
+from rlhf.controller.record import RunRecord
+from rlhf.tracking.metrics.reductions import Max
 
 
 @pytest.mark.parametrize("is_due", [False, True])
@@ -47,3 +49,26 @@ async def test_a_reference_is_renewed_only_when_no_role_can_need_the_old_one_aga
     kept = ["actor has kept", "critic has kept"]
     renewal = [*kept, "renew"] if is_due else []
     assert calls == ["learn", "actor keeps", "critic keeps", *renewal, "finish", "sync", *kept]
+
+
+async def test_weights_that_are_published_again_after_a_restart_leave_no_metrics_in_the_step() -> None:
+    unused: Any = None
+    record = RunRecord(folder=unused, tracker=unused, timeline=unused, progress=unused)
+    controller: Any = OnlineController.__new__(OnlineController)
+    published: list[int] = []
+
+    async def sync(version: int) -> None:
+        published.append(version)
+        record.add({"weight_sync/probe_max_diff": Max(value=1.0)})
+
+    async def take(step: int) -> str:
+        return f"batch {step}"
+
+    controller.record, controller.step, controller.trained_step = record, 1, 1
+    controller.is_published, controller.sharing = False, frozenset({"policy"})
+    controller.state = dict
+    controller.batches = SimpleNamespace(request=lambda step: None, take=take)
+    controller._sync = sync
+    assert await controller._take(2) == ("batch 2", 0.0)
+    assert published == [1]
+    assert record.parts == []
