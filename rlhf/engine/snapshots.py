@@ -7,6 +7,7 @@ never taken for a whole one. The state is copied in a thread during the passes o
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -114,7 +115,9 @@ class Snapshots:
             stream.synchronize()
         path = self._folder / f"{step}.pt"
         unnamed = path.with_suffix(".part")
-        torch.save(content, unnamed)
+        description = io.BytesIO()
+        torch.save(content, description)
+        unnamed.write_bytes(description.getbuffer())  # torch does not say that there is no space left
         return unnamed.rename(path)
 
     def _places(self, slot: int) -> Iterator[Tensor]:

@@ -125,3 +125,11 @@ def test_a_failed_copy_is_an_error_of_the_next_step(tmp_path: Path) -> None:
         snapshots.keep(1, state(1), {})
         with pytest.raises(RunError, match="could not be completed: the folder is gone"):
             snapshots.wait()
+
+
+def test_full_memory_at_the_end_of_a_copy_is_named(tmp_path: Path) -> None:
+    snapshots = opened(tmp_path)
+    (tmp_path / "1.part").symlink_to("/dev/full")
+    snapshots.keep(1, state(1), {})
+    with pytest.raises(RunError, match=r"could not be completed: .*No space left on device"):
+        snapshots.wait()
