@@ -84,6 +84,7 @@ class StopRequest:
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         """Handle a signal, in the main thread."""
+        signal.alarm(0)  # Ray's own handler of SIGTERM comes first, and lets an alarm abort the process in 3 seconds
         now = time.monotonic()
         again_after_s = PRESSED_AGAIN_AFTER_S if number == signal.SIGINT else REPEATED_WITHIN_S
         if self.signal is not None and now - self._last < again_after_s:

@@ -145,6 +145,17 @@ def test_a_signal_that_is_sent_twice_at_once_is_one(monkeypatch: pytest.MonkeyPa
         run_stoppable(loop_that_is_sent(signal.SIGTERM, signal.SIGTERM, result=KeyboardInterrupt()))
 
 
+def test_a_signal_cancels_the_alarm_with_which_ray_aborts_the_process() -> None:
+    def work(request: StopRequest) -> int:
+        request.ends_by_itself = True
+        signal.alarm(1000)
+        send(signal.SIGTERM)
+        until(lambda: request.signal is not None)
+        return signal.alarm(0)
+
+    assert run_stoppable(work) == 0
+
+
 @pytest.mark.parametrize(("first", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Preempted)])
 def test_a_second_ctrl_c_cancels_the_event_loop(
     monkeypatch: pytest.MonkeyPatch, first: int, kind: type[BaseException]
