@@ -42,7 +42,7 @@ class RankState:
         """Return the tensors updated by the optimizer, in an order that is the same in each process."""
         wrapped = self._engine.optimizer
         for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
-            if hasattr(wrapped, name):  # at stage 3; at stages 1 and 2; of bfloat16 at stage 0
+            if hasattr(wrapped, name):  # at stage 3; at stages 1 and 2; of bfloat16 at stage 1
                 return list(getattr(wrapped, name))
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
 
@@ -87,5 +87,9 @@ class RankState:
             for index in range(len(self._masters())):
                 wrapped._reassign_or_swap_out_partitioned_parameters(index)
             wrapped.checkpoint_event_epilogue()
-        elif hasattr(wrapped, "update_lp_params"):
+        elif self._zero_stage > 0:
             wrapped.update_lp_params()
+        elif hasattr(wrapped, "fp16_groups"):  # of bfloat16; in float32 the weights are the masters
+            for weights, masters in zip(wrapped.fp16_groups, wrapped.fp32_groups, strict=True):
+                for weight, master in zip(weights, masters, strict=True):
+                    weight.data.copy_(master.data)
