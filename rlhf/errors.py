@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
+RESUMES = "The run can be resumed with --resume auto."
 LossKind = Literal["died", "hung", "out_of_memory"]
 
 
@@ -20,18 +21,20 @@ class RunError(Exception):
 class WorkerLost(RunError):
     """A worker no longer works: its process died, or it did not answer and was given up.
 
-    Its work can be asked again from a worker started in its place (rlhf.controller.supervisor).
+    Its work can be asked again from a worker started in its place (rlhf.controller.supervisor). If it ends the run all
+    the same, its message says that the run can be resumed.
     """
 
     def __init__(
-        self, message: str, *, role: str, rank: int, stage: str, kind: LossKind, stack: str | None = None
+        self, reason: str, *, role: str, rank: int, stage: str, kind: LossKind, stack: str | None = None
     ) -> None:
         """Create the error.
 
         Args:
             stack: of a worker that hung.
         """
-        super().__init__(message)
+        super().__init__(f"{reason} {RESUMES}")
+        self.reason = reason
         self.role = role
         self.rank = rank
         self.stage = stage

@@ -16,11 +16,10 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskErr
 from actors.cluster.actor_locations import location_of, lost_nodes
 from actors.cluster.watch import died_for_memory, hang_of, stack_at
 from rlhf.engine.memory import advice_on_memory
-from rlhf.errors import LossKind, RunError, UserError, WorkerLost
+from rlhf.errors import RESUMES, LossKind, RunError, UserError, WorkerLost
 from rlhf.role_table import Role
 
 IT_HANGS = " It hangs, or the limit is too short for the work."
-RESUMES = "The run can be resumed with --resume auto."
 DEATH_SHOWS_WITHIN_S = 2.0  # the peers of a dead rank may fail before it
 DEATHS = (RayActorError, OutOfMemoryError)  # the second by Ray's memory monitor
 MOST_STACKS = 4  # of late workers in an error
@@ -47,7 +46,7 @@ async def wait_all(refs: Sequence[ObjectRef[Any]], *, role: Role, stage: str, de
             limit = f"cluster.{'start' if stage == 'start' else 'call'}_timeout_s"
             raise WorkerLost(
                 f"{stage}: {role} rank {', '.join(map(str, late))} did not answer within "
-                f"{time.monotonic() - began:.0f} s ({limit}).{lost_nodes() or IT_HANGS} {RESUMES}",
+                f"{time.monotonic() - began:.0f} s ({limit}).{lost_nodes() or IT_HANGS}",
                 role=role,
                 rank=late[0],
                 stage=stage,
@@ -69,7 +68,7 @@ async def wait_one(
     except TimeoutError as error:
         raise WorkerLost(
             f"{stage}: {role} rank {rank} did not answer within {deadline_s:.0f} s ({limit})."
-            f"{lost_nodes() or IT_HANGS} {RESUMES}",
+            f"{lost_nodes() or IT_HANGS}",
             role=role,
             rank=rank,
             stage=stage,
@@ -96,7 +95,7 @@ def explain(error: BaseException | None, *, role: Role, rank: int, stage: str) -
         failure = _death(error, who, role=role, rank=rank, stage=stage)
     elif isinstance(error, OutOfMemoryError):
         message = f"{who} was killed because its node ran out of memory: {_short(str(error))} {advice_on_memory(role)}"
-        failure = WorkerLost(f"{message} {RESUMES}", role=role, rank=rank, stage=stage, kind="out_of_memory")
+        failure = WorkerLost(message, role=role, rank=rank, stage=stage, kind="out_of_memory")
     else:
         failure = RunError(f"{who} failed: {type(error).__name__}: {_short(str(error))}{lost_nodes()}")
     failure.__cause__ = error
@@ -116,7 +115,7 @@ def _death(error: RayActorError, who: str, *, role: Role, rank: int, stage: str)
         if died_for_memory(error.actor_id or ""):
             kind = "out_of_memory"
             how += f" The kernel killed a process there for memory. {advice_on_memory(role)}"
-    return WorkerLost(f"{who} {how} {RESUMES}", role=role, rank=rank, stage=stage, kind=kind, stack=stack)
+    return WorkerLost(f"{who} {how}", role=role, rank=rank, stage=stage, kind=kind, stack=stack)
 
 
 async def stacks_at(role: Role, ranks: Sequence[int]) -> str | None:

@@ -13,7 +13,7 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 
 from actors.cluster.actor_locations import lost_nodes
-from actors.cluster.waiting import RESUMES, explain, stacks_at
+from actors.cluster.waiting import explain, stacks_at
 from actors.roles.gang import PolicyGang
 from actors.roles.group import END_WITHIN_S, SpawnOne
 from actors.rollout.dispatch import Dispatch, GroupWork, shares
@@ -222,7 +222,7 @@ class RolloutEngines(ReplaceableEngines):
     async def _hung(self, engine: int) -> WorkerLost:
         return WorkerLost(
             f"rollouts: engine {engine} finished none of its prompts in {self.deadline_s:.0f} s "
-            f"(cluster.call_timeout_s).{lost_nodes()} {RESUMES}",
+            f"(cluster.call_timeout_s).{lost_nodes()}",
             role=self.role,
             rank=engine,
             stage="rollouts",

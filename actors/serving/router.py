@@ -15,8 +15,8 @@ from typing import Any
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
-from actors.cluster.waiting import RESUMES, wait_one
-from rlhf.errors import RunError
+from actors.cluster.waiting import wait_one
+from rlhf.errors import RESUMES, RunError
 from rlhf.rollouts.records.spans import Sampled
 from rlhf.types import GroupRequest, Prompt, Rollouts, Sampling
 

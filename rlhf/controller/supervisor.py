@@ -67,7 +67,7 @@ class Supervisor:
         unit = UNITS[ROLES[role].kind]
         limit = getattr(self.restarts, unit)
         step = self.record.step + 1
-        message = str(lost)
+        message = lost.reason
         logger.warning("%s It is started again (%d of at most %d, cluster.restarts.%s).", message, count, limit, unit)
         source = f"{role} {lost.rank}"
         self.record.tracker.log_error(

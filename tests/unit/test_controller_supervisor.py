@@ -69,6 +69,7 @@ def test_a_loss_is_made_good_and_shows_everywhere(record: Any, tmp_path: Path) -
     assert rebuild.count == 1
     (line,) = [json.loads(text) for text in (tmp_path / "errors.jsonl").read_text().splitlines()]
     assert (line["step"], line["stage"], line["kind"], line["source"]) == (7, "rollouts", "died", "rollout 0")
+    assert line["message"] == "rollouts: rollout rank 0 died.", "it does not say that the run can be resumed"
     assert record.tracker.alerts == ["rollout lost"]
     assert '"recovery"' in (tmp_path / "timeline.json").read_text()
     metrics = {name: value.result() for name, value in supervisor.metrics().items()}
