@@ -1,5 +1,5 @@
-"""What becomes of a run on several hosts when one of them is lost: a named error in time, and a sequel that repeats the
-run that lost none.
+"""What becomes of a run on several hosts that loses one and may replace nothing: a named error in time, and a sequel
+that repeats the run that lost none.
 
 A host dies with all its processes, and another is cut off and runs on alone; both are replaced. See tests/hosts.py.
 """
@@ -33,7 +33,11 @@ QUICK_HEALTH = {
     "RAY_health_check_failure_threshold": "3",
 }
 NAMED_WITHIN_S = 45.0  # on a busy machine; call_timeout_s is 120
-CHANGES: Mapping[str, Any] = {"train": {"steps": MANY, "checkpoint_every": 1}, "eval": {"every": MANY}}
+CHANGES: Mapping[str, Any] = {
+    "train": {"steps": MANY, "checkpoint_every": 1},
+    "eval": {"every": MANY},
+    "cluster": {"restarts": {"engine": 0, "gang": 0, "worker": 0}},  # the first loss ends the run
+}
 
 
 def test_lost_hosts_are_named_and_replaced(ray_local: None, tmp_path: Path) -> None:
