@@ -280,6 +280,7 @@ def test_engines_killed_in_flight_lose_no_prompt(ray_local: None, tmp_path: Path
     assert not any(process.is_running() for process in killed)
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_ranks_are_replaced_and_the_run_ends_as_if_nothing_had_happened(
     ray_local: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -44,21 +44,15 @@ PORTS = (
 )
 
 
-@pytest.fixture
-def head(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A head on free ports, with a token that this process has; the address of its dashboard."""
+def start_head(log: Path) -> tuple[subprocess.Popen[bytes], str]:
+    """A head on free ports, and the address of its dashboard. Another program may take one of the ports first."""
     held = [socket.create_server(("127.0.0.1", 0)) for _ in PORTS]
     ports = [one.getsockname()[1] for one in held]
     for one in held:
         one.close()
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    reset_auth_token_state()  # which a process reads once
-    monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     options = [f"--{name}={port}" for name, port in zip(PORTS, ports, strict=True)]
     options += ["--min-worker-port=0", "--max-worker-port=0", "--num-cpus=2"]
     options += ["--node-ip-address=127.0.0.1", "--object-store-memory=134217728", f"--temp-dir={TEMPORARY}"]
-    log = tmp_path_factory.mktemp("head") / "log"
     process = subprocess.Popen(
         [Path(sys.executable).with_name("ray"), "start", "--head", "--block", *options],
         stdout=log.open("w"),
@@ -66,17 +60,37 @@ def head(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFacto
         start_new_session=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1"},
     )
-    address = f"http://127.0.0.1:{ports[1]}"
+    return process, f"http://127.0.0.1:{ports[1]}"
+
+
+def is_up(process: subprocess.Popen[bytes], address: str, log: Path) -> bool:
+    """Whether the head comes up, in time. False: it has ended."""
+    give_up = time.monotonic() + 90.0
+    while process.poll() is None:
+        assert time.monotonic() < give_up, log.read_text()
+        try:
+            Jobs(address)
+            if "Ray runtime started" in log.read_text():
+                return True
+        except (rlhf.UserError, rlhf.RunError):
+            pass
+        time.sleep(0.5)
+    return False
+
+
+@pytest.fixture
+def head(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A head with a token that this process has; the address of its dashboard."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    reset_auth_token_state()  # which a process reads once
+    monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    log = tmp_path_factory.mktemp("head") / "log"
+    process, address = start_head(log)
     try:
-        give_up = time.monotonic() + 90.0
-        while True:
-            try:
-                Jobs(address)
-                break
-            except (rlhf.UserError, rlhf.RunError):
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < give_up, log.read_text()
-                time.sleep(0.5)
+        if not is_up(process, address, log):
+            process, address = start_head(log)
+            assert is_up(process, address, log), log.read_text()
         yield address
     finally:
         process.send_signal(signal.SIGTERM)
