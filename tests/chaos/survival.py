@@ -319,16 +319,11 @@ def unrecorded(run: Path, role: str | None) -> list[str]:
         return []
     total = sum(row.get(f"recovery/{role}/total", 0.0) for row in rows(run))
     bad = [] if total == 1.0 else [f"recovery/{role}/total is {total:g} in all rows together, expected 1"]
-    return bad + unnamed(run)
-
-
-def unnamed(run: Path) -> list[str]:
-    """Return what is wrong with errors.jsonl, which must name the loss. A run may end before the successor works."""
     path = run / "errors.jsonl"
     errors = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    if any(error["kind"] in ("died", "hung") for error in errors):
-        return []
-    return [f"errors.jsonl does not name the loss: {errors}"]
+    if not any(error["kind"] in ("died", "hung") for error in errors):
+        bad.append(f"errors.jsonl does not name the loss: {errors}")
+    return bad
 
 
 def train_unbroken(folder: Path, mode: str) -> Path:

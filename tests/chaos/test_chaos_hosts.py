@@ -14,7 +14,7 @@ from typing import Any, Literal
 import pytest
 
 from tests.chaos.faults import TimelineTail, wait_until
-from tests.chaos.survival import BASE, LIMIT_S, MODES, REWARD, contradictions, unnamed, wait_for_end
+from tests.chaos.survival import BASE, LIMIT_S, MODES, REWARD, contradictions, unrecorded, wait_for_end
 from tests.hosts import several_hosts, start_node, start_ray
 from tests.integration.recipes import merge, rlhf, write_config
 from tests.integration.test_node_loss import QUICK_HEALTH
@@ -59,4 +59,4 @@ def test_a_run_survives_the_loss_of_an_engines_host(
         finally:
             process.kill()
         assert not contradictions(run, None)
-        assert not unnamed(run)
+        assert not unrecorded(run, "rollout")
