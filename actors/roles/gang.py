@@ -19,7 +19,7 @@ from ray.actor import ActorHandle
 
 from actors.roles.group import END_WITHIN_S, ModelGroup, SpawnOne
 from actors.weights import Meeting, Transport, WeightManifest
-from rlhf.errors import RunError
+from rlhf.errors import RESUMES, RunError
 from rlhf.role_table import Role
 from rlhf.roles import (
     AdvantagesReport,
@@ -308,7 +308,7 @@ class OfflineGang(Gang):
             await self.load_data(self.sets)
         for dataset, path in self.references.items():
             if not await self.read_reference(dataset, path):
-                raise RunError(f"reference: the new policy ranks cannot read {path}. The run can be resumed.")
+                raise RunError(f"reference: the new policy ranks cannot read {path}. {RESUMES}")
 
     async def load_data(self, sets: Sequence[Ref[Examples | Pairs]]) -> None:
         self.sets = sets

@@ -28,7 +28,7 @@ from rlhf.config.schema.root import Config
 from rlhf.controller.notice import Notice
 from rlhf.controller.record import Best, RunRecord
 from rlhf.controller.supervisor import Supervisor
-from rlhf.errors import Preempted, RunError, WorkerLost
+from rlhf.errors import RESUMES, Preempted, RunError, WorkerLost
 from rlhf.roles import MeasuredRole, Metrics, TrainedRole
 from rlhf.tracking.metrics.reductions import Last
 
@@ -193,7 +193,7 @@ class TrainingLoop(ABC):
         """Train a finished step again. Raise RunError if its batch is not there any more."""
         raise RunError(
             f"The state after step {self.trained_step} is the newest that every rank has kept, and the batch of step "
-            f"{step} is gone. The run can be resumed with --resume auto."
+            f"{step} is gone. {RESUMES}"
         )
 
     async def keep(self, step: int) -> None:
