@@ -23,54 +23,56 @@ class HeldRequests:
         self.calls = calls
         self.loop = calls.loop
         self._held: list[tuple[int, list[Submission], asyncio.Future[list[Future[Any]]]]] | None = None
-        self._refused: RunError | None = None  # the error of a group submitted since `hold`
+        self._refused: list[RunError] = []  # of the groups that were refused since `hold`
         self._arrived = asyncio.Condition()
 
     def hold(self) -> None:
         """Hold back the requests that arrive from now on."""
-        self._held, self._refused = [], None
+        self._held, self._refused = [], []
 
     async def admit(self, group_id: int, submissions: list[Submission]) -> list[Future[Any]]:
         """Give a group's samples to the engine, after `release` if the engine holds its requests."""
         if self._held is None:
             return self.loop.submit(submissions)
         started: asyncio.Future[list[Future[Any]]] = asyncio.get_running_loop().create_future()
+        self._held.append((group_id, submissions, started))
         async with self._arrived:
-            self._held.append((group_id, submissions, started))
             self._arrived.notify_all()
         return await self.calls.within(started, f"the release of group {group_id}")
 
     async def refuse(self, group_id: int, error: Exception) -> None:
-        """End the wait of `release` if requests are held, because a refused group never arrives."""
+        """Tell `release` that a group never arrives, if requests are held."""
         if self._held is None:
             return
+        self._refused.append(RunError(f"{self.loop.name}: group {group_id}: {error}"))
         async with self._arrived:
-            self._refused = self._refused or RunError(f"{self.loop.name}: group {group_id}: {error}")
             self._arrived.notify_all()
 
     async def release(self, num_groups: int) -> None:
         """Wait until that many groups have arrived since `hold`, then start them in one step, by group id and sample.
 
-        RunError as soon as one of the groups is refused.
+        RunError if one of the groups was refused or did not arrive. The others then get the same error.
         """
-        held = self._held
+        held, refused = self._held, self._refused
         if held is None:
             raise RunError(f"{self.loop.name}: release without hold")
         async with self._arrived:
             try:
                 await asyncio.wait_for(
-                    self._arrived.wait_for(lambda: self._refused is not None or len(held) >= num_groups),
+                    self._arrived.wait_for(lambda: len(held) + len(refused) >= num_groups),
                     self.calls.deadline_s,
                 )
-            except TimeoutError as error:
-                raise RunError(
-                    f"{self.loop.name}: only {len(held)} of {num_groups} groups arrived within "
-                    f"{self.calls.deadline_s:.0f} s"
-                ) from error
+            except TimeoutError:
+                refused.append(
+                    RunError(
+                        f"{self.loop.name}: only {len(held)} of {num_groups} groups arrived within "
+                        f"{self.calls.deadline_s:.0f} s"
+                    )
+                )
         self._held = None
-        if self._refused is not None:
-            _fail_all([started for _, _, started in held], self._refused)
-            raise self._refused
+        if refused:
+            _fail_all([started for _, _, started in held], refused[0])
+            raise refused[0]
         held.sort(key=lambda entry: entry[0])
         futures = iter(self.loop.submit([sample for _, samples, _ in held for sample in samples]))
         for _, samples, started in held:
