@@ -167,6 +167,20 @@ class RolloutRole(MeasuredRole, Protocol):
             urgent: before waiting requests (evaluations).
         """
 
+    @property
+    def gives_published(self) -> bool:
+        """Return whether an engine can load the last publication at any time before the next one."""
+
+    async def weights_are_missing(self) -> None:
+        """Wait until the successor of a lost engine needs the last publication, and it is gone with its process."""
+
+    def offer_weights(self, manifest: WeightManifest) -> None:
+        """Give successors of lost engines a repeated publication of the last sync. The others have these weights."""
+
+    @property
+    def num_working(self) -> int:
+        """Return the number of engines that answer."""
+
     async def cancel(self, requests: Sequence[GroupRequest]) -> None:
         """Cancel requests of the running `generate` call: it no longer yields them, and ends without them.
 

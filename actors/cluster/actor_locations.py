@@ -163,7 +163,15 @@ def lost_nodes() -> str:
 
 
 async def draining_node(nodes: Collection[str]) -> tuple[str, float | None] | None:
-    """Return the address of a draining node among `nodes`, and its end time if known.
+    """Return the address of a draining node among `nodes`, and its end time if known."""
+    for node, ends_at in (await draining_nodes()).items():
+        if node in nodes:
+            return next((place.address for place in _LOCATIONS.values() if place.node == node), node), ends_at
+    return None
+
+
+async def draining_nodes() -> dict[str, float | None]:
+    """Return the nodes that are being drained, with their end times if known.
 
     An autoscaler or `ray drain-node` reports it to Ray. The call blocks while the head does not respond, in a thread
     that keeps no event loop and no process alive.
@@ -174,9 +182,5 @@ async def draining_node(nodes: Collection[str]) -> tuple[str, float | None] | No
     try:
         draining = await asyncio.wrap_future(future)
     except RayError:  # a failing head also fails the run's next call
-        return None
-    for node, deadline_ms in draining.items():
-        if node in nodes:
-            address = next((place.address for place in _LOCATIONS.values() if place.node == node), node)
-            return address, deadline_ms / 1000 if deadline_ms else None
-    return None
+        return {}
+    return {node: deadline_ms / 1000 if deadline_ms else None for node, deadline_ms in draining.items()}

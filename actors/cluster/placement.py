@@ -1,4 +1,7 @@
-"""Place each role's workers in one placement group for the whole run, reserved at once or not at all."""
+"""Reserve the places of a run's workers: one placement group, reserved at once or not at all.
+
+Engines that join and leave during the run have a placement group each (Seats).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -15,8 +18,8 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.cluster.connect import OWN_RAY
-from rlhf.config.placement_plan import PlacementPlan, assign_nodes, plan_placement, plan_roles
-from rlhf.config.schema.cluster import ClusterConfig
+from rlhf.config.placement_plan import PlacementPlan, assign_nodes, plan_apart, plan_placement, plan_roles
+from rlhf.config.schema.cluster import ClusterConfig, EngineRange
 from rlhf.config.schema.root import Config
 from rlhf.errors import RunError, UserError
 from rlhf.role_table import Role
@@ -28,12 +31,17 @@ RELEASED_WITHIN_S = 10.0
 WHOLE_ASKED_EVERY_S = 0.5
 
 
+class NoRoom(RunError):
+    """Ray could not place bundles within a time limit."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
     """A reserved placement group with its slots."""
 
     group: PlacementGroup
     plan: PlacementPlan
+    seats: Seats | None = None  # of engines that join and leave; None: all workers are in the group
 
     def options(self, role: Role, rank: int, env: Mapping[str, str], *, concurrency: int = 1) -> dict[str, Any]:
         """Return the Ray options of one worker: its slot, its environment, and no retries of any kind."""
@@ -69,14 +77,12 @@ class Placement:
         return set(placement_group_table(self.group)["bundles_to_node_id"].values())
 
     def on_one_host(self) -> bool:
-        """Return whether all workers of the run are on one node."""
-        return len(self.nodes()) == 1
+        """Return whether all workers of the run are on one node, and none can join on another."""
+        return len(self.nodes()) == 1 and (self.seats is None or bool(OWN_RAY.daemons))
 
     def threads(self, role: Role, configured: int | Literal["auto"]) -> list[int]:
         """Return the compute threads of each worker of a role. auto: the cores of its node, divided by its workers."""
-        cores = {node["NodeID"]: int(node["Resources"].get("CPU", 1)) for node in ray.nodes()}
-        nodes = self.nodes_of(role)
-        return [max(1, cores[n] // nodes.count(n)) if configured == "auto" else configured for n in nodes]
+        return _threads(self.nodes_of(role), configured)
 
     async def wait_until_whole(self, *, limit_s: float) -> None:
         """Wait until Ray has placed the bundles of lost nodes on others. Raise RunError at the limit."""
@@ -90,13 +96,84 @@ class Placement:
         """Release the resources. Has no effect after a local Ray has been killed."""
         if OWN_RAY.killed:  # no call to a killed Ray: it would abort the driver after a minute
             finishes_within(RELEASED_WITHIN_S, ray.shutdown, "ray.shutdown")
-        elif not finishes_within(RELEASED_WITHIN_S, partial(remove_placement_group, self.group), "release"):
+            return
+        groups = [self.group, *(() if self.seats is None else self.seats.groups())]
+        if not finishes_within(RELEASED_WITHIN_S, partial(_remove, groups), "release"):
             logger.warning("Ray did not release the run's resources within %.0f s", RELEASED_WITHIN_S)
 
 
+class Seats:
+    """The placement groups of engines that join and leave, by rank. Each holds one engine."""
+
+    def __init__(self, plan: PlacementPlan, engines: EngineRange) -> None:
+        """Create an object without a seat.
+
+        Args:
+            plan: of one engine.
+        """
+        self.plan = plan
+        self.engines = engines
+        self._placed: dict[int, Placement] = {}
+        self._asked: set[PlacementGroup] = set()  # that Ray has not placed yet
+
+    async def take(self, rank: int, *, limit_s: float | None) -> None:
+        """Wait until Ray has room for a rank, in place of the room that it had. NoRoom at the limit, if there is one.
+
+        An autoscaler sees the request, and adds a node if it can.
+        """
+        self.give_back(rank)
+        group = _ask_for(self.plan)
+        self._asked.add(group)
+        ready = asyncio.ensure_future(_whole(group))
+        try:
+            await (ready if limit_s is None else _wait(ready, group, self.plan, limit_s=limit_s, lost=False))
+            self._placed[rank] = Placement(group=group, plan=self.plan)
+        finally:
+            ready.cancel()
+            self._asked.discard(group)
+            if rank not in self._placed:
+                remove_placement_group(group)
+
+    def give_back(self, rank: int) -> None:
+        """Release the room of a rank, if it has one. What still runs there ends."""
+        placed = self._placed.pop(rank, None)
+        if placed is not None:
+            remove_placement_group(placed.group)
+
+    def groups(self) -> list[PlacementGroup]:
+        """Return all placement groups, those included that Ray has not placed yet."""
+        return [*(placed.group for placed in self._placed.values()), *self._asked]
+
+    def nodes(self) -> dict[int, str]:
+        """Return the node of each rank that has a seat."""
+        return {rank: placed.nodes_of(role)[0] for rank, placed in self._placed.items() for role in placed.plan.slots}
+
+    def options(self, role: Role, rank: int, env: Mapping[str, str], *, concurrency: int = 1) -> dict[str, Any]:
+        """Return the Ray options of the engine of a rank. See Placement.options."""
+        return self._placed[rank].options(role, 0, env, concurrency=concurrency)
+
+    def threads(self, role: Role, configured: int | Literal["auto"]) -> dict[int, int]:
+        """Return the compute threads of each rank's engine. auto: the cores of its node, divided by its engines now."""
+        nodes = self.nodes()
+        return dict(zip(nodes, _threads(list(nodes.values()), configured), strict=True))
+
+
 async def reserve(config: Config) -> Placement:
-    """Reserve the resources of all roles of a run."""
-    return await _reserve(plan_placement(config), limit_s=config.cluster.start_timeout_s)
+    """Reserve the resources of all roles of a run, with the smallest number of engines if it may change."""
+    rest, engine = plan_apart(config)
+    limit_s, engines = config.cluster.start_timeout_s, config.cluster.roles.rollout.engines
+    if engine is None or isinstance(engines, int):
+        return await _reserve(rest, limit_s=limit_s)
+    ends = time.monotonic() + limit_s
+    placement = await _reserve(rest, limit_s=limit_s, whole=plan_placement(config))
+    seats = Seats(engine, engines)
+    try:
+        for rank in range(engines.min):
+            await seats.take(rank, limit_s=ends - time.monotonic())
+    except BaseException:
+        _remove([placement.group, *seats.groups()])
+        raise
+    return replace(placement, seats=seats)
 
 
 async def reserve_roles(roles: Collection[Role], cluster: ClusterConfig, *, with_reward_model: bool) -> Placement:
@@ -105,26 +182,25 @@ async def reserve_roles(roles: Collection[Role], cluster: ClusterConfig, *, with
     return await _reserve(plan, limit_s=cluster.start_timeout_s)
 
 
-async def _reserve(plan: PlacementPlan, *, limit_s: float) -> Placement:
+async def _reserve(plan: PlacementPlan, *, limit_s: float, whole: PlacementPlan | None = None) -> Placement:
     """Reserve all bundles, or fail at the deadline with a table of required and available resources.
 
     Raises UserError if even the empty cluster could not hold them, unless a lost node may return.
+
+    Args:
+        whole: the plan of these bundles and of others that the run needs too. None: there are no others.
     """
-    nodes = ray.nodes()
-    missing = _missing(plan, [node for node in nodes if node["Alive"]])
+    nodes, whole = ray.nodes(), whole or plan
+    missing = _missing(whole, [node for node in nodes if node["Alive"]])
     if missing is not None and all(node["Alive"] for node in nodes):
         raise UserError(
-            f"the run needs more than the cluster has{missing}.\n{_table(plan, ray.cluster_resources())}\n"
+            f"the run needs more than the cluster has{missing}.\n{_table(whole, ray.cluster_resources())}\n"
             "Lower cluster.roles.*.workers, .engines or .cpus, let roles share bundles with colocate_with, "
             "or use a larger cluster."
         )
     if missing is not None:
         logger.warning("the cluster has lost nodes that the run needs: waiting for others in their place")
-    group = placement_group(
-        [dict(b) for b in plan.bundles],
-        strategy="PACK",
-        bundle_label_selector=[dict(labels) for labels in plan.labels] if any(plan.labels) else None,
-    )
+    group = _ask_for(plan)
     ready = asyncio.ensure_future(asyncio.wrap_future(group.ready().future()))
     try:
         await _wait(ready, group, plan, limit_s=limit_s, lost=missing is not None)
@@ -147,7 +223,7 @@ async def _wait(
         left = limit_s - waited
         if left <= 0:
             ready.cancel()
-            raise RunError(
+            raise NoRoom(
                 f"placement: the run could not be placed within {waited:.0f} s (cluster.start_timeout_s); "
                 f"the placement group is {placement_group_table(group)['state']}.\n"
                 f"{_table(plan, ray.available_resources())}\n"
@@ -157,6 +233,25 @@ async def _wait(
             last_log = time.monotonic()
             logger.warning("waiting for resources since %.0f s\n%s", waited, _table(plan, ray.available_resources()))
         await asyncio.wait([ready], timeout=min(left, 1.0))
+
+
+def _ask_for(plan: PlacementPlan) -> PlacementGroup:
+    return placement_group(
+        [dict(b) for b in plan.bundles],
+        strategy="PACK",
+        bundle_label_selector=[dict(labels) for labels in plan.labels] if any(plan.labels) else None,
+    )
+
+
+def _remove(groups: Sequence[PlacementGroup]) -> None:
+    for group in groups:
+        remove_placement_group(group)
+
+
+def _threads(nodes: Sequence[str], configured: int | Literal["auto"]) -> list[int]:
+    """Return the compute threads of workers on these nodes. auto: the cores of a node, divided by its workers."""
+    cores = {node["NodeID"]: int(node["Resources"].get("CPU", 1)) for node in ray.nodes()}
+    return [max(1, cores.get(n, 1) // nodes.count(n)) if configured == "auto" else configured for n in nodes]
 
 
 def _is_whole(group: PlacementGroup) -> bool:

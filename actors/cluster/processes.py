@@ -127,7 +127,8 @@ class Processes:
 
     def _kill_all(self) -> None:
         for handle in self.handles:
-            ray.kill(handle)
+            if handle is not None:  # the rank has had a worker
+                ray.kill(handle)
 
     def end(self) -> None:
         """End all processes at once, and wait up to GONE_WITHIN_S for the ones on this host to exit."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -110,11 +110,15 @@ class WorkerGroup:
 
     async def _replace(self, rank: int) -> None:
         """Start a worker again in its place, in a new process, within the limit of the group's start."""
-        assert self._spawn_one is not None
         ends = time.monotonic() + self.start_deadline_s
         await self.processes.end_one(rank)
         if self.placement is not None:
             await self.placement.wait_until_whole(limit_s=ends - time.monotonic())
+        await self._start_one(rank, ends=ends)
+
+    async def _start_one(self, rank: int, *, ends: float) -> None:
+        """Start a worker in a place that is free, until a moment of time.monotonic."""
+        assert self._spawn_one is not None
         self.handles[rank] = self._spawn_one(rank)
         await self.processes.wait_until_replaced(rank, deadline_s=ends - time.monotonic())
         for ref in self._start_calls(self.handles[rank]):
@@ -217,13 +221,32 @@ class WorkerPool(WorkerGroup):
         if self.supervisor is None or self.processes.ended:
             raise lost
         if rank not in self._rebuilds and self.handles[rank] is handle:
-            recovery = self.supervisor.recover(lost, partial(self._replace, rank), work=work)
-            self._rebuilds[rank] = asyncio.ensure_future(recovery)
-            self._rebuilds[rank].add_done_callback(partial(self._rebuilt, rank))
+            self._rebuild(rank, self._recover(rank, lost, work))
+
+    async def _recover(self, rank: int, lost: WorkerLost, work: Hashable) -> None:
+        """Replace a lost worker if the supervisor allows it."""
+        assert self.supervisor is not None
+        await self.supervisor.recover(lost, partial(self._replace, rank), work=work)
+
+    def _rebuild(self, rank: int, work: Coroutine[Any, Any, None]) -> None:
+        """Begin the work after which a rank has a worker."""
+        self._rebuilds[rank] = asyncio.create_task(work)
+        self._rebuilds[rank].add_done_callback(partial(self._rebuilt, rank))
 
     def _rebuilt(self, rank: int, rebuild: asyncio.Task[None]) -> None:
         if not rebuild.cancelled() and rebuild.exception() is None:  # a failure is kept for the calls that come later
             del self._rebuilds[rank]
+
+    async def give_up_rebuilds(self) -> None:
+        """End the rebuilds in progress. None of them goes on after this returns."""
+        rebuilds = list(self._rebuilds.values())
+        for rebuild in rebuilds:
+            rebuild.cancel()
+        await asyncio.gather(*rebuilds, return_exceptions=True)
+
+    async def stop(self) -> None:
+        await self.give_up_rebuilds()
+        await super().stop()
 
     def end(self) -> None:
         for rebuild in self._rebuilds.values():

@@ -2,7 +2,7 @@
 
 The load of an engine is its outstanding work in tokens: a group counts its prompt once and the expected tokens of its
 responses. An engine that becomes free takes waiting work, so a wrong expectation costs little. The work per group does
-not depend on the number of waiting groups. A closed engine gets no group: it is lost, and its successor is not ready.
+not depend on the number of waiting groups. An engine gets groups from when it is opened until it is closed.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ class _Queue:
 class Dispatch:
     """The engines' outstanding work, and the groups that wait for room."""
 
-    def __init__(self, capacities: Sequence[EngineCapacity]) -> None:
-        self._loads = [_Load(capacity=capacity) for capacity in capacities]
+    def __init__(self) -> None:
+        self._loads: dict[int, _Load] = {}  # by engine
         self._urgent, self._ordinary = _Queue(), _Queue()
         self._waiting: dict[int, _Waiting] = {}  # by group id
         self._mean_length = float("inf")  # of recent responses; at first nothing is known
@@ -135,11 +135,13 @@ class Dispatch:
 
     def close(self, engine: int) -> None:
         """Give no more groups to an engine."""
-        self._loads[engine].is_open = False
+        if engine in self._loads:
+            self._loads[engine].is_open = False
 
-    def open(self, engine: int) -> None:
-        """Give groups to an engine again."""
-        self._loads[engine].is_open = True
+    def open(self, engine: int, capacity: EngineCapacity) -> None:
+        """Give groups to an engine, which is new or was closed."""
+        load = self._loads.setdefault(engine, _Load(capacity=capacity))
+        load.capacity, load.is_open = capacity, True
         self._fill(engine)
 
     def fail(self, failure: BaseException) -> None:
@@ -170,7 +172,7 @@ class Dispatch:
     def _emptiest(self, work: GroupWork) -> int | None:
         """Return the engine with the least outstanding work among those with room for a group."""
         tokens = work.tokens(self._mean_length)
-        free = [index for index, load in enumerate(self._loads) if load.has_room(tokens, work.samples)]
+        free = [index for index, load in sorted(self._loads.items()) if load.has_room(tokens, work.samples)]
         return min(free, key=lambda index: self._loads[index].tokens, default=None)
 
     def _take(self, engine: int, work: GroupWork) -> Slot:

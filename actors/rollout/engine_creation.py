@@ -103,7 +103,7 @@ def _spawn(
 
     The cluster and the slot add their settings to the common ones.
     """
-    role = cluster.roles.rollout
+    role, places = cluster.roles.rollout, placement.seats or placement
     remote = ray.remote(RolloutEngine)
 
     def spawn_one(rank: int) -> ActorHandle[Any]:
@@ -112,7 +112,7 @@ def _spawn(
             name=f"rollout engine {rank}",
             max_num_seqs=role.max_num_seqs,
             device=cluster.device,
-            threads=placement.threads(RolloutEngines.role, role.threads)[rank],
+            threads=places.threads(RolloutEngines.role, role.threads)[rank],
             kv_cache_gib=float(role.kv_cache_gib) if cluster.device == "cpu" else None,
             gpu_memory_utilization=role.gpu_memory_utilization,
             tensor_parallel=role.tensor_parallel,
@@ -120,8 +120,8 @@ def _spawn(
             start_timeout_s=cluster.start_timeout_s,
             call_timeout_s=cluster.call_timeout_s,
         )
-        options = placement.options(RolloutEngines.role, rank, engine_environment(spec), concurrency=ASKED_AT_ONCE)
+        options = places.options(RolloutEngines.role, rank, engine_environment(spec), concurrency=ASKED_AT_ONCE)
         handle: ActorHandle[Any] = remote.options(**options).remote(spec)
         return handle
 
-    return [spawn_one(rank) for rank in range(len(placement.plan.slots[RolloutEngines.role]))], spawn_one
+    return [spawn_one(rank) for rank in range(role.workers)], spawn_one

@@ -17,7 +17,7 @@ from actors.cluster.waiting import explain, stacks_at
 from actors.roles.gang import PolicyGang
 from actors.roles.group import END_WITHIN_S, SpawnOne
 from actors.rollout.dispatch import Dispatch, GroupWork, shares
-from actors.rollout.replaceable_engines import ReplaceableEngines
+from actors.rollout.elastic_engines import ElasticEngines
 from actors.weights import SENDERS, Transport
 from rlhf.config.derive import WeightSync
 from rlhf.errors import WorkerLost
@@ -28,7 +28,7 @@ from rlhf.types import GroupRequest, RolloutInfo, Sampling
 logger = logging.getLogger(__name__)
 
 
-class RolloutEngines(ReplaceableEngines):
+class RolloutEngines(ElasticEngines):
     """All engines of a run. `sync` is the transport of the policy's weights, or None for frozen engines.
 
     `generate` distributes requests by their order and their largest size, and an engine starts its share in one step. A
@@ -67,7 +67,12 @@ class RolloutEngines(ReplaceableEngines):
         all hosts. None: all weights travel.
         """
         assert self.sync is not None, "frozen engines are not connected to a policy"
-        policy.reconnect = partial(self.connect, policy, adapter=adapter)
+        policy.reconnect = partial(self._connect, policy, adapter=adapter)
+        await policy.reconnect()
+        self.grow()
+
+    async def _connect(self, policy: PolicyGang, *, adapter: Path | None) -> None:
+        assert self.sync is not None
         method = self.sync.method
         self.gives_published = adapter is not None or SENDERS[method].stays
         self.is_replaceable = self.gives_published or SENDERS[method].meets
@@ -286,9 +291,10 @@ class RolloutEngines(ReplaceableEngines):
         """Return the dispatch. The first call asks the engines for their capacities."""
         async with self._asking:
             if self._dispatch is None:
-                self._dispatch = Dispatch(await self.each(lambda h: h.capacity.remote(), "rollouts"))
-                for engine in self._rebuilds:  # lost since
-                    self._dispatch.close(engine)
+                self._capacities |= await self.present(lambda h: h.capacity.remote(), "rollouts")
+                self._dispatch = Dispatch()
+                for engine in self._capacities.keys() - self._rebuilds.keys():
+                    self._dispatch.open(engine, self._capacities[engine])
         return self._dispatch
 
     def _work(self, request: GroupRequest, sampling: Sampling) -> GroupWork:
@@ -316,6 +322,7 @@ class RolloutEngines(ReplaceableEngines):
     async def stop(self) -> None:
         """Shut down the engines that work, and end those that start."""
         self.supervisor = None
+        await self.give_up_rebuilds()
         await self.present(lambda h: h.shutdown.remote(), "stop", deadline_s=END_WITHIN_S)
         self.end()
 

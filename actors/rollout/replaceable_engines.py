@@ -21,7 +21,7 @@ from ray.exceptions import RayTaskError
 
 from actors.cluster.waiting import wait_one
 from actors.roles.group import SpawnOne, WorkerPool, all_results
-from actors.rollout.dispatch import Dispatch
+from actors.rollout.dispatch import Dispatch, EngineCapacity
 from actors.rollout.engine_weights import SyncReceipt
 from actors.weights import WeightManifest
 from rlhf.controller.weight_sync import check_probe
@@ -45,8 +45,11 @@ class ReplaceableEngines(WorkerPool):
         self.unanswered: list[set[int]] = [set() for _ in handles]  # by rank: the groups that an engine works on
         self.spool: Path | None = None  # the store of the present run; None: the one given to new actors
         self._dispatch: Dispatch | None = None  # of requests in flight
+        self._capacities: dict[int, EngineCapacity] = {}  # by rank, of the engines that were asked
         self._manifest: WeightManifest | None = None  # of the last sync
         self._published: tuple[WeightManifest, PolicyProbe] | None = None  # None: there is nothing to load now
+        self._probe: PolicyProbe | None = None  # of the last sync
+        self._are_missing = asyncio.Event()  # a successor has found the published weights gone
         self._is_published = asyncio.Event()
         self._loading = asyncio.Lock()  # while a successor reads what is published
         self._met: list[ActorHandle[Any]] | None = None  # the receivers of a broadcast; None: there is no broadcast
@@ -73,13 +76,14 @@ class ReplaceableEngines(WorkerPool):
             return
         failure = rebuild.exception()
         if failure is None:
-            self._dispatch.open(rank)
+            self._dispatch.open(rank, self._capacities[rank])
         else:
             self._dispatch.fail(failure)
 
     async def _replace(self, rank: int) -> None:
         """Start an engine again in its place, give it the weights, and prove that it has them."""
         await self._restart(rank)
+        self._capacities[rank] = await self.one(self.handles[rank].capacity.remote(), "start", rank=rank)
         if self.spool is not None:
             await self.one(self.handles[rank].renew.remote(self.spool), "start", rank=rank)
         if not self.gives_published:
@@ -122,6 +126,7 @@ class ReplaceableEngines(WorkerPool):
                     if not _is_missing(error):
                         raise
                     self._withdraw()  # the policy's process has died with its memory, and its successor publishes again
+                    self._are_missing.set()
                     continue
                 check_receipt(receipt, manifest, engine=rank)
                 theirs: list[float] = await self.one(handle.probe.remote(probe.token_ids), "weight sync", rank=rank)
@@ -155,7 +160,7 @@ class ReplaceableEngines(WorkerPool):
     async def _result_if_works(self, rank: int, call: Call, stage: str, deadline_s: float) -> tuple[Any, ...]:
         rebuilding = self._rebuilds.get(rank)
         if rebuilding is not None and rank not in self._unsynced:
-            if rebuilding.done():
+            if rebuilding.done() and not rebuilding.cancelled():
                 rebuilding.result()
             return ()
         handle = self.handles[rank]
@@ -169,6 +174,18 @@ class ReplaceableEngines(WorkerPool):
         """Give no successor the published weights from now on, since the policy overwrites them."""
         async with self._loading:
             self._withdraw()
+
+    async def weights_are_missing(self) -> None:
+        await self._are_missing.wait()
+
+    def offer_weights(self, manifest: WeightManifest) -> None:
+        if self._probe is not None and self._probe.version == manifest.version:
+            self._publish(manifest, self._probe)
+
+    def _publish(self, manifest: WeightManifest, probe: PolicyProbe) -> None:
+        self._published = manifest, probe
+        self._is_published.set()
+        self._are_missing.clear()
 
     def _withdraw(self) -> None:
         self._published = None
@@ -187,6 +204,11 @@ class ReplaceableEngines(WorkerPool):
             check_receipt(receipt, manifest, engine=engine)
         self._received = [self.handles[engine] for engine in receipts]
 
+    @property
+    def is_elastic(self) -> bool:
+        """Return whether engines join and leave. No call then waits for all of them."""
+        return self.placement is not None and self.placement.seats is not None
+
     async def prove(self, probe: PolicyProbe) -> float | None:
         """Compare the engines' log-probabilities with the policy's, and return the largest difference.
 
@@ -194,14 +216,14 @@ class ReplaceableEngines(WorkerPool):
         the next batch would wait for them anyway, and the metrics do not depend on a loss.
         """
         assert self._manifest is not None
-        self._published = self._manifest, probe
-        self._is_published.set()
+        self._probe = probe
+        self._publish(self._manifest, probe)
 
         def ask(handle: ActorHandle[Any]) -> ObjectRef[Any]:
             ref: ObjectRef[Any] = handle.probe.remote(probe.token_ids)
             return ref
 
-        if self._dispatch is None and (self.gives_published or not self.is_replaceable):
+        if not self.is_elastic and self._dispatch is None and (self.gives_published or not self.is_replaceable):
             found = dict(enumerate(await self.each(ask, "weight sync")))
         else:
             found = await self.present(ask, "weight sync", among=self._received)
@@ -216,7 +238,7 @@ class ReplaceableEngines(WorkerPool):
     async def memory(self) -> MemoryReport:
         """Return the memory peaks of the largest engine that works."""
         while not (reports := await self.present(lambda h: h.memory.remote(), "memory")):
-            await self.working(0)
+            await asyncio.wait(self._rebuilds.values(), return_when=asyncio.FIRST_COMPLETED)
         gpus = [report.gpu_gib for report in reports.values() if report.gpu_gib is not None]
         rss_gib = max(report.rss_gib for report in reports.values())
         return MemoryReport(rss_gib=rss_gib, gpu_gib=max(gpus) if gpus else None)

@@ -48,6 +48,7 @@ class EnginePool:
         engines = start_engines(config, placement, max_model_len=max_model_len, spool=spool, environment=environment)
         whole = config.policy.lora is None and environment is None and config.cluster.device == "cpu"
         may_stay = self.keeps and whole and engines.sync is not None and engines.sync.method == "shm"
+        may_stay = may_stay and not engines.is_elastic
         return EngineLease(key=key, placement=placement, engines=engines, may_stay=may_stay)
 
     def close(self) -> None:
@@ -85,6 +86,7 @@ class EngineLease:
 
     async def stop(self) -> None:
         """Keep the engines, or shut them down. Called only after a normal end of the run."""
+        await self.engines.give_up_rebuilds()
         self.is_kept = self.may_stay
         if not self.is_kept:
             await self.engines.stop()

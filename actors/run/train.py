@@ -30,6 +30,7 @@ from actors.run.run_record import recording
 from rlhf.config.derive import needs_reference_logprobs, ships_adapter
 from rlhf.config.files.dump import dump_masked_yaml
 from rlhf.config.files.load import LoadedConfig
+from rlhf.config.placement_plan import PlacementPlan, plan_placement
 from rlhf.config.schema.stages import MergeStage, result_of, run_folder
 from rlhf.controller.learning import OnlineRoles
 from rlhf.controller.loop import sparing_loaded_objects
@@ -192,7 +193,7 @@ async def _offline(
     async with ending(groups, placement, heartbeat_timeout_s=config.cluster.heartbeat_timeout_s):
         supervisor = Supervisor(config.cluster.restarts, record, placement.plan.slots)
         roles = build_roles(RunContext(config=config, placement=placement, supervisor=supervisor), groups)
-        record.progress.stage(f"starting {_names(placement)}")
+        record.progress.stage(f"starting {_names(placement.plan)}")
         await asyncio.gather(*[g.start(deadline_s=config.cluster.start_timeout_s) for g in roles.values()])
         policy, teacher = roles[PolicyGang.role], roles.get(TeacherWorkers.role)
         sets = (inputs.rows, *inputs.eval_sets.values())
@@ -229,12 +230,12 @@ async def _online(
     nodes = record.nodes = Nodes(lease.placement)
     groups: list[Stoppable] = [nodes]
     async with ending(groups, lease, heartbeat_timeout_s=config.cluster.heartbeat_timeout_s):
-        supervisor = Supervisor(config.cluster.restarts, record, lease.placement.plan.slots)
+        supervisor = Supervisor(config.cluster.restarts, record, plan_placement(config).slots)
         context = RunContext(config=config, placement=lease.placement, supervisor=supervisor, rewards=inputs.rewards)
         roles = build_roles(context, groups)
         lease.engines.supervisor, lease.engines.placement = supervisor, lease.placement
         groups.append(lease)
-        record.progress.stage(f"starting {_names(lease.placement)}")
+        record.progress.stage(f"starting {_names(plan_placement(config))}")
         await lease.start_with(list(roles.values()), config.cluster)
         policy, teacher = roles[PolicyGang.role], roles.get(TeacherWorkers.role)
         if teacher is not None and config.algorithm.reads_teacher_states:
@@ -258,9 +259,9 @@ async def _online(
         yield controller, lease.placement
 
 
-def _names(placement: Placement) -> str:
+def _names(plan: PlacementPlan) -> str:
     """Return the names and worker counts of the starting roles."""
-    return ", ".join(f"{len(slots)} {role}" for role, slots in placement.plan.slots.items())
+    return ", ".join(f"{len(slots)} {role}" for role, slots in plan.slots.items())
 
 
 async def _carry_out(

@@ -14,7 +14,7 @@ from rlhf.config.derive import needs, uses_reward_model
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.root import Config
-from rlhf.role_table import ROLE_ORDER, ROLES, Role
+from rlhf.role_table import ROLE_ORDER, ROLES, Role, roles_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,7 @@ class PlacementPlan:
 
     def shares_gpus(self, role: Role) -> bool:
         """Return whether a worker of another role uses one of the role's GPUs."""
-        bundles = {slot.bundle for slot in self.slots[role] if slot.gpus > 0.0}
+        bundles = {slot.bundle for slot in self.slots.get(role, ()) if slot.gpus > 0.0}
         others = [slot for name, slots in self.slots.items() if name != role for slot in slots]
         return any(slot.bundle in bundles and slot.gpus > 0.0 for slot in others)
 
@@ -98,6 +98,23 @@ def plan_roles(roles: Collection[Role], cluster: ClusterConfig, *, with_reward_m
 def _share(amount: float, parts: int) -> float:
     """Divide an amount, rounded down to Ray's precision so that the sum never exceeds the whole."""
     return math.floor(amount / parts * 10_000) / 10_000
+
+
+def plan_apart(config: Config) -> tuple[PlacementPlan, PlacementPlan | None]:
+    """Return the plan of the bundles that are reserved for the whole run, and the plan of an engine that may leave.
+
+    The second is None if the number of engines is fixed. The first has their bundles then.
+    """
+    if not config.cluster.roles.rollout.is_elastic:
+        return plan_placement(config), None
+    engines, model = frozenset(roles_of("engines")), uses_reward_model(config)
+    needed = needs(config)
+    rest = plan_roles(needed - engines, config.cluster, with_reward_model=model)
+    if not needed & engines:
+        return rest, None
+    all_engines = plan_roles(needed & engines, config.cluster, with_reward_model=model)
+    one = {role: slots[:1] for role, slots in all_engines.slots.items()}
+    return rest, PlacementPlan(bundles=all_engines.bundles[:1], slots=one, labels=all_engines.labels[:1])
 
 
 def assign_nodes(bundles: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str, float]]) -> list[int] | None:

@@ -13,12 +13,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rlhf.algorithms.base import Kind
 from rlhf.config.derive import shares_engines_gpus
@@ -48,6 +48,7 @@ from rlhf.tracking.metrics.reductions import Last, Sum
 from rlhf.tracking.run_folder.samples import samples_path
 from rlhf.types import Prompt, Sampling, TokenSignals
 
+T = TypeVar("T")
 AHEAD = "rollouts"  # folder of a checkpoint
 LEARNERS: Mapping[Kind, type[Learning]] = {
     "advantages": AdvantageLearning,
@@ -152,6 +153,8 @@ class OnlineController(TrainingLoop):
         if self.batches.seconds is not None:
             idle = 1.0 - self.batches.seconds / (time.perf_counter() - began)
             record.add({"time/engines_idle/fraction": Last(value=idle)})
+        if self.config.cluster.roles.rollout.is_elastic:
+            record.add({"rollouts/engines": Last(value=roles.rollout.num_working)})
         self.learning.end_step(groups, signals)
         chosen = self._samples(groups, signals)
         if chosen:
@@ -199,11 +202,36 @@ class OnlineController(TrainingLoop):
         return signals, columns, waited_s
 
     async def restart_trained(self, oldest: int) -> None:
-        self.is_published = False
+        was_published, self.is_published = self.is_published, False
         await super().restart_trained(oldest)
         if self.trained_step == self.step:  # the updates of the step in progress are lost
             self.learnt.clear()
             self.learning.begin_again()
+        if was_published and self.roles.rollout.gives_published and self.trained_step == self.scorer.weights[0]:
+            await self._publish_again()
+
+    async def _publish_again(self) -> None:
+        """Publish the weights of the last sync for successors of lost engines, after the loss of the first rank."""
+        await self.roles.rollout.withdraw_weights()
+        self.roles.rollout.offer_weights(await self.roles.policy.publish(self.trained_step))
+        self.is_published = True
+
+    async def _with_weights(self, waiting: Awaitable[T]) -> T:
+        """Return the result of a wait for engines. Publish the weights again if one of them cannot get them."""
+        wait = asyncio.ensure_future(waiting)
+        try:
+            while not wait.done():
+                missing = asyncio.ensure_future(self.roles.rollout.weights_are_missing())
+                try:
+                    await asyncio.wait({wait, missing}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    missing.cancel()
+                if not wait.done():
+                    await self.despite_losses(self._publish_again)
+            return await wait
+        finally:
+            wait.cancel()
+            await asyncio.gather(wait, return_exceptions=True)
 
     async def _take(self, step: int) -> tuple[Batch, float]:
         """Return the step's batch, and the seconds in which training has worked on it already.
@@ -229,7 +257,7 @@ class OnlineController(TrainingLoop):
     async def _learn_while_taking(self, step: int) -> tuple[Batch, float]:
         """Return the batch once it is whole and, with train.streamed, the seconds of the work on its first groups."""
         if not self.config.train.streamed:
-            return await self.batches.take(step), 0.0
+            return await self._with_weights(self.batches.take(step)), 0.0
 
         async def stream() -> float:
             with self.record.apart(self.learnt, is_shown=True):
@@ -299,7 +327,8 @@ class OnlineController(TrainingLoop):
     async def evaluate(self, step: int) -> None:
         """Answer and score the held-out prompts. With a teacher, compare the responses with its predictions."""
         roles = self.roles
-        answered = await score_held_out(self.eval_sets, self.config, self.marking, self.scorer, step=step)
+        answers = score_held_out(self.eval_sets, self.config, self.marking, self.scorer, step=step)
+        answered = await self._with_weights(answers)
         if roles.teacher is not None:
             async with self._trainers_turn(roles.teacher.role):
                 await compare_with_teacher(answered, self.config, roles.teacher, self.record)

@@ -198,7 +198,7 @@ def _engine(config: Config, sizes: Sizes) -> Footprint:
     if not on_gpu and not ships_adapter(config) and config.cluster.address is None:
         terms.append(Term("weight sync", shape.parameters * size, "the policy's file, mapped", "shared"))
     process = with_process(terms, process=Measured.ENGINE_BYTES, on_gpu=on_gpu)
-    return Footprint(role="rollout", workers=role.engines * role.tensor_parallel, terms=process, on_gpu=on_gpu)
+    return Footprint(role="rollout", workers=role.workers * role.tensor_parallel, terms=process, on_gpu=on_gpu)
 
 
 def _forward(name: Role, model: ModelConfig | None, config: Config, sizes: Sizes) -> Footprint:

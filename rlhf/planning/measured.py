@@ -47,7 +47,7 @@ def measured_system(
     rollouts, engine = config.rollouts, config.cluster.roles.rollout
     assert rollouts is not None
     prompts, samples = rollouts.prompts_per_step, rollouts.samples_per_prompt
-    if engine.engines > 1 or prompts * samples > engine.max_num_seqs:
+    if engine.workers > 1 or prompts * samples > engine.max_num_seqs:
         raise UserError("the rates of a run can be measured with one engine that decodes a whole batch at once")
     if any(len(group.lengths) != samples for group in groups):
         raise UserError(

@@ -29,7 +29,7 @@ from rlhf.config.derive import (
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.nodes import Node
 from rlhf.config.placement_plan import PlacementPlan, assign_nodes, plan_placement
-from rlhf.config.schema.cluster import ClusterConfig
+from rlhf.config.schema.cluster import ClusterConfig, EngineRange
 from rlhf.config.schema.data import DataSource, TaskConfig
 from rlhf.config.schema.evaluate import EvaluateConfig, EvaluationStage
 from rlhf.config.schema.merge import MergeConfig, in_effect
@@ -208,7 +208,7 @@ def _sync(config: Config) -> str:
     one_host, lora = config.cluster.address is None, config.policy.lora
     choice, other = (weight_sync(config.cluster, one_host=at_once) for at_once in (one_host, not one_host))
     text = f"{choice.method}: {choice.why}"
-    if not one_host and other != choice:
+    if not one_host and other != choice and not config.cluster.roles.rollout.is_elastic:
         text += f"; {other.method} if they are placed on one"
     if lora is None:
         return text
@@ -231,11 +231,12 @@ def _role_rows(
     rows = [["role", "workers", "bundles", "CPUs each", "GPUs each", "threads", "model"]]
     for role in roles:
         section = getattr(cluster.roles, role)
-        slots = placement.slots[role]
+        slots, engines = placement.slots[role], getattr(section, "engines", None)
+        workers = f"{engines.min}-{engines.max}" if isinstance(engines, EngineRange) else str(len(slots))
         threads = "-" if cluster.device == "cuda" else str(section.threads)
         cpus, gpus = min(s.cpus for s in slots), min(s.gpus for s in slots)
         places = _ranges(sorted({s.bundle for s in slots}))
-        rows.append([role, str(len(slots)), places, _number(cpus), _number(gpus), threads, models[role]])
+        rows.append([role, workers, places, _number(cpus), _number(gpus), threads, models[role]])
     return rows
 
 

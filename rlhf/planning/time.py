@@ -182,7 +182,7 @@ def system_of(
     late_s = sum(stage.seconds for stage in stages if stage.name.endswith("update")) * (1.0 - 1.0 / updates)
     sync_s = sync_stage(config, sizes, nodes).seconds
     values: dict[str, Any] = {
-        "engines": role.engines,
+        "engines": role.workers,
         "base_s": shape.parameters * size / bandwidth + speed.step_s,
         "each_s": mean * kv_bytes_per_token(shape, itemsize=size) / bandwidth + operations / arithmetic,
         "train_tokens_per_s": derive(config).sequences_per_step * (prompt + average) / seconds,

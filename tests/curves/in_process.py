@@ -274,6 +274,9 @@ class Engine:
 
     async def withdraw_weights(self) -> None: ...
 
+    async def weights_are_missing(self) -> None:
+        await asyncio.Event().wait()
+
     async def update_weights(self, manifest: SimpleNamespace) -> None:
         weights = dict(self.policy.engine.named_weights(torch.float32))
         self.model.load_state_dict(copy.deepcopy(weights), strict=True)

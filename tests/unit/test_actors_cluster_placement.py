@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -9,8 +10,9 @@ import pytest
 import ray
 
 from actors.cluster import placement as module
-from actors.cluster.placement import Placement
+from actors.cluster.placement import NoRoom, Placement, Seats
 from rlhf.config.placement_plan import PlacementPlan, WorkerSlot
+from rlhf.config.schema.cluster import EngineRange
 from rlhf.errors import RunError
 
 PLAN = PlacementPlan(
@@ -40,6 +42,49 @@ async def test_without_another_node_the_error_says_what_is_missing(monkeypatch: 
         RunError, match=r"(?s)is RESCHEDULING\..*reference +1 .*needed CPU: 1, available: 0.*lost nodes"
     ):
         await PLACEMENT.wait_until_whole(limit_s=0.0)
+
+
+class Groups:
+    """Ray's placement groups: which were asked for and given back, and how many of them there is room for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[str] = []
+        self.removed: list[str] = []
+        self.room = 0
+        monkeypatch.setattr(module, "placement_group", lambda bundles, **_: self.ask())
+        monkeypatch.setattr(module, "remove_placement_group", self.removed.append)
+        monkeypatch.setattr(module, "placement_group_table", self.table)
+        monkeypatch.setattr(module, "WHOLE_ASKED_EVERY_S", 0.0)
+        monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 0.0})
+
+    def ask(self) -> str:
+        self.asked.append(f"group {len(self.asked)}")
+        return self.asked[-1]
+
+    def table(self, group: str) -> dict[str, Any]:
+        present = [one for one in self.asked if one not in self.removed]
+        is_placed = group in present[: self.room]
+        return {"state": "CREATED" if is_placed else "PENDING", "bundles_to_node_id": {0: f"node of {group}"}}
+
+
+async def test_a_seat_is_taken_when_there_is_room_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = Groups(monkeypatch)
+    seats = Seats(PLAN, EngineRange(min=1, max=2))
+    first, second = (asyncio.create_task(seats.take(rank, limit_s=None)) for rank in (0, 1))
+    await asyncio.sleep(0.01)
+    assert sorted(seats.groups()) == ["group 0", "group 1"]
+    groups.room = 1
+    await first
+    assert seats.nodes() == {0: "node of group 0"}
+    second.cancel()
+    await asyncio.wait([second])
+    assert groups.removed == ["group 1"], "no request outlives its wait"
+    await seats.take(0, limit_s=60.0)
+    assert groups.removed == ["group 1", "group 0"], "the old room is given back before another one is asked for"
+    assert seats.nodes() == {0: "node of group 2"}
+    with pytest.raises(NoRoom, match="PENDING"):
+        await seats.take(1, limit_s=0.0)
+    assert seats.groups() == ["group 2"]
 
 
 async def test_a_dead_local_ray_gets_no_other_node(monkeypatch: pytest.MonkeyPatch) -> None:

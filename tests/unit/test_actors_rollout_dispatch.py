@@ -14,7 +14,10 @@ def work(*, prompt: int = 10, samples: int = 2, limit: int = 20) -> GroupWork:
 
 
 def dispatch(engines: int, *, tokens: int = 1000, samples: int = 100) -> Dispatch:
-    return Dispatch([EngineCapacity(cache_tokens=tokens, samples=samples)] * engines)
+    rules = Dispatch()
+    for engine in range(engines):
+        rules.open(engine, EngineCapacity(cache_tokens=tokens, samples=samples))
+    return rules
 
 
 async def entered(rules: Dispatch, group_id: int, size: GroupWork) -> Slot:
@@ -134,7 +137,7 @@ async def test_a_closed_engine_gets_no_group_until_it_is_open_again() -> None:
     assert (await waiting) == other
     behind = waiter(rules, 3)
     await settle()
-    rules.open(lost.engine)
+    rules.open(lost.engine, EngineCapacity(cache_tokens=1000, samples=2))
     assert (await behind) == lost
 
 
@@ -151,3 +154,15 @@ async def test_an_engine_that_is_lost_for_good_fails_all_groups_that_wait() -> N
         await rules.enter(3, work(), urgent=True)
     with pytest.raises(asyncio.CancelledError):
         await given_up
+
+
+async def test_an_engine_that_joins_takes_groups_that_wait() -> None:
+    rules = dispatch(0)
+    waiting = waiter(rules, 0)
+    await settle()
+    assert not waiting.done()
+    rules.close(7)  # it has never been open
+    rules.open(7, EngineCapacity(cache_tokens=1000, samples=2))
+    slot = await waiting
+    assert slot is not None
+    assert slot.engine == 7

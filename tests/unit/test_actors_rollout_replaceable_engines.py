@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -128,6 +129,9 @@ class Engine:
         return self.loads(version)
 
     def on_health(self) -> None: ...
+
+    def on_shutdown(self) -> None:
+        self.calls.append("shutdown")
 
     def on_renew(self, spool: Path) -> bool:
         self.calls.append(f"renew {spool}")
@@ -425,7 +429,51 @@ async def test_a_successor_waits_for_the_policy_when_the_published_memory_is_gon
     await engines.update_weights(manifest(1))
     await engines.prove(policy_probe(1))
     await until(lambda: 0 in successor.groups)
-    assert successor.calls == ["open", "load 1", "load 1", "probe", "probe", 0]
+    assert successor.calls == ["open", "load 1", "load 1", "probe", 0]
+    task.cancel()
+
+
+async def test_a_repeated_publication_reaches_a_successor_without_a_sync() -> None:
+    first, other, successor = Engine("first"), Engine("other"), Engine("successor")
+    engines = await synced(Engines(first, other, successors=(successor,)))
+    successor.loads = lambda version: RayTaskError("update_weights", "", FileNotFoundError("/proc/1/fd/2"))
+    first.is_dead = True
+    task = asked(engines, 0)
+    await asyncio.wait_for(engines.weights_are_missing(), DEADLINE_S)
+    successor.loads = lambda version: SyncReceipt(version=version, checksum=f"sum {version}")
+    engines.offer_weights(manifest(2))
+    await asyncio.sleep(0.01)
+    assert successor.calls == ["open", "load 1"], "the last probe is of other weights"
+    engines.offer_weights(manifest(1))
+    await until(lambda: "probe" in successor.calls and not engines._rebuilds)
+    assert successor.calls == ["open", "load 1", "load 1", "probe"]
+    assert "load 1" not in other.calls
+    task.cancel()
+
+
+async def test_nothing_of_a_rebuild_goes_on_after_the_end() -> None:
+    first, other = Engine("first"), Engine("other")
+    engines = await synced(Engines(first, other))
+    engines.may_start.clear()
+    ends: list[str] = []
+
+    @contextmanager
+    def span(*names: str) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            ends.append(" ".join(names))
+
+    assert engines.supervisor is not None
+    engines.supervisor.record.timeline = cast(Any, SimpleNamespace(span=span))
+    task = asked(engines, 0)
+    await until(lambda: first.groups)
+    first.die()
+    await until(lambda: engines.replaced)
+    engines.processes = cast(Any, SimpleNamespace(end=lambda: None))
+    await engines.stop()
+    assert ends == ["recovery rollout"], "the file of the timeline is closed after the end"
+    assert other.calls[-1] == "shutdown"
     task.cancel()
 
 

@@ -22,7 +22,7 @@ from rlhf.config.derive import (
     weight_sync,
     with_steps,
 )
-from rlhf.config.placement_plan import assign_nodes, plan_placement
+from rlhf.config.placement_plan import assign_nodes, plan_apart, plan_placement
 from rlhf.config.schema.root import Config
 
 
@@ -245,6 +245,22 @@ def test_guests_share_the_gpus_of_their_hosts() -> None:
 def test_a_bundle_asks_for_the_labels_of_the_role_that_it_is_made_for() -> None:
     roles = {"policy": {"workers": 2}, "rollout": {"node_labels": {"pool": "serve"}}}
     assert plan_placement(config(GRPO, cluster={"roles": roles})).labels == ({}, {}, {"pool": "serve"})
+
+
+def test_an_engine_that_may_leave_is_placed_apart() -> None:
+    roles = {
+        "rollout": {"engines": {"min": 2, "max": 8}, "cpus": 4.0, "node_labels": {"pool": "serve"}},
+        "reward": {"colocate_with": "policy"},
+    }
+    run = config(GRPO, cluster={"roles": roles})
+    assert plan_placement(run).bundles == ({"CPU": 1.0}, {"CPU": 4.0}, {"CPU": 4.0}), "the fewest engines"
+    rest, engine = plan_apart(run)
+    assert (rest.bundles, [*rest.slots]) == (({"CPU": 1.0},), ["policy", "reward"])
+    assert engine is not None
+    assert (engine.bundles, engine.labels) == (({"CPU": 4.0},), ({"pool": "serve"},))
+    assert [slot.bundle for slot in engine.slots["rollout"]] == [0]
+    fixed = config(GRPO, cluster={"roles": {"rollout": {"engines": 2}}})
+    assert plan_apart(fixed) == (plan_placement(fixed), None)
 
 
 def test_a_reward_beside_engines_that_sit_with_the_policy() -> None:

@@ -30,6 +30,8 @@ PAIRS = ["algorithm={name: online_dpo}", "train.sequences_per_update=8"]
 CUDA = "cluster.device=cuda"
 REWARD_MODEL = ["rewards.taste.role=reward", "reward.model=a/b"]
 LORA = "policy.lora={}"
+ELASTIC = "cluster.roles.rollout.engines={min: 1, max: 8}"
+IN_FLIGHT = ["rollouts.max_staleness=1", "rollouts.weight_updates=in_flight", "algorithm.correction=none"]
 
 
 def refusal(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, overrides: list[str]) -> str:
@@ -543,6 +545,28 @@ RELATIONS = {
     "an engine beside each rank at most": (
         ["cluster.roles.rollout={engines: 2, colocate_with: policy}"],
         "is policy, with 1 workers for 2 engines",
+    ),
+    "engines join and leave in flight only": (
+        [ELASTIC, "cluster.roles.reward.colocate_with=policy"],
+        "cluster.roles.rollout.engines: has min and max, but rollouts.weight_updates between_batches promises runs",
+    ),
+    "the fewest engines are not more than the most": (
+        [*IN_FLIGHT, "cluster.roles.rollout.engines={min: 3, max: 2}", "cluster.roles.reward.colocate_with=policy"],
+        "cluster.roles.rollout.engines.min: is 3, more than max, which is 2",
+    ),
+    "no role stays with an engine that leaves": (
+        [*IN_FLIGHT, ELASTIC],
+        "cluster.roles.reward.colocate_with: is rollout, but engines join and leave during the run",
+    ),
+    "weights in the memory of one host do not reach an engine that joins on another": (
+        [
+            *IN_FLIGHT,
+            ELASTIC,
+            "cluster.roles.reward.colocate_with=policy",
+            "cluster.address=10.0.0.1:6379",
+            "cluster.weight_sync=shm",
+        ],
+        "cluster.weight_sync: is shm, which stays on one host, but engines may join on others",
     ),
     "an engine of several GPUs shares none with the policy": (
         [CUDA, "cluster.roles.policy.workers=2", "cluster.roles.rollout={colocate_with: policy, tensor_parallel: 2}"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -72,3 +73,77 @@ async def test_weights_that_are_published_again_after_a_restart_leave_no_metrics
     assert await controller._take(2) == ("batch 2", 0.0)
     assert published == [1]
     assert record.parts == []
+
+
+class Published:
+    """The engines' and the policy's ends of a publication. They note the calls, and engines may miss the weights."""
+
+    gives_published = True
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.missing = asyncio.Event()
+
+    async def weights_are_missing(self) -> None:
+        await self.missing.wait()
+
+    async def withdraw_weights(self) -> None:
+        self.calls.append("withdraw")
+
+    async def publish(self, version: int) -> str:
+        self.calls.append(f"publish {version}")
+        return f"manifest {version}"
+
+    def offer_weights(self, manifest: str) -> None:
+        self.calls.append(f"offer {manifest}")
+        self.missing.clear()
+
+    async def restart(self) -> None:
+        self.calls.append("restart")
+
+    async def kept(self) -> int:
+        return 2
+
+    async def take_back(self, step: int) -> None:
+        self.calls.append(f"take back {step}")
+
+
+def published(*, engines_have: int) -> tuple[Any, Published]:
+    """A controller after step 2, whose policy and engines are in one object."""
+    controller: Any = OnlineController.__new__(OnlineController)
+    ends = Published()
+    controller.roles = SimpleNamespace(rollout=ends, policy=ends)
+    controller.trained = {"policy": ends}
+    controller.step, controller.trained_step, controller.is_published, controller.learnt = 2, 2, True, []
+    controller.scorer = SimpleNamespace(weights=(engines_have, "sum"))
+    controller.learning = SimpleNamespace(begin_again=lambda: None)
+    return controller, ends
+
+
+async def test_a_restored_policy_publishes_what_the_engines_have_and_nothing_else() -> None:
+    controller, ends = published(engines_have=2)
+    await controller.restart_trained(2)
+    assert ends.calls == ["restart", "take back 2", "withdraw", "publish 2", "offer manifest 2"]
+    assert controller.is_published
+    controller, ends = published(engines_have=1)  # lost during the sync of step 2, which is done again
+    await controller.restart_trained(1)
+    assert ends.calls == ["restart", "take back 2"]
+    assert not controller.is_published
+
+
+async def test_a_wait_for_engines_publishes_the_weights_that_a_successor_misses() -> None:
+    controller, ends = published(engines_have=2)
+    answered = asyncio.get_running_loop().create_future()
+
+    async def despite_losses(work: Any) -> None:
+        await work()
+
+    controller.despite_losses = despite_losses
+    wait = asyncio.create_task(controller._with_weights(answered))
+    for _ in range(2):
+        ends.missing.set()
+        while ends.missing.is_set():
+            await asyncio.sleep(0)
+    answered.set_result("batch")
+    assert await wait == "batch"
+    assert ends.calls == ["withdraw", "publish 2", "offer manifest 2"] * 2

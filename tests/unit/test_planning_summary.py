@@ -101,6 +101,19 @@ def test_mixed_data_and_what_becomes_of_long_examples(tmp_path: Path) -> None:
     assert fact(text, "micro-batch") == "at most 8,192 tokens; a sequence of more than 4,000 loses its end"
 
 
+def test_how_many_engines_there_may_be(tmp_path: Path) -> None:
+    elastic = [
+        "cluster.roles.rollout.engines={min: 2, max: 8}",
+        "cluster.roles.reward.colocate_with=policy",
+        "rollouts.max_staleness=1",
+        "rollouts.weight_updates=in_flight",
+        "algorithm.correction=none",
+    ]
+    assert fact(plan(tmp_path, *elastic), "rollout").startswith("2-8 ")
+    text = plan(tmp_path, *elastic, "cluster.address=10.0.0.1:6379")
+    assert fact(text, "weight sync") == "gloo: policy and engines are on several CPU hosts"
+
+
 def test_what_of_an_adapter_travels(tmp_path: Path) -> None:
     def sync(*overrides: str) -> str:
         return fact(plan(tmp_path, *overrides), "weight sync")

@@ -93,11 +93,21 @@ class RewardResources(ForwardResources):
     """Share the bundles of this role and take turns with it. null: use separate bundles."""
 
 
+class EngineRange(Section):
+    """A number of engines that follows the nodes of the cluster."""
+
+    min: int = Field(ge=1, le=65536)
+    """Fewest engines. The run waits for them at its start, and after a loss, at most for cluster.start_timeout_s."""
+    max: int = Field(ge=1, le=65536)
+    """Most engines. Until there are so many, the run asks Ray for room for another one."""
+
+
 class RolloutResources(RoleResources):
     """The vLLM engines."""
 
-    engines: int = Field(default=1, ge=1, le=65536)
-    """Number of engines. Prompts are divided among them."""
+    engines: Annotated[int, Field(ge=1, le=65536)] | EngineRange = 1
+    """Number of engines. Prompts are divided among them. With min and max, engines join during the run when there is
+    room for them, and leave with their nodes. That needs rollouts.weight_updates `in_flight`."""
     tensor_parallel: int = Field(default=1, ge=1)
     """Number of GPUs of one engine."""
     colocate_with: Literal["policy"] | None = None
@@ -115,8 +125,13 @@ class RolloutResources(RoleResources):
 
     @property
     def workers(self) -> int:
-        """Return the number of engines. Each is one actor, also with several GPUs."""
-        return self.engines
+        """Return the number of engines that the run starts with. Each is one actor, also with several GPUs."""
+        return self.engines.min if isinstance(self.engines, EngineRange) else self.engines
+
+    @property
+    def is_elastic(self) -> bool:
+        """Return whether engines join and leave during the run."""
+        return isinstance(self.engines, EngineRange)
 
 
 class Roles(Section):

@@ -37,6 +37,12 @@ def asynchrony_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Pr
             "order of completion depends on time; set weight_updates to in_flight, or batch_order to prompt"
         )
         yield problem("rollouts.batch_order", text)
+    if config.cluster.roles.rollout.is_elastic and rollouts.weight_updates != "in_flight":
+        text = (
+            "has min and max, but rollouts.weight_updates between_batches promises runs that repeat bit for bit, and "
+            "when an engine joins depends on time; give a number, or set weight_updates to in_flight"
+        )
+        yield problem("cluster.roles.rollout.engines", text)
 
 
 def _ahead(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:

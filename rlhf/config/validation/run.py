@@ -13,7 +13,7 @@ from rlhf.algorithms.correction import CorrectionConfig
 from rlhf.algorithms.online_config import FollowedReferenceConfig, OnlineConfig
 from rlhf.config import derive
 from rlhf.config.mistakes.explain import Problem, problem
-from rlhf.config.schema.cluster import ClusterConfig, TrainedResources
+from rlhf.config.schema.cluster import ClusterConfig, EngineRange, TrainedResources
 from rlhf.config.schema.model import CriticConfig, ModelConfig, PolicyConfig
 from rlhf.config.schema.rollouts import RolloutsConfig
 from rlhf.config.schema.root import Config
@@ -287,15 +287,39 @@ def cluster_problems(cluster: ClusterConfig, needed: Collection[Role], *, with_r
         text = f"is {engine.tensor_parallel}, but tensor parallelism needs cluster.device cuda; set 1"
         yield problem("cluster.roles.rollout.tensor_parallel", text)
     yield from _colocation(cluster, needed, with_reward_model=with_reward_model)
+    if isinstance(engine.engines, EngineRange):
+        yield from _range_of_engines(cluster, engine.engines, needed)
+
+
+def _range_of_engines(cluster: ClusterConfig, engines: EngineRange, needed: Collection[Role]) -> Iterator[Problem]:
+    """Yield what engines that join and leave during a run exclude."""
+    key, rollout = "cluster.roles.rollout", cluster.roles.rollout
+    if engines.min > engines.max:
+        yield problem(f"{key}.engines.min", f"is {engines.min}, more than max, which is {engines.max}; lower min")
+    if "policy" not in needed:
+        text = "has min and max, but the engines of an evaluation neither join nor leave; give a number"
+        yield problem(f"{key}.engines", text)
+    rule = f"engines join and leave during the run ({key}.engines.max is {engines.max})"
+    if rollout.colocate_with is not None:
+        text = f"is {rollout.colocate_with}, but {rule}, and its workers do not; set it to null, or engines to a number"
+        yield problem(f"{key}.colocate_with", text)
+    for guest in MODEL_SECTIONS:
+        section = getattr(cluster.roles, guest)
+        if guest in needed and section.colocate_with == "rollout":
+            text = f"is rollout, but {rule}; set it to policy or null"
+            yield problem(f"cluster.roles.{guest}.colocate_with", text)
+    if cluster.weight_sync == "shm" and cluster.address is not None:
+        text = "is shm, which stays on one host, but engines may join on others (cluster.address); use auto or gloo"
+        yield problem("cluster.weight_sync", text)
 
 
 def _colocation(cluster: ClusterConfig, needed: Collection[Role], *, with_reward_model: bool) -> Iterator[Problem]:
     """Yield invalid sharing of bundles by engines, the policy and other roles."""
     roles = cluster.roles
     engine, with_policy = roles.rollout, "policy" in needed  # a missing host has no colocated roles
-    if with_policy and engine.colocate_with == "policy" and engine.engines > roles.policy.workers:
+    if with_policy and engine.colocate_with == "policy" and engine.workers > roles.policy.workers:
         text = (
-            f"is policy, with {roles.policy.workers} workers for {engine.engines} engines: each worker hosts"
+            f"is policy, with {roles.policy.workers} workers for {engine.workers} engines: each worker hosts"
             " at most one; lower cluster.roles.rollout.engines, or set colocate_with to null"
         )
         yield problem("cluster.roles.rollout.colocate_with", text)

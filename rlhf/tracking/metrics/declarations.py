@@ -94,6 +94,8 @@ rollouts/reasked_groups/total | groups | Sum | online optional | Groups that wer
     would exceed `rollouts.max_staleness` (`weight_updates: in_flight`), or 16 versions (`rollouts.carry_over`)
 rollouts/in_flight/mean | groups | Mean | online optional | Groups that are requested and not yet answered, averaged
     over the step's time (`weight_updates: in_flight`)
+rollouts/engines | engines | Last | online optional | Engines that answer at the end of the step
+    (`cluster.roles.rollout.engines` with min and max)
 rollouts/completion_bias | 1 | Last | online optional | Mean response tokens of the trained groups over those of all
     groups answered so far (`batch_order: completion`); below 1, short responses are trained first
 

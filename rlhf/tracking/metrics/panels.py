@@ -70,6 +70,7 @@ SECTIONS = (
         _panel("effective samples by lag", "experience/rollout_ess_token/lag_<lag>"),
         _panel("groups in flight", "rollouts/in_flight/mean"),
         _panel("groups requested again", "rollouts/reasked_groups/total"),
+        _panel("engines", "rollouts/engines"),
     ),
     _section(
         "Rewards and advantages",

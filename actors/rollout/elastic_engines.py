@@ -1,0 +1,120 @@
+"""Let engines join and leave during a run, if the configuration gives a range for their number.
+
+    no engine -> room -> started -> given the weights -> proved -> open        joins
+    open -> closed -> ended -> its room is given back -> no engine             leaves
+
+Each rank up to the largest number has an engine, or waits for room: it asks Ray for a placement group of its own. A new
+engine gets its weights and proves them like the successor of a lost one. An engine leaves when its node is drained;
+other engines take its unfinished groups. A lost engine is replaced where there is room. If there is none within
+`cluster.start_timeout_s` the run goes on without it, and its rank waits for room again, unless fewer engines than the
+smallest number are left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine, Hashable
+from typing import Any, cast
+
+from actors.cluster.actor_locations import draining_nodes
+from actors.cluster.placement import NoRoom, Seats
+from actors.rollout.replaceable_engines import ReplaceableEngines
+from rlhf.errors import RunError, WorkerLost
+
+logger = logging.getLogger(__name__)
+LOOK_EVERY_S = 5.0  # interval of the check for draining nodes
+
+
+class ElasticEngines(ReplaceableEngines):
+    """Engines of a fixed number, or with a seat for each one that is there."""
+
+    _joining: frozenset[int] = frozenset()  # ranks without an engine, which wait for room
+    _watch: asyncio.Task[None] | None = None
+
+    @property
+    def seats(self) -> Seats:
+        """Return the seats of elastic engines."""
+        assert self.placement is not None
+        assert self.placement.seats is not None
+        return self.placement.seats
+
+    @property
+    def num_working(self) -> int:
+        """Return the number of engines that answer."""
+        return len(self.handles) - len(self._rebuilds)
+
+    def grow(self) -> None:
+        """Begin to look for room for more engines, and for nodes that are drained."""
+        if not self.is_elastic:
+            return
+        self._watch = asyncio.create_task(self._leave_drained_nodes())
+        for rank in range(len(self.handles), self.seats.engines.max):
+            self.handles.append(cast("Any", None))
+            self.unanswered.append(set())
+            self._rebuild(rank, self._join(rank))
+
+    async def _restart(self, rank: int) -> None:
+        if not self.is_elastic:
+            await super()._restart(rank)
+            return
+        if self.handles[rank] is not None:
+            await self.processes.end_one(rank)
+        await self.seats.take(rank, limit_s=None if rank in self._joining else self.start_deadline_s)
+        self._joining -= {rank}
+        await self._start_one(rank, ends=time.monotonic() + self.start_deadline_s)
+
+    async def _recover(self, rank: int, lost: WorkerLost, work: Hashable) -> None:
+        await self._or_without(rank, super()._recover(rank, lost, work))
+
+    async def _or_without(self, rank: int, replacing: Coroutine[Any, Any, None]) -> None:
+        """Wait until an engine is replaced. If there is no room, and enough engines are left, wait for room."""
+        try:
+            await replacing
+        except RunError as error:
+            no_room = isinstance(error, NoRoom) or isinstance(error.__cause__, NoRoom)
+            if not self.is_elastic or not no_room or self.num_working < self.seats.engines.min:
+                raise
+            logger.warning("rollout engine %d has no room: the run goes on with %d engines", rank, self.num_working)
+            await self._join(rank)
+
+    async def _join(self, rank: int) -> None:
+        """Wait for room without a limit, and start an engine there."""
+        self._joining |= {rank}
+        await self._fill(rank)
+        logger.info("rollout engine %d has joined", rank)
+
+    async def _fill(self, rank: int) -> None:
+        """Start an engine for a rank, again if it is lost meanwhile."""
+        try:
+            await self._replace(rank)
+        except WorkerLost as lost:
+            await self._recover(rank, lost, None)
+
+    async def _leave_drained_nodes(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            going, nodes = await draining_nodes(), self.seats.nodes()
+            for rank in [rank for rank, node in nodes.items() if node in going]:
+                await self._is_published.wait()  # an engine must not end during a broadcast
+                self._leave(rank)
+
+    def _leave(self, rank: int) -> None:
+        """End an engine whose node is drained, and look for room elsewhere."""
+        if rank in self._rebuilds or not (self.gives_published or self.num_working > 1):
+            return  # with broadcasts, the last engine could not be replaced
+        logger.warning("rollout engine %d leaves its node, which is being drained", rank)
+        if self._dispatch is not None:
+            self._dispatch.close(rank)
+        self._rebuild(rank, self._or_without(rank, self._fill(rank)))
+
+    async def give_up_rebuilds(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+        await super().give_up_rebuilds()
+
+    def end(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+        super().end()

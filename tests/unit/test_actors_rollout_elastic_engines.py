@@ -1,0 +1,218 @@
+"""Engines that join and leave, with fakes for their actors and for the room: who is there, and who gets groups."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from actors.cluster.placement import NoRoom
+from actors.rollout import elastic_engines
+from actors.rollout.elastic_engines import ElasticEngines
+from rlhf.config.derive import WeightSync
+from rlhf.config.schema.cluster import EngineRange
+from rlhf.errors import RunError
+from tests.unit.test_actors_rollout_replaceable_engines import (
+    DEADLINE_S,
+    Engine,
+    Engines,
+    Policy,
+    asked,
+    manifest,
+    policy_probe,
+    until,
+)
+
+
+class Room:
+    """Seats in a cluster. A test gives and takes room."""
+
+    def __init__(self, engines: EngineRange, free: int = 0) -> None:
+        self.engines = engines
+        self.free = free
+        self.changed = asyncio.Event()
+        self.taken: dict[int, str] = {rank: f"node {rank}" for rank in range(engines.min)}
+        self.limits: list[float | None] = []
+
+    def give(self, rooms: int = 1) -> None:
+        self.free += rooms
+        self.changed.set()
+
+    def nodes(self) -> dict[int, str]:
+        return dict(self.taken)
+
+    async def take(self, rank: int, *, limit_s: float | None) -> None:
+        self.limits.append(limit_s)
+        self.taken.pop(rank, None)
+        while not self.free:
+            if limit_s is not None:
+                raise NoRoom("placement: no room")
+            self.changed.clear()
+            await self.changed.wait()
+        self.free -= 1
+        self.taken[rank] = f"new node {rank}"
+
+
+class Elastic(Engines):
+    """Elastic engines. Each that is started comes from the list of successors."""
+
+    _restart = ElasticEngines._restart
+
+    async def _start_one(self, rank: int, *, ends: float) -> None:
+        self.handles[rank] = cast(Any, self.successors.pop(0))
+
+    @property
+    def room(self) -> Room:
+        return cast(Any, self.seats)
+
+
+async def elastic(*first: Engine, most: int, new: tuple[Engine, ...] = (), policy: Policy | None = None) -> Elastic:
+    """Engines that have the first weights, by broadcast if there is a policy."""
+    engines = Elastic(*first, successors=new)
+    engines.placement = cast(Any, SimpleNamespace(seats=Room(EngineRange(min=1, max=most))))
+    engines.start_deadline_s = DEADLINE_S
+
+    async def end_one(rank: int) -> None:
+        cast(Any, engines.handles[rank]).die()
+
+    engines.processes = cast(Any, SimpleNamespace(end_one=end_one, end=lambda: None, ended=False))
+    if policy is None:
+        engines.grow()
+    else:
+        engines.sync = WeightSync(method="gloo", why="")
+        await engines.connect(cast(Any, policy), adapter=None)
+    await sync(engines, 1)
+    for engine in first:
+        engine.calls.clear()
+    return engines
+
+
+async def sync(engines: Elastic, version: int) -> None:
+    await engines.withdraw_weights()
+    await engines.update_weights(manifest(version))
+    await engines.prove(policy_probe(version))
+
+
+async def ended(engines: Elastic) -> None:
+    """End the engines. Nothing may go on then."""
+    await engines.give_up_rebuilds()
+    assert all(task.done() for task in engines._rebuilds.values())
+
+
+async def test_an_engine_joins_when_there_is_room_and_gets_groups_that_wait() -> None:
+    first, second = Engine("first"), Engine("second")
+    engines = await elastic(first, most=3, new=(second,))
+    tasks = [asked(engines, 0), asked(engines, 1)]
+    await until(lambda: 0 in first.groups)
+    assert engines.num_working == 1
+    engines.room.give()
+    await until(lambda: 1 in second.groups)
+    assert second.calls == ["open", "load 1", "probe", 1]
+    assert engines.num_working == 2
+    assert engines.room.limits == [None, None], "both ranks wait for room without a limit"
+    first.finish(0)
+    second.finish(1)
+    assert all(await asyncio.wait_for(asyncio.gather(*tasks), DEADLINE_S))
+    await ended(engines)
+
+
+async def test_a_sync_and_the_first_group_do_not_wait_for_engines_that_may_never_join() -> None:
+    first = Engine("first")
+    engines = await elastic(first, most=4)
+    await asyncio.wait_for(sync(engines, 2), DEADLINE_S)
+    task = asked(engines, 0)
+    await until(lambda: 0 in first.groups)
+    first.finish(0)
+    assert await asyncio.wait_for(task, DEADLINE_S) is not None
+    await ended(engines)
+
+
+async def test_an_engine_of_a_drained_node_leaves_and_its_groups_are_asked_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    going: dict[str, float | None] = {}
+
+    async def draining_nodes() -> dict[str, float | None]:
+        return going
+
+    monkeypatch.setattr(elastic_engines, "LOOK_EVERY_S", 0.001)
+    monkeypatch.setattr(elastic_engines, "draining_nodes", draining_nodes)
+    first, second, third = Engine("first"), Engine("second"), Engine("third")
+    engines = await elastic(first, most=2, new=(second, third))
+    engines.room.give()
+    await until(lambda: engines.num_working == 2)
+    tasks = [asked(engines, 0), asked(engines, 1)]
+    await until(lambda: first.groups and second.groups)
+    first.finish(0)
+    assert await tasks[0] is not None
+    going["node 0"] = None
+    await until(lambda: 1 in second.groups and engines.num_working == 1)
+    await until(lambda: first.is_dead)
+    second.finish(1)
+    assert await asyncio.wait_for(tasks[1], DEADLINE_S) is not None
+    assert engines.supervisor is not None
+    assert engines.supervisor.metrics()["recovery/rollout/total"].result() == 0, "it was not lost"
+    engines.room.give()
+    await until(lambda: engines.num_working == 2)
+    assert "probe" in third.calls
+    await ended(engines)
+
+
+async def test_a_lost_engine_without_room_is_gone_and_joins_again_when_there_is_room() -> None:
+    first, second, again = Engine("first"), Engine("second"), Engine("again")
+    engines = await elastic(first, most=2, new=(second, again))
+    engines.room.give()
+    await until(lambda: engines.num_working == 2)
+    tasks = [asked(engines, 0), asked(engines, 1)]
+    await until(lambda: first.groups and second.groups)
+    second.die()
+    first.finish(0)
+    await until(lambda: 1 in first.groups)
+    await until(lambda: engines.room.limits[-2:] == [DEADLINE_S, None])
+    assert engines.num_working == 1
+    first.finish(1)
+    assert all(await asyncio.wait_for(asyncio.gather(*tasks), DEADLINE_S))
+    engines.room.give()
+    await until(lambda: engines.num_working == 2)
+    assert "probe" in again.calls
+    await ended(engines)
+
+
+async def test_a_run_with_fewer_engines_than_the_smallest_number_ends() -> None:
+    first = Engine("first")
+    engines = await elastic(first, most=2)
+    task = asked(engines, 0)
+    await until(lambda: first.groups)
+    first.die()
+    with pytest.raises(RunError, match="successor could not be started: placement: no room"):
+        await asyncio.wait_for(task, DEADLINE_S)
+    await ended(engines)
+
+
+async def test_an_engine_that_is_lost_while_it_joins_is_started_again() -> None:
+    first, dead, second = Engine("first"), Engine("dead"), Engine("second")
+    dead.is_dead = True
+    engines = await elastic(first, most=2, new=(dead, second))
+    engines.room.give(2)
+    await until(lambda: engines.num_working == 2)
+    assert second.calls == ["open", "load 1", "probe"]
+    await ended(engines)
+
+
+async def test_an_engine_joins_a_broadcast_and_leaves_it() -> None:
+    policy, first, second = Policy(), Engine("first"), Engine("second")
+    engines = await elastic(first, most=2, new=(second,), policy=policy)
+    engines.room.give()
+    await until(lambda: engines._unsynced)
+    assert engines.num_working == 1
+    await sync(engines, 2)
+    await until(lambda: engines.num_working == 2)
+    engines._leave(0)
+    assert engines.num_working == 1
+    engines._leave(1)
+    assert engines.num_working == 1, "the last engine stays"
+    await sync(engines, 3)
+    assert policy.meetings == [1, 2, 1]
+    await ended(engines)
