@@ -125,14 +125,14 @@ def publish(arguments: argparse.Namespace, folder: Path, engines: dict[str, Engi
         for name, parameter in policy.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=1e-3)
-    merged = ShmSender(rank=0, dtype=dtype)
+    merged = ShmSender(rank=0)
     config = json.loads(json.dumps(policy.peft_config[ADAPTER].to_dict(), default=sorted))
-    adapter = AdapterSender(folder / "adapter", config, rank=0, dtype=dtype)
+    adapter = AdapterSender(folder / "adapter", config, rank=0)
     for name, sender, sources in (
         ("merged", merged, weight_sources(policy)),
         ("adapter", adapter, adapter_sources(policy)),
     ):
-        manifest = sender.publish(((source.name, source.make()) for source in sources), 1)
+        manifest = sender.publish(((source.name, source.make().to(dtype)) for source in sources), 1)
         call(engines[name].handle.update_weights.remote(manifest, 1))
     return merged, adapter
 

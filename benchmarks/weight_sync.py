@@ -93,7 +93,7 @@ def measure(folder: Path, dtype: str, *, syncs: int, threads: int) -> Row:
     engine = ray.remote(RolloutWorker).options(**options).remote(spec)
     call(engine.start.remote())
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-    sender = ShmSender(rank=0, dtype=getattr(torch, dtype))
+    sender = ShmSender(rank=0)
     probe = [i % model.config.vocab_size for i in range(PROBE_TOKENS)]
     publish, update, prove, rss = [], [], [], []
     for version in range(1, syncs + 3):

@@ -36,11 +36,11 @@ class Publishes(TrainedWorker):
 
         Colocated engines share the GPUs of the first ranks, one each.
         """
-        dtype, rank = torch_dtype(self.model_config.dtype), self.place.rank
+        rank = self.place.rank
         if adapter is not None:
-            self.sender = AdapterSender(adapter, adapter_config(self.engine.module), rank=rank, dtype=dtype)
+            self.sender = AdapterSender(adapter, adapter_config(self.engine.module), rank=rank)
             return
-        self.sender = SENDERS[transport](rank=rank, dtype=dtype, meeting=meeting, beside_engine=rank < num_engines)
+        self.sender = SENDERS[transport](rank=rank, meeting=meeting, beside_engine=rank < num_engines)
 
     def publish(self, version: int) -> WeightManifest | None:
         """Describe the weights of a version to the engines; None on ranks other than 0. Collective."""

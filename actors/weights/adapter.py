@@ -29,8 +29,8 @@ class AdapterSender(WeightSender):
 
     transport = "adapter"
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], *, rank: int, dtype: torch.dtype) -> None:
-        super().__init__(rank=rank, dtype=dtype)
+    def __init__(self, folder: Path, config: Mapping[str, Any], *, rank: int) -> None:
+        super().__init__(rank=rank)
         self.folder = folder if rank == 0 else None
         if rank == 0:
             folder.mkdir(exist_ok=True)  # a lost rank may have left it
@@ -39,7 +39,7 @@ class AdapterSender(WeightSender):
     def publish(self, named_weights: Iterator[tuple[str, Tensor]], version: int) -> WeightManifest | None:
         """Write the adapter. Returns None on ranks other than 0."""
         tensors = {
-            name: weight.detach().to("cpu", self.dtype).clone(memory_format=torch.contiguous_format)
+            name: weight.detach().to("cpu").clone(memory_format=torch.contiguous_format)
             for name, weight in named_weights
         }
         if self.folder is None:
@@ -53,8 +53,8 @@ class AdapterSender(WeightSender):
         return WeightManifest(
             version=version,
             checksum=file_checksum(path),
-            dtype=str(self.dtype).removeprefix("torch."),
             names=tuple(tensors),
+            dtypes=tuple(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()),
             shapes=tuple(tuple(tensor.shape) for tensor in tensors.values()),
             offsets=(),
             nbytes=path.stat().st_size,

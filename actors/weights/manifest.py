@@ -24,8 +24,8 @@ class WeightManifest:
 
     version: int
     checksum: str  # of the nbytes of the flat run: see Checksum
-    dtype: str  # torch's name of every weight's type, e.g. "bfloat16"
     names: tuple[str, ...]  # Hugging Face names
+    dtypes: tuple[str, ...]  # torch's names, e.g. "bfloat16"
     shapes: tuple[tuple[int, ...], ...]
     offsets: tuple[int, ...]  # bytes from the start of the flat run
     nbytes: int
@@ -38,7 +38,7 @@ class WeightManifest:
         """Yield the weights from `first` until `last` as views of `flat`, which begins with `first`."""
         for i in range(first, len(self.names) if last is None else last):
             begin = self.offsets[i] - self.offsets[first]
-            yield self.names[i], tensor_view(flat, begin, getattr(torch, self.dtype), self.shapes[i])
+            yield self.names[i], tensor_view(flat, begin, getattr(torch, self.dtypes[i]), self.shapes[i])
 
 
 def aligned(nbytes: int) -> int:

@@ -66,11 +66,8 @@ class WeightSender:
     stays: ClassVar[bool] = False  # whether an engine can load the published weights at any time before the next ones
     memory: FlatMemory | None = None  # None: this rank stages no weights
 
-    def __init__(
-        self, *, rank: int, dtype: torch.dtype, meeting: Meeting | None = None, beside_engine: bool = True
-    ) -> None:
+    def __init__(self, *, rank: int, meeting: Meeting | None = None, beside_engine: bool = True) -> None:
         self.rank = rank
-        self.dtype = dtype
         self.meeting = meeting
         self.beside_engine = beside_engine
 
@@ -83,7 +80,6 @@ class WeightSender:
             named_weights,
             self.memory,
             version=version,
-            dtype=self.dtype,
             transport=self.transport,
             fields=self.fields(),
         )
@@ -113,32 +109,33 @@ def stage(
     memory: FlatMemory,
     *,
     version: int,
-    dtype: torch.dtype,
     transport: str,
     fields: Mapping[str, Any],
 ) -> WeightManifest:
-    """Copy the weights, converted to `dtype`, into `memory` and describe them.
+    """Copy the weights into `memory` and describe them.
 
     Each tensor is hashed straight after its copy, while it is still in the cache.
     """
     names: list[str] = []
+    dtypes: list[str] = []
     shapes: list[tuple[int, ...]] = []
     offsets: list[int] = []
     checksum = Checksum()
     end = 0
     for name, weight in named_weights:
-        begin, end = end, end + aligned(weight.numel() * dtype.itemsize)
+        begin, end = end, end + aligned(weight.nbytes)
         region = memory.region(begin, end)
-        _write(region, weight, dtype)
+        _write(region, weight)
         checksum.add(region)
         names.append(name)
+        dtypes.append(str(weight.dtype).removeprefix("torch."))
         shapes.append(tuple(weight.shape))
         offsets.append(begin)
     return WeightManifest(
         version=version,
         checksum=checksum.hexdigest(),
-        dtype=str(dtype).removeprefix("torch."),
         names=tuple(names),
+        dtypes=tuple(dtypes),
         shapes=tuple(shapes),
         offsets=tuple(offsets),
         nbytes=end,
@@ -157,12 +154,12 @@ def staged_buckets(
             name, weight = next(named_weights)
             assert (name, tuple(weight.shape)) == (manifest.names[at], manifest.shapes[at])
             until = end if at + 1 == last else manifest.offsets[at + 1]
-            _write(bucket[manifest.offsets[at] - begin : until - begin], weight, getattr(torch, manifest.dtype))
+            _write(bucket[manifest.offsets[at] - begin : until - begin], weight)
         yield bucket
     iterate(named_weights)  # no weight is left, but the generator frees its resources only at the next request
 
 
-def _write(region: UInt8[Tensor, " bytes"], weight: Tensor, dtype: torch.dtype) -> None:
+def _write(region: UInt8[Tensor, " bytes"], weight: Tensor) -> None:
     """Fill a region with a weight and, up to the next boundary, with zeros."""
-    tensor_view(region, 0, dtype, weight.shape).copy_(weight.detach())
-    region[weight.numel() * dtype.itemsize :].zero_()
+    tensor_view(region, 0, weight.dtype, weight.shape).copy_(weight.detach())
+    region[weight.nbytes :].zero_()

@@ -104,10 +104,9 @@ class IpcEngine(ReloadEngine):
             arguments = list(handle)
             arguments[_DEVICE_ARGUMENT] = self.device.index
             parts.append(rebuild_cuda_tensor(*arguments))
-        dtype = getattr(torch, manifest.dtype)
         self.load(
-            (name, tensor_view(part, 0, dtype, shape))
-            for name, shape, part in zip(manifest.names, manifest.shapes, parts, strict=True)
+            (name, tensor_view(part, 0, getattr(torch, dtype), shape))
+            for name, dtype, shape, part in zip(manifest.names, manifest.dtypes, manifest.shapes, parts, strict=True)
         )
         checksum = Checksum()
         for part in parts:

@@ -21,7 +21,8 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.model_executor.model_loader.reload.layerwise import _layerwise_process, get_layerwise_info
+from vllm.model_executor.model_loader.reload.meta import materialize_layer
 
 from actors.weights.manifest import WeightManifest
 from actors.weights.staging import Meeting
@@ -73,6 +74,8 @@ class ReloadEngine(WeightTransferEngine[MeetingInfo, ManifestInfo]):  # type: ig
             if self.device.type == "cpu":
                 forget_expert_kernels(self.model)
             initialize_layerwise_reload(self.model)
+            for layer in copied_layers(self.model):
+                materialize_layer(layer, get_layerwise_info(layer))
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive and load. The base class would wait for an accelerator, and a CPU has none."""
@@ -97,8 +100,20 @@ class ReloadEngine(WeightTransferEngine[MeetingInfo, ManifestInfo]):  # type: ig
     def finish_weight_update(self) -> None:
         """Pack the model again, the head included."""
         if not self.packs:
+            for layer in copied_layers(self.model):
+                _layerwise_process(layer, get_layerwise_info(layer))
             finalize_layerwise_reload(self.model, self.model_config)
         repack_heads(self.model)
+
+
+def copied_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the layers whose weights vLLM copies without their loaders, so that the reload does not notice them.
+
+    These are gpt-oss's experts and attention sinks. A sync allocates all of them a second time.
+    """
+    if type(model).__name__ != "GptOssForCausalLM":
+        return []
+    return [module for module in model.modules() if isinstance(module, RoutedExperts) or hasattr(module, "sinks")]
 
 
 def forget_expert_kernels(model: torch.nn.Module) -> None:

@@ -98,7 +98,10 @@ class TrainingEngine(Protocol):
         """Return the largest value of any rank, such as the number of micro-batches to run. Collective."""
 
     def named_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Yield whole weights under their Hugging Face names. Each is valid until the next one. Collective."""
+        """Yield whole weights under the names of the model's files, parameters in dtype and buffers in their own.
+
+        Each is valid until the next one. Collective.
+        """
 
     def named_adapter_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights of the LoRA adapter alone, under peft's names. Collective."""

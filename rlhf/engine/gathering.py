@@ -14,14 +14,15 @@ _GATHER_BYTES = 256 * 2**20  # bytes of ZeRO-3 parameters gathered at once
 
 
 def whole_weights(sources: list[WeightSource], dtype: torch.dtype, *, sharded: bool) -> Iterator[tuple[str, Tensor]]:
-    """Yield whole weights under their names. Each is valid until the next one. Collective."""
+    """Yield whole weights under their names, parameters in dtype. Each is valid until the next one. Collective."""
     import deepspeed
 
     for bucket in _buckets(sources):
         parameters = [p for source in bucket for p in source.parameters]
         with deepspeed.zero.GatheredParameters(parameters) if sharded else nullcontext(), torch.no_grad():
             for source in bucket:
-                yield source.name, source.make().to(dtype)
+                for name, weight in source.published():
+                    yield name, weight.to(dtype) if source.parameters else weight
 
 
 def whole_numel(parameter: nn.Parameter) -> int:

@@ -233,7 +233,7 @@ def merge_adapter(
     with torch.no_grad():
         export_model(
             folder,
-            ((source.name, source.make()) for source in weight_sources(model)),
+            (weight for source in weight_sources(model) for weight in source.published()),
             model.config,
             load_tokenizer(str(adapter) if has_tokenizer else base, trust_remote_code=trust_remote_code),
             dtype=dtype,

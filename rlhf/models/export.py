@@ -41,6 +41,8 @@ def export_model(
 ) -> None:
     """Write a folder for from_pretrained: safetensors (several files above shard_bytes), config and tokenizer.
 
+    dtype: of the weights, written into the config.
+
     A tied head is left out, as transformers expects. An existing folder is replaced.
     """
     config = copy.deepcopy(config)
@@ -48,7 +50,7 @@ def export_model(
     config.use_cache = True  # off while training
     name_padding(config, tokenizer)
     with appearing(folder) as partial:
-        _write_shards(partial, ((name, weight.to(dtype)) for name, weight in named_weights), shard_bytes=shard_bytes)
+        _write_shards(partial, named_weights, shard_bytes=shard_bytes)
         config.save_pretrained(partial)
         if generation_config is not None:
             generation_config.save_pretrained(partial)

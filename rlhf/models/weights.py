@@ -6,7 +6,7 @@ parameters are sharded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rlhf.models.hub_names import HubNames
 from rlhf.models.quantized import dequantized
 
 ADAPTER = "default"  # peft's name for the adapter of a model
@@ -28,15 +29,21 @@ def _itself(weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class WeightSource:
-    """One published weight and its parameters: itself, or a frozen weight and its adapter."""
+    """One weight of the model and its parameters: itself, or a frozen weight and its adapter."""
 
     name: str
     parameters: tuple[nn.Parameter, ...]
     combine: Callable[..., Tensor] = _itself
+    hub_names: HubNames | None = None  # None: published as it is
 
     def make(self) -> Tensor:
         """Return the weight, once its parameters are whole. A 4-bit weight is dequantised."""
         return self.combine(*(dequantized(p).detach() for p in self.parameters))
+
+    def published(self) -> Iterable[tuple[str, Tensor]]:
+        """Return the weight under the names of the model's files, where a stack of experts is one weight an expert."""
+        weight = self.make()
+        return ((self.name, weight),) if self.hub_names is None else self.hub_names.convert(self.name, weight).items()
 
 
 def lora_merged(
@@ -105,8 +112,12 @@ def initial_copies(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def weight_sources(model: nn.Module) -> list[WeightSource]:
-    """Return all weights of the model, adapters merged. A tied weight comes once, under the name of the embedding."""
+    """Return all weights of the model, adapters merged. A tied weight comes once, under the name of the embedding.
+
+    Buffers in the model's files are weights too, such as the bias by which DeepSeek's routers choose experts.
+    """
     layers = dict(_lora_layers(model))
+    hub_names = HubNames(model)
     replaced = tuple(f"{name}.original_module." for name, _ in _whole_modules(model))
     sources = []
     for name, parameter in model.named_parameters():
@@ -115,9 +126,12 @@ def weight_sources(model: nn.Module) -> list[WeightSource]:
         owner, _, part = name.partition(".base_layer.")
         if part == "weight":
             layer = layers[owner]
-            sources.append(WeightSource(_plain(name), (parameter, *_parts_of(layer)), _merge_of(layer)))
+            sources.append(WeightSource(_plain(name), (parameter, *_parts_of(layer)), _merge_of(layer), hub_names))
         else:
-            sources.append(WeightSource(_plain(name), (parameter,)))
+            sources.append(WeightSource(_plain(name), (parameter,), hub_names=hub_names))
+    for name, buffer in _saved_buffers(model):
+        if not name.startswith(replaced):
+            sources.append(WeightSource(_plain(name), (), partial(_itself, buffer), hub_names))
     return sources
 
 
@@ -154,6 +168,14 @@ def saved_name(name: str) -> str:
 def is_pissa(layer: Any) -> bool:
     """Return whether the layer's initial adapter is subtracted, as in PiSSA: the base stays unchanged."""
     return bool(layer.scaling.get(INITIAL, 0.0) < 0.0)
+
+
+def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the buffers that belong to the model's files."""
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield name, buffer
 
 
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -68,7 +68,7 @@ class Trainer:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
     def open(self, transport: Transport, meeting: Meeting | None) -> None:
-        self.sender = SENDERS[transport](rank=0, dtype=torch.float32, meeting=meeting)
+        self.sender = SENDERS[transport](rank=0, meeting=meeting)
 
     def publish(self, version: int) -> WeightManifest | None:
         self.model = model_like(self.folder, seed=version)

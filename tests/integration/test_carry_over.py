@@ -28,7 +28,7 @@ class Policy:
 
     def __init__(self, handle: Any, model: PreTrainedModel, spool: Path) -> None:
         self.handle, self.model, self.spool = handle, model, spool
-        self.sender = ShmSender(rank=0, dtype=torch.float32)
+        self.sender = ShmSender(rank=0)
         self.version = 0
 
     def sync(self) -> None:

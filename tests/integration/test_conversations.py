@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import ray
-import torch
 
 from actors.weights.shm import ShmSender
 from rlhf.extensions import CodeSource
@@ -57,7 +56,7 @@ def played(tiny_model: Path, ray_local: None, spool: Path) -> Iterator[tuple[Any
         trust_remote_code=False,
     )
     model = model_like(tiny_model, seed=1)
-    sender = ShmSender(rank=0, dtype=torch.float32)
+    sender = ShmSender(rank=0)
     with engine(spec(tiny_model, environment=environment, spool=spool)) as handle:
         sync(handle, sender.publish(model.named_parameters(), 1))
         yield handle, model
@@ -192,7 +191,7 @@ def test_a_conversation_goes_on_with_new_weights(played: Any, tiny_model: Path, 
     """The last test of this engine: its weights are others afterwards."""
     handle, old = played
     new = model_like(tiny_model, seed=2)
-    sender = ShmSender(rank=0, dtype=torch.float32)
+    sender = ShmSender(rank=0)
     trace = tmp_path / "trace"
     running = handle.answer.remote(game(17, sleep_s=2.0, trace=str(trace)), SAMPLING, 1)
     while not ray.wait([running], timeout=0.05)[0]:

@@ -56,7 +56,7 @@ def unsynced(tiny_model: Path, spool: Path, ray_local: None) -> Iterator[Any]:
 def synced(unsynced: Any, model: Any) -> Iterator[Any]:
     with pytest.raises(RunError, match="has not received the policy's weights yet, so it cannot generate"):
         call(unsynced.generate.remote(request(0), SAMPLING))
-    sender = ShmSender(rank=0, dtype=torch.float32)
+    sender = ShmSender(rank=0)
     sync(unsynced, sender.publish(model.named_parameters(), 1))
     yield unsynced
     sender.close()
@@ -289,7 +289,7 @@ def test_an_adapter_is_loaded_over_the_one_before_also_for_running_samples(
     config = LoraConfig(r=4, lora_alpha=8, target_modules=modules, task_type="CAUSAL_LM")
     policy = get_peft_model(base, config).eval()
     fields = json.loads(json.dumps(config.to_dict(), default=sorted))
-    sender = AdapterSender(tmp_path / "adapter", fields, rank=0, dtype=torch.float32)
+    sender = AdapterSender(tmp_path / "adapter", fields, rank=0)
     running = None  # a group that the second adapter finds in the engine
     with engine(spec(tiny_model, lora_rank=4)) as handle:
         for version in (1, 2):
@@ -335,7 +335,7 @@ def test_a_dead_engine_names_itself_and_its_requests(tiny_model: Path, ray_local
     def broken(*args: Any, **kwargs: Any) -> None:
         raise ValueError("a broken kernel")
 
-    sender = ShmSender(rank=0, dtype=torch.float32)
+    sender = ShmSender(rank=0)
     with engine(spec(tiny_model)) as handle:
         sync(handle, sender.publish(model.named_parameters(), 1))
         call(handle.replace.remote("vllm.v1.worker.gpu_model_runner.GPUModelRunner", "execute_model", broken))

@@ -56,7 +56,7 @@ def continued(old: Any, new: Any, token_ids: Tensor, first: int) -> Tensor:
 def test_kept_keys_and_values_serve_running_samples_alone(keeping: Any, tiny_model: Path) -> None:
     """Samples that start later reuse none of them, also those that waited in the engine during the update."""
     old, new = model_like(tiny_model, seed=1), model_like(tiny_model, seed=2)
-    sender = ShmSender(rank=0, dtype=torch.float32)
+    sender = ShmSender(rank=0)
     sync(keeping, sender.publish(old.named_parameters(), 1))
     probe = [65 + i % 57 for i in range(48)]
     group = request(1, samples=SAMPLES, prompt_tokens=200)  # its prompt fills several blocks

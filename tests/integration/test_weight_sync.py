@@ -54,7 +54,7 @@ def tied(folder: Path, ray_local: None) -> Iterator[Any]:
 
 @pytest.fixture
 def sender() -> Iterator[ShmSender]:
-    sender = ShmSender(rank=0, dtype=torch.float32)
+    sender = ShmSender(rank=0)
     yield sender
     sender.close()
 
@@ -175,7 +175,7 @@ def test_gloo_syncs_an_untied_engine(tiny_model: Path, ray_local: None) -> None:
     meeting = Meeting(address="127.0.0.1", port=port, num_receivers=1, timeout_s=30.0)
     with engine(spec(tiny_model, transport="gloo")) as handle:
         opened = handle.open_weights.remote(meeting, 1)
-        sender = SENDERS["gloo"](rank=0, dtype=torch.float32, meeting=meeting)
+        sender = SENDERS["gloo"](rank=0, meeting=meeting)
         assert isinstance(sender, BroadcastSender)
         call(opened)
         for version in (1, 2):

@@ -7,56 +7,72 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from torch import Tensor, nn
 
 from actors.weights.shm import ShmSender
 from rlhf.errors import RunError
 from rlhf.models.tiny import VOCAB_SIZE, byte_tokenizer
+from rlhf.models.weights import weight_sources
 from tests.integration.engine_helpers import SAMPLING, call, engine, model_like, request, spec, sync, worst_difference
+from tests.tiny_architectures import tiny_model
+
+SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 2048,
+}
+MLA = {"q_lora_rank": 32, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32}
+EIGHT = {"num_experts": 8, "moe_intermediate_size": 48, "norm_topk_prob": True}
+MIXTURES = {
+    "padded": ("qwen3_moe", EIGHT),  # the kernels pad 48 columns to 64
+    "whole_blocks": ("qwen3_moe", EIGHT | {"moe_intermediate_size": 64}),
+    "mixtral": ("mixtral", {}),
+    "glm4_moe": ("glm4_moe", {"moe_intermediate_size": 64, "first_k_dense_replace": 1}),
+    "deepseek_v3": ("deepseek_v3", MLA | {"moe_intermediate_size": 64}),
+    "gpt_oss": ("gpt_oss", {"intermediate_size": 64}),
+}
 
 
-def build_experts(folder: Path, *, intermediate_size: int) -> Path:
-    """A Qwen3-MoE of 8 experts, of which a token uses 2."""
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=64,
-        intermediate_size=128,
-        moe_intermediate_size=intermediate_size,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        num_experts=8,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
-        max_position_embeddings=2048,
-    )
-    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+def build_experts(folder: Path, name: str) -> Path:
+    """A mixture of experts, of which a token uses 2. Routers' biases differ from zero."""
+    kind, changes = MIXTURES[name]
+    model = tiny_model(kind, std=0.02, **SIZES | changes)
+    for module, buffer in model.named_buffers():
+        if module.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.linspace(0.0, 0.3, len(buffer)))
+    model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 
 
+def published(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The weights as a policy publishes them."""
+    return (weight for source in weight_sources(model) for weight in source.published())
+
+
 @pytest.fixture
 def sender() -> Iterator[ShmSender]:
-    sender = ShmSender(rank=0, dtype=torch.float32)
+    sender = ShmSender(rank=0)
     yield sender
     sender.close()
 
 
 @pytest.mark.parametrize(
-    "intermediate_size", [pytest.param(64, marks=pytest.mark.slow), 48], ids=["whole_blocks", "padded"]
+    "name", ["padded", *(pytest.param(name, marks=pytest.mark.slow) for name in MIXTURES if name != "padded")]
 )
-def test_engine_is_the_trainer_after_every_sync(
-    tmp_path: Path, ray_local: None, sender: ShmSender, intermediate_size: int
-) -> None:
-    folder = build_experts(tmp_path / "experts", intermediate_size=intermediate_size)
+def test_engine_is_the_trainer_after_every_sync(tmp_path: Path, ray_local: None, sender: ShmSender, name: str) -> None:
+    folder = build_experts(tmp_path / "experts", name)
     with engine(spec(folder)) as handle:
         for version in (1, 2):
             model = model_like(folder, seed=version)
-            sync(handle, sender.publish(model.named_parameters(), version))
+            sync(handle, sender.publish(published(model), version))
             rollouts, _ = call(handle.generate.remote(request(version), SAMPLING))
             assert worst_difference(model, rollouts) < 1e-4
-        most = [(name, weight) for name, weight in model.named_parameters() if "layers.1.mlp.experts.down" not in name]
-        with pytest.raises(RunError, match=r"layers\.1\.mlp\.experts"):
+        most = [(key, weight) for key, weight in published(model) if "layers.1." not in key or ".experts.1." not in key]
+        with pytest.raises(RunError, match=r"layers\.1\..*experts"):
             sync(handle, sender.publish(iter(most), 3))

@@ -227,7 +227,7 @@ def manifest(version: int) -> WeightManifest:
         version=version,
         checksum="checksum",
         names=(),
-        dtype="float32",
+        dtypes=(),
         shapes=(),
         offsets=(),
         nbytes=0,

@@ -38,7 +38,7 @@ def manifest(version: int) -> WeightManifest:
         version=version,
         checksum=f"sum {version}",
         names=(),
-        dtype="float32",
+        dtypes=(),
         shapes=(),
         offsets=(),
         nbytes=0,

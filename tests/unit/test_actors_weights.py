@@ -35,36 +35,41 @@ def weights(shift: float = 0.0) -> Iterator[tuple[str, Tensor]]:
     yield "c", torch.tensor(3.0 + shift)
 
 
+def mixed_weights() -> Iterator[tuple[str, Tensor]]:
+    """A buffer stays in float32 beside the weights in bfloat16."""
+    for name, weight in weights():
+        yield name, weight if name == "a" else weight.bfloat16()
+
+
 def test_layout_is_aligned_and_contiguous_and_the_checksum_is_of_the_whole_run() -> None:
     memory = SharedMemory()
-    manifest = stage(weights(), memory, version=4, dtype=torch.bfloat16, transport="x", fields={})
-    # bfloat16: 14, 24 and 2 bytes, each filled up to 64
+    manifest = stage(mixed_weights(), memory, version=4, transport="x", fields={})
+    # 28, 24 and 2 bytes, each filled up to 64
+    assert manifest.dtypes == ("float32", "bfloat16", "bfloat16")
     assert manifest.offsets == (0, 64, 128)
     assert manifest.nbytes == 192
     assert manifest.shapes == ((7,), (4, 3), ())
     flat = memory.region(0, manifest.nbytes)
     assert manifest.checksum == xxhash.xxh3_64(flat.numpy().tobytes()).hexdigest()
-    for (name, seen), (expected_name, expected) in zip(manifest.views(flat), weights(), strict=True):
+    for (name, seen), (expected_name, expected) in zip(manifest.views(flat), mixed_weights(), strict=True):
         assert name == expected_name
-        assert torch.equal(seen, expected.bfloat16())
+        assert seen.dtype == expected.dtype
+        assert torch.equal(seen, expected)
     memory.close()
 
 
 def test_checksum_depends_on_the_weights_alone_not_on_what_the_memory_held() -> None:
     fresh, used = Scratch(CPU), Scratch(CPU)
     used.region(0, 4096).fill_(255)
-    first, second = (
-        stage(weights(), memory, version=0, dtype=torch.float32, transport="x", fields={}).checksum
-        for memory in (fresh, used)
-    )
+    first, second = (stage(weights(), memory, version=0, transport="x", fields={}).checksum for memory in (fresh, used))
     assert first == second
-    assert stage(weights(1.0), fresh, version=1, dtype=torch.float32, transport="x", fields={}).checksum != first
+    assert stage(weights(1.0), fresh, version=1, transport="x", fields={}).checksum != first
 
 
 @pytest.mark.parametrize("limit", [64, 128, 1000])
 def test_staged_buckets_are_the_run_and_take_the_memory_of_the_largest(limit: int) -> None:
     memory = Scratch(CPU)
-    manifest = stage(weights(), memory, version=0, dtype=torch.float32, transport="x", fields={})
+    manifest = stage(weights(), memory, version=0, transport="x", fields={})
     assert memory.flat.numel() == 64  # of the largest weight; all are 192
     assert BUCKET_BYTES == footprints.BUCKET_BYTES  # so the plan counts the same
     run = [bucket.clone() for bucket in staged_buckets(weights(), memory, manifest, limit=limit)]
@@ -94,7 +99,7 @@ def test_buckets_hold_whole_tensors_and_make_up_the_run() -> None:
 
 
 def test_shared_memory_is_written_in_place() -> None:
-    sender = ShmSender(rank=0, dtype=torch.float32)
+    sender = ShmSender(rank=0)
     first, second = sender.publish(weights(), 1), sender.publish(weights(1.0), 2)
     assert first is not None
     assert second is not None
@@ -109,7 +114,7 @@ def test_shared_memory_is_written_in_place() -> None:
 
 def test_shared_memory_has_no_name_that_could_outlive_the_process_or_belong_to_another_user() -> None:
     """The kernel frees it, however the process ends: nothing has to be removed, and no other file is looked at."""
-    sender = ShmSender(rank=0, dtype=torch.float32)
+    sender = ShmSender(rank=0)
     manifest = sender.publish(weights(), 1)
     assert manifest is not None
     found = os.stat(manifest.fields["path"])
@@ -126,7 +131,7 @@ def test_other_ranks_take_part_in_the_gathering_and_publish_nothing() -> None:
             taken.append(name)
             yield name, weight
 
-    assert ShmSender(rank=1, dtype=torch.float32).publish(gathered(), 1) is None
+    assert ShmSender(rank=1).publish(gathered(), 1) is None
     assert taken == ["a", "b", "c"]
 
 
@@ -135,7 +140,7 @@ def test_memory_that_the_host_has_not_is_a_run_error_with_the_size(monkeypatch: 
         raise OSError(12, "Cannot allocate memory")
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)
-    sender = ShmSender(rank=0, dtype=torch.float32)
+    sender = ShmSender(rank=0)
     with pytest.raises(RunError, match=r"has no 0\.06 GiB of memory.*Cannot allocate memory"):  # 64 MiB
         sender.publish(weights(), 1)
     sender.close()
@@ -146,7 +151,7 @@ def test_gloo_broadcast_brings_the_staged_bytes(unused_port: int, monkeypatch: p
     monkeypatch.setattr("actors.weights.broadcast.BUCKET_BYTES", 64)  # one tensor a bucket
     with ThreadPoolExecutor(2) as threads:
         receiver = threads.submit(open_group, "gloo", meeting, 1)
-        sender = threads.submit(SENDERS["gloo"], rank=0, dtype=torch.float32, meeting=meeting).result(30)
+        sender = threads.submit(SENDERS["gloo"], rank=0, meeting=meeting).result(30)
         group = receiver.result(30)
         assert isinstance(sender, BroadcastSender)
         manifest = sender.publish(weights(), 1)
@@ -171,16 +176,16 @@ def test_every_transport_has_both_ends_under_one_name() -> None:
 def test_missing_receivers_are_named_at_the_deadline(unused_port: int) -> None:
     meeting = Meeting(address="127.0.0.1", port=unused_port, num_receivers=1, timeout_s=0.5)
     with pytest.raises(RunError, match=r"rank 0 of 2 did not meet all others at 127\.0\.0\.1"):
-        SENDERS["gloo"](rank=0, dtype=torch.float32, meeting=meeting)
+        SENDERS["gloo"](rank=0, meeting=meeting)
 
 
 def test_adapter_folder_holds_peft_files(tmp_path: Path) -> None:
-    sender = AdapterSender(tmp_path / "adapter", {"r": 8}, rank=0, dtype=torch.bfloat16)
+    sender = AdapterSender(tmp_path / "adapter", {"r": 8}, rank=0)
     manifest = sender.publish(weights(), 3)
     assert manifest is not None
     folder = Path(manifest.fields["folder"])
     assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-    assert torch.equal(load_file(folder / "adapter_model.safetensors")["a"], torch.arange(7.0).bfloat16())
+    assert torch.equal(load_file(folder / "adapter_model.safetensors")["a"], torch.arange(7.0))
     sender.close()
     assert not folder.exists()
 
@@ -195,7 +200,7 @@ def test_a_rank_without_an_engine_offers_no_gpu_memory() -> None:
 
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        sender = SENDERS["ipc"](rank=1, dtype=torch.float32, meeting=None, beside_engine=False)
+        sender = SENDERS["ipc"](rank=1, meeting=None, beside_engine=False)
         assert sender.publish(gathered(), 1) is None
     finally:
         torch.distributed.destroy_process_group()

@@ -1,0 +1,52 @@
+"""Convert a model's parameters into the weights of its files on the hub: other names, and experts one by one.
+
+transformers stacks the experts of a layer into one parameter as it loads them. vLLM and other programs read the files'
+form, so published and exported weights have it. Dense models mostly need no conversion.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
+
+
+class HubNames:
+    """Reverses the conversions with which transformers loaded a model.
+
+    A conversion of several parameters into one weight is left out: such parameters keep their names.
+    """
+
+    def __init__(self, model: Any) -> None:
+        conversions = getattr(model, "_weight_conversions", None)  # those used by from_pretrained
+        if conversions is None:
+            conversions = [
+                conversion
+                for conversion in get_model_conversion_mapping(model, add_legacy=False)
+                if not isinstance(conversion, PrefixChange)
+            ]
+        reversed_ones = [conversion.reverse_transform() for conversion in reversed(conversions)]
+        self._model = model
+        self._renamings = [one for one in reversed_ones if isinstance(one, WeightRenaming)]
+        self._converters = [
+            one for one in reversed_ones if isinstance(one, WeightConverter) and len(one.source_patterns) == 1
+        ]
+
+    def convert(self, name: str, weight: Tensor) -> Mapping[str, Tensor]:
+        """Return the weights of the files that hold this parameter, by name."""
+        hub_name, pattern = rename_source_key(name, self._renamings, self._converters, reverse=True)
+        if pattern is None:
+            return {hub_name: weight}
+        converter = copy.deepcopy(next(one for one in self._converters if pattern in one.source_patterns))
+        converter.add_tensor(hub_name, name, pattern, weight)
+        parts: Mapping[str, Tensor] = converter.convert(hub_name, model=self._model, config=self._model.config)
+        return {part: value[0] if isinstance(value, list) else value for part, value in parts.items()}

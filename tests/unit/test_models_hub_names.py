@@ -1,0 +1,117 @@
+"""Published weights have the names and shapes of the model's files, with every expert of a mixture by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from rlhf.models.export import export_model
+from rlhf.models.loading import load_causal_lm, load_critic, load_tokenizer
+from rlhf.models.lora import add_lora
+from rlhf.models.tiny import VOCAB_SIZE, build_tiny_llama, byte_tokenizer
+from rlhf.models.weights import adapter_sources, weight_sources
+from tests.tiny_architectures import ALL, tiny_model
+
+MIXTURES = ["qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "gpt_oss"]
+
+
+def mixture(folder: Path, kind: str) -> str:
+    """A model folder as transformers writes it. Its routers' biases differ from zero."""
+    model = tiny_model(kind, vocab_size=VOCAB_SIZE, max_position_embeddings=256)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.linspace(0.0, 0.3, len(buffer)))
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def published(model: Any) -> dict[str, Tensor]:
+    return {name: weight for source in weight_sources(model) for name, weight in source.published()}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in MIXTURES else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
+)
+def test_every_architecture_is_published_as_transformers_saves_it(name: str, tmp_path: Path) -> None:
+    model = tiny_model(name)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    ours = published(model)
+    assert ours.keys() == saved.keys()
+    for key, weight in ours.items():
+        assert torch.equal(weight, saved[key]), key
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_a_mixture_survives_loading_and_export(kind: str, tmp_path: Path) -> None:
+    source = mixture(tmp_path / "source", kind)
+    model = load_causal_lm(source, dtype=torch.float32)
+    weights = ((name, weight.clone()) for name, weight in published(model).items())
+    export_model(tmp_path / "final", weights, model.config, load_tokenizer(source), dtype=torch.float32)
+    assert (
+        load_file(tmp_path / "final" / "model.safetensors").keys()
+        == load_file(tmp_path / "source" / "model.safetensors").keys()
+    )
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "final", dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    ids = torch.randint(VOCAB_SIZE, (1, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
+    again = load_causal_lm(str(tmp_path / "final"), dtype=torch.float32)
+    assert published(again).keys() == published(model).keys()
+
+
+def test_routing_biases_keep_float32_in_bfloat16(tmp_path: Path) -> None:
+    model = load_causal_lm(mixture(tmp_path, "deepseek_v3"), dtype=torch.bfloat16)
+    dtypes = {name: weight.dtype for name, weight in published(model).items()}
+    biases = {name for name in dtypes if name.endswith("e_score_correction_bias")}
+    assert biases
+    assert {dtypes[name] for name in biases} == {torch.float32}
+    assert {dtype for name, dtype in dtypes.items() if name not in biases} == {torch.bfloat16}
+
+
+def test_adapters_of_a_mixture_are_on_its_linear_layers_and_merge_into_the_files_names(tmp_path: Path) -> None:
+    source = mixture(tmp_path / "source", "qwen3_moe")
+    model = add_lora(load_causal_lm(source, dtype=torch.float32), rank=2, alpha=4.0, dropout=0.0)
+    adapted = {name.split(".lora_")[0].rpartition(".")[2] for name in (s.name for s in adapter_sources(model))}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj"}  # experts are stacked parameters, not linear layers
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0.0, 0.1)
+    weights = ((name, weight.clone()) for name, weight in published(model).items())
+    export_model(tmp_path / "merged", weights, model.config, load_tokenizer(source), dtype=torch.float32)
+    merged = load_causal_lm(str(tmp_path / "merged"), dtype=torch.float32)
+    ids = torch.randint(VOCAB_SIZE, (1, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_critic_of_a_mixture_comes_back_with_its_head(tmp_path: Path) -> None:
+    source = mixture(tmp_path / "source", "qwen3_moe")
+    critic = load_critic(source, dtype=torch.float32)
+    torch.nn.init.ones_(critic.score.weight)
+    weights = ((name, weight.clone()) for name, weight in published(critic).items())
+    export_model(tmp_path / "critic", weights, critic.config, load_tokenizer(source), dtype=torch.float32)
+    loaded = load_critic(str(tmp_path / "critic"), dtype=torch.float32)
+    theirs = dict(loaded.named_parameters())
+    assert all(torch.equal(weight, theirs[name]) for name, weight in critic.named_parameters())
+
+
+def test_a_dense_model_is_published_without_copies(tmp_path: Path) -> None:
+    model = load_causal_lm(str(build_tiny_llama(tmp_path / "tiny", seed=0)), dtype=torch.float32)
+    parameters = dict(model.named_parameters())
+    ours = published(model)
+    assert ours.keys() == parameters.keys()
+    assert all(weight.data_ptr() == parameters[name].data_ptr() for name, weight in ours.items())
