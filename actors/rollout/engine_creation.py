@@ -117,6 +117,7 @@ def _spawn(
             gpu_memory_utilization=role.gpu_memory_utilization,
             tensor_parallel=role.tensor_parallel,
             enforce_eager=role.enforce_eager or cluster.device == "cpu",
+            engine_args=role.engine_args,
             start_timeout_s=cluster.start_timeout_s,
             call_timeout_s=cluster.call_timeout_s,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +46,7 @@ class RolloutSpec:
     kv_after_update: KvAfterUpdate | None = None  # of running samples; None: weights never change while samples run
     colocated: bool = False  # takes turns with a trainer on the same GPUs
     trust_remote_code: bool = False
+    engine_args: Mapping[str, Any] = field(default_factory=dict)  # more of vLLM's EngineArgs, by its names
     sender_address: str | None = None  # of the host that broadcasts the weights; None: all on one host
     spool: Path | None = None  # finished groups are kept here
     spools_failures: bool = False  # also groups whose environment failed, which a fixed one could play again
@@ -98,37 +99,45 @@ def build_engine(spec: RolloutSpec) -> Any:
     cpu, in_flight = spec.device == "cpu", spec.kv_after_update is not None
     model, revision = split_revision(spec.model)
     tokenizer, tokenizer_revision = split_revision(spec.tokenizer or spec.model)
-    return LLMEngine.from_engine_args(
-        EngineArgs(
-            model=model,
-            revision=revision,
-            tokenizer=tokenizer,
-            tokenizer_revision=tokenizer_revision,
-            dtype=spec.dtype,
-            max_model_len=spec.max_model_len,
-            max_num_seqs=spec.max_num_seqs + in_flight,  # one more for the probe of an update while samples run
-            # In flight, an interrupted sample is computed again in one step, beside those that go on.
-            max_num_batched_tokens=max(PREFILL_TOKENS, spec.max_model_len + in_flight * spec.max_num_seqs),
-            tensor_parallel_size=spec.tensor_parallel,
-            # By default vLLM would place additional actors in the run's placement group.
-            distributed_executor_backend="uni" if spec.tensor_parallel == 1 else "mp",
-            gpu_memory_utilization=spec.gpu_memory_utilization,
-            kv_cache_memory_bytes=None if spec.kv_cache_gib is None else int(spec.kv_cache_gib * 2**30),
-            enforce_eager=spec.enforce_eager,
-            block_size=32 if cpu else None,  # prompts are shared by whole blocks, and the CPU's default is 128 tokens
-            enable_chunked_prefill=not cpu,  # on a CPU a seeded sample in a partial prefill ends the engine
-            async_scheduling=False,  # a step is over when step() returns, so an update never meets one
-            enable_sleep_mode=spec.colocated and not cpu,
-            logprobs_mode="processed_logprobs",  # of the sampling distribution
-            enable_lora=spec.lora_rank is not None,
-            max_lora_rank=next(rank for rank in LORA_RANKS if rank >= (spec.lora_rank or 1)),
-            max_loras=1,
-            trust_remote_code=spec.trust_remote_code,
-            worker_extension_cls="actors.weights.vllm_extension.WorkerExtension",
-            weight_transfer_config=None if spec.is_frozen else WeightTransferConfig(backend=f"rlhf_{spec.transport}"),
-            disable_log_stats=True,
-        )
+    arguments = EngineArgs(
+        model=model,
+        revision=revision,
+        tokenizer=tokenizer,
+        tokenizer_revision=tokenizer_revision,
+        dtype=spec.dtype,
+        max_model_len=spec.max_model_len,
+        max_num_seqs=spec.max_num_seqs + in_flight,  # one more for the probe of an update while samples run
+        # In flight, an interrupted sample is computed again in one step, beside those that go on.
+        max_num_batched_tokens=max(PREFILL_TOKENS, spec.max_model_len + in_flight * spec.max_num_seqs),
+        tensor_parallel_size=spec.tensor_parallel,
+        # By default vLLM would place additional actors in the run's placement group.
+        distributed_executor_backend="uni" if spec.tensor_parallel == 1 else "mp",
+        gpu_memory_utilization=spec.gpu_memory_utilization,
+        kv_cache_memory_bytes=None if spec.kv_cache_gib is None else int(spec.kv_cache_gib * 2**30),
+        enforce_eager=spec.enforce_eager,
+        block_size=32 if cpu else None,  # prompts are shared by whole blocks, and the CPU's default is 128 tokens
+        enable_chunked_prefill=not cpu,  # on a CPU a seeded sample in a partial prefill ends the engine
+        async_scheduling=False,  # a step is over when step() returns, so an update never meets one
+        enable_sleep_mode=spec.colocated and not cpu,
+        logprobs_mode="processed_logprobs",  # of the sampling distribution
+        enable_lora=spec.lora_rank is not None,
+        max_lora_rank=next(rank for rank in LORA_RANKS if rank >= (spec.lora_rank or 1)),
+        max_loras=1,
+        trust_remote_code=spec.trust_remote_code,
+        worker_extension_cls="actors.weights.vllm_extension.WorkerExtension",
+        weight_transfer_config=None if spec.is_frozen else WeightTransferConfig(backend=f"rlhf_{spec.transport}"),
+        disable_log_stats=True,
     )
+    try:
+        return LLMEngine.from_engine_args(replace(arguments, **spec.engine_args))
+    except (TypeError, ValueError) as error:
+        if not spec.engine_args:
+            raise
+        given = ", ".join(f"{name}: {value}" for name, value in spec.engine_args.items())
+        raise RunError(
+            f"cluster.roles.rollout.engine_args is {{{given}}}, and vLLM refuses the engine's arguments "
+            f"({type(error).__name__}: {' '.join(str(error).split())}). Correct or remove them."
+        ) from error
 
 
 def added_tokens(engine: Any) -> dict[str, int]:

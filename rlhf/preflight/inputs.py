@@ -38,6 +38,7 @@ from rlhf.models.loading import (
 from rlhf.models.on_disk import may_ask_the_hub
 from rlhf.models.publish import refuse_unpublishable
 from rlhf.models.template_check import refuse_runaway_template
+from rlhf.preflight.engine_args import refuse_unknown_engine_args
 from rlhf.preflight.environments import preload_environment
 from rlhf.preflight.eval_inputs import inputs_of_stage
 from rlhf.preflight.merge import foresee, with_local_models
@@ -131,6 +132,7 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs | MergeStage | Evaluat
         with prefix_errors(f"stages.{name}") if loaded.is_pipeline else nullcontext():
             if not isinstance(config, MergeStage):
                 installed_trackers(config)
+                refuse_unknown_engine_args(config.cluster)
             if not isinstance(config, Config):
                 if isinstance(config, MergeStage):
                     foresee(with_local_models(config, loaded.folder), made, final=str(final_folder(config)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from rlhf.algorithms.section import OnlyIn, OnlyWith, Section
 
@@ -122,6 +122,9 @@ class RolloutResources(RoleResources):
     and so would the rounding of log-probabilities. Increase it if an engine gets more responses at once."""
     enforce_eager: Annotated[bool, OnlyIn("cuda")] = False
     """Disable CUDA graphs on GPUs. CPU engines never use them."""
+    engine_args: dict[str, JsonValue] = Field(default_factory=dict)
+    """More arguments of vLLM's engine, by the names in its EngineArgs, such as `{enable_expert_parallel: true}`. The
+    installed vLLM must know them. Arguments with another key here are refused. docs/rollouts.md has recipes."""
 
     @property
     def workers(self) -> int:

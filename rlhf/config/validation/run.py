@@ -18,6 +18,7 @@ from rlhf.config.schema.model import CriticConfig, ModelConfig, PolicyConfig
 from rlhf.config.schema.rollouts import RolloutsConfig
 from rlhf.config.schema.root import Config
 from rlhf.config.validation.asynchrony import asynchrony_problems
+from rlhf.config.validation.engine_args import engine_argument_problems
 from rlhf.config.validation.rewards import credit_problems, limit_problems, normalization_problems, reward_problems
 from rlhf.config.validation.rollouts import group_problems, length_problems, loss_problems
 from rlhf.config.validation.unused_keys import unused
@@ -282,6 +283,7 @@ def cluster_problems(cluster: ClusterConfig, needed: Collection[Role], *, with_r
     yield from _guests(cluster, needed)
     if "rollout" not in needed:
         return
+    yield from engine_argument_problems(cluster)
     engine = cluster.roles.rollout
     if cluster.device == "cpu" and engine.tensor_parallel > 1:
         text = f"is {engine.tensor_parallel}, but tensor parallelism needs cluster.device cuda; set 1"

@@ -1,0 +1,68 @@
+"""Check `cluster.roles.rollout.engine_args`: vLLM's arguments that other keys set, or that no run can change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from rlhf.config.mistakes.explain import Problem, problem
+from rlhf.config.schema.cluster import ClusterConfig
+
+KEY = "cluster.roles.rollout.engine_args"
+_PLACED = "engines are placed by cluster.roles.rollout.engines and tensor_parallel"
+_LORA = "is set by policy.lora"
+_REPLICAS = "is set by cluster.roles.rollout.engines: each engine is a replica"
+_NO_REASON = "cannot be changed"
+
+# vLLM's names of the arguments that the project sets, and the key to use instead or the reason.
+OWNED: Mapping[str, str] = {
+    "async_scheduling": f"{_NO_REASON}: a weight update must not meet a running step",
+    "data_parallel_address": _REPLICAS,
+    "data_parallel_backend": _REPLICAS,
+    "data_parallel_external_lb": _REPLICAS,
+    "data_parallel_hybrid_lb": _REPLICAS,
+    "data_parallel_multi_port_external_lb": _REPLICAS,
+    "data_parallel_rank": _REPLICAS,
+    "data_parallel_rpc_port": _REPLICAS,
+    "data_parallel_size": _REPLICAS,
+    "data_parallel_size_local": _REPLICAS,
+    "data_parallel_start_rank": _REPLICAS,
+    "device_ids": f"{_NO_REASON}: {_PLACED}",
+    "disable_log_stats": f"{_NO_REASON}: metrics come from the run, not from vLLM's log",
+    "distributed_executor_backend": f"{_NO_REASON}: {_PLACED}",
+    "dtype": "is set by policy.dtype, or by the evaluated model",
+    "enable_lora": _LORA,
+    "enable_sleep_mode": "is set by cluster.roles.rollout.colocate_with",
+    "enforce_eager": "is set by cluster.roles.rollout.enforce_eager",
+    "gpu_memory_utilization": "is set by cluster.roles.rollout.gpu_memory_utilization",
+    "kv_cache_memory_bytes": "is set by cluster.roles.rollout.kv_cache_gib on a CPU, gpu_memory_utilization on a GPU",
+    "logprobs_mode": f"{_NO_REASON}: training needs the log-probabilities of the sampling distribution",
+    "master_addr": f"{_NO_REASON}: {_PLACED}",
+    "master_port": f"{_NO_REASON}: {_PLACED}",
+    "max_lora_rank": _LORA,
+    "max_loras": _LORA,
+    "max_model_len": "follows from data.max_prompt_tokens and rollouts.max_new_tokens",
+    "max_num_seqs": "is set by cluster.roles.rollout.max_num_seqs",
+    "model": "is set by policy.model",
+    "nnodes": f"{_NO_REASON}: {_PLACED}",
+    "node_rank": f"{_NO_REASON}: {_PLACED}",
+    "pipeline_parallel_size": "is not supported; use cluster.roles.rollout.tensor_parallel",
+    "revision": "is set by policy.revision",
+    "seed": "is set by run.seed, and every response has its own seed",
+    "tensor_parallel_size": "is set by cluster.roles.rollout.tensor_parallel",
+    "tokenizer": "is set by policy.tokenizer",
+    "tokenizer_revision": "is set by policy.tokenizer",
+    "trust_remote_code": "is set by policy.trust_remote_code",
+    "weight_transfer_config": "is set by cluster.weight_sync",
+    "worker_extension_cls": "is set by cluster.weight_sync",
+}
+
+
+def engine_argument_problems(cluster: ClusterConfig) -> Iterator[Problem]:
+    """Yield the arguments that are not the user's to give."""
+    given = cluster.roles.rollout.engine_args
+    for name in given:
+        if name in OWNED:
+            yield problem(f"{KEY}.{name}", f"{OWNED[name]}; remove it")
+    if cluster.device == "cpu" and given.get("enable_chunked_prefill"):
+        text = "is true, but cluster.device is cpu, where a seeded response in a partial prefill ends vLLM; remove it"
+        yield problem(f"{KEY}.enable_chunked_prefill", text)

@@ -1,0 +1,59 @@
+"""Arguments of vLLM's engine in the configuration: unknown names, and names that other keys set."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from rlhf.config.schema.cluster import ClusterConfig
+from rlhf.config.validation.engine_args import OWNED
+from rlhf.errors import UserError
+from rlhf.preflight.engine_args import known_engine_args, refuse_unknown_engine_args
+from tests.unit.test_config_validation_run import ONLINE, refusal
+from tests.unit.test_gpu_names import keywords
+
+
+def cluster(**arguments: object) -> ClusterConfig:
+    return ClusterConfig.model_validate({"roles": {"rollout": {"engine_args": arguments}}})
+
+
+def test_names_are_those_of_the_installed_vllm() -> None:
+    from vllm import EngineArgs
+
+    fields = {field.name for field in dataclasses.fields(EngineArgs)}
+    assert known_engine_args() == {name for name in fields if not name.startswith("_")}
+
+
+def test_every_argument_that_the_project_sets_is_owned_or_may_be_changed() -> None:
+    changeable = {"max_num_batched_tokens", "block_size", "enable_chunked_prefill"}
+    ours = keywords("actors/rollout/vllm_engine.py", "EngineArgs")
+    assert ours - changeable <= OWNED.keys() <= known_engine_args()
+
+
+def test_an_unknown_name_is_refused_with_the_nearest() -> None:
+    refuse_unknown_engine_args(cluster(enable_expert_parallel=True, speculative_config={"method": "ngram"}))
+    with pytest.raises(UserError, match=r"engine_args\.enable_expert_paralel: vllm.* did you mean enable_expert_paral"):
+        refuse_unknown_engine_args(cluster(enable_expert_paralel=True))
+    with pytest.raises(UserError, match=r"engine_args\.zzz: .*its EngineArgs lists all names"):
+        refuse_unknown_engine_args(cluster(zzz=1))
+
+
+def test_without_vllm_the_engines_check_the_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refuse_unknown_engine_args(cluster(zzz=1))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("{max_model_len: 8}", "max_model_len: follows from data.max_prompt_tokens and rollouts.max_new_tokens"),
+        ("{async_scheduling: true}", "async_scheduling: cannot be changed: a weight update must not meet"),
+        ("{enable_chunked_prefill: true}", "enable_chunked_prefill: is true, but cluster.device is cpu"),
+    ],
+)
+def test_arguments_of_other_keys_are_refused_at_load(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], given: str, message: str
+) -> None:
+    assert message in refusal(tmp_path, capsys, ONLINE, [f"cluster.roles.rollout.engine_args={given}"])
