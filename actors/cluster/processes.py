@@ -86,8 +86,8 @@ class Processes:
         locations = await wait_all(refs, role=self.role, stage="start", deadline_s=deadline_s)
         self._remember(dict(enumerate(locations)))
 
-    async def wait_until_replaced(self, rank: int, *, deadline_s: float) -> None:
-        """Wait until the successor of a worker is created, and remember its process."""
+    async def wait_until_created(self, rank: int, *, deadline_s: float) -> None:
+        """Wait until one worker is created, and remember its process."""
         ref = self.handles[rank].__ray_call__.remote(own_location)
         location = await wait_one(
             ref, role=self.role, rank=rank, stage="start", deadline_s=deadline_s, limit=START_LIMIT

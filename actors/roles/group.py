@@ -19,7 +19,7 @@ from actors.cluster.processes import KEEPS_MEMORY, START_LIMIT, Processes, hub_e
 from actors.cluster.waiting import wait_all, wait_one
 from actors.cluster.watch import watching
 from rlhf.config.schema.cluster import ClusterConfig
-from rlhf.controller.supervisor import Supervisor
+from rlhf.controller.supervisor import ITS_START, Supervisor
 from rlhf.engine.distributed import RankContext
 from rlhf.errors import RunError, WorkerLost
 from rlhf.role_table import Role
@@ -120,7 +120,7 @@ class WorkerGroup:
         """Start a worker in a place that is free, until a moment of time.monotonic."""
         assert self._spawn_one is not None
         self.handles[rank] = self._spawn_one(rank)
-        await self.processes.wait_until_replaced(rank, deadline_s=ends - time.monotonic())
+        await self.processes.wait_until_created(rank, deadline_s=ends - time.monotonic())
         for ref in self._start_calls(self.handles[rank]):
             limit_s = ends - time.monotonic()
             await wait_one(ref, role=self.role, rank=rank, stage="start", deadline_s=limit_s, limit=START_LIMIT)
@@ -162,6 +162,20 @@ class WorkerPool(WorkerGroup):
     ) -> None:
         super().__init__(handles, spawn_one, deadline_s=deadline_s)
         self._rebuilds: dict[int, asyncio.Task[None]] = {}  # in progress or failed, by rank
+
+    async def start(self, *, deadline_s: float) -> None:
+        """Load what each worker needs. A worker that is lost meanwhile is started again."""
+        self.start_deadline_s = deadline_s
+        await all_results([self._first_start(rank, deadline_s) for rank in range(len(self.handles))])
+
+    async def _first_start(self, rank: int, deadline_s: float) -> None:
+        handle = self.handles[rank]
+        try:
+            await self.processes.wait_until_created(rank, deadline_s=deadline_s)
+            start = handle.start.remote()
+            await wait_one(start, role=self.role, rank=rank, stage="start", deadline_s=deadline_s, limit=START_LIMIT)
+        except WorkerLost as lost:
+            await self.make_good(rank, handle, lost, work=ITS_START)
 
     async def until_answered(self, rank: int, call: Callable[[Any], Awaitable[T]], *, work: Hashable = None) -> T:
         """Return the result of a call to one worker. If the worker is lost, call its successor.

@@ -23,6 +23,7 @@ from rlhf.tracking.run_folder.errors import ErrorRecord
 
 logger = logging.getLogger(__name__)
 DRIVER = "driver"
+ITS_START = "its start"  # the work of a worker that is lost before it works
 UNITS: dict[RoleKind, str] = {"engines": "engine", "trained": "gang", "frozen": "worker", "scoring": "worker"}
 
 
@@ -59,7 +60,7 @@ class Supervisor:
             except WorkerLost as again:
                 if again is lost or again.role != lost.role:
                     raise
-                lost, work = again, "its start"
+                lost, work = again, ITS_START
 
     async def _recover_once(self, lost: WorkerLost, rebuild: Callable[[], Awaitable[None]], work: Hashable) -> None:
         role: Role = lost.role  # type: ignore[assignment]

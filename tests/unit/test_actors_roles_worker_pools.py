@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, cast
@@ -18,6 +19,8 @@ from actors.cluster.processes import Processes
 from actors.roles.group import WorkerPool
 from actors.roles.teacher import TeacherWorkers
 from actors.roles.worker_pools import ReferenceWorkers, RewardWorkers
+from rlhf.config.schema.cluster import Restarts
+from rlhf.controller.supervisor import Supervisor
 from rlhf.errors import RunError, WorkerLost
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.rewards.services.client import ServiceSpec
@@ -93,9 +96,9 @@ async def score(handles: list[Handle], groups: int, *specs: RewardSpec, columns:
 def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the handles are not looked for."""
 
-    async def wait_until_started(self: Processes, *, deadline_s: float) -> None: ...
+    async def wait_until_created(self: Processes, rank: int, *, deadline_s: float) -> None: ...
 
-    monkeypatch.setattr(Processes, "wait_until_started", wait_until_started)
+    monkeypatch.setattr(Processes, "wait_until_created", wait_until_created)
 
 
 def test_waiting_for_a_worker_does_not_count() -> None:
@@ -123,14 +126,17 @@ def test_services_are_not_asked_about_rows_of_others() -> None:
 class Calls:
     """A worker whose calls wait until the test lets it answer or die. They are named after their groups."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, dies_at_start: bool = False) -> None:
+        self.dies_at_start = dies_at_start
         self.waiting: dict[Any, Future[Any]] = {}
         self.asked: list[tuple[str, Any]] = []
 
     def __getattr__(self, name: str) -> Any:
         def remote(*args: Any, **_: Any) -> Any:
             future: Future[Any] = Future()
-            if name in ("start", "become", "load_data"):
+            if name == "start" and self.dies_at_start:
+                future.set_exception(RayActorError())
+            elif name in ("start", "become", "load_data"):
                 self.asked.append((name, *args))
                 future.set_result(None)
             else:
@@ -177,10 +183,8 @@ def pool(kind: Callable[..., Any], *handles: Calls, supervisor: Any, **more: Any
 @pytest.fixture
 def replaced_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     async def end_one(self: Processes, rank: int) -> None: ...
-    async def wait_until_replaced(self: Processes, rank: int, *, deadline_s: float) -> None: ...
 
     monkeypatch.setattr(Processes, "end_one", end_one)
-    monkeypatch.setattr(Processes, "wait_until_replaced", wait_until_replaced)
 
 
 async def settle() -> None:
@@ -293,3 +297,38 @@ async def test_a_call_names_its_work_for_a_worker_that_is_lost_twice() -> None:
     worker.die()
     with pytest.raises(WorkerLost, match="reference: reference rank 0 died"):
         await task
+
+
+def real_supervisor() -> tuple[Supervisor, list[str]]:
+    """A run's supervisor, and what it records."""
+    recorded: list[str] = []
+    tracker = SimpleNamespace(log_error=lambda error: recorded.append(error.message), alert=lambda *_: None)
+    record: Any = SimpleNamespace(step=0, tracker=tracker, timeline=SimpleNamespace(span=lambda *_: nullcontext()))
+    return Supervisor(Restarts(), record, ("reference", "reward")), recorded
+
+
+@pytest.mark.usefixtures("replaced_at_once")
+async def test_a_worker_that_dies_at_its_first_start_is_started_again() -> None:
+    supervisor, recorded = real_supervisor()
+    workers = pool(ReferenceWorkers, Calls(dies_at_start=True), beside := Calls(), supervisor=supervisor)
+    await workers.start(deadline_s=60.0)
+    assert [worker.asked for worker in workers.handles] == [[("start",)], [("start",)]]
+    assert workers.handles[1] is beside
+    assert len(recorded) == 1
+    assert "start: reference rank 0 died" in recorded[0]
+
+
+@pytest.mark.usefixtures("replaced_at_once")
+async def test_a_worker_whose_successor_dies_at_its_start_too_ends_the_run() -> None:
+    supervisor, recorded = real_supervisor()
+    workers = pool(ReferenceWorkers, Calls(dies_at_start=True), supervisor=supervisor)
+    workers._spawn_one = lambda _: Calls(dies_at_start=True)
+    with pytest.raises(WorkerLost, match="start: reference rank 0 died"):
+        await workers.start(deadline_s=60.0)
+    assert len(recorded) == 1
+
+
+async def test_a_worker_that_dies_at_its_start_without_a_supervisor_ends_the_work() -> None:
+    workers = pool(ReferenceWorkers, Calls(dies_at_start=True), supervisor=None)
+    with pytest.raises(WorkerLost, match="start: reference rank 0 died"):
+        await workers.start(deadline_s=60.0)
