@@ -162,6 +162,7 @@ class WorkerPool(WorkerGroup):
     ) -> None:
         super().__init__(handles, spawn_one, deadline_s=deadline_s)
         self._rebuilds: dict[int, asyncio.Task[None]] = {}  # in progress or failed, by rank
+        self.last_loss: dict[int, WorkerLost] = {}  # that the supervisor has counted, by rank
 
     async def start(self, *, deadline_s: float) -> None:
         """Load what each worker needs. A worker that is lost meanwhile is started again."""
@@ -235,6 +236,7 @@ class WorkerPool(WorkerGroup):
         if self.supervisor is None or self.processes.ended:
             raise lost
         if rank not in self._rebuilds and self.handles[rank] is handle:
+            self.last_loss[rank] = lost
             self._rebuild(rank, self._recover(rank, lost, work))
 
     async def _recover(self, rank: int, lost: WorkerLost, work: Hashable) -> None:

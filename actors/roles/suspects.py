@@ -17,11 +17,11 @@ T = TypeVar("T")
 
 
 class CallLost(Exception):
-    """A call was lost with its worker, which has been replaced."""
+    """A call was lost with its worker, which has been replaced. `losses` are those of the worker, the last one last."""
 
-    def __init__(self, lost: WorkerLost) -> None:
-        super().__init__(str(lost))
-        self.lost = lost
+    def __init__(self, *losses: WorkerLost) -> None:
+        super().__init__(str(losses[-1]))
+        self.losses = losses
 
 
 class Suspects:
@@ -34,14 +34,15 @@ class Suspects:
         self._alone = asyncio.Lock()
 
     async def call(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """Return the result of an attempt. If it is lost, repeat it alone. CallLost: it was lost again."""
+        """Return the result of an attempt. If it is lost, repeat it alone. CallLost, with both losses: lost again."""
         while self._suspects:
             await self._cleared.wait()
         self._working += 1
         self._idle.clear()
         try:
             return await attempt()
-        except CallLost:
+        except CallLost as lost:
+            first = lost.losses
             self._suspects += 1
             self._cleared.clear()
         finally:
@@ -52,7 +53,10 @@ class Suspects:
             async with self._alone:
                 while self._working:
                     await self._idle.wait()
-                return await attempt()
+                try:
+                    return await attempt()
+                except CallLost as again:
+                    raise CallLost(*first, *again.losses) from again
         finally:
             self._suspects -= 1
             if not self._suspects:

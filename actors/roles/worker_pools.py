@@ -50,6 +50,7 @@ class RewardWorkers(WorkerPool):
         self.free = [asyncio.Semaphore(settings.processes) for _ in handles]
         self.free_to_ask = [asyncio.Semaphore(asks_in_flight(settings.specs)) for _ in handles]
         self.suspects = [Suspects() for _ in handles]
+        self.caused: list[list[WorkerLost]] = [[] for _ in handles]  # by groups, since the last group that was scored
 
     @classmethod
     def create(cls, cluster: ClusterConfig, placement: Placement, settings: RewardSettings) -> RewardWorkers:
@@ -87,7 +88,8 @@ class RewardWorkers(WorkerPool):
                     longest=longest,
                 )
         except CallLost as again:
-            return _ends_its_worker(group, again.lost)
+            self.caused[worker] += again.losses
+            return _ends_its_worker(group, again.losses[-1])
 
     async def _ask(self, worker: int, group: CompletedGroup, truncated: tuple[bool, ...]) -> dict[str, GroupOutcome]:
         """Return the answers of the services that score this row."""
@@ -109,7 +111,10 @@ class RewardWorkers(WorkerPool):
                 answer: T = await self._answer(worker, send(handle), stage=stage, longest=longest)
             except WorkerLost as lost:
                 await self.make_good(worker, handle, lost)
-                raise CallLost(lost) from lost
+                raise CallLost(self.last_loss[worker]) from lost
+            if self.supervisor is not None and self.caused[worker]:  # the worker works: the groups were the cause
+                self.supervisor.forgive(self.caused[worker])
+                self.caused[worker].clear()
             return answer
 
         return await self.suspects[worker].call(attempt)

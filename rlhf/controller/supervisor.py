@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Sequence
 
 from rlhf.config.schema.cluster import Restarts
 from rlhf.controller.record import RunRecord
@@ -38,7 +38,7 @@ class Supervisor:
         """
         self.restarts = restarts
         self.record = record
-        self._lost_at: dict[Role, deque[float]] = {role: deque() for role in roles}
+        self._losses: dict[Role, list[tuple[float, WorkerLost]]] = {role: [] for role in roles}  # in the window
         self._last_work: dict[tuple[Role, int], Hashable] = {}  # at the last loss, if nothing succeeded since
         self._out_of_memory: set[Role] = set()
         self._recovered: Counter[str] = Counter()  # since the last `metrics`
@@ -92,6 +92,11 @@ class Supervisor:
         """Note that a worker finished work, so its next loss is not a repetition of the last one."""
         self._last_work.pop((role, rank), None)
 
+    def forgive(self, losses: Collection[WorkerLost]) -> None:
+        """Count these losses no longer: their work caused them, and not the worker."""
+        for role, counted in self._losses.items():
+            self._losses[role] = [(at, lost) for at, lost in counted if lost not in losses]
+
     def continue_after(self, deaths: Sequence[DriverDeath]) -> None:
         """Record the deaths of earlier drivers, in the driver that continues the run."""
         for death in deaths:
@@ -110,16 +115,15 @@ class Supervisor:
 
     def _allow(self, role: Role, lost: WorkerLost, work: Hashable) -> int:
         """Return the number of losses in the window, or raise the loss."""
-        now, times = time.monotonic(), self._lost_at[role]
-        while times and now - times[0] > self.restarts.window_s:
-            times.popleft()
-        times.append(now)
+        now = time.monotonic()
+        losses = [(at, other) for at, other in self._losses[role] if now - at <= self.restarts.window_s]
+        self._losses[role] = losses = [*losses, (now, lost)]
         key, last_work = (role, lost.rank), self._last_work.get((role, lost.rank))
         self._last_work[key] = work
         unit = UNITS[ROLES[role].kind]
         reason = None
-        if len(times) > getattr(self.restarts, unit):
-            reason = f"it was lost {len(times)} times in {self.restarts.window_s:.0f} s (cluster.restarts.{unit})"
+        if len(losses) > getattr(self.restarts, unit):
+            reason = f"it was lost {len(losses)} times in {self.restarts.window_s:.0f} s (cluster.restarts.{unit})"
         elif lost.kind == "out_of_memory" and role in self._out_of_memory:
             reason = "its memory was exhausted twice"
         elif work is not None and work == last_work:
@@ -129,11 +133,11 @@ class Supervisor:
             raise lost
         if lost.kind == "out_of_memory":
             self._out_of_memory.add(role)
-        return len(times)
+        return len(losses)
 
     def metrics(self) -> Metrics:
         """Return the recoveries since the last call."""
-        counts = {f"recovery/{role}/total": Sum(total=self._recovered[role]) for role in (*self._lost_at, "controller")}
+        counts = {f"recovery/{role}/total": Sum(total=self._recovered[role]) for role in (*self._losses, "controller")}
         seconds, self._seconds = self._seconds, 0.0
         self._recovered.clear()
         return {**counts, "time/recovery_s": Sum(total=seconds)}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -172,6 +173,8 @@ class Losses:
 
     def succeeded(self, role: str, rank: int) -> None: ...
 
+    def forgive(self, losses: Sequence[WorkerLost]) -> None: ...
+
 
 def pool(kind: Callable[..., Any], *handles: Calls, supervisor: Any, **more: Any) -> Any:
     """A pool of these workers, which are replaced in turn: a replaced worker's handle is another."""
@@ -299,12 +302,12 @@ async def test_a_call_names_its_work_for_a_worker_that_is_lost_twice() -> None:
         await task
 
 
-def real_supervisor() -> tuple[Supervisor, list[str]]:
+def real_supervisor(**limits: Any) -> tuple[Supervisor, list[str]]:
     """A run's supervisor, and what it records."""
     recorded: list[str] = []
     tracker = SimpleNamespace(log_error=lambda error: recorded.append(error.message), alert=lambda *_: None)
     record: Any = SimpleNamespace(step=0, tracker=tracker, timeline=SimpleNamespace(span=lambda *_: nullcontext()))
-    return Supervisor(Restarts(), record, ("reference", "reward")), recorded
+    return Supervisor(Restarts(**limits), record, ("reference", "reward")), recorded
 
 
 @pytest.mark.usefixtures("replaced_at_once")
@@ -332,3 +335,58 @@ async def test_a_worker_that_dies_at_its_start_without_a_supervisor_ends_the_wor
     workers = pool(ReferenceWorkers, Calls(dies_at_start=True), supervisor=None)
     with pytest.raises(WorkerLost, match="start: reference rank 0 died"):
         await workers.start(deadline_s=60.0)
+
+
+async def score_all(workers: Any, groups: list[int], loses: Callable[[int, int], bool]) -> list[Any]:
+    """Score groups in order, three at once. `loses` says whether a group ends its worker at this attempt, from 0."""
+    attempts: Counter[int] = Counter()
+    tasks = [asyncio.create_task(workers.score(scored_group(group_id))) for group_id in groups]
+    await settle()
+    while not all(task.done() for task in tasks):
+        (worker,) = workers.handles
+        present = sorted(int(call.removeprefix("group ")) for call in worker.waiting)
+        if any(loses(group_id, attempts[group_id]) for group_id in present):
+            attempts.update(present)
+            worker.die()
+        elif present:
+            worker.answer(f"group {present[0]}")
+        await settle()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    for failure in results:
+        if isinstance(failure, BaseException):
+            raise failure
+    return results
+
+
+def reward_pool(supervisor: Supervisor) -> Any:
+    settings = SimpleNamespace(specs=(), processes=3, timeout_s=1.0)
+    return pool(RewardWorkers, Calls(), supervisor=supervisor, settings=settings)
+
+
+@pytest.mark.usefixtures("replaced_at_once")
+@pytest.mark.parametrize("groups", [range(30), [0, 1, 10, 2, 3, 11, 12, 4, 20, 5, 30, 40]])
+async def test_groups_that_end_their_worker_use_up_no_restarts(groups: Sequence[int]) -> None:
+    """Two of three culprits may share their first loss."""
+    supervisor, recorded = real_supervisor(worker=5)
+    poisonous = {group_id for group_id in groups if group_id % 10 == 0} | ({11, 12} & set(groups))
+    results = await score_all(reward_pool(supervisor), list(groups), lambda group_id, _: group_id in poisonous)
+    assert {group_id for group_id, result in zip(groups, results, strict=True) if not isinstance(result, str)} == (
+        poisonous
+    )
+    assert len(recorded) > 5
+
+
+@pytest.mark.usefixtures("replaced_at_once")
+async def test_a_worker_that_is_lost_with_other_groups_each_time_uses_up_its_restarts() -> None:
+    supervisor, recorded = real_supervisor(worker=4)
+    with pytest.raises(WorkerLost):
+        await score_all(reward_pool(supervisor), list(range(30)), lambda _, attempt: attempt == 0)
+    assert len(recorded) == 4
+
+
+@pytest.mark.usefixtures("replaced_at_once")
+async def test_a_worker_that_scores_no_group_uses_up_its_restarts() -> None:
+    supervisor, recorded = real_supervisor(worker=4)
+    with pytest.raises(WorkerLost):
+        await score_all(reward_pool(supervisor), list(range(30)), lambda *_: True)
+    assert len(recorded) == 4
