@@ -12,7 +12,6 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +142,7 @@ def _call(work: Callable[[], T]) -> T:
     return work()
 
 
-def lost_nodes() -> str:
+async def lost_nodes() -> str:
     """Return a sentence on the run's lost nodes; empty if all of them respond.
 
     Ranks on other nodes also fail when a peer or their arguments are lost.
@@ -151,8 +150,8 @@ def lost_nodes() -> str:
     places = {place.node: place for place in _LOCATIONS.values()}
     if not places:
         return ""
-    with ThreadPoolExecutor(max_workers=min(32, len(places))) as pool:
-        failures = dict(zip(places, pool.map(ActorLocation.node_failure, places.values()), strict=True))
+    answers = await asyncio.gather(*[asyncio.to_thread(place.node_failure) for place in places.values()])
+    failures = dict(zip(places, answers, strict=True))
     sentences = []
     for node, failure in failures.items():
         if failure is not None:

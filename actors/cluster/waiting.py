@@ -24,6 +24,7 @@ DEATH_SHOWS_WITHIN_S = 2.0  # the peers of a dead rank may fail before it
 DEATHS = (RayActorError, OutOfMemoryError)  # the second by Ray's memory monitor
 MOST_STACKS = 4  # of late workers in an error
 MOST_TOLD = 600  # characters of a cause in a message
+_CAUSES: dict[str, asyncio.Future[tuple[LossKind, str, str | None]]] = {}  # of deaths, by actor
 
 
 async def wait_all(refs: Sequence[ObjectRef[Any]], *, role: Role, stage: str, deadline_s: float) -> list[Any]:
@@ -40,13 +41,13 @@ async def wait_all(refs: Sequence[ObjectRef[Any]], *, role: Role, stage: str, de
         failed = [(rank, f.exception()) for rank, f in enumerate(futures) if f in done and f.exception() is not None]
         if failed:
             rank, error = min(failed, key=lambda failure: (not isinstance(failure[1], DEATHS), failure[0]))
-            raise explain(error, role=role, rank=rank, stage=stage)
+            raise await explain(error, role=role, rank=rank, stage=stage)
         if pending:
             late = [rank for rank, future in enumerate(futures) if future in pending]
             limit = f"cluster.{'start' if stage == 'start' else 'call'}_timeout_s"
             raise WorkerLost(
                 f"{stage}: {role} rank {', '.join(map(str, late))} did not answer within "
-                f"{time.monotonic() - began:.0f} s ({limit}).{lost_nodes() or IT_HANGS}",
+                f"{time.monotonic() - began:.0f} s ({limit}).{await lost_nodes() or IT_HANGS}",
                 role=role,
                 rank=late[0],
                 stage=stage,
@@ -68,7 +69,7 @@ async def wait_one(
     except TimeoutError as error:
         raise WorkerLost(
             f"{stage}: {role} rank {rank} did not answer within {deadline_s:.0f} s ({limit})."
-            f"{lost_nodes() or IT_HANGS}",
+            f"{await lost_nodes() or IT_HANGS}",
             role=role,
             rank=rank,
             stage=stage,
@@ -76,10 +77,10 @@ async def wait_one(
             stack=await stacks_at(role, [rank]),
         ) from error
     except RayError as error:
-        raise explain(error, role=role, rank=rank, stage=stage) from error
+        raise await explain(error, role=role, rank=rank, stage=stage) from error
 
 
-def explain(error: BaseException | None, *, role: Role, rank: int, stage: str) -> Exception:
+async def explain(error: BaseException | None, *, role: Role, rank: int, stage: str) -> Exception:
     """Return the failure as an error with stage, role, rank and cause: WorkerLost if the worker's process died."""
     who = f"{stage}: {role} rank {rank}"
     failure: Exception
@@ -89,33 +90,39 @@ def explain(error: BaseException | None, *, role: Role, rank: int, stage: str) -
             failure = UserError(str(cause))
         else:
             reason = str(cause) if isinstance(cause, RunError) else f"{type(cause).__name__}: {_short(str(cause))}"
-            lost = lost_nodes()
+            lost = await lost_nodes()
             failure = RunError(f"{who} failed: {reason}{f'{lost} {RESUMES}' if lost else ''}")
     elif isinstance(error, RayActorError):
-        failure = _death(error, who, role=role, rank=rank, stage=stage)
+        failure = await _death(error, who, role=role, rank=rank, stage=stage)
     elif isinstance(error, OutOfMemoryError):
         message = f"{who} was killed because its node ran out of memory: {_short(str(error))} {advice_on_memory(role)}"
         failure = WorkerLost(message, role=role, rank=rank, stage=stage, kind="out_of_memory")
     else:
-        failure = RunError(f"{who} failed: {type(error).__name__}: {_short(str(error))}{lost_nodes()}")
+        failure = RunError(f"{who} failed: {type(error).__name__}: {_short(str(error))}{await lost_nodes()}")
     failure.__cause__ = error
     return failure
 
 
-def _death(error: RayActorError, who: str, *, role: Role, rank: int, stage: str) -> RunError:
-    """Return the error of a dead process: it was killed by its watch, or by the kernel for memory, or just died."""
+async def _death(error: RayActorError, who: str, *, role: Role, rank: int, stage: str) -> RunError:
+    """Return the error of a dead process. Its cause is found once for all calls that have failed with it."""
     if error.actor_init_failed:  # its successor would fail in the same way
-        return RunError(f"{who} {_how_it_died(error)} {RESUMES}")
-    kind: LossKind = "died"
-    hang, stack = hang_of(error.actor_id), None
-    if hang is not None:
-        kind, how, stack = "hung", f"{hang.reason} Its stack is in errors.jsonl.", hang.stack
-    else:
-        how = _how_it_died(error)
-        if died_for_memory(error.actor_id or ""):
-            kind = "out_of_memory"
-            how += f" The kernel killed a process there for memory. {advice_on_memory(role)}"
+        return RunError(f"{who} {await _how_it_died(error)} {RESUMES}")
+    actor = error.actor_id or ""
+    if actor == "" or actor not in _CAUSES:
+        _CAUSES[actor] = asyncio.ensure_future(_cause_of_death(error, role))
+    kind, how, stack = await asyncio.shield(_CAUSES[actor])
     return WorkerLost(f"{who} {how}", role=role, rank=rank, stage=stage, kind=kind, stack=stack)
+
+
+async def _cause_of_death(error: RayActorError, role: Role) -> tuple[LossKind, str, str | None]:
+    """Return whether the watch, or the kernel for memory, has killed a process, with a description and its stack."""
+    hang = hang_of(error.actor_id)
+    if hang is not None:
+        return "hung", f"{hang.reason} Its stack is in errors.jsonl.", hang.stack
+    how = await _how_it_died(error)
+    if await died_for_memory(error.actor_id or ""):
+        return "out_of_memory", f"{how} The kernel killed a process there for memory. {advice_on_memory(role)}", None
+    return "died", how, None
 
 
 async def stacks_at(role: Role, ranks: Sequence[int]) -> str | None:
@@ -125,13 +132,13 @@ async def stacks_at(role: Role, ranks: Sequence[int]) -> str | None:
     return "\n".join(f"{role} rank {rank}\n{stack}" for rank, stack in stacks if stack is not None) or None
 
 
-def _how_it_died(error: RayActorError) -> str:
+async def _how_it_died(error: RayActorError) -> str:
     """Return Ray's reason for a death, and the log file with the process's last output."""
     message = str(error)
     if error.actor_init_failed:
         return f"could not be created: {_short(message.strip().splitlines()[-1])}."
     was = location_of(error.actor_id)
-    node_failure = was.node_failure() if was is not None else None
+    node_failure = await asyncio.to_thread(was.node_failure) if was is not None else None
     if was is not None and node_failure is not None:
         return f"died with its node (process {was.pid} on {was.address}): {node_failure}."
     pid, host = re.search(r"pid: (\d+)", message), re.search(r"ip: (\S+)", message)

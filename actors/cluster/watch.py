@@ -7,7 +7,6 @@ it is killed. Ray then fails the calls that wait for it, and `actors.cluster.wai
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 import logging
 import os
@@ -184,13 +183,13 @@ async def stack_at(role: Role, rank: int) -> str | None:
         return await _there(place, partial(dump_stack, place.pid))
 
 
-async def _there(place: ActorLocation, work: Callable[[], T]) -> T | None:
-    """Return the result of work on the node of a process; None if the node does not answer."""
+async def _there(place: ActorLocation, work: Callable[[], T], *, within_s: float = ON_NODE_WITHIN_S) -> T | None:
+    """Return the result of work on the node of a process; None if the node does not answer within the limit."""
     if place.node == ray.get_runtime_context().get_node_id():
         return await asyncio.to_thread(work)
     answer = asyncio.wrap_future(on_node(place.node, work).future())
     try:
-        return await asyncio.wait_for(answer, ON_NODE_WITHIN_S)
+        return await asyncio.wait_for(answer, within_s)
     except (RayError, TimeoutError):
         return None
 
@@ -216,17 +215,10 @@ def kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-@functools.cache
-def died_for_memory(actor: str) -> bool:
+async def died_for_memory(actor: str) -> bool:
     """Return whether the kernel has killed a process for memory beside a dead actor since its last heartbeat."""
     place, before = location_of(actor), _OOM_KILLS.get(actor)
     if place is None or before is None:
         return False
-    if place.node == ray.get_runtime_context().get_node_id():
-        now = count_oom_kills(before.path)
-    else:
-        try:
-            now = ray.get(on_node(place.node, partial(count_oom_kills, before.path)), timeout=COUNTED_WITHIN_S)
-        except (RayError, TimeoutError):
-            return False
+    now = await _there(place, partial(count_oom_kills, before.path), within_s=COUNTED_WITHIN_S)
     return now is not None and now.count > before.count

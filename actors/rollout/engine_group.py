@@ -216,7 +216,7 @@ class RolloutEngines(ElasticEngines):
                     future = await asyncio.wait_for(finished.get(), self.deadline_s)
                 except TimeoutError as error:
                     raise await self._hung(engine) from error
-                infos: tuple[RolloutInfo, ...] | None = _result(future, engine)
+                infos: tuple[RolloutInfo, ...] | None = await _result(future, engine)
                 answered = waits.pop(future)
                 if answered is not None and infos is not None:
                     yield CompletedGroup(request=answered, rollouts=columns[answered.group_id], infos=infos)
@@ -227,7 +227,7 @@ class RolloutEngines(ElasticEngines):
     async def _hung(self, engine: int) -> WorkerLost:
         return WorkerLost(
             f"rollouts: engine {engine} finished none of its prompts in {self.deadline_s:.0f} s "
-            f"(cluster.call_timeout_s).{lost_nodes()}",
+            f"(cluster.call_timeout_s).{await lost_nodes()}",
             role=self.role,
             rank=engine,
             stage="rollouts",
@@ -283,7 +283,7 @@ class RolloutEngines(ElasticEngines):
                 if left_s <= 0.0:
                     raise await self._hung(engine)
                 await asyncio.wait([future], timeout=left_s)
-            return _result(future, engine)
+            return await _result(future, engine)
         finally:
             _silence(future)
 
@@ -333,8 +333,8 @@ def _silence(future: asyncio.Future[Any]) -> None:
         future.exception()
 
 
-def _result(future: asyncio.Future[Any], engine: int) -> Any:
+async def _result(future: asyncio.Future[Any], engine: int) -> Any:
     """Return the result of a call to an engine, or raise its failure in the words of the run."""
     if future.exception() is not None:
-        raise explain(future.exception(), role=RolloutEngines.role, rank=engine, stage="rollouts")
+        raise await explain(future.exception(), role=RolloutEngines.role, rank=engine, stage="rollouts")
     return future.result()

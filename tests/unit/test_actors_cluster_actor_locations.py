@@ -36,10 +36,10 @@ def at(who: str, node: str, port: int) -> ActorLocation:
 
 
 def test_a_node_that_answers_is_not_lost(known: dict[str, ActorLocation], raylet: socket.socket) -> None:
-    assert lost_nodes() == ""
+    assert asyncio.run(lost_nodes()) == ""
     known["a"] = at("policy rank 0", "n1", raylet.getsockname()[1])
     assert known["a"].node_failure() is None
-    assert lost_nodes() == ""
+    assert asyncio.run(lost_nodes()) == ""
 
 
 def test_a_lost_node_is_named_with_all_that_stood_there(known: dict[str, ActorLocation], raylet: socket.socket) -> None:
@@ -47,9 +47,9 @@ def test_a_lost_node_is_named_with_all_that_stood_there(known: dict[str, ActorLo
     known["a"] = at("policy rank 0", "n1", there)
     known["b"], known["c"] = at("policy rank 1", "n2", gone), at("critic rank 1", "n2", gone)
     what = "no Ray runs on node 127.0.0.1 any more"
-    assert lost_nodes() == f" Lost with its node: policy rank 1, critic rank 1 ({what})."
+    assert asyncio.run(lost_nodes()) == f" Lost with its node: policy rank 1, critic rank 1 ({what})."
     forget(["b", "c", "never known"])
-    assert lost_nodes() == ""
+    assert asyncio.run(lost_nodes()) == ""
 
 
 def test_a_node_that_says_nothing_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:

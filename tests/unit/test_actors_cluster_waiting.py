@@ -24,7 +24,7 @@ KILLED = (
 
 def lost(error: Exception) -> WorkerLost:
     """The error of a reward worker's call that failed like this."""
-    explained = explain(error, role="reward", rank=1, stage="rewards")
+    explained = asyncio.run(explain(error, role="reward", rank=1, stage="rewards"))
     assert isinstance(explained, WorkerLost)
     assert (explained.role, explained.rank, explained.stage) == ("reward", 1, "rewards")
     return explained

@@ -7,19 +7,21 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import psutil
 import pytest
 import ray
 from ray.exceptions import RayActorError
 
-from actors.cluster import actor_locations, watch
+from actors.cluster import actor_locations, waiting, watch
 from actors.cluster.actor_locations import ActorLocation
 from actors.cluster.heartbeat import OomKills, own_oom_kills
 from actors.cluster.waiting import explain
-from actors.cluster.watch import died_for_memory, hang_of, stack_at, watching
+from actors.cluster.watch import hang_of, stack_at, watching
 from rlhf.errors import WorkerLost
 
 WORKER = """
@@ -52,7 +54,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[ActorLocation]:
 
 def lost(actor: str) -> WorkerLost:
     """The error of a call to a dead actor."""
-    error = explain(RayActorError(actor_id=actor), role="policy", rank=1, stage="update")
+    error = asyncio.run(explain(RayActorError(actor_id=actor), role="policy", rank=1, stage="update"))
     assert isinstance(error, WorkerLost)
     return error
 
@@ -123,12 +125,38 @@ def test_a_kill_by_the_kernel_for_memory_since_the_last_heartbeat_explains_a_dea
     monkeypatch.setitem(watch._OOM_KILLS, actor, OomKills(path=str(events), count=3))
     monkeypatch.setattr("actors.cluster.waiting._logs", lambda: Path("/logs"))
     assert lost(actor).kind == "died"
-    died_for_memory.cache_clear()
+    waiting._CAUSES.clear()
     events.write_text("oom 2\noom_kill 4\noom_group_kill 0\n")
     error = lost(actor)
     assert error.kind == "out_of_memory"
     assert "The kernel killed a process there for memory." in str(error)
     assert "cluster.roles.policy.zero_stage" in str(error)
+
+
+async def test_the_count_on_another_node_is_asked_once_for_all_calls_and_blocks_nothing(
+    worker: ActorLocation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actor, asked = f"actor {worker.pid}", list[str]()
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "of the driver"))
+    monkeypatch.setitem(watch._OOM_KILLS, actor, OomKills(path="/events", count=3))
+    monkeypatch.setattr("actors.cluster.waiting._logs", lambda: Path("/logs"))
+    monkeypatch.setattr(watch, "COUNTED_WITHIN_S", 0.2)
+    no_answer: Future[OomKills] = Future()
+
+    def on_node(node: str, work: object) -> SimpleNamespace:
+        asked.append(node)
+        return SimpleNamespace(future=lambda: no_answer)
+
+    monkeypatch.setattr(watch, "on_node", on_node)
+    calls = [explain(RayActorError(actor_id=actor), role="policy", rank=1, stage="update") for _ in range(20)]
+    explaining = asyncio.gather(*calls)
+    async with asyncio.timeout(60.0):
+        while not asked:
+            await asyncio.sleep(0.01)
+        assert not explaining.done()
+        errors = await explaining
+    assert [cast(WorkerLost, error).kind for error in errors] == ["died"] * 20
+    assert asked == ["here"]
 
 
 @pytest.mark.parametrize(
