@@ -135,7 +135,9 @@ class TrainingLoop(ABC):
             await self.trained["policy"].export(aside)
             return aside
 
-        return await self.despite_losses(write)
+        aside = await self.despite_losses(write)
+        self.record.amend(self.supervisor.metrics())
+        return aside
 
     async def despite_losses(self, work: Callable[[], Awaitable[T]], *, oldest: int | None = None) -> T:
         """Return the result of the work, which is done again after the loss of a trained rank.
@@ -236,7 +238,7 @@ class TrainingLoop(ABC):
             if is_over or is_told or step == end or is_best or step % train.checkpoint_every == 0:
                 await self.checkpoint(is_best=is_best)
             else:
-                record.write_row(step, record.row())
+                self._log_step()
             if is_told and not is_over:
                 raise Preempted(f"a checkpoint of step {step} is written")
         return self.step >= train.num_steps or self.best.is_over
@@ -251,7 +253,6 @@ class TrainingLoop(ABC):
         record = self.record
         await self.despite_losses(self._measure_memory)
         await record.system()
-        record.add(self.supervisor.metrics())
         row = record.row()
         tokens, mean_length = self.trained_tokens(row)
         rate = row.get("update/tokens/total", 0.0) / row["time/update_s"]  # 0 while only the critic is trained
@@ -263,11 +264,16 @@ class TrainingLoop(ABC):
             }
         )
 
+    def _log_step(self) -> None:
+        """Log the row of the step, with the recoveries until now."""
+        self.record.add(self.supervisor.metrics())
+        self.record.write_row(self.step, self.record.row())
+
     async def checkpoint(self, *, is_best: bool) -> None:
         """Write the checkpoint aside, log the step, and make the checkpoint valid."""
         with self.record.stage("checkpoint"):
             await self.despite_losses(self._save)
-        self.record.write_row(self.step, self.record.row())
+        self._log_step()
         self.commit()
         if is_best:
             self.record.folder.mark_best(self.step)

@@ -117,6 +117,12 @@ class RunRecord:
         for finding in findings:
             self.progress.finding(finding)
 
+    def amend(self, metrics: Metrics) -> None:
+        """Add what is not 0 to the last logged row, in metrics.jsonl alone: it holds for the time after that row."""
+        added = {key: value for key, value in results(metrics).items() if value}
+        if added:
+            self.tracker.amend(added)
+
     async def prune(self, keep: int) -> None:
         """Remove all but the newest checkpoints, and start the upload to the mirror.
 

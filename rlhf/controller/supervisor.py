@@ -75,6 +75,7 @@ class Supervisor:
             ErrorRecord(step=step, stage=lost.stage, kind=lost.kind, message=message, source=source, stack=lost.stack)
         )
         self.record.tracker.alert("warning", f"{role} lost", f"Step {step}: {message}")
+        self._recovered[role] += 1
         began = time.perf_counter()
         with self.record.timeline.span("recovery", role):
             try:
@@ -84,7 +85,6 @@ class Supervisor:
             except RunError as error:
                 raise RunError(f"{message} Its successor could not be started: {error}") from error
         took_s = time.perf_counter() - began
-        self._recovered[role] += 1
         self._seconds += took_s
         logger.info("%s works again after %.1f s", source, took_s)
 

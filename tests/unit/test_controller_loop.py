@@ -19,6 +19,8 @@ from rlhf.errors import Preempted, RunError, WorkerLost
 from rlhf.roles import Arithmetic
 from rlhf.types import MemoryReport
 
+RECOVERIES = "recovery/policy/total"
+
 
 class Policy:
     """Notes what is saved and loaded. It is lost in the calls named in `losses`, once in each."""
@@ -80,8 +82,11 @@ class Record:
         self.timeline: Any = SimpleNamespace(span=lambda *_: nullcontext())
         self.step = 0
         self.metrics: dict[str, float] = {}
+        self.recovered = 0.0  # in the current step
+        self.recoveries: dict[int, float] = {}  # in the rows
 
     def begin_step(self, step: int) -> None:
+        self.recovered = 0.0
         self.metrics = {"time/update_s": 1.0, "time/step_s": 1.0}
 
     @contextmanager
@@ -92,7 +97,9 @@ class Record:
     def stage(self, name: str) -> Iterator[None]:
         yield
 
-    def add(self, metrics: Mapping[str, Any]) -> None: ...
+    def add(self, metrics: Mapping[str, Any]) -> None:
+        if RECOVERIES in metrics:
+            self.recovered += metrics[RECOVERIES].result()
 
     def memory(self, role: str, report: MemoryReport) -> None: ...
 
@@ -103,6 +110,10 @@ class Record:
 
     def write_row(self, step: int, row: Mapping[str, float]) -> None:
         self.calls.append(f"row {step}")
+        self.recoveries[step] = self.recovered
+
+    def amend(self, metrics: Mapping[str, Any]) -> None:
+        self.recoveries[max(self.recoveries)] += metrics[RECOVERIES].result()
 
     def write_state(self, folder: Path, state: Mapping[str, Any]) -> None:
         self.states[state["step"]] = dict(state)
@@ -261,6 +272,13 @@ def test_an_export_is_written_again_from_its_begin() -> None:
     asyncio.run(loop.export())
     load = "load step_2/policy"
     assert calls == [load, "restart", "take back 4", load, "export aside_final"]
+
+
+@pytest.mark.parametrize("lost", ["train 2", "evaluate 2", "save aside_2/policy", "export aside_final"])
+def test_the_last_row_has_the_recoveries_after_its_step_too(lost: str) -> None:
+    loop, _ = broken([lost])
+    asyncio.run(loop.export())
+    assert loop.record.recoveries == {1: 0.0, 2: 1.0}  # type: ignore[attr-defined]
 
 
 def test_the_checkpoint_stands_in_for_a_state_that_is_lost_too() -> None:

@@ -184,7 +184,7 @@ def test_a_successor_that_is_lost_too_is_started_again_once(record: Any, tmp_pat
     supervisor, once, twice = Supervisor(Restarts(), record, ("rollout",)), RebuildLoses(1), RebuildLoses(2)
     asyncio.run(supervisor.recover(lost(), once, work="a step"))
     assert len((tmp_path / "errors.jsonl").read_text().splitlines()) == 2
-    assert supervisor.metrics()["recovery/rollout/total"].result() == 1.0
+    assert supervisor.metrics()["recovery/rollout/total"].result() == 2.0
     supervisor.succeeded("rollout", 0)
     with pytest.raises(WorkerLost) as ended:
         asyncio.run(supervisor.recover(lost(), twice, work="a step"))

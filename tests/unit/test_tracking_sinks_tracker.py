@@ -251,3 +251,12 @@ def test_what_looks_wrong_is_told_once_and_not_again_after_a_resume(
     assert [record.levelname for record in caplog.records if "KL to the reference" in record.getMessage()] == [
         "WARNING"
     ]
+
+
+def test_what_follows_the_last_row_is_added_to_it(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path)
+    for step in (1, 2):
+        tracker.log(step, {"recovery/policy/total": 1.0, "update/lr": 0.5})
+    first, last = read_metrics(tmp_path)
+    tracker.amend({"recovery/policy/total": 2.0, "recovery/rollout/total": 1.0})
+    assert read_metrics(tmp_path) == [first, last | {"recovery/policy/total": 3.0, "recovery/rollout/total": 1.0}]
