@@ -42,6 +42,14 @@ class WorkerLost(RunError):
         self.stack = stack
 
 
+class ChildLost(RunError):
+    """A process that a worker has started, and cannot work without, was lost. The driver takes the worker for lost."""
+
+    def __init__(self, reason: str, *, kind: LossKind = "died") -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
 class Preempted(Exception):
     """A signal ended the run, and --resume auto continues it. Exit code 75. The message names the results kept."""
 

@@ -16,7 +16,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskErr
 from actors.cluster.actor_locations import location_of, lost_nodes
 from actors.cluster.watch import died_for_memory, hang_of, stack_at
 from rlhf.engine.memory import advice_on_memory
-from rlhf.errors import RESUMES, LossKind, RunError, UserError, WorkerLost
+from rlhf.errors import RESUMES, ChildLost, LossKind, RunError, UserError, WorkerLost
 from rlhf.role_table import Role
 
 IT_HANGS = " It hangs, or the limit is too short for the work."
@@ -81,13 +81,19 @@ async def wait_one(
 
 
 async def explain(error: BaseException | None, *, role: Role, rank: int, stage: str) -> Exception:
-    """Return the failure as an error with stage, role, rank and cause: WorkerLost if the worker's process died."""
+    """Return the failure as an error with stage, role, rank and cause.
+
+    It is WorkerLost if the worker's process died, or one that the worker had started and cannot work without.
+    """
     who = f"{stage}: {role} rank {rank}"
     failure: Exception
     if isinstance(error, RayTaskError):
         cause = error.cause
         if isinstance(cause, UserError):
             failure = UserError(str(cause))
+        elif isinstance(cause, ChildLost):
+            message = f"{who} cannot work any more: {cause}"
+            failure = WorkerLost(message, role=role, rank=rank, stage=stage, kind=cause.kind)
         else:
             reason = str(cause) if isinstance(cause, RunError) else f"{type(cause).__name__}: {_short(str(cause))}"
             lost = await lost_nodes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
@@ -13,6 +14,7 @@ from typing import Any, cast
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
+from actors.cluster.waiting import explain
 from actors.rollout.dispatch import EngineCapacity
 from actors.rollout.engine_group import RolloutEngines
 from actors.rollout.engine_weights import SyncReceipt
@@ -20,7 +22,7 @@ from actors.weights import WeightManifest
 from rlhf.config.derive import WeightSync
 from rlhf.config.schema.cluster import Restarts
 from rlhf.controller.supervisor import Supervisor
-from rlhf.errors import RunError, WorkerLost
+from rlhf.errors import ChildLost, RunError, WorkerLost
 from rlhf.roles import CompletedGroup, PolicyProbe
 from rlhf.types import GroupRequest, Prompt, Sampling
 
@@ -565,3 +567,28 @@ async def test_the_loss_of_the_last_engine_ends_a_run_with_broadcasts() -> None:
     first.die()
     with pytest.raises(WorkerLost):
         await asyncio.wait_for(task, DEADLINE_S)
+
+
+async def test_an_engine_that_lost_the_process_of_its_environment_is_replaced() -> None:
+    first, successor = Engine("first"), Engine("successor")
+    engines = await synced(Engines(first, successors=(successor,)))
+    tasks = [asked(engines, 0), generated(engines, 1)]
+    await until(lambda: len(first.groups) == 2)
+    lost = ChildLost("the environment's process is gone", kind="hung")
+    for group_id in (0, 1):
+        first.groups[group_id].set_exception(RayTaskError("answer", "", pickle.loads(pickle.dumps(lost))))
+    await until(lambda: len(successor.groups) == 2)
+    successor.finish(0, 1)
+    answered, (of_batch,) = await asyncio.wait_for(asyncio.gather(*tasks), DEADLINE_S)
+    assert (answered.rollouts, of_batch.rollouts) == ("tokens from successor", "tokens from successor")
+    assert engines.replaced == [0]
+
+
+async def test_the_loss_of_an_environment_says_what_was_lost() -> None:
+    lost = RayTaskError("answer", "", ChildLost("the environment's process did not fork within 60 s", kind="hung"))
+    error = await explain(lost, role="rollout", rank=1, stage="rollouts")
+    assert isinstance(error, WorkerLost)
+    assert (error.role, error.rank, error.kind) == ("rollout", 1, "hung")
+    assert error.reason == (
+        "rollouts: rollout rank 1 cannot work any more: the environment's process did not fork within 60 s"
+    )

@@ -15,9 +15,10 @@ import psutil
 import pytest
 
 from rlhf.controller.rollout_scorer import request_for
-from rlhf.errors import RunError, UserError
+from rlhf.errors import ChildLost, UserError
 from rlhf.extensions import CodeSource, find_code
 from rlhf.models.tiny import byte_tokenizer
+from rlhf.rollouts.environments import host as module
 from rlhf.rollouts.environments.built_in import BUILT_INS
 from rlhf.rollouts.environments.conversations import Conversations, EnvironmentSpec, turn_seed
 from rlhf.rollouts.environments.host import EnvironmentFailure, EnvironmentHost
@@ -307,11 +308,31 @@ def test_the_loss_of_the_environments_own_process_is_said() -> None:
         zygote.kill()
         zygote.wait(5.0)
         assert await conversation.reset(1, {}) == "game 1"  # a copy does not need what it was made from
-        with pytest.raises(RunError, match="environment's process is gone"):
+        with pytest.raises(ChildLost, match="environment's process is gone") as lost:
             await host.open()
+        assert lost.value.kind == "died"
         return conversation.pid
 
     assert gone(in_host(moody(), work))
+
+
+def test_an_environments_own_process_that_hangs_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = set(psutil.Process().children())
+
+    async def work(host: EnvironmentHost) -> None:
+        conversation = await host.open()
+        (zygote,) = set(psutil.Process().children()) - others
+        zygote.suspend()
+        monkeypatch.setattr(module, "FORK_TIMEOUT_S", 0.1)
+        with pytest.raises(ChildLost, match=r"did not fork within 0\.1 s") as lost:
+            await host.open()
+        assert lost.value.kind == "hung"
+        monkeypatch.setattr(module, "FORK_TIMEOUT_S", 600.0)
+        for call in (host.open(), conversation.end()):
+            with pytest.raises(ChildLost):
+                await call
+
+    in_host(moody(), work)
 
 
 @pytest.mark.parametrize(

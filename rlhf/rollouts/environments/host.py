@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlhf.errors import RunError, UserError
+from rlhf.errors import ChildLost, UserError
 from rlhf.extensions import CodeSource
 from rlhf.rewards.processes.process import MAX_LOG_LINES, ChildProcess, place_in
 from rlhf.rollouts.environments.process import NUMBER, SIZE, Description
@@ -58,6 +58,7 @@ class EnvironmentHost:
         self.memory_gib = memory_gib
         self.description: Description | None = None
         self._child: ChildProcess | None = None
+        self._lost: ChildLost | None = None
         self._asking = asyncio.Lock()
         self._looking = asyncio.Lock()
 
@@ -85,7 +86,7 @@ class EnvironmentHost:
         return description
 
     async def open(self) -> Conversation:
-        """Open a conversation with a fresh copy of the environment. RunError if no process can be created."""
+        """Open a conversation with a fresh copy of the environment. ChildLost if the environment's process is lost."""
         opening = asyncio.ensure_future(self._open())
         try:
             return await asyncio.shield(opening)
@@ -133,22 +134,27 @@ class EnvironmentHost:
         return self._child
 
     async def _ask(self, pid: int, fd: int | None) -> int:
-        """Fork a conversation on `fd`, or end a conversation."""
+        """Fork a conversation on `fd`, or end a conversation. ChildLost if the environment's process is lost."""
         child = self._started
         async with self._asking:
+            if self._lost is not None:
+                raise self._lost
             try:
                 async with asyncio.timeout(FORK_TIMEOUT_S):
                     socket.send_fds(child.connection, [NUMBER.pack(pid)], [] if fd is None else [fd])
                     answer: int = NUMBER.unpack(await self._receive(NUMBER.size))[0]
             except TimeoutError as error:
-                raise RunError(f"the environment's process did not fork within {FORK_TIMEOUT_S:g} s") from error
+                message = f"the environment's process did not fork within {FORK_TIMEOUT_S:g} s"
+                self._lost = ChildLost(message, kind="hung")
+                raise self._lost from error
             except (EOFError, OSError) as error:
                 self._read_output()
-                raise RunError(
+                self._lost = ChildLost(
                     f"the environment's process is gone; its last output: {child.log.last_line!r}. It may have been "
                     f"killed for want of memory: each conversation may take "
                     f"rollouts.environment.memory_gib ({self.memory_gib:g})."
-                ) from error
+                )
+                raise self._lost from error
         return answer
 
     async def _receive(self, size: int) -> bytes:
