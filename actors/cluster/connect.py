@@ -17,12 +17,14 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import ray
+from ray._private import worker
 
 from actors.cluster.address import cluster_to_join
 from rlhf.config.schema.cluster import ClusterConfig
@@ -78,6 +80,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it warns that this thread handles no signals
+    worker.print_to_stdstream = _log_messages
     request = current_request()
     if request is not None:
         request.on_interrupt = OWN_RAY.kill
@@ -96,6 +99,12 @@ def connected(config: ClusterConfig) -> Iterator[None]:
             logger.warning("Ray did not shut down within %.0f s: its daemons do not answer", SHUTDOWN_WITHIN_S)
             OWN_RAY.kill()
         OWN_RAY.daemons, OWN_RAY.killed = [], False
+
+
+def _log_messages(data: Mapping[str, Any], ignore_prefix: bool) -> None:
+    """Log what Ray tells the driver, such as the loss of an actor. Ray would print it to stdout."""
+    for line in data["lines"]:
+        logger.info("Ray: %s", line)
 
 
 def _start_local(config: ClusterConfig) -> None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import resource
 import stat
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import ray
+from ray._private import worker
 
-from actors.cluster.connect import _private_temp, _refuse_few_open_files
+from actors.cluster.connect import _private_temp, _refuse_few_open_files, connected
 from actors.cluster.placement import Placement
+from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.errors import UserError
 
 
@@ -50,6 +54,26 @@ def test_a_path_that_is_too_long_for_sockets_is_named(tmp_path: Path, monkeypatc
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("a" * 100)))
     with pytest.raises(UserError, match=r"longer than 107 characters. Set RAY_TMPDIR to a folder with a short path"):
         _private_temp()
+
+
+def test_what_ray_tells_the_driver_goes_to_the_log_and_not_to_stdout(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    poll = iter([(b"", {"job_id": None, "error_message": "A worker died."})])
+    stopped = threading.Event()
+
+    def next_message() -> Any:
+        stopped.set()
+        return next(poll)
+
+    subscriber = SimpleNamespace(subscribe=lambda: None, poll=next_message)
+    driver = SimpleNamespace(gcs_error_subscriber=subscriber, current_job_id=SimpleNamespace(binary=lambda: b"1"))
+    monkeypatch.setattr(worker, "print_to_stdstream", worker.print_to_stdstream)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    with caplog.at_level("INFO"), connected(ClusterConfig()):
+        worker.listen_error_messages(cast("Any", driver), stopped)
+    assert capsys.readouterr().out == ""
+    assert "Ray: A worker died." in caplog.messages
 
 
 def test_workers_read_and_write_utf_8_whatever_the_locale() -> None:
