@@ -25,7 +25,7 @@ from actors.rollout.dispatch import Dispatch, EngineCapacity
 from actors.rollout.engine_weights import SyncReceipt
 from actors.weights import WeightManifest
 from rlhf.controller.weight_sync import check_probe
-from rlhf.errors import RunError, WorkerLost
+from rlhf.errors import RESUMES, RunError, WorkerLost
 from rlhf.roles import PolicyProbe
 from rlhf.types import MemoryReport
 
@@ -57,8 +57,15 @@ class ReplaceableEngines(WorkerPool):
         self._unsynced: dict[int, asyncio.Future[None]] = {}  # by rank: successors that wait for the next broadcast
 
     def begin_rebuild(self, rank: int, handle: ActorHandle[Any], lost: WorkerLost, *, work: Hashable = None) -> None:
-        if self.supervisor is None or not self.is_replaceable:
+        if self.supervisor is None:
             raise lost
+        if not self.is_replaceable:
+            reason = (
+                "no weights have been sent yet"
+                if self._manifest is None
+                else "it shares GPUs with the policy, which leaves its successor neither memory nor weights"
+            )
+            raise RunError(f"{lost.reason} It is not started again, because {reason}. {RESUMES}") from lost
         if self.handles[rank] is handle and rank in self._unsynced:
             self._unsynced.pop(rank).set_exception(lost)
         if self.handles[rank] is not handle or rank in self._rebuilds:

@@ -592,3 +592,17 @@ async def test_the_loss_of_an_environment_says_what_was_lost() -> None:
     assert error.reason == (
         "rollouts: rollout rank 1 cannot work any more: the environment's process did not fork within 60 s"
     )
+
+
+@pytest.mark.parametrize(("is_synced", "reason"), [(False, "no weights have been sent"), (True, "it shares GPUs with")])
+async def test_an_engine_that_cannot_be_replaced_says_why(is_synced: bool, reason: str) -> None:
+    engines = Engines(Engine("first"), successors=(Engine("successor"),))
+    engines.is_replaceable = engines.gives_published = False
+    if is_synced:
+        await synced(engines)
+    task = generated(engines, 0)
+    await until(lambda: cast(Any, engines.handles[0]).groups)
+    cast(Any, engines.handles[0]).die()
+    with pytest.raises(RunError, match=rf"rank 0 died\..*not started again, because {reason}.*--resume auto"):
+        await asyncio.wait_for(task, DEADLINE_S)
+    assert engines.replaced == []
