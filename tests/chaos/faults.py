@@ -1,15 +1,19 @@
-"""Choose a process of a run by role and rank, wait for a moment of the run's timeline, and send a signal.
+"""Choose a process of a run by role and rank, wait for a stage of the run's timeline, and end or stop the process.
 
-The processes come from processes.json. A span is written when it ends, so a stage of a run in turns begins when the
-span before it ends. Nothing here waits for a fixed time.
+The processes come from processes.json. A span is written when it ends. So a stage is known to begin when the span
+before it ends, and a moment later, as in earlier steps. Afterwards the timeline proves whether the stage was hit.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
+import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +21,15 @@ from typing import Any, Literal
 
 import psutil
 
+from actors.cluster.heartbeat import own_oom_kills
 from rlhf.role_table import Role
 
-How = Literal["kill", "stop"]
+How = Literal["kill", "stop", "memory"]
 Helper = Literal["code", "conversation", "raylet"]
-SIGNALS: Mapping[How, signal.Signals] = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 POLL_S = 0.005
+NEWEST = 200  # spans from which the beginning of a stage is predicted
+EARLIER = 5  # of its occurrences among them
+DEPTH = 0.25  # of a stage, at which a fault comes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +43,11 @@ class Victim:
     who: str
     helper: Helper | None = None
     recovers: Role | Literal["controller"] | None = None
-    is_supervised: bool = False  # the run is started with --supervise
+
+    @property
+    def ends_driver(self) -> bool:
+        """Return whether the driver ends too, so that the run needs --supervise."""
+        return self.recovers == "controller"
 
 
 VICTIMS: Mapping[str, Victim] = {
@@ -48,9 +59,52 @@ VICTIMS: Mapping[str, Victim] = {
     "reward worker": Victim(who="reward rank 0", recovers="reward"),
     "reward process": Victim(who="reward rank 0", helper="code"),
     "conversation": Victim(who="rollout rank 0", helper="conversation"),
-    "object store": Victim(who="driver", helper="raylet", recovers="controller", is_supervised=True),
-    "driver": Victim(who="driver", recovers="controller", is_supervised=True),
+    "object store": Victim(who="driver", helper="raylet", recovers="controller"),
+    "driver": Victim(who="driver", recovers="controller"),
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moment:
+    """The beginning of a stage: a span of a name has ended.
+
+    keeps: whether an evaluation and a checkpoint end this step. None: either.
+    """
+
+    after: str
+    keeps: bool | None = None
+
+
+KEEPS_EVERY = 2  # steps
+MOMENTS: Mapping[str, Moment] = {
+    "rollouts": Moment(after="step", keeps=False),
+    "experience": Moment(after="rollouts"),
+    "update": Moment(after="experience"),
+    "weight_sync": Moment(after="update"),
+    "eval": Moment(after="step", keeps=True),
+    "checkpoint": Moment(after="eval"),
+}
+STAGES = (*MOMENTS, "export")
+ONE_BY_ONE = {*MOMENTS, "step"} - {"rollouts"}  # no two of these overlap, except that a step holds some
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """One cell of the matrix."""
+
+    mode: str
+    who: str
+    when: str
+    how: How
+
+    def __str__(self) -> str:
+        return f"{self.mode}: {self.how} {self.who} in {self.when}"
+
+    @property
+    def recovers(self) -> str | None:
+        """Return the role among whose recoveries it counts. In an export only the policy and the driver work."""
+        role = VICTIMS[self.who].recovers
+        return role if self.when != "export" or role in ("policy", "controller") else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +123,7 @@ class TimelineTail:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.spans: list[EndedSpan] = []
+        self._counts: Counter[str] = Counter()
         self._roles: dict[int, str] = {}
         self._end = 0  # of the last event
 
@@ -93,7 +148,37 @@ class TimelineTail:
 
     def count(self, name: str) -> int:
         """Return the number of spans of a name."""
-        return sum(span.name == name for span in self.read())
+        self.read()
+        return self._counts[name]
+
+    def recoveries(self) -> Mapping[str, int]:
+        """Return the number of recoveries of each role."""
+        return Counter(span.role for span in self.read() if span.name == "recovery")
+
+    def seconds_back(self, at: float, role: str) -> float | None:
+        """Return the seconds from a time until a recovery of the role had ended. None: there was none."""
+        ends = [span.end_s - at for span in self.read() if (span.name, span.role) == ("recovery", role)]
+        return min((seconds for seconds in ends if seconds > 0.0), default=None)
+
+    def delay(self, when: str) -> float:
+        """Return the seconds from the moment of a stage until the middle of its work, as in the last few steps."""
+        spans, found = self.read()[-NEWEST:], []
+        for place, before in enumerate(spans):
+            if before.name == MOMENTS[when].after:
+                later = (span for span in spans[place + 1 :] if span.name in {when, *ONE_BY_ONE})
+                own = next(later, None)
+                if own is not None and own.name == when and own.end_s > before.end_s:
+                    begins_s = max(own.start_s, before.end_s)
+                    found.append(begins_s - before.end_s + DEPTH * (own.end_s - begins_s))
+        return statistics.median_low(found[-EARLIER:]) if found else 0.0
+
+    def was_in(self, fault: Fault, at: float) -> bool:
+        """Return whether the run was in a fault's stage at a time. A dead driver has not written the stage's span."""
+        if VICTIMS[fault.who].ends_driver:
+            moment = MOMENTS[fault.when].after
+            ended = [span for span in self.read() if span.name in {moment, *ONE_BY_ONE} and span.end_s <= at]
+            return bool(ended) and max(ended, key=lambda span: span.end_s).name == moment
+        return any(span.name == fault.when and span.start_s <= at <= span.end_s for span in self.read())
 
     def _add(self, event: Mapping[str, Any]) -> None:
         if event.get("name") == "process_name":
@@ -101,7 +186,44 @@ class TimelineTail:
         elif event.get("ph") == "X":
             start = event["ts"] / 1e6
             role = self._roles[event["pid"]]
+            self._counts[event["name"]] += 1
             self.spans.append(EndedSpan(name=event["name"], role=role, start_s=start, end_s=start + event["dur"] / 1e6))
+
+
+class FeignedMemory:
+    """The kernel's count of the processes that it has killed for memory, feigned for one run.
+
+    The run has a mount namespace of its own, in which a file of the test lies over the kernel's.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "oom_kills"
+        self.count = 0
+        self._write()
+
+    def command(self, command: Sequence[str]) -> list[str]:
+        """Return a command that runs another one with the feigned count."""
+        kernels = own_oom_kills()
+        assert kernels is not None
+        script = 'mount --bind "$0" "$1" && shift && exec "$@"'
+        return ["unshare", "--mount", "sh", "-c", script, str(self.file), kernels.path, *command]
+
+    def add(self) -> None:
+        """Count one more process."""
+        self.count += 1
+        self._write()
+
+    def _write(self) -> None:
+        file = os.open(self.file, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            os.pwrite(file, f"oom_kill {self.count:06d}\n".encode(), 0)  # in one piece, and in the mounted file
+        finally:
+            os.close(file)
+
+
+def can_feign_memory() -> bool:
+    """Return whether this user may mount a file over the kernel's."""
+    return os.geteuid() == 0 and shutil.which("unshare") is not None and own_oom_kills() is not None
 
 
 def listed_processes(run: Path) -> dict[str, int]:
@@ -143,20 +265,21 @@ def wait_until(
     return True
 
 
-def inject(run: Path, victim: Victim, how: How, is_over: Callable[[], bool], *, limit_s: float = 20.0) -> float | None:
-    """Send the signal as soon as the process runs, and return the time of the wall clock. None: it did not run."""
-    found: list[psutil.Process] = []
+def is_running(process: psutil.Process) -> bool:
+    """Return whether a process has not ended."""
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
-    def look() -> bool:
-        process = find_victim(run, victim)
-        found[:] = [] if process is None else [process]
-        return bool(found)
 
-    if not wait_until(look, is_over, limit_s=limit_s):
-        return None
+def strike(process: psutil.Process, how: How, memory: FeignedMemory | None) -> float | None:
+    """Do to a process what a fault does, and return the time of the wall clock. None: it had ended before."""
     now = time.time()
+    if how == "memory":
+        assert memory is not None
+        memory.add()
     try:
-        found[0].send_signal(SIGNALS[how])
+        process.send_signal(signal.SIGSTOP if how == "stop" else signal.SIGKILL)
     except psutil.NoSuchProcess:
         return None
     return now

@@ -1,7 +1,8 @@
-"""Run a small training run as a child process, inject one fault, and compare the run with one without faults.
+"""Run a small training run as a child process, inject faults, and compare the run with one without faults.
 
 The tiny model in float32 on Ray, vLLM and DeepSpeed: two policy ranks, a critic, a reference, a reward worker with a
-process for the reward's code, and an engine.
+process for the reward's code, and an engine. The faults of a run come one after the other: each when the run is back at
+work after the one before, and has trained a step.
 """
 
 from __future__ import annotations
@@ -12,21 +13,43 @@ import os
 import secrets
 import subprocess
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 
 from rlhf.cli import main
-from tests.chaos.faults import VICTIMS, How, TimelineTail, inject, wait_until
+from rlhf.role_table import ROLES
+from tests.chaos.faults import (
+    KEEPS_EVERY,
+    MOMENTS,
+    VICTIMS,
+    Fault,
+    FeignedMemory,
+    How,
+    TimelineTail,
+    find_victim,
+    is_running,
+    strike,
+    wait_until,
+)
 from tests.integration.recipes import merge, rlhf, rows, without_clocks, write_config
 
-LIMIT_S = 240.0  # for a run with a fault
+LIMIT_S = 240.0  # for a run without a fault, or a step
+BACK_WITHIN_S = 200.0  # the driver is given up after a minute in which it is stopped
 GONE_WITHIN_S = 60.0
+LOOK_EVERY_S = 5.0
+TRIES = 4  # for a fault that misses its stage
+FIRST_STEPS = 2  # without a fault
 SHM = Path("/dev/shm")
+NEWEST_BYTES = 1 << 16  # of metrics.jsonl, more than a row has
+KINDS: Mapping[How, str] = {"kill": "died", "stop": "hung", "memory": "out_of_memory"}
+ROLE_OF_SOURCE: Mapping[str, str] = {**{role: role for role in ROLES}, "driver": "controller"}
 REWARD = "def reward(prompt, response):\n    return float(len(response) % 3)\n"
 THREAD = {"threads": 1}
 
@@ -46,14 +69,15 @@ BASE: Mapping[str, Any] = {
         "lr": 1e-3,
         "sequences_per_update": 16,
         "max_tokens_per_microbatch": 256,
-        "checkpoint_every": 2,
+        "checkpoint_every": KEEPS_EVERY,
     },
-    "eval": {"every": 2, "at_start": False},
+    "eval": {"every": KEEPS_EVERY, "at_start": False},
     "cluster": {
         "object_store_gib": 0.25,
         "start_timeout_s": 200.0,
         "call_timeout_s": 60.0,
         "heartbeat_timeout_s": 10.0,
+        "restarts": {"engine": 1000, "gang": 1000, "worker": 1000},
         "roles": {
             "policy": {"workers": 2, "cpus": 0.5, **THREAD},
             "critic": THREAD,
@@ -83,64 +107,39 @@ class Mode:
 
     promise: Literal["bits", "each prompt once"]
     changes: Mapping[str, Any]
-    begins: Mapping[str, tuple[str, int]]  # a stage begins once so many spans of this name have ended
 
 
-IN_TURNS = {
-    "rollouts": ("step", 3),
-    "experience": ("rollouts", 4),
-    "update": ("experience", 4),
-    "weight_sync": ("update", 4),
-    "eval": ("step", 4),
-    "checkpoint": ("eval", 2),
-    "export": ("checkpoint", 2),
-}
-AHEAD = {**IN_TURNS, "rollouts": ("step", 1), "experience": ("step", 3)}
 CORRECTED = {"algorithm": {"correction": {"preset": "token_tis"}}, "rollouts": {"max_staleness": 2}}
 MODES: Mapping[str, Mode] = {
-    "in turns": Mode(promise="bits", changes={}, begins=IN_TURNS),
-    "pipelined": Mode(promise="bits", changes=CORRECTED, begins=AHEAD),
+    "in turns": Mode(promise="bits", changes={}),
+    "pipelined": Mode(promise="bits", changes=CORRECTED),
     "in flight": Mode(
         promise="each prompt once",
         changes=merge(CORRECTED, {"rollouts": {"weight_updates": "in_flight"}}),
-        begins=AHEAD,
     ),
-    "conversations": Mode(promise="each prompt once", changes=GAME, begins=IN_TURNS),
+    "conversations": Mode(promise="each prompt once", changes=GAME),
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fault:
-    """One cell of the matrix."""
-
-    mode: str
-    who: str
-    when: str
-    how: How
-
-    def __str__(self) -> str:
-        return f"{self.mode}: {self.how} {self.who} in {self.when}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What became of a run with a fault. back_s: from the signal until the work went on. None: it never did."""
+    """What became of a fault. back_s: from the signal until the work went on. None: no recovery was to be seen."""
 
     fault: Fault
     back_s: float | None
-    contradictions: list[str]
+    contradictions: Sequence[str]
 
 
-def run_config(folder: Path, mode: str, *, changes: Mapping[str, Any] = {}) -> Path:
+def run_config(folder: Path, mode: str, *, steps: int, changes: Mapping[str, Any] = {}) -> Path:
     """Write the configuration of a run, whose folder is FOLDER/run, and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "mine.py").write_text(REWARD, encoding="utf-8")
-    tree = merge(merge(BASE, MODES[mode].changes), changes)
+    tree = merge(merge(merge(BASE, MODES[mode].changes), changes), {"train": {"steps": steps}})
     return write_config(folder / "run.yaml", {"run": {"name": "run", "dir": str(folder), "seed": 3}}, tree)
 
 
 class Footprint:
-    """The processes of a run, and the files in /dev/shm that they have mapped until now.
+    """The processes of a run, and the files in /dev/shm that they have mapped or opened until now.
 
     A process is known by a variable that it inherits, or by a session in which such a process was seen. Ray overwrites
     the environment of its workers with their titles.
@@ -151,12 +150,13 @@ class Footprint:
         self.sessions: set[int] = set()
         self.files: set[Path] = set()
 
-    def start(self, config: Path, *arguments: str) -> subprocess.Popen[str]:
+    def start(self, config: Path, *arguments: str, memory: FeignedMemory | None = None) -> subprocess.Popen[str]:
         """Start the run. Its output is kept beside the configuration."""
         name, _, value = self.variable.partition("=")
+        command = [*rlhf(), "train", str(config), "--quiet", *arguments]
         with config.with_suffix(".log").open("a", encoding="utf-8") as log:
             return subprocess.Popen(
-                [*rlhf(), "train", str(config), "--quiet", *arguments],
+                command if memory is None else memory.command(command),
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -178,20 +178,25 @@ class Footprint:
         return found + [process for process in others if self.sessions.intersection(_sessions([process]))]
 
     def look(self) -> None:
-        """Add the files that the run maps now."""
+        """Add the files that the run has mapped or open now."""
         for process in self.processes():
             with suppress(OSError):
-                lines = Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+                folder = Path(f"/proc/{process.pid}")
+                lines = (folder / "maps").read_text(encoding="utf-8", errors="replace").splitlines()
                 paths = [line[line.index(f"{SHM}/") :] for line in lines if f" {SHM}/" in line]
-                self.files.update(Path(path) for path in paths if not path.endswith("(deleted)"))
+                for link in (folder / "fd").iterdir():
+                    with suppress(OSError):
+                        paths.append(str(link.readlink()))
+                is_there = (path for path in paths if path.startswith(f"{SHM}/") and not path.endswith("(deleted)"))
+                self.files.update(Path(path) for path in is_there)
 
     @contextmanager
     def followed(self) -> Iterator[None]:
-        """Look every two seconds during the block."""
+        """Look every few seconds during the block."""
         over = threading.Event()
 
         def follow() -> None:
-            while not over.wait(2.0):
+            while not over.wait(LOOK_EVERY_S):
                 self.look()
 
         thread = threading.Thread(target=follow)
@@ -226,40 +231,154 @@ def _sessions(processes: Iterable[psutil.Process]) -> Iterator[int]:
             yield os.getsid(process.pid)
 
 
-def survive(folder: Path, fault: Fault, unbroken: Path | None) -> Outcome:
-    """Start a run, inject the fault, wait for the end of the run, and check all that it promises.
+def survive(
+    folder: Path,
+    faults: Sequence[Fault],
+    unbroken: Path | None,
+    *,
+    steps: int,
+    changes: Mapping[str, Any] = {},
+    told: Callable[[Outcome], object] = lambda outcome: None,
+) -> list[Outcome]:
+    """Start a run, inject faults one after the other, wait for the end of the run, and check all that it promises.
+
+    What contradicts the promise of the whole run counts against each of its faults.
 
     Args:
         unbroken: the folder of the same run without a fault. None: the mode promises no equal bits.
+        told: is called with each outcome as soon as it is known.
     """
-    victim, mode = VICTIMS[fault.who], MODES[fault.mode]
-    config = run_config(folder, fault.mode)
-    run, arguments = folder / "run", ["--supervise"] if victim.is_supervised else []
-    tail, footprint, bad = TimelineTail(run / "timeline.json"), Footprint(), []
-    process = footprint.start(config, *arguments)
-    span, count = mode.begins[fault.when]
-
-    def is_over() -> bool:
-        return process.poll() is not None
-
-    with footprint.followed():
+    run, outcomes = FaultyRun(folder, faults, steps=steps, changes=changes), list[Outcome]()
+    with run.footprint.followed():
         try:
-            at = None
-            if wait_until(lambda: tail.count(span) >= count, is_over, limit_s=LIMIT_S):
-                at = inject(run, victim, fault.how, is_over)
-            code = wait_for_end(process, LIMIT_S)
+            for fault in faults:
+                outcome = run.inject(fault)
+                outcomes.append(outcome)
+                told(outcome)
+                if outcome.contradictions:
+                    break
+            code = wait_for_end(run.process, LIMIT_S + steps)
         finally:
-            if not is_over():
-                footprint.kill()
-    if at is None:
-        bad.append("the fault was not injected")
-    if code != 0:
-        bad.append(f"exit code {code}: {said(config)}")
-    back_s = None if at is None else seconds_back(tail, at, victim.recovers)
-    bad += contradictions(run, unbroken) if code == 0 else []
-    bad += unrecorded(run, victim.recovers) if code == 0 and at is not None else []
-    bad += footprint.left()
-    return Outcome(fault=fault, back_s=back_s, contradictions=bad)
+            if not run.is_over():
+                run.footprint.kill()
+    bad = [f"exit code {code}: {said(run.config)}"] if code != 0 else []
+    bad += contradictions(run.folder, unbroken) + run.unrecorded() if code == 0 else []
+    bad += run.footprint.left()
+    for fault in faults[len(outcomes) :]:
+        outcomes.append(Outcome(fault=fault, back_s=None, contradictions=["it was not injected after another one"]))
+    return [replace(outcome, contradictions=[*outcome.contradictions, *bad]) for outcome in outcomes]
+
+
+class FaultyRun:
+    """A run in progress, into which faults are injected."""
+
+    def __init__(self, folder: Path, faults: Sequence[Fault], *, steps: int, changes: Mapping[str, Any]) -> None:
+        """Start the run, as its faults need it."""
+        self.config = run_config(folder, faults[0].mode, steps=steps, changes=changes)
+        self.folder = folder / "run"
+        self.tail = TimelineTail(self.folder / "timeline.json")
+        self.footprint = Footprint()
+        self.losses: Counter[tuple[str, str]] = Counter()  # by role and kind, which recoveries must have followed
+        self.exporting: Counter[str] = Counter()  # those by role that came after the last row of the metrics
+        self.loses_driver = any(VICTIMS[fault.who].ends_driver for fault in faults)
+        self.memory = FeignedMemory(folder) if any(fault.how == "memory" for fault in faults) else None
+        arguments = ["--supervise"] if self.loses_driver else []
+        self.process = self.footprint.start(self.config, *arguments, memory=self.memory)
+        self._struck_at_step = FIRST_STEPS - 1
+
+    def is_over(self) -> bool:
+        """Return whether the run has ended."""
+        return self.process.poll() is not None
+
+    def inject(self, fault: Fault) -> Outcome:
+        """Inject a fault, and wait until the run is back at work. Do it again if the fault has missed its stage."""
+        back_s, bad = None, ["it missed its stage"]
+        for _ in range(TRIES):
+            process = self._victim_at_its_moment(fault)
+            at = None if process is None else strike(process, fault.how, self.memory)
+            if process is None or at is None:
+                return Outcome(fault=fault, back_s=None, contradictions=["it was not injected"])
+            self._struck_at_step = steps_done(self.folder)
+            back_s, bad = self._recovery(fault, at, process)
+            if bad or self._has_hit(fault, at):
+                return Outcome(fault=fault, back_s=back_s, contradictions=bad)
+        return Outcome(fault=fault, back_s=back_s, contradictions=[f"it missed its stage {TRIES} times"])
+
+    def unrecorded(self) -> list[str]:
+        """Return which losses the records do not have as they were. A resumed run has lost some records."""
+        roles = Counter[str]()
+        for (role, _), count in self.losses.items():
+            roles[role] += count
+        seen = self.tail.recoveries()
+        bad = [] if seen == roles else [f"the timeline has the recoveries {dict(seen)}, expected {dict(roles)}"]
+        if not self.loses_driver or set(roles) == {"controller"}:
+            found = recorded_losses(self.folder)
+            bad += [] if found == self.losses else [f"errors.jsonl has {dict(found)}, expected {dict(self.losses)}"]
+            for role, count in roles.items():
+                total, after_last_row = counted(self.folder, role), self.exporting[role]
+                if total not in (count, count - after_last_row):
+                    bad.append(f"recovery/{role}/total is {total:g} in all rows together, expected {count}")
+        return bad
+
+    def _victim_at_its_moment(self, fault: Fault) -> psutil.Process | None:
+        """Wait for the stage of a fault, and return the process that runs then. None: the run has ended before."""
+        victim, known = VICTIMS[fault.who], list[psutil.Process]()
+
+        def look() -> bool:
+            process = known[0] if known and is_running(known[0]) else find_victim(self.folder, victim)
+            known[:] = [] if process is None else [process]
+            return process is not None
+
+        if fault.when == "export":
+            aside = f".own-*/{self.folder.name}-final"
+            is_there = self._wait(look) and self._wait(lambda: any(self.folder.glob(aside)))
+        else:
+            is_there = self._wait(lambda: steps_done(self.folder) > self._struck_at_step)
+            is_there = is_there and self._wait_for_stage(fault, look)
+        return known[0] if is_there and self._wait(look) else None
+
+    def _wait_for_stage(self, fault: Fault, look: Callable[[], bool]) -> bool:
+        moment = MOMENTS[fault.when]
+        while True:
+            seen, delay_s = self.tail.count(moment.after), self.tail.delay(fault.when)
+            look()
+            if not self._wait(lambda seen=seen: self.tail.count(moment.after) > seen):
+                return False
+            if moment.keeps in (None, (steps_done(self.folder) + 1) % KEEPS_EVERY == 0):
+                time.sleep(delay_s)
+                return True
+
+    def _recovery(self, fault: Fault, at: float, process: psutil.Process) -> tuple[float | None, list[str]]:
+        """Wait for the recovery from a fault. Return the seconds that it took, and what contradicts it."""
+        role, bad = fault.recovers, list[str]()
+        if role is not None:
+            self.losses[role, KINDS[fault.how]] += 1
+            self.exporting[role] += fault.when == "export"
+            if not self._wait(lambda: self.tail.seconds_back(at, role) is not None, limit_s=BACK_WITHIN_S):
+                bad.append(f"no recovery of {role} within {BACK_WITHIN_S:g} s")
+        if not self._wait(lambda: not is_running(process), limit_s=GONE_WITHIN_S):
+            bad.append(f"process {process.pid} still runs")
+        if role is None and fault.when != "export":
+            victim = VICTIMS[fault.who]
+            if not self._wait(lambda: find_victim(self.folder, victim) not in (None, process), limit_s=BACK_WITHIN_S):
+                bad.append(f"no {fault.who} has taken the place of process {process.pid}")
+        return None if role is None else self.tail.seconds_back(at, role), bad
+
+    def _has_hit(self, fault: Fault, at: float) -> bool:
+        """Return whether the signal came in the stage of its fault."""
+        if fault.when == "export":
+            return True  # the folder of the final model was begun
+        seen = steps_done(self.folder)
+
+        def is_known() -> bool:
+            ends = any(span.name == fault.when and span.end_s >= at for span in self.tail.read())
+            return ends or VICTIMS[fault.who].ends_driver or steps_done(self.folder) > seen + KEEPS_EVERY
+
+        self._wait(is_known)
+        return self.tail.was_in(fault, at)
+
+    def _wait(self, condition: Callable[[], bool], *, limit_s: float = LIMIT_S) -> bool:
+        return wait_until(condition, self.is_over, limit_s=limit_s)
 
 
 def wait_for_end(process: subprocess.Popen[str], limit_s: float) -> int | None:
@@ -277,14 +396,13 @@ def said(config: Path) -> str:
 def steps_done(run: Path) -> int:
     """Return the last step with a whole row."""
     path = run / "metrics.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    return max((json.loads(line)["step"] for line in lines if line.endswith(b"\n")), default=0)
-
-
-def seconds_back(tail: TimelineTail, at: float, role: str | None) -> float | None:
-    """Return the seconds from the signal until the recovery of the role had ended. None: there was none."""
-    ends = [span.end_s - at for span in tail.read() if (span.name, span.role) == ("recovery", role)]
-    return min((seconds for seconds in ends if seconds > 0.0), default=None)
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        file.seek(max(path.stat().st_size - NEWEST_BYTES, 0))
+        lines = file.read().splitlines(keepends=True)
+    whole = [line for line in lines if line.startswith(b"{") and line.endswith(b"\n")]
+    return int(json.loads(whole[-1])["step"]) if whole else 0
 
 
 def contradictions(run: Path, unbroken: Path | None) -> list[str]:
@@ -294,18 +412,10 @@ def contradictions(run: Path, unbroken: Path | None) -> list[str]:
         return [*bad, "there is no final model"]
     if unbroken is None:
         return bad
-    for row, other in zip(kept(run), kept(unbroken), strict=True):
+    for row, other in zip(without_clocks(rows(run)), without_clocks(rows(unbroken)), strict=True):
         names = sorted(key for key in {**row, **other} if row.get(key) != other.get(key))
         bad += [f"step {row['step']}: {key} is {row.get(key)}, expected {other.get(key)}" for key in names]
     return bad if weights_hash(run) == weights_hash(unbroken) else [*bad, "the final weights differ"]
-
-
-def kept(run: Path) -> list[dict[str, Any]]:
-    """Return the rows of a run without times, memory and recoveries."""
-    return [
-        {key: value for key, value in row.items() if not key.startswith("recovery/")}
-        for row in without_clocks(rows(run))
-    ]
 
 
 def weights_hash(run: Path) -> str:
@@ -313,23 +423,30 @@ def weights_hash(run: Path) -> str:
     return hashlib.sha256((run / "final" / "model.safetensors").read_bytes()).hexdigest()
 
 
-def unrecorded(run: Path, role: str | None) -> list[str]:
-    """Return which record of the recovery is missing."""
-    if role is None:
-        return []
-    total = sum(row.get(f"recovery/{role}/total", 0.0) for row in rows(run))
-    bad = [] if total == 1.0 else [f"recovery/{role}/total is {total:g} in all rows together, expected 1"]
+def recorded_losses(run: Path) -> Counter[tuple[str, str]]:
+    """Return the number of losses in errors.jsonl, by role and kind."""
     path = run / "errors.jsonl"
     errors = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    if not any(error["kind"] in ("died", "hung") for error in errors):
-        bad.append(f"errors.jsonl does not name the loss: {errors}")
-    return bad
+    known = [error for error in errors if (error["source"] or "").partition(" ")[0] in ROLE_OF_SOURCE]
+    return Counter((ROLE_OF_SOURCE[error["source"].partition(" ")[0]], error["kind"]) for error in known)
 
 
-def train_unbroken(folder: Path, mode: str) -> Path:
+def counted(run: Path, role: str) -> float:
+    """Return the recoveries of a role in all rows of the metrics together."""
+    return sum(row.get(f"recovery/{role}/total", 0.0) for row in rows(run))
+
+
+def unrecorded(run: Path, role: str) -> list[str]:
+    """Return which record of the only recovery of a run is missing."""
+    total = counted(run, role)
+    bad = [] if total == 1.0 else [f"recovery/{role}/total is {total:g} in all rows together, expected 1"]
+    return bad if recorded_losses(run) else [*bad, "errors.jsonl does not name the loss"]
+
+
+def train_unbroken(folder: Path, mode: str, *, steps: int, changes: Mapping[str, Any] = {}) -> Path:
     """Train without a fault, and return the folder of the run."""
-    config, footprint = run_config(folder, mode), Footprint()
-    code = wait_for_end(footprint.start(config), LIMIT_S)
+    config, footprint = run_config(folder, mode, steps=steps, changes=changes), Footprint()
+    code = wait_for_end(footprint.start(config), LIMIT_S + steps)
     footprint.kill()
     assert code == 0, said(config)
     return folder / "run"
