@@ -2,10 +2,9 @@
 
     python benchmarks/chaos.py --faults 20 --seed 0 --mode "in turns"
 
-The seed draws who (the roles of tests/chaos), when (at the beginning of a stage) and how (SIGKILL or SIGSTOP). The next
-fault comes when the run is back at work and has trained at least one more step. The run must finish, `rlhf doctor` must
-prove its record, nothing of it may be left on the machine, and a mode that promises bits must end with the metrics and
-weights of the run without faults.
+The seed draws cells of the matrix in tests/chaos: who, when and how (SIGKILL or SIGSTOP). The next fault comes when the
+run is back at work and has trained at least one more step. The run must finish, `rlhf doctor` must prove its record,
+and nothing of it may be left on the machine. In turns it must end with the metrics and weights of a run without faults.
 """
 
 from __future__ import annotations
@@ -25,23 +24,28 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.chaos.faults import MOMENTS, VICTIMS, Fault, How
+from tests.chaos.faults import VICTIMS, Fault
 from tests.chaos.survival import MODES, Outcome, survive, train_unbroken
+from tests.chaos.test_chaos import all_runs
 
 STEPS_PER_FAULT = 4
-STOPPED = 0.25  # share of the faults that stop a process instead of killing it
-CAN_STOP = ("engine", "policy rank 0", "policy rank 1", "critic", "reference", "reward worker")
-WHO = tuple(who for who in VICTIMS if who != "conversation")
 
 
 def draw(mode: str, *, count: int, seed: int) -> list[Fault]:
-    """Return the faults of a run."""
-    moments, faults = random.Random(seed), []
-    for _ in range(count):
-        how: How = "stop" if moments.random() < STOPPED else "kill"
-        who = moments.choice(CAN_STOP if how == "stop" else WHO)
-        faults.append(Fault(mode=mode, who=who, when=moments.choice([*MOMENTS]), how=how))
-    return faults
+    """Return the faults of a run: the cells of the matrix in random order, again and again.
+
+    A round has one cell with each victim that ends the driver, since its successor takes as long as a start of the run.
+    """
+    chance, faults = random.Random(seed), list[Fault]()
+    known = {fault for run in all_runs() for fault in run.faults if fault.mode == mode}
+    cells = sorted((fault for fault in known if fault.when != "export" and fault.how != "memory"), key=str)
+    endings = [who for who in VICTIMS if VICTIMS[who].ends_driver]
+    while len(faults) < count:
+        round_ = [fault for fault in cells if fault.who not in endings]
+        round_ += [chance.choice([fault for fault in cells if fault.who == who]) for who in endings]
+        chance.shuffle(round_)
+        faults += round_
+    return faults[:count]
 
 
 def table_of(outcomes: list[Outcome]) -> Table:
@@ -63,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--faults", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--mode", choices=[mode for mode in MODES if mode != "conversations"], default="in turns")
+    parser.add_argument("--mode", choices=["in turns", "in flight"], default="in turns")
     args = parser.parse_args()
     console, began, known = Console(highlight=False, markup=False), time.monotonic(), list[Outcome]()
     steps, changes = STEPS_PER_FAULT * (args.faults + 2), {"train": {"lr": 1e-5}}
