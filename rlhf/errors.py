@@ -42,6 +42,10 @@ class WorkerLost(RunError):
         self.stack = stack
 
 
+class ResultsLost(WorkerLost):
+    """Results that a worker needed are gone with the node that held them. The worker itself works."""
+
+
 class ChildLost(RunError):
     """A process that a worker has started, and cannot work without, was lost. The driver takes the worker for lost."""
 

@@ -167,6 +167,9 @@ class RolloutRole(MeasuredRole, Protocol):
             urgent: before waiting requests (evaluations).
         """
 
+    async def found_again(self, group: CompletedGroup, sampling: Sampling) -> CompletedGroup:
+        """Return a group with its tokens from the run's store, after those in the memory of a lost node are gone."""
+
     @property
     def gives_published(self) -> bool:
         """Return whether an engine can load the last publication at any time before the next one."""

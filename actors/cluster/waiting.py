@@ -11,12 +11,12 @@ from typing import Any
 
 import ray
 from ray import ObjectRef
-from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from actors.cluster.actor_locations import location_of, lost_nodes
 from actors.cluster.watch import died_for_memory, hang_of, stack_at
 from rlhf.engine.memory import advice_on_memory
-from rlhf.errors import RESUMES, ChildLost, LossKind, RunError, UserError, WorkerLost
+from rlhf.errors import RESUMES, ChildLost, LossKind, ResultsLost, RunError, UserError, WorkerLost
 from rlhf.role_table import Role
 
 IT_HANGS = " It hangs, or the limit is too short for the work."
@@ -87,8 +87,11 @@ async def explain(error: BaseException | None, *, role: Role, rank: int, stage: 
     """
     who = f"{stage}: {role} rank {rank}"
     failure: Exception
-    if isinstance(error, RayTaskError):
-        cause = error.cause
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, ObjectLostError):
+        message = f"{who} cannot read results that a lost node held: {_short(str(cause))}{await lost_nodes()}"
+        failure = ResultsLost(message, role=role, rank=rank, stage=stage, kind="died")
+    elif isinstance(error, RayTaskError):
         if isinstance(cause, UserError):
             failure = UserError(str(cause))
         elif isinstance(cause, ChildLost):

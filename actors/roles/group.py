@@ -21,7 +21,7 @@ from actors.cluster.watch import watching
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.controller.supervisor import ITS_START, Supervisor
 from rlhf.engine.distributed import RankContext
-from rlhf.errors import RunError, WorkerLost
+from rlhf.errors import ResultsLost, RunError, WorkerLost
 from rlhf.role_table import Role
 from rlhf.roles import Ref
 from rlhf.types import MemoryReport
@@ -233,7 +233,7 @@ class WorkerPool(WorkerGroup):
         Args:
             handle: of the lost worker. Its successor may have taken its place already.
         """
-        if self.supervisor is None or self.processes.ended:
+        if self.supervisor is None or self.processes.ended or isinstance(lost, ResultsLost):
             raise lost
         if rank not in self._rebuilds and self.handles[rank] is handle:
             self.last_loss[rank] = lost

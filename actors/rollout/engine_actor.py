@@ -257,6 +257,13 @@ class RolloutWorker:
         weights = self.weights.checksum if version == self.weights.version else None
         return await self.spool.read(request, sampling, newest=version, weights=weights)
 
+    async def stored(self, request: GroupRequest, sampling: Sampling) -> Group:
+        """Return a finished group from the spool, of any version."""
+        group = await self.spool.read(request, sampling, oldest=0, newest=await self.weights.settled_version())
+        if group is None:
+            raise RunError(f"{self.spec.name}: group {request.group_id} is not in the run's store of finished groups")
+        return group
+
     async def hold(self) -> None:
         """Hold back the requests that arrive from now on, and forget cached prefixes."""
         await self.calls.run(reset_caches, "the reset of its caches")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from actors.rollout.dispatch import Dispatch, GroupWork, shares
 from actors.rollout.elastic_engines import ElasticEngines
 from actors.weights import SENDERS, Transport
 from rlhf.config.derive import WeightSync
-from rlhf.errors import WorkerLost
+from rlhf.errors import RunError, WorkerLost
 from rlhf.role_table import Role
 from rlhf.roles import CompletedGroup, EnginePart
 from rlhf.types import GroupRequest, RolloutInfo, Sampling
@@ -274,6 +275,21 @@ class RolloutEngines(ElasticEngines):
                 break
             return CompletedGroup(request=request, rollouts=rollouts, infos=infos)
         return None
+
+    async def found_again(self, group: CompletedGroup, sampling: Sampling) -> CompletedGroup:
+        while True:
+            engine = next((rank for rank in range(len(self.handles)) if rank not in self._rebuilds), 0)
+            handle = await self.working(engine)
+            rollouts, scalars = handle.stored.options(num_returns=2).remote(group.request, sampling)
+            try:
+                infos: tuple[RolloutInfo, ...] = await self.one(scalars, "rollouts", rank=engine)
+            except WorkerLost as lost:
+                self.begin_rebuild(engine, handle, lost)
+                continue
+            lengths = [[info.num_response_tokens for info in infos] for infos in (infos, group.infos)]
+            if lengths[0] != lengths[1]:
+                raise RunError(f"the store has another group {group.request.group_id} than the one that was lost")
+            return replace(group, rollouts=rollouts)
 
     async def _answered(self, future: asyncio.Future[Any], engine: int, dispatch: Dispatch) -> Any:
         """Return the result of a group. WorkerLost if its engine finishes no group within the deadline."""

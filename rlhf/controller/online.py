@@ -39,7 +39,7 @@ from rlhf.controller.rollout_scorer import RolloutScorer
 from rlhf.controller.supervisor import Supervisor
 from rlhf.controller.weight_sync import sync_weights
 from rlhf.data.stream import Stream
-from rlhf.errors import Preempted
+from rlhf.errors import Preempted, ResultsLost, WorkerLost
 from rlhf.evaluation.results import Marking
 from rlhf.role_table import GUESTS_OF_ENGINES, ROLE_OF_STAGE, ROLES, TRAINED_ROLES, Role
 from rlhf.roles import GpuGuest, Metrics, Ref, SampleSelection, ScoredGroup
@@ -145,10 +145,11 @@ class OnlineController(TrainingLoop):
         for metrics in batch.metrics:
             record.add(metrics)
         record.groups = batch.collected.ended
-        groups, seconds = batch.collected.groups, record.row()["time/rollouts_s"]
+        groups: Sequence[ScoredGroup] = batch.collected.groups
+        seconds = record.row()["time/rollouts_s"]
         record.add(rollout_metrics(groups, version=step - 1))
         record.add({"throughput/rollout_tokens_per_s": Last(value=batch.collected.sampled_tokens / seconds)})
-        signals, columns, finishing_s = await self._train(groups, step)
+        groups, signals, columns, finishing_s = await self._train(groups, step)
         record.add({"time/trainer_waits_s": Sum(total=waited_s + finishing_s)})
         if self.batches.seconds is not None:
             idle = 1.0 - self.batches.seconds / (time.perf_counter() - began)
@@ -156,9 +157,20 @@ class OnlineController(TrainingLoop):
         if self.config.cluster.roles.rollout.is_elastic:
             record.add({"rollouts/engines": Last(value=roles.rollout.num_working)})
         self.learning.end_step(groups, signals)
+        try:
+            await self._write_samples(groups, signals, columns, step)
+        except ResultsLost:
+            await self._write_samples(await self._found_again(groups), signals, columns, step)
+
+    async def _write_samples(
+        self, groups: Sequence[ScoredGroup], signals: Signals, columns: Sequence[Ref[TokenSignals]], step: int
+    ) -> None:
         chosen = self._samples(groups, signals)
         if chosen:
-            await roles.reward.write_samples(samples_path(record.folder.scratch, step), chosen, columns)
+            await self.roles.reward.write_samples(samples_path(self.record.folder.scratch, step), chosen, columns)
+
+    async def _found_again(self, groups: Sequence[ScoredGroup]) -> Sequence[ScoredGroup]:
+        return await self.scorer.found_again(groups, self.batches.collector.sampling)
 
     def _samples(self, groups: Sequence[ScoredGroup], signals: Signals) -> list[SampleSelection]:
         """Return what the samples file shows of a step."""
@@ -166,16 +178,21 @@ class OnlineController(TrainingLoop):
 
     async def _train(
         self, groups: Sequence[ScoredGroup], step: int
-    ) -> tuple[Signals, Sequence[Ref[TokenSignals]], float]:
-        """Update the trained roles and sync the weights, despite the loss of ranks.
+    ) -> tuple[Sequence[ScoredGroup], Signals, Sequence[Ref[TokenSignals]], float]:
+        """Update the trained roles and sync the weights, despite the loss of ranks, or of a node with the tokens.
 
-        Return the signals, their columns for the samples file, and the seconds of waiting for rollouts.
+        Return the groups, the signals, their columns for the samples file, and the seconds of waiting for rollouts.
         """
         signals, columns, waited_s = Signals(), list[Ref[TokenSignals]](), 0.0
 
         async def learn() -> None:
-            nonlocal signals, columns
-            signals = await self.learning.learn(groups, step)
+            nonlocal groups, signals, columns
+            try:
+                signals = await self.learning.learn(groups, step)
+            except ResultsLost as lost:
+                groups = await self._found_again(groups)
+                role = lost.role if lost.role in self.trained else next(iter(self.trained))  # which begins again
+                raise WorkerLost(lost.reason, role=role, rank=0, stage=lost.stage, kind="died") from lost
             written = [i for one in self._samples(groups, signals) for i in one.sequence_ids if i in signals.trained]
             columns = await self.roles.policy.token_signals(written) if written else []
 
@@ -199,7 +216,7 @@ class OnlineController(TrainingLoop):
         for metrics in self.learnt:
             self.record.add(metrics)
         self.learnt = []
-        return signals, columns, waited_s
+        return groups, signals, columns, waited_s
 
     async def restart_trained(self, oldest: int) -> None:
         was_published, self.is_published = self.is_published, False

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from rlhf.controller.record import RunRecord
 from rlhf.controller.rollout_report import environment_failures
 from rlhf.data.prompts import rollout_seed
+from rlhf.errors import ResultsLost
 from rlhf.roles import CompletedGroup, RewardRole, RolloutRole, ScoredGroup
 from rlhf.rollouts.records.begun import begun_groups
 from rlhf.rollouts.records.ledgers import (
@@ -323,9 +324,18 @@ class RolloutScorer:
         group_id, request = group.request.group_id, scored_identity(group.request, sampling, group.infos)
         scores = self.score_ledger.get(group_id, version, request)
         if scores is None:
-            scores = await self.reward.score(group)
+            try:
+                scores = await self.reward.score(group)
+            except ResultsLost:
+                group = await self.rollout.found_again(group, sampling)
+                scores = await self.reward.score(group)
             self.score_ledger.put(group_id, version, request, scores)
         return ScoredGroup(group=group, scores=scores)
+
+    async def found_again(self, scored: Sequence[ScoredGroup], sampling: Sampling) -> list[ScoredGroup]:
+        """Return scored groups with their tokens from the run's store, after those of a lost node are gone."""
+        groups = await asyncio.gather(*(self.rollout.found_again(one.group, sampling) for one in scored))
+        return [replace(one, group=group) for one, group in zip(scored, groups, strict=True)]
 
 
 def _files(folder: Path, *, start: int, begun: Collection[int]) -> list[Path]:

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
 from actors.cluster.waiting import explain, wait_all
-from rlhf.errors import WorkerLost
+from rlhf.errors import ResultsLost, WorkerLost
 
 KILLED = (
     "The actor died unexpectedly before finishing this task. The actor is dead because its worker process has died. "
@@ -39,6 +39,13 @@ def test_a_process_killed_by_the_memory_monitor_names_the_keys_of_its_role() -> 
     assert error.kind == "out_of_memory"
     assert "killed because its node ran out of memory" in str(error)
     assert "reward_policy.processes" in str(error)
+
+
+def test_results_of_a_lost_node_are_no_fault_of_the_worker_that_needs_them() -> None:
+    gone = ObjectLostError("ab" * 28, "", "")
+    for error in (gone, RayTaskError("score", "", gone)):
+        assert isinstance(lost(error), ResultsLost)
+    assert not isinstance(lost(RayActorError(error_msg=KILLED)), ResultsLost)
 
 
 @pytest.mark.parametrize("death", [RayActorError(error_msg=KILLED), OutOfMemoryError("the node is running low")])

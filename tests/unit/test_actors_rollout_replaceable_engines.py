@@ -76,7 +76,7 @@ class Call:
             else:
                 future.set_result(result)
         ref = SimpleNamespace(future=lambda: future)
-        return (f"tokens from {engine.name}", ref) if self.name in ("generate", "answer") else ref
+        return (f"tokens from {engine.name}", ref) if self.name in ("generate", "answer", "stored") else ref
 
 
 class Engine:
@@ -89,6 +89,7 @@ class Engine:
         self.is_dead = False
         self.calls: list[Any] = []
         self.groups: dict[int, Future[Any]] = {}
+        self.store: dict[int, Any] = {}  # finished groups
         self.loads: Any = lambda version: SyncReceipt(version=version, checksum=f"sum {version}")
 
     def __getattr__(self, name: str) -> Call:
@@ -113,6 +114,9 @@ class Engine:
     def on_answer(self, request: GroupRequest, sampling: Sampling, version: int) -> Future[Any]:
         self.calls.append(request.group_id)
         return self.groups.setdefault(request.group_id, Future())
+
+    def on_stored(self, request: GroupRequest, sampling: Sampling) -> Any:
+        return self.store[request.group_id]
 
     def on_release(self, num_groups: int) -> None:
         self.calls.append(f"release {num_groups}")
@@ -451,6 +455,23 @@ async def test_a_repeated_publication_reaches_a_successor_without_a_sync() -> No
     assert successor.calls == ["open", "load 1", "load 1", "probe"]
     assert "load 1" not in other.calls
     task.cancel()
+
+
+async def test_a_group_whose_tokens_are_lost_comes_from_the_store_by_any_engine_that_works() -> None:
+    first, other, successor = Engine("first"), Engine("other"), Engine("successor")
+    engines = await synced(Engines(first, other, successors=(successor,)))
+    other.store = {3: (SimpleNamespace(num_response_tokens=4),)}
+    first.is_dead = True
+    engines.may_start.clear()
+    infos: Any = (SimpleNamespace(num_response_tokens=4),)
+    tokens: Any = "lost"
+    lost = CompletedGroup(request=request(3), rollouts=tokens, infos=infos)
+    found = await asyncio.wait_for(engines.found_again(lost, SAMPLING), DEADLINE_S)
+    assert (found.request, found.infos, found.rollouts) == (lost.request, lost.infos, "tokens from other")
+    other.store = {3: (SimpleNamespace(num_response_tokens=5),)}
+    with pytest.raises(RunError, match="the store has another group 3"):
+        await engines.found_again(lost, SAMPLING)
+    await engines.give_up_rebuilds()
 
 
 async def test_nothing_of_a_rebuild_goes_on_after_the_end() -> None:

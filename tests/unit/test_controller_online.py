@@ -12,6 +12,7 @@ import pytest
 from rlhf.controller.learning import Signals
 from rlhf.controller.online import OnlineController
 from rlhf.controller.record import RunRecord
+from rlhf.errors import ResultsLost, WorkerLost
 from rlhf.tracking.metrics.reductions import Max
 
 
@@ -147,3 +148,40 @@ async def test_a_wait_for_engines_publishes_the_weights_that_a_successor_misses(
     answered.set_result("batch")
     assert await wait == "batch"
     assert ends.calls == ["withdraw", "publish 2", "offer manifest 2"] * 2
+
+
+async def test_groups_whose_tokens_are_lost_in_training_are_found_and_the_policy_begins_again() -> None:
+    controller, ends = published(engines_have=1)
+    controller.step, controller.trained_step, controller.sharing = 1, 1, frozenset()
+    given: list[Any] = []
+
+    async def learn(groups: Any, step: int) -> Signals:
+        given.append(groups)
+        if groups == ["lost"]:
+            raise ResultsLost("the node is gone.", role="reference", rank=0, stage="reference", kind="died")
+        return Signals()
+
+    async def found_again(groups: Any, sampling: Any) -> list[str]:
+        return ["found"]
+
+    async def recover(lost: WorkerLost, rebuild: Any, *, work: Any) -> None:
+        assert not isinstance(lost, ResultsLost)
+        assert (lost.role, lost.stage) == ("policy", "reference")
+        ends.calls.append("recover")
+
+    async def nothing(*_: Any) -> None: ...
+
+    async def during(work: Any) -> None:
+        await work
+
+    controller.record = SimpleNamespace(apart=lambda *_, **__: nullcontext(), add=lambda _: None)
+    controller.supervisor = SimpleNamespace(recover=recover)
+    controller.survives = True
+    controller.learning = SimpleNamespace(learn=learn, renews_reference=lambda step: False)
+    controller.scorer.found_again = found_again
+    controller.batches = SimpleNamespace(during=during, finish=nothing, collector=SimpleNamespace(sampling=None))
+    controller._samples, controller._sync, controller.keep = lambda *_: [], nothing, nothing
+    groups, *_ = await controller._train(["lost"], 2)
+    assert groups == ["found"]
+    assert given == [["lost"], ["found"]]
+    assert ends.calls == ["recover"]

@@ -14,6 +14,7 @@ import pytest
 
 from rlhf.controller.evaluation import EvalSet, score_held_out
 from rlhf.controller.rollout_scorer import GREEDY_GROUPS, RolloutScorer, request_for
+from rlhf.errors import ResultsLost
 from rlhf.evaluation.results import Marking
 from rlhf.roles import CompletedGroup, ScoredGroup
 from rlhf.rollouts.records.spool import group_path, stored_groups
@@ -100,6 +101,27 @@ def test_answers_come_in_the_order_of_their_requests_and_are_taken_up_again(tmp_
     assert ask(again, version=0) == [0, 1]
     assert reward.asked == []
     assert ask(again, version=1) == [0, 1]
+    assert sorted(reward.asked) == [0, 1]
+
+
+def test_a_group_whose_tokens_are_lost_with_a_node_is_scored_as_the_store_has_it(tmp_path: Path) -> None:
+    scorer, reward, _ = begun(tmp_path)
+    given: list[Any] = []
+
+    async def score(group: CompletedGroup) -> GroupScores:
+        given.append(group.rollouts)
+        if group.rollouts is None:
+            raise ResultsLost("the node is gone.", role="reward", rank=0, stage="rewards", kind="died")
+        return await Reward.score(reward, group)
+
+    async def found_again(group: CompletedGroup, sampling: Sampling) -> CompletedGroup:
+        stored: Any = f"stored {group.request.group_id}"
+        return dataclasses.replace(group, rollouts=stored)
+
+    scorer.reward.score = score  # type: ignore[method-assign]
+    scorer.rollout.found_again = found_again  # type: ignore[method-assign]
+    ask(scorer)
+    assert sorted(map(str, given)) == ["None", "None", "stored 0", "stored 1"]
     assert sorted(reward.asked) == [0, 1]
 
 
