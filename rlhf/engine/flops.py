@@ -11,15 +11,17 @@ from typing import Any
 import torch
 import transformers
 
+from rlhf.models.folder_check import num_experts
+
 _SIDE = 4096  # rows of the square matrices, far larger than every cache
 
 
 def flops_per_token(config: Any, sequence_length: float) -> float:
-    """Return the FLOPs of a dense model's forward and backward pass over one token, at a mean sequence length.
+    """Return the FLOPs of a model's forward and backward pass over one token, at a mean sequence length.
 
     It is 6 for each weight in a product (Kaplan et al., arXiv:2001.08361, section 2.1), with a tied embedding
-    counted once, as the head. Causal attention adds 6 * layers * heads * head size * length, since it sees half the
-    sequence on average.
+    counted once, as the head. Of a mixture, the experts chosen for a token count. Causal attention adds 6 * layers *
+    heads * head size * length, since it sees half the sequence on average.
     """
     config = config.get_text_config()
     with torch.device("meta"):
@@ -27,6 +29,9 @@ def flops_per_token(config: Any, sequence_length: float) -> float:
     weights: int = sum(p.numel() for p in model.parameters())
     if model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
         weights -= model.get_input_embeddings().weight.numel()  # a look-up
+    if experts := num_experts(config.to_dict()):
+        stacked = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+        weights -= stacked * (experts - config.num_experts_per_tok) // experts
     heads: int = config.num_attention_heads
     head_size: int = getattr(config, "head_dim", None) or config.hidden_size // heads
     return 6.0 * weights + 6.0 * int(config.num_hidden_layers) * heads * head_size * sequence_length

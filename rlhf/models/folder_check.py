@@ -25,7 +25,7 @@ _MOST = {
     "n_routed_experts": 10**4,
     "vocab_size": 10**7,
 }
-_MAY_BE_ZERO = frozenset({"num_experts", "num_local_experts", "n_routed_experts"})
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # each model has one of these names; 0: dense
 _SMALL_FILES = {"config.json": 2**22, "chat_template.jinja": 2**20, "tokenizer_config.json": 2**26}  # most bytes
 
 
@@ -42,11 +42,17 @@ def refuse_strange_folder(folder: Path) -> None:
         return
     for where, values in _sections(read_json_object(path)):
         for key, most in _MOST.items():
-            value, least = values.get(key), 0 if key in _MAY_BE_ZERO else 1
+            value, least = values.get(key), 0 if key in _EXPERTS else 1
             if isinstance(value, int | float) and not least <= value <= most:
                 raise UserError(
                     f"{path}: {where}{key} is {value}, expected an integer from {least} to {most:,}. Get it again."
                 )
+
+
+def num_experts(config: Mapping[str, Any]) -> int:
+    """Return the number of experts in a layer of a mixture, from the values of its config.json. 0: a dense model."""
+    text: Mapping[str, Any] = config.get("text_config") or config
+    return next((int(text[key]) for key in _EXPERTS if text.get(key)), 0)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def _base_bytes(shape: Shape, model: PolicyConfig | CriticConfig, whole: int) ->
     size = _itemsize(model)
     if model.lora is None or model.lora.quantize is None:
         return float(whole * size)
-    layers = shape.layers * shape.layer_parameters
+    layers = shape.block_parameters
     return layers * (0.5 + 4 / 64) + (whole - layers) * size
 
 

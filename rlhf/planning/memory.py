@@ -143,7 +143,7 @@ def activation_bytes(shape: Shape, *, itemsize: int, checkpointing: bool, lora_r
     attention = (3 * shape.query + 2 * shape.key) * itemsize
     if shape.qk_norm:
         attention += (4 + itemsize) * (shape.query + shape.key)
-    layer = norms + attention + 4 * shape.ffn * itemsize + (7 * lora_rank * itemsize if lora_rank else 0)
+    layer = norms + attention + 4 * shape.widest_mlp * itemsize + (7 * lora_rank * itemsize if lora_rank else 0)
     if checkpointing:
         return shape.layers * shape.hidden * itemsize + layer
     return shape.layers * layer
@@ -180,8 +180,9 @@ def training_terms(shape: Shape, t: Training) -> list[Term]:
     if t.zero_stage in (1, 2):
         size = t.itemsize * min(t.trained, BUCKET_ELEMENTS)
         last.append(Term("gradients in reduction", size, "as the bucket", phase="step"))
-        if t.trained > shape.embedding:
-            last.append(Term("largest gradient", 4 * shape.embedding, "vocabulary * hidden * 4 bytes", phase="step"))
+        if t.trained > shape.largest_weight:
+            name = "vocabulary * hidden" if shape.largest_weight == shape.embedding else "a layer's experts"
+            last.append(Term("largest gradient", 4 * shape.largest_weight, f"{name} * 4 bytes", phase="step"))
     if t.zero_stage == 0 and t.itemsize == 2:  # DeepSpeed copies all of them
         step.append(weights_term("gradients in float32", t.trained, 4, phase="step"))
     if t.zero_stage == 3:  # the block that the optimizer step uses
@@ -202,7 +203,8 @@ def _states(shape: Shape, t: Training) -> list[Term]:
         terms.append(weights_term("master weights", t.trained, 4, by, place=optimizer))
     terms.append(_optimizer_states(shape, t, by=by, place=optimizer))
     if t.zero_stage == 3 and t.ranks > 1:
-        terms.append(weights_term("weights gathered", min(t.trained + t.frozen, LIVE_PARAMETERS), t.itemsize))
+        gathered = max(min(t.trained + t.frozen, LIVE_PARAMETERS), shape.layer_experts)
+        terms.append(weights_term("weights gathered", gathered, t.itemsize))
     return terms
 
 
@@ -274,7 +276,7 @@ def _chunks(shape: Shape) -> str:
 def forward_terms(shape: Shape, *, itemsize: int, tokens: int, scalar: bool, widens: bool) -> list[Term]:
     """Return the terms of a frozen model: its weights, one layer's rows, and a chunk of logits."""
     count = shape.scalar_parameters if scalar else shape.parameters
-    rows = tokens * itemsize * (4 * shape.hidden + 3 * shape.ffn + 2 * shape.query)
+    rows = tokens * itemsize * (4 * shape.hidden + 3 * shape.widest_mlp + 2 * shape.query)
     terms = [
         weights_term("weights", count, itemsize, in_heap=False),
         Term("activations", rows, f"{tokens:,} tokens of one layer", phase="step"),
@@ -289,7 +291,7 @@ def forward_terms(shape: Shape, *, itemsize: int, tokens: int, scalar: bool, wid
 def engine_terms(shape: Shape, *, itemsize: int, tensor_parallel: int, max_num_seqs: int, on_gpu: bool) -> list[Term]:
     """Return the terms of vLLM without its cache: weights in kernel layout, and the work of the largest step."""
     logits = 4 * max_num_seqs * shape.vocab * 4
-    rows = PREFILL_TOKENS * itemsize * (3 * shape.ffn + 2 * shape.hidden) / tensor_parallel
+    rows = PREFILL_TOKENS * itemsize * (3 * shape.widest_mlp + 2 * shape.hidden) / tensor_parallel
     return [
         weights_term("weights", shape.parameters, itemsize, tensor_parallel),
         *([] if on_gpu else [weights_term("packed head", shape.embedding, itemsize)]),

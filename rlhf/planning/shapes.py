@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import UserError
-from rlhf.models.folder_check import read_json_object
+from rlhf.models.folder_check import num_experts, read_json_object
 
-KNOWN_CLASSES = ("Llama", "Mistral", "Qwen2", "Qwen3")  # decoders with the layers counted here
+DENSE_CLASSES = ("Llama", "Mistral", "Qwen2", "Qwen3")  # decoders with the layers counted here
+MIXTURES = ("Mixtral", "Qwen3Moe", "Glm4Moe", "GptOss")
+KNOWN_CLASSES = (*DENSE_CLASSES, *MIXTURES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """Describe a dense decoder: attention with grouped heads, a gated MLP, two norms a layer."""
+    """Describe a decoder: attention with grouped heads, a gated MLP or a mixture of them, two norms a layer."""
 
     source: str  # source of the sizes, in words
     hidden: int
@@ -33,6 +35,12 @@ class Shape:
     tied: bool
     qkv_bias: bool = False
     qk_norm: bool = False
+    experts: int = 0  # of a layer; 0: dense
+    experts_per_token: int = 0
+    expert_ffn: int = 0
+    shared_ffn: int = 0  # of the experts that every token passes
+    dense_layers: int = 0  # first layers of a mixture, with an MLP of width ffn
+    extra: int = 0  # biases and sinks of a layer that are not counted otherwise
 
     @property
     def query(self) -> int:
@@ -44,10 +52,38 @@ class Shape:
         return self.kv_heads * self.head_size
 
     @property
-    def layer_parameters(self) -> int:
+    def block_parameters(self) -> int:
+        """Return the number of parameters in all blocks."""
+        return self._blocks_with(self.experts)
+
+    @property
+    def active_parameters(self) -> int:
+        """Return the number of parameters in the products of one token: of a mixture, only the chosen experts'."""
+        return self._blocks_with(self.experts_per_token) + self.embedding
+
+    def _blocks_with(self, experts: int) -> int:
         attention = 2 * self.hidden * (self.query + self.key)
         small = 2 * self.hidden + self.qkv_bias * (self.query + 2 * self.key) + self.qk_norm * 2 * self.head_size
-        return attention + 3 * self.hidden * self.ffn + small
+        every_layer = self.layers * (attention + small + self.extra)
+        dense, mixed = (self.dense_layers, self.layers - self.dense_layers) if self.experts else (self.layers, 0)
+        mixture = self.hidden * (3 * (experts * self.expert_ffn + self.shared_ffn) + self.experts)  # with the router
+        return every_layer + dense * 3 * self.hidden * self.ffn + mixed * mixture
+
+    @property
+    def widest_mlp(self) -> int:
+        """Return the MLP elements of one token in the widest layer."""
+        mixed = self.experts_per_token * self.expert_ffn + self.shared_ffn
+        return max(mixed, self.ffn) if self.dense_layers or not self.experts else mixed
+
+    @property
+    def layer_experts(self) -> int:
+        """Return the number of parameters in the experts of a layer, which a rank gathers together at stage 3."""
+        return self.experts * 3 * self.expert_ffn * self.hidden
+
+    @property
+    def largest_weight(self) -> int:
+        """Return the size of the largest parameter. The experts of a layer are one."""
+        return max(self.embedding, self.experts * 2 * self.expert_ffn * self.hidden)
 
     @property
     def embedding(self) -> int:
@@ -56,35 +92,43 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        return self.embedding * (1 if self.tied else 2) + self.layers * self.layer_parameters + self.hidden
+        return self.embedding * (1 if self.tied else 2) + self.block_parameters + self.hidden
 
     @property
     def scalar_parameters(self) -> int:
         """Return the number of parameters with a scalar head, as in critics and reward models."""
-        return self.embedding + self.layers * self.layer_parameters + 2 * self.hidden
+        return self.embedding + self.block_parameters + 2 * self.hidden
 
     @property
     def _linear_layers(self) -> tuple[tuple[int, int], ...]:
-        h, q, k, f = self.hidden, self.query, self.key, self.ffn
-        return ((q, h), (k, h), (k, h), (h, q), (f, h), (f, h), (h, f))
+        """Return the shapes of the linear layers of all blocks. Routers and stacked experts are no linear layers."""
+        h, q, k = self.hidden, self.query, self.key
+        dense = self.dense_layers if self.experts else self.layers
+        mlps = [self.ffn] * dense + [self.shared_ffn] * (self.layers - dense if self.shared_ffn else 0)
+        attention = ((q, h), (k, h), (k, h), (h, q)) * self.layers
+        return (*attention, *(shape for f in mlps for shape in ((f, h), (f, h), (h, f))))
 
     @property
     def matrix_parameters(self) -> int:
         """Return the number of parameters in the linear layers of all blocks."""
-        return self.layers * sum(rows * columns for rows, columns in self._linear_layers)
+        return sum(rows * columns for rows, columns in self._linear_layers)
 
     def factored(self, *, lora_rank: int | None, scalar: bool) -> int:
         """Return the number of values kept by Adafactor: a row and a column of each trained matrix, and norms and
         biases."""
         if lora_rank is not None:
-            return self.layers * sum(rows + columns + 2 * lora_rank for rows, columns in self._linear_layers)
+            return sum(rows + columns + 2 * lora_rank for rows, columns in self._linear_layers)
         tables = 1 if self.tied or scalar else 2
-        vectors = self.layers * self.layer_parameters - self.matrix_parameters + self.hidden
-        return self.layers * sum(map(sum, self._linear_layers)) + tables * (self.vocab + self.hidden) + vectors
+        mixed = self.layers - self.dense_layers if self.experts else 0
+        routers = mixed * self.experts * self.hidden
+        stacked = mixed * self.experts * 3 * self.hidden * self.expert_ffn
+        vectors = self.block_parameters - self.matrix_parameters - routers - stacked + self.hidden
+        factors = mixed * (self.experts * (3 * self.expert_ffn + 2 * self.hidden) + self.experts + self.hidden)
+        return sum(map(sum, self._linear_layers)) + factors + tables * (self.vocab + self.hidden) + vectors
 
     def lora_parameters(self, rank: int) -> int:
         """Return the parameters of an adapter on the linear layers of all blocks: rank * (in + out) each."""
-        return self.layers * rank * sum(rows + columns for rows, columns in self._linear_layers)
+        return rank * sum(rows + columns for rows, columns in self._linear_layers)
 
 
 def shape_of(config: Mapping[str, Any], source: str) -> Shape:
@@ -110,8 +154,30 @@ def shape_of(config: Mapping[str, Any], source: str) -> Shape:
         vocab=vocab,
         tied=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=family == "Qwen2" or bool(config.get("attention_bias", False)),
-        qk_norm=family == "Qwen3",
+        qk_norm=family in ("Qwen3", "Qwen3Moe") or bool(config.get("use_qk_norm", False)),
+        **(_mixture(family, config, source) if family in MIXTURES else {}),
     )
+
+
+def _mixture(family: str, config: Mapping[str, Any], source: str) -> dict[str, int]:
+    """Return the sizes of a mixture's experts."""
+    experts, width = num_experts(config), config.get("moe_intermediate_size") or config["intermediate_size"]
+    chosen = config.get("num_experts_per_tok")
+    if not experts or not isinstance(chosen, int):
+        raise UserError(f"{source}: its numbers of experts and of experts for each token are missing")
+    if config.get("decoder_sparse_step", 1) != 1:
+        raise UserError(f"{source}: `decoder_sparse_step` is {config['decoder_sparse_step']}; only 1 is modelled")
+    dense = config.get("first_k_dense_replace", len(config.get("mlp_only_layers") or ()))
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    biases = hidden + heads + experts + experts * (2 * width + hidden)  # output, sinks, router, experts
+    return {
+        "experts": experts,
+        "experts_per_token": chosen,
+        "expert_ffn": width,
+        "shared_ffn": width * (config.get("n_shared_experts") or 0),
+        "dense_layers": dense,
+        "extra": biases if family == "GptOss" else 0,
+    }
 
 
 def find_shape(model: str, *, shapes: Path | None, made: Mapping[str, str]) -> Shape:
@@ -127,6 +193,8 @@ def find_shape(model: str, *, shapes: Path | None, made: Mapping[str, str]) -> S
     if (stored := find_config(model, shapes=shapes)) is not None:
         config, path = stored
         return shape_of(config, str(path))
+    if model in _MIXTURE_TABLE:
+        return shape_of(_MIXTURE_TABLE[model], f"the built-in table ({model})")
     if model in _TABLE:
         family, *values = _TABLE[model]
         config = {"architectures": [f"{family}ForCausalLM"], **dict(zip(_SIZES, values, strict=True))}
@@ -184,4 +252,43 @@ _TABLE: Mapping[str, tuple[str, int, int, int, int, int, int, int, bool]] = {
     "meta-llama/Llama-3.1-70B-Instruct": ("Llama", 8192, 28672, 80, 64, 8, 128, 128256, False),
     "meta-llama/Llama-3.3-70B-Instruct": ("Llama", 8192, 28672, 80, 64, 8, 128, 128256, False),
     "mistralai/Mistral-7B-Instruct-v0.3": ("Mistral", 4096, 14336, 32, 32, 8, 128, 32768, False),
+}
+
+
+def _mixture_config(
+    family: str, sizes: tuple[int, int, int, int, int, int, int], experts: Mapping[str, int]
+) -> Mapping[str, Any]:
+    names = (name for name in _SIZES if name != "tie_word_embeddings")
+    values: dict[str, Any] = {"architectures": [f"{family}ForCausalLM"], **dict(zip(names, sizes, strict=True))}
+    return {**values, **experts, "attention_bias": family in ("Glm4Moe", "GptOss")}
+
+
+def _qwen(width: int) -> Mapping[str, int]:
+    return {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": width}
+
+
+def _glm(experts: int, width: int, dense: int, norm: int) -> Mapping[str, int]:
+    few = {"n_shared_experts": 1, "first_k_dense_replace": dense, "use_qk_norm": norm}
+    return {"n_routed_experts": experts, "num_experts_per_tok": 8, "moe_intermediate_size": width, **few}
+
+
+def _local(experts: int, chosen: int) -> Mapping[str, int]:
+    return {"num_local_experts": experts, "num_experts_per_tok": chosen}
+
+
+# Sizes as in _TABLE, then the experts. A test compares all and active parameters with the published counts.
+_MIXTURE_TABLE: Mapping[str, Mapping[str, Any]] = {
+    "Qwen/Qwen3-30B-A3B": _mixture_config("Qwen3Moe", (2048, 6144, 48, 32, 4, 128, 151936), _qwen(768)),
+    "Qwen/Qwen3-235B-A22B": _mixture_config("Qwen3Moe", (4096, 12288, 94, 64, 4, 128, 151936), _qwen(1536)),
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": _mixture_config(
+        "Mixtral", (4096, 14336, 32, 32, 8, 128, 32000), _local(8, 2)
+    ),
+    "zai-org/GLM-4.5-Air": _mixture_config(
+        "Glm4Moe", (4096, 10944, 46, 96, 8, 128, 151552), _glm(128, 1408, dense=1, norm=0)
+    ),
+    "zai-org/GLM-4.5": _mixture_config(
+        "Glm4Moe", (5120, 12288, 92, 96, 8, 128, 151552), _glm(160, 1536, dense=3, norm=1)
+    ),
+    "openai/gpt-oss-20b": _mixture_config("GptOss", (2880, 2880, 24, 64, 8, 64, 201088), _local(32, 4)),
+    "openai/gpt-oss-120b": _mixture_config("GptOss", (2880, 2880, 36, 64, 8, 64, 201088), _local(128, 4)),
 }

@@ -91,10 +91,10 @@ def rates(config: Config, nodes: Sequence[Node] | None, *, role: Role) -> Rates:
 def forward_operations(shape: Shape, length: float) -> float:
     """Return the operations for one token in the middle of a sequence of the given length.
 
-    Each multiplied weight takes 2 operations; attention covers half of the sequence.
+    Each multiplied weight takes 2 operations, of a mixture those of the chosen experts. Attention covers half of the
+    sequence.
     """
-    weights = shape.layers * shape.layer_parameters + shape.embedding
-    return 2.0 * weights + 2.0 * shape.layers * shape.query * length
+    return 2.0 * shape.active_parameters + 2.0 * shape.layers * shape.query * length
 
 
 def passes(model: PolicyConfig | CriticConfig) -> float:

@@ -14,7 +14,7 @@ from rlhf.errors import UserError
 from rlhf.planning import memory
 from rlhf.planning.footprints import Sizes, footprints, tokens_of_microbatch
 from rlhf.planning.memory import GIB, Footprint, activation_bytes, head_bytes, kv_bytes_per_token
-from rlhf.planning.shapes import _TABLE, TINY, find_shape, shape_of
+from rlhf.planning.shapes import _MIXTURE_TABLE, _TABLE, TINY, find_shape, shape_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,6 +37,17 @@ PUBLISHED = {
     "meta-llama/Llama-3.1-70B-Instruct": 70_553_706_496,
     "meta-llama/Llama-3.3-70B-Instruct": 70_553_706_496,
     "mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552,
+}
+
+# All parameters, and those that a token passes in billions, as the models' pages state them. GLM's totals are rounded.
+PUBLISHED_MIXTURES = {
+    "Qwen/Qwen3-30B-A3B": (30_532_122_624, 3.3),
+    "Qwen/Qwen3-235B-A22B": (235_093_634_560, 22),
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": (46_702_792_704, 12.9),
+    "zai-org/GLM-4.5-Air": (106e9, 12),
+    "zai-org/GLM-4.5": (355e9, 32),
+    "openai/gpt-oss-20b": (20_914_757_184, 3.6),
+    "openai/gpt-oss-120b": (116_829_156_672, 5.1),
 }
 
 
@@ -66,6 +77,14 @@ def test_the_table_has_every_model_and_their_published_sizes() -> None:
     assert {model: shape(model).parameters for model in _TABLE} == PUBLISHED
 
 
+def test_mixtures_have_their_published_sizes() -> None:
+    assert _MIXTURE_TABLE.keys() == PUBLISHED_MIXTURES.keys()
+    for model, (total, active) in PUBLISHED_MIXTURES.items():
+        rounding = 0.01 if isinstance(total, float) else 0.0
+        assert shape(model).parameters == pytest.approx(total, rel=rounding, abs=0), model
+        assert shape(model).active_parameters / 1e9 == pytest.approx(active, rel=0.09), model  # one of two embeddings
+
+
 def test_the_tiny_model_is_the_one_that_is_made(tmp_path: Path) -> None:
     from rlhf.models.tiny import build_tiny_llama
 
@@ -77,18 +96,20 @@ def test_parameters_are_those_of_the_model_that_transformers_builds() -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    for kind in ("llama", "qwen2", "qwen3", "mistral"):
+    for kind in ("llama", "qwen2", "qwen3", "mistral", "mixtral", "qwen3_moe", "glm4_moe", "gpt_oss"):
         values = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+        if kind == "glm4_moe":
+            values |= {"n_routed_experts": 8, "n_shared_experts": 2, "attention_bias": True, "use_qk_norm": True}
         config = AutoConfig.for_model(
             kind, **values, num_key_value_heads=2, head_dim=16, vocab_size=100, pad_token_id=0, num_labels=1
         )
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-            scorer = AutoModelForSequenceClassification.from_config(config)
+            scorer = None if kind == "glm4_moe" else AutoModelForSequenceClassification.from_config(config)
         config.architectures = [type(model).__name__]
         ours = shape_of(config.to_dict(), "test")
         assert ours.parameters == sum(p.numel() for p in model.parameters()), kind
-        assert ours.scalar_parameters == sum(p.numel() for p in scorer.parameters()), kind
+        assert scorer is None or ours.scalar_parameters == sum(p.numel() for p in scorer.parameters()), kind
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
