@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -66,6 +66,16 @@ async def ending(groups: Sequence[Stoppable], placement: Placed, *, heartbeat_ti
         for group in groups:
             group.end()
         placement.release()
+
+
+@asynccontextmanager
+async def ending_rebuilds(groups: Iterable[WorkerGroup]) -> AsyncIterator[None]:
+    """End the rebuilds in progress after the block. They record what they do, and the record is closed later."""
+    try:
+        yield
+    finally:
+        for group in groups:
+            await group.give_up_rebuilds()
 
 
 class WorkerGroup:
@@ -134,6 +144,9 @@ class WorkerGroup:
         reports: list[MemoryReport] = await self.each(lambda h: h.memory.remote(), "memory")
         gpus = [report.gpu_gib for report in reports if report.gpu_gib is not None]
         return MemoryReport(rss_gib=max(report.rss_gib for report in reports), gpu_gib=max(gpus) if gpus else None)
+
+    async def give_up_rebuilds(self) -> None:
+        """End the rebuilds in progress. None of them goes on after this returns."""
 
     async def stop(self) -> None:
         """End the workers. They hold no state worth saving."""
@@ -254,15 +267,10 @@ class WorkerPool(WorkerGroup):
             del self._rebuilds[rank]
 
     async def give_up_rebuilds(self) -> None:
-        """End the rebuilds in progress. None of them goes on after this returns."""
         rebuilds = list(self._rebuilds.values())
         for rebuild in rebuilds:
             rebuild.cancel()
         await asyncio.gather(*rebuilds, return_exceptions=True)
-
-    async def stop(self) -> None:
-        await self.give_up_rebuilds()
-        await super().stop()
 
     def end(self) -> None:
         for rebuild in self._rebuilds.values():

@@ -149,7 +149,6 @@ class RewardWorkers(WorkerPool):
 
     async def stop(self) -> None:
         """End the reward processes and the workers."""
-        await self.give_up_rebuilds()
         await self.all([h.stop.remote() for h in self.handles], "stop", deadline_s=END_WITHIN_S)
         self.end()
 

@@ -338,7 +338,6 @@ class RolloutEngines(ElasticEngines):
     async def stop(self) -> None:
         """Shut down the engines that work, and end those that start."""
         self.supervisor = None
-        await self.give_up_rebuilds()
         await self.present(lambda h: h.shutdown.remote(), "stop", deadline_s=END_WITHIN_S)
         self.end()
 

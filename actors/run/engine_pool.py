@@ -86,7 +86,6 @@ class EngineLease:
 
     async def stop(self) -> None:
         """Keep the engines, or shut them down. Called only after a normal end of the run."""
-        await self.engines.give_up_rebuilds()
         self.is_kept = self.may_stay
         if not self.is_kept:
             await self.engines.stop()

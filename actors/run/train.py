@@ -21,7 +21,7 @@ from actors.cluster.placement import Placement, reserve
 from actors.cluster.preemption import run_loop
 from actors.roles.build import RunContext, build_roles
 from actors.roles.gang import PolicyGang
-from actors.roles.group import Stoppable, ending
+from actors.roles.group import Stoppable, ending, ending_rebuilds
 from actors.roles.teacher import TeacherWorkers
 from actors.roles.worker_pools import RewardWorkers
 from actors.run.engine_pool import ENGINE_POOL
@@ -215,7 +215,8 @@ async def _offline(
         )
         if needs_reference_logprobs(config):
             await controller.provide_reference()
-        yield controller, placement
+        async with ending_rebuilds(roles.values()):
+            yield controller, placement
 
 
 @asynccontextmanager
@@ -256,7 +257,8 @@ async def _online(
             rewards_fingerprint=fingerprint(inputs.rewards, model=repr(roles[RewardWorkers.role].settings.model)),
             environment_fingerprint="" if inputs.environment is None else inputs.environment.fingerprint(),
         )
-        yield controller, lease.placement
+        async with ending_rebuilds([*roles.values(), lease.engines]):
+            yield controller, lease.placement
 
 
 def _names(plan: PlacementPlan) -> str:

@@ -15,6 +15,7 @@ import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from actors.cluster.waiting import explain
+from actors.roles.group import ending_rebuilds
 from actors.rollout.dispatch import EngineCapacity
 from actors.rollout.engine_group import RolloutEngines
 from actors.rollout.engine_weights import SyncReceipt
@@ -494,8 +495,10 @@ async def test_nothing_of_a_rebuild_goes_on_after_the_end() -> None:
     first.die()
     await until(lambda: engines.replaced)
     engines.processes = cast(Any, SimpleNamespace(end=lambda: None))
-    await engines.stop()
+    async with ending_rebuilds([engines]):
+        pass
     assert ends == ["recovery rollout"], "the file of the timeline is closed after the end"
+    await engines.stop()
     assert other.calls[-1] == "shutdown"
     task.cancel()
 
