@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rlhf.models.attention import ATTENTION
 from rlhf.models.branches import Branches, positions, predecessors
+from rlhf.models.routers import keeps_row_order
 from rlhf.models.row_layout import RowLayout, row_layout, rows_of
 from rlhf.models.sequence_parallel import ULYSSES, current_group, filled_up, own_part, summed
 from rlhf.models.varlen import borders
@@ -59,7 +60,7 @@ def hidden_states(
         return torch.cat(states)[own_part(len(token_ids))]
     if branches is not None or token_ids.is_cuda:
         return _run(body, token_ids, sizes, branches, noise_alpha)
-    if sizes == sorted(sizes) or current_group() is not None:
+    if sizes == sorted(sizes) or current_group() is not None or keeps_row_order():
         return _run(body, token_ids, sizes, None, noise_alpha)
     order = sorted(range(len(sizes)), key=sizes.__getitem__)  # brings equal lengths together
     starts = (lengths.cumsum(0) - lengths).tolist()

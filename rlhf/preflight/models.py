@@ -24,7 +24,7 @@ from rlhf.data.sources import Row
 from rlhf.data.templates import ChatTemplate
 from rlhf.engine.optimizers import refuse_absent_bitsandbytes
 from rlhf.errors import UserError, prefix_errors
-from rlhf.models.folder_check import refuse_broken_weights
+from rlhf.models.folder_check import num_experts, refuse_broken_weights
 from rlhf.models.hub import use_cache_if_silent
 from rlhf.models.loading import (
     architecture_fingerprint,
@@ -90,6 +90,11 @@ def _refuse_unusable_model(
     _refuse_misfit(section, model, finals, scalar=is_scalar)
     _refuse_unquantizable(section, model, shape, device=config.cluster.device)
     if isinstance(model, PolicyConfig | CriticConfig):
+        if model.router_balance_coef and not num_experts(shape.to_dict()):
+            raise UserError(
+                f"{section}.router_balance_coef: is {model.router_balance_coef:g}, but {model.model} is no mixture of "
+                "experts. Remove it."
+            )
         with prefix_errors(f"cluster.roles.{section}"):
             shared_by = getattr(config.cluster.roles, section).sequence_parallel
             refuse_uneven_heads(shape, shared_by)

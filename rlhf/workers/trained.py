@@ -21,11 +21,12 @@ from rlhf.engine.sharded_loading import shards_as_it_loads
 from rlhf.models.export import export_adapter, export_model
 from rlhf.models.loading import architecture_fingerprint, load_causal_lm, load_tokenizer
 from rlhf.models.packed import policy_logprobs_only
+from rlhf.models.routers import RoutingRecord, routers_of
 from rlhf.models.row_check import check_rows
 from rlhf.models.row_layout import row_layout
 from rlhf.roles import Arithmetic, Metrics
 from rlhf.tracking.metrics.declarations import merge_metrics
-from rlhf.tracking.metrics.reductions import Last, Mean
+from rlhf.tracking.metrics.reductions import ExpertEntropy, ExpertLoad, Last, Mean
 from rlhf.tracking.run_folder.atomic import explains_full
 from rlhf.workers.microbatches import Microbatch, SharedPrompts, padded, split_microbatches
 from rlhf.workers.model_worker import ModelWorker, torch_dtype
@@ -183,13 +184,34 @@ class TrainedWorker(ModelWorker):
             ends: whether the last micro-batch is the last one of the optimizer step.
         """
         parts: list[Metrics] = []
+        routers, balance_coef = routers_of(self.engine.module), self.model_config.router_balance_coef
+        num_sequences = self._step_sequences(microbatches) if balance_coef else 0
         for index, microbatch in enumerate(microbatches):
             with self.explaining("update", microbatch):
-                loss, measure = compute(microbatch)
+                routing = RoutingRecord(microbatch.lengths, microbatch.branches)
+                with routing.of(routers, in_order=balance_coef > 0.0):
+                    loss, measure = compute(microbatch)
+                balance = routing.balance_loss() if balance_coef and microbatch.rows else None
+                if balance is not None:
+                    loss = loss + balance_coef / num_sequences * balance
                 self.engine.backward(loss, last=ends and index == len(microbatches) - 1)
             if microbatch.rows:
                 parts.append(measure())
+                if routers:
+                    parts.append(self._routing_metrics(routing, balance, len(microbatch.rows)))
         return parts
+
+    def _step_sequences(self, microbatches: Sequence[Microbatch]) -> int:
+        """Count the sequences of an optimizer step on all ranks. Collective."""
+        count = sum(len(microbatch.rows) for microbatch in microbatches) if self.contributes else 0
+        return int(self.engine.all_reduce_sum(torch.tensor(count, device=self.device)))
+
+    def _routing_metrics(self, routing: RoutingRecord, balance: Tensor | None, num_sequences: int) -> Metrics:
+        loads = routing.loads()
+        metrics: Metrics = {"router_load": ExpertLoad(layers=loads), "router_entropy": ExpertEntropy(layers=loads)}
+        if balance is not None:
+            metrics = {**metrics, "router_balance_loss": Mean(total=float(balance.detach()), count=num_sequences)}
+        return {self.step_metric.format(name): value for name, value in metrics.items()}
 
     def step_optimizer(self, divisor: float = 1.0) -> Metrics:
         """Update the weights by the gradient divided by `divisor`. Return the metrics of the step. Collective."""

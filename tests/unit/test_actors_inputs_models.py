@@ -96,6 +96,11 @@ def test_an_adapter_that_the_model_cannot_have(
     assert refusal(run).startswith(message)
 
 
+def test_a_dense_model_has_no_load_to_balance(tiny_model: Path, tmp_path: Path) -> None:
+    run = loaded(tmp_path, policy={"model": str(tiny_model), "dtype": "float32", "router_balance_coef": 0.01})
+    assert refusal(run).startswith("policy.router_balance_coef: is 0.01, but")
+
+
 def test_an_adapter_that_it_can_have_is_let_through(tiny_model: Path, tmp_path: Path) -> None:
     lora = {"rank": 4, "init": "pissa", "rslora": True, "modules_to_save": ["lm_head"], "layers": [0]}
     assert load_inputs(loaded(tmp_path, policy={"model": str(tiny_model), "dtype": "float32", "lora": lora}))

@@ -136,6 +136,10 @@ RELATIONS = {
         [*PAIRS, "train.streamed=true"],
         "train.streamed: is true, but algorithm online_dpo learns from whole batches",
     ),
+    "the balance of experts is a mean over the batch": (
+        ["train.streamed=true", GRPO, "policy.router_balance_coef=0.01"],
+        "train.streamed: is true, but policy.router_balance_coef is 0.01, a mean over the whole batch; set it to false",
+    ),
     "minibatches that are known late are not streamed": (
         ["train.streamed=true", GRPO, "rollouts.dynamic_sampling={}"],
         "train.streamed: is true, but rollouts.dynamic_sampling decides late which responses are trained, and the "

@@ -77,6 +77,10 @@ class PolicyConfig(ModelConfig):
     model with this adapter."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass. It saves memory and takes about a third more time."""
+    router_balance_coef: float = Field(default=0.0, ge=0.0)
+    """Weight of the loss that balances the load of the experts of a mixture, per sequence (DeepSeek-V3,
+    arXiv:2412.19437, eq. 17). The mean over the sequences of an optimizer step is added to the loss. Values from 0.0001
+    to 0.01 are usual. 0: no such loss."""
 
     @property
     def tokenizer_source(self) -> str:
@@ -94,6 +98,10 @@ class CriticConfig(ModelConfig):
     in the same section."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass. It saves memory and takes about a third more time."""
+    router_balance_coef: float = Field(default=0.0, ge=0.0)
+    """Weight of the loss that balances the load of the experts of a mixture, per sequence (DeepSeek-V3,
+    arXiv:2412.19437, eq. 17). The mean over the sequences of an optimizer step is added to the loss. Values from 0.0001
+    to 0.01 are usual. 0: no such loss."""
 
 
 class ReferenceConfig(ModelConfig):

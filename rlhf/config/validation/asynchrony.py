@@ -81,6 +81,11 @@ def _reasons_against_streaming(config: Config, rollouts: RolloutsConfig) -> Iter
             "cluster.roles.rollout.colocate_with is policy: engines and policy take turns on their devices",
             "colocate_with to null",
         )
+    if config.policy.router_balance_coef:
+        yield (
+            f"policy.router_balance_coef is {config.policy.router_balance_coef:g}, a mean over the whole batch",
+            "router_balance_coef to 0",
+        )
     algorithm = config.algorithm
     if algorithm.kind != "advantages":
         yield f"algorithm {algorithm.name} learns from whole batches", "choose an algorithm such as grpo"

@@ -194,9 +194,21 @@ update/nll/mean | nats | Mean | distillation | Negative log-probability of a tok
 update/step_accuracy/mean | 1 | Mean | steps | Response steps whose label and score have the same sign
 update/tokens/total | tokens | Sum | all | Tokens passed forward and backward, all epochs
 update/grad_norm | 1 | Mean | all | Norm of the gradient before clipping, mean over optimizer steps
+update/router_load | 1 | ExpertLoad | all optional | Load of the busiest expert divided by the mean load, mean over
+    layers of a mixture of experts; no token is dropped (for mixtures as `policy.model`)
+update/router_entropy | 1 | ExpertEntropy | all optional | Entropy of the experts' load divided by its maximum, mean
+    over layers: 1 is even (for mixtures as `policy.model`)
+update/router_balance_loss | 1 | Mean | all optional | Balance loss of a sequence before its coefficient: 1 is even
+    (`policy.router_balance_coef`)
 update/lr | 1 | Last | all | Learning rate of the last optimizer step
 update/critic_grad_norm | 1 | Mean | online critic | Norm of the critic's gradient before clipping, mean over optimizer
     steps
+update/critic_router_load | 1 | ExpertLoad | online critic optional | As `update/router_load` (for mixtures as
+    `critic.model`)
+update/critic_router_entropy | 1 | ExpertEntropy | online critic optional | As `update/router_entropy` (for mixtures as
+    `critic.model`)
+update/critic_router_balance_loss | 1 | Mean | online critic optional | As `update/router_balance_loss`
+    (`critic.router_balance_coef`)
 update/critic_lr | 1 | Last | online critic | Learning rate of the critic's last optimizer step
 update/explained_variance | 1 | ExplainedVariance | online critic | Fraction of the returns' variance predicted by the
     critic: 1 is perfect, 0 or less is no better than the mean

@@ -212,6 +212,33 @@ class ExplainedVariance(_Additive):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertLoad(Reduction):
+    """The choices of each expert of a mixture, by layer. The result is max / mean of a layer, mean over layers."""
+
+    layers: tuple[tuple[float, ...], ...]
+
+    def merge(self, other: Self) -> Self:
+        pairs = zip(self.layers, other.layers, strict=True)
+        return type(self)(layers=tuple(tuple(a + b for a, b in zip(*pair, strict=True)) for pair in pairs))
+
+    def result(self) -> float:
+        measured = [self._of_layer(loads, sum(loads)) for loads in self.layers if sum(loads)]
+        return math.fsum(measured) / len(measured) if measured else math.nan
+
+    def _of_layer(self, loads: tuple[float, ...], total: float) -> float:
+        return max(loads) * len(loads) / total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertEntropy(ExpertLoad):
+    """The entropy of a layer's choices divided by log(experts), mean over layers: 1 is even, 0 is one expert alone."""
+
+    def _of_layer(self, loads: tuple[float, ...], total: float) -> float:
+        shares = [load / total for load in loads if load]
+        return -math.fsum(share * math.log(share) for share in shares) / math.log(len(loads))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Histogram(Reduction):
     """Numbers of values between fixed edges. Both operands of a merge have the same edges.
 
