@@ -11,6 +11,7 @@ import logging
 import os
 import resource
 import secrets
+import shutil
 import signal
 import socket
 import stat
@@ -29,6 +30,7 @@ from ray._private import worker
 from actors.cluster.address import cluster_to_join
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.errors import RunError, UserError
+from rlhf.owned_folders import LOCK, locked
 from rlhf.stopping import current_request, finishes_within
 
 logger = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ SHUTDOWN_WITHIN_S = 15.0  # ray.shutdown waits forever for an unresponsive rayle
 MIN_OPEN_FILES = 256
 LONGEST_SOCKET = 107  # longest path of a Unix socket on Linux
 SOCKET_IN_TEMP = "session_2026-01-31_12-00-00_000000_4194304/sockets/plasma_store"  # the longest socket path of Ray
+KEPT_LOGS = 5  # of dead local Rays, the newest
 KEPT_FROM_RAY = {signal.SIGHUP, signal.SIGUSR1}  # a terminal or Slurm sends them to Ray's daemons too
 
 
@@ -69,6 +72,7 @@ class OwnRay:
 
 
 OWN_RAY = OwnRay()
+_SESSION_LOCKS: list[int] = []  # held until this process ends
 
 
 @contextmanager
@@ -123,6 +127,7 @@ def _start_local(config: ClusterConfig) -> None:
     # Ray starts its workers at niceness 15 by default, so other processes would take their cores.
     os.environ.setdefault("RAY_worker_niceness", "0")
     temp, request = _private_temp(), current_request()
+    _remove_dead_sessions(temp)
     logger.info("starting Ray on this machine")
     before = psutil.Process().children()
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, KEPT_FROM_RAY)  # the daemons inherit this thread's mask
@@ -137,6 +142,7 @@ def _start_local(config: ClusterConfig) -> None:
             configure_logging=False,
             _temp_dir=str(temp),
         )
+        _own_session(temp)
     except Exception as error:  # Ray raises a bare Exception if a node starts too slowly
         raise RunError(
             f"start: the local Ray did not start: {' '.join(str(error).split())} The machine may be short of "
@@ -147,6 +153,32 @@ def _start_local(config: ClusterConfig) -> None:
         OWN_RAY.daemons = [process for process in psutil.Process().children() if process not in before]
         if request is not None and request.interrupted.is_set():
             OWN_RAY.kill()
+
+
+def _own_session(temp: Path) -> None:
+    """Lock the folder of the local Ray as long as this process lives."""
+    own = locked(temp / ray.get_runtime_context().get_session_name())
+    if own is not None:
+        _SESSION_LOCKS.append(own)
+
+
+def _remove_dead_sessions(temp: Path) -> None:
+    """Remove what local Rays of dead processes have left: spilled objects and sockets, and all but the newest logs."""
+    dead = {path: lock for path in temp.glob("session_*") if (lock := _lock_of_dead(path)) is not None}
+    for age, session in enumerate(sorted(dead, reverse=True)):
+        for part in session.iterdir():
+            if part.is_dir() and (part.name != "logs" or age >= KEPT_LOGS):
+                shutil.rmtree(part, ignore_errors=True)
+        if age >= KEPT_LOGS:
+            shutil.rmtree(session, ignore_errors=True)
+        os.close(dead[session])
+
+
+def _lock_of_dead(session: Path) -> int | None:
+    """Return the lock of a session whose process is dead. None: the process lives, or is not one of this program."""
+    with contextlib.suppress(FileNotFoundError):  # another start has removed it meanwhile
+        return locked(session) if not session.is_symlink() and (session / LOCK).exists() else None
+    return None
 
 
 def _refuse_few_open_files() -> None:

@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import shlex
-import tempfile
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from actors.jobs.entrypoint import SETUP_HOOK
 from actors.jobs.package import project_of
 from rlhf.config.files.load import LoadedConfig, load
 from rlhf.errors import RunError, UserError
+from rlhf.owned_folders import temporary_folder
 from rlhf.stopping import run_async, run_stoppable
 from rlhf.tracking.logs import MASK, redact
 
@@ -272,8 +272,8 @@ def submit_job(
     words = ["python", "-m", "actors.jobs.entrypoint", "train", str(project.config), *overrides, "--resume", "auto"]
     words += ["--supervise"] if supervise else []
     _dashboard(address)
-    with tempfile.TemporaryDirectory() as folder:
-        archive = Path(folder) / "project.zip"
+    with temporary_folder() as folder:
+        archive = folder / "project.zip"
         project.pack(archive, env=values)
         jobs = Jobs(address)
         return jobs, jobs.submit(

@@ -19,6 +19,7 @@ from rlhf.config.pipeline import texts_at
 from rlhf.config.schema.root import Config
 from rlhf.errors import UserError
 from rlhf.models.publish import push_folder, refuse_unpublishable
+from rlhf.owned_folders import temporary_folder
 from rlhf.preflight.models import with_adapters, with_sources
 from rlhf.reporting.model_card import write_model_card
 from rlhf.stopping import run_async
@@ -77,8 +78,8 @@ def export_checkpoint(
     )
     if config.algorithm.has_scalar_head:
         alone = alone.model_copy(update={"algorithm": config.algorithm})
-    with tempfile.TemporaryDirectory() as aside, connected(config.cluster):
-        run_async(_export(with_adapters(with_sources(alone, Path(aside)), {}), checkpoint, folder, merged))
+    with temporary_folder() as aside, connected(config.cluster):
+        run_async(_export(with_adapters(with_sources(alone, aside), {}), checkpoint, folder, merged))
     write_model_card(folder, config, run=run, step=saved_step, merged=merged)
     logger.info("exported %s to %s", checkpoint.name, folder)
     if push_to_hub is not None:

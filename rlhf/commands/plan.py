@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 from rlhf.commands.command import Command
 from rlhf.commands.shared import AnyConfig, loaded_config, write_stdout
 from rlhf.errors import UserError
+from rlhf.owned_folders import temporary_folder
 
 if TYPE_CHECKING:
     from rlhf.config.files.load import LoadedConfig
@@ -87,8 +87,8 @@ def _check_inputs(loaded: LoadedConfig, *, cluster: str | None) -> str:
         return f"  not checked, since `rlhf train` does not start on this machine:\n{lines}"
     from rlhf.preflight.inputs import load_inputs
 
-    with tempfile.TemporaryDirectory() as folder, loaded.located():  # the tiny model is written to that folder
-        load_inputs(replace(loaded, folder=Path(folder)))
+    with temporary_folder() as folder, loaded.located():  # the tiny model is written to that folder
+        load_inputs(replace(loaded, folder=folder))
     return "  checked: `rlhf train` accepts them\n"
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from actors.cluster import memory_folders
 from actors.cluster.memory_folders import MemoryFolder
+from rlhf import owned_folders
 from rlhf.errors import RunError, UserError
 
 
@@ -36,14 +36,14 @@ def test_a_folder_that_another_user_has_made_is_not_used(tmp_path: Path, monkeyp
 def test_a_run_may_remove_its_folder_while_another_one_looks_at_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other, locked = MemoryFolder(tmp_path / "user" / "other"), memory_folders._locked
+    other, locked = MemoryFolder(tmp_path / "user" / "other"), owned_folders.locked
 
     def ends_meanwhile(folder: Path) -> int | None:
         if folder == other.path:
             other.remove()
         return locked(folder)
 
-    monkeypatch.setattr(memory_folders, "_locked", ends_meanwhile)
+    monkeypatch.setattr(owned_folders, "locked", ends_meanwhile)
     MemoryFolder(tmp_path / "user" / "own").remove()
 
 

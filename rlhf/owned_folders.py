@@ -1,0 +1,86 @@
+"""Make folders that the next start removes if their process was killed.
+
+The process that makes a folder holds its lock, and the kernel releases the lock when the process ends. So the folders
+of dead processes are known by their owner, and not by their names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rlhf.errors import RunError
+
+LOCK = ".lock"
+
+
+class OwnedFolder:
+    """A folder that this process has made and locked."""
+
+    def __init__(self, path: Path) -> None:
+        """Make the folder, and remove its neighbours that dead processes have left.
+
+        Only one process at a time does this, so a folder without a held lock is not one that is being made. RunError:
+        the parent is another user's.
+        """
+        parent = path.parent
+        parent.mkdir(mode=0o700, exist_ok=True)
+        if parent.is_symlink() or parent.stat().st_uid != os.getuid():
+            raise RunError(f"{parent} belongs to another user. Ask its owner to remove it.")
+        self.path = path
+        making = os.open(parent / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(making, fcntl.LOCK_EX)
+            for other in parent.iterdir():
+                if other.is_dir():
+                    _remove_if_left(other)
+            path.mkdir(mode=0o700)
+            self._lock = locked(path)
+        finally:
+            os.close(making)
+
+    def remove(self) -> None:
+        """Remove the folder. Safe to call twice."""
+        if self._lock is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = None
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Yield an empty folder, which is removed after the block, or by the next process that calls this function."""
+    parent = Path(tempfile.gettempdir()) / f"rlhf-{os.getuid()}"
+    folder = OwnedFolder(parent / f"{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        content = folder.path / "content"
+        content.mkdir()
+        yield content
+    finally:
+        folder.remove()
+
+
+def _remove_if_left(folder: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):  # its owner has removed it meanwhile
+        lock = locked(folder)
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+
+def locked(folder: Path) -> int | None:
+    """Return the lock of a folder, or None if another process holds it."""
+    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    return lock

@@ -1,0 +1,66 @@
+"""Folders of dead processes are removed at the next start, and those of living ones stay."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from actors.cluster import connect
+from rlhf.owned_folders import LOCK, locked, temporary_folder
+
+HOLDER = """
+import sys, time
+from rlhf.owned_folders import temporary_folder
+with temporary_folder() as folder:
+    (folder / "file").touch()
+    print(folder, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_folder_of_a_killed_process_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", HOLDER], stdout=subprocess.PIPE, text=True, env=environment) as holder:
+        assert holder.stdout is not None
+        theirs = Path(holder.stdout.readline().strip())
+        with temporary_folder() as folder:
+            assert list(folder.iterdir()) == []
+            assert (theirs / "file").exists()
+        assert not folder.parent.exists()
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    assert (theirs / "file").exists()
+    with temporary_folder():
+        assert not theirs.parent.exists()
+
+
+def session(temp: Path, day: int) -> Path:
+    path = temp / f"session_2026-01-{day:02d}_12-00-00_000000_1"
+    for part in ("logs", "sockets", "ray_spilled_objects_1"):
+        (path / part).mkdir(parents=True)
+        (path / part / "file").touch()
+    return path
+
+
+def test_a_dead_local_ray_leaves_its_logs_and_nothing_else(tmp_path: Path) -> None:
+    sessions = [session(tmp_path, day) for day in range(1, 10)]
+    *dead, alive, strange = sessions  # nobody knows whose process the last one is of
+    for path in dead:
+        (path / LOCK).touch()
+    held = locked(alive)
+    assert held is not None
+    (tmp_path / "session_latest").symlink_to(alive)
+    connect._remove_dead_sessions(tmp_path)
+    os.close(held)
+    assert [path.exists() for path in sessions] == [False] * 2 + [True] * 7
+    assert all((path / part / "file").exists() for path in (alive, strange) for part in ("logs", "sockets"))
+    for path in dead[2:]:
+        assert [part.name for part in path.iterdir() if part.is_dir()] == ["logs"]
+        assert (path / "logs/file").exists()
