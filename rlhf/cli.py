@@ -1,8 +1,8 @@
 """The command line: it parses the arguments, runs the command, and reports errors.
 
-Exit codes: 0 done, 2 the user's input is wrong, 1 a failure at run time, 75 a signal other than Ctrl-C ended the run,
-and --resume auto continues it, 130 Ctrl-C ended it. An error is one short paragraph on stderr; --debug adds a
-traceback.
+Exit codes: 0 done, 2 the user's input is wrong, 1 a failure at run time, 75 a signal other than Ctrl-C or a full disk
+ended the run, and --resume auto continues it, 130 Ctrl-C ended it. An error is one short paragraph on stderr; --debug
+adds a traceback.
 """
 
 from __future__ import annotations

@@ -18,6 +18,17 @@ class RunError(Exception):
     """Something failed at run time. Exit code 1. The message names stage, actor, rank and cause."""
 
 
+class StorageFull(RunError):
+    """A disk, shared memory or the object store is full, and no room came within `cluster.room_timeout_s`."""
+
+
+class ObjectStoreFull(StorageFull):
+    """A result found no room in Ray's object store, nor on the disk to which the store spills.
+
+    The worker that computed it works on, so a call that changes no state can be made again.
+    """
+
+
 class WorkerLost(RunError):
     """A worker no longer works: its process died, or it did not answer and was given up.
 

@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.cluster.heartbeat import answer_heartbeats
 from rlhf.errors import RunError
+from rlhf.room import PAUSE
 from rlhf.stopping import start_thread
 from rlhf.tracking.run_folder.atomic import write_atomic
 
@@ -76,8 +77,12 @@ def listed_in(path: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def own_location(actor: object) -> tuple[str, str, int, int]:
-    """Return id, node and process of the calling actor, and the port at which it answers heartbeats from now on."""
+def own_location(actor: object, room_timeout_s: float) -> tuple[str, str, int, int]:
+    """Return id, node and process of the calling actor, and the port at which it answers heartbeats from now on.
+
+    Its writes wait for room up to `room_timeout_s` from now on.
+    """
+    PAUSE.limit_s = room_timeout_s
     context = ray.get_runtime_context()
     port = answer_heartbeats(ray.util.get_node_ip_address())
     return context.get_actor_id() or "", context.get_node_id(), os.getpid(), port
@@ -116,7 +121,7 @@ def _write_lists() -> None:
     rows = [{"who": "driver", "node": None, "pid": os.getpid()}, *actors]
     for path in _LISTS:
         try:
-            write_atomic(path, json.dumps(rows, indent=1) + "\n")
+            write_atomic(path, json.dumps(rows, indent=1) + "\n", waits=False)
         except (OSError, RunError) as error:
             logger.warning("%s could not be written: %s", path, error)
 

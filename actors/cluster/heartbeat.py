@@ -20,6 +20,8 @@ import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rlhf.room import PAUSE, Shortage
+
 PING, STACKS = b"p", b"s"  # the questions
 ASKED_WITHIN_S = 60.0
 NEVER_S = 1e6
@@ -32,6 +34,24 @@ class OomKills:
 
     path: str
     count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beat:
+    """The answer to a heartbeat."""
+
+    oom_kills: OomKills | None  # None: there is no count
+    shortages: tuple[Shortage, ...] = ()  # for which the process waits
+
+    @classmethod
+    def of(cls, answer: bytes) -> Beat:
+        """Return the beat of an answer."""
+        tree = json.loads(answer)
+        kills = tree["oom_kills"]
+        return cls(
+            oom_kills=None if kills is None else OomKills(**kills),
+            shortages=tuple(Shortage(**shortage) for shortage in tree["shortages"]),
+        )
 
 
 def count_oom_kills(path: str) -> OomKills | None:
@@ -76,8 +96,8 @@ class _Answer(socketserver.BaseRequestHandler):
             if self.request.recv(1) == STACKS:
                 self.request.sendall(all_stacks().encode())
             else:
-                kills = own_oom_kills()
-                self.request.sendall(json.dumps(None if kills is None else asdict(kills)).encode())
+                beat = Beat(oom_kills=own_oom_kills(), shortages=tuple(PAUSE.current()))
+                self.request.sendall(json.dumps(asdict(beat)).encode())
 
 
 class _Server(socketserver.ThreadingTCPServer):

@@ -22,6 +22,7 @@ from ray.exceptions import RayError
 from actors.cluster.actor_locations import ActorLocation, forget, location_of, on_node, own_location, remember
 from actors.cluster.waiting import wait_all, wait_one
 from rlhf.role_table import Role
+from rlhf.room import PAUSE
 from rlhf.stopping import finishes_within
 
 logger = logging.getLogger(__name__)
@@ -82,13 +83,13 @@ class Processes:
 
     async def wait_until_started(self, *, deadline_s: float) -> None:
         """Wait until all actors are created, and remember the processes on this host."""
-        refs = [handle.__ray_call__.remote(own_location) for handle in self.handles]
+        refs = [handle.__ray_call__.remote(own_location, PAUSE.limit_s) for handle in self.handles]
         locations = await wait_all(refs, role=self.role, stage="start", deadline_s=deadline_s)
         self._remember(dict(enumerate(locations)))
 
     async def wait_until_created(self, rank: int, *, deadline_s: float) -> None:
         """Wait until one worker is created, and remember its process."""
-        ref = self.handles[rank].__ray_call__.remote(own_location)
+        ref = self.handles[rank].__ray_call__.remote(own_location, PAUSE.limit_s)
         location = await wait_one(
             ref, role=self.role, rank=rank, stage="start", deadline_s=deadline_s, limit=START_LIMIT
         )

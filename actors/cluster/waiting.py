@@ -5,26 +5,75 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray import ObjectRef
-from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    ObjectLostError,
+    ObjectStoreFullError,
+    OutOfDiskError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
 from actors.cluster.actor_locations import location_of, lost_nodes
 from actors.cluster.watch import died_for_memory, hang_of, stack_at
 from rlhf.engine.memory import advice_on_memory
-from rlhf.errors import RESUMES, ChildLost, LossKind, ResultsLost, RunError, UserError, WorkerLost
+from rlhf.errors import (
+    RESUMES,
+    ChildLost,
+    LossKind,
+    ObjectStoreFull,
+    ResultsLost,
+    RunError,
+    StorageFull,
+    UserError,
+    WorkerLost,
+)
 from rlhf.role_table import Role
+from rlhf.room import PAUSE
 
+T = TypeVar("T")
 IT_HANGS = " It hangs, or the limit is too short for the work."
 DEATH_SHOWS_WITHIN_S = 2.0  # the peers of a dead rank may fail before it
 DEATHS = (RayActorError, OutOfMemoryError)  # the second by Ray's memory monitor
+PAUSED_FOR_S = 1.0  # extends a limit by no less
 MOST_STACKS = 4  # of late workers in an error
 MOST_TOLD = 600  # characters of a cause in a message
 _CAUSES: dict[str, asyncio.Future[tuple[LossKind, str, str | None]]] = {}  # of deaths, by actor
+
+
+async def ended(
+    futures: Collection[asyncio.Future[T]], limit_s: float
+) -> tuple[set[asyncio.Future[T]], set[asyncio.Future[T]]]:
+    """Wait until all futures are done or one has failed. Return those that are done, and those that are late.
+
+    Time in which the run waits for room does not count towards the limit.
+    """
+    paused_s = PAUSE.seconds()
+    while True:
+        done, pending = await asyncio.wait(futures, timeout=limit_s, return_when=asyncio.FIRST_EXCEPTION)
+        before, paused_s = paused_s, PAUSE.seconds()
+        limit_s = max(paused_s - before, PAUSED_FOR_S)
+        if not pending or paused_s == before or any(future.cancelled() or future.exception() for future in done):
+            return done, pending
+
+
+async def within(awaitable: Awaitable[T], limit_s: float) -> T:
+    """Return a result. TimeoutError: it did not come within the limit, in which waits for room do not count."""
+    future = asyncio.ensure_future(awaitable)
+    try:
+        await ended([future], limit_s)
+        if not future.done():
+            raise TimeoutError
+        return future.result()
+    finally:
+        future.cancel()
 
 
 async def wait_all(refs: Sequence[ObjectRef[Any]], *, role: Role, stage: str, deadline_s: float) -> list[Any]:
@@ -35,7 +84,7 @@ async def wait_all(refs: Sequence[ObjectRef[Any]], *, role: Role, stage: str, de
     began = time.monotonic()
     futures = [asyncio.ensure_future(asyncio.wrap_future(ref.future())) for ref in refs]
     try:
-        done, pending = await asyncio.wait(futures, timeout=deadline_s, return_when=asyncio.FIRST_EXCEPTION)
+        done, pending = await ended(futures, deadline_s)
         if pending and any(future.exception() is not None for future in done):
             done, _ = await asyncio.wait(futures, timeout=DEATH_SHOWS_WITHIN_S)
         failed = [(rank, f.exception()) for rank, f in enumerate(futures) if f in done and f.exception() is not None]
@@ -65,7 +114,7 @@ async def wait_one(
 ) -> Any:
     """Return one worker's result. `limit` names the configuration keys that determine the deadline."""
     try:
-        return await asyncio.wait_for(asyncio.wrap_future(ref.future()), timeout=deadline_s)
+        return await within(asyncio.wrap_future(ref.future()), deadline_s)
     except TimeoutError as error:
         raise WorkerLost(
             f"{stage}: {role} rank {rank} did not answer within {deadline_s:.0f} s ({limit})."
@@ -78,6 +127,15 @@ async def wait_one(
         ) from error
     except RayError as error:
         raise await explain(error, role=role, rank=rank, stage=stage) from error
+
+
+async def put(value: T) -> ObjectRef[T]:
+    """Store a value in the object store. ObjectStoreFull: it has no room."""
+    try:
+        reference: ObjectRef[T] = ray.put(value)
+    except (ObjectStoreFullError, OutOfDiskError) as error:
+        raise ObjectStoreFull(f"{type(error).__name__}: {_short(str(error))}") from error
+    return reference
 
 
 async def explain(error: BaseException | None, *, role: Role, rank: int, stage: str) -> Exception:
@@ -97,6 +155,10 @@ async def explain(error: BaseException | None, *, role: Role, rank: int, stage: 
         elif isinstance(cause, ChildLost):
             message = f"{who} cannot work any more: {cause}"
             failure = WorkerLost(message, role=role, rank=rank, stage=stage, kind=cause.kind)
+        elif isinstance(cause, ObjectStoreFullError | OutOfDiskError):
+            failure = ObjectStoreFull(f"{who} failed: {type(cause).__name__}: {_short(str(cause))} {RESUMES}")
+        elif isinstance(cause, StorageFull):
+            failure = StorageFull(f"{who} failed: {cause}")
         else:
             reason = str(cause) if isinstance(cause, RunError) else f"{type(cause).__name__}: {_short(str(cause))}"
             lost = await lost_nodes()

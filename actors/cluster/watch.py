@@ -7,7 +7,6 @@ it is killed. Ray then fails the calls that wait for it, and `actors.cluster.wai
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import signal
@@ -16,7 +15,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -25,8 +24,9 @@ import ray
 from ray.exceptions import RayError
 
 from actors.cluster.actor_locations import ActorLocation, location_of, locations, on_node
-from actors.cluster.heartbeat import PING, STACKS, OomKills, count_oom_kills
+from actors.cluster.heartbeat import PING, STACKS, Beat, OomKills, count_oom_kills
 from rlhf.role_table import Role
+from rlhf.room import PAUSE
 from rlhf.stopping import finishes_within
 
 T = TypeVar("T")
@@ -93,20 +93,28 @@ async def _watch_all(timeout_s: float) -> None:
 
 async def _watch_one(actor: str, place: ActorLocation, timeout_s: float) -> None:
     """Ping a process until it dies, and kill it if it hangs. A process that never answered is not killed."""
+    try:
+        await _ping_until_dead(actor, place, timeout_s)
+    finally:
+        PAUSE.hear(actor, ())
+
+
+async def _ping_until_dead(actor: str, place: ActorLocation, timeout_s: float) -> None:
     has_answered = False
     while True:
         ping = asyncio.ensure_future(_ping(place))
         try:
             if not await _finishes(ping, timeout_s):
                 break
-            kills = ping.result()
+            beat = ping.result()
         except ConnectionError:  # it died, and Ray fails its calls
             return
         finally:
             ping.cancel()
         has_answered = True
-        if kills is not None:
-            _OOM_KILLS[actor] = kills
+        if beat.oom_kills is not None:
+            _OOM_KILLS[actor] = beat.oom_kills
+        PAUSE.hear(actor, (replace(shortage, path=f"{place.who}: {shortage.path}") for shortage in beat.shortages))
         await asyncio.sleep(min(PING_EVERY_S, timeout_s / 4))
     if has_answered:
         await _give_up(actor, place, timeout_s)
@@ -121,7 +129,7 @@ async def _watch_one(actor: str, place: ActorLocation, timeout_s: float) -> None
         )
 
 
-async def _finishes(ping: asyncio.Future[OomKills | None], limit_s: float) -> bool:
+async def _finishes(ping: asyncio.Future[Beat], limit_s: float) -> bool:
     """Return whether a ping is answered within the limit. Time in which the driver itself is stopped does not count."""
     waited = 0.0
     while waited < limit_s:
@@ -132,12 +140,11 @@ async def _finishes(ping: asyncio.Future[OomKills | None], limit_s: float) -> bo
     return False
 
 
-async def _ping(place: ActorLocation) -> OomKills | None:
-    """Return the kernel's count at the process. Retry while its node cannot be reached."""
+async def _ping(place: ActorLocation) -> Beat:
+    """Return the answer of the process. Retry while its node cannot be reached."""
     while True:
         try:
-            answer = json.loads(await _ask(place, PING))
-            return None if answer is None else OomKills(**answer)
+            return Beat.of(await _ask(place, PING))
         except ConnectionError:
             raise
         except OSError:

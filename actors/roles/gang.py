@@ -31,6 +31,7 @@ from rlhf.roles import (
     RemoteColumns,
     StatesByRank,
 )
+from rlhf.room import done_when_there_is_room
 from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.types import (
     BatchPlan,
@@ -126,10 +127,20 @@ class Gang(ModelGroup):
         self.head = head
         await self.all([h.take_teacher.remote(head) for h in self.handles], "start")
 
-    async def _columns(self, refs: Sequence[tuple[Ref[Any], ObjectRef[Any]]], stage: str) -> list[tuple[Ref[Any], int]]:
-        """Wait for calls that return a column and its size, and return one column per data-parallel rank."""
-        sizes = await self.all([size for _, size in refs], stage)
-        return [(column, size) for (column, _), size in self.distinct(list(zip(refs, sizes, strict=True)))]
+    async def _columns(
+        self, send: Callable[[], Sequence[tuple[Ref[Any], ObjectRef[Any]]]], stage: str
+    ) -> list[tuple[Ref[Any], Any]]:
+        """Make calls that return a column and something small. Return those of one rank per data-parallel rank.
+
+        The calls are made again when the object store was full, so a second call must have the effect of one.
+        """
+
+        async def attempt() -> list[tuple[Ref[Any], Any]]:
+            refs = send()
+            small = await self.all([ref for _, ref in refs], stage)
+            return [(column, result) for (column, _), result in zip(refs, small, strict=True)]
+
+        return list(self.distinct(await done_when_there_is_room(attempt)))
 
     def _by_rank(self, plan: BatchPlan, columns: Sequence[RemoteColumns[Any]]) -> list[list[Ref[Any]]]:
         """Return the references that each rank fetches: those with one of its sequences, in the given order."""
@@ -222,18 +233,24 @@ class PolicyGang(Gang):
         values: Sequence[RemoteColumns[TokenValues]],
     ) -> AdvantagesReport:
         """Set the advantages of each rank's tokens. The returns stay references."""
-        pairs = []
-        for rank, (handle, own_values) in enumerate(zip(self.handles, self._by_rank(plan, values), strict=True)):
+        arguments = []
+        for rank, own_values in enumerate(self._by_rank(plan, values)):
             received = plan.received_by(rank // self.sequence_parallel)
             own = None if by_sequence is None else {i: by_sequence[i] for i in received}
-            pairs.append(handle.set_advantages.options(num_returns=2).remote(own, *own_values))
-        reports = self.distinct(await self.all([scalars for _, scalars in pairs], "advantages"))
+            arguments.append((own, *own_values))
+        columns = await self._columns(
+            lambda: [
+                handle.set_advantages.options(num_returns=2).remote(*own)
+                for handle, own in zip(self.handles, arguments, strict=True)
+            ],
+            "advantages",
+        )
         return AdvantagesReport(
-            mean_advantages={i: value for means, _ in reports for i, value in means.items()},
-            metrics=merge_metrics(metrics for _, metrics in reports),
+            mean_advantages={i: value for _, (means, _) in columns for i, value in means.items()},
+            metrics=merge_metrics(metrics for _, (_, metrics) in columns),
             returns=tuple(
                 RemoteColumns(ref=returns, sequence_ids=plan.sequences_of(rank))
-                for rank, (returns, _) in enumerate(self.distinct(pairs))
+                for rank, (returns, _) in enumerate(columns)
             ),
         )
 
@@ -244,8 +261,10 @@ class PolicyGang(Gang):
         return await self._step([h.update for h in self.handles], states, "update", minibatch)
 
     async def token_signals(self, sequences: Sequence[int]) -> list[Ref[TokenSignals]]:
-        refs = [h.token_signals.options(num_returns=2).remote(tuple(sequences)) for h in self.handles]
-        return [column for column, size in await self._columns(refs, "samples") if size]
+        columns = await self._columns(
+            lambda: [h.token_signals.options(num_returns=2).remote(tuple(sequences)) for h in self.handles], "samples"
+        )
+        return [column for column, size in columns if size]
 
     async def empty_cache(self) -> None:
         await self.all([h.empty_cache.remote() for h in self.handles], "weight sync")
@@ -276,13 +295,15 @@ class CriticGang(Gang):
 
     async def values(self, plan: BatchPlan, groups: Sequence[CompletedGroup]) -> list[RemoteColumns[TokenValues]]:
         parts = self._by_rank(plan, [group.columns for group in groups])
-        refs = [
-            handle.values.options(num_returns=2).remote(own_plan, *own_parts)
-            for handle, own_plan, own_parts in zip(self.handles, self._plans(plan), parts, strict=True)
-        ]
+        columns = await self._columns(
+            lambda: [
+                handle.values.options(num_returns=2).remote(own_plan, *own_parts)
+                for handle, own_plan, own_parts in zip(self.handles, self._plans(plan), parts, strict=True)
+            ],
+            "values",
+        )
         return [
-            RemoteColumns(ref=column, sequence_ids=plan.sequences_of(rank))
-            for rank, (column, _) in enumerate(await self._columns(refs, "values"))
+            RemoteColumns(ref=column, sequence_ids=plan.sequences_of(rank)) for rank, (column, _) in enumerate(columns)
         ]
 
     async def prepare(self, plan: BatchPlan, returns: Sequence[RemoteColumns[TokenValues]]) -> None:
@@ -327,8 +348,11 @@ class OfflineGang(Gang):
 
     async def reference_logprobs(self, dataset: int, plan: MinibatchPlan) -> list[Ref[TokenValues]]:
         """Return one column per data-parallel rank."""
-        refs = [h.reference_logprobs.options(num_returns=2).remote(dataset, plan) for h in self.handles]
-        return [column for column, _ in await self._columns(refs, "reference")]
+        columns = await self._columns(
+            lambda: [h.reference_logprobs.options(num_returns=2).remote(dataset, plan) for h in self.handles],
+            "reference",
+        )
+        return [column for column, _ in columns]
 
     async def keep_reference(self, dataset: int, path: Path, columns: Sequence[Ref[TokenValues]]) -> None:
         """Give every rank all reference columns, since each step deals the data set's rows to the ranks anew."""

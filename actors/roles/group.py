@@ -24,6 +24,7 @@ from rlhf.engine.distributed import RankContext
 from rlhf.errors import ResultsLost, RunError, WorkerLost
 from rlhf.role_table import Role
 from rlhf.roles import Ref
+from rlhf.room import done_when_there_is_room
 from rlhf.types import MemoryReport
 
 T = TypeVar("T")
@@ -202,7 +203,7 @@ class WorkerPool(WorkerGroup):
         while True:
             handle = await self.working(rank)
             try:
-                result = await call(handle)
+                result = await done_when_there_is_room(partial(call, handle))
             except WorkerLost as lost:
                 await self.make_good(rank, handle, lost, work=work)
                 continue
@@ -303,7 +304,7 @@ def _rank_contexts(cluster: ClusterConfig, placement: Placement, role: Role) -> 
                 local_world_size=1 if cuda else on_node,
                 device="cuda" if cuda else "cpu",
                 threads=threads[rank],
-                deadline_s=cluster.call_timeout_s,
+                deadline_s=cluster.call_timeout_s + cluster.room_timeout_s,  # its peers may wait for room
             )
         )
     return contexts

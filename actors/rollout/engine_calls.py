@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from actors.cluster.waiting import within
 from actors.rollout.engine_thread import EngineLoop
 from rlhf.errors import RunError
 
@@ -31,7 +32,7 @@ class EngineCalls:
     async def within(self, awaitable: Awaitable[T], operation: str, deadline_s: float | None = None) -> T:
         limit = self.deadline_s if deadline_s is None else deadline_s
         try:
-            return await asyncio.wait_for(awaitable, limit)
+            return await within(awaitable, limit)
         except TimeoutError as error:
             raise RunError(
                 f"{self.loop.name}: waited {limit:.0f} s for {operation}; {self.loop.num_waiting} requests in flight, "

@@ -14,16 +14,17 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 
 from actors.cluster.actor_locations import lost_nodes
-from actors.cluster.waiting import explain, stacks_at
+from actors.cluster.waiting import explain, stacks_at, within
 from actors.roles.gang import PolicyGang
 from actors.roles.group import END_WITHIN_S, SpawnOne
 from actors.rollout.dispatch import Dispatch, GroupWork, shares
 from actors.rollout.elastic_engines import ElasticEngines
 from actors.weights import SENDERS, Transport
 from rlhf.config.derive import WeightSync
-from rlhf.errors import RunError, WorkerLost
+from rlhf.errors import ObjectStoreFull, RunError, WorkerLost
 from rlhf.role_table import Role
 from rlhf.roles import CompletedGroup, EnginePart
+from rlhf.room import PAUSE, done_when_there_is_room
 from rlhf.types import GroupRequest, RolloutInfo, Sampling
 
 logger = logging.getLogger(__name__)
@@ -179,15 +180,26 @@ class RolloutEngines(ElasticEngines):
                 if unanswered <= self._cancelled:
                     return
                 self.unanswered[engine] = unanswered
+                ask = partial(self._ask, handle, engine, share, sampling, version)
                 try:
-                    async for group in self._ask(handle, engine, share, sampling, version):
-                        self._note_success(engine)
-                        if group.request.group_id in unanswered:
-                            unanswered.discard(group.request.group_id)
-                            answered(group)
+                    await done_when_there_is_room(partial(self._take_answers, ask, engine, unanswered, answered))
                     return
                 except WorkerLost as lost:
                     self.begin_rebuild(engine, handle, lost)
+
+    async def _take_answers(
+        self,
+        ask: Callable[[], AsyncIterator[CompletedGroup]],
+        engine: int,
+        unanswered: set[int],
+        answered: Callable[[CompletedGroup], None],
+    ) -> None:
+        """Ask an engine for its share, and report each group that is unanswered."""
+        async for group in ask():
+            self._note_success(engine)
+            if group.request.group_id in unanswered:
+                unanswered.discard(group.request.group_id)
+                answered(group)
 
     def _engine_for(self, own: int) -> int:
         """Return the engine that answers the share of an engine."""
@@ -209,18 +221,25 @@ class RolloutEngines(ElasticEngines):
             waits[asyncio.wrap_future(scalars.future())] = request
         waits[asyncio.wrap_future(handle.release.remote(len(share)).future())] = None
         finished: asyncio.Queue[asyncio.Future[Any]] = asyncio.Queue()
+        no_room: ObjectStoreFull | None = None
         for future in waits:
             future.add_done_callback(finished.put_nowait)
         try:
             while waits:
                 try:
-                    future = await asyncio.wait_for(finished.get(), self.deadline_s)
+                    future = await within(finished.get(), self.deadline_s)
                 except TimeoutError as error:
                     raise await self._hung(engine) from error
-                infos: tuple[RolloutInfo, ...] | None = await _result(future, engine)
                 answered = waits.pop(future)
+                try:
+                    infos: tuple[RolloutInfo, ...] | None = await _result(future, engine)
+                except ObjectStoreFull as error:  # the share is asked again when the engine has finished it
+                    no_room = error
+                    continue
                 if answered is not None and infos is not None:
                     yield CompletedGroup(request=answered, rollouts=columns[answered.group_id], infos=infos)
+            if no_room is not None:
+                raise no_room
         finally:
             for future in waits:
                 _silence(future)
@@ -261,8 +280,8 @@ class RolloutEngines(ElasticEngines):
             try:
                 if request.group_id in self._cancelled:
                     break
-                rollouts, scalars = handle.answer.options(num_returns=2).remote(request, sampling, oldest)
-                infos = await self._answered(asyncio.wrap_future(scalars.future()), slot.engine, dispatch)
+                send = partial(handle.answer.options(num_returns=2).remote, request, sampling, oldest)
+                rollouts, infos = await done_when_there_is_room(partial(self._answered, send, slot.engine, dispatch))
             except WorkerLost as lost:
                 self.begin_rebuild(slot.engine, handle, lost)  # closes the engine before its room is given back
                 urgent = True
@@ -291,15 +310,19 @@ class RolloutEngines(ElasticEngines):
                 raise RunError(f"the store has another group {group.request.group_id} than the one that was lost")
             return replace(group, rollouts=rollouts)
 
-    async def _answered(self, future: asyncio.Future[Any], engine: int, dispatch: Dispatch) -> Any:
-        """Return the result of a group. WorkerLost if its engine finishes no group within the deadline."""
+    async def _answered(
+        self, send: Callable[[], tuple[ObjectRef[Any], ObjectRef[Any]]], engine: int, dispatch: Dispatch
+    ) -> tuple[ObjectRef[Any], Any]:
+        """Return the columns and scalars of a group. WorkerLost if its engine finishes no group within the deadline."""
+        rollouts, scalars = send()
+        future, paused_s = asyncio.wrap_future(scalars.future()), PAUSE.seconds()
         try:
             while not future.done():
-                left_s = self.deadline_s - dispatch.quiet_s(engine)
+                left_s = self.deadline_s - dispatch.quiet_s(engine) + PAUSE.seconds() - paused_s
                 if left_s <= 0.0:
                     raise await self._hung(engine)
                 await asyncio.wait([future], timeout=left_s)
-            return await _result(future, engine)
+            return rollouts, await _result(future, engine)
         finally:
             _silence(future)
 

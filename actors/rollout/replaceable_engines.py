@@ -19,7 +19,7 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
 
-from actors.cluster.waiting import wait_one
+from actors.cluster.waiting import wait_one, within
 from actors.roles.group import SpawnOne, WorkerPool, all_results
 from actors.rollout.dispatch import Dispatch, EngineCapacity
 from actors.rollout.engine_weights import SyncReceipt
@@ -107,7 +107,7 @@ class ReplaceableEngines(WorkerPool):
         """Wait until a sync has given a successor its weights, and has proved them."""
         synced = self._unsynced[rank] = asyncio.get_running_loop().create_future()
         try:
-            await asyncio.wait_for(synced, self.deadline_s)
+            await within(synced, self.deadline_s)
         except TimeoutError as error:
             raise RunError(f"no weights were broadcast to it in {self.deadline_s:.0f} s") from error
         finally:
@@ -118,7 +118,7 @@ class ReplaceableEngines(WorkerPool):
         handle, is_given = self.handles[rank], False
         while not is_given:
             try:
-                await asyncio.wait_for(self._is_published.wait(), self.deadline_s)
+                await within(self._is_published.wait(), self.deadline_s)
             except TimeoutError as error:
                 raise RunError(f"no weights were published for it in {self.deadline_s:.0f} s") from error
             async with self._loading:

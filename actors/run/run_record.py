@@ -18,9 +18,10 @@ from rlhf.config.schema.cluster import Restarts
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.stages import MergeStage, Stage
 from rlhf.controller.record import RunRecord
-from rlhf.errors import Preempted, RunError
+from rlhf.errors import Preempted, RunError, StorageFull
 from rlhf.preflight.run_folder import kept_checkpoints, open_mirror
 from rlhf.preflight.sources import installed_trackers
+from rlhf.room import PAUSE
 from rlhf.supervised import tell_parent
 from rlhf.tracking.display.progress import Mode
 from rlhf.tracking.display.progress_live import open_progress
@@ -42,7 +43,8 @@ def recording(
 
     Failures in the block are recorded. `steps`, `show` and `mode` are for the progress display.
     """
-    with RunFolder.open(stage.run.dir, stage.run.name, resume=resume) as folder:
+    room_s = 0.0 if isinstance(stage, MergeStage) else stage.cluster.room_timeout_s
+    with PAUSE.limited(room_s), RunFolder.open(stage.run.dir, stage.run.name, resume=resume) as folder:
         folder.write_config(dump_masked_yaml(stage))
         folder.write_environment(seed=stage.run.seed)
         step = folder.latest_checkpoint() if resume else None
@@ -71,13 +73,16 @@ def recording(
                 )
                 progress.stage("starting")
                 try:
-                    yield record, step
+                    with record.pauses():
+                        yield record, step
                 except Preempted:
                     raise
                 except Exception as error:
                     tell_parent(is_final=not OWN_RAY.is_ending)  # another start gets another Ray
                     with _hiding_nothing():
                         record.failed(error)
+                    if isinstance(error, StorageFull) and folder.checkpoint_steps():
+                        raise Preempted(str(error)) from error
                     raise
             failed = False
         finally:

@@ -12,13 +12,12 @@ from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
-import ray
-
 from actors.cluster.actor_locations import draining_node, listed_in
 from actors.cluster.connect import connected
 from actors.cluster.node_metrics import Nodes
 from actors.cluster.placement import Placement, reserve
 from actors.cluster.preemption import run_loop
+from actors.cluster.waiting import put
 from actors.roles.build import RunContext, build_roles
 from actors.roles.gang import PolicyGang
 from actors.roles.group import Stoppable, ending, ending_rebuilds
@@ -46,6 +45,7 @@ from rlhf.preflight.merge import with_local_models
 from rlhf.preflight.run_folder import check_folders, refuse_other_checkpoint, stream_of
 from rlhf.reporting.model_card import write_model_card
 from rlhf.rewards.scoring import fingerprint
+from rlhf.room import done_when_there_is_room
 from rlhf.stopping import StopRequest, current_request, run_async
 from rlhf.supervised import unrecorded_deaths
 from rlhf.tracking import logs
@@ -197,7 +197,7 @@ async def _offline(
         await asyncio.gather(*[g.start(deadline_s=config.cluster.start_timeout_s) for g in roles.values()])
         policy, teacher = roles[PolicyGang.role], roles.get(TeacherWorkers.role)
         sets = (inputs.rows, *inputs.eval_sets.values())
-        data = [ray.put(collated(config, rows)) for rows in sets]
+        data = [await done_when_there_is_room(partial(put, collated(config, rows))) for rows in sets]
         await policy.load_data(data)
         if teacher is not None:
             await teacher.load_data(data, lengths=[[row.longest for row in rows] for rows in sets])

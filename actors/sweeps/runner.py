@@ -24,6 +24,7 @@ from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.sweep import GridMethod, Sweep
 from rlhf.errors import Preempted, RunError, UserError
 from rlhf.planning.trials import bundles_of
+from rlhf.room import PAUSE
 from rlhf.stopping import StopRequest, current_request
 from rlhf.sweeps.journal import Journal, Trial
 from rlhf.sweeps.plots import plot
@@ -174,7 +175,8 @@ def run_sweep(sweep: Sweep, *, resume: bool, retry_failed: bool = False, quiet: 
     if sweep.config.method.name == "bayesian":
         require_optuna()
     known = known_trials(sweep)
-    with Journal.open(sweep, resume=resume) as journal:
+    room_s = max(stage.cluster.room_timeout_s for stage in sweep.base.runs.values())
+    with PAUSE.limited(room_s), Journal.open(sweep, resume=resume) as journal:
         if retry_failed:
             for trial in journal.trials.values():
                 if trial.state == "failed":

@@ -14,12 +14,15 @@ from typing import Any
 
 import torch
 import xxhash
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from actors.weights.manifest import WeightManifest
 from actors.weights.staging import WeightSender
-from rlhf.errors import RunError
+from rlhf.errors import RunError, StorageFull
+from rlhf.room import when_there_is_room
+from rlhf.tracking.run_folder.atomic import write_atomic
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's file names
 
@@ -34,7 +37,7 @@ class AdapterSender(WeightSender):
         self.folder = folder if rank == 0 else None
         if rank == 0:
             folder.mkdir(exist_ok=True)  # a lost rank may have left it
-            (folder / CONFIG).write_text(json.dumps(dict(config)))
+            write_atomic(folder / CONFIG, json.dumps(dict(config)))
 
     def publish(self, named_weights: Iterator[tuple[str, Tensor]], version: int) -> WeightManifest | None:
         """Write the adapter. Returns None on ranks other than 0."""
@@ -46,8 +49,10 @@ class AdapterSender(WeightSender):
             return None
         path, aside = self.folder / WEIGHTS, self.folder / f".{WEIGHTS}"
         try:
-            save_file(tensors, aside)
-        except OSError as error:
+            when_there_is_room(path, lambda: save_file(tensors, aside), undo=lambda: aside.unlink(missing_ok=True))
+        except StorageFull:
+            raise
+        except (OSError, SafetensorError) as error:
             raise RunError(f"weight sync: the adapter could not be written to {self.folder}: {error}") from error
         aside.replace(path)
         return WeightManifest(

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config.schema.train import EarlyStopping, TrainConfig
-from rlhf.errors import RunError, UserError, WorkerLost
+from rlhf.errors import RunError, StorageFull, UserError, WorkerLost
 from rlhf.role_table import ROLE_OF_STAGE, Role
 from rlhf.roles import Metrics, NodesRole
+from rlhf.room import PAUSE, Shortage
 from rlhf.tracking.display.progress import Progress
 from rlhf.tracking.logs import redact, set_step
 from rlhf.tracking.metrics.declarations import histograms, merge_metrics, results
@@ -123,6 +124,31 @@ class RunRecord:
         if added:
             self.tracker.amend(added)
 
+    @contextmanager
+    def pauses(self) -> Generator[None]:
+        """Record the waits for room in the block: an alert, a line in errors.jsonl, and a span in the timeline."""
+        unwritten: list[ErrorRecord] = []
+
+        def note(record: ErrorRecord) -> None:
+            try:
+                self.tracker.log_error(record, waits=False)
+            except StorageFull:  # errors.jsonl may be on the full disk
+                unwritten.append(record)
+
+        def began(shortage: Shortage) -> None:
+            note(ErrorRecord(step=self.step + 1, stage="room", kind="full", message=str(shortage)))
+            self.tracker.alert("warning", "no room", f"Step {self.step + 1}: {shortage} The run waits for room.")
+
+        def ended(seconds: float) -> None:
+            now, late = time.time(), [*unwritten]
+            unwritten.clear()
+            for record in late:
+                note(record)
+            self.timeline.record("no_room", "controller", start_s=now - seconds, end_s=now)
+
+        with PAUSE.reported(began, ended):
+            yield
+
     async def prune(self, keep: int) -> None:
         """Remove all but the newest checkpoints, and start the upload to the mirror.
 
@@ -149,8 +175,9 @@ class RunRecord:
     def failed(self, error: Exception) -> None:
         """Write the run's fatal error to errors.jsonl, and its traceback to traceback.txt.
 
-        Incomplete checkpoints are removed first, because they may fill the disk.
+        Incomplete checkpoints are removed first, because they may fill the disk. From now on no write waits for room.
         """
+        PAUSE.give_up()
         self.folder.discard_begun()
         stack = error.stack if isinstance(error, WorkerLost) else None
         self.tracker.log_error(
@@ -160,7 +187,7 @@ class RunRecord:
         write_atomic(self.folder.path / "traceback.txt", redact("".join(traceback.format_exception(error))))
 
     def write_state(self, folder: Path, state: Mapping[str, Any]) -> None:
-        (folder / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        write_atomic(folder / STATE_FILE, json.dumps(state, indent=1) + "\n")
 
     def restore_best(self, best: Best, state: Mapping[str, Any]) -> None:
         """Restore the best evaluation of a checkpoint, and point `best` at its checkpoint.

@@ -27,8 +27,8 @@ from rlhf.rollouts.records.ledgers import (
     scored_identity,
 )
 from rlhf.rollouts.records.spool import drop_failed_conversations, stored_groups
+from rlhf.room import when_there_is_room
 from rlhf.tracking.metrics.reductions import Sum
-from rlhf.tracking.run_folder.atomic import explains_full
 from rlhf.tracking.run_folder.errors import ErrorRecord
 from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, Sampling
 
@@ -265,25 +265,24 @@ class RolloutScorer:
         Later weights cannot draw them. All groups go into one file, since a disk takes about as long to sync a small
         file as a large one.
         """
-        with explains_full(folder):
-            folder.mkdir()
+        paths = sorted(_files(self.spool, start=start, begun=begun))
+
+        def write() -> None:
+            folder.mkdir(exist_ok=True)
             with tarfile.open(folder / ARCHIVE, "w") as archive:
-                for path in sorted(_files(self.spool, start=start, begun=begun)):
+                for path in paths:
                     archive.add(path, path.name)
-            self.score_ledger.copy_to(folder, start=start)
-            self.finish_order.copy_to(folder, start=start)
+
+        when_there_is_room(folder, write, undo=lambda: (folder / ARCHIVE).unlink(missing_ok=True))
+        self.score_ledger.copy_to(folder, start=start)
+        self.finish_order.copy_to(folder, start=start)
 
     def take_from(self, folder: Path) -> None:
         """Add the responses that `copy_to` wrote into a folder."""
-        with explains_full(self.spool), tarfile.open(folder / ARCHIVE) as archive:
+        with tarfile.open(folder / ARCHIVE) as archive:
             for member in archive:
                 path = self.spool / Path(member.name).name
-                aside = path.with_name(f"{path.name}.tmp")
-                stored = archive.extractfile(member)
-                assert stored is not None, "the archive has only files"
-                with stored, aside.open("wb") as file:
-                    shutil.copyfileobj(stored, file)
-                aside.replace(path)
+                _extract(archive, member, path)
         self.score_ledger.take_from(folder)
         self.finish_order.take_from(folder)
 
@@ -336,6 +335,20 @@ class RolloutScorer:
         """Return scored groups with their tokens from the run's store, after those of a lost node are gone."""
         groups = await asyncio.gather(*(self.rollout.found_again(one.group, sampling) for one in scored))
         return [replace(one, group=group) for one, group in zip(scored, groups, strict=True)]
+
+
+def _extract(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
+    """Write a file of the archive aside, then rename it into place."""
+    aside = path.with_name(f"{path.name}.tmp")
+
+    def write() -> None:
+        stored = archive.extractfile(member)
+        assert stored is not None, "the archive has only files"
+        with stored, aside.open("wb") as file:
+            shutil.copyfileobj(stored, file)
+        aside.replace(path)
+
+    when_there_is_room(path, write, undo=lambda: aside.unlink(missing_ok=True), needed=member.size)
 
 
 def _files(folder: Path, *, start: int, begun: Collection[int]) -> list[Path]:

@@ -6,7 +6,9 @@ DeepSpeed's classes, all of them plain data. Import this module after `init_dist
 
 from __future__ import annotations
 
+import os
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from rlhf.errors import UserError
+from rlhf.room import when_there_is_room
 
 _HARMLESS = [LossScaler, ZeroStageEnum, fragment_address]
 
@@ -30,12 +33,26 @@ class DataOnlyCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]
         self._frozen = frozen
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
-        """Write a file without frozen weights. The scales and other extras of 4-bit weights are left out too."""
+        """Write a file without frozen weights, and wait until it is on the disk. Wait for room, if there is none.
+
+        The scales and other extras of 4-bit weights are left out too.
+        """
         if "module" in state_dict:
             weights = state_dict["module"]
             kept = {name: weight for name, weight in weights.items() if not self.is_frozen(name)}
             state_dict = {**state_dict, "module": kept}
-        super().save(state_dict, path)
+        save = partial(super().save, state_dict, path)
+
+        def write() -> None:
+            save()
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())  # NFS tells only now that its disk is full
+
+        when_there_is_room(Path(path), write, undo=lambda: Path(path).unlink(missing_ok=True))
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Make a folder. Wait for room, if there is none."""
+        when_there_is_room(Path(path), partial(super().makedirs, path, exist_ok=exist_ok))
 
     def is_frozen(self, name: str) -> bool:
         """Return whether an entry of the model's state belongs to a frozen weight."""

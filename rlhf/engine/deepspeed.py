@@ -33,7 +33,7 @@ from rlhf.errors import RunError, UserError
 from rlhf.models.loading import architecture_fingerprint
 from rlhf.models.sequence_parallel import make_group, refuse_uneven_heads, rows_shared_by
 from rlhf.models.weights import adapter_sources, weight_sources
-from rlhf.tracking.run_folder.atomic import explains_full
+from rlhf.room import explains_full, when_there_is_room
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -108,6 +108,8 @@ class DeepSpeedEngine:
             name for name, p in self._engine.module.named_parameters(remove_duplicate=False) if not p.requires_grad
         )
         self._engine.checkpoint_engine = DataOnlyCheckpointEngine(self._engine._config, frozen=self._frozen)
+        copy_scripts = self._engine._copy_recovery_script
+        self._engine._copy_recovery_script = lambda path: when_there_is_room(Path(path), lambda: copy_scripts(path))
         self._frozen_digest: str | None = None
         set_deadline(deadline_s)
 
@@ -243,13 +245,15 @@ class DeepSpeedEngine:
             self._save(folder)
 
     def _save(self, folder: Path) -> None:
-        folder.mkdir(exist_ok=True)  # without its parent the folder is no longer this run's: no parents=True
+        # Without its parent the folder is no longer this run's, so parents are not made.
+        when_there_is_room(folder, lambda: folder.mkdir(exist_ok=True))
         self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
         save_random_state(folder / f"random_{dist.get_rank():05d}.pt")
         state = {**self._layout(), "frozen_weights": self._digest_frozen(), "steps": self._steps}
         save_initial_copies(self.module, folder / _INITIAL)
         if dist.get_rank() == 0:
-            (folder / "engine.json").write_text(json.dumps(state, indent=1))
+            path = folder / "engine.json"
+            when_there_is_room(path, lambda: path.write_text(json.dumps(state, indent=1)))
         dist.barrier()
 
     def load(self, folder: Path) -> None:

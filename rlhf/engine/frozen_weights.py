@@ -19,6 +19,7 @@ from torch import nn
 from rlhf.errors import UserError
 from rlhf.models.loading import whole
 from rlhf.models.weights import initial_copies, is_initial_copy
+from rlhf.room import when_there_is_room
 
 
 def digest_of_base(module: nn.Module) -> int:
@@ -37,7 +38,8 @@ def save_initial_copies(module: nn.Module, path: Path) -> None:
     copies = initial_copies(module)
     with whole(list(copies.values())):
         if copies and dist.get_rank() == 0:
-            save_file({name: p.detach().cpu().contiguous() for name, p in copies.items()}, path)
+            content = {name: p.detach().cpu().contiguous() for name, p in copies.items()}
+            when_there_is_room(path, lambda: save_file(content, path), undo=lambda: path.unlink(missing_ok=True))
 
 
 def load_initial_copies(module: nn.Module, path: Path) -> None:

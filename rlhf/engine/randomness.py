@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from rlhf.errors import UserError
+from rlhf.room import when_there_is_room
 
 
 def random_state() -> dict[str, Any]:
@@ -37,7 +38,8 @@ def restore_random_state(states: Mapping[str, Any]) -> None:
 
 def save_random_state(path: Path) -> None:
     """Write the random states."""
-    torch.save(random_state(), path)
+    states = random_state()
+    when_there_is_room(path, lambda: torch.save(states, path), undo=lambda: path.unlink(missing_ok=True))
 
 
 def load_random_state(path: Path) -> None:

@@ -7,19 +7,21 @@ never taken for a whole one. The state is copied in a thread during the passes o
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf.errors import RunError, UserError
+from rlhf.errors import RunError, StorageFull, UserError
+from rlhf.room import when_there_is_room
 
 _ALIGNMENT = 64  # bytes, of each tensor in a slot
 _GIB = 2**30
@@ -117,7 +119,12 @@ class Snapshots:
         unnamed = path.with_suffix(".part")
         description = io.BytesIO()
         torch.save(content, description)
-        unnamed.write_bytes(description.getbuffer())  # torch does not say that there is no space left
+        when_there_is_room(
+            path,
+            lambda: unnamed.write_bytes(description.getbuffer()),  # torch does not say that there is no space left
+            undo=lambda: unnamed.unlink(missing_ok=True),
+            needed=description.getbuffer().nbytes,
+        )
         return unnamed.rename(path)
 
     def _places(self, slot: int) -> Iterator[Tensor]:
@@ -148,18 +155,27 @@ def _ready(tensors: Mapping[str, Tensor]) -> torch.cuda.Event | None:
 
 def _reserve(paths: list[Path], size: int) -> int:
     """Give each file its memory now, since a write without memory would kill the process. Return the size."""
-    try:
+    folder, needed = paths[0].parent, len(paths) * size
+
+    def reserve() -> None:
         for path in paths:
             with path.open("ab") as file:
                 os.posix_fallocate(file.fileno(), 0, size)
-    except OSError as error:
+
+    def release() -> None:
         for path in paths:
             path.unlink(missing_ok=True)
-        folder = paths[0].parent
-        free = shutil.disk_usage(folder).free
+
+    try:
+        if shutil.disk_usage(folder).total < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # no wait could help
+        when_there_is_room(folder, reserve, undo=release, needed=needed)
+    except (OSError, StorageFull) as error:
+        release()
+        free, cause = shutil.disk_usage(folder).free, cast(OSError, error.__cause__ or error)
         raise UserError(
-            f"cluster.restarts.gang: is above 0, so this rank needs {len(paths) * size / _GIB:.2f} GiB in {folder} for "
-            f"two snapshots of its state, and {free / _GIB:.2f} GiB are free ({error.strerror}). Make /dev/shm larger "
+            f"cluster.restarts.gang: is above 0, so this rank needs {needed / _GIB:.2f} GiB in {folder} for "
+            f"two snapshots of its state, and {free / _GIB:.2f} GiB are free ({cause.strerror}). Make /dev/shm larger "
             "(docker run --shm-size), or use cluster.restarts.gang=0: then the run ends when a rank is lost."
         ) from error
     return size

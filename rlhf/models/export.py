@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rlhf.models.loading import has_score_head
 from rlhf.models.weights import ADAPTER
+from rlhf.room import when_there_is_room
 
 _log = logging.getLogger(__name__)
 
@@ -51,10 +52,8 @@ def export_model(
     name_padding(config, tokenizer)
     with appearing(folder) as partial:
         _write_shards(partial, named_weights, shard_bytes=shard_bytes)
-        config.save_pretrained(partial)
-        if generation_config is not None:
-            generation_config.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        settings = [config, tokenizer] if generation_config is None else [config, generation_config, tokenizer]
+        when_there_is_room(partial, lambda: _save_settings(partial, *settings))
 
 
 def export_adapter(folder: Path, named_weights: Iterable[tuple[str, Tensor]], model: Any, tokenizer: Any) -> None:
@@ -63,9 +62,8 @@ def export_adapter(folder: Path, named_weights: Iterable[tuple[str, Tensor]], mo
     config.inference_mode = True
     with appearing(folder) as partial:
         weights = {name: _owned(weight) for name, weight in named_weights}
-        save_file(weights, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-        config.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        _save(weights, partial / "adapter_model.safetensors")
+        when_there_is_room(partial, lambda: _save_settings(partial, config, tokenizer))
 
 
 def adapter_config(model: Any) -> dict[str, Any]:
@@ -122,7 +120,7 @@ def appearing(folder: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        _share(partial)
+        when_there_is_room(partial, lambda: _share(partial))
         if folder.exists():
             folder.rename(replaced)
         partial.rename(folder)
@@ -148,7 +146,7 @@ def _write_shards(folder: Path, named_weights: Iterable[tuple[str, Tensor]], *, 
     total = size = 0
 
     def close_shard() -> None:
-        save_file(shard, folder / f"shard-{len(names)}", metadata={"format": "pt"})
+        _save(shard, folder / f"shard-{len(names)}")
         names.append(list(shard))
         shard.clear()
 
@@ -170,7 +168,24 @@ def _write_shards(folder: Path, named_weights: Iterable[tuple[str, Tensor]], *, 
         (folder / f"shard-{index}").rename(folder / file)
         file_of.update(dict.fromkeys(in_shard, file))
     table = {"metadata": {"total_size": total}, "weight_map": file_of}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(table, indent=2))
+    index_file = folder / "model.safetensors.index.json"
+    when_there_is_room(index_file, lambda: index_file.write_text(json.dumps(table, indent=2)))
+
+
+def _save(weights: dict[str, Tensor], path: Path) -> None:
+    """Write a file, which waits for room on a full disk. The other ranks, which gather, wait for this one."""
+    when_there_is_room(
+        path,
+        lambda: save_file(weights, path, metadata={"format": "pt"}),
+        undo=lambda: path.unlink(missing_ok=True),
+        needed=sum(weight.nbytes for weight in weights.values()),
+    )
+
+
+def _save_settings(folder: Path, *settings: Any) -> None:
+    """Write the files of a config or a tokenizer."""
+    for part in settings:
+        part.save_pretrained(folder)
 
 
 def _owned(weight: Tensor) -> Tensor:

@@ -25,9 +25,9 @@ from rlhf.models.routers import RoutingRecord, routers_of
 from rlhf.models.row_check import check_rows
 from rlhf.models.row_layout import row_layout
 from rlhf.roles import Arithmetic, Metrics
+from rlhf.room import explains_full
 from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.tracking.metrics.reductions import ExpertEntropy, ExpertLoad, Last, Mean
-from rlhf.tracking.run_folder.atomic import explains_full
 from rlhf.workers.microbatches import Microbatch, SharedPrompts, padded, split_microbatches
 from rlhf.workers.model_worker import ModelWorker, torch_dtype
 

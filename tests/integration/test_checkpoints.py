@@ -34,7 +34,11 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def config(folder: Path, runs: Path, name: str) -> Path:
-    changes = {"run": {"name": name, "dir": str(runs)}, "train": {"checkpoint_every": 1, "keep_checkpoints": 2}}
+    changes = {
+        "run": {"name": name, "dir": str(runs)},
+        "train": {"checkpoint_every": 1, "keep_checkpoints": 2},
+        "cluster": {"room_timeout_s": 3.0},
+    }
     return write_config(folder / f"{name}.yaml", changes, SFT)
 
 
@@ -50,12 +54,13 @@ def test_a_full_disk_and_a_flipped_byte(tmp_path: Path, disk: Path) -> None:
     train(config(tmp_path, tmp_path, "unbroken"))
     run, folder = config(tmp_path, disk, "run"), disk / "run"
     code, said = failure_of(run)
-    assert code == 1, said
+    assert code == 75, said
     assert "checkpoint: policy rank 0 failed: " in said
-    assert "could not be written: No space left on device. The disk has 0." in said
-    assert "continue with --resume auto" in said
-    (error,) = (json.loads(line) for line in (folder / "errors.jsonl").read_text().splitlines())
-    assert "No space left on device" in error["message"]
+    assert "could not be written: No space left on device (" in said
+    assert "No room came within 3 s (cluster.room_timeout_s). Make room, and continue with --resume auto." in said
+    errors = [json.loads(line) for line in (folder / "errors.jsonl").read_text().splitlines()]
+    assert {error["stage"] for error in errors} <= {"room", "run"}
+    assert "No space left on device" in errors[-1]["message"]
     assert "No space left on device" in (folder / "traceback.txt").read_text()
     steps = sorted(path.name for path in folder.glob("checkpoints/step_*"))
     assert len(steps) >= 2, "the disk is too small for this test"

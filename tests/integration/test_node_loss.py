@@ -112,7 +112,7 @@ from actors.cluster.actor_locations import draining_node, own_location, remember
 
 class Worker:
     def where(self):
-        return own_location(self)
+        return own_location(self, 0.0)
 
 head, command = sys.argv[1:]
 ray.init(address=head)

@@ -8,10 +8,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ObjectLostError,
+    ObjectStoreFullError,
+    OutOfDiskError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+)
 
-from actors.cluster.waiting import explain, wait_all
-from rlhf.errors import ResultsLost, WorkerLost
+from actors.cluster import waiting
+from actors.cluster.waiting import explain, put, wait_all, within
+from rlhf.errors import ObjectStoreFull, ResultsLost, StorageFull, WorkerLost
+from rlhf.room import PAUSE, Shortage
 
 KILLED = (
     "The actor died unexpectedly before finishing this task. The actor is dead because its worker process has died. "
@@ -59,3 +68,44 @@ def test_a_dead_rank_is_named_and_not_the_peers_that_failed_with_it(death: Excep
     with pytest.raises(WorkerLost) as lost:
         asyncio.run(wait_all([call(peer), call(death)], role="policy", stage="update", deadline_s=5.0))
     assert lost.value.rank == 1
+
+
+def test_time_in_which_the_run_waits_for_room_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "PAUSED_FOR_S", 0.01)
+
+    async def call() -> str:
+        result: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        PAUSE.hear("reward rank 0", [Shortage(path="/run", reason="full")])
+        asyncio.get_running_loop().call_later(0.3, lambda: (PAUSE.hear("reward rank 0", []), result.set_result("late")))
+        return await within(result, 0.05)
+
+    assert asyncio.run(call()) == "late"
+
+
+def test_without_a_pause_the_limit_holds() -> None:
+    with pytest.raises(TimeoutError):
+        asyncio.run(within(asyncio.sleep(60.0), 0.01))
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind"),
+    [
+        (StorageFull("/run/a could not be written: No space left on device."), StorageFull),
+        (ObjectStoreFullError("The local object store is full."), ObjectStoreFull),
+        (OutOfDiskError("Local disk is full"), ObjectStoreFull),
+    ],
+)
+def test_a_worker_without_room_is_not_lost(cause: Exception, kind: type[Exception]) -> None:
+    error = asyncio.run(explain(RayTaskError("save", "", cause), role="policy", rank=0, stage="checkpoint"))
+    assert type(error) is kind
+    assert str(error).startswith("checkpoint: policy rank 0 failed: ")
+    assert str(cause).splitlines()[0] in str(error)
+
+
+def test_a_full_object_store_is_no_strange_error_of_a_put(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(value: object) -> None:
+        raise OutOfDiskError("Local disk is full")
+
+    monkeypatch.setattr("ray.put", no_room)
+    with pytest.raises(ObjectStoreFull, match="OutOfDiskError: Local disk is full"):
+        asyncio.run(put(1))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -19,10 +21,11 @@ from ray.exceptions import RayActorError
 
 from actors.cluster import actor_locations, waiting, watch
 from actors.cluster.actor_locations import ActorLocation
-from actors.cluster.heartbeat import OomKills, own_oom_kills
+from actors.cluster.heartbeat import Beat, OomKills, own_oom_kills
 from actors.cluster.waiting import explain
 from actors.cluster.watch import hang_of, stack_at, watching
 from rlhf.errors import WorkerLost
+from rlhf.room import PAUSE, Shortage
 
 WORKER = """
 from actors.cluster.heartbeat import answer_heartbeats
@@ -79,6 +82,34 @@ def test_a_process_that_stops_is_named_with_its_stack_and_killed(worker: ActorLo
     assert f"(cluster.heartbeat_timeout_s; process {worker.pid} on 127.0.0.1): it hangs, and was killed." in str(error)
     assert error.stack is not None
     assert "computes_for_long" in error.stack
+
+
+def test_a_worker_that_waits_for_room_pauses_the_run(
+    worker: ActorLocation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process answers its heartbeats from another thread while its write waits."""
+    events: list[str] = []
+    monkeypatch.setattr(watch, "PING_EVERY_S", 0.05)
+
+    async def waits() -> None:
+        with PAUSE.reported(lambda shortage: events.append(shortage.path), lambda seconds: events.append("over")):
+            async with watching(5.0):
+                while "over" not in events:
+                    await asyncio.sleep(0.02)
+
+    beats = iter([(), (Shortage(path="/run/a", reason="full"),), (Shortage(path="/run/a", reason="full"),)])
+
+    async def ping(place: ActorLocation) -> Beat:
+        return Beat(oom_kills=None, shortages=next(beats, ()))
+
+    monkeypatch.setattr(watch, "_ping", ping)
+    asyncio.run(waits())
+    assert events == ["policy rank 1: /run/a", "over"]
+
+
+def test_a_beat_tells_for_what_the_process_waits() -> None:
+    beat = Beat(oom_kills=OomKills(path="p", count=1), shortages=(Shortage(path="/run/a", reason="full", free=1),))
+    assert Beat.of(json.dumps(asdict(beat)).encode()) == beat
 
 
 def test_a_late_process_tells_its_stack_itself(worker: ActorLocation, monkeypatch: pytest.MonkeyPatch) -> None:

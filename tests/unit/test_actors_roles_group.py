@@ -33,7 +33,7 @@ class Handle:
         self.name = name
         self.process = subprocess.Popen(SLEEPS)
         self.starts = 0
-        self.__ray_call__ = SimpleNamespace(remote=lambda _: answers((name, "node", self.process.pid, 0)))
+        self.__ray_call__ = SimpleNamespace(remote=lambda *_: answers((name, "node", self.process.pid, 0)))
         self.start = SimpleNamespace(remote=self._start)
 
     def _start(self) -> Any:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from rlhf.errors import RunError, UserError
-from rlhf.tracking.run_folder.atomic import explains_full
+from rlhf.room import explains_full
 from rlhf.tracking.run_folder.folder import RunFolder, remove_run
 from rlhf.tracking.run_folder.samples import samples_path
 from rlhf.tracking.sinks.tracker import Tracker
@@ -242,8 +242,8 @@ def test_a_full_disk_is_named_and_what_is_half_written_goes(small_disk: Path, wr
         commit(folder, 1)
         aside = folder.begin_checkpoint(2)
         message = failure_of(aside, write)
-        reason = "could not be written: No space left on device. The disk has 0.00 of 0.00 GiB free."
-        assert message == f"RunError: {aside} {reason} Make room, and continue with --resume auto."
+        assert message.startswith(f"StorageFull: {aside} could not be written: No space left on device (")
+        assert message.endswith(" MiB are free). Make room, and continue with --resume auto.")
         folder.discard_begun()
         (folder.path / "traceback.txt").write_bytes(bytes(2**19))  # there is room again
         assert folder.latest_checkpoint() == 1

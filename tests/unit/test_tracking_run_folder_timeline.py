@@ -99,7 +99,7 @@ def test_a_full_disk_ends_the_trace_and_hides_no_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     timeline = Timeline(tmp_path / "timeline.json")
-    monkeypatch.setattr(timeline, "_file", io.BufferedWriter(io.FileIO("/dev/full", "w")))
+    monkeypatch.setattr(timeline, "_file", io.FileIO("/dev/full", "w"))
     with pytest.raises(RuntimeError, match="stop"), timeline.span("rollouts"):
         raise RuntimeError("stop")
     timeline.close()

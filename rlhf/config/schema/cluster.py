@@ -189,6 +189,9 @@ class ClusterConfig(Section):
     heartbeat_timeout_s: float = Field(default=60.0, ge=1.0, le=1_000_000)
     """Longest time in which a process may leave the driver's heartbeats unanswered, in seconds. Then it is killed, and
     counts as lost. A process that computes answers; a stopped one does not, nor one whose node is cut off."""
+    room_timeout_s: float = Field(default=1800.0, ge=0.0, le=1_000_000)
+    """Longest time in which a run waits for room on a full disk, in shared memory or in Ray's object store, in seconds.
+    No other time limit runs meanwhile. 0: the run ends at once."""
     restarts: Restarts = Restarts()
     """How often lost processes are started again before the run ends."""
     roles: Roles = Roles()

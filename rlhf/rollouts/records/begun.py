@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from rlhf.rollouts.records.ledgers import request_identity
 from rlhf.rollouts.records.spans import Sampled
-from rlhf.tracking.run_folder.atomic import explains_full
+from rlhf.room import when_there_is_room
 from rlhf.types import FinishReason, GroupRequest, Sampling
 
 logger = logging.getLogger(__name__)
@@ -62,9 +62,12 @@ def write_begun(folder: Path, request: GroupRequest, sampling: Sampling, respons
         "versions": torch.tensor([version for begun in responses for version in begun.versions], dtype=torch.int64),
     }
     reasons = json.dumps([begun.finish_reason for begun in responses])
-    with explains_full(path):
+
+    def write() -> None:
         save_file(columns, aside, metadata={**_identity(request, sampling), "finish_reasons": reasons})
         aside.replace(path)
+
+    when_there_is_room(path, write, undo=lambda: aside.unlink(missing_ok=True))
 
 
 def read_begun(folder: Path, request: GroupRequest, sampling: Sampling) -> tuple[Begun, ...] | None:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import TypeAdapter
 
-from rlhf.tracking.run_folder.atomic import append_line, json_line, keep_lines, read_lines, write_atomic, write_lines
+from rlhf.tracking.run_folder.atomic import append_line, keep_lines, read_lines, write_atomic, write_lines
 from rlhf.types import GroupRequest, GroupScores, RolloutInfo, Sampling
 
 logger = logging.getLogger(__name__)
@@ -188,8 +188,7 @@ class ScoreLedger(_Ledger[tuple[int, int, str], GroupScores]):
     def put(self, group_id: int, version: int, request: str, scores: GroupScores) -> None:
         """Store a group's scores. They are not synced to disk, since only the process may end, not the machine."""
         key = {"group_id": group_id, "version": version, "request": request, "rewards": self.rewards}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json_line({**key, **_SCORES.dump_python(scores)}))
+        append_line(self.path, {**key, **_SCORES.dump_python(scores)}, is_synced=False)
 
     def forget_failures(self) -> None:
         """Drop failed groups when the run ends because of them. A resumed run then calls the repaired reward again."""

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from rlhf.rollouts.records.ledgers import request_identity
-from rlhf.tracking.run_folder.atomic import explains_full
+from rlhf.room import when_there_is_room
 from rlhf.types import GroupRequest, RewardError, RolloutInfo, Rollouts, Sampling, StepReward, oldest_version
 
 logger = logging.getLogger(__name__)
@@ -73,13 +73,14 @@ def write_group(
     aside = path.with_suffix(f".{os.getpid()}.tmp")
     columns = {field.name: getattr(rollouts, field.name).contiguous() for field in fields(Rollouts)}
     infos_json = json.dumps([asdict(info) for info in infos])
-    with explains_full(path):
-        save_file(
-            columns,
-            aside,
-            metadata={**_identity(request, sampling, environment), "infos": infos_json, "weights": weights},
-        )
+    metadata = {**_identity(request, sampling, environment), "infos": infos_json, "weights": weights}
+
+    def write() -> None:
+        save_file(columns, aside, metadata=metadata)
         aside.replace(path)
+
+    needed = sum(column.nbytes for column in columns.values())
+    when_there_is_room(path, write, undo=lambda: aside.unlink(missing_ok=True), needed=needed)
 
 
 def read_group(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.tracking.metrics.reductions import Histogram
-from rlhf.tracking.run_folder.atomic import explains_full, json_line
+from rlhf.tracking.run_folder.atomic import append_line
 
 FILE = "histograms.jsonl"
 
@@ -44,7 +44,5 @@ def trimmed(histogram: Histogram) -> dict[str, Any]:
 def append_histograms(folder: Path, step: int, distributions: Mapping[str, Histogram]) -> None:
     """Write the step's row, if it has any. It does not wait for the disk."""
     if distributions:
-        path = folder / FILE
         row = {"step": step, **{key: trimmed(histogram) for key, histogram in sorted(distributions.items())}}
-        with explains_full(path), path.open("a", encoding="utf-8") as file:
-            file.write(json_line(row))
+        append_line(folder / FILE, row, is_synced=False)

@@ -6,74 +6,16 @@ meaning of a row.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import stat
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import RunError
+from rlhf.room import explains_full, when_there_is_room
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_WRITER_OF_TORCH = ("inline_container", "PytorchStreamWriter", "iostream error")  # where torch.save fails to write
-_TEST_BYTES = 2**20
 _NO_CHARACTER = "backslashreplace"  # half a surrogate becomes \udcff, which JSON reads back
-
-
-@contextmanager
-def explains_full(path: Path) -> Iterator[None]:
-    """Turn the failure of a full disk, or of an exhausted quota, into a RunError with the name of the file or folder.
-
-    PyTorch and safetensors raise errors of other types. If their text does not name the cause, the folder is tested.
-    """
-    try:
-        yield
-    except RunError:
-        raise
-    except Exception as error:
-        reason = _why_full(error, path)
-        if reason is None:
-            raise
-        raise RunError(
-            f"{path} could not be written: {reason}. {_free(path)}Make room, and continue with --resume auto."
-        ) from error
-
-
-def _why_full(error: Exception, path: Path) -> str | None:
-    """Return the reason if an error comes from a full disk or an exhausted quota. None: it does not."""
-    if isinstance(error, OSError):
-        return error.strerror if error.errno in _FULL else None
-    text = str(error)
-    for code in _FULL:
-        if os.strerror(code) in text or f"os error {code})" in text or f"code: {code}," in text:
-            return os.strerror(code)
-    if any(mark in text for mark in _WRITER_OF_TORCH):
-        try:
-            with tempfile.TemporaryFile(dir=_existing(path)) as file:
-                file.write(bytes(_TEST_BYTES))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as failure:
-            return failure.strerror if failure.errno in _FULL else None
-    return None
-
-
-def _free(path: Path) -> str:
-    """Return a sentence on the free space around a path. Empty: it is not known."""
-    try:
-        usage = shutil.disk_usage(_existing(path))
-    except OSError:
-        return ""
-    return f"The disk has {usage.free / 2**30:.2f} of {usage.total / 2**30:.2f} GiB free. "
-
-
-def _existing(path: Path) -> Path:
-    """Return the nearest existing folder above a path."""
-    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
 
 
 def sync_folder(folder: Path) -> None:
@@ -97,16 +39,28 @@ def sync_tree(folder: Path) -> None:
         sync_folder(Path(path))
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replace the file: a reader, and a run killed at any moment, sees the old text or the new."""
+def write_atomic(path: Path, text: str, *, waits: bool = True) -> None:
+    """Replace the file: a reader, and a run killed at any moment, sees the old text or the new.
+
+    Args:
+        waits: for room on a full disk. Otherwise StorageFull is raised at once.
+    """
+    content = text.encode(errors=_NO_CHARACTER)
     aside = path.with_name(f".{path.name}.partial")
-    with explains_full(path):
-        with aside.open("w", encoding="utf-8", errors=_NO_CHARACTER) as file:
-            file.write(text)
+
+    def write() -> None:
+        with aside.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
         sync_folder(path.parent)
+
+    if waits:
+        when_there_is_room(path, write, undo=lambda: aside.unlink(missing_ok=True), needed=len(content))
+        return
+    with explains_full(path):
+        write()
 
 
 def json_line(row: Mapping[str, Any]) -> str:
@@ -114,12 +68,42 @@ def json_line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def append_line(path: Path, row: Mapping[str, Any]) -> None:
-    """Add one row and wait until it is on the disk."""
-    with explains_full(path), path.open("a", encoding="utf-8", errors=_NO_CHARACTER) as file:
-        file.write(json_line(row))
-        file.flush()
-        os.fsync(file.fileno())
+def append_line(path: Path, row: Mapping[str, Any], *, is_synced: bool = True, waits: bool = True) -> None:
+    """Add one row whole, or nothing of it.
+
+    Args:
+        is_synced: wait until the row is on the disk, and not only in the kernel.
+        waits: for room on a full disk. Otherwise StorageFull is raised at once.
+    """
+    line = json_line(row).encode(errors=_NO_CHARACTER)
+
+    def write() -> None:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        try:
+            _append(file, line, is_synced=is_synced)
+        finally:
+            os.close(file)
+
+    if waits:
+        when_there_is_room(path, write, needed=len(line))
+        return
+    with explains_full(path):
+        write()
+
+
+def _append(file: int, line: bytes, *, is_synced: bool) -> None:
+    """Write at the end of a file. After a failure the file ends where it did before."""
+    end = os.fstat(file).st_size
+    try:
+        written = 0
+        while written < len(line):
+            written += os.write(file, line[written:])
+        if is_synced:
+            os.fsync(file)
+    except BaseException:
+        if stat.S_ISREG(os.fstat(file).st_mode):
+            os.ftruncate(file, end)
+        raise
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -26,6 +26,6 @@ class ErrorRecord:
     stack: str | None = None  # of the threads of a process that hung
 
 
-def write_error(folder: Path, record: ErrorRecord) -> None:
-    """Append the record; secrets in its message are masked."""
-    append_line(folder / "errors.jsonl", {**asdict(record), "message": redact(record.message)})
+def write_error(folder: Path, record: ErrorRecord, *, waits: bool = True) -> None:
+    """Append the record; secrets in its message are masked. `waits`: for room on a full disk."""
+    append_line(folder / "errors.jsonl", {**asdict(record), "message": redact(record.message)}, waits=waits)

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Self
 
 from rlhf.errors import RunError, UserError
+from rlhf.room import explains_full, when_there_is_room
 from rlhf.tracking.metrics.histograms import FILE as HISTOGRAMS
-from rlhf.tracking.run_folder.atomic import explains_full, read_lines, sync_folder, sync_tree, write_atomic
+from rlhf.tracking.run_folder.atomic import read_lines, sync_folder, sync_tree, write_atomic
 from rlhf.tracking.run_folder.environment import record_environment
 from rlhf.tracking.run_folder.group_ledger import FILE as GROUPS
 from rlhf.tracking.run_folder.lock import lock_folder
@@ -252,7 +253,7 @@ class RunFolder:
     def _point(self, link: str, step: int) -> None:
         aside = self.checkpoints / f".{link}.partial"
         aside.unlink(missing_ok=True)
-        aside.symlink_to(self.checkpoint(step).name)
+        when_there_is_room(aside, lambda: aside.symlink_to(self.checkpoint(step).name))
         aside.replace(self.checkpoints / link)
         sync_folder(self.checkpoints)
 
@@ -266,8 +267,7 @@ class RunFolder:
         aside = self._aside(target)
         if aside.exists():
             shutil.rmtree(aside)
-        with explains_full(target):
-            aside.mkdir()
+        when_there_is_room(target, aside.mkdir)
         return aside
 
     def discard_begun(self) -> None:

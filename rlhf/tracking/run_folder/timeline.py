@@ -2,14 +2,15 @@
 chrome://tracing.
 
 Each role has one row group, with as many lanes as it had spans at once. Events are written as they end, so a killed run
-loses only the open spans. A resumed run continues the same file. The module measures nothing itself. If the file cannot
-be written, as on a full disk, the run goes on without it.
+loses only the open spans. A resumed run continues the same file. The module measures nothing itself. While the file
+cannot be written, as on a full disk, the run goes on, and its spans are lost.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -43,11 +44,11 @@ class Timeline:
                 self._pids[event["args"]["name"]] = event["pid"]
             elif event["name"] == "thread_name":
                 self._tids[event["pid"], event["args"]["name"]] = event["tid"]
-        self._file = path.open("r+b" if path.exists() else "w+b")
+        self._file = path.open("r+b" if path.exists() else "w+b", buffering=0)
+        self._end = end
         self._file.truncate(end)
-        self._file.seek(end)
         self._empty = end == 0
-        self._lost = False
+        self._lost = 0  # events since the last written one
 
     @contextmanager
     def span(
@@ -84,23 +85,25 @@ class Timeline:
         with self._guard:
             if not self._file.closed:
                 self._put(b"[\n]\n" if self._empty else b"\n]\n")
-                with suppress(OSError):  # it retries the failed write
-                    self._file.close()
+                self._file.close()
 
     def _pid(self, role: str) -> int:
         if role not in self._pids:
             known = _ROWS.index(role) + 1 if role in _ROWS else None
             pid = known or max([len(_ROWS), *self._pids.values()]) + 1
-            self._pids[role] = pid
-            self._write({"name": "process_name", "ph": "M", "pid": pid, "args": {"name": role}})
+            named = self._write({"name": "process_name", "ph": "M", "pid": pid, "args": {"name": role}})
             self._write({"name": "process_sort_index", "ph": "M", "pid": pid, "args": {"sort_index": pid}})
+            if not named:
+                return pid
+            self._pids[role] = pid
         return self._pids[role]
 
     def _tid(self, pid: int, lane: str) -> int:
         if (pid, lane) not in self._tids:
             tid = 1 + sum(1 for other, _ in self._tids if other == pid)
+            if not self._write({"name": "thread_name", "ph": "M", "pid": pid, "tid": tid, "args": {"name": lane}}):
+                return tid
             self._tids[pid, lane] = tid
-            self._write({"name": "thread_name", "ph": "M", "pid": pid, "tid": tid, "args": {"name": lane}})
         return self._tids[pid, lane]
 
     def _free_lane(self, role: str, lane: str, start: float, end: float) -> str:
@@ -113,19 +116,30 @@ class Timeline:
         lanes.append(deque([(start, end)], maxlen=_REMEMBERED))
         return _copy(lane, len(lanes) - 1)
 
-    def _write(self, event: Mapping[str, Any]) -> None:
-        self._put((b"[\n" if self._empty else b",\n") + json.dumps(event, allow_nan=False).encode())
-        self._empty = False
+    def _write(self, event: Mapping[str, Any]) -> bool:
+        text = (b"[\n" if self._empty else b",\n") + json.dumps(event, allow_nan=False).encode()
+        is_written = self._put(text)
+        self._empty = self._empty and not is_written
+        return is_written
 
-    def _put(self, text: bytes) -> None:
-        if self._lost:
-            return
+    def _put(self, text: bytes) -> bool:
+        """Write at the end of the whole events, to the kernel, which outlives the process. Return whether it worked."""
         try:
-            self._file.write(text)
-            self._file.flush()  # to the kernel, which outlives the process
+            written = 0
+            while written < len(text):
+                written += os.pwrite(self._file.fileno(), text[written:], self._end + written)
         except OSError as error:
-            self._lost = True
-            logger.warning("%s ends here: it could not be written: %s", self._file.name, error)
+            with suppress(OSError):
+                self._file.truncate(self._end)
+            if not self._lost:
+                logger.warning("%s could not be written, and its events are lost meanwhile: %s", self._file.name, error)
+            self._lost += 1
+            return False
+        if self._lost:
+            logger.warning("%s goes on, without %d events", self._file.name, self._lost)
+        self._lost = 0
+        self._end += len(text)
+        return True
 
 
 def _copy(lane: str, number: int) -> str:

@@ -125,9 +125,9 @@ class Tracker:
         for relay in self._relays:
             relay.call(action, method)
 
-    def log_error(self, record: ErrorRecord) -> None:
-        """Append a record to errors.jsonl."""
-        write_error(self._folder, record)
+    def log_error(self, record: ErrorRecord, *, waits: bool = True) -> None:
+        """Append a record to errors.jsonl. `waits`: for room on a full disk."""
+        write_error(self._folder, record, waits=waits)
 
     def truncate_after(self, step: int) -> None:
         """Remove the rows of later steps at the start of a resumed run, which writes them again."""

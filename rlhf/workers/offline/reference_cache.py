@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rlhf.room import when_there_is_room
 from rlhf.types import Examples, TokenValues
 
 
@@ -33,8 +34,13 @@ def write_columns(path: Path, columns: TokenValues) -> None:
     """Write a temporary file and rename it. Readers see the complete file or no file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{secrets.token_hex(8)}.tmp")  # other runs may write the same file from other hosts
-    save_file({"logprobs": columns.values}, temporary, metadata={"checksum": _checksum(columns.values)})
-    temporary.replace(path)
+    checksum = _checksum(columns.values)
+
+    def write() -> None:
+        save_file({"logprobs": columns.values}, temporary, metadata={"checksum": checksum})
+        temporary.replace(path)
+
+    when_there_is_room(path, write, undo=lambda: temporary.unlink(missing_ok=True), needed=columns.values.nbytes)
 
 
 def read_columns(path: Path, examples: Examples) -> TokenValues | None:

@@ -1,0 +1,155 @@
+"""Real runs whose disk or shared memory is full for a time: they wait, go on, and have the bits of an unbroken run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.recipes import ONLINE, merge, rlhf, rows, start, train, without_clocks, write_config
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+FULL_FOR_S = 5.0
+WAITS, WENT_ON = "The run waits up to 30 min (cluster.room_timeout_s) for room", "the wait for room has ended"
+SFT: dict[str, Any] = {
+    "policy": {"model": "tiny:llama", "dtype": "float32"},
+    "algorithm": {"name": "sft"},
+    "data": {"apply_chat_template": False, "train": {"task": "running_totals", "split": "sft", "size": 64}},
+    "train": {"steps": 6, "lr": 1e-3, "sequences_per_update": 16, "max_tokens_per_microbatch": 512},
+    "cluster": {"object_store_gib": 0.25, "start_timeout_s": 200.0, "call_timeout_s": 120.0},
+}
+DIGITS = {"digits": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*"}}}
+GRPO = merge(ONLINE, {"algorithm": {"name": "grpo"}, "rewards": DIGITS})
+
+
+def config(folder: Path, runs: Path, name: str, base: dict[str, Any]) -> Path:
+    return write_config(folder / f"{name}.yaml", {"run": {"name": name, "dir": str(runs)}}, base)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("unbroken")
+    train(config(folder, folder, "unbroken", GRPO))
+    return without_clocks(rows(folder / "unbroken"))
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    path = tmp_path / "disk"
+    path.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=30m", "none", path], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("mounting a file system needs root")
+    yield path
+    subprocess.run(["umount", "-l", path], check=True)
+
+
+class Run:
+    """A training run, started in a mount namespace of its own if /dev/shm is to be small."""
+
+    def __init__(self, path: Path, *, shm: str | None = None) -> None:
+        self.log = path.with_suffix(".log")
+        if shm is None:
+            self.process = start(path)
+            self.shm = Path("/dev/shm")
+            return
+        mount = f"mount -t tmpfs -o size={shm} none /dev/shm && touch /dev/shm/mounted && "
+        keep_free = "dd if=/dev/zero of=/dev/shm/ballast bs=1M count=60 2>/dev/null; "
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                ["unshare", "-m", "sh", "-c", mount + keep_free + 'exec "$@"', "sh", *rlhf(), "train", str(path)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+        self.shm = Path(f"/proc/{self.process.pid}/root/dev/shm")
+
+    def said(self) -> str:
+        return self.log.read_text(encoding="utf-8")
+
+    def until(self, is_so: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 200.0
+        while not is_so():
+            assert self.process.poll() is None, self.said()[-4000:]
+            assert time.monotonic() < deadline, self.said()[-4000:]
+            time.sleep(0.02)
+
+    def until_step(self, step: int, folder: Path) -> None:
+        metrics = folder / "metrics.jsonl"
+        self.until(lambda: metrics.exists() and len(metrics.read_bytes().splitlines()) > step)  # step 0 has a row
+
+    def wait_for_room(self, ballast: Path, *, pauses: int) -> None:
+        """Take all room, again and again, until the run waits. Free it some seconds later, and see the run go on."""
+
+        def is_waiting() -> bool:
+            with ballast.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+            return self.said().count(WAITS) == pauses
+
+        self.until(is_waiting)
+        time.sleep(FULL_FOR_S)
+        ballast.unlink()
+        self.until(lambda: self.said().count(WENT_ON) == pauses)
+
+    def end(self) -> None:
+        code = self.process.wait(timeout=280)
+        assert code == 0, self.said()[-4000:]
+
+
+def recorded(folder: Path) -> list[dict[str, Any]]:
+    """The records of waits for room. The timeline has a span for each."""
+    spans = [event["name"] for event in json.loads((folder / "timeline.json").read_text())]
+    errors = [json.loads(line) for line in (folder / "errors.jsonl").read_text().splitlines()]
+    assert {error["stage"] for error in errors} == {"room"}
+    assert spans.count("no_room") == len(errors)
+    return errors
+
+
+def test_a_full_disk_between_two_steps(tmp_path: Path, disk: Path, unbroken: list[dict[str, Any]]) -> None:
+    run = Run(config(tmp_path, disk, "run", GRPO))
+    run.until_step(2, disk / "run")
+    run.wait_for_room(disk / "ballast", pauses=1)
+    run.end()
+    assert without_clocks(rows(disk / "run")) == unbroken
+    (error,) = recorded(disk / "run")
+    assert "could not be written: No space left on device (0.0 MiB are free" in error["message"]
+
+
+def test_a_full_disk_at_a_checkpoint(tmp_path: Path, disk: Path) -> None:
+    changes = {"train": {"checkpoint_every": 1, "keep_checkpoints": 2}}
+    whole = config(tmp_path, tmp_path, "whole", merge(SFT, changes))
+    train(whole)
+    subprocess.run(["mount", "-o", "remount,size=14m", disk], check=True)  # two checkpoints and a part of the third
+    run = Run(config(tmp_path, disk, "run", merge(SFT, changes)))
+    run.until(lambda: WAITS in run.said())
+    time.sleep(FULL_FOR_S)
+    subprocess.run(["mount", "-o", "remount,size=30m", disk], check=True)
+    run.end()
+    assert without_clocks(rows(disk / "run")) == without_clocks(rows(tmp_path / "whole"))
+    assert all("checkpoints-step_" in error["message"] for error in recorded(disk / "run"))
+
+
+def test_full_shared_memory(tmp_path: Path, unbroken: list[dict[str, Any]]) -> None:
+    """The ranks wait for room for their state at the start, and for the file that describes it after a step."""
+    run = Run(config(tmp_path, tmp_path, "run", GRPO), shm="64m")
+    run.until(lambda: WAITS in run.said())
+    assert "policy rank 0: /dev/shm/ray-rlhf-" in run.said()
+    time.sleep(FULL_FOR_S)
+    (run.shm / "ballast").unlink()
+    run.until(lambda: any(path.stat().st_size for path in run.shm.glob("ray-rlhf-*/*/policy-0/slot_1")))
+    run.wait_for_room(run.shm / "ballast", pauses=2)
+    run.end()
+    assert without_clocks(rows(tmp_path / "run")) == unbroken
+    first, second = recorded(tmp_path / "run")
+    assert "MiB are needed)" in first["message"]
+    assert ".pt could not be written" in second["message"]
