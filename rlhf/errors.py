@@ -29,6 +29,10 @@ class ObjectStoreFull(StorageFull):
     """
 
 
+class NodeNotReplaced(RunError):
+    """No node took the place of a lost one in time. The message names the limit."""
+
+
 class WorkerLost(RunError):
     """A worker no longer works: its process died, or it did not answer and was given up.
 

@@ -21,7 +21,7 @@ from actors.cluster.connect import OWN_RAY
 from rlhf.config.placement_plan import PlacementPlan, assign_nodes, plan_apart, plan_placement, plan_roles
 from rlhf.config.schema.cluster import ClusterConfig, EngineRange
 from rlhf.config.schema.root import Config
-from rlhf.errors import RunError, UserError
+from rlhf.errors import NodeNotReplaced, RunError, UserError
 from rlhf.role_table import Role
 from rlhf.stopping import finishes_within
 
@@ -85,12 +85,18 @@ class Placement:
         return _threads(self.nodes_of(role), configured)
 
     async def wait_until_whole(self, *, limit_s: float) -> None:
-        """Wait until Ray has placed the bundles of lost nodes on others. Raise RunError at the limit."""
+        """Wait until Ray has placed the bundles of lost nodes on others. Raise NodeNotReplaced at the limit."""
         if OWN_RAY.is_ending:
             raise RunError("the run's local Ray has died, and no other node can join it.")
         if not _is_whole(self.group):
             logger.warning("the run has lost a node: waiting for another in its place")
-            await _wait(asyncio.ensure_future(_whole(self.group)), self.group, self.plan, limit_s=limit_s, lost=True)
+            whole = asyncio.ensure_future(_whole(self.group))
+            try:
+                await _wait(whole, self.group, self.plan, limit_s=limit_s, lost=True)
+            except RunError as error:
+                logger.error("%s", error)
+                limit = f"within {limit_s:.0f} s (cluster.start_timeout_s)"
+                raise NodeNotReplaced(f"No other node took its place {limit}") from error
 
     def release(self) -> None:
         """Release the resources. Has no effect after a local Ray has been killed."""

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable,
 
 from rlhf.config.schema.cluster import Restarts
 from rlhf.controller.record import RunRecord
-from rlhf.errors import RunError, WorkerLost
+from rlhf.errors import NodeNotReplaced, Preempted, RunError, WorkerLost
 from rlhf.role_table import ROLES, Role, RoleKind
 from rlhf.roles import Metrics
 from rlhf.supervised import DriverDeath
@@ -47,6 +47,7 @@ class Supervisor:
     async def recover(self, lost: WorkerLost, rebuild: Callable[[], Awaitable[None]], *, work: Hashable = None) -> None:
         """Start the lost worker again, and record it. Raise the loss itself if the run must end.
 
+        Raise Preempted if no node takes the place of a lost one in time: on other nodes the run can continue.
         A successor that is lost before it works is started again in the same way.
 
         Args:
@@ -82,6 +83,8 @@ class Supervisor:
                 await rebuild()
             except WorkerLost:
                 raise
+            except NodeNotReplaced as error:  # the scheduler of the run may find another
+                raise Preempted(f"{message} {error}") from error
             except RunError as error:
                 raise RunError(f"{message} Its successor could not be started: {error}") from error
         took_s = time.perf_counter() - began

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from actors.cluster import placement as module
 from actors.cluster.placement import NoRoom, Placement, Seats
 from rlhf.config.placement_plan import PlacementPlan, WorkerSlot
 from rlhf.config.schema.cluster import EngineRange
-from rlhf.errors import RunError
+from rlhf.errors import NodeNotReplaced, RunError
 
 PLAN = PlacementPlan(
     bundles=({"CPU": 1.0},), slots={"reference": (WorkerSlot(bundle=0, cpus=1.0, gpus=0.0),)}, labels=({},)
@@ -36,12 +37,13 @@ async def test_a_successor_waits_until_another_node_is_there(monkeypatch: pytest
     assert left == ["CREATED"]
 
 
-async def test_without_another_node_the_error_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_another_node_the_error_names_the_limit_and_the_log_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     give_states(monkeypatch, "RESCHEDULING")
-    with pytest.raises(
-        RunError, match=r"(?s)is RESCHEDULING\..*reference +1 .*needed CPU: 1, available: 0.*lost nodes"
-    ):
+    with pytest.raises(NodeNotReplaced, match=r"No other node took its place within 0 s \(cluster\.start_timeout_s\)"):
         await PLACEMENT.wait_until_whole(limit_s=0.0)
+    assert re.search(r"(?s)is RESCHEDULING\..*reference +1 .*needed CPU: 1, available: 0.*lost nodes", caplog.text)
 
 
 class Groups:

@@ -14,7 +14,7 @@ import pytest
 from rlhf.config.schema.cluster import Restarts
 from rlhf.controller import supervisor as module
 from rlhf.controller.supervisor import Supervisor
-from rlhf.errors import LossKind, RunError, WorkerLost
+from rlhf.errors import LossKind, NodeNotReplaced, Preempted, RunError, WorkerLost
 from rlhf.supervised import DriverDeath
 from rlhf.tracking.run_folder.errors import write_error
 from rlhf.tracking.run_folder.timeline import Timeline
@@ -61,6 +61,12 @@ class Rebuild:
         self.count += 1
         if self.error is not None:
             raise self.error
+
+
+def test_a_lost_node_without_a_successor_preempts_the_run(record: Any) -> None:
+    rebuild = Rebuild(NodeNotReplaced("No other node took its place within 9 s (cluster.start_timeout_s)"))
+    with pytest.raises(Preempted, match=r"^rollouts: policy rank 0 died\. No other node took its place within 9 s"):
+        asyncio.run(Supervisor(Restarts(), record, ("policy",)).recover(lost(role="policy"), rebuild))
 
 
 def test_a_loss_is_made_good_and_shows_everywhere(record: Any, tmp_path: Path) -> None:
