@@ -201,9 +201,13 @@ class PolicyGang(Gang):
             await self.reconnect()
 
     async def meeting(self, *, num_receivers: int, timeout_s: float) -> Meeting:
-        """Return the address at which rank 0 waits for the receivers of a broadcast."""
+        """Return the address at which rank 0 waits for the receivers of a broadcast, at most as long as for a start.
+
+        A receiver may be lost meanwhile. It would be waited for until the limit.
+        """
         host, port = await self._address("weight sync")
-        return Meeting(address=host, port=port, num_receivers=num_receivers, timeout_s=timeout_s)
+        limit_s = min(timeout_s, self.start_deadline_s)
+        return Meeting(address=host, port=port, num_receivers=num_receivers, timeout_s=limit_s)
 
     async def open_weights(
         self, transport: Transport, meeting: Meeting | None, adapter: Path | None, *, num_engines: int

@@ -143,6 +143,14 @@ async def test_a_new_policy_is_connected_to_the_engines(notes: list[str]) -> Non
     assert notes[-2:] == ["start 1 127.0.0.1 1", "reconnect"]
 
 
+async def test_receivers_of_a_broadcast_are_not_waited_for_longer_than_a_start(notes: list[str]) -> None:
+    ranks: Any = [Started(0, notes)]
+    gang = PolicyGang(ranks, deadline_s=1800.0, one_host=True)
+    await gang.start(deadline_s=300.0)
+    assert (await gang.meeting(num_receivers=2, timeout_s=1800.0)).timeout_s == 300.0
+    assert (await gang.meeting(num_receivers=2, timeout_s=60.0)).timeout_s == 60.0
+
+
 @pytest.mark.parametrize(("steps", "common"), [((3, 2), 2), ((3, None), None)])
 async def test_the_oldest_of_the_newest_states_is_common_to_all_ranks(
     notes: list[str], steps: tuple[int | None, ...], common: int | None
