@@ -59,6 +59,7 @@ VICTIMS: Mapping[str, Victim] = {
     "reward worker": Victim(who="reward rank 0", recovers="reward"),
     "reward process": Victim(who="reward rank 0", helper="code"),
     "conversation": Victim(who="rollout rank 0", helper="conversation"),
+    "environment": Victim(who="rollout rank 0", helper="code", recovers="rollout"),
     "object store": Victim(who="driver", helper="raylet", recovers="controller"),
     "driver": Victim(who="driver", recovers="controller"),
 }

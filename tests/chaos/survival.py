@@ -279,7 +279,6 @@ class FaultyRun:
         self.tail = TimelineTail(self.folder / "timeline.json")
         self.footprint = Footprint()
         self.losses: Counter[tuple[str, str]] = Counter()  # by role and kind, which recoveries must have followed
-        self.exporting: Counter[str] = Counter()  # those by role that came after the last row of the metrics
         self.loses_driver = any(VICTIMS[fault.who].ends_driver for fault in faults)
         self.memory = FeignedMemory(folder) if any(fault.how == "memory" for fault in faults) else None
         arguments = ["--supervise"] if self.loses_driver else []
@@ -315,8 +314,8 @@ class FaultyRun:
             found = recorded_losses(self.folder)
             bad += [] if found == self.losses else [f"errors.jsonl has {dict(found)}, expected {dict(self.losses)}"]
             for role, count in roles.items():
-                total, after_last_row = counted(self.folder, role), self.exporting[role]
-                if total not in (count, count - after_last_row):
+                total = counted(self.folder, role)
+                if total != count:
                     bad.append(f"recovery/{role}/total is {total:g} in all rows together, expected {count}")
         return bad
 
@@ -353,7 +352,6 @@ class FaultyRun:
         role, bad = fault.recovers, list[str]()
         if role is not None:
             self.losses[role, KINDS[fault.how]] += 1
-            self.exporting[role] += fault.when == "export"
             if not self._wait(lambda: self.tail.seconds_back(at, role) is not None, limit_s=BACK_WITHIN_S):
                 bad.append(f"no recovery of {role} within {BACK_WITHIN_S:g} s")
         if not self._wait(lambda: not is_running(process), limit_s=GONE_WITHIN_S):

@@ -17,7 +17,8 @@ from tests.chaos.faults import STAGES, VICTIMS, Fault, How, TimelineTail, can_fe
 from tests.chaos.survival import MODES, Outcome, survive, train_unbroken
 
 STEPS = 24
-KILLED = [who for who in VICTIMS if who != "conversation"]
+OF_CONVERSATIONS = ("conversation", "environment")  # only some runs have such processes
+KILLED = [who for who in VICTIMS if who not in OF_CONVERSATIONS]
 WORKS_IN = {  # the stages in which a stopped process is awaited
     "engine": ("rollouts", "weight_sync", "eval"),
     "policy rank 0": ("update", "checkpoint"),
@@ -76,7 +77,8 @@ def all_runs() -> Iterator[Cells]:
         workers = [who for who in KILLED if not VICTIMS[who].ends_driver]
         yield cells("pipelined", f"kill in {when}", "kill", [(who, when) for who in workers])
     yield cells("pipelined", "kill driver", "kill", [("driver", when) for when in PIPELINED])
-    yield cells("conversations", "kill", "kill", [("conversation", when) for when in ("rollouts", "eval")])
+    holders = (*OF_CONVERSATIONS, "engine")
+    yield cells("conversations", "kill", "kill", [(who, when) for who in holders for when in ("rollouts", "eval")])
 
 
 @pytest.fixture(scope="session")
