@@ -77,7 +77,8 @@ def main() -> None:
 
     def tell(outcome: Outcome) -> None:
         known.append(outcome)
-        result = "; ".join(outcome.contradictions) or f"back after {outcome.back_s} s"
+        back = "survived" if outcome.back_s is None else f"back after {outcome.back_s:.1f} s"
+        result = "; ".join(outcome.contradictions) or back
         console.print(f"{len(known)} of {args.faults}, {time.monotonic() - began:.0f} s: {outcome.fault}: {result}")
 
     faults = draw(args.mode, count=args.faults, seed=args.seed)
