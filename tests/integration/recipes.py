@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from rlhf.cli import main
+
 ONLINE: Mapping[str, Any] = {
     "policy": {"model": "tiny:llama", "dtype": "float32"},
     "data": {
@@ -75,6 +77,11 @@ def train(config: Path, *arguments: str, timeout_s: float = 280.0) -> None:
     process = start(config, *arguments)
     code = process.wait(timeout=timeout_s)
     assert code == 0, f"exit {code}\n{config.with_suffix('.log').read_text(encoding='utf-8')[-4000:]}"
+
+
+def train_here(config: Path, *arguments: str) -> None:
+    """`rlhf train`, to its end, in this process and on the session's Ray. It starts in half the time."""
+    assert main(["train", str(config), "--quiet", *arguments]) == 0
 
 
 def rows(run: Path) -> list[dict[str, Any]]:

@@ -10,8 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rlhf.cli import main
 from rlhf.tracking.metrics.declarations import expected_metrics
-from tests.integration.recipes import ONLINE, merge, rows, start, train, write_config
+from rlhf.tracking.run_folder.atomic import read_lines
+from tests.integration.recipes import ONLINE, merge, rows, start, train, train_here, write_config
+from tests.integration.test_failures import actor_processes, once, steps_done
 
 MOODY = Path(__file__).parents[1] / "fixtures" / "environments" / "moody.py"
 GAME: dict[str, Any] = {
@@ -81,6 +84,27 @@ def test_the_same_run_holds_the_same_conversations(tmp_path: Path) -> None:
     one, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two"))
     for name, weight in one.items():
         torch.testing.assert_close(weight, two[name], rtol=0.0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_loss_of_the_process_that_starts_conversations_is_survived(ray_local: None, tmp_path: Path) -> None:
+    run = tmp_path / "game"
+
+    def kill() -> None:
+        (engine,) = actor_processes("RolloutEngine")
+        program = "rlhf.rollouts.environments.process"
+        (process,) = [child for child in engine.children() if program in " ".join(child.cmdline())]
+        process.kill()
+
+    with once(lambda: steps_done(run) >= 2, kill):
+        train_here(config(tmp_path, run.name, train={"steps": 4}))
+    (record,) = read_lines(run / "errors.jsonl")
+    assert (record["kind"], record["source"]) == ("died", "rollout 0")
+    assert "rollout rank 0 cannot work any more: the environment's process is gone" in record["message"]
+    assert sum(row.get("recovery/rollout/total", 0.0) for row in rows(run)) == 1
+    assert main(["doctor", str(run)]) == 0
+    assert not actor_processes()
 
 
 @pytest.mark.slow
