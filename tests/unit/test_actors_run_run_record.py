@@ -14,8 +14,9 @@ import pytest
 from actors.run.run_record import recording
 from rlhf.config.files.load import load
 from rlhf.config.schema.stages import MergeStage
-from rlhf.errors import RunError, UserError
+from rlhf.errors import Preempted, RunError, StorageFull, UserError
 from rlhf.preflight.run_folder import meet_mirror
+from rlhf.room import PAUSE
 
 PIPELINE = """\
 run: {name: demo, dir: DIR}
@@ -64,6 +65,30 @@ def test_the_stages_of_a_pipeline_are_one_group(tmp_path: Path, opened: list[dic
             assert opened[-1]["name"] == "demo/a"  # it has no metrics to send
     told = [(asked["name"], asked["group"], asked["job_type"]) for asked in opened]
     assert told == [("demo/a", "demo", "sft"), ("demo/judge", "demo", "evaluation")]
+
+
+@pytest.mark.parametrize(("has_checkpoint", "kind"), [(True, Preempted), (False, StorageFull)])
+def test_a_run_without_room_can_be_continued_if_it_has_a_checkpoint(
+    tmp_path: Path, opened: list[dict[str, Any]], has_checkpoint: bool, kind: type[Exception]
+) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(PIPELINE.replace("DIR", str(tmp_path)))
+    stage = next(iter(load(path).stages.values()))
+    assert not isinstance(stage, MergeStage)
+
+    def run() -> None:
+        with recording(stage, resume=False) as (record, _):
+            assert stage.cluster.room_timeout_s == PAUSE.limit_s
+            if has_checkpoint:
+                (record.folder.begin_checkpoint(1) / "file").touch()
+                record.folder.commit_checkpoint(1)
+            raise StorageFull("no room")
+
+    with pytest.raises(kind, match="no room"):
+        run()
+    assert PAUSE.limit_s == 0.0
+    (error,) = map(json.loads, (tmp_path / stage.run.name / "errors.jsonl").read_text().splitlines())
+    assert error["kind"] == "StorageFull"
 
 
 def test_a_single_run_has_no_group(tmp_path: Path, opened: list[dict[str, Any]]) -> None:
