@@ -33,7 +33,7 @@ def test_every_argument_that_the_project_sets_is_owned_or_may_be_changed() -> No
 
 
 def test_an_unknown_name_is_refused_with_the_nearest() -> None:
-    refuse_unknown_engine_args(cluster(enable_expert_parallel=True, speculative_config={"method": "ngram"}))
+    refuse_unknown_engine_args(cluster(enable_expert_parallel=True, kv_offloading_size=16))
     with pytest.raises(UserError, match=r"engine_args\.enable_expert_paralel: vllm.* did you mean enable_expert_paral"):
         refuse_unknown_engine_args(cluster(enable_expert_paralel=True))
     with pytest.raises(UserError, match=r"engine_args\.zzz: .*its EngineArgs lists all names"):
@@ -50,6 +50,7 @@ def test_without_vllm_the_engines_check_the_names(monkeypatch: pytest.MonkeyPatc
     [
         ("{max_model_len: 8}", "max_model_len: follows from data.max_prompt_tokens and rollouts.max_new_tokens"),
         ("{async_scheduling: true}", "async_scheduling: cannot be changed: a weight update must not meet"),
+        ("{speculative_config: {method: ngram}}", "the engines report wrong log-probabilities of drafted tokens"),
         ("{enable_chunked_prefill: true}", "enable_chunked_prefill: is true, but cluster.device is cpu"),
     ],
 )

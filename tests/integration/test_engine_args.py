@@ -1,0 +1,20 @@
+"""vLLM's own options in a real engine: a value that vLLM refuses is reported with its key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlhf.errors import RunError
+from rlhf.models.tiny import build_tiny_llama
+from tests.integration.engine_helpers import engine, spec
+
+
+@pytest.mark.slow
+def test_a_value_that_vllm_refuses_is_reported_with_the_key(tmp_path: Path, ray_local: None) -> None:
+    folder = build_tiny_llama(tmp_path / "tiny", seed=0)
+    wrong = spec(folder, engine_args={"kv_cache_dtype": "fp7"})
+    message = r"cluster\.roles\.rollout\.engine_args is \{kv_cache_dtype: fp7\}, and vLLM refuses"
+    with pytest.raises(RunError, match=message), engine(wrong):
+        pass
