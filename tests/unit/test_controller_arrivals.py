@@ -54,13 +54,16 @@ def step_of(take: Any, stream: Any, *, streamed: bool = True) -> Any:
     controller: Any = OnlineController.__new__(OnlineController)
     controller.config = SimpleNamespace(train=SimpleNamespace(streamed=streamed))
     controller.record, controller.learnt = SimpleNamespace(apart=lambda *_, **__: nullcontext(), add=None), []
-    controller.trained_step = 0
+    controller.trained_step, controller.roles = 0, ROLES
     controller.batches, controller.learning = SimpleNamespace(take=take), SimpleNamespace(stream=stream)
     return asyncio.run(asyncio.wait_for(controller._learn_while_taking(1), timeout=60))
 
 
 async def never(step: int) -> Any:
     await asyncio.Event().wait()
+
+
+ROLES = SimpleNamespace(rollout=SimpleNamespace(weights_are_missing=lambda: never(1)))
 
 
 async def fail(step: int) -> Any:
@@ -120,7 +123,7 @@ async def test_the_groups_of_a_batch_are_streamed_again_after_a_loss_while_other
     controller.trained, controller.survives, controller.learnt = {"policy": Ranks()}, True, ["of the broken attempt"]
     controller.step = controller.kept_step = controller.trained_step = 0
     controller.supervisor = SimpleNamespace(recover=recover)
-    controller.batches = SimpleNamespace(take=take)
+    controller.batches, controller.roles, controller.is_published = SimpleNamespace(take=take), ROLES, False
     controller.learning = SimpleNamespace(stream=stream, begin_again=lambda: calls.append("begin again"))
     assert tuple(await controller._learn_while_taking(1)) == ("batch", 2.5)
     assert calls == ["stream", "take", "restart", "take back 0", "begin again", "stream"]
