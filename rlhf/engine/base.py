@@ -113,7 +113,10 @@ class TrainingEngine(Protocol):
         """
 
     def load(self, folder: Path) -> None:
-        """Continue exactly where `save` was called. Raise UserError for another layout of ranks. Collective."""
+        """Continue where `save` was called: exactly, if number of ranks and sharding are the same. Collective.
+
+        Raise UserError for a checkpoint that cannot be continued.
+        """
 
     def keep_in(self, folder: Path) -> None:
         """Reserve shared memory for two snapshots of this rank's state, or open that of a predecessor.

@@ -64,20 +64,21 @@ class DataOnlyCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]
         return load_data(Path(path), map_location=map_location)
 
 
-def load_data(path: Path, *, map_location: Any = None) -> Any:
+def load_data(path: Path, *, map_location: Any = None, mapped: bool = False) -> Any:
     """Return the content of a file written by `torch.save`.
 
-    Raise UserError if it is damaged or asks for more than data.
+    Raise UserError if it is damaged or asks for more than data. mapped: the tensors stay on the disk until they are
+    used.
     """
     try:
         with torch.serialization.safe_globals(_HARMLESS):
-            return torch.load(path, map_location=map_location, weights_only=True)
+            return torch.load(path, map_location="cpu" if mapped else map_location, weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} is refused: it is damaged, or loading it would run code ({_first_line(error)}). Checkpoints hold "
             "tensors and plain values only. Use a checkpoint that this program wrote."
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, AssertionError) as error:
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, TypeError, AssertionError) as error:
         raise UserError(
             f"{path} cannot be read: {type(error).__name__}: {_first_line(error)}. Restore the file from a copy, or "
             "resume from an earlier checkpoint."

@@ -8,7 +8,6 @@ is compiled at run time: the optimizers come from rlhf.engine.optimizers, not fr
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,12 +20,15 @@ from torch import Tensor, nn
 
 from rlhf.engine.base import OptimizerSettings, ScheduleSettings, StepReport
 from rlhf.engine.distributed import set_deadline
-from rlhf.engine.frozen_weights import digest_of_base, load_initial_copies, save_initial_copies
+from rlhf.engine.engine_record import EngineRecord
+from rlhf.engine.frozen_weights import digest_of_base, digest_over_ranks, load_initial_copies, save_initial_copies
 from rlhf.engine.gathering import whole_numel, whole_weights
 from rlhf.engine.optimizers import make_optimizer
 from rlhf.engine.parameter_groups import parameter_groups
+from rlhf.engine.partitions import SUB_GROUP_ELEMENTS
 from rlhf.engine.randomness import load_random_state, save_random_state
 from rlhf.engine.rank_state import RankState
+from rlhf.engine.resharding import take_over
 from rlhf.engine.schedule import lr_factor
 from rlhf.engine.snapshots import Snapshots
 from rlhf.errors import RunError, UserError
@@ -73,7 +75,8 @@ class DeepSpeedEngine:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.device = device
         self._settings, self._schedule = optimizer, schedule
-        self._zero_stage, self._dtype = zero_stage, dtype
+        self._zero_stage: Literal[0, 1, 2, 3] = zero_stage
+        self._dtype = dtype
         self._offload, self._deadline_s = offload, deadline_s
         self._steps = 0
         self._nonfinite_losses = 0
@@ -90,6 +93,8 @@ class DeepSpeedEngine:
             splits_matrices=optimizer.name == "muon",
         )
         parameters = [p for group in groups for p in group.parameters]
+        names = {p: name for name, p in module.named_parameters()}
+        self._groups = [{names[p]: whole_numel(p) for p in group.parameters} for group in groups]
         self._lr_ratios = [group.lr_ratio for group in groups]
         self._optimizer = make_optimizer(groups, optimizer)
         self._engine, *_ = deepspeed.initialize(
@@ -120,6 +125,7 @@ class DeepSpeedEngine:
             "overlap_comm": on_gpu,
             "reduce_bucket_size": min(num_parameters, BUCKET_ELEMENTS),  # DeepSpeed allocates the whole size
             "allgather_bucket_size": min(num_parameters, BUCKET_ELEMENTS),
+            "sub_group_size": SUB_GROUP_ELEMENTS,
         }
         if on_gpu and "optimizer" in offload:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
@@ -249,38 +255,29 @@ class DeepSpeedEngine:
         when_there_is_room(folder, lambda: folder.mkdir(exist_ok=True))
         self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
         save_random_state(folder / f"random_{dist.get_rank():05d}.pt")
-        state = {**self._layout(), "frozen_weights": self._digest_frozen(), "steps": self._steps}
         save_initial_copies(self.module, folder / _INITIAL)
+        record = self._record()
         if dist.get_rank() == 0:
-            path = folder / "engine.json"
-            when_there_is_room(path, lambda: path.write_text(json.dumps(state, indent=1)))
+            when_there_is_room(folder, lambda: record.write(folder))
         dist.barrier()
 
     def load(self, folder: Path) -> None:
         self._finish_snapshot()
-        try:
-            saved = json.loads((folder / "engine.json").read_text())
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{folder} is not a whole snapshot of a training engine: {error}") from error
-        if not isinstance(saved, dict) or not isinstance(saved.get("steps"), int):
-            raise UserError(f"{folder / 'engine.json'} does not hold the state of a training engine.")
-        layout = self._layout()
-        differing = [
-            f"{key} {saved.get(key)} there, {layout[key]} here" for key in layout if saved.get(key) != layout[key]
-        ]
-        if differing:
-            raise UserError(f"The snapshot {folder} cannot be continued by this run: {'; '.join(differing)}.")
-        if saved.get("frozen_weights") != self._digest_frozen():
-            raise UserError(
-                f"{folder} was trained on other frozen weights: their checksum was {saved.get('frozen_weights')}, and "
-                f"is {self._digest_frozen()} now. Restore the folder of the model as it was when the run began."
+        saved, own = EngineRecord.read(folder), self._record()
+        saved.refuse_other(own, folder=folder)
+        is_sharded_alike = saved.sharding == own.sharding
+        frozen = own.frozen_weights if is_sharded_alike else f"{digest_over_ranks(self.module, saved.sharding):016x}"
+        saved.refuse_other_base(frozen, folder=folder)
+        if is_sharded_alike:
+            self._engine.load_checkpoint(
+                str(folder), tag=_TAG, load_lr_scheduler_states=False, custom_load_fn=self._load_trained
             )
-        self._engine.load_checkpoint(
-            str(folder), tag=_TAG, load_lr_scheduler_states=False, custom_load_fn=self._load_trained
-        )
+        else:
+            take_over(self._state, folder / _TAG, saved=saved, own=own)
         load_initial_copies(self.module, folder / _INITIAL)
-        self._steps = saved["steps"]
-        load_random_state(folder / f"random_{dist.get_rank():05d}.pt")
+        self._steps = saved.steps
+        if dist.get_rank() < saved.ranks:  # the random state of another rank stays as at the start of a run
+            load_random_state(folder / f"random_{dist.get_rank():05d}.pt")
         dist.barrier()
 
     def _load_trained(self, *, src: dict[str, Tensor], dst: nn.Module) -> None:
@@ -294,22 +291,20 @@ class DeepSpeedEngine:
                 f"({', '.join(unknown[:3])}), and lacks {len(lacking)} of its weights ({', '.join(lacking[:3])})."
             )
 
-    def _digest_frozen(self) -> str:
-        """Return a checksum of the frozen weights missing from checkpoints, over all ranks.
-
-        The first call is collective.
-        """
+    def _record(self) -> EngineRecord:
+        """Describe this engine and its state. The first call is collective."""
         if self._frozen_digest is None:
             self._frozen_digest = f"{int(self.all_reduce_sum(torch.tensor(digest_of_base(self.module)))):016x}"
-        return self._frozen_digest
-
-    def _layout(self) -> dict[str, int | str]:
-        return {
-            "model": architecture_fingerprint(self.module.config),
-            "ranks": dist.get_world_size(),
-            "zero_stage": self._zero_stage,
-            "dtype": str(self._dtype).removeprefix("torch."),
-        }
+        return EngineRecord(
+            model=architecture_fingerprint(self.module.config),
+            ranks=dist.get_world_size(),
+            zero_stage=self._zero_stage,
+            dtype=str(self._dtype).removeprefix("torch."),
+            optimizer=self._settings.name,
+            groups=self._groups,
+            frozen_weights=self._frozen_digest,
+            steps=self._steps,
+        )
 
     def keep_in(self, folder: Path) -> None:
         self._snapshots = Snapshots(folder, self._state.tensors(), deadline_s=self._deadline_s)

@@ -30,7 +30,7 @@ class RankState:
 
         It takes steps without gradients at a rate of 0, and resets the count of steps.
         """
-        for index, master in enumerate(self._masters()):
+        for index, master in enumerate(self.masters()):
             given, master.grad = master.grad, torch.zeros_like(master)
             self._engine.optimizer._optimizer_step(index) if self._zero_stage == 3 else self._optimizer.step()
             master.grad = given
@@ -38,7 +38,7 @@ class RankState:
             if "step" in state:
                 state["step"] = torch.zeros_like(state["step"]) if torch.is_tensor(state["step"]) else 0
 
-    def _masters(self) -> list[Tensor]:
+    def masters(self) -> list[Tensor]:
         """Return the tensors updated by the optimizer, in an order that is the same in each process."""
         wrapped = self._engine.optimizer
         for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
@@ -46,15 +46,16 @@ class RankState:
                 return list(getattr(wrapped, name))
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
 
-    def _states(self) -> dict[str, dict[str, Any]]:
-        return {f"state {i}": self._optimizer.state[master] for i, master in enumerate(self._masters())}
+    def states(self) -> dict[str, dict[str, Any]]:
+        """Return the optimizer's state of each master, in their order."""
+        return {f"state {i}": self._optimizer.state[master] for i, master in enumerate(self.masters())}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors themselves, not copies of them, under names that are the same in each process."""
-        masters = {f"master {i}": master for i, master in enumerate(self._masters())}
+        masters = {f"master {i}": master for i, master in enumerate(self.masters())}
         states = {
             f"{name} {key}": value
-            for name, state in self._states().items()
+            for name, state in self.states().items()
             for key, value in state.items()
             if torch.is_tensor(value)
         }
@@ -65,14 +66,14 @@ class RankState:
         """Return the rest of the state: counters, numbers of the optimizer, random states."""
         states = {
             name: {key: value for key, value in state.items() if not torch.is_tensor(value)}
-            for name, state in self._states().items()
+            for name, state in self.states().items()
         }
         counters = {name: getattr(self._engine, name) for name in _COUNTERS}
         return {"states": states, "counters": counters, "random": random_state()}
 
     def restore(self, values: Mapping[str, Any]) -> None:
         """Complete the state, after its tensors were replaced. Collective."""
-        for name, state in self._states().items():
+        for name, state in self.states().items():
             state.update(values["states"][name])
         for name, count in values["counters"].items():
             setattr(self._engine, name, count)
@@ -84,7 +85,7 @@ class RankState:
         wrapped = self._engine.optimizer
         if self._zero_stage == 3:
             wrapped.checkpoint_event_prologue()
-            for index in range(len(self._masters())):
+            for index in range(len(self.masters())):
                 wrapped._reassign_or_swap_out_partitioned_parameters(index)
             wrapped.checkpoint_event_epilogue()
         elif self._zero_stage > 0:

@@ -182,7 +182,10 @@ def _refuse_other_kind(section: Role, folder: str, config: Config, *, trained_by
 
 
 def refuse_other_model(config: Config, state: Mapping[str, Any], *, checkpoint: Path) -> None:
-    """Raise UserError if a checkpoint's models or their sharding differ from the run's policy and critic."""
+    """Raise UserError if a checkpoint's models differ from the run's policy and critic.
+
+    Their number of ranks and their ZeRO stage may differ.
+    """
     policy = config.policy
     fingerprint = architecture_fingerprint(load_model_config(policy.model, trust_remote_code=policy.trust_remote_code))
     if state["policy"] != fingerprint:
@@ -198,12 +201,16 @@ def refuse_other_model(config: Config, state: Mapping[str, Any], *, checkpoint: 
         )
     if state.get("algorithm_code", "") != algorithm.code_digest:
         logger.warning("the code of algorithm %s has changed since %s", algorithm.short_name, checkpoint)
-    differing = list(differences(state["trained"], trained_models(config)))
+    there, here = state["trained"], trained_models(config)
+    differing = list(differences({**there, "cluster": None}, {**here, "cluster": None}))
     if differing:
         raise UserError(
             f"{checkpoint} cannot be continued by this run: {'; '.join(differing)}. Resume with its settings, or "
             "choose another run.name."
         )
+    resharded = list(differences({"cluster": there.get("cluster")}, {"cluster": here.get("cluster")}))
+    if resharded:
+        logger.info("the state of %s is divided anew: %s", checkpoint, "; ".join(resharded))
 
 
 def with_sources(config: Config, folder: Path) -> Config:

@@ -60,8 +60,6 @@ def state_of(config: Config) -> Any:
     ("overrides", "message"),
     [
         (["policy.lora={rank: 8}"], "policy.lora is null there and a mapping here"),
-        (["cluster.roles.policy.workers=2"], "cluster.roles.policy.workers is 1 there and 2 here"),
-        (["cluster.roles.policy.zero_stage=1"], "cluster.roles.policy.zero_stage is 2 there and 1 here"),
         (["policy.dtype=bfloat16"], "policy.dtype is 'float32' there and 'bfloat16' here"),
         (["critic.lora={rank: 8}"], "critic.lora is null there and a mapping here"),
         (["critic.model=MODEL"], "critic.model is '<run>/models/"),
@@ -88,6 +86,20 @@ def test_a_checkpoint_may_be_moved_and_trained_otherwise(tmp_path: Path) -> None
     shutil.move(tmp_path / "demo", tmp_path / "moved" / "demo")
     hyper = ["train.lr=1.0e-4", "policy.lora={rank: 8, dropout: 0.1}", "policy.gradient_checkpointing=true"]
     refuse_other_model(local(tmp_path / "moved", *hyper), state, checkpoint=Path("step_000001"))
+
+
+def test_a_checkpoint_may_be_continued_by_other_ranks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    state = state_of(local(tmp_path))
+    with caplog.at_level("INFO"):
+        refuse_other_model(local(tmp_path), state, checkpoint=Path("step_000001"))
+        assert not caplog.messages
+        changes = ["cluster.roles.policy={workers: 2, zero_stage: 3}", "cluster.roles.critic.workers=2"]
+        refuse_other_model(local(tmp_path, *changes), state, checkpoint=Path("step_000001"))
+    (line,) = caplog.messages
+    assert line == (
+        "the state of step_000001 is divided anew: cluster.roles.policy.workers is 1 there and 2 here; "
+        "cluster.roles.policy.zero_stage is 2 there and 3 here; cluster.roles.critic.workers is 1 there and 2 here"
+    )
 
 
 def test_a_finished_run_is_done_with_its_own_settings_alone(tmp_path: Path) -> None:

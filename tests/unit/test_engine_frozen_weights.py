@@ -6,13 +6,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlhf.engine.frozen_weights import digest_of_base, load_initial_copies, save_initial_copies
+from rlhf.engine.frozen_weights import digest_of_base, digest_over_ranks, load_initial_copies, save_initial_copies
+from rlhf.engine.partitions import Sharding
 from rlhf.errors import UserError
 from rlhf.models.lora import add_lora
 from rlhf.models.weights import initial_copies
@@ -70,3 +72,21 @@ def test_the_checksum_is_that_of_the_base_alone() -> None:
         assert digest_of_base(model) == before
         model.model.layers[0].mlp.up_proj.base_layer.weight[0, 0] += 1e-3
     assert digest_of_base(model) != before
+
+
+def test_the_checksum_that_other_ranks_would_have() -> None:
+    model = adapted()
+    digests = []
+    for rank in range(3):  # with shares as at stage 3, and padding that is no zero
+        for parameter in model.parameters():
+            size = -(-parameter.numel() // 3)
+            share = torch.full((size,), float("nan"))
+            own = parameter.detach().reshape(-1)[rank * size : (rank + 1) * size]
+            share[: len(own)] = own
+            parameter.ds_tensor, parameter.ds_numel = share, parameter.numel()
+        with mock.patch("torch.distributed.get_rank", return_value=rank):
+            digests.append(digest_of_base(model))
+        for parameter in model.parameters():
+            del parameter.ds_tensor, parameter.ds_numel
+    assert digest_over_ranks(model, Sharding(ranks=3, zero_stage=3)) == sum(digests)
+    assert digest_over_ranks(model, Sharding(ranks=2, zero_stage=2)) == 2 * digest_of_base(model)

@@ -1,0 +1,68 @@
+"""What a checkpoint of an engine says of itself: engine.json, written by rank 0 beside DeepSpeed's files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+
+from rlhf.engine.base import OptimizerName
+from rlhf.engine.partitions import Sharding
+from rlhf.errors import UserError
+
+_NAME = "engine.json"
+
+
+class EngineRecord(BaseModel):
+    """Settings of an engine on which its files depend, and its number of optimizer steps."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    model: str  # fingerprint of the architecture
+    ranks: PositiveInt
+    zero_stage: Literal[0, 1, 2, 3]
+    dtype: str
+    optimizer: OptimizerName | None = None  # None, like groups: written by an older version
+    groups: list[dict[str, NonNegativeInt]] | None = None  # elements of each trained parameter
+    frozen_weights: str  # checksum
+    steps: NonNegativeInt
+
+    @property
+    def sharding(self) -> Sharding:
+        return Sharding(ranks=self.ranks, zero_stage=self.zero_stage)
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Return the record of a checkpoint. Raise UserError if there is none."""
+        try:
+            return cls.model_validate_json((folder / _NAME).read_bytes())
+        except OSError as error:
+            raise UserError(f"{folder} is not a whole snapshot of a training engine: {error}") from error
+        except ValidationError as error:
+            problem = error.errors()[0]
+            key = ".".join(map(str, problem["loc"]))
+            raise UserError(
+                f"{folder / _NAME} does not hold the state of a training engine: {key}: {problem['msg']}."
+            ) from error
+
+    def write(self, folder: Path) -> None:
+        (folder / _NAME).write_text(self.model_dump_json(indent=1))
+
+    def refuse_other(self, own: EngineRecord, *, folder: Path) -> None:
+        """Raise UserError if the checkpoint in the folder is of another model than the engine with the record `own`."""
+        differing = [
+            f"{key} {there} there, {here} here"
+            for key, there, here in (("model", self.model, own.model), ("dtype", self.dtype, own.dtype))
+            if there != here
+        ]
+        if differing:
+            raise UserError(f"The snapshot {folder} cannot be continued by this run: {'; '.join(differing)}.")
+
+    def refuse_other_base(self, frozen_weights: str, *, folder: Path) -> None:
+        """Raise UserError if the frozen weights have another checksum than when the checkpoint was written."""
+        if self.frozen_weights != frozen_weights:
+            raise UserError(
+                f"{folder} was trained on other frozen weights: their checksum was {self.frozen_weights}, and is "
+                f"{frozen_weights} now. Restore the folder of the model as it was when the run began."
+            )

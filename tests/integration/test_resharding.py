@@ -1,0 +1,228 @@
+"""Checkpoints continued by other ranks and other ZeRO stages on real DeepSpeed, and those that are refused.
+
+The loaded weights are the saved ones, bit for bit. The steps after them then differ in rounding alone: sums over other
+ranks and in other orders.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from rlhf.engine.partitions import Sharding
+from rlhf.errors import UserError
+from tests.integration import test_engine_adapters as adapters
+from tests.integration.rank_gang import Gang, small_config
+from tests.integration.test_engine_deepspeed import OPTIMIZER, batch, distance, loss_of, make_engine, weights_of
+
+pytestmark = pytest.mark.slow
+
+SAVED_STEPS, MORE_STEPS = 2, 3
+
+
+def trained_further(engine: Any, rank: int, world_size: int, steps: range) -> list[float]:
+    """The loss of each step over all ranks, before its update."""
+    losses = []
+    for step in steps:
+        loss = engine.forward(loss_of, batch(step)[rank::world_size])
+        engine.backward(loss, last=True)
+        losses.append(float(engine.all_reduce_sum(loss.detach())))
+        engine.step()
+    return losses
+
+
+def train_and_save(rank: int, world_size: int, *, stage: int, dtype: torch.dtype, folder: Path, name: str) -> Any:
+    """The weights when they were saved, and the losses and weights of the unbroken run."""
+    engine = make_engine(stage, dtype, optimizer=replace(OPTIMIZER, name=name))
+    trained_further(engine, rank, world_size, range(1, SAVED_STEPS + 1))
+    engine.save(folder)
+    saved = weights_of(engine)
+    losses = trained_further(engine, rank, world_size, range(SAVED_STEPS + 1, SAVED_STEPS + MORE_STEPS + 1))
+    weights = weights_of(engine)
+    engine.close()
+    return saved, losses, weights
+
+
+def continued(rank: int, world_size: int, *, stage: int, dtype: torch.dtype, folder: Path, name: str) -> Any:
+    """The weights when they were loaded, and the losses and weights after more steps, or why it was refused."""
+    engine = make_engine(stage, dtype, optimizer=replace(OPTIMIZER, name=name))
+    try:
+        engine.load(folder)
+        loaded = weights_of(engine)
+        losses = trained_further(engine, rank, world_size, range(SAVED_STEPS + 1, SAVED_STEPS + MORE_STEPS + 1))
+        return loaded, losses, weights_of(engine)
+    except UserError as error:
+        return str(error)
+    finally:
+        engine.close()
+
+
+class Gangs(dict[int, Gang]):
+    """Gangs by their number of ranks, started when they are needed."""
+
+    def __missing__(self, ranks: int) -> Gang:
+        self[ranks] = Gang(ranks)
+        return self[ranks]
+
+
+@pytest.fixture(scope="module")
+def gangs() -> Iterator[Gangs]:
+    gangs = Gangs()
+    yield gangs
+    for gang in gangs.values():
+        gang.close()
+
+
+ALIKE = [
+    ("muon", Sharding(ranks=1, zero_stage=0), Sharding(ranks=2, zero_stage=0)),
+    ("adafactor", Sharding(ranks=2, zero_stage=0), Sharding(ranks=1, zero_stage=0)),
+    ("adamw_8bit", Sharding(ranks=2, zero_stage=0), Sharding(ranks=1, zero_stage=0)),
+    ("adamw_8bit", Sharding(ranks=2, zero_stage=1), Sharding(ranks=2, zero_stage=2)),
+    ("adamw_8bit", Sharding(ranks=2, zero_stage=2), Sharding(ranks=2, zero_stage=1)),
+]
+REFUSED = [
+    (Sharding(ranks=2, zero_stage=2), Sharding(ranks=1, zero_stage=2)),
+    (Sharding(ranks=2, zero_stage=2), Sharding(ranks=2, zero_stage=3)),
+    (Sharding(ranks=1, zero_stage=0), Sharding(ranks=2, zero_stage=2)),
+]
+
+
+@pytest.mark.parametrize(("name", "there", "here"), ALIKE)
+def test_states_of_several_weights_are_taken_over_whole(
+    gangs: Gangs, name: str, there: Sharding, here: Sharding, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"dtype": torch.float32, "folder": tmp_path / "saved", "name": name}
+    (saved, losses, weights), *_ = gangs[there.ranks].run(train_and_save, stage=there.zero_stage, **options)
+    for loaded, losses_again, weights_again in gangs[here.ranks].run(continued, stage=here.zero_stage, **options):
+        assert all(torch.equal(loaded[key], weight) for key, weight in saved.items())
+        assert losses_again == pytest.approx(losses, rel=1e-2)
+        # Muon's products are in bfloat16, and 8-bit states round again: both amplify rounding of the gradient.
+        assert distance(weights_again, weights) < 0.1 * distance(weights, saved)
+
+
+@pytest.mark.parametrize(("there", "here"), REFUSED)
+def test_states_of_several_weights_are_not_divided(
+    gangs: Gangs, there: Sharding, here: Sharding, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"dtype": torch.float32, "folder": tmp_path / "saved", "name": "adamw_8bit"}
+    gangs[there.ranks].run(train_and_save, stage=there.zero_stage, **options)
+    for message in gangs[here.ranks].run(continued, stage=here.zero_stage, **options):
+        assert f"was written with {there} and cannot be continued with {here}: adamw_8bit has states" in message
+
+
+def adapter_saved(rank: int, world_size: int, *, model: Path, kind: str, stage: int, folder: Path) -> Any:
+    engine = adapters.started(model, kind, stage)
+    adapters.updated(engine, rank % 2, 1)
+    engine.save(folder)
+    weights = {name: weight.clone() for name, weight in engine.named_weights(torch.float32)}
+    engine.close()
+    return weights
+
+
+def adapter_continued(
+    rank: int, world_size: int, *, model: Path, kind: str, stage: int, folder: Path, changed: bool = False
+) -> Any:
+    engine = adapters.started(model, kind, stage)
+    if changed:
+        base = engine.module.model.layers[1].mlp.up_proj.base_layer.weight
+        with adapters.whole([base]), torch.no_grad():
+            base[0, 0] += 1e-3
+    try:
+        engine.load(folder)
+        weights = {name: weight.clone() for name, weight in engine.named_weights(torch.float32)}
+        adapters.updated(engine, rank % 2, 2)
+        return weights
+    except UserError as error:
+        return str(error)
+    finally:
+        engine.close()
+
+
+ADAPTERS = [("lora", 2, 3), ("lora", 3, 0), ("dora with embedding", 2, 3), ("pissa", 3, 2), ("4 bits", 1, 2)]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    LlamaForCausalLM(small_config(hidden_size=64, intermediate_size=128)).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("ranks", [(1, 2), (2, 1)], ids=str)
+@pytest.mark.parametrize(("kind", "there", "here"), ADAPTERS)
+def test_adapters(
+    gangs: Gangs, base: Path, kind: str, there: int, here: int, ranks: tuple[int, int], tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"model": base, "kind": kind, "folder": tmp_path / "saved"}
+    saved, *_ = gangs[ranks[0]].run(adapter_saved, stage=there, **options)
+    for loaded in gangs[ranks[1]].run(adapter_continued, stage=here, **options):
+        assert all(torch.equal(loaded[name], weight) for name, weight in saved.items())
+    if kind == "lora":
+        for message in gangs[ranks[1]].run(adapter_continued, stage=here, changed=True, **options):
+            assert "was trained on other frozen weights" in message
+
+
+def damaged(folder: Path, how: str) -> None:
+    file = folder / "deepspeed" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    record = json.loads((folder / "engine.json").read_text())
+    match how:
+        case "missing":
+            file.unlink()
+        case "truncated":
+            file.write_bytes(file.read_bytes()[:-1000])
+        case "of another rank":
+            shutil.copy(folder / "deepspeed" / "mp_rank_00_model_states.pt", file)
+        case "float16":
+            record["dtype"] = "float16"
+        case "another model":
+            record["groups"][0].popitem()
+        case "another size":
+            record["groups"][1] |= {next(iter(record["groups"][1])): 5}
+        case "another optimizer":
+            record["optimizer"] = "muon"
+        case "older":
+            del record["groups"], record["optimizer"]
+        case "no stage":
+            record["zero_stage"] = 4
+    (folder / "engine.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("missing", "zero_pp_rank_1_mp_rank_00_optim_states.pt cannot be read"),
+        ("truncated", "zero_pp_rank_1_mp_rank_00_optim_states.pt cannot be read"),
+        ("of another rank", "does not hold the state of 2 ranks at ZeRO stage 2: KeyError"),
+        ("float16", "cannot be continued by this run: dtype float16 there, float32 here"),
+        ("another model", "is of another model: 1 trained weights are missing or have another size"),
+        ("another size", "is of another model: 1 trained weights are missing or have another size"),
+        ("another optimizer", "has the states of train.optimizer muon, not of adamw"),
+        ("older", "was written by an older version with 2 ranks at ZeRO stage 2, and can only be continued so"),
+        ("no stage", "engine.json does not hold the state of a training engine: zero_stage: Input should be"),
+    ],
+)
+def test_what_cannot_be_continued(gangs: Gangs, how: str, message: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"dtype": torch.float32, "folder": tmp_path / "saved", "name": "adamw"}
+    gangs[2].run(train_and_save, stage=2, **options)
+    damaged(tmp_path / "saved", how)
+    (said,) = gangs[1].run(continued, stage=2, **options)
+    assert message in said
+
+
+def test_an_adapter_of_another_rank(gangs: Gangs, base: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"model": base, "kind": "lora", "folder": tmp_path / "saved", "stage": 2}
+    gangs[2].run(adapter_saved, **options)
+    record = json.loads((tmp_path / "saved" / "engine.json").read_text())
+    record["groups"] = [{name: 2 * numel for name, numel in group.items()} for group in record["groups"]]
+    (tmp_path / "saved" / "engine.json").write_text(json.dumps(record))
+    (said,) = gangs[1].run(adapter_continued, **options)
+    assert "trained weights are missing or have another size" in said

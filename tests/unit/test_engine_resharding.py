@@ -1,0 +1,110 @@
+"""The state of all ranks, divided anew for other ranks and another ZeRO stage, against a division of the whole."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from rlhf.engine.engine_record import EngineRecord
+from rlhf.engine.partitions import Sharding, partitions_of
+from rlhf.engine.resharding import RankFile, copy_elements, overlaps_of
+
+SIZES = [{"embedding": 30, "up": 12, "down": 7}, {"norm": 3, "bias": 1}]  # with and without weight decay
+REGROUPED = [{"norm": 3, "embedding": 30, "up": 12}, {"down": 7}, {"bias": 1}]
+SHARDINGS = [Sharding(ranks=ranks, zero_stage=stage) for stage in range(4) for ranks in (1, 2, 3, 4)]
+
+
+def values(key: str, name: str) -> Tensor:
+    """Another number for every element, none of which is that of padding."""
+    numel = next(group[name] for group in SIZES if name in group)
+    start = 1000 * (1 + ["embedding", "up", "down", "norm", "bias"].index(name))
+    return torch.arange(start, start + numel) + {"master": 0.0, "exp_avg": 0.25, "exp_avg_sq": 0.5}[key]
+
+
+def divided(key: str, groups: list[dict[str, int]], sharding: Sharding, rank: int) -> list[Tensor]:
+    """The masters of a rank, or the states beside them, with 0 in the padding."""
+    ranks = sharding.ranks
+    masters = []
+    for group in groups:
+        whole = [values(key, name) for name in group]
+        if sharding.zero_stage == 0:
+            masters += whole
+        elif sharding.zero_stage == 3:
+            parts = [pad(flat, (0, -len(flat) % ranks)).chunk(ranks)[rank] for flat in whole]
+            masters.append(torch.cat(parts))
+        else:
+            flat = torch.cat(whole)
+            masters.append(pad(flat, (0, -len(flat) % (2 * ranks))).chunk(ranks)[rank].clone())
+    return masters
+
+
+def file_of(groups: list[dict[str, int]], sharding: Sharding, rank: int) -> RankFile:
+    averages, squares = (divided(key, groups, sharding, rank) for key in ("exp_avg", "exp_avg_sq"))
+    return RankFile(
+        masters=divided("master", groups, sharding, rank),
+        states=[
+            {"step": torch.tensor(7.0), "exp_avg": average, "exp_avg_sq": square}
+            for average, square in zip(averages, squares, strict=True)
+        ],
+    )
+
+
+def empty_state(groups: list[dict[str, int]], sharding: Sharding, rank: int) -> Any:
+    """Like RankState of a new engine."""
+    file = file_of(groups, sharding, rank)
+    states = {
+        f"state {i}": {key: torch.zeros_like(value) for key, value in state.items()}
+        for i, state in enumerate(file.states)
+    }
+    return SimpleNamespace(masters=lambda: [torch.zeros_like(m) for m in file.masters], states=lambda: states)
+
+
+@pytest.mark.parametrize("groups", [SIZES, REGROUPED], ids=["same groups", "other groups"])
+@pytest.mark.parametrize("there", SHARDINGS, ids=str)
+def test_every_element_comes_to_its_new_place(there: Sharding, groups: list[dict[str, int]]) -> None:
+    for here in SHARDINGS:
+        for rank in range(here.ranks):
+            expected, state = file_of(groups, here, rank), empty_state(groups, here, rank)
+            masters = state.masters()
+            state.masters = lambda masters=masters: masters
+            written = partitions_of(SIZES, there)[: None if there.zero_stage else 1]
+            overlaps = overlaps_of(partitions_of(groups, here)[rank], written)
+            copy_elements(state, overlaps, lambda other: file_of(SIZES, there, other), with_states=True)
+            assert all(map(torch.equal, masters, expected.masters))
+            for own, wanted, master in zip(state.states().values(), expected.states, masters, strict=True):
+                assert torch.equal(own["exp_avg"], wanted["exp_avg"])
+                assert torch.equal(own["exp_avg_sq"], wanted["exp_avg_sq"])
+                assert own["step"] == (7.0 if master.any() else 0.0)
+
+
+def test_masters_alone() -> None:
+    there, here = Sharding(ranks=2, zero_stage=1), Sharding(ranks=2, zero_stage=2)
+    state = empty_state(SIZES, here, 1)
+    masters = state.masters()
+    state.masters = lambda: masters
+    overlaps = overlaps_of(partitions_of(SIZES, here)[1], partitions_of(SIZES, there))
+    copy_elements(state, overlaps, lambda rank: file_of(SIZES, there, rank), with_states=False)
+    assert all(map(torch.equal, masters, divided("master", SIZES, here, 1)))
+    assert not any(value.any() for own in state.states().values() for value in own.values())
+
+
+def test_a_file_that_is_too_short_is_no_source() -> None:
+    there, here = Sharding(ranks=1, zero_stage=2), Sharding(ranks=2, zero_stage=2)
+    short = RankFile(masters=[torch.zeros(48), torch.zeros(4)], states=[{}, {}])  # of 49 elements
+    overlaps = overlaps_of(partitions_of(SIZES, here)[1], partitions_of(SIZES, there))
+    with pytest.raises((RuntimeError, IndexError)):
+        copy_elements(empty_state(SIZES, here, 1), overlaps, lambda rank: short, with_states=False)
+
+
+def test_the_record_of_an_older_version_has_no_groups(tmp_path: Any) -> None:
+    old = {"model": "m", "ranks": 2, "zero_stage": 2, "dtype": "float32", "frozen_weights": "00", "steps": 3}
+    new = EngineRecord(**old, optimizer="adamw", groups=SIZES)
+    new.write(tmp_path)
+    assert EngineRecord.read(tmp_path) == new
+    (tmp_path / "engine.json").write_text(EngineRecord(**old).model_dump_json(exclude_none=True))
+    assert EngineRecord.read(tmp_path).groups is None
