@@ -26,14 +26,12 @@ SIZES = {
     "head_dim": 32,
     "max_position_embeddings": 2048,
 }
-MLA = {"q_lora_rank": 32, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32}
 EIGHT = {"num_experts": 8, "moe_intermediate_size": 48, "norm_topk_prob": True}
 MIXTURES = {
     "padded": ("qwen3_moe", EIGHT),  # the kernels pad 48 columns to 64
     "whole_blocks": ("qwen3_moe", EIGHT | {"moe_intermediate_size": 64}),
     "mixtral": ("mixtral", {}),
     "glm4_moe": ("glm4_moe", {"moe_intermediate_size": 64, "first_k_dense_replace": 1}),
-    "deepseek_v3": ("deepseek_v3", MLA | {"moe_intermediate_size": 64}),
     "gpt_oss": ("gpt_oss", {"intermediate_size": 64}),
 }
 
@@ -73,6 +71,8 @@ def test_engine_is_the_trainer_after_every_sync(tmp_path: Path, ray_local: None,
             sync(handle, sender.publish(published(model), version))
             rollouts, _ = call(handle.generate.remote(request(version), SAMPLING))
             assert worst_difference(model, rollouts) < 1e-4
+        if name == "gpt_oss":
+            return  # its files have the experts stacked, so no single expert can be missing
         most = [(key, weight) for key, weight in published(model) if "layers.1." not in key or ".experts.1." not in key]
         with pytest.raises(RunError, match=r"layers\.1\..*experts"):
             sync(handle, sender.publish(iter(most), 3))
