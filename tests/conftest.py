@@ -65,3 +65,14 @@ def ray_local() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def kept_engines(ray_local: None) -> Iterator[None]:
+    """Keep the engines of a run for the module's next run in this process, if it has the same settings."""
+    from actors.run.engine_pool import ENGINE_POOL
+
+    ENGINE_POOL.keeps = True
+    yield
+    ENGINE_POOL.keeps = False
+    ENGINE_POOL.close()

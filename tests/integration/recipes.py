@@ -89,6 +89,11 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def one_thread(*roles: str) -> dict[str, Any]:
+    """Settings of `cluster.roles` with which a run here rounds like one on a Ray with another number of cores."""
+    return {role: {"threads": 1} for role in roles}
+
+
 def without_clocks(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows without times, throughput, memory, losses and the nodes' state: what is equal bit for bit after a loss."""
     clocks = ("time", "throughput/", "memory/", "system/", "recovery/")

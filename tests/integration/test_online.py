@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 from rlhf.tracking.metrics.declarations import expected_metrics
 from rlhf.tracking.metrics.histograms import FILE as HISTOGRAMS
 from rlhf.tracking.run_folder.atomic import read_lines
-from tests.integration.recipes import rows, start, train, without_clocks, write_config
+from tests.integration.recipes import one_thread, rows, start, train, train_here, without_clocks, write_config
 
 PPO: dict[str, Any] = {
     "algorithm": {
@@ -41,7 +41,9 @@ PPO: dict[str, Any] = {
 
 def run_config(folder: Path, name: str) -> Path:
     """The same run under another name."""
-    return write_config(folder / f"{name}.yaml", {**PPO, "run": {"name": name, "dir": str(folder), "seed": 3}})
+    run = {"name": name, "dir": str(folder), "seed": 3}
+    threads = {"roles": one_thread("policy", "critic", "reference", "rollout")}
+    return write_config(folder / f"{name}.yaml", {**PPO, "run": run, "cluster": threads})
 
 
 def kill_all(pid: int) -> None:
@@ -61,10 +63,10 @@ def wait_for(path: Path, lines: int, *, timeout_s: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unbroken(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a PPO run of four steps."""
     folder = tmp_path_factory.mktemp("online")
-    train(run_config(folder, "unbroken"))
+    train_here(run_config(folder, "unbroken"))
     return folder / "unbroken"
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.integration.recipes import rows, start, train, without_clocks, write_config
+from tests.integration.recipes import rows, start, train, train_here, without_clocks, write_config
 from tests.integration.test_online import kill_all, wait_for
 
 REWARD = """\
@@ -65,9 +65,9 @@ def updates_during_rollouts(run: Path) -> int:
 
 
 @pytest.mark.timeout(600)
-def test_a_streamed_run_equals_the_run_in_turns_up_to_rounding(tmp_path: Path) -> None:
+def test_a_streamed_run_equals_the_run_in_turns_up_to_rounding(kept_engines: None, tmp_path: Path) -> None:
     for name, streamed in (("in_turns", False), ("streamed", True)):
-        train(run_config(tmp_path, name, streamed=streamed))
+        train_here(run_config(tmp_path, name, streamed=streamed))
     assert updates_during_rollouts(tmp_path / "in_turns") == 0
     assert updates_during_rollouts(tmp_path / "streamed") >= 3
     for row in rows(tmp_path / "streamed"):

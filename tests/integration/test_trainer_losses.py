@@ -72,7 +72,7 @@ def assert_equal(killed: Path, unbroken: Path) -> None:
 
 
 def test_a_step_whose_rank_is_killed_is_done_again(
-    ray_local: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    kept_engines: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     unbroken = train(tmp_path, "unbroken", GRPO)
     kill_during(monkeypatch, PolicyGang, "update", rank=1, number=4)  # the second update of step 2
