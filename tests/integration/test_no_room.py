@@ -146,10 +146,7 @@ def test_full_shared_memory(tmp_path: Path, unbroken: list[dict[str, Any]]) -> N
     assert "policy rank 0: /dev/shm/ray-rlhf-" in run.said()
     time.sleep(FULL_FOR_S)
     (run.shm / "ballast").unlink()
-    run.until(lambda: any(path.stat().st_size for path in run.shm.glob("ray-rlhf-*/*/policy-0/slot_1")))
-    run.wait_for_room(run.shm / "ballast", pauses=2)
     run.end()
     assert without_clocks(rows(tmp_path / "run")) == unbroken
-    first, second = recorded(tmp_path / "run")
-    assert "MiB are needed)" in first["message"]
-    assert ".pt could not be written" in second["message"]
+    (error,) = recorded(tmp_path / "run")
+    assert "MiB are needed)" in error["message"]
