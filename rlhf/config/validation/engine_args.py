@@ -48,7 +48,7 @@ OWNED: Mapping[str, str] = {
     "pipeline_parallel_size": "is not supported; use cluster.roles.rollout.tensor_parallel",
     "revision": "is set by policy.revision",
     "seed": "is set by run.seed, and every response has its own seed",
-    "speculative_config": "cannot be used: the engines report wrong log-probabilities of drafted tokens",
+    "speculative_config": "cannot be used: log-probabilities were wrong in a test with drafts",
     "tensor_parallel_size": "is set by cluster.roles.rollout.tensor_parallel",
     "tokenizer": "is set by policy.tokenizer",
     "tokenizer_revision": "is set by policy.tokenizer",
