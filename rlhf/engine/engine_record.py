@@ -23,8 +23,8 @@ class EngineRecord(BaseModel):
     ranks: PositiveInt
     zero_stage: Literal[0, 1, 2, 3]
     dtype: str
-    optimizer: OptimizerName | None = None  # None, like groups: written by an older version
-    groups: list[dict[str, NonNegativeInt]] | None = None  # elements of each trained parameter
+    optimizer: OptimizerName
+    groups: list[dict[str, NonNegativeInt]]  # elements of each trained parameter
     frozen_weights: str  # checksum
     steps: NonNegativeInt
 

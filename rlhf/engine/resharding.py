@@ -50,7 +50,7 @@ def take_over(state: RankState, folder: Path, *, saved: EngineRecord, own: Engin
     """
     _refuse_other_weights(saved, own, folder)
     written = saved.sharding if saved.zero_stage else Sharding(ranks=1, zero_stage=0)  # by rank 0, for all ranks
-    there, here = (partitions_of(record.groups or (), part) for record, part in ((saved, written), (own, own.sharding)))
+    there, here = (partitions_of(record.groups, part) for record, part in ((saved, written), (own, own.sharding)))
     partition = here[dist.get_rank()]
     if tuple(master.numel() for master in state.masters()) != partition.sizes:
         raise RunError("DeepSpeed divides the trained weights in another way than this program expects.")
@@ -79,17 +79,12 @@ def take_over(state: RankState, folder: Path, *, saved: EngineRecord, own: Engin
 
 
 def _refuse_other_weights(saved: EngineRecord, own: EngineRecord, folder: Path) -> None:
-    if saved.groups is None:
-        raise UserError(
-            f"{folder.parent} was written by an older version with {saved.sharding}, and can only be continued so, not "
-            f"with {own.sharding}."
-        )
     if saved.optimizer != own.optimizer:
         raise UserError(
             f"{folder.parent} has the states of train.optimizer {saved.optimizer}, not of {own.optimizer}. Resume with "
             "that optimizer."
         )
-    there, here = ({weight for group in r.groups or () for weight in group.items()} for r in (saved, own))
+    there, here = ({weight for group in r.groups for weight in group.items()} for r in (saved, own))
     if there != here:
         names = sorted({name for name, _ in there ^ here})
         raise UserError(
@@ -154,7 +149,7 @@ def _read(folder: Path, saved: EngineRecord, rank: int) -> RankFile:
         content = load_data(folder / "mp_rank_00_model_states.pt", mapped=True)
         optimizer = content["optimizer"]
         if saved.dtype == "float32":  # the masters are the weights
-            masters = [content["module"][f"module.{name}"] for group in saved.groups or () for name in group]
+            masters = [content["module"][f"module.{name}"] for group in saved.groups for name in group]
         else:
             masters = [master for group in optimizer["fp32_groups"] for master in group]
             optimizer = optimizer["optimizer_state_dict"]
