@@ -267,12 +267,16 @@ class Reward:
 class Engine:
     """The rollout role."""
 
+    gives_published = True
+
     def __init__(self, model: str, policy: TrainedWorker) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         self.policy = policy
         self.version = -1
 
     async def withdraw_weights(self) -> None: ...
+
+    def offer_weights(self, manifest: SimpleNamespace) -> None: ...
 
     async def weights_are_missing(self) -> None:
         await asyncio.Event().wait()
