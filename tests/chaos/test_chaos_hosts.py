@@ -1,4 +1,4 @@
-"""The host of one of two engines is lost during a run, another host joins, and the run goes on.
+"""Hosts of engines are lost, come back, join and are drained during a run, and the run goes on.
 
 Hosts are network namespaces (tests/hosts.py). A host loses all its processes at once, or its network. A run whose only
 engine gets its weights by broadcast would end.
@@ -6,17 +6,22 @@ engine gets its weights by broadcast would end.
 
 from __future__ import annotations
 
+import signal
 import subprocess
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
+from rlhf.cli import main
 from tests.chaos.faults import TimelineTail, wait_until
-from tests.chaos.survival import BASE, LIMIT_S, MODES, REWARD, contradictions, unrecorded, wait_for_end
-from tests.hosts import several_hosts, start_node, start_ray
-from tests.integration.recipes import merge, rlhf, write_config
+from tests.chaos.survival import BASE, LIMIT_S, MODES, REWARD, contradictions, steps_done, unrecorded, wait_for_end
+from tests.hosts import BIN, Host, several_hosts, start_node, start_ray
+from tests.integration.recipes import merge, rlhf, rows, write_config
+from tests.integration.test_failures import MANY
 from tests.integration.test_node_loss import QUICK_HEALTH
 
 pytestmark = [pytest.mark.multinode, pytest.mark.chaos, pytest.mark.timeout(900)]
@@ -60,3 +65,94 @@ def test_a_run_survives_the_loss_of_an_engines_host(
             process.kill()
         assert not contradictions(run, None)
         assert not unrecorded(run, "rollout")
+
+
+DRAIN = """
+import subprocess, sys
+import ray
+
+head, address, command = sys.argv[1:]
+ray.init(address=head)
+(node,) = [one["NodeID"] for one in ray.nodes() if one["Alive"] and one["NodeManagerAddress"] == address]
+reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=600"]
+subprocess.run([command, "drain-node", f"--address={head}", f"--node-id={node}", *reason], check=True)
+"""
+
+
+ELASTIC: Mapping[str, Any] = {
+    "train": {"steps": MANY, "checkpoint_every": 50},
+    "eval": {"every": MANY},
+    "algorithm": {"name": "grpo", "critic_lr": None, "kl": {"coef": 0.0, "estimator": None, "place": None}},
+    "cluster": {
+        "roles": {"policy": {"workers": 1}, "critic": None, "reference": None, "reward": {"colocate_with": "policy"}}
+    },
+}
+
+
+@contextmanager
+def elastic_run(
+    folder: Path, hosts: Sequence[Host], *, engines: Mapping[str, int], starts_on: int
+) -> Iterator[tuple[str, Callable[[int], None]]]:
+    """A run in flight whose trainers are on the first host, and whose engines are on others.
+
+    Yields the address of the Ray, and a function that waits until the run has so many engines. The run must obey a
+    signal after the block, and its ledger must be right.
+
+    Args:
+        starts_on: the hosts that are there at the start.
+    """
+    run, head = folder / "run", hosts[0]
+    (folder / "mine.py").write_text(REWARD, encoding="utf-8")
+    tree = merge(merge(merge(BASE, MODES["in flight"].changes), APART), ELASTIC)
+    tree["cluster"]["roles"]["rollout"]["engines"] = engines
+    config = write_config(folder / "run.yaml", {"run": {"name": "run", "dir": str(folder), "seed": 3}}, tree)
+    labels = ["pool=train", *["pool=serve"] * (starts_on - 1)]
+    address = start_ray(hosts[:starts_on], cpus=[1] * starts_on, labels=labels, env=QUICK_HEALTH)
+    with (folder / "run.log").open("w") as log:
+        command = [*rlhf(), "train", config, "--quiet", f"cluster.address={address}"]
+        process = head.start(command, stdout=log, stderr=subprocess.STDOUT)
+
+    def wait_for(count: int) -> None:
+        def is_so() -> bool:
+            return steps_done(run) > 0 and rows(run)[-1]["rollouts/engines"] == count
+
+        reached = wait_until(is_so, lambda: process.poll() is not None, limit_s=LIMIT_S)
+        assert reached, (folder / "run.log").read_text()[-4000:]
+
+    try:
+        yield address, wait_for
+        process.send_signal(signal.SIGTERM)
+        assert wait_for_end(process, LIMIT_S) == 75, (folder / "run.log").read_text()[-4000:]
+    finally:
+        process.kill()
+    assert main(["doctor", str(run)]) == 0
+
+
+def join(host: Host, address: str) -> None:
+    start_node(host, f"--address={address}", "--num-cpus=1", "--labels=pool=serve", env=QUICK_HEALTH)
+
+
+def test_training_goes_on_while_hosts_of_engines_are_lost_come_back_and_join(tmp_path: Path) -> None:
+    with several_hosts(4) as hosts:
+        _, _, lost, spare = hosts
+        with elastic_run(tmp_path, hosts, engines={"min": 2, "max": 3}, starts_on=3) as (address, wait_for):
+            wait_for(2)
+            lost.cut()
+            wait_for(1)
+            lost.mend()
+            lost.kill()
+            join(lost, address)
+            wait_for(2)
+            join(spare, address)
+            wait_for(3)
+
+
+def test_an_engine_leaves_a_host_that_is_drained(tmp_path: Path) -> None:
+    with several_hosts(3) as hosts:
+        head, _, drained = hosts
+        with elastic_run(tmp_path, hosts, engines={"min": 1, "max": 2}, starts_on=3) as (address, wait_for):
+            wait_for(2)
+            head.run([sys.executable, "-c", DRAIN, address, drained.address, BIN / "ray"])
+            wait_for(1)
+    (errors,) = [path.read_text() for path in (tmp_path / "run").glob("errors.jsonl")] or [""]
+    assert "rollout" not in errors, "an engine that leaves is not lost"
