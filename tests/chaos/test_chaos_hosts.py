@@ -27,7 +27,6 @@ from tests.integration.test_node_loss import QUICK_HEALTH
 pytestmark = [pytest.mark.multinode, pytest.mark.chaos, pytest.mark.timeout(900)]
 
 APART: Mapping[str, Any] = {
-    "train": {"steps": 30},
     "cluster": {
         "object_store_gib": None,
         "roles": {
@@ -38,6 +37,9 @@ APART: Mapping[str, Any] = {
 }
 
 
+STEPS = {"in turns": 30, "in flight": 300}  # in flight, training must last until the successor works
+
+
 @pytest.mark.parametrize("how", ["kill", "cut"])
 @pytest.mark.parametrize("mode", ["in turns", "in flight"])
 def test_a_run_survives_the_loss_of_an_engines_host(
@@ -45,7 +47,7 @@ def test_a_run_survives_the_loss_of_an_engines_host(
 ) -> None:
     run = tmp_path / "run"
     (tmp_path / "mine.py").write_text(REWARD, encoding="utf-8")
-    tree = merge(merge(BASE, MODES[mode].changes), APART)
+    tree = merge(merge(merge(BASE, MODES[mode].changes), APART), {"train": {"steps": STEPS[mode]}})
     config = write_config(tmp_path / "run.yaml", {"run": {"name": "run", "dir": str(tmp_path), "seed": 3}}, tree)
     with several_hosts(4) as hosts, (tmp_path / "run.log").open("w") as log:
         head, _, lost, spare = hosts
