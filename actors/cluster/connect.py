@@ -18,7 +18,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -132,27 +132,45 @@ def _start_local(config: ClusterConfig) -> None:
     before = psutil.Process().children()
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, KEPT_FROM_RAY)  # the daemons inherit this thread's mask
     try:
-        ray.init(
-            address="local",
-            num_cpus=len(os.sched_getaffinity(0)),  # may be restricted by `taskset`, Slurm or a sweep
-            object_store_memory=int(config.object_store_gib * 2**30),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            configure_logging=False,
-            _temp_dir=str(temp),
-        )
+        try:
+            _start_daemons(config, temp)
+        except Exception as error:  # Ray gives a node 30 s to start and raises a bare Exception
+            if request is not None and request.interrupted.is_set():
+                raise
+            logger.warning("the local Ray did not start, and is started once more: %s", " ".join(str(error).split()))
+            OWN_RAY.daemons = _children_but(before)
+            OWN_RAY.kill()
+            finishes_within(SHUTDOWN_WITHIN_S, ray.shutdown, "ray.shutdown")
+            OWN_RAY.killed = False
+            _start_daemons(config, temp)
         _own_session(temp)
-    except Exception as error:  # Ray raises a bare Exception if a node starts too slowly
+    except Exception as error:
         raise RunError(
             f"start: the local Ray did not start: {' '.join(str(error).split())} The machine may be short of "
             "memory or busy: end what else runs here and start again, with --resume auto if the run had begun."
         ) from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
-        OWN_RAY.daemons = [process for process in psutil.Process().children() if process not in before]
+        OWN_RAY.daemons = _children_but(before)
         if request is not None and request.interrupted.is_set():
             OWN_RAY.kill()
+
+
+def _start_daemons(config: ClusterConfig, temp: Path) -> None:
+    ray.init(
+        address="local",
+        num_cpus=len(os.sched_getaffinity(0)),  # may be restricted by `taskset`, Slurm or a sweep
+        object_store_memory=int(config.object_store_gib * 2**30),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        configure_logging=False,
+        _temp_dir=str(temp),
+    )
+
+
+def _children_but(others: Collection[psutil.Process]) -> list[psutil.Process]:
+    return [process for process in psutil.Process().children() if process not in others]
 
 
 def _own_session(temp: Path) -> None:

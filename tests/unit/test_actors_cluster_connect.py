@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import resource
 import stat
+import subprocess
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,7 +19,7 @@ from ray._private import worker
 from actors.cluster.connect import _private_temp, _refuse_few_open_files, connected
 from actors.cluster.placement import Placement
 from rlhf.config.schema.cluster import ClusterConfig
-from rlhf.errors import UserError
+from rlhf.errors import RunError, UserError
 
 
 def test_too_few_open_files_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,6 +56,31 @@ def test_a_path_that_is_too_long_for_sockets_is_named(tmp_path: Path, monkeypatc
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("a" * 100)))
     with pytest.raises(UserError, match=r"longer than 107 characters. Set RAY_TMPDIR to a folder with a short path"):
         _private_temp()
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_local_ray_that_does_not_start_is_started_once_more(
+    temp: Path, monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    """Ray gives a node 30 s to start. On a busy machine that is too short at times."""
+    daemons: list[subprocess.Popen[bytes]] = []
+
+    def init(**_: Any) -> None:
+        daemons.append(subprocess.Popen(["sleep", "60"]))
+        if len(daemons) <= failures:
+            raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr("actors.cluster.connect._own_session", lambda temp: None)
+    try:
+        with pytest.raises(RunError, match="timed out") if failures == 2 else nullcontext(), connected(ClusterConfig()):
+            assert daemons[0].poll() is not None
+            assert daemons[1].poll() is None
+    finally:
+        for daemon in daemons:
+            daemon.kill()
+            daemon.wait()
+    assert len(daemons) == 2
 
 
 def test_what_ray_tells_the_driver_goes_to_the_log_and_not_to_stdout(
