@@ -39,9 +39,9 @@ class OwnedFolder:
         try:
             fcntl.flock(making, fcntl.LOCK_EX)
             for other in parent.iterdir():
-                if other.is_dir():
+                if other.is_dir() and other != path:
                     _remove_if_left(other)
-            path.mkdir(mode=0o700)
+            path.mkdir(mode=0o700, exist_ok=True)
             self._lock = locked(path)
         finally:
             os.close(making)

@@ -1,32 +1,37 @@
-"""Make a folder in the shared memory of a run's nodes. Its files outlive the processes that write them.
+"""Make a folder in the shared memory of each of a run's nodes. Its files outlive the processes that write them.
 
-The next run on a node removes the folders of dead runs there (rlhf.owned_folders).
+The next run on a node removes the folders of dead runs there (rlhf.owned_folders). The process that owns a folder on a
+node also holds copies of snapshots of ranks on other nodes.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
 import secrets
 import socket
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import ray
+import ray.util
 from ray.actor import ActorHandle
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.cluster.placement import Placement
-from rlhf.errors import UserError
+from actors.cluster.actor_locations import locations
+from rlhf.engine.snapshot_copies import CopyHolder, CopyPlace
+from rlhf.errors import RunError, UserError
 from rlhf.owned_folders import OwnedFolder
-from rlhf.role_table import Role
 from rlhf.stopping import finishes_within
 
 logger = logging.getLogger(__name__)
 REMOVED_WITHIN_S = 5.0
+EXAMINED_WITHIN_S = 5.0
 
 
 def folders_of_user() -> Path:
@@ -38,7 +43,7 @@ class MemoryFolder(OwnedFolder):
     """The folder of a run on this node."""
 
     def __init__(self, path: Path) -> None:
-        """Make the folder, and remove its neighbours that dead runs have left.
+        """Make the folder, or take over that of a dead process of this run. Remove what dead runs have left beside it.
 
         RunError: the parent is another user's. UserError: the folder cannot be made.
         """
@@ -52,36 +57,157 @@ class MemoryFolder(OwnedFolder):
             ) from error
 
 
-class MemoryFolders:
-    """The folders of a run on all nodes of some roles. They have one path."""
+class NodeMemory:
+    """The process that owns the run's folder on a node, and holds copies of snapshots of ranks on other nodes."""
 
-    def __init__(self, placement: Placement, roles: Collection[Role]) -> None:
-        here = ray.get_runtime_context().get_node_id()
-        nodes = {node for role in roles for node in placement.nodes_of(role)}
-        name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-        self.path = folders_of_user() / name
-        self._here = MemoryFolder(self.path) if here in nodes else None
-        remote = ray.remote(MemoryFolder)
-        self._others: list[ActorHandle[Any]] = [
-            remote.options(
-                num_cpus=0, max_restarts=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
-            ).remote(self.path)
-            for node in sorted(nodes - {here})
-        ]
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._folder: MemoryFolder | None = None
+
+    def open(self) -> None:
+        """Make the folder, unless it is made."""
+        if self._folder is None:
+            self._folder = MemoryFolder(self._path)
+            self._holder = CopyHolder(self._path / "copies", ray.util.get_node_ip_address())
+
+    def place(self, rank: str) -> CopyPlace:
+        """Return where a rank sends its copies."""
+        return self._holder.place(rank)
+
+    def forget(self, rank: str) -> None:
+        """Remove the copies of a rank."""
+        self._holder.forget(rank)
+
+    def remove(self) -> None:
+        """Remove the folder."""
+        if self._folder is not None:
+            self._holder.close()
+            self._folder.remove()
+
+
+class MemoryFolders:
+    """The folders of a run on its nodes, and where the copies of each rank's snapshots are.
+
+    The driver owns the folder of ranks on its own node. On other nodes, and for all copies, a process there does.
+    """
+
+    def __init__(self, *, start_timeout_s: float) -> None:
+        """Create an object that knows no node yet."""
+        self._start_timeout_s = start_timeout_s
+        self._here: str = ray.get_runtime_context().get_node_id()
+        self._run = folders_of_user() / f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        self._own: MemoryFolder | None = None
+        self._processes: dict[str, ActorHandle[Any]] = {}  # by node
+        self._holders: dict[str, str] = {}  # the node with the copies of a rank, by the rank's name, such as policy-1
+        self._places: dict[str, CopyPlace] = {}  # there, by the rank's name
+        self._unfit: set[str] = set()  # nodes that hold no copies
+        self._alone = asyncio.Lock()
+
+    async def open(self, nodes: Collection[str]) -> list[Path]:
+        """Return the run's folder on each of the nodes, made and locked. UserError if it cannot be made."""
+        async with self._alone:
+            for node in dict.fromkeys(nodes):
+                if node != self._here:
+                    await self._ask(node, "open")
+                elif self._own is None:
+                    self._own = MemoryFolder(self._run)
+        return [self._run if node == self._here else self._path(node) for node in nodes]
+
+    def nodes(self) -> frozenset[str]:
+        """Return the nodes of the run's actors."""
+        return frozenset(place.node for place in locations().values())
+
+    def copies_of(self, rank: str) -> CopyPlace | None:
+        """Return where the copies of a rank's snapshots are. None: there are none."""
+        return self._places.get(rank)
+
+    async def places(self, nodes: Mapping[str, str], failures: Mapping[str, str]) -> dict[str, CopyPlace | None]:
+        """Return where each rank shall send copies: to another node of the run, if there is one.
+
+        A rank keeps its place as long as that can be used. A new one is on the node with the fewest copies.
+
+        Args:
+            nodes: the node of each rank, by the rank's name.
+            failures: why the last copy of a rank has failed, by the rank's name.
+        """
+        async with self._alone:
+            for rank, failure in failures.items():
+                logger.warning("the last snapshot of %s has no copy on another node: %s", rank, failure)
+            for node in {self._holders[rank] for rank in failures if rank in self._holders}:
+                await self._examine(node)
+            fit = self.nodes() & {node["NodeID"] for node in ray.nodes() if node["Alive"]} - self._unfit
+            for rank, node in nodes.items():
+                if rank in failures or self._holders.get(rank) not in fit - {node}:
+                    await self._choose(rank, fit - {node})
+            return {rank: self._places.get(rank) for rank in nodes}
+
+    async def _choose(self, rank: str, candidates: Collection[str]) -> None:
+        """Give a rank a place on one of the nodes."""
+        before = self._holders.pop(rank, None)
+        self._places.pop(rank, None)
+        if before in self._processes:
+            self._processes[before].forget.remote(rank)
+        loads = Counter(self._holders.values())
+        for node in sorted(candidates, key=lambda node: (loads[node], node)):
+            try:
+                await self._ask(node, "open")
+                self._places[rank] = await self._ask(node, "place", rank)
+            except (RunError, UserError) as error:
+                logger.warning("a node cannot hold copies of snapshots: %s", error)
+                self._unfit.add(node)
+                continue
+            self._holders[rank] = node
+            return
+
+    async def _examine(self, node: str) -> None:
+        """Find out why a copy failed: its process has died, or the node is not fit, for lack of memory for example."""
+        process = self._processes.get(node)
+        try:
+            await self._ask(node, "open", limit_s=EXAMINED_WITHIN_S)
+            is_new = self._processes[node] is not process
+        except RunError:
+            is_new = False
+        if is_new:
+            self._holders = {rank: other for rank, other in self._holders.items() if other != node}
+        else:
+            self._unfit.add(node)
+
+    async def _ask(self, node: str, method: str, *arguments: Any, limit_s: float | None = None) -> Any:
+        """Call the process on a node, which is started if there is none, or if it has died."""
+        is_new = node not in self._processes
+        if is_new:
+            there = NodeAffinitySchedulingStrategy(node, soft=False)
+            options = ray.remote(NodeMemory).options(num_cpus=0, max_restarts=0, scheduling_strategy=there)
+            self._processes[node] = options.remote(self._path(node))
+        answer = getattr(self._processes[node], method).remote(*arguments)
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(answer.future()), limit_s or self._start_timeout_s)
+        except RayTaskError as error:
+            raise (UserError if isinstance(error.cause, UserError) else RunError)(str(error.cause)) from error
+        except (RayError, TimeoutError) as error:
+            if isinstance(error, RayActorError):
+                del self._processes[node]
+                if not is_new:
+                    return await self._ask(node, method, *arguments, limit_s=limit_s)
+            raise RunError(f"the process for snapshots on node {node} does not answer: {error}") from error
+
+    def _path(self, node: str) -> Path:
+        return self._run.with_name(f"{self._run.name}-{node[:12]}")
 
     async def stop(self) -> None:
         """Do nothing: `end` removes the folders."""
 
     def end(self) -> None:
         """Remove the folders."""
-        if self._here is not None:
-            self._here.remove()
-        if self._others and not finishes_within(REMOVED_WITHIN_S, self._remove_elsewhere, "ray.get"):
-            logger.warning("%s was not removed on all nodes; the next run on them removes it", self.path)
-        self._others = []
+        if self._own is not None:
+            self._own.remove()
+        if self._processes and not finishes_within(REMOVED_WITHIN_S, self._remove_elsewhere, "ray.get"):
+            logger.warning("%s was not removed on all nodes; the next run on them removes it", self._run)
+        self._processes = {}
 
     def _remove_elsewhere(self) -> None:
-        for handle in self._others:
+        removals = [(handle, handle.remove.remote()) for handle in self._processes.values()]
+        for handle, removal in removals:
             with contextlib.suppress(RayError):  # a lost node
-                ray.get(handle.remove.remote())
+                ray.get(removal)
             ray.kill(handle)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from ray.actor import ActorHandle
@@ -30,7 +29,7 @@ from rlhf.config.derive import (
 from rlhf.config.schema.root import Config
 from rlhf.controller.supervisor import Supervisor
 from rlhf.rewards.scoring import RewardSpec
-from rlhf.role_table import TRAINED_ROLES, Role
+from rlhf.role_table import Role
 from rlhf.workers.frozen.reference import ReferenceWorker
 from rlhf.workers.frozen.reward import RewardSettings
 from rlhf.workers.frozen.teacher import OnlineTeacherWorker, TeacherWorker
@@ -48,7 +47,7 @@ class RunContext:
     placement: Placement
     supervisor: Supervisor | None = None  # None: a lost worker ends the work
     rewards: tuple[RewardSpec, ...] = ()
-    memory_folder: Path | None = None  # in which trained ranks keep their state; None: they keep none
+    folders: MemoryFolders | None = None  # in which trained ranks keep their state; None: they keep none
 
     def spawn(self, role: Role, worker: type, *args: Any, **options: Any) -> tuple[list[ActorHandle[Any]], SpawnOne]:
         """Create the actors of a role. See group.spawn."""
@@ -62,7 +61,7 @@ class RunContext:
             one_host=self.placement.on_one_host(),
             sequence_parallel=getattr(self.config.cluster.roles, gang.role).sequence_parallel,
         )
-        made.memory_folder = self.memory_folder
+        made.folders = self.folders
         return made
 
     def frozen(self, group: type[WorkerGroup], worker: type, model: Any) -> WorkerGroup:
@@ -131,11 +130,11 @@ def build_roles(run: RunContext, groups: list[Stoppable]) -> dict[Role, Any]:
 
     Each group is appended to `groups` at once, so that a failure of the next one still ends it.
     """
-    folders: list[Stoppable] = []
+    last: list[Stoppable] = []  # end after the ranks that write into them
     if restarts_gangs(run.config):
-        made = MemoryFolders(run.placement, needs(run.config) & set(TRAINED_ROLES))
-        folders.append(made)
-        run = replace(run, memory_folder=made.path)
+        folders = MemoryFolders(start_timeout_s=run.config.cluster.start_timeout_s)
+        last.append(folders)
+        run = replace(run, folders=folders)
     roles: dict[Role, Any] = {}
     try:
         for role, build in ROLE_BUILDERS.items():
@@ -145,5 +144,5 @@ def build_roles(run: RunContext, groups: list[Stoppable]) -> dict[Role, Any]:
             roles[role].supervisor, roles[role].placement = run.supervisor, run.placement
             groups.append(roles[role])
     finally:
-        groups += folders  # they end after the ranks that write into them
+        groups += last
     return roles

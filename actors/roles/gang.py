@@ -17,6 +17,7 @@ import ray.util
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
+from actors.cluster.memory_folders import MemoryFolders
 from actors.roles.group import END_WITHIN_S, ModelGroup, SpawnOne
 from actors.weights import Meeting, Transport, WeightManifest
 from rlhf.errors import RESUMES, RunError
@@ -69,7 +70,9 @@ class Gang(ModelGroup):
         super().__init__(handles, spawn_one, deadline_s=deadline_s)
         self.one_host = one_host
         self.sequence_parallel = sequence_parallel
-        self.memory_folder: Path | None = None  # in which the ranks keep their state; None: they keep none
+        self.folders: MemoryFolders | None = None  # in which the ranks keep their state; None: they keep none
+        self._copied_among: frozenset[str] | None = None  # the run's nodes when the places of copies were chosen
+        self._keeping: dict[int, list[ObjectRef[Any]]] = {}  # calls of `keep` that are sent, by step
         self.head: Ref[VocabularyHead] | None = None  # of the teacher
 
     @property
@@ -88,15 +91,20 @@ class Gang(ModelGroup):
         host, port = await self._address("start", deadline_s=deadline_s)
         starts = [h.start.remote(host, port) for h in self.handles]
         self.fingerprint: str = (await self.all(starts, "start", deadline_s=deadline_s))[0]
-        if self.memory_folder is not None:
-            folders = [self.memory_folder / f"{self.role}-{rank}" for rank in range(len(self.handles))]
-            keeps = [h.keep_in.remote(folder) for h, folder in zip(self.handles, folders, strict=True)]
+        if self.folders is not None and self.placement is not None:
+            self._copied_among = None
+            folders = await self.folders.open(self.placement.nodes_of(self.role))
+            keeps = [
+                handle.keep_in.remote(folder / name, self.folders.copies_of(name))
+                for handle, folder, name in zip(self.handles, folders, self._names(), strict=True)
+            ]
             await self.all(keeps, "start", deadline_s=deadline_s)
 
     async def restart(self) -> None:
         """End all ranks, and start others in their places. Give them what the first ones were given."""
         assert self._spawn_one is not None
         ranks = range(len(self.handles))
+        self._keeping.clear()
         await asyncio.gather(*map(self.processes.end_one, ranks))
         if self.placement is not None:
             await self.placement.wait_until_whole(limit_s=self.start_deadline_s)
@@ -106,8 +114,30 @@ class Gang(ModelGroup):
         if self.head is not None:
             await self.take_teacher(self.head)
 
+    def _names(self) -> list[str]:
+        """Return the name of each rank in the run."""
+        return [f"{self.role}-{rank}" for rank in range(len(self.handles))]
+
     async def keep(self, step: int) -> None:
-        await self.each(lambda h: h.keep.remote(step), "snapshot")
+        if self.folders is not None and self.folders.nodes() != self._copied_among:
+            await self._choose_places({})
+        calls = self._keeping.pop(step, None) or self._send_keep(step)
+        failures: list[str | None] = await self.all(calls, "snapshot")
+        if any(failures):
+            await self._choose_places({name: why for name, why in zip(self._names(), failures, strict=True) if why})
+
+    def _send_keep(self, step: int) -> list[ObjectRef[Any]]:
+        return [h.keep.remote(step) for h in self.handles]
+
+    async def _choose_places(self, failures: Mapping[str, str]) -> None:
+        """Tell each rank to which other node it copies its snapshots. `failures` has the reasons of failed copies."""
+        if self.folders is None or self.placement is None:
+            return
+        self._copied_among = self.folders.nodes()
+        nodes = dict(zip(self._names(), self.placement.nodes_of(self.role), strict=True))
+        places = await self.folders.places(nodes, failures)
+        copies = [h.copy_to.remote(places[name]) for h, name in zip(self.handles, nodes, strict=True)]
+        await self.all(copies, "snapshot")
 
     async def kept(self) -> int | None:
         steps: list[int | None] = await self.each(lambda h: h.kept.remote(), "snapshot")
@@ -115,6 +145,7 @@ class Gang(ModelGroup):
         return min(known) if len(known) == len(steps) else None
 
     async def take_back(self, step: int) -> None:
+        await self._choose_places({})
         await self.each(lambda h: h.take_back.remote(step), "snapshot")
 
     async def _address(self, stage: str, *, deadline_s: float | None = None) -> tuple[str, int]:
@@ -159,12 +190,19 @@ class Gang(ModelGroup):
         plans = [plan.for_rank(rank) for rank in range(self.num_ranks)]
         return [plans[rank // self.sequence_parallel] for rank in range(len(self.handles))]
 
-    async def _step(self, methods: Sequence[Any], states: StatesByRank, stage: str, *args: Any) -> Metrics:
-        """Call a method of each rank with the teacher's states of its rows, if there are any, and merge the metrics."""
+    async def _step(
+        self, methods: Sequence[Any], states: StatesByRank, stage: str, *args: Any, keeps: int | None = None
+    ) -> Metrics:
+        """Call a method of each rank with the teacher's states of its rows, if there are any, and merge the metrics.
+
+        keeps: the step whose state the ranks keep at once afterwards. None: they do not.
+        """
         refs = [
             method.remote(*args, *(states[rank // self.sequence_parallel] if states else ()))
             for rank, method in enumerate(methods)
         ]
+        if keeps is not None:
+            self._keeping[keeps] = self._send_keep(keeps)
         return merge_metrics(self.distinct(await self.all(refs, stage)))
 
     async def save(self, folder: Path) -> None:
@@ -339,8 +377,8 @@ class OfflineGang(Gang):
         self.sets = sets
         await self.all([h.load_data.remote(*sets) for h in self.handles], "data")
 
-    async def update_on(self, plan: MinibatchPlan, states: StatesByRank = ()) -> Metrics:
-        return await self._step([h.update_on for h in self.handles], states, "update", plan)
+    async def update_on(self, plan: MinibatchPlan, states: StatesByRank = (), *, keeps: int | None = None) -> Metrics:
+        return await self._step([h.update_on for h in self.handles], states, "update", plan, keeps=keeps)
 
     async def evaluate(self, dataset: int, name: str, plan: MinibatchPlan, states: StatesByRank = ()) -> Metrics:
         return await self._step([h.evaluate for h in self.handles], states, "eval", dataset, name, plan)

@@ -15,6 +15,8 @@ from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from rlhf.engine.snapshot_copies import CopyPlace
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -118,14 +120,22 @@ class TrainingEngine(Protocol):
         Raise UserError for a checkpoint that cannot be continued.
         """
 
-    def keep_in(self, folder: Path) -> None:
+    def keep_in(self, folder: Path, copies: CopyPlace | None = None) -> None:
         """Reserve shared memory for two snapshots of this rank's state, or open that of a predecessor.
 
         Raise UserError if there is too little memory.
+
+        Args:
+            copies: where a predecessor on another node has sent copies. None: there was none.
         """
 
-    def keep(self, step: int) -> None:
+    def copy_to(self, place: CopyPlace | None) -> None:
+        """Copy the newest snapshot, and from now on each one, to a place on another node. None: to none."""
+
+    def keep(self, step: int) -> str | None:
         """Begin to copy the state as it is after training step `step`, without waiting for the copy. Collective.
+
+        Return why the snapshot before has no copy on another node; None if it has one, or there is no place for it.
 
         The copy is complete before the state changes. The snapshot before the last one is overwritten, once all ranks
         have the last one. So all ranks have at least one step in common.

@@ -30,6 +30,7 @@ from rlhf.engine.randomness import load_random_state, save_random_state
 from rlhf.engine.rank_state import RankState
 from rlhf.engine.resharding import take_over
 from rlhf.engine.schedule import lr_factor
+from rlhf.engine.snapshot_copies import CopyPlace, fetch_copies
 from rlhf.engine.snapshots import Snapshots
 from rlhf.errors import RunError, UserError
 from rlhf.models.loading import architecture_fingerprint
@@ -41,6 +42,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 Offload = frozenset[Literal["optimizer", "parameters"]]
 
+logger = logging.getLogger(__name__)
 BUCKET_ELEMENTS = 5 * 10**7  # bytes of gradients reduced at once, in up to three copies
 _TAG = "deepspeed"  # folder of DeepSpeed's files in a snapshot
 _INITIAL = "initial.safetensors"  # frozen copies of the initial adapter
@@ -306,13 +308,23 @@ class DeepSpeedEngine:
             steps=self._steps,
         )
 
-    def keep_in(self, folder: Path) -> None:
+    def keep_in(self, folder: Path, copies: CopyPlace | None = None) -> None:
+        if copies is not None and not any(folder.glob("*.pt")):
+            try:
+                fetch_copies(copies, folder)
+            except (OSError, ValueError) as error:
+                logger.warning("The copies at %s could not be fetched: %s", copies.host, error)
         self._snapshots = Snapshots(folder, self._state.tensors(), deadline_s=self._deadline_s)
 
-    def keep(self, step: int) -> None:
+    def copy_to(self, place: CopyPlace | None) -> None:
+        self._kept_in.copy_to(place)
+
+    def keep(self, step: int) -> str | None:
         self._finish_snapshot()
-        dist.barrier()  # the older snapshot is overwritten when all ranks have the newer one
+        failure = self._kept_in.wait_until_sent()
+        dist.barrier()  # the older snapshot is overwritten when all ranks have the newer one, with its copy
         self._kept_in.keep(step, self._state.tensors(), {**self._state.values(), "steps": self._steps})
+        return failure
 
     def kept(self) -> int | None:
         return self._kept_in.newest()

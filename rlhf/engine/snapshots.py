@@ -2,7 +2,8 @@
 
 A folder in /dev/shm has two slots: while one is written, the other one is whole. The file that describes a slot is
 named after its step. It gets this name last, and it is removed before the slot is written again, so half a copy is
-never taken for a whole one. The state is copied in a thread during the passes of the next step.
+never taken for a whole one. The state is copied in a thread during the passes of the next step. If the rank has a place
+on another node for copies (rlhf.engine.snapshot_copies), the same thread then sends the snapshot there.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf.engine.snapshot_copies import CopyPlace, send_copy
 from rlhf.errors import RunError, StorageFull, UserError
 from rlhf.room import when_there_is_room
 
@@ -45,10 +47,13 @@ class Snapshots:
         self._copying: Future[Path] | None = None
         self._last: Path | None = None  # describes the newest whole snapshot
         self._last_slot = 1
+        self._place: CopyPlace | None = None
+        self._sending: Future[str | None] | None = None
 
     def newest(self) -> int | None:
-        """Return the step of the newest snapshot, once a copy in progress is whole. None: there is none."""
+        """Return the step of the newest snapshot, once it and its copy are whole. None: there is none."""
         self.wait()
+        self.wait_until_sent()
         return max((int(path.stem) for path in self._folder.glob("*.pt")), default=None)
 
     def keep(self, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -57,6 +62,7 @@ class Snapshots:
         values: plain data and small tensors of the state. They are written as they are.
         """
         self.wait()
+        self.wait_until_sent()
         if _layout(tensors) != self._layout:
             raise RunError("The state of this rank no longer has the tensors that its snapshots were made for.")
         for path in self._folder.glob("*.pt"):
@@ -65,6 +71,7 @@ class Snapshots:
         slot = 1 - self._last_slot
         content = {"slot": slot, "layout": self._layout, "values": values}
         self._copying = self._thread.submit(self._copy, step, list(tensors.values()), content, _ready(tensors))
+        self._send(step, slot)
 
     def wait(self) -> None:
         """Wait until the copy is complete."""
@@ -78,6 +85,23 @@ class Snapshots:
             raise RunError(f"The snapshot in {self._folder} could not be completed: {error}") from error
         self._copying = None
         self._last_slot = 1 - self._last_slot
+
+    def copy_to(self, place: CopyPlace | None) -> None:
+        """Send the newest snapshot, and from now on each one, to a place on another node. None: to none."""
+        self.wait()
+        self.wait_until_sent()
+        self._place = place
+        if self._last is not None:
+            self._send(int(self._last.stem), self._last_slot)
+
+    def wait_until_sent(self) -> str | None:
+        """Wait for the copy of the last snapshot. Return why it failed; None if it is whole or there is no place."""
+        if self._sending is None:
+            return None
+        try:
+            return self._sending.result(self._deadline_s)
+        except TimeoutError as error:
+            raise RunError(f"The snapshot in {self._folder} was not copied within {self._deadline_s:g} s.") from error
 
     def take_back(self, step: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """Copy the state of a step into the tensors, and return its values. Forget the snapshots of other steps."""
@@ -94,6 +118,7 @@ class Snapshots:
             if other != path:
                 other.unlink()
         self._last, self._last_slot = path, content["slot"]
+        self._send(step, self._last_slot)  # which also replaces copies of later steps
         values: dict[str, Any] = content["values"]
         return values
 
@@ -101,6 +126,11 @@ class Snapshots:
         """End the thread. The files stay."""
         self.wait()
         self._thread.shutdown()
+
+    def _send(self, step: int, slot: int) -> None:
+        """Begin to send a snapshot to the place of its copy, once it is whole."""
+        place = self._place
+        self._sending = None if place is None else self._thread.submit(_sent, place, self._folder, step, slot)
 
     def _copy(self, step: int, tensors: list[Tensor], content: dict[str, Any], ready: torch.cuda.Event | None) -> Path:
         """Copy the tensors into a slot, then describe it. No step holds the interpreter's lock for long."""
@@ -134,6 +164,15 @@ class Snapshots:
             tensor = torch.empty(shape, dtype=dtype, device="meta")
             yield self._slots[slot][begin : begin + tensor.nbytes]
             begin += _padded(tensor)
+
+
+def _sent(place: CopyPlace, folder: Path, step: int, slot: int) -> str | None:
+    """Send a snapshot. Return why that failed; None if the copy is whole."""
+    try:
+        send_copy(place, folder, step=step, slot=slot)
+    except (OSError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def _layout(tensors: Mapping[str, Tensor]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:

@@ -18,6 +18,7 @@ from rlhf.engine.base import OptimizerSettings, ScheduleSettings, TrainingEngine
 from rlhf.engine.distributed import RankContext, init_distributed, leave_distributed
 from rlhf.engine.flops import flops_per_token, measure_peak_flops
 from rlhf.engine.sharded_loading import shards_as_it_loads
+from rlhf.engine.snapshot_copies import CopyPlace
 from rlhf.models.export import export_adapter, export_model
 from rlhf.models.loading import architecture_fingerprint, load_causal_lm, load_tokenizer
 from rlhf.models.packed import policy_logprobs_only
@@ -247,13 +248,23 @@ class TrainedWorker(ModelWorker):
     def load(self, folder: Path) -> None:
         self.engine.load(folder)
 
-    def keep_in(self, folder: Path) -> None:
-        """Reserve memory for two snapshots of this rank in a folder of /dev/shm, or open those of a predecessor."""
-        self.engine.keep_in(folder)
+    def keep_in(self, folder: Path, copies: CopyPlace | None = None) -> None:
+        """Reserve memory for two snapshots of this rank in a folder of /dev/shm, or open those of a predecessor.
 
-    def keep(self, step: int) -> None:
-        """Begin to copy this rank's state after `step` training steps into its shared memory. Collective."""
-        self.engine.keep(step)
+        copies: where a predecessor on another node has sent copies. None: there was none.
+        """
+        self.engine.keep_in(folder, copies)
+
+    def copy_to(self, place: CopyPlace | None) -> None:
+        """Copy the newest snapshot, and from now on each one, to a place on another node. None: to none."""
+        self.engine.copy_to(place)
+
+    def keep(self, step: int) -> str | None:
+        """Begin to copy this rank's state after `step` training steps into its shared memory. Collective.
+
+        Return why the snapshot before has no copy on another node; None if it has one, or there is no place for it.
+        """
+        return self.engine.keep(step)
 
     def kept(self) -> int | None:
         """Return the newest step that this rank or its predecessor has kept, once the copy is whole, or None."""

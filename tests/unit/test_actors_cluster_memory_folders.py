@@ -1,13 +1,17 @@
-"""The folders of runs in shared memory: those of dead runs are removed at the next start, and no others."""
+"""The folders of runs in shared memory: whose are removed at the next start, and which nodes hold copies of ranks."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from actors.cluster.memory_folders import MemoryFolder
+from actors.cluster import memory_folders
+from actors.cluster.memory_folders import MemoryFolder, MemoryFolders
 from rlhf import owned_folders
 from rlhf.errors import RunError, UserError
 
@@ -52,3 +56,100 @@ def test_a_folder_that_cannot_be_made_names_the_key(tmp_path: Path, parent: str)
     (tmp_path / "a file").touch()
     with pytest.raises(UserError, match=r"cluster.restarts.gang: .*cluster.restarts.gang=0"):
         MemoryFolder(tmp_path / parent / "run")
+
+
+def test_a_new_process_of_a_run_takes_over_the_folder_of_a_dead_one(tmp_path: Path) -> None:
+    dead = MemoryFolder(tmp_path / "user" / "run")
+    (dead.path / "policy-0").mkdir()
+    assert dead._lock is not None
+    os.close(dead._lock)
+    new = MemoryFolder(dead.path)
+    MemoryFolder(tmp_path / "user" / "other").remove()
+    assert (new.path / "policy-0").is_dir()
+
+
+class Nodes(MemoryFolders):
+    """The folders of a run whose nodes are simulated. It notes the calls of their processes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *nodes: str) -> None:
+        context = SimpleNamespace(get_node_id=lambda: "a")
+        monkeypatch.setattr(memory_folders.ray, "get_runtime_context", lambda: context)
+        monkeypatch.setattr(
+            memory_folders.ray, "nodes", lambda: [{"NodeID": node, "Alive": node not in self.dead} for node in "abcd"]
+        )
+        monkeypatch.setattr(
+            memory_folders, "locations", lambda: {node: SimpleNamespace(node=node) for node in self.of_run}
+        )
+        super().__init__(start_timeout_s=60.0)
+        self.of_run = set(nodes)
+        self.dead: set[str] = set()
+        self.died: set[str] = set()  # nodes whose process has died
+        self.calls: list[str] = []
+
+    async def _ask(self, node: str, method: str, *arguments: Any, limit_s: float | None = None) -> Any:
+        if node in self.died:
+            self.died.discard(node)
+            del self._processes[node]
+        forget = SimpleNamespace(remote=lambda rank: self.calls.append(f"forget {rank} {node}"))
+        self._processes.setdefault(node, SimpleNamespace(node=node, forget=forget))  # type: ignore[arg-type]
+        return f"{arguments[0]} at {node}" if method == "place" else None
+
+    async def chosen(self, nodes: Mapping[str, str], **failures: str) -> list[Any]:
+        return list(
+            (await self.places(nodes, {name.replace("_", "-"): why for name, why in failures.items()})).values()
+        )
+
+
+async def test_copies_are_spread_over_the_other_nodes_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = Nodes(monkeypatch, "a", "b", "c")
+    ranks = {"policy-0": "a", "policy-1": "a", "policy-2": "b", "policy-3": "c"}
+    expected = ["policy-0 at b", "policy-1 at c", "policy-2 at a", "policy-3 at a"]
+    assert await folders.chosen(ranks) == expected
+    folders.of_run.add("d")
+    assert await folders.chosen(ranks) == expected, "a copy stays where it is"
+    assert await folders.chosen({"critic-0": "a"}) == ["critic-0 at d"]
+    assert folders.copies_of("policy-1") == "policy-1 at c"
+
+
+async def test_a_run_on_one_node_has_no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = Nodes(monkeypatch, "a")
+    assert await folders.chosen({"policy-0": "a"}) == [None]
+    assert folders.copies_of("policy-0") is None
+
+
+async def test_a_lost_node_is_replaced_as_a_holder(monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = Nodes(monkeypatch, "a", "b", "c")
+    ranks = {"policy-0": "a", "policy-1": "a"}
+    assert await folders.chosen(ranks) == ["policy-0 at b", "policy-1 at c"]
+    folders.dead.add("b")
+    assert await folders.chosen(ranks) == ["policy-0 at c", "policy-1 at c"]
+
+
+async def test_a_rank_that_moves_to_the_node_of_its_copies_gets_another_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = Nodes(monkeypatch, "a", "b", "c")
+    await folders.chosen({"policy-0": "a"})
+    assert await folders.chosen({"policy-0": "b"}) == ["policy-0 at a"]
+    assert folders.calls == ["forget policy-0 b"]
+
+
+async def test_a_node_without_room_for_copies_is_not_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folders = Nodes(monkeypatch, "a", "b", "c")
+    ranks = {"policy-0": "a"}
+    await folders.chosen(ranks)
+    assert await folders.chosen(ranks, policy_0="no space left") == ["policy-0 at c"]
+    assert await folders.chosen(ranks, policy_0="no space left") == [None]
+    assert folders.calls == ["forget policy-0 b", "forget policy-0 c"], "what came takes no memory there"
+    assert "the last snapshot of policy-0 has no copy on another node: no space left" in caplog.text
+
+
+async def test_a_dead_process_that_held_copies_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = Nodes(monkeypatch, "a", "b")
+    ranks = {"policy-0": "a", "policy-1": "a"}
+    await folders.chosen(ranks)
+    before = folders._processes["b"]
+    folders.died.add("b")
+    assert await folders.chosen(ranks, policy_0="refused", policy_1="refused") == ["policy-0 at b", "policy-1 at b"]
+    assert folders._processes["b"] is not before
+    assert not folders.calls, "the new process has nothing to forget"

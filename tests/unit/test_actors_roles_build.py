@@ -35,7 +35,7 @@ def created(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
         return [SimpleNamespace()], None
 
     monkeypatch.setattr(build, "spawn", spawn)
-    monkeypatch.setattr(build, "MemoryFolders", lambda *_: SimpleNamespace(path=Path("kept")))
+    monkeypatch.setattr(build, "MemoryFolders", SimpleNamespace)
     monkeypatch.setattr(worker_pools, "spawn", spawn)
     return created
 

@@ -72,12 +72,18 @@ def test_a_rank_whose_start_fails_is_named(
 class Started:
     """A rank that has started or will. It notes its calls in a list that all ranks share."""
 
-    def __init__(self, number: int, notes: list[str], newest: int | None = None) -> None:
-        self.number, self.notes, self.newest = number, notes, newest
+    def __init__(self, number: int, notes: list[str], newest: int | None = None, failure: str | None = None) -> None:
+        self.number, self.notes, self.newest, self.failure = number, notes, newest, failure
         self.__ray_call__ = answers(("127.0.0.1", 1))
 
     def __getattr__(self, method: str) -> Any:
-        results = {"kept": self.newest, "read_reference": True, "start": "fingerprint"}
+        results = {
+            "kept": self.newest,
+            "keep": self.failure,
+            "update_on": {},
+            "read_reference": True,
+            "start": "fingerprint",
+        }
 
         def call(*arguments: Any) -> Any:
             self.notes.append(f"{method} {self.number} {' '.join(map(str, arguments))}".strip())
@@ -101,6 +107,39 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
+class Folders:
+    """The folders of a run on the nodes a and b, and the places of copies. It notes why places are chosen."""
+
+    def __init__(self, notes: list[str]) -> None:
+        self.notes, self.of_run = notes, frozenset("ab")
+
+    async def open(self, nodes: Sequence[str]) -> list[Path]:
+        return [Path("/kept", node) for node in nodes]
+
+    def copies_of(self, rank: str) -> str:
+        return f"copies of {rank}"
+
+    def nodes(self) -> frozenset[str]:
+        return self.of_run
+
+    async def places(self, nodes: dict[str, str], failures: dict[str, str]) -> dict[str, str]:
+        self.notes.append(f"places {nodes} {failures}")
+        return {name: f"place of {name}" for name in nodes}
+
+
+def with_folders(gang: Any, notes: list[str]) -> Folders:
+    """Give a gang on the nodes a and b folders in their memory."""
+    gang.folders, gang.placement = Folders(notes), Placement()
+    return cast("Folders", gang.folders)
+
+
+class Placement:
+    def nodes_of(self, role: str) -> list[str]:
+        return ["a", "b"]
+
+    async def wait_until_whole(self, *, limit_s: float) -> None: ...
+
+
 async def test_new_ranks_take_the_places_of_the_old_and_get_what_those_had(notes: list[str]) -> None:
     def spawn_one(rank: int) -> Any:
         notes.append(f"spawn {rank + 2}")
@@ -108,9 +147,12 @@ async def test_new_ranks_take_the_places_of_the_old_and_get_what_those_had(notes
 
     ranks: Any = [Started(0, notes), Started(1, notes)]
     gang = OfflineGang(ranks, spawn_one, deadline_s=60.0, one_host=True)
-    gang.memory_folder = Path("/kept")
+    with_folders(gang, notes)
     await gang.start(deadline_s=60.0)
-    assert notes[2:] == ["keep_in 0 /kept/policy-0", "keep_in 1 /kept/policy-1"]
+    assert notes[2:] == [
+        "keep_in 0 /kept/a/policy-0 copies of policy-0",
+        "keep_in 1 /kept/b/policy-1 copies of policy-1",
+    ]
     data: Any = ["rows"]
     await gang.load_data(data)
     head: Any = "head"
@@ -122,7 +164,7 @@ async def test_new_ranks_take_the_places_of_the_old_and_get_what_those_had(notes
     assert notes == [
         *("end 0", "end 1", "spawn 2", "spawn 3"),
         *("start 2 127.0.0.1 1", "start 3 127.0.0.1 1"),
-        *("keep_in 2 /kept/policy-0", "keep_in 3 /kept/policy-1"),
+        *("keep_in 2 /kept/a/policy-0 copies of policy-0", "keep_in 3 /kept/b/policy-1 copies of policy-1"),
         *("take_teacher 2 head", "take_teacher 3 head"),
         *("load_data 2 rows", "load_data 3 rows"),
         *("read_reference 2 0 a", "read_reference 3 0 a"),
@@ -149,6 +191,54 @@ async def test_receivers_of_a_broadcast_are_not_waited_for_longer_than_a_start(n
     await gang.start(deadline_s=300.0)
     assert (await gang.meeting(num_receivers=2, timeout_s=1800.0)).timeout_s == 300.0
     assert (await gang.meeting(num_receivers=2, timeout_s=60.0)).timeout_s == 60.0
+
+
+CHOSEN = ["copy_to 0 place of policy-0", "copy_to 1 place of policy-1"]
+KEPT = ["keep 0 1", "keep 1 1"]
+
+
+async def test_ranks_copy_to_other_nodes_which_are_chosen_again_when_nodes_change_or_a_copy_fails(
+    notes: list[str],
+) -> None:
+    nodes = "places {'policy-0': 'a', 'policy-1': 'b'}"
+    ranks: Any = [Started(0, notes), Started(1, notes)]
+    gang = OfflineGang(ranks, deadline_s=60.0, one_host=False)
+    folders = with_folders(gang, notes)
+    await gang.keep(1)
+    assert notes == [f"{nodes} {{}}", *CHOSEN, *KEPT]
+    notes.clear()
+    await gang.keep(1)
+    assert notes == KEPT
+    folders.of_run = frozenset("abc")
+    notes.clear()
+    await gang.keep(1)
+    assert notes == [f"{nodes} {{}}", *CHOSEN, *KEPT]
+    ranks[1].failure = "no space left"
+    notes.clear()
+    await gang.keep(1)
+    assert notes == [*KEPT, f"{nodes} {{'policy-1': 'no space left'}}", *CHOSEN]
+    notes.clear()
+    await gang.take_back(1)
+    assert notes == [f"{nodes} {{}}", *CHOSEN, "take_back 0 1", "take_back 1 1"]
+
+
+async def test_ranks_keep_their_state_right_after_the_step_without_another_call(notes: list[str]) -> None:
+    ranks: Any = [Started(0, notes), Started(1, notes)]
+    gang = OfflineGang(ranks, lambda rank: ranks[rank], deadline_s=60.0, one_host=True)
+    plan: Any = "rows"
+    await gang.update_on(plan, keeps=4)
+    sent = ["update_on 0 rows", "update_on 1 rows", "keep 0 4", "keep 1 4"]
+    assert notes == sent
+    await gang.keep(4)
+    assert notes == sent
+    await gang.keep(5)
+    assert notes == [*sent, "keep 0 5", "keep 1 5"]
+    await gang.update_on(plan, keeps=6)
+    await gang.start(deadline_s=60.0)
+    await gang.restart()
+    notes.clear()
+    await gang.keep(6)
+    assert notes == ["keep 0 6", "keep 1 6"]
 
 
 @pytest.mark.parametrize(("steps", "common"), [((3, 2), 2), ((3, None), None)])
