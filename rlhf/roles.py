@@ -398,8 +398,13 @@ class OfflineRole(TrainedRole, Protocol):
     async def load_data(self, sets: Sequence[Ref[Examples | Pairs]]) -> None:
         """Load the data sets: the training set first, then the evaluation sets."""
 
-    async def update_on(self, plan: MinibatchPlan, states: StatesByRank = ()) -> Metrics:
-        """Make one optimizer step on rows of the training set. `states`: the teacher's states, if a teacher is used."""
+    async def update_on(self, plan: MinibatchPlan, states: StatesByRank = (), *, keeps: int | None = None) -> Metrics:
+        """Make one optimizer step on rows of the training set.
+
+        Args:
+            states: the teacher's states, if a teacher is used.
+            keeps: begin to copy the state as that of this step at once. A call of `keep` must follow. None: do not.
+        """
 
     async def evaluate(self, dataset: int, name: str, plan: MinibatchPlan, states: StatesByRank = ()) -> Metrics:
         """Return loss and accuracy on the planned rows of a data set, without an update."""

@@ -182,7 +182,7 @@ class TrainingLoop(ABC):
         await _all_ended([role.restart() for role in roles.values()])
         kept = [step for step in [await role.kept() for role in roles.values()] if step is not None]
         if len(kept) == len(roles):
-            self.trained_step = min(kept)
+            self.trained_step = min(*kept, self.trained_step)  # without the metrics of a step it is done again
             await _all_ended([role.take_back(self.trained_step) for role in roles.values()])
         else:
             self.trained_step = self.kept_step

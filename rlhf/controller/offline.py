@@ -113,7 +113,8 @@ class OfflineController(TrainingLoop):
             if self.trained_step < step:
                 learnt.clear()
                 with self.record.apart(learnt, is_shown=True), self.record.stage("update"):
-                    self.record.add(await self.role.update_on(batch.plan, batch.states))
+                    keeps = step if self.survives else None
+                    self.record.add(await self.role.update_on(batch.plan, batch.states, keeps=keeps))
                 await self.keep(step)
 
         await self.despite_losses(update, oldest=step - 1)

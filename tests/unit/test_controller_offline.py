@@ -87,7 +87,7 @@ class Ranks:
                 del self.snapshots[max(self.snapshots)]
             raise WorkerLost("lost", role="policy", rank=0, stage="update", kind="died")
 
-    async def update_on(self, plan: MinibatchPlan, states: tuple[()]) -> dict[str, Any]:
+    async def update_on(self, plan: MinibatchPlan, states: tuple[()], *, keeps: int | None = None) -> dict[str, Any]:
         self.state = [*self.state, plan]
         self.note(f"update {len(self.state)}")
         return {"update/tokens/total": Sum(total=plan.num_tokens)}
