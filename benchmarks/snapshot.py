@@ -1,17 +1,20 @@
-"""What the snapshot of a rank costs: steps of the DeepSpeed engine with and without one, alternating in one run.
+"""What the snapshot of a rank costs: steps of the DeepSpeed engine without one, with one, and with one and its copy.
 
     python benchmarks/snapshot.py
 
-One rank trains SmolLM2-135M-Instruct in float32: forward, backward and AdamW, all cores. Every other step begins with
-`keep`, so the copy is made during its passes, and the step waits for it before the weights change. The order of each
-pair alternates, and the ratio is the median over the pairs. The copy is also timed alone, without passes beside it. The
-snapshots are in /dev/shm.
+One rank trains SmolLM2-135M-Instruct in float32 on 16 sequences of 128 tokens: forward, backward and AdamW, all cores.
+The three kinds of steps alternate in one run, in an order that rotates, and a ratio is the median over the rounds. A
+step with a snapshot begins with `keep`, so the state is copied during its passes, and the step waits for it before the
+weights change. A step with a copy also sends the snapshot to a process in the place of another node, over loopback, and
+waits for it at its end. That process uses the same cores, as another node would not. The snapshot is also timed alone.
+All of them are in /dev/shm.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
@@ -20,13 +23,17 @@ import statistics
 import sys
 import tempfile
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from rlhf.engine.snapshot_copies import CopyHolder, CopyPlace
+
 DEADLINE_S = 600.0
+KINDS = ("neither", "snapshot", "snapshot and copy")
 
 
 def main() -> None:
@@ -34,10 +41,10 @@ def main() -> None:
     parser.add_argument("--model", default="models/SmolLM2-135M-Instruct", help="model folder")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--zero-stage", type=int, default=2)
-    parser.add_argument("--sequences", type=int, default=32)
+    parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--length", type=int, default=128, help="tokens of each sequence")
     parser.add_argument("--microbatch", type=int, default=8, help="sequences of each micro-batch")
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     if not Path(arguments.model).is_dir():
         sys.exit(f"{arguments.model} is no folder: `make smollm2` makes one")
@@ -45,13 +52,25 @@ def main() -> None:
     logging.disable(logging.WARNING)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))  # so that the folder is removed
     folder = Path(tempfile.mkdtemp(prefix="snapshot-", dir="/dev/shm"))
+    spawning = multiprocessing.get_context("spawn")
+    here, there = spawning.Pipe()
+    holder = spawning.Process(target=hold, args=(folder / "copies", there), daemon=True)
+    holder.start()
     try:
-        measure(arguments, folder)
+        measure(arguments, folder / "snapshots", here.recv())
     finally:
+        holder.kill()
+        holder.join()
         shutil.rmtree(folder)
 
 
-def measure(arguments: argparse.Namespace, folder: Path) -> None:
+def hold(folder: Path, place: Connection) -> None:
+    """Hold copies, and say where."""
+    place.send(CopyHolder(folder, "127.0.0.1").place("policy-0"))
+    signal.pause()
+
+
+def measure(arguments: argparse.Namespace, folder: Path, place: CopyPlace) -> None:
     from rlhf.engine.base import OptimizerSettings, ScheduleSettings
     from rlhf.engine.deepspeed import DeepSpeedEngine
     from rlhf.engine.distributed import RankContext, init_distributed
@@ -82,14 +101,18 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     microbatches = arguments.sequences // arguments.microbatch
     weight = 1.0 / (microbatches * int(mask.sum()))
 
-    def step(number: int, *, keeps: bool) -> float:
+    def step(number: int, kind: str) -> float:
+        engine.copy_to(place if kind == "snapshot and copy" else None)
+        engine.kept()  # the copy of the last snapshot is not measured
         start = time.perf_counter()
-        if keeps:
+        if kind != "neither":
             engine.keep(number)
         for index in range(microbatches):
             loss, *_ = engine.forward(supervised_loss, token_ids, lengths, mask=mask, token_weight=weight)
             engine.backward(loss, last=index == microbatches - 1)
         engine.step()
+        if kind != "neither":
+            engine.kept()
         return time.perf_counter() - start
 
     start = time.perf_counter()
@@ -102,21 +125,34 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
         called = time.perf_counter() - start
         engine.kept()
         alone.append(time.perf_counter() - start)
-    step(4, keeps=False)  # warms up
-    with_copy, without = [], []
-    for pair in range(arguments.pairs):
-        for keeps in (True, False) if pair % 2 == 0 else (False, True):
-            (with_copy if keeps else without).append(step(5 + pair, keeps=keeps))
-    nbytes = sum(path.stat().st_size for path in folder.iterdir())
+    sent = []
+    for number in (4, 5):
+        start = time.perf_counter()
+        engine.copy_to(place)
+        engine.kept()
+        sent.append(time.perf_counter() - start)
+        engine.copy_to(None)
+        engine.keep(number)
+        engine.kept()
+    step(6, "neither")  # warms up
+    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for turn in range(arguments.rounds):
+        for index in range(len(KINDS)):
+            kind = KINDS[(turn + index) % len(KINDS)]
+            seconds[kind].append(step(7 + turn * len(KINDS) + index, kind))
+    nbytes = sum(path.stat().st_size for path in folder.glob("slot_*"))
     table = Table("what", "value")
     table.add_row("bytes of both slots", f"{nbytes / 2**20:,.0f} MiB")
     table.add_row("reserved before training", f"{reserved:.2f} s")
-    table.add_row("copy alone: first, last", f"{alone[0]:.2f} s, {alone[-1]:.2f} s")
+    table.add_row("snapshot alone: first, last", f"{alone[0]:.2f} s, {alone[-1]:.2f} s")
     table.add_row("keep returns after", f"{1000 * called:.1f} ms")
-    table.add_row("step without", f"{statistics.median(without):.2f} s")
-    table.add_row("step with", f"{statistics.median(with_copy):.2f} s")
-    ratios = [one / other for one, other in zip(with_copy, without, strict=True)]
-    table.add_row("ratio, median (all)", f"{statistics.median(ratios):.3f} ({', '.join(f'{r:.3f}' for r in ratios)})")
+    table.add_row("copy to the holder alone: first, second", f"{sent[0]:.2f} s, {sent[1]:.2f} s")
+    for kind in KINDS:
+        table.add_row(f"step with {kind}", f"{statistics.median(seconds[kind]):.2f} s")
+    for kind in KINDS[1:]:
+        ratios = [one / other for one, other in zip(seconds[kind], seconds["neither"], strict=True)]
+        shown = ", ".join(f"{ratio:.3f}" for ratio in ratios)
+        table.add_row(f"ratio of {kind}, median (all)", f"{statistics.median(ratios):.3f} ({shown})")
     Console().print(table)
 
 

@@ -40,6 +40,7 @@ KINDS: dict[str, dict[str, Any]] = {
     **{f"bfloat16, zero {stage}": {"stage": stage, "dtype": torch.bfloat16} for stage in (0, 1, 2, 3)},
     "muon": {"stage": 0, "optimizer": "muon"},
     "adafactor": {"stage": 0, "optimizer": "adafactor"},
+    **{f"adamw_8bit, zero {stage}": {"stage": stage, "optimizer": "adamw_8bit"} for stage in (0, 2, 3)},
 }
 IN_SHORT = ("zero 0", "zero 2", "zero 3", "lora")
 
