@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.disks import mounted
 from tests.integration.recipes import rows, start, train, without_clocks, write_config
 
 SFT: dict[str, Any] = {
@@ -24,13 +25,8 @@ SFT: dict[str, Any] = {
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 14 MiB, which holds two checkpoints of the tiny model and not three."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=14m", "none", path], capture_output=True, check=False)
-    if done.returncode:
-        pytest.skip("mounting a file system needs root")
-    yield path
-    subprocess.run(["umount", "-l", path], check=True)
+    with mounted(tmp_path / "disk", mib=14) as folder:
+        yield folder
 
 
 def config(folder: Path, runs: Path, name: str) -> Path:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.disks import mounted
 from tests.integration.recipes import ONLINE, merge, rlhf, rows, start, train, without_clocks, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -42,13 +43,8 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    path = tmp_path / "disk"
-    path.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=30m", "none", path], capture_output=True, check=False)
-    if done.returncode:
-        pytest.skip("mounting a file system needs root")
-    yield path
-    subprocess.run(["umount", "-l", path], check=True)
+    with mounted(tmp_path / "disk", mib=30) as folder:
+        yield folder
 
 
 class Run:

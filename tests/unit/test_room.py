@@ -7,7 +7,6 @@ import errno
 import json
 import logging
 import os
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from rlhf.tracking.run_folder.atomic import append_line, read_lines, write_atomi
 from rlhf.tracking.run_folder.timeline import Timeline
 from rlhf.types import Examples, TokenValues
 from rlhf.workers.offline.reference_cache import read_columns, write_columns
+from tests.disks import mounted
 
 ROW = {"step": 2, "text": "x" * 300_000}
 VALUES = torch.arange(75_000.0)
@@ -138,13 +138,8 @@ def test_work_that_meets_a_full_object_store_is_done_again() -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", disk], capture_output=True, check=False)
-    if done.returncode:
-        pytest.skip("mounting a file system needs root")
-    yield disk
-    subprocess.run(["umount", "-l", disk], check=True)
+    with mounted(tmp_path / "disk", mib=2) as folder:
+        yield folder
 
 
 def keep(folder: Path) -> None:

@@ -21,6 +21,7 @@ from rlhf.room import explains_full
 from rlhf.tracking.run_folder.folder import RunFolder, remove_run
 from rlhf.tracking.run_folder.samples import samples_path
 from rlhf.tracking.sinks.tracker import Tracker
+from tests.disks import mounted
 
 _HOLDER = """
 import sys, time
@@ -219,13 +220,8 @@ def failure_of(folder: Path, write: Callable[[Path], object]) -> str:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], capture_output=True, check=False)
-    if done.returncode:
-        pytest.skip("mounting a file system needs root")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
+    with mounted(tmp_path / "disk", mib=1) as folder:
+        yield folder
 
 
 @pytest.mark.parametrize(
