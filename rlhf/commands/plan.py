@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from rlhf.commands.command import Command
 from rlhf.commands.shared import AnyConfig, loaded_config, write_stdout
 from rlhf.errors import UserError
-from rlhf.owned_folders import temporary_folder
 
 if TYPE_CHECKING:
     from rlhf.config.files.load import LoadedConfig
@@ -85,6 +84,7 @@ def _check_inputs(loaded: LoadedConfig, *, cluster: str | None) -> str:
     if missing:
         lines = "".join(f"  {sentence}\n" for sentence in missing)
         return f"  not checked, since `rlhf train` does not start on this machine:\n{lines}"
+    from rlhf.owned_folders import temporary_folder
     from rlhf.preflight.inputs import load_inputs
 
     with temporary_folder() as folder, loaded.located():  # the tiny model is written to that folder
