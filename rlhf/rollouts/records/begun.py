@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +54,7 @@ def begun_groups(folder: Path) -> dict[Path, int]:
 def write_begun(folder: Path, request: GroupRequest, sampling: Sampling, responses: Sequence[Begun]) -> None:
     """Write the responses to a cancelled request aside, then rename the file into place."""
     path = _path(folder, request.group_id)
-    aside = path.with_suffix(f".{os.getpid()}.tmp")
+    aside = path.with_suffix(f".{secrets.token_hex(4)}.tmp")
     columns = {
         "lengths": torch.tensor([len(begun.token_ids) for begun in responses]),
         "token_ids": torch.tensor([token for begun in responses for token in begun.token_ids], dtype=torch.int64),

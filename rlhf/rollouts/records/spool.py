@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+import secrets
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def write_group(
         weights: checksum of the weights. A resumed run with other settings makes other weights of the same version.
     """
     path = group_path(folder, request.group_id, version)
-    aside = path.with_suffix(f".{os.getpid()}.tmp")
+    aside = path.with_suffix(f".{secrets.token_hex(4)}.tmp")  # two calls may write the same group
     columns = {field.name: getattr(rollouts, field.name).contiguous() for field in fields(Rollouts)}
     infos_json = json.dumps([asdict(info) for info in infos])
     metadata = {**_identity(request, sampling, environment), "infos": infos_json, "weights": weights}
