@@ -31,13 +31,20 @@ RAY_CPUS = 4  # what Ray may hand out, whatever the machine has: tests place up 
 OBJECT_STORE_BYTES = 256 * 2**20
 
 
+LOGGERS = [logging.getLogger(name) for name in ("rlhf", "actors")]
+LOGGING_AT_START = [(logger.handlers[:], logger.level, logger.propagate) for logger in LOGGERS]
+
+
 @pytest.fixture(autouse=True)
 def unchanged_logging() -> Iterator[None]:
-    """Undo what a test sets up for the project's loggers: a later test must not see its log lines on stderr."""
-    loggers = [logging.getLogger(name) for name in ("rlhf", "actors")]
-    before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
+    """Undo what a test or a fixture sets up for the project's loggers: a later test must not see its lines."""
+    _restore_logging()
     yield
-    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+    _restore_logging()
+
+
+def _restore_logging() -> None:
+    for logger, (handlers, level, propagate) in zip(LOGGERS, LOGGING_AT_START, strict=True):
         logger.handlers[:], logger.propagate = handlers, propagate
         logger.setLevel(level)
 

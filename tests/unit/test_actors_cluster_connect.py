@@ -70,7 +70,9 @@ def test_a_local_ray_that_does_not_start_is_started_once_more(
         if len(daemons) <= failures:
             raise Exception("The current node timed out during startup.")
 
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # another test's Ray may be there
     monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
     monkeypatch.setattr("actors.cluster.connect._own_session", lambda temp: None)
     try:
         with pytest.raises(RunError, match="timed out") if failures == 2 else nullcontext(), connected(ClusterConfig()):
