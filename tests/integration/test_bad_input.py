@@ -66,6 +66,13 @@ def config(folder: Path, *changes: Mapping[str, Any], base: Mapping[str, Any] = 
     return write_config(folder / "run.yaml", {}, functools.reduce(merge, (base, run, *changes), ONLINE))
 
 
+def connect_to_no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a run connect to Ray as if this process had no Ray."""
+    monkeypatch.setattr(actors.run.train, "connected", actors.cluster.connect.connected)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)  # the end of the connection must leave the session's Ray alone
+
+
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """What `rlhf train` says when it refuses: one paragraph of at most some lines, no traceback."""
     code = main(["train", *arguments])
@@ -290,8 +297,7 @@ def test_what_cannot_be_exported(
 def test_more_shared_memory_than_there_is(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(actors.run.train, "connected", actors.cluster.connect.connected)
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    connect_to_no_ray(monkeypatch)
     said = refused(capsys, str(config(tmp_path, {"cluster": {"object_store_gib": 1e6}})))
     assert "cluster.object_store_gib: is 1e+06, more than the" in said
 
@@ -320,9 +326,8 @@ def test_a_silent_hub_is_asked_once(tmp_path: Path) -> None:
 def test_an_address_without_a_ray(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(actors.run.train, "connected", actors.cluster.connect.connected)
+    connect_to_no_ray(monkeypatch)
     monkeypatch.setattr(actors.cluster.connect, "ANSWER_WITHIN_S", 3.0)
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         for address in (f"127.0.0.1:{port}", "127.0.0.1:1", "ray://127.0.0.1:1", "nowhere.invalid:6379", "nonsense"):
