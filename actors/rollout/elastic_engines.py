@@ -6,8 +6,8 @@
 Each rank up to the largest number has an engine, or waits for room: it asks Ray for a placement group of its own. A new
 engine gets its weights and proves them like the successor of a lost one. An engine leaves when its node is drained;
 other engines take its unfinished groups. A lost engine is replaced where there is room. If there is none within
-`cluster.start_timeout_s` the run goes on without it, and its rank waits for room again, unless fewer engines than the
-smallest number are left.
+`cluster.start_timeout_s` the run goes on without it, and its rank waits for room again. If fewer engines than the
+smallest number are left, the run is preempted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, cast
 from actors.cluster.actor_locations import draining_nodes
 from actors.cluster.placement import NoRoom, Seats
 from actors.rollout.replaceable_engines import ReplaceableEngines
-from rlhf.errors import RunError, WorkerLost
+from rlhf.errors import Preempted, RunError, WorkerLost
 
 logger = logging.getLogger(__name__)
 LOOK_EVERY_S = 5.0  # interval of the check for draining nodes
@@ -69,13 +69,20 @@ class ElasticEngines(ReplaceableEngines):
         await self._or_without(rank, super()._recover(rank, lost, work))
 
     async def _or_without(self, rank: int, replacing: Coroutine[Any, Any, None]) -> None:
-        """Wait until an engine is replaced. If there is no room, and enough engines are left, wait for room."""
+        """Wait until an engine is replaced. If there is no room, and enough engines are left, wait for room.
+
+        Raise Preempted if too few are left: when the cluster has room again, the run can continue.
+        """
         try:
             await replacing
         except RunError as error:
             no_room = isinstance(error, NoRoom) or isinstance(error.__cause__, NoRoom)
-            if not self.is_elastic or not no_room or self.num_working < self.seats.engines.min:
+            if not self.is_elastic or not no_room:
                 raise
+            least = self.seats.engines.min
+            if self.num_working < least:
+                few = f"{self.num_working} engines are left, fewer than cluster.roles.rollout.engines.min: {least}"
+                raise Preempted(f"{error}\n{few}") from error
             logger.warning("rollout engine %d has no room: the run goes on with %d engines", rank, self.num_working)
             await self._join(rank)
 

@@ -22,6 +22,7 @@ from rlhf.errors import Preempted, RunError, StorageFull
 from rlhf.preflight.run_folder import kept_checkpoints, open_mirror
 from rlhf.preflight.sources import installed_trackers
 from rlhf.room import PAUSE
+from rlhf.stopping import current_request
 from rlhf.supervised import tell_parent
 from rlhf.tracking.display.progress import Mode
 from rlhf.tracking.display.progress_live import open_progress
@@ -76,6 +77,9 @@ def recording(
                     with record.pauses():
                         yield record, step
                 except Preempted:
+                    request = current_request()
+                    if request is None or request.signal is None:  # the cluster has no room for the run
+                        tell_parent(is_final=True)
                     raise
                 except Exception as error:
                     tell_parent(is_final=not OWN_RAY.is_ending)  # another start gets another Ray

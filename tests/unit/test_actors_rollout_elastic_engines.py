@@ -13,7 +13,7 @@ from actors.rollout import elastic_engines
 from actors.rollout.elastic_engines import ElasticEngines
 from rlhf.config.derive import WeightSync
 from rlhf.config.schema.cluster import EngineRange
-from rlhf.errors import RunError
+from rlhf.errors import Preempted
 from tests.unit.test_actors_rollout_replaceable_engines import (
     DEADLINE_S,
     Engine,
@@ -180,14 +180,27 @@ async def test_a_lost_engine_without_room_is_gone_and_joins_again_when_there_is_
     await ended(engines)
 
 
-async def test_a_run_with_fewer_engines_than_the_smallest_number_ends() -> None:
+TOO_FEW = "placement: no room\n0 engines are left, fewer than cluster.roles.rollout.engines.min: 1"
+
+
+async def test_a_run_that_loses_an_engine_below_the_smallest_number_is_preempted() -> None:
     first = Engine("first")
     engines = await elastic(first, most=2)
     task = asked(engines, 0)
     await until(lambda: first.groups)
     first.die()
-    with pytest.raises(RunError, match="successor could not be started: placement: no room"):
+    with pytest.raises(Preempted, match=f"successor could not be started: {TOO_FEW}"):
         await asyncio.wait_for(task, DEADLINE_S)
+    await ended(engines)
+
+
+async def test_a_run_whose_engine_leaves_below_the_smallest_number_is_preempted() -> None:
+    first = Engine("first")
+    engines = await elastic(first, most=2)
+    engines._leave(0)
+    await until(lambda: engines._rebuilds[0].done())
+    with pytest.raises(Preempted, match=f"^{TOO_FEW}"):
+        await asyncio.wait_for(asked(engines, 0), DEADLINE_S)
     await ended(engines)
 
 

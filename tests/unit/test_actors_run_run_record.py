@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import signal
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from rlhf.config.schema.stages import MergeStage
 from rlhf.errors import Preempted, RunError, StorageFull, UserError
 from rlhf.preflight.run_folder import meet_mirror
 from rlhf.room import PAUSE
+from rlhf.stopping import StopRequest
 
 PIPELINE = """\
 run: {name: demo, dir: DIR}
@@ -89,6 +91,25 @@ def test_a_run_without_room_can_be_continued_if_it_has_a_checkpoint(
     assert PAUSE.limit_s == 0.0
     (error,) = map(json.loads, (tmp_path / stage.run.name / "errors.jsonl").read_text().splitlines())
     assert error["kind"] == "StorageFull"
+
+
+@pytest.mark.parametrize(("number", "is_final"), [(None, True), (signal.SIGTERM, False)])
+def test_a_run_that_the_cluster_has_no_room_for_is_not_started_again_by_its_parent(
+    tmp_path: Path,
+    opened: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals | None,
+    is_final: bool,
+) -> None:
+    path, facts, request = tmp_path / "p.yaml", dict[str, Any](), StopRequest()
+    path.write_text(PIPELINE.replace("DIR", str(tmp_path)))
+    request.signal = number
+    monkeypatch.setattr("actors.run.run_record.tell_parent", facts.update)
+    monkeypatch.setattr("actors.run.run_record.current_request", lambda: request)
+    stage = next(iter(load(path).stages.values()))
+    with pytest.raises(Preempted), recording(stage, resume=False):
+        raise Preempted("no other node")
+    assert facts.get("is_final", False) == is_final
 
 
 def test_a_single_run_has_no_group(tmp_path: Path, opened: list[dict[str, Any]]) -> None:
