@@ -22,6 +22,7 @@ from ray.exceptions import (
 )
 
 from actors.cluster.actor_locations import location_of, lost_nodes
+from actors.cluster.connect import OWN_RAY
 from actors.cluster.watch import died_for_memory, hang_of, stack_at
 from rlhf.engine.memory import advice_on_memory
 from rlhf.errors import (
@@ -141,12 +142,15 @@ async def put(value: T) -> ObjectRef[T]:
 async def explain(error: BaseException | None, *, role: Role, rank: int, stage: str) -> Exception:
     """Return the failure as an error with stage, role, rank and cause.
 
-    It is WorkerLost if the worker's process died, or one that the worker had started and cannot work without.
+    It is WorkerLost if the worker's process died, or one that the worker had started and cannot work without, unless
+    the run's local Ray has died too.
     """
     who = f"{stage}: {role} rank {rank}"
     failure: Exception
     cause = error.cause if isinstance(error, RayTaskError) else error
-    if isinstance(cause, ObjectLostError):
+    if OWN_RAY.is_ending:  # nothing can be started again in it
+        failure = RunError(f"{who} was lost with the run's local Ray, which has died. {RESUMES}")
+    elif isinstance(cause, ObjectLostError):
         message = f"{who} cannot read results that a lost node held: {_short(str(cause))}{await lost_nodes()}"
         failure = ResultsLost(message, role=role, rank=rank, stage=stage, kind="died")
     elif isinstance(error, RayTaskError):

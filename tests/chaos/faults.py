@@ -152,14 +152,9 @@ class TimelineTail:
         self.read()
         return self._counts[name]
 
-    def recoveries(self, besides: Sequence[tuple[float, float]]) -> Mapping[str, int]:
-        """Return the number of recoveries of each role, without those of workers that began within the given times."""
-        spans = (span for span in self.read() if span.name == "recovery")
-        return Counter(
-            span.role
-            for span in spans
-            if span.role == "controller" or not any(start <= span.start_s <= end for start, end in besides)
-        )
+    def recoveries(self) -> Mapping[str, int]:
+        """Return the number of recoveries of each role."""
+        return Counter(span.role for span in self.read() if span.name == "recovery")
 
     def seconds_back(self, at: float, role: str) -> float | None:
         """Return the seconds from a time until a recovery of the role had ended. None: there was none."""

@@ -279,7 +279,6 @@ class FaultyRun:
         self.tail = TimelineTail(self.folder / "timeline.json")
         self.footprint = Footprint()
         self.losses: Counter[tuple[str, str]] = Counter()  # by role and kind, which recoveries must have followed
-        self.without_driver: list[tuple[float, float]] = []  # a driver that ends may begin to replace a worker
         self.loses_driver = any(VICTIMS[fault.who].ends_driver for fault in faults)
         self.memory = FeignedMemory(folder) if any(fault.how == "memory" for fault in faults) else None
         arguments = ["--supervise"] if self.loses_driver else []
@@ -309,7 +308,7 @@ class FaultyRun:
         roles = Counter[str]()
         for (role, _), count in self.losses.items():
             roles[role] += count
-        seen = self.tail.recoveries(besides=self.without_driver)
+        seen = self.tail.recoveries()
         bad = [] if seen == roles else [f"the timeline has the recoveries {dict(seen)}, expected {dict(roles)}"]
         if not self.loses_driver or set(roles) == {"controller"}:
             found = recorded_losses(self.folder)
@@ -362,8 +361,6 @@ class FaultyRun:
             if not self._wait(lambda: find_victim(self.folder, victim) not in (None, process), limit_s=BACK_WITHIN_S):
                 bad.append(f"no {fault.who} has taken the place of process {process.pid}")
         back_s = None if role is None else self.tail.seconds_back(at, role)
-        if VICTIMS[fault.who].ends_driver and back_s is not None:
-            self.without_driver.append((at, at + back_s))
         return back_s, bad
 
     def _has_hit(self, fault: Fault, at: float) -> bool:

@@ -19,7 +19,7 @@ from ray.exceptions import (
 
 from actors.cluster import waiting
 from actors.cluster.waiting import explain, put, wait_all, within
-from rlhf.errors import ObjectStoreFull, ResultsLost, StorageFull, WorkerLost
+from rlhf.errors import ObjectStoreFull, ResultsLost, RunError, StorageFull, WorkerLost
 from rlhf.room import PAUSE, Shortage
 
 KILLED = (
@@ -55,6 +55,15 @@ def test_results_of_a_lost_node_are_no_fault_of_the_worker_that_needs_them() -> 
     for error in (gone, RayTaskError("score", "", gone)):
         assert isinstance(lost(error), ResultsLost)
     assert not isinstance(lost(RayActorError(error_msg=KILLED)), ResultsLost)
+
+
+def test_a_worker_that_dies_with_the_local_ray_is_not_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = SimpleNamespace(is_running=lambda: False)
+    monkeypatch.setattr(waiting.OWN_RAY, "daemons", [gone])
+    for error in (RayActorError(error_msg=KILLED), ObjectLostError("ab" * 28, "", "")):
+        failure = asyncio.run(explain(error, role="reward", rank=1, stage="rewards"))
+        assert type(failure) is RunError
+        assert str(failure).startswith("rewards: reward rank 1 was lost with the run's local Ray, which has died. ")
 
 
 @pytest.mark.parametrize("death", [RayActorError(error_msg=KILLED), OutOfMemoryError("the node is running low")])
