@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 import socket
+import time
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -32,6 +33,7 @@ from rlhf.stopping import finishes_within
 logger = logging.getLogger(__name__)
 REMOVED_WITHIN_S = 5.0
 EXAMINED_WITHIN_S = 5.0
+TRIED_AGAIN_AFTER_S = 300.0  # a node that could hold no copies
 
 
 def folders_of_user() -> Path:
@@ -100,7 +102,7 @@ class MemoryFolders:
         self._processes: dict[str, ActorHandle[Any]] = {}  # by node
         self._holders: dict[str, str] = {}  # the node with the copies of a rank, by the rank's name, such as policy-1
         self._places: dict[str, CopyPlace] = {}  # there, by the rank's name
-        self._unfit: set[str] = set()  # nodes that hold no copies
+        self._unfit: dict[str, float] = {}  # nodes that could hold no copies, and when (time.monotonic)
         self._alone = asyncio.Lock()
 
     async def open(self, nodes: Collection[str]) -> list[Path]:
@@ -114,8 +116,10 @@ class MemoryFolders:
         return [self._run if node == self._here else self._path(node) for node in nodes]
 
     def nodes(self) -> frozenset[str]:
-        """Return the nodes of the run's actors."""
-        return frozenset(place.node for place in locations().values())
+        """Return the nodes of the run's actors, without those that could hold no copies a short time ago."""
+        now = time.monotonic()
+        unfit = {node for node, since in self._unfit.items() if now - since < TRIED_AGAIN_AFTER_S}
+        return frozenset(place.node for place in locations().values()) - unfit
 
     def copies_of(self, rank: str) -> CopyPlace | None:
         """Return where the copies of a rank's snapshots are. None: there are none."""
@@ -124,7 +128,8 @@ class MemoryFolders:
     async def places(self, nodes: Mapping[str, str], failures: Mapping[str, str]) -> dict[str, CopyPlace | None]:
         """Return where each rank shall send copies: to another node of the run, if there is one.
 
-        A rank keeps its place as long as that can be used. A new one is on the node with the fewest copies.
+        A rank keeps its place as long as that can be used. A new one is on the node with the fewest copies. A node that
+        could hold no copies is tried again after TRIED_AGAIN_AFTER_S.
 
         Args:
             nodes: the node of each rank, by the rank's name.
@@ -135,7 +140,7 @@ class MemoryFolders:
                 logger.warning("the last snapshot of %s has no copy on another node: %s", rank, failure)
             for node in {self._holders[rank] for rank in failures if rank in self._holders}:
                 await self._examine(node)
-            fit = self.nodes() & {node["NodeID"] for node in ray.nodes() if node["Alive"]} - self._unfit
+            fit = self.nodes() & {node["NodeID"] for node in ray.nodes() if node["Alive"]}
             for rank, node in nodes.items():
                 if rank in failures or self._holders.get(rank) not in fit - {node}:
                     await self._choose(rank, fit - {node})
@@ -149,13 +154,15 @@ class MemoryFolders:
             self._processes[before].forget.remote(rank)
         loads = Counter(self._holders.values())
         for node in sorted(candidates, key=lambda node: (loads[node], node)):
+            limit_s = EXAMINED_WITHIN_S if node in self._unfit else None  # it may still not answer
             try:
-                await self._ask(node, "open")
-                self._places[rank] = await self._ask(node, "place", rank)
+                await self._ask(node, "open", limit_s=limit_s)
+                self._places[rank] = await self._ask(node, "place", rank, limit_s=limit_s)
             except (RunError, UserError) as error:
                 logger.warning("a node cannot hold copies of snapshots: %s", error)
-                self._unfit.add(node)
+                self._unfit[node] = time.monotonic()
                 continue
+            self._unfit.pop(node, None)
             self._holders[rank] = node
             return
 
@@ -170,7 +177,7 @@ class MemoryFolders:
         if is_new:
             self._holders = {rank: other for rank, other in self._holders.items() if other != node}
         else:
-            self._unfit.add(node)
+            self._unfit[node] = time.monotonic()
 
     async def _ask(self, node: str, method: str, *arguments: Any, limit_s: float | None = None) -> Any:
         """Call the process on a node, which is started if there is none, or if it has died."""

@@ -84,9 +84,14 @@ class Nodes(MemoryFolders):
         self.of_run = set(nodes)
         self.dead: set[str] = set()
         self.died: set[str] = set()  # nodes whose process has died
+        self.cut: set[str] = set()  # nodes that do not answer
         self.calls: list[str] = []
+        self.limits: list[float | None] = []
 
     async def _ask(self, node: str, method: str, *arguments: Any, limit_s: float | None = None) -> Any:
+        self.limits.append(limit_s)
+        if node in self.cut:
+            raise RunError("it does not answer")
         if node in self.died:
             self.died.discard(node)
             del self._processes[node]
@@ -132,7 +137,7 @@ async def test_a_rank_that_moves_to_the_node_of_its_copies_gets_another_place(mo
     assert folders.calls == ["forget policy-0 b"]
 
 
-async def test_a_node_without_room_for_copies_is_not_tried_again(
+async def test_a_node_without_room_for_copies_is_not_tried_again_at_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folders = Nodes(monkeypatch, "a", "b", "c")
@@ -142,6 +147,26 @@ async def test_a_node_without_room_for_copies_is_not_tried_again(
     assert await folders.chosen(ranks, policy_0="no space left") == [None]
     assert folders.calls == ["forget policy-0 b", "forget policy-0 c"], "what came takes no memory there"
     assert "the last snapshot of policy-0 has no copy on another node: no space left" in caplog.text
+
+
+async def test_a_node_that_could_hold_no_copies_is_tried_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(memory_folders.time, "monotonic", lambda: now)
+    folders = Nodes(monkeypatch, "a", "b")
+    ranks = {"policy-0": "a"}
+    await folders.chosen(ranks)
+    assert await folders.chosen(ranks, policy_0="it was cut off") == [None]
+    assert folders.nodes() == {"a"}, "so the ranks look for other places"
+    now += memory_folders.TRIED_AGAIN_AFTER_S - 1.0
+    assert await folders.chosen(ranks) == [None]
+    now += 1.0
+    assert folders.nodes() == {"a", "b"}
+    folders.cut.add("b")
+    assert await folders.chosen(ranks) == [None]
+    assert folders.limits[-1] == memory_folders.EXAMINED_WITHIN_S, "training does not wait for it as for a start"
+    now += memory_folders.TRIED_AGAIN_AFTER_S
+    folders.cut.clear()
+    assert await folders.chosen(ranks) == ["policy-0 at b"]
 
 
 async def test_a_dead_process_that_held_copies_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
