@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -13,7 +14,7 @@ from rlhf.config.placement_plan import PlacementPlan, assign_nodes, plan_placeme
 from rlhf.config.schema.root import Config
 from rlhf.config.validation.run import problems
 from rlhf.planning.footprints import Sizes, footprints
-from rlhf.planning.memory import GIB, Footprint
+from rlhf.planning.memory import GIB, SNAPSHOTS, Footprint
 from rlhf.role_table import ROLES, TRAINED_ROLES, Role
 
 RAY_BYTES = int(1.0 * GIB)  # measured: Ray's own processes on a head node
@@ -114,6 +115,7 @@ def _hosts(
 ) -> list[Fit]:
     """Return the fullest node among nodes with equal memory."""
     fits: dict[float | None, Fit] = {}
+    copies = _snapshot_copies(placement, by_role, at)
     for index, node in enumerate(nodes):
         parts: dict[str, float] = {}
         shared = 0.0
@@ -127,6 +129,8 @@ def _hosts(
             continue
         if shared:
             parts["shared memory"] = shared
+        if copies[index]:
+            parts["copies of snapshots"] = copies[index]
         local = config.cluster.address is None
         parts["Ray"] = RAY_BYTES + (DRIVER_BYTES + config.cluster.object_store_gib * GIB if local else 0.0)
         wanted = sum(parts.values())
@@ -134,6 +138,24 @@ def _hosts(
         if node.mem_gib not in fits or wanted > fits[node.mem_gib].wanted:
             fits[node.mem_gib] = Fit(where=f"host of node {index}", wanted=wanted, room=room, parts=_sum(parts))
     return list(fits.values())
+
+
+def _snapshot_copies(placement: PlacementPlan, by_role: Mapping[Role, Footprint], at: Sequence[int]) -> Counter[int]:
+    """Return the bytes on each node for copies of snapshots of other nodes' ranks.
+
+    A rank's copies are on the other node with the fewest of them, as in actors.cluster.memory_folders.
+    """
+    nodes = {at[slot.bundle] for slots in placement.slots.values() for slot in slots}
+    counts, sizes = Counter[int](), Counter[int]()
+    for role, slots in placement.slots.items():
+        size = int(sum(term.nbytes for term in by_role[role].terms if term.name == SNAPSHOTS))
+        for slot in slots if size else ():
+            others = nodes - {at[slot.bundle]}
+            if others:
+                holder = min(others, key=lambda node: (counts[node], node))
+                counts[holder] += 1
+                sizes[holder] += size
+    return sizes
 
 
 def remedies(config: Config, sizes: Sizes, nodes: Sequence[Node], roles: Sequence[Role]) -> list[str]:

@@ -19,6 +19,7 @@ from rlhf.role_table import Role
 GIB = 2**30
 PREFILL_TOKENS = 8192  # as in actors.rollout.vllm_engine
 BUCKET_ELEMENTS = 5 * 10**7  # as in rlhf.engine.deepspeed; a test compares them
+SNAPSHOTS = "snapshots"  # name of their term
 LIVE_PARAMETERS = 10**9  # of ZeRO-3: gathered and not yet released; DeepSpeed's default
 
 Place = Literal["device", "host", "shared"]  # shared: resident in each process, but only once in its node's memory
@@ -212,7 +213,7 @@ def snapshot_term(shape: Shape, t: Training) -> Term:
     """Return the shared memory of one rank for two copies of its state (rlhf.engine.snapshots)."""
     by = t.ranks if t.zero_stage >= 1 else 1
     nbytes = 2 * (4.0 * t.trained / by + _optimizer_states(shape, t, by=by, place="host").nbytes)
-    return Term("snapshots", nbytes, "weights in float32 and the optimizer's states, twice, in /dev/shm", "host")
+    return Term(SNAPSHOTS, nbytes, "weights in float32 and the optimizer's states, twice, in /dev/shm", "host")
 
 
 def checkpoint_bytes(shape: Shape, t: Training) -> float:

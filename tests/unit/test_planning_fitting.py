@@ -66,3 +66,19 @@ def test_a_weight_transfer_holds_the_policy_its_copy_and_the_weights_of_the_engi
     assert policy == pytest.approx(states + 2 * weights + by_role["policy"].stays)
     assert held_on_gpu(by_role["rollout"], "weight sync") == pytest.approx(2 * weights + Assumed.CUDA_BYTES)
     assert held_on_gpu(by_role["reference"], "weight sync") == Assumed.CUDA_BYTES
+
+
+def test_each_node_holds_the_copies_of_as_many_ranks_of_others() -> None:
+    # Three ranks on each of two nodes, and the engines on a third. Each node holds the copies of two ranks: of
+    # 7,615,616,512 parameters, 12 bytes twice, over 6 ranks.
+    roles = {"policy": {"workers": 6}, "rollout": {"engines": 3}, "reward": {"colocate_with": "policy"}}
+    tree = {**RUN, **FUNCTION, "cluster": {"device": "cuda", "address": "auto", "roles": roles}}
+    config = parse({**tree, "algorithm": {"name": "grpo"}})
+    assert isinstance(config, Config), config
+    nodes = [Node(cpus=96.0, gpus=3.0, mem_gib=2000.0)] * 3
+    found = footprints(config, Sizes(gpu_memory_gib=80.0))
+    (host,) = [fit for fit in places(config, plan_placement(config), found, nodes) if fit.where.startswith("host")]
+    assert f"copies of snapshots {2 * 7_615_616_512 * 24 / 6 / GIB:,.1f}" in host.parts
+    alone = [Node(cpus=96.0, gpus=9.0, mem_gib=2000.0)]
+    (host,) = [fit for fit in places(config, plan_placement(config), found, alone) if fit.where.startswith("host")]
+    assert "copies of snapshots" not in host.parts
