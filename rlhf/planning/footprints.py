@@ -167,12 +167,18 @@ def _published(config: Config, shape: Shape, how: Training) -> Term:
 
 def cache_tokens(config: Config, sizes: Sizes) -> float | None:
     """Return the number of tokens in an engine's KV cache, or None if the GPU memory is unknown."""
-    policy, role = config.policy, config.cluster.roles.rollout
+    policy = config.policy
     cache = next((term.nbytes for term in _engine(config, sizes).terms if term.name == "KV cache"), None)
     if cache is None:
         return None
-    parallel = role.tensor_parallel if config.cluster.device == "cuda" else 1
-    return cache * parallel / kv_bytes_per_token(sizes.of(policy.model), itemsize=_itemsize(policy))
+    shape = sizes.of(policy.model)
+    return cache * _cache_parts(config, shape) / kv_bytes_per_token(shape, itemsize=_itemsize(policy))
+
+
+def _cache_parts(config: Config, shape: Shape) -> int:
+    """Return over how many GPUs of an engine its keys and values are divided. A head is never split."""
+    parallel = config.cluster.roles.rollout.tensor_parallel
+    return min(parallel, shape.kv_heads) if config.cluster.device == "cuda" else 1
 
 
 def _engine(config: Config, sizes: Sizes) -> Footprint:
@@ -183,7 +189,7 @@ def _engine(config: Config, sizes: Sizes) -> Footprint:
     terms = engine_terms(
         shape, itemsize=size, tensor_parallel=role.tensor_parallel, max_num_seqs=role.max_num_seqs, on_gpu=on_gpu
     )
-    each = kv_bytes_per_token(shape, itemsize=size) / (role.tensor_parallel if on_gpu else 1)
+    each = kv_bytes_per_token(shape, itemsize=size) / _cache_parts(config, shape)
     if not on_gpu:
         cache: float | None = role.kv_cache_gib * GIB
     elif sizes.gpu_memory_gib is None:

@@ -236,6 +236,8 @@ _SIZES = (
 # Class and _SIZES, from each model's config.json. A test compares the resulting parameters with the published counts.
 _TABLE: Mapping[str, tuple[str, int, int, int, int, int, int, int, bool]] = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": ("Llama", 576, 1536, 30, 9, 3, 64, 49152, True),
+    "HuggingFaceTB/SmolLM2-360M-Instruct": ("Llama", 960, 2560, 32, 15, 5, 64, 49152, True),
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": ("Llama", 2048, 8192, 24, 32, 32, 64, 49152, True),
     "Qwen/Qwen2.5-0.5B-Instruct": ("Qwen2", 896, 4864, 24, 14, 2, 64, 151936, True),
     "Qwen/Qwen2.5-1.5B-Instruct": ("Qwen2", 1536, 8960, 28, 12, 2, 128, 151936, True),
     "Qwen/Qwen2.5-3B-Instruct": ("Qwen2", 2048, 11008, 36, 16, 2, 128, 151936, True),
@@ -244,14 +246,25 @@ _TABLE: Mapping[str, tuple[str, int, int, int, int, int, int, int, bool]] = {
     "Qwen/Qwen2.5-32B-Instruct": ("Qwen2", 5120, 27648, 64, 40, 8, 128, 152064, False),
     "Qwen/Qwen2.5-72B-Instruct": ("Qwen2", 8192, 29568, 80, 64, 8, 128, 152064, False),
     "Qwen/Qwen3-0.6B": ("Qwen3", 1024, 3072, 28, 16, 8, 128, 151936, True),
+    "Qwen/Qwen3-1.7B": ("Qwen3", 2048, 6144, 28, 16, 8, 128, 151936, True),
+    "Qwen/Qwen3-4B": ("Qwen3", 2560, 9728, 36, 32, 8, 128, 151936, True),
+    "Qwen/Qwen3-4B-Instruct-2507": ("Qwen3", 2560, 9728, 36, 32, 8, 128, 151936, True),
     "Qwen/Qwen3-8B": ("Qwen3", 4096, 12288, 36, 32, 8, 128, 151936, False),
+    "Qwen/Qwen3-14B": ("Qwen3", 5120, 17408, 40, 40, 8, 128, 151936, False),
+    "Qwen/Qwen3-32B": ("Qwen3", 5120, 25600, 64, 64, 8, 128, 151936, False),
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": ("Qwen2", 1536, 8960, 28, 12, 2, 128, 151936, False),
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": ("Qwen2", 3584, 18944, 28, 28, 4, 128, 152064, False),
     "meta-llama/Llama-2-7b-hf": ("Llama", 4096, 11008, 32, 32, 32, 128, 32000, False),
     "meta-llama/Llama-2-13b-hf": ("Llama", 5120, 13824, 40, 40, 40, 128, 32000, False),
     "meta-llama/Llama-2-70b-hf": ("Llama", 8192, 28672, 80, 64, 8, 128, 32000, False),
     "meta-llama/Llama-3.1-8B-Instruct": ("Llama", 4096, 14336, 32, 32, 8, 128, 128256, False),
     "meta-llama/Llama-3.1-70B-Instruct": ("Llama", 8192, 28672, 80, 64, 8, 128, 128256, False),
+    "meta-llama/Llama-3.2-1B-Instruct": ("Llama", 2048, 8192, 16, 32, 8, 64, 128256, True),
+    "meta-llama/Llama-3.2-3B-Instruct": ("Llama", 3072, 8192, 28, 24, 8, 128, 128256, True),
     "meta-llama/Llama-3.3-70B-Instruct": ("Llama", 8192, 28672, 80, 64, 8, 128, 128256, False),
     "mistralai/Mistral-7B-Instruct-v0.3": ("Mistral", 4096, 14336, 32, 32, 8, 128, 32768, False),
+    "mistralai/Mistral-Nemo-Instruct-2407": ("Mistral", 5120, 14336, 40, 32, 8, 128, 131072, False),
+    "mistralai/Mistral-Small-24B-Instruct-2501": ("Mistral", 5120, 32768, 40, 32, 8, 128, 131072, False),
 }
 
 
@@ -263,8 +276,8 @@ def _mixture_config(
     return {**values, **experts, "attention_bias": family in ("Glm4Moe", "GptOss")}
 
 
-def _qwen(width: int) -> Mapping[str, int]:
-    return {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": width}
+def _qwen(width: int, experts: int = 128) -> Mapping[str, int]:
+    return {"num_experts": experts, "num_experts_per_tok": 8, "moe_intermediate_size": width}
 
 
 def _glm(experts: int, width: int, dense: int, norm: int) -> Mapping[str, int]:
@@ -276,19 +289,30 @@ def _local(experts: int, chosen: int) -> Mapping[str, int]:
     return {"num_local_experts": experts, "num_experts_per_tok": chosen}
 
 
+_QWEN3_30B = _mixture_config("Qwen3Moe", (2048, 6144, 48, 32, 4, 128, 151936), _qwen(768))
+_QWEN3_235B = _mixture_config("Qwen3Moe", (4096, 12288, 94, 64, 4, 128, 151936), _qwen(1536))
+_GLM_4_5 = _mixture_config("Glm4Moe", (5120, 12288, 92, 96, 8, 128, 151552), _glm(160, 1536, dense=3, norm=1))
 # Sizes as in _TABLE, then the experts. A test compares all and active parameters with the published counts.
 _MIXTURE_TABLE: Mapping[str, Mapping[str, Any]] = {
-    "Qwen/Qwen3-30B-A3B": _mixture_config("Qwen3Moe", (2048, 6144, 48, 32, 4, 128, 151936), _qwen(768)),
-    "Qwen/Qwen3-235B-A22B": _mixture_config("Qwen3Moe", (4096, 12288, 94, 64, 4, 128, 151936), _qwen(1536)),
+    "Qwen/Qwen3-30B-A3B": _QWEN3_30B,
+    "Qwen/Qwen3-30B-A3B-Instruct-2507": _QWEN3_30B,
+    "Qwen/Qwen3-Coder-30B-A3B-Instruct": _QWEN3_30B,
+    "Qwen/Qwen3-235B-A22B": _QWEN3_235B,
+    "Qwen/Qwen3-235B-A22B-Instruct-2507": _QWEN3_235B,
+    "Qwen/Qwen3-Coder-480B-A35B-Instruct": _mixture_config(
+        "Qwen3Moe", (6144, 8192, 62, 96, 8, 128, 151936), _qwen(2560, experts=160)
+    ),
     "mistralai/Mixtral-8x7B-Instruct-v0.1": _mixture_config(
         "Mixtral", (4096, 14336, 32, 32, 8, 128, 32000), _local(8, 2)
+    ),
+    "mistralai/Mixtral-8x22B-Instruct-v0.1": _mixture_config(
+        "Mixtral", (6144, 16384, 56, 48, 8, 128, 32768), _local(8, 2)
     ),
     "zai-org/GLM-4.5-Air": _mixture_config(
         "Glm4Moe", (4096, 10944, 46, 96, 8, 128, 151552), _glm(128, 1408, dense=1, norm=0)
     ),
-    "zai-org/GLM-4.5": _mixture_config(
-        "Glm4Moe", (5120, 12288, 92, 96, 8, 128, 151552), _glm(160, 1536, dense=3, norm=1)
-    ),
+    "zai-org/GLM-4.5": _GLM_4_5,
+    "zai-org/GLM-4.6": _GLM_4_5,
     "openai/gpt-oss-20b": _mixture_config("GptOss", (2880, 2880, 24, 64, 8, 64, 201088), _local(32, 4)),
     "openai/gpt-oss-120b": _mixture_config("GptOss", (2880, 2880, 36, 64, 8, 64, 201088), _local(128, 4)),
 }
