@@ -24,12 +24,14 @@ RewardErrorKind = Literal["raised", "timeout", "not_a_number", "no_opinion", "di
 class Ragged:
     """B sequences in flat columns. Every other field of a subclass has one entry (or row) per token.
 
+    Adjacent sequences with one id are a sample. A response is one sequence; an agent's session may be several.
+
     Example: sequences 4 and 7 of 2 and 3 tokens:
 
         sequence_ids = [4, 7]   lengths = [2, 3]   token_ids = [a0 a1 b0 b1 b2]
     """
 
-    sequence_ids: Int[Tensor, " B"]  # index of the sequence in its step; unique within a batch
+    sequence_ids: Int[Tensor, " B"]  # index of the sequence's sample in its step
     lengths: Int[Tensor, " B"]  # tokens of each sequence
 
     def __post_init__(self) -> None:
@@ -48,25 +50,42 @@ class Ragged:
         """Return the names of the per-token fields."""
         return tuple(f.name for f in fields(cls) if f.name not in ("sequence_ids", "lengths"))
 
+    @property
+    def sample_ids(self) -> list[int]:
+        """Return the ids of the samples in their order, each once."""
+        ids: list[int] = self.sequence_ids.unique_consecutive().tolist()
+        return ids
+
+    @property
+    def sample_lengths(self) -> Int[Tensor, " S"]:
+        """Return the number of tokens of each sample, over all of its sequences."""
+        ids, places = self.sequence_ids.unique_consecutive(return_inverse=True)
+        return torch.zeros_like(ids).index_add_(0, places, self.lengths)
+
     @classmethod
     def gather(cls, parts: Sequence[Self], sequence_ids: Sequence[int]) -> Self:
-        """Return the named sequences, in this order, from several batches. KeyError names the missing sequences."""
-        where: dict[int, tuple[int, int, int]] = {}
+        """Return all sequences of the named samples, in this order, from several batches.
+
+        KeyError names the missing samples.
+        """
+        where: dict[int, list[tuple[int, int, int]]] = {}
         for index, part in enumerate(parts):
             start = 0
+            held: dict[int, list[tuple[int, int, int]]] = {}
             for sequence_id, length in zip(part.sequence_ids.tolist(), part.lengths.tolist(), strict=True):
-                where[sequence_id] = (index, start, length)
+                held.setdefault(sequence_id, []).append((index, start, length))
                 start += length
+            where |= held
         missing = [i for i in sequence_ids if i not in where]
         if missing:
             raise KeyError(f"{cls.__name__}: sequences {missing[:8]} are in none of the {len(parts)} parts")
-        places = [where[i] for i in sequence_ids]
+        places = [place for i in sequence_ids for place in where[i]]
         taken = {
             name: torch.cat([getattr(parts[part], name)[start : start + length] for part, start, length in places])
             for name in cls.columns()
         }
         return cls(
-            sequence_ids=torch.tensor(sequence_ids, dtype=torch.int64),
+            sequence_ids=torch.tensor([i for i in sequence_ids for _ in where[i]], dtype=torch.int64),
             lengths=torch.tensor([length for _, _, length in places], dtype=torch.int64),
             **taken,
         )
@@ -76,6 +95,11 @@ class Ragged:
         """Return the sequences of all parts, one after the other."""
         names = ("sequence_ids", "lengths", *cls.columns())
         return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+    def of_samples(self, sequence_ids: Sequence[int]) -> Self:
+        """Return all sequences of the named samples, in this order. There may be no name."""
+        held = self.sequence_ids.tolist()
+        return self.take([row for i in sequence_ids for row, sequence_id in enumerate(held) if sequence_id == i])
 
     def take(self, places: Sequence[int]) -> Self:
         """Return the sequences at these positions, in this order."""
@@ -248,7 +272,7 @@ class GroupRequest:
 class StepReward:
     """The reward of one step of a response. A turn is a step of a conversation."""
 
-    end: int  # index in the sequence of the step's last token, which was sampled
+    end: int  # index in the sample of the step's last token, which was sampled; several sequences follow each other
     value: float
 
 
@@ -258,13 +282,13 @@ class RolloutInfo:
 
     sequence_id: int
     num_prompt_tokens: int  # before the first sampled token
-    num_response_tokens: int  # sampled tokens
+    num_response_tokens: int  # sampled tokens that are trained
     finish_reason: FinishReason
     min_version: int  # oldest and newest weights that sampled one of its tokens; -1: it has none
     max_version: int
     mean_logprob: float  # of the sampled tokens, by the sampler
     num_turns: int = 1  # turns of the policy
-    num_environment_tokens: int = 0  # tokens between the policy's turns
+    num_environment_tokens: int = 0  # tokens between the policy's turns; those shared by several sequences count once
     environment_rewards: tuple[StepReward, ...] | None = None  # per turn; None: no environment, or it failed
     environment_error: RewardError | None = None
 
@@ -276,7 +300,7 @@ class RolloutInfo:
 
     @property
     def num_tokens(self) -> int:
-        """Return the length of the whole sequence."""
+        """Return the number of tokens of the whole sample, in which a shared prefix counts once."""
         return self.num_prompt_tokens + self.num_tokens_after_prompt
 
     @property
@@ -325,9 +349,9 @@ class MinibatchPlan:
     The counts cover the whole step, or the whole evaluation set.
     """
 
-    sequences_by_rank: tuple[tuple[int, ...], ...]  # sequence ids of each data-parallel rank
+    sequences_by_rank: tuple[tuple[int, ...], ...]  # ids of the samples of each data-parallel rank
     num_tokens: int  # sampled tokens, over all ranks; for pairs, of the chosen responses
-    num_sequences: int  # sequences, over all ranks
+    num_sequences: int  # samples, over all ranks; an agent's session counts once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

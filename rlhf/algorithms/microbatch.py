@@ -13,7 +13,7 @@ class StepCounts:
     """Denominators of one optimizer step's losses, counted over all ranks and micro-batches."""
 
     num_tokens: int
-    num_sequences: int
+    num_sequences: int  # samples; an agent's session counts once
     max_new_tokens: int
 
 
@@ -44,6 +44,7 @@ class PolicyMicrobatch:
     high_entropy: Bool[Tensor, " N"] | None = None  # tokens to train on; None: all
     selected: Bool[Tensor, " N"] | None = None  # tokens with a different treatment in the loss; None: no tokens
     entropy_coef: float = 0.0  # current coefficient of the bonus
+    sample_tokens: Int[Tensor, " B"] | None = None  # sampled tokens of each sequence's sample; None: of the sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +56,7 @@ class ValueMicrobatch:
     values: Float[Tensor, " N"]
     old_values: Float[Tensor, " N"]
     returns: Float[Tensor, " N"]
+    sample_tokens: Int[Tensor, " B"] | None = None  # sampled tokens of each sequence's sample; None: of the sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -139,7 +139,8 @@ class OnlineAlgorithm(Algorithm):
         denominator is unchanged. The KL penalty and the bonus are aggregated like the surrogate.
         """
         mask = batch.response_mask
-        weights = token_weights(mask, batch.lengths, mode=self.config.aggregation, **asdict(counts))
+        mode, of_samples = self.config.aggregation, batch.sample_tokens
+        weights = token_weights(mask, batch.lengths, mode=mode, sample_tokens=of_samples, **asdict(counts))
         surrogate, correction = self.surrogate(batch), None
         if self.config.correction is not None:
             surrogate, correction = corrected(self.config.correction, batch, surrogate)

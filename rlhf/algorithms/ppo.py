@@ -96,5 +96,6 @@ class PPO(OnlineAlgorithm):
             columns = (batch.values, batch.old_values, batch.returns, mask)
             per_token = value_loss.clipped_value_loss(*columns, clip=clip)
             num_clipped = value_loss.clipped_values(*columns, clip=clip).sum().float()
-        weights = token_weights(mask, batch.lengths, mode=self.config.aggregation, **asdict(counts))
+        mode, of_samples = self.config.aggregation, batch.sample_tokens
+        weights = token_weights(mask, batch.lengths, mode=mode, sample_tokens=of_samples, **asdict(counts))
         return ValueLossTerms(loss=(per_token * weights).sum(), clipped_tokens=num_clipped)

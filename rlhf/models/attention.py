@@ -1,4 +1,4 @@
-"""Attention of a packed row: each sequence sees itself, and a branch also sees its trunk.
+"""Attention of a packed row: each sequence sees itself, and a branch also sees its trunks.
 
 transformers calls it in place of its attention functions. On a GPU all sequences share one call of flash attention
 (rlhf.models.varlen). Elsewhere they run one after the other through PyTorch's scaled_dot_product_attention.
@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rlhf.models.branches import Branches
+from rlhf.models.branches import Branches, trunks
 from rlhf.models.varlen import Borders, obstacle, varlen_attention
 from rlhf.objectives.products import widens_products
 
@@ -97,12 +97,12 @@ def _by_branch(
     branches: Branches,
     attend: Callable[..., Tensor],
 ) -> Iterator[Float[Tensor, "n Q D"]]:
-    """Run each sequence against itself and, for a branch, the shared part of its trunk."""
+    """Run each sequence against itself and, for a branch, the shared parts of its trunks."""
     queries, keys, values = (x.split(list(lengths), 2) for x in (query, key, value))  # one backward for all parts
-    for q, k, v, branch in zip(queries, keys, values, branches, strict=True):
-        if branch is not None:
-            k = torch.cat([keys[branch.of][:, :, : branch.length], k], 2)
-            v = torch.cat([values[branch.of][:, :, : branch.length], v], 2)
+    for q, k, v, trunk in zip(queries, keys, values, trunks(lengths, branches), strict=True):
+        if trunk:
+            k = torch.cat([*(keys[sequence][:, :, :count] for sequence, count in trunk), k], 2)
+            v = torch.cat([*(values[sequence][:, :, :count] for sequence, count in trunk), v], 2)
         yield attend(q, k, v).transpose(1, 2)[0]
 
 

@@ -1,33 +1,101 @@
-"""Responses sharing the computation of their prompt.
+"""Sequences sharing the computation of their common first tokens.
 
 In a packed row a sequence may be a branch: it continues the first tokens of another sequence of the row (its trunk)
-instead of repeating them. The prompt's hidden states are then computed once, every branch attends to them, and their
-gradient is the sum over the branches: the same mathematics as with copies, up to rounding.
+instead of repeating them. A trunk may be a branch itself, so the sequences of a row form trees of any depth. The hidden
+states of shared tokens are computed once, every branch attends to them, and their gradient is the sum over the
+branches: the same mathematics as with copies, up to rounding.
 
-Example: the prompt `p q` with the responses `a b` and `c`, in a row of 5 tokens:
-    tokens = [p q a b | c]   lengths = [4, 1]   branches = [None, Branch(of=0, length=2)]
-    positions = [0 1 2 3 | 2]   predecessors = [-1 0 1 2 | 1]
+Example: the prompt `p q` with the responses `a b` and `c`, and `d` after `p q c`, in a row of 6 tokens:
+    tokens = [p q a b | c | d]   lengths = [4, 1, 1]   branches = [None, Branch(of=0, length=2), Branch(of=1, length=3)]
+    positions = [0 1 2 3 | 2 | 3]   predecessors = [-1 0 1 2 | 1 | 4]   trunks = [(), ((0, 2),), ((0, 2), (1, 1))]
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+TokenIds = npt.NDArray[np.integer[Any]]
+
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """A sequence continuing the first `length` tokens of sequence `of`, an earlier sequence without a trunk."""
+    """A sequence continuing the first `length` tokens of the whole sequence `of`, which is earlier in the row.
+
+    `of` holds the last of these tokens in the row. Its trunk holds the first ones, if it is a branch itself.
+    """
 
     of: int
     length: int
 
 
 Branches = Sequence[Branch | None]  # one entry per sequence; None: the sequence holds all of its tokens
+
+
+class PrefixTree:
+    """Whole sequences, added one after the other, as a tree of their common first tokens."""
+
+    def __init__(self) -> None:
+        self._sequences: list[TokenIds] = []
+        self._edges: dict[int, _Edge] = {}  # by their first token
+
+    def branch(self, tokens: TokenIds, *, most: int) -> Branch | None:
+        """Return the branch that shares the most tokens with the sequences of the tree, but no more than `most`.
+
+        None: it shares no token.
+        """
+        shared: Branch | None = None
+        place, edges = 0, self._edges
+        while place < most and (edge := edges.get(int(tokens[place]))) is not None:
+            place += self._num_common(edge, tokens[:most])
+            shared = Branch(of=edge.of, length=place)
+            if place < edge.end:
+                break
+            edges = edge.after
+        return shared
+
+    def add(self, tokens: TokenIds) -> None:
+        """Add a sequence. Its index is the number of sequences before."""
+        self._sequences.append(tokens)
+        place, edges = 0, self._edges
+        while place < len(tokens):
+            edge = edges.get(int(tokens[place]))
+            if edge is None:
+                edges[int(tokens[place])] = _Edge(of=len(self._sequences) - 1, start=place, end=len(tokens))
+                return
+            place += self._num_common(edge, tokens)
+            if place < edge.end:
+                rest = _Edge(of=edge.of, start=place, end=edge.end, after=edge.after)
+                edge.end, edge.after = place, {int(self._sequences[edge.of][place]): rest}
+            edges = edge.after
+
+    def _num_common(self, edge: _Edge, tokens: TokenIds) -> int:
+        """Count the tokens of an edge which `tokens` repeats at the same positions."""
+        return common_length(tokens[edge.start :], self._sequences[edge.of][edge.start : edge.end])
+
+
+@dataclass(slots=True, kw_only=True)
+class _Edge:
+    """Tokens of a tree that no earlier sequence has at their place."""
+
+    of: int  # the sequence that added them
+    start: int  # their position in this sequence
+    end: int
+    after: dict[int, _Edge] = field(default_factory=dict)  # the edges that continue it, by their first token
+
+
+def common_length(first: TokenIds, second: TokenIds) -> int:
+    """Return the number of equal tokens before the first difference."""
+    size = min(len(first), len(second))
+    differs = first[:size] != second[:size]
+    return int(differs.argmax()) if differs.any() else size
 
 
 def positions(lengths: Sequence[int], branches: Branches | None, *, device: torch.device) -> Int[Tensor, " N"]:
@@ -47,5 +115,29 @@ def predecessors(lengths: Int[Tensor, " B"], branches: Branches | None) -> Int[T
     first = torch.full_like(starts, -1)
     for index, branch in enumerate(branches or ()):
         if branch is not None:
-            first[index] = starts[branch.of] + branch.length - 1
+            first[index] = starts[branch.of] + _num_held(branch, branches) - 1
     return before.index_copy(0, starts, first)
+
+
+def trunks(lengths: Sequence[int], branches: Branches | None) -> list[tuple[tuple[int, int], ...]]:
+    """Return for each sequence where the row holds the tokens before its own ones.
+
+    An entry (sequence, count) stands for the first `count` tokens that the row holds of an earlier sequence.
+    """
+    result: list[tuple[tuple[int, int], ...]] = []
+    for branch in branches or [None] * len(lengths):
+        if branch is None:
+            result.append(())
+            continue
+        count = _num_held(branch, branches)
+        if not 0 < count <= lengths[branch.of]:
+            held = lengths[branch.of]
+            raise ValueError(f"{branch} does not end in the {held} tokens which the row holds of its trunk")
+        result.append((*result[branch.of], (branch.of, count)))
+    return result
+
+
+def _num_held(branch: Branch, branches: Branches | None) -> int:
+    """Count the shared tokens that the row holds of the branch's trunk. The trunk of the trunk holds the others."""
+    trunk = None if branches is None else branches[branch.of]
+    return branch.length - (0 if trunk is None else trunk.length)

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rlhf.errors import UserError
-from rlhf.models.branches import Branches
+from rlhf.models.branches import Branches, trunks
 from rlhf.models.sequence_parallel import SequenceGroup, current_group, own_part, rows_shared_by, summed
 from rlhf.objectives.load_balance import balance_loss
 
@@ -93,14 +93,11 @@ class RoutingRecord:
 
     def _members(self) -> Float[Tensor, "B N"]:
         """Return the table of sequences and tokens: 1 where a token of the row belongs to the sequence."""
-        ends = list(itertools.accumulate(self._lengths))
-        members = torch.zeros(len(ends), ends[-1])
-        for index, (length, end) in enumerate(zip(self._lengths, ends, strict=True)):
-            members[index, end - length : end] = 1.0
-            branch = None if self._branches is None else self._branches[index]
-            if branch is not None:
-                start = ends[branch.of] - self._lengths[branch.of]
-                members[index, start : start + branch.length] = 1.0
+        starts = [0, *itertools.accumulate(self._lengths)]
+        members = torch.zeros(len(self._lengths), starts[-1])
+        for index, trunk in enumerate(trunks(self._lengths, self._branches)):
+            for sequence, count in (*trunk, (index, self._lengths[index])):
+                members[index, starts[sequence] : starts[sequence] + count] = 1.0
         return members
 
     def _sums(self, members: Float[Tensor, "B N"]) -> Iterator[tuple[Float[Tensor, "B E"], Float[Tensor, "B E"]]]:

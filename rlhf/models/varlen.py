@@ -1,6 +1,6 @@
 """Attention of a packed row on a GPU: all sequences in one call of PyTorch's variable-length flash attention.
 
-A sequence's keys are its tokens; a branch has the shared tokens of its trunk before them. The kernel counts back from
+A sequence's keys are its tokens; a branch has the shared tokens of its trunks before them. The kernel counts back from
 the last key: the last query sees all keys of its sequence, the query before it all but one. A branch therefore needs no
 mask. Nothing here is registered with transformers; `rlhf.models.packed` decides when this is called.
 """
@@ -17,7 +17,7 @@ from jaxtyping import Float, Int, Int32
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from rlhf.models.branches import Branches
+from rlhf.models.branches import Branches, trunks
 
 LARGEST_HEAD = 256
 HEAD_MULTIPLE = 8
@@ -41,20 +41,18 @@ class Borders:
 
 def borders(lengths: Sequence[int], branches: Branches | None, *, device: torch.device) -> Borders:
     """Compute the borders of a row, once for all layers."""
-    tree = branches or [None] * len(lengths)
     starts = [0, *accumulate(lengths)]
     sizes, runs = [], []
-    for start, length, branch in zip(starts[:-1], lengths, tree, strict=True):
-        if branch is not None:
-            runs.append(torch.arange(starts[branch.of], starts[branch.of] + branch.length))
-        runs.append(torch.arange(start, start + length))
-        sizes.append(length + (0 if branch is None else branch.length))
+    for index, (length, trunk) in enumerate(zip(lengths, trunks(lengths, branches), strict=True)):
+        held = (*trunk, (index, length))
+        runs += [torch.arange(starts[sequence], starts[sequence] + count) for sequence, count in held]
+        sizes.append(sum(count for _, count in held))
     return Borders(
         queries=torch.tensor(starts, dtype=torch.int32, device=device),
         keys=torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device),
         longest_query=max(lengths),
         longest_key=max(sizes),
-        seen=torch.cat(runs).to(device) if any(tree) else None,
+        seen=torch.cat(runs).to(device) if any(branches or ()) else None,
     )
 
 

@@ -26,18 +26,20 @@ def token_weights(
     num_tokens: int | float,
     num_sequences: int | float,
     max_new_tokens: int | float,
+    sample_tokens: Int[Tensor, " B"] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, " N"]:
     """Weight of each token in the loss of the step; zero outside response_mask.
 
-    With n_i the sampled tokens of sequence i, and the counts of the whole step:
+    With n_i the sampled tokens of sample i, and the counts of the whole step:
         token_mean                 1 / num_tokens                       DAPO (arXiv:2503.14476, eq. 8)
         sequence_mean_token_mean   1 / (n_i * num_sequences)            GRPO (arXiv:2402.03300, eq. 3)
         sequence_mean_token_sum    1 / num_sequences                    the plain policy gradient
         token_sum_norm             1 / (num_sequences * max_new_tokens) Dr. GRPO (arXiv:2503.20783)
 
-    num_sequences counts the sequences that are trained on; a sequence without a sampled token adds nothing, and
-    whether it is counted is the caller's choice. ValueError for a count that is not positive.
+    A sample is a sequence, or the sequences of an agent's session: `sample_tokens` has n_i for each of them. None: each
+    sequence is a sample. num_sequences counts the samples that are trained on; a sample without a sampled token adds
+    nothing, and whether it is counted is the caller's choice. ValueError for a count that is not positive.
     """
     if min(num_tokens, num_sequences, max_new_tokens) <= 0:
         raise ValueError(
@@ -45,7 +47,8 @@ def token_weights(
             f"max_new_tokens={max_new_tokens}: a step without sampled tokens has no loss"
         )
     if mode == "sequence_mean_token_mean":
-        counts = sequence_counts(response_mask, lengths).clamp(min=1)
+        counts = sequence_counts(response_mask, lengths) if sample_tokens is None else sample_tokens
+        counts = counts.clamp(min=1)
         per_sequence = 1.0 / (counts.to(dtype) * num_sequences)
         return torch.where(response_mask, to_tokens(per_sequence, lengths, num_tokens=len(response_mask)), 0.0)
     if mode == "token_mean":

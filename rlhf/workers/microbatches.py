@@ -1,16 +1,17 @@
-"""Split flat columns into micro-batches within a hard token budget. A shared prompt is computed once where possible."""
+"""Split flat columns into micro-batches within a hard token budget. Shared prefixes are computed once if possible."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlhf.data.packing import pack_evenly
-from rlhf.models.branches import Branch
+from rlhf.models.branches import Branch, PrefixTree
 from rlhf.models.row_layout import RowLayout
 from rlhf.objectives.masking import to_tokens
 from rlhf.types import Rollouts
@@ -21,28 +22,30 @@ class Microbatch:
     """A micro-batch: its rows of a ragged batch, and the positions of its packed tokens in the batch's columns."""
 
     rows: tuple[int, ...]
-    lengths: Int[Tensor, " b"]  # number of packed tokens of each row; for a branch without the prompt
+    lengths: Int[Tensor, " b"]  # number of packed tokens of each row; for a branch without its shared prefix
     tokens: Int[Tensor, " n"]  # indices into the batch's columns
-    branches: tuple[Branch | None, ...] | None  # None: every row holds its prompt
+    branches: tuple[Branch | None, ...] | None  # None: every row holds all of its tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SharedPrompts:
-    """Prompts of a batch's rows. Rows with equal keys begin with the same tokens."""
+class SharedPrefixes:
+    """The first tokens of a batch's rows, which rows of equal keys share as far as the tokens are equal."""
 
-    keys: tuple[int, ...]  # by row; equal keys: equal prompts
-    lengths: tuple[int, ...]  # tokens of each row's prompt
+    token_ids: Int[Tensor, " N"]  # the batch's column
+    keys: tuple[int, ...]  # by row
+    lengths: tuple[int, ...]  # most tokens that a row shares: those before its first token in the loss
     together: bool = False  # whether the loss needs rows of equal keys in one micro-batch
 
-    def unshared(self) -> SharedPrompts | None:
-        """Return the same rows, each with a separate prompt. None: the rows may be in different micro-batches."""
+    def unshared(self) -> SharedPrefixes | None:
+        """Return the same rows, each with all of its tokens. None: the rows may be in different micro-batches."""
         return replace(self, lengths=(0,) * len(self.lengths)) if self.together else None
 
 
-def shared_prompts(rollouts: Rollouts, *, samples_per_prompt: int) -> SharedPrompts:
-    """Group the responses to each prompt. Their sequence ids are consecutive within a step."""
+def shared_prefixes(rollouts: Rollouts, *, samples_per_prompt: int) -> SharedPrefixes:
+    """Let the sequences of a group share their tokens. The ids of its samples are consecutive within a step."""
     masks = rollouts.response_mask.split(rollouts.lengths.tolist())
-    return SharedPrompts(
+    return SharedPrefixes(
+        token_ids=rollouts.token_ids,
         keys=tuple(i // samples_per_prompt for i in rollouts.sequence_ids.tolist()),
         lengths=tuple(int(mask.int().argmax()) for mask in masks),
     )
@@ -75,7 +78,7 @@ def split_microbatches(
     rows: Sequence[int],
     *,
     max_tokens: int,
-    prompts: SharedPrompts | None = None,
+    prefixes: SharedPrefixes | None = None,
     layout: RowLayout = RowLayout.SHARED_PROMPTS,
 ) -> list[Microbatch]:
     """Split the given rows of a batch into micro-batches of at most max_tokens tokens.
@@ -84,16 +87,14 @@ def split_microbatches(
     must stay together. It then needs the memory of one sequence, and ranks with shards of the weights run equally
     many passes.
     """
-    if prompts is not None and layout < RowLayout.SHARED_PROMPTS:
-        prompts = prompts.unshared()
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    if prompts is None:
-        families = [[row] for row in rows]
-        sizes = [lengths[row] for row in rows]
+    if prefixes is not None and layout < RowLayout.SHARED_PROMPTS:
+        prefixes = prefixes.unshared()
+    starts = [0, *accumulate(lengths)]
+    if prefixes is None:
+        families = [_Family(rows=[row], branches=[None], num_tokens=lengths[row]) for row in rows]
     else:
-        families, sizes = _families(lengths, rows, prompts, max_tokens=max_tokens)
+        families = _families(starts, rows, prefixes, max_tokens=max_tokens)
+    sizes = [family.num_tokens for family in families]
     microbatches = []
     alone = layout is RowLayout.ONE_BY_ONE
     for members in [[i] for i in range(len(sizes))] if alone else pack_evenly(sizes, max_tokens=max_tokens):
@@ -101,13 +102,10 @@ def split_microbatches(
         tokens: list[Tensor] = []
         branches: list[Branch | None] = []
         for family in (families[member] for member in members):
-            trunk = len(chosen)
-            for row in family:
-                branch = None
-                if row != family[0] and prompts is not None and prompts.lengths[row] > 0:
-                    branch = Branch(of=trunk, length=prompts.lengths[row])
-                chosen.append(row)
-                branches.append(branch)
+            first = len(chosen)
+            chosen += family.rows
+            for row, branch in zip(family.rows, family.branches, strict=True):
+                branches.append(branch and replace(branch, of=first + branch.of))
                 tokens.append(torch.arange(starts[row] + (branch.length if branch else 0), starts[row + 1]))
         microbatches.append(
             Microbatch(
@@ -120,24 +118,37 @@ def split_microbatches(
     return microbatches
 
 
+@dataclass(slots=True, kw_only=True)
+class _Family:
+    """Rows that share prefixes in one micro-batch."""
+
+    rows: list[int] = field(default_factory=list)
+    branches: list[Branch | None] = field(default_factory=list)  # `of` is a position in `rows`
+    num_tokens: int = 0  # without the shared ones
+    tree: PrefixTree = field(default_factory=PrefixTree)
+
+
 def _families(
-    lengths: Sequence[int], rows: Sequence[int], prompts: SharedPrompts, *, max_tokens: int
-) -> tuple[list[list[int]], list[int]]:
-    """Group rows by shared prompt, as many as the budget allows, and return the groups with their token counts."""
-    families: list[list[int]] = []
-    sizes: list[int] = []
-    open_family: dict[int, int] = {}
+    starts: Sequence[int], rows: Sequence[int], prefixes: SharedPrefixes, *, max_tokens: int
+) -> list[_Family]:
+    """Group rows of equal keys, as many as the budget allows, and let each branch off the rows before it."""
+    families: list[_Family] = []
+    open_family: dict[int, _Family] = {}
+    token_ids = prefixes.token_ids.numpy()
     for row in rows:
-        key, num_new_tokens = prompts.keys[row], lengths[row] - prompts.lengths[row]
-        index = open_family.get(key)
-        if index is not None and sizes[index] + num_new_tokens <= max_tokens:
-            families[index].append(row)
-            sizes[index] += num_new_tokens
-        else:
-            open_family[key] = len(families)
-            families.append([row])
-            sizes.append(lengths[row])
-    return families, sizes
+        tokens, key = token_ids[starts[row] : starts[row + 1]], prefixes.keys[row]
+        family = open_family.get(key)
+        branch = None if family is None else family.tree.branch(tokens, most=prefixes.lengths[row])
+        num_new_tokens = len(tokens) - (branch.length if branch else 0)
+        if family is None or family.num_tokens + num_new_tokens > max_tokens:
+            family, branch, num_new_tokens = _Family(), None, len(tokens)
+            open_family[key] = family
+            families.append(family)
+        family.tree.add(tokens)
+        family.rows.append(row)
+        family.branches.append(branch)
+        family.num_tokens += num_new_tokens
+    return families
 
 
 def padded(microbatches: Sequence[Microbatch], count: int, *, sequences: int = 1) -> list[Microbatch]:

@@ -29,7 +29,7 @@ from rlhf.roles import Arithmetic, Metrics
 from rlhf.room import explains_full
 from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.tracking.metrics.reductions import ExpertEntropy, ExpertLoad, Last, Mean
-from rlhf.workers.microbatches import Microbatch, SharedPrompts, padded, split_microbatches
+from rlhf.workers.microbatches import Microbatch, SharedPrefixes, padded, split_microbatches
 from rlhf.workers.model_worker import ModelWorker, torch_dtype
 
 Measure = Callable[[], Metrics]
@@ -155,7 +155,12 @@ class TrainedWorker(ModelWorker):
         return add_lora(module, **adapter_options(lora))
 
     def split(
-        self, lengths: Int[Tensor, " B"], rows: Sequence[int], prompts: SharedPrompts | None = None, *, padding: int = 1
+        self,
+        lengths: Int[Tensor, " B"],
+        rows: Sequence[int],
+        prefixes: SharedPrefixes | None = None,
+        *,
+        padding: int = 1,
     ) -> tuple[Microbatch, ...]:
         """Split the given rows into micro-batches, as many as on the rank that has the most. Collective.
 
@@ -163,7 +168,7 @@ class TrainedWorker(ModelWorker):
         """
         budget = self.config.train.max_tokens_per_microbatch
         microbatches = split_microbatches(
-            lengths.tolist(), rows, max_tokens=budget, prompts=prompts, layout=self.layout
+            lengths.tolist(), rows, max_tokens=budget, prefixes=prefixes, layout=self.layout
         )
         return tuple(padded(microbatches, self.engine.max_over_ranks(len(microbatches)), sequences=padding))
 

@@ -23,6 +23,10 @@ BRANCHES = (None, Branch(of=0, length=3), None, Branch(of=2, length=4))
 LAYOUTS: dict[str, tuple[list[int], Branches | None]] = {
     "plain": ([5, 1, 8], None),
     "branches": (LENGTHS, BRANCHES),
+    "branches_of_branches": (
+        [4, 3, 2, 1],
+        (None, Branch(of=0, length=2), Branch(of=1, length=4), Branch(of=2, length=6)),
+    ),
     "only_whole_sequences": ([2, 2], (None, None)),
 }
 

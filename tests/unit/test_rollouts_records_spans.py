@@ -10,7 +10,7 @@ from rlhf.models.tiny import byte_tokenizer
 from rlhf.rollouts.records.spans import InsertedSpan, Played, Sampled, assemble, token_spans
 from rlhf.rollouts.records.texts import response_texts, turns_of
 from rlhf.types import Prompt, RewardError, StepReward
-from rlhf.workers.microbatches import shared_prompts, split_microbatches
+from rlhf.workers.microbatches import shared_prefixes, split_microbatches
 
 PROMPT = Prompt(prompt_id=7, token_ids=(63, 63), text="??", columns={})
 REQUEST = request_for(PROMPT, group_id=0, first_sequence_id=4, samples=2, run_seed=0)
@@ -88,7 +88,7 @@ def test_rewards_read_the_policys_words_and_samples_show_all() -> None:
 def test_a_branch_leaves_out_the_prompt_and_keeps_what_was_told() -> None:
     """2 prompt tokens once, then 6 and 1 of the two conversations: 9 of the 11."""
     rollouts, _ = assemble(REQUEST, [TWO_TURNS, ONE_TURN])
-    prompts = shared_prompts(rollouts, samples_per_prompt=2)
-    assert prompts.lengths == (2, 2)
-    (piece,) = split_microbatches(rollouts.lengths.tolist(), [0, 1], max_tokens=16, prompts=prompts)
+    prefixes = shared_prefixes(rollouts, samples_per_prompt=2)
+    assert prefixes.lengths == (2, 2)
+    (piece,) = split_microbatches(rollouts.lengths.tolist(), [0, 1], max_tokens=16, prefixes=prefixes)
     assert piece.tokens.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 10]

@@ -22,6 +22,18 @@ def test_gather_takes_sequences_out_of_several_parts_in_the_asked_order() -> Non
     assert found.values.tolist() == pytest.approx([5.0, 5.1, 5.2, 0.0, 0.1])
 
 
+def test_a_sample_of_several_sequences_is_gathered_whole() -> None:
+    first = column([0, 0, 1], [2, 1, 1], [0.0, 0.1, 0.2, 1.0])
+    second = column([5, 5], [1, 2], [5.0, 5.1, 5.2])
+    found = TokenValues.gather([first, second], [5, 0])
+    assert found.sequence_ids.tolist() == [5, 5, 0, 0]
+    assert found.lengths.tolist() == [1, 2, 2, 1]
+    assert found.values.tolist() == pytest.approx([5.0, 5.1, 5.2, 0.0, 0.1, 0.2])
+    assert (found.sample_ids, found.sample_lengths.tolist()) == ([5, 0], [3, 3])
+    assert first.of_samples([1, 0]).values.tolist() == pytest.approx([1.0, 0.0, 0.1, 0.2])
+    assert len(first.of_samples([]).values) == 0
+
+
 def test_gather_names_what_is_missing() -> None:
     with pytest.raises(KeyError, match=r"\[7\] are in none of the 1 parts"):
         TokenValues.gather([column([0], [1], [0.0])], [0, 7])

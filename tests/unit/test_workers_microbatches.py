@@ -4,9 +4,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.models.branches import Branch
+from rlhf.models.branches import Branch, trunks
 from rlhf.types import Rollouts
-from rlhf.workers.microbatches import SharedPrompts, Temperatures, padded, shared_prompts, split_microbatches
+from rlhf.workers.microbatches import SharedPrefixes, Temperatures, padded, shared_prefixes, split_microbatches
 
 
 def test_micro_batches_hold_whole_sequences_within_the_budget() -> None:
@@ -23,8 +23,9 @@ def test_micro_batches_hold_whole_sequences_within_the_budget() -> None:
 
 def test_a_prompt_stands_once_in_a_micro_batch() -> None:
     # rows of 4, 5 and 3 tokens; the first two begin with the same two tokens
-    prompts = SharedPrompts(keys=(7, 7, 8), lengths=(2, 2, 1))
-    (microbatch,) = split_microbatches([4, 5, 3], [0, 1, 2], max_tokens=12, prompts=prompts)
+    token_ids = torch.tensor([9, 8, 1, 2, 9, 8, 3, 4, 5, 9, 8, 6])
+    prefixes = SharedPrefixes(token_ids=token_ids, keys=(7, 7, 8), lengths=(2, 2, 1))
+    (microbatch,) = split_microbatches([4, 5, 3], [0, 1, 2], max_tokens=12, prefixes=prefixes)
     where = dict(
         zip(microbatch.rows, zip(microbatch.lengths.tolist(), microbatch.branches or (), strict=True), strict=True)
     )
@@ -45,12 +46,12 @@ def test_a_prompt_stands_once_in_a_micro_batch() -> None:
 
 
 def test_a_family_over_the_budget_is_cut_with_its_prompt_in_each_part() -> None:
-    prompts = SharedPrompts(keys=(0, 0, 0), lengths=(3, 3, 3))
-    found = split_microbatches([5, 5, 5], [0, 1, 2], max_tokens=7, prompts=prompts)
+    prefixes = SharedPrefixes(token_ids=torch.arange(5).repeat(3), keys=(0, 0, 0), lengths=(3, 3, 3))
+    found = split_microbatches([5, 5, 5], [0, 1, 2], max_tokens=7, prefixes=prefixes)
     assert sorted(len(microbatch.tokens) for microbatch in found) == [5, 7]  # 3 + 2, and 3 + 2 + 2
 
 
-def test_prompts_are_told_by_the_place_in_the_step() -> None:
+def test_the_samples_of_a_group_share_what_stands_before_their_first_sampled_token() -> None:
     rollouts = Rollouts(
         sequence_ids=torch.tensor([4, 1, 5]),
         lengths=torch.tensor([3, 2, 4]),
@@ -59,7 +60,27 @@ def test_prompts_are_told_by_the_place_in_the_step() -> None:
         rollout_logprobs=torch.zeros(9),
         versions=torch.zeros(9, dtype=torch.int64),
     )
-    assert shared_prompts(rollouts, samples_per_prompt=2) == SharedPrompts(keys=(2, 0, 2), lengths=(2, 1, 2))
+    prefixes = shared_prefixes(rollouts, samples_per_prompt=2)
+    assert (prefixes.keys, prefixes.lengths) == ((2, 0, 2), (2, 1, 2))
+    assert prefixes.token_ids is rollouts.token_ids
+
+
+def test_unequal_prompts_of_a_group_are_not_shared() -> None:
+    # the second row differs from the first in its second token; the third differs in its first token
+    token_ids = torch.tensor([5, 6, 1, 5, 7, 2, 8, 6, 3])
+    prefixes = SharedPrefixes(token_ids=token_ids, keys=(0, 0, 0), lengths=(2, 2, 2))
+    (microbatch,) = split_microbatches([3, 3, 3], [0, 1, 2], max_tokens=9, prefixes=prefixes)
+    assert microbatch.branches == (None, Branch(of=0, length=1), None)
+    assert microbatch.lengths.tolist() == [3, 2, 3]
+
+
+def test_a_branch_may_continue_a_branch() -> None:
+    # 1 2 | 3 4, 1 2 5 6 | 7, 1 2 5 6 7 8 | 9: the third row continues the second one
+    token_ids = torch.tensor([1, 2, 3, 4, 1, 2, 5, 6, 7, 1, 2, 5, 6, 7, 8, 9])
+    prefixes = SharedPrefixes(token_ids=token_ids, keys=(0, 0, 0), lengths=(2, 4, 6))
+    (microbatch,) = split_microbatches([4, 5, 7], [0, 1, 2], max_tokens=16, prefixes=prefixes)
+    assert microbatch.branches == (None, Branch(of=0, length=2), Branch(of=1, length=5))
+    assert token_ids[microbatch.tokens].tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9]
 
 
 def test_tokens_have_the_temperature_of_their_prompt() -> None:
@@ -89,18 +110,32 @@ def test_what_other_ranks_have_more_is_one_token_that_teaches_nothing() -> None:
     assert [len(microbatch.tokens) for microbatch in found] == [2, 1, 1]
 
 
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 6)), min_size=1, max_size=20), st.integers(12, 30))
-def test_every_response_is_there_once_and_no_budget_is_exceeded(rows: list[tuple[int, int]], budget: int) -> None:
-    keys = tuple(key for key, _ in rows)
-    prompt_lengths = tuple(key + 1 for key in keys)
-    lengths = [prompt + response for prompt, (_, response) in zip(prompt_lengths, rows, strict=True)]
-    found = split_microbatches(
-        lengths, range(len(rows)), max_tokens=budget, prompts=SharedPrompts(keys=keys, lengths=prompt_lengths)
-    )
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 1), st.lists(st.integers(0, 2), min_size=1, max_size=8), st.integers(0, 7)),
+        min_size=1,
+        max_size=20,
+    ),
+    st.integers(8, 30),
+)
+def test_every_row_is_there_once_and_no_budget_is_exceeded(rows: list[tuple[int, list[int], int]], budget: int) -> None:
+    """With few different tokens, many rows share prefixes at several depths."""
+    lengths = [len(ids) for _, ids, _ in rows]
+    token_ids = torch.tensor([token for _, ids, _ in rows for token in ids])
+    own_from = tuple(min(first, len(ids) - 1) for _, ids, first in rows)
+    prefixes = SharedPrefixes(token_ids=token_ids, keys=tuple(key for key, _, _ in rows), lengths=own_from)
+    found = split_microbatches(lengths, range(len(rows)), max_tokens=budget, prefixes=prefixes)
     assert sorted(row for microbatch in found for row in microbatch.rows) == list(range(len(rows)))
     starts = [sum(lengths[:row]) for row in range(len(rows))]
     seen = [t for microbatch in found for t in microbatch.tokens.tolist()]
     assert len(seen) == len(set(seen))
-    for row, (start, prompt) in enumerate(zip(starts, prompt_lengths, strict=True)):
-        assert set(range(start + prompt, start + lengths[row])) <= set(seen)
-    assert all(len(microbatch.tokens) <= budget for microbatch in found)
+    for row, (start, first) in enumerate(zip(starts, own_from, strict=True)):
+        assert set(range(start + first, start + lengths[row])) <= set(seen)
+    for microbatch in found:
+        assert len(microbatch.tokens) <= budget
+        sizes = microbatch.lengths.tolist()
+        parts = token_ids[microbatch.tokens].split(sizes)
+        for row, trunk, part in zip(microbatch.rows, trunks(sizes, microbatch.branches), parts, strict=True):
+            whole = [token for sequence, count in trunk for token in parts[sequence][:count].tolist()] + part.tolist()
+            assert whole == rows[row][1]
+            assert all(rows[microbatch.rows[sequence]][0] == rows[row][0] for sequence, _ in trunk)

@@ -103,12 +103,12 @@ def assemble(request: GroupRequest, conversations: Sequence[Played]) -> tuple[Ro
 
 
 def token_spans(rollouts: Rollouts) -> list[list[tuple[bool, list[int]]]]:
-    """Return the spans of each sequence in order, the prompt first.
+    """Return the spans of each sample in order, the prompt first.
 
-    A span is a pair: whether the policy sampled it, and its tokens.
+    A span is a pair: whether the policy sampled it, and its tokens. The sequences of a sample follow each other.
     """
     result = []
-    sizes = rollouts.lengths.tolist()
+    sizes = rollouts.sample_lengths.tolist()
     for ids, mask in zip(rollouts.token_ids.split(sizes), rollouts.response_mask.split(sizes), strict=True):
         borders = [0, *(torch.nonzero(mask[1:] != mask[:-1]).flatten() + 1).tolist(), len(ids)]
         spans = [(bool(mask[a]), ids[a:b].tolist()) for a, b in pairwise(borders)]

@@ -32,7 +32,7 @@ class Transcript:
 
 
 def response_texts(rollouts: Rollouts, tokenizer: Any, *, turn_end: int | None) -> list[str]:
-    """Return each response as text, without the end tokens of its turns.
+    """Return each sample's response as text, without the end tokens of its turns.
 
     The turns of a conversation's policy are joined by newlines.
     """
@@ -101,9 +101,9 @@ def transcripts(
     turn_end: int | None,
     signals: Sequence[TokenSignals] = (),
 ) -> list[Transcript]:
-    """Return the transcripts of the sequences at `places` for the samples files.
+    """Return the transcripts of the samples at `places` for the samples files.
 
-    A sequence with `signals` also has the training signals of its tokens.
+    A sample with `signals` also has the training signals of its tokens.
     """
     texts, turns = response_texts(rollouts, tokenizer, turn_end=turn_end), turns_of(rollouts, tokenizer)
     tokens = tokens_of(rollouts, places, signals, tokenizer)
@@ -143,7 +143,7 @@ def step_ends(
 
 
 def turns_of(rollouts: Rollouts, tokenizer: Any) -> list[tuple[SampleTurn, ...]]:
-    """Return the turns of each sequence, special tokens written out: the prompt, then policy and environment
+    """Return the turns of each sample, special tokens written out: the prompt, then policy and environment
     alternating.
     """
     return [
@@ -189,21 +189,19 @@ def token_texts(ids: Sequence[int], tokenizer: Any, *, skip_special_tokens: bool
 def tokens_of(
     rollouts: Rollouts, places: Sequence[int], signals: Sequence[TokenSignals], tokenizer: Any
 ) -> list[SampleTokens]:
-    """Return the tokens after the prompts of the sequences at `places`, with their training signals, if any."""
+    """Return the tokens after the prompts of the samples at `places`, with their training signals, if any."""
     known = {sequence_id for part in signals for sequence_id in part.sequence_ids.tolist()}
-    result = []
-    for place in places:
-        sequence = rollouts.take([place])
-        (sequence_id,) = sequence.sequence_ids.tolist()
-        sequence_signals = TokenSignals.gather(signals, [sequence_id]) if sequence_id in known else None
-        result.append(_tokens(sequence, sequence_signals, tokenizer))
+    ids, result = rollouts.sample_ids, []
+    for sequence_id in (ids[place] for place in places):
+        sample_signals = TokenSignals.gather(signals, [sequence_id]) if sequence_id in known else None
+        result.append(_tokens(rollouts.of_samples([sequence_id]), sample_signals, tokenizer))
     return result
 
 
-def _tokens(sequence: Rollouts, signals: TokenSignals | None, tokenizer: Any) -> SampleTokens:
-    """Return the tokens of a single sequence."""
-    first = int(sequence.response_mask.int().argmax())
-    ids, mask = sequence.token_ids[first:].tolist(), sequence.response_mask[first:].tolist()
+def _tokens(sample: Rollouts, signals: TokenSignals | None, tokenizer: Any) -> SampleTokens:
+    """Return the tokens of a single sample, one sequence after the other."""
+    first = int(sample.response_mask.int().argmax())
+    ids, mask = sample.token_ids[first:].tolist(), sample.response_mask[first:].tolist()
 
     def column(values: Tensor) -> tuple[float | None, ...]:
         shown = zip(values[first:].tolist(), mask, strict=True)
@@ -216,7 +214,7 @@ def _tokens(sequence: Rollouts, signals: TokenSignals | None, tokenizer: Any) ->
         texts=tuple(token_texts(ids, tokenizer)),
         ids=tuple(ids),
         sampled=tuple(mask),
-        rollout_logprobs=column(sequence.rollout_logprobs),
+        rollout_logprobs=column(sample.rollout_logprobs),
         old_logprobs=optional_column(None if signals is None else signals.old_logprobs),
         ref_logprobs=optional_column(None if signals is None else signals.ref_logprobs),
         teacher_logprobs=optional_column(None if signals is None else signals.teacher_logprobs),

@@ -14,7 +14,7 @@ from rlhf.models.loading import load_causal_lm
 from rlhf.models.on_disk import ModelOnDisk
 from rlhf.models.row_check import check_rows
 from rlhf.models.row_layout import row_layout
-from rlhf.workers.microbatches import Microbatch, SharedPrompts, split_microbatches
+from rlhf.workers.microbatches import Microbatch, SharedPrefixes, split_microbatches
 from rlhf.workers.model_worker import ModelWorker
 
 FrozenModel = ReferenceConfig | TeacherConfig | RewardModelConfig | ModelOnDisk
@@ -52,7 +52,8 @@ class FrozenWorker(ModelWorker):
 
         return with_adapter(module, config.adapter)
 
-    def split(self, lengths: Int[Tensor, " B"], prompts: SharedPrompts | None = None) -> list[Microbatch]:
+    def split(self, lengths: Int[Tensor, " B"], prefixes: SharedPrefixes | None = None) -> list[Microbatch]:
         """Split sequences into micro-batches."""
         sizes, layout = lengths.tolist(), row_layout(self.model)
-        return split_microbatches(sizes, range(len(sizes)), max_tokens=self.max_tokens, prompts=prompts, layout=layout)
+        budget = self.max_tokens
+        return split_microbatches(sizes, range(len(sizes)), max_tokens=budget, prefixes=prefixes, layout=layout)

@@ -14,7 +14,7 @@ from rlhf.models.packed import policy_logprobs_only
 from rlhf.role_table import Role
 from rlhf.types import Rollouts, TokenValues
 from rlhf.workers.frozen.base import FrozenWorker
-from rlhf.workers.microbatches import Microbatch, Temperatures, shared_prompts
+from rlhf.workers.microbatches import Microbatch, Temperatures, shared_prefixes
 
 
 class ReferenceWorker(FrozenWorker):
@@ -86,7 +86,7 @@ class ReferenceWorker(FrozenWorker):
 
         `temperatures`: by sequence id, for sequences sampled at another temperature than the common one.
         """
-        rollouts = Rollouts.gather(parts, [i for part in parts for i in part.sequence_ids.tolist()])
+        rollouts = Rollouts.joined(parts)
         values = torch.zeros(len(rollouts.token_ids))
         at = Temperatures.of(rollouts, temperatures, common=temperature)
 
@@ -100,7 +100,8 @@ class ReferenceWorker(FrozenWorker):
                 temperature=at.at(microbatch, self.device),
             )
 
-        microbatches = self.split(rollouts.lengths, shared_prompts(rollouts, samples_per_prompt=samples_per_prompt))
+        prefixes = shared_prefixes(rollouts, samples_per_prompt=samples_per_prompt)
+        microbatches = self.split(rollouts.lengths, prefixes)
         for microbatch, logprobs in self.passes("logprobs", microbatches, forward):
             values[microbatch.tokens] = logprobs.float().cpu()
         return rollouts, values

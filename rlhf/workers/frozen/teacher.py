@@ -5,6 +5,7 @@ The student's ranks compute the teacher's logits from both, some rows at a time.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -16,7 +17,7 @@ from rlhf.role_table import Role
 from rlhf.types import Examples, LearntStates, Rollouts, VocabularyHead
 from rlhf.workers.frozen.base import FrozenWorker
 from rlhf.workers.frozen.reference import ReferenceWorker
-from rlhf.workers.microbatches import Microbatch, SharedPrompts, shared_prompts
+from rlhf.workers.microbatches import Microbatch, SharedPrefixes, shared_prefixes
 
 
 class _StatesWorker(FrozenWorker):
@@ -32,7 +33,7 @@ class _StatesWorker(FrozenWorker):
         return VocabularyHead(weight=weight.cpu(), **settings), len(weight)
 
     def states_of(
-        self, examples: Examples, sizes: Sequence[int], prompts: SharedPrompts | None = None
+        self, examples: Examples, sizes: Sequence[int], prefixes: SharedPrefixes | None = None
     ) -> tuple[LearntStates | int, ...]:
         """Return one column of hidden states for each share of the examples and, last, the total number of states.
 
@@ -52,7 +53,7 @@ class _StatesWorker(FrozenWorker):
                 branches=microbatch.branches,
             )
 
-        for microbatch, states in self.passes("states", self.split(examples.lengths, prompts), forward):
+        for microbatch, states in self.passes("states", self.split(examples.lengths, prefixes), forward):
             hidden[places[microbatch.tokens[loss_mask[microbatch.tokens]]]] = states.cpu()
         counts = torch.stack([mask.sum() for mask in loss_mask.split(examples.lengths.tolist())]).split(list(sizes))
         parts = hidden.split([int(of_rows.sum()) for of_rows in counts])
@@ -91,13 +92,14 @@ class OnlineTeacherWorker(_StatesWorker, ReferenceWorker):
             token_ids=rollouts.token_ids,
             loss_mask=rollouts.response_mask,
         )
-        prompts = shared_prompts(rollouts, samples_per_prompt=self.samples_per_prompt)
-        return self.states_of(examples, [len(share) for share in shares], prompts)
+        prefixes = shared_prefixes(rollouts, samples_per_prompt=self.samples_per_prompt)
+        of_samples = Counter(rollouts.sequence_ids.tolist())
+        return self.states_of(examples, [sum(of_samples[i] for i in share) for share in shares], prefixes)
 
     def mean_logprobs(self, temperature: float, samples_per_prompt: int, *given: Rollouts) -> Mapping[int, float]:
         """Return the mean log-probability of each sequence's sampled tokens, by sequence id."""
         rollouts, values = self.values_of(
             given, temperature=temperature, temperatures={}, samples_per_prompt=samples_per_prompt
         )
-        means = sequence_means(values, rollouts.response_mask, rollouts.lengths)
-        return dict(zip(rollouts.sequence_ids.tolist(), means.tolist(), strict=True))
+        means = sequence_means(values, rollouts.response_mask, rollouts.sample_lengths)
+        return dict(zip(rollouts.sample_ids, means.tolist(), strict=True))

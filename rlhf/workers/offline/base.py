@@ -19,7 +19,7 @@ from rlhf.roles import Metrics
 from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.tracking.metrics.reductions import Sum
 from rlhf.types import Examples, LearntStates, MinibatchPlan, Pairs, TokenValues
-from rlhf.workers.microbatches import Microbatch, SharedPrompts
+from rlhf.workers.microbatches import Microbatch, SharedPrefixes
 from rlhf.workers.trained import Measure, TrainedWorker
 
 E = TypeVar("E", bound=Examples)
@@ -143,7 +143,8 @@ class PairsWorker(OfflineWorker[PairsBatch]):
         sides = range(whole.num_sides) if sides is None else sides
         sequences = [whole.num_sides * row + side for row in some.tolist() for side in sides]
         examples = whole.examples.take(sequences)
-        prompts = SharedPrompts(
+        prefixes = SharedPrefixes(
+            token_ids=examples.token_ids,
             keys=tuple(place // len(sides) for place in range(len(sequences))),
             lengths=tuple(whole.prompt_tokens[some].repeat_interleave(len(sides)).tolist()),
             together=True,
@@ -155,7 +156,7 @@ class PairsWorker(OfflineWorker[PairsBatch]):
             plan=plan,
             rows=rows,
             examples=examples,
-            microbatches=self.split(examples.lengths, range(len(sides) * len(rows)), prompts, padding=padding),
+            microbatches=self.split(examples.lengths, range(len(sides) * len(rows)), prefixes, padding=padding),
             num_sides=len(sides),
             margins=whole.margins[some],
             labels=whole.labels[some],

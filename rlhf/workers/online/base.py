@@ -18,8 +18,9 @@ from rlhf.algorithms.microbatch import StepCounts
 from rlhf.config.schema.model import CriticConfig
 from rlhf.config.schema.root import Config
 from rlhf.engine.distributed import RankContext
+from rlhf.objectives.masking import sequence_counts
 from rlhf.types import BatchPlan, MinibatchPlan, Rollouts, TokenValues
-from rlhf.workers.microbatches import Microbatch, Temperatures, shared_prompts
+from rlhf.workers.microbatches import Microbatch, Temperatures, shared_prefixes
 from rlhf.workers.trained import TrainedWorker
 
 
@@ -28,13 +29,15 @@ class Share:
     """A rank's sequences of one plan, with a list of micro-batches for each minibatch."""
 
     plan: BatchPlan
-    ids: tuple[int, ...]  # empty: the share holds another rank's sequence, unsampled, for its forward passes
+    ids: tuple[int, ...]  # of samples; empty: the share holds another rank's sample, unsampled, for its forward passes
     rollouts: Rollouts
     microbatches: tuple[tuple[Microbatch, ...], ...]
     temperatures: Temperatures
+    sample_tokens: Int[Tensor, " B"]  # for each sequence the number of sampled tokens of its sample
 
     @property
     def held(self) -> list[int]:
+        """Return the id of each sequence's sample."""
         ids: list[int] = self.rollouts.sequence_ids.tolist()
         return ids
 
@@ -79,15 +82,22 @@ class OnlineWorker(TrainedWorker):
         rollouts = Rollouts.gather([part for part in parts if isinstance(part, Rollouts)], held)
         if not ids:
             rollouts = replace(rollouts, response_mask=torch.zeros_like(rollouts.response_mask))
-        row_of = {sequence_id: row for row, sequence_id in enumerate(ids)}
-        prompts = shared_prompts(rollouts, samples_per_prompt=self.rollouts_config.samples_per_prompt)
+        rows_of: dict[int, list[int]] = {}
+        for row, sequence_id in enumerate(rollouts.sequence_ids.tolist()):
+            rows_of.setdefault(sequence_id, []).append(row)
+        prefixes = shared_prefixes(rollouts, samples_per_prompt=self.rollouts_config.samples_per_prompt)
+        sampled = sequence_counts(rollouts.response_mask, rollouts.sample_lengths)
+        _, samples = rollouts.sequence_ids.unique_consecutive(return_inverse=True)
         shares = [minibatch.sequences_by_rank[self.data_rank] for minibatch in plan.minibatches]
         share = Share(
             plan=plan,
             ids=ids,
             rollouts=rollouts,
-            microbatches=tuple(self.split(rollouts.lengths, [row_of[i] for i in share], prompts) for share in shares),
+            microbatches=tuple(
+                self.split(rollouts.lengths, [row for i in share for row in rows_of[i]], prefixes) for share in shares
+            ),
             temperatures=Temperatures.of(rollouts, temperatures, common=self.rollouts_config.temperature),
+            sample_tokens=sampled[samples],
         )
         columns = [part for part in parts if isinstance(part, TokenValues)]
         return share, TokenValues.gather(columns, held).values if columns else None
@@ -105,6 +115,10 @@ class OnlineWorker(TrainedWorker):
         """Return the token ids, the lengths and the response mask of a micro-batch on the device."""
         rollouts, lengths = share.rollouts, microbatch.lengths.to(self.device)
         return self.part(rollouts.token_ids, microbatch), lengths, self.part(rollouts.response_mask, microbatch)
+
+    def sample_tokens(self, share: Share, microbatch: Microbatch) -> Int[Tensor, " b"] | None:
+        """Return the number of sampled tokens of each sequence's sample. None for an empty micro-batch."""
+        return share.sample_tokens[list(microbatch.rows)].to(self.device) if microbatch.rows else None
 
     def forward(self, function: Callable[..., Any], share: Share, microbatch: Microbatch, **options: Any) -> Any:
         """Run a function of rlhf.models.packed on a micro-batch, at the temperature of the samples. Collective."""

@@ -58,6 +58,7 @@ class CriticWorker(OnlineWorker):
                 values=self.forward(_values, self.share, microbatch),
                 old_values=self.part(self.old_values, microbatch),
                 returns=self.part(self.returns, microbatch),
+                sample_tokens=self.sample_tokens(self.share, microbatch),
             )
             terms = self.algorithm.critic_loss(batch, counts)
 

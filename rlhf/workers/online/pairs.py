@@ -20,7 +20,7 @@ from rlhf.roles import Metrics, SequenceReport
 from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.tracking.metrics.reductions import Mean
 from rlhf.types import BatchPlan, Examples, MinibatchPlan, Pairs, Rollouts, SampledExamples, TokenSignals, TokenValues
-from rlhf.workers.microbatches import Microbatch, Temperatures, shared_prompts
+from rlhf.workers.microbatches import Microbatch, Temperatures, shared_prefixes
 from rlhf.workers.offline.base import PairsBatch
 from rlhf.workers.offline.pairs import PreferenceWorker
 from rlhf.workers.online.token_signals import signals_of, unknown
@@ -47,7 +47,7 @@ class OnlinePreferenceWorker(PreferenceWorker):
         sequence_ids = plan.sequences_of(self.data_rank)
         ids = sequence_ids or _some_pair(plan)  # without pairs the rank passes tokens outside the loss mask
         rollouts = Rollouts.gather([part for part in parts if isinstance(part, Rollouts)], ids)
-        prompts = shared_prompts(rollouts, samples_per_prompt=self.rollouts_config.samples_per_prompt)
+        prefixes = shared_prefixes(rollouts, samples_per_prompt=self.rollouts_config.samples_per_prompt)
         common = self.rollouts_config.temperature
         temperatures = Temperatures.of(rollouts, plan.temperatures, common=common).by_token
         self.has_own_temperatures = temperatures is not None
@@ -63,7 +63,7 @@ class OnlinePreferenceWorker(PreferenceWorker):
         self.load_data(
             Pairs(
                 examples=examples,
-                prompt_tokens=torch.tensor(prompts.lengths[0::2]),
+                prompt_tokens=torch.tensor(prefixes.lengths[0::2]),
                 margins=torch.zeros(len(ids) // 2),
                 labels=torch.ones(len(ids) // 2, dtype=torch.bool),
             )

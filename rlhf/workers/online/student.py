@@ -81,8 +81,7 @@ class StudentWorker(OnlineWorker):
 
     def token_signals(self, sequences: Sequence[int]) -> tuple[TokenSignals, int]:
         """Return the signals from before training for this rank's subset of `sequences`, and the number of tokens."""
-        held = self.share.held
-        signals = self.seen.take([held.index(i) for i in self.share.ids if i in sequences])
+        signals = self.seen.of_samples([i for i in self.share.ids if i in sequences])
         return signals, len(signals.advantages)
 
     def _sampled(self, microbatch: Microbatch, plan: MinibatchPlan) -> tuple[Tensor, Measure]:
@@ -175,7 +174,7 @@ class StudentWorker(OnlineWorker):
     def _places(self, microbatch: Microbatch, plan: MinibatchPlan) -> Int[Tensor, " n"]:
         """Return the index of each sampled token of a micro-batch among the sampled tokens of its minibatch."""
         rollouts, mask = self.share.rollouts, self.share.rollouts.response_mask
-        first = self.share.ids.index(plan.sequences_by_rank[self.data_rank][0])
+        first = self.share.held.index(plan.sequences_by_rank[self.data_rank][0])
         before = sequence_counts(mask, rollouts.lengths)[:first].sum()
         return mask.cumsum(0)[microbatch.tokens[mask[microbatch.tokens]]] - 1 - before
 

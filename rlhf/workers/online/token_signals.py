@@ -34,7 +34,6 @@ def unknown_signals(batch: Ragged) -> TokenSignals:
 
 
 def signals_of(batch: Ragged, sequences: Sequence[int], **columns: Column) -> TokenSignals:
-    """Return the signals of some sequences of a batch. A column of None is not measured."""
+    """Return the signals of some samples of a batch. A column of None is not measured."""
     known = {name: column.float() for name, column in columns.items() if column is not None}
-    ids = batch.sequence_ids.tolist()
-    return replace(unknown_signals(batch), **known).take([ids.index(i) for i in sequences])
+    return replace(unknown_signals(batch), **known).of_samples(sequences)

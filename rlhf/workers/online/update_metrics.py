@@ -186,10 +186,10 @@ def sequence_reports(
     logprobs: Float[Tensor, " N"],
     ref: Float[Tensor, " N"] | None,
 ) -> tuple[SequenceReport, ...]:
-    """Report each sequence of a share, as seen by the policy and the reference. Empty for a rank without a share."""
+    """Report each sample of a share, as seen by the policy and the reference. Empty for a rank without a share."""
     if not ids:
         return ()
-    mask, lengths = rollouts.response_mask, rollouts.lengths
+    mask, lengths = rollouts.response_mask, rollouts.sample_lengths
     olds = sequence_means(logprobs, mask, lengths).tolist()
     kls: Sequence[float | None] = [None] * len(ids)
     refs: Sequence[float | None] = kls
