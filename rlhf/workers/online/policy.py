@@ -34,6 +34,7 @@ from rlhf.tracking.metrics.reductions import ExplainedVariance, Mean, Reduction
 from rlhf.types import BatchPlan, Rollouts, TokenSignals, TokenValues
 from rlhf.workers.microbatches import Microbatch, padded
 from rlhf.workers.online.base import OnlineWorker, Share
+from rlhf.workers.online.branch_credit import with_branch_rewards
 from rlhf.workers.online.token_signals import Column, signals_of, unknown
 from rlhf.workers.online.update_metrics import (
     advantage_histogram,
@@ -166,7 +167,7 @@ class PolicyWorker(OnlineWorker):
         metrics["advantages/mean"] = Mean(total=local_moments.mean * local_moments.count, count=local_moments.count)
         metrics["advantages/std"] = as_std(local_moments)
         metrics["advantages/histogram"] = advantage_histogram(advantages, mask)
-        means = sequence_means(advantages, mask, lengths).tolist() if share.ids else ()
+        means = sequence_means(advantages, mask, share.rollouts.sample_lengths).tolist() if share.ids else ()
         return returns, (dict(zip(share.ids, means, strict=True)), metrics)
 
     def token_signals(self, sequences: Sequence[int]) -> tuple[TokenSignals, int]:
@@ -287,16 +288,17 @@ class PolicyWorker(OnlineWorker):
         return rewards + self._step_rewards(share) if share.plan.steps else rewards
 
     def _step_rewards(self, share: Share) -> Float[Tensor, " N"]:
-        """Return the step rewards, each at the last token of its step."""
+        """Return the step rewards, each at the last token of its step and before the branch in which it ends."""
         if not share.ids:
             return torch.zeros(len(share.rollouts.token_ids))
-        starts = (share.rollouts.lengths.cumsum(0) - share.rollouts.lengths).tolist()
+        lengths = share.rollouts.sample_lengths
+        starts = (lengths.cumsum(0) - lengths).tolist()
         placed_steps = [
             (start, step) for i, start in zip(share.ids, starts, strict=True) for step in share.plan.steps.get(i, ())
         ]
         ends = torch.tensor([start + step.end for start, step in placed_steps], dtype=torch.int64)
         values = torch.tensor([step.value for _, step in placed_steps])
-        return step_rewards(ends, values, share.rollouts.response_mask)
+        return with_branch_rewards(step_rewards(ends, values, share.rollouts.response_mask), share.rollouts)
 
     def _less_step_baseline(self, portion: Portion, returns: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
         """Subtract the baseline of each group from its returns. The sequences of a group may be on several ranks."""
@@ -355,6 +357,7 @@ class PolicyWorker(OnlineWorker):
             high_entropy=part(portion.selections.high_entropy),
             selected=part(portion.selections.selected),
             entropy_coef=share.plan.entropy_coef,
+            sample_tokens=self.sample_tokens(share, microbatch),
         )
         terms = self.algorithm.policy_loss(batch, counts, kl_coef=share.plan.kl_coef)
         if not portion.observes or not microbatch.rows:
