@@ -1,0 +1,1 @@
+"""Agents: the records of their sessions, and the sequences that are trained."""

@@ -1,0 +1,164 @@
+"""Merge the calls of an agent's session into a tree by their tokens, and turn its leaves into training sequences.
+
+A call continues another one if its prompt begins with the other's prompt and response. Retries, sub-agents and
+shortened contexts make branches or separate trees. Each leaf gives a sequence: exactly what the model read and sampled
+in the leaf's call. A sampled token is trained in one sequence only, however many sequences begin with it. Nothing
+depends on the order of the calls, and nothing is tokenised here.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rlhf.agents.calls import Call, Session
+from rlhf.models.branches import PrefixTree, TokenIds, common_length
+from rlhf.types import FinishReason, GroupRequest, RolloutInfo, Rollouts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSequence:
+    """The tokens of a leaf's call, with the calls before it. The columns have one entry for each token."""
+
+    calls: tuple[int, ...]  # indices of the calls whose tokens are trained here, in their order
+    ends: tuple[int, ...]  # position after the last token of each of these calls
+    token_ids: npt.NDArray[np.int32]
+    trained: npt.NDArray[np.bool_]  # sampled in one of the calls, by a free choice
+    logprobs: npt.NDArray[np.float32]  # by the sampler; 0 for other tokens
+    versions: npt.NDArray[np.int32]  # weight version that sampled the token; -1 for other tokens
+
+
+def training_sequences(calls: Sequence[Call]) -> list[TrainingSequence]:
+    """Return the sequences of a session, the one with the most calls first. Calls without a response give none."""
+    whole = {
+        i: np.concatenate([call.prompt_ids, call.response_ids])
+        for i, call in enumerate(calls)
+        if len(call.response_ids)
+    }
+    order = sorted(whole, key=lambda i: _sort_key(calls[i], whole[i]))
+    parents = _parents([calls[i] for i in order], [whole[i] for i in order])
+    sizes = [1] * len(order)  # calls at and below each call
+    next_calls: dict[int, int] = {}  # by call, the next one of its sequence: the one with the most calls below it
+    for place in reversed(range(len(order))):
+        parent = parents[place]
+        if parent is not None:
+            sizes[parent] += sizes[place]
+            if parent not in next_calls or sizes[place] >= sizes[next_calls[parent]]:
+                next_calls[parent] = place
+    chains = []
+    for place, parent in enumerate(parents):
+        if parent is None or next_calls[parent] != place:
+            chain = [place]
+            while chain[-1] in next_calls:
+                chain.append(next_calls[chain[-1]])
+            chains.append(chain)
+    chains.sort(key=lambda chain: -len(chain))  # chains of one length stay in the order of their tokens
+    return [_sequence(calls, [order[place] for place in chain], whole[order[chain[-1]]]) for chain in chains]
+
+
+def _sort_key(call: Call, whole: TokenIds) -> tuple[bytes, int, bytes, bytes, bytes]:
+    """Order calls by their tokens, so that calls with a common prefix are neighbours."""
+    columns = (call.logprobs.tobytes(), call.versions.tobytes(), call.free.tobytes())
+    return whole.tobytes(), len(call.prompt_ids), *columns
+
+
+def _parents(calls: Sequence[Call], wholes: Sequence[TokenIds]) -> list[int | None]:
+    """Return for each call the longest call that it continues. The calls are in the order of their tokens."""
+    parents: list[int | None] = []
+    open_places: list[int] = []  # the calls with which the current one begins, ascending in length
+    open_lengths: list[int] = []
+    for place, (call, whole) in enumerate(zip(calls, wholes, strict=True)):
+        common = common_length(whole, wholes[place - 1]) if place else 0
+        while open_lengths and open_lengths[-1] > common:
+            open_places.pop()
+            open_lengths.pop()
+        before = bisect_right(open_lengths, len(call.prompt_ids))
+        parents.append(open_places[before - 1] if before else None)
+        open_places.append(place)
+        open_lengths.append(len(whole))
+    return parents
+
+
+def _sequence(calls: Sequence[Call], chain: Sequence[int], token_ids: npt.NDArray[np.int32]) -> TrainingSequence:
+    """Return the sequence that trains the calls of a chain, each of which continues the one before."""
+    trained = np.zeros(len(token_ids), np.bool_)
+    logprobs = np.zeros(len(token_ids), np.float32)
+    versions = np.full(len(token_ids), -1, np.int32)
+    ends = []
+    for call in (calls[i] for i in chain):
+        start, end = len(call.prompt_ids), len(call.prompt_ids) + len(call.response_ids)
+        trained[start:end] = call.free
+        logprobs[start:end] = np.where(call.free, call.logprobs, 0.0)
+        versions[start:end] = np.where(call.free, call.versions, -1)
+        ends.append(end)
+    return TrainingSequence(
+        calls=tuple(chain),
+        ends=tuple(ends),
+        token_ids=token_ids,
+        trained=trained,
+        logprobs=logprobs,
+        versions=versions,
+    )
+
+
+def assemble_sessions(request: GroupRequest, sessions: Sequence[Session]) -> tuple[Rollouts, tuple[RolloutInfo, ...]]:
+    """Return the columns and scalars of a group, with a session for each seed.
+
+    A session is one sample: all of its sequences have its id, and it has one RolloutInfo. A session without a trained
+    token has one sequence, the prompt.
+    """
+    by_sample = [list(_sequences(session, request)) for session in sessions]
+    ids = [request.first_sequence_id + index for index in range(len(sessions))]
+    flat = [sequence for sequences in by_sample for sequence in sequences]
+    rollouts = Rollouts(
+        sequence_ids=torch.tensor([i for i, sequences in zip(ids, by_sample, strict=True) for _ in sequences]),
+        lengths=torch.tensor([len(sequence.token_ids) for sequence in flat]),
+        token_ids=torch.from_numpy(np.concatenate([sequence.token_ids for sequence in flat])).long(),
+        response_mask=torch.from_numpy(np.concatenate([sequence.trained for sequence in flat])),
+        rollout_logprobs=torch.from_numpy(np.concatenate([sequence.logprobs for sequence in flat])),
+        versions=torch.from_numpy(np.concatenate([sequence.versions for sequence in flat])).long(),
+    )
+    infos = (_info(*each) for each in zip(ids, sessions, by_sample, strict=True))
+    return rollouts, tuple(infos)
+
+
+def _sequences(session: Session, request: GroupRequest) -> Iterator[TrainingSequence]:
+    sequences = [sequence for sequence in training_sequences(session.calls) if sequence.trained.any()]
+    if sequences:
+        yield from sequences
+        return
+    prompt = session.calls[0].prompt_ids if session.calls else np.array(request.prompt.token_ids, np.int32)
+    yield _sequence((), (), prompt)
+
+
+def _info(sample_id: int, session: Session, sequences: Sequence[TrainingSequence]) -> RolloutInfo:
+    logprobs = np.concatenate([sequence.logprobs[sequence.trained] for sequence in sequences])
+    versions = np.concatenate([sequence.versions[sequence.trained] for sequence in sequences])
+    first, tree, num_tokens = sequences[0].trained, PrefixTree(), 0
+    for sequence in sequences:
+        branch = tree.branch(sequence.token_ids, most=int(sequence.trained.argmax()))
+        num_tokens += len(sequence.token_ids) - (branch.length if branch else 0)
+        tree.add(sequence.token_ids)
+    num_prompt_tokens = int(first.argmax()) if first.any() else len(first)
+    return RolloutInfo(
+        sequence_id=sample_id,
+        num_prompt_tokens=num_prompt_tokens,
+        num_response_tokens=len(logprobs),
+        finish_reason=_finish_reason(session),
+        min_version=int(versions.min()) if len(versions) else -1,
+        max_version=int(versions.max()) if len(versions) else -1,
+        mean_logprob=float(logprobs.mean(dtype=np.float64)) if len(logprobs) else 0.0,
+        num_turns=len(session.calls),
+        num_environment_tokens=num_tokens - num_prompt_tokens - len(logprobs),
+    )
+
+
+def _finish_reason(session: Session) -> FinishReason:
+    """Return "length" if the call that ended last was cut by a limit."""
+    last = max(session.calls, key=lambda call: call.ended_s, default=None)
+    return "length" if last is not None and last.finish_reason == "length" else "stop"

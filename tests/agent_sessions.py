@@ -1,0 +1,44 @@
+"""Calls and sessions of agents for tests: tokens given as lists, and log-probabilities that identify their token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rlhf.agents.calls import Call, Session
+
+
+def call(
+    prompt: Sequence[int],
+    response: Sequence[int],
+    *,
+    first: int = 0,
+    version: int = 0,
+    fixed: Sequence[int] = (),
+    finish_reason: str = "stop",
+    ended_s: float = 1.0,
+) -> Call:
+    """Return a call whose sampled tokens have the log-probabilities -first, -(first + 1), ...
+
+    fixed: places in the response that a grammar restricted.
+    """
+    free = np.ones(len(response), np.bool_)
+    free[list(fixed)] = False
+    return Call(
+        prompt_ids=np.array(prompt, np.int32),
+        response_ids=np.array(response, np.int32),
+        logprobs=-np.arange(first, first + len(response), dtype=np.float32),
+        versions=np.full(len(response), version, np.int32),
+        free=free,
+        finish_reason=finish_reason,
+        started_s=0.0,
+        ended_s=ended_s,
+        continues=None,
+        broke=None,
+        messages="[]",
+    )
+
+
+def session(*calls: Call) -> Session:
+    return Session(calls=list(calls), result="done", failure=None)

@@ -1,0 +1,161 @@
+"""Sessions of several sequences in the policy's update, with the model itself as the engine.
+
+A session is one sample: it has one score and one weight, however many sequences it has and wherever they are computed.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf.agents.trees import assemble_sessions
+from rlhf.config.schema.root import Config
+from rlhf.controller.rollout_scorer import request_for
+from rlhf.engine.distributed import RankContext
+from rlhf.models.packed import policy_logprobs_only
+from rlhf.models.row_layout import row_layout
+from rlhf.tracking.metrics.declarations import merge_metrics, results
+from rlhf.types import BatchPlan, MinibatchPlan, Prompt, Rollouts, StepReward
+from rlhf.workers.online.policy import PolicyWorker
+from tests.agent_sessions import call, session
+from tests.tiny_architectures import tiny_model
+
+PROMPT = Prompt(prompt_id=0, token_ids=(1, 2), text="", columns={})
+BRANCHED = session(  # sequences of 9, 6 and 4 tokens, of which 4, 1 and 2 are trained
+    call([1, 2], [3, 4]),
+    call([1, 2, 3, 4, 5, 6, 7], [8, 9]),
+    call([1, 2, 3, 4, 10], [11]),
+    call([12, 13], [14, 15]),
+)
+SINGLE = session(call([1, 2], [16, 17, 18]))
+
+
+class Worker(PolicyWorker):
+    """A worker on one rank whose engine is the model."""
+
+    def __init__(self, config: Config, model: Any) -> None:
+        place = RankContext(
+            rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=1.0
+        )
+        super().__init__(config, place, optimizer_steps=1, reference_is_adapter_off=False)
+        self.layout = row_layout(model)
+        self.engine: Any = SimpleNamespace(
+            module=model,
+            forward=lambda function, *args, **options: function(model, *args, **options),
+            backward=lambda loss, last: loss.backward(),
+            all_reduce_sum=lambda values: values,
+            max_over_ranks=lambda value: value,
+            step=lambda divisor: SimpleNamespace(grad_norm=1.0, lr=0.0),
+        )
+
+
+def worker_of(model: Any, *, tokens: int = 100, **algorithm: Any) -> Worker:
+    config = Config.model_validate(
+        {
+            "run": {"name": "workers", "dir": "none"},
+            "policy": {"model": "none", "dtype": "float32"},
+            "algorithm": {"kl": {"coef": 0.0}, **algorithm},
+            "data": {"train": "x.jsonl", "apply_chat_template": False, "max_prompt_tokens": 4},
+            "rollouts": {"prompts_per_step": 1, "samples_per_prompt": 2, "max_new_tokens": 8},
+            "rewards": {"r": {"function": "f"}},
+            "train": {"steps": 1, "lr": 1e-2, "sequences_per_update": 2, "max_tokens_per_microbatch": tokens},
+        }
+    )
+    return Worker(config, model)
+
+
+def rollouts() -> Rollouts:
+    request = request_for(PROMPT, group_id=0, first_sequence_id=0, samples=2, run_seed=0)
+    return assemble_sessions(request, [BRANCHED, SINGLE])[0]
+
+
+def plan(**changes: Any) -> BatchPlan:
+    whole = MinibatchPlan(sequences_by_rank=((0, 1),), num_tokens=10, num_sequences=2)
+    return BatchPlan(step=1, minibatches=(whole,), scores={0: 2.0, 1: -1.0}, kl_coef=0.0, **changes)
+
+
+def gradient(model: Any) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("tokens", [100, 9])
+@pytest.mark.parametrize(
+    ("aggregation", "weights"),
+    [
+        ("token_mean", (1 / 10, 1 / 10)),
+        ("sequence_mean_token_mean", (1 / (7 * 2), 1 / (3 * 2))),
+        ("sequence_mean_token_sum", (1 / 2, 1 / 2)),
+    ],
+)
+def test_a_session_has_the_weight_of_one_response(aggregation: str, weights: tuple[float, float], tokens: int) -> None:
+    """At the sampling weights the gradient is that of weight * advantage * logprob over the tokens of each session."""
+    model, advantages = tiny_model("llama"), {0: 2.0, 1: -1.0}
+    worker = worker_of(model, tokens=tokens, name="grpo", aggregation=aggregation)
+    worker.prepare(plan(), rollouts())
+    _, (means, _) = worker.set_advantages(advantages)
+    assert means == pytest.approx(advantages)
+    metrics = results(worker.update(0))
+    found = gradient(model)
+    batch = rollouts()
+    model.zero_grad(set_to_none=True)
+    for row, sample in enumerate(batch.sequence_ids.tolist()):
+        alone = batch.take([row])
+        logprobs = policy_logprobs_only(model, alone.token_ids, alone.lengths, mask=alone.response_mask)
+        (-weights[sample] * advantages[sample] * logprobs.sum()).backward()
+    torch.testing.assert_close(found, gradient(model), rtol=1e-4, atol=1e-6)
+    # alone, the micro-batches hold 9 + 6 + 4 + 5 tokens; in one, the prompt and the first call are not repeated
+    assert metrics["update/tokens/total"] == (9 + 2 + 4 + 3 if tokens == 100 else 9 + 6 + 4 + 5)
+
+
+def test_the_signals_of_a_session_cover_all_of_its_sequences() -> None:
+    worker = worker_of(tiny_model("llama"), name="grpo")
+    worker.prepare(plan(), rollouts())
+    worker.set_advantages({0: 2.0, 1: -1.0})
+    worker.update(0)
+    signals, size = worker.token_signals((0,))
+    assert size == 9 + 6 + 4
+    assert signals.sequence_ids.tolist() == [0, 0, 0]
+    mask = rollouts().of_samples([0]).response_mask
+    assert signals.advantages[mask].tolist() == [2.0] * 7
+    assert signals.old_logprobs[mask].isfinite().all()
+
+
+def test_every_sequence_of_a_session_ends_with_the_sessions_score() -> None:
+    worker = worker_of(tiny_model("llama"), name="reinforce")
+    worker.algorithm.centers = False
+    worker.prepare(plan(), rollouts())
+    worker.set_advantages(None)
+    batch, advantages = rollouts(), worker.portions[0].advantages
+    expected = torch.tensor([2.0, 2.0, 2.0, -1.0]).repeat_interleave(batch.lengths)
+    torch.testing.assert_close(advantages[batch.response_mask], expected[batch.response_mask])
+
+
+def test_a_step_reward_counts_through_the_sequences_of_its_session() -> None:
+    """Steps end in the first sequence, in the branch of its first call, and in the sub-agent's call."""
+    worker = worker_of(tiny_model("llama"), name="grpo")
+    ends = {7: 0.5, 9 + 5: 1.0, 9 + 6 + 2: 4.0}
+    steps = {0: tuple(StepReward(end=end, value=value) for end, value in ends.items())}
+    worker.prepare(plan(steps=steps), rollouts())
+    worker.set_advantages({0: 0.0, 1: 0.0})
+    found = worker.portions[0].advantages[rollouts().response_mask].tolist()
+    # the first call's tokens come before both the second call and the branch; the branch's token only before its step
+    assert found == [1.5, 1.5, 0.5, 0.0, 1.0, 4.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_a_sessions_report_covers_all_of_its_sequences() -> None:
+    model = tiny_model("llama")
+    worker = worker_of(model, name="grpo", top_entropy_fraction=0.5)  # needs the old log-probabilities
+    reports, _ = worker.prepare(plan(), rollouts())
+    assert [report.sequence_id for report in reports] == [0, 1]
+    batch = rollouts().of_samples([0])
+    logprobs = policy_logprobs_only(model, batch.token_ids, batch.lengths, mask=batch.response_mask)
+    assert reports[0].mean_old_logprob == pytest.approx(float(logprobs.detach().sum()) / 7, rel=1e-5)
+    worker.set_advantages({0: 2.0, 1: -1.0})
+    chosen = worker.portions[0].selections.high_entropy
+    assert chosen is not None
+    assert int(chosen.sum()) == 5
+    merge_metrics([worker.update(0)])
