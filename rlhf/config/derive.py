@@ -87,6 +87,8 @@ def merged_because(lora: LoraConfig) -> str | None:
         return "vLLM takes no DoRA"
     if lora.modules_to_save:
         return "vLLM takes no modules_to_save"
+    if lora.target_parameters:
+        return "adapters of stacked experts are not sent"
     if lora.quantize is not None:
         return f"the policy's base is {lora.quantize}, the engines' is not"
     if saved_rank(lora) > MAX_ENGINE_RANK:

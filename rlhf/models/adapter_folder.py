@@ -54,6 +54,7 @@ _KNOWN = frozenset(
         "r",
         "revision",
         "target_modules",
+        "target_parameters",
         "task_type",
         "use_dora",
         "use_rslora",
@@ -101,6 +102,7 @@ class AdapterShape:
     rslora: bool
     dora: bool
     modules_to_save: tuple[str, ...]  # a scalar head is not among them
+    target_parameters: tuple[str, ...]
 
 
 def read_adapter_shape(folder: Path) -> AdapterShape:
@@ -112,6 +114,7 @@ def read_adapter_shape(folder: Path) -> AdapterShape:
         rslora=config.use_rslora,
         dora=config.use_dora,
         modules_to_save=tuple(config.modules_to_save or ()),
+        target_parameters=tuple(config.target_parameters or ()),
     )
 
 

@@ -38,6 +38,7 @@ def add_lora(
     alpha: float,
     dropout: float,
     target_modules: str | Sequence[str] = "all-linear",
+    target_parameters: Sequence[str] = (),
     layers: Sequence[int] | None = None,
     rslora: bool = False,
     dora: bool = False,
@@ -47,14 +48,16 @@ def add_lora(
     """Return the model with an adapter. Only the adapter, modules_to_save and a scalar head are trainable.
 
     It starts as the identity. `target_modules`: names of linear layers, or "all-linear" for all but the head.
-    `layers`: numbers of the blocks to adapt; None: all. `modules_to_save`: names of modules to train whole. A head
-    tied to a trained embedding stays tied. Raise UserError if a name or number does not exist.
+    `target_parameters`: names of stacked experts. `layers`: numbers of the blocks to adapt; None: all.
+    `modules_to_save`: names of modules to train whole. A head tied to a trained embedding stays tied. Raise UserError
+    if a name or number does not exist.
     """
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=_linear_names(model) if isinstance(target_modules, str) else list(target_modules),
+        target_parameters=list(target_parameters) or None,
         layers_to_transform=None if layers is None else list(layers),
         use_rslora=rslora,
         use_dora=dora,
@@ -255,6 +258,14 @@ def _refuse_unknown_names(model: Any, config: peft.LoraConfig) -> None:
     ):
         if missing := sorted(name for name in wanted if not any(map(fits, by_name.get(name, ())))):
             raise UserError(f"lora.{key}: the model has no {kind} named {', '.join(missing)}.")
+    stacks = {
+        name.rpartition(".")[2] for name, p in model.named_parameters() if len(getattr(p, "ds_shape", p.shape)) == 3
+    }
+    if missing := sorted(set(config.target_parameters or ()) - stacks):
+        known = f"they are {', '.join(sorted(stacks))}" if stacks else "it has none"
+        raise UserError(
+            f"lora.target_parameters: the model has no stacked experts named {', '.join(missing)}; {known}."
+        )
     if both := sorted(set(config.target_modules) & set(config.modules_to_save or ())):
         raise UserError(f"lora.modules_to_save: {', '.join(both)} cannot be adapted and trained whole; name it once.")
     depth = model.config.get_text_config().num_hidden_layers

@@ -85,12 +85,12 @@ def tokenizer_of(model: str) -> str:
 
 
 def refuse_unservable(model: ModelOnDisk) -> None:
-    """Raise UserError for an adapter unknown to vLLM's engines: DoRA, or an adapter with modules trained whole."""
+    """Raise UserError for an adapter that the engines do not load: DoRA, stacked experts, or modules trained whole."""
     if model.adapter is None:
         return
     path = Path(model.adapter, ADAPTER_CONFIG)
     config = read_adapter_settings(Path(model.adapter))
-    unsupported = [key for key in ("use_dora", "modules_to_save") if config.get(key)]
+    unsupported = [key for key in ("use_dora", "modules_to_save", "target_parameters") if config.get(key)]
     if unsupported:
         raise UserError(
             f"{path}: has {', '.join(unsupported)}, which engines cannot serve. Merge the adapter into its base."

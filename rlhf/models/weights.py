@@ -6,6 +6,7 @@ parameters are sharded.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -51,6 +52,24 @@ def lora_merged(
 ) -> Float[Tensor, "o i"]:
     """Return W + scaling * B A (arXiv:2106.09685, section 4.1), rounded where peft rounds."""
     return weight + _update(lora_a, lora_b, scaling).to(weight.dtype)
+
+
+def stack_merged(
+    weight: Float[Tensor, "E m n"],
+    lora_a: Float[Tensor, "rE i"],
+    lora_b: Float[Tensor, "o rE"],
+    *,
+    scaling: float,
+    transposed: bool,
+) -> Float[Tensor, "E m n"]:
+    """Return W + scaling * B A for each expert of a stack, by peft's layout of the experts' matrices.
+
+    transposed: the stack holds the transpose of each W.
+    """
+    rows = lora_a.reshape(len(weight), -1, lora_a.shape[1])
+    columns = lora_b.reshape(lora_b.shape[0], -1, len(weight)).permute(2, 0, 1)
+    update = _update(rows, columns, scaling).to(weight.dtype)
+    return weight + (update.transpose(1, 2) if transposed else update)
 
 
 def dora_merged(
@@ -117,6 +136,7 @@ def weight_sources(model: nn.Module) -> list[WeightSource]:
     Buffers in the model's files are weights too, such as the bias by which DeepSeek's routers choose experts.
     """
     layers = dict(_lora_layers(model))
+    stacks = {id(layer.get_param()): layer for layer in layers.values() if is_stack(layer)}
     hub_names = HubNames(model)
     replaced = tuple(f"{name}.original_module." for name, _ in _whole_modules(model))
     sources = []
@@ -124,8 +144,8 @@ def weight_sources(model: nn.Module) -> list[WeightSource]:
         if ".lora_" in name or is_initial_copy(name) or name.startswith(replaced):
             continue
         owner, _, part = name.partition(".base_layer.")
-        if part == "weight":
-            layer = layers[owner]
+        layer = stacks.get(id(parameter)) or (layers[owner] if part == "weight" else None)
+        if layer is not None:
             sources.append(WeightSource(_plain(name), (parameter, *_parts_of(layer)), _merge_of(layer), hub_names))
         else:
             sources.append(WeightSource(_plain(name), (parameter,), hub_names=hub_names))
@@ -161,8 +181,13 @@ def adapter_sources(model: nn.Module) -> list[WeightSource]:
 
 def saved_name(name: str) -> str:
     """Return the name of a trainable parameter of an adapted model in peft's adapter_model.safetensors."""
-    name = _plain(name).replace(f".{ADAPTER}.", ".")
+    name = _saved_whole(name).replace(f".{ADAPTER}.", ".")
     return _PEFT_PREFIX + name.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
+
+
+def is_stack(layer: Any) -> bool:
+    """Return whether an adapted layer is a stack of experts, one parameter of its module."""
+    return hasattr(layer, "parameter_name")
 
 
 def is_pissa(layer: Any) -> bool:
@@ -202,10 +227,18 @@ def _parts_of(layer: Any) -> tuple[nn.Parameter, ...]:
 
 
 def _merge_of(layer: Any) -> Callable[..., Tensor]:
+    if is_stack(layer):
+        transposed = not layer._did_swap_in_out_features
+        return partial(stack_merged, scaling=float(layer.scaling[ADAPTER]), transposed=transposed)
     merge = dora_merged if ADAPTER in layer.lora_magnitude_vector else pissa_merged if is_pissa(layer) else lora_merged
     return partial(merge, scaling=float(layer.scaling[ADAPTER]))
 
 
 def _plain(name: str) -> str:
     """Return a parameter's name in the model without peft's layers."""
-    return name.replace(".base_layer.", ".").replace(f".modules_to_save.{ADAPTER}.", ".")
+    return re.sub(r"(\.base_layer)+\.", ".", _saved_whole(name))
+
+
+def _saved_whole(name: str) -> str:
+    """Return a parameter's name without peft's wrapper of modules that are trained whole."""
+    return name.replace(f".modules_to_save.{ADAPTER}.", ".")

@@ -91,7 +91,8 @@ def training(role_name: Role, model: PolicyConfig | CriticConfig, config: Config
     scalar = has_value_head(config, role_name)
     whole = shape.scalar_parameters if scalar else shape.parameters
     lora = model.lora
-    trained = whole if lora is None else shape.lora_parameters(lora.rank) + (shape.hidden if scalar else 0)
+    adapted = 0 if lora is None else shape.lora_parameters(lora.rank, lora.target_parameters)
+    trained = whole if lora is None else adapted + (shape.hidden if scalar else 0)
     tokens, accumulates = tokens_of_microbatch(config, role)
     on_gpu = config.cluster.device == "cuda"
     online = config.algorithm.is_online

@@ -7,7 +7,7 @@ this machine; the table of well-known models below. Unknown models are reported,
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,9 +126,15 @@ class Shape:
         factors = mixed * (self.experts * (3 * self.expert_ffn + 2 * self.hidden) + self.experts + self.hidden)
         return sum(map(sum, self._linear_layers)) + factors + tables * (self.vocab + self.hidden) + vectors
 
-    def lora_parameters(self, rank: int) -> int:
-        """Return the parameters of an adapter on the linear layers of all blocks: rank * (in + out) each."""
-        return rank * sum(rows + columns for rows, columns in self._linear_layers)
+    def lora_parameters(self, rank: int, stacks: Collection[str] = ()) -> int:
+        """Return the parameters of an adapter on the linear layers of all blocks: rank * (in + out) each.
+
+        stacks: names of stacked experts, of which each expert is adapted too.
+        """
+        widths = {"gate_up_proj": 2 * self.expert_ffn, "down_proj": self.expert_ffn}
+        experts = self.experts * (self.layers - self.dense_layers) if self.experts else 0
+        of_stacks = experts * sum(self.hidden + widths.get(name, 0) for name in stacks)
+        return rank * (of_stacks + sum(rows + columns for rows, columns in self._linear_layers))
 
 
 def shape_of(config: Mapping[str, Any], source: str) -> Shape:

@@ -248,6 +248,7 @@ def with_adapters(config: Config, ours: Mapping[str, LoraConfig]) -> Config:
                 rslora=made.rslora,
                 dora=made.dora,
                 modules_to_save=made.modules_to_save,
+                target_parameters=made.target_parameters,
             )
         else:
             with prefix_errors(f"{name}.adapter"):

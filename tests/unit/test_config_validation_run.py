@@ -598,6 +598,10 @@ RELATIONS = {
         "policy.adapter: got 'stage:sft', but this run is not a pipeline's stage",
     ),
     "pissa is no dora": (["policy.lora={init: pissa, dora: true}"], "policy.lora.init: is pissa, but dora needs"),
+    "peft adapts stacks plainly": (
+        ["policy.lora={target_parameters: [down_proj], dora: true, dropout: 0.1}"],
+        "policy.lora.target_parameters: adapts stacked experts, for which peft has no dropout and no dora",
+    ),
     "pissa takes whole weights": (
         ["policy.lora={init: pissa, quantize: nf4}"],
         "policy.lora.init: is pissa, which decomposes the weights, but policy.lora.quantize",

@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from rlhf.models.export import export_model
+from rlhf.errors import UserError
+from rlhf.models.adapter_folder import load_trainable_adapter
+from rlhf.models.export import export_adapter, export_model
 from rlhf.models.loading import load_causal_lm, load_critic, load_tokenizer
-from rlhf.models.lora import add_lora
+from rlhf.models.lora import adapter_disabled, add_lora
 from rlhf.models.tiny import VOCAB_SIZE, build_tiny_llama, byte_tokenizer
 from rlhf.models.weights import adapter_sources, weight_sources
 from tests.tiny_architectures import ALL, tiny_model
@@ -96,6 +99,43 @@ def test_adapters_of_a_mixture_are_on_its_linear_layers_and_merge_into_the_files
     ids = torch.randint(VOCAB_SIZE, (1, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "gpt_oss"])  # the last one's stacks are transposed
+def test_adapters_of_stacked_experts_merge_and_come_back(kind: str, tmp_path: Path) -> None:
+    source, stacks = mixture(tmp_path / "source", kind), ("gate_up_proj", "down_proj")
+    base = load_causal_lm(source, dtype=torch.float32)
+    model = load_causal_lm(source, dtype=torch.float32)
+    model = add_lora(model, rank=2, alpha=4.0, dropout=0.0, target_parameters=stacks)
+    ids = torch.randint(VOCAB_SIZE, (1, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0.0, 0.1)
+        wanted = model(ids).logits
+        assert (wanted - base(ids).logits).abs().max() > 0.01
+        with adapter_disabled(model):
+            torch.testing.assert_close(model(ids).logits, base(ids).logits)
+    tokenizer = load_tokenizer(source)
+    weights = ((name, weight.clone()) for name, weight in published(model).items())
+    export_model(tmp_path / "merged", weights, model.config, tokenizer, dtype=torch.float32)
+    export_adapter(tmp_path / "adapter", ((s.name, s.make()) for s in adapter_sources(model)), model, tokenizer)
+    merged = load_causal_lm(str(tmp_path / "merged"), dtype=torch.float32)
+    continued = load_trainable_adapter(load_causal_lm(source, dtype=torch.float32), tmp_path / "adapter")
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source), tmp_path / "adapter")
+    for other in (merged, continued, theirs.eval()):
+        with torch.no_grad():
+            torch.testing.assert_close(other(ids).logits, wanted, rtol=1e-4, atol=1e-5)
+    trained = [name for name, parameter in continued.named_parameters() if parameter.requires_grad]
+    model(ids).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    assert sum(".experts." in name for name in trained) == 2 * 2 * model.config.num_hidden_layers
+
+
+def test_stacks_that_a_model_lacks_are_refused(tmp_path: Path) -> None:
+    model = load_causal_lm(mixture(tmp_path, "qwen3_moe"), dtype=torch.float32)
+    with pytest.raises(UserError, match="no stacked experts named up_proj; they are down_proj, gate_up_proj"):
+        add_lora(model, rank=2, alpha=4.0, dropout=0.0, target_parameters=["up_proj"])
 
 
 def test_a_critic_of_a_mixture_comes_back_with_its_head(tmp_path: Path) -> None:

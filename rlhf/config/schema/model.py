@@ -23,6 +23,9 @@ class LoraConfig(Section):
     """Dropout on the adapter's input while training."""
     target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
     """Names of the linear layers to adapt. all-linear: every linear layer except the head."""
+    target_parameters: tuple[str, ...] = ()
+    """Names of stacked experts of a mixture to adapt besides linear layers: gate_up_proj, down_proj. Each expert gets a
+    pair of matrices. The engines get all weights, with the adapter merged."""
     layers: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] | None = None
     """Indices of the transformer blocks to adapt, from 0. null: all blocks."""
     modules_to_save: tuple[str, ...] = ()

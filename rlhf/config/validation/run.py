@@ -17,6 +17,7 @@ from rlhf.config.schema.cluster import ClusterConfig, EngineRange, TrainedResour
 from rlhf.config.schema.model import CriticConfig, ModelConfig, PolicyConfig
 from rlhf.config.schema.rollouts import RolloutsConfig
 from rlhf.config.schema.root import Config
+from rlhf.config.validation.adapters import adapter_problems
 from rlhf.config.validation.asynchrony import asynchrony_problems
 from rlhf.config.validation.engine_args import engine_argument_problems
 from rlhf.config.validation.rewards import credit_problems, limit_problems, normalization_problems, reward_problems
@@ -34,7 +35,7 @@ def problems(config: Config) -> tuple[Problem, ...]:
     result += reward_problems(config.rewards, config.reward, environment=environment)
     result += [
         *_revisions(config),
-        *_adapters(config),
+        *adapter_problems(config),
         *_cluster(config),
         *normalization_problems(config),
         *credit_problems(config),
@@ -100,35 +101,6 @@ def _revisions(config: Config) -> Iterator[Problem]:
         if not _HUB_NAME.fullmatch(section.model) or Path(section.model).exists():
             text = f"is {section.revision}, but {role}.model is {section.model}, not a model of the hub; remove it"
             yield problem(f"{role}.revision", text)
-
-
-def _adapters(config: Config) -> Iterator[Problem]:
-    """Yield kinds of low-rank training that exclude each other or the role's ZeRO stage."""
-    for role in TRAINED_ROLES:
-        section: PolicyConfig | CriticConfig | None = getattr(config, role)
-        if section is None:
-            continue
-        lora, key = section.lora, f"{role}.lora"
-        if lora is None:
-            if section.adapter is not None:
-                text = f"is {section.adapter}, but {key} is null; write `lora: {{}}` to train it, or merge it first"
-                yield problem(f"{role}.adapter", text)
-            continue
-        if lora.init == "pissa" and lora.dora:
-            text = "is pissa, but dora needs the magnitudes of whole weights, and PiSSA leaves a remainder; use one"
-            yield problem(f"{key}.init", text)
-        if lora.init == "pissa" and lora.quantize is not None:
-            text = f"is pissa, which decomposes the weights, but {key}.quantize keeps them in 4 bits; use one"
-            yield problem(f"{key}.init", text)
-        named = () if isinstance(lora.target_modules, str) else lora.target_modules
-        if both := sorted(set(named) & set(lora.modules_to_save)):
-            text = f"has {', '.join(both)}, which {key}.target_modules adapts; name it in one of them"
-            yield problem(f"{key}.modules_to_save", text)
-    for role, model in derive.trained_sections(config).items():
-        stage = getattr(config.cluster.roles, role).zero_stage
-        if model.lora is not None and model.lora.quantize is not None and stage == 3:
-            text = f"is 3, but DeepSpeed does not shard 4-bit weights ({role}.lora.quantize); set 2"
-            yield problem(f"cluster.roles.{role}.zero_stage", text)
 
 
 def _batch(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:

@@ -261,7 +261,7 @@ def _of_adapters(config: Config) -> Iterator[Inert]:
     for role in TRAINED_ROLES:
         section = getattr(config, role)
         if section is not None and section.adapter is not None:
-            keys = "rank alpha target_modules layers modules_to_save rslora dora init"
+            keys = "rank alpha target_modules target_parameters layers modules_to_save rslora dora init"
             yield from _all(
                 " ".join(f"{role}.lora.{key}" for key in keys.split()),
                 f"{role}.adapter names an adapter, which has its own",
