@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from rlhf.agents.calls import Call, Session
-from rlhf.models.branches import PrefixTree, TokenIds, common_length
+from rlhf.data.prefix_tree import TokenIds, common_length, shared_with_earlier
 from rlhf.types import FinishReason, GroupRequest, RolloutInfo, Rollouts
 
 
@@ -139,11 +139,9 @@ def _sequences(session: Session, request: GroupRequest) -> Iterator[TrainingSequ
 def _info(sample_id: int, session: Session, sequences: Sequence[TrainingSequence]) -> RolloutInfo:
     logprobs = np.concatenate([sequence.logprobs[sequence.trained] for sequence in sequences])
     versions = np.concatenate([sequence.versions[sequence.trained] for sequence in sequences])
-    first, tree, num_tokens = sequences[0].trained, PrefixTree(), 0
-    for sequence in sequences:
-        branch = tree.branch(sequence.token_ids, most=int(sequence.trained.argmax()))
-        num_tokens += len(sequence.token_ids) - (branch.length if branch else 0)
-        tree.add(sequence.token_ids)
+    first = sequences[0].trained
+    shared = shared_with_earlier((sequence.token_ids, int(sequence.trained.argmax())) for sequence in sequences)
+    num_tokens = sum(len(sequence.token_ids) for sequence in sequences) - sum(one.length for one in shared if one)
     num_prompt_tokens = int(first.argmax()) if first.any() else len(first)
     return RolloutInfo(
         sequence_id=sample_id,

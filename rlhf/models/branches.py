@@ -13,16 +13,11 @@ Example: the prompt `p q` with the responses `a b` and `c`, and `d` after `p q c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from jaxtyping import Int
 from torch import Tensor
-
-TokenIds = npt.NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,65 +32,6 @@ class Branch:
 
 
 Branches = Sequence[Branch | None]  # one entry per sequence; None: the sequence holds all of its tokens
-
-
-class PrefixTree:
-    """Whole sequences, added one after the other, as a tree of their common first tokens."""
-
-    def __init__(self) -> None:
-        self._sequences: list[TokenIds] = []
-        self._edges: dict[int, _Edge] = {}  # by their first token
-
-    def branch(self, tokens: TokenIds, *, most: int) -> Branch | None:
-        """Return the branch that shares the most tokens with the sequences of the tree, but no more than `most`.
-
-        None: it shares no token.
-        """
-        shared: Branch | None = None
-        place, edges = 0, self._edges
-        while place < most and (edge := edges.get(int(tokens[place]))) is not None:
-            place += self._num_common(edge, tokens[:most])
-            shared = Branch(of=edge.of, length=place)
-            if place < edge.end:
-                break
-            edges = edge.after
-        return shared
-
-    def add(self, tokens: TokenIds) -> None:
-        """Add a sequence. Its index is the number of sequences before."""
-        self._sequences.append(tokens)
-        place, edges = 0, self._edges
-        while place < len(tokens):
-            edge = edges.get(int(tokens[place]))
-            if edge is None:
-                edges[int(tokens[place])] = _Edge(of=len(self._sequences) - 1, start=place, end=len(tokens))
-                return
-            place += self._num_common(edge, tokens)
-            if place < edge.end:
-                rest = _Edge(of=edge.of, start=place, end=edge.end, after=edge.after)
-                edge.end, edge.after = place, {int(self._sequences[edge.of][place]): rest}
-            edges = edge.after
-
-    def _num_common(self, edge: _Edge, tokens: TokenIds) -> int:
-        """Count the tokens of an edge which `tokens` repeats at the same positions."""
-        return common_length(tokens[edge.start :], self._sequences[edge.of][edge.start : edge.end])
-
-
-@dataclass(slots=True, kw_only=True)
-class _Edge:
-    """Tokens of a tree that no earlier sequence has at their place."""
-
-    of: int  # the sequence that added them
-    start: int  # their position in this sequence
-    end: int
-    after: dict[int, _Edge] = field(default_factory=dict)  # the edges that continue it, by their first token
-
-
-def common_length(first: TokenIds, second: TokenIds) -> int:
-    """Return the number of equal tokens before the first difference."""
-    size = min(len(first), len(second))
-    differs = first[:size] != second[:size]
-    return int(differs.argmax()) if differs.any() else size
 
 
 def positions(lengths: Sequence[int], branches: Branches | None, *, device: torch.device) -> Int[Tensor, " N"]:

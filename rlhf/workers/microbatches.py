@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlhf.data.packing import pack_evenly
-from rlhf.models.branches import Branch, PrefixTree
+from rlhf.data.prefix_tree import PrefixTree, SharedPrefix
+from rlhf.models.branches import Branch
 from rlhf.models.row_layout import RowLayout
 from rlhf.objectives.masking import to_tokens
 from rlhf.types import Rollouts
@@ -91,7 +92,7 @@ def split_microbatches(
         prefixes = prefixes.unshared()
     starts = [0, *accumulate(lengths)]
     if prefixes is None:
-        families = [_Family(rows=[row], branches=[None], num_tokens=lengths[row]) for row in rows]
+        families = [_Family(rows=[row], prefixes=[None], num_tokens=lengths[row]) for row in rows]
     else:
         families = _families(starts, rows, prefixes, max_tokens=max_tokens)
     sizes = [family.num_tokens for family in families]
@@ -104,9 +105,9 @@ def split_microbatches(
         for family in (families[member] for member in members):
             first = len(chosen)
             chosen += family.rows
-            for row, branch in zip(family.rows, family.branches, strict=True):
-                branches.append(branch and replace(branch, of=first + branch.of))
-                tokens.append(torch.arange(starts[row] + (branch.length if branch else 0), starts[row + 1]))
+            for row, prefix in zip(family.rows, family.prefixes, strict=True):
+                branches.append(None if prefix is None else Branch(of=first + prefix.of, length=prefix.length))
+                tokens.append(torch.arange(starts[row] + (prefix.length if prefix else 0), starts[row + 1]))
         microbatches.append(
             Microbatch(
                 rows=tuple(chosen),
@@ -123,7 +124,7 @@ class _Family:
     """Rows that share prefixes in one micro-batch."""
 
     rows: list[int] = field(default_factory=list)
-    branches: list[Branch | None] = field(default_factory=list)  # `of` is a position in `rows`
+    prefixes: list[SharedPrefix | None] = field(default_factory=list)  # `of` is a position in `rows`
     num_tokens: int = 0  # without the shared ones
     tree: PrefixTree = field(default_factory=PrefixTree)
 
@@ -131,22 +132,22 @@ class _Family:
 def _families(
     starts: Sequence[int], rows: Sequence[int], prefixes: SharedPrefixes, *, max_tokens: int
 ) -> list[_Family]:
-    """Group rows of equal keys, as many as the budget allows, and let each branch off the rows before it."""
+    """Group rows of equal keys, as many as the budget allows, and let each share the tokens of the rows before it."""
     families: list[_Family] = []
     open_family: dict[int, _Family] = {}
     token_ids = prefixes.token_ids.numpy()
     for row in rows:
         tokens, key = token_ids[starts[row] : starts[row + 1]], prefixes.keys[row]
         family = open_family.get(key)
-        branch = None if family is None else family.tree.branch(tokens, most=prefixes.lengths[row])
-        num_new_tokens = len(tokens) - (branch.length if branch else 0)
+        prefix = None if family is None else family.tree.shared(tokens, most=prefixes.lengths[row])
+        num_new_tokens = len(tokens) - (prefix.length if prefix else 0)
         if family is None or family.num_tokens + num_new_tokens > max_tokens:
-            family, branch, num_new_tokens = _Family(), None, len(tokens)
+            family, prefix, num_new_tokens = _Family(), None, len(tokens)
             open_family[key] = family
             families.append(family)
         family.tree.add(tokens)
         family.rows.append(row)
-        family.branches.append(branch)
+        family.prefixes.append(prefix)
         family.num_tokens += num_new_tokens
     return families
 

@@ -16,14 +16,17 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf.agents.trees import assemble_sessions
 from rlhf.config.files.load import checked
 from rlhf.config.schema.root import Config
+from rlhf.controller.rollout_scorer import request_for
 from rlhf.models.packed import policy_logprobs_only
 from rlhf.models.tiny import build_tiny_llama
 from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.tracking.metrics.reductions import Mean
-from rlhf.types import BatchPlan, MinibatchPlan, TokenSignals, TokenValues
+from rlhf.types import BatchPlan, MinibatchPlan, Prompt, RolloutInfo, Rollouts, StepReward, TokenSignals, TokenValues
 from rlhf.workers.online.policy import PolicyWorker
+from tests.agent_sessions import call, session
 from tests.integration.rank_gang import Gang, place_of
 from tests.integration.test_online_pairs import GROUPS, MOST_NEW, PROMPT, SAMPLES, rollouts_of
 
@@ -135,6 +138,76 @@ def test_a_step_depends_on_neither_ranks_nor_microbatches(run: Learn, case: str)
     for first, second in zip(one, two, strict=True):
         assert first.keys() == second.keys()
         for key in first.keys() - {"update/tokens/total"}:  # a prompt may be computed for fewer of its responses
+            assert first[key] == pytest.approx(second[key], rel=2e-4, abs=2e-6), key
+
+
+def sessions_of(group: int) -> tuple[Rollouts, tuple[RolloutInfo, ...]]:
+    """A group's sessions: a chat, a chat with a retry, and a chat with a sub-agent. Calls have up to 20 tokens."""
+    random = torch.Generator().manual_seed(group)
+
+    def some(count: int) -> list[int]:
+        return torch.randint(3, 300, (count,), generator=random).tolist()
+
+    prompt, sessions = some(PROMPT), []
+    for _ in range(SAMPLES):
+        first, second = some(3), some(4)
+        longer = [*prompt, *first, *some(2)]
+        sessions.append([call(prompt, first, first=1), call(longer, second, first=2)])
+    sessions[1].append(call(sessions[1][1].prompt_ids.tolist(), some(2), first=3))
+    sessions[2].append(call(some(4), some(5), first=1))
+    request = request_for(
+        Prompt(prompt_id=group, token_ids=tuple(prompt), text="", columns={}),
+        group_id=group,
+        first_sequence_id=group * SAMPLES,
+        samples=SAMPLES,
+        run_seed=0,
+    )
+    return assemble_sessions(request, [session(*calls) for calls in sessions])
+
+
+def learn_sessions(
+    rank: int, world_size: int, *, algorithm: dict[str, Any], model: str, folder: str, tokens: int
+) -> tuple[list[Any], list[int]]:
+    """One rank: metrics of the experience, of the advantages and of two updates, and its samples' ids."""
+    config = config_of(algorithm, model, folder, workers=world_size, tokens=tokens)
+    worker = PolicyWorker(config, place_of(rank, world_size), optimizer_steps=2, reference_is_adapter_off=False)
+    worker.build()
+    groups = [sessions_of(group) for group in range(GROUPS)]
+    infos = {info.sequence_id: info for _, group in groups for info in group}
+    plan = plan_of(config, world_size)
+    minibatches = [
+        replace(one, num_tokens=sum(infos[i].num_response_tokens for ids in one.sequences_by_rank for i in ids))
+        for one in plan.minibatches
+    ]
+    ends = {i: infos[i].num_prompt_tokens for i in plan.scores}  # the first sampled token of each session
+    steps = {i: (StepReward(end=end, value=0.1 * i),) for i, end in ends.items()}
+    plan = replace(plan, minibatches=tuple(minibatches), steps=steps)
+    reports, metrics = worker.prepare(plan, *(rollouts for rollouts, _ in groups))
+    assert sorted(report.sequence_id for report in reports) == sorted(plan.sequences_of(rank))
+    _, (means, advantages) = worker.set_advantages({i: 2.0 - (i * 7 % 5) for i in plan.scores})
+    return [metrics, advantages, *(worker.update(minibatch) for minibatch in range(2))], sorted(means)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_step_on_sessions_depends_on_neither_ranks_nor_microbatches(
+    gangs: Mapping[int, Gang], tmp_path: Path
+) -> None:
+    """In one tree a group, or in micro-batches of about one sequence on two ranks. The selection is over all tokens."""
+    model = str(build_tiny_llama(tmp_path / "policy", seed=3))
+    algorithm = {"name": "grpo", "aggregation": "sequence_mean_token_mean", "top_entropy_fraction": 0.5}
+    rows, computed = [], []
+    for ranks, tokens in ((1, 4096), (2, 20)):
+        found = gangs[ranks].run(learn_sessions, algorithm=algorithm, model=model, folder=str(tmp_path), tokens=tokens)
+        assert sorted(i for _, ids in found for i in ids) == list(range(GROUPS * SAMPLES))
+        parts = zip(*(metrics for metrics, _ in found), strict=True)
+        rows.append([results(merge_metrics(list(part))) for part in parts])
+        computed.append(sum(row.pop("update/tokens/total", 0.0) for row in rows[-1]))
+    assert computed[0] < computed[1]
+    assert rows[0][2]["update/grad_norm"] > 0
+    for first, second in zip(*rows, strict=True):
+        assert first.keys() == second.keys()
+        for key in first:
             assert first[key] == pytest.approx(second[key], rel=2e-4, abs=2e-6), key
 
 

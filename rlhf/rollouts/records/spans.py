@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import torch
 
+from rlhf.data.prefix_tree import SharedPrefix, shared_with_earlier
 from rlhf.errors import RunError
 from rlhf.types import FinishReason, GroupRequest, RewardError, RolloutInfo, Rollouts, StepReward
 
@@ -114,3 +115,10 @@ def token_spans(rollouts: Rollouts) -> list[list[tuple[bool, list[int]]]]:
         spans = [(bool(mask[a]), ids[a:b].tolist()) for a, b in pairwise(borders)]
         result.append(spans)
     return result
+
+
+def shared_in_sample(sample: Rollouts) -> list[SharedPrefix | None]:
+    """Return the prefix that each sequence of a sample shares with those before it, up to its first sampled token."""
+    sizes = sample.lengths.tolist()
+    columns = zip(sample.token_ids.split(sizes), sample.response_mask.split(sizes), strict=True)
+    return shared_with_earlier((ids.numpy(), int(mask.int().argmax())) for ids, mask in columns)

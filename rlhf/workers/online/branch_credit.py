@@ -9,7 +9,8 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf.models.branches import Branch, PrefixTree
+from rlhf.data.prefix_tree import SharedPrefix
+from rlhf.rollouts.records.spans import shared_in_sample
 from rlhf.types import Rollouts
 
 
@@ -22,9 +23,9 @@ def with_branch_rewards(rewards: Float[Tensor, " N"], rollouts: Rollouts) -> Flo
     lengths = rollouts.lengths.tolist()
     starts = (rollouts.lengths.cumsum(0) - rollouts.lengths).tolist()
     for rows in _rows_by_sample(rollouts):
-        branches = _branches(rollouts, [(starts[row], lengths[row]) for row in rows])
-        for row, branch in reversed(list(zip(rows, branches, strict=True))):  # branches of a branch come after it
-            place = _last_sampled(rollouts, [starts[row] for row in rows], branches, branch)
+        prefixes = shared_in_sample(rollouts.take(rows))
+        for row, prefix in reversed(list(zip(rows, prefixes, strict=True))):  # branches of a branch come after it
+            place = _last_sampled(rollouts, [starts[row] for row in rows], prefixes, prefix)
             if place is not None:
                 result[place] += result[starts[row] : starts[row] + lengths[row]].sum()
     return result
@@ -38,25 +39,14 @@ def _rows_by_sample(rollouts: Rollouts) -> list[list[int]]:
     return [members for members in rows.values() if len(members) > 1]
 
 
-def _branches(rollouts: Rollouts, spans: list[tuple[int, int]]) -> list[Branch | None]:
-    """Return how each sequence of a sample branches off the sequences before it."""
-    tree, branches = PrefixTree(), []
-    for start, length in spans:
-        tokens = rollouts.token_ids[start : start + length].numpy()
-        first = int(rollouts.response_mask[start : start + length].int().argmax())
-        branches.append(tree.branch(tokens, most=first))
-        tree.add(tokens)
-    return branches
-
-
 def _last_sampled(
-    rollouts: Rollouts, starts: list[int], branches: list[Branch | None], branch: Branch | None
+    rollouts: Rollouts, starts: list[int], prefixes: list[SharedPrefix | None], prefix: SharedPrefix | None
 ) -> int | None:
     """Return the index in the batch of the last token before a branch that its trunks train. None: there is none."""
-    while branch is not None:
-        start = starts[branch.of]
-        sampled = rollouts.response_mask[start : start + branch.length].nonzero()
+    while prefix is not None:
+        start = starts[prefix.of]
+        sampled = rollouts.response_mask[start : start + prefix.length].nonzero()
         if len(sampled):
             return start + int(sampled[-1])
-        branch = branches[branch.of]
+        prefix = prefixes[prefix.of]
     return None
