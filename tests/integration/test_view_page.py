@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from aiohttp.test_utils import TestServer
 
-from rlhf.tracking.run_folder.samples import SampleRecord, SampleTokens, samples_path, write_samples
+from rlhf.tracking.run_folder.samples import SampleRecord, SampleSequence, SampleTokens, samples_path, write_samples
 from rlhf.viewing.runs import RunPlaces
 from rlhf.viewing.server import RunViewer
 from tests.integration.browser import PROGRAMS, Page, browser, program
@@ -28,7 +28,7 @@ PROMPTS, SAMPLES = 3, 2
 
 
 def record(prompt: int, number: int, *, step: int, split: str, draw: random.Random) -> SampleRecord:
-    """Prompt 1 is a conversation; the first response to prompt 0 is hostile."""
+    """Prompt 1 is a conversation, in its second response with a branch; the first response to prompt 0 is hostile."""
     texts = ["Zür", "ich", " is", " 4", "\n", "", "日", "<|eos|>"]
     if prompt == 0 and number == 0:
         texts[1] = HOSTILE
@@ -37,6 +37,7 @@ def record(prompt: int, number: int, *, step: int, split: str, draw: random.Rand
     def column(low: float, high: float) -> tuple[float | None, ...]:
         return tuple(round(draw.uniform(low, high), 4) if own else None for own in sampled)
 
+    branch = SampleSequence(start=4, own=6, after=1)
     trained = split == "train"
     rollout = column(-2.0, 0.0)
     return SampleRecord(
@@ -67,6 +68,7 @@ def record(prompt: int, number: int, *, step: int, split: str, draw: random.Rand
             ref_logprobs=None,
             teacher_logprobs=None,
             advantages=column(-1.0, 1.0) if trained else None,
+            sequences=(SampleSequence(start=0, own=0, after=None), branch) if prompt == number == 1 else None,
         ),
     )
 
@@ -183,6 +185,13 @@ async def test_samples_by_keys_and_by_their_tokens(runs: list[Path]) -> None:
         assert await page.value(f"{CARDS}[0].querySelector('.turn.environment').innerText") == (
             "environment (not trained)\n is 4"
         )
+        branches = f"[...{CARDS}[1].querySelectorAll('.sequence')]"
+        titles = f"{branches}.map((one) => one.querySelector('.who').innerText)"
+        assert await page.value(titles) == ["first sequence", "branch after place 1"]
+        assert await page.value(f"{branches}.map((one) => one.style.marginLeft)") == ["0rem", "1rem"]
+        # the tokens that the branch shares are not shown again
+        places = f"[...{branches}[1].querySelectorAll('[data-i]')].map((one) => one.dataset.i)"
+        assert await page.value(places) == ["6", "7"]
         await page.press("]")
         await page.until(f"{CARDS}[1].classList.contains('focused')")
         await page.press("ArrowLeft")

@@ -14,7 +14,8 @@ from rlhf.models.branches import trunks
 from rlhf.models.packed import policy_logprobs_only
 from rlhf.models.tiny import byte_tokenizer
 from rlhf.rollouts.records.spans import token_spans
-from rlhf.rollouts.records.texts import response_texts
+from rlhf.rollouts.records.texts import response_texts, tokens_of
+from rlhf.tracking.run_folder.samples import SampleSequence
 from rlhf.types import Prompt
 from rlhf.workers.microbatches import shared_prefixes, split_microbatches
 from tests.agent_sessions import call, session
@@ -125,6 +126,27 @@ def test_rewards_read_one_response_per_session() -> None:
     rollouts, _ = assemble_sessions(REQUEST, [BRANCHED, session(call([63, 63], [69]))])
     assert response_texts(rollouts, byte_tokenizer(), turn_end=None) == ["A\nBC\nD", "E"]
     assert [len(spans) for spans in token_spans(rollouts)] == [6, 2]
+
+
+def test_samples_say_where_the_branches_of_a_session_begin() -> None:
+    """A chat, a branch after its first call, a retry of that call, and a sub-agent; positions count from the prompt."""
+    calls = [
+        call([63, 63], [65]),
+        call([63, 63, 65, 33], [66, 67]),
+        call([63, 63, 65, 35], [68]),
+        call([63, 63], [70]),
+        call([40, 41], [71]),
+    ]
+    rollouts, _ = assemble_sessions(REQUEST, [session(*calls), session(call([63, 63], [69]))])
+    branched, single = tokens_of(rollouts, [0, 1], (), byte_tokenizer())
+    assert branched.ids == (65, 33, 66, 67, 40, 41, 71, 63, 63, 65, 35, 68, 63, 63, 70)
+    assert branched.sequences == (
+        SampleSequence(start=0, own=0, after=None),
+        SampleSequence(start=4, own=4, after=None),
+        SampleSequence(start=7, own=10, after=0),
+        SampleSequence(start=12, own=14, after=-1),
+    )
+    assert single.sequences is None
 
 
 def test_the_gradient_of_a_ten_call_session_is_that_of_its_calls_apart_at_a_third_of_their_tokens() -> None:

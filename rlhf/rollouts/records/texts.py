@@ -13,8 +13,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from rlhf.data.tokenization import special_tokens
-from rlhf.rollouts.records.spans import token_spans
-from rlhf.tracking.run_folder.samples import SampleTokens, SampleTurn
+from rlhf.rollouts.records.spans import shared_in_sample, token_spans
+from rlhf.tracking.run_folder.samples import SampleSequence, SampleTokens, SampleTurn
 from rlhf.types import Rollouts, TokenSignals
 
 _DIGITS = 6  # significant digits of a token's numbers in a samples file
@@ -219,4 +219,15 @@ def _tokens(sample: Rollouts, signals: TokenSignals | None, tokenizer: Any) -> S
         ref_logprobs=optional_column(None if signals is None else signals.ref_logprobs),
         teacher_logprobs=optional_column(None if signals is None else signals.teacher_logprobs),
         advantages=optional_column(None if signals is None else signals.advantages),
+        sequences=_sequences(sample, first) if len(sample.lengths) > 1 else None,
     )
+
+
+def _sequences(sample: Rollouts, first: int) -> tuple[SampleSequence, ...]:
+    """Return where the sequences of a sample stand in its tokens from `first` on."""
+    starts, sequences = [0, *itertools.accumulate(sample.lengths.tolist())], []
+    for start, prefix in zip(starts, shared_in_sample(sample), strict=False):
+        after = None if prefix is None else starts[prefix.of] + prefix.length - 1 - first
+        own = start + (0 if prefix is None else prefix.length)
+        sequences.append(SampleSequence(start=max(start - first, 0), own=max(own - first, 0), after=after))
+    return tuple(sequences)

@@ -32,6 +32,18 @@ class SampleTurn:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SampleSequence:
+    """One of the sequences of an agent's session, which may begin with tokens of an earlier one.
+
+    Positions are those in the columns of the tokens.
+    """
+
+    start: int  # of its first token
+    own: int  # of its first token that no earlier sequence has in its place
+    after: int | None  # of the earlier sequence's token before the own ones; negative: of the prompt; None: it has none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SampleTokens:
     """Everything after the prompt, token by token, in columns of equal length.
 
@@ -49,6 +61,7 @@ class SampleTokens:
     ref_logprobs: tuple[float | None, ...] | None
     teacher_logprobs: tuple[float | None, ...] | None
     advantages: tuple[float | None, ...] | None
+    sequences: tuple[SampleSequence, ...] | None = None  # they follow each other; None: there is a single one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
