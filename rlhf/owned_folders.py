@@ -57,14 +57,28 @@ class OwnedFolder:
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
     """Yield an empty folder, which is removed after the block, or by the next process that calls this function."""
-    parent = Path(tempfile.gettempdir()) / f"rlhf-{os.getuid()}"
-    folder = OwnedFolder(parent / f"{os.getpid()}-{secrets.token_hex(4)}")
+    folder = _folder_for_temporary_files()
     try:
         content = folder.path / "content"
         content.mkdir()
         yield content
     finally:
         folder.remove()
+
+
+def keep_temporary_files_apart() -> OwnedFolder:
+    """Put the temporary files of this process and of its children into one folder from now on, and return the folder.
+
+    Libraries that remove their files at exit leave them behind when the process is killed.
+    """
+    folder = _folder_for_temporary_files()
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder.path)
+    return folder
+
+
+def _folder_for_temporary_files() -> OwnedFolder:
+    parent = Path(tempfile.gettempdir()) / f"rlhf-{os.getuid()}"
+    return OwnedFolder(parent / f"{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def _remove_if_left(folder: Path) -> None:

@@ -19,6 +19,7 @@ from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.root import Config
 from rlhf.engine.memory import peak_memory
 from rlhf.models.on_disk import ModelOnDisk
+from rlhf.owned_folders import keep_temporary_files_apart
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
 from rlhf.types import MemoryReport
 
@@ -27,6 +28,16 @@ ASKED_AT_ONCE = 10_000  # calls queued in an engine's actor; vLLM has a separate
 
 class RolloutEngine(RolloutWorker):
     """One engine as a Ray actor."""
+
+    async def start(self) -> None:
+        """Load the model. vLLM's temporary files are removed with the engine, or by the next one if it is killed."""
+        self._temporary_files = keep_temporary_files_apart()
+        await super().start()
+
+    async def shutdown(self) -> None:
+        """End the engine and the environment."""
+        await super().shutdown()
+        self._temporary_files.remove()
 
     async def memory(self) -> MemoryReport:
         """Return the peaks of this process and, on GPUs, of the engine's workers, possibly in other processes."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from actors.cluster import connect
-from rlhf.owned_folders import LOCK, locked, temporary_folder
+from rlhf.owned_folders import LOCK, keep_temporary_files_apart, locked, temporary_folder
 
 HOLDER = """
 import sys, time
@@ -39,6 +39,36 @@ def test_the_folder_of_a_killed_process_is_removed_by_the_next(tmp_path: Path, m
     assert (theirs / "file").exists()
     with temporary_folder():
         assert not theirs.parent.exists()
+
+
+ENGINE = """
+import tempfile, time
+from rlhf.owned_folders import keep_temporary_files_apart
+folder = keep_temporary_files_apart()
+print(tempfile.mkdtemp(prefix="vllm_dist_"), flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_temporary_files_of_a_killed_engine_are_removed_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", ENGINE], stdout=subprocess.PIPE, text=True, env=environment) as engine:
+        assert engine.stdout is not None
+        theirs = Path(engine.stdout.readline().strip())
+        monkeypatch.setenv("TMPDIR", str(tmp_path))
+        keep_temporary_files_apart().remove()
+        assert theirs.is_dir()
+        engine.send_signal(signal.SIGKILL)
+        engine.wait()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    own = keep_temporary_files_apart()
+    assert not theirs.parent.exists()
+    assert Path(tempfile.mkdtemp()).parent == Path(os.environ["TMPDIR"]) == own.path
+    own.remove()
+    assert not own.path.exists()
 
 
 def session(temp: Path, day: int) -> Path:
