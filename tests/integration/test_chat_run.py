@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from tests.integration.recipes import rows, train, write_config
+from tests.integration.recipes import one_thread, rows, train_here, write_config
 
 TEMPLATE = (
     "{%- for m in messages -%}{{- m.role + ':' + m.content + '<|reserved_5|>' -}}{%- endfor -%}"
@@ -18,7 +18,7 @@ TEMPLATE = (
 
 
 @pytest.mark.timeout(300)
-def test_a_run_with_a_chat_template_of_its_own(tmp_path: Path) -> None:
+def test_a_run_with_a_chat_template_of_its_own(ray_local: None, tmp_path: Path) -> None:
     """The untrained model is near uniform over 320 tokens, so that stops by id end some responses."""
     (tmp_path / "mine.jinja").write_text(TEMPLATE)
     data = [{"prompt": f"{i}+1="} for i in range(7)] + [{"prompt": "x" * 40}]
@@ -41,8 +41,9 @@ def test_a_run_with_a_chat_template_of_its_own(tmp_path: Path) -> None:
         "train": {"steps": 1},
         "eval": None,
         "tracking": {"samples_per_step": 32},
+        "cluster": {"roles": one_thread("policy", "rollout")},
     }
-    train(write_config(tmp_path / "run.yaml", changes))
+    train_here(write_config(tmp_path / "run.yaml", changes))
     run = tmp_path / "chat"
     (row,) = rows(run)
     assert row["experience/rollout_logprob_diff/max"] > 0.01  # the penalty, which the trainer does not have

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from rlhf.cli import main
 from rlhf.tracking.metrics.declarations import expected_metrics
 from rlhf.tracking.run_folder.atomic import read_lines
-from tests.integration.recipes import ONLINE, merge, rows, start, train, train_here, write_config
+from tests.integration.recipes import ONLINE, merge, one_thread, rows, start, train, train_here, write_config
 from tests.integration.test_failures import actor_processes, once, steps_done
 
 MOODY = Path(__file__).parents[1] / "fixtures" / "environments" / "moody.py"
@@ -50,8 +50,8 @@ def samples(run: Path, step: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.timeout(300)
-def test_ppo_learns_from_conversations(tmp_path: Path) -> None:
-    train(config(tmp_path, "game"))
+def test_ppo_learns_from_conversations(ray_local: None, tmp_path: Path) -> None:
+    train_here(config(tmp_path, "game", cluster={"roles": one_thread("policy", "critic", "reference", "rollout")}))
     found = rows(tmp_path / "game")
     always = expected_metrics(["online", "advantages", "reference", "critic", "environment", "eval"])
     plain = {name for name in always if "<" not in name}

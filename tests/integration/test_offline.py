@@ -19,14 +19,19 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from rlhf.models.heads import sequence_scores
 from rlhf.models.reward_models import load_reward_model
 from rlhf.tracking.metrics.declarations import expected_metrics
-from tests.integration.recipes import rows, start, train, without_clocks, write_config
+from tests.integration.recipes import one_thread, rows, start, train, train_here, without_clocks, write_config
 from tests.integration.test_online import kill_all, wait_for
 
 TRAIN = {"sequences_per_update": 16, "max_tokens_per_microbatch": 512, "lr": 1e-3, "checkpoint_every": 3}
 PIPELINE: dict[str, Any] = {
     "policy": {"model": "tiny:llama", "dtype": "float32"},
     "data": {"apply_chat_template": False},
-    "cluster": {"object_store_gib": 0.25, "start_timeout_s": 200.0, "call_timeout_s": 120.0},
+    "cluster": {
+        "object_store_gib": 0.25,
+        "start_timeout_s": 200.0,
+        "call_timeout_s": 120.0,
+        "roles": one_thread("policy"),
+    },
     "stages": {
         "dpo": {
             "algorithm": {"name": "dpo", "loss": {"sigmoid": 1.0, "aot": 0.5}},
@@ -62,10 +67,10 @@ def config(folder: Path, name: str, *, stages: tuple[str, ...] = ("dpo", "reward
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unbroken(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a pipeline that was never interrupted."""
     folder = tmp_path_factory.mktemp("offline")
-    train(config(folder, "unbroken"))
+    train_here(config(folder, "unbroken"))
     return folder / "unbroken"
 
 
