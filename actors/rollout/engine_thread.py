@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from actors.rollout.continuation import output_so_far, restore_output
-from actors.rollout.vllm_engine import put_first
+from actors.rollout.vllm_engine import lacks_cache, put_first
 from rlhf.engine.memory import advice_on_memory, is_out_of_memory
-from rlhf.errors import RunError
+from rlhf.errors import RunError, UserError
 
 T = TypeVar("T")
 
@@ -66,7 +66,7 @@ class EngineLoop:
         return self._failure
 
     def start(self) -> Future[None]:
-        """Build the engine in its thread."""
+        """Build the engine in its thread. The future raises UserError if vLLM refuses arguments of the user."""
         self._thread.start()
         return self._started
 
@@ -154,7 +154,7 @@ class EngineLoop:
         except BaseException as error:
             self._failure = RunError(f"{self.name} did not start: {_message(error)}")
             self._failure.__cause__ = error
-            self._started.set_exception(self._failure)
+            self._started.set_exception(error if isinstance(error, UserError) else self._failure)
             if not isinstance(error, Exception):
                 raise
         else:
@@ -200,7 +200,7 @@ def _message(error: BaseException) -> str:
     text = f"{type(error).__name__}: {error}"
     if is_out_of_memory(error):
         return f"{text} {advice_on_memory('rollout')}"
-    if isinstance(error, ValueError) and "KV cache" in text:  # its cache does not hold one sequence
+    if lacks_cache(error):
         return (
             f"{text} Here that is a higher cluster.roles.rollout.kv_cache_gib (on a CPU) or gpu_memory_utilization (on "
             "a GPU), or a lower rollouts.max_new_tokens."

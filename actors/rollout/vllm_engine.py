@@ -15,7 +15,7 @@ from typing import Any, Literal
 from actors.cluster.processes import KEEPS_MEMORY, hub_environment
 from actors.weights import Transport, WeightManifest
 from actors.weights.adapter import WEIGHTS, file_checksum
-from rlhf.errors import RunError
+from rlhf.errors import RunError, UserError
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
 from rlhf.types import Sampling
 
@@ -130,14 +130,23 @@ def build_engine(spec: RolloutSpec) -> Any:
     )
     try:
         return LLMEngine.from_engine_args(replace(arguments, **spec.engine_args))
-    except (TypeError, ValueError) as error:
-        if not spec.engine_args:
+    except (TypeError, ValueError, NotImplementedError) as error:
+        if not spec.engine_args or lacks_cache(error):
             raise
-        given = ", ".join(f"{name}: {value}" for name, value in spec.engine_args.items())
-        raise RunError(
-            f"cluster.roles.rollout.engine_args is {{{given}}}, and vLLM refuses the engine's arguments "
-            f"({type(error).__name__}: {' '.join(str(error).split())}). Correct or remove them."
-        ) from error
+        raise UserError(_refusal(spec.engine_args, error)) from error
+
+
+def lacks_cache(error: BaseException) -> bool:
+    """Return whether vLLM did not start because its cache does not hold one sequence."""
+    return isinstance(error, ValueError) and "KV cache" in str(error)
+
+
+def _refusal(given: Mapping[str, Any], error: Exception) -> str:
+    """Return the message about arguments that vLLM refuses. It names those in vLLM's message, or else all."""
+    reason = " ".join(str(error).split())
+    named = [name for name in given if name in reason] or list(given)
+    values = ", ".join(f"cluster.roles.rollout.engine_args.{name} is {given[name]}" for name in named)
+    return f"{values}, but vLLM refuses this ({type(error).__name__}: {reason}). Correct or remove it."
 
 
 def added_tokens(engine: Any) -> dict[str, int]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.errors import RunError
+from rlhf.errors import UserError
 from rlhf.models.tiny import build_tiny_llama
 from tests.integration.engine_helpers import engine, spec
 
@@ -15,6 +15,6 @@ from tests.integration.engine_helpers import engine, spec
 def test_a_value_that_vllm_refuses_is_reported_with_the_key(tmp_path: Path, ray_local: None) -> None:
     folder = build_tiny_llama(tmp_path / "tiny", seed=0)
     wrong = spec(folder, engine_args={"kv_cache_dtype": "fp7"})
-    message = r"cluster\.roles\.rollout\.engine_args is \{kv_cache_dtype: fp7\}, and vLLM refuses"
-    with pytest.raises(RunError, match=message), engine(wrong):
+    message = r"cluster\.roles\.rollout\.engine_args\.kv_cache_dtype is fp7, but vLLM refuses"
+    with pytest.raises(UserError, match=message), engine(wrong):
         pass
