@@ -270,10 +270,11 @@ class DeepSpeedEngine:
         is_sharded_alike = saved.sharding == own.sharding
         frozen = own.frozen_weights if is_sharded_alike else f"{digest_over_ranks(self.module, saved.sharding):016x}"
         saved.refuse_other_base(frozen, folder=folder)
-        if is_sharded_alike:
-            self._engine.load_checkpoint(
-                str(folder), tag=_TAG, load_lr_scheduler_states=False, custom_load_fn=self._load_trained
-            )
+        if is_sharded_alike and saved.groups == own.groups:
+            with self._own_settings():
+                self._engine.load_checkpoint(
+                    str(folder), tag=_TAG, load_lr_scheduler_states=False, custom_load_fn=self._load_trained
+                )
         else:
             take_over(self._state, folder / _TAG, saved=saved, own=own)
         load_initial_copies(self.module, folder / _INITIAL)
@@ -281,6 +282,16 @@ class DeepSpeedEngine:
         if dist.get_rank() < saved.ranks:  # the random state of another rank stays as at the start of a run
             load_random_state(folder / f"random_{dist.get_rank():05d}.pt")
         dist.barrier()
+
+    @contextmanager
+    def _own_settings(self) -> Iterator[None]:
+        """Keep the optimizer's settings, such as betas and weight decay, which DeepSpeed replaces by the saved ones."""
+        own = [
+            {key: value for key, value in group.items() if key != "params"} for group in self._optimizer.param_groups
+        ]
+        yield
+        for group, settings in zip(self._optimizer.param_groups, own, strict=True):
+            group.update(settings)
 
     def _load_trained(self, *, src: dict[str, Tensor], dst: nn.Module) -> None:
         """Load the weights of a checkpoint into the model. The model has its frozen weights already."""

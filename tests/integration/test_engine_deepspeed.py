@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -205,6 +206,26 @@ def load_with_other_stage(
     return unbroken, resumed, norms, norms_again
 
 
+OTHER_SETTINGS = replace(OPTIMIZER, betas=(0.5, 0.8), eps=1e-3, weight_decay=2.0)
+NO_DECAY = replace(OPTIMIZER, weight_decay=0.0)  # which puts all weights into one group
+
+
+def load_with_other_settings(rank: int, world_size: int, *, stage: int, folder: Path) -> list[dict[str, Tensor]]:
+    """Weights after a resume with the same settings, and with others at the same stage and at another one."""
+    engine, found = make_engine(stage), []
+    train(engine, rank, world_size, steps=range(1, 2), num_microbatches=1)
+    engine.save(folder)
+    engine.close()
+    changes = [(other, s) for other in (OTHER_SETTINGS, NO_DECAY) for s in (stage, (stage + 1) % 4)]
+    for optimizer, next_stage in ((OPTIMIZER, stage), *changes):
+        engine = make_engine(next_stage, optimizer=optimizer)
+        engine.load(folder)
+        train(engine, rank, world_size, steps=range(2, 4), num_microbatches=1)
+        found.append(weights_of(engine))
+        engine.close()
+    return found
+
+
 class Hostile:
     """A pickle that writes a file when it is loaded."""
 
@@ -326,3 +347,13 @@ def test_another_stage_continues_up_to_rounding(gang: Gang, tmp_path: Path) -> N
     for unbroken, resumed, norms, norms_again in gang.run(load_with_other_stage, folder=tmp_path):
         assert norms_again == pytest.approx(norms, rel=1e-5)
         torch.testing.assert_close(resumed, unbroken, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_optimizer_of_a_resumed_run_has_the_settings_of_its_configuration(
+    gang: Gang, stage: int, tmp_path: Path
+) -> None:
+    for unchanged, *changed in gang.run(load_with_other_settings, stage=stage, folder=tmp_path):
+        for same_stage, other_stage in (changed[:2], changed[2:]):
+            torch.testing.assert_close(same_stage, other_stage, rtol=1e-4, atol=2e-6)
+            assert distance(same_stage, unchanged) > 0.001
