@@ -11,7 +11,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -34,6 +34,7 @@ class Submission:
     lora: Any  # None: no adapter
     begun: tuple[int, ...] = ()  # first tokens of the response, which an earlier request sampled
     is_first: bool = False  # before all requests that wait in the engine
+    media: Mapping[str, Any] | None = None  # images of the prompt, as vLLM's renderer prepares them
 
 
 class Aborted(RunError):
@@ -46,6 +47,7 @@ class EngineLoop:
     def __init__(self, build: Callable[[], Any], *, name: str) -> None:
         self.name = name
         self.last_step = time.monotonic()
+        self.on_step: Callable[[Sequence[Any]], None] | None = None  # gets all outputs of a step, in this thread
         self._build = build
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._waiting: dict[str, Future[Any]] = {}
@@ -104,6 +106,7 @@ class EngineLoop:
                         {
                             "type": "token",
                             "prompt_token_ids": [*sample.prompt_token_ids, *sample.begun],
+                            **(sample.media or {}),
                             "cache_salt": engine.get_weight_version(),  # no block of other weights is reused
                         },
                         sample.params,
@@ -190,6 +193,8 @@ class EngineLoop:
                 raise
             return
         self.last_step = time.monotonic()
+        if self.on_step is not None:
+            self.on_step(outputs)
         for output in outputs:
             if output.finished:
                 _give(self._waiting.pop(output.request_id), output)
