@@ -101,8 +101,10 @@ async def read_text(request: web.Request) -> str:
 
 
 def gives_token(request: web.Request, token: str) -> bool:
-    """Return whether a request has the token, as `Authorization: Bearer TOKEN`."""
-    return is_same_secret(request.headers.get("Authorization", ""), f"Bearer {token}")
+    """Return whether a request has the token, as `Authorization: Bearer TOKEN` or `x-api-key: TOKEN`."""
+    return is_same_secret(request.headers.get("Authorization", ""), f"Bearer {token}") or is_same_secret(
+        request.headers.get("x-api-key", ""), token
+    )
 
 
 def is_same_secret(given: str, secret: str) -> bool:

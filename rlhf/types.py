@@ -220,7 +220,6 @@ class Sampling:
     repetition_penalty: float = 1.0  # above 1: tokens already in prompt or response become less likely
     stop: tuple[str, ...] = ()  # strings that end a response; they stay in it
     stop_token_ids: tuple[int, ...] = ()  # tokens that end a response; they stay in it
-    choices: tuple[str, ...] = ()  # not empty: a response is one of these, or its prefix at the token limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -91,6 +91,7 @@ def serve_engines(
     *,
     max_model_len: int,
     environment: EnvironmentSpec | None = None,
+    engine: type[RolloutEngine] = RolloutEngine,
 ) -> RolloutEngines:
     """Create frozen engines for a model on disk. They are not started and cannot be synced."""
     spec = RolloutSpec(
@@ -104,18 +105,18 @@ def serve_engines(
         trust_remote_code=model.trust_remote_code,
         environment=environment,
     )
-    return RolloutEngines(*_spawn(spec, cluster, placement), deadline_s=cluster.call_timeout_s)
+    return RolloutEngines(*_spawn(spec, cluster, placement, engine), deadline_s=cluster.call_timeout_s)
 
 
 def _spawn(
-    common: RolloutSpec, cluster: ClusterConfig, placement: Placement
+    common: RolloutSpec, cluster: ClusterConfig, placement: Placement, engine: type[RolloutEngine] = RolloutEngine
 ) -> tuple[list[ActorHandle[Any]], SpawnOne]:
     """Create one actor for each slot. Return the actors, and a function that creates the actor of a slot anew.
 
     The cluster and the slot add their settings to the common ones.
     """
     role, places = cluster.roles.rollout, placement.seats or placement
-    remote = ray.remote(RolloutEngine)
+    remote = ray.remote(engine)
 
     def spawn_one(rank: int) -> ActorHandle[Any]:
         spec = replace(

@@ -73,6 +73,7 @@ def engine_environment(spec: RolloutSpec) -> dict[str, str]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the core runs in the engine loop's thread
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_SKIP_MODEL_NAME_VALIDATION": "1",  # agents name a model as they like
         "TOKENIZERS_PARALLELISM": "false",
         **hub_environment(),
     }
@@ -170,7 +171,7 @@ def sampling_params(sampling: Sampling, seed: int, *, turn_end: int | None, adde
             added token lies within a longer stop string do these tokens become part of the text searched by vLLM.
     """
     from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+    from vllm.sampling_params import RequestOutputKind
 
     ends = {*sampling.stop_token_ids, *(added[text] for text in sampling.stop if text in added)}
     if turn_end is not None:
@@ -188,7 +189,6 @@ def sampling_params(sampling: Sampling, seed: int, *, turn_end: int | None, adde
         include_stop_str_in_output=True,
         skip_special_tokens=not any(name in text for text in sampling.stop if text not in added for name in added),
         spaces_between_special_tokens=False,
-        structured_outputs=StructuredOutputsParams(choice=list(sampling.choices)) if sampling.choices else None,
         detokenize=bool(sampling.stop),  # text is only looked at for stop strings
         logprobs=0,  # the sampled token's
         flat_logprobs=True,

@@ -10,12 +10,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar
 
+import ray
+
 from actors.cluster.connect import connected
 from actors.cluster.placement import reserve_roles
 from actors.cluster.waiting import wait_one
 from actors.roles.group import ending
 from actors.rollout.engine_creation import serve_engines
 from actors.rollout.engine_group import RolloutEngines
+from actors.serving.engine import ServingEngine
+from actors.serving.front import FrontSpec
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.controller.rollout_scorer import process_answers, request_for
 from rlhf.data.templates import UNCHANGED, ChatTemplate
@@ -43,6 +47,12 @@ class Served:
     def answer(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[Generation]:
         """Return all responses to each prompt, in order."""
         return run_async(self._answer(prompts, decoding), self.runner)
+
+    def open_fronts(self, spec: FrontSpec) -> list[str]:
+        """Start the HTTP front of each engine, and return their base URLs."""
+        here = str(ray.util.get_node_ip_address())
+        opening = self.engines.each(lambda handle: handle.open_front.remote(spec, here), "start")
+        return run_async(opening, self.runner)
 
     async def _answer(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[Generation]:
         requests, sampling = requests_of(prompts, decoding)
@@ -84,7 +94,7 @@ def serving(model: ModelOnDisk, tokenizer: Any, cluster: ClusterConfig, *, max_m
     """Yield engines with the model, for the length of the block."""
     with connected(cluster), asyncio.Runner() as runner:
         placement = run_async(reserve_roles({RolloutEngines.role}, cluster, with_reward_model=False), runner)
-        engines = serve_engines(model, cluster, placement, max_model_len=max_model_len)
+        engines = serve_engines(model, cluster, placement, max_model_len=max_model_len, engine=ServingEngine)
         with _entered(ending([engines], placement, heartbeat_timeout_s=cluster.heartbeat_timeout_s), runner):
             run_async(engines.start(deadline_s=cluster.start_timeout_s), runner)
             yield Served(engines, tokenizer, runner)

@@ -1,4 +1,4 @@
-"""Engines for a server: each request goes to the engine with the fewest requests and joins its running batch.
+"""Engines for a server: each request goes to the front of the engine with the fewest requests.
 
 In training, the engines begin a batch together; here no request waits for another. How a response is rounded therefore
 depends on the requests in flight at the same time. A dead engine gets no more requests.
@@ -6,55 +6,102 @@ depends on the requests in flight at the same time. A dead engine gets no more r
 
 from __future__ import annotations
 
-import asyncio
-import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
+from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, TCPConnector
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
 from actors.cluster.waiting import wait_one
 from rlhf.errors import RESUMES, RunError
-from rlhf.rollouts.records.spans import Sampled
-from rlhf.types import GroupRequest, Prompt, Rollouts, Sampling
 
 logger = logging.getLogger(__name__)
 
 LOOKS_WITHIN_S = 10.0
+CONNECTS_WITHIN_S = 30.0
 
 
 class NoEngine(RunError):
     """Raised when all engines are dead."""
 
 
-class RequestRouter:
-    """Started, frozen engines. Use them on one event loop; the caller's deadline ends a wait."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A request as it goes to an engine's front."""
 
-    def __init__(self, handles: Sequence[ActorHandle[Any]], *, deadline_s: float) -> None:
+    method: str
+    path: str
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class RequestRouter:
+    """Started engines with the base URLs of their fronts. Use it on one event loop, as an asynchronous context."""
+
+    def __init__(self, handles: Sequence[ActorHandle[Any]], urls: Sequence[str]) -> None:
         self.handles = handles
-        self.deadline_s = deadline_s
+        self.urls = urls
         self.in_flight = [0] * len(handles)
         self.dead: dict[int, str] = {}
-        self._ids = itertools.count()
+        self._client: ClientSession | None = None
 
-    async def answer(self, prompt: Prompt, seeds: Sequence[int], sampling: Sampling) -> list[Sampled]:
-        """Return one response for each seed. If the first engine dies, another one answers.
+    async def close(self) -> None:
+        """Close the connections to the engines."""
+        if self._client is not None:
+            await self._client.close()
 
-        NoEngine: all engines are dead. RunError: an engine fails on the request and lives. A cancelled wait drops the
-        rest of the request.
+    @asynccontextmanager
+    async def ask(self, asked: Asked) -> AsyncIterator[ClientResponse]:
+        """Yield an engine's answer, whose body may still be on its way. If the first engine dies, another one answers.
+
+        NoEngine: all engines are dead. RunError: an engine does not answer and lives. The engine drops the request if
+        the block is left before its end.
         """
+        if self._client is None:  # it belongs to the event loop
+            limits = ClientTimeout(total=None, sock_connect=CONNECTS_WITHIN_S)
+            self._client = ClientSession(timeout=limits, connector=TCPConnector(limit=0), auto_decompress=False)
         while True:
             engine = self._least_busy()
+            self.in_flight[engine] += 1
             try:
-                return await self._generate(engine, prompt, seeds, sampling)
-            except RunError:
-                why = await self._death(engine)
-                if why is None:
-                    raise
-                logger.error("%s", why)
-                self.dead[engine] = why
+                answer = await self._answer(self._client, engine, asked)
+                if answer is None:
+                    continue
+                try:
+                    yield answer
+                    return
+                finally:
+                    answer.close()
+            finally:
+                self.in_flight[engine] -= 1
+
+    async def _answer(self, client: ClientSession, engine: int, asked: Asked) -> ClientResponse | None:
+        """Return an engine's answer. None: it is dead."""
+        failure: ClientError | None = None
+        try:
+            answer = await client.request(
+                asked.method, self.urls[engine] + asked.path, headers=asked.headers, data=asked.body
+            )
+            if answer.content_type != "text/event-stream":
+                await answer.read()
+            if answer.status < 500:
+                return answer
+        except ClientError as error:
+            failure = error
+        why = await self._death(engine)
+        if why is None and failure is None:
+            return answer
+        if failure is None:
+            answer.close()
+        if why is None:
+            raise RunError(f"rollout engine {engine} does not answer: {failure}") from failure
+        logger.error("%s", why)
+        self.dead[engine] = why
+        return None
 
     async def trouble(self) -> str | None:
         """Return the reason why no engine answers any more. None: some engine does."""
@@ -69,23 +116,6 @@ class RequestRouter:
             raise NoEngine(" ".join(self.dead.values()))
         return min(alive, key=lambda engine: self.in_flight[engine])
 
-    async def _generate(self, engine: int, prompt: Prompt, seeds: Sequence[int], sampling: Sampling) -> list[Sampled]:
-        handle, group_id = self.handles[engine], next(self._ids)
-        request = GroupRequest(group_id=group_id, prompt=prompt, seeds=tuple(seeds), first_sequence_id=0)
-        self.in_flight[engine] += 1
-        try:
-            rollouts, infos = handle.generate.options(num_returns=2).remote(request, sampling)
-            finished = await wait_one(infos, role="rollout", rank=engine, stage="serve", deadline_s=self.deadline_s)
-            drawn: Rollouts = await wait_one(
-                rollouts, role="rollout", rank=engine, stage="serve", deadline_s=self.deadline_s
-            )
-        except (asyncio.CancelledError, RunError):
-            handle.cancel.remote([group_id])
-            raise
-        finally:
-            self.in_flight[engine] -= 1
-        return [_response(drawn.take([index]), info.finish_reason) for index, info in enumerate(finished)]
-
     async def _death(self, engine: int) -> str | None:
         """Return the reason why an engine will never answer again. None: it may."""
         handle = self.handles[engine]
@@ -96,16 +126,6 @@ class RequestRouter:
         except RunError as error:
             return _of_a_server(error) if isinstance(error.__cause__, RayActorError) else None
         return None if health.failure is None else _of_a_server(health.failure)
-
-
-def _response(rollouts: Rollouts, finish_reason: Any) -> Sampled:
-    mask = rollouts.response_mask
-    return Sampled(
-        token_ids=tuple(rollouts.token_ids[mask].tolist()),
-        logprobs=tuple(rollouts.rollout_logprobs[mask].tolist()),
-        versions=tuple(rollouts.versions[mask].tolist()),
-        finish_reason=finish_reason,
-    )
 
 
 def _of_a_server(error: object) -> str:

@@ -1,4 +1,4 @@
-"""`rlhf serve MODEL`: serve a model over HTTP through OpenAI's interface."""
+"""`rlhf serve MODEL`: serve a model over HTTP through the interfaces of OpenAI and Anthropic."""
 
 from __future__ import annotations
 
@@ -29,11 +29,13 @@ def serve(
     kv_cache_gib: int | None = None,
     max_length: int | None = None,
     deadline_s: float = 600.0,
+    tool_parser: str | None = None,
+    reasoning_parser: str | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
     trust_remote_code: bool = False,
     ready: Callable[[str], None] = lambda url: None,
 ) -> None:
-    """Serve a model over HTTP through OpenAI's interface, until SIGINT or SIGTERM.
+    """Serve a model over HTTP through the interfaces of OpenAI and Anthropic, until SIGINT or SIGTERM.
 
     `ready` is called with the base URL for clients. UserError before anything starts if the model, the token or a
     limit is wrong.
@@ -47,9 +49,12 @@ def serve(
         max_length (N): the maximum number of tokens in a prompt and its response; the model's, up to 8192, if not
             given.
         deadline_s (S): the maximum time from a request to its answer, in seconds.
+        tool_parser (NAME): vLLM's parser of the model's tool calls; chosen by the model if not given.
+        reasoning_parser (NAME): vLLM's parser of the model's reasoning; chosen by the model if not given.
     """
     from actors.serving.http import ServerSpec, serve_model
     from actors.serving.offline import load_servable
+    from actors.serving.parsers import refuse_unknown
     from rlhf.config.schema.cluster import ClusterConfig
     from rlhf.serving import refuse_taken, serving_token
     from rlhf.tracking import logs
@@ -74,6 +79,7 @@ def serve(
         raise UserError("--tensor-parallel: distributes a model over GPUs. Give --device cuda, or remove it")
     token = serving_token(host, token_env)
     refuse_taken(host, port)
+    refuse_unknown(tool_parser, reasoning_parser)
     served, tokenizer = load_servable(str(model), trust_remote_code=trust_remote_code)
     if max_length is not None and served.max_length is not None and max_length > served.max_length:
         raise UserError(
@@ -84,7 +90,14 @@ def serve(
     if kv_cache_gib is not None:
         rollout["kv_cache_gib"] = kv_cache_gib
     cluster = {"device": device, "roles": {"rollout": rollout}, "call_timeout_s": deadline_s + GRACE_S}
-    spec = ServerSpec(name=name or served.name, max_length=length, deadline_s=deadline_s, token=token)
+    spec = ServerSpec(
+        name=name or served.name,
+        max_length=length,
+        deadline_s=deadline_s,
+        token=token,
+        tool_parser=tool_parser,
+        reasoning_parser=reasoning_parser,
+    )
     serve_model(served, tokenizer, spec, ClusterConfig.model_validate(cluster), host=host, port=port, ready=ready)
 
 

@@ -11,7 +11,7 @@ import torch
 from tokenizers import AddedToken
 
 from rlhf.models.tiny import byte_tokenizer
-from rlhf.rollouts.records.texts import character_ends, response_texts, step_ends, text_before_stop, token_texts
+from rlhf.rollouts.records.texts import character_ends, response_texts, step_ends, token_texts
 from rlhf.types import Rollouts
 
 TEXT = "Zürich  日本\n\n👩\u200d👧 naïve <|eos|>"
@@ -97,23 +97,6 @@ def test_a_turns_end_that_is_no_special_token_is_left_out() -> None:
     assert tokenizer.decode([end], skip_special_tokens=True) == "<|im_end|>"
     assert response_texts(rollouts, tokenizer, turn_end=end) == ["a\nb"]
     assert character_ends(rollouts, tokenizer, turn_end=end) == [(1, 1, 2, 5)]
-
-
-@pytest.mark.parametrize(
-    ("stop", "text"),
-    [
-        (("w", "e"), "on"),
-        (("x",), "one two"),
-        (("<|user|>",), "one "),
-        (("<|user|>two",), "one "),
-        (("user",), "one two"),  # the name of a special token is no text
-        ((" two",), "one"),
-        (("tw",), "one "),
-    ],
-)
-def test_a_text_ends_before_what_stops_it_first(tokenizer: Any, stop: tuple[str, ...], text: str) -> None:
-    ids = tokenizer("one <|user|>two<|eos|>").input_ids
-    assert text_before_stop(ids, stop, tokenizer) == text
 
 
 def test_every_character_of_any_response_has_an_end(tokenizer: Any) -> None:

@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from rlhf.data.tokenization import special_tokens
 from rlhf.rollouts.records.spans import shared_in_sample, token_spans
 from rlhf.tracking.run_folder.samples import SampleSequence, SampleTokens, SampleTurn
 from rlhf.types import Rollouts, TokenSignals
@@ -47,27 +46,6 @@ def response_texts(rollouts: Rollouts, tokenizer: Any, *, turn_end: int | None) 
 def without_turn_end(ids: list[int], turn_end: int | None) -> list[int]:
     """Return a turn's tokens without the end token of the chat template. This token may be an ordinary token."""
     return ids[:-1] if turn_end is not None and ids[-1:] == [turn_end] else ids
-
-
-def text_before_stop(ids: Sequence[int], stop: Sequence[str], tokenizer: Any) -> str:
-    """Return a response's text before its first stop string, without special tokens.
-
-    A stop string with a special token is searched in the text with special tokens, and any other string in the text
-    without them.
-    """
-    text: str = tokenizer.decode(ids, skip_special_tokens=True)
-    special = special_tokens(tokenizer)
-    special_stops = [string for string in stop if special.search(string)]
-    ends = [end for end in (text.find(string) for string in stop if string not in special_stops) if end >= 0]
-    if special_stops:
-        shown = token_texts(ids, tokenizer)
-        plain = token_texts(ids, tokenizer, skip_special_tokens=True)
-        whole = "".join(shown)
-        for end in (end for end in (whole.find(string) for string in special_stops) if end >= 0):
-            starts = itertools.accumulate((len(string) for string in shown), initial=0)
-            before = [string[: max(0, end - start)] for start, string in zip(starts, plain, strict=False)]
-            ends.append(sum(map(len, before)))
-    return text[: min(ends)] if ends else text
 
 
 def character_ends(rollouts: Rollouts, tokenizer: Any, *, turn_end: int | None) -> list[tuple[int, ...]]:

@@ -1,0 +1,31 @@
+"""A rollout engine that also answers over HTTP, with a front in its process."""
+
+from __future__ import annotations
+
+import ray
+
+from actors.rollout.engine_creation import RolloutEngine
+from actors.serving.front import Front, FrontSpec
+
+
+class ServingEngine(RolloutEngine):
+    """An engine as a Ray actor, with a front. The front begins after the engine."""
+
+    front: Front | None = None
+
+    async def open_front(self, spec: FrontSpec, caller: str) -> str:
+        """Start the front and return its base URL. Only this machine reaches it, unless its caller is elsewhere.
+
+        caller: the address of the caller's machine.
+        """
+        here = str(ray.util.get_node_ip_address())
+        self.front = await Front.open(
+            self.calls, spec, lora=lambda: self.weights.lora, host="127.0.0.1" if here == caller else here
+        )
+        return self.front.base_url
+
+    async def shutdown(self) -> None:
+        """End the front, the engine and the environment."""
+        if self.front is not None:
+            await self.front.close()
+        await super().shutdown()

@@ -1,0 +1,207 @@
+"""The HTTP front of one engine: chat completions, completions, responses and Anthropic's messages.
+
+vLLM's own protocol and serving code answers, over the engine loop of this process. `rlhf serve` uses it, and agents in
+training, whose calls are captured by session.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from actors.rollout.engine_calls import EngineCalls
+from actors.rollout.vllm_engine import added_tokens
+from actors.serving.front_engine import EngineParts, FrontEngine
+from actors.serving.gateway import Gateway
+from actors.serving.parsers import parsers_of
+from actors.serving.refusals import ANTHROPIC_PATH
+from actors.serving.sessions import Sessions
+from rlhf.errors import RunError
+
+logger = logging.getLogger(__name__)
+
+END_WITHIN_S = 5.0
+START_WITHIN_S = 30.0
+KEEP_ALIVE_S = 15  # between two comments in a stream without an event
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontSpec:
+    """The settings of a front."""
+
+    name: str  # of the model, in answers
+    template: str | None = None  # the chat template; None: the tokenizer's
+    turn_ends: tuple[int, ...] = ()  # tokens that end a turn of a conversation, besides the model's end token
+    tool_parser: str | None = None  # vLLM's name; None: chosen by the model
+    reasoning_parser: str | None = None  # the same
+    own_key: str | None = None  # of calls that are answered as the client asks, and not captured; None: there are none
+
+
+class Front:
+    """A running front. `sessions` opens and closes sessions."""
+
+    def __init__(self, server: Any, listener: socket.socket, sessions: Sessions) -> None:
+        self.sessions = sessions
+        host, port = listener.getsockname()[:2]
+        self.base_url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        self._server = server
+        self._serving = asyncio.create_task(server.serve(sockets=[listener]))
+
+    @classmethod
+    async def open(cls, calls: EngineCalls, spec: FrontSpec, *, lora: Callable[[], Any], host: str) -> Front:
+        """Start the front of a started engine, at a free port of `host`."""
+        parts = await calls.run(engine_parts, "the parts of its front")
+        engine = FrontEngine(calls.loop, parts, ends=spec.turn_ends, lora=lora)
+        sessions = Sessions(lambda prefix: calls.loop.abort([prefix]))
+        return await cls.serve(await build_front(engine, sessions, spec), sessions, host=host)
+
+    @classmethod
+    async def serve(cls, app: Gateway, sessions: Sessions, *, host: str) -> Front:
+        """Serve an application at a free port of `host`."""
+        import uvicorn
+
+        class Server(uvicorn.Server):
+            @contextmanager
+            def capture_signals(self) -> Iterator[None]:
+                """Leave the signals of the process to its owner."""
+                yield
+
+        listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        config = uvicorn.Config(app, lifespan="off", ws="none", log_config=None, access_log=False)
+        front = cls(Server(config), listener, sessions)
+        async with asyncio.timeout(START_WITHIN_S):
+            while not front._server.started:
+                await asyncio.sleep(0.01)
+        return front
+
+    async def close(self) -> None:
+        """Stop answering. Requests in flight are dropped after END_WITHIN_S."""
+        self._server.should_exit = True
+        done, _ = await asyncio.wait([self._serving], timeout=END_WITHIN_S)
+        if not done:
+            self._server.force_exit = True
+            await asyncio.wait([self._serving], timeout=END_WITHIN_S)
+
+
+def engine_parts(engine: Any) -> EngineParts:
+    """Return the parts of vLLM's engine for a front."""
+    return EngineParts(
+        vllm_config=engine.vllm_config,
+        renderer=engine.renderer,
+        input_processor=engine.input_processor,
+        added=added_tokens(engine),
+    )
+
+
+async def build_front(engine: FrontEngine, sessions: Sessions, spec: FrontSpec) -> Gateway:
+    """Return vLLM's application around an engine, behind the gateway. RunError: a parser does not fit the model."""
+    from fastapi import FastAPI
+    from vllm.entrypoints.anthropic.api_router import attach_router as attach_messages
+    from vllm.entrypoints.generate.api_router import init_generate_state
+    from vllm.entrypoints.openai.chat_completion.api_router import attach_router as attach_chat
+    from vllm.entrypoints.openai.completion.api_router import attach_router as attach_completions
+    from vllm.entrypoints.openai.models.api_router import attach_router as attach_models
+    from vllm.entrypoints.openai.models.protocol import BaseModelPath
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.entrypoints.openai.responses.api_router import attach_router as attach_responses
+    from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+
+    logging.getLogger("vllm.tool_parsers").setLevel(logging.CRITICAL)  # a malformed call is no error here
+    model = engine.model_config
+    template = spec.template or engine.renderer.get_tokenizer().chat_template
+    by_model = parsers_of(str(template), model.hf_config.model_type)
+    tool_parser, reasoning_parser = spec.tool_parser or by_model[0], spec.reasoning_parser or by_model[1]
+    app = FastAPI(openapi_url=None)
+    state = app.state
+    state.args, state.engine_client, state.tool_server = _arguments(spec, tool_parser, reasoning_parser), engine, None
+    state.openai_serving_models = OpenAIServingModels(engine, [BaseModelPath(name=spec.name, model_path=model.model)])
+    state.online_renderer = _renderer(engine, spec, tool_parser, reasoning_parser)
+    await init_generate_state(engine, state, state.args, None, ("generate",), {})
+    _hear_answers(state)
+    for attach in (attach_chat, attach_completions, attach_responses, attach_messages, attach_models):
+        attach(app)
+    init_exception_handler(app)
+    return Gateway(
+        app,
+        sessions,
+        request_fields(),
+        own_key=spec.own_key,
+        name=spec.name,
+        has_tool_parser=tool_parser is not None,
+    )
+
+
+def _arguments(spec: FrontSpec, tool_parser: str | None, reasoning_parser: str | None) -> Any:
+    """Return the arguments of vLLM's server."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    flags = ["--enable-prompt-tokens-details", "--sse-keep-alive-interval", str(KEEP_ALIVE_S)]
+    flags += ["--enable-auto-tool-choice", "--tool-call-parser", tool_parser] if tool_parser else []
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(flags)
+    args.chat_template = spec.template
+    args.structured_outputs_config.reasoning_parser = reasoning_parser or ""
+    return args
+
+
+def _renderer(engine: FrontEngine, spec: FrontSpec, tool_parser: str | None, reasoning_parser: str | None) -> Any:
+    from actors.serving.front_renderer import SessionRenderer
+
+    try:
+        return SessionRenderer(
+            engine.model_config,
+            engine.renderer,
+            request_logger=None,
+            chat_template=spec.template,
+            chat_template_content_format="auto",
+            enable_auto_tools=tool_parser is not None,
+            tool_parser=tool_parser,
+            reasoning_parser=reasoning_parser,
+        )
+    except TypeError as error:
+        raise RunError(
+            f"the parser of tool calls, {tool_parser}, or of reasoning, {reasoning_parser}, does not fit the model: "
+            f"{error}. Name others."
+        ) from error
+
+
+def _hear_answers(state: Any) -> None:
+    """Let vLLM's serving classes note what clients are told, and use the protocol's default sampling parameters.
+
+    By default vLLM takes those of the model's generation_config.json.
+    """
+    from actors.serving.front_renderer import hearing
+
+    chats = [state.openai_serving_chat, state.anthropic_serving_messages]
+    if state.online_renderer.parser is not None:
+        parser = hearing(state.online_renderer.parser)
+        state.openai_serving_responses.parser = parser
+        for chat in chats:
+            chat.parser_cls = parser
+    for serving in [*chats, state.openai_serving_completion, state.openai_serving_responses]:
+        serving.default_sampling_params = {}
+
+
+def request_fields() -> Mapping[str, frozenset[str]]:
+    """Return the names of the fields of vLLM's requests, by path."""
+    from vllm.entrypoints.anthropic.protocol import AnthropicCountTokensRequest, AnthropicMessagesRequest
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+
+    forms = {
+        "/v1/chat/completions": ChatCompletionRequest,
+        "/v1/completions": CompletionRequest,
+        "/v1/responses": ResponsesRequest,
+        ANTHROPIC_PATH: AnthropicMessagesRequest,
+        f"{ANTHROPIC_PATH}/count_tokens": AnthropicCountTokensRequest,
+    }
+    return {
+        path: frozenset(name for key, value in form.model_fields.items() for name in (key, value.alias or key))
+        for path, form in forms.items()
+    }

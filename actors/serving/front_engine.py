@@ -1,0 +1,194 @@
+"""The engine of this process as vLLM's serving code takes it, for requests over HTTP.
+
+A session's requests are sampled as the run samples. Each of their responses is captured with its tokens before the
+client gets it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from actors.rollout.engine_thread import Submission
+from actors.serving.sessions import CURRENT_CALL, Draw, OpenSession, ServedCall, Tokens
+from rlhf.errors import RunError
+
+
+class StepLoop(Protocol):
+    """The part of an EngineLoop that answers requests."""
+
+    on_step: Callable[[Sequence[Any]], None] | None
+
+    @property
+    def failure(self) -> RunError | None: ...
+
+    def submit(self, submissions: Sequence[Submission]) -> list[Future[Any]]: ...
+
+    def abort(self, prefixes: Sequence[str]) -> Future[int]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineParts:
+    """The parts of vLLM's engine that also render requests."""
+
+    vllm_config: Any
+    renderer: Any
+    input_processor: Any
+    added: Mapping[str, int]  # special and added tokens by their text
+
+
+@dataclass(slots=True)
+class _Response:
+    """The tokens of one response so far."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    text: str = ""
+    end: Any = None  # vLLM's last output of it
+
+
+class FrontEngine:
+    """What vLLM's serving classes take for their EngineClient. It belongs to the event loop that it is made on.
+
+    Args:
+        ends: tokens that end a turn of a conversation, besides the model's end token.
+        lora: returns vLLM's name for the adapter of the moment.
+    """
+
+    is_running, is_stopped = True, False
+
+    def __init__(self, loop: StepLoop, parts: EngineParts, *, ends: Collection[int], lora: Callable[[], Any]) -> None:
+        self.loop = loop
+        self.vllm_config = parts.vllm_config
+        self.model_config = parts.vllm_config.model_config
+        self.renderer = parts.renderer
+        self.input_processor = parts.input_processor
+        self.added = parts.added
+        self.ends = ends
+        self.lora = lora
+        self._events = asyncio.get_running_loop()
+        self._waiting: dict[str, asyncio.Queue[Any]] = {}
+        loop.on_step = self._on_step
+
+    @property
+    def errored(self) -> bool:
+        """Return whether the engine died. vLLM asks before it starts a response."""
+        return self.loop.failure is not None
+
+    @property
+    def dead_error(self) -> Exception:
+        """Return vLLM's error for a dead engine."""
+        from vllm.exceptions import VLLMServerError
+
+        error: Exception = VLLMServerError(str(self.loop.failure))
+        return error
+
+    def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
+        """Admit every request: the engine queues what it cannot hold."""
+
+    async def generate(self, prompt: Any, params: Any, request_id: str, **_: Any) -> AsyncIterator[Any]:
+        """Yield vLLM's outputs for one prompt. The request is dropped if its reader goes away."""
+        call = CURRENT_CALL.get()
+        given = prompt["prompt_token_ids"]
+        if call.session is not None:
+            self._sample_as_the_run(call.session, call, len(given), params)
+        self._set_ends(call, params)
+        responses: dict[int, _Response] = {}
+        async for output in self._draw(f"{call.name}{next(call.serial)}", prompt, params):
+            if call.session is not None:
+                for part in output.outputs:
+                    self._follow(responses.setdefault(part.index, _Response()), part)
+                if output.finished:
+                    self._capture(call.session, call, given, params, responses)
+            yield output
+
+    def _sample_as_the_run(self, session: OpenSession, call: ServedCall, num_prompt_tokens: int, params: Any) -> None:
+        """Replace the client's wishes that change probabilities. Length, stop strings and structure are its own."""
+        sampling = session.sampling
+        params.temperature, params.top_p = sampling.temperature, sampling.top_p
+        params.top_k, params.min_p = sampling.top_k or 0, sampling.min_p
+        params.repetition_penalty = sampling.repetition_penalty
+        params.frequency_penalty = params.presence_penalty = 0.0
+        params.logit_bias, params.bad_words, params.allowed_token_ids = None, [], None
+        params.min_tokens, params.ignore_eos, params.thinking_token_budget = 0, False, None
+        params.seed = session.next_seed()
+        params.logprobs, params.flat_logprobs = max(0, params.logprobs or 0), True
+        params.max_tokens = min(params.max_tokens, session.most_tokens(call, num_prompt_tokens))
+
+    def _set_ends(self, call: ServedCall, params: Any) -> None:
+        """Let the template's end of a turn end a response. A stop string that is a token does so by its id."""
+        ends = {self.added[text] for text in params.stop if text in self.added} | set(self.ends if call.is_chat else ())
+        params.stop_token_ids = [*dict.fromkeys([*(params.stop_token_ids or ()), *ends])]
+        params.all_stop_token_ids.update(ends)
+
+    @staticmethod
+    def _follow(response: _Response, part: Any) -> None:
+        response.ids += part.token_ids
+        response.logprobs += [part.logprobs.logprobs[start] for start in part.logprobs.start_indices]
+        response.text += part.text
+        response.end = part
+
+    @staticmethod
+    def _capture(
+        session: OpenSession, call: ServedCall, given: Sequence[int], params: Any, responses: Mapping[int, _Response]
+    ) -> None:
+        prompt_ids = np.array(given, dtype=np.int32)
+        for _, response in sorted(responses.items()):
+            if not response.ids:
+                continue  # dropped before its first token
+            end = response.end
+            versions: Tokens = np.zeros(len(response.ids), dtype=np.int32)
+            for span in end.weight_versions or ():
+                versions[span.start : span.end] = int(span.version)
+            draw = Draw(
+                prompt_ids=prompt_ids,
+                response_ids=np.array(response.ids, dtype=np.int32),
+                logprobs=np.array(response.logprobs, dtype=np.float32),
+                versions=versions,
+                is_free=params.structured_outputs is None,
+                finish_reason=end.finish_reason,
+                stop=end.stop_reason if isinstance(end.stop_reason, str) else "",
+                text=response.text,
+            )
+            session.capture(call, draw)
+
+    async def _draw(self, name: str, prompt: Any, params: Any) -> AsyncIterator[Any]:
+        queue = self._waiting[name] = asyncio.Queue()
+        media = {key: value for key, value in prompt.items() if key not in ("prompt_token_ids", "cache_salt")}
+        submission = Submission(
+            request_id=name,
+            prompt_token_ids=tuple(prompt["prompt_token_ids"]),
+            params=params,
+            lora=self.lora(),
+            media=media if prompt["type"] == "multimodal" else None,
+        )
+        (future,) = self.loop.submit([submission])
+        future.add_done_callback(lambda done: self._events.call_soon_threadsafe(queue.put_nowait, done))
+        finished = False
+        try:
+            while not finished:
+                output = await queue.get()
+                if isinstance(output, Future):  # failed or dropped: a finished output came before
+                    output = output.result()
+                finished = output.finished
+                yield output
+        finally:
+            del self._waiting[name]
+            if not finished:
+                self.loop.abort([name])
+
+    def _on_step(self, outputs: Sequence[Any]) -> None:
+        """Pass a step's outputs to the event loop. The engine's thread calls this."""
+        if self._waiting:
+            self._events.call_soon_threadsafe(self._give, outputs)
+
+    def _give(self, outputs: Sequence[Any]) -> None:
+        for output in outputs:
+            queue = self._waiting.get(output.request_id)
+            if queue is not None:
+                queue.put_nowait(output)

@@ -1,0 +1,136 @@
+"""vLLM's renderer and parsers for the requests of sessions.
+
+A prompt that continues a turn of its session consists of the sampled tokens and of the template's text behind them.
+The parser notes what the client is told of a response, since it will come back in that form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from vllm.renderers.online_renderer import OnlineRenderer
+
+from actors.serving.sessions import CURRENT_CALL, KnownTurn, OpenSession, ServedCall
+
+_PLACE = "qzsentinelzq"  # stands for a turn in a rendered conversation
+_TOKEN_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+
+
+class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
+    """Renders conversations. Every other request is rendered as by vLLM."""
+
+    async def preprocess_chat(self, request: Any, messages: list[Any], *args: Any, **options: Any) -> Any:
+        """Return vLLM's input for a conversation."""
+        call = CURRENT_CALL.get()
+        call.is_chat = True
+        if call.session is not None:
+            _take_limits(request, call)
+            tools = [options.get("tool_dicts"), request.chat_template_kwargs]
+            known = call.session.look_up(call, messages, tools)
+            if known is not None and known.end < len(messages):
+                ids = await self._continued(call.session, request, messages, known, options)
+                if ids is not None:
+                    request.kv_transfer_params = {"prompt_token_ids": ids}  # vLLM then renders nothing
+                else:
+                    call.broke, call.asked = "the template does not write the turn once, as it is", messages
+            elif known is not None:
+                call.broke, call.asked = "ends with the assistant's turn", messages
+        return await super().preprocess_chat(request, messages, *args, **options)
+
+    async def _continued(
+        self, session: OpenSession, request: Any, messages: list[Any], known: KnownTurn, options: dict[str, Any]
+    ) -> list[int] | None:
+        """Return a prompt that continues a known turn. None: the template does not write the turn once, as it is."""
+        marked = [{"role": "assistant", "content": _PLACE}]
+        before, behind = messages[: known.start], messages[known.end :]
+        tail = _behind(await self._render(request, [*before, *marked, *behind], options))
+        if tail is None:  # the template wants to see the calls that a tool's results answer
+            end = _behind(await self._render(request, [*before, *marked], options, is_whole=False))
+            told = await self._render(request, messages[: known.end], options, is_whole=False)
+            whole = await self._render(request, messages, options)
+            if end is None or told is None or whole is None or not whole.startswith(told):
+                return None
+            tail = end + whole[len(told) :]
+        ids = session.tokens(known)
+        added: list[int] = self.renderer.get_tokenizer().encode(known.added + tail, add_special_tokens=False)
+        return ids + added[ids[-1:] == added[:1] :]  # a turn that ended by itself has its end already
+
+    async def _render(
+        self, request: Any, messages: list[Any], options: dict[str, Any], *, is_whole: bool = True
+    ) -> str | None:
+        """Return a conversation as text, or its beginning. None: the template refuses it."""
+        params = request.build_chat_params(options["default_template"], options["default_template_content_format"])
+        usual = {**(options["default_template_kwargs"] or {}), "tools": options.get("tool_dicts"), "tokenize": False}
+        params = params.with_defaults(usual)
+        if not is_whole:
+            params.chat_template_kwargs["add_generation_prompt"] = False
+        try:
+            _, rendered = await self.renderer.render_messages_async(messages, params)
+        except ValueError:
+            return None
+        text: str = rendered["prompt"]
+        return text
+
+
+def _behind(text: str | None) -> str | None:
+    """Return what follows the place of a turn. None: the turn is not there exactly once."""
+    parts = [] if text is None else text.split(_PLACE)
+    return parts[1] if len(parts) == 2 else None
+
+
+def _take_limits(request: Any, call: ServedCall) -> None:
+    """Take the client's limit of a response, which may exceed the model's, and leave arguments of calls free.
+
+    With `strict` a grammar would restrict how the policy writes a call.
+    """
+    for name in _TOKEN_LIMITS:
+        if getattr(request, name, None) is not None:
+            call.most_tokens = getattr(request, name)
+            setattr(request, name, None)
+    for tool in request.tools or ():
+        getattr(tool, "function", tool).strict = None
+
+
+def hearing(parser: Any) -> Any:
+    """Return a subclass of vLLM's parser that notes what the client is told."""
+
+    class HearingParser(parser):  # type: ignore[misc]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self._ids: list[int] = []
+            self._content: list[str] = []
+            self._reasoning: list[str] = []
+            self._calls: dict[int, list[str]] = {}  # name and arguments
+
+        def parse(self, model_output: str, request: Any, *args: Any, **options: Any) -> Any:
+            reasoning, content, calls = super().parse(model_output, request, *args, **options)
+            pairs = [(call.name, call.arguments) for call in calls or ()]
+            _hear(options["model_output_token_ids"], content, pairs, reasoning, request)
+            return reasoning, content, calls
+
+        def parse_delta(self, delta_text: str, delta_token_ids: list[int], *args: Any, **options: Any) -> Any:
+            delta = super().parse_delta(delta_text, delta_token_ids, *args, **options)
+            self._ids += delta_token_ids
+            if delta is not None:
+                self._content.append(delta.content or "")
+                self._reasoning.append(delta.reasoning or "")
+                for part in delta.tool_calls or ():
+                    call = self._calls.setdefault(part.index, ["", ""])
+                    call[0] += part.function.name or ""
+                    call[1] += part.function.arguments or ""
+            if options["finished"]:
+                pairs = [(name, arguments) for name, arguments in self._calls.values()]
+                request = options["request"] if "request" in options else args[0]
+                _hear(self._ids, "".join(self._content), pairs, "".join(self._reasoning), request)
+            return delta
+
+    return HearingParser
+
+
+def _hear(
+    ids: Sequence[int], content: str | None, calls: list[tuple[str, str]], reasoning: str | None, request: Any
+) -> None:
+    told = calls[:1] if request.parallel_tool_calls is False else calls
+    CURRENT_CALL.get().hear(np.array(ids, dtype=np.int32), content, told, reasoning)

@@ -1,0 +1,75 @@
+"""Choose vLLM's parsers of tool calls and of reasoning by the model: by its type, or by marks in its chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rlhf.errors import UserError
+
+# vLLM's names of the parsers of (tool calls, reasoning) for model types with a format of their own.
+_BY_TYPE: Mapping[str, tuple[str | None, str | None]] = {
+    "apertus": ("apertus", None),
+    "cohere2": ("cohere_command3", "cohere_command3"),
+    "deepseek_v3": ("deepseek_v3", "deepseek_v3"),
+    "deepseek_v32": ("deepseek_v32", "deepseek_v3"),
+    "ernie4_5_moe": ("ernie45", "ernie45"),
+    "gemma4": ("gemma4", "gemma4"),
+    "glm4_moe": ("glm45", "glm45"),
+    "gpt_oss": ("openai", "openai_gptoss"),
+    "granite": ("granite", "granite"),
+    "granitemoehybrid": ("granite4", None),
+    "hunyuan_v1_moe": ("hunyuan_a13b", "hunyuan_a13b"),
+    "internlm2": ("internlm", None),
+    "jamba": ("jamba", None),
+    "kimi_k2": ("kimi_k2", "kimi_k2"),
+    "lfm2": ("lfm2", None),
+    "llama4": ("llama4_pythonic", None),
+    "longcat_flash": ("longcat", None),
+    "mimo": ("mimo", "mimo"),
+    "minimax_m2": ("minimax_m2", "minimax_m2"),
+    "olmo3": ("olmo3", "olmo3"),
+    "seed_oss": ("seed_oss", "seed_oss"),
+    "step3": ("step3", "step3"),
+}
+# All marks of a row are in the template. The first such row counts.
+_TOOLS_BY_MARKS = (
+    (("<function=", "<tool_call>"), "qwen3_coder"),
+    (("<tool_call>",), "hermes"),
+    (("[TOOL_CALLS]",), "mistral"),
+    (("<start_function_call>",), "functiongemma"),
+    (("<|python_tag|>",), "llama3_json"),
+    (('{"name": function name, "parameters":',), "llama3_json"),
+)
+_REASONING_BY_MARKS = (
+    (("<think>", "enable_thinking"), "qwen3"),
+    (("[THINK]",), "mistral"),
+    (("<think>",), "deepseek_r1"),
+)
+
+
+def parsers_of(template: str, model_type: str) -> tuple[str | None, str | None]:
+    """Return vLLM's names of the parsers of tool calls and of reasoning. None: the model is not known to write any."""
+    return _BY_TYPE.get(model_type) or (
+        _first(_TOOLS_BY_MARKS, template),
+        _first(_REASONING_BY_MARKS, template),
+    )
+
+
+def refuse_unknown(tool_parser: str | None, reasoning_parser: str | None) -> None:
+    """Raise UserError if vLLM has no parser of such a name."""
+    if tool_parser is None and reasoning_parser is None:
+        return
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.tool_parsers import ToolParserManager
+
+    for flag, name, registry in (
+        ("--tool-parser", tool_parser, ToolParserManager),
+        ("--reasoning-parser", reasoning_parser, ReasoningParserManager),
+    ):
+        names = registry.list_registered()
+        if name is not None and name not in names:
+            raise UserError(f"{flag}: is {name}, and vLLM has no such parser. Choose one of {', '.join(names)}.")
+
+
+def _first(rows: tuple[tuple[tuple[str, ...], str], ...], template: str) -> str | None:
+    return next((name for marks, name in rows if all(mark in template for mark in marks)), None)

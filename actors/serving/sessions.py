@@ -1,0 +1,315 @@
+"""Sessions of agents at an engine: their limits, their calls token by token, and the turns that later prompts continue.
+
+A session is known by its key. A client sends a conversation back as text. If a message is a turn that the session
+sampled, the next prompt begins with the sampled tokens themselves. Text of an own turn is never tokenised again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from actors.serving.refusals import RefusedCall
+from rlhf.agents.calls import Call
+from rlhf.agents.limits import SessionLimits
+from rlhf.rollouts.environments.conversations import turn_seed
+from rlhf.types import Sampling
+
+Message = Mapping[str, Any]
+Tokens = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draw:
+    """A sampled response to a prompt, as it is captured."""
+
+    prompt_ids: Tokens
+    response_ids: Tokens
+    logprobs: npt.NDArray[np.float32]
+    versions: Tokens
+    is_free: bool  # False: a grammar restricted the choice
+    finish_reason: str
+    stop: str  # the stop string at the end of the tokens, which the text lacks; empty: none
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class KnownTurn:
+    """A sampled turn that a message of a conversation repeats."""
+
+    start: int  # the messages of the turn are messages[start:end]
+    end: int
+    call: int  # index of the call that sampled it
+    added: str  # what the client wrote behind the turn, within its message
+
+
+@dataclass(slots=True)
+class ServedCall:
+    """One request over HTTP. vLLM renders, draws and parses it in several tasks, which share this object."""
+
+    session: OpenSession | None  # None: it is answered as the client asks, and not captured
+    name: str  # prefix of its requests in the engine
+    started_s: float = 0.0
+    most_tokens: int | None = None  # the client's limit of a response
+    is_chat: bool = False
+    key: bytes | None = None  # of the messages before the response; None: the prompt is no conversation
+    broke: str | None = None
+    asked: Sequence[Message] = ()  # messages behind the continued turn
+    serial: Iterator[int] = field(default_factory=itertools.count)
+    drawn: dict[bytes, int] = field(default_factory=dict)  # indices of captured calls by their sampled tokens
+
+    def hear(
+        self, ids: Tokens, content: str | None, calls: Sequence[tuple[str, str]], reasoning: str | None = None
+    ) -> None:
+        """Note what the client is told of sampled tokens: the text, and the calls as (name, arguments)."""
+        if self.session is not None and (call := self.drawn.get(ids.tobytes())) is not None:
+            self.session.hear(self, call, content, calls, reasoning)
+
+
+CURRENT_CALL: ContextVar[ServedCall] = ContextVar("current_call")
+
+
+class OpenSession:
+    """A session that accepts calls. `exceeded` names the limit that refused one."""
+
+    def __init__(self, sampling: Sampling, limits: SessionLimits, name: str) -> None:
+        self.sampling = sampling
+        self.limits = limits
+        self.name = name
+        self.exceeded: str | None = None
+        self.calls: list[Call] = []  # in the order of their ends
+        self._began = time.monotonic()
+        self._num_started = 0
+        self._num_draws = 0
+        self._in_flight = 0
+        self._turns: dict[bytes, int] = {}  # calls by the key of the conversation that ends with their response
+        self._stopped: dict[bytes, list[tuple[str, int]]] = {}  # text with the stop string, by the key before it
+        self._stops: list[str] = []  # of each call
+        self._told: set[bytes] = set()  # responses by their content alone
+        self._asked: set[bytes] = set()  # keys of the conversations that were answered
+        self._tools: set[bytes] = set()
+        self._systems: set[bytes] = set()
+
+    @contextmanager
+    def call(self, num_responses: int = 1) -> Iterator[ServedCall]:
+        """Enter a request. Each of its responses counts as a call. RefusedCall: a limit forbids it."""
+        if num_responses > self.limits.concurrent_calls:
+            most = self.limits.concurrent_calls
+            raise RefusedCall(f"the request asks for {num_responses} responses, more than {most}", param="n")
+        if self._num_started + num_responses > self.limits.max_calls:
+            self.exceeded = "max_calls"
+            raise RefusedCall(f"the session may make {self.limits.max_calls} calls (max_calls)", status=429)
+        if self._in_flight + num_responses > self.limits.concurrent_calls:
+            raise RefusedCall(f"{self._in_flight} calls of the session are being answered already", status=429)
+        self._num_started += num_responses
+        self._in_flight += num_responses
+        try:
+            yield ServedCall(self, f"{self.name}{self._num_started}-", started_s=self._now())
+        finally:
+            self._in_flight -= num_responses
+
+    def next_seed(self) -> int:
+        """Return the sampling seed of the next draw."""
+        self._num_draws += 1
+        return turn_seed(self.limits.seed, self._num_draws - 1)
+
+    def most_tokens(self, call: ServedCall, num_prompt_tokens: int) -> int:
+        """Return the limit of a response. RefusedCall: the prompt alone exceeds the session's limit."""
+        room = self.limits.max_tokens - num_prompt_tokens
+        if room < 1:
+            self.exceeded = "max_tokens"
+            raise RefusedCall(
+                f"the prompt has {num_prompt_tokens} tokens. With its response it may have {self.limits.max_tokens} "
+                "(max_tokens)",
+                status=400,
+            )
+        return min(room, self.sampling.max_new_tokens, call.most_tokens or room)
+
+    def look_up(self, call: ServedCall, messages: Sequence[Message], tools: Any) -> KnownTurn | None:
+        """Return the last turn of the session in a conversation, and note in `call` whether its prefix broke."""
+        tools_key = key = _key(b"", tools)
+        known, last, looks_own = None, None, False
+        for start, end in _turns(messages):
+            before = key
+            if messages[start]["role"] != "assistant":
+                key = _key(key, messages[start]["role"], _text(messages[start].get("content")))
+                continue
+            content, calls = _said(messages[start:end])
+            key, last = turn_key(key, content, calls), end
+            looks_own = looks_own or before in self._asked or turn_key(b"", content, calls) in self._told
+            known = self._known(before, key, content, calls, start, end) or known
+        call.key = key
+        system = _key(b"", [_text(m.get("content")) for m in messages if m["role"] == "system"])
+        if looks_own and (known is None or known.end != last):
+            call.broke = (
+                "other tools or template arguments"
+                if tools_key not in self._tools
+                else "other system prompt"
+                if system not in self._systems
+                else "edited history"
+            )
+        self._tools.add(tools_key)
+        self._systems.add(system)
+        call.asked = messages if known is None else messages[known.end :]
+        return known
+
+    def _known(
+        self, before: bytes, key: bytes, content: str, calls: Sequence[tuple[str, Any]], start: int, end: int
+    ) -> KnownTurn | None:
+        if key in self._turns:
+            return KnownTurn(start, end, self._turns[key], "")
+        if calls:
+            return None
+        # Some clients write the stop string back, or go on writing behind it.
+        fits = [(text, call) for text, call in self._stopped.get(before, ()) if content.startswith(text)]
+        return KnownTurn(start, end, fits[-1][1], content[len(fits[-1][0]) :]) if fits else None
+
+    def tokens(self, known: KnownTurn) -> list[int]:
+        """Return all tokens up to the end of a known turn."""
+        call = self.calls[known.call]
+        return [*call.prompt_ids.tolist(), *call.response_ids.tolist()]
+
+    def capture(self, call: ServedCall, draw: Draw) -> None:
+        """Keep a response, before the client gets it: its next request may continue it."""
+        continues = self._continues(draw.prompt_ids)
+        call.drawn[draw.response_ids.tobytes()] = len(self.calls)
+        self.calls.append(
+            Call(
+                prompt_ids=draw.prompt_ids,
+                response_ids=draw.response_ids,
+                logprobs=draw.logprobs,
+                versions=draw.versions,
+                free=np.full(len(draw.response_ids), draw.is_free),
+                finish_reason=draw.finish_reason,
+                started_s=call.started_s,
+                ended_s=self._now(),
+                continues=continues,
+                broke=call.broke,
+                messages="",
+            )
+        )
+        self._stops.append(draw.stop)
+        call.hear(draw.response_ids, draw.text, ())  # as the client gets it unless a parser says more
+
+    def hear(
+        self,
+        call: ServedCall,
+        index: int,
+        content: str | None,
+        calls: Sequence[tuple[str, str]],
+        reasoning: str | None,
+    ) -> None:
+        """Note the text and the tool calls that the client gets for a captured response."""
+        said: dict[str, Any] = {"content": content or ""}
+        if reasoning:
+            said["reasoning"] = reasoning
+        if calls:
+            said["tool_calls"] = [{"name": name, "arguments": arguments} for name, arguments in calls]
+        text = json.dumps({"asked": list(call.asked), "said": said}, default=str, ensure_ascii=False)
+        self.calls[index] = replace(self.calls[index], messages=text)
+        if call.key is None:
+            return
+        self._asked.add(call.key)
+        self._told.add(turn_key(b"", content, calls))
+        self._turns[turn_key(call.key, content, calls)] = index
+        if self._stops[index]:
+            self._stopped.setdefault(call.key, []).append((f"{content or ''}{self._stops[index]}", index))
+
+    def _continues(self, prompt: Tokens) -> int | None:
+        """Return the call with the longest prompt and response at the beginning of a prompt."""
+        longest, found = 0, None
+        for index, call in enumerate(self.calls):
+            middle = len(call.prompt_ids)
+            end = middle + len(call.response_ids)
+            if (
+                longest < end <= len(prompt)
+                and np.array_equal(prompt[middle:end], call.response_ids)
+                and np.array_equal(prompt[:middle], call.prompt_ids)
+            ):
+                longest, found = end, index
+        return found
+
+    def _now(self) -> float:
+        return time.monotonic() - self._began
+
+
+class Sessions:
+    """The open sessions of an engine by their keys. `abort` drops the engine's requests with a prefix."""
+
+    def __init__(self, abort: Callable[[str], object]) -> None:
+        self._abort = abort
+        self._open: dict[str, OpenSession] = {}
+        self._serial = itertools.count(1)
+
+    def open(self, key: str, sampling: Sampling, limits: SessionLimits) -> OpenSession:
+        """Accept calls with this key. They are sampled as the run samples, whatever the client asks."""
+        if key in self._open:
+            raise ValueError("the key of a session is used already")
+        session = self._open[key] = OpenSession(sampling, limits, f"session{next(self._serial)}-")
+        return session
+
+    def close(self, key: str) -> list[Call]:
+        """Refuse further calls with this key and drop those in flight. Return the answered ones, by their ends."""
+        session = self._open.pop(key)
+        self._abort(session.name)
+        calls, session.calls = session.calls, []
+        return calls
+
+    def find(self, key: str) -> OpenSession | None:
+        """Return the open session with a key."""
+        return self._open.get(key)
+
+
+def turn_key(before: bytes, content: str | None, calls: Sequence[tuple[str, Any]]) -> bytes:
+    """Return the key of a conversation that ends with an assistant's turn.
+
+    It depends neither on space around the text nor on reasoning nor on the ids of calls: clients change or drop them.
+    """
+    return _key(before, "assistant", (content or "").strip(), [(name, _arguments(given)) for name, given in calls])
+
+
+def _key(before: bytes, *values: Any) -> bytes:
+    return hashlib.sha256(before + json.dumps(values, default=str).encode()).digest()
+
+
+def _turns(messages: Sequence[Message]) -> Iterator[tuple[int, int]]:
+    """Yield the first and last place of each message. Assistant messages in a row are one turn."""
+    start = 0
+    while start < len(messages):
+        end = start + 1
+        while messages[start]["role"] == "assistant" and end < len(messages) and messages[end]["role"] == "assistant":
+            end += 1
+        yield start, end
+        start = end
+
+
+def _said(messages: Sequence[Message]) -> tuple[str, list[tuple[str, Any]]]:
+    """Return the text of assistant messages, and their calls as (name, arguments)."""
+    calls = [call["function"] for message in messages for call in message.get("tool_calls") or ()]
+    texts = [text for message in messages if (text := _text(message.get("content")))]
+    return "\n".join(texts), [(call["name"], call.get("arguments")) for call in calls]
+
+
+def _text(content: Any) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    parts = [part.get("text", part) if isinstance(part, Mapping) else part for part in content]
+    return "\n".join(part if isinstance(part, str) else json.dumps(part, default=str) for part in parts)
+
+
+def _arguments(given: Any) -> str:
+    """Return a call's arguments as JSON text, however the client writes them."""
+    try:
+        return json.dumps(json.loads(given) if isinstance(given, str) else given, sort_keys=True)
+    except (ValueError, RecursionError):
+        return str(given)

@@ -1,0 +1,141 @@
+"""An engine loop without a model, for the front: it answers at once with what a function says."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from actors.rollout.engine_actor import RolloutSpec, engine_environment
+from actors.rollout.engine_thread import Aborted, Submission
+from actors.serving.front import Front, FrontSpec, build_front
+from actors.serving.front_engine import EngineParts, FrontEngine
+from actors.serving.sessions import Sessions
+from rlhf.errors import RunError
+
+Says = Callable[[Sequence[int], Any], list[int]]
+
+
+class DummyLoop:
+    """Samples what `says` returns for a prompt and its parameters: tokens, of which the last may end the turn.
+
+    `chunk`: tokens of one output of a stream. `hold`: nothing is answered, until `abort` drops it.
+    """
+
+    def __init__(self, tokenizer: Any, says: Says, *, chunk: int = 3) -> None:
+        self.tokenizer = tokenizer
+        self.says = says
+        self.chunk = chunk
+        self.hold = False
+        self.version = 0
+        self.on_step: Callable[[Sequence[Any]], None] | None = None
+        self.failure: RunError | None = None
+        self.asked: list[Submission] = []
+        self.waiting: dict[str, Future[Any]] = {}
+
+    def submit(self, submissions: Sequence[Submission]) -> list[Future[Any]]:
+        futures = []
+        for submission in submissions:
+            self.asked.append(submission)
+            future: Future[Any] = Future()
+            futures.append(future)
+            if self.hold:
+                self.waiting[submission.request_id] = future
+            else:
+                self._answer(submission, future)
+        return futures
+
+    def abort(self, prefixes: Sequence[str]) -> Future[int]:
+        dropped = [name for name in self.waiting if name.startswith(tuple(prefixes))]
+        for name in dropped:
+            self.waiting.pop(name).set_exception(Aborted("aborted"))
+        done: Future[int] = Future()
+        done.set_result(len(dropped))
+        return done
+
+    def _answer(self, submission: Submission, future: Future[Any]) -> None:
+        from vllm.outputs import CompletionOutput, RequestOutput, WeightVersionSpan
+        from vllm.sampling_params import RequestOutputKind
+
+        assert self.on_step is not None
+        params = submission.params
+        parts = []
+        for index in range(params.n):
+            ids = self.says(submission.prompt_token_ids, params)[: params.max_tokens]
+            ends = bool(ids) and (ids[-1] in params.stop_token_ids or ids[-1] == self.tokenizer.eos_token_id)
+            text = self.tokenizer.decode(ids[:-1] if ends else ids, skip_special_tokens=True)
+            stop = next((stop for stop in params.stop if stop in text), None)
+            parts.append((index, ids, text.partition(stop)[0] if stop else text, ends or stop is not None, stop))
+        streams = params.output_kind == RequestOutputKind.DELTA and params.n == 1
+        outputs = []
+        for index, ids, text, ends, stop in parts:
+            cuts = [*range(0, len(ids), self.chunk), len(ids)] if streams else [0, len(ids)]
+            shown = 0
+            for begin, end in itertools.pairwise(cuts):
+                is_last = end == len(ids)
+                until = (
+                    len(text)
+                    if is_last
+                    else min(len(text), len(self.tokenizer.decode(ids[:end], skip_special_tokens=True)))
+                )
+                part = CompletionOutput(
+                    index=index,
+                    text=text[shown:until],
+                    token_ids=ids[begin:end],
+                    cumulative_logprob=None,
+                    logprobs=_logprobs(ids[begin:end], begin, params),
+                    finish_reason=("stop" if ends else "length") if is_last else None,
+                    stop_reason=stop if is_last else None,
+                    weight_versions=[WeightVersionSpan(str(self.version), 0, len(ids))] if is_last else None,
+                )
+                shown = until
+                outputs.append((part, is_last))
+        groups = [[part] for part, _ in outputs] if streams else [[part for part, _ in outputs]]
+        for place, group in enumerate(groups):
+            finished = place == len(groups) - 1
+            output = RequestOutput(
+                submission.request_id, None, list(submission.prompt_token_ids), None, group, finished
+            )
+            self.on_step([output])
+        future.set_result(output)
+
+
+def _logprobs(ids: Sequence[int], begin: int, params: Any) -> Any:
+    """Return log-probabilities of -0.5, -1.5, ... by the place of the token."""
+    from vllm.logprobs import FlatLogprobs, Logprob
+
+    if params.logprobs is None:
+        return None
+    flat = FlatLogprobs()
+    for place, token in enumerate(ids, start=begin):
+        flat.append({token: Logprob(logprob=-0.5 - place, rank=1, decoded_token=chr(token) if token < 128 else "")})
+    return flat if params.flat_logprobs else [flat[place] for place in range(len(flat))]
+
+
+def dummy_parts(model: Path) -> EngineParts:
+    """Return the parts of an engine for a model folder, whose weights are not loaded."""
+    import os
+
+    os.environ |= engine_environment(RolloutSpec(model=str(model), dtype="float32", max_model_len=1024, transport=None))
+    from vllm import EngineArgs
+    from vllm.renderers import renderer_from_config
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    arguments = EngineArgs(model=str(model), dtype="float32", max_model_len=1024, enforce_eager=True)
+    config = arguments.create_engine_config()
+    renderer = renderer_from_config(config)
+    return EngineParts(
+        vllm_config=config,
+        renderer=renderer,
+        input_processor=InputProcessor(config, renderer),
+        added=dict(renderer.get_tokenizer().get_added_vocab()),
+    )
+
+
+async def open_front(loop: DummyLoop, parts: EngineParts, spec: FrontSpec) -> Front:
+    """Start a front over a dummy engine."""
+    engine = FrontEngine(loop, parts, ends=spec.turn_ends, lora=lambda: None)
+    sessions = Sessions(lambda prefix: loop.abort([prefix]))
+    return await Front.serve(await build_front(engine, sessions, spec), sessions, host="127.0.0.1")

@@ -1,0 +1,444 @@
+"""The front over an engine without a model, asked by OpenAI's and Anthropic's own clients."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import openai
+import pytest
+from aiohttp import ClientSession
+
+from actors.serving.front import Front, FrontSpec
+from actors.serving.front_engine import EngineParts
+from actors.serving.parsers import parsers_of, refuse_unknown
+from rlhf.agents.calls import Call
+from rlhf.agents.limits import SessionLimits
+from rlhf.errors import UserError
+from rlhf.models.tiny import byte_tokenizer
+from rlhf.types import Sampling
+from tests.dummy_engine import DummyLoop, dummy_parts, open_front
+
+pytestmark = pytest.mark.slow  # vLLM is imported
+
+TOKENIZER = byte_tokenizer()
+EOS = TOKENIZER.eos_token_id
+TEMPLATE = (
+    "{%- if tools -%}{{ '<|system|>' + (tools | tojson) + eos_token }}{%- endif -%}"
+    "{%- for m in messages -%}{{ '<|' + ('user' if m.role == 'tool' else m.role) + '|>' + (m.content or '') }}"
+    "{%- for c in m.tool_calls or [] -%}{{ '<tool_call>' + (c.function | tojson) + '</tool_call>' }}{%- endfor -%}"
+    "{{ eos_token }}{%- endfor -%}{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
+)
+KEY = "the-servers-key"
+HI: Any = [{"role": "user", "content": "hi"}]
+PARAMETERS = {"type": "object", "properties": {"a": {"type": "integer"}}}
+TOOL: Any = {"type": "function", "function": {"name": "add", "description": "adds", "parameters": PARAMETERS}}
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+THOUGHT = "<think>\nhm\n</think>\n\n"
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_model: Path) -> EngineParts:
+    return dummy_parts(tiny_model)
+
+
+def saying(*texts: str) -> Callable[[Sequence[int], Any], list[int]]:
+    """Say these texts one after the other, then the last again. Each ends its turn, unless it ends in `...`."""
+    left = list(texts)
+
+    def says(prompt: Sequence[int], params: Any) -> list[int]:
+        text = left.pop(0) if len(left) > 1 else left[0]
+        return [*TOKENIZER(text, add_special_tokens=False).input_ids, *([] if text.endswith("...") else [EOS])]
+
+    return says
+
+
+@asynccontextmanager
+async def fronted(parts: EngineParts, *texts: str, **changes: Any) -> AsyncIterator[tuple[Front, DummyLoop]]:
+    loop = DummyLoop(TOKENIZER, saying(*texts))
+    spec = FrontSpec(**({"name": "tiny", "template": TEMPLATE, "own_key": KEY} | changes))
+    front = await open_front(loop, parts, spec)
+    try:
+        yield front, loop
+    finally:
+        await front.close()
+
+
+def openai_client(front: Front, key: str = KEY) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=f"{front.base_url}/v1", api_key=key, max_retries=0, timeout=20.0)
+
+
+def anthropic_client(front: Front, key: str = KEY) -> anthropic.AsyncAnthropic:
+    return anthropic.AsyncAnthropic(base_url=front.base_url, api_key=key, max_retries=0, timeout=20.0)
+
+
+def opened(front: Front, key: str = "a-session", **limits: Any) -> Any:
+    values = {"max_calls": 50, "max_tokens": 900, "seed": 1} | limits
+    return front.sessions.open(key, Sampling(max_new_tokens=200, temperature=0.7, top_k=9), SessionLimits(**values))
+
+
+def texts_of(calls: list[Call]) -> list[tuple[str, str]]:
+    return [(TOKENIZER.decode(call.prompt_ids), TOKENIZER.decode(call.response_ids)) for call in calls]
+
+
+# Answers
+
+
+async def test_a_conversation_of_openai(parts: EngineParts) -> None:
+    async with fronted(parts, "yes\nno") as (front, loop), openai_client(front) as client:
+        assert [model.id async for model in await client.models.list()] == ["tiny"]
+        told = await client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "system", "content": "S"}, *HI],
+            n=2,
+            temperature=0.5,
+            top_p=0.9,
+            seed=3,
+            stop="\n",
+            max_completion_tokens=30,
+            logprobs=True,
+            top_logprobs=1,
+            user="me",
+            extra_body={"top_k": 7, "min_p": 0.1, "repetition_penalty": 1.2},
+        )
+        assert [choice.message.content for choice in told.choices] == ["yes", "yes"]
+        assert [choice.finish_reason for choice in told.choices] == ["stop", "stop"]
+        content = told.choices[0].logprobs.content
+        assert [(token.token, token.logprob) for token in content[:3]] == [("y", -0.5), ("e", -1.5), ("s", -2.5)]
+        assert told.usage.completion_tokens == 14
+        (asked,) = loop.asked
+        assert TOKENIZER.decode(asked.prompt_token_ids) == "<|system|>S<|eos|><|user|>hi<|eos|><|assistant|>"
+        params = asked.params
+        assert (params.temperature, params.top_p, params.seed, params.max_tokens) == (0.5, 0.9, 3, 30)
+        assert (params.top_k, params.min_p, params.repetition_penalty) == (7, 0.1, 1.2)
+        stream = await client.chat.completions.create(
+            model="tiny", messages=HI, stream=True, stream_options={"include_usage": True}
+        )
+        chunks = [chunk async for chunk in stream]
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == "yes\nno"
+        assert chunks[-1].usage.completion_tokens == 7
+
+
+async def test_temperature_is_1_unless_given_and_turns_end_where_the_template_says(parts: EngineParts) -> None:
+    async with fronted(parts, "yes", turn_ends=(7,)) as (front, loop), openai_client(front) as client:
+        await client.chat.completions.create(model="tiny", messages=HI, stop=["<|user|>", "Q"])
+        await client.completions.create(model="tiny", prompt="ab")
+        chat, text = (submission.params for submission in loop.asked)
+        assert (chat.temperature, text.temperature, text.max_tokens) == (1.0, 1.0, 16)
+        user = TOKENIZER.convert_tokens_to_ids("<|user|>")
+        assert set(chat.stop_token_ids) == {user, 7}  # a stop string that is a token ends by its id
+        assert set(text.stop_token_ids) == set()
+
+
+async def test_completions(parts: EngineParts) -> None:
+    async with fronted(parts, "one") as (front, loop), openai_client(front) as client:
+        told = await client.completions.create(model="tiny", prompt=["ab", "cd"], n=2, logprobs=1, max_tokens=9)
+        assert [choice.text for choice in told.choices] == ["one"] * 4
+        assert told.choices[0].logprobs.token_logprobs[0] == -0.5
+        assert {TOKENIZER.decode(asked.prompt_token_ids) for asked in loop.asked} == {"ab", "cd"}
+        stream = await client.completions.create(model="tiny", prompt="ab", stream=True)
+        assert "".join([chunk.choices[0].text async for chunk in stream]) == "one"
+
+
+@pytest.mark.parametrize("streams", [False, True])
+async def test_tools_and_reasoning_of_openai(parts: EngineParts, streams: bool) -> None:
+    async with (
+        fronted(parts, f"{THOUGHT}wait {CALL}", reasoning_parser="qwen3") as (front, _),
+        openai_client(front) as client,
+    ):
+        ask: dict[str, Any] = {"model": "tiny", "messages": HI, "tools": [TOOL]}
+        if streams:
+            name = arguments = reasoning = ""
+            async for chunk in await client.chat.completions.create(**ask, stream=True):
+                delta = chunk.choices[0].delta
+                reasoning += getattr(delta, "reasoning", None) or ""
+                for call in delta.tool_calls or ():
+                    name += call.function.name or ""
+                    arguments += call.function.arguments or ""
+        else:
+            choice = (await client.chat.completions.create(**ask)).choices[0]
+            assert choice.finish_reason == "tool_calls"
+            (call,) = choice.message.tool_calls
+            name, arguments, reasoning = call.function.name, call.function.arguments, choice.message.reasoning
+        assert (name, json.loads(arguments), reasoning.strip()) == ("add", {"a": 1}, "hm")
+
+
+@pytest.mark.parametrize("streams", [False, True])
+async def test_responses(parts: EngineParts, streams: bool) -> None:
+    tool: Any = {"type": "function", "name": "add", "parameters": PARAMETERS, "strict": True}
+    async with fronted(parts, CALL) as (front, _), openai_client(front) as client:
+        ask: dict[str, Any] = {"model": "tiny", "input": "hi", "instructions": "S", "tools": [tool], "store": True}
+        if streams:
+            events = [event async for event in await client.responses.create(**ask, stream=True)]
+            assert events[-1].type == "response.completed"
+            told = events[-1].response
+        else:
+            told = await client.responses.create(**ask)
+        (call,) = [item for item in told.output if item.type == "function_call"]
+        assert (call.name, json.loads(call.arguments)) == ("add", {"a": 1})
+        with pytest.raises(openai.NotFoundError, match="send the whole conversation"):
+            await client.responses.create(model="tiny", input="hi", previous_response_id="resp_1")
+
+
+@pytest.mark.parametrize("streams", [False, True])
+async def test_anthropics_messages(parts: EngineParts, streams: bool) -> None:
+    async with fronted(parts, f"wait {CALL}") as (front, loop), anthropic_client(front) as client:
+        ask: dict[str, Any] = {
+            "model": "tiny",
+            "max_tokens": 100,
+            "system": "S",
+            "messages": HI,
+            "tools": [{"name": "add", "input_schema": PARAMETERS}],
+            "extra_body": {"temperature": 0.5},  # no argument of the client's any more
+        }
+        if streams:
+            async with client.messages.stream(**ask) as stream:
+                told = await stream.get_final_message()
+        else:
+            told = await client.messages.create(**ask)
+        text, call = told.content
+        assert text.text.strip() == "wait"
+        assert loop.asked[0].params.temperature == 0.5
+        assert (call.name, call.input, told.stop_reason) == ("add", {"a": 1}, "tool_use")
+        counted = await client.messages.count_tokens(model="tiny", messages=HI)
+        assert counted.input_tokens == 5
+        with pytest.raises(anthropic.NotFoundError, match="there is no model other"):
+            await client.messages.create(model="other", max_tokens=1, messages=HI)
+
+
+# Capture
+
+
+async def test_a_session_is_sampled_as_the_run_samples_and_captured(parts: EngineParts) -> None:
+    async with fronted(parts, "yes", turn_ends=(7,)) as (front, loop), openai_client(front, "a-session") as client:
+        opened(front)
+        loop.version = 4
+        told = await client.chat.completions.create(
+            model="gpt-5",  # named as the program likes
+            messages=HI,
+            temperature=0.1,
+            top_p=0.5,
+            seed=77,
+            presence_penalty=1.0,
+            logit_bias={"5": 100},
+            max_tokens=64_000,  # more than the model has
+            stop=["Q"],
+        )
+        assert told.choices[0].message.content == "yes"
+        await client.chat.completions.create(model="gpt-5", messages=HI, max_tokens=3)
+        first, second = (submission.params for submission in loop.asked)
+        assert (first.temperature, first.top_p, first.top_k, first.presence_penalty) == (0.7, 1.0, 9, 0.0)
+        assert (first.logit_bias, first.stop, first.max_tokens, second.max_tokens) == (None, ["Q"], 200, 3)
+        assert (first.seed, first.seed == second.seed, set(first.stop_token_ids)) == (1, False, {7})
+        call, _ = front.sessions.close("a-session")
+        assert TOKENIZER.decode(call.prompt_ids) == "<|user|>hi<|eos|><|assistant|>"
+        assert call.response_ids.tolist() == [*b"yes", EOS]
+        assert call.logprobs.tolist() == [-0.5, -1.5, -2.5, -3.5]
+        assert (call.versions.tolist(), call.free.tolist()) == ([4] * 4, [True] * 4)
+        assert (call.finish_reason, call.continues, call.broke) == ("stop", None, None)
+        assert json.loads(call.messages) == {"asked": HI, "said": {"content": "yes"}}
+        with pytest.raises(openai.AuthenticationError):
+            await client.chat.completions.create(model="gpt-5", messages=HI)
+
+
+def assert_extends(calls: list[Call]) -> None:
+    """Each prompt begins with the last prompt and its response, token by token."""
+    for before, after in pairwise(calls):
+        whole = [*before.prompt_ids.tolist(), *before.response_ids.tolist()]
+        assert after.prompt_ids[: len(whole)].tolist() == whole
+    assert [call.continues for call in calls] == [None, *range(len(calls) - 1)]
+    assert [call.broke for call in calls] == [None] * len(calls)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+async def test_a_conversation_of_openai_goes_on_from_the_sampled_tokens(parts: EngineParts, streams: bool) -> None:
+    """The turns have space around them, reasoning, and calls that the template would write otherwise."""
+    texts = (f"{THOUGHT}  wait {CALL}", " fine ", "and so on...", "end")
+    async with (
+        fronted(parts, *texts, reasoning_parser="qwen3") as (front, _),
+        openai_client(front, "a-session") as client,
+    ):
+        opened(front)
+        messages = [*HI]
+        for asked in ({"role": "tool", "tool_call_id": "x", "content": "2"}, *HI, *HI, None):
+            content, name, arguments = "", "", ""
+            told = await client.chat.completions.create(model="m", messages=messages, tools=[TOOL], stream=streams)
+            parts_of = [chunk.choices[0].delta async for chunk in told] if streams else [told.choices[0].message]
+            for part in parts_of:
+                content += part.content or ""
+                for call in part.tool_calls or ():
+                    name += call.function.name or ""
+                    arguments += call.function.arguments or ""
+            said: dict[str, Any] = {"role": "assistant", "content": content.strip()}
+            if name:
+                function = {"name": name, "arguments": json.dumps(json.loads(arguments))}
+                said["tool_calls"] = [{"id": "x", "type": "function", "function": function}]
+            messages += [said, asked] if asked else []
+        calls = front.sessions.close("a-session")
+        assert_extends(calls)
+        assert TOKENIZER.decode(calls[3].prompt_ids).endswith("and so on...<|eos|><|user|>hi<|eos|><|assistant|>")
+
+
+async def test_a_conversation_of_anthropic_and_of_responses_goes_on_from_the_sampled_tokens(parts: EngineParts) -> None:
+    async with fronted(parts, f"wait {CALL}", " done ", "end") as (front, _), anthropic_client(front, "a") as client:
+        opened(front, "a")
+        tools: Any = [{"name": "add", "input_schema": PARAMETERS}]
+        messages: list[Any] = [*HI]
+        for _ in range(2):
+            told = await client.messages.create(model="m", max_tokens=64_000, messages=messages, tools=tools)
+            results = [
+                {"type": "tool_result", "tool_use_id": block.id, "content": "2"}
+                for block in told.content
+                if block.type == "tool_use"
+            ]
+            messages += [{"role": "assistant", "content": [block.model_dump() for block in told.content]}]
+            messages += [{"role": "user", "content": results or "go on"}]
+        await client.messages.create(model="m", max_tokens=64_000, messages=messages, tools=tools)
+        assert_extends(front.sessions.close("a"))
+    tool: Any = {"type": "function", "name": "add", "parameters": PARAMETERS, "strict": True}
+    async with fronted(parts, f"wait {CALL}", " done ", "end") as (front, loop), openai_client(front, "b") as other:
+        opened(front, "b")
+        items: list[Any] = [*HI]
+        for _ in range(3):
+            response = await other.responses.create(model="m", input=items, instructions="S", tools=[tool])
+            items += [item.model_dump(exclude_none=True) for item in response.output]
+            items += [
+                {"type": "function_call_output", "call_id": item.call_id, "output": "2"}
+                for item in response.output
+                if item.type == "function_call"
+            ] or [{"role": "user", "content": "go on"}]
+        assert all(submission.params.structured_outputs is None for submission in loop.asked)  # `strict` is ignored
+        assert_extends(front.sessions.close("b"))
+
+
+async def test_a_broken_prefix_is_said(parts: EngineParts) -> None:
+    async with fronted(parts, "yes") as (front, _), openai_client(front, "a-session") as client:
+        opened(front)
+        for said in ("yes", "no"):
+            await client.chat.completions.create(model="m", messages=HI)
+            await client.chat.completions.create(model="m", messages=[*HI, {"role": "assistant", "content": said}, *HI])
+        calls = front.sessions.close("a-session")
+        assert [call.broke for call in calls] == [None, None, None, "edited history"]
+        assert [call.continues is not None for call in calls] == [False, True, False, False]
+
+
+async def test_tokens_under_a_grammar_are_marked(parts: EngineParts) -> None:
+    async with fronted(parts, '{"a": 1}') as (front, loop), openai_client(front, "a-session") as client:
+        opened(front)
+        form: Any = {"type": "json_schema", "json_schema": {"name": "n", "schema": PARAMETERS, "strict": True}}
+        await client.chat.completions.create(model="m", messages=HI, response_format=form)
+        (call,) = front.sessions.close("a-session")
+        assert not call.free.any()
+        assert loop.asked[0].params.structured_outputs.json is not None
+
+
+async def test_the_key_may_be_in_the_path(parts: EngineParts) -> None:
+    async with fronted(parts, "yes") as (front, _):
+        opened(front, "in-the-path")
+        client = openai.AsyncOpenAI(base_url=f"{front.base_url}/s/in-the-path/v1", api_key="anything", max_retries=0)
+        async with client:
+            await client.chat.completions.create(model="m", messages=HI)
+        assert texts_of(front.sessions.close("in-the-path")) == [("<|user|>hi<|eos|><|assistant|>", "yes<|eos|>")]
+
+
+async def test_a_closed_session_and_a_client_that_leaves_drop_their_calls(parts: EngineParts) -> None:
+    async with fronted(parts, "yes") as (front, loop), openai_client(front, "a-session") as client:
+        opened(front)
+        loop.hold = True
+        waiting = asyncio.create_task(client.chat.completions.create(model="m", messages=HI))
+        await until(lambda: len(loop.waiting) == 1)
+        waiting.cancel()
+        await until(lambda: not loop.waiting)
+        waiting = asyncio.create_task(client.chat.completions.create(model="m", messages=HI, stream=False))
+        await until(lambda: len(loop.waiting) == 1)
+        assert front.sessions.close("a-session") == []
+        with pytest.raises(openai.InternalServerError):
+            await waiting
+        assert not loop.waiting
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20.0):
+        while not holds():
+            await asyncio.sleep(0.01)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "status", "why"),
+    [
+        ("chat/completions", {"use_beam_search": True}, 400, "beam search does not sample from the model"),
+        ("chat/completions", {"kv_transfer_params": {"prompt_token_ids": [1]}}, 400, "`kv_transfer_params` is not"),
+        ("chat/completions", {"web_search_options": {"a": 1}}, 400, "`web_search_options` is not supported here"),
+        ("chat/completions", {"model": "other"}, 404, "there is no model other: this server has tiny"),
+        ("chat/completions", {"max_tokens": 5000}, 400, "max_tokens"),
+        ("chat/completions", {"n": 129}, 400, "asks for 129 responses, more than 128"),
+        ("completions", {"prompt": ["a"] * 65, "n": 2}, 400, "asks for 130 responses, more than 128"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "x" * 2000}]}, 400, "maximum context length"),
+        ("completions", {"prompt_logprobs": 1}, 400, "`prompt_logprobs` is not supported here"),
+        ("responses", {"background": True}, 400, "`background` is not supported here"),
+        ("responses", {"tools": [{"type": "web_search"}]}, 400, "`tools[0].type` is 'web_search'"),
+        ("responses", {"previous_response_id": "r"}, 404, "`previous_response_id` is not supported"),
+        ("messages", {"mcp_servers": [{"url": "x"}]}, 400, "the server runs no tools"),
+        ("embeddings", {}, 404, "there are GET /v1/models, POST /v1/chat/completions,"),
+        ("models", {}, 405, "/v1/models is not for POST"),
+    ],
+)
+async def test_what_is_not_supported_is_refused_by_name(
+    parts: EngineParts, path: str, change: dict[str, Any], status: int, why: str
+) -> None:
+    asks: dict[str, dict[str, Any]] = {
+        "chat/completions": {"messages": HI},
+        "completions": {"prompt": "ab"},
+        "responses": {"input": "hi"},
+        "messages": {"messages": HI, "max_tokens": 5},
+    }
+    async with fronted(parts, "yes") as (front, loop), ClientSession() as client:
+        body = {"model": "tiny"} | asks.get(path, {}) | change
+        answer = await client.post(f"{front.base_url}/v1/{path}", json=body, headers={"Authorization": f"Bearer {KEY}"})
+        told = await answer.json()
+    assert answer.status == status, told
+    assert why in told["error"]["message"]
+    assert (told.get("type") == "error") == (path == "messages")
+    assert not loop.asked
+
+
+async def test_tools_of_a_model_without_a_parser_are_refused(parts: EngineParts) -> None:
+    plain = TEMPLATE.replace("<tool_call>", "").replace("</tool_call>", "")
+    async with fronted(parts, "yes", template=plain) as (front, _), openai_client(front) as client:
+        with pytest.raises(openai.BadRequestError, match="Start the server with a tool parser"):
+            await client.chat.completions.create(model="tiny", messages=HI, tools=[TOOL])
+        told = await client.chat.completions.create(model="tiny", messages=HI, tools=[TOOL], tool_choice="none")
+        assert told.choices[0].message.content == "yes"
+
+
+# Parsers
+
+
+def test_parsers_are_chosen_by_the_model_and_exist() -> None:
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.tool_parsers import ToolParserManager
+
+    from actors.serving import parsers
+
+    tools, reasoning = ToolParserManager.list_registered(), ReasoningParserManager.list_registered()
+    chosen = [*parsers._BY_TYPE.values()]
+    chosen += [(name, None) for _, name in parsers._TOOLS_BY_MARKS]
+    chosen += [(None, name) for _, name in parsers._REASONING_BY_MARKS]
+    assert {tool for tool, _ in chosen if tool} <= set(tools)
+    assert {parser for _, parser in chosen if parser} <= set(reasoning)
+    assert parsers_of("{{ x }}", "llama") == (None, None)
+    assert parsers_of("<tool_call> <think> enable_thinking", "qwen3") == ("hermes", "qwen3")
+    assert parsers_of("<tool_call>\n<function=", "qwen3_moe") == ("qwen3_coder", None)
+    assert parsers_of("[TOOL_CALLS]", "mistral") == ("mistral", None)
+    with pytest.raises(UserError, match="--tool-parser: is hermess, and vLLM has no such parser"):
+        refuse_unknown("hermess", None)
+    refuse_unknown("hermes", "qwen3")

@@ -1,0 +1,158 @@
+"""The entrance of the front, before an application that stands in for vLLM's: keys, paths, bodies, limits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from actors.serving.gateway import Gateway
+from actors.serving.sessions import CURRENT_CALL, OpenSession, ServedCall, Sessions
+from rlhf.agents.limits import SessionLimits
+from rlhf.types import Sampling
+
+ASK = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+FIELDS = {"/v1/chat/completions": {"model", "messages", "n", "tools", "stop"}, "/v1/messages": {"model", "messages"}}
+
+
+class Application:
+    """Answers with its path and body, and remembers whose calls it got."""
+
+    def __init__(self) -> None:
+        self.calls: list[ServedCall] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.calls.append(CURRENT_CALL.get())
+        message = await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        told = {"path": scope["path"], "body": message["body"].decode()}
+        await send({"type": "http.response.body", "body": json.dumps(told).encode()})
+
+
+class Asked:
+    """A gateway with an open session of the key `s`."""
+
+    def __init__(self, **limits: Any) -> None:
+        self.app, self.sessions = Application(), Sessions(lambda prefix: None)
+        values = {"max_calls": 3, "max_tokens": 99, "seed": 0, "max_request_bytes": 200} | limits
+        self.session: OpenSession = self.sessions.open("s", Sampling(max_new_tokens=9), SessionLimits(**values))
+        self.gateway = Gateway(self.app, self.sessions, FIELDS, own_key="own", name="tiny", has_tool_parser=False)
+
+    async def __call__(
+        self,
+        body: Any = ASK,
+        *,
+        key: str | None = "s",
+        path: str = "/v1/chat/completions",
+        method: str = "POST",
+        header: bytes = b"authorization",
+    ) -> tuple[int, Any]:
+        parts = body if isinstance(body, list) else [body if isinstance(body, bytes) else json.dumps(body).encode()]
+        messages = [{"type": "http.request", "body": part, "more_body": part is not parts[-1]} for part in parts]
+        given = [(header, (f"Bearer {key}" if header == b"authorization" else str(key)).encode())] if key else []
+        scope = {"type": "http", "method": method, "path": path, "headers": given}
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            return messages.pop(0)
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await self.gateway(scope, receive, send)
+        return sent[0]["status"], json.loads(sent[1]["body"])
+
+    async def refused(self, *arguments: Any, **options: Any) -> tuple[int, str]:
+        status, told = await self(*arguments, **options)
+        return status, told["error"]["message"]
+
+
+@pytest.mark.parametrize("key", [None, "", "other", "S"])
+async def test_a_call_without_an_open_session_is_refused(key: str | None) -> None:
+    ask = Asked()
+    assert await ask.refused(key=key) == (401, "no open session has this key")
+    assert await ask.refused(key=key, path="/s/other/v1/chat/completions") == (401, "no open session has this key")
+    ask.sessions.close("s")
+    assert (await ask.refused())[0] == 401
+    assert not ask.app.calls
+
+
+async def test_a_session_is_known_by_either_header_and_by_the_path() -> None:
+    ask = Asked()
+    told = (200, {"path": "/v1/chat/completions", "body": json.dumps(ASK)})
+    assert await ask() == told
+    assert await ask(header=b"x-api-key") == told
+    assert await ask(key="unused", path="/s/s/v1/chat/completions") == told
+    assert [call.session for call in ask.app.calls] == [ask.session] * 3
+    assert len({call.name for call in ask.app.calls}) == 3
+
+
+async def test_the_servers_own_key_is_not_captured_and_has_one_model() -> None:
+    ask = Asked()
+    assert (await ask(key="own"))[0] == 200
+    assert ask.app.calls[0].session is None
+    assert await ask.refused(ASK | {"model": "m"}, key="own") == (404, "there is no model m: this server has tiny")
+    assert (await ask(ASK | {"model": "m"}))[0] == 200  # a session may name it as it likes
+
+
+async def test_bodies() -> None:
+    ask = Asked()
+    assert (await ask([b'{"model": "tiny",', b' "messages": []}']))[0] == 200
+    assert await ask.refused(b"x" * 201) == (413, "the body has more than 200 bytes")
+    assert await ask.refused([b"x" * 150, b"y" * 150]) == (413, "the body has more than 200 bytes")
+    assert await ask.refused(b"[]") == (400, "the body is not a JSON object")
+    for body in (b"{", b"", b"\xff", b"[" * 190):
+        status, why = await ask.refused(body)
+        assert (status, "is not JSON" in why) == (400, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "why"),
+    [
+        ({"use_beam_search": True}, 400, "`use_beam_search` is not supported here: beam search does not sample"),
+        ({"kv_transfer_params": {"a": 1}}, 400, "the server makes the prompt's tokens itself"),
+        ({"anything": 1}, 400, "`anything` is not supported here; there are messages, model, n, stop, tools"),
+        ({"tools": [{"type": "web_search"}]}, 400, "`tools[0].type` is 'web_search': the server runs no tools"),
+        ({"tools": [{"type": "function"}]}, 400, "Start the server with a tool parser (--tool-parser)"),
+        ({"previous_response_id": "r"}, 404, "send the whole conversation in `input`"),
+        ({"n": 129}, 400, "asks for 129 responses, more than 128"),
+    ],
+)
+async def test_what_is_not_supported_is_refused_by_name(change: dict[str, Any], status: int, why: str) -> None:
+    ask = Asked()
+    told = await ask.refused(ASK | change)
+    assert told[0] == status
+    assert why in told[1]
+    assert not ask.app.calls
+
+
+async def test_fields_that_ask_for_nothing_are_passed_on() -> None:
+    nothing = {"use_beam_search": False, "anything": None, "user": "me", "store": True, "kv_transfer_params": {}}
+    assert (await Asked()(ASK | nothing))[0] == 200
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("POST", "/v1/embeddings", 404), ("GET", "/v1/messages", 405)])
+async def test_other_paths_name_those_that_there_are(method: str, path: str, status: int) -> None:
+    ask = Asked()
+    told = await ask(method=method, path=path)
+    assert told[0] == status
+    assert "POST /v1/chat/completions" in told[1]["error"]["message"]
+    assert (told[1].get("type") == "error") == (path == "/v1/messages")
+
+
+async def statuses(ask: Asked, bodies: Sequence[Any]) -> list[int]:
+    return [(await ask(body))[0] for body in bodies]
+
+
+async def test_each_response_counts_as_a_call() -> None:
+    assert await statuses(ask := Asked(), [ASK, ASK, ASK, ASK]) == [200, 200, 200, 429]
+    assert ask.session.exceeded == "max_calls"
+    assert await statuses(ask := Asked(), [ASK | {"n": 2}, ASK | {"n": 2}]) == [200, 429]
+    assert ask.session.exceeded == "max_calls"
+    assert await statuses(Asked(concurrent_calls=1), [ASK | {"n": 2}, ASK]) == [400, 200]
+    ask = Asked()
+    for _ in range(9):
+        assert (await ask(method="GET", path="/v1/models"))[0] == 200  # no call of the model
+    assert ask.session.exceeded is None
