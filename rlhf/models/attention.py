@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlhf.models.branches import Branches, trunks
+from rlhf.models.packed_row import current_row
+from rlhf.models.sequence_parallel import ulysses_attention
 from rlhf.models.varlen import Borders, obstacle, varlen_attention
 from rlhf.objectives.products import widens_products
 
-ATTENTION = "rlhf_packed"  # its name among transformers' attention functions
+ATTENTION = "rlhf_packed"  # name of `attention_of_row` among transformers' attention functions
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +32,26 @@ _log = logging.getLogger(__name__)
 @cache
 def _say_slow(why: str) -> None:
     _log.warning("attention runs one sequence at a time, which is slower on a GPU: %s", why)
+
+
+def attention_of_row(
+    module: nn.Module,
+    query: Float[Tensor, "1 Q n D"],
+    key: Float[Tensor, "1 K n D"],
+    value: Float[Tensor, "1 K n D"],
+    attention_mask: Tensor | None,
+    **settings: Any,
+) -> tuple[Float[Tensor, "1 n Q D"], None]:
+    """Compute attention inside each sequence of the current row. transformers calls it for every layer."""
+    row = current_row()
+    if row is None:
+        raise RuntimeError("the attention of a packed row is called outside the forward pass of one")
+    settings |= {"sequence_lengths": row.lengths, "branches": row.branches, "borders": row.borders}
+    if row.group is None:
+        return packed_attention(module, query, key, value, attention_mask, **settings)
+    return ulysses_attention(
+        module, query, key, value, attention_mask, within=packed_attention, group=row.group, **settings
+    )
 
 
 def packed_attention(
@@ -53,23 +75,28 @@ def packed_attention(
     """Compute causal attention inside each sequence, with the signature of transformers' attention functions.
 
     With borders (on a GPU) it is one kernel call, if the kernel supports the model's attention. Otherwise
-    neighbours of equal length share a call. Grouped heads, sliding windows and capped logits (Gemma 2) are handled.
-    Raise NotImplementedError for learnt sinks, position biases or custom masks; such models compute sequences one
-    by one.
+    neighbours of equal length share a call. Grouped heads, sliding windows, chunks (Llama 4), capped logits (Gemma 2)
+    and learnt sinks (gpt-oss) are handled. Raise NotImplementedError for position biases or custom masks; such models
+    compute sequences one by one.
     """
-    if s_aux is not None or position_bias is not None:
-        raise NotImplementedError(f"{type(module).__name__} has attention sinks or a position bias")
+    if position_bias is not None:
+        raise NotImplementedError(f"{type(module).__name__} has a position bias")
     if attention_mask is not None:
         raise NotImplementedError(f"{type(module).__name__} has an attention mask of its own")
+    if chunk := _chunk_size(module):
+        if branches is not None or borders is not None:
+            raise NotImplementedError(f"{type(module).__name__} has chunked attention")
+        sequence_lengths = [min(chunk, n - start) for n in sequence_lengths for start in range(0, n, chunk)]
     if borders is not None:
-        why = obstacle(query, softcap=softcap, dropout=dropout)
+        why = obstacle(query, softcap=softcap, sinks=s_aux, dropout=dropout)
         if why is None:
             return varlen_attention(query, key, value, borders, window=sliding_window, scale=scaling), None
         _say_slow(why)
     dtype = query.dtype
     if widens_products(query):
         query, key, value = query.float(), key.float(), value.float()
-    attend = partial(_attention, window=sliding_window, scale=scaling, softcap=softcap, dropout=dropout)
+    settings: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "dropout": dropout}
+    attend = partial(_attention, window=sliding_window, **settings)
     if branches is None:
         parts = _by_sequence(query, key, value, sequence_lengths, attend)
     else:
@@ -114,25 +141,40 @@ def _attention(
     window: int | None,
     scale: float | None,
     softcap: float | None,
+    sinks: Float[Tensor, " Q"] | None,
     dropout: float,
 ) -> Float[Tensor, "b Q n D"]:
     """Compute causal attention of the last n of m tokens.
 
-    softcap: logits become softcap * tanh(logits / softcap) (Gemma 2).
+    softcap: logits become softcap * tanh(logits / softcap) (Gemma 2). sinks: each head's logit for attending to nothing
+    (gpt-oss).
     """
     seen, asking = k.shape[2], q.shape[2]
-    is_plain = softcap is None and seen == asking and (window is None or seen <= window)
+    is_softmax = softcap is None and sinks is None
+    is_plain = is_softmax and seen == asking and (window is None or seen <= window)
     allowed = None if is_plain else _causal(seen, window=window or seen, device=q.device)[seen - asking :]
-    if softcap is None:
+    if is_softmax:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=allowed, is_causal=is_plain, scale=scale, dropout_p=dropout, enable_gqa=True
         )
     assert allowed is not None
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    logits = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    capped = softcap * torch.tanh(logits.float() / softcap)
-    return capped.masked_fill(~allowed, -torch.inf).softmax(-1).to(v.dtype) @ v
+    logits = (q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)).float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(~allowed, -torch.inf)
+    if sinks is not None:
+        nothing = sinks.float()[None, :, None, None].expand(*logits.shape[:3], 1)
+        return torch.cat([logits, nothing], -1).softmax(-1)[..., :-1].to(v.dtype) @ v
+    return logits.softmax(-1).to(v.dtype) @ v
+
+
+def _chunk_size(module: Any) -> int | None:
+    """Return the number of tokens in a chunk, if this layer's tokens see only those of their own chunk (Llama 4)."""
+    config: Any = getattr(module, "config", None)
+    size: int | None = getattr(config, "attention_chunk_size", None)
+    return size if size and config.layer_types[module.layer_idx] == "chunked_attention" else None
 
 
 def _causal(length: int, *, window: int, device: torch.device) -> Bool[Tensor, "n n"]:
@@ -142,4 +184,4 @@ def _causal(length: int, *, window: int, device: torch.device) -> Bool[Tensor, "
     return (distance >= 0) & (distance < window)
 
 
-ALL_ATTENTION_FUNCTIONS.register(ATTENTION, packed_attention)
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention_of_row)

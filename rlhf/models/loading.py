@@ -24,6 +24,7 @@ from rlhf.data.templates import ChatTemplate
 from rlhf.errors import UserError
 from rlhf.models.folder_check import refuse_strange_folder
 from rlhf.models.linear import widen_linear_layers
+from rlhf.models.packed_row import checkpoint_contexts
 from rlhf.models.quantized import Quantize, is_quantized, keep_storage, quantization_options
 
 T = TypeVar("T")
@@ -276,7 +277,7 @@ def _prepared(model: Any, *, gradient_checkpointing: bool) -> Any:
     model.config.use_cache = False
     model.config.architectures = [type(model).__name__]
     if gradient_checkpointing:
-        _enable_checkpointing(model)
+        enable_checkpointing(model)
     return model
 
 
@@ -291,11 +292,12 @@ def _disable_randomness(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _enable_checkpointing(model: Any) -> None:
+def enable_checkpointing(model: Any) -> None:
     """Recompute layers in the backward pass. transformers does it only for layers in training mode."""
     if not model.supports_gradient_checkpointing:
         raise UserError(f"gradient_checkpointing: {type(model).__name__} does not support it. Set it to false.")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    options = {"use_reentrant": False, "context_fn": checkpoint_contexts}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.training = True  # only for the layer itself; its submodules stay in evaluation mode

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from rlhf.models.attention import ATTENTION
 from rlhf.models.branches import Branches, positions, predecessors
+from rlhf.models.packed_row import PackedRow, computing
 from rlhf.models.routers import keeps_row_order
 from rlhf.models.row_layout import RowLayout, row_layout, rows_of
-from rlhf.models.sequence_parallel import ULYSSES, current_group, filled_up, own_part, summed
+from rlhf.models.sequence_parallel import current_group, filled_up, own_part, summed
 from rlhf.models.varlen import borders
 from rlhf.objectives.distillation import (
     Divergence,
@@ -91,17 +92,18 @@ def body_of(model: Any) -> Any:
 def _run(
     body: Any, token_ids: Tensor, lengths: Sequence[int], tree: Branches | None, noise_alpha: float | None
 ) -> Float[Tensor, "N H"]:
-    group = current_group()
-    _set_attention(body, ATTENTION if group is None else ULYSSES)
+    _set_attention(body, ATTENTION)
     places = positions(lengths, tree, device=token_ids.device)
-    attention: dict[str, Any] = {"sequence_lengths": lengths, "branches": tree}
-    if token_ids.is_cuda:
-        attention["borders"] = borders(lengths, tree, device=token_ids.device)
-    if group is not None:
-        attention |= {"within": ATTENTION, "group": group}
+    row = PackedRow(
+        lengths=lengths,
+        branches=tree,
+        borders=borders(lengths, tree, device=token_ids.device) if token_ids.is_cuda else None,
+        group=current_group(),
+    )
     local = own_part(len(token_ids))
     given = _inputs(body, token_ids[None, local], lengths, local, noise_alpha)
-    outputs = body(**given, position_ids=places[None, local], use_cache=False, **attention)
+    with computing(row):
+        outputs = body(**given, position_ids=places[None, local], use_cache=False)
     hidden: Tensor = outputs.last_hidden_state[0]
     return hidden
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlhf.errors import UserError
 from rlhf.models.branches import Branch, Branches
+from rlhf.models.by_sequence import mixers_of, separate_sequences
 from rlhf.models.packed import body_of, hidden_states, own_hidden_states, policy_logprobs_only
 from rlhf.models.row_layout import RowLayout, Rows, expected_layout, rows_of, set_rows
 from rlhf.models.sequence_parallel import current_group, whole_row
@@ -56,6 +57,14 @@ def check_rows(model: Any, device: torch.device) -> RowLayout:
     own_states = _own_states(model, tokens)
     _refuse_other_head(model, tokens)
     layout, reason = expected_layout(model.config.to_dict())
+    if mixers := mixers_of(model):
+        separate_sequences(model)
+        kind = type(mixers[0]).__name__
+        if current_group() is not None:
+            layout, reason = RowLayout.ONE_BY_ONE, f"its layers of {kind} need whole sequences"
+        elif any(hasattr(p, "ds_id") for p in mixers[0].parameters()):  # set by DeepSpeed on sharded parameters
+            # Ranks gather a layer's weights together, so each rank would have to call it equally often.
+            layout, reason = RowLayout.ONE_BY_ONE, f"ZeRO-3 shards its layers of {kind}, which take single sequences"
     if layout >= RowLayout.PACKED:
         set_rows(model, Rows(layout=layout, own_attention=own_attention))
         layout, reason = _measured(model, tokens, own_states, layout, reason)

@@ -1,8 +1,9 @@
 """How a model computes the sequences of a micro-batch: in one packed row, or one by one.
 
-A packed row is right only for models with transformers' attention functions. Other layers (short convolutions, linear
-attention, state-space models, biases by position) run over the row as one sequence. `rlhf.models.row_check` measures
-the right layout for a loaded model; this module holds the answer.
+A packed row is right for models with transformers' attention functions. Layers that mix tokens by other means (short
+convolutions, linear attention, state-space models) compute the sequences of a row one by one (rlhf.models.by_sequence).
+Biases by position and sparse attention are right for single sequences only. `rlhf.models.row_check` measures the right
+layout for a loaded model; this module holds the answer.
 """
 
 from __future__ import annotations
@@ -50,48 +51,42 @@ def row_layout(model: Any) -> RowLayout:
     return RowLayout.SHARED_PROMPTS if rows is None else rows.layout
 
 
-_PACKED_LAYERS = frozenset({"full_attention", "sliding_attention", "sparse", "dense"})  # the last two are kinds of MLPs
+_ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "sparse", "dense"})  # the last two: kinds of MLPs
+# Layers that compute each sequence of a row by itself, or are beside such a layer, and other kinds of MLPs.
+_MIXING_LAYERS = frozenset({"linear_attention", "conv", "chunked_attention", "hybrid", "moe", "mlp"})
 _ALIBI = "adds a bias by position to its attention"
-_BORDERS = "does not pass the borders of sequences to its attention"
 _OWN_ATTENTION = "does not use transformers' attention functions"
+_MIXES = "has layers other than attention that need whole sequences"
 _RECURRENT = "has recurrent layers"
-_SINKS = "has attention sinks or a position bias"
 _SPARSE = "chooses by itself which tokens a token sees"
 _ONE_BY_ONE = {
     "bloom": _ALIBI,
     "deepseek_v32": _SPARSE,
-    "deepseek_v4": _SINKS,
+    "deepseek_v4": _SPARSE,
     "doge": _SPARSE,
-    "falcon_mamba": _RECURRENT,
     "glm_moe_dsa": _SPARSE,
-    "gpt_oss": _SINKS,
-    "granite_swa": _SINKS,
-    "granitemoe_swa": _SINKS,
     "hy_v4": _OWN_ATTENTION,
-    "inkling_text": _SINKS,
-    "llama4_text": "has chunked attention",
-    "mamba": _RECURRENT,
-    "mamba2": _RECURRENT,
-    "mimo_v2_flash": _SINKS,
+    "inkling_text": _ALIBI,
     "mpt": _ALIBI,
-    "nemotron": _BORDERS,
     "openai-gpt": _OWN_ATTENTION,
-    "recurrent_gemma": _RECURRENT,
     "rwkv": _RECURRENT,
-    "stablelm": _BORDERS,
     "xglm": "counts positions by itself",
     "xlstm": _RECURRENT,
 }
-# Attention with recurrent layers or convolutions, unless `layer_types` names attention alone.
+# With such layers, unless `layer_types` names attention alone.
 _HYBRID = frozenset(
     {
         "bamba",
         "falcon_h1",
+        "falcon_mamba",
         "granitemoehybrid",
         "jamba",
         "kimi_linear",
         "lfm2",
         "lfm2_moe",
+        "llama4_text",
+        "mamba",
+        "mamba2",
         "minimax",
         "nemotron_h",
         "olmo_hybrid",
@@ -99,11 +94,13 @@ _HYBRID = frozenset(
         "qwen3_5_text",
         "qwen3_next",
         "qwen4_exp_text",
+        "recurrent_gemma",
         "zamba",
         "zamba2",
         "zaya",
     }
 )
+_SINKS = frozenset({"gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash"})
 _PACKED = frozenset({"codegen", "gpt_neo", "gpt_neox_japanese", "gptj"})  # positions mask their rows
 
 
@@ -114,10 +111,8 @@ def expected_layout(config: Mapping[str, Any]) -> tuple[RowLayout, str]:
     """
     text: Mapping[str, Any] = config.get("text_config") or config
     kind, layers = text.get("model_type", ""), set(text.get("layer_types") or ())
-    if other_layers := sorted(layers - _PACKED_LAYERS):
+    if other_layers := sorted(layers - _ATTENTION_LAYERS - _MIXING_LAYERS):
         return RowLayout.ONE_BY_ONE, f"{kind} has layers of type {', '.join(other_layers)}"
-    if kind in _HYBRID and not layers:
-        return RowLayout.ONE_BY_ONE, f"{kind} {_RECURRENT} or convolutions"
     if kind in _ONE_BY_ONE:
         return RowLayout.ONE_BY_ONE, f"{kind} {_ONE_BY_ONE[kind]}"
     if text.get("alibi"):
@@ -130,6 +125,12 @@ def expected_layout(config: Mapping[str, Any]) -> tuple[RowLayout, str]:
 def refuse_unpackable(config: Mapping[str, Any], sequence_parallel: int) -> None:
     """Raise UserError if ranks are to share rows of a model unfit for packing."""
     layout, reason = expected_layout(config)
+    text: Mapping[str, Any] = config.get("text_config") or config
+    kind, layers = text.get("model_type", ""), set(text.get("layer_types") or ())
+    if layers - _ATTENTION_LAYERS or (kind in _HYBRID and not layers):
+        layout, reason = RowLayout.ONE_BY_ONE, f"{kind} {_MIXES}"
+    elif kind in _SINKS:
+        layout, reason = RowLayout.ONE_BY_ONE, f"{kind} has attention sinks"
     if sequence_parallel > 1 and layout is RowLayout.ONE_BY_ONE:
         raise UserError(
             f"sequence_parallel is {sequence_parallel}, which needs a model whose sequences can be packed into a row, "

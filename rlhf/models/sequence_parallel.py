@@ -9,7 +9,7 @@ contribution of its part of the row, and the sum over the ranks is the gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -20,12 +20,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.autograd import Function
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlhf.errors import UserError
 from rlhf.models.branches import Branches
-
-ULYSSES = "rlhf_ulysses"  # its name among transformers' attention functions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,9 +128,9 @@ def ulysses_attention(
     query: Float[Tensor, "1 Q n D"],
     key: Float[Tensor, "1 K n D"],
     value: Float[Tensor, "1 K n D"],
-    attention_mask: None,
+    attention_mask: Tensor | None,
     *,
-    within: str,
+    within: Callable[..., tuple[Tensor, None]],
     group: SequenceGroup,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
@@ -155,11 +152,8 @@ def ulysses_attention(
 
     def attend(*row: Float[Tensor, "1 N h D"]) -> Float[Tensor, "1 N h D"]:
         q, k, v = (x.transpose(1, 2) for x in row)
-        result: Tensor = ALL_ATTENTION_FUNCTIONS[within](module, q, k, v, attention_mask, **settings)[0]
+        result: Tensor = within(module, q, k, v, attention_mask, **settings)[0]
         return result
 
     parts = (x.transpose(1, 2) for x in (query, *(x.repeat_interleave(repeats, 1) for x in (key, value))))
     return DistributedAttention(attend, group.handle, scatter_idx=2, gather_idx=1)(*parts, 0), None
-
-
-ALL_ATTENTION_FUNCTIONS.register(ULYSSES, ulysses_attention)

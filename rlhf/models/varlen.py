@@ -56,7 +56,7 @@ def borders(lengths: Sequence[int], branches: Branches | None, *, device: torch.
     )
 
 
-def obstacle(query: Tensor, *, softcap: float | None, dropout: float) -> str | None:
+def obstacle(query: Tensor, *, softcap: float | None, sinks: Tensor | None, dropout: float) -> str | None:
     """Return the reason why the kernel cannot compute this attention. None: it can."""
     if query.dtype not in (torch.bfloat16, torch.float16):
         return f"flash attention takes bfloat16 or float16, not {str(query.dtype).removeprefix('torch.')}"
@@ -64,6 +64,8 @@ def obstacle(query: Tensor, *, softcap: float | None, dropout: float) -> str | N
         return f"flash attention takes heads of up to {LARGEST_HEAD}, not {query.shape[-1]}"
     if softcap is not None:
         return "flash attention in PyTorch does not cap logits"
+    if sinks is not None:
+        return "flash attention in PyTorch has no sinks"
     if dropout > 0.0:
         return "flash attention of variable lengths in PyTorch has no dropout"
     if query.is_cuda and torch.cuda.get_device_capability(query.device) < CAPABILITY:

@@ -30,7 +30,7 @@ def attend(lengths: list[int], branches: Any, *, size: int, window: int | None, 
     """The values and the three gradients, in float32."""
     tensors = heads(lengths, size=size, dtype=dtype)
     at = borders(lengths, branches, device=GPU)
-    assert (obstacle(tensors[0], softcap=None, dropout=0.0) is None) == (dtype == torch.bfloat16)
+    assert (obstacle(tensors[0], softcap=None, sinks=None, dropout=0.0) is None) == (dtype == torch.bfloat16)
     layout = {"sequence_lengths": lengths, "branches": branches, "borders": at, "sliding_window": window}
     found, _ = packed_attention(nn.Identity(), *tensors, None, **layout)  # type: ignore[arg-type]
     weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(GPU, dtype)

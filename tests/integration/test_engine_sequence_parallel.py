@@ -20,6 +20,7 @@ from rlhf.engine.deepspeed import DeepSpeedEngine
 from rlhf.errors import UserError
 from rlhf.models.branches import Branch, Branches
 from rlhf.models.heads import sequence_scores, token_values
+from rlhf.models.loading import enable_checkpointing
 from rlhf.models.packed import policy_logprobs, policy_logprobs_only, supervised_loss
 from tests.integration.rank_gang import CPU, DEADLINE_S, Gang, small_config
 
@@ -42,7 +43,7 @@ def model_of(kind: str, *, checkpointing: bool) -> Any:
     loader = AutoModelForSequenceClassification if kind == "critic" else AutoModelForCausalLM
     model = loader.from_config(config).train()
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     return model
 
 

@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor
 
 from rlhf.models.branches import Branch
+from rlhf.models.loading import enable_checkpointing
 from rlhf.models.packed import (
     distillation_loss,
     hidden_states,
@@ -137,7 +138,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     policy_logprobs_only(model, token_ids, LENGTHS, mask=mask).sum().backward()
     plain = [p.grad for p in model.parameters()]
     model.zero_grad(set_to_none=True)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable_checkpointing(model)
     policy_logprobs_only(model, token_ids, LENGTHS, mask=mask).sum().backward()
     torch.testing.assert_close([p.grad for p in model.parameters()], plain)
 
@@ -296,9 +297,9 @@ def test_the_first_token_has_no_logprob() -> None:
         policy_logprobs(make("llama"), token_ids, LENGTHS, mask=mask)
 
 
-def test_attention_sinks_are_refused() -> None:
+def test_position_biases_are_refused() -> None:
     from rlhf.models.attention import packed_attention
 
     x = torch.zeros(1, 1, 2, 4)
-    with pytest.raises(NotImplementedError, match="sinks or a position bias"):
-        packed_attention(torch.nn.Identity(), x, x, x, None, sequence_lengths=[2], s_aux=torch.zeros(1))
+    with pytest.raises(NotImplementedError, match="a position bias"):
+        packed_attention(torch.nn.Identity(), x, x, x, None, sequence_lengths=[2], position_bias=torch.zeros(1))

@@ -11,6 +11,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 
 from rlhf.errors import UserError
 from rlhf.models.branches import Branch
+from rlhf.models.loading import enable_checkpointing
 from rlhf.models.packed import policy_logprobs_only
 from rlhf.models.routers import RoutingRecord, routers_of
 from rlhf.models.row_check import check_rows
@@ -67,8 +68,6 @@ def test_packing_and_shared_prompts_change_neither_loss_nor_gradient(kind: str) 
     packed = recorded(model, [first, second, third]).balance_loss()
     torch.testing.assert_close(packed, expected)
     torch.testing.assert_close(gradient_of(model, packed), wanted, rtol=1e-3, atol=1e-6)
-    if kind == "gpt_oss":
-        return  # computed one by one, so it shares no prompts
     shared = recorded(model, [first, second[4:], third], [None, Branch(of=0, length=4), None]).balance_loss()
     torch.testing.assert_close(shared, expected)
     torch.testing.assert_close(gradient_of(model, shared), wanted, rtol=1e-3, atol=1e-6)
@@ -77,7 +76,7 @@ def test_packing_and_shared_prompts_change_neither_loss_nor_gradient(kind: str) 
 def test_recomputed_layers_give_the_same_gradient() -> None:
     model = tiny_model("qwen3_moe")
     wanted = gradient_of(model, recorded(model, sequences()).balance_loss())
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable_checkpointing(model)
     torch.testing.assert_close(gradient_of(model, recorded(model, sequences()).balance_loss()), wanted)
 
 

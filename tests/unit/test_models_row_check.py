@@ -61,10 +61,9 @@ def test_logprobs_and_gradients_are_those_of_each_sequence_alone(name: str) -> N
 def test_the_check_finds_the_layout_of_a_model_that_it_does_not_know(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights as small as those of a new model suffice. Chunks of attention are longer than the check's sequences."""
+    """Weights as small as those of a new model suffice."""
     monkeypatch.setattr(row_check, "expected_layout", lambda config: (RowLayout.SHARED_PROMPTS, ""))
-    wanted = RowLayout.SHARED_PROMPTS if name == "llama4_text" else wanted_layout(name)
-    assert check_rows(tiny_model(name, std=0.02).eval(), CPU) is wanted
+    assert check_rows(tiny_model(name, std=0.02).eval(), CPU) is wanted_layout(name)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -96,7 +95,7 @@ def test_a_supervised_step_does_not_depend_on_the_token_budget_of_microbatches(n
 
 
 def test_rows_that_are_not_packed_refuse_shared_prompts() -> None:
-    model = tiny_model("qwen3_5_text")
+    model = tiny_model("bloom")
     check_rows(model, CPU)
     with pytest.raises(ValueError, match="cannot share prompts"):
         hidden_states(model, torch.arange(9), torch.tensor([5, 4]), [None, Branch(of=0, length=2)])
@@ -105,7 +104,7 @@ def test_rows_that_are_not_packed_refuse_shared_prompts() -> None:
 def test_a_scalar_head_is_checked_too() -> None:
     config = tiny_config("qwen3_5_text", num_labels=1)
     model = transformers.AutoModelForSequenceClassification.from_config(config).train()
-    assert check_rows(model, CPU) is RowLayout.ONE_BY_ONE
+    assert check_rows(model, CPU) is RowLayout.SHARED_PROMPTS
 
 
 def test_a_head_that_is_not_known_is_refused() -> None:

@@ -151,12 +151,13 @@ def test_the_real_kernel_takes_what_it_is_given(layout: str) -> None:
         (8, torch.float32, {}, "not float32"),
         (512, torch.bfloat16, {}, "heads of up to 256, not 512"),
         (8, torch.bfloat16, {"softcap": 50.0}, "does not cap logits"),
+        (8, torch.bfloat16, {"sinks": torch.zeros(4)}, "has no sinks"),
         (8, torch.bfloat16, {"dropout": 0.1}, "no dropout"),
     ],
 )
 def test_what_the_kernel_cannot_do_is_named(size: int, dtype: torch.dtype, settings: Any, why: str) -> None:
     query = torch.empty(1, 4, 5, size, dtype=dtype)
-    assert why in str(obstacle(query, **{"softcap": None, "dropout": 0.0, **settings}))
+    assert why in str(obstacle(query, **{"softcap": None, "sinks": None, "dropout": 0.0, **settings}))
 
 
 def test_then_attention_runs_sequence_by_sequence_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:

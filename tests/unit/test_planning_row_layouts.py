@@ -13,8 +13,8 @@ from rlhf.models.row_layout import refuse_unpackable
 from tests.tiny_architectures import tiny_config
 
 
-def plan_of(folder: Path, model_type: str) -> str:
-    tiny_config(model_type).save_pretrained(folder / "model")
+def plan_of(folder: Path, kind: str) -> str:
+    tiny_config(kind).save_pretrained(folder / "model")
     config = {
         "run": {"name": "x"},
         "policy": {"model": str(folder / "model")},
@@ -28,20 +28,21 @@ def plan_of(folder: Path, model_type: str) -> str:
 
 
 def test_the_plan_names_a_model_whose_sequences_are_computed_one_by_one(tmp_path: Path) -> None:
-    text = plan_of(tmp_path, "qwen3_5_text")
-    assert "policy: sequences are computed one by one, which is slower: qwen3_5_text has layers of type" in text
+    text = plan_of(tmp_path, "bloom")
+    assert "policy: sequences are computed one by one, which is slower: bloom adds a bias by position" in text
 
 
 def test_the_plan_names_a_model_that_cannot_share_prompts(tmp_path: Path) -> None:
     assert "policy: responses to a prompt do not share its tokens: gptj" in plan_of(tmp_path, "gptj")
 
 
-def test_the_plan_says_nothing_of_a_model_that_is_packed(tmp_path: Path) -> None:
-    assert "layout of sequences" not in plan_of(tmp_path, "llama")
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_5_text"])
+def test_the_plan_says_nothing_of_a_model_that_is_packed(tmp_path: Path, model_type: str) -> None:
+    assert "layout of sequences" not in plan_of(tmp_path, model_type)
 
 
 def test_ranks_cannot_share_the_rows_of_a_model_that_is_not_packed() -> None:
     refuse_unpackable(tiny_config("qwen3_5_text").to_dict(), 1)
     refuse_unpackable(tiny_config("gptj").to_dict(), 2)
-    with pytest.raises(UserError, match=r"sequence_parallel is 2, .* has layers of type linear_attention"):
+    with pytest.raises(UserError, match=r"sequence_parallel is 2, .* qwen3_5_text has layers other than attention"):
         refuse_unpackable(tiny_config("qwen3_5_text").to_dict(), 2)
