@@ -26,9 +26,12 @@ from torch import Tensor, nn
 from rlhf.errors import UserError
 from rlhf.models.adapter_config import load_adapter_config
 from rlhf.models.loading import whole
+from rlhf.models.routers import routers_of
 from rlhf.models.weights import ADAPTER, INITIAL, is_pissa
 
 Init = Literal["default", "pissa"]
+
+_WITHOUT_OUT_PROJ = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})  # where peft refuses it
 
 
 def add_lora(
@@ -237,10 +240,13 @@ def _head(model: Any) -> Any:
 
 
 def _linear_names(model: Any) -> list[str]:
-    """Return the last names of all linear layers but the head."""
-    head = _head(model)
-    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
-    return sorted({name.rpartition(".")[2] for name in linear})
+    """Return the last names of all linear layers but the head, routers, and those that cannot be adapted by name."""
+    others = {_head(model), *(part for router in routers_of(model) for part in router.modules())}
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module not in others}
+    names = {name.rpartition(".")[2] for name in linear}
+    unfit = {"out_proj"} if model.config.model_type in _WITHOUT_OUT_PROJ else set()
+    unfit.add("dt_proj")  # Mamba layers read its weight themselves, so an adapter would do nothing
+    return sorted(name for name in names - unfit if not name.isdigit())  # blocks are numbered too
 
 
 def _is_tied(model: Any) -> bool:

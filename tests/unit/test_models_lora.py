@@ -20,6 +20,7 @@ from rlhf.models.lora import adapter_disabled, add_lora, principal_pair, starts_
 from rlhf.models.packed import hidden_states, policy_logprobs_only
 from rlhf.models.tiny import build_tiny_llama
 from rlhf.models.weights import adapter_sources, dora_merged, lora_merged, pissa_merged, weight_sources
+from tests.tiny_architectures import tiny_model as tiny_architecture
 
 TOKENS, LENGTHS = torch.arange(7), torch.tensor([3, 4])
 KINDS: dict[str, dict[str, Any]] = {
@@ -233,3 +234,21 @@ def test_what_the_model_does_not_have_is_refused(tiny_model: Path, options: dict
 def test_no_adapter_no_adapter_weights(tiny_model: Path) -> None:
     with pytest.raises(ValueError, match="no LoRA adapter"):
         adapter_sources(load_causal_lm(str(tiny_model), dtype=torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("kind", "frozen"),
+    [
+        ("falcon_mamba", {"dt_proj", "out_proj"}),  # the kernels read these weights themselves
+        ("llama4_text", {"router"}),
+        ("gemma3n_text", {"0", "1", "2"}),  # blocks have such names too
+    ],
+)
+def test_layers_that_an_adapter_does_not_fit_stay_frozen(kind: str, frozen: set[str]) -> None:
+    model = tiny_architecture(kind)
+    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert frozen <= linear
+    model = add_lora(model, rank=2, alpha=4.0, dropout=0.0)
+    adapted = {name.split(".lora_")[0].rpartition(".")[2] for name, _ in model.named_parameters() if ".lora_" in name}
+    assert adapted
+    assert not adapted & frozen
