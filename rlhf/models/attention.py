@@ -88,9 +88,16 @@ def packed_attention(
             raise NotImplementedError(f"{type(module).__name__} has chunked attention")
         sequence_lengths = [min(chunk, n - start) for n in sequence_lengths for start in range(0, n, chunk)]
     if borders is not None:
-        why = obstacle(query, softcap=softcap, sinks=s_aux, dropout=dropout)
+        why = obstacle(query, dropout=dropout)
         if why is None:
-            return varlen_attention(query, key, value, borders, window=sliding_window, scale=scaling), None
+            if softcap is None and s_aux is None:
+                return varlen_attention(query, key, value, borders, window=sliding_window, scale=scaling), None
+            from rlhf.models.flex import flexible_attention  # with PyTorch's compiler, which takes seconds
+
+            result = flexible_attention(
+                query, key, value, borders, window=sliding_window, scale=scaling, softcap=softcap, sinks=s_aux
+            )
+            return result, None
         _say_slow(why)
     dtype = query.dtype
     if widens_products(query):

@@ -8,8 +8,9 @@ mask. Nothing here is registered with transformers; `rlhf.models.packed` decides
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,9 @@ class Borders:
     longest_query: int
     longest_key: int
     seen: Int[Tensor, " M"] | None  # index of the token behind each key; None: the keys are the row itself
+    lengths: Sequence[int]
+    branches: Branches | None
+    masks: dict[int | None, Any] = field(default_factory=dict)  # of flex attention, by window
 
 
 def borders(lengths: Sequence[int], branches: Branches | None, *, device: torch.device) -> Borders:
@@ -53,19 +57,17 @@ def borders(lengths: Sequence[int], branches: Branches | None, *, device: torch.
         longest_query=max(lengths),
         longest_key=max(sizes),
         seen=torch.cat(runs).to(device) if any(branches or ()) else None,
+        lengths=lengths,
+        branches=branches,
     )
 
 
-def obstacle(query: Tensor, *, softcap: float | None, sinks: Tensor | None, dropout: float) -> str | None:
-    """Return the reason why the kernel cannot compute this attention. None: it can."""
+def obstacle(query: Tensor, *, dropout: float) -> str | None:
+    """Return the reason why one kernel call cannot compute this attention. None: it can."""
     if query.dtype not in (torch.bfloat16, torch.float16):
         return f"flash attention takes bfloat16 or float16, not {str(query.dtype).removeprefix('torch.')}"
     if query.shape[-1] > LARGEST_HEAD:
         return f"flash attention takes heads of up to {LARGEST_HEAD}, not {query.shape[-1]}"
-    if softcap is not None:
-        return "flash attention in PyTorch does not cap logits"
-    if sinks is not None:
-        return "flash attention in PyTorch has no sinks"
     if dropout > 0.0:
         return "flash attention of variable lengths in PyTorch has no dropout"
     if query.is_cuda and torch.cuda.get_device_capability(query.device) < CAPABILITY:

@@ -26,12 +26,14 @@ def heads(lengths: list[int], *, size: int, dtype: torch.dtype) -> list[Tensor]:
     return [x.to(GPU, dtype).transpose(1, 2).requires_grad_() for x in rows]
 
 
-def attend(lengths: list[int], branches: Any, *, size: int, window: int | None, dtype: torch.dtype) -> list[Tensor]:
+def attend(
+    lengths: list[int], branches: Any, *, size: int, window: int | None, dtype: torch.dtype, **settings: Any
+) -> list[Tensor]:
     """The values and the three gradients, in float32."""
     tensors = heads(lengths, size=size, dtype=dtype)
     at = borders(lengths, branches, device=GPU)
-    assert (obstacle(tensors[0], softcap=None, sinks=None, dropout=0.0) is None) == (dtype == torch.bfloat16)
-    layout = {"sequence_lengths": lengths, "branches": branches, "borders": at, "sliding_window": window}
+    assert (obstacle(tensors[0], dropout=0.0) is None) == (dtype == torch.bfloat16)
+    layout = {"sequence_lengths": lengths, "branches": branches, "borders": at, "sliding_window": window} | settings
     found, _ = packed_attention(nn.Identity(), *tensors, None, **layout)  # type: ignore[arg-type]
     weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(GPU, dtype)
     (found * weights).sum().backward()
@@ -45,6 +47,17 @@ def test_values_and_gradients(layout: str, window: int | None, size: int) -> Non
     lengths, branches = LAYOUTS[layout]
     found = attend(lengths, branches, size=size, window=window, dtype=torch.bfloat16)
     expected = attend(lengths, branches, size=size, window=window, dtype=torch.float32)
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("kind", ["softcap", "s_aux"])
+def test_capped_logits_and_sinks(layout: str, window: int | None, kind: str) -> None:
+    lengths, branches = LAYOUTS[layout]
+    settings: Any = {kind: 5.0 if kind == "softcap" else torch.tensor([0.5, -1.0, 2.0, 0.0], device=GPU)}
+    found = attend(lengths, branches, size=64, window=window, dtype=torch.bfloat16, **settings)
+    expected = attend(lengths, branches, size=64, window=window, dtype=torch.float32, **settings)
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=3e-2)
 
 

@@ -150,14 +150,12 @@ def test_the_real_kernel_takes_what_it_is_given(layout: str) -> None:
     [
         (8, torch.float32, {}, "not float32"),
         (512, torch.bfloat16, {}, "heads of up to 256, not 512"),
-        (8, torch.bfloat16, {"softcap": 50.0}, "does not cap logits"),
-        (8, torch.bfloat16, {"sinks": torch.zeros(4)}, "has no sinks"),
         (8, torch.bfloat16, {"dropout": 0.1}, "no dropout"),
     ],
 )
 def test_what_the_kernel_cannot_do_is_named(size: int, dtype: torch.dtype, settings: Any, why: str) -> None:
     query = torch.empty(1, 4, 5, size, dtype=dtype)
-    assert why in str(obstacle(query, **{"softcap": None, "sinks": None, "dropout": 0.0, **settings}))
+    assert why in str(obstacle(query, **{"dropout": 0.0, **settings}))
 
 
 def test_then_attention_runs_sequence_by_sequence_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -172,3 +170,15 @@ def test_then_attention_runs_sequence_by_sequence_and_says_so_once(caplog: pytes
         "attention runs one sequence at a time, which is slower on a GPU: flash attention takes bfloat16 or float16, "
         "not float32"
     ]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("settings", [{"softcap": 5.0}, {"s_aux": torch.tensor([0.5, -1.0, 2.0, 0.0])}], ids=str)
+def test_capped_logits_and_sinks_in_one_call(layout: str, window: int | None, settings: dict[str, Any]) -> None:
+    lengths, branches = LAYOUTS[layout]
+    tensors = [x.detach() for x in heads(lengths, size=16, dtype=torch.bfloat16)]
+    given: dict[str, Any] = {"sequence_lengths": lengths, "branches": branches, "sliding_window": window, **settings}
+    found, _ = packed_attention(nn.Identity(), *tensors, None, borders=borders(lengths, branches, device=CPU), **given)
+    expected, _ = packed_attention(nn.Identity(), *(x.float() for x in tensors), None, **given)
+    torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
