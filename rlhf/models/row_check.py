@@ -19,6 +19,7 @@ from rlhf.models.by_sequence import mixers_of, separate_sequences
 from rlhf.models.packed import body_of, hidden_states, own_hidden_states, policy_logprobs_only
 from rlhf.models.row_layout import RowLayout, Rows, expected_layout, rows_of, set_rows
 from rlhf.models.sequence_parallel import current_group, whole_row
+from rlhf.models.support import untested_model
 
 LENGTHS = (7, 4, 9)
 PROMPT = 3  # tokens shared by the first two sequences
@@ -56,7 +57,10 @@ def check_rows(model: Any, device: torch.device) -> RowLayout:
     tokens = _some_tokens(model, device)
     own_states = _own_states(model, tokens)
     _refuse_other_head(model, tokens)
-    layout, reason = expected_layout(model.config.to_dict())
+    config = model.config.to_dict()
+    if (sentence := untested_model(config)) is not None:
+        _log.warning("%s: %s", type(model).__name__, sentence)
+    layout, reason = expected_layout(config)
     if mixers := mixers_of(model):
         separate_sequences(model)
         kind = type(mixers[0]).__name__

@@ -14,6 +14,7 @@ from rlhf.config.schema.stages import MergeStage, final_folder
 from rlhf.config.schema.stages import Stage as RunStage
 from rlhf.errors import UserError
 from rlhf.models.row_layout import RowLayout, expected_layout
+from rlhf.models.support import untested_model
 from rlhf.planning.fitting import places, remedies, this_machine
 from rlhf.planning.footprints import Sizes, checkpoint_sizes, footprints
 from rlhf.planning.lengths import Lengths, parse_lengths
@@ -87,16 +88,23 @@ def _estimates(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengt
 
 
 def _row_layouts(config: Config, sizes: Sizes) -> list[str]:
-    """Name the models whose sequences are not packed as usual, as far as their config.json is here."""
-    lines = []
+    """Name the models of untested types, and those whose sequences are not packed as usual.
+
+    Only for models with a config.json at hand.
+    """
+    lines, untested = [], []
     for section, model in models_of(config).items():
         stored = find_config((sizes.made or {}).get(model.model, model.model), shapes=sizes.shapes)
-        layout, reason = (RowLayout.SHARED_PROMPTS, "") if stored is None else expected_layout(stored[0])
+        if stored is None:
+            continue
+        if (sentence := untested_model(stored[0])) is not None:
+            untested.append(f"{section}: {sentence}")
+        layout, reason = expected_layout(stored[0])
         if layout is RowLayout.ONE_BY_ONE:
             lines.append(f"  {section}: sequences are computed one by one, which is slower: {reason}")
         elif layout is RowLayout.PACKED:
             lines.append(f"  {section}: responses to a prompt do not share its tokens: {reason}")
-    return ["\n".join(["layout of sequences", *lines])] if lines else []
+    return [*untested, "\n".join(["layout of sequences", *lines])] if lines else untested
 
 
 def _terms(processes: Sequence[Footprint]) -> str:

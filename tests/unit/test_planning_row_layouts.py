@@ -13,8 +13,10 @@ from rlhf.models.row_layout import refuse_unpackable
 from tests.tiny_architectures import tiny_config
 
 
-def plan_of(folder: Path, kind: str) -> str:
+def plan_of(folder: Path, kind: str, **changes: str) -> str:
     tiny_config(kind).save_pretrained(folder / "model")
+    stored = folder / "model" / "config.json"
+    stored.write_text(json.dumps(json.loads(stored.read_text()) | changes))
     config = {
         "run": {"name": "x"},
         "policy": {"model": str(folder / "model")},
@@ -38,7 +40,14 @@ def test_the_plan_names_a_model_that_cannot_share_prompts(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_5_text"])
 def test_the_plan_says_nothing_of_a_model_that_is_packed(tmp_path: Path, model_type: str) -> None:
-    assert "layout of sequences" not in plan_of(tmp_path, model_type)
+    text = plan_of(tmp_path, model_type)
+    assert "layout of sequences" not in text
+    assert "no test has run" not in text
+
+
+def test_the_plan_names_a_model_of_a_type_without_tests(tmp_path: Path) -> None:
+    text = plan_of(tmp_path, "llama", model_type="llama_of_tomorrow")
+    assert "policy: no test has run with models of type llama_of_tomorrow" in text
 
 
 def test_ranks_cannot_share_the_rows_of_a_model_that_is_not_packed() -> None:

@@ -1,0 +1,70 @@
+"""The table of tested architectures: what tests on tiny random models of each type have measured.
+
+`support.csv` has a line for each model type. tests/support_measurements.py writes it, and docs/models.md shows it.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+_TITLES = ("model type", "kind", "sequences", "reward head", "LoRA", "export", "engine after a sync, nats")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Support:
+    """Measurements of one model type."""
+
+    model_type: str
+    kind: str  # dense, mixture (of experts), hybrid, or hybrid mixture
+    sequences: str  # the layout of a micro-batch
+    reward_head: str  # "yes" or "no", like the next two
+    lora: str
+    export: str
+    engine: str  # largest difference after a weight sync in nats, or the reason why there is none
+
+
+@cache
+def support_by_type() -> Mapping[str, Support]:
+    """Return the measurements by model type."""
+    with Path(__file__).with_name("support.csv").open(encoding="utf-8", newline="") as file:
+        return {row["model_type"]: Support(**row) for row in csv.DictReader(file)}
+
+
+def untested_model(config: Mapping[str, Any]) -> str | None:
+    """Return the sentence about a model of a type without measurements. None: its type is in the table."""
+    kind = (config.get("text_config") or config).get("model_type", "")
+    if kind in support_by_type():
+        return None
+    return (
+        f"no test has run with models of type {kind or 'unknown'} (docs/models.md). A worker checks the forward pass "
+        "of each model, and a probe checks every weight sync."
+    )
+
+
+def support_table() -> str:
+    """Return the table in Markdown."""
+    lines = [_line(_TITLES), _line(["---"] * len(_TITLES))]
+    for row in sorted(support_by_type().values(), key=lambda row: row.model_type):
+        name, *cells = (str(getattr(row, field.name)) for field in fields(Support))
+        lines.append(_line([f"`{name}`", *cells]))
+    return "".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |\n"
+
+
+def main(page: Path) -> None:
+    """Replace the table at the end of a page."""
+    text = page.read_text(encoding="utf-8")
+    page.write_text(text[: text.index(_line(_TITLES))] + support_table(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

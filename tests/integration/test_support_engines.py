@@ -1,0 +1,33 @@
+"""The engine's column of the table of tested architectures: what it says of a sync is still so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+
+from rlhf.models.support import support_by_type
+
+ROWS = support_by_type().values()
+SYNCED = [row.model_type for row in ROWS if row.engine[0].isdigit() and "only" not in row.engine]
+
+
+@pytest.fixture(scope="module")
+def importer() -> Iterator[Executor]:
+    """A process that imports vLLM once, and never in this one."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as executor:
+        yield executor
+
+
+def measure(model_type: str) -> str:
+    from tests.support_engines import difference
+
+    return difference(model_type)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", SYNCED)
+def test_an_engine_has_the_trainers_logprobs_after_a_sync(importer: Executor, model_type: str) -> None:
+    assert float(importer.submit(measure, model_type).result(timeout=200.0)) < 2e-3

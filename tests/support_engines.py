@@ -1,0 +1,150 @@
+"""Measures how far vLLM's log-probabilities are from the trainer's after a weight sync, one model type after the other.
+
+vLLM is imported once. Each type gets a fork of this process, so that an engine leaves nothing behind, however it ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+
+from actors.rollout.vllm_engine import RolloutSpec, build_engine, engine_environment, load_weights, sampling_params
+from actors.weights.shm import ShmSender
+from rlhf.errors import RunError
+from rlhf.types import Sampling
+from tests.support_measurements import model_folder, published
+from tests.tiny_architectures import ALL
+
+Dtype = Literal["float32", "bfloat16"]
+TIMEOUT_S = 60.0
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+}
+CHANGES: dict[str, dict[str, Any]] = {  # what else has to fit these sizes
+    "bamba": {"mamba_d_head": 32},
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_head": 32},
+    "granitemoehybrid": {"mamba_d_head": 32},
+    "lfm2": {"conv_dim": 64},  # vLLM reads it, and transformers' own config class has no such value
+    "lfm2_moe": {"conv_dim": 64},
+    "mamba2": {"num_heads": 16},
+}
+PROMPTS = ([65, 70, 75, 80, 85, 90, 95, 100], [66, 71, 76])
+
+
+def difference(model_type: str) -> str:
+    """The largest difference over sampled tokens, or why there is none."""
+    answer = _in_a_fork(model_type, "float32")
+    if "requires BF16" not in answer:
+        return answer
+    return f"{_in_a_fork(model_type, 'bfloat16')} (only in bfloat16)"
+
+
+def _in_a_fork(model_type: str, dtype: Dtype) -> str:
+    context = get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(model_type, dtype, theirs))
+    process.start()
+    theirs.close()
+    try:
+        answer = str(ours.recv()) if ours.poll(TIMEOUT_S) else "no answer in time"
+    except EOFError:
+        answer = "the process died"
+    process.kill()
+    process.join()
+    return answer
+
+
+def _answer(model_type: str, dtype: Dtype, connection: Connection) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            connection.send(_measure(model_type, Path(folder), dtype))
+        except (
+            ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NotImplementedError, OSError,
+            RunError, RuntimeError, StrictDataclassError, TypeError, ValueError,
+        ) as error:  # fmt: skip
+            connection.send(f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def sizes_for_engine(model_type: str) -> dict[str, Any]:
+    """The changes of a tiny config with which vLLM's kernels of a CPU run, unless the type has its own."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    known = CONFIG_MAPPING[model_type]()
+    sizes = {key: value for key, value in SIZES.items() if hasattr(known, key) and key not in ALL[model_type]}
+    return sizes | CHANGES.get(model_type, {})
+
+
+def _measure(model_type: str, folder: Path, dtype: Dtype) -> str:
+    source = model_folder(folder, model_type, std=0.02, **sizes_for_engine(model_type))
+    (architecture,) = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
+    if architecture not in vllm.ModelRegistry.get_supported_archs():
+        return "not in vLLM"
+    spec = RolloutSpec(
+        model=source,
+        dtype=dtype,
+        max_model_len=128,
+        max_num_seqs=8,
+        transport="shm",
+        kv_cache_gib=0.05,
+    )
+    engine = build_engine(spec)
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    sender = ShmSender(rank=0)
+    try:
+        model.to(getattr(torch, dtype))
+        manifest = sender.publish(published(model), 1)
+        model.float()
+        assert manifest is not None
+        load_weights(engine, manifest, keep_cache=False)
+        worst = 0.0
+        for prompt, tokens, logprobs in sampled(engine):
+            worst = max(worst, float((own_logprobs(model, [*prompt, *tokens])[-len(tokens) :] - logprobs).abs().max()))
+    finally:
+        sender.close()
+    return f"{worst:.0e}"
+
+
+def own_logprobs(model: Any, ids: list[int]) -> Tensor:
+    row = torch.tensor(ids)
+    with torch.no_grad():
+        logprobs = model(row[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
+    return logprobs.gather(1, row[1:, None])[:, 0]
+
+
+def sampled(engine: Any) -> list[tuple[list[int], list[int], Tensor]]:
+    """Prompts, and the engine's tokens and log-probabilities after each."""
+    sampling = Sampling(max_new_tokens=12)
+    for index, prompt in enumerate(PROMPTS):
+        engine.add_request(
+            str(index), {"prompt_token_ids": prompt}, sampling_params(sampling, index, turn_end=None, added={})
+        )
+    found = {}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            if output.finished:
+                one = output.outputs[0]
+                found[int(output.request_id)] = (list(one.token_ids), list(one.logprobs.logprobs))
+    return [(list(PROMPTS[i]), tokens, torch.tensor(values)) for i, (tokens, values) in sorted(found.items())]
+
+
+os.environ.update(engine_environment(RolloutSpec(model="", dtype="float32", max_model_len=128, transport="shm")))
+import vllm  # noqa: E402  # after its environment is set, and before the forks

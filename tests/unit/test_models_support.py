@@ -1,0 +1,36 @@
+"""The table of tested architectures is what the tiny models of this version of transformers measure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlhf.models.support import support_by_type, support_table, untested_model
+from tests.support_measurements import measured
+from tests.tiny_architectures import ALL
+
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+QUICK = {"llama", "gemma2", "qwen3_moe", "gpt_oss", "qwen3_5_text", "lfm2", "bloom"}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
+)
+def test_a_line_of_the_table_is_true(name: str) -> None:
+    assert measured(name) == support_by_type()[name]
+
+
+def test_the_page_shows_the_table() -> None:
+    shown = PAGE.read_text(encoding="utf-8")
+    assert shown.endswith(support_table()), "run: python -m rlhf.models.support docs/models.md"
+
+
+def test_every_tiny_architecture_is_in_the_table() -> None:
+    assert support_by_type().keys() == ALL.keys()
+
+
+def test_a_type_outside_the_table_is_named() -> None:
+    assert untested_model({"model_type": "llama"}) is None
+    assert untested_model({"model_type": "pictures", "text_config": {"model_type": "qwen3"}}) is None
+    assert "models of type blip" in str(untested_model({"model_type": "blip"}))
