@@ -94,11 +94,13 @@ def build_engine(spec: RolloutSpec) -> Any:
     from vllm.config import WeightTransferConfig
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    from rlhf.models.loading import split_revision  # with transformers, which the driver need not wait for
+    from rlhf.models.loading import load_model_config, split_revision  # with transformers: the driver need not wait
+    from rlhf.models.row_layout import keeps_states
 
     gc.freeze()  # vLLM collects garbage five times. Visiting the objects of all modules takes half of the build.
     cpu, in_flight = spec.device == "cpu", spec.kv_after_update is not None
     model, revision = split_revision(spec.model)
+    config = load_model_config(spec.model, trust_remote_code=spec.trust_remote_code).to_dict()
     tokenizer, tokenizer_revision = split_revision(spec.tokenizer or spec.model)
     arguments = EngineArgs(
         model=model,
@@ -118,6 +120,8 @@ def build_engine(spec: RolloutSpec) -> Any:
         enforce_eager=spec.enforce_eager,
         block_size=32 if cpu else None,  # prompts are shared by whole blocks, and the CPU's default is 128 tokens
         enable_chunked_prefill=not cpu,  # on a CPU a seeded sample in a partial prefill ends the engine
+        # States are cached only at the ends of prefills in parts. None: vLLM decides.
+        enable_prefix_caching=False if cpu and keeps_states(config) else None,
         async_scheduling=False,  # a step is over when step() returns, so an update never meets one
         enable_sleep_mode=spec.colocated and not cpu,
         logprobs_mode="processed_logprobs",  # of the sampling distribution

@@ -122,6 +122,13 @@ def expected_layout(config: Mapping[str, Any]) -> tuple[RowLayout, str]:
     return RowLayout.SHARED_PROMPTS, f"{kind} has attention layers alone"
 
 
+def keeps_states(config: Mapping[str, Any]) -> bool:
+    """Return whether a model's layers keep a state beside keys and values, from the values of its config.json."""
+    text: Mapping[str, Any] = config.get("text_config") or config
+    kind, layers = text.get("model_type", ""), set(text.get("layer_types") or ())
+    return bool(layers & {"linear_attention", "conv", "hybrid"}) or (kind in _HYBRID - {"llama4_text"} and not layers)
+
+
 def refuse_unpackable(config: Mapping[str, Any], sequence_parallel: int) -> None:
     """Raise UserError if ranks are to share rows of a model unfit for packing."""
     layout, reason = expected_layout(config)

@@ -14,7 +14,7 @@ from rlhf.models import row_check
 from rlhf.models.branches import Branch
 from rlhf.models.packed import hidden_states, policy_logprobs_only, supervised_loss
 from rlhf.models.row_check import check_rows
-from rlhf.models.row_layout import RowLayout, expected_layout, row_layout
+from rlhf.models.row_layout import RowLayout, expected_layout, keeps_states, row_layout
 from rlhf.workers.microbatches import split_microbatches
 from tests.tiny_architectures import ALL, ONE_BY_ONE, PACKS, SHARES_PROMPTS, VOCABULARY, tiny_config, tiny_model
 
@@ -69,6 +69,12 @@ def test_the_check_finds_the_layout_of_a_model_that_it_does_not_know(
 @pytest.mark.parametrize("name", ALL)
 def test_the_layout_is_expected_from_the_config(name: str) -> None:
     assert expected_layout(tiny_config(name).to_dict())[0] is wanted_layout(name)
+
+
+def test_types_with_a_state_are_known_from_the_config() -> None:
+    known = {name for name in ALL if keeps_states(tiny_config(name).to_dict())}
+    assert known >= {"falcon_h1", "jamba", "kimi_linear", "lfm2_moe", "mamba", "nemotron_h", "qwen3_next", "zamba2"}
+    assert not known & {"gemma3_text", "gpt_oss", "llama", "llama4_text", "mixtral", "olmo3"}
 
 
 @pytest.mark.parametrize("name", ["qwen3_5_text", "lfm2", "llama"])
