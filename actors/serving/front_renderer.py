@@ -6,14 +6,19 @@ The parser notes what the client is told of a response, since it will come back 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
+from vllm.renderers.chat_utils import has_non_text_content
 from vllm.renderers.online_renderer import OnlineRenderer
 
+from actors.serving.refusals import RefusedCall
 from actors.serving.sessions import CURRENT_CALL, KnownTurn, OpenSession, ServedCall
 
+LONG_TEXT = 20_000  # characters; tokenizing more takes milliseconds
 _PLACE = "qzsentinelzq"  # stands for a turn in a rendered conversation
 _TOKEN_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
@@ -26,6 +31,8 @@ class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
         call = CURRENT_CALL.get()
         call.is_chat = True
         if call.session is not None:
+            if has_non_text_content(messages):
+                raise RefusedCall("`messages` hold more than text, and a session takes text alone", param="messages")
             _take_limits(request, call)
             tools = [options.get("tool_dicts"), request.chat_template_kwargs]
             known = call.session.look_up(call, messages, tools)
@@ -45,32 +52,38 @@ class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
         """Return a prompt that continues a known turn. None: the template does not write the turn once, as it is."""
         marked = [{"role": "assistant", "content": _PLACE}]
         before, behind = messages[: known.start], messages[known.end :]
-        tail = _behind(await self._render(request, [*before, *marked, *behind], options))
+        tail = _behind(self._render(request, [*before, *marked, *behind], options))
         if tail is None:  # the template wants to see the calls that a tool's results answer
-            end = _behind(await self._render(request, [*before, *marked], options, is_whole=False))
-            told = await self._render(request, messages[: known.end], options, is_whole=False)
-            whole = await self._render(request, messages, options)
+            end = _behind(self._render(request, [*before, *marked], options, is_whole=False))
+            told = self._render(request, messages[: known.end], options, is_whole=False)
+            whole = self._render(request, messages, options)
             if end is None or told is None or whole is None or not whole.startswith(told):
                 return None
             tail = end + whole[len(told) :]
         ids = session.tokens(known)
-        added: list[int] = self.renderer.get_tokenizer().encode(known.added + tail, add_special_tokens=False)
+        added = await self._encode(known.added + tail)
         return ids + added[ids[-1:] == added[:1] :]  # a turn that ended by itself has its end already
 
-    async def _render(
+    async def _encode(self, text: str) -> list[int]:
+        """Tokenize text, which must not keep other requests waiting if it is long."""
+        encode = partial(self.renderer.get_tokenizer().encode, add_special_tokens=False)
+        ids: list[int] = await asyncio.to_thread(encode, text) if len(text) > LONG_TEXT else encode(text)
+        return ids
+
+    def _render(
         self, request: Any, messages: list[Any], options: dict[str, Any], *, is_whole: bool = True
     ) -> str | None:
-        """Return a conversation as text, or its beginning. None: the template refuses it."""
+        """Return a conversation as text, or its beginning. None: the template refuses it, or writes tokens."""
         params = request.build_chat_params(options["default_template"], options["default_template_content_format"])
         usual = {**(options["default_template_kwargs"] or {}), "tools": options.get("tool_dicts"), "tokenize": False}
         params = params.with_defaults(usual)
         if not is_whole:
             params.chat_template_kwargs["add_generation_prompt"] = False
         try:
-            _, rendered = await self.renderer.render_messages_async(messages, params)
+            _, rendered = self.renderer.render_messages(messages, params)  # not in a thread: waking one takes longer
         except ValueError:
             return None
-        text: str = rendered["prompt"]
+        text: str | None = rendered.get("prompt")
         return text
 
 

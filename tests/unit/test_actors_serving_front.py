@@ -338,6 +338,27 @@ async def test_tokens_under_a_grammar_are_marked(parts: EngineParts) -> None:
         assert loop.asked[0].params.structured_outputs.json is not None
 
 
+async def test_a_session_takes_text_alone(parts: EngineParts) -> None:
+    async with fronted(parts, "yes") as (front, loop), openai_client(front, "a-session") as client:
+        opened(front)
+        image: Any = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+        with pytest.raises(openai.BadRequestError, match="a session takes text alone"):
+            await client.chat.completions.create(model="m", messages=[{"role": "user", "content": [image]}])
+        assert not loop.asked
+
+
+async def test_a_long_result_is_tokenized_as_a_short_one(parts: EngineParts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.serving.front_renderer.LONG_TEXT", 30)
+    async with fronted(parts, "yes") as (front, _), openai_client(front, "a-session") as client:
+        opened(front)
+        said = {"role": "assistant", "content": "yes"}
+        await client.chat.completions.create(model="m", messages=HI)
+        await client.chat.completions.create(model="m", messages=[*HI, said, {"role": "user", "content": "x" * 50}])
+        calls = front.sessions.close("a-session")
+        assert_extends(calls)
+        assert TOKENIZER.decode(calls[1].prompt_ids).endswith(f"yes<|eos|><|user|>{'x' * 50}<|eos|><|assistant|>")
+
+
 async def test_the_key_may_be_in_the_path(parts: EngineParts) -> None:
     async with fronted(parts, "yes") as (front, _):
         opened(front, "in-the-path")
@@ -383,6 +404,7 @@ async def until(holds: Callable[[], bool]) -> None:
         ("chat/completions", {"n": 129}, 400, "asks for 129 responses, more than 128"),
         ("completions", {"prompt": ["a"] * 65, "n": 2}, 400, "asks for 130 responses, more than 128"),
         ("chat/completions", {"messages": [{"role": "user", "content": "x" * 2000}]}, 400, "maximum context length"),
+        ("completions", {"echo": True}, 400, "`echo` is not supported here: the answer is the response alone"),
         ("completions", {"prompt_logprobs": 1}, 400, "`prompt_logprobs` is not supported here"),
         ("responses", {"background": True}, 400, "`background` is not supported here"),
         ("responses", {"tools": [{"type": "web_search"}]}, 400, "`tools[0].type` is 'web_search'"),
