@@ -77,6 +77,7 @@ _SIZES: dict[str, Any] = {
 _HYBRID = ["linear_attention", "full_attention"]
 _WINDOWS = {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]}
 _MLA = {"head_dim": 4, "num_key_value_heads": 4}
+_SPARSE = _MLA | {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 4}
 _WITHOUT_HEAD_DIM: dict[str, Any] = {"head_dim": ...}  # `...` leaves the default
 
 # By layout that is right: model type, and what differs from the sizes above.
@@ -84,6 +85,7 @@ SHARES_PROMPTS: dict[str, dict[str, Any]] = {
     "afmoe": {},
     "apertus": {},
     "arcee": {},
+    "axk1": _MLA | {"first_k_dense_replace": 1},
     "bamba": {"attn_layer_indices": [1]},
     "biogpt": {},
     "bitnet": {},
@@ -117,15 +119,21 @@ SHARES_PROMPTS: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
     "gpt_oss": {},
     "granite": {"logits_scaling": 4.0, "residual_multiplier": 0.5},
+    "granite_swa": {},
     "granitemoe": {},
+    "granitemoe_swa": {},
     "granitemoehybrid": {"layer_types": _HYBRID, "shared_intermediate_size": 48},
     "granitemoeshared": {},
     "helium": {},
     "hunyuan_v1_dense": {},
     "hunyuan_v1_moe": {},
+    "hy_v3": {},
+    "hyperclovax": {},
+    "jais2": {},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
     "jetmoe": {},
     "kimi_linear": _MLA | {"layer_types": _HYBRID, "mlp_layer_types": ["dense", "sparse"]},
+    "laguna": {},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "llama": {},
@@ -133,6 +141,8 @@ SHARES_PROMPTS: dict[str, dict[str, Any]] = {
     "longcat_flash": _MLA | {"num_layers": 1, "head_dim": 4},
     "mamba": {"state_size": 8},
     "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 8},
+    "mellum": {},
+    "mimo_v2_flash": {},
     "minicpm3": _MLA,
     "minimax": {"layer_types": _HYBRID},
     "minimax_m2": {},
@@ -167,12 +177,14 @@ SHARES_PROMPTS: dict[str, dict[str, Any]] = {
     "stablelm": {},
     "starcoder2": {"sliding_window": 3},
     "vaultgemma": {},
+    "youtu": _MLA,
     "zamba2": {
         "layers_block_type": ["linear_attention", "hybrid"],
         "mamba_ngroups": 1,
         "n_mamba_heads": 4,
         "chunk_size": 8,
     },
+    "zaya": {"num_experts_per_tok": 1},
 }
 PACKS: dict[str, dict[str, Any]] = {
     "codegen": {},
@@ -182,8 +194,10 @@ PACKS: dict[str, dict[str, Any]] = {
 }
 ONE_BY_ONE: dict[str, dict[str, Any]] = {
     "bloom": {},
+    "deepseek_v32": _SPARSE | {"first_k_dense_replace": 1},
     "doge": {},
     "falcon": _WITHOUT_HEAD_DIM | {"alibi": True},
+    "glm_moe_dsa": _SPARSE | {"mlp_layer_types": ["dense", "sparse"]},
     "mpt": {},
     "openai-gpt": {},
     "rwkv": {},
