@@ -16,12 +16,13 @@ import signal
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from rlhf.errors import ChildLost, UserError
 from rlhf.extensions import CodeSource
 from rlhf.rewards.processes.process import MAX_LOG_LINES, ChildProcess, place_in
 from rlhf.rollouts.environments.process import NUMBER, SIZE, Description
+from rlhf.types import RewardErrorKind
 
 logger = logging.getLogger(__name__)
 
@@ -40,22 +41,44 @@ class Step:
 
 
 class EnvironmentFailure(Exception):
-    """Raised if a conversation's environment raises, hangs, dies or returns an invalid number. The conversation has no
-    reward.
+    """Raised if a conversation's environment or an agent raises, hangs, dies or returns an invalid value.
+
+    The conversation has no reward.
     """
 
-    def __init__(self, kind: Literal["raised", "timeout", "not_a_number", "died"], message: str) -> None:
+    def __init__(self, kind: RewardErrorKind, message: str) -> None:
         super().__init__(message)
         self.kind = kind
 
 
-class EnvironmentHost:
-    """An environment, loaded once and forked into a separate process for each conversation."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostedKind:
+    """A kind of code that is loaded once and forked, and its names in messages."""
 
-    def __init__(self, source: CodeSource, *, step_timeout_s: float, memory_gib: float) -> None:
+    program: str  # `module:CLASS` of the HostedCode
+    label: str
+    key: str  # section of the configuration
+    timeout: str  # key of the time limit of a call
+
+
+ENVIRONMENTS = HostedKind(
+    program="rlhf.rollouts.environments.process:HostedEnvironment",
+    label="environment",
+    key="rollouts.environment",
+    timeout="step_timeout_s",
+)
+
+
+class EnvironmentHost:
+    """An environment or an agent, loaded once and forked into a separate process for each conversation."""
+
+    def __init__(
+        self, source: CodeSource, *, step_timeout_s: float, memory_gib: float, kind: HostedKind = ENVIRONMENTS
+    ) -> None:
         self.source = source
         self.step_timeout_s = step_timeout_s
         self.memory_gib = memory_gib
+        self.kind = kind
         self.description: Description | None = None
         self._child: ChildProcess | None = None
         self._lost: ChildLost | None = None
@@ -64,10 +87,10 @@ class EnvironmentHost:
 
     async def start(self) -> Description:
         """Load the environment. UserError if it cannot be used."""
-        self._child = child = ChildProcess("rlhf.rollouts.environments.process", label="environment", env={})
+        self._child = child = ChildProcess("rlhf.rollouts.environments.process", label=self.kind.label, env={})
         child.connection.setblocking(False)
         asyncio.get_running_loop().add_reader(child.output, self._read_output)
-        hello = pickle.dumps((self.source, int(self.memory_gib * 2**30)))
+        hello = pickle.dumps((self.kind.program, self.source, int(self.memory_gib * 2**30)))
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
                 await asyncio.get_running_loop().sock_sendall(child.connection, SIZE.pack(len(hello)) + hello)
@@ -144,15 +167,15 @@ class EnvironmentHost:
                     socket.send_fds(child.connection, [NUMBER.pack(pid)], [] if fd is None else [fd])
                     answer: int = NUMBER.unpack(await self._receive(NUMBER.size))[0]
             except TimeoutError as error:
-                message = f"the environment's process did not fork within {FORK_TIMEOUT_S:g} s"
+                message = f"the {self.kind.label}'s process did not fork within {FORK_TIMEOUT_S:g} s"
                 self._lost = ChildLost(message, kind="hung")
                 raise self._lost from error
             except (EOFError, OSError) as error:
                 self._read_output()
                 self._lost = ChildLost(
-                    f"the environment's process is gone; its last output: {child.log.last_line!r}. It may have been "
-                    f"killed for want of memory: each conversation may take "
-                    f"rollouts.environment.memory_gib ({self.memory_gib:g})."
+                    f"the {self.kind.label}'s process is gone; its last output: {child.log.last_line!r}. It may have "
+                    f"been killed for want of memory: each conversation may take "
+                    f"{self.kind.key}.memory_gib ({self.memory_gib:g})."
                 )
                 raise self._lost from error
         return answer
@@ -216,14 +239,14 @@ class Conversation:
 
     async def reset(self, seed: int, columns: Mapping[str, Any]) -> str:
         """Return the first observation, or an empty string."""
-        return (await self._call("reset", seed=seed, columns=dict(columns)))["observation"]  # type: ignore[no-any-return]
+        return (await self.call("reset", seed=seed, columns=dict(columns)))["observation"]  # type: ignore[no-any-return]
 
     async def step(self, response: str, tool_calls: Sequence[Mapping[str, Any]] | None = None) -> Step:
         """Send a turn of the policy. `tool_calls` is None if the environment has no tools."""
         turn: dict[str, Any] = {"response": response}
         if tool_calls is not None:
             turn["tool_calls"] = [dict(call) for call in tool_calls]
-        answer = await self._call("step", turn=turn)
+        answer = await self.call("step", turn=turn)
         observation = answer["observation"]
         return Step(
             observation=tuple(observation) if isinstance(observation, list) else observation,
@@ -237,7 +260,7 @@ class Conversation:
         try:
             if description is not None and description.has_close and not self._dead:
                 try:
-                    await self._call("close")
+                    await self.call("close")
                 except EnvironmentFailure as error:
                     logger.warning("closing the environment of a conversation: %s", error)
         finally:
@@ -246,8 +269,9 @@ class Conversation:
                 self._dead = True
                 await self._host.end(self.pid)
 
-    async def _call(self, call: str, **message: Any) -> dict[str, Any]:
-        limit_s = self._host.step_timeout_s
+    async def call(self, call: str, **message: Any) -> dict[str, Any]:
+        """Return the reply of the code to a call."""
+        limit_s, kind = self._host.step_timeout_s, self._host.kind
         data = pickle.dumps({"call": call, **message})
         try:
             async with asyncio.timeout(limit_s):
@@ -264,13 +288,13 @@ class Conversation:
             self._dead = True
             await self._host.end(self.pid)
             raise EnvironmentFailure(
-                "timeout", f"{call} did not answer within rollouts.environment.step_timeout_s: {limit_s:g}{place}"
+                "timeout", f"{call} did not answer within {kind.key}.{kind.timeout}: {limit_s:g}{place}"
             ) from error
         except (asyncio.IncompleteReadError, OSError) as error:
             self._dead = True
             how = await self._host.end(self.pid, is_closed=True)
             raise EnvironmentFailure("died", f"in {call}, {how or 'it closed its connection'}") from error
         if "kind" in reply:
-            limit = f" (rollouts.environment.memory_gib: {self._host.memory_gib:g})" if reply["kind"] == "died" else ""
+            limit = f" ({kind.key}.memory_gib: {self._host.memory_gib:g})" if reply["kind"] == "died" else ""
             raise EnvironmentFailure(reply["kind"], f"{call}: {reply['message']}{limit}")
         return reply

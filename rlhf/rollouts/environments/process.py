@@ -1,13 +1,15 @@
 """The program of an environment's process: load the environment once, and fork a copy for each conversation.
 
 `rlhf.rollouts.environments.host` starts it and shares the message types below. A fork isolates each conversation in a
-separate process at little cost. It uses only the standard library, and starts in a twentieth of a second: never import
-torch here, directly or through another module.
+separate process at little cost. Agents are loaded and forked by the same program (`rlhf.agents.hosted`). It uses only
+the standard library, and starts in a twentieth of a second: never import torch here, directly or through another
+module.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import inspect
@@ -24,7 +26,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from rlhf.extensions import CodeSource, Columns, LoadError, construct, load_code, summarize
 from rlhf.rewards.processes.program import begin_child, die_with_parent, limit_memory
@@ -32,6 +34,8 @@ from rlhf.rewards.processes.program import begin_child, die_with_parent, limit_m
 SIZE = struct.Struct("!Q")
 NUMBER = struct.Struct("!q")
 GONE_WITHIN_S = 1.0
+ORPHANS_GONE_WITHIN_S = 5.0
+_SET_CHILD_SUBREAPER = 36  # Linux's prctl
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +44,18 @@ class Description(Columns):
 
     tools: tuple[Mapping[str, Any], ...]  # offered tools; if there are any, step takes `tool_calls`
     has_close: bool
+
+
+class HostedCode(Protocol):
+    """A user's code in its process. A copy of it answers the calls of one conversation."""
+
+    description: Description
+
+    def prepare(self) -> None:
+        """Import modules that the copies share, after the code has been described."""
+
+    def answer(self, call: str, **message: Any) -> dict[str, Any]:
+        """Return the reply to a call. ProtocolViolation: the code returned an invalid value."""
 
 
 def load_environment(source: CodeSource) -> Any:
@@ -93,8 +109,8 @@ def _parameters(environment: Any, method: str, name: str) -> dict[str, inspect.P
     return dict(inspect.signature(function).parameters)
 
 
-class _ProtocolViolation(Exception):
-    """Raised if a return value of the environment violates the protocol."""
+class ProtocolViolation(Exception):
+    """Raised if a return value of the user's code violates the protocol."""
 
 
 def _reset(environment: Any, seed: int, columns: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,7 +119,7 @@ def _reset(environment: Any, seed: int, columns: Mapping[str, Any]) -> dict[str,
         sys.modules["numpy"].random.seed(seed % 2**32)
     observation = environment.reset(seed=seed, **columns)
     if not isinstance(observation, str | None):
-        raise _ProtocolViolation(f"reset returned {observation!r:.80}, expected a text or None")
+        raise ProtocolViolation(f"reset returned {observation!r:.80}, expected a text or None")
     return {"observation": _require_valid_text(observation or "")}
 
 
@@ -116,22 +132,22 @@ def _require_valid_text(text: str) -> str:
 def _step(environment: Any, **turn: Any) -> dict[str, Any]:
     returned = environment.step(**turn)
     if not isinstance(returned, tuple) or len(returned) != 3:
-        raise _ProtocolViolation(f"step returned {returned!r:.80}, expected (observation, reward, done)")
+        raise ProtocolViolation(f"step returned {returned!r:.80}, expected (observation, reward, done)")
     observation, reward, done = returned
     calls = turn.get("tool_calls") or ()
     results = observation if isinstance(observation, list) else []
     if isinstance(observation, list) and (
         len(results) != len(calls) or not all(isinstance(result, str) for result in results)
     ):
-        raise _ProtocolViolation(
+        raise ProtocolViolation(
             f"step returned {observation!r:.80} for {len(calls)} tool calls, expected a text for each"
         )
     if not isinstance(observation, str | list | None):
-        raise _ProtocolViolation(f"step returned the observation {observation!r:.80}, expected a text")
+        raise ProtocolViolation(f"step returned the observation {observation!r:.80}, expected a text")
     if done not in (True, False):
-        raise _ProtocolViolation(f"step returned {done!r:.80} for done, expected True or False")
+        raise ProtocolViolation(f"step returned {done!r:.80} for done, expected True or False")
     if not done and not observation:
-        raise _ProtocolViolation("step returned no observation and is not done, so the policy has nothing to answer")
+        raise ProtocolViolation("step returned no observation and is not done, so the policy has nothing to answer")
     if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
         return {"kind": "not_a_number", "message": f"step returned {reward!r:.80} as reward, expected a finite number"}
     for text in results or [observation or ""]:
@@ -139,15 +155,30 @@ def _step(environment: Any, **turn: Any) -> dict[str, Any]:
     return {"observation": observation or "", "reward": float(reward), "done": bool(done)}
 
 
-def _answer(environment: Any, message: Mapping[str, Any], path: str | None) -> dict[str, Any]:
-    try:
-        if message["call"] == "reset":
-            return _reset(environment, message["seed"], message["columns"])
-        if message["call"] == "step":
-            return _step(environment, **message["turn"])
-        environment.close()
+class HostedEnvironment:
+    """An environment in its process."""
+
+    def __init__(self, source: CodeSource) -> None:
+        self.environment = load_environment(source)
+        self.description = describe_environment(self.environment)
+
+    def prepare(self) -> None:
+        """Do nothing: the constructor of an environment loads all that its copies share."""
+
+    def answer(self, call: str, **message: Any) -> dict[str, Any]:
+        """Call `reset`, `step` or `close`."""
+        if call == "reset":
+            return _reset(self.environment, message["seed"], message["columns"])
+        if call == "step":
+            return _step(self.environment, **message["turn"])
+        self.environment.close()
         return {}
-    except _ProtocolViolation as error:
+
+
+def _answer(hosted: HostedCode, message: Mapping[str, Any], path: str | None) -> dict[str, Any]:
+    try:
+        return hosted.answer(**message)
+    except ProtocolViolation as error:
         return {"kind": "raised", "message": str(error)}
     except MemoryError:
         return {"kind": "died", "message": "ran out of memory"}
@@ -155,18 +186,18 @@ def _answer(environment: Any, message: Mapping[str, Any], path: str | None) -> d
         return {"kind": "raised", "message": summarize(error, path)}
 
 
-def _serve(environment: Any, connection: socket.socket, path: str | None) -> None:
+def _serve(hosted: HostedCode, connection: socket.socket, path: str | None) -> None:
     """Serve a conversation until the parent closes the connection.
 
     Requests are pickled, and replies are JSON. The parent therefore never unpickles data an environment may control.
     """
     while header := connection.recv(SIZE.size, socket.MSG_WAITALL):
         data = connection.recv(SIZE.unpack(header)[0], socket.MSG_WAITALL)
-        reply = json.dumps(_answer(environment, pickle.loads(data), path)).encode()
+        reply = json.dumps(_answer(hosted, pickle.loads(data), path)).encode()
         connection.sendall(SIZE.pack(len(reply)) + reply)
 
 
-def _fork(environment: Any, session: int, control: socket.socket, lifeline: int, path: str | None) -> int:
+def _fork(hosted: HostedCode, session: int, control: socket.socket, lifeline: int, path: str | None) -> int:
     """Return the process id of a conversation. It leads a process group, so it can be killed with all its children."""
     pid = os.fork()
     if pid:
@@ -179,8 +210,9 @@ def _fork(environment: Any, session: int, control: socket.socket, lifeline: int,
         os.setpgid(0, 0)
         # The kernel signals the owner of a pipe at its end. Each opening of the pipe has a separate owner.
         die_with_parent(os.open(f"/proc/self/fd/{lifeline}", os.O_RDONLY | os.O_NONBLOCK))
+        _adopt_orphans()
         control.close()
-        _serve(environment, socket.socket(fileno=session), path)
+        _serve(hosted, socket.socket(fileno=session), path)
         status = 0
     finally:
         os._exit(status)
@@ -203,20 +235,56 @@ def _end(number: int) -> int:
     return status if ended else -1
 
 
+def _adopt_orphans() -> None:
+    """Become the parent of all descendants whose own parent ends, also of daemons outside the process group."""
+    if ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError("prctl(PR_SET_CHILD_SUBREAPER) failed")
+
+
+def _children() -> set[int]:
+    """Return the ids of this process's children."""
+    found: set[int] = set()
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(FileNotFoundError), open(f"/proc/self/task/{thread}/children", "rb") as file:
+            found.update(map(int, file.read().split()))
+    return found
+
+
+def _end_orphans(known: set[int]) -> None:
+    """Kill the children that are not `known`: an ended conversation has left them.
+
+    The children of a killed one become children here and are killed in the next round.
+    """
+    until = time.monotonic() + ORPHANS_GONE_WITHIN_S
+    while (orphans := _children() - known) and time.monotonic() < until:
+        for pid in orphans:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for pid in orphans:
+            os.waitpid(pid, 0)
+
+
 def main(control_fd: int, lifeline: int, faults_fd: int) -> None:
-    """Load the environment, then fork and end conversations until the parent closes the connection."""
+    """Load the code, then fork and end conversations until the parent closes the connection."""
     begin_child(lifeline, faults_fd)
     control = socket.socket(fileno=control_fd)
     size = SIZE.unpack(control.recv(SIZE.size, socket.MSG_WAITALL))[0]
-    source, memory_bytes = pickle.loads(control.recv(size, socket.MSG_WAITALL))
+    program, source, memory_bytes = pickle.loads(control.recv(size, socket.MSG_WAITALL))
     limit_memory(memory_bytes)
+    module, _, name = program.partition(":")
+    hosted: HostedCode | None = None
     try:
-        environment = load_environment(source)
-        result: Description | str = describe_environment(environment)
+        hosted = getattr(importlib.import_module(module), name)(source)
+        result: Description | str = hosted.description
     except LoadError as error:
         result = str(error)
     reply = pickle.dumps(result)
     control.sendall(SIZE.pack(len(reply)) + reply)
+    if hosted is None:
+        return
+    hosted.prepare()
+    _adopt_orphans()
+    known = _children()  # started by the code while it was loaded
     gc.collect()
     gc.freeze()  # the memory pages of loaded objects stay shared with the copies
     while True:
@@ -224,5 +292,11 @@ def main(control_fd: int, lifeline: int, faults_fd: int) -> None:
         if not command:
             return
         (pid,) = NUMBER.unpack(command)
-        answer = _fork(environment, fds[0], control, lifeline, source.path) if fds else _end(pid)
+        if fds:
+            answer = _fork(hosted, fds[0], control, lifeline, source.path)
+            known.add(answer)
+        else:
+            answer = _end(pid)
+            known.discard(abs(pid))
+            _end_orphans(known)
         control.sendall(NUMBER.pack(answer))
