@@ -276,6 +276,15 @@ class StepReward:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SessionEnd:
+    """Scalars of an agent's session, with its result for the rewards."""
+
+    result: str | None  # as JSON; None: the agent failed
+    num_calls: int
+    num_broken: int  # calls whose prompt does not go on from the session's earlier tokens although it seems to
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutInfo:
     """Scalars of one response, seen by the controller in place of its tokens."""
 
@@ -289,7 +298,8 @@ class RolloutInfo:
     num_turns: int = 1  # turns of the policy
     num_environment_tokens: int = 0  # tokens between the policy's turns; those shared by several sequences count once
     environment_rewards: tuple[StepReward, ...] | None = None  # per turn; None: no environment, or it failed
-    environment_error: RewardError | None = None
+    environment_error: RewardError | None = None  # of an environment or an agent
+    session: SessionEnd | None = None  # of an agent; None: no agent
 
     @property
     def environment_reward(self) -> float | None:

@@ -76,6 +76,8 @@ class RewardWorkers(WorkerPool):
             return GroupScores(scores=(), by_name={}, errors=errors)
         truncated = tuple(info.finish_reason == "length" for info in group.infos)
         environment = tuple(info.environment_rewards for info in group.infos)
+        ends = (info.session for info in group.infos)
+        results = tuple(end.result for end in ends if end is not None)
         longest = longest_s(self.settings.specs, len(truncated), timeout_s=self.settings.timeout_s)
         prompt = group.request.prompt
         try:
@@ -83,7 +85,7 @@ class RewardWorkers(WorkerPool):
             async with self.free[worker]:
                 return await self._call(
                     worker,
-                    lambda h: h.score.remote(prompt, group.rollouts, truncated, answers, environment),
+                    lambda h: h.score.remote(prompt, group.rollouts, truncated, answers, environment, results),
                     stage="rewards",
                     longest=longest,
                 )

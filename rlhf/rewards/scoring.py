@@ -159,13 +159,14 @@ class RewardSet:
         asked: Mapping[str, GroupOutcome] = _EMPTY,
         model_steps: Mapping[str, Sequence[tuple[StepReward, ...]]] = _EMPTY,
         places: Sequence[Sequence[int]] | None = None,
+        own: Sequence[Mapping[str, Any]] = (),
     ) -> GroupScores:
         """Return the weighted sum of the rewards applicable to the prompt's row, for each response.
 
         `truncated` marks truncated responses. `model_scores` holds a number per response for each reward of the reward
         model, by name. `model_steps` holds the same for rewards credited by steps. `asked` is the result of `ask`.
         `places` maps, for each response, a number of first characters to the position of their last token. It is None
-        if no steps are needed.
+        if no steps are needed. `own` are further columns of each response, for functions.
         """
         by_name: dict[str, tuple[float | None, ...]] = {}
         steps: dict[str, tuple[tuple[StepReward, ...], ...]] = {}
@@ -175,7 +176,7 @@ class RewardSet:
             if not spec.applies_to(prompt.columns):
                 continue
             if spec.function is not None:
-                outcome = self._function_outcome(spec, spec.function, prompt, responses, places)
+                outcome = self._function_outcome(spec, spec.function, prompt, responses, places, own)
             elif spec.remote is not None:
                 outcome = asked[spec.name]
             else:
@@ -205,13 +206,16 @@ class RewardSet:
         prompt: Prompt,
         responses: Sequence[str],
         places: Sequence[Sequence[int]] | None,
+        own: Sequence[Mapping[str, Any]],
     ) -> GroupOutcome:
         assert self._pool is not None
+        columns = function.select({**prompt.columns, **(own[0] if own else {})})
         outcome = self._pool.score(
             self._places[spec.name],
             prompt.text,
             responses,
-            function.select(prompt.columns),
+            {name: value for name, value in columns.items() if not own or name not in own[0]},
+            own=[{name: row[name] for name in row if name in columns} for row in own],
             by_step=spec.by_step,
             goes_on=spec.score_of_failure("timeout") is not None,
         )

@@ -70,7 +70,7 @@ class Handle:
 
         self.given: list[Any] = []
 
-        def score(prompt: Any, rollouts: Any, truncated: Any, asked: Any, environment: Any) -> None:
+        def score(prompt: Any, rollouts: Any, truncated: Any, asked: Any, environment: Any, results: Any) -> None:
             self.given.append(asked)
             time.sleep(takes_s)
 
@@ -198,7 +198,7 @@ async def settle() -> None:
 
 def scored_group(group_id: int) -> Any:
     prompt = SimpleNamespace(columns={}, prompt_id=group_id)
-    info = SimpleNamespace(environment_error=None, finish_reason="stop", environment_rewards=None)
+    info = SimpleNamespace(environment_error=None, finish_reason="stop", environment_rewards=None, session=None)
     return SimpleNamespace(
         request=SimpleNamespace(group_id=group_id, prompt=prompt), rollouts=f"group {group_id}", infos=(info, info)
     )

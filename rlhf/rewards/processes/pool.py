@@ -106,6 +106,7 @@ class RewardPool:
         responses: Sequence[str],
         columns: Mapping[str, Any],
         *,
+        own: Sequence[Mapping[str, Any]] = (),
         by_step: bool = False,
         goes_on: bool = False,
     ) -> GroupOutcome:
@@ -114,11 +115,11 @@ class RewardPool:
         If a process dies, its response is scored once more in a fresh process, since a process may also be killed from
         outside. A second death is a failure of the response.
 
-        Args: `by_step` says the reward returns steps, whose ends count characters of the response. `goes_on` says to
-        score the rest of the group in a fresh process after a hang or a second death. Without it the group ends there,
-        since it is already unusable and the rest may hang too.
+        Args: `own` are further columns of each response, or empty. `by_step` says the reward returns steps, whose ends
+        count characters of the response. `goes_on` says to score the rest of the group in a fresh process after a hang
+        or a second death. Without it the group ends there, since it is already unusable and the rest may hang too.
         """
-        pickled = pickle.dumps(dict(columns))
+        pickled, pickled_own = pickle.dumps(dict(columns)), tuple(pickle.dumps(dict(row)) for row in own)
         replies: list[Reply] = []
         retried = -1  # the last response that was scored once more
         with self._borrow(longest_s(len(responses), self._timeout_s)) as slot:
@@ -129,6 +130,7 @@ class RewardPool:
                     prompt=prompt,
                     responses=tuple(responses[len(replies) :]),
                     columns=pickled,
+                    own=pickled_own[len(replies) :],
                     by_step=by_step,
                 )
                 began = time.monotonic()

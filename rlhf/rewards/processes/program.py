@@ -22,7 +22,7 @@ import socket
 import struct
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf.extensions import CodeSource, Columns, LoadError, construct, load_code, summarize
@@ -54,6 +54,7 @@ class Request:
     prompt: str
     responses: tuple[str, ...]
     columns: bytes  # pickled dict, unpickled for every call, so calls cannot affect each other
+    own: tuple[bytes, ...] = ()  # pickled columns of each response; empty: responses have none
     by_step: bool = False  # a response's value is a list of steps
 
 
@@ -121,16 +122,17 @@ class Reward:
         if self.signature.batched:
             yield from self._guard(self._score_group, request, request.responses)
         else:
-            for response in request.responses:
-                yield from self._guard(self._score_one, request, (response,))
+            for place, response in enumerate(request.responses):
+                alone = replace(request, responses=(response,), own=request.own[place : place + 1])
+                yield from self._guard(self._score_one, alone, (response,))
 
     def _score_one(self, request: Request, responses: tuple[str, ...]) -> list[Reply]:
-        columns: dict[str, Any] = pickle.loads(request.columns)
+        (columns,) = _columns(request)
         return [_answer(self._call(prompt=request.prompt, response=responses[0], **columns), responses[0], request)]
 
     def _score_group(self, request: Request, responses: tuple[str, ...]) -> list[Reply]:
         count = len(responses)
-        rows: list[dict[str, Any]] = [pickle.loads(request.columns) for _ in responses]
+        rows = _columns(request)
         columns = {name: [row[name] for row in rows] for name in rows[0]}
         values = list(self._call(prompts=[request.prompt] * count, responses=list(responses), **columns))
         if len(values) != count:
@@ -151,6 +153,12 @@ class Reward:
         except BaseException as error:  # noqa: BLE001  where a user's exception, sys.exit too, becomes a record
             failure = Reply(kind="raised", payload=summarize(error, self._path))
         return [failure] * len(responses)
+
+
+def _columns(request: Request) -> list[dict[str, Any]]:
+    """Return the columns of each response, in objects of its own."""
+    own = request.own or [pickle.dumps({})] * len(request.responses)
+    return [{**pickle.loads(request.columns), **pickle.loads(columns)} for columns in own]
 
 
 def _answer(value: object, response: str, request: Request) -> Reply:

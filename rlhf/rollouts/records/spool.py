@@ -18,7 +18,16 @@ from safetensors.torch import save_file
 
 from rlhf.rollouts.records.ledgers import request_identity
 from rlhf.room import when_there_is_room
-from rlhf.types import GroupRequest, RewardError, RolloutInfo, Rollouts, Sampling, StepReward, oldest_version
+from rlhf.types import (
+    GroupRequest,
+    RewardError,
+    RolloutInfo,
+    Rollouts,
+    Sampling,
+    SessionEnd,
+    StepReward,
+    oldest_version,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -123,10 +132,12 @@ def read_group(
 
 def _info(row: dict[str, Any]) -> RolloutInfo:
     rewards, error = row.pop("environment_rewards"), row.pop("environment_error")
+    session = row.pop("session", None)
     return RolloutInfo(
         **row,
         environment_rewards=None if rewards is None else tuple(StepReward(**reward) for reward in rewards),
         environment_error=None if error is None else RewardError(**error),
+        session=None if session is None else SessionEnd(**session),
     )
 
 

@@ -6,6 +6,7 @@ if the run has one, is held here. Besides the engines only this role decodes tok
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -91,10 +92,12 @@ class RewardWorker(ModelWorker):
         truncated: Sequence[bool],
         asked: dict[str, GroupOutcome],
         environment_rewards: Sequence[tuple[StepReward, ...] | None] = (),
+        results: Sequence[str] = (),
     ) -> GroupScores:
         """Score one group's responses, including truncated ones.
 
         `asked` is the result of `ask`. `environment_rewards` holds the rewards of an environment, turn by turn.
+        `results` holds the results of an agent's sessions as JSON; functions get them as a column.
         """
         specs = [spec for spec in self.settings.specs if spec.applies_to(prompt.columns)]
         given = [rewards for rewards in environment_rewards if rewards is not None]
@@ -118,6 +121,7 @@ class RewardWorker(ModelWorker):
             places=character_ends(rollouts, self.tokenizer, turn_end=self.turn_end)
             if any(spec.by_step for spec in specs)
             else None,
+            own=[{"result": json.loads(result)} for result in results],
         )
 
     def _model_scores(self, rollouts: Rollouts) -> list[float]:
