@@ -16,7 +16,7 @@ from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import psutil
 
@@ -38,6 +38,7 @@ from actors.rollout.vllm_engine import (
     sampling_params,
 )
 from actors.weights import Meeting, WeightManifest
+from rlhf.agents.sessions import AgentSpec
 from rlhf.engine.distributed import meet_through
 from rlhf.errors import RunError, UserError
 from rlhf.models.loading import load_tokenizer
@@ -63,6 +64,16 @@ class EngineHealth:
     failure: str | None  # why it no longer answers
 
 
+class Players(Protocol):
+    """Answers a group of prompts by several turns of the model."""
+
+    async def group(self, request: GroupRequest, sampling: Sampling) -> Group:
+        """Return the columns and scalars of a group."""
+
+    async def stop(self) -> None:
+        """End all processes."""
+
+
 class RolloutWorker:
     """Starts an engine, syncs it unless it is frozen, and generates. Its methods may be called concurrently."""
 
@@ -76,7 +87,7 @@ class RolloutWorker:
         self.carried = CarriedGroups(spec.spool if spec.carries_over else None)
         self._added: dict[str, int] = {}  # special and added tokens by their text
         self._serial = 0
-        self._conversations: Conversations | None = None
+        self._players: Players | None = None  # None: one turn answers a prompt
         self._working: dict[int, asyncio.Future[Any]] = {}  # on groups that `cancel` interrupts, by group id
 
     async def start(self) -> None:
@@ -88,7 +99,7 @@ class RolloutWorker:
         if self.spec.is_frozen:
             await self.weights.serve_own()
         if self.spec.environment is not None:
-            self._conversations = await self._start_environment(self.spec.environment)
+            self._players = await self.start_players(self.spec.environment)
 
     async def renew(self, spool: Path) -> bool:
         """Prepare for another run, whose groups go to `spool`.
@@ -141,7 +152,7 @@ class RolloutWorker:
             current = self.weights.synced_version()
             drawn_by = current if version is None else version
             is_current = drawn_by == current
-            draws = self._conversations is None and is_current
+            draws = self._players is None and is_current
             begun = await self.carried.begun(request, sampling)
             submissions = self._submissions(request, sampling, begun) if draws else []
         except Exception as error:
@@ -151,23 +162,22 @@ class RolloutWorker:
             if draws:
                 samples = await self.held.admit(request.group_id, submissions)
                 self.carried.follow(request, sampling, begun, samples)
-                played = await self._answers(request, begun, samples)
+                group = assemble(request, await self._answers(request, begun, samples))
             else:
                 await self.held.admit(request.group_id, submissions)  # none: a turn comes later, by itself
                 spooled = await self.read_spooled(request, sampling, drawn_by)
                 if spooled is not None:
                     return spooled
-                if self._conversations is None or not is_current:
+                if self._players is None or not is_current:
                     raise RunError(
                         f"{self.spec.name} has version {current} of the weights, and group {request.group_id} of "
                         f"version {drawn_by} is not in its spool. Resume with rollouts.max_staleness=0, which samples "
                         "the batches ahead again."
                     )
-                playing = self._conversations.play(request, request.drawn_by(sampling))
-                played = await self._unless_cancelled(request.group_id, playing)
+                playing = self._players.group(request, request.drawn_by(sampling))
+                group = await self._unless_cancelled(request.group_id, playing)
         except Aborted:
             return None, None
-        group = assemble(request, played)
         spooled = await self.read_spooled(request, sampling, drawn_by)
         if spooled is not None:
             return spooled
@@ -190,12 +200,12 @@ class RolloutWorker:
         spooled = await self.spool.read(request, sampling, oldest=oldest, newest=current)
         if spooled is not None:
             return spooled
-        if self._conversations is None:
+        if self._players is None:
             begun = not_begun(request)
-            played = await self._answers(request, begun, self.loop.submit(self._submissions(request, sampling, begun)))
+            samples = self.loop.submit(self._submissions(request, sampling, begun))
+            group = assemble(request, await self._answers(request, begun, samples))
         else:
-            played = await self._conversations.play(request, request.drawn_by(sampling))
-        group = assemble(request, played)
+            group = await self._players.group(request, request.drawn_by(sampling))
         newest = max((info.max_version for info in group[1] if info.num_response_tokens), default=current)
         await self.spool.write(request, sampling, newest, group, weights="")
         return group
@@ -213,8 +223,9 @@ class RolloutWorker:
             raise Aborted(f"{self.spec.name}: interrupted")
         return [single_turn(request, response.finished()) for response in responses]
 
-    async def _start_environment(self, spec: EnvironmentSpec) -> Conversations:
-        """Load the environment into this process."""
+    async def start_players(self, spec: EnvironmentSpec | AgentSpec) -> Players:
+        """Load the environment into this process. An engine with a front also loads an agent."""
+        assert isinstance(spec, EnvironmentSpec), "an engine without a front has no agent"
         tokenizer = load_tokenizer(spec.tokenizer, trust_remote_code=spec.trust_remote_code, template=spec.template)
         conversations = Conversations(spec, tokenizer, self._draw)
         try:
@@ -352,8 +363,8 @@ class RolloutWorker:
 
     async def shutdown(self) -> None:
         """End the engine and the environment."""
-        if self._conversations is not None:
-            await self._conversations.stop()
+        if self._players is not None:
+            await self._players.stop()
         if not await asyncio.to_thread(self.loop.stop, timeout_s=30.0):
             raise RunError(f"{self.spec.name}: a step did not end in 30 s, so the engine could not be shut down")
 

@@ -14,6 +14,7 @@ from actors.roles.gang import PolicyGang
 from actors.roles.group import SpawnOne
 from actors.rollout.engine_actor import RolloutSpec, RolloutWorker, engine_environment
 from actors.rollout.engine_group import RolloutEngines
+from rlhf.agents.sessions import AgentSpec
 from rlhf.config.derive import saved_rank, ships_adapter, weight_sync
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.root import Config
@@ -50,7 +51,8 @@ def start_engines(
     *,
     max_model_len: int,
     spool: Path,
-    environment: EnvironmentSpec | None,
+    environment: EnvironmentSpec | AgentSpec | None,
+    engine: type[RolloutEngine] = RolloutEngine,
 ) -> RolloutEngines:
     """Create the engines' actors. Their models are not loaded yet, and they wait for the policy's weights."""
     policy, role, lora = config.policy, config.cluster.roles.rollout, config.policy.lora
@@ -74,7 +76,7 @@ def start_engines(
         environment=environment,
     )
     engines = RolloutEngines(
-        *_spawn(spec, config.cluster, placement),
+        *_spawn(spec, config.cluster, placement, engine),
         sync=sync,
         deadline_s=config.cluster.call_timeout_s,
         tensor_parallel=role.tensor_parallel,
@@ -90,7 +92,7 @@ def serve_engines(
     placement: Placement,
     *,
     max_model_len: int,
-    environment: EnvironmentSpec | None = None,
+    environment: EnvironmentSpec | AgentSpec | None = None,
     engine: type[RolloutEngine] = RolloutEngine,
 ) -> RolloutEngines:
     """Create frozen engines for a model on disk. They are not started and cannot be synced."""

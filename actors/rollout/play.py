@@ -14,7 +14,7 @@ from rlhf.controller.rollout_scorer import request_for
 from rlhf.data.tokenization import Continuation
 from rlhf.errors import RunError, UserError
 from rlhf.preflight.inputs import OnlineInputs, StageInputs, load_inputs
-from rlhf.rollouts.environments.conversations import Conversations
+from rlhf.rollouts.environments.conversations import Conversations, EnvironmentSpec
 from rlhf.rollouts.records.spans import Played, Sampled
 from rlhf.stopping import run_async
 from rlhf.tracking import logs
@@ -34,7 +34,7 @@ def play_conversation(loaded: LoadedConfig, turns: Iterable[str], show: Callable
     logs.configure("WARNING")
     stages = [stage for stage in load_inputs(loaded) if isinstance(stage, StageInputs)]
     playing = [(stage, stage.inputs) for stage in stages if isinstance(stage.inputs, OnlineInputs)]
-    playable = next(((stage, inputs) for stage, inputs in reversed(playing) if inputs.environment is not None), None)
+    playable = next((one for one in reversed(playing) if isinstance(one[1].environment, EnvironmentSpec)), None)
     if playable is None:
         raise UserError(f"{loaded.source}: has no rollouts.environment to play. Name one.")
     stage, inputs = playable
@@ -48,7 +48,7 @@ async def _play(
 ) -> Played:
     rollouts, tokenizer = stage.config.rollouts, stage.tokenizer
     assert rollouts is not None
-    assert inputs.environment is not None
+    assert isinstance(inputs.environment, EnvironmentSpec)
     continuation, lines = Continuation(tokenizer), iter(turns)
     shown = 0  # tokens
 

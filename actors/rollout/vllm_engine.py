@@ -15,6 +15,7 @@ from typing import Any, Literal
 from actors.cluster.processes import KEEPS_MEMORY, hub_environment
 from actors.weights import Transport, WeightManifest
 from actors.weights.adapter import WEIGHTS, file_checksum
+from rlhf.agents.sessions import AgentSpec
 from rlhf.errors import RunError, UserError
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
 from rlhf.types import Sampling
@@ -51,7 +52,7 @@ class RolloutSpec:
     spool: Path | None = None  # finished groups are kept here
     spools_failures: bool = False  # also groups whose environment failed, which a fixed one could play again
     carries_over: bool = False  # a cancelled group is kept in the spool, for a later request that continues it
-    environment: EnvironmentSpec | None = None  # of conversations; None: one turn answers a prompt
+    environment: EnvironmentSpec | AgentSpec | None = None  # of conversations; None: one turn answers a prompt
     start_timeout_s: float = 600.0
     call_timeout_s: float = 1800.0  # of a generate or an update
 

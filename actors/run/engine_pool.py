@@ -18,6 +18,8 @@ from actors.cluster.placement import Placement, reserve
 from actors.roles.group import WorkerGroup
 from actors.rollout.engine_creation import start_engines
 from actors.rollout.engine_group import RolloutEngines
+from actors.serving.agent_engine import engine_for
+from rlhf.agents.sessions import AgentSpec
 from rlhf.config.placement_plan import plan_placement
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.root import Config
@@ -35,7 +37,7 @@ class EnginePool:
     kept: EngineLease | None = None
 
     async def lease(
-        self, config: Config, *, max_model_len: int, spool: Path, environment: EnvironmentSpec | None
+        self, config: Config, *, max_model_len: int, spool: Path, environment: EnvironmentSpec | AgentSpec | None
     ) -> EngineLease:
         """Return the placement and engines of a run: the kept ones if they match, else new engines not yet started."""
         key, lent = engines_key(config, max_model_len, environment), self.kept
@@ -45,7 +47,14 @@ class EnginePool:
             return lent
         self.close()
         placement = await reserve(config)
-        engines = start_engines(config, placement, max_model_len=max_model_len, spool=spool, environment=environment)
+        engines = start_engines(
+            config,
+            placement,
+            max_model_len=max_model_len,
+            spool=spool,
+            environment=environment,
+            engine=engine_for(environment),
+        )
         whole = config.policy.lora is None and environment is None and config.cluster.device == "cpu"
         may_stay = self.keeps and whole and engines.sync is not None and engines.sync.method == "shm"
         may_stay = may_stay and not engines.is_elastic
@@ -103,7 +112,7 @@ class EngineLease:
             self.placement.release()
 
 
-def engines_key(config: Config, max_model_len: int, environment: EnvironmentSpec | None) -> str:
+def engines_key(config: Config, max_model_len: int, environment: EnvironmentSpec | AgentSpec | None) -> str:
     """Return a key. Runs with equal keys need the same engines in the same placement."""
     policy, rollouts = config.policy, config.rollouts
     assert rollouts is not None

@@ -21,6 +21,7 @@ from actors.roles.worker_pools import LikelihoodWorkers, RewardWorkers
 from actors.rollout.engine_creation import serve_engines
 from actors.rollout.engine_group import RolloutEngines
 from actors.run.run_record import recording
+from actors.serving.agent_engine import engine_for
 from actors.serving.offline import requests_of
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.schema.evaluate import EvaluationStage
@@ -142,6 +143,7 @@ async def _answers(
             placement,
             max_model_len=candidate.longest_sequence(decoding.max_new_tokens),
             environment=candidate.environment,
+            engine=engine_for(candidate.environment),
         )
         groups.append(engines)
         settings = RewardSettings(

@@ -52,8 +52,10 @@ CODE: tuple[Key, ...] = (
     ("algorithm", "name"),
     ("rewards", "*", "function"),
     ("rollouts", "environment", "name"),
+    ("rollouts", "agent", "function"),
     ("evaluate", "rewards", "*", "function"),
     ("evaluate", "environment", "name"),
+    ("evaluate", "agent", "function"),
 )
 
 

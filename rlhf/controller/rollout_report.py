@@ -37,6 +37,7 @@ def rollout_metrics(groups: Sequence[ScoredGroup], *, version: int) -> Metrics:
         "experience/policy_lag/mean": Mean.of(lags),
         "experience/policy_lag/histogram": Histogram.of(lags, edges=LAG_EDGES),
         **_conversation_metrics(infos),
+        **_session_metrics(infos),
     }
     if scores:
         metrics |= {"rewards/score/mean": Mean.of(scores), "rewards/score/std": Std.of(scores)}
@@ -79,9 +80,28 @@ def _conversation_metrics(infos: Sequence[RolloutInfo]) -> dict[str, Reduction]:
     }
 
 
+def _session_metrics(infos: Sequence[RolloutInfo]) -> dict[str, Reduction]:
+    """Return metrics of an agent's sessions; empty without an agent."""
+    ends = [info.session for info in infos if info.session is not None]
+    if not ends:
+        return {}
+    calls = [float(end.num_calls) for end in ends]
+    return {
+        "agents/calls/mean": Mean.of(calls),
+        "agents/calls/max": Max(value=max(calls)),
+        "agents/broken_prefixes/fraction": Mean(total=sum(end.num_broken for end in ends), count=sum(calls)),
+        "agents/inserted_tokens/mean": Mean.of([float(info.num_environment_tokens) for info in infos]),
+    }
+
+
 def environment_failures(infos: Sequence[RolloutInfo]) -> dict[str, Reduction]:
-    """Count the environment failures of one group, even if the group is dropped; empty for single turns."""
+    """Count the failures of environments or agents in one group, even a dropped one; empty for single turns."""
     kinds = [info.environment_error.kind for info in infos if info.environment_error is not None]
+    if infos[0].session is not None:
+        return {
+            "agents/errors/total": Sum(total=float(len(kinds))),
+            "agents/timeouts/total": Sum(total=float(kinds.count("timeout"))),
+        }
     if not kinds and infos[0].environment_reward is None:
         return {}
     return {
@@ -130,7 +150,7 @@ def group_samples(
                     mean_rollout_logprob=info.mean_logprob,
                     mean_old_logprob=None if sequence is None else sequence.mean_old_logprob,
                     mean_ref_logprob=None if sequence is None else sequence.mean_ref_logprob,
-                    turns=None if info.environment_reward is None else (),
+                    turns=None if info.environment_reward is None and info.session is None else (),
                     mean_teacher_logprob=signals.teacher_logprobs.get(info.sequence_id),
                 )
             )

@@ -38,6 +38,7 @@ class Reading:
     )
     max_unusable_fraction: float = 0.0  # maximum share of skipped rows in a data set
     max_new_tokens: int | None = None  # largest limit that a row may give its responses; None: any
+    tasks: bool = False  # string prompts are the tasks of an agent, unchanged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -102,7 +102,7 @@ def _draft(row: Row, tokenizer: Any, reading: Reading, *, tools: Sequence[Messag
     messages = _messages(row, reading)
     if messages is None:
         text = row.text("prompt", alternative="messages")
-        beginning = raw_beginning(tokenizer)
+        beginning = "" if reading.tasks else raw_beginning(tokenizer)
         text = raw_prompt(text, place=row.place, system_prompt=reading.system_prompt, beginning=beginning)
     else:
         require_template(tokenizer, row.place)
@@ -133,7 +133,7 @@ def _fit(draft: _Draft, token_ids: list[int], tokenizer: Any, reading: Reading) 
     if reading.too_long == "skip":
         raise NotUsable(place, problem)
     if draft.messages is None:
-        beginning = raw_beginning(tokenizer)
+        beginning = "" if reading.tasks else raw_beginning(tokenizer)
         first = token_ids[:1] if beginning else []
         kept = token_ids[len(token_ids) - limit + len(first) :]
         return beginning + str(tokenizer.decode(kept, skip_special_tokens=False)), [*first, *kept]
@@ -198,7 +198,7 @@ def _messages(row: Row, reading: Reading) -> list[Message] | None:
                 f"Rename it: data.columns: {{reference: {name}}}."
             )
     if "messages" not in row.columns:
-        if not reading.apply_chat_template:
+        if reading.tasks or not reading.apply_chat_template:
             return None
         user = {"role": "user", "content": row.text("prompt", alternative="messages")}
         return with_system_prompt([user], reading.system_prompt)

@@ -14,7 +14,8 @@ from rlhf.config.files.load import LoadedConfig
 from rlhf.config.pipeline import model_places
 from rlhf.config.placement_plan import assign_nodes, plan_placement
 from rlhf.config.schema.data import DataSource
-from rlhf.config.schema.evaluate import EvaluationStage
+from rlhf.config.schema.evaluate import EvaluateConfig, EvaluationStage
+from rlhf.config.schema.rollouts import RolloutsConfig
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.stages import MergeStage, Stage, final_folder
 from rlhf.data.sources import FILE_SUFFIXES
@@ -98,14 +99,17 @@ def _code(stage: Stage, folder: Path) -> Iterator[str]:
     """Yield a sentence for each missing code file, next to the configuration or in the current folder."""
     if isinstance(stage, MergeStage):
         return
+    sampling: EvaluateConfig | RolloutsConfig | None
     if isinstance(stage, EvaluationStage):
-        prefix, rewards, environment = "evaluate.", stage.evaluate.rewards, stage.evaluate.environment
+        prefix, rewards, sampling = "evaluate.", stage.evaluate.rewards, stage.evaluate
     else:
-        prefix, rewards = "", stage.rewards
-        environment = None if stage.rollouts is None else stage.rollouts.environment
+        prefix, rewards, sampling = "", stage.rewards, stage.rollouts
+    environment, agent = (None, None) if sampling is None else (sampling.environment, sampling.agent)
     named = {f"{prefix}rewards.{name}.function": reward.function for name, reward in rewards.items()}
     if environment is not None:
         named[f"{prefix or 'rollouts.'}environment.name"] = environment.name
+    if agent is not None:
+        named[f"{prefix or 'rollouts.'}agent.function"] = agent.function
     for key, name in named.items():
         file, colon, _ = (name or "").rpartition(":")
         if colon and not any(os.path.isfile(base / os.path.expanduser(file)) for base in (folder, Path.cwd())):

@@ -102,6 +102,8 @@ def _evaluation_facts(config: EvaluateConfig) -> Iterator[list[str]]:
     most, environment = f"{config.max_new_tokens:,} tokens", config.environment
     if environment is not None:
         most = f"{environment.max_turns} turns of {most} with {environment.name}"
+    if config.agent is not None:
+        most = f"{config.agent.max_calls} calls of {most} by {config.agent.name}"
     yield ["responses", f"{config.samples_per_prompt} to a prompt, {how}, of at most {most}"]
     yield ["rewards", ", ".join(config.rewards)]
 
@@ -162,6 +164,9 @@ def _rollout_facts(config: Config, rollouts: RolloutsConfig, derived: Derived, u
     if environment is not None:
         turns = f"{environment.max_turns} turns of {rollouts.max_new_tokens}"
         longest = f"{derived.longest_sequence} tokens of a conversation with {environment.name}, at most {turns}"
+    if rollouts.agent is not None:
+        calls = f"{rollouts.agent.max_calls} calls of {rollouts.max_new_tokens} a session"
+        longest = f"{derived.longest_sequence} tokens of a call by {rollouts.agent.name}, at most {calls}"
     yield ["longest sequence", longest]
     yield ["schedule", f"{schedule_of(config)}; correction of old responses: {correction_in_force(config, rollouts)}"]
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf.agents.sessions import AgentSpec
 from rlhf.config.schema.rollouts import EnvironmentConfig
 from rlhf.data.chat import names, read_tools
 from rlhf.data.sources import Row
@@ -68,24 +69,29 @@ class LoadedEnvironment:
         except (EnvironmentFailure, ValueError) as error:
             raise UserError(f"{self.spec.key}: with the first row of {data}, {error}.") from error
 
-    def check_lengths(
-        self, prompts: Sequence[Prompt], rows: Sequence[Row], model: ModelOnDisk, *, max_new_tokens: int
-    ) -> None:
-        """Raise UserError if the model has no room for a conversation, or a conversation has none for a prompt and one
-        turn.
-        """
-        most = self.spec.max_tokens
-        if model.max_length is not None and most > model.max_length:
+
+def check_lengths(
+    spec: EnvironmentSpec | AgentSpec,
+    prompts: Sequence[Prompt],
+    rows: Sequence[Row],
+    model: ModelOnDisk,
+    *,
+    max_new_tokens: int,
+) -> None:
+    """Raise UserError if the model has no room for a conversation, or a conversation has none for a prompt and one
+    turn.
+    """
+    most = spec.max_tokens
+    if model.max_length is not None and most > model.max_length:
+        raise UserError(
+            f"{spec.key}.max_tokens: is {most}, more than the {model.max_length} that {model.name} takes; lower it"
+        )
+    for prompt, row in zip(prompts, rows, strict=True):
+        if len(prompt.token_ids) + max_new_tokens > most:
             raise UserError(
-                f"{self.spec.key}.max_tokens: is {most}, more than the {model.max_length} that {model.name} takes; "
-                "lower it"
+                f"{row.place}: the prompt has {len(prompt.token_ids)} tokens, with {max_new_tokens} of a turn that "
+                f"is more than {spec.key}.max_tokens, {most}. Raise that, or shorten the prompt."
             )
-        for prompt, row in zip(prompts, rows, strict=True):
-            if len(prompt.token_ids) + max_new_tokens > most:
-                raise UserError(
-                    f"{row.place}: the prompt has {len(prompt.token_ids)} tokens, with {max_new_tokens} of a turn that "
-                    f"is more than {self.spec.key}.max_tokens, {most}. Raise that, or shorten the prompt."
-                )
 
 
 def preload_environment(

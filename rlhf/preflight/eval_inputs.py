@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf.agents.runners import KEY as AGENT_KEY
+from rlhf.agents.sessions import AgentSpec
 from rlhf.config.derive import eval_sets
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.schema.cluster import ClusterConfig
@@ -34,8 +36,9 @@ from rlhf.models.loading import load_tokenizer, refuse_missing_weights
 from rlhf.models.on_disk import ModelOnDisk, refuse_unservable
 from rlhf.models.reward_models import refuse_without_head
 from rlhf.models.template_check import refuse_runaway_template
+from rlhf.preflight.agents import LoadedAgent, preload_agent
 from rlhf.preflight.environments import KEY as ENVIRONMENT_KEY
-from rlhf.preflight.environments import LoadedEnvironment, preload_environment
+from rlhf.preflight.environments import LoadedEnvironment, check_lengths, preload_environment
 from rlhf.preflight.models import ANY_LENGTH, StageResults, refuse_too_long, resolve_model
 from rlhf.preflight.prompts import read_prompts
 from rlhf.preflight.sources import (
@@ -64,7 +67,7 @@ class Candidate:
     prompts: Mapping[str, tuple[Prompt, ...]]
     examples: Mapping[str, tuple[Example, ...]]
     sources: Mapping[str, Mapping[int, str]]  # by set, for sets split by source: prompt id to source
-    environment: EnvironmentSpec | None  # None: single turns
+    environment: EnvironmentSpec | AgentSpec | None  # None: single turns
 
     @property
     def longest_prompt(self) -> int:
@@ -102,6 +105,7 @@ class _Names:
     by: str = "evaluate.by"
     template: str = "evaluate"
     environment: str = "evaluate.environment"
+    agent: str = "evaluate.agent"
 
 
 IN_RUN = _Names(
@@ -113,6 +117,7 @@ IN_RUN = _Names(
     by="eval.by",
     template="data",
     environment=ENVIRONMENT_KEY,
+    agent=AGENT_KEY,
 )
 IN_OPTIONS = replace(
     IN_RUN, model="MODEL", sets="--data {}", rewards="--reward {}", reward_model="--reward-model", by="--by"
@@ -364,18 +369,18 @@ def _candidate(
     prompts: dict[str, tuple[Prompt, ...]] = {}
     examples: dict[str, tuple[Example, ...]] = {}
     sources: dict[str, Mapping[int, str]] = {}
-    environment: LoadedEnvironment | None = None
+    environment: LoadedEnvironment | LoadedAgent | None = None
     if rewards:
         reading = replace(reading, max_new_tokens=decoding.max_new_tokens)
         refuse_unservable(model)
-        environment = preload_environment(
-            section.environment,
-            beside=beside,
-            tokenizer=model.tokenizer,
-            trust_remote_code=model.trust_remote_code,
-            template=decoding.template,
-            key=names.environment,
-        )
+        read: dict[str, Any] = {
+            "beside": beside,
+            "tokenizer": model.tokenizer,
+            "trust_remote_code": model.trust_remote_code,
+            "template": decoding.template,
+        }
+        environment = preload_environment(section.environment, **read, key=names.environment)
+        environment = environment or preload_agent(section.agent, **read, key=names.agent)
     for name, data in section.sets.items():
         key, source = names.sets.format(name), source_of(data)
         if not rewards:
@@ -399,7 +404,8 @@ def _candidate(
             if environment is None:
                 refuse_too_long(prompts[name], rows, model, max_new_tokens=decoding.max_new_tokens)
             else:
-                environment.check_lengths(prompts[name], rows, model, max_new_tokens=decoding.max_new_tokens)
+                lengths = {"max_new_tokens": decoding.max_new_tokens}
+                check_lengths(environment.spec, prompts[name], rows, model, **lengths)
         if section.by is not None:
             sources[name] = source_names(prompts[name], section.by, key=names.by, data=key)
     spec = None if environment is None else environment.spec

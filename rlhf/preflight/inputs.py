@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from rlhf.agents.runners import KEY as AGENT_KEY
+from rlhf.agents.sessions import AgentSpec
 from rlhf.algorithms.base import Kind
 from rlhf.config.derive import chat_template, eval_sets, models_of, prompts_asked, train_sets, with_steps
 from rlhf.config.files.load import LoadedConfig
@@ -38,8 +40,9 @@ from rlhf.models.loading import (
 from rlhf.models.on_disk import may_ask_the_hub
 from rlhf.models.publish import refuse_unpublishable
 from rlhf.models.template_check import refuse_runaway_template
+from rlhf.preflight.agents import LoadedAgent, preload_agent
 from rlhf.preflight.engine_args import refuse_unknown_engine_args
-from rlhf.preflight.environments import preload_environment
+from rlhf.preflight.environments import LoadedEnvironment, preload_environment
 from rlhf.preflight.eval_inputs import inputs_of_stage
 from rlhf.preflight.merge import foresee, with_local_models
 from rlhf.preflight.models import StageResults, check_models, refuse_other_results, with_adapters, with_sources
@@ -93,7 +96,7 @@ class OnlineInputs:
     eval_sets: Mapping[str, EvalSet]
     marking: Marking  # how held-out responses are graded
     rewards: tuple[RewardSpec, ...]
-    environment: EnvironmentSpec | None
+    environment: EnvironmentSpec | AgentSpec | None
     max_model_len: int  # longest prompt with longest response, or longest conversation, in tokens
     probe_ids: tuple[int, ...]
 
@@ -205,13 +208,14 @@ def _online(config: Config, source: str, tokenizer: Any, loaded: LoadedConfig) -
     refuse_absent_tokens(config.rollouts.stop_token_ids, tokenizer, key="rollouts.stop_token_ids")
     beside = Path(loaded.source).resolve().parent
     specs = load_rewards(config.rewards, beside=beside, memory_gib=config.reward_policy.memory_gib)
-    environment = preload_environment(
-        config.rollouts.environment,
-        beside=beside,
-        tokenizer=config.policy.tokenizer_source,
-        trust_remote_code=config.policy.trust_remote_code,
-        template=chat_template(config),
-    )
+    reading: dict[str, Any] = {
+        "beside": beside,
+        "tokenizer": config.policy.tokenizer_source,
+        "trust_remote_code": config.policy.trust_remote_code,
+        "template": chat_template(config),
+    }
+    environment: LoadedEnvironment | LoadedAgent | None = preload_environment(config.rollouts.environment, **reading)
+    environment = environment or preload_agent(config.rollouts.agent, **reading, key=AGENT_KEY)
 
     def read(name: str, source: DataSource, first_id: int) -> LoadedRows[Prompt]:
         return read_prompts(
@@ -343,6 +347,8 @@ def _refuse_too_long(source: str, config: Config, *, longest: int, wanted: int) 
         room = f" with rollouts.max_new_tokens {config.rollouts.max_new_tokens}" if config.rollouts else ""
         if config.rollouts and config.rollouts.environment is not None:
             room = f" in a conversation of rollouts.environment.max_tokens {wanted}"
+        if config.rollouts and config.rollouts.agent is not None:
+            room = f" in a call of rollouts.agent.max_tokens {wanted}"
         raise UserError(
             f"policy.model {config.policy.model} takes at most {limit} tokens, and the longest sequence of the data "
             f"({longest} tokens{room}) would have {wanted}. Shorten the data, or use a model with a longer context."

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rlhf.data.examples import Reading
@@ -14,6 +15,7 @@ from rlhf.data.prompts import load_prompts
 from rlhf.data.sources import Row, Source, read_rows
 from rlhf.data.usable import LoadedRows
 from rlhf.errors import prefix_errors
+from rlhf.preflight.agents import RESULT_COLUMN, LoadedAgent
 from rlhf.preflight.environments import LoadedEnvironment
 from rlhf.preflight.sources import REWARD_KEY, check_rewards
 from rlhf.rewards.scoring import RewardSpec
@@ -31,23 +33,25 @@ def read_prompts(
     columns: Mapping[str, str],
     rewards: Sequence[RewardSpec],
     reward_key: str = REWARD_KEY,
-    environment: LoadedEnvironment | None,
+    environment: LoadedEnvironment | LoadedAgent | None,
     first_id: int = 0,
 ) -> tuple[LoadedRows[Prompt], list[Row]]:
     """Return a set's prompts with their rows. Skipped rows are counted in the log.
 
-    UserErrors name the set, by its key, and the invalid row.
+    The rewards get the result of an agent besides the columns of the rows. UserErrors name the set, by its key, and the
+    invalid row.
     """
     with prefix_errors(key):
         rows = read_rows(source, columns=columns)
-    check_rewards(rewards, rows, key, key=reward_key)
+    is_agent = isinstance(environment, LoadedAgent)
+    check_rewards(rewards, rows, key, key=reward_key, of_sessions=(RESULT_COLUMN,) if is_agent else ())
     if environment is not None:
         environment.check_rows(rows, key)
     with prefix_errors(key):
         loaded = load_prompts(
             rows,
             tokenizer,
-            reading,
+            replace(reading, tasks=is_agent),
             first_id=first_id,
             tools=environment.tools if environment is not None else None,
         )

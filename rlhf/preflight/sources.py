@@ -35,7 +35,7 @@ from rlhf.tracking.sinks.installed import InstalledTracker, TrackedRun, installe
 
 TINY = "tiny:llama"
 REWARD_KEY = "rewards.{}.function"
-SAMPLING = ("max_new_tokens", "stop", "stop_token_ids", "environment")  # of rollouts and of an evaluation
+SAMPLING = ("max_new_tokens", "stop", "stop_token_ids", "environment", "agent")  # of rollouts and of an evaluation
 MOST_SHOWN = 5  # values of a column shown in a message
 
 
@@ -201,8 +201,18 @@ def _remote(reward: RewardConfig, *, key: str) -> RemoteReward | None:
     )
 
 
-def check_rewards(specs: Sequence[RewardSpec], rows: Sequence[Row], data: str, *, key: str = REWARD_KEY) -> None:
-    """Raise UserError if a row has no reward, or if a reward that applies to it lacks a column or its gate."""
+def check_rewards(
+    specs: Sequence[RewardSpec],
+    rows: Sequence[Row],
+    data: str,
+    *,
+    key: str = REWARD_KEY,
+    of_sessions: Sequence[str] = (),
+) -> None:
+    """Raise UserError if a row has no reward, or if a reward that applies to it lacks a column or its gate.
+
+    Args: `of_sessions` are columns that functions get from an agent's session, besides those of the rows.
+    """
     given = [{name: value for name, value in row.columns.items() if name != "prompt"} for row in rows]
     deep = next((row for row, columns in zip(rows, given, strict=True) if is_nested_too_deep(columns)), None)
     if deep is not None:
@@ -223,7 +233,7 @@ def check_rewards(specs: Sequence[RewardSpec], rows: Sequence[Row], data: str, *
             continue
         common = sorted(set(mine[0]).intersection(*mine))
         if spec.function is not None:
-            check_columns(spec.function, common, key=key.format(spec.name), data=data)
+            check_columns(spec.function, [*common, *of_sessions], key=key.format(spec.name), data=data)
         elif spec.remote is not None:
             _check_sent(spec.remote, rows, given, applies[spec.name], common, key=section, data=data)
     for row, *here in zip(rows, *applies.values(), strict=True):

@@ -21,7 +21,7 @@ class FailedReward(Protocol):
 def ends_run(errors: Sequence[FailedReward], rules: Mapping[str, ErrorRule], default: Literal["fail", "drop"]) -> bool:
     """Return whether any of the errors stops the run.
 
-    `rules` has a rule for each reward name; the environment has the name `environment`.
+    `rules` has a rule for each reward name; the environment has the name `environment`, and an agent has no rule.
     """
     specific = [rules.get(error.reward) for error in errors]
     return "fail" in {default if rule is None else rule for rule in specific}

@@ -28,6 +28,7 @@ from rlhf.errors import UserError
 SECTIONS = "a config needs at least run, policy, algorithm, data and train"
 _CODE = re.compile(r"[^:\n]+\.py:[A-Za-z_]\w*")
 _KINDS_OF_REWARDS = ("function", "url", "role", "environment")
+_KINDS_OF_AGENTS = ("function", "command", "url")
 _SELECTED_BY_NAME = ("algorithm", "environment", "method")
 
 
@@ -127,6 +128,8 @@ def _selects_another(key: Key, below: dict[str, Any], above: dict[str, Any]) -> 
     """Return whether a section is of another kind than the base's, so that no key of the base belongs to it."""
     if key[-2:-1] == ("rewards",):
         selectors: tuple[str, ...] = _KINDS_OF_REWARDS
+    elif key[-1] == "agent":
+        selectors = _KINDS_OF_AGENTS
     elif key[-1] in _SELECTED_BY_NAME:
         selectors = ("name",)
     elif {"train", "eval", "data"}.intersection(key[-2:]) and "task" in below | above and key[-1] != "columns":

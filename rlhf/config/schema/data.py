@@ -34,6 +34,7 @@ def _kind(value: Any) -> str:
 
 
 OF_THE_TEMPLATE = OnlyWith("apply_chat_template", True, because="only the template puts it before a prompt")
+OF_RENDERED = OnlyIn("rendered prompts")
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 DataSource = Annotated[
     Annotated[str, Tag("str")] | Annotated[TaskConfig, Tag("TaskConfig")],
@@ -89,9 +90,9 @@ class PromptFormat(Section):
 
     columns: dict[str, str] = Field(default_factory=dict)
     """Map from our column name to the column name in the data set."""
-    system_prompt: Annotated[str | None, OF_THE_TEMPLATE] = None
+    system_prompt: Annotated[str | None, OF_THE_TEMPLATE, OF_RENDERED] = None
     """System message added before every prompt by the chat template."""
-    apply_chat_template: bool = True
+    apply_chat_template: Annotated[bool, OF_RENDERED] = True
     """false: string prompts reach the model unchanged. Rows with `messages` always use the template."""
     chat_template: str | None = Field(default=None, min_length=1)
     """A Jinja file to use instead of the tokenizer's chat template. A trained model keeps it in `final/`."""

@@ -15,7 +15,7 @@ from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.data import DataSource, EvalSource, PromptFormat
 from rlhf.config.schema.model import Dtype, RewardModelConfig
 from rlhf.config.schema.rewards import RewardConfig, RewardPolicy
-from rlhf.config.schema.rollouts import EnvironmentConfig
+from rlhf.config.schema.rollouts import AgentConfig, EnvironmentConfig
 from rlhf.config.schema.root import RewardName
 from rlhf.config.schema.run import RunConfig, TrackingConfig
 from rlhf.config.schema.train import Grading
@@ -46,6 +46,9 @@ class EvaluateConfig(Grading, PromptFormat):
     environment: Annotated[EnvironmentConfig | None, OnlyIn("responses")] = None
     """The environment for conversations. null: one turn answers a prompt. With an environment, evaluate.max_new_tokens
     limits each turn."""
+    agent: Annotated[AgentConfig | None, OnlyIn("responses")] = None
+    """The agent that solves each prompt by calls of the model, each of at most evaluate.max_new_tokens. null: no
+    agent."""
     stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], OnlyIn("responses")] = ()
     """Strings that end a response. They stay in it and may contain special tokens."""
     stop_token_ids: Annotated[tuple[Annotated[int, Field(ge=0)], ...], OnlyIn("responses")] = ()

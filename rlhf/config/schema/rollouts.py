@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
-from rlhf.algorithms.section import NotWith, OnlyIn, Section
+from rlhf.algorithms.section import NotWith, OnlyIn, OnlyWith, Section
 from rlhf.limits import MAX_TEMPERATURE, MIN_TEMPERATURE
 
 MAX_STALENESS = 16  # most versions by which the oldest token of a trained response may lag
@@ -32,6 +33,56 @@ class EnvironmentConfig(Section):
     """Conversations open at once in an engine, each in a separate process. Further conversations are queued."""
     tool_parser: Literal["hermes", "llama3_json", "pythonic"] = "hermes"
     """Format of the model's tool calls. hermes: JSON within `<tool_call>`, as in Qwen and other models."""
+
+
+class AgentConfig(Section):
+    """An agent: a program that calls the model over OpenAI's or Anthropic's protocol. docs/agents.md describes it. Give
+    exactly one of function, command and url."""
+
+    function: str | None = Field(default=None, pattern=r".+:.+")
+    """`path/file.py:NAME` of an async function `NAME(task, client)`, run in a separate process for each session."""
+    command: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """A program with its arguments, started for each session. It gets the task as JSON on standard input."""
+    url: str | None = Field(default=None, pattern=r"^https?://[^/]+")
+    """A service that is sent the task of each session, and answers with the result."""
+    columns: tuple[str, ...] = ()
+    """Columns of a row that the agent gets besides the prompt. A model may read all that its agent gets: leave out the
+    answers."""
+    max_calls: int = Field(default=32, ge=1, le=100_000)
+    """Largest number of calls of the model in a session, each of at most rollouts.max_new_tokens. A session with more
+    calls counts as failed; see reward_policy."""
+    max_tokens: int = Field(ge=2)
+    """Largest number of tokens in a call, prompt and response. A response is truncated there; a session with a longer
+    prompt counts as failed."""
+    timeout_s: float = Field(default=600.0, gt=0.0, le=1_000_000)
+    """Time limit of a session, in seconds. A slower session counts as failed."""
+    memory_gib: Annotated[float, OnlyWith("url", None, because="a service limits its own memory")] = Field(
+        default=4.0, ge=0.25, le=65536
+    )
+    """Memory that each process of a session may map, including libraries, in GiB. Exceeding it counts as a failure."""
+    sandbox: Annotated[bool, NotWith("command", None, because="only a program can be confined")] = False
+    """Run the command in a sandbox. It reads the system's libraries, the run's Python, and the files that the command
+    names. It writes to its working folder alone, and reaches nothing but the model. Needs bubblewrap."""
+    concurrency: int = Field(default=256, ge=1, le=100_000)
+    """Sessions open at once in an engine. Further sessions are queued."""
+
+    @property
+    def name(self) -> str:
+        """Return what people call the agent."""
+        return self.function or self.url or " ".join(self.command or ())
+
+    @field_validator("url")
+    @classmethod
+    def _without_secret(cls, url: str | None) -> str | None:
+        if url is not None and "@" in urlsplit(url).netloc:
+            raise ValueError("`url` holds a secret, and the config is written to the run folder: leave out the user")
+        return url
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if sum(kind is not None for kind in (self.function, self.command, self.url)) != 1:
+            raise ValueError("give exactly one of `function`, `command` and `url`")
+        return self
 
 
 class DynamicSampling(Section):
@@ -124,6 +175,14 @@ class RolloutsConfig(Section):
     log-probabilities depend on earlier weights through the kept keys and values."""
     environment: EnvironmentConfig | None = None
     """The environment for conversations. null: one turn answers a prompt."""
+    agent: AgentConfig | None = None
+    """The agent that solves each prompt by calls of the model. null: no agent."""
+
+    @model_validator(mode="after")
+    def _one_player(self) -> Self:
+        if self.environment is not None and self.agent is not None:
+            raise ValueError("give one of `environment` and `agent`: an agent has its own tools and observations")
+        return self
 
     @property
     def max_lag(self) -> int:
@@ -132,12 +191,14 @@ class RolloutsConfig(Section):
 
     @property
     def max_response_tokens(self) -> int:
-        """Return the largest number of tokens sampled by the policy in one sequence."""
-        environment = self.environment
-        if environment is None:
-            return self.max_new_tokens
-        return min(environment.max_turns * self.max_new_tokens, environment.max_tokens)
+        """Return the largest number of tokens sampled by the policy in one response, or in all calls of an agent."""
+        if self.environment is not None:
+            return min(self.environment.max_turns * self.max_new_tokens, self.environment.max_tokens)
+        if self.agent is not None:
+            return self.agent.max_calls * self.max_new_tokens
+        return self.max_new_tokens
 
     def longest_sequence(self, prompt_tokens: int) -> int:
         """Return the most tokens of a sequence beginning with a prompt of `prompt_tokens`."""
-        return prompt_tokens + self.max_new_tokens if self.environment is None else self.environment.max_tokens
+        player = self.environment or self.agent
+        return prompt_tokens + self.max_new_tokens if player is None else player.max_tokens

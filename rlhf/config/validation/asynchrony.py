@@ -127,9 +127,10 @@ def _carry_over(rollouts: RolloutsConfig) -> Iterator[Problem]:
             "where no response is cancelled"
         )
         yield problem(key, text)
-    if rollouts.environment is not None:
-        text = (
-            "is true, but a conversation with rollouts.environment cannot be continued, since its processes end with "
-            "the step; set carry_over to false"
-        )
-        yield problem(key, text)
+    for player in ("environment", "agent"):
+        if getattr(rollouts, player) is not None:
+            text = (
+                f"is true, but a conversation with rollouts.{player} cannot be continued, since its processes end with "
+                "the step; set carry_over to false"
+            )
+            yield problem(key, text)

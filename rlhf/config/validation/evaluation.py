@@ -19,6 +19,7 @@ def evaluation_problems(stage: EvaluationStage) -> tuple[Problem, ...]:
             stage.evaluate.rewards,
             stage.evaluate.reward,
             environment=stage.evaluate.environment,
+            agent=stage.evaluate.agent,
             at=("evaluate",),
         ),
         *limit_problems(stage.evaluate.rewards, stage.evaluate.reward_policy, at=("evaluate",)),
@@ -31,10 +32,14 @@ def _problems(config: EvaluateConfig) -> Iterator[Problem]:
     samples = config.samples_per_prompt
     if config.data == {}:
         yield Problem(key=("evaluate", "data"), text="is an empty mapping; name a held-out set")
-    environment, new = config.environment, config.max_new_tokens
-    if environment is not None and config.rewards and environment.max_tokens <= new:
-        text = f"is {environment.max_tokens} and must hold a prompt and one turn of evaluate.max_new_tokens = {new}"
-        yield Problem(key=("evaluate", "environment", "max_tokens"), text=text)
+    new = config.max_new_tokens
+    for name, player in (("environment", config.environment), ("agent", config.agent)):
+        if player is not None and config.rewards and player.max_tokens <= new:
+            text = f"is {player.max_tokens} and must hold a prompt and one turn of evaluate.max_new_tokens = {new}"
+            yield Problem(key=("evaluate", name, "max_tokens"), text=text)
+    if config.environment is not None and config.agent is not None:
+        text = "and evaluate.environment are both given; give one of them"
+        yield Problem(key=("evaluate", "agent"), text=text)
     if config.k is not None and max(config.k) > samples:
         text = f"has {max(config.k)}, but evaluate.samples_per_prompt is {samples}; raise it, or lower k"
         yield Problem(key=("evaluate", "k"), text=text)

@@ -10,7 +10,7 @@ from rlhf.config.files.yaml_tree import Key
 from rlhf.config.mistakes.explain import Problem
 from rlhf.config.schema.model import RewardModelConfig
 from rlhf.config.schema.rewards import RewardConfig, RewardPolicy
-from rlhf.config.schema.rollouts import EnvironmentConfig
+from rlhf.config.schema.rollouts import AgentConfig, EnvironmentConfig
 from rlhf.config.schema.root import Config
 from rlhf.rewards.functions.table import own_limit_s
 from rlhf.tracking.logs import is_secret_name, redact
@@ -46,6 +46,7 @@ def reward_problems(
     model: RewardModelConfig | None,
     *,
     environment: EnvironmentConfig | None = None,
+    agent: AgentConfig | None = None,
     at: Key = (),
 ) -> Iterator[Problem]:
     """Yield problems among the rewards. `at` is the section around `rewards`."""
@@ -76,6 +77,12 @@ def reward_problems(
         yield from _secrets(judge, (*at, "rewards", name, "judge", "request"))
     if environment is not None:
         yield from _secrets(environment.args, (*(at or ("rollouts",)), "environment", "args"))
+    if agent is not None:
+        yield from _secrets(agent.command or (), (*(at or ("rollouts",)), "agent", "command"))
+        for name, reward in rewards.items():
+            if reward.role == "reward":
+                text = "is reward, but a reward model reads one sequence, and an agent's session may have several"
+                yield Problem(key=(*at, "rewards", name, "role"), text=f"{text}; use a function or a service")
 
 
 def _secrets(value: Any, key: Key) -> Iterator[Problem]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rlhf.algorithms import algorithm_of
 from rlhf.algorithms.base import Responses
+from rlhf.algorithms.online import OnlineAlgorithm
 from rlhf.algorithms.online_config import OnlineConfig
 from rlhf.config import derive
 from rlhf.config.mistakes.explain import Problem, problem
@@ -16,22 +18,24 @@ STRAIGHT_THROUGH = "_straight_through"
 
 def length_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
     """Yield a problem if the longest possible sequence does not fit into a micro-batch."""
-    prompt, new, environment = config.data.max_prompt_tokens, rollouts.max_new_tokens, rollouts.environment
+    prompt, new = config.data.max_prompt_tokens, rollouts.max_new_tokens
+    player = rollouts.environment or rollouts.agent
+    key = f"rollouts.{'environment' if rollouts.agent is None else 'agent'}.max_tokens"
     pairs, room = config.algorithm.kind == "sampled_pairs", config.train.max_tokens_per_microbatch
     whole, times = ("both responses of a pair", "2 * ") if pairs else ("the longest sequence", "")
     count = 2 if pairs else 1
-    if environment is None:
+    if player is None:
         longest = prompt + count * new
         sum_of = f"data.max_prompt_tokens + {times}rollouts.max_new_tokens = {prompt} + {times}{new} = {longest}"
     else:
-        longest = count * environment.max_tokens
-        sum_of = f"{times}rollouts.environment.max_tokens = {longest}"
-        if environment.max_tokens < prompt + new:
+        longest = count * player.max_tokens
+        sum_of = f"{times}{key} = {longest}"
+        if player.max_tokens < prompt + new:
             text = (
-                f"is {environment.max_tokens} and must hold a prompt and one turn: data.max_prompt_tokens + "
+                f"is {player.max_tokens} and must hold a prompt and one turn: data.max_prompt_tokens + "
                 f"rollouts.max_new_tokens = {prompt} + {new} = {prompt + new}; raise it, or lower one of these keys"
             )
-            yield problem("rollouts.environment.max_tokens", text)
+            yield problem(key, text)
     if room < longest:
         text = f"is {room} and must hold {whole}: {sum_of}; raise it, or lower one of these keys"
         yield problem("train.max_tokens_per_microbatch", text)
@@ -47,6 +51,20 @@ def group_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem
         yield problem("rewards.greedy", text)
 
 
+def agent_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
+    """Yield an algorithm that cannot train on an agent's session, which may have several sequences."""
+    if rollouts.agent is None:
+        return
+    name, why = config.algorithm.name, None
+    if config.algorithm.kind != "advantages":
+        why = "compares or distils single sequences"
+    elif algorithm_of(config.algorithm, OnlineAlgorithm).has_step_baseline:
+        why = "compares the tokens of single sequences step by step"
+    if why is not None:
+        text = f"is {name}, which {why}, but a session of rollouts.agent may have several; use grpo, rloo or ppo"
+        yield problem("algorithm.name", text)
+
+
 def _kept(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
     keep, samples = rollouts.keep_per_prompt, rollouts.samples_per_prompt
     if keep is None:
@@ -60,13 +78,14 @@ def _kept(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
 
 
 def _responses(config: Config, rollouts: RolloutsConfig) -> Responses:
+    single_turns = rollouts.environment is None and rollouts.agent is None
     by_step = (name for name, reward in config.rewards.items() if reward.credit == "step")
     return Responses(
         samples_per_prompt=rollouts.samples_per_prompt,
         trained_per_prompt=derive.trained_per_prompt(config, rollouts),
         trained_key=derive.trained_key(config, rollouts),
         max_tokens=rollouts.max_response_tokens,
-        max_tokens_key="rollouts.max_new_tokens" if rollouts.environment is None else "what a conversation samples",
+        max_tokens_key="rollouts.max_new_tokens" if single_turns else "what a conversation samples",
         num_rewards=sum(reward.weight != 0.0 for reward in config.rewards.values()),
         step_reward=next(by_step, None),
         num_steps=config.train.steps,

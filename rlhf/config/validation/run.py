@@ -21,7 +21,7 @@ from rlhf.config.validation.adapters import adapter_problems
 from rlhf.config.validation.asynchrony import asynchrony_problems
 from rlhf.config.validation.engine_args import engine_argument_problems
 from rlhf.config.validation.rewards import credit_problems, limit_problems, normalization_problems, reward_problems
-from rlhf.config.validation.rollouts import group_problems, length_problems, loss_problems
+from rlhf.config.validation.rollouts import agent_problems, group_problems, length_problems, loss_problems
 from rlhf.config.validation.unused_keys import unused
 from rlhf.role_table import MODEL_SECTIONS, ROLES, TRAINED_ROLES, Role
 
@@ -30,9 +30,10 @@ _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 def problems(config: Config) -> tuple[Problem, ...]:
     """Return all problems of one run's configuration. If there are none, the run can start."""
-    environment = config.rollouts.environment if config.rollouts is not None else None
+    rollouts = config.rollouts
+    environment, agent = (None, None) if rollouts is None else (rollouts.environment, rollouts.agent)
     result = [*unused(config), *_presence(config)]
-    result += reward_problems(config.rewards, config.reward, environment=environment)
+    result += reward_problems(config.rewards, config.reward, environment=environment, agent=agent)
     result += [
         *_revisions(config),
         *adapter_problems(config),
@@ -44,7 +45,7 @@ def problems(config: Config) -> tuple[Problem, ...]:
         result += _offline(config)
     elif config.rollouts is not None:
         result += [*_batch(config, config.rollouts), *group_problems(config, config.rollouts), *_algorithm(config)]
-        result += loss_problems(config, config.rollouts)
+        result += [*loss_problems(config, config.rollouts), *agent_problems(config, config.rollouts)]
     if config.data.too_long == "skip" and config.data.max_unusable_fraction == 0.0:
         text = "is skip, but data.max_unusable_fraction is 0: no row may be skipped; raise it, or set error or cut"
         result.append(problem("data.too_long", text))

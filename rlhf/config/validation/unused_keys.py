@@ -20,6 +20,7 @@ from rlhf.config.mistakes.suggestions import choice
 from rlhf.config.schema.data import TaskConfig
 from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.rewards import RewardConfig, drops
+from rlhf.config.schema.rollouts import AgentConfig
 from rlhf.config.schema.root import Config
 from rlhf.role_table import ROLE_ORDER, TRAINED_ROLES
 
@@ -134,6 +135,7 @@ def _missing_in_run(config: Config) -> Missing:
             missing[role] = (f"algorithm {name} has no {role}", use.how_to_need(config))
     if not config.rewards:
         missing["rewards"] = ("there are no rewards", "name one in rewards")
+    missing |= _missing_template(None if config.rollouts is None else config.rollouts.agent)
     if not drops(config.rewards, config.reward_policy):
         why = "reward_policy.on_error is fail, and no reward's on_error is drop: nothing is dropped"
         missing["dropped groups"] = (why, "set reward_policy.on_error to drop")
@@ -209,6 +211,7 @@ def _missing_in_evaluation(stage: EvaluationStage) -> Missing:
     config, missing = stage.evaluate, _missing_rewards(stage.evaluate.rewards)
     missing["training"] = ("an evaluation trains nothing", "use it to train")
     missing["rollouts"] = ("an evaluation does not train on rollouts", "use it to train")
+    missing |= _missing_template(config.agent)
     if not config.rewards:
         why = "evaluate.rewards is empty, so completions are measured and no response is sampled"
         missing["responses"] = (why, "name a reward")
@@ -217,6 +220,13 @@ def _missing_in_evaluation(stage: EvaluationStage) -> Missing:
         why = "no reward with a weight is a function and evaluate.pass_score is null, so no response passes"
         missing["passing scores"] = (why, "set evaluate.pass_score")
     return missing
+
+
+def _missing_template(agent: AgentConfig | None) -> Missing:
+    """Return whether the template of the data is missing: an agent writes the conversations by itself."""
+    if agent is None:
+        return {}
+    return {"rendered prompts": ("an agent gets the prompt as it is in the data", "write it in the agent's code")}
 
 
 def _missing_rewards(rewards: Mapping[str, RewardConfig]) -> Missing:

@@ -45,7 +45,7 @@ _THREAD_CHECK_S = 0.05  # interval of the thread count check
 
 _SOURCE = Path(__file__).with_name("program.py")
 _PREFIXES = "import sys; print(sys.prefix); print(sys.base_prefix)"
-_READABLE = ("/usr", "/lib", "/lib64", "/lib32", "/etc/ld.so.cache", "/dev/zero", "/dev/random", "/dev/urandom")
+READABLE = ("/usr", "/lib", "/lib64", "/lib32", "/etc/ld.so.cache", "/dev/zero", "/dev/random", "/dev/urandom")
 _WRITABLE = ("/dev/null",)
 _ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
@@ -121,7 +121,7 @@ class Sandbox:
         if probe.returncode != 0:
             raise SandboxError(f"the interpreter does not run: {probe.stderr.strip()[-200:]}")
         prefixes = list(dict.fromkeys(probe.stdout.split("\n")[:2]))
-        readable = [*_READABLE, *prefixes]
+        readable = [*READABLE, *prefixes]
         self._changes_user = rung == "landlock" and _may_change_user() and all(map(_everybody_reads, prefixes))
         self._command = [python, *self._flags, "-c", _SOURCE.read_text(encoding="utf-8")]
         self._filter = None if rung == "unsafe" else seccomp_filter().hex()
@@ -130,7 +130,7 @@ class Sandbox:
             bubblewrap = shutil.which("bwrap")
             if bubblewrap is None:
                 raise SandboxError("bwrap is not installed")
-            self._command = [bubblewrap, *_namespaces(readable), *self._command]
+            self._command = [bubblewrap, *namespaces(readable), *self._command]
         done = self.run("print(1)", wall_s=5.0)
         if (done.code, done.stdout) != (0, b"1\n"):
             raise SandboxError(f"print(1) ended with {done.code}: {done.stderr.decode(errors='replace')[-200:]}")
@@ -237,8 +237,8 @@ def _everybody_reads(name: str) -> bool:
     return path.stat().st_mode & 0o5 == 0o5 and all(parent.stat().st_mode & 0o1 for parent in path.parents)
 
 
-def _namespaces(readable: Sequence[str]) -> list[str]:
-    """Return arguments of bubblewrap for a process with nothing shared and nothing writable."""
+def namespaces(readable: Sequence[str], *, writable: str | None = None) -> list[str]:
+    """Return arguments of bubblewrap for a process with nothing shared, which starts in its writable folder."""
     options = ["--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--cap-drop", "ALL"]
     options += ["--dev", "/dev", "--remount-ro", "/dev"]
     for path in readable:
@@ -246,7 +246,8 @@ def _namespaces(readable: Sequence[str]) -> list[str]:
             options += ["--symlink", os.readlink(path), path]
         elif os.path.exists(path) and not path.startswith("/dev/"):
             options += ["--ro-bind", path, path]
-    return [*options, "--remount-ro", "/", "--chdir", "/", "--"]
+    options += ["--bind", writable, writable] if writable else []
+    return [*options, "--remount-ro", "/", "--chdir", writable or "/", "--"]
 
 
 def _memory(content: bytes | None = None) -> io.FileIO:

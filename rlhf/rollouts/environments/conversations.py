@@ -21,8 +21,8 @@ from rlhf.rollouts.environments.host import Conversation, EnvironmentFailure, En
 from rlhf.rollouts.environments.process import Description
 from rlhf.rollouts.environments.tool_calls import ToolCallParser, read_calls
 from rlhf.rollouts.environments.turns import ChatTurns, RawTurns, TurnWriter, first_prompt, turn_text
-from rlhf.rollouts.records.spans import InsertedSpan, Played, Sampled
-from rlhf.types import GroupRequest, Prompt, RewardError, Sampling
+from rlhf.rollouts.records.spans import InsertedSpan, Played, Sampled, assemble
+from rlhf.types import GroupRequest, Prompt, RewardError, RolloutInfo, Rollouts, Sampling
 
 ENVIRONMENT = "environment"  # name of the environment in place of a reward's name in failures
 
@@ -103,6 +103,10 @@ class Conversations:
     async def stop(self) -> None:
         """End the environment and all its processes."""
         await self.host.stop()
+
+    async def group(self, request: GroupRequest, sampling: Sampling) -> tuple[Rollouts, tuple[RolloutInfo, ...]]:
+        """Play a conversation for each seed, and return the columns and scalars of the group."""
+        return assemble(request, await self.play(request, sampling))
 
     async def play(self, request: GroupRequest, sampling: Sampling) -> list[Played]:
         """Play a conversation for each seed, all with the same beginning."""

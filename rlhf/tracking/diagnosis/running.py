@@ -16,14 +16,15 @@ _FAILURES = {
     "rewards/errors/total": "reward calls raised, hung or returned no number",
     "rollouts/dropped_groups/total": "groups were replaced because a reward failed",
     "rollouts/environment_errors/total": "conversations ended with an error of their environment",
+    "agents/errors/total": "sessions ended with a failure of their agent",
 }
 
 
 @symptom(
     "warning",
     *_FAILURES,
-    why="A reward or an environment fails on some responses. Failed responses are not trained on, which biases "
-    "training towards the others.",
+    why="A reward, an environment or an agent fails on some responses. Failed responses are not trained on, which "
+    "biases training towards the others.",
     advice="errors.jsonl names prompt, sample and message of each; fix the function, or raise "
     "reward_policy.timeout_s if it is slow.",
 )

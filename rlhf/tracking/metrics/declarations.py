@@ -30,6 +30,7 @@ TRAITS: Mapping[str, str] = {
     "groups": "the responses to one prompt are compared (GRPO, online DPO, ...)",
     "correction": "`algorithm.correction` is set",
     "environment": "the policy converses with an environment (`rollouts.environment`)",
+    "agent": "an agent calls the policy (`rollouts.agent`)",
     "eval": "there is an evaluation set",
     "gpu": "the role has a GPU",
     **{role: entry.metrics_of for role, entry in ROLES.items() if entry.metrics_of},
@@ -80,6 +81,15 @@ rollouts/environment_errors/total | errors | Sum | online environment | Conversa
     died or returned no number
 rollouts/environment_timeouts/total | errors | Sum | online environment | Conversations whose environment took longer
     than `rollouts.environment.step_timeout_s`
+agents/calls/mean | calls | Mean | online agent | Calls of the model in a session
+agents/calls/max | calls | Max | online agent | Most calls of a session
+agents/broken_prefixes/fraction | 1 | Mean | online agent | Calls whose prompt does not go on from the session's tokens
+    although it has an earlier answer of the model: the agent has changed its history
+agents/inserted_tokens/mean | tokens | Mean | online agent | Tokens of a session after its first prompt that were not
+    sampled: results of tools, further prompts, and the chat template
+agents/errors/total | errors | Sum | online agent | Sessions whose agent raised, hung, died, exceeded a limit or
+    returned no valid result
+agents/timeouts/total | errors | Sum | online agent | Sessions that took longer than `rollouts.agent.timeout_s`
 rollouts/filtered_groups/fraction | 1 | Mean | online optional | Answered groups that teach nothing and were replaced
     (`rollouts.dynamic_sampling`)
 rollouts/filtered_easy/fraction | 1 | Mean | online optional | Filtered groups that score above the mean of the trained

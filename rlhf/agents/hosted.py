@@ -1,0 +1,229 @@
+"""Run an agent in its process: a user's function, or a user's program.
+
+The process of `rlhf.rollouts.environments.process` loads the agent once, and forks a copy for each session. Each copy
+works in a folder of its own. This module uses only the standard library: never import torch or NumPy here, directly or
+through another module.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import random
+import select
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from rlhf.agents.relay import PORT, forwarding
+from rlhf.extensions import CodeSource, LoadError, load_code
+from rlhf.rewards.sandbox.run import READABLE, namespaces
+from rlhf.rollouts.environments.process import Description, ProtocolViolation
+
+RESULT_FOLDER = "result"  # the files that an agent leaves there are its result
+TASK_FILE = "task.json"
+MAX_RESULT_BYTES = 64 * 2**10  # of a result as JSON
+MODEL = "model"  # the front answers to any name
+RELAY = str(Path(__file__).with_name("relay.py"))
+SOCKET = "model.sock"  # in the folder of a program in the sandbox
+SANDBOX_WITHIN_S = 30.0
+CLIENTS = ("openai", "anthropic")  # packages with a client
+
+
+class AgentClient:
+    """The model as a function's argument `client`: its addresses, its key, and clients of installed packages."""
+
+    def __init__(self, address: str, api_key: str) -> None:
+        self.base_url = f"{address}/v1"  # of OpenAI's protocol
+        self.anthropic_base_url = address
+        self.api_key = api_key
+        self.model = MODEL
+
+    @cached_property
+    def openai(self) -> Any:
+        """Return an `AsyncOpenAI` for this session. ImportError: the package `openai` is not installed.
+
+        It repeats no call and waits for an answer as long as the session lasts.
+        """
+        made = _package("openai").AsyncOpenAI
+        return made(base_url=self.base_url, api_key=self.api_key, max_retries=0, timeout=None)
+
+    @cached_property
+    def anthropic(self) -> Any:
+        """Return an `AsyncAnthropic` for this session. ImportError: the package `anthropic` is not installed."""
+        made = _package("anthropic").AsyncAnthropic
+        return made(base_url=self.anthropic_base_url, api_key=self.api_key, max_retries=0, timeout=None)
+
+
+def access_variables(address: str, api_key: str) -> dict[str, str]:
+    """Return the environment variables that clients of both protocols read."""
+    return {
+        "OPENAI_BASE_URL": f"{address}/v1",
+        "OPENAI_API_KEY": api_key,
+        "ANTHROPIC_BASE_URL": address,
+        "ANTHROPIC_API_KEY": api_key,
+    }
+
+
+def _package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"client.{name} needs the package `{name}`; install it with `pip install {name}`") from error
+
+
+class HostedFunction:
+    """An async function `solve(task, client)` of a user's file, in its process."""
+
+    description = Description(required=(), optional=(), takes_all=False, tools=(), has_close=False)
+
+    def __init__(self, source: CodeSource) -> None:
+        self.solve = load_code(source, isolated=True)
+        where = f"`{source.name}` in {source.path or source.entry}"
+        if not inspect.iscoroutinefunction(self.solve):
+            kind = "a plain function" if inspect.isfunction(self.solve) else f"of type {type(self.solve).__name__}"
+            raise LoadError(f"{where} is {kind}; an agent is a function `async def {source.name}(task, client)`")
+        try:
+            inspect.signature(self.solve).bind({}, None)
+        except TypeError as error:
+            raise LoadError(f"{where} cannot be called as `{source.name}(task, client)`: {error}") from error
+
+    def prepare(self) -> None:
+        """Import the clients that the function's file names, which takes a second."""
+        text = Path(inspect.getfile(self.solve)).read_text(encoding="utf-8")
+        for name in CLIENTS:
+            if name in text and importlib.util.find_spec(name) is not None:
+                importlib.import_module(f"{name}.resources")
+                getattr(AgentClient("http://127.0.0.1", "none"), name)  # imports what the first client needs
+
+    def answer(self, call: str, **message: Any) -> dict[str, Any]:
+        """Run a session, and return its result unless it is in files."""
+        assert call == "solve"
+        os.chdir(message["folder"])
+        random.seed(message["seed"])
+        address, key = message["address"], message["api_key"]
+        os.environ.update(access_variables(address, key))
+        client = AgentClient(address, key)
+        return {"result": checked_result(asyncio.run(self.solve(message["task"], client)))}
+
+
+class HostedCommand:
+    """A program that is started for each session, in its process group."""
+
+    description = Description(required=(), optional=(), takes_all=False, tools=(), has_close=False)
+
+    def __init__(self, source: CodeSource) -> None:
+        self.command: Sequence[str] = source.args["command"]
+        self.is_confined: bool = source.args["sandbox"]
+        if self.is_confined:
+            _refuse_without_sandbox()
+
+    def prepare(self) -> None:
+        """Do nothing: a program shares no memory with another."""
+
+    def answer(self, call: str, **message: Any) -> dict[str, Any]:
+        """Run a session, and return the program's output unless its result is in files."""
+        assert call == "solve"
+        folder, address, command = message["folder"], message["address"], self.command
+        os.chdir(folder)
+        Path(TASK_FILE).write_text(json.dumps(message["task"]), encoding="utf-8")
+        environment = dict(os.environ)
+        relay: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if self.is_confined:
+            front = urlsplit(address)
+            relay = forwarding(SOCKET, front.hostname or "", front.port or 80)
+            command, environment = _confined(command, folder), _environment_inside(folder)
+            address = f"http://127.0.0.1:{PORT}"
+        environment |= access_variables(address, message["api_key"])
+        with relay, open(TASK_FILE, "rb") as stdin:
+            process = subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, env=environment)
+            output = _output_of(process)
+        code = process.wait()
+        if code != 0:
+            how = f"exited with code {code}" if code > 0 else f"was killed by signal {-code}"
+            raise ProtocolViolation(f"the program {how}; its errors are in the log")
+        try:
+            return {"result": checked_result(result_of_text(output.decode()))}
+        except UnicodeDecodeError as error:
+            raise ProtocolViolation(f"the program's standard output is not UTF-8: {error}") from error
+
+
+def _confined(command: Sequence[str], folder: str) -> list[str]:
+    """Return a command that runs another one in the sandbox, beside a relay to the front."""
+    named = [word for word in command if os.sep in word and os.path.exists(word)]
+    prefixes = dict.fromkeys((sys.prefix, os.path.realpath(sys.prefix), sys.base_prefix))
+    readable = [*READABLE, *prefixes, *named]
+    relay = [sys.executable, "-I", RELAY, SOCKET]
+    return ["bwrap", *namespaces([*readable, RELAY], writable=folder), *relay, *command]
+
+
+def _environment_inside(folder: str) -> dict[str, str]:
+    """Return the environment of a program in the sandbox. It has nothing of this process."""
+    path = os.pathsep.join([f"{sys.prefix}/bin", "/usr/bin", "/bin"])
+    return {"PATH": path, "HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def _refuse_without_sandbox() -> None:
+    """Raise LoadError if bubblewrap does not work on this machine."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            done = subprocess.run(
+                _confined(["true"], folder),
+                cwd=folder,
+                env=_environment_inside(folder),
+                capture_output=True,
+                text=True,
+                timeout=SANDBOX_WITHIN_S,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise LoadError(f"the sandbox needs bubblewrap (`apt-get install bubblewrap`): {error}") from error
+    if done.returncode != 0:
+        raise LoadError(f"bubblewrap does not work on this machine: {done.stderr.strip()[-300:]}")
+
+
+def _output_of(process: subprocess.Popen[bytes]) -> bytes:
+    """Return the output of a program once it has ended, although its children may keep the pipe open."""
+    assert process.stdout is not None
+    pipe, ended = process.stdout.fileno(), os.pidfd_open(process.pid)
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    poll.register(ended, select.POLLIN)
+    output = b""
+    while pipe in {fd for fd, _ in poll.poll()} and (chunk := os.read(pipe, 1 << 16)):
+        output += chunk
+        if len(output) > MAX_RESULT_BYTES:
+            raise ProtocolViolation(f"the program wrote more than {MAX_RESULT_BYTES} bytes to its standard output")
+    os.close(ended)
+    return output
+
+
+def result_of_text(text: str) -> str | Mapping[str, Any]:
+    """Return the result of an agent that answers with text: a JSON object where it is one, or the text itself."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):  # not JSON, or beyond Python's limits of digits and depth
+        return text
+    return value if isinstance(value, dict) else text
+
+
+def checked_result(value: Any) -> Any:
+    """Return the value of an agent: text, an object that JSON can hold, or None. ProtocolViolation for any other."""
+    if not isinstance(value, str | Mapping | None):
+        raise ProtocolViolation(f"the result is {value!r:.80}, expected text, a JSON object, or files in result/")
+    try:
+        size = len(json.dumps(value, allow_nan=False, ensure_ascii=False).encode())
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ProtocolViolation(f"the result cannot be written as JSON: {error}") from error
+    if size > MAX_RESULT_BYTES:
+        raise ProtocolViolation(f"the result has {size} bytes as JSON, more than {MAX_RESULT_BYTES}")
+    return value

@@ -1,0 +1,165 @@
+"""Run a session of an agent for each sample of a group.
+
+task -> session at the engine's front -> the agent, which calls it -> the calls and the result -> sequences
+
+Sessions are independent, so a slow agent delays only its session. A failure of an agent is recorded, and never counts
+as a reward of 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from rlhf.agents.calls import AgentResult, Call, Session
+from rlhf.agents.limits import SessionLimits
+from rlhf.agents.runners import KEY, AgentRunner, AgentTask, HostedRunner, ServiceRunner, result_json
+from rlhf.agents.trees import assemble_sessions
+from rlhf.data.templates import UNCHANGED, ChatTemplate
+from rlhf.extensions import CodeSource
+from rlhf.rollouts.environments.host import EnvironmentFailure
+from rlhf.types import GroupRequest, Prompt, RewardError, RolloutInfo, Rollouts, Sampling, SessionEnd
+
+AGENT = "agent"  # name of the agent in place of a reward's name in failures
+FUNCTION = "rlhf.agents.hosted:HostedFunction"
+COMMAND = "rlhf.agents.hosted:HostedCommand"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentSpec:
+    """An agent and its limits, as used by an engine."""
+
+    source: CodeSource  # of a program, its only argument is `command`
+    program: str | None  # FUNCTION or COMMAND; None: a service, whose source has the argument `url`
+    columns: tuple[str, ...]  # of a row, for the agent
+    max_calls: int
+    max_tokens: int  # prompt and response of one call
+    timeout_s: float
+    memory_gib: float
+    processes: int  # sessions open at once
+    tokenizer: str
+    trust_remote_code: bool
+    template: ChatTemplate = UNCHANGED  # changes to the tokenizer's chat template
+    key: str = KEY  # config section named in messages
+
+    def fingerprint(self) -> str:
+        """Return a digest of the agent's settings. It includes the file of a function, but no other files."""
+        settings = repr((self.program, self.columns, self.max_calls, self.max_tokens, self.template))
+        return hashlib.blake2b(self.source.digest() + settings.encode(), digest_size=16).hexdigest()
+
+    def runner(self) -> AgentRunner:
+        """Return what runs this agent."""
+        if self.program is None:
+            return ServiceRunner(self.source.args["url"], timeout_s=self.timeout_s, key=self.key)
+        return HostedRunner(
+            self.source, program=self.program, timeout_s=self.timeout_s, memory_gib=self.memory_gib, key=self.key
+        )
+
+
+class OpenedSession(Protocol):
+    """A session at the front, while its agent runs."""
+
+    @property
+    def exceeded(self) -> str | None:
+        """Return the key of the limit that the agent's calls have exceeded."""
+
+
+class FrontSessions(Protocol):
+    """The sessions of an engine's front."""
+
+    def open(self, key: str, sampling: Sampling, limits: SessionLimits) -> OpenedSession:
+        """Answer calls with this key from now on."""
+
+    def close(self, key: str) -> list[Call]:
+        """Refuse the key from now on, and return the finished calls in the order of their end."""
+
+
+class AgentSessions:
+    """Runs groups of sessions, at most `processes` at once."""
+
+    def __init__(self, spec: AgentSpec, front: FrontSessions, address: str) -> None:
+        self.spec = spec
+        self.front = front
+        self.address = address
+        self.runner = spec.runner()
+        self.places = asyncio.Semaphore(spec.processes)
+
+    async def start(self) -> None:
+        """Load the agent. UserError if it cannot be used."""
+        await self.runner.start()
+
+    async def stop(self) -> None:
+        """End the agent and all its sessions."""
+        await self.runner.stop()
+
+    async def group(self, request: GroupRequest, sampling: Sampling) -> tuple[Rollouts, tuple[RolloutInfo, ...]]:
+        """Run a session for each seed, and return the columns and scalars of the group."""
+        self.runner.begin_group()
+        sessions = [asyncio.create_task(self._session(request, sampling, n)) for n in range(len(request.seeds))]
+        try:
+            ended = await asyncio.gather(*sessions)
+        finally:
+            for session in sessions:
+                session.cancel()
+            await asyncio.gather(*sessions, return_exceptions=True)  # wait for the end of their processes
+        rollouts, infos = assemble_sessions(request, [session for session, _ in ended])
+        return rollouts, tuple(
+            replace(info, session=session_end(session), environment_error=error)
+            for info, (session, error) in zip(infos, ended, strict=True)
+        )
+
+    async def _session(
+        self, request: GroupRequest, sampling: Sampling, sample: int
+    ) -> tuple[Session, RewardError | None]:
+        """Run one session from its opening to its end, with the failure of its agent, if there is one."""
+        prompt, seed = request.prompt, request.seeds[sample]
+        result: AgentResult | None = None
+        error: RewardError | None = None
+        async with self.places:
+            key = f"sk-{secrets.token_urlsafe(24)}"
+            limits = SessionLimits(max_calls=self.spec.max_calls, max_tokens=self.spec.max_tokens, seed=seed)
+            opened = self.front.open(key, sampling, limits)
+            calls: list[Call] = []
+            try:
+                task = task_of(prompt, self.spec.columns)
+                result = await self.runner.solve(AgentTask(task=task, address=self.address, api_key=key, seed=seed))
+            except EnvironmentFailure as failure:
+                error = _error(failure, prompt, sample)
+            finally:
+                calls = self.front.close(key)
+        if error is None and (problem := self._problem(opened.exceeded, calls)) is not None:
+            error = _error(problem, prompt, sample)
+        failure_text = None if error is None else error.message
+        return Session(calls=calls, result=result if error is None else None, failure=failure_text), error
+
+    def _problem(self, exceeded: str | None, calls: list[Call]) -> EnvironmentFailure | None:
+        """Return why a session whose agent has ended by itself has no score."""
+        if exceeded is not None:
+            limit = f"{self.spec.key}.{exceeded}: {getattr(self.spec, exceeded)}"
+            return EnvironmentFailure("refused", f"a call of the agent was over {limit}")
+        if not any(len(call.response_ids) for call in calls):
+            return EnvironmentFailure("raised", "the agent ended without an answer of the model")
+        return None
+
+
+def _error(failure: EnvironmentFailure, prompt: Prompt, sample: int) -> RewardError:
+    return RewardError(reward=AGENT, kind=failure.kind, message=str(failure), prompt_id=prompt.prompt_id, sample=sample)
+
+
+def session_end(session: Session) -> SessionEnd:
+    """Return the scalars of a session for the driver, with its result for the rewards."""
+    return SessionEnd(
+        result=None if session.result is None else result_json(session.result),
+        num_calls=len(session.calls),
+        num_broken=sum(call.broke is not None for call in session.calls),
+    )
+
+
+def task_of(prompt: Prompt, columns: tuple[str, ...]) -> Mapping[str, Any]:
+    """Return what the agent is told: the prompt's text or messages, and the given columns of its row."""
+    said = {"messages": prompt.columns["messages"]} if prompt.is_chat else {"prompt": prompt.text}
+    return {**said, **{name: prompt.columns[name] for name in columns}}

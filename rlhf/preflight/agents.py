@@ -1,0 +1,126 @@
+"""Load the agent of a run or an evaluation before any actor starts.
+
+Checks the agent's settings, that its code can be loaded, and the columns of the data.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf.agents.sessions import COMMAND, FUNCTION, AgentSpec
+from rlhf.config.schema.rollouts import AgentConfig
+from rlhf.data.sources import Row
+from rlhf.data.templates import ChatTemplate
+from rlhf.errors import UserError, prefix_errors
+from rlhf.extensions import CodeSource, find_code
+from rlhf.stopping import run_async
+from rlhf.types import Prompt
+
+RESULT_COLUMN = "result"  # of a session, for the rewards
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedAgent:
+    """An agent loaded once to be checked."""
+
+    spec: AgentSpec
+    tools: None = None  # an agent has its own tools
+
+    def check_rows(self, rows: Sequence[Row], data: str) -> None:
+        """Raise UserError if a row lacks a column for the agent, or has one of the rewards' names."""
+        for row in rows:
+            missing = [column for column in self.spec.columns if column not in row.columns]
+            if missing:
+                raise UserError(
+                    f"{self.spec.key}.columns: names `{missing[0]}`, which {row.place} of {data} lacks. Add it to the "
+                    "data, or leave it out."
+                )
+            if RESULT_COLUMN in row.columns:
+                raise UserError(
+                    f"{row.place}: column `{RESULT_COLUMN}` has the name under which rewards get the agent's result. "
+                    f"Rename it: data.columns: {{reference: {RESULT_COLUMN}}}."
+                )
+            try:
+                json.dumps({column: row.columns[column] for column in self.spec.columns}, allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise UserError(f"{row.place}: cannot be sent to {self.spec.key} as JSON: {error}") from error
+
+    def check_prompt(self, prompt: Prompt, tokenizer: Any, data: str) -> None:
+        """Do nothing: an agent works with a model only."""
+
+
+def preload_agent(
+    section: AgentConfig | None,
+    *,
+    beside: Path,
+    tokenizer: str,
+    trust_remote_code: bool,
+    template: ChatTemplate,
+    key: str,
+) -> LoadedAgent | None:
+    """Load the agent of a section once, in a separate process. Return None if there is no section.
+
+    Args:
+        beside: the folder searched for the agent's files before the current one.
+        key: the section's name in messages.
+
+    Raises:
+        UserError: the agent cannot be used.
+    """
+    if section is None:
+        return None
+    program, source = _source(section, beside=beside, key=key)
+    spec = AgentSpec(
+        source=source,
+        program=program,
+        columns=section.columns,
+        max_calls=section.max_calls,
+        max_tokens=section.max_tokens,
+        timeout_s=section.timeout_s,
+        memory_gib=section.memory_gib,
+        processes=section.concurrency,
+        tokenizer=tokenizer,
+        trust_remote_code=trust_remote_code,
+        template=template,
+        key=key,
+    )
+    with prefix_errors(f"{key}.function" if program == FUNCTION else key):
+        run_async(_try(spec))
+    return LoadedAgent(spec=spec)
+
+
+def _source(section: AgentConfig, *, beside: Path, key: str) -> tuple[str | None, CodeSource]:
+    """Return the program that runs the agent, and the source of its code. UserError: a file is missing."""
+    if section.function is not None:
+        folders = (beside, Path.cwd())
+        return FUNCTION, find_code("agent", section.function, folders=folders, key=f"{key}.function")
+    if section.command is not None:
+        command = _located(section.command, beside)
+        if shutil.which(command[0]) is None:
+            raise UserError(f"{key}.command: there is no program {command[0]}; install it, or write its path")
+        return COMMAND, CodeSource(path=None, name="command", args={"command": command, "sandbox": section.sandbox})
+    return None, CodeSource(path=None, name="url", args={"url": section.url})
+
+
+def _located(command: Sequence[str], beside: Path) -> tuple[str, ...]:
+    """Return a command with absolute paths for its files, since each session starts in a folder of its own."""
+    found = []
+    for place, word in enumerate(command):
+        paths = [folder / os.path.expanduser(word) for folder in (beside, Path.cwd())]
+        is_path = os.sep in word or place > 0
+        found.append(next((str(path.resolve()) for path in paths if is_path and os.path.exists(path)), word))
+    return tuple(found)
+
+
+async def _try(spec: AgentSpec) -> None:
+    runner = spec.runner()
+    try:
+        await runner.start()
+    finally:
+        await runner.stop()

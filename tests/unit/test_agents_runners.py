@@ -1,0 +1,311 @@
+"""Agents in real processes and at a real service: results, limits, failures, and nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import stat
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import pytest
+from aiohttp import web
+
+from rlhf.agents.calls import AgentFiles, AgentResult
+from rlhf.agents.runners import AgentTask, HostedRunner, ServiceRunner
+from rlhf.agents.sessions import COMMAND, FUNCTION
+from rlhf.errors import UserError
+from rlhf.extensions import CodeSource
+from rlhf.rollouts.environments.host import EnvironmentFailure
+
+T = TypeVar("T")
+MANY = Path(__file__).parents[1] / "fixtures" / "agents" / "many.py"
+
+
+def task(**columns: Any) -> AgentTask:
+    return AgentTask(task={"prompt": "2 + 2", **columns}, address="http://127.0.0.1:9", api_key="sk-1", seed=1)
+
+
+def function(name: str = "solve", timeout_s: float = 20.0) -> HostedRunner:
+    source = CodeSource(path=str(MANY), name=name)
+    return HostedRunner(source, program=FUNCTION, timeout_s=timeout_s, memory_gib=4.0, key="rollouts.agent")
+
+
+def command(*words: str, timeout_s: float = 20.0, sandbox: bool = False) -> HostedRunner:
+    source = CodeSource(path=None, name="command", args={"command": words, "sandbox": sandbox})
+    return HostedRunner(source, program=COMMAND, timeout_s=timeout_s, memory_gib=4.0, key="rollouts.agent")
+
+
+def with_runner(runner: Any, use: Callable[[Any], Awaitable[T]]) -> T:
+    async def run() -> T:
+        await runner.start()
+        try:
+            return await use(runner)
+        finally:
+            await runner.stop()
+
+    return asyncio.run(asyncio.wait_for(run(), 60.0))
+
+
+def solve(runner: Any, asked: AgentTask) -> AgentResult:
+    result: AgentResult = with_runner(runner, lambda started: started.solve(asked))
+    return result
+
+
+def failure(runner: Any, asked: AgentTask) -> tuple[str, str]:
+    with pytest.raises(EnvironmentFailure) as caught:
+        solve(runner, asked)
+    return caught.value.kind, str(caught.value)
+
+
+def test_a_function_gets_the_task_and_its_access_to_the_model() -> None:
+    assert solve(function(), task(mood="text")) == "2 + 2 at http://127.0.0.1:9/v1 with sk-1"
+
+
+def test_a_result_is_text_an_object_or_files() -> None:
+    found = solve(function(), task(mood="object"))
+    assert isinstance(found, dict)
+    assert found["answer"] == 4
+    assert not Path(found["folder"]).exists()  # the session's own folder is gone
+    assert solve(function(), task(mood="files")) == AgentFiles(contents={"src/main.py": "print(1)"})
+
+
+@pytest.mark.parametrize(
+    ("mood", "kind", "message"),
+    [
+        ("nothing", "raised", "returned nothing and left no files in result/"),
+        ("number", "raised", "the result is 4, expected text, a JSON object, or files"),
+        ("huge", "raised", "the result has 100002 bytes as JSON, more than 65536"),
+        ("link", "raised", "result/secret is a link or no regular file"),
+        ("raise", "raised", "solve: ValueError: lost my way, at "),
+        ("exit", "died", "in solve, it exited with code 3"),
+        ("crash", "died", "in solve, it was killed by SIGSEGV"),
+        ("hang", "timeout", "solve did not answer within rollouts.agent.timeout_s: 1, at "),
+        ("await", "timeout", "solve did not answer within rollouts.agent.timeout_s: 1"),
+        ("greedy", "died", "ran out of memory (rollouts.agent.memory_gib: 4)"),
+    ],
+)
+def test_a_failure_is_reported_with_its_kind(mood: str, kind: str, message: str) -> None:
+    found = failure(function(timeout_s=1.0 if kind == "timeout" else 20.0), task(mood=mood))
+    assert found[0] == kind
+    assert message in found[1]
+
+
+def test_a_daemon_ends_with_its_session(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+
+    async def use(runner: HostedRunner) -> int:
+        assert await runner.solve(task(mood="daemon", note=str(note))) == "done"
+        return int(note.read_text())
+
+    async def beside(runner: HostedRunner) -> int:
+        """Another session goes on while the daemon of the first is killed."""
+        other = asyncio.create_task(runner.solve(task(mood="slow", s=1.5)))
+        pid = await use(runner)
+        assert not psutil.pid_exists(pid)
+        assert await other == "late"
+        return pid
+
+    assert not psutil.pid_exists(with_runner(function(), beside))
+
+
+def test_a_cancelled_session_leaves_no_process_and_no_folder() -> None:
+    async def use(runner: HostedRunner) -> list[str]:
+        host = psutil.Process(runner.host._started.process.pid)
+        session = asyncio.create_task(runner.solve(task(mood="await")))
+        while not host.children(recursive=True):
+            await asyncio.sleep(0.02)
+        session.cancel()
+        await asyncio.gather(session, return_exceptions=True)
+        while host.children(recursive=True):  # a copy that was being made ends a moment later
+            await asyncio.sleep(0.02)
+        assert runner._folder is not None
+        return [name for name in os.listdir(runner._folder.path) if name != ".lock"]
+
+    assert with_runner(function(), use) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("plain", "is a plain function; an agent is a function `async def plain(task, client)`"),
+        ("lonely", "cannot be called as `lonely(task, client)`"),
+        ("absent", "defines no `absent`; it defines: solve, plain, lonely"),
+    ],
+)
+def test_what_is_no_agent_is_refused(name: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        solve(function(name), task())
+    assert message in str(caught.value)
+
+
+ECHO = """
+import json, os, sys
+task = json.load(sys.stdin)
+assert task == json.load(open("task.json"))
+print(json.dumps({"task": task, "url": os.environ["OPENAI_BASE_URL"], "key": os.environ["ANTHROPIC_API_KEY"]}))
+"""
+
+
+def test_a_command_gets_the_task_and_its_output_is_the_result() -> None:
+    assert solve(command(sys.executable, "-c", ECHO), task(size=3)) == {
+        "task": {"prompt": "2 + 2", "size": 3},
+        "url": "http://127.0.0.1:9/v1",
+        "key": "sk-1",
+    }
+    assert solve(command("echo", "four"), task()) == "four\n"
+    assert solve(command("sh", "-c", "echo log; echo 4 > result/answer"), task()) == AgentFiles(
+        contents={"answer": "4\n"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "message"),
+    [
+        (("sh", "-c", "exit 3"), "raised", "the program exited with code 3"),
+        (("sh", "-c", "kill -9 $$"), "raised", "the program was killed by signal 9"),
+        (("yes",), "raised", "wrote more than 65536 bytes to its standard output"),
+        (("printf", "\\377"), "raised", "standard output is not UTF-8"),
+        (("sleep", "600"), "timeout", "did not answer within rollouts.agent.timeout_s: 1"),
+    ],
+)
+def test_a_failing_command_is_reported(words: tuple[str, ...], kind: str, message: str) -> None:
+    found = failure(command(*words, timeout_s=1.0 if kind == "timeout" else 20.0), task())
+    assert found[0] == kind
+    assert message in found[1]
+
+
+def test_a_command_ends_although_its_children_keep_its_output_open() -> None:
+    began = time.monotonic()
+    assert solve(command("sh", "-c", "sleep 600 & echo four"), task()) == "four\n"
+    assert time.monotonic() - began < 20.0
+
+
+PRISONER = """
+import json, os, socket, sys, urllib.request
+task = json.load(sys.stdin)
+def tried(what):
+    try:
+        return what()
+    except OSError as error:
+        return type(error).__name__
+reached = urllib.request.urlopen(os.environ["OPENAI_BASE_URL"] + "/models").read().decode()
+open("result/made", "w").write("kept")
+print(json.dumps({
+    "model": reached,
+    "beside": tried(lambda: os.listdir(task["beside"])),
+    "passwd": tried(lambda: open("/etc/passwd").read()),
+    "write": tried(lambda: open("/usr/x", "w")),
+    "net": tried(lambda: socket.create_connection(("127.0.0.1", task["port"]), 2.0)),
+    "secret": os.environ.get("RLHF_TEST_SECRET"),
+}), file=open("result/seen", "w"))
+"""
+
+
+def test_a_program_in_the_sandbox_reaches_the_model_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLHF_TEST_SECRET", "token")
+
+    async def run() -> AgentResult:
+        async def answer(request: web.Request) -> web.Response:
+            return web.Response(text="policy")
+
+        application = web.Application()
+        application.router.add_get("/v1/models", answer)
+        server = web.AppRunner(application)
+        await server.setup()
+        await web.TCPSite(server, "127.0.0.1", 0).start()
+        port = server.addresses[0][1]
+        runner = command(sys.executable, "-c", PRISONER, sandbox=True)
+        await runner.start()
+        asked = AgentTask(
+            task={"beside": str(tmp_path), "port": port}, address=f"http://127.0.0.1:{port}", api_key="", seed=1
+        )
+        try:
+            return await runner.solve(asked)
+        finally:
+            await runner.stop()
+            await server.cleanup()
+
+    result = asyncio.run(asyncio.wait_for(run(), 60.0))
+    assert isinstance(result, AgentFiles)
+    assert result.contents["made"] == "kept"
+    assert json.loads(result.contents["seen"]) == {
+        "model": "policy",
+        "beside": "FileNotFoundError",
+        "passwd": "FileNotFoundError",
+        "write": "OSError",
+        "net": "ConnectionRefusedError",
+        "secret": None,
+    }
+
+
+def serve(answer: Callable[[web.Request], Awaitable[web.StreamResponse]], timeout_s: float = 10.0) -> AgentResult:
+    async def run() -> AgentResult:
+        application = web.Application()
+        application.router.add_post("/solve", answer)
+        server = web.AppRunner(application)
+        await server.setup()
+        site = web.TCPSite(server, "127.0.0.1", 0)
+        await site.start()
+        port = server.addresses[0][1]
+        runner = ServiceRunner(f"http://127.0.0.1:{port}/solve", timeout_s=timeout_s, key="rollouts.agent")
+        await runner.start()
+        try:
+            return await runner.solve(task(size=3))
+        finally:
+            await runner.stop()
+            await server.cleanup()
+
+    return asyncio.run(asyncio.wait_for(run(), 60.0))
+
+
+def test_a_service_is_sent_the_task_and_answers_with_the_result() -> None:
+    async def answer(request: web.Request) -> web.Response:
+        return web.json_response({"asked": await request.json()})
+
+    assert serve(answer) == {
+        "asked": {
+            "task": {"prompt": "2 + 2", "size": 3},
+            "openai_base_url": "http://127.0.0.1:9/v1",
+            "anthropic_base_url": "http://127.0.0.1:9",
+            "api_key": "sk-1",
+        }
+    }
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "late_s", "kind", "message"),
+    [
+        (500, b"broken", 0.0, "refused", "answered 500: 'broken'"),
+        (200, b"x" * 70_000, 0.0, "raised", "as JSON, more than 65536"),
+        (200, b"\xff", 0.0, "raised", "can't decode byte"),
+        (200, b"late", 1.0, "timeout", "did not answer within rollouts.agent.timeout_s: 0.5"),
+    ],
+)
+def test_a_failing_service_is_reported(status: int, body: bytes, late_s: float, kind: str, message: str) -> None:
+    async def answer(request: web.Request) -> web.Response:
+        await asyncio.sleep(late_s)
+        return web.Response(status=status, body=body)
+
+    with pytest.raises(EnvironmentFailure) as caught:
+        serve(answer, timeout_s=0.5 if late_s else 10.0)
+    assert caught.value.kind == kind
+    assert message in str(caught.value)
+
+
+def test_a_service_that_is_not_there_is_reported() -> None:
+    runner = ServiceRunner("http://127.0.0.1:9/solve", timeout_s=5.0, key="rollouts.agent")
+    kind, message = failure(runner, task())
+    assert (kind, "cannot be reached" in message) == ("unavailable", True)
+
+
+def test_folders_of_sessions_are_private() -> None:
+    parent = Path(tempfile.gettempdir()) / f"rlhf-agents-{os.getuid()}"
+    assert solve(command("pwd"), task())
+    assert stat.S_IMODE(parent.stat().st_mode) == 0o700

@@ -1,0 +1,120 @@
+"""What an agent's section must agree with, and what is read of it before a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf.agents.sessions import AgentSpec
+from rlhf.config.files.load import load
+from rlhf.errors import UserError
+from rlhf.preflight.inputs import OnlineInputs, StageInputs, load_inputs
+from tests.unit.test_config_validation_run import ONLINE, PAIRS, refusal
+
+MANY = Path(__file__).parents[1] / "fixtures" / "agents" / "many.py"
+AGENT = f"rollouts.agent={{function: '{MANY}:solve', max_tokens: 180}}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rollouts.agent={max_tokens: 180}"], "give exactly one of `function`, `command` and `url`"),
+        (
+            ["rollouts.agent={url: 'http://a', command: [b], max_tokens: 180}"],
+            "give exactly one of `function`, `command` and `url`",
+        ),
+        (["rollouts.agent={url: 'http://me:secret@host/', max_tokens: 180}"], "`url` holds a secret"),
+        ([AGENT, "rollouts.agent.max_calls=0"], "rollouts.agent.max_calls"),
+        (
+            ["rollouts.agent={url: 'http://a', max_tokens: 180, memory_gib: 2}"],
+            "rollouts.agent.memory_gib: has no effect here: rollouts.agent.url is http://a",
+        ),
+        (
+            [AGENT, "rollouts.agent.sandbox=true"],
+            "rollouts.agent.sandbox: has no effect here: rollouts.agent.command is",
+        ),
+        (
+            [AGENT, "rollouts.environment={name: guess_number, max_tokens: 180}"],
+            "give one of `environment` and `agent`",
+        ),
+        ([AGENT, "rollouts.agent.max_tokens=149"], "rollouts.agent.max_tokens: is 149 and must hold a prompt and one"),
+        ([AGENT, "rollouts.agent.max_tokens=300"], "must hold the longest sequence: rollouts.agent.max_tokens = 300"),
+        (
+            [AGENT, *PAIRS, "train.max_tokens_per_microbatch=400"],
+            "algorithm.name: is online_dpo, which compares or distils single sequences",
+        ),
+        ([AGENT, "algorithm={name: otb}"], "algorithm.name: is otb, which compares the tokens of single sequences"),
+        (
+            ["rollouts.agent={command: [a, --api-key, sk-proj-abcdefghijklmnopqrstuvwx], max_tokens: 180}"],
+            "rollouts.agent.command: looks like a secret",
+        ),
+        ([AGENT, "rewards.correct={environment: true}"], "is true, but there is no environment"),
+        ([AGENT, "data.system_prompt=hello"], "data.system_prompt: has no effect here: an agent gets the prompt as it"),
+        (
+            [AGENT, "rollouts.oversample=2", "rollouts.carry_over=true", "algorithm.correction=none"],
+            "with rollouts.agent cannot be continued",
+        ),
+    ],
+)
+def test_relations(tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str) -> None:
+    assert message in refusal(tmp_path, capsys, ONLINE, overrides)
+
+
+RUN = """\
+run: {{name: demo, dir: {folder}}}
+policy: {{model: "tiny:llama", dtype: float32}}
+algorithm: {{name: grpo}}
+data: {{train: {folder}/rows.jsonl, max_prompt_tokens: 64}}
+rollouts:
+  prompts_per_step: 1
+  max_new_tokens: 8
+  agent: {agent}
+rewards: {{right: {{function: "{folder}/right.py:right"}}}}
+train: {{steps: 1, lr: 1e-3, sequences_per_update: 4, max_tokens_per_microbatch: 512}}
+"""
+
+
+def inputs(folder: Path, agent: str, **row: object) -> OnlineInputs:
+    (folder / "rows.jsonl").write_text(json.dumps({"prompt": "go", **row}) + "\n")
+    (folder / "right.py").write_text("def right(prompt, response, result):\n    return 1.0\n")
+    path = folder / "run.yaml"
+    path.write_text(RUN.format(folder=folder, agent=agent))
+    (stage,) = load_inputs(load(path))
+    assert isinstance(stage, StageInputs)
+    assert isinstance(stage.inputs, OnlineInputs)
+    return stage.inputs
+
+
+def test_an_agent_is_loaded_and_gets_the_prompt_as_it_is(tmp_path: Path) -> None:
+    found = inputs(tmp_path, f"{{function: '{MANY}:solve', columns: [mood], max_tokens: 300}}", mood="text")
+    assert found.max_model_len == 300
+    assert isinstance(found.environment, AgentSpec)
+    assert found.prompts[0].text == "go"  # neither the template nor a token stands before it
+
+
+def test_files_of_a_command_are_found_beside_the_config(tmp_path: Path) -> None:
+    (tmp_path / "agent.py").write_text("print(1)")
+    found = inputs(tmp_path, "{command: [python3, agent.py, plain], max_tokens: 300}")
+    assert found.environment is not None
+    assert found.environment.source.args["command"] == ("python3", str(tmp_path / "agent.py"), "plain")
+
+
+@pytest.mark.parametrize(
+    ("agent", "row", "message"),
+    [
+        ("{command: [no-such-program], max_tokens: 300}", {}, "rollouts.agent.command: there is no program no-such"),
+        ("{function: 'absent.py:solve', max_tokens: 300}", {}, "the file `absent.py` of the agent does not exist"),
+        (f"{{function: '{MANY}:plain', max_tokens: 300}}", {}, "rollouts.agent.function: .*is a plain function"),
+        (
+            f"{{function: '{MANY}:solve', columns: [mood], max_tokens: 300}}",
+            {},
+            "rollouts.agent.columns: names `mood`, which .*rows.jsonl:1 of data.train lacks",
+        ),
+        (f"{{function: '{MANY}:solve', max_tokens: 300}}", {"result": 1}, "column `result` has the name under which"),
+    ],
+)
+def test_what_cannot_run_is_refused(tmp_path: Path, agent: str, row: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        inputs(tmp_path, agent, **row)

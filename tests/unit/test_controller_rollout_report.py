@@ -1,0 +1,59 @@
+"""Metrics of an agent's sessions, from their scalars."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rlhf.controller.rollout_report import environment_failures, rollout_metrics
+from rlhf.roles import CompletedGroup, ScoredGroup
+from rlhf.tracking.metrics.declarations import is_declared
+from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, RolloutInfo, SessionEnd
+
+REQUEST = GroupRequest(
+    group_id=0,
+    prompt=Prompt(prompt_id=3, token_ids=(1,), text="?", columns={}),
+    seeds=(1, 2),
+    first_sequence_id=0,
+)
+
+
+def info(sample: int, *, calls: int, broken: int) -> RolloutInfo:
+    return RolloutInfo(
+        sequence_id=sample,
+        num_prompt_tokens=4,
+        num_response_tokens=6,
+        finish_reason="stop",
+        min_version=1,
+        max_version=1,
+        mean_logprob=-1.0,
+        num_turns=calls,
+        num_environment_tokens=10 * sample,
+        session=SessionEnd(result='"4"', num_calls=calls, num_broken=broken),
+    )
+
+
+INFOS = (info(0, calls=1, broken=0), info(1, calls=3, broken=2))
+
+
+def test_sessions_have_metrics_of_their_own() -> None:
+    group = CompletedGroup(request=REQUEST, rollouts=None, infos=INFOS)  # type: ignore[arg-type]
+    scores = GroupScores(scores=(1.0, 0.0), by_name={"right": (1.0, 0.0)}, errors=())
+    found = rollout_metrics([ScoredGroup(group=group, scores=scores)], version=1)
+    values = {name: metric.result() for name, metric in found.items() if name.startswith("agents/")}
+    assert values == {
+        "agents/calls/mean": 2.0,
+        "agents/calls/max": 3.0,
+        "agents/broken_prefixes/fraction": 0.5,
+        "agents/inserted_tokens/mean": 5.0,
+    }
+    assert all(map(is_declared, found))
+    assert "rollouts/turns/mean" not in found
+
+
+def test_failures_of_agents_are_counted() -> None:
+    late = RewardError(reward="agent", kind="timeout", message="late", prompt_id=3, sample=1)
+    found = environment_failures((INFOS[0], replace(INFOS[1], environment_error=late)))
+    assert {name: metric.result() for name, metric in found.items()} == {
+        "agents/errors/total": 1.0,
+        "agents/timeouts/total": 1.0,
+    }
