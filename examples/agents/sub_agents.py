@@ -1,0 +1,17 @@
+"""An agent with sub-agents: each question goes to a conversation of its own, and a last call joins the answers."""
+
+import asyncio
+
+
+async def ask(client, text):
+    """Hold a conversation of one turn."""
+    messages = [{"role": "user", "content": text}]
+    answer = await client.openai.chat.completions.create(model=client.model, messages=messages)
+    return answer.choices[0].message.content or ""
+
+
+async def solve(task, client):
+    """Ask the sub-agents at the same time, then join what they say."""
+    parts = task["prompt"].split(";")
+    answers = await asyncio.gather(*[ask(client, part) for part in parts])
+    return await ask(client, "join: " + "; ".join(answers))

@@ -1,0 +1,122 @@
+"""Whole runs with an agent: Ray, vLLM, DeepSpeed, the engines' fronts and the agents' processes, on the tiny model."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.recipes import ONLINE, merge, rows, start, train, write_config
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "agents"
+SEARCH: dict[str, Any] = {
+    "algorithm": {"name": "grpo"},
+    "data": {
+        "train": {"task": "guessing_game", "split": "train", "size": 64},
+        "eval": {"task": "guessing_game", "split": "eval", "size": 8},
+        "apply_chat_template": None,
+        "max_prompt_tokens": 16,
+    },
+    "rollouts": {
+        "max_new_tokens": 6,
+        "agent": {
+            "function": f"{EXAMPLES}/search.py:solve",
+            "columns": ["secret"],
+            "max_calls": 3,
+            "max_tokens": 96,
+        },
+    },
+    "rewards": {"found": {"function": f"{EXAMPLES}/search.py:found"}},
+    "train": {"steps": 2},
+}
+
+
+def config(folder: Path, name: str, **changes: Any) -> Path:
+    run = {"run": {"name": name, "dir": str(folder), "seed": 3}}
+    return write_config(folder / f"{name}.yaml", {**changes, **run}, base=merge(ONLINE, SEARCH))
+
+
+def samples(run: Path, step: int) -> list[dict[str, Any]]:
+    lines = (run / "samples" / f"step_{step:06d}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_an_unmodified_client_is_trained(tmp_path: Path) -> None:
+    train(config(tmp_path, "search"))
+    for row in rows(tmp_path / "search")[1:]:
+        # Trainer and sampler agree about every sampled token, so both saw the same tokens at the same places.
+        assert row["experience/rollout_logprob_diff/max"] < 1e-4
+        assert 1.0 <= row["agents/calls/mean"] <= row["agents/calls/max"] == 3.0
+        assert row["agents/broken_prefixes/fraction"] == row["agents/errors/total"] == 0.0
+        assert 0.0 <= row["rewards/found/mean"] <= 1.0
+    for sample in samples(tmp_path / "search", 2):
+        turns = sample["turns"]
+        assert turns[0]["text"] == "<|user|>1-7?<|eos|><|assistant|>"
+        assert sum(turn["tokens"] for turn in turns if turn["sampled"]) == sample["response_tokens"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_branches_of_a_session_are_trained(tmp_path: Path) -> None:
+    agent = {"function": f"{EXAMPLES}/sub_agents.py:solve", "columns": None, "max_calls": 8, "max_tokens": 128}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"{n};a;b"}) + "\n" for n in range(64)))
+    (tmp_path / "long.py").write_text("def long(prompt, response, result):\n    return float(len(result))\n")
+    data = {"train": str(tmp_path / "rows.jsonl"), "eval": None}
+    rewards = {"found": None, "long": {"function": f"{tmp_path}/long.py:long"}}
+    train(config(tmp_path, "branches", data=data, eval=None, rollouts={"agent": agent}, rewards=rewards))
+    for row in rows(tmp_path / "branches"):
+        assert row["experience/rollout_logprob_diff/max"] < 1e-4
+        assert row["agents/calls/mean"] == 4.0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_killed_run_has_every_session_once(tmp_path: Path) -> None:
+    """Sessions of groups that were finished before the kill are read from the store, and not run again."""
+    ran = tmp_path / "ran"
+    ran.mkdir()
+    agent = tmp_path / "noting.py"
+    agent.write_text(
+        "import os, sys, time\n"
+        f"sys.path.append({str(EXAMPLES)!r})\n"
+        "from search import solve as search\n"
+        "async def solve(task, client):\n"
+        "    result = await search(task, client)\n"
+        f"    open(os.path.join({str(ran)!r}, client.api_key), 'w').write('')\n"
+        "    time.sleep(0.2)\n"
+        "    return result\n"
+    )
+    written = config(
+        tmp_path,
+        "killed",
+        data={"eval": None},
+        eval=None,
+        rollouts={"agent": {"function": f"{agent}:solve", "concurrency": 4}},
+        train={"steps": 3, "checkpoint_every": 1},
+    )
+    process = start(written)
+    until = time.monotonic() + 200.0
+    stored = ".own-*/spool/group_*.safetensors"
+    while len(list((tmp_path / "killed").glob(stored))) < 3 and time.monotonic() < until:
+        assert process.poll() is None, written.with_suffix(".log").read_text(encoding="utf-8")[-3000:]
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=30)
+    finished = {path.name for path in (tmp_path / "killed").glob(stored)}
+    assert finished
+    train(written, "--resume", "auto")
+    prompts = Counter(
+        (step, row["prompt_id"], row["sample"]) for step in (1, 2, 3) for row in samples(tmp_path / "killed", step)
+    )
+    assert set(prompts.values()) == {1}
+    assert [row["step"] for row in rows(tmp_path / "killed")] == [1, 2, 3]
+    sessions = 3 * 8 * 4
+    again = len(list(ran.iterdir())) - sessions
+    assert again <= sessions // 3 - 4 * len(finished), "sessions of stored groups ran again"

@@ -1,0 +1,100 @@
+"""The example agents, with a server that says what it is told to say in place of the model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from rlhf.agents.calls import AgentFiles, AgentResult
+from rlhf.agents.runners import AgentTask, HostedRunner
+from rlhf.agents.sessions import FUNCTION
+from rlhf.extensions import CodeSource, import_file
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "agents"
+Messages = Sequence[dict[str, Any]]
+
+
+def run(name: str, task: dict[str, Any], says: Callable[[Messages], str]) -> tuple[AgentResult, list[Messages]]:
+    """Run an example, and return its result with the conversations of its calls."""
+    asked: list[Messages] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        assert request.headers["Authorization"] == "Bearer sk-1"
+        messages = (await request.json())["messages"]
+        asked.append(messages)
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": says(messages)}}
+        body = {"id": "c", "object": "chat.completion", "created": 0, "model": "policy", "choices": [choice]}
+        return web.json_response(body)
+
+    async def work() -> AgentResult:
+        application = web.Application()
+        application.router.add_post("/v1/chat/completions", answer)
+        server = web.AppRunner(application)
+        await server.setup()
+        await web.TCPSite(server, "127.0.0.1", 0).start()
+        address = f"http://127.0.0.1:{server.addresses[0][1]}"
+        source = CodeSource(path=str(EXAMPLES / f"{name}.py"), name="solve")
+        runner = HostedRunner(source, program=FUNCTION, timeout_s=60.0, memory_gib=4.0, key="rollouts.agent")
+        await runner.start()
+        try:
+            return await runner.solve(AgentTask(task=task, address=address, api_key="sk-1", seed=1))
+        finally:
+            await runner.stop()
+            await server.cleanup()
+
+    return asyncio.run(asyncio.wait_for(work(), 100.0)), asked
+
+
+def reward(name: str, function: str) -> Any:
+    return getattr(import_file(str(EXAMPLES / f"{name}.py")), function)
+
+
+@pytest.mark.parametrize(("guesses", "found"), [(["4", "6", "5"], True), (["1", "2", "x"], False)])
+def test_the_search_reads_hints(guesses: list[str], found: bool) -> None:
+    task = {"messages": [{"role": "user", "content": "1-7?"}], "secret": 5}
+    result, asked = run("search", task, lambda messages: guesses[len(messages) // 2])
+    assert result == {"found": found, "turns": 3}
+    assert [message["content"] for message in asked[-1]][:4] == ["1-7?", guesses[0], "higher", guesses[1]]
+    assert reward("search", "found")("", "", result) == float(found)
+
+
+WRONG = "```python\ndef twice(x):\n    return x + 1\n```"
+RIGHT = "```python\ndef twice(x):\n    return 2 * x\n```"
+
+
+def test_the_coder_reads_errors_and_is_scored_by_hidden_tests() -> None:
+    task = {"prompt": "twice(x) doubles a number.", "visible_test": "assert twice(5) == 10, twice(5)"}
+    result, asked = run(
+        "coder", task, lambda messages: RIGHT if "AssertionError: 6" in messages[-1]["content"] else WRONG
+    )
+    assert result == AgentFiles(contents={"solution.py": "def twice(x):\n    return 2 * x\n"})
+    assert len(asked) == 2
+    passes = reward("coder", "passes")
+    tests = ["assert twice(0) == 0", "assert twice(7) == 14"]
+    assert isinstance(result, AgentFiles)
+    assert passes("", "", dict(result.contents), tests=tests) == 1.0
+    assert passes("", "", {"solution.py": "def twice(x):\n    return x + 1\n"}, tests=tests) == 0.0
+
+
+def test_sub_agents_have_conversations_of_their_own() -> None:
+    result, asked = run("sub_agents", {"prompt": "a;b"}, lambda messages: messages[-1]["content"].upper())
+    assert result == "JOIN: A; B"
+    assert sorted(messages[-1]["content"] for messages in asked) == ["a", "b", "join: A; B"]
+    assert all(len(messages) == 1 for messages in asked)
+
+
+def test_a_long_history_is_replaced_by_a_summary() -> None:
+    result, asked = run("compaction", {"prompt": "a;b;c;d"}, lambda messages: f"s{len(messages)}")
+    assert [[message["content"] for message in messages] for messages in asked] == [
+        ["a"],
+        ["a", "s1", "b"],
+        ["a", "s1", "b", "s3", "c"],
+        ["a", "s1", "b", "s3", "c", "s5", "sum up"],
+        ["s7", "d"],
+    ]
+    assert result == "s2"
