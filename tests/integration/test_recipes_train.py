@@ -63,8 +63,8 @@ def cut(tree: Mapping[str, Any]) -> dict[str, Any]:
     if "rollouts" in small:
         sets = small.get("algorithm", {}).get("k", 1)  # of responses: there must be more than one set in a group
         small["rollouts"] = {**small["rollouts"], **ONLINE, "samples_per_prompt": sets + 1}
-        if "environment" in small["rollouts"]:
-            small["rollouts"]["environment"] = {**small["rollouts"]["environment"], "max_tokens": 1100}
+        for player in {"environment", "agent"} & small["rollouts"].keys():
+            small["rollouts"][player] = {**small["rollouts"][player], "max_tokens": 1100}
         small["rollouts"].pop("dynamic_sampling", None)  # the tiny model has nothing right: all groups are alike
     if "evaluate" in small:
         wanted = {"samples_per_prompt": 2, "max_new_tokens": 4}
