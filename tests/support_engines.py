@@ -33,13 +33,16 @@ SIZES: dict[str, Any] = {
     "head_dim": 32,
     "max_position_embeddings": 512,
 }
+GATED_DELTA = {"linear_key_head_dim": 32, "linear_value_head_dim": 32}
 CHANGES: dict[str, dict[str, Any]] = {  # what else has to fit these sizes
     "bamba": {"mamba_d_head": 32},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_head": 32},
     "granitemoehybrid": {"mamba_d_head": 32},
-    "lfm2": {"conv_dim": 64},  # vLLM reads it, and transformers' own config class has no such value
+    "lfm2": {"conv_dim": 64, "block_dim": 64},  # vLLM reads them, and transformers' own config class has neither
     "lfm2_moe": {"conv_dim": 64},
     "mamba2": {"num_heads": 16},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "mlp"]},  # a CPU runs no other MLPs
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), GATED_DELTA),
 }
 PROMPTS = ([65, 70, 75, 80, 85, 90, 95, 100], [66, 71, 76])
 

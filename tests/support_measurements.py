@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -179,26 +179,29 @@ def logits_of(model: Any) -> Tensor:
     return logits
 
 
-def write(rows: Mapping[str, Support]) -> None:
+def put(row: Support) -> None:
+    """Write a line of the table, and show it."""
+    support_by_type.cache_clear()
+    rows = {**support_by_type(), row.model_type: row}
     with PATH.open("w", encoding="utf-8", newline="") as file:
         lines = csv.DictWriter(file, [field.name for field in fields(Support)], lineterminator="\n")
         lines.writeheader()
         lines.writerows(asdict(rows[name]) for name in sorted(rows))
+    sys.stdout.write(f"{row}\n")
+    sys.stdout.flush()
 
 
-def main(arguments: Iterable[str]) -> None:
+def main(arguments: Sequence[str]) -> None:
     first, *types = arguments or ["all"]
-    rows = dict(support_by_type())
     if first == "engine":
         from tests.support_engines import difference  # with vLLM
 
-        for name in types or [name for name, row in rows.items() if row.engine == NOT_MEASURED]:
-            rows[name] = replace(rows[name], engine=difference(name))
-            write(rows)
+        known = support_by_type()
+        for name in types or [name for name, row in known.items() if row.engine == NOT_MEASURED]:
+            put(replace(known[name], engine=difference(name)))
         return
     for name in [first, *types] if first != "all" else ALL:
-        rows[name] = measured(name)
-    write(rows)
+        put(measured(name))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ from rlhf.models.packed import hidden_states, policy_logprobs_only, supervised_l
 from rlhf.models.row_check import check_rows
 from rlhf.models.row_layout import RowLayout, expected_layout, keeps_states, row_layout
 from rlhf.workers.microbatches import split_microbatches
-from tests.tiny_architectures import ALL, ONE_BY_ONE, PACKS, SHARES_PROMPTS, VOCABULARY, tiny_config, tiny_model
+from tests.tiny_architectures import ALL, ONE_BY_ONE, PACKS, SELDOM, SHARES_PROMPTS, VOCABULARY, tiny_config, tiny_model
 
 CPU = torch.device("cpu")
 LENGTHS = [6, 3, 8]
+TYPES = [pytest.param(name, marks=pytest.mark.slow) if name in SELDOM else name for name in ALL]
 
 
 def wanted_layout(name: str) -> RowLayout:
@@ -37,7 +38,7 @@ def own_logprobs(model: Any, sequences: list[Tensor]) -> Tensor:
     return torch.cat(parts)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", TYPES)
 def test_logprobs_and_gradients_are_those_of_each_sequence_alone(name: str) -> None:
     model = tiny_model(name).eval()
     torch.manual_seed(1)
