@@ -46,6 +46,12 @@ class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
                 call.broke, call.asked = "ends with the assistant's turn", messages
         return await super().preprocess_chat(request, messages, *args, **options)
 
+    def adjust_harmony_request(self, request: Any) -> None:
+        """Refuse sessions of gpt-oss, whose conversations vLLM writes anew, without earlier reasoning."""
+        if CURRENT_CALL.get().session is not None:
+            raise RefusedCall("sessions of gpt-oss are not supported: each of its prompts is written anew")
+        super().adjust_harmony_request(request)
+
     async def _continued(
         self, session: OpenSession, request: Any, messages: list[Any], known: KnownTurn, options: dict[str, Any]
     ) -> list[int] | None:
