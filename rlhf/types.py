@@ -281,7 +281,7 @@ class SessionEnd:
 
     result: str | None  # as JSON; None: the agent failed
     num_calls: int
-    num_broken: int  # calls whose prompt does not go on from the session's earlier tokens although it seems to
+    broken: tuple[str, ...]  # why a call's prompt does not go on from earlier tokens although it seems to, for each one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -155,7 +155,7 @@ def session_end(session: Session) -> SessionEnd:
     return SessionEnd(
         result=None if session.result is None else result_json(session.result),
         num_calls=len(session.calls),
-        num_broken=sum(call.broke is not None for call in session.calls),
+        broken=tuple(call.broke for call in session.calls if call.broke is not None),
     )
 
 

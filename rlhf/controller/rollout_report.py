@@ -89,7 +89,7 @@ def _session_metrics(infos: Sequence[RolloutInfo]) -> dict[str, Reduction]:
     return {
         "agents/calls/mean": Mean.of(calls),
         "agents/calls/max": Max(value=max(calls)),
-        "agents/broken_prefixes/fraction": Mean(total=sum(end.num_broken for end in ends), count=sum(calls)),
+        "agents/broken_prefixes/fraction": Mean(total=sum(len(end.broken) for end in ends), count=sum(calls)),
         "agents/inserted_tokens/mean": Mean.of([float(info.num_environment_tokens) for info in infos]),
     }
 
@@ -152,6 +152,7 @@ def group_samples(
                     mean_ref_logprob=None if sequence is None else sequence.mean_ref_logprob,
                     turns=None if info.environment_reward is None and info.session is None else (),
                     mean_teacher_logprob=signals.teacher_logprobs.get(info.sequence_id),
+                    broken=None if info.session is None else info.session.broken,
                 )
             )
         ids = tuple(info.sequence_id for info in taken)

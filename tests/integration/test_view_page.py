@@ -59,6 +59,7 @@ def record(prompt: int, number: int, *, step: int, split: str, draw: random.Rand
         mean_old_logprob=None,
         mean_ref_logprob=None,
         mean_teacher_logprob=None,
+        broken=("edited history", "edited history") if prompt == number == 1 else None,
         tokens=SampleTokens(
             texts=tuple(texts),
             ids=tuple(range(len(texts))),
@@ -185,6 +186,8 @@ async def test_samples_by_keys_and_by_their_tokens(runs: list[Path]) -> None:
         assert await page.value(f"{CARDS}[0].querySelector('.turn.environment').innerText") == (
             "environment (not trained)\n is 4"
         )
+        chips = f"{CARDS}.map((one) => one.querySelector('header').innerText.includes('broken: edited history'))"
+        assert await page.value(chips) == [False, True]
         branches = f"[...{CARDS}[1].querySelectorAll('.sequence')]"
         titles = f"{branches}.map((one) => one.querySelector('.who').innerText)"
         assert await page.value(titles) == ["first sequence", "branch after place 1"]

@@ -112,7 +112,7 @@ def test_a_session_becomes_a_sample_with_its_result() -> None:
     assert rollouts.token_ids.tolist() == [1, 2, 3, 4, 5, 6] * 2
     assert rollouts.response_mask.int().tolist() == [0, 0, 1, 1, 0, 1] * 2
     assert [info.sequence_id for info in infos] == [10, 11]
-    end = SessionEnd(result='{"src/main.py": "print(1)"}', num_calls=2, num_broken=1)
+    end = SessionEnd(result='{"src/main.py": "print(1)"}', num_calls=2, broken=("edited history",))
     assert [(info.session, info.environment_error) for info in infos] == [(end, None)] * 2
     assert [(limits.seed, limits.max_calls) for limits in front.limits] == [(seed, 3) for seed in asked.seeds]
 

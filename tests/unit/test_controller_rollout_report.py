@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rlhf.controller.rollout_report import environment_failures, rollout_metrics
+from rlhf.controller.learning import Signals
+from rlhf.controller.rollout_report import environment_failures, group_samples, rollout_metrics
 from rlhf.roles import CompletedGroup, ScoredGroup
 from rlhf.tracking.metrics.declarations import is_declared
 from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, RolloutInfo, SessionEnd
@@ -28,7 +29,7 @@ def info(sample: int, *, calls: int, broken: int) -> RolloutInfo:
         mean_logprob=-1.0,
         num_turns=calls,
         num_environment_tokens=10 * sample,
-        session=SessionEnd(result='"4"', num_calls=calls, num_broken=broken),
+        session=SessionEnd(result='"4"', num_calls=calls, broken=("edited history",) * broken),
     )
 
 
@@ -48,6 +49,13 @@ def test_sessions_have_metrics_of_their_own() -> None:
     }
     assert all(map(is_declared, found))
     assert "rollouts/turns/mean" not in found
+
+
+def test_samples_say_why_prefixes_broke() -> None:
+    group = CompletedGroup(request=REQUEST, rollouts=None, infos=INFOS)  # type: ignore[arg-type]
+    scored = ScoredGroup(group=group, scores=GroupScores(scores=(1.0, 0.0), by_name={}, errors=()))
+    (selection,) = group_samples([scored], Signals(), split="train", most=None)
+    assert [record.broken for record in selection.records] == [(), ("edited history", "edited history")]
 
 
 def test_failures_of_agents_are_counted() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from rlhf.controller.rollout_scorer import request_for
 from rlhf.rollouts.records.spool import drop_failed_conversations, forget_after, group_path, read_group, write_group
-from rlhf.types import Prompt, RewardError, RolloutInfo, Rollouts, Sampling, StepReward
+from rlhf.types import Prompt, RewardError, RolloutInfo, Rollouts, Sampling, SessionEnd, StepReward
 
 PROMPT = Prompt(prompt_id=0, token_ids=(1,), text="p", columns={})
 REQUEST = request_for(PROMPT, group_id=0, first_sequence_id=0, samples=1, run_seed=0)
@@ -76,6 +76,16 @@ def test_what_the_turns_earned_comes_back_as_it_was(tmp_path: Path) -> None:
     assert found is not None
     assert repr(found[1]) == repr((info,))  # by which a ledger knows its scores
     assert found[1][0].environment_reward == 0.5
+
+
+def test_a_session_comes_back_with_all_of_its_sequences(tmp_path: Path) -> None:
+    info = replace(INFO, session=SessionEnd(result='"4"', num_calls=2, broken=("edited history",)))
+    rollouts = Rollouts.joined([ROLLOUTS, ROLLOUTS])
+    write_group(tmp_path, REQUEST, SAMPLING, 0, rollouts, (info,))
+    found = read_group(tmp_path, REQUEST, SAMPLING, 0)
+    assert found is not None
+    assert found[0].sequence_ids.tolist() == [0, 0]
+    assert found[1] == (info,)
 
 
 def test_a_conversation_whose_environment_failed_comes_back_whole_or_goes(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def _info(row: dict[str, Any]) -> RolloutInfo:
         **row,
         environment_rewards=None if rewards is None else tuple(StepReward(**reward) for reward in rewards),
         environment_error=None if error is None else RewardError(**error),
-        session=None if session is None else SessionEnd(**session),
+        session=None if session is None else SessionEnd(**session | {"broken": tuple(session["broken"])}),
     )
 
 

@@ -89,6 +89,8 @@ class SampleRecord:
     # of the rewards that are credited by steps; their ends are positions in `tokens`
     steps: Mapping[str, Sequence[StepReward]] = field(default_factory=dict)
     turns: tuple[SampleTurn, ...] | None = None  # of a conversation with an environment
+    # of an agent's session: why a call did not continue earlier tokens although it seemed to, for each such call
+    broken: tuple[str, ...] | None = None
     tokens: SampleTokens | None = None  # added together with the text
 
 

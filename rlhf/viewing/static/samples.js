@@ -103,6 +103,8 @@ function Card({ response, row, colour, scale, focused, dim, hasError, theme }) {
       ${newest >= 0 &&
       html`<span class="chip" title="weights that sampled it">v${oldest === newest ? newest : `${oldest}–${newest}`}</span>`}
       ${response.truncated && html`<span class="chip bad">truncated</span>`}
+      ${response.broken?.length > 0 &&
+      html`<span class="chip bad" title="calls that did not continue the session's tokens">broken: ${[...new Set(response.broken)].join(", ")}</span>`}
       ${hasError && html`<span class="chip bad">error</span>`}
       ${response.preferred === true && html`<span class="chip good">chosen</span>`}
       ${response.preferred === false && html`<span class="chip bad">rejected</span>`}
