@@ -29,6 +29,7 @@ SEARCH: dict[str, Any] = {
             "columns": ["secret"],
             "max_calls": 3,
             "max_tokens": 96,
+            "timeout_s": 60.0,
         },
     },
     "rewards": {"found": {"function": f"{EXAMPLES}/search.py:found"}},

@@ -51,6 +51,10 @@ AGENT = f"rollouts.agent={{function: '{MANY}:solve', max_tokens: 180}}"
             "rollouts.agent.command: looks like a secret",
         ),
         ([AGENT, "rewards.correct={environment: true}"], "is true, but there is no environment"),
+        (
+            [AGENT, "cluster.call_timeout_s=600"],
+            "rollouts.agent.timeout_s: is 600, but an engine that finishes nothing within cluster.call_timeout_s (600)",
+        ),
         ([AGENT, "data.system_prompt=hello"], "data.system_prompt: has no effect here: an agent gets the prompt as it"),
         (
             [AGENT, "rollouts.oversample=2", "rollouts.carry_over=true", "algorithm.correction=none"],

@@ -7,23 +7,26 @@ from collections.abc import Iterator
 from rlhf.config.mistakes.explain import Problem
 from rlhf.config.schema.evaluate import EvaluateConfig, EvaluationStage
 from rlhf.config.validation.rewards import limit_problems, reward_problems
+from rlhf.config.validation.rollouts import late_sessions
 from rlhf.config.validation.run import cluster_problems
 from rlhf.config.validation.unused_keys import unused
 
 
 def evaluation_problems(stage: EvaluationStage) -> tuple[Problem, ...]:
     """Return all problems of the stage. If there are none, it can start."""
+    agent = stage.evaluate.agent
     return (
         *unused(stage),
         *reward_problems(
             stage.evaluate.rewards,
             stage.evaluate.reward,
             environment=stage.evaluate.environment,
-            agent=stage.evaluate.agent,
+            agent=agent,
             at=("evaluate",),
         ),
         *limit_problems(stage.evaluate.rewards, stage.evaluate.reward_policy, at=("evaluate",)),
         *_problems(stage.evaluate),
+        *(late_sessions(agent, stage.cluster, "evaluate.agent") if agent is not None else ()),
         *cluster_problems(stage.cluster, stage.needs, with_reward_model=stage.uses_reward_model),
     )
 

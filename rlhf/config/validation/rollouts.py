@@ -10,7 +10,8 @@ from rlhf.algorithms.online import OnlineAlgorithm
 from rlhf.algorithms.online_config import OnlineConfig
 from rlhf.config import derive
 from rlhf.config.mistakes.explain import Problem, problem
-from rlhf.config.schema.rollouts import RolloutsConfig
+from rlhf.config.schema.cluster import ClusterConfig
+from rlhf.config.schema.rollouts import AgentConfig, RolloutsConfig
 from rlhf.config.schema.root import Config
 
 STRAIGHT_THROUGH = "_straight_through"
@@ -63,6 +64,17 @@ def agent_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem
     if why is not None:
         text = f"is {name}, which {why}, but a session of rollouts.agent may have several; use grpo, rloo or ppo"
         yield problem("algorithm.name", text)
+    yield from late_sessions(rollouts.agent, config.cluster, "rollouts.agent")
+
+
+def late_sessions(agent: AgentConfig, cluster: ClusterConfig, key: str) -> Iterator[Problem]:
+    """Yield a time limit of sessions at which their engine would already count as lost."""
+    if agent.timeout_s >= cluster.call_timeout_s:
+        text = (
+            f"is {agent.timeout_s:g}, but an engine that finishes nothing within cluster.call_timeout_s "
+            f"({cluster.call_timeout_s:g}) counts as lost; lower it, or raise that"
+        )
+        yield problem(f"{key}.timeout_s", text)
 
 
 def _kept(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
