@@ -316,6 +316,9 @@ class TrainedRole(GpuGuest, Protocol):
     async def kept(self) -> int | None:
         """Return the newest step whose state every rank has kept, once copies in progress are whole. None: none."""
 
+    async def save_kept(self, step: int, folder: Path) -> None:
+        """Save the state kept of a step, for an exact continuation. The ranks need not work any more."""
+
     async def restart(self) -> None:
         """End all ranks, and start others in their places. Their state is that of a new run."""
 

@@ -80,6 +80,10 @@ class NodeMemory:
         """Remove the copies of a rank."""
         self._holder.forget(rank)
 
+    def write(self, rank: str, step: int, checkpoint: Path, number: int, is_copy: bool) -> None:
+        """Write the snapshot of a rank of this node, or the copy held here, into a checkpoint."""
+        _write(self._path / "copies" / rank if is_copy else self._path / rank, step, checkpoint, number)
+
     def remove(self) -> None:
         """Remove the folder."""
         if self._folder is not None:
@@ -145,6 +149,34 @@ class MemoryFolders:
                 if rank in failures or self._holders.get(rank) not in fit - {node}:
                     await self._choose(rank, fit - {node})
             return {rank: self._places.get(rank) for rank in nodes}
+
+    async def write(self, nodes: Mapping[str, str], step: int, checkpoint: Path) -> None:
+        """Write the snapshots of a step into a checkpoint: each from its rank's node, or the copy of it.
+
+        RunError: a snapshot is on no node that answers.
+
+        Args:
+            nodes: the node of each rank in the order of the ranks, by the rank's name.
+        """
+        async with self._alone:
+            alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+            for number, (rank, node) in enumerate(nodes.items()):
+                failures: list[str] = []
+                places = [(node, False), *((holder, True) for name, holder in self._holders.items() if name == rank)]
+                for holder, is_copy in places:
+                    if holder not in alive:
+                        continue
+                    try:
+                        if holder == self._here and not is_copy:
+                            await asyncio.to_thread(_write, self._run / rank, step, checkpoint, number)
+                        else:
+                            await self._ask(holder, "write", rank, step, checkpoint, number, is_copy)
+                        break
+                    except (OSError, RunError) as error:
+                        failures.append(str(error))
+                else:
+                    reason = "; ".join(failures) or "their nodes are lost"
+                    raise RunError(f"neither the snapshot of {rank} nor a copy of it can be read: {reason}")
 
     async def _choose(self, rank: str, candidates: Collection[str]) -> None:
         """Give a rank a place on one of the nodes."""
@@ -218,3 +250,9 @@ class MemoryFolders:
             with contextlib.suppress(RayError):  # a lost node
                 ray.get(removal)
             ray.kill(handle)
+
+
+def _write(source: Path, step: int, checkpoint: Path, number: int) -> None:
+    from rlhf.engine.snapshot_checkpoint import write_snapshot  # with torch, which a holder needs only here
+
+    write_snapshot(source, step, checkpoint, number)

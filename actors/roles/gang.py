@@ -71,6 +71,7 @@ class Gang(ModelGroup):
         self.one_host = one_host
         self.sequence_parallel = sequence_parallel
         self.folders: MemoryFolders | None = None  # in which the ranks keep their state; None: they keep none
+        self._nodes: dict[str, str] = {}  # of the ranks at their last start, by name
         self._copied_among: frozenset[str] | None = None  # the run's nodes when the places of copies were chosen
         self._keeping: dict[int, list[ObjectRef[Any]]] = {}  # calls of `keep` that are sent, by step
         self.head: Ref[VocabularyHead] | None = None  # of the teacher
@@ -93,7 +94,9 @@ class Gang(ModelGroup):
         self.fingerprint: str = (await self.all(starts, "start", deadline_s=deadline_s))[0]
         if self.folders is not None and self.placement is not None:
             self._copied_among = None
-            folders = await self.folders.open(self.placement.nodes_of(self.role))
+            nodes = self.placement.nodes_of(self.role)
+            folders = await self.folders.open(nodes)
+            self._nodes = dict(zip(self._names(), nodes, strict=True))
             keeps = [
                 handle.keep_in.remote(folder / name, self.folders.copies_of(name))
                 for handle, folder, name in zip(self.handles, folders, self._names(), strict=True)
@@ -131,12 +134,11 @@ class Gang(ModelGroup):
 
     async def _choose_places(self, failures: Mapping[str, str]) -> None:
         """Tell each rank to which other node it copies its snapshots. `failures` has the reasons of failed copies."""
-        if self.folders is None or self.placement is None:
+        if self.folders is None:
             return
         self._copied_among = self.folders.nodes()
-        nodes = dict(zip(self._names(), self.placement.nodes_of(self.role), strict=True))
-        places = await self.folders.places(nodes, failures)
-        copies = [h.copy_to.remote(places[name]) for h, name in zip(self.handles, nodes, strict=True)]
+        places = await self.folders.places(self._nodes, failures)
+        copies = [h.copy_to.remote(places[name]) for h, name in zip(self.handles, self._nodes, strict=True)]
         await self.all(copies, "snapshot")
 
     async def kept(self) -> int | None:
@@ -147,6 +149,12 @@ class Gang(ModelGroup):
     async def take_back(self, step: int) -> None:
         await self._choose_places({})
         await self.each(lambda h: h.take_back.remote(step), "snapshot")
+
+    async def save_kept(self, step: int, folder: Path) -> None:
+        if self.folders is None:
+            raise RunError("the ranks keep no state")
+        folder.mkdir()
+        await self.folders.write(self._nodes, step, folder)
 
     async def _address(self, stage: str, *, deadline_s: float | None = None) -> tuple[str, int]:
         """Return an address at which rank 0 can be met."""

@@ -146,12 +146,6 @@ class BatchQueue:
         first = next(iter(self._requested.values()), None)
         return self.collector.state() if first is None else first.position
 
-    @property
-    def first_group(self) -> int:
-        """Return the first group that is not trained."""
-        group: int = self.position["next_group"]
-        return group
-
     def state(self) -> dict[str, Any]:
         """Return the position in the prompts, and the versions of the requested batches, for a checkpoint."""
         ahead = [(step, entry.version) for step, entry in self._requested.items()]

@@ -46,3 +46,9 @@ class CarriedPrompts:
 def begun_requests(position: Mapping[str, Any]) -> frozenset[int]:
     """Return the ids of the cancelled requests that later steps continue, from a position in the prompts."""
     return frozenset(group_id for _, _, group_id, _ in position.get("begun", ()))
+
+
+def first_untrained_group(position: Mapping[str, Any]) -> int:
+    """Return the first group that is not trained, from a position in the prompts."""
+    first: int = min((group_id for group_id, *_ in position.get("outstanding", ())), default=position["next_group"])
+    return first

@@ -298,11 +298,6 @@ class GroupQueue:
         self._load.add(0)
         return None if self._was_over else self._load.busy_s - self._busy_at_request
 
-    @property
-    def first_group(self) -> int:
-        """Return the first group that is not trained."""
-        return min((entry.group_id for entry in self._untrained()), default=self.collector.next_group)
-
     def _untrained(self) -> list[_Outstanding]:
         """Return the groups that no step has recorded as trained or left out."""
         return sorted([*self._outstanding.values(), *self._waiting, *self._left_out], key=lambda e: e.group_id)

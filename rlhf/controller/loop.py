@@ -87,6 +87,7 @@ class TrainingLoop(ABC):
         self.supervisor = supervisor
         self.notice = Notice()
         self.step = self.kept_step = self.trained_step = 0
+        self.finished_state: Mapping[str, Any] = {}  # what a checkpoint of the last finished step has of this loop
         self.survives = restarts_gangs(config)  # whether lost ranks are started again
         first_set = next(iter(eval_sets), "heldout")
         self.best = Best.of(config.train, f"eval/{first_set}/{eval_metric}", default_lower=lower_is_better)
@@ -223,25 +224,49 @@ class TrainingLoop(ABC):
             await self.despite_losses(partial(self.evaluate, 0))
             record.write_row(0, record.row())
         while self.step < end and not self.best.is_over:
-            step = self.step + 1
-            last = step == train.num_steps
-            record.begin_step(step)
-            with record.stage("step"):
-                await self.train_step(step)
-            evaluates = self.evaluates and (last or step % self.config.eval.every == 0)
-            if evaluates:
-                await self.despite_losses(partial(self.evaluate, step))
-            await self._measure()
-            self.step = step
-            is_best = evaluates and self.best.improves(record.row(), step)
-            is_over, is_told = last or self.best.is_over, self.notice.is_given
-            if is_over or is_told or step == end or is_best or step % train.checkpoint_every == 0:
-                await self.checkpoint(is_best=is_best)
-            else:
-                self._log_step()
-            if is_told and not is_over:
-                raise Preempted(f"a checkpoint of step {step} is written")
+            self.finished_state = self.state()
+            try:
+                await self._next_step(is_last=self.step + 1 == end)
+            except Preempted:
+                await self._save_finished()
+                raise
         return self.step >= train.num_steps or self.best.is_over
+
+    async def _next_step(self, *, is_last: bool) -> None:
+        """Carry out a step, and write a checkpoint after the last one. Raise Preempted if the run is told to end."""
+        train, record, step = self.config.train, self.record, self.step + 1
+        record.begin_step(step)
+        with record.stage("step"):
+            await self.train_step(step)
+        evaluates = self.evaluates and (step == train.num_steps or step % self.config.eval.every == 0)
+        if evaluates:
+            await self.despite_losses(partial(self.evaluate, step))
+        await self._measure()
+        self.step = step
+        is_best = evaluates and self.best.improves(record.row(), step)
+        is_over, is_told = step == train.num_steps or self.best.is_over, self.notice.is_given
+        if is_over or is_told or is_last or is_best or step % train.checkpoint_every == 0:
+            await self.checkpoint(is_best=is_best)
+        else:
+            self._log_step()
+        if is_told and not is_over:
+            raise Preempted(f"a checkpoint of step {step} is written")
+
+    async def _save_finished(self) -> None:
+        """Write a checkpoint of the last finished step from the states that the ranks have kept, unless there is one.
+
+        The cluster has no room for the run, so a rank may be lost for good.
+        """
+        step = self.finished_state["step"]
+        if not self.survives or self.kept_step >= step:
+            return
+        try:
+            await self.save_aside(self.finished_state, kept=True)
+        except (OSError, RunError) as error:
+            logger.warning("the state after step %d could not be saved: %s", step, error)
+        else:
+            self.commit(step)
+            logger.info("a checkpoint of step %d is written from the memory of the nodes", step)
 
     async def _measure_memory(self) -> None:
         for name, role in self.measured.items():
@@ -274,7 +299,7 @@ class TrainingLoop(ABC):
         with self.record.stage("checkpoint"):
             await self.despite_losses(self._save)
         self._log_step()
-        self.commit()
+        self.commit(self.step)
         if is_best:
             self.record.folder.mark_best(self.step)
         await self.record.prune(self.config.train.keep_checkpoints)
@@ -283,18 +308,22 @@ class TrainingLoop(ABC):
         async with self.saving():
             await self.save_aside(self.state())
 
-    async def save_aside(self, state: Mapping[str, Any]) -> Path:
-        """Write a checkpoint of the last step that is not valid yet, and return its folder."""
-        aside = self.record.folder.begin_checkpoint(self.step)
+    async def save_aside(self, state: Mapping[str, Any], *, kept: bool = False) -> Path:
+        """Write a checkpoint that is not valid yet, and return its folder.
+
+        Args:
+            kept: save what the ranks have kept of the step, instead of their present state.
+        """
+        aside = self.record.folder.begin_checkpoint(state["step"])
         for name, role in self.trained.items():
-            await role.save(aside / name)
+            await (role.save_kept(state["step"], aside / name) if kept else role.save(aside / name))
         self.record.write_state(aside, state)
         return aside
 
-    def commit(self) -> None:
-        """Make the checkpoint written aside valid."""
-        self.record.commit_checkpoint(self.step)
-        self.kept_step = self.step
+    def commit(self, step: int) -> None:
+        """Make the checkpoint of a step that was written aside valid."""
+        self.record.commit_checkpoint(step)
+        self.kept_step = step
 
     def state(self) -> dict[str, Any]:
         """Return the state for a checkpoint, without that of the trained roles."""

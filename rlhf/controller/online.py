@@ -25,7 +25,7 @@ from rlhf.config.derive import shares_engines_gpus
 from rlhf.config.schema.root import Config
 from rlhf.controller.advantage_learning import AdvantageLearning
 from rlhf.controller.batch_queue import Batch, BatchQueue
-from rlhf.controller.carried import begun_requests
+from rlhf.controller.carried import begun_requests, first_untrained_group
 from rlhf.controller.collect import Collector
 from rlhf.controller.distillation_learning import DistillationLearning
 from rlhf.controller.evaluation import EvalSet, compare_with_teacher, score_held_out
@@ -255,7 +255,6 @@ class OnlineController(TrainingLoop):
 
         If the run is to end, keep the previous step and raise Preempted.
         """
-        before = self.state()
         if not self.is_published:
             with self.record.apart([], is_shown=True):  # the last step has measured this version
                 await self.despite_losses(partial(self._sync, self.step))
@@ -267,8 +266,8 @@ class OnlineController(TrainingLoop):
             return taken
         await self.batches.stop()
         if self.kept_step < self.step:
-            await self.despite_losses(partial(self.save_aside, before))
-            self.commit()
+            await self.despite_losses(partial(self.save_aside, self.finished_state))
+            self.commit(self.step)
         raise Preempted(f"a checkpoint of step {self.step} is written" if self.step else "no step was done")
 
     async def _learn_while_taking(self, step: int) -> tuple[Batch, float]:
@@ -362,13 +361,14 @@ class OnlineController(TrainingLoop):
     async def checkpoint(self, *, is_best: bool) -> None:
         """Write a checkpoint, and delete the stored responses that it covers."""
         await super().checkpoint(is_best=is_best)
-        self.scorer.keep_from(self.batches.first_group, begun=begun_requests(self.batches.state()))
+        state = self.batches.state()
+        self.scorer.keep_from(first_untrained_group(state), begun=begun_requests(state))
 
-    async def save_aside(self, state: Mapping[str, Any]) -> Path:
+    async def save_aside(self, state: Mapping[str, Any], *, kept: bool = False) -> Path:
         """Write a checkpoint that is not valid yet, with the responses that are begun or not trained yet."""
-        aside = await super().save_aside(state)
+        aside = await super().save_aside(state, kept=kept)
         if (self.rollouts.max_staleness and not self.in_flight) or self.rollouts.carry_over:
-            start, begun = self.batches.first_group, begun_requests(self.batches.state())
+            start, begun = first_untrained_group(state), begun_requests(state)
             await asyncio.to_thread(self.scorer.copy_to, aside / AHEAD, start=start, begun=begun)
         return aside
 

@@ -30,12 +30,13 @@ from rlhf.engine.randomness import load_random_state, save_random_state
 from rlhf.engine.rank_state import RankState
 from rlhf.engine.resharding import take_over
 from rlhf.engine.schedule import lr_factor
+from rlhf.engine.snapshot_checkpoint import SNAPSHOTS, is_of_snapshots, read_snapshot
 from rlhf.engine.snapshot_copies import CopyPlace, fetch_copies
 from rlhf.engine.snapshots import Snapshots
 from rlhf.errors import RunError, UserError
 from rlhf.models.loading import architecture_fingerprint
 from rlhf.models.sequence_parallel import make_group, refuse_uneven_heads, rows_shared_by
-from rlhf.models.weights import adapter_sources, weight_sources
+from rlhf.models.weights import adapter_sources, initial_copies, weight_sources
 from rlhf.room import explains_full, when_there_is_room
 
 P = ParamSpec("P")
@@ -267,21 +268,39 @@ class DeepSpeedEngine:
         self._finish_snapshot()
         saved, own = EngineRecord.read(folder), self._record()
         saved.refuse_other(own, folder=folder)
-        is_sharded_alike = saved.sharding == own.sharding
+        is_sharded_alike, has_snapshots = saved.sharding == own.sharding, is_of_snapshots(folder)
         frozen = own.frozen_weights if is_sharded_alike else f"{digest_over_ranks(self.module, saved.sharding):016x}"
         saved.refuse_other_base(frozen, folder=folder)
-        if is_sharded_alike and saved.groups == own.groups:
+        if not is_sharded_alike or saved.groups != own.groups:
+            if has_snapshots and initial_copies(self.module):
+                raise UserError(
+                    f"{folder} has the initial weights of the adapter in parts, as the ranks kept them in memory. "
+                    f"Resume with {saved.sharding}."
+                )
+            take_over(self._state, folder / (SNAPSHOTS if has_snapshots else _TAG), saved=saved, own=own)
+        elif has_snapshots:
+            self._load_snapshot(folder)
+        else:
             with self._own_settings():
                 self._engine.load_checkpoint(
                     str(folder), tag=_TAG, load_lr_scheduler_states=False, custom_load_fn=self._load_trained
                 )
-        else:
-            take_over(self._state, folder / _TAG, saved=saved, own=own)
-        load_initial_copies(self.module, folder / _INITIAL)
+        if not has_snapshots:
+            load_initial_copies(self.module, folder / _INITIAL)
         self._steps = saved.steps
         if dist.get_rank() < saved.ranks:  # the random state of another rank stays as at the start of a run
             load_random_state(folder / f"random_{dist.get_rank():05d}.pt")
         dist.barrier()
+
+    def _load_snapshot(self, folder: Path) -> None:
+        """Restore this rank's state from a checkpoint that was made of snapshots. Collective."""
+        snapshot, own = read_snapshot(folder, dist.get_rank()), self._state.tensors()
+        kept = {name: (tensor.dtype, tensor.shape) for name, tensor in snapshot.tensors.items()}
+        if kept != {name: (tensor.dtype, tensor.shape) for name, tensor in own.items()}:
+            raise UserError(f"The checkpoint {folder} is of another model: its tensors differ from those of this one.")
+        for name, tensor in own.items():
+            tensor.copy_(snapshot.tensors[name])
+        self._state.restore(snapshot.values)
 
     @contextmanager
     def _own_settings(self) -> Iterator[None]:
@@ -334,7 +353,8 @@ class DeepSpeedEngine:
         self._finish_snapshot()
         failure = self._kept_in.wait_until_sent()
         dist.barrier()  # the older snapshot is overwritten when all ranks have the newer one, with its copy
-        self._kept_in.keep(step, self._state.tensors(), {**self._state.values(), "steps": self._steps})
+        values = {**self._state.values(), "steps": self._steps, "record": self._record().model_dump()}
+        self._kept_in.keep(step, self._state.tensors(), values)
         return failure
 
     def kept(self) -> int | None:

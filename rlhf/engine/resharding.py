@@ -21,6 +21,7 @@ from torch import Tensor
 from rlhf.engine.engine_record import EngineRecord
 from rlhf.engine.partitions import Partition, Piece, Sharding, partitions_of
 from rlhf.engine.rank_state import RankState
+from rlhf.engine.snapshot_checkpoint import SNAPSHOTS, read_snapshot
 from rlhf.errors import RunError, UserError
 
 _BY_ELEMENT = "adamw"  # its states have a value for each weight; the others also have values of several weights
@@ -46,7 +47,8 @@ class Overlap:
 def take_over(state: RankState, folder: Path, *, saved: EngineRecord, own: EngineRecord) -> None:
     """Replace this rank's state by its part of the state in a checkpoint. Collective.
 
-    folder: of DeepSpeed's files. Raise UserError if they cannot be continued with this engine's ranks and stage.
+    folder: of DeepSpeed's files or of snapshots. Raise UserError if they cannot be continued with this engine's ranks
+    and stage.
     """
     _refuse_other_weights(saved, own, folder)
     written = saved.sharding if saved.zero_stage else Sharding(ranks=1, zero_stage=0)  # by rank 0, for all ranks
@@ -143,6 +145,9 @@ def _copy_states(state: RankState, file: RankFile) -> dict[str, dict[str, Any]]:
 
 def _read(folder: Path, saved: EngineRecord, rank: int) -> RankFile:
     """Return the state of a rank. Its tensors are read from the disk when they are used."""
+    if folder.name == SNAPSHOTS:
+        snapshot = read_snapshot(folder.parent, rank)
+        return RankFile(masters=snapshot.masters, states=snapshot.states)
     from rlhf.engine.checkpoint_files import load_data  # imports DeepSpeed
 
     if saved.zero_stage == 0:

@@ -12,7 +12,7 @@ import errno
 import io
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +25,7 @@ from rlhf.engine.snapshot_copies import CopyPlace, send_copy
 from rlhf.errors import RunError, StorageFull, UserError
 from rlhf.room import when_there_is_room
 
+Layout = Sequence[tuple[str, torch.dtype, tuple[int, ...]]]  # name, type and shape of each tensor in a slot
 _ALIGNMENT = 64  # bytes, of each tensor in a slot
 _GIB = 2**30
 
@@ -112,8 +113,9 @@ class Snapshots:
         content = torch.load(path, weights_only=True)
         if content["layout"] != self._layout or _layout(tensors) != self._layout:
             raise RunError(f"The snapshot {path} is of a rank with other tensors.")
-        for place, tensor in zip(self._places(content["slot"]), tensors.values(), strict=True):
-            tensor.copy_(place.view(tensor.dtype).view(tensor.shape))
+        kept = tensors_in(self._slots[content["slot"]], self._layout)
+        for name, tensor in tensors.items():
+            tensor.copy_(kept[name])
         for other in self._folder.glob("*.pt"):
             if other != path:
                 other.unlink()
@@ -134,7 +136,7 @@ class Snapshots:
 
     def _copy(self, step: int, tensors: list[Tensor], content: dict[str, Any], ready: torch.cuda.Event | None) -> Path:
         """Copy the tensors into a slot, then describe it. No step holds the interpreter's lock for long."""
-        places = zip(self._places(content["slot"]), tensors, strict=True)
+        places = zip(_places(self._slots[content["slot"]], self._layout), tensors, strict=True)
         if ready is None:
             for place, tensor in places:  # numpy copies on this thread alone, torch would wake its compute threads
                 np.copyto(place.numpy(), tensor.contiguous().view(-1).view(torch.uint8).numpy())
@@ -157,14 +159,6 @@ class Snapshots:
         )
         return unnamed.rename(path)
 
-    def _places(self, slot: int) -> Iterator[Tensor]:
-        """Yield the bytes of each tensor in a slot."""
-        begin = 0
-        for _, dtype, shape in self._layout:
-            tensor = torch.empty(shape, dtype=dtype, device="meta")
-            yield self._slots[slot][begin : begin + tensor.nbytes]
-            begin += _padded(tensor)
-
 
 def _sent(place: CopyPlace, folder: Path, step: int, slot: int) -> str | None:
     """Send a snapshot. Return why that failed; None if the copy is whole."""
@@ -175,7 +169,22 @@ def _sent(place: CopyPlace, folder: Path, step: int, slot: int) -> str | None:
     return None
 
 
-def _layout(tensors: Mapping[str, Tensor]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+def tensors_in(slot: Tensor, layout: Layout) -> dict[str, Tensor]:
+    """Return the tensors in the bytes of a slot, by name. Nothing is copied."""
+    places = zip(layout, _places(slot, layout), strict=True)
+    return {name: place.view(dtype).view(shape) for (name, dtype, shape), place in places}
+
+
+def _places(slot: Tensor, layout: Layout) -> Iterator[Tensor]:
+    """Yield the bytes of each tensor in a slot."""
+    begin = 0
+    for _, dtype, shape in layout:
+        tensor = torch.empty(shape, dtype=dtype, device="meta")
+        yield slot[begin : begin + tensor.nbytes]
+        begin += _padded(tensor)
+
+
+def _layout(tensors: Mapping[str, Tensor]) -> Layout:
     return [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
 
 

@@ -20,6 +20,7 @@ from transformers import LlamaForCausalLM
 
 from rlhf.engine.base import OptimizerName, OptimizerSettings, ScheduleSettings
 from rlhf.engine.deepspeed import DeepSpeedEngine
+from rlhf.engine.snapshot_checkpoint import write_snapshot
 from rlhf.models.lora import add_lora
 from rlhf.models.packed import policy_logprobs
 from tests.integration.rank_gang import CPU, DEADLINE_S, Gang, small_config
@@ -154,6 +155,28 @@ def take_back(
     return newest, state, reports
 
 
+def train_and_keep(rank: int, world_size: int, *, kind: str, folder: Path) -> None:
+    """Train and keep, up to the step that is killed."""
+    engine = started(rank, **KINDS[kind])
+    engine.keep_in(folder / str(rank))
+    for step in range(1, KILLED_IN):
+        updated(engine, rank, step)
+        engine.keep(step)
+    assert engine.kept() == KILLED_IN - 1
+    engine.close()
+
+
+def resume(
+    rank: int, world_size: int, *, kind: str, checkpoint: Path
+) -> tuple[dict[str, Tensor], list[tuple[float, float]]]:
+    engine = started(rank + 10, **KINDS[kind])
+    engine.load(checkpoint)
+    reports = [updated(engine, rank, step) for step in range(KILLED_IN, LAST + 1)]
+    state = everything(engine)
+    engine.close()
+    return state, reports
+
+
 @pytest.fixture(scope="module")
 def successors() -> Iterator[Gang]:
     gang = Gang(2)
@@ -187,3 +210,19 @@ def test_a_killed_gang_goes_on_with_the_same_bits(successors: Gang, tmp_path: Pa
 @pytest.mark.slow
 def test_every_kind_of_state_is_taken_back(successors: Gang, tmp_path: Path) -> None:
     kill_and_compare(tuple(kind for kind in KINDS if kind not in IN_SHORT), successors, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_made_of_snapshots_is_resumed_with_the_same_bits(successors: Gang, tmp_path: Path) -> None:
+    for kind in KINDS:
+        unbroken = successors.run(train_unbroken, kind=kind)
+        successors.run(train_and_keep, kind=kind, folder=tmp_path / kind)
+        checkpoint = tmp_path / f"{kind}, checkpoint"
+        checkpoint.mkdir()
+        for rank in range(2):
+            write_snapshot(tmp_path / kind / str(rank), KILLED_IN - 1, checkpoint, rank)
+        results = successors.run(resume, kind=kind, checkpoint=checkpoint)
+        for (state, reports), (again, reports_again) in zip(unbroken, results, strict=True):
+            assert reports == reports_again, kind
+            differing = [name for name in state if not torch.equal(state[name], again[name])]
+            assert not differing, f"{kind}: {differing}"

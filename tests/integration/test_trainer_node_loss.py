@@ -1,7 +1,8 @@
 """A host with ranks of policy and critic is lost: successors on another host continue from the copies of their state.
 
 Hosts are network namespaces (tests/hosts.py). No checkpoint is written before the end, so only the copies in the memory
-of another host hold the state. The run ends with the metrics and the weights of the unbroken run, bit for bit.
+of another host hold the state. The run ends with the metrics and the weights of the unbroken run, bit for bit. Without
+another host it ends with a checkpoint of that state, from which it continues in the same way.
 """
 
 from __future__ import annotations
@@ -76,12 +77,24 @@ def test_the_loss_of_a_trainers_host_changes_no_bit(ray_local: None, tmp_path: P
     assert weights(lost) == weights(one)
 
 
-def test_without_another_host_the_run_can_be_continued_elsewhere(tmp_path: Path) -> None:
-    base = merge(merge(merge(ONLINE, THREE_BUNDLES), CHANGES), {**SOON, "train": {"checkpoint_every": 1}})
-    run = tmp_path / "run"
-    config = write_config(tmp_path / "run.yaml", {"run": {"name": run.name, "dir": str(tmp_path)}}, base)
-    code, said = lose_a_trainers_host(config, run, num_trainers=2, rank=0)
+def test_without_another_host_no_finished_step_is_lost(ray_local: None, tmp_path: Path) -> None:
+    """No checkpoint is written before the loss. The one that is written then is made of snapshots and of copies."""
+    base = merge(merge(merge(ONLINE, THREE_BUNDLES), CHANGES), SOON)
+    one, lost = tmp_path / "one", tmp_path / "lost"
+    configs = [
+        write_config(tmp_path / f"{run.name}.yaml", {"run": {"name": run.name, "dir": str(tmp_path)}}, base)
+        for run in (one, lost)
+    ]
+    code, said = lose_a_trainers_host(configs[1], lost, num_trainers=2, rank=0)
     assert code == 75, said
     assert "No other node took its place within 60 s (cluster.start_timeout_s); the run continues after step" in said
-    errors = [json.loads(line) for line in (run / "errors.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert {error["kind"] for error in errors} == {"died"}
+    errors = [json.loads(line) for line in (lost / "errors.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert errors[-1]["kind"] == "died"
+    (checkpoint,) = (lost / "checkpoints").glob("step_*")
+    assert checkpoint.name == f"step_{steps_done(lost):06d}"
+    assert main(["doctor", str(lost)]) == 0
+    patient = ["--quiet", "cluster.start_timeout_s=200"]
+    assert main(["train", str(configs[1]), "--resume", "auto", *patient]) == 0
+    assert main(["train", str(configs[0]), *patient]) == 0
+    assert without_clocks(rows(lost)) == without_clocks(rows(one))
+    assert weights(lost) == weights(one)

@@ -95,6 +95,8 @@ class Nodes(MemoryFolders):
         if node in self.died:
             self.died.discard(node)
             del self._processes[node]
+        if method == "write":
+            self.calls.append(f"write {arguments} at {node}")
         forget = SimpleNamespace(remote=lambda rank: self.calls.append(f"forget {rank} {node}"))
         self._processes.setdefault(node, SimpleNamespace(node=node, forget=forget))  # type: ignore[arg-type]
         return f"{arguments[0]} at {node}" if method == "place" else None
@@ -178,3 +180,22 @@ async def test_a_dead_process_that_held_copies_is_started_again(monkeypatch: pyt
     assert await folders.chosen(ranks, policy_0="refused", policy_1="refused") == ["policy-0 at b", "policy-1 at b"]
     assert folders._processes["b"] is not before
     assert not folders.calls, "the new process has nothing to forget"
+
+
+async def test_a_checkpoint_is_written_from_snapshots_and_for_lost_nodes_from_copies(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    written: list[Any] = []
+    monkeypatch.setattr(memory_folders, "_write", lambda *arguments: written.append(arguments))
+    folders, ranks = Nodes(monkeypatch, "a", "b", "c"), {"policy-0": "a", "policy-1": "b", "policy-2": "c"}
+    assert await folders.chosen(ranks) == ["policy-0 at b", "policy-1 at a", "policy-2 at a"]
+    folders.dead.add("b")
+    await folders.write(ranks, 7, tmp_path)
+    assert written == [(folders._run / "policy-0", 7, tmp_path, 0)], "the driver reads the memory of its node"
+    assert folders.calls == [
+        f"write {('policy-1', 7, tmp_path, 1, True)} at a",
+        f"write {('policy-2', 7, tmp_path, 2, False)} at c",
+    ]
+    folders.dead.add("a")
+    with pytest.raises(RunError, match="neither the snapshot of policy-0 nor a copy of it can be read: their nodes"):
+        await folders.write(ranks, 7, tmp_path)

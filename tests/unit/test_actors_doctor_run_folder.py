@@ -15,6 +15,7 @@ import pytest
 from actors.doctor.run_folder import check_run, run_results
 from rlhf.cli import main
 from rlhf.controller.batch_queue import BatchQueue
+from rlhf.controller.carried import first_untrained_group
 from rlhf.controller.group_queue import GroupQueue
 from rlhf.controller.record import RunRecord
 from rlhf.controller.rollout_scorer import RolloutScorer
@@ -91,7 +92,7 @@ async def _train(
             record.write_row(step, {"experience/policy_lag/max": float(lag), "rollouts/response_tokens/mean": 3.0})
             if is_kept:
                 record.folder.commit_checkpoint(step)
-                collector.scorer.keep_from(queue.first_group)
+                collector.scorer.keep_from(first_untrained_group(queue.state()))
     finally:
         await queue.stop()
 

@@ -126,6 +126,9 @@ class Folders:
         self.notes.append(f"places {nodes} {failures}")
         return {name: f"place of {name}" for name in nodes}
 
+    async def write(self, nodes: dict[str, str], step: int, checkpoint: Path) -> None:
+        self.notes.append(f"write {nodes} {step} {checkpoint}")
+
 
 def with_folders(gang: Any, notes: list[str]) -> Folders:
     """Give a gang on the nodes a and b folders in their memory."""
@@ -198,12 +201,14 @@ KEPT = ["keep 0 1", "keep 1 1"]
 
 
 async def test_ranks_copy_to_other_nodes_which_are_chosen_again_when_nodes_change_or_a_copy_fails(
-    notes: list[str],
+    notes: list[str], tmp_path: Path
 ) -> None:
     nodes = "places {'policy-0': 'a', 'policy-1': 'b'}"
     ranks: Any = [Started(0, notes), Started(1, notes)]
     gang = OfflineGang(ranks, deadline_s=60.0, one_host=False)
     folders = with_folders(gang, notes)
+    await gang.start(deadline_s=60.0)
+    notes.clear()
     await gang.keep(1)
     assert notes == [f"{nodes} {{}}", *CHOSEN, *KEPT]
     notes.clear()
@@ -220,6 +225,10 @@ async def test_ranks_copy_to_other_nodes_which_are_chosen_again_when_nodes_chang
     notes.clear()
     await gang.take_back(1)
     assert notes == [f"{nodes} {{}}", *CHOSEN, "take_back 0 1", "take_back 1 1"]
+    notes.clear()
+    gang.placement = cast("Any", None)  # it has lost a node
+    await gang.save_kept(1, tmp_path / "policy")
+    assert notes == [f"write {{'policy-0': 'a', 'policy-1': 'b'}} 1 {tmp_path}/policy"]
 
 
 async def test_ranks_keep_their_state_right_after_the_step_without_another_call(notes: list[str]) -> None:

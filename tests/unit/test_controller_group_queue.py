@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from rlhf.controller.batch_queue import Batch, BatchQueue
+from rlhf.controller.carried import first_untrained_group
 from rlhf.controller.group_queue import GroupQueue
 from rlhf.controller.online import OnlineController
 from rlhf.controller.rollout_scorer import RolloutScorer
@@ -270,7 +271,7 @@ async def test_a_resumed_run_requests_the_outstanding_groups_again(tmp_path: Pat
     state = json.loads(json.dumps(first.queue.state()))
     resumed = InFlight(tmp_path, max_staleness=2, batch_order="completion")
     resumed.queue.restore(state)
-    assert resumed.queue.first_group == 1
+    assert first_untrained_group(resumed.queue.state()) == 1
     await resumed.begin(1)
     requested = {request.group_id: request for request, _, _ in resumed.engines.running.values()}
     assert not requested

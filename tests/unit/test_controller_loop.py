@@ -15,7 +15,7 @@ import pytest
 from rlhf.config.schema.root import Config
 from rlhf.controller.loop import TrainingLoop, sparing_loaded_objects
 from rlhf.controller.supervisor import Supervisor
-from rlhf.errors import Preempted, RunError, WorkerLost
+from rlhf.errors import NodeNotReplaced, Preempted, RunError, WorkerLost
 from rlhf.roles import Arithmetic
 from rlhf.types import MemoryReport
 
@@ -62,6 +62,9 @@ class Policy:
 
     async def save(self, folder: Path) -> None:
         self.note(f"save {folder}")
+
+    async def save_kept(self, step: int, folder: Path) -> None:
+        self.note(f"save kept {step}")
 
     async def load(self, folder: Path) -> None:
         self.note(f"load {folder}")
@@ -380,3 +383,28 @@ def test_loaded_objects_are_spared_from_collections_until_the_loop_ends_also_by_
         fail()
     assert counts[0] > 1000
     assert gc.get_freeze_count() == 0
+
+
+def without_a_node(*losses: str) -> list[str]:
+    """The calls of a run that loses a rank after its first step, for which there is no other node."""
+    loop, calls = loop_of([], gang=9)
+
+    async def restart() -> None:
+        raise NodeNotReplaced("no other node")
+
+    loop.policy.restart = restart  # type: ignore[method-assign]
+    loop.policy.losses = ["train 2", *losses]
+    with pytest.raises(Preempted, match="train 2: lost no other node"):
+        asyncio.run(loop.run())
+    return calls
+
+
+def test_a_run_without_a_node_saves_what_its_ranks_have_kept() -> None:
+    assert without_a_node() == [*STEP_1, "save kept 1", "commit 1"]
+
+
+def test_a_run_without_a_node_keeps_its_last_checkpoint_if_nothing_can_be_saved(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert without_a_node("save kept 1") == STEP_1
+    assert "the state after step 1 could not be saved: save kept 1: lost" in caplog.text
