@@ -349,7 +349,7 @@ def test_another_stage_continues_up_to_rounding(gang: Gang, tmp_path: Path) -> N
         torch.testing.assert_close(resumed, unbroken, rtol=1e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [2, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 3))])
 def test_the_optimizer_of_a_resumed_run_has_the_settings_of_its_configuration(
     gang: Gang, stage: int, tmp_path: Path
 ) -> None:
