@@ -47,13 +47,19 @@ def engines_stay(ray_local: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     assert not actor_processes()
 
 
-def assert_unbroken(folder: Path, config: Path, losses: Mapping[str, int], worker: str) -> None:
+def assert_unbroken(
+    folder: Path, config: Path, losses: Mapping[str, int], worker: str, *, at_start: bool = False
+) -> None:
     """Run a configuration twice, and kill a worker of this class in the first run after a step. The runs are equal.
 
-    `losses`: of each role, in all.
+    `losses`: of each role, in all. `at_start`: the worker is killed as soon as its process exists.
     """
     broken, unbroken = folder / "broken", folder / "unbroken"
-    with once(lambda: steps_done(broken) >= 1, lambda: actor_processes(worker)[0].kill()):
+
+    def is_time() -> bool:
+        return bool(actor_processes(worker)) if at_start else steps_done(broken) >= 1
+
+    with once(is_time, lambda: actor_processes(worker)[0].kill()):
         assert main(["train", str(config), "--quiet"]) == 0
     assert main(["train", str(config), "--quiet", "run.name=unbroken"]) == 0
 
@@ -70,6 +76,12 @@ def test_a_run_that_loses_its_reward_and_reference_workers_equals_an_unbroken_on
     """The reward worker dies while it scores the first group."""
     config = write_run(tmp_path, "broken", GRPO, KL, THREE, reward=ENDS_ITS_WORKER)
     assert_unbroken(tmp_path, config, {"reward": 1, "reference": 1}, "ReferenceWorker")
+
+
+@pytest.mark.slow
+def test_a_run_whose_reference_is_killed_at_its_start_equals_an_unbroken_one(tmp_path: Path) -> None:
+    config = write_run(tmp_path, "broken", GRPO, KL, THREE, reward=FINE)
+    assert_unbroken(tmp_path, config, {"reference": 1}, "ReferenceWorker", at_start=True)
 
 
 @pytest.mark.slow
