@@ -122,6 +122,13 @@ class Rollouts(Ragged):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RoutedRollouts(Rollouts):
+    """Rollouts of a mixture with the experts that the sampler's routers chose."""
+
+    experts: Int[Tensor, "N L K"]  # int16, by layer; -1: not known, as for the last token, which is never read
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Examples(Ragged):
     """Supervised sequences: loss where `loss_mask` is True."""
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from rlhf.rollouts.records.begun import Begun, read_begun, write_begun
 from rlhf.types import GroupRequest, Sampling
 
@@ -65,6 +67,7 @@ def response_of(output: Any, begun: Begun) -> Begun:
         logprobs=(*begun.logprobs, *sample.logprobs.logprobs),
         versions=(*begun.versions, *(int(span.version) for span in spans for _ in range(span.start, span.end))),
         finish_reason=None if sample.finish_reason == CUT else sample.finish_reason,
+        experts=None if sample.routed_experts is None else torch.from_numpy(sample.routed_experts.astype("int16")),
     )
 
 

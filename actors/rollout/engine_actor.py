@@ -30,6 +30,7 @@ from actors.rollout.held_requests import HeldRequests
 from actors.rollout.tool_calls import VllmToolCalls
 from actors.rollout.vllm_engine import (
     RolloutSpec,
+    add_experts,
     added_tokens,
     build_engine,
     engine_environment,
@@ -79,7 +80,8 @@ class RolloutWorker:
 
     def __init__(self, spec: RolloutSpec) -> None:
         self.spec = spec
-        self.loop = EngineLoop(lambda: build_engine(spec), name=spec.name)
+        complete = add_experts if spec.records_experts else None
+        self.loop = EngineLoop(lambda: build_engine(spec), name=spec.name, complete=complete)
         self.calls = EngineCalls(self.loop, deadline_s=spec.call_timeout_s)
         self.held = HeldRequests(self.calls)
         self.weights = EngineWeights(spec, self.calls)
@@ -116,10 +118,11 @@ class RolloutWorker:
 
     def _spool_in(self, folder: Path | None) -> EngineSpool:
         environment = self.spec.environment
+        fingerprint = "" if environment is None else environment.fingerprint()
         return EngineSpool(
             folder=folder,
             keeps_failures=self.spec.spools_failures,
-            environment="" if environment is None else environment.fingerprint(),
+            environment=f"{fingerprint}, experts recorded" if self.spec.records_experts else fingerprint,
         )
 
     async def open_weights(self, meeting: Meeting | None, first_rank: int) -> None:

@@ -69,6 +69,7 @@ def start_engines(
         lora_rank=saved_rank(lora) if lora is not None and ships_adapter(config) else None,
         colocated=role.colocate_with is not None,
         trust_remote_code=policy.trust_remote_code,
+        records_experts=policy.router_replay,
         spool=spool,
         spools_failures=rollouts.max_staleness > 0,
         carries_over=rollouts.carry_over,

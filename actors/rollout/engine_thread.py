@@ -44,8 +44,16 @@ class Aborted(RunError):
 class EngineLoop:
     """Runs until `stop` or until the engine fails. Then every waiting and every later call raises RunError."""
 
-    def __init__(self, build: Callable[[], Any], *, name: str) -> None:
+    def __init__(
+        self, build: Callable[[], Any], *, name: str, complete: Callable[[Any, Any], None] | None = None
+    ) -> None:
+        """Keep how to build the engine.
+
+        Args:
+            complete: called with the engine and each output that has finished in the last step.
+        """
         self.name = name
+        self._complete = complete
         self.last_step = time.monotonic()
         self.on_step: Callable[[Sequence[Any]], None] | None = None  # gets all outputs of a step, in this thread
         self._build = build
@@ -180,7 +188,10 @@ class EngineLoop:
 
     def _step(self) -> None:
         try:
-            outputs = self._engine.step()
+            outputs = [output for output in self._engine.step() if output.finished]
+            if self._complete is not None:
+                for output in outputs:
+                    self._complete(self._engine, output)
         except BaseException as error:
             self._failure = RunError(
                 f"{self.name} died with {len(self._waiting)} requests in flight: {_message(error)}. "
@@ -196,8 +207,7 @@ class EngineLoop:
         if self.on_step is not None:
             self.on_step(outputs)
         for output in outputs:
-            if output.finished:
-                _give(self._waiting.pop(output.request_id), output)
+            _give(self._waiting.pop(output.request_id), output)
 
 
 def _message(error: BaseException) -> str:

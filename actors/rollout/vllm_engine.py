@@ -47,6 +47,7 @@ class RolloutSpec:
     kv_after_update: KvAfterUpdate | None = None  # of running samples; None: weights never change while samples run
     colocated: bool = False  # takes turns with a trainer on the same GPUs
     trust_remote_code: bool = False
+    records_experts: bool = False  # that routers choose; a finished response has them
     engine_args: Mapping[str, Any] = field(default_factory=dict)  # more of vLLM's EngineArgs, by its names
     sender_address: str | None = None  # of the host that broadcasts the weights; None: all on one host
     spool: Path | None = None  # finished groups are kept here
@@ -130,16 +131,20 @@ def build_engine(spec: RolloutSpec) -> Any:
         max_lora_rank=next(rank for rank in LORA_RANKS if rank >= (spec.lora_rank or 1)),
         max_loras=1,
         trust_remote_code=spec.trust_remote_code,
+        enable_return_routed_experts=spec.records_experts and not cpu,
         worker_extension_cls="actors.weights.vllm_extension.WorkerExtension",
         weight_transfer_config=None if spec.is_frozen else WeightTransferConfig(backend=f"rlhf_{spec.transport}"),
         disable_log_stats=True,
     )
     try:
-        return LLMEngine.from_engine_args(replace(arguments, **spec.engine_args))
+        engine = LLMEngine.from_engine_args(replace(arguments, **spec.engine_args))
     except (TypeError, ValueError, NotImplementedError) as error:
         if not spec.engine_args or lacks_cache(error):
             raise
         raise UserError(_refusal(spec.engine_args, error)) from error
+    if spec.records_experts and cpu:
+        engine.collective_rpc("record_experts")
+    return engine
 
 
 def lacks_cache(error: BaseException) -> bool:
@@ -153,6 +158,15 @@ def _refusal(given: Mapping[str, Any], error: Exception) -> str:
     named = [name for name in given if name in reason] or list(given)
     values = ", ".join(f"cluster.roles.rollout.engine_args.{name} is {given[name]}" for name in named)
     return f"{values}, but vLLM refuses this ({type(error).__name__}: {reason}). Correct or remove it."
+
+
+def add_experts(engine: Any, output: Any) -> None:
+    """Add to an output that has just finished the experts chosen for its tokens, where vLLM does not do so itself."""
+    (sample,) = output.outputs
+    num_read = len(output.prompt_token_ids) + len(sample.token_ids) - 1  # the last token was sampled and never read
+    if sample.routed_experts is None:
+        sample.routed_experts = engine.collective_rpc("experts_of", args=(output.request_id, num_read))[0]
+    sample.routed_experts = sample.routed_experts[:num_read]
 
 
 def added_tokens(engine: Any) -> dict[str, int]:

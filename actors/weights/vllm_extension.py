@@ -11,6 +11,7 @@ from typing import Any
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from actors.weights import RECEIVERS
+from actors.weights.vllm_experts_cpu import RecordedExperts
 from actors.weights.vllm_generators import continue_generators
 from actors.weights.vllm_lora_cpu import share_adapter_on_cpu
 from rlhf.engine.memory import peak_memory
@@ -26,11 +27,20 @@ class WorkerExtension:
     """Methods for calls through vLLM's collective_rpc."""
 
     weight_transfer_engine: Any
+    model_runner: Any
 
     def received_checksum(self) -> str:
         """Return the checksum of the received bytes in the worker's last weight update."""
         checksum: str = self.weight_transfer_engine.checksum
         return checksum
+
+    def record_experts(self) -> None:
+        """Record from now on which experts the routers choose."""
+        self.recorded_experts = RecordedExperts(self.model_runner)
+
+    def experts_of(self, request_id: str, num_tokens: int) -> Any:
+        """Return the experts chosen for the first tokens of a request that has finished in the last step."""
+        return self.recorded_experts.of(request_id, num_tokens)
 
     def gpu_peak_gib(self) -> float | None:
         """Return the peak GPU memory of this worker's allocator."""

@@ -29,6 +29,16 @@ def keeps_row_order() -> bool:
     return _in_order.get()
 
 
+@contextmanager
+def in_row_order(needed: bool = True) -> Iterator[None]:
+    """Keep the order of the sequences in the rows that pass the model inside."""
+    token = _in_order.set(needed)
+    try:
+        yield
+    finally:
+        _in_order.reset(token)
+
+
 def routers_of(model: nn.Module) -> tuple[nn.Module, ...]:
     """Return the routers of a model by layer. A router stands beside the experts of its layer."""
     return tuple(
@@ -56,11 +66,10 @@ class RoutingRecord:
         in_order: keep the order of the sequences in the row, as `balance_loss` needs it.
         """
         hooks = [router.register_forward_hook(self._add) for router in routers]
-        token = _in_order.set(in_order)
         try:
-            yield
+            with in_row_order(in_order):
+                yield
         finally:
-            _in_order.reset(token)
             for hook in hooks:
                 hook.remove()
 
@@ -113,9 +122,13 @@ class RoutingRecord:
                 yield summed(table @ choices[:n]), summed(table @ scores[:n])
 
 
+def scores_of(router: nn.Module, logits: Float[Tensor, "n E"]) -> Float[Tensor, "n E"]:
+    """Return a router's scores of all experts: the softmax, or the sigmoids of routers with a bias of choice."""
+    wide = logits.float()
+    return wide.sigmoid() if hasattr(router, "e_score_correction_bias") else wide.softmax(-1)
+
+
 def _normalised(router: nn.Module, logits: Float[Tensor, "n E"]) -> Float[Tensor, "n E"]:
-    """Return scores with the sum 1 over the experts: the softmax, or the sigmoids of routers with a bias of choice."""
-    if not hasattr(router, "e_score_correction_bias"):
-        return logits.float().softmax(-1)
-    scores = logits.float().sigmoid()
-    return scores / scores.sum(-1, keepdim=True)
+    """Return scores with the sum 1 over the experts."""
+    scores = scores_of(router, logits)
+    return scores / scores.sum(-1, keepdim=True) if hasattr(router, "e_score_correction_bias") else scores

@@ -95,6 +95,8 @@ def _refuse_unusable_model(
                 f"{section}.router_balance_coef: is {model.router_balance_coef:g}, but {model.model} is no mixture of "
                 "experts. Remove it."
             )
+        if isinstance(model, PolicyConfig) and model.router_replay and not num_experts(shape.to_dict()):
+            raise UserError(f"{section}.router_replay: is true, but {model.model} is no mixture of experts. Remove it.")
         with prefix_errors(f"cluster.roles.{section}"):
             shared_by = getattr(config.cluster.roles, section).sequence_parallel
             refuse_uneven_heads(shape, shared_by)

@@ -101,6 +101,19 @@ def test_a_dense_model_has_no_load_to_balance(tiny_model: Path, tmp_path: Path) 
     assert refusal(run).startswith("policy.router_balance_coef: is 0.01, but")
 
 
+def test_a_dense_model_has_no_choices_to_replay(tiny_model: Path, tmp_path: Path) -> None:
+    task = {"task": "running_totals", "split": "train", "size": 8}
+    run = loaded(
+        tmp_path,
+        policy={"model": str(tiny_model), "dtype": "float32", "router_replay": True},
+        algorithm={"name": "grpo"},
+        data={"train": task, "max_prompt_tokens": 16, "apply_chat_template": False},
+        rollouts={"prompts_per_step": 2, "samples_per_prompt": 2, "max_new_tokens": 8},
+        rewards={"digits": {"function": "format_regex", "args": {"pattern": ".*"}}},
+    )
+    assert refusal(run).startswith("policy.router_replay: is true, but")
+
+
 def test_an_adapter_that_it_can_have_is_let_through(tiny_model: Path, tmp_path: Path) -> None:
     lora = {"rank": 4, "init": "pissa", "rslora": True, "modules_to_save": ["lm_head"], "layers": [0]}
     assert load_inputs(loaded(tmp_path, policy={"model": str(tiny_model), "dtype": "float32", "lora": lora}))

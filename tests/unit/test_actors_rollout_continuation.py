@@ -35,6 +35,7 @@ def output(token_ids: Sequence[int], logprobs: Sequence[float], version: int, fi
         logprobs=SimpleNamespace(logprobs=list(logprobs)),
         weight_versions=spans,
         finish_reason=finish_reason,
+        routed_experts=None,
     )
     future: Future[Any] = Future()
     future.set_result(SimpleNamespace(outputs=[sample]))

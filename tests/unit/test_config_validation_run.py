@@ -602,6 +602,19 @@ RELATIONS = {
         ["policy.lora={target_parameters: [down_proj], dora: true, dropout: 0.1}"],
         "policy.lora.target_parameters: adapts stacked experts, for which peft has no dropout and no dora",
     ),
+    "replay needs advantages": (
+        [*PAIRS, "policy.router_replay=true"],
+        "policy.router_replay: is true, but algorithm online_dpo does not train by advantages; set false",
+    ),
+    "carried responses have no experts": (
+        [
+            "policy.router_replay=true",
+            "rollouts.carry_over=true",
+            "rollouts.oversample=1.5",
+            "algorithm.correction=none",
+        ],
+        "policy.router_replay: is true, but rollouts.carry_over keeps no experts",
+    ),
     "pissa takes whole weights": (
         ["policy.lora={init: pissa, quantize: nf4}"],
         "policy.lora.init: is pissa, which decomposes the weights, but policy.lora.quantize",

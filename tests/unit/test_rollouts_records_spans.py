@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 from rlhf.controller.rollout_scorer import request_for
 from rlhf.errors import RunError
 from rlhf.models.tiny import byte_tokenizer
 from rlhf.rollouts.records.spans import InsertedSpan, Played, Sampled, assemble, token_spans
 from rlhf.rollouts.records.texts import response_texts, turns_of
-from rlhf.types import Prompt, RewardError, StepReward
+from rlhf.types import Prompt, RewardError, RoutedRollouts, StepReward
 from rlhf.workers.microbatches import shared_prefixes, split_microbatches
 
 PROMPT = Prompt(prompt_id=7, token_ids=(63, 63), text="??", columns={})
@@ -92,3 +95,19 @@ def test_a_branch_leaves_out_the_prompt_and_keeps_what_was_told() -> None:
     assert prefixes.lengths == (2, 2)
     (piece,) = split_microbatches(rollouts.lengths.tolist(), [0, 1], max_tokens=16, prefixes=prefixes)
     assert piece.tokens.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 10]
+
+
+def test_recorded_experts_are_those_that_the_last_turn_has_read() -> None:
+    def routed(turn: Sampled, read: int) -> Sampled:
+        return replace(turn, experts=torch.arange(read * 6, dtype=torch.int16).view(read, 3, 2))
+
+    first, told, last = TWO_TURNS.spans
+    assert isinstance(first, Sampled)
+    assert isinstance(last, Sampled)
+    played = replace(TWO_TURNS, spans=(routed(first, 3), told, routed(last, 7)))
+    error = RewardError(reward="environment", kind="died", message="m", prompt_id=7, sample=0)
+    failed = Played(prompt_token_ids=(63, 63), spans=(), finish_reason="length", error=error)
+    rollouts, _ = assemble(REQUEST, [played, failed])
+    assert isinstance(rollouts, RoutedRollouts)
+    assert torch.equal(rollouts.experts[:7].flatten(), torch.arange(42, dtype=torch.int16))
+    assert (rollouts.experts[7:] == -1).all()  # the last token, and a conversation that has failed

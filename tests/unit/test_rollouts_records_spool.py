@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,16 @@ import torch
 
 from rlhf.controller.rollout_scorer import request_for
 from rlhf.rollouts.records.spool import drop_failed_conversations, forget_after, group_path, read_group, write_group
-from rlhf.types import Prompt, RewardError, RolloutInfo, Rollouts, Sampling, SessionEnd, StepReward
+from rlhf.types import (
+    Prompt,
+    RewardError,
+    RolloutInfo,
+    Rollouts,
+    RoutedRollouts,
+    Sampling,
+    SessionEnd,
+    StepReward,
+)
 
 PROMPT = Prompt(prompt_id=0, token_ids=(1,), text="p", columns={})
 REQUEST = request_for(PROMPT, group_id=0, first_sequence_id=0, samples=1, run_seed=0)
@@ -122,3 +131,13 @@ def test_groups_of_weights_that_are_trained_anew_are_forgotten(tmp_path: Path) -
     write_group(tmp_path, replace(REQUEST, group_id=-7), SAMPLING, 4, ROLLOUTS, (INFO,))  # of an evaluation
     assert forget_after(tmp_path, 3) == 3
     assert sorted(tmp_path.iterdir()) == [group_path(tmp_path, 0, 2), group_path(tmp_path, 0, 3)]
+
+
+def test_recorded_experts_come_back(tmp_path: Path) -> None:
+    columns = {field.name: getattr(ROLLOUTS, field.name) for field in fields(ROLLOUTS)}
+    routed = RoutedRollouts(**columns, experts=torch.tensor([[[3, 1]], [[-1, -1]]], dtype=torch.int16))
+    write_group(tmp_path, REQUEST, SAMPLING, 0, routed, (INFO,))
+    found = read_group(tmp_path, REQUEST, SAMPLING, 0)
+    assert found is not None
+    assert isinstance(found[0], RoutedRollouts)
+    assert torch.equal(found[0].experts, routed.experts)

@@ -84,6 +84,9 @@ class PolicyConfig(ModelConfig):
     """Weight of the loss that balances the load of the experts of a mixture, per sequence (DeepSeek-V3,
     arXiv:2412.19437, eq. 17). The mean over the sequences of an optimizer step is added to the loss. Values from 0.0001
     to 0.01 are usual. 0: no such loss."""
+    router_replay: Annotated[bool, OnlyIn("rollouts")] = False
+    """Train with the experts that the sampler's routers chose for each token (R3, arXiv:2510.11370), which the rollouts
+    then hold. It is for mixtures whose sampler and trainer differ in rounding, as in bfloat16."""
 
     @property
     def tokenizer_source(self) -> str:

@@ -31,6 +31,7 @@ OWNED: Mapping[str, str] = {
     "distributed_executor_backend": f"{_NO_REASON}: {_PLACED}",
     "dtype": "is set by policy.dtype, or by the evaluated model",
     "enable_lora": _LORA,
+    "enable_return_routed_experts": "is set by policy.router_replay",
     "enable_sleep_mode": "is set by cluster.roles.rollout.colocate_with",
     "enforce_eager": "is set by cluster.roles.rollout.enforce_eager",
     "gpu_memory_utilization": "is set by cluster.roles.rollout.gpu_memory_utilization",

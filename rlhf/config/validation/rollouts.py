@@ -52,6 +52,20 @@ def group_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem
         yield problem("rewards.greedy", text)
 
 
+def replay_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
+    """Yield what router replay excludes."""
+    if not config.policy.router_replay:
+        return
+    key, kind = "policy.router_replay", config.algorithm.kind
+    if kind != "advantages":
+        text = f"is true, but algorithm {config.algorithm.name} does not train by advantages; set false"
+        yield problem(key, text)
+    if rollouts.carry_over:
+        yield problem(key, "is true, but rollouts.carry_over keeps no experts of begun responses; set one to false")
+    if rollouts.agent is not None:
+        yield problem(key, "is true, but the calls of rollouts.agent hold no experts; set false")
+
+
 def agent_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
     """Yield an algorithm that cannot train on an agent's session, which may have several sequences."""
     if rollouts.agent is None:

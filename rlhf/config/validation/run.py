@@ -21,7 +21,13 @@ from rlhf.config.validation.adapters import adapter_problems
 from rlhf.config.validation.asynchrony import asynchrony_problems
 from rlhf.config.validation.engine_args import engine_argument_problems
 from rlhf.config.validation.rewards import credit_problems, limit_problems, normalization_problems, reward_problems
-from rlhf.config.validation.rollouts import agent_problems, group_problems, length_problems, loss_problems
+from rlhf.config.validation.rollouts import (
+    agent_problems,
+    group_problems,
+    length_problems,
+    loss_problems,
+    replay_problems,
+)
 from rlhf.config.validation.unused_keys import unused
 from rlhf.role_table import MODEL_SECTIONS, ROLES, TRAINED_ROLES, Role
 
@@ -122,6 +128,7 @@ def _batch(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
         text = f"is {train.sequences_per_update} and must divide {counted}; {fits} would fit"
         yield problem("train.sequences_per_update", text)
     yield from asynchrony_problems(config, rollouts)
+    yield from replay_problems(config, rollouts)
     yield from length_problems(config, rollouts)
     if config.algorithm.compares_responses and samples < 2:
         by = "algorithm.reward_coef" if config.algorithm.kind == "sampled_distillation" else config.algorithm.name

@@ -11,12 +11,14 @@ import json
 import logging
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from rlhf.rollouts.records.ledgers import request_identity
 from rlhf.rollouts.records.spans import Sampled
@@ -34,6 +36,7 @@ class Begun:
     logprobs: tuple[float, ...] = ()  # log-probabilities of the sampler
     versions: tuple[int, ...] = ()  # weight version that sampled each token
     finish_reason: FinishReason | None = None  # None: it is not finished
+    experts: Int[Tensor, "n L K"] | None = field(default=None, compare=False)  # as in Sampled; not written to files
 
     def finished(self) -> Sampled:
         """Return the whole response."""
@@ -43,6 +46,7 @@ class Begun:
             logprobs=self.logprobs,
             versions=self.versions,
             finish_reason=self.finish_reason,
+            experts=self.experts,
         )
 
 

@@ -7,14 +7,17 @@ is rendered or tokenised again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Int
+from torch import Tensor
 
 from rlhf.data.prefix_tree import SharedPrefix, shared_with_earlier
 from rlhf.errors import RunError
-from rlhf.types import FinishReason, GroupRequest, RewardError, RolloutInfo, Rollouts, StepReward
+from rlhf.types import FinishReason, GroupRequest, RewardError, RolloutInfo, Rollouts, RoutedRollouts, StepReward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +28,8 @@ class Sampled:
     logprobs: tuple[float, ...]  # log-probabilities of the sampler
     versions: tuple[int, ...]  # weight version that sampled each token
     finish_reason: FinishReason
+    # experts that the sampler chose for all tokens before the last one, by layer; None: not recorded
+    experts: Int[Tensor, "n L K"] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not len(self.token_ids) == len(self.logprobs) == len(self.versions) > 0:
@@ -92,15 +97,32 @@ def assemble(request: GroupRequest, conversations: Sequence[Played]) -> tuple[Ro
                 environment_error=played.error,
             )
         )
-    rollouts = Rollouts(
-        sequence_ids=torch.tensor([info.sequence_id for info in infos], dtype=torch.int64),
-        lengths=torch.tensor([info.num_tokens for info in infos]),
-        token_ids=torch.tensor(ids, dtype=torch.int64),
-        response_mask=torch.tensor(masks),
-        rollout_logprobs=torch.tensor(logprobs, dtype=torch.float32),
-        versions=torch.tensor(versions),
-    )
-    return rollouts, tuple(infos)
+    columns = {
+        "sequence_ids": torch.tensor([info.sequence_id for info in infos], dtype=torch.int64),
+        "lengths": torch.tensor([info.num_tokens for info in infos]),
+        "token_ids": torch.tensor(ids, dtype=torch.int64),
+        "response_mask": torch.tensor(masks),
+        "rollout_logprobs": torch.tensor(logprobs, dtype=torch.float32),
+        "versions": torch.tensor(versions),
+    }
+    experts = [_experts(played, info.num_tokens) for played, info in zip(conversations, infos, strict=True)]
+    known = [column for column in experts if column is not None]
+    if not known:
+        return Rollouts(**columns), tuple(infos)
+    shape = known[0].shape[1:]
+    filled = [
+        torch.full((info.num_tokens, *shape), -1, dtype=torch.int16) if column is None else column
+        for column, info in zip(experts, infos, strict=True)
+    ]
+    return RoutedRollouts(**columns, experts=torch.cat(filled)), tuple(infos)
+
+
+def _experts(played: Played, num_tokens: int) -> Int[Tensor, "n L K"] | None:
+    """Return the recorded experts of a conversation's tokens, -1 for its last. The last turn has read all others."""
+    last = played.spans[-1] if played.spans else None
+    if not isinstance(last, Sampled) or last.experts is None:
+        return None
+    return F.pad(last.experts, (0, 0, 0, 0, 0, num_tokens - len(last.experts)), value=-1)
 
 
 def token_spans(rollouts: Rollouts) -> list[list[tuple[bool, list[int]]]]:

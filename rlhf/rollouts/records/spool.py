@@ -23,6 +23,7 @@ from rlhf.types import (
     RewardError,
     RolloutInfo,
     Rollouts,
+    RoutedRollouts,
     Sampling,
     SessionEnd,
     StepReward,
@@ -80,7 +81,7 @@ def write_group(
     """
     path = group_path(folder, request.group_id, version)
     aside = path.with_suffix(f".{secrets.token_hex(4)}.tmp")  # two calls may write the same group
-    columns = {field.name: getattr(rollouts, field.name).contiguous() for field in fields(Rollouts)}
+    columns = {field.name: getattr(rollouts, field.name).contiguous() for field in fields(rollouts)}
     infos_json = json.dumps([asdict(info) for info in infos])
     metadata = {**_identity(request, sampling, environment), "infos": infos_json, "weights": weights}
 
@@ -123,7 +124,8 @@ def read_group(
             if oldest is not None and first is not None and first < oldest:
                 path.unlink(missing_ok=True)
                 return None
-            rollouts = Rollouts(**{field.name: file.get_tensor(field.name) for field in fields(Rollouts)})
+            kind = RoutedRollouts if "experts" in set(file.keys()) else Rollouts
+            rollouts = kind(**{field.name: file.get_tensor(field.name) for field in fields(kind)})
     except (SafetensorError, ValueError, KeyError, TypeError) as error:  # also from a release with other scalars
         logger.warning("%s is damaged (%s); its group is sampled again", path, error)
         return None

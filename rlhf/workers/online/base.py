@@ -79,7 +79,8 @@ class OnlineWorker(TrainedWorker):
         """
         ids = plan.sequences_of(self.data_rank)
         held = ids or plan.some_sequence()
-        rollouts = Rollouts.gather([part for part in parts if isinstance(part, Rollouts)], held)
+        groups = [part for part in parts if isinstance(part, Rollouts)]
+        rollouts = type(groups[0]).gather(groups, held)
         if not ids:
             rollouts = replace(rollouts, response_mask=torch.zeros_like(rollouts.response_mask))
         rows_of: dict[int, list[int]] = {}

@@ -9,9 +9,10 @@ arrived. The counts that divide the loss are not known then, so losses are sums,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -23,6 +24,7 @@ from rlhf.algorithms.online import OnlineAlgorithm, reference_kl
 from rlhf.config.schema.root import Config
 from rlhf.engine.distributed import RankContext
 from rlhf.models.packed import policy_logprobs, policy_logprobs_and_collisions, policy_logprobs_only
+from rlhf.models.router_replay import RouterReplay
 from rlhf.objectives.advantages import reward_to_go, whiten
 from rlhf.objectives.aggregation import denominator
 from rlhf.objectives.masking import Moments, merge_moments, moments, sequence_counts, sequence_means, to_tokens
@@ -31,7 +33,7 @@ from rlhf.objectives.token_baseline import realized_energy, step_baseline, step_
 from rlhf.roles import Metrics, SequenceReport
 from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.tracking.metrics.reductions import ExplainedVariance, Mean, Reduction
-from rlhf.types import BatchPlan, Rollouts, TokenSignals, TokenValues
+from rlhf.types import BatchPlan, Rollouts, RoutedRollouts, TokenSignals, TokenValues
 from rlhf.workers.microbatches import Microbatch, padded
 from rlhf.workers.online.base import OnlineWorker, Share
 from rlhf.workers.online.branch_credit import with_branch_rewards
@@ -77,6 +79,22 @@ class PolicyWorker(OnlineWorker):
         super().__init__(config, place, optimizer_steps=optimizer_steps)
         self.algorithm = algorithm_of(config.algorithm, OnlineAlgorithm)
         self.reference_is_adapter_off = reference_is_adapter_off
+        self.replay: RouterReplay | None = None
+
+    def build(self) -> str:
+        """Load the model, and replay the choices of the sampler's routers if the run does."""
+        fingerprint = super().build()
+        if self.config.policy.router_replay:
+            self.replay = RouterReplay(self.engine.module)
+        return fingerprint
+
+    def forward(self, function: Callable[..., Any], share: Share, microbatch: Microbatch, **options: Any) -> Any:
+        """Run a pass as the other trained roles do, with the experts of the rollouts if the run replays them."""
+        if self.replay is None:
+            return super().forward(function, share, microbatch, **options)
+        assert isinstance(share.rollouts, RoutedRollouts), "the engines of a run with replay record the experts"
+        with self.replay.of(self.part(share.rollouts.experts, microbatch)):
+            return super().forward(function, share, microbatch, **options)
 
     def prepare(self, plan: BatchPlan, *parts: Rollouts | TokenValues) -> tuple[tuple[SequenceReport, ...], Metrics]:
         """Receive this rank's share of a plan. `parts`: the rollouts, then the reference's columns. Collective.

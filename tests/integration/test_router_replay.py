@@ -1,0 +1,107 @@
+"""The experts that an engine records are those of the trainer, and their replay brings sampler and trainer together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from actors.weights.shm import ShmSender
+from rlhf.models.loading import load_causal_lm
+from rlhf.models.packed import policy_logprobs_only
+from rlhf.models.router_replay import RouterReplay
+from rlhf.models.routers import routers_of
+from rlhf.models.weights import weight_sources
+from rlhf.types import RoutedRollouts, Sampling
+from tests.integration.engine_helpers import call, engine, request, spec, sync
+from tests.integration.recipes import train, write_config
+from tests.tiny_mixture import build_tiny_mixture
+
+pytestmark = pytest.mark.slow
+
+
+def noisy(folder: Path, dtype: torch.dtype) -> Any:
+    """The model of a folder with weights so large that its routers and its head are decided."""
+    model = load_causal_lm(str(folder), dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_((0.1 * torch.randn(parameter.shape, generator=generator)).to(dtype))
+    return model
+
+
+def drawn(folder: Path, model: Any, dtype: str) -> list[RoutedRollouts]:
+    """Groups that an engine with the model's weights has sampled, the second with a prompt in its cache."""
+    sender = ShmSender(rank=0)
+    with engine(spec(folder, dtype=dtype, records_experts=True)) as handle:
+        sync(handle, sender.publish((w for source in weight_sources(model) for w in source.published()), 1))
+        asked = [request(3, samples=16, prompt_tokens=40), request(3, samples=16, prompt_tokens=40)]
+        groups = [call(handle.generate.remote(one, Sampling(max_new_tokens=40)))[0] for one in asked]
+    sender.close()
+    return groups
+
+
+def by_trainer(model: Any, rollouts: RoutedRollouts, replay: RouterReplay | None) -> Tensor:
+    """The trainer's log-probabilities of the sampled tokens, sequence by sequence."""
+    found = []
+    columns = (rollouts.token_ids, rollouts.experts)
+    for ids, experts in zip(*(column.split(rollouts.lengths.tolist()) for column in columns), strict=True):
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        mask[0] = False
+        lengths = torch.tensor([len(ids)])
+        with torch.no_grad():
+            if replay is None:
+                found.append(policy_logprobs_only(model, ids, lengths, mask=mask))
+            else:
+                with replay.of(experts):
+                    found.append(policy_logprobs_only(model, ids, lengths, mask=mask))
+    return torch.cat(found)[rollouts.response_mask]
+
+
+def test_recorded_experts_are_those_of_the_trainer_in_float32(tmp_path: Path, ray_local: None) -> None:
+    folder = build_tiny_mixture(tmp_path / "model")
+    model = noisy(folder, torch.float32)
+    for rollouts in drawn(folder, model, "float32"):
+        assert isinstance(rollouts, RoutedRollouts)
+        ends = rollouts.lengths.cumsum(0) - 1
+        assert (rollouts.experts[ends] == -1).all()
+        read = torch.ones(len(rollouts.token_ids), dtype=torch.bool)
+        read[ends] = False
+        assert rollouts.experts.shape[1:] == (3, 2)
+        assert (rollouts.experts[read] >= 0).all()
+        chosen: dict[nn.Module, list[Tensor]] = {router: [] for router in routers_of(model)}
+
+        def note(router: nn.Module, inputs: Any, outputs: Any, own: dict[nn.Module, list[Tensor]] = chosen) -> None:
+            own[router].append(outputs[2])
+
+        hooks = [router.register_forward_hook(note) for router in chosen]
+        by_trainer(model, rollouts, None)
+        for hook in hooks:
+            hook.remove()
+        ours = torch.stack([torch.cat(layer) for layer in chosen.values()], dim=1)
+        assert torch.equal(ours.sort(-1).values[read], rollouts.experts.sort(-1).values[read].long())
+
+
+def test_replay_halves_the_difference_in_bfloat16(tmp_path: Path, ray_local: None) -> None:
+    folder = build_tiny_mixture(tmp_path / "model")
+    model = noisy(folder, torch.bfloat16)
+    groups = drawn(folder, model, "bfloat16")
+    sampler = torch.cat([rollouts.rollout_logprobs[rollouts.response_mask] for rollouts in groups])
+    own, replay = torch.cat([by_trainer(model, rollouts, None) for rollouts in groups]), RouterReplay(model)
+    replayed = torch.cat([by_trainer(model, rollouts, replay) for rollouts in groups])
+    without, with_it = (float((trainer - sampler).abs().mean()) for trainer in (own, replayed))
+    assert with_it < 0.5 * without, (without, with_it)
+
+
+@pytest.mark.timeout(300)
+def test_a_run_replays_the_experts_of_its_engines(tmp_path: Path) -> None:
+    changes = {
+        "run": {"name": "run", "dir": str(tmp_path), "seed": 0},
+        "policy": {"model": str(build_tiny_mixture(tmp_path / "model")), "router_replay": True},
+        "algorithm": {"name": "grpo"},
+        "rewards": {"digits": {"function": "format_regex", "args": {"pattern": ".*[0-9].*"}}},
+    }
+    train(write_config(tmp_path / "run.yaml", changes))
