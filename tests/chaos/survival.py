@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -25,6 +26,7 @@ import psutil
 
 from rlhf.cli import main
 from rlhf.role_table import ROLES
+from tests.chaos.command import FILE
 from tests.chaos.faults import (
     KEEPS_EVERY,
     MOMENTS,
@@ -38,7 +40,7 @@ from tests.chaos.faults import (
     strike,
     wait_until,
 )
-from tests.integration.recipes import merge, rlhf, rows, without_clocks, write_config
+from tests.integration.recipes import merge, rows, without_clocks, write_config
 
 LIMIT_S = 400.0  # for a run without a fault, or for a step, on a busy machine
 BACK_WITHIN_S = 200.0  # the driver is given up after a minute in which it is stopped
@@ -153,7 +155,7 @@ class Footprint:
     def start(self, config: Path, *arguments: str, memory: FeignedMemory | None = None) -> subprocess.Popen[str]:
         """Start the run. Its output is kept beside the configuration."""
         name, _, value = self.variable.partition("=")
-        command = [*rlhf(), "train", str(config), "--quiet", *arguments]
+        command = [sys.executable, "-m", "tests.chaos.command", "train", str(config), "--quiet", *arguments]
         with config.with_suffix(".log").open("a", encoding="utf-8") as log:
             return subprocess.Popen(
                 command if memory is None else memory.command(command),
@@ -161,7 +163,7 @@ class Footprint:
                 stderr=subprocess.STDOUT,
                 text=True,
                 start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", name: value},
+                env={**os.environ, "OMP_NUM_THREADS": "1", FILE: str(_groups_file(config)), name: value},
             )
 
     def processes(self) -> list[psutil.Process]:
@@ -263,6 +265,7 @@ def survive(
                 run.footprint.kill()
     bad = [f"exit code {code}: {said(run.config)}"] if code != 0 else []
     bad += contradictions(run.folder, unbroken) + run.unrecorded() if code == 0 else []
+    bad += groups_left(run.config) if code == 0 and not run.loses_driver else []
     bad += run.footprint.left()
     for fault in faults[len(outcomes) :]:
         outcomes.append(Outcome(fault=fault, back_s=None, contradictions=["it was not injected after another one"]))
@@ -378,6 +381,17 @@ class FaultyRun:
 
     def _wait(self, condition: Callable[[], bool], *, limit_s: float = LIMIT_S) -> bool:
         return wait_until(condition, self.is_over, limit_s=limit_s)
+
+
+def groups_left(config: Path) -> list[str]:
+    """Return which placement groups a run left when it disconnected from its Ray. A supervised driver notes none."""
+    states: Mapping[str, str] = json.loads(_groups_file(config).read_text(encoding="utf-8"))
+    left = [f"placement group {name} is {state}" for name, state in states.items() if state != "REMOVED"]
+    return left if states else ["the run had no placement group"]
+
+
+def _groups_file(config: Path) -> Path:
+    return config.with_suffix(".groups")
 
 
 def wait_for_end(process: subprocess.Popen[str], limit_s: float) -> int | None:
