@@ -1,7 +1,7 @@
 """The `worker_extension_cls` of vLLM: its workers import this module before they load a model.
 
-It registers the weight transports and the LoRA products for CPUs, and continues the random numbers of carried
-responses. vLLM mixes the class into its worker class, so `self` is the worker.
+It registers the weight transports and the LoRA products for CPUs, continues the random numbers of carried responses,
+and corrects speculative decoding on CPUs. vLLM mixes the class into its worker class, so `self` is the worker.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from actors.weights import RECEIVERS
+from actors.weights.vllm_drafts_cpu import correct_drafts_on_cpu
 from actors.weights.vllm_experts_cpu import RecordedExperts
 from actors.weights.vllm_generators import continue_generators
 from actors.weights.vllm_lora_cpu import share_adapter_on_cpu
@@ -21,6 +22,7 @@ for _transport, _class in RECEIVERS.items():
     WeightTransferEngineFactory.register_engine(PREFIX + _transport, "actors.weights.vllm_receivers", _class)
 share_adapter_on_cpu()
 continue_generators()
+correct_drafts_on_cpu()
 
 
 class WorkerExtension:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,12 @@ def test_names_are_those_of_the_installed_vllm() -> None:
 
 
 def test_every_argument_that_the_project_sets_is_owned_or_may_be_changed() -> None:
-    changeable = {"max_num_batched_tokens", "block_size", "enable_chunked_prefill"}
+    changeable = {
+        "max_num_batched_tokens",
+        "block_size",
+        "enable_chunked_prefill",
+        "enable_prefix_caching",
+    }
     ours = keywords("actors/rollout/vllm_engine.py", "EngineArgs")
     assert ours - changeable <= OWNED.keys() <= known_engine_args()
 
@@ -50,7 +56,11 @@ def test_without_vllm_the_engines_check_the_names(monkeypatch: pytest.MonkeyPatc
     [
         ("{max_model_len: 8}", "max_model_len: follows from data.max_prompt_tokens and rollouts.max_new_tokens"),
         ("{async_scheduling: true}", "async_scheduling: cannot be changed: a weight update must not meet"),
-        ("{speculative_config: {method: ngram}}", "log-probabilities were wrong in a test with drafts"),
+        ("{speculative_config: {method: eagle}}", "speculative_config: is not a mapping with method: ngram"),
+        (
+            "{speculative_config: {method: ngram, draft_sample_method: probabilistic}}",
+            "has draft_sample_method, but with",
+        ),
         ("{enable_chunked_prefill: true}", "enable_chunked_prefill: is true, but cluster.device is cpu"),
     ],
 )
@@ -58,3 +68,18 @@ def test_arguments_of_other_keys_are_refused_at_load(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], given: str, message: str
 ) -> None:
     assert message in refusal(tmp_path, capsys, ONLINE, [f"cluster.roles.rollout.engine_args={given}"])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["rollouts.min_p=0.1"], ["rollouts.carry_over=true", "rollouts.oversample=1.5", "algorithm.correction=none"]],
+)
+def test_keys_that_drafts_would_not_follow_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str]
+) -> None:
+    drafts = "cluster.roles.rollout.engine_args={speculative_config: {method: ngram, num_speculative_tokens: 4}}"
+    message = f"{overrides[0].partition('=')[0]}: is .*, but speculative_config is set"
+    with pytest.raises(AssertionError):  # without drafts nothing is refused
+        refusal(tmp_path, capsys, ONLINE, overrides)
+    capsys.readouterr()
+    assert re.search(message, refusal(tmp_path, capsys, ONLINE, [*overrides, drafts]))

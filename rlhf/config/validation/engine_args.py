@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from rlhf.config.mistakes.explain import Problem, problem
 from rlhf.config.schema.cluster import ClusterConfig
+from rlhf.config.schema.rollouts import RolloutsConfig
 
 KEY = "cluster.roles.rollout.engine_args"
 _PLACED = "engines are placed by cluster.roles.rollout.engines and tensor_parallel"
@@ -49,7 +50,6 @@ OWNED: Mapping[str, str] = {
     "pipeline_parallel_size": "is not supported; use cluster.roles.rollout.tensor_parallel",
     "revision": "is set by policy.revision",
     "seed": "is set by run.seed, and every response has its own seed",
-    "speculative_config": "cannot be used: log-probabilities were wrong in a test with drafts",
     "tensor_parallel_size": "is set by cluster.roles.rollout.tensor_parallel",
     "tokenizer": "is set by policy.tokenizer",
     "tokenizer_revision": "is set by policy.tokenizer",
@@ -57,6 +57,9 @@ OWNED: Mapping[str, str] = {
     "weight_transfer_config": "is set by cluster.weight_sync",
     "worker_extension_cls": "is set by cluster.weight_sync",
 }
+
+_DRAFTS = "speculative_config"
+_NGRAM_KEYS = ("method", "num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min")
 
 
 def engine_argument_problems(cluster: ClusterConfig) -> Iterator[Problem]:
@@ -68,3 +71,27 @@ def engine_argument_problems(cluster: ClusterConfig) -> Iterator[Problem]:
     if cluster.device == "cpu" and given.get("enable_chunked_prefill"):
         text = "is true, but cluster.device is cpu, where a seeded response in a partial prefill ends vLLM; remove it"
         yield problem(f"{KEY}.enable_chunked_prefill", text)
+    drafts, key = given.get(_DRAFTS), f"{KEY}.{_DRAFTS}"
+    if drafts is None:
+        return
+    if not isinstance(drafts, dict) or drafts.get("method") != "ngram":
+        text = (
+            "is not a mapping with method: ngram; other drafts need weights that no sync brings; correct or remove it"
+        )
+        yield problem(key, text)
+    elif others := sorted(drafts.keys() - set(_NGRAM_KEYS)):
+        text = f"has {', '.join(others)}, but with method ngram only {', '.join(_NGRAM_KEYS)} are used; remove it"
+        yield problem(key, text)
+
+
+def draft_problems(cluster: ClusterConfig, rollouts: RolloutsConfig) -> Iterator[Problem]:
+    """Yield the keys of rollouts that speculative decoding would not follow."""
+    if cluster.roles.rollout.engine_args.get(_DRAFTS) is None:
+        return
+    if rollouts.min_p > 0.0:
+        yield problem(
+            "rollouts.min_p", f"is {rollouts.min_p:g}, but {_DRAFTS} is set, with which vLLM refuses it; set 0"
+        )
+    if rollouts.carry_over:
+        text = f"is true, but {_DRAFTS} is set, and a continued response would draw other random numbers; set false"
+        yield problem("rollouts.carry_over", text)

@@ -19,7 +19,7 @@ from rlhf.config.schema.rollouts import RolloutsConfig
 from rlhf.config.schema.root import Config
 from rlhf.config.validation.adapters import adapter_problems
 from rlhf.config.validation.asynchrony import asynchrony_problems
-from rlhf.config.validation.engine_args import engine_argument_problems
+from rlhf.config.validation.engine_args import draft_problems, engine_argument_problems
 from rlhf.config.validation.rewards import credit_problems, limit_problems, normalization_problems, reward_problems
 from rlhf.config.validation.rollouts import (
     agent_problems,
@@ -129,6 +129,7 @@ def _batch(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
         yield problem("train.sequences_per_update", text)
     yield from asynchrony_problems(config, rollouts)
     yield from replay_problems(config, rollouts)
+    yield from draft_problems(config.cluster, rollouts)
     yield from length_problems(config, rollouts)
     if config.algorithm.compares_responses and samples < 2:
         by = "algorithm.reward_coef" if config.algorithm.kind == "sampled_distillation" else config.algorithm.name
