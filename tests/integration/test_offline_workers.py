@@ -128,12 +128,14 @@ def train_rank(
     tokens: int,
     repeated: tuple[int, ...],
     zero_stage: int = 2,
+    balance_coef: float = 0.0,
 ) -> list[Any]:
     """One rank: the metrics of its steps, then of an evaluation as a whole and in pieces, from the model folder."""
     place = place_of(rank, world_size)
     name = algorithm["name"]
     config = config_of(algorithm, model, folder, workers=world_size, tokens=tokens, zero_stage=zero_stage)
-    worker = WORKERS[name](config, place, optimizer_steps=STEPS)
+    policy = config.policy.model_copy(update={"router_balance_coef": balance_coef})
+    worker = WORKERS[name](config.model_copy(update={"policy": policy}), place, optimizer_steps=STEPS)
     worker.build()
     pairs = data_of(name, model)
     worker.load_data(pairs)

@@ -42,23 +42,47 @@ def gangs() -> Iterator[dict[int, Gang]]:
 def test_a_step_of_a_hybrid_depends_on_neither_ranks_nor_microbatches(
     gangs: dict[int, Gang], hybrid: str, tmp_path: Path, algorithm: str, zero_stage: int
 ) -> None:
+    options = {"algorithm": {"name": algorithm}, "model": hybrid, "folder": str(tmp_path), "zero_stage": zero_stage}
+    first, second = steps_of(gangs, **options)
+    assert first[0]["update/grad_norm"] > 0
+    compare(first, second)
+
+
+def steps_of(gangs: dict[int, Gang], **options: Any) -> list[list[dict[str, float]]]:
+    """The metrics of each step, by 1 rank with large micro-batches and by 2 with small ones."""
     found = []
     for ranks, tokens in ((1, 4096), (2, 64)):
-        parts = gangs[ranks].run(
-            train_rank,
-            algorithm={"name": algorithm},
-            model=hybrid,
-            folder=str(tmp_path),
-            tokens=tokens,
-            repeated=(),
-            zero_stage=zero_stage,
-        )
+        parts = gangs[ranks].run(train_rank, tokens=tokens, repeated=(), **options)
         found.append([results(merge_metrics(of_step)) for of_step in zip(*parts, strict=True)])
-    assert found[0][0]["update/grad_norm"] > 0
-    for first, second in zip(*found, strict=True):
+    return found
+
+
+def compare(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    for first, second in zip(found, expected, strict=True):
         for key in first:
             if key != "update/tokens/total":
                 assert first[key] == pytest.approx(second[key], rel=2e-4, abs=2e-6), key
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_balance_loss_of_a_mixture_depends_on_neither_ranks_nor_microbatches(
+    gangs: dict[int, Gang], tmp_path: Path
+) -> None:
+    folder = tmp_path / "mixture"
+    tiny_model("qwen3_moe", vocab_size=320, max_position_embeddings=256).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    options = {"algorithm": {"name": "dpo"}, "model": str(folder), "folder": str(tmp_path), "zero_stage": 3}
+    balanced = steps_of(gangs, balance_coef=5.0, **options)
+    for found in balanced:
+        del found[0]["preference/accuracy/mean"]  # the policy is still the reference, so margins are rounding alone
+    compare(*balanced)
+    assert balanced[0][0]["update/router_balance_loss"] > 1.0
+    assert 1.0 < balanced[0][0]["update/router_load"] <= 4.0
+    assert 0.0 < balanced[0][0]["update/router_entropy"] < 1.0
+    (plain, _) = steps_of(gangs, **options)
+    assert "update/router_balance_loss" not in plain[0]
+    assert balanced[0][0]["update/grad_norm"] != pytest.approx(plain[0]["update/grad_norm"], rel=0.01)
 
 
 def refusal(rank: int, world_size: int) -> str:
