@@ -33,10 +33,11 @@ SIZES: dict[str, Any] = {
     "head_dim": 32,
     "max_position_embeddings": 512,
 }
-GATED_DELTA = {"linear_key_head_dim": 32, "linear_value_head_dim": 32}
+GATED_DELTA = {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
 CHANGES: dict[str, dict[str, Any]] = {  # what else has to fit these sizes
     "bamba": {"mamba_d_head": 32},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_head": 32},
+    "glm4_moe": {"head_dim": 32},
     "granitemoehybrid": {"mamba_d_head": 32},
     "lfm2": {"conv_dim": 64, "block_dim": 64},  # vLLM reads them, and transformers' own config class has neither
     "lfm2_moe": {"conv_dim": 64},
