@@ -96,13 +96,14 @@ def build_engine(spec: RolloutSpec) -> Any:
     from vllm.config import WeightTransferConfig
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    from rlhf.models.loading import load_model_config, split_revision  # with transformers: the driver need not wait
+    from rlhf.models.hub_names import missing_settings  # with transformers: the driver need not wait for it
+    from rlhf.models.loading import load_model_config, split_revision
     from rlhf.models.row_layout import keeps_states
 
     gc.freeze()  # vLLM collects garbage five times. Visiting the objects of all modules takes half of the build.
     cpu, in_flight = spec.device == "cpu", spec.kv_after_update is not None
     model, revision = split_revision(spec.model)
-    config = load_model_config(spec.model, trust_remote_code=spec.trust_remote_code).to_dict()
+    config = load_model_config(spec.model, trust_remote_code=spec.trust_remote_code)
     tokenizer, tokenizer_revision = split_revision(spec.tokenizer or spec.model)
     arguments = EngineArgs(
         model=model,
@@ -123,7 +124,7 @@ def build_engine(spec: RolloutSpec) -> Any:
         block_size=32 if cpu else None,  # prompts are shared by whole blocks, and the CPU's default is 128 tokens
         enable_chunked_prefill=not cpu,  # on a CPU a seeded sample in a partial prefill ends the engine
         # States are cached only at the ends of prefills in parts. None: vLLM decides.
-        enable_prefix_caching=False if cpu and keeps_states(config) else None,
+        enable_prefix_caching=False if cpu and keeps_states(config.to_dict()) else None,
         async_scheduling=False,  # a step is over when step() returns, so an update never meets one
         enable_sleep_mode=spec.colocated and not cpu,
         logprobs_mode="processed_logprobs",  # of the sampling distribution
@@ -131,6 +132,9 @@ def build_engine(spec: RolloutSpec) -> Any:
         max_lora_rank=next(rank for rank in LORA_RANKS if rank >= (spec.lora_rank or 1)),
         max_loras=1,
         trust_remote_code=spec.trust_remote_code,
+        hf_overrides=missing_settings(config),
+        # vLLM's operation turns the queries of DeepSeek's attention once for each head on a CPU.
+        compilation_config={"custom_ops": ["-rotary_embedding"]} if cpu and hasattr(config, "kv_lora_rank") else {},
         enable_return_routed_experts=spec.records_experts and not cpu,
         worker_extension_cls="actors.weights.vllm_extension.WorkerExtension",
         weight_transfer_config=None if spec.is_frozen else WeightTransferConfig(backend=f"rlhf_{spec.transport}"),

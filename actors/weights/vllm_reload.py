@@ -69,11 +69,11 @@ class ReloadEngine(WeightTransferEngine[MeetingInfo, ManifestInfo]):  # type: ig
     def start_weight_update(self) -> None:
         """Put the model into its loadable form."""
         self.packs = loads_packed(self.model, device=self.device, num_workers=self.parallel_config.world_size)
-        self.wanted = {name for name, _ in self.model.named_parameters()}
         if not self.packs:
             if self.device.type == "cpu":
                 forget_expert_kernels(self.model)
             initialize_layerwise_reload(self.model)
+            self.wanted = {name for name, _ in self.model.named_parameters()}  # without those derived from others
             for layer in copied_layers(self.model):
                 materialize_layer(layer, get_layerwise_info(layer))
 

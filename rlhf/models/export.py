@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rlhf.models.hub_names import missing_settings
 from rlhf.models.loading import has_score_head
 from rlhf.models.weights import ADAPTER
 from rlhf.room import when_there_is_room
@@ -49,6 +50,7 @@ def export_model(
     config = copy.deepcopy(config)
     config.dtype = dtype
     config.use_cache = True  # off while training
+    config.update(missing_settings(config))
     name_padding(config, tokenizer)
     with appearing(folder) as partial:
         _write_shards(partial, named_weights, shard_bytes=shard_bytes)

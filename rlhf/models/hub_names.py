@@ -19,6 +19,17 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+# By model type: settings in the config.json of models on the hub that transformers neither reads nor writes.
+_HUB_SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    # Without them vLLM gives the routers no bias of choice, and scores by a softmax.
+    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+}
+
+
+def missing_settings(config: Any) -> dict[str, Any]:
+    """Return the settings that other programs need in the model's config.json, and that this config lacks."""
+    return {key: value for key, value in _HUB_SETTINGS.get(config.model_type, {}).items() if not hasattr(config, key)}
+
 
 class HubNames:
     """Reverses the conversions with which transformers loaded a model.

@@ -32,6 +32,19 @@ MIXTURES = {
     "whole_blocks": ("qwen3_moe", EIGHT | {"moe_intermediate_size": 64}),
     "mixtral": ("mixtral", {}),
     "glm4_moe": ("glm4_moe", {"moe_intermediate_size": 64, "first_k_dense_replace": 1}),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            "moe_intermediate_size": 64,
+            "first_k_dense_replace": 1,
+            "num_key_value_heads": 4,
+            "head_dim": 64,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "kv_lora_rank": 512,
+        },
+    ),
     "gpt_oss": ("gpt_oss", {"intermediate_size": 64}),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,8 @@ def test_a_mixture_survives_loading_and_export(kind: str, tmp_path: Path) -> Non
         load_file(tmp_path / "final" / "model.safetensors").keys()
         == load_file(tmp_path / "source" / "model.safetensors").keys()
     )
+    settings = json.loads((tmp_path / "final" / "config.json").read_text(encoding="utf-8"))
+    assert settings.get("topk_method") == ("noaux_tc" if kind == "deepseek_v3" else None)  # vLLM needs it
     loaded, report = AutoModelForCausalLM.from_pretrained(
         tmp_path / "final", dtype=torch.float32, output_loading_info=True
     )

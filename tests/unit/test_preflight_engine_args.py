@@ -31,8 +31,10 @@ def test_every_argument_that_the_project_sets_is_owned_or_may_be_changed() -> No
     changeable = {
         "max_num_batched_tokens",
         "block_size",
+        "compilation_config",
         "enable_chunked_prefill",
         "enable_prefix_caching",
+        "hf_overrides",
     }
     ours = keywords("actors/rollout/vllm_engine.py", "EngineArgs")
     assert ours - changeable <= OWNED.keys() <= known_engine_args()
