@@ -72,8 +72,10 @@ class ReloadEngine(WeightTransferEngine[MeetingInfo, ManifestInfo]):  # type: ig
         if not self.packs:
             if self.device.type == "cpu":
                 forget_expert_kernels(self.model)
+            untied = {name for name, _ in self.model.named_parameters()}  # the reload takes tied parameters apart
             initialize_layerwise_reload(self.model)
-            self.wanted = {name for name, _ in self.model.named_parameters()}  # without those derived from others
+            loaded = {name for name, _ in self.model.named_parameters()}  # no longer those derived from others
+            self.wanted = untied & loaded
             for layer in copied_layers(self.model):
                 materialize_layer(layer, get_layerwise_info(layer))
 

@@ -35,7 +35,7 @@ def test_a_cluster_of_the_recipe_s_size_is_enough() -> None:
     ("name", "cluster"),
     [
         ("grpo_qwen3_30b_a3b_8gpu", "1*cpu=128,gpu=8,type=h100,mem=2000"),
-        ("grpo_qwen3_235b_a22b_8nodes", "8*cpu=128,gpu=8,type=h200,mem=2000"),
+        ("grpo_qwen3_235b_a22b_multinode", "8*cpu=128,gpu=8,type=h200,mem=2000"),
     ],
 )
 def test_a_mixture_fits_its_nodes(name: str, cluster: str) -> None:

@@ -143,7 +143,7 @@ def _nearest_key(
         this_form, owners = (choice([tag(node) or "" for node in some]) for some in (nodes, others))
         return Suggestion(key=path, text=f"is a key of {owners}; {this_form} has {', '.join(names)}")
     elsewhere = [key for key in all_keys(root, values=values) if key[:-1] != section]
-    elsewhere.sort(key=lambda key: (-_shared(key, section), len(key)))  # the same section comes first
+    elsewhere.sort(key=lambda key: (-_shared(key, section), len(key), -_likeness(key, section)))  # same section first
     by_name = {key[-1]: ".".join(key).replace("*", "NAME") for key in reversed(elsewhere)}
     close = nearest(word, names, cutoff=0.8) or (None if word in by_name else nearest(word, names))
     if close is not None:
@@ -210,6 +210,11 @@ def _shared(key: Key, section: Key) -> int:
             break
         count += 1
     return count
+
+
+def _likeness(key: Key, section: Key) -> float:
+    """Return how alike the names of the outermost sections are, from 0 to 1."""
+    return difflib.SequenceMatcher(None, key[0], section[0]).ratio() if section else 0.0
 
 
 def _mapping(section: type[Section], value: Any) -> str:
