@@ -7,7 +7,6 @@ each sync, so that the controller's proof of the sync stands.
 from __future__ import annotations
 
 import asyncio
-import copy
 import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
@@ -282,8 +281,15 @@ class Engine:
         await asyncio.Event().wait()
 
     async def update_weights(self, manifest: SimpleNamespace) -> None:
-        weights = dict(self.policy.engine.named_weights(torch.float32))
-        self.model.load_state_dict(copy.deepcopy(weights), strict=True)
+        weights = {name: weight.clone() for name, weight in self.policy.engine.named_weights(torch.float32)}
+        ends = self.model.generation_config
+        self.model, report = type(self.model).from_pretrained(  # which stacks the experts of a mixture
+            None, config=self.model.config, state_dict=weights, output_loading_info=True
+        )
+        assert not report["missing_keys"]
+        assert not report["unexpected_keys"]
+        self.model.eval()
+        self.model.generation_config = ends
         self.version = manifest.version
 
     async def prove(self, probe: PolicyProbe) -> float:
