@@ -15,12 +15,14 @@ import inspect
 import json
 import os
 import random
+import re
 import select
+import ssl
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -37,6 +39,7 @@ MODEL = "model"  # the front answers to any name
 RELAY = str(Path(__file__).with_name("relay.py"))
 SOCKET = "model.sock"  # in the folder of a program in the sandbox
 SANDBOX_WITHIN_S = 30.0
+PREPARED_WITHIN_S = 30.0
 CLIENTS = ("openai", "anthropic")  # packages with a client
 
 
@@ -55,14 +58,23 @@ class AgentClient:
 
         It repeats no call and waits for an answer as long as the session lasts.
         """
-        made = _package("openai").AsyncOpenAI
-        return made(base_url=self.base_url, api_key=self.api_key, max_retries=0, timeout=None)
+        return self._client(_package("openai"), "AsyncOpenAI", self.base_url)
 
     @cached_property
     def anthropic(self) -> Any:
         """Return an `AsyncAnthropic` for this session. ImportError: the package `anthropic` is not installed."""
-        made = _package("anthropic").AsyncAnthropic
-        return made(base_url=self.anthropic_base_url, api_key=self.api_key, max_retries=0, timeout=None)
+        return self._client(_package("anthropic"), "AsyncAnthropic", self.anthropic_base_url)
+
+    def _client(self, package: Any, name: str, base_url: str) -> Any:
+        http = package.DefaultAsyncHttpxClient(verify=_certificates(), trust_env=False)  # the engine needs no proxy
+        settings = {"api_key": self.api_key, "max_retries": 0, "timeout": None, "http_client": http}
+        return getattr(package, name)(base_url=base_url, **settings)
+
+
+@cache
+def _certificates() -> ssl.SSLContext:
+    """Return the certificates for HTTPS. Loading them takes 7 ms, so all copies of a process share them."""
+    return ssl.create_default_context()
 
 
 def access_variables(address: str, api_key: str) -> dict[str, str]:
@@ -99,12 +111,10 @@ class HostedFunction:
             raise LoadError(f"{where} cannot be called as `{source.name}(task, client)`: {error}") from error
 
     def prepare(self) -> None:
-        """Import the clients that the function's file names, which takes a second."""
+        """Make a call with each client that the function's file names. It imports most of the client's package."""
         text = Path(inspect.getfile(self.solve)).read_text(encoding="utf-8")
-        for name in CLIENTS:
-            if name in text and importlib.util.find_spec(name) is not None:
-                importlib.import_module(f"{name}.resources")
-                getattr(AgentClient("http://127.0.0.1", "none"), name)  # imports what the first client needs
+        names = [name for name in CLIENTS if name in text and importlib.util.find_spec(name) is not None]
+        asyncio.run(asyncio.wait_for(_first_calls(names), PREPARED_WITHIN_S))
 
     def answer(self, call: str, **message: Any) -> dict[str, Any]:
         """Run a session, and return its result unless it is in files."""
@@ -115,6 +125,30 @@ class HostedFunction:
         os.environ.update(access_variables(address, key))
         client = AgentClient(address, key)
         return {"result": checked_result(asyncio.run(self.solve(message["task"], client)))}
+
+
+async def _first_calls(names: Sequence[str]) -> None:
+    """Make a call with each of these clients, to a server that answers both protocols with an empty response."""
+    body = b'{"choices": [{"message": {}}], "content": [{"type": "text"}], "usage": {}}'
+    response = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                (size,) = re.findall(rb"(?i)content-length: (\d+)", head)
+                await reader.readexactly(int(size))
+                writer.write(response)
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        client = AgentClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", "none")
+        messages = [{"role": "user", "content": ""}]
+        if "openai" in names:
+            await client.openai.chat.completions.create(model=MODEL, messages=messages)
+            await client.openai.close()
+        if "anthropic" in names:
+            await client.anthropic.messages.create(model=MODEL, messages=messages, max_tokens=1)
+            await client.anthropic.close()
 
 
 class HostedCommand:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -245,24 +246,35 @@ def test_a_program_in_the_sandbox_reaches_the_model_alone(tmp_path: Path, monkey
     }
 
 
-def serve(answer: Callable[[web.Request], Awaitable[web.StreamResponse]], timeout_s: float = 10.0) -> AgentResult:
+Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def ask(session_of: Callable[[str], tuple[Any, AgentTask]], answer: Answer, *, path: str) -> AgentResult:
+    """Run a session beside a server. `session_of` gets its address, and returns a runner and a task."""
+
     async def run() -> AgentResult:
         application = web.Application()
-        application.router.add_post("/solve", answer)
+        application.router.add_post(path, answer)
         server = web.AppRunner(application)
         await server.setup()
-        site = web.TCPSite(server, "127.0.0.1", 0)
-        await site.start()
-        port = server.addresses[0][1]
-        runner = ServiceRunner(f"http://127.0.0.1:{port}/solve", timeout_s=timeout_s, key="rollouts.agent")
+        await web.TCPSite(server, "127.0.0.1", 0).start()
+        runner, asked = session_of(f"http://127.0.0.1:{server.addresses[0][1]}")
         await runner.start()
         try:
-            return await runner.solve(task(size=3))
+            result: AgentResult = await runner.solve(asked)
+            return result
         finally:
             await runner.stop()
             await server.cleanup()
 
     return asyncio.run(asyncio.wait_for(run(), 60.0))
+
+
+def serve(answer: Answer, timeout_s: float = 10.0) -> AgentResult:
+    def service(address: str) -> tuple[ServiceRunner, AgentTask]:
+        return ServiceRunner(f"{address}/solve", timeout_s=timeout_s, key="rollouts.agent"), task(size=3)
+
+    return ask(service, answer, path="/solve")
 
 
 def test_a_service_is_sent_the_task_and_answers_with_the_result() -> None:
@@ -309,3 +321,29 @@ def test_folders_of_sessions_are_private() -> None:
     parent = Path(tempfile.gettempdir()) / f"rlhf-agents-{os.getuid()}"
     assert solve(command("pwd"), task())
     assert stat.S_IMODE(parent.stat().st_mode) == 0o700
+
+
+AGENT = """
+import os, sys
+
+async def solve(task, client):
+    before, threads = set(sys.modules), len(os.listdir(f"/proc/{os.getppid()}/task"))
+    said = await client.openai.chat.completions.create(model=client.model, messages=[{"role": "user", "content": "?"}])
+    return {"said": said.choices[0].message.content, "imported": sorted(set(sys.modules) - before), "threads": threads}
+"""
+
+
+def test_what_a_call_imports_is_imported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "agent.py").write_text(AGENT)
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # the engine is reached without a proxy
+
+    async def answer(request: web.Request) -> web.Response:
+        return web.json_response({"choices": [{"message": {"role": "assistant", "content": "yes"}}]})
+
+    def hosted(address: str) -> tuple[HostedRunner, AgentTask]:
+        source = CodeSource(path=str(tmp_path / "agent.py"), name="solve")
+        runner = HostedRunner(source, program=FUNCTION, timeout_s=20.0, memory_gib=4.0, key="rollouts.agent")
+        return runner, replace(task(), address=address)
+
+    found = ask(hosted, answer, path="/v1/chat/completions")
+    assert found == {"said": "yes", "imported": [], "threads": 1}
