@@ -282,6 +282,9 @@ class StepReward:
     value: float
 
 
+RESULT_COLUMN = "result"  # the name under which rewards get the result of an agent's session
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionEnd:
     """Scalars of an agent's session, with its result for the rewards."""

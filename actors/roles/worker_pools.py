@@ -81,7 +81,7 @@ class RewardWorkers(WorkerPool):
         longest = longest_s(self.settings.specs, len(truncated), timeout_s=self.settings.timeout_s)
         prompt = group.request.prompt
         try:
-            answers = await self._ask(worker, group, truncated)
+            answers = await self._ask(worker, group, truncated, results)
             async with self.free[worker]:
                 return await self._call(
                     worker,
@@ -93,7 +93,9 @@ class RewardWorkers(WorkerPool):
             self.caused[worker] += again.losses
             return _ends_its_worker(group, again.losses[-1])
 
-    async def _ask(self, worker: int, group: CompletedGroup, truncated: tuple[bool, ...]) -> dict[str, GroupOutcome]:
+    async def _ask(
+        self, worker: int, group: CompletedGroup, truncated: tuple[bool, ...], results: tuple[str | None, ...]
+    ) -> dict[str, GroupOutcome]:
         """Return the answers of the services that score this row."""
         prompt = group.request.prompt
         if not any(spec.remote is not None and spec.applies_to(prompt.columns) for spec in self.settings.specs):
@@ -101,7 +103,10 @@ class RewardWorkers(WorkerPool):
         longest = ask_deadline_s(self.settings.specs, len(truncated))
         async with self.free_to_ask[worker]:
             return await self._call(
-                worker, lambda h: h.ask.remote(prompt, group.rollouts, truncated), stage="services", longest=longest
+                worker,
+                lambda h: h.ask.remote(prompt, group.rollouts, truncated, results),
+                stage="services",
+                longest=longest,
             )
 
     async def _call(self, worker: int, send: Callable[[Any], ObjectRef[T]], *, stage: str, longest: float) -> T:

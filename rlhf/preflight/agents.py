@@ -20,9 +20,7 @@ from rlhf.data.templates import ChatTemplate
 from rlhf.errors import UserError, prefix_errors
 from rlhf.extensions import CodeSource, find_code
 from rlhf.stopping import run_async
-from rlhf.types import Prompt
-
-RESULT_COLUMN = "result"  # of a session, for the rewards
+from rlhf.types import RESULT_COLUMN, Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

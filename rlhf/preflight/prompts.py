@@ -15,11 +15,11 @@ from rlhf.data.prompts import load_prompts
 from rlhf.data.sources import Row, Source, read_rows
 from rlhf.data.usable import LoadedRows
 from rlhf.errors import prefix_errors
-from rlhf.preflight.agents import RESULT_COLUMN, LoadedAgent
+from rlhf.preflight.agents import LoadedAgent
 from rlhf.preflight.environments import LoadedEnvironment
 from rlhf.preflight.sources import REWARD_KEY, check_rewards
 from rlhf.rewards.scoring import RewardSpec
-from rlhf.types import Prompt
+from rlhf.types import RESULT_COLUMN, Prompt
 
 logger = logging.getLogger(__name__)
 

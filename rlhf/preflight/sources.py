@@ -211,7 +211,7 @@ def check_rewards(
 ) -> None:
     """Raise UserError if a row has no reward, or if a reward that applies to it lacks a column or its gate.
 
-    Args: `of_sessions` are columns that functions get from an agent's session, besides those of the rows.
+    Args: `of_sessions` are columns that rewards get from an agent's session, besides those of the rows.
     """
     given = [{name: value for name, value in row.columns.items() if name != "prompt"} for row in rows]
     deep = next((row for row, columns in zip(rows, given, strict=True) if is_nested_too_deep(columns)), None)
@@ -231,9 +231,9 @@ def check_rewards(
         mine = [columns for columns, here in zip(given, applies[spec.name], strict=True) if here]
         if not mine:
             continue
-        common = sorted(set(mine[0]).intersection(*mine))
+        common = [*sorted(set(mine[0]).intersection(*mine)), *of_sessions]
         if spec.function is not None:
-            check_columns(spec.function, [*common, *of_sessions], key=key.format(spec.name), data=data)
+            check_columns(spec.function, common, key=key.format(spec.name), data=data)
         elif spec.remote is not None:
             _check_sent(spec.remote, rows, given, applies[spec.name], common, key=section, data=data)
     for row, *here in zip(rows, *applies.values(), strict=True):
@@ -261,7 +261,7 @@ def _check_sent(
             f"{key}.judge.prompt: has {names}, and the rows of {data} have {', '.join(common) or 'no other columns'}"
         )
     for row, columns, here in zip(rows, given, applies, strict=True):
-        sent = columns if wanted is None else {name: columns[name] for name in wanted if here}
+        sent = columns if wanted is None else {name: columns.get(name) for name in wanted if here}
         try:
             json.dumps(sent if here else None, allow_nan=False)
         except (TypeError, ValueError) as error:

@@ -18,7 +18,7 @@ from rlhf.rewards.combining import RewardTerm, plain_sum
 from rlhf.rewards.failure_rule import ErrorRule
 from rlhf.rewards.loading import LoadedReward
 from rlhf.rewards.processes.pool import Failure, GroupOutcome, RewardPool, longest_s
-from rlhf.types import GroupScores, Prompt, RewardError, RewardErrorKind, StepReward
+from rlhf.types import RESULT_COLUMN, GroupScores, Prompt, RewardError, RewardErrorKind, StepReward
 
 if TYPE_CHECKING:
     from rlhf.rewards.services.remote import RemoteReward
@@ -141,13 +141,18 @@ class RewardSet:
         if self._services is not None:
             self._services.greet()
 
-    def ask(self, prompt: Prompt, responses: Sequence[str], *, truncated: Sequence[bool]) -> dict[str, GroupOutcome]:
-        """Return the outcomes of the applicable services, an argument of `score`."""
+    def ask(
+        self, prompt: Prompt, responses: Sequence[str], *, truncated: Sequence[bool], results: Sequence[Any] = ()
+    ) -> dict[str, GroupOutcome]:
+        """Return the outcomes of the applicable services, an argument of `score`.
+
+        `results` holds the result of an agent's session for each response, or nothing.
+        """
         names = [spec.name for spec in self.specs if spec.remote is not None and spec.applies_to(prompt.columns)]
         if not names:
             return {}
         assert self._services is not None
-        return self._services.ask(names, prompt, responses, truncated=truncated)
+        return self._services.ask(names, prompt, responses, truncated=truncated, results=results)
 
     def score(
         self,
@@ -159,14 +164,14 @@ class RewardSet:
         asked: Mapping[str, GroupOutcome] = _EMPTY,
         model_steps: Mapping[str, Sequence[tuple[StepReward, ...]]] = _EMPTY,
         places: Sequence[Sequence[int]] | None = None,
-        own: Sequence[Mapping[str, Any]] = (),
+        results: Sequence[Any] = (),
     ) -> GroupScores:
         """Return the weighted sum of the rewards applicable to the prompt's row, for each response.
 
         `truncated` marks truncated responses. `model_scores` holds a number per response for each reward of the reward
         model, by name. `model_steps` holds the same for rewards credited by steps. `asked` is the result of `ask`.
         `places` maps, for each response, a number of first characters to the position of their last token. It is None
-        if no steps are needed. `own` are further columns of each response, for functions.
+        if no steps are needed. `results` holds the result of an agent's session for each response, or nothing.
         """
         by_name: dict[str, tuple[float | None, ...]] = {}
         steps: dict[str, tuple[tuple[StepReward, ...], ...]] = {}
@@ -176,7 +181,7 @@ class RewardSet:
             if not spec.applies_to(prompt.columns):
                 continue
             if spec.function is not None:
-                outcome = self._function_outcome(spec, spec.function, prompt, responses, places, own)
+                outcome = self._function_outcome(spec, spec.function, prompt, responses, places, results)
             elif spec.remote is not None:
                 outcome = asked[spec.name]
             else:
@@ -206,16 +211,17 @@ class RewardSet:
         prompt: Prompt,
         responses: Sequence[str],
         places: Sequence[Sequence[int]] | None,
-        own: Sequence[Mapping[str, Any]],
+        results: Sequence[Any],
     ) -> GroupOutcome:
         assert self._pool is not None
-        columns = function.select({**prompt.columns, **(own[0] if own else {})})
+        columns = function.select({**prompt.columns, **({RESULT_COLUMN: None} if results else {})})
+        of_responses = [{RESULT_COLUMN: result} for result in results if RESULT_COLUMN in columns]
         outcome = self._pool.score(
             self._places[spec.name],
             prompt.text,
             responses,
-            {name: value for name, value in columns.items() if not own or name not in own[0]},
-            own=[{name: row[name] for name in row if name in columns} for row in own],
+            {name: value for name, value in columns.items() if not results or name != RESULT_COLUMN},
+            own=of_responses,
             by_step=spec.by_step,
             goes_on=spec.score_of_failure("timeout") is not None,
         )

@@ -2,8 +2,8 @@
 
 GET /health answers {"status": "ok"}.
 
-POST /score takes {"prompt": ..., "responses": [...], "columns": {...}, "truncated": [...]}. It answers {"scores":
-[...], "rewards": {NAME: [...]}}, or {"errors": [{"sample", "kind", "message"}]}.
+POST /score takes {"prompt": ..., "responses": [...], "columns": {...}, "truncated": [...], "results": [...]}. It
+answers {"scores": [...], "rewards": {NAME: [...]}}, or {"errors": [{"sample", "kind", "message"}]}.
 
 A request is a single group. Without a token it serves only this machine.
 """
@@ -28,7 +28,7 @@ from rlhf.rewards.scoring import asks_in_flight
 from rlhf.scoring.scorer import Group, Scorer, Scoring
 from rlhf.serving import gives_token, read_text, serve_until_interrupted, serving_token, stranger
 from rlhf.tracking import logs
-from rlhf.types import GroupScores, Prompt
+from rlhf.types import RESULT_COLUMN, GroupScores, Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,8 @@ class ScoreRequest(Section):
     """The columns of its row."""
     truncated: tuple[bool, ...] | None = None
     """Whether each response is truncated. null: none is."""
+    results: tuple[JsonValue, ...] | None = None
+    """The result of an agent's session for each response. null: there is no agent."""
 
 
 class RewardServer:
@@ -96,7 +98,7 @@ class RewardServer:
             return _error(503, f"{MAX_WAITING} requests are waiting already")
         try:
             group = parse_request(await read_text(request))
-            self._refuse_unfit(group.prompt)
+            self._refuse_unfit(group)
         except ValueError as error:
             return _error(400, str(error))
         self.waiting += 1
@@ -113,8 +115,10 @@ class RewardServer:
         outcomes = await loop.run_in_executor(self.asking, scorer.ask, group)
         return await loop.run_in_executor(self.scoring, scorer.score, group, outcomes)
 
-    def _refuse_unfit(self, prompt: Prompt) -> None:
+    def _refuse_unfit(self, group: Group) -> None:
         """Raise ValueError for columns the rewards cannot score."""
+        prompt = group.prompt
+        names = [*prompt.columns, *([RESULT_COLUMN] if group.results else [])]
         here = {spec.name: spec for spec in self.scorer.specs if spec.applies_to(prompt.columns)}
         if not here:
             raise ValueError("no reward applies to these columns")
@@ -126,9 +130,9 @@ class RewardServer:
                 wanted = spec.function.signature.required
             elif spec.remote is not None and spec.remote.judge is not None:
                 wanted = spec.remote.judge.columns
-            absent = [name for name in wanted if name not in prompt.columns]
+            absent = [name for name in wanted if name not in names]
             if absent:
-                there = ", ".join(prompt.columns) or "none"
+                there = ", ".join(names) or "none"
                 raise ValueError(f"{spec.name} needs columns {', '.join(absent)}; there are: {there}")
 
 
@@ -140,17 +144,19 @@ def parse_request(text: str) -> Group:
         raise ValueError(f"the body is not JSON: {error}") from error
     if not isinstance(body, dict):
         raise ValueError("the body is no JSON object")
-    columns = body.get("columns")
-    if isinstance(columns, dict) and is_nested_too_deep(columns):
-        raise ValueError(f"columns: nested deeper than {MAX_DEPTH} levels")
+    for name in ("columns", "results"):
+        if is_nested_too_deep({name: body.get(name)}):
+            raise ValueError(f"{name}: nested deeper than {MAX_DEPTH} levels")
     request = parse_as(ScoreRequest, body)
     if isinstance(request, tuple):
         raise ValueError("; ".join(f"{'.'.join(problem.key)}: {problem.text}" for problem in request))
     truncated = request.truncated if request.truncated is not None else (False,) * len(request.responses)
     if len(truncated) != len(request.responses):
         raise ValueError(f"truncated: has {len(truncated)} values, expected one for each response")
+    if request.results is not None and len(request.results) != len(request.responses):
+        raise ValueError(f"results: has {len(request.results)} values, expected one for each response")
     prompt = Prompt(prompt_id=0, token_ids=(), text=request.prompt, columns=request.columns)
-    return Group(prompt=prompt, responses=request.responses, truncated=truncated)
+    return Group(prompt=prompt, responses=request.responses, truncated=truncated, results=tuple(request.results or ()))
 
 
 def _as_json(scores: GroupScores) -> dict[str, Any]:

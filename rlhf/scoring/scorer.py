@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -69,6 +70,7 @@ class Group:
     prompt: Prompt
     responses: tuple[str, ...]
     truncated: tuple[bool, ...]
+    results: tuple[Any, ...] = ()  # of an agent's sessions; empty: there are none
 
 
 def scoring_of_function(function: str) -> Scoring:
@@ -152,7 +154,7 @@ class Scorer:
 
     def ask(self, group: Group) -> dict[str, GroupOutcome]:
         """Return the outcomes of the services."""
-        return self.rewards.ask(group.prompt, group.responses, truncated=group.truncated)
+        return self.rewards.ask(group.prompt, group.responses, truncated=group.truncated, results=group.results)
 
     def score(self, group: Group, asked: Mapping[str, GroupOutcome]) -> GroupScores:
         """Return the weighted scores of a group."""
@@ -170,7 +172,13 @@ class Scorer:
                 else:
                     model_scores[spec.name] = self.model.scores(flat, lengths, ends)
         return self.rewards.score(
-            prompt, responses, truncated=truncated, model_scores=model_scores, asked=asked, model_steps=model_steps
+            prompt,
+            responses,
+            truncated=truncated,
+            model_scores=model_scores,
+            asked=asked,
+            model_steps=model_steps,
+            results=group.results,
         )
 
     def _tokens(

@@ -195,6 +195,8 @@ async def test_the_server(config: str) -> None:
                 {"responses": []},
                 {"responses": [1, 2]},
                 {"truncated": [True]},
+                {"results": [1]},
+                {"results": [1, json.loads("[" * 900 + "]" * 900)]},
                 {"prompt": None},
                 {"extra": 1},
                 {"columns": {"answer": json.loads("[" * 900 + "]" * 900)}},
@@ -203,6 +205,17 @@ async def test_the_server(config: str) -> None:
             assert (await client.post("/score", data=b"{")).status == 400
             assert (await client.post("/score", data=b" " * (MAX_BODY_BYTES + 1))).status == 413
             assert (await client.get("/else")).status == 404
+
+
+async def test_a_served_function_gets_the_result_of_an_agent(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def found(prompt, response, result):\n    return float(result['found'])\n")
+    scoring = scoring_of_function(f"{tmp_path / 'mine.py'}:found")
+    with Scorer(scoring) as scorer:
+        async with TestClient(TestServer(RewardServer(scorer, scoring, None).application())) as client:
+            body = {"prompt": "p", "responses": ["a", "b"]}
+            assert (await client.post("/score", json=body)).status == 400
+            answer = await client.post("/score", json={**body, "results": [{"found": 1}, {"found": 0}]})
+            assert (await answer.json())["scores"] == [1.0, 0.0]
 
 
 async def test_without_a_token_it_answers_to_its_own_name_alone() -> None:

@@ -517,6 +517,10 @@ RELATIONS = {
         ["rewards.taste={url: 'http://h/', judge: {model: m, prompt: what}}"],
         "rewards.taste.judge.prompt: `prompt` must hold {response}",
     ),
+    "without an agent a judge has no result": (
+        ["rewards.taste={url: 'http://h/', judge: {model: m, prompt: '{result}'}}"],
+        "rewards.taste.judge.prompt: must hold {response}",
+    ),
     "secrets stay out": (["rewards.correct.args.api_key=x"], "rewards.correct.args.api_key: looks like a secret"),
     "secrets stay out of nested arguments": (
         ["rewards.correct.args={ask: [{headers: {X-Api-Key: x}}]}"],

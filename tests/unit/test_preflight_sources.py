@@ -92,6 +92,14 @@ def test_the_columns_of_a_judges_question_must_be_there() -> None:
         check_rewards(found, rows({"kind": "x"}), "data.train")
 
 
+def test_a_judge_may_ask_about_the_result_of_an_agent() -> None:
+    judge = {"model": "m", "prompt": "{result} {answer}"}
+    found = specs(taste={"url": "http://127.0.0.1:9/v1", "judge": judge})
+    check_rewards(found, rows({"answer": "1"}), "data.train", of_sessions=("result",))
+    with pytest.raises(UserError, match=r"rewards.taste.judge.prompt: has \{result\}, and the rows of data.train have"):
+        check_rewards(found, rows({"answer": "1"}), "data.train")
+
+
 def test_the_token_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     config = {"url": "https://judge.example/v1", "token_env": "JUDGE_KEY"}
     with pytest.raises(UserError, match=r"rewards.taste.token_env: the environment variable JUDGE_KEY is not set"):

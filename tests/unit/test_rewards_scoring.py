@@ -203,8 +203,7 @@ def test_by_steps_a_scored_failure_is_one_step() -> None:
     assert scores.steps == {"steps": ((StepReward(end=5, value=-1.0),),)}
 
 
-def test_a_function_gets_the_columns_of_each_response(tmp_path: Path) -> None:
-    """As with the result of an agent's session. A column of the row is given to all."""
+def test_a_function_gets_the_result_of_each_session(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "def one(prompt, response, result, answer):\n    return float(len(result['said'] + answer))\n"
         "def group(prompts, responses, result):\n    return [float(len(r['said'])) for r in result]\n"
@@ -213,7 +212,7 @@ def test_a_function_gets_the_columns_of_each_response(tmp_path: Path) -> None:
         RewardSpec(name=name, weight=1.0, function=load_reward(f"mine.py:{name}", args={}, folders=[tmp_path], key=""))
         for name in ("one", "group")
     ]
-    own = [{"result": {"said": "x"}}, {"result": {"said": "xyz"}}]
+    results = [{"said": "x"}, {"said": "xyz"}]
     with RewardSet(specs, timeout_s=5.0) as rewards:
-        scores = rewards.score(PROMPT, ["", ""], truncated=[False, False], own=own)
+        scores = rewards.score(PROMPT, ["", ""], truncated=[False, False], results=results)
     assert scores.by_name == {"one": (3.0, 5.0), "group": (1.0, 3.0)}

@@ -253,6 +253,27 @@ def test_a_judge_is_asked_once_about_equal_responses_of_a_group() -> None:
     assert [(f.sample, f.kind) for f in failures] == [(1, "not_a_number"), (3, "not_a_number")]
 
 
+def test_services_get_the_results_of_an_agent() -> None:
+    bodies: list[Any] = []
+
+    async def handler(request: web.Request) -> web.Response:
+        bodies.append(body := await request.json())
+        if "responses" in body:
+            return web.json_response({"scores": [1.0] * 3})
+        return web.json_response({"choices": [{"message": {"content": "Score: 10"}}]})
+
+    judge = JudgeSpec(**dict(JudgeConfig(model="m", prompt="{answer} {result}")))
+    results = [{"found": 1}, "told", {"found": 1}]
+    with served(handler) as url:
+        for service in (spec(url), spec(url, judge=judge)):
+            with RewardSet([service], timeout_s=1.0) as rewards:
+                asked = rewards.ask(PROMPT, ["a", "b", "c"], truncated=[False] * 3, results=results)
+                assert asked["style"].scores == (1.0,) * 3
+    assert bodies[0]["results"] == results
+    questions = [body["messages"][0]["content"] for body in bodies[1:]]
+    assert sorted(questions) == ["ab told", 'ab {"found": 1}']  # a question asked twice is sent once
+
+
 NESTED: list[Any] = []
 for _ in range(2000):
     NESTED = [NESTED]

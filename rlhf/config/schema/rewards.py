@@ -14,6 +14,7 @@ from rlhf.algorithms.section import NotWith, OnlyIn, OnlyWith, Section
 from rlhf.rewards.failure_rule import ErrorRule
 from rlhf.rewards.functions.table import BUILT_INS
 from rlhf.tracking.logs import is_secret_name
+from rlhf.types import RESULT_COLUMN
 
 OF_NUMBERS = OnlyWith("choices", {}, because="they give the score")
 OF_A_SERVICE = NotWith("url", None, because="the reward is not a service")
@@ -53,8 +54,8 @@ class JudgeConfig(Section):
     model: str = Field(min_length=1)
     """Name of the model at the endpoint."""
     prompt: str = _JUDGE_PROMPT
-    """The prompt for the judge. `{prompt}`, `{response}` and `{COLUMN}` are filled in. Double a brace to write it
-    literally."""
+    """The prompt for the judge. `{prompt}`, `{response}`, `{COLUMN}` and the `{result}` of an agent are filled in.
+    Double a brace to write it literally."""
     system: str | None = Field(default=None, min_length=1)
     """A system message before the prompt."""
     pattern: Annotated[str, OF_NUMBERS] = r"(?i)score[\s:=*]*(-?\d+(?:\.\d+)?)"
@@ -69,8 +70,8 @@ class JudgeConfig(Section):
     @field_validator("prompt")
     @classmethod
     def _can_be_filled_in(cls, prompt: str) -> str:
-        if "response" not in set(placeholders(prompt)):
-            raise ValueError("`prompt` must hold {response}")
+        if not {"response", RESULT_COLUMN} & set(placeholders(prompt)):
+            raise ValueError("`prompt` must hold {response}, or the {result} of an agent")
         return prompt
 
     @field_validator("pattern")

@@ -9,7 +9,7 @@ from rlhf.algorithms.online_config import OnlineConfig
 from rlhf.config.files.yaml_tree import Key
 from rlhf.config.mistakes.explain import Problem
 from rlhf.config.schema.model import RewardModelConfig
-from rlhf.config.schema.rewards import RewardConfig, RewardPolicy
+from rlhf.config.schema.rewards import RewardConfig, RewardPolicy, placeholders
 from rlhf.config.schema.rollouts import AgentConfig, EnvironmentConfig
 from rlhf.config.schema.root import Config
 from rlhf.rewards.functions.table import own_limit_s
@@ -73,6 +73,8 @@ def reward_problems(
             text = f"is {reward.gate}, expected the name of another reward; there are: {others}"
             yield Problem(key=(*at, "rewards", name, "gate"), text=text)
         judge = {} if reward.judge is None else dict(reward.judge.request)
+        if agent is None and reward.judge is not None and "response" not in placeholders(reward.judge.prompt):
+            yield Problem(key=(*at, "rewards", name, "judge", "prompt"), text="must hold {response}")
         yield from _secrets(reward.args, (*at, "rewards", name, "args"))
         yield from _secrets(judge, (*at, "rewards", name, "judge", "request"))
     if environment is not None:

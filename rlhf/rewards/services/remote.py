@@ -7,6 +7,7 @@ without a score.
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
@@ -18,7 +19,7 @@ from rlhf.errors import RunError
 from rlhf.rewards.processes.pool import Failure, GroupOutcome
 from rlhf.rewards.services.client import Service, ServiceError, ServiceSpec
 from rlhf.rewards.services.judge import PATH, JudgeSpec, question, verdict
-from rlhf.types import Prompt, RewardErrorKind
+from rlhf.types import RESULT_COLUMN, Prompt, RewardErrorKind
 
 T = TypeVar("T")
 
@@ -57,13 +58,20 @@ class RemoteRewards:
                 raise RunError(f"rewards.{name}: {self._rewards[name].service.url}: {trouble}")
 
     def ask(
-        self, names: Sequence[str], prompt: Prompt, responses: Sequence[str], *, truncated: Sequence[bool]
+        self,
+        names: Sequence[str],
+        prompt: Prompt,
+        responses: Sequence[str],
+        *,
+        truncated: Sequence[bool],
+        results: Sequence[Any] = (),
     ) -> dict[str, GroupOutcome]:
         """Return the outcomes of the named rewards for a group, requested concurrently."""
         limit_s = max(self._rewards[name].longest_s(len(responses)) for name in names)
 
         async def ask_all() -> dict[str, GroupOutcome]:
-            outcomes = await asyncio.gather(*(self._ask_one(name, prompt, responses, truncated) for name in names))
+            calls = (self._ask_one(name, prompt, responses, truncated, results) for name in names)
+            outcomes = await asyncio.gather(*calls)
             return dict(zip(names, outcomes, strict=True))
 
         return self._do(ask_all(), limit_s + CLOSE_WITHIN_S)
@@ -105,16 +113,17 @@ class RemoteRewards:
             await service.close()
 
     async def _ask_one(
-        self, name: str, prompt: Prompt, responses: Sequence[str], truncated: Sequence[bool]
+        self, name: str, prompt: Prompt, responses: Sequence[str], truncated: Sequence[bool], results: Sequence[Any]
     ) -> GroupOutcome:
         service, judge = self._services[name], self._rewards[name].judge
         if judge is not None:
-            return await _judged(service, judge, prompt, responses)
+            return await _judged(service, judge, prompt, responses, results)
         body = {
             "prompt": prompt.text,
             "responses": list(responses),
             "truncated": list(truncated),
             "columns": dict(prompt.columns),
+            **({"results": list(results)} if results else {}),
         }
         try:
             return read_scores(await service.post(body), len(responses))
@@ -122,23 +131,31 @@ class RemoteRewards:
             return _all_failed(error.kind, error.message, len(responses))
 
 
-async def _judged(service: Service, judge: JudgeSpec, prompt: Prompt, responses: Sequence[str]) -> GroupOutcome:
-    """Return the judge's verdict on each response. Equal responses of a group are judged once."""
+async def _judged(
+    service: Service, judge: JudgeSpec, prompt: Prompt, responses: Sequence[str], results: Sequence[Any]
+) -> GroupOutcome:
+    """Return the judge's verdict on each response. Equal questions about a group are asked once."""
+    of_responses = [{RESULT_COLUMN: result} for result in results] or [{}] * len(responses)
+    questions = [
+        question(judge, prompt.text, response, {**prompt.columns, **columns})
+        for response, columns in zip(responses, of_responses, strict=True)
+    ]
 
-    async def judge_response(response: str) -> float | tuple[RewardErrorKind, str]:
+    async def ask_judge(body: Mapping[str, Any]) -> float | tuple[RewardErrorKind, str]:
         try:
-            return verdict(judge, await service.post(question(judge, prompt.text, response, prompt.columns), PATH))
+            return verdict(judge, await service.post(body, PATH))
         except ServiceError as error:
             return error.kind, error.message
         except (ValueError, RecursionError) as error:
             return "not_a_number", str(error)
 
-    distinct = list(dict.fromkeys(responses))
-    verdicts = dict(zip(distinct, await asyncio.gather(*map(judge_response, distinct)), strict=True))
+    texts = [json.dumps(body) for body in questions]
+    distinct = dict(zip(texts, questions, strict=True))
+    verdicts = dict(zip(distinct, await asyncio.gather(*map(ask_judge, distinct.values())), strict=True))
     failures: list[Failure] = []
     scores: list[float | None] = []
-    for sample, response in enumerate(responses):
-        match verdicts[response]:
+    for sample, text in enumerate(texts):
+        match verdicts[text]:
             case (kind, message):
                 failures.append(Failure(sample=sample, kind=kind, message=message))
                 scores.append(None)

@@ -81,9 +81,19 @@ class RewardWorker(ModelWorker):
                 settings.model, self.place, max_tokens_per_microbatch=settings.max_tokens_per_microbatch
             )
 
-    def ask(self, prompt: Prompt, rollouts: Rollouts, truncated: Sequence[bool]) -> dict[str, GroupOutcome]:
-        """Request the services' scores of one group's responses. Pass the result to `score`."""
-        return self.rewards.ask(self._as_read(prompt, rollouts), self.texts(rollouts), truncated=truncated)
+    def ask(
+        self, prompt: Prompt, rollouts: Rollouts, truncated: Sequence[bool], results: Sequence[str] = ()
+    ) -> dict[str, GroupOutcome]:
+        """Request the services' scores of one group's responses. Pass the returned scores to `score`.
+
+        `results` holds the results of an agent's sessions as JSON.
+        """
+        return self.rewards.ask(
+            self._as_read(prompt, rollouts),
+            self.texts(rollouts),
+            truncated=truncated,
+            results=list(map(json.loads, results)),
+        )
 
     def score(
         self,
@@ -97,7 +107,7 @@ class RewardWorker(ModelWorker):
         """Score one group's responses, including truncated ones.
 
         `asked` is the result of `ask`. `environment_rewards` holds the rewards of an environment, turn by turn.
-        `results` holds the results of an agent's sessions as JSON; functions get them as a column.
+        `results` holds the results of an agent's sessions as JSON.
         """
         specs = [spec for spec in self.settings.specs if spec.applies_to(prompt.columns)]
         given = [rewards for rewards in environment_rewards if rewards is not None]
@@ -121,7 +131,7 @@ class RewardWorker(ModelWorker):
             places=character_ends(rollouts, self.tokenizer, turn_end=self.turn_end)
             if any(spec.by_step for spec in specs)
             else None,
-            own=[{"result": json.loads(result)} for result in results],
+            results=list(map(json.loads, results)),
         )
 
     def _model_scores(self, rollouts: Rollouts) -> list[float]:
