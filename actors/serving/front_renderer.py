@@ -41,9 +41,9 @@ class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
                 if ids is not None:
                     request.kv_transfer_params = {"prompt_token_ids": ids}  # vLLM then renders nothing
                 else:
-                    call.broke, call.asked = "the template does not write the turn once, as it is", messages
+                    call.broke, call.asked = "rewritten turn", messages
             elif known is not None:
-                call.broke, call.asked = "ends with the assistant's turn", messages
+                call.broke, call.asked = "open turn", messages
         return await super().preprocess_chat(request, messages, *args, **options)
 
     def adjust_harmony_request(self, request: Any) -> None:

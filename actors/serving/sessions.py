@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from actors.serving.refusals import RefusedCall
-from rlhf.agents.calls import Call
+from rlhf.agents.calls import BrokenPrefix, Call
 from rlhf.agents.limits import SessionLimits
 from rlhf.rollouts.environments.conversations import turn_seed
 from rlhf.types import Sampling
@@ -63,7 +63,7 @@ class ServedCall:
     most_tokens: int | None = None  # the client's limit of a response
     is_chat: bool = False
     key: bytes | None = None  # of the messages before the response; None: the prompt is no conversation
-    broke: str | None = None
+    broke: BrokenPrefix | None = None
     asked: Sequence[Message] = ()  # messages behind the continued turn
     serial: Iterator[int] = field(default_factory=itertools.count)
     drawn: dict[bytes, int] = field(default_factory=dict)  # indices of captured calls by their sampled tokens
@@ -152,7 +152,7 @@ class OpenSession:
         system = _key(b"", [_text(m.get("content")) for m in messages if m["role"] == "system"])
         if looks_own and (known is None or known.end != last):
             call.broke = (
-                "other tools or template arguments"
+                "other tools"
                 if tools_key not in self._tools
                 else "other system prompt"
                 if system not in self._systems

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from rlhf.errors import RunError
+
+# Why a prompt that looks like a continuation of the session's tokens is none. A turn is rewritten if the chat template
+# does not write it as it was sampled. It is open if the prompt ends with it.
+BrokenPrefix = Literal["edited history", "other system prompt", "other tools", "rewritten turn", "open turn"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +32,7 @@ class Call:
     started_s: float  # since the session began
     ended_s: float
     continues: int | None  # index of the earlier call whose prompt and response this prompt extends exactly
-    broke: str | None  # why a prompt that looked like a continuation is none; None: it is one, or never looked like one
+    broke: BrokenPrefix | None  # None: the prompt is a continuation, or never looked like one
     messages: str  # JSON of the request and the answer, for people
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -86,7 +87,9 @@ def _session_metrics(infos: Sequence[RolloutInfo]) -> dict[str, Reduction]:
     if not ends:
         return {}
     calls = [float(end.num_calls) for end in ends]
+    reasons = Counter(reason for end in ends for reason in end.broken)
     return {
+        **{f"agents/broken_by_{reason.replace(' ', '_')}/total": Sum(total=float(n)) for reason, n in reasons.items()},
         "agents/calls/mean": Mean.of(calls),
         "agents/calls/max": Max(value=max(calls)),
         "agents/broken_prefixes/fraction": Mean(total=sum(len(end.broken) for end in ends), count=sum(calls)),

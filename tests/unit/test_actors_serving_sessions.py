@@ -103,7 +103,7 @@ def test_why_a_prefix_broke() -> None:
     assert look_up(session, [SYSTEM, {"role": "user", "content": "ha"}, said, ASK]) == (None, "edited history")
     other = {"role": "system", "content": "T"}
     assert look_up(session, [other, ASK, said, ASK]) == (None, "other system prompt")
-    assert look_up(session, [SYSTEM, ASK, said, ASK], ["tool"]) == (None, "other tools or template arguments")
+    assert look_up(session, [SYSTEM, ASK, said, ASK], ["tool"]) == (None, "other tools")
     foreign = {"role": "assistant", "content": "not sampled"}
     # Its own turn is still a prefix, and text that the session did not sample follows.
     assert look_up(session, [SYSTEM, ASK, said, ASK, foreign, ASK]) == (0, "edited history")

@@ -45,6 +45,7 @@ def test_sessions_have_metrics_of_their_own() -> None:
         "agents/calls/mean": 2.0,
         "agents/calls/max": 3.0,
         "agents/broken_prefixes/fraction": 0.5,
+        "agents/broken_by_edited_history/total": 2.0,
         "agents/inserted_tokens/mean": 5.0,
     }
     assert all(map(is_declared, found))

@@ -235,6 +235,15 @@ CASES: dict[str, tuple[Rows, Rows]] = {  # kind: a series that shows it, one tha
         rows(30, rewards__errors__total=lambda s: 2.0 if s == 7 else 0.0),
         rows(30, rewards__errors__total=lambda s: 0.0),
     ),
+    "prefixes_break": (
+        rows(
+            4,
+            agents__broken_prefixes__fraction=lambda s: 0.4,
+            agents__broken_by_edited_history__total=lambda s: 9.0 if s == 1 else 1.0,  # too early to count
+            agents__broken_by_rewritten_turn__total=lambda s: 3.0,
+        ),
+        rows(4, agents__broken_prefixes__fraction=lambda s: 0.05, agents__broken_by_other_tools__total=lambda s: 1.0),
+    ),
     "slower": (
         rows(40, throughput__tokens_per_s=lambda s: 1000.0 / s),
         rows(40, throughput__tokens_per_s=lambda s: 1000.0 - 5 * s),
@@ -320,6 +329,13 @@ def test_what_was_over_is_told_with_its_steps() -> None:
     shown = rows(40, update__clip_fraction__mean=lambda s: 0.6 if 10 <= s < 20 else 0.1)
     (found,) = diagnose(shown)
     assert (found.first_step, found.last_step) == (8, 21)  # means of five steps: 3 of .6 at first and at last
+
+
+def test_the_most_frequent_reason_of_broken_prefixes_is_named_with_its_remedy() -> None:
+    (found,) = diagnose(CASES["prefixes_break"][0])
+    assert "40% of the calls" in found.what
+    assert "`rewritten turn` (9 of 12)" in found.what
+    assert "data.chat_template" in found.advice
 
 
 def test_an_empty_run_and_rows_with_nothing_in_them_have_no_finding() -> None:

@@ -1,10 +1,11 @@
-"""Symptoms of the run as a program: failing rewards and environments, throughput, memory."""
+"""Symptoms of the run as a program: failing rewards and environments, broken prefixes, throughput, memory."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from statistics import median
 
-from rlhf.tracking.diagnosis.findings import HEAD, Evidence, History, Point, symptom
+from rlhf.tracking.diagnosis.findings import HEAD, Evidence, History, Point, mean, symptom
 from rlhf.tracking.formatting import number
 
 RECENT = 20  # steps in which an error still counts as current
@@ -12,6 +13,16 @@ SLOWED = 0.5  # of the first steps' throughput: longer responses cost less
 GROWTH, GROWTH_GIB = 1.5, 1.0  # both: a long-lived process keeps memory that it has once allocated
 STILL_GROWS = 1.02  # within the last 20 steps
 
+BROKEN = 0.1  # of the calls: a sub-agent or a summary now and then is the agent's design
+_BROKEN: Mapping[str, str] = {  # a remedy for each reason
+    "edited_history": "let the agent send the model's turns back as it got them; nothing is wrong if it shortens its "
+    "history on purpose.",
+    "other_system_prompt": "keep the system prompt of a conversation, and put what changes into a later message.",
+    "other_tools": "offer the same tools, in the same order, in each call of a conversation.",
+    "rewritten_turn": "set data.chat_template to one that writes earlier turns as the model wrote them, with their "
+    "reasoning.",
+    "open_turn": "let the conversations of a call end with a message of the user or of a tool.",
+}
 _FAILURES = {
     "rewards/errors/total": "reward calls raised, hung or returned no number",
     "rollouts/dropped_groups/total": "groups were replaced because a reward failed",
@@ -37,6 +48,28 @@ def rewards_fail(history: History, _: list[Point]) -> Evidence | None:
     steps = [point.step for errors in failed.values() for point in errors]
     what = f"In the last steps {', and '.join(counts)}."
     return Evidence(what=what, first_step=min(steps), last_step=max(steps), metrics=tuple(failed))
+
+
+@symptom(
+    "notice",
+    *("agents/broken_prefixes/fraction", "agents/inserted_tokens/mean", "agents/calls/mean"),
+    steps=3,
+    why="Such a call begins a new sequence. The engine and the trainer compute its whole prompt again.",
+    advice="read the sessions marked as broken in samples/;",
+)
+def prefixes_break(history: History, recent: list[Point]) -> Evidence | None:
+    if mean(recent) <= BROKEN:
+        return None
+    counts = {
+        reason: sum(point.value for point in history.since(f"agents/broken_by_{reason}/total", recent[0].step - 1))
+        for reason in _BROKEN
+    }
+    reason = max(_BROKEN, key=lambda reason: counts[reason])
+    return Evidence(
+        what=f"{mean(recent):.0%} of the calls do not go on from the session's tokens, most often for the reason "
+        f"`{reason.replace('_', ' ')}` ({number(counts[reason])} of {number(sum(counts.values()))}).",
+        advice=_BROKEN[reason],
+    )
 
 
 @symptom(
@@ -75,4 +108,4 @@ def memory_grows(history: History, _: list[Point]) -> Evidence | None:
     return None
 
 
-RUNNING = (rewards_fail, slower, memory_grows)
+RUNNING = (rewards_fail, prefixes_break, slower, memory_grows)

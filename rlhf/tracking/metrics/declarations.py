@@ -41,6 +41,7 @@ PLACEHOLDERS: Mapping[str, tuple[str, str]] = {
     "set": (r"[A-Za-z0-9_.-]+", "an evaluation set's name"),
     "metric": (r"[A-Za-z0-9_.@-]+", "`score`, a reward's name, `loss`, `kl_teacher`, or what the evaluation calls it"),
     "lag": (r"[0-9]+", "a number of versions"),
+    "reason": (r"[a-z_]+", "why a prompt does not go on: `edited_history`, `other_tools`, `rewritten_turn` or another"),
     "node": (r"[A-Za-z0-9_.-]+", "a node's address in the Ray cluster"),
     "role": ("|".join(("controller", *ROLES)), "a role, or `controller` for the driver"),
     "stage": (
@@ -85,6 +86,8 @@ agents/calls/mean | calls | Mean | online agent | Calls of the model in a sessio
 agents/calls/max | calls | Max | online agent | Most calls of a session
 agents/broken_prefixes/fraction | 1 | Mean | online agent | Calls whose prompt does not go on from the session's tokens
     although it has an earlier answer of the model: the agent has changed its history
+agents/broken_by_<reason>/total | calls | Sum | online agent optional | Calls whose prompt does not go on from the
+    session's tokens for one reason
 agents/inserted_tokens/mean | tokens | Mean | online agent | Tokens of a session after its first prompt that were not
     sampled: results of tools, further prompts, and the chat template
 agents/errors/total | errors | Sum | online agent | Sessions whose agent raised, hung, died, exceeded a limit or
