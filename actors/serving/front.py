@@ -18,7 +18,7 @@ from actors.rollout.engine_calls import EngineCalls
 from actors.rollout.vllm_engine import added_tokens
 from actors.serving.front_engine import EngineParts, FrontEngine
 from actors.serving.gateway import Gateway
-from actors.serving.parsers import parsers_of
+from actors.serving.parsers import parsers_of, refuse_stubs
 from actors.serving.refusals import ANTHROPIC_PATH
 from actors.serving.sessions import Sessions
 from rlhf.errors import RunError
@@ -155,6 +155,7 @@ def _arguments(spec: FrontSpec, tool_parser: str | None, reasoning_parser: str |
 def _renderer(engine: FrontEngine, spec: FrontSpec, tool_parser: str | None, reasoning_parser: str | None) -> Any:
     from actors.serving.front_renderer import SessionRenderer
 
+    refuse_stubs(tool_parser, reasoning_parser, engine.model_config.hf_config.model_type)
     try:
         return SessionRenderer(
             engine.model_config,
@@ -166,10 +167,10 @@ def _renderer(engine: FrontEngine, spec: FrontSpec, tool_parser: str | None, rea
             tool_parser=tool_parser,
             reasoning_parser=reasoning_parser,
         )
-    except TypeError as error:
+    except (ImportError, TypeError) as error:  # the first: vLLM's parser needs a package that is not installed
         raise RunError(
             f"the parser of tool calls, {tool_parser}, or of reasoning, {reasoning_parser}, does not fit the model: "
-            f"{error}. Name others."
+            f"{' '.join(str(error).split())}. Name others."
         ) from error
 
 

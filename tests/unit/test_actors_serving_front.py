@@ -17,10 +17,8 @@ from aiohttp import ClientSession
 
 from actors.serving.front import Front, FrontSpec
 from actors.serving.front_engine import EngineParts
-from actors.serving.parsers import parsers_of, refuse_unknown
 from rlhf.agents.calls import Call
 from rlhf.agents.limits import SessionLimits
-from rlhf.errors import UserError
 from rlhf.models.tiny import byte_tokenizer
 from rlhf.types import Sampling
 from tests.dummy_engine import DummyLoop, dummy_parts, open_front
@@ -440,27 +438,3 @@ async def test_tools_of_a_model_without_a_parser_are_refused(parts: EngineParts)
             await client.chat.completions.create(model="tiny", messages=HI, tools=[TOOL])
         told = await client.chat.completions.create(model="tiny", messages=HI, tools=[TOOL], tool_choice="none")
         assert told.choices[0].message.content == "yes"
-
-
-# Parsers
-
-
-def test_parsers_are_chosen_by_the_model_and_exist() -> None:
-    from vllm.reasoning import ReasoningParserManager
-    from vllm.tool_parsers import ToolParserManager
-
-    from actors.serving import parsers
-
-    tools, reasoning = ToolParserManager.list_registered(), ReasoningParserManager.list_registered()
-    chosen = [*parsers._BY_TYPE.values()]
-    chosen += [(name, None) for _, name in parsers._TOOLS_BY_MARKS]
-    chosen += [(None, name) for _, name in parsers._REASONING_BY_MARKS]
-    assert {tool for tool, _ in chosen if tool} <= set(tools)
-    assert {parser for _, parser in chosen if parser} <= set(reasoning)
-    assert parsers_of("{{ x }}", "llama") == (None, None)
-    assert parsers_of("<tool_call> <think> enable_thinking", "qwen3") == ("hermes", "qwen3")
-    assert parsers_of("<tool_call>\n<function=", "qwen3_moe") == ("qwen3_coder", None)
-    assert parsers_of("[TOOL_CALLS]", "mistral") == ("mistral", None)
-    with pytest.raises(UserError, match="--tool-parser: is hermess, and vLLM has no such parser"):
-        refuse_unknown("hermess", None)
-    refuse_unknown("hermes", "qwen3")
