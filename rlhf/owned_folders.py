@@ -11,6 +11,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,7 +50,7 @@ class OwnedFolder:
     def remove(self) -> None:
         """Remove the folder. Safe to call twice."""
         if self._lock is not None:
-            shutil.rmtree(self.path, ignore_errors=True)
+            remove_tree(self.path)
             os.close(self._lock)
             self._lock = None
 
@@ -85,8 +86,17 @@ def _remove_if_left(folder: Path) -> None:
     with contextlib.suppress(FileNotFoundError):  # its owner has removed it meanwhile
         lock = locked(folder)
         if lock is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_tree(folder)
             os.close(lock)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder, whatever a program has left in it: folders too deep for Python, or without permissions."""
+    with contextlib.suppress(RecursionError):
+        shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
+            subprocess.run([*command, "--", folder], capture_output=True, check=False)
 
 
 def locked(folder: Path) -> int | None:

@@ -16,6 +16,7 @@ import json
 import os
 import random
 import re
+import resource
 import select
 import ssl
 import subprocess
@@ -40,6 +41,8 @@ RELAY = str(Path(__file__).with_name("relay.py"))
 SOCKET = "model.sock"  # in the folder of a program in the sandbox
 SANDBOX_WITHIN_S = 30.0
 PREPARED_WITHIN_S = 30.0
+START_THREADS = 64  # of the sandbox's trial
+NICENESS = 10
 CLIENTS = ("openai", "anthropic")  # packages with a client
 
 
@@ -119,6 +122,7 @@ class HostedFunction:
     def answer(self, call: str, **message: Any) -> dict[str, Any]:
         """Run a session, and return its result unless it is in files."""
         assert call == "solve"
+        begin_session(message["disk_bytes"])
         os.chdir(message["folder"])
         random.seed(message["seed"])
         address, key = message["address"], message["api_key"]
@@ -169,6 +173,7 @@ class HostedCommand:
         """Run a session, and return the program's output unless its result is in files."""
         assert call == "solve"
         folder, address, command = message["folder"], message["address"], self.command
+        begin_session(message["disk_bytes"])
         os.chdir(folder)
         Path(TASK_FILE).write_text(json.dumps(message["task"]), encoding="utf-8")
         environment = dict(os.environ)
@@ -176,7 +181,8 @@ class HostedCommand:
         if self.is_confined:
             front = urlsplit(address)
             relay = forwarding(SOCKET, front.hostname or "", front.port or 80)
-            command, environment = _confined(command, folder), _environment_inside(folder)
+            command = _confined(command, folder, max_threads=message["max_threads"])
+            environment = _environment_inside(folder)
             address = f"http://127.0.0.1:{PORT}"
         environment |= access_variables(address, message["api_key"])
         with relay, open(TASK_FILE, "rb") as stdin:
@@ -192,12 +198,18 @@ class HostedCommand:
             raise ProtocolViolation(f"the program's standard output is not UTF-8: {error}") from error
 
 
-def _confined(command: Sequence[str], folder: str) -> list[str]:
+def begin_session(disk_bytes: int) -> None:
+    """Limit the size of each file of this process, and let the engine's processes run first."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (disk_bytes, disk_bytes))
+    os.nice(NICENESS)
+
+
+def _confined(command: Sequence[str], folder: str, *, max_threads: int) -> list[str]:
     """Return a command that runs another one in the sandbox, beside a relay to the front."""
     named = [word for word in command if os.sep in word and os.path.exists(word)]
     prefixes = dict.fromkeys((sys.prefix, os.path.realpath(sys.prefix), sys.base_prefix))
     readable = [*READABLE, *prefixes, *named]
-    relay = [sys.executable, "-I", RELAY, SOCKET]
+    relay = [sys.executable, "-I", RELAY, SOCKET, str(max_threads)]
     return ["bwrap", *namespaces([*readable, RELAY], writable=folder), *relay, *command]
 
 
@@ -212,7 +224,7 @@ def _refuse_without_sandbox() -> None:
     with tempfile.TemporaryDirectory() as folder:
         try:
             done = subprocess.run(
-                _confined(["true"], folder),
+                _confined(["true"], folder, max_threads=START_THREADS),
                 cwd=folder,
                 env=_environment_inside(folder),
                 capture_output=True,

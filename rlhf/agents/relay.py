@@ -6,12 +6,14 @@ agent. Outside, `forwarding` connects the socket to the front. It must use only 
 
 import asyncio
 import os
+import resource
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 
 PORT = 8000  # in the sandbox's own network
+MAX_CONNECTIONS = 64  # of one agent at once
 _CHUNK = 1 << 16
 Connect = Callable[[], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
 
@@ -26,15 +28,21 @@ async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 
 
 def linking(connect: Connect) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
-    """Return a handler that links each accepted connection with one that `connect` makes."""
+    """Return a handler that links each accepted connection with one that `connect` makes, up to MAX_CONNECTIONS."""
+    linked: set[asyncio.StreamWriter] = set()
 
     async def link(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            there_reader, there_writer = await connect()
-        except OSError:
+        if len(linked) == MAX_CONNECTIONS:
             writer.close()
             return
-        await asyncio.gather(pump(reader, there_writer), pump(there_reader, writer))
+        linked.add(writer)
+        try:
+            there_reader, there_writer = await connect()
+            await asyncio.gather(pump(reader, there_writer), pump(there_reader, writer))
+        except OSError:
+            writer.close()
+        finally:
+            linked.remove(writer)
 
     return link
 
@@ -60,13 +68,17 @@ def forwarding(path: str, host: str, port: int) -> Iterator[None]:
         loop.call_soon_threadsafe(loop.stop)
 
 
-async def run_inside(path: str, command: list[str]) -> int:
-    """Listen inside the sandbox, run the command, and return its exit code."""
+async def run_inside(path: str, max_threads: int, command: list[str]) -> int:
+    """Listen inside the sandbox, run the command, and return its exit code.
+
+    The kernel counts the threads of this sandbox alone. It does not limit root.
+    """
+    resource.setrlimit(resource.RLIMIT_NPROC, (max_threads, max_threads))
     await asyncio.start_server(linking(lambda: asyncio.open_unix_connection(path)), "127.0.0.1", PORT)
     process = await asyncio.create_subprocess_exec(*command)
     return await process.wait()
 
 
 if __name__ == "__main__":
-    code = asyncio.run(run_inside(sys.argv[1], sys.argv[2:]))
+    code = asyncio.run(run_inside(sys.argv[1], int(sys.argv[2]), sys.argv[3:]))
     os._exit(code if code >= 0 else 128 - code)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import socket
 import stat
 import tempfile
@@ -22,12 +21,14 @@ import aiohttp
 
 from rlhf.agents.calls import AgentFiles, AgentResult
 from rlhf.agents.hosted import MAX_RESULT_BYTES, RESULT_FOLDER, checked_result, result_of_text
+from rlhf.agents.limits import ProcessLimits
+from rlhf.agents.watch import GIB, SessionWatch
 from rlhf.extensions import CodeSource
-from rlhf.owned_folders import OwnedFolder
+from rlhf.owned_folders import OwnedFolder, remove_tree
 from rlhf.rollouts.environments.host import EnvironmentFailure, EnvironmentHost, HostedKind
 from rlhf.rollouts.environments.process import ProtocolViolation
 
-MAX_FILES = 100
+MAX_FILES = 100  # and folders
 CONNECT_TIMEOUT_S = 10.0
 KEY = "rollouts.agent"
 
@@ -61,9 +62,11 @@ class AgentRunner(Protocol):
 class HostedRunner:
     """Runs a function or a program. Each session has a process group and a folder of its own."""
 
-    def __init__(self, source: CodeSource, *, program: str, timeout_s: float, memory_gib: float, key: str) -> None:
+    def __init__(self, source: CodeSource, *, program: str, timeout_s: float, limits: ProcessLimits, key: str) -> None:
         kind = HostedKind(program=program, label="agent", key=key, timeout="timeout_s")
-        self.host = EnvironmentHost(source, step_timeout_s=timeout_s, memory_gib=memory_gib, kind=kind)
+        self.host = EnvironmentHost(source, step_timeout_s=timeout_s, memory_gib=limits.memory_gib, kind=kind)
+        self.limits = limits
+        self.watch = SessionWatch(limits, key=key)
         self._folder: OwnedFolder | None = None
 
     async def start(self) -> None:
@@ -71,9 +74,11 @@ class HostedRunner:
         await self.host.start()
         parent = Path(tempfile.gettempdir()) / f"rlhf-agents-{os.getuid()}"
         self._folder = await asyncio.to_thread(OwnedFolder, parent / f"{socket.gethostname()}-{os.getpid()}-{id(self)}")
+        self.watch.start(self.host.pid)
 
     async def stop(self) -> None:
         """End the agent, and remove the folders of its sessions."""
+        await self.watch.stop()
         await self.host.stop()
         if self._folder is not None:
             await asyncio.to_thread(self._folder.remove)
@@ -89,29 +94,44 @@ class HostedRunner:
         try:
             return await self._solve(task, folder)
         finally:
-            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+            await asyncio.to_thread(remove_tree, folder)
 
     async def _solve(self, task: AgentTask, folder: Path) -> AgentResult:
         (folder / RESULT_FOLDER).mkdir()
-        session = await self.host.open()
-        try:
-            reply = await session.call(
-                "solve",
-                task=dict(task.task),
-                address=task.address,
-                api_key=task.api_key,
-                folder=str(folder),
-                seed=task.seed,
-            )
-        finally:
-            await session.end()  # before the files are read, so that they cannot change meanwhile
+        reply = await self._answer(task, folder)
         files = await asyncio.to_thread(result_files, folder / RESULT_FOLDER)
         if files:
             return AgentFiles(contents=files)
-        if reply["result"] is None:
+        try:
+            result: AgentResult | None = checked_result(reply.get("result"))
+        except ProtocolViolation as error:  # the agent's process checks it too, but the agent may have changed it
+            raise EnvironmentFailure("raised", str(error)) from error
+        if result is None:
             raise EnvironmentFailure("raised", f"the agent returned nothing and left no files in {RESULT_FOLDER}/")
-        result: AgentResult = reply["result"]
         return result
+
+    async def _answer(self, task: AgentTask, folder: Path) -> dict[str, Any]:
+        """Return the agent's reply once all of its processes have ended, so that its files do not change any more."""
+        session = await self.host.open()
+        try:
+            with self.watch.watching(session.pid, folder) as watched:
+                try:
+                    return await session.call(
+                        "solve",
+                        task=dict(task.task),
+                        address=task.address,
+                        api_key=task.api_key,
+                        folder=str(folder),
+                        seed=task.seed,
+                        max_threads=self.limits.max_threads,
+                        disk_bytes=int(self.limits.disk_gib * GIB),
+                    )
+                except EnvironmentFailure as failure:
+                    if watched.exceeded is None:
+                        raise
+                    raise EnvironmentFailure("died", watched.exceeded) from failure
+        finally:
+            await session.end()
 
 
 def result_files(folder: Path) -> dict[str, str]:
@@ -119,25 +139,43 @@ def result_files(folder: Path) -> dict[str, str]:
 
     Links are not followed, since they may lead to files of the machine.
     """
+    try:
+        if not stat.S_ISDIR(folder.lstat().st_mode):
+            raise EnvironmentFailure("raised", f"{RESULT_FOLDER} is a link or no folder")
+        return _texts_below(folder)
+    except FileNotFoundError:
+        return {}  # the agent has removed it
+    except OSError as error:
+        raise EnvironmentFailure("raised", f"{RESULT_FOLDER}/ cannot be read: {error}") from error
+
+
+def _texts_below(folder: Path) -> dict[str, str]:
     found: dict[str, str] = {}
-    size = 0
-    for parent, folders, names in os.walk(folder):
-        folders.sort()
-        for name in sorted(names):
-            path = Path(parent) / name
-            place = str(path.relative_to(folder))
-            if not stat.S_ISREG(path.lstat().st_mode):
-                raise EnvironmentFailure("raised", f"{RESULT_FOLDER}/{place} is a link or no regular file")
-            size += path.stat().st_size
-            if size > MAX_RESULT_BYTES or len(found) == MAX_FILES:
-                raise EnvironmentFailure(
-                    "raised", f"{RESULT_FOLDER}/ has more than {MAX_RESULT_BYTES} bytes or {MAX_FILES} files"
-                )
-            try:
-                found[place] = path.read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise EnvironmentFailure("raised", f"{RESULT_FOLDER}/{place} is not UTF-8: {error}") from error
-    return found
+    folders, size = [str(folder)], 0
+    for parent in folders:  # grows meanwhile
+        with os.scandir(parent) as entries:
+            for entry in entries:
+                place = os.path.relpath(entry.path, folder)
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                elif not entry.is_file(follow_symlinks=False):
+                    raise EnvironmentFailure("raised", f"{RESULT_FOLDER}/{place} is a link or no regular file")
+                else:
+                    size += entry.stat(follow_symlinks=False).st_size
+                    found[place] = "" if size > MAX_RESULT_BYTES else _text_of(entry.path, place)
+                if size > MAX_RESULT_BYTES or max(len(found), len(folders)) > MAX_FILES:
+                    raise EnvironmentFailure(
+                        "raised", f"{RESULT_FOLDER}/ has more than {MAX_RESULT_BYTES} bytes or {MAX_FILES} files"
+                    )
+    return dict(sorted(found.items()))
+
+
+def _text_of(path: str, place: str) -> str:
+    try:
+        place.encode()
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeError as error:
+        raise EnvironmentFailure("raised", f"{RESULT_FOLDER}/{place!r} is not UTF-8: {error}") from error
 
 
 class ServiceRunner:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from rlhf.agents.calls import AgentResult, Call, Session
-from rlhf.agents.limits import SessionLimits
+from rlhf.agents.limits import ProcessLimits, SessionLimits
 from rlhf.agents.runners import KEY, AgentRunner, AgentTask, HostedRunner, ServiceRunner, result_json
 from rlhf.agents.trees import assemble_sessions
 from rlhf.data.templates import UNCHANGED, ChatTemplate
@@ -39,7 +39,7 @@ class AgentSpec:
     max_calls: int
     max_tokens: int  # prompt and response of one call
     timeout_s: float
-    memory_gib: float
+    process_limits: ProcessLimits  # of a session that runs on this machine
     processes: int  # sessions open at once
     tokenizer: str
     trust_remote_code: bool
@@ -56,7 +56,7 @@ class AgentSpec:
         if self.program is None:
             return ServiceRunner(self.source.args["url"], timeout_s=self.timeout_s, key=self.key)
         return HostedRunner(
-            self.source, program=self.program, timeout_s=self.timeout_s, memory_gib=self.memory_gib, key=self.key
+            self.source, program=self.program, timeout_s=self.timeout_s, limits=self.process_limits, key=self.key
         )
 
 

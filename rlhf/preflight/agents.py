@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf.agents.limits import ProcessLimits
 from rlhf.agents.sessions import COMMAND, FUNCTION, AgentSpec
 from rlhf.config.schema.rollouts import AgentConfig
 from rlhf.data.sources import Row
@@ -81,7 +82,9 @@ def preload_agent(
         max_calls=section.max_calls,
         max_tokens=section.max_tokens,
         timeout_s=section.timeout_s,
-        memory_gib=section.memory_gib,
+        process_limits=ProcessLimits(
+            memory_gib=section.memory_gib, max_threads=section.max_threads, disk_gib=section.disk_gib
+        ),
         processes=section.concurrency,
         tokenizer=tokenizer,
         trust_remote_code=trust_remote_code,

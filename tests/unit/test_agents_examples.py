@@ -11,6 +11,7 @@ import pytest
 from aiohttp import web
 
 from rlhf.agents.calls import AgentFiles, AgentResult
+from rlhf.agents.limits import ProcessLimits
 from rlhf.agents.runners import AgentTask, HostedRunner
 from rlhf.agents.sessions import FUNCTION
 from rlhf.extensions import CodeSource, import_file
@@ -39,7 +40,8 @@ def run(name: str, task: dict[str, Any], says: Callable[[Messages], str]) -> tup
         await web.TCPSite(server, "127.0.0.1", 0).start()
         address = f"http://127.0.0.1:{server.addresses[0][1]}"
         source = CodeSource(path=str(EXAMPLES / f"{name}.py"), name="solve")
-        runner = HostedRunner(source, program=FUNCTION, timeout_s=60.0, memory_gib=4.0, key="rollouts.agent")
+        limits = ProcessLimits(memory_gib=4.0, max_threads=512, disk_gib=1.0)
+        runner = HostedRunner(source, program=FUNCTION, timeout_s=60.0, limits=limits, key="rollouts.agent")
         await runner.start()
         try:
             return await runner.solve(AgentTask(task=task, address=address, api_key="sk-1", seed=1))

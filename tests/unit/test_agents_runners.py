@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
+import socket
 import stat
+import subprocess
 import sys
 import tempfile
 import time
@@ -19,13 +22,16 @@ import pytest
 from aiohttp import web
 
 from rlhf.agents.calls import AgentFiles, AgentResult
+from rlhf.agents.limits import ProcessLimits
 from rlhf.agents.runners import AgentTask, HostedRunner, ServiceRunner
 from rlhf.agents.sessions import COMMAND, FUNCTION
 from rlhf.errors import UserError
 from rlhf.extensions import CodeSource
 from rlhf.rollouts.environments.host import EnvironmentFailure
+from rlhf.rollouts.environments.process import _fork
 
 T = TypeVar("T")
+LIMITS = ProcessLimits(memory_gib=4.0, max_threads=512, disk_gib=1.0)
 MANY = Path(__file__).parents[1] / "fixtures" / "agents" / "many.py"
 
 
@@ -33,14 +39,14 @@ def task(**columns: Any) -> AgentTask:
     return AgentTask(task={"prompt": "2 + 2", **columns}, address="http://127.0.0.1:9", api_key="sk-1", seed=1)
 
 
-def function(name: str = "solve", timeout_s: float = 20.0) -> HostedRunner:
+def function(name: str = "solve", timeout_s: float = 20.0, limits: ProcessLimits = LIMITS) -> HostedRunner:
     source = CodeSource(path=str(MANY), name=name)
-    return HostedRunner(source, program=FUNCTION, timeout_s=timeout_s, memory_gib=4.0, key="rollouts.agent")
+    return HostedRunner(source, program=FUNCTION, timeout_s=timeout_s, limits=limits, key="rollouts.agent")
 
 
 def command(*words: str, timeout_s: float = 20.0, sandbox: bool = False) -> HostedRunner:
     source = CodeSource(path=None, name="command", args={"command": words, "sandbox": sandbox})
-    return HostedRunner(source, program=COMMAND, timeout_s=timeout_s, memory_gib=4.0, key="rollouts.agent")
+    return HostedRunner(source, program=COMMAND, timeout_s=timeout_s, limits=LIMITS, key="rollouts.agent")
 
 
 def with_runner(runner: Any, use: Callable[[Any], Awaitable[T]]) -> T:
@@ -98,6 +104,92 @@ def test_a_failure_is_reported_with_its_kind(mood: str, kind: str, message: str)
     assert message in found[1]
 
 
+ATTACKS = {
+    "folder link": "result is a link or no folder",
+    "fifo": "result/pipe is a link or no regular file",
+    "bad name": "is not UTF-8",
+    "many folders": "more than 65536 bytes or 100 files",
+    "deep result": "more than 65536 bytes or 100 files",
+    "rubbish": "it wrote invalid data to its connection",
+    "forged": "the result is 4, expected text",
+    "threads": "the session had more threads than rollouts.agent.max_threads: 15",
+    "memory": "the session's processes took more than rollouts.agent.memory_gib: 0.25",
+    "files": "the session's files took more than rollouts.agent.disk_gib: 0.0195312",
+    "removed file": "the session's files took more than rollouts.agent.disk_gib: 0.0195312",
+    "one file": "File too large",
+}
+
+
+def test_an_attack_fails_its_session_alone() -> None:
+    runner = function(limits=ProcessLimits(memory_gib=0.25, max_threads=15, disk_gib=20 / 1024))
+
+    async def use(runner: HostedRunner) -> dict[str, AgentResult | BaseException]:
+        moods = [task(mood="slow", s=2.0), *(task(mood="attack", kind=kind) for kind in ATTACKS)]
+        results = await asyncio.gather(*[runner.solve(asked) for asked in moods], return_exceptions=True)
+        assert not psutil.Process(runner.host.pid).children(recursive=True)
+        assert runner._folder is not None
+        assert os.listdir(runner._folder.path) == [".lock"]
+        return dict(zip(["honest", *ATTACKS], results, strict=True))
+
+    found = with_runner(runner, use)
+    assert found.pop("honest") == "late"
+    assert {kind for kind, message in ATTACKS.items() if message not in str(found[kind])} == set(), found
+    assert {type(failure) for failure in found.values()} == {EnvironmentFailure}
+
+
+def test_a_folder_too_deep_for_python_is_removed() -> None:
+    async def use(runner: HostedRunner) -> list[str]:
+        assert await runner.solve(task(mood="attack", kind="deep")) == "done"
+        assert runner._folder is not None
+        return os.listdir(runner._folder.path)
+
+    assert with_runner(function(), use) == [".lock"]
+
+
+def test_a_machine_without_room_for_a_process_fails_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = function()
+
+    async def full(pid: int, fd: int | None) -> int:
+        return -errno.EAGAIN
+
+    async def use(runner: HostedRunner) -> AgentResult:
+        with monkeypatch.context() as patched:
+            patched.setattr(runner.host, "_ask", full)
+            with pytest.raises(EnvironmentFailure) as caught:
+                await runner.solve(task(mood="text"))
+        assert caught.value.kind == "unavailable"
+        return await runner.solve(task(mood="text"))
+
+    assert with_runner(runner, use)
+    monkeypatch.setattr(os, "fork", lambda: os.open("/none/of/these", 0))
+    mine, theirs = socket.socketpair()
+    with mine:
+        assert _fork(None, theirs.detach(), mine, 0, None) == -errno.ENOENT  # type: ignore[arg-type]
+
+
+ENGINE = """
+import asyncio, sys
+from tests.unit.test_agents_runners import function, task
+async def run():
+    runner = function()
+    await runner.start()
+    await runner.solve(task(mood="daemon", note=sys.argv[1], s=600))
+asyncio.run(run())
+"""
+
+
+def test_a_daemon_ends_with_a_killed_engine(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    engine = subprocess.Popen([sys.executable, "-c", ENGINE, str(note)])
+    deadline = time.monotonic() + 40.0
+    while not (note.exists() and note.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    daemon = psutil.Process(int(note.read_text()))
+    engine.kill()
+    engine.wait()
+    daemon.wait(timeout=20.0)  # TimeoutExpired: it survived
+
+
 def test_a_daemon_ends_with_its_session(tmp_path: Path) -> None:
     note = tmp_path / "pid"
 
@@ -137,7 +229,7 @@ def test_a_cancelled_session_leaves_no_process_and_no_folder() -> None:
     [
         ("plain", "is a plain function; an agent is a function `async def plain(task, client)`"),
         ("lonely", "cannot be called as `lonely(task, client)`"),
-        ("absent", "defines no `absent`; it defines: solve, plain, lonely"),
+        ("absent", "defines no `absent`; it defines: "),
     ],
 )
 def test_what_is_no_agent_is_refused(name: str, message: str) -> None:
@@ -342,7 +434,7 @@ def test_what_a_call_imports_is_imported_once(tmp_path: Path, monkeypatch: pytes
 
     def hosted(address: str) -> tuple[HostedRunner, AgentTask]:
         source = CodeSource(path=str(tmp_path / "agent.py"), name="solve")
-        runner = HostedRunner(source, program=FUNCTION, timeout_s=20.0, memory_gib=4.0, key="rollouts.agent")
+        runner = HostedRunner(source, program=FUNCTION, timeout_s=20.0, limits=LIMITS, key="rollouts.agent")
         return runner, replace(task(), address=address)
 
     found = ask(hosted, answer, path="/v1/chat/completions")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rlhf.agents.calls import Call
-from rlhf.agents.limits import SessionLimits
+from rlhf.agents.limits import ProcessLimits, SessionLimits
 from rlhf.agents.sessions import FUNCTION, AgentSessions, AgentSpec, task_of
 from rlhf.controller.rollout_scorer import request_for
 from rlhf.extensions import CodeSource
@@ -29,7 +29,7 @@ def spec(**changes: Any) -> AgentSpec:
         "max_calls": 3,
         "max_tokens": 100,
         "timeout_s": 20.0,
-        "memory_gib": 4.0,
+        "process_limits": ProcessLimits(memory_gib=4.0, max_threads=512, disk_gib=1.0),
         "processes": 8,
         "tokenizer": "",
         "trust_remote_code": False,

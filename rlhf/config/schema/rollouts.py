@@ -59,7 +59,17 @@ class AgentConfig(Section):
     memory_gib: Annotated[float, OnlyWith("url", None, because="a service limits its own memory")] = Field(
         default=4.0, ge=0.25, le=65536
     )
-    """Memory that each process of a session may map, including libraries, in GiB. Exceeding it counts as a failure."""
+    """Memory that all processes of a session may take, and that each of them may map, including libraries, in GiB.
+    Exceeding it counts as a failure."""
+    max_threads: Annotated[int, OnlyWith("url", None, because="a service limits its own threads")] = Field(
+        default=512, ge=1, le=1_000_000
+    )
+    """Largest number of threads of all processes of a session. A process has at least one. Exceeding it counts as a
+    failure."""
+    disk_gib: Annotated[float, OnlyWith("url", None, because="a service limits its own files")] = Field(
+        default=4.0, gt=0.0, le=1_000_000
+    )
+    """Disk space of the files of a session, in GiB. Exceeding it counts as a failure."""
     sandbox: Annotated[bool, NotWith("command", None, because="only a program can be confined")] = False
     """Run the command in a sandbox. It reads the system's libraries, the run's Python, and the files that the command
     names. It writes to its working folder alone, and reaches nothing but the model. Needs bubblewrap."""

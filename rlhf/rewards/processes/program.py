@@ -288,6 +288,11 @@ def die_with_parent(lifeline: int) -> None:
         sys.exit("the parent is gone")
 
 
+def outlive_parent(lifeline: int) -> None:
+    """Undo `die_with_parent`, for a process that notices the parent's end by itself and has to clean up."""
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) & ~os.O_ASYNC)
+
+
 def begin_child(lifeline: int, faults_fd: int) -> None:
     """Prepare a process of a user's code: it dies with its parent, and writes its place in the code when asked."""
     die_with_parent(lifeline)

@@ -14,9 +14,10 @@ import os
 import pickle
 import signal
 import socket
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from rlhf.errors import ChildLost, UserError
 from rlhf.extensions import CodeSource
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 120.0  # limit for loading an environment
 FORK_TIMEOUT_S = 60.0
+STOP_WITHIN_S = 10.0
 MAX_REPLY_BYTES = 16 << 20
 
 
@@ -123,8 +125,16 @@ class EnvironmentHost:
             pid = await self._ask(0, theirs.fileno())
         finally:
             theirs.close()
+        if pid < 0:
+            connection.close()
+            raise EnvironmentFailure("unavailable", f"no process could be started: {os.strerror(-pid)}")
         reader, writer = await asyncio.open_unix_connection(sock=connection)
         return Conversation(self, pid, reader, writer)
+
+    @property
+    def pid(self) -> int:
+        """Return the process that has loaded the code."""
+        return self._started.process.pid
 
     async def stop(self) -> None:
         """End the environment and all conversations."""
@@ -132,10 +142,14 @@ class EnvironmentHost:
         if child is None:
             return
         asyncio.get_running_loop().remove_reader(child.output)
+        child.connection.close()  # its process then ends all conversations and itself
+        if self.description is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                await asyncio.to_thread(child.process.wait, STOP_WITHIN_S)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.process.pid, signal.SIGKILL)
         await asyncio.to_thread(child.process.wait, 10.0)
-        child.close()  # ends the conversations, which have separate process groups
+        child.close()
 
     async def end(self, pid: int, *, is_closed: bool = False) -> str:
         """Kill a conversation's processes, and return how it had ended before, or an empty string.
@@ -216,6 +230,17 @@ class EnvironmentHost:
         self._started.log.lines_left = MAX_LOG_LINES
 
 
+def _reply(data: bytes) -> dict[str, Any]:
+    """Return a reply. EnvironmentFailure: the code has written something else to the connection of its process."""
+    try:
+        reply = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise EnvironmentFailure("raised", f"it wrote invalid data to its connection: {error}") from error
+    if not isinstance(reply, dict) or ("kind" in reply and reply["kind"] not in get_args(RewardErrorKind)):
+        raise EnvironmentFailure("raised", f"it wrote invalid data to its connection: {str(reply)[:80]}")
+    return reply
+
+
 def _end_unwanted(opening: asyncio.Future[Conversation]) -> None:
     if not opening.cancelled() and opening.exception() is None:
         _ending.add(task := asyncio.ensure_future(opening.result().end()))
@@ -282,7 +307,7 @@ class Conversation:
                     self._dead = True
                     await self._host.end(self.pid)
                     raise EnvironmentFailure("raised", f"{call} returned {size} bytes, more than {MAX_REPLY_BYTES}")
-                reply: dict[str, Any] = json.loads(await self._reader.readexactly(size))
+                reply = _reply(await self._reader.readexactly(size))
         except TimeoutError as error:
             place = await self._host.where(self.pid)
             self._dead = True

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import gc
 import importlib
 import inspect
@@ -29,7 +30,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from rlhf.extensions import CodeSource, Columns, LoadError, construct, load_code, summarize
-from rlhf.rewards.processes.program import begin_child, die_with_parent, limit_memory
+from rlhf.rewards.processes.program import begin_child, die_with_parent, limit_memory, outlive_parent
 
 SIZE = struct.Struct("!Q")
 NUMBER = struct.Struct("!q")
@@ -198,8 +199,15 @@ def _serve(hosted: HostedCode, connection: socket.socket, path: str | None) -> N
 
 
 def _fork(hosted: HostedCode, session: int, control: socket.socket, lifeline: int, path: str | None) -> int:
-    """Return the process id of a conversation. It leads a process group, so it can be killed with all its children."""
-    pid = os.fork()
+    """Return the process id of a conversation, or minus the system's error.
+
+    The process leads a group, so it can be killed with all its children.
+    """
+    try:
+        pid = os.fork()
+    except OSError as error:  # the machine has too many processes
+        os.close(session)
+        return -(error.errno or errno.EAGAIN)
     if pid:
         os.close(session)
         with contextlib.suppress(OSError):  # the child has already done so, or has ended
@@ -284,16 +292,25 @@ def main(control_fd: int, lifeline: int, faults_fd: int) -> None:
         return
     hosted.prepare()
     _adopt_orphans()
-    known = _children()  # started by the code while it was loaded
     gc.collect()
     gc.freeze()  # the memory pages of loaded objects stay shared with the copies
+    outlive_parent(lifeline)
+    try:
+        _serve_host(hosted, control, lifeline, source.path)
+    finally:
+        _end_orphans(set())  # also daemons of conversations
+
+
+def _serve_host(hosted: HostedCode, control: socket.socket, lifeline: int, path: str | None) -> None:
+    """Fork and end conversations until the parent closes the connection or ends."""
+    known = _children()  # started by the code while it was loaded
     while True:
         command, fds, _, _ = socket.recv_fds(control, NUMBER.size, 1)
         if not command:
             return
         (pid,) = NUMBER.unpack(command)
         if fds:
-            answer = _fork(hosted, fds[0], control, lifeline, source.path)
+            answer = _fork(hosted, fds[0], control, lifeline, path)
             known.add(answer)
         else:
             answer = _end(pid)

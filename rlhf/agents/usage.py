@@ -1,0 +1,105 @@
+"""Measure what a session's processes use: threads, memory and disk space.
+
+The measured program may be hostile. Processes and files that end or vanish meanwhile are left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+_BLOCK = 512  # unit of st_blocks
+_ENTRY_BYTES = 4096  # of a file or folder, whatever it holds
+
+
+def tree_of(leader: int, *, most: int) -> tuple[list[int], int]:
+    """Return the processes of a session and the number of their threads, which is counted up to `most` + 1.
+
+    The leader adopts all of its descendants, so they are below it.
+    """
+    found, threads = [leader], 0
+    for pid in found:  # grows meanwhile
+        for task in _listed(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{task}/children", "rb") as file:
+                threads += 1
+                found += map(int, file.read().split())
+            if threads > most:
+                return found, threads
+    return found, threads
+
+
+def memory_of(pids: Iterable[int], *, limit: int) -> int:
+    """Return the memory of processes in bytes. Below the limit, memory that they share counts for each of them."""
+    pids = list(pids)
+    counted = sum(_resident(pid) for pid in pids)
+    return counted if counted <= limit else sum(_proportional(pid) for pid in pids)
+
+
+def _resident(pid: int) -> int:
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/statm", "rb") as file:
+        return int(file.read().split()[1]) * _PAGE
+    return 0
+
+
+def _proportional(pid: int) -> int:
+    """Return the memory of a process, with its part of what it shares with others."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/smaps_rollup", "rb") as file:
+        for line in file:
+            if line.startswith(b"Pss:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def disk_of(folder: Path, pids: Iterable[int], *, without: int, limit: int) -> int:
+    """Return the bytes of a folder and of removed files that processes hold open, counted until over the limit.
+
+    Files in memory are such removed files. Those that the process `without` has open are not the session's.
+    """
+    seen = {(file.st_dev, file.st_ino) for file in _removed_files(without)}
+    used = 0
+    files: Iterable[os.stat_result | None] = chain(*map(_removed_files, pids), _files_below(folder))
+    for file in files:
+        if file is None:
+            return limit + 1
+        if (file.st_dev, file.st_ino) not in seen:
+            seen.add((file.st_dev, file.st_ino))
+            used += max(file.st_blocks * _BLOCK, _ENTRY_BYTES)
+            if used > limit:
+                return used
+    return used
+
+
+def _removed_files(pid: int) -> Iterator[os.stat_result]:
+    for number in _listed(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            file = os.stat(f"/proc/{pid}/fd/{number}")
+            if file.st_nlink == 0 and stat.S_ISREG(file.st_mode):
+                yield file
+
+
+def _files_below(folder: Path) -> Iterator[os.stat_result | None]:
+    """Yield the files and folders below a folder, and None where its paths are too long to look further."""
+    folders = [str(folder)]
+    for parent in folders:  # grows meanwhile
+        try:
+            with os.scandir(parent) as entries:
+                for entry in entries:
+                    with contextlib.suppress(FileNotFoundError):
+                        yield entry.stat(follow_symlinks=False)
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                yield None
+
+
+def _listed(folder: str) -> list[str]:
+    with contextlib.suppress(OSError):
+        return os.listdir(folder)
+    return []

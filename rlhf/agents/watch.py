@@ -1,0 +1,115 @@
+"""End the sessions whose processes use more than they may.
+
+The kernel limits single processes and files. What all processes of a session use is measured again and again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rlhf.agents.limits import ProcessLimits
+from rlhf.agents.usage import disk_of, memory_of, tree_of
+
+LOOK_EVERY_S = 0.25
+LOOKING_SHARE = 0.05  # largest part of a core's time for each of the two kinds of looks
+GIB = 2**30
+
+
+class WatchedSession:
+    """A session that runs. `exceeded` names the limit for which it was ended."""
+
+    def __init__(self, leader: int, folder: Path) -> None:
+        self.leader = leader
+        self.folder = folder
+        self.exceeded: str | None = None
+        self._process = os.pidfd_open(leader)
+
+    def end(self, exceeded: str) -> None:
+        """Kill the leader. Its host then kills all processes below it."""
+        self.exceeded = exceeded
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._process, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Forget the process."""
+        os.close(self._process)
+
+
+class SessionWatch:
+    """Watches sessions from `start` to `stop`.
+
+    Args:
+        key: the section of the limits in messages.
+    """
+
+    def __init__(self, limits: ProcessLimits, *, key: str) -> None:
+        self.limits = limits
+        self.key = key
+        self._host = 0
+        self._sessions: set[WatchedSession] = set()
+        self._looking: list[asyncio.Task[None]] = []
+
+    def start(self, host: int) -> None:
+        """Begin to look. `host` is the process that forks the sessions."""
+        self._host = host
+        self._looking = [asyncio.create_task(self._look(kind)) for kind in (self._over_processes, self._over_disk)]
+
+    async def stop(self) -> None:
+        """Stop looking."""
+        for task in self._looking:
+            task.cancel()
+        await asyncio.gather(*self._looking, return_exceptions=True)
+
+    @contextmanager
+    def watching(self, leader: int, folder: Path) -> Iterator[WatchedSession]:
+        """Watch a session for the length of the block."""
+        for task in self._looking:
+            if task.done():
+                task.result()  # raises why nobody looks
+        session = WatchedSession(leader, folder)
+        self._sessions.add(session)
+        try:
+            yield session
+        finally:
+            self._sessions.remove(session)
+            session.close()
+
+    async def _look(self, over: Callable[[WatchedSession], str | None]) -> None:
+        """Measure all sessions again and again, and end those over a limit."""
+        while True:
+            found, seconds = await asyncio.to_thread(_measured, over, tuple(self._sessions))
+            for session, exceeded in found.items():
+                if session in self._sessions:
+                    session.end(exceeded)
+            await asyncio.sleep(max(LOOK_EVERY_S, seconds / LOOKING_SHARE))
+
+    def _over_processes(self, session: WatchedSession) -> str | None:
+        pids, threads = tree_of(session.leader, most=self.limits.max_threads)
+        if threads > self.limits.max_threads:
+            return f"the session had more threads than {self.key}.max_threads: {self.limits.max_threads}"
+        if memory_of(pids, limit=int(self.limits.memory_gib * GIB)) > self.limits.memory_gib * GIB:
+            return f"the session's processes took more than {self.key}.memory_gib: {self.limits.memory_gib:g}"
+        return None
+
+    def _over_disk(self, session: WatchedSession) -> str | None:
+        limit = int(self.limits.disk_gib * GIB)
+        pids, _ = tree_of(session.leader, most=self.limits.max_threads)
+        if disk_of(session.folder, pids, without=self._host, limit=limit) > limit:
+            return f"the session's files took more than {self.key}.disk_gib: {self.limits.disk_gib:g}"
+        return None
+
+
+def _measured(
+    over: Callable[[WatchedSession], str | None], sessions: Sequence[WatchedSession]
+) -> tuple[dict[WatchedSession, str], float]:
+    """Return which sessions are over which limit, and the seconds of a core that it took."""
+    began = time.thread_time()
+    found = {session: exceeded for session in sessions if (exceeded := over(session)) is not None}
+    return found, time.thread_time() - began
