@@ -24,10 +24,13 @@ def text(value: object) -> Markup:
 
     Markup of the template itself stays as it is.
     """
-    if isinstance(value, Markup):
-        return value
-    visible = _CONTROLS.sub(lambda mark: f"\\x{ord(mark[0]):02x}", str(value))
-    return escape(visible.encode("utf-8", "replace").decode("utf-8"))
+    return value if isinstance(value, Markup) else escape(visible(str(value)))
+
+
+def visible(value: str) -> str:
+    """Return a text with control and direction marks made visible, and without half surrogates."""
+    marked = _CONTROLS.sub(lambda mark: f"\\x{ord(mark[0]):02x}", value)
+    return marked.encode("utf-8", "replace").decode("utf-8")
 
 
 def page_template() -> Template:

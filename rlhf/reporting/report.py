@@ -27,7 +27,8 @@ from rlhf.tracking.display.plots import COLORS, plot_curves
 from rlhf.tracking.metrics.declarations import is_declared
 from rlhf.tracking.run_folder.atomic import write_atomic
 
-_UPLOT = Path(__file__).parent.parent / "viewing" / "static" / "vendor"
+_VIEW = Path(__file__).parent.parent / "viewing" / "static"
+_UPLOT = _VIEW / "vendor"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +77,8 @@ def _page(groups: Sequence[Sequence[Run]], findings: dict[str, list[Finding]], *
     plots = [_plots(group, findings, index) for index, group in enumerate(groups)]
     parts = [_group(group, findings, plots[index]) for index, group in enumerate(groups)]
     runs = [run for group in groups for run in group]
-    scripts = [_read(_UPLOT / "uPlot.iife.min.js"), _read(STATIC / "report.js")]
+    module = _read(_VIEW / "sessions.js") + _read(STATIC / "report.js")
+    scripts = [_read(_UPLOT / "uPlot.iife.min.js"), module]
     allowed = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
     return page_template().render(
         title=title,

@@ -5,6 +5,7 @@ The template, rlhf/reporting/static/report.html, decides the order and the look.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +13,13 @@ from typing import Any
 from rlhf.config.files.differences import portable
 from rlhf.config.files.yaml_tree import to_yaml
 from rlhf.reporting.clock import time_spent
-from rlhf.reporting.markup import shorten
+from rlhf.reporting.markup import shorten, visible
 from rlhf.reporting.runs import ResponsePair, Run, read_pairs, read_spans, shown_pairs
 from rlhf.tracking.diagnosis.findings import Finding
 from rlhf.tracking.formatting import duration, number
 
 NUM_PAIRS = 8
+MOST_TOKENS = 4000  # of a response
 _HIDDEN = ("score_low", "score_high")  # shown as intervals
 _COMPARED = (
     *("rewards/score/mean", "experience/kl_ref/mean", "update/entropy/mean", "update/loss/mean"),
@@ -151,12 +153,23 @@ def _pair(pair: ResponsePair) -> dict[str, Any]:
     return {"split": pair.split, "prompt": pair.prompt, "responses": responses}
 
 
-def _response(step: int, row: Mapping[str, Any]) -> dict[str, str]:
+def _response(step: int, row: Mapping[str, Any]) -> dict[str, str | None]:
     marks = [f"step {step}"]
     marks += [f"score {number(row['score'])}"] if row.get("score") is not None else []
     marks += [f"{row['response_tokens']} tokens"] if row.get("response_tokens") is not None else []
     marks += ["truncated"] if row.get("truncated") else []
-    return {"marks": ", ".join(marks), "text": str(row.get("response", ""))}
+    marks += [f"broken: {', '.join(dict.fromkeys(row['broken']))}"] if row.get("broken") else []
+    return {"marks": ", ".join(marks), "text": str(row.get("response", "")), "tokens": _parts(row.get("tokens"))}
+
+
+def _parts(tokens: Mapping[str, Any] | None) -> str | None:
+    """Return what the page needs to show a conversation or a session by its parts. None: it is a single turn."""
+    if not tokens or (all(tokens["sampled"]) and not tokens.get("sequences")):
+        return None
+    shown = {name: tokens[name][:MOST_TOKENS] for name in ("ids", "sampled")}
+    texts = [visible(one) for one in tokens["texts"][:MOST_TOKENS]]
+    sequences = [one for one in tokens.get("sequences") or () if one["start"] < MOST_TOKENS]
+    return json.dumps({**shown, "texts": texts, "sequences": sequences})
 
 
 def _memory(run: Run) -> ReportTable:

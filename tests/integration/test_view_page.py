@@ -28,11 +28,26 @@ PROMPTS, SAMPLES = 3, 2
 
 
 def record(prompt: int, number: int, *, step: int, split: str, draw: random.Random) -> SampleRecord:
-    """Prompt 1 is a conversation, in its second response with a branch; the first response to prompt 0 is hostile."""
+    """Prompt 1 is a conversation, in its second response with a branch; prompt 2 calls a tool.
+
+    The first response to prompt 0 is hostile.
+    """
     texts = ["Zür", "ich", " is", " 4", "\n", "", "日", "<|eos|>"]
     if prompt == 0 and number == 0:
         texts[1] = HOSTILE
-    sampled = tuple(not (prompt == 1 and place in (2, 3)) for place in range(len(texts)))
+    if prompt == 2:
+        texts = [
+            "I",
+            "<tool_call>",
+            '{"name": "find"}',
+            "</tool_call>",
+            "\n",
+            "<tool_response>4</tool",
+            "_response>",
+            "4",
+        ]
+    given = {1: (2, 3), 2: (4, 5, 6)}.get(prompt, ())
+    sampled = tuple(place not in given for place in range(len(texts)))
 
     def column(low: float, high: float) -> tuple[float | None, ...]:
         return tuple(round(draw.uniform(low, high), 4) if own else None for own in sampled)
@@ -195,6 +210,17 @@ async def test_samples_by_keys_and_by_their_tokens(runs: list[Path]) -> None:
         # the tokens that the branch shares are not shown again
         places = f"[...{branches}[1].querySelectorAll('[data-i]')].map((one) => one.dataset.i)"
         assert await page.value(places) == ["6", "7"]
+        await page.press("ArrowDown")
+        await page.until(f"{text_of('.prompt summary')}.startsWith('prompt 2')")
+        parts = f"[...{CARDS}[0].querySelectorAll('.turn')].map((one) => [one.className, one.innerText])"
+        await page.until(f"{parts}.length === 5")
+        assert await page.value(parts) == [
+            ["turn policy", "policy\nI"],
+            ["turn call", 'tool call: find\n<tool_call>{"name": "find"}</tool_call>'],
+            ["turn environment", "environment (not trained)\n↵\n"],
+            ["turn result", "tool result (not trained)\n<tool_response>4</tool_response>"],
+            ["turn policy", "policy\n4"],
+        ]
         await page.press("]")
         await page.until(f"{CARDS}[1].classList.contains('focused')")
         await page.press("ArrowLeft")

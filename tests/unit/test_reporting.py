@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,13 @@ from rlhf.reporting.runs import ResponsePair, read_runs, read_spans, shown_pairs
 from rlhf.tracking.run_folder.atomic import append_line
 from rlhf.tracking.run_folder.errors import ErrorRecord
 from rlhf.tracking.run_folder.folder import RunFolder, evaluation_path
-from rlhf.tracking.run_folder.samples import SampleRecord, samples_path, write_samples
+from rlhf.tracking.run_folder.samples import (
+    SampleRecord,
+    SampleSequence,
+    SampleTokens,
+    samples_path,
+    write_samples,
+)
 from rlhf.tracking.run_folder.timeline import Timeline
 from rlhf.tracking.sinks.tracker import Tracker
 
@@ -48,6 +55,23 @@ def sample(prompt: str, response: str, score: float, *, split: str = "heldout") 
         mean_ref_logprob=None,
         mean_teacher_logprob=None,
     )
+
+
+SESSION = replace(
+    sample("Search", "who", 0.5),
+    broken=("edited history",),
+    tokens=SampleTokens(
+        texts=("<tool_call>", '{"name": "find"}', "</tool_call>", "\u202e<img src=x>", "7", "<tool_call>", "8"),
+        ids=(1, 2, 3, 4, 5, 1, 6),
+        sampled=(True, True, True, False, True, True, True),
+        rollout_logprobs=(-0.1,) * 7,
+        old_logprobs=None,
+        ref_logprobs=None,
+        teacher_logprobs=None,
+        advantages=None,
+        sequences=(SampleSequence(start=0, own=0, after=None), SampleSequence(start=5, own=6, after=0)),
+    ),
+)
 
 
 def make_run(parent: Path, name: str, *, steps: int = 6, lr: float = 1e-6, done: bool = True, kl: float = 0.02) -> Path:
@@ -81,7 +105,7 @@ def make_run(parent: Path, name: str, *, steps: int = 6, lr: float = 1e-6, done:
                 score = {"value": 0.1 * step, "low": 0.1 * step - 0.05, "high": 0.1 * step + 0.05}
                 sets = {"heldout": {"num_rows": 50, "num_failed": 0, "metrics": {"score": score}}}
                 evaluation_path(folder.path, step).write_text(json.dumps({"sets": sets}))
-                answers = [sample("2+2=", HOSTILE if step else "5", step / 6), sample("1+1=", "2", 1.0)]
+                answers = [sample("2+2=", HOSTILE if step else "5", step / 6), sample("1+1=", "2", 1.0), SESSION]
                 write_samples(samples_path(folder.path, step), answers)
             timeline.record("rollouts", "rollout", start_s=100.0 + 4 * step, end_s=103.0 + 4 * step)
             timeline.record("update", "policy", start_s=103.0 + 4 * step, end_s=104.0 + 4 * step)
@@ -346,5 +370,12 @@ def test_a_browser_draws_the_plots_within_a_phones_width(tmp_path: Path) -> None
     assert done.stdout.count("<canvas") == 3
     widths = [int(found) for found in re.findall(r"<canvas[^>]* width=\"(\d+)\"", done.stdout)]
     assert all(200 <= found <= 380 for found in widths)
-    assert "alert(1)" in done.stdout
-    assert "<img" not in done.stdout
+    (tmp_path / "drawn.html").write_text(done.stdout, encoding="utf-8")
+    drawn = Page(tmp_path / "drawn.html")
+    assert "alert(1)" in drawn.text
+    assert "img" not in [tag for tag, _ in drawn.elements]
+    session = 'first sequence tool call: find <tool_call>{"name": "find"}</tool_call> environment (not trained) '
+    session += "\\x202e<img src=x> policy 7 branch after place 0 policy 8"
+    assert session in drawn.text
+    assert "broken: edited history" in drawn.text
+    assert {"class": "sequence", "style": "margin-left: 1rem;"} in [attributes for _, attributes in drawn.elements]

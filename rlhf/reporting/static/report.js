@@ -1,5 +1,5 @@
-"use strict";
-// Draws the plots of a report from the JSON beside it, a group when it is opened. Holds no data and fetches nothing.
+// Draws the plots of a report from the JSON beside it, a group when it is opened, and the parts of sessions. Holds no data
+// and fetches nothing. `drawParts` is in the same script.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -57,6 +57,11 @@
   function again() {
     for (const { plot, place } of drawn.splice(0)) { plot.destroy(); place.replaceChildren(); }
     show(document);
+  }
+
+  for (const place of document.querySelectorAll(".session")) {
+    const tokens = JSON.parse(place.dataset.tokens);
+    drawParts(place, tokens, tokens.ids.length, (block, i) => block.append(tokens.texts[i]));
   }
 
   document.addEventListener("toggle", (event) => { if (event.target.open) show(event.target); }, true);

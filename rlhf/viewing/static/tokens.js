@@ -1,6 +1,7 @@
 // A response token by token: its colour, and the numbers of the token under the pointer.
 
 import { number, signed, visible } from "./format.js";
+import { drawParts } from "./sessions.js";
 
 const at = (column, i) => (column ? (column[i] ?? null) : null);
 const minus = (a, b) => (a === null || b === null ? null : a - b);
@@ -51,45 +52,14 @@ function spanOf(text, i) {
 
 const FIRST = 3000; // tokens to draw at once
 
-// The sequences of a session as a tree: each with its depth and what stands above its tokens.
-function treeOf(tokens) {
-  const sequences = (tokens.sequences ?? []).map((one) => ({ ...one, depth: 0 }));
-  for (const [k, one] of sequences.entries()) {
-    const trunk = one.after === null ? undefined : sequences.slice(0, k).findLast((other) => other.start <= Math.max(one.after, 0));
-    one.depth = trunk ? trunk.depth + 1 : 0;
-    one.title = k === 0 ? "first sequence" : one.after === null ? "new context" : one.after < 0 ? "branch of the prompt" : `branch after place ${one.after}`;
-  }
-  return sequences;
-}
-
 // Fills an element with the tokens of a response, as text and never as HTML. Returns the number of tokens left out.
 export function drawTokens(root, tokens, colour, scale, all) {
-  root.replaceChildren();
-  const mixed = tokens.sampled.includes(false);
   const count = all ? tokens.ids.length : Math.min(tokens.ids.length, FIRST);
-  const tree = treeOf(tokens);
-  let block = root;
-  let branch = root;
-  let own = 0; // place of the sequence's first token that is not drawn already
-  for (let i = 0; i < count; i++) {
-    const sequence = tree.find((one) => one.start === i);
-    if (sequence) {
-      branch = element("div", "sequence");
-      branch.style.marginLeft = `${Math.min(sequence.depth, 6)}rem`;
-      branch.append(element("div", "who", sequence.title));
-      root.append(branch);
-      own = sequence.own;
-    }
-    if (i < own) continue;
-    if (mixed && (i === 0 || (tree.length && i === own) || tokens.sampled[i] !== tokens.sampled[i - 1])) {
-      block = element("div", tokens.sampled[i] ? "turn policy" : "turn environment");
-      block.append(element("div", "who", tokens.sampled[i] ? "policy" : "environment (not trained)"));
-      branch.append(block);
-    }
+  drawParts(root, tokens, count, (block, i) => {
     const span = spanOf(tokens.texts[i], i);
     paint(span, colour.of(tokens, i), colour, scale);
     block.append(span);
-  }
+  });
   return tokens.ids.length - count;
 }
 
