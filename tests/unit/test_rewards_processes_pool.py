@@ -236,6 +236,32 @@ def test_a_process_killed_from_outside_costs_nothing() -> None:
             assert pool.score(0, "p", group, {}).scores == tuple(float(len(r)) for r in group)
 
 
+@pytest.mark.parametrize(("killed", "is_replaced"), [((1,), True), ((2,), True), ((1, 3), True), ((2, 3), False)])
+def test_a_process_killed_while_it_loads_is_replaced_once(
+    killed: tuple[int, ...], is_replaced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool starts a process, and another one after the death of the first one that has loaded."""
+    started: list[RewardProcess] = []
+    start = RewardPool._start
+
+    def start_and_kill(pool: RewardPool) -> RewardProcess:
+        process = start(pool)
+        started.append(process)
+        if len(started) in killed:
+            os.kill(process.pid, signal.SIGKILL)
+        return process
+
+    monkeypatch.setattr(RewardPool, "_start", start_and_kill)
+    with RewardPool([source("simple.py:length")], timeout_s=60.0) as pool:
+        os.kill(pool.pids()[0], signal.SIGKILL)
+        if is_replaced:
+            assert pool.score(0, "p", ["a", "bb"], {}).scores == (1.0, 2.0)
+        else:
+            with pytest.raises(RunError, match="loading `length` ended its process: it was killed by SIGKILL"):
+                pool.score(0, "p", ["a", "bb"], {})
+    assert len(started) == len(killed) + (2 if is_replaced else 1)
+
+
 def test_a_process_killed_in_the_middle_of_a_call_is_tried_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """`sleeps` answers for `a` and sleeps for `x`: each process is killed while it sleeps."""
     killed: list[int] = []

@@ -70,11 +70,10 @@ class RewardPool:
         with ExitStack() as after_failure:
             for slot in self._slots:
                 after_failure.callback(slot.discard)
-            started = [
-                slot.hold(self._start()) for slot in self._slots
-            ]  # start all processes before waiting for the first
-            for process in started:
-                self.signatures = self._load(process)
+            for slot in self._slots:  # start all processes before waiting for the first
+                slot.hold(self._start())
+            for slot in self._slots:
+                _, self.signatures = self._load(slot, START_TIMEOUT_S)
             after_failure.pop_all()
         for slot in self._slots:
             self._idle.put(slot)
@@ -201,18 +200,25 @@ class RewardPool:
             raise RunError("the reward pool was closed while a group was being scored")
         if slot.process is not None:
             return slot.process
-        process = slot.hold(self._start())
-        self._load(process, min(start_within_s, START_TIMEOUT_S))
+        process, _ = self._load(slot, min(start_within_s, START_TIMEOUT_S))
         return process
 
     def _start(self) -> RewardProcess:
         return RewardProcess(self._sources, memory_gib=self._memory_gib)
 
-    def _load(self, process: RewardProcess, within_s: float = START_TIMEOUT_S) -> tuple[Signature, ...]:
-        try:
-            return process.load(max(within_s, 0.1))
-        except LoadError as error:
-            raise RunError(f"a reward process on {socket.gethostname()} cannot load its rewards: {error}") from error
+    def _load(self, slot: _Slot, within_s: float) -> tuple[RewardProcess, tuple[Signature, ...]]:
+        """Return a slot's process with its rewards loaded. One that dies meanwhile is replaced once, as in `score`."""
+        ends, is_second = time.monotonic() + within_s, False
+        while True:
+            process = slot.process or slot.hold(self._start())
+            try:
+                return process, process.load(max(ends - time.monotonic(), 0.1))
+            except LoadError as error:
+                if is_second or self._closed or not isinstance(error.__cause__, ProcessDied):
+                    where = socket.gethostname()
+                    raise RunError(f"a reward process on {where} cannot load its rewards: {error}") from error
+            slot.discard()
+            is_second = True
 
 
 class _Slot:
