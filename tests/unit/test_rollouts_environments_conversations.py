@@ -366,6 +366,32 @@ def test_what_is_no_environment_is_said_before_a_run(tmp_path: Path, code: str, 
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(("killed", "is_replaced"), [(1, True), (2, False)])
+def test_a_process_killed_while_it_loads_is_replaced_once(
+    killed: int, is_replaced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pids: list[int] = []
+
+    class Killed(module.ChildProcess):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            pids.append(self.process.pid)
+            if len(pids) <= killed:
+                self.process.kill()
+
+    async def describe(host: EnvironmentHost) -> bool:
+        return host.description is not None
+
+    monkeypatch.setattr(module, "ChildProcess", Killed)
+    if is_replaced:
+        assert in_host(moody(), describe)
+    else:
+        with pytest.raises(UserError, match="ended its process"):
+            in_host(moody(), describe)
+    assert len(pids) == 2
+    assert all(gone(pid) for pid in pids)
+
+
 def test_half_a_character_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     code = "class E:\n    def reset(self, seed): return '\\ud800'\n    def step(self, response): return '', 0.0, True\n"

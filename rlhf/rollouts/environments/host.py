@@ -88,7 +88,24 @@ class EnvironmentHost:
         self._looking = asyncio.Lock()
 
     async def start(self) -> Description:
-        """Load the environment. UserError if it cannot be used."""
+        """Load the environment. UserError if it cannot be used. A process that dies meanwhile is replaced once."""
+        try:
+            try:
+                description = await self._load()
+            except (EOFError, OSError):  # it may have been killed from outside
+                await self.stop()
+                description = await self._load()
+        except (EOFError, OSError) as error:
+            self._read_output()
+            last = self._started.log.last_line
+            raise UserError(f"loading `{self.source.name}` ended its process; its last output: {last!r}") from error
+        if not isinstance(description, Description):
+            raise UserError(description)
+        self.description = description
+        return description
+
+    async def _load(self) -> Any:
+        """Return the description of the environment, or what is wrong with it. EOFError, OSError: its process died."""
         self._child = child = ChildProcess("rlhf.rollouts.environments.process", label=self.kind.label, env={})
         child.connection.setblocking(False)
         asyncio.get_running_loop().add_reader(child.output, self._read_output)
@@ -96,19 +113,10 @@ class EnvironmentHost:
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
                 await asyncio.get_running_loop().sock_sendall(child.connection, SIZE.pack(len(hello)) + hello)
-                description = pickle.loads(await self._receive(SIZE.unpack(await self._receive(SIZE.size))[0]))
+                return pickle.loads(await self._receive(SIZE.unpack(await self._receive(SIZE.size))[0]))
         except TimeoutError as error:
             place = await self._where(child.process.pid)
             raise UserError(f"loading `{self.source.name}` took over {START_TIMEOUT_S:g} s{place}") from error
-        except (EOFError, OSError) as error:
-            self._read_output()
-            raise UserError(
-                f"loading `{self.source.name}` ended its process; its last output: {child.log.last_line!r}"
-            ) from error
-        if not isinstance(description, Description):
-            raise UserError(description)
-        self.description = description
-        return description
 
     async def open(self) -> Conversation:
         """Open a conversation with a fresh copy of the environment. ChildLost if the environment's process is lost."""
