@@ -74,9 +74,11 @@ class Preempted(Exception):
 
 
 @contextmanager
-def prefix_errors(key: str) -> Iterator[None]:
-    """Put the key of the configuration in front of the message of a UserError."""
+def prefix_errors(key: str, *, unless: str | None = None) -> Iterator[None]:
+    """Put the key of the configuration in front of the message of a UserError, unless it begins with another key."""
     try:
         yield
     except UserError as error:
+        if unless is not None and str(error).startswith(unless):
+            raise
         raise UserError(f"{key}: {error}") from error

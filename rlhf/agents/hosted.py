@@ -32,6 +32,7 @@ from rlhf.agents.relay import PORT, forwarding
 from rlhf.extensions import CodeSource, LoadError, load_code
 from rlhf.rewards.sandbox.run import READABLE, namespaces
 from rlhf.rollouts.environments.process import Description, ProtocolViolation
+from rlhf.rollouts.environments.tool_servers import Toolbox, ToolServer, offered_tools, opened_toolbox
 
 RESULT_FOLDER = "result"  # the files that an agent leaves there are its result
 TASK_FILE = "task.json"
@@ -49,7 +50,8 @@ CLIENTS = ("openai", "anthropic")  # packages with a client
 class AgentClient:
     """The model as a function's argument `client`: its addresses, its key, and clients of installed packages."""
 
-    def __init__(self, address: str, api_key: str) -> None:
+    def __init__(self, address: str, api_key: str, tools: Toolbox) -> None:
+        self.tools = tools  # of the configuration's servers
         self.base_url = f"{address}/v1"  # of OpenAI's protocol
         self.anthropic_base_url = address
         self.api_key = api_key
@@ -102,7 +104,8 @@ class HostedFunction:
 
     description = Description(required=(), optional=(), takes_all=False, tools=(), has_close=False)
 
-    def __init__(self, source: CodeSource) -> None:
+    def __init__(self, source: CodeSource, servers: Sequence[ToolServer]) -> None:
+        self.servers = servers
         self.solve = load_code(source, isolated=True)
         where = f"`{source.name}` in {source.path or source.entry}"
         if not inspect.iscoroutinefunction(self.solve):
@@ -112,6 +115,8 @@ class HostedFunction:
             inspect.signature(self.solve).bind({}, None)
         except TypeError as error:
             raise LoadError(f"{where} cannot be called as `{source.name}(task, client)`: {error}") from error
+        if servers:
+            offered_tools(servers)
 
     def prepare(self) -> None:
         """Make a call with each client that the function's file names. It imports most of the client's package."""
@@ -127,8 +132,11 @@ class HostedFunction:
         random.seed(message["seed"])
         address, key = message["address"], message["api_key"]
         os.environ.update(access_variables(address, key))
-        client = AgentClient(address, key)
-        return {"result": checked_result(asyncio.run(self.solve(message["task"], client)))}
+        return {"result": checked_result(asyncio.run(self._solve(message["task"], address, key)))}
+
+    async def _solve(self, task: Mapping[str, Any], address: str, key: str) -> Any:
+        async with opened_toolbox(self.servers) as tools:
+            return await self.solve(task, AgentClient(address, key, tools))
 
 
 async def _first_calls(names: Sequence[str]) -> None:
@@ -145,7 +153,7 @@ async def _first_calls(names: Sequence[str]) -> None:
         writer.close()
 
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
-        client = AgentClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", "none")
+        client = AgentClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", "none", Toolbox([]))
         messages = [{"role": "user", "content": ""}]
         if "openai" in names:
             await client.openai.chat.completions.create(model=MODEL, messages=messages)
@@ -160,7 +168,8 @@ class HostedCommand:
 
     description = Description(required=(), optional=(), takes_all=False, tools=(), has_close=False)
 
-    def __init__(self, source: CodeSource) -> None:
+    def __init__(self, source: CodeSource, servers: Sequence[ToolServer]) -> None:
+        assert not servers, "only a function gets the tools of servers"
         self.command: Sequence[str] = source.args["command"]
         self.is_confined: bool = source.args["sandbox"]
         if self.is_confined:

@@ -12,7 +12,7 @@ import os
 import socket
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +27,7 @@ from rlhf.extensions import CodeSource
 from rlhf.owned_folders import OwnedFolder, remove_tree
 from rlhf.rollouts.environments.host import EnvironmentFailure, EnvironmentHost, HostedKind
 from rlhf.rollouts.environments.process import ProtocolViolation
+from rlhf.rollouts.environments.tool_servers import ToolServer
 
 MAX_FILES = 100  # and folders
 CONNECT_TIMEOUT_S = 10.0
@@ -62,9 +63,20 @@ class AgentRunner(Protocol):
 class HostedRunner:
     """Runs a function or a program. Each session has a process group and a folder of its own."""
 
-    def __init__(self, source: CodeSource, *, program: str, timeout_s: float, limits: ProcessLimits, key: str) -> None:
+    def __init__(
+        self,
+        source: CodeSource,
+        *,
+        program: str,
+        timeout_s: float,
+        limits: ProcessLimits,
+        key: str,
+        servers: Sequence[ToolServer] = (),
+    ) -> None:
         kind = HostedKind(program=program, label="agent", key=key, timeout="timeout_s")
-        self.host = EnvironmentHost(source, step_timeout_s=timeout_s, memory_gib=limits.memory_gib, kind=kind)
+        self.host = EnvironmentHost(
+            source, step_timeout_s=timeout_s, memory_gib=limits.memory_gib, servers=servers, kind=kind
+        )
         self.limits = limits
         self.watch = SessionWatch(limits, key=key)
         self._folder: OwnedFolder | None = None

@@ -22,6 +22,7 @@ from rlhf.agents.trees import assemble_sessions
 from rlhf.data.templates import UNCHANGED, ChatTemplate
 from rlhf.extensions import CodeSource
 from rlhf.rollouts.environments.host import EnvironmentFailure
+from rlhf.rollouts.environments.tool_servers import ToolServer
 from rlhf.types import GroupRequest, Prompt, RewardError, RolloutInfo, Rollouts, Sampling, SessionEnd
 
 AGENT = "agent"  # name of the agent in place of a reward's name in failures
@@ -44,11 +45,12 @@ class AgentSpec:
     tokenizer: str
     trust_remote_code: bool
     template: ChatTemplate = UNCHANGED  # changes to the tokenizer's chat template
+    servers: tuple[ToolServer, ...] = ()  # whose tools a function may call
     key: str = KEY  # config section named in messages
 
     def fingerprint(self) -> str:
         """Return a digest of the agent's settings. It includes the file of a function, but no other files."""
-        settings = repr((self.program, self.columns, self.max_calls, self.max_tokens, self.template))
+        settings = repr((self.program, self.columns, self.max_calls, self.max_tokens, self.template, *self.servers))
         return hashlib.blake2b(self.source.digest() + settings.encode(), digest_size=16).hexdigest()
 
     def runner(self) -> AgentRunner:
@@ -56,7 +58,12 @@ class AgentSpec:
         if self.program is None:
             return ServiceRunner(self.source.args["url"], timeout_s=self.timeout_s, key=self.key)
         return HostedRunner(
-            self.source, program=self.program, timeout_s=self.timeout_s, limits=self.process_limits, key=self.key
+            self.source,
+            program=self.program,
+            timeout_s=self.timeout_s,
+            limits=self.process_limits,
+            servers=self.servers,
+            key=self.key,
         )
 
 

@@ -6,8 +6,6 @@ Checks the agent's settings, that its code can be loaded, and the columns of the
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from rlhf.data.sources import Row
 from rlhf.data.templates import ChatTemplate
 from rlhf.errors import UserError, prefix_errors
 from rlhf.extensions import CodeSource, find_code
+from rlhf.preflight.tools import located, tool_servers
 from rlhf.stopping import run_async
 from rlhf.types import RESULT_COLUMN, Prompt
 
@@ -89,9 +88,10 @@ def preload_agent(
         tokenizer=tokenizer,
         trust_remote_code=trust_remote_code,
         template=template,
+        servers=tool_servers(section.tools, beside=beside, key=f"{key}.tools"),
         key=key,
     )
-    with prefix_errors(f"{key}.function" if program == FUNCTION else key):
+    with prefix_errors(f"{key}.function" if program == FUNCTION else key, unless=f"{key}.tools"):
         run_async(_try(spec))
     return LoadedAgent(spec=spec)
 
@@ -102,21 +102,9 @@ def _source(section: AgentConfig, *, beside: Path, key: str) -> tuple[str | None
         folders = (beside, Path.cwd())
         return FUNCTION, find_code("agent", section.function, folders=folders, key=f"{key}.function")
     if section.command is not None:
-        command = _located(section.command, beside)
-        if shutil.which(command[0]) is None:
-            raise UserError(f"{key}.command: there is no program {command[0]}; install it, or write its path")
+        command = located(section.command, beside, f"{key}.command")
         return COMMAND, CodeSource(path=None, name="command", args={"command": command, "sandbox": section.sandbox})
     return None, CodeSource(path=None, name="url", args={"url": section.url})
-
-
-def _located(command: Sequence[str], beside: Path) -> tuple[str, ...]:
-    """Return a command with absolute paths for its files, since each session starts in a folder of its own."""
-    found = []
-    for place, word in enumerate(command):
-        paths = [folder / os.path.expanduser(word) for folder in (beside, Path.cwd())]
-        is_path = os.sep in word or place > 0
-        found.append(next((str(path.resolve()) for path in paths if is_path and os.path.exists(path)), word))
-    return tuple(found)
 
 
 async def _try(spec: AgentSpec) -> None:

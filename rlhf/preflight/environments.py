@@ -18,9 +18,10 @@ from rlhf.data.templates import ChatTemplate
 from rlhf.errors import UserError, prefix_errors
 from rlhf.extensions import find_code
 from rlhf.models.on_disk import ModelOnDisk
+from rlhf.preflight.tools import tool_servers
 from rlhf.rollouts.environments.built_in import BUILT_INS
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
-from rlhf.rollouts.environments.host import EnvironmentFailure, EnvironmentHost
+from rlhf.rollouts.environments.host import EnvironmentFailure
 from rlhf.rollouts.environments.process import Description
 from rlhf.rollouts.environments.turns import ChatTurns, first_prompt
 from rlhf.stopping import run_async
@@ -132,21 +133,18 @@ def preload_environment(
         tokenizer=tokenizer,
         trust_remote_code=trust_remote_code,
         template=template,
+        servers=tool_servers(section.tools, beside=beside, key=f"{key}.tools"),
         key=key,
     )
-    with prefix_errors(f"{key}.name"):
+    with prefix_errors(f"{key}.name", unless=f"{key}.tools"):
         description = run_async(_describe(spec))
     if "tool_parser" in section.model_fields_set and not description.tools:
         raise UserError(f"{key}.tool_parser: has no effect here: `{section.name}` offers no tools; remove it")
     return LoadedEnvironment(spec=spec, description=description)
 
 
-def _host(spec: EnvironmentSpec) -> EnvironmentHost:
-    return EnvironmentHost(spec.source, step_timeout_s=spec.step_timeout_s, memory_gib=spec.memory_gib)
-
-
 async def _describe(spec: EnvironmentSpec) -> Description:
-    host = _host(spec)
+    host = spec.host()
     try:
         return await host.start()
     finally:
@@ -154,7 +152,7 @@ async def _describe(spec: EnvironmentSpec) -> Description:
 
 
 async def _first_observation(spec: EnvironmentSpec, prompt: Prompt) -> str:
-    host = _host(spec)
+    host = spec.host()
     try:
         description = await host.start()
         conversation = await host.open()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,21 @@ from rlhf.agents.calls import AgentFiles, AgentResult
 from rlhf.agents.limits import ProcessLimits
 from rlhf.agents.runners import AgentTask, HostedRunner
 from rlhf.agents.sessions import FUNCTION
+from rlhf.config.files.load import load
 from rlhf.extensions import CodeSource, import_file
+from rlhf.preflight.tools import tool_servers
+from rlhf.rollouts.environments.tool_servers import ToolServer
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "agents"
 Messages = Sequence[dict[str, Any]]
 
 
-def run(name: str, task: dict[str, Any], says: Callable[[Messages], str]) -> tuple[AgentResult, list[Messages]]:
+def run(
+    name: str,
+    task: dict[str, Any],
+    says: Callable[[Messages], str | dict[str, Any]],
+    servers: Sequence[ToolServer] = (),
+) -> tuple[AgentResult, list[Messages]]:
     """Run an example, and return its result with the conversations of its calls."""
     asked: list[Messages] = []
 
@@ -28,7 +38,9 @@ def run(name: str, task: dict[str, Any], says: Callable[[Messages], str]) -> tup
         assert request.headers["Authorization"] == "Bearer sk-1"
         messages = (await request.json())["messages"]
         asked.append(messages)
-        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": says(messages)}}
+        said = says(messages)
+        message = {"role": "assistant", **(said if isinstance(said, dict) else {"content": said})}
+        choice = {"index": 0, "finish_reason": "stop", "message": message}
         body = {"id": "c", "object": "chat.completion", "created": 0, "model": "policy", "choices": [choice]}
         return web.json_response(body)
 
@@ -41,7 +53,8 @@ def run(name: str, task: dict[str, Any], says: Callable[[Messages], str]) -> tup
         address = f"http://127.0.0.1:{server.addresses[0][1]}"
         source = CodeSource(path=str(EXAMPLES / f"{name}.py"), name="solve")
         limits = ProcessLimits(memory_gib=4.0, max_threads=512, disk_gib=1.0)
-        runner = HostedRunner(source, program=FUNCTION, timeout_s=60.0, limits=limits, key="rollouts.agent")
+        options: dict[str, Any] = {"timeout_s": 60.0, "limits": limits, "servers": servers}
+        runner = HostedRunner(source, program=FUNCTION, key="rollouts.agent", **options)
         await runner.start()
         try:
             return await runner.solve(AgentTask(task=task, address=address, api_key="sk-1", seed=1))
@@ -50,6 +63,17 @@ def run(name: str, task: dict[str, Any], says: Callable[[Messages], str]) -> tup
             await server.cleanup()
 
     return asyncio.run(asyncio.wait_for(work(), 100.0)), asked
+
+
+def stock_servers() -> tuple[ToolServer, ...]:
+    """Return the server of the example for environments, started by the Python of these tests."""
+    folder = EXAMPLES.parent / "tools"
+    config = load(folder / "stock.yaml").stages["stock"]
+    assert config.rollouts is not None
+    assert config.rollouts.environment is not None
+    (server,) = tool_servers(config.rollouts.environment.tools, beside=folder, key="tools")
+    assert server.command is not None
+    return (replace(server, command=(sys.executable, *server.command[1:])),)
 
 
 def reward(name: str, function: str) -> Any:
@@ -100,3 +124,15 @@ def test_a_long_history_is_replaced_by_a_summary() -> None:
         ["s7", "d"],
     ]
     assert result == "s2"
+
+
+def test_an_agent_looks_up_the_stock_with_a_tool() -> None:
+    def says(messages: Messages) -> str | dict[str, Any]:
+        if messages[-1]["role"] == "tool":
+            return f"We have {messages[-1]['content']}."
+        call = {"name": "count", "arguments": '{"item": "hinges"}'}
+        return {"content": None, "tool_calls": [{"id": "call-1", "type": "function", "function": call}]}
+
+    result, asked = run("stock", {"prompt": "How many hinges do we have?"}, says, stock_servers())
+    assert result == "We have 36."
+    assert [message["role"] for message in asked[-1]] == ["user", "assistant", "tool"]

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,19 +29,24 @@ from rlhf.errors import UserError
 from rlhf.extensions import CodeSource
 from rlhf.rollouts.environments.host import EnvironmentFailure
 from rlhf.rollouts.environments.process import _fork
+from rlhf.rollouts.environments.tool_servers import ToolServer
 
 T = TypeVar("T")
 LIMITS = ProcessLimits(memory_gib=4.0, max_threads=512, disk_gib=1.0)
 MANY = Path(__file__).parents[1] / "fixtures" / "agents" / "many.py"
+QUICK = Path(__file__).parents[1] / "fixtures" / "tools" / "quick_server.py"
 
 
 def task(**columns: Any) -> AgentTask:
     return AgentTask(task={"prompt": "2 + 2", **columns}, address="http://127.0.0.1:9", api_key="sk-1", seed=1)
 
 
-def function(name: str = "solve", timeout_s: float = 20.0, limits: ProcessLimits = LIMITS) -> HostedRunner:
+def function(
+    name: str = "solve", timeout_s: float = 20.0, limits: ProcessLimits = LIMITS, servers: Sequence[ToolServer] = ()
+) -> HostedRunner:
     source = CodeSource(path=str(MANY), name=name)
-    return HostedRunner(source, program=FUNCTION, timeout_s=timeout_s, limits=limits, key="rollouts.agent")
+    options: dict[str, Any] = {"timeout_s": timeout_s, "limits": limits, "servers": servers}
+    return HostedRunner(source, program=FUNCTION, key="rollouts.agent", **options)
 
 
 def command(*words: str, timeout_s: float = 20.0, sandbox: bool = False) -> HostedRunner:
@@ -81,6 +86,33 @@ def test_a_result_is_text_an_object_or_files() -> None:
     assert found["answer"] == 4
     assert not Path(found["folder"]).exists()  # the session's own folder is gone
     assert solve(function(), task(mood="files")) == AgentFiles(contents={"src/main.py": "print(1)"})
+
+
+def server(*names: str) -> ToolServer:
+    return ToolServer(
+        key="rollouts.agent.tools.mcp.0",
+        command=(sys.executable, str(QUICK)),
+        url=None,
+        env={},
+        headers={},
+        timeout_s=20.0,
+        only=names,
+        max_result_chars=100,
+    )
+
+
+def test_a_function_calls_the_tools_of_a_server() -> None:
+    found = solve(function(servers=[server("echo", "wait")]), task(mood="tools"))
+    assert isinstance(found, dict)
+    assert found["names"] == ["echo", "wait"]
+    assert [result.split()[1:] for result in found["results"]] == [["1"], ["1", "1"]]
+    assert not psutil.pid_exists(int(found["results"][0].split()[0]))
+
+
+def test_a_server_that_is_lost_is_a_failure_of_the_session() -> None:
+    with pytest.raises(EnvironmentFailure, match="failed to answer a call of the tool die") as failure:
+        solve(function(servers=[server("die")]), task(mood="tools"))
+    assert failure.value.kind == "unavailable"
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,10 @@ AGENT = f"rollouts.agent={{function: '{MANY}:solve', max_tokens: 180}}"
             [AGENT, "rollouts.environment={name: guess_number, max_tokens: 180}"],
             "give one of `environment` and `agent`",
         ),
+        (
+            ["rollouts.agent={url: 'http://a', max_tokens: 180, tools: {mcp: [{url: 'http://b/mcp'}]}}"],
+            "rollouts.agent.tools: has no effect here: rollouts.agent.function is null",
+        ),
         ([AGENT, "rollouts.agent.max_tokens=149"], "rollouts.agent.max_tokens: is 149 and must hold a prompt and one"),
         ([AGENT, "rollouts.agent.max_tokens=300"], "must hold the longest sequence: rollouts.agent.max_tokens = 300"),
         (
@@ -115,6 +119,11 @@ def test_files_of_a_command_are_found_beside_the_config(tmp_path: Path) -> None:
             f"{{function: '{MANY}:solve', columns: [mood], max_tokens: 300}}",
             {},
             "rollouts.agent.columns: names `mood`, which .*rows.jsonl:1 of data.train lacks",
+        ),
+        (
+            f"{{function: '{MANY}:solve', max_tokens: 300, tools: {{mcp: [{{command: ['false']}}]}}}}",
+            {},
+            "^rollouts.agent.tools.mcp.0: false failed to start",
         ),
         (f"{{function: '{MANY}:solve', max_tokens: 300}}", {"result": 1}, "column `result` has the name under which"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,17 @@ import pytest
 from rlhf.config.files.load import load
 from rlhf.errors import UserError
 from rlhf.preflight.inputs import OnlineInputs, StageInputs, load_inputs
+from rlhf.rollouts.environments.conversations import EnvironmentSpec
 from tests.unit.test_config_validation_run import ONLINE, PAIRS, refusal
 
 GAME = "rollouts.environment={name: guess_number, max_tokens: 180}"
 MOODY = Path(__file__).parents[1] / "fixtures" / "environments" / "moody.py"
+QUICK = Path(__file__).parents[1] / "fixtures" / "tools" / "quick_server.py"
+SERVER = f"command: [{sys.executable}, '{QUICK}']"
+
+
+def with_servers(servers: str, key: str = "rollouts.environment") -> str:
+    return f"{key}={{max_tokens: 180, tools: {{mcp: [{servers}]}}}}"
 
 
 @pytest.mark.parametrize(
@@ -38,6 +46,22 @@ MOODY = Path(__file__).parents[1] / "fixtures" / "environments" / "moody.py"
             "train.max_tokens_per_microbatch: is 200 and must hold both responses of a pair: "
             "2 * rollouts.environment.max_tokens = 360",
         ),
+        (["rollouts.environment={max_tokens: 180}"], "rollouts.environment: give `name`, `tools` or both"),
+        ([with_servers("")], "rollouts.environment.tools: `mcp` is empty; name a server, or leave `tools` out"),
+        ([with_servers("{only: [a]}")], "rollouts.environment.tools.mcp.0: give exactly one of `command` and `url`"),
+        ([with_servers("{url: 'http://me:secret@a/mcp'}")], "mcp.0.url: `url` holds a secret"),
+        (
+            [with_servers("{url: 'http://a/mcp', env: {A: b}}")],
+            "rollouts.environment.tools.mcp.0: `env` has no effect with `url`: only a program has an environment",
+        ),
+        (
+            [with_servers("{url: 'http://a/mcp', headers: {Authorization: 'Bearer sk-proj-abcdefghijklmnopqrst'}}")],
+            "rollouts.environment.tools.mcp.0.headers.Authorization: looks like a secret",
+        ),
+        (
+            [with_servers("{url: 'http://a/mcp'}"), "rewards.correct={environment: true}"],
+            "rewards.correct.environment: is true, but the environment `until_answer` gives no rewards",
+        ),
         ([GAME, "rollouts.environment.args={api_key: x}"], "rollouts.environment.args.api_key: looks like a secret"),
         (
             [GAME, "rewards.correct={environment: true, args: {a: 1}}"],
@@ -58,15 +82,18 @@ rollouts:
   prompts_per_step: 1
   max_new_tokens: 8
   environment: {environment}
-rewards: {{won: {{environment: true}}}}
+rewards: {{won: {reward}}}
 train: {{steps: 1, lr: 1e-3, sequences_per_update: 4, max_tokens_per_microbatch: 512}}
 """
 
 
-def inputs(folder: Path, environment: str, **row: object) -> OnlineInputs:
+GRADED = "{function: target_length, args: {target: 4}}"
+
+
+def inputs(folder: Path, environment: str, reward: str = "{environment: true}", **row: object) -> OnlineInputs:
     (folder / "rows.jsonl").write_text(json.dumps({"prompt": "go", **row}) + "\n")
     path = folder / "run.yaml"
-    path.write_text(RUN.format(folder=folder, environment=environment))
+    path.write_text(RUN.format(folder=folder, environment=environment, reward=reward))
     (stage,) = load_inputs(load(path))
     assert isinstance(stage, StageInputs)
     assert isinstance(stage.inputs, OnlineInputs)
@@ -78,6 +105,36 @@ def test_an_environment_is_tried_out(tmp_path: Path) -> None:
     assert found.max_model_len == 300
     assert found.environment is not None
     assert found.environment.source.args == {"high": 9}
+
+
+def test_servers_are_tried_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKEN_OF_TOOLS", "hunter2")
+    server = f"{{{SERVER}, env: {{TOKEN: 'x${{TOKEN_OF_TOOLS}}'}}, only: [wait]}}"
+    found = inputs(tmp_path, f"{{max_tokens: 300, tools: {{mcp: [{server}]}}}}", reward=GRADED, prompt="wait")
+    assert isinstance(found.environment, EnvironmentSpec)
+    (server_spec,) = found.environment.servers
+    assert server_spec.env == {"TOKEN": "xhunter2"}
+    assert server_spec.command == (sys.executable, str(QUICK))
+
+
+@pytest.mark.parametrize(
+    ("server", "message"),
+    [
+        (f"{{{SERVER}, only: [wait, add]}}", "tools.mcp.0.only: names the tool `add`, .*it has: echo, wait, die"),
+        ("{command: [no-such-program]}", "tools.mcp.0.command: there is no program no-such-program; install it"),
+        ("{command: ['false']}", "tools.mcp.0: false failed to start and list its tools: Connection closed"),
+        ("{url: 'http://127.0.0.1:1/mcp'}", "tools.mcp.0: http://127.0.0.1:1/mcp failed to start and list"),
+        (
+            "{url: 'http://127.0.0.1:1/mcp', headers: {Authorization: 'Bearer ${NO_SUCH_TOKEN}'}}",
+            "tools.mcp.0.headers.Authorization: the environment variable NO_SUCH_TOKEN is not set; export it",
+        ),
+        (f"{{{SERVER}, only: [echo]}}", "does not tell the model of tool `echo`"),
+    ],
+)
+def test_servers_that_cannot_be_used_are_refused(tmp_path: Path, server: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        inputs(tmp_path, f"{{max_tokens: 300, tools: {{mcp: [{server}]}}}}", reward=GRADED)
+    assert "rollouts.environment.name" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from rlhf.rollouts.environments.built_in import BUILT_INS
 from rlhf.rollouts.environments.conversations import Conversations, EnvironmentSpec, turn_seed
 from rlhf.rollouts.environments.host import EnvironmentFailure, EnvironmentHost
 from rlhf.rollouts.environments.tool_calls import ToolCall
+from rlhf.rollouts.environments.tool_servers import ToolServer
 from rlhf.rollouts.records.spans import InsertedSpan, Played, Sampled
 from rlhf.types import GroupRequest, Prompt, Sampling
 from tests.packages import install
@@ -235,6 +236,85 @@ def gone(pid: int) -> bool:
             return False
         time.sleep(0.02)
     return True
+
+
+QUICK = Path(__file__).parents[1] / "fixtures" / "tools" / "quick_server.py"
+
+
+def quick_server(*words: str, timeout_s: float = 20.0) -> ToolServer:
+    return ToolServer(
+        key="rollouts.environment.tools.mcp.0",
+        command=(sys.executable, str(QUICK), *words),
+        url=None,
+        env={},
+        headers={},
+        timeout_s=timeout_s,
+        only=None,
+        max_result_chars=80,
+    )
+
+
+def test_tools_of_a_server_are_called_in_a_process_of_the_conversation() -> None:
+    """Each of two conversations has a server of its own, which remembers what it was told."""
+    script = Script("!echo {}", '!echo {"text": "a"}', '!echo {"text": "b"}', "done")
+    source = CodeSource(path=None, name="until_answer")
+    used = spec(source=source, max_tokens=600, servers=(quick_server(),), processes=1)
+    played = play(request(samples=2), script, used, parser=Calls(), sampling=Sampling(max_new_tokens=60))
+    pids = set()
+    for one in played:
+        assert one.error is None
+        wrong, first, second = said(one)[1::2]
+        assert wrong == "error: echo lacks the argument text"
+        pid, _, text = first.partition(" ")
+        assert (text, second) == ("a", f"{pid} a b")
+        assert (one.rewards, one.finish_reason) == ((0.0,) * 4, "stop")
+        pids.add(int(pid))
+    assert len(pids) == 2
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        ('!wait {"text": "30"}', "timeout", "took longer to answer a call of the tool wait than rollouts.environment."),
+        ('!die {"text": ""}', "unavailable", "failed to answer a call of the tool die: Connection closed"),
+    ],
+)
+def test_a_server_that_fails_is_that_conversations_error(call: str, kind: str, message: str) -> None:
+    source = CodeSource(path=None, name="until_answer")
+    used = spec(source=source, step_timeout_s=20.0, servers=(quick_server(timeout_s=2.0),))
+    (played,) = play(request(), Script(call), used, parser=Calls(), sampling=Sampling(max_new_tokens=60))
+    assert played.error is not None
+    assert played.error.kind == kind
+    assert message in played.error.message
+
+
+def test_the_limit_of_a_call_is_the_servers() -> None:
+    """The call takes longer than a step of the environment may."""
+    used = spec(source=CodeSource(path=None, name="until_answer"), servers=(quick_server(),))
+    used = replace(used, step_timeout_s=1.0, max_turns=1, max_tokens=400)
+    (played,) = play(
+        request(), Script('!wait {"text": "1.5"}'), used, parser=Calls(), sampling=replace(SAMPLING, max_new_tokens=60)
+    )
+    assert (played.error, played.rewards) == (None, (0.0,))
+
+
+def test_an_environment_may_have_tools_besides_those_of_servers() -> None:
+    class BothCalls(Calls):
+        def parse(self, text: str) -> tuple[ToolCall, ...] | None:
+            return tuple(call for part in text.split("|") for call in super(BothCalls, self).parse(part) or ())
+
+    calculator = CodeSource(path=None, name="calculator", args={})
+    script = Script('!echo {"text": "a"}|!calculate {"expression": "6*7"}|!echo {"text": "b"}', "42")
+    used = spec(source=calculator, max_tokens=600, servers=(quick_server(),))
+    sampling = Sampling(max_new_tokens=120)
+    (played,) = play(request(answer="42"), script, used, parser=BothCalls(), sampling=sampling)
+    assert played.error is None
+    first, result, second = said(played)[1].splitlines()
+    assert (first.split()[1:], result, second.split()[1:]) == (["a"], "42", ["a", "b"])
+    assert played.rewards == (0.0, 1.0)
+    with pytest.raises(UserError, match=r"mcp.0: .* has the tool `calculate`, as the environment has. Name the tools"):
+        play(request(answer="42"), script, spec(source=calculator, servers=(quick_server("calculate"),)))
 
 
 def test_a_conversation_ends_with_all_that_it_started() -> None:

@@ -115,8 +115,10 @@ def _contents(text: str) -> str:
 
 
 def _sections(path: str, field: FieldInfo) -> Iterator[tuple[str, type[Section]]]:
-    """Yield the possible classes of a key with their paths. `NAME` stands for a name chosen by the user."""
+    """Yield the possible classes of a key with their paths: `NAME` is chosen by the user, `N` a place in a list."""
     for member in members(field.annotation):
+        if get_origin(member) is tuple and is_section(get_args(member)[0]):
+            yield f"{path}.N", get_args(member)[0]
         named = get_origin(member) is dict
         for inner in members(get_args(member)[1]) if named else [member]:
             if is_section(inner):

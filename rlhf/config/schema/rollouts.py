@@ -8,16 +8,19 @@ from urllib.parse import urlsplit
 from pydantic import Field, JsonValue, field_validator, model_validator
 
 from rlhf.algorithms.section import NotWith, OnlyIn, OnlyWith, Section
+from rlhf.config.schema.tools import ToolsConfig
 from rlhf.limits import MAX_TEMPERATURE, MIN_TEMPERATURE
 
+UNTIL_ANSWER = "until_answer"  # the built-in environment that only ends conversations
 MAX_STALENESS = 16  # most versions by which the oldest token of a trained response may lag
 
 
 class EnvironmentConfig(Section):
     """An environment for conversations of several turns. docs/environments.md describes the protocol."""
 
-    name: str
-    """A built-in environment, `path/file.py:CLASS`, or an entry point `rlhf.environments` of an installed package."""
+    name: str = UNTIL_ANSWER
+    """A built-in environment, `path/file.py:CLASS`, or an entry point `rlhf.environments` of an installed package.
+    until_answer: the conversation ends with the first turn that calls none of the tools."""
     args: dict[str, JsonValue] = Field(default_factory=dict)
     """Keyword arguments of the class's constructor."""
     max_turns: int = Field(default=8, ge=1, le=10_000)
@@ -33,6 +36,14 @@ class EnvironmentConfig(Section):
     """Conversations open at once in an engine, each in a separate process. Further conversations are queued."""
     tool_parser: Literal["hermes", "llama3_json", "pythonic"] = "hermes"
     """Format of the model's tool calls. hermes: JSON within `<tool_call>`, as in Qwen and other models."""
+    tools: ToolsConfig | None = None
+    """Servers whose tools the policy may call. null: the tools of the environment's class, if it has some."""
+
+    @model_validator(mode="after")
+    def _has_turns(self) -> Self:
+        if self.name == UNTIL_ANSWER and self.tools is None:
+            raise ValueError("give `name`, `tools` or both: without tools, the first turn would end the conversation")
+        return self
 
 
 class AgentConfig(Section):
@@ -73,6 +84,10 @@ class AgentConfig(Section):
     sandbox: Annotated[bool, NotWith("command", None, because="only a program can be confined")] = False
     """Run the command in a sandbox. It reads the system's libraries, the run's Python, and the files that the command
     names. It writes to its working folder alone, and reaches nothing but the model. Needs bubblewrap."""
+    tools: Annotated[ToolsConfig | None, NotWith("function", None, because="only a function gets `client.tools`")] = (
+        None
+    )
+    """Servers whose tools the function calls as `client.tools`."""
     concurrency: int = Field(default=256, ge=1, le=100_000)
     """Sessions open at once in an engine. Further sessions are queued."""
 

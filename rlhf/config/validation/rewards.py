@@ -10,8 +10,9 @@ from rlhf.config.files.yaml_tree import Key
 from rlhf.config.mistakes.explain import Problem
 from rlhf.config.schema.model import RewardModelConfig
 from rlhf.config.schema.rewards import RewardConfig, RewardPolicy, placeholders
-from rlhf.config.schema.rollouts import AgentConfig, EnvironmentConfig
+from rlhf.config.schema.rollouts import UNTIL_ANSWER, AgentConfig, EnvironmentConfig
 from rlhf.config.schema.root import Config
+from rlhf.config.schema.tools import VARIABLE, ToolsConfig
 from rlhf.rewards.functions.table import own_limit_s
 from rlhf.tracking.logs import is_secret_name, redact
 
@@ -78,13 +79,26 @@ def reward_problems(
         yield from _secrets(reward.args, (*at, "rewards", name, "args"))
         yield from _secrets(judge, (*at, "rewards", name, "judge", "request"))
     if environment is not None:
-        yield from _secrets(environment.args, (*(at or ("rollouts",)), "environment", "args"))
+        section = (*(at or ("rollouts",)), "environment")
+        yield from _secrets(environment.args, (*section, "args"))
+        yield from _secrets_of_servers(environment.tools, (*section, "tools"))
     if agent is not None:
-        yield from _secrets(agent.command or (), (*(at or ("rollouts",)), "agent", "command"))
+        section = (*(at or ("rollouts",)), "agent")
+        yield from _secrets(agent.command or (), (*section, "command"))
+        yield from _secrets_of_servers(agent.tools, (*section, "tools"))
         for name, reward in rewards.items():
             if reward.role == "reward":
                 text = "is reward, but a reward model reads one sequence, and an agent's session may have several"
                 yield Problem(key=(*at, "rewards", name, "role"), text=f"{text}; use a function or a service")
+
+
+def _secrets_of_servers(tools: ToolsConfig | None, key: Key) -> Iterator[Problem]:
+    """Yield secrets of servers that are written out. A variable in place of a secret is no secret."""
+    for place, server in enumerate(() if tools is None else tools.mcp):
+        for name, values in (("env", server.env), ("headers", server.headers)):
+            written = {header: value for header, value in values.items() if not VARIABLE.search(value)}
+            yield from _secrets(written, (*key, "mcp", str(place), name))
+        yield from _secrets(server.command or (), (*key, "mcp", str(place), "command"))
 
 
 def _secrets(value: Any, key: Key) -> Iterator[Problem]:
@@ -105,6 +119,9 @@ def source_problems(
 ) -> Iterator[Problem]:
     """Yield rewards of a missing environment. `at` is the section around `rewards`."""
     for name, reward in rewards.items():
+        if reward.environment and environment is not None and environment.name == UNTIL_ANSWER:
+            text = f"is true, but the environment `{UNTIL_ANSWER}` gives no rewards; name a function or a service"
+            yield Problem(key=(*at, "rewards", name, "environment"), text=text)
         if reward.environment and environment is None:
             where = "evaluate.environment" if at else "rollouts.environment of a run on rollouts"
             text = f"is true, but there is no environment; name one as {where}"

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 BUILT_INS: Mapping[str, str] = {
     "guess_number": "rlhf.rollouts.environments.guess_number:GuessNumber",
+    "until_answer": "rlhf.rollouts.environments.until_answer:UntilAnswer",
     "calculator": "rlhf.rollouts.environments.calculator:Calculator",
     "skyrl_gym": "rlhf.rollouts.environments.adapters.skyrl_gym:SkyRLGym",
     "textarena": "rlhf.rollouts.environments.adapters.textarena:TextArena",

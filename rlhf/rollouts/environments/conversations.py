@@ -20,6 +20,7 @@ from rlhf.extensions import CodeSource
 from rlhf.rollouts.environments.host import Conversation, EnvironmentFailure, EnvironmentHost, Step
 from rlhf.rollouts.environments.process import Description
 from rlhf.rollouts.environments.tool_calls import ToolCallParser, read_calls
+from rlhf.rollouts.environments.tool_servers import ToolServer
 from rlhf.rollouts.environments.turns import ChatTurns, RawTurns, TurnWriter, first_prompt, turn_text
 from rlhf.rollouts.records.spans import InsertedSpan, Played, Sampled, assemble
 from rlhf.types import GroupRequest, Prompt, RewardError, RolloutInfo, Rollouts, Sampling
@@ -64,14 +65,21 @@ class EnvironmentSpec:
     tokenizer: str
     trust_remote_code: bool
     template: ChatTemplate = UNCHANGED  # changes to the tokenizer's chat template
+    servers: tuple[ToolServer, ...] = ()  # whose tools the policy may call
     key: str = "rollouts.environment"  # config section named in messages
+
+    def host(self) -> EnvironmentHost:
+        """Return what loads the environment, and runs its conversations."""
+        return EnvironmentHost(
+            self.source, step_timeout_s=self.step_timeout_s, memory_gib=self.memory_gib, servers=self.servers
+        )
 
     def fingerprint(self) -> str:
         """Return a digest of the environment settings the tokens of a conversation depend on.
 
         It includes the environment's file, but not other files the file imports.
         """
-        settings = repr((self.max_turns, self.max_tokens, self.tool_parser, self.template))
+        settings = repr((self.max_turns, self.max_tokens, self.tool_parser, self.template, *self.servers))
         return hashlib.blake2b(self.source.digest() + settings.encode(), digest_size=16).hexdigest()
 
 
@@ -90,7 +98,7 @@ class Conversations:
         self.tokenizer = tokenizer
         self.draw = draw
         self.parser: ToolCallParser | None = None  # required by an environment with tools
-        self.host = EnvironmentHost(spec.source, step_timeout_s=spec.step_timeout_s, memory_gib=spec.memory_gib)
+        self.host = spec.host()
         self.places = asyncio.Semaphore(spec.processes)
         self.description: Description
         self._writers: dict[bool, TurnWriter] = {}

@@ -23,6 +23,7 @@ from rlhf.errors import ChildLost, UserError
 from rlhf.extensions import CodeSource
 from rlhf.rewards.processes.process import MAX_LOG_LINES, ChildProcess, place_in
 from rlhf.rollouts.environments.process import NUMBER, SIZE, Description
+from rlhf.rollouts.environments.tool_servers import CLOSE_WITHIN_S, ToolServer
 from rlhf.types import RewardErrorKind
 
 logger = logging.getLogger(__name__)
@@ -75,9 +76,16 @@ class EnvironmentHost:
     """An environment or an agent, loaded once and forked into a separate process for each conversation."""
 
     def __init__(
-        self, source: CodeSource, *, step_timeout_s: float, memory_gib: float, kind: HostedKind = ENVIRONMENTS
+        self,
+        source: CodeSource,
+        *,
+        step_timeout_s: float,
+        memory_gib: float,
+        servers: Sequence[ToolServer] = (),
+        kind: HostedKind = ENVIRONMENTS,
     ) -> None:
         self.source = source
+        self.servers = servers
         self.step_timeout_s = step_timeout_s
         self.memory_gib = memory_gib
         self.kind = kind
@@ -109,7 +117,7 @@ class EnvironmentHost:
         self._child = child = ChildProcess("rlhf.rollouts.environments.process", label=self.kind.label, env={})
         child.connection.setblocking(False)
         asyncio.get_running_loop().add_reader(child.output, self._read_output)
-        hello = pickle.dumps((self.kind.program, self.source, int(self.memory_gib * 2**30)))
+        hello = pickle.dumps((self.kind.program, self.source, self.servers, int(self.memory_gib * 2**30)))
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
                 await asyncio.get_running_loop().sock_sendall(child.connection, SIZE.pack(len(hello)) + hello)
@@ -272,14 +280,17 @@ class Conversation:
 
     async def reset(self, seed: int, columns: Mapping[str, Any]) -> str:
         """Return the first observation, or an empty string."""
-        return (await self.call("reset", seed=seed, columns=dict(columns)))["observation"]  # type: ignore[no-any-return]
+        answer = await self.call("reset", more_s=self._description.servers_limit_s, seed=seed, columns=dict(columns))
+        return answer["observation"]  # type: ignore[no-any-return]
 
     async def step(self, response: str, tool_calls: Sequence[Mapping[str, Any]] | None = None) -> Step:
         """Send a turn of the policy. `tool_calls` is None if the environment has no tools."""
         turn: dict[str, Any] = {"response": response}
         if tool_calls is not None:
             turn["tool_calls"] = [dict(call) for call in tool_calls]
-        answer = await self.call("step", turn=turn)
+        limits_s = self._description.server_limits_s
+        more_s = sum(limits_s.get(call["name"], 0.0) for call in tool_calls or ())
+        answer = await self.call("step", more_s=more_s, turn=turn)
         observation = answer["observation"]
         return Step(
             observation=tuple(observation) if isinstance(observation, list) else observation,
@@ -293,7 +304,7 @@ class Conversation:
         try:
             if description is not None and description.has_close and not self._dead:
                 try:
-                    await self.call("close")
+                    await self.call("close", more_s=CLOSE_WITHIN_S if description.server_limits_s else 0.0)
                 except EnvironmentFailure as error:
                     logger.warning("closing the environment of a conversation: %s", error)
         finally:
@@ -302,12 +313,17 @@ class Conversation:
                 self._dead = True
                 await self._host.end(self.pid)
 
-    async def call(self, call: str, **message: Any) -> dict[str, Any]:
-        """Return the reply of the code to a call."""
+    @property
+    def _description(self) -> Description:
+        assert self._host.description is not None, "a conversation is opened after the start"
+        return self._host.description
+
+    async def call(self, call: str, *, more_s: float = 0.0, **message: Any) -> dict[str, Any]:
+        """Return the reply of the code to a call. `more_s` is the time for servers of tools, besides the limit."""
         limit_s, kind = self._host.step_timeout_s, self._host.kind
         data = pickle.dumps({"call": call, **message})
         try:
-            async with asyncio.timeout(limit_s):
+            async with asyncio.timeout(limit_s + more_s):
                 self._writer.write(SIZE.pack(len(data)) + data)
                 await self._writer.drain()
                 (size,) = SIZE.unpack(await self._reader.readexactly(SIZE.size))

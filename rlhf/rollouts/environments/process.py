@@ -25,12 +25,13 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from rlhf.extensions import CodeSource, Columns, LoadError, construct, load_code, summarize
 from rlhf.rewards.processes.program import begin_child, die_with_parent, limit_memory, outlive_parent
+from rlhf.rollouts.environments.tool_servers import SteppedToolbox, ToolServer, ToolServerFailure, offered_tools
 
 SIZE = struct.Struct("!Q")
 NUMBER = struct.Struct("!q")
@@ -43,12 +44,14 @@ _SET_CHILD_SUBREAPER = 36  # Linux's prctl
 class Description(Columns):
     """Properties of an environment the run needs before it starts. The columns are those of `reset`."""
 
-    tools: tuple[Mapping[str, Any], ...]  # offered tools; if there are any, step takes `tool_calls`
+    tools: tuple[Mapping[str, Any], ...]  # offered tools
     has_close: bool
+    server_limits_s: Mapping[str, float] = field(default_factory=dict)  # time limit of a call, by tools of servers
+    servers_limit_s: float = 0.0  # time limit of opening all servers
 
 
 class HostedCode(Protocol):
-    """A user's code in its process. A copy of it answers the calls of one conversation."""
+    """A user's code in its process. A copy of it answers the calls of one conversation, with the tools of servers."""
 
     description: Description
 
@@ -157,11 +160,14 @@ def _step(environment: Any, **turn: Any) -> dict[str, Any]:
 
 
 class HostedEnvironment:
-    """An environment in its process."""
+    """An environment in its process, with the tools of servers besides its own."""
 
-    def __init__(self, source: CodeSource) -> None:
+    def __init__(self, source: CodeSource, servers: Sequence[ToolServer]) -> None:
         self.environment = load_environment(source)
-        self.description = describe_environment(self.environment)
+        self.servers = servers
+        self.toolbox: SteppedToolbox | None = None  # once the conversation has begun
+        self.own = describe_environment(self.environment)
+        self.description = _with_servers(self.own, servers)
 
     def prepare(self) -> None:
         """Do nothing: the constructor of an environment loads all that its copies share."""
@@ -169,11 +175,64 @@ class HostedEnvironment:
     def answer(self, call: str, **message: Any) -> dict[str, Any]:
         """Call `reset`, `step` or `close`."""
         if call == "reset":
+            if self.servers:
+                self.toolbox = SteppedToolbox(self.servers)
             return _reset(self.environment, message["seed"], message["columns"])
         if call == "step":
-            return _step(self.environment, **message["turn"])
-        self.environment.close()
+            return self._step(**message["turn"])
+        if self.toolbox is not None:
+            self.toolbox.close()
+        if self.own.has_close:
+            self.environment.close()
         return {}
+
+    def _step(self, response: str, tool_calls: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+        """Call the tools of servers, and let the environment answer all else of a turn."""
+        turn: dict[str, Any] = {"response": response}
+        own_calls = [call for call in tool_calls if call["name"] not in self.description.server_limits_s]
+        if self.own.tools:
+            turn["tool_calls"] = own_calls
+        if len(own_calls) == len(tool_calls):
+            return _step(self.environment, **turn)
+        assert self.toolbox is not None, "a step comes after reset"
+        own = _step(self.environment, **turn) if own_calls else {"observation": [], "reward": 0.0, "done": False}
+        if "kind" in own or own["done"]:
+            return own
+        if not isinstance(own["observation"], list):
+            raise ProtocolViolation(
+                f"step returned {own['observation']!r:.80} for {len(own_calls)} tool calls in a turn that also calls "
+                "tools of servers, expected a list with a text for each"
+            )
+        own_results = iter(own["observation"])
+        results = []
+        for call in tool_calls:
+            is_servers = call["name"] in self.description.server_limits_s
+            results.append(self.toolbox.call(call["name"], call["arguments"]) if is_servers else next(own_results))
+        return {**own, "observation": results}
+
+
+def _with_servers(own: Description, servers: Sequence[ToolServer]) -> Description:
+    """Return the description of an environment with the tools of servers. LoadError: a server cannot be used."""
+    if not servers:
+        return own
+    names = {tool["function"]["name"] for tool in own.tools}
+    limits_s, tools = {}, list(own.tools)
+    for server, tool in offered_tools(servers):
+        name = tool["function"]["name"]
+        if name in names:
+            raise LoadError(
+                f"{server.key}: {server.name} has the tool `{name}`, as the environment has. Name the tools to use "
+                "with `only`."
+            )
+        limits_s[name] = server.timeout_s
+        tools.append(tool)
+    return replace(
+        own,
+        tools=tuple(tools),
+        has_close=True,
+        server_limits_s=limits_s,
+        servers_limit_s=sum(server.timeout_s for server in servers),
+    )
 
 
 def _answer(hosted: HostedCode, message: Mapping[str, Any], path: str | None) -> dict[str, Any]:
@@ -181,6 +240,8 @@ def _answer(hosted: HostedCode, message: Mapping[str, Any], path: str | None) ->
         return hosted.answer(**message)
     except ProtocolViolation as error:
         return {"kind": "raised", "message": str(error)}
+    except ToolServerFailure as error:
+        return {"kind": error.kind, "message": str(error)}
     except MemoryError:
         return {"kind": "died", "message": "ran out of memory"}
     except BaseException as error:  # noqa: BLE001  where a user's exception, sys.exit too, becomes a record
@@ -277,12 +338,12 @@ def main(control_fd: int, lifeline: int, faults_fd: int) -> None:
     begin_child(lifeline, faults_fd)
     control = socket.socket(fileno=control_fd)
     size = SIZE.unpack(control.recv(SIZE.size, socket.MSG_WAITALL))[0]
-    program, source, memory_bytes = pickle.loads(control.recv(size, socket.MSG_WAITALL))
+    program, source, servers, memory_bytes = pickle.loads(control.recv(size, socket.MSG_WAITALL))
     limit_memory(memory_bytes)
     module, _, name = program.partition(":")
     hosted: HostedCode | None = None
     try:
-        hosted = getattr(importlib.import_module(module), name)(source)
+        hosted = getattr(importlib.import_module(module), name)(source, servers)
         result: Description | str = hosted.description
     except LoadError as error:
         result = str(error)
