@@ -217,9 +217,17 @@ def _confined(command: Sequence[str], folder: str, *, max_threads: int) -> list[
     """Return a command that runs another one in the sandbox, beside a relay to the front."""
     named = [word for word in command if os.sep in word and os.path.exists(word)]
     prefixes = dict.fromkeys((sys.prefix, os.path.realpath(sys.prefix), sys.base_prefix))
-    readable = [*READABLE, *prefixes, *named]
+    readable = [*READABLE, *prefixes, *_virtual_environment(command[0]), *named]
     relay = [sys.executable, "-I", RELAY, SOCKET, str(max_threads)]
     return ["bwrap", *namespaces([*readable, RELAY], writable=folder), *relay, *command]
+
+
+def _virtual_environment(program: str) -> list[str]:
+    """Return the folders of a virtual environment and of its Python, if the program is the Python of one."""
+    folder = Path(program).parents[1] if os.sep in program else Path()
+    if not (folder / "pyvenv.cfg").is_file():
+        return []
+    return [str(folder), str(Path(program).resolve().parents[1])]
 
 
 def _environment_inside(folder: str) -> dict[str, str]:

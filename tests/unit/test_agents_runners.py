@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import venv
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -331,6 +332,15 @@ print(json.dumps({
     "secret": os.environ.get("RLHF_TEST_SECRET"),
 }), file=open("result/seen", "w"))
 """
+
+
+def test_a_program_in_the_sandbox_has_the_packages_of_its_virtual_environment(tmp_path: Path) -> None:
+    folder = tmp_path / "environment"
+    venv.create(folder, symlinks=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "installed_there.py").write_text("name = 'installed'")
+    runner = command(str(folder / "bin" / "python"), "-c", "import installed_there as i; print(i.name)", sandbox=True)
+    assert solve(runner, task()) == "installed\n"
 
 
 def test_a_program_in_the_sandbox_reaches_the_model_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,8 @@ class AgentConfig(Section):
     """Disk space of the files of a session, in GiB. Exceeding it counts as a failure."""
     sandbox: Annotated[bool, NotWith("command", None, because="only a program can be confined")] = False
     """Run the command in a sandbox. It reads the system's libraries, the run's Python, and the files that the command
-    names. It writes to its working folder alone, and reaches nothing but the model. Needs bubblewrap."""
+    names, with the packages of a virtual environment whose Python it names. It writes to its working folder alone, and
+    reaches nothing but the model. Needs bubblewrap."""
     tools: Annotated[ToolsConfig | None, NotWith("function", None, because="only a function gets `client.tools`")] = (
         None
     )
