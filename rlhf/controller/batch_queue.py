@@ -12,12 +12,14 @@ checkpoint holds their responses.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from rlhf.config.schema.root import Config
 from rlhf.controller.collect import Collected, Collector
 from rlhf.controller.record import RunRecord
 from rlhf.roles import Metrics
@@ -130,7 +132,7 @@ class BatchQueue:
     async def finish(self, step: int) -> None:
         """Wait until all requested batches are whole, and forget the batch of a trained step."""
         assert self._collecting is not None
-        await self._collecting
+        await asyncio.shield(self._collecting)  # who gives up this wait may wait again
         self._requested.pop(step, None)  # a step that is done again has finished before
 
     async def stop(self) -> Sequence[GroupRequest]:
@@ -164,3 +166,12 @@ class BatchQueue:
                 "the settings of rollouts or rewards have changed: %d batches ahead are sampled again",
                 len(state["ahead"]),
             )
+
+
+def digest_of_settings(config: Config, *fingerprints: str) -> str:
+    """Return a digest of the settings that decide which groups make a batch, besides the prompts."""
+    tree = config.model_dump(mode="json", include={"rollouts", "rewards", "reward_policy"})
+    for key in ("max_staleness", "weight_updates", "batch_order"):
+        del tree["rollouts"][key]
+    inputs = (tree, config.data.curriculum, fingerprints)
+    return hashlib.blake2b(repr(inputs).encode(errors="surrogatepass"), digest_size=16).hexdigest()

@@ -11,9 +11,8 @@ stage is finished first.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import fields
 from functools import partial
@@ -24,7 +23,7 @@ from rlhf.algorithms.base import Kind
 from rlhf.config.derive import shares_engines_gpus
 from rlhf.config.schema.root import Config
 from rlhf.controller.advantage_learning import AdvantageLearning
-from rlhf.controller.batch_queue import Batch, BatchQueue
+from rlhf.controller.batch_queue import Batch, BatchQueue, digest_of_settings
 from rlhf.controller.carried import begun_requests, first_untrained_group
 from rlhf.controller.collect import Collector
 from rlhf.controller.distillation_learning import DistillationLearning
@@ -111,7 +110,7 @@ class OnlineController(TrainingLoop):
             record,
             max_staleness=self.rollouts.max_staleness,
             num_steps=config.train.num_steps,
-            settings=_digest_of_settings(config, rewards_fingerprint, environment_fingerprint),
+            settings=digest_of_settings(config, rewards_fingerprint, environment_fingerprint),
         )
         self.sharing = shares_engines_gpus(config)
         self.learnt: list[Metrics] = []  # of the updates of the step in progress
@@ -196,19 +195,23 @@ class OnlineController(TrainingLoop):
             written = [i for one in self._samples(groups, signals) for i in one.sequence_ids if i in signals.trained]
             columns = await self.roles.policy.token_signals(written) if written else []
 
-        async def learn_and_sync() -> None:
-            nonlocal waited_s
-            await self._to_trainers(*GUESTS_OF_ENGINES, keep_weights=False)
+        async def update() -> None:
             if self.trained_step < step:
                 with self.record.apart(self.learnt, is_shown=True):
                     await self.batches.during(learn())
                 await self.keep(step)
+
+        async def learn_and_sync() -> None:
+            nonlocal waited_s
+            await self._to_trainers(*GUESTS_OF_ENGINES, keep_weights=False)
+            await update()
+            began = time.perf_counter()
+            await self._with_weights(self.batches.finish(step), self._go_back)
+            waited_s += time.perf_counter() - began
+            await update()  # again, if the engines have needed the weights before it
             if self.learning.renews_reference(step):
                 await self.wait_until_kept()  # with the new reference the step cannot be done again
                 await self.learning.renew_reference(step)
-            began = time.perf_counter()
-            await self.batches.finish(step)
-            waited_s += time.perf_counter() - began
             await self._sync(step)
             await self.wait_until_kept()  # a later loss must not need the batch again
 
@@ -222,10 +225,13 @@ class OnlineController(TrainingLoop):
         was_published, self.is_published = self.is_published, False
         await super().restart_trained(oldest)
         if self.trained_step == self.step:  # the updates of the step in progress are lost
-            self.learnt.clear()
-            self.learning.begin_again()
+            self._forget_updates()
         if was_published and self.roles.rollout.gives_published and self.trained_step == self.scorer.weights[0]:
             await self._publish_again()
+
+    def _forget_updates(self) -> None:
+        self.learnt.clear()
+        self.learning.begin_again()
 
     async def _publish_again(self) -> None:
         """Publish the weights of the last sync for successors of lost engines, after the loss of the first rank."""
@@ -233,7 +239,17 @@ class OnlineController(TrainingLoop):
         self.roles.rollout.offer_weights(await self.roles.policy.publish(self.trained_step))
         self.is_published = True
 
-    async def _with_weights(self, waiting: Awaitable[T]) -> T:
+    async def _publish_despite_losses(self) -> None:
+        await self.despite_losses(self._publish_again)
+
+    async def _go_back(self) -> None:
+        """Take back the state before the updates of the step in progress, and publish its weights again."""
+        self.trained_step = self.step
+        await asyncio.gather(*(role.take_back(self.step) for role in self.trained.values()))
+        self._forget_updates()
+        await self._publish_again()
+
+    async def _with_weights(self, waiting: Awaitable[T], publish: Callable[[], Awaitable[None]]) -> T:
         """Return the result of a wait for engines. Publish the weights again if one of them cannot get them."""
         wait = asyncio.ensure_future(waiting)
         try:
@@ -244,7 +260,7 @@ class OnlineController(TrainingLoop):
                 finally:
                     missing.cancel()
                 if not wait.done():
-                    await self.despite_losses(self._publish_again)
+                    await publish()
             return await wait
         finally:
             wait.cancel()
@@ -273,11 +289,11 @@ class OnlineController(TrainingLoop):
     async def _learn_while_taking(self, step: int) -> tuple[Batch, float]:
         """Return the batch once it is whole and, with train.streamed, the seconds of the work on its first groups."""
         if not self.config.train.streamed:
-            return await self._with_weights(self.batches.take(step)), 0.0
+            return await self._with_weights(self.batches.take(step), self._publish_despite_losses), 0.0
 
         async def stream() -> float:
             with self.record.apart(self.learnt, is_shown=True):
-                return await self.learning.stream(step)
+                return await self._with_weights(self.learning.stream(step), self._publish_again)
 
         learning = asyncio.create_task(self.despite_losses(stream))
         taking = asyncio.create_task(self.batches.take(step))
@@ -344,7 +360,7 @@ class OnlineController(TrainingLoop):
         """Answer and score the held-out prompts. With a teacher, compare the responses with its predictions."""
         roles = self.roles
         answers = score_held_out(self.eval_sets, self.config, self.marking, self.scorer, step=step)
-        answered = await self._with_weights(answers)
+        answered = await self._with_weights(answers, self._publish_despite_losses)
         if roles.teacher is not None:
             async with self._trainers_turn(roles.teacher.role):
                 await compare_with_teacher(answered, self.config, roles.teacher, self.record)
@@ -384,12 +400,3 @@ class OnlineController(TrainingLoop):
             await asyncio.to_thread(self.scorer.take_from, ahead)
         self.batches.restore(state)
         await self.learning.restore(state, self.step)
-
-
-def _digest_of_settings(config: Config, *fingerprints: str) -> str:
-    """Return a digest of the settings that decide which groups make a batch, besides the prompts."""
-    tree = config.model_dump(mode="json", include={"rollouts", "rewards", "reward_policy"})
-    for key in ("max_staleness", "weight_updates", "batch_order"):
-        del tree["rollouts"][key]
-    inputs = (tree, config.data.curriculum, fingerprints)
-    return hashlib.blake2b(repr(inputs).encode(errors="surrogatepass"), digest_size=16).hexdigest()

@@ -126,5 +126,6 @@ async def test_the_groups_of_a_batch_are_streamed_again_after_a_loss_while_other
     controller.batches, controller.roles, controller.is_published = SimpleNamespace(take=take), ROLES, False
     controller.learning = SimpleNamespace(stream=stream, begin_again=lambda: calls.append("begin again"))
     assert tuple(await controller._learn_while_taking(1)) == ("batch", 2.5)
-    assert calls == ["stream", "take", "restart", "take back 0", "begin again", "stream"]
+    calls.remove("take")  # which begins at the same time
+    assert calls == ["stream", "restart", "take back 0", "begin again", "stream"]
     assert not controller.learnt

@@ -34,6 +34,7 @@ async def test_a_reference_is_renewed_only_when_no_role_can_need_the_old_one_aga
     controller.sharing = frozenset()
     controller.step = controller.trained_step = 1
     controller.survives, controller.learnt = True, []
+    controller.roles = SimpleNamespace(rollout=Published())
     controller.record = SimpleNamespace(apart=lambda *_, **__: nullcontext())
     controller.batches = SimpleNamespace(during=during, finish=noting("finish"))
     controller.learning = SimpleNamespace(
@@ -50,7 +51,7 @@ async def test_a_reference_is_renewed_only_when_no_role_can_need_the_old_one_aga
     await controller._train([], 2)
     kept = ["actor has kept", "critic has kept"]
     renewal = [*kept, "renew"] if is_due else []
-    assert calls == ["learn", "actor keeps", "critic keeps", *renewal, "finish", "sync", *kept]
+    assert calls == ["learn", "actor keeps", "critic keeps", "finish", *renewal, "sync", *kept]
 
 
 async def test_weights_that_are_published_again_after_a_restart_leave_no_metrics_in_the_step() -> None:
@@ -84,6 +85,17 @@ class Published:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.missing = asyncio.Event()
+        self.newest = 2  # step that the ranks have kept
+        self.is_lost = False
+
+    def lose_rank_0(self) -> None:
+        """Lose the policy's first rank. The next call to it shows that."""
+        self.is_lost = True
+
+    def _refuse_lost(self, call: str) -> None:
+        if self.is_lost:
+            self.calls.append(f"lost: {call}")
+            raise WorkerLost("lost", role="policy", rank=0, stage="weight sync", kind="died")
 
     async def weights_are_missing(self) -> None:
         await self.missing.wait()
@@ -92,6 +104,7 @@ class Published:
         self.calls.append("withdraw")
 
     async def publish(self, version: int) -> str:
+        self._refuse_lost(f"publish {version}")
         self.calls.append(f"publish {version}")
         return f"manifest {version}"
 
@@ -100,12 +113,14 @@ class Published:
         self.missing.clear()
 
     async def restart(self) -> None:
+        self.is_lost = False
         self.calls.append("restart")
 
     async def kept(self) -> int:
-        return 2
+        return self.newest
 
     async def take_back(self, step: int) -> None:
+        self._refuse_lost(f"take back {step}")
         self.calls.append(f"take back {step}")
 
 
@@ -118,7 +133,12 @@ def published(*, engines_have: int) -> tuple[Any, Published]:
     controller.step, controller.trained_step, controller.is_published, controller.learnt = 2, 2, True, []
     controller.scorer = SimpleNamespace(weights=(engines_have, "sum"))
     controller.learning = SimpleNamespace(begin_again=lambda: None)
+    controller.supervisor, controller.survives = SimpleNamespace(recover=rebuilt), True
     return controller, ends
+
+
+async def rebuilt(lost: WorkerLost, rebuild: Any, *, work: Any) -> None:
+    await rebuild()
 
 
 async def test_a_restored_policy_publishes_what_the_engines_have_and_nothing_else() -> None:
@@ -140,7 +160,7 @@ async def test_a_wait_for_engines_publishes_the_weights_that_a_successor_misses(
         await work()
 
     controller.despite_losses = despite_losses
-    wait = asyncio.create_task(controller._with_weights(answered))
+    wait = asyncio.create_task(controller._with_weights(answered, controller._publish_despite_losses))
     for _ in range(2):
         ends.missing.set()
         while ends.missing.is_set():
@@ -148,6 +168,79 @@ async def test_a_wait_for_engines_publishes_the_weights_that_a_successor_misses(
     answered.set_result("batch")
     assert await wait == "batch"
     assert ends.calls == ["withdraw", "publish 2", "offer manifest 2"] * 2
+
+
+async def test_a_streamed_step_finds_the_loss_of_the_first_rank_that_a_successor_of_an_engine_waits_for() -> None:
+    controller, ends = published(engines_have=2)
+    groups = asyncio.get_running_loop().create_future()  # all of them are sampled by the lost engine
+
+    async def take(step: int) -> str:
+        while "offer manifest 2" not in ends.calls:
+            await asyncio.sleep(0)
+        groups.set_result("arrived")
+        return "batch"
+
+    async def stream(step: int) -> float:
+        await asyncio.shield(groups)
+        return 2.5
+
+    ends.lose_rank_0()
+    controller.config = SimpleNamespace(train=SimpleNamespace(streamed=True))
+    controller.record = SimpleNamespace(apart=lambda *_, **__: nullcontext())
+    controller.batches = SimpleNamespace(take=take)
+    controller.learning.stream = stream
+    taken = asyncio.create_task(controller._learn_while_taking(3))
+    ends.missing.set()
+    assert tuple(await asyncio.wait_for(taken, timeout=60)) == ("batch", 2.5)
+    assert ends.calls == [
+        *("withdraw", "lost: publish 2"),
+        *("restart", "take back 2", "withdraw", "publish 2", "offer manifest 2"),
+    ]
+
+
+async def test_a_step_is_trained_again_if_a_batch_ahead_needs_the_weights_before_it() -> None:
+    controller, ends = published(engines_have=2)
+    sampled = asyncio.get_running_loop().create_future()  # the batch ahead
+
+    async def learn(groups: Any, step: int) -> Signals:
+        ends.calls.append(f"learn {step}")
+        return Signals()
+
+    async def keep(step: int) -> None:
+        controller.trained_step = step
+        ends.newest = step
+
+    async def finish(step: int) -> None:
+        if controller.trained_step == 3 and ends.calls.count("learn 3") == 1:
+            ends.lose_rank_0()
+            ends.missing.set()
+        await asyncio.shield(sampled)
+
+    async def sync(step: int) -> None:
+        ends.calls.append(f"sync {step}")
+
+    def offer(manifest: str) -> None:
+        Published.offer_weights(ends, manifest)
+        sampled.set_result("whole")
+
+    async def during(work: Any) -> None:
+        await work
+
+    async def nothing(*_: Any) -> None: ...
+
+    ends.offer_weights = offer  # type: ignore[method-assign]
+    controller.record = SimpleNamespace(apart=lambda *_, **__: nullcontext(), add=lambda _: None)
+    controller.sharing, controller._samples, controller._sync, controller.keep = frozenset(), lambda *_: [], sync, keep
+    controller.wait_until_kept = nothing
+    controller.learning = SimpleNamespace(
+        learn=learn, renews_reference=lambda step: False, begin_again=lambda: ends.calls.append("begin again")
+    )
+    controller.batches = SimpleNamespace(during=during, finish=finish)
+    await asyncio.wait_for(controller._train(["group"], 3), timeout=60)
+    assert ends.calls == [
+        *("learn 3", "lost: take back 2", "restart", "take back 2", "begin again"),
+        *("withdraw", "publish 2", "offer manifest 2", "learn 3", "sync 3"),
+    ]
 
 
 async def test_groups_whose_tokens_are_lost_in_training_are_found_and_the_policy_begins_again() -> None:
@@ -169,6 +262,9 @@ async def test_groups_whose_tokens_are_lost_in_training_are_found_and_the_policy
         assert (lost.role, lost.stage) == ("policy", "reference")
         ends.calls.append("recover")
 
+    async def keep(step: int) -> None:
+        controller.trained_step = step
+
     async def nothing(*_: Any) -> None: ...
 
     async def during(work: Any) -> None:
@@ -176,11 +272,10 @@ async def test_groups_whose_tokens_are_lost_in_training_are_found_and_the_policy
 
     controller.record = SimpleNamespace(apart=lambda *_, **__: nullcontext(), add=lambda _: None)
     controller.supervisor = SimpleNamespace(recover=recover)
-    controller.survives = True
     controller.learning = SimpleNamespace(learn=learn, renews_reference=lambda step: False)
     controller.scorer.found_again = found_again
     controller.batches = SimpleNamespace(during=during, finish=nothing, collector=SimpleNamespace(sampling=None))
-    controller._samples, controller._sync, controller.keep = lambda *_: [], nothing, nothing
+    controller._samples, controller._sync, controller.keep = lambda *_: [], nothing, keep
     groups, *_ = await controller._train(["lost"], 2)
     assert groups == ["found"]
     assert given == [["lost"], ["found"]]
