@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
 from typing import Any
 
 from rlhf.errors import RunError, WorkerLost
@@ -43,7 +44,11 @@ async def sync_weights(
     began = time.perf_counter()
     await rollout.withdraw_weights()
     manifest = await policy.publish(version)
-    await _both(policy.send(manifest), rollout.update_weights(manifest))
+    try:
+        await _both(policy.send(manifest), rollout.update_weights(manifest))
+    except RunError as error:
+        await _show_loss(policy, error)
+        raise
     await policy.settle()
     synced = time.perf_counter()
     logprobs = tuple(await policy.probe(probe_ids))  # sequential: both may share their cores
@@ -75,6 +80,13 @@ async def _both(sending: Coroutine[Any, Any, None], receiving: Coroutine[Any, An
     finally:
         for end in ends:
             end.cancel()
+
+
+async def _show_loss(policy: PolicyRole, error: RunError) -> None:
+    """Raise the loss of a rank of the policy, if there is one: weights that stay in memory are gone with the first."""
+    if not isinstance(error, WorkerLost):
+        with suppress(TimeoutError):
+            await asyncio.wait_for(policy.memory(), LOSS_SHOWS_WITHIN_S)
 
 
 def check_probe(ours: Sequence[float], theirs: Sequence[float], *, engine: int, version: int, dtype: str) -> float:

@@ -112,3 +112,26 @@ def test_the_loss_of_one_end_is_told_before_the_failure_that_it_causes_at_the_ot
     policy.send = lambda _: fail(lost, 0.0 if first == "sender" else 0.02)
     with pytest.raises(WorkerLost):
         asyncio.run(sync_weights(policy, engines, version=4, probe_ids=[1], dtype="float32", hand_over=policy.settle))
+
+
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_engines_that_find_no_weights_show_the_loss_of_the_rank_that_had_sent_them(is_lost: bool) -> None:
+    lost = WorkerLost("lost", role="policy", rank=0, stage="memory", kind="died")
+    missing = RunError("No such file or directory")
+
+    async def update_weights(manifest: int) -> None:
+        raise missing
+
+    async def memory() -> None:
+        if is_lost:
+            raise lost
+
+    async def hand_over() -> None: ...
+
+    engines: Any = Engines(-1.0)
+    engines.update_weights = update_weights
+    policy: Any = Policy(engines.calls)
+    policy.memory = memory
+    with pytest.raises(RunError) as error:
+        asyncio.run(sync_weights(policy, engines, version=4, probe_ids=[1], dtype="float32", hand_over=hand_over))
+    assert error.value is (lost if is_lost else missing)
