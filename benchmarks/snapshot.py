@@ -80,10 +80,10 @@ def measure(arguments: argparse.Namespace, folder: Path, place: CopyPlace) -> No
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    place = RankContext(
+    context = RankContext(
         rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=DEADLINE_S
     )
-    init_distributed(place, "127.0.0.1", port)
+    init_distributed(context, "127.0.0.1", port)
     dtype = getattr(torch, arguments.dtype)
     engine = DeepSpeedEngine(
         load_causal_lm(arguments.model, dtype=dtype),
