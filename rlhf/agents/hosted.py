@@ -40,6 +40,7 @@ MAX_RESULT_BYTES = 64 * 2**10  # of a result as JSON
 MODEL = "model"  # the front answers to any name
 RELAY = str(Path(__file__).with_name("relay.py"))
 SOCKET = "model.sock"  # in the folder of a program in the sandbox
+SHELLS = "/bin"  # where programs look for a shell
 SANDBOX_WITHIN_S = 30.0
 PREPARED_WITHIN_S = 30.0
 START_THREADS = 64  # of the sandbox's trial
@@ -217,7 +218,7 @@ def _confined(command: Sequence[str], folder: str, *, max_threads: int) -> list[
     """Return a command that runs another one in the sandbox, beside a relay to the front."""
     named = [word for word in command if os.sep in word and os.path.exists(word)]
     prefixes = dict.fromkeys((sys.prefix, os.path.realpath(sys.prefix), sys.base_prefix))
-    readable = [*READABLE, *prefixes, *_virtual_environment(command[0]), *named]
+    readable = [*READABLE, SHELLS, *prefixes, *_virtual_environment(command[0]), *named]
     relay = [sys.executable, "-I", RELAY, SOCKET, str(max_threads)]
     return ["bwrap", *namespaces([*readable, RELAY], writable=folder), *relay, *command]
 

@@ -339,8 +339,9 @@ def test_a_program_in_the_sandbox_has_the_packages_of_its_virtual_environment(tm
     venv.create(folder, symlinks=True)
     (packages,) = folder.glob("lib/python*/site-packages")
     (packages / "installed_there.py").write_text("name = 'installed'")
-    runner = command(str(folder / "bin" / "python"), "-c", "import installed_there as i; print(i.name)", sandbox=True)
-    assert solve(runner, task()) == "installed\n"
+    code = "import os, installed_there as i; os.system('echo from a shell'); print(i.name)"
+    runner = command(str(folder / "bin" / "python"), "-c", code, sandbox=True)
+    assert solve(runner, task()) == "from a shell\ninstalled\n"
 
 
 def test_a_program_in_the_sandbox_reaches_the_model_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
