@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,11 +23,13 @@ from actors.serving.parsers import parsers_of, refuse_stubs
 from actors.serving.refusals import ANTHROPIC_PATH
 from actors.serving.sessions import Sessions
 from rlhf.errors import RunError
+from rlhf.serving import CLOSE_EVERY_S, IDLE_CONNECTION_S
 
 logger = logging.getLogger(__name__)
 
 END_WITHIN_S = 5.0
 START_WITHIN_S = 30.0
+MAX_HEAD_BYTES = 1 << 18  # asyncio may read as much at once
 KEEP_ALIVE_S = 15  # between two comments in a stream without an event
 
 
@@ -51,6 +54,7 @@ class Front:
         self.base_url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         self._server = server
         self._serving = asyncio.create_task(server.serve(sockets=[listener]))
+        self._closing = asyncio.create_task(close_idle(server.server_state.connections))
 
     @classmethod
     async def open(cls, calls: EngineCalls, spec: FrontSpec, *, lora: Callable[[], Any], host: str) -> Front:
@@ -75,7 +79,9 @@ class Front:
         # With the protocol named, asyncio sends small packets at once. Otherwise a call takes 40 ms more.
         listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.bind((host, 0))
-        config = uvicorn.Config(app, lifespan="off", ws="none", log_config=None, access_log=False)
+        config = uvicorn.Config(
+            app, http=bounded_protocol(), lifespan="off", ws="none", log_config=None, access_log=False
+        )
         front = cls(Server(config), listener, sessions)
         async with asyncio.timeout(START_WITHIN_S):
             while not front._server.started:
@@ -84,11 +90,49 @@ class Front:
 
     async def close(self) -> None:
         """Stop answering. Requests in flight are dropped after END_WITHIN_S."""
+        self._closing.cancel()
         self._server.should_exit = True
         done, _ = await asyncio.wait([self._serving], timeout=END_WITHIN_S)
         if not done:
             self._server.force_exit = True
             await asyncio.wait([self._serving], timeout=END_WITHIN_S)
+
+
+def bounded_protocol() -> type[asyncio.Protocol]:
+    """Return uvicorn's protocol with a limit on the bytes between two requests: of a head, or behind a refused body."""
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+    class Bounded(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
+        unasked_bytes = 0
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self.unasked_bytes = self.unasked_bytes + len(data) if is_idle(self) else 0
+            if self.unasked_bytes > MAX_HEAD_BYTES:
+                self.transport.abort()
+
+    return Bounded
+
+
+def is_idle(connection: Any) -> bool:
+    """Return whether uvicorn answers no request of a connection, or waits for its reader after the answer's end."""
+    return connection.cycle is None or connection.cycle.response_complete or connection.transport.is_closing()
+
+
+async def close_idle(connections: Collection[Any]) -> None:
+    """Close connections that wait too long for a complete head, and the oldest of them if there are too many."""
+    idle_since: dict[Any, float] = {}
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+    while True:
+        await asyncio.sleep(CLOSE_EVERY_S)
+        now = asyncio.get_running_loop().time()
+        idle_since = {one: idle_since.get(one, now) for one in tuple(connections) if is_idle(one)}
+        excess = len(connections) - most
+        for connection, since in sorted(idle_since.items(), key=lambda each: each[1]):
+            if excess <= 0 and now - since < IDLE_CONNECTION_S:
+                break
+            connection.transport.abort()
+            excess -= 1
 
 
 def engine_parts(engine: Any) -> EngineParts:
@@ -112,6 +156,7 @@ async def build_front(engine: FrontEngine, sessions: Sessions, spec: FrontSpec) 
     from vllm.entrypoints.openai.models.protocol import BaseModelPath
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
     from vllm.entrypoints.openai.responses.api_router import attach_router as attach_responses
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
     from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 
     logging.getLogger("vllm.tool_parsers").setLevel(logging.CRITICAL)  # a malformed call is no error here
@@ -136,6 +181,7 @@ async def build_front(engine: FrontEngine, sessions: Sessions, spec: FrontSpec) 
         own_key=spec.own_key,
         name=spec.name,
         has_tool_parser=tool_parser is not None,
+        check_item=lambda item: ResponsesRequest.model_validate({"model": spec.name, "input": [item]}),
     )
 
 

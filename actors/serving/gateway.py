@@ -12,12 +12,15 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMap
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from actors.serving.refusals import DRAWING, RefusedCall, refuse_route, refuse_unsupported
-from actors.serving.sessions import CURRENT_CALL, OpenSession, ServedCall, Sessions
-from rlhf.agents.limits import MAX_REQUEST_BYTES
+from actors.serving.refusals import DRAWING, RESPONSES_PATH, RefusedCall, refuse_route, refuse_unsupported
+from actors.serving.sessions import CURRENT_CALL, OpenRequest, OpenSession, ServedCall, Sessions
+from rlhf.agents.limits import MAX_REQUEST_BYTES, SessionLimits
 from rlhf.serving import BODY_S, is_same_secret
 
 MAX_RESPONSES = 128  # of one request
+MAX_DEPTH = 60  # of a session's body: vLLM does not end with deeper schemas
+REFUSED_AFTER_S = 1.0
+MAX_HELD = 1024  # refusals that wait; others are sent at once
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -31,6 +34,7 @@ class Gateway:
         fields: the fields of vLLM's requests, by path.
         own_key: the key of calls that are answered as the client asks. None: there are none.
         name: the only model of these calls. Sessions may name a model as they like.
+        check_item: raises ValueError for an invalid item of the field `input`.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class Gateway:
         own_key: str | None,
         name: str,
         has_tool_parser: bool,
+        check_item: Callable[[Any], object],
     ) -> None:
         self.app = app
         self.sessions = sessions
@@ -49,32 +54,44 @@ class Gateway:
         self.own_key = own_key
         self.name = name
         self.has_tool_parser = has_tool_parser
+        self.check_item = check_item
         self._serial = 0
+        self._num_held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request."""
-        path = scope["path"]
+        """Answer a request. A refusal to others than the server's owner is slow, so that a flood of them is none."""
+        path, answer = scope["path"], _Answer(send)
+        key = _header_key(scope)
+        if path.startswith("/s/"):
+            key, _, rest = path[len("/s/") :].partition("/")
+            path = f"/{rest}"
+        is_own = self.own_key is not None and is_same_secret(key, self.own_key)
         try:
-            key = _header_key(scope)
-            if path.startswith("/s/"):
-                key, _, rest = path[len("/s/") :].partition("/")
-                path = f"/{rest}"
-            session = self._session(key)
-            refuse_route(scope["method"], path)
-            limit = MAX_REQUEST_BYTES if session is None else session.limits.max_request_bytes
-            body = await _read(receive, limit) if scope["method"] == "POST" else b""
-            asked = _parsed(body) if scope["method"] == "POST" else {}
-            self._check(asked, session, path)
-            with self._call(asked, session, path) as call:
-                CURRENT_CALL.set(call)
-                await self.app({**scope, "path": path, "raw_path": path.encode()}, _replay(body, receive), send)
+            async with nullcontext() if is_own else self._session(key).request() as request:
+                refuse_route(scope["method"], path)
+                await self._serve({**scope, "path": path, "raw_path": path.encode()}, request, receive, answer)
         except RefusedCall as error:
-            await _send_error(error, path, send)
+            if not is_own and self._num_held < MAX_HELD:
+                self._num_held += 1
+                try:
+                    await asyncio.sleep(REFUSED_AFTER_S)
+                finally:
+                    self._num_held -= 1
+            if not answer.has_begun:  # otherwise the server closes the connection
+                await _send_error(error, path, send)
 
-    def _session(self, key: str) -> OpenSession | None:
-        """Return the session of a key, or None for the server's own key."""
-        if self.own_key is not None and is_same_secret(key, self.own_key):
-            return None
+    async def _serve(self, scope: Scope, request: OpenRequest | None, receive: Receive, send: Send) -> None:
+        path, session = scope["path"], None if request is None else request.session
+        body, asked = b"", {}
+        if scope["method"] == "POST":
+            body = await _read(receive, request)
+            asked = _parsed(body, None if session is None else session.limits)
+        self._check(asked, session, path)
+        with self._call(asked, session, path) as call:
+            CURRENT_CALL.set(call)
+            await self.app(scope, _replay(body, receive), send)
+
+    def _session(self, key: str) -> OpenSession:
         session = self.sessions.find(key)
         if session is None:
             raise RefusedCall("no open session has this key", code="invalid_api_key", status=401)
@@ -96,6 +113,12 @@ class Gateway:
         if path not in self.fields:
             return
         refuse_unsupported(body, self.fields[path], has_tool_parser=self.has_tool_parser)
+        items = body.get("input") if path == RESPONSES_PATH else None
+        for number, item in enumerate(items if isinstance(items, list) else ()):
+            try:
+                self.check_item(item)
+            except ValueError as error:
+                raise RefusedCall(f"`input[{number}]` has no form of an item", param="input") from error
         if session is None and body.get("model") != self.name:
             message = f"there is no model {body.get('model')}: this server has {self.name}"
             raise RefusedCall(message, param="model", code="model_not_found", status=404)
@@ -108,9 +131,22 @@ def _header_key(scope: Scope) -> str:
     return key.strip() if scheme.lower() == "bearer" else headers.get(b"x-api-key", "")
 
 
-async def _read(receive: Receive, limit: int) -> bytes:
+class _Answer:
+    """The way back to the client, which knows whether the answer has begun."""
+
+    def __init__(self, send: Send) -> None:
+        self.has_begun = False
+        self._send = send
+
+    async def __call__(self, message: MutableMapping[str, Any]) -> None:
+        self.has_begun = True
+        await self._send(message)
+
+
+async def _read(receive: Receive, request: OpenRequest | None) -> bytes:
     """Return the body of a request. RefusedCall: it is too long, or does not arrive in time."""
     body = bytearray()
+    limit = MAX_REQUEST_BYTES if request is None else request.session.limits.max_request_bytes
     try:
         async with asyncio.timeout(BODY_S):
             while True:
@@ -120,20 +156,43 @@ async def _read(receive: Receive, limit: int) -> bytes:
                 body += message.get("body", b"")
                 if len(body) > limit:
                     raise RefusedCall(f"the body has more than {limit} bytes", status=413)
+                if request is not None:
+                    request.hold(len(body))
                 if not message.get("more_body"):
                     return bytes(body)
     except TimeoutError as error:
         raise RefusedCall(f"the body did not arrive within {BODY_S:g} s", status=408) from error
 
 
-def _parsed(body: bytes) -> dict[str, Any]:
+def _parsed(body: bytes, limits: SessionLimits | None) -> dict[str, Any]:
+    """Return the body of a request. RefusedCall: it is no object of JSON, or has more parts than a session's may."""
+    if limits is not None and sum(map(body.count, (b",", b"{", b"["))) > limits.max_request_parts:
+        message = f"the body has more than {limits.max_request_parts} commas and opening brackets"
+        raise RefusedCall(message, status=413)
     try:
         parsed = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise RefusedCall(f"the body is not JSON: {error}") from error
     if not isinstance(parsed, dict):
         raise RefusedCall("the body is not a JSON object")
+    if limits is not None:
+        _refuse_costly(parsed, limits.max_items)
     return parsed
+
+
+def _refuse_costly(asked: Mapping[str, Any], most: int) -> None:
+    """Raise RefusedCall for a list that is too long, or for objects that are too deep, to be checked in a short time.
+
+    A prompt of tokens is a list too. The session's limit of tokens holds for it.
+    """
+    level = [value for name, value in asked.items() if name != "prompt" and isinstance(value, dict | list)]
+    for _ in range(MAX_DEPTH):
+        if any(isinstance(one, list) and len(one) > most for one in level):
+            raise RefusedCall(f"a list of the body has more than {most} items", status=413)
+        inner = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [one for values in inner for one in values if isinstance(one, dict | list)]
+    if level:
+        raise RefusedCall(f"the body has objects in objects, more than {MAX_DEPTH} deep", status=413)
 
 
 def _num_responses(body: Mapping[str, Any]) -> int:
@@ -158,5 +217,6 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 async def _send_error(error: RefusedCall, path: str, send: Send) -> None:
     body = json.dumps(error.body(path)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers.append((b"connection", b"close"))  # the rest of the client's body is not read
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

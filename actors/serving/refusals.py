@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-ANTHROPIC_PATH = "/v1/messages"
-DRAWING = ("/v1/chat/completions", "/v1/completions", "/v1/responses", ANTHROPIC_PATH)  # their answers are sampled
+ANTHROPIC_PATH, RESPONSES_PATH = "/v1/messages", "/v1/responses"
+DRAWING = ("/v1/chat/completions", "/v1/completions", RESPONSES_PATH, ANTHROPIC_PATH)  # their answers are sampled
 _METHODS = {"/v1/models": "GET", **dict.fromkeys((*DRAWING, f"{ANTHROPIC_PATH}/count_tokens"), "POST")}
 THERE_IS = f"there are {', '.join(f'{method} {path}' for path, method in _METHODS.items())} and GET /health"
 

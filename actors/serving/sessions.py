@@ -6,12 +6,13 @@ sampled, the next prompt begins with the sampled tokens themselves. Text of an o
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,6 +26,8 @@ from rlhf.agents.limits import SessionLimits
 from rlhf.rollouts.environments.conversations import turn_seed
 from rlhf.types import Sampling
 
+MAX_OPEN_REQUESTS = 64  # of one session, of any kind
+MAX_RECORD_CHARS = 1 << 16  # of a call's messages
 Message = Mapping[str, Any]
 Tokens = npt.NDArray[np.int32]
 
@@ -79,15 +82,32 @@ class ServedCall:
 CURRENT_CALL: ContextVar[ServedCall] = ContextVar("current_call")
 
 
+@dataclass(slots=True, eq=False)
+class OpenRequest:
+    """A request of a session, from its head to the end of its answer."""
+
+    session: OpenSession
+    until: asyncio.Timeout  # the end of the session
+    num_bytes: int = 0  # of its body so far
+
+    def hold(self, num_bytes: int) -> None:
+        """Note how much of the body has arrived. RefusedCall: the session's open requests are too large together."""
+        self.num_bytes = num_bytes
+        self.session.refuse_large_requests()
+
+
 class OpenSession:
-    """A session that accepts calls. `exceeded` names the limit that refused one."""
+    """A session that accepts calls. `exceeded` names the limit that refused one, and `is_over` is set then."""
 
     def __init__(self, sampling: Sampling, limits: SessionLimits, name: str) -> None:
         self.sampling = sampling
         self.limits = limits
         self.name = name
         self.exceeded: str | None = None
+        self.is_over = asyncio.Event()
         self.calls: list[Call] = []  # in the order of their ends
+        self._requests: set[OpenRequest] = set()
+        self._num_requests = 0
         self._began = time.monotonic()
         self._num_started = 0
         self._num_draws = 0
@@ -100,6 +120,42 @@ class OpenSession:
         self._tools: set[bytes] = set()
         self._systems: set[bytes] = set()
 
+    @asynccontextmanager
+    async def request(self) -> AsyncIterator[OpenRequest]:
+        """Enter a request of any kind. RefusedCall: a limit forbids it, or the session ends before the request."""
+        self._num_requests += 1
+        if self._num_requests > self.limits.max_requests:
+            self._exceed("max_calls")
+            raise RefusedCall(f"the session may send {self.limits.max_requests} requests", status=429)
+        if len(self._requests) == MAX_OPEN_REQUESTS:
+            raise RefusedCall(f"{MAX_OPEN_REQUESTS} requests of the session are open already", status=429)
+        try:
+            async with asyncio.timeout(None) as until:
+                self._requests.add(request := OpenRequest(self, until))
+                try:
+                    yield request
+                finally:
+                    self._requests.remove(request)
+        except TimeoutError as error:
+            if until.expired():
+                raise RefusedCall("the session has ended", code="invalid_api_key", status=401) from error
+            raise
+
+    def refuse_large_requests(self) -> None:
+        """Raise RefusedCall if the bodies of the open requests are too large together."""
+        most = self.limits.max_request_bytes
+        if sum(request.num_bytes for request in self._requests) > most:
+            raise RefusedCall(f"the open requests of the session have more than {most} bytes", status=429)
+
+    def end(self) -> None:
+        """End all open requests."""
+        for request in self._requests:
+            request.until.reschedule(asyncio.get_running_loop().time())
+
+    def _exceed(self, limit: str) -> None:
+        self.exceeded = limit
+        self.is_over.set()
+
     @contextmanager
     def call(self, num_responses: int = 1) -> Iterator[ServedCall]:
         """Enter a request. Each of its responses counts as a call. RefusedCall: a limit forbids it."""
@@ -107,7 +163,7 @@ class OpenSession:
             most = self.limits.concurrent_calls
             raise RefusedCall(f"the request asks for {num_responses} responses, more than {most}", param="n")
         if self._num_started + num_responses > self.limits.max_calls:
-            self.exceeded = "max_calls"
+            self._exceed("max_calls")
             raise RefusedCall(f"the session may make {self.limits.max_calls} calls (max_calls)", status=429)
         if self._in_flight + num_responses > self.limits.concurrent_calls:
             raise RefusedCall(f"{self._in_flight} calls of the session are being answered already", status=429)
@@ -127,7 +183,7 @@ class OpenSession:
         """Return the limit of a response. RefusedCall: the prompt alone exceeds the session's limit."""
         room = self.limits.max_tokens - num_prompt_tokens
         if room < 1:
-            self.exceeded = "max_tokens"
+            self._exceed("max_tokens")
             raise RefusedCall(
                 f"the prompt has {num_prompt_tokens} tokens. With its response it may have {self.limits.max_tokens} "
                 "(max_tokens)",
@@ -215,8 +271,7 @@ class OpenSession:
             said["reasoning"] = reasoning
         if calls:
             said["tool_calls"] = [{"name": name, "arguments": arguments} for name, arguments in calls]
-        text = json.dumps({"asked": list(call.asked), "said": said}, default=str, ensure_ascii=False)
-        self.calls[index] = replace(self.calls[index], messages=text)
+        self.calls[index] = replace(self.calls[index], messages=_record(call.asked, said))
         if call.key is None:
             return
         self._asked.add(call.key)
@@ -261,6 +316,7 @@ class Sessions:
     def close(self, key: str) -> list[Call]:
         """Refuse further calls with this key and drop those in flight. Return the answered ones, by their ends."""
         session = self._open.pop(key)
+        session.end()
         self._abort(session.name)
         calls, session.calls = session.calls, []
         return calls
@@ -268,6 +324,12 @@ class Sessions:
     def find(self, key: str) -> OpenSession | None:
         """Return the open session with a key."""
         return self._open.get(key)
+
+
+def _record(asked: Sequence[Message], said: Mapping[str, Any]) -> str:
+    """Return the messages of a call for people. Text that is no valid Unicode is escaped."""
+    text = json.dumps({"asked": list(asked), "said": said}, default=str)
+    return text if len(text) <= MAX_RECORD_CHARS else json.dumps({"asked": "too long to be kept", "said": said})
 
 
 def turn_key(before: bytes, content: str | None, calls: Sequence[tuple[str, Any]]) -> bytes:

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 MAX_CONCURRENT_CALLS = 16
 MAX_REQUEST_BYTES = 16 * 2**20
+_BYTES_OF_TOKEN = 128  # a long one in a request, escaped
+_PARTS_OF_REQUEST = 5_000  # besides those that are text
+_REQUESTS_OF_CALL = 10  # refused ones, and those that sample nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +19,26 @@ class SessionLimits:
     max_tokens: int  # prompt and response of one call
     seed: int  # the seed of the first call; each later call has a seed derived from it
     concurrent_calls: int = MAX_CONCURRENT_CALLS
-    max_request_bytes: int = MAX_REQUEST_BYTES
+
+    @property
+    def max_request_bytes(self) -> int:
+        """Return the limit of a request's body, and of the bodies of all requests that are open at once."""
+        return min(MAX_REQUEST_BYTES, 2**20 + _BYTES_OF_TOKEN * self.max_tokens)
+
+    @property
+    def max_request_parts(self) -> int:
+        """Return the limit of a request's commas and opening brackets: what it takes to read depends on them."""
+        return _PARTS_OF_REQUEST + self.max_tokens
+
+    @property
+    def max_items(self) -> int:
+        """Return the limit of a list in a request, such as of messages."""
+        return 1000 + _REQUESTS_OF_CALL * self.max_calls
+
+    @property
+    def max_requests(self) -> int:
+        """Return the limit of the requests of the whole session, of any kind."""
+        return 1000 + _REQUESTS_OF_CALL * self.max_calls
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -74,6 +74,10 @@ class OpenedSession(Protocol):
     def exceeded(self) -> str | None:
         """Return the key of the limit that the agent's calls have exceeded."""
 
+    @property
+    def is_over(self) -> asyncio.Event:
+        """Return what is set once a limit has been exceeded."""
+
 
 class FrontSessions(Protocol):
     """The sessions of an engine's front."""
@@ -132,8 +136,9 @@ class AgentSessions:
             opened = self.front.open(key, sampling, limits)
             calls: list[Call] = []
             try:
-                task = task_of(prompt, self.spec.columns)
-                result = await self.runner.solve(AgentTask(task=task, address=self.address, api_key=key, seed=seed))
+                columns = task_of(prompt, self.spec.columns)
+                task = AgentTask(task=columns, address=self.address, api_key=key, seed=seed)
+                result = await self._solve(task, opened)
             except EnvironmentFailure as failure:
                 error = _error(failure, prompt, sample)
             finally:
@@ -142,6 +147,18 @@ class AgentSessions:
             error = _error(problem, prompt, sample)
         failure_text = None if error is None else error.message
         return Session(calls=calls, result=result if error is None else None, failure=failure_text), error
+
+    async def _solve(self, task: AgentTask, opened: OpenedSession) -> AgentResult | None:
+        """Run the agent to its end, or until a limit of its calls is exceeded: the session has failed then."""
+        agent = asyncio.ensure_future(self.runner.solve(task))
+        over = asyncio.ensure_future(opened.is_over.wait())
+        try:
+            await asyncio.wait((agent, over), return_when=asyncio.FIRST_COMPLETED)
+            return await agent if agent.done() else None
+        finally:
+            over.cancel()
+            agent.cancel()
+            await asyncio.gather(agent, over, return_exceptions=True)  # wait for the end of its processes
 
     def _problem(self, exceeded: str | None, calls: list[Call]) -> EnvironmentFailure | None:
         """Return why a session whose agent has ended by itself has no score."""

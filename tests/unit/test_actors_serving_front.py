@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ import openai
 import pytest
 from aiohttp import ClientSession
 
+from actors.serving import front as serving_front
 from actors.serving.front import Front, FrontSpec
 from actors.serving.front_engine import EngineParts
 from rlhf.agents.calls import Call
 from rlhf.agents.limits import SessionLimits
+from rlhf.agents.trees import training_sequences
 from rlhf.models.tiny import byte_tokenizer
 from rlhf.types import Sampling
 from tests.dummy_engine import DummyLoop, dummy_parts, open_front
@@ -213,6 +215,19 @@ async def test_anthropics_messages(parts: EngineParts, streams: bool) -> None:
 # Capture
 
 
+async def test_a_session_goes_on_over_an_update_and_each_token_has_its_version(parts: EngineParts) -> None:
+    async with fronted(parts, "yes", "no") as (front, loop), openai_client(front, "a-session") as client:
+        opened(front)
+        loop.version = 4
+        told = await client.chat.completions.create(model="m", messages=HI)
+        loop.version = 5
+        answer = {"role": "assistant", "content": told.choices[0].message.content}
+        await client.chat.completions.create(model="m", messages=[*HI, answer, *HI])
+        calls = front.sessions.close("a-session")
+        (whole,) = training_sequences(calls)
+        assert [version for version in whole.versions.tolist() if version >= 0] == [4] * 4 + [5] * 3
+
+
 async def test_a_session_is_sampled_as_the_run_samples_and_captured(parts: EngineParts) -> None:
     async with fronted(parts, "yes", turn_ends=(7,)) as (front, loop), openai_client(front, "a-session") as client:
         opened(front)
@@ -377,9 +392,9 @@ async def test_a_closed_session_and_a_client_that_leaves_drop_their_calls(parts:
         waiting = asyncio.create_task(client.chat.completions.create(model="m", messages=HI, stream=False))
         await until(lambda: len(loop.waiting) == 1)
         assert front.sessions.close("a-session") == []
-        with pytest.raises(openai.InternalServerError):
+        with pytest.raises(openai.AuthenticationError, match="the session has ended"):
             await waiting
-        assert not loop.waiting
+        await until(lambda: not loop.waiting)
 
 
 async def until(holds: Callable[[], bool]) -> None:
@@ -438,3 +453,62 @@ async def test_tools_of_a_model_without_a_parser_are_refused(parts: EngineParts)
             await client.chat.completions.create(model="tiny", messages=HI, tools=[TOOL])
         told = await client.chat.completions.create(model="tiny", messages=HI, tools=[TOOL], tool_choice="none")
         assert told.choices[0].message.content == "yes"
+
+
+async def sent(front: Front, chunks: Iterable[bytes]) -> int:
+    """Send chunks until the front closes the connection. Return how many it took."""
+    host, _, port = front.base_url.removeprefix("http://").rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    answer, count = asyncio.create_task(reader.read()), 0
+    with suppress(ConnectionError):
+        for chunk in chunks:
+            count += 1
+            writer.write(chunk)
+            await writer.drain()
+    with suppress(ConnectionError):
+        await answer
+    return count
+
+
+@pytest.mark.parametrize(
+    ("begin", "more"),
+    [
+        (b"", b""),  # nothing
+        (b"POST /v1/chat/completions HTTP/1.1\r\n", b""),  # half a head
+        (b"POST /v1/chat/completions HTTP/1.1\r\n", b"x: " + b"y" * 60_000 + b"\r\n"),  # an endless head
+        (b"GET /" + b"x" * 60_000, b"x" * 60_000),  # an endless address
+        (b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n", b"fff0\r\n" + b"x" * 65520 + b"\r\n"),
+    ],
+)
+async def test_a_connection_without_an_end_is_closed(
+    parts: EngineParts, begin: bytes, more: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving_front, "IDLE_CONNECTION_S", 1.0)
+    async with fronted(parts, "yes") as (front, _):
+        count = await asyncio.wait_for(sent(front, [begin, *[more] * 10_000]), 30.0)
+        assert count < 10_000 or not more
+        assert await said(front) == "yes"
+
+
+async def test_a_reader_that_stops_ends_with_its_session(parts: EngineParts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving_front, "IDLE_CONNECTION_S", 1.0)
+    async with fronted(parts, "yes") as (front, loop):
+        front.sessions.open("s", Sampling(max_new_tokens=9), SessionLimits(max_calls=3, max_tokens=900, seed=0))
+        loop.hold = True
+        host, _, port = front.base_url.removeprefix("http://").rpartition(":")
+        _, writer = await asyncio.open_connection(host, int(port))
+        body = json.dumps({"model": "m", "messages": HI, "stream": True}).encode()
+        head = f"POST /s/s/v1/chat/completions HTTP/1.1\r\ncontent-length: {len(body)}\r\n"
+        writer.write(f"{head}content-type: application/json\r\n\r\n".encode() + body)
+        connections = front._server.server_state.connections
+        while not loop.waiting:
+            await asyncio.sleep(0.01)
+        front.sessions.close("s")
+        while connections:
+            await asyncio.sleep(0.05)
+        writer.close()
+
+
+async def said(front: Front) -> str:
+    answer = await openai_client(front).chat.completions.create(model="tiny", messages=HI)
+    return str(answer.choices[0].message.content)

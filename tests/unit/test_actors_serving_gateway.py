@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
+from actors.serving import gateway
 from actors.serving.gateway import Gateway
-from actors.serving.sessions import CURRENT_CALL, OpenSession, ServedCall, Sessions
+from actors.serving.sessions import CURRENT_CALL, MAX_OPEN_REQUESTS, OpenSession, ServedCall, Sessions
 from rlhf.agents.limits import SessionLimits
 from rlhf.types import Sampling
 
 ASK = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
-FIELDS = {"/v1/chat/completions": {"model", "messages", "n", "tools", "stop"}, "/v1/messages": {"model", "messages"}}
+FIELDS = {
+    "/v1/chat/completions": {"model", "messages", "n", "tools", "stop"},
+    "/v1/messages": {"model", "messages"},
+    "/v1/responses": {"model", "input"},
+}
+LIMIT = SessionLimits(max_calls=3, max_tokens=99, seed=0).max_request_bytes
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway, "REFUSED_AFTER_S", 0.0)
 
 
 class Application:
-    """Answers with its path and body, and remembers whose calls it got."""
+    """Answers with its path and body, and remembers whose calls it got. `hangs`: before or in the answer."""
 
     def __init__(self) -> None:
         self.calls: list[ServedCall] = []
+        self.hangs = ""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.calls.append(CURRENT_CALL.get())
         message = await receive()
+        if self.hangs == "before":
+            await asyncio.sleep(600)
         await send({"type": "http.response.start", "status": 200, "headers": []})
+        if self.hangs == "in":
+            await asyncio.sleep(600)
         told = {"path": scope["path"], "body": message["body"].decode()}
         await send({"type": "http.response.body", "body": json.dumps(told).encode()})
 
@@ -36,9 +53,18 @@ class Asked:
 
     def __init__(self, **limits: Any) -> None:
         self.app, self.sessions = Application(), Sessions(lambda prefix: None)
-        values = {"max_calls": 3, "max_tokens": 99, "seed": 0, "max_request_bytes": 200} | limits
+        values = {"max_calls": 3, "max_tokens": 99, "seed": 0} | limits
         self.session: OpenSession = self.sessions.open("s", Sampling(max_new_tokens=9), SessionLimits(**values))
-        self.gateway = Gateway(self.app, self.sessions, FIELDS, own_key="own", name="tiny", has_tool_parser=False)
+        self.sent: list[Any] = []  # of the last request
+        self.gateway = Gateway(
+            self.app,
+            self.sessions,
+            FIELDS,
+            own_key="own",
+            name="tiny",
+            has_tool_parser=False,
+            check_item=lambda item: int(item),
+        )
 
     async def __call__(
         self,
@@ -53,10 +79,10 @@ class Asked:
         messages = [{"type": "http.request", "body": part, "more_body": part is not parts[-1]} for part in parts]
         given = [(header, (f"Bearer {key}" if header == b"authorization" else str(key)).encode())] if key else []
         scope = {"type": "http", "method": method, "path": path, "headers": given}
-        sent: list[Any] = []
+        self.sent = sent = []
 
         async def receive() -> Any:
-            return messages.pop(0)
+            return messages.pop(0) if messages else await asyncio.sleep(600)
 
         async def send(message: Any) -> None:
             sent.append(message)
@@ -100,8 +126,8 @@ async def test_the_servers_own_key_is_not_captured_and_has_one_model() -> None:
 async def test_bodies() -> None:
     ask = Asked()
     assert (await ask([b'{"model": "tiny",', b' "messages": []}']))[0] == 200
-    assert await ask.refused(b"x" * 201) == (413, "the body has more than 200 bytes")
-    assert await ask.refused([b"x" * 150, b"y" * 150]) == (413, "the body has more than 200 bytes")
+    assert await ask.refused(b"x" * (LIMIT + 1)) == (413, f"the body has more than {LIMIT} bytes")
+    assert await ask.refused([b"x" * LIMIT, b"y"]) == (413, f"the body has more than {LIMIT} bytes")
     assert await ask.refused(b"[]") == (400, "the body is not a JSON object")
     for body in (b"{", b"", b"\xff", b"[" * 190):
         status, why = await ask.refused(body)
@@ -140,6 +166,73 @@ async def test_other_paths_name_those_that_there_are(method: str, path: str, sta
     assert told[0] == status
     assert "POST /v1/chat/completions" in told[1]["error"]["message"]
     assert (told[1].get("type") == "error") == (path == "/v1/messages")
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "why"),
+    [
+        ({"messages": [{}] * 1031}, 413, "a list of the body has more than 1030 items"),
+        ({"tools": [{"a": [{}] * 1031}]}, 413, "a list of the body has more than 1030 items"),
+        ({"stop": ["", ""] * 2550}, 413, "the body has more than 5099 commas and opening brackets"),
+        ({"tools": json.loads("[" * 62 + "]" * 62)}, 413, "the body has objects in objects, more than 60 deep"),
+    ],
+)
+async def test_what_takes_long_to_read_is_refused(change: dict[str, Any], status: int, why: str) -> None:
+    ask = Asked()
+    assert await ask.refused(ASK | change) == (status, why)
+    assert (await ask(ASK | {"stop": ["x"] * 1000}))[0] == 200
+
+
+async def test_the_first_wrong_item_of_an_input_is_named() -> None:
+    ask = Asked()
+    wrong = {"model": "m", "input": [1, "x", "y"]}
+    assert await ask.refused(wrong, path="/v1/responses") == (400, "`input[1]` has no form of an item")
+    assert (await ask({"model": "m", "input": [1]}, path="/v1/responses"))[0] == 200
+
+
+async def test_the_open_requests_of_a_session_are_bounded() -> None:
+    ask = Asked()
+    ask.app.hangs = "before"
+    half = json.dumps(ASK).encode().ljust(LIMIT // 2)
+    held = [asyncio.create_task(ask(half)) for _ in range(2)]
+    await asyncio.sleep(0.05)
+    assert await ask.refused(half) == (429, f"the open requests of the session have more than {LIMIT} bytes")
+    held += [asyncio.create_task(ask(b"{")) for _ in range(MAX_OPEN_REQUESTS)]
+    ask.sessions.close("s")
+    assert {status for status, _ in await asyncio.gather(*held)} <= {401, 400, 429}
+    assert not ask.session._requests
+
+
+@pytest.mark.parametrize("hangs", ["before", "in"])
+async def test_an_open_request_ends_with_its_session(hangs: str) -> None:
+    ask = Asked()
+    ask.app.hangs = hangs
+    request = asyncio.create_task(ask())
+    await asyncio.sleep(0.05)
+    ask.sessions.close("s")
+    if hangs == "before":
+        assert (await request)[0] == 401
+    else:
+        with pytest.raises(IndexError):  # there is no body: the server closes the connection
+            await request
+        assert [message["type"] for message in ask.sent] == ["http.response.start"]
+
+
+async def test_a_flood_of_requests_is_refused_slowly_and_ends_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = Asked()
+    many = ask.session.limits.max_requests
+    found = await statuses(ask, [b"{"] * (many + 1))
+    assert found == [400] * many + [429]
+    assert (ask.session.exceeded, ask.session.is_over.is_set()) == ("max_calls", True)
+    monkeypatch.setattr(gateway, "REFUSED_AFTER_S", 600.0)
+    held = [asyncio.create_task(ask(key="guessed")) for _ in range(2)]
+    await asyncio.sleep(0.05)
+    assert not any(request.done() for request in held)
+    monkeypatch.setattr(gateway, "MAX_HELD", 2)
+    assert (await ask(key="guessed"))[0] == 401
+    assert (await ask.refused(b"{", key="own"))[0] == 400  # not held
+    for request in held:
+        request.cancel()
 
 
 async def statuses(ask: Asked, bodies: Sequence[Any]) -> list[int]:

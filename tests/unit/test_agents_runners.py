@@ -138,6 +138,7 @@ def test_a_failure_is_reported_with_its_kind(mood: str, kind: str, message: str)
 
 
 ATTACKS = {
+    "half character": "ValueError: \\ud800",
     "folder link": "result is a link or no folder",
     "fifo": "result/pipe is a link or no regular file",
     "bad name": "is not UTF-8",

@@ -63,6 +63,9 @@ def call(prompt: list[int], response: list[int], *, broke: str | None = None) ->
 class Opened:
     def __init__(self, exceeded: str | None) -> None:
         self.exceeded = exceeded
+        self.is_over = asyncio.Event()
+        if exceeded is not None:
+            self.is_over.set()
 
 
 class FakeFront:
@@ -123,6 +126,7 @@ def test_a_session_becomes_a_sample_with_its_result() -> None:
         ("raise", FakeFront(*TWO_CALLS), "raised", "lost my way"),
         ("text", FakeFront(), "raised", "the agent ended without an answer of the model"),
         ("text", FakeFront(*TWO_CALLS, exceeded="max_calls"), "refused", "over rollouts.agent.max_calls: 3"),
+        ("await", FakeFront(*TWO_CALLS, exceeded="max_calls"), "refused", "over rollouts.agent.max_calls: 3"),
     ],
 )
 def test_a_failure_is_a_record_and_no_result(mood: str, front: FakeFront, kind: str, message: str) -> None:

@@ -32,6 +32,7 @@ START_TIMEOUT_S = 120.0  # limit for loading an environment
 FORK_TIMEOUT_S = 60.0
 STOP_WITHIN_S = 10.0
 MAX_REPLY_BYTES = 16 << 20
+MAX_MESSAGE_CHARS = 2000  # of a failure: the code chooses it, and may write half of a character
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +51,7 @@ class EnvironmentFailure(Exception):
     """
 
     def __init__(self, kind: RewardErrorKind, message: str) -> None:
-        super().__init__(message)
+        super().__init__(message[:MAX_MESSAGE_CHARS].encode(errors="backslashreplace").decode())
         self.kind = kind
 
 
