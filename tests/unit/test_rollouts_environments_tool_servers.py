@@ -138,6 +138,7 @@ def test_a_server_hangs_or_dies(
             r"mcp.0: /no/such/program failed to start and list its tools: .*file",
         ),
         ([server(command=("false",))], "mcp.0: false failed to start and list its tools: Connection closed"),
+        ([server("--listless")], "mcp.0: .* failed to start and list its tools: the quick server says no"),
         ([server("--silent", timeout_s=0.5)], "took longer to start and list its tools than .*timeout_s: 0.5"),
         ([server(only=("echo", "add"))], "mcp.0.only: names the tool `add`, .*it has: echo, wait, die"),
         (
@@ -173,6 +174,16 @@ def test_a_server_that_stays_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not psutil.pid_exists(int(pid))
     with pytest.raises(ToolServerFailure, match="failed to start"):
         SteppedToolbox([server(command=("false",))])
+
+
+def test_refused_arguments_are_told_and_other_errors_of_a_server_are_failures() -> None:
+    async def use(toolbox: Toolbox) -> None:
+        assert await toolbox.call("refuse", {"text": "-32602"}) == "error: the quick server says no"
+        with pytest.raises(ToolServerFailure, match="failed to answer a call of the tool refuse: the quick") as failure:
+            await toolbox.call("refuse", {"text": "-32603"})
+        assert failure.value.kind == "unavailable"
+
+    with_tools(use, server("refuse"))
 
 
 def test_a_secret_is_in_no_repr() -> None:

@@ -8,6 +8,7 @@ imported when a server is opened; otherwise this module uses only the standard l
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import logging
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
@@ -53,6 +54,10 @@ class ToolServerFailure(Exception):
     def __init__(self, kind: Literal["timeout", "unavailable"], message: str) -> None:
         super().__init__(message)
         self.kind = kind
+
+
+class _WrongArguments(Exception):
+    """Raised if the server refuses the arguments of a call. The message is for the model."""
 
 
 class Toolbox:
@@ -131,36 +136,38 @@ class _Connection:
         raise LoadError(f"{self.server.key}: {self.server.name} lists its tools on more than {MAX_PAGES} pages")
 
     async def call(self, name: str, arguments: dict[str, Any]) -> str:
-        """Return the text that the model reads after a call. ToolServerFailure: the server hangs or is lost."""
-        from mcp import MCPError
-
+        """Return the text that the model reads after a call. ToolServerFailure: the server does not work."""
         client, most = await self._client, self.server.max_result_chars
         try:
             result = await self._within(client.call_tool(name, arguments), f"to answer a call of the tool {name}")
-        except MCPError as error:
+        except _WrongArguments as error:
             return _limited(f"error: {error}", most)
         text = _result_text(result.content, result.structured_content)
         return _limited(f"error: {text}" if result.is_error else text, most)
 
     async def _within(self, work: Coroutine[Any, Any, T], purpose: str) -> T:
-        """Return the result of work, unless it takes too long or the server is lost meanwhile."""
+        """Return the result of work. ToolServerFailure: it fails or takes too long, or the server is lost meanwhile."""
         from mcp import MCPError
-        from mcp_types import CONNECTION_CLOSED
+        from mcp_types import INVALID_PARAMS
 
         server, task = self.server, asyncio.ensure_future(work)
+        cause: BaseException | None = None
         try:
             await asyncio.wait({task, self._holder}, timeout=server.timeout_s, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 return task.result()
-            cause = _cause(self._holder) if self._holder.done() else None
+            if self._holder.done():
+                cause = _cause(self._holder)
         except MCPError as error:
-            if error.code != CONNECTION_CLOSED:
-                raise
+            if error.code == INVALID_PARAMS:
+                raise _WrongArguments(str(error)) from error
+            cause = error
+        except (ValueError, RuntimeError) as error:  # an answer that does not follow the protocol
             cause = error
         finally:
             task.cancel()
         if cause is not None:
-            text = f"{server.key}: {server.name} failed {purpose}: {str(cause) or type(cause).__name__}"
+            text = f"{server.key}: {server.name} failed {purpose}: {str(cause) or type(cause).__name__:.300}"
             raise ToolServerFailure("unavailable", text) from cause
         took = f"took longer {purpose} than {server.key}.timeout_s: {server.timeout_s:g}"
         raise ToolServerFailure("timeout", f"{server.key}: {server.name} {took}")
@@ -178,15 +185,15 @@ class _Connection:
 
 async def _client(server: ToolServer, stack: AsyncExitStack) -> Client:
     """Return a client that is not connected yet."""
+    import httpx2
     from mcp import Client, StdioServerParameters
     from mcp.client.streamable_http import streamable_http_client
-    from mcp.shared._httpx_utils import create_mcp_http_client
 
     if server.command is not None:
         program, *args = server.command
         return Client(StdioServerParameters(command=program, args=args, env=dict(server.env)), cache=None)
     assert server.url is not None
-    http = await stack.enter_async_context(create_mcp_http_client(headers=dict(server.headers)))
+    http = await stack.enter_async_context(httpx2.AsyncClient(headers=dict(server.headers), timeout=server.timeout_s))
     return Client(streamable_http_client(server.url, http_client=http), cache=None)
 
 
@@ -260,9 +267,11 @@ def offered_tools(servers: Sequence[ToolServer]) -> list[tuple[ToolServer, Mappi
         async with opened_toolbox(servers) as toolbox:
             return [(toolbox.server_of(tool["function"]["name"]), tool) for tool in toolbox.openai]
 
+    if importlib.util.find_spec("mcp") is None:
+        raise LoadError(f"{servers[0].key}: needs the package mcp; install it with `pip install mcp`")
     try:
         return asyncio.run(listed())
-    except ToolServerFailure as error:
+    except (ToolServerFailure, _WrongArguments) as error:
         raise LoadError(str(error)) from error
 
 
@@ -274,15 +283,16 @@ class SteppedToolbox:
         self._closing = asyncio.Event()
         self._opened: asyncio.Future[Toolbox] = self._loop.create_future()
         self._holder = self._loop.create_task(self._hold(servers))
-        self._toolbox = self._loop.run_until_complete(self._opened)
+        first: set[asyncio.Future[Any]] = {self._opened, self._holder}
+        self._loop.run_until_complete(asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED))
+        if self._holder.done():
+            self._holder.result()  # raises why the servers cannot be opened
+        self._toolbox = self._opened.result()
 
     async def _hold(self, servers: Sequence[ToolServer]) -> None:
-        try:
-            async with opened_toolbox(servers) as toolbox:
-                self._opened.set_result(toolbox)
-                await self._closing.wait()
-        except (LoadError, ToolServerFailure) as error:
-            self._opened.set_exception(error)
+        async with opened_toolbox(servers) as toolbox:
+            self._opened.set_result(toolbox)
+            await self._closing.wait()
 
     def call(self, name: str, arguments: Mapping[str, Any]) -> str:
         """Return the text that the model reads after a call. ToolServerFailure: the server hangs or is lost."""
