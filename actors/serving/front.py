@@ -80,7 +80,13 @@ class Front:
         listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.bind((host, 0))
         config = uvicorn.Config(
-            app, http=bounded_protocol(), lifespan="off", ws="none", log_config=None, access_log=False
+            app,
+            http=bounded_protocol(),
+            timeout_keep_alive=int(IDLE_CONNECTION_S),  # longer than clients keep one: they would lose a call
+            lifespan="off",
+            ws="none",
+            log_config=None,
+            access_log=False,
         )
         front = cls(Server(config), listener, sessions)
         async with asyncio.timeout(START_WITHIN_S):
@@ -103,7 +109,16 @@ def bounded_protocol() -> type[asyncio.Protocol]:
     from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
     class Bounded(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
+        idle_since = 0.0
         unasked_bytes = 0
+
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            self.idle_since = asyncio.get_running_loop().time()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self.idle_since = asyncio.get_running_loop().time()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
@@ -121,17 +136,16 @@ def is_idle(connection: Any) -> bool:
 
 async def close_idle(connections: Collection[Any]) -> None:
     """Close connections that wait too long for a complete head, and the oldest of them if there are too many."""
-    idle_since: dict[Any, float] = {}
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
     while True:
         await asyncio.sleep(CLOSE_EVERY_S)
-        now = asyncio.get_running_loop().time()
-        idle_since = {one: idle_since.get(one, now) for one in tuple(connections) if is_idle(one)}
-        excess = len(connections) - most
-        for connection, since in sorted(idle_since.items(), key=lambda each: each[1]):
-            if excess <= 0 and now - since < IDLE_CONNECTION_S:
+        excess, now = len(connections) - most, asyncio.get_running_loop().time()
+        for connection in sorted(filter(is_idle, connections), key=lambda one: float(one.idle_since)):
+            if excess <= 0 and now - connection.idle_since < IDLE_CONNECTION_S:
                 break
-            connection.transport.abort()
+            if connection.transport.is_closing():
+                connection.transport.abort()  # its reader has stopped
+            connection.transport.close()
             excess -= 1
 
 

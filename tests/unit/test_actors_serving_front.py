@@ -490,6 +490,19 @@ async def test_a_connection_without_an_end_is_closed(
         assert await said(front) == "yes"
 
 
+async def test_a_connection_in_use_stays_open(parts: EngineParts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving_front, "IDLE_CONNECTION_S", 2.0)
+    async with fronted(parts, "yes") as (front, _), ClientSession() as client:
+        used = set()
+        for _ in range(8):
+            body, fields = {"model": "tiny", "messages": HI}, {"Authorization": f"Bearer {KEY}"}
+            async with client.post(f"{front.base_url}/v1/chat/completions", json=body, headers=fields) as answer:
+                assert answer.status == 200
+            used |= set(front._server.server_state.connections)
+            await asyncio.sleep(0.4)
+        assert len(used) == 1
+
+
 async def test_a_reader_that_stops_ends_with_its_session(parts: EngineParts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving_front, "IDLE_CONNECTION_S", 1.0)
     async with fronted(parts, "yes") as (front, loop):

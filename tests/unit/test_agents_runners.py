@@ -327,6 +327,9 @@ open("result/made", "w").write("kept")
 print(json.dumps({
     "model": reached,
     "beside": tried(lambda: os.listdir(task["beside"])),
+    "sessions": tried(lambda: len(os.listdir(".."))),
+    "processes": tried(lambda: os.listdir("/proc")),
+    "devices": tried(lambda: open("/dev/shm/x", "w")),
     "passwd": tried(lambda: open("/etc/passwd").read()),
     "write": tried(lambda: open("/usr/x", "w")),
     "net": tried(lambda: socket.create_connection(("127.0.0.1", task["port"]), 2.0)),
@@ -375,6 +378,9 @@ def test_a_program_in_the_sandbox_reaches_the_model_alone(tmp_path: Path, monkey
     assert json.loads(result.contents["seen"]) == {
         "model": "policy",
         "beside": "FileNotFoundError",
+        "sessions": 1,  # its own folder alone
+        "processes": "FileNotFoundError",
+        "devices": "OSError",
         "passwd": "FileNotFoundError",
         "write": "OSError",
         "net": "ConnectionRefusedError",
@@ -404,6 +410,15 @@ def ask(session_of: Callable[[str], tuple[Any, AgentTask]], answer: Answer, *, p
             await server.cleanup()
 
     return asyncio.run(asyncio.wait_for(run(), 60.0))
+
+
+def test_a_daemon_in_the_sandbox_ends_with_its_session() -> None:
+    async def use(runner: HostedRunner) -> AgentResult:
+        found = await runner.solve(task())
+        assert not psutil.Process(runner.host.pid).children(recursive=True)
+        return found
+
+    assert with_runner(command("sh", "-c", "setsid sleep 600 & echo four", sandbox=True), use) == "four\n"
 
 
 def serve(answer: Answer, timeout_s: float = 10.0) -> AgentResult:

@@ -1,0 +1,101 @@
+"""Hostile agents beside honest ones: the real front and the real runners, over an engine without a model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from actors.serving.front import FrontSpec
+from rlhf.agents.limits import ProcessLimits
+from rlhf.agents.runners import HostedRunner
+from rlhf.agents.sessions import FUNCTION, AgentSessions, AgentSpec
+from rlhf.controller.rollout_scorer import request_for
+from rlhf.extensions import CodeSource
+from rlhf.models.tiny import byte_tokenizer
+from rlhf.types import Prompt, RolloutInfo, Sampling
+from tests.dummy_engine import DummyLoop, dummy_parts, open_front
+
+pytestmark = pytest.mark.slow
+
+HOSTILE = Path(__file__).parents[1] / "fixtures" / "agents" / "hostile.py"
+TOKENIZER = byte_tokenizer()
+TEMPLATE = "{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}"
+ATTACKS = {  # and how their sessions end; None: in either way
+    "calls": "over rollouts.agent.max_calls: 10",
+    "guessed keys": None,
+    "open connections": None,
+    "slow bodies": None,
+    "large bodies": None,
+    "heads": None,
+    "bombs": None,
+    "never ends": "did not answer within rollouts.agent.timeout_s: 20",
+    "processes": "more threads than rollouts.agent.max_threads: 100",
+    "output": "did not answer within rollouts.agent.timeout_s: 20",
+}
+GROWTH_MIB = 600.0
+
+
+@pytest.mark.timeout(400)
+async def test_hostile_agents_harm_only_their_sessions(tiny_model: Path) -> None:
+    loop = DummyLoop(TOKENIZER, lambda prompt, params: [65, 66, TOKENIZER.eos_token_id])
+    front = await open_front(loop, dummy_parts(tiny_model), FrontSpec(name="tiny", template=TEMPLATE))
+    spec = AgentSpec(
+        source=CodeSource(path=str(HOSTILE), name="solve"),
+        program=FUNCTION,
+        columns=("attack",),
+        max_calls=10,
+        max_tokens=512,
+        timeout_s=20.0,
+        process_limits=ProcessLimits(memory_gib=2.0, max_threads=100, disk_gib=0.1),
+        processes=64,
+        tokenizer="",
+        trust_remote_code=False,
+    )
+    sessions = AgentSessions(spec, front.sessions, front.base_url)
+    await sessions.start()
+    runner = sessions.runner
+    assert isinstance(runner, HostedRunner)
+    assert runner._folder is not None
+
+    async def group(attack: str, samples: int) -> list[RolloutInfo]:
+        ids = tuple(TOKENIZER("?", add_special_tokens=False).input_ids)
+        prompt = Prompt(prompt_id=3, token_ids=ids, text="?", columns={"attack": attack})
+        asked = request_for(prompt, group_id=0, first_sequence_id=0, samples=samples, run_seed=0)
+        _, infos = await sessions.group(asked, Sampling(max_new_tokens=8))
+        return list(infos)
+
+    try:
+        alone = await group("none", 4)
+        memory = psutil.Process().memory_info().rss
+        for attack, end in ATTACKS.items():
+            harmed = asyncio.create_task(group(attack, 2))
+            beside = await group("none", 4)
+            for info in [*alone, *beside]:
+                assert info.environment_error is None, (attack, info.environment_error)
+            for info in await harmed:
+                error = info.environment_error
+                assert end is None or (error is not None and end in error.message), (attack, error)
+            growth = (psutil.Process().memory_info().rss - memory) / 2**20
+            sys.stdout.write(f"{attack}: {seconds(alone):.3f} s a call alone, {seconds(beside):.3f} s beside it, ")
+            sys.stdout.write(f"{growth:.0f} MiB more\n")
+            assert growth < GROWTH_MIB, attack
+            assert not psutil.Process(runner.host.pid).children(recursive=True), attack
+            assert os.listdir(runner._folder.path) == [".lock"], attack
+            assert not front.sessions._open, attack
+    finally:
+        await sessions.stop()
+        await front.close()
+
+
+def seconds(infos: list[RolloutInfo]) -> float:
+    """Return the median time of a call."""
+    results: list[Any] = [json.loads(info.session.result) for info in infos if info.session and info.session.result]
+    return statistics.median(took for result in results for took in result["seconds"])
