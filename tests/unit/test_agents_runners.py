@@ -137,6 +137,25 @@ def test_a_failure_is_reported_with_its_kind(mood: str, kind: str, message: str)
     assert message in found[1]
 
 
+def test_sessions_that_hang_together_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    async def use(runner: HostedRunner) -> list[str]:
+        look = runner.host._where
+
+        async def where(pid: int) -> str:
+            asked.append(pid)
+            return await look(pid)
+
+        monkeypatch.setattr(runner.host, "_where", where)
+        hanging = [runner.solve(task(mood="hang")) for _ in range(4)]
+        return [str(failure) for failure in await asyncio.gather(*hanging, return_exceptions=True)]
+
+    found = with_runner(function(timeout_s=1.0), use)
+    assert all("solve did not answer within rollouts.agent.timeout_s: 1" in message for message in found)
+    assert len(asked) < 4
+
+
 ATTACKS = {
     "half character": "ValueError: \\ud800",
     "folder link": "result is a link or no folder",

@@ -221,7 +221,12 @@ class EnvironmentHost:
         return bytes(data)
 
     async def where(self, pid: int) -> str:
-        """Return the place of a process, `, at file:line in function`, or an empty string if it is unknown."""
+        """Return the place of a process, `, at file:line in function`, or an empty string if it is unknown.
+
+        Only one process is asked at a time. Others do not wait for that: hundreds may reach their limit together.
+        """
+        if self._looking.locked():
+            return ""
         async with self._looking:
             return await self._where(pid)
 
