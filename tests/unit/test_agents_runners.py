@@ -220,6 +220,19 @@ def test_a_machine_without_room_for_a_process_fails_the_session(monkeypatch: pyt
         assert _fork(None, theirs.detach(), mine, 0, None) == -errno.ENOENT  # type: ignore[arg-type]
 
 
+def test_a_thread_of_the_code_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    lines = ["import threading, time", "threading.Thread(target=time.sleep, args=[600]).start()"]
+    (tmp_path / "busy.py").write_text("\n".join([*lines, "async def solve(task, client):", "    return 'done'"]))
+    source = CodeSource(path=str(tmp_path / "busy.py"), name="solve")
+    runner = HostedRunner(source, program=FUNCTION, timeout_s=20.0, limits=LIMITS, key="rollouts.agent")
+
+    async def use(runner: HostedRunner) -> Any:
+        assert await runner.solve(task()) == "done"
+        return runner.host._started.process
+
+    assert with_runner(runner, use).returncode == 0  # not killed
+
+
 ENGINE = """
 import asyncio, sys
 from tests.unit.test_agents_runners import function, task

@@ -360,6 +360,7 @@ def main(control_fd: int, lifeline: int, faults_fd: int) -> None:
         _serve_host(hosted, control, lifeline, source.path)
     finally:
         _end_orphans(set())  # also daemons of conversations
+    os._exit(0)  # without waiting for threads of the code
 
 
 def _serve_host(hosted: HostedCode, control: socket.socket, lifeline: int, path: str | None) -> None:
