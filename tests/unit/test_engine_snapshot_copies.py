@@ -183,3 +183,13 @@ def test_forgotten_copies_free_their_memory(holder: CopyHolder, tmp_path: Path) 
     holder.forget("policy-0")
     holder.forget("policy-0")
     assert not list((tmp_path / "holder").iterdir())
+
+
+def test_a_holder_that_is_cut_off_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot_copies, "STALLED_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        place = CopyPlace(host="127.0.0.1", port=silent.getsockname()[1], token=bytes(32), name="policy-0")
+        snapshots = opened(tmp_path / "rank", place)
+        snapshots.keep(1, state(1), {"steps": 1})
+        assert str(snapshots.wait_until_sent()).startswith("TimeoutError")
+        assert snapshots.newest() == 1
