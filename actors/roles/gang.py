@@ -7,8 +7,10 @@ compute and gather together.
 from __future__ import annotations
 
 import asyncio
+import secrets
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,14 +47,17 @@ from rlhf.types import (
 )
 
 T = TypeVar("T")
+PORTS = range(20_000, 32_768)  # Linux gives these to no connection, which could take one before it is used
 
 
 def free_address(actor: object, one_host: bool) -> tuple[str, int]:
     """Return a free port of the actor's node, and the node's address. On one host, that is loopback."""
     host = "127.0.0.1" if one_host else ray.util.get_node_ip_address()
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return host, int(probe.getsockname()[1])
+    for port in secrets.SystemRandom().sample(PORTS, k=len(PORTS)):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((host, port))
+            return host, port
+    raise RunError(f"No port from {PORTS.start} to {PORTS.stop - 1} is free on {host}.")
 
 
 class Gang(ModelGroup):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 from ray.exceptions import RayTaskError
 
 from actors.cluster.processes import Processes
-from actors.roles.gang import CriticGang, OfflineGang, PolicyGang
+from actors.roles import gang as module
+from actors.roles.gang import CriticGang, OfflineGang, PolicyGang, free_address
 from actors.roles.group import worker_environment
 from actors.rollout.vllm_engine import RolloutSpec, engine_environment
 from rlhf.engine.distributed import RankContext
@@ -390,3 +392,13 @@ def test_the_critic_is_handed_returns_by_its_own_plan() -> None:
         ("returns of 0 to 4",),
         ("returns of 0 to 4", "returns of 5"),
     ]
+
+
+def test_ranks_meet_at_a_port_that_is_free_and_that_no_connection_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    host, port = free_address(None, one_host=True)
+    assert 20_000 <= port < 32_768
+    with socket.create_server((host, port)) as taken:
+        monkeypatch.setattr(module, "PORTS", range(port, port + 1))
+        with pytest.raises(RunError, match=f"No port from {port} to {port} is free on 127.0.0.1"):
+            free_address(None, one_host=True)
+        assert taken.getsockname()[1] == port
