@@ -37,6 +37,7 @@ from rlhf.rollouts.environments.tool_servers import Toolbox, ToolServer, offered
 RESULT_FOLDER = "result"  # the files that an agent leaves there are its result
 TASK_FILE = "task.json"
 MAX_RESULT_BYTES = 64 * 2**10  # of a result as JSON
+MAX_ERROR_BYTES = 500  # of what a failed program wrote last
 MODEL = "model"  # the front answers to any name
 RELAY = str(Path(__file__).with_name("relay.py"))
 SOCKET = "model.sock"  # in the folder of a program in the sandbox
@@ -196,12 +197,16 @@ class HostedCommand:
             address = f"http://127.0.0.1:{PORT}"
         environment |= access_variables(address, message["api_key"])
         with relay, open(TASK_FILE, "rb") as stdin:
-            process = subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, env=environment)
-            output = _output_of(process)
+            process = subprocess.Popen(
+                command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+            )
+            output, errors = _output_of(process)
         code = process.wait()
         if code != 0:
             how = f"exited with code {code}" if code > 0 else f"was killed by signal {-code}"
-            raise ProtocolViolation(f"the program {how}; its errors are in the log")
+            lines = errors.decode(errors="replace").split("\n")
+            last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
+            raise ProtocolViolation(f"the program {how}; it wrote last: {last}")
         try:
             return {"result": checked_result(result_of_text(output.decode()))}
         except UnicodeDecodeError as error:
@@ -255,20 +260,30 @@ def _refuse_without_sandbox() -> None:
         raise LoadError(f"bubblewrap does not work on this machine: {done.stderr.strip()[-300:]}")
 
 
-def _output_of(process: subprocess.Popen[bytes]) -> bytes:
-    """Return the output of a program once it has ended, although its children may keep the pipe open."""
+def _output_of(process: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
+    """Return the output of a program once it has ended, although its children may keep the pipes open.
+
+    Its errors go to this process's, and their end is returned too.
+    """
     assert process.stdout is not None
-    pipe, ended = process.stdout.fileno(), os.pidfd_open(process.pid)
+    assert process.stderr is not None
+    output, errors, ended = process.stdout.fileno(), process.stderr.fileno(), os.pidfd_open(process.pid)
     poll = select.poll()
-    poll.register(pipe, select.POLLIN)
-    poll.register(ended, select.POLLIN)
-    output = b""
-    while pipe in {fd for fd, _ in poll.poll()} and (chunk := os.read(pipe, 1 << 16)):
-        output += chunk
-        if len(output) > MAX_RESULT_BYTES:
+    for fd in (output, errors, ended):
+        poll.register(fd, select.POLLIN)
+    texts = {output: b"", errors: b""}
+    while ready := texts.keys() & {fd for fd, _ in poll.poll()}:
+        for fd in ready:
+            if not (chunk := os.read(fd, 1 << 16)):
+                poll.unregister(fd)
+            texts[fd] += chunk
+            if fd == errors:
+                os.write(2, chunk)
+                texts[fd] = texts[fd][-MAX_ERROR_BYTES:]
+        if len(texts[output]) > MAX_RESULT_BYTES:
             raise ProtocolViolation(f"the program wrote more than {MAX_RESULT_BYTES} bytes to its standard output")
     os.close(ended)
-    return output
+    return texts[output], texts[errors]
 
 
 def result_of_text(text: str) -> str | Mapping[str, Any]:

@@ -327,8 +327,12 @@ def test_a_command_gets_the_task_and_its_output_is_the_result() -> None:
 @pytest.mark.parametrize(
     ("words", "kind", "message"),
     [
-        (("sh", "-c", "exit 3"), "raised", "the program exited with code 3"),
-        (("sh", "-c", "kill -9 $$"), "raised", "the program was killed by signal 9"),
+        (
+            ("sh", "-c", "echo first >&2; echo lost my way >&2; exit 3"),
+            "raised",
+            "the program exited with code 3; it wrote last: lost my way",
+        ),
+        (("sh", "-c", "kill -9 $$"), "raised", "the program was killed by signal 9; it wrote last: nothing"),
         (("yes",), "raised", "wrote more than 65536 bytes to its standard output"),
         (("printf", "\\377"), "raised", "standard output is not UTF-8"),
         (("sleep", "600"), "timeout", "did not answer within rollouts.agent.timeout_s: 1"),
