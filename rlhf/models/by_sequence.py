@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf.models.branches import trunks
@@ -33,26 +34,55 @@ def mixers_of(model: nn.Module) -> tuple[nn.Module, ...]:
 
 
 def separate_sequences(model: nn.Module) -> None:
-    """Let each sequence of a packed row pass these layers by itself from now on. Other passes stay as they are."""
+    """Let each sequence of a packed row pass these layers by itself from now on. Other passes stay as they are.
+
+    A layer sharded by ZeRO-3 takes the sequences as one batch, filled up on the right, where causal layers see nothing.
+    All ranks then call it once a row, as they must to gather its weights together.
+    """
     for mixer in mixers_of(model):
         forward = mixer.forward
         if not (isinstance(forward, partial) and forward.func is _by_sequence):
-            mixer.forward = partial(_by_sequence, forward)
+            is_sharded = any(hasattr(parameter, "ds_id") for parameter in mixer.parameters())  # set by DeepSpeed
+            mixer.forward = partial(_by_sequence, forward, is_sharded)
 
 
-def _by_sequence(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _by_sequence(forward: Callable[..., Any], in_one_call: bool, *args: Any, **kwargs: Any) -> Any:
     row = current_row()
     if row is None:
         return forward(*args, **kwargs)
-    results = []
     before = trunks(row.lengths, row.branches)
+    sizes = [length + sum(count for _, count in trunk) for length, trunk in zip(row.lengths, before, strict=True)]
     positional, *named = (_cut(value, row.lengths, before) for value in (args, *kwargs.values()))
-    for index in range(len(row.lengths)):
-        given = {name: values[index] for name, values in zip(kwargs, named, strict=True)}
-        length = row.lengths[index] + sum(count for _, count in before[index])
-        with computing(PackedRow(lengths=[length])):
-            results.append(forward(*positional[index], **given))
+    if in_one_call:
+        given = {name: _filled_up(values, sizes) for name, values in zip(kwargs, named, strict=True)}
+        with computing(None):
+            batch = forward(*_filled_up(positional, sizes), **given)
+        results = [_taken(batch, index, size) for index, size in enumerate(sizes)]
+    else:
+        results = []
+        for index, size in enumerate(sizes):
+            given = {name: values[index] for name, values in zip(kwargs, named, strict=True)}
+            with computing(PackedRow(lengths=[size])):
+                results.append(forward(*positional[index], **given))
     return _joined(results, row.lengths)
+
+
+def _filled_up(values: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """Return an argument for a batch of all sequences, from the arguments for each."""
+    first = values[0]
+    if isinstance(first, tuple):
+        return tuple(_filled_up(parts, sizes) for parts in zip(*values, strict=True))
+    if not torch.is_tensor(first) or (len(values) > 1 and first is values[1]):
+        return first
+    longest = max(sizes)
+    return torch.cat([F.pad(x, (0, 0) * (x.ndim - 2) + (0, longest - x.shape[1])) for x in values])
+
+
+def _taken(batch: Any, index: int, size: int) -> Any:
+    """Return one sequence's part of the result for a batch."""
+    if isinstance(batch, tuple):
+        return tuple(_taken(part, index, size) for part in batch)
+    return batch[index : index + 1, :size] if torch.is_tensor(batch) else batch
 
 
 def _cut(value: Any, lengths: Sequence[int], before: Sequence[Trunk]) -> Sequence[Any]:

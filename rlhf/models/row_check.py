@@ -63,12 +63,8 @@ def check_rows(model: Any, device: torch.device) -> RowLayout:
     layout, reason = expected_layout(config)
     if mixers := mixers_of(model):
         separate_sequences(model)
-        kind = type(mixers[0]).__name__
         if current_group() is not None:
-            layout, reason = RowLayout.ONE_BY_ONE, f"its layers of {kind} need whole sequences"
-        elif any(hasattr(p, "ds_id") for p in mixers[0].parameters()):  # set by DeepSpeed on sharded parameters
-            # Ranks gather a layer's weights together, so each rank would have to call it equally often.
-            layout, reason = RowLayout.ONE_BY_ONE, f"ZeRO-3 shards its layers of {kind}, which take single sequences"
+            layout, reason = RowLayout.ONE_BY_ONE, f"its layers of {type(mixers[0]).__name__} need whole sequences"
     if layout >= RowLayout.PACKED:
         set_rows(model, Rows(layout=layout, own_attention=own_attention))
         layout, reason = _measured(model, tokens, own_states, layout, reason)

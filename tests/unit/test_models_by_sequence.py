@@ -45,6 +45,23 @@ def test_shared_prompts_equal_their_copies(kind: str) -> None:
     torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "lfm2", "mamba", "minimax", "recurrent_gemma", "zamba2"])
+def test_sharded_layers_take_a_batch_that_is_filled_up(kind: str) -> None:
+    (tokens, mask), (copied, copied_mask, lengths) = shared_and_copied()
+    model = tiny_model(kind)
+    for parameter in model.parameters():
+        parameter.ds_id = 0  # as DeepSpeed marks a sharded one
+    assert check_rows(model, torch.device("cpu")) is RowLayout.SHARED_PROMPTS
+    weights = torch.randn(int(mask.sum()))
+    found = policy_logprobs(model, tokens, LENGTHS, mask=mask, branches=BRANCHES)[0][mask]
+    plain = tiny_model(kind)
+    check_rows(plain, torch.device("cpu"))
+    expected = policy_logprobs(plain, copied, lengths, mask=copied_mask)[0][copied_mask]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    ours, wanted = gradients(model, found @ weights), gradients(plain, expected @ weights)
+    torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", HYBRIDS)
 def test_recomputed_layers_see_the_same_sequences(kind: str) -> None:
     """Two rows pass forward before the first passes backward, as in a loss over several rows."""
