@@ -1,6 +1,6 @@
 """Measures how far vLLM's log-probabilities are from the trainer's after a weight sync, one model type after the other.
 
-vLLM is imported once. Each type gets a fork of this process, so that an engine leaves nothing behind, however it ends.
+vLLM is imported once. Each engine gets a fork of this process, so that it leaves nothing behind, however it ends.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import traceback
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -16,8 +17,10 @@ from typing import Any, Literal
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from actors.rollout.vllm_engine import RolloutSpec, build_engine, engine_environment, load_weights, sampling_params
+from actors.weights import WeightManifest
 from actors.weights.shm import ShmSender
 from rlhf.errors import RunError
 from rlhf.types import Sampling
@@ -25,7 +28,12 @@ from tests.support_measurements import model_folder, published
 from tests.tiny_architectures import ALL
 
 Dtype = Literal["float32", "bfloat16"]
+Row = tuple[list[int], list[int], list[float]]  # a prompt, and the engine's tokens and log-probabilities after it
 TIMEOUT_S = 60.0
+REASONS = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NotImplementedError, OSError),
+    *(RunError, RuntimeError, StrictDataclassError, TypeError, ValueError),
+)
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "num_attention_heads": 2,
@@ -33,15 +41,19 @@ SIZES: dict[str, Any] = {
     "head_dim": 32,
     "max_position_embeddings": 512,
 }
+MLA = {
+    **{"num_attention_heads": 4, "head_dim": 64, "kv_lora_rank": 512},
+    **{"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
+}
 GATED_DELTA = {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
 CHANGES: dict[str, dict[str, Any]] = {  # what else has to fit these sizes
     "bamba": {"mamba_d_head": 32},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_head": 32},
     "glm4_moe": {"head_dim": 32},
     "granitemoehybrid": {"mamba_d_head": 32},
-    "lfm2": {"conv_dim": 64, "block_dim": 64},  # vLLM reads them, and transformers' own config class has neither
-    "lfm2_moe": {"conv_dim": 64},
     "mamba2": {"num_heads": 16},
+    **dict.fromkeys(("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "youtu"), MLA),
+    "minicpm3": {"num_attention_heads": 4, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 32},
     "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "mlp"]},  # a CPU runs no other MLPs
     **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), GATED_DELTA),
 }
@@ -50,36 +62,18 @@ PROMPTS = ([65, 70, 75, 80, 85, 90, 95, 100], [66, 71, 76])
 
 def difference(model_type: str) -> str:
     """The largest difference over sampled tokens, or why there is none."""
-    answer = _in_a_fork(model_type, "float32")
-    if "requires BF16" not in answer:
-        return answer
-    return f"{_in_a_fork(model_type, 'bfloat16')} (only in bfloat16)"
-
-
-def _in_a_fork(model_type: str, dtype: Dtype) -> str:
-    context = get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(model_type, dtype, theirs))
-    process.start()
-    theirs.close()
-    try:
-        answer = str(ours.recv()) if ours.poll(TIMEOUT_S) else "no answer in time"
-    except EOFError:
-        answer = "the process died"
-    process.kill()
-    process.join()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            answer = measure(model_type, Path(folder), "float32")
+            if "requires BF16" in answer:
+                return f"{measure(model_type, Path(folder), 'bfloat16')} (only in bfloat16)"
+        except REASONS as error:
+            return told(error)
     return answer
 
 
-def _answer(model_type: str, dtype: Dtype, connection: Connection) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            connection.send(_measure(model_type, Path(folder), dtype))
-        except (
-            ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NotImplementedError, OSError,
-            RunError, RuntimeError, StrictDataclassError, TypeError, ValueError,
-        ) as error:  # fmt: skip
-            connection.send(f"{type(error).__name__}: {' '.join(str(error).split())}")
+def told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def sizes_for_engine(model_type: str) -> dict[str, Any]:
@@ -91,22 +85,12 @@ def sizes_for_engine(model_type: str) -> dict[str, Any]:
     return sizes | CHANGES.get(model_type, {})
 
 
-def _measure(model_type: str, folder: Path, dtype: Dtype) -> str:
+def measure(model_type: str, folder: Path, dtype: Dtype) -> str:
+    """The same in one dtype. The trainer's model is in this process, since engines change transformers' classes."""
     source = model_folder(folder, model_type, std=0.02, **sizes_for_engine(model_type))
     (architecture,) = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
     if architecture not in vllm.ModelRegistry.get_supported_archs():
         return "not in vLLM"
-    spec = RolloutSpec(
-        model=source,
-        dtype=dtype,
-        max_model_len=128,
-        max_num_seqs=8,
-        transport="shm",
-        kv_cache_gib=0.05,
-    )
-    engine = build_engine(spec)
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -116,15 +100,47 @@ def _measure(model_type: str, folder: Path, dtype: Dtype) -> str:
     try:
         model.to(getattr(torch, dtype))
         manifest = sender.publish(published(model), 1)
-        model.float()
         assert manifest is not None
-        load_weights(engine, manifest, keep_cache=False)
-        worst = 0.0
-        for prompt, tokens, logprobs in sampled(engine):
-            worst = max(worst, float((own_logprobs(model, [*prompt, *tokens])[-len(tokens) :] - logprobs).abs().max()))
+        rows = _in_a_fork(source, dtype, manifest)
     finally:
         sender.close()
+    if isinstance(rows, str):
+        return rows
+    model.float()
+    worst = 0.0
+    for prompt, tokens, logprobs in rows:
+        ours = own_logprobs(model, [*prompt, *tokens])[-len(tokens) :]
+        worst = max(worst, float((ours - torch.tensor(logprobs)).abs().max()))
     return f"{worst:.0e}"
+
+
+def _in_a_fork(source: str, dtype: Dtype, manifest: WeightManifest) -> str | list[Row]:
+    """What an engine with the published weights has sampled, or why there is nothing."""
+    context = get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(source, dtype, manifest, theirs))
+    process.start()
+    theirs.close()
+    try:
+        answer: str | list[Row] = ours.recv() if ours.poll(TIMEOUT_S) else f"no answer within {TIMEOUT_S:.0f} s"
+    except EOFError:
+        answer = "the process died"
+    process.kill()
+    process.join()
+    return answer
+
+
+def _answer(source: str, dtype: Dtype, manifest: WeightManifest, connection: Connection) -> None:
+    try:
+        spec = RolloutSpec(
+            model=source, dtype=dtype, max_model_len=128, max_num_seqs=8, transport="shm", kv_cache_gib=0.05
+        )
+        engine = build_engine(spec)
+        load_weights(engine, manifest, keep_cache=False)
+        connection.send(sampled(engine))
+    except REASONS as error:
+        traceback.print_exc()
+        connection.send(told(error))
 
 
 def own_logprobs(model: Any, ids: list[int]) -> Tensor:
@@ -134,7 +150,7 @@ def own_logprobs(model: Any, ids: list[int]) -> Tensor:
     return logprobs.gather(1, row[1:, None])[:, 0]
 
 
-def sampled(engine: Any) -> list[tuple[list[int], list[int], Tensor]]:
+def sampled(engine: Any) -> list[Row]:
     """Prompts, and the engine's tokens and log-probabilities after each."""
     sampling = Sampling(max_new_tokens=12)
     for index, prompt in enumerate(PROMPTS):
@@ -147,8 +163,10 @@ def sampled(engine: Any) -> list[tuple[list[int], list[int], Tensor]]:
             if output.finished:
                 one = output.outputs[0]
                 found[int(output.request_id)] = (list(one.token_ids), list(one.logprobs.logprobs))
-    return [(list(PROMPTS[i]), tokens, torch.tensor(values)) for i, (tokens, values) in sorted(found.items())]
+    return [(list(PROMPTS[i]), *found[i]) for i in sorted(found)]
 
 
 os.environ.update(engine_environment(RolloutSpec(model="", dtype="float32", max_model_len=128, transport="shm")))
 import vllm  # noqa: E402  # after its environment is set, and before the forks
+
+torch.set_num_threads(1)  # a fork must find no other threads

@@ -96,8 +96,7 @@ def build_engine(spec: RolloutSpec) -> Any:
     from vllm.config import WeightTransferConfig
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    from rlhf.models.hub_names import missing_settings  # with transformers: the driver need not wait for it
-    from rlhf.models.loading import load_model_config, split_revision
+    from rlhf.models.loading import load_model_config, split_revision  # transformers: the driver need not wait for it
     from rlhf.models.row_layout import keeps_states
 
     gc.freeze()  # vLLM collects garbage five times. Visiting the objects of all modules takes half of the build.
@@ -132,9 +131,9 @@ def build_engine(spec: RolloutSpec) -> Any:
         max_lora_rank=next(rank for rank in LORA_RANKS if rank >= (spec.lora_rank or 1)),
         max_loras=1,
         trust_remote_code=spec.trust_remote_code,
-        hf_overrides=missing_settings(config),
-        # vLLM's operation turns the queries of DeepSeek's attention once for each head on a CPU.
-        compilation_config={"custom_ops": ["-rotary_embedding"]} if cpu and hasattr(config, "kv_lora_rank") else {},
+        hf_overrides=_model_settings(config),
+        # vLLM's operation for CPUs turns a query wrongly whose heads stand apart.
+        compilation_config={"custom_ops": ["-rotary_embedding"]} if cpu and _heads_stand_apart(config) else {},
         enable_return_routed_experts=spec.records_experts and not cpu,
         worker_extension_cls="actors.weights.vllm_extension.WorkerExtension",
         weight_transfer_config=None if spec.is_frozen else WeightTransferConfig(backend=f"rlhf_{spec.transport}"),
@@ -149,6 +148,24 @@ def build_engine(spec: RolloutSpec) -> Any:
     if spec.records_experts and cpu:
         engine.collective_rpc("record_experts")
     return engine
+
+
+def _model_settings(config: Any) -> dict[str, Any]:
+    """Return the changes of a model's config with which vLLM computes what transformers computes."""
+    from rlhf.models.hub_names import missing_settings
+
+    settings = missing_settings(config)
+    if config.model_type in ("cohere2", "cohere2_moe"):  # vLLM's windows are a token wider than transformers'
+        settings["sliding_window"] = config.sliding_window - 1
+    return settings
+
+
+def _heads_stand_apart(config: Any) -> bool:
+    """Return whether vLLM's model hands its queries to the rotary embedding head by head, in a dimension of their own.
+
+    Those are DeepSeek's attention, wherever it is used, and that of LFM2.
+    """
+    return hasattr(config, "kv_lora_rank") or config.model_type in ("lfm2", "lfm2_moe")
 
 
 def lacks_cache(error: BaseException) -> bool:

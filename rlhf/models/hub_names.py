@@ -19,16 +19,18 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-# By model type: settings in the config.json of models on the hub that transformers neither reads nor writes.
-_HUB_SETTINGS: Mapping[str, Mapping[str, Any]] = {
-    # Without them vLLM gives the routers no bias of choice, and scores by a softmax.
-    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
-}
-
 
 def missing_settings(config: Any) -> dict[str, Any]:
-    """Return the settings that other programs need in the model's config.json, and that this config lacks."""
-    return {key: value for key, value in _HUB_SETTINGS.get(config.model_type, {}).items() if not hasattr(config, key)}
+    """Return the settings that other programs need in the model's config.json, and that this config lacks.
+
+    Models on the hub have them. transformers neither reads nor writes them.
+    """
+    settings: Mapping[str, Any] = {}
+    if config.model_type == "deepseek_v3":  # else vLLM gives the routers no bias of choice, and scores by a softmax
+        settings = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+    elif config.model_type in ("lfm2", "lfm2_moe"):
+        settings = {"block_dim": config.hidden_size, "conv_dim": config.hidden_size}
+    return {key: value for key, value in settings.items() if not hasattr(config, key)}
 
 
 class HubNames:

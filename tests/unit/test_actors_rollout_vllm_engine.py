@@ -1,0 +1,30 @@
+"""What an engine changes of a model's config, so that vLLM computes what the trainer computes."""
+
+from __future__ import annotations
+
+import pytest
+
+from actors.rollout.vllm_engine import _heads_stand_apart, _model_settings
+from tests.tiny_architectures import tiny_model
+
+
+def test_windows_of_cohere_are_those_of_the_trainer() -> None:
+    """vLLM sees one token more than transformers, which sees the token itself and the `sliding_window - 1` before."""
+    assert tiny_model("cohere2").config.sliding_window == 3
+    assert _model_settings(tiny_model("cohere2").config) == {"sliding_window": 2}
+    assert _model_settings(tiny_model("cohere2_moe").config) == {"sliding_window": 2}
+    assert _model_settings(tiny_model("mistral").config) == {}
+
+
+def test_settings_of_models_on_the_hub_are_added_where_a_config_lacks_them() -> None:
+    config = tiny_model("lfm2").config
+    assert _model_settings(config) == {"block_dim": 32, "conv_dim": 32}
+    config.conv_dim = 64
+    assert _model_settings(config) == {"block_dim": 32}
+
+
+@pytest.mark.parametrize(
+    ("kind", "apart"), [("lfm2", True), ("lfm2_moe", True), ("deepseek_v3", True), ("minicpm3", True), ("llama", False)]
+)
+def test_models_whose_heads_stand_apart_turn_them_by_torch(kind: str, apart: bool) -> None:
+    assert _heads_stand_apart(tiny_model(kind).config) is apart
