@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import subprocess
 import sys
 import time
@@ -287,6 +288,19 @@ def test_a_server_that_fails_is_that_conversations_error(call: str, kind: str, m
     assert played.error is not None
     assert played.error.kind == kind
     assert message in played.error.message
+
+
+def test_a_killed_conversation_leaves_no_server() -> None:
+    """The process that hangs is killed, and cannot end its server itself."""
+    script = Script('!echo {"text": "a"}', "x")
+    used = spec(source=moody(), step_timeout_s=2.0, servers=(quick_server("--loud"),), max_turns=8, max_tokens=600)
+    asked = request(text="{observation}", mood="hang")
+    (played,) = play(asked, script, used, parser=Calls(), sampling=replace(SAMPLING, max_new_tokens=60))
+    assert played.error is not None
+    assert played.error.kind == "timeout"
+    pids = re.findall(r"(\d+) a", byte_tokenizer().decode(script.asked[-1][0]))
+    assert pids
+    assert not any(psutil.pid_exists(int(pid)) for pid in pids)
 
 
 def test_the_limit_of_a_call_is_the_servers() -> None:
