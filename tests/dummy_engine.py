@@ -114,16 +114,17 @@ def _logprobs(ids: Sequence[int], begin: int, params: Any) -> Any:
     return flat if params.flat_logprobs else [flat[place] for place in range(len(flat))]
 
 
-def dummy_parts(model: Path) -> EngineParts:
+def dummy_parts(model: Path, max_model_len: int = 1024) -> EngineParts:
     """Return the parts of an engine for a model folder, whose weights are not loaded."""
     import os
 
-    os.environ |= engine_environment(RolloutSpec(model=str(model), dtype="float32", max_model_len=1024, transport=None))
+    lengths: dict[str, Any] = {"dtype": "float32", "max_model_len": max_model_len}
+    os.environ |= engine_environment(RolloutSpec(model=str(model), transport=None, **lengths))
     from vllm import EngineArgs
     from vllm.renderers import renderer_from_config
     from vllm.v1.engine.input_processor import InputProcessor
 
-    arguments = EngineArgs(model=str(model), dtype="float32", max_model_len=1024, enforce_eager=True)
+    arguments = EngineArgs(model=str(model), enforce_eager=True, **lengths)
     config = arguments.create_engine_config()
     renderer = renderer_from_config(config)
     return EngineParts(
