@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from rlhf.cli import main
@@ -17,6 +20,7 @@ from tests.integration.recipes import ONLINE, merge, one_thread, rows, start, tr
 from tests.integration.test_failures import actor_processes, once, steps_done
 
 MOODY = Path(__file__).parents[1] / "fixtures" / "environments" / "moody.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "tools" / "stock.yaml"
 GAME: dict[str, Any] = {
     "data": {
         "train": {"task": "guessing_game", "split": "train", "size": 64},
@@ -157,3 +161,23 @@ def test_a_failing_environment_stops_the_run_by_name(tmp_path: Path) -> None:
     assert process.wait(timeout=280) == 1
     said = written.with_suffix(".log").read_text(encoding="utf-8")
     assert "reward `environment` raised an exception on response 0 to prompt 1: step: ValueError: out of order" in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_policy_calls_the_tool_of_a_server(tmp_path: Path) -> None:
+    """The example with SmolLM2, which writes the call that its prompt shows."""
+    if not (EXAMPLE.parents[2] / "models" / "SmolLM2-135M-Instruct").exists():
+        pytest.skip("needs the model of `make smollm2`")
+    server = {"command": [sys.executable, str(EXAMPLE.with_name("stock_server.py"))]}
+    changes: dict[str, Any] = {
+        "run": {"name": "stock", "dir": str(tmp_path), "seed": 3},
+        "rollouts": {"prompts_per_step": 2, "samples_per_prompt": 4, "environment": {"tools": {"mcp": [server]}}},
+        "train": {"steps": 1, "sequences_per_update": 8},
+        "cluster": ONLINE["cluster"],
+    }
+    train(write_config(tmp_path / "stock.yaml", changes, base=yaml.safe_load(EXAMPLE.read_text(encoding="utf-8"))))
+    (row,) = [row for row in rows(tmp_path / "stock") if row["step"] == 1]
+    assert row["rollouts/environment_errors/total"] == 0.0
+    read = [turn["text"] for one in samples(tmp_path / "stock", 1) for turn in one["turns"] if not turn["sampled"]]
+    assert re.search(r"tool\n(1250|97|36|2040|58|15)<\|im_end\|>", "".join(read)), read
