@@ -107,10 +107,11 @@ def measure(model_type: str, folder: Path, dtype: Dtype) -> str:
     if isinstance(rows, str):
         return rows
     model.float()
-    worst = 0.0
-    for prompt, tokens, logprobs in rows:
-        ours = own_logprobs(model, [*prompt, *tokens])[-len(tokens) :]
-        worst = max(worst, float((ours - torch.tensor(logprobs)).abs().max()))
+    differences = [
+        own_logprobs(model, [*prompt, *tokens])[-len(tokens) :] - torch.tensor(logprobs)
+        for prompt, tokens, logprobs in rows
+    ]
+    worst = float(torch.cat(differences).abs().max())  # NaN if there is one
     return f"{worst:.0e}"
 
 
