@@ -166,12 +166,22 @@ class TimelineTail:
         spans, found = self.read()[-NEWEST:], []
         for place, before in enumerate(spans):
             if before.name == MOMENTS[when].after:
-                later = (span for span in spans[place + 1 :] if span.name in {when, *ONE_BY_ONE})
+                ends = {"step"} if when == "rollouts" else ONE_BY_ONE  # rollouts may overlap all stages of a step
+                later = (span for span in spans[place + 1 :] if span.name in {when, *ends})
                 own = next(later, None)
                 if own is not None and own.name == when and own.end_s > before.end_s:
                     begins_s = max(own.start_s, before.end_s)
                     found.append(begins_s - before.end_s + DEPTH * (own.end_s - begins_s))
         return statistics.median_low(found[-EARLIER:]) if found else 0.0
+
+    def is_kept(self) -> bool:
+        """Return whether an evaluation and a checkpoint follow the last step. A checkpoint begins the count again."""
+        count = 0
+        for span in reversed(self.read()):
+            if span.name == "checkpoint" or (span.name, span.role) == ("recovery", "controller"):
+                break
+            count += span.name == "step"
+        return count % KEEPS_EVERY == 0
 
     def was_in(self, fault: Fault, at: float) -> bool:
         """Return whether the run was in a fault's stage at a time. A dead driver has not written the stage's span."""

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ from tests.chaos.command import FILE
 from tests.chaos.faults import (
     KEEPS_EVERY,
     MOMENTS,
+    POLL_S,
     VICTIMS,
     Fault,
     FeignedMemory,
@@ -46,13 +48,20 @@ LIMIT_S = 400.0  # for a run without a fault, or for a step, on a busy machine
 BACK_WITHIN_S = 200.0  # the driver is given up after a minute in which it is stopped
 GONE_WITHIN_S = 60.0
 LOOK_EVERY_S = 5.0
-TRIES = 4  # for a fault that misses its stage
+SHORT_POLL_S = 0.001  # for an export, which takes a tenth of a second
+TRIES = 6  # for a fault that misses its stage
 FIRST_STEPS = 2  # without a fault
 SHM = Path("/dev/shm")
 NEWEST_BYTES = 1 << 16  # of metrics.jsonl, more than a row has
 KINDS: Mapping[How, str] = {"kill": "died", "stop": "hung", "memory": "out_of_memory"}
 ROLE_OF_SOURCE: Mapping[str, str] = {**{role: role for role in ROLES}, "driver": "controller"}
-REWARD = "def reward(prompt, response):\n    return float(len(response) % 3)\n"
+REWARD = """
+import time
+
+def reward(prompt, response):
+    time.sleep(0.01)  # so that rollouts last some tenths of a second
+    return float(len(response) % 3)
+"""
 THREAD = {"threads": 1}
 
 BASE: Mapping[str, Any] = {
@@ -68,7 +77,7 @@ BASE: Mapping[str, Any] = {
     "rewards": {"mine": {"function": "mine.py:reward"}},
     "train": {
         "steps": 4,
-        "lr": 1e-3,
+        "lr": 1e-5,  # the policy of many steps still answers at length
         "sequences_per_update": 16,
         "max_tokens_per_microbatch": 256,
         "checkpoint_every": KEEPS_EVERY,
@@ -253,8 +262,7 @@ def survive(
     run, outcomes = FaultyRun(folder, faults, steps=steps, changes=changes), list[Outcome]()
     with run.footprint.followed():
         try:
-            for fault in faults:
-                outcome = run.inject(fault)
+            for outcome in run.inject_all(faults):
                 outcomes.append(outcome)
                 told(outcome)
                 if outcome.contradictions:
@@ -291,6 +299,28 @@ class FaultyRun:
     def is_over(self) -> bool:
         """Return whether the run has ended."""
         return self.process.poll() is not None
+
+    def inject_all(self, faults: Sequence[Fault]) -> Iterator[Outcome]:
+        """Inject faults one after the other, but together those that an export does not notice. Yield the outcomes."""
+        for is_unnoticed, group in groupby(faults, key=lambda fault: fault.when == "export" and fault.recovers is None):
+            some = list(group)
+            yield from self._inject_unnoticed(some) if is_unnoticed else map(self.inject, some)
+
+    def _inject_unnoticed(self, faults: Sequence[Fault]) -> Iterator[Outcome]:
+        """End processes that do nothing in the export. All at once, since the export is short."""
+        known: list[psutil.Process] = []
+
+        def look() -> bool:
+            found = [find_victim(self.folder, VICTIMS[fault.who]) for fault in faults]
+            known[:] = [process for process in found if process is not None]
+            return len(known) == len(faults)
+
+        is_hit = self._wait(look) and self._wait(self._exports, poll_s=SHORT_POLL_S)
+        struck = [strike(process, "kill", None) for process in known] if is_hit else []
+        is_hit = is_hit and None not in struck and self._exports()
+        for place, fault in enumerate(faults):
+            bad = self._still_running(known[place]) if is_hit else ["it was not injected"]
+            yield Outcome(fault=fault, back_s=None, contradictions=bad)
 
     def inject(self, fault: Fault) -> Outcome:
         """Inject a fault, and wait until the run is back at work. Do it again if the fault has missed its stage."""
@@ -332,8 +362,7 @@ class FaultyRun:
             return process is not None
 
         if fault.when == "export":
-            aside = f".own-*/{self.folder.name}-final"
-            is_there = self._wait(look) and self._wait(lambda: any(self.folder.glob(aside)))
+            is_there = self._wait(look) and self._wait(self._exports, poll_s=SHORT_POLL_S)
         else:
             is_there = self._wait(lambda: steps_done(self.folder) > self._struck_at_step)
             is_there = is_there and self._wait_for_stage(fault, look)
@@ -346,7 +375,7 @@ class FaultyRun:
             look()
             if not self._wait(lambda seen=seen: self.tail.count(moment.after) > seen):
                 return False
-            if moment.keeps in (None, (steps_done(self.folder) + 1) % KEEPS_EVERY == 0):
+            if moment.keeps in (None, self.tail.is_kept()):
                 time.sleep(delay_s)
                 return True
 
@@ -354,17 +383,26 @@ class FaultyRun:
         """Wait for the recovery from a fault. Return the seconds that it took, and what contradicts it."""
         role, bad = fault.recovers, list[str]()
         if role is not None:
-            self.losses[role, KINDS[fault.how]] += 1
-            if not self._wait(lambda: self.tail.seconds_back(at, role) is not None, limit_s=BACK_WITHIN_S):
-                bad.append(f"no recovery of {role} within {BACK_WITHIN_S:g} s")
-        if not self._wait(lambda: not is_running(process), limit_s=GONE_WITHIN_S):
-            bad.append(f"process {process.pid} still runs")
-        if role is None and fault.when != "export":
+            is_back = self._wait(lambda: self.tail.seconds_back(at, role) is not None, limit_s=BACK_WITHIN_S)
+            if is_back or fault.when != "export" or not self.is_over():  # else its part of the export was done
+                self.losses[role, KINDS[fault.how]] += 1
+                bad += [] if is_back else [f"no recovery of {role} within {BACK_WITHIN_S:g} s"]
+        bad += self._still_running(process)
+        if role is None:
             victim = VICTIMS[fault.who]
             if not self._wait(lambda: find_victim(self.folder, victim) not in (None, process), limit_s=BACK_WITHIN_S):
                 bad.append(f"no {fault.who} has taken the place of process {process.pid}")
         back_s = None if role is None else self.tail.seconds_back(at, role)
         return back_s, bad
+
+    def _still_running(self, process: psutil.Process) -> list[str]:
+        """Wait for the end of a process that a fault has ended. Return that it still runs, if it does."""
+        is_gone = self._wait(lambda: not is_running(process), limit_s=GONE_WITHIN_S)
+        return [] if is_gone else [f"process {process.pid} still runs"]
+
+    def _exports(self) -> bool:
+        """Return whether the run has begun to write its final model."""
+        return any(self.folder.glob(f".own-*/{self.folder.name}-final"))
 
     def _has_hit(self, fault: Fault, at: float) -> bool:
         """Return whether the signal came in the stage of its fault."""
@@ -379,8 +417,8 @@ class FaultyRun:
         self._wait(is_known)
         return self.tail.was_in(fault, at)
 
-    def _wait(self, condition: Callable[[], bool], *, limit_s: float = LIMIT_S) -> bool:
-        return wait_until(condition, self.is_over, limit_s=limit_s)
+    def _wait(self, condition: Callable[[], bool], *, limit_s: float = LIMIT_S, poll_s: float = POLL_S) -> bool:
+        return wait_until(condition, self.is_over, limit_s=limit_s, poll_s=poll_s)
 
 
 def groups_left(config: Path) -> list[str]:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from rlhf.tracking.run_folder.timeline import Timeline
-from tests.chaos.faults import STAGES, VICTIMS, Fault, How, TimelineTail, can_feign_memory
+from tests.chaos.faults import MOMENTS, STAGES, VICTIMS, Fault, How, TimelineTail, can_feign_memory
 from tests.chaos.survival import MODES, Outcome, survive, train_unbroken
 
-STEPS = 24
+SHORT, STEPS, LONG = 16, 60, 150  # of runs with two faults, with up to 10, and with more
+UNNOTICED = 60  # steps that a run goes on without its object store
 OF_CONVERSATIONS = ("conversation", "environment")  # only some runs have such processes
 KILLED = [who for who in VICTIMS if who not in OF_CONVERSATIONS]
 WORKS_IN = {  # the stages in which a stopped process is awaited
@@ -52,30 +54,31 @@ def cells(mode: str, name: str, how: How, places: Sequence[tuple[str, str]], *, 
 
 def short_runs() -> Iterator[Cells]:
     """Yield the runs of `make test-all`."""
-    in_turns = cells("in turns", "short", "kill", [("engine", "rollouts")], steps=8)
+    in_turns = cells("in turns", "short", "kill", [("engine", "rollouts")], steps=SHORT)
     stopped = Fault(mode="in turns", who="reward worker", when="rollouts", how="stop")
     yield replace(in_turns, faults=[*in_turns.faults, stopped])
-    yield cells("in flight", "short", "kill", [("policy rank 0", "weight_sync"), ("driver", "update")], steps=8)
+    yield cells("in flight", "short", "kill", [("policy rank 0", "weight_sync"), ("driver", "update")], steps=SHORT)
 
 
 def all_runs() -> Iterator[Cells]:
-    """Yield the runs of `make chaos`. A start of the driver takes most of a minute, so its cells share no other run."""
+    """Yield the runs of `make chaos`. Most of their time is the start of processes, so each has many cells."""
+    ranks = ("engine", "policy rank 0", "policy rank 1")
+    others = ("critic", "reference", "reward worker", "reward process")
     for mode in ("in turns", "in flight"):
-        for who in KILLED:
-            places = [(who, when) for when in STAGES]
-            if VICTIMS[who].ends_driver:
-                yield cells(mode, f"kill {who} until the sync", "kill", places[:4])
-                yield cells(mode, f"kill {who} after the sync", "kill", places[4:])
-            else:
-                yield cells(mode, f"kill {who}", "kill", places)
+        lasting = [(who, "export") for who in ("policy rank 0", "policy rank 1")]
+        yield cells(mode, "kill engine and policy", "kill", [*product(ranks, MOMENTS), *lasting], steps=LONG)
+        idle = [(who, "export") for who in ("engine", "critic", "reference", "reward process", "reward worker")]
+        yield cells(mode, "kill other workers", "kill", [*product(others, MOMENTS), *idle], steps=LONG)
         awaited = [(who, when) for who, stages in WORKS_IN.items() for when in stages]
-        yield cells(mode, "stop policy ranks", "stop", [place for place in awaited if "rank" in place[0]])
-        yield cells(mode, "stop other workers", "stop", [place for place in awaited if "rank" not in place[0]])
-        yield cells(mode, "stop driver", "stop", [("driver", "update")])
+        yield cells(mode, "stop workers", "stop", awaited)
         yield cells(mode, "memory", "memory", [(who, WORKS_IN[who][0]) for who in MEMORY])
-    for when in PIPELINED:
-        workers = [who for who in KILLED if not VICTIMS[who].ends_driver]
-        yield cells("pipelined", f"kill in {when}", "kill", [(who, when) for who in workers])
+        driver = cells(mode, "end driver", "kill", [("driver", when) for when in STAGES])
+        stopped = Fault(mode=mode, who="driver", when="update", how="stop")
+        yield replace(driver, faults=[stopped, *driver.faults])
+        steps = UNNOTICED * len(STAGES)
+        yield cells(mode, "kill object store", "kill", [("object store", when) for when in STAGES], steps=steps)
+    workers = [who for who in KILLED if not VICTIMS[who].ends_driver]
+    yield cells("pipelined", "kill workers", "kill", [*product(workers, PIPELINED)], steps=LONG)
     yield cells("pipelined", "kill driver", "kill", [("driver", when) for when in PIPELINED])
     holders = (*OF_CONVERSATIONS, "engine")
     yield cells("conversations", "kill", "kill", [(who, when) for who in holders for when in ("rollouts", "eval")])
@@ -97,7 +100,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Cells], Path
     return of
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize(
     "run",
     [
@@ -136,6 +139,27 @@ def test_a_fault_counts_only_in_its_stage(at: float, is_hit: bool, tmp_path: Pat
     tail = TimelineTail(tmp_path / "timeline.json")
     assert tail.was_in(Fault(mode="in turns", who="critic", when="update", how="kill"), at) == is_hit
     assert tail.delay("update") == pytest.approx(0.1 + 0.25 * 0.5)
+
+
+def test_the_rollouts_of_a_batch_ahead_begin_with_a_step_and_end_in_any_stage(tmp_path: Path) -> None:
+    timeline = Timeline(tmp_path / "timeline.json")
+    ended = (("step", 0.0, 1.0), ("experience", 1.3, 1.5), ("rollouts", 1.2, 2.0), ("update", 1.5, 2.2))
+    for name, start_s, end_s in ended:
+        timeline.record(name, "policy", start_s=start_s, end_s=end_s)
+    assert TimelineTail(tmp_path / "timeline.json").delay("rollouts") == pytest.approx(0.2 + 0.25 * 0.8)
+
+
+def test_every_second_step_is_kept_counted_from_the_checkpoint_of_a_resumed_run(tmp_path: Path) -> None:
+    timeline = Timeline(tmp_path / "timeline.json")
+    tail, found = TimelineTail(tmp_path / "timeline.json"), []
+    names = ("step", "step", "checkpoint", "step", "recovery", "step", "step", "checkpoint", "step")
+    for at, name in enumerate(names):
+        timeline.record(name, "controller", start_s=at, end_s=at + 0.5)
+        found.append(tail.is_kept())
+    assert [kept for kept, name in zip(found, names, strict=True) if name == "step"] == [
+        *(False, True, False),
+        *(False, True, False),
+    ]
 
 
 def test_a_dead_driver_was_in_the_stage_after_its_last_span(tmp_path: Path) -> None:
