@@ -1,4 +1,4 @@
-"""Hostile agents beside honest ones: the real front and the real runners, over an engine without a model."""
+"""Hostile agents beside honest ones: the real front and runners over an engine without a model, and a whole run."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from rlhf.extensions import CodeSource
 from rlhf.models.tiny import byte_tokenizer
 from rlhf.types import Prompt, RolloutInfo, Sampling
 from tests.dummy_engine import DummyLoop, dummy_parts, open_front
+from tests.integration.recipes import rows, train, write_config
 
 pytestmark = pytest.mark.slow
 
@@ -99,3 +100,29 @@ def seconds(infos: list[RolloutInfo]) -> float:
     """Return the median time of a call."""
     results: list[Any] = [json.loads(info.session.result) for info in infos if info.session and info.session.result]
     return statistics.median(took for result in results for took in result["seconds"])
+
+
+@pytest.mark.timeout(400)
+def test_a_run_survives_hostile_agents(tmp_path: Path) -> None:
+    """Every fourth prompt is given to a hostile agent. Other prompts take the place of the failed groups."""
+    attacks = ["calls", "bombs", "large bodies", "processes"]
+    prompts = [{"prompt": f"{n}", "attack": "none" if n % 4 else attacks[n // 4 % 4]} for n in range(64)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts), encoding="utf-8")
+    (tmp_path / "long.py").write_text("def long(prompt, response, result):\n    return float(len(response))\n")
+    limits = {"max_calls": 10, "max_tokens": 128, "timeout_s": 60.0, "max_threads": 100, "disk_gib": 0.1}
+    changes = {
+        "run": {"name": "run", "dir": str(tmp_path)},
+        "algorithm": {"name": "grpo"},
+        "data": {"train": str(tmp_path / "rows.jsonl"), "eval": None, "apply_chat_template": None},
+        "rollouts": {"agent": {"function": f"{HOSTILE}:solve", "columns": ["attack"], **limits}},
+        "rewards": {"long": {"function": f"{tmp_path}/long.py:long"}},
+        "reward_policy": {"on_error": "drop", "max_dropped_fraction": 0.9},
+        "train": {"steps": 2},
+        "eval": None,
+    }
+    train(write_config(tmp_path / "run.yaml", changes))
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]
+    errors = [json.loads(line) for line in (tmp_path / "run" / "errors.jsonl").read_text().splitlines()]
+    assert errors
+    assert {error["source"] for error in errors} == {"agent"}
+    assert all(prompts[error["prompt_id"] % 64]["attack"] != "none" for error in errors)
