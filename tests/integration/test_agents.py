@@ -78,6 +78,43 @@ def test_branches_of_a_session_are_trained(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_an_update_comes_within_a_session(tmp_path: Path) -> None:
+    """In flight, the weights change while sessions are open. Each token is trained as its version sampled it."""
+    agent = tmp_path / "resting.py"
+    agent.write_text(
+        "import asyncio\n"
+        "async def solve(task, client):\n"
+        "    messages = []\n"
+        "    for word in ('a', 'b', 'c'):\n"
+        "        messages.append({'role': 'user', 'content': word})\n"
+        "        answer = await client.openai.chat.completions.create(model='m', messages=messages)\n"
+        "        messages.append({'role': 'assistant', 'content': answer.choices[0].message.content})\n"
+        "        await asyncio.sleep(1.0)\n"
+        "    return messages[-1]['content']\n"
+    )
+    (tmp_path / "long.py").write_text("def long(prompt, response, result):\n    return float(len(result))\n")
+    written = config(
+        tmp_path,
+        "in_flight",
+        algorithm={"correction": {"preset": "token_tis"}},
+        data={"eval": None},
+        eval=None,
+        rollouts={
+            "agent": {"function": f"{agent}:solve"},
+            "max_staleness": 2,
+            "weight_updates": "in_flight",
+        },
+        rewards={"found": None, "long": {"function": f"{tmp_path}/long.py:long"}},
+        train={"steps": 4},
+    )
+    train(written)
+    found = [sample for step in range(1, 5) for sample in samples(tmp_path / "in_flight", step)]
+    assert any(sample["min_version"] < sample["max_version"] for sample in found)
+    assert all(row["agents/broken_prefixes/fraction"] == 0.0 for row in rows(tmp_path / "in_flight"))
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_killed_run_has_every_session_once(tmp_path: Path) -> None:
     """Sessions of groups that were finished before the kill are read from the store, and not run again."""
