@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -64,15 +65,15 @@ def odd(prompt, response, result):
 def serve(folder: Path, urls: Any) -> None:
     """Run the agent as a service, for all sessions in one process."""
     from aiohttp import web
-
-    from rlhf.agents.hosted import AgentClient
+    from openai import AsyncOpenAI
 
     sys.path.append(str(folder))
     from agent import solve
 
     async def session(request: web.Request) -> web.Response:
         asked = await request.json()
-        client = AgentClient(asked["anthropic_base_url"], asked["api_key"])
+        model = AsyncOpenAI(base_url=asked["openai_base_url"], api_key=asked["api_key"], max_retries=0, timeout=None)
+        client = SimpleNamespace(model="model", api_key=asked["api_key"], openai=model)
         return web.json_response({"said": await solve(asked["task"], client)})
 
     async def run() -> None:
