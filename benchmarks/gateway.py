@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import itertools
 import json
 import multiprocessing
@@ -105,6 +106,8 @@ def serve(urls: Any) -> None:
         sessions = Sessions(lambda prefix: loop.abort([prefix]))
         gateway = await build_front(engine, sessions, FrontSpec(name="dummy", template=None))
         loop.asked = _Forgetful()
+        gc.collect()
+        gc.freeze()  # as in an engine
         front = await Front.serve(Controlled(gateway, sessions, loop), sessions, host="127.0.0.1")  # type: ignore[arg-type]
         urls.put(front.base_url)
         await asyncio.Event().wait()
