@@ -144,9 +144,9 @@ def test_samples_in_flight_go_on_with_the_new_weights(tied: Any, folder: Path, s
     models = {version: model_like(folder, seed=version) for version in (70, 71, 72)}
     sync(tied, sender.publish(models[70].named_parameters(), 70))
     longer = replace(SAMPLING, max_new_tokens=400)
-    running = [tied.answer.remote(request(group, samples=8), longer, 70) for group in (70, 71)]
+    running = [tied.answer.remote(request(group, samples=32), longer, 70) for group in (70, 71)]
     for version in (71, 72):
-        ready, _ = ray.wait(running, timeout=0.2)
+        ready, _ = ray.wait(running, timeout=0.1)
         assert not ready
         sync(tied, sender.publish(models[version].named_parameters(), version))
         assert probe_difference(tied, models[version], version=version) < 1e-4

@@ -166,7 +166,7 @@ ATTACKS = {
     "rubbish": "it wrote invalid data to its connection",
     "forged": "the result is 4, expected text",
     "threads": "the session had more threads than rollouts.agent.max_threads: 15",
-    "memory": "the session's processes took more than rollouts.agent.memory_gib: 0.25",
+    "memory": "the session's processes took more than rollouts.agent.memory_gib: 0.5",
     "files": "the session's files took more than rollouts.agent.disk_gib: 0.0195312",
     "removed file": "the session's files took more than rollouts.agent.disk_gib: 0.0195312",
     "one file": "File too large",
@@ -174,7 +174,7 @@ ATTACKS = {
 
 
 def test_an_attack_fails_its_session_alone() -> None:
-    runner = function(limits=ProcessLimits(memory_gib=0.25, max_threads=15, disk_gib=20 / 1024))
+    runner = function(limits=ProcessLimits(memory_gib=0.5, max_threads=15, disk_gib=20 / 1024))
 
     async def use(runner: HostedRunner) -> dict[str, AgentResult | BaseException]:
         moods = [task(mood="slow", s=2.0), *(task(mood="attack", kind=kind) for kind in ATTACKS)]
