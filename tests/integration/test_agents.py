@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from rlhf.cli import main
 from tests.integration.recipes import ONLINE, merge, rows, start, train, write_config
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "agents"
@@ -158,3 +159,22 @@ def test_a_killed_run_has_every_session_once(tmp_path: Path) -> None:
     sessions = 3 * 8 * 4
     again = len(list(ran.iterdir())) - sessions
     assert again <= sessions // 3 - 4 * len(finished), "sessions of stored groups ran again"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_an_evaluation_runs_the_sessions_of_the_run(
+    tmp_path: Path, ray_local: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The final model of a run has the weights of its last evaluation, so its sessions are the same."""
+    sampling = {"at_start": False, "temperature": 1.0, "samples_per_prompt": 4, "pass_score": 1.0}
+    written = config(tmp_path, "search", train={"steps": 1}, eval=sampling)
+    train(written)
+    out = tmp_path / "out"
+    assert main(["eval", str(written), "--model", str(tmp_path / "search"), "--out", str(out), "--json"]) == 0
+    evaluated = json.loads(capsys.readouterr().out)
+    during = json.loads((tmp_path / "search" / "evals" / "step_000001.json").read_text(encoding="utf-8"))
+    assert evaluated["sets"] == during["sets"]
+    heldout = evaluated["sets"]["heldout"]
+    assert heldout["num_failed"] == 0
+    assert {"rewards/found", "pass@4"} <= set(heldout["metrics"])
