@@ -38,7 +38,8 @@ class Supervisor:
         """
         self.restarts = restarts
         self.record = record
-        self._losses: dict[Role, list[tuple[float, WorkerLost]]] = {role: [] for role in roles}  # in the window
+        self._roles = tuple(roles)
+        self._losses: dict[str, list[tuple[float, WorkerLost]]] = {}  # in the window, by what is counted together
         self._last_work: dict[tuple[Role, int], Hashable] = {}  # at the last loss, if nothing succeeded since
         self._out_of_memory: set[Role] = set()
         self._recovered: Counter[str] = Counter()  # since the last `metrics`
@@ -97,8 +98,8 @@ class Supervisor:
 
     def forgive(self, losses: Collection[WorkerLost]) -> None:
         """Count these losses no longer: their work caused them, and not the worker."""
-        for role, counted in self._losses.items():
-            self._losses[role] = [(at, lost) for at, lost in counted if lost not in losses]
+        for counted, earlier in self._losses.items():
+            self._losses[counted] = [(at, lost) for at, lost in earlier if lost not in losses]
 
     def continue_after(self, deaths: Sequence[DriverDeath]) -> None:
         """Record the deaths of earlier drivers, in the driver that continues the run."""
@@ -118,15 +119,16 @@ class Supervisor:
 
     def _allow(self, role: Role, lost: WorkerLost, work: Hashable) -> int:
         """Return the number of losses in the window, or raise the loss."""
-        now = time.monotonic()
-        losses = [(at, other) for at, other in self._losses[role] if now - at <= self.restarts.window_s]
-        self._losses[role] = losses = [*losses, (now, lost)]
+        now, unit = time.monotonic(), UNITS[ROLES[role].kind]
+        counted = unit if unit == "gang" else role  # all ranks of a gang are started again, whichever role lost one
+        losses = [(at, other) for at, other in self._losses.get(counted, []) if now - at <= self.restarts.window_s]
+        self._losses[counted] = losses = [*losses, (now, lost)]
         key, last_work = (role, lost.rank), self._last_work.get((role, lost.rank))
         self._last_work[key] = work
-        unit = UNITS[ROLES[role].kind]
         reason = None
         if len(losses) > getattr(self.restarts, unit):
-            reason = f"it was lost {len(losses)} times in {self.restarts.window_s:.0f} s (cluster.restarts.{unit})"
+            who = "a trained rank" if unit == "gang" else "it"
+            reason = f"{who} was lost {len(losses)} times in {self.restarts.window_s:.0f} s (cluster.restarts.{unit})"
         elif lost.kind == "out_of_memory" and role in self._out_of_memory:
             reason = "its memory was exhausted twice"
         elif work is not None and work == last_work:
@@ -140,7 +142,7 @@ class Supervisor:
 
     def metrics(self) -> Metrics:
         """Return the recoveries since the last call."""
-        counts = {f"recovery/{role}/total": Sum(total=self._recovered[role]) for role in (*self._losses, "controller")}
+        counts = {f"recovery/{role}/total": Sum(total=self._recovered[role]) for role in (*self._roles, "controller")}
         seconds, self._seconds = self._seconds, 0.0
         self._recovered.clear()
         return {**counts, "time/recovery_s": Sum(total=seconds)}

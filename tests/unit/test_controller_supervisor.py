@@ -138,6 +138,18 @@ def test_roles_of_one_kind_are_counted_apart(record: Any) -> None:
     asyncio.run(losses())
 
 
+def test_losses_of_the_policy_and_the_critic_are_counted_together(record: Any) -> None:
+    supervisor, rebuild = Supervisor(Restarts(gang=1), record, ("policy", "critic")), Rebuild()
+
+    async def losses() -> None:
+        await supervisor.recover(lost(role="policy"), rebuild)
+        with pytest.raises(WorkerLost):
+            await supervisor.recover(lost(role="critic"), rebuild)
+
+    asyncio.run(losses())
+    assert rebuild.count == 1
+
+
 def test_the_same_work_ends_the_run_at_the_second_loss_in_a_row(record: Any) -> None:
     supervisor, rebuild = Supervisor(Restarts(), record, ("rollout",)), Rebuild()
 
