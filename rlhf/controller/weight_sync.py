@@ -53,9 +53,8 @@ async def sync_weights(
     synced = time.perf_counter()
     logprobs = tuple(await policy.probe(probe_ids))  # sequential: both may share their cores
     await hand_over()
-    worst = await rollout.prove(
-        PolicyProbe(version=version, token_ids=tuple(probe_ids), logprobs=logprobs, dtype=dtype)
-    )
+    probe = PolicyProbe(version=version, token_ids=tuple(probe_ids), logprobs=logprobs, dtype=dtype)
+    worst = await _prove(policy, rollout, probe)
     checksum: str = manifest.checksum
     metrics: dict[str, Reduction] = {
         "weight_sync/version": Last(value=version),
@@ -80,6 +79,21 @@ async def _both(sending: Coroutine[Any, Any, None], receiving: Coroutine[Any, An
     finally:
         for end in ends:
             end.cancel()
+
+
+async def _prove(policy: PolicyRole, rollout: RolloutRole, probe: PolicyProbe) -> float | None:
+    """Return the largest difference. Raise the loss of a policy's rank that a successor of an engine waits for."""
+    proving = asyncio.ensure_future(rollout.prove(probe))
+    missing = asyncio.ensure_future(rollout.weights_are_missing())
+    try:
+        await asyncio.wait({proving, missing}, return_when=asyncio.FIRST_COMPLETED)
+        if not proving.done():
+            await policy.memory()
+        return await proving
+    finally:
+        for wait in (proving, missing):
+            wait.cancel()
+        await asyncio.gather(proving, missing, return_exceptions=True)
 
 
 async def _show_loss(policy: PolicyRole, error: RunError) -> None:

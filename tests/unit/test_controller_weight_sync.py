@@ -72,6 +72,9 @@ class Engines:
         theirs = [self.worst] * (len(probe.token_ids) - 1)
         return check_probe(probe.logprobs, theirs, engine=1, version=probe.version, dtype=probe.dtype)
 
+    async def weights_are_missing(self) -> None:
+        await asyncio.Event().wait()
+
 
 def sync(engines: Any) -> float | None:
     policy: Any = Policy(engines.calls)
@@ -135,3 +138,23 @@ def test_engines_that_find_no_weights_show_the_loss_of_the_rank_that_had_sent_th
     with pytest.raises(RunError) as error:
         asyncio.run(sync_weights(policy, engines, version=4, probe_ids=[1], dtype="float32", hand_over=hand_over))
     assert error.value is (lost if is_lost else missing)
+
+
+def test_a_proof_that_waits_for_the_weights_of_a_lost_rank_shows_its_loss() -> None:
+    lost = WorkerLost("lost", role="policy", rank=0, stage="memory", kind="died")
+
+    async def prove(probe: PolicyProbe) -> float:
+        await asyncio.Event().wait()  # for a successor of an engine, which finds no weights
+        return 0.0
+
+    async def weights_are_missing() -> None: ...
+
+    async def memory() -> None:
+        raise lost
+
+    engines: Any = Engines(-1.0)
+    engines.prove, engines.weights_are_missing = prove, weights_are_missing
+    policy: Any = Policy(engines.calls)
+    policy.memory = memory
+    with pytest.raises(WorkerLost):
+        asyncio.run(sync_weights(policy, engines, version=4, probe_ids=[1], dtype="float32", hand_over=policy.settle))
