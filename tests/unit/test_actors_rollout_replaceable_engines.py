@@ -535,8 +535,8 @@ class Policy:
         self.meetings.append(int(meeting.split()[-1]))
 
 
-async def broadcasting(policy: Policy, *engines: Engine, successors: tuple[Engine, ...] = ()) -> Engines:
-    made = Engines(*engines, successors=successors)
+async def broadcasting(policy: Policy, *engines: Engine, successors: tuple[Engine, ...] = (), **kw: float) -> Engines:
+    made = Engines(*engines, successors=successors, **kw)
     made.sync = WeightSync(method="gloo", why="")
     await made.connect(cast(Any, policy), adapter=None)
     return await synced(made)
@@ -566,6 +566,17 @@ async def test_a_successor_joins_the_next_broadcast_and_others_answer_its_share_
     successor.finish(3)
     other.finish(4)
     assert len(await again) == 2
+
+
+async def test_a_successor_waits_for_the_next_broadcast_longer_than_for_a_call() -> None:
+    first, other, successor = Engine("first"), Engine("other"), Engine("successor")
+    engines = await broadcasting(Policy(), first, other, successors=(successor,), deadline_s=0.01)
+    first.is_dead = True
+    await engines.cancel([])  # a call that finds it dead
+    await until(lambda: engines._unsynced)
+    await asyncio.sleep(0.05)  # a step is longer than the limit of a call
+    await synced(engines, 2)
+    await engines.working(0)
 
 
 async def test_a_broadcast_goes_to_the_engines_that_work() -> None:
