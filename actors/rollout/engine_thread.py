@@ -188,9 +188,10 @@ class EngineLoop:
 
     def _step(self) -> None:
         try:
-            outputs = [output for output in self._engine.step() if output.finished]
+            outputs = self._engine.step()
+            finished = [output for output in outputs if output.finished]
             if self._complete is not None:
-                for output in outputs:
+                for output in finished:
                     self._complete(self._engine, output)
         except BaseException as error:
             self._failure = RunError(
@@ -206,7 +207,7 @@ class EngineLoop:
         self.last_step = time.monotonic()
         if self.on_step is not None:
             self.on_step(outputs)
-        for output in outputs:
+        for output in finished:
             _give(self._waiting.pop(output.request_id), output)
 
 

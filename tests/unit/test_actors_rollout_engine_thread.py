@@ -1,12 +1,13 @@
-"""Why an engine did not start: the user's arguments, or something else."""
+"""Why an engine did not start: the user's arguments, or something else. Which outputs of a step go where."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from actors.rollout.engine_thread import EngineLoop
+from actors.rollout.engine_thread import EngineLoop, Submission
 from rlhf.errors import RunError, UserError
 
 
@@ -21,3 +22,36 @@ def test_only_arguments_that_vllm_refuses_are_the_users_mistake(error: Exception
     with pytest.raises(RunError, match="rollout engine 0 did not start"):
         loop.call(lambda engine: engine).result(timeout=10.0)
     assert loop.stop(timeout_s=10.0)
+
+
+class StreamingEngine:
+    """An engine whose only request has three outputs, one in each step."""
+
+    def __init__(self) -> None:
+        self.left: list[Any] = []
+        self.engine_core = SimpleNamespace(shutdown=lambda: None)
+
+    def get_weight_version(self) -> str:
+        return "1"
+
+    def add_request(self, request_id: str, *_: Any, **__: Any) -> None:
+        self.left = [SimpleNamespace(request_id=request_id, finished=number == 2) for number in range(3)]
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.left)
+
+    def step(self) -> list[Any]:
+        return [self.left.pop(0)]
+
+
+def test_the_outputs_of_every_step_are_passed_on_and_a_future_gets_the_last() -> None:
+    completed: list[Any] = []
+    loop = EngineLoop(StreamingEngine, name="rollout engine 0", complete=lambda _, output: completed.append(output))
+    passed_on: list[Any] = []
+    loop.on_step = passed_on.extend
+    loop.start().result(timeout=10.0)
+    (future,) = loop.submit([Submission(request_id="a", prompt_token_ids=(1,), params=None, lora=None)])
+    last = future.result(timeout=10.0)
+    assert loop.stop(timeout_s=10.0)
+    assert [output.finished for output in passed_on] == [False, False, True]
+    assert completed == passed_on[2:] == [last]
