@@ -47,6 +47,7 @@ class RunContext:
     placement: Placement
     supervisor: Supervisor | None = None  # None: a lost worker ends the work
     rewards: tuple[RewardSpec, ...] = ()
+    tokenizer_class: type[Any] | None = None  # of the policy. None: it comes with the model's own code
     folders: MemoryFolders | None = None  # in which trained ranks keep their state; None: they keep none
 
     def spawn(self, role: Role, worker: type, *args: Any, **options: Any) -> tuple[list[ActorHandle[Any]], SpawnOne]:
@@ -105,6 +106,7 @@ def _reward(run: RunContext) -> RewardWorkers:
         specs=run.rewards,
         tokenizer=config.policy.tokenizer_source,
         trust_remote_code=config.policy.trust_remote_code,
+        tokenizer_class=run.tokenizer_class,
         template=chat_template(config),
         model=config.reward if uses_reward_model(config) else None,
         timeout_s=policy.timeout_s,

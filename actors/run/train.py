@@ -232,7 +232,13 @@ async def _online(
     groups: list[Stoppable] = [nodes]
     async with ending(groups, lease, heartbeat_timeout_s=config.cluster.heartbeat_timeout_s):
         supervisor = Supervisor(config.cluster.restarts, record, plan_placement(config).slots)
-        context = RunContext(config=config, placement=lease.placement, supervisor=supervisor, rewards=inputs.rewards)
+        context = RunContext(
+            config=config,
+            placement=lease.placement,
+            supervisor=supervisor,
+            rewards=inputs.rewards,
+            tokenizer_class=None if config.policy.trust_remote_code else type(stage.tokenizer),
+        )
         roles = build_roles(context, groups)
         lease.engines.supervisor, lease.engines.placement = supervisor, lease.placement
         groups.append(lease)

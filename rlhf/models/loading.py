@@ -18,13 +18,11 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 
 from rlhf.data.templates import ChatTemplate
 from rlhf.errors import UserError
 from rlhf.models.folder_check import refuse_strange_folder
 from rlhf.models.linear import widen_linear_layers
-from rlhf.models.packed_row import checkpoint_contexts
 from rlhf.models.quantized import Quantize, is_quantized, keep_storage, quantization_options
 
 T = TypeVar("T")
@@ -49,12 +47,18 @@ _NOT_ARCHITECTURE = frozenset(
 )
 
 
-def load_tokenizer(path: str, *, trust_remote_code: bool = False, template: ChatTemplate | None = None) -> Any:
+def load_tokenizer(
+    path: str, *, trust_remote_code: bool = False, template: ChatTemplate | None = None, kind: type[Any] | None = None
+) -> Any:
     """Return the tokenizer of a hub name or folder, with the changes to its chat template.
 
     The end of sequence becomes the padding token if the tokenizer has none.
+
+    Args:
+        kind: the tokenizer's class. None: AutoTokenizer finds it, whose import takes more than a second.
     """
-    tokenizer = _load(path, transformers.AutoTokenizer.from_pretrained, trust_remote_code=trust_remote_code)
+    load = (transformers.AutoTokenizer if kind is None else kind).from_pretrained
+    tokenizer = _load(path, load, trust_remote_code=trust_remote_code)
     if template is not None:
         template.apply(tokenizer)
     if tokenizer.pad_token is None:
@@ -256,6 +260,8 @@ def _is_causal_lm(config: Any) -> bool:
 
     Its class decides, from transformers or from the model's code. Without a class the model type decides.
     """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS  # takes a second
+
     if not config.architectures:
         return config.model_type in CAUSAL_LMS
     brought = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM", "").rpartition(".")[2]
@@ -296,6 +302,8 @@ def enable_checkpointing(model: Any) -> None:
     """Recompute layers in the backward pass. transformers does it only for layers in training mode."""
     if not model.supports_gradient_checkpointing:
         raise UserError(f"gradient_checkpointing: {type(model).__name__} does not support it. Set it to false.")
+    from rlhf.models.packed_row import checkpoint_contexts  # with PyTorch's compiler, which takes half a second
+
     options = {"use_reentrant": False, "context_fn": checkpoint_contexts}
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     for module in model.modules():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from rlhf.controller.learning import Signals
 from rlhf.controller.rollout_report import environment_failures, group_samples, rollout_metrics
 from rlhf.controller.rollout_scorer import request_for
 from rlhf.engine.distributed import RankContext
+from rlhf.models.loading import load_tokenizer
 from rlhf.models.tiny import build_tiny_llama
 from rlhf.rewards.loading import load_reward
 from rlhf.rewards.scoring import RewardSpec
@@ -182,3 +185,35 @@ def test_turns_are_credited_with_what_they_earned_and_samples_show_where(worker:
     assert first["steps"] == {"won": [{"end": 0, "value": 0.25}, {"end": 12, "value": 0.75}]}
     assert [first["tokens"]["texts"][step["end"]] for step in first["steps"]["won"]] == ["3", "7"]
     assert second["steps"] == {"won": [{"end": 5, "value": 0.25}]}
+
+
+LIGHT = """
+import sys
+import rlhf.workers.frozen.reward
+from rlhf.models.loading import load_tokenizer
+from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+load_tokenizer(sys.argv[1], kind=TokenizersBackend)
+heavy = ("transformers.models.auto.auto_factory", "transformers.modeling_utils", "torch._dynamo")
+print("imported", *[name for name in heavy if name in sys.modules])
+"""
+
+
+def test_a_worker_that_knows_the_tokenizers_class_imports_no_code_of_models(tmp_path: Path) -> None:
+    """Else its successor would be at work a second and a half later."""
+    folder = build_tiny_llama(tmp_path / "tiny", seed=0)
+    found = subprocess.run(
+        [sys.executable, "-c", LIGHT, folder], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert found.stdout.split() == ["imported"]
+
+
+@pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "GPT2Tokenizer", "LlamaTokenizer", "Qwen2Tokenizer"])
+def test_a_tokenizer_of_a_known_class_is_the_one_that_is_found(name: str, tmp_path: Path) -> None:
+    folder = build_tiny_llama(tmp_path / "tiny", seed=0)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": name}))
+    found = load_tokenizer(str(folder))
+    read = load_tokenizer(str(folder), kind=type(found))
+    assert read.backend_tokenizer.to_str() == found.backend_tokenizer.to_str()
+    assert (read.chat_template, read.special_tokens_map) == (found.chat_template, found.special_tokens_map)

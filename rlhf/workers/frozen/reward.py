@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from jaxtyping import Bool
 from torch import Tensor
@@ -42,6 +43,7 @@ class RewardSettings:
     memory_gib: float
     max_tokens_per_microbatch: int
     template: ChatTemplate = UNCHANGED  # changes to the tokenizer's chat template
+    tokenizer_class: type[Any] | None = None  # the one that the driver has found. None: it is looked for
 
     @property
     def concurrency(self) -> int:
@@ -66,7 +68,10 @@ class RewardWorker(ModelWorker):
         """
         settings = self.settings
         self.tokenizer = load_tokenizer(
-            settings.tokenizer, trust_remote_code=settings.trust_remote_code, template=settings.template
+            settings.tokenizer,
+            trust_remote_code=settings.trust_remote_code,
+            template=settings.template,
+            kind=settings.tokenizer_class,
         )
         self.turn_end = turn_end(self.tokenizer)
         self.rewards = RewardSet(
