@@ -149,6 +149,16 @@ def run_config(folder: Path, mode: str, *, steps: int, changes: Mapping[str, Any
     return write_config(folder / "run.yaml", {"run": {"name": "run", "dir": str(folder), "seed": 3}}, tree)
 
 
+def with_model(folder: str) -> Mapping[str, Any]:
+    """Return the changes to a run that make it train the model of a folder, on smaller batches."""
+    return {
+        "policy": {"model": str(Path(folder).absolute())},
+        "data": {"eval": {"size": 4}, "max_prompt_tokens": 64},
+        "rollouts": {"prompts_per_step": 4, "samples_per_prompt": 2},
+        "train": {"sequences_per_update": 4},
+    }
+
+
 class Footprint:
     """The processes of a run, and the files in /dev/shm that they have mapped or opened until now.
 
