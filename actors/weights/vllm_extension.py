@@ -1,7 +1,7 @@
 """The `worker_extension_cls` of vLLM: its workers import this module before they load a model.
 
 It registers the weight transports and the LoRA products for CPUs, continues the random numbers of carried responses,
-and corrects speculative decoding on CPUs. vLLM mixes the class into its worker class, so `self` is the worker.
+and corrects speculative decoding and routers on CPUs. vLLM mixes the class into its worker class: `self` is the worker.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from actors.weights.vllm_drafts_cpu import correct_drafts_on_cpu
 from actors.weights.vllm_experts_cpu import RecordedExperts
 from actors.weights.vllm_generators import continue_generators
 from actors.weights.vllm_lora_cpu import share_adapter_on_cpu
+from actors.weights.vllm_routers_cpu import choose_by_bias_on_cpu
 from rlhf.engine.memory import peak_memory
 
 PREFIX = "rlhf_"  # vLLM has other backends called nccl and ipc
@@ -23,6 +24,7 @@ for _transport, _class in RECEIVERS.items():
 share_adapter_on_cpu()
 continue_generators()
 correct_drafts_on_cpu()
+choose_by_bias_on_cpu()
 
 
 class WorkerExtension:
