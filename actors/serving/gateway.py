@@ -60,11 +60,11 @@ class Gateway:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request. A refusal to others than the server's owner is slow, so that a flood of them is none."""
-        path, answer = scope["path"], _Answer(send)
-        key = _header_key(scope)
+        path, key = scope["path"], _header_key(scope)
         if path.startswith("/s/"):
             key, _, rest = path[len("/s/") :].partition("/")
             path = f"/{rest}"
+        answer = _Answer(send, path)
         is_own = self.own_key is not None and is_same_secret(key, self.own_key)
         try:
             async with nullcontext() if is_own else self._session(key).request() as request:
@@ -78,7 +78,7 @@ class Gateway:
                 finally:
                     self._num_held -= 1
             if not answer.has_begun:  # otherwise the server closes the connection
-                await _send_error(error, path, send)
+                await _send_error(error, path, send, closes=True)  # the rest of the client's body is not read
 
     async def _serve(self, scope: Scope, request: OpenRequest | None, receive: Receive, send: Send) -> None:
         path, session = scope["path"], None if request is None else request.session
@@ -132,15 +132,35 @@ def _header_key(scope: Scope) -> str:
 
 
 class _Answer:
-    """The way back to the client, which knows whether the answer has begun."""
+    """The way back to the client. It knows whether the answer has begun, and gives errors the form of the protocol."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, path: str) -> None:
         self.has_begun = False
         self._send = send
+        self._path = path
+        self._error: int | None = None  # the status of an error whose body comes now
+        self._body = bytearray()
 
     async def __call__(self, message: MutableMapping[str, Any]) -> None:
-        self.has_begun = True
-        await self._send(message)
+        if message["type"] == "http.response.start" and message["status"] >= 400:
+            self._error = message["status"]
+        elif self._error is None:
+            self.has_begun = True
+            await self._send(message)
+        else:
+            self._body += message.get("body", b"")
+            if not message.get("more_body"):
+                self.has_begun = True
+                await _send_error(_refusal(bytes(self._body), self._error), self._path, self._send, closes=False)
+
+
+def _refusal(body: bytes, status: int) -> RefusedCall:
+    """Return the error of vLLM's application. Its message and its field are kept."""
+    try:
+        told = json.loads(body)["error"]
+        return RefusedCall(told["message"], param=told.get("param"), status=status)
+    except (ValueError, KeyError, TypeError):
+        return RefusedCall(body.decode(errors="replace"), status=status)
 
 
 async def _read(receive: Receive, request: OpenRequest | None) -> bytes:
@@ -196,12 +216,17 @@ def _refuse_costly(asked: Mapping[str, Any], most: int) -> None:
 
 
 def _num_responses(body: Mapping[str, Any]) -> int:
-    """Return how many responses a request asks for. A value that vLLM will refuse counts as 1."""
+    """Return how many responses a request asks for. A number that vLLM will refuse counts as 1.
+
+    RefusedCall: `n` is no whole number, and vLLM might read it as one, such as "2".
+    """
     n, prompt = body.get("n"), body.get("prompt")
+    if n is not None and type(n) is not int:
+        raise RefusedCall(f"`n` is {n!r:.60}, expected a whole number", param="n")
     num_prompts = 1
     if isinstance(prompt, list) and not all(isinstance(token, int) for token in prompt):
         num_prompts = len(prompt)
-    return (n if isinstance(n, int) and n > 0 else 1) * num_prompts
+    return max(1, n or 1) * num_prompts
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
@@ -214,9 +239,10 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return read
 
 
-async def _send_error(error: RefusedCall, path: str, send: Send) -> None:
+async def _send_error(error: RefusedCall, path: str, send: Send, *, closes: bool) -> None:
+    """Send an error, and close the connection if `closes`."""
     body = json.dumps(error.body(path)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    headers.append((b"connection", b"close"))  # the rest of the client's body is not read
+    headers += [(b"connection", b"close")] if closes else []
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

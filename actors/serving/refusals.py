@@ -46,6 +46,7 @@ _NO_EFFECT = frozenset(
     }
 )
 _KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_ANTHROPIC_KINDS = {**_KINDS, 413: "request_too_large", 504: "timeout_error"}
 
 
 class RefusedCall(ValueError):
@@ -60,9 +61,11 @@ class RefusedCall(ValueError):
 
     def body(self, path: str) -> dict[str, Any]:
         """Return the error in the form of the path's protocol."""
-        kind = _KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        is_fault = self.status >= 500
         if path.startswith(ANTHROPIC_PATH):
+            kind = _ANTHROPIC_KINDS.get(self.status, "api_error" if is_fault else "invalid_request_error")
             return {"type": "error", "error": {"type": kind, "message": self.message}}
+        kind = _KINDS.get(self.status, "server_error" if is_fault else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
@@ -90,7 +93,8 @@ def refuse_unsupported(body: Mapping[str, Any], known: Collection[str], *, has_t
         if name in _NOT_HERE:
             raise RefusedCall(f"`{name}` is not supported here: {_NOT_HERE[name]}", param=name)
         if name not in known:
-            raise RefusedCall(f"`{name}` is not supported here; there are {', '.join(sorted(known))}", param=name)
+            there_are = ", ".join(sorted({*known} - _NOT_HERE.keys()))
+            raise RefusedCall(f"`{name}` is not supported here; there are {there_are}", param=name)
     tools = body.get("tools")
     for index, tool in enumerate(tools if isinstance(tools, list) else ()):
         kind = tool.get("type", "function") if isinstance(tool, dict) else None

@@ -30,17 +30,27 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Application:
-    """Answers with its path and body, and remembers whose calls it got. `hangs`: before or in the answer."""
+    """Answers with its path and body, and remembers whose calls it got. `hangs`: before or in the answer.
+
+    `refusal`: the status and the parts of the body of its answer to each request.
+    """
 
     def __init__(self) -> None:
         self.calls: list[ServedCall] = []
         self.hangs = ""
+        self.refusal: tuple[int, list[bytes]] | None = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.calls.append(CURRENT_CALL.get())
         message = await receive()
         if self.hangs == "before":
             await asyncio.sleep(600)
+        if self.refusal is not None:
+            status, parts = self.refusal
+            await send({"type": "http.response.start", "status": status, "headers": []})
+            for part in parts:
+                await send({"type": "http.response.body", "body": part, "more_body": part is not parts[-1]})
+            return
         await send({"type": "http.response.start", "status": 200, "headers": []})
         if self.hangs == "in":
             await asyncio.sleep(600)
@@ -144,6 +154,8 @@ async def test_bodies() -> None:
         ({"tools": [{"type": "function"}]}, 400, "Start the server with a tool parser (--tool-parser)"),
         ({"previous_response_id": "r"}, 404, "send the whole conversation in `input`"),
         ({"n": 129}, 400, "asks for 129 responses, more than 128"),
+        ({"n": "2"}, 400, "`n` is '2', expected a whole number"),  # vLLM would read it as 2
+        ({"n": 2.0}, 400, "`n` is 2.0, expected a whole number"),
     ],
 )
 async def test_what_is_not_supported_is_refused_by_name(change: dict[str, Any], status: int, why: str) -> None:
@@ -166,6 +178,29 @@ async def test_other_paths_name_those_that_there_are(method: str, path: str, sta
     assert told[0] == status
     assert "POST /v1/chat/completions" in told[1]["error"]["message"]
     assert (told[1].get("type") == "error") == (path == "/v1/messages")
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "kind"),
+    [
+        ("/v1/chat/completions", 400, "invalid_request_error"),
+        ("/v1/chat/completions", 500, "server_error"),
+        ("/v1/messages", 400, "invalid_request_error"),
+        ("/v1/messages", 413, "request_too_large"),
+        ("/v1/messages", 500, "api_error"),
+    ],
+)
+async def test_errors_of_vllm_have_the_form_of_the_protocol(path: str, status: int, kind: str) -> None:
+    ask = Asked()
+    told = json.dumps({"error": {"message": "no", "type": "BadRequestError", "param": "stop", "code": status}}).encode()
+    ask.app.refusal = status, [told[:9], told[9:]]
+    is_anthropic = path == "/v1/messages"
+    error: dict[str, Any] = {"message": "no", "type": kind}
+    expected = {"type": "error", "error": error} if is_anthropic else {"error": error | {"param": "stop", "code": None}}
+    assert await ask(path=path) == (status, expected)
+    assert (b"connection", b"close") not in ask.sent[0]["headers"]
+    ask.app.refusal = status, [b"Internal Server Error"]
+    assert await ask.refused(path=path) == (status, "Internal Server Error")
 
 
 @pytest.mark.parametrize(
