@@ -105,8 +105,10 @@ def _take_limits(request: Any, call: ServedCall) -> None:
     With `strict` a grammar would restrict how the policy writes a call.
     """
     for name in _TOKEN_LIMITS:
-        if getattr(request, name, None) is not None:
-            call.most_tokens = getattr(request, name)
+        if (limit := getattr(request, name, None)) is not None:
+            if limit < 1:
+                raise RefusedCall(f"`{name}` is {limit}, expected at least 1", param=name)
+            call.most_tokens = limit
             setattr(request, name, None)
     for tool in request.tools or ():
         getattr(tool, "function", tool).strict = None

@@ -356,10 +356,10 @@ def _turns(messages: Sequence[Message]) -> Iterator[tuple[int, int]]:
 
 
 def _said(messages: Sequence[Message]) -> tuple[str, list[tuple[str, Any]]]:
-    """Return the text of assistant messages, and their calls as (name, arguments)."""
-    calls = [call["function"] for message in messages for call in message.get("tool_calls") or ()]
+    """Return the text of assistant messages, and their calls of functions as (name, arguments)."""
+    calls = [call.get("function") for message in messages for call in message.get("tool_calls") or ()]
     texts = [text for message in messages if (text := _text(message.get("content")))]
-    return "\n".join(texts), [(call["name"], call.get("arguments")) for call in calls]
+    return "\n".join(texts), [(call["name"], call.get("arguments")) for call in calls if call is not None]
 
 
 def _text(content: Any) -> str:

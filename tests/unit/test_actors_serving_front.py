@@ -446,6 +446,33 @@ async def test_what_is_not_supported_is_refused_by_name(
     assert not loop.asked
 
 
+CUSTOM = {"id": "c", "type": "custom", "custom": {"name": "add", "input": "x"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "why"),
+    [
+        ("chat/completions", {"messages": HI, "max_tokens": 0}, "`max_tokens` is 0, expected at least 1"),
+        ("chat/completions", {"messages": HI, "max_completion_tokens": -1}, "`max_completion_tokens` is -1, expected"),
+        ("responses", {"input": "hi", "max_output_tokens": 0}, "`max_output_tokens` is 0, expected at least 1"),
+        ("messages", {"messages": HI}, "body.max_tokens"),
+        ("chat/completions", {"messages": [*HI, {"role": "assistant", "tool_calls": [CUSTOM]}]}, "type 'function'"),
+    ],
+)
+async def test_what_a_session_may_not_ask_is_refused(
+    parts: EngineParts, path: str, body: dict[str, Any], why: str
+) -> None:
+    async with fronted(parts, "yes") as (front, loop), ClientSession() as client:
+        opened(front)
+        fields = {"Authorization": "Bearer a-session"}
+        answer = await client.post(f"{front.base_url}/v1/{path}", json={"model": "m", **body}, headers=fields)
+        told = await answer.json()
+        assert (answer.status, told["error"]["type"]) == (400, "invalid_request_error")
+        assert why in told["error"]["message"]
+        assert (told.get("type") == "error") == (path == "messages")
+        assert not loop.asked
+
+
 async def test_tools_of_a_model_without_a_parser_are_refused(parts: EngineParts) -> None:
     plain = TEMPLATE.replace("<tool_call>", "").replace("</tool_call>", "")
     async with fronted(parts, "yes", template=plain) as (front, _), openai_client(front) as client:
