@@ -44,7 +44,13 @@ class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
                     call.broke, call.asked = "rewritten turn", messages
             elif known is not None:
                 call.broke, call.asked = "open turn", messages
-        return await super().preprocess_chat(request, messages, *args, **options)
+        is_freed = call.session is not None and request.tool_choice == "auto" and request.parallel_tool_calls is False
+        if is_freed:
+            request.parallel_tool_calls = None  # vLLM would restrict the policy by a grammar
+        rendered = await super().preprocess_chat(request, messages, *args, **options)
+        if is_freed:
+            request.parallel_tool_calls = False  # the client is told the first call alone
+        return rendered
 
     def adjust_harmony_request(self, request: Any) -> None:
         """Refuse sessions of gpt-oss, whose conversations vLLM writes anew, without earlier reasoning."""

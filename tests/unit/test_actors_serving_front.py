@@ -351,6 +351,23 @@ async def test_tokens_under_a_grammar_are_marked(parts: EngineParts) -> None:
         assert loop.asked[0].params.structured_outputs.json is not None
 
 
+async def test_a_session_that_wants_one_call_at_a_time_is_sampled_freely_and_told_the_first(parts: EngineParts) -> None:
+    async with (
+        fronted(parts, CALL + CALL) as (front, loop),
+        openai_client(front, "a-session") as client,
+        anthropic_client(front, "a-session") as other,
+    ):
+        opened(front)
+        told = await client.chat.completions.create(model="m", messages=HI, tools=[TOOL], parallel_tool_calls=False)
+        assert [call.function.name for call in told.choices[0].message.tool_calls or ()] == ["add"]
+        tools: Any = [{"name": "add", "input_schema": PARAMETERS}]
+        choice: Any = {"type": "auto", "disable_parallel_tool_use": True}
+        message = await other.messages.create(model="m", max_tokens=199, messages=HI, tools=tools, tool_choice=choice)
+        assert [block.name for block in message.content if block.type == "tool_use"] == ["add"]
+        assert all(call.free.all() for call in front.sessions.close("a-session"))
+    assert [asked.params.structured_outputs for asked in loop.asked] == [None, None]
+
+
 async def test_a_session_takes_text_alone(parts: EngineParts) -> None:
     async with fronted(parts, "yes") as (front, loop), openai_client(front, "a-session") as client:
         opened(front)
