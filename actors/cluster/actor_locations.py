@@ -166,10 +166,16 @@ async def lost_nodes() -> str:
     return f" Lost with its node: {'; '.join(sentences)}." if sentences else ""
 
 
-async def draining_node(nodes: Collection[str]) -> tuple[str, float | None] | None:
-    """Return the address of a draining node among `nodes`, and its end time if known."""
-    for node, ends_at in (await draining_nodes()).items():
-        if node in nodes:
+async def draining_node(nodes: Callable[[], Collection[str]]) -> tuple[str, float | None] | None:
+    """Return the address of a draining node of the run, and its end time if known.
+
+    Args:
+        nodes: returns the present nodes of the run. They change when a lost node is replaced.
+    """
+    going = await draining_nodes()
+    used = nodes() if going else ()
+    for node, ends_at in going.items():
+        if node in used:
             return next((place.address for place in _LOCATIONS.values() if place.node == node), node), ends_at
     return None
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -178,7 +178,7 @@ async def _run_stage(stage: StageInputs, request: StopRequest, *, resume: bool, 
         )
         with listed_in(record.folder.processes):
             async with running as (controller, placement):
-                await _carry_out(controller, request, step=step, until=until, nodes=placement.nodes())
+                await _carry_out(controller, request, step=step, until=until, nodes=placement.nodes)
 
 
 @asynccontextmanager
@@ -278,7 +278,7 @@ async def _carry_out(
     *,
     step: int | None,
     until: int | None,
-    nodes: Collection[str],
+    nodes: Callable[[], Collection[str]],
 ) -> None:
     """Run the loop from the checkpoint of `step`, if there is one. Write final/ at its end, but not at `until`."""
     if step is not None:

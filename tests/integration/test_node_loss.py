@@ -120,11 +120,11 @@ ray.init(address=head)
 there = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
 worker = ray.remote(Worker).options(num_cpus=1, scheduling_strategy=there).remote()
 remember("policy", {0: ray.get(worker.where.remote(), timeout=60)})
-assert asyncio.run(draining_node({node})) is None
+assert asyncio.run(draining_node(lambda: {node})) is None
 reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=100"]
 subprocess.run([command, "drain-node", f"--address={head}", f"--node-id={node}", *reason], check=True)
-assert asyncio.run(draining_node({"another"})) is None
-print("leaving", *asyncio.run(draining_node({node})))
+assert asyncio.run(draining_node(lambda: {"another"})) is None
+print("leaving", *asyncio.run(draining_node(lambda: {node})))
 """
 
 

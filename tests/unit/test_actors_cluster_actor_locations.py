@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from ray._private.state import GlobalState
@@ -65,7 +66,19 @@ def test_a_head_that_cannot_be_asked_is_no_notice(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("ray._private.state.state", not_joined)
     with pytest.raises(RayError):
         not_joined.get_draining_nodes()
-    assert asyncio.run(draining_node({"n1"})) is None
+    assert asyncio.run(draining_node(lambda: {"n1"})) is None
+
+
+def test_the_drain_of_a_node_that_replaced_a_lost_one_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray._private.state.state", SimpleNamespace(get_draining_nodes=lambda: {"n2": 5000}))
+    nodes = {"n1"}
+
+    def of_the_run() -> set[str]:
+        return nodes
+
+    assert asyncio.run(draining_node(of_the_run)) is None
+    nodes = {"n2"}
+    assert asyncio.run(draining_node(of_the_run)) == ("n2", 5.0)
 
 
 def test_the_list_of_processes_follows_them_and_ends_with_the_run(
