@@ -147,7 +147,7 @@ class Seats:
             remove_placement_group(placed.group)
 
     def groups(self) -> list[PlacementGroup]:
-        """Return all placement groups, those included that Ray has not placed yet."""
+        """Return all placement groups, also those that Ray has not placed yet."""
         return [*(placed.group for placed in self._placed.values()), *self._asked]
 
     def nodes(self) -> dict[int, str]:

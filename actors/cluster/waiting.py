@@ -52,7 +52,7 @@ _CAUSES: dict[str, asyncio.Future[tuple[LossKind, str, str | None]]] = {}  # of 
 async def ended(
     futures: Collection[asyncio.Future[T]], limit_s: float
 ) -> tuple[set[asyncio.Future[T]], set[asyncio.Future[T]]]:
-    """Wait until all futures are done or one has failed. Return those that are done, and those that are late.
+    """Wait until all futures are done or one has failed. Return the finished and the late ones.
 
     Time in which the run waits for room does not count towards the limit.
     """

@@ -359,7 +359,7 @@ class RolloutEngines(ElasticEngines):
         await self.present(lambda h: h.wake.remote(part), "wake")
 
     async def stop(self) -> None:
-        """Shut down the engines that work, and end those that start."""
+        """Shut down the working engines, and end the starting ones."""
         self.supervisor = None
         await self.present(lambda h: h.shutdown.remote(), "stop", deadline_s=END_WITHIN_S)
         self.end()

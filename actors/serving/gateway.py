@@ -230,7 +230,7 @@ def _num_responses(body: Mapping[str, Any]) -> int:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Return a function that gives the body once, and then what comes after it: that the client has gone."""
+    """Return a function that gives the body once, and then the next message: the client has gone."""
     unread = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def read() -> MutableMapping[str, Any]:

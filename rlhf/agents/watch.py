@@ -23,7 +23,7 @@ GIB = 2**30
 
 
 class WatchedSession:
-    """A session that runs. `exceeded` names the limit for which it was ended."""
+    """A running session. `exceeded` names the limit that ended it."""
 
     def __init__(self, leader: int, folder: Path) -> None:
         self.leader = leader
@@ -109,7 +109,7 @@ class SessionWatch:
 def _measured(
     over: Callable[[WatchedSession], str | None], sessions: Sequence[WatchedSession]
 ) -> tuple[dict[WatchedSession, str], float]:
-    """Return which sessions are over which limit, and the seconds of a core that it took."""
+    """Return the limit that each session over one has exceeded, and the CPU seconds of the measurement."""
     began = time.thread_time()
     found = {session: exceeded for session in sessions if (exceeded := over(session)) is not None}
     return found, time.thread_time() - began

@@ -163,7 +163,7 @@ class Restarts(Section):
     """All ranks of the policy and the critic together. Above 0, each keeps two copies of its state in /dev/shm.
     Also the driver, with `rlhf train --supervise`."""
     worker: int = Field(default=10, ge=0)
-    """Workers of the reference, teacher or reward role."""
+    """Workers of the reference, teacher or reward role. Each role is counted by itself."""
     window_s: float = Field(default=3600.0, gt=0.0)
     """The time in which the losses are counted, in seconds."""
 

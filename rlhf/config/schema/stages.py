@@ -44,7 +44,7 @@ def final_folder(stage: Stage) -> Path:
 
 
 def result_of(stage: Stage) -> Path:
-    """Return the path whose existence means that the stage is finished."""
+    """Return the path that exists once the stage is finished."""
     return run_folder(stage) / "eval.json" if isinstance(stage, EvaluationStage) else final_folder(stage)
 
 

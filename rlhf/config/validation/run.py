@@ -275,7 +275,7 @@ def cluster_problems(cluster: ClusterConfig, needed: Collection[Role], *, with_r
 
 
 def _range_of_engines(cluster: ClusterConfig, engines: EngineRange, needed: Collection[Role]) -> Iterator[Problem]:
-    """Yield what engines that join and leave during a run exclude."""
+    """Yield the problems of a range of engines, which join and leave during the run."""
     key, rollout = "cluster.roles.rollout", cluster.roles.rollout
     if engines.min > engines.max:
         yield problem(f"{key}.engines.min", f"is {engines.min}, more than max, which is {engines.max}; lower min")
