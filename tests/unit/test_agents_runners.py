@@ -6,6 +6,7 @@ import asyncio
 import errno
 import json
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -26,7 +27,7 @@ from rlhf.agents.calls import AgentFiles, AgentResult
 from rlhf.agents.limits import ProcessLimits
 from rlhf.agents.runners import AgentTask, HostedRunner, ServiceRunner
 from rlhf.agents.sessions import COMMAND, FUNCTION
-from rlhf.errors import UserError
+from rlhf.errors import ChildLost, UserError
 from rlhf.extensions import CodeSource
 from rlhf.rollouts.environments.host import EnvironmentFailure
 from rlhf.rollouts.environments.process import _fork
@@ -247,13 +248,33 @@ asyncio.run(run())
 def test_a_daemon_ends_with_a_killed_engine(tmp_path: Path) -> None:
     note = tmp_path / "pid"
     engine = subprocess.Popen([sys.executable, "-c", ENGINE, str(note)])
-    deadline = time.monotonic() + 40.0
+    deadline = time.monotonic() + 120.0
     while not (note.exists() and note.read_text()) and time.monotonic() < deadline:
         time.sleep(0.02)
     daemon = psutil.Process(int(note.read_text()))
     engine.kill()
     engine.wait()
     daemon.wait(timeout=20.0)  # TimeoutExpired: it survived
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+def test_a_daemon_ends_with_the_process_that_forks_sessions(tmp_path: Path, number: signal.Signals) -> None:
+    note = tmp_path / "pid"
+
+    async def use(runner: HostedRunner) -> psutil.Process:
+        session = asyncio.create_task(runner.solve(task(mood="daemon", note=str(note), s=600)))
+        while not (note.exists() and note.read_text()):
+            await asyncio.sleep(0.02)
+        daemon = psutil.Process(int(note.read_text()))
+        os.kill(runner.host.pid, number)
+        if number == signal.SIGKILL:
+            with pytest.raises(ChildLost, match="process is gone"):
+                await session
+            assert not daemon.is_running()
+        session.cancel()
+        return daemon
+
+    with_runner(function(), use).wait(timeout=20.0)  # TimeoutExpired: it survived
 
 
 def test_a_daemon_ends_with_its_session(tmp_path: Path) -> None:
@@ -276,7 +297,7 @@ def test_a_daemon_ends_with_its_session(tmp_path: Path) -> None:
 
 def test_a_cancelled_session_leaves_no_process_and_no_folder() -> None:
     async def use(runner: HostedRunner) -> list[str]:
-        host = psutil.Process(runner.host._started.process.pid)
+        host = psutil.Process(runner.host.pid)
         session = asyncio.create_task(runner.solve(task(mood="await")))
         while not host.children(recursive=True):
             await asyncio.sleep(0.02)

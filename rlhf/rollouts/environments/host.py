@@ -91,6 +91,7 @@ class EnvironmentHost:
         self.memory_gib = memory_gib
         self.kind = kind
         self.description: Description | None = None
+        self.pid = 0  # of the process that has loaded the code, the only child of the started process
         self._child: ChildProcess | None = None
         self._lost: ChildLost | None = None
         self._asking = asyncio.Lock()
@@ -122,7 +123,9 @@ class EnvironmentHost:
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
                 await asyncio.get_running_loop().sock_sendall(child.connection, SIZE.pack(len(hello)) + hello)
-                return pickle.loads(await self._receive(SIZE.unpack(await self._receive(SIZE.size))[0]))
+                data = await self._receive(SIZE.unpack(await self._receive(SIZE.size))[0])
+                self.pid, description = pickle.loads(data)
+                return description
         except TimeoutError as error:
             place = await self._where(child.process.pid)
             raise UserError(f"loading `{self.source.name}` took over {START_TIMEOUT_S:g} s{place}") from error
@@ -148,11 +151,6 @@ class EnvironmentHost:
         reader, writer = await asyncio.open_unix_connection(sock=connection)
         return Conversation(self, pid, reader, writer)
 
-    @property
-    def pid(self) -> int:
-        """Return the process that has loaded the code."""
-        return self._started.process.pid
-
     async def stop(self) -> None:
         """End the environment and all conversations."""
         child, self._child = self._child, None
@@ -163,8 +161,7 @@ class EnvironmentHost:
         if self.description is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 await asyncio.to_thread(child.process.wait, STOP_WITHIN_S)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.process.pid, signal.SIGKILL)
+        child.process.terminate()  # it then kills the process of the code, and all that this one leaves behind
         await asyncio.to_thread(child.process.wait, 10.0)
         child.close()
 

@@ -333,8 +333,31 @@ def _end_orphans(known: set[int]) -> None:
             os.waitpid(pid, 0)
 
 
+def _continue_in_child() -> None:
+    """Return in a child process. This process waits for the child, and then kills all that the child leaves behind.
+
+    The child may be killed at any time, most likely for want of memory. Its conversations and their daemons then
+    become children of this process. SIGTERM ends the child.
+    """
+    _adopt_orphans()
+    awaited = {signal.SIGCHLD, signal.SIGTERM, signal.SIGUSR1}
+    signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
+    child = os.fork()
+    if child == 0:
+        os.setpgid(0, 0)  # what kills the group of the child spares this process
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, awaited)
+        return
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        number = signal.sigwait(awaited)
+        if number != signal.SIGCHLD:
+            os.kill(child, signal.SIGKILL if number == signal.SIGTERM else number)
+    _end_orphans(set())
+    os._exit(int(ended[1] != 0))
+
+
 def main(control_fd: int, lifeline: int, faults_fd: int) -> None:
     """Load the code, then fork and end conversations until the parent closes the connection."""
+    _continue_in_child()
     begin_child(lifeline, faults_fd)
     control = socket.socket(fileno=control_fd)
     size = SIZE.unpack(control.recv(SIZE.size, socket.MSG_WAITALL))[0]
@@ -347,7 +370,7 @@ def main(control_fd: int, lifeline: int, faults_fd: int) -> None:
         result: Description | str = hosted.description
     except LoadError as error:
         result = str(error)
-    reply = pickle.dumps(result)
+    reply = pickle.dumps((os.getpid(), result))
     control.sendall(SIZE.pack(len(reply)) + reply)
     if hosted is None:
         return
