@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import GptOssConfig
 
 from rlhf.agents.sessions import AgentSpec
 from rlhf.config.files.load import load
+from rlhf.data.templates import UNCHANGED
 from rlhf.errors import UserError
+from rlhf.preflight.agents import preload_agent
 from rlhf.preflight.inputs import OnlineInputs, StageInputs, load_inputs
 from tests.unit.test_config_validation_run import ONLINE, PAIRS, refusal
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 MANY = Path(__file__).parents[1] / "fixtures" / "agents" / "many.py"
 AGENT = f"rollouts.agent={{function: '{MANY}:solve', max_tokens: 180}}"
 
@@ -125,9 +130,23 @@ def test_files_of_a_command_are_found_beside_the_config(tmp_path: Path) -> None:
             {},
             "^rollouts.agent.tools.mcp.0: false failed to start",
         ),
+        (
+            f"{{function: '{MANY}:solve', max_tokens: 300, tools: {{mcp: [{{command: [ls, /no-folder]}}]}}}}",
+            {},
+            "ls /no-folder failed to start and list its tools: Connection closed; last output: .ls: cannot access",
+        ),
         (f"{{function: '{MANY}:solve', max_tokens: 300}}", {"result": 1}, "column `result` has the name under which"),
     ],
 )
 def test_what_cannot_run_is_refused(tmp_path: Path, agent: str, row: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         inputs(tmp_path, agent, **row)
+
+
+def test_gpt_oss_is_refused(tmp_path: Path) -> None:
+    source = load(CONFIGS / "agent_search.yaml").stages["grpo"].rollouts
+    assert source is not None
+    GptOssConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    reading: dict[str, Any] = {"tokenizer": "", "trust_remote_code": False, "template": UNCHANGED}
+    with pytest.raises(UserError, match=r"rollouts\.agent: agents cannot call .*gpt_oss.* Use another model"):
+        preload_agent(source.agent, beside=tmp_path, model=str(tmp_path), **reading, key="rollouts.agent")

@@ -110,7 +110,9 @@ class EnvironmentHost:
             last = self._started.log.last_line
             raise UserError(f"loading `{self.source.name}` ended its process; its last output: {last!r}") from error
         if not isinstance(description, Description):
-            raise UserError(description)
+            self._read_output()
+            last = self._started.log.last_line if self.servers else ""
+            raise UserError(f"{description}; last output: {last!r}" if last else description)
         self.description = description
         return description
 
