@@ -63,7 +63,7 @@ def _present(args: argparse.Namespace) -> None:
     target = _loaded_run_or_sweep(args.config, args.overrides)
     write_stdout(COMMAND.call(args, config=target, overrides=()))
     if args.simulate is None:
-        write_stdout("\ninputs: models, data, rewards, environments\n")
+        write_stdout("\ninputs: models, data, rewards, environments, agents\n")
         loaded = target if isinstance(target, LoadedConfig) else target.base
         write_stdout(_check_inputs(loaded, cluster=args.cluster))
 

@@ -18,6 +18,7 @@ from rlhf.data.sources import Row
 from rlhf.data.templates import ChatTemplate
 from rlhf.errors import UserError, prefix_errors
 from rlhf.extensions import CodeSource, find_code
+from rlhf.models.loading import load_model_config
 from rlhf.preflight.tools import located, tool_servers
 from rlhf.stopping import run_async
 from rlhf.types import RESULT_COLUMN, Prompt
@@ -57,6 +58,7 @@ def preload_agent(
     section: AgentConfig | None,
     *,
     beside: Path,
+    model: str,
     tokenizer: str,
     trust_remote_code: bool,
     template: ChatTemplate,
@@ -73,6 +75,11 @@ def preload_agent(
     """
     if section is None:
         return None
+    if load_model_config(model, trust_remote_code=trust_remote_code).model_type == "gpt_oss":
+        raise UserError(
+            f"{key}: agents cannot call {model}, a model of type gpt_oss: vLLM writes each of its prompts anew in the "
+            "Harmony format, so a prompt does not begin with the tokens that were sampled. Use another model."
+        )
     program, source = _source(section, beside=beside, key=key)
     spec = AgentSpec(
         source=source,

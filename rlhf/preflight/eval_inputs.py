@@ -380,7 +380,7 @@ def _candidate(
             "template": decoding.template,
         }
         environment = preload_environment(section.environment, **read, key=names.environment)
-        environment = environment or preload_agent(section.agent, **read, key=names.agent)
+        environment = environment or preload_agent(section.agent, **read, model=model.base, key=names.agent)
     for name, data in section.sets.items():
         key, source = names.sets.format(name), source_of(data)
         if not rewards:

@@ -215,7 +215,7 @@ def _online(config: Config, source: str, tokenizer: Any, loaded: LoadedConfig) -
         "template": chat_template(config),
     }
     environment: LoadedEnvironment | LoadedAgent | None = preload_environment(config.rollouts.environment, **reading)
-    environment = environment or preload_agent(config.rollouts.agent, **reading, key=AGENT_KEY)
+    environment = environment or preload_agent(config.rollouts.agent, **reading, model=source, key=AGENT_KEY)
 
     def read(name: str, source: DataSource, first_id: int) -> LoadedRows[Prompt]:
         return read_prompts(

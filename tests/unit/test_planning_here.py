@@ -113,7 +113,7 @@ def test_a_built_in_reward_that_exists_nowhere_is_refused(folder: Path) -> None:
 
 def test_plan_checks_the_inputs_and_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "run.yaml"]) == 0
-    assert capsys.readouterr().out.endswith("rewards, environments\n  checked: `rlhf train` accepts them\n")
+    assert capsys.readouterr().out.endswith("environments, agents\n  checked: `rlhf train` accepts them\n")
     assert not (folder / "runs").exists()
 
 
