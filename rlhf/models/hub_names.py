@@ -30,6 +30,20 @@ def missing_settings(config: Any) -> dict[str, Any]:
         settings = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
     elif config.model_type in ("lfm2", "lfm2_moe"):
         settings = {"block_dim": config.hidden_size, "conv_dim": config.hidden_size}
+    elif config.model_type == "afmoe":
+        settings = {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1}
+    elif config.model_type == "glm4_moe_lite":
+        settings = {"first_k_dense_replace": config.mlp_layer_types.count("dense")}
+    elif config.model_type == "hy_v3":
+        settings = {
+            "first_k_dense_replace": config.mlp_layer_types.count("dense"),
+            "expert_hidden_dim": config.moe_intermediate_size,
+            "route_norm": True,
+            "qk_norm": True,
+        }
+    elif config.model_type == "minimax_m2":
+        rotary_dim = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        settings = {"scoring_func": "sigmoid", "use_routing_bias": True, "rotary_dim": rotary_dim}
     return {key: value for key, value in settings.items() if not hasattr(config, key)}
 
 

@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM
 from rlhf.errors import UserError
 from rlhf.models.adapter_folder import load_trainable_adapter
 from rlhf.models.export import export_adapter, export_model
+from rlhf.models.hub_names import missing_settings
 from rlhf.models.loading import load_causal_lm, load_critic, load_tokenizer
 from rlhf.models.lora import adapter_disabled, add_lora
 from rlhf.models.tiny import VOCAB_SIZE, build_tiny_llama, byte_tokenizer
 from rlhf.models.weights import adapter_sources, weight_sources
-from tests.tiny_architectures import ALL, tiny_model
+from tests.tiny_architectures import ALL, tiny_config, tiny_model
 
 MIXTURES = ["qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "gpt_oss"]
 
@@ -76,6 +77,16 @@ def test_a_mixture_survives_loading_and_export(kind: str, tmp_path: Path) -> Non
         assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
     again = load_causal_lm(str(tmp_path / "final"), dtype=torch.float32)
     assert published(again).keys() == published(model).keys()
+
+
+def test_settings_that_transformers_does_not_write_are_those_of_the_model() -> None:
+    config = tiny_config("minimax_m2", head_dim=32, rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5})
+    assert missing_settings(config) == {"scoring_func": "sigmoid", "use_routing_bias": True, "rotary_dim": 16}
+    config.scoring_func = "softmax"  # as a folder may say
+    assert "scoring_func" not in missing_settings(config)
+    layers = ["dense", "dense", "sparse"]
+    lite = tiny_config("glm4_moe_lite", num_hidden_layers=3, mlp_layer_types=layers)
+    assert missing_settings(lite) == {"first_k_dense_replace": 2}
 
 
 def test_routing_biases_keep_float32_in_bfloat16(tmp_path: Path) -> None:
