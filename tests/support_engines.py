@@ -48,13 +48,21 @@ MLA = {
 GATED_DELTA = {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
 CHANGES: dict[str, dict[str, Any]] = {  # what else has to fit these sizes
     "bamba": {"mamba_d_head": 32},
+    "falcon": {"ffn_hidden_size": 256},  # vLLM computes four times hidden_size
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_head": 32},
     "glm4_moe": {"head_dim": 32},
+    "gpt_bigcode": {"num_key_value_heads": 1},
+    "gpt_oss": {"intermediate_size": 64},
     "granitemoehybrid": {"mamba_d_head": 32},
+    "llama4_text": {"attention_chunk_size": 32},  # a whole block of keys
     "mamba2": {"num_heads": 16},
     **dict.fromkeys(("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "youtu"), MLA),
-    "minicpm3": {"num_attention_heads": 4, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 32},
+    "minicpm3": {
+        **{"num_attention_heads": 4, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 32},
+        "tie_word_embeddings": False,  # tied, each token is followed by itself with a probability of 1
+    },
     "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "mlp"]},  # a CPU runs no other MLPs
+    "zamba2": {"head_dim": 64},
     **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), GATED_DELTA),
 }
 PROMPTS = ([65, 70, 75, 80, 85, 90, 95, 100], [66, 71, 76])
@@ -93,9 +101,10 @@ def measure(model_type: str, folder: Path, dtype: Dtype) -> str:
         return "not in vLLM"
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(7)
+    biases = [buffer for name, buffer in model.named_buffers() if name.endswith("_bias")]  # of routers
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        for weight in (*model.parameters(), *biases):
+            weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
     sender = ShmSender(rank=0)
     try:
         model.to(getattr(torch, dtype))
