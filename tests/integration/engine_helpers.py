@@ -83,13 +83,13 @@ def call(*refs: Any) -> Any:
     return results[0] if len(refs) == 1 else results
 
 
-def model_like(folder: Path, *, seed: int) -> PreTrainedModel:
+def model_like(folder: Path, *, seed: int, std: float = 0.3) -> PreTrainedModel:
     """The model after a large step in a random direction, so that no sync hides in rounding."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(std * torch.randn(parameter.shape, generator=generator))
     return model
 
 
