@@ -28,6 +28,7 @@ from rlhf.cli import main
 from rlhf.models.tiny import build_tiny_llama
 from rlhf.tracking.run_folder.folder import RunFolder
 from tests.integration.recipes import ONLINE, merge, rows, start, without_clocks, write_config
+from tests.support_measurements import model_folder
 
 MANY = 100_000  # steps: more than there is time for
 
@@ -333,6 +334,21 @@ def test_a_model_that_only_a_rank_finds_broken_is_named(
     changes = {"policy": {"model": str(model)}, "cluster": {"roles": None}}
     said = failed(capsys, write_run(tmp_path, "broken_run", SFT, changes), code=2)
     assert said.startswith(f"The hidden states of the model {model} are not finite"), said
+
+
+@pytest.mark.slow
+def test_an_engine_that_computes_another_model_stops_the_run(
+    ray_local: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """vLLM's rotary embedding for a CPU is wrong for LFM2. Engines leave it out, and this option asks for it again."""
+    model = model_folder(
+        tmp_path / "lfm2", "lfm2", std=0.2, hidden_size=64, num_attention_heads=2, num_key_value_heads=2
+    )
+    option = {"engine_args": {"compilation_config": {"custom_ops": ["all"]}}}
+    config = write_run(tmp_path, "wrong", GRPO, {"policy": {"model": model}, "cluster": {"roles": {"rollout": option}}})
+    message = "weight sync to version 0: rollout engine 0 gives other log-probabilities than the policy"
+    assert message in failed(capsys, config)
+    assert not steps_done(tmp_path / "wrong")
 
 
 ONE_PROCESS_MODEL = """
