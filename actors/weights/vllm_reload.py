@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,6 +73,7 @@ class ReloadEngine(WeightTransferEngine[MeetingInfo, ManifestInfo]):  # type: ig
         if not self.packs:
             if self.device.type == "cpu":
                 forget_expert_kernels(self.model)
+            name_loaders(self.model)
             untied = {name for name, _ in self.model.named_parameters()}  # the reload takes tied parameters apart
             initialize_layerwise_reload(self.model)
             loaded = {name for name, _ in self.model.named_parameters()}  # no longer those derived from others
@@ -91,8 +93,12 @@ class ReloadEngine(WeightTransferEngine[MeetingInfo, ManifestInfo]):  # type: ig
             load_packed(self.model, dict(named_weights))
             return
         loaded = self.model.load_weights(named_weights)
-        if loaded is not None and not self.wanted <= loaded:
-            raise RunError(f"weight sync: no weights were published for the engine's {min(self.wanted - loaded)}")
+        if loaded is not None:
+            places = {name: id(place) for name, place in self.model.named_parameters(remove_duplicate=False)}
+            found = {places.get(name) for name in loaded}  # a layer may have two names, and is loaded by one
+            missing = [name for name in self.wanted if places[name] not in found]
+            if missing:
+                raise RunError(f"weight sync: no weights were published for the engine's {min(missing)}")
         for name, module in self.model.named_modules():
             info = get_layerwise_info(module)
             padded = isinstance(module, VocabParallelEmbedding)
@@ -116,6 +122,14 @@ def copied_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     if type(model).__name__ != "GptOssForCausalLM":
         return []
     return [module for module in model.modules() if isinstance(module, RoutedExperts) or hasattr(module, "sinks")]
+
+
+def name_loaders(model: torch.nn.Module) -> None:
+    """Name the weight loaders that are partial functions, such as MiniMax-M2's. vLLM's reload reads their names."""
+    for parameter in model.parameters():
+        loader = getattr(parameter, "weight_loader", None)
+        if isinstance(loader, partial):
+            loader.__name__ = loader.func.__name__  # type: ignore[attr-defined]
 
 
 def forget_expert_kernels(model: torch.nn.Module) -> None:
