@@ -174,3 +174,87 @@ def test_ranks_that_share_rows_equal_one_that_does_not(
 def test_heads_that_cannot_be_shared_out_are_refused(gang: Gang) -> None:
     for message in gang.run(refusal):
         assert message == "sequence_parallel is 3 and must divide the model's 4 attention heads."
+
+
+# Each row has the sequences of an agent's session. The first tree has five levels, and neither row splits into two.
+TREES: list[tuple[list[int], list[Branch | None]]] = [
+    (
+        [7, 4, 3, 5, 2, 3, 1, 2, 4],
+        [
+            None,
+            Branch(of=0, length=5),
+            Branch(of=1, length=8),
+            Branch(of=2, length=10),
+            Branch(of=3, length=13),
+            Branch(of=1, length=6),
+            Branch(of=0, length=7),
+            None,
+            Branch(of=7, length=1),
+        ],
+    ),
+    ([3, 2, 2, 2], [None, Branch(of=0, length=3), Branch(of=1, length=4), Branch(of=2, length=6)]),
+]
+TEMPERATURE = 0.7
+
+
+def tree_tokens(index: int) -> tuple[Tensor, Tensor]:
+    """Return the tokens of a row, and the weights of their logprobs in the loss."""
+    generator = torch.Generator().manual_seed(index)
+    num_tokens = sum(TREES[index][0])
+    return torch.randint(40, (num_tokens,), generator=generator), torch.randn(num_tokens, generator=generator)
+
+
+def tree_loss(model: Any, index: int) -> Found:
+    lengths, branches = TREES[index]
+    tokens, weights = tree_tokens(index)
+    mask = torch.cat([torch.arange(n) > (0 if b is None else -1) for n, b in zip(lengths, branches, strict=True)])
+    logprobs, _ = policy_logprobs(
+        model, tokens, torch.tensor(lengths), mask=mask, branches=branches, temperature=TEMPERATURE, entropy_grad=False
+    )
+    return (weights * logprobs).sum(), [logprobs]
+
+
+def apart(index: int, model: Any) -> Found:
+    """Compute every sequence of a row alone, with all of its tokens, by transformers' own forward pass."""
+    lengths, branches = TREES[index]
+    tokens, weights = tree_tokens(index)
+    wholes: list[Tensor] = []
+    columns = []
+    for held, branch in zip(tokens.split(lengths), branches, strict=True):
+        wholes.append(held if branch is None else torch.cat([wholes[branch.of][: branch.length], held]))
+        logits = model(input_ids=wholes[-1][None]).logits[0, :-1] / TEMPERATURE
+        logprobs = logits.log_softmax(-1).gather(-1, wholes[-1][1:, None])[:, 0]
+        columns.append(torch.cat([torch.zeros(1), logprobs])[-len(held) :])
+    row = torch.cat(columns)
+    return (weights * row).sum(), [row]
+
+
+def tree_gradients(rank: int, world_size: int, *, shared: int) -> tuple[list[Tensor], dict[str, Tensor]]:
+    engine = make_engine(model_of("policy", checkpointing=False), shared=shared, stage=0)
+    mine = range(len(TREES))[rank // shared :: world_size // shared]
+    columns = []
+    for index in mine:
+        loss, (logprobs,) = engine.forward(tree_loss, index)
+        engine.backward(loss, last=index == mine[-1])
+        columns.append(logprobs.detach())
+    gradients = {name: p.grad.clone() for name, p in engine.module.named_parameters() if p.grad is not None}
+    engine.close()
+    return columns, gradients
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [2, 4])
+def test_deep_trees_shared_by_ranks_have_the_gradients_of_branches_apart(gang: Gang, shared: int) -> None:
+    model = model_of("policy", checkpointing=False)
+    expected = []
+    for index in range(len(TREES)):
+        loss, (logprobs,) = apart(index, model)
+        loss.backward()
+        expected.append(logprobs.detach())
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for rank, (columns, found) in enumerate(gang.run(tree_gradients, shared=shared)):
+        for index, logprobs in zip(range(len(TREES))[rank // shared :: WORLD // shared], columns, strict=True):
+            torch.testing.assert_close(logprobs, expected[index], rtol=1e-5, atol=1e-5)
+        assert found.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            assert float((found[name] - gradient).norm() / gradient.norm()) < 1e-5, name
