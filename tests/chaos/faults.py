@@ -259,9 +259,12 @@ def _helpers(process: psutil.Process, kind: Helper) -> Iterator[psutil.Process]:
     """Yield the processes with a user's code, those of single conversations, or the daemon with the object store."""
     for child in process.children():
         with suppress(psutil.NoSuchProcess):
-            is_helper = child.name() == kind if kind == "raylet" else child.cmdline()[1:3] == ["-u", "-c"]
-            if is_helper:
-                yield from child.children() if kind == "conversation" else [child]
+            if kind == "raylet" and child.name() == kind:
+                yield child
+            elif kind != "raylet" and child.cmdline()[1:3] == ["-u", "-c"]:
+                # What an engine starts is the parent of the process with an environment's code.
+                for code in child.children() if "rlhf.rollouts.environments" in child.cmdline()[3] else [child]:
+                    yield from code.children() if kind == "conversation" else [code]
 
 
 def wait_until(

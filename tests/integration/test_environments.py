@@ -98,7 +98,8 @@ def test_the_loss_of_the_process_that_starts_conversations_is_survived(ray_local
     def kill() -> None:
         (engine,) = actor_processes("RolloutEngine")
         program = "rlhf.rollouts.environments.process"
-        (process,) = [child for child in engine.children() if program in " ".join(child.cmdline())]
+        (parent,) = [child for child in engine.children() if program in " ".join(child.cmdline())]
+        (process,) = parent.children()
         process.kill()
 
     with once(lambda: steps_done(run) >= 2, kill):
