@@ -21,6 +21,9 @@ from rlhf.models.branches import Branches, trunks
 from rlhf.models.sequence_parallel import SequenceGroup, current_group, own_part, rows_shared_by, summed
 from rlhf.objectives.load_balance import balance_loss
 
+_SIGMOIDS = {"AfmoeTokenChoiceRouter", "HYV3TopKRouter", "Lfm2MoeTopKRouter", "MiniMaxM2TopKRouter"}
+_SOFTMAXES = {"LongcatFlashTopkRouter"}
+
 _in_order: ContextVar[bool] = ContextVar("rows_in_order", default=False)
 
 
@@ -123,12 +126,18 @@ class RoutingRecord:
 
 
 def scores_of(router: nn.Module, logits: Float[Tensor, "n E"]) -> Float[Tensor, "n E"]:
-    """Return a router's scores of all experts: the softmax, or the sigmoids of routers with a bias of choice."""
+    """Return a router's scores of all experts: the softmax, or the sigmoids of most routers with a bias of choice."""
     wide = logits.float()
-    return wide.sigmoid() if hasattr(router, "e_score_correction_bias") else wide.softmax(-1)
+    return wide.sigmoid() if _has_sigmoids(router) else wide.softmax(-1)
 
 
 def _normalised(router: nn.Module, logits: Float[Tensor, "n E"]) -> Float[Tensor, "n E"]:
     """Return scores with the sum 1 over the experts."""
     scores = scores_of(router, logits)
-    return scores / scores.sum(-1, keepdim=True) if hasattr(router, "e_score_correction_bias") else scores
+    return scores / scores.sum(-1, keepdim=True) if _has_sigmoids(router) else scores
+
+
+def _has_sigmoids(router: nn.Module) -> bool:
+    """Return whether a router scores by sigmoids. The bias of some of them stands beside the router."""
+    name = type(router).__name__
+    return name in _SIGMOIDS or (hasattr(router, "e_score_correction_bias") and name not in _SOFTMAXES)

@@ -13,12 +13,13 @@ from rlhf.errors import UserError
 from rlhf.models.branches import Branch
 from rlhf.models.loading import enable_checkpointing
 from rlhf.models.packed import policy_logprobs_only
-from rlhf.models.routers import RoutingRecord, routers_of
+from rlhf.models.routers import RoutingRecord, routers_of, scores_of
 from rlhf.models.row_check import check_rows
 from tests.tiny_architectures import VOCABULARY, tiny_model
 
 LENGTHS = [6, 3, 8]
 MIXTURES = ["qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "gpt_oss", "olmoe", "granitemoe", "minimax_m2", "phimoe"]
+SCORED = ["afmoe", "deepseek_v3", "ernie4_5_moe", "gpt_oss", "hy_v3", "lfm2_moe", "longcat_flash", "minimax_m2"]
 
 
 def sequences() -> list[Tensor]:
@@ -54,6 +55,19 @@ def test_the_loss_of_a_sequence_is_that_of_transformers_by_layer() -> None:
     top_k, experts = model.config.num_experts_per_tok, model.config.num_experts
     theirs = [load_balancing_loss_func((of_layer,), experts, top_k) / top_k for of_layer in logits]
     torch.testing.assert_close(recorded(model, [ids]).balance_loss(), torch.stack(theirs).mean())
+
+
+@pytest.mark.parametrize("kind", SCORED)
+def test_scores_are_those_by_which_the_router_weighs_its_experts(kind: str) -> None:
+    model = tiny_model(kind).eval()
+    router = routers_of(model)[-1]
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    router.register_forward_hook(lambda *call: found.append(call[2]))
+    with torch.no_grad():
+        model(sequences()[2][None])
+    ((logits, weights, chosen),) = found
+    ours = scores_of(router, logits).gather(1, chosen)
+    torch.testing.assert_close(ours / ours.sum(-1, keepdim=True), weights / weights.sum(-1, keepdim=True))
 
 
 @pytest.mark.parametrize("kind", MIXTURES)
