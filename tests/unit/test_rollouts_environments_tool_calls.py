@@ -29,6 +29,8 @@ def test_calls_that_fit_are_handed_on() -> None:
     read = read_calls((call('{"a": 1, "b": 2.5}'), call('{"a": 2}')), TOOLS)
     assert read == ([{"name": "add", "arguments": {"a": 1, "b": 2.5}}, {"name": "add", "arguments": {"a": 2}}], ())
     assert read_calls((), TOOLS) == ([], ())
+    anything = {"type": "function", "function": {"name": "add", "parameters": {"properties": {"a": True}}}}
+    assert read_calls((call('{"a": [1]}'),), [anything]) == ([{"name": "add", "arguments": {"a": [1]}}], ())
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,8 @@ def _problem(name: str, arguments: object, tools: Sequence[Mapping[str, Any]]) -
     if unknown and not schema.get("additionalProperties"):
         return f"{name} has no argument {', '.join(unknown)[:60]}"
     for key, value in arguments.items():
-        wanted = properties.get(key, {}).get("type")
+        definition = properties.get(key)
+        wanted = definition.get("type") if isinstance(definition, Mapping) else None  # it may be `true`
         if isinstance(wanted, str) and wanted in _TYPES:
             fits = isinstance(value, _TYPES[wanted]) and (wanted == "boolean" or not isinstance(value, bool))
             if not fits:
