@@ -121,7 +121,9 @@ class ReplaceableEngines(WorkerPool):
             try:
                 await within(self._is_published.wait(), self.deadline_s)
             except TimeoutError as error:
-                raise RunError(f"no weights were published for it in {self.deadline_s:.0f} s") from error
+                raise RunError(
+                    f"no weights were published for it in {self.deadline_s:.0f} s (cluster.call_timeout_s)"
+                ) from error
             async with self._loading:
                 if self._published is None:
                     continue
