@@ -55,6 +55,7 @@ class EngineLoop:
         self.name = name
         self._complete = complete
         self.last_step = time.monotonic()
+        self.is_paused = False  # no step begins; set in this thread, by a call that must be repeated first
         self.on_step: Callable[[Sequence[Any]], None] | None = None  # gets all outputs of a step, in this thread
         self._build = build
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -172,15 +173,18 @@ class EngineLoop:
             self._started.set_result(None)
         while not self._stopped:
             self._take_commands()
-            if self._failure is None and self._engine.has_unfinished_requests():
+            if self._has_work():
                 self._step()
         _fail(list(self._waiting.values()), RunError(f"{self.name} was shut down"))
         if self._engine is not None:
             self._engine.engine_core.shutdown()
 
+    def _has_work(self) -> bool:
+        return self._failure is None and not self.is_paused and bool(self._engine.has_unfinished_requests())
+
     def _take_commands(self) -> None:
         """Run all queued commands. Wait for one if the engine has no work."""
-        if self._failure is not None or not self._engine.has_unfinished_requests():
+        if not self._has_work():
             self._commands.get()()
         with contextlib.suppress(queue.Empty):
             while not self._stopped:

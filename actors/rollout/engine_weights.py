@@ -8,6 +8,7 @@ from typing import Any
 
 from actors.rollout.engine_calls import EngineCalls
 from actors.rollout.vllm_engine import (
+    LoadedWeights,
     RolloutSpec,
     adapter_request,
     load_adapter,
@@ -38,6 +39,8 @@ class EngineWeights:
         self.lora: Any = None  # the adapter named in requests
         self._asleep: set[EnginePart] = set()  # parts whose GPU memory a trainer uses now
         self._updating = asyncio.Lock()
+        self._is_settled = asyncio.Event()  # no update is in progress, and the last one has not failed
+        self._is_settled.set()
 
     async def serve_own(self) -> None:
         """Serve the weights of the model folder as version 0: the engine is frozen."""
@@ -57,9 +60,13 @@ class EngineWeights:
         return self.version
 
     async def settled_version(self) -> int:
-        """Return the version, after the update in progress if there is one. RunError as in `synced_version`."""
-        async with self._updating:
-            return self.synced_version()
+        """Return the version, after the update in progress if there is one. RunError as in `synced_version`.
+
+        After a failed update, wait for the next one: the driver repeats it, or ends the run.
+        """
+        while not self._is_settled.is_set():
+            await self.calls.within(self._is_settled.wait(), "an update of its weights")
+        return self.synced_version()
 
     def refuse_frozen(self) -> None:
         """Raise RunError if the engine is frozen."""
@@ -77,6 +84,7 @@ class EngineWeights:
     async def update(self, manifest: WeightManifest, version: int) -> SyncReceipt:
         """Load a published set of weights between two steps. Samples in flight continue with the new weights.
 
+        After a failure the model may have a part of the weights, so no step begins before another update.
         RunError: the checksum of the received weights is wrong, or the engine is frozen.
         """
         self.refuse_frozen()
@@ -87,15 +95,23 @@ class EngineWeights:
                 f"{manifest.version}"
             )
         async with self._updating:
-            return await self._load(manifest)
+            self._is_settled.clear()
+            receipt = await self._load(manifest)
+            self._is_settled.set()
+        return receipt
 
     async def _load(self, manifest: WeightManifest) -> SyncReceipt:
         self.version = None  # in any case: no sample from half-loaded weights
         is_adapter, keeps = manifest.transport == "adapter", self.spec.kv_after_update == "keep"
         load = load_adapter if is_adapter else load_weights
-        loaded = await self.calls.run(
-            lambda engine: load(engine, manifest, keep_cache=keeps), f"version {manifest.version} of the weights"
-        )
+
+        def update(engine: Any) -> LoadedWeights:
+            self.calls.loop.is_paused = True
+            loaded = load(engine, manifest, keep_cache=keeps)
+            self.calls.loop.is_paused = False
+            return loaded
+
+        loaded = await self.calls.run(update, f"version {manifest.version} of the weights")
         wrong = [(rank, checksum) for rank, checksum in enumerate(loaded.checksums) if checksum != manifest.checksum]
         if wrong:
             raise RunError(

@@ -74,10 +74,12 @@ class ReloadEngine(WeightTransferEngine[MeetingInfo, ManifestInfo]):  # type: ig
             if self.device.type == "cpu":
                 forget_expert_kernels(self.model)
             name_loaders(self.model)
+            has_failed = forget_parts(self.model)
             untied = {name for name, _ in self.model.named_parameters()}  # the reload takes tied parameters apart
             initialize_layerwise_reload(self.model)
             loaded = {name for name, _ in self.model.named_parameters()}  # no longer those derived from others
-            self.wanted = untied & loaded
+            if not has_failed:
+                self.wanted = untied & loaded
             for layer in copied_layers(self.model):
                 materialize_layer(layer, get_layerwise_info(layer))
 
@@ -122,6 +124,15 @@ def copied_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     if type(model).__name__ != "GptOssForCausalLM":
         return []
     return [module for module in model.modules() if isinstance(module, RoutedExperts) or hasattr(module, "sinks")]
+
+
+def forget_parts(model: torch.nn.Module) -> bool:
+    """Forget what layers have received in an update that failed, if one has. Return whether one has failed."""
+    begun = [info for module in model.modules() if (info := get_layerwise_info(module)).can_load()]
+    for info in begun:
+        info.load_numel = 0
+        info.loaded_weights.clear()
+    return bool(begun)
 
 
 def name_loaders(model: torch.nn.Module) -> None:

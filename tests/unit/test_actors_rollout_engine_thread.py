@@ -29,6 +29,7 @@ class StreamingEngine:
 
     def __init__(self) -> None:
         self.left: list[Any] = []
+        self.steps = 0
         self.engine_core = SimpleNamespace(shutdown=lambda: None)
 
     def get_weight_version(self) -> str:
@@ -41,6 +42,7 @@ class StreamingEngine:
         return bool(self.left)
 
     def step(self) -> list[Any]:
+        self.steps += 1
         return [self.left.pop(0)]
 
 
@@ -55,3 +57,20 @@ def test_the_outputs_of_every_step_are_passed_on_and_a_future_gets_the_last() ->
     assert loop.stop(timeout_s=10.0)
     assert [output.finished for output in passed_on] == [False, False, True]
     assert completed == passed_on[2:] == [last]
+
+
+def test_no_step_begins_while_the_loop_is_paused() -> None:
+    loop = EngineLoop(StreamingEngine, name="rollout engine 0")
+    loop.start().result(timeout=10.0)
+
+    def pause(engine: Any, is_paused: bool) -> int:
+        loop.is_paused = is_paused
+        return int(engine.steps)
+
+    loop.call(lambda engine: pause(engine, True))
+    (future,) = loop.submit([Submission(request_id="a", prompt_token_ids=(1,), params=None, lora=None)])
+    for _ in range(3):
+        assert loop.call(lambda engine: engine.steps).result(timeout=10.0) == 0
+    loop.call(lambda engine: pause(engine, False))
+    assert future.result(timeout=10.0).finished
+    assert loop.stop(timeout_s=10.0)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 pytest.importorskip("vllm")
 
@@ -47,3 +50,41 @@ def test_a_loader_that_is_a_partial_function_gets_its_name() -> None:
     model.weight.weight_loader = partial(print, end="")
     name_loaders(model)
     assert model.weight.weight_loader.__name__ == "print"
+
+
+class Plain(nn.Module):
+    """A model whose head is tied to its first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2, bias=False)
+        self.head.weight = self.first.weight
+
+    def load_weights(self, weights: Iterator[tuple[str, Tensor]]) -> set[str]:
+        parameters, names = dict(self.named_parameters()), set()
+        for name, weight in weights:
+            parameters[name].weight_loader(parameters[name], weight)  # type: ignore[operator]
+            names.add(name)
+        return names
+
+
+def test_an_update_after_a_failed_one_begins_the_layers_anew() -> None:
+    from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
+
+    model = Plain()
+    record_metadata_for_reloading(model)
+    engine: Any = ReloadEngine.__new__(ReloadEngine)
+    engine.model, engine.device, engine.parallel_config = model, torch.device("cpu"), SimpleNamespace(world_size=1)
+    engine.model_config = SimpleNamespace(dtype=torch.float32)
+    names = [name for name, _ in model.named_parameters()]
+    weights = {
+        name: torch.full_like(parameter, place) for place, (name, parameter) in enumerate(model.named_parameters())
+    }
+    engine.start_weight_update()
+    with pytest.raises(RunError):
+        engine.load((name, -weights[name]) for name in names[:3])  # the first layer, and a part of the second
+    engine.start_weight_update()
+    engine.load(iter(weights.items()))
+    engine.finish_weight_update()
+    loaded = dict(model.named_parameters())
+    assert all(torch.equal(loaded[name], weights[name]) for name in names)
