@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from rlhf.engine.partitions import Sharding
+from rlhf.engine.snapshot_checkpoint import write_snapshot
 from rlhf.errors import UserError
 from tests.integration import test_engine_adapters as adapters
 from tests.integration.rank_gang import Gang, small_config
@@ -47,12 +48,27 @@ def trained_further(engine: Any, rank: int, world_size: int, steps: range) -> li
     return losses
 
 
-def train_and_save(rank: int, world_size: int, *, stage: int, dtype: torch.dtype, folder: Path, name: str) -> Any:
-    """The weights when they were saved, and the losses and weights of the unbroken run."""
+def train_and_save(
+    rank: int, world_size: int, *, stage: int, dtype: torch.dtype, folder: Path, name: str, keeps: bool = False
+) -> Any:
+    """The weights when they were saved, and the losses and weights of the unbroken run.
+
+    keeps: each rank keeps a snapshot, and the checkpoint is made of them.
+    """
     engine = make_engine(stage, dtype, optimizer=replace(OPTIMIZER, name=name))
     trained_further(engine, rank, world_size, range(1, SAVED_STEPS + 1))
     torch.rand(1)  # so that the random state is not that of a new engine
-    engine.save(folder)
+    if keeps:
+        kept = folder.with_name("memory") / str(rank)
+        kept.parent.mkdir(exist_ok=True)
+        engine.keep_in(kept)
+        engine.keep(SAVED_STEPS)
+        assert engine.kept() == SAVED_STEPS
+        folder.mkdir(exist_ok=True)
+        write_snapshot(kept, SAVED_STEPS, folder, rank)
+        torch.distributed.barrier()
+    else:
+        engine.save(folder)
     saved = weights_of(engine)
     losses = trained_further(engine, rank, world_size, range(SAVED_STEPS + 1, SAVED_STEPS + MORE_STEPS + 1))
     weights = weights_of(engine)
@@ -104,7 +120,22 @@ def test_other_ranks_and_stages_continue_the_run(
     gangs: Gangs, dtype: torch.dtype, there: Sharding, tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {"dtype": dtype, "folder": tmp_path / "saved", "name": "adamw"}
-    (saved, losses, weights), *_ = gangs[there.ranks].run(train_and_save, stage=there.zero_stage, **options)
+    assert_continued(gangs, gangs[there.ranks].run(train_and_save, stage=there.zero_stage, **options), there, options)
+
+
+@pytest.mark.parametrize(("dtype", "there"), [pair for pair in PAIRS if pair[1].ranks < 4], ids=named)
+def test_other_ranks_and_stages_continue_from_snapshots(
+    gangs: Gangs, dtype: torch.dtype, there: Sharding, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"dtype": dtype, "folder": tmp_path / "saved", "name": "adamw"}
+    unbroken = gangs[there.ranks].run(train_and_save, stage=there.zero_stage, keeps=True, **options)
+    assert_continued(gangs, unbroken, there, options)
+
+
+def assert_continued(gangs: Gangs, unbroken: Sequence[Any], there: Sharding, options: dict[str, Any]) -> None:
+    """Continue a checkpoint with each stage and other ranks, and compare it with the unbroken run."""
+    (saved, losses, weights), *_ = unbroken
+    dtype = options["dtype"]
     for ranks in FROM_TO[there.ranks]:
         for stage in range(4):
             results = gangs[ranks].run(continued, stage=stage, **options)
