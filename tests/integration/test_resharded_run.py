@@ -1,0 +1,67 @@
+"""Whole runs stopped with one rank, and resumed with two ranks and another ZeRO stage: the curves of unbroken runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.integration.recipes import ONLINE, merge, rows, train, without_clocks, write_config
+from tests.integration.test_online import PPO
+
+pytestmark = pytest.mark.slow
+
+SFT: dict[str, Any] = {
+    "policy": {"model": "tiny:llama", "dtype": "float32"},
+    "algorithm": {"name": "sft"},
+    "data": {
+        "train": {"task": "running_totals", "split": "sft", "size": 64},
+        "eval": {"task": "running_totals", "split": "sft", "size": 16, "seed": 5},
+        "apply_chat_template": False,
+    },
+    "train": {
+        "steps": 12,
+        "lr": 1e-3,
+        "sequences_per_update": 16,
+        "max_tokens_per_microbatch": 256,
+        "checkpoint_every": 4,
+    },
+    "eval": {"every": 4},
+    "cluster": {"object_store_gib": 0.25, "start_timeout_s": 200.0, "call_timeout_s": 120.0},
+}
+OTHERS = ("cluster.roles.policy={workers: 2, cpus: 0.5, zero_stage: 3}",)
+OTHER_CRITIC = "cluster.roles.critic={workers: 2, zero_stage: 1}"
+
+
+def assert_continues(folder: Path, config: Mapping[str, Any], *, until: int, others: Sequence[str]) -> None:
+    """Compare a run with one that stops after a step and is resumed by other ranks."""
+    for name in ("unbroken", "stopped"):
+        write_config(folder / f"{name}.yaml", {"run": {"name": name, "dir": str(folder), "seed": 3}}, config)
+    train(folder / "unbroken.yaml")
+    train(folder / "stopped.yaml", "--until", str(until))
+    train(folder / "stopped.yaml", *others, "--resume", "auto")
+    log = (folder / "stopped.log").read_text()
+    assert "is divided anew: cluster.roles.policy.workers is 1 there and 2 here" in log
+    expected, found = (without_clocks(rows(folder / name)) for name in ("unbroken", "stopped"))
+    assert found[: until + 1] == expected[: until + 1]
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    for one, two in zip(expected[until + 1 :], found[until + 1 :], strict=True):
+        for key, value in one.items():
+            if key != "update/tokens/total" and value is not None:  # depends on the micro-batches of each rank
+                assert two[key] == pytest.approx(value, rel=2e-3, abs=2e-5), (one["step"], key)
+    weights, unbroken = (load_file(folder / name / "final" / "model.safetensors") for name in ("stopped", "unbroken"))
+    torch.testing.assert_close(weights, unbroken, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.timeout(400)
+def test_sft(tmp_path: Path) -> None:
+    assert_continues(tmp_path, SFT, until=4, others=OTHERS)
+
+
+@pytest.mark.timeout(600)
+def test_ppo_with_a_critic(tmp_path: Path) -> None:
+    assert_continues(tmp_path, merge(ONLINE, PPO), until=2, others=(*OTHERS, OTHER_CRITIC))
