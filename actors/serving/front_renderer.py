@@ -7,11 +7,13 @@ The parser notes what the client is told of a response, since it will come back 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import numpy as np
+from vllm.exceptions import VLLMValidationError
 from vllm.renderers.chat_utils import has_non_text_content
 from vllm.renderers.online_renderer import OnlineRenderer
 
@@ -20,6 +22,7 @@ from actors.serving.sessions import CURRENT_CALL, KnownTurn, OpenSession, Served
 
 LONG_TEXT = 20_000  # characters; tokenizing more takes milliseconds
 _PLACE = "qzsentinelzq"  # stands for a turn in a rendered conversation
+_UNITS = {"input_tokens": "tokens", "input_text": "characters"}  # by the parameter that vLLM's errors name
 _TOKEN_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
 
@@ -39,6 +42,7 @@ class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
             if known is not None and known.end < len(messages):
                 ids = await self._continued(call.session, request, messages, known, options)
                 if ids is not None:
+                    call.session.most_tokens(call, len(ids))
                     request.kv_transfer_params = {"prompt_token_ids": ids}  # vLLM then renders nothing
                 else:
                     call.broke, call.asked = "rewritten turn", messages
@@ -47,10 +51,16 @@ class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
         is_freed = call.session is not None and request.tool_choice == "auto" and request.parallel_tool_calls is False
         if is_freed:
             request.parallel_tool_calls = None  # vLLM would restrict the policy by a grammar
-        rendered = await super().preprocess_chat(request, messages, *args, **options)
+        with _ending_session():
+            rendered = await super().preprocess_chat(request, messages, *args, **options)
         if is_freed:
             request.parallel_tool_calls = False  # the client is told the first call alone
         return rendered
+
+    async def preprocess_completion(self, *args: Any, **options: Any) -> Any:
+        """Return vLLM's inputs for prompts without a template."""
+        with _ending_session():
+            return await super().preprocess_completion(*args, **options)
 
     def adjust_harmony_request(self, request: Any) -> None:
         """Refuse sessions of gpt-oss, whose conversations vLLM writes anew, without earlier reasoning."""
@@ -97,6 +107,18 @@ class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
             return None
         text: str | None = rendered.get("prompt")
         return text
+
+
+@contextmanager
+def _ending_session() -> Iterator[None]:
+    """Let a prompt that is longer than the engine's limit end its session: the session's limit is no higher."""
+    try:
+        yield
+    except VLLMValidationError as error:
+        session, unit = CURRENT_CALL.get().session, _UNITS.get(error.parameter or "")
+        if session is None or unit is None:
+            raise
+        raise session.too_long(f"the prompt has {error.value} {unit} or more") from error
 
 
 def _behind(text: str | None) -> str | None:

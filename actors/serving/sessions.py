@@ -183,13 +183,13 @@ class OpenSession:
         """Return the limit of a response. RefusedCall: the prompt alone exceeds the session's limit."""
         room = self.limits.max_tokens - num_prompt_tokens
         if room < 1:
-            self._exceed("max_tokens")
-            raise RefusedCall(
-                f"the prompt has {num_prompt_tokens} tokens. With its response it may have {self.limits.max_tokens} "
-                "(max_tokens)",
-                status=400,
-            )
+            raise self.too_long(f"the prompt has {num_prompt_tokens} tokens")
         return min(room, self.sampling.max_new_tokens, call.most_tokens or room)
+
+    def too_long(self, prompt: str) -> RefusedCall:
+        """Return the refusal of a prompt that exceeds the session's limit, which ends the session."""
+        self._exceed("max_tokens")
+        return RefusedCall(f"{prompt}. With its response it may have {self.limits.max_tokens} tokens (max_tokens)")
 
     def look_up(self, call: ServedCall, messages: Sequence[Message], tools: Any) -> KnownTurn | None:
         """Return the last turn of the session in a conversation, and note in `call` whether its prefix broke."""

@@ -463,6 +463,31 @@ async def test_what_is_not_supported_is_refused_by_name(
     assert not loop.asked
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", {"messages": [{"role": "user", "content": "x" * 1100}]}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "x" * 99_000}]}),
+        ("chat/completions", {"messages": [*HI, {"role": "assistant", "content": "yes"}, *HI * 300]}),
+        ("completions", {"prompt": "x" * 1100}),
+        ("responses", {"input": "x" * 1100}),
+        ("messages", {"messages": [{"role": "user", "content": "x" * 1100}], "max_tokens": 5}),
+    ],
+)
+async def test_a_prompt_that_is_longer_than_the_engines_limit_ends_its_session(
+    parts: EngineParts, path: str, body: dict[str, Any]
+) -> None:
+    async with fronted(parts, "yes") as (front, loop), ClientSession() as client:
+        session = opened(front, max_tokens=1024)  # as many as the engine takes
+        fields = {"Authorization": "Bearer a-session"}
+        url = f"{front.base_url}/v1"
+        await client.post(f"{url}/chat/completions", json={"model": "m", "messages": HI}, headers=fields)
+        answer = await client.post(f"{url}/{path}", json={"model": "m", **body}, headers=fields)
+        assert answer.status == 400
+        assert "With its response it may have 1024 tokens (max_tokens)" in (await answer.json())["error"]["message"]
+        assert (session.exceeded, session.is_over.is_set(), len(loop.asked)) == ("max_tokens", True, 1)
+
+
 CUSTOM = {"id": "c", "type": "custom", "custom": {"name": "add", "input": "x"}}
 
 
