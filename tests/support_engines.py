@@ -25,7 +25,7 @@ from actors.weights.shm import ShmSender
 from rlhf.errors import RunError
 from rlhf.types import Sampling
 from tests.support_measurements import model_folder, published
-from tests.tiny_architectures import ALL
+from tests.tiny_architectures import ALL, has_setting
 
 Dtype = Literal["float32", "bfloat16"]
 Row = tuple[list[int], list[int], list[float]]  # a prompt, and the engine's tokens and log-probabilities after it
@@ -50,11 +50,12 @@ CHANGES: dict[str, dict[str, Any]] = {  # what else has to fit these sizes
     "bamba": {"mamba_d_head": 32},
     "falcon": {"ffn_hidden_size": 256},  # vLLM computes four times hidden_size
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_head": 32},
+    "gemma4_text": {"global_head_dim": 64, "num_experts": None},  # vLLM has experts where there is a number of them
     "glm4_moe": {"head_dim": 32},
     "gpt_bigcode": {"num_key_value_heads": 1},
     "gpt_oss": {"intermediate_size": 64},
     "granitemoehybrid": {"mamba_d_head": 32},
-    "llama4_text": {"attention_chunk_size": 32},  # a whole block of keys
+    "llama4_text": {"attention_chunk_size": 32, "num_experts_per_tok": 1},  # whole blocks, and all that vLLM has
     "mamba2": {"num_heads": 16},
     **dict.fromkeys(("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "youtu"), MLA),
     "minicpm3": {
@@ -89,7 +90,7 @@ def sizes_for_engine(model_type: str) -> dict[str, Any]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     known = CONFIG_MAPPING[model_type]()
-    sizes = {key: value for key, value in SIZES.items() if hasattr(known, key) and key not in ALL[model_type]}
+    sizes = {key: value for key, value in SIZES.items() if has_setting(known, key) and key not in ALL[model_type]}
     return sizes | CHANGES.get(model_type, {})
 
 

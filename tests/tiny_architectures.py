@@ -259,15 +259,16 @@ SELDOM = frozenset(
 )
 
 
-def _has(config: Any, key: str) -> bool:
-    return key in vars(config) or hasattr(config, key)  # a value by layer is no attribute
+def has_setting(config: Any, key: str) -> bool:
+    """Whether a config has a setting. One that differs by layer is no attribute."""
+    return key in vars(config) or hasattr(config, key)
 
 
 def tiny_config(model_type: str, **changes: Any) -> Any:
     """A config of two small layers."""
     kind = CONFIG_MAPPING[model_type]
     known = kind()
-    wanted = {key: value for key, value in _SIZES.items() if _has(known, key)} | copy.deepcopy(ALL[model_type])
+    wanted = {key: value for key, value in _SIZES.items() if has_setting(known, key)} | copy.deepcopy(ALL[model_type])
     return kind(**{key: value for key, value in (wanted | changes).items() if value is not ...})
 
 

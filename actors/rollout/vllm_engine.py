@@ -132,6 +132,7 @@ def build_engine(spec: RolloutSpec) -> Any:
         max_loras=1,
         trust_remote_code=spec.trust_remote_code,
         hf_overrides=_model_settings(config),
+        override_generation_config=_generation_settings(config),
         # vLLM's operation for CPUs turns a query wrongly whose heads stand apart.
         compilation_config={"custom_ops": ["-rotary_embedding"]} if cpu and _heads_stand_apart(config) else {},
         enable_return_routed_experts=spec.records_experts and not cpu,
@@ -158,6 +159,15 @@ def _model_settings(config: Any) -> dict[str, Any]:
     if config.model_type in ("cohere2", "cohere2_moe"):  # vLLM's windows are a token wider than transformers'
         settings["sliding_window"] = config.sliding_window - 1
     return settings
+
+
+def _generation_settings(config: Any) -> dict[str, Any]:
+    """Return the changes of a generation config for the same.
+
+    vLLM turns off Llama 4's scale of queries at late positions unless the engine takes more than 32,768 tokens.
+    """
+    key = "attn_temperature_tuning"
+    return {key: bool(getattr(config, key))} if hasattr(config, key) else {}
 
 
 def _heads_stand_apart(config: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from actors.rollout.vllm_engine import _heads_stand_apart, _model_settings
+from actors.rollout.vllm_engine import _generation_settings, _heads_stand_apart, _model_settings
 from tests.tiny_architectures import tiny_model
 
 
@@ -21,6 +21,11 @@ def test_settings_of_models_on_the_hub_are_added_where_a_config_lacks_them() -> 
     assert _model_settings(config) == {"block_dim": 32, "conv_dim": 32}
     config.conv_dim = 64
     assert _model_settings(config) == {"block_dim": 32}
+
+
+def test_llama_4_scales_its_queries_in_short_engines_too() -> None:
+    assert _generation_settings(tiny_model("llama4_text").config) == {"attn_temperature_tuning": True}
+    assert _generation_settings(tiny_model("llama").config) == {}
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ def test_every_argument_that_the_project_sets_is_owned_or_may_be_changed() -> No
         "enable_chunked_prefill",
         "enable_prefix_caching",
         "hf_overrides",
+        "override_generation_config",
     }
     ours = keywords("actors/rollout/vllm_engine.py", "EngineArgs")
     assert ours - changeable <= OWNED.keys() <= known_engine_args()
