@@ -57,10 +57,15 @@ class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
             request.parallel_tool_calls = False  # the client is told the first call alone
         return rendered
 
-    async def preprocess_completion(self, *args: Any, **options: Any) -> Any:
+    async def preprocess_completion(self, request: Any, *args: Any, **options: Any) -> Any:
         """Return vLLM's inputs for prompts without a template."""
+        call, limit = CURRENT_CALL.get(), request.max_tokens
+        if call.session is not None:
+            _take_limits(request, call)
         with _ending_session():
-            return await super().preprocess_completion(*args, **options)
+            rendered = await super().preprocess_completion(request, *args, **options)
+        request.max_tokens = limit  # vLLM reads it again
+        return rendered
 
     def adjust_harmony_request(self, request: Any) -> None:
         """Refuse sessions of gpt-oss, whose conversations vLLM writes anew, without earlier reasoning."""
@@ -138,7 +143,7 @@ def _take_limits(request: Any, call: ServedCall) -> None:
                 raise RefusedCall(f"`{name}` is {limit}, expected at least 1", param=name)
             call.most_tokens = limit
             setattr(request, name, None)
-    for tool in request.tools or ():
+    for tool in getattr(request, "tools", None) or ():  # a prompt without a template has none
         getattr(tool, "function", tool).strict = None
 
 

@@ -488,6 +488,15 @@ async def test_a_prompt_that_is_longer_than_the_engines_limit_ends_its_session(
         assert (session.exceeded, session.is_over.is_set(), len(loop.asked)) == ("max_tokens", True, 1)
 
 
+async def test_a_response_has_the_room_behind_its_prompt(parts: EngineParts) -> None:
+    async with fronted(parts, "yes") as (front, loop), openai_client(front, "a-session") as client:
+        opened(front, max_tokens=1024)
+        await client.completions.create(model="m", prompt="x" * 1015, max_tokens=16)
+        await client.completions.create(model="m", prompt="x" * 9, max_tokens=16)
+        await client.chat.completions.create(model="m", messages=[{"role": "user", "content": "x" * 1012}])
+    assert [asked.params.max_tokens for asked in loop.asked] == [9, 16, 9]
+
+
 CUSTOM = {"id": "c", "type": "custom", "custom": {"name": "add", "input": "x"}}
 
 
