@@ -189,12 +189,13 @@ async def test_a_cancelled_group_is_dropped_at_every_moment(in_flight: RolloutWo
 
 
 async def test_a_request_that_arrives_during_an_update_starts_after_it(in_flight: RolloutWorker) -> None:
-    async with in_flight.weights._updating:
-        in_flight.weights.version = None
-        answer = asyncio.ensure_future(in_flight.answer(request(0), SAMPLING, 4))
-        await asyncio.sleep(0.01)
-        assert in_flight.loop.num_waiting == 0
-        in_flight.weights.version = 5
+    in_flight.weights._is_settled.clear()
+    in_flight.weights.version = None
+    answer = asyncio.ensure_future(in_flight.answer(request(0), SAMPLING, 4))
+    await asyncio.sleep(0.01)
+    assert in_flight.loop.num_waiting == 0
+    in_flight.weights.version = 5
+    in_flight.weights._is_settled.set()
     assert (await asyncio.wait_for(answer, DEADLINE_S))[1] is not None
 
 
