@@ -257,8 +257,14 @@ def test_a_daemon_ends_with_a_killed_engine(tmp_path: Path) -> None:
     daemon.wait(timeout=20.0)  # TimeoutExpired: it survived
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
-def test_a_daemon_ends_with_the_process_that_forks_sessions(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("number", "is_parent"),
+    [(signal.SIGKILL, False), (signal.SIGSTOP, False), (signal.SIGSTOP, True)],
+    ids=["killed", "hung", "with its parent hung"],
+)
+def test_a_daemon_ends_with_the_process_that_forks_sessions(
+    tmp_path: Path, number: signal.Signals, is_parent: bool
+) -> None:
     note = tmp_path / "pid"
 
     async def use(runner: HostedRunner) -> psutil.Process:
@@ -266,7 +272,8 @@ def test_a_daemon_ends_with_the_process_that_forks_sessions(tmp_path: Path, numb
         while not (note.exists() and note.read_text()):
             await asyncio.sleep(0.02)
         daemon = psutil.Process(int(note.read_text()))
-        os.kill(runner.host.pid, number)
+        forking = psutil.Process(runner.host.pid)
+        (forking.parent() if is_parent else forking).send_signal(number)  # type: ignore[union-attr]
         if number == signal.SIGKILL:
             with pytest.raises(ChildLost, match="process is gone"):
                 await session

@@ -164,7 +164,8 @@ class EnvironmentHost:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 await asyncio.to_thread(child.process.wait, STOP_WITHIN_S)
         child.process.terminate()  # it then kills the process of the code, and all that this one leaves behind
-        await asyncio.to_thread(child.process.wait, 10.0)
+        child.process.send_signal(signal.SIGCONT)  # else it could not, if somebody has stopped it
+        await asyncio.to_thread(child.process.wait, STOP_WITHIN_S)
         child.close()
 
     async def end(self, pid: int, *, is_closed: bool = False) -> str:
