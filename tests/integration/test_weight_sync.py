@@ -7,6 +7,7 @@ engine's own.
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -131,6 +132,38 @@ def test_a_damaged_byte_stops_the_sync(tied: Any, folder: Path, sender: ShmSende
         sync(tied, manifest)
     with pytest.raises(RunError, match="has not received the policy's weights"):
         call(tied.generate.remote(request(40), SAMPLING))
+
+
+@pytest.mark.usefixtures("way")
+def test_no_sample_goes_on_between_a_failed_update_and_its_repetition(
+    tied: Any, folder: Path, sender: ShmSender
+) -> None:
+    sync(tied, sender.publish(model_like(folder, seed=60).named_parameters(), 60))
+    long = replace(SAMPLING, max_new_tokens=400)
+    running = tied.answer.remote(request(60), long, 0)
+    while call(tied.health.remote()).requests_in_flight < 4:
+        time.sleep(0.01)
+    model = model_like(folder, seed=61)
+    manifest = sender.publish(model.named_parameters(), 61)
+    assert manifest is not None
+    half = len(manifest.names) // 2
+    columns = {name: getattr(manifest, name)[:half] for name in ("names", "dtypes", "shapes", "offsets")}
+    for broken in (replace(manifest, fields={"path": "/nowhere"}), replace(manifest, **columns)):
+        with pytest.raises(RayTaskError):
+            sync(tied, broken)
+    waiting = tied.answer.remote(request(61), SAMPLING, 0)
+    paused = call(tied.health.remote())
+    time.sleep(0.5)
+    after = call(tied.health.remote())
+    assert (paused.requests_in_flight, after.requests_in_flight) == (4, 4), "the samples of the first group"
+    assert after.last_step_age_s >= paused.last_step_age_s + 0.5
+    sync(tied, manifest)
+    assert probe_difference(tied, model, version=61) < 1e-4
+    rollouts, infos = call(waiting)
+    assert worst_difference(model, rollouts) < 1e-4
+    assert {(info.min_version, info.max_version) for info in infos} == {(61, 61)}
+    _, infos = call(running)
+    assert {(info.min_version, info.max_version) for info in infos} == {(60, 61)}
 
 
 def test_a_manifest_of_another_version_is_refused(tied: Any, folder: Path, sender: ShmSender) -> None:
