@@ -134,6 +134,7 @@ def test_a_damaged_byte_stops_the_sync(tied: Any, folder: Path, sender: ShmSende
         call(tied.generate.remote(request(40), SAMPLING))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("way")
 def test_no_sample_goes_on_between_a_failed_update_and_its_repetition(
     tied: Any, folder: Path, sender: ShmSender
