@@ -263,9 +263,10 @@ def test_a_daemon_ends_with_a_killed_engine(tmp_path: Path) -> None:
     ids=["killed", "hung", "with its parent hung"],
 )
 def test_a_daemon_ends_with_the_process_that_forks_sessions(
-    tmp_path: Path, number: signal.Signals, is_parent: bool
+    tmp_path: Path, number: signal.Signals, is_parent: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     note = tmp_path / "pid"
+    monkeypatch.setattr("rlhf.rollouts.environments.host.STOP_WITHIN_S", 3.0)  # a hung process ends no sooner
 
     async def use(runner: HostedRunner) -> psutil.Process:
         session = asyncio.create_task(runner.solve(task(mood="daemon", note=str(note), s=600)))
