@@ -338,6 +338,8 @@ class FaultyRun:
         for _ in range(TRIES):
             process = self._victim_at_its_moment(fault)
             at = None if process is None else strike(process, fault.how, self.memory)
+            if process is not None and at is None and VICTIMS[fault.who].helper == "conversation":
+                continue  # its conversation ended by itself
             if process is None or at is None:
                 return Outcome(fault=fault, back_s=None, contradictions=["it was not injected"])
             self._struck_at_step = steps_done(self.folder)

@@ -12,27 +12,11 @@ from safetensors.torch import load_file
 
 from tests.integration.recipes import ONLINE, merge, rows, train, without_clocks, write_config
 from tests.integration.test_online import PPO
+from tests.integration.test_sweep import RUN
 
 pytestmark = pytest.mark.slow
 
-SFT: dict[str, Any] = {
-    "policy": {"model": "tiny:llama", "dtype": "float32"},
-    "algorithm": {"name": "sft"},
-    "data": {
-        "train": {"task": "running_totals", "split": "sft", "size": 64},
-        "eval": {"task": "running_totals", "split": "sft", "size": 16, "seed": 5},
-        "apply_chat_template": False,
-    },
-    "train": {
-        "steps": 12,
-        "lr": 1e-3,
-        "sequences_per_update": 16,
-        "max_tokens_per_microbatch": 256,
-        "checkpoint_every": 4,
-    },
-    "eval": {"every": 4},
-    "cluster": {"object_store_gib": 0.25, "start_timeout_s": 200.0, "call_timeout_s": 120.0},
-}
+SFT = merge(RUN, {"train": {"steps": 12, "checkpoint_every": 4}, "eval": {"every": 4}})
 OTHERS = ("cluster.roles.policy={workers: 2, cpus: 0.5, zero_stage: 3}",)
 OTHER_CRITIC = "cluster.roles.critic={workers: 2, zero_stage: 1}"
 
