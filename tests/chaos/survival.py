@@ -150,9 +150,11 @@ def run_config(folder: Path, mode: str, *, steps: int, changes: Mapping[str, Any
 
 
 def with_model(folder: str) -> Mapping[str, Any]:
-    """Return the changes to a run that make it train the model of a folder, on smaller batches."""
+    """Return the changes to a run that make it train the model of a folder by GRPO, on smaller batches."""
     return {
         "policy": {"model": str(Path(folder).absolute())},
+        "algorithm": {"name": "grpo", "critic_lr": None, "kl": None},
+        "cluster": {"roles": {"critic": None, "reference": None}},
         "data": {"eval": {"size": 4}, "max_prompt_tokens": 64},
         "rollouts": {"prompts_per_step": 4, "samples_per_prompt": 2},
         "train": {"sequences_per_update": 4},
