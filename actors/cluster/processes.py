@@ -20,7 +20,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from actors.cluster.actor_locations import ActorLocation, forget, location_of, on_node, own_location, remember
-from actors.cluster.waiting import wait_all, wait_one
+from actors.cluster.waiting import START_LIMIT, wait_all, wait_one
 from rlhf.role_table import Role
 from rlhf.room import PAUSE
 from rlhf.stopping import finishes_within
@@ -28,7 +28,6 @@ from rlhf.stopping import finishes_within
 logger = logging.getLogger(__name__)
 ASKED_S = 1.0  # limit for an orderly end by Ray
 GONE_WITHIN_S = 10.0
-START_LIMIT = "cluster.start_timeout_s"
 
 # Environment of processes that compute on a CPU. Memory freed by a micro-batch or a sync is kept for the next one.
 # Returning it to the kernel and faulting it in again page by page took a fifth of an update's time. glibc reads these
@@ -84,7 +83,7 @@ class Processes:
     async def wait_until_started(self, *, deadline_s: float) -> None:
         """Wait until all actors are created, and remember the processes on this host."""
         refs = [handle.__ray_call__.remote(own_location, PAUSE.limit_s) for handle in self.handles]
-        locations = await wait_all(refs, role=self.role, stage="start", deadline_s=deadline_s)
+        locations = await wait_all(refs, role=self.role, stage="start", deadline_s=deadline_s, limit=START_LIMIT)
         self._remember(dict(enumerate(locations)))
 
     async def wait_until_created(self, rank: int, *, deadline_s: float) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Awaitable, Collection, Sequence
+from collections.abc import Awaitable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,12 +41,38 @@ from rlhf.role_table import Role
 from rlhf.room import PAUSE
 
 T = TypeVar("T")
+CALL_LIMIT, START_LIMIT = "cluster.call_timeout_s", "cluster.start_timeout_s"
 IT_HANGS = " It hangs, or the limit is too short for the work."
 DEATH_SHOWS_WITHIN_S = 2.0  # the peers of a dead rank may fail before it
 DEATHS = (RayActorError, OutOfMemoryError)  # the second by Ray's memory monitor
 PAUSED_FOR_S = 1.0  # extends a limit by no less
 MOST_STACKS = 4  # of late workers in an error
 MOST_TOLD = 600  # characters of a cause in a message
+
+
+class Waits:
+    """Whether this process waits for something within a limit."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._ended_at = 0.0  # the last wait
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Note a wait during the block."""
+        self._count += 1
+        try:
+            yield
+        finally:
+            self._count -= 1
+            self._ended_at = time.monotonic()
+
+    def idle_s(self) -> float:
+        """Return the seconds since the last wait, and 0 during a wait."""
+        return 0.0 if self._count else time.monotonic() - self._ended_at
+
+
+WAITS = Waits()
 _CAUSES: dict[str, asyncio.Future[tuple[LossKind, str, str | None]]] = {}  # of deaths, by actor
 
 
@@ -58,7 +85,8 @@ async def ended(
     """
     paused_s = PAUSE.seconds()
     while True:
-        done, pending = await asyncio.wait(futures, timeout=limit_s, return_when=asyncio.FIRST_EXCEPTION)
+        with WAITS.one():
+            done, pending = await asyncio.wait(futures, timeout=limit_s, return_when=asyncio.FIRST_EXCEPTION)
         before, paused_s = paused_s, PAUSE.seconds()
         limit_s = max(paused_s - before, PAUSED_FOR_S)
         if not pending or paused_s == before or any(future.cancelled() or future.exception() for future in done):
@@ -77,10 +105,12 @@ async def within(awaitable: Awaitable[T], limit_s: float) -> T:
         future.cancel()
 
 
-async def wait_all(refs: Sequence[ObjectRef[Any]], *, role: Role, stage: str, deadline_s: float) -> list[Any]:
+async def wait_all(
+    refs: Sequence[ObjectRef[Any]], *, role: Role, stage: str, deadline_s: float, limit: str = CALL_LIMIT
+) -> list[Any]:
     """Return the results, in order. The first failure is raised at once.
 
-    If a dead rank made its peers fail too, the error names the dead rank.
+    If a dead rank made its peers fail too, the error names the dead rank. `limit`: see `wait_one`.
     """
     began = time.monotonic()
     futures = [asyncio.ensure_future(asyncio.wrap_future(ref.future())) for ref in refs]
@@ -94,7 +124,6 @@ async def wait_all(refs: Sequence[ObjectRef[Any]], *, role: Role, stage: str, de
             raise await explain(error, role=role, rank=rank, stage=stage)
         if pending:
             late = [rank for rank, future in enumerate(futures) if future in pending]
-            limit = f"cluster.{'start' if stage == 'start' else 'call'}_timeout_s"
             raise WorkerLost(
                 f"{stage}: {role} rank {', '.join(map(str, late))} did not answer within "
                 f"{time.monotonic() - began:.0f} s ({limit}).{await lost_nodes() or IT_HANGS}",
@@ -111,9 +140,9 @@ async def wait_all(refs: Sequence[ObjectRef[Any]], *, role: Role, stage: str, de
 
 
 async def wait_one(
-    ref: ObjectRef[Any], *, role: Role, rank: int, stage: str, deadline_s: float, limit: str = "cluster.call_timeout_s"
+    ref: ObjectRef[Any], *, role: Role, rank: int, stage: str, deadline_s: float, limit: str = CALL_LIMIT
 ) -> Any:
-    """Return one worker's result. `limit` names the configuration keys that determine the deadline."""
+    """Return one worker's result. `limit` names what determines the deadline, such as a key of the configuration."""
     try:
         return await within(asyncio.wrap_future(ref.future()), deadline_s)
     except TimeoutError as error:

@@ -20,7 +20,8 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 
 from actors.cluster.memory_folders import MemoryFolders
-from actors.roles.group import END_WITHIN_S, ModelGroup, SpawnOne
+from actors.cluster.waiting import CALL_LIMIT, START_LIMIT
+from actors.roles.group import END_WITHIN_S, STOP_LIMIT, ModelGroup, SpawnOne
 from actors.weights import Meeting, Transport, WeightManifest
 from rlhf.errors import RESUMES, RunError
 from rlhf.role_table import Role
@@ -94,9 +95,9 @@ class Gang(ModelGroup):
         """Connect the ranks and load the model. Sets `fingerprint` from the model's architecture."""
         self.start_deadline_s = deadline_s
         await self.processes.wait_until_started(deadline_s=deadline_s)
-        host, port = await self._address("start", deadline_s=deadline_s)
+        host, port = await self._address("start", deadline_s=deadline_s, limit=START_LIMIT)
         starts = [h.start.remote(host, port) for h in self.handles]
-        self.fingerprint: str = (await self.all(starts, "start", deadline_s=deadline_s))[0]
+        self.fingerprint: str = (await self.all(starts, "start", deadline_s=deadline_s, limit=START_LIMIT))[0]
         if self.folders is not None and self.placement is not None:
             self._copied_among = None
             nodes = self.placement.nodes_of(self.role)
@@ -106,7 +107,7 @@ class Gang(ModelGroup):
                 handle.keep_in.remote(folder / name, self.folders.copies_of(name))
                 for handle, folder, name in zip(self.handles, folders, self._names(), strict=True)
             ]
-            await self.all(keeps, "start", deadline_s=deadline_s)
+            await self.all(keeps, "start", deadline_s=deadline_s, limit=START_LIMIT)
 
     async def restart(self) -> None:
         """End all ranks, and start others in their places. Give them what the first ones were given."""
@@ -161,10 +162,12 @@ class Gang(ModelGroup):
         folder.mkdir()
         await self.folders.write(self._nodes, step, folder)
 
-    async def _address(self, stage: str, *, deadline_s: float | None = None) -> tuple[str, int]:
+    async def _address(
+        self, stage: str, *, deadline_s: float | None = None, limit: str = CALL_LIMIT
+    ) -> tuple[str, int]:
         """Return an address at which rank 0 can be met."""
         refs = [self.handles[0].__ray_call__.remote(free_address, self.one_host)]
-        addresses: list[tuple[str, int]] = await self.all(refs, stage, deadline_s=deadline_s)
+        addresses: list[tuple[str, int]] = await self.all(refs, stage, deadline_s=deadline_s, limit=limit)
         return addresses[0]
 
     async def take_teacher(self, head: Ref[VocabularyHead]) -> None:
@@ -236,7 +239,8 @@ class Gang(ModelGroup):
     async def stop(self) -> None:
         """Let the ranks leave in order."""
         if not self.processes.ended:
-            await self.all([h.stop.remote() for h in self.handles], "stop", deadline_s=END_WITHIN_S)
+            stops = [h.stop.remote() for h in self.handles]
+            await self.all(stops, "stop", deadline_s=END_WITHIN_S, limit=STOP_LIMIT)
             self.end()
 
 

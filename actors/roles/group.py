@@ -15,8 +15,8 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 
 from actors.cluster.placement import Placement
-from actors.cluster.processes import KEEPS_MEMORY, START_LIMIT, Processes, hub_environment
-from actors.cluster.waiting import wait_all, wait_one
+from actors.cluster.processes import KEEPS_MEMORY, Processes, hub_environment
+from actors.cluster.waiting import CALL_LIMIT, START_LIMIT, wait_all, wait_one
 from actors.cluster.watch import watching
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.controller.supervisor import ITS_START, Supervisor
@@ -32,6 +32,7 @@ SpawnOne = Callable[[int], ActorHandle[Any]]  # creates the actor of a rank
 
 logger = logging.getLogger(__name__)
 END_WITHIN_S = 10.0
+STOP_LIMIT = "the limit of an orderly end"
 
 
 class Stoppable(Protocol):
@@ -62,7 +63,8 @@ async def ending(groups: Sequence[Stoppable], placement: Placed, *, heartbeat_ti
             try:
                 await group.stop()
             except RunError as error:
-                logger.warning("%s It is killed instead.", error)
+                reason = error.reason if isinstance(error, WorkerLost) else error  # nothing is left to resume
+                logger.warning("%s It is killed instead.", reason)
     finally:
         for group in groups:
             group.end()
@@ -100,9 +102,12 @@ class WorkerGroup:
         self.deadline_s = deadline_s
         self.processes = Processes(self.role, self.handles)
 
-    async def all(self, refs: Sequence[ObjectRef[Any]], stage: str, *, deadline_s: float | None = None) -> list[Any]:
-        """Return the results of all workers, in rank order."""
-        return await wait_all(refs, role=self.role, stage=stage, deadline_s=deadline_s or self.deadline_s)
+    async def all(
+        self, refs: Sequence[ObjectRef[Any]], stage: str, *, deadline_s: float | None = None, limit: str = CALL_LIMIT
+    ) -> list[Any]:
+        """Return the results of all workers, in rank order. `limit` names what determines the deadline."""
+        limit_s = deadline_s or self.deadline_s
+        return await wait_all(refs, role=self.role, stage=stage, deadline_s=limit_s, limit=limit)
 
     async def each(self, send: Callable[[Any], ObjectRef[Any]], stage: str) -> list[Any]:
         """Return the results of a method of all workers, in rank order."""
@@ -117,7 +122,7 @@ class WorkerGroup:
         """Load what each worker needs, such as its model."""
         self.start_deadline_s = deadline_s
         await self.processes.wait_until_started(deadline_s=deadline_s)
-        await self.all([h.start.remote() for h in self.handles], "start", deadline_s=deadline_s)
+        await self.all([h.start.remote() for h in self.handles], "start", deadline_s=deadline_s, limit=START_LIMIT)
 
     async def _replace(self, rank: int) -> None:
         """Start a worker again in its place, in a new process, within the limit of the group's start."""

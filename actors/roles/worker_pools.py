@@ -11,8 +11,17 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 
 from actors.cluster.placement import Placement
-from actors.cluster.waiting import wait_one
-from actors.roles.group import END_WITHIN_S, ModelGroup, SpawnOne, WorkerGroup, WorkerPool, all_results, spawn
+from actors.cluster.waiting import CALL_LIMIT, wait_one
+from actors.roles.group import (
+    END_WITHIN_S,
+    STOP_LIMIT,
+    ModelGroup,
+    SpawnOne,
+    WorkerGroup,
+    WorkerPool,
+    all_results,
+    spawn,
+)
 from actors.roles.suspects import CallLost, Suspects
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.data.examples import Example, collate
@@ -128,7 +137,7 @@ class RewardWorkers(WorkerPool):
 
     async def _answer(self, worker: int, ref: Any, *, stage: str, longest: float) -> Any:
         """Wait for an answer up to `longest` seconds and cluster.call_timeout_s."""
-        limit = "the limits of the rewards and cluster.call_timeout_s"
+        limit = f"the limits of the rewards and {CALL_LIMIT}"
         limit_s = longest + self.deadline_s
         return await wait_one(ref, role=self.role, rank=worker, stage=stage, deadline_s=limit_s, limit=limit)
 
@@ -156,7 +165,8 @@ class RewardWorkers(WorkerPool):
 
     async def stop(self) -> None:
         """End the reward processes and the workers."""
-        await self.all([h.stop.remote() for h in self.handles], "stop", deadline_s=END_WITHIN_S)
+        stops = [h.stop.remote() for h in self.handles]
+        await self.all(stops, "stop", deadline_s=END_WITHIN_S, limit=STOP_LIMIT)
         self.end()
 
 

@@ -14,9 +14,9 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 
 from actors.cluster.actor_locations import lost_nodes
-from actors.cluster.waiting import explain, stacks_at, within
+from actors.cluster.waiting import ended, explain, stacks_at, within
 from actors.roles.gang import PolicyGang
-from actors.roles.group import END_WITHIN_S, SpawnOne
+from actors.roles.group import END_WITHIN_S, STOP_LIMIT, SpawnOne
 from actors.rollout.dispatch import Dispatch, GroupWork, shares
 from actors.rollout.elastic_engines import ElasticEngines
 from actors.weights import SENDERS, Transport
@@ -85,8 +85,8 @@ class RolloutEngines(ElasticEngines):
             return
         logger.info("weights go by %s: %s", method, self.sync.why)
         if SENDERS[method].meets:
-            self._meet = partial(self._meet_policy, policy, method)
-            await self._meet()
+            self._meet, self._met = partial(self._meet_policy, policy, method), None
+            await self.withdraw_weights()  # and meet: no engine leaves before weights are published
             return
         await asyncio.gather(
             policy.open_weights(method, None, None, num_engines=len(self.handles)),
@@ -297,8 +297,8 @@ class RolloutEngines(ElasticEngines):
 
     async def found_again(self, group: CompletedGroup, sampling: Sampling) -> CompletedGroup:
         while True:
-            engine = next((rank for rank in range(len(self.handles)) if rank not in self._rebuilds), 0)
-            handle = await self.working(engine)
+            engine = await self.any_working()
+            handle = self.handles[engine]
             rollouts, scalars = handle.stored.options(num_returns=2).remote(group.request, sampling)
             try:
                 infos: tuple[RolloutInfo, ...] = await self.one(scalars, "rollouts", rank=engine)
@@ -321,7 +321,7 @@ class RolloutEngines(ElasticEngines):
                 left_s = self.deadline_s - dispatch.quiet_s(engine) + PAUSE.seconds() - paused_s
                 if left_s <= 0.0:
                     raise await self._hung(engine)
-                await asyncio.wait([future], timeout=left_s)
+                await ended([future], left_s)
             return rollouts, await _result(future, engine)
         finally:
             _silence(future)
@@ -361,7 +361,7 @@ class RolloutEngines(ElasticEngines):
     async def stop(self) -> None:
         """Shut down the working engines, and end the starting ones."""
         self.supervisor = None
-        await self.present(lambda h: h.shutdown.remote(), "stop", deadline_s=END_WITHIN_S)
+        await self.present(lambda h: h.shutdown.remote(), "stop", deadline_s=END_WITHIN_S, limit=STOP_LIMIT)
         self.end()
 
 

@@ -11,7 +11,9 @@ successor takes part in the next sync.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Hashable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
 
-from actors.cluster.waiting import wait_one, within
+from actors.cluster.waiting import CALL_LIMIT, WAITS, wait_one, within
 from actors.roles.group import SpawnOne, WorkerPool, all_results
 from actors.rollout.dispatch import Dispatch, EngineCapacity
 from actors.rollout.engine_weights import SyncReceipt
@@ -27,6 +29,7 @@ from actors.weights import WeightManifest
 from rlhf.controller.weight_sync import check_probe
 from rlhf.errors import RESUMES, RunError, WorkerLost
 from rlhf.roles import PolicyProbe
+from rlhf.room import PAUSE
 from rlhf.types import MemoryReport
 
 Call = Callable[[ActorHandle[Any]], ObjectRef[Any]]
@@ -106,11 +109,21 @@ class ReplaceableEngines(WorkerPool):
     async def _await_broadcast(self, rank: int) -> None:
         """Wait until a sync has given a successor its weights, and has proved them.
 
-        The wait has no limit: other engines work meanwhile, and a step may take longer than any of its calls.
+        A step may take longer than any of its calls. So RunError is raised when the run has waited for nothing within a
+        limit for as long as a call may take.
         """
         synced = self._unsynced[rank] = asyncio.get_running_loop().create_future()
+        began, paused_s = time.monotonic(), PAUSE.seconds()
         try:
-            await synced
+            while not synced.done():
+                left_s = self.deadline_s - WAITS.idle_s() + PAUSE.seconds() - paused_s
+                if left_s <= 0.0:
+                    raise RunError(
+                        f"it has waited {time.monotonic() - began:.0f} s for the next broadcast of weights, and no "
+                        f"worker was asked for anything in the last {self.deadline_s:.0f} s ({CALL_LIMIT})"
+                    )
+                await asyncio.wait([synced], timeout=left_s)
+            synced.result()
         finally:
             self._unsynced.pop(rank, None)
 
@@ -156,18 +169,20 @@ class ReplaceableEngines(WorkerPool):
         *,
         among: Sequence[ActorHandle[Any]] | None = None,
         deadline_s: float | None = None,
+        limit: str = CALL_LIMIT,
     ) -> dict[int, Any]:
         """Return the results of the engines that work, by rank. Successors that wait for a broadcast are called too.
 
         Args:
             among: call only these. None: all.
+            limit: names what determines the deadline.
         """
-        limit_s = deadline_s or self.deadline_s
+        wait = partial(wait_one, role=self.role, stage=stage, deadline_s=deadline_s or self.deadline_s, limit=limit)
         ranks = [rank for rank, handle in enumerate(self.handles) if among is None or handle in among]
-        results = await all_results([self._result_if_works(rank, call, stage, limit_s) for rank in ranks])
+        results = await all_results([self._result_if_works(rank, call, wait) for rank in ranks])
         return {rank: result for rank, found in zip(ranks, results, strict=True) for result in found}
 
-    async def _result_if_works(self, rank: int, call: Call, stage: str, deadline_s: float) -> tuple[Any, ...]:
+    async def _result_if_works(self, rank: int, call: Call, wait: Callable[..., Awaitable[Any]]) -> tuple[Any, ...]:
         rebuilding = self._rebuilds.get(rank)
         if rebuilding is not None and rank not in self._unsynced:
             if rebuilding.done() and not rebuilding.cancelled():
@@ -175,10 +190,18 @@ class ReplaceableEngines(WorkerPool):
             return ()
         handle = self.handles[rank]
         try:
-            return (await wait_one(call(handle), role=self.role, rank=rank, stage=stage, deadline_s=deadline_s),)
+            return (await wait(call(handle), rank=rank),)
         except WorkerLost as lost:
             self.begin_rebuild(rank, handle, lost)
             return ()
+
+    async def any_working(self) -> int:
+        """Return the rank of an engine that works, after the first rebuild if there is none."""
+        while (rank := next((rank for rank in range(len(self.handles)) if rank not in self._rebuilds), None)) is None:
+            done, _ = await asyncio.wait(self._rebuilds.values(), return_when=asyncio.FIRST_COMPLETED)
+            for rebuild in done:
+                rebuild.result()
+        return rank
 
     async def withdraw_weights(self) -> None:
         """Give no successor the published weights from now on, since the policy overwrites them."""
@@ -242,13 +265,14 @@ class ReplaceableEngines(WorkerPool):
             for engine, theirs in found.items()
         ]
         for engine in found.keys() & self._unsynced.keys():
-            self._unsynced.pop(engine).set_result(None)
+            if self.handles[engine] in self._received:  # and no successor of it waits meanwhile
+                self._unsynced.pop(engine).set_result(None)
         return max(differences, default=None)
 
     async def memory(self) -> MemoryReport:
         """Return the memory peaks of the largest engine that works."""
         while not (reports := await self.present(lambda h: h.memory.remote(), "memory")):
-            await asyncio.wait(self._rebuilds.values(), return_when=asyncio.FIRST_COMPLETED)
+            await self.any_working()
         gpus = [report.gpu_gib for report in reports.values() if report.gpu_gib is not None]
         rss_gib = max(report.rss_gib for report in reports.values())
         return MemoryReport(rss_gib=rss_gib, gpu_gib=max(gpus) if gpus else None)

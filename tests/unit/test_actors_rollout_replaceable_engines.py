@@ -14,8 +14,9 @@ from typing import Any, cast
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
-from actors.cluster.waiting import explain
+from actors.cluster.waiting import explain, within
 from actors.roles.group import ending_rebuilds
+from actors.rollout import engine_group
 from actors.rollout.dispatch import EngineCapacity
 from actors.rollout.engine_group import RolloutEngines
 from actors.rollout.engine_weights import SyncReceipt
@@ -25,7 +26,7 @@ from rlhf.config.schema.cluster import Restarts
 from rlhf.controller.supervisor import Supervisor
 from rlhf.errors import ChildLost, RunError, WorkerLost
 from rlhf.roles import CompletedGroup, PolicyProbe
-from rlhf.types import GroupRequest, Prompt, Sampling
+from rlhf.types import GroupRequest, MemoryReport, Prompt, Sampling
 
 SAMPLING = Sampling(max_new_tokens=4)
 DEADLINE_S = 30.0
@@ -92,6 +93,8 @@ class Engine:
         self.groups: dict[int, Future[Any]] = {}
         self.store: dict[int, Any] = {}  # finished groups
         self.loads: Any = lambda version: SyncReceipt(version=version, checksum=f"sum {version}")
+        self.probes: Any = lambda: [self.logprob] * 2
+        self.ends: Any = lambda: None
 
     def __getattr__(self, name: str) -> Call:
         return Call(self, name)
@@ -137,16 +140,20 @@ class Engine:
 
     def on_health(self) -> None: ...
 
-    def on_shutdown(self) -> None:
+    def on_shutdown(self) -> Any:
         self.calls.append("shutdown")
+        return self.ends()
+
+    def on_memory(self) -> MemoryReport:
+        return MemoryReport(rss_gib=2.0, gpu_gib=None)
 
     def on_renew(self, spool: Path) -> bool:
         self.calls.append(f"renew {spool}")
         return True
 
-    def on_probe(self, token_ids: tuple[int, ...]) -> list[float]:
+    def on_probe(self, token_ids: tuple[int, ...]) -> Any:
         self.calls.append("probe")
-        return [self.logprob] * (len(token_ids) - 1)
+        return self.probes()
 
 
 class Engines(RolloutEngines):
@@ -475,6 +482,35 @@ async def test_a_group_whose_tokens_are_lost_comes_from_the_store_by_any_engine_
     await engines.give_up_rebuilds()
 
 
+async def test_memory_is_measured_at_whatever_moment_the_only_engine_comes_back() -> None:
+    for moment in range(40):
+        first, successor = Engine("first"), Engine("successor")
+        engines = await synced(Engines(first, successors=(successor,)))
+        engines.may_start.clear()
+        first.is_dead = True
+        await engines.cancel([])  # a call that finds it dead
+        engines.may_start.set()
+        for _ in range(moment):
+            await asyncio.sleep(0)
+        report = await asyncio.wait_for(engines.memory(), DEADLINE_S)
+        assert report == MemoryReport(rss_gib=2.0, gpu_gib=None)
+
+
+async def test_lost_tokens_are_asked_from_the_first_engine_that_comes_back() -> None:
+    first, other, successor = Engine("first"), Engine("other"), Engine("successor")
+    engines = await synced(Engines(first, other))
+    infos: Any = (SimpleNamespace(num_response_tokens=4),)
+    successor.store = {3: infos}
+    engines._rebuild(0, cast(Any, asyncio.Event().wait()))  # it waits for room, without a limit
+    engines.successors = [successor]
+    other.is_dead = True
+    await engines.cancel([])
+    lost = CompletedGroup(request=request(3), rollouts=cast(Any, "lost"), infos=infos)
+    found = await asyncio.wait_for(engines.found_again(lost, SAMPLING), 5.0)
+    assert found.rollouts == "tokens from successor"
+    await engines.give_up_rebuilds()
+
+
 async def test_nothing_of_a_rebuild_goes_on_after_the_end() -> None:
     first, other = Engine("first"), Engine("other")
     engines = await synced(Engines(first, other))
@@ -501,6 +537,16 @@ async def test_nothing_of_a_rebuild_goes_on_after_the_end() -> None:
     await engines.stop()
     assert other.calls[-1] == "shutdown"
     task.cancel()
+
+
+async def test_an_engine_that_does_not_end_is_told_of_with_the_limit_that_it_had(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine_group, "END_WITHIN_S", 0.05)
+    engine = Engine("stuck")
+    engine.ends = Future[Any]
+    with pytest.raises(RunError, match=r"stop: .* did not answer within 0 s \(the limit of an orderly end\)\. "):
+        await Engines(engine).stop()
 
 
 async def test_in_flight_a_sync_does_not_wait_for_a_lost_engine() -> None:
@@ -568,15 +614,56 @@ async def test_a_successor_joins_the_next_broadcast_and_others_answer_its_share_
     assert len(await again) == 2
 
 
-async def test_a_successor_waits_for_the_next_broadcast_longer_than_for_a_call() -> None:
+async def test_a_successor_waits_for_the_next_broadcast_as_long_as_the_run_works() -> None:
     first, other, successor = Engine("first"), Engine("other"), Engine("successor")
-    engines = await broadcasting(Policy(), first, other, successors=(successor,), deadline_s=0.01)
+    engines = await broadcasting(Policy(), first, other, successors=(successor,), deadline_s=0.1)
     first.is_dead = True
     await engines.cancel([])  # a call that finds it dead
     await until(lambda: engines._unsynced)
-    await asyncio.sleep(0.05)  # a step is longer than the limit of a call
+    await within(asyncio.sleep(0.5), DEADLINE_S)  # a step is longer than the limit of a call
     await synced(engines, 2)
     await engines.working(0)
+
+
+async def test_a_successor_does_not_wait_for_a_broadcast_of_a_run_that_does_nothing() -> None:
+    first, other, successor = Engine("first"), Engine("other"), Engine("successor")
+    engines = await broadcasting(Policy(), first, other, successors=(successor,), deadline_s=0.1)
+    first.is_dead = True
+    await engines.cancel([])
+    with pytest.raises(RunError, match=r"waited 0 s for the next broadcast of weights.*0 s \(cluster.call_timeout_s\)"):
+        await asyncio.wait_for(engines.working(0), DEADLINE_S)
+
+
+async def test_new_ranks_of_the_policy_meet_the_engines_that_work() -> None:
+    policy, first, other = Policy(), Engine("first"), Engine("other")
+    engines = await broadcasting(policy, first, other, successors=(Engine("successor"),))
+    engines.may_start.clear()
+    first.is_dead = True  # and nobody has noticed: both were on the same node
+    await cast(Any, policy).reconnect()
+    assert policy.meetings == [2, 1]
+    await engines.give_up_rebuilds()
+
+
+async def test_a_proof_is_only_of_the_engine_that_gave_it() -> None:
+    first, other, successors = Engine("first"), Engine("other"), (Engine("one"), Engine("two"))
+    engines = await broadcasting(Policy(), first, other, successors=successors)
+    first.is_dead = True
+    await engines.cancel([])
+    await until(lambda: engines._unsynced)
+    await engines.withdraw_weights()
+    await engines.update_weights(manifest(2))
+    slow = Future[Any]()
+    other.probes = lambda: slow
+    proving = asyncio.create_task(engines.prove(policy_probe(2)))
+    await until(lambda: "probe" in successors[0].calls)
+    await asyncio.sleep(0.01)
+    successors[0].die()
+    await engines.cancel([])
+    await until(lambda: engines.handles[0] is successors[1] and engines._unsynced)
+    slow.set_result([-1.0, -1.0])
+    await asyncio.wait_for(proving, DEADLINE_S)
+    assert 0 in engines._rebuilds, "it has no weights"
+    await engines.give_up_rebuilds()
 
 
 async def test_a_broadcast_goes_to_the_engines_that_work() -> None:
