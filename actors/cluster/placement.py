@@ -210,7 +210,7 @@ async def _reserve(plan: PlacementPlan, *, limit_s: float, whole: PlacementPlan 
     ready = asyncio.ensure_future(asyncio.wrap_future(group.ready().future()))
     try:
         await _wait(ready, group, plan, limit_s=limit_s, lost=missing is not None)
-    except RunError:
+    except BaseException:
         remove_placement_group(group)
         raise
     placement = Placement(group=group, plan=plan)

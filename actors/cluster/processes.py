@@ -106,12 +106,13 @@ class Processes:
     async def end_one(self, rank: int) -> None:
         """End what is left of one worker, and wait until its process is gone. A lost node is not waited for."""
         actor, handle = self.actors.pop(rank, ""), self.handles[rank]
-        was, here = location_of(actor), self.here.pop(rank, None)
+        was, here = location_of(actor), self.here.get(rank)
         forget([actor])
         if not await asyncio.to_thread(finishes_within, GONE_WITHIN_S, partial(ray.kill, handle), "ray.kill"):
             logger.warning("%s: Ray did not end rank %d within %.0f s", self.role, rank, GONE_WITHIN_S)
         if here is not None:
             is_gone = not await asyncio.to_thread(_kill, [here])
+            del self.here[rank]  # not before: `end` kills it if this call is cancelled
         else:
             is_gone = was is None or await self._is_gone_elsewhere(was)
         if not is_gone:
@@ -136,9 +137,11 @@ class Processes:
             return
         self.ended = True
         forget(self.actors.values())
-        if not finishes_within(GONE_WITHIN_S, self._kill_all, "ray.kill"):
-            logger.warning("%s: Ray did not end the actors within %.0f s", self.role, GONE_WITHIN_S)
-        alive = _kill(list(self.here.values()))
+        try:
+            if not finishes_within(GONE_WITHIN_S, self._kill_all, "ray.kill"):
+                logger.warning("%s: Ray did not end the actors within %.0f s", self.role, GONE_WITHIN_S)
+        finally:
+            alive = _kill(list(self.here.values()))
         if alive:
             logger.warning(
                 "%s: processes %s still exist %.0f s after they were killed",

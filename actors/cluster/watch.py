@@ -107,7 +107,7 @@ async def _ping_until_dead(actor: str, place: ActorLocation, timeout_s: float) -
             if not await _finishes(ping, timeout_s):
                 break
             beat = ping.result()
-        except ConnectionError:  # it died, and Ray fails its calls
+        except ConnectionRefusedError:  # it died, and Ray fails its calls
             return
         finally:
             ping.cancel()
@@ -141,18 +141,21 @@ async def _finishes(ping: asyncio.Future[Beat], limit_s: float) -> bool:
 
 
 async def _ping(place: ActorLocation) -> Beat:
-    """Return the answer of the process. Retry while its node cannot be reached."""
+    """Return the answer of the process. Retry if its node cannot be reached, or the connection breaks off.
+
+    ConnectionRefusedError: the process is dead.
+    """
     while True:
         try:
             return Beat.of(await _ask(place, PING))
-        except ConnectionError:
+        except ConnectionRefusedError:
             raise
         except OSError:
             await asyncio.sleep(TICK_S)
 
 
 async def _ask(place: ActorLocation, question: bytes) -> bytes:
-    """Return the answer of a process. ConnectionError: it is dead."""
+    """Return the answer of a process. ConnectionError: it ended, or the connection broke off."""
     reader, writer = await asyncio.open_connection(place.address, place.heartbeat_port)
     try:
         writer.write(question)
@@ -160,7 +163,7 @@ async def _ask(place: ActorLocation, question: bytes) -> bytes:
     finally:
         writer.close()
     if not answer:
-        raise ConnectionResetError(f"{place.who} ended while it answered")
+        raise ConnectionResetError(f"{place.who} gave no answer")
     return answer
 
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -66,9 +66,10 @@ async def ending(groups: Sequence[Stoppable], placement: Placed, *, heartbeat_ti
                 reason = error.reason if isinstance(error, WorkerLost) else error  # nothing is left to resume
                 logger.warning("%s It is killed instead.", reason)
     finally:
-        for group in groups:
-            group.end()
-        placement.release()
+        with ExitStack() as ends:  # all of them, even if one fails
+            ends.callback(placement.release)
+            for group in reversed(groups):
+                ends.callback(group.end)
 
 
 @asynccontextmanager

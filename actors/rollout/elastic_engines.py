@@ -50,6 +50,7 @@ class ElasticEngines(ReplaceableEngines):
         if not self.is_elastic:
             return
         self._watch = asyncio.create_task(self._leave_drained_nodes())
+        self._watch.add_done_callback(_log_failure)
         for rank in range(len(self.handles), self.seats.engines.max):
             self.handles.append(cast("Any", None))
             self.unanswered.append(set())
@@ -125,3 +126,8 @@ class ElasticEngines(ReplaceableEngines):
         if self._watch is not None:
             self._watch.cancel()
         super().end()
+
+
+def _log_failure(watch: asyncio.Task[None]) -> None:
+    if not watch.cancelled() and watch.exception() is not None:
+        logger.error("engines no longer leave nodes that are drained", exc_info=watch.exception())

@@ -25,7 +25,7 @@ from rlhf.controller.arrivals import Arrivals
 from rlhf.controller.batches import draw_minibatches, only, plan_batch, temperatures
 from rlhf.controller.entropy_bonus import EntropyBonus
 from rlhf.controller.idle_correction import IdleCorrection
-from rlhf.controller.learning import OnlineRoles, ReferencedLearning, Signals
+from rlhf.controller.learning import Find, OnlineRoles, ReferencedLearning, Signals
 from rlhf.controller.record import RunRecord
 from rlhf.objectives.kl import adaptive_kl_coef
 from rlhf.objectives.selection import best, most_spread
@@ -113,6 +113,11 @@ class AdvantageLearning(ReferencedLearning):
             reports={s.sequence_id: s for portion in portions for s in portion.report.sequences},
             advantages={i: value for portion in portions for i, value in portion.advantages.items()},
         )
+
+    async def find_again(self, find: Find) -> None:
+        lost = self.arrivals.groups
+        self.columns.forget(lost)
+        self.arrivals.replace(await find(lost))
 
     def begin_again(self) -> None:
         self.portions = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from rlhf.roles import ScoredGroup
 
@@ -26,6 +27,15 @@ class Arrivals:
         self._num_taken = 0
         if self._groups:
             self._changed.set()
+
+    @property
+    def groups(self) -> list[ScoredGroup]:
+        """Return the groups of the batch that have arrived."""
+        return list(self._groups)
+
+    def replace(self, groups: Sequence[ScoredGroup]) -> None:
+        """Replace the first groups that have arrived."""
+        self._groups[: len(groups)] = groups
 
     def add(self, scored: ScoredGroup) -> None:
         self._left -= 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,8 @@ from rlhf.roles import (
     SequenceReport,
 )
 from rlhf.types import TokenValues
+
+Find = Callable[[Sequence[ScoredGroup]], Awaitable[Sequence[ScoredGroup]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +106,9 @@ class Learning(ABC):
         It is called again with the same groups, after `begin_again`, if a rank was lost and the ranks have the state of
         the previous step again.
         """
+
+    async def find_again(self, find: Find) -> None:  # noqa: B027
+        """Replace the groups that have arrived, because a lost node had their tokens."""
 
     def begin_again(self) -> None:  # noqa: B027
         """Forget the gradients of a step that was begun: its ranks are lost."""

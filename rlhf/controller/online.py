@@ -189,9 +189,9 @@ class OnlineController(TrainingLoop):
             try:
                 signals = await self.learning.learn(groups, step)
             except ResultsLost as lost:
+                self.learning.columns.forget(groups)  # which may be lost too, or could not be computed
                 groups = await self._found_again(groups)
-                role = lost.role if lost.role in self.trained else next(iter(self.trained))  # which begins again
-                raise WorkerLost(lost.reason, role=role, rank=0, stage=lost.stage, kind="died") from lost
+                raise self._begins_again(lost) from lost
             written = [i for one in self._samples(groups, signals) for i in one.sequence_ids if i in signals.trained]
             columns = await self.roles.policy.token_signals(written) if written else []
 
@@ -228,6 +228,11 @@ class OnlineController(TrainingLoop):
             self._forget_updates()
         if was_published and self.roles.rollout.gives_published and self.trained_step == self.scorer.weights[0]:
             await self._publish_again()
+
+    def _begins_again(self, lost: ResultsLost) -> WorkerLost:
+        """Return the loss of a trained rank, after which a step is done again with results that are not lost."""
+        role = lost.role if lost.role in self.trained else next(iter(self.trained))
+        return WorkerLost(lost.reason, role=role, rank=0, stage=lost.stage, kind="died")
 
     def _forget_updates(self) -> None:
         self.learnt.clear()
@@ -292,8 +297,12 @@ class OnlineController(TrainingLoop):
             return await self._with_weights(self.batches.take(step), self._publish_despite_losses), 0.0
 
         async def stream() -> float:
-            with self.record.apart(self.learnt, is_shown=True):
-                return await self._with_weights(self.learning.stream(step), self._publish_again)
+            try:
+                with self.record.apart(self.learnt, is_shown=True):
+                    return await self._with_weights(self.learning.stream(step), self._publish_again)
+            except ResultsLost as lost:
+                await self.learning.find_again(self._found_again)
+                raise self._begins_again(lost) from lost
 
         learning = asyncio.create_task(self.despite_losses(stream))
         taking = asyncio.create_task(self.batches.take(step))

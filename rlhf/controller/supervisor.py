@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable,
 
 from rlhf.config.schema.cluster import Restarts
 from rlhf.controller.record import RunRecord
-from rlhf.errors import NodeNotReplaced, Preempted, RunError, WorkerLost
+from rlhf.errors import NodeNotReplaced, Preempted, RunError, StorageFull, WorkerLost
 from rlhf.role_table import ROLES, Role, RoleKind
 from rlhf.roles import Metrics
 from rlhf.supervised import DriverDeath
@@ -87,7 +87,8 @@ class Supervisor:
             except NodeNotReplaced as error:  # the scheduler of the run may find another
                 raise Preempted(f"{message} {error}") from error
             except RunError as error:
-                raise RunError(f"{message} Its successor could not be started: {error}") from error
+                kind = StorageFull if isinstance(error, StorageFull) else RunError  # they differ in the exit code
+                raise kind(f"{message} Its successor could not be started: {error}") from error
         took_s = time.perf_counter() - began
         self._seconds += took_s
         logger.info("%s works again after %.1f s", source, took_s)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -11,9 +12,9 @@ import pytest
 import ray
 
 from actors.cluster import placement as module
-from actors.cluster.placement import NoRoom, Placement, Seats
+from actors.cluster.placement import NoRoom, Placement, Seats, reserve_roles
 from rlhf.config.placement_plan import PlacementPlan, WorkerSlot
-from rlhf.config.schema.cluster import EngineRange
+from rlhf.config.schema.cluster import ClusterConfig, EngineRange
 from rlhf.errors import NodeNotReplaced, RunError
 
 PLAN = PlacementPlan(
@@ -95,3 +96,18 @@ async def test_a_dead_local_ray_gets_no_other_node(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(module.OWN_RAY, "daemons", [gone])
     with pytest.raises(RunError, match="local Ray has died"):
         await PLACEMENT.wait_until_whole(limit_s=60.0)
+
+
+async def test_a_run_that_is_ended_while_it_waits_for_room_leaves_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    removed: list[Any] = []
+    group = SimpleNamespace(ready=lambda: SimpleNamespace(future=Future))
+    node = {"Alive": True, "Resources": {"CPU": 8.0}, "Labels": {}}
+    monkeypatch.setattr(ray, "nodes", lambda: [node])
+    monkeypatch.setattr(module, "placement_group", lambda bundles, **_: group)
+    monkeypatch.setattr(module, "remove_placement_group", removed.append)
+    waiting = asyncio.create_task(reserve_roles(["policy"], ClusterConfig(), with_reward_model=False))
+    await asyncio.sleep(0.05)
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    assert waiting.cancelled()
+    assert removed == [group]

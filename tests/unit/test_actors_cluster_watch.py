@@ -123,6 +123,27 @@ def test_a_late_process_tells_its_stack_itself(worker: ActorLocation, monkeypatc
     assert asyncio.run(stack_at("policy", 0)) is None
 
 
+def test_a_connection_that_breaks_off_is_no_death(worker: ActorLocation, monkeypatch: pytest.MonkeyPatch) -> None:
+    breaks, ask = iter([True]), watch._ask
+
+    async def ask_or_break(place: ActorLocation, question: bytes) -> bytes:
+        if next(breaks, False):
+            raise ConnectionResetError("the network was away")
+        return await ask(place, question)
+
+    async def stopped() -> None:
+        async with watching(1.0):
+            while f"actor {worker.pid}" not in watch._OOM_KILLS:
+                await asyncio.sleep(0.05)
+            psutil.Process(worker.pid).suspend()
+            await until_dead(worker.pid)
+
+    monkeypatch.setattr(watch, "_ask", ask_or_break)
+    monkeypatch.setattr(watch, "TICK_S", 0.05)
+    asyncio.run(asyncio.wait_for(stopped(), 60.0))
+    assert hang_of(f"actor {worker.pid}")
+
+
 def test_a_process_that_never_answered_is_not_killed(worker: ActorLocation, caplog: pytest.LogCaptureFixture) -> None:
     psutil.Process(worker.pid).suspend()
 

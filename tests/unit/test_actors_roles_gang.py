@@ -71,6 +71,24 @@ def test_a_rank_whose_start_fails_is_named(
         asyncio.run(gang.start(deadline_s=0.2))
 
 
+@pytest.mark.parametrize(
+    ("call", "limit"),
+    [
+        (lambda gang: gang.take_teacher("head"), "start: .* within 0 s (cluster.call_timeout_s)"),
+        (lambda gang: gang.stop(), "stop: .* within 0 s (the limit of an orderly end)"),
+    ],
+    ids=["call", "stop"],
+)
+def test_a_late_rank_is_told_of_with_the_limit_that_it_had(
+    monkeypatch: pytest.MonkeyPatch, call: Callable[[OfflineGang], Any], limit: str
+) -> None:
+    monkeypatch.setattr(module, "END_WITHIN_S", 0.05)
+    rank = SimpleNamespace(take_teacher=answers(None), stop=answers(None))
+    gang = OfflineGang(cast("Any", [rank]), deadline_s=0.05, one_host=True)
+    with pytest.raises(RunError, match=limit.replace("(", r"\(").replace(")", r"\)")):
+        asyncio.run(call(gang))
+
+
 class Started:
     """A rank that has started or will. It notes its calls in a list that all ranks share."""
 

@@ -160,6 +160,22 @@ async def test_an_engine_of_a_drained_node_leaves_and_its_groups_are_asked_elsew
     await ended(engines)
 
 
+async def test_a_failure_of_the_look_for_drained_nodes_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def draining_nodes() -> dict[str, float | None]:
+        raise RuntimeError("no answer of the head")
+
+    monkeypatch.setattr(elastic_engines, "LOOK_EVERY_S", 0.001)
+    monkeypatch.setattr(elastic_engines, "draining_nodes", draining_nodes)
+    engines = await elastic(Engine("first"), most=2)
+    await until(lambda: engines._watch is not None and engines._watch.done())
+    await asyncio.sleep(0)
+    assert "engines no longer leave nodes that are drained" in caplog.text
+    assert "no answer of the head" in caplog.text
+    await ended(engines)
+
+
 async def test_a_lost_engine_without_room_is_gone_and_joins_again_when_there_is_room() -> None:
     first, second, again = Engine("first"), Engine("second"), Engine("again")
     engines = await elastic(first, most=2, new=(second, again))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from rlhf.controller.advantage_learning import AdvantageLearning
+from rlhf.controller.arrivals import Arrivals
 from rlhf.controller.learning import Signals
 from rlhf.controller.online import OnlineController
 from rlhf.controller.record import RunRecord
@@ -272,7 +274,9 @@ async def test_groups_whose_tokens_are_lost_in_training_are_found_and_the_policy
 
     controller.record = SimpleNamespace(apart=lambda *_, **__: nullcontext(), add=lambda _: None)
     controller.supervisor = SimpleNamespace(recover=recover)
-    controller.learning = SimpleNamespace(learn=learn, renews_reference=lambda step: False)
+    forgotten: list[Any] = []
+    columns = SimpleNamespace(forget=forgotten.append)
+    controller.learning = SimpleNamespace(learn=learn, renews_reference=lambda step: False, columns=columns)
     controller.scorer.found_again = found_again
     controller.batches = SimpleNamespace(during=during, finish=nothing, collector=SimpleNamespace(sampling=None))
     controller._samples, controller._sync, controller.keep = lambda *_: [], nothing, keep
@@ -280,3 +284,34 @@ async def test_groups_whose_tokens_are_lost_in_training_are_found_and_the_policy
     assert groups == ["found"]
     assert given == [["lost"], ["found"]]
     assert ends.calls == ["recover"]
+    assert forgotten == [["lost"]], "columns of the reference that were computed from them may be lost too"
+
+
+async def test_groups_whose_tokens_are_lost_while_others_are_sampled_are_found_and_the_stream_begins_again() -> None:
+    controller, ends = published(engines_have=2)
+    arrivals, streamed = Arrivals(2), list[Any]()
+    for group in ("lost", "whole"):
+        arrivals.add(cast(Any, group))
+
+    async def take(step: int) -> str:
+        return "batch"
+
+    async def stream(step: int) -> float:
+        streamed.append(arrivals.groups)
+        if streamed[-1][0] == "lost":
+            raise ResultsLost("the node is gone.", role="policy", rank=0, stage="experience", kind="died")
+        return 2.5
+
+    async def found_again(groups: Any, sampling: Any) -> list[str]:
+        return ["found", *groups[1:]]
+
+    learning: Any = AdvantageLearning.__new__(AdvantageLearning)
+    learning.arrivals, learning.portions, learning.stream = arrivals, [], stream
+    learning.columns = SimpleNamespace(forget=lambda groups: None)
+    controller.learning, controller.scorer.found_again = learning, found_again
+    controller.config = SimpleNamespace(train=SimpleNamespace(streamed=True))
+    controller.record = SimpleNamespace(apart=lambda *_, **__: nullcontext())
+    controller.batches = SimpleNamespace(take=take, collector=SimpleNamespace(sampling=None))
+    assert tuple(await asyncio.wait_for(controller._learn_while_taking(3), timeout=60)) == ("batch", 2.5)
+    assert streamed == [["lost", "whole"], ["found", "whole"]]
+    assert "restart" in ends.calls

@@ -14,7 +14,7 @@ import pytest
 from rlhf.config.schema.cluster import Restarts
 from rlhf.controller import supervisor as module
 from rlhf.controller.supervisor import Supervisor
-from rlhf.errors import LossKind, NodeNotReplaced, Preempted, RunError, WorkerLost
+from rlhf.errors import LossKind, NodeNotReplaced, Preempted, RunError, StorageFull, WorkerLost
 from rlhf.supervised import DriverDeath
 from rlhf.tracking.run_folder.errors import write_error
 from rlhf.tracking.run_folder.timeline import Timeline
@@ -66,6 +66,12 @@ class Rebuild:
 def test_a_lost_node_without_a_successor_preempts_the_run(record: Any) -> None:
     rebuild = Rebuild(NodeNotReplaced("No other node took its place within 9 s (cluster.start_timeout_s)"))
     with pytest.raises(Preempted, match=r"^rollouts: policy rank 0 died\. No other node took its place within 9 s"):
+        asyncio.run(Supervisor(Restarts(), record, ("policy",)).recover(lost(role="policy"), rebuild))
+
+
+def test_a_successor_without_room_ends_the_run_as_a_full_disk_does(record: Any) -> None:
+    rebuild = Rebuild(StorageFull("/run/adapter could not be written."))
+    with pytest.raises(StorageFull, match=r"policy rank 0 died\. Its successor could not be started: /run/adapter"):
         asyncio.run(Supervisor(Restarts(), record, ("policy",)).recover(lost(role="policy"), rebuild))
 
 
