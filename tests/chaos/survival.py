@@ -44,6 +44,7 @@ from tests.chaos.faults import (
 )
 from tests.integration.recipes import merge, rows, without_clocks, write_config
 
+COMMAND = (sys.executable, "-m", "tests.chaos.command")
 LIMIT_S = 400.0  # for a run without a fault, or for a step, on a busy machine
 BACK_WITHIN_S = 200.0  # the driver is given up after a minute in which it is stopped
 GONE_WITHIN_S = 60.0
@@ -176,7 +177,7 @@ class Footprint:
     def start(self, config: Path, *arguments: str, memory: FeignedMemory | None = None) -> subprocess.Popen[str]:
         """Start the run. Its output is kept beside the configuration."""
         name, _, value = self.variable.partition("=")
-        command = [sys.executable, "-m", "tests.chaos.command", "train", str(config), "--quiet", *arguments]
+        command = [*COMMAND, "train", str(config), "--quiet", *arguments]
         with config.with_suffix(".log").open("a", encoding="utf-8") as log:
             return subprocess.Popen(
                 command if memory is None else memory.command(command),
@@ -184,7 +185,7 @@ class Footprint:
                 stderr=subprocess.STDOUT,
                 text=True,
                 start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", FILE: str(_groups_file(config)), name: value},
+                env={**os.environ, "OMP_NUM_THREADS": "1", **noting_groups(config), name: value},
             )
 
     def processes(self) -> list[psutil.Process]:
@@ -440,6 +441,11 @@ def groups_left(config: Path) -> list[str]:
     states: Mapping[str, str] = json.loads(_groups_file(config).read_text(encoding="utf-8"))
     left = [f"placement group {name} is {state}" for name, state in states.items() if state != "REMOVED"]
     return left if states else ["the run had no placement group"]
+
+
+def noting_groups(config: Path) -> Mapping[str, str]:
+    """Return the environment in which COMMAND notes the placement groups of a run."""
+    return {FILE: str(_groups_file(config))}
 
 
 def _groups_file(config: Path) -> Path:

@@ -18,9 +18,21 @@ import pytest
 
 from rlhf.cli import main
 from tests.chaos.faults import TimelineTail, wait_until
-from tests.chaos.survival import BASE, LIMIT_S, MODES, REWARD, contradictions, steps_done, unrecorded, wait_for_end
+from tests.chaos.survival import (
+    BASE,
+    COMMAND,
+    LIMIT_S,
+    MODES,
+    REWARD,
+    contradictions,
+    groups_left,
+    noting_groups,
+    steps_done,
+    unrecorded,
+    wait_for_end,
+)
 from tests.hosts import BIN, Host, several_hosts, start_node, start_ray
-from tests.integration.recipes import merge, rlhf, rows, write_config
+from tests.integration.recipes import merge, rows, write_config
 from tests.integration.test_failures import MANY
 from tests.integration.test_node_loss import QUICK_HEALTH
 
@@ -53,9 +65,8 @@ def test_a_run_survives_the_loss_of_an_engines_host(
         head, _, lost, spare = hosts
         labels = ["pool=train", "pool=serve", "pool=serve"]
         address = start_ray(hosts[:3], cpus=[1, 1, 1], labels=labels, env=QUICK_HEALTH)
-        process = head.start(
-            [*rlhf(), "train", config, "--quiet", f"cluster.address={address}"], stdout=log, stderr=subprocess.STDOUT
-        )
+        command = [*COMMAND, "train", config, "--quiet", f"cluster.address={address}"]
+        process = head.start(command, noting_groups(config), stdout=log, stderr=subprocess.STDOUT)
         tail = TimelineTail(run / "timeline.json")
         try:
             assert wait_until(lambda: tail.count("step") >= 1, lambda: process.poll() is not None, limit_s=LIMIT_S)
@@ -66,6 +77,7 @@ def test_a_run_survives_the_loss_of_an_engines_host(
         finally:
             process.kill()
         assert not contradictions(run, None)
+        assert not groups_left(config)
         assert not unrecorded(run, "rollout")
 
 
@@ -98,7 +110,7 @@ def elastic_run(
     """A run in flight whose trainers are on the first host, and whose engines are on others.
 
     Yields the address of the Ray, and a function that waits until the run has so many engines. The run must obey a
-    signal after the block, and its ledger must be right.
+    signal after the block and leave no placement group, and its ledger must be right.
 
     Args:
         starts_on: the hosts that are there at the start.
@@ -111,8 +123,8 @@ def elastic_run(
     labels = ["pool=train", *["pool=serve"] * (starts_on - 1)]
     address = start_ray(hosts[:starts_on], cpus=[1] * starts_on, labels=labels, env=QUICK_HEALTH)
     with (folder / "run.log").open("w") as log:
-        command = [*rlhf(), "train", config, "--quiet", f"cluster.address={address}"]
-        process = head.start(command, stdout=log, stderr=subprocess.STDOUT)
+        command = [*COMMAND, "train", config, "--quiet", f"cluster.address={address}"]
+        process = head.start(command, noting_groups(config), stdout=log, stderr=subprocess.STDOUT)
 
     def wait_for(count: int) -> None:
         def is_so() -> bool:
@@ -128,6 +140,7 @@ def elastic_run(
     finally:
         process.kill()
     assert main(["doctor", str(run)]) == 0
+    assert not groups_left(config)
 
 
 def join(host: Host, address: str) -> None:
