@@ -151,7 +151,8 @@ class _Answer:
             self._body += message.get("body", b"")
             if not message.get("more_body"):
                 self.has_begun = True
-                await _send_error(_refusal(bytes(self._body), self._error), self._path, self._send, closes=False)
+                refused = _refusal(bytes(self._body), self._error)  # after a failure the server closes the connection
+                await _send_error(refused, self._path, self._send, closes=self._error >= 500)
 
 
 def _refusal(body: bytes, status: int) -> RefusedCall:
