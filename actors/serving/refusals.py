@@ -95,6 +95,9 @@ def refuse_unsupported(body: Mapping[str, Any], known: Collection[str], *, has_t
         if name not in known:
             there_are = ", ".join(sorted({*known} - _NOT_HERE.keys()))
             raise RefusedCall(f"`{name}` is not supported here; there are {there_are}", param=name)
+    if not isinstance(structure := body.get("structured_outputs"), dict | None):
+        message = f"`structured_outputs` is {structure!r:.60}, expected an object"
+        raise RefusedCall(message, param="structured_outputs")
     tools = body.get("tools")
     for index, tool in enumerate(tools if isinstance(tools, list) else ()):
         kind = tool.get("type", "function") if isinstance(tool, dict) else None

@@ -434,6 +434,7 @@ async def until(holds: Callable[[], bool]) -> None:
         ("chat/completions", {"n": 129}, 400, "asks for 129 responses, more than 128"),
         ("completions", {"prompt": ["a"] * 65, "n": 2}, 400, "asks for 130 responses, more than 128"),
         ("chat/completions", {"messages": [{"role": "user", "content": "x" * 2000}]}, 400, "maximum context length"),
+        ("chat/completions", {"structured_outputs": 0}, 400, "`structured_outputs` is 0, expected an object"),
         ("completions", {"echo": True}, 400, "`echo` is not supported here: the answer is the response alone"),
         ("completions", {"prompt_logprobs": 1}, 400, "`prompt_logprobs` is not supported here"),
         ("responses", {"background": True}, 400, "`background` is not supported here"),
