@@ -7,8 +7,10 @@ The parser notes what the client is told of a response, since it will come back 
 from __future__ import annotations
 
 import asyncio
+import json
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -160,6 +162,8 @@ def hearing(parser: Any) -> Any:
 
         def parse(self, model_output: str, request: Any, *args: Any, **options: Any) -> Any:
             reasoning, content, calls = super().parse(model_output, request, *args, **options)
+            for call in calls or ():
+                call.name, call.arguments = _whole(call.name), sendable_arguments(call.arguments)
             pairs = [(call.name, call.arguments) for call in calls or ()]
             _hear(options["model_output_token_ids"], content, pairs, reasoning, request)
             return reasoning, content, calls
@@ -181,6 +185,27 @@ def hearing(parser: Any) -> Any:
             return delta
 
     return HearingParser
+
+
+def sendable_arguments(text: str) -> str:
+    """Return the arguments of a call as every protocol can carry them.
+
+    A policy may write numbers that JSON lacks, which become null, and halves of characters, which become `?`.
+    """
+    with suppress(ValueError, RecursionError):  # no JSON, or beyond Python's limits of digits and depth
+        arguments = json.loads(text, parse_constant=lambda name: None, parse_float=_finite)
+        if arguments != json.loads(text):  # something became null
+            text = json.dumps(arguments, ensure_ascii=False)
+    return _whole(text)
+
+
+def _finite(text: str) -> float | None:
+    number = float(text)
+    return number if math.isfinite(number) else None
+
+
+def _whole(text: str) -> str:
+    return text.encode(errors="replace").decode()
 
 
 def _hear(

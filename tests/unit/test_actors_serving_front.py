@@ -389,6 +389,28 @@ async def test_a_long_result_is_tokenized_as_a_short_one(parts: EngineParts, mon
         assert TOKENIZER.decode(calls[1].prompt_ids).endswith(f"yes<|eos|><|user|>{'x' * 50}<|eos|><|assistant|>")
 
 
+async def test_what_json_lacks_in_a_call_is_no_error(parts: EngineParts) -> None:
+    written = '{"a": [NaN, -Infinity, 1e999, 2.5], "b": "x\\ud800"}'
+    async with fronted(parts, CALL.replace('{"a": 1}', written)) as (front, _):
+        opened(front)
+        arguments = {"a": [None, None, None, 2.5], "b": "x?"}
+        async with openai_client(front, "a-session") as client:
+            chat = await client.chat.completions.create(model="m", messages=HI, tools=[TOOL])
+            (told,) = chat.choices[0].message.tool_calls
+            assert json.loads(told.function.arguments) == arguments
+            messages = [*HI, chat.choices[0].message, {"role": "tool", "tool_call_id": told.id, "content": "4"}]
+            await client.chat.completions.create(model="m", messages=messages, tools=[TOOL])
+            tool: Any = {"type": "function", **TOOL["function"]}
+            response = await client.responses.create(model="m", input="hi", tools=[tool])
+            assert json.loads(response.output[0].arguments) == arguments
+        async with anthropic_client(front, "a-session") as other:
+            tools: Any = [{"name": "add", "input_schema": PARAMETERS}]
+            message = await other.messages.create(model="m", messages=HI, max_tokens=200, tools=tools)
+            assert message.content[-1].input == arguments
+        calls = front.sessions.close("a-session")
+        assert [one.continues for one in calls] == [None, 0, None, None]
+
+
 async def test_the_key_may_be_in_the_path(parts: EngineParts) -> None:
     async with fronted(parts, "yes") as (front, _):
         opened(front, "in-the-path")
