@@ -33,6 +33,7 @@ from rlhf.room import PAUSE
 from rlhf.types import MemoryReport
 
 Call = Callable[[ActorHandle[Any]], ObjectRef[Any]]
+MOST_MISSES = 3  # of published weights by one engine: more mean that its node cannot see them
 
 
 class ReplaceableEngines(WorkerPool):
@@ -129,7 +130,7 @@ class ReplaceableEngines(WorkerPool):
 
     async def _give_weights(self, rank: int) -> None:
         """Give the newest published weights to a successor, and prove that it has them."""
-        handle, is_given = self.handles[rank], False
+        handle, misses, is_given = self.handles[rank], 0, False
         while not is_given:
             try:
                 await within(self._is_published.wait(), self.deadline_s)
@@ -146,7 +147,8 @@ class ReplaceableEngines(WorkerPool):
                         handle.update_weights.remote(manifest, manifest.version), "weight sync", rank=rank
                     )
                 except RunError as error:
-                    if not _is_missing(error):
+                    misses += 1
+                    if not _is_missing(error) or misses == MOST_MISSES:
                         raise
                     self._withdraw()  # the policy's process has died with its memory, and its successor publishes again
                     self._are_missing.set()

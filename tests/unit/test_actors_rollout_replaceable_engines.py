@@ -465,6 +465,24 @@ async def test_a_repeated_publication_reaches_a_successor_without_a_sync() -> No
     task.cancel()
 
 
+async def test_a_successor_that_never_finds_what_is_published_ends_the_run() -> None:
+    first, blind = Engine("first"), Engine("blind")
+    engines = await synced(Engines(first, successors=(blind,)))
+    blind.loads = lambda version: RayTaskError("update_weights", "", FileNotFoundError("/runs/adapter"))
+    first.is_dead = True
+
+    async def publish() -> None:
+        while True:
+            await engines.weights_are_missing()
+            engines.offer_weights(manifest(1))
+
+    publishing = asyncio.create_task(publish())
+    with pytest.raises(RunError, match=r"could not be started: weight sync: .* FileNotFoundError: /runs/adapter"):
+        await asyncio.wait_for(asked(engines, 0), 5.0)
+    publishing.cancel()
+    assert blind.calls == ["open", "load 1", "load 1", "load 1"]
+
+
 async def test_a_group_whose_tokens_are_lost_comes_from_the_store_by_any_engine_that_works() -> None:
     first, other, successor = Engine("first"), Engine("other"), Engine("successor")
     engines = await synced(Engines(first, other, successors=(successor,)))
