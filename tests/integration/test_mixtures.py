@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from rlhf.models.loading import load_causal_lm
 from rlhf.tracking.sinks.tracker import read_metrics
 from tests.integration.recipes import train, write_config
-from tests.tiny_mixture import build_tiny_mixture
+from tests.tiny_learners import build_tiny_mixture
 
 TASK = {"task": "running_totals", "split": "train", "size": 64}
 PAIRS = {"algorithm": {"name": "dpo"}, "data": {"train": TASK | {"split": "pairs"}}}

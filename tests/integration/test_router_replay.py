@@ -18,7 +18,7 @@ from rlhf.models.weights import weight_sources
 from rlhf.types import RoutedRollouts, Sampling
 from tests.integration.engine_helpers import call, engine, request, spec, sync
 from tests.integration.recipes import train, write_config
-from tests.tiny_mixture import build_tiny_mixture
+from tests.tiny_learners import build_tiny_mixture
 
 pytestmark = pytest.mark.slow
 
