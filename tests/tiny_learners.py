@@ -14,8 +14,7 @@ SIZES = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 96,
     "intermediate_size": 256,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "head_dim": 32,  # vLLM's smallest on a CPU
     "max_position_embeddings": MAX_LENGTH,
 }
 EXPERTS = {
@@ -29,13 +28,14 @@ EXPERTS = {
 
 def build_tiny_mixture(folder: Path) -> Path:
     """A Qwen3-MoE of random weights. A token passes two of eight experts, as wide as the tiny Llama's MLP."""
-    return _build(folder, "qwen3_moe", num_hidden_layers=3, head_dim=32, **EXPERTS)
+    return _build(folder, "qwen3_moe", num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, **EXPERTS)
 
 
 def build_tiny_hybrid(folder: Path) -> Path:
     """An LFM2 of random weights: short convolutions and attention layers in turn."""
     layers = ["conv", "full_attention", "conv", "full_attention"]
-    return _build(folder, "lfm2", num_hidden_layers=4, head_dim=24, layer_types=layers, tie_word_embeddings=False)
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 1}
+    return _build(folder, "lfm2", num_hidden_layers=4, **heads, layer_types=layers, tie_word_embeddings=False)
 
 
 def _build(folder: Path, model_type: str, **sizes: Any) -> Path:
