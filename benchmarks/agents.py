@@ -223,9 +223,9 @@ def run_and_count(config: Path, arguments: argparse.Namespace) -> None:
     code = process.wait()
     counts: Counter[tuple[str, int, int]] = Counter()
     for path in sorted((run / "samples").glob("step_*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            counts[path.stem, row["prompt_id"], row["sample"]] += 1
+        with path.open(encoding="utf-8") as lines:
+            for row in map(json.loads, lines):
+                counts[path.stem, row["prompt_id"], row["sample"]] += 1
     notes.begin = 0
     _, ended = notes.read()
     doctor = subprocess.run([sys.executable, "-m", "rlhf.cli", "doctor", str(run)], capture_output=True, text=True)
