@@ -35,7 +35,7 @@ def build_tiny_hybrid(folder: Path) -> Path:
     """An LFM2 of random weights: short convolutions and attention layers in turn."""
     layers = ["conv", "full_attention", "conv", "full_attention"]
     heads = {"num_attention_heads": 3, "num_key_value_heads": 1}
-    return _build(folder, "lfm2", num_hidden_layers=4, **heads, layer_types=layers, tie_word_embeddings=False)
+    return _build(folder, "lfm2", num_hidden_layers=4, **heads, layer_types=layers)
 
 
 def _build(folder: Path, model_type: str, **sizes: Any) -> Path:
