@@ -147,6 +147,9 @@ class ModelServer:
             refused = self._failed(error)
             if response is None:
                 raise refused from error
+            if request.transport is not None and request.transport.get_write_buffer_size():
+                request.transport.abort()  # its reader has stopped, and would keep the connection
+                return response
             await response.write(f"event: error\ndata: {json.dumps(refused.body(request.path))}\n\n".encode())
         await response.write_eof()
         return response

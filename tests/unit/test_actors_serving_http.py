@@ -87,6 +87,8 @@ class Engine:
             return web.json_response({"path": request.path}, status=418 if request.path == "/v1/teapot" else 200)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
+        while body["stream"] == "floods":
+            await response.write(bytes(1 << 16))
         for number in range(3):
             await response.write(f"data: {number}\n\n".encode())
             if body["stream"] == "breaks":
@@ -196,6 +198,16 @@ async def test_a_request_ends_at_its_deadline_and_with_its_caller() -> None:
             async with asyncio.timeout(0.3):
                 await client.post("/v1/chat/completions", json=CHAT)
         await until(lambda: engine.dropped == 1)
+
+
+async def test_a_reader_that_stops_is_left_at_the_deadline() -> None:
+    async with serving(Engine(), deadline_s=0.2) as client:
+        answer = await client.post("/v1/chat/completions", json=CHAT | {"stream": "floods"})
+        server = client.server.runner.server
+        assert server is not None
+        assert len(server.connections) == 1
+        await until(lambda: not server.connections)
+        answer.close()
 
 
 async def test_what_is_being_answered_when_it_ends_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
