@@ -1,15 +1,18 @@
-"""An MCP server of a warehouse: it says how many pieces of an item are in stock. `pip install mcp`"""
+"""An MCP server of a warehouse: it says how many pallets of an item are in stock. `pip install mcp`"""
 
 from mcp.server import MCPServer
 
-STOCK = {"bolts": 412, "nuts": 388, "screws": 1250, "washers": 97, "hinges": 36, "nails": 2040, "hooks": 58, "keys": 15}
+STOCK = {
+    **{"axles": 4, "bolts": 7, "clamps": 2, "drills": 9, "files": 5, "gears": 1, "hinges": 6, "jacks": 3, "keys": 8},
+    **{"lamps": 2, "nails": 7, "pumps": 5, "rivets": 4, "saws": 9, "tiles": 3, "valves": 1, "wires": 8, "yokes": 6},
+}
 
 server = MCPServer("stock")
 
 
 @server.tool()
 def count(item: str) -> str:
-    """Say how many pieces of an item are in stock."""
+    """Say how many pallets of an item are in stock."""
     return str(STOCK[item]) if item in STOCK else f"there are no {item}; there are {', '.join(STOCK)}"
 
 
