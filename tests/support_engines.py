@@ -1,4 +1,6 @@
-"""Measures how far vLLM's log-probabilities are from the trainer's after a weight sync, one model type after the other.
+"""Measures how far vLLM's log-probabilities are from the trainer's, one model type after the other.
+
+Engines get their weights by a sync, or are frozen and load them from a folder.
 
 vLLM is imported once. Each engine gets a fork of this process, so that it leaves nothing behind, however it ends.
 """
@@ -20,9 +22,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from actors.rollout.vllm_engine import RolloutSpec, build_engine, engine_environment, load_weights, sampling_params
-from actors.weights import WeightManifest
+from actors.weights import Transport, WeightManifest
 from actors.weights.shm import ShmSender
-from rlhf.errors import RunError
+from rlhf.errors import RunError, UserError
 from rlhf.types import Sampling
 from tests.support_measurements import model_folder, published
 from tests.tiny_architectures import ALL, has_setting
@@ -32,7 +34,7 @@ Row = tuple[list[int], list[int], list[float]]  # a prompt, and the engine's tok
 TIMEOUT_S = 60.0
 REASONS = (
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NotImplementedError, OSError),
-    *(RunError, RuntimeError, StrictDataclassError, TypeError, ValueError),
+    *(RunError, RuntimeError, StrictDataclassError, TypeError, UserError, ValueError),
 )
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -69,11 +71,11 @@ CHANGES: dict[str, dict[str, Any]] = {  # what else has to fit these sizes
 PROMPTS = ([65, 70, 75, 80, 85, 90, 95, 100], [66, 71, 76])
 
 
-def difference(model_type: str) -> str:
+def difference(model_type: str, *, frozen: bool = False) -> str:
     """The largest difference over sampled tokens, or why there is none."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            answer = measure(model_type, Path(folder), "float32")
+            answer = measure(model_type, Path(folder), "float32", frozen=frozen)
             if "requires BF16" in answer:
                 return f"{measure(model_type, Path(folder), 'bfloat16')} (only in bfloat16)"
         except REASONS as error:
@@ -94,7 +96,7 @@ def sizes_for_engine(model_type: str) -> dict[str, Any]:
     return sizes | CHANGES.get(model_type, {})
 
 
-def measure(model_type: str, folder: Path, dtype: Dtype) -> str:
+def measure(model_type: str, folder: Path, dtype: Dtype, *, frozen: bool = False) -> str:
     """The same in one dtype. The trainer's model is in this process, since engines change transformers' classes."""
     source = model_folder(folder, model_type, std=0.02, **sizes_for_engine(model_type))
     (architecture,) = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
@@ -109,8 +111,10 @@ def measure(model_type: str, folder: Path, dtype: Dtype) -> str:
     sender = ShmSender(rank=0)
     try:
         model.to(getattr(torch, dtype))
-        manifest = sender.publish(published(model), 1)
-        assert manifest is not None
+        if frozen:
+            model.save_pretrained(folder)
+        manifest = None if frozen else sender.publish(published(model), 1)
+        assert frozen or manifest is not None
         rows = _in_a_fork(source, dtype, manifest)
     finally:
         sender.close()
@@ -125,8 +129,8 @@ def measure(model_type: str, folder: Path, dtype: Dtype) -> str:
     return f"{worst:.0e}"
 
 
-def _in_a_fork(source: str, dtype: Dtype, manifest: WeightManifest) -> str | list[Row]:
-    """What an engine with the published weights has sampled, or why there is nothing."""
+def _in_a_fork(source: str, dtype: Dtype, manifest: WeightManifest | None) -> str | list[Row]:
+    """What an engine with the published weights, or those of the folder, has sampled, or why there is nothing."""
     context = get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(source, dtype, manifest, theirs))
@@ -141,13 +145,15 @@ def _in_a_fork(source: str, dtype: Dtype, manifest: WeightManifest) -> str | lis
     return answer
 
 
-def _answer(source: str, dtype: Dtype, manifest: WeightManifest, connection: Connection) -> None:
+def _answer(source: str, dtype: Dtype, manifest: WeightManifest | None, connection: Connection) -> None:
     try:
+        transport: Transport | None = None if manifest is None else "shm"
         spec = RolloutSpec(
-            model=source, dtype=dtype, max_model_len=128, max_num_seqs=8, transport="shm", kv_cache_gib=0.05
+            model=source, dtype=dtype, max_model_len=128, max_num_seqs=8, transport=transport, kv_cache_gib=0.05
         )
         engine = build_engine(spec)
-        load_weights(engine, manifest, keep_cache=False)
+        if manifest is not None:
+            load_weights(engine, manifest, keep_cache=False)
         connection.send(sampled(engine))
     except REASONS as error:
         traceback.print_exc()

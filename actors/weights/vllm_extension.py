@@ -15,6 +15,8 @@ from actors.weights.vllm_drafts_cpu import correct_drafts_on_cpu
 from actors.weights.vllm_experts_cpu import RecordedExperts
 from actors.weights.vllm_generators import continue_generators
 from actors.weights.vllm_lora_cpu import share_adapter_on_cpu
+from actors.weights.vllm_models import correct_models
+from actors.weights.vllm_router_biases import load_biases_of_experts
 from actors.weights.vllm_routers_cpu import choose_by_bias_on_cpu
 from rlhf.engine.memory import peak_memory
 
@@ -25,6 +27,8 @@ share_adapter_on_cpu()
 continue_generators()
 correct_drafts_on_cpu()
 choose_by_bias_on_cpu()
+load_biases_of_experts()
+correct_models()
 
 
 class WorkerExtension:

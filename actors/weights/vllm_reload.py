@@ -104,7 +104,8 @@ class ReloadEngine(WeightTransferEngine[MeetingInfo, ManifestInfo]):  # type: ig
         for name, module in self.model.named_modules():
             info = get_layerwise_info(module)
             padded = isinstance(module, VocabParallelEmbedding)
-            if info.can_load() and 0 < info.load_numel < info.load_numel_total and not padded:
+            wanted = info.load_numel_total - num_constants(module) if info.can_load() else 0
+            if 0 < info.load_numel < wanted and not padded:
                 raise RunError(f"weight sync: only a part of the engine's {name} was published")
 
     def finish_weight_update(self) -> None:
@@ -114,6 +115,12 @@ class ReloadEngine(WeightTransferEngine[MeetingInfo, ManifestInfo]):  # type: ig
                 _layerwise_process(layer, get_layerwise_info(layer))
             finalize_layerwise_reload(self.model, self.model_config)
         repack_heads(self.model)
+
+
+def num_constants(layer: torch.nn.Module) -> int:
+    """Return the number of values in a layer's own buffers that are in no file. vLLM counts them as weights."""
+    constants = layer._non_persistent_buffers_set
+    return sum(buffer.numel() for name, buffer in layer.named_buffers(recurse=False) if name in constants)
 
 
 def copied_layers(model: torch.nn.Module) -> list[torch.nn.Module]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("vllm")
 
-from actors.weights.vllm_reload import ReloadEngine, name_loaders
+from actors.weights.vllm_reload import ReloadEngine, name_loaders, num_constants
 from rlhf.errors import RunError
 
 
@@ -50,6 +50,15 @@ def test_a_loader_that_is_a_partial_function_gets_its_name() -> None:
     model.weight.weight_loader = partial(print, end="")
     name_loaders(model)
     assert model.weight.weight_loader.__name__ == "print"
+
+
+def test_constants_of_a_layer_are_its_own_buffers_outside_of_files() -> None:
+    layer = nn.Sequential(nn.Linear(2, 2))
+    layer.register_buffer("scale", torch.ones(3), persistent=False)
+    layer.register_buffer("absent", None, persistent=False)
+    layer.register_buffer("bias", torch.ones(5))
+    layer[0].register_buffer("below", torch.ones(7), persistent=False)
+    assert num_constants(layer) == 3
 
 
 class Plain(nn.Module):

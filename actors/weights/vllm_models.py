@@ -1,0 +1,43 @@
+"""Correct vLLM's models that are wrong on every device. Each is corrected once it is created."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+
+def correct_models() -> None:
+    """Have vLLM's workers correct the models of `CORRECTIONS` before they load weights."""
+    create = BaseModelLoader.create_model
+
+    def create_corrected(loader: Any, *args: Any, **kwargs: Any) -> nn.Module:
+        model: nn.Module = create(loader, *args, **kwargs)
+        if (correct := CORRECTIONS.get(type(model).__name__)) is not None:
+            correct(model)
+        return model
+
+    BaseModelLoader.create_model = create_corrected
+
+
+def embed_for_layers(model: Any) -> None:
+    """Compute the embeddings that Gemma 3n adds to each layer. vLLM does so only in its model that reads images."""
+    forward = model.forward
+
+    def forward_with_embeddings(
+        input_ids: Tensor | None, positions: Tensor, *, per_layer_inputs: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        if per_layer_inputs is None and input_ids is not None:
+            per_layer = model.model.get_per_layer_input_embeddings(input_ids)
+            per_layer_inputs = per_layer.unflatten(-1, (model.config.num_hidden_layers, -1))
+        result: Tensor = forward(input_ids, positions, per_layer_inputs=per_layer_inputs, **kwargs)
+        return result
+
+    model.forward = forward_with_embeddings
+
+
+CORRECTIONS: dict[str, Callable[[Any], None]] = {
+    "Gemma3nForCausalLM": embed_for_layers,
+}
