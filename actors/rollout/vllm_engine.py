@@ -146,6 +146,7 @@ def build_engine(spec: RolloutSpec) -> Any:
         if not spec.engine_args or lacks_cache(error):
             raise
         raise UserError(_refusal(spec.engine_args, error)) from error
+    _refuse_lost_weights(engine, spec, config)
     if spec.records_experts and cpu:
         engine.collective_rpc("record_experts")
     return engine
@@ -189,6 +190,19 @@ def _refusal(given: Mapping[str, Any], error: Exception) -> str:
     named = [name for name in given if name in reason] or list(given)
     values = ", ".join(f"cluster.roles.rollout.engine_args.{name} is {given[name]}" for name in named)
     return f"{values}, but vLLM refuses this ({type(error).__name__}: {reason}). Correct or remove it."
+
+
+def _refuse_lost_weights(engine: Any, spec: RolloutSpec, config: Any) -> None:
+    """Raise UserError if vLLM has not read a weight that transformers' model has: the engine would be another model."""
+    from rlhf.models.weights import published_names
+
+    unread = frozenset.intersection(*engine.collective_rpc("unread_weights"))  # a worker reads only its experts
+    lost = sorted(unread & published_names(config)) if unread else []
+    if lost:
+        raise UserError(
+            f"{spec.name}: vLLM has not loaded {len(lost)} weights of {spec.model}, such as {lost[0]}. It would sample "
+            f"from another model, so its models of type {config.model_type} cannot be used here. Use another model."
+        )
 
 
 def add_experts(engine: Any, output: Any) -> None:

@@ -1,7 +1,8 @@
 """The `worker_extension_cls` of vLLM: its workers import this module before they load a model.
 
 It registers the weight transports and the LoRA products for CPUs, continues the random numbers of carried responses,
-and corrects speculative decoding and routers on CPUs. vLLM mixes the class into its worker class: `self` is the worker.
+notes which weights vLLM does not read, and corrects some of its models, its loader of experts, and on CPUs speculative
+decoding and routers. vLLM mixes the class into its worker class: `self` is the worker.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from actors.weights.vllm_lora_cpu import share_adapter_on_cpu
 from actors.weights.vllm_models import correct_models
 from actors.weights.vllm_router_biases import load_biases_of_experts
 from actors.weights.vllm_routers_cpu import choose_by_bias_on_cpu
+from actors.weights.vllm_unread import note_unread_weights, unread_weights
 from rlhf.engine.memory import peak_memory
 
 PREFIX = "rlhf_"  # vLLM has other backends called nccl and ipc
@@ -28,6 +30,7 @@ continue_generators()
 correct_drafts_on_cpu()
 choose_by_bias_on_cpu()
 load_biases_of_experts()
+note_unread_weights()
 correct_models()
 
 
@@ -41,6 +44,10 @@ class WorkerExtension:
         """Return the checksum of the received bytes in the worker's last weight update."""
         checksum: str = self.weight_transfer_engine.checksum
         return checksum
+
+    def unread_weights(self) -> frozenset[str]:
+        """Return the names of the weights in the model's files that this worker has not read."""
+        return unread_weights(self.model_runner.get_model())
 
     def record_experts(self) -> None:
         """Record from now on which experts the routers choose."""

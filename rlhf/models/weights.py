@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -153,6 +154,18 @@ def weight_sources(model: nn.Module) -> list[WeightSource]:
         if not name.startswith(replaced):
             sources.append(WeightSource(_plain(name), (), partial(_itself, buffer), hub_names))
     return sources
+
+
+def published_names(config: Any) -> frozenset[str]:
+    """Return the names of all weights that a model of this config has in its files. The model gets no memory.
+
+    Nothing is returned for a class that transformers does not have.
+    """
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return frozenset()
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    return frozenset(name for source in weight_sources(model) for name, _ in source.published())
 
 
 def adapter_sources(model: nn.Module) -> list[WeightSource]:

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-import pytest
+from types import SimpleNamespace
+from typing import Any
 
-from actors.rollout.vllm_engine import _generation_settings, _heads_stand_apart, _model_settings
+import pytest
+from transformers import PretrainedConfig
+
+from actors.rollout.vllm_engine import (
+    RolloutSpec,
+    _generation_settings,
+    _heads_stand_apart,
+    _model_settings,
+    _refuse_lost_weights,
+)
+from rlhf.errors import UserError
 from tests.tiny_architectures import tiny_model
 
 
@@ -33,3 +44,20 @@ def test_llama_4_scales_its_queries_in_short_engines_too() -> None:
 )
 def test_models_whose_heads_stand_apart_turn_them_by_torch(kind: str, apart: bool) -> None:
     assert _heads_stand_apart(tiny_model(kind).config) is apart
+
+
+def refuse_lost(*unread_by_worker: set[str], config: Any) -> None:
+    engine: Any = SimpleNamespace(collective_rpc=lambda _: [frozenset(names) for names in unread_by_worker])
+    spec = RolloutSpec(model="folder", dtype="float32", max_model_len=8, transport=None)
+    _refuse_lost_weights(engine, spec, config)
+
+
+def test_an_engine_that_has_lost_weights_is_refused() -> None:
+    config = tiny_model("laguna").config
+    bias, head = "model.layers.1.mlp.experts.e_score_correction_bias", "lm_head.weight"
+    with pytest.raises(UserError, match=rf"not loaded 1 weights of folder, such as {bias}.* type laguna"):
+        refuse_lost({bias, "mtp.layers.0.weight"}, {bias, head}, config=config)
+    refuse_lost({"mtp.layers.0.weight"}, config=config)  # no weight of the language model
+    refuse_lost({bias}, {head}, config=config)  # each is read by the other worker
+    refuse_lost({head}, config=tiny_model("gemma2").config)  # tied to the embedding
+    refuse_lost({"any"}, config=PretrainedConfig())

@@ -20,7 +20,7 @@ from rlhf.models.hub_names import missing_settings
 from rlhf.models.loading import load_causal_lm, load_critic, load_tokenizer
 from rlhf.models.lora import adapter_disabled, add_lora
 from rlhf.models.tiny import VOCAB_SIZE, build_tiny_llama, byte_tokenizer
-from rlhf.models.weights import adapter_sources, weight_sources
+from rlhf.models.weights import adapter_sources, published_names, weight_sources
 from tests.tiny_architectures import ALL, tiny_config, tiny_model
 
 MIXTURES = ["qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "gpt_oss"]
@@ -50,7 +50,7 @@ def test_every_architecture_is_published_as_transformers_saves_it(name: str, tmp
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
     ours = published(model)
-    assert ours.keys() == saved.keys()
+    assert ours.keys() == saved.keys() == published_names(model.config)
     for key, weight in ours.items():
         assert torch.equal(weight, saved[key]), key
 
