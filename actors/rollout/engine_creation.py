@@ -19,7 +19,9 @@ from rlhf.config.derive import saved_rank, ships_adapter, weight_sync
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.root import Config
 from rlhf.engine.memory import peak_memory
+from rlhf.models.loading import load_model_config
 from rlhf.models.on_disk import ModelOnDisk
+from rlhf.models.support import refuse_without_engine
 from rlhf.owned_folders import keep_temporary_files_apart
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
 from rlhf.types import MemoryReport
@@ -116,8 +118,10 @@ def _spawn(
 ) -> tuple[list[ActorHandle[Any]], SpawnOne]:
     """Create one actor for each slot. Return the actors, and a function that creates the actor of a slot anew.
 
-    The cluster and the slot add their settings to the common ones.
+    The cluster and the slot add their settings to the common ones. Raise UserError if vLLM cannot compute the model.
     """
+    shape = load_model_config(common.model, trust_remote_code=common.trust_remote_code)
+    refuse_without_engine(shape.to_dict(), device=cluster.device)
     role, places = cluster.roles.rollout, placement.seats or placement
     remote = ray.remote(engine)
 

@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from rlhf.errors import UserError
 
 _TITLES = ("model type", "kind", "sequences", "reward head", "LoRA", "export", "engine after a sync, nats")
 
@@ -34,6 +36,16 @@ def support_by_type() -> Mapping[str, Support]:
     """Return the measurements by model type."""
     with Path(__file__).with_name("support.csv").open(encoding="utf-8", newline="") as file:
         return {row["model_type"]: Support(**row) for row in csv.DictReader(file)}
+
+
+def refuse_without_engine(config: Mapping[str, Any], *, device: Literal["cpu", "cuda"]) -> None:
+    """Raise UserError if the table says what vLLM lacks for models of this type, on this device."""
+    kind = config["model_type"]
+    reason = support_by_type()[kind].engine if kind in support_by_type() else ""
+    only_cpu = "CPU" in reason or "triton" in reason
+    if reason.startswith("vLLM") and (device == "cpu" or not only_cpu):
+        advice = "Use GPUs, or another model." if only_cpu else "Use another model."
+        raise UserError(f"no engine can sample from models of type {kind}: {reason} (docs/models.md). {advice}")
 
 
 def untested_model(config: Mapping[str, Any]) -> str | None:

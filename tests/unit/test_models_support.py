@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.models.support import support_by_type, support_table, untested_model
+from rlhf.errors import UserError
+from rlhf.models.support import refuse_without_engine, support_by_type, support_table, untested_model
 from tests.support_measurements import measured
 from tests.tiny_architectures import ALL
 
@@ -34,3 +35,13 @@ def test_a_type_outside_the_table_is_named() -> None:
     assert untested_model({"model_type": "llama"}) is None
     assert untested_model({"model_type": "pictures", "text_config": {"model_type": "qwen3"}}) is None
     assert "models of type blip" in str(untested_model({"model_type": "blip"}))
+
+
+def test_types_that_no_engine_computes_are_refused() -> None:
+    for kind in ("llama", "gpt_neo", "blip"):  # measured, by transformers' classes perhaps, and unknown
+        refuse_without_engine({"model_type": kind}, device="cpu")
+    refuse_without_engine({"model_type": "mamba"}, device="cuda")
+    with pytest.raises(UserError, match=r"of type mamba: vLLM has no selective scan for a CPU .* Use GPUs"):
+        refuse_without_engine({"model_type": "mamba"}, device="cpu")
+    with pytest.raises(UserError, match="of type longcat_flash: vLLM refuses"):
+        refuse_without_engine({"model_type": "longcat_flash"}, device="cuda")
