@@ -122,6 +122,8 @@ def build_engine(spec: RolloutSpec) -> Any:
         enforce_eager=spec.enforce_eager,
         block_size=32 if cpu else None,  # prompts are shared by whole blocks, and the CPU's default is 128 tokens
         enable_chunked_prefill=not cpu,  # on a CPU a seeded sample in a partial prefill ends the engine
+        # vLLM's products for MLA on a CPU with AMX are for bfloat16 alone.
+        attention_backend="CPU_MLA" if cpu and spec.dtype != "bfloat16" and _has_mla(config) else None,
         # States are cached only at the ends of prefills in parts. None: vLLM decides.
         enable_prefix_caching=False if cpu and keeps_states(config.to_dict()) else None,
         async_scheduling=False,  # a step is over when step() returns, so an update never meets one
@@ -176,7 +178,12 @@ def _heads_stand_apart(config: Any) -> bool:
 
     Those are DeepSeek's attention, wherever it is used, and that of LFM2.
     """
-    return hasattr(config, "kv_lora_rank") or config.model_type in ("lfm2", "lfm2_moe")
+    return _has_mla(config) or config.model_type in ("lfm2", "lfm2_moe")
+
+
+def _has_mla(config: Any) -> bool:
+    """Return whether the model has DeepSeek's attention, whose keys and values are compressed together."""
+    return hasattr(config, "kv_lora_rank")
 
 
 def lacks_cache(error: BaseException) -> bool:

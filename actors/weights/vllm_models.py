@@ -1,4 +1,4 @@
-"""Correct vLLM's models that are wrong on every device. Each is corrected once it is created."""
+"""Correct two of vLLM's models, which are wrong on every device. Each is corrected once it is created."""
 
 from __future__ import annotations
 
@@ -22,6 +22,17 @@ def correct_models() -> None:
     BaseModelLoader.create_model = create_corrected
 
 
+def spare_unused_norms(model: Any) -> None:
+    """Let files lack the norms behind A.X-K1's dense layers. vLLM creates these norms and never computes them."""
+    load = model.load_weights
+    unused = {
+        f"model.layers.{index}.post_mlp_layernorm.weight"
+        for index, layer in enumerate(model.model.layers)
+        if not getattr(layer, "is_layer_sparse", True)
+    }
+    model.load_weights = lambda weights: load(weights) | unused
+
+
 def embed_for_layers(model: Any) -> None:
     """Compute the embeddings that Gemma 3n adds to each layer. vLLM does so only in its model that reads images."""
     forward = model.forward
@@ -39,5 +50,6 @@ def embed_for_layers(model: Any) -> None:
 
 
 CORRECTIONS: dict[str, Callable[[Any], None]] = {
+    "AXK1ForCausalLM": spare_unused_norms,
     "Gemma3nForCausalLM": embed_for_layers,
 }

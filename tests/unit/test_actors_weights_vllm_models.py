@@ -10,7 +10,14 @@ import torch
 
 pytest.importorskip("vllm")
 
-from actors.weights.vllm_models import embed_for_layers
+from actors.weights.vllm_models import embed_for_layers, spare_unused_norms
+
+
+def test_files_may_lack_the_norms_that_are_never_computed() -> None:
+    layers = [SimpleNamespace(is_layer_sparse=False), SimpleNamespace(is_layer_sparse=True), SimpleNamespace()]
+    model: Any = SimpleNamespace(model=SimpleNamespace(layers=layers), load_weights=set)
+    spare_unused_norms(model)
+    assert model.load_weights(["head"]) == {"head", "model.layers.0.post_mlp_layernorm.weight"}
 
 
 def test_embeddings_for_layers_are_computed_unless_they_are_given() -> None:
