@@ -85,8 +85,13 @@ def _certificates() -> ssl.SSLContext:
 
 
 def access_variables(address: str, api_key: str) -> dict[str, str]:
-    """Return the environment variables that clients of both protocols read."""
+    """Return the environment variables that clients of both protocols read. They reach the engine without a proxy."""
+    direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    if direct != "*":  # which must stand alone
+        direct = ",".join(filter(None, (direct, urlsplit(address).hostname)))
     return {
+        "NO_PROXY": direct,
+        "no_proxy": direct,
         "OPENAI_BASE_URL": f"{address}/v1",
         "OPENAI_API_KEY": api_key,
         "ANTHROPIC_BASE_URL": address,

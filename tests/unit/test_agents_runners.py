@@ -354,6 +354,19 @@ def test_a_command_gets_the_task_and_its_output_is_the_result() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "hosts", "direct"),
+    [("NO_PROXY", "", "127.0.0.1"), ("no_proxy", "a.example", "a.example,127.0.0.1"), ("NO_PROXY", "*", "*")],
+)
+def test_a_command_reaches_the_engine_without_a_proxy(
+    monkeypatch: pytest.MonkeyPatch, name: str, hosts: str, direct: str
+) -> None:
+    for other in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, hosts)
+    assert solve(command("sh", "-c", 'echo "$NO_PROXY $no_proxy"'), task()) == f"{direct} {direct}\n"
+
+
+@pytest.mark.parametrize(
     ("words", "kind", "message"),
     [
         (
