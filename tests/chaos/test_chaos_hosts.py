@@ -6,6 +6,7 @@ engine gets its weights by broadcast would end.
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from tests.chaos.survival import (
     MODES,
     REWARD,
     contradictions,
+    counted,
     groups_left,
     noting_groups,
     steps_done,
@@ -79,6 +81,51 @@ def test_a_run_survives_the_loss_of_an_engines_host(
         assert not contradictions(run, None)
         assert not groups_left(config)
         assert not unrecorded(run, "rollout")
+
+
+TOGETHER: Mapping[str, Any] = {
+    "train": {"steps": 12, "epochs_per_batch": 20},  # updates of some seconds, in which the host is lost
+    "cluster": {
+        "object_store_gib": None,
+        "roles": {
+            "policy": {"cpus": 2.0, "node_labels": {"pool": "both"}},  # a host has room for one rank
+            "rollout": {"engines": 2, "cpus": 1.0, "node_labels": {"pool": "both"}},
+        },
+    },
+}
+
+
+def test_a_run_survives_the_loss_of_a_host_with_a_rank_and_an_engine_that_nobody_has_missed(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (tmp_path / "mine.py").write_text(REWARD, encoding="utf-8")
+    config = write_config(
+        tmp_path / "run.yaml", {"run": {"name": "run", "dir": str(tmp_path), "seed": 3}}, merge(BASE, TOGETHER)
+    )
+    with several_hosts(4) as hosts, (tmp_path / "run.log").open("w") as log:
+        head, *_, spare = hosts
+        labels = ["pool=drives", "pool=both", "pool=both"]
+        address = start_ray(hosts[:3], cpus=[1, 3, 3], labels=labels, env=QUICK_HEALTH)
+        command = [*COMMAND, "train", config, "--quiet", f"cluster.address={address}"]
+        process = head.start(command, noting_groups(config), stdout=log, stderr=subprocess.STDOUT)
+        tail = TimelineTail(run / "timeline.json")
+        try:
+            assert wait_until(lambda: tail.count("step") >= 1, lambda: process.poll() is not None, limit_s=LIMIT_S)
+            count = tail.count("experience")
+            places = {row["who"]: row["node"] for row in json.loads((run / "processes.json").read_text())}
+            assert sorted(places[f"rollout rank {n}"] for n in (0, 1)) == [host.address for host in hosts[1:3]]
+            (lost,) = [host for host in hosts if host.address == places["policy rank 1"]]
+            assert wait_until(
+                lambda: tail.count("experience") > count, lambda: process.poll() is not None, limit_s=LIMIT_S
+            )
+            lost.kill()
+            start_node(spare, f"--address={address}", "--num-cpus=3", "--labels=pool=both", env=QUICK_HEALTH)
+            assert wait_for_end(process, LIMIT_S) == 0, (tmp_path / "run.log").read_text()[-4000:]
+        finally:
+            process.kill()
+        assert not contradictions(run, None)
+        assert not groups_left(config)
+        assert counted(run, "policy") + counted(run, "critic") == 1.0
+        assert counted(run, "rollout") == 1.0
 
 
 DRAIN = """
