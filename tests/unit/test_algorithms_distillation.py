@@ -29,5 +29,6 @@ MIXTURE = [0.3 * 0.75 + 0.7 * 0.5, 0.3 * 0.25 + 0.7 * 0.5]
 )
 def test_the_divergence_of_a_name(settings: dict[str, str | float], expected: float) -> None:
     algorithm = Distillation(DistillationConfig.model_validate({"name": "distillation", **settings}))
-    found = algorithm.divergence(torch.tensor([STUDENT]).log(), torch.tensor([TEACHER]).log())
+    student, teacher = (torch.tensor([one], dtype=torch.float64).log() for one in (STUDENT, TEACHER))
+    found = algorithm.divergence(student, teacher)
     assert found.tolist() == pytest.approx([expected])
