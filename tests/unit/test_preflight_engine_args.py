@@ -29,6 +29,7 @@ def test_names_are_those_of_the_installed_vllm() -> None:
 
 def test_every_argument_that_the_project_sets_is_owned_or_may_be_changed() -> None:
     changeable = {
+        "attention_backend",
         "max_num_batched_tokens",
         "block_size",
         "compilation_config",
