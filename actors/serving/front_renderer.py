@@ -54,7 +54,11 @@ class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
         if is_freed:
             request.parallel_tool_calls = None  # vLLM would restrict the policy by a grammar
         with _ending_session():
-            rendered = await super().preprocess_chat(request, messages, *args, **options)
+            try:
+                rendered = await super().preprocess_chat(request, messages, *args, **options)
+            except RecursionError as error:
+                message = "`messages` hold a call whose arguments are nested too deeply to be read"
+                raise RefusedCall(message, param="messages") from error
         if is_freed:
             request.parallel_tool_calls = False  # the client is told the first call alone
         return rendered

@@ -119,6 +119,8 @@ class Gateway:
                 self.check_item(item)
             except ValueError as error:
                 raise RefusedCall(f"`input[{number}]` has no form of an item", param="input") from error
+            if isinstance(item, dict) and item.get("role") == "assistant" and item.get("content") == []:
+                raise RefusedCall(f"`input[{number}].content` is empty", param="input")  # vLLM reads its first part
         if session is None and body.get("model") != self.name:
             message = f"there is no model {body.get('model')}: this server has {self.name}"
             raise RefusedCall(message, param="model", code="model_not_found", status=404)
@@ -207,13 +209,15 @@ def _refuse_costly(asked: Mapping[str, Any], most: int) -> None:
     A prompt of tokens is a list too. The session's limit of tokens holds for it.
     """
     level = [value for name, value in asked.items() if name != "prompt" and isinstance(value, dict | list)]
-    for _ in range(MAX_DEPTH):
+    depth = 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise RefusedCall(f"the body has objects in objects, more than {MAX_DEPTH} deep", status=413)
         if any(isinstance(one, list) and len(one) > most for one in level):
             raise RefusedCall(f"a list of the body has more than {most} items", status=413)
         inner = (one.values() if isinstance(one, dict) else one for one in level)
         level = [one for values in inner for one in values if isinstance(one, dict | list)]
-    if level:
-        raise RefusedCall(f"the body has objects in objects, more than {MAX_DEPTH} deep", status=413)
 
 
 def _num_responses(body: Mapping[str, Any]) -> int:

@@ -28,6 +28,7 @@ from rlhf.types import Sampling
 
 MAX_OPEN_REQUESTS = 64  # of one session, of any kind
 MAX_RECORD_CHARS = 1 << 16  # of a call's messages
+_JSON = json.JSONEncoder(default=str)  # made once: `json.dumps` would make one for each text
 Message = Mapping[str, Any]
 Tokens = npt.NDArray[np.int32]
 
@@ -328,7 +329,7 @@ class Sessions:
 
 def _record(asked: Sequence[Message], said: Mapping[str, Any]) -> str:
     """Return the messages of a call for people. Text that is no valid Unicode is escaped."""
-    text = json.dumps({"asked": list(asked), "said": said}, default=str)
+    text = _JSON.encode({"asked": list(asked), "said": said})
     return text if len(text) <= MAX_RECORD_CHARS else json.dumps({"asked": "too long to be kept", "said": said})
 
 
@@ -341,7 +342,7 @@ def turn_key(before: bytes, content: str | None, calls: Sequence[tuple[str, Any]
 
 
 def _key(before: bytes, *values: Any) -> bytes:
-    return hashlib.sha256(before + json.dumps(values, default=str).encode()).digest()
+    return hashlib.sha256(before + _JSON.encode(values).encode()).digest()
 
 
 def _turns(messages: Sequence[Message]) -> Iterator[tuple[int, int]]:

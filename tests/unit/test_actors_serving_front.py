@@ -39,6 +39,11 @@ KEY = "the-servers-key"
 HI: Any = [{"role": "user", "content": "hi"}]
 PARAMETERS = {"type": "object", "properties": {"a": {"type": "integer"}}}
 TOOL: Any = {"type": "function", "function": {"name": "add", "description": "adds", "parameters": PARAMETERS}}
+DEEP_ARGUMENTS = '{"a": ' + "[" * 5000 + "]" * 5000 + "}"
+DEEP_CALL: Any = {
+    "role": "assistant",
+    "tool_calls": [{"id": "1", "type": "function", "function": {"name": "add", "arguments": DEEP_ARGUMENTS}}],
+}
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
 THOUGHT = "<think>\nhm\n</think>\n\n"
 
@@ -460,6 +465,8 @@ async def until(holds: Callable[[], bool]) -> None:
         ("completions", {"echo": True}, 400, "`echo` is not supported here: the answer is the response alone"),
         ("completions", {"prompt_logprobs": 1}, 400, "`prompt_logprobs` is not supported here"),
         ("responses", {"background": True}, 400, "`background` is not supported here"),
+        ("responses", {"input": [{"role": "assistant", "content": []}]}, 400, "`input[0].content` is empty"),
+        ("chat/completions", {"messages": [*HI, DEEP_CALL]}, 400, "arguments are nested too deeply"),
         ("responses", {"tools": [{"type": "web_search"}]}, 400, "`tools[0].type` is 'web_search'"),
         ("responses", {"previous_response_id": "r"}, 404, "`previous_response_id` is not supported"),
         ("messages", {"mcp_servers": [{"url": "x"}]}, 400, "the server runs no tools"),
