@@ -1,8 +1,11 @@
 """The thread of the vLLM engine: it runs the engine's steps, and everything else between two steps.
 
-vLLM's core runs in this process, not in a separate one. A weight update therefore never meets a running step. A request
-with a matching stop string leaves the batch before the next step, so a batch depends on its requests alone. And an
-engine starts in a third of the time. No other thread may touch the engine.
+vLLM's core runs in this process, not in a separate one. A request with a matching stop string therefore leaves the
+batch after the same number of steps each time, so a batch depends on its requests alone. And an engine starts in a
+third of the time. No other thread may touch the engine.
+
+With asynchronous scheduling, vLLM's default on GPUs, a step still runs when `step` returns. It is finished before a
+weight update, a sleep, and every other call.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from actors.rollout.continuation import output_so_far, restore_output
-from actors.rollout.vllm_engine import lacks_cache, put_first
+from actors.rollout.vllm_engine import has_step_in_flight, hold_steps, lacks_cache, put_first
 from rlhf.engine.memory import advice_on_memory, is_out_of_memory
 from rlhf.errors import RunError, UserError
 
@@ -82,7 +85,18 @@ class EngineLoop:
         return self._started
 
     def call(self, work: Callable[[Any], T]) -> Future[T]:
-        """Run `work(engine)` between two steps."""
+        """Run `work(engine)` between two steps, when none is in flight."""
+
+        def run(engine: Any) -> T:
+            self._finish_steps()
+            if self._failure is not None:
+                raise self._failure
+            return work(engine)
+
+        return self._enqueue(run)
+
+    def _enqueue(self, work: Callable[[Any], T]) -> Future[T]:
+        """Run `work(engine)` before the next step begins."""
         future: Future[T] = Future()
 
         def run() -> None:
@@ -131,7 +145,7 @@ class EngineLoop:
                 raise
             self._waiting.update(zip(added, futures, strict=True))
 
-        self.call(add).add_done_callback(lambda done: _fail(futures, done.exception()))
+        self._enqueue(add).add_done_callback(lambda done: _fail(futures, done.exception()))
         return futures
 
     def abort(self, prefixes: Sequence[str], *, keeps: bool = False) -> Future[int]:
@@ -148,7 +162,7 @@ class EngineLoop:
             _fail([self._waiting.pop(request_id) for request_id in dropped], Aborted(f"{self.name}: aborted"))
             return len(dropped)
 
-        return self.call(abort)
+        return self._enqueue(abort)
 
     def stop(self, *, timeout_s: float) -> bool:
         """End the thread and the engine. Return whether they ended in time."""
@@ -189,6 +203,15 @@ class EngineLoop:
         with contextlib.suppress(queue.Empty):
             while not self._stopped:
                 self._commands.get_nowait()()
+
+    def _finish_steps(self) -> None:
+        """Finish the steps in flight, and begin none."""
+        if not has_step_in_flight(self._engine):
+            return
+        hold_steps(self._engine, is_held=True)
+        while self._failure is None and has_step_in_flight(self._engine):
+            self._step()
+        hold_steps(self._engine, is_held=False)
 
     def _step(self) -> None:
         try:

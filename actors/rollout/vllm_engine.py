@@ -126,7 +126,7 @@ def build_engine(spec: RolloutSpec) -> Any:
         attention_backend="CPU_MLA" if cpu and spec.dtype != "bfloat16" and _has_mla(config) else None,
         # States are cached only at the ends of prefills in parts. None: vLLM decides.
         enable_prefix_caching=False if cpu and keeps_states(config.to_dict()) else None,
-        async_scheduling=False,  # a step is over when step() returns, so an update never meets one
+        async_scheduling=False if cpu else None,  # None: vLLM decides. It has none on a CPU.
         enable_sleep_mode=spec.colocated and not cpu,
         logprobs_mode="processed_logprobs",  # of the sampling distribution
         enable_lora=spec.lora_rank is not None,
@@ -328,6 +328,18 @@ def salt_waiting(engine: Any) -> None:
         request.cache_salt = engine.get_weight_version()
         request.block_hashes.clear()
         request.update_block_hashes()
+
+
+def has_step_in_flight(engine: Any) -> bool:
+    """Return whether a step runs, or has run, whose outputs `step` has not returned."""
+    return bool(engine.engine_core.engine_core.batch_queue)  # None without asynchronous scheduling
+
+
+def hold_steps(engine: Any, *, is_held: bool) -> None:
+    """Let the engine begin no further step, or begin steps again. A held engine only finishes those in flight."""
+    from vllm.v1.core.sched.interface import PauseState
+
+    _scheduler(engine).set_pause_state(PauseState.PAUSED_ALL if is_held else PauseState.UNPAUSED)
 
 
 def put_first(engine: Any) -> None:

@@ -21,12 +21,14 @@ from rlhf.errors import RunError
 from rlhf.models.lora import add_lora
 from rlhf.models.weights import ADAPTER, adapter_sources
 from tests.gpu.gpu_helpers import GPU, TWO_GPUS, build_model, gpu_spec, sync, trainer
-from tests.integration.engine_helpers import SAMPLING, call, engine, request, worst_difference
+from tests.integration.engine_helpers import SAMPLING, call, engine, model_like, request, worst_difference
 from tests.integration.rank_gang import free_port
+from tests.integration.test_async_scheduling import spanning
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
 PROBE = [65 + (11 * i) % 57 for i in range(48)]
+LONG = replace(SAMPLING, max_new_tokens=500)
 SHARE = 0.4  # of a GPU, to Ray: it lets two processes stand on one
 
 
@@ -62,6 +64,18 @@ def test_ipc_syncs_a_neighbour_and_gives_its_memory_back(folder: Path, ray_local
         with pytest.raises(RunError, match="gives other log-probabilities"):
             check_probe(old, call(handle.probe.remote(PROBE)), engine=0, version=3, dtype="float32")
         assert held[2] == held[1] == held[0]
+
+
+def test_an_update_amid_samples_waits_for_the_step_in_flight(folder: Path, ray_local: None) -> None:
+    values = gpu_spec(folder, transport="ipc", kv_after_update="recompute")
+    with engine(values, num_gpus=SHARE) as handle, trainer(folder, num_gpus=SHARE) as policy:
+        call(handle.open_weights.remote(None, 1), policy.open.remote("ipc", None))
+        sync(handle, policy, 1)
+        running = handle.answer.remote(request(1, samples=8), LONG, 1)
+        assert any(call(handle.steps_seen.remote(20)))
+        sync(handle, policy, 2)
+        drawn = call(running)[0]
+    assert spanning(drawn, model_like(folder, seed=1), model_like(folder, seed=2), kept=False) > 0
 
 
 def test_an_engine_sleeps_without_weights_and_wakes_to_new_ones(neighbours: tuple[Any, Any]) -> None:

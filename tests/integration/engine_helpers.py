@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import ray
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from actors.rollout.engine_actor import RolloutSpec, RolloutWorker, engine_environment
+from actors.rollout.vllm_engine import has_step_in_flight
 from actors.weights import WeightManifest
 from rlhf.types import GroupRequest, Prompt, Rollouts, Sampling
 
@@ -43,6 +45,40 @@ class BreakableEngine(RolloutWorker):
             pass
         await self.cancel(group_ids)
 
+    async def steps_seen(self, count: int) -> list[bool]:
+        """Whether the engine had a step in flight, before some calls."""
+        found: list[bool] = []
+        finish = self.loop._finish_steps
+
+        def look() -> None:
+            found.append(has_step_in_flight(self.loop._engine))
+            finish()
+
+        self.loop._finish_steps = look  # type: ignore[method-assign]
+        for _ in range(count):
+            await self.calls.run(lambda engine: None, "a step")
+        self.loop._finish_steps = finish  # type: ignore[method-assign]
+        return found
+
+
+class AsyncEngine(BreakableEngine):
+    """An engine that schedules the next step while one is in flight, as on GPUs. vLLM turns this off on a CPU."""
+
+    def __init__(self, values: RolloutSpec) -> None:
+        from vllm.platforms.cpu import CpuPlatform
+
+        check = CpuPlatform.check_and_update_config
+
+        def turn_on(config: Any) -> None:
+            check(config)
+            config.scheduler_config.async_scheduling = True
+
+        CpuPlatform.check_and_update_config = staticmethod(turn_on)
+        # A step on a CPU is over when it returns, so there is no stream to wait for.
+        torch.cuda.Stream = torch.cuda.Event = MagicMock  # type: ignore[misc, assignment]
+        torch.cuda.stream = torch.cuda.current_stream = MagicMock  # type: ignore[assignment]
+        super().__init__(values)
+
 
 def spec(model: Path, **changes: Any) -> RolloutSpec:
     """A small float32 engine on one thread."""
@@ -61,10 +97,12 @@ def spec(model: Path, **changes: Any) -> RolloutSpec:
 
 
 @contextmanager
-def engine(values: RolloutSpec, *, num_gpus: float = 0.0) -> Iterator[Any]:
+def engine(
+    values: RolloutSpec, *, num_gpus: float = 0.0, worker: type[BreakableEngine] = BreakableEngine
+) -> Iterator[Any]:
     """A started engine's actor handle. It must never share a process with a trainer."""
     ray.cloudpickle.register_pickle_by_value(__import__(__name__))
-    remote = ray.remote(BreakableEngine)
+    remote = ray.remote(worker)
     handle = remote.options(
         num_cpus=1,
         num_gpus=num_gpus,

@@ -15,7 +15,17 @@ from transformers import AutoTokenizer, PreTrainedModel
 from actors.weights.shm import ShmSender
 from rlhf.rollouts.records.begun import read_begun
 from rlhf.types import GroupRequest, RolloutInfo, Rollouts, Sampling
-from tests.integration.engine_helpers import call, engine, model_like, request, sequences, spec, sync
+from tests.integration.engine_helpers import (
+    AsyncEngine,
+    BreakableEngine,
+    call,
+    engine,
+    model_like,
+    request,
+    sequences,
+    spec,
+    sync,
+)
 
 Group = tuple[Rollouts, tuple[RolloutInfo, ...]]
 PLAIN = Sampling(max_new_tokens=120)
@@ -57,10 +67,16 @@ class Policy:
         return self.answer(requests, sampling), [[len(one.token_ids) for one in group] for group in begun]
 
 
-@pytest.fixture(scope="module")
-def policy(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> Iterator[Policy]:
+@pytest.fixture(
+    scope="module",
+    params=[BreakableEngine, pytest.param(AsyncEngine, marks=pytest.mark.slow)],
+    ids=["waits", "overlaps"],
+)
+def policy(
+    request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, ray_local: None
+) -> Iterator[Policy]:
     spool = tmp_path_factory.mktemp("spool")
-    with engine(spec(tiny_model, spool=spool, carries_over=True)) as handle:
+    with engine(spec(tiny_model, spool=spool, carries_over=True), worker=request.param) as handle:
         found = Policy(handle, model_like(tiny_model, seed=1), spool)
         found.sync()
         yield found

@@ -46,7 +46,8 @@ class FakeEngine:
     def __init__(self) -> None:
         self.running: dict[str, int] = {}
         self.version = ""
-        self.engine_core = SimpleNamespace(shutdown=lambda: None)
+        core = SimpleNamespace(batch_queue=None)
+        self.engine_core = SimpleNamespace(engine_core=core, shutdown=lambda: None)
         self.vllm_config = SimpleNamespace(cache_config=SimpleNamespace(num_gpu_blocks=1, block_size=16))
         self.get_tokenizer = lambda: SimpleNamespace(get_added_vocab=dict)
 
@@ -207,7 +208,7 @@ class SleepingEngine(FakeEngine):
         self.sleeping: set[str] = set()
         pool = SimpleNamespace(cached_block_hash_to_block={})
         scheduler = SimpleNamespace(kv_cache_manager=SimpleNamespace(block_pool=pool))
-        self.engine_core.engine_core = SimpleNamespace(scheduler=scheduler)
+        self.engine_core.engine_core.scheduler = scheduler
 
     def add_request(self, request_id: str, prompt: Any, params: Any, *, lora_request: Any) -> None:
         assert not self.sleeping, "requests wait for ever while a part sleeps"

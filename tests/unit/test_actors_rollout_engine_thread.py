@@ -30,7 +30,8 @@ class StreamingEngine:
     def __init__(self) -> None:
         self.left: list[Any] = []
         self.steps = 0
-        self.engine_core = SimpleNamespace(shutdown=lambda: None)
+        core = SimpleNamespace(batch_queue=None)
+        self.engine_core = SimpleNamespace(engine_core=core, shutdown=lambda: None)
 
     def get_weight_version(self) -> str:
         return "1"
@@ -73,4 +74,69 @@ def test_no_step_begins_while_the_loop_is_paused() -> None:
         assert loop.call(lambda engine: engine.steps).result(timeout=10.0) == 0
     loop.call(lambda engine: pause(engine, False))
     assert future.result(timeout=10.0).finished
+    assert loop.stop(timeout_s=10.0)
+
+
+class OverlappingEngine(StreamingEngine):
+    """An engine that begins a step before it returns the outputs of the one before, as vLLM's does on GPUs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_held = False
+        self.queue = self.engine_core.engine_core.batch_queue = []
+        self.engine_core.engine_core.scheduler = SimpleNamespace(set_pause_state=self.hold)
+        self.fails = False
+
+    def hold(self, state: int) -> None:
+        self.is_held = bool(state)
+
+    def step(self) -> list[Any]:
+        if self.fails:
+            raise ValueError("the device is lost")
+        if self.left and not self.is_held:
+            self.queue.append(self.left.pop(0))
+            if len(self.queue) == 1:
+                return []
+        return [self.queue.pop(0)]
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.left or self.queue)
+
+
+def test_a_call_comes_when_no_step_is_in_flight_and_a_new_request_waits_for_none() -> None:
+    loop = EngineLoop(OverlappingEngine, name="rollout engine 0")
+    passed_on: list[Any] = []
+    seen: list[tuple[int, int]] = []
+    asked = Submission(request_id="a", prompt_token_ids=(1,), params=None, lora=None)
+
+    def when_begun(outputs: Any) -> None:
+        passed_on.extend(outputs)
+        if len(passed_on) == 1:  # the second step is in flight
+            loop._enqueue(lambda engine: seen.append((len(engine.queue), len(passed_on))))
+            loop.call(lambda engine: seen.append((len(engine.queue), len(passed_on))))
+
+    loop.on_step = when_begun
+    loop.start().result(timeout=10.0)
+    (future,) = loop.submit([asked])
+    assert future.result(timeout=10.0).finished
+    assert seen == [(1, 1), (0, 2)]
+    assert not loop.call(lambda engine: engine.is_held).result(timeout=10.0)
+    assert loop.stop(timeout_s=10.0)
+
+
+def test_an_engine_that_fails_in_the_step_in_flight_fails_the_call() -> None:
+    loop = EngineLoop(OverlappingEngine, name="rollout engine 0")
+    loop.start().result(timeout=10.0)
+    calls: list[Any] = []
+
+    def break_and_call(outputs: Any) -> None:
+        loop._engine.fails = True
+        calls.append(loop.call(lambda engine: None))
+
+    loop.on_step = break_and_call
+    (future,) = loop.submit([Submission(request_id="a", prompt_token_ids=(1,), params=None, lora=None)])
+    with pytest.raises(RunError, match="died with 1 requests in flight: ValueError: the device is lost"):
+        future.result(timeout=10.0)
+    with pytest.raises(RunError, match="the device is lost"):
+        calls[0].result(timeout=10.0)
     assert loop.stop(timeout_s=10.0)

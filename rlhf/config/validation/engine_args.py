@@ -16,7 +16,6 @@ _NO_REASON = "cannot be changed"
 
 # vLLM's names of the arguments that the project sets, and the key to use instead or the reason.
 OWNED: Mapping[str, str] = {
-    "async_scheduling": f"{_NO_REASON}: a weight update must not meet a running step",
     "data_parallel_address": _REPLICAS,
     "data_parallel_backend": _REPLICAS,
     "data_parallel_external_lb": _REPLICAS,
@@ -68,6 +67,8 @@ def engine_argument_problems(cluster: ClusterConfig) -> Iterator[Problem]:
     for name in given:
         if name in OWNED:
             yield problem(f"{KEY}.{name}", f"{OWNED[name]}; remove it")
+    if cluster.device == "cpu" and given.get("async_scheduling"):
+        yield problem(f"{KEY}.async_scheduling", "is true, but cluster.device is cpu, where vLLM has none; remove it")
     if cluster.device == "cpu" and given.get("enable_chunked_prefill"):
         text = "is true, but cluster.device is cpu, where a seeded response in a partial prefill ends vLLM; remove it"
         yield problem(f"{KEY}.enable_chunked_prefill", text)
