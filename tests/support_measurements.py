@@ -52,7 +52,7 @@ def model_folder(folder: Path, model_type: str, **changes: Any) -> str:
 
 
 def measured(model_type: str) -> Support:
-    """Everything but the engine's column, which stays as it is."""
+    """Everything but the engine's two columns, which stay as they are."""
     known = support_by_type().get(model_type)
     with tempfile.TemporaryDirectory() as name:
         source = model_folder(Path(name) / "model", model_type)
@@ -70,6 +70,7 @@ def measured(model_type: str) -> Support:
             reward_head=word(has_reward_head(source)),
             lora=word(adapts(source, Path(name) / "merged")),
             export=word(survives_export(source, Path(name) / "final")),
+            engines="untested" if known is None else known.engines,
             engine=NOT_MEASURED if known is None else known.engine,
         )
 

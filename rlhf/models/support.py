@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from rlhf.errors import UserError
 
-_TITLES = ("model type", "kind", "sequences", "reward head", "LoRA", "export", "engine after a sync, nats")
+_TITLES = ("model type", "kind", "sequences", "reward head", "LoRA", "export", "engines", "engine after a sync, nats")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +28,7 @@ class Support:
     reward_head: str  # "yes" or "no", like the next two
     lora: str
     export: str
+    engines: str  # the devices on which an engine may start: any, GPU, or none; or untested
     engine: str  # largest difference after a weight sync in nats, or the reason why there is none
 
 
@@ -39,13 +40,13 @@ def support_by_type() -> Mapping[str, Support]:
 
 
 def refuse_without_engine(config: Mapping[str, Any], *, device: Literal["cpu", "cuda"]) -> None:
-    """Raise UserError if the table says what vLLM lacks for models of this type, on this device."""
+    """Raise UserError if the table says that no engine can sample from models of this type on this device."""
     kind = config["model_type"]
-    reason = support_by_type()[kind].engine if kind in support_by_type() else ""
-    only_cpu = "CPU" in reason or "triton" in reason
-    if reason.startswith("vLLM") and (device == "cpu" or not only_cpu):
-        advice = "Use GPUs, or another model." if only_cpu else "Use another model."
-        raise UserError(f"no engine can sample from models of type {kind}: {reason} (docs/models.md). {advice}")
+    row = support_by_type().get(kind)
+    if row is None or not (row.engines == "none" or (row.engines == "GPU" and device == "cpu")):
+        return
+    advice = "Use GPUs, or another model." if row.engines == "GPU" else "Use another model."
+    raise UserError(f"no engine can sample from models of type {kind}: {row.engine} (docs/models.md). {advice}")
 
 
 def untested_model(config: Mapping[str, Any]) -> str | None:

@@ -37,8 +37,13 @@ def test_a_type_outside_the_table_is_named() -> None:
     assert "models of type blip" in str(untested_model({"model_type": "blip"}))
 
 
+def test_a_difference_was_measured_where_engines_may_start() -> None:
+    wrong = [row for row in support_by_type().values() if (row.engines == "any") != row.engine[0].isdigit()]
+    assert wrong == []
+
+
 def test_types_that_no_engine_computes_are_refused() -> None:
-    for kind in ("llama", "gpt_neo", "blip"):  # measured, by transformers' classes perhaps, and unknown
+    for kind in ("llama", "nemotron_h", "gpt_neo", "blip"):  # measured, by transformers' classes perhaps, and unknown
         refuse_without_engine({"model_type": kind}, device="cpu")
     refuse_without_engine({"model_type": "mamba"}, device="cuda")
     with pytest.raises(UserError, match=r"of type mamba: vLLM has no selective scan for a CPU .* Use GPUs"):
