@@ -70,7 +70,8 @@ quickstart: setup
 	$(BIN)/rlhf quickstart
 
 test: setup
-	$(BIN)/pytest --durations=25
+	$(BIN)/pytest -n 2 --dist loadfile tests/unit
+	$(BIN)/pytest --durations=25 --ignore tests/unit
 
 test-all: setup
 	$(BIN)/pytest -m "not gpu and not chaos"
