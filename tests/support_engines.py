@@ -71,13 +71,13 @@ CHANGES: dict[str, dict[str, Any]] = {  # what else has to fit these sizes
 PROMPTS = ([65, 70, 75, 80, 85, 90, 95, 100], [66, 71, 76])
 
 
-def difference(model_type: str, *, frozen: bool = False) -> str:
-    """The largest difference over sampled tokens, or why there is none."""
+def difference(model_type: str, *, frozen: bool = False, **changes: Any) -> str:
+    """The largest difference over sampled tokens, or why there is none. `changes`: of the config."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            answer = measure(model_type, Path(folder), "float32", frozen=frozen)
+            answer = measure(model_type, Path(folder), "float32", frozen=frozen, **changes)
             if "requires BF16" in answer:
-                return f"{measure(model_type, Path(folder), 'bfloat16')} (only in bfloat16)"
+                return f"{measure(model_type, Path(folder), 'bfloat16', **changes)} (only in bfloat16)"
         except REASONS as error:
             return told(error)
     return answer
@@ -96,9 +96,9 @@ def sizes_for_engine(model_type: str) -> dict[str, Any]:
     return sizes | CHANGES.get(model_type, {})
 
 
-def measure(model_type: str, folder: Path, dtype: Dtype, *, frozen: bool = False) -> str:
+def measure(model_type: str, folder: Path, dtype: Dtype, *, frozen: bool = False, **changes: Any) -> str:
     """The same in one dtype. The trainer's model is in this process, since engines change transformers' classes."""
-    source = model_folder(folder, model_type, std=0.02, **sizes_for_engine(model_type))
+    source = model_folder(folder, model_type, std=0.02, **sizes_for_engine(model_type) | changes)
     (architecture,) = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
     if architecture not in vllm.ModelRegistry.get_supported_archs():
         return "not in vLLM"

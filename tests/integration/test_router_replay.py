@@ -17,7 +17,7 @@ from rlhf.models.routers import routers_of
 from rlhf.models.weights import weight_sources
 from rlhf.types import RoutedRollouts, Sampling
 from tests.integration.engine_helpers import call, engine, request, spec, sync
-from tests.integration.recipes import train, write_config
+from tests.integration.recipes import rows, train, write_config
 from tests.tiny_learners import build_tiny_mixture
 
 pytestmark = pytest.mark.slow
@@ -97,11 +97,16 @@ def test_replay_halves_the_difference_in_bfloat16(tmp_path: Path, ray_local: Non
 
 
 @pytest.mark.timeout(300)
-def test_a_run_replays_the_experts_of_its_engines(tmp_path: Path) -> None:
+@pytest.mark.parametrize("correction", [None, {"mode": "decoupled", "weights": "token_truncated"}])
+def test_a_run_replays_the_experts_of_its_engines(tmp_path: Path, correction: dict[str, Any] | None) -> None:
+    """Also in the pass before the updates, which computes old_logprobs: two updates need it."""
     changes = {
         "run": {"name": "run", "dir": str(tmp_path), "seed": 0},
         "policy": {"model": str(build_tiny_mixture(tmp_path / "model")), "router_replay": True},
-        "algorithm": {"name": "grpo"},
+        "algorithm": {"name": "grpo", "correction": correction},
         "rewards": {"digits": {"function": "format_regex", "args": {"pattern": ".*[0-9].*"}}},
     }
     train(write_config(tmp_path / "run.yaml", changes))
+    found = rows(tmp_path / "run")
+    assert len(found) == 4
+    assert max(row["experience/rollout_logprob_diff/max"] for row in found) < 1e-3

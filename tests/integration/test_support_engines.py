@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from multiprocessing import get_context
+from typing import Any
 
 import pytest
 
@@ -25,10 +26,10 @@ def importer() -> Iterator[Executor]:
         yield executor
 
 
-def measure(model_type: str, frozen: bool) -> str:
+def measure(model_type: str, frozen: bool, **changes: Any) -> str:
     from tests.support_engines import difference
 
-    return difference(model_type, frozen=frozen)
+    return difference(model_type, frozen=frozen, **changes)
 
 
 @pytest.mark.slow
@@ -41,3 +42,11 @@ def test_an_engine_has_the_trainers_logprobs_after_a_sync(importer: Executor, mo
 @pytest.mark.parametrize("model_type", FROZEN)
 def test_a_frozen_engine_has_the_trainers_logprobs(importer: Executor, model_type: str) -> None:
     assert float(importer.submit(measure, model_type, True).result(timeout=200.0)) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_head_that_vllm_ties_is_a_lost_weight(importer: Executor, frozen: bool) -> None:
+    said = importer.submit(measure, "lfm2", frozen, tie_word_embeddings=False).result(timeout=200.0)
+    assert "vLLM has not loaded 1 weights" in said
+    assert "lm_head.weight" in said
