@@ -43,6 +43,7 @@ MIN_OPEN_FILES = 256
 LONGEST_SOCKET = 107  # longest path of a Unix socket on Linux
 SOCKET_IN_TEMP = "session_2026-01-31_12-00-00_000000_4194304/sockets/plasma_store"  # the longest socket path of Ray
 KEPT_LOGS = 5  # of dead local Rays, the newest
+VITAL = {"gcs_server", "raylet"}  # the raylet also holds the object store
 KEPT_FROM_RAY = {signal.SIGHUP, signal.SIGUSR1}  # a terminal or Slurm sends them to Ray's daemons too
 
 
@@ -51,12 +52,22 @@ class OwnRay:
 
     def __init__(self) -> None:
         self.daemons: list[psutil.Process] = []
+        self.vital: list[psutil.Process] = []  # those without which no call is answered
         self.killed = False
+
+    def find(self, others: Collection[psutil.Process]) -> None:
+        """Note the daemons: the children of this process but for `others`."""
+        self.daemons = [process for process in psutil.Process().children() if process not in others]
+        self.vital = [daemon for daemon in self.daemons if _name(daemon) in VITAL]
+
+    def forget(self) -> None:
+        """Note that there are no daemons."""
+        self.daemons, self.vital, self.killed = [], [], False
 
     @property
     def is_ending(self) -> bool:
-        """Return whether a daemon has ended, for example by a signal sent to all processes."""
-        return any(not daemon.is_running() or daemon.status() == psutil.STATUS_ZOMBIE for daemon in self.daemons)
+        """Return whether a vital daemon has ended, for example by a signal sent to all processes."""
+        return any(not daemon.is_running() or daemon.status() == psutil.STATUS_ZOMBIE for daemon in self.vital)
 
     def kill(self) -> None:
         """Kill the daemons and all their child processes. Has no effect without a local Ray."""
@@ -69,6 +80,12 @@ class OwnRay:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(below, timeout=GONE_WITHIN_S)
+
+
+def _name(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.name()
+    return ""
 
 
 OWN_RAY = OwnRay()
@@ -102,7 +119,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
         if not finishes_within(SHUTDOWN_WITHIN_S, ray.shutdown, "ray.shutdown"):
             logger.warning("Ray did not shut down within %.0f s: its daemons do not answer", SHUTDOWN_WITHIN_S)
             OWN_RAY.kill()
-        OWN_RAY.daemons, OWN_RAY.killed = [], False
+        OWN_RAY.forget()
 
 
 def _log_messages(data: Mapping[str, Any], ignore_prefix: bool) -> None:
@@ -138,10 +155,10 @@ def _start_local(config: ClusterConfig) -> None:
             if request is not None and request.interrupted.is_set():
                 raise
             logger.warning("the local Ray did not start, and is started once more: %s", " ".join(str(error).split()))
-            OWN_RAY.daemons = _children_but(before)
+            OWN_RAY.find(before)
             OWN_RAY.kill()
             finishes_within(SHUTDOWN_WITHIN_S, ray.shutdown, "ray.shutdown")
-            OWN_RAY.killed = False
+            OWN_RAY.forget()
             _start_daemons(config, temp)
         _own_session(temp)
     except Exception as error:
@@ -151,7 +168,7 @@ def _start_local(config: ClusterConfig) -> None:
         ) from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
-        OWN_RAY.daemons = _children_but(before)
+        OWN_RAY.find(before)
         if request is not None and request.interrupted.is_set():
             OWN_RAY.kill()
 
@@ -167,10 +184,6 @@ def _start_daemons(config: ClusterConfig, temp: Path) -> None:
         configure_logging=False,
         _temp_dir=str(temp),
     )
-
-
-def _children_but(others: Collection[psutil.Process]) -> list[psutil.Process]:
-    return [process for process in psutil.Process().children() if process not in others]
 
 
 def _own_session(temp: Path) -> None:

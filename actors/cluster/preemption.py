@@ -1,7 +1,8 @@
 """Run a training loop under a stop request: it finishes its step, writes a checkpoint and ends, in a limited time.
 
 The request comes from a signal (rlhf.stopping) or from a draining node. `timeout`, Slurm and systemd may send a signal
-to all processes of the run at once. Then Ray's daemons end too, and nothing can be saved.
+to all processes of the run at once. Then Ray's daemons end too, and nothing can be saved. If they end without a
+request, the loop is ended with an error: it might go on for a minute before a call to Ray fails.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 
 from actors.cluster.connect import OWN_RAY
 from rlhf.controller.notice import Notice
-from rlhf.errors import Preempted
+from rlhf.errors import RESUMES, Preempted, RunError
 from rlhf.stopping import StopRequest
 from rlhf.supervised import tell_parent
 
@@ -25,6 +26,7 @@ T = TypeVar("T")
 DrainingNode = Callable[[], Awaitable[tuple[str, float | None] | None]]
 
 LOOK_EVERY_S = 0.2
+TOLD_WITHIN_S = 1.0  # of a signal to all processes, until this one knows of it too
 ASK_EVERY_S = 5.0  # interval of the check for draining nodes
 CANCELLED_WITHIN_S = 5.0
 
@@ -49,6 +51,7 @@ async def run_loop(
     request.ends_by_itself = True
     request.beats_within_s = call_timeout_s
     last_check, check = time.monotonic(), None
+    without_ray: float | None = None  # since when
     try:
         while not task.done():
             await asyncio.wait({task}, timeout=LOOK_EVERY_S)
@@ -62,6 +65,11 @@ async def run_loop(
                     grace_s = grace_s if going[1] is None else min(grace_s, going[1] - time.time())
                     logger.warning("node %s is being drained", going[0])
                     tell_parent(is_final=True)
+            without_ray = None if not OWN_RAY.is_ending else now if without_ray is None else without_ray
+            is_over = without_ray is not None and now - without_ray > TOLD_WITHIN_S
+            if is_over and request.came is None and not task.done():
+                OWN_RAY.kill()
+                raise RunError(f"the run's local Ray has died. {RESUMES}")
             if request.came is None or task.done():
                 continue
             limit_s = None if request.signal is signal.SIGINT else grace_s

@@ -18,7 +18,6 @@ from tests.chaos.faults import MOMENTS, STAGES, VICTIMS, Fault, How, TimelineTai
 from tests.chaos.survival import MODES, Outcome, survive, train_unbroken
 
 SHORT, STEPS, LONG = 16, 60, 150  # of runs with two faults, with up to 10, and with more
-UNNOTICED = 60  # steps that a run goes on without its object store
 OF_CONVERSATIONS = ("conversation", "environment")  # only some runs have such processes
 KILLED = [who for who in VICTIMS if who not in OF_CONVERSATIONS]
 WORKS_IN = {  # the stages in which a stopped process is awaited
@@ -75,8 +74,7 @@ def all_runs() -> Iterator[Cells]:
         driver = cells(mode, "end driver", "kill", [("driver", when) for when in STAGES])
         stopped = Fault(mode=mode, who="driver", when="update", how="stop")
         yield replace(driver, faults=[stopped, *driver.faults])
-        steps = UNNOTICED * len(STAGES)
-        yield cells(mode, "kill object store", "kill", [("object store", when) for when in STAGES], steps=steps)
+        yield cells(mode, "kill object store", "kill", [("object store", when) for when in STAGES])
     workers = [who for who in KILLED if not VICTIMS[who].ends_driver]
     yield cells("pipelined", "kill workers", "kill", [*product(workers, PIPELINED)], steps=LONG)
     yield cells("pipelined", "kill driver", "kill", [("driver", when) for when in PIPELINED])

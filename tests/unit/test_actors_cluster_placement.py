@@ -93,7 +93,7 @@ async def test_a_seat_is_taken_when_there_is_room_and_given_back(monkeypatch: py
 async def test_a_dead_local_ray_gets_no_other_node(monkeypatch: pytest.MonkeyPatch) -> None:
     give_states(monkeypatch, "RESCHEDULING")
     gone = SimpleNamespace(is_running=lambda: False)
-    monkeypatch.setattr(module.OWN_RAY, "daemons", [gone])
+    monkeypatch.setattr(module.OWN_RAY, "vital", [gone])
     with pytest.raises(RunError, match="local Ray has died"):
         await PLACEMENT.wait_until_whole(limit_s=60.0)
 

@@ -34,6 +34,7 @@ def test_an_interrupt_kills_the_own_ray_with_what_it_started(monkeypatch: pytest
             time.sleep(0.02)
         (below,) = known.children()
         monkeypatch.setattr(OWN_RAY, "daemons", [known])
+        monkeypatch.setattr(OWN_RAY, "vital", [known])
         monkeypatch.setattr(OWN_RAY, "killed", False)
         OWN_RAY.kill()
         assert OWN_RAY.killed
@@ -47,6 +48,44 @@ def test_an_interrupt_kills_the_own_ray_with_what_it_started(monkeypatch: pytest
 def test_where_ray_is_not_our_own_nothing_is_killed() -> None:
     OWN_RAY.kill()
     assert not OWN_RAY.killed
+
+
+def test_what_ray_cannot_do_without_is_known_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("daemons", "vital"):
+        monkeypatch.setattr(OWN_RAY, name, [])
+    with subprocess.Popen(["sleep", "60"]) as other:
+        before = psutil.Process().children()
+        monkeypatch.setattr("actors.cluster.connect.VITAL", {"tail"})
+        with subprocess.Popen(["sleep", "60"]) as log, subprocess.Popen(["tail", "-f", "/dev/null"]) as raylet:
+            OWN_RAY.find(before)
+            assert {daemon.pid for daemon in OWN_RAY.daemons} == {log.pid, raylet.pid}
+            log.kill()
+            log.wait()
+            assert not OWN_RAY.is_ending
+            raylet.kill()
+            raylet.wait()
+            assert OWN_RAY.is_ending
+        other.kill()
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+def test_a_loop_does_not_outlive_its_ray(monkeypatch: pytest.MonkeyPatch, is_told: bool) -> None:
+    monkeypatch.setattr(interrupts, "TOLD_WITHIN_S", 0.3)
+    with subprocess.Popen(["sleep", "60"]) as raylet:
+        for name in ("daemons", "vital"):
+            monkeypatch.setattr(OWN_RAY, name, [psutil.Process(raylet.pid)])
+        monkeypatch.setattr(OWN_RAY, "killed", False)
+
+        async def work(notice: Notice, request: StopRequest) -> None:
+            raylet.kill()
+            if is_told:  # a signal came to all processes
+                ask(request, signal.SIGTERM)
+            await asyncio.sleep(60.0)
+
+        expected = Preempted if is_told else RunError
+        with pytest.raises(expected, match=r"the run's local Ray (was ended too|has died)"):
+            run(work)
+        assert OWN_RAY.killed
 
 
 @pytest.mark.parametrize("returns", [False, True])

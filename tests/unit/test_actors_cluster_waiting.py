@@ -59,7 +59,7 @@ def test_results_of_a_lost_node_are_no_fault_of_the_worker_that_needs_them() -> 
 
 def test_a_worker_that_dies_with_the_local_ray_is_not_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
     gone = SimpleNamespace(is_running=lambda: False)
-    monkeypatch.setattr(waiting.OWN_RAY, "daemons", [gone])
+    monkeypatch.setattr(waiting.OWN_RAY, "vital", [gone])
     for error in (RayActorError(error_msg=KILLED), ObjectLostError("ab" * 28, "", "")):
         failure = asyncio.run(explain(error, role="reward", rank=1, stage="rewards"))
         assert type(failure) is RunError
