@@ -21,6 +21,7 @@ os.environ.update(
     DO_NOT_TRACK="1",
     TOKENIZERS_PARALLELISM="false",
     MPLBACKEND="agg",
+    OMP_NUM_THREADS="1",  # several processes share a few cores
 )
 os.environ.pop("RAY_ADDRESS", None)
 

@@ -67,7 +67,7 @@ class OwnRay:
     @property
     def is_ending(self) -> bool:
         """Return whether a vital daemon has ended, for example by a signal sent to all processes."""
-        return any(not daemon.is_running() or daemon.status() == psutil.STATUS_ZOMBIE for daemon in self.vital)
+        return any(map(_has_ended, self.vital))
 
     def kill(self) -> None:
         """Kill the daemons and all their child processes. Has no effect without a local Ray."""
@@ -80,6 +80,12 @@ class OwnRay:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(below, timeout=GONE_WITHIN_S)
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    return True
 
 
 def _name(process: psutil.Process) -> str:
@@ -159,6 +165,7 @@ def _start_local(config: ClusterConfig) -> None:
             OWN_RAY.kill()
             finishes_within(SHUTDOWN_WITHIN_S, ray.shutdown, "ray.shutdown")
             OWN_RAY.forget()
+            before = psutil.Process().children()
             _start_daemons(config, temp)
         _own_session(temp)
     except Exception as error:

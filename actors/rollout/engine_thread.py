@@ -5,7 +5,7 @@ batch after the same number of steps each time, so a batch depends on its reques
 third of the time. No other thread may touch the engine.
 
 With asynchronous scheduling, vLLM's default on GPUs, a step still runs when `step` returns. It is finished before a
-weight update, a sleep, and every other call.
+weight update, a sleep, and every other call. A call then changes which requests the steps after it share.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from actors.rollout.continuation import output_so_far, restore_output
-from actors.rollout.vllm_engine import has_step_in_flight, hold_steps, lacks_cache, put_first
+from actors.rollout.vllm_engine import has_step_in_flight, lacks_cache, no_new_steps, put_first
 from rlhf.engine.memory import advice_on_memory, is_out_of_memory
 from rlhf.errors import RunError, UserError
 
@@ -208,18 +208,22 @@ class EngineLoop:
         """Finish the steps in flight, and begin none."""
         if not has_step_in_flight(self._engine):
             return
-        hold_steps(self._engine, is_held=True)
-        while self._failure is None and has_step_in_flight(self._engine):
-            self._step()
-        hold_steps(self._engine, is_held=False)
+        with no_new_steps(self._engine):
+            while self._failure is None and has_step_in_flight(self._engine):
+                self._step()
 
     def _step(self) -> None:
         try:
             outputs = self._engine.step()
+            self.last_step = time.monotonic()
             finished = [output for output in outputs if output.finished]
             if self._complete is not None:
                 for output in finished:
                     self._complete(self._engine, output)
+            if self.on_step is not None:
+                self.on_step(outputs)
+            for output in finished:
+                _give(self._waiting.pop(output.request_id), output)
         except BaseException as error:
             self._failure = RunError(
                 f"{self.name} died with {len(self._waiting)} requests in flight: {_message(error)}. "
@@ -230,12 +234,6 @@ class EngineLoop:
             self._waiting.clear()
             if not isinstance(error, Exception):
                 raise
-            return
-        self.last_step = time.monotonic()
-        if self.on_step is not None:
-            self.on_step(outputs)
-        for output in finished:
-            _give(self._waiting.pop(output.request_id), output)
 
 
 def _message(error: BaseException) -> str:

@@ -7,7 +7,8 @@ specification can be made and its environment set before vLLM is imported.
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -335,11 +336,18 @@ def has_step_in_flight(engine: Any) -> bool:
     return bool(engine.engine_core.engine_core.batch_queue)  # None without asynchronous scheduling
 
 
-def hold_steps(engine: Any, *, is_held: bool) -> None:
-    """Let the engine begin no further step, or begin steps again. A held engine only finishes those in flight."""
+@contextmanager
+def no_new_steps(engine: Any) -> Iterator[None]:
+    """Let the engine begin no step in the block, and only finish those in flight."""
     from vllm.v1.core.sched.interface import PauseState
 
-    _scheduler(engine).set_pause_state(PauseState.PAUSED_ALL if is_held else PauseState.UNPAUSED)
+    scheduler = _scheduler(engine)
+    before = scheduler.pause_state
+    scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    try:
+        yield
+    finally:
+        scheduler.set_pause_state(before)
 
 
 def put_first(engine: Any) -> None:

@@ -57,7 +57,7 @@ class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
             try:
                 rendered = await super().preprocess_chat(request, messages, *args, **options)
             except RecursionError as error:
-                message = "`messages` hold a call whose arguments are nested too deeply to be read"
+                message = "`messages`, such as the arguments of a call, or `tools` are nested too deeply to be read"
                 raise RefusedCall(message, param="messages") from error
         if is_freed:
             request.parallel_tool_calls = False  # the client is told the first call alone

@@ -84,7 +84,7 @@ class OverlappingEngine(StreamingEngine):
         super().__init__()
         self.is_held = False
         self.queue = self.engine_core.engine_core.batch_queue = []
-        self.engine_core.engine_core.scheduler = SimpleNamespace(set_pause_state=self.hold)
+        self.engine_core.engine_core.scheduler = SimpleNamespace(set_pause_state=self.hold, pause_state=0)
         self.fails = False
 
     def hold(self, state: int) -> None:
@@ -139,4 +139,21 @@ def test_an_engine_that_fails_in_the_step_in_flight_fails_the_call() -> None:
         future.result(timeout=10.0)
     with pytest.raises(RunError, match="the device is lost"):
         calls[0].result(timeout=10.0)
+    assert loop.stop(timeout_s=10.0)
+
+
+def test_an_engine_whose_outputs_nobody_can_take_has_failed_and_is_not_held() -> None:
+    loop = EngineLoop(OverlappingEngine, name="rollout engine 0")
+    loop.start().result(timeout=10.0)
+
+    def lose(outputs: Any) -> None:
+        raise RuntimeError("the event loop is closed")
+
+    loop.on_step = lose
+    (future,) = loop.submit([Submission(request_id="a", prompt_token_ids=(1,), params=None, lora=None)])
+    with pytest.raises(RunError, match="died with 1 requests in flight: RuntimeError: the event loop is closed"):
+        future.result(timeout=10.0)
+    with pytest.raises(RunError, match="the event loop is closed"):
+        loop.call(lambda engine: None).result(timeout=10.0)
+    assert not loop._engine.is_held
     assert loop.stop(timeout_s=10.0)

@@ -466,7 +466,7 @@ async def until(holds: Callable[[], bool]) -> None:
         ("completions", {"prompt_logprobs": 1}, 400, "`prompt_logprobs` is not supported here"),
         ("responses", {"background": True}, 400, "`background` is not supported here"),
         ("responses", {"input": [{"role": "assistant", "content": []}]}, 400, "`input[0].content` is empty"),
-        ("chat/completions", {"messages": [*HI, DEEP_CALL]}, 400, "arguments are nested too deeply"),
+        ("chat/completions", {"messages": [*HI, DEEP_CALL]}, 400, "are nested too deeply to be read"),
         ("responses", {"tools": [{"type": "web_search"}]}, 400, "`tools[0].type` is 'web_search'"),
         ("responses", {"previous_response_id": "r"}, 404, "`previous_response_id` is not supported"),
         ("messages", {"mcp_servers": [{"url": "x"}]}, 400, "the server runs no tools"),

@@ -13,6 +13,7 @@ import socket
 import string
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -101,8 +102,10 @@ class Host:
 
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
-    for folder in (tmp_path, *tmp_path.parents[:2]):  # so that only the sandbox stands in the way
-        folder.chmod(0o777)
+    temp = Path(tempfile.gettempdir())
+    for folder in (tmp_path, *tmp_path.parents):  # so that only the sandbox stands in the way
+        if temp in folder.parents:
+            folder.chmod(0o777)
     monkeypatch.setenv("HOSTILE_TEST_SECRET", "secret")
     made = Host(tmp_path)
     yield made
