@@ -166,7 +166,8 @@ class TimelineTail:
         spans, found = self.read()[-NEWEST:], []
         for place, before in enumerate(spans):
             if before.name == MOMENTS[when].after:
-                ends = {"step"} if when == "rollouts" else ONE_BY_ONE  # rollouts may overlap all stages of a step
+                # Rollouts may overlap all stages of a step. Those after an evaluation begin later than those to be hit.
+                ends = {"step", "eval"} if when == "rollouts" else ONE_BY_ONE
                 later = (span for span in spans[place + 1 :] if span.name in {when, *ends})
                 own = next(later, None)
                 if own is not None and own.name == when and own.end_s > before.end_s:

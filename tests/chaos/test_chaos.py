@@ -17,7 +17,7 @@ from rlhf.tracking.run_folder.timeline import Timeline
 from tests.chaos.faults import MOMENTS, STAGES, VICTIMS, Fault, How, TimelineTail, can_feign_memory
 from tests.chaos.survival import MODES, Outcome, survive, train_unbroken
 
-SHORT, STEPS, LONG = 16, 60, 150  # of runs with two faults, with up to 10, and with more
+SHORT, STEPS, LONG = 16, 60, 100  # of runs with two faults, with up to 10, and with more
 OF_CONVERSATIONS = ("conversation", "environment")  # only some runs have such processes
 KILLED = [who for who in VICTIMS if who not in OF_CONVERSATIONS]
 WORKS_IN = {  # the stages in which a stopped process is awaited
@@ -145,6 +145,17 @@ def test_the_rollouts_of_a_batch_ahead_begin_with_a_step_and_end_in_any_stage(tm
     for name, start_s, end_s in ended:
         timeline.record(name, "policy", start_s=start_s, end_s=end_s)
     assert TimelineTail(tmp_path / "timeline.json").delay("rollouts") == pytest.approx(0.2 + 0.25 * 0.8)
+
+
+def test_rollouts_after_an_evaluation_do_not_delay_a_fault_in_others(tmp_path: Path) -> None:
+    timeline = Timeline(tmp_path / "timeline.json")
+    for at in range(0, 20, 4):
+        timeline.record("step", "controller", start_s=at, end_s=at + 1.0)
+        timeline.record("rollouts", "policy", start_s=at + 1.0, end_s=at + 1.4)
+        timeline.record("step", "controller", start_s=at + 1.0, end_s=at + 2.0)
+        timeline.record("eval", "policy", start_s=at + 2.0, end_s=at + 3.5)
+        timeline.record("rollouts", "policy", start_s=at + 3.6, end_s=at + 4.0)
+    assert TimelineTail(tmp_path / "timeline.json").delay("rollouts") == pytest.approx(0.25 * 0.4)
 
 
 def test_every_second_step_is_kept_counted_from_the_checkpoint_of_a_resumed_run(tmp_path: Path) -> None:
