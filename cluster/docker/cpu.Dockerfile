@@ -26,6 +26,7 @@ WORKDIR /src
 COPY pyproject.toml README.md LICENSE overrides.txt ./
 COPY rlhf rlhf
 COPY actors actors
+COPY configs configs
 RUN uv pip install --python /opt/rlhf/bin/python ".[cpu,tasks]" --override overrides.txt --torch-backend cpu
 
 COPY configs /home/rlhf/configs

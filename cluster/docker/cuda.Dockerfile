@@ -29,6 +29,7 @@ WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY rlhf rlhf
 COPY actors actors
+COPY configs configs
 RUN uv pip install --python /opt/rlhf/bin/python ".[nvidia,tasks]"
 
 COPY configs /home/rlhf/configs
