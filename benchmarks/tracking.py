@@ -63,7 +63,7 @@ class Cost:
 def row(step: int) -> dict[str, float]:
     """Every declared number once, placeholders filled in."""
     filled = {"name": "correct", "set": "heldout", "metric": "score", "role": "policy", "stage": "update", "node": "n"}
-    filled["lag"] = "1"
+    filled |= {"lag": "1", "reason": "other_tools"}
     assert filled.keys() == PLACEHOLDERS.keys()
     keys = [metric.name for metric in METRICS.values() if metric.reduction is not Histogram]
     for word, value in filled.items():
