@@ -17,8 +17,8 @@ BIASED = 0.9  # of the mean length: batches of one run differ by less
     *("time/trainer_waits_s", "time/step_s", "experience/policy_lag/mean"),
     steps=HEAD,
     why="The engines need longer for a batch than a training step takes, so the trainers have nothing to do meanwhile.",
-    advice="give the engines more devices (cluster.roles.rollout.engines), or let rollouts.oversample not wait for the "
-    "slowest responses.",
+    advice="give the engines more devices (cluster.roles.rollout.engines); between batches set rollouts.oversample "
+    "above 1, in flight raise rollouts.max_staleness.",
 )
 def trainer_starved(history: History, _: list[Point]) -> str | None:
     if not _runs_ahead(history):  # in turns, training always waits

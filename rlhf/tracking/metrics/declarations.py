@@ -82,23 +82,12 @@ rollouts/environment_errors/total | errors | Sum | online environment | Conversa
     died or returned no number
 rollouts/environment_timeouts/total | errors | Sum | online environment | Conversations whose environment took longer
     than `rollouts.environment.step_timeout_s`
-agents/calls/mean | calls | Mean | online agent | Calls of the model in a session
-agents/calls/max | calls | Max | online agent | Most calls of a session
-agents/broken_prefixes/fraction | 1 | Mean | online agent | Calls whose prompt does not go on from the session's tokens
-    although it has an earlier answer of the model: the agent has changed its history
-agents/broken_by_<reason>/total | calls | Sum | online agent optional | Calls whose prompt does not go on from the
-    session's tokens for one reason
-agents/inserted_tokens/mean | tokens | Mean | online agent | Tokens of a session after its first prompt that were not
-    sampled: results of tools, further prompts, and the chat template
-agents/errors/total | errors | Sum | online agent | Sessions whose agent raised, hung, died, exceeded a limit or
-    returned no valid result
-agents/timeouts/total | errors | Sum | online agent | Sessions that took longer than `rollouts.agent.timeout_s`
 rollouts/filtered_groups/fraction | 1 | Mean | online optional | Answered groups that teach nothing and were replaced
     (`rollouts.dynamic_sampling`)
-rollouts/filtered_easy/fraction | 1 | Mean | online optional | Filtered groups that score above the mean of the trained
-    groups; with scores of 0 and 1, all responses solved
-rollouts/filtered_hard/fraction | 1 | Mean | online optional | The other filtered groups; with scores of 0 and 1, all
-    responses failed
+rollouts/filtered_easy/fraction | 1 | Mean | online optional | Answered groups that were filtered and score above the
+    mean of the trained groups; with scores of 0 and 1, all responses solved
+rollouts/filtered_hard/fraction | 1 | Mean | online optional | Answered groups that were filtered and score not above
+    it; with scores of 0 and 1, all responses failed
 rollouts/cancelled_groups/total | groups | Sum | online optional | Groups that were started but not awaited
     (`rollouts.oversample`); their tokens are counted only if `rollouts.carry_over` keeps them until they are trained
 rollouts/carried/fraction | 1 | Mean | online optional | Trained groups whose responses were begun for a
@@ -112,6 +101,17 @@ rollouts/engines | engines | Last | online optional | Engines that answer at the
 rollouts/completion_bias | 1 | Last | online optional | Mean response tokens of the trained groups over those of all
     groups answered so far (`batch_order: completion`); below 1, short responses are trained first
 
+agents/calls/mean | calls | Mean | online agent | Calls of the model in a session
+agents/calls/max | calls | Max | online agent | Most calls of a session
+agents/broken_prefixes/fraction | 1 | Mean | online agent | Calls whose prompt does not go on from the session's tokens
+    although it has an earlier answer of the model: the agent has changed its history
+agents/broken_by_<reason>/total | calls | Sum | online agent optional | Calls whose prompt does not go on from the
+    session's tokens for one reason
+agents/inserted_tokens/mean | tokens | Mean | online agent | Tokens of a session after its first prompt that were not
+    sampled: results of tools, further prompts, and the chat template
+agents/errors/total | errors | Sum | online agent | Sessions whose agent raised, hung, died, exceeded a limit or
+    returned no valid result
+agents/timeouts/total | errors | Sum | online agent | Sessions that took longer than `rollouts.agent.timeout_s`
 rewards/score/mean | 1 | Mean | online rewards | Weighted sum of the rewards of a response
 rewards/score/std | 1 | Std | online rewards | Standard deviation of the score over the step's responses
 rewards/answered_score/mean | 1 | Mean | online rewards optional | `rewards/score/mean` over all answered groups,
