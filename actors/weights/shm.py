@@ -7,7 +7,6 @@ written in place at every sync, so both sides keep their mapping and its pages.
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from actors.weights.staging import WeightSender
 from rlhf.errors import RunError
+from rlhf.system_calls import memfd
 
 GROW_BY = 64 << 20  # bytes; only the first publication grows the memory
 
@@ -74,12 +74,3 @@ class SharedMemory:
             os.close(self.descriptor)
             self.descriptor = -1
             self.flat = torch.empty(0, dtype=torch.uint8)
-
-
-def memfd(name: str) -> int:
-    """Call memfd_create of the C library, because a Python built for an older C library lacks os.memfd_create."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    descriptor: int = libc.memfd_create(name.encode(), 1)  # 1: not inherited by other programs
-    if descriptor < 0:
-        raise OSError(ctypes.get_errno(), f"memfd_create: {os.strerror(ctypes.get_errno())}")
-    return descriptor

@@ -24,6 +24,7 @@ import psutil
 from rlhf.errors import LossKind
 from rlhf.stopping import SIGNALS
 from rlhf.supervised import DriverDeath, DriverReport, message_to_driver, read_report
+from rlhf.system_calls import memfd
 from rlhf.tracking import logs
 from rlhf.tracking.run_folder.atomic import read_lines
 from rlhf.tracking.run_folder.folder import pointed
@@ -147,7 +148,7 @@ def _run(
         if os.getppid() != parent:
             os._exit(1)  # the parent ended before prctl took effect
 
-    file = os.memfd_create("driver report")
+    file = memfd("driver report")
     try:
         driver = subprocess.Popen(
             command,

@@ -59,16 +59,16 @@ PARENT = (
 )
 
 
-def begin(folder: Path, plan: list[dict[str, Any]]) -> subprocess.Popen[str]:
+def begin(folder: Path, plan: list[dict[str, Any]], before: str = "") -> subprocess.Popen[str]:
     (folder / "plan.json").write_text(json.dumps(plan))
     (folder / "driver.py").write_text(DRIVER)
-    command = [sys.executable, "-c", PARENT, str(folder / "driver.py"), str(folder)]
+    command = [sys.executable, "-c", before + PARENT, str(folder / "driver.py"), str(folder)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def carry_out(folder: Path, plan: list[dict[str, Any]]) -> tuple[int, list[dict[str, Any]], str]:
-    """The exit code, what each driver was given, and the log."""
-    process = begin(folder, plan)
+def carry_out(folder: Path, plan: list[dict[str, Any]], before: str = "") -> tuple[int, list[dict[str, Any]], str]:
+    """The exit code, what each driver was given, and the log. `before` is what the parent does first."""
+    process = begin(folder, plan, before)
     _, log = process.communicate(timeout=60)
     return process.returncode, starts(folder), log
 
@@ -114,6 +114,11 @@ def test_a_killed_driver_is_started_again_until_the_run_is_done(tmp_path: Path) 
 def test_a_run_that_has_ended_is_not_started_again(tmp_path: Path, end: dict[str, Any]) -> None:
     code, drivers, _ = carry_out(tmp_path, [end])
     assert (code, len(drivers)) == (end["end"], 1)
+
+
+def test_a_python_for_an_older_c_library_supervises_too(tmp_path: Path) -> None:
+    code, _, log = carry_out(tmp_path, [{"end": 0}], before="import os; del os.memfd_create; ")
+    assert code == 0, log
 
 
 def test_a_run_that_has_not_begun_gets_its_first_command_again(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ behaviour for programs, and `Sandbox` uses the first available level. Never star
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import logging
 import marshal
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.rewards.sandbox.confinement import Unavailable, landlock_ruleset, seccomp_filter
+from rlhf.system_calls import memfd, seal
 
 logger = logging.getLogger(__name__)
 
@@ -252,14 +252,13 @@ def namespaces(readable: Sequence[str], *, writable: str | None = None) -> list[
 
 def _memory(content: bytes | None = None) -> io.FileIO:
     """Return a file in memory: an empty file, or a sealed file with constant content."""
-    file = io.FileIO(os.memfd_create("sandbox", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "r+")
+    file = io.FileIO(memfd("sandbox", is_sealable=True), "r+")
     if content is not None:
         left = memoryview(content)
         while left:
             left = left[file.write(left) :]
         file.seek(0)
-        seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-        fcntl.fcntl(file, fcntl.F_ADD_SEALS, seals)
+        seal(file.fileno())
     return file
 
 
