@@ -33,6 +33,7 @@ from rlhf.extensions import CodeSource, LoadError, load_code
 from rlhf.rewards.sandbox.run import READABLE, namespaces
 from rlhf.rollouts.environments.process import Description, ProtocolViolation
 from rlhf.rollouts.environments.tool_servers import Toolbox, ToolServer, offered_tools, opened_toolbox
+from rlhf.system_calls import pidfd_open
 
 RESULT_FOLDER = "result"  # the files that an agent leaves there are its result
 TASK_FILE = "task.json"
@@ -272,7 +273,7 @@ def _output_of(process: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
     """
     assert process.stdout is not None
     assert process.stderr is not None
-    output, errors, ended = process.stdout.fileno(), process.stderr.fileno(), os.pidfd_open(process.pid)
+    output, errors, ended = process.stdout.fileno(), process.stderr.fileno(), pidfd_open(process.pid)
     poll = select.poll()
     for fd in (output, errors, ended):
         poll.register(fd, select.POLLIN)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rlhf.agents.limits import ProcessLimits
 from rlhf.agents.usage import disk_of, memory_of, tree_of
+from rlhf.system_calls import pidfd_open, pidfd_send_signal
 
 LOOK_EVERY_S = 0.25
 LOOKING_SHARE = 0.05  # largest part of a core's time for each of the two kinds of looks
@@ -29,13 +30,13 @@ class WatchedSession:
         self.leader = leader
         self.folder = folder
         self.exceeded: str | None = None
-        self._process = os.pidfd_open(leader)
+        self._process = pidfd_open(leader)
 
     def end(self, exceeded: str) -> None:
         """Kill the leader. Its host then kills all processes below it."""
         self.exceeded = exceeded
         with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._process, signal.SIGKILL)
+            pidfd_send_signal(self._process, signal.SIGKILL)
 
     def close(self) -> None:
         """Forget the process."""

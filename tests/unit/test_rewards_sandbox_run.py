@@ -166,6 +166,7 @@ exit(3)
 def test_a_python_for_an_older_c_library(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "memfd_create")
     monkeypatch.delattr(fcntl, "F_ADD_SEALS")
+    monkeypatch.delattr(os, "pidfd_open")
     assert sandbox.run("print(1)", wall_s=10.0).stdout == b"1\n"
 
 

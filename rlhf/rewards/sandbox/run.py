@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.rewards.sandbox.confinement import Unavailable, landlock_ruleset, seccomp_filter
-from rlhf.system_calls import memfd, seal
+from rlhf.system_calls import memfd, pidfd_open, seal
 
 logger = logging.getLogger(__name__)
 
@@ -204,7 +204,7 @@ class Sandbox:
 
     def _wait(self, process: subprocess.Popen[bytes], deadline: float) -> bool:
         """Return whether the process ended before the deadline without too many threads."""
-        pidfd = os.pidfd_open(process.pid)
+        pidfd = pidfd_open(process.pid)
         try:
             poll = select.poll()
             poll.register(pidfd, select.POLLIN)
