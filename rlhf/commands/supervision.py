@@ -14,7 +14,7 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,13 +60,14 @@ def supervise(first: Sequence[str], again: Sequence[str]) -> int:
     """
     logs.configure()
     restarts, command = DriverRestarts(), first
+    others = psutil.Process().children(recursive=True)  # that a shell has started before `exec`
     _LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     with _held_signals() as (heard, before):
         while True:
             end = _run(command, restarts.deaths, heard, before)
             is_lost = not (end.is_told or end.report.is_final or end.code in ENDS)
             if is_lost:
-                _end_descendants()
+                _end_descendants(others)
             came_late = signal.sigpending() & (heard - {signal.SIGCHLD})  # after the driver's end
             if not is_lost or came_late or not restarts.allow(end):
                 return end.code if end.code >= 0 else 128 - end.code
@@ -195,11 +196,15 @@ def _reap(*, besides: int | None = None) -> None:
             os.waitpid(ended.si_pid, 0)
 
 
-def _end_descendants() -> None:
-    """End all that the dead driver has started on this machine, and wait until it is gone."""
+def _end_descendants(others: Collection[psutil.Process]) -> None:
+    """End all that the dead driver has started on this machine, and wait until it is gone.
+
+    Args:
+        others: processes that ran before the first driver. They and their descendants are spared.
+    """
     for limit_s, is_patient in ((END_BY_THEMSELVES_S, True), (GONE_WITHIN_S, False)):
         give_up = time.monotonic() + limit_s
-        while left := _descendants():
+        while left := _descendants(others):
             if time.monotonic() > give_up:
                 break
             for process in () if is_patient else left:
@@ -211,12 +216,15 @@ def _end_descendants() -> None:
     logger.warning("processes %s still exist after they were killed", ", ".join(str(process.pid) for process in left))
 
 
-def _descendants() -> list[psutil.Process]:
-    """Return the running descendants of this process."""
+def _descendants(others: Collection[psutil.Process]) -> list[psutil.Process]:
+    """Return the running descendants of this process, without `others` and their descendants."""
     _reap()
-    running = []
+    running, spared = [], set(others)
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             if process.status() != psutil.STATUS_ZOMBIE:
                 running.append(process)
-    return running
+    for process in others:
+        with suppress(psutil.NoSuchProcess):
+            spared.update(process.children(recursive=True))
+    return [process for process in running if process not in spared]

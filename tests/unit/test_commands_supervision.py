@@ -121,6 +121,18 @@ def test_a_python_for_an_older_c_library_supervises_too(tmp_path: Path) -> None:
     assert code == 0, log
 
 
+def test_what_ran_before_the_first_driver_lives_on(tmp_path: Path) -> None:
+    loop = "while sleep 0.2; do :; done"  # it ends with any child that is killed
+    started = f"import subprocess as p; loop = p.Popen({loop!r}, shell=True, stdout=p.DEVNULL, stderr=p.DEVNULL); "
+    noted = f"open({str(tmp_path / 'loop')!r}, 'w').write(str(loop.pid)); "
+    plan = [{"row": 1, "end": KILLED, "leaves": True}, {"row": 2, "end": 0}]
+    code, _, _ = carry_out(tmp_path, plan, before=started + noted)
+    process = psutil.Process(int((tmp_path / "loop").read_text()))
+    assert (code, process.status() != psutil.STATUS_ZOMBIE) == (0, True)
+    process.kill()
+    assert not psutil.pid_exists(int((tmp_path / "left").read_text()))
+
+
 def test_a_run_that_has_not_begun_gets_its_first_command_again(tmp_path: Path) -> None:
     code, drivers, log = carry_out(tmp_path, [{"end": KILLED}, {"row": 1, "end": KILLED}, {"row": 2, "end": 0}])
     assert code == 0
