@@ -62,7 +62,8 @@ async def run_loop(
                 going, check = await check, None
                 if going is not None and request.came is None:
                     request.came = now
-                    grace_s = grace_s if going[1] is None else min(grace_s, going[1] - time.time())
+                    left_s = math.inf if going[1] is None else going[1] - time.time()
+                    grace_s = min(grace_s, left_s) if left_s > 0.0 else grace_s  # else this machine's clock is ahead
                     logger.warning("node %s is being drained", going[0])
                     tell_parent(is_final=True)
             without_ray = None if not OWN_RAY.is_ending else now if without_ray is None else without_ray

@@ -182,6 +182,19 @@ def test_a_node_that_is_to_go_is_a_notice_too(monkeypatch: pytest.MonkeyPatch) -
         run(work, draining_node=goes)
 
 
+def test_a_step_is_finished_although_the_clock_is_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupts, "ASK_EVERY_S", 0.0)
+
+    async def went() -> tuple[str, float | None]:
+        return "10.0.0.7", time.time() - 5.0
+
+    async def work(notice: Notice, _: StopRequest) -> None:
+        await until(lambda: notice.is_given)
+        await asyncio.sleep(0.5)
+
+    run(work, draining_node=went)
+
+
 def test_a_head_that_does_not_answer_delays_no_signal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interrupts, "ASK_EVERY_S", 0.0)
     asked = 0
