@@ -94,11 +94,15 @@ class DriverRestarts:
         while self._times and now - self._times[0] > self._report.window_s:
             self._times.popleft()
         self._times.append(now)
-        step = None if folder is None else _last_step(Path(folder))
-        checkpoint = folder, None if folder is None else pointed(Path(folder) / "checkpoints" / "latest")
+        step, checkpoint = None, self._checkpoint
+        if folder is not None:
+            with suppress(OSError, ValueError, KeyError):  # a failing file system, or a damaged file
+                checkpoint = folder, pointed(Path(folder) / "checkpoints" / "latest")
+                step = _last_step(Path(folder))
         if checkpoint != self._checkpoint:
             self._checkpoint, self.deaths = checkpoint, []
-        message = f"The driver {_how_it_died(end)} {f'after step {step}' if has_begun else 'before its run began'}."
+        after = "after an unknown step" if step is None else f"after step {step}"
+        message = f"The driver {_how_it_died(end)} {after if has_begun else 'before its run began'}."
         kind: LossKind = "hung" if end.hung else "died"
         self.deaths = [*self.deaths, DriverDeath(at=time.time(), kind=kind, message=message)]
         last, self._last = self._last, (has_begun, folder, step, end.code)
@@ -177,13 +181,19 @@ def _watch(driver: subprocess.Popen[bytes], heard: set[signal.Signals]) -> tuple
                 driver.send_signal(info.si_signo)
         now = time.monotonic()
         # The time in which this process was stopped too, as by Ctrl-Z, does not count.
-        is_stopped = process.status() == psutil.STATUS_STOPPED
+        is_stopped = _is_stopped(process)
         stopped_s = stopped_s + min(now - last_look, LOOK_EVERY_S) if is_stopped else 0.0
         last_look = now
         if stopped_s > STOPPED_FOR_S:
             hung = True
             driver.kill()
     return is_told, hung
+
+
+def _is_stopped(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):  # Popen.send_signal has reaped it
+        return process.status() == psutil.STATUS_STOPPED
+    return False
 
 
 def _reap(*, besides: int | None = None) -> None:

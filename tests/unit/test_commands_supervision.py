@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import psutil
 import pytest
 
 from rlhf.cli import parse_arguments
+from rlhf.commands import supervision
 from rlhf.commands.supervision import DriverEnd, DriverRestarts
 from rlhf.commands.train import _driver_command
 from rlhf.supervised import DriverReport
@@ -161,6 +163,35 @@ def test_too_many_deaths_in_the_window_end_the_run(monkeypatch: pytest.MonkeyPat
 
     assert all([allows(0.0, 1), allows(50.0, 2), allows(101.0, 3)])  # the third is outside the window of the first
     assert not allows(102.0, 4)
+
+
+def test_a_damaged_run_folder_does_not_end_the_supervision(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    restarts, report = DriverRestarts(), DriverReport(folder=str(tmp_path))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert restarts.allow(DriverEnd(code=1, is_told=False, hung=False, report=report))
+    (tmp_path / "metrics.jsonl").write_text('garbage\n{"step": 2}\n')
+    assert restarts.allow(DriverEnd(code=1, is_told=False, hung=False, report=report))
+    assert [death.message for death in restarts.deaths] == [
+        "The driver ended with exit code 1 after step 1.",
+        "The driver ended with exit code 1 after an unknown step.",
+    ]
+
+
+def test_a_driver_may_end_as_it_gets_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Driver(subprocess.Popen[bytes]):
+        def send_signal(self, sig: int) -> None:  # as Popen does: it first looks whether the process has ended
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait()
+
+    monkeypatch.setattr(supervision, "_reap", lambda **_: None)  # of the children of other tests
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+        with Driver(["sleep", "1000"]) as driver:
+            assert supervision._watch(driver, {signal.SIGUSR1}) == (True, False)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert driver.returncode == KILLED
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 128 + signal.SIGUSR1)])
