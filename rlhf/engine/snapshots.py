@@ -202,8 +202,12 @@ def _ready(tensors: Mapping[str, Tensor]) -> torch.cuda.Event | None:
 
 
 def _reserve(paths: list[Path], size: int) -> int:
-    """Give each file its memory now, since a write without memory would kill the process. Return the size."""
+    """Give each file its memory now, since a write without memory would kill the process. Return the size.
+
+    A slot that is there already may hold a predecessor's snapshot, so no failure removes it.
+    """
     folder, needed = paths[0].parent, len(paths) * size
+    made = [path for path in paths if not path.exists()]
 
     def reserve() -> None:
         for path in paths:
@@ -211,7 +215,7 @@ def _reserve(paths: list[Path], size: int) -> int:
                 os.posix_fallocate(file.fileno(), 0, size)
 
     def release() -> None:
-        for path in paths:
+        for path in made:
             path.unlink(missing_ok=True)
 
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import threading
 from pathlib import Path
 from unittest import mock
@@ -12,8 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf import room
 from rlhf.engine.snapshots import Snapshots
 from rlhf.errors import RunError, StorageFull, UserError
+from rlhf.room import PAUSE
 
 DEADLINE_S = 60.0
 
@@ -117,6 +120,25 @@ def test_too_little_memory_names_the_key(tmp_path: Path) -> None:
     ):
         opened(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_wait_for_memory_keeps_a_copy_that_was_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank on another node may have fetched one of two snapshots when /dev/shm is too full for the second slot."""
+    monkeypatch.setattr(room, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(room, "AGAIN_AFTER_S", 0.05)
+    lost = opened(tmp_path / "lost")
+    lost.keep(1, state(1), {"steps": 1})
+    lost.close()
+    fetched = tmp_path / "fetched"
+    fetched.mkdir()
+    for name in ("1.pt", "slot_0"):
+        shutil.copyfile(tmp_path / "lost" / name, fetched / name)
+    answers = [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), mock.DEFAULT, mock.DEFAULT]
+    reserve = mock.Mock(wraps=os.posix_fallocate, side_effect=answers)
+    with mock.patch("rlhf.engine.snapshots.os.posix_fallocate", reserve), PAUSE.limited(DEADLINE_S):
+        tensors, steps = found(fetched, 1)
+    assert (steps, reserve.call_count) == (1, 3)
+    assert all(torch.equal(tensor, state(1)[name]) for name, tensor in tensors.items())
 
 
 def test_a_failed_copy_is_an_error_of_the_next_step(tmp_path: Path) -> None:
