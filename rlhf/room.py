@@ -12,6 +12,7 @@ import asyncio
 import errno
 import gc
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -140,11 +141,15 @@ class _Wait:
     """The wait of one write, which may fail more than once."""
 
     def __init__(self) -> None:
-        self._ends = time.monotonic() + PAUSE.limit_s
+        self._ends = math.inf
         self._limit_s = PAUSE.limit_s
 
     def may_go_on(self) -> bool:
-        """Return whether the limit has not passed. A signal that ends the run ends the wait too."""
+        """Return whether the limit has not passed since the first call, which follows the first failure.
+
+        A signal that ends the run ends the wait too.
+        """
+        self._ends = min(self._ends, time.monotonic() + self._limit_s)
         request = current_request()
         return time.monotonic() < self._ends and PAUSE.limit_s > 0.0 and (request is None or request.came is None)
 

@@ -90,6 +90,17 @@ def test_after_the_limit_the_error_names_the_key_and_no_later_write_waits() -> N
         when_there_is_room(PATH, Write(full()))
 
 
+def test_the_time_of_the_write_itself_does_not_count() -> None:
+    write = Write(full())
+
+    def long_write() -> str:
+        time.sleep(0.3 if write.errors else 0.0)
+        return write()
+
+    PAUSE.limit_s = 0.2
+    assert when_there_is_room(PATH, long_write) == "written"
+
+
 @pytest.mark.parametrize("error", [OSError(errno.EACCES, "denied"), RuntimeError("shapes"), StorageFull("of a part")])
 def test_other_failures_do_not_wait(error: Exception) -> None:
     with pytest.raises(type(error), match=str(error.args[-1])):
