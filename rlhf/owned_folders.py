@@ -36,16 +36,12 @@ class OwnedFolder:
         if parent.is_symlink() or parent.stat().st_uid != os.getuid():
             raise RunError(f"{parent} belongs to another user. Ask its owner to remove it.")
         self.path = path
-        making = os.open(parent / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(making, fcntl.LOCK_EX)
+        with alone_in(parent):
             for other in parent.iterdir():
                 if other.is_dir() and other != path:
                     _remove_if_left(other)
             path.mkdir(mode=0o700, exist_ok=True)
             self._lock = locked(path)
-        finally:
-            os.close(making)
 
     def remove(self) -> None:
         """Remove the folder. Safe to call twice."""
@@ -97,6 +93,17 @@ def remove_tree(folder: Path) -> None:
     if folder.exists():
         for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
             subprocess.run([*command, "--", folder], capture_output=True, check=False)
+
+
+@contextmanager
+def alone_in(parent: Path) -> Iterator[None]:
+    """Let no other process lock a folder in `parent`, or remove one there, during the block."""
+    lock = os.open(parent / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def locked(folder: Path) -> int | None:

@@ -30,7 +30,7 @@ from ray._private import worker
 from actors.cluster.address import cluster_to_join
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.errors import RunError, UserError
-from rlhf.owned_folders import LOCK, locked
+from rlhf.owned_folders import LOCK, alone_in, locked
 from rlhf.stopping import current_request, finishes_within
 
 logger = logging.getLogger(__name__)
@@ -195,21 +195,26 @@ def _start_daemons(config: ClusterConfig, temp: Path) -> None:
 
 def _own_session(temp: Path) -> None:
     """Lock the folder of the local Ray as long as this process lives."""
-    own = locked(temp / ray.get_runtime_context().get_session_name())
+    with alone_in(temp):
+        own = locked(temp / ray.get_runtime_context().get_session_name())
     if own is not None:
         _SESSION_LOCKS.append(own)
 
 
 def _remove_dead_sessions(temp: Path) -> None:
-    """Remove what local Rays of dead processes have left: spilled objects and sockets, and all but the newest logs."""
-    dead = {path: lock for path in temp.glob("session_*") if (lock := _lock_of_dead(path)) is not None}
-    for age, session in enumerate(sorted(dead, reverse=True)):
-        for part in session.iterdir():
-            if part.is_dir() and (part.name != "logs" or age >= KEPT_LOGS):
-                shutil.rmtree(part, ignore_errors=True)
-        if age >= KEPT_LOGS:
-            shutil.rmtree(session, ignore_errors=True)
-        os.close(dead[session])
+    """Remove what local Rays of dead processes have left: spilled objects and sockets, and all but the newest logs.
+
+    Only one process at a time does this or locks its own session, so a session without a held lock has no owner.
+    """
+    with alone_in(temp):
+        dead = {path: lock for path in temp.glob("session_*") if (lock := _lock_of_dead(path)) is not None}
+        for age, session in enumerate(sorted(dead, reverse=True)):
+            for part in session.iterdir():
+                if part.is_dir() and (part.name != "logs" or age >= KEPT_LOGS):
+                    shutil.rmtree(part, ignore_errors=True)
+            if age >= KEPT_LOGS:
+                shutil.rmtree(session, ignore_errors=True)
+            os.close(dead[session])
 
 
 def _lock_of_dead(session: Path) -> int | None:

@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from actors.cluster import connect
-from rlhf.owned_folders import LOCK, keep_temporary_files_apart, locked, temporary_folder
+from rlhf.owned_folders import LOCK, alone_in, keep_temporary_files_apart, locked, temporary_folder
 
 HOLDER = """
 import sys, time
@@ -94,3 +97,28 @@ def test_a_dead_local_ray_leaves_its_logs_and_nothing_else(tmp_path: Path) -> No
     for path in dead[2:]:
         assert [part.name for part in path.iterdir() if part.is_dir()] == ["logs"]
         assert (path / "logs/file").exists()
+
+
+@pytest.mark.parametrize("call", [connect._remove_dead_sessions, connect._own_session])
+def test_no_session_is_locked_while_another_process_looks_for_dead_ones(
+    call: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new lock file is there before its lock is held. Its session would be taken for that of a dead process."""
+    path = session(tmp_path, 1)
+    (path / LOCK).touch()
+    context, locks = SimpleNamespace(get_session_name=lambda: path.name), list[int]()
+    monkeypatch.setattr("ray.get_runtime_context", lambda: context)
+    monkeypatch.setattr(connect, "_SESSION_LOCKS", locks)
+    working = threading.Thread(target=call, args=(tmp_path,))
+    with alone_in(tmp_path):
+        working.start()
+        working.join(0.3)
+        assert working.is_alive()
+        assert (path / "sockets").exists()
+        unheld = locked(path)
+        assert unheld is not None
+        os.close(unheld)
+    working.join(10.0)
+    assert not working.is_alive()
+    for lock in locks:
+        os.close(lock)
