@@ -200,6 +200,7 @@ class RolloutWorker:
 
     async def _answer(self, request: GroupRequest, sampling: Sampling, oldest: int) -> Group:
         current = await self.weights.settled_version()
+        checksum = self.weights.checksum
         spooled = await self.spool.read(request, sampling, oldest=oldest, newest=current)
         if spooled is not None:
             return spooled
@@ -209,8 +210,10 @@ class RolloutWorker:
             group = assemble(request, await self._answers(request, begun, samples))
         else:
             group = await self._players.group(request, request.drawn_by(sampling))
-        newest = max((info.max_version for info in group[1] if info.num_response_tokens), default=current)
-        await self.spool.write(request, sampling, newest, group, weights="")
+        sampled = [info for info in group[1] if info.num_response_tokens]
+        versions = {version for info in sampled for version in (info.min_version, info.max_version)}
+        weights = checksum if versions <= {current} else ""
+        await self.spool.write(request, sampling, max(versions, default=current), group, weights=weights)
         return group
 
     async def _answers(

@@ -42,7 +42,7 @@ from rlhf.errors import Preempted, ResultsLost, WorkerLost
 from rlhf.evaluation.results import Marking
 from rlhf.role_table import GUESTS_OF_ENGINES, ROLE_OF_STAGE, ROLES, TRAINED_ROLES, Role
 from rlhf.roles import GpuGuest, Metrics, Ref, SampleSelection, ScoredGroup
-from rlhf.rollouts.records.spool import forget_after
+from rlhf.rollouts.records.spool import forget_after, keep_sampled_by
 from rlhf.tracking.metrics.reductions import Last, Sum
 from rlhf.tracking.run_folder.samples import samples_path
 from rlhf.types import Prompt, Sampling, TokenSignals
@@ -333,6 +333,8 @@ class OnlineController(TrainingLoop):
         record.add(metrics)
         self.scorer.weights = version, checksum
         self.is_published = True
+        if self.in_flight and version == 0:  # without a checkpoint, an earlier start may have trained other weights
+            await asyncio.to_thread(keep_sampled_by, record.folder.spool, version, checksum)
         await self.batches.synced(version)
 
     async def _to_trainers(self, *names: Role, keep_weights: bool) -> None:

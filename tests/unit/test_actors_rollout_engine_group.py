@@ -24,7 +24,7 @@ from rlhf.engine.distributed import INTERFACE_VARIABLES
 from rlhf.errors import RunError
 from rlhf.roles import CompletedGroup
 from rlhf.rollouts.records.begun import Begun
-from rlhf.rollouts.records.spool import group_path
+from rlhf.rollouts.records.spool import group_path, keep_sampled_by
 from rlhf.room import PAUSE
 from rlhf.types import GroupRequest, Prompt, Sampling
 
@@ -177,6 +177,24 @@ async def test_a_stored_group_is_returned_unless_a_token_is_too_old(in_flight: R
     assert path.stat().st_mtime_ns == written  # it was not drawn again
     await in_flight.answer(request(0), SAMPLING, 4)
     assert path.stat().st_mtime_ns > written
+
+
+@pytest.mark.parametrize(("versions", "is_kept"), [((4, 4), True), ((3, 4), False), ((4, 5), False)])
+async def test_a_stored_group_names_the_weights_that_have_sampled_all_of_it(
+    in_flight: RolloutWorker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    versions: tuple[int, int],
+    is_kept: bool,
+) -> None:
+    response = Begun(token_ids=(5, 6), logprobs=(-1.0, -2.0), versions=versions, finish_reason="stop")
+    monkeypatch.setattr("actors.rollout.continuation.response_of", lambda output, begun: response)
+    in_flight.weights.checksum = "sum"
+    await in_flight.answer(request(0), SAMPLING, 3)
+    path = group_path(tmp_path, 0, versions[1])
+    assert path.exists()
+    keep_sampled_by(tmp_path, versions[1], "sum")
+    assert path.exists() == is_kept
 
 
 async def test_a_cancelled_group_is_dropped_at_every_moment(in_flight: RolloutWorker, tmp_path: Path) -> None:

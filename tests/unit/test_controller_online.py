@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -15,7 +17,9 @@ from rlhf.controller.learning import Signals
 from rlhf.controller.online import OnlineController
 from rlhf.controller.record import RunRecord
 from rlhf.errors import ResultsLost, WorkerLost
+from rlhf.rollouts.records.spool import group_path, write_group
 from rlhf.tracking.metrics.reductions import Max
+from tests.unit.test_rollouts_records_spool import INFO, REQUEST, ROLLOUTS, SAMPLING
 
 
 @pytest.mark.parametrize("is_due", [False, True])
@@ -77,6 +81,39 @@ async def test_weights_that_are_published_again_after_a_restart_leave_no_metrics
     assert await controller._take(2) == ("batch 2", 0.0)
     assert published == [1]
     assert record.parts == []
+
+
+@pytest.mark.parametrize(("in_flight", "version", "num_kept"), [(True, 0, 1), (True, 2, 3), (False, 0, 3)])
+async def test_without_a_checkpoint_a_run_in_flight_takes_up_what_its_first_weights_have_sampled_alone(
+    in_flight: bool, version: int, num_kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the other modes the engines compare the checksum of each group, and after a checkpoint its versions do."""
+    for group_id, stored, weights in ((0, 0, "now"), (1, 0, "before"), (2, 3, "")):
+        request = replace(REQUEST, group_id=group_id)
+        write_group(tmp_path, request, SAMPLING, stored, ROLLOUTS, (INFO,), weights=weights)
+    at_sync: list[Path] = []
+
+    async def sync_weights(*_: Any, **__: Any) -> Any:
+        return "now", {}
+
+    async def synced(version: int) -> None:
+        at_sync.extend(sorted(tmp_path.iterdir()))
+
+    monkeypatch.setattr("rlhf.controller.online.sync_weights", sync_weights)
+    controller: Any = OnlineController.__new__(OnlineController)
+    controller.config = SimpleNamespace(policy=SimpleNamespace(dtype="float32"))
+    controller.roles, controller.probe_ids, controller.sharing = SimpleNamespace(policy=None, rollout=None), (), ()
+    controller.scorer, controller.batches = SimpleNamespace(), SimpleNamespace(synced=synced)
+    controller.in_flight = in_flight
+    controller.record = SimpleNamespace(
+        folder=SimpleNamespace(spool=tmp_path),
+        progress=SimpleNamespace(stage=lambda _: None),
+        timeline=SimpleNamespace(span=lambda *_: nullcontext()),
+        add=lambda _: None,
+    )
+    await controller._sync(version)
+    stored_before = [group_path(tmp_path, 0, 0), group_path(tmp_path, 1, 0), group_path(tmp_path, 2, 3)]
+    assert at_sync == stored_before[:num_kept]
 
 
 class Published:

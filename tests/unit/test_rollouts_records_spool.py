@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from rlhf.controller.rollout_scorer import request_for
-from rlhf.rollouts.records.spool import drop_failed_conversations, forget_after, group_path, read_group, write_group
+from rlhf.rollouts.records.spool import (
+    drop_failed_conversations,
+    forget_after,
+    group_path,
+    keep_sampled_by,
+    read_group,
+    write_group,
+)
 from rlhf.types import (
     Prompt,
     RewardError,
@@ -131,6 +138,16 @@ def test_groups_of_weights_that_are_trained_anew_are_forgotten(tmp_path: Path) -
     write_group(tmp_path, replace(REQUEST, group_id=-7), SAMPLING, 4, ROLLOUTS, (INFO,))  # of an evaluation
     assert forget_after(tmp_path, 3) == 3
     assert sorted(tmp_path.iterdir()) == [group_path(tmp_path, 0, 2), group_path(tmp_path, 0, 3)]
+
+
+def test_groups_of_one_version_and_its_weights_are_kept_alone(tmp_path: Path) -> None:
+    groups = [(0, "now"), (0, "before"), (3, "now"), (0, "now")]  # a critic alone may have been trained until version 3
+    for group_id, (version, weights) in enumerate(groups):
+        request = replace(REQUEST, group_id=group_id)
+        write_group(tmp_path, request, SAMPLING, version, ROLLOUTS, (INFO,), weights=weights)
+    group_path(tmp_path, 3, 0).write_bytes(b"damaged")
+    keep_sampled_by(tmp_path, 0, "now")
+    assert list(tmp_path.iterdir()) == [group_path(tmp_path, 0, 0)]
 
 
 def test_recorded_experts_come_back(tmp_path: Path) -> None:

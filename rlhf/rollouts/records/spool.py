@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import secrets
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -52,10 +53,28 @@ def forget_after(folder: Path, version: int) -> int:
 
     A run resumed from this version trains newer weights anew.
     """
-    newer = [path for path in stored_groups(folder) if int(path.stem.rpartition("_v")[2]) > version]
+    newer = [path for path in stored_groups(folder) if _version(path) > version]
     for path in newer:
         path.unlink(missing_ok=True)
     return len(newer)
+
+
+def keep_sampled_by(folder: Path, version: int, weights: str) -> None:
+    """Delete the spooled groups except for those of this version whose weights have this checksum."""
+    for path in stored_groups(folder):
+        if _version(path) != version or _weights(path) != weights:
+            path.unlink(missing_ok=True)
+
+
+def _version(path: Path) -> int:
+    return int(path.stem.rpartition("_v")[2])
+
+
+def _weights(path: Path) -> str | None:
+    """Return the checksum in a file. None: the file is damaged."""
+    with suppress(SafetensorError), safe_open(path, framework="pt") as file:
+        return (file.metadata() or {}).get("weights")
+    return None
 
 
 def group_path(folder: Path, group_id: int, version: int) -> Path:
@@ -77,7 +96,8 @@ def write_group(
     """Write a finished group aside, then rename it into place. The folder is there, or is no longer this run's.
 
     Args:
-        weights: checksum of the weights. A resumed run with other settings makes other weights of the same version.
+        weights: checksum of the weights, "" if they have changed within the group. A resumed run with other settings
+            makes other weights of the same version.
     """
     path = group_path(folder, request.group_id, version)
     aside = path.with_suffix(f".{secrets.token_hex(4)}.tmp")  # two calls may write the same group
