@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from rlhf.errors import RunError, UserError
 from rlhf.room import explains_full
 from rlhf.tracking.run_folder.folder import RunFolder, remove_run
+from rlhf.tracking.run_folder.manifest import Manifest
 from rlhf.tracking.run_folder.samples import samples_path
 from rlhf.tracking.sinks.tracker import Tracker
 from tests.disks import mounted
@@ -132,6 +133,28 @@ def test_a_damaged_checkpoint_is_refused_and_the_sound_one_before_it_is_named(tm
         (folder.checkpoint(10) / "added.bin").write_text("x")
         with pytest.raises(UserError, match=r"added.bin is not in manifest.json.*there is no undamaged checkpoint"):
             folder.refuse_damage(10)
+
+
+def test_a_run_from_another_checkpoint_takes_up_no_rollouts_after_the_last(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path, "run", resume=False) as folder:
+        for step in (10, 20):
+            commit(folder, step)
+        group = folder.spool / "group_00000090_v000019.safetensors"
+        for step, is_kept in ((20, True), (10, False), (10, True), (20, False)):
+            group.write_text("of the run since its last start")
+            folder.continue_from(step)
+            assert group.exists() == is_kept
+
+
+def test_the_first_checkpoint_of_another_machine_takes_up_no_rollouts(tmp_path: Path) -> None:
+    """The machine ended before it had a checkpoint, and another one continued the run."""
+    with RunFolder.open(tmp_path, "run", resume=False) as folder:
+        (folder.spool / "group_00000042_v000009.safetensors").write_text("of this machine")
+        aside = folder.begin_checkpoint(10)
+        Manifest.of(aside, step=10).write(aside)
+        folder.adopt_checkpoint(10)
+        folder.continue_from(10)
+        assert list(folder.spool.iterdir()) == []
 
 
 def test_any_flipped_byte_of_a_checkpoint_is_found(tmp_path: Path) -> None:

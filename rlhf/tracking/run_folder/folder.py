@@ -162,7 +162,13 @@ class RunFolder:
         return target
 
     def continue_from(self, step: int) -> None:
-        """Let a resumed run continue from the checkpoint of this step. Later ones stay until it writes its first."""
+        """Let a resumed run continue from the checkpoint of this step. Later ones stay until it writes its first.
+
+        Finished rollouts after another checkpoint are removed, since the weights of their versions were others.
+        """
+        if self._pointed("latest") != step:
+            for path in self.spool.iterdir():
+                path.unlink()
         self._point("latest", step)
 
     def begin_final(self) -> Path:
