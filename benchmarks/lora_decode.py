@@ -127,7 +127,7 @@ def publish(arguments: argparse.Namespace, folder: Path, engines: dict[str, Engi
                 parameter.normal_(std=1e-3)
     merged = ShmSender(rank=0)
     config = json.loads(json.dumps(policy.peft_config[ADAPTER].to_dict(), default=sorted))
-    adapter = AdapterSender(folder / "adapter", config, rank=0)
+    adapter = AdapterSender(folder / "adapter", config, base=str(arguments.model), rank=0)
     for name, sender, sources in (
         ("merged", merged, weight_sources(policy)),
         ("adapter", adapter, adapter_sources(policy)),

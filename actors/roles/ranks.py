@@ -38,7 +38,8 @@ class Publishes(TrainedWorker):
         """
         rank = self.place.rank
         if adapter is not None:
-            self.sender = AdapterSender(adapter, adapter_config(self.engine.module), rank=rank)
+            config, base = adapter_config(self.engine.module), self.model_config.model
+            self.sender = AdapterSender(adapter, config, base=base, rank=rank)
             return
         self.sender = SENDERS[transport](rank=rank, meeting=meeting, beside_engine=rank < num_engines)
 

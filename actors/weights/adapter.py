@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,17 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's f
 
 
 class AdapterSender(WeightSender):
-    """The policy's end, which writes the folder. `config` is peft's, as in adapter_config.json."""
+    """The policy's end, which writes the folder.
+
+    `config` is peft's, as in adapter_config.json. `base` names the adapted model. A new adapter is the same for all
+    models of a shape, and the checksum must tell them apart.
+    """
 
     transport = "adapter"
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], *, rank: int) -> None:
+    def __init__(self, folder: Path, config: Mapping[str, Any], *, base: str, rank: int) -> None:
         super().__init__(rank=rank)
+        self.metadata = {"base": base}
         self.folder = folder if rank == 0 else None
         if rank == 0:
             folder.mkdir(exist_ok=True)  # a lost rank may have left it
@@ -48,8 +54,9 @@ class AdapterSender(WeightSender):
         if self.folder is None:
             return None
         path, aside = self.folder / WEIGHTS, self.folder / f".{WEIGHTS}"
+        write = partial(save_file, tensors, aside, metadata=self.metadata)
         try:
-            when_there_is_room(path, lambda: save_file(tensors, aside), undo=lambda: aside.unlink(missing_ok=True))
+            when_there_is_room(path, write, undo=lambda: aside.unlink(missing_ok=True))
         except StorageFull:
             raise
         except (OSError, SafetensorError) as error:

@@ -121,7 +121,7 @@ def test_an_adapter_is_loaded_once_a_version(folder: Path, tmp_path: Path, ray_l
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     config = json.loads(json.dumps(policy.peft_config[ADAPTER].to_dict(), default=sorted))
-    sender = AdapterSender(tmp_path / "adapter", config, rank=0)
+    sender = AdapterSender(tmp_path / "adapter", config, base="tiny", rank=0)
 
     def load_again(*arguments: Any) -> None:
         raise ValueError("an engine step loaded the adapter again")

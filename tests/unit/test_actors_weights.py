@@ -180,7 +180,7 @@ def test_missing_receivers_are_named_at_the_deadline(unused_port: int) -> None:
 
 
 def test_adapter_folder_holds_peft_files(tmp_path: Path) -> None:
-    sender = AdapterSender(tmp_path / "adapter", {"r": 8}, rank=0)
+    sender = AdapterSender(tmp_path / "adapter", {"r": 8}, base="tiny", rank=0)
     manifest = sender.publish(weights(), 3)
     assert manifest is not None
     folder = Path(manifest.fields["folder"])
@@ -188,6 +188,18 @@ def test_adapter_folder_holds_peft_files(tmp_path: Path) -> None:
     assert torch.equal(load_file(folder / "adapter_model.safetensors")["a"], torch.arange(7.0))
     sender.close()
     assert not folder.exists()
+
+
+def test_the_same_adapter_of_another_model_has_another_checksum(tmp_path: Path) -> None:
+    """After the model of a run without a checkpoint was replaced, the rollouts of the other are not its own."""
+    first, again, other = (
+        AdapterSender(tmp_path / str(place), {}, base=base, rank=0).publish(weights(), 0)
+        for place, base in enumerate(("a", "a", "b"))
+    )
+    assert first is not None
+    assert again is not None
+    assert other is not None
+    assert first.checksum == again.checksum != other.checksum
 
 
 def test_a_rank_without_an_engine_offers_no_gpu_memory() -> None:
