@@ -42,7 +42,7 @@ from rlhf.merging.merge import checked_sources, write_merge
 from rlhf.models.publish import push_folder
 from rlhf.preflight.inputs import OfflineInputs, OnlineInputs, StageInputs, collated, load_inputs
 from rlhf.preflight.merge import with_local_models
-from rlhf.preflight.run_folder import check_folders, refuse_other_checkpoint, stream_of
+from rlhf.preflight.run_folder import check_folders, continue_from, refuse_other_checkpoint, stream_of
 from rlhf.reporting.model_card import write_model_card
 from rlhf.rewards.scoring import fingerprint
 from rlhf.room import done_when_there_is_room
@@ -100,7 +100,7 @@ def launch(
     else:
         check_folders(loaded.stages.values(), resume=resume, from_step=from_step)
     request = current_request() or StopRequest()
-    _run_stages(loaded, request, resume=resume, overwrite=overwrite, mode=mode, until=until)
+    _run_stages(loaded, request, resume=resume, from_step=from_step, overwrite=overwrite, mode=mode, until=until)
 
 
 def _refuse_to_overwrite(loaded: LoadedConfig) -> None:
@@ -112,7 +112,14 @@ def _refuse_to_overwrite(loaded: LoadedConfig) -> None:
 
 
 def _run_stages(
-    loaded: LoadedConfig, request: StopRequest, *, resume: bool, overwrite: bool, mode: Mode, until: int | None
+    loaded: LoadedConfig,
+    request: StopRequest,
+    *,
+    resume: bool,
+    from_step: int | None,
+    overwrite: bool,
+    mode: Mode,
+    until: int | None,
 ) -> None:
     left = [stage for stage in loaded.stages.values() if not (resume and result_of(stage).exists())]
     if not left:
@@ -127,11 +134,13 @@ def _run_stages(
             if until is not None and not 1 <= until <= steps:
                 raise UserError(f"--until: is {until}, and the run has the steps 1 to {steps} (train.steps)")
             if resume:
-                refuse_other_checkpoint(stage)
+                refuse_other_checkpoint(stage, step=from_step if stage.written == left[0] else None)
     for written in left if overwrite else ():
         remove_run(run_folder(written))
     clusters = [stage.cluster for stage in left if not isinstance(stage, MergeStage)]
     with connected(clusters[0]) if clusters else nullcontext():
+        if from_step is not None:
+            continue_from(left[0], from_step)
         for stage in stages:
             written = stage.written if isinstance(stage, StageInputs) else stage
             if written not in left:

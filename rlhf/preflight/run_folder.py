@@ -1,7 +1,6 @@
 """Check a run's folder and its mirror before anything starts: whether the run can begin there, or resume from it.
 
-The checks copy missing files between folder and mirror, and select a named checkpoint as the one to resume from. They
-change nothing else.
+The checks copy missing files between folder and mirror. They change nothing else.
 """
 
 from __future__ import annotations
@@ -32,10 +31,9 @@ def check_folders(stages: Iterable[Stage], *, resume: bool, from_step: int | Non
     """
     for stage in stages:
         meet_mirror(stage, resume=resume, step=from_step)
-        if from_step is not None and not result_of(stage).exists():
-            _continue_from(stage, from_step)
+        refuse_unusable_folder(stage, resume=resume, step=from_step)
+        if not result_of(stage).exists():
             from_step = None
-        refuse_unusable_folder(stage, resume=resume)
     if from_step is not None:
         raise UserError(f"--resume: is step_{from_step:06d}, but the run is finished. Choose another run.name.")
 
@@ -62,30 +60,33 @@ def meet_mirror(stage: Stage, *, resume: bool, step: int | None = None) -> None:
             )
 
 
-def refuse_unusable_folder(stage: Stage, *, resume: bool) -> None:
-    """Raise UserError if the run's folder is not writable, is in use, or holds a run that cannot be continued."""
+def refuse_unusable_folder(stage: Stage, *, resume: bool, step: int | None = None) -> None:
+    """Raise UserError if the run's folder is not writable, is in use, or holds a run that cannot be continued.
+
+    `step` is that of the checkpoint to resume from, or None for the newest.
+    """
     path = run_folder(stage)
     if resume and result_of(stage).exists():
         _refuse_other_settings(stage)
         return
     try:
         with RunFolder.open(stage.run.dir, stage.run.name, resume=resume) as folder:
-            step = folder.latest_checkpoint() if resume else None
+            if step is None:
+                step = folder.latest_checkpoint() if resume else None
+            elif not folder.checkpoint(step).is_dir():
+                names = ", ".join(sorted(path.name for path in folder.checkpoints.glob("step_*"))) or "none"
+                raise UserError(
+                    f"--resume: {path} has no checkpoint {folder.checkpoint(step).name}. Its checkpoints: {names}."
+                )
             if step is not None:
                 folder.refuse_damage(step)
     except OSError as error:
         raise UserError(f"run.dir: {path} cannot be written: {error.strerror}. Choose another folder.") from error
 
 
-def _continue_from(stage: Stage, step: int) -> None:
-    """Select the checkpoint of this step to resume from. Raise UserError if it is missing or damaged."""
+def continue_from(stage: Stage, step: int) -> None:
+    """Select the checkpoint of this step as the one to resume from. Only once nothing is left to check."""
     with RunFolder.open(stage.run.dir, stage.run.name, resume=True) as folder:
-        if not folder.checkpoint(step).is_dir():
-            names = ", ".join(sorted(path.name for path in folder.checkpoints.glob("step_*"))) or "none"
-            raise UserError(
-                f"--resume: {folder.path} has no checkpoint {folder.checkpoint(step).name}. Its checkpoints: {names}."
-            )
-        folder.refuse_damage(step)
         folder.continue_from(step)
 
 
@@ -104,13 +105,16 @@ def _refuse_other_settings(stage: Stage) -> None:
         )
 
 
-def refuse_other_checkpoint(stage: StageInputs) -> None:
-    """Raise UserError if the newest checkpoint is of another model or other data, or of a later step than the last."""
+def refuse_other_checkpoint(stage: StageInputs, *, step: int | None = None) -> None:
+    """Raise UserError if a checkpoint is of another model or other data, or of a later step than the last.
+
+    `step` is that of the checkpoint, or None for the newest.
+    """
     config = stage.config
     if result_of(stage.written).exists():
         return
     with RunFolder.open(config.run.dir, config.run.name, resume=True) as folder:
-        step = folder.latest_checkpoint()
+        step = folder.latest_checkpoint() if step is None else step
         if step is None:
             return
         state = read_state(folder.checkpoint(step))

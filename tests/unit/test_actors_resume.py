@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ from rlhf.config.schema.root import Config
 from rlhf.controller.loop import trained_models
 from rlhf.errors import UserError
 from rlhf.models.loading import architecture_fingerprint, load_model_config
+from rlhf.preflight.inputs import StageInputs, load_inputs
 from rlhf.preflight.models import refuse_other_model, with_sources
-from rlhf.preflight.run_folder import check_folders
-from rlhf.tracking.run_folder.folder import RunFolder
+from rlhf.preflight.run_folder import check_folders, stream_of
+from rlhf.tracking.run_folder.folder import RunFolder, pointed
 from rlhf.tracking.sinks.tracker import Tracker
 
 RUN = """
@@ -116,7 +119,10 @@ def test_a_finished_run_is_done_with_its_own_settings_alone(tmp_path: Path) -> N
 
 def with_checkpoints(folder: Path, *steps: int) -> LoadedConfig:
     run = loaded(folder)
-    state = state_of(local(folder)) | {"cursor": {"epoch": 0, "index": 0}, "ahead": [], "step": 1}
+    with run.located():
+        (inputs,) = load_inputs(run)
+    assert isinstance(inputs, StageInputs)
+    state = state_of(local(folder)) | {"cursor": asdict(stream_of(inputs).state()), "ahead": [], "step": 1}
     with RunFolder.open(folder, "demo", resume=True) as opened:
         for step in steps:
             Tracker(opened.path).log(step, {"update/lr": 1.0})
@@ -157,8 +163,36 @@ def test_a_damaged_checkpoint_is_not_passed_over(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no checkpoint step_000003\. Its checkpoints: step_000001, step_000002\."):
         launch(run, resume=True, from_step=3)
     check_folders(run.stages.values(), resume=True, from_step=1)
-    with RunFolder.open(tmp_path, "demo", resume=True) as folder:
-        assert folder.latest_checkpoint() == 1
+
+
+def latest_of(folder: Path) -> int | None:
+    return pointed(folder / "demo" / "checkpoints" / "latest")
+
+
+@pytest.mark.parametrize("failing", ["load_inputs", "connected"])
+def test_a_start_that_fails_selects_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    def fails(*_: object) -> None:
+        raise UserError("of another cause")
+
+    monkeypatch.setattr(f"actors.run.train.{failing}", fails)
+    with pytest.raises(UserError, match="of another cause"):
+        launch(with_checkpoints(tmp_path, 1, 2), resume=True, from_step=1)
+    assert latest_of(tmp_path) == 2
+
+
+def test_a_run_begins_from_the_named_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    selected = []
+
+    async def run_stage(*_: object, **__: object) -> None:
+        selected.append(latest_of(tmp_path))
+
+    monkeypatch.setattr("actors.run.train.connected", lambda _: nullcontext())
+    monkeypatch.setattr("actors.run.train._run_stage", run_stage)
+    with_checkpoints(tmp_path, 1, 2)
+    launch(loaded(tmp_path, "train.steps=1"), resume=True, from_step=1)  # the newest is of a later step than the last
+    assert selected == [1]
 
 
 def test_an_export_checks_every_byte_and_runs_no_code_unasked(tmp_path: Path) -> None:

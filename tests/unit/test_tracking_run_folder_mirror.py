@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -101,6 +102,18 @@ def test_a_finished_run_is_fetched_as_finished(tmp_path: Path, url: str) -> None
         Mirror(url, folder, name="demo").finish(1, failed=False)
     with fetched(url, tmp_path / "b") as other:
         assert (other.final / "model.safetensors").read_text() == "final"
+
+
+def test_fetching_a_named_checkpoint_does_not_select_it(tmp_path: Path, url: str) -> None:
+    with RunFolder.open(tmp_path / "a", "demo", resume=False) as folder:
+        mirror = Mirror(url, folder, name="demo")
+        for step in (10, 20):
+            commit(folder, step)
+        assert upload(mirror) is None
+        shutil.rmtree(folder.checkpoint(10))
+        mirror.fetch(step=10)
+        assert folder.checkpoint_steps() == [10, 20]
+        assert folder.latest_checkpoint() == 20
 
 
 def flip(url: str, name: str) -> None:

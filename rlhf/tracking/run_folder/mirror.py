@@ -243,7 +243,8 @@ class Mirror:
             self._get_checkpoint(best, whole)
         if wanted is not None and wanted in whole and not self._has(wanted, named=step is not None):
             self._get_checkpoint(wanted, whole)
-            self._folder.continue_from(wanted)
+            if step is None:  # a named one is selected when the run begins
+                self._folder.continue_from(wanted)
         if best in self._folder.checkpoint_steps():
             self._folder.mark_best(best)
         logger.info("fetched %s: %s", self.place, "its result" if result else f"the checkpoint of step {wanted}")
