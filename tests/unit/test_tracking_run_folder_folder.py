@@ -336,6 +336,38 @@ def test_leftovers_of_a_kill_are_swept(tmp_path: Path) -> None:
         assert list(folder.spool.iterdir()) == []
 
 
+def test_folders_that_are_still_read_stay_until_a_later_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def busy(path: Path, **_: object) -> None:  # as NFS does while a file in the folder is open
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rlhf.tracking.run_folder.folder.shutil.rmtree", busy)
+        with RunFolder.open(tmp_path, "run", resume=False) as folder:
+            for step in (1, 2, 3, 3):
+                commit(folder, step)
+            assert folder.prune(1) == [1, 2]
+            (folder.begin_checkpoint(4) / "half").write_text("x")
+            assert list(folder.begin_checkpoint(4).iterdir()) == []
+            (folder.begin_reference(2) / "model.bin").write_text("x")
+            folder.commit_reference(2, keep=[])
+            (folder.begin_reference(3) / "model.bin").write_text("x")
+            folder.commit_reference(3, keep=[])
+            folder.scratch.with_name(".own-earlier").mkdir()
+        for _ in range(2):
+            with RunFolder.open(tmp_path, "run", resume=True) as folder:
+                assert folder.checkpoint_steps() == [3]
+                assert folder.latest_checkpoint() == 3
+                assert [path.name for path in folder.references.glob("step_*")] == ["step_000003"]
+                assert list(folder.path.glob(".own-*")) == [folder.scratch]
+                assert len(list(folder.checkpoints.glob(".*.removed"))) == 3
+    assert "could not be removed, and the next start removes it" in caplog.text
+    with RunFolder.open(tmp_path, "run", resume=True) as folder:
+        assert not list(folder.path.rglob(".*.removed"))
+        assert {path.name for path in folder.scratch.iterdir()} == {"spool", "samples"}
+
+
 def test_actors_of_a_start_before_find_nothing_to_write_to(tmp_path: Path) -> None:
     with RunFolder.open(tmp_path, "run", resume=False) as before:
         before.metrics.write_text('{"step": 1, "time_s": 0.5}\n')

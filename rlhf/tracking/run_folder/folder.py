@@ -272,7 +272,7 @@ class RunFolder:
     def _begin(self, target: Path) -> Path:
         aside = self._aside(target)
         if aside.exists():
-            shutil.rmtree(aside)
+            _remove(aside)
         when_there_is_room(target, aside.mkdir)
         return aside
 
@@ -286,10 +286,9 @@ class RunFolder:
         with explains_full(target):
             sync_tree(self._aside(target))
         if target.exists():
-            old = target.with_name(f".{target.name}.removed")
-            target.rename(old)
+            old = _out_of_the_way(target)
             self._aside(target).rename(target)
-            shutil.rmtree(old)
+            _discard(old)
         else:
             self._aside(target).rename(target)
         sync_folder(target.parent)
@@ -302,7 +301,7 @@ class RunFolder:
         before = sorted(self.path.glob(f"{_SCRATCH}*"), key=lambda path: not (path / self.spool.name).is_dir())
         for index, path in enumerate(before):
             if index > 0:
-                shutil.rmtree(path)
+                _remove(path)
                 continue
             path.rename(self.scratch)
             for part in self.scratch.iterdir():
@@ -365,10 +364,7 @@ def remove_run(path: Path) -> None:
     """Remove a run, and no other file of its folder. UserError as in `refuse_to_overwrite`."""
     refuse_to_overwrite(path)
     for part in [path / name for name in reversed(_PARTS)] + list(path.glob(f"{_SCRATCH}*")):
-        if part.is_dir() and not part.is_symlink():
-            _remove(part)
-        else:
-            part.unlink(missing_ok=True)
+        _delete(part)
 
 
 def _state(path: Path) -> str | None:
@@ -399,11 +395,22 @@ def _state(path: Path) -> str | None:
 
 def _delete(path: Path) -> None:
     """Remove a folder, or a file or link if there is one."""
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    _remove(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def _remove(path: Path) -> None:
     """Remove a folder so that a kill leaves it whole or gone from its name."""
-    aside = path.with_name(f".{path.name}.removed")
-    path.rename(aside)
-    shutil.rmtree(aside)
+    _discard(_out_of_the_way(path))
+
+
+def _out_of_the_way(path: Path) -> Path:
+    """Rename a folder that is to be removed. Return its new path, which no leftover has."""
+    return path.rename(path.with_name(f".{secrets.token_hex(4)}.removed"))
+
+
+def _discard(path: Path) -> None:
+    """Remove a renamed folder. On NFS, a folder cannot be removed while a process of this machine reads a file in it."""
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        logger.warning("%s could not be removed, and the next start removes it: %s", path, error)
