@@ -45,7 +45,11 @@ def recording(
     Failures in the block are recorded. `steps`, `show` and `mode` are for the progress display.
     """
     room_s = 0.0 if isinstance(stage, MergeStage) else stage.cluster.room_timeout_s
-    with PAUSE.limited(room_s), RunFolder.open(stage.run.dir, stage.run.name, resume=resume) as folder:
+    with (
+        PAUSE.limited(room_s),
+        RunFolder.open(stage.run.dir, stage.run.name, resume=resume) as folder,
+        _preempted_without_room(folder),
+    ):
         folder.write_config(dump_masked_yaml(stage))
         folder.write_environment(seed=stage.run.seed)
         step = folder.latest_checkpoint() if resume else None
@@ -85,8 +89,6 @@ def recording(
                     tell_parent(is_final=not OWN_RAY.is_ending)  # another start gets another Ray
                     with _hiding_nothing():
                         record.failed(error)
-                    if isinstance(error, StorageFull) and folder.checkpoint_steps():
-                        raise Preempted(str(error)) from error
                     raise
             failed = False
         finally:
@@ -95,6 +97,17 @@ def recording(
                 tracker.close(failed=failed)
             if mirror is not None:
                 mirror.finish(keep, failed=failed)
+
+
+@contextmanager
+def _preempted_without_room(folder: RunFolder) -> Iterator[None]:
+    """Raise Preempted instead of StorageFull if the folder has a checkpoint to continue from."""
+    try:
+        yield
+    except StorageFull as error:
+        if folder.checkpoint_steps():
+            raise Preempted(str(error)) from error
+        raise
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from rlhf.errors import Preempted, RunError, StorageFull, UserError
 from rlhf.preflight.run_folder import meet_mirror
 from rlhf.room import PAUSE
 from rlhf.stopping import StopRequest
+from rlhf.tracking.run_folder.folder import RunFolder
 
 PIPELINE = """\
 run: {name: demo, dir: DIR}
@@ -91,6 +92,23 @@ def test_a_run_without_room_can_be_continued_if_it_has_a_checkpoint(
     assert PAUSE.limit_s == 0.0
     (error,) = map(json.loads, (tmp_path / stage.run.name / "errors.jsonl").read_text().splitlines())
     assert error["kind"] == "StorageFull"
+
+
+@pytest.mark.parametrize(("has_checkpoint", "kind"), [(True, Preempted), (False, StorageFull)])
+def test_a_resumed_run_without_room_for_its_start_can_be_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_checkpoint: bool, kind: type[Exception]
+) -> None:
+    def full(*_: Any) -> None:
+        raise StorageFull("no room")
+
+    stage = mirrored(tmp_path)
+    with RunFolder.open(stage.run.dir, stage.run.name, resume=False) as folder:
+        if has_checkpoint:
+            (folder.begin_checkpoint(1) / "file").touch()
+            folder.commit_checkpoint(1)
+    monkeypatch.setattr(RunFolder, "write_config", full)
+    with pytest.raises(kind, match="no room"), recording(stage, resume=True):
+        pytest.fail("it began")
 
 
 @pytest.mark.parametrize(("number", "is_final"), [(None, True), (signal.SIGTERM, False)])

@@ -284,6 +284,15 @@ def test_other_failures_are_not_taken_for_a_full_disk(tmp_path: Path, error: Exc
     assert failure_of(tmp_path / "not" / "there", write) == f"{type(error).__name__}: {error}"
 
 
+def test_a_full_disk_does_not_keep_a_folder_from_being_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("rlhf.tracking.run_folder.lock.os.pwrite", full)
+    with RunFolder.open(tmp_path, "run", resume=True), pytest.raises(UserError, match="in use by process unknown"):
+        RunFolder.open(tmp_path, "run", resume=True)
+
+
 def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "precious").write_text("text")

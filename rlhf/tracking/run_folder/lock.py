@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from rlhf.errors import UserError
@@ -30,6 +31,7 @@ def lock_folder(path: Path, *, key: str) -> int:
         raise UserError(
             f"{key}: {path} is in use by process {holder}. Wait for it to end, or choose another {key}."
         ) from error
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    with suppress(OSError):  # on a full disk; the process is only named in messages
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
     return lock
