@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 from pathlib import Path
@@ -93,6 +94,21 @@ def test_an_empty_trace_is_valid(tmp_path: Path) -> None:
     timeline.record("a", "policy", start_s=1.0, end_s=2.0)
     timeline.close()
     assert len(events(path)) == 1
+
+
+def test_a_file_that_cannot_be_closed_fails_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Failing(io.FileIO):
+        def close(self) -> None:
+            super().close()
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    timeline = Timeline(tmp_path / "timeline.json")
+    monkeypatch.setattr(timeline, "_file", Failing(tmp_path / "timeline.json", "r+"))
+    timeline.close()
+    assert json.loads((tmp_path / "timeline.json").read_text()) == []
+    assert caplog.text.count("could not be written to its end: [Errno 28]") == 1
 
 
 def test_a_full_disk_ends_the_trace_and_hides_no_failure(

@@ -85,7 +85,10 @@ class Timeline:
         with self._guard:
             if not self._file.closed:
                 self._put(b"[\n]\n" if self._empty else b"\n]\n")
-                self._file.close()
+                try:
+                    self._file.close()
+                except OSError as error:  # NFS reports failed writes here
+                    logger.warning("%s could not be written to its end: %s", self._file.name, error)
 
     def _pid(self, role: str) -> int:
         if role not in self._pids:
