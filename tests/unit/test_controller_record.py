@@ -1,13 +1,19 @@
-"""rlhf/controller/record.py: what a run records of a wait for room."""
+"""rlhf/controller/record.py: what a run records of a wait for room, and of its failure."""
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
+
 from rlhf.controller.record import RunRecord
+from rlhf.errors import RunError
 from rlhf.room import PAUSE, Shortage
+from rlhf.tracking.run_folder.folder import RunFolder
 from rlhf.tracking.run_folder.timeline import Timeline
 from rlhf.tracking.sinks.tracker import Tracker
 
@@ -33,3 +39,30 @@ def test_a_wait_is_recorded_when_its_file_can_be_written_again(tmp_path: Path) -
     assert second["message"] == "/data/run/spool could not be written: Disk quota exceeded."
     spans = [event for event in json.loads((tmp_path / "timeline.json").read_text()) if event["ph"] == "X"]
     assert [span["name"] for span in spans] == ["no_room", "no_room"]
+
+
+def record_of(folder: RunFolder) -> RunRecord:
+    nothing = cast(Any, None)
+    return RunRecord(folder=folder, tracker=Tracker(folder.path), timeline=nothing, progress=nothing, step=2)
+
+
+def test_a_failure_is_recorded_if_a_begun_checkpoint_cannot_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(path: Path, **_: object) -> None:  # as NFS does while a file in the folder is open
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    with RunFolder.open(tmp_path, "run", resume=False) as folder:
+        (folder.begin_checkpoint(3) / "model.bin").write_text("half")
+        monkeypatch.setattr("rlhf.tracking.run_folder.folder.shutil.rmtree", busy)
+        record_of(folder).failed(RunError("rank 1 died"))
+        (error,) = map(json.loads, folder.errors.read_text().splitlines())
+        assert (error["step"], error["message"]) == (3, "rank 1 died")
+        assert "RunError: rank 1 died" in (folder.path / "traceback.txt").read_text()
+
+
+def test_a_failure_is_recorded_if_the_folder_of_begun_checkpoints_is_gone(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path, "run", resume=False) as folder:
+        shutil.rmtree(folder.scratch)
+        record_of(folder).failed(RunError("rank 1 died"))
+        assert "rank 1 died" in folder.errors.read_text()

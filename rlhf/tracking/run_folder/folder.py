@@ -278,9 +278,9 @@ class RunFolder:
 
     def discard_begun(self) -> None:
         """Remove begun checkpoints and models, which frees their space. Only for a run that ends."""
-        for path in self.scratch.iterdir():
+        for path in self.scratch.glob("*"):  # nothing if the folder is gone
             if path.is_dir() and not path.is_symlink() and path != self.spool:
-                shutil.rmtree(path)
+                _discard(path)
 
     def _commit(self, target: Path) -> None:
         with explains_full(target):
@@ -409,7 +409,7 @@ def _out_of_the_way(path: Path) -> Path:
 
 
 def _discard(path: Path) -> None:
-    """Remove a renamed folder. On NFS, a folder cannot be removed while a process of this machine reads a file in it."""
+    """Remove a folder. On NFS, one with a file that a process of this machine has open stays for the next start."""
     try:
         shutil.rmtree(path)
     except OSError as error:
