@@ -448,6 +448,21 @@ def test_a_run_is_removed_and_nothing_else_of_its_folder(tmp_path: Path) -> None
     RunFolder.open(tmp_path, "run", resume=False).close()
 
 
+def test_a_start_that_did_nothing_can_be_overwritten(tmp_path: Path) -> None:
+    RunFolder.open(tmp_path, "run", resume=False).close()
+    remove_run(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "samples/mine.jsonl", "data.partial", "checkpoints"])
+def test_files_of_others_are_not_taken_for_those_of_a_start(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=r"--overwrite: .* is not a run folder"):
+        remove_run(tmp_path)
+    assert (tmp_path / name).read_text() == "mine"
+
+
 def test_a_folder_that_is_no_run_is_not_removed(tmp_path: Path) -> None:
     remove_run(tmp_path / "none")
     (tmp_path / "final").mkdir()

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _STEP = re.compile(r"step_(\d{6,})")
 _SCRATCH = ".own-"
+_LEFTOVERS = (".*.partial", ".*.removed")  # of a killed run
 _PARTS = (  # of a run folder; the first one marks it as such, and is removed last
     "config.resolved.yaml",
     *("environment.json", "metrics.jsonl", HISTOGRAMS, GROUPS, "errors.jsonl", "timeline.json", "traceback.txt"),
@@ -320,7 +321,7 @@ class RunFolder:
     def _sweep(self) -> None:
         """Remove incomplete files of a killed run."""
         for folder in (self.path, self.checkpoints, self.samples, self.evals, self.references):
-            for pattern in (".*.partial", ".*.removed"):
+            for pattern in _LEFTOVERS:
                 for path in folder.glob(pattern):
                     _delete(path)
         for path in self.spool.glob("*.tmp"):
@@ -353,7 +354,7 @@ def refuse_to_overwrite(path: Path) -> None:
     if not path.exists():
         return
     os.close(lock_folder(path, key="run.name"))
-    if not (path / _PARTS[0]).is_file() and any(child.name != ".lock" for child in path.iterdir()):
+    if not (path / _PARTS[0]).is_file() and not all(map(_is_of_a_start, path.iterdir())):
         raise UserError(
             f"--overwrite: {path} is not a run folder, because it has no {_PARTS[0]}. Choose another run.name, or "
             "remove the folder."
@@ -365,6 +366,13 @@ def remove_run(path: Path) -> None:
     refuse_to_overwrite(path)
     for part in [path / name for name in reversed(_PARTS)] + list(path.glob(f"{_SCRATCH}*")):
         _delete(part)
+
+
+def _is_of_a_start(path: Path) -> bool:
+    """Return whether a start that failed before its run began leaves this file or folder in the run's folder."""
+    if path.name in ("checkpoints", "samples", "evals"):
+        return path.is_dir() and not any(path.iterdir())
+    return any(map(path.match, (".lock", f"{_SCRATCH}*", *_LEFTOVERS)))
 
 
 def _state(path: Path) -> str | None:
