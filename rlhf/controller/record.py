@@ -108,7 +108,15 @@ class RunRecord:
         return results(merge_metrics(self.parts))
 
     def write_row(self, step: int, row: Mapping[str, float]) -> None:
-        """Log the step. Raise RunError if its loss is not finite, before anything of it is kept."""
+        """Log the step. Raise RunError if its loss is not finite, before anything of it is kept.
+
+        Raise RunError too if a later start works in the folder.
+        """
+        if self.folder.is_taken_over():
+            raise RunError(
+                f"{self.folder.path}: a later start works in this folder, so this one ends after step {self.step}. "
+                "Only one process may run there, and the file system has dropped the lock of this one."
+            )
         loss = row.get("update/loss/mean", 0.0)
         if not math.isfinite(loss):
             raise RunError(f"update: the loss of step {step} is {loss}. No checkpoint of it was written.")
@@ -176,8 +184,11 @@ class RunRecord:
         """Write the run's fatal error to errors.jsonl, and its traceback to traceback.txt.
 
         Incomplete checkpoints are removed first, because they may fill the disk. From now on no write waits for room.
+        Nothing is written if a later start works in the folder.
         """
         PAUSE.give_up()
+        if self.folder.is_taken_over():
+            return
         self.folder.discard_begun()
         stack = error.stack if isinstance(error, WorkerLost) else None
         self.tracker.log_error(

@@ -66,3 +66,23 @@ def test_a_failure_is_recorded_if_the_folder_of_begun_checkpoints_is_gone(tmp_pa
         shutil.rmtree(folder.scratch)
         record_of(folder).failed(RunError("rank 1 died"))
         assert "rank 1 died" in folder.errors.read_text()
+
+
+def test_a_start_without_its_lock_ends_when_a_later_one_works_in_the_folder(tmp_path: Path) -> None:
+    first = RunFolder.open(tmp_path, "run", resume=False)
+    record = record_of(first)
+    first.close()  # as if NFS had dropped the lock
+    with RunFolder.open(tmp_path, "run", resume=True) as second:
+        with pytest.raises(RunError, match=r"/run: a later start works in this folder, so this one ends after step 2"):
+            record.write_row(3, {"update/lr": 1.0})
+        record.failed(RunError("rank 1 died"))
+        assert not {second.metrics, second.errors, second.path / "traceback.txt"} & set(second.path.iterdir())
+
+
+def test_a_start_whose_folder_was_cleaned_goes_on(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path, "run", resume=False) as folder:
+        assert not folder.is_taken_over()
+        shutil.rmtree(folder.scratch)
+        assert not folder.is_taken_over()
+        folder.path.rename(tmp_path / "moved")
+        assert not folder.is_taken_over()

@@ -111,6 +111,13 @@ class RunFolder:
         (self.scratch / "samples").symlink_to(Path("..", self.samples.name))
         self._sweep()
 
+    def is_taken_over(self) -> bool:
+        """Return whether a later start has renamed `scratch`. On NFS a lock can be lost while its holder works."""
+        try:
+            return not self.scratch.exists() and any(self.path.glob(f"{_SCRATCH}*"))
+        except OSError:  # of the network: it proves nothing
+            return False
+
     def close(self) -> None:
         """Release the lock on the folder."""
         if self._lock is not None:
