@@ -204,17 +204,17 @@ def _own_session(temp: Path) -> None:
 def _remove_dead_sessions(temp: Path) -> None:
     """Remove what local Rays of dead processes have left: spilled objects and sockets, and all but the newest logs.
 
-    Only one process at a time does this or locks its own session, so a session without a held lock has no owner.
+    Only one process at a time looks for them or locks its own session, so a session without a held lock has no owner.
     """
     with alone_in(temp):
         dead = {path: lock for path in temp.glob("session_*") if (lock := _lock_of_dead(path)) is not None}
-        for age, session in enumerate(sorted(dead, reverse=True)):
-            for part in session.iterdir():
-                if part.is_dir() and (part.name != "logs" or age >= KEPT_LOGS):
-                    shutil.rmtree(part, ignore_errors=True)
-            if age >= KEPT_LOGS:
-                shutil.rmtree(session, ignore_errors=True)
-            os.close(dead[session])
+    for age, session in enumerate(sorted(dead, reverse=True)):
+        for part in session.iterdir():
+            if part.is_dir() and (part.name != "logs" or age >= KEPT_LOGS):
+                shutil.rmtree(part, ignore_errors=True)
+        if age >= KEPT_LOGS:
+            shutil.rmtree(session, ignore_errors=True)
+        os.close(dead[session])
 
 
 def _lock_of_dead(session: Path) -> int | None:

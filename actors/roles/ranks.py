@@ -11,6 +11,7 @@ from actors.weights import SENDERS, Meeting, Transport, WeightManifest, WeightSe
 from actors.weights.adapter import AdapterSender
 from rlhf.algorithms.base import Kind
 from rlhf.config.derive import ships_adapter
+from rlhf.config.files.differences import home, portable
 from rlhf.models.export import adapter_config
 from rlhf.workers.model_worker import torch_dtype
 from rlhf.workers.offline.distillation import DistillationWorker
@@ -38,8 +39,8 @@ class Publishes(TrainedWorker):
         """
         rank = self.place.rank
         if adapter is not None:
-            config, base = adapter_config(self.engine.module), self.model_config.model
-            self.sender = AdapterSender(adapter, config, base=base, rank=rank)
+            base = portable(self.model_config.model, home(self.config))
+            self.sender = AdapterSender(adapter, adapter_config(self.engine.module), base=base, rank=rank)
             return
         self.sender = SENDERS[transport](rank=rank, meeting=meeting, beside_engine=rank < num_engines)
 

@@ -106,6 +106,7 @@ def _preempted_without_room(folder: RunFolder) -> Iterator[None]:
         yield
     except StorageFull as error:
         if folder.checkpoint_steps():
+            tell_parent(is_final=True)
             raise Preempted(str(error)) from error
         raise
 

@@ -140,6 +140,7 @@ def _run_stages(
     clusters = [stage.cluster for stage in left if not isinstance(stage, MergeStage)]
     with connected(clusters[0]) if clusters else nullcontext():
         if from_step is not None:
+            request.raise_if_stopped()
             continue_from(left[0], from_step)
         for stage in stages:
             written = stage.written if isinstance(stage, StageInputs) else stage

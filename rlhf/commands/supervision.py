@@ -109,7 +109,7 @@ class DriverRestarts:
         count, most = len(self._times), self._report.restarts
         if count > most:
             reason = f"it died {count} times in {self._report.window_s:.0f} s (cluster.restarts.gang)"
-        elif self._last == last:
+        elif self._last == last and (step is not None or not has_begun):
             reason = "it died twice in a row at the same step in the same manner"
         else:
             logger.warning("%s It is started again (%d of at most %d, cluster.restarts.gang).", message, count, most)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -347,6 +348,8 @@ class FaultyRun:
                 return Outcome(fault=fault, back_s=None, contradictions=["it was not injected"])
             self._struck_at_step = steps_done(self.folder)
             back_s, bad = self._recovery(fault, at, process)
+            if VICTIMS[fault.who].ends_driver:  # without its Ray it trains on for two seconds
+                self._struck_at_step = max(self._struck_at_step, last_death(self.folder))
             if bad or self._has_hit(fault, at):
                 return Outcome(fault=fault, back_s=back_s, contradictions=bad)
         return Outcome(fault=fault, back_s=back_s, contradictions=[f"it missed its stage {TRIES} times"])
@@ -500,6 +503,13 @@ def recorded_losses(run: Path) -> Counter[tuple[str, str]]:
     errors = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     known = [error for error in errors if (error["source"] or "").partition(" ")[0] in ROLE_OF_SOURCE]
     return Counter((ROLE_OF_SOURCE[error["source"].partition(" ")[0]], error["kind"]) for error in known)
+
+
+def last_death(run: Path) -> int:
+    """Return the step after which the driver died last. A second death after the same step would end the run."""
+    lines = (run / "errors.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [re.search(r"after step (\d+)", error["message"]) for error in map(json.loads, lines)]
+    return int(next((match[1] for match in reversed(found) if match is not None), 0))
 
 
 def counted(run: Path, role: str) -> float:

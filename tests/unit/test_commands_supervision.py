@@ -119,7 +119,7 @@ def test_a_run_that_has_ended_is_not_started_again(tmp_path: Path, end: dict[str
 
 
 def test_a_python_for_an_older_c_library_supervises_too(tmp_path: Path) -> None:
-    code, _, log = carry_out(tmp_path, [{"end": 0}], before="import os; del os.memfd_create; ")
+    code, _, log = carry_out(tmp_path, [{"end": 0}], before="import os; vars(os).pop('memfd_create', None); ")
     assert code == 0, log
 
 
@@ -170,10 +170,11 @@ def test_a_damaged_run_folder_does_not_end_the_supervision(caplog: pytest.LogCap
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     assert restarts.allow(DriverEnd(code=1, is_told=False, hung=False, report=report))
     (tmp_path / "metrics.jsonl").write_text('garbage\n{"step": 2}\n')
-    assert restarts.allow(DriverEnd(code=1, is_told=False, hung=False, report=report))
+    for _ in range(2):  # which may be two different steps
+        assert restarts.allow(DriverEnd(code=1, is_told=False, hung=False, report=report))
     assert [death.message for death in restarts.deaths] == [
         "The driver ended with exit code 1 after step 1.",
-        "The driver ended with exit code 1 after an unknown step.",
+        *("The driver ended with exit code 1 after an unknown step.",) * 2,
     ]
 
 

@@ -450,11 +450,12 @@ def test_a_run_is_removed_and_nothing_else_of_its_folder(tmp_path: Path) -> None
 
 def test_a_start_that_did_nothing_can_be_overwritten(tmp_path: Path) -> None:
     RunFolder.open(tmp_path, "run", resume=False).close()
+    (tmp_path / "run" / "models" / "tiny-llama-3").mkdir(parents=True)
     remove_run(tmp_path / "run")
-    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "models"]
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "samples/mine.jsonl", "data.partial", "checkpoints"])
+@pytest.mark.parametrize("name", ["notes.txt", "samples/mine.jsonl", "data.partial", "checkpoints", "models/mine"])
 def test_files_of_others_are_not_taken_for_those_of_a_start(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")

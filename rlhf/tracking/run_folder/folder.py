@@ -379,6 +379,8 @@ def _is_of_a_start(path: Path) -> bool:
     """Return whether a start that failed before its run began leaves this file or folder in the run's folder."""
     if path.name in ("checkpoints", "samples", "evals"):
         return path.is_dir() and not any(path.iterdir())
+    if path.name == "models":  # the tiny models that the checks of the input have made
+        return path.is_dir() and all("tiny-llama-" in child.name for child in path.iterdir())
     return any(map(path.match, (".lock", f"{_SCRATCH}*", *_LEFTOVERS)))
 
 
