@@ -106,7 +106,13 @@ class _Loop:
     def _start(self, assignment: Assignment) -> None:
         trial, journal = assignment.trial, self.journal
         file, log = journal.config_file(trial.number), journal.log_file(trial.number)
-        write_atomic(file, dump_yaml(self.sweep.trial(trial.parameters, trial.name)))
+        try:
+            config = self.sweep.trial(trial.parameters, trial.name)
+        except UserError as error:  # a suggestion, since the trials known in advance are checked before the start
+            self._fail(trial, str(error))
+            self.strategy.ended(trial)
+            return
+        write_atomic(file, dump_yaml(config))
         slot = next(n for n in range(len(self.shares)) if all(running.slot != n for running in self.running))
         log_bytes = log.stat().st_size if log.exists() else 0
         keep = _may_keep_engines(self.sweep)
@@ -142,24 +148,24 @@ class _Loop:
             self.journal.end(trial.number, "stopped")
         elif code not in (0, PREEMPTED):
             output = self.journal.log_file(trial.number).read_bytes()[running.log_bytes :].decode(errors="replace")
-            why = explain_failure(self._judged(trial), output, code)
-            self.journal.end(trial.number, "failed", why)
-            self.failures += 1
+            self._fail(trial, explain_failure(self._judged(trial), output, code))
         elif code == 0 and not values:
-            self.journal.end(trial.number, "failed", f"no row of its metrics.jsonl has {self.sweep.metric}")
-            self.failures += 1
+            self._fail(trial, f"no row of its metrics.jsonl has {self.sweep.metric}")
         elif code == 0 and until is None:
             self.journal.end(trial.number, "finished")
         self.strategy.ended(trial)
-        if trial.state == "failed":
-            logger.warning("%s failed: %s", trial.name, trial.error)
-        elif code == PREEMPTED and not running.stopped:
+        if code == PREEMPTED and not running.stopped:
             logger.warning("%s was stopped by a signal; continue it with --resume auto", trial.name)
-        else:
+        elif trial.state != "failed":
             step, value = values[-1]
             how = "is at" if trial.state == "open" else f"{trial.state} at"
             logger.info("%s %s step %d: %s = %s", trial.name, how, step, self.sweep.metric, number(value))
         write(self.sweep, collect(self.sweep, self.journal))
+
+    def _fail(self, trial: Trial, why: str) -> None:
+        self.journal.end(trial.number, "failed", why)
+        self.failures += 1
+        logger.warning("%s failed: %s", trial.name, trial.error)
 
     def _judged(self, trial: Trial) -> Path:
         return judged_folder(self.sweep, self.journal.run_folder(trial.number))

@@ -255,11 +255,42 @@ def eval_metrics(config: Config) -> tuple[str, ...]:
     if config.algorithm.is_online:
         samples, settings = config.eval.samples_per_prompt, config.eval
         ks = tuple(2**i for i in range(samples.bit_length())) if settings.k is None else settings.k
-        votes = [f"{mark}@{k}" for mark in ("pass", "maj") for k in ks]
+        votes = [f"{mark}@{k}" for mark in ("pass", "maj") for k in ks if mark == "pass" or k > 1]
         scored = ("score", "score_low", "score_high", *votes, *(("greedy",) if settings.greedy else ()))
         teacher = ("kl_teacher",) if config.algorithm.kind == "sampled_distillation" else ()
         return (*(scored if config.rewards else ()), *teacher, "truncated", "response_tokens", *config.rewards)
     return EVAL_METRICS[config.algorithm.kind]
+
+
+TRAITS_OF_KIND: Mapping[Kind, tuple[str, ...]] = {
+    "advantages": ("advantages",),
+    "sampled_pairs": ("preference",),
+    "sampled_distillation": ("advantages",),
+    "supervised": ("sft",),
+    "distillation": ("sft", "distillation"),
+    "preference": ("preference",),
+    "reward_model": ("preference",),
+    "step_rewards": ("steps",),
+    "unpaired": ("preference",),
+}
+
+
+def traits(config: Config) -> frozenset[str]:
+    """Return the traits of a run on which its metrics depend (rlhf.tracking.metrics.declarations)."""
+    algorithm, rollouts = config.algorithm, config.rollouts
+    optional = {
+        "online": algorithm.is_online,
+        "groups": algorithm.is_online,
+        "rewards": bool(config.rewards),
+        "correction": getattr(algorithm, "correction", None) is not None,
+        "environment": rollouts is not None and rollouts.environment is not None,
+        "agent": rollouts is not None and rollouts.agent is not None,
+        "eval": bool(eval_sets(config)),
+        "gpu": config.cluster.device == "cuda",
+    }
+    return frozenset(
+        (*TRAITS_OF_KIND[algorithm.kind], *needs(config), *(name for name, has in optional.items() if has))
+    )
 
 
 def responses_per_step(rollouts: RolloutsConfig) -> int:

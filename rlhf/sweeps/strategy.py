@@ -6,6 +6,7 @@ strategies of Ray Tune.
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 from collections.abc import Sequence
@@ -13,12 +14,16 @@ from dataclasses import dataclass
 from random import Random
 
 from rlhf.config.schema.sweep import PbtMethod, Sweep
+from rlhf.errors import UserError
 from rlhf.sweeps.journal import Copy, Journal, Trial
 from rlhf.sweeps.results import metric_values
 from rlhf.sweeps.space import Values, changed
 from rlhf.tracking.run_folder.folder import RunFolder
 from rlhf.tracking.run_folder.group_ledger import FILE as GROUPS
 from rlhf.tracking.run_folder.manifest import is_complete
+
+logger = logging.getLogger(__name__)
+DRAWS = 100  # of parameters for a copied member
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,17 +131,29 @@ class Population(Strategy):
         best = ranked[:count]
         failed = [n for n, trial in self.journal.trials.items() if trial.state == "failed"]
         worst = [*failed, *ranked[len(best) :][-max(count - len(failed), 0) :]] if len(failed) < count else failed
-        random, parameters = Random(f"{self.sweep.config.seed} look {step}"), self.sweep.config.parameters
+        random = Random(f"{self.sweep.config.seed} look {step}")
         copies = []
         for number in sorted(worst):
             source = random.choice(best)
-            before = self.journal.trials[source].parameters
-            values = changed(parameters, before, resample=self.method.resample, random=random)
-            self.sweep.trial(values, "trial")  # refuses an invalid run
+            values = self._changed(self.journal.trials[source], random)
             copies.append(Copy(trial=number, source=source, step=step, parameters=values))
         self.journal.look(step, copies)
         self._copy()
         self.left = self._open()
+
+    def _changed(self, source: Trial, random: Random) -> Values:
+        """Return changed parameters of a copied member, drawn until they give a valid run. Else return the old ones."""
+        for _ in range(DRAWS):
+            values = changed(
+                self.sweep.config.parameters, source.parameters, resample=self.method.resample, random=random
+            )
+            try:
+                self.sweep.trial(values, "trial")
+            except UserError:
+                continue
+            return values
+        logger.warning("a copy of %s keeps its parameters: %d draws gave no valid run", source.name, DRAWS)
+        return source.parameters
 
     def _score(self, number: int, step: int) -> float:
         """Return the last value up to a step, or the worst possible value if it is not a number."""

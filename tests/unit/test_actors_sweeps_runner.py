@@ -57,6 +57,23 @@ def test_failures_of_a_sweep_that_goes_on_count(tmp_path: Path, monkeypatch: pyt
         run_sweep(sweep, resume=True, retry_failed=True, quiet=True)
 
 
+def test_a_suggestion_that_is_no_valid_run_is_a_failed_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the ends of each parameter are checked before the start, and not all of their combinations."""
+
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("a trial was started")
+
+    monkeypatch.setattr(actors.sweeps.runner, "TrialProcess", started)
+    parameters = {"train.steps": {"values": [9, 4]}, "train.warmup_steps": {"values": [0, 8]}}
+    sweep = load_sweep(
+        write_sweep(tmp_path, parameters=parameters, method={"name": "bayesian", "trials": 1}, max_failures=0)
+    )
+    with Journal.open(sweep, resume=False) as journal:
+        journal.add(0, {"train.steps": 4, "train.warmup_steps": 8})
+    with pytest.raises(RunError, match=r"trial-000: .*a trial with train.steps=4, train.warmup_steps=8 is not a valid"):
+        run_sweep(sweep, resume=True, quiet=True)
+
+
 @pytest.mark.parametrize(("number", "ended"), [(signal.SIGTERM, Preempted), (signal.SIGINT, KeyboardInterrupt)])
 def test_a_signal_ends_a_sweep_and_its_trials(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, ended: type[BaseException]

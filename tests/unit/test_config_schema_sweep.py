@@ -92,9 +92,41 @@ def test_in_a_pipeline_the_last_stage_that_has_the_metric_is_judged(tmp_path: Pa
     assert sweep.trial({"stages.first.train.lr": 0.5}, "trial-000").runs["first"].train.lr == 0.5
 
 
+def test_a_reward_of_the_run_is_a_metric_and_another_one_is_not(tmp_path: Path) -> None:
+    online = RUN | {
+        "algorithm": {"name": "grpo"},
+        "data": {"train": {"task": "running_totals", "size": 64}},
+        "rollouts": {"prompts_per_step": 4, "samples_per_prompt": 4, "max_new_tokens": 8},
+        "rewards": {"correct": {"function": "exact_match"}},
+    }
+    online.pop("eval")
+    assert load_sweep(write_sweep(tmp_path, config=online, metric="rewards/correct/mean")).judged == "tiny"
+    with pytest.raises(UserError, match=r"got 'rewards/correkt/mean', but the rewards of the run are: correct"):
+        load_sweep(write_sweep(tmp_path, config=online, metric="rewards/correkt/mean"))
+    with pytest.raises(UserError, match="which a run has only if there is a critic"):
+        load_sweep(write_sweep(tmp_path, config=online, metric="experience/values/mean"))
+
+
+def test_a_section_of_the_command_line_does_not_drop_what_the_sweep_sets(tmp_path: Path) -> None:
+    file = write_sweep(tmp_path, set={"train.steps": 20})
+    with pytest.raises(UserError, match=r"would remove train\.steps, which is given before it"):
+        load_sweep(file, ["train={steps: 3, lr: 1e-3}"])
+
+
+def test_an_emoji_is_a_value_like_any_other(tmp_path: Path) -> None:
+    sweep = load_sweep(write_sweep(tmp_path, config=RUN, set={"data.system_prompt": "Be brief \U0001f600"}))
+    assert sweep.base.runs["tiny"].data.system_prompt == "Be brief \U0001f600"
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"metric": "eval/heldout/lss"}, r"sweep.metric: got 'eval/heldout/lss'; did you mean eval/heldout/loss\?"),
     ({"metric": "-nonsense"}, "sweep.metric: got 'nonsense', which is not a metric"),
+    ({"metric": "update/ratio/histogram"}, "sweep.metric: got 'update/ratio/histogram', a histogram"),
+    (
+        {"metric": "rewards/score/mean"},
+        "sweep.metric: got 'rewards/score/mean', which a run has only if responses are sampled during the run",
+    ),
+    ({"metric": "preference/accuracy/mean"}, "has only if training on pairs of responses"),
     ({"name": "a/b"}, "sweep.name: got 'a/b', expected letters"),
     ({"paramters": {}}, r"sweep.paramters: unknown key; did you mean sweep.parameters\?"),
     ({"config": "nowhere.yaml"}, "sweep.config: nowhere.yaml is not a file"),

@@ -230,6 +230,30 @@ def test_a_member_that_failed_is_replaced(tmp_path: Path) -> None:
         assert not journal.trials[1].origin  # one of four is replaced, and that is the failed one
 
 
+@pytest.mark.parametrize("valid_draw", [3, None])
+def test_a_draw_that_is_no_valid_run_is_drawn_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, valid_draw: int | None
+) -> None:
+    sweep, known = population(tmp_path)
+    draws: list[float] = []
+
+    def trial(self: Sweep, parameters: Any, name: str) -> None:
+        draws.append(parameters["train.lr"])
+        if len(draws) != valid_draw:
+            raise UserError("the rewards all have weight 0")
+
+    with journal_of(sweep) as journal:
+        members = Population(sweep, journal, known)
+        arrive(journal, members, {0: 2.0, 1: 3.0, 2: 1.0, 3: 2.5})
+        monkeypatch.setattr(Sweep, "trial", trial)
+        assert members.next() is not None
+        copied = journal.trials[1].parameters
+        assert copied["train.lr"] == (known[2]["train.lr"] if valid_draw is None else draws[-1])
+    assert ("a copy of trial-002 keeps its parameters: 100 draws gave no valid run" in caplog.text) == (
+        valid_draw is None
+    )
+
+
 def test_the_table_fits_a_terminal_of_80_columns(tmp_path: Path) -> None:
     def row(number: int, error: str | None = None) -> TrialResult:
         return TrialResult(

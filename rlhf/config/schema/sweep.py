@@ -24,7 +24,8 @@ from rlhf.config.mistakes.explain import Problem, parse_as, refuse
 from rlhf.config.mistakes.suggestions import nearest
 from rlhf.config.schema.root import Config
 from rlhf.errors import UserError
-from rlhf.tracking.metrics.declarations import METRICS, declared
+from rlhf.tracking.metrics.declarations import METRICS, TRAITS, declared
+from rlhf.tracking.metrics.reductions import Histogram
 
 AT: Key = ("sweep",)
 OWN = ("run.name", "run.dir", "run.mirror", "tracking.wandb_group")  # set by the sweep for each trial
@@ -224,7 +225,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     if both := [key for key in given if key in config.parameters]:
         raise UserError(f"argument {both[0]}: the sweep varies it; change it as sweep.parameters, or remove it there")
     fixed = arguments({key: value for key, value in config.set.items() if key not in given})
-    run = apply_overrides(apply_overrides(run, fixed), of_run)
+    run = apply_overrides(run, [*fixed, *of_run])
     first = {key: next(ends(parameter)) for key, parameter in config.parameters.items()}
     with _blaming(tree.source, first):
         base = resolve(run, arguments(first), folder)
@@ -268,7 +269,7 @@ def _problems(config: SweepConfig) -> Iterator[Problem]:
         yield from _of_parameter(parameter, at, is_grid=config.method.name == "grid")
         if isinstance(config.method, PbtMethod) and not (key in STEERED or _of_loss(key)):
             text = (
-                "cannot change when a run continues from a checkpoint, as it does with pbt, which varies "
+                "cannot change when a run continues from a checkpoint, as the members of pbt do. pbt can vary only "
                 f"{', '.join(STEERED)}, rewards.NAME.weight and the keys of algorithm except its name"
             )
             yield Problem(key=at, text=text)
@@ -284,6 +285,9 @@ def _problems(config: SweepConfig) -> Iterator[Problem]:
             f"; did you mean {close}?" if close else "; see docs/metrics.md"
         )
         yield Problem(key=(*AT, "metric"), text=text)
+        return
+    if declared(metric).reduction is Histogram:
+        yield Problem(key=(*AT, "metric"), text=f"got {metric!r}, a histogram; name a metric that is a number")
 
 
 def _of_loss(key: str) -> bool:
@@ -326,6 +330,7 @@ def _run_problems(sweep: Sweep) -> Iterator[Problem]:
         yield Problem(key=(*AT, "metric"), text=f"got {metric!r}; {has}")
         return
     judged = stages[sweep.judged]
+    yield from _of_absent_metric(metric, judged)
     method = sweep.config.method
     if isinstance(method, AshaMethod | PbtMethod):
         name, first = ("every", method.every) if isinstance(method, PbtMethod) else ("grace_steps", method.grace_steps)
@@ -347,6 +352,17 @@ def _run_problems(sweep: Sweep) -> Iterator[Problem]:
             yield Problem(key=(*AT, "method"), text=text)
         if judged.train.early_stopping is not None:
             yield Problem(key=(*AT, "method"), text="is pbt, which runs to the end; set train.early_stopping to null")
+
+
+def _of_absent_metric(metric: str, stage: Config) -> Iterator[Problem]:
+    """Yield a metric that no run with these settings has."""
+    at, declaration = (*AT, "metric"), declared(metric)
+    if absent := sorted(declaration.traits - derive.traits(stage)):
+        yield Problem(key=at, text=f"got {metric!r}, which a run has only if {TRAITS[absent[0]]}")
+        return
+    name = (declaration.placeholders(metric) or {}).get("name")
+    if name is not None and name not in stage.rewards:
+        yield Problem(key=at, text=f"got {metric!r}, but the rewards of the run are: {', '.join(stage.rewards)}")
 
 
 def _evaluated(stage: Config) -> list[str]:
