@@ -33,11 +33,11 @@ class _Teacher(ModelGroup, WorkerPool):
         length_of: Callable[[int], int],
         request: Callable[[Callable[..., Any], Sequence[Sequence[int]]], Any],
     ) -> StatesByRank:
-        """Distribute a plan's rows by equal work, and return a column for each rank.
+        """Distribute a plan's rows by equal work, and return a column for each rank, with each of its rows once.
 
         `request` calls a worker's method with each rank's rows of this worker.
         """
-        rows = [(row, rank) for rank, share in enumerate(plan.sequences_by_rank) for row in share]
+        rows = [(row, rank) for rank, share in enumerate(plan.sequences_by_rank) for row in dict.fromkeys(share)]
         num_ranks = len(plan.sequences_by_rank)
         by_worker = balance([length_of(row) for row, _ in rows], min(len(self.handles), len(rows)))
 

@@ -1,4 +1,4 @@
-"""The columns that workers of the online teacher are handed, and those that they hand to the student's ranks."""
+"""The columns that workers of the teacher are handed, and those that they hand to the student's ranks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any, cast
 
-from actors.roles.teacher import OnlineTeacherWorkers
+from actors.roles.teacher import OnlineTeacherWorkers, TeacherWorkers
 from rlhf.roles import CompletedGroup
 from rlhf.types import GroupRequest, MinibatchPlan, Prompt, RolloutInfo
 
@@ -56,3 +56,12 @@ def test_a_worker_of_the_teacher_is_handed_the_groups_of_its_rows() -> None:
     # the rows have 12, 8 and 7 tokens: the first worker gets row 0, the second gets rows 4 and 5
     assert [worker.calls for worker in workers] == [[([[0], []], "group 0")], [([[4], [5]], "group 2")]]
     assert by_rank == [["states of [0]", "states of [4]"], ["states of []", "states of [5]"]]
+
+
+def test_a_repeated_row_is_computed_once_for_each_rank() -> None:
+    worker = Worker()
+    worker.states.options = lambda num_returns: SimpleNamespace(remote=lambda dataset, shares: worker.call(shares))
+    teacher = TeacherWorkers(cast("Any", [worker]), deadline_s=60.0)
+    teacher.lengths = [[1] * 10]
+    plan = MinibatchPlan(sequences_by_rank=((5, 9, 5), (5, 5)), num_tokens=5, num_sequences=5)
+    assert asyncio.run(teacher.states(0, plan)) == [["states of [5, 9]"], ["states of [5]"]]

@@ -33,7 +33,12 @@ class DistillationWorker(ExamplesWorker[Examples]):
         self.teacher = head.to(self.device)
 
     def shared(self, batch: OfflineBatch[Examples], states: Sequence[LearntStates]) -> Float[Tensor, "n K"]:
-        return LearntStates.gather(states, batch.rows).hidden if batch.rows else states[0].hidden[:0]
+        if not batch.rows:
+            return states[0].hidden[:0]
+        hidden, num_tokens = LearntStates.gather(states, batch.rows).hidden, int(batch.examples.loss_mask.sum())
+        if len(hidden) != num_tokens:
+            raise ValueError(f"the teacher returned {len(hidden)} states for {num_tokens} tokens in the loss mask")
+        return hidden
 
     def loss(
         self, batch: OfflineBatch[Examples], microbatch: Microbatch, shared: Float[Tensor, "n K"]
