@@ -14,7 +14,7 @@ from typing import Any
 
 from actors.doctor.results import CheckResult, show
 from rlhf.controller.record import read_state
-from rlhf.data.stream import given_places
+from rlhf.data.stream import given_rows
 from rlhf.errors import UserError
 from rlhf.tracking.run_folder.folder import checkpoints_in, pointed
 from rlhf.tracking.run_folder.group_ledger import FILE, OUTCOMES, StepGroups, read_groups
@@ -161,7 +161,7 @@ def _nothing_lost(lines: Lines, state: Mapping[str, Any]) -> CheckResult:
     step, what = state["step"], "no prompt lost"
     if "stream" not in state:
         return CheckResult(what, "note", f"the checkpoint of step {step} was written by an earlier release")
-    given = given_places(state["stream"])
+    given = given_rows(state["stream"])
     ended = {prompt: place for at, _, prompt, place in _ended(lines) if at <= step}
     waiting = {(epoch, prompt_id) for epoch, prompt_id in state["waiting"]}
     skipped = {(epoch, prompt_id) for epoch, prompt_id in state["skipped"]}

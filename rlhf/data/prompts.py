@@ -47,14 +47,14 @@ def load_prompts(
     first_id: int = 0,
     tools: Sequence[Message] | None = None,
 ) -> LoadedRows[Prompt]:
-    """Return one prompt per row, from column `messages` or `prompt`. `prompt_id` counts the prompts from `first_id`.
+    """Return one prompt per row, from column `messages` or `prompt`. `prompt_id` counts the rows from `first_id`.
 
     Conversations always go through the chat template, and string prompts if the reading asks for it. Tools come from
     column `tools`, or else from the argument `tools`. A prompt ends where the assistant's turn begins.
 
     All columns except `prompt` go to the rewards. `temperature` also sets the sampling temperature of the prompt, and
-    `max_new_tokens` limits its responses. The reading decides whether a long prompt is an error, is left out, or loses
-    its beginning. UserError names the invalid row.
+    `max_new_tokens` limits its responses. The reading decides whether a long prompt is an error, is skipped, or loses
+    its beginning. A skipped row keeps its number. UserError names the invalid row.
     """
     drafts = [_draft(row, tokenizer, reading, tools=read_tools(row) or tools) for row in rows]
     chat = iter(encode([draft.text for draft in drafts if draft.messages is not None], tokenizer))
@@ -62,7 +62,7 @@ def load_prompts(
     end = _turn_end(tokenizer) if any(draft.messages is not None for draft in drafts) else None
     prompts: list[Prompt] = []
     unusable: list[Unusable] = []
-    for draft in drafts:
+    for number, draft in enumerate(drafts, start=first_id):
         row, is_chat = draft.row, draft.messages is not None
         token_ids = next(chat if is_chat else raw)
         if not token_ids:
@@ -74,7 +74,7 @@ def load_prompts(
             continue
         prompts.append(
             Prompt(
-                prompt_id=first_id + len(prompts),
+                prompt_id=number,
                 token_ids=tuple(token_ids),
                 text=text,
                 columns={name: value for name, value in row.columns.items() if name != "prompt"},
@@ -86,6 +86,12 @@ def load_prompts(
         )
     refuse_too_many(unusable, num_rows=len(rows), max_unusable_fraction=reading.max_unusable_fraction)
     return LoadedRows(items=tuple(prompts), unusable=tuple(unusable))
+
+
+def skipped_rows(prompts: Sequence[Prompt]) -> list[int]:
+    """Return the numbers of the rows before the last prompt that have no prompt."""
+    used = {prompt.prompt_id for prompt in prompts}
+    return [row for row in range(max(used)) if row not in used]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

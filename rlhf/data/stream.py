@@ -7,6 +7,7 @@ the complete state, so a resumed run continues with the next item. The module ho
 from __future__ import annotations
 
 import array
+import bisect
 import hashlib
 import random
 from collections.abc import Mapping, Sequence
@@ -51,19 +52,27 @@ class MixtureShare:
 
 
 class StreamOrder:
-    """The places of a stream's items in the data, over and over, in a new order each epoch.
+    """The places of a stream's items, over and over, in a new order each epoch.
 
     Several data sets have separate epochs and separate orders. They take turns by weight (`rlhf.data.mixing`), so a
     small set with a large weight starts again before a large set is finished.
     """
 
-    def __init__(self, shares: Sequence[MixtureShare], *, seed: int, shuffle: bool) -> None:
-        """Start at the first item. A single set needs no name, and mixed sets are shuffled independently."""
+    def __init__(
+        self, shares: Sequence[MixtureShare], *, seed: int, shuffle: bool, skipped_rows: Sequence[int] = ()
+    ) -> None:
+        """Start at the first item. A single set needs no name, and mixed sets are shuffled independently.
+
+        skipped_rows: the numbers of the data's rows without an item.
+        """
         self.shares = tuple(shares)
         self.seed = seed
         self.shuffle = shuffle
         self.given = 0  # items so far, over all epochs
+        self.skipped_rows = tuple(skipped_rows)
         self._sizes = [share.size for share in shares]
+        rows, skipped = range(sum(self._sizes) + len(skipped_rows)), set(skipped_rows)
+        self.rows: Sequence[int] = [row for row in rows if row not in skipped] if skipped else rows  # of each item
         self._starts = [sum(self._sizes[:i]) for i in range(len(shares))]
         self._seeds = [f"{seed}/{share.name}" for share in shares] if len(shares) > 1 else [str(seed)]
         self._turns = Turns([share.weight for share in shares] if len(shares) > 1 else [1.0])
@@ -71,7 +80,7 @@ class StreamOrder:
         self._epochs = [0] * len(shares)  # epoch of each order
 
     def next(self) -> tuple[int, int]:
-        """Return the epoch of the next item, and its place in the data."""
+        """Return the epoch of the next item, and its place among the items."""
         index = self._turns.next()
         self.given += 1
         epoch, position = divmod(self._turns.counts[index] - 1, self._sizes[index])
@@ -86,12 +95,13 @@ class StreamOrder:
         self._turns.go_to(given)
 
     def state(self) -> dict[str, Any]:
-        """Return the order and the number of given items, from which `given_places` repeats them without the data."""
+        """Return the order and the number of given items, from which `given_rows` repeats them without the data."""
         return {
             "shares": [asdict(share) for share in self.shares],
             "seed": self.seed,
             "shuffle": self.shuffle,
             "given": self.given,
+            "skipped_rows": list(self.skipped_rows),
         }
 
     def _order_of(self, index: int, epoch: int) -> list[int]:
@@ -101,25 +111,36 @@ class StreamOrder:
         return order
 
 
-def given_places(state: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Return epoch and place of each item that a stream had given when it returned its order's state."""
+def given_rows(state: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Return epoch and row of each item that a stream had given when it returned its order's state."""
     shares = [MixtureShare(**share) for share in state["shares"]]
-    order = StreamOrder(shares, seed=state["seed"], shuffle=state["shuffle"])
-    return [order.next() for _ in range(state["given"])]
+    skipped = state.get("skipped_rows", ())
+    order = StreamOrder(shares, seed=state["seed"], shuffle=state["shuffle"], skipped_rows=skipped)
+    places = (order.next() for _ in range(state["given"]))
+    return [(epoch, order.rows[place]) for epoch, place in places]
 
 
 class Stream(Generic[T]):
     """Items in the order of a `StreamOrder`. An item comes once an epoch, for any batch size."""
 
-    def __init__(self, items: Sequence[T], *, seed: int, shuffle: bool, shares: Sequence[MixtureShare] = ()) -> None:
+    def __init__(
+        self,
+        items: Sequence[T],
+        *,
+        seed: int,
+        shuffle: bool,
+        shares: Sequence[MixtureShare] = (),
+        skipped_rows: Sequence[int] = (),
+    ) -> None:
         if not items:
             raise ValueError("a stream needs at least one item")
         if shares and sum(share.size for share in shares) != len(items):
             raise ValueError(f"shares of {[share.size for share in shares]} items do not make {len(items)}")
         self._items = items
-        self._fingerprint = _fingerprint(items, seed, shuffle, shares)
+        self._fingerprint = _fingerprint(items, seed, shuffle, shares, skipped_rows)
         whole = MixtureShare(name="", weight=1.0, size=len(items))
-        self.order = StreamOrder(shares if len(shares) > 1 else (whole,), seed=seed, shuffle=shuffle)
+        sets = shares if len(shares) > 1 else (whole,)
+        self.order = StreamOrder(sets, seed=seed, shuffle=shuffle, skipped_rows=skipped_rows)
 
     def __len__(self) -> int:
         """Return the number of items of an epoch, for several sets of all together."""
@@ -130,8 +151,11 @@ class Stream(Generic[T]):
         places = (self.order.next() for _ in range(count))
         return tuple((epoch, self._items[place]) for epoch, place in places)
 
-    def at(self, place: int) -> T:
-        """Return the item at a position of the data, independent of the order."""
+    def at(self, row: int) -> T:
+        """Return the item of a row of the data, independent of the order."""
+        place = bisect.bisect_left(self.order.rows, row)
+        if self.order.rows[place] != row:
+            raise IndexError(f"row {row} was skipped")
         return self._items[place]
 
     def state(self) -> Cursor:
@@ -150,9 +174,16 @@ class Stream(Generic[T]):
         self.order.go_to(cursor.epoch * len(self._items) + cursor.position)
 
 
-def _fingerprint(items: Sequence[Tokenized], seed: int, shuffle: bool, shares: Sequence[MixtureShare]) -> str:
+def _fingerprint(
+    items: Sequence[Tokenized],
+    seed: int,
+    shuffle: bool,
+    shares: Sequence[MixtureShare],
+    skipped_rows: Sequence[int],
+) -> str:
     mixed = "".join(f"/{share}" for share in shares) if len(shares) > 1 else ""
-    digest = hashlib.blake2b(f"{len(items)}/{seed}/{shuffle}{mixed}".encode(), digest_size=16)
+    skipped = f"/{list(skipped_rows)}" if skipped_rows else ""
+    digest = hashlib.blake2b(f"{len(items)}/{seed}/{shuffle}{mixed}{skipped}".encode(), digest_size=16)
     for item in items:
         digest.update(array.array("q", [len(item.token_ids), *item.token_ids]))
         digest.update(item.non_token_bytes)

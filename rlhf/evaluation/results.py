@@ -81,6 +81,11 @@ class Marking:
     pass_score: float | None  # smallest passing score; None: neither pass@k nor maj@k
     answers: AnswerForm | None  # None: no maj@k
 
+    def gives(self, metric: str) -> bool:
+        """Return whether responses can be graded for this metric. Only pass@k and maj@k need settings."""
+        kind, at, _ = metric.partition("@")
+        return not at or (self.pass_score is not None and (kind != "maj" or self.answers is not None))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SetReport:

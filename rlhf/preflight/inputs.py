@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 from rlhf.agents.runners import KEY as AGENT_KEY
 from rlhf.agents.sessions import AgentSpec
 from rlhf.algorithms.base import Kind
-from rlhf.config.derive import chat_template, eval_sets, models_of, prompts_asked, train_sets, with_steps
+from rlhf.config.derive import chat_template, eval_metrics, eval_sets, models_of, prompts_asked, train_sets, with_steps
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.mistakes.explain import refuse
 from rlhf.config.schema.data import DataSource
@@ -229,7 +229,7 @@ def _online(config: Config, source: str, tokenizer: Any, loaded: LoadedConfig) -
             first_id=first_id,
         )[0]
 
-    sets = _read_sets(config, read)
+    sets = _read_sets(config, read, by_row=True)
     prompts, held_out = sets.train, sets.held_out
     refuse_unused_rewards(specs, (prompt.columns for prompt in prompts))
     config = _with_steps(config, len(prompts))
@@ -246,13 +246,15 @@ def _online(config: Config, source: str, tokenizer: Any, loaded: LoadedConfig) -
             f"data.train: column `temperature` is not for algorithm {config.algorithm.name}, whose teacher works at "
             "rollouts.temperature. Give the column another name, or leave it out."
         )
-    _refuse_absent_metric(config, specs, held_out)
     settings = config.eval
     sources = {
         name: {} if settings.by is None else source_names(group, settings.by, key="eval.by", data=f"data.eval.{name}")
         for name, group in held_out.items()
     }
     marks = Marks(ks=settings.k, pass_score=settings.pass_score, answers=settings.answer)
+    marking = marking_of(marks, specs, samples=settings.samples_per_prompt)
+    eval_sets = {name: EvalSet(prompts=group, sources=sources[name]) for name, group in held_out.items()}
+    _refuse_absent_metric(config, specs, eval_sets, marking)
     longest = max(len(p.token_ids) for group in (prompts, *held_out.values()) for p in group)
     max_model_len = rollouts.longest_sequence(longest)
     _refuse_too_long(source, config, longest=longest, wanted=max_model_len)
@@ -267,8 +269,8 @@ def _online(config: Config, source: str, tokenizer: Any, loaded: LoadedConfig) -
         prompts=prompts,
         unusable=sets.unusable,
         shares=sets.shares,
-        eval_sets={name: EvalSet(prompts=group, sources=sources[name]) for name, group in held_out.items()},
-        marking=marking_of(marks, specs, samples=settings.samples_per_prompt),
+        eval_sets=eval_sets,
+        marking=marking,
         rewards=specs,
         environment=environment.spec if environment is not None else None,
         max_model_len=max_model_len,
@@ -277,14 +279,27 @@ def _online(config: Config, source: str, tokenizer: Any, loaded: LoadedConfig) -
 
 
 def _refuse_absent_metric(
-    config: Config, specs: Sequence[RewardSpec], held_out: Mapping[str, Sequence[Prompt]]
+    config: Config, specs: Sequence[RewardSpec], sets: Mapping[str, EvalSet], marking: Marking
 ) -> None:
-    """Raise UserError if the metric for the best checkpoint belongs to a reward that applies to no row of its set."""
-    best = (config.train.best_metric or "").removeprefix("-")
-    for name, prompts in held_out.items():
+    """Raise UserError if no evaluation has the metric for the best checkpoint."""
+    if config.train.best_metric is None:
+        return
+    best = config.train.best_metric.removeprefix("-")
+    parts = [
+        part
+        for name, held_out in sets.items()
+        for part in (name, *sorted({f"{name}.{source}" for source in held_out.sources.values()}))
+    ]
+    known = [f"eval/{part}/{metric}" for part in parts for metric in eval_metrics(config) if marking.gives(metric)]
+    if best not in known:
+        is_graded = marking.gives(best.rpartition("/")[2])
+        why = "" if is_graded else ": pass@k needs eval.pass_score here, and maj@k needs eval.answer too"
+        text = f"is {best!r}, which no evaluation has{why}. The metrics are: {', '.join(known)}"
+        raise UserError(f"train.best_metric: {text}")
+    for name, held_out in sets.items():
         for spec in specs:
             is_best = best == f"eval/{name}/{spec.name}"
-            if is_best and not any(spec.applies_to(prompt.columns) for prompt in prompts):
+            if is_best and not any(spec.applies_to(prompt.columns) for prompt in held_out.prompts):
                 text = f"is {best!r}, but rewards.{spec.name}.only applies to no row of data.eval.{name}"
                 raise UserError(f"train.best_metric: {text}")
 
@@ -300,7 +315,7 @@ def _offline(config: Config, source: str, tokenizer: Any) -> OfflineInputs:
             logger.warning("%s: %d of %d rows cannot be used and are left out", name, len(loaded.unusable), len(rows))
         return loaded
 
-    sets = _read_sets(config, read)
+    sets = _read_sets(config, read, by_row=False)
     rows, held_out = sets.train, sets.held_out
     for name, group in {"data.train": rows, **{f"data.eval.{name}": group for name, group in held_out.items()}}.items():
         prompts = {row.token_ids[: row.prompt_tokens] for row in group if isinstance(row, Labelled)}
@@ -314,13 +329,16 @@ def _offline(config: Config, source: str, tokenizer: Any) -> OfflineInputs:
     return OfflineInputs(rows=rows, shares=sets.shares, eval_sets=held_out, unusable=sets.unusable)
 
 
-def _read_sets(config: Config, read: Callable[[str, DataSource, int], LoadedRows[R]]) -> _Sets[R]:
-    """Return all sets of a run. `read` gets a set's key, its source, and the id of its first row."""
+def _read_sets(config: Config, read: Callable[[str, DataSource, int], LoadedRows[R]], *, by_row: bool) -> _Sets[R]:
+    """Return all sets of a run. `read` gets a set's key, its source, and the id of its first row.
+
+    by_row: ids count skipped rows too.
+    """
     train: tuple[R, ...] = ()
     shares: list[MixtureShare] = []
     unusable: list[Unusable] = []
     for name, section in train_sets(config).items():
-        loaded = read(name, section.source, len(train))
+        loaded = read(name, section.source, len(train) + (len(unusable) if by_row else 0))
         train += loaded.items
         shares.append(MixtureShare(name=name, weight=section.weight, size=len(loaded.items)))
         unusable += loaded.unusable

@@ -14,6 +14,7 @@ from rlhf.config.files.load import load
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.stages import Stage, result_of, run_folder
 from rlhf.controller.record import read_state
+from rlhf.data.prompts import skipped_rows
 from rlhf.data.stream import Cursor, Stream
 from rlhf.errors import UserError
 from rlhf.preflight.inputs import OnlineInputs, StageInputs
@@ -142,7 +143,8 @@ def stream_of(stage: StageInputs) -> Stream[Any]:
     """Return the training data in the run's order."""
     config, inputs = stage.config, stage.inputs
     items: Sequence[Any] = inputs.prompts if isinstance(inputs, OnlineInputs) else inputs.rows
-    return Stream(items, seed=config.run.seed, shuffle=config.data.shuffle, shares=inputs.shares)
+    skipped = skipped_rows(inputs.prompts) if isinstance(inputs, OnlineInputs) else ()
+    return Stream(items, seed=config.run.seed, shuffle=config.data.shuffle, shares=inputs.shares, skipped_rows=skipped)
 
 
 def open_mirror(stage: Stage, folder: RunFolder) -> Mirror | None:

@@ -23,6 +23,8 @@ from rlhf.config.schema.model import RewardModelConfig, StepScores
 from rlhf.config.schema.rewards import RewardConfig, RewardPolicy
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.stages import MergeStage
+from rlhf.data.chat import turn_end
+from rlhf.data.templates import ChatTemplate, read_template
 from rlhf.data.tokenization import Continuation, encode
 from rlhf.engine.distributed import RankContext
 from rlhf.errors import UserError, prefix_errors
@@ -44,6 +46,8 @@ class HeldModel:
 
     config: RewardModelConfig
     tokenizer: str
+    template: ChatTemplate  # changes to the tokenizer's chat template
+    apply_chat_template: bool  # whether the template writes the prompts of rows without `messages`
     trust_remote_code: bool
     device: str
     max_tokens_per_microbatch: int
@@ -96,9 +100,13 @@ def _scoring_of_stage(stage: Config | EvaluationStage, section: EvaluateConfig, 
     model, key = None, REWARD_KEY if isinstance(stage, Config) else f"evaluate.{REWARD_KEY}"
     if section.reward is not None:
         source = stage.policy.tokenizer_source if isinstance(stage, Config) else section.model
+        template_key = f"{'data' if isinstance(stage, Config) else 'evaluate'}.chat_template"
+        text = None if section.chat_template is None else read_template(section.chat_template, key=template_key)
         model = HeldModel(
             config=section.reward,
             tokenizer=local_model(source, loaded.folder, seed=stage.run.seed),
+            template=ChatTemplate(text=text, kwargs=section.chat_template_kwargs),
+            apply_chat_template=section.apply_chat_template,
             trust_remote_code=section.trust_remote_code,
             device=stage.cluster.device,
             max_tokens_per_microbatch=section.max_tokens_per_microbatch,
@@ -125,7 +133,11 @@ class Scorer:
         if held is not None:
             with prefix_errors("reward.model"):
                 refuse_without_head(held.config.model, trust_remote_code=held.config.trust_remote_code)
-            self.tokenizer = load_tokenizer(held.tokenizer, trust_remote_code=held.trust_remote_code)
+            self.tokenizer = load_tokenizer(
+                held.tokenizer, trust_remote_code=held.trust_remote_code, template=held.template
+            )
+            self.apply_chat_template = held.apply_chat_template
+            self.turn_end = turn_end(self.tokenizer)
             place = RankContext(
                 rank=0,
                 world_size=1,
@@ -164,7 +176,7 @@ class Scorer:
         model_steps: dict[str, list[tuple[StepReward, ...]]] = {}
         if models:
             assert self.model is not None
-            flat, lengths, ends = self._tokens(prompt.text, responses, truncated, self.model.steps)
+            flat, lengths, ends = self._tokens(prompt, responses, truncated, self.model.steps)
             for spec in models:
                 if spec.by_step:
                     assert ends is not None, "reward.steps is checked"
@@ -182,13 +194,18 @@ class Scorer:
         )
 
     def _tokens(
-        self, prompt: str, responses: Sequence[str], truncated: Sequence[bool], steps: StepScores | None
+        self, prompt: Prompt, responses: Sequence[str], truncated: Sequence[bool], steps: StepScores | None
     ) -> tuple[Int[Tensor, " N"], Int[Tensor, " B"], Bool[Tensor, " N"] | None]:
-        """Return the tokens of prompts and responses for the reward model, and the ends of steps if it scores steps."""
-        (prompt_ids,) = encode([prompt], self.tokenizer)
-        encoded = Continuation(self.tokenizer).encode([(prompt, response) for response in responses])
+        """Return the tokens of prompts and responses for the reward model, and the ends of steps if it scores steps.
+
+        A response that is not truncated ends as in a run: in a conversation with the template's end of a turn.
+        """
+        (prompt_ids,) = encode([prompt.text], self.tokenizer)
+        encoded = Continuation(self.tokenizer).encode([(prompt.text, response) for response in responses])
+        is_chat = self.apply_chat_template or "messages" in prompt.columns
         eos = self.tokenizer.eos_token_id
-        end = [] if eos is None else [eos]
+        last = self.turn_end if is_chat and self.turn_end is not None else eos
+        end = [] if last is None else [last]
         sequences = [
             [*prompt_ids, *response_ids, *([] if is_truncated else end)]
             for response_ids, is_truncated in zip(encoded, truncated, strict=True)

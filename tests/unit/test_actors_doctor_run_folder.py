@@ -35,6 +35,7 @@ from tests.unit.test_controller_group_queue import settle
 RULES: dict[str, dict[str, Any]] = {
     "plain": {},
     "ahead": {"max_staleness": 2},
+    "skipped rows": {"max_staleness": 2, "skipped_rows": [2, 17, 23]},
     "oversampled": {"oversample": 1.5, "order": slowest(1, 3, 9)},
     "curriculum": {"scores": by_prompt(solved=[0, 5], failed=[7]), "curriculum": {"outside": 0.001}, "prompts": 8},
     "filtered": {
@@ -164,6 +165,7 @@ def test_a_run_killed_at_any_moments_has_a_whole_record(
         "reward_policy": {"on_error": "drop", "max_dropped_fraction": 0.9},
         "steps": 6,
         "checkpoint_every": 3,
+        "skipped_rows": [2, 14],
         **mode,
     }
     unbroken = read_groups(train(tmp_path / "unbroken", **keys))

@@ -21,6 +21,7 @@ import rlhf
 from rlhf.cli import main
 from rlhf.config.files.load import load
 from rlhf.errors import UserError
+from rlhf.preflight.inputs import OnlineInputs, StageInputs, load_inputs
 from rlhf.scoring.http import MAX_BODY_BYTES, RewardServer
 from rlhf.scoring.scorer import Scorer, scoring_of_config, scoring_of_function
 from rlhf.serving import serving_token
@@ -86,6 +87,30 @@ def test_samples_of_a_run_get_the_columns_of_its_data(config: str, tmp_path: Pat
     ):
         with pytest.raises(UserError, match=rf"r.jsonl:1: .*{why}"):
             rlhf.reward(config, write(tmp_path / "r.jsonl", [rows[0] | wrong]))
+
+
+def test_samples_get_the_columns_of_their_rows_although_the_run_skipped_others(config: str, tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "answer": "xx"}, {"prompt": "b" * 99, "answer": "no"}, {"prompt": "c", "answer": "xxx"}]
+    write(tmp_path / "data.jsonl", rows)
+    skips = ["data.max_prompt_tokens=9", "data.too_long=skip", "data.max_unusable_fraction=0.5"]
+    sets = f"data.train={{one: {{source: {tmp_path}/data.jsonl}}, two: {{source: {tmp_path}/data.jsonl}}}}"
+    (stage,) = load_inputs(load(config, [*skips, sets]))
+    assert isinstance(stage, StageInputs)
+    assert isinstance(stage.inputs, OnlineInputs)
+    read = {"train": stage.inputs.prompts, "heldout": stage.inputs.eval_sets["heldout"].prompts}
+    samples: list[dict[str, Any]] = [
+        {
+            "split": split,
+            "prompt_id": prompt.prompt_id,
+            "prompt": prompt.text,
+            "response": prompt.columns["answer"],
+            "response_tokens": 2,
+        }
+        for split, prompts in read.items()
+        for prompt in prompts
+    ]
+    found = rlhf.reward(config, write(tmp_path / "r.jsonl", samples), [*skips, sets]).rows
+    assert [one.scores["correct"] for one in found] == [1.0] * 6
 
 
 def test_failures_are_told_by_line_and_the_policy_decides(
@@ -169,6 +194,33 @@ def test_a_reward_model_scores_the_text(config: str, tmp_path: Path, tiny_model:
     credited = ["rewards={taste: {role: reward, credit: step}}", "reward.steps={separator: c}"]
     (one, other) = rlhf.reward(config, file, [*how[:2], *credited]).rows
     assert [one.score, other.score] == pytest.approx([first + last, first], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "columns", "end"),
+    [
+        ([], {}, "<|reserved_0|>"),
+        (["data.apply_chat_template=false"], {}, "<|eos|>"),
+        (["data.apply_chat_template=false"], {"messages": []}, "<|reserved_0|>"),
+    ],
+)
+def test_a_reward_model_scores_a_response_with_the_end_it_has_in_a_run(
+    config: str, tmp_path: Path, tiny_model: Path, overrides: list[str], columns: dict[str, Any], end: str
+) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
+    model.save_pretrained(tmp_path / "rm")
+    (tmp_path / "turns.jinja").write_text(
+        "{% for message in messages %}<|user|>{{ message.content }}<|reserved_0|>{% endfor %}"
+    )
+    file = write(tmp_path / "r.jsonl", [row("<|user|>a", "b", **columns)])
+    how = [f"reward.model={tmp_path}/rm", "reward.dtype=float32", "rewards={taste: {role: reward}}"]
+    (found,) = rlhf.reward(config, file, [*how, f"data.chat_template={tmp_path}/turns.jinja", *overrides]).rows
+    ids = AutoTokenizer.from_pretrained(tiny_model)(f"<|user|>ab{end}", add_special_tokens=False).input_ids
+    value = model.score(model.model(torch.tensor([ids])).last_hidden_state[0, -1]).item()
+    assert found.score == pytest.approx(value, rel=1e-5)
 
 
 async def test_the_server(config: str) -> None:

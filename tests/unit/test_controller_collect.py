@@ -78,7 +78,7 @@ class Run:
         curriculum, warmth = keys.pop("curriculum", None), keys.pop("warmth", {})
         algorithm = keys.pop("algorithm", "grpo")
         reward, reward_policy = keys.pop("reward", {}), keys.pop("reward_policy", {})
-        rewards = keys.pop("rewards", {})
+        rewards, skipped = keys.pop("rewards", {}), keys.pop("skipped_rows", ())
         config = Config.model_validate(
             {
                 "run": {"name": "demo"},
@@ -108,8 +108,9 @@ class Run:
         items = [
             Prompt(prompt_id=i, token_ids=(1, i), text="", columns={}, temperature=warmth.get(i))
             for i in range(prompts)
+            if i not in skipped
         ]
-        stream = Stream(items, seed=0, shuffle=False)
+        stream = Stream(items, seed=0, shuffle=False, skipped_rows=skipped)
         self.collector = Collector(config, stream, self.scorer, record, Sampling(max_new_tokens=4))
 
     async def score(self, group: CompletedGroup) -> GroupScores:

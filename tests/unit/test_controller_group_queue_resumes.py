@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.data.stream import given_places
+from rlhf.data.stream import given_rows
 from rlhf.roles import CompletedGroup
 from rlhf.tracking.run_folder.group_ledger import StepGroups
 from rlhf.types import GroupRequest, Sampling
@@ -103,6 +103,6 @@ async def test_each_prompt_ends_once_within_the_bound_of_its_start(tmp_path: Pat
             ends = [(record.epoch, record.prompt_id) for record in records]
             skipped = [prompt for ended in ledger.values() for prompt in ended.skipped]
             assert sorted([*ends, *skipped, *state["waiting"], *state["skipped"]]) == sorted(
-                given_places(state["stream"])
+                given_rows(state["stream"])
             )
         await run.queue.stop()

@@ -10,7 +10,8 @@ from dataclasses import replace
 import pytest
 
 from rlhf.data.mixing import Turns
-from rlhf.data.stream import MixtureShare, Stream, given_places
+from rlhf.data.prompts import skipped_rows
+from rlhf.data.stream import MixtureShare, Stream, given_rows
 from rlhf.errors import UserError
 from rlhf.types import Prompt
 
@@ -95,7 +96,23 @@ def test_the_given_items_are_known_without_the_data(shares: tuple[MixtureShare, 
     resumed = mixture(*shares, seed=5, shuffle=shuffle)
     resumed.restore(stream.state())
     for one in (stream, resumed):
-        assert given_places(json.loads(json.dumps(one.order.state()))) == taken
+        assert given_rows(json.loads(json.dumps(one.order.state()))) == taken
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_given_rows_have_the_numbers_of_the_data_with_its_skipped_rows(shuffle: bool) -> None:
+    rows = [0, 1, 3, 4, 5, 6, 7, 8, 9, 11, 12, 14]  # two of them are of the small set
+    items = [Prompt(prompt_id=row, token_ids=(row,), text="", columns={}) for row in rows]
+    skipped = skipped_rows(items)
+    assert skipped == [2, 10, 13]
+    stream = Stream(items, seed=5, shuffle=shuffle, shares=(BIG, SMALL), skipped_rows=skipped)
+    taken = ids(stream, 31)
+    assert given_rows(json.loads(json.dumps(stream.order.state()))) == taken
+    assert [stream.at(row).prompt_id for row in rows] == rows
+    with pytest.raises(IndexError):
+        stream.at(10)
+    with pytest.raises(UserError, match="belongs to other data"):
+        Stream(items, seed=5, shuffle=shuffle, shares=(BIG, SMALL)).restore(stream.state())
 
 
 def test_a_single_set_is_a_stream_as_it_always_was() -> None:

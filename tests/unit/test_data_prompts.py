@@ -178,7 +178,7 @@ def test_prompts_that_are_too_long_are_left_out(tokenizer: Any) -> None:
     rows = [{"prompt": "abc"}, {"prompt": "abcd"}, {"prompt": "ab"}]
     options = {"apply_chat_template": False, "max_tokens": 3, "too_long": "skip"}
     loaded = load_all(tokenizer, *rows, **options, max_unusable_fraction=0.4, first_id=5)
-    assert [(prompt.prompt_id, prompt.text) for prompt in loaded.items] == [(5, "abc"), (6, "ab")]
+    assert [(prompt.prompt_id, prompt.text) for prompt in loaded.items] == [(5, "abc"), (7, "ab")]  # the row
     (left_out,) = loaded.unusable
     assert left_out.place == "p.jsonl:2"
     assert left_out.reason == "the prompt has 4 tokens, more than data.max_prompt_tokens: 3"

@@ -119,6 +119,25 @@ def test_a_curriculum_needs_prompts_that_come_up_twice(folder: Path) -> None:
     assert isinstance(inputs(folder, GRPO, "data.curriculum={}"), OnlineInputs)  # of mixed sets, a small one may
 
 
+def test_the_best_metric_is_one_that_the_evaluations_have(folder: Path) -> None:
+    held_out = ["data.eval=DIR/a.jsonl".replace("DIR", str(folder)), "eval.samples_per_prompt=4", "eval.temperature=1"]
+    best = "train.best_metric=eval/heldout"
+    for metric in ("pass@4", "score", "correct"):
+        assert isinstance(inputs(folder, GRPO, *held_out, f"{best}/{metric}"), OnlineInputs)
+    service = "rewards={far: {url: 'http://127.0.0.1:9/'}}"
+    with pytest.raises(
+        UserError, match=r"'eval/heldout/pass@4', which no evaluation has: pass@k needs eval.pass_score"
+    ):
+        inputs(folder, GRPO, *held_out, service, f"{best}/pass@4")
+    assert isinstance(inputs(folder, GRPO, *held_out, service, f"{best}/pass@4", "eval.pass_score=1"), OnlineInputs)
+    with pytest.raises(UserError, match=r"expected a metric of an evaluation.*eval/heldout/maj@2, eval/heldout/maj@4"):
+        inputs(folder, GRPO, *held_out, f"{best}/maj@1")
+    by = [*held_out, "eval.by=answer"]
+    assert isinstance(inputs(folder, GRPO, *by, f"{best}.b/score"), OnlineInputs)
+    with pytest.raises(UserError, match=r"'eval/heldout.c/score', which no evaluation has. The metrics are: .*t.b/sc"):
+        inputs(folder, GRPO, *by, f"{best}.c/score")
+
+
 def test_a_teacher_is_not_asked_at_a_temperature_of_each_prompt(folder: Path) -> None:
     write(folder / "a.jsonl", [{"prompt": "a", "answer": "b", "temperature": 0.5}])
     assert inputs(folder, GRPO).prompts[0].temperature == 0.5
