@@ -89,8 +89,9 @@ def deadline_s(specs: Sequence[RewardSpec], num_responses: int, *, timeout_s: fl
 
 
 def ask_deadline_s(specs: Sequence[RewardSpec], num_responses: int) -> float:
-    """Return the longest time of the services for a group."""
-    return max((spec.remote.longest_s(num_responses) for spec in specs if spec.remote is not None), default=0.0)
+    """Return the longest time of the services for a group while `asks_in_flight` groups are in flight."""
+    groups = asks_in_flight(specs)
+    return max((spec.remote.longest_s(num_responses, groups) for spec in specs if spec.remote is not None), default=0.0)
 
 
 def asks_in_flight(specs: Sequence[RewardSpec]) -> int:

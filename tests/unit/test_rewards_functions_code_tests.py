@@ -23,6 +23,9 @@ SUM_SCRIPT = "a, b = map(int, input().split())\nprint(a + b)"
 PRINTED = [{"input": "1 2\n", "output": "3\n"}, {"input": "3 4", "output": "7"}]
 
 
+GUARD = 'if __name__ == "__main__":\n    '
+
+
 def block(program: str) -> str:
     return f"It is:\n```python\n{program}\n```\nDone."
 
@@ -84,6 +87,11 @@ def test_returned_values_come_as_json(share: CodeTests) -> None:
     program = "def f(n):\n    return [(1, 2), {1: None}, {1, 2}, 'a', f][n]"
     tests = {"fn_name": "f", "inputs": [[0], [1], [2], [3], [4]], "outputs": [[1, 2], {"1": None}, [1, 2], "a", "f"]}
     assert share("p", block(program), tests=tests) == 0.6  # a set and a function are no values
+
+
+def test_arguments_of_a_call_may_contain_unicode_line_ends() -> None:
+    lines = read_tests({"fn_name": "f", "inputs": ['"a\u2028b\x85"\r\n\n2\n'], "outputs": ["3"]})
+    assert lines == Cases(function="f", returned=((["a\u2028b\x85", 2], 3),))
 
 
 def test_a_main_block_does_not_run_beside_tests(share: CodeTests) -> None:
@@ -205,6 +213,12 @@ def test_tests_that_cannot_be_read_are_errors(tests: object, message: str) -> No
         ("def f(:", "is not Python"),
         ("import math\nX = 1\ndef check(candidate):\n    assert candidate(1)", "only has definitions"),
         ('"""Tests."""\nclass TestAdd:\n    def test_a(self):\n        assert 1', "only has definitions"),
+        (
+            f"import unittest\nclass T(unittest.TestCase):\n    def test_a(self): pass\n{GUARD}unittest.main()",
+            "class T,",
+        ),
+        (f"def check(candidate):\n    assert candidate(1)\n{GUARD}pass", "only has definitions"),
+        (f"import pytest\nclass TestAdd:\n    def test_a(self): pass\n{GUARD}pytest.main()", "only has definitions"),
     ],
 )
 def test_test_code_that_tests_nothing_is_an_error(code: str, message: str) -> None:
@@ -215,6 +229,13 @@ def test_test_code_that_tests_nothing_is_an_error(code: str, message: str) -> No
 def test_read_test_code() -> None:
     assert read_test_code("assert f()", None) == Cases(statements=("assert f()",))
     assert read_test_code("def test_a(): pass\nX = 1", None).test_functions == ("test_a",)
+
+
+def test_statements_of_a_main_guard_are_run(share: CodeTests) -> None:
+    code = f"import sys\nsys.setrecursionlimit(999)\ndef check(f):\n    assert f(1, 2) == 3\n{GUARD}check(add)"
+    assert share("p", block(ADD), test_code=code) == 1.0
+    assert share("p", block("def add(a, b):\n    return a"), test_code=code) == 0.0
+    assert read_test_code(f"def test_a(): pass\n{GUARD}test_a()", None).test_functions == ("test_a",)
 
 
 def test_a_row_needs_tests(share: CodeTests) -> None:

@@ -119,6 +119,8 @@ def test_regex_match() -> None:
     assert regex_match("p", "none", pattern, "select 2") == 0.0
     assert regex_match("p", "it is 17 or 18", "[0-9]+", 18) == 1.0
     assert regex_match("p", "x", "(a)|x", "x") == 0.0  # the group took no part in the match
+    with pytest.raises(ValueError, match="limit_s is 0"):
+        regex_match("p", "x", "x", "x", limit_s=0)
 
 
 SCHEMA = {"type": "object", "properties": {"age": {"type": "integer", "minimum": 0}}, "required": ["age"]}
@@ -128,6 +130,7 @@ def test_json_schema() -> None:
     fixed = JsonSchema(schema=SCHEMA)
     assert fixed("p", '{"age": 3}') == 1.0
     assert fixed("p", 'Here:\n```json\n{"age": 3}\n```') == 1.0
+    assert fixed("p", 'By:\n```python\nage = 3\n```\nthis is\n```json\n{"age": 3}\n```') == 1.0  # the last block
     assert fixed("p", '{"age": -1}') == 0.0
     assert fixed("p", '{"age": 3} and more') == 0.0
     assert fixed("p", "[" * 100_000) == 0.0
@@ -211,10 +214,50 @@ def pool() -> Iterator[RewardPool]:
         ("x^2+1", "$1+x^2$", "$x^2$"),
         ("$(1,2)$", "\\boxed{(1,2)}", "\\boxed{(2,1)}"),
         ("42", "The answer is 42", "junk"),
+        ("5\\sqrt{2}", "\\boxed{5\\sqrt{2}}", "\\boxed{5}"),
+        ("2\\pi", "\\boxed{2\\pi}", "\\boxed{2}"),
+        ("3x+2", "\\boxed{2 + 3x}", "\\boxed{3}"),
+        ("3xy + 2", "\\boxed{2 + 3xy}", "\\boxed{2}"),
+        ("x^2 + 1", "\\boxed{x^2+1}", "\\boxed{1}"),
+        ("(3, 4)", "\\boxed{(3,4)}", "\\boxed{4}"),
+        ("\\left( 3, \\frac{\\pi}{2} \\right)", "\\boxed{(3, \\pi/2)}", "\\boxed{3}"),
+        ("4\\frac{1}{2}", "\\boxed{4.5}", "\\boxed{\\frac{1}{2}}"),
+        ("1, 2 and 3", "\\boxed{1, 2, 3}", "\\boxed{3}"),
+        ("5\\sqrt{2} \\text{ cm}", "\\boxed{5\\sqrt{2}}", "\\boxed{5}"),
+        ("\\theta = 5\\pi", "\\boxed{5\\pi}", "\\boxed{5}"),
     ],
 )
 def test_math_answer(pool: RewardPool, answer: str, right: str, wrong: str) -> None:
     assert pool.score(0, "p", [right, wrong], {"answer": answer}).scores == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "number"),
+    [
+        ("1,234", "1234"),
+        ("1 000 000", "1000000"),
+        ("12 apples", "12"),
+        ("5 miles", "5"),
+        ("42 km/h", "42"),
+        ("9.8 m/s^2", "9.8"),
+        ("20 N", "20"),
+        ("50%", "50\\%"),
+        ("50\\%", "50\\%"),
+        ("1/2", "0.5"),
+        ("$5", "5"),
+        ("€12", "12"),
+        ("x = 5", "5"),
+        ("2 + 2 = 4", "4"),
+        ("(B) 12", "12"),
+        ("3 * 4 = 12, so 12 #### 12", "12"),
+        ("The answer is \\frac{1}{2}", "0.5"),
+        ("(C)", "C"),
+        ("no", "no"),
+        ("plain words", "plain words"),
+    ],
+)
+def test_math_answer_reads_numbers_within_text(pool: RewardPool, answer: str, number: str) -> None:
+    assert pool.score(0, "p", [f"\\boxed{{{number}}}", "\\boxed{77}"], {"answer": answer}).scores == (1.0, 0.0)
 
 
 def test_math_answer_without_an_expression_in_the_answer_is_an_error(pool: RewardPool) -> None:

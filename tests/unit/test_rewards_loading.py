@@ -132,6 +132,28 @@ def test_args_that_do_not_fit() -> None:
     assert "unterminated" in refusal("format_regex", pattern="(")
 
 
+@pytest.mark.parametrize(
+    ("function", "args", "message"),
+    [
+        ("length_penalty", {"limit": 400, "unit": "tokens"}, "unit is 'tokens'"),
+        ("length_penalty", {"limit": "400"}, "TypeError"),
+        ("target_length", {"unit": "tokens"}, "unit is 'tokens'"),
+        ("overlong", {"limit": 10, "buffer": 11}, "at most limit"),
+        ("repetition_penalty", {"ngram": 0}, "ngram must be 1 or more"),
+        ("regex_match", {"pattern": "("}, "unterminated"),
+        ("regex_match", {"limit_s": 0}, "limit_s is 0"),
+        ("cosine_length", {"limit": 9, "verifier": "regex_match", "verifier_args": {"pattern": "("}}, "unterminated"),
+    ],
+)
+def test_args_of_a_built_in_are_checked_when_it_is_loaded(function: str, args: dict[str, object], message: str) -> None:
+    assert message in refusal(function, **args)  # type: ignore[arg-type]
+
+
+def test_args_that_leave_columns_open_are_accepted() -> None:
+    assert load("overlong", buffer=5).signature.required == ("limit",)
+    assert load("regex_match", pattern="[0-9]+").signature.required == ("answer",)
+
+
 def test_a_file_named_like_a_module_does_not_replace_it(tmp_path: Path) -> None:
     (tmp_path / "json.py").write_text("import json\n\ndef reward(prompt, response):\n    return json.loads(response)\n")
     assert load("json.py:reward", folders=(tmp_path,)).function == "json.py:reward"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.server
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -17,6 +18,7 @@ from rlhf.errors import RunError
 from rlhf.rewards.processes.pool import GroupOutcome
 from rlhf.rewards.scoring import RewardSet, RewardSpec, ask_deadline_s, asks_in_flight, fingerprint
 from rlhf.rewards.services import client as service_module
+from rlhf.rewards.services import remote as remote_module
 from rlhf.rewards.services.client import TRIPS_AFTER, Breaker, ServiceSpec
 from rlhf.rewards.services.judge import JudgeSpec
 from rlhf.rewards.services.remote import RemoteReward, RemoteRewards, read_scores
@@ -136,6 +138,53 @@ def test_a_token_that_is_refused_is_an_error_at_the_start() -> None:
         refused = pytest.raises(RunError, match=r"it refused the token with HTTP 401")
         with RewardSet([spec(url, token="wrong")], timeout_s=1.0) as rewards, refused:
             rewards.greet()
+
+
+def test_groups_wait_for_a_service_of_fewer_requests_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        await asyncio.sleep(0.4)
+        return web.json_response({"scores": [1.0]})
+
+    def work() -> None:
+        outcomes.append(rewards.ask(["wide", "narrow"], PROMPT, ["a"], truncated=[False])["narrow"])
+
+    outcomes: list[GroupOutcome] = []
+    with served(handler) as url:
+        limits = {"timeout_s": 2.0, "deadline_s": 2.0}
+        specs = {"wide": spec(url, **limits, max_in_flight=8), "narrow": spec(url, **limits, max_in_flight=1)}
+        rewards = RemoteRewards({name: one.remote for name, one in specs.items()})  # type: ignore[misc]
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        with monkeypatch.context() as patch:
+            patch.setattr(remote_module, "CLOSE_WITHIN_S", 0.1)
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(60.0)
+        rewards.close()
+    assert [outcome.scores for outcome in outcomes] == [(1.0,)] * 8
+
+
+@pytest.mark.parametrize(("status", "kind"), [(502, "unavailable"), (403, "refused")])
+def test_a_status_of_a_proxy_is_treated_like_one_of_the_service(
+    status: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    class Proxy(http.server.BaseHTTPRequestHandler):
+        def do_CONNECT(self) -> None:
+            asked.append(self.path)
+            self.send_error(status)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.server_port}")
+        monkeypatch.setenv("no_proxy", "")
+        (failure,) = ask(spec("https://scores.invalid/score", deadline_s=0.5), ["a"]).failures
+        proxy.shutdown()
+    assert failure.kind == kind
+    assert f"HTTP {status} from the proxy" in failure.message
+    assert asked[0] == "scores.invalid:443"
+    assert (len(asked) > 1) == (kind == "unavailable")
 
 
 def test_a_hanging_attempt_is_given_up_and_made_again() -> None:
@@ -341,6 +390,8 @@ def test_limits_of_a_group() -> None:
     url, judge = "http://127.0.0.1:9/", JudgeSpec(**dict(JudgeConfig(model="m")))
     assert ask_deadline_s([spec(url)], 8) == 5.0 + 10.0
     assert ask_deadline_s([spec(url), spec(url, judge=judge)], 8) == 8 * 5.0 + 10.0
+    assert ask_deadline_s([spec(url), spec(url, max_in_flight=1)], 8) == 4 * 5.0 + 10.0
+    assert ask_deadline_s([spec(url, max_in_flight=9), spec(url, judge=judge)], 8) == 9 * 8 / 4 * 5.0 + 10.0
     assert asks_in_flight([spec(url), spec(url, max_in_flight=9)]) == 9
     assert asks_in_flight([RewardSpec(name="taste", weight=1.0, function=None)]) == 0
 

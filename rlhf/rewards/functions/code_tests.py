@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 from rlhf.rewards.sandbox.run import START_LIMIT_S, Sandbox
 
@@ -25,6 +25,16 @@ Extract = Literal["code_block", "whole"]
 
 _FENCE = re.compile(r"[ \t]*+```[ \t]*+(\w*+)[^`]*+")  # possessive, so a line without a fence takes linear time
 _PYTHON = {"py", "python", "python3"}
+_DEFINING = (
+    ast.FunctionDef,
+    ast.AsyncFunctionDef,
+    ast.ClassDef,
+    ast.Import,
+    ast.ImportFrom,
+    ast.Assign,
+    ast.AnnAssign,
+    ast.Pass,
+)
 _NUMBER = re.compile(r"[+-]?(?:[0-9]{1,400}(?:\.[0-9]{0,400})?|\.[0-9]{1,400})(?:[eE][+-]?[0-9]{1,3})?")
 
 
@@ -149,12 +159,12 @@ class CodeTests:
 
 def last_code_block(response: str) -> str | None:
     """Return the last closed fenced block marked as Python, or else the last block, or None."""
-    blocks = list(_code_blocks(response))
+    blocks = list(code_blocks(response))
     marked = [code for language, code in blocks if language.lower() in _PYTHON]
     return marked[-1] if marked else blocks[-1][1] if blocks else None
 
 
-def _code_blocks(response: str) -> Iterator[tuple[str, str]]:
+def code_blocks(response: str) -> Iterator[tuple[str, str]]:
     """Yield language and content of each block. A fence with a language opens a block, even after an unclosed block."""
     language: str | None = None
     content: list[str] = []
@@ -198,7 +208,10 @@ def read_tests(column: object) -> Cases:
 
 
 def read_test_code(code: str, entry_point: str | None) -> Cases:
-    """Read the column `test_code`: statements, functions named test_..., or `check` for `entry_point`."""
+    """Read the column `test_code`: statements, functions named test_..., or `check` for `entry_point`.
+
+    The statements below `if __name__ == "__main__"` are statements as any other.
+    """
     try:
         body = ast.parse(code).body
     except SyntaxError as error:
@@ -209,21 +222,36 @@ def read_test_code(code: str, entry_point: str | None) -> Cases:
         return Cases(statements=(code,), test_functions=names)
     if entry_point is not None and any(node.name == "check" for node in functions):
         return Cases(statements=(f"{code}\n\ncheck({entry_point})\n",))
-    defining = (
-        ast.FunctionDef,
-        ast.AsyncFunctionDef,
-        ast.ClassDef,
-        ast.Import,
-        ast.ImportFrom,
-        ast.Assign,
-        ast.AnnAssign,
-    )
-    if all(isinstance(node, defining) or isinstance(getattr(node, "value", None), ast.Constant) for node in body):
+    cases = [node.name for node in body if isinstance(node, ast.ClassDef) and _is_unittest(node)]
+    if cases:
+        raise ValueError(
+            f"the column `test_code` has tests in the unittest class {cases[0]}, which is not run. Write them as "
+            "functions called test_..., without a class, or as statements"
+        )
+    statements = [part for node in body for part in (node.body if _is_main_guard(node) else [node])]
+    if all(map(_tests_nothing, statements)):
         raise ValueError(
             "the column `test_code` only has definitions, so every program would pass: add statements, functions "
             "called test_..., or a function `check` and a column `entry_point`"
         )
-    return Cases(statements=(code,))
+    return Cases(statements=(code if statements == body else ast.unparse(ast.Module(statements, type_ignores=[])),))
+
+
+def _is_unittest(node: ast.ClassDef) -> bool:
+    return any(ast.unparse(base).endswith("TestCase") for base in node.bases)
+
+
+def _is_main_guard(node: ast.stmt) -> TypeGuard[ast.If]:
+    return isinstance(node, ast.If) and any(
+        isinstance(part, ast.Name) and part.id == "__name__" for part in ast.walk(node.test)
+    )
+
+
+def _tests_nothing(node: ast.stmt) -> bool:
+    """Return whether a statement defines something, or starts a runner of tests, which finds none in the sandbox."""
+    if isinstance(node, _DEFINING) or isinstance(getattr(node, "value", None), ast.Constant):
+        return True
+    return any(runner in ast.unparse(node) for runner in ("unittest.main(", "pytest.main("))
 
 
 def same_output(printed: str, expected: str, *, tolerance: float = 0.0) -> bool:
@@ -277,9 +305,9 @@ def _close(first: Any, second: Any, tolerance: float) -> bool:
 
 
 def _returned(raw_arguments: object, expected: object) -> tuple[list[Any], Any]:
-    arguments = (
-        [json.loads(line) for line in raw_arguments.splitlines()] if isinstance(raw_arguments, str) else raw_arguments
-    )
+    arguments = raw_arguments
+    if isinstance(raw_arguments, str):  # `splitlines` would also split at U+2028, which a JSON string may contain
+        arguments = [json.loads(line) for line in raw_arguments.split("\n") if line.strip()]
     if not isinstance(arguments, list):
         raise ValueError(f"the arguments of a test are {_short(raw_arguments)}; they must be a list, or lines of JSON")
     if isinstance(raw_arguments, str) and isinstance(expected, str):

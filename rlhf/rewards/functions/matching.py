@@ -21,7 +21,7 @@ from decimal import Decimal
 from types import FrameType
 from typing import Any, Literal, NoReturn
 
-from rlhf.rewards.functions.code_tests import last_code_block
+from rlhf.rewards.functions.code_tests import code_blocks
 
 # A minus sign belongs to the number unless it follows a digit, a letter or a closing bracket ("10-3" ends in 3).
 # A comma is a thousands separator only before groups of three digits ("1,234"), so that "11,19,23" ends in 23.
@@ -40,6 +40,18 @@ _CHOICE = re.compile(
     r"([A-Z](?![\w'])|[a-z](?=\s{0,3}[*)\]}<]))"
 )
 _LONE_CHOICE = re.compile(r"[\s*(\[]*([A-Za-z])[\s*)\].:]*")
+# A command in LaTeX, together with its text ("\text{ cm}") or the name of its environment.
+_LATEX_COMMAND = re.compile(r"\\(?:(?:text|math|mbox|operatorname|begin|end)[a-z]*\*?(?:\s*\{[^{}]*\})+|[A-Za-z]+)")
+# An answer is more than LaTeX if it has one of these, with each command replaced by @. After a number and a space, two
+# letters or a last capital letter are a unit ("5 kg", "5 N"), but "3xy" is a product.
+_TEXT = re.compile(
+    r"[$#]|(?<!\\)\\[(\[]"  # a delimiter says where LaTeX begins, and #### where the answer begins
+    r"|^\(?[A-Z][).:]\s"  # (B) 12
+    r"|^[^A-Za-z]*=[^A-Za-z@]*$"  # 2 + 2 = 4
+    r"|[0-9]\s[0-9]{3}(?![0-9])"  # 1 000 000
+    r"|(?<![0-9])(?!and\b)[^\W\d_]{3,}"  # a word
+    r"|(?<=[0-9]\s)(?:(?!(?:and|or)\b)[^\W\d_]{2,}|[A-Z]$|m[/^23])"  # a unit
+)
 
 
 def exact_match(prompt: str, response: str, answer: object) -> float:
@@ -82,7 +94,7 @@ def regex_match(prompt: str, response: str, pattern: str, answer: object, limit_
     """Compare the last match of the pattern with the answer: its first group, or the whole match without a group."""
     compiled = re.compile(pattern, re.DOTALL)
     captured = None
-    with _limit(limit_s) as search:
+    with _limit(_positive(limit_s)) as search:
         for match in compiled.finditer(response):
             captured = match[compiled.groups and 1]
     return float(search.in_time and captured is not None and captured.strip() == str(answer).strip())
@@ -107,11 +119,11 @@ class JsonSchema:
         if self._fixed is None and schema is None:
             raise ValueError("there is no schema: give args.schema, or a column `schema`")
         validator = self._fixed or self._validator(json.loads(schema) if isinstance(schema, str) else schema)
-        block = last_code_block(response)
+        blocks = [content for _, content in code_blocks(response)]
         allowed = False
         with _limit(self._limit_s) as check:
             try:
-                allowed = validator.is_valid(_read_json(response if block is None else block))
+                allowed = validator.is_valid(_read_json(blocks[-1] if blocks else response))
             except (ValueError, OverflowError, RecursionError):  # such as 5,000 digits, or 1e999 and `multipleOf`
                 allowed = False
         return float(check.in_time and allowed)
@@ -157,13 +169,24 @@ class MathAnswer:
         logging.getLogger("math_verify").setLevel(logging.ERROR)  # it would warn about its disabled limits
 
     def __call__(self, prompt: str, response: str, answer: object) -> float:
-        gold = self._parse(str(answer)) or self._parse(f"${answer}$")
+        gold = self._parse_answer(str(answer).strip())
         if not gold:
             raise ValueError(f"math-verify finds no expression in the answer {answer!r}")
         equal = False
         with _limit(self._limit_s) as check:
             equal = self._library.verify(gold, self._parse(response), timeout_seconds=None)
         return float(check.in_time and equal)
+
+    def _parse_answer(self, answer: str) -> list[Any]:
+        """Parse an answer as LaTeX, or as text with a number.
+
+        Of LaTeX without delimiters math-verify would only read a number: 5 of "5\\sqrt{2}", and 1 of "x^2 + 1".
+        """
+        if not _TEXT.search(_LATEX_COMMAND.sub("@", answer)):
+            latex = self._parse(f"${answer}$")
+            if len(latex) > 1:  # an expression and its text; the text alone is no expression
+                return latex
+        return self._parse(answer) or self._parse(f"${answer}$")
 
     def _parse(self, text: str) -> list[Any]:
         expressions: list[Any] = self._library.parse(text, parsing_timeout=None)

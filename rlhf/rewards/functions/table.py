@@ -78,7 +78,23 @@ def _built_in(name: str, args: Mapping[str, Any]) -> Callable[..., float]:
     if inspect.isclass(target):
         reward: Any = target(**args)
         return reward  # type: ignore[no-any-return]
+    check_args(target, args)
     return functools.partial(target, **args)
+
+
+def check_args(function: Callable[..., float], args: Mapping[str, Any]) -> None:
+    """Call a built-in function with its fixed arguments once, so that it raises for a wrong one before a run starts.
+
+    A column that is not fixed gets a value that every function accepts. The function is not called if another
+    parameter is missing, since its limits are compared with each other.
+    """
+    if not args:
+        return
+    parameters = inspect.signature(function).parameters
+    columns = {"prompt": "", "response": "a a a a", "answer": "0", "pattern": "", "target": 1.0}
+    given = {name: value for name, value in columns.items() if name in parameters} | dict(args)
+    if all(name in given or parameter.default is not parameter.empty for name, parameter in parameters.items()):
+        function(**given)
 
 
 BUILT_INS: dict[str, Callable[..., Any]] = {
@@ -105,7 +121,9 @@ def own_limit_s(function: str, args: Mapping[str, Any]) -> float | None:
     if function not in BUILT_INS:
         return None
     if function == "cosine_length":
-        return own_limit_s(args.get("verifier", "math_answer"), args.get("verifier_args", {}))
+        verifier, verifier_args = args.get("verifier", "math_answer"), args.get("verifier_args", {})
+        is_valid = isinstance(verifier, str) and isinstance(verifier_args, Mapping)
+        return own_limit_s(verifier, verifier_args) if is_valid else None
     parameter = inspect.signature(BUILT_INS[function]).parameters.get("limit_s")
     limit = args.get("limit_s", parameter.default) if parameter is not None else None
     return float(limit) if isinstance(limit, int | float) else None

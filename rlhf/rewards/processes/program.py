@@ -211,8 +211,12 @@ def _as_reply(value: object) -> Reply:
     )
 
 
+def _is_built_in(source: CodeSource) -> bool:
+    return source.path is None and source.entry is None
+
+
 def _find(source: CodeSource) -> Any:
-    if source.path is None and source.entry is None:
+    if _is_built_in(source):
         return importlib.import_module("rlhf.rewards.functions.table").BUILT_INS[source.name]
     target = load_code(source, isolated=True)
     if not callable(target):
@@ -238,6 +242,11 @@ def _bind(source: CodeSource, target: Callable[..., Any]) -> Callable[..., Any]:
     unknown = [name for name in source.args if name not in parameters and not open_ended]
     if unknown:
         raise LoadError(f"`{source.name}` has no parameter {', '.join(unknown)}, but `args` names it")
+    if _is_built_in(source):
+        try:
+            importlib.import_module("rlhf.rewards.functions.table").check_args(target, source.args)
+        except Exception as error:
+            raise LoadError(f"`{source.name}` with args {dict(source.args)} raised {summarize(error, None)}") from error
     return functools.partial(target, **source.args)
 
 

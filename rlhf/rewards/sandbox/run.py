@@ -35,8 +35,10 @@ logger = logging.getLogger(__name__)
 Rung = Literal["bubblewrap", "landlock", "unsafe"]
 
 NOBODY = 65534  # user id for bubblewrap if this process is root
-PROGRAM_USERS = range(61184, 65520)  # user ids for programs at the other levels. Each run draws one, so it has
-# its own limit of threads; systemd's short-lived users have the same range.
+# User ids for programs at the level landlock if this process is root. Each run draws one, because the kernel counts the
+# threads of a user. systemd gives ids of this range to services with DynamicUser. If a service has the drawn id, its
+# threads count too. The program can neither send signals to the service nor read its files.
+PROGRAM_USERS = range(61184, 65520)
 MAX_THREADS = 64
 OUTPUT_BYTES = 16 * 2**20  # limit for each of standard output, standard error and results
 START_LIMIT_S = 30.0  # until the process is confined on a busy machine; excluded from the program's time

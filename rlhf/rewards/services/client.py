@@ -116,13 +116,14 @@ class Service:
                 text = await self._text(answer)
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError, OSError) as error:
             raise _FailedAttempt(_describe_error(error, self.spec.timeout_s), is_down=True) from error
+        except aiohttp.ClientHttpProxyError as error:
+            text = f"HTTP {error.status} from the proxy: {self._shown(error.message)}"
+            raise _status_error(error.status, text) from error
         except aiohttp.ClientError as error:
             raise ServiceError("refused", f"its answer is not HTTP: {type(error).__name__}") from error
         if answer.status != 200:
-            status_text = f"HTTP {answer.status}: {self._shown(text)}"
-            if answer.status in _BUSY or answer.status >= 500:
-                raise _FailedAttempt(status_text, is_down=answer.status >= 500, pause_s=_retry_after(answer))
-            raise ServiceError("refused", status_text)
+            text = f"HTTP {answer.status}: {self._shown(text)}"
+            raise _status_error(answer.status, text, pause_s=_retry_after(answer))
         try:
             result = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -204,6 +205,13 @@ class Breaker:
         if self.is_open:
             logger.warning("%s answers again", self._name)
         self._failures, self._pause_s = 0, 0.0
+
+
+def _status_error(status: int, text: str, *, pause_s: float = 0.0) -> Exception:
+    """Return the error of a status other than 200."""
+    if status in _BUSY or status >= 500:
+        return _FailedAttempt(text, is_down=status >= 500, pause_s=pause_s)
+    return ServiceError("refused", text)
 
 
 def _describe_error(error: BaseException, timeout_s: float) -> str:

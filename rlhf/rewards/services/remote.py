@@ -34,17 +34,24 @@ class RemoteReward:
     service: ServiceSpec
     judge: JudgeSpec | None
 
-    def longest_s(self, num_responses: int) -> float:
-        """Return the longest time for a group while the maximum number of groups is in flight."""
-        requests = 1 if self.judge is None else num_responses
-        return requests * self.service.deadline_s + CLOSE_WITHIN_S
+    def longest_s(self, num_responses: int, groups: int) -> float:
+        """Return the longest time for a group of responses while this many groups ask the service at once.
+
+        A request waits until one of the service's `max_in_flight` is free, and only then does its deadline begin.
+        """
+        requests = groups * (1 if self.judge is None else num_responses)
+        return math.ceil(requests / self.service.max_in_flight) * self.service.deadline_s + CLOSE_WITHIN_S
 
 
 class RemoteRewards:
-    """The services of a worker, by reward name. Thread-safe."""
+    """The services of a worker, by reward name. Thread-safe.
+
+    At most as many threads may `ask` at once as the largest `max_in_flight` of the services.
+    """
 
     def __init__(self, rewards: Mapping[str, RemoteReward]) -> None:
         self._rewards = dict(rewards)
+        self._groups = max(reward.service.max_in_flight for reward in rewards.values())
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="reward services", daemon=True)
         self._thread.start()
@@ -67,7 +74,7 @@ class RemoteRewards:
         results: Sequence[Any] = (),
     ) -> dict[str, GroupOutcome]:
         """Return the outcomes of the named rewards for a group, requested concurrently."""
-        limit_s = max(self._rewards[name].longest_s(len(responses)) for name in names)
+        limit_s = max(self._rewards[name].longest_s(len(responses), self._groups) for name in names)
 
         async def ask_all() -> dict[str, GroupOutcome]:
             calls = (self._ask_one(name, prompt, responses, truncated, results) for name in names)
