@@ -1,8 +1,9 @@
 """Choose the engine of each group by load, and let groups wait here while all engines are full.
 
 The load of an engine is its outstanding work in tokens: a group counts its prompt once and the expected tokens of its
-responses. An engine that becomes free takes waiting work, so a wrong expectation costs little. The work per group does
-not depend on the number of waiting groups. An engine gets groups from when it is opened until it is closed.
+responses. An engine that becomes free takes waiting work, so a wrong expectation costs little. The controller's cost
+per group does not depend on the number of waiting groups. An engine gets groups from when it is opened until it is
+closed.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ Each rank up to the largest number has an engine, or waits for room: it asks Ray
 engine gets its weights and proves them like the successor of a lost one. An engine leaves when its node is drained;
 other engines take its unfinished groups. A lost engine is replaced where there is room. If there is none within
 `cluster.start_timeout_s` the run goes on without it, and its rank waits for room again. If fewer engines than the
-smallest number are left, the run is preempted.
+smallest number are left, the run is preempted. An engine that cannot start is started again later, if the run can go on
+without it.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from collections.abc import Coroutine, Hashable
 from typing import Any, cast
 
 from actors.cluster.actor_locations import draining_nodes
+from actors.cluster.connect import OWN_RAY
 from actors.cluster.placement import NoRoom, Seats
 from actors.rollout.replaceable_engines import ReplaceableEngines
-from rlhf.errors import Preempted, RunError, WorkerLost
+from rlhf.errors import RESUMES, Preempted, RunError, UserError, WorkerLost
 
 logger = logging.getLogger(__name__)
 LOOK_EVERY_S = 5.0  # interval of the check for draining nodes
+START_AGAIN_AFTER_S = 60.0  # doubled after each failed start
+LONGEST_WAIT_S = 3600.0
 
 
 class ElasticEngines(ReplaceableEngines):
@@ -62,9 +66,38 @@ class ElasticEngines(ReplaceableEngines):
             return
         if self.handles[rank] is not None:
             await self.processes.end_one(rank)
-        await self.seats.take(rank, limit_s=None if rank in self._joining else self.start_deadline_s)
+        wait_s = START_AGAIN_AFTER_S
+        while not await self._has_started(rank, wait_s):
+            await asyncio.sleep(wait_s)
+            wait_s = min(2.0 * wait_s, LONGEST_WAIT_S)
+
+    async def _has_started(self, rank: int, wait_s: float) -> bool:
+        """Start an engine where there is room. Return False if that fails, and the run can go on without it.
+
+        The rank is then joining, and has given its room back.
+        """
+        is_joining = rank in self._joining
+        await self.seats.take(rank, limit_s=None if is_joining else self.start_deadline_s)
         self._joining -= {rank}
-        await self._start_one(rank, ends=time.monotonic() + self.start_deadline_s)
+        try:
+            await self._start_one(rank, ends=time.monotonic() + self.start_deadline_s)
+        except (RunError, UserError) as error:  # UserError: the first engines could start, so the node differs
+            is_counted = isinstance(error, WorkerLost)  # by the supervisor, which decides about it
+            may_wait = is_joining or (self.num_working >= self.seats.engines.min and not is_counted)
+            if OWN_RAY.is_ending or not may_wait:
+                raise
+            logger.warning(
+                "rollout engine %d cannot start. The run goes on with %d engines, and starts it again in %.0f s: %s",
+                rank,
+                self.num_working,
+                wait_s,
+                str(error).removesuffix(f" {RESUMES}"),
+            )
+            await self.processes.end_one(rank)
+            self.seats.give_back(rank)
+            self._joining |= {rank}
+            return False
+        return True
 
     async def _recover(self, rank: int, lost: WorkerLost, work: Hashable) -> None:
         await self._or_without(rank, super()._recover(rank, lost, work))

@@ -47,6 +47,26 @@ class RolloutEngine(RolloutWorker):
         return MemoryReport(rss_gib=peak_memory().rss_gib, gpu_gib=await self.gpu_peak_gib())
 
 
+def engine_spec(config: Config, *, max_model_len: int, environment: EnvironmentSpec | AgentSpec | None) -> RolloutSpec:
+    """Return the settings of a run's engines that depend neither on `cluster` nor on the run's folder."""
+    policy, rollouts, lora = config.policy, config.rollouts, config.policy.lora
+    assert rollouts is not None
+    return RolloutSpec(
+        model=policy.model,
+        tokenizer=policy.tokenizer,
+        dtype=policy.dtype,
+        max_model_len=max_model_len,
+        transport=None,
+        lora_rank=saved_rank(lora) if lora is not None and ships_adapter(config) else None,
+        trust_remote_code=policy.trust_remote_code,
+        records_experts=policy.router_replay,
+        spools_failures=rollouts.max_staleness > 0,
+        carries_over=rollouts.carry_over,
+        kv_after_update=rollouts.kv_after_update if rollouts.weight_updates == "in_flight" else None,
+        environment=environment,
+    )
+
+
 def start_engines(
     config: Config,
     placement: Placement,
@@ -57,26 +77,13 @@ def start_engines(
     engine: type[RolloutEngine] = RolloutEngine,
 ) -> RolloutEngines:
     """Create the engines' actors. Their models are not loaded yet, and they wait for the policy's weights."""
-    policy, role, lora = config.policy, config.cluster.roles.rollout, config.policy.lora
-    assert config.rollouts is not None
-    rollouts, in_flight = config.rollouts, config.rollouts.weight_updates == "in_flight"
-    sync = weight_sync(config.cluster, one_host=placement.on_one_host())
-    spec = RolloutSpec(
-        model=policy.model,
-        tokenizer=policy.tokenizer,
-        dtype=policy.dtype,
-        max_model_len=max_model_len,
+    role, sync = config.cluster.roles.rollout, weight_sync(config.cluster, one_host=placement.on_one_host())
+    spec = replace(
+        engine_spec(config, max_model_len=max_model_len, environment=environment),
         transport=sync.method,
         sender_address=None if placement.on_one_host() else placement.addresses_of(PolicyGang.role)[0],
-        lora_rank=saved_rank(lora) if lora is not None and ships_adapter(config) else None,
         colocated=role.colocate_with is not None,
-        trust_remote_code=policy.trust_remote_code,
-        records_experts=policy.router_replay,
         spool=spool,
-        spools_failures=rollouts.max_staleness > 0,
-        carries_over=rollouts.carry_over,
-        kv_after_update=rollouts.kv_after_update if in_flight else None,
-        environment=environment,
     )
     engines = RolloutEngines(
         *_spawn(spec, config.cluster, placement, engine),

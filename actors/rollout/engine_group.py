@@ -58,7 +58,7 @@ class RolloutEngines(ElasticEngines):
         self.tensor_parallel = tensor_parallel
         self.conversation_tokens = conversation_tokens
         self._meet: Callable[[], Awaitable[None]] | None = None  # prepares broadcasts; None: there are none
-        self._cancelled: set[int] = set()  # groups that a running `generate` or `answer` must not return
+        self._cancelled: set[int] = set()  # groups that are not returned until they are requested again
         self._asking = asyncio.Lock()
         self._answering = [asyncio.Lock() for _ in handles]  # while an engine answers a share
 
@@ -129,6 +129,7 @@ class RolloutEngines(ElasticEngines):
 
         The first failure ends the wait. It may be a request refused by its engine before the batch starts.
         """
+        self._cancelled.difference_update(request.group_id for request in requests)
         places = shares([self._work(request, sampling) for request in requests], len(self.handles))
         answered: asyncio.Queue[CompletedGroup | None] = asyncio.Queue()  # None: a share is answered, or failed
         tasks = [
@@ -154,7 +155,6 @@ class RolloutEngines(ElasticEngines):
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            self._cancelled.difference_update(request.group_id for request in requests)
 
     async def _answer_share(
         self,

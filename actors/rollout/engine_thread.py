@@ -101,7 +101,7 @@ class EngineLoop:
 
         def run() -> None:
             if self._failure is not None:
-                future.set_exception(self._failure)
+                _fail([future], self._failure)
             elif future.set_running_or_notify_cancel():
                 try:
                     future.set_result(work(self._engine))
@@ -256,5 +256,5 @@ def _give(future: Future[Any], output: Any) -> None:
 
 def _fail(futures: Sequence[Future[Any]], error: BaseException | None) -> None:
     for future in futures if error is not None else ():
-        if not future.done():
+        if not future.done() and future.set_running_or_notify_cancel():  # its waiter may give up at any moment
             future.set_exception(error)

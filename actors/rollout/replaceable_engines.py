@@ -247,8 +247,9 @@ class ReplaceableEngines(WorkerPool):
     async def prove(self, probe: PolicyProbe) -> float | None:
         """Compare the engines' log-probabilities with the policy's, and return the largest difference.
 
-        Lost engines are left out in flight, and if only a sync can give them weights. None: no engine works. Otherwise
-        the next batch would wait for them anyway, and the metrics do not depend on a loss.
+        In flight, and if only a sync can give weights to a lost engine, lost engines are left out. None: no engine
+        works. In all other cases this waits for the successors of lost engines, as the next batch would. The difference
+        is then the same as without a loss.
         """
         assert self._manifest is not None
         self._probe = probe

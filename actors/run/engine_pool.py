@@ -16,7 +16,7 @@ from pathlib import Path
 
 from actors.cluster.placement import Placement, reserve
 from actors.roles.group import WorkerGroup
-from actors.rollout.engine_creation import start_engines
+from actors.rollout.engine_creation import engine_spec, start_engines
 from actors.rollout.engine_group import RolloutEngines
 from actors.serving.agent_engine import engine_for
 from rlhf.agents.sessions import AgentSpec
@@ -114,11 +114,8 @@ class EngineLease:
 
 def engines_key(config: Config, max_model_len: int, environment: EnvironmentSpec | AgentSpec | None) -> str:
     """Return a key. Runs with equal keys need the same engines in the same placement."""
-    policy, rollouts = config.policy, config.rollouts
-    assert rollouts is not None
-    ahead = rollouts.max_staleness > 0, rollouts.weight_updates, rollouts.kv_after_update
-    model = policy.model, policy.tokenizer, policy.dtype, policy.lora, policy.trust_remote_code
-    return repr((model, ahead, max_model_len, environment, plan_placement(config), config.cluster))
+    spec = engine_spec(config, max_model_len=max_model_len, environment=environment)
+    return repr((spec, config.policy.lora, plan_placement(config), config.cluster))
 
 
 async def _renewed(engines: RolloutEngines, spool: Path) -> bool:

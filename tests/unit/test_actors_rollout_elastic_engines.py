@@ -13,7 +13,7 @@ from actors.rollout import elastic_engines
 from actors.rollout.elastic_engines import ElasticEngines
 from rlhf.config.derive import WeightSync
 from rlhf.config.schema.cluster import EngineRange
-from rlhf.errors import Preempted
+from rlhf.errors import Preempted, RunError, UserError, WorkerLost
 from tests.unit.test_actors_rollout_replaceable_engines import (
     DEADLINE_S,
     Engine,
@@ -40,6 +40,10 @@ class Room:
         self.free += rooms
         self.changed.set()
 
+    def give_back(self, rank: int) -> None:
+        if self.taken.pop(rank, None) is not None:
+            self.give()
+
     def nodes(self) -> dict[int, str]:
         return dict(self.taken)
 
@@ -55,13 +59,24 @@ class Room:
         self.taken[rank] = f"new node {rank}"
 
 
+class FailedStart(Engine):
+    """An engine that cannot start."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__("failed")
+        self.error = error
+
+
 class Elastic(Engines):
     """Elastic engines. Each that is started comes from the list of successors."""
 
     _restart = ElasticEngines._restart
 
     async def _start_one(self, rank: int, *, ends: float) -> None:
-        self.handles[rank] = cast(Any, self.successors.pop(0))
+        engine = self.successors.pop(0)
+        self.handles[rank] = cast(Any, engine)
+        if isinstance(engine, FailedStart):
+            raise engine.error
 
     @property
     def room(self) -> Room:
@@ -227,6 +242,52 @@ async def test_an_engine_that_is_lost_while_it_joins_is_started_again() -> None:
     engines.room.give(2)
     await until(lambda: engines.num_working == 2)
     assert second.calls == ["open", "load 1", "probe"]
+    await ended(engines)
+
+
+LOST = WorkerLost("rollout rank 1 died.", role="rollout", rank=1, stage="start", kind="out_of_memory")
+
+
+@pytest.mark.parametrize("error", [RunError("vLLM did not start"), UserError("no folder /models/m"), LOST])
+async def test_the_run_goes_on_without_an_engine_that_cannot_join_and_starts_it_again(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(elastic_engines, "START_AGAIN_AFTER_S", 0.001)
+    first, failed, second = Engine("first"), [FailedStart(error) for _ in range(3)], Engine("second")
+    engines = await elastic(first, most=2, new=(*failed, second))
+    engines.room.give()
+    await until(lambda: engines.num_working == 2 or engines._rebuilds[1].done())
+    assert second.calls == ["open", "load 1", "probe"]
+    warnings = [record.message for record in caplog.records if "cannot start" in record.message]
+    assert len(warnings) == 3
+    assert all("goes on with 1 engines" in text and text.endswith(str(error).split(" The run")[0]) for text in warnings)
+    assert all(engine.is_dead for engine in failed)
+    assert engines.room.limits == [None] * 4
+    await ended(engines)
+
+
+@pytest.mark.parametrize("least", [1, 2])
+async def test_a_successor_that_cannot_start_ends_the_run_only_if_too_few_engines_are_left(
+    least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(elastic_engines, "START_AGAIN_AFTER_S", 0.001)
+    first, second, third = Engine("first"), Engine("second"), Engine("third")
+    engines = await elastic(first, second, most=2, new=(FailedStart(RunError("vLLM did not start")), third))
+    engines.room.engines = EngineRange(min=least, max=2)
+    engines.room.give()
+    tasks = [asked(engines, 0), asked(engines, 1)]
+    await until(lambda: first.groups and second.groups)
+    first.finish(0)
+    second.die()
+    if least == 2:
+        await until(lambda: 1 in engines._rebuilds)
+        with pytest.raises(RunError, match="successor could not be started: vLLM did not start"):
+            await engines.working(1)
+    else:
+        await until(lambda: 1 in first.groups and engines.num_working == 2)
+        assert third.calls == ["open", "load 1", "probe"]
+    for task in tasks:
+        task.cancel()
     await ended(engines)
 
 

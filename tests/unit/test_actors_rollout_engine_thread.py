@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from actors.rollout.engine_thread import EngineLoop, Submission
+from actors.rollout.engine_thread import Aborted, EngineLoop, Submission
 from rlhf.errors import RunError, UserError
 
 
@@ -42,6 +43,9 @@ class StreamingEngine:
     def has_unfinished_requests(self) -> bool:
         return bool(self.left)
 
+    def abort_request(self, request_ids: list[str]) -> None:
+        self.left = []
+
     def step(self) -> list[Any]:
         self.steps += 1
         return [self.left.pop(0)]
@@ -74,6 +78,27 @@ def test_no_step_begins_while_the_loop_is_paused() -> None:
         assert loop.call(lambda engine: engine.steps).result(timeout=10.0) == 0
     loop.call(lambda engine: pause(engine, False))
     assert future.result(timeout=10.0).finished
+    assert loop.stop(timeout_s=10.0)
+
+
+class GivenUp(Future[Any]):
+    """A future whose waiter gives up just after it was seen to be unfinished."""
+
+    def done(self) -> bool:
+        was_done = super().done()
+        self.cancel()
+        return was_done
+
+
+def test_an_abort_goes_on_when_the_waiter_of_a_request_gives_up_meanwhile() -> None:
+    loop = EngineLoop(StreamingEngine, name="rollout engine 0")
+    loop.start().result(timeout=10.0)
+    first, second = GivenUp(), Future[Any]()
+    loop._waiting |= {"group0-1": first, "group0-2": second}
+    assert loop.abort(["group0-"]).result(timeout=10.0) == 2
+    assert first.cancelled()
+    with pytest.raises(Aborted):
+        second.result(timeout=10.0)
     assert loop.stop(timeout_s=10.0)
 
 

@@ -242,6 +242,19 @@ async def test_a_successor_of_a_reused_engine_keeps_its_groups_in_the_folder_of_
     assert successor.calls[:4] == ["renew second_run", "open", "load 1", "probe"]
 
 
+async def test_a_group_that_was_cancelled_after_its_batch_is_answered_in_another_batch_with_its_id() -> None:
+    engine = Engine("first")
+    engines = await synced(Engines(engine))
+    for _ in range(2):
+        task = generated(engines, 0, 1)
+        await until(lambda: len(engine.groups) == 2)
+        engine.finish(0, 1)
+        groups = await asyncio.wait_for(task, DEADLINE_S)
+        assert sorted(group.request.group_id for group in groups) == [0, 1]
+        engine.groups.clear()
+        await engines.cancel([request(0), request(1)])
+
+
 async def test_a_share_with_nothing_left_but_cancelled_groups_is_not_asked_again() -> None:
     first, successor = Engine("first"), Engine("successor")
     engines = await synced(Engines(first, successors=(successor,)))

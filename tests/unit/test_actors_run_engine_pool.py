@@ -36,6 +36,14 @@ def test_engines_of_another_kind_are_others(run: Any, other: str) -> None:
     assert engines_key(run(other), 32, None) != engines_key(run(), 32, None)
 
 
+@pytest.mark.parametrize(("section", "key"), [("rollouts", "carry_over"), ("policy", "router_replay")])
+def test_engines_that_keep_other_things_of_a_response_are_others(run: Any, section: str, key: str) -> None:
+    config = run()
+    changed = getattr(config, section).model_copy(update={key: True})
+    other = config.model_copy(update={section: changed})
+    assert engines_key(other, 32, None) != engines_key(config, 32, None)
+
+
 def test_engines_for_longer_responses_or_conversations_are_others(run: Any) -> None:
     game: Any = SimpleNamespace(max_turns=2)
     assert len({engines_key(run(), length, world) for length, world in ((32, None), (64, None), (32, game))}) == 3
