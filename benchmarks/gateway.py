@@ -38,6 +38,7 @@ from actors.serving.front import Front, FrontSpec, build_front
 from actors.serving.front_engine import FrontEngine
 from actors.serving.sessions import Sessions
 from rlhf.agents.limits import SessionLimits
+from rlhf.agents.trees import training_sequences
 from rlhf.models.tiny import build_tiny_llama
 from rlhf.types import Sampling
 from tests.dummy_engine import DummyLoop, dummy_parts
@@ -78,7 +79,7 @@ class Controlled:
             self.sessions.open(rest[0], Sampling(max_new_tokens=TOKENS), limits)
         elif verb == "close":
             calls = self.sessions.close(rest[0])
-            told = [len(calls), sum(call.broke is not None or call.continues is None for call in calls)]
+            told = [len(calls), len(training_sequences(calls))]
         elif verb == "delay":
             self.engine.delay_s = float(rest[0])
         else:

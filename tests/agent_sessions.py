@@ -32,13 +32,10 @@ def call(
         versions=np.full(len(response), version, np.int32),
         free=free,
         finish_reason=finish_reason,
-        started_s=0.0,
         ended_s=ended_s,
-        continues=None,
         broke=None,
-        messages="[]",
     )
 
 
 def session(*calls: Call) -> Session:
-    return Session(calls=list(calls), result="done", failure=None)
+    return Session(calls=list(calls), result="done")

@@ -47,9 +47,9 @@ class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
                     call.session.most_tokens(call, len(ids))
                     request.kv_transfer_params = {"prompt_token_ids": ids}  # vLLM then renders nothing
                 else:
-                    call.broke, call.asked = "rewritten turn", messages
+                    call.broke = "rewritten turn"
             elif known is not None:
-                call.broke, call.asked = "open turn", messages
+                call.broke = "open turn"
         is_freed = call.session is not None and request.tool_choice == "auto" and request.parallel_tool_calls is False
         if is_freed:
             request.parallel_tool_calls = None  # vLLM would restrict the policy by a grammar
@@ -161,7 +161,6 @@ def hearing(parser: Any) -> Any:
             super().__init__(*args, **options)
             self._ids: list[int] = []
             self._content: list[str] = []
-            self._reasoning: list[str] = []
             self._calls: dict[int, list[str]] = {}  # name and arguments
 
         def parse(self, model_output: str, request: Any, *args: Any, **options: Any) -> Any:
@@ -169,7 +168,7 @@ def hearing(parser: Any) -> Any:
             for call in calls or ():
                 call.name, call.arguments = _whole(call.name), sendable_arguments(call.arguments)
             pairs = [(call.name, call.arguments) for call in calls or ()]
-            _hear(options["model_output_token_ids"], content, pairs, reasoning, request)
+            _hear(options["model_output_token_ids"], content, pairs, request)
             return reasoning, content, calls
 
         def parse_delta(self, delta_text: str, delta_token_ids: list[int], *args: Any, **options: Any) -> Any:
@@ -177,7 +176,6 @@ def hearing(parser: Any) -> Any:
             self._ids += delta_token_ids
             if delta is not None:
                 self._content.append(delta.content or "")
-                self._reasoning.append(delta.reasoning or "")
                 for part in delta.tool_calls or ():
                     call = self._calls.setdefault(part.index, ["", ""])
                     call[0] += part.function.name or ""
@@ -185,7 +183,7 @@ def hearing(parser: Any) -> Any:
             if options["finished"]:
                 pairs = [(name, arguments) for name, arguments in self._calls.values()]
                 request = options["request"] if "request" in options else args[0]
-                _hear(self._ids, "".join(self._content), pairs, "".join(self._reasoning), request)
+                _hear(self._ids, "".join(self._content), pairs, request)
             return delta
 
     return HearingParser
@@ -212,8 +210,6 @@ def _whole(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
-def _hear(
-    ids: Sequence[int], content: str | None, calls: list[tuple[str, str]], reasoning: str | None, request: Any
-) -> None:
+def _hear(ids: Sequence[int], content: str | None, calls: list[tuple[str, str]], request: Any) -> None:
     told = calls[:1] if request.parallel_tool_calls is False else calls
-    CURRENT_CALL.get().hear(np.array(ids, dtype=np.int32), content, told, reasoning)
+    CURRENT_CALL.get().hear(np.array(ids, dtype=np.int32), content, told)

@@ -59,7 +59,11 @@ class Gateway:
         self._num_held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request. A refusal to others than the server's owner is slow, so that a flood of them is none."""
+        """Answer a request.
+
+        A refusal is sent after a pause, which slows a client that repeats refused requests. A call with the server's
+        own key is refused at once.
+        """
         path, key = scope["path"], _header_key(scope)
         if path.startswith("/s/"):
             key, _, rest = path[len("/s/") :].partition("/")

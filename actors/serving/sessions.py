@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,6 @@ from rlhf.rollouts.environments.conversations import turn_seed
 from rlhf.types import Sampling
 
 MAX_OPEN_REQUESTS = 64  # of one session, of any kind
-MAX_RECORD_CHARS = 1 << 16  # of a call's messages
 _JSON = json.JSONEncoder(default=str)  # made once: `json.dumps` would make one for each text
 Message = Mapping[str, Any]
 Tokens = npt.NDArray[np.int32]
@@ -63,21 +62,17 @@ class ServedCall:
 
     session: OpenSession | None  # None: it is answered as the client asks, and not captured
     name: str  # prefix of its requests in the engine
-    started_s: float = 0.0
     most_tokens: int | None = None  # the client's limit of a response
     is_chat: bool = False
     key: bytes | None = None  # of the messages before the response; None: the prompt is no conversation
     broke: BrokenPrefix | None = None
-    asked: Sequence[Message] = ()  # messages behind the continued turn
     serial: Iterator[int] = field(default_factory=itertools.count)
     drawn: dict[bytes, int] = field(default_factory=dict)  # indices of captured calls by their sampled tokens
 
-    def hear(
-        self, ids: Tokens, content: str | None, calls: Sequence[tuple[str, str]], reasoning: str | None = None
-    ) -> None:
+    def hear(self, ids: Tokens, content: str | None, calls: Sequence[tuple[str, str]]) -> None:
         """Note what the client is told of sampled tokens: the text, and the calls as (name, arguments)."""
         if self.session is not None and (call := self.drawn.get(ids.tobytes())) is not None:
-            self.session.hear(self, call, content, calls, reasoning)
+            self.session.hear(self, call, content, calls)
 
 
 CURRENT_CALL: ContextVar[ServedCall] = ContextVar("current_call")
@@ -171,7 +166,7 @@ class OpenSession:
         self._num_started += num_responses
         self._in_flight += num_responses
         try:
-            yield ServedCall(self, f"{self.name}{self._num_started}-", started_s=self._now())
+            yield ServedCall(self, f"{self.name}{self._num_started}-")
         finally:
             self._in_flight -= num_responses
 
@@ -217,7 +212,6 @@ class OpenSession:
             )
         self._tools.add(tools_key)
         self._systems.add(system)
-        call.asked = messages if known is None else messages[known.end :]
         return known
 
     def _known(
@@ -238,7 +232,6 @@ class OpenSession:
 
     def capture(self, call: ServedCall, draw: Draw) -> None:
         """Keep a response, before the client gets it: its next request may continue it."""
-        continues = self._continues(draw.prompt_ids)
         call.drawn[draw.response_ids.tobytes()] = len(self.calls)
         self.calls.append(
             Call(
@@ -248,31 +241,15 @@ class OpenSession:
                 versions=draw.versions,
                 free=np.full(len(draw.response_ids), draw.is_free),
                 finish_reason=draw.finish_reason,
-                started_s=call.started_s,
-                ended_s=self._now(),
-                continues=continues,
+                ended_s=time.monotonic() - self._began,
                 broke=call.broke,
-                messages="",
             )
         )
         self._stops.append(draw.stop)
         call.hear(draw.response_ids, draw.text, ())  # as the client gets it unless a parser says more
 
-    def hear(
-        self,
-        call: ServedCall,
-        index: int,
-        content: str | None,
-        calls: Sequence[tuple[str, str]],
-        reasoning: str | None,
-    ) -> None:
+    def hear(self, call: ServedCall, index: int, content: str | None, calls: Sequence[tuple[str, str]]) -> None:
         """Note the text and the tool calls that the client gets for a captured response."""
-        said: dict[str, Any] = {"content": content or ""}
-        if reasoning:
-            said["reasoning"] = reasoning
-        if calls:
-            said["tool_calls"] = [{"name": name, "arguments": arguments} for name, arguments in calls]
-        self.calls[index] = replace(self.calls[index], messages=_record(call.asked, said))
         if call.key is None:
             return
         self._asked.add(call.key)
@@ -280,23 +257,6 @@ class OpenSession:
         self._turns[turn_key(call.key, content, calls)] = index
         if self._stops[index]:
             self._stopped.setdefault(call.key, []).append((f"{content or ''}{self._stops[index]}", index))
-
-    def _continues(self, prompt: Tokens) -> int | None:
-        """Return the call with the longest prompt and response at the beginning of a prompt."""
-        longest, found = 0, None
-        for index, call in enumerate(self.calls):
-            middle = len(call.prompt_ids)
-            end = middle + len(call.response_ids)
-            if (
-                longest < end <= len(prompt)
-                and np.array_equal(prompt[middle:end], call.response_ids)
-                and np.array_equal(prompt[:middle], call.prompt_ids)
-            ):
-                longest, found = end, index
-        return found
-
-    def _now(self) -> float:
-        return time.monotonic() - self._began
 
 
 class Sessions:
@@ -325,12 +285,6 @@ class Sessions:
     def find(self, key: str) -> OpenSession | None:
         """Return the open session with a key."""
         return self._open.get(key)
-
-
-def _record(asked: Sequence[Message], said: Mapping[str, Any]) -> str:
-    """Return the messages of a call for people. Text that is no valid Unicode is escaped."""
-    text = _JSON.encode({"asked": list(asked), "said": said})
-    return text if len(text) <= MAX_RECORD_CHARS else json.dumps({"asked": "too long to be kept", "said": said})
 
 
 def turn_key(before: bytes, content: str | None, calls: Sequence[tuple[str, Any]]) -> bytes:

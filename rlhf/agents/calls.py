@@ -1,6 +1,6 @@
 """Define the record of an agent's session: its calls of the model, token by token, and its result.
 
-The engine that answers a call writes the record. Training reads these tokens and never the text of `messages`.
+The engine that answers a call writes the record. Training reads these tokens and never text.
 """
 
 from __future__ import annotations
@@ -29,11 +29,8 @@ class Call:
     versions: npt.NDArray[np.int32]  # weight version that sampled the token
     free: npt.NDArray[np.bool_]  # False where a grammar restricted the choice: the token is not trained
     finish_reason: str
-    started_s: float  # since the session began
-    ended_s: float
-    continues: int | None  # index of the earlier call whose prompt and response this prompt extends exactly
+    ended_s: float  # since the session began
     broke: BrokenPrefix | None  # None: the prompt is a continuation, or never looked like one
-    messages: str  # JSON of the request and the answer, for people
 
     def __post_init__(self) -> None:
         sizes = [len(column) for column in (self.response_ids, self.logprobs, self.versions, self.free)]
@@ -56,8 +53,7 @@ AgentResult = str | Mapping[str, Any] | AgentFiles  # text, a JSON object, or fi
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
-    """One run of an agent on a task: its calls in the order of their starts, and its result."""
+    """One run of an agent on a task: its calls in the order of their ends, and its result."""
 
     calls: list[Call]
     result: AgentResult | None  # None: it failed
-    failure: str | None  # None: it ended by itself

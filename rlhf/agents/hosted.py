@@ -236,10 +236,10 @@ def _confined(command: Sequence[str], folder: str, *, max_threads: int) -> list[
 
 def _virtual_environment(program: str) -> list[str]:
     """Return the folders of a virtual environment and of its Python, if the program is the Python of one."""
-    folder = Path(program).parents[1] if os.sep in program else Path()
-    if not (folder / "pyvenv.cfg").is_file():
+    path = Path(program)
+    if len(path.parents) < 2 or not (path.parents[1] / "pyvenv.cfg").is_file():
         return []
-    return [str(folder), str(Path(program).resolve().parents[1])]
+    return [str(path.parents[1]), str(path.resolve().parents[1])]
 
 
 def _environment_inside(folder: str) -> dict[str, str]:

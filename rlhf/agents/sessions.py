@@ -145,8 +145,7 @@ class AgentSessions:
                 calls = self.front.close(key)
         if error is None and (problem := self._problem(opened.exceeded, calls)) is not None:
             error = _error(problem, prompt, sample)
-        failure_text = None if error is None else error.message
-        return Session(calls=calls, result=result if error is None else None, failure=failure_text), error
+        return Session(calls=calls, result=result if error is None else None), error
 
     async def _solve(self, task: AgentTask, opened: OpenedSession) -> AgentResult | None:
         """Run the agent to its end, or until a limit of its calls is exceeded: the session has failed then."""

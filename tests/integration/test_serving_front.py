@@ -18,6 +18,7 @@ from actors.serving.engine import ServingEngine
 from actors.serving.front import FrontSpec
 from rlhf.agents.calls import Call
 from rlhf.agents.limits import SessionLimits
+from rlhf.agents.trees import training_sequences
 from rlhf.types import Sampling
 from tests.integration.engine_helpers import call, spec
 
@@ -133,7 +134,7 @@ async def test_prefixes_hold(smollm2_engine: Any, template: str, temperature: fl
     assert len(calls) == SESSIONS * CALLS
     assert [call.broke for call in calls] == [None] * len(calls)
     for session in sessions:
-        assert [call.continues for call in session] == [None, *range(CALLS - 1)]
+        assert [sequence.calls for sequence in training_sequences(session)] == [tuple(range(CALLS))]
 
 
 async def converse(engine: Any, url: str, sampling: Sampling, seed: int) -> list[Call]:

@@ -426,6 +426,12 @@ def test_a_program_in_the_sandbox_has_the_packages_of_its_virtual_environment(tm
     assert solve(runner, task()) == "from a shell\ninstalled\n"
 
 
+def test_a_program_in_the_sandbox_may_lie_at_the_root() -> None:
+    kind, message = failure(command("/no-such-agent", sandbox=True), task())
+    assert kind == "raised"
+    assert "No such file or directory: '/no-such-agent'" in message
+
+
 def test_a_program_in_the_sandbox_reaches_the_model_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RLHF_TEST_SECRET", "token")
 

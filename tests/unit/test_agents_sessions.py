@@ -52,11 +52,8 @@ def call(prompt: list[int], response: list[int], *, broke: str | None = None) ->
         versions=np.full(count, 2, np.int32),
         free=np.ones(count, np.bool_),
         finish_reason="stop",
-        started_s=0.0,
         ended_s=1.0,
-        continues=None,
         broke=broke,
-        messages="{}",
     )
 
 
