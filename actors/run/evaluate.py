@@ -80,9 +80,9 @@ def evaluate_inputs(inputs: EvalInputs, folder: Path) -> Evaluation:
     """
     (folder / "errors.jsonl").unlink(missing_ok=True)  # left by a failed evaluation
 
-    def note(scored: ScoredGroup) -> None:
+    def note(split: str, scored: ScoredGroup) -> None:
         for error in (*scored.scores.errors, *scored.scores.scored_errors):
-            write_error(folder, error_record(error, step=0))
+            write_error(folder, error_record(error, step=0, split=split))
 
     with connected(inputs.cluster):
         evaluation, rows = run_async(_evaluate(inputs, note))
@@ -102,7 +102,9 @@ def run_evaluation(stage: EvaluationStage, loaded: LoadedConfig, *, resume: bool
             inputs = inputs_of_stage(stage, loaded)
         record.begin_step(0)
         with record.stage("eval", role=RolloutEngines.role if inputs.rewards else LikelihoodWorkers.role):
-            evaluation, rows = run_async(_evaluate(inputs, partial(note_errors, record=record, step=0)))
+            evaluation, rows = run_async(
+                _evaluate(inputs, lambda split, scored: note_errors(scored, record, step=0, split=split))
+            )
         write_lines(samples_path(record.folder.path, 0), rows)
         metrics = evaluation.to_metrics()
         record.write_row(0, {**record.row(), **metrics})
@@ -110,8 +112,10 @@ def run_evaluation(stage: EvaluationStage, loaded: LoadedConfig, *, resume: bool
     logger.info("%s: %s", stage.run.name, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
 
-async def _evaluate(inputs: EvalInputs, note: Callable[[ScoredGroup], None]) -> tuple[Evaluation, list[dict[str, Any]]]:
-    """Evaluate all models, and also return the samples. `note` is called with each scored group and its failures."""
+async def _evaluate(
+    inputs: EvalInputs, note: Callable[[str, ScoredGroup], None]
+) -> tuple[Evaluation, list[dict[str, Any]]]:
+    """Evaluate all models, and also return the samples. `note` is called with a set's name and each scored group."""
     if inputs.rewards:
         answers = [await _answers(candidate, inputs, note) for candidate in inputs.candidates]
         sets, rows = _prompt_reports(inputs, answers)
@@ -129,7 +133,7 @@ async def _evaluate(inputs: EvalInputs, note: Callable[[ScoredGroup], None]) -> 
 
 
 async def _answers(
-    candidate: Candidate, inputs: EvalInputs, note: Callable[[ScoredGroup], None]
+    candidate: Candidate, inputs: EvalInputs, note: Callable[[str, ScoredGroup], None]
 ) -> dict[str, list[PromptResult]]:
     """Return a model's scored responses to the prompts of every set. Prompts with a failed reward are left out."""
     cluster, decoding, policy = inputs.cluster, inputs.decoding, inputs.reward_policy
@@ -163,13 +167,13 @@ async def _answers(
         await engines.start(deadline_s=cluster.start_timeout_s)
         await reward.start(deadline_s=cluster.start_timeout_s)
 
-        async def judge(group: CompletedGroup, _: int) -> tuple[ScoredGroup, ResponseTexts]:
+        async def judge(name: str, group: CompletedGroup, _: int) -> tuple[ScoredGroup, ResponseTexts]:
             async def read() -> ResponseTexts:
                 return await (reward.texts(group) if candidate.environment is None else reward.transcripts(group))
 
             scores, responses = await asyncio.gather(reward.score(group), read())
             scored = ScoredGroup(group=group, scores=scores)
-            note(scored)
+            note(name, scored)
             return scored, responses
 
         results = {}
@@ -178,7 +182,9 @@ async def _answers(
                 "%s answers %s: %d prompts, %d samples", candidate.model.name, name, len(prompts), decoding.samples
             )
             requests, sampling = requests_of(prompts, decoding)
-            judged = await process_answers(engines.generate(requests, sampling, version=0), requests, judge)
+            judged = await process_answers(
+                engines.generate(requests, sampling, version=0), requests, partial(judge, name)
+            )
             results[name] = _results(name, judged, inputs)
     return results
 

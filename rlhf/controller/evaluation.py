@@ -67,7 +67,7 @@ async def score_held_out(
             )
             for index, prompt in enumerate(prompts)
         ]
-        groups = await scorer.score_all(requests, sampling, step=step, version=step)
+        groups = await scorer.score_all(requests, sampling, step=step, version=step, split=name)
         return _sound(groups, config, scorer, where=f"eval {name}, step {step}")
 
     with record.stage("eval", role="rollout"):

@@ -60,23 +60,24 @@ def request_for(
     )
 
 
-def error_record(error: RewardError, *, step: int) -> ErrorRecord:
+def error_record(error: RewardError, *, step: int, split: str) -> ErrorRecord:
     return ErrorRecord(
         step=step,
         stage="rewards",
         kind=error.kind,
         message=error.message,
         source=error.reward,
+        split=split,
         prompt_id=error.prompt_id,
         sample=error.sample,
     )
 
 
-def note_errors(scored: ScoredGroup, record: RunRecord, *, step: int) -> None:
+def note_errors(scored: ScoredGroup, record: RunRecord, *, step: int, split: str) -> None:
     """Record and count the failures of a group's rewards and environments."""
     errors = (*scored.scores.errors, *scored.scores.scored_errors)
     for error in errors:
-        record.tracker.log_error(error_record(error, step=step))
+        record.tracker.log_error(error_record(error, step=step, split=split))
     by_name = Counter(error.reward for error in errors)
     record.add({f"rewards/{name}/failures/total": Sum(total=count) for name, count in by_name.items()})
     record.add({"rewards/errors/total": Sum(total=len(errors)), **environment_failures(scored.group.infos)})
@@ -155,6 +156,7 @@ class RolloutScorer:
         *,
         step: int,
         version: int,
+        split: str = "train",
         report: Callable[[ScoredGroup], None] = lambda _: None,
     ) -> list[ScoredGroup]:
         """Return the scored responses to all requests, in their order.
@@ -164,12 +166,13 @@ class RolloutScorer:
         Args:
             step: the step whose metrics row and error lines are written.
             version: the version of the sampling weights.
+            split: "train", or the evaluation set's name.
             report: called with each group as soon as it is scored.
         """
 
         async def score(group: CompletedGroup, num_done: int) -> ScoredGroup:
             self.record.show("rollouts", num_done, len(requests))
-            scored = await self.score(group, sampling, step=step, version=version)
+            scored = await self.score(group, sampling, step=step, version=version, split=split)
             report(scored)
             return scored
 
@@ -207,7 +210,7 @@ class RolloutScorer:
             scored = await self._score(group, sampling, version=version)
             if closing is not None:
                 return
-            note_errors(scored, self.record, step=step)
+            note_errors(scored, self.record, step=step, split="train")
             finished.append(scored)
             report(scored)
             self.record.show("rollouts", len(finished), len(requests))
@@ -308,15 +311,18 @@ class RolloutScorer:
         greedy = {scored.group.request.group_id - GREEDY_GROUPS: scored.scores for scored in answers}
         return [_with_greedy(scored, greedy.get(scored.group.request.group_id)) for scored in groups]
 
-    async def score(self, group: CompletedGroup, sampling: Sampling, *, step: int, version: int) -> ScoredGroup:
+    async def score(
+        self, group: CompletedGroup, sampling: Sampling, *, step: int, version: int, split: str = "train"
+    ) -> ScoredGroup:
         """Return the group with its scores, and record its failures.
 
         Args:
             step: the step whose metrics row and error lines are written.
             version: the version of the sampling weights.
+            split: "train", or the evaluation set's name.
         """
         scored = await self._score(group, sampling, version=version)
-        note_errors(scored, self.record, step=step)
+        note_errors(scored, self.record, step=step, split=split)
         return scored
 
     async def _score(self, group: CompletedGroup, sampling: Sampling, *, version: int) -> ScoredGroup:

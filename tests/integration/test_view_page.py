@@ -116,7 +116,9 @@ def runs(tmp_path: Path) -> list[Path]:
             write_step(folder, step)
     error = {"step": 2, "stage": "rewards", "kind": "timeout", "message": f"10 s {HOSTILE}", "source": "correct"}
     error["stack"] = f"reward (mine.py:7) {HOSTILE}"
-    (folders[0] / "errors.jsonl").write_text(json.dumps({**error, "prompt_id": 2, "sample": None}) + "\n")
+    (folders[0] / "errors.jsonl").write_text(
+        json.dumps({**error, "split": "train", "prompt_id": 2, "sample": None}) + "\n"
+    )
     return folders
 
 
@@ -266,6 +268,8 @@ async def test_filters_and_errors(runs: list[Path]) -> None:
         await page.value("document.querySelector('.filters [type=checkbox]').click()")  # with an error
         await page.until(f"{groups} === 1 && {text_of('.prompt summary')}.startsWith('prompt 2')")
         await page.value("document.activeElement.blur()")
+        await page.press("s")  # the held-out prompt 2 has no error
+        await page.until("document.body.innerText.includes('No response passes the filters.')")
         await page.press("3")
         await page.until("document.querySelectorAll('.error').length === 1")
         assert "<script>" in await page.value(text_of(".error pre"))

@@ -170,7 +170,7 @@ async def test_with_drop_a_prompt_that_a_reward_fails_on_is_left_out(tmp_path: P
     record = await run(dropping, tmp_path, Rewards(broken=[1]))
     assert record.found["eval/heldout/pass@2"] == pytest.approx(5 / 6)
     assert "eval/heldout.hard/score" not in record.found
-    assert len(record.errors) == 1
+    assert [(error.split, error.prompt_id) for error in record.errors] == [("heldout", 1)]
     told = json.loads(evaluation_path(record.folder.path, 3).read_text())
     assert told["sets"]["heldout"]["num_failed"] == 1
     with pytest.raises(RunError, match="eval heldout, step 3"):

@@ -18,6 +18,7 @@ from rlhf.errors import ResultsLost
 from rlhf.evaluation.results import Marking
 from rlhf.roles import CompletedGroup, ScoredGroup
 from rlhf.rollouts.records.spool import group_path, stored_groups
+from rlhf.tracking.run_folder.errors import ErrorRecord
 from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, RolloutInfo, Sampling
 
 PROMPTS = [Prompt(prompt_id=i, token_ids=(1, 2), text="", columns={"answer": "3"}) for i in range(2)]
@@ -208,6 +209,18 @@ def test_an_evaluation_is_taken_up_by_the_weights_of_its_own_step(tmp_path: Path
 
     assert len(evaluated(before).asked) == 2
     assert bool(evaluated(0).asked) is asks
+
+
+def test_a_failure_is_recorded_with_the_set_of_its_prompt(tmp_path: Path) -> None:
+    """Each data set counts its prompts from 0."""
+    scorer, reward, record = begun(tmp_path)
+    errors: list[ErrorRecord] = []
+    record.tracker.log_error = errors.append
+    reward.fails = {0, -1}
+    requests = [request_for(PROMPTS[0], group_id=i, first_sequence_id=0, samples=1, run_seed=0) for i in (0, -1)]
+    asyncio.run(scorer.score_all(requests[:1], SAMPLING, step=1, version=0))
+    asyncio.run(scorer.score_all(requests[1:], SAMPLING, step=1, version=0, split="heldout"))
+    assert [(error.split, error.prompt_id) for error in errors] == [("train", 0), ("heldout", 0)]
 
 
 def ask_with_greedy(scorer: RolloutScorer, sampling: Sampling = SAMPLING) -> list[ScoredGroup]:

@@ -21,7 +21,8 @@ class ErrorRecord:
     kind: str  # "raised", "timeout", "not_a_number", "died", ...
     message: str
     source: str | None = None  # reward, actor or rank it came from
-    prompt_id: int | None = None  # row in the data
+    split: str | None = None  # "train", or the evaluation set's name
+    prompt_id: int | None = None  # row in the data of the split
     sample: int | None = None  # which of the responses to the prompt
     stack: str | None = None  # of the threads of a process that hung
 

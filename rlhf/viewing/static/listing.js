@@ -9,7 +9,11 @@ export const isFilter = (filter) => JSON.stringify(filter) !== JSON.stringify(NO
 
 export const failed = (errors, step, row) =>
   errors.some(
-    (error) => error.step === step && error.prompt_id === row.prompt_id && (error.sample ?? row.sample) === row.sample,
+    (error) =>
+      error.step === step &&
+      error.split === row.split &&
+      error.prompt_id === row.prompt_id &&
+      (error.sample ?? row.sample) === row.sample,
   );
 
 export function passes(row, filter, step, errors) {
