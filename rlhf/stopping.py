@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -68,6 +69,7 @@ class StopRequest:
         async def cancellable() -> T:
             task = asyncio.current_task()
             assert task is not None
+            _REQUEST.set(self)  # a runner keeps the context of its first run
             self._cancel = lambda: loop.call_soon_threadsafe(task.cancel)
             if self.interrupted.is_set():
                 task.cancel()
@@ -99,13 +101,12 @@ class StopRequest:
         self.interrupted.set()
 
 
-_LOCAL = threading.local()
+_REQUEST: ContextVar[StopRequest | None] = ContextVar("the stop request of the work", default=None)
 
 
 def current_request() -> StopRequest | None:
-    """Return the request of the work in this thread; None outside of `run_stoppable`."""
-    request: StopRequest | None = getattr(_LOCAL, "request", None)
-    return request
+    """Return the request of the work. `asyncio.to_thread` passes it on. None outside of `run_stoppable`."""
+    return _REQUEST.get()
 
 
 def run_stoppable(work: Callable[[StopRequest], T]) -> T:
@@ -122,7 +123,7 @@ def run_stoppable(work: Callable[[StopRequest], T]) -> T:
     request = StopRequest()
 
     def begin() -> T:
-        _LOCAL.request = request
+        _REQUEST.set(request)
         return work(request)
 
     with _listening(request):

@@ -11,7 +11,7 @@ the loop, this module sees only scalars, ids and references.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -86,11 +86,13 @@ class Collector:
         sampling: Sampling,
         *,
         arrived: Callable[[ScoredGroup], None] | None = None,
+        outdated: Callable[[Sequence[ScoredGroup]], None] = lambda _: None,
     ) -> None:
         """Create a collector at the start of the run's prompts.
 
         Args:
             arrived: called with each kept group as soon as it is scored.
+            outdated: called with kept groups that have become too old, and are requested again.
         """
         assert config.rollouts is not None
         self.config = config
@@ -100,6 +102,7 @@ class Collector:
         self.record = record
         self.sampling = sampling
         self.arrived = arrived
+        self.outdated = outdated
         weighs = config.algorithm.kind == "advantages"
         self.algorithm = algorithm_of(config.algorithm, OnlineAlgorithm) if weighs else None
         self.scores = TrainingScores(config.rewards)
@@ -110,7 +113,8 @@ class Collector:
         self.curriculum = None if settings is None else Curriculum(seed=config.run.seed, **settings.model_dump())
         self.skipped: list[tuple[int, int]] = []  # epoch and id of the prompts skipped in this step
         window = max(RECENT_GROUPS, self.rollouts.prompts_per_step)
-        self.recent_drops: deque[bool] = deque(maxlen=window)  # whether each recent group was dropped
+        # The ids of the recent groups, and whether they were dropped. None: before the run was resumed.
+        self.recent_drops: deque[tuple[int | None, bool]] = deque(maxlen=window)
 
     async def collect(self, step: int, *, version: int) -> Collected:
         """Return the whole batch of a step, sampled by one version of the weights.
@@ -132,7 +136,7 @@ class Collector:
 
         Raise RunError if its failure ends the run.
         """
-        self.recent_drops.append(bool(scored.scores.errors))
+        self.recent_drops.append((scored.group.request.group_id, bool(scored.scores.errors)))
         if scored.scores.errors:
             batch.dropped.append(_without_tokens(scored))
             self._check_dropped(scored, step)
@@ -252,7 +256,8 @@ class Collector:
         assert window is not None
         rules = error_rules(self.config.rewards)
         is_fatal = ends_run(scored.scores.errors, rules, policy.on_error)
-        count, most = sum(self.recent_drops), policy.max_dropped_fraction * window
+        count = sum(is_dropped for _, is_dropped in self.recent_drops)
+        most = policy.max_dropped_fraction * window
         if not is_fatal and count <= most:
             return
         self.scorer.forget_failures()
@@ -337,7 +342,12 @@ class Collector:
             metrics["data/within_band/fraction"] = Mean(total=within, count=measured)
         return metrics
 
-    def state(self) -> dict[str, Any]:
+    def state(self, *, untrained: Collection[int] = ()) -> dict[str, Any]:
+        """Return the position in the prompts, for a checkpoint.
+
+        Args:
+            untrained: ids of the groups that a resumed run requests again. It then counts their drops again.
+        """
         return {
             "cursor": asdict(self.prompts.state()),
             "stream": self.prompts.order.state(),
@@ -345,7 +355,7 @@ class Collector:
             "waiting": [(epoch, prompt.prompt_id) for epoch, prompt in self.unfinished],
             "begun": self.carried.state(),
             "next_group": self.next_group,
-            "recent_drops": list(self.recent_drops),
+            "recent_drops": [is_dropped for group_id, is_dropped in self.recent_drops if group_id not in untrained],
             "curriculum": None if self.curriculum is None else self.curriculum.state(),
         }
 
@@ -357,7 +367,7 @@ class Collector:
         self.next_group = state["next_group"]
         self.skipped = [(epoch, prompt_id) for epoch, prompt_id in state.get("skipped", [])]
         self.recent_drops.clear()
-        self.recent_drops.extend(state["recent_drops"])
+        self.recent_drops.extend((None, is_dropped) for is_dropped in state["recent_drops"])
         if self.curriculum is not None and state["curriculum"] is not None:
             self.curriculum.restore(state["curriculum"])
 

@@ -124,6 +124,7 @@ class GroupQueue:
             if entry.scored is not None and self._is_old(oldest_version(entry.scored.group.infos)):
                 self._finished.remove(entry.group_id)
                 self._outcomes.cancelled.append(entry.scored.group.request)
+                self.collector.outdated([entry.scored])
                 entry.scored = None
                 self._start(entry)
         self._admit()
@@ -273,7 +274,7 @@ class GroupQueue:
         return metrics
 
     async def finish(self, step: int) -> None:
-        """Do nothing: `synced` forgets the trained groups, so no old weights begin others in their place."""
+        """Do nothing: until `synced` no group takes the place of a trained one, so none begins with the old weights."""
 
     async def stop(self) -> Sequence[GroupRequest]:
         """Give up the unfinished groups, and return their requests, which the engines still answer.
@@ -307,7 +308,8 @@ class GroupQueue:
 
         A run without updates in flight requests the prompts in `waiting`.
         """
-        state, untrained = self.collector.state(), self._untrained()
+        untrained = self._untrained()
+        state = self.collector.state(untrained={entry.group_id for entry in untrained})
         chosen = [(entry.chosen[0], entry.chosen[1].prompt_id) for entry in untrained]
         outstanding = [(e.group_id, *prompt, e.place) for e, prompt in zip(untrained, chosen, strict=True)]
         return state | {

@@ -75,7 +75,7 @@ class ColumnsByGroup:
         return [column for columns in await asyncio.gather(*computing) for column in columns]
 
     def forget(self, groups: Sequence[ScoredGroup]) -> None:
-        """Forget the columns of trained groups."""
+        """Forget the columns of groups that are trained, or whose responses are not used."""
         for scored in groups:
             self._computing.pop(scored.group.request.group_id, None)
 
@@ -171,6 +171,7 @@ class ReferencedLearning(Learning):
         assert self.roles.reference is not None
         with self.record.stage(self.roles.reference.role):
             await self.roles.policy.export(folder.begin_reference(step))
+            await asyncio.to_thread(folder.seal, folder.reference(step), step=step)
             needed = {self.record.read_state(other)["reference_step"] for other in folder.checkpoint_steps()}
             await self.roles.reference.become(folder.commit_reference(step, keep=needed))
         self.reference_step = step

@@ -265,7 +265,7 @@ class TrainingLoop(ABC):
         except (OSError, RunError) as error:
             logger.warning("the state after step %d could not be saved: %s", step, error)
         else:
-            self.commit(step)
+            await self.commit(step)
             logger.info("a checkpoint of step %d is written from the memory of the nodes", step)
 
     async def _measure_memory(self) -> None:
@@ -299,7 +299,7 @@ class TrainingLoop(ABC):
         with self.record.stage("checkpoint"):
             await self.despite_losses(self._save)
         self._log_step()
-        self.commit(self.step)
+        await self.commit(self.step)
         if is_best:
             self.record.folder.mark_best(self.step)
         await self.record.prune(self.config.train.keep_checkpoints)
@@ -320,9 +320,9 @@ class TrainingLoop(ABC):
         self.record.write_state(aside, state)
         return aside
 
-    def commit(self, step: int) -> None:
-        """Make the checkpoint of a step that was written aside valid."""
-        self.record.commit_checkpoint(step)
+    async def commit(self, step: int) -> None:
+        """Make the checkpoint of a step that was written aside valid. A cancellation takes effect afterwards."""
+        await _whole(self.record.commit_checkpoint(step))
         self.kept_step = step
 
     def state(self) -> dict[str, Any]:

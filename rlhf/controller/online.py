@@ -106,7 +106,15 @@ class OnlineController(TrainingLoop):
         arrived = self.learning.arrived if config.train.streamed or self.rollouts.max_staleness else None
         queue = partial(GroupQueue, order=self.rollouts.batch_order) if self.in_flight else BatchQueue
         self.batches: BatchQueue | GroupQueue = queue(
-            Collector(config, prompts, self.scorer, record, sampling, arrived=arrived),
+            Collector(
+                config,
+                prompts,
+                self.scorer,
+                record,
+                sampling,
+                arrived=arrived,
+                outdated=self.learning.columns.forget,
+            ),
             record,
             max_staleness=self.rollouts.max_staleness,
             num_steps=config.train.num_steps,
@@ -288,7 +296,7 @@ class OnlineController(TrainingLoop):
         await self.batches.stop()
         if self.kept_step < self.step:
             await self.despite_losses(partial(self.save_aside, self.finished_state))
-            self.commit(self.step)
+            await self.commit(self.step)
         raise Preempted(f"a checkpoint of step {self.step} is written" if self.step else "no step was done")
 
     async def _learn_while_taking(self, step: int) -> tuple[Batch, float]:

@@ -176,8 +176,13 @@ class RunRecord:
             self.folder.prune(keep)
             self.mirror.begin(keep)
 
-    def commit_checkpoint(self, step: int) -> None:
-        """Make the begun checkpoint valid, and notify the tracker's back ends."""
+    async def commit_checkpoint(self, step: int) -> None:
+        """Make the begun checkpoint valid, and notify the tracker's back ends.
+
+        A thread reads and syncs its files, so the event loop does not stand still. The checkpoint becomes valid in the
+        event loop, so it never does after this call was cancelled.
+        """
+        await asyncio.to_thread(self.folder.seal, self.folder.checkpoint(step), step=step)
         self.tracker.checkpoint(step, self.folder.commit_checkpoint(step))
 
     def failed(self, error: Exception) -> None:

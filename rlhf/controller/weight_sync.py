@@ -82,7 +82,10 @@ async def _both(sending: Coroutine[Any, Any, None], receiving: Coroutine[Any, An
 
 
 async def _prove(policy: PolicyRole, rollout: RolloutRole, probe: PolicyProbe) -> float | None:
-    """Return the largest difference. Raise the loss of a policy's rank that a successor of an engine waits for."""
+    """Return the largest difference of the log-probabilities.
+
+    If the successor of a lost engine cannot get the weights, because a rank of the policy is lost, raise that loss.
+    """
     proving = asyncio.ensure_future(rollout.prove(probe))
     missing = asyncio.ensure_future(rollout.weights_are_missing())
     try:

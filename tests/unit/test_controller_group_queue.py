@@ -15,15 +15,16 @@ import pytest
 from rlhf.controller.batch_queue import Batch, BatchQueue
 from rlhf.controller.carried import first_untrained_group
 from rlhf.controller.group_queue import GroupQueue
+from rlhf.controller.learning import ColumnsByGroup
 from rlhf.controller.online import OnlineController
 from rlhf.controller.rollout_scorer import RolloutScorer
-from rlhf.data.stream import given_places
+from rlhf.data.stream import given_rows
 from rlhf.errors import RunError
-from rlhf.roles import CompletedGroup, Metrics
+from rlhf.roles import CompletedGroup, Metrics, RemoteColumns, ScoredGroup
 from rlhf.rollouts.records.spool import group_path, stored_groups
 from rlhf.tracking.metrics.declarations import merge_metrics, results
-from rlhf.types import GroupRequest, RolloutInfo, Sampling
-from tests.unit.test_controller_collect import Run, by_prompt
+from rlhf.types import GroupRequest, RolloutInfo, Sampling, TokenValues
+from tests.unit.test_controller_collect import VARIED, Run, by_prompt
 
 PROMPTS = 4  # of a step
 
@@ -95,7 +96,8 @@ class InFlight:
 
     def __init__(self, folder: Path, *, max_staleness: int = 1, num_steps: int = 9, **keys: Any) -> None:
         order = keys.pop("batch_order", "prompt")
-        keys["reward_policy"] = {"on_error": "drop", "max_dropped_fraction": 0.9}
+        dropped = keys.pop("max_dropped_fraction", 0.9)
+        keys["reward_policy"] = {"on_error": "drop", "max_dropped_fraction": dropped}
         self.run = Run(folder, keys.pop("scores", lambda _: (0.0, 1.0)), prompts=keys.pop("prompts", 100), **keys)
         self.engines = Engines()
         roles: tuple[Any, Any] = (self.engines, self.run)
@@ -201,6 +203,30 @@ async def test_a_finished_group_that_waited_too_long_is_requested_again(tmp_path
     assert run.engines.asked.count(4) == 2
 
 
+async def test_the_columns_of_a_group_that_is_requested_again_are_forgotten(tmp_path: Path) -> None:
+    """It may be dropped then, and no step forgets them."""
+    broken: set[int] = set()
+    run = InFlight(tmp_path, scores=lambda prompt: None if prompt in broken else VARIED)
+    columns, kept = ColumnsByGroup(), dict[int, ScoredGroup]()
+
+    async def none() -> list[RemoteColumns[TokenValues]]:
+        return []
+
+    def arrived(scored: ScoredGroup) -> None:
+        kept[scored.group.request.group_id] = scored
+        columns.begin(scored, none())
+
+    run.run.collector.arrived, run.run.collector.outdated = arrived, columns.forget
+    await run.begin()
+    run.queue.prompts_per_step = 2  # the window shrinks, as after a resume with another bound
+    await run.step(1)
+    assert await columns.take([kept[4]]) == []
+    broken.add(4)
+    await run.step(2)
+    assert run.engines.asked.count(4) == 2
+    assert await columns.take([kept[4]]) is None
+
+
 async def test_the_first_rollouts_are_timed_from_their_start(tmp_path: Path) -> None:
     run = InFlight(tmp_path)
     run.queue._taken_at -= 1000.0  # the roles have started meanwhile
@@ -285,6 +311,20 @@ async def test_a_resumed_run_requests_the_outstanding_groups_again(tmp_path: Pat
     assert sorted(first.trained + resumed.trained) == list(range(12))
 
 
+async def test_a_resumed_run_counts_each_dropped_group_once(tmp_path: Path) -> None:
+    """Groups that were dropped after the last batch are requested again."""
+    keys: dict[str, Any] = {"max_dropped_fraction": 8 / 32, "scores": by_prompt(broken=range(8, 13))}
+    first = InFlight(tmp_path, **keys)
+    await first.begin()
+    await first.step(1)
+    resumed = InFlight(tmp_path, **keys)
+    resumed.queue.restore(json.loads(json.dumps(first.queue.state())))
+    await resumed.begin(1)
+    for step in (2, 3):
+        await resumed.step(step)
+    assert resumed.trained == [4, 5, 6, 7, 13, 14, 15, 16]
+
+
 async def test_each_checkpoint_accounts_for_every_prompt(tmp_path: Path) -> None:
     """A group that was filtered after the last batch is outstanding, because no step has recorded its end."""
     scores = by_prompt(solved=[1, 8, 18], failed=[2, 24], broken=[5, 28])
@@ -309,7 +349,7 @@ async def test_each_checkpoint_accounts_for_every_prompt(tmp_path: Path) -> None
         ended += [(record.epoch, record.prompt_id) for record in kept] + list(groups.skipped)
         state = json.loads(json.dumps(run.queue.state()))
         held = [tuple(prompt) for prompt in state["waiting"] + state["skipped"]]
-        assert sorted([*ended, *held]) == sorted(given_places(state["stream"]))
+        assert sorted([*ended, *held]) == sorted(given_rows(state["stream"]))
         assert len(state["outstanding"]) == len(state["waiting"])
 
 

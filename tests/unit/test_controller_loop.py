@@ -124,7 +124,8 @@ class Record:
     def read_state(self, step: int) -> dict[str, Any]:
         return self.states[step]
 
-    def commit_checkpoint(self, step: int) -> None:
+    async def commit_checkpoint(self, step: int) -> None:
+        await asyncio.sleep(0)
         self.calls.append(f"commit {step}")
 
     def restore_best(self, best: Any, state: Mapping[str, Any]) -> None:
@@ -369,6 +370,16 @@ async def test_a_cancelled_restart_ends_first() -> None:
     with pytest.raises(asyncio.CancelledError):
         await running
     assert calls[-2:] == ["restarted", "take back 0"]
+
+
+async def test_a_cancelled_run_commits_the_checkpoint_in_progress() -> None:
+    loop, calls = loop_of([])
+    committing = asyncio.create_task(loop.commit(1))
+    await asyncio.sleep(0)
+    committing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await committing
+    assert calls == ["commit 1"]
 
 
 def test_loaded_objects_are_spared_from_collections_until_the_loop_ends_also_by_a_failure() -> None:

@@ -1,10 +1,14 @@
-"""rlhf/controller/record.py: what a run records of a wait for room, and of its failure."""
+"""rlhf/controller/record.py: what a run records of a wait for room, of a checkpoint, and of its failure."""
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import shutil
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +18,7 @@ from rlhf.controller.record import RunRecord
 from rlhf.errors import RunError
 from rlhf.room import PAUSE, Shortage
 from rlhf.tracking.run_folder.folder import RunFolder
+from rlhf.tracking.run_folder.manifest import Manifest
 from rlhf.tracking.run_folder.timeline import Timeline
 from rlhf.tracking.sinks.tracker import Tracker
 
@@ -44,6 +49,48 @@ def test_a_wait_is_recorded_when_its_file_can_be_written_again(tmp_path: Path) -
 def record_of(folder: RunFolder) -> RunRecord:
     nothing = cast(Any, None)
     return RunRecord(folder=folder, tracker=Tracker(folder.path), timeline=nothing, progress=nothing, step=2)
+
+
+@asynccontextmanager
+async def committing(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[tuple[asyncio.Task[None], threading.Event]]:
+    """Yield a commit that reads its checkpoint, and what lets it go on. The commit ends with the block."""
+    reads, goes_on, read = threading.Event(), threading.Event(), Manifest.of
+
+    def read_slowly(path: Path, *, step: int | None) -> Manifest:
+        reads.set()
+        assert goes_on.wait(5.0), "the event loop stands still"
+        return read(path, step=step)
+
+    monkeypatch.setattr(Manifest, "of", read_slowly)
+    (folder.begin_checkpoint(3) / "model.bin").write_text("whole")
+    commit = asyncio.create_task(record_of(folder).commit_checkpoint(3))
+    while not reads.is_set():
+        await asyncio.sleep(0.01)
+    yield commit, goes_on
+    goes_on.set()
+    await asyncio.get_running_loop().shutdown_default_executor()
+
+
+async def test_the_event_loop_goes_on_while_a_checkpoint_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RunFolder.open(tmp_path, "run", resume=False) as folder:
+        async with committing(folder, monkeypatch) as (commit, goes_on):
+            assert folder.checkpoint_steps() == []
+            goes_on.set()
+            await commit
+        assert folder.checkpoint_steps() == [3]
+
+
+async def test_a_cancelled_commit_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with RunFolder.open(tmp_path, "run", resume=False) as folder:
+        async with committing(folder, monkeypatch) as (commit, _):
+            commit.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await commit
+        assert list(folder.checkpoints.iterdir()) == []
 
 
 def test_a_failure_is_recorded_if_a_begun_checkpoint_cannot_be_removed(

@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,11 +20,12 @@ import torch
 from safetensors.torch import load_file
 
 from actors.weights.adapter import AdapterSender
-from rlhf import room, stopping
+from rlhf import room
 from rlhf.engine.snapshots import Snapshots
 from rlhf.errors import ObjectStoreFull, StorageFull
 from rlhf.models.export import appearing
 from rlhf.room import PAUSE, Shortage, done_when_there_is_room, when_there_is_room
+from rlhf.stopping import StopRequest, run_async, run_stoppable
 from rlhf.tracking.run_folder.atomic import append_line, read_lines, write_atomic
 from rlhf.tracking.run_folder.timeline import Timeline
 from rlhf.types import Examples, TokenValues
@@ -120,18 +122,22 @@ def test_waits_that_overlap_are_one_pause(caplog: pytest.LogCaptureFixture) -> N
     assert events == ["a", "over"]
 
 
-def test_a_signal_that_ends_the_run_ends_the_wait_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    request = stopping.StopRequest()
-    monkeypatch.setattr(stopping._LOCAL, "request", request, raising=False)
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_a_signal_that_ends_the_run_ends_the_wait_of_the_driver(in_thread: bool) -> None:
+    PAUSE.limit_s = 5.0
 
-    def tell() -> None:
-        while request.beats < 3:  # the loop counts as alive meanwhile
-            time.sleep(0.001)
-        request.came = time.monotonic()
+    def work(request: StopRequest) -> None:
+        def tell() -> None:
+            while request.beats < 3:  # the loop counts as alive meanwhile
+                time.sleep(0.001)
+            request.came = time.monotonic()
 
-    threading.Thread(target=tell).start()
+        threading.Thread(target=tell, daemon=True).start()
+        write = partial(when_there_is_room, PATH, Write(*[full()] * 100_000))
+        run_async(asyncio.to_thread(write)) if in_thread else write()
+
     with pytest.raises(StorageFull, match="could not be written") as ended:
-        when_there_is_room(PATH, Write(*[full()] * 100_000))
+        run_stoppable(work)
     assert "No room came" not in str(ended.value)
 
 

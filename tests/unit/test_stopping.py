@@ -85,6 +85,15 @@ def test_a_coroutine_runs_inside_of_a_running_loop_without_more() -> None:
     assert asyncio.run(cell_of_a_notebook()) == 3
 
 
+def test_a_runner_that_is_used_again_has_the_request_of_its_present_work() -> None:
+    async def request_of_work() -> StopRequest | None:
+        return current_request()
+
+    with asyncio.Runner() as runner:
+        for _ in range(2):
+            assert run_stoppable(lambda request: run_async(request_of_work(), runner) is request)
+
+
 def test_ctrl_c_is_heard_inside_of_a_running_event_loop() -> None:
     async def cell_of_a_notebook() -> None:
         run_stoppable(loop_that_is_sent(signal.SIGINT, result=Preempted("a checkpoint of step 3 is written")))

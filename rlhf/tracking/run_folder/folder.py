@@ -23,7 +23,7 @@ from rlhf.tracking.run_folder.atomic import read_lines, sync_folder, sync_tree, 
 from rlhf.tracking.run_folder.environment import record_environment
 from rlhf.tracking.run_folder.group_ledger import FILE as GROUPS
 from rlhf.tracking.run_folder.lock import lock_folder
-from rlhf.tracking.run_folder.manifest import Manifest, find_damage, is_complete
+from rlhf.tracking.run_folder.manifest import MANIFEST, Manifest, find_damage, is_complete
 from rlhf.tracking.sinks.tracker import read_metrics
 
 logger = logging.getLogger(__name__)
@@ -147,18 +147,27 @@ class RunFolder:
         return self._begin(self.checkpoint(step))
 
     def commit_checkpoint(self, step: int) -> Path:
-        """Make the begun checkpoint durable and complete, then point `latest` at it.
+        """Make the begun checkpoint complete, sealed if it is not yet, then point `latest` at it.
 
         It replaces a checkpoint of the same step. Later checkpoints belong to an abandoned history and are removed.
         """
         target = self.checkpoint(step)
-        Manifest.of(self._aside(target), step=step).write(self._aside(target))
-        self._commit(target)
+        self._commit_sealed(target, step)
         self._point("latest", step)
         for later, path in self._step_folders():
             if later > step:
                 _remove(path)
         return target
+
+    def seal(self, target: Path, *, step: int) -> None:
+        """Make the files of a begun checkpoint or reference durable, and write their manifest.
+
+        Every file is synced and read, which may take minutes. An event loop does it in a thread.
+        """
+        aside = self._aside(target)
+        with explains_full(target):
+            sync_tree(aside)
+        Manifest.of(aside, step=step).write(aside)
 
     def adopt_checkpoint(self, step: int) -> Path:
         """Make the begun folder, a copy of a checkpoint with its manifest, a checkpoint. RunError if it is damaged."""
@@ -198,10 +207,8 @@ class RunFolder:
         return self._begin(self.reference(step))
 
     def commit_reference(self, step: int, *, keep: Collection[int]) -> Path:
-        """Make the begun reference durable and complete, then remove all references except for the steps in `keep`."""
-        aside = self._aside(self.reference(step))
-        Manifest.of(aside, step=step).write(aside)
-        self._commit(self.reference(step))
+        """Make the begun reference complete, sealed if it is not yet. Remove all others but for the steps in `keep`."""
+        self._commit_sealed(self.reference(step), step)
         for path in self.references.glob("step_*"):
             if path not in {self.reference(kept) for kept in (step, *keep)}:
                 _remove(path)
@@ -290,9 +297,17 @@ class RunFolder:
             if path.is_dir() and not path.is_symlink() and path != self.spool:
                 _discard(path)
 
+    def _commit_sealed(self, target: Path, step: int) -> None:
+        if not (self._aside(target) / MANIFEST).exists():  # it is written last
+            self.seal(target, step=step)
+        self._appear(target)
+
     def _commit(self, target: Path) -> None:
         with explains_full(target):
             sync_tree(self._aside(target))
+        self._appear(target)
+
+    def _appear(self, target: Path) -> None:
         if target.exists():
             old = _out_of_the_way(target)
             self._aside(target).rename(target)

@@ -33,14 +33,16 @@ class SampleTurn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleSequence:
-    """One of the sequences of an agent's session, which may begin with tokens of an earlier one.
+    """One sequence of an agent's session. It may begin with the same tokens as an earlier sequence.
 
-    Positions are those in the columns of the tokens.
+    Positions are indices in the columns of `SampleTokens`, where the sequences follow each other.
     """
 
-    start: int  # of its first token
-    own: int  # of its first token that no earlier sequence has in its place
-    after: int | None  # of the earlier sequence's token before the own ones; negative: of the prompt; None: it has none
+    start: int  # position of its first token
+    own: int  # position of its first token after those that it shares with an earlier sequence
+    # position of the last shared token in that earlier sequence. Negative: it belongs to the prompt. None: no token is
+    # shared
+    after: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
