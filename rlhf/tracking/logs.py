@@ -17,12 +17,15 @@ from typing import Any, TextIO
 MASK = "***"
 _SECRET_NAME = re.compile(
     r"(?i)(^|.*[_.-])(api[_-]?key|access[_-]?key|secret[_-]?key|private[_-]?key|secret|password|passwd|passphrase|pwd"
-    r"|credentials?|auth|authorization|cookie|(auth|access|api|hf|hub|ray|bearer|refresh|session|id)[_-]?token)$|^token$"
+    r"|credentials?|auth|authorization|cookie|(auth|access|api|hf|hub|ray|bearer|refresh|session|id|bot|personal|service"
+    r"|secret|security|csrf|oauth|jwt|github|gitlab|slack|discord|telegram|wandb|openai|anthropic|azure|aws|google"
+    r")[_-]?token)$|^token$"
 )
+_NAMED = frozenset({"stages", "rewards", "train", "eval", "data", "models"})  # sections by names that users choose
 _SECRET_ENV = re.compile(r"(?i)(^|_)(TOKEN|KEY|APIKEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|AUTH|PAT)$")
 _SECRET_TEXT = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}|\bwandb_v\d_[A-Za-z0-9_-]{16,}|\bgh[pousr]_[A-Za-z0-9]{16,}"
-    r"|(?<=://)[^\s/:@]*:[^\s/@]+(?=@)|(?i:(?<=bearer )[A-Za-z0-9._~+/=-]{8,})"
+    r"|\bgithub_pat_[A-Za-z0-9_]{16,}|(?<=://)[^\s/:@]*:[^\s/@]+(?=@)|(?i:(?<=bearer )[A-Za-z0-9._~+/=-]{8,})"
 )
 _SECRET_QUERY = re.compile(
     r"(?i)([?&][\w.-]*(?:token|key|secret|passw(?:or)?d|passphrase|auth|sig(?:nature)?)=)[^\s&#\"']+"
@@ -43,14 +46,27 @@ def redact(text: str) -> str:
 
 
 def redact_config(value: Any, key: str = "") -> Any:
-    """Return a copy of a config tree (mappings, lists, scalars) with secret values masked, for files and W&B."""
+    """Return a copy of a config tree with secret values masked, for files and W&B.
+
+    Everything below a secret name is masked, except booleans, zeros and what is empty.
+    """
     if isinstance(value, Mapping):
-        return {name: redact_config(item, str(name)) for name, item in value.items()}
+        return {name: redact_config(item, _secret_key(key, str(name), item)) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [redact_config(item, key) for item in value]
-    if isinstance(value, str):
-        return MASK if value and is_secret_name(key) else redact(value)
-    return value
+    if value and not isinstance(value, bool) and is_secret_name(key):
+        return MASK
+    return redact(value) if isinstance(value, str) else value
+
+
+def _secret_key(section: str, name: str, item: Any) -> str:
+    """Return the name that decides whether an item of a section is masked: the section's if that is secret.
+
+    A reward may be called `secret`: the name of a mapping that the user chooses hides nothing.
+    """
+    if is_secret_name(section):
+        return section
+    return "" if section in _NAMED and isinstance(item, Mapping) and is_secret_name(name) else name
 
 
 class _Formatter(logging.Formatter):

@@ -45,6 +45,7 @@ def test_one_event_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         ("Authorization: Bearer abc.def-123456", "Authorization: Bearer ***"),
         ("redis://:pass@host/0 http://me:pw@host", "redis://***@host/0 http://***@host"),
         ("sk-abcdefghijklmnop1234", "***"),
+        ("git clone with github_pat_11ABCDEFG0abcdef_hijkl", "git clone with ***"),
         ("GET https://host/a?token=abc&n=1#top", "GET https://host/a?token=***&n=1#top"),
         ("'https://host/?n=1&X-Api-Key=abc'", "'https://host/?n=1&X-Api-Key=***'"),
         ("is monkey=1 a keyboard? tokens=3", "is monkey=1 a keyboard? tokens=3"),
@@ -81,6 +82,26 @@ def test_config_is_masked_by_key_and_by_value(monkeypatch: pytest.MonkeyPatch) -
         "policy": {"eos_token": "</s>", "max_new_tokens": 8},
         "password": "",
     }
+
+
+def test_everything_below_a_secret_name_is_masked() -> None:
+    config = {
+        "args": {"password": 12345678, "credentials": {"user": "bob", "ports": [80], "tls": True}, "cookie": 0},
+        "env": {"github_token": "x", "SLACK_TOKEN": "x", "botToken": "x"},
+        "rewards": {"secret": {"function": "found", "weight": 2.0, "args": {"auth": {"user": "bob"}}}},
+        "data": {"eval": {"password": {"task": "calculator"}}},
+    }
+    assert logs.redact_config(config) == {
+        "args": {"password": "***", "credentials": {"user": "***", "ports": ["***"], "tls": True}, "cookie": 0},
+        "env": {"github_token": "***", "SLACK_TOKEN": "***", "botToken": "***"},
+        "rewards": {"secret": {"function": "found", "weight": 2.0, "args": {"auth": {"user": "***"}}}},
+        "data": {"eval": {"password": {"task": "calculator"}}},
+    }
+
+
+def test_tokens_of_a_text_and_numbers_for_each_token_are_no_secrets() -> None:
+    names = ["pad_token", "eos_token", "end_token", "stop-token", "cost_per_token", "max_tokens", "tokenizer"]
+    assert [name for name in names if logs.is_secret_name(name)] == []
 
 
 def test_a_line_outside_of_a_step_names_none_and_no_terminal_obeys_it(capsys: pytest.CaptureFixture[str]) -> None:
