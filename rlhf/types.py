@@ -395,7 +395,7 @@ class BatchPlan:
         return tuple(i for minibatch in self.minibatches for i in minibatch.sequences_by_rank[rank])
 
     def some_sequence(self) -> tuple[int]:
-        """Return the first sequence of any rank. A rank without sequences runs it and learns nothing from it."""
+        """Return the first sequence of any rank. A rank without sequences computes it without training on it."""
         return (next(i for minibatch in self.minibatches for ids in minibatch.sequences_by_rank for i in ids),)
 
     def received_by(self, rank: int) -> tuple[int, ...]:

@@ -55,7 +55,8 @@ class KTO(Algorithm):
     """The losses read log-ratios and labels.
 
     Deviations from the papers: 1. KTO's divergence is estimated over the whole optimizer step, from each row's prompt
-    with the response of the next row in the data; 2. BCO's mean reward is taken over the step, without a running mean.
+    with the next answer to another prompt in the data; 2. BCO's mean reward is taken over the step, without a running
+    mean.
     """
 
     config: KTOConfig

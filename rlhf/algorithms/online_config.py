@@ -30,7 +30,7 @@ class AdaptiveKL(Section):
     target: float = Field(gt=0.0)
     """KL to the reference to hold, in nats a response."""
     horizon: int = Field(default=10_000, ge=1)
-    """Responses over which the coefficient adapts."""
+    """Responses over which the coefficient adapts. It must be above a fifth of the responses that a step trains on."""
 
 
 OF_A_PENALTY = NotWith("coef", 0.0)

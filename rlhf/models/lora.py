@@ -160,15 +160,6 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
             part._disable_adapters, part._active_adapter = disabled, active
 
 
-def starts_as_identity(model: nn.Module) -> bool:
-    """Return whether the adapter changes nothing yet (B = 0 everywhere). The base is then the initial policy.
-
-    Call it before the engine shards the weights.
-    """
-    with torch.no_grad():
-        return not any(bool(p.any()) for name, p in model.named_parameters() if ".lora_B." in name)
-
-
 def with_adapter(model: Any, folder: str) -> Any:
     """Return the model with the adapter of a folder, for inference. Raise UserError if the adapter does not fit."""
     return _adapted(model, folder).get_base_model()

@@ -61,6 +61,7 @@ def adaptive_kl_coef(coef: float, *, kl: float, target: float, horizon: float, n
     """Return the next coefficient: it moves the KL per sequence towards `target` (arXiv:1909.08593, section 2.2).
 
     coef * (1 + clip(kl / target - 1, -0.2, 0.2) * num_sequences / horizon): the horizon is counted in sequences.
+    Only a horizon above 0.2 * num_sequences keeps a coefficient positive; the check of the configuration demands it.
     """
     error = min(max(kl / target - 1.0, -0.2), 0.2)
     return coef * (1.0 + error * num_sequences / horizon)

@@ -48,7 +48,7 @@ def dual_clipped_loss(
 ) -> Float[Tensor, "*N"]:
     """Return clipped_loss, at most max_ratio * |A| on a negative advantage (dual clip, arXiv:1912.09729).
 
-    ValueError unless max_ratio > 1. At or below 1 + clip_high the cap would replace the clip.
+    ValueError unless max_ratio > 1: a cap of 1 or less would take the gradient from a token whose ratio is 1.
     """
     if max_ratio <= 1.0:
         raise ValueError(f"dual_clipped_loss needs max_ratio > 1, got {max_ratio}")

@@ -1,9 +1,10 @@
 """Reduce a response's token columns to one number for a preference loss, and compute the weight of its pair.
 
 Preference losses take one number per response: a log-ratio log pi - log pi_ref, or a plain log-probability without a
-reference. Three functions make it from any column (`logprobs`, `ref_logprobs` or their difference): sequence_total
-(DPO), sequence_average (SimPO, ORPO, IPO by its authors' account), length_desensitized_total (LD-DPO). Chosen and
-rejected responses are in one batch, in the caller's order.
+reference. The number comes from any column (`logprobs`, `ref_logprobs` or their difference): masking.sequence_sums adds
+up the counted tokens (DPO), and length_desensitized_total weighs the surplus of the longer response (LD-DPO). Losses of
+averages (SimPO, ORPO, IPO by its authors' account) divide the sum by masking.sequence_counts. Chosen and rejected
+responses are in one batch, in the caller's order.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def length_desensitized_total(
     """Return the sum of the first `shared` counted tokens plus alpha times the rest (LD-DPO, arXiv:2409.06411).
 
     `shared` is the smaller number of counted tokens of a pair, the same for both of its responses. alpha 1 is
-    sequence_total, alpha 0 ignores the surplus of the longer response. ValueError for an alpha outside [0, 1] and for a
+    the plain sum, alpha 0 ignores the surplus of the longer response. ValueError for an alpha outside [0, 1] and for a
     response without a counted token.
     """
     if not 0.0 <= alpha <= 1.0:

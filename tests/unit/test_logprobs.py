@@ -18,6 +18,7 @@ from rlhf.objectives.logprobs import (
     logprobs_from_logits,
     weighted_logprob_sum,
 )
+from rlhf.objectives.supervised import dynamic_fine_tuning
 
 ROWS, HIDDEN, VOCABULARY = 13, 6, 11
 HEADS = [
@@ -152,6 +153,16 @@ def test_weighted_sum_equals_plain(head: dict[str, float | None], chunk_size: in
     torch.testing.assert_close(total, (expected * weights).sum(), rtol=1e-12, atol=1e-12)
     got = gradients(3.0 * total, x)  # an outer factor reaches the gradient that was made in the forward pass
     torch.testing.assert_close(got, gradients(3.0 * (expected * weights).sum(), x), rtol=1e-10, atol=1e-12)
+
+
+def test_weights_by_probability_make_dynamic_fine_tuning() -> None:
+    x = inputs()
+    mask = torch.ones(ROWS, dtype=torch.bool)
+    expected = dynamic_fine_tuning(logprobs_from_logits(x["hidden"] @ x["weight"].t() + x["bias"], TARGETS), mask).sum()
+    weights = -torch.ones(ROWS, dtype=torch.float64)
+    total = weighted_logprob_sum(x["hidden"], x["weight"], TARGETS, weights, by_probability=True, bias=x["bias"])[0]
+    torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients(total, x), gradients(expected, x), rtol=1e-10, atol=1e-12)
 
 
 def test_top1_of_the_likeliest_and_the_least_likely() -> None:

@@ -56,7 +56,7 @@ def test_the_dual_clip_bounds_the_loss_on_negative_advantages_only() -> None:
     assert torch.equal(dual_clipped_loss(ratio, positive, all_true(4), **CLIP, max_ratio=3.0), same)
 
 
-def test_a_dual_clip_within_the_clip_range_is_refused() -> None:
+def test_a_dual_clip_of_one_is_refused() -> None:
     with pytest.raises(ValueError, match=r"max_ratio > 1, got 1\.0"):
         dual_clipped_loss(column(1), column(1), all_true(1), **CLIP, max_ratio=1.0)
 

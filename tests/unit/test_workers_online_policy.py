@@ -159,3 +159,13 @@ def test_a_sessions_report_covers_all_of_its_sequences() -> None:
     assert chosen is not None
     assert int(chosen.sum()) == 5
     merge_metrics([worker.update(0)])
+
+
+def test_the_advantage_of_a_single_trained_token_is_centered_only() -> None:
+    request = request_for(PROMPT, group_id=0, first_sequence_id=0, samples=1, run_seed=0)
+    batch = assemble_sessions(request, [session(call([1, 2], [3]))])[0]
+    worker = worker_of(tiny_model("llama"), name="reinforce_plus_plus")
+    whole = MinibatchPlan(sequences_by_rank=((0,),), num_tokens=1, num_sequences=1)
+    worker.prepare(BatchPlan(step=1, minibatches=(whole,), scores={0: 2.0}, kl_coef=0.0), batch)
+    worker.set_advantages(None)
+    assert worker.portions[0].advantages.tolist() == [0.0, 0.0, 0.0]  # 2 - 2 at the sampled token

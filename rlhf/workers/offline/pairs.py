@@ -173,6 +173,7 @@ class PreferenceWorker(PairWorker, ReferencedPolicy):
     def numbers(self, batch: PairsBatch, microbatch: Microbatch) -> Numbers:
         """Sum the log-probabilities of each sequence's tokens in the loss mask."""
         examples, reference, weights = batch.examples, None, None
+        alpha = self.algorithm.length_alpha if microbatch.rows else 1.0  # an empty micro-batch has no counted token
         mask, lengths = self.part(examples.loss_mask, microbatch), microbatch.lengths.to(self.device)
         if self.algorithm.wpo:
             logprobs, collisions = self.forward(policy_logprobs_and_collisions, examples, microbatch)
@@ -183,18 +184,21 @@ class PreferenceWorker(PairWorker, ReferencedPolicy):
         if torch.is_grad_enabled() and microbatch.rows:
             self.observe(batch, microbatch, logprobs.detach())
         if batch.reference is not None:
-            reference = self._totals(self.part(batch.reference.values, microbatch), mask, lengths)
-        return Numbers(values=self._totals(logprobs, mask, lengths), reference=reference, weights=weights)
+            reference = _totals(self.part(batch.reference.values, microbatch), mask, lengths, alpha=alpha)
+        values = _totals(logprobs, mask, lengths, alpha=alpha)
+        return Numbers(values=values, reference=reference, weights=weights)
 
     def observe(self, batch: PairsBatch, microbatch: Microbatch, logprobs: Float[Tensor, " n"]) -> None:
         """Measure a micro-batch before its loss. Subclasses override it; fixed data needs no measurement."""
 
-    def _totals(self, values: Float[Tensor, " n"], mask: Bool[Tensor, " n"], lengths: Int[Tensor, " b"]) -> Tensor:
-        alpha = self.algorithm.length_alpha
-        if alpha == 1.0 or len(lengths) < 2:
-            return sequence_sums(torch.where(mask, values, 0.0), lengths)
-        shared = sequence_counts(mask, lengths).unflatten(0, (-1, 2)).amin(1).repeat_interleave(2)
-        return length_desensitized_total(values, mask, lengths, shared, alpha=alpha)
+
+def _totals(
+    values: Float[Tensor, " n"], mask: Bool[Tensor, " n"], lengths: Int[Tensor, " b"], *, alpha: float
+) -> Float[Tensor, " b"]:
+    if alpha == 1.0:
+        return sequence_sums(torch.where(mask, values, 0.0), lengths)
+    shared = sequence_counts(mask, lengths).unflatten(0, (-1, 2)).amin(1).repeat_interleave(2)
+    return length_desensitized_total(values, mask, lengths, shared, alpha=alpha)
 
 
 class RewardModelWorker(PairWorker):

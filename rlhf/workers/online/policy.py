@@ -143,6 +143,7 @@ class PolicyWorker(OnlineWorker):
     ) -> tuple[TokenValues | None, tuple[Mapping[int, float], Metrics]]:
         """Set the advantage of every sampled token of the newest portion. With a critic, also return the returns.
 
+        A single token has no variance, so a step with one trained token centers its advantage without whitening it.
         Collective.
         """
         portion = self.portions[-1]
@@ -172,7 +173,8 @@ class PolicyWorker(OnlineWorker):
         local_moments = moments(advantages, mask)
         if self.algorithm.whitens:
             whole = self._moments_over_ranks(local_moments)
-            advantages = whiten(advantages, mask, mean=whole.mean, variance=whole.variance)
+            variance = 1.0 if whole.count < 2 else whole.variance
+            advantages = whiten(advantages, mask, mean=whole.mean, variance=variance)
         elif self.algorithm.centers:
             advantages = torch.where(mask, advantages - self._moments_over_ranks(local_moments).mean, 0.0)
         bound = self.algorithm.config.advantage_clip
