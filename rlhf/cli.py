@@ -15,6 +15,7 @@ import os
 import select
 import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -56,15 +57,16 @@ def _main(words: list[str]) -> int:
         return _end(f"interrupted{f': {end}' if str(end) else ''}{_how_to_continue(words, args)}", 130)
     except Preempted as end:
         return _end(f"preempted: {end}{_how_to_continue(words, args)}", 75)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  it becomes a message and an exit code
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             sys.stderr.close()  # nobody reads the output
             return 1
         if args.debug:
-            raise
+            sys.stderr.write(printable(redact(traceback.format_exc())))
         known = _known(error)
         if known is None:
-            return _end(f"error: {type(error).__name__}: {error} (unexpected; --debug shows the traceback)", 1)
+            how = "unexpected" if args.debug else "unexpected; --debug shows the traceback"
+            return _end(f"error: {type(error).__name__}: {error} ({how})", 1)
         return _end(f"error: {known}", 2 if isinstance(known, UserError) else 1)
 
 

@@ -75,6 +75,11 @@ def project_of(config: Path, overrides: Sequence[str], loaded: LoadedConfig) -> 
     """
     folder = Path.cwd()
     whole = config.resolve()
+    if not whole.is_file():
+        raise UserError(
+            f"{config} is a recipe and no file here, but a job needs a file below {folder}. Write one with the line "
+            f"`base: {config}` and your changes"
+        )
     if not whole.is_relative_to(folder):
         raise UserError(
             f"{config} is not below {folder}, whose files a job gets. Run this in the folder of the project."
@@ -85,15 +90,13 @@ def project_of(config: Path, overrides: Sequence[str], loaded: LoadedConfig) -> 
     for base in dict.fromkeys(path.resolve() for path in tree.bases):
         if base.is_relative_to(folder) or not base.is_relative_to(RECIPES.resolve()):  # a node has the recipes itself
             named |= _below(base, folder, f"{config}: base")
-    inside = {name for name in _listed(folder) if name.parts[0] not in STAYS and not _is_run(folder / name, loaded)}
+    runs = [stage.run.dir for stage in loaded.stages.values() if not folder.is_relative_to(stage.run.dir)]
+    stays = [folder / name for name in STAYS] + [*runs, loaded.folder]
+    inside = {name for name in _listed(folder) if not any((folder / name).is_relative_to(place) for place in stays)}
     inside = _safe(inside, folder)
     files = tuple(sorted(inside | named | {whole.relative_to(folder)}))
     _refuse_too_large(folder, files)
     return Project(folder=folder, config=whole.relative_to(folder), files=files)
-
-
-def _is_run(path: Path, loaded: LoadedConfig) -> bool:
-    return any(path.is_relative_to(stage.run.dir) for stage in loaded.stages.values())
 
 
 def _refuse_folders_of_this_machine(loaded: LoadedConfig) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import re
 import shlex
@@ -51,6 +52,13 @@ class DriverResources:
     cpus: float = 0.0
     memory_gib: float = 0.0
     custom: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raise UserError for an amount that nothing can have."""
+        named = {f"--resource {name}": amount for name, amount in self.custom.items()}
+        for name, amount in {"--cpus": self.cpus, "--memory-gib": self.memory_gib, **named}.items():
+            if not (math.isfinite(amount) and amount >= 0.0):
+                raise UserError(f"{name}: got {amount:g}, expected a number >= 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

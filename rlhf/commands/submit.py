@@ -116,10 +116,14 @@ def _exit_code(job: str, end: JobEnd) -> int:
 
 def _amount(text: str) -> tuple[str, float]:
     name, _, amount = text.partition("=")
+    wrong = argparse.ArgumentTypeError(f"takes NAME=N, such as tpu=4, got {text!r}")
     try:
-        return name, float(amount)
+        number = float(amount)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"takes NAME=N, such as tpu=4, got {text!r}") from None
+        raise wrong from None
+    if not name:
+        raise wrong
+    return name, number
 
 
 COMMAND = Command(

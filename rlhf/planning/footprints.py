@@ -14,13 +14,14 @@ from rlhf.config.derive import (
     derive,
     has_value_head,
     restarts_gangs,
+    sequences_per_row,
     shares_engines_gpus,
     ships_adapter,
     trained_sections,
     weight_sync,
 )
 from rlhf.config.schema.cluster import TrainedResources
-from rlhf.config.schema.model import CriticConfig, ModelConfig, PolicyConfig
+from rlhf.config.schema.model import CriticConfig, LoraConfig, ModelConfig, PolicyConfig
 from rlhf.config.schema.root import Config
 from rlhf.objectives.products import multiplies_bfloat16_fast
 from rlhf.planning.memory import (
@@ -75,9 +76,9 @@ def tokens_of_microbatch(config: Config, role: TrainedResources) -> tuple[int, b
     """Return the tokens of a full micro-batch on one rank, and whether an optimizer step may have several
     micro-batches."""
     budget = config.train.max_tokens_per_microbatch
-    derived = derive(config)
     rows = -(-config.train.sequences_per_update // role.data_parallel_ranks)
-    most = rows * derived.longest_sequence
+    per_row = 2 if config.algorithm.kind == "sampled_pairs" else sequences_per_row(config)
+    most = rows * per_row * derive(config).longest_sequence
     return min(budget, most) // role.sequence_parallel, most > budget
 
 
@@ -91,8 +92,7 @@ def training(role_name: Role, model: PolicyConfig | CriticConfig, config: Config
     scalar = has_value_head(config, role_name)
     whole = shape.scalar_parameters if scalar else shape.parameters
     lora = model.lora
-    adapted = 0 if lora is None else shape.lora_parameters(lora.rank, lora.target_parameters)
-    trained = whole if lora is None else adapted + (shape.hidden if scalar else 0)
+    trained = whole if lora is None else _adapted(shape, lora) + (shape.hidden if scalar else 0)
     tokens, accumulates = tokens_of_microbatch(config, role)
     on_gpu = config.cluster.device == "cuda"
     online = config.algorithm.is_online
@@ -114,6 +114,13 @@ def training(role_name: Role, model: PolicyConfig | CriticConfig, config: Config
         on_gpu=on_gpu,
         widens=not on_gpu and model.dtype == "bfloat16" and not multiplies_bfloat16_fast(),
     )
+
+
+def _adapted(shape: Shape, lora: LoraConfig) -> int:
+    """Return the trained parameters of an adapter. Of whole modules, only embedding and head are counted."""
+    tables = sum(name.rpartition(".")[2] in ("embed_tokens", "lm_head") for name in lora.modules_to_save)
+    whole = min(tables, 1 if shape.tied else 2) * shape.embedding
+    return shape.lora_parameters(lora.rank, lora.target_parameters) + whole
 
 
 def checkpoint_sizes(config: Config, sizes: Sizes) -> Mapping[Role, float]:

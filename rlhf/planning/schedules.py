@@ -28,7 +28,10 @@ def schedule_of(config: Config) -> Schedule:
 
 
 def schedules(config: Config, bounds: Iterable[int]) -> list[Schedule]:
-    """Return the schedules with these bounds of the lag that the run could have. In flight, batches have its order."""
+    """Return the schedules with these bounds of the lag that the run could have.
+
+    The one in flight has the run's `rollouts.batch_order`.
+    """
     assert config.rollouts is not None
     by_completion, found = config.rollouts.batch_order == "completion", []
     for bound in bounds:

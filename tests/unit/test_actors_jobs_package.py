@@ -206,6 +206,21 @@ def test_a_config_from_elsewhere_is_refused(folder: Path, tmp_path: Path) -> Non
         packed(config=str(tmp_path / "run.yaml"))
 
 
+def test_a_recipe_is_named_as_a_base(folder: Path) -> None:
+    recipe = "grpo_smollm2.yaml"
+    with pytest.raises(UserError, match=r"is a recipe and no file here.*Write one with the line `base: grpo_smollm2"):
+        packed("run.dir=/shared/runs", "policy.model=a/b", config=recipe)
+
+
+def test_only_the_run_stays_if_runs_and_project_share_a_folder(folder: Path) -> None:
+    (folder / "demo").mkdir()
+    (folder / "demo" / "metrics.jsonl").write_text("")
+    for shared in (folder, folder.parent):
+        project = names(packed(f"run.dir={shared}"))
+        assert {"notes.md", "configs/rewards.py"} <= project
+        assert ("demo/metrics.jsonl" in project) == (shared != folder)
+
+
 def test_too_much_is_refused_with_the_largest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(actors.jobs.package, "LARGEST_MIB", 1)
     with (folder / "weights.bin").open("wb") as file:

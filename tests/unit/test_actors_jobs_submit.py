@@ -59,6 +59,9 @@ def silent() -> Iterator[str]:
         (["run.yaml", "--address", "ray://10.0.0.1:10001"], "ray://10.0.0.1:10001 (--address or RAY_ADDRESS) is not"),
         (["run.yaml"], "no dashboard of Ray answers at http://127.0.0.1:1"),
         (["run.yaml", "--resource", "tpu"], "--resource: takes NAME=N, such as tpu=4, got 'tpu'"),
+        (["run.yaml", "--resource", "=4"], "--resource: takes NAME=N, such as tpu=4, got '=4'"),
+        (["run.yaml", "--resource", "tpu=-1"], "--resource tpu: got -1, expected a number >= 0"),
+        (["run.yaml", "--memory-gib", "inf"], "--memory-gib: got inf, expected a number >= 0"),
         (["run.yaml", "run.mirror=https://me:very-private-words@store/runs"], "argument run.mirror: holds a secret"),
     ],
 )

@@ -252,6 +252,8 @@ def test_an_override_replaces_a_whole_section(file: Path) -> None:
         (["=3"], "argument '=3': expected section.key=value"),
         (["train..lr=3"], "argument 'train..lr=3': expected section.key=value"),
         (["train.lr=1", "train.lr=2"], "argument 'train.lr=2': train.lr is given twice"),
+        ([r'run.name="\ud83d"'], "holds half of a character (a lone surrogate)"),
+        (["train.lr=1", "train={lr: 2}"], "argument 'train={lr: 2}': would remove train.lr, which is given before it"),
         (["train.lr.x=1"], "argument 'train.lr.x=1': train.lr is 1e-06, not a section with keys"),
         (["train.lr=[1"], "argument 'train.lr=[1': not valid YAML: "),
         (["train.lr=1e400"], "argument 'train.lr=1e400': '1e400' is not a finite number"),

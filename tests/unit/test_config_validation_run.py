@@ -270,7 +270,7 @@ RELATIONS = {
         "rewards: has 1 with a weight other than 0, but gdpo needs at least two; add one, or use grpo",
     ),
     "no reward has the greedy one's name": (
-        ["algorithm={name: remax}", "rewards.greedy.function=exact_match"],
+        ["rewards.greedy.function=exact_match"],
         "rewards.greedy: is taken",
     ),
     "muon has whole matrices": (
@@ -390,6 +390,11 @@ RELATIONS = {
         ["algorithm.kl={coef: 0, adaptive: {target: 1}}"],
         "algorithm.kl.adaptive: multiplies algorithm.kl.coef, which is 0 and stays 0",
     ),
+    "no step makes an adaptive coefficient negative": (
+        ["algorithm.kl.adaptive={target: 1, horizon: 6}"],  # 1 - 0.2 * 32 / 6 = -0.07; with 7 it would be 0.09
+        "algorithm.kl.adaptive.horizon: is 6, but a step of 32 responses can lower the coefficient by 107%, to 0 or "
+        "below; set 7 or more",
+    ),
     "a correction corrects": (
         ["algorithm.correction={}"],
         "algorithm.correction: corrects nothing: name a preset",
@@ -428,6 +433,10 @@ RELATIONS = {
         "reward: is missing: rewards.taste has `role: reward`",
     ),
     "score is no reward's name": (["rewards.score.function=f"], "rewards.score: is taken"),
+    "no reward has the name of an evaluation's metric": (
+        ["rewards.truncated.function=f"],
+        "rewards.truncated: is taken: eval/<set>/truncated is the fraction of truncated responses",
+    ),
     "a mapping of evaluation sets names one": (["data.eval={}"], "data.eval: is an empty mapping"),
     "the best metric is evaluated": (
         ["train.best_metric=eval/other/score"],
@@ -525,6 +534,10 @@ RELATIONS = {
     "secrets stay out of nested arguments": (
         ["rewards.correct.args={ask: [{headers: {X-Api-Key: x}}]}"],
         "rewards.correct.args.ask.headers.X-Api-Key: looks like a secret",
+    ),
+    "secrets stay out of credentials": (
+        ["rewards.correct.args={credentials: {pin: 1234}}"],
+        "rewards.correct.args.credentials.pin: looks like a secret",
     ),
     "secrets stay out of an argument's url": (
         ["rewards.correct.args={where: 'https://host/a?token=x'}"],

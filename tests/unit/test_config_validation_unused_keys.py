@@ -57,6 +57,10 @@ INERT = {
         ["algorithm={name: clip_cov, correction: {preset: bypass_pg_is}}"],
         "algorithm.correction.mode is policy_gradient, whose loss has no importance ratio",
     ),
+    "cluster.weight_sync=gloo": (
+        ["policy.lora={}"],
+        "the engines load the LoRA adapter alone, from a folder of the run",
+    ),
     "algorithm.beta=0.2": (["algorithm={name: dro}", "train.sequences_per_update=32"], "every ratio is 1"),
     "algorithm.penalty=2": (["algorithm={name: kl_cov}", "train.sequences_per_update=32"], "every ratio is 1"),
     "algorithm.max_decrease=0.1": (["algorithm={name: dppo}", "train.sequences_per_update=32"], "every ratio is 1"),

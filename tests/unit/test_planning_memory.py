@@ -12,7 +12,7 @@ from rlhf.config.files.load import load
 from rlhf.config.schema.root import Config
 from rlhf.errors import UserError
 from rlhf.planning import memory
-from rlhf.planning.footprints import Sizes, footprints, tokens_of_microbatch
+from rlhf.planning.footprints import Sizes, footprints, tokens_of_microbatch, training
 from rlhf.planning.memory import GIB, Footprint, activation_bytes, head_bytes, kv_bytes_per_token
 from rlhf.planning.shapes import _MIXTURE_TABLE, _TABLE, TINY, find_shape, shape_of
 
@@ -270,6 +270,19 @@ def test_offload_moves_the_optimizer_to_the_host(tmp_path: Path) -> None:
     moved = 7_615_616_512 * (4 + 8) / 4  # and the summed gradients, 4 bytes each
     assert there.of("device") - one.of("device") == moved + 7_615_616_512 * 4 / 4
     assert one.rss - there.rss == moved + 2 * 7_615_616_512 * 4 / 4  # and the block of the gradients
+
+
+def test_a_row_of_a_pair_has_two_sequences(tmp_path: Path) -> None:
+    config = run(tmp_path, "algorithm={name: dpo}", "train.sequences_per_update=2", "data.max_sequence_tokens=100")
+    assert tokens_of_microbatch(config, config.cluster.roles.policy) == (400, False)
+
+
+def test_whole_modules_beside_an_adapter_are_trained_weights(tmp_path: Path) -> None:
+    def trained(lora: str) -> int:
+        config = run(tmp_path, f"policy.lora={lora}")
+        return training("policy", config.policy, config, Sizes()).trained
+
+    assert trained("{modules_to_save: [embed_tokens, lm_head]}") - trained("{}") == 2 * 152_064 * 3_584
 
 
 def test_a_small_batch_never_fills_a_micro_batch(tmp_path: Path) -> None:

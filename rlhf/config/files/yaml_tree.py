@@ -102,7 +102,7 @@ def read_file(path: Path, *, needs: str) -> Tree:
 def apply_overrides(tree: Tree, overrides: Sequence[str]) -> Tree:
     """Return the tree with each `section.key=value` set, and add missing sections. Values are YAML."""
     values, places = copy(tree.values), dict(tree.places)
-    seen: set[Key] = set()
+    seen: list[Key] = []
     for text in overrides:
         dotted, equals, value = text.partition("=")
         key = tuple(dotted.strip().split("."))
@@ -113,7 +113,11 @@ def apply_overrides(tree: Tree, overrides: Sequence[str]) -> Tree:
             raise UserError(f"{place}: sections within sections go too deep, beyond {MAX_DEPTH}")
         if key in seen:
             raise UserError(f"{place}: {dotted} is given twice")
-        seen.add(key)
+        if inner := next((earlier for earlier in seen if earlier[: len(key)] == key), None):
+            raise UserError(
+                f"{place}: would remove {'.'.join(inner)}, which is given before it; give the section first"
+            )
+        seen.append(key)
         node = values
         for depth, part in enumerate(key[:-1], start=1):
             child = node.get(part)
@@ -215,7 +219,11 @@ class _Converter:
         if not isinstance(scalar, str | int | float | None):
             raise UserError(f"{self._place(node)}: {kind(node.value)} as {node.tag} is not a value of a config")
         if isinstance(scalar, str) and any("\ud800" <= character <= "\udfff" for character in scalar):
-            raise UserError(f"{self._place(node)}: {kind(scalar)} holds half of a character (a lone surrogate)")
+            try:  # JSON writes an emoji as a pair of escapes
+                return scalar.encode("utf-16", "surrogatepass").decode("utf-16")
+            except UnicodeDecodeError:
+                text = f"{kind(scalar)} holds half of a character (a lone surrogate)"
+                raise UserError(f"{self._place(node)}: {text}") from None
         if isinstance(scalar, float) and not math.isfinite(scalar):
             raise UserError(f"{self._place(node)}: {kind(node.value)} is not a finite number")
         return scalar

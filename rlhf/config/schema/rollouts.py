@@ -122,7 +122,7 @@ class DynamicSampling(Section):
     """Filter groups with a higher mean score too. null: no upper limit."""
     max_filtered_fraction: float = Field(default=4.0, gt=0.0, le=1000.0)
     """Number of groups filtered in one step, divided by prompts_per_step, at which the run stops. In flight, groups of
-    later batches are filtered too, and the number of kept groups divides if it is larger."""
+    later batches are filtered too. The divisor is then the number of kept groups, if that is larger."""
 
     @model_validator(mode="after")
     def _a_band(self) -> Self:

@@ -16,6 +16,17 @@ from rlhf.config.schema.tools import VARIABLE, ToolsConfig
 from rlhf.rewards.functions.table import own_limit_s
 from rlhf.tracking.logs import is_secret_name, redact
 
+_TAKEN: Mapping[str, str] = {
+    "score": "rewards/score/mean is the weighted sum of all rewards",
+    "answered_score": "rewards/answered_score/mean is the score of all answered groups",
+    "greedy": "rewards/greedy/mean and eval/<set>/greedy are scores of the greedy responses",
+    "score_low": "eval/<set>/score_low is the lower end of the score's interval",
+    "score_high": "eval/<set>/score_high is the upper end of the score's interval",
+    "truncated": "eval/<set>/truncated is the fraction of truncated responses",
+    "response_tokens": "eval/<set>/response_tokens is the mean length of the responses",
+    "kl_teacher": "eval/<set>/kl_teacher is the divergence from the teacher",
+}
+
 
 def normalization_problems(config: Config) -> Iterator[Problem]:
     """Yield rewards normalized within a group although there is no group."""
@@ -62,9 +73,9 @@ def reward_problems(
             steps = ".".join((*at, "reward", "steps"))
             text = f"is step, but {steps} is null: set {steps}.separator to the text at the end of a step"
             yield Problem(key=(*at, "rewards", name, "credit"), text=text)
-    if "score" in rewards:
-        text = "is taken: rewards/score/mean is the weighted sum of all rewards; choose another name for this reward"
-        yield Problem(key=(*at, "rewards", "score"), text=text)
+    for name in [name for name in rewards if name in _TAKEN]:
+        text = f"is taken: {_TAKEN[name]}; choose another name for this reward"
+        yield Problem(key=(*at, "rewards", name), text=text)
     if rewards and all(reward.weight == 0.0 for reward in rewards.values()):
         text = "all have weight 0, so every score is 0; give one a weight"
         yield Problem(key=(*at, "rewards"), text=text)
@@ -101,15 +112,20 @@ def _secrets_of_servers(tools: ToolsConfig | None, key: Key) -> Iterator[Problem
         yield from _secrets(server.command or (), (*key, "mcp", str(place), "command"))
 
 
-def _secrets(value: Any, key: Key) -> Iterator[Problem]:
-    """Yield nested values that look like secrets, because the run folder and W&B show the configuration."""
+def _secrets(value: Any, key: Key, *, is_secret: bool = False) -> Iterator[Problem]:
+    """Yield nested values that look like secrets, because the run folder and W&B show the configuration.
+
+    Args:
+        is_secret: whether a name around the key stands for a secret, such as `credentials`.
+    """
+    is_secret = is_secret or is_secret_name(key[-1])
     if isinstance(value, Mapping):
         for name, inner in value.items():
-            yield from _secrets(inner, (*key, str(name)))
+            yield from _secrets(inner, (*key, str(name)), is_secret=is_secret)
     elif isinstance(value, list | tuple):
         for inner in value:
-            yield from _secrets(inner, key)
-    elif not isinstance(value, bool) and value and (is_secret_name(key[-1]) or redact(str(value)) != str(value)):
+            yield from _secrets(inner, key, is_secret=is_secret)
+    elif not isinstance(value, bool) and value and (is_secret or redact(str(value)) != str(value)):
         text = "looks like a secret, and the config is written to the run folder: read it from the environment"
         yield Problem(key=key, text=text)
 

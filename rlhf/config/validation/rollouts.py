@@ -47,9 +47,6 @@ def group_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem
     yield from _kept(config, rollouts)
     for key, text in config.algorithm.problems(_responses(config, rollouts)):
         yield problem(key, text)
-    if config.algorithm.wants_greedy and "greedy" in config.rewards:
-        text = "is taken: rewards/greedy/mean is the score of the greedy responses; choose another name for this reward"
-        yield problem("rewards.greedy", text)
 
 
 def replay_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:

@@ -145,6 +145,14 @@ def _algorithm(config: Config) -> Iterator[Problem]:
     if isinstance(algorithm, OnlineConfig) and algorithm.kl.adaptive is not None and algorithm.kl.coef == 0.0:
         text = "multiplies algorithm.kl.coef, which is 0 and stays 0; give it a positive initial value"
         yield problem("algorithm.kl.adaptive", text)
+    if isinstance(algorithm, OnlineConfig) and algorithm.kl.adaptive is not None and config.rollouts is not None:
+        horizon, rows = algorithm.kl.adaptive.horizon, derive.rows_per_step(config, config.rollouts)
+        if 5 * horizon <= rows:  # adaptive_kl_coef lowers the coefficient by at most 0.2 * rows / horizon of it
+            text = (
+                f"is {horizon}, but a step of {rows} responses can lower the coefficient by {0.2 * rows / horizon:.0%},"
+                f" to 0 or below; set {rows // 5 + 1} or more"
+            )
+            yield problem("algorithm.kl.adaptive.horizon", text)
     if isinstance(algorithm, FollowedReferenceConfig) and algorithm.reference_every and config.policy.lora is not None:
         text = (
             f"is {algorithm.reference_every}, but a policy with policy.lora is exported as an adapter only, which no "

@@ -267,7 +267,10 @@ def _roles_of_run(config: Config) -> Iterator[Inert]:
 
 
 def _of_adapters(config: Config) -> Iterator[Inert]:
-    """Yield the shape of an adapter that is read from a folder."""
+    """Yield the shape of an adapter that is read from a folder, and the transport if an adapter needs none."""
+    if derive.ships_adapter(config):
+        why = "the engines load the LoRA adapter alone, from a folder of the run"
+        yield from _all("cluster.weight_sync", why, "train all weights")
     for role in TRAINED_ROLES:
         section = getattr(config, role)
         if section is not None and section.adapter is not None:
