@@ -44,6 +44,17 @@ def test_a_calculator_calculates_and_judges() -> None:
     assert tool.step("no number", []) == ("", 0.0, True)
 
 
+def test_a_calculator_reads_a_typographic_minus() -> None:
+    tool = Calculator()
+    tool.reset(seed=0, answer="\N{MINUS SIGN}7")
+    assert [tool.step(response, [])[1] for response in ("-7", "\N{MINUS SIGN}7.", "7")] == [1.0, 1.0, 0.0]
+
+
+def test_a_calculator_refuses_an_answer_without_a_number() -> None:
+    with pytest.raises(ValueError, match="`answer` is 'seven', expected a number"):
+        Calculator().reset(seed=0, answer="seven")
+
+
 @pytest.mark.parametrize(
     ("expression", "value"), [("3 * (4 + 5)", 27), ("-7 // 2", -4), ("2.5 / 5", 0.5), ("10 % 4 - 1", 1)]
 )

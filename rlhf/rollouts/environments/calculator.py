@@ -50,15 +50,18 @@ class Calculator:
         self.tool_bonus = tool_bonus
 
     def reset(self, seed: int, answer: object) -> None:
-        """Store the expected answer. The prompt already asks the question."""
-        self.answer = _number(str(answer))
+        """Store the expected answer. The prompt already asks the question. ValueError: the answer has no number."""
+        number = _number(str(answer))
+        if number is None:
+            raise ValueError(f"the column `answer` is {answer!r:.80}, expected a number in digits, such as 7")
+        self.answer = number
         self.bonus = self.tool_bonus
 
     def step(self, response: str, tool_calls: Sequence[Mapping[str, Any]]) -> tuple[str | list[str], float, bool]:
         """Calculate the calls of a turn, or judge the answer."""
         if not tool_calls:
             number = _number(response)
-            right = number is not None and self.answer is not None and math.isclose(number, self.answer, rel_tol=1e-6)
+            right = number is not None and math.isclose(number, self.answer, rel_tol=1e-6)
             return "", float(right), True
         results, reward = [], 0.0
         for call in tool_calls:
@@ -99,7 +102,7 @@ def _value(node: ast.expr) -> int | float:
 
 
 def _number(text: str) -> float | None:
-    numbers = _NUMBER.findall(text)
+    numbers = _NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
     return float(numbers[-1].replace(",", "")[:_MAX_DIGITS]) if numbers else None
 
 
