@@ -1,7 +1,7 @@
 """The whole report: runs of the same stage are overlaid, everything is inlined, one file is written.
 
-The page allows only its two scripts (by their hashes) and no address. Its content can therefore neither act nor call. A
-PNG of the main curves is written next to it.
+The browser runs only the page's two scripts (named by their hashes) and loads nothing else. Text of a model can
+therefore neither run as a script nor send a request. A PNG of the main curves is written next to the page.
 """
 
 from __future__ import annotations
