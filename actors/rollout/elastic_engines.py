@@ -31,6 +31,10 @@ START_AGAIN_AFTER_S = 60.0  # doubled after each failed start
 LONGEST_WAIT_S = 3600.0
 
 
+class CannotStart(RunError):
+    """An engine could not start on its node, and the run can go on without it."""
+
+
 class ElasticEngines(ReplaceableEngines):
     """Engines of a fixed number, or with a seat for each one that is there."""
 
@@ -66,16 +70,6 @@ class ElasticEngines(ReplaceableEngines):
             return
         if self.handles[rank] is not None:
             await self.processes.end_one(rank)
-        wait_s = START_AGAIN_AFTER_S
-        while not await self._has_started(rank, wait_s):
-            await asyncio.sleep(wait_s)
-            wait_s = min(2.0 * wait_s, LONGEST_WAIT_S)
-
-    async def _has_started(self, rank: int, wait_s: float) -> bool:
-        """Start an engine where there is room. Return False if that fails, and the run can go on without it.
-
-        The rank is then joining, and has given its room back.
-        """
         is_joining = rank in self._joining
         await self.seats.take(rank, limit_s=None if is_joining else self.start_deadline_s)
         self._joining -= {rank}
@@ -86,18 +80,9 @@ class ElasticEngines(ReplaceableEngines):
             may_wait = is_joining or (self.num_working >= self.seats.engines.min and not is_counted)
             if OWN_RAY.is_ending or not may_wait:
                 raise
-            logger.warning(
-                "rollout engine %d cannot start. The run goes on with %d engines, and starts it again in %.0f s: %s",
-                rank,
-                self.num_working,
-                wait_s,
-                str(error).removesuffix(f" {RESUMES}"),
-            )
             await self.processes.end_one(rank)
             self.seats.give_back(rank)
-            self._joining |= {rank}
-            return False
-        return True
+            raise CannotStart(str(error).removesuffix(f" {RESUMES}")) from error
 
     async def _recover(self, rank: int, lost: WorkerLost, work: Hashable) -> None:
         await self._or_without(rank, super()._recover(rank, lost, work))
@@ -110,20 +95,30 @@ class ElasticEngines(ReplaceableEngines):
         try:
             await replacing
         except RunError as error:
-            no_room = isinstance(error, NoRoom) or isinstance(error.__cause__, NoRoom)
-            if not self.is_elastic or not no_room:
+            reason = next((one for one in (error, error.__cause__) if isinstance(one, NoRoom | CannotStart)), None)
+            if not self.is_elastic or reason is None:
                 raise
             least = self.seats.engines.min
             if self.num_working < least:
                 few = f"{self.num_working} engines are left, fewer than cluster.roles.rollout.engines.min: {least}"
                 raise Preempted(f"{error}\n{few}") from error
-            logger.warning("rollout engine %d has no room: the run goes on with %d engines", rank, self.num_working)
+            why = "has no room" if isinstance(reason, NoRoom) else f"cannot start ({reason})"
+            logger.warning("rollout engine %d %s: the run goes on with %d engines", rank, why, self.num_working)
             await self._join(rank)
 
     async def _join(self, rank: int) -> None:
-        """Wait for room without a limit, and start an engine there."""
-        self._joining |= {rank}
-        await self._fill(rank)
+        """Wait for room without a limit, and start an engine there. If it cannot start, wait and try again."""
+        wait_s, has_joined = START_AGAIN_AFTER_S, False
+        while not has_joined:
+            self._joining |= {rank}
+            try:
+                await self._fill(rank)
+                has_joined = True
+            except CannotStart as error:
+                text = "rollout engine %d cannot start: the run goes on with %d engines, and tries again in %.0f s: %s"
+                logger.warning(text, rank, self.num_working, wait_s, error)
+                await asyncio.sleep(wait_s)
+                wait_s = min(2.0 * wait_s, LONGEST_WAIT_S)
         logger.info("rollout engine %d has joined", rank)
 
     async def _fill(self, rank: int) -> None:

@@ -129,7 +129,7 @@ class RolloutEngines(ElasticEngines):
 
         The first failure ends the wait. It may be a request refused by its engine before the batch starts.
         """
-        self._cancelled.difference_update(request.group_id for request in requests)
+        self._cancelled.difference_update(request.group_id for request in requests)  # cancelled after their batch
         places = shares([self._work(request, sampling) for request in requests], len(self.handles))
         answered: asyncio.Queue[CompletedGroup | None] = asyncio.Queue()  # None: a share is answered, or failed
         tasks = [
@@ -155,6 +155,7 @@ class RolloutEngines(ElasticEngines):
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self._cancelled.difference_update(request.group_id for request in requests)
 
     async def _answer_share(
         self,

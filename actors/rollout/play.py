@@ -18,7 +18,7 @@ from rlhf.rollouts.environments.conversations import Conversations, EnvironmentS
 from rlhf.rollouts.records.spans import Played, Sampled
 from rlhf.stopping import run_async
 from rlhf.tracking import logs
-from rlhf.types import Sampling
+from rlhf.types import Prompt, Sampling
 
 
 class Left(Exception):
@@ -38,13 +38,16 @@ def play_conversation(loaded: LoadedConfig, turns: Iterable[str], show: Callable
     if playable is None:
         raise UserError(f"{loaded.source}: has no rollouts.environment to play. Name one.")
     stage, inputs = playable
-    if not 1 <= row <= len(inputs.prompts):
-        raise UserError(f"--row: is {row}, and the training data has the rows 1 to {len(inputs.prompts)}")
-    return run_async(_play(stage, inputs, iter(turns), show, row))
+    prompt = next((prompt for prompt in inputs.prompts if prompt.prompt_id == row - 1), None)
+    if prompt is None:
+        last = inputs.prompts[-1].prompt_id + 1
+        why = "which was skipped" if 1 <= row < last else f"and the training data has the rows 1 to {last}"
+        raise UserError(f"--row: is {row}, {why}")
+    return run_async(_play(stage, inputs, prompt, iter(turns), show))
 
 
 async def _play(
-    stage: StageInputs, inputs: OnlineInputs, turns: Iterable[str], show: Callable[[str], None], row: int
+    stage: StageInputs, inputs: OnlineInputs, prompt: Prompt, turns: Iterable[str], show: Callable[[str], None]
 ) -> Played:
     rollouts, tokenizer = stage.config.rollouts, stage.tokenizer
     assert rollouts is not None
@@ -69,7 +72,6 @@ async def _play(
     try:
         if description.tools:
             conversations.parser = VllmToolCalls(inputs.environment.tool_parser, tokenizer, description.tools)
-        prompt = inputs.prompts[row - 1]
         seed = stage.config.run.seed
         request = request_for(prompt, group_id=0, first_sequence_id=0, samples=1, run_seed=seed)
         (played,) = await conversations.play(

@@ -282,6 +282,7 @@ def traits(config: Config) -> frozenset[str]:
         "online": algorithm.is_online,
         "groups": algorithm.is_online,
         "rewards": bool(config.rewards),
+        "reference": uses_reference(config),
         "correction": getattr(algorithm, "correction", None) is not None,
         "environment": rollouts is not None and rollouts.environment is not None,
         "agent": rollouts is not None and rollouts.agent is not None,

@@ -274,7 +274,7 @@ class GroupQueue:
         return metrics
 
     async def finish(self, step: int) -> None:
-        """Do nothing: until `synced` no group takes the place of a trained one, so none begins with the old weights."""
+        """Do nothing: the next groups begin in `synced`, so that the new weights sample them."""
 
     async def stop(self) -> Sequence[GroupRequest]:
         """Give up the unfinished groups, and return their requests, which the engines still answer.

@@ -52,7 +52,7 @@ class MixtureShare:
 
 
 class StreamOrder:
-    """The places of a stream's items, over and over, in a new order each epoch.
+    """Give the places of a stream's items again and again, in a new order each epoch.
 
     Several data sets have separate epochs and separate orders. They take turns by weight (`rlhf.data.mixing`), so a
     small set with a large weight starts again before a large set is finished.
@@ -72,7 +72,7 @@ class StreamOrder:
         self.skipped_rows = tuple(skipped_rows)
         self._sizes = [share.size for share in shares]
         rows, skipped = range(sum(self._sizes) + len(skipped_rows)), set(skipped_rows)
-        self.rows: Sequence[int] = [row for row in rows if row not in skipped] if skipped else rows  # of each item
+        self.rows: Sequence[int] = [row for row in rows if row not in skipped] if skipped else rows  # by place
         self._starts = [sum(self._sizes[:i]) for i in range(len(shares))]
         self._seeds = [f"{seed}/{share.name}" for share in shares] if len(shares) > 1 else [str(seed)]
         self._turns = Turns([share.weight for share in shares] if len(shares) > 1 else [1.0])
@@ -168,8 +168,8 @@ class Stream(Generic[T]):
         if cursor.fingerprint != self._fingerprint:
             raise UserError(
                 "The checkpoint's data cursor belongs to other data: the rows, the tokenizer, the weights of data sets,"
-                " run.seed or data.shuffle differ from when it was written. Resume with the same ones, or start a new "
-                "run."
+                " run.seed, data.shuffle, data.max_prompt_tokens or data.too_long differ from when it was written, or "
+                "another release wrote it. Resume with the same ones, or start a new run."
             )
         self.order.go_to(cursor.epoch * len(self._items) + cursor.position)
 

@@ -22,6 +22,7 @@ _SECRET_NAME = re.compile(
     r")[_-]?token)$|^token$"
 )
 _NAMED = frozenset({"stages", "rewards", "train", "eval", "data", "models"})  # sections by names that users choose
+_VARIABLE = re.compile(r"\$\{[A-Za-z_][A-Za-z0-9_]*\}")
 _SECRET_ENV = re.compile(r"(?i)(^|_)(TOKEN|KEY|APIKEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|AUTH|PAT)$")
 _SECRET_TEXT = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}|\bwandb_v\d_[A-Za-z0-9_-]{16,}|\bgh[pousr]_[A-Za-z0-9]{16,}"
@@ -48,13 +49,14 @@ def redact(text: str) -> str:
 def redact_config(value: Any, key: str = "") -> Any:
     """Return a copy of a config tree with secret values masked, for files and W&B.
 
-    Everything below a secret name is masked, except booleans, zeros and what is empty.
+    Everything below a secret name is masked, except booleans, zeros, what is empty, and texts with `${NAME}`, which
+    name a variable of the environment.
     """
     if isinstance(value, Mapping):
         return {name: redact_config(item, _secret_key(key, str(name), item)) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [redact_config(item, key) for item in value]
-    if value and not isinstance(value, bool) and is_secret_name(key):
+    if value and not isinstance(value, bool) and is_secret_name(key) and not _VARIABLE.search(str(value)):
         return MASK
     return redact(value) if isinstance(value, str) else value
 
@@ -62,7 +64,7 @@ def redact_config(value: Any, key: str = "") -> Any:
 def _secret_key(section: str, name: str, item: Any) -> str:
     """Return the name that decides whether an item of a section is masked: the section's if that is secret.
 
-    A reward may be called `secret`: the name of a mapping that the user chooses hides nothing.
+    The user chooses the names of rewards, data sets and stages. Such a name hides nothing, even if it is `secret`.
     """
     if is_secret_name(section):
         return section

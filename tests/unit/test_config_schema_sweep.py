@@ -103,13 +103,15 @@ def test_a_reward_of_the_run_is_a_metric_and_another_one_is_not(tmp_path: Path) 
     assert load_sweep(write_sweep(tmp_path, config=online, metric="rewards/correct/mean")).judged == "tiny"
     with pytest.raises(UserError, match=r"got 'rewards/correkt/mean', but the rewards of the run are: correct"):
         load_sweep(write_sweep(tmp_path, config=online, metric="rewards/correkt/mean"))
-    with pytest.raises(UserError, match="which a run has only if there is a critic"):
+    with pytest.raises(UserError, match="It is for runs with: there is a critic"):
         load_sweep(write_sweep(tmp_path, config=online, metric="experience/values/mean"))
+    adapter = online | {"policy": RUN["policy"] | {"lora": {}}, "algorithm": {"name": "grpo", "kl": {"coef": 0.1}}}
+    assert load_sweep(write_sweep(tmp_path, config=adapter, metric="experience/kl_ref/mean"))  # with its adapter off
 
 
 def test_a_section_of_the_command_line_does_not_drop_what_the_sweep_sets(tmp_path: Path) -> None:
     file = write_sweep(tmp_path, set={"train.steps": 20})
-    with pytest.raises(UserError, match=r"would remove train\.steps, which is given before it"):
+    with pytest.raises(UserError, match=r"argument train: sweep\.set gives train\.steps, which it would remove"):
         load_sweep(file, ["train={steps: 3, lr: 1e-3}"])
 
 
@@ -124,9 +126,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"metric": "update/ratio/histogram"}, "sweep.metric: got 'update/ratio/histogram', a histogram"),
     (
         {"metric": "rewards/score/mean"},
-        "sweep.metric: got 'rewards/score/mean', which a run has only if responses are sampled during the run",
+        "sweep.metric: got 'rewards/score/mean', which this run does not record. It is for runs with: responses are sa",
     ),
-    ({"metric": "preference/accuracy/mean"}, "has only if training on pairs of responses"),
+    ({"metric": "preference/accuracy/mean"}, "It is for runs with: training on pairs of responses"),
     ({"name": "a/b"}, "sweep.name: got 'a/b', expected letters"),
     ({"paramters": {}}, r"sweep.paramters: unknown key; did you mean sweep.parameters\?"),
     ({"config": "nowhere.yaml"}, "sweep.config: nowhere.yaml is not a file"),
@@ -158,7 +160,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
             "method": {"name": "pbt", "trials": 4, "every": 2},
             "parameters": {"train.sequences_per_update": {"values": [8, 16]}},
         },
-        "sweep.parameters.train.sequences_per_update: cannot change when a run continues",
+        "sweep.parameters.train.sequences_per_update: cannot change while a run continues",
     ),
 ]
 

@@ -236,6 +236,8 @@ def test_statements_of_a_main_guard_are_run(share: CodeTests) -> None:
     assert share("p", block(ADD), test_code=code) == 1.0
     assert share("p", block("def add(a, b):\n    return a"), test_code=code) == 0.0
     assert read_test_code(f"def test_a(): pass\n{GUARD}test_a()", None).test_functions == ("test_a",)
+    run = "import unittest\nclass T(unittest.TestCase): pass\nassert unittest.TextTestRunner().run(T()).wasSuccessful()"
+    assert read_test_code(run, None).statements == (run,)
 
 
 def test_a_row_needs_tests(share: CodeTests) -> None:

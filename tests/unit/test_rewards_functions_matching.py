@@ -192,6 +192,8 @@ def test_limits_of_their_own() -> None:
     assert own_limit_s("exact_match", {}) is None
     assert own_limit_s("cosine_length", {"verifier_args": {"limit_s": 2}}) == 2.0
     assert own_limit_s("cosine_length", {"verifier": "last_number"}) is None
+    assert own_limit_s("cosine_length", {"verifier": ["math_answer"]}) is None
+    assert own_limit_s("cosine_length", {"verifier_args": None}) is None
     assert own_limit_s("mine.py:reward", {"limit_s": 99}) is None
 
 
@@ -237,6 +239,8 @@ def test_math_answer(pool: RewardPool, answer: str, right: str, wrong: str) -> N
         ("1,234", "1234"),
         ("1 000 000", "1000000"),
         ("12 apples", "12"),
+        ("Rs 500", "500"),
+        ("is 5", "5"),
         ("5 miles", "5"),
         ("42 km/h", "42"),
         ("9.8 m/s^2", "9.8"),

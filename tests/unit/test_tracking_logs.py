@@ -87,13 +87,13 @@ def test_config_is_masked_by_key_and_by_value(monkeypatch: pytest.MonkeyPatch) -
 def test_everything_below_a_secret_name_is_masked() -> None:
     config = {
         "args": {"password": 12345678, "credentials": {"user": "bob", "ports": [80], "tls": True}, "cookie": 0},
-        "env": {"github_token": "x", "SLACK_TOKEN": "x", "botToken": "x"},
+        "env": {"github_token": "x", "SLACK_TOKEN": "x", "botToken": "x", "HF_TOKEN": "${HF_TOKEN}"},
         "rewards": {"secret": {"function": "found", "weight": 2.0, "args": {"auth": {"user": "bob"}}}},
         "data": {"eval": {"password": {"task": "calculator"}}},
     }
     assert logs.redact_config(config) == {
         "args": {"password": "***", "credentials": {"user": "***", "ports": ["***"], "tls": True}, "cookie": 0},
-        "env": {"github_token": "***", "SLACK_TOKEN": "***", "botToken": "***"},
+        "env": {"github_token": "***", "SLACK_TOKEN": "***", "botToken": "***", "HF_TOKEN": "${HF_TOKEN}"},
         "rewards": {"secret": {"function": "found", "weight": 2.0, "args": {"auth": {"user": "***"}}}},
         "data": {"eval": {"password": {"task": "calculator"}}},
     }

@@ -224,8 +224,11 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     given = {text.partition("=")[0].strip() for text in of_run}
     if both := [key for key in given if key in config.parameters]:
         raise UserError(f"argument {both[0]}: the sweep varies it; change it as sweep.parameters, or remove it there")
+    if lost := [(outer, key) for outer in sorted(given) for key in config.set if key.startswith(f"{outer}.")]:
+        outer, key = lost[0]
+        raise UserError(f"argument {outer}: sweep.set gives {key}, which it would remove; give single keys of {outer}")
     fixed = arguments({key: value for key, value in config.set.items() if key not in given})
-    run = apply_overrides(run, [*fixed, *of_run])
+    run = apply_overrides(apply_overrides(run, fixed), of_run)
     first = {key: next(ends(parameter)) for key, parameter in config.parameters.items()}
     with _blaming(tree.source, first):
         base = resolve(run, arguments(first), folder)
@@ -269,8 +272,9 @@ def _problems(config: SweepConfig) -> Iterator[Problem]:
         yield from _of_parameter(parameter, at, is_grid=config.method.name == "grid")
         if isinstance(config.method, PbtMethod) and not (key in STEERED or _of_loss(key)):
             text = (
-                "cannot change when a run continues from a checkpoint, as the members of pbt do. pbt can vary only "
-                f"{', '.join(STEERED)}, rewards.NAME.weight and the keys of algorithm except its name"
+                "cannot change while a run continues from a checkpoint, and the members of pbt continue from "
+                f"checkpoints; vary only {', '.join(STEERED)}, rewards.NAME.weight and the keys of algorithm except "
+                "its name"
             )
             yield Problem(key=at, text=text)
     for key in config.set:
@@ -358,7 +362,8 @@ def _of_absent_metric(metric: str, stage: Config) -> Iterator[Problem]:
     """Yield a metric that no run with these settings has."""
     at, declaration = (*AT, "metric"), declared(metric)
     if absent := sorted(declaration.traits - derive.traits(stage)):
-        yield Problem(key=at, text=f"got {metric!r}, which a run has only if {TRAITS[absent[0]]}")
+        text = f"got {metric!r}, which this run does not record. It is for runs with: {TRAITS[absent[0]]}"
+        yield Problem(key=at, text=text)
         return
     name = (declaration.placeholders(metric) or {}).get("name")
     if name is not None and name not in stage.rewards:

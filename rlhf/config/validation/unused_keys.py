@@ -267,8 +267,8 @@ def _roles_of_run(config: Config) -> Iterator[Inert]:
 
 
 def _of_adapters(config: Config) -> Iterator[Inert]:
-    """Yield the shape of an adapter that is read from a folder, and the transport if an adapter needs none."""
-    if derive.ships_adapter(config):
+    """Yield the shape of an adapter that is read from a folder, and the transport of weights for a new adapter."""
+    if derive.ships_adapter(config) and config.policy.adapter is None:
         why = "the engines load the LoRA adapter alone, from a folder of the run"
         yield from _all("cluster.weight_sync", why, "train all weights")
     for role in TRAINED_ROLES:

@@ -222,17 +222,13 @@ def read_test_code(code: str, entry_point: str | None) -> Cases:
         return Cases(statements=(code,), test_functions=names)
     if entry_point is not None and any(node.name == "check" for node in functions):
         return Cases(statements=(f"{code}\n\ncheck({entry_point})\n",))
-    cases = [node.name for node in body if isinstance(node, ast.ClassDef) and _is_unittest(node)]
-    if cases:
-        raise ValueError(
-            f"the column `test_code` has tests in the unittest class {cases[0]}, which is not run. Write them as "
-            "functions called test_..., without a class, or as statements"
-        )
     statements = [part for node in body for part in (node.body if _is_main_guard(node) else [node])]
     if all(map(_tests_nothing, statements)):
+        cases = [node.name for node in body if isinstance(node, ast.ClassDef) and _is_unittest(node)]
+        what = f"has its tests in the unittest class {cases[0]}, which is not run" if cases else "only has definitions"
         raise ValueError(
-            "the column `test_code` only has definitions, so every program would pass: add statements, functions "
-            "called test_..., or a function `check` and a column `entry_point`"
+            f"the column `test_code` {what}, so every program would pass: add statements, functions called test_... "
+            "outside of a class, or a function `check` and a column `entry_point`"
         )
     return Cases(statements=(code if statements == body else ast.unparse(ast.Module(statements, type_ignores=[])),))
 

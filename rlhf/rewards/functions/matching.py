@@ -47,6 +47,7 @@ _LATEX_COMMAND = re.compile(r"\\(?:(?:text|math|mbox|operatorname|begin|end)[a-z
 _TEXT = re.compile(
     r"[$#]|(?<!\\)\\[(\[]"  # a delimiter says where LaTeX begins, and #### where the answer begins
     r"|^\(?[A-Z][).:]\s"  # (B) 12
+    r"|^(?!(?:and|or)\b)[^\W\d_]{2,}\.?\s+[-+]?[0-9]"  # Rs 500
     r"|^[^A-Za-z]*=[^A-Za-z@]*$"  # 2 + 2 = 4
     r"|[0-9]\s[0-9]{3}(?![0-9])"  # 1 000 000
     r"|(?<![0-9])(?!and\b)[^\W\d_]{3,}"  # a word

@@ -86,7 +86,7 @@ def check_args(function: Callable[..., float], args: Mapping[str, Any]) -> None:
     """Call a built-in function with its fixed arguments once, so that it raises for a wrong one before a run starts.
 
     A column that is not fixed gets a value that every function accepts. The function is not called if another
-    parameter is missing, since its limits are compared with each other.
+    parameter is missing: `overlong` compares `limit` with `buffer`, and needs both.
     """
     if not args:
         return

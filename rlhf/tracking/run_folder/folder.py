@@ -147,7 +147,7 @@ class RunFolder:
         return self._begin(self.checkpoint(step))
 
     def commit_checkpoint(self, step: int) -> Path:
-        """Make the begun checkpoint complete, sealed if it is not yet, then point `latest` at it.
+        """Rename the begun checkpoint into its place, and point `latest` at it. Seal it first if that is not done.
 
         It replaces a checkpoint of the same step. Later checkpoints belong to an abandoned history and are removed.
         """
@@ -207,7 +207,10 @@ class RunFolder:
         return self._begin(self.reference(step))
 
     def commit_reference(self, step: int, *, keep: Collection[int]) -> Path:
-        """Make the begun reference complete, sealed if it is not yet. Remove all others but for the steps in `keep`."""
+        """Rename the begun reference into its place, and remove all others but for the steps in `keep`.
+
+        Seal it first if that is not done.
+        """
         self._commit_sealed(self.reference(step), step)
         for path in self.references.glob("step_*"):
             if path not in {self.reference(kept) for kept in (step, *keep)}:
