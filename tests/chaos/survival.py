@@ -58,10 +58,13 @@ NEWEST_BYTES = 1 << 16  # of metrics.jsonl, more than a row has
 KINDS: Mapping[How, str] = {"kill": "died", "stop": "hung", "memory": "out_of_memory"}
 ROLE_OF_SOURCE: Mapping[str, str] = {**{role: role for role in ROLES}, "driver": "controller"}
 REWARD = """
+import os
 import time
+from pathlib import Path
 
 def reward(prompt, response):
     time.sleep(0.01)  # so that rollouts last some tenths of a second
+    Path(__file__).with_name(f"scored.{os.getpid()}").touch()
     return float(len(response) % 3)
 """
 THREAD = {"threads": 1}
@@ -406,12 +409,22 @@ class FaultyRun:
                 self.losses[role, KINDS[fault.how]] += 1
                 bad += [] if is_back else [f"no recovery of {role} within {BACK_WITHIN_S:g} s"]
         bad += self._still_running(process)
-        if role is None:
-            victim = VICTIMS[fault.who]
-            if not self._wait(lambda: find_victim(self.folder, victim) not in (None, process), limit_s=BACK_WITHIN_S):
-                bad.append(f"no {fault.who} has taken the place of process {process.pid}")
+        if role is None and not self._wait(lambda: self._is_replaced(fault, process), limit_s=BACK_WITHIN_S):
+            bad.append(f"no {fault.who} has taken the place of process {process.pid}")
         back_s = None if role is None else self.tail.seconds_back(at, role)
         return back_s, bad
+
+    def _is_replaced(self, fault: Fault, process: psutil.Process) -> bool:
+        """Return whether another process does the work of a lost one.
+
+        A reward process begins with the response that the lost one had. If it dies too, that is the response's error,
+        which ends the run, and so no fault may come before it has scored.
+        """
+        successor = find_victim(self.folder, VICTIMS[fault.who])
+        if successor is None or successor == process:
+            return False
+        scored = self.config.with_name(f"scored.{successor.pid}")
+        return VICTIMS[fault.who].helper != "code" or scored.exists()
 
     def _still_running(self, process: psutil.Process) -> list[str]:
         """Wait for the end of a process that a fault has ended. Return that it still runs, if it does."""
