@@ -165,7 +165,7 @@ def survives_export(source: str, folder: Path) -> bool:
 
 def exported(model: Any, source: str, folder: Path) -> str:
     named = ((name, weight.clone()) for name, weight in published(model))
-    export_model(folder, named, model.config, load_tokenizer(source), dtype=torch.float32)
+    export_model(folder, named, model, load_tokenizer(source), dtype=torch.float32)
     return str(folder)
 
 

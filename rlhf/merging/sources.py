@@ -19,8 +19,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from rlhf.errors import UserError, prefix_errors
-from rlhf.models.adapter_settings import read_adapter_settings
-from rlhf.models.loading import load_model_config, load_tokenizer
+from rlhf.models.adapter_settings import base_of, read_adapter_settings
+from rlhf.models.loading import load_model_config, load_tokenizer, split_revision
 
 HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -71,13 +71,9 @@ def find_source(key: str, name: str, model: str) -> MergeSource:
     adapter: Adapter | None = None
     if (folder / "adapter_config.json").is_file():
         adapter = _read_adapter(key, folder)
-        base = adapter.settings.get("base_model_name_or_path")
-        if not base:
-            raise UserError(
-                f"{key}: the adapter {folder} does not name its base model; set "
-                "base_model_name_or_path in its adapter_config.json."
-            )
-        folder = _local(f"{key}: the base model of the adapter {folder} (its adapter_config.json)", str(base))
+        with prefix_errors(key):
+            base, _ = base_of(folder)
+        folder = _local(f"{key}: the base model of the adapter {folder} (its adapter_config.json)", base)
     with prefix_errors(key):
         config = load_model_config(str(folder))
     shapes = weight_shapes(key, folder, config)
@@ -212,18 +208,19 @@ def _check_same_kind(first: MergeSource, other: MergeSource) -> None:
 
 
 def _local(key: str, model: str) -> Path:
-    """Return the folder of a model, downloaded if `model` is a hub name."""
+    """Return the folder of a model, downloaded if `model` is a hub name or NAME@REVISION."""
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
     if model.startswith("stage:"):
         raise UserError(f"{key}: got {model!r}, but this merge is not a stage of a pipeline; name a folder.")
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+    name, revision = split_revision(model)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"{key}: the folder {model} does not exist.")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{key}: {model} is not a folder here, and the hub did not provide it ({' '.join(str(error).split())})"

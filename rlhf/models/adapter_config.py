@@ -37,9 +37,14 @@ def load_adapter_config(folder: Path) -> peft.PeftConfig:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     if isinstance(config, peft.LoraConfig) and isinstance(config.target_modules, str):
-        matches = map(_ADAPTED.fullmatch, read_adapter_shapes(folder))
-        config.target_modules = {match[1] for match in matches if match}
+        config.target_modules = adapted_modules(folder)
     return config
+
+
+def adapted_modules(folder: Path) -> set[str]:
+    """Return the names of the modules whose adapters are among the weights of the folder."""
+    matches = map(_ADAPTED.fullmatch, read_adapter_shapes(folder))
+    return {match[1] for match in matches if match}
 
 
 def read_adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

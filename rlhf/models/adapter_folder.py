@@ -32,6 +32,7 @@ from rlhf.models.loading import (
     load_tokenizer,
     no_reward_head,
     refuse_missing_weights,
+    split_revision,
 )
 from rlhf.models.lora import inject, keep_initial, with_merged_adapter
 from rlhf.models.weights import saved_name, weight_sources
@@ -182,10 +183,12 @@ def load_trainable_adapter(model: Any, folder: Path, *, dropout: float = 0.0) ->
     """Return the model with a trained adapter as its only trainable part, apart from a scalar head.
 
     A frozen copy of the adapter is kept: inside `adapter_disabled` the model is the base with the adapter as
-    loaded. A scalar model takes only the weights of its modules. Raise UserError if the adapter does not fit.
+    loaded. A scalar model takes only the weights of its modules. The adapter's config then names this model as its
+    base. Raise UserError if the adapter does not fit.
     """
     config = read_adapter_config(folder)
     config.lora_dropout = dropout
+    config.base_model_name_or_path, config.revision = split_revision(model.config._name_or_path)
     model = _filled(model, folder, config)
     keep_initial(model, config)
     return model
@@ -237,10 +240,9 @@ def merge_adapter(
         export_model(
             folder,
             (weight for source in weight_sources(model) for weight in source.published()),
-            model.config,
+            model,
             load_tokenizer(str(adapter) if has_tokenizer else base, trust_remote_code=trust_remote_code),
             dtype=dtype,
-            generation_config=getattr(model, "generation_config", None),
         )
 
 

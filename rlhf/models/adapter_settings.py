@@ -8,13 +8,11 @@ from typing import Any
 
 from rlhf.errors import UserError
 from rlhf.models.folder_check import read_json_object
-from rlhf.models.loading import (
-    ADAPTER_CONFIG,
-)
+from rlhf.models.loading import ADAPTER_CONFIG, with_revision
 
 
 def base_of(folder: Path) -> tuple[str, int]:
-    """Return the base model of an adapter's folder, and the adapter's rank."""
+    """Return the base model of an adapter's folder, as NAME@REVISION if it has a revision, and the adapter's rank."""
     path = folder / ADAPTER_CONFIG
     config = read_adapter_settings(folder)
     if config["peft_type"] != "LORA":
@@ -22,7 +20,7 @@ def base_of(folder: Path) -> tuple[str, int]:
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(f"{path}: base_model_name_or_path is {base!r}, so the base model is unknown. Write it there.")
-    return base, max(_ranks(config).values())
+    return with_revision(base, config.get("revision")), max(_ranks(config).values())
 
 
 def read_adapter_settings(folder: Path) -> dict[str, Any]:

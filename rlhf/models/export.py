@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.dynamic_module_utils import custom_object_save
 
 from rlhf.models.hub_names import missing_settings
 from rlhf.models.loading import has_score_head
@@ -34,28 +35,28 @@ SHARD_BYTES = 5 * 10**9
 def export_model(
     folder: Path,
     named_weights: Iterable[tuple[str, Tensor]],
-    config: Any,
+    model: Any,
     tokenizer: Any,
     *,
     dtype: torch.dtype,
-    generation_config: Any | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a folder for from_pretrained: safetensors (several files above shard_bytes), config and tokenizer.
+    """Write a folder for from_pretrained: safetensors (several files above shard_bytes), configs and tokenizer.
+
+    A model with its own code gets the files of this code too.
 
     dtype: of the weights, written into the config.
 
     A tied head is left out, as transformers expects. An existing folder is replaced.
     """
-    config = copy.deepcopy(config)
+    config = copy.deepcopy(model.config)
     config.dtype = dtype
     config.use_cache = True  # off while training
     config.update(missing_settings(config))
     name_padding(config, tokenizer)
     with appearing(folder) as partial:
         _write_shards(partial, named_weights, shard_bytes=shard_bytes)
-        settings = [config, tokenizer] if generation_config is None else [config, generation_config, tokenizer]
-        when_there_is_room(partial, lambda: _save_settings(partial, *settings))
+        when_there_is_room(partial, lambda: _save_model_settings(partial, model, config, tokenizer))
 
 
 def export_adapter(folder: Path, named_weights: Iterable[tuple[str, Tensor]], model: Any, tokenizer: Any) -> None:
@@ -182,6 +183,15 @@ def _save(weights: dict[str, Tensor], path: Path) -> None:
         undo=lambda: path.unlink(missing_ok=True),
         needed=sum(weight.nbytes for weight in weights.values()),
     )
+
+
+def _save_model_settings(folder: Path, model: Any, config: Any, tokenizer: Any) -> None:
+    """Write all files of a model but its weights."""
+    if model.is_remote_code():
+        custom_object_save(model, folder, config=config)  # copies the class's file, and names it in the config
+    _save_settings(folder, config, tokenizer)
+    if model.can_generate():  # save_pretrained would refuse values with which the model was loaded
+        model.generation_config.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
 
 
 def _save_settings(folder: Path, *settings: Any) -> None:

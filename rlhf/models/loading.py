@@ -81,6 +81,11 @@ def split_revision(source: str) -> tuple[str, str | None]:
     return name, revision
 
 
+def with_revision(name: str, revision: str | None) -> str:
+    """Return NAME@REVISION for a model on the hub. A folder has no revision."""
+    return name if not revision or _is_folder_name(name) or Path(name).exists() else f"{name}@{revision}"
+
+
 def refuse_missing_weights(path: str, *, scalar: bool = False, trust_remote_code: bool = False) -> None:
     """Raise UserError if a model folder lacks weights, or has weights of other shapes. Reads headers alone.
 
@@ -225,6 +230,7 @@ def _with_all_weights(path: str, *, scalar: bool, trust_remote_code: bool, **opt
     if other := sorted(report["mismatched_keys"]):
         shapes = [f"{name} is {list(stored)}, expected {list(wanted)}" for name, stored, wanted in other]
         raise UserError(f"The weights of the model {path} do not fit its config.json: {_some(shapes)}. Get it again.")
+    model.config.name_or_path = path  # transformers leaves out the revision
     return model
 
 

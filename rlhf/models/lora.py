@@ -20,12 +20,13 @@ import torch
 import transformers
 from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from rlhf.errors import UserError
 from rlhf.models.adapter_config import load_adapter_config
-from rlhf.models.loading import whole
+from rlhf.models.loading import split_revision, whole
 from rlhf.models.routers import routers_of
 from rlhf.models.weights import ADAPTER, INITIAL, is_pissa
 
@@ -53,8 +54,9 @@ def add_lora(
     It starts as the identity. `target_modules`: names of linear layers, or "all-linear" for all but the head.
     `target_parameters`: names of stacked experts. `layers`: numbers of the blocks to adapt; None: all.
     `modules_to_save`: names of modules to train whole. A head tied to a trained embedding stays tied. Raise UserError
-    if a name or number does not exist.
+    if a name or number does not exist, or if peft cannot keep the head tied.
     """
+    base, revision = split_revision(model.config._name_or_path)
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -64,10 +66,11 @@ def add_lora(
         layers_to_transform=None if layers is None else list(layers),
         use_rslora=rslora,
         use_dora=dora,
-        modules_to_save=list(modules_to_save) or None,
+        modules_to_save=_with_tied_head(model, modules_to_save) or None,
         ensure_weight_tying=bool(modules_to_save) and _is_tied(model),
         task_type=peft.TaskType.SEQ_CLS if hasattr(model, "score") else peft.TaskType.CAUSAL_LM,
-        base_model_name_or_path=model.config._name_or_path,
+        base_model_name_or_path=base,
+        revision=revision,
     )
     _refuse_unknown_names(model, config)
     model = inject(model, config)
@@ -243,6 +246,26 @@ def _linear_names(model: Any) -> list[str]:
 def _is_tied(model: Any) -> bool:
     head = model.get_output_embeddings()
     return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def _with_tied_head(model: Any, names: Sequence[str]) -> list[str]:
+    """Return the names of the modules to train whole, so that peft keeps a head and an embedding among them tied.
+
+    peft does so only if one of the names is in EMBEDDING_LAYER_NAMES. Raise UserError if both have other names.
+    """
+    if not names or not _is_tied(model):
+        return list(names)
+    pair = [model.get_input_embeddings(), model.get_output_embeddings()]
+    tied = {path.rpartition(".")[2] for path, module in model.named_modules() if module in pair}
+    known = tied.intersection(EMBEDDING_LAYER_NAMES)
+    if tied.isdisjoint(names) or not known.isdisjoint(names):
+        return list(names)
+    if not known:
+        raise UserError(
+            f"lora.modules_to_save: the model ties {' and '.join(sorted(tied))}, and peft keeps trained modules tied "
+            f"only if one is named {' or '.join(EMBEDDING_LAYER_NAMES)}. Remove them from the list."
+        )
+    return [*names, *sorted(known)]
 
 
 def _refuse_unknown_names(model: Any, config: peft.LoraConfig) -> None:

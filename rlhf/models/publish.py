@@ -12,6 +12,17 @@ from rlhf.errors import RunError, UserError
 
 _log = logging.getLogger(__name__)
 
+# Files of an earlier upload that would be loaded instead of the new model, or with it. Files in the folder are kept.
+_REPLACED = (
+    "model.safetensors*",  # with the index of several files
+    "model-*.safetensors",
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+
 
 def refuse_unpublishable(name: str, *, key: str) -> None:
     """Raise UserError if nothing can be uploaded from here, without asking the hub.
@@ -29,15 +40,24 @@ def refuse_unpublishable(name: str, *, key: str) -> None:
 
 
 def push_folder(folder: Path, name: str) -> None:
-    """Upload a model folder to the repository NAME. Raise RunError with the command to repeat if the hub refuses it."""
+    """Upload a model folder to the repository NAME, in place of a model that is there.
+
+    Raise RunError with the command to repeat if the hub refuses it.
+    """
     api = huggingface_hub.HfApi()
     try:
         api.create_repo(name, private=True, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload the trained model")
+        api.upload_folder(
+            repo_id=name,
+            folder_path=folder,
+            commit_message="Upload the trained model",
+            delete_patterns=list(_REPLACED),
+        )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = " ".join(str(error).split())
+        deleted = " ".join(f"--delete '{pattern}'" for pattern in _REPLACED)
         raise RunError(
             f"push_to_hub: {folder} is whole, but it was not uploaded to {name} ({reason}). Repeat it with "
-            f"`hf upload {name} {folder}`."
+            f"`hf upload {name} {folder} {deleted}`."
         ) from error
     _log.info("uploaded %s to %s", folder, name)

@@ -51,7 +51,10 @@ class WeightSource:
 def lora_merged(
     weight: Float[Tensor, "o i"], lora_a: Float[Tensor, "r i"], lora_b: Float[Tensor, "o r"], *, scaling: float
 ) -> Float[Tensor, "o i"]:
-    """Return W + scaling * B A (arXiv:2106.09685, section 4.1), rounded where peft rounds."""
+    """Return W + scaling * B A (arXiv:2106.09685, section 4.1).
+
+    The update is rounded to the weight's dtype before the sum, as in peft.
+    """
     return weight + _update(lora_a, lora_b, scaling).to(weight.dtype)
 
 

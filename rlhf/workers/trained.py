@@ -38,7 +38,7 @@ Measure = Callable[[], Metrics]
 class TrainedWorker(ModelWorker):
     """One rank of a gang. `start` joins it; every other method is called on all ranks, in the same order.
 
-    Ranks sharing micro-batches all return the result of a single rank, so callers keep the results of the first.
+    Ranks sharing micro-batches return equal results, so callers keep the results of the first.
     """
 
     step_metric: ClassVar[str] = "update/{}"  # names of the gradient norm and the learning rate
@@ -256,7 +256,7 @@ class TrainedWorker(ModelWorker):
     def keep_in(self, folder: Path, copies: CopyPlace | None = None) -> None:
         """Reserve memory for two snapshots of this rank in a folder of /dev/shm, or open those of a predecessor.
 
-        copies: where a predecessor on another node has sent copies. None: there was none.
+        copies: where a predecessor on another node has sent copies. None: no predecessor has sent any.
         """
         self.engine.keep_in(folder, copies)
 
@@ -297,15 +297,7 @@ class TrainedWorker(ModelWorker):
         elif self.model_config.lora is not None and not merged:
             export_adapter(folder, weights, self.engine.module, self.tokenizer)
         else:
-            module = self.engine.module
-            export_model(
-                folder,
-                weights,
-                module.config,
-                self.tokenizer,
-                dtype=dtype,
-                generation_config=module.generation_config if module.can_generate() else None,
-            )
+            export_model(folder, weights, self.engine.module, self.tokenizer, dtype=dtype)
 
     def arithmetic(self) -> Arithmetic:
         """Return the model's FLOPs per token and the measured peak FLOPs of this rank."""

@@ -94,11 +94,12 @@ def test_a_revision_is_what_the_hubs_cache_holds_of_it(tiny_model: Path, tmp_pat
         "import torch; from rlhf.models.loading import load_causal_lm, load_tokenizer\n"
         "for name in ('org/name', 'org/name@v2'):\n"
         "    load_tokenizer(name)\n"
-        "    print(load_causal_lm(name, dtype=torch.float32).config.max_position_embeddings)\n"
+        "    config = load_causal_lm(name, dtype=torch.float32).config\n"
+        "    print(config.max_position_embeddings, config.name_or_path)\n"
     )
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240)
-    assert done.stdout.split() == ["64", "128"], done.stderr
+    assert done.stdout.split() == ["64", "org/name", "128", "org/name@v2"], done.stderr
 
 
 def test_data_are_read_with_the_tokenizer_that_replaces_the_policys(

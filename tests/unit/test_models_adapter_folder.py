@@ -21,6 +21,7 @@ from rlhf.models.adapter_folder import (
     read_adapter_shape,
     refuse_misfit_adapter,
 )
+from rlhf.models.adapter_settings import base_of
 from rlhf.models.export import export_adapter
 from rlhf.models.loading import load_causal_lm, load_critic, load_tokenizer
 from rlhf.models.lora import adapter_disabled, add_lora, with_adapter
@@ -83,6 +84,22 @@ def test_goes_on_from_an_adapter_which_is_then_the_reference(tmp_path: Path, kin
     second = saved(model, tmp_path / "second", base)
     plain = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), second)
     assert torch.equal(logits(plain), moved)
+
+
+@pytest.mark.parametrize("continued", [False, True])
+def test_an_adapter_names_the_model_and_the_revision_that_it_is_trained_on(
+    tiny_model: Path, tmp_path: Path, continued: bool
+) -> None:
+    model = load_causal_lm(str(tiny_model), dtype=torch.float32)
+    model.config.name_or_path = "org/name@v1"  # as a model of the hub is loaded
+    if continued:
+        model = load_trainable_adapter(model, made(tiny_model, tmp_path / "first")[1])
+    else:
+        model = add_lora(model, rank=4, alpha=8.0, dropout=0.0)
+    folder = saved(model, tmp_path / "adapter", tiny_model)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert (settings["base_model_name_or_path"], settings["revision"]) == ("org/name", "v1")
+    assert base_of(folder) == ("org/name@v1", 4)
 
 
 @pytest.mark.parametrize("kind", KINDS)

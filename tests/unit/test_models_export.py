@@ -12,7 +12,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
 from rlhf.models.export import export_model, name_padding
 from rlhf.models.heads import sequence_scores
@@ -42,7 +47,7 @@ def test_round_trip(tmp_path: Path, tied: bool, shard_bytes: int) -> None:
     source = str(build_tiny_llama(tmp_path / "source", seed=1, tied=tied))
     model, tokenizer = load_causal_lm(source, dtype=torch.float32), load_tokenizer(source)
     folder = tmp_path / "final"
-    export_model(folder, streamed(model), model.config, tokenizer, dtype=torch.float32, shard_bytes=shard_bytes)
+    export_model(folder, streamed(model), model, tokenizer, dtype=torch.float32, shard_bytes=shard_bytes)
     loaded, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
@@ -62,15 +67,39 @@ def test_a_critic_comes_back_with_its_head(tiny_model: Path, tmp_path: Path) -> 
     critic = load_critic(str(tiny_model), dtype=torch.float32)
     torch.nn.init.ones_(critic.score.weight)
     tokenizer = load_tokenizer(str(tiny_model))
-    export_model(tmp_path / "critic", streamed(critic), critic.config, tokenizer, dtype=torch.float32)
+    export_model(tmp_path / "critic", streamed(critic), critic, tokenizer, dtype=torch.float32)
     assert same_weights(critic, load_critic(str(tmp_path / "critic"), dtype=torch.float32))
+
+
+def test_a_generation_config_that_transformers_does_not_save_is_kept(tiny_model: Path, tmp_path: Path) -> None:
+    """As Vicuna has it: a temperature without sampling. from_pretrained only warns."""
+    model, tokenizer = load_causal_lm(str(tiny_model), dtype=torch.float32), load_tokenizer(str(tiny_model))
+    model.generation_config = GenerationConfig(temperature=0.9, top_p=0.6, pad_token_id=-1)
+    export_model(tmp_path / "final", streamed(model), model, tokenizer, dtype=torch.float32)
+    kept = AutoModelForCausalLM.from_pretrained(tmp_path / "final").generation_config
+    assert (kept.temperature, kept.top_p, kept.pad_token_id) == (0.9, 0.6, -1)
+
+
+def test_a_model_with_its_own_code_loads_without_the_folder_it_came_from(tiny_model: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(tiny_model, tmp_path / "source")
+    code = "from transformers import LlamaForCausalLM\n\n\nclass OwnForCausalLM(LlamaForCausalLM):\n    pass\n"
+    (source / "modeling_own.py").write_text(code)
+    config = json.loads((source / "config.json").read_text())
+    config |= {"architectures": ["OwnForCausalLM"], "auto_map": {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}}
+    (source / "config.json").write_text(json.dumps(config))
+    model = load_causal_lm(str(source), dtype=torch.float32, trust_remote_code=True)
+    export_model(tmp_path / "final", streamed(model), model, load_tokenizer(str(source)), dtype=torch.float32)
+    shutil.rmtree(source)
+    loaded = load_causal_lm(str(tmp_path / "final"), dtype=torch.float32, trust_remote_code=True)
+    assert type(loaded).__name__ == "OwnForCausalLM"
+    assert same_weights(model, loaded)
 
 
 def test_files_have_the_mode_of_the_process(tiny_model: Path, tmp_path: Path) -> None:
     model, tokenizer = load_causal_lm(str(tiny_model), dtype=torch.float32), load_tokenizer(str(tiny_model))
     before = os.umask(0o027)
     try:
-        export_model(tmp_path / "final", streamed(model), model.config, tokenizer, dtype=torch.float32)
+        export_model(tmp_path / "final", streamed(model), model, tokenizer, dtype=torch.float32)
     finally:
         os.umask(before)
     modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "final").iterdir()}
@@ -80,7 +109,7 @@ def test_files_have_the_mode_of_the_process(tiny_model: Path, tmp_path: Path) ->
 
 def test_a_failure_leaves_the_old_folder_and_nothing_else(tiny_model: Path, tmp_path: Path) -> None:
     model, tokenizer = load_causal_lm(str(tiny_model), dtype=torch.float32), load_tokenizer(str(tiny_model))
-    export_model(tmp_path / "final", streamed(model), model.config, tokenizer, dtype=torch.float32)
+    export_model(tmp_path / "final", streamed(model), model, tokenizer, dtype=torch.float32)
     before = (tmp_path / "final" / "model.safetensors").read_bytes()
 
     def broken() -> Iterator[tuple[str, Tensor]]:
@@ -88,7 +117,7 @@ def test_a_failure_leaves_the_old_folder_and_nothing_else(tiny_model: Path, tmp_
         raise RuntimeError("a rank died")
 
     with pytest.raises(RuntimeError, match="a rank died"):
-        export_model(tmp_path / "final", broken(), model.config, tokenizer, dtype=torch.float32)
+        export_model(tmp_path / "final", broken(), model, tokenizer, dtype=torch.float32)
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
     assert (tmp_path / "final" / "model.safetensors").read_bytes() == before
 
@@ -123,7 +152,7 @@ def test_transformers_scores_a_padded_batch_as_it_was_trained(
     ids = [torch.tensor(tokenizer(text).input_ids) for text in texts]
     with torch.no_grad():
         trained = sequence_scores(model, torch.cat(ids), torch.tensor([len(one) for one in ids]))
-    export_model(tmp_path / "final", streamed(model), model.config, tokenizer, dtype=torch.float32)
+    export_model(tmp_path / "final", streamed(model), model, tokenizer, dtype=torch.float32)
 
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "final")
     reader = AutoTokenizer.from_pretrained(tmp_path / "final", padding_side=side)

@@ -60,7 +60,7 @@ def test_a_mixture_survives_loading_and_export(kind: str, tmp_path: Path) -> Non
     source = mixture(tmp_path / "source", kind)
     model = load_causal_lm(source, dtype=torch.float32)
     weights = ((name, weight.clone()) for name, weight in published(model).items())
-    export_model(tmp_path / "final", weights, model.config, load_tokenizer(source), dtype=torch.float32)
+    export_model(tmp_path / "final", weights, model, load_tokenizer(source), dtype=torch.float32)
     assert (
         load_file(tmp_path / "final" / "model.safetensors").keys()
         == load_file(tmp_path / "source" / "model.safetensors").keys()
@@ -108,7 +108,7 @@ def test_adapters_of_a_mixture_are_on_its_linear_layers_and_merge_into_the_files
             if parameter.requires_grad:
                 parameter.normal_(0.0, 0.1)
     weights = ((name, weight.clone()) for name, weight in published(model).items())
-    export_model(tmp_path / "merged", weights, model.config, load_tokenizer(source), dtype=torch.float32)
+    export_model(tmp_path / "merged", weights, model, load_tokenizer(source), dtype=torch.float32)
     merged = load_causal_lm(str(tmp_path / "merged"), dtype=torch.float32)
     ids = torch.randint(VOCAB_SIZE, (1, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -132,7 +132,7 @@ def test_adapters_of_stacked_experts_merge_and_come_back(kind: str, tmp_path: Pa
             torch.testing.assert_close(model(ids).logits, base(ids).logits)
     tokenizer = load_tokenizer(source)
     weights = ((name, weight.clone()) for name, weight in published(model).items())
-    export_model(tmp_path / "merged", weights, model.config, tokenizer, dtype=torch.float32)
+    export_model(tmp_path / "merged", weights, model, tokenizer, dtype=torch.float32)
     export_adapter(tmp_path / "adapter", ((s.name, s.make()) for s in adapter_sources(model)), model, tokenizer)
     merged = load_causal_lm(str(tmp_path / "merged"), dtype=torch.float32)
     continued = load_trainable_adapter(load_causal_lm(source, dtype=torch.float32), tmp_path / "adapter")
@@ -157,7 +157,7 @@ def test_a_critic_of_a_mixture_comes_back_with_its_head(tmp_path: Path) -> None:
     critic = load_critic(source, dtype=torch.float32)
     torch.nn.init.ones_(critic.score.weight)
     weights = ((name, weight.clone()) for name, weight in published(critic).items())
-    export_model(tmp_path / "critic", weights, critic.config, load_tokenizer(source), dtype=torch.float32)
+    export_model(tmp_path / "critic", weights, critic, load_tokenizer(source), dtype=torch.float32)
     loaded = load_critic(str(tmp_path / "critic"), dtype=torch.float32)
     theirs = dict(loaded.named_parameters())
     assert all(torch.equal(weight, theirs[name]) for name, weight in critic.named_parameters())

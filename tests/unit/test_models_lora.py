@@ -122,7 +122,7 @@ def test_merged_as_peft_merges(base: Path, kind: str, dtype: torch.dtype, tmp_pa
 def test_merged_export_is_the_adapted_model(base: Path, kind: str, tmp_path: Path) -> None:
     model = trained(adapted(base, **KINDS[kind]))
     weights = ((source.name, source.make()) for source in weight_sources(model))
-    export_model(tmp_path / "m", weights, model.config, load_tokenizer(str(base)), dtype=torch.float32)
+    export_model(tmp_path / "m", weights, model, load_tokenizer(str(base)), dtype=torch.float32)
     merged = load_causal_lm(str(tmp_path / "m"), dtype=torch.float32)
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-5)
 
@@ -228,6 +228,23 @@ def test_chosen_layers_only(tiny_model: Path) -> None:
 def test_what_the_model_does_not_have_is_refused(tiny_model: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         adapted(tiny_model, **options)
+
+
+@pytest.mark.parametrize("name", ["word_embeddings", "lm_head"])
+def test_a_tied_head_follows_an_embedding_of_any_name(name: str) -> None:
+    model = add_lora(tiny_architecture("bloom"), rank=2, alpha=4.0, dropout=0.0, modules_to_save=[name])
+    embedding = model.get_input_embeddings().weight
+    assert embedding.requires_grad
+    assert model.get_output_embeddings().weight is embedding
+    trained(model)
+    exported = {source.name: source.make() for source in weight_sources(model)}
+    assert torch.equal(exported["transformer.word_embeddings.weight"], embedding)
+
+
+def test_a_tied_head_that_peft_would_untie_is_refused() -> None:
+    model = tiny_architecture("gpt_neox_japanese")
+    with pytest.raises(UserError, match=r"lora\.modules_to_save: the model ties embed_in and embed_out, and peft"):
+        add_lora(model, rank=2, alpha=4.0, dropout=0.0, modules_to_save=["embed_in"])
 
 
 def test_no_adapter_no_adapter_weights(tiny_model: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from rlhf.errors import UserError
+from rlhf.models.adapter_settings import base_of
 from rlhf.models.on_disk import ModelOnDisk, find_model, may_ask_the_hub, refuse_unservable
 from rlhf.preflight.models import refuse_too_long
 from tests.merging_models import make_adapter
@@ -133,6 +134,16 @@ def test_adapters_that_engines_cannot_serve(tiny_model: Path, tmp_path: Path) ->
     refuse_unservable(find(tmp_path / "plain"))
     with pytest.raises(UserError, match="has use_dora, modules_to_save, which engines cannot serve"):
         refuse_unservable(find(tmp_path / "wrong"))
+
+
+def test_the_base_of_an_adapter_has_its_revision_unless_it_is_a_folder(tiny_model: Path, tmp_path: Path) -> None:
+    for base, expected in (
+        ("owner/name", "owner/name@v1"),
+        (str(tiny_model), str(tiny_model)),
+        ("/no/such/base", "/no/such/base"),
+    ):
+        folder = adapter(tmp_path / str(len(base)), base_model_name_or_path=base, revision="v1")
+        assert base_of(folder)[0] == expected
 
 
 def test_a_name_that_is_no_folder_may_be_the_hubs(tiny_model: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from pydantic import ValidationError
 
 from rlhf.config.schema.run import RunConfig
@@ -44,9 +45,26 @@ def test_a_folder_is_uploaded_to_a_private_repository(hub: Hub, tmp_path: Path) 
     assert (uploaded["repo_id"], uploaded["folder_path"]) == ("me/model", tmp_path)
 
 
+def test_an_upload_replaces_the_model_in_the_repository(hub: Hub, tmp_path: Path) -> None:
+    """transformers would load one file before several, and an adapter in the place of a model."""
+    push_folder(tmp_path, "me/model")
+    model = [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors",
+        "model.safetensors.index.json",
+    ]
+    others = ["LICENSE", "README.md", "checkpoint-9/config.json", "checkpoint-9/model.safetensors"]
+    deleted = filter_repo_objects(model + others, allow_patterns=hub.calls[1][1]["delete_patterns"])
+    assert list(deleted) == model
+
+
 def test_a_refused_upload_says_how_to_repeat_it(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(
-        RunError, match=rf"not uploaded to me/full \(no space left for you\).*`hf upload me/full {tmp_path}`"
+        RunError, match=rf"not uploaded to me/full \(no space left for you\).*`hf upload me/full {tmp_path} --delete"
     ):
         push_folder(tmp_path, "me/full")
 

@@ -91,7 +91,7 @@ def test_trained_off_and_merged(base: Path, tmp_path: Path, dtype: torch.dtype, 
     with adapter_disabled(model):
         assert torch.equal(logits(model), before)
     weights = ((source.name, source.make()) for source in weight_sources(model))
-    export_model(tmp_path / "m", weights, model.config, load_tokenizer(str(base)), dtype=dtype)
+    export_model(tmp_path / "m", weights, model, load_tokenizer(str(base)), dtype=dtype)
     merged = load_causal_lm(str(tmp_path / "m"), dtype=dtype)
     assert not is_quantized(merged)
     torch.testing.assert_close(logits(merged), after, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
