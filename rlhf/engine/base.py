@@ -126,7 +126,7 @@ class TrainingEngine(Protocol):
         Raise UserError if there is too little memory.
 
         Args:
-            copies: where a predecessor on another node has sent copies. None: there was none.
+            copies: where a predecessor on another node has sent copies. None: no predecessor has sent any.
         """
 
     def copy_to(self, place: CopyPlace | None) -> None:

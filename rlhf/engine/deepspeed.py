@@ -209,7 +209,8 @@ class DeepSpeedEngine:
         """Divide the gradient of the step in the block, before its norm is taken and clipped."""
         optimizer = self._engine.optimizer
         if hasattr(optimizer, "loss_scale") and self._zero_stage > 0:
-            optimizer.loss_scale = divisor  # it divides as if the backward passes had multiplied, so it is 1 for them
+            # The optimizer divides the gradient by it. It stays 1 during backward passes.
+            optimizer.loss_scale = divisor
             try:
                 yield
             finally:
@@ -273,6 +274,7 @@ class DeepSpeedEngine:
         saved.refuse_other_base(frozen, folder=folder)
         if not is_sharded_alike or saved.groups != own.groups:
             if has_snapshots and initial_copies(self.module):
+                saved.refuse_other_decay(own, folder=folder)
                 raise UserError(
                     f"{folder} has the initial weights of the adapter in parts, as the ranks kept them in memory. "
                     f"Resume with {saved.sharding}."

@@ -79,7 +79,7 @@ def init_distributed(place: RankContext, master_addr: str, master_port: int) -> 
     try:
         dist.init_process_group(
             backend,
-            init_method=f"tcp://{master_addr}:{master_port}",
+            init_method=f"tcp://{f'[{master_addr}]' if ':' in master_addr else master_addr}:{master_port}",
             rank=place.rank,
             world_size=place.world_size,
             timeout=timeout,

@@ -59,6 +59,19 @@ class EngineRecord(BaseModel):
         if differing:
             raise UserError(f"The snapshot {folder} cannot be continued by this run: {'; '.join(differing)}.")
 
+    def refuse_other_decay(self, own: EngineRecord, *, folder: Path) -> None:
+        """Raise UserError if weight decay was switched on or off since, which regroups the trained weights."""
+        if self.groups == own.groups:
+            return
+        there, here = "at 0", "above 0"
+        if len(self.groups) > len(own.groups):  # decay needs more groups
+            there, here = here, there
+        raise UserError(
+            f"{folder} was written with train.weight_decay {there}, and it is {here} now. This puts the trained "
+            "weights in other groups, and the state in this checkpoint cannot be regrouped. Keep train.weight_decay "
+            f"{there}."
+        )
+
     def refuse_other_base(self, frozen_weights: str, *, folder: Path) -> None:
         """Raise UserError if the frozen weights have another checksum than when the checkpoint was written."""
         if self.frozen_weights != frozen_weights:

@@ -38,7 +38,7 @@ def digest_of_base(module: nn.Module) -> int:
 
 
 def digest_over_ranks(module: nn.Module, sharding: Sharding) -> int:
-    """Return the sum of the checksums of all ranks, as if the frozen weights were sharded so. Collective."""
+    """Return the sum of the checksums of all ranks, as ranks with this sharding would compute it. Collective."""
     parts = sharding.ranks if sharding.zero_stage == 3 else 1
     digests = [xxhash.xxh3_64() for _ in range(parts)]
     for parameter in _base_weights(module):

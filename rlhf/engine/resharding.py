@@ -58,6 +58,7 @@ def take_over(state: RankState, folder: Path, *, saved: EngineRecord, own: Engin
         raise RunError("DeepSpeed divides the trained weights in another way than this program expects.")
     alike = [there.index(one) if one in there else None for one in here]  # ranks with the same masters
     if own.optimizer != _BY_ELEMENT and None in alike:
+        saved.refuse_other_decay(own, folder=folder.parent)
         raise UserError(
             f"{folder.parent} was written with {saved.sharding} and cannot be continued with {own.sharding}: "
             f"{own.optimizer} has states of several weights together, which cannot be divided anew. With it, only the "

@@ -5,7 +5,8 @@ Both operations hold the base model in memory in float32, because peft computes 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 import transformers
 
 from rlhf.config.schema.merge import MergeConfig
-from rlhf.errors import UserError
+from rlhf.errors import UserError, prefix_errors
 from rlhf.merging.sources import MergeSource
+from rlhf.models.adapter_config import adapted_modules, load_adapter_config
 from rlhf.models.export import name_padding
 from rlhf.models.lora import with_merged_adapter
 
@@ -29,7 +31,11 @@ def fold_adapter(source: MergeSource, folder: Path, *, dtype: torch.dtype, shard
     model = with_merged_adapter(_load_base(source), str(source.adapter.folder))
     model.config.architectures = [type(model).__name__]
     name_padding(model.config, source.tokenizer())
-    model.to(dtype).save_pretrained(folder, max_shard_size=shard_bytes)
+    for parameter in model.parameters():  # buffers keep their dtype: some are float32 in a model of any dtype
+        parameter.data = parameter.data.to(dtype)
+    model.generation_config = transformers.GenerationConfig()  # an inconsistent one cannot be saved
+    model.save_pretrained(folder, max_shard_size=shard_bytes)
+    (folder / "generation_config.json").unlink(missing_ok=True)  # the result gets the file of its donor
 
 
 def combine_adapters(config: MergeConfig, sources: Sequence[MergeSource], folder: Path) -> None:
@@ -38,17 +44,27 @@ def combine_adapters(config: MergeConfig, sources: Sequence[MergeSource], folder
     for index, source in enumerate(sources):
         assert source.adapter is not None
         path, name = str(source.adapter.folder), f"adapter_{index}"  # peft forbids some names of users
-        if model is None:
-            model = peft.PeftModel.from_pretrained(_load_base(source), path, adapter_name=name)
-        else:
-            model.load_adapter(path, adapter_name=name)
+        with prefix_errors(source.key):
+            settings = _settings_to_combine(source.adapter.folder)
+        base = _load_base(source) if model is None else None
+        with _peft_errors(f"{source.key}: the adapter {path} cannot be put on its base model {source.folder}"):
+            if model is None:
+                model = peft.PeftModel.from_pretrained(base, path, adapter_name=name, config=settings)
+            else:
+                model.add_adapter(name, settings)
+                model.load_adapter(path, adapter_name=name)
     inputs, method = [config.models[source.name] for source in sources], config.method
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    adapters = [f"adapter_{index}" for index in range(len(sources))]
+    weights = [model_input.weight for model_input in inputs]
+    if method == "svd" and len(sources) == 1:  # peft would only scale a single adapter, so it is two equal halves
+        adapters, weights = adapters * 2, [weights[0] / 2.0] * 2
+    keys = ", ".join(source.key for source in sources)
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), _peft_errors(f"{keys} cannot be combined"):
         if "dare" in method:
             torch.manual_seed(config.seed)
         model.add_weighted_adapter(
-            [f"adapter_{index}" for index in range(len(sources))],
-            [model_input.weight for model_input in inputs],
+            adapters,
+            weights,
             COMBINED,
             combination_type=method,
             svd_rank=config.rank,
@@ -95,7 +111,7 @@ def _check_plain(source: MergeSource, rank: int | None) -> None:
             f"{source.key}: {source.folder} is a whole model, and merge.output is adapter; name an adapter, or set "
             "merge.output to model."
         )
-    for key in ("use_dora", "use_rslora", "modules_to_save"):
+    for key in ("use_dora", "use_rslora", "modules_to_save", "target_parameters"):
         if source.adapter.settings.get(key):
             raise UserError(
                 f"{source.key}: the adapter {source.adapter.folder} has {key}, and such adapters cannot be combined; "
@@ -112,6 +128,26 @@ def _ranks(source: MergeSource) -> str:
     settings = source.adapter.settings
     pattern = settings.get("rank_pattern") or {}
     return f"{settings['r']}" + (f" {pattern}" if pattern else "")
+
+
+def _settings_to_combine(folder: Path) -> Any:
+    """Return peft's config of an adapter, with the full names of its layers.
+
+    The result of a combination gets the first adapter's choice of layers, which may exclude layers of the others.
+    """
+    settings: Any = load_adapter_config(folder)
+    settings.target_modules = adapted_modules(folder)
+    settings.layers_to_transform = settings.layers_pattern = None
+    return settings
+
+
+@contextmanager
+def _peft_errors(message: str) -> Iterator[None]:
+    """Raise peft's errors as UserError, with the message before their text."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{message}: {' '.join(str(error).split())}") from error
 
 
 def _load_base(source: MergeSource) -> Any:

@@ -73,7 +73,7 @@ def _refuse_other_kind(config: MergeConfig, key: str, folder: str, lora: LoraCon
         raise UserError(f"{key}: {folder} will be a whole model, and merge.output is adapter; set it to model.")
     if lora is None and config.method == "fold":
         raise UserError(f"{key}: {folder} will be a whole model, and fold adds an adapter to its base.")
-    for kind in ("dora", "rslora", "modules_to_save") if config.output == "adapter" else ():
+    for kind in ("dora", "rslora", "modules_to_save", "target_parameters") if config.output == "adapter" else ():
         if getattr(lora, kind):
             text = f"will be an adapter with {kind}, and such adapters cannot be combined; set merge.output to model."
             raise UserError(f"{key}: {folder} {text}")

@@ -92,7 +92,8 @@ def _settings(config: Config, rows: list[dict[str, Any]]) -> Iterator[tuple[str,
     yield "training data", ", ".join(_shown(data.source) for data in train_sets(config).values())
     if rows:
         yield "steps", f"{rows[-1]['step']}"
-    yield "learning rate", f"{train.lr:g} ({train.lr_schedule}, {train.warmup_steps} steps of warm-up)"
+    warm_up = f"{train.warmup_ratio:.4g} of all steps" if train.warmup_ratio else f"{train.warmup_steps} steps"
+    yield "learning rate", f"{train.lr:g} ({train.lr_schedule}, warm-up: {warm_up})"
     yield "sequences per update", f"{train.sequences_per_update}"
     if lora is not None:
         yield "LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}"

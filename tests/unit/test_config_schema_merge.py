@@ -81,6 +81,10 @@ def test_a_file_and_arguments(file: Path) -> None:
             ["merge.output=adapter", "merge.base=null"],
             "densities differ (math: 0.5, chat: 1); adapters share one density",
         ),
+        (
+            ["merge={method: ties_svd, output: adapter, models: {a: {model: x}}, out: z}"],
+            "merge.models: has 1, but method ties_svd takes at least 2 models",
+        ),
         (["merge.method=slerp"], "merge.models: has 2, but method slerp takes one model in addition to merge.base"),
         (["merge.method=svd"], "merge.method: svd makes no model; set merge.output to adapter, or take one of linear"),
         (["merge.method=della"], "merge.models.math.density: 0.5 -/+ epsilon 0.15"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch.nn.functional import pad
 
 from rlhf.engine.engine_record import EngineRecord
 from rlhf.engine.partitions import Sharding, partitions_of
-from rlhf.engine.resharding import RankFile, copy_elements, overlaps_of
+from rlhf.engine.resharding import RankFile, copy_elements, overlaps_of, take_over
+from rlhf.errors import UserError
 
 SIZES = [{"embedding": 30, "up": 12, "down": 7}, {"norm": 3, "bias": 1}]  # with and without weight decay
 REGROUPED = [{"norm": 3, "embedding": 30, "up": 12}, {"down": 7}, {"bias": 1}]
@@ -101,16 +103,34 @@ def test_a_file_that_is_too_short_is_no_source() -> None:
         copy_elements(empty_state(SIZES, here, 1), overlaps, lambda rank: short, with_states=False)
 
 
-def test_a_record_is_read_as_it_was_written(tmp_path: Any) -> None:
-    record = EngineRecord(
-        model="m",
-        ranks=2,
-        zero_stage=2,
-        dtype="float32",
-        optimizer="adamw",
-        groups=SIZES,
-        frozen_weights="00",
-        steps=3,
-    )
+def record_of(groups: list[dict[str, int]], **changes: Any) -> EngineRecord:
+    values: dict[str, Any] = {
+        "model": "m",
+        "ranks": 2,
+        "zero_stage": 2,
+        "dtype": "float32",
+        "optimizer": "adamw",
+        "frozen_weights": "00",
+        "steps": 3,
+    }
+    return EngineRecord(groups=groups, **values | changes)
+
+
+@pytest.mark.parametrize(("before", "now"), [("at 0", "above 0"), ("above 0", "at 0")])
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "adafactor", "muon"])
+def test_weight_decay_is_not_switched_where_states_belong_to_several_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, before: str, now: str
+) -> None:
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    groups = {"at 0": [{name: numel for group in SIZES for name, numel in group.items()}], "above 0": SIZES}
+    saved, own = (record_of(groups[decay], ranks=1, optimizer=optimizer) for decay in (before, now))
+    state = empty_state(own.groups, own.sharding, 0)
+    message = rf"with train\.weight_decay {before}, and it is {now} now.* Keep train\.weight_decay {before}\.$"
+    with pytest.raises(UserError, match=message):
+        take_over(state, tmp_path / "deepspeed", saved=saved, own=own)
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    record = record_of(SIZES)
     record.write(tmp_path)
     assert EngineRecord.read(tmp_path) == record

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import rlhf
@@ -17,7 +18,9 @@ from rlhf.cli import main
 from rlhf.config.schema.merge import MergeConfig, MergeRun, load_merge_file
 from rlhf.merging import merge as merging
 from rlhf.merging.merge import merge_models
+from rlhf.merging.sources import find_source
 from tests.merging_models import make_adapter, make_models, make_reward_adapter, weights
+from tests.tiny_architectures import tiny_model as tiny_architecture
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +119,28 @@ def test_fold(tmp_path: Path, models: Path) -> None:
     assert out.keys() == base.keys()
 
 
+def test_fold_keeps_a_generation_config_that_transformers_would_not_save(tmp_path: Path, models: Path) -> None:
+    base = shutil.copytree(models / "base", tmp_path / "base")
+    make_adapter(tmp_path / "lora", base, seed=1)
+    (base / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6}')
+    out = merge(tmp_path / "out", tmp_path, ["lora"], method="fold")
+    assert json.loads((out / "generation_config.json").read_text()) == {"temperature": 0.9, "top_p": 0.6}
+    (base / "generation_config.json").unlink()
+    assert not (merge(tmp_path / "without", tmp_path, ["lora"], method="fold") / "generation_config.json").exists()
+
+
+def test_fold_keeps_the_routing_biases_in_float32(tmp_path: Path, models: Path) -> None:
+    model = tiny_architecture("deepseek_v3")
+    model.model.layers[1].mlp.gate.e_score_correction_bias.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    model.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(models / "base").save_pretrained(tmp_path / "base")
+    make_adapter(tmp_path / "lora", tmp_path / "base", seed=1, target_modules=["o_proj"])
+    out = weights(merge(tmp_path / "out", tmp_path, ["lora"], method="fold"))
+    bias = out["model.layers.1.mlp.gate.e_score_correction_bias"]
+    assert torch.equal(bias, torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    assert out["model.layers.1.self_attn.o_proj.weight"].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("method", ["fold", "linear"])
 def test_a_reward_models_adapter_gives_a_model_that_scores_a_batch(tmp_path: Path, models: Path, method: str) -> None:
     base = shutil.copytree(models / "base", tmp_path / "base")
@@ -166,6 +191,45 @@ def test_exact_combinations_of_adapters(tmp_path: Path, models: Path, method: st
     settings = json.loads((out / "adapter_config.json").read_text())
     assert (settings["r"], settings["base_model_name_or_path"]) == (12, str(models / "base"))
     assert AutoTokenizer.from_pretrained(out).chat_template is not None
+
+
+def test_svd_reduces_the_rank_of_a_single_adapter(tmp_path: Path, models: Path) -> None:
+    names = {"lora_rank8": {"weight": 3.0}}
+    out = merge(tmp_path / "out", models, names, method="svd", rank=2, output="adapter", dtype="float32")
+    left, singular, right = torch.linalg.svd(3.0 * update(models / "lora_rank8"), full_matrices=False)
+    expected = left[:, :2] * singular[:2] @ right[:2]
+    torch.testing.assert_close(update(out), expected, rtol=1e-4, atol=1e-5)
+    assert json.loads((out / "adapter_config.json").read_text())["r"] == 2
+
+
+def test_adapters_of_layers_by_name_by_pattern_and_by_number(tmp_path: Path, models: Path) -> None:
+    base, layers = models / "base", ["layers.1.mlp.down_proj", "layers.2.self_attn.q_proj"]
+    make_adapter(tmp_path / "number", base, seed=1, layers_to_transform=[0])
+    make_adapter(tmp_path / "pattern", base, seed=2, target_modules=r".*\.[12]\.mlp\.down_proj")
+    make_adapter(tmp_path / "name", base, seed=3, target_modules=["q_proj"])
+    names = ["number", "pattern", "name"]
+    out = merge(tmp_path / "out", tmp_path, names, method="cat", output="adapter", dtype="float32")
+    for layer, name in zip(layers, names[1:], strict=True):
+        torch.testing.assert_close(update(out, layer), update(tmp_path / name, layer), rtol=1e-4, atol=1e-6)
+    assert weights(out).keys() == {weight for name in names for weight in weights(tmp_path / name)}
+
+
+def test_an_adapter_that_does_not_fit_its_base_is_named(tmp_path: Path, models: Path) -> None:
+    for name in ("one", "two"):
+        make_adapter(tmp_path / name, models / "base", seed=1)
+    file = tmp_path / "two" / "adapter_model.safetensors"
+    save_file({name: weight[:, :-1].contiguous() for name, weight in weights(tmp_path / "two").items()}, file)
+    with pytest.raises(rlhf.UserError, match=r"^merge\.models\.two: the adapter .*two cannot be put on its base model"):
+        merge(tmp_path / "out", tmp_path, ["one", "two"], method="cat", output="adapter")
+
+
+def test_adapters_of_stacked_experts_are_not_combined(tmp_path: Path, models: Path) -> None:
+    for name in ("one", "two"):
+        make_adapter(tmp_path / name, models / "base", seed=1)
+    file = tmp_path / "two" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "target_parameters": ["gate_up_proj"]}))
+    with pytest.raises(rlhf.UserError, match=r"^merge\.models\.two: the adapter .* has target_parameters, and such"):
+        merge(tmp_path / "out", tmp_path, ["one", "two"], method="cat", output="adapter")
 
 
 def test_linear_combination_adds_factors(tmp_path: Path, models: Path) -> None:
@@ -300,6 +364,24 @@ def test_the_named_tokenizer_wins(tmp_path: Path, models: Path) -> None:
     broken(models, tmp_path, "template")
     out = merge(tmp_path / "out", tmp_path, ["a", "b"], method="linear", tokenizer="b")
     assert AutoTokenizer.from_pretrained(out).chat_template == "{{ messages }}"
+
+
+def test_the_base_of_an_adapter_is_downloaded_at_its_revision(
+    tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = shutil.copytree(models / "lora_a", tmp_path / "lora")
+    file = adapter / "adapter_config.json"
+    settings = json.loads(file.read_text()) | {"base_model_name_or_path": "org/base", "revision": "v1"}
+    file.write_text(json.dumps(settings))
+    asked = []
+
+    def download(name: str, **options: Any) -> str:
+        asked.append((name, options.get("revision")))
+        return str(models / "base")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert find_source("merge.models.a", "a", str(adapter)).folder == models / "base"
+    assert asked == [("org/base", "v1")]
 
 
 def test_without_mergekit(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,8 @@ def models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def made(models: Path) -> StageResults:
     """Stages that train, none of which has run: whole models a, b, tied, a reward model, adapters."""
-    bases = {"a": "base", "b": "base", "tied": "tied", "scores": "base", "l": "base", "l2": "other", "dora": "base"}
+    bases = {"a": "base", "b": "base", "tied": "tied", "scores": "base", "l": "base", "l2": "other"}
+    bases |= {"dora": "base", "experts": "base"}
     return StageResults(
         finals={f"run/{name}/final": str(models / base) for name, base in bases.items()},
         scored={"run/scores/final": "reward_model"},
@@ -41,6 +42,7 @@ def made(models: Path) -> StageResults:
             "run/l/final": LoraConfig(rank=4),
             "run/l2/final": LoraConfig(rank=4, init="pissa"),
             "run/dora/final": LoraConfig(dora=True),
+            "run/experts/final": LoraConfig(target_parameters=("gate_up_proj",)),
         },
         restacked=set(),
     )
@@ -80,6 +82,11 @@ def result(models: Path, names: list[str], **values: Any) -> StageResults:
             ["l", "dora"],
             {"method": "cat", "output": "adapter"},
             "run/dora/final will be an adapter with dora, and such",
+        ),
+        (
+            ["l", "experts"],
+            {"method": "cat", "output": "adapter"},
+            "run/experts/final will be an adapter with target_parameters, and such",
         ),
         (
             ["l", "l2"],

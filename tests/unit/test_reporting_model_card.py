@@ -58,6 +58,13 @@ def test_the_card_names_base_method_data_settings_and_last_metrics(tmp_path: Pat
         assert line in card.splitlines()
 
 
+def test_the_card_has_the_warm_up_in_the_unit_of_the_configuration(tmp_path: Path) -> None:
+    train = {"steps": 40, "lr": 1e-3, "sequences_per_update": 4}
+    for setting, shown in (({"warmup_steps": 3}, "3 steps"), ({"warmup_ratio": 0.1}, "0.1 of all steps")):
+        card = model_card(config_of(tmp_path, train=train | setting), [])
+        assert f"| learning rate | 0.001 (constant, warm-up: {shown}) |" in card
+
+
 def test_paths_of_the_machine_are_not_told(tmp_path: Path) -> None:
     model = {"model": "/home/me/secret/model"}
     card = model_card(config_of(tmp_path, policy=model, data={"train": "/home/me/pairs.jsonl"}), [])

@@ -148,12 +148,12 @@ ADAPTER_METHODS = {
     "linear": _takes("", "weight"),
     "cat": _takes("", "weight"),
     "svd": _takes("rank", "weight"),
-    "ties": _takes("", "weight density"),
-    "ties_svd": _takes("rank", "weight density"),
-    "dare_linear": _takes("seed", "weight density"),
-    "dare_linear_svd": _takes("rank seed", "weight density"),
-    "dare_ties": _takes("seed", "weight density"),
-    "dare_ties_svd": _takes("rank seed", "weight density"),
+    "ties": _takes("", "weight density", least=2),  # peft only scales a single adapter, with any method
+    "ties_svd": _takes("rank", "weight density", least=2),
+    "dare_linear": _takes("seed", "weight density", least=2),
+    "dare_linear_svd": _takes("rank seed", "weight density", least=2),
+    "dare_ties": _takes("seed", "weight density", least=2),
+    "dare_ties_svd": _takes("rank seed", "weight density", least=2),
 }
 METHODS = {"model": MODEL_METHODS, "adapter": ADAPTER_METHODS}
 
