@@ -21,6 +21,7 @@ from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.merge import MergeFile
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.sweep import SweepFile, load_sweep
+from rlhf.sweeps.space import known_trials
 from rlhf.tracking.metrics.declarations import METRICS, is_declared
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,6 +107,16 @@ def test_commands_parse(page: Path) -> None:
             loads = {"merge": rlhf.load_merge, "sweep": load_sweep}
             of_sweep = args.command == "plan" and "sweep" in read_tree(file).values
             loads.get("sweep" if of_sweep else args.command, rlhf.load_config)(file, args.overrides)
+
+
+def test_the_sweep_of_its_page_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    (block,) = re.findall(
+        r"```yaml\n(sweep:.*?)```", (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    (tmp_path / "sweep.yaml").write_text(block, encoding="utf-8")
+    trials = known_trials(load_sweep(tmp_path / "sweep.yaml"))
+    assert len(trials or ()) == 12
 
 
 def test_every_algorithm_says_what_to_watch_and_how_it_fails() -> None:
