@@ -21,7 +21,7 @@ from rlhf.tracking import logs
 from rlhf.types import Prompt
 
 CHAT_TOKENS = 8192  # of a conversation if the model allows more: the engine's cache has to hold it
-_READ = ("prompt", "messages", "tools")
+_READ = ("prompt", "messages", "tools", "max_new_tokens")
 
 
 def generate_responses(

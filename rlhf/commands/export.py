@@ -26,6 +26,7 @@ def export(
         step (STEP): the step of the checkpoint; the latest one if not given.
         merged: for a run with LoRA, write a whole model with the adapter in its weights instead of an adapter folder.
         push_to_hub (OWNER/NAME): upload the folder to this repository of the hub.
+        trust_remote_code: run Python code that comes with the model, or the file that algorithm.name of the run names.
     """
     from actors.run.export import export_checkpoint
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf.commands.command import Command
-from rlhf.commands.shared import write_stdout
+from rlhf.commands.shared import refuse_other_than_file, write_stdout
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ def load_merge(path: str | Path, overrides: Sequence[str] = ()) -> MergeRun:
     """
     from rlhf.config.schema.merge import load_merge_file
 
+    refuse_other_than_file(path)
     return load_merge_file(path, overrides)
 
 
@@ -33,12 +34,15 @@ def merge(config: str | Path | MergeRun, overrides: Sequence[str] = (), *, quiet
     Args:
         config (CONFIG): a YAML file with a merge section.
     """
-    from rlhf.merging.merge import merge_models
+    from rlhf.config.schema.merge import MergeRun
 
-    if isinstance(config, str | Path):
+    if not isinstance(config, MergeRun):
         config = load_merge(config, overrides)
     elif overrides:
         raise UserError("overrides change a file; build the MergeRun with the values you want instead")
+
+    from rlhf.merging.merge import merge_models
+
     merge_models(config, config.out, quiet=quiet)
     return config.out
 

@@ -81,12 +81,21 @@ def _check_inputs(loaded: LoadedConfig, *, cluster: str | None) -> str:
 
     with loaded.located():
         missing = missing_here(loaded)
-    if missing:
-        lines = "".join(f"  {sentence}\n" for sentence in missing)
+    from rlhf.models.hub import why_silent
+
+    hub_names = dict.fromkeys(need.hub_name for need in missing if need.hub_name is not None)
+    if any(need.hub_name is None for need in missing) or (hub_names and why_silent()):
+        lines = "".join(f"  {need.sentence}\n" for need in missing)
         return f"  not checked, since `rlhf train` does not start on this machine:\n{lines}"
     from rlhf.owned_folders import temporary_folder
-    from rlhf.preflight.inputs import load_inputs
+    from rlhf.preflight.inputs import check_files_and_rewards, load_inputs
 
+    if hub_names:
+        with loaded.located():
+            check_files_and_rewards(loaded)
+        text = "is not downloaded yet, and `rlhf train` downloads it if the hub has it"
+        lines = "".join(f"  not checked: {name} {text}\n" for name in hub_names)
+        return f"  checked: data files and rewards of training stages\n{lines}"
     with temporary_folder() as folder, loaded.located():  # the tiny model is written to that folder
         load_inputs(replace(loaded, folder=folder))
     return "  checked: `rlhf train` accepts them\n"

@@ -28,7 +28,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
     """
     from rlhf.config.files.load import load
 
+    refuse_other_than_file(path)
     return load(path, overrides)
+
+
+def refuse_other_than_file(config: object) -> None:
+    """Raise TypeError if the configuration of a call is not the path of a file."""
+    if not isinstance(config, str | Path):
+        raise TypeError(f"the configuration is of type {type(config).__name__}; give the path of a YAML file")
 
 
 def loaded_config(config: AnyConfig, overrides: Sequence[str] = ()) -> LoadedConfig:

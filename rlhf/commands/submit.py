@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf.commands.command import Command
-from rlhf.commands.shared import write_stdout
+from rlhf.commands.shared import refuse_other_than_file, write_stdout
 from rlhf.errors import RunError, UserError
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ def submit(
         resources (NAME=N): a custom resource to reserve for the job's driver; may be repeated.
         supervise: start the run again in the same job if its driver dies, as `rlhf train --supervise` does.
     """
+    refuse_other_than_file(config)
+
     from actors.jobs.submit import DriverResources, submit_job
 
     driver = DriverResources(cpus=cpus, memory_gib=memory_gib, custom=dict(resources or {}))

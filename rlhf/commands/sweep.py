@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf.commands.command import Command
-from rlhf.commands.shared import print_table, stoppable, write_stdout
+from rlhf.commands.shared import print_table, refuse_other_than_file, stoppable, write_stdout
 from rlhf.commands.train import train
 from rlhf.errors import UserError
 
@@ -36,6 +36,7 @@ def sweep(
     """
     from rlhf.config.schema.sweep import load_sweep
 
+    refuse_other_than_file(config)
     loaded = load_sweep(config, overrides)
 
     from actors.sweeps.runner import run_sweep
@@ -51,6 +52,7 @@ def make_wandb_sweep(config: str | Path, overrides: Sequence[str] = ()) -> str:
     from rlhf.config.schema.sweep import load_sweep
     from rlhf.sweeps.wandb_sweep import create
 
+    refuse_other_than_file(config)
     return create(load_sweep(config, overrides), [str(config), *overrides])
 
 

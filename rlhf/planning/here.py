@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rlhf.config.derive import eval_sets, train_sets
@@ -23,20 +24,31 @@ from rlhf.extensions import find_code
 from rlhf.planning.shapes import hub_folder
 from rlhf.rewards.functions.table import BUILT_INS as REWARDS
 from rlhf.rollouts.environments.built_in import BUILT_INS as ENVIRONMENTS
+from rlhf.tracking.run_folder.environment import num_cpus
+
+_UNCACHED = "and the cache of the model hub does not hold it"
 
 
-def missing_here(loaded: LoadedConfig) -> list[str]:
-    """Return a sentence for everything missing on this machine. If there is none, all inputs can be checked here.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Missing:
+    """Something that a run needs and this machine lacks."""
+
+    sentence: str
+    hub_name: str | None = None  # the model or data set that may be on the hub; None: nothing downloads it
+
+
+def missing_here(loaded: LoadedConfig) -> list[Missing]:
+    """Return everything missing on this machine. If the list is empty, all inputs can be checked here.
 
     Raise UserError for a reward or an environment with an unknown name.
     """
     folder = Path(loaded.source).resolve().parent
-    missing: dict[str, None] = {}
+    missing: dict[Missing, None] = {}
     made: set[str] = set()  # folders written by earlier stages
     for name, stage in loaded.stages.items():
         prefix = f"stages.{name}." if loaded.is_pipeline else ""
-        sentences = [*_resources(stage), *_models(stage, made), *_data(stage), *_code(stage, folder)]
-        missing |= {f"{prefix}{sentence}": None for sentence in sentences}
+        needs = [*_resources(stage), *_models(stage, made), *_data(stage), *_code(stage, folder)]
+        missing |= {replace(need, sentence=f"{prefix}{need.sentence}"): None for need in needs}
         if not isinstance(stage, EvaluationStage):
             made.add(str(final_folder(stage)))
     return list(missing)
@@ -48,29 +60,30 @@ def num_gpus() -> int:
     return count if visible is None else min(count, sum(word not in ("", "-1") for word in visible.split(",")))
 
 
-def _resources(stage: Stage) -> Iterator[str]:
-    """Yield a sentence if a local Ray on this machine cannot hold the stage."""
+def _resources(stage: Stage) -> Iterator[Missing]:
+    """Yield the resources if a local Ray on this machine cannot hold the stage."""
     if isinstance(stage, MergeStage) or stage.cluster.address is not None or os.environ.get("RAY_ADDRESS"):
         return
-    placement, cpus, gpus = plan_placement(stage), len(os.sched_getaffinity(0)), num_gpus()
+    placement, cpus, gpus = plan_placement(stage), num_cpus(), num_gpus()
     if assign_nodes(placement.bundles, [{"CPU": cpus, "GPU": gpus}]) is None:
         wanted = f"{placement.total('CPU'):g} CPUs and {placement.total('GPU'):g} GPUs"
         device = " (cluster.device is cuda)" if stage.cluster.device == "cuda" else ""
-        yield f"cluster: wants {wanted}{device}, and this machine has {cpus} CPUs and {gpus} GPUs"
+        has = f"this machine has {cpus} CPUs and {gpus} GPUs"
+        yield Missing(sentence=f"cluster: wants {wanted}{device}, and {has}")
 
 
-def _models(stage: Stage, made: set[str]) -> Iterator[str]:
+def _models(stage: Stage, made: set[str]) -> Iterator[Missing]:
     for key, section in model_places(stage.model_dump(mode="json")):
         name = section[key[-1]]
         if name in made or name.startswith("tiny:") or os.path.exists(name):
             continue
         if _is_path(name):
-            yield f"{'.'.join(key)}: there is no folder {name}"
+            yield Missing(sentence=f"{'.'.join(key)}: there is no folder {name}")
         elif not os.path.exists(hub_folder("models", name)):
-            yield f"{'.'.join(key)}: there is no folder {name}, and the cache of the model hub does not hold it"
+            yield Missing(sentence=f"{'.'.join(key)}: there is no folder {name}, {_UNCACHED}", hub_name=name)
 
 
-def _data(stage: Stage) -> Iterator[str]:
+def _data(stage: Stage) -> Iterator[Missing]:
     sources: Mapping[str, DataSource] = {}
     if isinstance(stage, Config):
         sets = {name: weighted.source for name, weighted in train_sets(stage).items()}
@@ -81,22 +94,21 @@ def _data(stage: Stage) -> Iterator[str]:
     yield from absent_data(sources)
 
 
-def absent_data(sources: Mapping[str, DataSource]) -> Iterator[str]:
-    """Yield a sentence for each data set missing on this machine."""
+def absent_data(sources: Mapping[str, DataSource]) -> Iterator[Missing]:
+    """Yield each data set missing on this machine."""
     for key, source in sources.items():
         name = source.partition(":")[0] if isinstance(source, str) else ""  # without the split
         if not isinstance(source, str) or os.path.exists(source):
             continue
         if source.endswith(FILE_SUFFIXES):
-            yield f"{key}: there is no file {source}"
-        elif not os.path.exists(name) and (
-            name.startswith(("/", ".", "~")) or not os.path.exists(hub_folder("datasets", name))
-        ):
-            yield f"{key}: there is no folder {name}, and the cache of the model hub does not hold it"
+            yield Missing(sentence=f"{key}: there is no file {source}")
+        elif not os.path.exists(name) and (_is_path(name) or not os.path.exists(hub_folder("datasets", name))):
+            hub_name = None if _is_path(name) else name
+            yield Missing(sentence=f"{key}: there is no folder {name}, {_UNCACHED}", hub_name=hub_name)
 
 
-def _code(stage: Stage, folder: Path) -> Iterator[str]:
-    """Yield a sentence for each missing code file, next to the configuration or in the current folder."""
+def _code(stage: Stage, folder: Path) -> Iterator[Missing]:
+    """Yield each missing code file, next to the configuration or in the current folder."""
     if isinstance(stage, MergeStage):
         return
     sampling: EvaluateConfig | RolloutsConfig | None
@@ -113,7 +125,7 @@ def _code(stage: Stage, folder: Path) -> Iterator[str]:
     for key, name in named.items():
         file, colon, _ = (name or "").rpartition(":")
         if colon and not any(os.path.isfile(base / os.path.expanduser(file)) for base in (folder, Path.cwd())):
-            yield f"{key}: there is no file {file}"
+            yield Missing(sentence=f"{key}: there is no file {file}")
         elif name and not colon:
             is_reward = key.endswith(".function")
             find_code(

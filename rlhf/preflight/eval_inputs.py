@@ -21,7 +21,7 @@ from rlhf.config.schema.evaluate import EvaluateConfig, EvaluationStage
 from rlhf.config.schema.model import RewardModelConfig
 from rlhf.config.schema.rewards import RewardConfig, RewardPolicy
 from rlhf.config.schema.root import Config
-from rlhf.config.schema.stages import MergeStage, final_folder
+from rlhf.config.schema.stages import MergeStage, final_folder, run_folder
 from rlhf.data.examples import Example, Reading, load_examples
 from rlhf.data.sources import Row, read_rows
 from rlhf.data.tasks import REASONING_GYM, RUNNING_TOTALS
@@ -145,6 +145,15 @@ def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | Non
     section = section.model_copy(update=changes)
     if isinstance(stage, EvaluationStage):
         return inputs_of_stage(stage.model_copy(update={"evaluate": section}), loaded)
+    makers = [other for other in loaded.stages.values() if not isinstance(other, EvaluationStage)]
+    if model is None and stage.policy.model in map(str, map(final_folder, makers)):
+        logger.warning(
+            "policy.model is %s, the result of an earlier stage, and this model is measured; --model %s measures the "
+            "model that stage %s trains",
+            stage.policy.model,
+            run_folder(stage),
+            stage.run.name,
+        )
     return _load(
         section,
         IN_RUN if model is None else replace(IN_RUN, model="--model"),

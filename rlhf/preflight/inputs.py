@@ -48,6 +48,7 @@ from rlhf.preflight.merge import foresee, with_local_models
 from rlhf.preflight.models import StageResults, check_models, refuse_other_results, with_adapters, with_sources
 from rlhf.preflight.prompts import read_prompts
 from rlhf.preflight.sources import (
+    check_rewards,
     installed_trackers,
     load_rewards,
     reading_of,
@@ -58,7 +59,7 @@ from rlhf.preflight.sources import (
 )
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
-from rlhf.types import Examples, Pairs, Prompt
+from rlhf.types import RESULT_COLUMN, Examples, Pairs, Prompt
 
 OfflineRow = Example | PreferencePair | StepLabelled | Labelled
 
@@ -178,6 +179,27 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs | MergeStage | Evaluat
         if config.algorithm.has_scalar_head:
             made.scored[final] = config.algorithm.short_name
     return stages
+
+
+def check_files_and_rewards(loaded: LoadedConfig) -> None:
+    """Check what training stages need besides models and the hub: data files, rewards, and the columns of rewards.
+
+    UserError: a file cannot be read, a reward cannot be loaded, or a row lacks a column of a reward.
+    """
+    beside = Path(loaded.source).resolve().parent
+    for name, config in loaded.runs.items():
+        sets: dict[str, DataSource] = {key: section.source for key, section in train_sets(config).items()}
+        sets |= {f"data.eval.{held_out}": source for held_out, source in eval_sets(config).items()}
+        is_agent = config.rollouts is not None and config.rollouts.agent is not None
+        with prefix_errors(f"stages.{name}") if loaded.is_pipeline else nullcontext():
+            specs = load_rewards(config.rewards, beside=beside, memory_gib=config.reward_policy.memory_gib)
+            for key, source in sets.items():
+                if isinstance(source, str) and not source.endswith(FILE_SUFFIXES):
+                    continue
+                with prefix_errors(key):
+                    rows = read_rows(source_of(source), columns=config.data.columns)
+                if specs:
+                    check_rewards(specs, rows, key, of_sessions=(RESULT_COLUMN,) if is_agent else ())
 
 
 def _with_steps(config: Config, rows: int) -> Config:

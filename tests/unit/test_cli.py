@@ -291,6 +291,14 @@ def test_a_configuration_can_be_a_mapping(launch_with: Callable[[Launch], None])
         rlhf.train(3)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    "call", [rlhf.load_config, rlhf.load_merge, rlhf.merge, rlhf.sweep, rlhf.make_wandb_sweep, rlhf.submit]
+)
+def test_calls_that_take_only_a_file_refuse_a_mapping(call: Callable[[object], object]) -> None:
+    with pytest.raises(TypeError, match="the configuration is of type dict; give the path of a YAML file"):
+        call(from_yaml(BASE))
+
+
 def reward(prompt: str, response: str) -> float:
     return 1.0
 

@@ -16,7 +16,8 @@ from actors.rollout.engine_actor import RolloutSpec, RolloutWorker
 from actors.run.evaluate import refuse_unusable_results_folder
 from rlhf.cli import main
 from rlhf.commands.decoding import decoding_of
-from rlhf.config.files.load import load
+from rlhf.config.files.load import from_mapping, load
+from rlhf.config.files.yaml_tree import from_yaml
 from rlhf.config.placement_plan import plan_roles
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.errors import UserError
@@ -92,6 +93,10 @@ def tools(tmp_path: Path) -> str:
         ("generate MODEL --chat --samples 2", "have no effect with --chat"),
         ("generate MODEL --file PROMPTS", "prompts.jsonl:2: column `prompt` is the number 5, expected a string"),
         ("generate MODEL --file TOOLS --max-new-tokens 9000", "does not tell the model of tool `weather`"),
+        (
+            "generate MODEL --file LIMITS --max-new-tokens 9000",
+            "column `max_new_tokens` is 9001, expected the whole number from 1 to the configured max_new_tokens, 9000,",
+        ),
         ("generate MODEL --file none.jsonl", "none.jsonl does not exist"),
         ("generate MODEL --prompt a --out PROMPTS", "prompts.jsonl exists already"),
         ("generate ./none --prompt a", "The model folder ./none does not exist"),
@@ -138,7 +143,8 @@ def test_wrong_input_exits_with_2(
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "eval.json").write_text("{}")
     names = {"MODEL": str(tiny_model), "CONFIG": config, "PROMPTS": prompts, "TAKEN": str(tmp_path / "taken")}
-    names |= {"TOOLS": tools}
+    (tmp_path / "limits.jsonl").write_text('{"prompt": "1+1=", "max_new_tokens": 9001}\n')
+    names |= {"TOOLS": tools, "LIMITS": str(tmp_path / "limits.jsonl")}
     assert main([names.get(word, word) for word in words.split()]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -337,6 +343,23 @@ def test_a_pipeline_is_evaluated_as_its_last_stage_that_is_no_merge(tmp_path: Pa
     path.write_text(path.read_text().replace("      rewards: {correct: {function: last_number}}\n", ""))
     with pytest.raises(rlhf.UserError, match=r"evaluate\.k: has no effect here: evaluate\.rewards is empty"):
         load(path)
+
+
+def test_measuring_the_result_of_an_earlier_stage_is_noted(
+    tmp_path: Path, tiny_model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("rlhf"), "propagate", True)  # commands before this test turn it off
+    result = tmp_path / "p" / "first" / "final"
+    shutil.copytree(tiny_model, result)
+    first = from_yaml(OFFLINE.replace("MODEL", str(tiny_model)))
+    second = from_yaml(CONFIG.replace("MODEL", '"stage:first"'))
+    del first["run"], second["run"]
+    loaded = from_mapping({"run": {"name": "p", "dir": tmp_path}, "stages": {"first": first, "second": second}})
+    inputs_of_run(loaded, model=str(tiny_model), against=None, marks=Marks())
+    assert "earlier stage" not in caplog.text
+    inputs = inputs_of_run(loaded, model=None, against=None, marks=Marks())
+    assert inputs.candidates[0].model.name == str(result)
+    assert f"--model {tmp_path / 'p' / 'second'} measures the model that stage p/second trains" in caplog.text
 
 
 RESOLVED = """\

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -36,7 +35,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def missing(*overrides: str) -> list[str]:
-    return missing_here(load("run.yaml", overrides))
+    return [need.sentence for need in missing_here(load("run.yaml", overrides))]
 
 
 def test_nothing_is_missing(folder: Path) -> None:
@@ -75,12 +74,12 @@ def test_names_that_no_path_can_have(folder: Path) -> None:
 
 
 def test_a_machine_that_is_too_small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cpus = len(os.sched_getaffinity(0))
+    monkeypatch.setattr("rlhf.planning.here.num_cpus", lambda: 3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     (sentence,) = missing("cluster.device=cuda")
-    assert sentence.endswith(f"GPUs (cluster.device is cuda), and this machine has {cpus} CPUs and 0 GPUs")
+    assert sentence.endswith("GPUs (cluster.device is cuda), and this machine has 3 CPUs and 0 GPUs")
     (sentence,) = missing("cluster.roles.policy.cpus=5000")
-    assert sentence == f"cluster: wants 5001 CPUs and 0 GPUs, and this machine has {cpus} CPUs and 0 GPUs"
+    assert sentence == "cluster: wants 5001 CPUs and 0 GPUs, and this machine has 3 CPUs and 0 GPUs"
     assert missing("cluster.roles.policy.cpus=5000", "cluster.address='10.0.0.1:6379'") == []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setattr(Path, "glob", lambda path, pattern: iter([Path("/dev/nvidia0"), Path("/dev/nvidia1")] * 4))
@@ -99,7 +98,7 @@ def test_the_result_of_an_earlier_stage_is_not_missing(folder: Path) -> None:
         "  look:\n"
         "    evaluate: {model: 'stage:sft', data: none.csv, rewards: {r: {function: 'none.py:r'}}}\n"
     )
-    assert missing_here(load("pipeline.yaml")) == [
+    assert [need.sentence for need in missing_here(load("pipeline.yaml"))] == [
         "stages.sft.data.train: there is no file none.jsonl",
         "stages.look.evaluate.data: there is no file none.csv",
         "stages.look.evaluate.rewards.r.function: there is no file none.py",
@@ -124,6 +123,24 @@ def test_plan_refuses_what_train_would(folder: Path, capsys: pytest.CaptureFixtu
     assert "1 step" in out
     assert error.startswith("rlhf: error: run.yaml:6: rewards.mine.function: ")
     assert "rewards.py:right` needs the column `answer`, and data.train has reply." in error
+
+
+def test_plan_checks_the_rest_if_the_hub_has_a_model(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["plan", "run.yaml", "policy.model=some/model"]
+    monkeypatch.setattr("rlhf.models.hub.why_silent", lambda: "")
+    assert main(command) == 0
+    assert capsys.readouterr().out.endswith(
+        "  checked: data files and rewards of training stages\n"
+        "  not checked: some/model is not downloaded yet, and `rlhf train` downloads it if the hub has it\n"
+    )
+    (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "a", "reply": "b"}) + "\n")
+    assert main(command) == 2
+    assert "rewards.py:right` needs the column `answer`, and data.train has reply." in capsys.readouterr().err
+    monkeypatch.setattr("rlhf.models.hub.why_silent", lambda: "no route")
+    assert main(command) == 0
+    assert "does not start on this machine:\n  policy.model: there is no folder some/model" in capsys.readouterr().out
 
 
 def test_plan_says_why_inputs_are_not_checked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
