@@ -32,6 +32,7 @@ from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.errors import RunError, UserError
 from rlhf.owned_folders import LOCK, alone_in, locked
 from rlhf.stopping import current_request, finishes_within
+from rlhf.tracking.run_folder.environment import num_cpus
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +184,7 @@ def _start_local(config: ClusterConfig) -> None:
 def _start_daemons(config: ClusterConfig, temp: Path) -> None:
     ray.init(
         address="local",
-        num_cpus=len(os.sched_getaffinity(0)),  # may be restricted by `taskset`, Slurm or a sweep
+        num_cpus=num_cpus(),
         object_store_memory=int(config.object_store_gib * 2**30),
         include_dashboard=False,
         log_to_driver=False,

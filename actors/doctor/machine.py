@@ -23,8 +23,9 @@ import psutil
 
 from actors.cluster.address import started_here
 from actors.doctor.results import GIB, CheckResult, check, check_shared_memory, show, version_of
+from rlhf.data.memory import free_bytes
 from rlhf.rewards.sandbox.run import Sandbox, SandboxError
-from rlhf.tracking.run_folder.environment import output_of
+from rlhf.tracking.run_folder.environment import num_cpus, output_of
 
 IMPORT_TIMEOUT_S = 120.0  # the first import after an installation compiles everything
 SETUP = "run `make setup`"
@@ -73,12 +74,10 @@ def machine_results() -> Iterator[CheckResult]:
 
 
 def _cpu() -> Iterator[CheckResult]:
-    cores = len(os.sched_getaffinity(0))
-    words = _read(Path("/sys/fs/cgroup/cpu.max")).split()
-    quota = int(words[0]) / int(words[1]) if len(words) == 2 and words[0] != "max" else cores
-    limit = f", limited to {quota:g} by the container" if quota < cores else ""
+    cores, cpus = len(os.sched_getaffinity(0)), num_cpus()
+    limit = f", limited to {cpus} by the container" if cpus < cores else ""
     advice = "the recipes reserve 2: lower cluster.roles.*.cpus to 0.5"
-    yield check("cores", f"{cores}{limit}", min(cores, quota) >= 2, advice)
+    yield check("cores", f"{cores}{limit}", cpus >= 2, advice)
     match = re.search(r"^(?:flags|Features)\s*:(.*)$", _read(Path("/proc/cpuinfo")), re.MULTILINE)
     flags = [flag for flag in _INSTRUCTIONS if match and flag in match.group(1).split()]
     fast = any("bf16" in flag for flag in flags)
@@ -153,8 +152,9 @@ def _resources() -> Iterator[CheckResult]:
     memory = psutil.virtual_memory()
     limit = _read(Path("/sys/fs/cgroup/memory.max")).strip()
     total = min(memory.total, int(limit)) if limit.isdigit() else memory.total
-    found = f"{total / GIB:.0f} GiB, {memory.available / GIB:.0f} GiB available"
-    yield check("memory", found, memory.available >= 6 * GIB, "the quickstart takes about 6 GiB: end other programs")
+    free = free_bytes()
+    found = f"{total / GIB:.0f} GiB, {free / GIB:.0f} GiB available"
+    yield check("memory", found, free >= 6 * GIB, "the quickstart takes about 6 GiB: end other programs")
     yield check_shared_memory()
     free = shutil.disk_usage(".").free
     advice = "checkpoints may not fit: set run.dir to a larger disk"

@@ -34,7 +34,7 @@ from rlhf.sweeps.strategy import Assignment, Strategy
 from rlhf.tracking import logs
 from rlhf.tracking.formatting import number
 from rlhf.tracking.run_folder.atomic import write_atomic
-from rlhf.tracking.run_folder.environment import visible_gpus
+from rlhf.tracking.run_folder.environment import num_cpus, visible_gpus
 from rlhf.tracking.run_folder.lock import lock_folder
 
 logger = logging.getLogger(__name__)
@@ -250,7 +250,7 @@ def _shares(sweep: Sweep, known: Sequence[Values] | None) -> list[MachineShare]:
     cluster = next(iter(sweep.base.runs.values())).cluster
     address = cluster_to_join(cluster.address)
     cores, gpus = tuple(sorted(os.sched_getaffinity(0))), visible_gpus()
-    nodes = [{"CPU": float(len(cores)), "GPU": float(len(gpus))}] if address is None else _nodes(cluster)
+    nodes = [{"CPU": float(num_cpus()), "GPU": float(len(gpus))}] if address is None else _nodes(cluster)
     most = config.method.trials if known is None and not isinstance(config.method, GridMethod) else len(known or ())
     count = min(config.concurrency or most, most)
     room = max(1, min(copies(bundles, nodes, most=count) for bundles in wanted))

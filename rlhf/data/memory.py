@@ -35,10 +35,15 @@ def within_memory(rows: Iterable[T], source: str) -> Iterator[T]:
 
 
 def free_bytes() -> int:
-    """Return the free bytes of this machine, or of its container if the container has less."""
+    """Return the free bytes of this machine, or of its container if the container has less.
+
+    Cached files count as free, because the kernel drops them when memory is short.
+    """
     free: int = psutil.virtual_memory().available
     try:
         limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        counts = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
     except OSError:
         return free
-    return free if limit == "max" else min(free, max(int(limit) - int(used), 0))
+    cached = int(counts["inactive_file"])
+    return free if limit == "max" else min(free, max(int(limit) - int(used) + cached, 0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from rlhf.config.schema.sweep import AshaMethod, GridMethod, Parameter, PbtMetho
 from rlhf.planning.report import render_plan
 from rlhf.planning.summary import format_table
 from rlhf.sweeps.space import format_values, known_trials
+from rlhf.tracking.run_folder.environment import num_cpus
 
 NUM_SHOWN = 12  # trials
 
@@ -64,7 +64,7 @@ def _at_once(sweep: Sweep, known: Sequence[Mapping[str, Any]] | None, count: int
     wanted = sweep.config.concurrency
     if cluster is None and any(run.cluster.device == "cuda" for run in sweep.base.runs.values()):
         return str(wanted) if wanted is not None else "as many as fit; describe the nodes by --cluster"
-    nodes = [{"CPU": float(len(os.sched_getaffinity(0))), "GPU": 0.0}]
+    nodes = [{"CPU": float(num_cpus()), "GPU": 0.0}]
     if cluster is not None:
         nodes = [node.resources for node in parse_cluster(cluster)]
     trials = [sweep.base, *(sweep.trial(values, "trial") for values in known or ())]

@@ -16,7 +16,7 @@ import pytest
 import ray
 from ray._private import worker
 
-from actors.cluster.connect import _private_temp, _refuse_few_open_files, connected
+from actors.cluster.connect import _private_temp, _refuse_few_open_files, _start_daemons, connected
 from actors.cluster.placement import Placement
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.errors import RunError, UserError
@@ -83,6 +83,14 @@ def test_a_local_ray_that_does_not_start_is_started_once_more(
             daemon.kill()
             daemon.wait()
     assert len(daemons) == 2
+
+
+def test_a_local_ray_has_the_cpus_of_its_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {}
+    monkeypatch.setattr(ray, "init", options.update)
+    monkeypatch.setattr("actors.cluster.connect.num_cpus", lambda: 3)
+    _start_daemons(ClusterConfig(), tmp_path)
+    assert options["num_cpus"] == 3
 
 
 def test_what_ray_tells_the_driver_goes_to_the_log_and_not_to_stdout(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 import rlhf
@@ -40,6 +43,49 @@ def test_the_engine_fits_the_machine(
     finding = doctor._engine(gpus)
     assert finding.state == state
     assert advice in finding.advice
+
+
+@pytest.mark.parametrize(
+    ("quota", "found", "state"),
+    [
+        ("max 100000", "8", "ok"),
+        ("6400000 100000", "8", "ok"),
+        ("450000 100000", "8, limited to 4 by the container", "ok"),
+        ("50000 100000", "8, limited to 1 by the container", "note"),
+        (None, "8", "ok"),
+    ],
+)
+def test_the_cpus_of_a_container_are_its_quota(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str | None, found: str, state: str
+) -> None:
+    if quota is not None:
+        (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    monkeypatch.setattr("rlhf.tracking.run_folder.environment._CPU_MAX", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    cores = next(doctor._cpu())
+    assert (cores.what, cores.found, cores.state) == ("cores", found, state)
+
+
+@pytest.mark.parametrize(
+    ("limit", "cached", "found", "state"),
+    [
+        ("max", 0, "64 GiB, 60 GiB available", "ok"),
+        (f"{8 * 2**30}", 5 * 2**30, "8 GiB, 6 GiB available", "ok"),
+        (f"{8 * 2**30}", 2**30, "8 GiB, 2 GiB available", "note"),
+    ],
+)
+def test_the_memory_of_a_container_is_what_its_limit_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, cached: int, found: str, state: str
+) -> None:
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "memory.current").write_text(f"{7 * 2**30}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 1\ninactive_file {cached}\n")
+    machine = SimpleNamespace(total=64 * 2**30, available=60 * 2**30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)
+    monkeypatch.setattr("rlhf.data.memory._CGROUP", tmp_path)
+    monkeypatch.setattr(doctor, "_read", lambda path: (tmp_path / path.name).read_text())
+    memory = next(doctor._resources())
+    assert (memory.what, memory.found, memory.state) == ("memory", found, state)
 
 
 def test_gpu_memory_that_colocated_engines_may_not_read_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:

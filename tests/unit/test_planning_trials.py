@@ -27,8 +27,10 @@ def test_a_sweep_is_planned_trial_by_trial(tmp_path: Path, capsys: pytest.Captur
     assert rlhf.plan(file, ["cluster.roles.policy.cpus=2"], cluster="2*cpu=2") == said.partition("\ninputs: ")[0]
 
 
-def test_of_many_draws_some_are_shown(tmp_path: Path) -> None:
+def test_of_many_draws_some_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_sweep(tmp_path, method={"name": "random", "trials": 20}, concurrency=3)
+    monkeypatch.setattr("rlhf.planning.trials.num_cpus", lambda: 5)
+    assert "at once      3 (sweep.concurrency); 5 fit into this machine" in rlhf.plan(file)
     said = rlhf.plan(file, cluster="4*cpu=1")
     assert "at once      3 (sweep.concurrency); 4 fit into 4*cpu=1" in said
     assert "trial-011" in said

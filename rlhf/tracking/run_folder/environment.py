@@ -5,6 +5,7 @@ The driver writes it once at start. It starts no device: it asks `nvidia-smi` fo
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import logging
@@ -25,6 +26,7 @@ _PACKAGES = (
     *("safetensors", "numpy", "pydantic", "wandb"),
 )
 _TIMEOUT_S = 10.0
+_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 
 
 def record_environment(path: Path, *, seed: int) -> None:
@@ -91,6 +93,18 @@ def _cpu_model() -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(models, platform.processor() or platform.machine())
+
+
+def num_cpus() -> int:
+    """Return the number of CPUs that this process may use, at least 1.
+
+    `taskset`, Slurm or a sweep may restrict the cores, and the quota of a container the time on them.
+    """
+    cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError):
+        quota, period = _CPU_MAX.read_text(encoding="ascii").split()
+        return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+    return cores
 
 
 def visible_gpus() -> list[str]:
