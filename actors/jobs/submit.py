@@ -177,19 +177,25 @@ class Jobs:
 
     async def _follow(self, job: str, write: Callable[[str], object]) -> JobEnd:
         self.state(job)
-        shown = 0
+        shown, was_over = 0, False
         while True:
+            is_complete = False
             async for text in self._log(job, skip=shown):
-                shown += len(text)
-                write(self._masked(text))
+                if text is None:
+                    is_complete = True
+                else:
+                    shown += len(text)
+                    write(self._masked(text))
             end = await self._state_in_time(job)
-            if end.is_over:
+            if end.is_over and (is_complete or was_over):
                 return end
+            was_over = end.is_over  # the log broke off, and is read once more
             await asyncio.sleep(1.0)
 
-    async def _log(self, job: str, *, skip: int) -> AsyncGenerator[str, None]:
-        """Yield the parts of the log after the first `skip` characters, until the job is over or the
-        connection breaks.
+    async def _log(self, job: str, *, skip: int) -> AsyncGenerator[str | None, None]:
+        """Yield the parts of the log after the first `skip` characters, and None at the end of the log.
+
+        There is no None if the connection breaks, or is silent after the end of the job.
         """
         stream = self._client.tail_job_logs(job)
         try:
@@ -199,6 +205,7 @@ class Jobs:
                     if (await self._state_in_time(job)).is_over:
                         return
                 if (text := coming.result()) is None:
+                    yield None
                     return
                 skip, text = max(0, skip - len(text)), text[skip:]
                 if text:
@@ -248,9 +255,11 @@ class Jobs:
         return " ".join(self._masked(str(words or "")).split())[:600].rstrip(".")
 
     def _masked(self, text: str) -> str:
-        for value in sorted(self._hidden, key=len, reverse=True):  # a value may be part of another
-            if len(value) >= 4:
-                text = text.replace(value, MASK)
+        # Ray sends a log in parts, so the lines of a value may come in two of them.
+        hidden = {part for value in self._hidden for part in (value, *map(str.strip, value.splitlines()))}
+        for part in sorted(hidden, key=len, reverse=True):  # a value may be part of another
+            if len(part) >= 4:
+                text = text.replace(part, MASK)
         return redact(text)
 
 

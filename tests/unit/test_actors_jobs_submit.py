@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator, Iterator
@@ -94,29 +95,43 @@ def test_values_are_hidden_in_whatever_a_cluster_says() -> None:
     assert jobs._message("refused:\ntwo\nlines, open") == "refused: ***, ***"
 
 
-class Breaking:
-    """A client whose log breaks off once, in the middle of what was there."""
+def test_a_value_of_several_lines_is_hidden_in_a_log_that_comes_in_parts() -> None:
+    jobs = object.__new__(Jobs)
+    jobs._hidden = ("-----BEGIN KEY-----\n  c2VjcmV0\n}\n-----END KEY-----\n",)
+    assert jobs._masked("it has -----BEGIN KEY-----\n") == "it has ***\n"
+    assert jobs._masked("c2VjcmV0\n}\n-----END KEY-----\n") == "***\n}\n***\n"
 
-    def __init__(self) -> None:
-        self.asked = 0
+
+class Breaking:
+    """A client whose log breaks off once, in the middle of what was there: with an error, or silently."""
+
+    def __init__(self, *, over_at: int = 2, is_silent: bool = False) -> None:
+        self.asked, self.over_at, self.is_silent = 0, over_at, is_silent
 
     async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
         self.asked += 1
         yield "one\n"
         if self.asked == 1:
             yield "tw"
+            if self.is_silent:
+                await asyncio.sleep(600.0)
             raise RuntimeError("WebSocket connection closed unexpectedly with close code 1006")
         yield "two\nth"
         yield "ree\n"
 
     def get_job_info(self, job: str) -> SimpleNamespace:
-        state = "RUNNING" if self.asked < 2 else "FAILED"
+        state = "RUNNING" if self.asked < self.over_at else "FAILED"
         return SimpleNamespace(status=state, driver_exit_code=75, message=None)
 
 
-def test_a_log_that_breaks_off_is_taken_up_where_it_was() -> None:
+@pytest.mark.parametrize(("over_at", "is_silent"), [(2, False), (1, False), (1, True)])
+def test_a_log_that_breaks_off_is_taken_up_where_it_was(
+    monkeypatch: pytest.MonkeyPatch, over_at: int, is_silent: bool
+) -> None:
+    """The job ends after the break, or meanwhile."""
+    monkeypatch.setattr(actors.jobs.submit, "HEARTBEAT_S", 0.2)
     jobs, told = object.__new__(Jobs), list[str]()
-    jobs._hidden, jobs._client = (), Breaking()
+    jobs._hidden, jobs._client = (), Breaking(over_at=over_at, is_silent=is_silent)
     end = jobs.follow("demo-1", told.append)
     assert "".join(told) == "one\ntwo\nthree\n"
     assert (end.state, end.exit_code) == ("FAILED", 75)
