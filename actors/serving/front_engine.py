@@ -108,7 +108,10 @@ class FrontEngine:
             yield output
 
     def _sample_as_the_run(self, session: OpenSession, call: ServedCall, num_prompt_tokens: int, params: Any) -> None:
-        """Replace the client's wishes that change probabilities. Length, stop strings and structure are its own."""
+        """Replace the client's wishes that change probabilities.
+
+        The client still chooses length, stop strings and structure.
+        """
         sampling = session.sampling
         params.temperature, params.top_p = sampling.temperature, sampling.top_p
         params.top_k, params.min_p = sampling.top_k or 0, sampling.min_p
@@ -121,8 +124,12 @@ class FrontEngine:
         params.max_tokens = min(params.max_tokens, session.most_tokens(call, num_prompt_tokens))
 
     def _set_ends(self, call: ServedCall, params: Any) -> None:
-        """Let the template's end of a turn end a response. A stop string that is a token does so by its id."""
-        ends = {self.added[text] for text in params.stop if text in self.added} | set(self.ends if call.is_chat else ())
+        """Let the template's end of a turn end a response, unless the client ignores it. A stop string that is a token
+        does so by its id.
+        """
+        ends = {self.added[text] for text in params.stop if text in self.added}
+        if call.is_chat and not params.ignore_eos:
+            ends.update(self.ends)
         params.stop_token_ids = [*dict.fromkeys([*(params.stop_token_ids or ()), *ends])]
         params.all_stop_token_ids.update(ends)
 

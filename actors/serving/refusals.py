@@ -103,7 +103,10 @@ def refuse_unsupported(body: Mapping[str, Any], known: Collection[str], *, has_t
         kind = tool.get("type", "function") if isinstance(tool, dict) else None
         if kind not in ("function", "custom"):
             raise RefusedCall(f"`tools[{index}].type` is {kind!r:.60}: the server runs no tools", param="tools")
-    if tools and not has_tool_parser and body.get("tool_choice") != "none":
+    choice = body.get("tool_choice")
+    if isinstance(choice, dict):  # as Anthropic writes it
+        choice = choice.get("type")
+    if tools and not has_tool_parser and choice != "none":
         why = (
             "it is not known how this model writes tool calls. Start the server with a tool parser (--tool-parser), or "
             "give the run a chat template that shows tool calls (data.chat_template)"

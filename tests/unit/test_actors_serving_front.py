@@ -554,11 +554,22 @@ async def test_what_a_session_may_not_ask_is_refused(
 
 async def test_tools_of_a_model_without_a_parser_are_refused(parts: EngineParts) -> None:
     plain = TEMPLATE.replace("<tool_call>", "").replace("</tool_call>", "")
-    async with fronted(parts, "yes", template=plain) as (front, _), openai_client(front) as client:
+    tools: Any = [{"name": "add", "input_schema": PARAMETERS}]
+    async with (
+        fronted(parts, "yes", template=plain) as (front, _),
+        openai_client(front) as client,
+        anthropic_client(front) as other,
+    ):
         with pytest.raises(openai.BadRequestError, match="Start the server with a tool parser"):
             await client.chat.completions.create(model="tiny", messages=HI, tools=[TOOL])
         told = await client.chat.completions.create(model="tiny", messages=HI, tools=[TOOL], tool_choice="none")
         assert told.choices[0].message.content == "yes"
+        with pytest.raises(anthropic.BadRequestError, match="Start the server with a tool parser"):
+            await other.messages.create(model="tiny", max_tokens=9, messages=HI, tools=tools)
+        message = await other.messages.create(
+            model="tiny", max_tokens=9, messages=HI, tools=tools, tool_choice={"type": "none"}
+        )
+        assert [block.text for block in message.content if block.type == "text"] == ["yes"]
 
 
 async def sent(front: Front, chunks: Iterable[bytes]) -> int:

@@ -74,6 +74,7 @@ def wishes(**changes: Any) -> Any:
         "structured_outputs": None,
         "all_stop_token_ids": {0},
         "logit_bias": {1: 2.0},
+        "ignore_eos": False,
     }
     return SimpleNamespace(**(values | changes))
 
@@ -130,6 +131,18 @@ async def test_the_servers_own_calls_are_sampled_as_the_client_asks() -> None:
     assert (params.temperature, params.seed, params.max_tokens, params.logit_bias) == (0.1, 99, 1000, {1: 2.0})
     assert set(params.stop_token_ids) == {5, 7}
     assert loop.asked[0][0].media == {"type": "multimodal", "mm_kwargs": "pixels"}
+
+
+async def test_a_client_that_ignores_ends_goes_on_after_the_end_of_a_turn() -> None:
+    loop, params, call = Loop(), wishes(ignore_eos=True), ServedCall(None, "served1-")
+    call.is_chat = True
+    CURRENT_CALL.set(call)
+    reading = asyncio.create_task(read(engine_over(loop), params))
+    await asyncio.sleep(0)
+    loop.give(part([65]), finished=True)
+    await reading
+    assert set(params.stop_token_ids) == {5, 7}
+    assert params.all_stop_token_ids == {0, 7}
 
 
 async def test_responses_to_one_prompt_are_calls_of_their_own() -> None:
