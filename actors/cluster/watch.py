@@ -102,7 +102,7 @@ async def _watch_one(actor: str, place: ActorLocation, timeout_s: float) -> None
 async def _ping_until_dead(actor: str, place: ActorLocation, timeout_s: float) -> None:
     has_answered = False
     while True:
-        ping = asyncio.ensure_future(_ping(place))
+        ping = asyncio.ensure_future(_ping(place, has_answered=has_answered))
         try:
             if not await _finishes(ping, timeout_s):
                 break
@@ -140,17 +140,17 @@ async def _finishes(ping: asyncio.Future[Beat], limit_s: float) -> bool:
     return False
 
 
-async def _ping(place: ActorLocation) -> Beat:
+async def _ping(place: ActorLocation, *, has_answered: bool) -> Beat:
     """Return the answer of the process. Retry if its node cannot be reached, or the connection breaks off.
 
-    ConnectionRefusedError: the process is dead.
+    ConnectionRefusedError: the process is dead. Before its first answer a firewall may be what refuses, so retry.
     """
     while True:
         try:
             return Beat.of(await _ask(place, PING))
-        except ConnectionRefusedError:
-            raise
-        except OSError:
+        except OSError as error:
+            if has_answered and isinstance(error, ConnectionRefusedError):
+                raise
             await asyncio.sleep(TICK_S)
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -99,7 +99,7 @@ def test_a_worker_that_waits_for_room_pauses_the_run(
 
     beats = iter([(), (Shortage(path="/run/a", reason="full"),), (Shortage(path="/run/a", reason="full"),)])
 
-    async def ping(place: ActorLocation) -> Beat:
+    async def ping(place: ActorLocation, *, has_answered: bool) -> Beat:
         return Beat(oom_kills=None, shortages=next(beats, ()))
 
     monkeypatch.setattr(watch, "_ping", ping)
@@ -155,6 +155,39 @@ def test_a_process_that_never_answered_is_not_killed(worker: ActorLocation, capl
     asyncio.run(silent())
     assert psutil.Process(worker.pid).status() == psutil.STATUS_STOPPED
     assert hang_of(f"actor {worker.pid}") is None
+
+
+def test_a_process_behind_a_firewall_that_refuses_is_reported(
+    worker: ActorLocation, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    actor, refused = f"actor {worker.pid}", replace(worker, heartbeat_port=1)
+    monkeypatch.setattr(actor_locations, "_LOCATIONS", {actor: refused})
+
+    async def refuses() -> None:
+        async with watching(0.5), asyncio.timeout(30.0):
+            while "cannot be watched" not in caplog.text:
+                await asyncio.sleep(0.05)
+
+    asyncio.run(refuses())
+    assert "the driver does not reach port 1 of 127.0.0.1" in caplog.text
+    assert hang_of(actor) is None
+
+
+def test_a_process_that_ends_is_not_reported(worker: ActorLocation, caplog: pytest.LogCaptureFixture) -> None:
+    """Ray fails the calls of a dead process, so its watch just ends."""
+    actor = f"actor {worker.pid}"
+
+    async def ends() -> None:
+        async with watching(0.5):
+            while actor not in watch._OOM_KILLS:
+                await asyncio.sleep(0.05)
+            psutil.Process(worker.pid).kill()
+            await until_dead(worker.pid)
+            await asyncio.sleep(1.0)
+
+    asyncio.run(ends())
+    assert hang_of(actor) is None
+    assert caplog.text == ""
 
 
 def test_a_stopped_driver_gives_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
