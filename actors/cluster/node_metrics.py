@@ -1,7 +1,7 @@
 """Measure the load of a run's nodes. The driver measures its node, and a small actor measures each other node.
 
-The actors reserve no CPU in Ray. An unresponsive node is left out with one warning; if it is dead, the roles on it
-report the failure.
+The actors reserve no CPU in Ray. A node that answers late is left out until its answer is there. If a node is dead, the
+roles on it report the failure, and the node that takes its place gets a new actor.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
+from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -23,28 +24,26 @@ from rlhf.tracking.metrics.system import NodeSampler
 
 logger = logging.getLogger(__name__)
 ANSWER_WITHIN_S = 5.0
+LATE_ANSWER_WITHIN_S = 0.1  # until an answer that has come meanwhile is handed over
 
 
 class Nodes:
-    """All nodes with workers of the run, and the driver's node."""
+    """All nodes with workers of the run now, and the driver's node."""
 
     def __init__(self, placement: Placement) -> None:
-        here = ray.get_runtime_context().get_node_id()
-        addresses = {node["NodeID"]: node["NodeManagerAddress"].replace(":", "-") for node in ray.nodes()}
-        used = {node for role in placement.plan.slots for node in placement.nodes_of(role)}
-        self.here = addresses[here]
+        self.placement = placement
+        self.here = ray.get_runtime_context().get_node_id()
         self.sampler = NodeSampler()
-        remote = ray.remote(NodeSampler)
-        self.others: dict[str, ActorHandle[Any]] = {
-            addresses[node]: remote.options(
-                num_cpus=0, max_restarts=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
-            ).remote()
-            for node in sorted(used - {here})
-        }
+        self.others: dict[str, ActorHandle[Any]] = {}  # by Ray's id of the node
+        self.addresses = _addresses()
+        self._late: dict[str, ObjectRef[Any]] = {}
+        self._failed: set[str] = set()  # nodes whose actor has ended
+        self._start_actors()
 
     async def use(self) -> Metrics:
-        """Return `system/*` of each node since the last call."""
-        metrics = _named(self.here, self.sampler.take())
+        """Return `system/*` of each node since its last answer."""
+        self._start_actors()
+        metrics = _named(self.addresses[self.here], self.sampler.take())
         for node_metrics in await asyncio.gather(*map(self._asked, list(self.others))):
             metrics |= node_metrics
         return metrics
@@ -59,16 +58,40 @@ class Nodes:
             ray.kill(handle)
         self.others = {}
 
+    def _start_actors(self) -> None:
+        """Start an actor on each node that is new in the run."""
+        new = self.placement.nodes() - self.others.keys() - self._failed - {self.here}
+        if not new:
+            return
+        self.addresses |= _addresses()
+        remote = ray.remote(NodeSampler)
+        for node in sorted(new & self.addresses.keys()):
+            strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+            self.others[node] = remote.options(num_cpus=0, max_restarts=0, scheduling_strategy=strategy).remote()
+
     async def _asked(self, node: str) -> dict[str, Reduction]:
+        """Return a node's metrics. They are empty until the answer is there."""
+        address, is_late = self.addresses[node], node in self._late
+        answer = self._late.pop(node) if is_late else self.others[node].take.remote()
+        limit_s = LATE_ANSWER_WITHIN_S if is_late else ANSWER_WITHIN_S
         try:
-            answer = asyncio.wrap_future(self.others[node].take.remote().future())
-            return _named(node, await asyncio.wait_for(answer, timeout=ANSWER_WITHIN_S))
-        except (RayError, TimeoutError) as error:
+            return _named(address, await asyncio.wait_for(asyncio.wrap_future(answer.future()), timeout=limit_s))
+        except TimeoutError:
+            self._late[node] = answer
+            if not is_late:
+                logger.warning("node %s does not report its load, and is left out of system/* until it does", address)
+        except RayError as error:
             logger.warning(
-                "node %s does not report its load and is left out of system/*: %s", node, type(error).__name__
+                "node %s does not report its load and is left out of system/*: %s", address, type(error).__name__
             )
+            self._failed.add(node)
             del self.others[node]
-            return {}
+        return {}
+
+
+def _addresses() -> dict[str, str]:
+    """Return the addresses of all live nodes, as the metrics name them."""
+    return {node["NodeID"]: node["NodeManagerAddress"].replace(":", "-") for node in ray.nodes() if node["Alive"]}
 
 
 def _named(node: str, metrics: Mapping[str, Reduction]) -> dict[str, Reduction]:
