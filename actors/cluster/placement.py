@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 SAY_EVERY_S = 30.0
 RELEASED_WITHIN_S = 10.0
 WHOLE_ASKED_EVERY_S = 0.5
+NODE_GROUP = "ray.io/node-group"  # label of each node that Ray's cluster launcher or KubeRay starts
+LOST_NODES = "The cluster has lost nodes."
 
 
 class NoRoom(RunError):
@@ -92,7 +94,7 @@ class Placement:
             logger.warning("the run has lost a node: waiting for another in its place")
             whole = asyncio.ensure_future(_whole(self.group))
             try:
-                await _wait(whole, self.group, self.plan, limit_s=limit_s, lost=True)
+                await _wait(whole, self.group, self.plan, limit_s=limit_s, reason=LOST_NODES)
             except RunError as error:
                 logger.error("%s", error)
                 limit = f"within {limit_s:.0f} s (cluster.start_timeout_s)"
@@ -131,8 +133,9 @@ class Seats:
         group = _ask_for(self.plan)
         self._asked.add(group)
         ready = asyncio.ensure_future(_whole(group))
+        reason = "No node has room for another engine."
         try:
-            await (ready if limit_s is None else _wait(ready, group, self.plan, limit_s=limit_s, lost=False))
+            await (ready if limit_s is None else _wait(ready, group, self.plan, limit_s=limit_s, reason=reason))
             self._placed[rank] = Placement(group=group, plan=self.plan)
         finally:
             ready.cancel()
@@ -191,25 +194,32 @@ async def reserve_roles(roles: Collection[Role], cluster: ClusterConfig, *, with
 async def _reserve(plan: PlacementPlan, *, limit_s: float, whole: PlacementPlan | None = None) -> Placement:
     """Reserve all bundles, or fail at the deadline with a table of required and available resources.
 
-    Raises UserError if even the empty cluster could not hold them, unless a lost node may return.
+    Raises UserError if even the empty cluster could not hold them, unless an autoscaler may add nodes or a lost node
+    may return.
 
     Args:
         whole: the plan of these bundles and of others that the run needs too. None: there are no others.
     """
     nodes, whole = ray.nodes(), whole or plan
-    missing = _missing(whole, [node for node in nodes if node["Alive"]])
-    if missing is not None and all(node["Alive"] for node in nodes):
+    alive = [node for node in nodes if node["Alive"]]
+    missing, reason = missing_resources(whole, alive), "Other programs hold the resources."
+    if missing is not None and may_grow(alive):
+        reason = "The cluster did not get the nodes that the run needs."
+        table = _table(whole, ray.cluster_resources())
+        logger.warning("the run needs more than the cluster has%s: waiting for more nodes\n%s", missing, table)
+    elif missing is not None and len(alive) < len(nodes):
+        reason = LOST_NODES
+        logger.warning("the cluster has lost nodes that the run needs: waiting for others in their place")
+    elif missing is not None:
         raise UserError(
             f"the run needs more than the cluster has{missing}.\n{_table(whole, ray.cluster_resources())}\n"
             "Lower cluster.roles.*.workers, .engines or .cpus, let roles share bundles with colocate_with, "
             "or use a larger cluster."
         )
-    if missing is not None:
-        logger.warning("the cluster has lost nodes that the run needs: waiting for others in their place")
     group = _ask_for(plan)
     ready = asyncio.ensure_future(asyncio.wrap_future(group.ready().future()))
     try:
-        await _wait(ready, group, plan, limit_s=limit_s, lost=missing is not None)
+        await _wait(ready, group, plan, limit_s=limit_s, reason=reason)
     except BaseException:
         remove_placement_group(group)
         raise
@@ -220,9 +230,9 @@ async def _reserve(plan: PlacementPlan, *, limit_s: float, whole: PlacementPlan 
 
 
 async def _wait(
-    ready: asyncio.Future[Any], group: PlacementGroup, plan: PlacementPlan, *, limit_s: float, lost: bool
+    ready: asyncio.Future[Any], group: PlacementGroup, plan: PlacementPlan, *, limit_s: float, reason: str
 ) -> None:
-    """Wait until a group is placed. Raise RunError at the deadline, with a table. `lost`: the cluster lost nodes."""
+    """Wait until a group is placed. Raise NoRoom at the deadline, with a table and the likely reason."""
     began = last_log = time.monotonic()
     while not ready.done():
         waited = time.monotonic() - began
@@ -232,8 +242,7 @@ async def _wait(
             raise NoRoom(
                 f"placement: the run could not be placed within {waited:.0f} s (cluster.start_timeout_s); "
                 f"the placement group is {placement_group_table(group)['state']}.\n"
-                f"{_table(plan, ray.available_resources())}\n"
-                + ("The cluster has lost nodes." if lost else "Other programs hold the resources.")
+                f"{_table(plan, ray.available_resources())}\n{reason}"
             )
         if time.monotonic() - last_log >= SAY_EVERY_S:
             last_log = time.monotonic()
@@ -269,13 +278,23 @@ async def _whole(group: PlacementGroup) -> None:
         await asyncio.sleep(WHOLE_ASKED_EVERY_S)
 
 
-def _missing(plan: PlacementPlan, alive: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return the resources missing in an empty cluster of these nodes; None if it has enough."""
+def may_grow(alive: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether an autoscaler may add nodes, because Ray's cluster launcher or KubeRay started these nodes."""
+    return not OWN_RAY.daemons and any(NODE_GROUP in node["Labels"] for node in alive)
+
+
+def missing_resources(plan: PlacementPlan, alive: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return the end of a sentence on what an empty cluster of these nodes lacks; None if it has enough."""
     for wanted in plan.labels:
         if not any(wanted.items() <= node["Labels"].items() for node in alive):
             labels = ", ".join(f"{name}={value}" for name, value in wanted.items())
             return f": no node has the label {labels} (cluster.roles.*.node_labels; `ray start --labels`)"
-    return "" if assign_nodes(plan.bundles, [node["Resources"] for node in alive]) is None else None
+    nodes, node_labels = [node["Resources"] for node in alive], [node["Labels"] for node in alive]
+    if assign_nodes(plan.bundles, nodes, labels=plan.labels, node_labels=node_labels) is not None:
+        return None
+    if assign_nodes(plan.bundles, nodes) is None:
+        return ""
+    return " on the nodes with the required labels (cluster.roles.*.node_labels)"
 
 
 def _table(plan: PlacementPlan, have: Mapping[str, float]) -> str:

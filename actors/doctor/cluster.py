@@ -26,10 +26,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.cluster.address import cluster_to_join
 from actors.cluster.connect import connected
+from actors.cluster.placement import may_grow, missing_resources
 from actors.doctor.node_probe import SHARE, DriverFacts, Link, NodeProbe, code_hash, size_of, versions
 from actors.doctor.results import CheckResult, check, show
 from rlhf.config.files.load import LoadedConfig
-from rlhf.config.placement_plan import assign_nodes, plan_placement
+from rlhf.config.placement_plan import plan_placement
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.stages import MergeStage, Stage
 from rlhf.errors import UserError
@@ -135,12 +136,15 @@ def _room(stages: Sequence[Stage], alive: Sequence[Mapping[str, Any]]) -> Iterat
         if isinstance(stage, MergeStage):
             continue
         plan = plan_placement(stage)
-        found = f"{len(plan.bundles)} bundles, {plan.total('CPU'):g} CPU and {plan.total('GPU'):g} GPU"
-        fits, advice = (
-            assign_nodes(plan.bundles, nodes) is not None,
-            "see `rlhf plan`: lower cluster.roles, or add nodes",
+        missing = missing_resources(plan, alive)
+        needed = f"{len(plan.bundles)} bundles, {plan.total('CPU'):g} CPU and {plan.total('GPU'):g} GPU"
+        found = needed if missing is None else f"{needed}, more than the cluster has{missing}"
+        advice = "see `rlhf plan`: lower cluster.roles, or add nodes"
+        if may_grow(alive):
+            advice += ". The run waits for nodes of an autoscaler (cluster.start_timeout_s)"
+        yield check(
+            f"room for {stage.run.name}", found, missing is None, advice, failed="note" if may_grow(alive) else "bad"
         )
-        yield check(f"room for {stage.run.name}", found, fits, advice, failed="bad")
 
 
 @contextmanager

@@ -117,16 +117,34 @@ def plan_apart(config: Config) -> tuple[PlacementPlan, PlacementPlan | None]:
     return rest, PlacementPlan(bundles=all_engines.bundles[:1], slots=one, labels=all_engines.labels[:1])
 
 
-def assign_nodes(bundles: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str, float]]) -> list[int] | None:
+def assign_nodes(
+    bundles: Sequence[Mapping[str, float]],
+    nodes: Sequence[Mapping[str, float]],
+    *,
+    labels: Sequence[Mapping[str, str]] | None = None,
+    node_labels: Sequence[Mapping[str, str]] = (),
+) -> list[int] | None:
     """Return the node of each bundle, filled in order as by Ray's PACK strategy, or None if they do not fit.
 
-    The search is first fit by decreasing size, so None can be wrong for bundles of several sizes in tight nodes.
+    The search is first fit: the bundles with the fewest allowed nodes first, then by decreasing size. So None can be
+    wrong for bundles of several sizes in tight nodes.
+
+    Args:
+        labels: the required node labels of each bundle. None: every node is allowed.
+        node_labels: the labels of each node.
     """
     free = [dict(node) for node in nodes]
     where = [0] * len(bundles)
-    by_size = sorted(range(len(bundles)), key=lambda b: (-bundles[b].get("GPU", 0.0), -bundles[b]["CPU"], b))
-    for b in by_size:
-        for index, node in enumerate(free):
+    allowed = [
+        [n for n in range(len(nodes)) if labels is None or labels[b].items() <= node_labels[n].items()]
+        for b in range(len(bundles))
+    ]
+    order = sorted(
+        range(len(bundles)), key=lambda b: (len(allowed[b]), -bundles[b].get("GPU", 0.0), -bundles[b]["CPU"], b)
+    )
+    for b in order:
+        for index in allowed[b]:
+            node = free[index]
             if all(node.get(resource, 0.0) >= amount for resource, amount in bundles[b].items()):
                 for resource, amount in bundles[b].items():
                     node[resource] -= amount

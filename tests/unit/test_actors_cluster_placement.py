@@ -12,10 +12,10 @@ import pytest
 import ray
 
 from actors.cluster import placement as module
-from actors.cluster.placement import NoRoom, Placement, Seats, reserve_roles
+from actors.cluster.placement import NoRoom, Placement, Seats, missing_resources, reserve_roles
 from rlhf.config.placement_plan import PlacementPlan, WorkerSlot
 from rlhf.config.schema.cluster import ClusterConfig, EngineRange
-from rlhf.errors import NodeNotReplaced, RunError
+from rlhf.errors import NodeNotReplaced, RunError, UserError
 
 PLAN = PlacementPlan(
     bundles=({"CPU": 1.0},), slots={"reference": (WorkerSlot(bundle=0, cpus=1.0, gpus=0.0),)}, labels=({},)
@@ -111,3 +111,25 @@ async def test_a_run_that_is_ended_while_it_waits_for_room_leaves_no_request(mon
     await asyncio.wait([waiting])
     assert waiting.cancelled()
     assert removed == [group]
+
+
+@pytest.mark.parametrize("launched", [True, False])
+async def test_only_a_cluster_without_an_autoscaler_refuses_a_run_that_it_cannot_hold(
+    monkeypatch: pytest.MonkeyPatch, launched: bool
+) -> None:
+    groups = Groups(monkeypatch)
+    monkeypatch.setattr(groups, "ask", lambda: SimpleNamespace(ready=lambda: SimpleNamespace(future=Future)))
+    monkeypatch.setattr(module, "placement_group_table", lambda _: {"state": "PENDING"})
+    head = {"Alive": True, "Resources": {}, "Labels": {"ray.io/node-group": "head"} if launched else {}}
+    monkeypatch.setattr(ray, "nodes", lambda: [head])
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    with pytest.raises(NoRoom if launched else UserError, match="did not get the nodes" if launched else "more than"):
+        await reserve_roles(["policy"], ClusterConfig(start_timeout_s=0.05), with_reward_model=False)
+    assert len(groups.removed) == launched, "the autoscaler has seen a request, which does not outlive its wait"
+
+
+def test_room_on_nodes_without_the_required_labels_does_not_count() -> None:
+    plan = PlacementPlan(bundles=({"CPU": 4.0}, {"CPU": 4.0}), slots={}, labels=({"pool": "a"}, {"pool": "a"}))
+    nodes = [{"Resources": {"CPU": 4.0}, "Labels": {"pool": pool}} for pool in "ab"]
+    assert missing_resources(plan, nodes) == " on the nodes with the required labels (cluster.roles.*.node_labels)"
+    assert missing_resources(plan, [*nodes, nodes[0]]) is None

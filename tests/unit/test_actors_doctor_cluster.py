@@ -8,18 +8,22 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 import rlhf
+from actors.doctor import cluster as module
 from actors.doctor import node_probe
 from actors.doctor.cluster import check_cluster, hub_models, paths_of
 from actors.doctor.node_probe import DriverFacts, NodeProbe, code_hash, node_results, of_hub, size_of, versions
 from actors.doctor.results import CheckResult, together
 from rlhf.cli import main
+from rlhf.config.placement_plan import PlacementPlan
 from rlhf.errors import UserError
 
 HERE = DriverFacts(versions=versions(), code=code_hash(), sizes={})
 ADDRESS = "127.0.0.1"
+ROOMS = ((8.0, "serve"), (2.0, "train"))
 
 
 def test_a_node_like_this_machine_is_fine() -> None:
@@ -133,9 +137,12 @@ def test_a_model_is_cached_with_its_weights(tmp_path: Path, monkeypatch: pytest.
     assert of_hub([]) == ({}, "")
 
 
-def test_a_link_is_measured() -> None:
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_a_link_is_measured(address: str) -> None:
+    if not any(address == end.address for ends in psutil.net_if_addrs().values() for end in ends):
+        pytest.skip(f"this machine has no address {address}")
     there, here = NodeProbe(), NodeProbe()
-    link = there.reach("127.0.0.1", here.listen("127.0.0.1"))
+    link = there.reach(address, here.listen(address))
     assert link.gbit_per_s > 0.01
     assert link.latency_ms > 0.0
 
@@ -146,6 +153,18 @@ def test_a_cluster_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
         check_cluster(None, None)
     with pytest.raises(UserError, match="no cluster is named"):
         rlhf.cluster_doctor()
+
+
+@pytest.mark.parametrize(("group", "state"), [({}, "bad"), ({"ray.io/node-group": "gpu"}, "note")])
+def test_room_counts_only_on_nodes_with_the_labels_of_the_role(
+    monkeypatch: pytest.MonkeyPatch, group: dict[str, str], state: str
+) -> None:
+    plan = PlacementPlan(bundles=({"CPU": 4.0},), slots={}, labels=({"pool": "train"},))
+    monkeypatch.setattr(module, "plan_placement", lambda stage: plan)
+    stage: Any = SimpleNamespace(run=SimpleNamespace(name="ppo"))
+    large, small = ({"Resources": {"CPU": cpus}, "Labels": {"pool": pool, **group}} for cpus, pool in ROOMS)
+    assert list(module._room([stage], [large, small]))[1].state == state
+    assert list(module._room([stage], [{**large, "Labels": small["Labels"]}]))[1].state == "ok"
 
 
 def test_what_is_bad_on_a_node_is_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:

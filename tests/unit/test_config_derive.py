@@ -279,6 +279,14 @@ def test_bundles_fill_nodes_in_order_the_large_ones_first() -> None:
     assert assign_nodes([{"CPU": 6.0}], nodes) is None  # 7 CPUs, but on no node 6
 
 
+def test_bundles_go_only_to_nodes_with_their_labels() -> None:
+    bundles, nodes = [{"CPU": 4.0}, {"CPU": 2.0}], [{"CPU": 4.0}, {"CPU": 4.0}]
+    serving = {"node_labels": [{"pool": "serve"}, {"pool": "train"}]}
+    assert assign_nodes(bundles, nodes, labels=[{}, {"pool": "train"}], **serving) == [0, 1]
+    assert assign_nodes(bundles, nodes, labels=[{}, {"pool": "serve"}], **serving) == [1, 0]
+    assert assign_nodes(bundles, nodes, labels=[{"pool": "serve"}] * 2, **serving) is None
+
+
 def test_prompts_asked_for_those_that_are_needed() -> None:
     def rollouts(**keys: Any) -> Config:
         return config(GRPO, rollouts={"prompts_per_step": 6, "samples_per_prompt": 4, **keys})
