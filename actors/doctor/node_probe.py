@@ -69,7 +69,7 @@ class NodeProbe:
 
     def listen(self, address: str) -> int:
         """Wait for one `reach` in a thread. Return the port."""
-        server = socket.create_server((address, 0))
+        server = socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
         server.settimeout(LINK_WITHIN_S)
         threading.Thread(target=_answer, args=(server,), daemon=True).start()
         port: int = server.getsockname()[1]

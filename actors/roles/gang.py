@@ -54,8 +54,9 @@ PORTS = range(20_000, 32_768)  # Linux gives these to no connection, which could
 def free_address(actor: object, one_host: bool) -> tuple[str, int]:
     """Return a free port of the actor's node, and the node's address. On one host, that is loopback."""
     host = "127.0.0.1" if one_host else ray.util.get_node_ip_address()
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for port in secrets.SystemRandom().sample(PORTS, k=len(PORTS)):
-        with socket.socket() as probe, suppress(OSError):
+        with socket.socket(family) as probe, suppress(OSError):
             probe.bind((host, port))
             return host, port
     raise RunError(f"No port from {PORTS.start} to {PORTS.stop - 1} is free on {host}.")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,7 +20,8 @@ from actors.roles import gang as module
 from actors.roles.gang import CriticGang, OfflineGang, PolicyGang, free_address
 from actors.roles.group import worker_environment
 from actors.rollout.vllm_engine import RolloutSpec, engine_environment
-from rlhf.engine.distributed import RankContext
+from rlhf.engine import distributed
+from rlhf.engine.distributed import RankContext, init_distributed
 from rlhf.errors import RunError
 from rlhf.roles import CompletedGroup, RemoteColumns
 from rlhf.types import BatchPlan, GroupRequest, MinibatchPlan, Prompt, RolloutInfo, StepReward, TokenValues
@@ -420,3 +423,25 @@ def test_ranks_meet_at_a_port_that_is_free_and_that_no_connection_is_given(monke
         with pytest.raises(RunError, match=f"No port from {port} to {port} is free on 127.0.0.1"):
             free_address(None, one_host=True)
         assert taken.getsockname()[1] == port
+
+
+def test_ranks_can_meet_at_an_address_of_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    families: list[int] = []
+
+    def probe(family: int = socket.AF_INET) -> Any:
+        families.append(family)
+        return nullcontext(SimpleNamespace(bind=lambda address: None))
+
+    def join(*_: Any, init_method: str, **__: Any) -> None:
+        raise ValueError(init_method)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("ray.util.get_node_ip_address", lambda: "fd00::1")
+        patched.setattr("socket.socket", probe)
+        host, port = free_address(None, one_host=False)
+    assert (host, families) == ("fd00::1", [socket.AF_INET6])
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(distributed, "meet_through", lambda address: None)
+    monkeypatch.setattr("torch.distributed.init_process_group", join)
+    with pytest.raises(RunError, match=rf"tcp://\[fd00::1\]:{port}$"):
+        init_distributed(PLACE, host, port)
