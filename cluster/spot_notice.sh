@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# On a spot machine beside `ray start`: hears that the machine is called back, and has Ray drain its node. A run that is
-# on the node then writes a checkpoint and ends with exit code 75.
+# On a spot machine, next to `ray start`: this script polls until the cloud announces that it reclaims this machine. Then
+# it lets Ray drain the node. A run that is on the node writes a checkpoint and ends with exit code 75.
 #     nohup cluster/spot_notice.sh aws|gcp &
 set -euo pipefail
 
@@ -30,6 +30,6 @@ esac
 until "$1"; do
   sleep "$LOOK_EVERY_S"
 done
-echo "spot_notice.sh: this machine is called back; draining its node"
+echo "spot_notice.sh: the cloud reclaims this machine; draining its node"
 RAY_ADDRESS=auto exec ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION \
-  --reason-message "spot machine called back" --deadline-remaining-seconds "$left_s"
+  --reason-message "the cloud reclaims this spot machine" --deadline-remaining-seconds "$left_s"

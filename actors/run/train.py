@@ -12,6 +12,8 @@ from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
+import ray
+
 from actors.cluster.actor_locations import draining_node, listed_in
 from actors.cluster.connect import connected
 from actors.cluster.node_metrics import Nodes
@@ -294,6 +296,7 @@ async def _carry_out(
     if step is not None:
         await controller.restore(step)
     controller.supervisor.continue_after(unrecorded_deaths())
+    here = ray.get_runtime_context().get_node_id()  # its drain ends the driver, also without a worker there
     with sparing_loaded_objects():
         is_done = await run_loop(
             controller.run(until=until),
@@ -301,7 +304,7 @@ async def _carry_out(
             request,
             grace_s=controller.config.train.preemption_grace_s,
             call_timeout_s=controller.config.cluster.call_timeout_s,
-            draining_node=partial(draining_node, nodes),
+            draining_node=partial(draining_node, lambda: {*nodes(), here}),
         )
     if not is_done:
         return

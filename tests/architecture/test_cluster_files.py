@@ -80,7 +80,7 @@ def lint(script: str) -> None:
 
 
 class Metadata(http.server.BaseHTTPRequestHandler):
-    """What AWS and Google Cloud answer on a spot machine: the third question hears that it is called back."""
+    """What AWS and Google Cloud answer on a spot machine: the third question announces that it is reclaimed."""
 
     asked = 0
 
@@ -107,7 +107,7 @@ class Metadata(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.mark.parametrize(("cloud", "left_s"), [("aws", 110), ("gcp", 25)])
-def test_a_spot_machine_that_is_called_back_is_drained(tmp_path: Path, cloud: str, left_s: int) -> None:
+def test_a_spot_machine_that_the_cloud_reclaims_is_drained(tmp_path: Path, cloud: str, left_s: int) -> None:
     script = CLUSTER / "spot_notice.sh"
     lint(script.read_text(encoding="utf-8"))
     (tmp_path / "ray").write_text('#!/bin/sh\necho "$RAY_ADDRESS: $*"\n', encoding="utf-8")
@@ -142,7 +142,9 @@ def test_a_kubernetes_cluster_is_whole(name: str) -> None:
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert pod["securityContext"]["runAsUser"] == 1000
         assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
-        assert pod["terminationGracePeriodSeconds"] >= 60
+        variables = {entry["name"]: entry["value"] for entry in container["env"]}
+        limit_s = float(variables["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
+        assert 60 <= limit_s < pod["terminationGracePeriodSeconds"]
         assert container["livenessProbe"]["exec"]["command"] == container["readinessProbe"]["exec"]["command"]
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
         assert {mount["name"] for mount in container["volumeMounts"]} == set(volumes)
@@ -211,7 +213,7 @@ def amount(group: Mapping[str, Any], name: str) -> int:
 def test_the_slurm_script_is_clean_and_requeues_by_itself() -> None:
     lint(SCRIPT.read_text(encoding="utf-8"))
     options = re.findall(r"^#SBATCH (--.*)$", SCRIPT.read_text(encoding="utf-8"), re.MULTILINE)
-    assert {"--requeue", "--open-mode=append"} < set(options)
+    assert {"--requeue", "--open-mode=append", "--exclusive", "--mem=0"} < set(options)
     assert "--resume auto --supervise &" in SCRIPT.read_text(encoding="utf-8")
     assert any(option.startswith("--signal=B:TERM@") for option in options)
 
