@@ -69,11 +69,13 @@ VICTIMS: Mapping[str, Victim] = {
 class Moment:
     """The beginning of a stage: a span of a name has ended.
 
-    keeps: whether an evaluation and a checkpoint end this step. None: either.
+    keeps: whether an evaluation and a checkpoint end this step. None: either. awaits_rollouts: the rollouts of a batch
+    ahead have ended too.
     """
 
     after: str
     keeps: bool | None = None
+    awaits_rollouts: bool = False
 
 
 KEEPS_EVERY = 2  # steps
@@ -81,12 +83,13 @@ MOMENTS: Mapping[str, Moment] = {
     "rollouts": Moment(after="step", keeps=False),
     "experience": Moment(after="rollouts"),
     "update": Moment(after="experience"),
-    "weight_sync": Moment(after="update"),
+    "weight_sync": Moment(after="update", awaits_rollouts=True),
     "eval": Moment(after="step", keeps=True),
     "checkpoint": Moment(after="eval"),
 }
 STAGES = (*MOMENTS, "export")
 ONE_BY_ONE = {*MOMENTS, "step"} - {"rollouts"}  # no two of these overlap, except that a step holds some
+STEP_ENDS = {"step", "eval", "checkpoint"}  # the spans that may be the last of a step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,9 +174,17 @@ class TimelineTail:
                 later = (span for span in spans[place + 1 :] if span.name in {when, *ends})
                 own = next(later, None)
                 if own is not None and own.name == when and own.end_s > before.end_s:
-                    begins_s = max(own.start_s, before.end_s)
-                    found.append(begins_s - before.end_s + DEPTH * (own.end_s - begins_s))
+                    since_s, between = before.end_s, spans[place + 1 : spans.index(own)]
+                    if MOMENTS[when].awaits_rollouts:
+                        since_s = max([since_s, *(span.end_s for span in between if span.name == "rollouts")])
+                    begins_s = max(own.start_s, since_s)
+                    found.append(begins_s - since_s + DEPTH * (own.end_s - begins_s))
         return statistics.median_low(found[-EARLIER:]) if found else 0.0
+
+    def has_rollouts(self) -> bool:
+        """Return whether rollouts have ended since the last step."""
+        ended = (span.name for span in reversed(self.read()) if span.name in {"rollouts", *STEP_ENDS})
+        return next(ended, None) == "rollouts"
 
     def is_kept(self) -> bool:
         """Return whether an evaluation and a checkpoint follow the last step. A checkpoint begins the count again."""
@@ -188,7 +199,9 @@ class TimelineTail:
         """Return whether the run was in a fault's stage at a time. A dead driver has not written the stage's span."""
         if VICTIMS[fault.who].ends_driver:
             moment = MOMENTS[fault.when].after
-            ended = [span for span in self.read() if span.name in {moment, *ONE_BY_ONE} and span.end_s <= at]
+            # Rollouts may overlap all stages of a step.
+            ends = {"rollouts", *STEP_ENDS} if fault.when == "rollouts" else {moment, *ONE_BY_ONE}
+            ended = [span for span in self.read() if span.name in ends and span.end_s <= at]
             return bool(ended) and max(ended, key=lambda span: span.end_s).name == moment
         return any(span.name == fault.when and span.start_s <= at <= span.end_s for span in self.read())
 

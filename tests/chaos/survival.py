@@ -397,6 +397,8 @@ class FaultyRun:
             if not self._wait(lambda seen=seen: self.tail.count(moment.after) > seen):
                 return False
             if moment.keeps in (None, self.tail.is_kept()):
+                if moment.awaits_rollouts and not self._wait(self.tail.has_rollouts):
+                    return False
                 time.sleep(delay_s)
                 return True
 

@@ -147,6 +147,32 @@ def test_the_rollouts_of_a_batch_ahead_begin_with_a_step_and_end_in_any_stage(tm
     assert TimelineTail(tmp_path / "timeline.json").delay("rollouts") == pytest.approx(0.2 + 0.25 * 0.8)
 
 
+def test_a_weight_sync_begins_when_the_update_and_the_rollouts_of_the_batch_ahead_have_ended(tmp_path: Path) -> None:
+    timeline, tail = Timeline(tmp_path / "timeline.json"), TimelineTail(tmp_path / "timeline.json")
+    for at, rollouts_s in ((0.0, 0.8), (1.0, 0.3), (2.0, 0.8)):
+        spans = [("update", 0.1, 0.4), ("rollouts", 0.0, rollouts_s), ("weight_sync", 0.8, 0.9)]
+        for name, start_s, end_s in sorted(spans, key=lambda span: span[2]):
+            timeline.record(name, "policy", start_s=at + start_s, end_s=at + end_s)
+            assert tail.has_rollouts() == (name != "update" or rollouts_s < end_s)
+        assert tail.has_rollouts()
+        timeline.record("step", "controller", start_s=at, end_s=at + 1.0)
+        assert not tail.has_rollouts()
+    assert tail.delay("weight_sync") == pytest.approx(
+        0.25 * 0.1
+    )  # the median of two syncs at once, and one 0.4 s later
+
+
+def test_a_driver_that_dies_with_the_rollouts_of_a_batch_ahead_was_in_rollouts(tmp_path: Path) -> None:
+    timeline = Timeline(tmp_path / "timeline.json")
+    for name, start_s, end_s in (("step", 0.0, 1.0), ("experience", 1.0, 1.1), ("rollouts", 1.0, 1.5)):
+        timeline.record(name, "policy", start_s=start_s, end_s=end_s)
+    tail, fault = (
+        TimelineTail(tmp_path / "timeline.json"),
+        Fault(mode="pipelined", who="driver", when="rollouts", how="kill"),
+    )
+    assert [tail.was_in(fault, at) for at in (0.9, 1.2, 1.6)] == [False, True, False]
+
+
 def test_rollouts_after_an_evaluation_do_not_delay_a_fault_in_others(tmp_path: Path) -> None:
     timeline = Timeline(tmp_path / "timeline.json")
     for at in range(0, 20, 4):
