@@ -194,10 +194,10 @@ def test_a_stage_counts_what_failed_as_a_run_does(
         )
 
     async def answers(
-        candidate: Candidate, inputs: EvalInputs, note: Callable[[ScoredGroup], None]
+        candidate: Candidate, inputs: EvalInputs, note: Callable[[str, ScoredGroup], None]
     ) -> dict[str, list[PromptResult]]:
         for scored in (group(0, (None, hung)), group(1, (None, None))):
-            note(scored)
+            note("games", scored)
         return {
             "games": [
                 PromptResult(
