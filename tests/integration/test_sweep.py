@@ -277,7 +277,7 @@ def test_trials_share_what_the_reference_says(tmp_path: Path) -> None:
     assert len(list((found.folder / "trials" / "reference_logprobs").iterdir())) == 2  # training and evaluation set
     logs = [(found.folder / "trials" / f"{row.trial}.log").read_text(encoding="utf-8") for row in found.rows]
     assert [log.count("are written to") for log in logs] == [2, 0]
-    assert [log.count("are those in") for log in logs] == [0, 2]
+    assert [log.count("are read from") for log in logs] == [0, 2]
     for row in found.rows:
         (record,) = (found.folder / "trials" / row.trial / "wandb").glob("offline-run-*/*.wandb")
         text = record.read_bytes()
