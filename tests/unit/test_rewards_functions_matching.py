@@ -227,6 +227,10 @@ def pool() -> Iterator[RewardPool]:
         ("1, 2 and 3", "\\boxed{1, 2, 3}", "\\boxed{3}"),
         ("5\\sqrt{2} \\text{ cm}", "\\boxed{5\\sqrt{2}}", "\\boxed{5}"),
         ("\\theta = 5\\pi", "\\boxed{5\\pi}", "\\boxed{5}"),
+        ("5*sqrt(2)", "\\boxed{5\\sqrt{2}}", "\\boxed{5}"),
+        ("sqrt(3)/2", "\\boxed{\\frac{\\sqrt{3}}{2}}", "\\boxed{2}"),
+        ("3*pi/4", "\\boxed{\\frac{3\\pi}{4}}", "\\boxed{\\frac{3}{4}}"),
+        ("2pi", "\\boxed{2\\pi}", "\\boxed{2}"),
     ],
 )
 def test_math_answer(pool: RewardPool, answer: str, right: str, wrong: str) -> None:

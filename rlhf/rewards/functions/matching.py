@@ -54,6 +54,10 @@ _TEXT = re.compile(
     r"|(?<=[0-9]\s)(?:(?!(?:and|or)\b)[^\W\d_]{2,}|[A-Z]$|m[/^23])"  # a unit
 )
 
+# Roots and pi as plain text: 5*sqrt(2), 2pi.
+_PLAIN_ROOT = re.compile(r"(?<![A-Za-z\\])sqrt\(([^()]*)\)")
+_PLAIN_PI = re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])")
+
 
 def exact_match(prompt: str, response: str, answer: object) -> float:
     """Return 1.0 if the response equals the answer, ignoring surrounding white space."""
@@ -181,8 +185,10 @@ class MathAnswer:
     def _parse_answer(self, answer: str) -> list[Any]:
         """Parse an answer as LaTeX, or as text with a number.
 
-        Of LaTeX without delimiters math-verify would only read a number: 5 of "5\\sqrt{2}", and 1 of "x^2 + 1".
+        Of LaTeX without delimiters math-verify would only read a number: 5 of "5\\sqrt{2}", and 1 of "x^2 + 1". It would
+        also read 5 of "5*sqrt(2)", so roots and pi are written as LaTeX.
         """
+        answer = _PLAIN_PI.sub(r"\\pi", _PLAIN_ROOT.sub(r"\\sqrt{\1}", answer))
         if not _TEXT.search(_LATEX_COMMAND.sub("@", answer)):
             latex = self._parse(f"${answer}$")
             if len(latex) > 1:  # an expression and its text; the text alone is no expression
