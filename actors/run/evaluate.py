@@ -80,9 +80,9 @@ def evaluate_inputs(inputs: EvalInputs, folder: Path) -> Evaluation:
     """
     (folder / "errors.jsonl").unlink(missing_ok=True)  # left by a failed evaluation
 
-    def note(split: str, scored: ScoredGroup) -> None:
+    def note(model: str, split: str, scored: ScoredGroup) -> None:
         for error in (*scored.scores.errors, *scored.scores.scored_errors):
-            write_error(folder, error_record(error, step=0, split=split))
+            write_error(folder, error_record(error, step=0, split=split, model=model))
 
     with connected(inputs.cluster):
         evaluation, rows = run_async(_evaluate(inputs, note))
@@ -102,9 +102,11 @@ def run_evaluation(stage: EvaluationStage, loaded: LoadedConfig, *, resume: bool
             inputs = inputs_of_stage(stage, loaded)
         record.begin_step(0)
         with record.stage("eval", role=RolloutEngines.role if inputs.rewards else LikelihoodWorkers.role):
-            evaluation, rows = run_async(
-                _evaluate(inputs, lambda split, scored: note_errors(scored, record, step=0, split=split))
-            )
+
+            def note(model: str, split: str, scored: ScoredGroup) -> None:
+                note_errors(scored, record, step=0, split=split, model=model)
+
+            evaluation, rows = run_async(_evaluate(inputs, note))
         write_lines(samples_path(record.folder.path, 0), rows)
         metrics = evaluation.to_metrics()
         record.write_row(0, {**record.row(), **metrics})
@@ -113,9 +115,12 @@ def run_evaluation(stage: EvaluationStage, loaded: LoadedConfig, *, resume: bool
 
 
 async def _evaluate(
-    inputs: EvalInputs, note: Callable[[str, ScoredGroup], None]
+    inputs: EvalInputs, note: Callable[[str, str, ScoredGroup], None]
 ) -> tuple[Evaluation, list[dict[str, Any]]]:
-    """Evaluate all models, and also return the samples. `note` is called with a set's name and each scored group."""
+    """Evaluate all models, and also return the samples.
+
+    `note` is called with the model's name, the set's name and each scored group.
+    """
     if inputs.rewards:
         answers = [await _answers(candidate, inputs, note) for candidate in inputs.candidates]
         sets, rows = _prompt_reports(inputs, answers)
@@ -133,7 +138,7 @@ async def _evaluate(
 
 
 async def _answers(
-    candidate: Candidate, inputs: EvalInputs, note: Callable[[str, ScoredGroup], None]
+    candidate: Candidate, inputs: EvalInputs, note: Callable[[str, str, ScoredGroup], None]
 ) -> dict[str, list[PromptResult]]:
     """Return a model's scored responses to the prompts of every set. Prompts with a failed reward are left out."""
     cluster, decoding, policy = inputs.cluster, inputs.decoding, inputs.reward_policy
@@ -173,7 +178,7 @@ async def _answers(
 
             scores, responses = await asyncio.gather(reward.score(group), read())
             scored = ScoredGroup(group=group, scores=scores)
-            note(name, scored)
+            note(candidate.model.name, name, scored)
             return scored, responses
 
         results = {}

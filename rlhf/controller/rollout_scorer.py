@@ -60,7 +60,7 @@ def request_for(
     )
 
 
-def error_record(error: RewardError, *, step: int, split: str) -> ErrorRecord:
+def error_record(error: RewardError, *, step: int, split: str, model: str | None = None) -> ErrorRecord:
     return ErrorRecord(
         step=step,
         stage="rewards",
@@ -68,16 +68,19 @@ def error_record(error: RewardError, *, step: int, split: str) -> ErrorRecord:
         message=error.message,
         source=error.reward,
         split=split,
+        model=model,
         prompt_id=error.prompt_id,
         sample=error.sample,
     )
 
 
-def note_errors(scored: ScoredGroup, record: RunRecord, *, step: int, split: str) -> None:
+def note_errors(
+    scored: ScoredGroup, record: RunRecord, *, step: int, split: str, model: str | None = None
+) -> None:
     """Record and count the failures of a group's rewards and environments."""
     errors = (*scored.scores.errors, *scored.scores.scored_errors)
     for error in errors:
-        record.tracker.log_error(error_record(error, step=step, split=split))
+        record.tracker.log_error(error_record(error, step=step, split=split, model=model))
     by_name = Counter(error.reward for error in errors)
     record.add({f"rewards/{name}/failures/total": Sum(total=count) for name, count in by_name.items()})
     record.add({"rewards/errors/total": Sum(total=len(errors)), **environment_failures(scored.group.infos)})

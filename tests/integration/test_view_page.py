@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from aiohttp.test_utils import TestServer
 
+from rlhf.tracking.run_folder.atomic import write_lines
+from rlhf.tracking.run_folder.errors import ErrorRecord, write_error
 from rlhf.tracking.run_folder.samples import SampleRecord, SampleSequence, SampleTokens, samples_path, write_samples
 from rlhf.viewing.runs import RunPlaces
 from rlhf.viewing.server import RunViewer
@@ -277,6 +279,33 @@ async def test_filters_and_errors(runs: list[Path]) -> None:
         assert (await page.value(text_of(".error details pre"))).startswith("reward (mine.py:7)")
         await page.value("document.querySelector('.error .link').click()")
         await page.until(f"{text_of('.steps b')} === '2'")
+
+
+async def test_an_error_belongs_to_one_of_two_evaluated_models(tmp_path: Path) -> None:
+    answer = {"set": "games", "prompt_id": 2, "sample": 0, "prompt": "p", "score": 0.5, "scores": {"won": 0.5}}
+    rows = [{**answer, "model": model, "response": f"of {model}"} for model in ("ours", "theirs")]
+    write_lines(samples_path(tmp_path, 0), rows)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, "time_s": 1.0}) + "\n")
+    write_error(
+        tmp_path,
+        ErrorRecord(
+            step=0,
+            stage="rewards",
+            kind="timeout",
+            message="10 s",
+            source="won",
+            split="games",
+            model="theirs",
+            prompt_id=2,
+            sample=0,
+        ),
+    )
+    async with shown(tmp_path) as (page, url):
+        await page.open(url + "#tab=samples&step=0&split=games")
+        await page.until(f"{CARDS}.length === 2")
+        await page.value("document.querySelector('.filterbox').open = true")
+        await page.value("document.querySelector('.filters [type=checkbox]').click()")  # with an error
+        await page.until(f"{CARDS}.map((one) => one.classList.contains('dim')).join() === 'true,false'")
 
 
 async def test_two_steps_and_two_runs_side_by_side(runs: list[Path]) -> None:

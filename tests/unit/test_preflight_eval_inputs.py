@@ -194,10 +194,10 @@ def test_a_stage_counts_what_failed_as_a_run_does(
         )
 
     async def answers(
-        candidate: Candidate, inputs: EvalInputs, note: Callable[[str, ScoredGroup], None]
+        candidate: Candidate, inputs: EvalInputs, note: Callable[[str, str, ScoredGroup], None]
     ) -> dict[str, list[PromptResult]]:
         for scored in (group(0, (None, hung)), group(1, (None, None))):
-            note("games", scored)
+            note(candidate.model.name, "games", scored)
         return {
             "games": [
                 PromptResult(
@@ -225,5 +225,7 @@ def test_a_stage_counts_what_failed_as_a_run_does(
     assert row["rewards/errors/total"] == 1.0
     assert row["eval/games/won"] == 0.5
     (error,) = (folder / "errors.jsonl").read_text().splitlines()
-    assert json.loads(error)["kind"] == "timeout"
+    failure = json.loads(error)
+    assert failure["kind"] == "timeout"
+    assert (failure["split"], failure["model"]) == ("games", str(tiny_model))
     assert json.loads((folder / "eval.json").read_text())["sets"]["games"]["num_failed"] == 1

@@ -22,6 +22,7 @@ class ErrorRecord:
     message: str
     source: str | None = None  # reward, actor or rank it came from
     split: str | None = None  # "train", or the evaluation set's name
+    model: str | None = None  # the evaluated one, in an evaluation that may have two
     prompt_id: int | None = None  # row in the data of the split
     sample: int | None = None  # which of the responses to the prompt
     stack: str | None = None  # of the threads of a process that hung

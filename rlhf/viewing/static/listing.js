@@ -12,6 +12,7 @@ export const failed = (errors, step, row) =>
     (error) =>
       error.step === step &&
       error.split === row.split &&
+      (error.model ?? row.model) === row.model &&
       error.prompt_id === row.prompt_id &&
       (error.sample ?? row.sample) === row.sample,
   );
