@@ -74,9 +74,7 @@ def error_record(error: RewardError, *, step: int, split: str, model: str | None
     )
 
 
-def note_errors(
-    scored: ScoredGroup, record: RunRecord, *, step: int, split: str, model: str | None = None
-) -> None:
+def note_errors(scored: ScoredGroup, record: RunRecord, *, step: int, split: str, model: str | None = None) -> None:
     """Record and count the failures of a group's rewards and environments."""
     errors = (*scored.scores.errors, *scored.scores.scored_errors)
     for error in errors:

@@ -114,9 +114,7 @@ class StreamOrder:
 def given_rows(state: Mapping[str, Any]) -> list[tuple[int, int]]:
     """Return epoch and row of each item that a stream had given when it returned its order's state."""
     shares = [MixtureShare(**share) for share in state["shares"]]
-    order = StreamOrder(
-        shares, seed=state["seed"], shuffle=state["shuffle"], skipped_rows=state["skipped_rows"]
-    )
+    order = StreamOrder(shares, seed=state["seed"], shuffle=state["shuffle"], skipped_rows=state["skipped_rows"])
     places = (order.next() for _ in range(state["given"]))
     return [(epoch, order.rows[place]) for epoch, place in places]
 

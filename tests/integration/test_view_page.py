@@ -284,6 +284,7 @@ async def test_filters_and_errors(runs: list[Path]) -> None:
 async def test_an_error_belongs_to_one_of_two_evaluated_models(tmp_path: Path) -> None:
     answer = {"set": "games", "prompt_id": 2, "sample": 0, "prompt": "p", "score": 0.5, "scores": {"won": 0.5}}
     rows = [{**answer, "model": model, "response": f"of {model}"} for model in ("ours", "theirs")]
+    samples_path(tmp_path, 0).parent.mkdir()
     write_lines(samples_path(tmp_path, 0), rows)
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, "time_s": 1.0}) + "\n")
     write_error(

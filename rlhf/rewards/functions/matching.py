@@ -185,8 +185,8 @@ class MathAnswer:
     def _parse_answer(self, answer: str) -> list[Any]:
         """Parse an answer as LaTeX, or as text with a number.
 
-        Of LaTeX without delimiters math-verify would only read a number: 5 of "5\\sqrt{2}", and 1 of "x^2 + 1". It would
-        also read 5 of "5*sqrt(2)", so roots and pi are written as LaTeX.
+        Of LaTeX without delimiters math-verify would only read a number: 5 of "5\\sqrt{2}", and 1 of "x^2 + 1". It
+        would also read 5 of "5*sqrt(2)", so roots and pi are written as LaTeX.
         """
         answer = _PLAIN_PI.sub(r"\\pi", _PLAIN_ROOT.sub(r"\\sqrt{\1}", answer))
         if not _TEXT.search(_LATEX_COMMAND.sub("@", answer)):
