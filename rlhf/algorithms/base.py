@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
-from rlhf.algorithms.section import Section
+from rlhf.sections import Section
 
 OnlineKind = Literal["advantages", "sampled_pairs", "sampled_distillation"]
 OfflineKind = Literal["supervised", "distillation", "preference", "reward_model", "step_rewards", "unpaired"]
@@ -123,7 +123,7 @@ class AlgorithmConfig(Section):
         yield from ()
 
     def unused_keys(self) -> Iterator[UnusedKey]:
-        """Yield keys without effect by rules that the marks of rlhf.algorithms.section cannot express."""
+        """Yield keys without effect by rules that the marks of rlhf.sections cannot express."""
         yield from ()
 
 

@@ -18,8 +18,8 @@ from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
 from rlhf.algorithms.microbatch import Correction, PolicyMicrobatch, Surrogate
-from rlhf.algorithms.section import NotWith, Section
 from rlhf.objectives import corrections, policy_loss
+from rlhf.sections import NotWith, Section
 
 Bounds = tuple[float | None, float | None]
 Preset = Literal[

@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Tensor
 
 from rlhf.algorithms.pairs import PairAlgorithm, PairScores, PreferenceConfig
-from rlhf.algorithms.section import OnlyWith
 from rlhf.objectives import preference_loss as of
+from rlhf.sections import OnlyWith
 
 
 class CPOConfig(PreferenceConfig):

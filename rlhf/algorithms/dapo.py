@@ -12,8 +12,8 @@ from torch import Tensor
 from rlhf.algorithms.base import Responses
 from rlhf.algorithms.grpo import GroupRelative
 from rlhf.algorithms.online_config import ClippedConfig, StepUse
-from rlhf.algorithms.section import Section
 from rlhf.objectives.rewards import overlong_penalty
+from rlhf.sections import Section
 
 
 class OverlongConfig(Section):

@@ -11,8 +11,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from rlhf.algorithms.base import Algorithm, AlgorithmConfig, Kind
-from rlhf.algorithms.section import OnlyWith
 from rlhf.objectives import distillation as of
+from rlhf.sections import OnlyWith
 
 
 class DistillationConfig(AlgorithmConfig):

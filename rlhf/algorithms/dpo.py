@@ -17,9 +17,9 @@ from torch import Tensor
 
 from rlhf.algorithms.base import UnusedKey
 from rlhf.algorithms.pairs import PairAlgorithm, PairScores, PreferenceConfig
-from rlhf.algorithms.section import OnlyWith
 from rlhf.objectives import divergences
 from rlhf.objectives import preference_loss as of
+from rlhf.sections import OnlyWith
 
 DPOLoss = Literal[
     "sigmoid", "robust", "ipo", "hinge", "exo", "nca", "bco", "sppo", "aot", "aot_unpaired", "apo_zero", "apo_down",

@@ -14,9 +14,9 @@ from rlhf.algorithms.grpo import GROUP_STD_EPS
 from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
 from rlhf.algorithms.online import OnlineAlgorithm
 from rlhf.algorithms.online_config import ClippedConfig
-from rlhf.algorithms.section import OnlyWith
 from rlhf.objectives.advantages import group_normalized
 from rlhf.objectives.distillation import Divergence
+from rlhf.sections import OnlyWith
 
 
 class OnPolicyDistillationConfig(AlgorithmConfig):

@@ -8,7 +8,7 @@ from pydantic import Discriminator, Field, Tag, field_validator
 
 from rlhf.algorithms.base import AlgorithmConfig, Kind
 from rlhf.algorithms.correction import CorrectionConfig
-from rlhf.algorithms.section import NotWith, Section
+from rlhf.sections import NotWith, Section
 
 Aggregation = Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "token_sum_norm"]
 StepUse = Literal["rewards", "advantages"] | None

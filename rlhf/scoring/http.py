@@ -20,12 +20,12 @@ from typing import Any
 from aiohttp import web
 from pydantic import Field, JsonValue
 
-from rlhf.algorithms.section import Section
 from rlhf.config.mistakes.explain import parse_as
 from rlhf.errors import RunError
 from rlhf.rewards.loading import MAX_DEPTH, is_nested_too_deep
 from rlhf.rewards.scoring import asks_in_flight
 from rlhf.scoring.scorer import Group, Scorer, Scoring
+from rlhf.sections import Section
 from rlhf.serving import gives_token, read_text, serve_until_interrupted, serving_token, stranger
 from rlhf.tracking import logs
 from rlhf.types import RESULT_COLUMN, GroupScores, Prompt

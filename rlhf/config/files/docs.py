@@ -14,13 +14,13 @@ from typing import get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from rlhf.algorithms.section import Section
 from rlhf.config.mistakes.explain import expected
 from rlhf.config.mistakes.schema_keys import is_section, members
 from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.merge import MergeFile
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.sweep import SweepFile
+from rlhf.sections import Section
 
 TEXT = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")  # with {places} for what follows from the schema
 

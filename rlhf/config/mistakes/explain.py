@@ -19,13 +19,13 @@ from pydantic.fields import FieldInfo
 
 from rlhf.algorithms import ALGORITHMS
 from rlhf.algorithms.custom import custom_config_class
-from rlhf.algorithms.section import Section
 from rlhf.config.files.yaml_tree import Key, kind
 from rlhf.config.mistakes.schema_keys import descend, is_section, tag
 from rlhf.config.mistakes.suggestions import choice, example, meant_value, unknown_key
 from rlhf.config.schema.root import Config
 from rlhf.errors import UserError
 from rlhf.extensions import is_offered
+from rlhf.sections import Section
 
 S = TypeVar("S", bound=Section)
 

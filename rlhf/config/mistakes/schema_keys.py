@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from rlhf.algorithms.section import Section
 from rlhf.config.files.yaml_tree import Key
+from rlhf.sections import Section
 
 
 def is_section(annotation: object) -> bool:

@@ -15,10 +15,10 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from rlhf.algorithms.section import Section
 from rlhf.config.files.yaml_tree import Key
 from rlhf.config.mistakes.schema_keys import all_keys, alternatives, is_section, members, tag
 from rlhf.config.mistakes.synonyms import SYNONYMS, VALUES, Synonym
+from rlhf.sections import Section
 
 
 def nearest(word: str, words: Sequence[str], *, cutoff: float = 0.6) -> str | None:

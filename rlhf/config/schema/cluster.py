@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue
 
-from rlhf.algorithms.section import OnlyIn, OnlyWith, Section
+from rlhf.sections import OnlyIn, OnlyWith, Section
 
 OF_THE_HOST = OnlyWith("colocate_with", None, because="it uses what {value} reserves")
 OF_A_LOCAL_RAY = OnlyWith("address", None, because="its size is that of `ray start --object-store-memory`")

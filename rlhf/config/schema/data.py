@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, JsonValue, Tag, model_validator
 
-from rlhf.algorithms.section import OnlyIn, OnlyWith, Section
+from rlhf.sections import OnlyIn, OnlyWith, Section
 
 
 class TaskConfig(Section):

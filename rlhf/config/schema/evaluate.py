@@ -10,7 +10,6 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rlhf.algorithms.section import OnlyIn, Section
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.data import DataSource, EvalSource, PromptFormat
 from rlhf.config.schema.model import Dtype, RewardModelConfig
@@ -19,6 +18,7 @@ from rlhf.config.schema.rollouts import AgentConfig, EnvironmentConfig
 from rlhf.config.schema.root import RewardName
 from rlhf.config.schema.run import RunConfig, TrackingConfig
 from rlhf.config.schema.train import Grading
+from rlhf.sections import OnlyIn, Section
 
 
 class EvaluateConfig(Grading, PromptFormat):

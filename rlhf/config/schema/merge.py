@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from rlhf.algorithms.section import Section
 from rlhf.config.files.base import read_tree
 from rlhf.config.files.recipes import config_file
 from rlhf.config.files.yaml_tree import Key, apply_overrides, kind
@@ -21,6 +20,7 @@ from rlhf.config.mistakes.explain import Problem, parse_as, refuse
 from rlhf.config.mistakes.suggestions import nearest
 from rlhf.config.schema.model import Dtype
 from rlhf.errors import UserError
+from rlhf.sections import Section
 
 AT: Key = ("merge",)
 OF_A_RUN = frozenset({"run", "policy", "algorithm", "train", "stages"})  # sections that a merge never has

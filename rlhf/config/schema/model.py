@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt
 
-from rlhf.algorithms.section import OnlyIn, Section
+from rlhf.sections import OnlyIn, Section
 
 Dtype = Literal["float32", "bfloat16"]
 

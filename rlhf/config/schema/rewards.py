@@ -10,9 +10,9 @@ from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
-from rlhf.algorithms.section import NotWith, OnlyIn, OnlyWith, Section
 from rlhf.rewards.failure_rule import ErrorRule
 from rlhf.rewards.functions.table import BUILT_INS
+from rlhf.sections import NotWith, OnlyIn, OnlyWith, Section
 from rlhf.tracking.logs import is_secret_name
 from rlhf.types import RESULT_COLUMN
 

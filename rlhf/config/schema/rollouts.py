@@ -7,9 +7,9 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
-from rlhf.algorithms.section import NotWith, OnlyIn, OnlyWith, Section
 from rlhf.config.schema.tools import ToolsConfig
 from rlhf.limits import MAX_TEMPERATURE, MIN_TEMPERATURE
+from rlhf.sections import NotWith, OnlyIn, OnlyWith, Section
 
 UNTIL_ANSWER = "until_answer"  # the built-in environment that only ends conversations
 MAX_STALENESS = 16  # most versions by which the oldest token of a trained response may lag

@@ -7,7 +7,6 @@ from typing import Annotated
 from pydantic import Field, SerializeAsAny
 
 from rlhf.algorithms import AnyAlgorithmConfig
-from rlhf.algorithms.section import OnlyIn, Section
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.data import DataConfig
 from rlhf.config.schema.model import CriticConfig, PolicyConfig, ReferenceConfig, RewardModelConfig, TeacherConfig
@@ -15,6 +14,7 @@ from rlhf.config.schema.rewards import RewardConfig, RewardPolicy
 from rlhf.config.schema.rollouts import RolloutsConfig
 from rlhf.config.schema.run import RunConfig, TrackingConfig
 from rlhf.config.schema.train import EvalConfig, TrainConfig
+from rlhf.sections import OnlyIn, Section
 
 RewardName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue, field_validator
 
-from rlhf.algorithms.section import OnlyIn, OnlyWith, Section
+from rlhf.sections import OnlyIn, OnlyWith, Section
 
 OF_WANDB = OnlyWith("wandb", "offline", "online")
 Tag = Annotated[str, Field(min_length=1, max_length=64)]

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf.algorithms.section import Section
 from rlhf.config.mistakes.explain import Problem
 from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.merge import MergeConfig, merge_problems
@@ -15,6 +14,7 @@ from rlhf.config.schema.run import RunConfig
 from rlhf.config.validation.evaluation import evaluation_problems
 from rlhf.config.validation.run import problems
 from rlhf.config.validation.unused_keys import unused
+from rlhf.sections import Section
 
 
 class MergeStage(Section):

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from rlhf.algorithms.section import Section
 from rlhf.config import derive
 from rlhf.config.files.base import extend, read_tree
 from rlhf.config.files.load import LoadedConfig, resolve
@@ -24,6 +23,7 @@ from rlhf.config.mistakes.explain import Problem, parse_as, refuse
 from rlhf.config.mistakes.suggestions import nearest
 from rlhf.config.schema.root import Config
 from rlhf.errors import UserError
+from rlhf.sections import Section
 from rlhf.tracking.metrics.declarations import METRICS, TRAITS, declared
 from rlhf.tracking.metrics.reductions import Histogram
 

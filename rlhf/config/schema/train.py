@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from rlhf.algorithms.section import NotWith, OnlyIn, OnlyWith, Section
 from rlhf.evaluation.voting import AnswerForm
 from rlhf.limits import MAX_TEMPERATURE, MIN_TEMPERATURE
+from rlhf.sections import NotWith, OnlyIn, OnlyWith, Section
 
 Schedule = Literal["constant", "linear", "cosine", "cosine_with_restarts", "wsd"]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]

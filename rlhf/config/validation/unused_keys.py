@@ -1,7 +1,7 @@
 """List keys without effect in a run or an evaluation. Load refuses them if they are written, and dump leaves them out.
 
 A key is listed if and only if the run would be the same for any value of it. Most rules are marks beside the field
-(rlhf.algorithms.section). This module says which parts a run lacks, and holds the rules that need several sections.
+(rlhf.sections). This module says which parts a run lacks, and holds the rules that need several sections.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pydantic import BaseModel
 
 from rlhf.algorithms.online_config import FollowedReferenceConfig, OnlineConfig
-from rlhf.algorithms.section import NotWith, OnlyIn, OnlyWith, Section
 from rlhf.config import derive
 from rlhf.config.files.yaml_tree import Key, kind
 from rlhf.config.mistakes.explain import Problem
@@ -23,6 +22,7 @@ from rlhf.config.schema.rewards import RewardConfig, drops
 from rlhf.config.schema.rollouts import AgentConfig
 from rlhf.config.schema.root import Config
 from rlhf.role_table import ROLE_ORDER, TRAINED_ROLES
+from rlhf.sections import NotWith, OnlyIn, OnlyWith, Section
 
 Missing = dict[str, tuple[str, str]]  # a part that the run lacks: the reason, and what to change
 MORE_UPDATES = "lower train.sequences_per_update or raise train.epochs_per_batch"
