@@ -18,6 +18,7 @@ from typing import Any, Literal
 import pytest
 
 from rlhf.cli import main
+from rlhf.tracking.sinks.tracker import read_metrics
 from tests.chaos.faults import TimelineTail, wait_until
 from tests.chaos.survival import (
     BASE,
@@ -34,7 +35,7 @@ from tests.chaos.survival import (
     wait_for_end,
 )
 from tests.hosts import BIN, Host, several_hosts, start_node, start_ray
-from tests.integration.recipes import merge, rows, write_config
+from tests.integration.recipes import merge, write_config
 from tests.integration.test_failures import MANY
 from tests.integration.test_node_loss import QUICK_HEALTH
 
@@ -175,7 +176,7 @@ def elastic_run(
 
     def wait_for(count: int) -> None:
         def is_so() -> bool:
-            return steps_done(run) > 0 and rows(run)[-1]["rollouts/engines"] == count
+            return steps_done(run) > 0 and read_metrics(run)[-1]["rollouts/engines"] == count
 
         reached = wait_until(is_so, lambda: process.poll() is not None, limit_s=LIMIT_S)
         assert reached, (folder / "run.log").read_text()[-4000:]

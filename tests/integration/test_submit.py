@@ -20,6 +20,7 @@ from ray._private.authentication_test_utils import reset_auth_token_state
 import rlhf
 from actors.jobs.submit import RUN, Jobs
 from rlhf.cli import main
+from rlhf.tracking.sinks.tracker import read_metrics
 from tests.integration.recipes import ONLINE, merge, rows, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,7 +131,7 @@ def test_a_job_is_stopped_and_submitted_again(
     first = rlhf.submit("run.yaml", address=head, env=["WORD"])
     assert first == "job-1"
     give_up = time.monotonic() + 90.0
-    while len(rows(run)) < 2:
+    while len(read_metrics(run)) < 2:
         assert time.monotonic() < give_up, rlhf.job_status(first, address=head)
         time.sleep(0.2)
     with pytest.raises(rlhf.UserError, match=r"the job job-1 of the same run, .*/runs/job, is RUNNING"):

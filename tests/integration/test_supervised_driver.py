@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
+from rlhf.tracking.sinks.tracker import read_metrics
 from tests.integration.recipes import ONLINE, merge, rows, start, train, without_clocks, write_config
 
 SMALL: Mapping[str, Any] = {
@@ -57,7 +58,7 @@ def test_a_driver_that_is_killed_twice_ends_with_the_weights_of_an_unbroken_run(
 def kill_driver(run: Path, *, after: int) -> int:
     """Kill the run's driver once it has done more than so many steps. Return its process id."""
     until = time.monotonic() + 240.0
-    while len(rows(run)) <= after:
+    while len(read_metrics(run)) <= after:
         assert time.monotonic() < until
         time.sleep(0.05)
     driver = int((run / ".lock").read_text(encoding="utf-8"))

@@ -25,6 +25,7 @@ from wandb.proto.wandb_internal_pb2 import RunRecord
 import rlhf
 from rlhf.cli import main
 from rlhf.config.files.load import load
+from rlhf.tracking.sinks.tracker import read_metrics
 from tests.integration.recipes import ONLINE, merge, rows, without_clocks
 
 RUN: dict[str, Any] = {
@@ -103,7 +104,7 @@ def results(folder: Path) -> list[dict[str, Any]]:
 def wrote(folder: Path, trial: int, step: int) -> bool:
     """Whether a trial has written this step's row."""
     run = folder / "trials" / f"trial-{trial:03d}"
-    return any(row["step"] >= step for row in rows(run))
+    return any(row["step"] >= step for row in read_metrics(run))
 
 
 @pytest.mark.slow
