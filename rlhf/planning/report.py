@@ -175,23 +175,30 @@ def _times(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: 
     title = f"time of a step, estimated ({_assumed(config, nodes, lengths)})\n"
     if config.rollouts is None:
         return [title + _stages(config, stages, nodes)]
-    system, sync = system_of(config, sizes, nodes, lengths, {}), sync_stage(config, sizes, nodes)
+    system, sync, schedule = (
+        system_of(config, sizes, nodes, lengths, {}),
+        sync_stage(config, sizes, nodes),
+        schedule_of(config),
+    )
     bounds = (0,) if system.colocated else sorted({0, 1, 2, config.rollouts.max_staleness})
-    compared = schedules(config, bounds)
-    outcomes = {schedule: simulate(system, schedule, steps=3, seed=0, warm_up=3) for schedule in compared}
+    outcomes = {compared: simulate(system, compared) for compared in schedules(config, bounds)}
     seconds = outcomes[Schedule()].step_s - sum(stage.seconds for stage in stages) - sync.seconds
     how = (
         f"until the slowest response; an engine's step {system.base_s * 1e3:,.3g} ms + "
         f"{system.each_s * 1e6:,.3g} us a sequence"
     )
-    text = title + _stages(config, [Stage("rollouts", max(seconds, 0.0), how), *stages, sync], nodes)
+    stages = [Stage("rollouts", max(seconds, 0.0), how), *stages, sync]
+    if schedule != Schedule():
+        overlap = outcomes[schedule].step_s - sum(stage.seconds for stage in stages)
+        stages.append(Stage("overlap", overlap, f"{schedule}, compared with {Schedule()}"))
+    text = title + _stages(config, stages, nodes)
     if system.colocated:
         return [text, "schedules: rollouts and training share their devices, so they can only take turns"]
     rows = [["schedule", "s / step", "engines busy", "trainers busy", "mean lag"]]
-    for schedule, outcome in outcomes.items():
+    for compared, outcome in outcomes.items():
         busy = [f"{outcome.engines_busy:.0%}", f"{outcome.trainer_busy:.0%}"]
-        rows.append([str(schedule), f"{outcome.step_s:,.4g}", *busy, f"{outcome.lag:.2f}"])
-    return [text, f"schedules; this run: {schedule_of(config)}\n" + format_table(rows)]
+        rows.append([str(compared), f"{outcome.step_s:,.4g}", *busy, f"{outcome.lag:.2f}"])
+    return [text, f"schedules; this run: {schedule}\n" + format_table(rows)]
 
 
 def _assumed(config: Config, nodes: Sequence[Node] | None, lengths: Lengths) -> str:
@@ -214,7 +221,7 @@ def _stages(config: Config, stages: Sequence[Stage], nodes: Sequence[Node] | Non
         how = f"{total * steps / 3600:,.3g} hours, without start and evaluations"
         summed.append(Stage("whole run", total * steps, how))
     for stage in [*stages, *summed]:
-        share = f"{stage.seconds / total:.0%}" if stage.seconds <= total else ""
+        share = "" if stage.name == "whole run" else f"{stage.seconds / total:.0%}"
         costs = [f"{stage.seconds * rate / 3600:,.4g}" for rate in rates_per_hour.values()]
         rows.append([stage.name, f"{stage.seconds:,.4g}", share, *costs, stage.how])
     return format_table(rows)

@@ -50,7 +50,6 @@ _FIELDS = {  # of System, and the unit
 }
 _LISTS = {"gpus": 1, "staleness": 0}
 MOST_RESPONSES = 1_000_000  # per step: takes seconds to simulate
-MANY_RESPONSES = 30_000  # per step: fewer steps give the same averages
 MOST_STALENESS = 16
 _HEADINGS = (
     *("GPUs", "schedule", "s / step", "tokens / s", "GPUs busy", "engines busy", "engines full", "trainers busy"),
@@ -145,7 +144,7 @@ def scenarios(
         responses = larger.prompts_per_step * larger.samples_per_prompt
         if responses > MOST_RESPONSES:
             raise UserError(f"--simulate: {responses:,} responses a step at gpus={gpus}, expected {MOST_RESPONSES:,}")
-        count = int(steps) if steps is not None else 2 if responses > MANY_RESPONSES else 6
+        count = None if steps is None else int(steps)
         results += [(gpus, s, simulate(larger, s, steps=count, seed=seed)) for s in compared]
     return results
 

@@ -21,6 +21,7 @@ from rlhf.errors import UserError
 from rlhf.planning.system import Outcome, Schedule, System
 
 MOST_FAILURES = 10_000
+MANY_RESPONSES = 30_000  # per step: fewer steps give the same averages
 Kind = Literal["decoded", "answered", "trained", "synced", "failed"]
 
 
@@ -325,11 +326,16 @@ class _Simulation:
                 self.decoded(index)
 
 
-def simulate(system: System, schedule: Schedule, *, steps: int, seed: int, warm_up: int | None = None) -> Outcome:
-    """Simulate `steps` steps after a warm-up. Equal seeds give equal outcomes.
+def simulate(
+    system: System, schedule: Schedule, *, steps: int | None = None, seed: int = 0, warm_up: int | None = None
+) -> Outcome:
+    """Simulate some steps after a warm-up. Equal seeds give equal outcomes.
 
+    `steps`: the number of simulated steps. None: 6, or 2 for large batches.
     `warm_up`: steps that are not counted. None: until the pipeline is full.
     """
+    if steps is None:
+        steps = 2 if system.prompts_per_step * system.samples_per_prompt > MANY_RESPONSES else 6
     run = _Simulation(system, schedule, seed)
     if system.mtbf_s is not None:
         for node in range(-(-system.engines // system.engines_per_node)):

@@ -68,6 +68,32 @@ def test_cost_is_split_by_stage(large: str) -> None:
     assert float(step[4]) == pytest.approx(float(step[1]) / 3600 * 4 * 98, rel=0.01)
 
 
+def rows_of(text: str) -> dict[str, list[str]]:
+    """The rows of the tables of time and schedules, by name; of equal names the first."""
+    tables = text.split("time of a step")[1].split("inputs:")[0]
+    rows = [re.split(r"\s{2,}", line.strip()) for line in tables.splitlines() if line.startswith("  ")]
+    return {row[0]: row[1:] for row in reversed(rows)}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "keys"),
+    [
+        ("pipelined, 1 ahead", ["rollouts.max_staleness=1"]),
+        ("in flight, 2 ahead", ["rollouts.max_staleness=2", "rollouts.weight_updates=in_flight"]),
+    ],
+)
+def test_the_whole_run_costs_what_its_schedule_takes(schedule: str, keys: list[str]) -> None:
+    rows = rows_of(rlhf.plan(LARGE, [*keys, "algorithm.correction={preset: token_tis}"], cluster=NODES))
+    step, turns = rows[schedule][0], float(rows["in turns"][0])
+    assert rows["step"][0] == step
+    assert float(step) < turns
+    assert float(rows["overlap"][0]) == pytest.approx(float(step) - turns, abs=0.2)  # figures of four digits
+    hours = 300 * float(step) / 3600
+    whole = [float(cell.replace(",", "")) for cell in rows["whole run"][:3]]  # seconds, GPU hours, price
+    assert whole == pytest.approx([3600 * hours, 32 * hours, 4 * 98 * hours], rel=1e-3)
+    assert rows["whole run"][3].startswith(f"{hours:,.3g} hours")
+
+
 def test_what_does_not_fit_says_what_would_shrink_it(tmp_path: Path) -> None:
     text = rlhf.plan(LARGE, cluster="4*cpu=96,gpu=8,type=l40s,gpumem=24,mem=160")
     assert "DOES NOT FIT" in text
