@@ -19,11 +19,10 @@ from actors.cluster.address import cluster_to_join
 from actors.sweeps.search import require_optuna, strategy_of
 from actors.sweeps.trial_process import END_WITHIN_S, MachineShare, TrialProcess, wait_for_all
 from rlhf.config.files.dump import dump_yaml
-from rlhf.config.placement_plan import copies
 from rlhf.config.schema.cluster import ClusterConfig
-from rlhf.config.schema.sweep import GridMethod, Sweep
+from rlhf.config.schema.sweep import Sweep
 from rlhf.errors import Preempted, RunError, UserError
-from rlhf.planning.trials import bundles_of
+from rlhf.planning.shares import divide, most_trials, room_in, this_machine, trials_of
 from rlhf.room import PAUSE
 from rlhf.stopping import StopRequest, current_request
 from rlhf.sweeps.journal import Journal, Trial
@@ -34,7 +33,7 @@ from rlhf.sweeps.strategy import Assignment, Strategy
 from rlhf.tracking import logs
 from rlhf.tracking.formatting import number
 from rlhf.tracking.run_folder.atomic import write_atomic
-from rlhf.tracking.run_folder.environment import num_cpus, visible_gpus
+from rlhf.tracking.run_folder.environment import visible_gpus
 from rlhf.tracking.run_folder.lock import lock_folder
 
 logger = logging.getLogger(__name__)
@@ -244,33 +243,32 @@ def _failures(result: SweepResult) -> str:
 
 def _shares(sweep: Sweep, known: Sequence[Values] | None) -> list[MachineShare]:
     """Return the share of the machine for each trial that runs at once."""
-    config = sweep.config
-    trials = [sweep.base, *(sweep.trial(values, "trial") for values in known or ())]
-    wanted = [bundles_of(trial) for trial in trials]
     cluster = next(iter(sweep.base.runs.values())).cluster
     address = cluster_to_join(cluster.address)
-    cores, gpus = tuple(sorted(os.sched_getaffinity(0))), visible_gpus()
-    nodes = [{"CPU": float(num_cpus()), "GPU": float(len(gpus))}] if address is None else _nodes(cluster)
-    most = config.method.trials if known is None and not isinstance(config.method, GridMethod) else len(known or ())
-    count = min(config.concurrency or most, most)
-    room = max(1, min(copies(bundles, nodes, most=count) for bundles in wanted))
-    count = room if config.concurrency is None else count
-    if count > room:
-        logger.warning("sweep.concurrency is %d, but there is room for %d trials at once", count, room)
     if address is not None:
+        most = most_trials(sweep, known)
+        room = max(1, room_in(_nodes(cluster), trials_of(sweep, known), most=most))
+        count = min(sweep.config.concurrency or room, most)
+        _warn_of_more(count, room)
         logger.info("%d trials at once, in the cluster at %s", count, address)
         return [MachineShare()] * count
-    each_gpus = max(round(sum(bundle.get("GPU", 0.0) for bundle in bundles)) for bundles in wanted)
-    if each_gpus * count > len(gpus):
-        raise UserError(
-            f"{sweep.source}: sweep.concurrency: {count} trials of {each_gpus} GPUs each, but there are {len(gpus)}"
-        )
-    each = len(cores) // count
+    cores, gpus = tuple(sorted(os.sched_getaffinity(0))), visible_gpus()
+    division = divide(sweep, known, this_machine(gpus=len(gpus)))
+    if division.problem is not None:
+        raise UserError(f"{sweep.source}: sweep.concurrency: {division.problem}")
+    count = division.count
+    _warn_of_more(count, division.room)
+    each, each_gpus = len(cores) // count, division.gpus
     logger.info("%d trials at once, of %d cores each", count, each or len(cores))
     return [
         MachineShare(cores=cores[n * each : (n + 1) * each], gpus=tuple(gpus[n * each_gpus : (n + 1) * each_gpus]))
         for n in range(count)
     ]
+
+
+def _warn_of_more(count: int, room: int) -> None:
+    if count > room:
+        logger.warning("sweep.concurrency is %d, but there is room for %d trials at once", count, room)
 
 
 def _may_keep_engines(sweep: Sweep) -> bool:

@@ -6,15 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.files.load import LoadedConfig
 from rlhf.config.nodes import parse_cluster
-from rlhf.config.placement_plan import copies, plan_placement
-from rlhf.config.schema.stages import MergeStage
 from rlhf.config.schema.sweep import AshaMethod, GridMethod, Parameter, PbtMethod, Sweep
 from rlhf.planning.report import render_plan
+from rlhf.planning.shares import divide, most_trials, room_in, this_machine, trials_of
 from rlhf.planning.summary import format_table
 from rlhf.sweeps.space import format_values, known_trials
-from rlhf.tracking.run_folder.environment import num_cpus
 
 NUM_SHOWN = 12  # trials
 
@@ -31,7 +28,7 @@ def render_sweep(
         ("trials", f"{count} of {sweep.base.name}, {_method(sweep)}"),
         ("compared by", f"the last {sweep.metric} of {sweep.judged}; {better} is better"),
         *((f"  {key}", _range(parameter)) for key, parameter in config.parameters.items()),
-        ("at once", _at_once(sweep, known, count, cluster)),
+        ("at once", _at_once(sweep, known, cluster)),
     ]
     parts = [f"{config.name}: sweep -> {sweep.folder}\n", format_table(rows)]
     if known is not None:
@@ -59,21 +56,17 @@ def _range(parameter: Parameter) -> str:
     return ", ".join([f"{parameter.min:g} to {parameter.max:g}", *kinds])
 
 
-def _at_once(sweep: Sweep, known: Sequence[Mapping[str, Any]] | None, count: int, cluster: str | None) -> str:
+def _at_once(sweep: Sweep, known: Sequence[Mapping[str, Any]] | None, cluster: str | None) -> str:
     """Describe how many trials run at once: the configured number, or as many as fit."""
     wanted = sweep.config.concurrency
-    if cluster is None and any(run.cluster.device == "cuda" for run in sweep.base.runs.values()):
-        return str(wanted) if wanted is not None else "as many as fit; describe the nodes by --cluster"
-    nodes = [{"CPU": float(num_cpus()), "GPU": 0.0}]
+    clusters = [run.cluster for run in sweep.base.runs.values()]
     if cluster is not None:
-        nodes = [node.resources for node in parse_cluster(cluster)]
-    trials = [sweep.base, *(sweep.trial(values, "trial") for values in known or ())]
-    room = min(copies(bundles_of(trial), nodes, most=count) for trial in trials)
-    text = f"{room} fit into {'this machine' if cluster is None else cluster}"
-    return text if wanted is None else f"{min(wanted, count)} (sweep.concurrency); {text}"
-
-
-def bundles_of(loaded: LoadedConfig) -> Sequence[Mapping[str, float]]:
-    """Return the bundles reserved by the most demanding stage of a trial."""
-    slots = [plan_placement(stage) for stage in loaded.stages.values() if not isinstance(stage, MergeStage)]
-    return max(slots, key=lambda placement: (placement.total("GPU"), placement.total("CPU"))).bundles
+        most, nodes = most_trials(sweep, known), [node.resources for node in parse_cluster(cluster)]
+        text = f"{room_in(nodes, trials_of(sweep, known), most=most)} fit into {cluster}"
+        return text if wanted is None else f"{min(wanted, most)} (sweep.concurrency); {text}"
+    if any(section.device == "cuda" or section.address is not None for section in clusters):
+        return str(wanted) if wanted is not None else "as many as fit; describe the nodes by --cluster"
+    division = divide(sweep, known, this_machine(gpus=0))
+    text = f"{division.room} fit into this machine"
+    text = text if wanted is None else f"{division.count} (sweep.concurrency); {text}"
+    return text if division.problem is None else f"{text}: {division.problem}"

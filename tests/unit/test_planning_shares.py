@@ -1,0 +1,93 @@
+"""How the trials of a sweep divide a machine, and which keys make a trial fit into its share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import actors.sweeps.runner
+import rlhf
+from actors.sweeps.runner import run_sweep
+from rlhf.config.schema.sweep import Sweep, load_sweep
+from rlhf.errors import UserError
+from rlhf.planning.shares import Division, Machine, divide
+from rlhf.sweeps.space import known_trials
+from tests.unit.test_config_schema_sweep import RUN, write_sweep
+
+GRPO: dict[str, Any] = {
+    **RUN,
+    "algorithm": {"name": "grpo"},
+    "rollouts": {"prompts_per_step": 4, "samples_per_prompt": 4, "max_new_tokens": 16},
+    "rewards": {"right": {"function": "running_totals"}},
+}
+TWO_CORES = Machine(cores=2, cpus=2, gpus=0)
+
+
+def grpo_sweep(folder: Path, **changes: Any) -> Sweep:
+    return load_sweep(write_sweep(folder, config=GRPO, metric="rewards/score/mean", **changes))
+
+
+def divided(sweep: Sweep, machine: Machine) -> Division:
+    return divide(sweep, known_trials(sweep), machine)
+
+
+def test_a_trial_larger_than_its_share_is_refused_with_the_keys_that_solve_it(tmp_path: Path) -> None:
+    # A trial reserves 2 CPUs: 1 for the policy and 1 for the engine. Two trials on two cores have one core each.
+    problem = divided(grpo_sweep(tmp_path, concurrency=2), TWO_CORES).problem
+    assert problem == (
+        "a trial reserves 2 CPUs, and the share of a trial is 1 of 2 with 2 at once. To run the sweep, set "
+        "sweep.concurrency=1, or reserve less for each role with cluster.roles.policy.cpus=0.5 "
+        "cluster.roles.rollout.cpus=0.5."
+    )
+    cured = grpo_sweep(
+        tmp_path, concurrency=2, set={"cluster.roles.policy.cpus": 0.5, "cluster.roles.rollout.cpus": 0.5}
+    )
+    assert divided(cured, TWO_CORES) == Division(count=2, room=2, gpus=0, problem=None)
+    assert divided(grpo_sweep(tmp_path, concurrency=1), TWO_CORES).problem is None
+    assert divided(grpo_sweep(tmp_path), TWO_CORES) == Division(count=1, room=1, gpus=0, problem=None)
+
+
+def test_as_many_trials_run_at_once_as_fit_into_equal_shares(tmp_path: Path) -> None:
+    # 2.5 CPUs each: two trials fit into 5 CPUs, but a share has whole cores, and half of 5 is 2.
+    sweep = grpo_sweep(tmp_path, set={"cluster.roles.policy.cpus": 1.5})
+    assert divided(sweep, Machine(cores=5, cpus=5, gpus=0)) == Division(count=1, room=1, gpus=0, problem=None)
+    assert divided(sweep, Machine(cores=6, cpus=6, gpus=0)).count == 2
+
+
+def test_a_trial_larger_than_the_machine_is_refused(tmp_path: Path) -> None:
+    sweep = grpo_sweep(tmp_path, set={"cluster.roles.policy.cpus": 3})
+    problem = divided(sweep, TWO_CORES).problem
+    assert problem is not None
+    assert "To run the sweep, reserve less for each role with cluster.roles.policy.cpus=1 " in problem  # 3 * 2 / 4
+    assert "concurrency=" not in problem
+
+
+def test_stages_of_a_pipeline_get_keys_of_their_own(tmp_path: Path) -> None:
+    shared = {key: GRPO[key] for key in ("policy", "data", "train")}
+    stages = {"first": {"algorithm": RUN["algorithm"]}, "second": {k: GRPO[k] for k in GRPO if k not in shared}}
+    stages["second"].pop("run")
+    config = {"run": {"name": "both"}, **shared, "stages": stages}
+    (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    sweep = load_sweep(
+        write_sweep(tmp_path, config="pipeline.yaml", concurrency=2, parameters={"train.lr": {"values": [1e-4, 1e-3]}})
+    )
+    problem = divided(sweep, TWO_CORES).problem
+    assert problem is not None
+    assert "stages.second.cluster.roles.policy.cpus=0.5 stages.second.cluster.roles.rollout.cpus=0.5" in problem
+    assert "stages.first" not in problem
+
+
+def test_the_sweep_and_its_plan_say_so_before_a_trial_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("a trial was started")
+
+    monkeypatch.setattr(actors.sweeps.runner, "TrialProcess", started)
+    monkeypatch.setattr("rlhf.tracking.logs.configure", lambda level: None)
+    sweep = grpo_sweep(tmp_path, set={"cluster.roles.policy.cpus": 1000})
+    with pytest.raises(UserError, match=r"sweep.yaml: sweep.concurrency: a trial reserves 1001 CPUs"):
+        run_sweep(sweep, resume=False, quiet=True)
+    text = rlhf.plan(tmp_path / "sweep.yaml")
+    assert "at once      0 fit into this machine: a trial reserves 1001 CPUs" in text
