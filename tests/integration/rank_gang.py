@@ -1,14 +1,20 @@
-"""A gang for tests of the engine: one process a rank, spawned once and given many tasks."""
+"""Gangs for tests of the engine: one process a rank, spawned once and given many tasks.
+
+Tests share the gangs of `Gangs`. Each task begins with the same random state, whatever ran before. A gang is replaced
+if one of its ranks failed.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
+import random
 import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import LlamaConfig
 
@@ -57,6 +63,7 @@ def serve(connection: Connection, rank: int, world_size: int, port: int, device:
     init_distributed(place_of(rank, world_size, device.type), "127.0.0.1", port)
     while (task := connection.recv()) is not None:
         function, options = task
+        _seed()
         try:
             connection.send((None, function(rank, world_size, **options)))
         except Exception:
@@ -65,11 +72,20 @@ def serve(connection: Connection, rank: int, world_size: int, port: int, device:
     leave_distributed()
 
 
+def _seed() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
 class Gang:
+    """Ranks that all run the functions sent to them. The gang has failed as soon as one of its ranks has."""
+
     def __init__(self, world_size: int, device: torch.device = CPU) -> None:
         context = multiprocessing.get_context("spawn")
         port = free_port()
         pipes = [context.Pipe() for _ in range(world_size)]
+        self.has_failed = False
         self.connections = [ours for ours, _ in pipes]
         self.processes = [
             context.Process(target=serve, args=(theirs, rank, world_size, port, device), daemon=True)
@@ -79,6 +95,8 @@ class Gang:
             process.start()
 
     def run(self, function: Callable[..., Any], **options: Any) -> list[Any]:
+        """What function(rank, world_size, **options) returned in each rank."""
+        self.has_failed = True  # until all have answered
         for connection in self.connections:
             connection.send((function, options))
         results = []
@@ -87,12 +105,34 @@ class Gang:
             error, result = connection.recv()
             assert error is None, f"rank {rank}: {error}"
             results.append(result)
+        self.has_failed = False
         return results
 
     def close(self) -> None:
         for connection, process in zip(self.connections, self.processes, strict=True):
-            if process.is_alive():
+            if self.has_failed:
+                process.kill()
+            elif process.is_alive():
                 connection.send(None)
         for process in self.processes:
             process.join(DEADLINE_S)
             process.kill()
+
+
+class Gangs:
+    """Gangs by their number of ranks, started when they are first needed and again after a failure."""
+
+    def __init__(self) -> None:
+        self._gangs: dict[int, Gang] = {}
+
+    def __getitem__(self, ranks: int) -> Gang:
+        gang = self._gangs.get(ranks)
+        if gang is not None and gang.has_failed:
+            self._gangs.pop(ranks).close()
+        if ranks not in self._gangs:
+            self._gangs[ranks] = Gang(ranks)
+        return self._gangs[ranks]
+
+    def close(self) -> None:
+        for gang in self._gangs.values():
+            gang.close()

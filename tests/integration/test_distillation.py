@@ -5,7 +5,7 @@ The teacher is wider than the student, and its head has rows that stand for no t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from rlhf.tracking.metrics.declarations import expected_metrics, merge_metrics, 
 from rlhf.types import Examples, MinibatchPlan
 from rlhf.workers.frozen.teacher import TeacherWorker
 from rlhf.workers.offline.distillation import DistillationWorker
-from tests.integration.rank_gang import Gang, place_of
+from tests.integration.rank_gang import Gangs, place_of
 from tests.integration.recipes import rows, start, train, without_clocks, write_config
 from tests.integration.test_online import kill_all, wait_for
 
@@ -191,10 +191,9 @@ Train = Callable[..., list[dict[str, float]]]
 
 
 @pytest.fixture(scope="module")
-def run(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
+def run(gangs: Gangs, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
     """Metrics of each step, then of an evaluation."""
     folder = str(tmp_path_factory.mktemp("runs"))
-    gangs = {1: Gang(1), 2: Gang(2)}
 
     def run(
         algorithm: Mapping[str, Any], *, tokens: int = 4096, policy: Mapping[str, Any] = {}, **roles: int
@@ -203,9 +202,7 @@ def run(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trai
         found = gangs[config.cluster.roles.policy.workers].run(train_rank, config=config, models=models)
         return [results(merge_metrics(parts)) for parts in zip(*found, strict=True)]
 
-    yield run
-    for gang in gangs.values():
-        gang.close()
+    return run
 
 
 FORWARD = {"divergence": "forward_kl"}

@@ -5,7 +5,6 @@ Sharded weights included: DoRA reads the base's norms, PiSSA its singular vector
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +33,6 @@ KINDS: dict[str, dict[str, Any]] = {
 SCHEDULE = ScheduleSettings(kind="linear", warmup_steps=0, total_steps=6)
 OPTIMIZER = OptimizerSettings(lr=0.01, eps=1e-3, weight_decay=0.1, grad_clip=0.5, lora_plus_ratio=4.0)
 LENGTHS = torch.tensor([5, 3])
-
-
-@pytest.fixture(scope="module")
-def gang() -> Iterator[Gang]:
-    gang = Gang(2)
-    yield gang
-    gang.close()
 
 
 @pytest.fixture(scope="module")

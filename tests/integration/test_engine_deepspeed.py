@@ -6,7 +6,6 @@ The gradient is that of a sum over the optimizer step, so ranks and micro-batche
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from rlhf.engine.deepspeed import BUCKET_ELEMENTS, DeepSpeedEngine, Offload
 from rlhf.engine.schedule import lr_factor
 from rlhf.errors import RunError, UserError
 from rlhf.models.packed import policy_logprobs
-from tests.integration.rank_gang import CPU, DEADLINE_S, Gang, small_config
+from tests.integration.rank_gang import CPU, DEADLINE_S, Gang, Gangs, small_config
 
 OPTIMIZER = OptimizerSettings(lr=0.01, betas=(0.9, 0.99), weight_decay=0.1, grad_clip=0.5)
 SCHEDULE = ScheduleSettings(kind="linear", warmup_steps=2, total_steps=5)
@@ -263,11 +262,9 @@ def load_hostile(rank: int, world_size: int, *, stage: int, dtype: torch.dtype, 
     return messages
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=lambda n: f"{n}rank")
-def gang(request: pytest.FixtureRequest) -> Iterator[Gang]:
-    gang = Gang(request.param)
-    yield gang
-    gang.close()
+@pytest.fixture(params=[1, 2], ids=lambda n: f"{n}rank")
+def gang(request: pytest.FixtureRequest, gangs: Gangs) -> Gang:
+    return gangs[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -331,16 +328,14 @@ def test_nonfinite_never_reaches_the_weights(gang: Gang, stage: int, dtype: torc
         assert unchanged
 
 
-def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
-    alone = Gang(1)
+def test_a_checkpoint_runs_no_code(gangs: Gangs, tmp_path: Path) -> None:
     for stage in (0, 1, 2, 3):
         for dtype in (torch.float32, torch.bfloat16):
             folder = tmp_path / f"{stage} {dtype}" / "checkpoint"
             folder.parent.mkdir()
-            (messages,) = alone.run(load_hostile, stage=stage, dtype=dtype, folder=folder)
+            (messages,) = gangs[1].run(load_hostile, stage=stage, dtype=dtype, folder=folder)
             assert len(messages) == 2 * len(list(folder.rglob("*.pt")))
             assert all("is refused: it is damaged, or loading it would run code" in message for message in messages)
-    alone.close()
 
 
 def test_another_stage_continues_up_to_rounding(gang: Gang, tmp_path: Path) -> None:

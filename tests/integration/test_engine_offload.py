@@ -5,7 +5,6 @@ On a CPU nothing changes its place, but the bookkeeping is DeepSpeed's own; test
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor
 
 from rlhf.engine.deepspeed import DeepSpeedEngine
-from tests.integration.test_engine_deepspeed import Gang, make_engine, train, weights_of
+from tests.integration.rank_gang import Gang, Gangs
+from tests.integration.test_engine_deepspeed import make_engine, train, weights_of
 
 OPTIMIZER_ON_HOST: dict[str, Any] = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
 
@@ -64,11 +64,9 @@ def states_put_aside(
     return moved, weights[0], weights[1]
 
 
-@pytest.fixture(scope="module")
-def gang() -> Iterator[Gang]:
-    gang = Gang(1)
-    yield gang
-    gang.close()
+@pytest.fixture
+def gang(gangs: Gangs) -> Gang:
+    return gangs[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -7,7 +7,6 @@ ranks, recomputed layers, and weights that are sharded (ZeRO-3) or not. Not cove
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,7 +21,7 @@ from rlhf.models.branches import Branch, Branches
 from rlhf.models.heads import sequence_scores, token_values
 from rlhf.models.loading import enable_checkpointing
 from rlhf.models.packed import policy_logprobs, policy_logprobs_only, supervised_loss
-from tests.integration.rank_gang import CPU, DEADLINE_S, Gang, small_config
+from tests.integration.rank_gang import CPU, DEADLINE_S, Gang, Gangs, small_config
 
 WORLD = 4
 STEPS = 2
@@ -135,11 +134,9 @@ def refusal(rank: int, world_size: int) -> str:
     return ""
 
 
-@pytest.fixture(scope="module")
-def gang() -> Iterator[Gang]:
-    gang = Gang(WORLD)
-    yield gang
-    gang.close()
+@pytest.fixture
+def gang(gangs: Gangs) -> Gang:
+    return gangs[WORLD]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ GPUs; that a model larger than a rank's memory loads, for which the counts of el
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +42,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(config(tied=False)).save_pretrained(folder / "untied", max_shard_size="20KB")  # several files
     LlamaForSequenceClassification(config(tied=False)).save_pretrained(folder / "reward")
     return folder
-
-
-@pytest.fixture(scope="module")
-def gang() -> Iterator[Gang]:
-    gang = Gang(WORLD)
-    yield gang
-    gang.close()
 
 
 # What a rank does.

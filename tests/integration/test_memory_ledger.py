@@ -7,7 +7,7 @@ calls are then replayed for a model of seven billion weights: each role holds wh
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -26,7 +26,7 @@ from rlhf.planning.fitting import Fit, places
 from rlhf.planning.footprints import Sizes, footprints
 from rlhf.planning.memory import GIB, Footprint
 from tests.curves.in_process import run
-from tests.integration.rank_gang import Gang
+from tests.integration.rank_gang import Gang, Gangs
 from tests.integration.recipes import ONLINE, merge, write_config
 
 LARGE = "Qwen/Qwen2.5-7B-Instruct"
@@ -173,11 +173,9 @@ def variants(name: str) -> list[Config]:
     return found
 
 
-@pytest.fixture(scope="module")
-def gang() -> Iterator[Gang]:
-    gang = Gang(1)
-    yield gang
-    gang.close()
+@pytest.fixture
+def gang(gangs: Gangs) -> Gang:
+    return gangs[1]
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -6,7 +6,7 @@ rank is started for each layout and serves all tests.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from rlhf.workers.offline.pairs import PreferenceWorker, RewardModelWorker
 from rlhf.workers.offline.referenced import ReferencedPolicy
 from rlhf.workers.offline.step_rewards import StepRewardWorker
 from rlhf.workers.offline.unpaired import UnpairedWorker
-from tests.integration.rank_gang import Gang, place_of
+from tests.integration.rank_gang import Gangs, place_of
 
 ROWS, STEPS, LR = 12, 2, 1e-3
 PIECES = (range(5), range(5, 10), range(10, 11), range(11, 12))  # of an evaluation; the last leave a rank without rows
@@ -165,11 +165,10 @@ Train = Callable[..., list[dict[str, float]]]
 
 
 @pytest.fixture(scope="module")
-def train(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
+def train(gangs: Gangs, model: str, tmp_path_factory: pytest.TempPathFactory) -> Train:
     """Metrics of each step, then of an evaluation as a whole and in pieces, by 1 rank with all rows in a micro-batch or
     by 2 with about one."""
     folder = str(tmp_path_factory.mktemp("runs"))
-    gangs = {1: Gang(1), 2: Gang(2)}
 
     def run(algorithm: dict[str, Any], *, ranks: int, repeated: tuple[int, ...] = ()) -> list[dict[str, float]]:
         tokens = 4096 if ranks == 1 else 64
@@ -178,9 +177,7 @@ def train(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trai
         )
         return [results(merge_metrics(parts)) for parts in zip(*found, strict=True)]
 
-    yield run
-    for gang in gangs.values():
-        gang.close()
+    return run
 
 
 ALGORITHMS = [

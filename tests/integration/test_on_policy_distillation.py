@@ -7,7 +7,7 @@ The teacher is wider than the student, and its head has rows that stand for no t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from rlhf.tracking.metrics.declarations import expected_metrics, merge_metrics, 
 from rlhf.types import BatchPlan, MinibatchPlan, Rollouts
 from rlhf.workers.frozen.teacher import OnlineTeacherWorker
 from rlhf.workers.online.student import StudentWorker
-from tests.integration.rank_gang import Gang, place_of
+from tests.integration.rank_gang import Gangs, place_of
 from tests.integration.recipes import rows, start, train, without_clocks, write_config
 from tests.integration.test_distillation import BETA, build_models, divergence
 from tests.integration.test_online import kill_all, wait_for
@@ -200,22 +200,17 @@ Train = Callable[..., list[dict[str, float]]]
 
 
 @pytest.fixture(scope="module")
-def run(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
+def run(gangs: Gangs, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
     """Metrics of each update."""
     folder = str(tmp_path_factory.mktemp("runs"))
-    gangs: dict[int, Gang] = {}
 
     def run(algorithm: Algorithm, *, tokens: int = 4096, epochs: int = 1, **roles: Any) -> list[dict[str, float]]:
         config = config_of(algorithm, models, folder, tokens=tokens, epochs=epochs, **roles)
         workers = config.cluster.roles.policy.workers
-        if workers not in gangs:
-            gangs[workers] = Gang(workers)
         found = gangs[workers].run(train_rank, config=config)
         return [results(merge_metrics(parts)) for parts in zip(*found, strict=True)]
 
-    yield run
-    for gang in gangs.values():
-        gang.close()
+    return run
 
 
 SAMPLED = {"clip_low": 0.001, "clip_high": 0.002}

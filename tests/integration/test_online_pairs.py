@@ -7,7 +7,7 @@ pairs, at temperature 1. One process a rank is started for each layout and serve
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from rlhf.types import Examples, MinibatchPlan, Pairs, RolloutInfo, Rollouts
 from rlhf.workers.frozen.reference import ReferenceWorker
 from rlhf.workers.offline.pairs import PreferenceWorker
 from rlhf.workers.online.pairs import OnlinePreferenceWorker
-from tests.integration.rank_gang import Gang, place_of
+from tests.integration.rank_gang import Gangs, place_of
 
 GROUPS, SAMPLES, PROMPT, MOST_NEW = 6, 3, 5, 9
 CHOSEN, REJECTED = 2, 0  # samples of each group
@@ -195,10 +195,9 @@ Learn = Callable[..., list[dict[str, float]]]
 
 
 @pytest.fixture(scope="module")
-def run(models: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Learn]:
+def run(gangs: Gangs, models: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Learn:
     """Metrics of both updates, by 1 rank with all pairs in a micro-batch or by 2 with about one."""
     folder = str(tmp_path_factory.mktemp("runs"))
-    gangs = {1: Gang(1), 2: Gang(2)}
 
     def run(function: Callable[..., Any], algorithm: dict[str, Any], *, ranks: int, **options: Any) -> Any:
         tokens = 4096 if ranks == 1 else PROMPT + 2 * MOST_NEW
@@ -207,9 +206,7 @@ def run(models: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> It
         )
         return [results(merge_metrics(parts)) for parts in zip(*found, strict=True)]
 
-    yield run
-    for gang in gangs.values():
-        gang.close()
+    return run
 
 
 def equal(one: list[dict[str, float]], two: list[dict[str, float]], keys: set[str] | None = None) -> None:

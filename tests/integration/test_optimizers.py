@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,13 +115,6 @@ def relative_distance(weights: dict[str, Tensor], expected: dict[str, Tensor]) -
     apart = torch.cat([(weights[key] - expected[key]).flatten() for key in expected])
     moved = torch.cat([(expected[key] - start[key]).flatten() for key in expected])
     return float(apart.norm() / moved.norm())
-
-
-@pytest.fixture(scope="module")
-def gang() -> Iterator[Gang]:
-    gang = Gang(2)
-    yield gang
-    gang.close()
 
 
 @pytest.mark.parametrize(("name", "stage"), [("muon", 0), ("adafactor", 0), ("adamw_8bit", 0)])

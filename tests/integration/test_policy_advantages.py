@@ -5,7 +5,7 @@ Against plain transformers and loops over tokens. The groups' responses are spre
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +81,6 @@ def learn(
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(build_tiny_llama(tmp_path_factory.mktemp("models") / "policy", seed=3))
-
-
-@pytest.fixture(scope="module")
-def gang() -> Iterator[Gang]:
-    ranks = Gang(2)
-    yield ranks
-    ranks.close()
 
 
 def distributions(model: str, sequence_ids: Sequence[int]) -> dict[int, tuple[torch.Tensor, list[int]]]:

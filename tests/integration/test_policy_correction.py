@@ -7,7 +7,7 @@ is started for each layout and serves all tests.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from rlhf.roles import CompletedGroup, ScoredGroup
 from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.types import GroupRequest, GroupScores, Prompt, RolloutInfo, Rollouts
 from rlhf.workers.online.policy import PolicyWorker
-from tests.integration.rank_gang import Gang, place_of
+from tests.integration.rank_gang import Gangs, place_of
 from tests.integration.test_online_pairs import GROUPS, MOST_NEW, PROMPT, SAMPLES, rollouts_of
 
 BYPASSES = ("bypass", "policy_gradient")
@@ -121,10 +121,9 @@ Learn = Callable[..., list[dict[str, float]]]
 
 
 @pytest.fixture(scope="module")
-def run(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Learn]:
+def run(gangs: Gangs, model: str, tmp_path_factory: pytest.TempPathFactory) -> Learn:
     """Metrics of a step, by 1 rank with all responses in a micro-batch or by 2 with one to three."""
     folder = str(tmp_path_factory.mktemp("runs"))
-    gangs = {1: Gang(1), 2: Gang(2)}
 
     def run(correction: dict[str, Any] | None, *, ranks: int, **options: Any) -> list[dict[str, float]]:
         tokens = 4096 if ranks == 1 else PROMPT + 2 * MOST_NEW
@@ -133,9 +132,7 @@ def run(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Learn]
         )
         return [results(merge_metrics(parts)) for parts in zip(*found, strict=True)]
 
-    yield run
-    for gang in gangs.values():
-        gang.close()
+    return run
 
 
 def equal(one: list[dict[str, float]], two: list[dict[str, float]], *, apart: tuple[str, ...] = ()) -> None:

@@ -7,7 +7,7 @@ except where a batch that arrives in portions is compared with a whole one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from rlhf.tracking.metrics.reductions import Mean
 from rlhf.types import BatchPlan, MinibatchPlan, Prompt, RolloutInfo, Rollouts, StepReward, TokenSignals, TokenValues
 from rlhf.workers.online.policy import PolicyWorker
 from tests.agent_sessions import call, session
-from tests.integration.rank_gang import Gang, place_of
+from tests.integration.rank_gang import Gang, Gangs, place_of
 from tests.integration.test_online_pairs import GROUPS, MOST_NEW, PROMPT, SAMPLES, rollouts_of
 
 ALGORITHMS: Mapping[str, dict[str, Any]] = {
@@ -100,15 +100,7 @@ Learn = Callable[..., list[dict[str, float]]]
 
 
 @pytest.fixture(scope="module")
-def gangs() -> Iterator[Mapping[int, Gang]]:
-    gangs = {1: Gang(1), 2: Gang(2)}
-    yield gangs
-    for gang in gangs.values():
-        gang.close()
-
-
-@pytest.fixture(scope="module")
-def run(gangs: Mapping[int, Gang], tmp_path_factory: pytest.TempPathFactory) -> Learn:
+def run(gangs: Gangs, tmp_path_factory: pytest.TempPathFactory) -> Learn:
     """Metrics by 1 rank with all sequences in a micro-batch or by 2 with about one."""
     folder = tmp_path_factory.mktemp("runs")
     model = str(build_tiny_llama(folder / "policy", seed=3))
@@ -190,9 +182,7 @@ def learn_sessions(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_step_on_sessions_depends_on_neither_ranks_nor_microbatches(
-    gangs: Mapping[int, Gang], tmp_path: Path
-) -> None:
+def test_a_step_on_sessions_depends_on_neither_ranks_nor_microbatches(gangs: Gangs, tmp_path: Path) -> None:
     """In one tree a group, or in micro-batches of about one sequence on two ranks. The selection is over all tokens."""
     model = str(build_tiny_llama(tmp_path / "policy", seed=3))
     algorithm = {"name": "grpo", "aggregation": "sequence_mean_token_mean", "top_entropy_fraction": 0.5}
@@ -247,16 +237,12 @@ def _places(worker: PolicyWorker, told: TokenSignals) -> torch.Tensor:
 
 
 @pytest.mark.timeout(600)
-def test_samples_are_told_what_the_only_update_saw(tmp_path: Path) -> None:
+def test_samples_are_told_what_the_only_update_saw(gang: Gang, tmp_path: Path) -> None:
     """Old log-probabilities are those before the update; each rank tells of its own sequences: 4 of 0's, 1 of 1's."""
     model = str(build_tiny_llama(tmp_path / "policy", seed=3))
-    gang = Gang(2)
-    try:
-        found = gang.run(
-            signals, algorithm={"name": "grpo", "kl": {"coef": 0.0}}, model=model, folder=str(tmp_path), tokens=4096
-        )
-    finally:
-        gang.close()
+    found = gang.run(
+        signals, algorithm={"name": "grpo", "kl": {"coef": 0.0}}, model=model, folder=str(tmp_path), tokens=4096
+    )
     assert [told.sequence_ids.tolist() for told, _, _ in found] == [[4], [1]]
     for told, before, mask in found:
         assert int(mask.sum()) > 0
@@ -336,7 +322,7 @@ def learn_streamed(
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", STREAMED)
-def test_portions_give_the_updates_of_the_whole_batch(gangs: Mapping[int, Gang], tmp_path: Path, case: str) -> None:
+def test_portions_give_the_updates_of_the_whole_batch(gangs: Gangs, tmp_path: Path, case: str) -> None:
     """On one rank, on two that shard the gradients or all weights, and on two that share each micro-batch.
 
     The clip is below every norm, so an update by a sum that was not divided would be clipped alike: the norms tell.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from rlhf.engine.partitions import Sharding
 from rlhf.engine.snapshot_checkpoint import write_snapshot
 from rlhf.errors import UserError
 from tests.integration import test_engine_adapters as adapters
-from tests.integration.rank_gang import Gang, small_config
+from tests.integration.rank_gang import Gangs, small_config
 from tests.integration.test_engine_deepspeed import OPTIMIZER, batch, distance, loss_of, make_engine, weights_of
 
 pytestmark = pytest.mark.slow
@@ -93,22 +93,6 @@ def continued(rank: int, world_size: int, *, stage: int, dtype: torch.dtype, fol
         return str(error)
     finally:
         engine.close()
-
-
-class Gangs(dict[int, Gang]):
-    """Gangs by their number of ranks, started when they are needed."""
-
-    def __missing__(self, ranks: int) -> Gang:
-        self[ranks] = Gang(ranks)
-        return self[ranks]
-
-
-@pytest.fixture(scope="module")
-def gangs() -> Iterator[Gangs]:
-    gangs = Gangs()
-    yield gangs
-    for gang in gangs.values():
-        gang.close()
 
 
 def named(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from rlhf.errors import UserError
 from rlhf.models.row_check import check_rows
 from rlhf.models.tiny import byte_tokenizer
 from rlhf.tracking.metrics.declarations import merge_metrics, results
-from tests.integration.rank_gang import CPU, DEADLINE_S, Gang
+from tests.integration.rank_gang import CPU, DEADLINE_S, Gangs
 from tests.integration.test_offline_workers import train_rank
 from tests.tiny_architectures import tiny_model
 
@@ -29,18 +28,10 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-@pytest.fixture(scope="module")
-def gangs() -> Iterator[dict[int, Gang]]:
-    gangs = {1: Gang(1), 2: Gang(2)}
-    yield gangs
-    for gang in gangs.values():
-        gang.close()
-
-
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("algorithm", "zero_stage"), [("dpo", 3), ("process_reward_model", 2)])
 def test_a_step_of_a_hybrid_depends_on_neither_ranks_nor_microbatches(
-    gangs: dict[int, Gang], hybrid: str, tmp_path: Path, algorithm: str, zero_stage: int
+    gangs: Gangs, hybrid: str, tmp_path: Path, algorithm: str, zero_stage: int
 ) -> None:
     options = {"algorithm": {"name": algorithm}, "model": hybrid, "folder": str(tmp_path), "zero_stage": zero_stage}
     first, second = steps_of(gangs, **options)
@@ -48,7 +39,7 @@ def test_a_step_of_a_hybrid_depends_on_neither_ranks_nor_microbatches(
     compare(first, second)
 
 
-def steps_of(gangs: dict[int, Gang], **options: Any) -> list[list[dict[str, float]]]:
+def steps_of(gangs: Gangs, **options: Any) -> list[list[dict[str, float]]]:
     """The metrics of each step, by 1 rank with large micro-batches and by 2 with small ones."""
     found = []
     for ranks, tokens in ((1, 4096), (2, 64)):
@@ -66,9 +57,7 @@ def compare(found: list[dict[str, float]], expected: list[dict[str, float]]) -> 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_balance_loss_of_a_mixture_depends_on_neither_ranks_nor_microbatches(
-    gangs: dict[int, Gang], tmp_path: Path
-) -> None:
+def test_the_balance_loss_of_a_mixture_depends_on_neither_ranks_nor_microbatches(gangs: Gangs, tmp_path: Path) -> None:
     folder = tmp_path / "mixture"
     tiny_model("qwen3_moe", vocab_size=320, max_position_embeddings=256).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
@@ -104,7 +93,7 @@ def refusal(rank: int, world_size: int) -> str:
     return ""
 
 
-def test_ranks_that_share_rows_refuse_a_hybrid(gangs: dict[int, Gang]) -> None:
+def test_ranks_that_share_rows_refuse_a_hybrid(gangs: Gangs) -> None:
     for message in gangs[2].run(refusal):
         assert "sequence_parallel needs a model whose sequences can be packed into one row" in message
 
@@ -124,5 +113,5 @@ def layout(rank: int, world_size: int, **options: Any) -> int:
 
 
 @pytest.mark.parametrize("options", [{"zero_stage": 3}, {"zero_stage": 0, "sequence_parallel": 2}], ids=str)
-def test_shards_and_shared_rows_pass_the_check(gangs: dict[int, Gang], options: dict[str, Any]) -> None:
+def test_shards_and_shared_rows_pass_the_check(gangs: Gangs, options: dict[str, Any]) -> None:
     assert gangs[2].run(layout, **options) == [2, 2]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -177,13 +177,6 @@ def resume(
     return state, reports
 
 
-@pytest.fixture(scope="module")
-def successors() -> Iterator[Gang]:
-    gang = Gang(2)
-    yield gang
-    gang.close()
-
-
 def kill_and_compare(kinds: tuple[str, ...], successors: Gang, folder: Path) -> None:
     gang = Gang(2)
     unbroken = {kind: gang.run(train_unbroken, kind=kind) for kind in kinds}
@@ -203,25 +196,25 @@ def kill_and_compare(kinds: tuple[str, ...], successors: Gang, folder: Path) -> 
             assert not differing, f"{kind}: {differing}"
 
 
-def test_a_killed_gang_goes_on_with_the_same_bits(successors: Gang, tmp_path: Path) -> None:
-    kill_and_compare(IN_SHORT, successors, tmp_path)
+def test_a_killed_gang_goes_on_with_the_same_bits(gang: Gang, tmp_path: Path) -> None:
+    kill_and_compare(IN_SHORT, gang, tmp_path)
 
 
 @pytest.mark.slow
-def test_every_kind_of_state_is_taken_back(successors: Gang, tmp_path: Path) -> None:
-    kill_and_compare(tuple(kind for kind in KINDS if kind not in IN_SHORT), successors, tmp_path)
+def test_every_kind_of_state_is_taken_back(gang: Gang, tmp_path: Path) -> None:
+    kill_and_compare(tuple(kind for kind in KINDS if kind not in IN_SHORT), gang, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_checkpoint_made_of_snapshots_is_resumed_with_the_same_bits(successors: Gang, tmp_path: Path) -> None:
+def test_a_checkpoint_made_of_snapshots_is_resumed_with_the_same_bits(gang: Gang, tmp_path: Path) -> None:
     for kind in KINDS:
-        unbroken = successors.run(train_unbroken, kind=kind)
-        successors.run(train_and_keep, kind=kind, folder=tmp_path / kind)
+        unbroken = gang.run(train_unbroken, kind=kind)
+        gang.run(train_and_keep, kind=kind, folder=tmp_path / kind)
         checkpoint = tmp_path / f"{kind}, checkpoint"
         checkpoint.mkdir()
         for rank in range(2):
             write_snapshot(tmp_path / kind / str(rank), KILLED_IN - 1, checkpoint, rank)
-        results = successors.run(resume, kind=kind, checkpoint=checkpoint)
+        results = gang.run(resume, kind=kind, checkpoint=checkpoint)
         for (state, reports), (again, reports_again) in zip(unbroken, results, strict=True):
             assert reports == reports_again, kind
             differing = [name for name in state if not torch.equal(state[name], again[name])]

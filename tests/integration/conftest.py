@@ -1,0 +1,23 @@
+"""The ranks that the tests of this folder share: starting one imports torch and DeepSpeed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.integration.rank_gang import Gang, Gangs
+
+
+@pytest.fixture(scope="session")
+def gangs() -> Iterator[Gangs]:
+    """Gangs by their number of ranks."""
+    gangs = Gangs()
+    yield gangs
+    gangs.close()
+
+
+@pytest.fixture
+def gang(gangs: Gangs) -> Gang:
+    """The gang of two ranks."""
+    return gangs[2]
