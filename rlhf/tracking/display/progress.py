@@ -55,7 +55,7 @@ class Progress:
         self._run = run
         self._folder = folder
         self._stream = stream
-        self._ends = deque([time.monotonic()], maxlen=_PACE_STEPS + 1)
+        self._ends: deque[float] = deque(maxlen=_PACE_STEPS + 1)  # of steps; the first one includes the start
         self._stage = ""
         self._stages: dict[str, StageTime] = {}
         self._ahead = 0  # whole batches of later steps
@@ -90,8 +90,6 @@ class Progress:
         if step > 0:
             self._done = step
             self._ends.append(time.monotonic())
-        else:
-            self._ends[-1] = time.monotonic()
         self._stepped(step, metrics)
         self._stage, self._stages = "", {}
 
@@ -123,13 +121,13 @@ class Progress:
             stage.since = None
 
     def _left_s(self) -> float | None:
-        """Return the seconds left at the pace of the last steps."""
+        """Return the seconds left at the pace of the last steps. None: only the first step is done, or none."""
         if len(self._ends) < 2:
             return None
         return (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1) * (self._total - self._done)
 
     def _left(self) -> str:
-        """Return `  left 3 min 20 s`, or nothing while the pace is not known."""
+        """Return `  left 3 min 20 s`, or nothing before the second step has ended."""
         seconds = self._left_s()
         return "" if seconds is None else f"  left {duration(seconds)}"
 
