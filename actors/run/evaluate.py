@@ -126,12 +126,13 @@ async def _evaluate(
         sets, rows = _prompt_reports(inputs, answers)
     else:
         sets, rows = _example_reports(inputs, await _measured(inputs.candidates[0], inputs))
-    names = [candidate.model.name for candidate in inputs.candidates]
+    names, passing = [candidate.model.name for candidate in inputs.candidates], inputs.marking.passing
     evaluation = Evaluation(
         model=names[0],
         against=names[1] if len(names) > 1 else None,
         seed=inputs.decoding.seed,
         samples=inputs.decoding.samples if inputs.rewards else None,
+        passing=None if passing is None else str(passing),
         sets=tuple(sets),
     )
     return evaluation, rows
@@ -203,7 +204,7 @@ def _results(name: str, judged: Sequence[tuple[ScoredGroup, ResponseTexts]], inp
         raise RunError(f"eval {name}: {describe_errors((fatal or errors)[0])}")
     for failed in errors:
         logger.warning("%s: left out, since %s", name, describe_errors(failed))
-    form = inputs.marking.answers if inputs.marking.pass_score is not None else None
+    form = inputs.marking.answers if inputs.marking.passing is not None else None
     return [_result(scored, responses, form) for scored, responses in judged if not scored.scores.errors]
 
 

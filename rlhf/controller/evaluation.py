@@ -89,6 +89,7 @@ async def score_held_out(
             against=None,
             seed=config.run.seed,
             samples=settings.samples_per_prompt,
+            passing=None if marking.passing is None else str(marking.passing),
             sets=tuple(reports),
         )
         record.add({name: Last(value=value) for name, value in whole.to_metrics().items()})
@@ -135,7 +136,7 @@ async def compare_with_teacher(
 
 async def _results(groups: Sequence[ScoredGroup], marking: Marking, reward: RewardRole) -> list[PromptScores]:
     """Return the scores, with the extracted answers if the responses vote."""
-    form = marking.answers if marking.pass_score is not None else None
+    form = marking.answers if marking.passing is not None else None
     votes: list[tuple[str | None, ...] | None] = [None] * len(groups)
     if form is not None:
         votes = list(await asyncio.gather(*(reward.answers(scored.group, form) for scored in groups)))

@@ -21,9 +21,13 @@ def before_after(folder: Path) -> Table | None:
     steps = sorted((folder / "evals").glob("step_*.json"))
     if len(steps) < 2:
         return None
-    first, last = (json.loads(path.read_text(encoding="utf-8"))["sets"] for path in (steps[0], steps[-1]))
+    before, after = (json.loads(path.read_text(encoding="utf-8")) for path in (steps[0], steps[-1]))
+    first, last, passing = before["sets"], after["sets"], after["passing"]
     names = [str(int(path.stem.removeprefix("step_"))) for path in (steps[0], steps[-1])]
-    table = Table(title=f"{folder.name}: evaluation, with 95 % intervals")
+    table = Table(
+        title=f"{folder.name}: evaluation, with 95 % intervals",
+        caption=None if passing is None else f"A response passes with {passing}.",
+    )
     for heading in ("set", "metric"):
         table.add_column(heading)
     for name in names:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from rlhf.evaluation.passing import PassRule, judges
 from rlhf.evaluation.statistics import (
     Estimate,
     maj_at_k,
@@ -62,7 +63,7 @@ class Marks:
 
     Args:
         ks (K,K): the numbers k of pass@k and maj@k; 1, 2, 4 and so on if not given.
-        pass_score (X): the score from which a response passes; 1 for functions.
+        pass_score (X): the score from which a response passes, in place of a value of 1 of the function that judges it.
         answers: the part of a response that is its vote in maj@k.
         by (COLUMN): report each value of this column as well as the whole set.
     """
@@ -78,13 +79,13 @@ class Marking:
     """Resolved settings for grading responses beyond their scores."""
 
     ks: tuple[int, ...]
-    pass_score: float | None  # smallest passing score; None: neither pass@k nor maj@k
+    passing: PassRule | None  # None: neither pass@k nor maj@k
     answers: AnswerForm | None  # None: no maj@k
 
     def gives(self, metric: str) -> bool:
         """Return whether responses can be graded for this metric. Only pass@k and maj@k need settings."""
         kind, at, _ = metric.partition("@")
-        return not at or (self.pass_score is not None and (kind != "maj" or self.answers is not None))
+        return not at or (self.passing is not None and (kind != "maj" or self.answers is not None))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +106,7 @@ class Evaluation:
     against: str | None
     seed: int
     samples: int | None  # responses to a prompt; None: no set has prompts
+    passing: str | None = None  # with what a response passes; None: nothing is known of that
     sets: tuple[SetReport, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -131,7 +133,11 @@ class Evaluation:
         """Return a table for a terminal, with one line per metric."""
         from rich.table import Table
 
-        table = Table(title=self.model if self.against is None else f"{self.model} against {self.against}")
+        is_graded = any("@" in metric for report in self.sets for metric in report.metrics)
+        table = Table(
+            title=self.model if self.against is None else f"{self.model} against {self.against}",
+            caption=f"A response passes with {self.passing}." if is_graded and self.passing is not None else None,
+        )
         for heading, justify in (("set", "left"), ("metric", "left"), ("value", "right"), ("95 % interval", "right")):
             table.add_column(heading, justify=justify)  # type: ignore[arg-type]
         for report in self.sets:
@@ -194,8 +200,8 @@ def prompt_metrics(
         opinions = [[v for v in result.by_name.get(name, ()) if v is not None] for result in results]
         if any(opinions):
             metrics[f"rewards/{name}"] = over_prompts([_mean(values) for values in opinions if values])
-    if marking.pass_score is not None:
-        passed = [[score >= marking.pass_score for score in result.scores] for result in results]
+    if marking.passing is not None:
+        passed = [marking.passing.passed(result.scores, result.by_name) for result in results]
         for k in marking.ks:
             metrics[f"pass@{k}"] = over_prompts([pass_at_k(marks, k=k) for marks in passed])
         voting = [
@@ -219,7 +225,7 @@ def prompt_metrics(
 
 
 def marking_of(marks: Marks, rewards: Sequence[RewardSpec], *, samples: int) -> Marking:
-    """Return the resolved grading settings. With a weighted reward function, responses pass at a score of 1.
+    """Return the resolved grading settings. Without a threshold for the score, a reward function decides.
 
     Scores of reward models have no default threshold. ValueError for a k outside 1 to the number of samples.
     """
@@ -229,9 +235,12 @@ def marking_of(marks: Marks, rewards: Sequence[RewardSpec], *, samples: int) -> 
             raise ValueError(f"is {k}, expected 1 to the number of samples, {samples}")
     functions = [spec.function for spec in rewards if spec.function is not None and spec.weight != 0.0]
     forms = [answer_form(function.function, function.source.args) for function in functions]
+    named = {spec.name: spec for spec in rewards}
+    able = judges((s.name, None if s.function is None else s.function.function, s.weight) for s in rewards)
+    rule = PassRule(judges={name: named[name].gate for name in able}, pass_score=marks.pass_score)
     return Marking(
         ks=ks,
-        pass_score=1.0 if marks.pass_score is None and functions else marks.pass_score,
+        passing=None if marks.pass_score is None and not able else rule,
         answers=marks.answers or next((form for form in forms if form is not None), None),
     )
 
@@ -252,6 +261,8 @@ def example_metrics(results: Sequence[ExampleResult], *, seed: int) -> dict[str,
 
 def prompt_rows(model: str, name: str, results: Sequence[PromptResult], marking: Marking) -> list[dict[str, Any]]:
     """Return lines of samples.jsonl, one per response. `answer` and `passed` are null if they are not graded."""
+    rule = marking.passing
+    passed = [None if rule is None else rule.passed(result.scores, result.by_name) for result in results]
     return [
         {
             "model": model,
@@ -262,13 +273,13 @@ def prompt_rows(model: str, name: str, results: Sequence[PromptResult], marking:
             "response": response,
             "score": result.scores[sample],
             "scores": {reward: values[sample] for reward, values in result.by_name.items()},
-            "passed": None if marking.pass_score is None else result.scores[sample] >= marking.pass_score,
+            "passed": None if marks is None else marks[sample],
             "answer": None if result.answers is None else result.answers[sample],
             "truncated": result.truncated[sample],
             "response_tokens": result.response_tokens[sample],
             **({} if result.transcripts is None else _as_sampled(result.transcripts[sample])),
         }
-        for result in results
+        for result, marks in zip(results, passed, strict=True)
         for sample, response in enumerate(result.responses)
     ]
 

@@ -22,6 +22,7 @@ from rlhf.config.placement_plan import plan_roles
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.errors import UserError
 from rlhf.evaluation.decoding import Decoding
+from rlhf.evaluation.passing import PassRule
 from rlhf.evaluation.results import Marking, Marks, marking_of
 from rlhf.extensions import CodeSource
 from rlhf.preflight.eval_inputs import inputs_of_model, inputs_of_run
@@ -30,6 +31,7 @@ from rlhf.rewards.loading import LoadedReward
 from rlhf.rewards.processes.program import Signature
 from rlhf.rewards.scoring import RewardSpec
 
+RIGHT = PassRule(judges={"correct": None}, pass_score=None)
 CONFIG = """\
 run: {name: demo, seed: 7}
 policy: {model: MODEL, dtype: float32}
@@ -166,7 +168,7 @@ def test_a_model_without_a_template_says_which_option_helps(
 def test_a_run_says_how_it_is_evaluated(config: str, tiny_model: Path) -> None:
     inputs = inputs_of_run(load(config), model=None, against=str(tiny_model), marks=Marks())
     assert inputs.decoding == Decoding(samples=8, temperature=0.8, max_new_tokens=13, seed=7, apply_chat_template=False)
-    assert inputs.marking == Marking(ks=(1, 2, 4, 8), pass_score=1.0, answers="last_number")
+    assert inputs.marking == Marking(ks=(1, 2, 4, 8), passing=RIGHT, answers="last_number")
     assert [one.model.dtype for one in inputs.candidates] == ["float32", "float32"]
     assert [len(one.prompts["small"]) for one in inputs.candidates] == [4, 4]
     assert inputs.candidates[0].longest_prompt == 8
@@ -269,14 +271,17 @@ def built_in(function: str) -> LoadedReward:
 
 def test_only_functions_with_a_weight_have_a_mark() -> None:
     model = RewardSpec(name="taste", weight=1.0, function=None)
-    assert marking_of(Marks(), [model], samples=4) == Marking(ks=(1, 2, 4), pass_score=None, answers=None)
+    assert marking_of(Marks(), [model], samples=4) == Marking(ks=(1, 2, 4), passing=None, answers=None)
     watched = RewardSpec(name="right", weight=0.0, function=built_in("last_number"))
-    assert marking_of(Marks(), [model, watched], samples=4).pass_score is None
+    assert marking_of(Marks(), [model, watched], samples=4).passing is None
     counted = RewardSpec(name="right", weight=1.0, function=built_in("last_number"))
-    expected = Marking(ks=(1, 2, 4), pass_score=1.0, answers="last_number")
+    rule = PassRule(judges={"right": None}, pass_score=None)
+    expected = Marking(ks=(1, 2, 4), passing=rule, answers="last_number")
     assert marking_of(Marks(), [model, counted], samples=4) == expected
     said = Marks(ks=(3, 1), pass_score=0.5, answers="whole")
-    assert marking_of(said, [model], samples=4) == Marking(ks=(1, 3), pass_score=0.5, answers="whole")
+    assert marking_of(said, [model], samples=4) == Marking(
+        ks=(1, 3), passing=PassRule(judges={}, pass_score=0.5), answers="whole"
+    )
 
 
 def test_a_frozen_engine_takes_no_weights(tiny_model: Path) -> None:
@@ -333,7 +338,7 @@ def test_a_pipeline_is_evaluated_as_its_last_stage_that_is_no_merge(tmp_path: Pa
     inputs = inputs_of_run(load(path), model=None, against=None, marks=Marks())
     decoding = {"samples": 8, "temperature": 0.8, "max_new_tokens": 13, "stop": ("x",), "seed": 7}
     assert inputs.decoding == Decoding(**decoding, apply_chat_template=False)
-    assert inputs.marking == Marking(ks=(1, 8), pass_score=1.0, answers="whole")
+    assert inputs.marking == Marking(ks=(1, 8), passing=RIGHT, answers="whole")
     assert [one.model.dtype for one in inputs.candidates] == ["bfloat16", "bfloat16"]
     assert [len(one.prompts["small"]) for one in inputs.candidates] == [4, 4]
     said = inputs_of_run(load(path), model=None, against=None, marks=Marks(ks=(2,)))

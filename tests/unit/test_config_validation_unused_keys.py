@@ -100,7 +100,7 @@ INERT = {
             "data.eval=x.jsonl",
             "eval={temperature: 1, samples_per_prompt: 2}",
         ],
-        "no reward with a weight is a function and eval.pass_score is null",
+        "no reward function with a weight above 0 judges more than length and repetition, and eval.pass_score is null",
     ),
     "reward_policy.timeout_s=5": (["rewards={taste: {role: reward}}", "reward.model=a/b"], "no reward is a function"),
     "reward.steps.combine=mean": (

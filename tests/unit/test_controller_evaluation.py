@@ -15,13 +15,14 @@ from rlhf.config.schema.root import Config
 from rlhf.controller.evaluation import EvalSet, score_held_out
 from rlhf.controller.rollout_scorer import RolloutScorer
 from rlhf.errors import RunError
+from rlhf.evaluation.passing import PassRule
 from rlhf.evaluation.results import Marking
 from rlhf.roles import CompletedGroup, SampleSelection
 from rlhf.tracking.run_folder.folder import evaluation_path
 from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, RolloutInfo, Sampling
 
 TEXTS = {0: ("7", "7", "8", "9"), 1: ("5", "6", "5", "6")}  # the answers are 7 and 6
-MARKING = Marking(ks=(1, 2), pass_score=1.0, answers="last_number")
+MARKING = Marking(ks=(1, 2), passing=PassRule(judges={"right": None}, pass_score=None), answers="last_number")
 
 
 class Engines:

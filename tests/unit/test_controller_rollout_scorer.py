@@ -199,7 +199,7 @@ def test_an_evaluation_is_taken_up_by_the_weights_of_its_own_step(tmp_path: Path
     )
 
     sets = {"heldout": EvalSet(prompts=tuple(PROMPTS), sources={})}
-    marking = Marking(ks=(1,), pass_score=None, answers=None)
+    marking = Marking(ks=(1,), passing=None, answers=None)
 
     def evaluated(step: int) -> Reward:
         scorer, reward, _ = begun(tmp_path)

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from rlhf.evaluation.comparison import before_after
+from rlhf.evaluation.passing import PassRule
 from rlhf.evaluation.results import (
     Evaluation,
     ExampleResult,
@@ -47,7 +48,7 @@ def result(prompt_id: int, responses: tuple[str, ...], scores: tuple[float, ...]
 
 
 RESULTS = [result(0, ("7", "so 7.0", "8", "9"), (1.0, 1.0, 0.0, 0.0)), result(2, ("1",) * 4, (0.0,) * 4)]
-MARKING = Marking(ks=(1, 2), pass_score=1.0, answers="last_number")
+MARKING = Marking(ks=(1, 2), passing=PassRule(judges={"right": None}, pass_score=None), answers="last_number")
 
 
 def test_prompt_metrics_by_hand() -> None:
@@ -67,7 +68,7 @@ def test_prompt_metrics_by_hand() -> None:
 
 
 def test_a_score_that_is_no_mark_gives_neither_pass_nor_vote() -> None:
-    found = prompt_metrics(RESULTS, None, Marking(ks=(1,), pass_score=None, answers="whole"), seed=0)
+    found = prompt_metrics(RESULTS, None, Marking(ks=(1,), passing=None, answers="whole"), seed=0)
     assert not [name for name in found if "@" in name]
 
 
@@ -165,13 +166,14 @@ def test_rows_and_report_are_plain_json() -> None:
         (0, 2, "8", False),
     ]
     one = SetReport(name="heldout", num_rows=2, num_failed=0, metrics=prompt_metrics(RESULTS, None, MARKING, seed=0))
-    whole = Evaluation(model="m", against=None, seed=0, samples=4, sets=(one,))
+    whole = Evaluation(model="m", against=None, seed=0, samples=4, passing=str(MARKING.passing), sets=(one,))
     told = json.loads(json.dumps(whole.to_json(), allow_nan=False))
     assert told["sets"]["heldout"]["metrics"]["score"]["value"] == 0.25
     text = io.StringIO()
     Console(file=text, width=100).print(whole.to_table())
     assert "heldout (2)" in text.getvalue()
     assert "0.4167" in text.getvalue()
+    assert "A response passes with a value of at least 1 of right." in " ".join(text.getvalue().split())
 
 
 def test_a_run_logs_rewards_by_name_alone() -> None:
@@ -208,7 +210,7 @@ def test_a_reward_is_averaged_over_the_prompts_that_it_applies_to() -> None:
         truncated=(False,),
         response_tokens=(1,),
     )
-    found = prompt_metrics([plain, other], None, Marking(ks=(1,), pass_score=None, answers=None), seed=0)
+    found = prompt_metrics([plain, other], None, Marking(ks=(1,), passing=None, answers=None), seed=0)
     assert {name: found[name].value for name in ("score", "rewards/right", "rewards/style")} == {
         "score": 3.0,  # (4 + 2) / 2
         "rewards/right": 4.0,

@@ -86,7 +86,7 @@ def test_the_games_are_those_of_training(tiny_model: Path, tmp_path: Path, text:
     assert candidate.environment.fingerprint() == stage.inputs.environment.fingerprint()
     assert candidate.environment.key == f"{SECTION[text]}.environment"
     assert candidate.longest_sequence(found.decoding.max_new_tokens) == 64  # of a conversation
-    assert found.marking == Marking(ks=(1, 2, 4), pass_score=None, answers=None)  # no function, so no mark
+    assert found.marking == Marking(ks=(1, 2, 4), passing=None, answers=None)  # no function, so no mark
 
 
 def _written(text: str, path: Path, model: Path) -> Path:

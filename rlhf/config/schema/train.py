@@ -112,8 +112,8 @@ class Grading(Section):
     k: Annotated[Ks | None, OnlyIn("responses", "passing scores")] = None
     """Values of k in pass@k and maj@k. null: 1, 2, 4, ... up to samples_per_prompt."""
     pass_score: Annotated[float | None, OnlyIn("responses")] = None
-    """Lowest score with which a response passes. null: 1 if a reward with a weight is a function; otherwise there is no
-    threshold."""
+    """Lowest score with which a response passes. null: a response passes with a value of 1 of the reward function with
+    the largest weight, before that weight. Functions for length and repetition never decide."""
     answer: Annotated[AnswerForm | None, OnlyIn("responses", "passing scores")] = None
     """Answer extracted from responses for majority votes (maj@k). null: as the rewards compare answers."""
     by: Annotated[str | None, OnlyIn("responses")] = Field(default=None, min_length=1)

@@ -21,10 +21,12 @@ from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.rewards import RewardConfig, drops
 from rlhf.config.schema.rollouts import AgentConfig
 from rlhf.config.schema.root import Config
+from rlhf.evaluation.passing import judges
 from rlhf.role_table import ROLE_ORDER, TRAINED_ROLES
 from rlhf.sections import NotWith, OnlyIn, OnlyWith, Section
 
 Missing = dict[str, tuple[str, str]]  # a part that the run lacks: the reason, and what to change
+_NO_JUDGE = "no reward function with a weight above 0 judges more than length and repetition,"
 MORE_UPDATES = "lower train.sequences_per_update or raise train.epochs_per_batch"
 
 
@@ -140,7 +142,7 @@ def _missing_in_run(config: Config) -> Missing:
         why = "reward_policy.on_error is fail, and no reward's on_error is drop: nothing is dropped"
         missing["dropped groups"] = (why, "set reward_policy.on_error to drop")
     if not _has_passing_scores(config.rewards, config.eval.pass_score):
-        why = "no reward with a weight is a function and eval.pass_score is null, so no response passes"
+        why = f"{_NO_JUDGE} and eval.pass_score is null, so no response passes"
         missing["passing scores"] = (why, "set eval.pass_score")
     if config.algorithm.normalizes_rewards:
         missing["rewards as given"] = (
@@ -217,7 +219,7 @@ def _missing_in_evaluation(stage: EvaluationStage) -> Missing:
         missing["responses"] = (why, "name a reward")
         del missing["reward model"]  # its micro-batches are those of the measured model
     if not _has_passing_scores(config.rewards, config.pass_score):
-        why = "no reward with a weight is a function and evaluate.pass_score is null, so no response passes"
+        why = f"{_NO_JUDGE} and evaluate.pass_score is null, so no response passes"
         missing["passing scores"] = (why, "set evaluate.pass_score")
     return missing
 
@@ -244,10 +246,8 @@ def _missing_rewards(rewards: Mapping[str, RewardConfig]) -> Missing:
 
 
 def _has_passing_scores(rewards: Mapping[str, RewardConfig], pass_score: float | None) -> bool:
-    """Return whether a score is known with which a response passes."""
-    return pass_score is not None or any(
-        reward.function is not None and reward.weight != 0.0 for reward in rewards.values()
-    )
+    """Return whether it is known with which score or value a response passes."""
+    return pass_score is not None or bool(judges((name, r.function, r.weight) for name, r in rewards.items()))
 
 
 def _roles_of_evaluation(stage: EvaluationStage) -> Iterator[Inert]:

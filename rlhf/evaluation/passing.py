@@ -1,0 +1,54 @@
+"""Decide which responses pass, for pass@k and maj@k.
+
+A score is no measure of that by itself: weights and penalties keep the score of a right response away from 1. So the
+value of the function that judges the response decides, unless the user gives a threshold for the score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+FULL_VALUE = 1.0  # of a function, before its weight
+OF_FORM = frozenset({"cosine_length", "length_penalty", "overlong", "repetition_penalty", "target_length"})
+# built-ins whose values tell no right response from a wrong one, since they depend on its length or repetitions
+
+Values = Sequence[float | None]  # values of a reward, one per response; None for no opinion
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassRule:
+    """The first of `judges` with an opinion on a response decides, or the score decides if there is a threshold."""
+
+    judges: Mapping[str, str | None]  # the gate of each function, by the function's name, in the order of precedence
+    pass_score: float | None  # smallest passing score; None: the judges decide
+
+    def __str__(self) -> str:
+        if self.pass_score is not None:
+            return f"a score of at least {self.pass_score:g}"
+        first, *others = self.judges
+        after = f", or of {', '.join(others)} where {first} has no opinion" if others else ""
+        return f"a value of at least {FULL_VALUE:g} of {first}{after}"
+
+    def passed(self, scores: Sequence[float], by_name: Mapping[str, Values]) -> list[bool]:
+        """Return whether each response to a prompt passes. by_name: values before gates and weights."""
+        if self.pass_score is not None:
+            return [score >= self.pass_score for score in scores]
+        return [self._value(by_name, index) >= FULL_VALUE for index in range(len(scores))]
+
+    def _value(self, by_name: Mapping[str, Values], index: int) -> float:
+        for name, gate in self.judges.items():
+            value = by_name[name][index] if name in by_name else None
+            factor = 1.0 if gate is None else by_name[gate][index] if gate in by_name else None
+            if value is not None and factor is not None:
+                return value * factor
+        return 0.0
+
+
+def judges(rewards: Iterable[tuple[str, str | None, float]]) -> list[str]:
+    """Return the names of functions that can judge a response, those of the largest weight first.
+
+    rewards: name, function (None: not a function) and weight of each reward. Equal weights keep their order.
+    """
+    able = [(name, weight) for name, function, weight in rewards if function and function not in OF_FORM and weight > 0]
+    return [name for name, _ in sorted(able, key=lambda one: -one[1])]
