@@ -34,6 +34,7 @@ from rlhf.tracking import logs
 from rlhf.tracking.formatting import number
 from rlhf.tracking.run_folder.atomic import write_atomic
 from rlhf.tracking.run_folder.environment import visible_gpus
+from rlhf.tracking.run_folder.folder import checkpoints_in
 from rlhf.tracking.run_folder.lock import lock_folder
 
 logger = logging.getLogger(__name__)
@@ -65,16 +66,16 @@ class _Loop:
     running: list[_Running] = field(default_factory=list)
     processes: dict[int, TrialProcess] = field(default_factory=dict)  # by slot
 
-    def run(self) -> None:
-        """Run trials until none is left. Raise Preempted after a stop request, once all trials have ended."""
+    def run(self) -> list[Trial] | None:
+        """Run trials until none is left. After a stop request, return the trials in progress once they have ended."""
         self.request.ends_by_itself = True
         try:
             while True:
                 if self.request.came is not None:
-                    raise Preempted("the trials in progress were ended, with checkpoints of their last steps")
+                    return [running.assignment.trial for running in self.running]
                 self._fill()
                 if not self.running:
-                    return
+                    return None
                 time.sleep(POLL_S)
                 for running in list(self.running):
                     code = running.process.poll()  # before the metrics, so that no last row is missed
@@ -192,23 +193,39 @@ def run_sweep(sweep: Sweep, *, resume: bool, retry_failed: bool = False, quiet: 
         request = current_request() or StopRequest()
         loop = _Loop(sweep, journal, strategy_of(sweep, journal, known), shares, failures, request)
         try:
-            loop.run()
+            ended = loop.run()
         finally:
             result = collect(sweep, journal)
             write(sweep, result)
+        if ended is not None:
+            raise Preempted(f"the trials in progress were ended: {_checkpoints(sweep, journal, ended) or 'none'}")
         plot(sweep, journal, result)
+        stopped = [trial for trial in journal.trials.values() if trial.state == "open"]
+        cut_off = _checkpoints(sweep, journal, stopped)
     most = sweep.config.max_failures
     if most is not None and loop.failures > most:
         raise RunError(
             f"{loop.failures} trials failed, more than sweep.max_failures = {most}: {_failures(result)} Ended trials "
             f"are in {sweep.folder}; continue with --resume auto --retry-failed."
         )
-    cut_off = [row.trial for row in result.rows if row.state == "open"]
     if cut_off:
-        raise Preempted(f"{', '.join(cut_off)} were stopped by a signal; their checkpoints are kept")
+        raise Preempted(f"these trials were stopped by a signal: {cut_off}")
     if result.best is None:
         raise RunError(f"no trial finished with a value of {sweep.metric}: {_failures(result)}")
     return result
+
+
+def _checkpoints(sweep: Sweep, journal: Journal, trials: Sequence[Trial]) -> str:
+    """Name trials that have not finished, each with the checkpoint from which it continues."""
+    parts = []
+    for trial in trials:
+        run, kept = journal.run_folder(trial.number), "without a checkpoint"
+        for folder in [run / name for name in sweep.base.stages] if sweep.base.is_pipeline else [run]:
+            checkpoints = folder / "checkpoints"
+            if checkpoints.is_dir() and (steps := [step for step, _ in checkpoints_in(checkpoints)]):
+                kept = f"with a checkpoint of step {steps[-1]}{f' of {folder.name}' if sweep.base.is_pipeline else ''}"
+        parts.append(f"{trial.name} {kept}")
+    return ", ".join(parts)
 
 
 def _grace_s(sweep: Sweep) -> float:

@@ -99,7 +99,7 @@ def _show(result: SweepResult) -> None:
     print_table(result.to_table())
     write_stdout(f"results: {result.folder}\n")
     if result.best is not None:
-        write_stdout(f"best: {result.best.trial}; rlhf train {result.folder / 'best.yaml'}\n")
+        write_stdout(f"best: {result.describe_best()}; rlhf train {result.folder / 'best.yaml'}\n")
 
 
 def _run_trial(args: argparse.Namespace) -> None:

@@ -26,6 +26,7 @@ from rlhf.tracking.run_folder.atomic import read_lines, write_atomic, write_line
 from rlhf.tracking.sinks.tracker import read_metrics
 
 MOST_OF_ERROR = 300  # characters
+MOST_TIES = 8  # named trials
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,14 +58,29 @@ class SweepResult:
     folder: Path
     metric: str  # with its leading sign
     rows: tuple[TrialResult, ...]
-    best: TrialResult | None  # None: no trial has a value
+    best: TrialResult | None  # None: no trial has a value; of equal values, the first trial
+
+    @property
+    def ties(self) -> tuple[TrialResult, ...]:
+        """Return the other trials with the value of the best one, finished ones if it is finished."""
+        best = self.best
+        if best is None:
+            return ()
+        rivals = [row for row in self.rows if (row.state == "finished") == (best.state == "finished")]
+        return tuple(row for row in rivals if row.value == best.value and row != best)
+
+    def describe_best(self) -> str:
+        """Return the name of the best trial, with the trials that tie with it."""
+        names = [row.trial for row in self.ties]
+        others = ", ".join(names[:MOST_TIES]) + (f" and {len(names) - MOST_TIES} more" if names[MOST_TIES:] else "")
+        return ("none" if self.best is None else self.best.trial) + (f", in a tie with {others}" if names else "")
 
     def to_table(self) -> Table:
-        """Return the trials for a terminal of 80 columns or more. The best one is marked in front of its name."""
+        """Return the trials for a terminal of 80 columns or more. The best ones are marked in front of their names."""
         keys = list(self.rows[0].parameters) if self.rows else []
         title = f"{self.folder.name}: {len(self.rows)} trials by {self.metric}"
         failures = [f"{row.trial} failed: {row.error}" for row in self.rows if row.error is not None]
-        caption = Text("\n".join(["* best", *failures]))
+        caption = Text("\n".join(["* best, in a tie" if self.ties else "* best", *failures]))
         table = Table(
             title=title, title_justify="left", caption=caption, caption_justify="left", box=None, padding=(0, 1, 0, 0)
         )
@@ -75,7 +91,7 @@ class SweepResult:
             )
         table.add_column("outcome", overflow="fold", vertical="bottom")
         for row in self.rows:
-            is_best = row == self.best
+            is_best = row == self.best or row in self.ties
             outcome = row.state + "".join(f", from {origin}" for origin in row.origin[-1:])
             numbers = ["-" if row.value is None else number(row.value), str(row.step), duration(row.time_s)]
             values = [
@@ -114,11 +130,12 @@ def write(sweep: Sweep, result: SweepResult) -> None:
         writer.writerows(rows)
         write_atomic(result.folder / "results.csv", text.getvalue())
     if result.best is not None:
-        write_atomic(result.folder / "best.yaml", _best_yaml(sweep, result.best))
+        write_atomic(result.folder / "best.yaml", _best_yaml(sweep, result, result.best))
 
 
-def _best_yaml(sweep: Sweep, best: TrialResult) -> str:
-    header = f"# {best.trial} of the sweep {sweep.folder}: {sweep.metric} was {best.value:g} at step {best.step}.\n"
+def _best_yaml(sweep: Sweep, result: SweepResult, best: TrialResult) -> str:
+    header = f"# {result.describe_best()}, of the sweep {sweep.folder}: "
+    header += f"{sweep.metric} was {best.value:g} at step {best.step}.\n"
     if best.origin:
         header += (
             "# These are the parameters at its end. It continued from checkpoints of other trials "

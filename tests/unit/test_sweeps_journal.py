@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -269,7 +270,7 @@ def test_the_table_fits_a_terminal_of_80_columns(tmp_path: Path) -> None:
             origin=(),
         )
 
-    rows = (row(0), row(1), row(2, "exit 1: policy rank 0 died, of too little memory"))
+    rows = (replace(row(0), value=0.5), row(1), row(2, "exit 1: policy rank 0 died, of too little memory"))
     shown = io.StringIO()
     found = SweepResult(folder=tmp_path / "rates", metric="eval/heldout/score", rows=rows, best=rows[1])
     Console(file=shown, width=80).print(found.to_table())
@@ -280,3 +281,10 @@ def test_the_table_fits_a_terminal_of_80_columns(tmp_path: Path) -> None:
     assert [line.split()[-1] for line in lines[-5:-2]] == ["finished", "finished", "failed"]
     assert lines[-1].rstrip() == "trial-002 failed: exit 1: policy rank 0 died, of too little memory"
     assert "…" not in shown.getvalue()
+    assert found.describe_best() == "trial-001"
+    tied = replace(found, rows=(row(0), *rows[1:], *(row(number) for number in range(3, 12))), best=row(0))
+    assert [one.trial for one in tied.ties][:2] == ["trial-001", "trial-003"]  # trial-002 failed
+    names = ", ".join(one.trial for one in tied.ties[:8])
+    assert tied.describe_best() == f"trial-000, in a tie with {names} and 2 more"
+    Console(file=shown, width=80).print(tied.to_table())
+    assert "* best, in a tie" in shown.getvalue()
