@@ -10,11 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from rlhf.deferred import DeferredModule
+
+if TYPE_CHECKING:
+    import torch
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+else:
+    torch = DeferredModule("torch")
 
 FinishReason = Literal["stop", "length"]
 RewardErrorKind = Literal["raised", "timeout", "not_a_number", "no_opinion", "died", "refused", "unavailable"]

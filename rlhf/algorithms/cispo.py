@@ -9,8 +9,7 @@ from pydantic import Field
 from rlhf.algorithms.grpo import GroupRelative
 from rlhf.algorithms.microbatch import PolicyMicrobatch, Surrogate
 from rlhf.algorithms.online_config import OnlineConfig, StepUse
-from rlhf.objectives.policy_loss import importance_ratio
-from rlhf.objectives.weighted_loss import cispo
+from rlhf.objectives import policy_loss, weighted_loss
 
 
 class CISPOConfig(OnlineConfig):
@@ -32,9 +31,9 @@ class CISPO(GroupRelative):
 
     def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
         config, mask = self.config, batch.response_mask
-        ratio = importance_ratio(batch.logprobs.detach(), batch.old_logprobs, mask)
+        ratio = policy_loss.importance_ratio(batch.logprobs.detach(), batch.old_logprobs, mask)
         return Surrogate(
-            per_token=cispo(
+            per_token=weighted_loss.cispo(
                 ratio, batch.logprobs, batch.advantages, mask, min_ratio=config.min_ratio, max_ratio=config.max_ratio
             ),
             ratio=ratio,

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-import torch
-from jaxtyping import Bool
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from rlhf.algorithms.grpo import GroupRelative
 from rlhf.algorithms.microbatch import PolicyMicrobatch, StepTokens, Surrogate
 from rlhf.algorithms.online import clipped
 from rlhf.algorithms.online_config import ClippedConfig, StepUse
-from rlhf.objectives.entropy import advantage_covariance, drawn_covariance_tokens
+from rlhf.objectives import entropy
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool
+    from torch import Tensor
 
 
 class ClipCovConfig(ClippedConfig):
@@ -49,9 +50,9 @@ class ClipCov(GroupRelative):
 
     def selected(self, step: StepTokens) -> Bool[Tensor, " N"]:
         """Return True for the tokens without a gradient."""
-        everywhere = torch.ones_like(step.advantages, dtype=torch.bool)
-        return drawn_covariance_tokens(
-            advantage_covariance(step.old_logprobs, step.advantages, everywhere),
+        everywhere = step.advantages.new_ones(len(step.advantages)).bool()
+        return entropy.drawn_covariance_tokens(
+            entropy.advantage_covariance(step.old_logprobs, step.advantages, everywhere),
             everywhere,
             step.order,
             low=self.config.min_covariance,
@@ -62,4 +63,4 @@ class ClipCov(GroupRelative):
     def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
         assert batch.selected is not None
         whole = clipped(self.config, batch)
-        return dataclasses.replace(whole, per_token=torch.where(batch.selected, 0.0, whole.per_token))
+        return dataclasses.replace(whole, per_token=whole.per_token.masked_fill(batch.selected, 0.0))

@@ -10,16 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
-import torch
-from jaxtyping import Bool
 from pydantic import AfterValidator, Field, model_validator
-from torch import Tensor
 
 from rlhf.algorithms.microbatch import Correction, PolicyMicrobatch, Surrogate
 from rlhf.objectives import corrections, policy_loss
 from rlhf.sections import NotWith, Section
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool
+    from torch import Tensor
 
 Bounds = tuple[float | None, float | None]
 Preset = Literal[
@@ -183,7 +184,7 @@ def corrected(config: CorrectionConfig, batch: PolicyMicrobatch, surrogate: Surr
             surrogate,
             per_token=policy_loss.reinforce(batch.logprobs, batch.advantages, mask),
             ratio=policy_loss.importance_ratio(batch.logprobs.detach(), batch.rollout_logprobs, mask),
-            clipped=torch.zeros_like(mask),
+            clipped=mask.new_zeros(mask.shape),
             capped=None,
         )
     return replace(surrogate, per_token=surrogate.per_token * result.weights), result
@@ -201,10 +202,10 @@ def correction(config: CorrectionConfig, batch: PolicyMicrobatch) -> Correction:
     if level:
         ratio = corrections.product_ratio(*gap, lengths) if level == "sequence" else corrections.token_ratio(*gap)
         weights = (corrections.masked if masks else corrections.truncated)(ratio, mask, **bounds)
-    outside, nowhere = mask & (weights != ratio), torch.zeros_like(mask)
+    outside, nowhere = mask & (weights != ratio), mask.new_zeros(mask.shape)
     keep = _kept(config, batch, gap)
     return Correction(
-        weights=torch.where(keep, weights, 0.0),
+        weights=weights.where(keep, 0.0),
         truncated=nowhere if masks else outside,
         masked=outside if masks else nowhere,
         rejected=mask & ~keep,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
 
 from rlhf.algorithms.pairs import PairAlgorithm, PairScores, PreferenceConfig
 from rlhf.objectives import preference_loss as of
 from rlhf.sections import OnlyWith
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 
 class CPOConfig(PreferenceConfig):

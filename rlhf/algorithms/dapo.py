@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from jaxtyping import Float, Int
 from pydantic import Field
-from torch import Tensor
 
 from rlhf.algorithms.base import Responses
 from rlhf.algorithms.grpo import GroupRelative
 from rlhf.algorithms.online_config import ClippedConfig, StepUse
-from rlhf.objectives.rewards import overlong_penalty
+from rlhf.objectives import rewards
 from rlhf.sections import Section
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
 
 
 class OverlongConfig(Section):
@@ -57,6 +59,6 @@ class DAPO(GroupRelative):
         overlong = self.config.overlong
         if overlong is None:
             return scores
-        return scores + overlong.factor * overlong_penalty(
+        return scores + overlong.factor * rewards.overlong_penalty(
             num_tokens, max_tokens=max_new_tokens, buffer=overlong.buffer
         )

@@ -8,12 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Annotated, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, Self, get_args
 
-import torch
-from jaxtyping import Float
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from rlhf.algorithms.base import UnusedKey
 from rlhf.algorithms.pairs import PairAlgorithm, PairScores, PreferenceConfig
@@ -21,25 +18,14 @@ from rlhf.objectives import divergences
 from rlhf.objectives import preference_loss as of
 from rlhf.sections import OnlyWith
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
 DPOLoss = Literal[
     "sigmoid", "robust", "ipo", "hinge", "exo", "nca", "bco", "sppo", "aot", "aot_unpaired", "apo_zero", "apo_down",
     "discopop",
 ]  # fmt: skip
-LOSSES: Mapping[str, Callable[..., Tensor]] = {
-    "sigmoid": of.dpo,
-    "robust": of.robust_dpo,
-    "ipo": of.ipo,
-    "hinge": of.hinge,
-    "exo": of.exo_pair,
-    "nca": of.nca_pair,
-    "bco": lambda c, r, *, beta: of.bco_pair(c, r, beta=beta, delta=beta * float((c + r).mean()) / 2),
-    "sppo": of.sppo_hard,
-    "aot": of.aot,  # of the margins of policy and reference, not of log-ratios
-    "aot_unpaired": of.aot_unpaired,
-    "apo_zero": of.apo_zero,
-    "apo_down": of.apo_down,
-    "discopop": of.discopop,
-}
 SMOOTHED = frozenset({"sigmoid", "robust", "exo", "aot", "aot_unpaired"})  # losses with label_smoothing
 COUPLED = frozenset({"aot", "aot_unpaired", "bco"})  # losses of all pairs of a step
 OF_MARGINS = frozenset({"sigmoid", "robust", "ipo", "hinge", "discopop"})  # losses for other divergences
@@ -119,11 +105,11 @@ class LogRatioAlgorithm(PairAlgorithm):
 
     def losses(self, scores: PairScores) -> Float[Tensor, " B"]:
         log_ratios = self._log_ratios(scores)
-        total = torch.zeros_like(log_ratios[0])
+        total = log_ratios[0].new_zeros(log_ratios[0].shape)
         for name, weight in self.config.losses.items():
             columns = self._margins(scores) if name == "aot" else log_ratios
             options = {"label_smoothing": self.config.label_smoothing} if name in SMOOTHED else {}
-            total = total + weight * LOSSES[name](*columns, beta=self.config.beta, **options)
+            total = total + weight * of.LOSSES[name](*columns, beta=self.config.beta, **options)
         return total
 
     def rewards(self, scores: PairScores) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:

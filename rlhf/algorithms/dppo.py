@@ -9,8 +9,7 @@ from pydantic import Field
 from rlhf.algorithms.grpo import GroupRelative
 from rlhf.algorithms.microbatch import PolicyMicrobatch, Surrogate
 from rlhf.algorithms.online_config import OnlineConfig, StepUse
-from rlhf.objectives.policy_loss import importance_ratio
-from rlhf.objectives.weighted_loss import cispo, trusted_by_kl, trusted_by_tv
+from rlhf.objectives import policy_loss, weighted_loss
 
 
 class DPPOConfig(OnlineConfig):
@@ -43,12 +42,12 @@ class DPPO(GroupRelative):
         columns = (batch.logprobs, batch.old_logprobs, batch.advantages, mask)
         down, up = config.max_decrease, config.max_increase
         if config.divergence == "tv":
-            trusted = trusted_by_tv(*columns, max_decrease=down, max_increase=up)
+            trusted = weighted_loss.trusted_by_tv(*columns, max_decrease=down, max_increase=up)
         else:
-            trusted = trusted_by_kl(*columns, max_kl_decrease=down, max_kl_increase=up)
-        ratio = importance_ratio(batch.logprobs.detach(), batch.old_logprobs, mask)
+            trusted = weighted_loss.trusted_by_kl(*columns, max_kl_decrease=down, max_kl_increase=up)
+        ratio = policy_loss.importance_ratio(batch.logprobs.detach(), batch.old_logprobs, mask)
         return Surrogate(
-            per_token=cispo(
+            per_token=weighted_loss.cispo(
                 ratio, batch.logprobs, batch.advantages, trusted, min_ratio=0.0, max_ratio=config.max_ratio
             ),
             ratio=ratio,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
-
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rlhf.algorithms.online import OnlineAlgorithm, SequenceOutcomes
 from rlhf.algorithms.online_config import Aggregation, ClippedConfig, StepUse
-from rlhf.objectives.advantages import group_centered, steps_centered
+from rlhf.objectives import advantages
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 
 class DrGRPOConfig(ClippedConfig):
@@ -29,8 +30,8 @@ class DrGRPO(OnlineAlgorithm):
 
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
         """Return each score minus its group's mean."""
-        return group_centered(outcomes.scores, group_size=outcomes.group_size)
+        return advantages.group_centered(outcomes.scores, group_size=outcomes.group_size)
 
     def step_terms(self, rewards: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
         """Return each step reward minus the mean of its group."""
-        return steps_centered(rewards)
+        return advantages.steps_centered(rewards)

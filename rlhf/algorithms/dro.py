@@ -10,7 +10,7 @@ from rlhf.algorithms.grpo import GroupRelative
 from rlhf.algorithms.microbatch import PolicyMicrobatch, Surrogate
 from rlhf.algorithms.online import unclipped
 from rlhf.algorithms.online_config import OnlineConfig, StepUse
-from rlhf.objectives.weighted_loss import dro
+from rlhf.objectives import weighted_loss
 
 
 class DROConfig(OnlineConfig):
@@ -34,4 +34,6 @@ class DRO(GroupRelative):
 
     def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
         mask = batch.response_mask
-        return unclipped(batch, dro(batch.logprobs, batch.old_logprobs, batch.advantages, mask, beta=self.config.beta))
+        return unclipped(
+            batch, weighted_loss.dro(batch.logprobs, batch.old_logprobs, batch.advantages, mask, beta=self.config.beta)
+        )

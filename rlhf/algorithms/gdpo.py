@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
-
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rlhf.algorithms.base import Responses
 from rlhf.algorithms.grpo import FLAT_BELOW, GROUP_STD_EPS, GroupRelative
 from rlhf.algorithms.online import SequenceOutcomes
 from rlhf.algorithms.online_config import ClippedConfig, LossKLConfig
-from rlhf.objectives.advantages import group_decoupled, group_normalized_sum
+from rlhf.objectives import advantages
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 
 class GDPOConfig(ClippedConfig):
@@ -41,12 +42,12 @@ class GDPO(GroupRelative):
 
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
         """Return the weighted sum of the rewards, each normalised in its group, normalised over the batch."""
-        return group_decoupled(outcomes.by_reward, outcomes.weights, **_grouping(outcomes))
+        return advantages.group_decoupled(outcomes.by_reward, outcomes.weights, **_grouping(outcomes))
 
     def is_flat(self, outcomes: SequenceOutcomes) -> bool:
         """Whether the weighted sum of normalised rewards is 0 for every response. The sums of the plain rewards may
         differ."""
-        sums = group_normalized_sum(outcomes.by_reward, outcomes.weights, **_grouping(outcomes))
+        sums = advantages.group_normalized_sum(outcomes.by_reward, outcomes.weights, **_grouping(outcomes))
         return bool((sums.abs() < FLAT_BELOW).all())
 
 

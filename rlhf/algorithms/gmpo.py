@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
 
 from rlhf.algorithms.grpo import GroupRelative
 from rlhf.algorithms.microbatch import PolicyMicrobatch, Surrogate
 from rlhf.algorithms.online_config import Aggregation, OnlineConfig
-from rlhf.objectives.sequence_ratios import geometric_mean_ratio
+from rlhf.objectives import sequence_ratios
 
 
 class GMPOConfig(OnlineConfig):
@@ -32,7 +31,7 @@ class GMPO(GroupRelative):
 
     def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
         config, mask, advantages = self.config, batch.response_mask, batch.advantages
-        ratio = geometric_mean_ratio(
+        ratio = sequence_ratios.geometric_mean_ratio(
             batch.logprobs,
             batch.old_logprobs,
             advantages,
@@ -41,9 +40,9 @@ class GMPO(GroupRelative):
             clip_low=config.clip_low,
             clip_high=config.clip_high,
         )
-        log_ratio = torch.where(mask, batch.logprobs.detach() - batch.old_logprobs, 0.0)
+        log_ratio = (batch.logprobs.detach() - batch.old_logprobs).where(mask, 0.0)
         return Surrogate(
-            per_token=torch.where(mask, -ratio * advantages, 0.0),
+            per_token=(-ratio * advantages).where(mask, 0.0),
             ratio=ratio.detach(),
             clipped=((log_ratio > config.clip_high) & (advantages > 0))
             | ((log_ratio < -config.clip_low) & (advantages < 0)),

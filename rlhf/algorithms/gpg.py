@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from rlhf.algorithms.grpo import GROUP_STD_EPS
 from rlhf.algorithms.microbatch import PolicyMicrobatch, Surrogate
 from rlhf.algorithms.online import OnlineAlgorithm, SequenceOutcomes, plain_gradient
 from rlhf.algorithms.online_config import OnlineConfig
-from rlhf.objectives.advantages import group_centered, group_normalized, uneven_group_scale
+from rlhf.objectives import advantages
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 
 class GPGConfig(OnlineConfig):
@@ -34,10 +35,10 @@ class GPG(OnlineAlgorithm):
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
         """Return the scores minus their group's mean, scaled."""
         scores, group_size = outcomes.scores, outcomes.group_size
-        scale = uneven_group_scale(scores, group_size=group_size)
+        scale = advantages.uneven_group_scale(scores, group_size=group_size)
         if self.config.std_normalize:
-            return scale * group_normalized(scores, group_size=group_size, eps=GROUP_STD_EPS)
-        return scale * group_centered(scores, group_size=group_size)
+            return scale * advantages.group_normalized(scores, group_size=group_size, eps=GROUP_STD_EPS)
+        return scale * advantages.group_centered(scores, group_size=group_size)
 
     def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
         return plain_gradient(batch)

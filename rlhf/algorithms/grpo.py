@@ -3,14 +3,15 @@ critic."""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
-
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rlhf.algorithms.online import OnlineAlgorithm, SequenceOutcomes
 from rlhf.algorithms.online_config import ClippedConfig, StepUse
-from rlhf.objectives.advantages import group_centered, group_normalized, steps_centered, steps_normalized
+from rlhf.objectives import advantages
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 FLAT_BELOW = 1e-9  # an advantage that is 0 but for rounding, in float64
 GROUP_STD_EPS = 1e-6  # the published codes use 1e-4 (TRL), 1e-6 (verl), 1e-8 and 1e-9: it matters only near std 0
@@ -32,11 +33,11 @@ class GroupRelative(OnlineAlgorithm):
 
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
         """Return the scores minus their group's mean, divided by its standard deviation."""
-        return group_normalized(outcomes.scores, group_size=outcomes.group_size, eps=GROUP_STD_EPS)
+        return advantages.group_normalized(outcomes.scores, group_size=outcomes.group_size, eps=GROUP_STD_EPS)
 
     def step_terms(self, rewards: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
         """Return the rewards minus their mean, divided by their standard deviation."""
-        return steps_normalized(rewards, eps=GROUP_STD_EPS)
+        return advantages.steps_normalized(rewards, eps=GROUP_STD_EPS)
 
 
 class GRPO(GroupRelative):
@@ -51,9 +52,9 @@ class GRPO(GroupRelative):
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
         """Return each score compared with its group."""
         if not self.config.std_normalize:
-            return group_centered(outcomes.scores, group_size=outcomes.group_size)
+            return advantages.group_centered(outcomes.scores, group_size=outcomes.group_size)
         return super().sequence_advantages(outcomes)
 
     def step_terms(self, rewards: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
         """Return each step reward compared with all step rewards of its group."""
-        return super().step_terms(rewards) if self.config.std_normalize else steps_centered(rewards)
+        return super().step_terms(rewards) if self.config.std_normalize else advantages.steps_centered(rewards)

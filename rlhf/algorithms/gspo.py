@@ -10,7 +10,7 @@ from rlhf.algorithms.grpo import GroupRelative
 from rlhf.algorithms.microbatch import PolicyMicrobatch, Surrogate
 from rlhf.algorithms.online import clipped
 from rlhf.algorithms.online_config import Aggregation, ClippedConfig, StepUse
-from rlhf.objectives.sequence_ratios import sequence_token_ratio
+from rlhf.objectives import sequence_ratios
 
 
 class SequenceClipConfig(ClippedConfig):
@@ -34,7 +34,9 @@ class SequenceClip(GroupRelative):
     config: SequenceClipConfig
 
     def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
-        ratio = sequence_token_ratio(batch.logprobs, batch.old_logprobs, batch.response_mask, batch.lengths)
+        ratio = sequence_ratios.sequence_token_ratio(
+            batch.logprobs, batch.old_logprobs, batch.response_mask, batch.lengths
+        )
         return clipped(self.config, batch, ratio)
 
 

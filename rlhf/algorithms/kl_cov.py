@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-from jaxtyping import Bool
 from pydantic import Field
-from torch import Tensor
 
 from rlhf.algorithms.grpo import GroupRelative
 from rlhf.algorithms.microbatch import PolicyMicrobatch, StepTokens, Surrogate
 from rlhf.algorithms.online import unclipped
 from rlhf.algorithms.online_config import OnlineConfig, StepUse
-from rlhf.objectives.entropy import advantage_covariance, top_covariance_tokens
-from rlhf.objectives.kl import kl_k1
-from rlhf.objectives.policy_loss import importance_ratio
+from rlhf.objectives import entropy, kl, policy_loss
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool
+    from torch import Tensor
 
 
 class KLCovConfig(OnlineConfig):
@@ -42,13 +41,13 @@ class KLCov(GroupRelative):
 
     def selected(self, step: StepTokens) -> Bool[Tensor, " N"]:
         """Return True for the tokens with a penalty."""
-        everywhere = torch.ones_like(step.advantages, dtype=torch.bool)
-        covariance = advantage_covariance(step.old_logprobs, step.advantages, everywhere)
-        return top_covariance_tokens(covariance, everywhere, fraction=self.config.fraction)
+        everywhere = step.advantages.new_ones(len(step.advantages)).bool()
+        covariance = entropy.advantage_covariance(step.old_logprobs, step.advantages, everywhere)
+        return entropy.top_covariance_tokens(covariance, everywhere, fraction=self.config.fraction)
 
     def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
         assert batch.selected is not None
         mask = batch.response_mask
-        ratio = importance_ratio(batch.logprobs, batch.old_logprobs, mask)
-        moved = torch.where(batch.selected, kl_k1(batch.logprobs, batch.old_logprobs), 0.0).abs()
-        return unclipped(batch, torch.where(mask, -ratio * batch.advantages, 0.0) + self.config.penalty * moved)
+        ratio = policy_loss.importance_ratio(batch.logprobs, batch.old_logprobs, mask)
+        moved = kl.kl_k1(batch.logprobs, batch.old_logprobs).where(batch.selected, 0.0).abs()
+        return unclipped(batch, (-ratio * batch.advantages).where(mask, 0.0) + self.config.penalty * moved)

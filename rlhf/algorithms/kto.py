@@ -6,14 +6,16 @@ The reference is the policy before training. Its log-probabilities are computed 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from jaxtyping import Bool, Float
 from pydantic import Field
-from torch import Tensor
 
 from rlhf.algorithms.base import Algorithm, AlgorithmConfig, Kind
 from rlhf.objectives import unpaired_loss
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+    from torch import Tensor
 
 Comparison = Literal["divergence", "mean", "zero"]
 _COMPARED: Mapping[str, Comparison] = {"kto": "divergence", "bco": "mean", "apo_zero": "zero"}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
 
 from rlhf.algorithms.base import Algorithm, AlgorithmConfig, Kind
 from rlhf.algorithms.distillation import divergence_of
@@ -14,9 +12,12 @@ from rlhf.algorithms.grpo import GROUP_STD_EPS
 from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
 from rlhf.algorithms.online import OnlineAlgorithm
 from rlhf.algorithms.online_config import ClippedConfig
-from rlhf.objectives.advantages import group_normalized
-from rlhf.objectives.distillation import Divergence
+from rlhf.objectives import advantages, distillation
 from rlhf.sections import OnlyWith
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 
 class OnPolicyDistillationConfig(AlgorithmConfig):
@@ -71,13 +72,13 @@ class OnPolicyDistillation(Algorithm):
     config: OnPolicyDistillationConfig
 
     @property
-    def divergence(self) -> Divergence:
+    def divergence(self) -> distillation.Divergence:
         """Return the divergence over the vocabulary."""
         return divergence_of(self.config.divergence, beta=self.config.beta)
 
     def reward_advantages(self, scores: Float[Tensor, " B"], *, group_size: int) -> Float[Tensor, " B"]:
         """Return the rewards' contribution to the advantages of each response's tokens. Scores are prompt-major."""
-        return self.config.reward_coef * group_normalized(scores, group_size=group_size, eps=GROUP_STD_EPS)
+        return self.config.reward_coef * advantages.group_normalized(scores, group_size=group_size, eps=GROUP_STD_EPS)
 
     def sampled_loss(self, batch: PolicyMicrobatch, counts: StepCounts) -> LossTerms:
         """Return this micro-batch's share of the loss of `sampled_reverse_kl`."""

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from rlhf.algorithms.base import Algorithm
 from rlhf.algorithms.correction import corrected
@@ -18,20 +15,13 @@ from rlhf.algorithms.microbatch import (
     StepTokens,
     Surrogate,
 )
-from rlhf.algorithms.online_config import ClippedConfig, Estimator, OnlineConfig
-from rlhf.objectives import kl, policy_loss
-from rlhf.objectives.advantages import reward_to_go
-from rlhf.objectives.aggregation import token_weights
-from rlhf.objectives.masking import bin_counts, masked_sum
+from rlhf.algorithms.online_config import ClippedConfig, OnlineConfig
+from rlhf.objectives import advantages, aggregation, kl, masking, policy_loss
 from rlhf.tracking.metrics.histograms import RATIO_EDGES
 
-KL_ESTIMATORS: Mapping[Estimator, Callable[[Tensor, Tensor], Tensor]] = {
-    "k1": kl.kl_k1,
-    "k2": kl.kl_k2,
-    "k3": kl.kl_k3,
-    "k1_straight_through": kl.kl_k1_straight_through,
-    "k3_straight_through": kl.kl_k3_straight_through,
-}
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +109,7 @@ class OnlineAlgorithm(Algorithm):
 
         Called only if `sequence_advantages` returns None. `values` is None without a critic.
         """
-        returns = reward_to_go(rewards, response_mask, lengths, gamma=self.discount)
+        returns = advantages.reward_to_go(rewards, response_mask, lengths, gamma=self.discount)
         return returns, returns
 
     def selected(self, step: StepTokens) -> Bool[Tensor, " N"]:
@@ -140,34 +130,35 @@ class OnlineAlgorithm(Algorithm):
         """
         mask = batch.response_mask
         mode, of_samples = self.config.aggregation, batch.sample_tokens
-        weights = token_weights(mask, batch.lengths, mode=mode, sample_tokens=of_samples, **asdict(counts))
+        weights = aggregation.token_weights(mask, batch.lengths, mode=mode, sample_tokens=of_samples, **asdict(counts))
         surrogate, correction = self.surrogate(batch), None
         if self.config.correction is not None:
             surrogate, correction = corrected(self.config.correction, batch, surrogate)
         trained = mask if batch.high_entropy is None else mask & batch.high_entropy
-        surrogate_loss = (torch.where(trained, surrogate.per_token, 0.0) * weights).sum()
+        surrogate_loss = (surrogate.per_token.where(trained, 0.0) * weights).sum()
         loss = surrogate_loss
-        kl_loss = torch.zeros((), device=mask.device)
+        kl_loss = surrogate_loss.new_zeros(())
         if batch.ref_logprobs is not None and self.config.kl.place == "loss":
             kl_loss = (reference_kl(self.config, batch.logprobs, batch.ref_logprobs, mask) * weights).sum()
             loss = loss + kl_coef * kl_loss
         if batch.entropy_coef:
-            loss = loss - batch.entropy_coef * (torch.where(mask, batch.entropy, 0.0) * weights).sum()
+            loss = loss - batch.entropy_coef * (batch.entropy.where(mask, 0.0) * weights).sum()
 
-        with torch.no_grad():
-            old, new = torch.where(mask, batch.old_logprobs, 0.0), torch.where(mask, batch.logprobs, 0.0)
-            return LossTerms(
-                loss=loss,
-                surrogate=surrogate_loss.detach(),
-                kl_loss=kl_loss.detach(),
-                clipped_tokens=surrogate.clipped.sum().float(),
-                capped_tokens=None if surrogate.capped is None else surrogate.capped.sum().float(),
-                kl_old_sum=kl.kl_k3(old, new).sum(),
-                entropy_sum=masked_sum(batch.entropy, mask),
-                ratio_max=surrogate.ratio.max(),
-                ratio_counts=bin_counts(surrogate.ratio, mask, edges=RATIO_EDGES),
-                correction=correction,
-            )
+        # Metrics carry no gradient.
+        old, new = batch.old_logprobs.where(mask, 0.0), batch.logprobs.detach().where(mask, 0.0)
+        ratio = surrogate.ratio.detach()
+        return LossTerms(
+            loss=loss,
+            surrogate=surrogate_loss.detach(),
+            kl_loss=kl_loss.detach(),
+            clipped_tokens=surrogate.clipped.sum().float(),
+            capped_tokens=None if surrogate.capped is None else surrogate.capped.sum().float(),
+            kl_old_sum=kl.kl_k3(old, new).sum(),
+            entropy_sum=masking.masked_sum(batch.entropy.detach(), mask),
+            ratio_max=ratio.max(),
+            ratio_counts=masking.bin_counts(ratio, mask, edges=RATIO_EDGES),
+            correction=correction,
+        )
 
 
 def clipped(config: ClippedConfig, batch: PolicyMicrobatch, ratio: Float[Tensor, " N"] | None = None) -> Surrogate:
@@ -195,7 +186,7 @@ def unclipped(batch: PolicyMicrobatch, per_token: Float[Tensor, " N"]) -> Surrog
     return Surrogate(
         per_token=per_token,
         ratio=policy_loss.importance_ratio(batch.logprobs.detach(), batch.old_logprobs, mask),
-        clipped=torch.zeros_like(mask),
+        clipped=mask.new_zeros(mask.shape),
     )
 
 
@@ -211,4 +202,4 @@ def reference_kl(
     mask: Bool[Tensor, " N"],
 ) -> Float[Tensor, " N"]:
     """Return KL(policy || reference) of each token by the configured estimator, zero outside mask."""
-    return KL_ESTIMATORS[config.kl.estimator](torch.where(mask, logprobs, 0.0), torch.where(mask, ref_logprobs, 0.0))
+    return kl.ESTIMATORS[config.kl.estimator](logprobs.where(mask, 0.0), ref_logprobs.where(mask, 0.0))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from rlhf.algorithms.online import OnlineAlgorithm, SequenceOutcomes
 from rlhf.algorithms.online_config import Aggregation, ClippedConfig
-from rlhf.objectives.advantages import length_weighted_centered
+from rlhf.objectives import advantages
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 
 class OPOConfig(ClippedConfig):
@@ -30,4 +31,4 @@ class OPO(OnlineAlgorithm):
 
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
         """Return each score minus its group's length-weighted mean."""
-        return length_weighted_centered(outcomes.scores, outcomes.num_tokens, group_size=outcomes.group_size)
+        return advantages.length_weighted_centered(outcomes.scores, outcomes.num_tokens, group_size=outcomes.group_size)

@@ -3,15 +3,17 @@ rejected."""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
 
 from rlhf.algorithms.base import AlgorithmConfig, Kind
 from rlhf.algorithms.pairs import PairAlgorithm, PairScores
-from rlhf.objectives.preference_loss import odds_ratio
+from rlhf.objectives import preference_loss
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 
 class ORPOConfig(AlgorithmConfig):
@@ -32,7 +34,7 @@ class ORPO(PairAlgorithm):
     def losses(self, scores: PairScores) -> Float[Tensor, " B"]:
         """Return the odds-ratio term of each pair."""
         chosen, rejected = scores.chosen / scores.chosen_tokens, scores.rejected / scores.rejected_tokens
-        return self.config.beta * odds_ratio(chosen, rejected)
+        return self.config.beta * preference_loss.odds_ratio(chosen, rejected)
 
     def rewards(self, scores: PairScores) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
         """Return beta times the average log-probabilities."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
 
 from rlhf.algorithms.base import Responses
 from rlhf.algorithms.grpo import FLAT_BELOW, GROUP_STD_EPS, GroupRelative
 from rlhf.algorithms.online import SequenceOutcomes
 from rlhf.algorithms.online_config import ClippedConfig
-from rlhf.objectives.advantages import group_best_margin, group_best_normalized
+from rlhf.objectives import advantages
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 
 class PassAtKConfig(ClippedConfig):
@@ -49,8 +51,8 @@ class PassAtK(GroupRelative):
         """Return advantages from exact means over all sets of k responses."""
         scores, size, k = outcomes.scores, outcomes.group_size, self.config.k
         if self.config.baseline == "leave_one_out":
-            return group_best_margin(scores, group_size=size, k=k)
-        return group_best_normalized(scores, group_size=size, k=k, eps=GROUP_STD_EPS)
+            return advantages.group_best_margin(scores, group_size=size, k=k)
+        return advantages.group_best_normalized(scores, group_size=size, k=k, eps=GROUP_STD_EPS)
 
     def is_flat(self, outcomes: SequenceOutcomes) -> bool:
         """Whether all sets of k are equally good. This also holds if most responses have the best score."""

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-from jaxtyping import Bool, Float, Int
 from pydantic import Field
-from torch import Tensor
 
 from rlhf.algorithms.base import Responses
 from rlhf.algorithms.microbatch import StepCounts, ValueLossTerms, ValueMicrobatch
 from rlhf.algorithms.online import OnlineAlgorithm
 from rlhf.algorithms.online_config import ClippedConfig, RewardKLConfig, StepUse
-from rlhf.objectives import value_loss
-from rlhf.objectives.advantages import gae
-from rlhf.objectives.aggregation import token_weights
+from rlhf.objectives import advantages, aggregation, value_loss
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
 
 
 class PPOConfig(ClippedConfig):
@@ -84,18 +83,18 @@ class PPO(OnlineAlgorithm):
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
         """Return generalised advantages and the critic's targets."""
         assert values is not None, "PPO has a critic"
-        return gae(rewards, values, response_mask, lengths, gamma=self.config.gamma, lam=self.config.lam)
+        return advantages.gae(rewards, values, response_mask, lengths, gamma=self.config.gamma, lam=self.config.lam)
 
     def critic_loss(self, batch: ValueMicrobatch, counts: StepCounts) -> ValueLossTerms:
         """Return this micro-batch's share of the critic's loss, aggregated like the policy loss."""
         mask, clip = batch.response_mask, self.config.value_clip
         if clip is None:
             per_token = value_loss.value_loss(batch.values, batch.returns, mask)
-            num_clipped = torch.zeros((), device=mask.device)
+            num_clipped = batch.values.new_zeros(())
         else:
             columns = (batch.values, batch.old_values, batch.returns, mask)
             per_token = value_loss.clipped_value_loss(*columns, clip=clip)
             num_clipped = value_loss.clipped_values(*columns, clip=clip).sum().float()
         mode, of_samples = self.config.aggregation, batch.sample_tokens
-        weights = token_weights(mask, batch.lengths, mode=mode, sample_tokens=of_samples, **asdict(counts))
+        weights = aggregation.token_weights(mask, batch.lengths, mode=mode, sample_tokens=of_samples, **asdict(counts))
         return ValueLossTerms(loss=(per_token * weights).sum(), clipped_tokens=num_clipped)

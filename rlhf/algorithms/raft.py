@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from jaxtyping import Bool, Float, Int
 from pydantic import Field
-from torch import Tensor
 
 from rlhf.algorithms.base import Responses, UnusedKey
 from rlhf.algorithms.microbatch import PolicyMicrobatch, Surrogate
 from rlhf.algorithms.online import OnlineAlgorithm, unclipped
 from rlhf.algorithms.online_config import LossKLConfig, OnlineConfig
-from rlhf.objectives.selection import best
-from rlhf.objectives.supervised import negative_logprob
+from rlhf.objectives import selection, supervised
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
 
 
 class RAFTConfig(OnlineConfig):
@@ -68,7 +69,7 @@ class RAFT(OnlineAlgorithm):
     def kept(self, scores: Sequence[float]) -> Sequence[int]:
         """Return the indices of the best responses with a score at or above the threshold."""
         least = self.config.min_score
-        return [index for index in best(scores, self.config.keep) if least is None or scores[index] >= least]
+        return [index for index in selection.best(scores, self.config.keep) if least is None or scores[index] >= least]
 
     def token_advantages(
         self,
@@ -82,4 +83,4 @@ class RAFT(OnlineAlgorithm):
         return ones, ones
 
     def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
-        return unclipped(batch, negative_logprob(batch.logprobs, batch.response_mask))
+        return unclipped(batch, supervised.negative_logprob(batch.logprobs, batch.response_mask))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
-
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rlhf.algorithms.base import Responses
 from rlhf.algorithms.online import OnlineAlgorithm, SequenceOutcomes
 from rlhf.algorithms.online_config import ClippedConfig, RewardKLConfig, StepUse
-from rlhf.objectives.advantages import group_centered
+from rlhf.objectives import advantages
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 
 class ReinforcePlusPlusConfig(ClippedConfig):
@@ -48,4 +49,8 @@ class ReinforcePlusPlus(OnlineAlgorithm):
 
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"] | None:
         """Return each score minus its group's mean, or None if advantages are per token."""
-        return group_centered(outcomes.scores, group_size=outcomes.group_size) if self.config.group_baseline else None
+        return (
+            advantages.group_centered(outcomes.scores, group_size=outcomes.group_size)
+            if self.config.group_baseline
+            else None
+        )

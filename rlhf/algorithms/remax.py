@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
-
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rlhf.algorithms.online import OnlineAlgorithm, SequenceOutcomes
 from rlhf.algorithms.online_config import Aggregation, ClippedConfig, RewardKLConfig
-from rlhf.objectives.advantages import greedy_centered
+from rlhf.objectives import advantages
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 
 class ReMaxConfig(ClippedConfig):
@@ -39,4 +40,4 @@ class ReMax(OnlineAlgorithm):
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
         """Return each score minus the score of the greedy response."""
         assert outcomes.greedy_scores is not None, "ReMax asks for greedy responses"
-        return greedy_centered(outcomes.scores, outcomes.greedy_scores, group_size=outcomes.group_size)
+        return advantages.greedy_centered(outcomes.scores, outcomes.greedy_scores, group_size=outcomes.group_size)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
 
 from rlhf.algorithms.base import AlgorithmConfig, Kind
 from rlhf.algorithms.pairs import PairAlgorithm, PairScores
-from rlhf.objectives.reward_model_loss import bradley_terry, centering
+from rlhf.objectives import reward_model_loss
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 
 class RewardModelingConfig(AlgorithmConfig):
@@ -28,9 +30,9 @@ class RewardModeling(PairAlgorithm):
     config: RewardModelingConfig
 
     def losses(self, scores: PairScores) -> Float[Tensor, " B"]:
-        losses = bradley_terry(scores.chosen, scores.rejected, margin=scores.margins)
+        losses = reward_model_loss.bradley_terry(scores.chosen, scores.rejected, margin=scores.margins)
         if self.config.centering:
-            losses = losses + self.config.centering * centering(scores.chosen, scores.rejected)
+            losses = losses + self.config.centering * reward_model_loss.centering(scores.chosen, scores.rejected)
         return losses
 
     def rewards(self, scores: PairScores) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from rlhf.algorithms.online import OnlineAlgorithm, SequenceOutcomes
 from rlhf.algorithms.online_config import Aggregation, ClippedConfig, RewardKLConfig
-from rlhf.objectives.advantages import leave_one_out
+from rlhf.objectives import advantages
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 
 class RLOOConfig(ClippedConfig):
@@ -32,4 +33,4 @@ class RLOO(OnlineAlgorithm):
 
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
         """Return each score minus the mean of its group's other scores."""
-        return leave_one_out(outcomes.scores, group_size=outcomes.group_size)
+        return advantages.leave_one_out(outcomes.scores, group_size=outcomes.group_size)

@@ -10,8 +10,7 @@ from rlhf.algorithms.grpo import GroupRelative
 from rlhf.algorithms.microbatch import PolicyMicrobatch, Surrogate
 from rlhf.algorithms.online import unclipped
 from rlhf.algorithms.online_config import Aggregation, OnlineConfig, StepUse
-from rlhf.objectives.policy_loss import importance_ratio
-from rlhf.objectives.weighted_loss import sapo
+from rlhf.objectives import policy_loss, weighted_loss
 
 
 class SAPOConfig(OnlineConfig):
@@ -34,8 +33,8 @@ class SAPO(GroupRelative):
 
     def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
         mask = batch.response_mask
-        ratio = importance_ratio(batch.logprobs, batch.old_logprobs, mask)
-        per_token = sapo(
+        ratio = policy_loss.importance_ratio(batch.logprobs, batch.old_logprobs, mask)
+        per_token = weighted_loss.sapo(
             ratio,
             batch.advantages,
             mask,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
 
 from rlhf.algorithms.pairs import PairAlgorithm, PairScores, PreferenceConfig
-from rlhf.objectives.divergences import alphapo_scores
-from rlhf.objectives.preference_loss import simpo
+from rlhf.objectives import divergences, preference_loss
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 
 class MarginConfig(PreferenceConfig):
@@ -44,7 +45,9 @@ class RewardMargin(PairAlgorithm):
 
     def losses(self, scores: PairScores) -> Float[Tensor, " B"]:
         config = self.config
-        return simpo(*self.scores(scores), beta=config.beta, gamma=config.gamma, label_smoothing=config.label_smoothing)
+        return preference_loss.simpo(
+            *self.scores(scores), beta=config.beta, gamma=config.gamma, label_smoothing=config.label_smoothing
+        )
 
     def rewards(self, scores: PairScores) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
         """Return beta times the results of `scores`."""
@@ -61,4 +64,4 @@ class SimPO(RewardMargin):
         """Return (1 - p^-alpha) / alpha of the averages."""
         chosen, rejected = scores.chosen / scores.chosen_tokens, scores.rejected / scores.rejected_tokens
         alpha = self.config.alpha
-        return alphapo_scores(chosen, alpha=alpha), alphapo_scores(rejected, alpha=alpha)
+        return divergences.alphapo_scores(chosen, alpha=alpha), divergences.alphapo_scores(rejected, alpha=alpha)

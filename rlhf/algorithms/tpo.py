@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
 
 from rlhf.algorithms.pairs import PairScores
 from rlhf.algorithms.simpo import MarginConfig, RewardMargin
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 
 class TPOConfig(MarginConfig):

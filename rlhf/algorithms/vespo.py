@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
 
 from rlhf.algorithms.grpo import GroupRelative
 from rlhf.algorithms.microbatch import PolicyMicrobatch, Surrogate
 from rlhf.algorithms.online import unclipped
 from rlhf.algorithms.online_config import OnlineConfig
-from rlhf.objectives.masking import sequence_sums, to_tokens
-from rlhf.objectives.policy_loss import reinforce
-from rlhf.objectives.weighted_loss import vespo_weights
+from rlhf.objectives import masking, policy_loss, weighted_loss
 
 
 class VESPOConfig(OnlineConfig):
@@ -46,13 +43,13 @@ class VESPO(GroupRelative):
 
     def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
         config, mask = self.config, batch.response_mask
-        log_ratio = torch.where(mask, batch.logprobs.detach() - batch.old_logprobs, 0.0)
-        weights = vespo_weights(
-            to_tokens(sequence_sums(log_ratio, batch.lengths), batch.lengths, num_tokens=len(mask)),
+        log_ratio = (batch.logprobs.detach() - batch.old_logprobs).where(mask, 0.0)
+        weights = weighted_loss.vespo_weights(
+            masking.to_tokens(masking.sequence_sums(log_ratio, batch.lengths), batch.lengths, num_tokens=len(mask)),
             batch.advantages,
             power_positive=config.power_positive,
             decay_positive=config.decay_positive,
             power_negative=config.power_negative,
             decay_negative=config.decay_negative,
         )
-        return unclipped(batch, reinforce(batch.logprobs, weights * batch.advantages, mask))
+        return unclipped(batch, policy_loss.reinforce(batch.logprobs, weights * batch.advantages, mask))

@@ -18,6 +18,8 @@ In a loss k2 alone has the right gradient. `straight_through` gives k1 and k3 th
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -55,6 +57,15 @@ def kl_k3_straight_through(logprobs: Float[Tensor, "*N"], ref_logprobs: Float[Te
 def straight_through(value: Float[Tensor, "*N"], gradient: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
     """Return the value of one estimate with the gradient of another."""
     return value.detach() + (gradient - gradient.detach())
+
+
+ESTIMATORS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {  # by their names in a configuration
+    "k1": kl_k1,
+    "k2": kl_k2,
+    "k3": kl_k3,
+    "k1_straight_through": kl_k1_straight_through,
+    "k3_straight_through": kl_k3_straight_through,
+}
 
 
 def adaptive_kl_coef(coef: float, *, kl: float, target: float, horizon: float, num_sequences: int) -> float:

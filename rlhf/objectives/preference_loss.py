@@ -16,6 +16,8 @@ that is not positive and for a label_smoothing outside [0, 0.5).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -213,3 +215,20 @@ def _check(name: str, *, beta: float, label_smoothing: float = 0.0) -> None:
         raise ValueError(
             f"{name} needs label_smoothing in [0, 0.5), got {label_smoothing}: at 0.5 nothing is preferred"
         )
+
+
+LOSSES: Mapping[str, Callable[..., Float[Tensor, " B"]]] = {  # by their names in a configuration
+    "sigmoid": dpo,
+    "robust": robust_dpo,
+    "ipo": ipo,
+    "hinge": hinge,
+    "exo": exo_pair,
+    "nca": nca_pair,
+    "bco": lambda c, r, *, beta: bco_pair(c, r, beta=beta, delta=beta * float((c + r).mean()) / 2),
+    "sppo": sppo_hard,
+    "aot": aot,  # of the margins of policy and reference, not of log-ratios
+    "aot_unpaired": aot_unpaired,
+    "apo_zero": apo_zero,
+    "apo_down": apo_down,
+    "discopop": discopop,
+}

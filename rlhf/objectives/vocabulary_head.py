@@ -15,10 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from rlhf.objectives.costs import CHUNK_ROWS, CHUNKS_PER_PRODUCT
 from rlhf.objectives.products import widens_products
-
-CHUNK_ROWS = 256  # rows of logits alive at once in float32: 48 MiB at a vocabulary of 49,152
-CHUNKS_PER_PRODUCT = 4  # chunks per matrix product of logit gradients, and per addition to the weight's gradient
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from rlhf.config.derive import (
 from rlhf.config.schema.cluster import TrainedResources
 from rlhf.config.schema.model import CriticConfig, LoraConfig, ModelConfig, PolicyConfig
 from rlhf.config.schema.root import Config
-from rlhf.objectives.products import multiplies_bfloat16_fast
+from rlhf.objectives.costs import multiplies_bfloat16_fast
 from rlhf.planning.memory import (
     GIB,
     Footprint,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from rlhf.objectives.vocabulary_head import CHUNK_ROWS, CHUNKS_PER_PRODUCT
+from rlhf.objectives.costs import CHUNK_ROWS, CHUNKS_PER_PRODUCT
 from rlhf.planning.shapes import Shape
 from rlhf.role_table import Role
 

@@ -26,7 +26,7 @@ from rlhf.config.derive import (
 from rlhf.config.nodes import ACCELERATORS, Node
 from rlhf.config.schema.model import CriticConfig, PolicyConfig
 from rlhf.config.schema.root import Config
-from rlhf.objectives.products import multiplies_bfloat16_fast
+from rlhf.objectives.costs import multiplies_bfloat16_fast
 from rlhf.planning.footprints import Sizes, cache_tokens
 from rlhf.planning.lengths import Lengths
 from rlhf.planning.memory import kv_bytes_per_token

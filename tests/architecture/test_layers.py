@@ -25,15 +25,3 @@ def test_every_module_of_the_library_has_its_layer() -> None:
         if (path.suffix == ".py" and path.stem != "__init__") or (path / "__init__.py").is_file()
     }
     assert modules == {layer for layer in layers if layer.startswith("rlhf.")}
-
-
-def test_importing_the_library_loads_neither_ray_nor_torch() -> None:
-    heavy = "{'ray', 'vllm', 'torch'} & set(sys.modules)"
-    check = f"import sys, rlhf, rlhf.cli; sys.exit(bool({heavy}))"
-    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, timeout=60).returncode == 0
-
-
-def test_loading_a_configuration_loads_no_ray() -> None:
-    """It loads torch, since an algorithm's section and its equations are in one file."""
-    check = "import sys, rlhf.config.files.load; sys.exit(bool({'ray', 'vllm', 'transformers'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, timeout=60).returncode == 0

@@ -248,9 +248,3 @@ def test_a_driver_gets_the_arguments_of_its_parent(options: list[str]) -> None:
     assert vars(parse_arguments(command(supervised)[3:])) == vars(parse_arguments(words))
     again = vars(parse_arguments(command(supervised, again=True)[3:]))
     assert again == vars(parse_arguments(words)) | {"resume": "auto", "overwrite": False}
-
-
-def test_the_parent_imports_nothing_heavy() -> None:
-    code = "import sys, rlhf.cli, rlhf.commands.supervision; print({'torch', 'ray', 'vllm'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout == "set()\n", done.stderr

@@ -1,0 +1,21 @@
+"""Define what the memory and the time of the equations depend on. It imports no torch, because a plan reads it.
+
+Two cores of a Xeon with AVX-512 BF16 and no AMX tiles do 165 Gflop/s in bfloat16 and 320 in float32. Two cores of an
+EPYC (Zen 5), with full-width bfloat16 dot products, do 900 and 220.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+CPUINFO = Path("/proc/cpuinfo")
+CHUNK_ROWS = 256  # rows of logits alive at once in float32: 48 MiB at a vocabulary of 49,152
+CHUNKS_PER_PRODUCT = 4  # chunks per matrix product of logit gradients, and per addition to the weight's gradient
+
+
+@cache
+def multiplies_bfloat16_fast() -> bool:
+    """Whether this CPU multiplies bfloat16 faster than float32: with AMX tiles, or with AMD's AVX-512 BF16."""
+    words = set(CPUINFO.read_text().split()) if CPUINFO.exists() else set()
+    return "amx_tile" in words or {"AuthenticAMD", "avx512_bf16"} <= words

@@ -1,0 +1,54 @@
+"""Heavy modules are imported when a command needs them: not for help, a refused configuration or a plan."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = {
+    *("accelerate", "bitsandbytes", "datasets", "deepspeed", "jaxtyping", "matplotlib", "pandas", "peft", "pyarrow"),
+    *("ray", "scipy", "sympy", "tokenizers", "torch", "transformers", "vllm", "wandb"),
+}
+RECIPE = str(ROOT / "configs" / "grpo_smollm2.yaml")
+REFUSED = {
+    "a misspelt key": ["train", RECIPE, "train.stesp=3"],
+    "a wrong value": ["train", RECIPE, "train.lr=fast"],
+    "a relation between sections": ["train", RECIPE, "rollouts.samples_per_prompt=1"],
+    "a wrong value of a plan": ["plan", RECIPE, "train.lr=fast"],
+}
+ACCEPTED = {
+    "help": ["--help"],
+    "help of a command": ["eval", "--help"],
+    "a plan without its inputs": ["plan", str(ROOT / "configs" / "ppo_70b_multinode.yaml")],
+    "a plan for other machines": ["plan", str(ROOT / "configs" / "quickstart.yaml"), "--cluster", "cpu=2"],
+    "a plan of a sweep": ["plan", str(ROOT / "configs" / "sweep_tiny.yaml"), "--cluster", "cpu=2"],
+}
+# Run each command in turn, and print its exit code and the modules that it imported.
+CODE = """
+import json, sys
+import rlhf
+own = [name for name in sys.modules if name.startswith("rlhf") and not name.startswith("rlhf.commands")]
+import rlhf.cli, rlhf.commands.supervision
+results = {"import rlhf.cli": (0, list(sys.modules))}
+for name, words in json.loads(sys.argv[1]).items():
+    before = set(sys.modules)
+    try:
+        code = rlhf.cli.main(words)
+    except SystemExit as end:
+        code = end.code
+    results[name] = code, sorted(set(sys.modules) - before)
+print("\\n" + json.dumps({"own": own, "commands": results}))
+"""
+
+
+def test_nothing_heavy_is_imported_for_help_a_refusal_or_a_plan() -> None:
+    command = [sys.executable, "-c", CODE, json.dumps(REFUSED | ACCEPTED)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert set(results["own"]) == {"rlhf", "rlhf.errors", "rlhf.tracking", "rlhf.tracking.logs"}
+    for name, (code, imported) in results["commands"].items():
+        assert (code, HEAVY & set(imported)) == (2 if name in REFUSED else 0, set()), name
