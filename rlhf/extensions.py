@@ -14,11 +14,11 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any, Literal
 
 from rlhf.errors import UserError
@@ -29,11 +29,21 @@ MAX_ERROR_CHARS = 500
 # Frames of these files are not shown as the place of an error, because they only call the user's code.
 _CALLERS = (__file__, os.path.join(os.path.dirname(__file__), "rewards", "processes", ""))
 
+_PACKAGE = os.path.join(os.path.dirname(__file__), "")
+_GUARD = 'Put this call below `if __name__ == "__main__":`.'
+_FILE_MODULE = "rlhf_file_"  # prefix of the modules of imported files
+
 _imported: dict[str, tuple[bytes, ModuleType]] = {}  # the text of each imported file, and its module
+_importing: set[str] = set()  # files whose import has begun
+_hosts_code = False  # whether this process runs nothing but code that a configuration names
 
 
 class LoadError(Exception):
     """Raised if code cannot be loaded; the message says why."""
+
+
+class StartRefused(LoadError):
+    """Raised if code that a configuration names starts work of the framework; the message has the file and the line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +163,8 @@ def load_code(source: CodeSource, *, isolated: bool = False) -> Any:
         offer = f"the package {source.package} offers `{source.name}` as {source.entry}, but "
         try:
             module = importlib.import_module(where)
+        except StartRefused:
+            raise
         except BaseException as error:  # sys.exit in a module is reported like an exception
             raise LoadError(f"{offer}importing {where} raised {summarize(error, None)}") from error
     members = vars(module)
@@ -170,7 +182,9 @@ def import_file(path: str, *, isolated: bool = False) -> ModuleType:
     text = Path(path).read_bytes()
     if path in _imported and _imported[path][0] == text:
         return _imported[path][1]
-    name = "rlhf_file_" + Path(path).stem  # prefixed, so a file `random.py` does not replace the module
+    if path in _importing:
+        raise LoadError(f"{path} loads a configuration that names {path} itself. {_GUARD}")
+    name = _FILE_MODULE + Path(path).stem  # prefixed, so a file `random.py` does not replace the module
     while name in sys.modules:
         name += "_"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -180,13 +194,55 @@ def import_file(path: str, *, isolated: bool = False) -> ModuleType:
     sys.modules[name] = module
     if (folder := str(Path(path).parent)) not in sys.path[: 1 if isolated else None]:
         sys.path.insert(0 if isolated else len(sys.path), folder)
+    _importing.add(path)
     try:
         exec(compile(text, path, "exec"), vars(module))  # not by the spec, which may find the bytecode of an older text
+    except StartRefused:
+        del sys.modules[name]
+        raise
     except BaseException as error:  # sys.exit in a file is reported like an exception
         del sys.modules[name]
         raise LoadError(f"importing {path} raised {summarize(error, path)}") from error
+    finally:
+        _importing.discard(path)
     _imported[path] = text, module
     return module
+
+
+def host_code() -> None:
+    """Declare that this process runs nothing but code that a configuration names. That code may start no work."""
+    global _hosts_code
+    _hosts_code = True
+
+
+def refuse_start(call: str) -> None:
+    """Raise StartRefused if code that a configuration names has made this call of the Python API.
+
+    Such code is found by a frame of `load_code`, which imports the code, or of a module that `import_file` has made.
+    """
+    frames = list(_callers(sys._getframe(1)))
+    is_imported = any(frame.f_code is load_code.__code__ for frame in frames)
+    is_loaded = any(frame.f_globals.get("__name__", "").startswith(_FILE_MODULE) for frame in frames)
+    if not (is_imported or is_loaded or _hosts_code):
+        return
+    outside = [frame for frame in frames if not frame.f_code.co_filename.startswith(("<", _PACKAGE))]
+    place = f"{outside[0].f_code.co_filename}:{outside[0].f_lineno}: " if outside else ""
+    if is_imported:
+        raise StartRefused(
+            f"{place}{call} is called while the file is imported. Each process that needs a function or a class of the "
+            f"file imports the file, and would start the work again. {_GUARD}"
+        )
+    raise StartRefused(
+        f"{place}{call} is called by code that a configuration names. A reward, an environment, an agent or an "
+        "algorithm cannot start work of the framework. Make the call in a separate script."
+    )
+
+
+def _callers(frame: FrameType | None) -> Iterator[FrameType]:
+    """Yield the frame and its callers, innermost first."""
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 def construct(source: CodeSource, target: type) -> Any:

@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 
 from rlhf.commands.command import Command
-from rlhf.commands.shared import write_stdout
+from rlhf.commands.shared import starts_work, write_stdout
 
 
+@starts_work
 def dashboard(*, project: str = "rlhf", entity: str | None = None, out: str | Path | None = None) -> str:
     """Make a W&B workspace for the runs of a project. Return its address, or the file.
 

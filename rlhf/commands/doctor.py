@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf.commands.command import Command
-from rlhf.commands.shared import AnyConfig, loaded_config
+from rlhf.commands.shared import AnyConfig, loaded_config, starts_work
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
     from actors.doctor.results import CheckResult
 
 
+@starts_work
 def doctor(run: str | Path | None = None) -> tuple[CheckResult, ...]:
     """Check the installation, or the record of a run. Print the findings and return them.
 
@@ -32,6 +33,7 @@ def doctor(run: str | Path | None = None) -> tuple[CheckResult, ...]:
     return check_machine()
 
 
+@starts_work
 def cluster_doctor(config: AnyConfig | None = None, *, address: str | None = None) -> tuple[CheckResult, ...]:
     """Check whether the nodes of a Ray cluster fit together, print the findings and return them.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf.commands.command import Command
-from rlhf.commands.shared import refuse_other_than_file, write_stdout
+from rlhf.commands.shared import refuse_other_than_file, starts_work, write_stdout
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def load_merge(path: str | Path, overrides: Sequence[str] = ()) -> MergeRun:
     return load_merge_file(path, overrides)
 
 
+@starts_work
 def merge(config: str | Path | MergeRun, overrides: Sequence[str] = (), *, quiet: bool = False) -> Path:
     """Merge models or adapters into one. Return the new folder.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf.commands.command import Command
-from rlhf.commands.shared import AnyConfig, loaded_config, write_stdout
+from rlhf.commands.shared import AnyConfig, loaded_config, starts_work, write_stdout
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rlhf.config.schema.sweep import Sweep
 
 
+@starts_work
 def plan(
     config: AnyConfig | Sweep,
     overrides: Sequence[str] = (),

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rlhf.commands.command import Command
-from rlhf.commands.shared import AnyConfig, loaded_config, typed_lines, write_stdout
+from rlhf.commands.shared import AnyConfig, loaded_config, starts_work, typed_lines, write_stdout
 
 if TYPE_CHECKING:
     from rlhf.rollouts.records.spans import Played
 
 
+@starts_work
 def play(
     config: AnyConfig, turns: Iterable[str], show: Callable[[str], None], overrides: Sequence[str] = (), *, row: int = 1
 ) -> Played:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rlhf.commands.command import Command
-from rlhf.commands.shared import print_table, write_stdout
+from rlhf.commands.shared import print_table, starts_work, write_stdout
 from rlhf.commands.train import train
 from rlhf.errors import RunError, UserError
 
@@ -22,6 +22,7 @@ CURVES = (ACCURACY, "rewards/score/mean", "experience/kl_ref/mean", "update/entr
 NUM_SAMPLES = 5
 
 
+@starts_work
 def quickstart(
     algorithm: Literal["ppo", "grpo"] = "ppo", overrides: Sequence[str] = (), *, quiet: bool = False
 ) -> Path:

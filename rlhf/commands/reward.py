@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf.commands.command import Command
-from rlhf.commands.shared import AnyConfig, loaded_config, print_table, write_stdout
+from rlhf.commands.shared import AnyConfig, loaded_config, print_table, starts_work, write_stdout
 from rlhf.errors import RunError
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 MOST_SHOWN = 10  # failures
 
 
+@starts_work
 def reward(config: AnyConfig, file: str | Path, overrides: Sequence[str] = ()) -> ScoredFile:
     """Score the responses in a file with a configuration's rewards, without training. The result holds the failures.
 

@@ -6,11 +6,12 @@ import argparse
 from collections.abc import Callable, Sequence
 
 from rlhf.commands.command import Command
-from rlhf.commands.shared import AnyConfig, config_or_name, write_stdout
+from rlhf.commands.shared import AnyConfig, config_or_name, starts_work, write_stdout
 
 REWARD_PORT = 8700
 
 
+@starts_work
 def serve_reward(
     target: AnyConfig,
     overrides: Sequence[str] = (),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
 from rlhf.errors import UserError
+from rlhf.extensions import refuse_start
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -69,9 +70,21 @@ def config_or_name(target: AnyConfig, overrides: Sequence[str] = ()) -> LoadedCo
     return str(target)
 
 
-def stoppable(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorate a function to run in `run_stoppable`."""
+def starts_work(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a call that starts processes, jobs or long work. Code that a configuration names may not make it."""
 
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        refuse_start(f"rlhf.{function.__name__}")
+        return function(*args, **kwargs)
+
+    return call
+
+
+def stoppable(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a call that starts work to run in `run_stoppable`."""
+
+    @starts_work
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         from rlhf.stopping import run_stoppable  # imports asyncio, and every reward process imports this module

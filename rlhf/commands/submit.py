@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf.commands.command import Command
-from rlhf.commands.shared import refuse_other_than_file, write_stdout
+from rlhf.commands.shared import refuse_other_than_file, starts_work, write_stdout
 from rlhf.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from actors.jobs.submit import JobEnd
 
 
+@starts_work
 def submit(
     config: str | Path,
     overrides: Sequence[str] = (),

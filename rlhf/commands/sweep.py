@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf.commands.command import Command
-from rlhf.commands.shared import print_table, refuse_other_than_file, stoppable, write_stdout
+from rlhf.commands.shared import print_table, refuse_other_than_file, starts_work, stoppable, write_stdout
 from rlhf.commands.train import train
 from rlhf.errors import UserError
 
@@ -44,6 +44,7 @@ def sweep(
     return run_sweep(loaded, resume=resume, retry_failed=retry_failed, quiet=quiet)
 
 
+@starts_work
 def make_wandb_sweep(config: str | Path, overrides: Sequence[str] = ()) -> str:
     """Create the file's sweep on W&B's server. W&B agents run its trials. Return `ENTITY/PROJECT/ID`.
 
@@ -56,6 +57,7 @@ def make_wandb_sweep(config: str | Path, overrides: Sequence[str] = ()) -> str:
     return create(load_sweep(config, overrides), [str(config), *overrides])
 
 
+@starts_work
 def run_wandb_agent(sweep: str, *, count: int | None = None) -> None:
     """Run trials of a sweep from `make_wandb_sweep`, until W&B has no more or `count` are done."""
     from rlhf.sweeps.wandb_sweep import run_agent

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf.commands.command import Command
-from rlhf.commands.shared import AnyConfig, loaded_config, print_table, write_stdout
+from rlhf.commands.shared import AnyConfig, loaded_config, print_table, starts_work, write_stdout
 from rlhf.errors import Preempted, UserError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@starts_work
 def train(
     config: AnyConfig,
     overrides: Sequence[str] = (),

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rlhf.commands.command import Command
-from rlhf.commands.shared import write_stdout
+from rlhf.commands.shared import starts_work, write_stdout
 
 VIEW_PORT = 8701
 
 
+@starts_work
 def view(
     run: str | Path,
     against: str | Path | None = None,

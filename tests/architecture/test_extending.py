@@ -98,6 +98,34 @@ def test_a_reward_of_a_file(tmp_path: Path) -> None:
     assert "1.0" in scores
 
 
+def test_a_script_needs_its_guard(tmp_path: Path) -> None:
+    """The reward's process imports the script. With the guard it scores, and without it a second run would begin."""
+    for step in steps("Add a reward"):
+        if step.kind in ("yaml", "json"):
+            (tmp_path / step.path).write_text(step.text, encoding="utf-8")
+    (script,) = (step.text for step in steps("Run from a Python script"))
+    scoring = script.replace("rlhf.train(", "scored = rlhf.reward(file='responses.jsonl', config=")
+    (tmp_path / "score.py").write_text(f"{scoring}    print(scored.rows[1].score)\n", encoding="utf-8")
+    assert "0.83" in run("python score.py", tmp_path)
+
+    unguarded = script.replace('if __name__ == "__main__":', "if True:")
+    (tmp_path / "train.py").write_text(unguarded, encoding="utf-8")
+    line = 1 + unguarded[: unguarded.index("rlhf.train(")].count("\n")
+    refused = subprocess.run(
+        [sys.executable, "train.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    last = refused.stderr.strip().splitlines()[-1]
+    place = f"config: rewards.close.function: {tmp_path / 'train.py'}:{line}: rlhf.train is called while the file"
+    assert last.startswith(f"rlhf.errors.UserError: {place}"), refused.stderr
+    assert last.endswith('Put this call below `if __name__ == "__main__":`.')
+    assert "reward output" not in refused.stderr  # the second run has not begun
+
+
 def test_code_of_a_package(tmp_path: Path) -> None:
     """The files of the earlier chapters are gone, once they are installed."""
     follow("Add an algorithm", tmp_path)

@@ -112,6 +112,50 @@ def test_a_file_that_failed_fails_again(tmp_path: Path, monkeypatch: pytest.Monk
             load_code(source)
 
 
+UNGUARDED = "import rlhf\n\n\ndef f(prompt, response): return 1.0\n\n\nrlhf.plan('run.yaml')\n"
+
+
+def test_a_file_that_starts_work_when_it_is_imported_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    path = tmp_path / "script.py"
+    path.write_text(UNGUARDED)
+    words = rf'^{path}:7: rlhf.plan is called while the file is imported. .* `if __name__ == "__main__":`.$'
+    with pytest.raises(LoadError, match=words):
+        load_code(CodeSource(path=str(path), name="f"))
+    with pytest.raises(UserError, match=rf"^rewards.r.function: {words[1:]}"):
+        load_reward("script.py:f", args={}, folders=[tmp_path], key="rewards.r.function")
+    path.write_text(UNGUARDED.replace("rlhf.plan", "if __name__ == '__main__': rlhf.plan"))
+    load_reward("script.py:f", args={}, folders=[tmp_path], key="rewards.r.function")
+
+
+def test_a_package_that_starts_work_when_it_is_imported_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, monkeypatch, "shop", rewards={"polite": "shop_code:f"}, code=UNGUARDED)
+    with pytest.raises(LoadError, match=rf"^{tmp_path}/shop_code.py:7: rlhf.plan is called while the file"):
+        load_code(find_code("reward", "polite", key="k"))
+
+
+def test_a_file_that_loads_a_configuration_with_its_own_code_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    path = tmp_path / "script.py"
+    path.write_text("from rlhf.extensions import import_file\nimport_file(__file__)\n")
+    with pytest.raises(LoadError, match=rf"{path} loads a configuration that names {path} itself. Put this call"):
+        load_code(CodeSource(path=str(path), name="f"))
+
+
+def test_loaded_code_starts_no_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "mine.py").write_text("import rlhf\n\n\ndef f(prompt, response): return rlhf.plan('run.yaml')\n")
+    words = f"{tmp_path}/mine.py:4: rlhf.plan is called by code that a configuration names. "
+    with pytest.raises(LoadError, match=words):
+        load_code(CodeSource(path=str(tmp_path / "mine.py"), name="f"))("", "")
+
+
 def test_a_digest_covers_the_source_and_its_text(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text("a = 1\n")

@@ -134,7 +134,15 @@ def from_mapping(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Lo
     """
     plain = _plain(values, "config")
     assert isinstance(plain, dict)
-    return resolve(extend(Tree(source="config", values=plain, places={}), Path.cwd()), overrides, Path.cwd())
+    tree = Tree(source="config", values=plain, places=dict.fromkeys(_keys(plain), "config"))
+    return resolve(extend(tree, Path.cwd()), overrides, Path.cwd())
+
+
+def _keys(values: Mapping[str, Any]) -> Iterator[Key]:
+    """Yield the keys of a mapping and of the mappings in it."""
+    for name, value in values.items():
+        yield (name,)
+        yield from ((name, *key) for key in (_keys(value) if isinstance(value, Mapping) else ()))
 
 
 def _plain(value: Any, place: str) -> Any:

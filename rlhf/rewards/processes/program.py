@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rlhf.extensions import CodeSource, Columns, LoadError, construct, load_code, summarize
+from rlhf.extensions import CodeSource, Columns, LoadError, construct, host_code, load_code, summarize
 
 MAX_FRAME_BYTES = 1 << 32
 _HEADER = struct.Struct("!Q")
@@ -304,6 +304,7 @@ def outlive_parent(lifeline: int) -> None:
 
 def begin_child(lifeline: int, faults_fd: int) -> None:
     """Prepare a process of a user's code: it dies with its parent, and writes its place in the code when asked."""
+    host_code()
     die_with_parent(lifeline)
     faulthandler.enable(file=faults_fd, all_threads=False)
     faulthandler.register(signal.SIGUSR1, file=faults_fd, all_threads=False)
