@@ -26,6 +26,8 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from rlhf.tracking.metrics.declarations import declared
+
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS, SAMPLES, NEW_TOKENS = 4, 8, 96
 LR, SEED = 1e-6, 0
@@ -95,7 +97,8 @@ def read_ours(folder: Path, steps: int, peak_gib: float) -> Result:
     lines = (folder / "ours" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = {row["step"]: row for row in map(json.loads, lines)}
     counted = [rows[step] for step in range(2, steps + 2)]
-    names = sorted({key for row in counted for key in row if key.startswith("time/") and key != "time/step_s"})
+    keys = sorted({key for row in counted for key in row if key.startswith("time/")})
+    names = [key for key in keys if declared(key).name == "time/<stage>_s"]  # neither waits nor fractions of the step
     return Result(
         side="ours",
         steps=steps,
@@ -103,7 +106,10 @@ def read_ours(folder: Path, steps: int, peak_gib: float) -> Result:
         tokens=sum(row["rollouts/tokens/total"] for row in counted),
         response_tokens=sum(row["rollouts/response_tokens/mean"] for row in counted) / steps,
         peak_gib=peak_gib,
-        stages={name.removeprefix("time/"): sum(row.get(name, 0.0) for row in counted) / steps for name in names},
+        stages={
+            name.removeprefix("time/").removesuffix("_s"): sum(row.get(name, 0.0) for row in counted) / steps
+            for name in names
+        },
     )
 
 
