@@ -56,6 +56,7 @@ _TEXT = re.compile(
 
 # Roots and pi as plain text: 5*sqrt(2), 2pi.
 _PLAIN_ROOT = re.compile(r"(?<![A-Za-z\\])sqrt\(([^()]*)\)")
+_BARE_ROOT = re.compile(r"(?<![A-Za-z\\])sqrt(?=\s*(?:\[[^\[\]]*\]\s*)?\{)")  # of LaTeX without its backslash
 _PLAIN_PI = re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])")
 
 
@@ -188,7 +189,7 @@ class MathAnswer:
         Of LaTeX without delimiters math-verify would only read a number: 5 of "5\\sqrt{2}", and 1 of "x^2 + 1". It
         would also read 5 of "5*sqrt(2)", so roots and pi are written as LaTeX.
         """
-        answer = _PLAIN_PI.sub(r"\\pi", _PLAIN_ROOT.sub(r"\\sqrt{\1}", answer))
+        answer = _PLAIN_PI.sub(r"\\pi", _PLAIN_ROOT.sub(r"\\sqrt{\1}", _BARE_ROOT.sub(r"\\sqrt", answer)))
         if not _TEXT.search(_LATEX_COMMAND.sub("@", answer)):
             latex = self._parse(f"${answer}$")
             if len(latex) > 1:  # an expression and its text; the text alone is no expression
@@ -196,7 +197,8 @@ class MathAnswer:
         return self._parse(answer) or self._parse(f"${answer}$")
 
     def _parse(self, text: str) -> list[Any]:
-        expressions: list[Any] = self._library.parse(text, parsing_timeout=None)
+        """Parse text, with `sqrt{2}` as a root. math-verify would read four letters and a number."""
+        expressions: list[Any] = self._library.parse(_BARE_ROOT.sub(r"\\sqrt", text), parsing_timeout=None)
         return expressions
 
 
