@@ -6,6 +6,7 @@ Engines that join and leave during the run have a placement group each (Seats).
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -14,6 +15,8 @@ from functools import partial
 from typing import Any, Literal
 
 import ray
+from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+from ray.experimental.internal_kv import _internal_kv_get
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -29,6 +32,8 @@ logger = logging.getLogger(__name__)
 SAY_EVERY_S = 30.0
 RELEASED_WITHIN_S = 10.0
 WHOLE_ASKED_EVERY_S = 0.5
+REPORT_ASKED_EVERY_S = 0.5
+REPORTED_WITHIN_S = 10.0  # Ray's monitor reports every 5 s
 NODE_GROUP = "ray.io/node-group"  # label of each node that Ray's cluster launcher or KubeRay starts
 LOST_NODES = "The cluster has lost nodes."
 
@@ -279,8 +284,27 @@ async def _whole(group: PlacementGroup) -> None:
 
 
 def may_grow(alive: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether an autoscaler may add nodes, because Ray's cluster launcher or KubeRay started these nodes."""
-    return not OWN_RAY.daemons and any(NODE_GROUP in node["Labels"] for node in alive)
+    """Return whether an autoscaler may add nodes to a cluster of Ray's cluster launcher or KubeRay."""
+    is_launched = not OWN_RAY.daemons and any(NODE_GROUP in node["Labels"] for node in alive)
+    return is_launched and not _has_fixed_size(alive)
+
+
+def _has_fixed_size(alive: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether Ray's monitor says that no autoscaler is there. Without its report, one may start yet.
+
+    The monitor of a cluster without an autoscaler reports each node as a type of its own, `node_` and the node's id.
+    An autoscaler reports the types of its configuration, and that of Ray's second version writes no such report.
+    """
+    ends = time.monotonic() + REPORTED_WITHIN_S
+    while True:
+        status = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}")
+        report = status.get("autoscaler_report")
+        if report is not None:
+            types = {*report["active_nodes"], *(report["idle_nodes"] or ())}
+            return bool(types) and types <= {f"node_{node['NodeID']}" for node in alive}
+        if time.monotonic() > ends:
+            return False
+        time.sleep(REPORT_ASKED_EVERY_S)
 
 
 def missing_resources(plan: PlacementPlan, alive: Sequence[Mapping[str, Any]]) -> str | None:

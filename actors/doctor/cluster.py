@@ -140,11 +140,10 @@ def _room(stages: Sequence[Stage], alive: Sequence[Mapping[str, Any]]) -> Iterat
         needed = f"{len(plan.bundles)} bundles, {plan.total('CPU'):g} CPU and {plan.total('GPU'):g} GPU"
         found = needed if missing is None else f"{needed}, more than the cluster has{missing}"
         advice = "see `rlhf plan`: lower cluster.roles, or add nodes"
-        if may_grow(alive):
+        grows = missing is not None and may_grow(alive)
+        if grows:
             advice += ". The run waits for nodes of an autoscaler (cluster.start_timeout_s)"
-        yield check(
-            f"room for {stage.run.name}", found, missing is None, advice, failed="note" if may_grow(alive) else "bad"
-        )
+        yield check(f"room for {stage.run.name}", found, missing is None, advice, failed="note" if grows else "bad")
 
 
 @contextmanager

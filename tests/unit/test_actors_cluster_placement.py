@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from concurrent.futures import Future
 from types import SimpleNamespace
@@ -113,19 +114,35 @@ async def test_a_run_that_is_ended_while_it_waits_for_room_leaves_no_request(mon
     assert removed == [group]
 
 
-@pytest.mark.parametrize("launched", [True, False])
-async def test_only_a_cluster_without_an_autoscaler_refuses_a_run_that_it_cannot_hold(
-    monkeypatch: pytest.MonkeyPatch, launched: bool
+def report(*types: str) -> str:
+    return json.dumps({"autoscaler_report": {"active_nodes": dict.fromkeys(types, 1), "idle_nodes": None}})
+
+
+@pytest.mark.parametrize(
+    ("label", "status", "waits"),
+    [
+        ({}, report("node_ab"), False),
+        ({"ray.io/node-group": "head"}, report("node_ab"), False),  # KubeRay with a fixed number of pods
+        ({"ray.io/node-group": "head"}, report("head-group"), True),
+        ({"ray.io/node-group": "head"}, "{}", True),  # an autoscaler that has not started yet, or one without reports
+        ({"ray.io/node-group": "head"}, None, True),
+    ],
+)
+async def test_only_a_cluster_with_an_autoscaler_waits_for_nodes_that_it_does_not_have(
+    monkeypatch: pytest.MonkeyPatch, label: dict[str, str], status: str | None, waits: bool
 ) -> None:
     groups = Groups(monkeypatch)
     monkeypatch.setattr(groups, "ask", lambda: SimpleNamespace(ready=lambda: SimpleNamespace(future=Future)))
     monkeypatch.setattr(module, "placement_group_table", lambda _: {"state": "PENDING"})
-    head = {"Alive": True, "Resources": {}, "Labels": {"ray.io/node-group": "head"} if launched else {}}
+    monkeypatch.setattr(module, "_internal_kv_get", lambda _: status)
+    monkeypatch.setattr(module, "REPORTED_WITHIN_S", 0.0)
+    monkeypatch.setattr(module, "REPORT_ASKED_EVERY_S", 0.0)
+    head = {"Alive": True, "Resources": {}, "NodeID": "ab", "Labels": label}
     monkeypatch.setattr(ray, "nodes", lambda: [head])
     monkeypatch.setattr(ray, "cluster_resources", dict)
-    with pytest.raises(NoRoom if launched else UserError, match="did not get the nodes" if launched else "more than"):
+    with pytest.raises(NoRoom if waits else UserError, match="did not get the nodes" if waits else "more than"):
         await reserve_roles(["policy"], ClusterConfig(start_timeout_s=0.05), with_reward_model=False)
-    assert len(groups.removed) == launched, "the autoscaler has seen a request, which does not outlive its wait"
+    assert len(groups.removed) == waits, "the autoscaler has seen a request, which does not outlive its wait"
 
 
 def test_room_on_nodes_without_the_required_labels_does_not_count() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -161,8 +162,13 @@ def test_room_counts_only_on_nodes_with_the_labels_of_the_role(
 ) -> None:
     plan = PlacementPlan(bundles=({"CPU": 4.0},), slots={}, labels=({"pool": "train"},))
     monkeypatch.setattr(module, "plan_placement", lambda stage: plan)
+    types = {"active_nodes": {"gpu": 2}, "idle_nodes": None}
+    status = json.dumps({"autoscaler_report": types})
+    monkeypatch.setattr("actors.cluster.placement._internal_kv_get", lambda _: status)
     stage: Any = SimpleNamespace(run=SimpleNamespace(name="ppo"))
-    large, small = ({"Resources": {"CPU": cpus}, "Labels": {"pool": pool, **group}} for cpus, pool in ROOMS)
+    large, small = (
+        {"NodeID": pool, "Resources": {"CPU": cpus}, "Labels": {"pool": pool, **group}} for cpus, pool in ROOMS
+    )
     assert list(module._room([stage], [large, small]))[1].state == state
     assert list(module._room([stage], [{**large, "Labels": small["Labels"]}]))[1].state == "ok"
 
