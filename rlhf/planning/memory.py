@@ -216,6 +216,12 @@ def snapshot_term(shape: Shape, t: Training) -> Term:
     return Term(SNAPSHOTS, nbytes, "weights in float32 and the optimizer's states, twice, in /dev/shm", "host")
 
 
+def snapshot_sizes(processes: Sequence[Footprint]) -> dict[Role, int]:
+    """Return the bytes of the snapshots of one rank, by role. A role that keeps none is left out."""
+    terms = [(process.role, term) for process in processes for term in process.terms]
+    return {role: int(term.nbytes) for role, term in terms if term.name == SNAPSHOTS}
+
+
 def checkpoint_bytes(shape: Shape, t: Training) -> float:
     """Return the size of a checkpoint of all ranks: trained weights, master weights and the optimizer's states."""
     masters = 4.0 * t.trained if t.zero_stage >= 1 or t.itemsize == 2 else 0.0

@@ -126,20 +126,24 @@ def _fits(config: Config, sizes: Sizes, processes: Sequence[Footprint], nodes: S
         nodes = [this_machine(cpus=placement.total("CPU"))]
     if nodes is None:
         return ["what fits is shown with --cluster, such as '2*cpu=96,gpu=8,type=h100,mem=1000'"]
+
+    def here(text: str) -> str:
+        return text.replace("host of node 0", "this machine").replace(" of node 0", "") if local else text
+
     rows = [["place", "wanted", "of", "", "contents"]]
-    is_tight = False
+    is_tight, fixes = False, []
     for place in places(config, placement, processes, nodes):
         word = {True: "fits", False: "DOES NOT FIT", None: "memory unknown"}[place.fits]
         is_tight |= place.fits is False
         room = "-" if place.room is None else _gib(place.room)
-        where = "this machine" if local else place.where
-        rows.append([where, _gib(place.wanted), room, word, place.parts])
-    text = ["memory by place, GiB\n" + format_table(rows)]
+        if place.fits is False and place.fix:
+            fixes.append(f"  {here(place.where)}: {place.fix}")
+        rows.append([here(place.where), _gib(place.wanted), room, word, place.parts])
+    text = ["memory by place, GiB\n" + format_table(rows), *fixes]
     if is_tight:
         roles = [process.role for process in processes if process.role != "reward"]
         lines = "\n".join(f"  {line}" for line in remedies(config, sizes, nodes, roles))
-        lines = lines.replace("host of node 0", "this machine") if local else lines
-        text.append("changes that reduce memory, mildest first for each role\n" + lines)
+        text.append("changes that reduce memory, mildest first for each role\n" + here(lines))
     return text
 
 

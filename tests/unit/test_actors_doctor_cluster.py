@@ -19,8 +19,11 @@ from actors.doctor.cluster import check_cluster, hub_models, paths_of
 from actors.doctor.node_probe import DriverFacts, NodeProbe, code_hash, node_results, of_hub, size_of, versions
 from actors.doctor.results import CheckResult, together
 from rlhf.cli import main
+from rlhf.config.mistakes.explain import parse
 from rlhf.config.placement_plan import PlacementPlan
+from rlhf.config.schema.root import Config
 from rlhf.errors import UserError
+from rlhf.shared_memory import SnapshotBytes
 
 HERE = DriverFacts(versions=versions(), code=code_hash(), sizes={})
 ADDRESS = "127.0.0.1"
@@ -66,6 +69,48 @@ def test_little_shared_memory_and_an_unknown_address_are_noted(monkeypatch: pyte
     assert [(result.state, result.what) for result in odd] == [("note", "/dev/shm"), ("note", "interface")]
     assert odd[0].found == "0.1 GiB, 0.1 GiB free"
     assert odd[1].found.startswith("no interface has the address")
+
+
+@pytest.mark.parametrize(
+    ("by_role", "copies", "state", "found"),
+    [
+        ({"policy": 2**25}, 2**20, "ok", "0.1 GiB, 0.1 GiB free; snapshots need 0.0 GiB"),
+        ({"policy": 2**26, "critic": 2**26}, 0, "bad", "(policy 0.06 + critic 0.06)"),
+        ({"policy": 2**25}, 2**26, "note", "copies of other nodes 0.06"),
+        ({}, 2**27, "note", "copies of other nodes 0.12"),
+    ],
+)
+def test_shared_memory_must_hold_the_snapshots_of_a_run(
+    monkeypatch: pytest.MonkeyPatch, by_role: dict[Any, int], copies: int, state: str, found: str
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**26, 0, 2**26))
+    snapshots = {ADDRESS: SnapshotBytes(by_role, copies)}
+    (result,) = [r for r in node_results(ADDRESS, replace(HERE, snapshots=snapshots)) if r.what == "/dev/shm"]
+    assert result.state == state
+    assert found in result.found
+    assert state == "ok" or "docker run --shm-size=1g" in result.advice
+
+
+def test_each_node_is_asked_for_the_snapshots_of_the_ranks_that_it_will_have() -> None:
+    tree = {
+        "policy": {"model": "tiny:llama", "dtype": "float32"},
+        "algorithm": {"name": "sft"},
+        "data": {"train": "x.jsonl"},
+        "train": {"steps": 1, "lr": 1e-3, "sequences_per_update": 4},
+        "cluster": {"address": "auto", "roles": {"policy": {"workers": 3}}},
+    }
+    run, unknown = (parse({"run": {"name": name}, **tree}) for name in ("run", "unknown"))
+    assert isinstance(run, Config)
+    assert isinstance(unknown, Config)
+    unknown = unknown.model_copy(update={"policy": unknown.policy.model_copy(update={"model": "some/model"})})
+    nodes = [
+        {"NodeManagerAddress": address, "Resources": {"CPU": cpus}, "Labels": {}}
+        for address, cpus in (("a", 2.0), ("b", 1.0))
+    ]
+    snapshots, notes = module.snapshots_of([run, unknown], nodes)
+    each = snapshots["b"].by_role["policy"]
+    assert snapshots == {"a": SnapshotBytes({"policy": 2 * each}, each), "b": SnapshotBytes({"policy": each}, 2 * each)}
+    assert [(note.what, note.state) for note in notes] == [("snapshots of unknown", "note")]
 
 
 def test_a_relative_path_is_said_to_be_one() -> None:

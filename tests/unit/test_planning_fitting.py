@@ -82,3 +82,31 @@ def test_each_node_holds_the_copies_of_as_many_ranks_of_others() -> None:
     alone = [Node(cpus=96.0, gpus=9.0, mem_gib=2000.0)]
     (host,) = [fit for fit in places(config, plan_placement(config), found, alone) if fit.where.startswith("host")]
     assert "copies of snapshots" not in host.parts
+
+
+def shared_memory(config: Config, **node: float) -> Fit:
+    nodes = [Node(cpus=96.0, gpus=9.0, **node)]
+    found = footprints(config, Sizes(gpu_memory_gib=80.0))
+    (fit,) = [fit for fit in places(config, plan_placement(config), found, nodes) if fit.where == "/dev/shm of node 0"]
+    return fit
+
+
+def test_the_snapshots_and_the_objects_of_ray_must_fit_into_shared_memory() -> None:
+    # 7,615,616,512 parameters of 12 bytes, twice: 170.2 GiB. `ray start` takes 30 % of the memory for its objects.
+    roles = {"policy": {"workers": 6, "zero_stage": 2}, "rollout": {"engines": 3}}
+    tree = {**RUN, **FUNCTION, "algorithm": {"name": "grpo"}}
+    joined = parse({**tree, "cluster": {"device": "cuda", "address": "auto", "roles": roles}})
+    local = parse({**tree, "cluster": {"device": "cuda", "object_store_gib": 4.0, "roles": roles}})
+    assert isinstance(joined, Config)
+    assert isinstance(local, Config)
+    snapshots = 7_615_616_512 * 24
+    fit = shared_memory(joined, mem_gib=400.0)  # of which Linux gives half to /dev/shm
+    assert fit.room == 200.0 * GIB
+    assert fit.wanted == pytest.approx(snapshots + 0.3 * 400.0 * GIB)
+    assert fit.fits is False
+    assert "docker run --shm-size=291g" in fit.fix
+    assert "cluster.restarts.gang=0" in fit.fix
+    assert shared_memory(joined, mem_gib=400.0, shm_gib=300.0).fits is True
+    assert shared_memory(local, mem_gib=400.0).wanted == pytest.approx(snapshots + 4.0 * GIB)
+    assert shared_memory(local, mem_gib=400.0, shm_gib=0.0625).wanted == pytest.approx(snapshots)  # Ray uses the disk
+    assert shared_memory(joined).fits is None
