@@ -28,6 +28,7 @@ import ray
 from ray._private import worker
 
 from actors.cluster.address import cluster_to_join
+from rlhf.cgroups import total_memory
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.errors import RunError, UserError
 from rlhf.owned_folders import LOCK, alone_in, locked
@@ -137,7 +138,7 @@ def _log_messages(data: Mapping[str, Any], ignore_prefix: bool) -> None:
 
 def _start_local(config: ClusterConfig) -> None:
     """Start a Ray that ends with this process and accepts no other process."""
-    memory_gib = psutil.virtual_memory().total / 2**30
+    memory_gib = total_memory() / 2**30
     if config.object_store_gib > memory_gib:
         raise UserError(
             f"cluster.object_store_gib: is {config.object_store_gib:g}, more than the {memory_gib:.0f} GiB of "

@@ -20,6 +20,7 @@ import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rlhf.cgroups import groups
 from rlhf.room import PAUSE, Shortage
 
 PING, STACKS = b"p", b"s"  # the questions
@@ -66,16 +67,8 @@ def count_oom_kills(path: str) -> OomKills | None:
 
 def own_oom_kills(root: Path = Path("/")) -> OomKills | None:
     """Return the kills in the cgroup of this process, or of the whole machine if the cgroup has no count."""
-    candidates = []
-    with contextlib.suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-            _, controllers, folder = line.split(":", 2)
-            version_1 = "memory" in controllers.split(",")
-            if version_1 or not controllers:
-                base = root / ("sys/fs/cgroup/memory" if version_1 else "sys/fs/cgroup")
-                name = "memory.oom_control" if version_1 else "memory.events"
-                # A container may see its own cgroup as the top of the tree.
-                candidates += [base / folder.lstrip("/") / name, base / name]
+    names = ("memory.events", "memory.oom_control")  # of version 2 and 1
+    candidates = [folder / name for folder in groups("memory", root) for name in names]
     counts = (count_oom_kills(str(path)) for path in (*candidates, root / "proc/vmstat"))
     return next((count for count in counts if count is not None), None)
 

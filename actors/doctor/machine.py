@@ -19,10 +19,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
-
 from actors.cluster.address import started_here
 from actors.doctor.results import GIB, CheckResult, check, check_shared_memory, show, version_of
+from rlhf.cgroups import total_memory
 from rlhf.data.memory import free_bytes
 from rlhf.rewards.sandbox.run import Sandbox, SandboxError
 from rlhf.tracking.run_folder.environment import num_cpus, output_of
@@ -149,11 +148,8 @@ def _engine(gpus: list[str]) -> CheckResult:
 
 
 def _resources() -> Iterator[CheckResult]:
-    memory = psutil.virtual_memory()
-    limit = _read(Path("/sys/fs/cgroup/memory.max")).strip()
-    total = min(memory.total, int(limit)) if limit.isdigit() else memory.total
     free = free_bytes()
-    found = f"{total / GIB:.0f} GiB, {free / GIB:.0f} GiB available"
+    found = f"{total_memory() / GIB:.0f} GiB, {free / GIB:.0f} GiB available"
     yield check("memory", found, free >= 6 * GIB, "the quickstart takes about 6 GiB: end other programs")
     yield check_shared_memory()
     free = shutil.disk_usage(".").free

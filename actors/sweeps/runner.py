@@ -22,7 +22,7 @@ from rlhf.config.files.dump import dump_yaml
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.sweep import Sweep
 from rlhf.errors import Preempted, RunError, UserError
-from rlhf.planning.shares import divide, most_trials, room_in, this_machine, trials_of
+from rlhf.planning.shares import divide, divided_machine, most_trials, room_in, trials_of
 from rlhf.room import PAUSE
 from rlhf.stopping import StopRequest, current_request
 from rlhf.sweeps.journal import Journal, Trial
@@ -270,7 +270,7 @@ def _shares(sweep: Sweep, known: Sequence[Values] | None) -> list[MachineShare]:
         logger.info("%d trials at once, in the cluster at %s", count, address)
         return [MachineShare()] * count
     cores, gpus = tuple(sorted(os.sched_getaffinity(0))), visible_gpus()
-    division = divide(sweep, known, this_machine(gpus=len(gpus)))
+    division = divide(sweep, known, divided_machine(gpus=len(gpus)))
     if division.problem is not None:
         raise UserError(f"{sweep.source}: sweep.concurrency: {division.problem}")
     count = division.count

@@ -6,17 +6,16 @@ A run keeps all rows and their tokens in memory. Reading stops with an error bef
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TypeVar
 
 import psutil
 
+from rlhf.cgroups import memory_limit
 from rlhf.errors import UserError
 
 T = TypeVar("T")
 SHARE = 0.5  # share of the free memory; the rest is for tokens and other processes
 _CHECK_EVERY = 1024  # rows
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def within_memory(rows: Iterable[T], source: str) -> Iterator[T]:
@@ -40,10 +39,5 @@ def free_bytes() -> int:
     Cached files count as free, because the kernel drops them when memory is short.
     """
     free: int = psutil.virtual_memory().available
-    try:
-        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        counts = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-    except OSError:
-        return free
-    cached = int(counts["inactive_file"])
-    return free if limit == "max" else min(free, max(int(limit) - int(used) + cached, 0))
+    limit = memory_limit()
+    return free if limit is None else min(free, limit.free)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from rlhf.cgroups import total_memory
 from rlhf.config.derive import restarts_gangs
 from rlhf.config.nodes import Node
 from rlhf.config.placement_plan import PlacementPlan, assign_nodes, plan_placement
@@ -17,6 +17,7 @@ from rlhf.planning.footprints import Sizes, footprints
 from rlhf.planning.memory import GIB, Footprint, snapshot_sizes
 from rlhf.role_table import ROLES, TRAINED_ROLES, Role
 from rlhf.shared_memory import SHARED_MEMORY, SnapshotBytes, larger_shared_memory, snapshots_by_node
+from rlhf.tracking.run_folder.environment import num_cpus
 
 RAY_BYTES = int(1.0 * GIB)  # measured: Ray's own processes on a head node
 DRIVER_BYTES = int(0.65 * GIB)  # measured: this command while it trains
@@ -42,8 +43,8 @@ class Fit:
 
 def this_machine(*, cpus: float) -> Node:
     """Return this machine as a node, with at least `cpus` CPUs."""
-    memory, shm = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), shutil.disk_usage(SHARED_MEMORY).total
-    return Node(cpus=max(cpus, float(os.cpu_count() or 1)), mem_gib=memory / GIB, shm_gib=shm / GIB)
+    shm = shutil.disk_usage(SHARED_MEMORY).total
+    return Node(cpus=max(cpus, float(num_cpus())), mem_gib=total_memory() / GIB, shm_gib=shm / GIB)
 
 
 def places(

@@ -32,7 +32,7 @@ class Machine:
         return min(self.cores // trials or self.cores, self.cpus)
 
 
-def this_machine(*, gpus: int) -> Machine:
+def divided_machine(*, gpus: int) -> Machine:
     return Machine(cores=len(os.sched_getaffinity(0)), cpus=num_cpus(), gpus=gpus)
 
 

@@ -7,7 +7,6 @@ not measured with this code on a GPU.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +32,7 @@ from rlhf.planning.memory import kv_bytes_per_token
 from rlhf.planning.shapes import Shape
 from rlhf.planning.system import System
 from rlhf.role_table import ROLES, Role
+from rlhf.tracking.run_folder.environment import num_cpus
 
 DEFAULT_GPU = "h100"
 CPU_GFLOPS = 75.0  # per core, reached in training; docs/scaling.md
@@ -74,7 +74,7 @@ def rates(config: Config, nodes: Sequence[Node] | None, *, role: Role) -> Rates:
     if section.threads != "auto":
         cores = float(section.threads)
     else:  # a node's cores are divided among the role's workers on it
-        all_cores = float(os.cpu_count() or 1) if nodes is None else sum(node.cpus for node in nodes)
+        all_cores = float(num_cpus()) if nodes is None else sum(node.cpus for node in nodes)
         cores = max(1.0, all_cores // section.workers)
     fast = config.policy.dtype == "bfloat16" and multiplies_bfloat16_fast()
     return Rates(

@@ -9,7 +9,7 @@ from typing import Any
 from rlhf.config.nodes import parse_cluster
 from rlhf.config.schema.sweep import AshaMethod, GridMethod, Parameter, PbtMethod, Sweep
 from rlhf.planning.report import render_plan
-from rlhf.planning.shares import divide, most_trials, room_in, this_machine, trials_of
+from rlhf.planning.shares import divide, divided_machine, most_trials, room_in, trials_of
 from rlhf.planning.summary import format_table
 from rlhf.sweeps.space import format_values, known_trials
 
@@ -66,7 +66,7 @@ def _at_once(sweep: Sweep, known: Sequence[Mapping[str, Any]] | None, cluster: s
         return text if wanted is None else f"{min(wanted, most)} (sweep.concurrency); {text}"
     if any(section.device == "cuda" or section.address is not None for section in clusters):
         return str(wanted) if wanted is not None else "as many as fit; describe the nodes by --cluster"
-    division = divide(sweep, known, this_machine(gpus=0))
+    division = divide(sweep, known, divided_machine(gpus=0))
     text = f"{division.room} fit into this machine"
     text = text if wanted is None else f"{division.count} (sweep.concurrency); {text}"
     return text if division.problem is None else f"{text}: {division.problem}"

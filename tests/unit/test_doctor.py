@@ -12,6 +12,7 @@ import pytest
 
 import rlhf
 from actors.doctor import machine as doctor
+from rlhf.cgroups import MemoryLimit
 from rlhf.cli import main
 from rlhf.rewards.sandbox.run import SandboxError
 from rlhf.tracking.run_folder.environment import output_of
@@ -48,44 +49,32 @@ def test_the_engine_fits_the_machine(
 @pytest.mark.parametrize(
     ("quota", "found", "state"),
     [
-        ("max 100000", "8", "ok"),
-        ("6400000 100000", "8", "ok"),
-        ("450000 100000", "8, limited to 4 by the container", "ok"),
-        ("50000 100000", "8, limited to 1 by the container", "note"),
         (None, "8", "ok"),
+        (64.0, "8", "ok"),
+        (4.5, "8, limited to 4 by the container", "ok"),
+        (0.5, "8, limited to 1 by the container", "note"),
     ],
 )
 def test_the_cpus_of_a_container_are_its_quota(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str | None, found: str, state: str
+    monkeypatch: pytest.MonkeyPatch, quota: float | None, found: str, state: str
 ) -> None:
-    if quota is not None:
-        (tmp_path / "cpu.max").write_text(f"{quota}\n")
-    monkeypatch.setattr("rlhf.tracking.run_folder.environment._CPU_MAX", tmp_path / "cpu.max")
+    monkeypatch.setattr("rlhf.tracking.run_folder.environment.cpu_quota", lambda: quota)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     cores = next(doctor._cpu())
     assert (cores.what, cores.found, cores.state) == ("cores", found, state)
 
 
-@pytest.mark.parametrize(
-    ("limit", "cached", "found", "state"),
-    [
-        ("max", 0, "64 GiB, 60 GiB available", "ok"),
-        (f"{8 * 2**30}", 5 * 2**30, "8 GiB, 6 GiB available", "ok"),
-        (f"{8 * 2**30}", 2**30, "8 GiB, 2 GiB available", "note"),
-    ],
-)
+@pytest.mark.parametrize(("free", "state"), [(6, "ok"), (2, "note")])
 def test_the_memory_of_a_container_is_what_its_limit_leaves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, cached: int, found: str, state: str
+    monkeypatch: pytest.MonkeyPatch, free: int, state: str
 ) -> None:
-    (tmp_path / "memory.max").write_text(f"{limit}\n")
-    (tmp_path / "memory.current").write_text(f"{7 * 2**30}\n")
-    (tmp_path / "memory.stat").write_text(f"anon 1\ninactive_file {cached}\n")
+    limit = MemoryLimit(total=8 * 2**30, free=free * 2**30)
     machine = SimpleNamespace(total=64 * 2**30, available=60 * 2**30)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)
-    monkeypatch.setattr("rlhf.data.memory._CGROUP", tmp_path)
-    monkeypatch.setattr(doctor, "_read", lambda path: (tmp_path / path.name).read_text())
+    monkeypatch.setattr("rlhf.data.memory.memory_limit", lambda: limit)
+    monkeypatch.setattr("rlhf.cgroups.memory_limit", lambda: limit)
     memory = next(doctor._resources())
-    assert (memory.what, memory.found, memory.state) == ("memory", found, state)
+    assert (memory.what, memory.found, memory.state) == ("memory", f"8 GiB, {free} GiB available", state)
 
 
 def test_gpu_memory_that_colocated_engines_may_not_read_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:

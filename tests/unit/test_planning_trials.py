@@ -30,7 +30,7 @@ def test_a_sweep_is_planned_trial_by_trial(tmp_path: Path, capsys: pytest.Captur
 
 def test_of_many_draws_some_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_sweep(tmp_path, method={"name": "random", "trials": 20}, concurrency=3)
-    monkeypatch.setattr("rlhf.planning.trials.this_machine", lambda gpus: Machine(cores=5, cpus=5, gpus=gpus))
+    monkeypatch.setattr("rlhf.planning.trials.divided_machine", lambda gpus: Machine(cores=5, cpus=5, gpus=gpus))
     assert "at once      3 (sweep.concurrency); 5 fit into this machine" in rlhf.plan(file)
     said = rlhf.plan(file, cluster="4*cpu=1")
     assert "at once      3 (sweep.concurrency); 4 fit into 4*cpu=1" in said

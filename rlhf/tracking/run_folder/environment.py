@@ -5,7 +5,6 @@ The driver writes it once at start. It starts no device: it asks `nvidia-smi` fo
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import json
 import logging
@@ -18,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from rlhf.cgroups import cpu_quota
 from rlhf.tracking.run_folder.atomic import read_object, write_atomic
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,6 @@ _PACKAGES = (
     *("safetensors", "numpy", "pydantic", "wandb"),
 )
 _TIMEOUT_S = 10.0
-_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 
 
 def record_environment(path: Path, *, seed: int) -> None:
@@ -100,11 +99,8 @@ def num_cpus() -> int:
 
     `taskset`, Slurm or a sweep may restrict the cores, and the quota of a container the time on them.
     """
-    cores = len(os.sched_getaffinity(0))
-    with contextlib.suppress(OSError):
-        quota, period = _CPU_MAX.read_text(encoding="ascii").split()
-        return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
-    return cores
+    cores, quota = len(os.sched_getaffinity(0)), cpu_quota()
+    return cores if quota is None else max(1, min(cores, int(quota)))
 
 
 def visible_gpus() -> list[str]:
