@@ -297,6 +297,7 @@ class SessionEnd:
     result: str | None  # as JSON; None: the agent failed
     num_calls: int
     broken: tuple[str, ...]  # why a call's prompt does not go on from earlier tokens although it seems to, for each one
+    restricted: Mapping[str, int]  # sampled tokens that are not trained on, by what asked for the grammar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,6 +31,7 @@ def call(
         logprobs=-np.arange(first, first + len(response), dtype=np.float32),
         versions=np.full(len(response), version, np.int32),
         free=free,
+        restriction="tool_choice" if len(fixed) else None,
         finish_reason=finish_reason,
         ended_s=ended_s,
         broke=None,

@@ -157,7 +157,7 @@ class FrontEngine:
                 response_ids=np.array(response.ids, dtype=np.int32),
                 logprobs=np.array(response.logprobs, dtype=np.float32),
                 versions=versions,
-                is_free=params.structured_outputs is None,
+                restriction=None if params.structured_outputs is None else call.restriction or "structured_outputs",
                 finish_reason=end.finish_reason,
                 stop=end.stop_reason if isinstance(end.stop_reason, str) else "",
                 text=response.text,

@@ -21,10 +21,12 @@ from vllm.renderers.online_renderer import OnlineRenderer
 
 from actors.serving.refusals import RefusedCall
 from actors.serving.sessions import CURRENT_CALL, KnownTurn, OpenSession, ServedCall
+from rlhf.agents.calls import Restriction
 
 LONG_TEXT = 20_000  # characters; tokenizing more takes milliseconds
 _PLACE = "qzsentinelzq"  # stands for a turn in a rendered conversation
 _UNITS = {"input_tokens": "tokens", "input_text": "characters"}  # by the parameter that vLLM's errors name
+_GRAMMARS = ("structured_outputs", "response_format", "text")  # fields of requests that restrict a response
 _TOKEN_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
 
@@ -39,6 +41,7 @@ class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
             if has_non_text_content(messages):
                 raise RefusedCall("`messages` hold more than text, and a session takes text alone", param="messages")
             _take_limits(request, call)
+            call.restriction = asked_restriction(request)
             tools = [options.get("tool_dicts"), request.chat_template_kwargs]
             known = call.session.look_up(call, messages, tools)
             if known is not None and known.end < len(messages):
@@ -50,17 +53,16 @@ class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
                     call.broke = "rewritten turn"
             elif known is not None:
                 call.broke = "open turn"
-        is_freed = call.session is not None and request.tool_choice == "auto" and request.parallel_tool_calls is False
-        if is_freed:
-            request.parallel_tool_calls = None  # vLLM would restrict the policy by a grammar
+        asked = {name: getattr(request, name) for name in _GRAMMARS if hasattr(request, name)}
         with _ending_session():
             try:
                 rendered = await super().preprocess_chat(request, messages, *args, **options)
             except RecursionError as error:
                 message = "`messages`, such as the arguments of a call, or `tools` are nested too deeply to be read"
                 raise RefusedCall(message, param="messages") from error
-        if is_freed:
-            request.parallel_tool_calls = False  # the client is told the first call alone
+        if call.session is not None and call.restriction is None:
+            for name, value in asked.items():
+                setattr(request, name, value)  # some of vLLM's parsers set a grammar for every request with tools
         return rendered
 
     async def preprocess_completion(self, request: Any, *args: Any, **options: Any) -> Any:
@@ -68,6 +70,7 @@ class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
         call, limit = CURRENT_CALL.get(), request.max_tokens
         if call.session is not None:
             _take_limits(request, call)
+            call.restriction = asked_restriction(request)
         with _ending_session():
             rendered = await super().preprocess_completion(request, *args, **options)
         request.max_tokens = limit  # vLLM reads it again
@@ -151,6 +154,16 @@ def _take_limits(request: Any, call: ServedCall) -> None:
             setattr(request, name, None)
     for tool in getattr(request, "tools", None) or ():  # a prompt without a template has none
         getattr(tool, "function", tool).strict = None
+
+
+def asked_restriction(request: Any) -> Restriction | None:
+    """Return what a client asks for that only a grammar can ensure. None: the policy writes as it likes."""
+    choice = getattr(request, "tool_choice", None)  # a prompt without a template has none
+    if choice not in (None, "none", "auto") and getattr(choice, "mode", None) != "auto":
+        return "tool_choice"
+    if request.extract_structured_outputs() is None:
+        return None
+    return "response_format" if request.structured_outputs is None else "structured_outputs"
 
 
 def hearing(parser: Any) -> Any:

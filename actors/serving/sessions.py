@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from actors.serving.refusals import RefusedCall
-from rlhf.agents.calls import BrokenPrefix, Call
+from rlhf.agents.calls import BrokenPrefix, Call, Restriction
 from rlhf.agents.limits import SessionLimits
 from rlhf.rollouts.environments.conversations import turn_seed
 from rlhf.types import Sampling
@@ -40,7 +40,7 @@ class Draw:
     response_ids: Tokens
     logprobs: npt.NDArray[np.float32]
     versions: Tokens
-    is_free: bool  # False: a grammar restricted the choice
+    restriction: Restriction | None  # what asked for a grammar, which restricted the choice; None: it was free
     finish_reason: str
     stop: str  # the stop string at the end of the tokens, which the text lacks; empty: none
     text: str
@@ -66,6 +66,7 @@ class ServedCall:
     is_chat: bool = False
     key: bytes | None = None  # of the messages before the response; None: the prompt is no conversation
     broke: BrokenPrefix | None = None
+    restriction: Restriction | None = None  # what asks for a grammar
     serial: Iterator[int] = field(default_factory=itertools.count)
     drawn: dict[bytes, int] = field(default_factory=dict)  # indices of captured calls by their sampled tokens
 
@@ -239,7 +240,8 @@ class OpenSession:
                 response_ids=draw.response_ids,
                 logprobs=draw.logprobs,
                 versions=draw.versions,
-                free=np.full(len(draw.response_ids), draw.is_free),
+                free=np.full(len(draw.response_ids), draw.restriction is None),
+                restriction=draw.restriction,
                 finish_reason=draw.finish_reason,
                 ended_s=time.monotonic() - self._began,
                 broke=call.broke,

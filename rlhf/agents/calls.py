@@ -17,6 +17,8 @@ from rlhf.errors import RunError
 # Why a prompt that looks like a continuation of the session's tokens is none. A turn is rewritten if the chat template
 # does not write it as it was sampled. It is open if the prompt ends with it.
 BrokenPrefix = Literal["edited history", "other system prompt", "other tools", "rewritten turn", "open turn"]
+# The field of a request that asked for a grammar: a choice of tools that forces a call, or the form of the answer.
+Restriction = Literal["tool_choice", "response_format", "structured_outputs"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +30,7 @@ class Call:
     logprobs: npt.NDArray[np.float32]  # by the sampler while sampling
     versions: npt.NDArray[np.int32]  # weight version that sampled the token
     free: npt.NDArray[np.bool_]  # False where a grammar restricted the choice: the token is not trained
+    restriction: Restriction | None  # what asked for the grammar; None: all tokens are free
     finish_reason: str
     ended_s: float  # since the session began
     broke: BrokenPrefix | None  # None: the prompt is a continuation, or never looked like one

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -175,10 +176,15 @@ def _error(failure: EnvironmentFailure, prompt: Prompt, sample: int) -> RewardEr
 
 def session_end(session: Session) -> SessionEnd:
     """Return the scalars of a session for the driver, with its result for the rewards."""
+    restricted: Counter[str] = Counter()
+    for call in session.calls:
+        if call.restriction is not None:
+            restricted[call.restriction] += len(call.free) - int(call.free.sum())
     return SessionEnd(
         result=None if session.result is None else result_json(session.result),
         num_calls=len(session.calls),
         broken=tuple(call.broke for call in session.calls if call.broke is not None),
+        restricted=dict(restricted),
     )
 
 

@@ -88,13 +88,26 @@ def _session_metrics(infos: Sequence[RolloutInfo]) -> dict[str, Reduction]:
         return {}
     calls = [float(end.num_calls) for end in ends]
     reasons = Counter(reason for end in ends for reason in end.broken)
+    restricted = restricted_tokens(infos)
+    num_restricted, num_trained = restricted.total(), sum(info.num_response_tokens for info in infos)
     return {
         **{f"agents/broken_by_{reason.replace(' ', '_')}/total": Sum(total=float(n)) for reason, n in reasons.items()},
+        **{f"agents/restricted_by_{reason}/total": Sum(total=float(n)) for reason, n in restricted.items()},
+        "agents/restricted_tokens/fraction": Mean(total=num_restricted, count=num_restricted + num_trained),
         "agents/calls/mean": Mean.of(calls),
         "agents/calls/max": Max(value=max(calls)),
         "agents/broken_prefixes/fraction": Mean(total=sum(len(end.broken) for end in ends), count=sum(calls)),
         "agents/inserted_tokens/mean": Mean.of([float(info.num_environment_tokens) for info in infos]),
     }
+
+
+def restricted_tokens(infos: Iterable[RolloutInfo]) -> Counter[str]:
+    """Count the sampled tokens that are not trained on, by the reason for the grammar that restricted them."""
+    counts: Counter[str] = Counter()
+    for info in infos:
+        if info.session is not None:
+            counts.update(info.session.restricted)
+    return counts
 
 
 def environment_failures(infos: Sequence[RolloutInfo]) -> dict[str, Reduction]:

@@ -351,24 +351,48 @@ async def test_tokens_under_a_grammar_are_marked(parts: EngineParts) -> None:
         await client.chat.completions.create(model="m", messages=HI, response_format=form)
         (call,) = front.sessions.close("a-session")
         assert not call.free.any()
+        assert call.restriction == "response_format"
         assert loop.asked[0].params.structured_outputs.json is not None
 
 
-async def test_a_session_that_wants_one_call_at_a_time_is_sampled_freely_and_told_the_first(parts: EngineParts) -> None:
+@pytest.mark.parametrize("streams", [False, True])
+async def test_a_session_that_wants_one_call_at_a_time_is_sampled_freely_and_told_the_first(
+    parts: EngineParts, streams: bool
+) -> None:
+    """vLLM's parser sets a grammar for such a request, as some parsers do for every request with tools."""
     async with (
         fronted(parts, CALL + CALL) as (front, loop),
         openai_client(front, "a-session") as client,
         anthropic_client(front, "a-session") as other,
     ):
         opened(front)
-        told = await client.chat.completions.create(model="m", messages=HI, tools=[TOOL], parallel_tool_calls=False)
-        assert [call.function.name for call in told.choices[0].message.tool_calls or ()] == ["add"]
-        tools: Any = [{"name": "add", "input_schema": PARAMETERS}]
+        one: dict[str, Any] = {"model": "m", "parallel_tool_calls": False}
+        tool: Any = {"type": "function", **TOOL["function"]}
         choice: Any = {"type": "auto", "disable_parallel_tool_use": True}
-        message = await other.messages.create(model="m", max_tokens=199, messages=HI, tools=tools, tool_choice=choice)
+        ask: dict[str, Any] = {"model": "m", "max_tokens": 199, "messages": HI, "tool_choice": choice}
+        ask["tools"] = [{"name": "add", "input_schema": PARAMETERS}]
+        if streams:
+            chunks = await client.chat.completions.create(messages=HI, tools=[TOOL], stream=True, **one)
+            calls = [call async for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+            names = [call.function.name for call in calls if call.function.name]
+            async with other.messages.stream(**ask) as stream:
+                message = await stream.get_final_message()
+            *_, last = [
+                event async for event in await client.responses.create(input="hi", tools=[tool], stream=True, **one)
+            ]
+            response = last.response
+        else:
+            told = await client.chat.completions.create(messages=HI, tools=[TOOL], **one)
+            names = [call.function.name for call in told.choices[0].message.tool_calls or ()]
+            message = await other.messages.create(**ask)
+            response = await client.responses.create(input="hi", tools=[tool], **one)
+        assert names == ["add"]
         assert [block.name for block in message.content if block.type == "tool_use"] == ["add"]
-        assert all(call.free.all() for call in front.sessions.close("a-session"))
-    assert [asked.params.structured_outputs for asked in loop.asked] == [None, None]
+        assert [item.name for item in response.output if item.type == "function_call"] == ["add"]
+        captured = front.sessions.close("a-session")
+        assert len(captured) == 3
+        assert all(call.free.all() and call.restriction is None for call in captured)
+    assert [asked.params.structured_outputs for asked in loop.asked] == [None] * 3
 
 
 async def test_a_session_takes_text_alone(parts: EngineParts) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from types import SimpleNamespace
 from typing import Any
@@ -10,16 +11,21 @@ import pytest
 
 from actors.rollout.vllm_engine import RolloutSpec, engine_environment
 from actors.serving.parsers import parsers_of, refuse_unknown
+from rlhf.agents.limits import SessionLimits
 from rlhf.errors import RunError, UserError
 from rlhf.models.support import support_by_type
 from rlhf.models.tiny import byte_tokenizer
+from rlhf.types import Sampling
 
 os.environ |= engine_environment(RolloutSpec(model="", dtype="float32", max_model_len=8, transport=None))
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
 
 from actors.serving.front import FrontSpec, _renderer
 from actors.serving.parsers import _BY_TYPE, _REASONING_BY_MARKS, _TOOLS_BY_MARKS
+from actors.serving.sessions import CURRENT_CALL, OpenSession, ServedCall
 
 TOOLS, REASONING = ToolParserManager.list_registered(), ReasoningParserManager.list_registered()
 TOKENS = (  # looked up by some parser as it is built
@@ -64,6 +70,74 @@ def test_each_parser_of_vllm_is_built_or_refused_with_its_reason(name: str, kind
         return
     parser = built(**names, added=TOKENS).parser
     assert [parser.tool_parser_cls, parser.reasoning_parser_cls][kind == "reasoning"] is not None
+
+
+# Grammars of a session: only what the client itself asks for restricts the policy.
+
+PARAMETERS = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
+FUNCTION = {"name": "f", "description": "d", "parameters": PARAMETERS}
+OBJECT = {"type": "json_schema", "json_schema": {"name": "n", "schema": PARAMETERS}}
+CHAT_ALONE = {"hy_v4"}  # vLLM's parser does not read tools as the Responses API writes them
+TEXT_OBJECT = {"format": {"type": "json_schema", "name": "n", "schema": PARAMETERS}}
+CHOSEN = sorted(
+    {*_BY_TYPE.values()}
+    | {(tools, None) for _, tools in _TOOLS_BY_MARKS}
+    | {("hermes", reasoning) for _, reasoning in _REASONING_BY_MARKS},
+    key=str,
+)
+
+
+async def sampled_under(renderer: Any, request: Any) -> tuple[Any, str | None]:
+    """Return the grammar under which a session's request is sampled, and what asked for it."""
+    call = ServedCall(
+        OpenSession(Sampling(max_new_tokens=9), SessionLimits(max_calls=9, max_tokens=99, seed=1), ""), ""
+    )
+    CURRENT_CALL.set(call)
+    request.kv_transfer_params = {"prompt_token_ids": [1]}  # so that vLLM renders nothing
+    tools = [{"type": "function", "function": FUNCTION}]
+    await renderer.preprocess_chat(request, [{"role": "user"}], None, "auto", None, tools, renderer.parser)
+    params = request.to_sampling_params(9, {})
+    return params.structured_outputs, call.restriction
+
+
+def chat(**fields: Any) -> Any:
+    asked = {"messages": [], "tools": [{"type": "function", "function": FUNCTION}], **fields}
+    return ChatCompletionRequest.model_validate(asked)
+
+
+def responses(**fields: Any) -> Any:
+    return ResponsesRequest.model_validate({"input": "", "tools": [{"type": "function", **FUNCTION}], **fields})
+
+
+@pytest.mark.parametrize(("tools", "reasoning"), [pair for pair in CHOSEN if pair[0] and not {*pair} & REFUSED.keys()])
+async def test_a_session_is_sampled_under_the_grammar_that_its_client_asks_for(
+    tools: str, reasoning: str | None
+) -> None:
+    renderer = built(tools, reasoning, added=TOKENS)
+    renderer.renderer.get_tokenizer = lambda: renderer.renderer.tokenizer
+    renderer.renderer.validate_token_ids = lambda ids, parameter: None
+    renderer.model_config = SimpleNamespace(
+        multimodal_config=None, enable_prompt_embeds=False, max_model_len=99, architecture="Cohere2ForCausalLM"
+    )
+    makers = (chat,) if tools in CHAT_ALONE else (chat, responses)
+    for make, streams in itertools.product(makers, (False, True)):
+        for free in ({}, {"tool_choice": "auto"}, {"tool_choice": "none"}, {"parallel_tool_calls": False}):
+            assert await sampled_under(renderer, make(stream=streams, **free)) == (None, None)
+    wishes = [
+        (chat, {"response_format": OBJECT}, "response_format"),
+        (chat, {"structured_outputs": {"regex": "a+"}}, "structured_outputs"),
+        (chat, {"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+        (responses, {"text": TEXT_OBJECT}, "response_format"),
+        (responses, {"tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
+        *((make, {"tool_choice": "required"}, "tool_choice") for make in makers),
+    ]
+    for make, wish, by in wishes:
+        if make in makers:
+            vllms = make(**wish)
+            parser = renderer.parser(renderer.renderer.tokenizer, vllms.tools, model_config=renderer.model_config)
+            grammar = parser.adjust_request(vllms).to_sampling_params(9, {}).structured_outputs
+            assert await sampled_under(renderer, make(**wish)) == (grammar, by)
+            assert grammar is not None or by == "tool_choice"  # some models write any call
 
 
 def test_gpt_oss_has_its_parsers() -> None:

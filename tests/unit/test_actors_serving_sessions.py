@@ -21,13 +21,13 @@ def open_session(**limits: Any) -> OpenSession:
     return OpenSession(SAMPLING, SessionLimits(**values), "session1-")
 
 
-def draw(prompt: list[int], response: list[int], *, text: str = "yes", stop: str = "", is_free: bool = True) -> Draw:
+def draw(prompt: list[int], response: list[int], *, text: str = "yes", stop: str = "", restriction: Any = None) -> Draw:
     return Draw(
         prompt_ids=np.array(prompt, dtype=np.int32),
         response_ids=np.array(response, dtype=np.int32),
         logprobs=np.full(len(response), -1.0, dtype=np.float32),
         versions=np.full(len(response), 3, dtype=np.int32),
-        is_free=is_free,
+        restriction=restriction,
         finish_reason="stop",
         stop=stop,
         text=text,
@@ -113,8 +113,8 @@ def test_a_stop_string_and_what_the_client_wrote_behind_it_are_continued() -> No
 def test_captured_calls() -> None:
     session = open_session()
     first = answer(session, [ASK], draw([1, 2], [3, 4]))
-    answer(session, [], draw([1, 2, 3, 4, 5], [6], is_free=False))
-    assert session.calls[1].free.tolist() == [False]
+    answer(session, [], draw([1, 2, 3, 4, 5], [6], restriction="tool_choice"))
+    assert (session.calls[1].free.tolist(), session.calls[1].restriction) == ([False], "tool_choice")
     assert session.calls[0].free.tolist() == [True, True]
     assert session.calls[0].versions.tolist() == [3, 3]
     assert 0.0 <= session.calls[0].ended_s <= session.calls[1].ended_s

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from rlhf.agents.calls import Call
+from rlhf.agents.calls import Call, Session
 from rlhf.agents.limits import ProcessLimits, SessionLimits
-from rlhf.agents.sessions import FUNCTION, AgentSessions, AgentSpec, task_of
+from rlhf.agents.sessions import FUNCTION, AgentSessions, AgentSpec, session_end, task_of
 from rlhf.controller.rollout_scorer import request_for
 from rlhf.extensions import CodeSource
 from rlhf.models.tiny import byte_tokenizer
@@ -51,6 +52,7 @@ def call(prompt: list[int], response: list[int], *, broke: str | None = None) ->
         logprobs=np.full(count, -1.0, np.float32),
         versions=np.full(count, 2, np.int32),
         free=np.ones(count, np.bool_),
+        restriction=None,
         finish_reason="stop",
         ended_s=1.0,
         broke=broke,
@@ -112,9 +114,17 @@ def test_a_session_becomes_a_sample_with_its_result() -> None:
     assert rollouts.token_ids.tolist() == [1, 2, 3, 4, 5, 6] * 2
     assert rollouts.response_mask.int().tolist() == [0, 0, 1, 1, 0, 1] * 2
     assert [info.sequence_id for info in infos] == [10, 11]
-    end = SessionEnd(result='{"src/main.py": "print(1)"}', num_calls=2, broken=("edited history",))
+    end = SessionEnd(result='{"src/main.py": "print(1)"}', num_calls=2, broken=("edited history",), restricted={})
     assert [(info.session, info.environment_error) for info in infos] == [(end, None)] * 2
     assert [(limits.seed, limits.max_calls) for limits in front.limits] == [(seed, 3) for seed in asked.seeds]
+
+
+def test_sampled_tokens_under_a_grammar_are_counted_by_their_reason() -> None:
+    free = call([1], [2, 3])
+    forced = replace(free, free=np.zeros(2, np.bool_), restriction="tool_choice")
+    formed = replace(forced, restriction="response_format")
+    end = session_end(Session(calls=[free, forced, formed, forced], result="done"))
+    assert end.restricted == {"tool_choice": 4, "response_format": 2}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from rlhf.controller.learning import Signals
@@ -18,7 +19,7 @@ REQUEST = GroupRequest(
 )
 
 
-def info(sample: int, *, calls: int, broken: int) -> RolloutInfo:
+def info(sample: int, *, calls: int, broken: int, restricted: Mapping[str, int]) -> RolloutInfo:
     return RolloutInfo(
         sequence_id=sample,
         num_prompt_tokens=4,
@@ -29,11 +30,11 @@ def info(sample: int, *, calls: int, broken: int) -> RolloutInfo:
         mean_logprob=-1.0,
         num_turns=calls,
         num_environment_tokens=10 * sample,
-        session=SessionEnd(result='"4"', num_calls=calls, broken=("edited history",) * broken),
+        session=SessionEnd(result='"4"', num_calls=calls, broken=("edited history",) * broken, restricted=restricted),
     )
 
 
-INFOS = (info(0, calls=1, broken=0), info(1, calls=3, broken=2))
+INFOS = (info(0, calls=1, broken=0, restricted={"tool_choice": 3}), info(1, calls=3, broken=2, restricted={}))
 
 
 def test_sessions_have_metrics_of_their_own() -> None:
@@ -46,6 +47,8 @@ def test_sessions_have_metrics_of_their_own() -> None:
         "agents/calls/max": 3.0,
         "agents/broken_prefixes/fraction": 0.5,
         "agents/broken_by_edited_history/total": 2.0,
+        "agents/restricted_tokens/fraction": 0.2,  # 3 of 3 + 6 + 6
+        "agents/restricted_by_tool_choice/total": 3.0,
         "agents/inserted_tokens/mean": 5.0,
     }
     assert all(map(is_declared, found))

@@ -10,7 +10,7 @@ import torch
 
 from rlhf.controller.rollout_scorer import request_for
 from rlhf.rollouts.records.spool import (
-    drop_failed_conversations,
+    drop_untrained,
     forget_after,
     group_path,
     keep_sampled_by,
@@ -95,7 +95,8 @@ def test_what_the_turns_earned_comes_back_as_it_was(tmp_path: Path) -> None:
 
 
 def test_a_session_comes_back_with_all_of_its_sequences(tmp_path: Path) -> None:
-    info = replace(INFO, session=SessionEnd(result='"4"', num_calls=2, broken=("edited history",)))
+    end = SessionEnd(result='"4"', num_calls=2, broken=("edited history",), restricted={"tool_choice": 7})
+    info = replace(INFO, session=end)
     rollouts = Rollouts.joined([ROLLOUTS, ROLLOUTS])
     write_group(tmp_path, REQUEST, SAMPLING, 0, rollouts, (info,))
     found = read_group(tmp_path, REQUEST, SAMPLING, 0)
@@ -111,7 +112,17 @@ def test_a_conversation_whose_environment_failed_comes_back_whole_or_goes(tmp_pa
     stored = read_group(tmp_path, REQUEST, SAMPLING, 0)
     assert stored is not None
     assert stored[1] == (info,)
-    drop_failed_conversations(tmp_path)
+    drop_untrained(tmp_path)
+    assert read_group(tmp_path, REQUEST, SAMPLING, 0) is None
+
+
+def test_a_group_without_a_trained_token_goes(tmp_path: Path) -> None:
+    """A grammar has restricted all of its tokens. The user changes the agent."""
+    write_group(tmp_path, REQUEST, SAMPLING, 0, ROLLOUTS, (INFO, replace(INFO, num_response_tokens=0)))
+    drop_untrained(tmp_path)
+    assert read_group(tmp_path, REQUEST, SAMPLING, 0) is not None
+    write_group(tmp_path, REQUEST, SAMPLING, 0, ROLLOUTS, (replace(INFO, num_response_tokens=0),))
+    drop_untrained(tmp_path)
     assert read_group(tmp_path, REQUEST, SAMPLING, 0) is None
 
 

@@ -244,6 +244,17 @@ CASES: dict[str, tuple[Rows, Rows]] = {  # kind: a series that shows it, one tha
         ),
         rows(4, agents__broken_prefixes__fraction=lambda s: 0.05, agents__broken_by_other_tools__total=lambda s: 1.0),
     ),
+    "grammars_restrict": (
+        rows(
+            2,
+            agents__restricted_tokens__fraction=lambda s: 0.11 * s,
+            agents__restricted_by_response_format__total=lambda s: 30.0,
+            agents__restricted_by_tool_choice__total=lambda s: 70.0,
+        ),
+        rows(
+            2, agents__restricted_tokens__fraction=lambda s: 0.1, agents__restricted_by_tool_choice__total=lambda s: 9.0
+        ),
+    ),
     "slower": (
         rows(40, throughput__tokens_per_s=lambda s: 1000.0 / s),
         rows(40, throughput__tokens_per_s=lambda s: 1000.0 - 5 * s),
@@ -336,6 +347,13 @@ def test_the_most_frequent_reason_of_broken_prefixes_is_named_with_its_remedy() 
     assert "40% of the calls" in found.what
     assert "`rewritten turn` (9 of 12)" in found.what
     assert "data.chat_template" in found.advice
+
+
+def test_the_most_frequent_reason_of_a_grammar_is_named_with_its_remedy() -> None:
+    (found,) = diagnose(CASES["grammars_restrict"][0])
+    assert "22% of the step's sampled tokens" in found.what
+    assert "`tool_choice` (70 of 100)" in found.what
+    assert "`tool_choice: auto`" in found.advice
 
 
 def test_an_empty_run_and_rows_with_nothing_in_them_have_no_finding() -> None:

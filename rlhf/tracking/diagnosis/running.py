@@ -1,4 +1,4 @@
-"""Symptoms of the run as a program: failing rewards and environments, broken prefixes, throughput, memory."""
+"""Symptoms of the run as a program: failing rewards, broken prefixes, grammars, throughput, memory."""
 
 from __future__ import annotations
 
@@ -22,6 +22,13 @@ _BROKEN: Mapping[str, str] = {  # a remedy for each reason
     "rewritten_turn": "set data.chat_template to one that writes earlier turns as the model wrote them, with their "
     "reasoning.",
     "open_turn": "let the conversations of a call end with a message of the user or of a tool.",
+}
+RESTRICTED = 0.1  # of the sampled tokens: an agent may ask for a form now and then
+_FREE_FORM = "describe the form of the answer in the prompt, and let the reward judge the form."
+_RESTRICTED: Mapping[str, str] = {  # the same
+    "tool_choice": "let the agent ask with `tool_choice: auto`, so that the model decides whether and how to call.",
+    "response_format": f"let the agent leave out response_format (text.format, output_config): {_FREE_FORM}",
+    "structured_outputs": f"let the agent leave out structured_outputs: {_FREE_FORM}",
 }
 _FAILURES = {
     "rewards/errors/total": "reward calls raised, hung or returned no number",
@@ -73,6 +80,28 @@ def prefixes_break(history: History, recent: list[Point]) -> Evidence | None:
 
 
 @symptom(
+    "warning",
+    *("agents/restricted_tokens/fraction", "rollouts/response_tokens/mean"),
+    steps=1,
+    why="The agent asks for a grammar, which chooses in the place of the policy. Such tokens are not trained on.",
+    advice="if the model should learn to write them,",
+)
+def grammars_restrict(history: History, recent: list[Point]) -> Evidence | None:
+    if mean(recent) <= RESTRICTED:
+        return None
+    counts = {
+        reason: sum(point.value for point in history.since(f"agents/restricted_by_{reason}/total", recent[0].step - 1))
+        for reason in _RESTRICTED
+    }
+    reason = max(_RESTRICTED, key=lambda reason: counts[reason])
+    return Evidence(
+        what=f"{mean(recent):.0%} of the step's sampled tokens are not trained on, most of them because of `{reason}` "
+        f"({number(counts[reason])} of {number(sum(counts.values()))}).",
+        advice=_RESTRICTED[reason],
+    )
+
+
+@symptom(
     "notice",
     *("throughput/tokens_per_s", "time/step_s", "rollouts/response_tokens/max"),
     steps=2 * HEAD,
@@ -108,4 +137,4 @@ def memory_grows(history: History, _: list[Point]) -> Evidence | None:
     return None
 
 
-RUNNING = (rewards_fail, prefixes_break, slower, memory_grows)
+RUNNING = (rewards_fail, prefixes_break, grammars_restrict, slower, memory_grows)

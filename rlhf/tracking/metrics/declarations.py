@@ -107,6 +107,10 @@ agents/broken_prefixes/fraction | 1 | Mean | online agent | Calls whose prompt d
     although it has an earlier answer of the model: the agent has changed its history
 agents/broken_by_<reason>/total | calls | Sum | online agent optional | Calls whose prompt does not go on from the
     session's tokens for one reason
+agents/restricted_tokens/fraction | 1 | Mean | online agent | Sampled tokens that are not trained on, because a grammar
+    restricted them
+agents/restricted_by_<reason>/total | tokens | Sum | online agent optional | Sampled tokens that a grammar restricted
+    for one reason: a `tool_choice` that forces a call, a `response_format`, or `structured_outputs`
 agents/inserted_tokens/mean | tokens | Mean | online agent | Tokens of a session after its first prompt that were not
     sampled: results of tools, further prompts, and the chat template
 agents/errors/total | errors | Sum | online agent | Sessions whose agent raised, hung, died, exceeded a limit or
@@ -206,6 +210,8 @@ update/divergence/mean | nats | Mean | distillation | Divergence from the teache
 update/nll/mean | nats | Mean | distillation | Negative log-probability of a token in the loss mask
 update/step_accuracy/mean | 1 | Mean | steps | Response steps whose label and score have the same sign
 update/tokens/total | tokens | Sum | all | Tokens passed forward and backward, all epochs
+update/without_tokens/total | steps | Sum | online advantages optional | Optimizer steps left out, because no token of
+    their responses is trained on (`agents/restricted_tokens/fraction`)
 update/grad_norm | 1 | Mean | all | Norm of the gradient before clipping, mean over optimizer steps
 update/router_load | 1 | ExpertLoad | all optional | Load of the busiest expert divided by the mean load, mean over
     layers of a mixture of experts; no token is dropped (for mixtures as `policy.model`)
