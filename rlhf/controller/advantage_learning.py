@@ -104,6 +104,8 @@ class AdvantageLearning(ReferencedLearning):
             )
         elif not portions:
             logger.warning("step %d: no response reaches algorithm.min_score, so the policy is not updated", step)
+        elif not any(minibatch.num_tokens for portion in portions for minibatch in portion.plan.minibatches):
+            logger.warning("step %d: a grammar restricted all responses that are kept, so nothing is updated", step)
         self.portions = []
         with record.stage("update"):
             for minibatch in self.visits(len(portions[0].plan.minibatches) if portions else 0, step):

@@ -23,6 +23,7 @@ from rlhf.config.schema.rollouts import DynamicSampling
 from rlhf.config.schema.root import Config
 from rlhf.controller.carried import CarriedPrompts
 from rlhf.controller.record import RunRecord
+from rlhf.controller.rollout_report import restricted_tokens
 from rlhf.controller.rollout_scorer import RolloutScorer, request_for
 from rlhf.controller.training_scores import TrainingScores
 from rlhf.data.curriculum import Curriculum
@@ -129,7 +130,7 @@ class Collector:
                 self.sort(scored, batch, step)
             if len(batch.kept) < count:
                 self.check_filtered(batch, step)
-        return self.finish(batch)
+        return self.finish(batch, step)
 
     def sort(self, scored: ScoredGroup, batch: Outcomes, step: int) -> bool:
         """Add a group to its batch by its outcome, and return whether it is kept.
@@ -147,8 +148,9 @@ class Collector:
             batch.filtered.append(_without_tokens(scored))
         return False
 
-    def finish(self, batch: Outcomes) -> Collected:
-        """Record the outcomes of a whole batch, and return its groups."""
+    def finish(self, batch: Outcomes, step: int) -> Collected:
+        """Record the outcomes of a whole batch, and return its groups. RunError: none of its tokens can be trained."""
+        self._refuse_restricted(_infos(batch.kept), step)
         if self.curriculum is not None:
             for scored in batch.measured:
                 self.curriculum.measure(scored.group.request.prompt.prompt_id, _mean(scored))
@@ -260,7 +262,7 @@ class Collector:
         most = policy.max_dropped_fraction * window
         if not is_fatal and count <= most:
             return
-        self.scorer.forget_failures()
+        self.scorer.forget_untrained()
         if is_fatal:
             fix = (
                 "on_error is fail, for the reward or in reward_policy. Set it to drop, which replaces the prompt by "
@@ -273,6 +275,17 @@ class Collector:
                 "reward, raise that fraction, or give rewards.NAME.on_error the score of such a response."
             )
         raise RunError(f"rewards, step {step}: {describe_errors(scored.scores.errors)}. {fix}")
+
+    def _refuse_restricted(self, infos: Sequence[RolloutInfo], step: int) -> None:
+        """Raise RunError if grammars restricted all sampled tokens of a batch: the run would never learn."""
+        if any(info.num_response_tokens for info in infos):
+            return
+        self.scorer.forget_untrained()
+        reasons = ", ".join(f"{reason}: {number}" for reason, number in restricted_tokens(infos).most_common())
+        raise RunError(
+            f"rollouts, step {step}: a grammar restricted all sampled tokens of the batch ({reasons}), so none can be "
+            "trained on. Let the agent ask with tool_choice auto, and without response_format and structured_outputs."
+        )
 
     def check_filtered(self, batch: Outcomes, step: int) -> None:
         """Raise RunError if too many groups were filtered while the batch is still incomplete.

@@ -106,7 +106,7 @@ def _sound(groups: Sequence[ScoredGroup], config: Config, scorer: RolloutScorer,
     rules = error_rules(config.rewards), config.reward_policy.on_error
     fatal = [errors for errors in failures if ends_run(errors, *rules)]
     if fatal or not sound:
-        scorer.forget_failures()
+        scorer.forget_untrained()
         raise RunError(f"{where}: {describe_errors((fatal or failures)[0])}")
     return sound
 

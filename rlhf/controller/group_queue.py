@@ -228,7 +228,7 @@ class GroupQueue:
         outcomes.kept = groups
         metrics, self._metrics[:] = list(self._metrics), []
         with self.record.apart(metrics):
-            collected = self.collector.finish(outcomes)
+            collected = self.collector.finish(outcomes, step)
             self.record.add(self._measured(outcomes))
         sampled, self._tokens = self._tokens, 0
         return Batch(collected=replace(collected, sampled_tokens=sampled), metrics=metrics)

@@ -26,7 +26,7 @@ from rlhf.rollouts.records.ledgers import (
     request_set_digest,
     scored_identity,
 )
-from rlhf.rollouts.records.spool import drop_failed_conversations, stored_groups
+from rlhf.rollouts.records.spool import drop_untrained, stored_groups
 from rlhf.room import when_there_is_room
 from rlhf.tracking.metrics.reductions import Sum
 from rlhf.tracking.run_folder.errors import ErrorRecord
@@ -243,13 +243,13 @@ class RolloutScorer:
             self.finish_order.put(race, [scored.group.request.group_id for scored in finished], weights=checksum)
         return finished
 
-    def forget_failures(self) -> None:
-        """Delete stored failures after a reward has ended the run.
+    def forget_untrained(self) -> None:
+        """Delete stored failures, and responses without a trained token, after one of them has ended the run.
 
-        The user fixes the reward, and the resumed run calls it again.
+        The user fixes the reward or the agent, and the resumed run calls it again.
         """
         self.score_ledger.forget_failures()
-        drop_failed_conversations(self.spool)
+        drop_untrained(self.spool)
         self.finish_order.clear()  # a new score may change the batch
 
     def keep_from(self, start: int, *, begun: Collection[int] = ()) -> None:

@@ -430,6 +430,12 @@ def cut(scored: ScoredGroup, *places: int) -> ScoredGroup:
     return replace(scored, group=replace(scored.group, infos=tuple(ends)))
 
 
+def without_tokens(scored: ScoredGroup) -> ScoredGroup:
+    """Return the group as sessions whose sampled tokens a grammar has restricted."""
+    infos = tuple(replace(info, num_response_tokens=0) for info in scored.group.infos)
+    return replace(scored, group=replace(scored.group, infos=infos))
+
+
 def test_masked_responses_are_compared_and_not_trained_on(folder: RunFolder) -> None:
     run = Run(folder, {"name": "dr_grpo", "mask_truncated": True, "kl": {"coef": 0.1}}, per_update=6)
     first, second, third = groups(FIRST, SECOND, FIRST)
@@ -459,6 +465,16 @@ def test_where_all_responses_are_masked_the_policy_stays(folder: RunFolder, capl
         signals = run.learn([cut(scored, 0, 1, 2, 3) for scored in groups(FIRST, SECOND, FLAT)], step=3)
     assert "step 3: every response was truncated (algorithm.mask_truncated), so nothing is updated" in caplog.text
     assert (run.policy.updates, signals.trained, signals.advantages) == ([], frozenset(), {})
+
+
+def test_where_a_grammar_restricted_all_responses_nothing_is_learnt(
+    folder: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The collector ends the run for a whole batch. Here, the kept responses alone have no trained token."""
+    run = Run(folder, {"name": "dr_grpo"}, per_update=6)
+    with caplog.at_level(logging.WARNING):
+        run.learn([without_tokens(scored) for scored in groups(FIRST, SECOND, FLAT)], step=3)
+    assert "step 3: a grammar restricted all responses that are kept, so nothing is updated" in caplog.text
 
 
 NORMALIZED = {"right": {"function": "f", "normalize": "group"}}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ from rlhf.roles import CompletedGroup
 from rlhf.rollouts.records.ledgers import request_identity
 from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.tracking.run_folder.group_ledger import GroupRecord
-from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, RolloutInfo, Sampling, StepReward
+from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, RolloutInfo, Sampling, SessionEnd, StepReward
 
 Scores = Callable[[int], Sequence[float] | None]  # by prompt id; None: the reward fails
 Order = Callable[[Sequence[GroupRequest]], Sequence[GroupRequest]]  # in which requests are answered
@@ -39,6 +39,7 @@ class Engines:
         self.continued: list[dict[int, int]] = []  # in each round, the continued requests by prompt id
         self.cut: frozenset[int] = frozenset()  # prompt ids whose responses are all cut
         self.lengths: tuple[int, ...] = ()  # of the responses to each prompt; empty: three tokens
+        self.restricted: Mapping[str, int] = {}  # tokens of each session under a grammar; empty: there are no sessions
         self.cancelled: set[int] = set()
 
     async def generate(
@@ -60,6 +61,9 @@ class Engines:
                     min_version=version,
                     max_version=version,
                     mean_logprob=-1.0,
+                    session=SessionEnd(result=None, num_calls=1, broken=(), restricted=self.restricted)
+                    if self.restricted
+                    else None,
                 )
                 for sample in range(len(request.seeds))
             )
@@ -255,6 +259,23 @@ def test_too_many_filtered_groups_end_the_run(tmp_path: Path) -> None:
     small = Run(tmp_path / "small", lambda _: SOLVED, prompts=6, **bounded)
     with pytest.raises(RunError, match=r"all 6 prompts of data\.train: none is left from which this policy learns"):
         small.collect()
+
+
+def test_a_batch_whose_tokens_are_all_restricted_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path)
+    forgotten: list[bool] = []
+    monkeypatch.setattr(run.scorer, "forget_untrained", lambda: forgotten.append(True))
+    run.engines.restricted = {"response_format": 1, "tool_choice": 2}
+    run.collect()  # some of the tokens are free
+    assert not forgotten
+    run.engines.lengths = (0, 0)
+    with pytest.raises(
+        RunError,
+        match=r"step 2: a grammar restricted all sampled tokens of the batch \(tool_choice: 16, response_format: 8\), "
+        r".*ask with tool_choice auto",
+    ):
+        run.collect(2)
+    assert forgotten
 
 
 def test_the_share_of_filtered_groups_is_of_the_steps_prompts(tmp_path: Path) -> None:

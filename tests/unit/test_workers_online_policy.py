@@ -20,6 +20,7 @@ from rlhf.models.packed import policy_logprobs_only
 from rlhf.models.row_layout import row_layout
 from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.types import BatchPlan, MinibatchPlan, Prompt, Rollouts, StepReward
+from rlhf.workers.online.critic import CriticWorker
 from rlhf.workers.online.policy import PolicyWorker
 from tests.agent_sessions import call, session
 from tests.tiny_architectures import tiny_model
@@ -159,6 +160,49 @@ def test_a_sessions_report_covers_all_of_its_sequences() -> None:
     assert chosen is not None
     assert int(chosen.sum()) == 5
     merge_metrics([worker.update(0)])
+
+
+RESTRICTED = session(call([1, 2], [16, 17, 18], fixed=range(3)))
+
+
+def halves(**portion: Any) -> tuple[BatchPlan, Rollouts]:
+    """Return a plan of two minibatches, of which a grammar has restricted the first, and its rollouts."""
+    request = request_for(PROMPT, group_id=0, first_sequence_id=0, samples=2, run_seed=0)
+    minibatches = (
+        MinibatchPlan(sequences_by_rank=((1,),), num_tokens=0, num_sequences=1),
+        MinibatchPlan(sequences_by_rank=((0,),), num_tokens=7, num_sequences=1),
+    )
+    parts = BatchPlan(step=1, minibatches=minibatches, scores={0: 2.0, 1: -1.0}, kl_coef=0.0, **portion)
+    return parts, assemble_sessions(request, [BRANCHED, RESTRICTED])[0]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("selection", [{}, {"top_entropy_fraction": 0.5}, {"name": "kl_cov"}])
+def test_a_minibatch_without_a_trained_token_makes_no_optimizer_step(selection: dict[str, Any], streamed: bool) -> None:
+    model = tiny_model("llama")
+    gradients = []
+    for streams in {False, streamed}:
+        model.zero_grad(set_to_none=True)
+        worker = worker_of(model, **({"name": "grpo"} | selection))
+        worker.config = worker.config.model_copy(
+            update={"train": worker.config.train.model_copy(update={"streamed": streams})}
+        )
+        worker.prepare(*halves())
+        worker.set_advantages({0: 2.0, 1: -1.0})
+        if streams:
+            worker.accumulate(0)
+        assert results(worker.update(0)) == {"update/without_tokens/total": 1.0}
+        assert all(weight.grad is None for weight in model.parameters())
+        metrics = results(worker.update(1))
+        assert metrics["update/grad_norm"] == 1.0
+        gradients.append(gradient(model) / (7 if streams else 1))  # the step of an engine divides a sum by its tokens
+    torch.testing.assert_close(gradients[0], gradients[-1])
+
+
+def test_the_critic_makes_no_optimizer_step_without_a_trained_token() -> None:
+    critic = object.__new__(CriticWorker)
+    critic.share = SimpleNamespace(plan=halves()[0])  # type: ignore[assignment]
+    assert critic.update(0) == {}
 
 
 def test_the_advantage_of_a_single_trained_token_is_centered_only() -> None:

@@ -39,12 +39,16 @@ def stored_groups(folder: Path) -> dict[Path, int]:
     return {path: int(path.name.split("_")[1]) for path in folder.glob("group_*.safetensors")}
 
 
-def drop_failed_conversations(folder: Path) -> None:
-    """Delete the spooled groups in which an environment failed. A resumed run plays them again."""
+def drop_untrained(folder: Path) -> None:
+    """Delete the spooled groups in which an environment failed, or no token is trained on.
+
+    A resumed run plays them again.
+    """
     for path in stored_groups(folder):
         with safe_open(path, framework="pt") as file:
             infos = json.loads((file.metadata() or {}).get("infos", "[]"))
-        if any(info["environment_error"] is not None for info in infos):
+        failed = any(info["environment_error"] is not None for info in infos)
+        if failed or not any(info["num_response_tokens"] for info in infos):
             path.unlink(missing_ok=True)
 
 

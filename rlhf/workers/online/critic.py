@@ -46,8 +46,10 @@ class CriticWorker(OnlineWorker):
         self.returns: Float[Tensor, " N"] = TokenValues.gather(returns, self.share.held).values
 
     def update(self, minibatch: int) -> Metrics:
-        """Run one optimizer step on a minibatch of the batch. Collective."""
+        """Run one optimizer step on a minibatch of the batch, unless no token of it is trained. Collective."""
         plan = self.share.plan.minibatches[minibatch]
+        if not plan.num_tokens:
+            return {}
         counts, clips = self.counts(plan), self.algorithm.config.value_clip is not None
 
         def compute(microbatch: Microbatch) -> tuple[Tensor, Measure]:

@@ -32,7 +32,7 @@ from rlhf.objectives.rewards import step_rewards, token_rewards
 from rlhf.objectives.token_baseline import realized_energy, step_baseline, step_cells, step_sums
 from rlhf.roles import Metrics, SequenceReport
 from rlhf.tracking.metrics.declarations import merge_metrics
-from rlhf.tracking.metrics.reductions import ExplainedVariance, Mean, Reduction
+from rlhf.tracking.metrics.reductions import ExplainedVariance, Mean, Reduction, Sum
 from rlhf.types import BatchPlan, Rollouts, RoutedRollouts, TokenSignals, TokenValues
 from rlhf.workers.microbatches import Microbatch, padded
 from rlhf.workers.online.base import OnlineWorker, Share
@@ -207,12 +207,23 @@ class PolicyWorker(OnlineWorker):
         return signals, len(signals.advantages)
 
     def accumulate(self, minibatch: int) -> None:
-        """Add the newest portions' part of a minibatch to the gradient, before others have arrived. Collective."""
+        """Add the newest portions' part of a minibatch to the gradient, before others have arrived. Collective.
+
+        Portions without a trained token wait for one that has tokens: there may be no optimizer step.
+        """
+        if not self._num_tokens(minibatch, self.portions[self.num_accumulated :]):
+            return
         self.measured += self._add_to_gradient(minibatch, ends=False)
         self.num_accumulated = len(self.portions)
 
     def update(self, minibatch: int) -> Metrics:
-        """Run one optimizer step on a minibatch of the prepared batch. Collective."""
+        """Run one optimizer step on a minibatch of the prepared batch. Collective.
+
+        Without a trained token there is no loss, and no optimizer step: neither the weights nor the schedule move.
+        """
+        num_tokens = self._num_tokens(minibatch, self.portions)
+        if not num_tokens:
+            return {"update/without_tokens/total": Sum(total=1.0)} if self.place.rank == 0 else {}
         parts = self.measured + self._add_to_gradient(minibatch, ends=True)
         self.num_accumulated, self.measured = 0, []
         for portion in self.portions:
@@ -220,12 +231,15 @@ class PolicyWorker(OnlineWorker):
         if not self.config.train.streamed:
             return merge_metrics([*parts, self.step_optimizer()])
         plans = [portion.share.plan.minibatches[minibatch] for portion in self.portions]
-        num_tokens = sum(plan.num_tokens for plan in plans)
         num_sequences = sum(plan.num_sequences for plan in plans)
         mode = self.algorithm.config.aggregation
         divisor = denominator(mode, num_tokens=num_tokens, num_sequences=num_sequences)
         parts = [with_losses_times(part, num_tokens / divisor) for part in parts]
         return merge_metrics([*parts, self.step_optimizer(divisor)])
+
+    def _num_tokens(self, minibatch: int, portions: Sequence[Portion]) -> int:
+        """Return the number of trained tokens of a minibatch in some portions, over all ranks."""
+        return sum(portion.share.plan.minibatches[minibatch].num_tokens for portion in portions)
 
     def _add_to_gradient(self, minibatch: int, *, ends: bool) -> list[Metrics]:
         """Run the passes of a minibatch over the portions that are not in the gradient yet. Collective.
