@@ -45,6 +45,7 @@ class RunContext:
 
     config: Config
     placement: Placement
+    longest_sequence: int | None  # tokens of prompt and response; engines have the same. None: nothing is computed
     supervisor: Supervisor | None = None  # None: a lost worker ends the work
     rewards: tuple[RewardSpec, ...] = ()
     tokenizer_class: type[Any] | None = None  # of the policy. None: it comes with the model's own code
@@ -52,6 +53,7 @@ class RunContext:
 
     def spawn(self, role: Role, worker: type, *args: Any, **options: Any) -> tuple[list[ActorHandle[Any]], SpawnOne]:
         """Create the actors of a role. See group.spawn."""
+        options["longest_sequence"] = self.longest_sequence
         return spawn(self.config.cluster, self.placement, role, worker, *args, **options)
 
     def gang(self, gang: type[G], rank: type[TrainedWorker], *args: Any, **options: Any) -> G:
@@ -114,7 +116,8 @@ def _reward(run: RunContext) -> RewardWorkers:
         memory_gib=policy.memory_gib,
         max_tokens_per_microbatch=config.train.max_tokens_per_microbatch,
     )
-    return RewardWorkers.create(config.cluster, run.placement, settings)
+    assert run.longest_sequence is not None
+    return RewardWorkers.create(config.cluster, run.placement, settings, longest_sequence=run.longest_sequence)
 
 
 # In the order in which the groups start and stop. The engines are leased with the run's placement: see EnginePool.

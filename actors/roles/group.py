@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Iterable, Sequence
 from contextlib import ExitStack, asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -333,18 +334,23 @@ def spawn(
     role: Role,
     worker: type,
     *args: Any,
+    longest_sequence: int | None,
     concurrency: int = 1,
     **options: Any,
 ) -> tuple[list[ActorHandle[Any]], SpawnOne]:
     """Create an actor for each rank of a role. Return the actors, and a function that creates the actor of a rank anew.
 
     The arguments of an actor are `args`, the rank's context, and `options`.
+
+    Args:
+        longest_sequence: most tokens of a sequence, by which a model chooses the frequencies of its RoPE.
     """
     remote = ray.remote(worker)
 
     def create(context: RankContext) -> ActorHandle[Any]:
         settings = placement.options(role, context.rank, worker_environment(context), concurrency=concurrency)
-        handle: ActorHandle[Any] = remote.options(**settings).remote(*args, context, **options)
+        given = replace(context, longest_sequence=longest_sequence)
+        handle: ActorHandle[Any] = remote.options(**settings).remote(*args, given, **options)
         return handle
 
     def spawn_one(rank: int) -> ActorHandle[Any]:

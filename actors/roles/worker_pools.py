@@ -62,9 +62,12 @@ class RewardWorkers(WorkerPool):
         self.caused: list[list[WorkerLost]] = [[] for _ in handles]  # by groups, since the last group that was scored
 
     @classmethod
-    def create(cls, cluster: ClusterConfig, placement: Placement, settings: RewardSettings) -> RewardWorkers:
+    def create(
+        cls, cluster: ClusterConfig, placement: Placement, settings: RewardSettings, *, longest_sequence: int
+    ) -> RewardWorkers:
         """Create the actors of the workers."""
-        spawned = spawn(cluster, placement, cls.role, RewardWorker, settings, concurrency=settings.concurrency)
+        options = {"concurrency": settings.concurrency, "longest_sequence": longest_sequence}
+        spawned = spawn(cluster, placement, cls.role, RewardWorker, settings, **options)
         return cls(*spawned, settings=settings, deadline_s=cluster.call_timeout_s)
 
     def _start_calls(self, handle: ActorHandle[Any]) -> list[ObjectRef[Any]]:

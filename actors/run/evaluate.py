@@ -167,7 +167,8 @@ async def _answers(
             memory_gib=policy.memory_gib,
             max_tokens_per_microbatch=inputs.max_tokens_per_microbatch,
         )
-        reward = RewardWorkers.create(cluster, placement, settings)
+        longest = max(one.longest_sequence(decoding.max_new_tokens) for one in inputs.candidates)
+        reward = RewardWorkers.create(cluster, placement, settings, longest_sequence=longest)
         groups.append(reward)
         # Sequential: an engine measures the free memory of its GPU, so no other process may start or end meanwhile.
         await engines.start(deadline_s=cluster.start_timeout_s)
@@ -212,9 +213,14 @@ async def _measured(candidate: Candidate, inputs: EvalInputs) -> dict[str, list[
     """Return a model's results on the examples of every set."""
     cluster = inputs.cluster
     placement = await reserve_roles({LikelihoodWorkers.role}, cluster, with_reward_model=False)
-    limit = inputs.max_tokens_per_microbatch
     spawned = spawn(
-        cluster, placement, LikelihoodWorkers.role, LikelihoodWorker, candidate.model, max_tokens_per_microbatch=limit
+        cluster,
+        placement,
+        LikelihoodWorkers.role,
+        LikelihoodWorker,
+        candidate.model,
+        longest_sequence=max(example.longest for examples in candidate.examples.values() for example in examples),
+        max_tokens_per_microbatch=inputs.max_tokens_per_microbatch,
     )
     workers = LikelihoodWorkers(*spawned, deadline_s=cluster.call_timeout_s)
     async with ending([workers], placement, heartbeat_timeout_s=cluster.heartbeat_timeout_s):

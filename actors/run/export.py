@@ -116,7 +116,8 @@ def _refuse_code_of_run(resolved: Path) -> None:
 async def _export(config: Config, checkpoint: Path, folder: Path, merged: bool) -> None:
     placement = await reserve(config)
     rank = RANKS[config.algorithm.kind]
-    gang = RunContext(config=config, placement=placement).gang(OfflineGang, rank, config, optimizer_steps=1)
+    context = RunContext(config=config, placement=placement, longest_sequence=None)
+    gang = context.gang(OfflineGang, rank, config, optimizer_steps=1)
     async with ending([gang], placement, heartbeat_timeout_s=config.cluster.heartbeat_timeout_s):
         await gang.start(deadline_s=config.cluster.start_timeout_s)
         await gang.load(checkpoint / "policy")

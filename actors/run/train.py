@@ -206,7 +206,10 @@ async def _offline(
     async with ending(groups, placement, heartbeat_timeout_s=config.cluster.heartbeat_timeout_s):
         await refuse_small_shared_memory(config, placement)
         supervisor = Supervisor(config.cluster.restarts, record, placement.plan.slots)
-        roles = build_roles(RunContext(config=config, placement=placement, supervisor=supervisor), groups)
+        context = RunContext(
+            config=config, placement=placement, longest_sequence=inputs.longest_sequence, supervisor=supervisor
+        )
+        roles = build_roles(context, groups)
         record.progress.stage(f"starting {_names(placement.plan)}")
         await asyncio.gather(*[g.start(deadline_s=config.cluster.start_timeout_s) for g in roles.values()])
         policy, teacher = roles[PolicyGang.role], roles.get(TeacherWorkers.role)
@@ -250,6 +253,7 @@ async def _online(
         context = RunContext(
             config=config,
             placement=lease.placement,
+            longest_sequence=inputs.max_model_len,
             supervisor=supervisor,
             rewards=inputs.rewards,
             tokenizer_class=None if config.policy.trust_remote_code else type(stage.tokenizer),

@@ -32,6 +32,7 @@ class RankContext:
     device: str  # cpu or cuda; the process sees one GPU
     threads: int
     deadline_s: float
+    longest_sequence: int | None = None  # most tokens of a sequence of the run. None: no limit is known
 
     def torch_device(self) -> torch.device:
         return torch.device("cuda", 0) if self.device == "cuda" else torch.device("cpu")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rlhf.models.attention import ATTENTION
 from rlhf.models.branches import Branches, positions, predecessors
 from rlhf.models.packed_row import PackedRow, computing
+from rlhf.models.rope import refuse_beyond_trained_length
 from rlhf.models.routers import keeps_row_order
 from rlhf.models.row_layout import RowLayout, row_layout, rows_of
 from rlhf.models.sequence_parallel import current_group, filled_up, own_part, summed
@@ -56,18 +57,22 @@ def hidden_states(
         raise ValueError(f"the sequences of {type(model).__name__} cannot share prompts: each must hold its own")
     token_ids, lengths, branches = filled_up(token_ids, lengths, branches)
     sizes: list[int] = lengths.tolist()
+    rows = rows_of(model)
+    if rows is not None and rows.trained_length is not None:
+        longest = int(positions(sizes, branches, device=torch.device("cpu")).max()) + 1
+        refuse_beyond_trained_length(model, rows.trained_length, longest)
     if layout is RowLayout.ONE_BY_ONE:
         states = [own_hidden_states(model, ids, noise_alpha=noise_alpha) for ids in token_ids.split(sizes)]
         return torch.cat(states)[own_part(len(token_ids))]
     if branches is not None or token_ids.is_cuda:
-        return _run(body, token_ids, sizes, branches, noise_alpha)
+        return row_states(body, token_ids, sizes, branches, noise_alpha=noise_alpha)
     if sizes == sorted(sizes) or current_group() is not None or keeps_row_order():
-        return _run(body, token_ids, sizes, None, noise_alpha)
+        return row_states(body, token_ids, sizes, None, noise_alpha=noise_alpha)
     order = sorted(range(len(sizes)), key=sizes.__getitem__)  # brings equal lengths together
     starts = (lengths.cumsum(0) - lengths).tolist()
     tokens = torch.cat([torch.arange(starts[i], starts[i] + sizes[i], device=token_ids.device) for i in order])
     by_length = [sizes[i] for i in order]
-    hidden = _run(body, token_ids[tokens], by_length, None, noise_alpha)
+    hidden = row_states(body, token_ids[tokens], by_length, None, noise_alpha=noise_alpha)
     return hidden.index_select(0, tokens.argsort())
 
 
@@ -89,11 +94,22 @@ def body_of(model: Any) -> Any:
     return model.model if body is model else body  # Llama 4's base_model is the model itself
 
 
-def _run(
-    body: Any, token_ids: Tensor, lengths: Sequence[int], tree: Branches | None, noise_alpha: float | None
+def row_states(
+    body: Any,
+    token_ids: Int[Tensor, " N"],
+    lengths: Sequence[int],
+    tree: Branches | None,
+    *,
+    noise_alpha: float | None = None,
+    places: Int[Tensor, " N"] | None = None,
 ) -> Float[Tensor, "N H"]:
+    """Return the last hidden states of one packed row. In a row shared by ranks, those of this rank's `own_part`.
+
+    places: each token's position in its sequence. None: the positions follow from lengths and tree.
+    """
     _set_attention(body, ATTENTION)
-    places = positions(lengths, tree, device=token_ids.device)
+    if places is None:
+        places = positions(lengths, tree, device=token_ids.device)
     row = PackedRow(
         lengths=lengths,
         branches=tree,

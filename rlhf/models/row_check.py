@@ -14,11 +14,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlhf.errors import UserError
-from rlhf.models.branches import Branch, Branches
+from rlhf.models.branches import Branch, Branches, positions
 from rlhf.models.by_sequence import mixers_of, separate_sequences
-from rlhf.models.packed import body_of, hidden_states, own_hidden_states, policy_logprobs_only
+from rlhf.models.packed import body_of, hidden_states, own_hidden_states, policy_logprobs_only, row_states
+from rlhf.models.rope import trained_length
 from rlhf.models.row_layout import RowLayout, Rows, expected_layout, rows_of, set_rows
-from rlhf.models.sequence_parallel import current_group, whole_row
+from rlhf.models.sequence_parallel import current_group, filled_up, whole_row
 from rlhf.models.support import untested_model
 
 LENGTHS = (7, 4, 9)
@@ -73,7 +74,7 @@ def check_rows(model: Any, device: torch.device) -> RowLayout:
             f"sequence_parallel needs a model whose sequences can be packed into one row, and {reason}. Set "
             "sequence_parallel to 1, or use another model."
         )
-    set_rows(model, Rows(layout=layout, own_attention=own_attention))
+    set_rows(model, Rows(layout=layout, own_attention=own_attention, trained_length=trained_length(model)))
     if layout < RowLayout.SHARED_PROMPTS:
         how = "sequences are packed, and each repeats its prompt" if layout else "sequences are computed one by one"
         _log.warning("%s: %s, because %s. This is slower.", type(model).__name__, how, reason)
@@ -112,6 +113,9 @@ def _measured(
     failure = _failure(_tolerance(model), own_states, lambda: _states(model, tokens, lengths, None))
     if failure is not None:
         return RowLayout.ONE_BY_ONE, f"its packed pass {failure}"
+    failure = _failure(_tolerance(model), own_states, lambda: _states_beside_last_position(model, tokens))
+    if failure is not None:
+        return RowLayout.ONE_BY_ONE, f"its packed pass beside a token at the last position {failure}"
     if layout is RowLayout.PACKED:
         return layout, reason
     first, second, *rest = tokens
@@ -152,6 +156,20 @@ def _states(
     row = torch.cat(list(tokens))
     states = hidden_states(model, row, torch.tensor(lengths, device=row.device), branches)
     return whole_row(states, len(row))
+
+
+def _states_beside_last_position(model: Any, tokens: Sequence[Tensor]) -> Float[Tensor, "N H"]:
+    """Return the hidden states of a packed row that also holds one token at the last position the model has.
+
+    Position embeddings that depend on the longest sequence of a row show here, without a sequence of that length.
+    """
+    sizes = [*map(len, tokens), 1]
+    row, lengths, _ = filled_up(torch.cat([*tokens, tokens[0][:1]]), torch.tensor(sizes), None)
+    places = positions(lengths.tolist(), None, device=row.device)
+    last = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # BLOOM has none
+    places[sum(sizes) - 1] = (last or len(row)) - 1
+    states = row_states(body_of(model), row, lengths.tolist(), None, places=places)
+    return whole_row(states, len(row))[: sum(sizes) - 1]
 
 
 def _refuse_other_head(model: Any, tokens: Sequence[Int[Tensor, " n"]]) -> None:

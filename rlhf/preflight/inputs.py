@@ -110,6 +110,7 @@ class OfflineInputs:
     shares: tuple[MixtureShare, ...]
     eval_sets: Mapping[str, tuple[OfflineRow, ...]]
     unusable: tuple[Unusable, ...]  # skipped rows of all sets
+    longest_sequence: int  # tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -348,7 +349,13 @@ def _offline(config: Config, source: str, tokenizer: Any) -> OfflineInputs:
             )
     longest = max(row.longest for group in (rows, *held_out.values()) for row in group)
     _refuse_too_long(source, config, longest=longest, wanted=longest)
-    return OfflineInputs(rows=rows, shares=sets.shares, eval_sets=held_out, unusable=sets.unusable)
+    return OfflineInputs(
+        rows=rows,
+        shares=sets.shares,
+        eval_sets=held_out,
+        unusable=sets.unusable,
+        longest_sequence=longest,
+    )
 
 
 def _read_sets(config: Config, read: Callable[[str, DataSource, int], LoadedRows[R]], *, by_row: bool) -> _Sets[R]:

@@ -22,6 +22,7 @@ from rlhf.engine.snapshot_copies import CopyPlace
 from rlhf.models.export import export_adapter, export_model
 from rlhf.models.loading import architecture_fingerprint, load_causal_lm, load_tokenizer
 from rlhf.models.packed import policy_logprobs_only
+from rlhf.models.rope import fix_frequencies
 from rlhf.models.routers import RoutingRecord, routers_of
 from rlhf.models.row_check import check_rows
 from rlhf.models.row_layout import row_layout
@@ -92,6 +93,8 @@ class TrainedWorker(ModelWorker):
                 offload_parameters=self.device.type == "cuda" and "parameters" in offload,
             ):
                 module = self._with_adapter(self.load_module())
+            if self.place.longest_sequence is not None:
+                fix_frequencies(module, self.place.longest_sequence)
             self.fingerprint = architecture_fingerprint(module.config)
             train, lora = self.config.train, self.model_config.lora
             self.engine: TrainingEngine = DeepSpeedEngine(

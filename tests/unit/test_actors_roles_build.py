@@ -22,6 +22,7 @@ OFFLINE = {
     "rollouts": None,
     "rewards": None,
 }
+LONGEST = 64
 TEACHER = {"teacher": {"model": "tiny:llama"}}
 
 
@@ -30,7 +31,10 @@ def created(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """The role and the worker's class of each group, in order."""
     created: list[tuple[str, str]] = []
 
-    def spawn(cluster: Any, placement: Any, role: str, worker: type, *_: Any, **__: Any) -> tuple[list[Any], None]:
+    def spawn(
+        cluster: Any, placement: Any, role: str, worker: type, *_: Any, longest_sequence: int, **__: Any
+    ) -> tuple[list[Any], None]:
+        assert longest_sequence == LONGEST  # of every role, so that all models choose the same frequencies
         created.append((role, worker.__name__))
         return [SimpleNamespace()], None
 
@@ -43,7 +47,7 @@ def created(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 def run(folder: Path, algorithm: dict[str, Any], sections: dict[str, Any]) -> RunContext:
     path = write_config(folder / "run.yaml", {"run": {"name": "demo"}, "algorithm": algorithm, **sections})
     placement: Any = SimpleNamespace(on_one_host=lambda: True)
-    return RunContext(config=cast(Config, load(path).stages["demo"]), placement=placement)
+    return RunContext(config=cast(Config, load(path).stages["demo"]), placement=placement, longest_sequence=LONGEST)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,9 +10,11 @@ from torch import Tensor
 
 from rlhf.config.schema.model import ReferenceConfig
 from rlhf.engine.distributed import RankContext
+from rlhf.models.row_layout import RowLayout, row_layout
 from rlhf.models.tiny import build_tiny_llama
 from rlhf.types import Rollouts, TokenValues
 from rlhf.workers.frozen.reference import ReferenceWorker
+from tests.tiny_architectures import tiny_model
 
 PLACE = RankContext(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=1.0)
 ROLLOUTS = Rollouts(
@@ -24,9 +27,9 @@ ROLLOUTS = Rollouts(
 )
 
 
-def worker_of(model: Path) -> ReferenceWorker:
+def worker_of(model: Path, place: RankContext = PLACE) -> ReferenceWorker:
     config = ReferenceConfig(model=str(model), dtype="float32")
-    worker = ReferenceWorker(config, PLACE, temperature=1.0, samples_per_prompt=1, max_tokens_per_microbatch=64)
+    worker = ReferenceWorker(config, place, temperature=1.0, samples_per_prompt=1, max_tokens_per_microbatch=64)
     worker.start()
     return worker
 
@@ -55,3 +58,15 @@ def test_a_new_model_does_not_come_back_as_the_old_one(tiny_model: Path, tmp_pat
     worker.move_to_host()
     worker.reload()
     assert torch.equal(logprobs_of(worker), logprobs_of(worker_of(other)))
+
+
+def test_frequencies_are_chosen_by_the_longest_sequence_of_the_run(tmp_path: Path) -> None:
+    """A response has the long factors of its model where another sequence needs them, as in the engine."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
+    sizes = {"max_position_embeddings": 64, "original_max_position_embeddings": 16}
+    tiny_model("phi3", rope_parameters=rope | {"rope_theta": 100.0}, **sizes).save_pretrained(tmp_path)
+    workers = [worker_of(tmp_path, replace(PLACE, longest_sequence=longest)) for longest in (16, 17, 64)]
+    assert [row_layout(worker.model) for worker in workers] == [RowLayout.SHARED_PROMPTS] * 3
+    short, long, longer = map(logprobs_of, workers)
+    assert torch.equal(long, longer)
+    assert (short - long).abs().max() > 1e-3

@@ -12,6 +12,7 @@ from rlhf.config.schema.model import ReferenceConfig, RewardModelConfig, Teacher
 from rlhf.engine.distributed import RankContext
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.on_disk import ModelOnDisk
+from rlhf.models.rope import fix_frequencies
 from rlhf.models.row_check import check_rows
 from rlhf.models.row_layout import row_layout
 from rlhf.workers.microbatches import Microbatch, SharedPrefixes, split_microbatches
@@ -39,6 +40,8 @@ class FrozenWorker(ModelWorker):
         self.host_weights: list[Tensor] = []
         with self.explaining("start"):
             self.model = self.load_module(model).to(self.device).eval().requires_grad_(False)
+            if self.place.longest_sequence is not None:
+                fix_frequencies(self.model, self.place.longest_sequence)
             check_rows(self.model, self.device)
 
     def load_module(self, model: str) -> Any:
