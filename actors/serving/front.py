@@ -239,6 +239,7 @@ def _hear_answers(state: Any) -> None:
 
     By default vLLM takes those of the model's generation_config.json.
     """
+    from actors.serving.cut_calls import ending_as_sampled, with_whole_arguments
     from actors.serving.front_renderer import hearing
 
     chats = [state.openai_serving_chat, state.anthropic_serving_messages]
@@ -247,6 +248,9 @@ def _hear_answers(state: Any) -> None:
         state.openai_serving_responses.parser = parser
         for chat in chats:
             chat.parser_cls = parser
+            chat.chat_completion_full_generator = ending_as_sampled(chat.chat_completion_full_generator)
+        messages = state.anthropic_serving_messages
+        messages.messages_full_converter = with_whole_arguments(messages.messages_full_converter)
     for serving in [*chats, state.openai_serving_completion, state.openai_serving_responses]:
         serving.default_sampling_params = {}
 

@@ -100,6 +100,8 @@ class FrontEngine:
         self._set_ends(call, params)
         responses: dict[int, _Response] = {}
         async for output in self._draw(f"{call.name}{next(call.serial)}", prompt, params):
+            cut = [part for part in output.outputs if part.finish_reason == "length"]
+            call.cut |= {part.index: np.array(part.token_ids, dtype=np.int32) for part in cut}
             if call.session is not None:
                 for part in output.outputs:
                     self._follow(responses.setdefault(part.index, _Response()), part)

@@ -19,6 +19,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.renderers.chat_utils import has_non_text_content
 from vllm.renderers.online_renderer import OnlineRenderer
 
+from actors.serving.cut_calls import ToldCalls, parsed_as_stream
 from actors.serving.refusals import RefusedCall
 from actors.serving.sessions import CURRENT_CALL, KnownTurn, OpenSession, ServedCall
 from rlhf.agents.calls import Restriction
@@ -53,6 +54,7 @@ class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
                     call.broke = "rewritten turn"
             elif known is not None:
                 call.broke = "open turn"
+        _bind_arguments(request)
         asked = {name: getattr(request, name) for name in _GRAMMARS if hasattr(request, name)}
         with _ending_session():
             try:
@@ -158,12 +160,31 @@ def _take_limits(request: Any, call: ServedCall) -> None:
 
 def asked_restriction(request: Any) -> Restriction | None:
     """Return what a client asks for that only a grammar can ensure. None: the policy writes as it likes."""
-    choice = getattr(request, "tool_choice", None)  # a prompt without a template has none
-    if choice not in (None, "none", "auto") and getattr(choice, "mode", None) != "auto":
+    if _is_call_forced(request):
         return "tool_choice"
     if request.extract_structured_outputs() is None:
         return None
     return "response_format" if request.structured_outputs is None else "structured_outputs"
+
+
+def _is_call_forced(request: Any) -> bool:
+    choice = getattr(request, "tool_choice", None)  # a prompt without a template has none
+    return choice not in (None, "none", "auto") and getattr(choice, "mode", None) != "auto"
+
+
+def _bind_arguments(request: Any) -> None:
+    """Let the grammar of a required or named call hold its arguments to an object of the tool's schema.
+
+    Without `strict`, vLLM's grammar allows any JSON as arguments.
+    """
+    if not _is_call_forced(request):
+        return
+    for tool in request.tools or ():
+        function = getattr(tool, "function", tool)
+        if hasattr(function, "parameters"):  # a custom tool takes text
+            function.strict = True
+            given = function.parameters
+            function.parameters = {"type": "object", **({"properties": {}} if given is None else given)}
 
 
 def hearing(parser: Any) -> Any:
@@ -172,16 +193,25 @@ def hearing(parser: Any) -> Any:
     class HearingParser(parser):  # type: ignore[misc]
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
+            self._another = partial(parser, *args, **options)
+            self._prompt_ids: Sequence[int] = ()
             self._ids: list[int] = []
             self._content: list[str] = []
-            self._calls: dict[int, list[str]] = {}  # name and arguments
+            self._calls = ToldCalls()
+
+        def set_prompt_token_ids(self, prompt_token_ids: Sequence[int]) -> None:
+            super().set_prompt_token_ids(prompt_token_ids)
+            self._prompt_ids = prompt_token_ids
 
         def parse(self, model_output: str, request: Any, *args: Any, **options: Any) -> Any:
+            ids = options["model_output_token_ids"]
             reasoning, content, calls = super().parse(model_output, request, *args, **options)
+            if request.tools and request.tool_choice != "none" and CURRENT_CALL.get().was_cut(ids):
+                content, calls = parsed_as_stream(self._another(), model_output, ids, request, self._prompt_ids)
             for call in calls or ():
                 call.name, call.arguments = _whole(call.name), sendable_arguments(call.arguments)
             pairs = [(call.name, call.arguments) for call in calls or ()]
-            _hear(options["model_output_token_ids"], content, pairs, request)
+            _hear(ids, content, pairs, request)
             return reasoning, content, calls
 
         def parse_delta(self, delta_text: str, delta_token_ids: list[int], *args: Any, **options: Any) -> Any:
@@ -189,14 +219,10 @@ def hearing(parser: Any) -> Any:
             self._ids += delta_token_ids
             if delta is not None:
                 self._content.append(delta.content or "")
-                for part in delta.tool_calls or ():
-                    call = self._calls.setdefault(part.index, ["", ""])
-                    call[0] += part.function.name or ""
-                    call[1] += part.function.arguments or ""
+                self._calls.add(delta)
             if options["finished"]:
-                pairs = [(name, arguments) for name, arguments in self._calls.values()]
                 request = options["request"] if "request" in options else args[0]
-                _hear(self._ids, "".join(self._content), pairs, request)
+                _hear(self._ids, "".join(self._content), self._calls.pairs(), request)
             return delta
 
     return HearingParser

@@ -103,6 +103,10 @@ def refuse_unsupported(body: Mapping[str, Any], known: Collection[str], *, has_t
         kind = tool.get("type", "function") if isinstance(tool, dict) else None
         if kind not in ("function", "custom"):
             raise RefusedCall(f"`tools[{index}].type` is {kind!r:.60}: the server runs no tools", param="tools")
+        form = _form_of_arguments(tool)
+        if form != "object":
+            why = "the arguments of a call are an object"
+            raise RefusedCall(f"the schema of `tools[{index}]` has the type {form!r:.60}: {why}", param="tools")
     choice = body.get("tool_choice")
     if isinstance(choice, dict):  # as Anthropic writes it
         choice = choice.get("type")
@@ -112,3 +116,11 @@ def refuse_unsupported(body: Mapping[str, Any], known: Collection[str], *, has_t
             "give the run a chat template that shows tool calls (data.chat_template)"
         )
         raise RefusedCall(f"`tools` is not supported here: {why}", param="tools")
+
+
+def _form_of_arguments(tool: Mapping[str, Any]) -> Any:
+    """Return the type that the schema of a tool's arguments names, in the form of any protocol."""
+    function = tool.get("function", tool)
+    named = function if isinstance(function, dict) else {}
+    schema = named.get("parameters", named.get("input_schema"))
+    return schema.get("type", "object") if isinstance(schema, dict) else "object"

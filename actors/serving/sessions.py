@@ -69,6 +69,11 @@ class ServedCall:
     restriction: Restriction | None = None  # what asks for a grammar
     serial: Iterator[int] = field(default_factory=itertools.count)
     drawn: dict[bytes, int] = field(default_factory=dict)  # indices of captured calls by their sampled tokens
+    cut: dict[int, Tokens] = field(default_factory=dict)  # responses in one part that a limit of tokens cut off
+
+    def was_cut(self, ids: Sequence[int]) -> bool:
+        """Return whether a limit of tokens cut off a response."""
+        return any(np.array_equal(cut, ids) for cut in self.cut.values())
 
     def hear(self, ids: Tokens, content: str | None, calls: Sequence[tuple[str, str]]) -> None:
         """Note what the client is told of sampled tokens: the text, and the calls as (name, arguments)."""

@@ -13,6 +13,7 @@ from typing import Any
 import anthropic
 import openai
 import pytest
+import xgrammar
 from aiohttp import ClientSession
 
 from actors.serving import front as serving_front
@@ -90,6 +91,13 @@ def opened(front: Front, key: str = "a-session", **limits: Any) -> Any:
 
 def texts_of(calls: list[Call]) -> list[tuple[str, str]]:
     return [(TOKENIZER.decode(call.prompt_ids), TOKENIZER.decode(call.response_ids)) for call in calls]
+
+
+def accepts(params: Any, text: str) -> bool:
+    """Return whether the grammar of a request allows a text."""
+    info = xgrammar.TokenizerInfo.from_huggingface(TOKENIZER)
+    grammar = xgrammar.GrammarCompiler(info).compile_structural_tag(params.structured_outputs.structural_tag)
+    return xgrammar.GrammarMatcher(grammar).accept_string(text)
 
 
 # Answers
@@ -416,6 +424,83 @@ async def test_a_long_result_is_tokenized_as_a_short_one(parts: EngineParts, mon
         assert TOKENIZER.decode(calls[1].prompt_ids).endswith(f"yes<|eos|><|user|>{'x' * 50}<|eos|><|assistant|>")
 
 
+NAMED: Any = {"type": "function", "function": {"name": "add"}}
+LOOSE: Any = {"type": "function", "function": {**TOOL["function"], "strict": False}}
+BARE: Any = {"type": "function", "function": {"name": "add"}}
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
+@pytest.mark.parametrize(("tool", "arguments"), [(TOOL, '{"a": 1}'), (LOOSE, '{"a": 1}'), (BARE, "{}")])
+async def test_a_forced_call_has_an_object_of_the_tools_schema(
+    parts: EngineParts, tool: Any, arguments: str, choice: Any
+) -> None:
+    async with (
+        fronted(parts, CALL) as (front, loop),
+        openai_client(front) as client,
+        openai_client(front, "a-session") as agent,
+        anthropic_client(front) as other,
+    ):
+        opened(front)
+        name, flat = {"type": "function", "name": "add"}, {"type": "function", **tool["function"]}
+        for asker in (client, agent):
+            await asker.chat.completions.create(model="tiny", messages=HI, tools=[tool], tool_choice=choice)
+        forced: Any = choice if choice == "required" else name
+        await client.responses.create(model="tiny", input="hi", tools=[{"strict": None, **flat}], tool_choice=forced)
+        tools: Any = [{"name": "add", "input_schema": flat.get("parameters", {"type": "object", "properties": {}})}]
+        forced = {"type": "any"} if choice == "required" else {"type": "tool", "name": "add"}
+        await other.messages.create(model="tiny", messages=HI, max_tokens=99, tools=tools, tool_choice=forced)
+    for asked in loop.asked:
+        assert accepts(asked.params, CALL.replace('{"a": 1}', arguments))
+        assert not accepts(asked.params, CALL.replace('{"a": 1}', '"recommendate"'))
+        assert not accepts(asked.params, CALL.replace('{"a": 1}', '{"a": "x"}'))
+
+
+CUT = '<tool_call>\n{"name": "add", "arguments": {"a": 1...'
+CUT_XML = "<tool_call>\n<function=add>\n<parameter=a>\n1..."
+CUT_LIST = '[{"name": "add", "parameters": {"a": 1...'
+
+
+@pytest.mark.parametrize(
+    ("parser", "text", "choice"),
+    [
+        ("hermes", CUT, "required"),
+        ("hermes", CUT, "auto"),
+        ("olmo3", CUT_LIST, "required"),
+        ("olmo3", '{"a": 1...', NAMED),
+        ("qwen3_coder", CUT_XML, "auto"),
+    ],
+)
+async def test_a_call_that_is_cut_off_has_its_arguments_so_far(
+    parts: EngineParts, parser: str, text: str, choice: Any
+) -> None:
+    async with (
+        fronted(parts, text, tool_parser=parser) as (front, _),
+        openai_client(front) as client,
+        anthropic_client(front) as other,
+    ):
+        ask: dict[str, Any] = {"model": "tiny", "messages": HI, "tools": [TOOL], "tool_choice": choice}
+        whole = (await client.chat.completions.create(**ask)).choices[0]
+        (call,) = whole.message.tool_calls
+        assert (whole.finish_reason, whole.message.content or "") == ("length", "")
+        assert call.function.arguments.startswith('{"a": ')
+        assert not call.function.arguments.endswith("}")
+        chunks = [chunk.choices[0] async for chunk in await client.chat.completions.create(**ask, stream=True)]
+        parts_told = [part.function for chunk in chunks for part in chunk.delta.tool_calls or ()]
+        assert "".join(part.arguments or "" for part in parts_told) == call.function.arguments
+        assert chunks[-1].finish_reason == "length"
+        tool: Any = {"type": "function", **TOOL["function"], "strict": None}
+        name: Any = choice if isinstance(choice, str) else {"type": "function", "name": "add"}
+        response = await client.responses.create(model="tiny", input="hi", tools=[tool], tool_choice=name)
+        assert response.incomplete_details is not None
+        assert [item.arguments for item in response.output] == [call.function.arguments]
+        tools: Any = [{"name": "add", "input_schema": PARAMETERS}]
+        of_anthropic = {"required": {"type": "any"}, "auto": {"type": "auto"}}
+        form: Any = of_anthropic[choice] if isinstance(choice, str) else {"type": "tool", "name": "add"}
+        message = await other.messages.create(model="tiny", messages=HI, max_tokens=99, tools=tools, tool_choice=form)
+        assert message.stop_reason == "max_tokens"
+        assert [(block.type, block.name) for block in message.content] == [("tool_use", "add")]
+
+
 async def test_what_json_lacks_in_a_call_is_no_error(parts: EngineParts) -> None:
     written = '{"a": [NaN, -Infinity, 1e999, 2.5], "b": "x\\ud800"}'
     async with fronted(parts, CALL.replace('{"a": 1}', written)) as (front, _):
@@ -490,6 +575,7 @@ async def until(holds: Callable[[], bool]) -> None:
         ("responses", {"input": [{"role": "assistant", "content": []}]}, 400, "`input[0].content` is empty"),
         ("chat/completions", {"messages": [*HI, DEEP_CALL]}, 400, "are nested too deeply to be read"),
         ("responses", {"tools": [{"type": "web_search"}]}, 400, "`tools[0].type` is 'web_search'"),
+        ("messages", {"tools": [{"name": "a", "input_schema": {"type": "string"}}]}, 400, "has the type 'string'"),
         ("responses", {"previous_response_id": "r"}, 404, "`previous_response_id` is not supported"),
         ("messages", {"mcp_servers": [{"url": "x"}]}, 400, "the server runs no tools"),
         ("embeddings", {}, 404, "there are GET /v1/models, POST /v1/chat/completions,"),

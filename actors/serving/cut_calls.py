@@ -1,0 +1,83 @@
+"""Answer with tool calls that a limit of tokens cut off, as OpenAI's API does.
+
+The answer has the arguments so far, and says that the response was cut off. vLLM does so in streams alone: an answer in
+one part has raw markup instead, or a call that looks whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import partial_json_parser
+from vllm.entrypoints.generate.base.protocol import FunctionCall
+
+from actors.serving.sessions import CURRENT_CALL
+
+
+class ToldCalls:
+    """The tool calls of a stream so far."""
+
+    def __init__(self) -> None:
+        self._calls: dict[int, list[str]] = {}  # name and arguments
+
+    def add(self, delta: Any) -> None:
+        """Add what one part of a stream tells."""
+        for part in delta.tool_calls or ():
+            call = self._calls.setdefault(part.index, ["", ""])
+            call[0] += part.function.name or ""
+            call[1] += part.function.arguments or ""
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Return the calls as (name, arguments)."""
+        return [(name, arguments) for name, arguments in self._calls.values()]
+
+
+def parsed_as_stream(
+    parser: Any, text: str, ids: Sequence[int], request: Any, prompt_ids: Sequence[int]
+) -> tuple[str | None, list[FunctionCall]]:
+    """Return the content and the calls that a fresh parser of vLLM finds in a stream of one part."""
+    calls = ToldCalls()
+    delta = parser.parse_delta(text, [*ids], request, [*prompt_ids], finished=True)
+    if delta is not None:
+        calls.add(delta)
+    content = None if delta is None else delta.content
+    return content, [FunctionCall(name=name, arguments=arguments) for name, arguments in calls.pairs()]
+
+
+def ending_as_sampled(answer: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """Return vLLM's method for a whole chat answer, which then names `length` as the end of each response cut off.
+
+    vLLM names `tool_calls` if there is a call.
+    """
+
+    async def ended(*args: Any, **options: Any) -> Any:
+        response = await answer(*args, **options)
+        for choice in getattr(response, "choices", ()):  # an error has none
+            if choice.index in CURRENT_CALL.get().cut:
+                choice.finish_reason = "length"
+        return response
+
+    return ended
+
+
+def with_whole_arguments(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return vLLM's conversion to a message of Anthropic, where the arguments of each call are an object."""
+
+    def converted(response: Any) -> Any:
+        for choice in response.choices:
+            for call in choice.message.tool_calls:
+                call.function.arguments = json.dumps(_closed(call.function.arguments))
+        return convert(response)
+
+    return converted
+
+
+def _closed(arguments: str) -> dict[str, Any]:
+    """Return the members of arguments that may be cut off."""
+    try:
+        value = partial_json_parser.loads(arguments)
+    except ValueError:
+        value = None
+    return value if isinstance(value, dict) else {}
