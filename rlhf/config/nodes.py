@@ -16,21 +16,23 @@ _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accelerator:
-    """Describe a GPU by its data sheet: dense bfloat16 arithmetic, memory and memory bandwidth."""
+    """Describe a GPU by its data sheet: dense bfloat16 arithmetic, memory and bandwidths."""
 
     tflops: float
     memory_gib: float
-    bandwidth_gb_s: float
+    bandwidth_gb_s: float  # of its memory
+    pcie_gb_s: float  # one way: of x16 32 in generation 4, 64 in generation 5
+    nvlink_gb_s: float  # one way, to all other GPUs of the host together; 0: there is none
 
 
 ACCELERATORS: Mapping[str, Accelerator] = {
-    "a100": Accelerator(tflops=312, memory_gib=80, bandwidth_gb_s=2039),
-    "a800": Accelerator(tflops=312, memory_gib=80, bandwidth_gb_s=2039),
-    "h100": Accelerator(tflops=989, memory_gib=80, bandwidth_gb_s=3350),
-    "h800": Accelerator(tflops=989, memory_gib=80, bandwidth_gb_s=3350),
-    "h200": Accelerator(tflops=989, memory_gib=141, bandwidth_gb_s=4800),
-    "b200": Accelerator(tflops=2250, memory_gib=180, bandwidth_gb_s=8000),
-    "l40s": Accelerator(tflops=362, memory_gib=48, bandwidth_gb_s=864),
+    "a100": Accelerator(tflops=312, memory_gib=80, bandwidth_gb_s=2039, pcie_gb_s=32, nvlink_gb_s=300),
+    "a800": Accelerator(tflops=312, memory_gib=80, bandwidth_gb_s=2039, pcie_gb_s=32, nvlink_gb_s=200),
+    "h100": Accelerator(tflops=989, memory_gib=80, bandwidth_gb_s=3350, pcie_gb_s=64, nvlink_gb_s=450),
+    "h800": Accelerator(tflops=989, memory_gib=80, bandwidth_gb_s=3350, pcie_gb_s=64, nvlink_gb_s=200),
+    "h200": Accelerator(tflops=989, memory_gib=141, bandwidth_gb_s=4800, pcie_gb_s=64, nvlink_gb_s=450),
+    "b200": Accelerator(tflops=2250, memory_gib=180, bandwidth_gb_s=8000, pcie_gb_s=64, nvlink_gb_s=900),
+    "l40s": Accelerator(tflops=362, memory_gib=48, bandwidth_gb_s=864, pcie_gb_s=32, nvlink_gb_s=0),
 }
 
 

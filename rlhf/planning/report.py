@@ -19,12 +19,13 @@ from rlhf.planning.fitting import places, remedies, this_machine
 from rlhf.planning.footprints import Sizes, checkpoint_sizes, footprints
 from rlhf.planning.lengths import Lengths, parse_lengths
 from rlhf.planning.memory import GIB, Footprint
+from rlhf.planning.rates import DEFAULT_GPU, Stage, rates
 from rlhf.planning.schedules import schedule_of, schedules
 from rlhf.planning.shapes import find_config
 from rlhf.planning.simulate import simulate
 from rlhf.planning.summary import format_table, refuse_misfit, stage_text
 from rlhf.planning.system import Schedule
-from rlhf.planning.time import DEFAULT_GPU, Stage, rates, sync_stage, system_of, training_stages
+from rlhf.planning.time import sync_stage, system_of, training_stages
 from rlhf.role_table import ROLE_ORDER
 
 

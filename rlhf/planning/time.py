@@ -1,14 +1,15 @@
 """Estimate the time of each part of a step from arithmetic and bandwidth, in order to compare layouts.
 
 Multiplying P weights with a token takes 2P operations, and twice that in the backward pass. Each decoding step reads
-all weights and every sequence's keys and values. `Rates` gives the assumed fractions of data-sheet numbers; they were
-not measured with this code on a GPU.
+all weights and every sequence's keys and values. rlhf.planning.rates has the assumed rates.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from rlhf.config.derive import (
@@ -22,70 +23,17 @@ from rlhf.config.derive import (
     uses_reference,
     weight_sync,
 )
-from rlhf.config.nodes import ACCELERATORS, Node
+from rlhf.config.nodes import Node
 from rlhf.config.schema.model import CriticConfig, PolicyConfig
 from rlhf.config.schema.root import Config
-from rlhf.objectives.costs import multiplies_bfloat16_fast
 from rlhf.planning.footprints import Sizes, cache_tokens
 from rlhf.planning.lengths import Lengths
 from rlhf.planning.memory import kv_bytes_per_token
+from rlhf.planning.rates import Stage, rates
 from rlhf.planning.shapes import Shape
 from rlhf.planning.system import System
-from rlhf.role_table import ROLES, Role
-from rlhf.tracking.run_folder.environment import num_cpus
-
-DEFAULT_GPU = "h100"
-CPU_GFLOPS = 75.0  # per core, reached in training; docs/scaling.md
-CPU_FAST_BF16_GFLOPS = 200.0  # per core with bfloat16 instructions
-CPU_BANDWIDTH = 5e9  # bytes per second and core
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rates:
-    """Hold the rates of one worker. `peak` is in operations per second, `bandwidth` in bytes per second."""
-
-    name: str
-    peak: float
-    bandwidth: float
-    train: float = 0.40  # fraction of peak reached by a forward and backward pass
-    forward: float = 0.45
-    decode: float = 0.60  # fraction of the bandwidth reached in decoding
-    step_s: float = 0.005  # additional time of an engine's step: scheduling, sampling
-    link: float = 20e9  # bytes per second between hosts, for weights
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """Hold the seconds of one part of a step, and the arithmetic behind them."""
-
-    name: str
-    seconds: float
-    how: str
-
-
-def rates(config: Config, nodes: Sequence[Node] | None, *, role: Role) -> Rates:
-    """Return the rates of a worker: of its GPU, or of its share of the CPUs."""
-    if config.cluster.device == "cuda":
-        kinds = {node.kind for node in nodes or () if node.gpus} - {None}
-        kind = min(kinds, key=lambda k: ACCELERATORS[str(k)].tflops) if kinds else DEFAULT_GPU
-        gpu = ACCELERATORS[str(kind)]
-        return Rates(name=str(kind), peak=gpu.tflops * 1e12, bandwidth=gpu.bandwidth_gb_s * 1e9)
-    section = getattr(config.cluster.roles, role)
-    if section.threads != "auto":
-        cores = float(section.threads)
-    else:  # a node's cores are divided among the role's workers on it
-        all_cores = float(num_cpus()) if nodes is None else sum(node.cpus for node in nodes)
-        cores = max(1.0, all_cores // section.workers)
-    fast = config.policy.dtype == "bfloat16" and multiplies_bfloat16_fast()
-    return Rates(
-        name=f"{cores:g} CPUs",
-        peak=(CPU_FAST_BF16_GFLOPS if fast else CPU_GFLOPS) * 1e9 * cores,
-        bandwidth=CPU_BANDWIDTH * cores,
-        train=1.0,
-        forward=1.0,
-        decode=1.0,
-        link=1e9,
-    )
+from rlhf.planning.transfers import Work, gpus_per_host, moves_in_update, snapshots, staging
+from rlhf.role_table import ROLES, TRAINED_ROLES, Role
 
 
 def forward_operations(shape: Shape, length: float) -> float:
@@ -117,38 +65,60 @@ def training_stages(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, 
         tokens = derived.sequences_per_step * mean
     own_critic = config.algorithm.has_critic and config.cluster.roles.critic.colocate_with is None
     critics = {role: model for role, model in trained_sections(config).items() if not ROLES[role].hosts}
-    stages: list[Stage] = []
+    updates = derived.updates_per_step
+    measured: Counter[Role] = Counter()  # micro-batches without a gradient
 
     def stage(name: str, role: Role, model: Any, *, trains: bool = False) -> Stage:
         speed, workers = rates(config, nodes, role=role), getattr(config.cluster.roles, role).workers
         each = (passes(model) if trains else 1.0) * forward_operations(sizes.of(model.model), mean)
         count = tokens * (config.train.epochs_per_batch if trains and online else 1)
         reached = speed.peak * (speed.train if trains else speed.forward)
+        if not trains:
+            measured[role] += _microbatches(config, role, tokens)
         how = f"{count:,.0f} tokens * {each / 1e9:,.4g} GFLOP / ({workers} * {reached / 1e12:,.4g} TFLOP/s)"
-        return Stage(name, count * each / (workers * reached), how)
+        late = 1.0 - 1.0 / updates if trains else 0.0
+        return Stage(name, count * each / (workers * reached), how, late)
 
-    if online and (derived.updates_per_step > 1 or uses_reference(config)):
-        stages.append(stage("old logprobs", "policy", config.policy))
+    def updating(role: Role, model: Any, name: str) -> list[Stage]:
+        update = stage(name, role, model, trains=True)
+        count = tokens * (config.train.epochs_per_batch if online else 1) / updates
+        work = Work(trained=updates * _microbatches(config, role, count), measured=measured[role], updates=updates)
+        return [update, *moves_in_update(role, config, sizes, nodes, work)]
+
+    experience: list[Stage] = []
+    if online and (updates > 1 or uses_reference(config)):
+        experience.append(stage("old logprobs", "policy", config.policy))
     if derived.reference == "workers":
-        stages.append(stage("reference", "reference", reference_model(config)))
+        experience.append(stage("reference", "reference", reference_model(config)))
     elif derived.reference == "adapter off":
-        stages.append(stage("reference", "policy", config.policy))
+        experience.append(stage("reference", "policy", config.policy))
     for role, model in critics.items():
         values = stage("values", role, model)
-        stages.append(_meanwhile(values, stages[-1:]) if own_critic and derived.reference == "workers" else values)
+        in_parallel = own_critic and derived.reference == "workers"
+        experience.append(_meanwhile([values], experience[-1:]) if in_parallel else values)
     if needs_reference_logprobs(config):
-        stages.append(Stage("reference", 0.0, "computed once, before the first step"))
-    stages.append(stage("update", "policy", config.policy, trains=True))
+        experience.append(Stage("reference", 0.0, "computed once, before the first step"))
+    learning = updating("policy", config.policy, "update")
     for role, model in critics.items():
-        update = stage(f"{role} update", role, model, trains=True)
-        stages.append(_meanwhile(update, stages[-1:]) if own_critic else update)
-    return stages
+        own = updating(role, model, f"{role} update")
+        learning += [_meanwhile(own, learning)] if own_critic else own
+    passes_s = sum(one.seconds for one in experience) + sum(one.seconds * (1.0 - one.late) for one in learning)
+    waits = [snapshots(config, sizes, nodes, meanwhile_s=passes_s), staging(config, sizes, nodes)]
+    return [*experience, *learning, *(one for one in waits if one is not None)]
 
 
-def _meanwhile(stage: Stage, others: Sequence[Stage]) -> Stage:
-    """Return the time added by a stage running in parallel with others."""
-    adds = max(stage.seconds - sum(other.seconds for other in others), 0.0)
-    return Stage(stage.name, adds, f"{stage.seconds:,.4g} s in parallel with {others[-1].name}: {stage.how}")
+def _microbatches(config: Config, role: Role, tokens: float) -> int:
+    """Return the micro-batches of one rank for so many tokens of all ranks."""
+    ranks = getattr(config.cluster.roles, role).data_parallel_ranks if role in TRAINED_ROLES else 1
+    return max(1, math.ceil(tokens / (ranks * config.train.max_tokens_per_microbatch)))
+
+
+def _meanwhile(stages: Sequence[Stage], others: Sequence[Stage]) -> Stage:
+    """Return the time added by stages that run in parallel with others. They are one stage then."""
+    first, seconds = stages[0], sum(stage.seconds for stage in stages)
+    adds = max(seconds - sum(other.seconds for other in others), 0.0)
+    hows = "; ".join(stage.how for stage in stages)
+    return replace(first, seconds=adds, how=f"{seconds:,.4g} s in parallel with {others[0].name}: {hows}")
 
 
 def sync_stage(config: Config, sizes: Sizes, nodes: Sequence[Node] | None) -> Stage:
@@ -177,9 +147,9 @@ def system_of(
     prompt, average = config.data.max_prompt_tokens, lengths.average()
     mean = prompt + average / 2
     operations = forward_operations(shape, 2 * mean)  # a token attends to all earlier tokens
-    stages, updates = training_stages(config, sizes, nodes, lengths), derive(config).updates_per_step
+    stages = training_stages(config, sizes, nodes, lengths)
     seconds = sum(stage.seconds for stage in stages)
-    late_s = sum(stage.seconds for stage in stages if stage.name.endswith("update")) * (1.0 - 1.0 / updates)
+    late_s = sum(stage.seconds * stage.late for stage in stages)
     sync_s = sync_stage(config, sizes, nodes).seconds
     values: dict[str, Any] = {
         "engines": role.workers,
@@ -192,7 +162,6 @@ def system_of(
         "max_num_seqs": _at_once(config, sizes, prompt + average),
         **replacements,
     }
-    gpus = max((node.gpus for node in nodes or ()), default=8.0) if config.cluster.device == "cuda" else 1
     return System(
         lengths=lengths,
         prompts_per_step=config.rollouts.prompts_per_step,
@@ -201,7 +170,7 @@ def system_of(
         gpus_per_engine=parallel,
         training_gpus=config.cluster.roles.policy.workers + _separate_workers(config),
         colocated=role.colocate_with is not None,
-        gpus_per_node=int(gpus or 1),
+        gpus_per_node=gpus_per_host(config, nodes),
         streamed_share=1.0 - late_s / seconds,  # experience and the first minibatch
         recomputes=config.rollouts.kv_after_update == "recompute",
         **values,

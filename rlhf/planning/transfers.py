@@ -1,0 +1,128 @@
+"""Estimate the time in which the states of trained roles move between GPUs, hosts and shared memory.
+
+Each part is counted in full, although DeepSpeed overlaps some of it with arithmetic. So the times are upper bounds, as
+the memory is. All rates stand in rlhf.planning.rates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from rlhf.config.derive import ROLE_USES, restarts_gangs, shares_engines_gpus, trained_sections
+from rlhf.config.nodes import Node
+from rlhf.config.schema.root import Config
+from rlhf.planning.footprints import Sizes, training
+from rlhf.planning.memory import GIB, Training, snapshot_term, training_terms
+from rlhf.planning.rates import Rates, Stage, rates
+from rlhf.role_table import Role
+
+# Bytes of host memory that an optimizer step reads and writes for each parameter: the norm reads the gradient (4), the
+# clip reads and writes it (8), fused AdamW reads weight, gradient and moments and writes all but the gradient (28), and
+# the copy for the GPU reads float32 and writes bfloat16 (6).
+HOST_STEP_BYTES = 46
+GATHERS_PER_GRADIENT = 2  # of each weight: one for the forward pass, one for the backward pass with its recomputation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """Count what one rank does in a step."""
+
+    trained: int  # micro-batches with a gradient
+    measured: int  # micro-batches without one
+    updates: int  # optimizer steps
+
+
+def moves_in_update(
+    role: Role, config: Config, sizes: Sizes, nodes: Sequence[Node] | None, work: Work
+) -> Iterator[Stage]:
+    """Yield the parts of a role's updates in which its weights, gradients and optimizer states move."""
+    how = training(role, trained_sections(config)[role], config, sizes)
+    speed, per_host = rates(config, nodes, role=role), gpus_per_host(config, nodes)
+    prefix, late = "" if role == "policy" else f"{role} ", 1.0 - 1.0 / work.updates
+    if how.zero_stage == 3 and how.ranks > 1:
+        seconds, text = _gathers(how, work, speed, per_host)
+        yield Stage(f"{prefix}gathers", seconds, text, late)
+    if how.place("optimizer") == "host":
+        share = how.trained / (how.ranks if how.zero_stage >= 1 else 1)
+        copies = 2 * work.trained + work.updates
+        text = f"{copies} copies of {_gib(4 * share)} / {speed.pcie / 1e9:g} GB/s: there and back for each micro-batch"
+        yield Stage(f"{prefix}gradients to host", copies * 4 * share / speed.pcie, text, late)
+        neighbours = min(how.ranks, per_host)
+        step = HOST_STEP_BYTES * share * neighbours / speed.host
+        back = how.itemsize * share / speed.pcie
+        text = (
+            f"{work.updates} * ({HOST_STEP_BYTES} bytes * {share / 1e9:,.3g}B * {neighbours} ranks / "
+            f"{speed.host / 1e9:g} GB/s, and {_gib(how.itemsize * share)} back)"
+        )
+        yield Stage(f"{prefix}optimizer on host", work.updates * (step + back), text, 1.0)
+
+
+def _gathers(how: Training, work: Work, speed: Rates, per_host: int) -> tuple[float, str]:
+    """Return the seconds of ZeRO-3's collectives: weights are gathered and gradients reduced in each micro-batch."""
+    whole, gradients = how.trained * how.itemsize + how.frozen_bytes, how.trained * how.itemsize
+    count, others = GATHERS_PER_GRADIENT * work.trained + work.measured, (how.ranks - 1) / how.ranks
+    rate, where = speed.inside, "inside a host"
+    if how.ranks > per_host:  # a collective uses the network cards of all of a host's GPUs
+        rate, where = min(rate, speed.link * per_host), "between hosts"
+    seconds = (count * whole + work.trained * gradients) * others / rate
+    text = (
+        f"({count} * {_gib(whole)} + {work.trained} * {_gib(gradients)} of gradients) * {how.ranks - 1} / {how.ranks}"
+    )
+    text += f" / {rate / 1e9:g} GB/s {where}"
+    if how.place("parameters") == "host":
+        seconds += count * whole / how.ranks / speed.pcie
+        text += f", and {count} * {_gib(whole / how.ranks)} / {speed.pcie / 1e9:g} GB/s from the host"
+    return seconds, text
+
+
+def snapshots(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, *, meanwhile_s: float) -> Stage | None:
+    """Return how long an optimizer step waits for the snapshot of the state before it. None: it never waits.
+
+    meanwhile_s: seconds from the end of a step to the next optimizer step, in which a thread copies the state.
+    """
+    if not restarts_gangs(config):
+        return None
+    sections = trained_sections(config).items()
+    terms = [snapshot_term(sizes.of(model.model), training(role, model, config, sizes)) for role, model in sections]
+    largest = max(term.nbytes for term in terms) / 2  # of two slots, one is written
+    rate = rates(config, nodes, role="policy").unpinned
+    waits_s = largest / rate - meanwhile_s
+    text = f"{_gib(largest)} to /dev/shm / {rate / 1e9:g} GB/s, beside {meanwhile_s:,.4g} s of passes"
+    return Stage("snapshots", waits_s, text, 1.0) if waits_s > 0.0 else None
+
+
+def staging(config: Config, sizes: Sizes, nodes: Sequence[Node] | None) -> Stage | None:
+    """Return the time in which the roles that share GPUs with engines leave them and return. None: no role does."""
+    pinned = unpinned = 0.0  # bytes in both directions
+    sections: Mapping[Role, object] = trained_sections(config)
+    for role in shares_engines_gpus(config):
+        model = ROLE_USES[role].model(config)
+        assert model is not None  # only roles with a model leave a GPU
+        if role not in sections:  # a host copy of frozen weights lasts for the whole run, so they only return
+            unpinned += sizes.of(model.model).parameters * (4 if model.dtype == "float32" else 2)
+            continue
+        how = training(role, trained_sections(config)[role], config, sizes)
+        held = [t for t in training_terms(sizes.of(model.model), how) if t.place == "device" and t.phase == "always"]
+        total = sum(term.nbytes for term in held if term.name != "weights gathered")
+        states = 0.0 if how.place("optimizer") == "host" else snapshot_term(sizes.of(model.model), how).nbytes / 2
+        slow = states if how.zero_stage == 3 else how.frozen_bytes  # DeepSpeed moves all else by pinned memory
+        pinned += 2 * (total - slow)
+        unpinned += 2 * slow
+    if not pinned + unpinned:
+        return None
+    speed = rates(config, nodes, role="policy")
+    text = (
+        f"{_gib(pinned)} / {speed.pcie / 1e9:g} GB/s + {_gib(unpinned)} not pinned / {speed.unpinned / 1e9:g} GB/s, "
+        "both ways"
+    )
+    return Stage("staging", pinned / speed.pcie + unpinned / speed.unpinned, text, 1.0)
+
+
+def gpus_per_host(config: Config, nodes: Sequence[Node] | None) -> int:
+    """Return the GPUs of the largest node, or 8 if no node is described. Without GPUs return 1."""
+    return int(max((node.gpus for node in nodes or ()), default=8.0) or 1) if config.cluster.device == "cuda" else 1
+
+
+def _gib(nbytes: float) -> str:
+    return f"{nbytes / GIB:,.3g} GiB"
