@@ -12,14 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from rlhf.deferred import DeferredModule
+from rlhf.deferred import torch
 
 if TYPE_CHECKING:
-    import torch
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
-else:
-    torch = DeferredModule("torch")
 
 FinishReason = Literal["stop", "length"]
 RewardErrorKind = Literal["raised", "timeout", "not_a_number", "no_opinion", "died", "refused", "unavailable"]

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from rlhf.agents.calls import Call, Session
 from rlhf.data.prefix_tree import TokenIds, common_length, shared_with_earlier
+from rlhf.deferred import torch
 from rlhf.types import FinishReason, GroupRequest, RolloutInfo, Rollouts
 
 

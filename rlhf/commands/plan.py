@@ -98,7 +98,7 @@ def _check_inputs(loaded: LoadedConfig, *, cluster: str | None) -> str:
         lines = "".join(f"  not checked: {name} {text}\n" for name in hub_names)
         return f"  checked: data files and rewards of training stages\n{lines}"
     with temporary_folder() as folder, loaded.located():  # the tiny model is written to that folder
-        load_inputs(replace(loaded, folder=folder))
+        load_inputs(replace(loaded, folder=folder), only_checks=True)
     return "  checked: `rlhf train` accepts them\n"
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from rlhf.algorithms.online import OnlineAlgorithm, SequenceOutcomes
 from rlhf.config.schema.rewards import RewardConfig
 from rlhf.config.schema.root import Config
+from rlhf.deferred import torch
 from rlhf.rewards.combining import RewardTerm, gated, gated_steps, training_sum
 from rlhf.roles import ScoredGroup
 from rlhf.types import StepReward
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 
 class TrainingScores:

@@ -11,13 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar
 
-import torch
-
 from rlhf.data.chat import read_messages
 from rlhf.data.segments import Segment, Tokens, Writer, answer_text, encode_segments
 from rlhf.data.sources import Row
 from rlhf.data.stream import Stream
 from rlhf.data.usable import LoadedRows, NotUsable, Unusable, refuse_too_many
+from rlhf.deferred import torch
 from rlhf.errors import UserError
 from rlhf.types import Examples
 

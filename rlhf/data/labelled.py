@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from rlhf.data.examples import Example, Reading, collate, fit, load_sequences, mark, num_prompt_tokens
 from rlhf.data.segments import Tokens, Writer
 from rlhf.data.sources import Row
 from rlhf.data.usable import LoadedRows
+from rlhf.deferred import torch
 from rlhf.types import Pairs
 
 

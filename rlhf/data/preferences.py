@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from rlhf.data.chat import ASSISTANT, Message, read_messages
 from rlhf.data.examples import Example, Reading, collate, fit, load_sequences, mark, num_prompt_tokens
 from rlhf.data.segments import Segment, Tokens, Writer
 from rlhf.data.sources import Row
 from rlhf.data.usable import LoadedRows, NotUsable
+from rlhf.deferred import torch
 from rlhf.errors import UserError
 from rlhf.types import Pairs
 

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from rlhf.data.chat import ASSISTANT, read_messages
 from rlhf.data.examples import Example, Reading, collate, fit, load_sequences, mark
 from rlhf.data.segments import Segment, Tokens, Writer
 from rlhf.data.sources import Row, refuse_half_characters, shown
 from rlhf.data.usable import LoadedRows, NotUsable
+from rlhf.deferred import torch
 from rlhf.errors import UserError
 from rlhf.types import LabelledSteps
 

@@ -35,7 +35,8 @@ from rlhf.engine.snapshot_copies import CopyPlace, fetch_copies
 from rlhf.engine.snapshots import Snapshots
 from rlhf.errors import RunError, UserError
 from rlhf.models.loading import architecture_fingerprint
-from rlhf.models.sequence_parallel import make_group, refuse_uneven_heads, rows_shared_by
+from rlhf.models.row_layout import refuse_uneven_heads
+from rlhf.models.sequence_parallel import make_group, rows_shared_by
 from rlhf.models.weights import adapter_sources, initial_copies, weight_sources
 from rlhf.room import explains_full, when_there_is_room
 

@@ -12,21 +12,20 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-import transformers
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
 
 from rlhf.data.templates import ChatTemplate
+from rlhf.deferred import torch, transformers
 from rlhf.errors import UserError
 from rlhf.models.folder_check import refuse_strange_folder
-from rlhf.models.linear import widen_linear_layers
 from rlhf.models.quantized import Quantize, is_quantized, keep_storage, quantization_options
 
+if TYPE_CHECKING:
+    from torch import nn
+
 T = TypeVar("T")
-CPU = torch.device("cpu")
 ADAPTER_CONFIG = "adapter_config.json"  # peft's file
 
 # Entries of a config without effect on any weight's shape or meaning. They may differ between a run and its checkpoint.
@@ -110,7 +109,7 @@ def load_causal_lm(
     trust_remote_code: bool = False,
     gradient_checkpointing: bool = False,
     quantize: Quantize | None = None,
-    device: torch.device = CPU,
+    device: torch.device | str = "cpu",
 ) -> Any:
     """Return a causal language model in evaluation mode with dropout off, its weights in dtype.
 
@@ -129,7 +128,7 @@ def load_critic(
     trust_remote_code: bool = False,
     gradient_checkpointing: bool = False,
     quantize: Quantize | None = None,
-    device: torch.device = CPU,
+    device: torch.device | str = "cpu",
 ) -> Any:
     """Return a model with one scalar per token. Its head starts at zero on a language model, so all values start at 0.
 
@@ -140,7 +139,7 @@ def load_critic(
     model = load_scalar_model(path, dtype=dtype, trust_remote_code=trust_remote_code, **options)
     if not has_head:
         with whole([model.score.weight]):
-            nn.init.zeros_(model.score.weight)
+            torch.nn.init.zeros_(model.score.weight)
     return _prepared(model, gradient_checkpointing=gradient_checkpointing)
 
 
@@ -197,7 +196,7 @@ def load_scalar_model(path: str, *, dtype: torch.dtype, trust_remote_code: bool 
     A head missing in the checkpoint is random.
     """
     model = _with_all_weights(path, scalar=True, dtype=dtype, trust_remote_code=trust_remote_code, **options)
-    if not isinstance(model.score, nn.Linear):
+    if not isinstance(model.score, torch.nn.Linear):
         raise UserError(f"{path} is a {type(model).__name__}, whose head is not one linear layer: not supported")
     return model
 
@@ -280,6 +279,8 @@ def _prepared(model: Any, *, gradient_checkpointing: bool) -> Any:
 
     A policy with dropout would be another distribution in every pass, and its ratios would be noise.
     """
+    from rlhf.models.linear import widen_linear_layers  # torch, which the checks of a model's folder need not import
+
     model.eval()
     _disable_randomness(model)
     widen_linear_layers(model)
@@ -297,7 +298,7 @@ def _disable_randomness(model: nn.Module) -> None:
     """Set the rates of dropout, skipped layers and router noise to 0, also where a layer applies them as a function."""
     module: Any
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         for name, value in list(vars(module).items()):
             if isinstance(value, float) and ("drop" in name or "jitter" in name):

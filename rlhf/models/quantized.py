@@ -7,13 +7,13 @@ an optional dependency. Its presence is checked before anything starts, and it i
 from __future__ import annotations
 
 import importlib.util
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-import transformers
-from torch import Tensor, nn
-
+from rlhf.deferred import torch, transformers
 from rlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 Quantize = Literal["nf4"]
 BLOCK = 64  # weights with a common scale
@@ -34,7 +34,7 @@ def refuse_unquantizable(key: str, architecture: Any, *, device: Literal["cpu", 
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(architecture)
     head = model.get_output_embeddings()
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
     if uneven := sorted({layer.in_features for layer in layers if layer.in_features % BLOCK}):
         raise UserError(
             f"{key}: is nf4, but the model has linear layers {', '.join(map(str, uneven))} wide, and on a CPU "
@@ -42,7 +42,9 @@ def refuse_unquantizable(key: str, architecture: Any, *, device: Literal["cpu", 
         )
 
 
-def quantization_options(quantize: Quantize | None, *, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+def quantization_options(
+    quantize: Quantize | None, *, dtype: torch.dtype, device: torch.device | str
+) -> dict[str, Any]:
     """Return the options of from_pretrained for quantising weights on the device as they are read. None: no options.
 
     dtype: of the products, and of all weights without quantisation.

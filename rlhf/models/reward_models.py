@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from rlhf.deferred import torch
 from rlhf.models.loading import (
     _prepared,
     has_score_head,

@@ -130,6 +130,13 @@ def keeps_states(config: Mapping[str, Any]) -> bool:
     return bool(layers & {"linear_attention", "conv", "hybrid"}) or (kind in _HYBRID - {"llama4_text"} and not layers)
 
 
+def refuse_uneven_heads(config: Any, size: int) -> None:
+    """Raise UserError if a model's attention heads cannot be divided among `size` ranks."""
+    heads: int = config.get_text_config().num_attention_heads
+    if heads % size:
+        raise UserError(f"sequence_parallel is {size} and must divide the model's {heads} attention heads.")
+
+
 def refuse_unpackable(config: Mapping[str, Any], sequence_parallel: int) -> None:
     """Raise UserError if ranks are to share rows of a model unfit for packing."""
     layout, reason = expected_layout(config)

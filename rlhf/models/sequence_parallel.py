@@ -63,13 +63,6 @@ def current_group() -> SequenceGroup | None:
     return _current.get()
 
 
-def refuse_uneven_heads(config: Any, size: int) -> None:
-    """Raise UserError if a model's attention heads cannot be divided among `size` ranks."""
-    heads: int = config.get_text_config().num_attention_heads
-    if heads % size:
-        raise UserError(f"sequence_parallel is {size} and must divide the model's {heads} attention heads.")
-
-
 def filled_up(
     token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"], branches: Branches | None
 ) -> tuple[Int[Tensor, " M"], Int[Tensor, " b"], Branches | None]:

@@ -10,14 +10,17 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
-import torch
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
+from rlhf.deferred import torch, transformers
 from rlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 VOCAB_SIZE = 320
 MAX_LENGTH = 2048  # prompt and response, in tokens
@@ -35,6 +38,18 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )
 
+_SHAPE = {
+    "model_type": "llama",
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,  # vLLM's CPU attention supports no smaller one; 96 / 4 = 24 would not load
+    "max_position_embeddings": MAX_LENGTH,
+}
+_DESCRIPTION = "tiny_llama_described.json"  # name of a file in a folder without weights
 _RECIPE = "tiny_llama.json"  # name of the file with the folder's arguments, so that it is never taken for another model
 
 
@@ -67,6 +82,36 @@ def build_tiny_llama(folder: Path, *, seed: int, tied: bool = False) -> Path:
     return folder
 
 
+class DescribedConfig(SimpleNamespace):
+    """What the checks before a run read of the tiny model's config."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values of config.json."""
+        return dict(vars(self))
+
+    def get_text_config(self) -> DescribedConfig:
+        """Return itself, since the model is a language model alone."""
+        return self
+
+
+def describe_tiny_llama(folder: Path) -> Path:
+    """Write the tiny model without its weights, for the checks before a run. Return `folder`.
+
+    Neither torch nor transformers' Llama is imported, which takes seconds.
+    """
+    byte_tokenizer().save_pretrained(folder)
+    config = json.dumps({**_SHAPE, "architectures": ["LlamaForCausalLM"]})
+    for name in ("config.json", _DESCRIPTION):
+        (folder / name).write_text(config)
+    return folder
+
+
+def described_config(folder: Path) -> DescribedConfig | None:
+    """Return the config of a tiny model that was described. None: the folder holds another model."""
+    path = folder / _DESCRIPTION
+    return DescribedConfig(**json.loads(path.read_text())) if path.is_file() else None
+
+
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer with 256 bytes as ids 0-255, then the special tokens.
 
@@ -78,7 +123,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials + reserved])
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD,
         eos_token=EOS,
@@ -98,15 +143,8 @@ def _byte_letters() -> list[str]:
 
 def _write(folder: Path, *, seed: int, tied: bool) -> None:
     tokenizer = byte_tokenizer()
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,  # vLLM's CPU attention supports no smaller one; 96 / 4 = 24 would not load
-        max_position_embeddings=MAX_LENGTH,
+    config: Any = transformers.AutoConfig.for_model(
+        **_SHAPE,
         tie_word_embeddings=tied,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -114,14 +152,15 @@ def _write(folder: Path, *, seed: int, tied: bool) -> None:
         dtype=torch.float32,
     )
     with torch.random.fork_rng(devices=[]):  # the constructor draws weights that are replaced below
-        model = LlamaForCausalLM(config)
+        model = transformers.LlamaForCausalLM(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:  # the others are norm scales, which stay at 1
                 parameter.normal_(0.0, 0.02, generator=generator)
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    disable_progress_bar()  # for a single file of a few megabytes
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model.generation_config = transformers.GenerationConfig(**ends)
+    transformers.utils.logging.disable_progress_bar()  # for a single file of a few megabytes
     model.save_pretrained(folder)
-    enable_progress_bar()
+    transformers.utils.logging.enable_progress_bar()
     tokenizer.save_pretrained(folder)

@@ -29,6 +29,7 @@ from rlhf.data.steps import StepLabelled, collate_steps, load_step_labelled
 from rlhf.data.stream import MixtureShare
 from rlhf.data.templates import UNCHANGED
 from rlhf.data.usable import LoadedRows, Unusable
+from rlhf.deferred import transformers
 from rlhf.errors import UserError, prefix_errors
 from rlhf.evaluation.results import Marking, Marks, marking_of
 from rlhf.evaluation.sources import source_names
@@ -40,11 +41,11 @@ from rlhf.models.loading import (
 from rlhf.models.on_disk import may_ask_the_hub
 from rlhf.models.publish import refuse_unpublishable
 from rlhf.models.template_check import refuse_runaway_template
+from rlhf.models.tiny import described_config
 from rlhf.preflight.agents import LoadedAgent, preload_agent
 from rlhf.preflight.engine_args import refuse_unknown_engine_args
 from rlhf.preflight.environments import LoadedEnvironment, preload_environment
 from rlhf.preflight.eval_inputs import inputs_of_stage
-from rlhf.preflight.merge import foresee, with_local_models
 from rlhf.preflight.models import StageResults, check_models, refuse_other_results, with_adapters, with_sources
 from rlhf.preflight.prompts import read_prompts
 from rlhf.preflight.sources import (
@@ -123,15 +124,19 @@ class StageInputs:
     tokenizer: Any  # the policy's
 
 
-def load_inputs(loaded: LoadedConfig) -> list[StageInputs | MergeStage | EvaluationStage]:
+def load_inputs(loaded: LoadedConfig, *, only_checks: bool = False) -> list[StageInputs | MergeStage | EvaluationStage]:
     """Return the inputs of every run.
 
     Merges and evaluations are returned as they are, because their models may not exist yet.
+
+    Args:
+        only_checks: the inputs are not used, so tiny:llama gets no weights unless a merge or an evaluation reads them.
 
     Raises:
         UserError: the first error found, in any stage.
     """
     made = StageResults()
+    weights = not only_checks or not all(isinstance(config, Config) for config in loaded.stages.values())
     stages: list[StageInputs | MergeStage | EvaluationStage] = []
     for name, config in loaded.stages.items():
         with prefix_errors(f"stages.{name}") if loaded.is_pipeline else nullcontext():
@@ -140,12 +145,14 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs | MergeStage | Evaluat
                 refuse_unknown_engine_args(config.cluster)
             if not isinstance(config, Config):
                 if isinstance(config, MergeStage):
+                    from rlhf.preflight.merge import foresee, with_local_models  # imports peft, which takes seconds
+
                     foresee(with_local_models(config, loaded.folder), made, final=str(final_folder(config)))
                 else:
                     inputs_of_stage(config, loaded, made=made)
                 stages.append(config)
                 continue
-            local = with_template(with_sources(config, loaded.folder))
+            local = with_template(with_sources(config, loaded.folder, weights=weights))
             refuse_other_results(local, made)
             local = with_adapters(local, made.adapters)
             if _asks_the_hub(local, made.finals):
@@ -158,7 +165,10 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs | MergeStage | Evaluat
             earlier = UNCHANGED if local.policy.tokenizer else made.templates.get(local.policy.model, UNCHANGED)
             with prefix_errors("policy.model"):
                 tokenizer = load_tokenizer(
-                    tokenizer_source, trust_remote_code=local.policy.trust_remote_code, template=earlier
+                    tokenizer_source,
+                    trust_remote_code=local.policy.trust_remote_code,
+                    template=earlier,
+                    kind=transformers.PreTrainedTokenizerFast if described_config(Path(tokenizer_source)) else None,
                 )
             template = chat_template(local)
             template.apply_checked(tokenizer, key="data")
@@ -388,7 +398,9 @@ def collated(config: Config, rows: Sequence[OfflineRow]) -> Examples | Pairs:
 
 
 def _refuse_too_long(source: str, config: Config, *, longest: int, wanted: int) -> None:
-    shape = load_model_config(source, trust_remote_code=config.policy.trust_remote_code).get_text_config()
+    shape: Any = described_config(Path(source))
+    if shape is None:
+        shape = load_model_config(source, trust_remote_code=config.policy.trust_remote_code).get_text_config()
     limit: int | None = getattr(shape, "max_position_embeddings", None)  # BLOOM has none
     if limit is not None and wanted > limit:
         room = f" with rollouts.max_new_tokens {config.rollouts.max_new_tokens}" if config.rollouts else ""

@@ -22,7 +22,6 @@ from rlhf.config.schema.root import Config
 from rlhf.controller.loop import trained_models
 from rlhf.data.sources import Row
 from rlhf.data.templates import ChatTemplate
-from rlhf.engine.optimizers import refuse_absent_bitsandbytes
 from rlhf.errors import UserError, prefix_errors
 from rlhf.models.folder_check import num_experts, refuse_broken_weights
 from rlhf.models.hub import use_cache_if_silent
@@ -36,8 +35,8 @@ from rlhf.models.loading import (
 from rlhf.models.on_disk import ModelOnDisk, find_model, may_ask_the_hub, tokenizer_of
 from rlhf.models.quantized import refuse_unquantizable
 from rlhf.models.reward_models import refuse_without_head
-from rlhf.models.row_layout import refuse_unpackable
-from rlhf.models.sequence_parallel import refuse_uneven_heads
+from rlhf.models.row_layout import refuse_uneven_heads, refuse_unpackable
+from rlhf.models.tiny import described_config
 from rlhf.preflight.sources import local_model
 from rlhf.role_table import MODEL_SECTIONS, ROLES, TRAINED_ROLES, Role
 from rlhf.types import Prompt
@@ -53,6 +52,8 @@ def check_models(config: Config, made: StageResults, *, vocabulary_of: str) -> N
     if config.policy.tokenizer is not None and config.policy.model not in made.finals:
         _refuse_larger_vocabulary(config.policy)
     if config.train.optimizer == "adamw_8bit":
+        from rlhf.engine.optimizers import refuse_absent_bitsandbytes  # imports torch
+
         refuse_absent_bitsandbytes()
     for section, model in models_of(config).items():
         if model.model in made.finals:
@@ -78,17 +79,19 @@ def _refuse_unusable_model(
             refuse_missing_weights(model.model, scalar=True, trust_remote_code=remote)
             _refuse_other_vocabulary(section, tokenizer_of(model.model), vocabulary_of, remote)
             return
-        shape = load_model_config(model.model, trust_remote_code=remote)
-        refuse_broken_weights(Path(model.model))
-        if is_scalar:
-            _refuse_other_head(model.model, shape)
-        else:
-            refuse_no_language_model(model.model, trust_remote_code=remote)
-        refuse_missing_weights(model.model, scalar=is_scalar, trust_remote_code=remote)
+        shape: Any = described_config(Path(model.model))
+        if shape is None:
+            shape = load_model_config(model.model, trust_remote_code=remote)
+            refuse_broken_weights(Path(model.model))
+            if is_scalar:
+                _refuse_other_head(model.model, shape)
+            else:
+                refuse_no_language_model(model.model, trust_remote_code=remote)
+            refuse_missing_weights(model.model, scalar=is_scalar, trust_remote_code=remote)
         if not _reads_as_policy(model, config):
             _refuse_other_vocabulary(section, model.model, vocabulary_of, remote)
     _refuse_misfit(section, model, finals, scalar=is_scalar)
-    _refuse_unquantizable(section, model, shape, device=config.cluster.device)
+    _refuse_unquantizable(section, model, device=config.cluster.device)
     if isinstance(model, PolicyConfig | CriticConfig):
         if model.router_balance_coef and not num_experts(shape.to_dict()):
             raise UserError(
@@ -104,6 +107,7 @@ def _refuse_unusable_model(
         if model.lora is not None and model.adapter is None:
             from rlhf.models.lora import refuse_unfit  # imports peft, which takes seconds
 
+            shape = load_model_config(model.model, trust_remote_code=remote)
             try:
                 refuse_unfit(shape, scalar=is_scalar, trust_remote_code=remote, **adapter_options(model.lora))
             except UserError as error:
@@ -215,17 +219,18 @@ def refuse_other_model(config: Config, state: Mapping[str, Any], *, checkpoint: 
         logger.info("the state of %s is divided anew: %s", checkpoint, "; ".join(resharded))
 
 
-def with_sources(config: Config, folder: Path) -> Config:
+def with_sources(config: Config, folder: Path, *, weights: bool = True) -> Config:
     """Return the run with each model named as it is loaded.
 
     tiny:llama becomes a folder, created now if it is missing. A model of the hub has its revision in its name.
+    weights: as in `local_model`.
     """
     changed: dict[str, Any] = {}
     for name in MODEL_SECTIONS:
         section: ModelConfig | None = getattr(config, name)
         if section is not None:
             loaded = section.as_loaded()
-            path = local_model(loaded.model, folder, seed=config.run.seed)
+            path = local_model(loaded.model, folder, seed=config.run.seed, weights=weights)
             changed[name] = loaded.model_copy(update={"model": path})
     return config.model_copy(update=changed)
 
@@ -260,13 +265,14 @@ def with_adapters(config: Config, ours: Mapping[str, LoraConfig]) -> Config:
     return config.model_copy(update=changed)
 
 
-def _refuse_unquantizable(name: str, section: ModelConfig, shape: Any, *, device: Literal["cpu", "cuda"]) -> None:
+def _refuse_unquantizable(name: str, section: ModelConfig, *, device: Literal["cpu", "cuda"]) -> None:
     """Raise UserError if the section loads its base in 4 bits, and the model or this device does not support it."""
     if (
         isinstance(section, PolicyConfig | CriticConfig)
         and section.lora is not None
         and section.lora.quantize is not None
     ):
+        shape = load_model_config(section.model, trust_remote_code=section.trust_remote_code)
         refuse_unquantizable(f"{name}.lora.quantize", shape, device=device)
 
 

@@ -24,7 +24,7 @@ from rlhf.data.sources import Row, Source, shown
 from rlhf.data.tasks import TaskSource
 from rlhf.data.templates import read_template
 from rlhf.errors import UserError
-from rlhf.models.tiny import build_tiny_llama
+from rlhf.models.tiny import build_tiny_llama, describe_tiny_llama
 from rlhf.rewards.loading import MAX_DEPTH, check_columns, is_nested_too_deep, load_reward
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.rewards.services.client import ServiceSpec
@@ -61,10 +61,15 @@ def in_options() -> Iterator[None]:
         raise UserError(text) from error
 
 
-def local_model(name: str, folder: Path, *, seed: int) -> str:
-    """Return the name; for tiny:llama, return a folder of that seed, created below `folder` if it is missing."""
+def local_model(name: str, folder: Path, *, seed: int, weights: bool = True) -> str:
+    """Return the name; for tiny:llama, return a folder of that seed, created below `folder` if it is missing.
+
+    weights: whether the folder gets weights. Without them it serves the checks before a run alone.
+    """
     if name != TINY:
         return name
+    if not weights:
+        return str(describe_tiny_llama(folder / "models" / "tiny-llama"))
     return str(build_tiny_llama(folder / "models" / f"tiny-llama-{seed}", seed=seed))
 
 

@@ -13,9 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
-from rlhf.objectives.advantages import group_normalized
+from rlhf.deferred import torch
+from rlhf.objectives import advantages
 from rlhf.types import StepReward
 
 Values = Sequence[float | None]  # values of a reward, one per response; None for no opinion
@@ -86,7 +85,7 @@ def _product(value: float | None, factor: float | None) -> float | None:
 def _normalized(values: Values) -> Values:
     counted = torch.tensor([value is not None for value in values])
     scores = torch.tensor([value or 0.0 for value in values], dtype=torch.float64)
-    normalized = group_normalized(
+    normalized = advantages.group_normalized(
         scores, group_size=len(values), eps=GROUP_STD_EPS, counted=None if counted.all() else counted
     ).tolist()
     return [None if value is None else term for value, term in zip(values, normalized, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +162,31 @@ def test_another_seed_is_another_tiny_model(tmp_path: Path) -> None:
     assert first == again
     weights = [(Path(folder) / "model.safetensors").read_bytes() for folder in (first, second)]
     assert weights[0] != weights[1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ((), None),
+        (("policy.lora={}",), None),
+        (("rollouts.max_new_tokens=2048", "train.max_tokens_per_microbatch=4096"), "takes at most 2048 tokens"),
+        (("cluster.roles.policy={workers: 3, sequence_parallel: 3}",), "must divide the model's 4 attention heads"),
+        (("policy.router_balance_coef=0.1",), "is no mixture of experts"),
+        (("policy.lora={target_modules: [nothing]}",), "nothing"),
+        (("policy.lora={quantize: nf4}",), "has linear layers 96 wide"),
+    ],
+)
+def test_checks_alone_accept_and_refuse_what_a_run_does(
+    folder: Path, overrides: tuple[str, ...], message: str | None
+) -> None:
+    write(folder / "b.jsonl", [{"prompt": "x", "answer": "y"}])
+    (folder / "run.yaml").write_text(GRPO.replace("DIR", str(folder)))
+    loaded = load(folder / "run.yaml", overrides)
+    read = []
+    for only_checks in (True, False):
+        with nullcontext() if message is None else pytest.raises(UserError, match=message):
+            (stage,) = load_inputs(loaded, only_checks=only_checks)
+            assert isinstance(stage, StageInputs)
+            read.append(stage.inputs)
+    assert read[:1] == read[1:]
+    assert {path.name for path in folder.glob("demo/models/*")} == {"tiny-llama", "tiny-llama-0"}

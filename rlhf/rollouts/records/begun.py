@@ -13,17 +13,19 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
+from rlhf.deferred import safetensors_torch, torch
 from rlhf.rollouts.records.ledgers import request_identity
 from rlhf.rollouts.records.spans import Sampled
 from rlhf.room import when_there_is_room
 from rlhf.types import FinishReason, GroupRequest, Sampling
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +70,9 @@ def write_begun(folder: Path, request: GroupRequest, sampling: Sampling, respons
     reasons = json.dumps([begun.finish_reason for begun in responses])
 
     def write() -> None:
-        save_file(columns, aside, metadata={**_identity(request, sampling), "finish_reasons": reasons})
+        safetensors_torch.save_file(
+            columns, aside, metadata={**_identity(request, sampling), "finish_reasons": reasons}
+        )
         aside.replace(path)
 
     when_there_is_room(path, write, undo=lambda: aside.unlink(missing_ok=True))

@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-
-import torch
-import torch.nn.functional as F
-from jaxtyping import Int
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from rlhf.data.prefix_tree import SharedPrefix, shared_with_earlier
+from rlhf.deferred import torch
 from rlhf.errors import RunError
 from rlhf.types import FinishReason, GroupRequest, RewardError, RolloutInfo, Rollouts, RoutedRollouts, StepReward
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +123,7 @@ def _experts(played: Played, num_tokens: int) -> Int[Tensor, "n L K"] | None:
     last = played.spans[-1] if played.spans else None
     if not isinstance(last, Sampled) or last.experts is None:
         return None
-    return F.pad(last.experts, (0, 0, 0, 0, 0, num_tokens - len(last.experts)), value=-1)
+    return torch.nn.functional.pad(last.experts, (0, 0, 0, 0, 0, num_tokens - len(last.experts)), value=-1)
 
 
 def token_spans(rollouts: Rollouts) -> list[list[tuple[bool, list[int]]]]:

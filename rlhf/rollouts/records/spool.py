@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from rlhf.deferred import safetensors_torch
 from rlhf.rollouts.records.ledgers import request_identity
 from rlhf.room import when_there_is_room
 from rlhf.types import (
@@ -110,7 +110,7 @@ def write_group(
     metadata = {**_identity(request, sampling, environment), "infos": infos_json, "weights": weights}
 
     def write() -> None:
-        save_file(columns, aside, metadata=metadata)
+        safetensors_torch.save_file(columns, aside, metadata=metadata)
         aside.replace(path)
 
     needed = sum(column.nbytes for column in columns.values())
