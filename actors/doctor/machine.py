@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from actors.cluster.address import started_here
@@ -34,11 +35,20 @@ _HUB_PROBE = (
     "import os, urllib.request as u; "
     "u.urlopen(u.Request(os.environ.get('HF_ENDPOINT') or 'https://huggingface.co', method='HEAD'), timeout=5)"
 )
+STACK = ("transformers", "deepspeed", "vllm")
+_IMPORT_PROBE = """
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+    importlib.import_module("torch")
+    print("\\nimported", name, flush=True)
+"""
 _RAY_PROBE = "import sys; from ray.scripts.scripts import cli; cli(['health-check', '--address', sys.argv[1]])"
 
 
 def check_machine() -> tuple[CheckResult, ...]:
     """Return the results of all checks, and print them as a table."""
+    sys.stderr.write(f"rlhf doctor: importing {', '.join(STACK)}\n")
     results = tuple(machine_results())
     show(results, title="rlhf doctor", passed="this machine can train")
     return results
@@ -171,25 +181,40 @@ def _sandbox() -> CheckResult:
 
 
 def _imports() -> list[CheckResult]:
-    """Check whether the stack imports, each part in a separate process."""
-    return [
-        _import(name)
-        for name in ("transformers", "deepspeed", "vllm")
-        if importlib.util.find_spec(name) is not None  # else the version row reports it
-    ]
+    """Check whether the stack imports, in a separate process. After a failure the rest is imported in a new process."""
+    left = [name for name in STACK if importlib.util.find_spec(name) is not None]  # else the version row reports it
+    results = []
+    while left:
+        imported, problem = _import(left)
+        results += [check(f"import {name}", "works") for name in left[:imported]]
+        if problem is not None:
+            results.append(replace(problem, what=f"import {left[imported]}"))
+            imported += 1
+        left = left[imported:]
+    return results
 
 
-def _import(name: str) -> CheckResult:
-    command = [sys.executable, "-c", f"import {name}; import torch"]
+def _import(names: list[str]) -> tuple[int, CheckResult | None]:
+    """Import the modules in turn in one process. Return how many succeeded, and the problem of the next module."""
+    command = [sys.executable, "-c", _IMPORT_PROBE, *names]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"} if _torch_cuda() is None else dict(os.environ)
+    limit_s = IMPORT_TIMEOUT_S * len(names)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S, env=environment)
-    except subprocess.TimeoutExpired:
-        found = f"not finished after {IMPORT_TIMEOUT_S:.0f} s"
-        return CheckResult(f"import {name}", "bad", found, "check whether the disk is slow or full, and try again")
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, env=environment)
+    except subprocess.TimeoutExpired as error:
+        advice = "check whether the disk is slow or full, and try again"
+        problem = CheckResult("", "bad", f"not finished after {limit_s:.0f} s", advice)
+        return _imported((error.stdout or b"").decode(errors="replace"), names), problem
+    if done.returncode == 0:
+        return len(names), None
     last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    works = done.returncode == 0
-    return check(f"import {name}", "works" if works else last[:300], works, f"remove .venv and {SETUP}", failed="bad")
+    problem = CheckResult("", "bad", last[:300], f"remove .venv and {SETUP}")
+    return min(_imported(done.stdout, names), len(names) - 1), problem
+
+
+def _imported(output: str, names: list[str]) -> int:
+    lines = output.splitlines()
+    return sum(f"imported {name}" in lines for name in names)
 
 
 def _ray_cluster() -> list[CheckResult]:

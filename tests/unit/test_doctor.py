@@ -143,6 +143,35 @@ def test_an_import_that_fails_shows_its_last_line(monkeypatch: pytest.MonkeyPatc
     assert findings[0].found == "OSError: libc10_cuda.so: not there"
 
 
+@pytest.mark.parametrize(
+    ("failure", "found"),
+    [
+        (subprocess.CompletedProcess([], -11, "noise\nimported transformers\n", ""), "exit code -11"),
+        (subprocess.TimeoutExpired([], 1.0, output=b"noise\nimported transformers\n"), "not finished after 360 s"),
+    ],
+)
+def test_the_rest_is_imported_after_a_failure(
+    monkeypatch: pytest.MonkeyPatch,
+    failure: subprocess.CompletedProcess[str] | subprocess.TimeoutExpired,
+    found: str,
+) -> None:
+    commands = []
+
+    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command[3:])
+        if len(commands) > 1:
+            return subprocess.CompletedProcess(command, 0, "", "")
+        if isinstance(failure, subprocess.TimeoutExpired):
+            raise failure
+        return failure
+
+    monkeypatch.setattr(subprocess, "run", run)
+    results = [(result.what, result.state, result.found) for result in doctor._imports()]
+    assert commands == [["transformers", "deepspeed", "vllm"], ["vllm"]]
+    bad = ("import deepspeed", "bad", found)
+    assert results == [("import transformers", "ok", "works"), bad, ("import vllm", "ok", "works")]
+
+
 def test_a_key_is_never_shown(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str]) -> None:
     versions["wandb"] = "1"
     monkeypatch.setenv("WANDB_API_KEY", "s3cret")
