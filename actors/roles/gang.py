@@ -48,6 +48,7 @@ from rlhf.types import (
 )
 
 T = TypeVar("T")
+BROADCAST_LIMIT_S = 110.0  # of weights, so that a run notices within two minutes that a member is lost
 PORTS = range(20_000, 32_768)  # Linux gives these to no connection, which could take one before it is used
 
 
@@ -257,12 +258,12 @@ class PolicyGang(Gang):
             await self.reconnect()
 
     async def meeting(self, *, num_receivers: int, timeout_s: float) -> Meeting:
-        """Return the address at which rank 0 waits for the receivers of a broadcast, at most as long as for a start.
+        """Return the address at which rank 0 waits for the receivers of a broadcast.
 
-        A receiver may be lost meanwhile. It would be waited for until the limit.
+        A receiver that is lost or hangs meanwhile is waited for until the limit, at most BROADCAST_LIMIT_S.
         """
         host, port = await self._address("weight sync")
-        limit_s = min(timeout_s, self.start_deadline_s)
+        limit_s = min(timeout_s, BROADCAST_LIMIT_S)
         return Meeting(address=host, port=port, num_receivers=num_receivers, timeout_s=limit_s)
 
     async def open_weights(

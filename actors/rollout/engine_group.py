@@ -105,7 +105,7 @@ class RolloutEngines(ElasticEngines):
 
         await asyncio.gather(
             policy.open_weights(method, meeting, None, num_engines=len(self.handles)),
-            self.present(open_end, "weight sync", among=members),
+            self.together(members, open_end),
         )
         self._met = members
 

@@ -181,8 +181,21 @@ class ReplaceableEngines(WorkerPool):
         """
         wait = partial(wait_one, role=self.role, stage=stage, deadline_s=deadline_s or self.deadline_s, limit=limit)
         ranks = [rank for rank, handle in enumerate(self.handles) if among is None or handle in among]
-        results = await all_results([self._result_if_works(rank, call, wait) for rank in ranks])
+        results: list[Any] = await all_results([self._result_if_works(rank, call, wait) for rank in ranks])
         return {rank: result for rank, found in zip(ranks, results, strict=True) for result in found}
+
+    async def together(self, members: Sequence[ActorHandle[Any]], call: Call) -> dict[int, Any]:
+        """Return the results of all members of a broadcast, by rank. The loss of a member is raised at once.
+
+        The other members and the policy would wait for it, and with nccl they do not notice that it is gone.
+        """
+        ranks = [rank for rank, handle in enumerate(self.handles) if handle in members]
+        for rank in ranks:
+            if rank in self._rebuilds and rank not in self._unsynced:
+                raise self.last_loss[rank]
+        calls: list[Awaitable[Any]] = [self.one(call(self.handles[rank]), "weight sync", rank=rank) for rank in ranks]
+        results = await all_results(calls)
+        return dict(zip(ranks, results, strict=True))
 
     async def _result_if_works(self, rank: int, call: Call, wait: Callable[..., Awaitable[Any]]) -> tuple[Any, ...]:
         rebuilding = self._rebuilds.get(rank)
@@ -229,12 +242,19 @@ class ReplaceableEngines(WorkerPool):
     async def update_weights(self, manifest: WeightManifest) -> None:
         """Load a published set of weights. RunError unless the engines then have its version and its bytes.
 
-        Lost engines are left out: their successors load it after `prove`.
+        Lost engines are left out: their successors load it after `prove`. But the loss of a member of a broadcast is
+        raised.
         """
         self._manifest = manifest
-        receipts = await self.present(
-            lambda h: h.update_weights.remote(manifest, manifest.version), "weight sync", among=self._met
-        )
+
+        def update(handle: ActorHandle[Any]) -> ObjectRef[Any]:
+            ref: ObjectRef[Any] = handle.update_weights.remote(manifest, manifest.version)
+            return ref
+
+        if self._met is None:
+            receipts = await self.present(update, "weight sync")
+        else:
+            receipts = await self.together(self._met, update)
         for engine, receipt in receipts.items():
             check_receipt(receipt, manifest, engine=engine)
         self._received = [self.handles[engine] for engine in receipts]

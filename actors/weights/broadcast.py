@@ -7,6 +7,7 @@ gathered twice, for the checksum and for the broadcast, so that no copy of all o
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any, ClassVar, Literal
@@ -24,6 +25,8 @@ from rlhf.errors import RunError
 
 Method = Literal["gloo", "nccl"]
 BUCKET_BYTES = 64 << 20
+LOOK_EVERY_S = 0.0005  # at a broadcast in progress
+WATCHDOG_LATER_S = 60.0  # NCCL's watchdog would kill the process, so its limit comes after ours
 
 
 def open_group(method: Method, meeting: Meeting, rank: int) -> Any:
@@ -32,7 +35,8 @@ def open_group(method: Method, meeting: Meeting, rank: int) -> Any:
     RunError: the members do not come within timeout_s.
     """
     group = _new_group(method, meeting, rank)
-    broadcast(group, torch.zeros(1, dtype=torch.uint8, device=group_device(method)))  # NCCL connects at its first use
+    first = torch.zeros(1, dtype=torch.uint8, device=group_device(method))  # NCCL connects at its first use
+    broadcast(group, first, limit_s=meeting.timeout_s)
     return group
 
 
@@ -50,7 +54,7 @@ def _new_group(method: Method, meeting: Meeting, rank: int) -> Any:
         if method == "gloo":
             return dist.ProcessGroupGloo(PrefixStore("weights", store), rank, size, limit)
         options = dist.ProcessGroupNCCL.Options()
-        options._timeout = limit
+        options._timeout = limit + timedelta(seconds=WATCHDOG_LATER_S)
         return dist.ProcessGroupNCCL(PrefixStore("weights", store), rank, size, options)
     except (RuntimeError, dist.DistError) as error:
         raise RunError(
@@ -59,13 +63,30 @@ def _new_group(method: Method, meeting: Meeting, rank: int) -> Any:
         ) from error
 
 
-def broadcast(group: Any, tensor: Tensor) -> None:
-    """Send a tensor from rank 0 to all others and wait for it. RunError at the deadline or if a peer is gone."""
+def broadcast(group: Any, tensor: Tensor, *, limit_s: float) -> None:
+    """Send a tensor from rank 0 to all others and wait for it. RunError at the limit or if a peer is gone.
+
+    NCCL notices no dead peer on its host, and its `wait` only orders streams. So this looks whether the work is
+    complete. At the limit it aborts the group: else the kernel would occupy the GPU, and the watchdog end the process.
+    """
     options = dist.BroadcastOptions()
     options.rootRank = 0
     options.rootTensor = 0
+    ends = time.monotonic() + limit_s
     try:
-        group.broadcast([tensor], options).wait()
+        work = group.broadcast([tensor], options)
+        while not work.is_completed():
+            if time.monotonic() > ends:
+                if not isinstance(
+                    group, dist.ProcessGroupGloo
+                ):  # gloo aborts all groups of a process, with the process
+                    group.abort()
+                raise RunError(
+                    f"weight sync: a broadcast of {tensor.numel()} bytes was not complete after {limit_s:.0f} s. "
+                    "A member of the broadcast is lost or hangs."
+                )
+            time.sleep(LOOK_EVERY_S)
+        work.wait()
         if tensor.is_cuda:
             torch.cuda.current_stream().synchronize()
     except RuntimeError as error:
@@ -91,11 +112,11 @@ class BroadcastSender(WeightSender):
 
     def send(self, manifest: WeightManifest, named_weights: Iterator[tuple[str, Tensor]]) -> None:
         """Broadcast the weights, while every receiver is in its update."""
-        if self.memory is None:
+        if self.memory is None or self.meeting is None:
             iterate(named_weights)
             return
         for bucket in staged_buckets(named_weights, self.memory, manifest, limit=BUCKET_BYTES):
-            broadcast(self.group, bucket)
+            broadcast(self.group, bucket, limit_s=self.meeting.timeout_s)
 
     def settle(self) -> None:
         """Free the bucket's memory, because training needs it on a GPU."""

@@ -47,7 +47,7 @@ class Meeting:
     address: str
     port: int
     num_receivers: int
-    timeout_s: float
+    timeout_s: float  # until all have come, and of each broadcast
 
 
 class WeightSender:

@@ -52,10 +52,12 @@ class GlooEngine(ReloadEngine):
 
     method: ClassVar[Method] = "gloo"
     group: Any = None
+    limit_s: float  # of a broadcast
 
     def init_transfer_engine(self, init_info: MeetingInfo) -> None:
         """Meet the sender. Blocks until all receivers have come."""
         assert init_info.meeting is not None
+        self.limit_s = init_info.meeting.timeout_s
         self.group = open_group(self.method, init_info.meeting, init_info.first_rank + self.parallel_config.rank)
 
     def receive(self, manifest: WeightManifest) -> None:
@@ -72,7 +74,7 @@ class GlooEngine(ReloadEngine):
         limit = manifest.fields["bucket_bytes"]
         for first, last, begin, end in buckets(manifest.offsets, manifest.nbytes, limit=limit):
             bucket = torch.empty(end - begin, dtype=torch.uint8, device=self.device)
-            broadcast(self.group, bucket)
+            broadcast(self.group, bucket, limit_s=self.limit_s)
             checksum.add(bucket)
             yield from manifest.views(bucket, first, last)
 

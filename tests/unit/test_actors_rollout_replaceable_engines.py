@@ -715,6 +715,32 @@ async def test_a_broadcast_goes_to_the_engines_that_work() -> None:
         await engines.working(0)
 
 
+async def test_a_loss_during_a_broadcast_is_raised_although_the_other_members_notice_nothing() -> None:
+    """With nccl the policy and the other engines would wait for the lost engine without end."""
+    first, other = Engine("first"), Engine("other")
+    engines = await broadcasting(Policy(), first, other, successors=(Engine("successor"),))
+    dying, waiting = Future[Any](), Future[Any]()
+    first.loads, other.loads = lambda version: dying, lambda version: waiting
+    await engines.withdraw_weights()
+    update = asyncio.create_task(engines.update_weights(manifest(2)))
+    await until(lambda: "load 2" in other.calls)
+    dying.set_exception(ActorDiedError())
+    with pytest.raises(WorkerLost, match="rollout rank 0"):
+        await asyncio.wait_for(update, DEADLINE_S)
+
+
+async def test_an_engine_lost_before_its_call_in_a_broadcast_is_raised_too() -> None:
+    first, other = Engine("first"), Engine("other")
+    engines = await broadcasting(Policy(), first, other, successors=(Engine("successor"),))
+    engines.may_start.clear()
+    await engines.withdraw_weights()
+    first.is_dead = True
+    await engines.cancel([])  # a call that finds it dead
+    with pytest.raises(WorkerLost, match="rollout rank 0"):
+        await asyncio.wait_for(engines.update_weights(manifest(2)), DEADLINE_S)
+    await engines.give_up_rebuilds()
+
+
 async def test_the_loss_of_the_last_engine_ends_a_run_with_broadcasts() -> None:
     first = Engine("first")
     engines = await broadcasting(Policy(), first, successors=(Engine("successor"),))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -160,11 +161,49 @@ def test_gloo_broadcast_brings_the_staged_bytes(unused_port: int, monkeypatch: p
         received = []
         for _, _, begin, end in buckets(manifest.offsets, manifest.nbytes, limit=64):
             received.append(torch.empty(end - begin, dtype=torch.uint8))
-            broadcast(group, received[-1])
+            broadcast(group, received[-1], limit_s=20.0)
         sending.result(30)
     assert len(received) == 3
     assert xxhash.xxh3_64(torch.cat(received).numpy().tobytes()).hexdigest() == manifest.checksum
     sender.close()
+
+
+@pytest.mark.parametrize(("rank", "nbytes"), [(0, BUCKET_BYTES), (1, 8)])  # a sender needs more than a socket's buffers
+def test_a_broadcast_ends_at_its_limit_although_its_peer_is_connected(unused_port: int, rank: int, nbytes: int) -> None:
+    """The peer does nothing. So it is after the death of an engine on the same node, which nccl does not notice."""
+    meeting = Meeting(address="127.0.0.1", port=unused_port, num_receivers=1, timeout_s=3.0)
+    with ThreadPoolExecutor(1) as threads:
+        receiver = threads.submit(open_group, "gloo", meeting, 1)
+        groups = open_group("gloo", meeting, 0), receiver.result(30)
+    began = time.monotonic()
+    with pytest.raises(
+        RunError, match=rf"broadcast of {nbytes} bytes was not complete after 0 s\. A member .* is lost"
+    ):
+        broadcast(groups[rank], torch.empty(nbytes, dtype=torch.uint8), limit_s=0.3)
+    assert time.monotonic() - began < 10.0
+
+
+class EndlessWork:
+    """A broadcast by a group that ignores death: it is complete when the group is aborted, as nccl's is."""
+
+    def __init__(self) -> None:
+        self.aborts = 0
+
+    def broadcast(self, tensors: list[Tensor], options: Any) -> EndlessWork:
+        return self
+
+    def is_completed(self) -> bool:
+        return False
+
+    def abort(self) -> None:
+        self.aborts += 1
+
+
+def test_the_group_of_a_broadcast_without_end_is_aborted() -> None:
+    group = EndlessWork()
+    with pytest.raises(RunError, match="was not complete"):
+        broadcast(group, torch.empty(8, dtype=torch.uint8), limit_s=0.01)
+    assert group.aborts == 1
 
 
 def test_every_transport_has_both_ends_under_one_name() -> None:
