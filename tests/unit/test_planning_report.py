@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 import rlhf
 from rlhf.config.files.load import load
@@ -92,6 +93,25 @@ def test_the_whole_run_costs_what_its_schedule_takes(schedule: str, keys: list[s
     whole = [float(cell.replace(",", "")) for cell in rows["whole run"][:3]]  # seconds, GPU hours, price
     assert whole == pytest.approx([3600 * hours, 32 * hours, 4 * 98 * hours], rel=1e-3)
     assert rows["whole run"][3].startswith(f"{hours:,.3g} hours")
+
+
+def test_stages_and_trials_cost_what_their_schedules_take(tmp_path: Path) -> None:
+    keys = {"rollouts.max_staleness": 1, "algorithm.correction": {"preset": "token_tis"}}
+    sweep = {
+        "name": "rates",
+        "config": str(LARGE),
+        "set": keys,
+        "parameters": {"train.lr": {"values": [1e-6, 1e-5]}},
+        "method": {"name": "grid"},
+        "metric": "rewards/score/mean",
+    }
+    run = yaml.safe_load(LARGE.read_text(encoding="utf-8"))
+    run["rollouts"]["max_staleness"], run["algorithm"]["correction"] = 1, keys["algorithm.correction"]
+    name = run.pop("run")
+    for file, content in (("sweep", {"sweep": sweep}), ("pipeline", {"run": name, "stages": {"ppo": run}})):
+        (tmp_path / f"{file}.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+        rows = rows_of(rlhf.plan(tmp_path / f"{file}.yaml", cluster=NODES))
+        assert rows["step"][0] == rows["pipelined, 1 ahead"][0] != rows["in turns"][0]
 
 
 def test_what_does_not_fit_says_what_would_shrink_it(tmp_path: Path) -> None:
