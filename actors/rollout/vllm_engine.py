@@ -7,6 +7,7 @@ specification can be made and its environment set before vLLM is imported.
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -75,7 +76,7 @@ def engine_environment(spec: RolloutSpec) -> dict[str, str]:
     env = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the core runs in the engine loop's thread
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),  # a start has some harmless warnings
         "VLLM_SKIP_MODEL_NAME_VALIDATION": "1",  # agents name a model as they like
         "TOKENIZERS_PARALLELISM": "false",
         **hub_environment(),

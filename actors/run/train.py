@@ -34,6 +34,7 @@ from rlhf.config.files.dump import dump_masked_yaml
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.placement_plan import PlacementPlan, plan_placement
 from rlhf.config.schema.stages import MergeStage, result_of, run_folder
+from rlhf.config.void_restarts import void_restarts
 from rlhf.controller.learning import OnlineRoles
 from rlhf.controller.loop import sparing_loaded_objects
 from rlhf.controller.offline import OfflineController
@@ -266,6 +267,9 @@ async def _online(
         policy, teacher = roles[PolicyGang.role], roles.get(TeacherWorkers.role)
         if teacher is not None and config.algorithm.reads_teacher_states:
             await policy.take_teacher(await teacher.head())
+        assert lease.engines.sync is not None
+        for sentence in void_restarts(config, lease.engines.sync.method):
+            logger.warning("%s", sentence)
         await lease.engines.connect(
             policy, adapter=record.folder.scratch / "adapter" if ships_adapter(config) else None
         )

@@ -36,6 +36,7 @@ from rlhf.config.schema.merge import MergeConfig, in_effect
 from rlhf.config.schema.rollouts import RolloutsConfig
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.stages import MergeStage, Stage, run_folder
+from rlhf.config.void_restarts import void_restarts
 from rlhf.errors import UserError
 from rlhf.planning.schedules import correction_in_force, schedule_of
 from rlhf.role_table import ROLE_ORDER, Role
@@ -135,6 +136,8 @@ def _facts(config: Config, derived: Derived) -> Iterator[list[str]]:
     if rollouts is not None:
         yield _teacher(config) if config.algorithm.has_teacher else ["reference", _reference(config, derived)]
         yield ["weight sync", _sync(config)]
+    transport = weight_sync(config.cluster, one_host=config.cluster.address is None).method
+    yield from (["restarts", sentence] for sentence in void_restarts(config, transport))
     kept = f"the newest {train.keep_checkpoints} and the best kept"
     yield ["checkpoints", f"every {train.checkpoint_every} steps; {kept}"]
 

@@ -65,9 +65,9 @@ def train(stage: int, dtype: torch.dtype, offload: frozenset[Any] = frozenset())
     return weights
 
 
-def train_with_a_rest(stage: int, dtype: torch.dtype) -> tuple[dict[str, Tensor], list[int]]:
+def train_with_a_rest(stage: int, dtype: torch.dtype, offload: frozenset[Any]) -> tuple[dict[str, Tensor], list[int]]:
     """Weights after three steps with a rest after each, and the bytes allocated before, during and after the first."""
-    engine = make_engine(stage, dtype)
+    engine = make_engine(stage, dtype, offload)
     allocated = []
     for number in range(1, STEPS + 1):
         step(engine, number)
@@ -115,13 +115,17 @@ def test_bfloat16_is_near_it(stage: int, offload: frozenset[Any]) -> None:
     assert float(apart.norm() / moved.norm()) < 0.3  # Adam turns a gradient's rounding into whole steps near 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("dtype", "offload"),
+    [(torch.float32, frozenset()), (torch.bfloat16, frozenset()), (torch.bfloat16, frozenset({"optimizer"}))],
+    ids=["fp32", "bf16", "bf16_offload"],
+)
 @pytest.mark.parametrize("stage", [2, 3])
-def test_states_leave_the_gpu_and_come_back(stage: int, dtype: torch.dtype) -> None:
-    weights, (before, during, after, *_) = on_one_rank(train_with_a_rest, stage=stage, dtype=dtype)
+def test_states_leave_the_gpu_and_come_back(stage: int, dtype: torch.dtype, offload: frozenset[Any]) -> None:
+    weights, (before, during, after, *_) = on_one_rank(train_with_a_rest, stage=stage, dtype=dtype, offload=offload)
     assert during < 0.5 * before
     assert after > 0.8 * before
-    expected = on_one_rank(train, stage=stage, dtype=dtype)
+    expected = on_one_rank(train, stage=stage, dtype=dtype, offload=offload)
     tolerance = {"rtol": 1e-3, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 5e-2, "atol": 2e-2}
     torch.testing.assert_close(weights, expected, **tolerance)
 

@@ -23,6 +23,14 @@ train:
    sequences_per_update: 128, epochs_per_batch: 2}
 cluster: {roles: {policy: {workers: 2}}}
 """
+IN_FLIGHT = [
+    "rollouts.weight_updates=in_flight",
+    "rollouts.max_staleness=2",
+    "algorithm.correction={preset: token_tis}",
+]
+ELASTIC = ["cluster.roles.rollout.engines={min: 1, max: 2}", "cluster.address=auto"]
+ELASTIC += ["cluster.roles.reward.colocate_with=policy"]
+ON_GPUS = ["cluster.device=cuda", "policy.dtype=bfloat16"]
 
 
 def plan(tmp_path: Path, *overrides: str, cluster: str | None = None) -> str:
@@ -49,6 +57,28 @@ def test_the_facts(tmp_path: Path) -> None:
     assert fact(text, "evaluation") == "before training, every 10 steps and at the end: hard (x.jsonl)"
     assert "  reference         some/model in workers of its own\n" in text
     assert fact(text, "weight sync") == "shm: policy and engines are on one CPU host"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "found"),
+    [
+        ([], []),
+        (["cluster.roles.rollout.engines=2"], []),
+        ([*ELASTIC, *IN_FLIGHT, "cluster.weight_sync=gloo"], []),
+        (["cluster.weight_sync=gloo"], ["engine has no effect: weights go by gloo"]),
+        (["cluster.weight_sync=gloo", "cluster.restarts.engine=0"], []),
+        ([*ON_GPUS, "policy.lora={rank: 8}"], []),
+        (ON_GPUS, ["engine has no effect: weights go by nccl"]),
+        (
+            [*ON_GPUS, "cluster.roles.rollout.colocate_with=policy", "cluster.roles.policy.zero_stage=2"],
+            ["engine has no effect: the engines share GPUs", "gang has no effect: ranks that share GPUs"],
+        ),
+    ],
+)
+def test_limits_of_restarts_without_effect_are_named(tmp_path: Path, overrides: list[str], found: list[str]) -> None:
+    lines = [line for line in plan(tmp_path, *overrides).splitlines() if line.startswith("  restarts  ")]
+    assert len(lines) == len(found)
+    assert all(f"cluster.restarts.{text}" in line for line, text in zip(lines, found, strict=True))
 
 
 def test_epochs_of_data_on_this_machine_are_steps(tmp_path: Path) -> None:
@@ -188,7 +218,7 @@ def test_the_description_of_a_cluster() -> None:
     for text, error in {
         "gpu=8": "'gpu=8' has no cpu=",
         "cpu=8,cpu=16": "'cpu=8,cpu=16' gives a key twice",
-        "cpu=8,ram=5": "'ram' is unknown, expected cpu, gpu, mem, gpumem, price, type",
+        "cpu=8,ram=5": "'ram' is unknown, expected cpu, gpu, mem, shm, gpumem, price, type",
         "cpu=8,gpu=1,type=gtx": "type=gtx, expected one of a100",
         "cpu=8,gpu=0.5": "'gpu=0.5', expected a number, of GPUs a whole one",
         "cpu=8,mem=-1": "'mem=-1', expected a number",

@@ -1,0 +1,34 @@
+"""Say which limits of `cluster.restarts` have no effect, because the run cannot replace such a process in any case."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rlhf.config.derive import needs, shares_engines_gpus, ships_adapter
+from rlhf.config.schema.cluster import Transport
+from rlhf.config.schema.root import Config
+
+BROADCASTS = ("gloo", "nccl")  # a broadcast leaves no weights that a successor could load
+
+
+def void_restarts(config: Config, transport: Transport) -> Iterator[str]:
+    """Yield a sentence for each limit without effect. `transport`: of the policy's weights to the engines."""
+    restarts, rollout = config.cluster.restarts, config.cluster.roles.rollout
+    has_engines = "rollout" in needs(config)
+    if has_engines and restarts.engine and not ships_adapter(config):
+        is_only = rollout.workers == 1 and not rollout.is_elastic
+        if transport == "ipc":
+            yield (
+                "cluster.restarts.engine has no effect: the engines share GPUs with the policy, which leaves a "
+                "successor neither memory nor weights. The loss of an engine ends the run."
+            )
+        elif transport in BROADCASTS and is_only:
+            yield (
+                f"cluster.restarts.engine has no effect: weights go by {transport}, which leaves none for the "
+                "successor of the only engine. Its loss ends the run; with two engines or more it does not."
+            )
+    if restarts.gang and shares_engines_gpus(config):
+        yield (
+            "cluster.restarts.gang has no effect: ranks that share GPUs with engines keep no snapshots. The loss of a "
+            "rank ends the run."
+        )
