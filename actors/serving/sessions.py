@@ -114,9 +114,9 @@ class OpenSession:
         self._num_started = 0
         self._num_draws = 0
         self._in_flight = 0
-        self._turns: dict[bytes, int] = {}  # calls by the key of the conversation that ends with their response
-        self._stopped: dict[bytes, list[tuple[str, int]]] = {}  # text with the stop string, by the key before it
-        self._stops: list[str] = []  # of each call
+        self._turns: dict[bytes, list[int]] = {}  # calls by the key of the conversation that ends with their response
+        self._stopped: dict[bytes, dict[int, str]] = {}  # by the key before it, calls with text and stop string
+        self._draws: list[Draw] = []  # of each call
         self._told: set[bytes] = set()  # responses by their content alone
         self._asked: set[bytes] = set()  # keys of the conversations that were answered
         self._tools: set[bytes] = set()
@@ -205,7 +205,10 @@ class OpenSession:
             content, calls = _said(messages[start:end])
             key, last = turn_key(key, content, calls), end
             looks_own = looks_own or before in self._asked or turn_key(b"", content, calls) in self._told
-            known = self._known(before, key, content, calls, start, end) or known
+            fits = self._fits(before, key, content, calls)
+            if fits:
+                index = self._best([*fits], _reasoning(messages[start:end]), known)
+                known = KnownTurn(start, end, index, fits[index])
         call.key = key
         system = _key(b"", [_text(m.get("content")) for m in messages if m["role"] == "system"])
         if looks_own and (known is None or known.end != last):
@@ -220,16 +223,32 @@ class OpenSession:
         self._systems.add(system)
         return known
 
-    def _known(
-        self, before: bytes, key: bytes, content: str, calls: Sequence[tuple[str, Any]], start: int, end: int
-    ) -> KnownTurn | None:
+    def _fits(self, before: bytes, key: bytes, content: str, calls: Sequence[tuple[str, Any]]) -> dict[int, str]:
+        """Return the calls whose response a turn repeats, with what the client wrote behind the response."""
         if key in self._turns:
-            return KnownTurn(start, end, self._turns[key], "")
+            return dict.fromkeys(self._turns[key], "")
         if calls:
-            return None
+            return {}
         # Some clients write the stop string back, or go on writing behind it.
-        fits = [(text, call) for text, call in self._stopped.get(before, ()) if content.startswith(text)]
-        return KnownTurn(start, end, fits[-1][1], content[len(fits[-1][0]) :]) if fits else None
+        stopped = self._stopped.get(before, {})
+        return {index: content[len(text) :] for index, text in stopped.items() if content.startswith(text)}
+
+    def _best(self, indices: Sequence[int], reasoning: str, known: KnownTurn | None) -> int:
+        """Return the call among those with one visible text whose reasoning the client repeats.
+
+        Otherwise, as for a client that drops reasoning, return one that goes on from the turn known before, or the
+        newest. With one visible text, the shortest response that has the reasoning has nothing else.
+        """
+        if len(indices) == 1:
+            return indices[0]
+        whole = np.array([] if known is None else self.tokens(known), dtype=np.int32)
+
+        def fit(index: int) -> tuple[bool, int, bool, int]:
+            repeats = bool(reasoning) and reasoning in self._draws[index].text
+            goes_on = np.array_equal(self.calls[index].prompt_ids[: len(whole)], whole)
+            return repeats, -len(self._draws[index].text) if repeats else 0, goes_on, index
+
+        return max(indices, key=fit)
 
     def tokens(self, known: KnownTurn) -> list[int]:
         """Return all tokens up to the end of a known turn."""
@@ -252,7 +271,7 @@ class OpenSession:
                 broke=call.broke,
             )
         )
-        self._stops.append(draw.stop)
+        self._draws.append(draw)
         call.hear(draw.response_ids, draw.text, ())  # as the client gets it unless a parser says more
 
     def hear(self, call: ServedCall, index: int, content: str | None, calls: Sequence[tuple[str, str]]) -> None:
@@ -261,9 +280,11 @@ class OpenSession:
             return
         self._asked.add(call.key)
         self._told.add(turn_key(b"", content, calls))
-        self._turns[turn_key(call.key, content, calls)] = index
-        if self._stops[index]:
-            self._stopped.setdefault(call.key, []).append((f"{content or ''}{self._stops[index]}", index))
+        indices = self._turns.setdefault(turn_key(call.key, content, calls), [])
+        if index not in indices:
+            indices.append(index)
+        if stop := self._draws[index].stop:
+            self._stopped.setdefault(call.key, {})[index] = f"{content or ''}{stop}"
 
 
 class Sessions:
@@ -322,6 +343,12 @@ def _said(messages: Sequence[Message]) -> tuple[str, list[tuple[str, Any]]]:
     calls = [call.get("function") for message in messages for call in message.get("tool_calls") or ()]
     texts = [text for message in messages if (text := _text(message.get("content")))]
     return "\n".join(texts), [(call["name"], call.get("arguments")) for call in calls if call is not None]
+
+
+def _reasoning(messages: Sequence[Message]) -> str:
+    """Return the reasoning that assistant messages bring back, under either name. Empty: the client dropped it."""
+    texts = (message.get("reasoning") or message.get("reasoning_content") for message in messages)
+    return next((text.strip() for text in texts if isinstance(text, str)), "")
 
 
 def _text(content: Any) -> str:

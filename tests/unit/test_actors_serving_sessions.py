@@ -110,6 +110,27 @@ def test_a_stop_string_and_what_the_client_wrote_behind_it_are_continued() -> No
     assert (known.call, known.added) == (0, " 42")
 
 
+def test_of_two_answers_with_one_text_the_one_with_the_clients_reasoning_is_continued() -> None:
+    session = open_session(max_calls=20)
+    for index, thought in enumerate(("one", "one more", "two")):
+        call = answer(session, [ASK], draw([1], [2, 10 + index, 3], text=f"<think>{thought}</think>yes"))
+        session.hear(call, index, "yes", ())
+
+    def said(thought: str | None, name: str = "reasoning") -> dict[str, Any]:
+        return {"role": "assistant", "content": "yes"} | ({} if thought is None else {name: f"{thought}\n"})
+
+    for index, thought in enumerate(("one", "one more", "two")):
+        assert look_up(session, [ASK, said(thought), ASK]) == (index, None)
+        assert look_up(session, [ASK, said(thought, "reasoning_content"), ASK]) == (index, None)
+    assert look_up(session, [ASK, said(None), ASK]) == (2, None)  # the newest: the client dropped the reasoning
+    # Both answers to the next question have one text and no reasoning. The client's first turn tells them apart.
+    for first in ([1, 2, 10, 3], [1, 2, 12, 3]):
+        answer(session, [ASK, said(None), ASK], draw([*first, 4], [5], text="no"))
+    after = {"role": "assistant", "content": "no"}
+    assert look_up(session, [ASK, said("one"), ASK, after, ASK]) == (3, None)
+    assert look_up(session, [ASK, said("two"), ASK, after, ASK]) == (4, None)
+
+
 def test_captured_calls() -> None:
     session = open_session()
     first = answer(session, [ASK], draw([1, 2], [3, 4]))
