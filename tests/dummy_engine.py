@@ -132,6 +132,7 @@ def dummy_parts(model: Path, max_model_len: int = 1024) -> EngineParts:
         renderer=renderer,
         input_processor=InputProcessor(config, renderer),
         added=dict(renderer.get_tokenizer().get_added_vocab()),
+        ends=frozenset({renderer.get_eos_token_id()}),
     )
 
 

@@ -33,6 +33,7 @@ from actors.rollout.vllm_engine import (
     add_experts,
     added_tokens,
     build_engine,
+    end_tokens,
     engine_environment,
     kv_cache_tokens,
     reset_caches,
@@ -233,7 +234,8 @@ class RolloutWorker:
         """Load the environment into this process. An engine with a front also loads an agent."""
         assert isinstance(spec, EnvironmentSpec), "an engine without a front has no agent"
         tokenizer = load_tokenizer(spec.tokenizer, trust_remote_code=spec.trust_remote_code, template=spec.template)
-        conversations = Conversations(spec, tokenizer, self._draw)
+        ends = await self.calls.run(end_tokens, "its end tokens")
+        conversations = Conversations(spec, tokenizer, self._draw, ends)
         try:
             description = await conversations.start()
         except UserError as error:  # the driver could load it, so this machine differs from the driver's

@@ -228,6 +228,13 @@ def added_tokens(engine: Any) -> dict[str, int]:
     return dict(engine.get_tokenizer().get_added_vocab())
 
 
+def end_tokens(engine: Any) -> frozenset[int]:
+    """Return the tokens with which vLLM ends a response by itself: the tokenizer's, and those of the model's folder."""
+    given = engine.input_processor.generation_config_fields.get("eos_token_id")
+    ends = [given] if isinstance(given, int) else given or ()
+    return frozenset(ends) | {engine.renderer.get_eos_token_id()} - {None}
+
+
 def kv_cache_tokens(engine: Any) -> int:
     """Return the number of tokens whose keys and values the engine can hold."""
     cache = engine.vllm_config.cache_config

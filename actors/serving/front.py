@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.rollout.engine_calls import EngineCalls
-from actors.rollout.vllm_engine import added_tokens
+from actors.rollout.vllm_engine import added_tokens, end_tokens
 from actors.serving.front_engine import EngineParts, FrontEngine
 from actors.serving.gateway import Gateway
 from actors.serving.parsers import parsers_of, refuse_stubs
@@ -156,6 +156,7 @@ def engine_parts(engine: Any) -> EngineParts:
         renderer=engine.renderer,
         input_processor=engine.input_processor,
         added=added_tokens(engine),
+        ends=end_tokens(engine),
     )
 
 
@@ -217,7 +218,7 @@ def _renderer(engine: FrontEngine, spec: FrontSpec, tool_parser: str | None, rea
 
     refuse_stubs(tool_parser, reasoning_parser, engine.model_config.hf_config.model_type)
     try:
-        return SessionRenderer(
+        renderer = SessionRenderer(
             engine.model_config,
             engine.renderer,
             request_logger=None,
@@ -227,6 +228,8 @@ def _renderer(engine: FrontEngine, spec: FrontSpec, tool_parser: str | None, rea
             tool_parser=tool_parser,
             reasoning_parser=reasoning_parser,
         )
+        renderer.turn_ends, renderer.model_ends = spec.turn_ends, engine.model_ends
+        return renderer
     except (ImportError, TypeError) as error:  # the first: vLLM's parser needs a package that is not installed
         raise RunError(
             f"the parser of tool calls, {tool_parser}, or of reasoning, {reasoning_parser}, does not fit the model: "

@@ -40,6 +40,7 @@ class EngineParts:
     renderer: Any
     input_processor: Any
     added: Mapping[str, int]  # special and added tokens by their text
+    ends: frozenset[int]  # tokens with which the model ends a response by itself
 
 
 @dataclass(slots=True)
@@ -69,6 +70,7 @@ class FrontEngine:
         self.renderer = parts.renderer
         self.input_processor = parts.input_processor
         self.added = parts.added
+        self.model_ends = parts.ends
         self.ends = ends
         self.lora = lora
         self._events = asyncio.get_running_loop()

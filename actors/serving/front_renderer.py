@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ from actors.serving.cut_calls import ToldCalls, parsed_as_stream
 from actors.serving.refusals import RefusedCall
 from actors.serving.sessions import CURRENT_CALL, KnownTurn, OpenSession, ServedCall
 from rlhf.agents.calls import Restriction
+from rlhf.data.turn_ends import TurnEnds
+from rlhf.errors import UserError
 
 LONG_TEXT = 20_000  # characters; tokenizing more takes milliseconds
 _PLACE = "qzsentinelzq"  # stands for a turn in a rendered conversation
@@ -33,6 +35,13 @@ _TOKEN_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
 class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
     """Renders conversations. Every other request is rendered as by vLLM."""
+
+    turn_ends: Collection[int] = ()  # tokens with which the template ends a turn
+    model_ends: Collection[int] = ()  # tokens with which the model ends a response by itself
+
+    @cached_property
+    def _ends(self) -> TurnEnds:
+        return TurnEnds(self.renderer.get_tokenizer(), self.turn_ends, self.model_ends)
 
     async def preprocess_chat(self, request: Any, messages: list[Any], *args: Any, **options: Any) -> Any:
         """Return vLLM's input for a conversation."""
@@ -99,14 +108,11 @@ class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
                 return None
             tail = end + whole[len(told) :]
         ids = session.tokens(known)
-        added = await self._encode(known.added + tail)
-        return ids + added[ids[-1:] == added[:1] :]  # a turn that ended by itself has its end already
-
-    async def _encode(self, text: str) -> list[int]:
-        """Tokenize text, which must not keep other requests waiting if it is long."""
-        encode = partial(self.renderer.get_tokenizer().encode, add_special_tokens=False)
-        ids: list[int] = await asyncio.to_thread(encode, text) if len(text) > LONG_TEXT else encode(text)
-        return ids
+        encode = partial(self._ends.tokens_behind, ids[-1:], tail, added=known.added)
+        try:  # a long text must not keep other requests waiting
+            return ids + (await asyncio.to_thread(encode) if len(tail + known.added) > LONG_TEXT else encode())
+        except UserError:  # the tokenizer joins the text with any text before it
+            return None
 
     def _render(
         self, request: Any, messages: list[Any], options: dict[str, Any], *, is_whole: bool = True

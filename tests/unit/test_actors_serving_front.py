@@ -341,6 +341,25 @@ async def test_a_conversation_of_anthropic_and_of_responses_goes_on_from_the_sam
         assert_extends(front.sessions.close("b"))
 
 
+async def test_a_turn_that_ended_by_itself_gets_no_second_end(parts: EngineParts) -> None:
+    """The template ends a turn with another token than the model, and writes a space before the end."""
+    end = "<|reserved_0|>"
+    template, ends = TEMPLATE.replace("{{ eos_token }}", "{{ ' " + end + "' }}"), (parts.added[end],)
+    async with (
+        fronted(parts, "yes", "cut...", "no", template=template, turn_ends=ends) as (front, _),
+        openai_client(front, "a-session") as client,
+    ):
+        opened(front)
+        messages = [*HI]
+        for _ in range(3):
+            told = await client.chat.completions.create(model="m", messages=messages)
+            messages += [{"role": "assistant", "content": told.choices[0].message.content}, *HI]
+        calls = front.sessions.close("a-session")
+        assert_extends(calls)
+        ask = f"<|user|>hi {end}<|assistant|>"
+        assert TOKENIZER.decode(calls[2].prompt_ids) == f"{ask}yes<|eos|>{ask}cut... {end}{ask}"
+
+
 async def test_a_broken_prefix_is_said(parts: EngineParts) -> None:
     async with fronted(parts, "yes") as (front, _), openai_client(front, "a-session") as client:
         opened(front)

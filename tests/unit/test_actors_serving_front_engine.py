@@ -81,7 +81,7 @@ def wishes(**changes: Any) -> Any:
 
 def engine_over(loop: Loop) -> FrontEngine:
     config = SimpleNamespace(model_config=None)
-    parts = EngineParts(vllm_config=config, renderer=None, input_processor=None, added={"<|end|>": 7})
+    parts = EngineParts(vllm_config=config, renderer=None, input_processor=None, added={"<|end|>": 7}, ends=frozenset())
     return FrontEngine(loop, parts, ends=(8,), lora=lambda: "lora")
 
 

@@ -57,7 +57,7 @@ def built(tools: str | None, reasoning: str | None, *, model_type: str = "llama"
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(list(added))
     model = SimpleNamespace(model="tiny", hf_config=SimpleNamespace(model_type=model_type))
-    engine: Any = SimpleNamespace(model_config=model, renderer=SimpleNamespace(tokenizer=tokenizer))
+    engine: Any = SimpleNamespace(model_config=model, renderer=SimpleNamespace(tokenizer=tokenizer), model_ends=())
     return _renderer(engine, FrontSpec(name="tiny", own_key="key"), tools, reasoning)
 
 

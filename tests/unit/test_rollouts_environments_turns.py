@@ -49,11 +49,19 @@ def test_the_whole_is_what_the_template_would_have_written() -> None:
     assert [*ids(prompt), *ids("b"), EOS, *told] == ids(whole)
 
 
+def test_a_template_with_space_before_the_end_is_continued() -> None:
+    """As Llama 2's writes it. A turn that ended by itself has no second end."""
+    writer = ChatTurns(tokenizer(CHATML.replace("'<|eos|>' + '\n'", "' <|eos|>'")), with_tools=False, ends=(262,))
+    told = "<|user|>user\nhigher <|eos|><|user|>assistant\n"
+    assert list(writer.after([52, EOS], "higher")) == ids(told)
+    assert list(writer.after([52, 262], "higher")) == ids(told)  # another end of the model
+    assert list(writer.after([52, 53], "higher")) == [32, EOS, *ids(told)]
+
+
 @pytest.mark.parametrize(
     ("template", "why"),
     [
         (CHATML.replace("+ '<|eos|>' + '\n'", "+ '\n'"), "not with a special token"),
-        (CHATML.replace("'<|eos|>' + '\n'", "' <|eos|>'"), "not directly with the token"),
         (CHATML.replace("m.content", "m.content[:3]"), "does not write an assistant's turn exactly once"),
         (CHATML.replace("m.content", "m.content + m.content"), "does not write an assistant's turn exactly once"),
         (CHATML.replace("m.content", "('' if loop.last and m.role == 'user' else m.content)"), "of role user"),

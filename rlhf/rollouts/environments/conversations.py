@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -90,12 +90,13 @@ class Conversations:
     """Plays groups of conversations, at most `processes` at once.
 
     `draw` samples a turn of the policy. Its arguments are the group id, the tokens so far, the seed, the sampling
-    settings and the token at the end of a turn.
+    settings and the token at the end of a turn. `ends` are the model's end tokens, besides the tokenizer's.
     """
 
-    def __init__(self, spec: EnvironmentSpec, tokenizer: Any, draw: Draw) -> None:
+    def __init__(self, spec: EnvironmentSpec, tokenizer: Any, draw: Draw, ends: Collection[int] = ()) -> None:
         self.spec = spec
         self.tokenizer = tokenizer
+        self.ends = ends
         self.draw = draw
         self.parser: ToolCallParser | None = None  # required by an environment with tools
         self.host = spec.host()
@@ -217,7 +218,9 @@ class Conversations:
     def _writer(self, prompt: Prompt) -> TurnWriter:
         chat, tools = prompt.is_chat, bool(self.description.tools)
         if chat not in self._writers:
-            self._writers[chat] = ChatTurns(self.tokenizer, with_tools=tools) if chat else RawTurns(self.tokenizer)
+            self._writers[chat] = (
+                ChatTurns(self.tokenizer, with_tools=tools, ends=self.ends) if chat else RawTurns(self.tokenizer)
+            )
         return self._writers[chat]
 
 

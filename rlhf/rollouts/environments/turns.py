@@ -7,11 +7,12 @@ refused before a run starts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 from rlhf.data.chat import ASSISTANT, Message, render, require_template, text_after_turn, turn_end
 from rlhf.data.tokenization import Continuation, encode, encode_raw
+from rlhf.data.turn_ends import TurnEnds
 from rlhf.errors import UserError
 from rlhf.types import Prompt
 
@@ -72,17 +73,15 @@ class ChatTurns:
 
     stop_token: int | None
 
-    def __init__(self, tokenizer: Any, *, with_tools: bool) -> None:
+    def __init__(self, tokenizer: Any, *, with_tools: bool, ends: Collection[int] = ()) -> None:
+        """Check the template. `ends`: the model's end tokens, besides those of the template and of the tokenizer."""
         require_template(tokenizer, _KEY)
         self.tokenizer = tokenizer
-        self._continuation = Continuation(tokenizer)
-        tail = self._text_after_turn([], add_generation_prompt=False)
         self.stop_token = turn_end(tokenizer)
         if self.stop_token is None:
+            tail = self._text_after_turn([], add_generation_prompt=False)
             raise self._refusal(f"an assistant's turn ends with {tail!r:.40}, not with a special token")
-        self._end = str(tokenizer.convert_ids_to_tokens(self.stop_token))
-        if not tail.startswith(self._end):
-            raise self._refusal(f"an assistant's turn ends with {tail!r:.40}, not directly with the token {self._end}")
+        self._ends = TurnEnds(tokenizer, (self.stop_token,), ends)
         self._check([{"role": "user", "content": _OBSERVATION}])
         if with_tools:
             self._check([{"role": "tool", "content": _OBSERVATION}])
@@ -92,19 +91,12 @@ class ChatTurns:
             messages = [{"role": "user", "content": observation}]
         else:
             messages = [{"role": "tool", "content": result} for result in observation]
-        ended = bool(sampled) and sampled[-1] == self.stop_token
-        return self._tokens(messages) if ended else (self._stop, *self._tokens(messages))
+        return self._tokens(sampled, messages)
 
-    @property
-    def _stop(self) -> int:
-        assert self.stop_token is not None
-        return self.stop_token
-
-    def _tokens(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Return the template's tokens from the end of a turn to the beginning of the next."""
-        text = self._text_after_turn(messages, add_generation_prompt=True).removeprefix(self._end)
-        (token_ids,) = self._continuation.encode([(self._end, text)])
-        return tuple(token_ids)
+    def _tokens(self, sampled: Sequence[int], messages: Sequence[Message]) -> tuple[int, ...]:
+        """Return the template's tokens from the end of a sampled turn to the beginning of the next."""
+        text = self._text_after_turn(messages, add_generation_prompt=True)
+        return tuple(self._ends.tokens_behind(sampled, text))
 
     def _text_after_turn(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         text = text_after_turn(messages, self.tokenizer, add_generation_prompt=add_generation_prompt, place=_KEY)
@@ -115,12 +107,14 @@ class ChatTurns:
     def _check(self, messages: Sequence[Message]) -> None:
         """Check that the template writes the observation once, with the same tokens as in a whole conversation."""
         role = messages[0]["role"]
+        assert self.stop_token is not None
+        end = str(self.tokenizer.convert_ids_to_tokens(self.stop_token))
         after = self._text_after_turn(messages, add_generation_prompt=True)
-        if after.count(_OBSERVATION) != 1 or not after.startswith(self._end):
+        if after.count(_OBSERVATION) != 1 or not after.lstrip().startswith(end):
             raise self._refusal(f"after an assistant's turn, a turn of role {role} is written as {after!r:.60}")
         conversation = [{"role": "user", "content": "Hello."}, {"role": ASSISTANT, "content": "Fine."}, *messages]
         whole = render(conversation, self.tokenizer, add_generation_prompt=True, place=_KEY)
-        apart = (self._stop, *self._tokens(messages))
+        apart = (self.stop_token, *self._tokens([self.stop_token], messages))
         if tuple(encode([whole], self.tokenizer)[0][-len(apart) :]) != apart:
             raise self._refusal(f"a turn of role {role} has different tokens alone than within a conversation")
 
