@@ -62,7 +62,7 @@ class ResultsLost(WorkerLost):
 
 
 class ChildLost(RunError):
-    """A process that a worker has started, and cannot work without, was lost. The driver takes the worker for lost."""
+    """A process or a GPU that a worker cannot work without was lost. The driver takes the worker for lost."""
 
     def __init__(self, reason: str, *, kind: LossKind = "died") -> None:
         super().__init__(reason)

@@ -25,6 +25,7 @@ from ray.exceptions import (
 from actors.cluster.actor_locations import location_of, lost_nodes
 from actors.cluster.connect import OWN_RAY
 from actors.cluster.watch import died_for_memory, hang_of, stack_at
+from rlhf.engine.device_errors import has_lost_device
 from rlhf.engine.memory import advice_on_memory
 from rlhf.errors import (
     RESUMES,
@@ -171,8 +172,8 @@ async def put(value: T) -> ObjectRef[T]:
 async def explain(error: BaseException | None, *, role: Role, rank: int, stage: str) -> Exception:
     """Return the failure as an error with stage, role, rank and cause.
 
-    It is WorkerLost if the worker's process died, or one that the worker had started and cannot work without, unless
-    the run's local Ray has died too.
+    It is WorkerLost if the worker's process died, or lost a process or a GPU without which it cannot work, unless the
+    run's local Ray has died too.
     """
     who = f"{stage}: {role} rank {rank}"
     failure: Exception
@@ -188,6 +189,11 @@ async def explain(error: BaseException | None, *, role: Role, rank: int, stage: 
         elif isinstance(cause, ChildLost):
             message = f"{who} cannot work any more: {cause}"
             failure = WorkerLost(message, role=role, rank=rank, stage=stage, kind=cause.kind)
+        elif has_lost_device(cause):
+            message = (
+                f"{who} cannot work any more, because its GPU failed: {type(cause).__name__}: {_short(str(cause))}"
+            )
+            failure = WorkerLost(message, role=role, rank=rank, stage=stage, kind="died")
         elif isinstance(cause, ObjectStoreFullError | OutOfDiskError):
             failure = ObjectStoreFull(f"{who} failed: {type(cause).__name__}: {_short(str(cause))} {RESUMES}")
         elif isinstance(cause, StorageFull):

@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from actors.rollout.continuation import output_so_far, restore_output
-from actors.rollout.vllm_engine import has_step_in_flight, lacks_cache, no_new_steps, put_first
+from actors.rollout.vllm_engine import has_lost_workers, has_step_in_flight, lacks_cache, no_new_steps, put_first
+from rlhf.engine.device_errors import has_lost_device
 from rlhf.engine.memory import advice_on_memory, is_out_of_memory
-from rlhf.errors import RunError, UserError
+from rlhf.errors import RESUMES, ChildLost, RunError, UserError
 
 T = TypeVar("T")
 
@@ -106,7 +107,9 @@ class EngineLoop:
                 try:
                     future.set_result(work(self._engine))
                 except BaseException as error:
-                    future.set_exception(error)
+                    if self._is_lost(error):
+                        self._fail_by(error)
+                    future.set_exception(self._failure or error)
                     if not isinstance(error, Exception):
                         raise
 
@@ -178,7 +181,8 @@ class EngineLoop:
         try:
             self._engine = self._build()
         except BaseException as error:
-            self._failure = RunError(f"{self.name} did not start: {_message(error)}")
+            kind = ChildLost if has_lost_device(error) else RunError
+            self._failure = kind(f"{self.name} did not start: {_message(error)}")
             self._failure.__cause__ = error
             self._started.set_exception(error if isinstance(error, UserError) else self._failure)
             if not isinstance(error, Exception):
@@ -225,15 +229,21 @@ class EngineLoop:
             for output in finished:
                 _give(self._waiting.pop(output.request_id), output)
         except BaseException as error:
-            self._failure = RunError(
-                f"{self.name} died with {len(self._waiting)} requests in flight: {_message(error)}. "
-                "The run can be resumed with --resume auto."
-            )
-            self._failure.__cause__ = error
-            _fail(list(self._waiting.values()), self._failure)
-            self._waiting.clear()
+            self._fail_by(error)
             if not isinstance(error, Exception):
                 raise
+
+    def _is_lost(self, error: BaseException) -> bool:
+        """Return whether the engine has lost its GPU or a worker process, so that it must be started again."""
+        return isinstance(error, RuntimeError) and (has_lost_device(error) or has_lost_workers(self._engine))
+
+    def _fail_by(self, error: BaseException) -> None:
+        """Let every waiting and every later call fail. With ChildLost the driver starts the engine again."""
+        reason = f"{self.name} died with {len(self._waiting)} requests in flight: {_message(error)}"
+        self._failure = ChildLost(reason) if self._is_lost(error) else RunError(f"{reason}. {RESUMES}")
+        self._failure.__cause__ = error
+        _fail(list(self._waiting.values()), self._failure)
+        self._waiting.clear()
 
 
 def _message(error: BaseException) -> str:

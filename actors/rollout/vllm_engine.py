@@ -358,6 +358,14 @@ def no_new_steps(engine: Any) -> Iterator[None]:
         scheduler.set_pause_state(before)
 
 
+def has_lost_workers(engine: Any) -> bool:
+    """Return whether a worker process of the engine has died. With one worker there is no such process."""
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+    executor = engine.engine_core.engine_core.model_executor
+    return isinstance(executor, MultiprocExecutor) and executor.is_failed
+
+
 def put_first(engine: Any) -> None:
     """Move the newest request before all waiting ones, also before samples interrupted by an update."""
     waiting = _scheduler(engine).waiting

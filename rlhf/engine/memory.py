@@ -17,6 +17,7 @@ from rlhf.role_table import ROLES, Role
 from rlhf.types import MemoryReport
 
 _GIB = 2**30
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "_STATUS_ALLOC_FAILED")
 
 
 def peak_memory() -> MemoryReport:
@@ -43,10 +44,13 @@ def explains_out_of_memory(*, role: Role, stage: str, rank: int, tokens: int | N
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an allocation failed in Python, on a GPU, or in torch on a CPU (recognised by its message)."""
+    """Return whether an allocation failed in Python, on a GPU, or in torch on a CPU.
+
+    CUDA, cuBLAS and torch's allocator for a CPU are recognised by their messages.
+    """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 def advice_on_memory(role: Role) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from ray.exceptions import (
     ObjectLostError,
     ObjectStoreFullError,
@@ -64,6 +66,28 @@ def test_a_worker_that_dies_with_the_local_ray_is_not_started_again(monkeypatch:
         failure = asyncio.run(explain(error, role="reward", rank=1, stage="rewards"))
         assert type(failure) is RunError
         assert str(failure).startswith("rewards: reward rank 1 was lost with the run's local Ray, which has died. ")
+
+
+@pytest.mark.parametrize(
+    ("cause", "is_lost"),
+    [
+        (torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"), True),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"), True),
+        (RuntimeError("Triton Error [CUDA]: unspecified launch failure"), True),
+        (torch.distributed.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:1, unhandled cuda error"), True),
+        (torch.AcceleratorError("CUDA error: out of memory"), False),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), False),
+        (RuntimeError("The size of tensor a must match the size of tensor b"), False),
+    ],
+)
+def test_a_worker_whose_gpu_failed_is_lost_and_one_out_of_memory_is_not(cause: Exception, is_lost: bool) -> None:
+    error = RayTaskError("update", "", pickle.loads(pickle.dumps(cause)))
+    failure = asyncio.run(explain(error, role="policy", rank=1, stage="update"))
+    assert type(failure) is (WorkerLost if is_lost else RunError)
+    assert str(failure).startswith("update: policy rank 1 ")
+    assert str(cause) in str(failure)
 
 
 @pytest.mark.parametrize("death", [RayActorError(error_msg=KILLED), OutOfMemoryError("the node is running low")])

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
 from actors.rollout.engine_thread import Aborted, EngineLoop, Submission
-from rlhf.errors import RunError, UserError
+from rlhf.errors import ChildLost, RunError, UserError
 
 
 @pytest.mark.parametrize(("error", "expected"), [(UserError("wrong"), UserError), (ValueError("no"), RunError)])
@@ -31,7 +33,7 @@ class StreamingEngine:
     def __init__(self) -> None:
         self.left: list[Any] = []
         self.steps = 0
-        core = SimpleNamespace(batch_queue=None)
+        core = SimpleNamespace(batch_queue=None, model_executor=None)
         self.engine_core = SimpleNamespace(engine_core=core, shutdown=lambda: None)
 
     def get_weight_version(self) -> str:
@@ -78,6 +80,60 @@ def test_no_step_begins_while_the_loop_is_paused() -> None:
         assert loop.call(lambda engine: engine.steps).result(timeout=10.0) == 0
     loop.call(lambda engine: pause(engine, False))
     assert future.result(timeout=10.0).finished
+    assert loop.stop(timeout_s=10.0)
+
+
+class DyingEngine(StreamingEngine):
+    """An engine whose steps and calls raise an error. `executor`: what runs its model."""
+
+    def __init__(self, error: Exception, executor: Any = None) -> None:
+        super().__init__()
+        self.error = error
+        self.engine_core.engine_core.model_executor = executor
+
+    def step(self) -> list[Any]:
+        raise self.error
+
+    def collective_rpc(self, method: str) -> None:
+        raise self.error
+
+
+def with_dead_worker() -> Any:
+    """vLLM's executor of several worker processes, one of which has died."""
+    executor = MultiprocExecutor.__new__(MultiprocExecutor)
+    executor.is_failed = True
+    return executor
+
+
+@pytest.mark.parametrize("begins_with", ["step", "call"])
+@pytest.mark.parametrize(
+    ("error", "make_executor", "is_lost"),
+    [
+        (torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"), object, True),
+        (RuntimeError("Worker failed with error 'CUDA error: misaligned address', please check"), object, True),
+        (RuntimeError("cancelled"), with_dead_worker, True),
+        (torch.OutOfMemoryError("CUDA out of memory."), object, False),
+        (RuntimeError("a bug"), object, False),
+    ],
+)
+def test_an_engine_without_its_gpu_or_a_worker_is_given_to_the_driver_as_lost(
+    error: Exception, make_executor: Any, is_lost: bool, begins_with: str
+) -> None:
+    loop = EngineLoop(lambda: DyingEngine(error, make_executor()), name="rollout engine 0")
+    loop.start().result(timeout=10.0)
+    if begins_with == "call":
+        failed: Future[Any] = loop.call(lambda engine: engine.collective_rpc("update_weights"))
+        with pytest.raises(ChildLost if is_lost else type(error)):
+            failed.result(timeout=10.0)
+        assert (loop.failure is None) != is_lost
+    (request,) = loop.submit([Submission(request_id="a", prompt_token_ids=(1,), params=None, lora=None)])
+    with pytest.raises(RunError) as failure:
+        request.result(timeout=10.0)
+    assert isinstance(failure.value, ChildLost) == is_lost
+    assert str(error) in str(failure.value)
+    assert ("--resume auto" in str(failure.value)) != is_lost  # the driver says it if the run ends
+    with pytest.raises(type(failure.value)):
+        loop.call(lambda engine: engine).result(timeout=10.0)
     assert loop.stop(timeout_s=10.0)
 
 
