@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -11,8 +12,8 @@ from rlhf.controller.learning import Signals
 from rlhf.roles import Metrics, SampleSelection, ScoredGroup
 from rlhf.tracking.metrics.histograms import LAG_EDGES, TOKEN_EDGES
 from rlhf.tracking.metrics.reductions import Histogram, Max, Mean, Reduction, Std, Sum
-from rlhf.tracking.run_folder.samples import SampleRecord
-from rlhf.types import RolloutInfo, StepReward
+from rlhf.tracking.run_folder.samples import SampleRecord, sample_columns, sample_value
+from rlhf.types import RESULT_COLUMN, RolloutInfo, StepReward
 
 T = TypeVar("T")
 
@@ -144,7 +145,11 @@ def group_samples(
         taken = infos if left is None else infos[:left]
         left = None if left is None else left - len(taken)
         records = []
+        columns = sample_columns(request.prompt.columns)
         for sample, info in enumerate(taken):
+            values = {f"columns.{name}": value for name, value in columns.items()}
+            if info.session is not None and info.session.result is not None:
+                values[RESULT_COLUMN] = sample_value(json.loads(info.session.result))
             sequence = signals.reports.get(info.sequence_id)
             records.append(
                 SampleRecord(
@@ -169,6 +174,9 @@ def group_samples(
                     turns=None if info.environment_reward is None and info.session is None else (),
                     mean_teacher_logprob=signals.teacher_logprobs.get(info.sequence_id),
                     broken=None if info.session is None else info.session.broken,
+                    columns={name: column.value for name, column in columns.items()},
+                    result=values[RESULT_COLUMN].value if RESULT_COLUMN in values else None,
+                    shortened={name: shown.length for name, shown in values.items() if shown.length is not None},
                 )
             )
         ids = tuple(info.sequence_id for info in taken)

@@ -150,16 +150,34 @@ def _change(name: str, before: float, after: float) -> list[str]:
 def _pair(pair: ResponsePair) -> dict[str, Any]:
     rows = ((pair.first_step, pair.first), (pair.last_step, pair.last))
     responses = [_response(step, row) for step, row in rows if row is not None]
-    return {"split": pair.split, "prompt": pair.prompt, "responses": responses}
+    columns = next(_values(row, row.get("columns") or {}, "columns.") for _, row in rows if row is not None)
+    return {"split": pair.split, "prompt": pair.prompt, "columns": columns, "responses": responses}
 
 
-def _response(step: int, row: Mapping[str, Any]) -> dict[str, str | None]:
+def _values(row: Mapping[str, Any], values: Mapping[str, Any], section: str = "") -> list[tuple[str, str]]:
+    """Return values of a row as a name and a text. The name says how much of a shortened value is shown."""
+    lengths = row.get("shortened") or {}
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+    whole = {name: lengths.get(f"{section}{name}") for name in texts}
+    return [
+        (name if whole[name] is None else f"{name} (the first {len(text)} of {whole[name]} characters)", visible(text))
+        for name, text in texts.items()
+    ]
+
+
+def _response(step: int, row: Mapping[str, Any]) -> dict[str, Any]:
     marks = [f"step {step}"]
     marks += [f"score {number(row['score'])}"] if row.get("score") is not None else []
     marks += [f"{row['response_tokens']} tokens"] if row.get("response_tokens") is not None else []
     marks += ["truncated"] if row.get("truncated") else []
     marks += [f"broken: {', '.join(dict.fromkeys(row['broken']))}"] if row.get("broken") else []
-    return {"marks": ", ".join(marks), "text": str(row.get("response", "")), "tokens": _parts(row.get("tokens"))}
+    result = {} if row.get("result") is None else {"result": row["result"]}
+    return {
+        "marks": ", ".join(marks),
+        "text": str(row.get("response", "")),
+        "tokens": _parts(row.get("tokens")),
+        "result": _values(row, result),
+    }
 
 
 def _parts(tokens: Mapping[str, Any] | None) -> str | None:

@@ -16,7 +16,7 @@ from rlhf.preflight.sources import check_rewards, source_of
 from rlhf.rewards.scoring import asks_in_flight
 from rlhf.scoring.scorer import Group, Scorer, Scoring
 from rlhf.tracking import logs
-from rlhf.types import GroupScores, Prompt
+from rlhf.types import RESULT_COLUMN, GroupScores, Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +97,22 @@ def _lines(rows: Sequence[Row], scoring: Scoring) -> list[Line]:
     data = _DataOfRun(scoring)
     lines = [data.line_of(row) for row in rows]
     reward_rows = [Row(file=line.row.file, line=line.row.line, columns=line.columns) for line in lines]
-    check_rewards(scoring.specs, reward_rows, rows[0].file, key=scoring.reward_key)
+    of_sessions = (RESULT_COLUMN,) if all(_has_result(row) for row in rows) else ()
+    check_rewards(scoring.specs, reward_rows, rows[0].file, key=scoring.reward_key, of_sessions=of_sessions)
     return lines
+
+
+def _is_sample(columns: Mapping[str, Any]) -> bool:
+    """Return whether a row is a response that a run or `rlhf eval` has written."""
+    split, number = columns.get("split", columns.get("set")), columns.get("prompt_id")
+    return isinstance(split, str) and isinstance(number, int) and "response_tokens" in columns
+
+
+def _has_result(row: Row) -> bool:
+    """Return whether a row is a sample of an agent with the whole result."""
+    columns = row.columns
+    has_result = _is_sample(columns) and columns.get(RESULT_COLUMN) is not None
+    return has_result and RESULT_COLUMN not in (columns.get("shortened") or {})
 
 
 def _problem(row: Row) -> str | None:
@@ -124,11 +138,10 @@ class _DataOfRun:
     def line_of(self, row: Row) -> Line:
         """Return a row with its columns or, for a sample of a run, with the columns of its data row."""
         present = row.columns
-        split = present.get("split", present.get("set"))
-        number = present.get("prompt_id")
-        if not isinstance(split, str) or not isinstance(number, int) or "response_tokens" not in present:
+        if not _is_sample(present):
             columns = {name: value for name, value in present.items() if name not in _RESERVED}
             return Line(row=row, columns=columns, group=repr((present["prompt"], columns)))
+        split, number = str(present.get("split", present.get("set"))), int(present["prompt_id"])
         data = self._set(split, row)
         if not 0 <= number < len(data):
             name = self.scoring.name
@@ -169,6 +182,9 @@ def _groups(lines: Sequence[Line]) -> list[FileGroup]:
                 rows=tuple(members),
                 responses=tuple(columns["response"] for columns in member_columns),
                 truncated=tuple(columns.get("truncated", False) for columns in member_columns),
+                results=tuple(columns[RESULT_COLUMN] for columns in member_columns)
+                if all(_has_result(lines[place].row) for place in members)
+                else (),
             )
         )
     return groups

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ _MOST_INDEXED = 20_000  # indexed responses, over all files
 _TOKENS = b', "tokens": {"texts": '  # cannot occur within a JSON string, where quotes are escaped
 _SHORT = ("group_id", "prompt_id", "sample", "model", "score", "scores", "advantage", "preferred", "truncated")
 _PREVIEW = 160  # characters of a prompt
+_SEEN = 60  # characters at the beginning of a preview that tell prompts apart
+_COLUMN = 40  # characters of a column behind the preview of a prompt that other groups have too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +29,7 @@ class PromptPreview:
     """The part of a prompt that differs from the other prompts of its file."""
 
     preview: str
+    row: str  # what tells the group's data row from those of other groups with this prompt; empty: nothing does
     hash: str  # of the whole prompt, to compare the prompts of two steps
 
 
@@ -85,6 +89,7 @@ def _version(path: Path) -> str:
 def _read_index(path: Path, version: str) -> SampleIndex:
     spans, rows, bad, begin = [], [], 0, 0
     prompts: dict[str, str] = {}
+    columns: dict[str, dict[str, str]] = {}
     with path.open("rb") as file:
         for line in file:
             row = _short(line)
@@ -92,37 +97,61 @@ def _read_index(path: Path, version: str) -> SampleIndex:
                 bad += 1
             else:
                 prompts.setdefault(row["group"], row.pop("prompt"))
+                columns.setdefault(row["group"], row.pop("columns"))
                 rows.append(row)
                 spans.append((begin, len(line)))
             begin += len(line)
-    previews = _previews(prompts)
+    previews = _previews(prompts, columns)
     return SampleIndex(version=version, spans=tuple(spans), rows=tuple(rows), prompts=previews, bad_lines=bad)
 
 
-def _previews(prompts: Mapping[str, str]) -> dict[str, PromptPreview]:
-    """Remove the common beginning of all prompts, such as a system prompt. Of a single prompt keep the end."""
-    first, last = min(prompts.values(), default=""), max(prompts.values(), default="")
-    differs = next((index for index, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    start = first.rfind(" ", 0, differs) + 1
+def _previews(prompts: Mapping[str, str], columns: Mapping[str, Mapping[str, str]]) -> dict[str, PromptPreview]:
+    """Return for each prompt the part that tells it from the others.
 
-    def preview(prompt: str) -> str:
-        if first == last:
-            return prompt[-_PREVIEW:]
-        return ("…" if start else "") + prompt[start : start + _PREVIEW]
+    That is what follows the beginning of all prompts, such as a system prompt. Prompts that still begin with the same
+    words are shown from the word in which they differ, and groups with equal prompts by the columns of their rows.
+    """
+    texts = sorted(set(prompts.values()))
+    start = _differing_word(texts[0], texts[-1]) if len(texts) > 1 else 0
+    starts = dict.fromkeys(texts, start)
+    for one, other in pairwise(texts):
+        if one[start : start + _SEEN] == other[start : start + _SEEN]:
+            word = _differing_word(one, other)
+            starts |= {one: max(starts[one], word), other: word}
+    if len(texts) == 1 and len(texts[0]) > _PREVIEW:
+        starts[texts[0]] = texts[0].find(" ", len(texts[0]) - _PREVIEW) + 1  # of a single prompt the end
+    rows: dict[str, list[Mapping[str, str]]] = {}
+    for group, prompt in prompts.items():
+        rows.setdefault(prompt, []).append(columns[group])
+    previews = {}
+    for group, prompt in prompts.items():
+        begin = starts[prompt]
+        shown = ("…" if begin else "") + prompt[begin : begin + _PREVIEW]
+        digest = sha256(prompt.encode("utf-8", "replace")).hexdigest()[:16]
+        row = _differing_columns(columns[group], rows[prompt])
+        previews[group] = PromptPreview(preview=shown, row=row, hash=digest)
+    return previews
 
-    return {
-        group: PromptPreview(preview=preview(prompt), hash=sha256(prompt.encode("utf-8", "replace")).hexdigest()[:16])
-        for group, prompt in prompts.items()
-    }
+
+def _differing_word(one: str, other: str) -> int:
+    """Return the place of the word in which two texts begin to differ."""
+    differs = next((index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
+    return one.rfind(" ", 0, differs) + 1
+
+
+def _differing_columns(columns: Mapping[str, str], rows: Sequence[Mapping[str, str]]) -> str:
+    """Return the columns that are not equal in all rows. Empty: a single row, or equal ones."""
+    names = [name for name, value in columns.items() if any(row.get(name) != value for row in rows)]
+    return ", ".join(f"{name}: {columns[name]}" for name in names)
 
 
 def _short(line: bytes) -> dict[str, Any] | None:
     """Return a line without its text. None: the line is truncated, or is no response."""
-    head, separator, _ = line.partition(_TOKENS)
+    head, separator, _ = line.rpartition(_TOKENS)
     if not line.endswith(b"\n"):
         return None
     try:
-        row = json.loads(head + b"}" if separator else head)
+        row = json.loads(head + b"}" if separator else line)
     except (ValueError, RecursionError):  # a line nested too deep is not a run's response
         return None
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
@@ -131,4 +160,6 @@ def _short(line: bytes) -> dict[str, Any] | None:
     split = str(row.get("split", row.get("set", "")))
     group = f"{split}:{row.get('group_id', row.get('prompt_id', ''))}"
     tokens = row.get("response_tokens")
-    return {**short, "split": split, "group": group, "tokens": tokens, "prompt": row["prompt"]}
+    given = row.get("columns")
+    columns = {name: str(value)[:_COLUMN] for name, value in given.items()} if isinstance(given, dict) else {}
+    return {**short, "split": split, "group": group, "tokens": tokens, "prompt": row["prompt"], "columns": columns}

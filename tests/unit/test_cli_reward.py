@@ -89,6 +89,18 @@ def test_samples_of_a_run_get_the_columns_of_its_data(config: str, tmp_path: Pat
             rlhf.reward(config, write(tmp_path / "r.jsonl", [rows[0] | wrong]))
 
 
+def test_samples_of_an_agent_are_scored_with_its_results(config: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def found(prompt, response, result):\n    return float(result['found'])\n")
+    of_run = {"split": "train", "prompt_id": 1, "group_id": 3, "response_tokens": 2, "prompt": "<b>", "response": "y"}
+    rows = [{**of_run, "columns": {"answer": "x…"}, "shortened": {}, "result": {"found": n}} for n in (1, 0)]
+    rewards = f"rewards={{found: {{function: '{tmp_path}/mine.py:found'}}}}"
+    file = write(tmp_path / "r.jsonl", rows)
+    assert [one.score for one in rlhf.reward(config, file, [rewards]).rows] == [1.0, 0.0]
+    rows[1]["shortened"] = {"result": 9999}
+    with pytest.raises(UserError, match="result"):
+        rlhf.reward(config, write(tmp_path / "r.jsonl", rows), [rewards])
+
+
 def test_samples_get_the_columns_of_their_rows_although_the_run_skipped_others(config: str, tmp_path: Path) -> None:
     rows = [{"prompt": "a", "answer": "xx"}, {"prompt": "b" * 99, "answer": "no"}, {"prompt": "c", "answer": "xxx"}]
     write(tmp_path / "data.jsonl", rows)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
+
+import pytest
 
 from rlhf.controller.learning import Signals
 from rlhf.controller.rollout_report import environment_failures, group_samples, rollout_metrics
 from rlhf.roles import CompletedGroup, ScoredGroup
+from rlhf.tracking.logs import MASK
 from rlhf.tracking.metrics.declarations import is_declared
+from rlhf.tracking.run_folder.samples import samples_path, write_samples
 from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, RolloutInfo, SessionEnd
 
 REQUEST = GroupRequest(
@@ -60,6 +66,25 @@ def test_samples_say_why_prefixes_broke() -> None:
     scored = ScoredGroup(group=group, scores=GroupScores(scores=(1.0, 0.0), by_name={}, errors=()))
     (selection,) = group_samples([scored], Signals(), split="train", most=None)
     assert [record.broken for record in selection.records] == [(), ("edited history", "edited history")]
+
+
+def test_samples_have_the_row_and_the_agents_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MY_API_KEY", "a-long-secret")
+    columns = {"messages": [{"role": "user"}], "secret": "red", "days": [1, float("nan")], "tests": "x" * 5000}
+    request = replace(REQUEST, prompt=replace(REQUEST.prompt, columns=columns))
+    results = ('{"guess": "red", "env": "a-long-secret"}', json.dumps(["y"] * 2000))
+    ended = [replace(one, session=replace(one.session, result=r)) for one, r in zip(INFOS, results, strict=True)]  # type: ignore[type-var]
+    group = CompletedGroup(request=request, rollouts=None, infos=tuple(ended))  # type: ignore[arg-type]
+    scored = ScoredGroup(group=group, scores=GroupScores(scores=(1.0, 0.0), by_name={}, errors=()))
+    (selection,) = group_samples([scored], Signals(), split="train", most=None)
+    path = samples_path(tmp_path, 1)
+    write_samples(path, selection.records)
+    first, second = map(json.loads, path.read_text().splitlines())
+    assert first["columns"] == second["columns"] == {"secret": "red", "days": [1, None], "tests": "x" * 4096}
+    assert first["result"] == {"guess": "red", "env": MASK}
+    assert first["shortened"] == {"columns.tests": 5000}
+    assert second["shortened"] == {"columns.tests": 5000, "result": 10_000}
+    assert second["result"] == json.dumps(["y"] * 2000)[:4096]
 
 
 def test_failures_of_agents_are_counted() -> None:

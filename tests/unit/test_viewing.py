@@ -178,6 +178,31 @@ async def test_previews_leave_out_what_all_prompts_begin_with(client: Client, ru
     assert len({one["hash"] for one in listing["prompts"].values()}) == 2
 
 
+def previews(run: Path, *rows: tuple[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    lines = [
+        {"prompt_id": i, "sample": 0, "prompt": prompt, "response": "", "columns": columns}
+        for i, (prompt, columns) in enumerate(rows)
+    ]
+    samples_path(run, 5).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    prompts = viewing_samples.SampleFiles().index(samples_path(run, 5)).prompts
+    return [(one.preview, one.row) for one in prompts.values()]
+
+
+def test_previews_of_equal_prompts_name_the_columns_that_differ(run: Path) -> None:
+    guess = f"{'<system> You are helpful. ' * 20}Guess a colour: red, blue or green."
+    rows = [(guess, {"secret": name, "of": 3}) for name in ("red", "blue")]
+    assert previews(run, *rows) == [
+        (f"…{guess[-159:].partition(' ')[2]}", f"secret: {name}") for name in ("red", "blue")
+    ]
+    assert previews(run, ("short one", {})) == [("short one", "")]
+
+
+def test_previews_of_prompts_of_two_kinds_begin_where_they_differ(run: Path) -> None:
+    story = "Tell a story of at least a hundred words, for children, about "
+    rows = [("Add 2 and 3", {}), (f"{story}a cat", {}), (f"{story}a dog", {}), (f"{story}the sea", {})]
+    assert [text for text, _ in previews(run, *rows)] == ["Add 2 and 3", "…cat", "…dog", "…the sea"]
+
+
 async def test_a_line_that_is_nested_too_deep_is_a_bad_line(client: Client, run: Path) -> None:
     samples_path(run, 5).write_text('{"prompt": "p", "scores": ' + "[" * 200_000 + "]" * 200_000 + "}\n")
     asked = await client(run)

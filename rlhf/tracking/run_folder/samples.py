@@ -1,7 +1,8 @@
 """Responses with their training signals: samples/step_NNNNNN.jsonl, one file a step, whole or absent.
 
 A process with the text (a reward worker) writes a file. The driver removes the later files when it resumes a run. Text
-is written as sampled: this is the user's data and is never redacted or truncated.
+is written as sampled: this is the user's data and is never redacted or truncated. The columns of the data row and an
+agent's result are a view of the data: secrets in them are masked, and long values are shortened.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from rlhf.tracking.logs import redact
 from rlhf.tracking.run_folder.atomic import read_lines, write_lines
 
 if TYPE_CHECKING:
     from rlhf.types import StepReward
 
+MOST_CHARACTERS = 4096  # of a column of the data row, or of an agent's result
+_PROMPT_COLUMNS = ("prompt", "messages", "images")  # shown as the prompt itself
 _TAIL_BYTES = 1 << 20  # searched for the last line, at the end of a samples file
 
 
@@ -93,7 +97,36 @@ class SampleRecord:
     turns: tuple[SampleTurn, ...] | None = None  # of a conversation with an environment
     # of an agent's session: why a call did not continue earlier tokens although it seemed to, for each such call
     broken: tuple[str, ...] | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)  # of the data row, for the rewards
+    result: Any = None  # of an agent's session, for the rewards
+    # length in characters of each value that was shortened to its beginning, by `columns.NAME` or `result`
+    shortened: Mapping[str, int] = field(default_factory=dict)
     tokens: SampleTokens | None = None  # added together with the text
+
+
+@dataclass(frozen=True, slots=True)
+class SampleValue:
+    """A value as samples show it: whole, or the beginning of its text."""
+
+    value: Any
+    length: int | None  # in characters, of a shortened value; None: the value is whole
+
+
+def sample_columns(columns: Mapping[str, Any]) -> dict[str, SampleValue]:
+    """Return the columns of a data row as samples show them, without those of the prompt."""
+    return {name: sample_value(value) for name, value in columns.items() if name not in _PROMPT_COLUMNS}
+
+
+def sample_value(value: Any) -> SampleValue:
+    """Return a value as samples show it."""
+    try:
+        plain = _redacted(json.loads(json.dumps(value, default=str)))
+    except (TypeError, ValueError, RecursionError):  # JSON cannot hold it
+        plain = redact(str(value))
+    text = plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)
+    if len(text) <= MOST_CHARACTERS:
+        return SampleValue(plain, None)
+    return SampleValue(text[:MOST_CHARACTERS], len(text))
 
 
 def samples_path(folder: Path, step: int) -> Path:
@@ -135,6 +168,14 @@ def remove_files_after(folder: Path, step: int) -> list[int]:
     for path in later:
         path.unlink()
     return sorted(set(later.values()))
+
+
+def _redacted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {redact(name): _redacted(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_redacted(item) for item in value]
+    return redact(value) if isinstance(value, str) else value
 
 
 def _finite(value: Any) -> Any:

@@ -39,6 +39,7 @@ function GroupList({ groups, chosen, choose }) {
         onClick=${() => choose(group.key)}
       >
         <span class="preview">${previewOf(group.preview)}</span>
+        ${group.told && html`<span class="preview told">${visible(group.told)}</span>`}
         <span class="sum">
           <${Dots} rows=${group.rows} low=${low} high=${high} />
           <b>${own.length ? number(own.reduce((a, b) => a + b, 0) / own.length) : ""}</b>
@@ -78,6 +79,16 @@ function Turns({ turns }) {
   </div>`;
 }
 
+const written = (value) => visible(typeof value === "string" ? value : JSON.stringify(value, null, 1));
+
+// A value of a data row or of an agent, and how much of it is shown.
+function Value({ name, value, whole }) {
+  return html`<div class="value">
+    <b>${visible(name)}</b>${whole && html` <small>the first ${value.length} of ${whole} characters</small>`}
+    <pre>${written(value)}</pre>
+  </div>`;
+}
+
 function Card({ response, row, colour, scale, focused, dim, hasError, theme }) {
   const root = useRef();
   useEffect(() => {
@@ -114,6 +125,8 @@ function Card({ response, row, colour, scale, focused, dim, hasError, theme }) {
       : response.turns?.length
         ? html`<${Turns} turns=${response.turns} />`
         : html`<div class="text">${visible(response.response ?? "")}</div>`}
+    ${response.result != null &&
+    html`<${Value} name="result of the agent" value=${response.result} whole=${response.shortened?.result} />`}
   </article>`;
 }
 
@@ -220,6 +233,7 @@ export function Samples({ place, go, runs, content, tick, theme, focus, filter, 
   const names = runs.map((run) => [run.name, run.name]);
   const colours = Object.entries(COLOURS).map(([name, { label }]) => [name, label]);
   const look = { colour, scale, filter, theme, labelled: place.compare };
+  const { columns = {}, shortened = {} } = gotA.responses?.[0] ?? {};
   const prompt = gotA.responses?.[0]?.prompt ?? group?.preview ?? "";
   useEffect(() => tip.hide(), [place.step, group?.key]);
   useEffect(() => {
@@ -280,6 +294,10 @@ export function Samples({ place, go, runs, content, tick, theme, focus, filter, 
                 prompt ${group?.promptId ?? ""} <small>${group ? `${group.rows.length} responses, median ${number(median(group.rows.map((row) => row.tokens ?? 0)))} tokens` : ""}</small>
               </summary>
               <pre>${visible(prompt)}</pre>
+              ${Object.entries(columns).map(
+                ([name, value]) =>
+                  html`<${Value} key=${name} name=${name} value=${value} whole=${shortened[`columns.${name}`]} />`,
+              )}
             </details>
             <div class=${place.compare ? "sides two" : "sides"}>
               <${Side} ...${{ ...look, ...gotA, group }} run=${place.run} step=${place.step} tone="--run-a" errors=${errorsA} focus=${focus} />
