@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -20,7 +21,9 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from actors.cluster.actor_locations import ActorLocation, forget, location_of, on_node, own_location, remember
+from actors.cluster.heartbeat import Child
 from actors.cluster.waiting import START_LIMIT, wait_all, wait_one
+from actors.cluster.watch import children_of
 from rlhf.role_table import Role
 from rlhf.room import PAUSE
 from rlhf.stopping import finishes_within
@@ -28,6 +31,7 @@ from rlhf.stopping import finishes_within
 logger = logging.getLogger(__name__)
 ASKED_S = 1.0  # limit for an orderly end by Ray
 GONE_WITHIN_S = 10.0
+LOOK_EVERY_S = 0.05
 
 # Environment of processes that compute on a CPU. Memory freed by a micro-batch or a sync is kept for the next one.
 # Returning it to the kernel and faulting it in again page by page took a fifth of an update's time. glibc reads these
@@ -55,14 +59,30 @@ def _kill(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
     return list(alive)
 
 
-def _is_gone(pid: int) -> bool:
-    """Kill the process of an ended actor on this host. Return whether it is gone."""
-    try:
+def _is_gone(pid: int, children: Sequence[Child]) -> bool:
+    """Kill the process of an ended actor on this host, and its children. Return whether they are gone."""
+    is_gone = True
+    with contextlib.suppress(psutil.NoSuchProcess, IndexError):  # IndexError: a zombie has no command line
         process = psutil.Process(pid)
         is_other = not process.cmdline()[0].startswith("ray::")  # the id has been given to another process
-        return is_other or not _kill([process])
-    except (psutil.NoSuchProcess, IndexError):  # IndexError: a zombie has no command line
-        return True
+        is_gone = is_other or not _kill([process])
+    return kill_children(children) and is_gone
+
+
+def kill_children(children: Sequence[Child]) -> bool:
+    """Kill processes on this host that an ended process has left. Return whether they are gone, with their memory.
+
+    vLLM tells its workers by a pipe that their engine has ended. A worker in a collective never reads the pipe.
+    """
+    ends = time.monotonic() + GONE_WITHIN_S
+    while left := [process for child in children if (process := child.process()) is not None]:
+        if time.monotonic() > ends:
+            return False
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        time.sleep(LOOK_EVERY_S)
+    return True
 
 
 class Processes:
@@ -104,25 +124,26 @@ class Processes:
                     self.here[rank] = psutil.Process(pid)
 
     async def end_one(self, rank: int) -> None:
-        """End what is left of one worker, and wait until its process is gone. A lost node is not waited for."""
+        """End what is left of one worker, and wait until it and its children are gone. Do not wait for a lost node."""
         actor, handle = self.actors.pop(rank, ""), self.handles[rank]
-        was, here = location_of(actor), self.here.get(rank)
+        was, here, children = location_of(actor), self.here.get(rank), children_of(actor)
         forget([actor])
         if not await asyncio.to_thread(finishes_within, GONE_WITHIN_S, partial(ray.kill, handle), "ray.kill"):
             logger.warning("%s: Ray did not end rank %d within %.0f s", self.role, rank, GONE_WITHIN_S)
         if here is not None:
             is_gone = not await asyncio.to_thread(_kill, [here])
+            is_gone = await asyncio.to_thread(kill_children, children) and is_gone
             del self.here[rank]  # not before: `end` kills it if this call is cancelled
         else:
-            is_gone = was is None or await self._is_gone_elsewhere(was)
+            is_gone = was is None or await self._is_gone_elsewhere(was, children)
         if not is_gone:
-            logger.warning("%s: the process of rank %d still exists after it was killed", self.role, rank)
+            logger.warning("%s: the process of rank %d, or a child, still exists after it was killed", self.role, rank)
 
-    async def _is_gone_elsewhere(self, was: ActorLocation) -> bool:
-        """Kill a process on another node. Return whether it is gone; True if its node is lost."""
-        answer = asyncio.wrap_future(on_node(was.node, partial(_is_gone, was.pid)).future())
+    async def _is_gone_elsewhere(self, was: ActorLocation, children: Sequence[Child]) -> bool:
+        """Kill a process on another node, and its children. Return whether they are gone; True if the node is lost."""
+        answer = asyncio.wrap_future(on_node(was.node, partial(_is_gone, was.pid, children)).future())
         try:
-            return await asyncio.wait_for(answer, timeout=ASKED_S + 2 * GONE_WITHIN_S)
+            return await asyncio.wait_for(answer, timeout=ASKED_S + 3 * GONE_WITHIN_S)
         except (RayError, TimeoutError):
             return await asyncio.to_thread(was.node_failure) is not None
 
@@ -142,6 +163,7 @@ class Processes:
                 logger.warning("%s: Ray did not end the actors within %.0f s", self.role, GONE_WITHIN_S)
         finally:
             alive = _kill(list(self.here.values()))
+            kill_children([child for rank in self.here for child in children_of(self.actors.get(rank, ""))])
         if alive:
             logger.warning(
                 "%s: processes %s still exist %.0f s after they were killed",

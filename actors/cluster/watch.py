@@ -24,7 +24,7 @@ import ray
 from ray.exceptions import RayError
 
 from actors.cluster.actor_locations import ActorLocation, location_of, locations, on_node
-from actors.cluster.heartbeat import PING, STACKS, Beat, OomKills, count_oom_kills
+from actors.cluster.heartbeat import PING, STACKS, Beat, Child, OomKills, count_oom_kills
 from rlhf.role_table import Role
 from rlhf.room import PAUSE
 from rlhf.stopping import finishes_within
@@ -50,6 +50,12 @@ class Hang:
 
 _HANGS: dict[str, Hang] = {}  # by actor
 _OOM_KILLS: dict[str, OomKills] = {}  # by actor, at its last answer
+_CHILDREN: dict[str, tuple[Child, ...]] = {}  # by actor, at its last answer
+
+
+def children_of(actor: str) -> tuple[Child, ...]:
+    """Return the processes that an actor's process had started at its last heartbeat."""
+    return _CHILDREN.get(actor, ())
 
 
 def hang_of(actor: str | None) -> Hang | None:
@@ -112,6 +118,7 @@ async def _ping_until_dead(actor: str, place: ActorLocation, timeout_s: float) -
         finally:
             ping.cancel()
         has_answered = True
+        _CHILDREN[actor] = beat.children
         if beat.oom_kills is not None:
             _OOM_KILLS[actor] = beat.oom_kills
         PAUSE.hear(actor, (replace(shortage, path=f"{place.who}: {shortage.path}") for shortage in beat.shortages))

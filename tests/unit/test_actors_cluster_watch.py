@@ -21,7 +21,7 @@ from ray.exceptions import RayActorError
 
 from actors.cluster import actor_locations, waiting, watch
 from actors.cluster.actor_locations import ActorLocation
-from actors.cluster.heartbeat import Beat, OomKills, own_oom_kills
+from actors.cluster.heartbeat import Beat, Child, OomKills, own_oom_kills
 from actors.cluster.waiting import explain
 from actors.cluster.watch import hang_of, stack_at, watching
 from rlhf.errors import WorkerLost
@@ -108,7 +108,8 @@ def test_a_worker_that_waits_for_room_pauses_the_run(
 
 
 def test_a_beat_tells_for_what_the_process_waits() -> None:
-    beat = Beat(oom_kills=OomKills(path="p", count=1), shortages=(Shortage(path="/run/a", reason="full", free=1),))
+    shortage, child = Shortage(path="/run/a", reason="full", free=1), Child(pid=7, began=1764472292.37)
+    beat = Beat(oom_kills=OomKills(path="p", count=1), children=(child,), shortages=(shortage,))
     assert Beat.of(json.dumps(asdict(beat)).encode()) == beat
 
 
