@@ -83,6 +83,19 @@ def test_null_sets_null_or_takes_back_what_the_base_gives(folder: Path) -> None:
     assert run.policy.dtype == type(run.policy).model_fields["dtype"].default
 
 
+@pytest.mark.parametrize(
+    ("name", "inherited"),
+    [("until_answer", {"args": {"a": 1}}), ("calculator", {})],  # the default, and another kind
+)
+def test_null_restores_the_default_name_of_a_section(folder: Path, name: str, inherited: dict[str, object]) -> None:
+    environment = f"{{name: {name}, args: {{a: 1}}, max_turns: 3, max_tokens: 99}}"
+    write(folder, f"base: base.yaml\nrollouts: {{environment: {environment}}}\n", "turns.yaml")
+    above = "rollouts: {environment: {name: null, max_turns: null, max_tokens: 64}}\n"
+    tree = read_tree(write(folder, f"base: turns.yaml\n{above}"))
+    assert tree.values["rollouts"]["environment"] == {"max_tokens": 64, **inherited}
+    assert "got null" not in error(write(folder, "base: base.yaml\nalgorithm: {name: null}\n"))
+
+
 def test_another_algorithm_inherits_no_key_of_the_base_s(folder: Path) -> None:
     run = config(folder, "algorithm: {name: dr_grpo}\n")
     assert run.algorithm.model_dump(exclude_unset=True) == {"name": "dr_grpo"}

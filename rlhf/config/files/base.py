@@ -17,6 +17,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from pydantic.fields import FieldInfo
+
 from rlhf.config.files.recipes import RECIPES
 from rlhf.config.files.yaml_tree import Key, Tree, copy, kind, read_file
 from rlhf.config.mistakes.schema_keys import descend
@@ -115,9 +117,12 @@ def _merge(below: dict[str, Any], above: dict[str, Any], at: Key, places: dict[K
         if isinstance(under, dict) and isinstance(value, dict) and not _selects_another(key, under, value):
             merged[name] = _merge(under, value, key, places)
             continue
+        if isinstance(under, dict) and isinstance(value, dict):  # of another kind: nothing of the base remains
+            dropped = [part for part, inner in value.items() if inner is None and _drops(under, (*key, part))]
+            value = {part: inner for part, inner in value.items() if part not in dropped}
         for replaced in [other for other in places if other[: len(key)] == key]:
             del places[replaced]
-        if value is None and name in merged and not _takes_null(key):
+        if value is None and _drops(merged, key):
             del merged[name]
         else:
             merged[name] = copy(value)
@@ -138,12 +143,27 @@ def _selects_another(key: Key, below: dict[str, Any], above: dict[str, Any]) -> 
         selectors = ("task",)
     else:
         return False
-    return any(name in above and above[name] != below.get(name) for name in selectors)
+    return any(name in above and _value(above[name], below, (*key, name)) != below.get(name) for name in selectors)
 
 
-def _takes_null(key: Key) -> bool:
-    """Return whether null is a value of the key. If it is not, null takes back what the base gives."""
+def _value(written: Any, below: dict[str, Any], key: Key) -> Any:
+    """Return the value that a key gets, which is the default if null drops the value of the base."""
+    if written is not None or not _drops(below, key):
+        return written
+    _, field = _field(key)
+    return below[key[-1]] if field is None or field.is_required() else field.get_default(call_default_factory=True)
+
+
+def _drops(below: dict[str, Any], key: Key) -> bool:
+    """Return whether null at the key drops a value of the base. A key that may be null is set to null instead."""
+    nodes, _ = _field(key)
+    return key[-1] in below and NoneType not in nodes
+
+
+def _field(key: Key) -> tuple[list[Any], FieldInfo | None]:
+    """Return the types of a key, and its field."""
     nodes: list[Any] = [Config]
+    field = None
     for part in key[2:] if key[0] == "stages" else key:
-        nodes, _ = descend(nodes, part)
-    return NoneType in nodes
+        nodes, field = descend(nodes, part)
+    return nodes, field
