@@ -358,7 +358,7 @@ def test_a_quickstart_by_a_call(
     shown: list[Path] = []
     launched = []
     launch_with(lambda loaded, *, resume, quiet, **_: launched.append((loaded.name, resume, quiet)))
-    monkeypatch.setattr("rlhf.commands.quickstart.show_improvement", shown.append)
+    monkeypatch.setattr("rlhf.commands.quickstart.show_improvement", lambda folder, is_recipe: shown.append(folder))
     assert rlhf.quickstart("grpo", ["run.name=mine"], quiet=True) == Path("runs/mine")
     assert launched == [("mine", True, True)]
     assert shown == [Path("runs/mine/grpo")]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.commands.quickstart import show_improvement
+import rlhf.commands.quickstart as quickstart_command
+from rlhf.commands.quickstart import quickstart, show_improvement
 from rlhf.errors import RunError
 
 
@@ -35,7 +36,7 @@ def write(folder: Path, scores: list[float]) -> None:
 
 def test_a_run_that_learnt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, [0.4, 0.3, 0.9])
-    show_improvement(tmp_path)
+    show_improvement(tmp_path, is_recipe=True)
     out = capsys.readouterr().out
     assert "8+3=" in out
     assert "[b]9,10 [0" in out
@@ -56,4 +57,25 @@ def test_a_run_that_learnt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_a_run_that_did_not_get_there(tmp_path: Path, scores: list[float], message: str) -> None:
     write(tmp_path, scores)
     with pytest.raises(RunError, match=message):
-        show_improvement(tmp_path)
+        show_improvement(tmp_path, is_recipe=True)
+    show_improvement(tmp_path, is_recipe=False)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_recipe"),
+    [
+        ([], True),
+        (["run.name=mine", "run.dir=elsewhere", "cluster.object_store_gib=0.5", "stages.sft.train.steps=780"], True),
+        (["stages.sft.train.steps=40"], False),
+        (["stages.ppo.train.lr=1e-3"], False),
+        (["policy.dtype=bfloat16"], False),
+    ],
+)
+def test_only_the_whole_recipe_has_an_expected_accuracy(
+    monkeypatch: pytest.MonkeyPatch, overrides: list[str], is_recipe: bool
+) -> None:
+    judged: list[bool] = []
+    monkeypatch.setattr(quickstart_command, "train", lambda *_, **__: None)
+    monkeypatch.setattr(quickstart_command, "show_improvement", lambda _, is_recipe: judged.append(is_recipe))
+    quickstart("ppo", overrides)
+    assert judged == [is_recipe]
