@@ -531,6 +531,10 @@ RELATIONS = {
         "rewards.taste.judge.prompt: must hold {response}",
     ),
     "secrets stay out": (["rewards.correct.args.api_key=x"], "rewards.correct.args.api_key: looks like a secret"),
+    "secrets stay out of trackers": (
+        ["tracking.trackers={shop: {headers: [{X-Api-Key: x}]}}"],
+        "tracking.trackers.shop.headers.X-Api-Key: looks like a secret",
+    ),
     "secrets stay out of nested arguments": (
         ["rewards.correct.args={ask: [{headers: {X-Api-Key: x}}]}"],
         "rewards.correct.args.ask.headers.X-Api-Key: looks like a secret",

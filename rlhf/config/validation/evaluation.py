@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from rlhf.config.mistakes.explain import Problem
 from rlhf.config.schema.evaluate import EvaluateConfig, EvaluationStage
-from rlhf.config.validation.rewards import limit_problems, reward_problems
+from rlhf.config.validation.rewards import limit_problems, reward_problems, secret_problems
 from rlhf.config.validation.rollouts import late_sessions
 from rlhf.config.validation.run import cluster_problems
 from rlhf.config.validation.unused_keys import unused
@@ -25,6 +25,7 @@ def evaluation_problems(stage: EvaluationStage) -> tuple[Problem, ...]:
             at=("evaluate",),
         ),
         *limit_problems(stage.evaluate.rewards, stage.evaluate.reward_policy, at=("evaluate",)),
+        *secret_problems(stage.tracking.trackers, ("tracking", "trackers")),
         *_problems(stage.evaluate),
         *(late_sessions(agent, stage.cluster, "evaluate.agent") if agent is not None else ()),
         *cluster_problems(stage.cluster, stage.needs, with_reward_model=stage.uses_reward_model),

@@ -87,15 +87,15 @@ def reward_problems(
         judge = {} if reward.judge is None else dict(reward.judge.request)
         if agent is None and reward.judge is not None and "response" not in placeholders(reward.judge.prompt):
             yield Problem(key=(*at, "rewards", name, "judge", "prompt"), text="must hold {response}")
-        yield from _secrets(reward.args, (*at, "rewards", name, "args"))
-        yield from _secrets(judge, (*at, "rewards", name, "judge", "request"))
+        yield from secret_problems(reward.args, (*at, "rewards", name, "args"))
+        yield from secret_problems(judge, (*at, "rewards", name, "judge", "request"))
     if environment is not None:
         section = (*(at or ("rollouts",)), "environment")
-        yield from _secrets(environment.args, (*section, "args"))
+        yield from secret_problems(environment.args, (*section, "args"))
         yield from _secrets_of_servers(environment.tools, (*section, "tools"))
     if agent is not None:
         section = (*(at or ("rollouts",)), "agent")
-        yield from _secrets(agent.command or (), (*section, "command"))
+        yield from secret_problems(agent.command or (), (*section, "command"))
         yield from _secrets_of_servers(agent.tools, (*section, "tools"))
         for name, reward in rewards.items():
             if reward.role == "reward":
@@ -108,11 +108,11 @@ def _secrets_of_servers(tools: ToolsConfig | None, key: Key) -> Iterator[Problem
     for place, server in enumerate(() if tools is None else tools.mcp):
         for name, values in (("env", server.env), ("headers", server.headers)):
             written = {header: value for header, value in values.items() if not VARIABLE.search(value)}
-            yield from _secrets(written, (*key, "mcp", str(place), name))
-        yield from _secrets(server.command or (), (*key, "mcp", str(place), "command"))
+            yield from secret_problems(written, (*key, "mcp", str(place), name))
+        yield from secret_problems(server.command or (), (*key, "mcp", str(place), "command"))
 
 
-def _secrets(value: Any, key: Key, *, is_secret: bool = False) -> Iterator[Problem]:
+def secret_problems(value: Any, key: Key, *, is_secret: bool = False) -> Iterator[Problem]:
     """Yield nested values that look like secrets, because the run folder and W&B show the configuration.
 
     Args:
@@ -121,10 +121,10 @@ def _secrets(value: Any, key: Key, *, is_secret: bool = False) -> Iterator[Probl
     is_secret = is_secret or is_secret_name(key[-1])
     if isinstance(value, Mapping):
         for name, inner in value.items():
-            yield from _secrets(inner, (*key, str(name)), is_secret=is_secret)
+            yield from secret_problems(inner, (*key, str(name)), is_secret=is_secret)
     elif isinstance(value, list | tuple):
         for inner in value:
-            yield from _secrets(inner, key, is_secret=is_secret)
+            yield from secret_problems(inner, key, is_secret=is_secret)
     elif not isinstance(value, bool) and value and (is_secret or redact(str(value)) != str(value)):
         text = "looks like a secret, and the config is written to the run folder: read it from the environment"
         yield Problem(key=key, text=text)

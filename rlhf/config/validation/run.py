@@ -20,7 +20,13 @@ from rlhf.config.schema.root import Config
 from rlhf.config.validation.adapters import adapter_problems
 from rlhf.config.validation.asynchrony import asynchrony_problems
 from rlhf.config.validation.engine_args import draft_problems, engine_argument_problems
-from rlhf.config.validation.rewards import credit_problems, limit_problems, normalization_problems, reward_problems
+from rlhf.config.validation.rewards import (
+    credit_problems,
+    limit_problems,
+    normalization_problems,
+    reward_problems,
+    secret_problems,
+)
 from rlhf.config.validation.rollouts import (
     agent_problems,
     group_problems,
@@ -44,6 +50,7 @@ def problems(config: Config) -> tuple[Problem, ...]:
         *_revisions(config),
         *adapter_problems(config),
         *_cluster(config),
+        *secret_problems(config.tracking.trackers, ("tracking", "trackers")),
         *normalization_problems(config),
         *credit_problems(config),
     ]
