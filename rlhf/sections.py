@@ -38,10 +38,11 @@ class OnlyWith:
     Example: `lr_cycles: Annotated[int, OnlyWith("lr_schedule", "cosine_with_restarts")]`
     """
 
-    def __init__(self, other: str, *values: object, because: str = "") -> None:
+    def __init__(self, other: str, *values: object, because: str = "", gives_value: bool = False) -> None:
         self.other = other
         self.values = values
         self.because = because  # explains the rule if it is not obvious
+        self.gives_value = gives_value  # `other` then names what gives the value of the marked key
 
     def allows(self, value: object) -> bool:
         """Return whether the marked key has an effect if the other key has this value."""

@@ -98,7 +98,7 @@ train: {steps: 10, lr: 1e-6, sequences_per_update: 16}
             "teacher: has no effect here: algorithm sft has no teacher; remove it, or use dist",
         ),
         (
-            ["algorithm={name: sft}", "teacher=null", "cluster.roles.teacher.workers=1"],
+            ["algorithm={name: sft}", "teacher=null", "cluster.roles.teacher.workers=2"],
             "cluster.roles.teacher: has no effect here: this run starts no teacher role; remove it, or use distill",
         ),
         (

@@ -51,7 +51,7 @@ WHOLE = "algorithm.divergence=forward_kl"
         (["data.curriculum={}"], "data.curriculum: has no effect here: there are no rewards"),
         (["reference.model=a/b"], "reference: has no effect here: algorithm on_policy_distillation has no reference"),
         (
-            ["cluster.roles.reference.workers=1"],
+            ["cluster.roles.reference.workers=2"],
             "cluster.roles.reference: has no effect here: this run starts no reference role",
         ),
         (

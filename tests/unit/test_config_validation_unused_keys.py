@@ -11,18 +11,19 @@ from tests.unit.test_config_validation_run import CUDA, GRPO, LORA, ONLINE, PAIR
 
 INERT = {
     "critic.model=a/b": ([GRPO], "algorithm grpo has no critic"),
-    "cluster.roles.critic.workers=1": ([GRPO], "this run starts no critic role; remove it, or use ppo"),
-    "cluster.roles.reference.workers=1": (["algorithm.kl={coef: 0}"], "set algorithm.kl.coef above 0"),
+    "cluster.roles.critic.workers=2": ([GRPO], "this run starts no critic role; remove it, or use ppo"),
+    "cluster.roles.reference.workers=2": (["algorithm.kl={coef: 0}"], "set algorithm.kl.coef above 0"),
     "reference.model=a/b": (["algorithm.kl={coef: 0}"], "algorithm.kl.coef is 0"),
     "reference={model: some/model}": ([LORA], "the policy with its LoRA adapter disabled is the same model"),
     "cluster.roles.reference.cpus=2": ([LORA], "the policy with its adapter off is the reference"),
     "policy.lora.rank=8": ([LORA, "policy.adapter=a"], "policy.adapter names an adapter, which has its own"),
+    "policy.lora.rank=16": ([LORA, "policy.adapter=a"], "policy.adapter names an adapter, which has its own"),
     "policy.lora.dora=true": ([LORA, "policy.adapter=a"], "policy.adapter names an adapter, which has its own"),
     "critic.lora.init=pissa": (
         ["critic={model: a/b, lora: {}, adapter: c}"],
         "critic.adapter names an adapter, which has its own",
     ),
-    "cluster.roles.reference.cpus=1": ([LORA, "policy.adapter=a"], "this run starts no reference role"),
+    "cluster.roles.reference.cpus=3": ([LORA, "policy.adapter=a"], "this run starts no reference role"),
     "reward.model=a/b": ([], "no reward uses it"),
     "algorithm.reference_every=10": (PAIRS, "before a new reference is read"),
     "algorithm.reference_every=11": ([], "before a new reference is read"),
@@ -148,6 +149,11 @@ INERT = {
     "data.max_sequence_tokens=100": ([], "algorithm ppo samples its training data"),
     "data.max_unusable_fraction=0.1": ([], "algorithm ppo skips only prompts that are too long"),
     "data.train={one: {source: a.jsonl, weight: 2}}": ([], "there is no other set to mix it with"),
+    "cluster.roles.critic.cpus=1": ([], "it uses what policy reserves"),
+    "cluster.object_store_gib=1": (
+        ["cluster.address=auto"],
+        "cluster.address is auto: its size is that of `ray start --object-store-memory`",
+    ),
     "cluster.roles.critic.cpus=2": ([], "it uses what policy reserves"),
     "cluster.roles.reward.cpus=2": ([], "it uses what rollout reserves"),
     "cluster.roles.reward.node_labels={pool: a}": ([], "it uses what rollout reserves"),
@@ -202,6 +208,9 @@ def test_supervised_runs_take_no_keys_of_rollouts(
     [
         ["reference=null", "critic=null", "data.system_prompt=null"],  # says that there is none, and there is none
         ["cluster.roles.rollout.tensor_parallel=1"],
+        # defaults, which are what the run does
+        ["rollouts.weight_updates=between_batches", "rollouts.kv_after_update=recompute", "train.lr_cycles=2"],
+        [GRPO, "cluster.roles.critic={workers: 1, cpus: 1}", "algorithm.kl.estimator=k3", "train.min_lr_ratio=0"],
         [LORA, "reference.model=another/model", "cluster.roles.reference.workers=1"],
         [LORA, "policy.adapter=a", "reference.model=some/model"],  # without the adapter
         ["policy.lora={quantize: nf4}", "reference.model=some/model"],  # in full precision

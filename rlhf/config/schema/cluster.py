@@ -8,8 +8,10 @@ from pydantic import Field, JsonValue
 
 from rlhf.sections import OnlyIn, OnlyWith, Section
 
-OF_THE_HOST = OnlyWith("colocate_with", None, because="it uses what {value} reserves")
-OF_A_LOCAL_RAY = OnlyWith("address", None, because="its size is that of `ray start --object-store-memory`")
+OF_THE_HOST = OnlyWith("colocate_with", None, because="it uses what {value} reserves", gives_value=True)
+OF_A_LOCAL_RAY = OnlyWith(
+    "address", None, because="its size is that of `ray start --object-store-memory`", gives_value=True
+)
 Transport = Literal["shm", "gloo", "nccl", "ipc"]
 Threads = Annotated[int, Field(ge=1, le=1024)] | Literal["auto"]
 

@@ -2,6 +2,9 @@
 
 A key is listed if and only if the run would be the same for any value of it. Most rules are marks beside the field
 (rlhf.sections). This module says which parts a run lacks, and holds the rules that need several sections.
+
+A written default is taken, because the run does the same without the key. It is refused only if something else gives
+the value: an adapter that is loaded has a rank of its own.
 """
 
 from __future__ import annotations
@@ -37,21 +40,25 @@ class Inert:
     key: Key
     why: str  # the rule and the values behind it
     fix: str  # the change to make if the key was meant
+    is_given: bool = False  # something else gives the value, so that the default may differ from it
 
 
 def unused(stage: Config | EvaluationStage) -> Iterator[Problem]:
     """Yield written keys without effect, each once."""
     named: set[Key] = set()
+    listed: set[Key] = set()
     for inert in inert_keys(stage):
-        if is_written(stage, inert.key) and not any(inert.key[: len(key)] == key for key in named):
+        sections = {inert.key[:length] for length in range(len(inert.key))}
+        if _is_meant(stage, inert) and inert.key not in named and not listed & sections:
             named.add(inert.key)
             yield Problem(key=inert.key, text=f"has no effect here: {inert.why}; remove it, or {inert.fix}")
+        listed.add(inert.key)
 
 
-def is_written(config: Section, key: Key) -> bool:
-    """Return whether the user gave the key. A default null or empty mapping does not count."""
+def _is_meant(config: Section, inert: Inert) -> bool:
+    """Return whether the user gave the key a value that may differ from what the run does."""
     node: object = config
-    for part in key:
+    for part in inert.key:
         if isinstance(node, dict) and part in node:
             node = node[part]
             continue
@@ -59,7 +66,8 @@ def is_written(config: Section, key: Key) -> bool:
             return False
         field = type(node).model_fields[part]
         node = getattr(node, part)
-    return not ((node is None or node == {}) and node == field.get_default(call_default_factory=True))
+    is_default = node == field.get_default(call_default_factory=True)
+    return not is_default or (inert.is_given and node is not None and node != {})
 
 
 def inert_keys(stage: Config | EvaluationStage) -> Iterator[Inert]:
@@ -101,7 +109,8 @@ def _marked(section: Section, missing: Missing, at: Key = ()) -> Iterator[Inert]
                 because = f": {mark.because.format(value=value_text)}" if mark.because else ""
                 values = "another value" if isinstance(mark, NotWith) else choice([_plain(v) for v in mark.values])
                 fix = f"set {other} to {values}" if given is not None or mark.values != (None,) else f"set {other}"
-                yield Inert(key=key, why=f"{other} is {value_text}{because}", fix=fix)
+                why = f"{other} is {value_text}{because}"
+                yield Inert(key=key, why=why, fix=fix, is_given=mark.gives_value)
         children = {(*key, part): child for part, child in value.items()} if isinstance(value, dict) else {key: value}
         for below, child in children.items():
             if isinstance(child, Section):
@@ -274,12 +283,11 @@ def _of_adapters(config: Config) -> Iterator[Inert]:
     for role in TRAINED_ROLES:
         section = getattr(config, role)
         if section is not None and section.adapter is not None:
+            why = f"{role}.adapter names an adapter, which has its own"
+            fix = f"set {role}.adapter to null to train a new one"
             keys = "rank alpha target_modules target_parameters layers modules_to_save rslora dora init"
-            yield from _all(
-                " ".join(f"{role}.lora.{key}" for key in keys.split()),
-                f"{role}.adapter names an adapter, which has its own",
-                f"set {role}.adapter to null to train a new one",
-            )
+            for key in keys.split():
+                yield Inert(key=(role, "lora", key), why=why, fix=fix, is_given=True)
 
 
 def _of_reference(config: Config, algorithm: FollowedReferenceConfig) -> Iterator[Inert]:
