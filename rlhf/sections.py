@@ -5,24 +5,13 @@ Sections hold values and open no files. rlhf.config.validation.unused_keys reads
 
 from __future__ import annotations
 
-from typing import Any
-
 from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
     """Sections are frozen and keyword-only, and refuse unknown keys. The string under a field is its documentation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        """Document a redefined field without a docstring as in the base class."""
-        super().__pydantic_init_subclass__(**kwargs)
-        bases = [base for base in cls.__mro__[1:] if issubclass(base, Section)]
-        for name, field in cls.model_fields.items():
-            redefined = (base.model_fields[name].description for base in bases if name in base.model_fields)
-            field.description = field.description or next(redefined, None)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class OnlyIn:

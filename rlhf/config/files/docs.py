@@ -5,10 +5,14 @@ The prose is in docs.md. The text of the keys comes from the docstrings of the s
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import get_args, get_origin
 
@@ -28,6 +32,7 @@ TEXT = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")  # with {pl
 def configuration_page() -> str:
     """Return the whole page as Markdown."""
     page = _Page()
+    _document(EvaluationStage)
     keys = {
         "Config": page.sections(Config),
         "MergeFile": page.sections(MergeFile),
@@ -48,6 +53,7 @@ class _Page:
 
     def sections(self, root: type[Section]) -> str:
         """Return every section of a file."""
+        _document(root)
         return "".join(self.keys(name, field) for name, field in root.model_fields.items())
 
     def keys(self, path: str, field: FieldInfo, owner: str = "") -> str:
@@ -60,6 +66,7 @@ class _Page:
         return "".join(self._section(at, section, field, _name(section, at) or owner) for at, section in new)
 
     def _section(self, path: str, section: type[Section], field: FieldInfo, owner: str) -> str:
+        _document(section)
         text = f"\n### {self.titles[section]}\n\n{_line(section.__doc__ or '')}"
         text += f" {_line(field.description or '')}\n\n" if field.default is None else "\n\n"
         text += "| key | values | default | meaning |\n|---|---|---|---|\n"
@@ -73,6 +80,24 @@ class _Page:
     def _meaning(self, field: FieldInfo) -> str:
         links = [f"[{self.titles[section]}](#{slug(self.titles[section])})" for _, section in _sections("", field)]
         return _cell(field.description or "") + (f" Keys: {', '.join(links)}." if links else "")
+
+
+def _document(section: type[Section]) -> None:
+    """Describe each field by the string under it, in the class or else in its bases.
+
+    pydantic's option for it would read all files of the schema again at the start of every command.
+    """
+    texts: dict[str, str] = {}
+    for base in reversed(section.__mro__):
+        if issubclass(base, Section):
+            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+            assert isinstance(tree, ast.ClassDef)
+            for pair in pairwise(tree.body):
+                match pair:
+                    case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
+                        texts[name] = inspect.cleandoc(text)
+    for name, info in section.model_fields.items():
+        info.description = texts.get(name)
 
 
 def _rank(item: tuple[str, FieldInfo]) -> tuple[bool, bool]:
