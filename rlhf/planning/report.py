@@ -18,7 +18,7 @@ from rlhf.models.support import untested_model
 from rlhf.planning.fitting import places, remedies, this_machine
 from rlhf.planning.footprints import Sizes, checkpoint_sizes, footprints
 from rlhf.planning.lengths import Lengths, parse_lengths
-from rlhf.planning.memory import GIB, Footprint
+from rlhf.planning.memory import GIB, Footprint, snapshot_sizes
 from rlhf.planning.rates import DEFAULT_GPU, Stage, rates
 from rlhf.planning.schedules import schedule_of, schedules
 from rlhf.planning.shapes import find_config
@@ -126,7 +126,10 @@ def _fits(config: Config, sizes: Sizes, processes: Sequence[Footprint], nodes: S
     if local:
         nodes = [this_machine(cpus=placement.total("CPU"))]
     if nodes is None:
-        return ["what fits is shown with --cluster, such as '2*cpu=96,gpu=8,type=h100,mem=1000'"]
+        hint = "what fits is shown with --cluster, such as '2*cpu=96,gpu=8,type=h100,mem=1000'"
+        ranks = {process.role: process.workers for process in processes}
+        total = sum(size * ranks[role] for role, size in snapshot_sizes(processes).items())
+        return [hint, f"snapshots of all ranks: {_gib(total)} GiB of /dev/shm"] if total else [hint]
 
     def here(text: str) -> str:
         return text.replace("host of node 0", "this machine").replace(" of node 0", "") if local else text

@@ -14,9 +14,18 @@ from actors.rollout.vllm_engine import (
     _heads_stand_apart,
     _model_settings,
     _refuse_lost_weights,
+    engine_environment,
 )
 from rlhf.errors import UserError
 from tests.tiny_architectures import tiny_model
+
+
+def test_the_log_level_of_vllm_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = RolloutSpec(model="none", dtype="float32", max_model_len=8, transport="shm")
+    monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)
+    assert engine_environment(spec)["VLLM_LOGGING_LEVEL"] == "ERROR"
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+    assert engine_environment(spec)["VLLM_LOGGING_LEVEL"] == "INFO"
 
 
 def test_windows_of_cohere_are_those_of_the_trainer() -> None:

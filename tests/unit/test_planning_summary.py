@@ -81,6 +81,13 @@ def test_limits_of_restarts_without_effect_are_named(tmp_path: Path, overrides: 
     assert all(f"cluster.restarts.{text}" in line for line, text in zip(lines, found, strict=True))
 
 
+def test_the_snapshots_of_all_ranks_are_summed_if_the_nodes_are_unknown(tmp_path: Path) -> None:
+    grpo = [*ON_GPUS, "policy.model=Qwen/Qwen2.5-0.5B-Instruct", "algorithm={name: grpo}"]
+    total = 494_032_768 * 24 / 2**30  # parameters of 12 bytes, twice
+    assert f"snapshots of all ranks: {total:.2f} GiB of /dev/shm" in plan(tmp_path, *grpo)
+    assert "snapshots of all ranks" not in plan(tmp_path, *grpo, "cluster.restarts.gang=0")
+
+
 def test_epochs_of_data_on_this_machine_are_steps(tmp_path: Path) -> None:
     text = plan(tmp_path, "train.steps=null", "train.epochs=60")
     assert "train.epochs 60 of 9 rows: 9 steps, if no row is left out" in text  # ceil(60 * 9 / 64)
