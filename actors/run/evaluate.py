@@ -40,7 +40,7 @@ from rlhf.evaluation.results import (
 )
 from rlhf.evaluation.voting import AnswerForm, answer_of
 from rlhf.preflight.eval_inputs import Candidate, EvalInputs, inputs_of_stage
-from rlhf.rewards.failure_rule import ends_run
+from rlhf.rewards.failure_rule import ends_run, held_out_rules
 from rlhf.rewards.scoring import describe_errors, rules_of_specs
 from rlhf.roles import CompletedGroup, ScoredGroup
 from rlhf.rollouts.records.texts import Transcript
@@ -198,7 +198,7 @@ async def _answers(
 
 def _results(name: str, judged: Sequence[tuple[ScoredGroup, ResponseTexts]], inputs: EvalInputs) -> list[PromptResult]:
     """Return the results of a set, without prompts whose reward failed. RunError: all failed, or one ends the run."""
-    rules = rules_of_specs(inputs.rewards)
+    rules = held_out_rules(rules_of_specs(inputs.rewards))
     errors = [scored.scores.errors for scored, _ in judged if scored.scores.errors]
     fatal = [failed for failed in errors if ends_run(failed, rules, inputs.reward_policy.on_error)]
     if errors and (fatal or len(errors) == len(judged)):

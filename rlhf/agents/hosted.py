@@ -18,10 +18,12 @@ import random
 import re
 import resource
 import select
+import shlex
 import ssl
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -39,6 +41,7 @@ RESULT_FOLDER = "result"  # the files that an agent leaves there are its result
 TASK_FILE = "task.json"
 MAX_RESULT_BYTES = 64 * 2**10  # of a result as JSON
 MAX_ERROR_BYTES = 500  # of what a failed program wrote last
+MAX_COMMAND_CHARS = 120  # of a command in a message
 MODEL = "model"  # the front answers to any name
 RELAY = str(Path(__file__).with_name("relay.py"))
 SOCKET = "model.sock"  # in the folder of a program in the sandbox
@@ -206,13 +209,16 @@ class HostedCommand:
             process = subprocess.Popen(
                 command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
             )
-            output, errors = _output_of(process)
-        code = process.wait()
-        if code != 0:
+            output, errors, is_late = _output_of(process, within_s=message["timeout_s"])
+        code = 0 if is_late else process.wait()
+        if is_late or code != 0:
             how = f"exited with code {code}" if code > 0 else f"was killed by signal {-code}"
+            how = f"did not end within {message['limit']}" if is_late else how
             lines = errors.decode(errors="replace").split("\n")
             last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
-            raise ProtocolViolation(f"the program {how}; it wrote last: {last}")
+            name = shlex.join(self.command)[:MAX_COMMAND_CHARS]
+            text = f"the command `{name}` {how}; it wrote last to stderr: {last}"
+            raise ProtocolViolation(text, kind="timeout" if is_late else "raised")
         try:
             return {"result": checked_result(result_of_text(output.decode()))}
         except UnicodeDecodeError as error:
@@ -266,11 +272,13 @@ def _refuse_without_sandbox() -> None:
         raise LoadError(f"bubblewrap does not work on this machine: {done.stderr.strip()[-300:]}")
 
 
-def _output_of(process: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
+def _output_of(process: subprocess.Popen[bytes], *, within_s: float) -> tuple[bytes, bytes, bool]:
     """Return the output of a program once it has ended, although its children may keep the pipes open.
 
-    Its errors go to this process's, and their end is returned too.
+    Its errors go to this process's, and their end is returned too. The last value is True for a program that runs
+    longer than `within_s`.
     """
+    until = time.monotonic() + within_s
     assert process.stdout is not None
     assert process.stderr is not None
     output, errors, ended = process.stdout.fileno(), process.stderr.fileno(), pidfd_open(process.pid)
@@ -278,7 +286,10 @@ def _output_of(process: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
     for fd in (output, errors, ended):
         poll.register(fd, select.POLLIN)
     texts = {output: b"", errors: b""}
-    while ready := texts.keys() & {fd for fd, _ in poll.poll()}:
+    while (left := until - time.monotonic()) > 0 and (events := poll.poll(1000 * left)):
+        ready = texts.keys() & {fd for fd, _ in events}
+        if not ready:
+            break  # it has ended, and its pipes are empty
         for fd in ready:
             if not (chunk := os.read(fd, 1 << 16)):
                 poll.unregister(fd)
@@ -288,8 +299,10 @@ def _output_of(process: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
                 texts[fd] = texts[fd][-MAX_ERROR_BYTES:]
         if len(texts[output]) > MAX_RESULT_BYTES:
             raise ProtocolViolation(f"the program wrote more than {MAX_RESULT_BYTES} bytes to its standard output")
+    else:
+        return texts[output], texts[errors], True
     os.close(ended)
-    return texts[output], texts[errors]
+    return texts[output], texts[errors], False
 
 
 def result_of_text(text: str) -> str | Mapping[str, Any]:

@@ -31,6 +31,7 @@ from rlhf.rollouts.environments.tool_servers import ToolServer
 
 MAX_FILES = 100  # and folders
 CONNECT_TIMEOUT_S = 10.0
+COMMAND_REPLY_S = 10.0  # for the process of a command to tell that the command's time is over
 KEY = "rollouts.agent"
 
 
@@ -73,11 +74,13 @@ class HostedRunner:
         key: str,
         servers: Sequence[ToolServer] = (),
     ) -> None:
-        kind = HostedKind(program=program, label="agent", key=key, timeout="timeout_s")
+        self.is_command = "command" in source.args
+        kind = HostedKind(program=program, label="agent", key=key, timeout="timeout_s", names_calls=not self.is_command)
         self.host = EnvironmentHost(
             source, step_timeout_s=timeout_s, memory_gib=limits.memory_gib, servers=servers, kind=kind
         )
         self.limits = limits
+        self.timeout_s, self.limit = timeout_s, f"{key}.timeout_s: {timeout_s:g}"
         self.watch = SessionWatch(limits, key=key)
         self._folder: OwnedFolder | None = None
 
@@ -130,6 +133,9 @@ class HostedRunner:
                 try:
                     return await session.call(
                         "solve",
+                        more_s=COMMAND_REPLY_S if self.is_command else 0.0,
+                        timeout_s=self.timeout_s,
+                        limit=self.limit,
                         task=dict(task.task),
                         address=task.address,
                         api_key=task.api_key,

@@ -22,11 +22,11 @@ from rlhf.agents.runners import KEY, AgentRunner, AgentTask, HostedRunner, Servi
 from rlhf.agents.trees import assemble_sessions
 from rlhf.data.templates import UNCHANGED, ChatTemplate
 from rlhf.extensions import CodeSource
+from rlhf.rewards.failure_rule import AGENT
 from rlhf.rollouts.environments.host import EnvironmentFailure
 from rlhf.rollouts.environments.tool_servers import ToolServer
 from rlhf.types import GroupRequest, Prompt, RewardError, RolloutInfo, Rollouts, Sampling, SessionEnd
 
-AGENT = "agent"  # name of the agent in place of a reward's name in failures
 FUNCTION = "rlhf.agents.hosted:HostedFunction"
 COMMAND = "rlhf.agents.hosted:HostedCommand"
 

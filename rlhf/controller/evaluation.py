@@ -17,7 +17,7 @@ from rlhf.controller.rollout_scorer import RolloutScorer, request_for
 from rlhf.errors import RunError
 from rlhf.evaluation.results import Evaluation, Marking, PromptScores, SetReport, prompt_reports
 from rlhf.evaluation.statistics import mean_estimate
-from rlhf.rewards.failure_rule import ends_run
+from rlhf.rewards.failure_rule import ends_run, held_out_rules
 from rlhf.rewards.scoring import describe_errors
 from rlhf.roles import OnlineTeacherRole, RewardRole, SampleSelection, ScoredGroup
 from rlhf.tracking.metrics.reductions import Last, Mean
@@ -103,7 +103,7 @@ def _sound(groups: Sequence[ScoredGroup], config: Config, scorer: RolloutScorer,
     """Return the groups without failed rewards. Raise RunError if a failure ends the run, or if no group is left."""
     sound = [scored for scored in groups if not scored.scores.errors]
     failures = [scored.scores.errors for scored in groups if scored.scores.errors]
-    rules = error_rules(config.rewards), config.reward_policy.on_error
+    rules = held_out_rules(error_rules(config.rewards)), config.reward_policy.on_error
     fatal = [errors for errors in failures if ends_run(errors, *rules)]
     if fatal or not sound:
         scorer.forget_untrained()

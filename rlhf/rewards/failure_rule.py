@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol
 
+AGENT = "agent"  # the name of an agent in place of a reward's name in failures
 ErrorRule = Literal["fail", "drop"] | float | None  # a number is the score of the response; None uses the run's rule
 
 
@@ -16,6 +17,14 @@ class FailedReward(Protocol):
 
     @property
     def reward(self) -> str: ...
+
+
+def held_out_rules(rules: Mapping[str, ErrorRule]) -> dict[str, ErrorRule]:
+    """Return the rules of an evaluation, which leaves out a prompt on which an agent's session failed.
+
+    A session may be slow or raise on some prompt. That is no reason to end a run before its first step.
+    """
+    return {**rules, AGENT: "drop"}
 
 
 def ends_run(errors: Sequence[FailedReward], rules: Mapping[str, ErrorRule], default: Literal["fail", "drop"]) -> bool:

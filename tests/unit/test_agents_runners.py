@@ -372,18 +372,24 @@ def test_a_command_reaches_the_engine_without_a_proxy(
         (
             ("sh", "-c", "echo first >&2; echo lost my way >&2; exit 3"),
             "raised",
-            "the program exited with code 3; it wrote last: lost my way",
+            "`sh -c 'echo first >&2; echo lost my way >&2; exit 3'` exited with code 3; it wrote last to stderr: lost",
         ),
-        (("sh", "-c", "kill -9 $$"), "raised", "the program was killed by signal 9; it wrote last: nothing"),
+        (("sh", "-c", "kill -9 $$"), "raised", "was killed by signal 9; it wrote last to stderr: nothing"),
         (("yes",), "raised", "wrote more than 65536 bytes to its standard output"),
         (("printf", "\\377"), "raised", "standard output is not UTF-8"),
-        (("sleep", "600"), "timeout", "did not answer within rollouts.agent.timeout_s: 1"),
+        (
+            ("sh", "-c", "echo waiting for a lock >&2; sleep 600"),
+            "timeout",
+            "the command `sh -c 'echo waiting for a lock >&2; sleep 600'` did not end within "
+            "rollouts.agent.timeout_s: 1; it wrote last to stderr: waiting for a lock",
+        ),
     ],
 )
 def test_a_failing_command_is_reported(words: tuple[str, ...], kind: str, message: str) -> None:
     found = failure(command(*words, timeout_s=1.0 if kind == "timeout" else 20.0), task())
     assert found[0] == kind
     assert message in found[1]
+    assert "solve" not in found[1]
 
 
 def test_a_command_ends_although_its_children_keep_its_output_open() -> None:

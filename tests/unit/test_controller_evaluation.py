@@ -54,14 +54,15 @@ class Engines:
 class Rewards:
     """1 for the prompt's answer; `broken`: prompts that it fails on."""
 
-    def __init__(self, broken: Sequence[int] = ()) -> None:
+    def __init__(self, broken: Sequence[int] = (), failing: str = "right") -> None:
         self.broken = broken
+        self.failing = failing
         self.written: list[SampleSelection] = []
 
     async def score(self, group: CompletedGroup) -> GroupScores:
         prompt = group.request.prompt
         if prompt.prompt_id in self.broken:
-            error = RewardError(reward="right", kind="raised", message="no", prompt_id=prompt.prompt_id, sample=0)
+            error = RewardError(reward=self.failing, kind="raised", message="no", prompt_id=prompt.prompt_id, sample=0)
             return GroupScores(scores=(), by_name={}, errors=(error,))
         said = TEXTS[prompt.prompt_id][: len(group.infos)]
         scores = tuple(float(text == prompt.columns["answer"]) for text in said)
@@ -164,6 +165,16 @@ async def test_greedy_answers_are_asked_for_beside_the_sampled_ones(tmp_path: Pa
 async def test_a_reward_that_fails_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"eval heldout, step 3: .*`right` raised"):
         await run(config(tmp_path), tmp_path, Rewards(broken=[1]))
+
+
+async def test_a_session_that_fails_leaves_its_prompt_out_and_is_recorded(tmp_path: Path) -> None:
+    record = await run(config(tmp_path), tmp_path, Rewards(broken=[1], failing="agent"))
+    assert record.found["eval/heldout/pass@2"] == pytest.approx(5 / 6)
+    assert [(error.split, error.prompt_id, error.source) for error in record.errors] == [("heldout", 1, "agent")]
+    told = json.loads(evaluation_path(record.folder.path, 3).read_text())
+    assert told["sets"]["heldout"]["num_failed"] == 1
+    with pytest.raises(RunError, match="eval heldout, step 3"):
+        await run(config(tmp_path), tmp_path / "all", Rewards(broken=[0, 1], failing="agent"))
 
 
 async def test_with_drop_a_prompt_that_a_reward_fails_on_is_left_out(tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ class HostedKind:
     label: str
     key: str  # section of the configuration
     timeout: str  # key of the time limit of a call
+    names_calls: bool = True  # False: messages name a program themselves, which knows no call
 
 
 ENVIRONMENTS = HostedKind(
@@ -351,5 +352,6 @@ class Conversation:
             raise EnvironmentFailure("died", f"in {call}, {how or 'it closed its connection'}") from error
         if "kind" in reply:
             limit = f" ({kind.key}.memory_gib: {self._host.memory_gib:g})" if reply["kind"] == "died" else ""
-            raise EnvironmentFailure(reply["kind"], f"{call}: {reply['message']}{limit}")
+            subject = f"{call}: " if kind.names_calls else ""
+            raise EnvironmentFailure(reply["kind"], f"{subject}{reply['message']}{limit}")
         return reply

@@ -114,7 +114,11 @@ def _parameters(environment: Any, method: str, name: str) -> dict[str, inspect.P
 
 
 class ProtocolViolation(Exception):
-    """Raised if a return value of the user's code violates the protocol."""
+    """Raised if the user's code violates the protocol, such as by a return value."""
+
+    def __init__(self, message: str, *, kind: str = "raised") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 def _reset(environment: Any, seed: int, columns: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,7 +243,7 @@ def _answer(hosted: HostedCode, message: Mapping[str, Any], path: str | None) ->
     try:
         return hosted.answer(**message)
     except ProtocolViolation as error:
-        return {"kind": "raised", "message": str(error)}
+        return {"kind": error.kind, "message": str(error)}
     except ToolServerFailure as error:
         return {"kind": error.kind, "message": str(error)}
     except MemoryError:
