@@ -23,7 +23,7 @@ _NOT_HERE: Mapping[str, str] = {
     "priority": "requests are answered in the order of their arrival",
     "mm_payload": "send images as image_url",
     "vllm_xargs": "they are vLLM's own",
-    "chat_template": "the model has its own",
+    "chat_template": "the server sets it (rlhf serve --chat-template FILE)",
     "watermarking": "the tokens are the model's",
     "mcp_servers": "the server runs no tools",
     "container": "the server runs no tools",
@@ -112,8 +112,9 @@ def refuse_unsupported(body: Mapping[str, Any], known: Collection[str], *, has_t
         choice = choice.get("type")
     if tools and not has_tool_parser and choice != "none":
         why = (
-            "it is not known how this model writes tool calls. Start the server with a tool parser (--tool-parser), or "
-            "give the run a chat template that shows tool calls (data.chat_template)"
+            "it is not known how this model writes tool calls. Start the server with a chat template that shows tool "
+            "calls (--chat-template FILE) or with a tool parser (--tool-parser), or give the run such a template "
+            "(data.chat_template)"
         )
         raise RefusedCall(f"`tools` is not supported here: {why}", param="tools")
 

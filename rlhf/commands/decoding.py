@@ -24,7 +24,6 @@ _OF_RUN = {"data": ("system_prompt", "apply_chat_template", "columns"), "rollout
 _FLAGS = {
     "columns": "--column",
     "stop_token_ids": "--stop-token-id",
-    "apply_chat_template": "--chat-template",
     "template": "--chat-template-kwargs",
 }
 

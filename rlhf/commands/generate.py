@@ -55,7 +55,9 @@ def _present(args: argparse.Namespace) -> None:
     given = options_given(args)
     if args.chat:
         if args.out is not None or given.keys() & {"samples", "columns", "apply_chat_template"}:
-            raise UserError("--out, --samples, --column and --no-chat-template have no effect with --chat; remove them")
+            raise UserError(
+                "--out, --samples, --column and --no-apply-chat-template have no effect with --chat; remove them"
+            )
         _chat(args, decoding_of(args.model, {**given, "apply_chat_template": True}))
         return
     decoding = decoding_of(args.model, given)

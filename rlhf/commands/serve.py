@@ -29,6 +29,7 @@ def serve(
     kv_cache_gib: int | None = None,
     max_length: int | None = None,
     deadline_s: float = 600.0,
+    chat_template: str | None = None,
     tool_parser: str | None = None,
     reasoning_parser: str | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
@@ -49,6 +50,7 @@ def serve(
         max_length (N): the maximum number of tokens in a prompt and its response; the model's, up to 8192, if not
             given.
         deadline_s (S): the maximum time from a request to its answer, in seconds.
+        chat_template (FILE): a Jinja file with another chat template than the model's.
         tool_parser (NAME): vLLM's parser of the model's tool calls; chosen by the model if not given.
         reasoning_parser (NAME): vLLM's parser of the model's reasoning; chosen by the model if not given.
     """
@@ -56,6 +58,7 @@ def serve(
     from actors.serving.offline import load_servable
     from actors.serving.parsers import refuse_unknown
     from rlhf.config.schema.cluster import ClusterConfig
+    from rlhf.data.templates import ChatTemplate, read_template
     from rlhf.serving import refuse_taken, serving_token
     from rlhf.tracking import logs
 
@@ -80,7 +83,9 @@ def serve(
     token = serving_token(host, token_env)
     refuse_taken(host, port)
     refuse_unknown(tool_parser, reasoning_parser)
-    served, tokenizer = load_servable(str(model), trust_remote_code=trust_remote_code)
+    text = None if chat_template is None else read_template(chat_template, key="--chat-template")
+    template = ChatTemplate(text=text)
+    served, tokenizer = load_servable(str(model), trust_remote_code=trust_remote_code, template=template)
     if max_length is not None and served.max_length is not None and max_length > served.max_length:
         raise UserError(
             f"--max-length: is {max_length}, more than the {served.max_length} tokens that {served.name} takes"

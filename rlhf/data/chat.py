@@ -141,8 +141,8 @@ def refuse_unmentioned_tools(tools: Sequence[Message] | None, text: str, tokeniz
     if missing:
         raise UserError(
             f"{place}: the chat template of {tokenizer.name_or_path} does not tell the model of tool `{missing[0]}`. "
-            "Describe the tool, by its name, in the prompt or in data.system_prompt, or use a model whose template "
-            "writes tools."
+            "Name a template that writes tools as data.chat_template, use a model whose template does, or describe the "
+            "tool, by its name, in the prompt or in data.system_prompt."
         )
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from rlhf.data.templates import UNCHANGED, ChatTemplate
+from rlhf.data.templates import UNCHANGED, ChatTemplate, read_template
 from rlhf.errors import UserError
 from rlhf.limits import MAX_TEMPERATURE, MIN_TEMPERATURE
 
@@ -28,6 +28,7 @@ class Decoding:
         seed (N): the seed of sampling and of confidence intervals.
         system_prompt (TEXT): the system prompt in the chat template; an empty one is left out.
         apply_chat_template: write string prompts by the chat template, or pass them to the model unchanged.
+        chat_template (FILE): a Jinja file with another chat template than the model's.
         template (JSON): variables of the chat template, such as '{"enable_thinking": false}'.
         columns (OURS=THEIRS): read our column from the column THEIRS of the data; may be repeated.
     """
@@ -44,10 +45,14 @@ class Decoding:
     seed: int = 0
     system_prompt: str | None = None
     apply_chat_template: bool = True
+    chat_template: str | None = None
     template: ChatTemplate = UNCHANGED
     columns: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.chat_template is not None:
+            text = read_template(self.chat_template, key="chat_template")
+            object.__setattr__(self, "template", replace(self.template, text=text))
         _check("samples", self.samples, "1 to 10000", 1 <= self.samples <= 10_000)
         is_possible = self.temperature == 0.0 or MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE
         rule = f"0 (greedy), or {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}"

@@ -45,7 +45,8 @@ _OPTIONS = (
     (re.compile(r"data\.columns"), "--column"),
     (re.compile(r"data\.chat_template_kwargs"), "--chat-template-kwargs"),
     (re.compile(r"data\.system_prompt"), "--system-prompt"),
-    (re.compile(r"data\.apply_chat_template: false"), "--no-chat-template"),
+    (re.compile(r"data\.apply_chat_template: false"), "--no-apply-chat-template"),
+    (re.compile(r"data\.chat_template\b"), "--chat-template"),
 )
 
 

@@ -109,7 +109,7 @@ def test_eval_of_completions_that_the_model_would_give(
     says_7: Path, tmp_path: Path, ray_local: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_rows(tmp_path / "sums.jsonl", [{"prompt": f"{a}+4=", "completion": "7"} for a in range(5)])
-    words = ["eval", str(says_7), "--data", str(data), "--no-chat-template", "--out", str(tmp_path / "out")]
+    words = ["eval", str(says_7), "--data", str(data), "--no-apply-chat-template", "--out", str(tmp_path / "out")]
     assert main(words) == 0
     assert "perplexity" in capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "eval.json").read_text())["sets"]["sums"]["metrics"]
@@ -165,7 +165,7 @@ def test_a_runs_model_answers_as_its_run_asked_it(
     out, err = capsys.readouterr()
     assert out == "7\n"
     assert "apply_chat_template false" in err
-    assert main(["generate", str(tmp_path / "run"), "--prompt", "3+4=", "--chat-template"]) == 0
+    assert main(["generate", str(tmp_path / "run"), "--prompt", "3+4=", "--apply-chat-template"]) == 0
     assert capsys.readouterr().out == "hi\n"
 
 

@@ -31,6 +31,7 @@ from rlhf.rewards.loading import LoadedReward
 from rlhf.rewards.processes.program import Signature
 from rlhf.rewards.scoring import RewardSpec
 
+HERMES = Path(__file__).parents[2] / "examples/agents/programs/hermes.jinja"
 RIGHT = PassRule(judges={"correct": None}, pass_score=None)
 CONFIG = """\
 run: {name: demo, seed: 7}
@@ -87,14 +88,20 @@ def tools(tmp_path: Path) -> str:
         ("generate MODEL --prompt a --samples 2 --temperature 0", "greedy responses to one prompt are all equal"),
         ("generate MODEL --prompt a --max-new-tokens 0", "max_new_tokens: is 0, expected 1 or more"),
         ("generate MODEL --prompt a --max-new-tokens 9000", "prompt:1: the prompt has 4 tokens, with 9000 new ones"),
-        ("generate MODEL --prompt a --system-prompt b --no-chat-template", "system_prompt: has no effect without"),
+        (
+            "generate MODEL --prompt a --system-prompt b --no-apply-chat-template",
+            "system_prompt: has no effect without",
+        ),
         ("generate MODEL --prompt a --chat-template-kwargs x", "is 'x', expected a JSON object, such as"),
         ('generate MODEL --prompt a --chat-template-kwargs {"x":1}', "--chat-template-kwargs.x: has no effect: "),
         ("generate MODEL --prompt a --stop-token-id 320", "--stop-token-id: 320 is not a token of "),
         ("generate MODEL --prompt a --min-p 2", "min_p: is 2.0, expected 0 to 1"),
         ("generate MODEL --chat --samples 2", "have no effect with --chat"),
         ("generate MODEL --file PROMPTS", "prompts.jsonl:2: column `prompt` is the number 5, expected a string"),
-        ("generate MODEL --file TOOLS --max-new-tokens 9000", "does not tell the model of tool `weather`"),
+        ("generate MODEL --file TOOLS --max-new-tokens 9000", "Name a template that writes tools as --chat-template, "),
+        (f"generate MODEL --file TOOLS --max-new-tokens 9000 --chat-template {HERMES}", "with 9000 new ones"),
+        ("generate MODEL --prompt a --chat-template none.jinja", "chat_template: none.jinja cannot be read"),
+        ("serve MODEL --chat-template none.jinja", "--chat-template: none.jinja cannot be read"),
         (
             "generate MODEL --file LIMITS --max-new-tokens 9000",
             "column `max_new_tokens` is 9001, expected the whole number from 1 to the configured max_new_tokens, 9000,",
@@ -117,7 +124,7 @@ def tools(tmp_path: Path) -> str:
         ("eval MODEL --data PROMPTS", "(without rewards its completions are measured)"),
         ("eval MODEL --data running_totals --k 1", "no reward scores responses; give a reward"),
         (
-            "eval MODEL --data running_totals:4 --no-chat-template --reward last_number --k 2",
+            "eval MODEL --data running_totals:4 --no-apply-chat-template --reward last_number --k 2",
             "--k: is 2, expected 1 to",
         ),
         ("eval MODEL --data running_totals --k x", "argument --k: takes whole numbers, such as 1,8, got 'x'"),

@@ -139,12 +139,12 @@ def test_a_prompt_over_the_limit_is_named_with_its_length(tokenizer: Any) -> Non
         (
             {"messages": [USER], "tools": [TOOL]},
             {},
-            "does not tell the model of tool `weather`. Describe the tool, by its name, in the",
+            "does not tell the model of tool `weather`. Name a template that writes tools as data.chat_template",
         ),
         (
             {"prompt": "a", "tools": [TOOL]},
             {},
-            "does not tell the model of tool `weather`. Describe the tool, by its name, in the",
+            "does not tell the model of tool `weather`. Name a template that writes tools as data.chat_template",
         ),
         ({"prompt": "a", "tools": "x"}, {}, "column `tools` is 'x', expected a list of objects"),
         ({"messages": [USER, ASSISTANT]}, {}, "ends with the assistant's turn"),
