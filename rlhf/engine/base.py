@@ -45,12 +45,14 @@ class OptimizerSettings:
 class ScheduleSettings:
     """Learning rate over total_steps: a linear rise over warmup_steps, then `kind`, towards min_ratio * lr.
 
-    cycles: falls of cosine_with_restarts. decay_ratio: share of total_steps in which wsd falls.
+    cycles: falls of cosine_with_restarts. decay_ratio: share of total_steps in which wsd falls. updates_per_step:
+    optimizer steps of a training step, by which a resumed run finds its place.
     """
 
     kind: Literal["constant", "linear", "cosine", "cosine_with_restarts", "wsd"]
     warmup_steps: int
     total_steps: int
+    updates_per_step: int = 1
     min_ratio: float = 0.0
     cycles: int = 1
     decay_ratio: float = 1.0

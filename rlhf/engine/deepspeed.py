@@ -290,7 +290,7 @@ class DeepSpeedEngine:
                 )
         if not has_snapshots:
             load_initial_copies(self.module, folder / _INITIAL)
-        self._steps = saved.steps
+        self._steps = saved.steps_of(own)
         if dist.get_rank() < saved.ranks:  # the random state of another rank stays as at the start of a run
             load_random_state(folder / f"random_{dist.get_rank():05d}.pt")
         dist.barrier()
@@ -339,6 +339,7 @@ class DeepSpeedEngine:
             groups=self._groups,
             frozen_weights=self._frozen_digest,
             steps=self._steps,
+            updates_per_step=self._schedule.updates_per_step,
         )
 
     def keep_in(self, folder: Path, copies: CopyPlace | None = None) -> None:

@@ -27,6 +27,7 @@ class EngineRecord(BaseModel):
     groups: list[dict[str, NonNegativeInt]]  # elements of each trained parameter
     frozen_weights: str  # checksum
     steps: NonNegativeInt
+    updates_per_step: PositiveInt  # optimizer steps of a training step
 
     @property
     def sharding(self) -> Sharding:
@@ -48,6 +49,15 @@ class EngineRecord(BaseModel):
 
     def write(self, folder: Path) -> None:
         (folder / _NAME).write_text(self.model_dump_json(indent=1))
+
+    def steps_of(self, own: EngineRecord) -> int:
+        """Return the optimizer steps that the engine with the record `own` would have made in as many training steps.
+
+        The learning rate continues from this number, so it follows the training steps of the run.
+        """
+        if self.updates_per_step == own.updates_per_step:
+            return self.steps
+        return round(self.steps * own.updates_per_step / self.updates_per_step)
 
     def refuse_other(self, own: EngineRecord, *, folder: Path) -> None:
         """Raise UserError if the checkpoint in the folder is of another model than the engine with the record `own`."""

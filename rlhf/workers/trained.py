@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from rlhf.config.derive import adapter_options, chat_template, warmup_steps
+from rlhf.config.derive import adapter_options, chat_template, updates_per_step, warmup_steps
 from rlhf.config.schema.cluster import TrainedResources
 from rlhf.config.schema.model import CriticConfig, PolicyConfig
 from rlhf.config.schema.root import Config
@@ -112,6 +112,7 @@ class TrainedWorker(ModelWorker):
                     kind=train.lr_schedule,
                     warmup_steps=warmup_steps(train, self.optimizer_steps),
                     total_steps=self.optimizer_steps,
+                    updates_per_step=updates_per_step(self.config),
                     min_ratio=train.min_lr_ratio,
                     cycles=train.lr_cycles,
                     decay_ratio=train.lr_decay_ratio,

@@ -72,12 +72,13 @@ def make_engine(
     *,
     offload: Offload = frozenset(),
     optimizer: OptimizerSettings = OPTIMIZER,
+    schedule: ScheduleSettings = SCHEDULE,
     **options: Any,
 ) -> DeepSpeedEngine:
     return DeepSpeedEngine(
         tiny_model(dtype, **options),
         optimizer=optimizer,
-        schedule=SCHEDULE,
+        schedule=schedule,
         zero_stage=stage,  # type: ignore[arg-type]
         dtype=dtype,
         device=CPU,
@@ -222,6 +223,12 @@ def load_with_other_settings(rank: int, world_size: int, *, stage: int, folder: 
         train(engine, rank, world_size, steps=range(2, 4), num_microbatches=1)
         found.append(weights_of(engine))
         engine.close()
+    twice = replace(SCHEDULE, warmup_steps=2 * SCHEDULE.warmup_steps, updates_per_step=2)
+    engine = make_engine(stage, schedule=twice)  # each training step has two updates now
+    engine.load(folder)
+    engine.backward(engine.forward(loss_of, batch(2)[rank::world_size]), last=True)
+    assert engine.step().lr == OPTIMIZER.lr * 3 / 4  # the first of the second training step, of a rise over two
+    engine.close()
     return found
 
 

@@ -112,6 +112,7 @@ def record_of(groups: list[dict[str, int]], **changes: Any) -> EngineRecord:
         "optimizer": "adamw",
         "frozen_weights": "00",
         "steps": 3,
+        "updates_per_step": 1,
     }
     return EngineRecord(groups=groups, **values | changes)
 

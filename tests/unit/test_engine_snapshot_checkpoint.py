@@ -17,7 +17,15 @@ from rlhf.engine.snapshots import Snapshots
 from rlhf.errors import UserError
 
 RECORD = EngineRecord(
-    model="m", ranks=2, zero_stage=2, dtype="float32", optimizer="adamw", groups=[{"w": 7}], frozen_weights="0", steps=3
+    model="m",
+    ranks=2,
+    zero_stage=2,
+    dtype="float32",
+    optimizer="adamw",
+    groups=[{"w": 7}],
+    frozen_weights="0",
+    steps=3,
+    updates_per_step=1,
 )
 
 
