@@ -2,6 +2,9 @@
 
 On GPUs vLLM's second model runner returns them itself. A table has a row for each place in the cache of keys and
 values, so that tokens of a shared prefix are recorded once, as they are computed once.
+
+A request that loses its place in the cache, as after an update of the weights, computes all of its tokens again. The
+choices made when a token was first computed are kept, as on GPUs: they belong to the weights that sampled the token.
 """
 
 from __future__ import annotations
@@ -32,7 +35,18 @@ class RecordedExperts:
         self._block_size = cache.block_size
         shape = (model.get_total_num_hidden_layers(), model.get_num_experts_per_tok())
         self._table = torch.zeros(cache.num_gpu_blocks * cache.block_size, *shape, dtype=torch.int16)
+        self._kept: dict[str, Tensor] = {}  # first choices of requests that have lost their places since
         bind_routed_experts_capturer(runner.get_model(), self)
+        update = runner._update_states
+
+        def update_states(scheduled: Any) -> Any:
+            for internal_id in scheduled.finished_req_ids:
+                self._kept.pop(internal_id, None)
+            for internal_id in scheduled.preempted_req_ids or ():
+                self._keep(internal_id)  # before the step fills the places anew
+            return update(scheduled)
+
+        runner._update_states = update_states
 
     def capture(self, layer: int, chosen: Tensor) -> None:
         """Note a layer's choices for the tokens of the running step. vLLM's routers call it."""
@@ -43,8 +57,18 @@ class RecordedExperts:
 
     def of(self, request_id: str, num_tokens: int) -> np.ndarray[Any, Any]:
         """Return the choices for the first tokens of a request that has finished in the last step."""
-        requests = self._runner.requests
-        internal_id = next(name for name in requests if name.rpartition("-")[0] == request_id)
-        (blocks,) = requests[internal_id].block_ids
+        internal_id = next(name for name in self._runner.requests if name.rpartition("-")[0] == request_id)
+        return self._first_choices(internal_id, num_tokens).numpy()
+
+    def _keep(self, internal_id: str) -> None:
+        """Keep the choices of a request that has just lost its places."""
+        request = self._runner.requests.get(internal_id)  # None: it has finished meanwhile
+        if request is not None:
+            self._kept[internal_id] = self._first_choices(internal_id, request.num_tokens - 1)  # the last was not read
+
+    def _first_choices(self, internal_id: str, num_tokens: int) -> Tensor:
+        """Return the choices for the first tokens of a request, each as it was first computed."""
+        (blocks,) = self._runner.requests[internal_id].block_ids
         places = torch.tensor(blocks)[:, None] * self._block_size + torch.arange(self._block_size)
-        return self._table[places.flatten()[:num_tokens]].numpy()
+        kept = self._kept.get(internal_id, self._table[:0])[:num_tokens]
+        return torch.cat([kept, self._table[places.flatten()[len(kept) : num_tokens]]])
