@@ -48,7 +48,7 @@ from rlhf.roles import EnginePart
 from rlhf.rollouts.environments.conversations import Conversations, EnvironmentSpec
 from rlhf.rollouts.records.begun import Begun
 from rlhf.rollouts.records.spans import Played, Sampled, assemble
-from rlhf.types import GroupRequest, Sampling
+from rlhf.types import GroupRequest, RolloutInfo, Sampling
 
 __all__ = ["EngineHealth", "RolloutSpec", "RolloutWorker", "SyncReceipt", "engine_environment"]
 
@@ -276,11 +276,15 @@ class RolloutWorker:
         weights = self.weights.checksum if version == self.weights.version else None
         return await self.spool.read(request, sampling, newest=version, weights=weights)
 
-    async def stored(self, request: GroupRequest, sampling: Sampling) -> Group:
-        """Return a finished group from the spool, of any version."""
-        group = await self.spool.read(request, sampling, oldest=0, newest=await self.weights.settled_version())
+    async def stored(self, request: GroupRequest, sampling: Sampling, infos: tuple[RolloutInfo, ...]) -> Group:
+        """Return the finished group with these scalars from the spool, which may hold other answers to the request."""
+        newest = await self.weights.settled_version()
+        group = await self.spool.read(request, sampling, oldest=0, newest=newest, infos=infos)
         if group is None:
-            raise RunError(f"{self.spec.name}: group {request.group_id} is not in the run's store of finished groups")
+            raise RunError(
+                f"{self.spec.name}: group {request.group_id}, whose tokens were lost, is not in the run's store of "
+                "finished groups, or the store has other responses. Continue with --resume auto."
+            )
         return group
 
     async def hold(self) -> None:

@@ -21,7 +21,7 @@ from actors.rollout.dispatch import Dispatch, GroupWork, shares
 from actors.rollout.elastic_engines import ElasticEngines
 from actors.weights import SENDERS, Transport
 from rlhf.config.derive import WeightSync
-from rlhf.errors import ObjectStoreFull, RunError, WorkerLost
+from rlhf.errors import ObjectStoreFull, WorkerLost
 from rlhf.role_table import Role
 from rlhf.roles import CompletedGroup, EnginePart
 from rlhf.room import PAUSE, done_when_there_is_room
@@ -300,15 +300,12 @@ class RolloutEngines(ElasticEngines):
         while True:
             engine = await self.any_working()
             handle = self.handles[engine]
-            rollouts, scalars = handle.stored.options(num_returns=2).remote(group.request, sampling)
+            rollouts, scalars = handle.stored.options(num_returns=2).remote(group.request, sampling, group.infos)
             try:
-                infos: tuple[RolloutInfo, ...] = await self.one(scalars, "rollouts", rank=engine)
+                await self.one(scalars, "rollouts", rank=engine)
             except WorkerLost as lost:
                 self.begin_rebuild(engine, handle, lost)
                 continue
-            lengths = [[info.num_response_tokens for info in infos] for infos in (infos, group.infos)]
-            if lengths[0] != lengths[1]:
-                raise RunError(f"the store has another group {group.request.group_id} than the one that was lost")
             return replace(group, rollouts=rollouts)
 
     async def _answered(

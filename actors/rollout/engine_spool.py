@@ -28,17 +28,25 @@ class EngineSpool:
         oldest: int | None = None,
         newest: int,
         weights: str | None = None,
+        infos: tuple[RolloutInfo, ...] | None = None,
     ) -> Group | None:
         """Return the stored group of a request, or None. The versions of its tokens lie between the given two.
 
         Args:
             oldest: None: a group that was stored with version `newest`, and has tokens of any age.
             weights: checksum of the weights that must have sampled it. None: any weights of the versions.
+            infos: the scalars that the group must have. None: any.
         """
-        return await asyncio.to_thread(self._read, request, sampling, oldest, newest, weights)
+        return await asyncio.to_thread(self._read, request, sampling, oldest, newest, weights, infos)
 
     def _read(
-        self, request: GroupRequest, sampling: Sampling, oldest: int | None, newest: int, weights: str | None
+        self,
+        request: GroupRequest,
+        sampling: Sampling,
+        oldest: int | None,
+        newest: int,
+        weights: str | None,
+        infos: tuple[RolloutInfo, ...] | None,
     ) -> Group | None:
         if self.folder is None:
             return None
@@ -52,7 +60,7 @@ class EngineSpool:
                 environment=self.environment,
                 weights=weights,
             )
-            if group is not None:
+            if group is not None and infos in (None, group[1]):
                 return group
         return None
 

@@ -87,3 +87,25 @@ def test_a_stored_group_with_tokens_of_an_earlier_step_is_found_again(tmp_path: 
         assert await spool.read(LATER, SAMPLING, oldest=5, newest=5) is None
 
     asyncio.run(store_and_read())
+
+
+def test_a_lost_group_comes_from_the_store_with_its_own_tokens(tmp_path: Path) -> None:
+    """An engine that counted as lost may have stored an earlier answer to the request, and the next one a later."""
+    spool = EngineSpool(folder=tmp_path, keeps_failures=False, environment="")
+
+    def answer(logprob: float, version: int) -> Any:
+        span = Begun(token_ids=(7, 8), logprobs=(-1.0, logprob), versions=(4, version), finish_reason="stop").finished()
+        return assemble(LATER, [Played(prompt_token_ids=(1, 2), spans=(span,), finish_reason="stop")] * 3)
+
+    async def store_and_read() -> None:
+        groups = {version: answer(-float(version), version) for version in (5, 6)}
+        for version, group in groups.items():
+            await spool.write(LATER, SAMPLING, version, group, weights="")
+        for version, (rollouts, infos) in groups.items():
+            found = await spool.read(LATER, SAMPLING, oldest=0, newest=7, infos=infos)
+            assert found is not None
+            assert found[0].versions.equal(rollouts.versions), version
+        other = answer(-9.0, 6)[1]  # of the same lengths and versions
+        assert await spool.read(LATER, SAMPLING, oldest=0, newest=7, infos=other) is None
+
+    asyncio.run(store_and_read())
