@@ -99,7 +99,6 @@ def tools(tmp_path: Path) -> str:
         ("generate MODEL --chat --samples 2", "have no effect with --chat"),
         ("generate MODEL --file PROMPTS", "prompts.jsonl:2: column `prompt` is the number 5, expected a string"),
         ("generate MODEL --file TOOLS --max-new-tokens 9000", "Name a template that writes tools as --chat-template, "),
-        (f"generate MODEL --file TOOLS --max-new-tokens 9000 --chat-template {HERMES}", "with 9000 new ones"),
         ("generate MODEL --prompt a --chat-template none.jinja", "chat_template: none.jinja cannot be read"),
         ("serve MODEL --chat-template none.jinja", "--chat-template: none.jinja cannot be read"),
         (
@@ -159,6 +158,14 @@ def test_wrong_input_exits_with_2(
     assert out == ""
     assert message in err
     assert err.startswith("rlhf: error: ")
+
+
+def test_a_chat_template_that_writes_tools_takes_a_row_with_tools(
+    capsys: pytest.CaptureFixture[str], tiny_model: Path, tools: str
+) -> None:
+    words = ["--file", tools, "--max-new-tokens", "9000", "--chat-template", str(HERMES)]
+    assert main(["generate", str(tiny_model), *words]) == 2
+    assert "with 9000 new ones" in capsys.readouterr().err  # it is read, and refused for its length alone
 
 
 def test_a_model_without_a_template_says_which_option_helps(
