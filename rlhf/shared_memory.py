@@ -72,7 +72,7 @@ def shared_memory_here() -> SharedMemoryRoom:
 def _object_store_bytes() -> int:
     """Return the size of Ray's object store in /dev/shm: of the raylet that started this process, or is its child.
 
-    The file has no name, so it is found among the raylet's open files. A Ray whose store is elsewhere has none there.
+    The store's file has no name, so this looks at the files that the raylet has open.
     """
     device, sizes = os.stat(SHARED_MEMORY).st_dev, dict[int, int]()
     process = psutil.Process()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rlhf.config.derive import needs, shares_engines_gpus, ships_adapter
+from rlhf.config.derive import shares_engines_gpus, ships_adapter
 from rlhf.config.schema.cluster import Transport
 from rlhf.config.schema.root import Config
 
@@ -14,8 +14,7 @@ BROADCASTS = ("gloo", "nccl")  # a broadcast leaves no weights that a successor 
 def void_restarts(config: Config, transport: Transport) -> Iterator[str]:
     """Yield a sentence for each limit without effect. `transport`: of the policy's weights to the engines."""
     restarts, rollout = config.cluster.restarts, config.cluster.roles.rollout
-    has_engines = "rollout" in needs(config)
-    if has_engines and restarts.engine and not ships_adapter(config):
+    if config.rollouts is not None and restarts.engine and not ships_adapter(config):
         is_only = rollout.workers == 1 and not rollout.is_elastic
         if transport == "ipc":
             yield (

@@ -1,7 +1,7 @@
-"""Tell the errors after which a process cannot use its GPU any more from those that it survives.
+"""Recognise errors after which a process cannot use its GPU any more.
 
-After such an error every later call to CUDA fails too, so only a new process can go on. Running out of memory is no
-such error: the process could go on, and its successor would need as much.
+Every later call to CUDA fails too, so only a new process can go on. Running out of memory does not count: the process
+could go on, and a successor would need as much.
 """
 
 from __future__ import annotations
@@ -15,5 +15,5 @@ _LOST = re.compile(r"CUDA (driver )?error|Triton Error \[CUDA\]|CUBLAS_STATUS_|C
 
 
 def has_lost_device(error: BaseException | None) -> bool:
-    """Return whether the process of an error must be replaced, because its GPU does not obey it any more."""
+    """Return whether an error ends all use of the GPU by the process that raised the error."""
     return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None and not is_out_of_memory(error)
