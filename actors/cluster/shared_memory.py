@@ -1,7 +1,7 @@
 """Refuse a run whose ranks cannot keep their snapshots in /dev/shm, before a model is loaded.
 
-`rlhf plan` estimates the same sizes. After loading its model, a rank reserves the exact size, and waits for room if other
-programs fill /dev/shm (rlhf.engine.snapshots).
+`rlhf plan` estimates the same sizes. After loading its model, a rank reserves the exact size, and waits for room if
+other programs fill /dev/shm (rlhf.engine.snapshots).
 """
 
 from __future__ import annotations
