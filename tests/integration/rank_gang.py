@@ -6,6 +6,7 @@ if one of its ranks failed.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import random
 import socket
@@ -61,6 +62,7 @@ def free_port() -> int:
 def serve(connection: Connection, rank: int, world_size: int, port: int, device: torch.device) -> None:
     torch.set_num_threads(1)
     init_distributed(place_of(rank, world_size, device.type), "127.0.0.1", port)
+    gc.freeze()  # the imports: DeepSpeed collects garbage a dozen times for each of its bfloat16 optimizers
     while (task := connection.recv()) is not None:
         function, options = task
         _seed()
