@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from rlhf.cli import main
-from tests.integration.recipes import rows, start, train, without_clocks, write_config
+from tests.integration.recipes import one_thread, rows, start, train_here, without_clocks, write_config
 from tests.integration.test_online import kill_all, wait_for
 
 AHEAD: dict[str, Any] = {
@@ -20,6 +20,7 @@ AHEAD: dict[str, Any] = {
     "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*"}}},
     "rollouts": {"max_staleness": 2},
     "train": {"steps": 6},
+    "cluster": {"roles": one_thread("policy", "reference", "rollout")},
 }
 
 
@@ -29,9 +30,9 @@ def run_config(folder: Path, name: str, **rollouts: Any) -> Path:
 
 
 @pytest.mark.timeout(600)
-def test_batches_lag_as_configured_and_a_killed_run_equals_an_unbroken_one(tmp_path: Path) -> None:
+def test_batches_lag_as_configured_and_a_killed_run_equals_an_unbroken_one(kept_engines: None, tmp_path: Path) -> None:
     """The folder of responses is lost too, so those of the batches ahead can only come from the checkpoint."""
-    train(run_config(tmp_path, "unbroken"))
+    train_here(run_config(tmp_path, "unbroken"))
     killed, run = run_config(tmp_path, "killed"), tmp_path / "killed"
     process = start(killed)
     wait_for(run / "metrics.jsonl", 4, timeout_s=240)  # steps 0 to 3: past the checkpoint of step 2
@@ -41,7 +42,7 @@ def test_batches_lag_as_configured_and_a_killed_run_equals_an_unbroken_one(tmp_p
         assert len(archive.getnames()) == 2 * 8  # two batches of eight prompts
     for own in run.glob(".own-*"):
         shutil.rmtree(own)
-    train(killed, "--resume", "auto")
+    train_here(killed, "--resume", "auto")
 
     expected, resumed = (without_clocks(rows(tmp_path / name)) for name in ("unbroken", "killed"))
     assert [row["experience/policy_lag/max"] for row in expected[1:]] == [0.0, 1.0, 2.0, 2.0, 2.0, 2.0]
@@ -52,7 +53,7 @@ def test_batches_lag_as_configured_and_a_killed_run_equals_an_unbroken_one(tmp_p
 
 
 @pytest.mark.timeout(600)
-def test_a_killed_run_in_flight_trains_every_prompt_once(tmp_path: Path) -> None:
+def test_a_killed_run_in_flight_trains_every_prompt_once(kept_engines: None, tmp_path: Path) -> None:
     config, run = (
         run_config(tmp_path, "flight", weight_updates="in_flight", batch_order="completion"),
         tmp_path / "flight",
@@ -61,7 +62,7 @@ def test_a_killed_run_in_flight_trains_every_prompt_once(tmp_path: Path) -> None
     wait_for(run / "metrics.jsonl", 4, timeout_s=240)
     kill_all(process.pid)
     process.wait(timeout=30)
-    train(config, "--resume", "auto")
+    train_here(config, "--resume", "auto")
 
     ledger = [json.loads(line) for line in (run / "groups.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["step"] for line in ledger] == list(range(1, 7))

@@ -63,7 +63,7 @@ def wait_for(path: Path, lines: int, *, timeout_s: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def unbroken(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unbroken(kept_engines: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a PPO run of four steps."""
     folder = tmp_path_factory.mktemp("online")
     train_here(run_config(folder, "unbroken"))
@@ -140,7 +140,7 @@ def test_a_killed_and_resumed_run_equals_an_unbroken_one(unbroken: Path) -> None
     process.wait(timeout=30)
     assert (folder / "killed" / "checkpoints" / "step_000002").exists()
     assert not (folder / "killed" / "final").exists()
-    train(killed, "--resume", "auto")
+    train_here(killed, "--resume", "auto")
 
     expected_rows, found = (without_clocks(rows(folder / name)) for name in ("unbroken", "killed"))
     assert found == expected_rows
@@ -180,7 +180,7 @@ def test_ranks_engines_and_microbatches_change_nothing_but_rounding(unbroken: Pa
             "cluster": LAYOUTS[name],
         },
     )
-    train(config)
+    train_here(config)
     for one, two in zip(rows(unbroken)[:3], rows(folder / name), strict=True):
         for key, value in without_clocks([one])[0].items():
             if key not in ("update/tokens/total", "update/lr", "update/critic_lr") and value is not None:
@@ -193,7 +193,9 @@ def test_ranks_engines_and_microbatches_change_nothing_but_rounding(unbroken: Pa
     [{}, pytest.param({"init": "pissa", "rslora": True}, marks=pytest.mark.slow)],
     ids=["lora", "pissa"],
 )
-def test_a_lora_policy_ships_its_adapter_and_is_its_own_reference(tmp_path: Path, kind: dict[str, Any]) -> None:
+def test_a_lora_policy_ships_its_adapter_and_is_its_own_reference(
+    ray_local: None, tmp_path: Path, kind: dict[str, Any]
+) -> None:
     config = write_config(
         tmp_path / "lora.yaml",
         {
@@ -208,7 +210,7 @@ def test_a_lora_policy_ships_its_adapter_and_is_its_own_reference(tmp_path: Path
             "train": {"steps": 2, "lr": 1e-2, "sequences_per_update": 32},
         },
     )
-    train(config)
+    train_here(config)
     found = rows(tmp_path / "lora")
     always = expected_metrics(["online", "rewards", "advantages", "groups", "correction", "eval"])
     assert {name for name in always if "<" not in name} <= set(found[2])
