@@ -18,7 +18,7 @@ from actors.rollout.vllm_engine import has_step_in_flight
 from actors.weights import WeightManifest
 from rlhf.types import GroupRequest, Prompt, Rollouts, Sampling
 
-DEADLINE_S = 120.0
+DEADLINE_S = 240.0  # of a start or an answer, on a machine that may be slow and busy
 SAMPLING = Sampling(max_new_tokens=24)
 
 
