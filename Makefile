@@ -70,8 +70,7 @@ quickstart: setup
 	$(BIN)/rlhf quickstart
 
 test: setup
-	$(BIN)/pytest -n 2 --dist loadfile tests/unit
-	$(BIN)/pytest --durations=25 --ignore tests/unit
+	$(BIN)/pytest -n 2 --dist loadfile --durations=25
 
 test-all: setup
 	$(BIN)/pytest -m "not gpu and not chaos"

@@ -7,8 +7,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from jaxtyping import install_import_hook
+
+from tests.parts import PartScheduling
 
 # Before anything else is imported: libraries read these once, and processes started by tests inherit them.
 os.environ.update(
@@ -17,6 +20,7 @@ os.environ.update(
     WANDB_SILENT="true",
     RAY_USAGE_STATS_ENABLED="0",
     RAY_AUTH_MODE="disabled",
+    RAY_worker_niceness="0",  # other tests run beside those of Ray, which would get what these leave
     VLLM_NO_USAGE_STATS="1",
     DO_NOT_TRACK="1",
     TOKENIZERS_PARALLELISM="false",
@@ -28,12 +32,23 @@ os.environ.pop("RAY_ADDRESS", None)
 # Every annotated shape and dtype in the equations is checked at each call, in tests only.
 install_import_hook("rlhf.objectives", "beartype.beartype")
 
+hypothesis.settings.register_profile("tests", deadline=None)  # an example may take long on a busy machine
+hypothesis.settings.load_profile("tests")
+
 RAY_CPUS = 4  # what Ray may hand out, whatever the machine has: tests place up to four workers
 OBJECT_STORE_BYTES = 256 * 2**20
 
 
 LOGGERS = [logging.getLogger(name) for name in ("rlhf", "actors")]
 LOGGING_AT_START = [(logger.handlers[:], logger.level, logger.propagate) for logger in LOGGERS]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config) -> PartScheduling | None:
+    """Keep the tests of one Ray, and those of the gangs of ranks, in one process each."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    config.option.loadscopereorder = False  # by the number of tests, which says little of their time
+    return PartScheduling(config)
 
 
 @pytest.fixture(autouse=True)
