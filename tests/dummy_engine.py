@@ -29,6 +29,7 @@ class DummyLoop:
         self.says = says
         self.chunk = chunk
         self.hold = False
+        self.end: str | None = None  # finish reason of every response; None: by its last token
         self.version = 0
         self.on_step: Callable[[Sequence[Any]], None] | None = None
         self.failure: RunError | None = None
@@ -86,7 +87,7 @@ class DummyLoop:
                     token_ids=ids[begin:end],
                     cumulative_logprob=None,
                     logprobs=_logprobs(ids[begin:end], begin, params),
-                    finish_reason=("stop" if ends else "length") if is_last else None,
+                    finish_reason=(self.end or ("stop" if ends else "length")) if is_last else None,
                     stop_reason=stop if is_last else None,
                     weight_versions=[WeightVersionSpan(str(self.version), 0, len(ids))] if is_last else None,
                 )

@@ -15,8 +15,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from actors.rollout.engine_thread import Submission
+from actors.serving.refusals import RefusedCall
 from actors.serving.sessions import CURRENT_CALL, Draw, OpenSession, ServedCall, Tokens
 from rlhf.errors import RunError
+
+NO_TEXT = (
+    "the JSON schema or grammar of the request allows no token at some place, so no text can fulfil it. Look for a "
+    "definition that refers to itself without an end, or for conditions that exclude each other"
+)
 
 
 class StepLoop(Protocol):
@@ -102,6 +108,8 @@ class FrontEngine:
         self._set_ends(call, params)
         responses: dict[int, _Response] = {}
         async for output in self._draw(f"{call.name}{next(call.serial)}", prompt, params):
+            if params.structured_outputs is not None and any(part.finish_reason == "error" for part in output.outputs):
+                raise RefusedCall(NO_TEXT, param="response_format")
             cut = [part for part in output.outputs if part.finish_reason == "length"]
             call.cut |= {part.index: np.array(part.token_ids, dtype=np.int32) for part in cut}
             if call.session is not None:

@@ -443,6 +443,26 @@ async def test_a_long_result_is_tokenized_as_a_short_one(parts: EngineParts, mon
         assert TOKENIZER.decode(calls[1].prompt_ids).endswith(f"yes<|eos|><|user|>{'x' * 50}<|eos|><|assistant|>")
 
 
+async def test_a_schema_that_no_text_fulfils_is_refused_and_not_captured(parts: EngineParts) -> None:
+    """vLLM ends such a response as an error of its own after a token that the grammar excludes."""
+    async with fronted(parts, "x") as (front, loop), openai_client(front, "a-session") as client:
+        opened(front)
+        loop.end = "error"
+        schema: Any = {"$ref": "#"}
+        form: Any = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}
+        with pytest.raises(openai.BadRequestError, match="no text can fulfil it"):
+            await client.chat.completions.create(model="m", messages=HI, response_format=form)
+        with pytest.raises(openai.APIError, match="no text can fulfil it"):
+            async for _ in await client.chat.completions.create(
+                model="m", messages=HI, response_format=form, stream=True
+            ):
+                pass
+        text: Any = {"format": {"type": "json_schema", "name": "n", "schema": schema}}
+        with pytest.raises(openai.BadRequestError, match="no text can fulfil it"):
+            await client.responses.create(model="m", input="hi", text=text)
+        assert front.sessions.close("a-session") == []
+
+
 NAMED: Any = {"type": "function", "function": {"name": "add"}}
 LOOSE: Any = {"type": "function", "function": {**TOOL["function"], "strict": False}}
 BARE: Any = {"type": "function", "function": {"name": "add"}}
