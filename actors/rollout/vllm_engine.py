@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from actors.cluster.processes import KEEPS_MEMORY, hub_environment
+from actors.rollout.grammar_time import bound_grammars
 from actors.weights import Transport, WeightManifest
 from actors.weights.adapter import WEIGHTS, file_checksum
 from rlhf.agents.sessions import AgentSpec
@@ -145,6 +146,7 @@ def build_engine(spec: RolloutSpec) -> Any:
         disable_log_stats=True,
     )
     try:
+        bound_grammars()
         engine = LLMEngine.from_engine_args(replace(arguments, **spec.engine_args))
     except (TypeError, ValueError, NotImplementedError) as error:
         if not spec.engine_args or lacks_cache(error):

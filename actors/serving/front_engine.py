@@ -15,13 +15,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from actors.rollout.engine_thread import Submission
+from actors.rollout.grammar_time import STEP_S
 from actors.serving.refusals import RefusedCall
 from actors.serving.sessions import CURRENT_CALL, Draw, OpenSession, ServedCall, Tokens
 from rlhf.errors import RunError
 
 NO_TEXT = (
-    "the JSON schema or grammar of the request allows no token at some place, so no text can fulfil it. Look for a "
-    "definition that refers to itself without an end, or for conditions that exclude each other"
+    "the JSON schema or grammar of the request allows no token at some place, so no text can fulfil it, or takes over "
+    f"{STEP_S} s for a token. Look for a definition that refers to itself without an end, for conditions that exclude "
+    "each other, or for repetitions within repetitions"
 )
 
 
