@@ -53,6 +53,7 @@ class StopRequest:
         self.beats = 0  # incremented by a running loop
         self.beats_within_s = math.inf  # a loop silent for longer counts as hanging
         self.hung_s: float | None = None  # how long the loop was silent
+        self.handlers_lost = threading.Event()  # set by work in which a library replaces the handlers in C
         self.on_interrupt: Callable[[], object] = lambda: None  # ends processes that would delay interrupted work
         self._cancel: Callable[[], object] | None = None  # cancels the event loop's main task
         self._last = -REPEATED_WITHIN_S
@@ -86,7 +87,7 @@ class StopRequest:
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         """Handle a signal, in the main thread."""
-        signal.alarm(0)  # Ray's own handler of SIGTERM comes first, and lets an alarm abort the process in 3 seconds
+        signal.alarm(0)  # set by Ray's handler, if that came first: it lets an alarm abort the process in 3 seconds
         now = time.monotonic()
         again_after_s = PRESSED_AGAIN_AFTER_S if number == signal.SIGINT else REPEATED_WITHIN_S
         if self.signal is not None and now - self._last < again_after_s:
@@ -126,12 +127,15 @@ def run_stoppable(work: Callable[[StopRequest], T]) -> T:
         _REQUEST.set(request)
         return work(request)
 
-    with _listening(request):
+    with _listening(request) as listen:
         outcome, thread = start_thread(begin, "work")
         deadline: float | None = None
         beats, silent_s = request.beats, 0.0
         while thread.is_alive() and not request.given_up.is_set():
             thread.join(LOOK_EVERY_S)
+            if request.handlers_lost.is_set():
+                request.handlers_lost.clear()
+                listen()
             limit_s = request.beats_within_s
             is_silent = request.beats == beats and limit_s < math.inf  # before its first beat a loop is not silent
             silent_s = silent_s + LOOK_EVERY_S if is_silent else 0.0  # the time of a stopped process does not count
@@ -202,14 +206,20 @@ def has_stuck_threads() -> bool:
 
 
 @contextmanager
-def _listening(request: StopRequest) -> Iterator[None]:
-    """Handle the signals in the block. Requires the main thread."""
+def _listening(request: StopRequest) -> Iterator[Callable[[], None]]:
+    """Handle the signals in the block, and yield a call that sets the handlers again. Requires the main thread."""
     before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        handled = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        before = {number: signal.signal(number, request._receive) for number in handled}
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        before = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
+
+    def listen() -> None:
+        for number in before:
+            signal.signal(number, request._receive)
+
+    listen()
     try:
-        yield
+        yield listen
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set from Python

@@ -122,6 +122,8 @@ def connected(config: ClusterConfig) -> Iterator[None]:
             _start_local(config)
         else:
             _join(address)
+        if request is not None:
+            request.handlers_lost.set()  # Ray's handler of SIGTERM in C writes a stack to stderr
         yield
     finally:
         if not finishes_within(SHUTDOWN_WITHIN_S, ray.shutdown, "ray.shutdown"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import signal
 import subprocess
@@ -152,6 +153,23 @@ def test_a_signal_that_is_sent_twice_at_once_is_one(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(stopping, "REPEATED_WITHIN_S", 0.0)
     with pytest.raises(Preempted, match="given up"):
         run_stoppable(loop_that_is_sent(signal.SIGTERM, signal.SIGTERM, result=KeyboardInterrupt()))
+
+
+def test_handlers_that_a_library_replaces_in_c_are_set_again() -> None:
+    def work(request: StopRequest) -> bool:
+        request.ends_by_itself = True
+        ignore = ctypes.c_void_p(1)  # SIG_IGN, set from this thread as Ray sets its handler
+        ctypes.CDLL(None).signal(int(signal.SIGTERM), ignore)
+        send(signal.SIGTERM)
+        assert request.signal is None
+        request.handlers_lost.set()
+        give_up = time.monotonic() + 5.0
+        while request.signal is None and time.monotonic() < give_up:
+            send(signal.SIGTERM)
+            time.sleep(0.005)
+        return request.signal is signal.SIGTERM
+
+    assert run_stoppable(work)
 
 
 def test_a_signal_cancels_the_alarm_with_which_ray_aborts_the_process() -> None:
