@@ -32,7 +32,8 @@ class ReMax(OnlineAlgorithm):
 
     Deviations from the paper: 1. a KL penalty in the reward is subtracted from the whole score, whereas the paper gives
     each token the penalties from it on; 2. if a batch takes several optimizer steps, token ratios are clipped as in
-    PPO.
+    PPO; 3. in flight, the greedy response is requested when its group is finished, so newer weights may sample it. The
+    baseline then still depends on no sampled token, and the gradient keeps its expectation.
     """
 
     config: ReMaxConfig

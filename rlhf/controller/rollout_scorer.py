@@ -293,7 +293,9 @@ class RolloutScorer:
     async def add_greedy_baseline(
         self, groups: Sequence[ScoredGroup], sampling: Sampling, *, step: int, version: int
     ) -> list[ScoredGroup]:
-        """Return the groups with the score of one greedy response to each prompt, from the same weights and rewards.
+        """Return the groups with the score of one greedy response to each prompt, by the same rewards.
+
+        In flight, newer weights than those of the group may sample it.
 
         A group whose greedy response could not be scored carries its errors.
         """

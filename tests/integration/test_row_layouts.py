@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from rlhf.engine.base import OptimizerSettings, ScheduleSettings
 from rlhf.engine.deepspeed import DeepSpeedEngine
 from rlhf.errors import UserError
+from rlhf.models.packed import policy_logprobs_only
+from rlhf.models.routers import routers_of
 from rlhf.models.row_check import check_rows
 from rlhf.models.tiny import byte_tokenizer
 from rlhf.tracking.metrics.declarations import merge_metrics, results
@@ -115,3 +118,47 @@ def layout(rank: int, world_size: int, **options: Any) -> int:
 @pytest.mark.parametrize("options", [{"zero_stage": 3}, {"zero_stage": 0, "sequence_parallel": 2}], ids=str)
 def test_shards_and_shared_rows_pass_the_check(gangs: Gangs, options: dict[str, Any]) -> None:
     assert gangs[2].run(layout, **options) == [2, 2]
+
+
+def mixture_after(rank: int, world_size: int, *, zero_stage: int) -> list[dict[str, Tensor]]:
+    """The whole weights after steps in which ranks choose different experts, and those that the rank holds whole."""
+    model = tiny_model("qwen3_moe", std=0.3)
+    engine = DeepSpeedEngine(
+        model,
+        optimizer=OptimizerSettings(lr=0.01),
+        schedule=ScheduleSettings(kind="constant", warmup_steps=0, total_steps=6),
+        zero_stage=zero_stage,  # type: ignore[arg-type]
+        dtype=torch.float32,
+        device=CPU,
+        deadline_s=DEADLINE_S,
+    )
+    chosen: list[Tensor] = []
+    hooks = [router.register_forward_hook(lambda m, i, o: chosen.append(o[2])) for router in routers_of(model)]
+    for step in range(6):
+        drawn = torch.Generator().manual_seed(10 * step + rank)
+        own = 30 * rank + torch.randint(30, (4 + 5 * rank,), generator=drawn)  # other tokens on each rank
+        loss = -engine.forward(policy_logprobs_only, own, torch.tensor([len(own)]), mask=torch.arange(len(own)) > 0)
+        engine.backward(loss.sum(), last=True)
+        engine.step()
+    for hook in hooks:
+        hook.remove()
+    held = {
+        name: parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if getattr(parameter, "ds_persist", False) and parameter.numel()
+    }
+    weights = {name: weight.clone() for name, weight in engine.named_weights(torch.float32)}
+    engine.close()
+    return [weights, held, {"experts": torch.bincount(torch.cat(chosen).flatten(), minlength=4)}]
+
+
+def test_ranks_whose_tokens_choose_other_experts_keep_equal_weights(gangs: Gangs) -> None:
+    """At stage 3, which leaves small parameters whole on each rank, as at stage 2."""
+    first, second = gangs[2].run(mixture_after, zero_stage=3)
+    assert not torch.equal(first[2]["experts"], second[2]["experts"])
+    assert first[1], "no parameter was held whole"
+    assert first[1].keys() == second[1].keys()
+    for ours, theirs in zip(first[:2], second[:2], strict=True):
+        assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+    unsharded, _, _ = gangs[2].run(mixture_after, zero_stage=2)[0]
+    torch.testing.assert_close(first[0], unsharded, rtol=1e-3, atol=2e-4)  # one step changes a weight by 0.01
