@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from actors.rollout.vllm_engine import (
     _model_settings,
     _refuse_lost_weights,
     engine_environment,
+    salt_waiting,
 )
 from rlhf.errors import UserError
 from tests.tiny_architectures import tiny_model
@@ -70,3 +72,60 @@ def test_an_engine_that_has_lost_weights_is_refused() -> None:
     refuse_lost({bias}, {head}, config=config)  # each is read by the other worker
     refuse_lost({head}, config=tiny_model("gemma2").config)  # tied to the embedding
     refuse_lost({"any"}, config=PretrainedConfig())
+
+
+class Waiting(deque[Any]):
+    """vLLM's queue of waiting requests, as far as a preemption needs it."""
+
+    prepend_request = deque.appendleft
+
+
+def test_a_preempted_request_whose_blocks_get_another_salt_sends_all_of_their_hashes_again() -> None:
+    """vLLM's record of routed experts on GPUs counts the hashes it has sent, and a new salt changes them."""
+    from vllm.distributed.aux_output_connector.connector import AuxOutputSchedulerConnector
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.request import RequestStatus
+
+    connector = AuxOutputSchedulerConnector()
+    request: Any = SimpleNamespace(
+        request_id="a",
+        status=RequestStatus.RUNNING,
+        cache_salt="1",
+        block_hashes=[b"1-0", b"1-1"],
+        sampling_params=SimpleNamespace(routed_experts_prompt_start=0),
+        num_prompt_tokens=8,
+        num_output_tokens=1,
+        num_tokens=9,
+        spec_token_ids=[],
+        drop_stale_output=False,
+        num_stale_output_tokens=0,
+        num_in_flight_tokens=0,
+        num_preemptions=0,
+    )
+    request.update_block_hashes = lambda: request.block_hashes.extend(
+        f"{request.cache_salt}-{i}".encode() for i in range(2)
+    )
+    scheduler: Any = SimpleNamespace(
+        aux_output_connector=connector,
+        _free_request_blocks=lambda request: None,
+        encoder_cache_manager=SimpleNamespace(free=lambda request: None),
+        _inflight_prefills=SimpleNamespace(discard=lambda request: None),
+        log_stats=False,
+        waiting=Waiting(),
+        reset_preempted_req_ids=set(),
+    )
+    engine: Any = SimpleNamespace(
+        engine_core=SimpleNamespace(engine_core=SimpleNamespace(scheduler=scheduler)), get_weight_version=lambda: "2"
+    )
+
+    def sent(**scheduled: int) -> Any:
+        step: Any = SimpleNamespace(num_scheduled_tokens=scheduled)
+        return connector.build_connector_meta(step, {"a": request})
+
+    assert list(sent(a=8).block_hashes["a"]) == [b"1-0", b"1-1"]
+    Scheduler._preempt_request(scheduler, request, 0.0)
+    salt_waiting(engine)
+    assert sent().finished_requests == ("a",)  # the workers forget it
+    again = sent(a=9)
+    assert list(again.block_hashes["a"]) == [b"2-0", b"2-1"]
+    assert again.requests == {"a": 8}  # and return no row a second time
