@@ -376,9 +376,9 @@ class Collector:
         """Restore the position from a checkpoint. A curriculum without stored state starts afresh."""
         self.prompts.restore(Cursor(**state["cursor"]))
         self.unfinished = [(epoch, self.prompts.at(prompt_id)) for epoch, prompt_id in state["waiting"]]
-        self.carried.restore(state.get("begun", ()) if self.rollouts.carry_over else ())
+        self.carried.restore(state["begun"] if self.rollouts.carry_over else ())
         self.next_group = state["next_group"]
-        self.skipped = [(epoch, prompt_id) for epoch, prompt_id in state.get("skipped", [])]
+        self.skipped = [(epoch, prompt_id) for epoch, prompt_id in state["skipped"]]
         self.recent_drops.clear()
         self.recent_drops.extend((None, is_dropped) for is_dropped in state["recent_drops"])
         if self.curriculum is not None and state["curriculum"] is not None:

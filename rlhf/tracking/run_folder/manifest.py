@@ -88,7 +88,7 @@ def find_damage(folder: Path, *, step: int | None) -> str | None:
     """
     manifest = Manifest.read(folder)
     if manifest is None:
-        return f"{folder / MANIFEST} is missing, is damaged, or was written by an older release without checksums."
+        return f"{folder / MANIFEST} is missing or damaged."
     if manifest.step != step:
         return f"{folder / MANIFEST} belongs to step {manifest.step}."
     if (problem := _missing(folder, manifest)) is not None:
