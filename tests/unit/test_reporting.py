@@ -60,6 +60,9 @@ def sample(prompt: str, response: str, score: float, *, split: str = "heldout") 
 SESSION = replace(
     sample("Search", "who", 0.5),
     broken=("edited history",),
+    columns={"secret": "red <b>", "tests": "x" * 9},
+    result={"guess": "blue"},
+    shortened={"columns.tests": 5000},
     tokens=SampleTokens(
         texts=("<tool_call>", '{"name": "find"}', "</tool_call>", "\u202e<img src=x>", "7", "<tool_call>", "8"),
         ids=(1, 2, 3, 4, 5, 1, 6),
@@ -378,4 +381,6 @@ def test_a_browser_draws_the_plots_within_a_phones_width(tmp_path: Path) -> None
     session += "\\x202e<img src=x> policy 7 branch after place 0 policy 8"
     assert session in drawn.text
     assert "broken: edited history" in drawn.text
+    assert "secret red <b> tests (the first 9 of 5000 characters) xxxxxxxxx" in " ".join(drawn.text.split())
+    assert 'result {"guess": "blue"}' in drawn.text
     assert {"class": "sequence", "style": "margin-left: 1rem;"} in [attributes for _, attributes in drawn.elements]
