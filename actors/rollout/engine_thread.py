@@ -239,7 +239,8 @@ class EngineLoop:
 
     def _fail_by(self, error: BaseException) -> None:
         """Let every waiting and every later call fail. With ChildLost the driver starts the engine again."""
-        reason = f"{self.name} died with {len(self._waiting)} requests in flight: {_message(error)}"
+        worker = "a worker process has died; " if has_lost_workers(self._engine) else ""  # vLLM only says: cancelled
+        reason = f"{self.name} died with {len(self._waiting)} requests in flight: {worker}{_message(error)}"
         self._failure = ChildLost(reason) if self._is_lost(error) else RunError(f"{reason}. {RESUMES}")
         self._failure.__cause__ = error
         _fail(list(self._waiting.values()), self._failure)
