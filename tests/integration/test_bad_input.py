@@ -254,6 +254,7 @@ def test_a_checkpoint_that_this_run_cannot_go_on_from(capsys: pytest.CaptureFixt
                 **changes,
             }
             (folder.begin_checkpoint(3) / "controller.json").write_text(json.dumps(state), encoding="utf-8")
+            folder.seal(folder.checkpoint(3), step=3)
             folder.commit_checkpoint(3)
         return refused(capsys, run, "--resume", "auto", *overrides)
 
@@ -281,6 +282,7 @@ def test_what_cannot_be_exported(
         shutil.copy(config(tmp_path, {}), folder.config)
         for step in (1, 2):
             (folder.begin_checkpoint(step) / "weights").write_text("all of them")
+            folder.seal(folder.checkpoint(step), step=step)
             folder.commit_checkpoint(step)
     (tmp_path / "r" / "checkpoints" / "step_000002" / "weights").write_text("some")
     assert "r has no checkpoint step_000007. There are: step_000001, step_000002" in said_of("out", "--step", "7")

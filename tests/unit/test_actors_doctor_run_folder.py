@@ -92,6 +92,7 @@ async def _train(
             lag = max(step - 1 - (group.oldest or 0) for group in record.groups.trained)
             record.write_row(step, {"experience/policy_lag/max": float(lag), "rollouts/response_tokens/mean": 3.0})
             if is_kept:
+                record.folder.seal(record.folder.checkpoint(step), step=step)
                 record.folder.commit_checkpoint(step)
                 collector.scorer.keep_from(first_untrained_group(queue.state()))
     finally:

@@ -127,6 +127,7 @@ def with_checkpoints(folder: Path, *steps: int) -> LoadedConfig:
         for step in steps:
             Tracker(opened.path).log(step, {"update/lr": 1.0})
             (opened.begin_checkpoint(step) / "controller.json").write_text(json.dumps(state))
+            opened.seal(opened.checkpoint(step), step=step)
             opened.commit_checkpoint(step)
     return run
 
@@ -147,6 +148,7 @@ def test_a_state_that_another_version_wrote_is_named(tmp_path: Path, changes: di
     with RunFolder.open(tmp_path, "demo", resume=True) as folder:
         kept = {key: value for key, value in state.items() if value != DROPPED}
         (folder.begin_checkpoint(1) / "controller.json").write_text(json.dumps(kept))
+        folder.seal(folder.checkpoint(1), step=1)
         folder.commit_checkpoint(1)
     with pytest.raises(UserError, match=rf"step_000001 was written by another version of this program: .*{missing}"):
         launch(run, resume=True)

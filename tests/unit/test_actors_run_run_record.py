@@ -84,6 +84,7 @@ def test_a_run_without_room_can_be_continued_if_it_has_a_checkpoint(
             assert stage.cluster.room_timeout_s == PAUSE.limit_s
             if has_checkpoint:
                 (record.folder.begin_checkpoint(1) / "file").touch()
+                record.folder.seal(record.folder.checkpoint(1), step=1)
                 record.folder.commit_checkpoint(1)
             raise StorageFull("no room")
 
@@ -105,6 +106,7 @@ def test_a_resumed_run_without_room_for_its_start_can_be_continued(
     with RunFolder.open(stage.run.dir, stage.run.name, resume=False) as folder:
         if has_checkpoint:
             (folder.begin_checkpoint(1) / "file").touch()
+            folder.seal(folder.checkpoint(1), step=1)
             folder.commit_checkpoint(1)
     monkeypatch.setattr(RunFolder, "write_config", full)
     with pytest.raises(kind, match="no room"), recording(stage, resume=True):
@@ -195,6 +197,7 @@ def mirrored(tmp_path: Path, parent: str = "runs") -> Any:
 def checkpointed(record: Any, step: int) -> None:
     (record.folder.begin_checkpoint(step) / "controller.json").write_text(str(step))
     record.write_row(step, {"update/lr": 1.0})
+    record.folder.seal(record.folder.checkpoint(step), step=step)
     record.folder.commit_checkpoint(step)
     asyncio.run(record.prune(1))
 

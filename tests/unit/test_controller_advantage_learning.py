@@ -274,6 +274,7 @@ def test_the_reference_follows_the_policy_and_a_resumed_run_has_that_of_its_chec
         seen.append(run.reference.weights)
         if step == 3:
             run.record.write_state(folder.begin_checkpoint(step), {"step": step, **run.learning.state()})
+            folder.seal(folder.checkpoint(step), step=step)
             folder.commit_checkpoint(step)
     assert seen == ["initial", "4", "4", "8", "8"]
     assert sorted(path.name for path in folder.references.iterdir()) == ["step_000002", "step_000004"]

@@ -80,6 +80,7 @@ def test_a_best_checkpoint_that_is_gone_is_forgotten(
     with RunFolder.open(tmp_path, "run", resume=False) as folder:
         for step in (5, 10):
             folder.begin_checkpoint(step)
+            folder.seal(folder.checkpoint(step), step=step)
             folder.commit_checkpoint(step)
         unused: Any = None
         record = RunRecord(folder=folder, tracker=unused, timeline=unused, progress=unused)

@@ -129,6 +129,7 @@ class Run:
     def checkpoint(self, step: int) -> None:
         folder = self.record.folder
         self.record.write_state(folder.begin_checkpoint(step), {"step": step, **self.learning.state()})
+        folder.seal(folder.checkpoint(step), step=step)
         folder.commit_checkpoint(step)
 
     def restore(self, step: int) -> None:

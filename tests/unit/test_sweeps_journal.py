@@ -41,6 +41,7 @@ def checkpoint(journal: Journal, number: int, step: int) -> None:
     path = journal.run_folder(number)
     with RunFolder.open(path.parent, path.name, resume=True) as folder:
         (folder.begin_checkpoint(step) / "weights").write_text(str(number))
+        folder.seal(folder.checkpoint(step), step=step)
         folder.commit_checkpoint(step)
 
 

@@ -40,6 +40,7 @@ with RunFolder.open(Path(sys.argv[1]), "run", resume=True) as folder:
         write_lines(samples_path(folder.path, step), [{"step": step}])
         tracker.log_error(ErrorRecord(step=step, stage="rewards", kind="raised", message="x" * 500))
         tracker.log(step, {"update/lr": float(step)})
+        folder.seal(folder.checkpoint(step), step=step)
         folder.commit_checkpoint(step)
         folder.prune(2)
 """

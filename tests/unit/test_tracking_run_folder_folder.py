@@ -39,6 +39,7 @@ def commit(folder: RunFolder, step: int, text: str = "weights") -> None:
     aside = folder.begin_checkpoint(step)
     (aside / "policy").mkdir()
     (aside / "policy" / "model.bin").write_text(text)
+    folder.seal(folder.checkpoint(step), step=step)
     folder.commit_checkpoint(step)
 
 
@@ -105,6 +106,7 @@ def test_checkpoints_appear_whole(tmp_path: Path) -> None:
         (aside / "half").write_text("x")
         assert folder.latest_checkpoint() is None
         assert not folder.checkpoint(10).exists()
+        folder.seal(folder.checkpoint(10), step=10)
         folder.commit_checkpoint(10)
         commit(folder, 20)
         assert folder.latest_checkpoint() == 20
@@ -161,6 +163,7 @@ def test_any_flipped_byte_of_a_checkpoint_is_found(tmp_path: Path) -> None:
     with RunFolder.open(tmp_path, "run", resume=False) as folder:
         commit(folder, 10)
         (folder.begin_reference(10) / "config.json").write_text("{}")
+        folder.seal(folder.reference(10), step=10)
         folder.commit_reference(10, keep=[])
         folder.refuse_damage(10)
         folder.refuse_damaged_reference(10, checkpoint=10)
@@ -189,7 +192,7 @@ def test_a_manifest_that_is_none_is_damage(tmp_path: Path, text: str) -> None:
         commit(folder, 10)
         (folder.checkpoint(10) / "manifest.json").write_text(text)
         assert folder.checkpoint_steps() == []
-        with pytest.raises(UserError, match=r"manifest\.json is missing, is damaged, or was written by an older"):
+        with pytest.raises(UserError, match=r"manifest\.json is missing or damaged"):
             folder.refuse_damage(10)
 
 
@@ -360,8 +363,10 @@ def test_folders_that_are_still_read_stay_until_a_later_start(
             (folder.begin_checkpoint(4) / "half").write_text("x")
             assert list(folder.begin_checkpoint(4).iterdir()) == []
             (folder.begin_reference(2) / "model.bin").write_text("x")
+            folder.seal(folder.reference(2), step=2)
             folder.commit_reference(2, keep=[])
             (folder.begin_reference(3) / "model.bin").write_text("x")
+            folder.seal(folder.reference(3), step=3)
             folder.commit_reference(3, keep=[])
             folder.scratch.with_name(".own-earlier").mkdir()
         for _ in range(2):
@@ -425,6 +430,7 @@ def test_references_stay_while_a_checkpoint_needs_them(tmp_path: Path) -> None:
     with RunFolder.open(tmp_path, "run", resume=False) as folder:
         for step, keep in ((2, set()), (4, {2}), (6, {0, 4})):
             (folder.begin_reference(step) / "model.safetensors").write_text(f"weights {step}")
+            folder.seal(folder.reference(step), step=step)
             assert folder.commit_reference(step, keep=keep) == folder.reference(step)
         assert sorted(path.name for path in folder.references.iterdir()) == ["step_000004", "step_000006"]
         assert (folder.reference(6) / "model.safetensors").read_text() == "weights 6"
@@ -437,6 +443,7 @@ def test_a_run_is_removed_and_nothing_else_of_its_folder(tmp_path: Path) -> None
     with RunFolder.open(tmp_path, "run", resume=False) as folder:
         folder.write_config("run: {name: run}\n")
         folder.begin_checkpoint(1)
+        folder.seal(folder.checkpoint(1), step=1)
         folder.commit_checkpoint(1)
         (folder.path / "notes.txt").write_text("mine")
         (folder.path / "stage" / "final").mkdir(parents=True)  # of a pipeline of the same name

@@ -38,6 +38,7 @@ def commit(folder: RunFolder, step: int) -> None:
     (aside / "policy").mkdir()
     (aside / "policy" / "model.bin").write_text(f"weights of {step}")
     (aside / "controller.json").write_text(json.dumps({"step": step}))
+    folder.seal(folder.checkpoint(step), step=step)
     folder.commit_checkpoint(step)
 
 

@@ -143,16 +143,16 @@ class RunFolder:
         return self.checkpoints / f"step_{step:06d}"
 
     def begin_checkpoint(self, step: int) -> Path:
-        """Return an empty folder for the checkpoint of this step; `commit_checkpoint` completes it."""
+        """Return an empty folder for the checkpoint of this step. `seal` and `commit_checkpoint` complete it."""
         return self._begin(self.checkpoint(step))
 
     def commit_checkpoint(self, step: int) -> Path:
-        """Rename the begun checkpoint into its place, and point `latest` at it. Seal it first if that is not done.
+        """Rename the sealed checkpoint into its place, and point `latest` at it.
 
         It replaces a checkpoint of the same step. Later checkpoints belong to an abandoned history and are removed.
         """
         target = self.checkpoint(step)
-        self._commit_sealed(target, step)
+        self._appear_sealed(target)
         self._point("latest", step)
         for later, path in self._step_folders():
             if later > step:
@@ -202,16 +202,13 @@ class RunFolder:
         return self.references / f"step_{step:06d}"
 
     def begin_reference(self, step: int) -> Path:
-        """Return an empty folder for a new reference model; `commit_reference` completes it."""
+        """Return an empty folder for a new reference model. `seal` and `commit_reference` complete it."""
         self.references.mkdir(exist_ok=True)
         return self._begin(self.reference(step))
 
     def commit_reference(self, step: int, *, keep: Collection[int]) -> Path:
-        """Rename the begun reference into its place, and remove all others but for the steps in `keep`.
-
-        Seal it first if that is not done.
-        """
-        self._commit_sealed(self.reference(step), step)
+        """Rename the sealed reference into its place, and remove all others but for the steps in `keep`."""
+        self._appear_sealed(self.reference(step))
         for path in self.references.glob("step_*"):
             if path not in {self.reference(kept) for kept in (step, *keep)}:
                 _remove(path)
@@ -300,9 +297,8 @@ class RunFolder:
             if path.is_dir() and not path.is_symlink() and path != self.spool:
                 _discard(path)
 
-    def _commit_sealed(self, target: Path, step: int) -> None:
-        if not (self._aside(target) / MANIFEST).exists():  # it is written last
-            self.seal(target, step=step)
+    def _appear_sealed(self, target: Path) -> None:
+        assert (self._aside(target) / MANIFEST).exists(), f"{target} has not been sealed"  # it is written last
         self._appear(target)
 
     def _commit(self, target: Path) -> None:
