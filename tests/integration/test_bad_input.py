@@ -223,7 +223,7 @@ def test_a_run_folder_that_is_in_use_finished_or_damaged(capsys: pytest.CaptureF
     assert "already holds an unfinished run" in said
     assert "--resume auto" in said
     said = refused(capsys, run, "--resume", "auto")
-    assert f"{tmp_path}/r/checkpoints/step_000002/manifest.json is missing, is damaged, or" in said
+    assert f"{tmp_path}/r/checkpoints/step_000002/manifest.json is missing or damaged" in said
     assert "start again under another run.name, because there is no undamaged checkpoint before this one" in said
 
 
