@@ -77,6 +77,9 @@ def record(prompt: int, number: int, *, step: int, split: str, draw: random.Rand
         mean_ref_logprob=None,
         mean_teacher_logprob=None,
         broken=("edited history", "edited history") if prompt == number == 1 else None,
+        columns={"secret": "<img src=x>", "tries": 3},
+        shortened={"columns.secret": 5000},
+        result={"guess": 4} if prompt == number == 1 else None,
         tokens=SampleTokens(
             texts=tuple(texts),
             ids=tuple(range(len(texts))),
@@ -207,6 +210,11 @@ async def test_samples_by_keys_and_by_their_tokens(runs: list[Path]) -> None:
         )
         chips = f"{CARDS}.map((one) => one.querySelector('header').innerText.includes('broken: edited history'))"
         assert await page.value(chips) == [False, True]
+        words = "innerText.split(/\\s+/).join(' ').trim()"
+        values = f"[...document.querySelectorAll('.prompt .value')].map((one) => one.{words})"
+        assert await page.value(values) == ["secret the first 11 of 5000 characters <img src=x>", "tries 3"]
+        results = f"{CARDS}.map((one) => one.querySelector('.value')?.{words} ?? '')"
+        assert await page.value(results) == ["", 'result of the agent { "guess": 4 }']
         branches = f"[...{CARDS}[1].querySelectorAll('.sequence')]"
         titles = f"{branches}.map((one) => one.querySelector('.who').innerText)"
         assert await page.value(titles) == ["first sequence", "branch after place 1"]
