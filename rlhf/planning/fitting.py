@@ -33,6 +33,7 @@ class Fit:
     wanted: float  # bytes
     room: float | None
     parts: str
+    alike: str  # the places of which this one is the fullest
     fix: str = ""  # a sentence with the change outside the configuration after which they fit
 
     @property
@@ -105,8 +106,9 @@ def _gpus(
             wanted, parts = sum(sizes.values()), _sum(sizes)
         gib = nodes[at[bundle]].gpu_memory_gib
         room, key = None if gib is None else gib * GIB, tuple(roles)
+        where = f"GPU of {', '.join(roles)}"
         if key not in fits or (room or 0.0) < (fits[key].room or 0.0):
-            fits[key] = Fit(where=f"GPU of {', '.join(roles)}", wanted=wanted, room=room, parts=parts)
+            fits[key] = Fit(where=where, wanted=wanted, room=room, parts=parts, alike=where)
     return list(fits.values())
 
 
@@ -144,7 +146,13 @@ def _hosts(
         wanted = sum(parts.values())
         room = None if node.mem_gib is None else node.mem_gib * GIB * HOST_SHARE
         if node.mem_gib not in fits or wanted > fits[node.mem_gib].wanted:
-            fits[node.mem_gib] = Fit(where=f"host of node {index}", wanted=wanted, room=room, parts=_sum(parts))
+            fits[node.mem_gib] = Fit(
+                where=f"host of node {index}",
+                wanted=wanted,
+                room=room,
+                parts=_sum(parts),
+                alike=f"hosts of {node.mem_gib} GiB",
+            )
     return list(fits.values())
 
 
@@ -166,6 +174,7 @@ def _shared_memory(config: Config, nodes: Sequence[Node], kept: Mapping[int, Sna
                 wanted=wanted,
                 room=None if room is None else room * GIB,
                 parts=_sum(parts),
+                alike=f"{SHARED_MEMORY} of {room} GiB",
                 fix=larger_shared_memory(wanted),
             )
     return list(fits.values())
@@ -189,19 +198,19 @@ def remedies(config: Config, sizes: Sizes, nodes: Sequence[Node], roles: Sequenc
     single change is enough, the last line gives the effect of all changes together.
     """
     before = _places_of(config, sizes, nodes)
-    tight = {where for where, place in before.items() if place.fits is False}
+    tight = {alike for alike, place in before.items() if place.fits is False}
     lines: list[str] = []
     used: list[str] = []
     together = config
     changes = {f"{key}={_yaml(value)}": (key, value) for role in roles for key, value in _changes(config, role)}
     for text, (key, value) in changes.items():
         after = _places_of(_with(config, key.split("."), value), sizes, nodes)
-        reduced = [where for where in tight if _wanted(after, where) < 0.98 * before[where].wanted]
+        reduced = [alike for alike in tight if _wanted(after, alike) < 0.98 * before[alike].wanted]
         if not after or not reduced:
             continue
-        newly_full = [where for where, place in after.items() if place.fits is False and where not in tight]
+        newly_full = [place.where for alike, place in after.items() if place.fits is False and alike not in tight]
         but = f"; but {', '.join(newly_full)} then does not" if newly_full else ""
-        lines.append(f"{text}: {', '.join(sorted(_shrunk(before[w], after.get(w)) for w in reduced))}{but}")
+        lines.append(f"{text}: {', '.join(sorted(_shrunk(before[alike], after.get(alike)) for alike in reduced))}{but}")
         if all(place.fits is not False for place in after.values()):
             return lines
         if _places_of(changed := _with(together, key.split("."), value), sizes, nodes):
@@ -216,8 +225,8 @@ def remedies(config: Config, sizes: Sizes, nodes: Sequence[Node], roles: Sequenc
     return [*lines, f"with {', '.join(used)} together {verdict}"]
 
 
-def _wanted(after: Mapping[str, Fit], where: str) -> float:
-    return after[where].wanted if where in after else 0.0
+def _wanted(after: Mapping[str, Fit], alike: str) -> float:
+    return after[alike].wanted if alike in after else 0.0
 
 
 def _shrunk(old: Fit, new: Fit | None) -> str:
@@ -228,9 +237,9 @@ def _shrunk(old: Fit, new: Fit | None) -> str:
 
 
 def _places_of(config: Config, sizes: Sizes, nodes: Sequence[Node]) -> dict[str, Fit]:
-    """Return the places of a changed configuration by name. There are none if it is refused or cannot be placed."""
+    """Return the fullest places of a changed configuration, by the places like them. Refused or not placed: none."""
     fits = [] if problems(config) else places(config, plan_placement(config), footprints(config, sizes), nodes)
-    return {place.where: place for place in fits}
+    return {place.alike: place for place in fits}
 
 
 def _changes(config: Config, role: Role) -> Iterator[tuple[str, Any]]:

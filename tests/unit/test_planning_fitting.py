@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rlhf.config.files.load import load
 from rlhf.config.mistakes.explain import parse
 from rlhf.config.nodes import Node
 from rlhf.config.placement_plan import plan_placement
 from rlhf.config.schema.root import Config
-from rlhf.planning.fitting import Fit, held_on_gpu, places
+from rlhf.planning.fitting import Fit, held_on_gpu, places, remedies
 from rlhf.planning.footprints import Sizes, footprints
 from rlhf.planning.memory import GIB, Assumed
 
@@ -110,3 +113,17 @@ def test_the_snapshots_and_the_objects_of_ray_must_fit_into_shared_memory() -> N
     assert shared_memory(local, mem_gib=400.0).wanted == pytest.approx(snapshots + 4.0 * GIB)
     assert shared_memory(local, mem_gib=400.0, shm_gib=0.0625).wanted == pytest.approx(snapshots)  # Ray uses the disk
     assert shared_memory(joined).fits is None
+
+
+def test_a_change_that_fills_another_node_most_is_compared_with_the_fullest_node_before() -> None:
+    # Four ranks share node 0. With eight ranks, two nodes have four each, and node 1 holds the larger copies.
+    recipe = Path(__file__).parents[2] / "configs" / "grpo_qwen3_30b_a3b_8gpu.yaml"
+    (config,) = load(recipe, ["cluster.roles.policy.workers=4"]).stages.values()
+    assert isinstance(config, Config)
+    nodes = [Node(cpus=64.0, gpus=4.0, mem_gib=300.0, kind="h100")] * 16
+    changes = remedies(config, Sizes(gpu_memory_gib=80.0), nodes, ["policy"])
+    (doubled,) = [line for line in changes if line.startswith("cluster.roles.policy.workers=8: ")]
+    assert "is not needed" not in doubled
+    assert re.search(r"/dev/shm of node 1 wants [\d.]+ GiB in place of [\d.]+ and still does not fit", doubled)
+    (without,) = [line for line in changes if line.startswith("cluster.restarts.gang=0: ")]
+    assert "/dev/shm of node 0 is not needed" in without
