@@ -83,7 +83,7 @@ def training_stages(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, 
         update = stage(name, role, model, trains=True)
         count = tokens * (config.train.epochs_per_batch if online else 1) / updates
         work = Work(trained=updates * _microbatches(config, role, count), measured=measured[role], updates=updates)
-        return [update, *moves_in_update(role, config, sizes, nodes, work)]
+        return [update, *moves_in_update(role, config, sizes, nodes, work, prefix=name.removesuffix("update"))]
 
     experience: list[Stage] = []
     if online and (updates > 1 or uses_reference(config)):

@@ -34,12 +34,12 @@ class Work:
 
 
 def moves_in_update(
-    role: Role, config: Config, sizes: Sizes, nodes: Sequence[Node] | None, work: Work
+    role: Role, config: Config, sizes: Sizes, nodes: Sequence[Node] | None, work: Work, *, prefix: str
 ) -> Iterator[Stage]:
     """Yield the parts of a role's updates in which its weights, gradients and optimizer states move."""
     how = training(role, trained_sections(config)[role], config, sizes)
     speed, per_host = rates(config, nodes, role=role), gpus_per_host(config, nodes)
-    prefix, late = "" if role == "policy" else f"{role} ", 1.0 - 1.0 / work.updates
+    late = 1.0 - 1.0 / work.updates
     if how.zero_stage == 3 and how.ranks > 1:
         seconds, text = _gathers(how, work, speed, per_host)
         yield Stage(f"{prefix}gathers", seconds, text, late)
@@ -83,10 +83,13 @@ def snapshots(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, *, mea
     """
     if not restarts_gangs(config):
         return None
-    sections = trained_sections(config).items()
-    terms = [snapshot_term(sizes.of(model.model), training(role, model, config, sizes)) for role, model in sections]
-    largest = max(term.nbytes for term in terms) / 2  # of two slots, one is written
-    rate = rates(config, nodes, role="policy").unpinned
+    sizes_of = {
+        role: snapshot_term(sizes.of(model.model), training(role, model, config, sizes)).nbytes
+        for role, model in trained_sections(config).items()
+    }
+    role = max(sizes_of, key=lambda each: sizes_of[each])
+    largest = sizes_of[role] / 2  # of two slots, one is written
+    rate = rates(config, nodes, role=role).unpinned
     waits_s = largest / rate - meanwhile_s
     text = f"{_gib(largest)} to /dev/shm / {rate / 1e9:g} GB/s, beside {meanwhile_s:,.4g} s of passes"
     return Stage("snapshots", waits_s, text, 1.0) if waits_s > 0.0 else None
@@ -96,7 +99,8 @@ def staging(config: Config, sizes: Sizes, nodes: Sequence[Node] | None) -> Stage
     """Return the time in which the roles that share GPUs with engines leave them and return. None: no role does."""
     pinned = unpinned = 0.0  # bytes in both directions
     sections: Mapping[Role, object] = trained_sections(config)
-    for role in shares_engines_gpus(config):
+    staged = shares_engines_gpus(config)
+    for role in staged:
         model = ROLE_USES[role].model(config)
         assert model is not None  # only roles with a model leave a GPU
         if role not in sections:  # a host copy of frozen weights lasts for the whole run, so they only return
@@ -111,7 +115,7 @@ def staging(config: Config, sizes: Sizes, nodes: Sequence[Node] | None) -> Stage
         unpinned += 2 * slow
     if not pinned + unpinned:
         return None
-    speed = rates(config, nodes, role="policy")
+    speed = rates(config, nodes, role=next(iter(staged)))  # the rates of a GPU are those of every role
     text = (
         f"{_gib(pinned)} / {speed.pcie / 1e9:g} GB/s + {_gib(unpinned)} not pinned / {speed.unpinned / 1e9:g} GB/s, "
         "both ways"
