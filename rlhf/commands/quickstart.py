@@ -43,9 +43,13 @@ def quickstart(
         raise UserError(f"quickstart: got {algorithm!r}, expected {' or '.join(RECIPE_OF)}")
     recipe = RECIPES / RECIPE_OF[algorithm]
     loaded = load(recipe, overrides)
-    unchanged = load(recipe, [text for text in overrides if text.strip().startswith(OUTSIDE_OF_TRAINING)])
+    outside = [text for text in overrides if text.strip().startswith(OUTSIDE_OF_TRAINING)]
+    try:
+        is_recipe = loaded.stages == load(recipe, outside).stages
+    except UserError:  # these settings are valid only beside changes of the training
+        is_recipe = False
     train(loaded, resume=True, quiet=quiet)
-    show_improvement(run_folder(list(loaded.stages.values())[-1]), is_recipe=loaded.stages == unchanged.stages)
+    show_improvement(run_folder(list(loaded.stages.values())[-1]), is_recipe=is_recipe)
     return loaded.folder
 
 

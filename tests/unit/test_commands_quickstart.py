@@ -69,6 +69,14 @@ def test_a_run_that_did_not_get_there(tmp_path: Path, scores: list[float], messa
         (["stages.sft.train.steps=40"], False),
         (["stages.ppo.train.lr=1e-3"], False),
         (["policy.dtype=bfloat16"], False),
+        (
+            [
+                "cluster.roles.teacher.colocate_with=null",  # valid with the next one alone
+                "stages.ppo.algorithm={name: on_policy_distillation}",
+                "stages.ppo.teacher={model: 'stage:sft'}",
+            ],
+            False,
+        ),
     ],
 )
 def test_only_the_whole_recipe_has_an_expected_accuracy(
