@@ -74,11 +74,15 @@ def divide(sweep: Sweep, known: Sequence[Values] | None, machine: Machine) -> Di
     room = next((n for n in range(room_in(whole, trials, most=most), 0, -1) if _fits(wanted, machine, n)), 0)
     count = min(sweep.config.concurrency or max(room, 1), most)
     problem = None
+    fewer = [f"set sweep.concurrency={room}"] if 0 < room < count else []
     cpus, gpus = (max(plan.total(resource) for plan in wanted) for resource in ("CPU", "GPU"))
     if round(gpus) * count > machine.gpus:
-        problem = f"{count} trials of {round(gpus)} GPUs each, but there are {machine.gpus}"
+        remedy = ", or ".join([*fewer, "use a machine with more GPUs"])
+        problem = (
+            f"a trial reserves {round(gpus)} GPUs, and there are {machine.gpus} for {count} at once. To run the sweep, "
+            f"{remedy}."
+        )
     elif not _fits(wanted, machine, count):
-        fewer = [f"set sweep.concurrency={room}"] if 0 < room < count else []
         largest = max(trials, key=lambda trial: max(plan.total("CPU") for plan in _placements(trial).values()))
         keys = list(_smaller_roles(sweep, largest, machine.share(count)))
         less = [f"reserve less for each role with {' '.join(keys)}"] if keys else []

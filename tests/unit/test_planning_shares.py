@@ -65,6 +65,20 @@ def test_a_trial_larger_than_the_machine_is_refused(tmp_path: Path) -> None:
     assert "concurrency=" not in problem
 
 
+def test_more_trials_than_the_gpus_hold_are_refused_with_the_number_that_they_hold(tmp_path: Path) -> None:
+    # A trial has one GPU for the policy and one for the engine.
+    machine = Machine(cores=16, cpus=16, gpus=2)
+    sweep = grpo_sweep(tmp_path, concurrency=2, set={"cluster.device": "cuda"})
+    assert divided(sweep, machine).problem == (
+        "a trial reserves 2 GPUs, and there are 2 for 2 at once. To run the sweep, set sweep.concurrency=1, or use a "
+        "machine with more GPUs."
+    )
+    alone = divided(grpo_sweep(tmp_path, set={"cluster.device": "cuda"}), Machine(cores=16, cpus=16, gpus=1))
+    assert alone.problem == (
+        "a trial reserves 2 GPUs, and there are 1 for 1 at once. To run the sweep, use a machine with more GPUs."
+    )
+
+
 def test_stages_of_a_pipeline_get_keys_of_their_own(tmp_path: Path) -> None:
     shared = {key: GRPO[key] for key in ("policy", "data", "train")}
     stages = {"first": {"algorithm": RUN["algorithm"]}, "second": {k: GRPO[k] for k in GRPO if k not in shared}}
