@@ -229,9 +229,9 @@ class Gang(ModelGroup):
     async def load(self, folder: Path) -> None:
         await self.all([h.load.remote(folder) for h in self.handles], "resume")
 
-    async def export(self, folder: Path, *, merged: bool = False) -> None:
-        """Write a Hugging Face folder or an adapter folder. `merged` adds the adapter to the weights."""
-        await self.all([h.export.remote(folder, merged) for h in self.handles], "export")
+    async def export(self, folder: Path) -> None:
+        """Write a Hugging Face folder or an adapter folder."""
+        await self.all([h.export.remote(folder) for h in self.handles], "export")
 
     async def arithmetic(self) -> Arithmetic:
         """Return the total peak of the ranks. They are measured concurrently, since they may share a machine."""

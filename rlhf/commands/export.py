@@ -28,7 +28,7 @@ def export(
         push_to_hub (OWNER/NAME): upload the folder to this repository of the hub.
         trust_remote_code: run Python code that comes with the model, or the file that algorithm.name of the run names.
     """
-    from actors.run.export import export_checkpoint
+    from rlhf.exporting import export_checkpoint
 
     export_checkpoint(
         Path(run),

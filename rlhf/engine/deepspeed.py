@@ -21,14 +21,20 @@ from torch import Tensor, nn
 from rlhf.engine.base import OptimizerSettings, ScheduleSettings, StepReport
 from rlhf.engine.distributed import set_deadline
 from rlhf.engine.engine_record import EngineRecord
-from rlhf.engine.frozen_weights import digest_of_base, digest_over_ranks, load_initial_copies, save_initial_copies
+from rlhf.engine.frozen_weights import (
+    INITIAL_COPIES,
+    digest_of_base,
+    digest_over_ranks,
+    load_initial_copies,
+    save_initial_copies,
+)
 from rlhf.engine.gathering import whole_numel, whole_weights
 from rlhf.engine.optimizers import make_optimizer
 from rlhf.engine.parameter_groups import parameter_groups
 from rlhf.engine.partitions import SUB_GROUP_ELEMENTS
 from rlhf.engine.randomness import load_random_state, save_random_state
 from rlhf.engine.rank_state import RankState
-from rlhf.engine.resharding import take_over
+from rlhf.engine.resharding import TAG, take_over
 from rlhf.engine.schedule import lr_factor
 from rlhf.engine.snapshot_checkpoint import SNAPSHOTS, is_of_snapshots, read_snapshot
 from rlhf.engine.snapshot_copies import CopyPlace, fetch_copies
@@ -46,8 +52,6 @@ Offload = frozenset[Literal["optimizer", "parameters"]]
 
 logger = logging.getLogger(__name__)
 BUCKET_ELEMENTS = 5 * 10**7  # bytes of gradients reduced at once, in up to three copies
-_TAG = "deepspeed"  # folder of DeepSpeed's files in a snapshot
-_INITIAL = "initial.safetensors"  # frozen copies of the initial adapter
 
 
 class DeepSpeedEngine:
@@ -258,9 +262,9 @@ class DeepSpeedEngine:
     def _save(self, folder: Path) -> None:
         # Without its parent the folder is no longer this run's, so parents are not made.
         when_there_is_room(folder, lambda: folder.mkdir(exist_ok=True))
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
+        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
         save_random_state(folder / f"random_{dist.get_rank():05d}.pt")
-        save_initial_copies(self.module, folder / _INITIAL)
+        save_initial_copies(self.module, folder / INITIAL_COPIES)
         record = self._record()
         if dist.get_rank() == 0:
             when_there_is_room(folder, lambda: record.write(folder))
@@ -280,16 +284,16 @@ class DeepSpeedEngine:
                     f"{folder} has the initial weights of the adapter in parts, as the ranks kept them in memory. "
                     f"Resume with {saved.sharding}."
                 )
-            take_over(self._state, folder / (SNAPSHOTS if has_snapshots else _TAG), saved=saved, own=own)
+            take_over(self._state, folder / (SNAPSHOTS if has_snapshots else TAG), saved=saved, own=own)
         elif has_snapshots:
             self._load_snapshot(folder)
         else:
             with self._own_settings():
                 self._engine.load_checkpoint(
-                    str(folder), tag=_TAG, load_lr_scheduler_states=False, custom_load_fn=self._load_trained
+                    str(folder), tag=TAG, load_lr_scheduler_states=False, custom_load_fn=self._load_trained
                 )
         if not has_snapshots:
-            load_initial_copies(self.module, folder / _INITIAL)
+            load_initial_copies(self.module, folder / INITIAL_COPIES)
         self._steps = saved.steps_of(own)
         if dist.get_rank() < saved.ranks:  # the random state of another rank stays as at the start of a run
             load_random_state(folder / f"random_{dist.get_rank():05d}.pt")

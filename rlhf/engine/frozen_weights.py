@@ -24,6 +24,8 @@ from rlhf.models.loading import whole
 from rlhf.models.weights import initial_copies, is_initial_copy
 from rlhf.room import when_there_is_room
 
+INITIAL_COPIES = "initial.safetensors"  # file of a checkpoint
+
 
 def digest_of_base(module: nn.Module) -> int:
     """Return a 48-bit checksum of this rank's frozen weights, or of its shares of them, without the copies."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from rlhf.engine.rank_state import RankState
 from rlhf.engine.snapshot_checkpoint import SNAPSHOTS, read_snapshot
 from rlhf.errors import RunError, UserError
 
+TAG = "deepspeed"  # folder of DeepSpeed's files in a checkpoint
 _BY_ELEMENT = "adamw"  # its states have a value for each weight; the others also have values of several weights
 
 
@@ -50,7 +52,7 @@ def take_over(state: RankState, folder: Path, *, saved: EngineRecord, own: Engin
     folder: of DeepSpeed's files or of snapshots. Raise UserError if they cannot be continued with this engine's ranks
     and stage.
     """
-    _refuse_other_weights(saved, own, folder)
+    refuse_other_weights(saved, own, folder)
     written = saved.sharding if saved.zero_stage else Sharding(ranks=1, zero_stage=0)  # by rank 0, for all ranks
     there, here = (partitions_of(record.groups, part) for record, part in ((saved, written), (own, own.sharding)))
     partition = here[dist.get_rank()]
@@ -65,23 +67,30 @@ def take_over(state: RankState, folder: Path, *, saved: EngineRecord, own: Engin
             "number of ranks at stage 0 may change, or stage 1 to 2 and 2 to 1. Resume with the ranks and stage of "
             "the checkpoint."
         )
-    read: Callable[[int], RankFile] = cache(partial(_read, folder, saved))
+    read: Callable[[int], RankFile] = cache(partial(read_rank, folder, saved))
     values = state.values()
+    with explains_damage(folder, saved), torch.no_grad():
+        copy_elements(state, overlaps_of(partition, there), read, with_states=own.optimizer == _BY_ELEMENT)
+        if own.optimizer != _BY_ELEMENT:
+            values["states"] = _copy_states(state, read(alike[dist.get_rank()] or 0))
+    values["counters"]["global_steps"] = saved.steps
+    state.restore(values)
+
+
+@contextmanager
+def explains_damage(folder: Path, saved: EngineRecord) -> Iterator[None]:
+    """Raise UserError if the files of the ranks have other content than the block reads from them."""
     try:
-        with torch.no_grad():
-            copy_elements(state, overlaps_of(partition, there), read, with_states=own.optimizer == _BY_ELEMENT)
-            if own.optimizer != _BY_ELEMENT:
-                values["states"] = _copy_states(state, read(alike[dist.get_rank()] or 0))
+        yield
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise UserError(
             f"{folder} does not hold the state of {saved.sharding}: {type(error).__name__}: {error}. Restore the "
             "folder from a copy, or resume from an earlier checkpoint."
         ) from error
-    values["counters"]["global_steps"] = saved.steps
-    state.restore(values)
 
 
-def _refuse_other_weights(saved: EngineRecord, own: EngineRecord, folder: Path) -> None:
+def refuse_other_weights(saved: EngineRecord, own: EngineRecord, folder: Path) -> None:
+    """Raise UserError if a checkpoint has the states of another optimizer, or other trained weights."""
     if saved.optimizer != own.optimizer:
         raise UserError(
             f"{folder.parent} has the states of train.optimizer {saved.optimizer}, not of {own.optimizer}. Resume with "
@@ -116,16 +125,17 @@ def copy_elements(
     masters, states = state.masters(), list(state.states().values())
     for overlap in overlaps:
         file, source, target = read(overlap.rank), overlap.source, overlap.target
-        _elements(masters[target.master], target).copy_(_elements(file.masters[source.master], source))
+        elements(masters[target.master], target).copy_(elements(file.masters[source.master], source))
         for key, value in states[target.master].items() if with_states else ():
             saved = file.states[source.master][key]
             if value.dim() == 0:  # the count of steps
                 value.copy_(saved)
             else:
-                _elements(value, target).copy_(_elements(saved, source))
+                elements(value, target).copy_(elements(saved, source))
 
 
-def _elements(tensor: Tensor, piece: Piece) -> Tensor:
+def elements(tensor: Tensor, piece: Piece) -> Tensor:
+    """Return the elements of a piece in its master."""
     return tensor.detach().view(-1).narrow(0, piece.offset, piece.numel)
 
 
@@ -144,7 +154,7 @@ def _copy_states(state: RankState, file: RankFile) -> dict[str, dict[str, Any]]:
     return numbers
 
 
-def _read(folder: Path, saved: EngineRecord, rank: int) -> RankFile:
+def read_rank(folder: Path, saved: EngineRecord, rank: int) -> RankFile:
     """Return the state of a rank. Its tensors are read from the disk when they are used."""
     if folder.name == SNAPSHOTS:
         snapshot = read_snapshot(folder.parent, rank)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from rlhf.config.derive import adapter_options, chat_template, updates_per_step, warmup_steps
+from rlhf.config.derive import updates_per_step, warmup_steps
 from rlhf.config.schema.cluster import TrainedResources
 from rlhf.config.schema.model import CriticConfig, PolicyConfig
 from rlhf.config.schema.root import Config
@@ -19,19 +19,18 @@ from rlhf.engine.distributed import RankContext, init_distributed, leave_distrib
 from rlhf.engine.flops import flops_per_token, measure_peak_flops
 from rlhf.engine.sharded_loading import shards_as_it_loads
 from rlhf.engine.snapshot_copies import CopyPlace
-from rlhf.models.export import export_adapter, export_model
-from rlhf.models.loading import architecture_fingerprint, load_causal_lm, load_tokenizer
+from rlhf.models.loading import architecture_fingerprint, load_causal_lm
 from rlhf.models.packed import policy_logprobs_only
 from rlhf.models.rope import fix_frequencies
 from rlhf.models.routers import RoutingRecord, routers_of
 from rlhf.models.row_check import check_rows
 from rlhf.models.row_layout import row_layout
 from rlhf.roles import Arithmetic, Metrics
-from rlhf.room import explains_full
 from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.tracking.metrics.reductions import ExpertEntropy, ExpertLoad, Last, Mean
 from rlhf.workers.microbatches import Microbatch, SharedPrefixes, padded, split_microbatches
 from rlhf.workers.model_worker import ModelWorker, torch_dtype
+from rlhf.workers.trained_model import load_policy_tokenizer, load_trained_model, write_model_folder
 
 Measure = Callable[[], Metrics]
 
@@ -92,7 +91,7 @@ class TrainedWorker(ModelWorker):
                 dtype=dtype,
                 offload_parameters=self.device.type == "cuda" and "parameters" in offload,
             ):
-                module = self._with_adapter(self.load_module())
+                module = load_trained_model(self.model_config, type(self).load_model, self.device)
             if self.place.longest_sequence is not None:
                 fix_frequencies(module, self.place.longest_sequence)
             self.fingerprint = architecture_fingerprint(module.config)
@@ -127,36 +126,8 @@ class TrainedWorker(ModelWorker):
             with torch.no_grad():
                 self.engine.forward(check_rows, self.device)  # after sharding: all ranks run the same passes
             self.layout = row_layout(module)
-        self.tokenizer: Any = load_tokenizer(
-            self.config.policy.tokenizer_source,
-            trust_remote_code=self.config.policy.trust_remote_code,
-            template=chat_template(self.config),
-        )
+        self.tokenizer: Any = load_policy_tokenizer(self.config)
         return self.fingerprint
-
-    def load_module(self) -> Any:
-        """Load the model without an adapter."""
-        model = self.model_config
-        return type(self).load_model(
-            model.model,
-            dtype=torch_dtype(model.dtype),
-            trust_remote_code=model.trust_remote_code,
-            gradient_checkpointing=model.gradient_checkpointing,
-            quantize=None if model.lora is None else model.lora.quantize,
-            device=self.device,
-        )
-
-    def _with_adapter(self, module: Any) -> Any:
-        """Return the model with a new or a trained adapter. A role without an adapter gets the model unchanged."""
-        model, lora = self.model_config, self.model_config.lora
-        if lora is None:
-            return module
-        from rlhf.models.adapter_folder import load_trainable_adapter  # with peft, which takes seconds
-        from rlhf.models.lora import add_lora
-
-        if model.adapter is not None:
-            return load_trainable_adapter(module, Path(model.adapter), dropout=lora.dropout)
-        return add_lora(module, **adapter_options(lora))
 
     def split(
         self,
@@ -283,25 +254,17 @@ class TrainedWorker(ModelWorker):
         """Restore the state that this rank or its predecessor kept after `step` training steps. Collective."""
         self.engine.take_back(step)
 
-    def export(self, folder: Path, merged: bool = False) -> None:
-        """Write a Hugging Face folder (an adapter folder for LoRA). Rank 0 writes, all ranks gather. Collective.
-
-        merged: with LoRA, write the whole model with the adapter merged. Engines without adapter support need
-        it.
-        """
-        with explains_full(folder):
-            self._export(folder, merged=merged)
-
-    def _export(self, folder: Path, *, merged: bool) -> None:
+    def export(self, folder: Path) -> None:
+        """Write a Hugging Face folder (an adapter folder for LoRA). Rank 0 writes, all ranks gather. Collective."""
         dtype = torch_dtype(self.model_config.dtype)
-        weights = self.engine.named_weights(dtype) if merged else self.weights(dtype)
-        if self.place.rank != 0:
+        weights = self.weights(dtype)
+        if self.place.rank == 0:
+            adapter_alone = self.model_config.lora is not None
+            module = self.engine.module
+            write_model_folder(folder, weights, module, self.tokenizer, dtype=dtype, adapter_alone=adapter_alone)
+        else:
             for _ in weights:
                 pass
-        elif self.model_config.lora is not None and not merged:
-            export_adapter(folder, weights, self.engine.module, self.tokenizer)
-        else:
-            export_model(folder, weights, self.engine.module, self.tokenizer, dtype=dtype)
 
     def arithmetic(self) -> Arithmetic:
         """Return the model's FLOPs per token and the measured peak FLOPs of this rank."""

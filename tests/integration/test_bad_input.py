@@ -23,7 +23,6 @@ import pytest
 import ray
 
 import actors.cluster.connect
-import actors.run.export
 import actors.run.train
 from rlhf.cli import main
 from rlhf.config.files.load import load
@@ -267,11 +266,7 @@ def test_a_checkpoint_that_this_run_cannot_go_on_from(capsys: pytest.CaptureFixt
     assert done in resumed_from("train.steps=2")
 
 
-def test_what_cannot_be_exported(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(actors.run.export, "connected", actors.run.train.connected)
-
+def test_what_cannot_be_exported(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     def said_of(*arguments: str) -> str:
         assert main(["export", "r", *arguments]) == 2
         (_, said) = capsys.readouterr().err.split("rlhf: error: ")

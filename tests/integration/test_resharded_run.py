@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import rlhf
 from tests.integration.recipes import ONLINE, merge, rows, train, without_clocks, write_config
 from tests.integration.test_online import PPO
 from tests.integration.test_sweep import RUN
@@ -37,6 +38,10 @@ def assert_continues(folder: Path, config: Mapping[str, Any], *, until: int, oth
         for key, value in one.items():
             if key != "update/tokens/total" and value is not None:  # depends on the micro-batches of each rank
                 assert two[key] == pytest.approx(value, rel=2e-3, abs=2e-5), (one["step"], key)
+    rlhf.export(folder / "stopped", folder / "exported")  # of two ranks
+    assert (folder / "exported" / "model.safetensors").read_bytes() == (
+        folder / "stopped" / "final" / "model.safetensors"
+    ).read_bytes()
     weights, unbroken = (load_file(folder / name / "final" / "model.safetensors") for name in ("stopped", "unbroken"))
     torch.testing.assert_close(weights, unbroken, rtol=1e-3, atol=1e-5)
 

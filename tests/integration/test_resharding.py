@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,22 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from rlhf.engine.consolidation import load_trained_weights
 from rlhf.engine.partitions import Sharding
 from rlhf.engine.snapshot_checkpoint import write_snapshot
 from rlhf.errors import UserError
+from rlhf.models.weights import initial_copies, weight_sources
 from tests.integration import test_engine_adapters as adapters
 from tests.integration.rank_gang import Gangs, small_config
-from tests.integration.test_engine_deepspeed import OPTIMIZER, batch, distance, loss_of, make_engine, weights_of
+from tests.integration.test_engine_deepspeed import (
+    OPTIMIZER,
+    batch,
+    distance,
+    loss_of,
+    make_engine,
+    tiny_model,
+    weights_of,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -59,14 +69,7 @@ def train_and_save(
     trained_further(engine, rank, world_size, range(1, SAVED_STEPS + 1))
     torch.rand(1)  # so that the random state is not that of a new engine
     if keeps:
-        kept = folder.with_name("memory") / str(rank)
-        kept.parent.mkdir(exist_ok=True)
-        engine.keep_in(kept)
-        engine.keep(SAVED_STEPS)
-        assert engine.kept() == SAVED_STEPS
-        folder.mkdir(exist_ok=True)
-        write_snapshot(kept, SAVED_STEPS, folder, rank)
-        torch.distributed.barrier()
+        save_kept(engine, rank, SAVED_STEPS, folder)
     else:
         engine.save(folder)
     saved = weights_of(engine)
@@ -74,6 +77,17 @@ def train_and_save(
     weights = weights_of(engine)
     engine.close()
     return saved, losses, weights
+
+
+def save_kept(engine: Any, rank: int, steps: int, folder: Path) -> None:
+    kept = folder.with_name("memory") / str(rank)
+    kept.parent.mkdir(exist_ok=True)
+    engine.keep_in(kept)
+    engine.keep(steps)
+    assert engine.kept() == steps
+    folder.mkdir(exist_ok=True)
+    write_snapshot(kept, steps, folder, rank)
+    torch.distributed.barrier()
 
 
 def continued(rank: int, world_size: int, *, stage: int, dtype: torch.dtype, folder: Path, name: str) -> Any:
@@ -120,6 +134,7 @@ def assert_continued(gangs: Gangs, unbroken: Sequence[Any], there: Sharding, opt
     """Continue a checkpoint with each stage and other ranks, and compare it with the unbroken run."""
     (saved, losses, weights), *_ = unbroken
     dtype = options["dtype"]
+    assert_consolidated(tiny_model(dtype), saved, options["folder"], dtype=dtype)
     for ranks in FROM_TO[there.ranks]:
         for stage in range(4):
             results = gangs[ranks].run(continued, stage=stage, **options)
@@ -133,6 +148,14 @@ def assert_continued(gangs: Gangs, unbroken: Sequence[Any], there: Sharding, opt
                 else:  # gradients in bfloat16 are off by 4e-3, and Adam moves a weight by its rate all the same
                     assert losses_again == pytest.approx(losses, rel=1e-2), (ranks, stage)
                     assert distance(weights_again, weights) < 0.2 * distance(weights, saved), (ranks, stage)
+
+
+def assert_consolidated(module: Any, saved: Mapping[str, Any], folder: Path, *, dtype: torch.dtype) -> None:
+    """Load a checkpoint into a whole model in this process, and compare it with the weights of the ranks."""
+    load_trained_weights(module, folder, dtype=dtype)
+    whole = {name: weight for source in weight_sources(module) for name, weight in source.published()}
+    assert whole.keys() == saved.keys()
+    assert all(torch.equal(whole[name].to(weight.dtype), weight) for name, weight in saved.items())
 
 
 ALIKE = [
@@ -175,10 +198,15 @@ def test_states_of_several_weights_are_not_divided(
         assert f"was written with {there} and cannot be continued with {here}: adamw_8bit has states" in message
 
 
-def adapter_saved(rank: int, world_size: int, *, model: Path, kind: str, stage: int, folder: Path) -> Any:
+def adapter_saved(
+    rank: int, world_size: int, *, model: Path, kind: str, stage: int, folder: Path, keeps: bool = False
+) -> Any:
     engine = adapters.started(model, kind, stage)
     adapters.updated(engine, rank % 2, 1)
-    engine.save(folder)
+    if keeps:
+        save_kept(engine, rank, 1, folder)
+    else:
+        engine.save(folder)
     weights = {name: weight.clone() for name, weight in engine.named_weights(torch.float32)}
     engine.close()
     return weights
@@ -221,11 +249,28 @@ def test_adapters(
 ) -> None:
     options: dict[str, Any] = {"model": base, "kind": kind, "folder": tmp_path / "saved"}
     saved, *_ = gangs[ranks[0]].run(adapter_saved, stage=there, **options)
+    assert_consolidated(other_adapter(base, kind), saved, tmp_path / "saved", dtype=torch.float32)
     for loaded in gangs[ranks[1]].run(adapter_continued, stage=here, **options):
         assert all(torch.equal(loaded[name], weight) for name, weight in saved.items())
     if kind == "lora":
         for message in gangs[ranks[1]].run(adapter_continued, stage=here, changed=True, **options):
             assert "was trained on other frozen weights" in message
+
+
+def other_adapter(base: Path, kind: str) -> Any:
+    """A model with an adapter that has other weights, also in the frozen copies of its initial state."""
+    module = adapters.loaded(base, kind)
+    with torch.no_grad():
+        for parameter in (*filter(lambda p: p.requires_grad, module.parameters()), *initial_copies(module).values()):
+            parameter.add_(0.01)
+    return module
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_adapter_kept_in_memory_becomes_whole(gangs: Gangs, base: Path, stage: int, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"model": base, "kind": "pissa", "folder": tmp_path / "saved", "stage": stage}
+    saved, *_ = gangs[2].run(adapter_saved, keeps=True, **options)
+    assert_consolidated(other_adapter(base, "pissa"), saved, tmp_path / "saved", dtype=torch.float32)
 
 
 def damaged(folder: Path, how: str) -> None:

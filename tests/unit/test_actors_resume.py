@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from actors.run.export import export_checkpoint
 from actors.run.train import launch
 from rlhf.config.files.dump import dump_yaml
 from rlhf.config.files.load import LoadedConfig, load
 from rlhf.config.schema.root import Config
 from rlhf.controller.loop import trained_models
 from rlhf.errors import UserError
+from rlhf.exporting import export_checkpoint
 from rlhf.models.loading import architecture_fingerprint, load_model_config
 from rlhf.preflight.inputs import StageInputs, load_inputs
 from rlhf.preflight.models import refuse_other_model, with_sources

@@ -228,11 +228,11 @@ def test_an_agent_that_is_interrupted_has_nothing_to_go_on_with(
 
 def test_export_passes_what_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    module = ModuleType("actors.run.export")
+    module = ModuleType("rlhf.exporting")
     module.__dict__["export_checkpoint"] = lambda run, **options: calls.append(
         (run, options["step"], options["merged"], options["push_to_hub"])
     )
-    monkeypatch.setitem(sys.modules, "actors.run.export", module)
+    monkeypatch.setitem(sys.modules, "rlhf.exporting", module)
     assert main(["export", "runs/a", "out", "--step", "20", "--merged", "--push-to-hub", "me/x"]) == 0
     rlhf.export("runs/a", "out")
     assert calls == [(Path("runs/a"), 20, True, "me/x"), (Path("runs/a"), None, False, None)]

@@ -1,4 +1,4 @@
-"""Export a checkpoint of any step as a model folder: the policy's ranks start again, load it, and export."""
+"""Export a checkpoint of any step as a model folder, in this process alone: no Ray, no ranks, no optimizer."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ import logging
 import tempfile
 from pathlib import Path
 
-from actors.cluster.connect import connected
-from actors.cluster.placement import reserve
-from actors.roles.build import RunContext
-from actors.roles.gang import OfflineGang
-from actors.roles.group import ending
-from actors.roles.ranks import RANKS
+import torch
+
 from rlhf.algorithms.sft import SFTConfig
 from rlhf.config.files.base import read_tree
 from rlhf.config.files.load import load
 from rlhf.config.pipeline import texts_at
 from rlhf.config.schema.root import Config
+from rlhf.engine.consolidation import load_trained_weights
+from rlhf.engine.gathering import whole_weights
 from rlhf.errors import UserError
+from rlhf.models.loading import load_causal_lm, load_critic
 from rlhf.models.publish import push_folder, refuse_unpublishable
+from rlhf.models.weights import adapter_sources, weight_sources
 from rlhf.owned_folders import temporary_folder
 from rlhf.preflight.models import with_adapters, with_sources
 from rlhf.reporting.model_card import write_model_card
-from rlhf.stopping import run_async
 from rlhf.tracking import logs
 from rlhf.tracking.run_folder.manifest import find_damage
+from rlhf.workers.model_worker import torch_dtype
+from rlhf.workers.trained_model import load_policy_tokenizer, load_trained_model, write_model_folder
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +79,8 @@ def export_checkpoint(
     )
     if config.algorithm.has_scalar_head:
         alone = alone.model_copy(update={"algorithm": config.algorithm})
-    with temporary_folder() as aside, connected(config.cluster):
-        run_async(_export(with_adapters(with_sources(alone, aside), {}), checkpoint, folder, merged))
+    with temporary_folder() as aside:
+        _write(with_adapters(with_sources(alone, aside), {}), checkpoint, folder, merged=merged)
     write_model_card(folder, config, run=run, step=saved_step, merged=merged)
     logger.info("exported %s to %s", checkpoint.name, folder)
     if push_to_hub is not None:
@@ -113,12 +114,27 @@ def _refuse_code_of_run(resolved: Path) -> None:
                 )
 
 
-async def _export(config: Config, checkpoint: Path, folder: Path, merged: bool) -> None:
-    placement = await reserve(config)
-    rank = RANKS[config.algorithm.kind]
-    context = RunContext(config=config, placement=placement, longest_sequence=None)
-    gang = context.gang(OfflineGang, rank, config, optimizer_steps=1)
-    async with ending([gang], placement, heartbeat_timeout_s=config.cluster.heartbeat_timeout_s):
-        await gang.start(deadline_s=config.cluster.start_timeout_s)
-        await gang.load(checkpoint / "policy")
-        await gang.export(folder.resolve(), merged=merged)
+def _write(config: Config, checkpoint: Path, folder: Path, *, merged: bool) -> None:
+    """Load the policy of a checkpoint into this process, and write it."""
+    policy, dtype = config.policy, torch_dtype(config.policy.dtype)
+    load_model = load_critic if config.algorithm.has_scalar_head else load_causal_lm
+    module = load_trained_model(policy, load_model, _device(config))
+    load_trained_weights(module, checkpoint / "policy", dtype=dtype)
+    adapter_alone = policy.lora is not None and not merged
+    sources = adapter_sources(module) if adapter_alone else weight_sources(module)
+    weights = whole_weights(sources, dtype, sharded=False)
+    tokenizer = load_policy_tokenizer(config)
+    write_model_folder(folder.resolve(), weights, module, tokenizer, dtype=dtype, adapter_alone=adapter_alone)
+
+
+def _device(config: Config) -> torch.device:
+    """Return the device of the model: a CPU, or for 4-bit weights the kind of device on which the run rounded them."""
+    lora = config.policy.lora
+    if lora is None or lora.quantize is None or config.cluster.device == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            "policy.lora.quantize: the run quantized its model on a GPU, and this machine has none. Export the "
+            "checkpoint on a machine with one GPU."
+        )
+    return torch.device("cuda", 0)

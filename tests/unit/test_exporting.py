@@ -1,0 +1,101 @@
+"""What `rlhf export` writes of a checkpoint: a model, an adapter, or a model with the adapter in its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import rlhf
+from rlhf.config.files.dump import dump_yaml
+from rlhf.config.files.load import load
+from rlhf.engine.engine_record import EngineRecord
+from rlhf.engine.frozen_weights import digest_of_base
+from rlhf.errors import UserError
+from rlhf.models.loading import architecture_fingerprint, load_causal_lm
+from rlhf.models.lora import add_lora
+from rlhf.tracking.run_folder.folder import RunFolder
+
+RUN = """
+run: {{name: demo, dir: {folder}}}
+policy: {{model: {model}, dtype: float32{lora}}}
+algorithm: {{name: sft}}
+data: {{train: {{task: running_totals, split: sft, size: 8}}}}
+train: {{steps: 1, lr: 1.0e-3, sequences_per_update: 8}}
+"""
+
+
+def checkpointed(folder: Path, base: Path, model: Any, *, lora: str = "") -> Path:
+    """A run with a checkpoint of the model's trained weights, as one rank writes it at ZeRO stage 0."""
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    (folder / "run.yaml").write_text(RUN.format(folder=folder, model=base, lora=lora))
+    with RunFolder.open(folder, "demo", resume=False) as run:
+        run.config.write_text(dump_yaml(load(folder / "run.yaml")))
+        files = run.begin_checkpoint(1) / "policy"
+        (files / "deepspeed").mkdir(parents=True)
+        content = {
+            "module": {f"module.{name}": weight for name, weight in trained.items()},
+            "optimizer": {"state": {index: {} for index in range(len(trained))}},
+        }
+        torch.save(content, files / "deepspeed" / "mp_rank_00_model_states.pt")
+        EngineRecord(
+            model=architecture_fingerprint(model.config),
+            ranks=1,
+            zero_stage=0,
+            dtype="float32",
+            optimizer="adamw",
+            groups=[{name: weight.numel() for name, weight in trained.items()}],
+            frozen_weights=f"{digest_of_base(model):016x}",
+            steps=1,
+            updates_per_step=1,
+        ).write(files)
+        run.seal(run.checkpoint(1), step=1)
+        run.commit_checkpoint(1)
+    return folder / "demo"
+
+
+def test_a_merged_export_is_the_base_with_the_adapter(tiny_model: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = add_lora(load_causal_lm(str(tiny_model), dtype=torch.float32), rank=4, alpha=8.0, dropout=0.0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    run = checkpointed(tmp_path, tiny_model, model, lora=", lora: {rank: 4, alpha: 8.0}")
+    rlhf.export(run, tmp_path / "adapter")
+    rlhf.export(run, tmp_path / "whole", merged=True)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    adapted = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    tokens = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        expected, plain = adapted(tokens).logits, AutoModelForCausalLM.from_pretrained(tiny_model)(tokens).logits
+        torch.testing.assert_close(whole(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(expected, plain, atol=0.1)
+    assert not (tmp_path / "whole" / "adapter_config.json").exists()
+
+
+def test_an_export_has_the_weights_of_the_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
+    model = load_causal_lm(str(tiny_model), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1.0
+    run = checkpointed(tmp_path, tiny_model, model)
+    rlhf.export(run, tmp_path / "out")
+    written, trained = load_file(tmp_path / "out" / "model.safetensors"), dict(model.named_parameters())
+    assert written.keys() == trained.keys()
+    assert all(torch.equal(weight, trained[name]) for name, weight in written.items())
+
+
+def test_a_model_folder_that_has_changed_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    model = add_lora(load_causal_lm(str(tiny_model), dtype=torch.float32), rank=4, alpha=8.0, dropout=0.0)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0, 0] += 1.0
+    run = checkpointed(tmp_path, tiny_model, model, lora=", lora: {rank: 4, alpha: 8.0}")
+    with pytest.raises(UserError, match="was trained on other frozen weights"):
+        rlhf.export(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
