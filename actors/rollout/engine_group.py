@@ -99,7 +99,7 @@ class RolloutEngines(ElasticEngines):
         meeting = await policy.meeting(num_receivers=len(members) * self.tensor_parallel, timeout_s=self.deadline_s)
 
         def open_end(handle: ActorHandle[Any]) -> ObjectRef[Any]:
-            first_rank = 1 + members.index(handle) * self.tensor_parallel
+            first_rank = 1 + [*members.values()].index(handle) * self.tensor_parallel
             ref: ObjectRef[Any] = handle.open_weights.remote(meeting, first_rank)
             return ref
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class ReplaceableEngines(WorkerPool):
         self._are_missing = asyncio.Event()  # a successor has found the published weights gone
         self._is_published = asyncio.Event()
         self._loading = asyncio.Lock()  # while a successor reads what is published
-        self._met: list[ActorHandle[Any]] | None = None  # the receivers of a broadcast; None: there is no broadcast
+        self._met: dict[int, ActorHandle[Any]] | None = None  # receivers of a broadcast by rank; None: no broadcast
         self._received: list[ActorHandle[Any]] = []  # the engines that have loaded the last publication in its sync
         self._unsynced: dict[int, asyncio.Future[None]] = {}  # by rank: successors that wait for the next broadcast
 
@@ -158,11 +158,13 @@ class ReplaceableEngines(WorkerPool):
                 check_probe(probe.logprobs, theirs, engine=rank, version=probe.version, dtype=probe.dtype)
                 is_given = True
 
-    def reachable(self) -> list[ActorHandle[Any]]:
-        """Return the engines that work, and the successors that wait for a broadcast."""
-        return [
-            handle for rank, handle in enumerate(self.handles) if rank not in self._rebuilds or rank in self._unsynced
-        ]
+    def reachable(self) -> dict[int, ActorHandle[Any]]:
+        """Return the engines that work, and the successors that wait for a broadcast, by rank."""
+        return {
+            rank: handle
+            for rank, handle in enumerate(self.handles)
+            if rank not in self._rebuilds or rank in self._unsynced
+        }
 
     async def present(
         self,
@@ -184,18 +186,21 @@ class ReplaceableEngines(WorkerPool):
         results: list[Any] = await all_results([self._result_if_works(rank, call, wait) for rank in ranks])
         return {rank: result for rank, found in zip(ranks, results, strict=True) for result in found}
 
-    async def together(self, members: Sequence[ActorHandle[Any]], call: Call) -> dict[int, Any]:
+    async def together(self, members: Mapping[int, ActorHandle[Any]], call: Call) -> dict[int, Any]:
         """Return the results of all members of a broadcast, by rank. The loss of a member is raised at once.
 
-        The other members and the policy would wait for it, and with nccl they do not notice that it is gone.
+        The other members and the policy would wait for it, and with nccl they do not notice that it is gone. A
+        successor in the place of a lost member is no member.
         """
-        ranks = [rank for rank, handle in enumerate(self.handles) if handle in members]
-        for rank in ranks:
-            if rank in self._rebuilds and rank not in self._unsynced:
+        for rank, handle in members.items():
+            is_rebuilt = rank in self._rebuilds and rank not in self._unsynced
+            if is_rebuilt or self.handles[rank] is not handle:
                 raise self.last_loss[rank]
-        calls: list[Awaitable[Any]] = [self.one(call(self.handles[rank]), "weight sync", rank=rank) for rank in ranks]
+        calls: list[Awaitable[Any]] = [
+            self.one(call(handle), "weight sync", rank=rank) for rank, handle in members.items()
+        ]
         results = await all_results(calls)
-        return dict(zip(ranks, results, strict=True))
+        return dict(zip(members, results, strict=True))
 
     async def _result_if_works(self, rank: int, call: Call, wait: Callable[..., Awaitable[Any]]) -> tuple[Any, ...]:
         rebuilding = self._rebuilds.get(rank)

@@ -77,9 +77,7 @@ def broadcast(group: Any, tensor: Tensor, *, limit_s: float) -> None:
         work = group.broadcast([tensor], options)
         while not work.is_completed():
             if time.monotonic() > ends:
-                if not isinstance(
-                    group, dist.ProcessGroupGloo
-                ):  # gloo aborts all groups of a process, with the process
+                if not isinstance(group, dist.ProcessGroupGloo):  # gloo's abort ends the whole process
                     group.abort()
                 raise RunError(
                     f"weight sync: a broadcast of {tensor.numel()} bytes was not complete after {limit_s:.0f} s. "

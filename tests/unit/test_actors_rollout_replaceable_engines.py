@@ -727,13 +727,16 @@ async def test_a_loss_during_a_broadcast_is_raised_although_the_other_members_no
         await asyncio.wait_for(update, DEADLINE_S)
 
 
-async def test_an_engine_lost_before_its_call_in_a_broadcast_is_raised_too() -> None:
+@pytest.mark.parametrize("has_successor", [False, True])
+async def test_an_engine_lost_before_its_call_in_a_broadcast_is_raised_too(has_successor: bool) -> None:
     first, other = Engine("first"), Engine("other")
     engines = await broadcasting(Policy(), first, other, successors=(Engine("successor"),))
-    engines.may_start.clear()
+    if not has_successor:
+        engines.may_start.clear()
     await engines.withdraw_weights()
-    first.is_dead = True
+    member, first.is_dead = engines.handles[0], True
     await engines.cancel([])  # a call that finds it dead
+    await until(lambda: (engines.handles[0] is not member) == has_successor)
     with pytest.raises(WorkerLost, match="rollout rank 0"):
         await asyncio.wait_for(engines.update_weights(manifest(2)), DEADLINE_S)
     await engines.give_up_rebuilds()
