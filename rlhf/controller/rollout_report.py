@@ -177,6 +177,7 @@ def group_samples(
                     columns={name: column.value for name, column in columns.items()},
                     result=values[RESULT_COLUMN].value if RESULT_COLUMN in values else None,
                     shortened={name: shown.length for name, shown in values.items() if shown.length is not None},
+                    masked=tuple(name for name, shown in values.items() if shown.is_masked),
                 )
             )
         ids = tuple(info.sequence_id for info in taken)

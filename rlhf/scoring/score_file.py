@@ -109,10 +109,11 @@ def _is_sample(columns: Mapping[str, Any]) -> bool:
 
 
 def _has_result(row: Row) -> bool:
-    """Return whether a row is a sample of an agent with the whole result."""
+    """Return whether a row is a sample of an agent with the result as the agent returned it."""
     columns = row.columns
     has_result = _is_sample(columns) and columns.get(RESULT_COLUMN) is not None
-    return has_result and RESULT_COLUMN not in (columns.get("shortened") or {})
+    changed = {*(columns.get("shortened") or ()), *(columns.get("masked") or ())}
+    return has_result and RESULT_COLUMN not in changed
 
 
 def _problem(row: Row) -> str | None:

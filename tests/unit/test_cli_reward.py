@@ -96,9 +96,9 @@ def test_samples_of_an_agent_are_scored_with_its_results(config: str, tmp_path: 
     rewards = f"rewards={{found: {{function: '{tmp_path}/mine.py:found'}}}}"
     file = write(tmp_path / "r.jsonl", rows)
     assert [one.score for one in rlhf.reward(config, file, [rewards]).rows] == [1.0, 0.0]
-    rows[1]["shortened"] = {"result": 9999}
-    with pytest.raises(UserError, match="result"):
-        rlhf.reward(config, write(tmp_path / "r.jsonl", rows), [rewards])
+    for changed in ({"shortened": {"result": 9999}}, {"masked": ["result"]}):
+        with pytest.raises(UserError, match="result"):
+            rlhf.reward(config, write(tmp_path / "r.jsonl", [rows[0], rows[1] | changed]), [rewards])
 
 
 def test_samples_get_the_columns_of_their_rows_although_the_run_skipped_others(config: str, tmp_path: Path) -> None:

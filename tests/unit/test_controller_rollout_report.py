@@ -83,6 +83,7 @@ def test_samples_have_the_row_and_the_agents_result(monkeypatch: pytest.MonkeyPa
     assert first["columns"] == second["columns"] == {"secret": "red", "days": [1, None], "tests": "x" * 4096}
     assert first["result"] == {"guess": "red", "env": MASK}
     assert first["shortened"] == {"columns.tests": 5000}
+    assert (first["masked"], second["masked"]) == (["result"], [])
     assert second["shortened"] == {"columns.tests": 5000, "result": 10_000}
     assert second["result"] == json.dumps(["y"] * 2000)[:4096]
 

@@ -101,6 +101,7 @@ class SampleRecord:
     result: Any = None  # of an agent's session, for the rewards
     # length in characters of each value that was shortened to its beginning, by `columns.NAME` or `result`
     shortened: Mapping[str, int] = field(default_factory=dict)
+    masked: tuple[str, ...] = ()  # names, as in `shortened`, of the values in which a secret is masked
     tokens: SampleTokens | None = None  # added together with the text
 
 
@@ -110,6 +111,7 @@ class SampleValue:
 
     value: Any
     length: int | None  # in characters, of a shortened value; None: the value is whole
+    is_masked: bool  # a secret in the value is masked
 
 
 def sample_columns(columns: Mapping[str, Any]) -> dict[str, SampleValue]:
@@ -120,13 +122,16 @@ def sample_columns(columns: Mapping[str, Any]) -> dict[str, SampleValue]:
 def sample_value(value: Any) -> SampleValue:
     """Return a value as samples show it."""
     try:
-        plain = _redacted(json.loads(json.dumps(value, default=str)))
+        plain = json.loads(json.dumps(value, default=str))
+        shown = _redacted(plain)
     except (TypeError, ValueError, RecursionError):  # JSON cannot hold it
-        plain = redact(str(value))
-    text = plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)
+        plain = str(value)
+        shown = redact(plain)
+    is_masked = repr(shown) != repr(plain)  # by text, because NaN differs from itself
+    text = shown if isinstance(shown, str) else json.dumps(shown, ensure_ascii=False)
     if len(text) <= MOST_CHARACTERS:
-        return SampleValue(plain, None)
-    return SampleValue(text[:MOST_CHARACTERS], len(text))
+        return SampleValue(shown, None, is_masked)
+    return SampleValue(text[:MOST_CHARACTERS], len(text), is_masked)
 
 
 def samples_path(folder: Path, step: int) -> Path:
