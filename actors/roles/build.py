@@ -45,7 +45,7 @@ class RunContext:
 
     config: Config
     placement: Placement
-    longest_sequence: int | None  # tokens of prompt and response; engines have the same. None: nothing is computed
+    longest_sequence: int  # tokens of prompt and response; engines have the same
     supervisor: Supervisor | None = None  # None: a lost worker ends the work
     rewards: tuple[RewardSpec, ...] = ()
     tokenizer_class: type[Any] | None = None  # of the policy. None: it comes with the model's own code
@@ -116,7 +116,6 @@ def _reward(run: RunContext) -> RewardWorkers:
         memory_gib=policy.memory_gib,
         max_tokens_per_microbatch=config.train.max_tokens_per_microbatch,
     )
-    assert run.longest_sequence is not None
     return RewardWorkers.create(config.cluster, run.placement, settings, longest_sequence=run.longest_sequence)
 
 

@@ -334,7 +334,7 @@ def spawn(
     role: Role,
     worker: type,
     *args: Any,
-    longest_sequence: int | None,
+    longest_sequence: int,
     concurrency: int = 1,
     **options: Any,
 ) -> tuple[list[ActorHandle[Any]], SpawnOne]:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rlhf.errors import UserError
+from rlhf.models import row_check
 from rlhf.models.packed import policy_logprobs_only
 from rlhf.models.rope import fix_frequencies
 from rlhf.models.row_check import check_rows
@@ -130,6 +131,16 @@ def test_without_a_known_longest_sequence_rows_that_depend_on_it_are_computed_on
     short, long = sequences(10, TRAINED)
     expected = torch.cat([own_logprobs(theirs, short), own_logprobs(theirs, long)])
     torch.testing.assert_close(logprobs(model, short, long), expected, rtol=0.0, atol=1e-5)
+
+
+def test_ranks_that_share_rows_need_a_longest_sequence_also_to_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export computes no sequence of a data set. Its longest sequence is 1."""
+    monkeypatch.setattr(row_check, "current_group", object)
+    model = model_with("phi3", LONG)
+    with pytest.raises(UserError, match="sequence_parallel needs a model whose sequences can be packed"):
+        check_rows(model, CPU)
+    fix_frequencies(model, 1)
+    assert check_rows(model, CPU) is RowLayout.SHARED_PROMPTS
 
 
 @pytest.mark.parametrize("name", ["dynamic", "dynamic with alpha"])
