@@ -151,7 +151,7 @@ async def test_bodies() -> None:
         ({"kv_transfer_params": {"a": 1}}, 400, "the server makes the prompt's tokens itself"),
         ({"anything": 1}, 400, "`anything` is not supported here; there are messages, model, n, stop, tools"),
         ({"tools": [{"type": "web_search"}]}, 400, "`tools[0].type` is 'web_search': the server runs no tools"),
-        ({"tools": [{"type": "function"}]}, 400, "Start the server with a tool parser (--tool-parser)"),
+        ({"tools": [{"type": "function"}]}, 400, "or with a tool parser (--tool-parser)"),
         ({"previous_response_id": "r"}, 404, "send the whole conversation in `input`"),
         ({"n": 129}, 400, "asks for 129 responses, more than 128"),
         ({"n": "2"}, 400, "`n` is '2', expected a whole number"),  # vLLM would read it as 2

@@ -15,6 +15,7 @@ from rlhf.algorithms.dpo import DPOConfig
 from rlhf.algorithms.grpo import GRPO, GRPOConfig
 from rlhf.algorithms.online import OnlineAlgorithm, SequenceOutcomes
 from rlhf.algorithms.online_config import OnlineConfig
+from rlhf.config.files.docs import document
 from rlhf.controller.online import LEARNERS
 from rlhf.preflight.inputs import FORMS
 
@@ -23,6 +24,7 @@ from rlhf.preflight.inputs import FORMS
 def test_the_name_in_the_table_is_that_of_the_section(name: str) -> None:
     config_class = ALGORITHMS[name].config_class()
     assert get_args(config_class.model_fields["name"].annotation) == (name,)
+    document(config_class)
     assert all(field.description for field in config_class.model_fields.values())
 
 

@@ -32,7 +32,7 @@ TEXT = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")  # with {pl
 def configuration_page() -> str:
     """Return the whole page as Markdown."""
     page = _Page()
-    _document(EvaluationStage)
+    document(EvaluationStage)
     keys = {
         "Config": page.sections(Config),
         "MergeFile": page.sections(MergeFile),
@@ -53,7 +53,7 @@ class _Page:
 
     def sections(self, root: type[Section]) -> str:
         """Return every section of a file."""
-        _document(root)
+        document(root)
         return "".join(self.keys(name, field) for name, field in root.model_fields.items())
 
     def keys(self, path: str, field: FieldInfo, owner: str = "") -> str:
@@ -66,7 +66,7 @@ class _Page:
         return "".join(self._section(at, section, field, _name(section, at) or owner) for at, section in new)
 
     def _section(self, path: str, section: type[Section], field: FieldInfo, owner: str) -> str:
-        _document(section)
+        document(section)
         text = f"\n### {self.titles[section]}\n\n{_line(section.__doc__ or '')}"
         text += f" {_line(field.description or '')}\n\n" if field.default is None else "\n\n"
         text += "| key | values | default | meaning |\n|---|---|---|---|\n"
@@ -82,7 +82,7 @@ class _Page:
         return _cell(field.description or "") + (f" Keys: {', '.join(links)}." if links else "")
 
 
-def _document(section: type[Section]) -> None:
+def document(section: type[Section]) -> None:
     """Describe each field by the string under it, in the class or else in its bases.
 
     pydantic's option for it would read all files of the schema again at the start of every command.
