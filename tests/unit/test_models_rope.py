@@ -133,8 +133,8 @@ def test_without_a_known_longest_sequence_rows_that_depend_on_it_are_computed_on
     torch.testing.assert_close(logprobs(model, short, long), expected, rtol=0.0, atol=1e-5)
 
 
-def test_ranks_that_share_rows_need_a_longest_sequence_also_to_export(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An export computes no sequence of a data set. Its longest sequence is 1."""
+def test_ranks_that_share_rows_need_a_longest_sequence_to_pack_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a longest sequence the frequencies are fixed, so that the sequences of a row can be packed."""
     monkeypatch.setattr(row_check, "current_group", object)
     model = model_with("phi3", LONG)
     with pytest.raises(UserError, match="sequence_parallel needs a model whose sequences can be packed"):
