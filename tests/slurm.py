@@ -73,11 +73,15 @@ class Slurm:
 
 
 @contextmanager
-def slurm(hosts: Sequence[Host], folder: Path) -> Iterator[Slurm]:
-    """Slurm for the length of the block. Skips the test where it is not installed."""
+def slurm(hosts: Sequence[Host]) -> Iterator[Slurm]:
+    """Slurm for the length of the block. Skips the test where it is not installed.
+
+    Its files go with those of the hosts. The path of their folder is short, since sockets of job steps lie below it.
+    """
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing:
         pytest.skip(f"SLURM NOT TESTED: {', '.join(missing)} missing (apt-get install slurmctld slurmd munge)")
+    folder = hosts[0].disk.parent / "slurm"
     folder.mkdir()
     (folder / "state").mkdir()
     lines = [

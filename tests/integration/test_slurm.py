@@ -65,7 +65,7 @@ def test_who_is_told_to_go_is_put_back_and_who_is_cancelled_is_not(
     programs(tmp_path / "bin", monkeypatch, ray=RAY, rlhf=TOLD)
     (tmp_path / "ray.py").write_text(IN_PYTHON, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with several_hosts(3) as hosts, slurm(hosts, tmp_path / "slurm") as cluster:
+    with several_hosts(3) as hosts, slurm(hosts) as cluster:
 
         def has_begun(log: Path, nodes: int) -> bool:
             said = log.read_text() if log.exists() else ""
@@ -121,7 +121,7 @@ def test_a_time_limit_puts_the_run_back_and_it_goes_on(
     def said(words: str) -> bool:
         return log.exists() and words in log.read_text(encoding="utf-8", errors="replace")
 
-    with several_hosts(3) as hosts, slurm(hosts, tmp_path / "slurm") as cluster:
+    with several_hosts(3) as hosts, slurm(hosts) as cluster:
         limits = ["--nodes=3", "--time=3", "--signal=B:TERM@60", f"--output={log}"]
         number = cluster.run("sbatch", "--parsable", *limits, SCRIPT, config, "--quiet").strip()
         try:
