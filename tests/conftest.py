@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -43,12 +44,12 @@ LOGGERS = [logging.getLogger(name) for name in ("rlhf", "actors")]
 LOGGING_AT_START = [(logger.handlers[:], logger.level, logger.propagate) for logger in LOGGERS]
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config) -> PartScheduling | None:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> PartScheduling | None:
     """Keep the tests of one Ray, and those of the gangs of ranks, in one process each."""
     if config.getvalue("dist") != "loadfile":
         return None
     config.option.loadscopereorder = False  # by the number of tests, which says little of their time
-    return PartScheduling(config)
+    return PartScheduling(config, log)
 
 
 @pytest.fixture(autouse=True)
