@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
 import shutil
+import signal
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -28,7 +30,7 @@ FLAGS = (
     "--remote-debugging-port=0",
     "--remote-allow-origins=*",
 )
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 _KEY_CODES = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Home": 36, "End": 35, "Escape": 27}
 
 
@@ -141,6 +143,7 @@ async def browser() -> AsyncIterator[Page]:
             "about:blank",
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.DEVNULL,
+            start_new_session=True,  # distributions start the browser from a script
         )
         try:
             async with aiohttp.ClientSession() as session:
@@ -152,7 +155,7 @@ async def browser() -> AsyncIterator[Page]:
                     yield page
                     page.reader.cancel()
         finally:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             await process.wait()
             await asyncio.sleep(0.2)  # its children still write to the profile
 
