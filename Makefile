@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart test test-all chaos test-multinode test-gpu lint smollm2 benchmarks clean
+.PHONY: help setup quickstart test test-all chaos mutations test-multinode test-gpu lint smollm2 benchmarks clean
 
 PYTHON ?=
 BIN := .venv/bin
@@ -77,6 +77,9 @@ test-all: setup
 
 chaos: setup
 	$(BIN)/pytest tests/chaos -m ""
+
+mutations: setup
+	$(BIN)/python -m tests.mutations
 
 test-multinode: setup
 	$(BIN)/pytest -m multinode
