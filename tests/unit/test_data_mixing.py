@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import random
 from collections import Counter
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ import pytest
 
 from rlhf.data.mixing import Turns
 from rlhf.data.prompts import skipped_rows
-from rlhf.data.stream import MixtureShare, Stream, given_rows
+from rlhf.data.stream import MixtureShare, Stream, StreamOrder, given_rows, pack_rows, unpack_rows
 from rlhf.errors import UserError
 from rlhf.types import Prompt
 
@@ -97,6 +98,20 @@ def test_the_given_items_are_known_without_the_data(shares: tuple[MixtureShare, 
     resumed.restore(stream.state())
     for one in (stream, resumed):
         assert given_rows(json.loads(json.dumps(one.order.state()))) == taken
+
+
+@pytest.mark.parametrize("rows", [[], [0], [7], [8], [2, 17, 23], list(range(64))])
+def test_packed_rows_come_back(rows: list[int]) -> None:
+    assert unpack_rows(pack_rows(rows)) == rows
+
+
+def test_a_checkpoint_has_room_for_many_skipped_rows() -> None:
+    """A mask of 100,000 rows, of which a tenth are skipped, has 7.3 kB of entropy in base 85; a list has 69 kB."""
+    rows = sorted(random.Random(0).sample(range(100_000), 10_000))
+    state = StreamOrder(
+        [MixtureShare(name="", weight=1.0, size=90_000)], seed=0, shuffle=True, skipped_rows=rows
+    ).state()
+    assert len(json.dumps(state)) < 10_000
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
