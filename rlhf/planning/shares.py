@@ -114,6 +114,6 @@ def _smaller_roles(sweep: Sweep, trial: LoadedConfig, share: int) -> Iterator[st
                 continue  # its host reserves for both
             cpus = section.cpus * share / placement.total("CPU")
             cpus = math.floor(cpus * 100) / 100 if cpus < 1.0 else float(math.floor(cpus))
-            key = f"cluster.roles.{role}.cpus"
+            key = f"{f'stages.{name}.' if trial.is_pipeline else ''}cluster.roles.{role}.cpus"
             if cpus > 0.0 and key not in sweep.config.parameters:
-                yield f"{f'stages.{name}.' if trial.is_pipeline else ''}{key}={cpus:g}"
+                yield f"{key}={cpus:g}"

@@ -92,6 +92,12 @@ def test_stages_of_a_pipeline_get_keys_of_their_own(tmp_path: Path) -> None:
     assert problem is not None
     assert "stages.second.cluster.roles.policy.cpus=0.5 stages.second.cluster.roles.rollout.cpus=0.5" in problem
     assert "stages.first" not in problem
+    varied = {"stages.second.cluster.roles.policy.cpus": {"values": [1, 2]}}
+    problem = divided(
+        load_sweep(write_sweep(tmp_path, config="pipeline.yaml", concurrency=2, parameters=varied)), TWO_CORES
+    ).problem
+    assert problem is not None
+    assert "policy.cpus=" not in problem  # the sweep itself sets this key
 
 
 def test_the_sweep_and_its_plan_say_so_before_a_trial_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
