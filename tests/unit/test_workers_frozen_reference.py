@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from rlhf.config.schema.model import ReferenceConfig
 from rlhf.engine.distributed import RankContext
@@ -27,9 +28,9 @@ ROLLOUTS = Rollouts(
 )
 
 
-def worker_of(model: Path, place: RankContext = PLACE) -> ReferenceWorker:
+def worker_of(model: Path, place: RankContext = PLACE, *, temperature: float = 1.0) -> ReferenceWorker:
     config = ReferenceConfig(model=str(model), dtype="float32")
-    worker = ReferenceWorker(config, place, temperature=1.0, samples_per_prompt=1, max_tokens_per_microbatch=64)
+    worker = ReferenceWorker(config, place, temperature=temperature, samples_per_prompt=1, max_tokens_per_microbatch=64)
     worker.start()
     return worker
 
@@ -38,6 +39,17 @@ def logprobs_of(worker: ReferenceWorker) -> Tensor:
     column, _ = worker.logprobs(None, {}, ROLLOUTS)
     assert isinstance(column, TokenValues)
     return column.values
+
+
+def test_logprobs_are_at_the_temperature_of_the_samples(tiny_model: Path) -> None:
+    """Sequence 0 was sampled at the common temperature of 0.5, or at its own one of 2."""
+    worker, tokens = worker_of(tiny_model, temperature=0.5), ROLLOUTS.token_ids
+    logits = AutoModelForCausalLM.from_pretrained(tiny_model)(tokens[None]).logits[0, 1:5].detach()
+    for own, temperature in (({}, 0.5), ({0: 2.0}, 2.0)):
+        column, _ = worker.logprobs(None, own, ROLLOUTS)
+        assert isinstance(column, TokenValues)
+        expected = (logits / temperature).log_softmax(-1)[torch.arange(4), tokens[2:]]
+        torch.testing.assert_close(column.values[2:], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_that_was_put_aside_says_the_same(tiny_model: Path) -> None:

@@ -5,6 +5,7 @@ A session is one sample: it has one score and one weight, however many sequences
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,7 @@ from rlhf.engine.distributed import RankContext
 from rlhf.models.packed import policy_logprobs_only
 from rlhf.models.row_layout import row_layout
 from rlhf.tracking.metrics.declarations import merge_metrics, results
-from rlhf.types import BatchPlan, MinibatchPlan, Prompt, Rollouts, StepReward
+from rlhf.types import BatchPlan, MinibatchPlan, Prompt, Rollouts, StepReward, TokenValues
 from rlhf.workers.online.critic import CriticWorker
 from rlhf.workers.online.policy import PolicyWorker
 from tests.agent_sessions import call, session
@@ -133,6 +134,18 @@ def test_every_sequence_of_a_session_ends_with_the_sessions_score() -> None:
     batch, advantages = rollouts(), worker.portions[0].advantages
     expected = torch.tensor([2.0, 2.0, 2.0, -1.0]).repeat_interleave(batch.lengths)
     torch.testing.assert_close(advantages[batch.response_mask], expected[batch.response_mask])
+
+
+def test_the_reward_of_a_token_is_lower_where_the_policy_is_above_the_reference() -> None:
+    """The reference is 0.5 nats lower at each token, so each of the tokens to come costs 0.1 * 0.5."""
+    model, batch = tiny_model("llama"), rollouts()
+    worker = worker_of(model, name="reinforce", kl={"coef": 0.1, "estimator": "k1", "place": "reward"})
+    worker.algorithm.centers = False
+    logprobs = policy_logprobs_only(model, batch.token_ids, batch.lengths, mask=batch.response_mask).detach()
+    reference = TokenValues(sequence_ids=batch.sequence_ids, lengths=batch.lengths, values=logprobs - 0.5)
+    worker.prepare(replace(plan(), kl_coef=0.1), batch, reference)
+    worker.set_advantages(None)
+    assert worker.portions[0].advantages[-3:].tolist() == pytest.approx([-1.15, -1.1, -1.05], abs=1e-5)
 
 
 def test_a_step_reward_counts_through_the_sequences_of_its_session() -> None:
