@@ -24,6 +24,7 @@ from rlhf.engine import distributed
 from rlhf.engine.distributed import RankContext, init_distributed
 from rlhf.errors import RunError
 from rlhf.roles import CompletedGroup, RemoteColumns
+from rlhf.tracking.metrics.reductions import Sum
 from rlhf.types import BatchPlan, GroupRequest, MinibatchPlan, Prompt, RolloutInfo, StepReward, TokenValues
 
 PLACE = RankContext(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=1.0)
@@ -90,6 +91,13 @@ def test_a_late_rank_is_told_of_with_the_limit_that_it_had(
     gang = OfflineGang(cast("Any", [rank]), deadline_s=0.05, one_host=True)
     with pytest.raises(RunError, match=limit.replace("(", r"\(").replace(")", r"\)")):
         asyncio.run(call(gang))
+
+
+def test_the_metrics_of_ranks_that_share_microbatches_count_once() -> None:
+    """Ranks 0 and 1 share the micro-batches of 3 tokens, ranks 2 and 3 those of 4."""
+    ranks = [SimpleNamespace(update=answers({"update/tokens/total": Sum(total=tokens)})) for tokens in (3, 3, 4, 4)]
+    gang = PolicyGang(cast("Any", ranks), deadline_s=5.0, one_host=True, sequence_parallel=2)
+    assert asyncio.run(gang.update(0)) == {"update/tokens/total": Sum(total=7)}
 
 
 class Started:
