@@ -66,8 +66,9 @@ def _new_group(method: Method, meeting: Meeting, rank: int) -> Any:
 def broadcast(group: Any, tensor: Tensor, *, limit_s: float) -> None:
     """Send a tensor from rank 0 to all others and wait for it. RunError at the limit or if a peer is gone.
 
-    NCCL notices no dead peer on its host, and its `wait` only orders streams. So this looks whether the work is
-    complete. At the limit it aborts the group: else the kernel would occupy the GPU, and the watchdog end the process.
+    NCCL notices no dead peer on its host, and NCCL's `wait` only orders streams. This function therefore polls the
+    broadcast. At the limit the group is aborted. Otherwise the kernel would occupy the GPU, and NCCL's watchdog would
+    end the process.
     """
     options = dist.BroadcastOptions()
     options.rootRank = 0

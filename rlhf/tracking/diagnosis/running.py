@@ -25,7 +25,7 @@ _BROKEN: Mapping[str, str] = {  # a remedy for each reason
 }
 RESTRICTED = 0.1  # of the sampled tokens: an agent may ask for a form now and then
 _FREE_FORM = "describe the form of the answer in the prompt, and let the reward judge the form."
-_RESTRICTED: Mapping[str, str] = {  # the same
+_RESTRICTED: Mapping[str, str] = {  # a remedy for each field of a request
     "tool_choice": "let the agent ask with `tool_choice: auto`, so that the model decides whether and how to call.",
     "response_format": f"let the agent leave out response_format (text.format, output_config): {_FREE_FORM}",
     "structured_outputs": f"let the agent leave out structured_outputs: {_FREE_FORM}",
