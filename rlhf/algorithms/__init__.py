@@ -31,7 +31,6 @@ from rlhf.algorithms.on_policy_distillation import OnPolicyDistillation
 from rlhf.algorithms.online_dpo import OnlineDPO
 from rlhf.algorithms.opo import OPO
 from rlhf.algorithms.orpo import ORPO
-from rlhf.algorithms.otb import OTB
 from rlhf.algorithms.pass_at_k import PassAtK
 from rlhf.algorithms.ppo import PPO
 from rlhf.algorithms.process_reward_model import ProcessRewardModel
@@ -70,7 +69,6 @@ ALGORITHMS: Mapping[str, type[Algorithm]] = {
     "gdpo": GDPO,
     "pass_at_k": PassAtK,
     "remax": ReMax,
-    "otb": OTB,
     "raft": RAFT,
     "sft": SFT,
     "distillation": Distillation,

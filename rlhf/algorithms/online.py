@@ -50,7 +50,6 @@ class OnlineAlgorithm(Algorithm):
     centers: bool = False  # whether advantages get mean 0 alone
     selects_tokens = False  # whether the loss treats the tokens of `selected` differently
     advantages_by_group: bool = False  # whether the advantages of a group depend on no other group of the batch
-    has_step_baseline = False  # whether a token's baseline is the mean return of its group's tokens at the same step
     discount: float = 1.0  # of the rewards to come, per sampled token
 
     @property
@@ -62,8 +61,6 @@ class OnlineAlgorithm(Algorithm):
             return "its greedy responses are sampled after all others"
         if self.whitens or self.centers:
             return "its advantages are normalised over the batch"
-        if self.has_step_baseline:
-            return "its baseline of a step reads log-probabilities before the update"
         if not self.advantages_by_group:
             return "its advantages may depend on all groups of the batch (advantages_by_group of its class is False)"
         if self.selects_tokens or self.config.top_entropy_fraction is not None:

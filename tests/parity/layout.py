@@ -36,10 +36,6 @@ class Layout:
         """[N] to [B, T], zeros (False) in the padding."""
         return flat.new_zeros(self._kept.shape).masked_scatter(self._kept, flat)
 
-    def columns(self) -> Tensor:
-        """The column in which each token stood."""
-        return self.flat(torch.arange(self.width).expand(self._kept.shape))
-
 
 def carried_back(padded: Tensor, mask: Tensor) -> Tensor:
     """Each masked position takes the value of the next sampled one, zero if there is none."""

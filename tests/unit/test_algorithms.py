@@ -271,15 +271,6 @@ def test_raft_keeps_the_best_that_are_good_enough() -> None:
     assert list(made("grpo").kept(scores)) == [0, 1, 2, 3]
 
 
-def test_otb_has_rewards_to_come_before_their_baseline() -> None:
-    algorithm = made("otb")
-    assert algorithm.sequence_advantages(outcomes([0.0] * 4, group_size=2)) is None
-    rewards = torch.tensor([0.0, -0.1, 1.0, 0.0, 0.0, -1.0])
-    returns, _ = algorithm.token_advantages(rewards, None, MASK, LENGTHS)
-    torch.testing.assert_close(returns, torch.tensor([0.0, 0.9, 1.0, 0.0, -1.0, -1.0]))
-    assert [name for name in ONLINE if made(name).has_step_baseline] == ["otb"]
-
-
 def test_reinforce_plus_plus_has_rewards_to_come_as_advantages() -> None:
     algorithm = made("reinforce_plus_plus")
     assert algorithm.sequence_advantages(outcomes([0.0] * 4, group_size=1)) is None
@@ -326,7 +317,6 @@ def test_reinforce_plus_plus_has_rewards_to_come_as_advantages() -> None:
         ("gdpo", {}, 1.5, 1.0, -(1.2 + 3.0) / 4, 1),
         ("pass_at_k", {}, 1.5, 1.0, -(1.2 + 3.0) / 4, 1),
         ("remax", {}, 1.5, 1.0, -(1.2 + 3.0) / 2, 1),
-        ("otb", {}, 1.5, 1.0, -(1.2 + 3.0) / 2, 1),
         ("raft", {}, 4.0, -9.0, (1.0 - math.log(4.0) + 3.0) / 4, 0),  # the mean negative logprob, whatever else
     ],
 )

@@ -2,7 +2,7 @@
 
 The policy writes three of four tokens, each from a row of logits; a response scores the share of tokens that are 2.
 Plain gradient descent, two optimizer steps a batch, so that importance ratios are felt. Not covered: the workers, the
-critic's learning (values are 0), OTB's baseline by step.
+critic's learning (values are 0).
 """
 
 from __future__ import annotations

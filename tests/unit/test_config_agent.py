@@ -54,7 +54,6 @@ AGENT = f"rollouts.agent={{function: '{MANY}:solve', max_tokens: 180}}"
             [AGENT, *PAIRS, "train.max_tokens_per_microbatch=400"],
             "algorithm.name: is online_dpo, which compares or distils single sequences",
         ),
-        ([AGENT, "algorithm={name: otb}"], "algorithm.name: is otb, which compares the tokens of single sequences"),
         (
             ["rollouts.agent={command: [a, --api-key, sk-proj-abcdefghijklmnopqrstuvwx], max_tokens: 180}"],
             "rollouts.agent.command: looks like a secret",

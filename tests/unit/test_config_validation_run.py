@@ -120,10 +120,6 @@ RELATIONS = {
         [*STREAMED, "algorithm={name: gpg}"],
         "gpg needs the whole batch first: its advantages may depend on all groups of the batch",
     ),
-    "the optimal token baseline is not streamed": (
-        [*STREAMED, "algorithm={name: otb}"],
-        "otb needs the whole batch first: its baseline of a step reads log-probabilities before the update",
-    ),
     "covariances are not streamed": (
         [*STREAMED, "algorithm={name: clip_cov}"],
         "clip_cov needs the whole batch first: it chooses among the tokens of a whole optimizer step",

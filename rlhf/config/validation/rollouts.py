@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rlhf.algorithms import algorithm_of
 from rlhf.algorithms.base import Responses
-from rlhf.algorithms.online import OnlineAlgorithm
 from rlhf.algorithms.online_config import OnlineConfig
 from rlhf.config import derive
 from rlhf.config.mistakes.explain import Problem, problem
@@ -67,13 +65,11 @@ def agent_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem
     """Yield an algorithm that cannot train on an agent's session, which may have several sequences."""
     if rollouts.agent is None:
         return
-    name, why = config.algorithm.name, None
     if config.algorithm.kind != "advantages":
-        why = "compares or distils single sequences"
-    elif algorithm_of(config.algorithm, OnlineAlgorithm).has_step_baseline:
-        why = "compares the tokens of single sequences step by step"
-    if why is not None:
-        text = f"is {name}, which {why}, but a session of rollouts.agent may have several; use grpo, rloo or ppo"
+        text = (
+            f"is {config.algorithm.name}, which compares or distils single sequences, but a session of rollouts.agent "
+            "may have several; use grpo, rloo or ppo"
+        )
         yield problem("algorithm.name", text)
     yield from late_sessions(rollouts.agent, config.cluster, "rollouts.agent")
 

@@ -23,13 +23,12 @@ from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
 from rlhf.algorithms.online import OnlineAlgorithm, reference_kl
 from rlhf.config.schema.root import Config
 from rlhf.engine.distributed import RankContext
-from rlhf.models.packed import policy_logprobs, policy_logprobs_and_collisions, policy_logprobs_only
+from rlhf.models.packed import policy_logprobs, policy_logprobs_only
 from rlhf.models.router_replay import RouterReplay
 from rlhf.objectives.advantages import reward_to_go, whiten
 from rlhf.objectives.aggregation import denominator
-from rlhf.objectives.masking import Moments, merge_moments, moments, sequence_counts, sequence_means, to_tokens
+from rlhf.objectives.masking import Moments, merge_moments, moments, sequence_means, to_tokens
 from rlhf.objectives.rewards import step_rewards, token_rewards
-from rlhf.objectives.token_baseline import realized_energy, step_baseline, step_cells, step_sums
 from rlhf.roles import Metrics, SequenceReport
 from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.tracking.metrics.reductions import ExplainedVariance, Mean, Reduction, Sum
@@ -50,8 +49,6 @@ from rlhf.workers.online.update_metrics import (
 from rlhf.workers.online.whole_step import Ranks, Selections, reads_whole_step, select_tokens
 from rlhf.workers.trained import Measure
 
-STEP_BASELINE_EPS = 1e-8  # bound of the summed energy, as in verl
-
 
 @dataclass(slots=True, kw_only=True)
 class Portion:
@@ -62,7 +59,6 @@ class Portion:
     trainer_logprobs: Float[Tensor, " N"]  # for the samples file
     old_logprobs: Column = None  # None: the only update computes them
     old_entropy: Column = None  # None: not needed
-    collision_logprobs: Column = None  # None: not needed
     advantages: Float[Tensor, " N"]
     selections: Selections
     observes: bool = True  # whether the next update measures the gap between trainer and sampler
@@ -100,10 +96,9 @@ class PolicyWorker(OnlineWorker):
         """Receive this rank's share of a plan. `parts`: the rollouts, then the reference's columns. Collective.
 
         Old log-probabilities are computed only if something reads them before the first update: several updates
-        per batch, a KL penalty in the reward, a baseline by step, or a token selection over the whole step.
+        per batch, a KL penalty in the reward, or a token selection over the whole step.
         They are computed in the micro-batches of the update, so the ratio of the first update is exactly 1.
-        Where the rollout's log-probabilities replace them, only a baseline by step or a selection by entropy
-        needs a pass.
+        Where the rollout's log-probabilities replace them, only a selection by entropy needs a pass.
         """
         share, ref_logprobs = self.receive(plan, parts, plan.temperatures)
         if self.reference_is_adapter_off:
@@ -125,8 +120,7 @@ class PolicyWorker(OnlineWorker):
             self.measured: list[Metrics] = []  # of these portions
         self.portions.append(portion)
         reads_kl = config.kl.place == "reward" or config.kl.adaptive is not None
-        is_read = self.algorithm.has_step_baseline or reads_whole_step(self.algorithm)
-        is_read = is_read or (ref_logprobs is not None and reads_kl)
+        is_read = reads_whole_step(self.algorithm) or (ref_logprobs is not None and reads_kl)
         once = len(plan.minibatches) * self.config.train.epochs_per_batch == 1
         if once and not is_read and not config.bypasses_old_logprobs:
             return (), {}
@@ -168,8 +162,6 @@ class PolicyWorker(OnlineWorker):
                     "experience/returns/mean": Mean(total=float(targets[mask].sum()), count=target.count),
                     "update/explained_variance": ExplainedVariance(target=as_std(target), residual=as_std(residual)),
                 }
-        if self.algorithm.has_step_baseline:
-            advantages = self._less_step_baseline(portion, advantages)
         local_moments = moments(advantages, mask)
         if self.algorithm.whitens:
             whole = self._moments_over_ranks(local_moments)
@@ -281,9 +273,6 @@ class PolicyWorker(OnlineWorker):
     def _compute_old_columns(self, portion: Portion) -> Float[Tensor, " N"]:
         """Compute the columns of the sampling weights that the algorithm reads. Return the old log-probabilities."""
         share = portion.share
-        if self.algorithm.has_step_baseline:
-            columns = self.compute("old logprobs", policy_logprobs_and_collisions, share)
-            portion.old_logprobs, portion.collision_logprobs = columns
         if self.algorithm.config.top_entropy_fraction is not None:
             portion.old_logprobs, portion.old_entropy = self.compute("old logprobs", policy_logprobs, share)
         if self.algorithm.config.bypasses_old_logprobs:
@@ -333,25 +322,6 @@ class PolicyWorker(OnlineWorker):
         ends = torch.tensor([start + step.end for start, step in placed_steps], dtype=torch.int64)
         values = torch.tensor([step.value for _, step in placed_steps])
         return with_branch_rewards(step_rewards(ends, values, share.rollouts.response_mask), share.rollouts)
-
-    def _less_step_baseline(self, portion: Portion, returns: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-        """Subtract the baseline of each group from its returns. The sequences of a group may be on several ranks."""
-        share = portion.share
-        rollouts, mask, lengths = share.rollouts, share.rollouts.response_mask, share.rollouts.lengths
-        assert portion.old_logprobs is not None
-        assert portion.collision_logprobs is not None
-        samples = self.rollouts_config.samples_per_prompt
-        max_steps = self.engine.max_over_ranks(int(sequence_counts(mask, lengths).max()))
-        last = max(i for minibatch in share.plan.minibatches for ids in minibatch.sequences_by_rank for i in ids)
-        num_cells = (last // samples + 1) * max_steps
-        cells = step_cells(mask, lengths, rollouts.sequence_ids // samples, max_steps=max_steps)
-        energy = realized_energy(portion.old_logprobs, portion.collision_logprobs, mask, lengths)
-        sums = step_sums(returns.double(), energy.double(), mask, cells, num_cells=num_cells)
-        if not self.contributes:
-            sums = torch.zeros_like(sums)
-        whole = self.engine.all_reduce_sum(sums.to(self.device)).cpu()
-        baseline, alone = step_baseline(whole, mask, cells, eps=STEP_BASELINE_EPS)
-        return torch.where(alone, returns, returns - baseline.to(returns.dtype))
 
     def _moments_over_ranks(self, local_moments: Moments) -> Moments:
         """Merge the moments of all ranks' values. Every rank gets the same result."""

@@ -22,7 +22,6 @@ from rlhf.objectives.advantages import (
 )
 from rlhf.objectives.masking import moments
 from rlhf.objectives.rewards import token_rewards
-from rlhf.objectives.token_baseline import realized_energy, step_baseline, step_sums
 from tests.parity.adapters.aggregation import EPS
 from tests.parity.adapters.token_advantages import verl_whiten, zeroing_gae, zeroing_returns
 from tests.parity.case import Adapter, Arguments, Outputs, Unsupported
@@ -152,61 +151,6 @@ def verl_remax(arguments: Arguments) -> Outputs:
     return {"advantages": returns - baselines, "returns": returns}
 
 
-def optimal_token_baseline(*, by_column: bool) -> Adapter:
-    """Steps are columns of the padded array, or counted over the sampled tokens only (the multi-turn form)."""
-
-    def adapter(arguments: Arguments) -> Outputs:
-        mask, rewards = arguments.mask("response_mask"), arguments.tensor("token_level_rewards")
-        groups = groups_of(arguments)
-        group = torch.zeros(len(mask), dtype=torch.int64)
-        for number, rows in enumerate(groups):
-            group_centered(torch.zeros(len(rows)), group_size=len(rows))  # refuses a group of one
-            group[rows] = number
-        layout = Layout(mask)
-        returns = zeroing_returns(rewards, mask, gamma=1.0)
-        weights = arguments.maybe("rollout_is_weights")
-        energy = realized_energy(
-            layout.flat(arguments.tensor("old_log_probs")),
-            layout.flat(arguments.tensor("sum_pi_squared")).log(),
-            layout.mask,
-            layout.lengths,
-            rollout_weights=None if weights is None else layout.flat(weights),
-        )
-        steps = layout.columns() if by_column else layout.flat((mask.cumsum(1) - 1).clamp(min=0))
-        cells = layout.spread(group) * layout.width + steps
-        sums = step_sums(layout.flat(returns), energy, layout.mask, cells, num_cells=len(groups) * layout.width)
-        baseline, alone = step_baseline(sums, layout.mask, cells, eps=arguments.number("epsilon", EPS))
-        if not arguments.flag("handle_zero_tail", True):
-            tail = torch.zeros_like(alone) if by_column else layout.mask & layout.flat(_only_rows(mask, groups))
-        else:
-            tail = layout.mask & layout.flat(_tails(mask, groups)) if by_column else alone
-        advantages = layout.flat(returns) - torch.where(tail, 0.0, baseline)
-        return {"advantages": torch.where(mask, layout.padded(advantages), 0.0), "returns": returns}
-
-    return adapter
-
-
-def _tails(mask: Tensor, groups: list[Tensor]) -> Tensor:
-    """Columns of a group's longest row at or after the number of tokens of its second longest."""
-    counts = mask.sum(-1)
-    tails = torch.zeros_like(mask)
-    for rows in groups:
-        longest, second = counts[rows].topk(2).values.tolist()
-        if longest > second:
-            tails[rows[counts[rows].argmax()], second:] = True
-    return tails
-
-
-def _only_rows(mask: Tensor, groups: list[Tensor]) -> Tensor:
-    """The rows that have a group's only tokens: nothing is left to compare them with."""
-    counts = mask.sum(-1)
-    only = torch.zeros_like(mask)
-    for rows in groups:
-        if int((counts[rows] > 0).sum()) == 1:
-            only[rows] = True
-    return only
-
-
 GROUP_BASELINES: dict[str, Callable[..., Tensor]] = {
     "rloo": leave_one_out,
     "reinforce_baseline": group_centered,
@@ -259,7 +203,5 @@ ADAPTERS: dict[tuple[str, str], Adapter] = {
     ("verl", "compute_opo_outcome_advantage"): verl_opo,
     ("verl", "compute_gpg_outcome_advantage"): verl_gpg,
     ("verl", "compute_remax_outcome_advantage"): verl_remax,
-    ("verl", "compute_optimal_token_baseline_advantage"): optimal_token_baseline(by_column=True),
-    ("verl", "compute_multi_turn_optimal_token_baseline_advantage"): optimal_token_baseline(by_column=False),
     ("openrlhf", "RemoteExperienceMaker.compute_advantages_and_returns"): openrlhf_pipeline,
 }
