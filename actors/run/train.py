@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from rlhf.config.derive import needs_reference_logprobs, ships_adapter
 from rlhf.config.files.dump import dump_masked_yaml
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.placement_plan import PlacementPlan, plan_placement
-from rlhf.config.schema.stages import MergeStage, result_of, run_folder
+from rlhf.config.schema.stages import MergeStage, Stage, result_of, run_folder
 from rlhf.config.void_restarts import void_restarts
 from rlhf.controller.learning import OnlineRoles
 from rlhf.controller.loop import sparing_loaded_objects
@@ -44,16 +44,16 @@ from rlhf.controller.supervisor import Supervisor
 from rlhf.errors import RunError, UserError, prefix_errors
 from rlhf.merging.merge import checked_sources, write_merge
 from rlhf.models.publish import push_folder
-from rlhf.preflight.inputs import OfflineInputs, OnlineInputs, StageInputs, collated, load_inputs
+from rlhf.preflight.inputs import CheckedStage, OfflineInputs, OnlineInputs, StageInputs, collated, load_inputs
 from rlhf.preflight.merge import with_local_models
 from rlhf.preflight.run_folder import check_folders, continue_from, refuse_other_checkpoint, stream_of
+from rlhf.preflight.start import Start
 from rlhf.reporting.model_card import write_model_card
 from rlhf.rewards.scoring import fingerprint
 from rlhf.room import done_when_there_is_room
 from rlhf.stopping import StopRequest, current_request, run_async
 from rlhf.supervised import unrecorded_deaths
 from rlhf.tracking import logs
-from rlhf.tracking.display.progress import Mode
 from rlhf.tracking.run_folder.atomic import write_atomic
 from rlhf.tracking.run_folder.errors import ErrorRecord
 from rlhf.tracking.run_folder.folder import refuse_to_overwrite, remove_run
@@ -75,36 +75,36 @@ SHOWN_OFFLINE: tuple[str, ...] = (
 )
 
 
-def launch(
-    loaded: LoadedConfig,
-    *,
-    resume: bool,
-    from_step: int | None = None,
-    overwrite: bool = False,
-    quiet: bool = False,
-    json_lines: bool = False,
-    until: int | None = None,
-) -> None:
-    """Run all stages, or with `resume` the unfinished ones. Returns when the last result is written.
-
-    Args:
-        from_step: resume the first unfinished stage from the checkpoint of this step instead of the newest.
-        overwrite: replace the contents of the run's folder, once the inputs have been checked.
-        until: stop a single run after this step, with a checkpoint for `resume`.
+def launch(loaded: LoadedConfig, start: Start) -> None:
+    """Run all stages, or with `start.resume` the unfinished ones. Return when the last result is written.
 
     Raises:
         Preempted: a signal came before the end (see rlhf.stopping). Finished work is kept.
     """
-    mode: Mode = "quiet" if quiet else "json" if json_lines else "auto"
     logs.configure()
-    if until is not None and (loaded.is_pipeline or not loaded.runs):
+    if start.until is not None and (loaded.is_pipeline or not loaded.runs):
         raise UserError(f"--until: {loaded.source} is a pipeline, which has no single count of steps")
-    if overwrite:
+    if start.overwrite:
         _refuse_to_overwrite(loaded)
     else:
-        check_folders(loaded.stages.values(), resume=resume, from_step=from_step)
-    request = current_request() or StopRequest()
-    _run_stages(loaded, request, resume=resume, from_step=from_step, overwrite=overwrite, mode=mode, until=until)
+        check_folders(loaded.stages.values(), start)
+    left = [stage for stage in loaded.stages.values() if not (start.resume and result_of(stage).exists())]
+    if not left:
+        logger.info("%s is finished: nothing is left to do", loaded.name)
+        return
+    logger.info("%s: checking models, data and rewards", loaded.name)
+    with loaded.located():
+        stages = load_inputs(loaded)
+    for stage in stages:
+        if isinstance(stage, StageInputs):
+            steps = stage.config.train.num_steps
+            if start.until is not None and not 1 <= start.until <= steps:
+                raise UserError(f"--until: is {start.until}, and the run has the steps 1 to {steps} (train.steps)")
+            if start.resume:
+                refuse_other_checkpoint(stage, step=start.from_step if stage.written == left[0] else None)
+    for written in left if start.overwrite else ():
+        remove_run(run_folder(written))
+    _run_stages(loaded, stages, left, start)
 
 
 def _refuse_to_overwrite(loaded: LoadedConfig) -> None:
@@ -115,37 +115,14 @@ def _refuse_to_overwrite(loaded: LoadedConfig) -> None:
         refuse_to_overwrite(run_folder(stage))
 
 
-def _run_stages(
-    loaded: LoadedConfig,
-    request: StopRequest,
-    *,
-    resume: bool,
-    from_step: int | None,
-    overwrite: bool,
-    mode: Mode,
-    until: int | None,
-) -> None:
-    left = [stage for stage in loaded.stages.values() if not (resume and result_of(stage).exists())]
-    if not left:
-        logger.info("%s is finished: nothing is left to do", loaded.name)
-        return
-    logger.info("%s: checking models, data and rewards", loaded.name)
-    with loaded.located():
-        stages = load_inputs(loaded)
-    for stage in stages:
-        if isinstance(stage, StageInputs):
-            steps = stage.config.train.num_steps
-            if until is not None and not 1 <= until <= steps:
-                raise UserError(f"--until: is {until}, and the run has the steps 1 to {steps} (train.steps)")
-            if resume:
-                refuse_other_checkpoint(stage, step=from_step if stage.written == left[0] else None)
-    for written in left if overwrite else ():
-        remove_run(run_folder(written))
+def _run_stages(loaded: LoadedConfig, stages: Sequence[CheckedStage], left: Sequence[Stage], start: Start) -> None:
+    """Run the stages that are left, in one Ray."""
+    request = current_request() or StopRequest()
     clusters = [stage.cluster for stage in left if not isinstance(stage, MergeStage)]
     with connected(clusters[0]) if clusters else nullcontext():
-        if from_step is not None:
+        if start.from_step is not None:
             request.raise_if_stopped()
-            continue_from(left[0], from_step)
+            continue_from(left[0], start.from_step)
         for stage in stages:
             written = stage.written if isinstance(stage, StageInputs) else stage
             if written not in left:
@@ -155,34 +132,34 @@ def _run_stages(
             if loaded.is_pipeline:
                 logger.info("stage %s begins", written.run.name)
             if isinstance(stage, StageInputs):
-                run_async(_run_stage(stage, request, resume=resume, mode=mode, until=until))
+                run_async(_run_stage(stage, request, start))
             elif isinstance(stage, MergeStage):
-                _run_merge(stage, loaded.folder, resume=resume, quiet=mode != "auto")
+                _run_merge(stage, loaded.folder, start)
             else:
-                run_evaluation(stage, loaded, resume=resume)
+                run_evaluation(stage, loaded, resume=start.resume)
     if loaded.is_pipeline:
         write_atomic(loaded.folder / "config.resolved.yaml", dump_masked_yaml(loaded))
 
 
-def _run_merge(stage: MergeStage, pipeline: Path, *, resume: bool, quiet: bool) -> None:
+def _run_merge(stage: MergeStage, pipeline: Path, start: Start) -> None:
     """Run the merge and write the stage's final/ atomically."""
     config = with_local_models(stage, pipeline)
-    with recording(stage, resume=resume) as (record, _):
+    with recording(stage, resume=start.resume) as (record, _):
         folder = record.folder
         with prefix_errors(f"stages.{folder.path.name}"), record.timeline.span("merge"):
             sources = checked_sources(config, folder.final, key="run.dir")
-            write_merge(config, sources, folder.begin_final(), out=folder.final, quiet=quiet)
+            write_merge(config, sources, folder.begin_final(), out=folder.final, quiet=start.mode != "auto")
         folder.commit_final()
     logger.info("%s: merged %s by %s", stage.run.name, ", ".join(config.models), config.method)
 
 
-async def _run_stage(stage: StageInputs, request: StopRequest, *, resume: bool, mode: Mode, until: int | None) -> None:
+async def _run_stage(stage: StageInputs, request: StopRequest, start: Start) -> None:
     """Run one stage in its folder, from its last checkpoint if there is one."""
     inputs = stage.inputs
     show, metric = (SHOWN_ONLINE, "score") if isinstance(inputs, OnlineInputs) else (SHOWN_OFFLINE, "loss")
     show += tuple(f"eval/{name}/{metric}" for name in list(inputs.eval_sets)[:1])
     steps = stage.config.train.num_steps
-    with recording(stage.written, resume=resume, steps=steps, show=show, mode=mode) as (record, step):
+    with recording(stage.written, resume=start.resume, steps=steps, show=show, mode=start.mode) as (record, step):
         for row in inputs.unusable if step is None else ():
             record.tracker.log_error(
                 ErrorRecord(step=0, stage="data", kind="unusable", message=row.reason, source=row.place)
@@ -192,7 +169,7 @@ async def _run_stage(stage: StageInputs, request: StopRequest, *, resume: bool, 
         )
         with listed_in(record.folder.processes):
             async with running as (controller, placement):
-                await _carry_out(controller, request, step=step, until=until, nodes=placement.nodes)
+                await _carry_out(controller, request, step=step, until=start.until, nodes=placement.nodes)
 
 
 @asynccontextmanager

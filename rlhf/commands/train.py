@@ -52,14 +52,21 @@ def train(
         KeyboardInterrupt: Ctrl-C ended the run, and `resume` continues it.
     """
     from rlhf.config.schema.stages import run_folder
+    from rlhf.preflight.start import Start
     from rlhf.stopping import run_stoppable
     from rlhf.tracking import logs
     from rlhf.tracking.run_folder.folder import refuse_other_run
 
     loaded = loaded_config(config, overrides)
-    resume = resume or from_step is not None
     logs.configure()
-    if not resume and not overwrite:
+    start = Start(
+        resume=resume or from_step is not None,
+        from_step=from_step,
+        overwrite=overwrite,
+        until=until,
+        mode="quiet" if quiet else "json" if json_lines else "auto",
+    )
+    if not start.resume and not overwrite:
         for stage in loaded.stages.values():
             refuse_other_run(run_folder(stage))
 
@@ -67,15 +74,7 @@ def train(
         logger.info("%s: loading PyTorch, Ray and vLLM", loaded.name)
         from actors.run.train import launch
 
-        launch(
-            loaded,
-            resume=resume,
-            from_step=from_step,
-            overwrite=overwrite,
-            quiet=quiet,
-            json_lines=json_lines,
-            until=until,
-        )
+        launch(loaded, start)
 
     try:
         run_stoppable(work)

@@ -124,7 +124,10 @@ class StageInputs:
     tokenizer: Any  # the policy's
 
 
-def load_inputs(loaded: LoadedConfig, *, only_checks: bool = False) -> list[StageInputs | MergeStage | EvaluationStage]:
+CheckedStage = StageInputs | MergeStage | EvaluationStage
+
+
+def load_inputs(loaded: LoadedConfig, *, only_checks: bool = False) -> list[CheckedStage]:
     """Return the inputs of every run.
 
     Merges and evaluations are returned as they are, because their models may not exist yet.
@@ -137,7 +140,7 @@ def load_inputs(loaded: LoadedConfig, *, only_checks: bool = False) -> list[Stag
     """
     made = StageResults()
     weights = not only_checks or not all(isinstance(config, Config) for config in loaded.stages.values())
-    stages: list[StageInputs | MergeStage | EvaluationStage] = []
+    stages: list[CheckedStage] = []
     for name, config in loaded.stages.items():
         with prefix_errors(f"stages.{name}") if loaded.is_pipeline else nullcontext():
             if not isinstance(config, MergeStage):

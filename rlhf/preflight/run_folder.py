@@ -19,24 +19,23 @@ from rlhf.data.stream import Cursor, Stream
 from rlhf.errors import UserError
 from rlhf.preflight.inputs import OnlineInputs, StageInputs
 from rlhf.preflight.models import refuse_other_model
+from rlhf.preflight.start import Start
 from rlhf.tracking.run_folder.folder import RunFolder
 from rlhf.tracking.run_folder.mirror import Mirror
 
 logger = logging.getLogger(__name__)
 
 
-def check_folders(stages: Iterable[Stage], *, resume: bool, from_step: int | None) -> None:
-    """Check every stage's folder and mirror.
-
-    The first unfinished stage resumes from the checkpoint of `from_step`; None means its newest checkpoint.
-    """
+def check_folders(stages: Iterable[Stage], start: Start) -> None:
+    """Check every stage's folder and mirror."""
+    step = start.from_step
     for stage in stages:
-        meet_mirror(stage, resume=resume, step=from_step)
-        refuse_unusable_folder(stage, resume=resume, step=from_step)
+        meet_mirror(stage, resume=start.resume, step=step)
+        refuse_unusable_folder(stage, resume=start.resume, step=step)
         if not result_of(stage).exists():
-            from_step = None
-    if from_step is not None:
-        raise UserError(f"--resume: is step_{from_step:06d}, but the run is finished. Choose another run.name.")
+            step = None
+    if step is not None:
+        raise UserError(f"--resume: is step_{step:06d}, but the run is finished. Choose another run.name.")
 
 
 def meet_mirror(stage: Stage, *, resume: bool, step: int | None = None) -> None:

@@ -23,6 +23,7 @@ from rlhf.models.loading import architecture_fingerprint, load_model_config
 from rlhf.preflight.inputs import StageInputs, load_inputs
 from rlhf.preflight.models import refuse_other_model, with_sources
 from rlhf.preflight.run_folder import check_folders, stream_of
+from rlhf.preflight.start import Start
 from rlhf.tracking.run_folder.folder import RunFolder, pointed
 from rlhf.tracking.sinks.tracker import Tracker
 
@@ -109,10 +110,10 @@ def test_a_finished_run_is_done_with_its_own_settings_alone(tmp_path: Path) -> N
     run = loaded(tmp_path)
     (run.folder / "final").mkdir(parents=True)
     (run.folder / "config.resolved.yaml").write_text(dump_yaml(run))
-    launch(run, resume=True)
-    launch(loaded(tmp_path, "tracking.wandb=offline", "train.checkpoint_every=1"), resume=True)
+    launch(run, Start(resume=True))
+    launch(loaded(tmp_path, "tracking.wandb=offline", "train.checkpoint_every=1"), Start(resume=True))
     with pytest.raises(UserError) as caught:
-        launch(loaded(tmp_path, "train.steps=500"), resume=True)
+        launch(loaded(tmp_path, "train.steps=500"), Start(resume=True))
     assert f"{run.folder} is finished, with other settings: train.steps is 2 there and 500 here." in str(caught.value)
     assert "Choose another run.name" in str(caught.value)
 
@@ -151,7 +152,7 @@ def test_a_state_that_another_version_wrote_is_named(tmp_path: Path, changes: di
         folder.seal(folder.checkpoint(1), step=1)
         folder.commit_checkpoint(1)
     with pytest.raises(UserError, match=rf"step_000001 was written by another version of this program: .*{missing}"):
-        launch(run, resume=True)
+        launch(run, Start(resume=True))
 
 
 def test_a_damaged_checkpoint_is_not_passed_over(tmp_path: Path) -> None:
@@ -159,12 +160,12 @@ def test_a_damaged_checkpoint_is_not_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "demo" / "checkpoints" / "step_000002" / "controller.json"
     path.write_text(path.read_text().replace("ppo", "ppp"))
     with pytest.raises(UserError, match=rf"{path} is damaged: .*before this one with --resume step_000001\."):
-        launch(run, resume=True)
+        launch(run, Start(resume=True))
     with pytest.raises(UserError, match=rf"{path} is damaged"):
-        launch(run, resume=True, from_step=2)
+        launch(run, Start(resume=True, from_step=2))
     with pytest.raises(UserError, match=r"no checkpoint step_000003\. Its checkpoints: step_000001, step_000002\."):
-        launch(run, resume=True, from_step=3)
-    check_folders(run.stages.values(), resume=True, from_step=1)
+        launch(run, Start(resume=True, from_step=3))
+    check_folders(run.stages.values(), Start(resume=True, from_step=1))
 
 
 def latest_of(folder: Path) -> int | None:
@@ -180,7 +181,7 @@ def test_a_start_that_fails_selects_no_checkpoint(
 
     monkeypatch.setattr(f"actors.run.train.{failing}", fails)
     with pytest.raises(UserError, match="of another cause"):
-        launch(with_checkpoints(tmp_path, 1, 2), resume=True, from_step=1)
+        launch(with_checkpoints(tmp_path, 1, 2), Start(resume=True, from_step=1))
     assert latest_of(tmp_path) == 2
 
 
@@ -193,7 +194,9 @@ def test_a_run_begins_from_the_named_checkpoint(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("actors.run.train.connected", lambda _: nullcontext())
     monkeypatch.setattr("actors.run.train._run_stage", run_stage)
     with_checkpoints(tmp_path, 1, 2)
-    launch(loaded(tmp_path, "train.steps=1"), resume=True, from_step=1)  # the newest is of a later step than the last
+    launch(
+        loaded(tmp_path, "train.steps=1"), Start(resume=True, from_step=1)
+    )  # the newest is of a later step than the last
     assert selected == [1]
 
 
@@ -232,10 +235,10 @@ def test_a_finished_run_does_not_go_back(tmp_path: Path) -> None:
     (tmp_path / "demo" / "final").mkdir()
     (tmp_path / "demo" / "config.resolved.yaml").write_text(dump_yaml(run))
     with pytest.raises(UserError, match=r"--resume: is step_000001, but the run is finished"):
-        launch(run, resume=True, from_step=1)
+        launch(run, Start(resume=True, from_step=1))
 
 
 def test_a_run_stops_only_at_a_step_of_its_own(tmp_path: Path) -> None:
     for step in (0, 3):
         with pytest.raises(UserError, match=rf"--until: is {step}, and the run has the steps 1 to 2"):
-            launch(loaded(tmp_path), resume=False, until=step)
+            launch(loaded(tmp_path), Start(resume=False, until=step))

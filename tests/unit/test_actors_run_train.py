@@ -15,6 +15,7 @@ from actors.run import train as module
 from actors.run.train import launch
 from rlhf.config.files.load import load
 from rlhf.models.tiny import build_tiny_llama
+from rlhf.preflight.start import Start
 from rlhf.stopping import StopRequest
 
 
@@ -29,7 +30,7 @@ def test_a_pipeline_s_file_holds_no_secret(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "soup.yaml").write_text(
         yaml.safe_dump({"run": {"name": "soup", "dir": str(tmp_path)}, "stages": {"mean": {"merge": merge}}})
     )
-    launch(load(tmp_path / "soup.yaml"), resume=False, quiet=True)
+    launch(load(tmp_path / "soup.yaml"), Start(resume=False, mode="quiet"))
     assert (tmp_path / "soup/mean/final/model.safetensors").exists()
     said = (tmp_path / "soup/config.resolved.yaml").read_text()
     assert str(tiny_model) in said

@@ -23,6 +23,7 @@ from rlhf.config.files.recipes import RECIPES
 from rlhf.config.files.yaml_tree import from_yaml
 from rlhf.config.schema.sweep import load_sweep
 from rlhf.errors import UserError
+from rlhf.preflight.start import Start
 
 BASE = """\
 run: {name: demo}
@@ -61,7 +62,7 @@ def launch_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Launch], None]:
 
 
 def raising(error: BaseException) -> Launch:
-    def launch(loaded: LoadedConfig, *, resume: bool, **options: object) -> None:
+    def launch(loaded: LoadedConfig, start: Start) -> None:
         raise error
 
     return launch
@@ -121,10 +122,9 @@ def test_train_passes_what_it_was_given(
 ) -> None:
     calls = []
 
-    def launch(loaded: LoadedConfig, **options: object) -> None:
+    def launch(loaded: LoadedConfig, start: Start) -> None:
         called = loaded.stages["demo"]
-        names = ("resume", "from_step", "quiet", "json_lines", "until")
-        calls.append((called.train.steps, called.run.seed, *map(options.get, names)))
+        calls.append((called.train.steps, called.run.seed, start.resume, start.from_step, start.mode, start.until))
 
     launch_with(launch)
     assert main(["train", file, "train.steps=3", "--resume", "auto", "run.seed=5", "--quiet", "--until", "2"]) == 0
@@ -134,10 +134,10 @@ def test_train_passes_what_it_was_given(
     assert json.loads(capsys.readouterr().out) == {"event": "done", "run": "demo", "folder": "runs/demo"}
     assert main(["train", file, "--resume", "step_000030"]) == 0
     assert calls == [
-        (3, 5, True, None, True, False, 2),
-        (10, 0, False, None, False, False, None),
-        (10, 0, False, None, False, True, None),
-        (10, 0, True, 30, False, False, None),
+        (3, 5, True, None, "quiet", 2),
+        (10, 0, False, None, "auto", None),
+        (10, 0, False, None, "json", None),
+        (10, 0, True, 30, "auto", None),
     ]
 
 
@@ -258,8 +258,8 @@ def test_recipes_are_found_from_anywhere(
 def test_python_calls(file: str, launch_with: Callable[[Launch], None]) -> None:
     calls = []
 
-    def launch(loaded: LoadedConfig, *, resume: bool, **options: object) -> None:
-        calls.append((loaded.stages["demo"].train.steps, resume))
+    def launch(loaded: LoadedConfig, start: Start) -> None:
+        calls.append((loaded.stages["demo"].train.steps, start.resume))
 
     launch_with(launch)
     loaded = rlhf.load_config(file, ["train.steps=3"])
@@ -275,7 +275,7 @@ def test_python_calls(file: str, launch_with: Callable[[Launch], None]) -> None:
 def test_a_configuration_can_be_a_mapping(launch_with: Callable[[Launch], None]) -> None:
     calls = []
 
-    def launch(loaded: LoadedConfig, **_: object) -> None:
+    def launch(loaded: LoadedConfig, start: Start) -> None:
         calls.append(loaded.stages["demo"])
 
     launch_with(launch)
@@ -315,7 +315,7 @@ def test_a_call_works_inside_of_a_running_event_loop(file: str, launch_with: Cal
         return "trained"
 
     results = []
-    launch_with(lambda loaded, **_: results.append(asyncio.run(step())))
+    launch_with(lambda loaded, start: results.append(asyncio.run(step())))
 
     async def cell_of_a_notebook() -> None:
         rlhf.train(file)
@@ -329,7 +329,7 @@ def test_a_folder_that_holds_a_run_is_refused_before_anything_is_loaded_or_is_ov
     tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, launch_with: Callable[[Launch], None], held: str
 ) -> None:
     calls = []
-    launch_with(lambda loaded, *, overwrite, **_: calls.append(overwrite))
+    launch_with(lambda loaded, start: calls.append(start.overwrite))
     (tmp_path / "demo" / held).mkdir(parents=True)
     words = ["train", file, f"run.dir={tmp_path}"]
     assert main(words) == 2
@@ -357,10 +357,10 @@ def test_a_quickstart_by_a_call(
     monkeypatch.chdir(tmp_path)
     shown: list[Path] = []
     launched = []
-    launch_with(lambda loaded, *, resume, quiet, **_: launched.append((loaded.name, resume, quiet)))
+    launch_with(lambda loaded, start: launched.append((loaded.name, start.resume, start.mode)))
     monkeypatch.setattr("rlhf.commands.quickstart.show_improvement", lambda folder, is_recipe: shown.append(folder))
     assert rlhf.quickstart("grpo", ["run.name=mine"], quiet=True) == Path("runs/mine")
-    assert launched == [("mine", True, True)]
+    assert launched == [("mine", True, "quiet")]
     assert shown == [Path("runs/mine/grpo")]
     with pytest.raises(rlhf.UserError, match="got 'dqn', expected ppo or grpo"):
         rlhf.quickstart("dqn")  # type: ignore[arg-type]

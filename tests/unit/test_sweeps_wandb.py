@@ -82,7 +82,7 @@ def test_the_words_of_an_agent_make_the_run(tmp_path: Path, monkeypatch: pytest.
 
     launched: list[LoadedConfig] = []
     module = ModuleType("actors.run.train")
-    module.__dict__["launch"] = lambda loaded, **_: launched.append(loaded)
+    module.__dict__["launch"] = lambda loaded, start: launched.append(loaded)
     monkeypatch.setitem(sys.modules, "actors.run.train", module)
     monkeypatch.setenv("WANDB_RUN_ID", "x7k2")
     file = write_sweep(tmp_path, parameters=PARAMETERS)

@@ -1,0 +1,18 @@
+"""Say how a run starts: the options of `rlhf train` that are no part of the configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlhf.tracking.display.progress import Mode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """The options of one start, for all stages of a pipeline."""
+
+    resume: bool = False  # run the unfinished stages only, each from its newest checkpoint
+    from_step: int | None = None  # resume the first unfinished stage from the checkpoint of this step instead
+    overwrite: bool = False  # replace the contents of the run's folder, once the inputs have been checked
+    until: int | None = None  # stop a single run after this step, with a checkpoint for `resume`
+    mode: Mode = "auto"
