@@ -1,7 +1,7 @@
-"""Derive facts from one run's configuration: roles, batch arithmetic, placement, weight sync. `rlhf plan` shows them.
+"""Derive roles, batch arithmetic, placement and weight sync from one run's configuration, as `rlhf plan` shows.
 
-The functions are pure. `derive` takes a configuration checked by rlhf.config.validation.run; the functions above it
-take any configuration. Facts about the algorithm alone are in its section (rlhf.algorithms.base).
+The functions are pure. `derive` takes a configuration checked by rlhf.config.validation.run; the functions above
+`derive` take any configuration. Facts about the algorithm alone are in the algorithm's section (rlhf.algorithms.base).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def uses_reference(config: Config) -> bool:
 def reference_is_adapter_off(config: Config) -> bool:
     """Return whether the reference is the LoRA policy before training, so that no second model is loaded.
 
-    It is the policy without its adapter or, if training continues policy.adapter, with the original adapter.
+    The reference is the policy without the adapter or, if training continues policy.adapter, with the original adapter.
     """
     policy = config.policy
     if not uses_reference(config) or policy.lora is None:
@@ -76,13 +76,12 @@ def reference_is_adapter_off(config: Config) -> bool:
 
 
 def saved_rank(lora: LoraConfig) -> int:
-    """Return the rank of the adapter as shipped and saved. PiSSA doubles it in order to subtract the
-    initial adapter."""
+    """Return the rank of the adapter as shipped and saved. PiSSA doubles the rank to subtract the initial adapter."""
     return 2 * lora.rank if lora.init == "pissa" else lora.rank
 
 
 def merged_because(lora: LoraConfig) -> str | None:
-    """Return why the engines get all weights with the adapter merged, or None if they get only the adapter."""
+    """Return why the engines get all weights with the adapter merged, or None for the adapter alone."""
     if lora.dora:
         return "vLLM takes no DoRA"
     if lora.modules_to_save:
@@ -97,7 +96,7 @@ def merged_because(lora: LoraConfig) -> str | None:
 
 
 def ships_adapter(config: Config) -> bool:
-    """Return whether only the adapter is sent to the engines, because they have the base model."""
+    """Return whether only the adapter is sent to the engines. The engines then have the base model."""
     return config.policy.lora is not None and merged_because(config.policy.lora) is None
 
 
@@ -107,9 +106,9 @@ def uses_reward_model(config: Config) -> bool:
 
 
 def shares_engines_gpus(config: Config) -> frozenset[Role]:
-    """Return the roles that leave their GPUs while an engine is awake. Without shared GPUs the set is empty.
+    """Return the roles whose states leave the GPUs while an engine is awake: an empty set without shared GPUs.
 
-    A reward model stays, because it scores responses while the engines still generate.
+    A reward model stays, because the model scores responses while the engines still generate.
     """
     roles, needed = config.cluster.roles, needs(config)
     if config.cluster.device == "cpu" or "rollout" not in needed or roles.rollout.colocate_with is None:
@@ -153,7 +152,10 @@ def critic_model(config: Config) -> CriticConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoleUse:
-    """Say which runs need a role, and which model its workers load. None: they only have reward functions."""
+    """Describe a role: the runs with the role, and the model of its workers.
+
+    None: workers with reward functions only.
+    """
 
     is_needed: Callable[[Config], bool]
     model: Callable[[Config], ModelConfig | None]
@@ -213,22 +215,21 @@ def train_sets(config: Config) -> Mapping[str, WeightedSource]:
 
 
 def chat_template(config: Config) -> ChatTemplate:
-    """Return the run's changes to its tokenizer's chat template.
+    """Return the run's changes to the tokenizer's chat template.
 
-    The driver has replaced the template's file name by its text.
+    The driver has replaced the template's file name by the text.
     """
     return ChatTemplate(text=config.data.chat_template, kwargs=config.data.chat_template_kwargs)
 
 
 def max_sequence_tokens(config: Config) -> int:
-    """Return the tokens of the longest offline sequence. A micro-batch holds at least one row with all its
-    sequences."""
+    """Return the tokens of the longest offline sequence. A micro-batch holds at least a row with all sequences."""
     limit, budget = config.data.max_sequence_tokens, config.train.max_tokens_per_microbatch
     return budget // sequences_per_row(config) if limit is None else limit
 
 
 def sequences_per_row(config: Config) -> int:
-    """Return the number of sequences per offline row. They pass through the model together."""
+    """Return the number of sequences per offline row, which pass through the model together."""
     return 2 + config.algorithm.needs_gold if config.algorithm.kind in ("preference", "reward_model") else 1
 
 
@@ -276,7 +277,7 @@ TRAITS_OF_KIND: Mapping[Kind, tuple[str, ...]] = {
 
 
 def traits(config: Config) -> frozenset[str]:
-    """Return the traits of a run on which its metrics depend (rlhf.tracking.metrics.declarations)."""
+    """Return the traits of a run. The run's metrics depend on the traits (rlhf.tracking.metrics.declarations)."""
     algorithm, rollouts = config.algorithm, config.rollouts
     optional = {
         "online": algorithm.is_online,
@@ -300,7 +301,7 @@ def responses_per_step(rollouts: RolloutsConfig) -> int:
 
 
 def prompts_at_once(needed: int, rollouts: RolloutsConfig) -> int:
-    """Return the prompts sampled to get `needed` of them. Oversampling adds at least one."""
+    """Return the prompts sampled to get `needed` prompts. Oversampling adds at least one prompt."""
     if rollouts.oversample == 1.0:
         return needed
     return max(needed + 1, math.ceil(needed * rollouts.oversample - 1e-9))  # 10 * 1.1 is slightly above 11
@@ -317,7 +318,7 @@ def prompts_asked(config: Config, rollouts: RolloutsConfig) -> int:
 
 
 def rows_per_step(config: Config, rollouts: RolloutsConfig) -> int:
-    """Return the most rows trained on in one step: responses, or one pair per prompt."""
+    """Return the most rows trained on in one step: responses, or a pair per prompt."""
     return rollouts.prompts_per_step * (
         1 if config.algorithm.kind == "sampled_pairs" else trained_per_prompt(config, rollouts)
     )
@@ -368,7 +369,7 @@ def with_steps(config: Config, rows: int) -> Config:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightSync:
-    """Name the transport of the policy's weights to the engines, and the reason for it."""
+    """Name the transport of the policy's weights to the engines, and the reason for the choice."""
 
     method: Transport
     why: str
@@ -389,7 +390,7 @@ def weight_sync(cluster: ClusterConfig, *, one_host: bool) -> WeightSync:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Derived:
-    """Hold the arithmetic of one run. A value is None if it does not apply to supervised runs."""
+    """Hold the arithmetic of one run. A value is None if supervised runs have no such value."""
 
     needs: tuple[Role, ...]  # roles with workers
     sequences_per_step: int

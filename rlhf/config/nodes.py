@@ -55,14 +55,14 @@ class Node:
 
     @property
     def gpu_memory_gib(self) -> float | None:
-        """Return the memory of each GPU as given, or by its type."""
+        """Return the memory of each GPU as given, or by the GPU's type."""
         if self.gpumem_gib is None and self.kind is not None:
             return ACCELERATORS[self.kind].memory_gib
         return self.gpumem_gib
 
     @property
     def shared_memory_gib(self) -> float | None:
-        """Return the size of /dev/shm as given, or Linux's default, which is half of the memory."""
+        """Return the size of /dev/shm as given, or Linux's default, half of the memory."""
         return self.mem_gib / 2 if self.shm_gib is None and self.mem_gib is not None else self.shm_gib
 
 

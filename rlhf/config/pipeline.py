@@ -1,10 +1,10 @@
 """Resolve the stages of a pipeline into complete runs, merges and evaluations.
 
 Rules (docs/configuration.md repeats them for users):
-1. Sections at the top are shared. Each stage merges its sections over them, key by key.
-2. A shared key is left out of a stage that cannot use it. It is an error if no stage uses it.
+1. Sections at the top are shared. Each stage merges sections over the shared sections, key by key.
+2. A shared key is left out of a stage without a use for the key. A shared key that no stage uses is an error.
 3. Only the top has `run`; a stage's run is called PIPELINE/STAGE.
-4. Each stage has exactly one of `algorithm` (it trains), `merge` and `evaluate`. A merge has no other section, an
+4. Each stage has exactly one of `algorithm` (to train), `merge` and `evaluate`. A merge has no second section, an
    evaluation only `cluster` and `tracking`.
 5. `stage:NAME` as a model or adapter is the final model or adapter of an earlier stage.
 6. All stages run in one Ray with the same cluster.address and cluster.object_store_gib.
@@ -76,7 +76,7 @@ class _Stage:
         return Problem(key=("stages", self.name, *problem.key), text=problem.text)
 
     def why_dropped(self, leaf: Key) -> tuple[Key, str] | None:
-        """Return the shared key not usable in the stage, the leaf or a section around it, and the reason. None: it is
+        """Return the shared key not usable in the stage, the leaf or an enclosing section, and the reason. None:
         usable."""
         return next(((key, why) for key, why in self.dropped.items() if leaf[: len(key)] == key), None)
 
@@ -140,7 +140,7 @@ def _misplaced(tree: Tree) -> Iterator[Problem]:
 
 
 def _not_of_its_kind(name: str, sections: dict[str, Any]) -> Iterator[Problem]:
-    """Yield a missing main section, or sections incompatible with it."""
+    """Yield a missing main section, or sections incompatible with the main section."""
     root = kind_of(sections)
     (mark,) = (section for section in KINDS if KINDS[section] is root)
     if mark not in sections:
@@ -161,7 +161,7 @@ def _stage(name: str, sections: dict[str, Any], shared: dict[str, Any]) -> _Stag
 
 
 def _complete(stage: _Stage, earlier: list[_Stage], names: list[str]) -> Stage | tuple[Problem, ...]:
-    """Return the stage's configuration without unusable shared keys, or its problems."""
+    """Return the stage's configuration without unusable shared keys, or the stage's problems."""
     while True:
         config = parse_as(stage.root, stage.values)
         if isinstance(config, tuple):
@@ -196,12 +196,12 @@ def _link_models(stage: _Stage, run: RunConfig, earlier: list[_Stage], names: li
 
 
 def model_places(values: Mapping[str, Any]) -> Iterator[tuple[Key, dict[str, Any]]]:
-    """Yield the keys with a model's name in a stage's tree, each with the mapping around it."""
+    """Yield the keys with a model's name in a stage's tree, each with the enclosing mapping."""
     return texts_at(MODELS, values)
 
 
 def texts_at(patterns: Iterable[Key], values: Mapping[str, Any]) -> Iterator[tuple[Key, dict[str, Any]]]:
-    """Yield the keys of a stage's tree that match a pattern and hold a string, each with the mapping around it."""
+    """Yield the keys of a stage's tree that match a pattern and hold a string, each with the enclosing mapping."""
     for pattern in patterns:
         matches: list[tuple[Key, Any]] = [((), values)]
         for part in pattern[:-1]:

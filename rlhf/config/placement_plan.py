@@ -1,7 +1,7 @@
 """Assign the bundles of the run's placement group to workers.
 
-`rlhf plan` shows this pure arithmetic and the actors follow it. Colocated roles use the bundles of their host, and
-all workers in a bundle get equal shares of it.
+`rlhf plan` shows this pure arithmetic and the actors follow the plan. Colocated roles use the bundles of their host,
+and all workers in a bundle get equal shares.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class PlacementPlan:
         return sum(bundle.get(resource, 0.0) for bundle in self.bundles)
 
     def shares_gpus(self, role: Role) -> bool:
-        """Return whether a worker of another role uses one of the role's GPUs."""
+        """Return whether a second role has a worker on a GPU of the role."""
         bundles = {slot.bundle for slot in self.slots.get(role, ()) if slot.gpus > 0.0}
         others = [slot for name, slots in self.slots.items() if name != role for slot in slots]
         return any(slot.bundle in bundles and slot.gpus > 0.0 for slot in others)
@@ -57,14 +57,14 @@ class _ResourceRequest:
 
 
 def plan_placement(config: Config | EvaluationStage) -> PlacementPlan:
-    """Return bundles and slots of the roles in the run. The configuration must have passed its checks."""
+    """Return bundles and slots of the roles in the run. The configuration must have passed all checks."""
     if isinstance(config, EvaluationStage):
         return plan_roles(config.needs, config.cluster, with_reward_model=config.uses_reward_model)
     return plan_roles(needs(config), config.cluster, with_reward_model=uses_reward_model(config))
 
 
 def plan_roles(roles: Collection[Role], cluster: ClusterConfig, *, with_reward_model: bool) -> PlacementPlan:
-    """Return bundles and slots of these roles. A role without its host gets separate bundles."""
+    """Return bundles and slots of the given roles. A role without its host gets separate bundles."""
     requests = _requests(roles, cluster, with_reward_model=with_reward_model)
     bundles: list[dict[str, float]] = []
     labels: list[Mapping[str, str]] = []
@@ -96,14 +96,14 @@ def plan_roles(roles: Collection[Role], cluster: ClusterConfig, *, with_reward_m
 
 
 def _share(amount: float, parts: int) -> float:
-    """Divide an amount, rounded down to Ray's precision so that the sum never exceeds the whole."""
+    """Divide an amount, rounded down to Ray's precision to keep the sum at or below the whole."""
     return math.floor(amount / parts * 10_000) / 10_000
 
 
 def plan_apart(config: Config) -> tuple[PlacementPlan, PlacementPlan | None]:
-    """Return the plan of the bundles that are reserved for the whole run, and the plan of an engine that may leave.
+    """Return the plan of the bundles reserved for the whole run, and the plan of an engine with the right to leave.
 
-    The second is None if the number of engines is fixed. The first has their bundles then.
+    With a fixed number of engines, the first plan has the engines' bundles, and the second is None.
     """
     if not config.cluster.roles.rollout.is_elastic:
         return plan_placement(config), None
@@ -124,7 +124,7 @@ def assign_nodes(
     labels: Sequence[Mapping[str, str]] | None = None,
     node_labels: Sequence[Mapping[str, str]] = (),
 ) -> list[int] | None:
-    """Return the node of each bundle, filled in order as by Ray's PACK strategy, or None if they do not fit.
+    """Return the node of each bundle, filled in order as by Ray's PACK strategy, or None if the bundles do not fit.
 
     The search is first fit: the bundles with the fewest allowed nodes first, then by decreasing size. So None can be
     wrong for bundles of several sizes in tight nodes.

@@ -1,4 +1,4 @@
-"""Say which limits of `cluster.restarts` have no effect, because the run cannot replace such a process in any case."""
+"""Say which limits of `cluster.restarts` have no effect because the run can never replace such a process."""
 
 from __future__ import annotations
 

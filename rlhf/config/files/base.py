@@ -4,8 +4,8 @@
     run: {name: dapo-smollm2}
     algorithm: {name: dapo}
 
-`base` stands at the top of a file or of a stage. Mappings are merged key by key, and all other values replace those of
-the base.
+`base` stands at the top of a file or of a stage. Mappings are merged key by key, and every other value replaces the
+value of the base.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ _SELECTED_BY_NAME = ("algorithm", "environment", "method")
 
 
 def read_tree(path: Path, *, needs: str = SECTIONS) -> Tree:
-    """Read a file with all its bases. Raise UserError for broken YAML, a missing base and a circle of bases.
+    """Read a file with all bases. Raise UserError for broken YAML, a missing base and a circle of bases.
 
-    needs: the sections missing from an empty file, for its message.
+    needs: the sections missing from an empty file, for the message.
     """
     return extend(read_file(path, needs=needs), path.resolve().parent, files=(path,))
 
 
 def extend(tree: Tree, folder: Path, *, files: tuple[Path, ...] = ()) -> Tree:
-    """Return the tree with each `base` replaced by the contents of the file that it names.
+    """Return the tree with each `base` replaced by the contents of the named file.
 
     Args:
         tree: the values of one file.
         folder: the folder of this file.
-        files: this file, after the files that led to it. Each is the base of the one before it.
+        files: this file, after the files that led to it. Each file is the base of the file before.
     """
     stages = tree.values.get("stages")
     for name, stage in dict(stages).items() if isinstance(stages, dict) else ():
@@ -62,7 +62,7 @@ def extend(tree: Tree, folder: Path, *, files: tuple[Path, ...] = ()) -> Tree:
 
 
 def _over_base(tree: Tree, folder: Path, files: tuple[Path, ...], *, at: Key = ()) -> Tree:
-    """Return the file, or its stage `at`, merged over the base."""
+    """Return the file, or the file's stage `at`, merged over the base."""
     place = f"{tree.place(('base',))}: {'.'.join((*at, 'base'))}"
     path = _find(tree.values["base"], folder, place)
     chain = [file.resolve() for file in files]
@@ -130,7 +130,7 @@ def _merge(below: dict[str, Any], above: dict[str, Any], at: Key, places: dict[K
 
 
 def _selects_another(key: Key, below: dict[str, Any], above: dict[str, Any]) -> bool:
-    """Return whether a section is of another kind than the base's, so that no key of the base belongs to it."""
+    """Return whether a section and the base's section differ in kind, so that no key of the base applies."""
     if key[-2:-1] == ("rewards",):
         selectors: tuple[str, ...] = _KINDS_OF_REWARDS
     elif key[-1] == "agent":
@@ -155,13 +155,16 @@ def _value(written: Any, below: dict[str, Any], key: Key) -> Any:
 
 
 def _drops(below: dict[str, Any], key: Key) -> bool:
-    """Return whether null at the key drops a value of the base. A key that may be null is set to null instead."""
+    """Return whether null at the key drops a value of the base.
+
+    A key with null among the values is set to null instead.
+    """
     nodes, _ = _field(key)
     return key[-1] in below and NoneType not in nodes
 
 
 def _field(key: Key) -> tuple[list[Any], FieldInfo | None]:
-    """Return the types of a key, and its field."""
+    """Return the types of a key, and the key's field."""
     nodes: list[Any] = [Config]
     field = None
     for part in key[2:] if key[0] == "stages" else key:

@@ -1,4 +1,4 @@
-"""Compare two configurations of a run, independent of its folder, to decide whether one can continue the other."""
+"""Compare two configurations of a run, apart from the folder, to decide whether a run can continue a checkpoint."""
 
 from __future__ import annotations
 

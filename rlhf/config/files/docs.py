@@ -46,7 +46,7 @@ def configuration_page() -> str:
 
 
 class _Page:
-    """Write the sections of the schema. Each class is described once, and other keys link to it."""
+    """Write the sections of the schema. Each class is described once, and later keys link to the description."""
 
     def __init__(self) -> None:
         self.titles: dict[type[Section], str] = {}  # classes already described, or scheduled to be described
@@ -83,9 +83,9 @@ class _Page:
 
 
 def document(section: type[Section]) -> None:
-    """Describe each field by the string under it, in the class or else in its bases.
+    """Describe each field by the string under the field, in the class or else in a base class.
 
-    pydantic's option for it would read all files of the schema again at the start of every command.
+    pydantic's option for such strings would read all files of the schema again at the start of every command.
     """
     texts: dict[str, str] = {}
     for base in reversed(section.__mro__):
@@ -124,7 +124,7 @@ def _title(path: str, section: type[Section], owner: str) -> str:
 
 
 def _contents(text: str) -> str:
-    """Return links to the headings, one line per section, with its algorithms or methods."""
+    """Return links to the headings, a line per section with the algorithms or methods."""
     lines: list[str] = []
     for level, title in re.findall(r"^(##+) (.+)$", text, re.MULTILINE):
         path, _, name = title.partition(" with ")

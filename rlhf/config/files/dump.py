@@ -19,7 +19,7 @@ from rlhf.tracking.logs import redact_config
 
 
 def dump_masked_yaml(config: Stage | LoadedConfig) -> str:
-    """`dump_yaml` with secrets masked value by value, so that the file stays valid YAML."""
+    """`dump_yaml` with secrets masked value by value, to keep the file valid YAML."""
     return to_yaml(redact_config(from_yaml(dump_yaml(config))))
 
 

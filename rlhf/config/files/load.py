@@ -1,6 +1,6 @@
 """Turn a YAML file and `section.key=value` arguments into checked configurations.
 
-This module opens only the YAML file and its bases. It also checks whether files of code exist next to it.
+This module opens only the YAML file and the bases, and checks whether files of code exist next to the file.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class LoadedConfig:
 
     @contextmanager
     def located(self) -> Iterator[None]:
-        """Put the place of a key before the message of a UserError that begins with the key."""
+        """Put the place of a key before the message of a UserError about the key."""
         try:
             yield
         except UserError as error:
@@ -109,8 +109,8 @@ def resolve(tree: Tree, overrides: Sequence[str], folder: Path) -> LoadedConfig:
 def _locate_code(tree: Tree, folder: Path) -> None:
     """Make the paths of code files absolute, because the resolved file is in another folder.
 
-    UserError: the file of an algorithm does not exist. A reward's or an environment's file may exist only on another
-    machine, since it is loaded later.
+    UserError: the file of an algorithm does not exist. The file of a reward or an environment may exist only on another
+    machine, because workers load such files later.
     """
     folders = (folder, Path.cwd())
     stages = tree.values.get("stages")
@@ -130,7 +130,7 @@ def _locate_code(tree: Tree, folder: Path) -> None:
 def from_mapping(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> LoadedConfig:
     """Return the checked configuration of a mapping with the keys of a file.
 
-    Its paths, a `base` among them, start at the current folder.
+    Paths in the mapping, such as `base`, start at the current folder.
     """
     plain = _plain(values, "config")
     assert isinstance(plain, dict)
@@ -139,14 +139,14 @@ def from_mapping(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Lo
 
 
 def _keys(values: Mapping[str, Any]) -> Iterator[Key]:
-    """Yield the keys of a mapping and of the mappings in it."""
+    """Yield the keys of a mapping and of all nested mappings."""
     for name, value in values.items():
         yield (name,)
         yield from ((name, *key) for key in (_keys(value) if isinstance(value, Mapping) else ()))
 
 
 def _plain(value: Any, place: str) -> Any:
-    """Return a copy limited to YAML values. UserError names the first other value."""
+    """Return a copy limited to YAML values. UserError names the first unsuitable value."""
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
@@ -164,7 +164,7 @@ def _plain(value: Any, place: str) -> Any:
 
 
 def _name_in_file(code: FunctionType | type, place: str) -> str:
-    """Name a function or a class as FILE.py:NAME. Raise UserError if other processes cannot load it by this name."""
+    """Name a function or a class as FILE.py:NAME. Raise UserError if no process can load the code by this name."""
     file, name = Path(inspect.getfile(code)), code.__qualname__
     if not name.isidentifier() or file.suffix != ".py" or not file.is_file():
         raise UserError(

@@ -1,4 +1,7 @@
-"""Explain why a text is not valid YAML, in words that do not assume knowledge of a parser. Parses nothing itself."""
+"""Explain why a text is not valid YAML, in words for readers without knowledge of parsers.
+
+The module parses nothing.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import yaml
 
 
 def explain_yaml_error(error: yaml.MarkedYAMLError, text: str) -> tuple[int | None, str]:
-    """Return the number of the line to blame, from 1, and what is wrong with it and how to correct it."""
+    """Return the number of the line to blame, from 1, and a text with the mistake and the correction."""
     mark, opened = error.problem_mark or error.context_mark, error.context_mark
     problem, context = error.problem or error.context or "", error.context or ""
     lines = text.splitlines()

@@ -72,11 +72,11 @@ class Tree:
 
 
 def read_file(path: Path, *, needs: str) -> Tree:
-    """Read one file, but not its base.
+    """Read one file without the base.
 
-    UserError names the line of broken YAML, of a repeated key, or of a key that is not a string.
+    UserError names the line of broken YAML, of a repeated key, or of a key of another type than string.
 
-    needs: the sections missing from an empty file, for its message.
+    needs: the sections missing from an empty file, for the message.
     """
     try:
         with path.open("rb") as file:
@@ -141,7 +141,7 @@ def to_yaml(values: dict[str, Any]) -> str:
 
 
 def from_yaml(text: str) -> Any:
-    """Parse text of `to_yaml` back into its values."""
+    """Parse text of `to_yaml` back into values."""
     return _parse(text, "the configuration", {}, ())
 
 
@@ -234,5 +234,5 @@ class _Converter:
 
 
 def copy(value: Any) -> Any:
-    """Copy the nested dicts, so that the copy can be edited."""
+    """Copy the nested dicts for editing."""
     return {key: copy(child) for key, child in value.items()} if isinstance(value, dict) else value

@@ -1,6 +1,7 @@
 """Explain each mistake in a configuration on one line, and describe the values of a field.
 
-Load and the documentation use it. It knows the shape of the schema; rlhf.config.validation.run checks relations.
+Loading and the documentation use this module. The module checks keys and types; rlhf.config.validation.run checks
+relations.
 """
 
 from __future__ import annotations
@@ -54,12 +55,12 @@ class Problem:
 
 
 def problem(dotted: str, text: str) -> Problem:
-    """Return the mistake at a key that is written with dots."""
+    """Return the mistake at a dotted key."""
     return Problem(key=tuple(dotted.split(".")), text=text)
 
 
 def parse(values: dict[str, Any]) -> Config | tuple[Problem, ...]:
-    """Parse the tree as the configuration of a run, or return all its problems."""
+    """Return the tree as the configuration of a run, or all problems of the tree."""
     return parse_as(Config, values)
 
 
@@ -95,7 +96,7 @@ def parse_as(root: type[S], values: dict[str, Any]) -> S | tuple[Problem, ...]:
 
 
 def _form_of(root: type[S], values: dict[str, Any]) -> type[S]:
-    """Return the class to parse a tree with: `root`, or one that has the keys of an algorithm that is not built in."""
+    """Return the class to parse a tree with: `root`, or a class with the keys of an extension's algorithm."""
     section = values.get("algorithm")
     name = section.get("name") if isinstance(section, dict) else None
     if root is not Config or not isinstance(name, str) or (":" not in name and not is_offered("algorithm", name)):
@@ -122,12 +123,12 @@ def expected(field: FieldInfo) -> str:
 
 
 def _is_meant(key: Key, meant: set[str]) -> bool:
-    """Return whether an unknown key was probably meant to be this one or to stand below it."""
+    """Return whether the user probably meant this key, or a key below, by an unknown key."""
     return any(f"{name}.".startswith(f"{'.'.join(key)}.") for name in meant)
 
 
 def _follow(root: type[Section], location: Sequence[int | str]) -> tuple[Key, FieldInfo | None, list[Any]]:
-    """Return the key for a location of pydantic, its field, and its possible types.
+    """Return the key for a location of pydantic, the key's field, and the possible types.
 
     A location also names members of unions, and may end below the wrong key.
     """

@@ -40,7 +40,7 @@ def tag(node: Any) -> str | None:
 
 
 def descend(nodes: Sequence[Any], part: str) -> tuple[list[Any], FieldInfo | None]:
-    """Return the types of the key `part` below the nodes, and its field."""
+    """Return the types of the key `part` below the nodes, and the field of `part`."""
     below: list[Any] = []
     field: FieldInfo | None = None
     for node in nodes:
@@ -68,8 +68,8 @@ def all_keys(root: type[Section], at: Key = (), *, values: Any = None) -> Iterat
     Args:
         root: where to start.
         at: the key of `root`.
-        values: the tree of a configuration. If its `name` selects one form of a section, such as one algorithm, keys of
-            the other forms are left out.
+        values: the tree of a configuration. If `name` selects one form of a section, such as one algorithm, keys of the
+            remaining forms are left out.
     """
     for name, field in root.model_fields.items():
         yield (*at, name)

@@ -1,4 +1,4 @@
-"""Suggest the nearest key for an unknown one, and an example section in place of a scalar.
+"""Suggest the nearest key for an unknown key, and an example section in place of a scalar.
 
 The suggestions use the schema and the table of synonyms. rlhf.config.mistakes.explain finds the mistakes.
 """
@@ -29,12 +29,12 @@ def nearest(word: str, words: Sequence[str], *, cutoff: float = 0.6) -> str | No
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Suggestion:
-    """Describe an unknown key and its likely meaning."""
+    """Describe an unknown key and the likely meaning."""
 
     key: Key
     text: str
     meant: tuple[str, ...] = ()
-    """Keys that the user probably meant: that they are missing needs no second message."""
+    """Keys that the user probably meant. A missing key among them needs no second message."""
 
 
 def unknown_key(
@@ -84,7 +84,7 @@ def meant_value(key: Key, value: Any, field: FieldInfo) -> str | None:
 def example(key: str, value: Any, field: FieldInfo) -> str:
     """Return an example of a section for the end of a message about a wrong scalar.
 
-    `kl: 0.01` becomes ", such as `kl: {coef: 0.01}`". It is empty if the field also takes other values than sections.
+    `kl: 0.01` becomes ", such as `kl: {coef: 0.01}`". The text is empty if the field takes scalars too.
     """
     nodes = [node for node in members(field.annotation) if node is not types.NoneType]
     named = [inner for node in nodes if get_origin(node) is dict for inner in members(get_args(node)[1])]
@@ -111,7 +111,7 @@ def choice(words: Sequence[str]) -> str:
 
 
 def _settings_below(path: Key, value: Any, known: frozenset[str]) -> Iterator[Suggestion]:
-    """Yield the settings of other frameworks below a key."""
+    """Yield the settings below a key as known from TRL, verl and OpenRLHF."""
     for name, inner in value.items() if isinstance(value, Mapping) else ():
         inner_path = (*path, name)
         synonym = _synonym(inner_path, known)
@@ -228,7 +228,7 @@ def _mapping(section: type[Section], value: Any) -> str:
 
 
 def _first_that_takes(section: type[Section], value: Any) -> str | None:
-    """Return the first key allowing a string or a number, required keys before others."""
+    """Return the first key for a string or a number. Required keys come before optional keys."""
     return next((name for name, field in _fields(section) if _takes(field, value)), None)
 
 

@@ -23,13 +23,13 @@ class Synonym:
     """The keys here; several where algorithms differ. Empty: no key sets this."""
     trl: str
     verl: str
-    """`actor.`, `rollout.`, `ref.` and `model.` stand for those sections of `actor_rollout_ref`."""
+    """`actor.`, `rollout.`, `ref.` and `model.` stand for the sections of `actor_rollout_ref`."""
     openrlhf: str
-    """The names of the options, those with dots and the older ones without."""
+    """The names of the options, both with dots and, as in older versions, without dots."""
     other: str
-    """Words that people write, which no framework of the three has."""
+    """Words that people write although none of the three frameworks has such a setting."""
     note: str
-    """What differs, as a sentence."""
+    """The difference between the settings, as a sentence."""
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ Threads = Annotated[int, Field(ge=1, le=1024)] | Literal["auto"]
 
 
 class RoleResources(Section):
-    """What each process of a role uses of its node."""
+    """Resources of a node for each process of a role."""
 
     cpus: Annotated[float, OF_THE_HOST] = Field(default=1.0, gt=0.0)
     """CPUs reserved by Ray for each process. A colocated process uses the CPUs of its host."""
@@ -30,7 +30,7 @@ class RoleResources(Section):
 
 
 class TrainedResources(RoleResources):
-    """Workers of a trained model, which form one group of ranks."""
+    """Workers of a trained model, forming one group of ranks."""
 
     workers: int = Field(default=1, ge=1, le=65536)
     """Number of ranks."""
@@ -39,8 +39,8 @@ class TrainedResources(RoleResources):
     offload: Annotated[tuple[Literal["optimizer", "parameters"], ...], OnlyIn("training")] = ()
     """States that DeepSpeed keeps in host memory. `parameters` needs zero_stage 3."""
     sequence_parallel: Annotated[int, OnlyIn("training")] = Field(default=1, ge=1)
-    """Ranks that share each micro-batch, each with a part of its tokens (DeepSpeed Ulysses). Use it for sequences that
-    are too long for one rank. It must divide workers and the model's attention heads."""
+    """Ranks that share each micro-batch, each with a part of its tokens (DeepSpeed Ulysses). Meant for sequences too
+    long for one rank. The number must divide workers and the model's attention heads."""
 
     @property
     def data_parallel_ranks(self) -> int:
@@ -62,12 +62,12 @@ class CriticResources(TrainedResources):
     """Workers of the critic."""
 
     colocate_with: Literal["policy"] | None = "policy"
-    """Share the bundles of this role and take turns with it. null: use separate bundles."""
+    """Share the bundles and take turns with this role. null: use separate bundles."""
 
 
 class ForwardResources(RoleResources):
-    """Workers of the reference, teacher or reward role. Each holds the whole model, and the work is
-    divided among them."""
+    """Workers of the reference, teacher or reward role. Each worker holds the whole model, and the workers divide the
+    rows."""
 
     workers: int = Field(default=1, ge=1, le=65536)
     """Number of processes."""
@@ -77,60 +77,62 @@ class ReferenceResources(ForwardResources):
     """Workers of the reference model."""
 
     colocate_with: Literal["policy", "rollout"] | None = "policy"
-    """Share the bundles of this role and take turns with it. null: use separate bundles."""
+    """Share the bundles and take turns with this role. null: use separate bundles."""
 
 
 class TeacherResources(ForwardResources):
     """Workers of the teacher."""
 
     colocate_with: Literal["policy"] | None = "policy"
-    """Share the bundles of this role and take turns with it. null: use separate bundles; the teacher then works one
-    step ahead."""
+    """Share the bundles and take turns with this role. null: use separate bundles; the teacher then works one step
+    ahead."""
 
 
 class RewardResources(ForwardResources):
     """Workers for reward functions and the reward model."""
 
     colocate_with: Literal["policy", "rollout"] | None = "rollout"
-    """Share the bundles of this role and take turns with it. null: use separate bundles."""
+    """Share the bundles and take turns with this role. null: use separate bundles."""
 
 
 class EngineRange(Section):
     """A number of engines that follows the nodes of the cluster."""
 
     min: int = Field(ge=1, le=65536)
-    """Fewest engines. The run waits for them at its start, and after a loss, at most for cluster.start_timeout_s."""
+    """Fewest engines. The run waits for this number at the start, and after a loss, at most for
+    cluster.start_timeout_s."""
     max: int = Field(ge=1, le=65536)
-    """Most engines. Until there are so many, the run asks Ray for room for another one."""
+    """Most engines. Below this number, the run asks Ray for room for a further engine."""
 
 
 class RolloutResources(RoleResources):
     """The vLLM engines."""
 
     engines: Annotated[int, Field(ge=1, le=65536)] | EngineRange = 1
-    """Number of engines. Prompts are divided among them. With min and max, engines join during the run when there is
-    room for them, and leave with their nodes. That needs rollouts.weight_updates `in_flight`."""
+    """Number of engines. Prompts are divided among the engines. With min and max, engines join during the run when
+    there is room, and leave with their nodes. Such a range needs rollouts.weight_updates `in_flight`."""
     tensor_parallel: int = Field(default=1, ge=1)
     """Number of GPUs of one engine."""
     colocate_with: Literal["policy"] | None = None
-    """Share the policy's bundles and take turns with it; on GPUs the engine sleeps while the policy trains. null: use
-    separate bundles."""
+    """Share the policy's bundles and take turns with the policy; on GPUs the engine sleeps while the policy trains.
+    null: use separate bundles."""
     kv_cache_gib: Annotated[int, OnlyIn("cpu")] = Field(default=1, ge=1)
     """KV cache of each engine on a CPU, in whole GiB."""
     gpu_memory_utilization: Annotated[float, OnlyIn("cuda")] = Field(default=0.85, gt=0.0, lt=1.0)
     """Fraction of a GPU's memory that an engine may use."""
     max_num_seqs: int = Field(default=256, ge=1)
     """Largest number of sequences decoded at once by one engine. vLLM's default depends on the GPU (1024 on an H100),
-    and so would the rounding of log-probabilities. Increase it if an engine gets more responses at once."""
+    and so would the rounding of log-probabilities. Increase the number if an engine gets more responses at once."""
     enforce_eager: Annotated[bool, OnlyIn("cuda")] = False
-    """Disable CUDA graphs on GPUs. CPU engines never use them."""
+    """Disable CUDA graphs on GPUs. CPU engines never use CUDA graphs."""
     engine_args: dict[str, JsonValue] = Field(default_factory=dict)
     """More arguments of vLLM's engine, by the names in its EngineArgs, such as `{enable_expert_parallel: true}`. The
-    installed vLLM must know them. Arguments with another key here are refused. docs/rollouts.md has recipes."""
+    installed vLLM must know each argument. An argument with an equivalent key of this file is refused. docs/rollouts.md
+    has recipes."""
 
     @property
     def workers(self) -> int:
-        """Return the number of engines that the run starts with. Each is one actor, also with several GPUs."""
+        """Return the number of engines at the start of the run. Each engine is one actor, also with several GPUs."""
         return self.engines.min if isinstance(self.engines, EngineRange) else self.engines
 
     @property
@@ -151,23 +153,24 @@ class Roles(Section):
     teacher: TeacherResources = TeacherResources()
     """Workers of the teacher."""
     reward: RewardResources = RewardResources()
-    """Workers that score responses."""
+    """Workers for scoring responses."""
     rollout: RolloutResources = RolloutResources()
     """Rollout engines."""
 
 
 class Restarts(Section):
-    """How many lost processes a run replaces within a time before it ends with the last error."""
+    """Number of lost processes that a run replaces within a time. After more losses, the run ends with the last
+    error."""
 
     engine: Annotated[int, OnlyIn("rollouts")] = Field(default=10, ge=0)
     """Rollout engines."""
     gang: Annotated[int, OnlyIn("training")] = Field(default=5, ge=0)
-    """All ranks of the policy and the critic together. Above 0, each keeps two copies of its state in /dev/shm.
-    Also the driver, with `rlhf train --supervise`."""
+    """All ranks of the policy and the critic together. Above 0, each rank holds two snapshots of the rank's state in
+    /dev/shm. The number also limits restarts of the driver with `rlhf train --supervise`."""
     worker: int = Field(default=10, ge=0)
     """Workers of the reference, teacher or reward role. Each role is counted by itself."""
     window_s: float = Field(default=3600.0, gt=0.0)
-    """The time in which the losses are counted, in seconds."""
+    """Period for counting the losses, in seconds."""
 
 
 class ClusterConfig(Section):
@@ -175,7 +178,7 @@ class ClusterConfig(Section):
 
     address: str | None = None
     """Ray cluster to connect to. null: start a local Ray for this run. `auto`: the cluster this command runs in.
-    Otherwise: its address."""
+    Otherwise: the cluster's address."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Device of the models. cuda gives every trained and forward worker one GPU and every engine
     tensor_parallel GPUs."""
@@ -187,10 +190,11 @@ class ClusterConfig(Section):
     start_timeout_s: float = Field(default=300.0, gt=0.0, le=1_000_000)
     """Time limit for placing and starting all workers, in seconds."""
     call_timeout_s: float = Field(default=1800.0, gt=0.0, le=1_000_000)
-    """Time limit for one call of a worker, in seconds. It bounds the duration of a hang."""
+    """Time limit for one call of a worker, in seconds. The limit bounds the duration of a hang."""
     heartbeat_timeout_s: float = Field(default=60.0, ge=1.0, le=1_000_000)
-    """Longest time in which a process may leave the driver's heartbeats unanswered, in seconds. Then it is killed, and
-    counts as lost. A process that computes answers; a stopped one does not, nor one whose node is cut off."""
+    """Longest time in which a process may leave the driver's heartbeats unanswered, in seconds. Then the process is
+    killed and counts as lost. A computing process answers; a stopped process or a process on a disconnected node does
+    not."""
     room_timeout_s: float = Field(default=1800.0, ge=0.0, le=1_000_000)
     """Longest time in which a run waits for room on a full disk, in shared memory or in Ray's object store, in seconds.
     No other time limit runs meanwhile. 0: the run ends at once."""

@@ -27,7 +27,7 @@ class TaskConfig(Section):
 
 
 def _kind(value: Any) -> str:
-    """Return the form of a data source, so that an error describes only this form."""
+    """Return the form of a data source, to limit an error to this form."""
     if isinstance(value, TaskConfig) or (isinstance(value, Mapping) and "task" in value):
         return "TaskConfig"
     return "dict" if isinstance(value, Mapping) else "str"
@@ -49,12 +49,13 @@ EvalSource = Annotated[
 
 
 class WeightedSource(Section):
-    """One data set of a mixture."""
+    """A data set of a mixture."""
 
     source: DataSource
     """A data set, given as in `data.train` with a single set."""
     weight: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
-    """Weight of the set. Its share of the rows is its weight divided by the sum of all weights, whatever its size."""
+    """Weight of the set. The set's share of the rows is the weight divided by the sum of all weights, independent of
+    the set's size."""
 
 
 TrainSource = Annotated[
@@ -66,15 +67,15 @@ TrainSource = Annotated[
 
 
 class CurriculumConfig(Section):
-    """Skip prompts measured as too easy or too hard when they come up again. The measure is the mean score of a
-    prompt's responses; with scores of 0 and 1 it is the pass rate."""
+    """Skip prompts measured as too easy or too hard in later passes. The measure is the mean score of a prompt's
+    responses, and with scores of 0 and 1 the pass rate."""
 
     low: float = Field(default=0.1, allow_inf_nan=False)
     """A prompt with a lower measured score is too hard."""
     high: float = Field(default=0.9, allow_inf_nan=False)
     """A prompt with a higher measured score is too easy."""
     outside: float = Field(default=0.1, ge=0.001, lt=1.0)
-    """Fraction of the times that a too easy or too hard prompt is used anyway, and measured again."""
+    """Fraction of occasions on which a too easy or too hard prompt is used anyway, and measured again."""
     newest: float = Field(default=0.5, gt=0.0, le=1.0)
     """Weight of the newest group in a prompt's measured score. The earlier groups share the rest."""
 
@@ -95,10 +96,11 @@ class PromptFormat(Section):
     apply_chat_template: Annotated[bool, OF_RENDERED] = True
     """false: string prompts reach the model unchanged. Rows with `messages` always use the template."""
     chat_template: str | None = Field(default=None, min_length=1)
-    """A Jinja file to use instead of the tokenizer's chat template. A trained model keeps it in `final/`."""
+    """A Jinja file to use instead of the tokenizer's chat template. The template is also saved with the trained model
+    in `final/`."""
     chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
-    """Variables of the chat template, such as `enable_thinking: false`. They become the template's defaults, also in
-    the `final/` of a trained model."""
+    """Variables of the chat template, such as `enable_thinking: false`. The variables become the template's defaults,
+    also in the `final/` of a trained model."""
 
 
 class DataConfig(PromptFormat):
@@ -118,12 +120,12 @@ class DataConfig(PromptFormat):
     sequences are limited by max_sequence_tokens."""
     max_sequence_tokens: Annotated[int | None, OnlyIn("fixed data")] = Field(default=None, ge=2)
     """Offline: largest number of tokens in a sequence, prompt and completion. null: train.max_tokens_per_microbatch,
-    half of it for pairs, a third of it for triples."""
+    divided by 2 for pairs and by 3 for triples."""
     too_long: Literal["error", "skip", "cut"] = "error"
-    """What to do with a prompt or offline sequence that is too long: stop the run before it starts, skip it, or
-    truncate it. A raw prompt loses its beginning, a conversation its oldest turns (except the system prompt), an
-    offline sequence the end of its completion."""
+    """How to treat a too long prompt or offline sequence: stop the run before the start, skip the row, or truncate the
+    text. A raw prompt loses the beginning, a conversation the oldest turns (except the system prompt), an offline
+    sequence the end of the completion."""
     max_unusable_fraction: Annotated[float, OnlyIn("skipped rows")] = Field(default=0.0, ge=0.0, lt=1.0)
-    """Fraction of a set's rows that may be skipped although they are well formed. Skipped rows are prompts that are too
-    long, and offline also rows with an empty completion, a chosen response equal to the rejected one, or no
-    assistant turn. The run stops if more are skipped."""
+    """Largest fraction of well-formed rows of a set that may be skipped. Skipped rows are too long prompts, and offline
+    also rows with an empty completion, equal chosen and rejected responses, or no assistant turn. The run stops if more
+    rows are skipped."""

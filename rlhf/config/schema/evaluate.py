@@ -1,6 +1,6 @@
 """Define the stage for measuring a model: `rlhf eval` as a section with the keys of a run's configuration.
 
-rlhf.config.validation.evaluation checks it, and actors.run.evaluate runs it.
+rlhf.config.validation.evaluation checks the section, and actors.run.evaluate measures the model.
 """
 
 from __future__ import annotations
@@ -27,32 +27,33 @@ class EvaluateConfig(Grading, PromptFormat):
     model: str = Field(min_length=1)
     """A Hugging Face name, a local folder of a model or an adapter, a run's folder, or `stage:NAME`."""
     against: Annotated[str | None, OnlyIn("responses")] = Field(default=None, min_length=1)
-    """Another model to compare with. It answers the same prompts, and `win_rate` is the fraction of prompts on which
-    `model` scores more."""
+    """Another model to compare with, on the same prompts. `win_rate` is the fraction of prompts with a higher score of
+    `model`."""
     dtype: Dtype | None = None
     """Data type of both models. null: as in their config.json."""
     trust_remote_code: bool = False
-    """Run Python code from the model repositories. Set it to true only after reading the code."""
+    """Run Python code from the model repositories. Set to true only after reading the code."""
     data: EvalSource
     """Held-out sets by name. A single set is called `heldout`."""
     rewards: dict[RewardName, RewardConfig] = Field(default_factory=dict)
     """Rewards by name."""
     reward: Annotated[RewardModelConfig | None, OnlyIn("responses", "reward model")] = None
-    """The reward model, if a reward uses it."""
+    """The reward model, if a reward uses a model."""
     reward_policy: Annotated[RewardPolicy, OnlyIn("responses")] = RewardPolicy()
-    """What to do if a reward fails. `drop` leaves the prompt out."""
+    """Treatment of a failed reward. `drop` leaves the prompt out."""
     max_new_tokens: Annotated[int, OnlyIn("responses")] = Field(default=256, ge=1)
     """Largest number of tokens in a response. A longer response is truncated."""
     environment: Annotated[EnvironmentConfig | None, OnlyIn("responses")] = None
-    """The environment for conversations. null: one turn answers a prompt. With an environment, evaluate.max_new_tokens
-    limits each turn."""
+    """The environment for conversations. null: a single turn answers a prompt. With an environment,
+    evaluate.max_new_tokens limits each turn."""
     agent: Annotated[AgentConfig | None, OnlyIn("responses")] = None
     """The agent that solves each prompt by calls of the model, each of at most evaluate.max_new_tokens. null: no
     agent."""
     stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], OnlyIn("responses")] = ()
-    """Strings that end a response. They stay in it and may contain special tokens."""
+    """Strings that end a response. The strings stay in the response and may contain special tokens."""
     stop_token_ids: Annotated[tuple[Annotated[int, Field(ge=0)], ...], OnlyIn("responses")] = ()
-    """Token ids that end a response, in addition to the model's and the chat template's. They stay in the response."""
+    """Token ids that end a response, in addition to the model's and the chat template's ids. The ids stay in the
+    response."""
     max_tokens_per_microbatch: Annotated[int, OnlyIn("reward model")] = Field(default=8192, ge=2)
     """Largest number of tokens in one forward pass of a reward model, or of the model if completions are measured."""
 

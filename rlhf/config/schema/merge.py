@@ -1,6 +1,7 @@
 """Define, check and load the section of `rlhf merge`: models, a method, and the folder for the result.
 
-MergeConfig has no `out` and can be a stage of a pipeline. rlhf.merging runs it. This module opens only the YAML file.
+MergeConfig has no `out` and can be a stage of a pipeline. rlhf.merging merges the models. This module opens only the
+YAML file.
 """
 
 from __future__ import annotations
@@ -46,13 +47,13 @@ Method = Literal[
 
 
 class MergeInput(Section):
-    """One of the merged models."""
+    """A merged model."""
 
     model: str = Field(min_length=1)
     """A Hugging Face name, a local folder, or in a pipeline `stage:NAME`. An adapter folder means its base with the
     adapter added, or only the adapter if `output` is `adapter`."""
     weight: float = 1.0
-    """Weight of the model. It may be negative."""
+    """Weight of the model, possibly negative."""
     density: float = Field(default=1.0, gt=0.0, le=1.0)
     """Fraction of task vector entries to keep. 1: all entries."""
     epsilon: float = Field(default=0.15, gt=0.0, lt=0.5)
@@ -75,10 +76,10 @@ class MergeConfig(Section):
     method: Method
     """Merge method. docs/merging.md has the equation of each."""
     output: Literal["model", "adapter"] = "model"
-    """`model`: whole weights. `adapter`: adapters of one base become one adapter."""
+    """`model`: whole weights. `adapter`: adapters of a common base become an adapter."""
     base: str | None = Field(default=None, min_length=1)
-    """Base model of the task vectors, or for slerp the model at t = 0. It is named like the other models. null: the
-    method has no base."""
+    """Base model of the task vectors, or for slerp the model at t = 0. The base is named like the merged models. null:
+    the method has no base."""
     models: dict[ModelName, MergeInput]
     """The models by names of your choice."""
     t: float = Field(default=0.5, ge=0.0, le=1.0)
@@ -87,7 +88,7 @@ class MergeConfig(Section):
     """Factor of the merged task vector (the papers' lambda)."""
     normalize: bool | None = None
     """Divide by the sum of the weights. ties, dare_ties and della sum only the weights of models with a kept entry.
-    null: true for linear, ties and della, false for the others."""
+    null: true for linear, ties and della, false otherwise."""
     slices: tuple[MergeSlice, ...] = ()
     """passthrough: the result's layers, from bottom to top."""
     rank: int | None = Field(default=None, ge=1)
@@ -107,7 +108,7 @@ class MergeRun(MergeConfig):
     """Models to merge, the method, and the folder for the result."""
 
     out: Path
-    """Folder to create. It must not exist."""
+    """Folder to create. The folder must not exist."""
 
 
 class MergeFile(Section):
@@ -182,7 +183,7 @@ def merge_problems(config: MergeConfig) -> tuple[Problem, ...]:
 
 
 def in_effect(config: MergeConfig) -> dict[str, Any]:
-    """Return the section without keys unknown to its method. Loading it repeats the merge."""
+    """Return the section without keys unknown to the method. Loading the result repeats the merge."""
     takes = METHODS[config.output][config.method]
     skipped = {*_inert(config, takes), *({"tokenizer"} if config.tokenizer is None else ())}
     tree = {key: value for key, value in config.model_dump(mode="json").items() if key not in skipped}

@@ -1,4 +1,4 @@
-"""Define the model of each role and its low-rank adapters."""
+"""Define the model of each role and the low-rank adapters."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class ModelConfig(Section):
     dtype: Dtype = "bfloat16"
     """Data type of the computation. Trained roles keep float32 master weights in both cases."""
     trust_remote_code: bool = False
-    """Run Python code from the model repository. Set it to true only after reading the code."""
+    """Run Python code from the model repository. Set to true only after reading the code."""
 
     @property
     def source(self) -> str:
@@ -62,7 +62,7 @@ class ModelConfig(Section):
         return self.model if self.revision is None else f"{self.model}@{self.revision}"
 
     def as_loaded(self) -> Self:
-        """Return the section for workers, with `source` as its model."""
+        """Return the section for workers, with `source` as the model."""
         return self.model_copy(update={"model": self.source, "revision": None})
 
 
@@ -70,23 +70,23 @@ class PolicyConfig(ModelConfig):
     """The trained language model."""
 
     tokenizer: str | None = Field(default=None, min_length=1)
-    """Name or folder of another tokenizer, for example with another chat template. Engines and rewards use it too, and
-    final/ contains it. null: the model's tokenizer."""
+    """Name or folder of another tokenizer, for example with another chat template. Engines and rewards use this
+    tokenizer too, and final/ contains the files. null: the model's tokenizer."""
     lora: LoraConfig | None = None
     """Train a low-rank adapter instead of all weights."""
     adapter: str | None = Field(default=None, min_length=1)
-    """Folder of a trained LoRA adapter of this model in peft's format, or `stage:NAME`. Training continues from it. It
-    needs `lora: {}` in the same section. Rank, alpha, layers and kind come from the folder, and the reference is the
-    model with this adapter."""
+    """Folder of a trained LoRA adapter of this model in peft's format, or `stage:NAME`. Training continues from this
+    adapter, and needs `lora: {}` in the same section. Rank, alpha, layers and kind come from the folder, and the
+    reference is the model with this adapter."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass. It saves memory and takes about a third more time."""
+    """Recompute activations in the backward pass. Recomputing saves memory and takes about a third more time."""
     router_balance_coef: float = Field(default=0.0, ge=0.0)
     """Weight of the loss that balances the load of the experts of a mixture, per sequence (DeepSeek-V3,
     arXiv:2412.19437, eq. 17). The mean over the sequences of an optimizer step is added to the loss. Values from 0.0001
     to 0.01 are usual. 0: no such loss."""
     router_replay: Annotated[bool, OnlyIn("rollouts")] = False
-    """Train with the experts that the sampler's routers chose for each token (R3, arXiv:2510.11370), which the rollouts
-    then hold. It is for mixtures whose sampler and trainer differ in rounding, as in bfloat16."""
+    """Train with the experts that the sampler's routers chose for each token (R3, arXiv:2510.11370), as recorded in the
+    rollouts. Meant for mixtures with a different rounding of sampler and trainer, as in bfloat16."""
 
     @property
     def tokenizer_source(self) -> str:
@@ -100,10 +100,10 @@ class CriticConfig(ModelConfig):
     lora: LoraConfig | None = None
     """Train a low-rank adapter and the value head instead of all weights."""
     adapter: str | None = Field(default=None, min_length=1)
-    """Folder of a trained LoRA adapter of this model, or `stage:NAME`. Training continues from it. It needs `lora: {}`
-    in the same section."""
+    """Folder of a trained LoRA adapter of this model, or `stage:NAME`. Training continues from this adapter, and needs
+    `lora: {}` in the same section."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass. It saves memory and takes about a third more time."""
+    """Recompute activations in the backward pass. Recomputing saves memory and takes about a third more time."""
     router_balance_coef: float = Field(default=0.0, ge=0.0)
     """Weight of the loss that balances the load of the experts of a mixture, per sequence (DeepSeek-V3,
     arXiv:2412.19437, eq. 17). The mean over the sequences of an optimizer step is added to the loss. Values from 0.0001
@@ -119,7 +119,7 @@ class TeacherConfig(ModelConfig):
 
 
 class StepScores(Section):
-    """A response's score is combined from a process reward model's scores of its steps."""
+    """A response's score is combined from a process reward model's scores of the steps."""
 
     combine: Annotated[Literal["min", "mean", "product"], OnlyIn("combined steps")] = "min"
     """How to combine the probabilities of correct steps: their minimum (arXiv:2312.08935), their mean, or their product
@@ -129,7 +129,7 @@ class StepScores(Section):
 
 
 class RewardModelConfig(ModelConfig):
-    """A sequence-classification model with one label, or the folder of a LoRA adapter of one, used by
+    """A sequence-classification model with one label, or the folder of a LoRA adapter of such a model, used by
     `rewards.<name>.role: reward`."""
 
     steps: StepScores | None = None

@@ -37,7 +37,7 @@ class HttpConfig(Section):
     timeout_s: float = Field(default=30.0, gt=0.0, le=86_400)
     """Time limit of one attempt, in seconds."""
     deadline_s: float = Field(default=300.0, gt=0.0, le=86_400)
-    """Time limit of one request with all attempts, in seconds. After it, the reward has failed."""
+    """Time limit of one request with all attempts, in seconds. A slower request is a failed reward."""
     max_in_flight: int = Field(default=32, ge=1, le=1024)
     """Requests in flight at once for each reward worker."""
 
@@ -55,7 +55,7 @@ class JudgeConfig(Section):
     """Name of the model at the endpoint."""
     prompt: str = _JUDGE_PROMPT
     """The prompt for the judge. `{prompt}`, `{response}`, `{COLUMN}` and the `{result}` of an agent are filled in.
-    Double a brace to write it literally."""
+    Double a literal brace."""
     system: str | None = Field(default=None, min_length=1)
     """A system message before the prompt."""
     pattern: Annotated[str, OF_NUMBERS] = r"(?i)score[\s:=*]*(-?\d+(?:\.\d+)?)"
@@ -63,7 +63,7 @@ class JudgeConfig(Section):
     scale: Annotated[tuple[float, float], OF_NUMBERS] = (1.0, 10.0)
     """Numbers of the worst and the best response, mapped to 0 and 1. A number outside is a failure."""
     choices: dict[Annotated[str, Field(min_length=1)], float] = Field(default_factory=dict)
-    """Scores of words, used instead of a number and without scaling. The last of these words in the answer counts."""
+    """Scores of words, used instead of a number and without scaling. The last such word in the answer counts."""
     request: dict[str, JsonValue] = Field(default_factory=lambda: dict[str, JsonValue](temperature=0.0, max_tokens=512))
     """Further fields of the request, such as sampling parameters."""
 
@@ -95,14 +95,14 @@ class JudgeConfig(Section):
 
 
 class RewardConfig(Section):
-    """One reward with exactly one source: function, role, url or environment."""
+    """A reward with exactly one source: function, role, url or environment."""
 
     function: str | None = None
     """A built-in function, `path/file.py:NAME`, or an entry point `rlhf.rewards` of an installed package."""
     role: Literal["reward"] | None = None
     """Use the reward model of the `reward` section."""
     url: str | None = None
-    """A service that scores responses. With `judge`, the endpoint of a language model, such as
+    """A service for scoring responses. With `judge`, the endpoint of a language model, such as
     `http://127.0.0.1:8000/v1`."""
     environment: bool = False
     """true: the sum of the rewards from rollouts.environment in a conversation."""
@@ -112,18 +112,18 @@ class RewardConfig(Section):
     """group: train on the difference from the group's mean, divided by the group's standard deviation."""
     credit: Literal["response", "step"] = "response"
     """step: values of single steps are credited to the tokens up to the end of each step. A function gives each step a
-    value, the reward model (`reward.steps`) gives the probability that it is right, and an environment gives the
-    reward of a turn. response: one value is credited to all tokens."""
+    value, the reward model (`reward.steps`) gives the probability of a correct step, and an environment gives the
+    reward of a turn. response: a single value is credited to all tokens."""
     gate: Annotated[str | None, OF_A_WEIGHT] = None
-    """Name of another reward. This reward is multiplied by its raw value."""
+    """Name of another reward. This reward is multiplied by the raw value of the named reward."""
     only: dict[str, Annotated[tuple[str | int | bool, ...], Field(min_length=1)]] = Field(default_factory=dict)
-    """Map from columns to values. The reward applies only to rows that have one of the values in each column."""
+    """Map from columns to values. The reward applies only to rows with a listed value in each column."""
     truncated_score: float | None = None
-    """Score of a response truncated at rollouts.max_new_tokens (or of a conversation at one of the environment's
-    limits), before the weight. null: the reward's score."""
+    """Score of a response truncated at rollouts.max_new_tokens (or of a conversation at a limit of the environment),
+    before the weight. null: the reward's score."""
     on_error: Literal["fail", "drop"] | Annotated[float, Field(strict=True, allow_inf_nan=False)] | None = None
-    """What to do if this reward fails on a response: `fail`, `drop`, or a score to use before the weight. A replaced
-    score is still recorded as an error. null: as in reward_policy.on_error."""
+    """Treatment of a response on which this reward fails: `fail`, `drop`, or a score to use before the weight. A
+    replaced score is still recorded as an error. null: as in reward_policy.on_error."""
     args: dict[str, JsonValue] = Field(default_factory=dict)
     """Keyword arguments of the function, or of the constructor of a class."""
     token_env: Annotated[str | None, OF_A_SERVICE] = Field(default=None, pattern=r"^[A-Z_][A-Z0-9_]*$")
@@ -171,7 +171,8 @@ class RewardConfig(Section):
 
 
 class RewardPolicy(Section):
-    """What to do if a reward raises an error, hangs, returns no finite number, or its service does not answer."""
+    """Treatment of a failed reward: a reward that raises an error, hangs, or returns no finite number, or a silent
+    service."""
 
     on_error: Literal["fail", "drop"] = "fail"
     """Default for rewards without `on_error`. fail: the run stops. drop: the prompt's group is replaced by another
@@ -179,12 +180,12 @@ class RewardPolicy(Section):
     timeout_s: Annotated[float, OnlyIn("reward functions")] = Field(default=10.0, gt=0.0, le=1_000_000)
     """Time limit of one function call, in seconds."""
     max_dropped_fraction: Annotated[float, OnlyIn("training", "dropped groups")] = Field(default=0.25, gt=0.0, lt=1.0)
-    """With drop: largest fraction of dropped groups among the latest groups, across steps. The run stops above it. The
-    window is 32 groups, or prompts_per_step if larger."""
+    """With drop: largest fraction of dropped groups among the latest groups, across steps. The run stops above this
+    fraction. The window is 32 groups, or prompts_per_step if larger."""
     processes: Annotated[int, OnlyIn("reward functions")] = Field(default=1, ge=1, le=1024)
     """Processes for reward functions in each reward worker."""
     memory_gib: Annotated[float, OnlyIn("reward functions")] = Field(default=8.0, ge=0.25, le=65536)
-    """Memory that one of these processes may map, including libraries, in GiB. Exceeding it counts as a failure."""
+    """Memory that each such process may map, including libraries, in GiB. Exceeding it counts as a failure."""
 
 
 def error_rules(rewards: Mapping[str, RewardConfig]) -> dict[str, ErrorRule]:

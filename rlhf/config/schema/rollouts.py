@@ -20,24 +20,25 @@ class EnvironmentConfig(Section):
 
     name: str = UNTIL_ANSWER
     """A built-in environment, `path/file.py:CLASS`, or an entry point `rlhf.environments` of an installed package.
-    until_answer: the conversation ends with the first turn that calls none of the tools."""
+    until_answer: the conversation ends with the first turn without a call of a tool."""
     args: dict[str, JsonValue] = Field(default_factory=dict)
     """Keyword arguments of the class's constructor."""
     max_turns: int = Field(default=8, ge=1, le=10_000)
-    """Largest number of policy turns, each of at most rollouts.max_new_tokens. A longer conversation is truncated and
-    keeps its rewards up to then."""
+    """Largest number of policy turns, each of at most rollouts.max_new_tokens. A longer conversation is truncated, and
+    the rewards of earlier turns count."""
     max_tokens: int = Field(ge=2)
     """Largest number of tokens in a conversation with its prompt. A longer conversation is truncated too."""
     step_timeout_s: float = Field(default=10.0, gt=0.0, le=1_000_000)
     """Time limit of one environment call, in seconds. A slower call counts as failed; see reward_policy."""
     memory_gib: float = Field(default=4.0, ge=0.25, le=65536)
-    """Memory that a conversation's process may map, including libraries, in GiB. Exceeding it counts as a failure."""
+    """Memory that a conversation's process may map, including libraries, in GiB. Exceeding the limit counts as a
+    failure."""
     processes: int = Field(default=256, ge=1, le=100_000)
     """Conversations open at once in an engine, each in a separate process. Further conversations are queued."""
     tool_parser: Literal["hermes", "llama3_json", "pythonic"] = "hermes"
-    """Format of the model's tool calls. hermes: JSON within `<tool_call>`, as in Qwen and other models."""
+    """Format of the model's tool calls. hermes: JSON within `<tool_call>`, as in Qwen and many models."""
     tools: ToolsConfig | None = None
-    """Servers whose tools the policy may call. null: the tools of the environment's class, if it has some."""
+    """Servers whose tools the policy may call. null: the tools of the environment's class, if any."""
 
     @model_validator(mode="after")
     def _has_turns(self) -> Self:
@@ -47,18 +48,18 @@ class EnvironmentConfig(Section):
 
 
 class AgentConfig(Section):
-    """An agent: a program that calls the model over OpenAI's or Anthropic's protocol. docs/agents.md describes it. Give
-    exactly one of function, command and url."""
+    """An agent: a program that calls the model over OpenAI's or Anthropic's protocol. docs/agents.md describes agents.
+    Give exactly one of function, command and url."""
 
     function: str | None = Field(default=None, pattern=r".+:.+")
     """`path/file.py:NAME` of an async function `NAME(task, client)`, run in a separate process for each session."""
     command: tuple[str, ...] | None = Field(default=None, min_length=1)
-    """A program with its arguments, started for each session. It gets the task as JSON on standard input."""
+    """A program with its arguments, started for each session. The program gets the task as JSON on standard input."""
     url: str | None = Field(default=None, pattern=r"^https?://[^/]+")
-    """A service that is sent the task of each session, and answers with the result."""
+    """A service that gets the task of each session and answers with the result."""
     columns: tuple[str, ...] = ()
-    """Columns of a row that the agent gets besides the prompt. A model may read all that its agent gets: leave out the
-    answers."""
+    """Columns of a row for the agent, besides the prompt. A model may read everything that the agent gets: leave out
+    the answers."""
     max_calls: int = Field(default=32, ge=1, le=100_000)
     """Largest number of calls of the model in a session, each of at most rollouts.max_new_tokens. A session with more
     calls counts as failed; see reward_policy."""
@@ -70,31 +71,31 @@ class AgentConfig(Section):
     memory_gib: Annotated[float, OnlyWith("url", None, because="a service limits its own memory")] = Field(
         default=4.0, ge=0.25, le=65536
     )
-    """Memory that all processes of a session may take, and that each of them may map, including libraries, in GiB.
-    Exceeding it counts as a failure."""
+    """Memory that all processes of a session together may take and each process may map, including libraries, in GiB.
+    Exceeding the limit counts as a failure."""
     max_threads: Annotated[int, OnlyWith("url", None, because="a service limits its own threads")] = Field(
         default=512, ge=1, le=1_000_000
     )
-    """Largest number of threads of all processes of a session. A process has at least one. Exceeding it counts as a
-    failure."""
+    """Largest number of threads of all processes of a session, at least one thread per process. Exceeding the number
+    counts as a failure."""
     disk_gib: Annotated[float, OnlyWith("url", None, because="a service limits its own files")] = Field(
         default=4.0, gt=0.0, le=1_000_000
     )
-    """Disk space of the files of a session, in GiB. Exceeding it counts as a failure."""
+    """Disk space of the files of a session, in GiB. Exceeding the limit counts as a failure."""
     sandbox: Annotated[bool, NotWith("command", None, because="only a program can be confined")] = False
-    """Run the command in a sandbox. It reads the system's libraries, the run's Python, and the files that the command
-    names, with the packages of a virtual environment whose Python it names. It writes to its working folder alone, and
-    reaches nothing but the model. Needs bubblewrap."""
+    """Run the command in a sandbox. The command reads the system's libraries, the run's Python, and the files named in
+    the command, with the packages of a named virtual environment. The command writes to the working folder alone, and
+    reaches nothing but the model. A sandbox needs bubblewrap."""
     tools: Annotated[ToolsConfig | None, NotWith("function", None, because="only a function gets `client.tools`")] = (
         None
     )
-    """Servers whose tools the function calls as `client.tools`."""
+    """Servers with the tools that the function calls as `client.tools`."""
     concurrency: int = Field(default=256, ge=1, le=100_000)
     """Sessions open at once in an engine. Further sessions are queued."""
 
     @property
     def name(self) -> str:
-        """Return what people call the agent."""
+        """Return the agent's name for messages."""
         return self.function or self.url or " ".join(self.command or ())
 
     @field_validator("url")
@@ -122,7 +123,7 @@ class DynamicSampling(Section):
     """Filter groups with a higher mean score too. null: no upper limit."""
     max_filtered_fraction: float = Field(default=4.0, gt=0.0, le=1000.0)
     """Number of groups filtered in one step, divided by prompts_per_step, at which the run stops. In flight, groups of
-    later batches are filtered too. The divisor is then the number of kept groups, if that is larger."""
+    later batches are filtered too. The divisor is then the number of kept groups, if larger."""
 
     @model_validator(mode="after")
     def _a_band(self) -> Self:
@@ -147,7 +148,7 @@ class RolloutsConfig(Section):
     prompts_per_step: int = Field(default=64, ge=1, le=1_000_000)
     """Prompts sampled between two weight syncs."""
     samples_per_prompt: int = Field(default=4, ge=1, le=10_000)
-    """Responses to each prompt, which form one group."""
+    """Responses to each prompt, forming one group."""
     max_new_tokens: int = Field(default=256, ge=1)
     """Largest number of tokens in a response. A longer response is truncated. A column `max_new_tokens` sets a lower
     limit for each row."""
@@ -164,43 +165,45 @@ class RolloutsConfig(Section):
     """Values above 1 make tokens of the prompt or response less likely; 1 changes nothing. The policy is trained
     without the penalty, so other values need importance weights towards the sampler (algorithm.correction)."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Strings that end a response. They stay in it and may contain special tokens."""
+    """Strings that end a response. The strings stay in the response and may contain special tokens."""
     stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    """Token ids that end a response, in addition to the model's and the chat template's. They stay in the response."""
+    """Token ids that end a response, in addition to the model's and the chat template's ids. The ids stay in the
+    response."""
     dynamic_sampling: Annotated[DynamicSampling | None, OnlyIn("rewards", "filtered groups")] = None
     """Replace groups without a learning signal. null: train on all groups."""
     oversample: float = Field(default=1.0, ge=1.0, le=10.0)
     """Prompts sampled per prompt needed. Above 1, the slowest prompts are cancelled once the batch is full, and come
-    first in the next step. Steps wait less for long responses and train on fewer of them."""
+    first in the next step. Steps wait less for long responses and train on fewer long responses."""
     carry_over: bool = False
     """Keep the tokens of the prompts that oversample cancels. The next step continues these responses instead of
     sampling them from the start. Such a response mixes versions of the weights, and algorithm.correction must be given.
-    Once its oldest token lags by more than 16 versions, it is sampled from the start."""
+    A response whose oldest token lags by more than 16 versions is sampled from the start."""
     keep_per_prompt: Annotated[KeepPerPrompt | None, OnlyIn("a choice of responses")] = None
     """Train on some of a prompt's responses. null: train on all."""
     max_staleness: int = Field(default=0, ge=0, le=MAX_STALENESS)
-    """Steps by which the weights that sample a response may lag behind the weights it trains. 0: rollouts and training
-    take turns. 1 and more: the engines sample later batches during a training step, and algorithm.correction must be
-    given. Between batches, every response lags by exactly this number of steps, except for those of the first steps."""
+    """Steps by which the weights used for sampling a response may lag behind the weights in training. 0: rollouts and
+    training take turns. 1 and more: the engines sample later batches during a training step, and algorithm.correction
+    must be given. Between batches, every response lags by exactly this number of steps, except responses of the first
+    steps."""
     weight_updates: Annotated[
         Literal["between_batches", "in_flight"],
         NotWith("max_staleness", 0, because="in turns, no response is in progress at an update"),
     ] = "between_batches"
     """When the engines load new weights. between_batches: after a whole batch, so that runs repeat bit for bit.
     in_flight: between two decoding steps. The engines never wait, and a response may span versions; max_staleness is
-    the largest lag of its oldest token."""
+    the largest lag of a response's oldest token."""
     batch_order: Literal["prompt", "completion"] = "prompt"
-    """Order in which groups are trained. prompt: the order of the data. completion: the order in which they finish,
-    which favours short responses; only with weight_updates in_flight."""
+    """Order in which groups are trained. prompt: the order of the data. completion: the order of finishing, to the
+    advantage of short responses; only with weight_updates in_flight."""
     kv_after_update: Annotated[
         Literal["recompute", "keep"],
         NotWith("weight_updates", "between_batches", because="no response is in progress at an update"),
     ] = "recompute"
-    """Keys and values of the tokens before an update, for responses in progress. recompute: the new weights compute
-    them again, so later log-probabilities are those of the new weights. keep: the update costs no prefill, and later
-    log-probabilities depend on earlier weights through the kept keys and values."""
+    """Keys and values of the tokens before an update, for responses in progress. recompute: the new weights compute the
+    keys and values again, so later log-probabilities are exactly the new weights'. keep: the update costs no prefill,
+    and later log-probabilities depend on earlier weights through the kept keys and values."""
     environment: EnvironmentConfig | None = None
-    """The environment for conversations. null: one turn answers a prompt."""
+    """The environment for conversations. null: a single turn answers a prompt."""
     agent: AgentConfig | None = None
     """The agent that solves each prompt by calls of the model. null: no agent."""
 
@@ -212,7 +215,7 @@ class RolloutsConfig(Section):
 
     @property
     def max_lag(self) -> int:
-        """Return the most versions by which the oldest token of a trained response may lag."""
+        """Return the largest lag of a trained response's oldest token, in versions."""
         return MAX_STALENESS if self.carry_over else self.max_staleness
 
     @property

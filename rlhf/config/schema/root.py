@@ -27,14 +27,14 @@ class Config(Section):
     policy: PolicyConfig
     """The trained model."""
     reference: Annotated[ReferenceConfig | None, OnlyIn("reference model")] = None
-    """The reference model. null: the policy's model before training, if the run needs a reference. A LoRA policy is its
-    own reference with the adapter disabled."""
+    """The reference model. null: the policy's model before training, if the run needs a reference. The reference of a
+    LoRA policy is the policy with the adapter disabled."""
     teacher: Annotated[TeacherConfig | None, OnlyIn("teacher")] = None
-    """The teacher model, if the algorithm distils one."""
+    """The teacher model, for algorithms with distillation."""
     critic: Annotated[CriticConfig | None, OnlyIn("critic")] = None
     """The critic. null: as the policy (model, dtype, LoRA), with a value head, if the run needs a critic."""
     reward: Annotated[RewardModelConfig | None, OnlyIn("rollouts", "reward model")] = None
-    """The reward model, if a reward uses it."""
+    """The reward model, for rewards with a model."""
     algorithm: SerializeAsAny[AnyAlgorithmConfig] = Field(discriminator="name")
     """The training objective: a built-in, `path/file.py:CLASS`, or an entry point `rlhf.algorithms` of a package."""
     data: DataConfig
@@ -42,9 +42,9 @@ class Config(Section):
     rollouts: Annotated[RolloutsConfig | None, OnlyIn("rollouts")] = None
     """Sampling of responses, for online algorithms only."""
     rewards: Annotated[dict[RewardName, RewardConfig], OnlyIn("rollouts")] = Field(default_factory=dict)
-    """Rewards by name, for online algorithms only. These need at least one reward unless they learn from a teacher."""
+    """Rewards by name, for online algorithms only. An online algorithm needs at least one reward or a teacher."""
     reward_policy: Annotated[RewardPolicy, OnlyIn("rollouts", "rewards")] = RewardPolicy()
-    """What to do if a reward fails."""
+    """Treatment of a failed reward."""
     train: TrainConfig
     """Optimisation and checkpoints."""
     eval: Annotated[EvalConfig, OnlyIn("data.eval")] = EvalConfig()

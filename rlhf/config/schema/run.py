@@ -16,17 +16,18 @@ _MAX_PATH_BYTES = 3000  # Linux allows 4,095; file names inside the run's folder
 
 
 class RunConfig(Section):
-    """Name, folder and seed of a run. All its files are in <dir>/<name>/."""
+    """Name, folder and seed of a run. All files are in <dir>/<name>/."""
 
     name: str = Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$")
-    """Folder of the run below `dir`, and its name in W&B. A stage of a pipeline is called PIPELINE/STAGE."""
+    """Folder of the run below `dir`, and the run's name in W&B. A stage of a pipeline is called PIPELINE/STAGE."""
     dir: Path = Field(default=Path("runs"), validate_default=False)
     """Folder for runs. A leading `~` is your home folder."""
     mirror: str | None = Field(default=None, min_length=1)
     """URL of fsspec for a remote folder of runs, such as `s3://bucket/runs`. The run's folder is copied there at each
-    checkpoint and at the end. `--resume auto` fetches it if the local folder is missing or older. null: no copy."""
+    checkpoint and at the end. `--resume auto` fetches the copy if the local folder is missing or older. null: no copy.
+    """
     push_to_hub: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$", max_length=96)
-    """Repository on the Hugging Face hub, OWNER/NAME. final/ is uploaded to it at the end. A stage of a pipeline uses
+    """Repository on the Hugging Face hub, OWNER/NAME. final/ is uploaded at the end. A stage of a pipeline uses
     OWNER/NAME-STAGE. A new repository is private. The upload needs HF_TOKEN or a login. null: no upload."""
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
     """Seed of data order, sampling, initialisation and dropout."""
@@ -62,7 +63,7 @@ class TrackingConfig(Section):
     wandb_entity: Annotated[str | None, OF_WANDB] = Field(default=None, min_length=1)
     """W&B user or team. null: the account's default."""
     wandb_group: Annotated[str | None, OF_WANDB] = Field(default=None, min_length=1)
-    """W&B group. null: the pipeline's name for its stages, otherwise no group. A sweep uses its name for its trials."""
+    """W&B group. null: the pipeline's name for stages, otherwise no group. Trials of a sweep use the sweep's name."""
     wandb_tags: Annotated[tuple[Tag, ...], OF_WANDB] = ()
     """W&B tags."""
     wandb_checkpoints: Annotated[bool, OF_WANDB, OnlyIn("training")] = False

@@ -1,4 +1,4 @@
-"""Define the stages of a pipeline: training runs, merges and evaluations. Each stage is recognized by its section."""
+"""Define the stages of a pipeline: training runs, merges and evaluations. The sections of a stage decide the kind."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class MergeStage(Section):
     run: RunConfig
     """Name and folder."""
     merge: MergeConfig
-    """The merge, without `out`. Its result is the stage's final/."""
+    """The merge, without `out`. The result is the stage's final/."""
 
 
 Stage = Config | MergeStage | EvaluationStage
@@ -44,17 +44,17 @@ def final_folder(stage: Stage) -> Path:
 
 
 def result_of(stage: Stage) -> Path:
-    """Return the path that exists once the stage is finished."""
+    """Return the path created by the end of the stage."""
     return run_folder(stage) / "eval.json" if isinstance(stage, EvaluationStage) else final_folder(stage)
 
 
 def kind_of(sections: Mapping[str, Any]) -> type[Stage]:
-    """Return the class of a stage with these sections."""
+    """Return the class of a stage with the given sections."""
     return next((root for section, root in KINDS.items() if section in sections), Config)
 
 
 def stage_problems(stage: Stage) -> tuple[Problem, ...]:
-    """Return all problems of a stage. If there are none, it can start."""
+    """Return all problems of a stage. Without problems, the stage can start."""
     if isinstance(stage, MergeStage):
         return merge_problems(stage.merge)
     return problems(stage) if isinstance(stage, Config) else evaluation_problems(stage)

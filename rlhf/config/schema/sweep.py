@@ -1,6 +1,6 @@
 """Define, check and load the section of `rlhf sweep`: a base run, the varied parameters, and the metric.
 
-Trials known in advance are checked here as complete runs; rlhf.sweeps lists them. Nothing here starts anything.
+Trials known in advance are checked here as complete runs; rlhf.sweeps lists the trials. This module starts nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STEERED = ("train.lr", "train.min_lr_ratio", "train.grad_clip", "rollouts.temper
 
 
 class Parameter(Section):
-    """Values of a key: one of `values`, or a number from `min` to `max`."""
+    """Values of a key: a list `values`, or the numbers from `min` to `max`."""
 
     values: tuple[Any, ...] | None = None
     """The choices, of any type allowed for the key. null: a range."""
@@ -42,7 +42,7 @@ class Parameter(Section):
     max: float | None = None
     """Largest number of a range."""
     scale: Literal["linear", "log"] = "linear"
-    """log: draw the logarithm uniformly, which suits learning rates."""
+    """log: draw the logarithm uniformly, as suits learning rates."""
     step: float | None = Field(default=None, gt=0.0)
     """Distance between the numbers of a linear range. null: any number in the range."""
     integer: bool = False
@@ -66,7 +66,7 @@ class RandomMethod(Section):
 
 
 class BayesianMethod(Section):
-    """Draws near earlier good trials (Optuna's TPE through Ray Tune). It needs the extra `sweeps`."""
+    """Draws near earlier good trials (Optuna's TPE through Ray Tune). The method needs the extra `sweeps`."""
 
     name: Literal["bayesian"]
     """Method."""
@@ -82,13 +82,14 @@ class AshaMethod(Section):
     trials: int = Field(ge=1, le=10_000)
     """Number of runs to start."""
     grace_steps: int = Field(ge=1)
-    """Steps that every trial runs. Later comparisons are at this number times powers of reduction_factor."""
+    """Steps of every trial before the first comparison. Later comparisons are at this number times powers of
+    reduction_factor."""
     reduction_factor: float = Field(default=3.0, gt=1.0)
-    """At each comparison, one of this many trials continues."""
+    """At each comparison, the best trial of this many continues."""
 
 
 class PbtMethod(Section):
-    """A population in which the worst members continue from the checkpoint of one of the best, with changed parameters
+    """A population whose worst members continue from the checkpoint of a member among the best, with changed parameters
     (population-based training, arXiv:1711.09846)."""
 
     name: Literal["pbt"]
@@ -100,18 +101,18 @@ class PbtMethod(Section):
     quantile: float = Field(default=0.25, gt=0.0, le=0.5)
     """Fraction of the population replaced by members of the best fraction of the same size, at least one member."""
     resample: float = Field(default=0.25, ge=0.0, le=1.0)
-    """Probability of a new draw for a copied parameter. Otherwise it is multiplied by 0.8 or 1.2, or moves to a
-    neighbouring value."""
+    """Probability of a new draw for a copied parameter. Otherwise the parameter is multiplied by 0.8 or 1.2, or moves
+    to a neighbouring value."""
 
 
 Method = GridMethod | RandomMethod | BayesianMethod | AshaMethod | PbtMethod
 
 
 class SweepConfig(Section):
-    """Runs with different values of some keys, and how to compare them. All files are in <dir>/<name>/."""
+    """Runs with different values of some keys, and how to compare the runs. All files are in <dir>/<name>/."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Folder of the sweep below `dir`, and the W&B group of its runs."""
+    """Folder of the sweep below `dir`, and the W&B group of the trials."""
     dir: Path = Field(default=Path("sweeps"), validate_default=False)
     """Folder for sweeps. A leading `~` is your home folder."""
     config: str | dict[str, Any]
@@ -124,11 +125,11 @@ class SweepConfig(Section):
     method: Method = Field(discriminator="name")
     """How trials are chosen."""
     metric: str = Field(min_length=1)
-    """The metric for comparing trials, by its last value. A leading `-` means lower is better."""
+    """The metric for comparing trials, by the last value. A leading `-` means lower is better."""
     concurrency: int | None = Field(default=None, ge=1)
     """Number of trials at once. null: as many as fit on the machine or the cluster."""
     max_failures: int | None = Field(default=None, ge=0)
-    """Number of failed trials after which no other trial starts. null: unlimited."""
+    """Number of failed trials after which no further trial starts. null: unlimited."""
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
     """Seed of the draws. The runs use `run.seed`."""
 
@@ -147,7 +148,7 @@ class SweepFile(Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
-    """Hold a checked sweep and the tree of its base run."""
+    """Hold a checked sweep and the tree of the base run."""
 
     source: str  # the file, for messages
     config: SweepConfig
@@ -162,7 +163,7 @@ class Sweep:
 
     @property
     def metric(self) -> str:
-        """Return the metric without its sign."""
+        """Return the metric without the sign."""
         return self.config.metric.removeprefix("-")
 
     @property
@@ -187,7 +188,7 @@ class Sweep:
             return resolve(self.tree, arguments({**parameters, **fixed}), self.tree_folder)
 
     def best(self, parameters: Mapping[str, Any]) -> LoadedConfig:
-        """Return the run with these parameters, to be repeated in the folder of the base run."""
+        """Return the run with the given parameters, for a repetition in the folder of the base run."""
         name = f"{self.base.name}-{self.config.name}"
         return resolve(self.tree, arguments({**parameters, "run.name": name}), self.tree_folder)
 
@@ -208,7 +209,10 @@ def arguments(values: Mapping[str, Any]) -> list[str]:
 
 
 def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
-    """Load and check a YAML file. `sweep.key=value` changes the sweep, and any other key changes its run."""
+    """Load and check a YAML file.
+
+    `sweep.key=value` changes the sweep, and every key of another section changes the base run.
+    """
     path = config_file(path)
     tree = read_tree(path, needs="a sweep needs the section sweep, with name, config, parameters, method and metric")
     if "sweep" not in tree.values and "algorithm" in tree.values:
@@ -240,7 +244,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
 
 
 def ends(parameter: Parameter) -> Iterator[Any]:
-    """Yield all values of a parameter, or both ends of its range."""
+    """Yield all values of a parameter, or both ends of the range."""
     if parameter.values is not None:
         yield from parameter.values
         return
@@ -250,7 +254,7 @@ def ends(parameter: Parameter) -> Iterator[Any]:
 
 
 def _run_tree(config: SweepConfig, tree: Tree, path: Path) -> tuple[Tree, Path]:
-    """Return the base run as written, and the folder with its file."""
+    """Return the base run as written, and the folder of the run's file."""
     folder = path.resolve().parent
     if isinstance(config.config, dict):
         return extend(tree.section((*AT, "config")), folder), folder
@@ -324,7 +328,7 @@ def _of_parameter(parameter: Parameter, at: Key, *, is_grid: bool) -> Iterator[P
 
 
 def _run_problems(sweep: Sweep) -> Iterator[Problem]:
-    """Yield contradictions between the sweep and its run."""
+    """Yield contradictions between the sweep and the base run."""
     metric, stages = sweep.metric, sweep.base.runs
     known = [name for stage in stages.values() for name in _evaluated(stage)]
     splits = any(stage.eval.by is not None for stage in stages.values())
@@ -359,7 +363,7 @@ def _run_problems(sweep: Sweep) -> Iterator[Problem]:
 
 
 def _of_absent_metric(metric: str, stage: Config) -> Iterator[Problem]:
-    """Yield a metric that no run with these settings has."""
+    """Yield a problem if the metric is missing in a run with the given settings."""
     at, declaration = (*AT, "metric"), declared(metric)
     if absent := sorted(declaration.traits - derive.traits(stage)):
         text = f"got {metric!r}, which this run does not record. It is for runs with: {TRAITS[absent[0]]}"

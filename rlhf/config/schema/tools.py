@@ -17,22 +17,22 @@ class McpServerConfig(Section):
     """A server of the Model Context Protocol. Give exactly one of command and url."""
 
     command: tuple[str, ...] | None = Field(default=None, min_length=1)
-    """A program with its arguments, which serves over its standard input and output. Each conversation starts its
-    own."""
+    """A program with arguments, serving over standard input and output. Each conversation starts a separate process."""
     env: dict[str, str] = Field(default_factory=dict)
-    """Environment variables of the program, besides PATH, HOME, USER, LOGNAME, SHELL and TERM. `${NAME}` stands for
-    the variable NAME of the command line that starts the run."""
+    """Environment variables of the program, besides PATH, HOME, USER, LOGNAME, SHELL and TERM. `${NAME}` stands for the
+    variable NAME of the command that starts the run."""
     url: str | None = Field(default=None, pattern=r"^https?://[^/]+")
-    """A server over streamable HTTP, which all conversations share."""
+    """A server over streamable HTTP, shared by all conversations."""
     headers: dict[str, str] = Field(default_factory=dict)
     """HTTP headers of each request. `${NAME}` stands for a variable, as in `Authorization: "Bearer ${TOKEN}"`."""
     only: tuple[str, ...] | None = Field(default=None, min_length=1)
     """Names of the tools to offer. null: all tools."""
     timeout_s: float = Field(default=30.0, gt=0.0, le=1_000_000)
-    """Time limit of the server's start with the listing of its tools, and of each call, in seconds. A slower server
+    """Time limit of the server's start with the listing of the tools, and of each call, in seconds. A slower server
     counts as a failure; see reward_policy."""
     max_result_chars: int = Field(default=8000, ge=1, le=1_000_000)
-    """Largest number of characters that the model reads of a result. A note takes the place of the others."""
+    """Largest number of characters that the model reads of a result. A note takes the place of the remaining
+    characters."""
 
     @field_validator("url")
     @classmethod
@@ -53,7 +53,7 @@ class McpServerConfig(Section):
 
 
 class ToolsConfig(Section):
-    """Tools that the model may call, besides those of an environment's class."""
+    """Tools for the model, besides the tools of an environment's class."""
 
     mcp: tuple[McpServerConfig, ...]
     """Servers of the Model Context Protocol. The names of all tools must differ."""

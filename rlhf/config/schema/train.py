@@ -29,12 +29,12 @@ EvalTemperature = Annotated[float, Field(ge=0.0, le=MAX_TEMPERATURE), AfterValid
 
 
 class EarlyStopping(Section):
-    """Stop a run whose evaluation no longer improves. final/ is then the model of the best checkpoint."""
+    """Stop a run when the evaluation no longer improves. final/ is then the model of the best checkpoint."""
 
     patience: int = Field(default=3, ge=1)
     """Number of consecutive evaluations without improvement before the run stops."""
     min_delta: float = Field(default=0.0, ge=0.0)
-    """Smallest improvement over the best evaluation that counts."""
+    """Smallest counted improvement over the best evaluation."""
 
 
 class TrainConfig(Section):
@@ -46,9 +46,9 @@ class TrainConfig(Section):
     """Passes over data.train, instead of `steps`. Rows are prompts for RL. With several sets, a pass has as many rows
     as all sets together, whatever their weights."""
     optimizer: Literal["adamw", "adamw_8bit", "adafactor", "muon"] = "adamw"
-    """adamw_8bit keeps its moments in 8 bits and needs bitsandbytes. adafactor keeps a row and a column of each matrix
-    instead of moments. muon orthogonalises the matrices of the transformer blocks and uses adamw for all other
-    weights. adafactor and muon need zero_stage 0."""
+    """adamw_8bit keeps the moments in 8 bits and needs bitsandbytes. adafactor keeps a row and a column of each matrix
+    instead of moments. muon orthogonalises the matrices of the transformer blocks and uses adamw for the rest.
+    adafactor and muon need zero_stage 0."""
     lr: float = Field(gt=0.0)
     """Peak learning rate."""
     lr_schedule: Schedule = "constant"
@@ -57,11 +57,12 @@ class TrainConfig(Section):
     lr_cycles: Annotated[int, OnlyWith("lr_schedule", "cosine_with_restarts")] = Field(default=2, ge=2)
     """Number of decays from the full rate in cosine_with_restarts."""
     lr_decay_ratio: Annotated[float, OnlyWith("lr_schedule", "wsd")] = Field(default=0.1, gt=0.0, le=1.0)
-    """Fraction of the run's optimizer steps in which wsd decays."""
+    """Fraction of the run's optimizer steps with decay by wsd."""
     warmup_steps: int = Field(default=0, ge=0)
     """Optimizer steps with a learning rate rising linearly from 0."""
     warmup_ratio: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Fraction of the run's optimizer steps for warm-up, instead of `warmup_steps`. It is rounded up."""
+    """Fraction of the run's optimizer steps for warm-up, instead of `warmup_steps`. The number of steps is rounded up.
+    """
     min_lr_ratio: Annotated[float, NotWith("lr_schedule", "constant")] = Field(default=0.0, ge=0.0, le=1.0)
     """Learning rate one step after the end of the decay, as a fraction of lr. The last step still has a higher rate."""
     betas: Annotated[tuple[Beta, Beta], OF_MOMENTS] = (0.9, 0.999)
@@ -77,8 +78,8 @@ class TrainConfig(Section):
     epochs_per_batch: Annotated[int, OnlyIn("rollouts")] = Field(default=1, ge=1, le=1000)
     """Passes over each batch of rollouts."""
     streamed: Annotated[bool, OnlyIn("rollouts")] = False
-    """Compute the gradient of finished groups while the others are still sampled. The update is the same up to
-    rounding, and stays on-policy. false: wait for the whole batch. Engines need devices of their own."""
+    """Compute the gradient of finished groups while later groups are still sampled. The update is the same up to
+    rounding, and stays on-policy. false: wait for the whole batch. Engines need separate devices."""
     max_tokens_per_microbatch: int = Field(default=8192, ge=2)
     """Largest number of tokens in one forward and backward pass. No sequence may be longer."""
     checkpoint_every: int = Field(default=50, ge=1)
@@ -92,28 +93,28 @@ class TrainConfig(Section):
     """Evaluation metric for choosing the best checkpoint. A leading `-` means lower is better. null: the first
     evaluation set's score, or its `-kl_teacher` without rewards (its `-loss` for runs without rollouts)."""
     early_stopping: Annotated[EarlyStopping | None, OnlyIn("data.eval", "enough evaluations")] = None
-    """Stop when evaluations no longer improve. null: the run does all its steps."""
+    """Stop when evaluations no longer improve. null: the run does all steps."""
 
     @property
     def num_steps(self) -> int:
-        """Return the steps of the run, which follow from `epochs` once the data has been read."""
+        """Return the steps of the run, known from `epochs` only after the data has been read."""
         if self.steps is None:
             raise ValueError("train.epochs has not been turned into steps: call rlhf.config.derive.with_steps first")
         return self.steps
 
 
 class Grading(Section):
-    """How responses are sampled for an evaluation, and how they are graded beyond their scores."""
+    """How responses are sampled for an evaluation, and graded beyond the scores."""
 
     temperature: Annotated[EvalTemperature, OnlyIn("responses")] = 0.0
     """0 is greedy; otherwise at least 0.01."""
     samples_per_prompt: Annotated[int, OnlyIn("responses"), SAMPLED] = Field(default=1, ge=1, le=10_000)
-    """Responses to each held-out prompt; more than one needs a temperature above 0."""
+    """Responses to each held-out prompt; several responses need a temperature above 0."""
     k: Annotated[Ks | None, OnlyIn("responses", "passing scores")] = None
     """Values of k in pass@k and maj@k. null: 1, 2, 4, ... up to samples_per_prompt."""
     pass_score: Annotated[float | None, OnlyIn("responses")] = None
     """Lowest score with which a response passes. null: a response passes with a value of 1 of the reward function with
-    the largest weight, before that weight. Functions for length and repetition never decide."""
+    the largest weight, before weighting. Functions for length and repetition never decide."""
     answer: Annotated[AnswerForm | None, OnlyIn("responses", "passing scores")] = None
     """Answer extracted from responses for majority votes (maj@k). null: as the rewards compare answers."""
     by: Annotated[str | None, OnlyIn("responses")] = Field(default=None, min_length=1)
@@ -129,5 +130,5 @@ class EvalConfig(Grading):
     at_start: bool = True
     """Also evaluate before training, as step 0."""
     greedy: Annotated[bool, OnlyIn("responses"), SAMPLED] = False
-    """Sample one greedy response to each prompt in addition to the sampled responses. Its score is
-    `eval/<set>/greedy`."""
+    """Sample one greedy response to each prompt in addition to the sampled responses. The score is `eval/<set>/greedy`.
+    """

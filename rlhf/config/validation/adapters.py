@@ -42,7 +42,7 @@ def adapter_problems(config: Config) -> Iterator[Problem]:
 
 
 def _of_stacks(key: str, lora: LoraConfig) -> Iterator[Problem]:
-    """Yield the settings that peft does not have for stacks of experts."""
+    """Yield the settings missing in peft for stacks of experts."""
     others = {"dropout": lora.dropout > 0.0, "layers": lora.layers is not None, "dora": lora.dora}
     given = [name for name, is_given in {**others, "init": lora.init != "default"}.items() if is_given]
     if lora.target_parameters and given:

@@ -1,4 +1,4 @@
-"""Check the keys that let rollouts and training overlap. This module alone decides which of them cannot combine."""
+"""Check the keys for overlap of rollouts and training. This module alone decides which such keys cannot combine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlhf.config.schema.root import Config
 
 
 def asynchrony_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
-    """Yield the contradictions between the keys of a mode, and with other keys of the run."""
+    """Yield the contradictions among the keys of a mode, and with further keys of the run."""
     if rollouts.max_staleness:
         yield from _ahead(config, rollouts)
     if config.train.streamed:
@@ -46,7 +46,7 @@ def asynchrony_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Pr
 
 
 def _ahead(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
-    """Yield problems of rollouts that are sampled ahead of training."""
+    """Yield problems of rollouts sampled ahead of training."""
     ahead = rollouts.max_staleness
     if config.cluster.roles.rollout.colocate_with is not None:
         text = (
@@ -68,7 +68,7 @@ def _correction(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
 
 
 def _reasons_against_streaming(config: Config, rollouts: RolloutsConfig) -> Iterator[tuple[str, str]]:
-    """Yield why no group can be trained before the whole batch has arrived, and what to change."""
+    """Yield why no group can be trained before the whole batch has arrived, and how to change the run."""
     if rollouts.carry_over:
         yield "rollouts.carry_over is true, which trains on responses of earlier weights", "carry_over to false"
     if rollouts.max_staleness:
@@ -112,7 +112,7 @@ def _reasons_against_streaming(config: Config, rollouts: RolloutsConfig) -> Iter
 
 
 def _carry_over(rollouts: RolloutsConfig) -> Iterator[Problem]:
-    """Yield problems of responses that are continued in the next step."""
+    """Yield problems of responses continued in the next step."""
     key = "rollouts.carry_over"
     if rollouts.oversample == 1.0:
         text = (

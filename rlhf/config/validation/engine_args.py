@@ -1,4 +1,5 @@
-"""Check `cluster.roles.rollout.engine_args`: vLLM's arguments that other keys set, or that no run can change."""
+"""Check `cluster.roles.rollout.engine_args`: arguments of vLLM with keys in other sections, and arguments that no run
+can change."""
 
 from __future__ import annotations
 
@@ -62,7 +63,7 @@ _NGRAM_KEYS = ("method", "num_speculative_tokens", "prompt_lookup_max", "prompt_
 
 
 def engine_argument_problems(cluster: ClusterConfig) -> Iterator[Problem]:
-    """Yield the arguments that are not the user's to give."""
+    """Yield the arguments that only the run may set."""
     given = cluster.roles.rollout.engine_args
     for name in given:
         if name in OWNED:
@@ -86,7 +87,7 @@ def engine_argument_problems(cluster: ClusterConfig) -> Iterator[Problem]:
 
 
 def draft_problems(cluster: ClusterConfig, rollouts: RolloutsConfig) -> Iterator[Problem]:
-    """Yield the keys of rollouts that speculative decoding would not follow."""
+    """Yield the keys of rollouts ignored by speculative decoding."""
     if cluster.roles.rollout.engine_args.get(_DRAFTS) is None:
         return
     if rollouts.min_p > 0.0:

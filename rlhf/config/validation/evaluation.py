@@ -13,7 +13,7 @@ from rlhf.config.validation.unused_keys import unused
 
 
 def evaluation_problems(stage: EvaluationStage) -> tuple[Problem, ...]:
-    """Return all problems of the stage. If there are none, it can start."""
+    """Return all problems of the stage. Without problems, the stage can start."""
     agent = stage.evaluate.agent
     return (
         *unused(stage),

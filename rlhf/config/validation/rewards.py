@@ -104,7 +104,7 @@ def reward_problems(
 
 
 def _secrets_of_servers(tools: ToolsConfig | None, key: Key) -> Iterator[Problem]:
-    """Yield secrets of servers that are written out. A variable in place of a secret is no secret."""
+    """Yield literal secrets of servers. A variable in place of a secret is no secret."""
     for place, server in enumerate(() if tools is None else tools.mcp):
         for name, values in (("env", server.env), ("headers", server.headers)):
             written = {header: value for header, value in values.items() if not VARIABLE.search(value)}
@@ -113,7 +113,7 @@ def _secrets_of_servers(tools: ToolsConfig | None, key: Key) -> Iterator[Problem
 
 
 def secret_problems(value: Any, key: Key, *, is_secret: bool = False) -> Iterator[Problem]:
-    """Yield nested values that look like secrets, because the run folder and W&B show the configuration.
+    """Yield nested values with the look of secrets, because the run folder and W&B show the configuration.
 
     Args:
         is_secret: whether a name around the key stands for a secret, such as `credentials`.
@@ -145,7 +145,7 @@ def source_problems(
 
 
 def limit_problems(rewards: Mapping[str, RewardConfig], policy: RewardPolicy, *, at: Key = ()) -> Iterator[Problem]:
-    """Yield built-ins whose process would be killed before they reject a slow response. `at` is the section."""
+    """Yield built-ins with a process killed before the built-in can reject a slow response. `at` is the section."""
     for name, reward in rewards.items():
         limit_s = own_limit_s(reward.function or "", reward.args)
         if limit_s is not None and limit_s >= policy.timeout_s:

@@ -1,4 +1,4 @@
-"""Check how a run samples responses, and how its algorithm weighs them, for rlhf.config.validation.run."""
+"""Check how a run samples and weighs responses, for rlhf.config.validation.run."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def group_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem
 
 
 def replay_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
-    """Yield what router replay excludes."""
+    """Yield keys in conflict with router replay."""
     if not config.policy.router_replay:
         return
     key, kind = "policy.router_replay", config.algorithm.kind
@@ -62,7 +62,7 @@ def replay_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Proble
 
 
 def agent_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
-    """Yield an algorithm that cannot train on an agent's session, which may have several sequences."""
+    """Yield an algorithm without support for an agent's sessions, since a session may have several sequences."""
     if rollouts.agent is None:
         return
     if config.algorithm.kind != "advantages":
@@ -75,7 +75,7 @@ def agent_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem
 
 
 def late_sessions(agent: AgentConfig, cluster: ClusterConfig, key: str) -> Iterator[Problem]:
-    """Yield a time limit of sessions at which their engine would already count as lost."""
+    """Yield a time limit of sessions so long that the engine would already count as lost."""
     if agent.timeout_s >= cluster.call_timeout_s:
         text = (
             f"is {agent.timeout_s:g}, but an engine that finishes nothing within cluster.call_timeout_s "
@@ -112,7 +112,7 @@ def _responses(config: Config, rollouts: RolloutsConfig) -> Responses:
 
 
 def loss_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
-    """Yield problems of an algorithm that weighs rollout tokens by advantages."""
+    """Yield problems of an algorithm with advantages as weights of rollout tokens."""
     algorithm = config.algorithm
     yield from _penalty(config, rollouts)
     if not isinstance(algorithm, OnlineConfig):
@@ -137,7 +137,7 @@ def loss_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]
 
 
 def _penalty(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
-    """Yield a repetition penalty without a correction, since it makes the sampler another policy."""
+    """Yield a repetition penalty without a correction, since the penalty makes the sampler another policy."""
     algorithm, penalty = config.algorithm, rollouts.repetition_penalty
     if penalty == 1.0 or not algorithm.trusts_sampler:
         return

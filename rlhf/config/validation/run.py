@@ -41,7 +41,7 @@ _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def problems(config: Config) -> tuple[Problem, ...]:
-    """Return all problems of one run's configuration. If there are none, the run can start."""
+    """Return all problems of one run's configuration. Without problems, the run can start."""
     rollouts = config.rollouts
     environment, agent = (None, None) if rollouts is None else (rollouts.environment, rollouts.agent)
     result = [*unused(config), *_presence(config)]
@@ -211,7 +211,7 @@ def _evaluation(config: Config) -> Iterator[Problem]:
 
 
 def _updates(config: Config) -> Iterator[Problem]:
-    """Yield problems with the optimizer's schedule and its ranks."""
+    """Yield problems with the optimizer's schedule and ranks."""
     train = config.train
     for role in TRAINED_ROLES:
         if role not in derive.needs(config):
@@ -290,7 +290,7 @@ def cluster_problems(cluster: ClusterConfig, needed: Collection[Role], *, with_r
 
 
 def _range_of_engines(cluster: ClusterConfig, engines: EngineRange, needed: Collection[Role]) -> Iterator[Problem]:
-    """Yield the problems of a range of engines, which join and leave during the run."""
+    """Yield the problems of a range of engines that join and leave during the run."""
     key, rollout = "cluster.roles.rollout", cluster.roles.rollout
     if engines.min > engines.max:
         yield problem(f"{key}.engines.min", f"is {engines.min}, more than max, which is {engines.max}; lower min")
@@ -312,7 +312,7 @@ def _range_of_engines(cluster: ClusterConfig, engines: EngineRange, needed: Coll
 
 
 def _colocation(cluster: ClusterConfig, needed: Collection[Role], *, with_reward_model: bool) -> Iterator[Problem]:
-    """Yield invalid sharing of bundles by engines, the policy and other roles."""
+    """Yield invalid sharing of bundles by engines, the policy and further roles."""
     roles = cluster.roles
     engine, with_policy = roles.rollout, "policy" in needed  # a missing host has no colocated roles
     if with_policy and engine.colocate_with == "policy" and engine.workers > roles.policy.workers:
@@ -351,7 +351,7 @@ def _guests(cluster: ClusterConfig, needed: Collection[Role]) -> Iterator[Proble
 
 
 def _turns(config: Config) -> Iterator[Problem]:
-    """Yield trained roles whose states cannot leave a GPU shared with an engine."""
+    """Yield trained roles with states bound to a GPU shared with an engine."""
     cluster, roles = config.cluster, config.cluster.roles
     if cluster.device == "cpu" or roles.rollout.colocate_with is None:
         return

@@ -1,10 +1,10 @@
-"""List keys without effect in a run or an evaluation. Load refuses them if they are written, and dump leaves them out.
+"""List keys without effect in a run or an evaluation. Load refuses such keys in a file, and dump leaves them out.
 
-A key is listed if and only if the run would be the same for any value of it. Most rules are marks beside the field
-(rlhf.sections). This module says which parts a run lacks, and holds the rules that need several sections.
+A key is listed if and only if every value gives the same run. Most rules are marks beside the field (rlhf.sections).
+This module says which parts a run lacks, and holds the rules about several sections.
 
-A written default is taken, because the run does the same without the key. It is refused only if something else gives
-the value: an adapter that is loaded has a rank of its own.
+A written default is taken, because the run is the same without the key. A default is refused only if the value comes
+from elsewhere, such as the rank of a loaded adapter.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MORE_UPDATES = "lower train.sequences_per_update or raise train.epochs_per_batch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inert:
-    """Name a key, or a section with all its keys, that has no effect."""
+    """Name a key without effect, or a section whose keys all have no effect."""
 
     key: Key
     why: str  # the rule and the values behind it
@@ -56,7 +56,7 @@ def unused(stage: Config | EvaluationStage) -> Iterator[Problem]:
 
 
 def _is_meant(config: Section, inert: Inert) -> bool:
-    """Return whether the user gave the key a value that may differ from what the run does."""
+    """Return whether the user gave the key a value that may contradict the run."""
     node: object = config
     for part in inert.key:
         if isinstance(node, dict) and part in node:
@@ -95,7 +95,7 @@ def inert_keys(stage: Config | EvaluationStage) -> Iterator[Inert]:
 
 
 def _marked(section: Section, missing: Missing, at: Key = ()) -> Iterator[Inert]:
-    """Yield the keys whose marks say that they have no effect."""
+    """Yield the keys marked as without effect."""
     for name, field in type(section).model_fields.items():
         key, value = (*at, name), getattr(section, name)
         for mark in field.metadata:
@@ -118,7 +118,7 @@ def _marked(section: Section, missing: Missing, at: Key = ()) -> Iterator[Inert]
 
 
 def _plain(value: object) -> str:
-    """Return a value as it is written in a file."""
+    """Return a value as written in a file."""
     if isinstance(value, str) or value == {}:
         return str(value)
     return f"{value:g}" if isinstance(value, float) else kind(value)
@@ -130,7 +130,7 @@ def _all(dotted: str, why: str, fix: str) -> Iterator[Inert]:
 
 
 def _missing_in_run(config: Config) -> Missing:
-    """Return the parts that a run lacks."""
+    """Return the parts missing in a run."""
     name, missing = config.algorithm.name, _missing_rewards(config.rewards)
     if config.algorithm.is_online:
         why = f"algorithm {name} samples its training data"
@@ -197,7 +197,7 @@ def _missing_in_rollouts(config: Config) -> Missing:
 
 
 def _missing_steps(config: Config) -> Missing:
-    """Return the parts that a run lacks because it is too short, or has no evaluation."""
+    """Return the parts missing in a run because of too few steps or a lack of evaluations."""
     data, rollouts, steps, missing = config.data, config.rollouts, config.train.steps, Missing()
     if data.curriculum is not None and rollouts is not None and steps and isinstance(data.train, TaskConfig):
         asked = steps * rollouts.prompts_per_step
@@ -218,7 +218,7 @@ def _missing_steps(config: Config) -> Missing:
 
 
 def _missing_in_evaluation(stage: EvaluationStage) -> Missing:
-    """Return the parts that an evaluation lacks."""
+    """Return the parts missing in an evaluation."""
     config, missing = stage.evaluate, _missing_rewards(stage.evaluate.rewards)
     missing["training"] = ("an evaluation trains nothing", "use it to train")
     missing["rollouts"] = ("an evaluation does not train on rollouts", "use it to train")
@@ -241,7 +241,7 @@ def _missing_template(agent: AgentConfig | None) -> Missing:
 
 
 def _missing_rewards(rewards: Mapping[str, RewardConfig]) -> Missing:
-    """Return the kinds of rewards that a run or an evaluation lacks."""
+    """Return the kinds of rewards missing in a run or an evaluation."""
     missing: Missing = {}
     models = [(name, reward) for name, reward in rewards.items() if reward.role == "reward"]
     if not models:
@@ -255,12 +255,12 @@ def _missing_rewards(rewards: Mapping[str, RewardConfig]) -> Missing:
 
 
 def _has_passing_scores(rewards: Mapping[str, RewardConfig], pass_score: float | None) -> bool:
-    """Return whether it is known with which score or value a response passes."""
+    """Return whether the score or value of a passing response is known."""
     return pass_score is not None or bool(judges((name, r.function, r.weight) for name, r in rewards.items()))
 
 
 def _roles_of_evaluation(stage: EvaluationStage) -> Iterator[Inert]:
-    """Yield the resources of roles that the stage does not start."""
+    """Yield the resources of roles not started by the stage."""
     workers = "rollout and reward answer" if stage.evaluate.rewards else "completions are measured by policy workers"
     for role in ROLE_ORDER:
         if role not in stage.needs:
@@ -268,7 +268,7 @@ def _roles_of_evaluation(stage: EvaluationStage) -> Iterator[Inert]:
 
 
 def _roles_of_run(config: Config) -> Iterator[Inert]:
-    """Yield the resources of roles that the run does not start."""
+    """Yield the resources of roles not started by the run."""
     for role in ROLE_ORDER:
         use = derive.ROLE_USES[role]
         if not use.is_needed(config):
@@ -276,7 +276,7 @@ def _roles_of_run(config: Config) -> Iterator[Inert]:
 
 
 def _of_adapters(config: Config) -> Iterator[Inert]:
-    """Yield the shape of an adapter that is read from a folder, and the transport of weights for a new adapter."""
+    """Yield the shape of an adapter read from a folder, and the transport of weights for a new adapter."""
     if derive.ships_adapter(config) and config.policy.adapter is None:
         why = "the engines load the LoRA adapter alone, from a folder of the run"
         yield from _all("cluster.weight_sync", why, "train all weights")
