@@ -4,120 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from rlhf.config.schema.root import Config
 from rlhf.controller.advantage_learning import AdvantageLearning
 from rlhf.controller.learning import OnlineRoles, Signals
-from rlhf.controller.record import RunRecord
 from rlhf.controller.rollout_report import rollout_metrics
 from rlhf.controller.training_scores import TrainingScores
 from rlhf.errors import UserError
-from rlhf.role_table import Role
-from rlhf.roles import AdvantagesReport, CompletedGroup, PrepareReport, ScoredGroup, SequenceReport
-from rlhf.tracking.display.progress_live import open_progress
+from rlhf.roles import ScoredGroup
 from rlhf.tracking.metrics.declarations import merge_metrics, results
-from rlhf.tracking.metrics.reductions import Mean
 from rlhf.tracking.run_folder.folder import RunFolder
-from rlhf.tracking.run_folder.timeline import Timeline
-from rlhf.types import BatchPlan, GroupRequest, GroupScores, Prompt, RolloutInfo, StepReward
-
-
-class Policy:
-    """Notes what it is given."""
-
-    num_ranks = 2
-
-    def __init__(self, kl: float | None) -> None:
-        self.kl = kl
-        self.entropy = 0.5
-        self.plan: BatchPlan | None = None
-        self.rollouts: list[Any] = []
-        self.advantages: Mapping[int, float] | None = None
-        self.updates: list[int] = []
-        self.portions: list[BatchPlan] = []
-        self.calls: list[str] = []
-
-    async def prepare(
-        self, plan: BatchPlan, groups: Sequence[CompletedGroup], references: Sequence[Any]
-    ) -> PrepareReport:
-        self.plan, self.rollouts = plan, [group.rollouts for group in groups]
-        self.portions.append(plan)
-        self.calls.append(f"prepare {', '.join(self.rollouts)}")
-        reports = tuple(
-            SequenceReport(sequence_id=i, kl_ref=self.kl, mean_old_logprob=-1.0, mean_ref_logprob=None)
-            for rank in range(2)
-            for i in plan.sequences_of(rank)
-        )
-        return PrepareReport(sequences=reports, metrics={})
-
-    async def set_advantages(
-        self, plan: BatchPlan, by_sequence: Mapping[int, float] | None, values: Sequence[Any]
-    ) -> AdvantagesReport:
-        assert plan == self.plan
-        self.advantages = by_sequence
-        return AdvantagesReport(mean_advantages=by_sequence or {}, metrics={}, returns=())
-
-    async def export(self, folder: Path) -> None:
-        (folder / "weights").write_text(str(len(self.updates)))
-
-    async def accumulate(self, minibatch: int) -> None:
-        self.calls.append(f"accumulate {minibatch}")
-
-    async def update(self, minibatch: int) -> dict[str, Any]:
-        self.updates.append(minibatch)
-        self.calls.append(f"update {minibatch}")
-        return {"update/entropy/mean": Mean(total=self.entropy, count=1)}
-
-
-class Reference:
-    role: Role = "reference"
-
-    def __init__(self) -> None:
-        self.only: frozenset[int] | None = None
-        self.asked: list[Any] = []
-        self.weights = "initial"
-
-    async def become(self, folder: Path) -> None:
-        self.weights = (folder / "weights").read_text()
-
-    async def logprobs(
-        self, groups: Sequence[Any], *, only: frozenset[int] | None = None, temperatures: Mapping[int, float]
-    ) -> list[Any]:
-        self.only = only
-        self.asked.append([group.rollouts for group in groups])
-        return [None for _ in groups]
-
-
-def groups(*scores: Sequence[float], greedy: Sequence[float] | None = None) -> list[ScoredGroup]:
-    """Groups with these scores; sequences are numbered through."""
-    found = []
-    for index, one in enumerate(scores):
-        infos = tuple(
-            RolloutInfo(
-                sequence_id=index * len(one) + i,
-                num_prompt_tokens=2,
-                num_response_tokens=3,
-                finish_reason="stop",
-                min_version=0,
-                max_version=0,
-                mean_logprob=-1.0,
-            )
-            for i in range(len(one))
-        )
-        prompt = Prompt(prompt_id=index, token_ids=(1, 2), text="", columns={})
-        request = GroupRequest(group_id=index, prompt=prompt, seeds=(0,), first_sequence_id=infos[0].sequence_id)
-        rollouts: Any = f"group {index}"
-        parts = {"right": tuple(one), "short": tuple(-score for score in reversed(one))}
-        scored = GroupScores(scores=tuple(one), by_name=parts, errors=())
-        group = CompletedGroup(request=request, rollouts=rollouts, infos=infos)
-        found.append(ScoredGroup(group=group, scores=scored, greedy_score=None if greedy is None else greedy[index]))
-    return found
+from rlhf.types import GroupScores, StepReward
+from tests.fakes.configs import online_config
+from tests.fakes.groups import scored_groups
+from tests.fakes.records import quiet_record
+from tests.fakes.roles import FakePolicy, FakeReference
 
 
 class Run:
@@ -134,31 +39,17 @@ class Run:
         reference_host: str | None = "policy",
         **rollouts: Any,
     ) -> None:
-        config = Config.model_validate(
-            {
-                "run": {"name": "demo"},
-                "policy": {"model": "m"},
-                "algorithm": algorithm,
-                "data": {"train": "x.jsonl"},
-                "rollouts": {"prompts_per_step": 3, "samples_per_prompt": 4, **rollouts},
-                "rewards": rewards or {"right": {"function": "f"}, "short": {"function": "f", "weight": 0.5}},
-                "train": {
-                    "steps": 10,
-                    "lr": 1.0,
-                    "sequences_per_update": per_update,
-                    "epochs_per_batch": 2,
-                    "streamed": streamed,
-                },
-                "cluster": {"roles": {"reference": {"colocate_with": reference_host}}},
-            }
+        config = online_config(
+            algorithm=algorithm,
+            rollouts={"prompts_per_step": 3, "samples_per_prompt": 4, **rollouts},
+            rewards=rewards or {"right": {"function": "f"}, "short": {"function": "f", "weight": 0.5}},
+            train={"sequences_per_update": per_update, "epochs_per_batch": 2, "streamed": streamed},
+            cluster={"roles": {"reference": {"colocate_with": reference_host}}},
         )
         has_reference = config.algorithm.model_dump()["kl"]["coef"] > 0.0
-        self.policy, self.reference = Policy(0.5 if has_reference else None), Reference()
+        self.policy, self.reference = FakePolicy(kl=0.5 if has_reference else None), FakeReference()
         roles: Any = {"policy": self.policy, "reference": self.reference if has_reference else None, "critic": None}
-        unused: Any = None
-        self.record = RunRecord(
-            folder=folder, tracker=unused, timeline=Timeline(folder.timeline), progress=open_progress(10, mode="quiet")
-        )
+        self.record, unused = quiet_record(folder), cast(Any, None)
         self.learning = AdvantageLearning(config, OnlineRoles(**roles, rollout=unused, reward=unused), self.record)
 
     def learn(self, found: Sequence[ScoredGroup], step: int = 1) -> Signals:
@@ -196,18 +87,12 @@ class Run:
         return [sorted(i for ids in one.sequences_by_rank for i in ids) for one in self.policy.plan.minibatches]
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[RunFolder]:
-    with RunFolder.open(tmp_path, "demo", resume=False) as opened:
-        yield opened
-
-
 FIRST, SECOND, FLAT = (0.0, 3.0, 1.0, 2.0), (5.0, 0.0, 0.0, 0.0), (1.0, 1.0, 1.0, 1.0)
 
 
 def test_all_responses_are_trained_on_unless_some_are_left_out(folder: RunFolder) -> None:
     run = Run(folder, {"name": "dr_grpo", "kl": {"coef": 0.1}}, per_update=6)
-    signals = run.learn(groups(FIRST, SECOND, FLAT))
+    signals = run.learn(scored_groups(FIRST, SECOND, FLAT))
     assert sorted(i for one in run.trained for i in one) == list(range(12))
     assert [len(one) for one in run.trained] == [6, 6]
     assert sorted(run.policy.updates) == [0, 0, 1, 1]
@@ -229,7 +114,7 @@ def test_all_responses_are_trained_on_unless_some_are_left_out(folder: RunFolder
 def test_kept_responses_are_compared_with_each_other(folder: RunFolder, by: str, kept: dict[int, float]) -> None:
     keep = {"count": 2, "by": by}
     run = Run(folder, {"name": "dr_grpo", "kl": {"coef": 0.1}}, per_update=3, keep_per_prompt=keep)
-    signals = run.learn(groups(FIRST, SECOND, FLAT))
+    signals = run.learn(scored_groups(FIRST, SECOND, FLAT))
     assert [len(one) for one in run.trained] == [3, 3]
     trained = sorted(i for one in run.trained for i in one)
     assert trained[:4] == sorted(kept)
@@ -240,7 +125,7 @@ def test_kept_responses_are_compared_with_each_other(folder: RunFolder, by: str,
 
 def test_raft_trains_on_the_best_that_are_good_enough(folder: RunFolder) -> None:
     run = Run(folder, {"name": "raft", "keep": 2, "min_score": 2.0}, per_update=2)  # three minibatches at most
-    run.learn(groups(FIRST, SECOND, FLAT))
+    run.learn(scored_groups(FIRST, SECOND, FLAT))
     assert sorted(run.trained) == [[1], [3], [4]]
     assert run.policy.rollouts == ["group 0", "group 1"]
     assert run.policy.advantages is None  # they are per token
@@ -253,7 +138,7 @@ def test_without_a_good_response_the_policy_stays(folder: RunFolder, caplog: pyt
     adaptive = {"coef": 0.1, "adaptive": {"target": 1.0}}
     run = Run(folder, {"name": "raft", "min_score": 9.0, "kl": adaptive}, per_update=3)
     with caplog.at_level(logging.WARNING):
-        signals = run.learn(groups(FIRST, SECOND, FLAT), step=7)
+        signals = run.learn(scored_groups(FIRST, SECOND, FLAT), step=7)
     assert "step 7: no response reaches algorithm.min_score, so the policy is not updated" in caplog.text
     assert (run.policy.plan, run.policy.updates, signals.reports, signals.advantages) == (None, [], {}, {})
     assert run.learning.state()["kl_coef"] == 0.1
@@ -270,7 +155,7 @@ def test_the_reference_follows_the_policy_and_a_resumed_run_has_that_of_its_chec
     run = Run(folder, algorithm, per_update=12)
     seen = []
     for step in range(1, 6):
-        run.learn(groups(FIRST, SECOND, FLAT), step)  # one minibatch, two epochs
+        run.learn(scored_groups(FIRST, SECOND, FLAT), step)  # one minibatch, two epochs
         seen.append(run.reference.weights)
         if step == 3:
             run.record.write_state(folder.begin_checkpoint(step), {"step": step, **run.learning.state()})
@@ -290,7 +175,7 @@ def test_the_reference_follows_the_policy_and_a_resumed_run_has_that_of_its_chec
 def test_a_penalty_in_the_reward_is_felt_before_the_comparison(folder: RunFolder) -> None:
     penalty = {"coef": 0.1, "estimator": "k1", "place": "reward"}
     run = Run(folder, {"name": "remax", "kl": penalty}, per_update=12)
-    found = groups(FIRST, SECOND, FLAT, greedy=[1.0, 0.0, 2.0])
+    found = scored_groups(FIRST, SECOND, FLAT, greedy=[1.0, 0.0, 2.0])
     signals = run.learn(found)
     # each response's KL is 0.5, so 0.05 goes off its score, and not off the greedy one's
     expected = [-1.05, 1.95, -0.05, 0.95, 4.95, -0.05, -0.05, -0.05, *[-1.05] * 4]
@@ -300,7 +185,7 @@ def test_a_penalty_in_the_reward_is_felt_before_the_comparison(folder: RunFolder
 
 def test_gdpo_is_told_each_reward_and_its_weight(folder: RunFolder) -> None:
     run = Run(folder, {"name": "gdpo"}, per_update=12)
-    signals = run.learn(groups(FIRST, SECOND, FLAT))
+    signals = run.learn(scored_groups(FIRST, SECOND, FLAT))
     # in the first group the rewards are (0, 3, 1, 2) and half of (-2, -1, -3, 0): z-scores over sqrt(5/3)
     z = [(a - 1.5 + 0.5 * (b + 1.5)) for a, b in zip(FIRST, (-2.0, -1.0, -3.0, 0.0), strict=True)]
     found = [signals.advantages[i] for i in range(4)]
@@ -311,7 +196,7 @@ def test_gdpo_is_told_each_reward_and_its_weight(folder: RunFolder) -> None:
 def test_dapo_takes_the_penalty_for_length_off_before_the_comparison(folder: RunFolder) -> None:
     overlong = {"buffer": 2, "factor": 3.0}
     run = Run(folder, {"name": "dapo", "overlong": overlong}, per_update=12, max_new_tokens=4)
-    found = groups(FIRST, SECOND, FLAT)
+    found = scored_groups(FIRST, SECOND, FLAT)
     short = replace(found[2].group.infos[0], num_response_tokens=2)  # all others have 3 tokens, half of the buffer
     infos = (short, *found[2].group.infos[1:])
     found[2] = replace(found[2], group=replace(found[2].group, infos=infos))
@@ -327,14 +212,14 @@ def test_the_entropy_bonus_follows_what_the_updates_measured(folder: RunFolder) 
     in_force = []
     for entropy in (0.5, 0.7, 0.4):  # 0.01, up; 0.015, down and not given; 0.01
         run.policy.entropy = entropy
-        run.learn(groups(FIRST, SECOND, FLAT))
+        run.learn(scored_groups(FIRST, SECOND, FLAT))
         assert run.policy.plan is not None
         in_force.append(run.policy.plan.entropy_coef)
         assert run.record.row()["update/entropy_coef"] == in_force[-1]
     assert in_force == pytest.approx([0.01, 0.015, 0.0])
     other = Run(folder, {"name": "grpo", "entropy": bonus}, per_update=12)
     asyncio.run(other.learning.restore(run.learning.state(), 3))
-    other.learn(groups(FIRST, SECOND, FLAT))
+    other.learn(scored_groups(FIRST, SECOND, FLAT))
     assert other.policy.plan is not None
     assert other.policy.plan.entropy_coef == pytest.approx(0.015)
 
@@ -360,7 +245,7 @@ def test_steps_are_compared_with_all_steps_of_their_group(folder: RunFolder) -> 
     | 2, over the deviation sqrt(6 / 5), times the weight. The rest of the score is compared by itself. To the second
     group the reward does not apply."""
     run = Run(folder, {"name": "grpo"}, per_update=12, rewards=BY_STEP)
-    first, second, flat = groups(FIRST, SECOND, FLAT)
+    first, second, flat = scored_groups(FIRST, SECOND, FLAT)
     second = replace(second, scores=GroupScores(scores=SECOND, by_name={"right": SECOND}, errors=()))
     first = in_steps(first, (1.0, 0.0), (1.0, 1.0), (9.0,), (3.0,), parses=(1.0, 1.0, 0.0, 1.0))
     flat = in_steps(flat, (2.0,), (), (2.0, 2.0), (2.0,), parses=(1.0, 1.0, 1.0, 1.0))
@@ -393,7 +278,7 @@ def test_kept_responses_steps_are_compared_with_each_other(folder: RunFolder) ->
     """Of the scores 0.5, 4, 1, 3.5 the best two are kept, with the steps 1, 1 | 3: mean 5/3."""
     algorithm, keep = {"name": "dr_grpo"}, {"count": 2, "by": "best"}
     run = Run(folder, algorithm, per_update=2, rewards=BY_STEP, keep_per_prompt=keep)
-    first = in_steps(groups(FIRST)[0], (1.0, 0.0), (1.0, 1.0), (9.0,), (3.0,), parses=(1.0, 1.0, 0.0, 1.0))
+    first = in_steps(scored_groups(FIRST)[0], (1.0, 0.0), (1.0, 1.0), (9.0,), (3.0,), parses=(1.0, 1.0, 0.0, 1.0))
     run.learn([first])
     assert run.policy.plan is not None
     found = {i: [step.value for step in steps] for i, steps in run.policy.plan.steps.items()}
@@ -402,7 +287,7 @@ def test_kept_responses_steps_are_compared_with_each_other(folder: RunFolder) ->
 
 def test_rewards_to_come_get_the_steps_as_they_are(folder: RunFolder) -> None:
     run = Run(folder, {"name": "reinforce", "kl": {"coef": 0.0}}, per_update=12, rewards=BY_STEP)
-    first = in_steps(groups(FIRST)[0], (1.0, 0.0), (1.0, 1.0), (9.0,), (3.0,), parses=(1.0, 2.0, 0.0, 1.0))
+    first = in_steps(scored_groups(FIRST)[0], (1.0, 0.0), (1.0, 1.0), (9.0,), (3.0,), parses=(1.0, 2.0, 0.0, 1.0))
     run.learn([first])
     assert run.policy.plan is not None
     found = {i: [step.value for step in steps] for i, steps in run.policy.plan.steps.items()}
@@ -414,7 +299,7 @@ def test_rewards_to_come_get_the_steps_as_they_are(folder: RunFolder) -> None:
 def test_a_group_is_flat_if_its_steps_are_too(folder: RunFolder) -> None:
     """Equal scores with other steps teach; with a gate that is 0, or a weight that is, they do not."""
     run = Run(folder, {"name": "grpo"}, per_update=12, rewards=BY_STEP)
-    (one,) = groups((0.0, 0.0))
+    (one,) = scored_groups((0.0, 0.0))
     told = ((1.0, 0.0), (0.5, 0.5))
     found = [in_steps(one, *told, parses=(1.0, 1.0)), in_steps(one, *told, parses=(0.0, 0.0))]
     assert found[0].scores.scores == (0.5, 0.5)
@@ -439,7 +324,7 @@ def without_tokens(scored: ScoredGroup) -> ScoredGroup:
 
 def test_masked_responses_are_compared_and_not_trained_on(folder: RunFolder) -> None:
     run = Run(folder, {"name": "dr_grpo", "mask_truncated": True, "kl": {"coef": 0.1}}, per_update=6)
-    first, second, third = groups(FIRST, SECOND, FIRST)
+    first, second, third = scored_groups(FIRST, SECOND, FIRST)
     signals = run.learn([cut(first, 1), second, cut(third, 0, 1, 2, 3)])
     assert sorted(i for one in run.trained for i in one) == [0, 2, 3, 4, 5, 6, 7]
     assert run.policy.plan is not None
@@ -456,14 +341,14 @@ def test_masked_responses_are_compared_and_not_trained_on(folder: RunFolder) -> 
 
 def test_without_masking_cut_responses_are_trained_on(folder: RunFolder) -> None:
     run = Run(folder, {"name": "dr_grpo"}, per_update=12)
-    run.learn([cut(scored, 0, 1, 2, 3) for scored in groups(FIRST, SECOND, FLAT)])
+    run.learn([cut(scored, 0, 1, 2, 3) for scored in scored_groups(FIRST, SECOND, FLAT)])
     assert run.trained == [list(range(12))]
 
 
 def test_where_all_responses_are_masked_the_policy_stays(folder: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
     run = Run(folder, {"name": "dr_grpo", "mask_truncated": True}, per_update=6)
     with caplog.at_level(logging.WARNING):
-        signals = run.learn([cut(scored, 0, 1, 2, 3) for scored in groups(FIRST, SECOND, FLAT)], step=3)
+        signals = run.learn([cut(scored, 0, 1, 2, 3) for scored in scored_groups(FIRST, SECOND, FLAT)], step=3)
     assert "step 3: every response was truncated (algorithm.mask_truncated), so nothing is updated" in caplog.text
     assert (run.policy.updates, signals.trained, signals.advantages) == ([], frozenset(), {})
 
@@ -474,7 +359,7 @@ def test_where_a_grammar_restricted_all_responses_nothing_is_learnt(
     """The collector ends the run for a whole batch. Here, the kept responses alone have no trained token."""
     run = Run(folder, {"name": "dr_grpo"}, per_update=6)
     with caplog.at_level(logging.WARNING):
-        run.learn([without_tokens(scored) for scored in groups(FIRST, SECOND, FLAT)], step=3)
+        run.learn([without_tokens(scored) for scored in scored_groups(FIRST, SECOND, FLAT)], step=3)
     assert "step 3: a grammar restricted all responses that are kept, so nothing is updated" in caplog.text
 
 
@@ -484,7 +369,7 @@ NORMALIZED = {"right": {"function": "f", "normalize": "group"}}
 @pytest.mark.parametrize("solved", [3, 4])
 def test_responses_are_chosen_by_the_scores_that_are_reported(folder: RunFolder, solved: int) -> None:
     """Normalised within its group, a right answer among right answers is worth 0, or 0.4999."""
-    (scored,) = groups([1.0] * solved + [0.0] * (4 - solved))
+    (scored,) = scored_groups([1.0] * solved + [0.0] * (4 - solved))
     scored = replace(scored, scores=replace(scored.scores, by_name={"right": scored.scores.scores}))
     raft = {"name": "raft", "keep": 2, "min_score": 0.5}
     run = Run(folder, raft, per_update=2, rewards=NORMALIZED)
@@ -494,7 +379,7 @@ def test_responses_are_chosen_by_the_scores_that_are_reported(folder: RunFolder,
 
 def test_the_best_are_the_best_before_normalisation(folder: RunFolder) -> None:
     """Normalised, the first response scores 1.5 + 0.87 and the last 1.5 - 0.87; as reported 100 and 300."""
-    (scored,) = groups((101.5, 200.0, 200.0, 300.0))
+    (scored,) = scored_groups((101.5, 200.0, 200.0, 300.0))
     by_name = {"big": (100.0, 200.0, 200.0, 300.0), "small": (1.5, 0.0, 0.0, 0.0)}
     rewards = {
         "big": {"function": "f", "weight": 0.01, "normalize": "group"},
@@ -510,7 +395,7 @@ def test_the_best_are_the_best_before_normalisation(folder: RunFolder) -> None:
 
 @pytest.mark.parametrize("per_update", [12, 6, 4, 3])
 def test_portions_make_the_minibatches_and_advantages_of_the_whole_batch(folder: RunFolder, per_update: int) -> None:
-    algorithm, found = {"name": "dr_grpo", "kl": {"coef": 0.1}}, groups(FIRST, SECOND, FLAT)
+    algorithm, found = {"name": "dr_grpo", "kl": {"coef": 0.1}}, scored_groups(FIRST, SECOND, FLAT)
     whole, run = (Run(folder, algorithm, per_update=per_update, streamed=streamed) for streamed in (False, True))
     expected, signals = whole.learn(found), run.stream([found[2]], [found[0]], [found[1]])
     assert signals == expected
@@ -529,13 +414,13 @@ def test_portions_make_the_minibatches_and_advantages_of_the_whole_batch(folder:
         "prepare group 1",  # the batch is whole: the update runs what is left
         *(f"update {minibatch}" for minibatch in visited),
     ]
-    assert run.reference.asked == [["group 2"], ["group 0"], ["group 1"]]  # each as it arrived
+    assert run.reference.requests == [["group 2"], ["group 0"], ["group 1"]]  # each as it arrived
     rows = (one.record.row() for one in (whole, run))
     assert len({tuple((key, row[key]) for key in sorted(row) if not key.startswith("time/")) for row in rows}) == 1
 
 
 def test_groups_that_arrive_together_make_one_portion(folder: RunFolder) -> None:
-    run, found = Run(folder, {"name": "grpo"}, per_update=12, streamed=True), groups(FIRST, SECOND, FLAT)
+    run, found = Run(folder, {"name": "grpo"}, per_update=12, streamed=True), scored_groups(FIRST, SECOND, FLAT)
     run.stream([found[1], found[0]], [found[2]])
     assert run.policy.calls == ["prepare group 1, group 0", "accumulate 0", "prepare group 2", "update 0", "update 0"]
     run.policy.calls.clear()
@@ -545,7 +430,7 @@ def test_groups_that_arrive_together_make_one_portion(folder: RunFolder) -> None
 
 def test_a_portion_without_a_trained_response_is_left_out(folder: RunFolder) -> None:
     run = Run(folder, {"name": "raft", "keep": 4, "min_score": 2.0}, per_update=12, streamed=True)
-    found = groups(FLAT, FIRST, SECOND)
+    found = scored_groups(FLAT, FIRST, SECOND)
     signals = run.stream([found[0]], [found[1]], [found[2]])
     assert run.policy.calls == ["prepare group 1", "accumulate 0", "prepare group 2", "update 0", "update 0"]
     assert [plan.portion for plan in run.policy.portions] == [0, 1]
@@ -566,7 +451,7 @@ def test_the_reference_computes_groups_of_later_batches_as_they_arrive(
 ) -> None:
     algorithm = {"name": "grpo", "kl": {"coef": 0.1}, "correction": {"preset": "token_tis"}, **keys}
     run = Run(folder, algorithm, per_update=12, reference_host=None, max_staleness=1)
-    found = groups(FIRST, SECOND, FLAT)
+    found = scored_groups(FIRST, SECOND, FLAT)
 
     async def learn() -> None:
         for scored in (found[2], found[0], found[1]):
@@ -575,4 +460,4 @@ def test_the_reference_computes_groups_of_later_batches_as_they_arrive(
 
     run.record.begin_step(1)
     asyncio.run(learn())
-    assert run.reference.asked == asked
+    assert run.reference.requests == asked

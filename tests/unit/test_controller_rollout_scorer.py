@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,54 +19,16 @@ from rlhf.evaluation.results import Marking
 from rlhf.roles import CompletedGroup, ScoredGroup
 from rlhf.rollouts.records.spool import group_path, stored_groups
 from rlhf.tracking.run_folder.errors import ErrorRecord
-from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, RolloutInfo, Sampling
+from rlhf.types import GroupScores, Prompt, Sampling
+from tests.fakes.roles import FakeEngines, FakeRewards, failed_reward
 
 PROMPTS = [Prompt(prompt_id=i, token_ids=(1, 2), text="", columns={"answer": "3"}) for i in range(2)]
 SAMPLING = Sampling(max_new_tokens=4)
-FAILURE = RewardError(reward="one", kind="raised", message="no", prompt_id=0, sample=0)
 
 
-class Engines:
-    def __init__(self, logprob: float) -> None:
-        self.logprob = logprob
-        self.asked: list[Sampling] = []
-
-    async def generate(
-        self, requests: Sequence[GroupRequest], sampling: Sampling, *, version: int
-    ) -> AsyncIterator[CompletedGroup]:
-        self.asked.append(sampling)
-        for request in reversed(requests):
-            info = RolloutInfo(
-                sequence_id=request.first_sequence_id,
-                num_prompt_tokens=2,
-                num_response_tokens=1,
-                finish_reason="stop",
-                min_version=0,
-                max_version=0,
-                mean_logprob=self.logprob,
-            )
-            yield CompletedGroup(request=request, rollouts=None, infos=(info,))  # type: ignore[arg-type]
-
-
-class Reward:
-    def __init__(self) -> None:
-        self.asked: list[int] = []
-        self.fails: set[int] = set()
-
-    async def score(self, group: CompletedGroup) -> GroupScores:
-        self.asked.append(group.request.group_id)
-        if group.request.group_id in self.fails:
-            return GroupScores(scores=(), by_name={}, errors=(FAILURE,))
-        score = float(group.request.prompt.prompt_id)
-        return GroupScores(scores=(score,), by_name={"one": (score,)}, errors=())
-
-    async def write_samples(self, *_: Any) -> None:
-        pass
-
-
-def begun(folder: Path, *, logprob: float = -0.5) -> tuple[RolloutScorer, Reward, Any]:
-    """A run on that folder, as each start of it makes them."""
-    reward = Reward()
+def begun(folder: Path, *, logprob: float = -0.5) -> tuple[RolloutScorer, FakeRewards, Any]:
+    """Return a run on that folder, as each start of the run makes it. The score is the prompt's number."""
+    reward = FakeRewards({prompt.prompt_id: (float(prompt.prompt_id),) for prompt in PROMPTS})
     (folder / "evals").mkdir(parents=True, exist_ok=True)
     record: Any = SimpleNamespace(
         folder=SimpleNamespace(spool=folder / "spool", path=folder, scratch=folder),
@@ -75,7 +37,8 @@ def begun(folder: Path, *, logprob: float = -0.5) -> tuple[RolloutScorer, Reward
         add=lambda metrics: None,
         stage=lambda *_, **__: nullcontext(),
     )
-    return RolloutScorer(Engines(logprob), reward, record, rewards_fingerprint="f"), reward, record  # type: ignore[arg-type]
+    engines = FakeEngines(mean_logprob=logprob, num_response_tokens=1)
+    return RolloutScorer(engines, reward, record, rewards_fingerprint="f"), reward, record
 
 
 def ask(
@@ -97,12 +60,12 @@ def ask(
 def test_answers_come_in_the_order_of_their_requests_and_are_taken_up_again(tmp_path: Path) -> None:
     first, reward, _ = begun(tmp_path)
     assert ask(first, version=0) == [0, 1]
-    assert sorted(reward.asked) == [0, 1]
+    assert sorted(reward.scored) == [0, 1]
     again, reward, _ = begun(tmp_path)
     assert ask(again, version=0) == [0, 1]
-    assert reward.asked == []
+    assert reward.scored == []
     assert ask(again, version=1) == [0, 1]
-    assert sorted(reward.asked) == [0, 1]
+    assert sorted(reward.scored) == [0, 1]
 
 
 def test_a_group_whose_tokens_are_lost_with_a_node_is_scored_as_the_store_has_it(tmp_path: Path) -> None:
@@ -113,7 +76,7 @@ def test_a_group_whose_tokens_are_lost_with_a_node_is_scored_as_the_store_has_it
         given.append(group.rollouts)
         if group.rollouts is None:
             raise ResultsLost("the node is gone.", role="reward", rank=0, stage="rewards", kind="died")
-        return await Reward.score(reward, group)
+        return await FakeRewards.score(reward, group)
 
     async def found_again(group: CompletedGroup, sampling: Sampling) -> CompletedGroup:
         stored: Any = f"stored {group.request.group_id}"
@@ -123,7 +86,7 @@ def test_a_group_whose_tokens_are_lost_with_a_node_is_scored_as_the_store_has_it
     scorer.rollout.found_again = found_again  # type: ignore[method-assign]
     ask(scorer)
     assert sorted(map(str, given)) == ["None", "None", "stored 0", "stored 1"]
-    assert sorted(reward.asked) == [0, 1]
+    assert sorted(reward.scored) == [0, 1]
 
 
 def test_a_checkpoint_deletes_no_file_that_an_engine_writes(tmp_path: Path) -> None:
@@ -175,17 +138,17 @@ def test_what_was_drawn_or_asked_otherwise_is_scored_again(tmp_path: Path, chang
     ask(begun(tmp_path)[0])
     again, reward, _ = begun(tmp_path)
     ask(again, **changed)
-    assert sorted(reward.asked) == [0, 1]
+    assert sorted(reward.scored) == [0, 1]
     once_more, reward, _ = begun(tmp_path)
     ask(once_more, **changed)
-    assert reward.asked == []
+    assert reward.scored == []
 
 
 def test_other_responses_to_the_same_request_are_scored_again(tmp_path: Path) -> None:
     ask(begun(tmp_path)[0])
     again, reward, _ = begun(tmp_path, logprob=-0.75)  # the spooled ones are lost, and a GPU rounds otherwise
     ask(again)
-    assert sorted(reward.asked) == [0, 1]
+    assert sorted(reward.scored) == [0, 1]
 
 
 @pytest.mark.parametrize(("before", "asks"), [(1, True), (0, False)])
@@ -201,14 +164,14 @@ def test_an_evaluation_is_taken_up_by_the_weights_of_its_own_step(tmp_path: Path
     sets = {"heldout": EvalSet(prompts=tuple(PROMPTS), sources={})}
     marking = Marking(ks=(1,), passing=None, answers=None)
 
-    def evaluated(step: int) -> Reward:
+    def evaluated(step: int) -> FakeRewards:
         scorer, reward, _ = begun(tmp_path)
         (tmp_path / "evals").mkdir(exist_ok=True)
         asyncio.run(score_held_out(sets, config, marking, scorer, step=step))  # type: ignore[arg-type]
         return reward
 
-    assert len(evaluated(before).asked) == 2
-    assert bool(evaluated(0).asked) is asks
+    assert len(evaluated(before).scored) == 2
+    assert bool(evaluated(0).scored) is asks
 
 
 def test_a_failure_is_recorded_with_the_set_of_its_prompt(tmp_path: Path) -> None:
@@ -242,23 +205,23 @@ def test_each_prompt_is_answered_greedily_too_and_that_is_taken_up_again(tmp_pat
     found = ask_with_greedy(scorer, sampling)
     assert [one.group.request.group_id for one in found] == [5, 6]
     assert [one.greedy_score for one in found] == [0.0, 1.0]
-    assert sorted(reward.asked) == [5, 6, 5 + GREEDY_GROUPS, 6 + GREEDY_GROUPS]
+    assert sorted(reward.scored) == [5, 6, 5 + GREEDY_GROUPS, 6 + GREEDY_GROUPS]
     engines: Any = scorer.rollout
-    assert engines.asked[1] == Sampling(max_new_tokens=4, temperature=0.0, stop=(";",))
+    assert engines.samplings[1] == Sampling(max_new_tokens=4, temperature=0.0, stop=(";",))
     again, reward, _ = begun(tmp_path)
     assert [one.greedy_score for one in ask_with_greedy(again, sampling)] == [0.0, 1.0]
-    assert reward.asked == []
+    assert reward.scored == []
 
 
 def test_a_group_whose_greedy_response_was_not_scored_has_failed(tmp_path: Path) -> None:
     scorer, reward, _ = begun(tmp_path)
     reward.fails = {6 + GREEDY_GROUPS}
     found = ask_with_greedy(scorer)
-    assert [one.scores.errors for one in found] == [(), (FAILURE,)]
+    assert [one.scores.errors for one in found] == [(), (failed_reward(prompt_id=1),)]
     reward.fails = {5}
-    reward.asked.clear()
+    reward.scored.clear()
     broken, _, _ = begun(tmp_path / "other")
     broken.reward = reward  # type: ignore[assignment]
     found = ask_with_greedy(broken)
     assert [bool(one.scores.errors) for one in found] == [True, False]
-    assert 5 + GREEDY_GROUPS not in reward.asked  # its group is lost already
+    assert 5 + GREEDY_GROUPS not in reward.scored  # its group is lost already

@@ -9,40 +9,17 @@ import pytest
 
 from rlhf.controller.learning import OnlineRoles
 from rlhf.controller.online import OnlineController
-
-
-class Guest:
-    """Notes when it leaves the GPU and comes back."""
-
-    def __init__(self, name: str, calls: list[str]) -> None:
-        self.name, self.calls = name, calls
-
-    async def offload(self) -> None:
-        self.calls.append(f"{self.name} leaves")
-
-    async def reload(self) -> None:
-        self.calls.append(f"{self.name} comes back")
-
-
-class Engines:
-    """Notes when they sleep and what of them wakes."""
-
-    def __init__(self, calls: list[str]) -> None:
-        self.calls = calls
-
-    async def sleep(self, *, keep_weights: bool) -> None:
-        self.calls.append("sleep with weights" if keep_weights else "sleep")
-
-    async def wake(self, part: str) -> None:
-        self.calls.append(f"{part} wakes")
+from tests.fakes.roles import FakeEngines, FakePolicy, FakeReference, FakeTeacher, FakeTrained
 
 
 def controller_of(calls: list[str], sharing: set[str]) -> OnlineController:
     """A controller of which only the turns are called."""
-    names = ("policy", "critic", "reference", "teacher")
-    roles: Any = {name: Guest(name, calls) for name in names}
+    critic = FakeTrained(calls)
+    critic.name = "critic"
+    members = (FakePolicy(calls), critic, FakeReference(calls), FakeTeacher(calls))
+    roles: Any = {member.name: member for member in members}
     controller = OnlineController.__new__(OnlineController)
-    controller.roles = OnlineRoles(**roles, rollout=Engines(calls), reward=roles["policy"])
+    controller.roles = OnlineRoles(**roles, rollout=FakeEngines(calls), reward=roles["policy"])
     controller.sharing = frozenset(sharing)  # type: ignore[arg-type]
     return controller
 

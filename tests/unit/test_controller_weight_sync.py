@@ -9,6 +9,7 @@ import pytest
 from rlhf.controller.weight_sync import check_probe, sync_weights
 from rlhf.errors import RunError, WorkerLost
 from rlhf.roles import PolicyProbe
+from tests.fakes.roles import FakeEngines, FakePolicy
 
 
 def test_the_largest_difference_is_reported() -> None:
@@ -23,61 +24,8 @@ def test_other_weights_stop_the_run(theirs: list[float]) -> None:
         check_probe([-1.0, -2.0], theirs, engine=1, version=3, dtype="bfloat16")
 
 
-class Manifest(int):
-    """The version of published weights, with their checksum."""
-
-    checksum = "ab"
-
-
-class Policy:
-    """Publishes; its probe says -1 for each token."""
-
-    def __init__(self, calls: list[str]) -> None:
-        self.calls = calls
-
-    async def publish(self, version: int) -> Manifest:
-        self.calls.append("publish")
-        return Manifest(version)
-
-    async def send(self, manifest: int) -> None:
-        return None
-
-    async def settle(self) -> None:
-        self.calls.append("settle")
-
-    async def probe(self, token_ids: list[int]) -> list[float]:
-        self.calls.append("policy's probe")
-        return [-1.0] * (len(token_ids) - 1)
-
-
-class Engines:
-    """Engines of which the worst has the given log-probability for every token. None: no engine works."""
-
-    def __init__(self, worst: float | None) -> None:
-        self.calls: list[str] = []
-        self.worst = worst
-        self.loaded: list[int] = []
-
-    async def withdraw_weights(self) -> None:
-        self.calls.append("withdraw")
-
-    async def update_weights(self, manifest: int) -> None:
-        self.calls.append("load")
-        self.loaded.append(manifest)
-
-    async def prove(self, probe: PolicyProbe) -> float | None:
-        self.calls.append("engines' probe")
-        if self.worst is None:
-            return None
-        theirs = [self.worst] * (len(probe.token_ids) - 1)
-        return check_probe(probe.logprobs, theirs, engine=1, version=probe.version, dtype=probe.dtype)
-
-    async def weights_are_missing(self) -> None:
-        await asyncio.Event().wait()
-
-
 def sync(engines: Any) -> float | None:
-    policy: Any = Policy(engines.calls)
+    policy: Any = FakePolicy(engines.calls)
 
     async def hand_over() -> None:
         engines.calls.append("hand over")
@@ -92,13 +40,13 @@ def sync(engines: Any) -> float | None:
 
 
 def test_a_sync_is_proven() -> None:
-    engines = Engines(-1.0005)
+    engines = FakeEngines(worst=-1.0005)
     assert sync(engines) == pytest.approx(0.0005)
     assert engines.loaded == [4]
     assert engines.calls == ["withdraw", "publish", "load", "settle", "policy's probe", "hand over", "engines' probe"]
-    assert sync(Engines(None)) is None
+    assert sync(FakeEngines(worst=None)) is None
     with pytest.raises(RunError, match="rollout engine 1"):
-        sync(Engines(-1.5))
+        sync(FakeEngines(worst=-1.5))
 
 
 @pytest.mark.parametrize("first", ["sender", "receiver"])
@@ -109,9 +57,9 @@ def test_the_loss_of_one_end_is_told_before_the_failure_that_it_causes_at_the_ot
         await asyncio.sleep(delay_s)
         raise error
 
-    engines: Any = Engines(-1.0)
+    engines: Any = FakeEngines()
     engines.update_weights = lambda _: fail(RunError("connection closed"), 0.0 if first == "receiver" else 0.02)
-    policy: Any = Policy(engines.calls)
+    policy: Any = FakePolicy(engines.calls)
     policy.send = lambda _: fail(lost, 0.0 if first == "sender" else 0.02)
     with pytest.raises(WorkerLost):
         asyncio.run(sync_weights(policy, engines, version=4, probe_ids=[1], dtype="float32", hand_over=policy.settle))
@@ -131,9 +79,9 @@ def test_engines_that_find_no_weights_show_the_loss_of_the_rank_that_had_sent_th
 
     async def hand_over() -> None: ...
 
-    engines: Any = Engines(-1.0)
+    engines: Any = FakeEngines()
     engines.update_weights = update_weights
-    policy: Any = Policy(engines.calls)
+    policy: Any = FakePolicy(engines.calls)
     policy.memory = memory
     with pytest.raises(RunError) as error:
         asyncio.run(sync_weights(policy, engines, version=4, probe_ids=[1], dtype="float32", hand_over=hand_over))
@@ -152,9 +100,9 @@ def test_a_proof_that_waits_for_the_weights_of_a_lost_rank_shows_its_loss() -> N
     async def memory() -> None:
         raise lost
 
-    engines: Any = Engines(-1.0)
+    engines: Any = FakeEngines()
     engines.prove, engines.weights_are_missing = prove, weights_are_missing
-    policy: Any = Policy(engines.calls)
+    policy: Any = FakePolicy(engines.calls)
     policy.memory = memory
     with pytest.raises(WorkerLost):
         asyncio.run(sync_weights(policy, engines, version=4, probe_ids=[1], dtype="float32", hand_over=policy.settle))
