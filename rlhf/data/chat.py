@@ -1,7 +1,7 @@
 """Read and check conversations, and render them as text with the chat template.
 
-Prompts, examples and environments all render through this module. A rendered text holds every special token it needs.
-`rlhf.data.tokenization` turns it into token ids.
+Prompts, examples and environments all render through this module. A rendered text holds all special tokens.
+`rlhf.data.tokenization` turns the text into token ids.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def read_messages(
     """Return a column's conversation, with the system prompt first. UserError names the invalid message.
 
     A message has the strings `role` and `content`. An assistant's message may have `tool_calls` in place of content,
-    and a tool's content may be empty. Other fields go to the template unless they are null (Parquet fills nulls in).
+    and a tool's content may be empty. All further fields go to the template except nulls (filled in by Parquet).
     `arguments` of a tool call given as JSON text become an object, as in the engine's server. Raise NotUsable if an
     assistant's message is empty.
     """
@@ -107,9 +107,9 @@ def _json(text: str) -> Any:
 
 
 def read_tools(row: Row) -> list[Message] | None:
-    """Return the tools of column `tools`, as objects or as JSON text of their list (Parquet).
+    """Return the tools of column `tools`, as objects or as JSON text of the list (Parquet).
 
-    Return None if the row has no tools. UserError for any other value.
+    Return None if the row has no tools. UserError for an invalid value.
     """
     value = row.columns.get("tools")
     tools = _json(value) if isinstance(value, str) else value
@@ -147,7 +147,7 @@ def refuse_unmentioned_tools(tools: Sequence[Message] | None, text: str, tokeniz
 
 
 def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -> list[Message]:
-    """Return the conversation with the system prompt, if there is one, in front."""
+    """Return the conversation after the system prompt. None: no system prompt."""
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     return [*system, *messages]
 
@@ -169,7 +169,10 @@ def render(
     place: str,
     tools: Sequence[Message] | None = None,
 ) -> str:
-    """Return the conversation as text, special tokens written out. UserError if the template refuses it."""
+    """Return the conversation as text, special tokens written out.
+
+    UserError if the template refuses the conversation.
+    """
     shown = [{name: value for name, value in message.items() if name != "train"} for message in messages]
     try:
         text = tokenizer.apply_chat_template(
@@ -204,8 +207,8 @@ def text_after_turn(
 ) -> str | None:
     """Return the template's text after an assistant's turn followed by `messages`.
 
-    Return None if the template does not write the turn exactly once and unchanged. UserError if it refuses the
-    conversation.
+    Return None if the template does not write the turn exactly once and unchanged. UserError if the template refuses
+    the conversation.
     """
     conversation = [_USER, {"role": ASSISTANT, "content": _SENTINEL}, *messages]
     text = render(conversation, tokenizer, add_generation_prompt=add_generation_prompt, place=place)

@@ -27,14 +27,14 @@ class Curriculum:
         self._scores[prompt_id] = before + self._newest * (score - before)
 
     def takes(self, prompt_id: int, epoch: int) -> bool:
-        """Return whether to sample a prompt when it comes up in an epoch."""
+        """Return whether to sample a prompt in an epoch."""
         score = self._scores.get(prompt_id)
         if score is None or self._low <= score <= self._high:
             return True
         return random.Random(f"curriculum/{self._seed}/{epoch}/{prompt_id}").random() < self._outside
 
     def counts(self) -> tuple[int, int]:
-        """Return the number of measured prompts, and how many of them are within the band."""
+        """Return the number of measured prompts, and the number within the band."""
         return len(self._scores), sum(self._low <= score <= self._high for score in self._scores.values())
 
     def state(self) -> dict[str, Any]:

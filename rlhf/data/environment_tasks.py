@@ -1,7 +1,7 @@
 """Make rows for the built-in environments: prompts to play, and conversations to learn the format from.
 
-This module is a part of `rlhf.data.tasks`, where the splits are defined. It imports no environment code, so it repeats
-the answers of each game.
+This module is a part of `rlhf.data.tasks`, where the splits are defined. The module imports no environment code, and
+repeats the answers of each game.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ CALCULATOR = "calculator"
 
 
 def guessing_game(split: str, size: int, seed: int, args: Mapping[str, Any]) -> list[Columns]:
-    """Return prompts `LOW-HIGH?`, cycling through every `secret`. Split sft has whole games, each played until it is
-    won.
+    """Return prompts `LOW-HIGH?`, cycling through every `secret`. Split sft has whole games, each played to the win.
 
-    The player of these games uses the hints only every other time: half of the guesses are drawn from all numbers.
+    The player uses the hints only every other time: half of the guesses are drawn from all numbers.
     """
     low, high = _whole_numbers(GUESSING_GAME, args, low=1, high=7)
     if low >= high:
@@ -98,9 +97,8 @@ def _split_of(total: int) -> str:
 
 
 def _whole_numbers(task: str, args: Mapping[str, Any], **defaults: int) -> list[int]:
-    """Return the task's args in the order of their defaults. UserError for an unknown arg and for a value other than a
-    whole number.
-    """
+    """Return the task's args in the order of the defaults. UserError for an unknown arg and for a value that is no
+    whole number."""
     unknown = [name for name in args if name not in defaults]
     if unknown:
         raise UserError(f"Task {task} takes the args {', '.join(defaults)}; found {', '.join(unknown)}.")

@@ -42,11 +42,7 @@ class Reading:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """One sequence to learn from.
-
-    Example: prompt `ab`, completion `c`, one token a letter: `token_ids = (a, b, c, eos)` and `loss_mask = (False,
-    False, True, True)`.
-    """
+    """A sequence to learn from."""
 
     example_id: int  # index among the loaded examples
     token_ids: tuple[int, ...]
@@ -74,12 +70,12 @@ ExampleSource: TypeAlias = Stream[Example]
 def load_examples(rows: Sequence[Row], tokenizer: Any, reading: Reading, *, first_id: int = 0) -> LoadedRows[Example]:
     """Return one example per row. `example_id` counts the usable rows from `first_id`.
 
-    A row has the first of these forms whose columns it holds: `messages`; `prompt` and `completion`, both strings or
-    both messages; Alpaca's `instruction`, `input`, `output`; `text`.
+    A row has the first of the following forms with columns in the row: `messages`; `prompt` and `completion`, both
+    strings or both messages; Alpaca's `instruction`, `input`, `output`; `text`.
 
-    The learned tokens are the assistant's turns (in the completion only, if there is one), each with its end token.
-    Without the chat template they are the completion or output and the end-of-sequence token. In `text` every token
-    except the first is learned. UserError names the invalid row.
+    The learned tokens are the assistant's turns (only in the completion of a row with a completion), each with its end
+    token. Without the chat template, the completion or output and the end-of-sequence token are learned. In `text`
+    every token except the first is learned. UserError names the invalid row.
     """
     writer = Writer(tokenizer, system_prompt=reading.system_prompt, apply_chat_template=reading.apply_chat_template)
 
@@ -105,8 +101,8 @@ def load_sequences(
 ) -> LoadedRows[T]:
     """Return the result of `build` for each row, numbered from 0, and the rows left out.
 
-    `write` splits a row into sequences, which are tokenised and passed to `build`. Both may raise NotUsable to leave a
-    row out. UserError if more rows are left out than allowed.
+    `write` splits a row into sequences for tokenisation and `build`. Both may raise NotUsable to leave a row out.
+    UserError for too many rows left out.
     """
     unusable: dict[int, Unusable] = {}
     written: dict[int, Sequence[Sequence[Segment]]] = {}
@@ -144,7 +140,7 @@ def fit(example: Example, reading: Reading, *, place: str, step_ends: Sequence[i
     """Return the example within the token limit, truncated if `reading.too_long` allows it.
 
     Raise NotUsable if the row is skipped, and UserError if a long example is an error. `step_ends` are the ascending
-    numbers of tokens after which the example may be truncated. With None it may be truncated after any learned token.
+    numbers of tokens after which the example may be truncated. With None, any learned token is such an end.
     """
     length, limit = len(example.token_ids), reading.max_tokens
     if length <= limit:

@@ -16,11 +16,7 @@ from rlhf.types import Pairs
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Labelled:
-    """An answer with a label.
-
-    Example: prompt `ab`, completion `c`, one token a letter: `example.token_ids = (a, b, c, eos)`, `prompt_tokens = 2`,
-    `label = True`.
-    """
+    """An answer and a label."""
 
     example_id: int  # index among the loaded items, and the row in `collate_labelled`
     example: Example
@@ -56,7 +52,7 @@ def load_labelled(rows: Sequence[Row], tokenizer: Any, reading: Reading, *, firs
     """Return one labelled answer per row. `example_id` counts the usable rows from `first_id`.
 
     The columns are `prompt` and `completion`, both strings or both lists of messages, and `label`. A label is true or
-    false, written as a word in CSV. UserError for any other label.
+    false, written as a word in CSV. UserError for an invalid label.
     """
     writer = Writer(tokenizer, system_prompt=reading.system_prompt, apply_chat_template=reading.apply_chat_template)
 
@@ -77,9 +73,9 @@ def load_labelled(rows: Sequence[Row], tokenizer: Any, reading: Reading, *, firs
 def collate_labelled(labelled: Sequence[Labelled], *, mismatched: bool) -> Pairs:
     """Return flat columns of several answers.
 
-    Without `mismatched`, answer i is sequence i. With it, answer i is sequence 2i, and sequence 2i + 1 joins its prompt
-    with the next answer to another prompt. This answer is truncated if the sequence would be longer than the longest of
-    the batch. Raise ValueError if a mismatch is wanted and there is only one prompt.
+    Without `mismatched`, answer i is sequence i. With `mismatched`, answer i is sequence 2i, and sequence 2i + 1 joins
+    the prompt of answer i with the next answer to a different prompt. The joined answer is truncated to the longest
+    sequence of the batch. Raise ValueError for a mismatch within a single prompt.
     """
     sequences = _with_mismatched(labelled) if mismatched else [item.example for item in labelled]
     return Pairs(

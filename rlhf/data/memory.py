@@ -1,6 +1,6 @@
 """Limit the memory used by the rows of one data set, since a small file can hold very many rows.
 
-A run keeps all rows and their tokens in memory. Reading stops with an error before the machine runs out.
+A run holds all rows with all tokens in memory. Reading stops with an error before the machine runs out.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def within_memory(rows: Iterable[T], source: str) -> Iterator[T]:
 
 
 def free_bytes() -> int:
-    """Return the free bytes of this machine, or of its container if the container has less.
+    """Return the free bytes of this machine, or of the container if the container has less.
 
-    Cached files count as free, because the kernel drops them when memory is short.
+    Cached files count as free, because the kernel drops cached files when memory is short.
     """
     free: int = psutil.virtual_memory().available
     limit = memory_limit()

@@ -1,6 +1,6 @@
 """Choose the data set of each turn: weighted interleaving, as even as whole items allow.
 
-The stream uses this module. It is pure arithmetic on weights, without items or random numbers.
+The stream uses this module. The order is pure arithmetic on weights, without items or random numbers.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from fractions import Fraction
 class Turns:
     """The endless order of turns of several sets.
 
-    After any n turns, a set with share w (its weight among all weights) has had n * w turns, within less than one turn.
-    Turn j of a set is due by (j + 1) / w and not given before j / w. The earliest deadline goes first, and the earlier
-    set wins a tie. This is earliest deadline first, which meets all deadlines of unit jobs on one processor (Liu and
-    Layland, 1973).
+    After any n turns, a set with share w (the set's weight among all weights) has had n * w turns, within less than one
+    turn. Turn j of a set is due by (j + 1) / w and not given before j / w. The earliest deadline goes first, and the
+    earlier set wins a tie. Earliest deadline first meets all deadlines of unit jobs on one processor (Liu and Layland,
+    1973).
 
     Example: weights 2 and 1 give 0 0 1, 0 0 1, ...
     """
@@ -39,7 +39,7 @@ class Turns:
         return chosen
 
     def go_to(self, turn: int) -> None:
-        """Move to the state after `turn` turns. After whole periods each set has had exactly its share."""
+        """Move to the state after `turn` turns. After whole periods each set has had exactly the set's share."""
         periods, rest = divmod(turn, self._period)
         self.counts = [weight * periods for weight in self._weights]
         for _ in range(rest):

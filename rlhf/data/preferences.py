@@ -2,7 +2,7 @@
 
 preferences -> reference logprobs -> minibatches -> update
 
-All sequences of a row begin with the tokens of the prompt, so a trainer may compute them once.
+All sequences of a row begin with the tokens of the prompt, so a trainer may compute the prompt once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ GOLD = "reference"  # column name in public data sets of triples; unrelated to t
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreferencePair:
-    """A preferred and a rejected answer to one prompt.
+    """A preferred and a rejected answer to a prompt.
 
     Example: prompt `ab`, chosen `c`, rejected `de`, one token a letter: `chosen.token_ids = (a, b, c, eos)`,
     `rejected.token_ids = (a, b, d, e, eos)`, `prompt_tokens = 2`.
@@ -41,7 +41,7 @@ class PreferencePair:
 
     @property
     def examples(self) -> tuple[Example, ...]:
-        """Return the chosen, the rejected and, if there is one, the gold example."""
+        """Return the chosen, the rejected and any gold example."""
         return (self.chosen, self.rejected) if self.gold is None else (self.chosen, self.rejected, self.gold)
 
     @property
@@ -73,10 +73,10 @@ def load_pairs(
     """Return one pair per row. `example_id` counts the usable rows from `first_id`.
 
     The columns are `prompt`, `chosen` and `rejected`, all strings or all lists of messages. Without `prompt`, chosen
-    and rejected are conversations, and their equal first messages are the prompt. `margin` is an optional number. With
+    and rejected are conversations, and the equal first messages are the prompt. `margin` is an optional number. With
     `with_gold`, column `reference` holds the gold answer to the same prompt in the same form.
 
-    The token limit holds for each sequence. A row is left out if its chosen and rejected answers are equal (also once
+    The token limit holds for each sequence. A row is left out if the chosen and rejected answers are equal (also once
     truncated), or if an answer is empty or too long.
     """
     writer = Writer(tokenizer, system_prompt=reading.system_prompt, apply_chat_template=reading.apply_chat_template)
@@ -113,7 +113,7 @@ def load_pairs(
 def collate_pairs(pairs: Sequence[PreferencePair]) -> Pairs:
     """Return flat columns of several pairs.
 
-    Pair i is sequences 2i (chosen) and 2i + 1 (rejected). With gold answers it is sequences 3i to 3i + 2.
+    Pair i is sequences 2i (chosen) and 2i + 1 (rejected). With gold answers, pair i is sequences 3i to 3i + 2.
     """
     return Pairs(
         examples=collate([example for pair in pairs for example in pair.examples]),

@@ -1,6 +1,6 @@
-"""Find the first tokens that sequences have in common, in a tree of their tokens.
+"""Find the common first tokens of sequences, in a tree of the tokens.
 
-A sequence shares what it has in common with the earlier sequences, up to a given length. Nothing is computed here:
+A sequence shares first tokens with earlier sequences, up to a given length. This module computes nothing with a model:
 `rlhf.workers.microbatches` decides which sequences stand in one row.
 """
 
@@ -18,7 +18,7 @@ TokenIds = npt.NDArray[np.integer[Any]]
 
 @dataclass(frozen=True, slots=True)
 class SharedPrefix:
-    """The first `length` tokens of a sequence, which sequence `of` begins with too.
+    """The first `length` tokens of a sequence, which are also the first tokens of sequence `of`.
 
     No sequence before `of` shares as many tokens.
     """
@@ -28,7 +28,7 @@ class SharedPrefix:
 
 
 class PrefixTree:
-    """Sequences, added one after the other, as a tree of their common first tokens."""
+    """Sequences, added in order, as a tree of common first tokens."""
 
     def __init__(self) -> None:
         self._sequences: list[TokenIds] = []
@@ -47,7 +47,7 @@ class PrefixTree:
         return shared
 
     def add(self, tokens: TokenIds) -> None:
-        """Add a sequence. Its index is the number of sequences before."""
+        """Add a sequence. The sequence's index is the number of sequences before."""
         self._sequences.append(tokens)
         place, edges = 0, self._edges
         while place < len(tokens):
@@ -62,13 +62,13 @@ class PrefixTree:
             edges = edge.after
 
     def _num_common(self, edge: _Edge, tokens: TokenIds) -> int:
-        """Count the tokens of an edge which `tokens` repeats at the same positions."""
+        """Count the tokens of an edge repeated in `tokens` at the same positions."""
         return common_length(tokens[edge.start :], self._sequences[edge.of][edge.start : edge.end])
 
 
 @dataclass(slots=True, kw_only=True)
 class _Edge:
-    """Tokens of a tree that no earlier sequence has at their place."""
+    """Tokens of a tree, as first added by the sequence `of`."""
 
     of: int  # the sequence that added them
     start: int  # their position in this sequence
@@ -77,7 +77,8 @@ class _Edge:
 
 
 def shared_with_earlier(sequences: Iterable[tuple[TokenIds, int]]) -> list[SharedPrefix | None]:
-    """Return the prefix that each sequence shares with those before it, of at most as many tokens as given with it."""
+    """Return the prefix that each sequence shares with earlier sequences, up to the number of tokens given beside the
+    sequence."""
     tree, result = PrefixTree(), []
     for tokens, most in sequences:
         result.append(tree.shared(tokens, most=most))

@@ -1,7 +1,7 @@
 """Load prompts for rollouts: rows are rendered and tokenised once.
 
-This is the first arrow of the online flow, prompts -> rollouts. It never looks at an answer: other columns go to the
-rewards unchanged.
+This is the first arrow of the online flow, prompts -> rollouts. The module never looks at an answer: all remaining
+columns go to the rewards unchanged.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ def load_prompts(
 ) -> LoadedRows[Prompt]:
     """Return one prompt per row, from column `messages` or `prompt`. `prompt_id` counts the rows from `first_id`.
 
-    Conversations always go through the chat template, and string prompts if the reading asks for it. Tools come from
-    column `tools`, or else from the argument `tools`. A prompt ends where the assistant's turn begins.
+    Conversations always go through the chat template, and string prompts as the reading says. Tools come from column
+    `tools`, or else from the argument `tools`. A prompt ends where the assistant's turn begins.
 
     All columns except `prompt` go to the rewards. `temperature` also sets the sampling temperature of the prompt, and
-    `max_new_tokens` limits its responses. The reading decides whether a long prompt is an error, is skipped, or loses
-    its beginning. A skipped row keeps its number. UserError names the invalid row.
+    `max_new_tokens` limits the responses. The reading decides whether a long prompt is an error, is skipped, or loses
+    the beginning. A skipped row still counts in the numbering. UserError names the invalid row.
     """
     drafts = [_draft(row, tokenizer, reading, tools=read_tools(row) or tools) for row in rows]
     chat = iter(encode([draft.text for draft in drafts if draft.messages is not None], tokenizer))
@@ -89,7 +89,7 @@ def load_prompts(
 
 
 def skipped_rows(prompts: Sequence[Prompt]) -> list[int]:
-    """Return the numbers of the rows before the last prompt that have no prompt."""
+    """Return the numbers of the rows without a prompt before the last prompt."""
     used = {prompt.prompt_id for prompt in prompts}
     return [row for row in range(max(used)) if row not in used]
 
@@ -129,7 +129,7 @@ def _turn_end(tokenizer: Any) -> int | None:
 
 
 def _fit(draft: _Draft, token_ids: list[int], tokenizer: Any, reading: Reading) -> tuple[str, list[int]]:
-    """Return the text and its tokens within the limit. NotUsable if they cannot or should not be truncated."""
+    """Return the text and tokens within the limit. NotUsable if the prompt cannot or should not be truncated."""
     place, limit = draft.row.place, reading.max_tokens
     if len(token_ids) <= limit:
         return draft.text, token_ids
@@ -153,9 +153,8 @@ def _fit(draft: _Draft, token_ids: list[int], tokenizer: Any, reading: Reading) 
 
 
 def _without_oldest(messages: Sequence[Message]) -> Sequence[Message]:
-    """Return a conversation without its oldest user's turn and the answers to it. Return an empty list if there is no
-    later turn.
-    """
+    """Return a conversation without the oldest user's turn and the answers to that turn. Return an empty list if there
+    is no later user's turn."""
     users = [index for index, message in enumerate(messages) if message["role"] == "user"]
     if len(users) < 2:
         return []
@@ -163,7 +162,7 @@ def _without_oldest(messages: Sequence[Message]) -> Sequence[Message]:
 
 
 def _temperature(row: Row) -> float | None:
-    """Return the value of column `temperature`, or None if it is null or missing."""
+    """Return the value of column `temperature`, or None if null or missing."""
     value = row.columns.get("temperature")
     if value is None:
         return None
@@ -181,7 +180,7 @@ def _is_sampled_at(temperature: float) -> bool:
 
 
 def _max_new_tokens(row: Row, reading: Reading) -> int | None:
-    """Return the value of column `max_new_tokens`, or None if it is null or missing."""
+    """Return the value of column `max_new_tokens`, or None if null or missing."""
     value, most = row.columns.get("max_new_tokens"), reading.max_new_tokens
     if value is None:
         return None

@@ -1,8 +1,8 @@
 """Split a row's text into segments, each tokenised separately, and mark the learned segments.
 
-This module stands between rows and examples. It finds the prompt, the completion, and the beginning and end of each
-assistant's turn. A boundary between two segments is always a boundary between two tokens, as when a response is sampled
-after a prompt.
+This module stands between rows and examples. The module finds the prompt, the completion, and the beginning and end of
+each assistant's turn. A boundary between two segments is always a boundary between two tokens, as when a response is
+sampled after a prompt.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from rlhf.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A segment of text, tokenised as the continuation of the segments before it."""
+    """A segment of text, tokenised as the continuation of the earlier segments."""
 
     text: str
     learn: bool
@@ -49,7 +49,7 @@ class Tokens:
 
 
 class Writer:
-    """Render the columns of a row as segments of text: the prompt first, then learned and other segments."""
+    """Render the columns of a row as segments of text: the prompt first, then segments with and without learning."""
 
     def __init__(self, tokenizer: Any, *, system_prompt: str | None, apply_chat_template: bool) -> None:
         if tokenizer.eos_token_id is None:
@@ -61,9 +61,9 @@ class Writer:
         self._special = special_tokens(tokenizer)
 
     def answer(self, row: Row, column: str) -> list[Segment]:
-        """Return column `prompt` and its answer in `column`: two strings, or two lists of messages.
+        """Return column `prompt` and the answer in `column`: two strings, or two lists of messages.
 
-        Raise NotUsable if the answer is empty, and UserError if only one of the columns is a list.
+        Raise NotUsable if the answer is empty, and UserError if exactly one of the columns is a list.
         """
         prompt, answer = row.value("prompt"), row.value(column)
         if not isinstance(prompt, list) and not isinstance(answer, list):
@@ -87,7 +87,7 @@ class Writer:
         return self.conversation(row, [*prompt_messages, *answer_messages], first=len(prompt_messages))
 
     def strings(self, row: Row, prompt: str, answer: str) -> list[Segment]:
-        """Return a prompt and its answer, as two turns of a conversation or unchanged without the chat template."""
+        """Return a prompt and the answer, as two turns of a conversation or unchanged without the chat template."""
         if self.apply_chat_template:
             turns = [{"role": "user", "content": prompt}, {"role": ASSISTANT, "content": answer}]
             messages = with_system_prompt(turns, self.system_prompt)
@@ -101,15 +101,15 @@ class Writer:
         return [Segment(self._ended(text), True, is_raw=True)]
 
     def conversation(self, row: Row, messages: Sequence[Message], *, first: int = 0) -> list[Segment]:
-        """Return a conversation up to its last learned turn.
+        """Return a conversation up to the last learned turn.
 
         The learned turns are the assistant's from message `first` on, except with `train: false`. A turn begins at the
-        end of the generation prompt, where sampling would begin. It ends with the last special token the template
-        writes for it in any context.
+        end of the generation prompt, where sampling would begin. The turn ends with the last special token that the
+        template writes for the turn in any context.
 
         Both positions are exact only if a longer rendering begins with the shorter rendering. UserError therefore
-        refuses a template if it rewrites a learned turn or the text before it, or omits a part of the turn. Raise
-        NotUsable if no turn is learned, or if nothing comes before it.
+        refuses a template that rewrites a learned turn or the text before, or omits a part of the turn. Raise NotUsable
+        if no turn is learned, or if nothing comes before the first learned turn.
         """
         require_template(self.tokenizer, row.place)
         tools = read_tools(row)
@@ -183,7 +183,10 @@ class Writer:
 
 
 def answer_text(row: Row, column: str) -> str:
-    """Return the text of an answer column. NotUsable if it is empty, and UserError if it is not a string."""
+    """Return the text of an answer column.
+
+    NotUsable for an empty text, and UserError for a value other than a string.
+    """
     value = row.value(column)
     if isinstance(value, str) and not value.strip():
         raise NotUsable(row.place, f"column `{column}` is the string {value!r:.40}, which is empty")
@@ -210,7 +213,7 @@ def _missing_part(message: Message, turn: str) -> str:
 
 
 def encode_segments(sequences: Sequence[Sequence[Segment]], tokenizer: Any) -> Iterator[tuple[Tokens, ...]]:
-    """Yield the token ids of every segment of every sequence, each as the continuation of the segments before it.
+    """Yield the token ids of every segment of every sequence, each as the continuation of the earlier segments.
 
     UserError if the tokenizer cannot continue a text.
     """

@@ -1,7 +1,7 @@
-"""Read the rows of a dataset, each with its file and line.
+"""Read the rows of a dataset, each with file and line.
 
 This is the first stage of the data flow: rows -> prompts or examples. Every error in a user's file is reported here or
-through `Row`, with its place. This module does not use a tokenizer.
+through `Row`, with the place. This module does not use a tokenizer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LARGEST = 3.4e38  # largest float32, rounded down
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One row: its columns and its place."""
+    """A row: columns and place."""
 
     file: str  # path, dataset name or task name
     line: int  # counted from 1: a line of the file, or a row if the format has no lines
@@ -42,7 +42,7 @@ class Row:
         return f"{self.file}:{self.line}"
 
     def text(self, column: str, *, alternative: str = "") -> str:
-        """Return the column's text. UserError if it is missing, blank or not a string."""
+        """Return the column's text. UserError for a missing, blank or non-string value."""
         value = self.value(column, alternative=alternative)
         if not isinstance(value, str):
             hint = ""
@@ -55,7 +55,10 @@ class Row:
         return value
 
     def truth(self, column: str) -> bool:
-        """Return a boolean column, or the word `true` or `false` in any case, as in CSV. UserError for other values."""
+        """Return a boolean column, or the word `true` or `false` in any case, as in CSV.
+
+        UserError for an invalid value.
+        """
         value = self.value(column)
         words = {"true": True, "false": False}
         parsed = words.get(value.strip().lower()) if isinstance(value, str) else value
@@ -64,7 +67,7 @@ class Row:
         return parsed
 
     def number(self, column: str) -> float:
-        """Return a number within float32, also from digits as text, as in CSV. UserError for any other value."""
+        """Return a number within float32, also from digits as text, as in CSV. UserError for an invalid value."""
         value = self.value(column)
         try:
             parsed = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
@@ -78,9 +81,8 @@ class Row:
         return parsed
 
     def value(self, column: str, *, alternative: str = "") -> Any:
-        """Return the column's value unchecked. UserError if it is missing; the message also names the `alternative`
-        column.
-        """
+        """Return the column's value unchecked. UserError for a missing column; the message also names the
+        `alternative`."""
         if column not in self.columns:
             also = f" (or `{alternative}`)" if alternative else ""
             present = ", ".join(f"`{name}`" for name in self.columns) or "nothing"
@@ -92,18 +94,18 @@ class Row:
         return self.columns[column]
 
     def renamed_away(self, *columns: str) -> str:
-        """Return a sentence about a column renamed by data.columns. Return an empty string if it renamed none of
-        `columns`.
-        """
+        """Return a sentence about a column renamed by data.columns. Return an empty string without such a column among
+        `columns`."""
         names = ((column, self.renamed[column]) for column in columns if column in self.renamed)
         return next((f"data.columns has renamed `{original}` to `{current}`." for original, current in names), "")
 
 
 def read_rows(source: Source, *, columns: Mapping[str, str] | None = None) -> list[Row]:
-    """Return all rows of a file, a saved or named dataset, or a task. `columns` maps our column name to the dataset's.
+    """Return all rows of a file, a saved or named dataset, or a task.
 
-    A string with the ending .jsonl, .json, .csv or .parquet is a file. An existing folder is a saved dataset, and any
-    other string is a Hugging Face dataset. Both kinds of dataset take `:SPLIT` after the name. CSV values stay text.
+    `columns` maps our column names to the dataset's names. A string with the ending .jsonl, .json, .csv or .parquet is
+    a file. An existing folder is a saved dataset, and every remaining string is a Hugging Face dataset. Both kinds of
+    dataset take `:SPLIT` after the name. CSV values stay text.
 
     UserError for an unreadable source, a missing renamed column, a dataset without rows, and a dataset too large for
     the memory of this machine.
@@ -126,7 +128,10 @@ def read_rows(source: Source, *, columns: Mapping[str, str] | None = None) -> li
 
 
 def refuse_half_characters(text: str, place: str) -> None:
-    """Raise UserError for a lone surrogate. JSON can contain one (`\\ud800`), but it is not a valid character."""
+    """Raise UserError for a lone surrogate.
+
+    JSON can contain a lone surrogate (`\\ud800`), which is no valid character.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -218,7 +223,7 @@ def _skip_space(text: str, at: int) -> int:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the object of these keys and values. _KeyTwice if two keys are equal."""
+    """Return the object of keys and values. _DuplicateKey if two keys are equal."""
     result = {sys.intern(key): value for key, value in pairs}  # all rows of a file share the same key strings
     if len(result) < len(pairs):
         keys = [key for key, _ in pairs]

@@ -19,11 +19,7 @@ from rlhf.types import LabelledSteps
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepLabelled:
-    """An answer with a label for each step.
-
-    Example: prompt `ab`, steps `c` and `de`, one token a letter, separated by a newline: `token_ids = (a, b, c,
-    newline, d, e, eos)`, `step_ends = (3, 6)`, `labels = (True, False)`.
-    """
+    """An answer and a label for each step."""
 
     example_id: int  # index among the loaded items, and the sequence in `collate_steps`
     token_ids: tuple[int, ...]
@@ -49,11 +45,11 @@ class StepLabelled:
 def load_step_labelled(
     rows: Sequence[Row], tokenizer: Any, reading: Reading, *, step_separator: str = "\n", first_id: int = 0
 ) -> LoadedRows[StepLabelled]:
-    """Return one answer in steps per row. `example_id` counts the usable rows from `first_id`.
+    """Return an answer in steps for each row. `example_id` counts the usable rows from `first_id`.
 
     The columns are `prompt` (a string or messages), `completions` (a string for each step) and `labels` (true or false
-    for each step). A step ends with the last token of the separator, which is added if missing. The last step ends with
-    the end token of the answer. Truncation removes whole steps from the end of a long answer.
+    for each step). A step ends with the last token of the separator. A missing separator is added. The last step ends
+    with the end token of the answer. Truncation removes whole steps from the end of a long answer.
     """
     writer = Writer(tokenizer, system_prompt=reading.system_prompt, apply_chat_template=reading.apply_chat_template)
 
@@ -131,7 +127,7 @@ def _labels(row: Row) -> list[bool]:
 
 
 def _segments(row: Row, writer: Writer, separator: str) -> list[Segment]:
-    """Return the prompt, then each step with its separator. The last step includes the end of the answer."""
+    """Return the prompt, then each step with the separator. The last step includes the end of the answer."""
     steps = _steps(row)
     steps = [step if step.endswith(separator) else step + separator for step in steps[:-1]] + steps[-1:]
     in_turns = isinstance(row.value("prompt"), list)

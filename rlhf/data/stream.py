@@ -28,7 +28,7 @@ class Tokenized(Protocol):
 
     @property
     def non_token_bytes(self) -> bytes:
-        """Return the other training data of the item as bytes: masks, labels, margins."""
+        """Return the item's training data other than tokens, as bytes: masks, labels, margins."""
         ...
 
 
@@ -82,7 +82,7 @@ class StreamOrder:
         self._epochs = [0] * len(shares)  # epoch of each order
 
     def next(self) -> tuple[int, int]:
-        """Return the epoch of the next item, and its place among the items."""
+        """Return the epoch of the next item, and the item's place."""
         index = self._turns.next()
         self.given += 1
         epoch, position = divmod(self._turns.counts[index] - 1, self._sizes[index])
@@ -92,12 +92,15 @@ class StreamOrder:
         return epoch, self._starts[index] + self._orders[index][position]
 
     def go_to(self, given: int) -> None:
-        """Move to the item after the first `given` ones."""
+        """Move to the item after the first `given` items."""
         self.given = given
         self._turns.go_to(given)
 
     def state(self) -> dict[str, Any]:
-        """Return the order and the number of given items, from which `given_rows` repeats them without the data."""
+        """Return the order and the number of given items.
+
+        `given_rows` repeats the rows from this state without the data.
+        """
         return {
             "shares": [asdict(share) for share in self.shares],
             "seed": self.seed,
@@ -114,7 +117,7 @@ class StreamOrder:
 
 
 def pack_rows(rows: Sequence[int]) -> str:
-    """Return row numbers as text: a compressed mask with one bit for each row up to the last one.
+    """Return row numbers as text: a compressed mask with a bit for each row up to the last.
 
     A checkpoint of a large data set then has an eighth of the size of a list of numbers, or less.
     """
@@ -131,7 +134,7 @@ def unpack_rows(text: str) -> list[int]:
 
 
 def given_rows(state: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Return epoch and row of each item that a stream had given when it returned its order's state."""
+    """Return epoch and row of each item that a stream had given before `state` was taken."""
     shares = [MixtureShare(**share) for share in state["shares"]]
     skipped = unpack_rows(state["skipped_rows"])
     order = StreamOrder(shares, seed=state["seed"], shuffle=state["shuffle"], skipped_rows=skipped)
@@ -166,7 +169,10 @@ class Stream(Generic[T]):
         return len(self._items)
 
     def next(self, count: int) -> tuple[tuple[int, T], ...]:
-        """Return the next `count` items, each with the epoch of its set. Continue into later epochs as needed."""
+        """Return the next `count` items, each with the epoch of the item's set.
+
+        Continue into later epochs as needed.
+        """
         places = (self.order.next() for _ in range(count))
         return tuple((epoch, self._items[place]) for epoch, place in places)
 
@@ -183,7 +189,7 @@ class Stream(Generic[T]):
         return Cursor(epoch=epoch, position=position, fingerprint=self._fingerprint)
 
     def restore(self, cursor: Cursor) -> None:
-        """Continue from `cursor`. UserError if it was taken with another data set, seed or order."""
+        """Continue from `cursor`. UserError if data set, seed or order differ."""
         if cursor.fingerprint != self._fingerprint:
             raise UserError(
                 "The checkpoint's data cursor belongs to other data: the rows, the tokenizer, the weights of data sets,"

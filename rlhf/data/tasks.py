@@ -43,15 +43,15 @@ class TaskSource:
 
 
 def make_rows(source: TaskSource) -> list[Columns]:
-    """Return `size` distinct rows, the same for the same source. UserError if the task does not have so many.
+    """Return `size` distinct rows, the same for the same source. UserError for a `size` beyond the task's rows.
 
-    Rows of environments (rlhf.data.environment_tasks) may repeat, since only their games are drawn at random. Every row
+    Rows of environments (rlhf.data.environment_tasks) may repeat, since only the games are drawn at random. Every row
     has `answer` and `task`. running_totals has a string `prompt`. reasoning_gym has `messages`, in split sft up to the
-    assistant's answer, and the columns its scorer reads: `question`, `answer`, `metadata`.
+    assistant's answer, and the columns for the scorer: `question`, `answer`, `metadata`.
 
-    Splits with responses have the same questions. Split sft has `completion`. Split pairs has `chosen`, `rejected` and
-    `reference`, a copy of the chosen answer. Split labelled has `completion` and `label`, with every other answer
-    right. Split steps (running_totals only) has `completions` and `labels`, a total each.
+    All splits with responses share the questions. Split sft has `completion`. Split pairs has `chosen`, `rejected` and
+    `reference`, a copy of the chosen answer. Split labelled has `completion` and `label`, with right and wrong answers
+    in turn. Split steps (running_totals only) has `completions` and `labels`, a total each.
     """
     names = [name.strip() for name in source.task.split(",")]
     if len(set(names)) < len(names):
@@ -166,7 +166,7 @@ def running_totals(digits: tuple[int, ...]) -> str:
 
 
 def careless_totals(digits: tuple[int, ...]) -> str:
-    """Return the totals without carrying: (8, 3, 8, 4) -> `1,9,3`. They are right only if no sum reaches 10."""
+    """Return the totals without carrying: (8, 3, 8, 4) -> `1,9,3`. The totals are right only if no sum reaches 10."""
     totals = itertools.accumulate(digits, lambda total, digit: total // 10 * 10 + (total % 10 + digit) % 10)
     return ",".join(map(str, list(totals)[1:]))
 
@@ -178,7 +178,10 @@ _SEED_STRIDE = 1_000_000  # item i of reasoning-gym depends on seed + i: neighbo
 
 
 def _reasoning_gym(source: TaskSource) -> list[Columns]:
-    """Return few-shot chat rows. `args.shots` worked examples come first; the other args configure the generator."""
+    """Return few-shot chat rows.
+
+    `args.shots` worked examples come first; the remaining args configure the generator.
+    """
     if source.split == "steps":
         raise UserError(f"{source.name}: its answers have no steps; {RUNNING_TOTALS} has that split.")
     shots = source.args.get("shots", _DEFAULT_SHOTS)

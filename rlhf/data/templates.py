@@ -1,6 +1,6 @@
-"""Change a tokenizer's chat template: replace its text, and set values of its variables.
+"""Change a tokenizer's chat template: replace the text, and set values of variables.
 
-Both become part of the tokenizer, so every renderer agrees, and both are saved into `final/` with it.
+Both become part of the tokenizer, so every renderer agrees, and both are saved with the tokenizer in `final/`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class ChatTemplate:
     kwargs: Mapping[str, Any] = field(default_factory=dict)  # default variables; a call may override them
 
     def apply(self, tokenizer: Any) -> None:
-        """Apply the changes to a tokenizer. Applying them again changes nothing."""
+        """Apply the changes to a tokenizer. A second application changes nothing."""
         if self.text is not None:
             tokenizer.chat_template = self.text
         template, defaults = tokenizer.chat_template, self._defaults()
@@ -37,11 +37,11 @@ class ChatTemplate:
             tokenizer.chat_template = _prepend(defaults, template)
 
     def then(self, later: ChatTemplate) -> ChatTemplate:
-        """Return these changes merged with later ones; the later changes win."""
+        """Return the changes merged with later changes; the later changes win."""
         return later if later.text is not None else replace(self, kwargs={**self.kwargs, **later.kwargs})
 
     def apply_checked(self, tokenizer: Any, *, key: str) -> None:
-        """Apply the changes to an unchanged tokenizer. UserError if they would have no effect.
+        """Apply the changes to an unchanged tokenizer. UserError for changes without an effect.
 
         `key` is the section named in messages.
         """
@@ -85,7 +85,7 @@ def _prepend(defaults: str, template: str) -> str:
 
 
 def read_template(path: str, *, key: str) -> str:
-    """Return the text of a template's file. UserError if it cannot be read, is empty, or is no Jinja."""
+    """Return the text of a template's file. UserError for an unreadable or empty file, or a text that is no Jinja."""
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -33,8 +33,8 @@ def encode(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
 def encode_raw(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     """Return the token ids of texts not written by a template.
 
-    The ids begin with the beginning-of-sequence token, if the tokenizer uses one. A text already beginning with this
-    token gets no second one.
+    The ids begin with the beginning-of-sequence token, if the tokenizer uses this token. A text already beginning with
+    the token gets no second token.
     """
     bos = raw_beginning(tokenizer)
     if not bos:
@@ -56,7 +56,7 @@ def special_tokens(tokenizer: Any) -> re.Pattern[str]:
 
 
 class Continuation:
-    """Tokenises texts as continuations of other texts. No token spans the boundary between the two.
+    """Tokenises texts as continuations of earlier texts. No token spans the boundary between the two texts.
 
     The ids are the same as within the whole text if the tokenizer puts a boundary there too.
     """
@@ -70,9 +70,8 @@ class Continuation:
         self._marks_beginning = after_anchor[-len(alone) :] != alone
 
     def encode(self, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
-        """Return the token ids of each pair's second text after its first. UserError if the tokenizer always joins the
-        two.
-        """
+        """Return the token ids of each pair's second text after the first. UserError if the tokenizer always joins the
+        two."""
         contexts = [self._context(before) for before, _ in pairs]
         continued: dict[int, list[int]] = {}
         for anchor in _ANCHORS:

@@ -1,6 +1,6 @@
-"""Write the chat template's text behind a sampled turn, in tokens. The turn has its end already if it ended by itself.
+"""Write the chat template's text behind a sampled turn, in tokens. A turn that ended by itself already has an end.
 
-Environments and agents' sessions continue their turns with it. The tokens of a turn are never rendered again.
+Environments and agents' sessions continue after a turn with this text. The tokens of a turn are never rendered again.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from rlhf.data.tokenization import Continuation, special_tokens
 
 
 class TurnEnds:
-    """Knows the token that the template writes at the end of a turn, and the tokens with which the model ends one.
+    """Knows the template's token for the end of a turn, and the model's tokens for the end of a turn.
 
     A template may write space before the end. A model may have several ends, such as Llama 3.1's `<|eom_id|>` beside
-    `<|eot_id|>`. Invariant: a turn that ended by itself is followed by no second end.
+    `<|eot_id|>`. Invariant: no second end follows a turn that ended by itself.
 
     Args:
-        of_template: the special token that the template writes at the end of a turn, if there is one.
-        of_model: the model's end tokens, besides that of the template and the tokenizer's.
+        of_template: the special token at the end of a turn in the template, if any.
+        of_model: the model's end tokens, besides the end tokens of the template and the tokenizer.
     """
 
     def __init__(self, tokenizer: Any, of_template: Collection[int], of_model: Collection[int] = ()) -> None:
@@ -30,13 +30,13 @@ class TurnEnds:
         self._continuation = Continuation(tokenizer)
 
     def tokens_behind(self, sampled: Sequence[int], text: str, *, added: str = "") -> list[int]:
-        """Return the tokens of the template's text behind a turn, without the end that the turn has already.
+        """Return the tokens of the template's text behind a turn, without an end already in the turn.
 
-        UserError if the tokenizer joins the text with any text before it.
+        UserError if the tokenizer joins the text with every text before.
 
         Args:
             sampled: the tokens of the turn.
-            added: text that goes on with the turn before the template's text.
+            added: text between the turn and the template's text, as a part of the turn.
         """
         last, stripped = sampled[-1], text.lstrip()
         first = self._special.match(stripped)

@@ -1,7 +1,7 @@
-"""Count well-formed rows a loader cannot use; they are left out and reported.
+"""Count well-formed rows that a loader cannot use. Such rows are left out and reported.
 
 The loaders of offline data use this module. A structural error (a missing column, a wrong type, a bad line) is not a
-row to leave out: it stops the run at once, as a plain UserError.
+row to leave out: such an error stops the run at once, as a plain UserError.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ _SHOWN = 3  # rows named in an error
 
 
 class NotUsable(UserError):
-    """Raised for a row a loader cannot use. Loaders catch and count it; anywhere else it is a user error."""
+    """Raised for a row that a loader cannot use.
+
+    Loaders catch and count the error; anywhere else the error is the user's.
+    """
 
     def __init__(self, place: str, reason: str) -> None:
         super().__init__(f"{place}: {reason}.")
@@ -42,7 +45,7 @@ class LoadedRows(Generic[T]):
 
 
 def refuse_too_many(unusable: Sequence[Unusable], *, num_rows: int, max_unusable_fraction: float) -> None:
-    """Raise UserError if too many rows, or all of them, would be left out. The message names the first few."""
+    """Raise UserError if too many rows, or all rows, would be left out. The message names the first few."""
     allowed = int(max_unusable_fraction * num_rows + 1e-9)  # in floats 0.29 * 100 is slightly below 29
     if not unusable or (len(unusable) <= allowed and len(unusable) < num_rows):
         return

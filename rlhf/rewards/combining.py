@@ -3,7 +3,7 @@
 There are two sums of the same values. The plain sum is the score in metrics, samples and evaluations. The normalised
 sum is a signal for training only, since its mean over a group carries no information.
 
-A value of None means the reward has no opinion on the response. It is left out of both sums, and so is a reward whose
+A value of None means the reward has no opinion on the response. Both sums leave out the value, and also a reward whose
 gate has no opinion. The mean and deviation of a group use only responses with an opinion.
 """
 
@@ -34,16 +34,16 @@ class RewardTerm:
 def plain_sum(by_name: Mapping[str, Values], shares: Mapping[str, RewardTerm]) -> list[float | None]:
     """Return the sum over rewards of weight * gate * value, for each response of a group.
 
-    It is None if rewards with a weight apply to the response and none of them has an opinion. `by_name` holds only the
-    rewards applicable to the group's row.
+    The sum is None if rewards with a weight apply to the response and no such reward has an opinion. `by_name` holds
+    only the rewards applicable to the group's row.
     """
     return _sum(gated(by_name, shares), shares)
 
 
 def training_sum(by_name: Mapping[str, Values], shares: Mapping[str, RewardTerm]) -> list[float | None]:
-    """Return the same sum, with each reward of `normalize: group` normalised within the group after its gate.
+    """Return the same sum, with each reward of `normalize: group` normalised within the group after gating.
 
-    This is arXiv:2601.05242, GDPO, without its second normalisation over the batch, which is left to an algorithm.
+    This is arXiv:2601.05242, GDPO, without the second normalisation over the batch: an algorithm does that.
     """
     terms: dict[str, Values] = {}
     for name, values in gated(by_name, shares).items():

@@ -20,9 +20,9 @@ class FailedReward(Protocol):
 
 
 def held_out_rules(rules: Mapping[str, ErrorRule]) -> dict[str, ErrorRule]:
-    """Return the rules of an evaluation, which leaves out a prompt on which an agent's session failed.
+    """Return the rules of an evaluation. A prompt with a failed agent's session is left out.
 
-    A session may be slow or raise on some prompt. That is no reason to end a run before its first step.
+    A session may be slow or raise on some prompt. Such a failure is no reason to end a run before the first step.
     """
     return {**rules, AGENT: "drop"}
 

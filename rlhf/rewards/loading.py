@@ -1,7 +1,7 @@
-"""Resolve a reward's name in a config to its source and its columns, before anything starts.
+"""Resolve a reward's name in a config to a source and columns, before anything starts.
 
 A reward's file is imported in a reward process, never in the caller: a file may hang, exit or take a GPU at import. The
-result is a description for pickling; the pool loads the reward again in its processes.
+result is a description for pickling; the pool loads the reward again in each process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_DEPTH = 64  # maximum nesting of lists and objects in a data row
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedReward:
-    """A loaded reward: its source and its parameters."""
+    """Describe a loaded reward by source and parameters."""
 
     function: str  # name in the config
     source: CodeSource
@@ -48,7 +48,8 @@ def load_reward(
     timeout_s: float = 60.0,
     memory_gib: float = 8.0,
 ) -> LoadedReward:
-    """Load a built-in, a package's entry point, or `path/file.py:name` relative to the first of `folders` that has it.
+    """Load a built-in, a package's entry point, or `path/file.py:name` relative to the first of `folders` with the
+    file.
 
     `key` is the reward's place in the config, for messages. UserError if the reward is missing or cannot be used.
     """

@@ -1,8 +1,9 @@
-"""Combine the rewards of a run into a weighted score for each response, or report why there is none.
+"""Combine the rewards of a run into a weighted score for each response, or report the failure.
 
 This is the last stage before the experience. Function rewards run in the pool, services are called, and scores of a
-reward model come from its worker. A failed reward is reported. It counts as a number only if its configuration or a
-built-in's rule says so. Otherwise the group has no scores, and the controller decides its fate.
+reward model come from the model's worker. A failed reward is reported. A failure counts as a number only if the
+configuration or a built-in's rule says so. Otherwise the group has no scores, and the controller decides the group's
+fate.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ _EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardSpec:
-    """A reward of a run: a function, a service, or (neither) a reward model, whose scores are arguments of `score`."""
+    """A reward of a run: a function, a service, or (neither) a reward model.
+
+    The model's scores are arguments of `score`.
+    """
 
     name: str
     weight: float
@@ -49,9 +53,9 @@ class RewardSpec:
         return self.function is None and self.remote is None and not self.from_environment
 
     def score_of_failure(self, kind: RewardErrorKind) -> float | None:
-        """Return the score of a response after a failure of this kind, or None if its group has no scores.
+        """Return the score of a response after a failure of this kind, or None if the group has no scores.
 
-        A built-in without a configured rule counts a response as wrong if it ends the process.
+        A built-in without a configured rule counts a response that ends the process as wrong.
         """
         if isinstance(self.on_error, float):
             return self.on_error
@@ -60,7 +64,7 @@ class RewardSpec:
         return None
 
     def applies_to(self, columns: Mapping[str, Any]) -> bool:
-        """Return whether the reward scores a row with these columns. True and 1 differ here."""
+        """Return whether the reward scores a row by the row's columns. True and 1 differ here."""
         return all(
             name in columns
             and any(type(columns[name]) is type(allowed) and columns[name] == allowed for allowed in values)
@@ -69,9 +73,9 @@ class RewardSpec:
 
 
 def fingerprint(specs: Sequence[RewardSpec], *, model: str) -> str:
-    """Return a digest of the rewards: their configuration and the text of their files.
+    """Return a digest of the rewards' configuration and of the text of all reward files.
 
-    It does not cover other imported files, or the content of a service.
+    The digest does not cover files imported by reward files, or the content of a service.
     """
     digest = hashlib.blake2b(model.encode(), digest_size=16)
     for spec in specs:
@@ -95,7 +99,7 @@ def ask_deadline_s(specs: Sequence[RewardSpec], num_responses: int) -> float:
 
 
 def asks_in_flight(specs: Sequence[RewardSpec]) -> int:
-    """Return the number of groups services are asked about at once. It is 0 without services."""
+    """Return the number of groups services are asked about at once. Without services the number is 0."""
     return max((spec.remote.service.max_in_flight for spec in specs if spec.remote is not None), default=0)
 
 
@@ -171,7 +175,7 @@ class RewardSet:
 
         `truncated` marks truncated responses. `model_scores` holds a number per response for each reward of the reward
         model, by name. `model_steps` holds the same for rewards credited by steps. `asked` is the result of `ask`.
-        `places` maps, for each response, a number of first characters to the position of their last token. It is None
+        `places` maps, for each response, a number of first characters to the position of their last token, or is None
         if no steps are needed. `results` holds the result of an agent's session for each response, or nothing.
         """
         by_name: dict[str, tuple[float | None, ...]] = {}
@@ -293,7 +297,7 @@ def rules_of_specs(specs: Sequence[RewardSpec]) -> dict[str, ErrorRule]:
 
 
 def describe_errors(errors: Sequence[RewardError]) -> str:
-    """Return a line for each reward and kind of failure, with its first message."""
+    """Return a line for each reward and kind of failure, with the first message."""
     first: dict[tuple[str, str], RewardError] = {}
     count: dict[tuple[str, str], int] = {}
     for error in errors:

@@ -1,8 +1,8 @@
-"""The reward `code_tests`: run the program in a response against the tests of its row.
+"""The reward `code_tests`: run the program in a response against the tests of the row.
 
-Expected outputs and values never enter the sandbox: it returns the program's output or values, and they are compared
+Expected outputs and values never enter the sandbox: the sandbox returns the program's output or values for a comparison
 here. Assertions run together with the program. An error in a row's tests raises, and an error in the program is a
-failed test. Never execute output of the sandbox in order to compare it.
+failed test. Never execute output of the sandbox for a comparison.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class Cases:
 
 
 class CodeTests:
-    """The share of tests passed by the program in the response, or 1.0 if it passes all (`score`).
+    """The share of tests passed by the program in the response, or 1.0 only for all tests (`score`).
 
     The program is the last fenced block of Python, or the last block if none is marked as Python (`extract`). `test_s`
     limits a process, and `limit_s` all processes of a response. Each test of standard output runs in a separate
-    process; all other tests share a process.
+    process; tests of the two further kinds share a process.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class CodeTests:
         yield from (answer == mark for answer in answers)
 
     def _is_expected(self, value: object, expected: object) -> bool:
-        """Compare a value with the expected value, which many data sets wrap in a list."""
+        """Compare a value with the expected value. Many data sets wrap the expected value in a list."""
         same = same_value(value, expected, tolerance=self._tolerance)
         return same or same_value([value], expected, tolerance=self._tolerance)
 
@@ -210,7 +210,7 @@ def read_tests(column: object) -> Cases:
 def read_test_code(code: str, entry_point: str | None) -> Cases:
     """Read the column `test_code`: statements, functions named test_..., or `check` for `entry_point`.
 
-    The statements below `if __name__ == "__main__"` are statements as any other.
+    The statements below `if __name__ == "__main__"` count as statements.
     """
     try:
         body = ast.parse(code).body
@@ -244,7 +244,7 @@ def _is_main_guard(node: ast.stmt) -> TypeGuard[ast.If]:
 
 
 def _tests_nothing(node: ast.stmt) -> bool:
-    """Return whether a statement defines something, or starts a runner of tests, which finds none in the sandbox."""
+    """Return whether a statement only defines something, or starts a runner. A runner finds no tests in the sandbox."""
     if isinstance(node, _DEFINING) or isinstance(getattr(node, "value", None), ast.Constant):
         return True
     return any(runner in ast.unparse(node) for runner in ("unittest.main(", "pytest.main("))
@@ -333,7 +333,7 @@ def _imports(code: str) -> Iterator[str]:
 
 
 def _parsed(results: bytes, count: int) -> list[Any]:
-    """Return an answer for each test, or None if it is not JSON.
+    """Return an answer for each test, or None if the answer is not JSON.
 
     The program may write here too, so answers are only compared.
     """

@@ -1,4 +1,4 @@
-"""Built-in rewards for the form of a response: its length and its repetitions.
+"""Built-in rewards for the form of a response: length and repetitions.
 
 Rewards receive text, so lengths are in words or characters (`unit`) and never in tokens. Penalties on tokens belong to
 an algorithm. Each function is called once per response, and parameters without a value in `args` are columns of the
@@ -38,7 +38,10 @@ def overlong(prompt: str, response: str, limit: float, buffer: float, unit: Unit
 
 
 def repetition_penalty(prompt: str, response: str, ngram: int = 3, max_penalty: float = 1.0) -> float:
-    """Return minus the share of repeated word n-grams, times max_penalty. It is 0 for a response without any n-gram."""
+    """Return minus the share of repeated word n-grams, times max_penalty.
+
+    The penalty is 0 for a response without any n-gram.
+    """
     if ngram < 1:
         raise ValueError(f"ngram must be 1 or more, got {ngram}")
     words = response.lower().split()

@@ -1,11 +1,11 @@
-"""Built-in rewards: rules to compare a response with a column of its data row.
+"""Built-in rewards: rules to compare a response with a column of the data row.
 
 The rules here give 1.0 for right and 0.0 for wrong. `reasoning_gym` gives the partial credit of its task. All run in
 reward processes, like a user's reward. Keep imports at the top to the standard library: a heavy import belongs in a
-constructor, which runs once per process and outside the time limit of a call.
+constructor, run once per process and outside the time limit of a call.
 
-Two rules hold for every built-in. An unreadable data row raises, because the data is wrong. A response never raises: it
-is wrong if a rule cannot read it, or cannot check it within `limit_s`.
+Two rules hold for every built-in. An unreadable data row raises, because the data is wrong. A response never raises: an
+unreadable response, or a response without a result within `limit_s`, is wrong.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def multiple_choice(prompt: str, response: str, answer: object) -> float:
 
 
 def regex_match(prompt: str, response: str, pattern: str, answer: object, limit_s: float = 5.0) -> float:
-    """Compare the last match of the pattern with the answer: its first group, or the whole match without a group."""
+    """Compare the last match of the pattern with the answer: the first group, or the whole match without a group."""
     compiled = re.compile(pattern, re.DOTALL)
     captured = None
     with _limit(_positive(limit_s)) as search:
@@ -107,9 +107,9 @@ def regex_match(prompt: str, response: str, pattern: str, answer: object, limit_
 
 
 class JsonSchema:
-    """The response is JSON allowed by a schema: its last fenced block, or else all of it.
+    """The response is JSON allowed by a schema: the last fenced block, or else the whole response.
 
-    The schema is the argument, or else the column `schema`: an object or its JSON. A reference to another document is
+    The schema is the argument, or else the column `schema`: an object or JSON text. A reference to another document is
     never fetched. NaN and Infinity are not JSON, and no schema allows a number Python cannot read.
     """
 
@@ -164,7 +164,7 @@ class FormatRegex:
 class MathAnswer:
     """The response's final answer equals the `answer` as a mathematical expression (math-verify).
 
-    A response counts as wrong if its check takes more than `limit_s`: a model may write 9^(9^(9^9)).
+    A response counts as wrong if the check takes more than `limit_s`: a model may write 9^(9^(9^9)).
     """
 
     def __init__(self, limit_s: float = 5.0) -> None:
@@ -186,8 +186,8 @@ class MathAnswer:
     def _parse_answer(self, answer: str) -> list[Any]:
         """Parse an answer as LaTeX, or as text with a number.
 
-        Of LaTeX without delimiters math-verify would only read a number: 5 of "5\\sqrt{2}", and 1 of "x^2 + 1". It
-        would also read 5 of "5*sqrt(2)", so roots and pi are written as LaTeX.
+        Of LaTeX without delimiters math-verify would only read a number: 5 of "5\\sqrt{2}", and 1 of "x^2 + 1".
+        math-verify would also read 5 of "5*sqrt(2)", so roots and pi are written as LaTeX.
         """
         answer = _PLAIN_PI.sub(r"\\pi", _PLAIN_ROOT.sub(r"\\sqrt{\1}", _BARE_ROOT.sub(r"\\sqrt", answer)))
         if not _TEXT.search(_LATEX_COMMAND.sub("@", answer)):
@@ -205,12 +205,12 @@ class MathAnswer:
 class ReasoningGym:
     """The score of a reasoning-gym task for the answer in the response.
 
-    It reads the columns of the task's entry: `answer`, `metadata` (its `source_dataset` names the task) and optionally
-    `question`, by default the prompt. A response without an extractable answer scores 0. It also scores 0 if the task's
-    scorer raises or takes more than `limit_s`. If the scorer raises on the right answer too, the entry is wrong, and
-    the error is raised.
+    The reward reads the columns of the task's entry: `answer`, `metadata` (with the task in `source_dataset`) and
+    optionally `question`, by default the prompt. A response without an extractable answer scores 0, as does a response
+    on which the task's scorer raises or takes more than `limit_s`. If the scorer raises on the right answer too, the
+    entry is wrong, and the error is raised.
 
-    A task is refused if it gives full marks to nonsense. A task with full marks for "nan" never receives it.
+    A task with full marks for nonsense is refused. A task with full marks for "nan" never receives "nan".
     """
 
     def __init__(
@@ -242,7 +242,7 @@ class ReasoningGym:
         return value if check.in_time and math.isfinite(value) else 0.0
 
     def _examined(self, task: str, entry: Mapping[str, Any]) -> tuple[Callable[..., float], bool]:
-        """Return the task's scorer, and whether it accepts "nan" as the right answer."""
+        """Return the task's scorer, and whether the scorer accepts "nan" as the right answer."""
         score = self._library.get_score_answer_fn(task)
         if _score(score, "\N{REPLACEMENT CHARACTER}", entry) >= 1.0:
             raise ValueError(
@@ -287,7 +287,7 @@ _AGAIN_S = 0.5  # a destructor may have swallowed the first _TooSlow
 
 
 class _TooSlow(BaseException):
-    """Ends a check at its limit. It is not an Exception, because sympy and math-verify catch exceptions."""
+    """Ends a check at the limit. The class is no Exception, because sympy and math-verify catch exceptions."""
 
 
 class _Check:

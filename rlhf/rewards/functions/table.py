@@ -35,7 +35,7 @@ from rlhf.rewards.functions.matching import (
 class CosineLength:
     """Right or wrong, scaled by length (arXiv:2502.03373): right and short is best, wrong and short is worst.
 
-    Another built-in reward decides whether a response is right (`verifier`, with `verifier_args`): its score is
+    Another built-in reward decides whether a response is right (`verifier`, with `verifier_args`), by a score of
     `threshold` or more. The values of right and wrong responses go from `*_at_zero` to `*_at_limit`. A response of the
     limit or longer scores `exceeded`. The defaults come from the paper.
     """
@@ -83,10 +83,10 @@ def _built_in(name: str, args: Mapping[str, Any]) -> Callable[..., float]:
 
 
 def check_args(function: Callable[..., float], args: Mapping[str, Any]) -> None:
-    """Call a built-in function with its fixed arguments once, so that it raises for a wrong one before a run starts.
+    """Call a built-in function once with the fixed arguments, to raise for a wrong argument before a run starts.
 
-    A column that is not fixed gets a value that every function accepts. The function is not called if another
-    parameter is missing: `overlong` compares `limit` with `buffer`, and needs both.
+    A column without a fixed value gets a value accepted by every function. A function with a further missing parameter
+    is not called: `overlong` compares `limit` with `buffer`, and needs both.
     """
     if not args:
         return
@@ -117,7 +117,7 @@ BUILT_INS: dict[str, Callable[..., Any]] = {
 
 
 def own_limit_s(function: str, args: Mapping[str, Any]) -> float | None:
-    """Return the internal time limit of a built-in reward in seconds, or None. A response beyond it is wrong."""
+    """Return the internal time limit of a built-in reward in seconds, or None. A response beyond the limit is wrong."""
     if function not in BUILT_INS:
         return None
     if function == "cosine_length":
@@ -132,7 +132,7 @@ def own_limit_s(function: str, args: Mapping[str, Any]) -> float | None:
 def score_of_killed(function: str, args: Mapping[str, Any]) -> float | None:
     """Return the score of a built-in reward for a response whose process hung or died.
 
-    It is the score of a wrong response. It is None for functions other than built-ins.
+    A built-in gives the score of a wrong response. All functions of users give None.
     """
     if function == "cosine_length":
         return float(args.get("wrong_at_zero", -10.0))

@@ -1,7 +1,7 @@
 """Run rewards in separate processes, with a hard limit on every call.
 
-A call becomes a Failure, never a score, if it raises, hangs, returns an invalid number or ends its process twice. The
-next call uses a fresh process. The caller decides the effect of a failure on the response and on the run.
+A call becomes a Failure, never a score, if the function raises, hangs, returns an invalid number or ends the process
+twice. The next call uses a fresh process. The caller decides the effect of a failure on the response and on the run.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ class GroupOutcome:
 
 
 def longest_s(num_responses: int, timeout_s: float) -> float:
-    """Return the longest time for a group by one reward once a process is free."""
+    """Return the longest time for a group by a single reward once a process is free."""
     return 2 * (num_responses * timeout_s + START_TIMEOUT_S)  # each call may be repeated; starts: see RewardPool.score
 
 
 class RewardPool:
     """A pool of `processes` processes, each with all of `sources` loaded.
 
-    It is thread-safe, with one group per process at a time. RunError if a reward cannot be loaded: the driver could
-    load it, so this machine differs from the driver's.
+    The pool is thread-safe, with one group per process at a time. RunError if a reward cannot be loaded here: the
+    driver loaded the same reward, so the two machines differ.
     """
 
     def __init__(
@@ -111,12 +111,13 @@ class RewardPool:
     ) -> GroupOutcome:
         """Score a group by sources[reward].
 
-        If a process dies, its response is scored once more in a fresh process, since a process may also be killed from
+        If a process dies, the response is scored once more in a fresh process, since a process may also be killed from
         outside. A second death is a failure of the response.
 
-        Args: `own` are further columns of each response, or empty. `by_step` says the reward returns steps, whose ends
-        count characters of the response. `goes_on` says to score the rest of the group in a fresh process after a hang
-        or a second death. Without it the group ends there, since it is already unusable and the rest may hang too.
+        Args: `own` are further columns of each response, or empty. `by_step`: the reward returns steps with ends as
+        numbers of characters of the response. `goes_on` says to score the rest of the group in a fresh process after a
+        hang or a second death. Without `goes_on` the group ends there, since the group is already invalid and the rest
+        may hang too.
         """
         pickled, pickled_own = pickle.dumps(dict(columns)), tuple(pickle.dumps(dict(row)) for row in own)
         replies: list[Reply] = []
@@ -160,7 +161,7 @@ class RewardPool:
         )
 
     def _exchange(self, process: RewardProcess, request: Request, replies: list[Reply]) -> Reply | None:
-        """Append the replies as they arrive. Return the failure of the process, or None after the last reply."""
+        """Append each reply on arrival. Return the failure of the process, or None after the last reply."""
         try:
             process.send(request, self._timeout_s)
             for _ in request.responses:
@@ -207,7 +208,10 @@ class RewardPool:
         return RewardProcess(self._sources, memory_gib=self._memory_gib)
 
     def _load(self, slot: _Slot, within_s: float) -> tuple[RewardProcess, tuple[Signature, ...]]:
-        """Return a slot's process with its rewards loaded. One that dies meanwhile is replaced once, as in `score`."""
+        """Return a slot's process with all rewards loaded.
+
+        A process that dies meanwhile is replaced once, as in `score`.
+        """
         ends, is_second = time.monotonic() + within_s, False
         while True:
             process = slot.process or slot.hold(self._start())

@@ -1,4 +1,4 @@
-"""Control a reward process from its parent: start it, send calls, locate a hang, and kill it.
+"""Control a reward process from the parent: start the process, send calls, locate a hang, and kill.
 
 Every wait has a deadline. The pool decides the effect of a death or a timeout.
 """
@@ -50,9 +50,10 @@ class ProcessDied(Exception):
 
 
 class ChildProcess:
-    """A process that runs a user's code in a separate process group, with a connection to it.
+    """A process that runs a user's code in a separate process group, with a connection to the parent.
 
-    It dies with this process. Its output is logged. A signal makes it write its place in the code to a file.
+    The child dies with this process. All output is logged. On a signal, the child writes its place in the code to a
+    file.
     """
 
     def __init__(self, program: str, *, label: str, env: Mapping[str, str]) -> None:
@@ -81,15 +82,16 @@ class ChildProcess:
             os.close(output)
 
     def read_output(self) -> bool:
-        """Log the output written so far. Return False at its end."""
+        """Log the output written so far. Return False at the end of the output."""
         return self.log.read(self.output)
 
     def read_faults(self) -> str:
-        """Return the places in the code that the process and its children have written."""
+        """Return the places in the code as written by the process and its children."""
         return os.pread(self.faults.fileno(), 1 << 20, 0).decode(errors="replace")
 
     def describe_end(self, code: int, path: str | None) -> str:
-        """Return how a process with this exit code ended, with its place in the file `path` and its last output."""
+        """Return how a process with this exit code ended, with the last place in the file `path` and the last
+        output."""
         how = f"it was killed by {signal.Signals(-code).name}" if code < 0 else f"it exited with code {code}"
         self.read_output()
         place = place_in(self.read_faults(), path)
@@ -97,7 +99,7 @@ class ChildProcess:
         return f"{how}{place and ', at ' + place}{last}"
 
     def close(self) -> None:
-        """Log the remaining output, and close the connection and the files. Processes that still run then end."""
+        """Log the remaining output, and close the connection and the files. Remaining processes then end."""
         self.read_output()
         self.connection.close()
         self.faults.close()
@@ -204,7 +206,7 @@ class RewardProcess:
                 os.killpg(self.pid, signal.SIGKILL)
 
     def kill(self) -> None:
-        """Kill the process with all its children, and wait for its end. RunError if it does not end."""
+        """Kill the process with all its children, and wait for its end. RunError if the process does not end."""
         self.signal_end()
         self._kill_daemons()
         try:
@@ -215,7 +217,7 @@ class RewardProcess:
             self._child.close()
 
     def _kill_daemons(self) -> None:
-        """Kill processes outside the process group, such as a daemon with its own session. They inherit the mark."""
+        """Kill processes outside the process group, such as a daemon with its own session. Daemons inherit the mark."""
         mark = f"{MARK}={self._mark}".encode()
         for _ in range(3):  # a killed daemon may have started another
             daemons = [pid for pid in _other_processes(self.pid) if mark in _environment_of(pid)]
@@ -247,7 +249,8 @@ def _other_processes(pid: int) -> Iterator[int]:
 
 
 def _environment_of(pid: int) -> list[bytes]:
-    """Return the initial environment of a process, or an empty list if it has ended or belongs to another user."""
+    """Return the initial environment of a process, or an empty list if the process has ended or another user owns the
+    process."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     return []
@@ -268,7 +271,7 @@ class OutputLog:
         self._partial = b""
 
     def read(self, fd: int) -> bool:
-        """Read the available output of a non-blocking pipe. Return False at its end."""
+        """Read the available output of a non-blocking pipe. Return False at the end of the pipe."""
         while True:
             try:
                 chunk = os.read(fd, 1 << 16)

@@ -1,7 +1,7 @@
 """The program of a reward process: load rewards, answer calls, and die with the parent.
 
-`rlhf.rewards.processes.process` starts it and shares the message types below. It uses only the standard library, so a
-process starts in a twentieth of a second: never import torch here, directly or through another module.
+`rlhf.rewards.processes.process` starts this program and shares the message types below. The program uses only the
+standard library and starts in a twentieth of a second: never import torch here, directly or through another module.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Reply:
     """An answer of a reward process.
 
     `kind` is `loaded` (payload: Signature), `value` (float, pairs of end and float, or None for no opinion), or the
-    kind of a failure (payload: its message).
+    kind of a failure (payload: the message).
     """
 
     kind: str
@@ -71,11 +71,12 @@ class Reply:
 
 
 class BrokenFrame(Exception):
-    """Raised if the connection holds an invalid message: a reward wrote into it, or the process died in a write."""
+    """Raised if the connection holds an invalid message: a reward wrote into the connection, or the process died in a
+    write."""
 
 
 def send_frame(connection: socket.socket, message: object) -> None:
-    """Write a message. TimeoutError after the socket's timeout, OSError if the other side is gone."""
+    """Write a message. TimeoutError after the socket's timeout, OSError if the peer is gone."""
     data = pickle.dumps(message)
     connection.sendall(_HEADER.pack(len(data)) + data)
 
@@ -83,7 +84,7 @@ def send_frame(connection: socket.socket, message: object) -> None:
 def receive_frame(connection: socket.socket) -> Any:
     """Read a message.
 
-    TimeoutError after the socket's timeout, EOFError or OSError if the other side is gone, BrokenFrame for other bytes.
+    TimeoutError after the socket's timeout, EOFError or OSError if the peer is gone, BrokenFrame for invalid bytes.
     """
     (size,) = _HEADER.unpack(_receive_exactly(connection, _HEADER.size))
     if size > MAX_FRAME_BYTES:
@@ -106,7 +107,7 @@ def _receive_exactly(connection: socket.socket, size: int) -> bytes:
 
 
 class Reward:
-    """A loaded reward. LoadError if it cannot be used."""
+    """A loaded reward. LoadError if the reward is missing or invalid."""
 
     def __init__(self, source: CodeSource) -> None:
         self._path = source.path
@@ -118,7 +119,7 @@ class Reward:
         self.signature = _read_signature(source, target)
 
     def score(self, request: Request) -> Iterator[Reply]:
-        """Yield a reply for each response, in order, as soon as it is known."""
+        """Yield a reply for each response, in order, each as soon as possible."""
         if self.signature.batched:
             yield from self._guard(self._score_group, request, request.responses)
         else:
@@ -156,7 +157,7 @@ class Reward:
 
 
 def _columns(request: Request) -> list[dict[str, Any]]:
-    """Return the columns of each response, in objects of its own."""
+    """Return the columns of each response, in separate objects."""
     own = request.own or [pickle.dumps({})] * len(request.responses)
     return [{**pickle.loads(request.columns), **pickle.loads(columns)} for columns in own]
 
@@ -283,9 +284,9 @@ def _read_signature(source: CodeSource, target: Callable[..., Any]) -> Signature
 def die_with_parent(lifeline: int) -> None:
     """Kill this process group when the parent ends.
 
-    The parent holds the other end of this pipe and writes nothing. When it closes, the kernel kills the group. A thread
-    could not do this, since a hanging C function may hold the interpreter. PR_SET_PDEATHSIG would fire at the end of
-    the parent's thread, not of the parent.
+    The parent holds the far end of this pipe and writes nothing. When the parent's end closes, the kernel kills the
+    group. A thread could not do this, since a hanging C function may hold the interpreter. PR_SET_PDEATHSIG would fire
+    at the end of the parent's thread, not of the parent.
     """
     f_setsig = 10  # Linux; the fcntl module has no name for it
     fcntl.fcntl(lifeline, f_setsig, signal.SIGKILL)
@@ -298,12 +299,13 @@ def die_with_parent(lifeline: int) -> None:
 
 
 def outlive_parent(lifeline: int) -> None:
-    """Undo `die_with_parent`, for a process that notices the parent's end by itself and has to clean up."""
+    """Undo `die_with_parent`, for a process with a clean-up after the parent's end."""
     fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) & ~os.O_ASYNC)
 
 
 def begin_child(lifeline: int, faults_fd: int) -> None:
-    """Prepare a process of a user's code: it dies with its parent, and writes its place in the code when asked."""
+    """Prepare a process of a user's code: the process dies with the parent, and on a signal writes its place in the
+    code."""
     host_code()
     die_with_parent(lifeline)
     faulthandler.enable(file=faults_fd, all_threads=False)
@@ -313,7 +315,7 @@ def begin_child(lifeline: int, faults_fd: int) -> None:
 
 
 def limit_memory(num_bytes: int) -> None:
-    """Limit the memory that this process may map."""
+    """Limit the memory mapped by this process."""
     _, allowed = resource.getrlimit(resource.RLIMIT_AS)  # this user may not raise the hard limit
     limit = num_bytes if allowed == resource.RLIM_INFINITY else min(num_bytes, allowed)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

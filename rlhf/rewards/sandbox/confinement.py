@@ -1,9 +1,9 @@
 """Build the kernel restrictions of a sandboxed program: a seccomp filter and a Landlock ruleset.
 
 The parent builds both, and the process of the program applies them (`rlhf.rewards.sandbox.program`). The filter lists
-the system calls a single computing process needs, and answers "not implemented" to all others. There is therefore no
-fork, no exec, no socket to the outside, no signal to other processes and no change of a file, for every C library and
-kernel. Always list allowed calls: never invert the list.
+the system calls a single computing process needs, and answers "not implemented" to every call outside the list. There
+is therefore no fork, no exec, no socket to the outside, no signal to a second process and no change of a file, for
+every C library and kernel. Always list allowed calls: never invert the list.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def seccomp_filter() -> bytes:
 
 
 def _when(number: int, argument: int, test: list[tuple[int, int, int, int]]) -> Iterator[tuple[int, int, int, int]]:
-    """Allow a call if `test`, which starts with an argument loaded, falls through to its end."""
+    """Allow a call if `test` falls through to the end. `test` starts with an argument loaded."""
     yield (_EQUAL, 0, len(test) + 3, number)
     yield (_LOAD, 0, 0, _ARGUMENT + 8 * argument)
     yield from test

@@ -1,8 +1,8 @@
-"""The program of a sandboxed process: confine itself, report it, and run a model's program.
+"""The program of a sandboxed process: confine itself, report success, and run a model's program.
 
-`rlhf.rewards.sandbox.run` passes its source to an interpreter, so no file is needed there. It must use only the
-standard library and run on Python 3.8. All code after `confine` may be controlled by the model's program: never let it
-hold an expected answer.
+`rlhf.rewards.sandbox.run` passes this module's source to an interpreter, so no file is needed there. This module must
+use only the standard library and run on Python 3.8. All code after `confine` may be controlled by the model's program:
+never hold an expected answer here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def confine(job: Job) -> None:
-    """Apply limits and restrictions to this process until it ends."""
+    """Apply limits and restrictions to this process, for good."""
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     memory = job["memory_bytes"] if most == resource.RLIM_INFINITY else min(job["memory_bytes"], most)
     for name, limit in (

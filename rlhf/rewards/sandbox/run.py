@@ -1,9 +1,9 @@
 """Run a Python program written by a model in a sandbox.
 
-A sandboxed program is a single process without files, network, other processes or the parent's environment. It may read
-the system's libraries and its interpreter, and write to standard output, standard error and its results. These outputs
-live in memory and have a size limit, so nothing is left behind. There are two levels of protection with the same
-behaviour for programs, and `Sandbox` uses the first available level. Never start a model's program by other means.
+A sandboxed program is a single process without files, network, child processes or the parent's environment. The program
+may read the system's libraries and the interpreter, and write to standard output, standard error and the results. All
+outputs live in memory and have a size limit, so nothing is left behind. There are two levels of protection with the
+same behaviour for programs, and `Sandbox` uses the first available level. Never start a model's program by other means.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ _ENVIRONMENT = {
 
 
 class SandboxError(Exception):
-    """Raised if the sandbox itself fails or is unavailable. It says nothing about the program."""
+    """Raised if the sandbox itself fails or is unavailable. The error says nothing about the program."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """The end of a program. `code` is its exit code, or minus the signal, or None if it was killed at a limit."""
+    """The end of a program. `code` is the exit code, or minus the signal, or None after a kill at a limit."""
 
     code: int | None
     stdout: bytes
@@ -77,18 +77,19 @@ class Finished:
 
 
 class Sandbox:
-    """Runs programs from several threads, at the first of these protection levels able to run `print(1)` here.
+    """Runs programs from several threads, at the first of the following protection levels able to run `print(1)` here.
 
     1. bubblewrap: namespaces with only libraries mounted, as an unprivileged user; and the seccomp filter.
 
     2. landlock: Landlock's rules on files, and the seccomp filter. If this process is root, programs run as an
-    unprivileged user. They run as root without capabilities if only root may read the interpreter, or if this process
-    may not change its user.
+       unprivileged user. Programs run as root without capabilities if only root may read the interpreter, or if this
+       process may not change the user.
 
     3. unsafe, only with `unsafe`: limits on memory, time and output, and no protection.
 
-    `python` is the interpreter, with its installed packages. None selects this process's interpreter, or the system's
-    if an unprivileged user cannot read it, both without packages. SandboxError if no level works.
+    `python` is the interpreter, with all installed packages. None selects this process's interpreter, or the system's
+    interpreter if an unprivileged user cannot read this process's interpreter, both without packages. SandboxError if
+    no level works.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class Sandbox:
     def run(
         self, program: str, *, wall_s: float, stdin: bytes = b"", tests: Mapping[str, Any] | None = None
     ) -> Finished:
-        """Run a program to its end, or to the limit.
+        """Run a program to the end, or to the limit.
 
         `tests` are the test fields of a job for `rlhf.rewards.sandbox.program`. None runs a script.
         """
@@ -228,7 +229,10 @@ def _interpreters() -> list[str]:
 
 
 def _may_change_user() -> bool:
-    """Return whether this process is root with CAP_SETGID and CAP_SETUID, which containers may have dropped."""
+    """Return whether this process is root with CAP_SETGID and CAP_SETUID.
+
+    Containers may have dropped both capabilities.
+    """
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     effective = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)
     return os.geteuid() == 0 and effective is not None and int(effective[1], 16) & 0xC0 == 0xC0
@@ -240,7 +244,7 @@ def _everybody_reads(name: str) -> bool:
 
 
 def namespaces(readable: Sequence[str], *, writable: str | None = None) -> list[str]:
-    """Return arguments of bubblewrap for a process with nothing shared, which starts in its writable folder."""
+    """Return arguments of bubblewrap for a process with nothing shared, started in the writable folder."""
     options = ["--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--cap-drop", "ALL"]
     options += ["--dev", "/dev", "--remount-ro", "/dev"]
     for path in readable:
@@ -274,7 +278,10 @@ def _pipe(held: ExitStack) -> tuple[io.FileIO, io.FileIO]:
 
 
 def _is_ready(ready: io.FileIO) -> bool:
-    """Return whether the process confines itself within the limit. It closes the pipe if it cannot."""
+    """Return whether the process confines itself within the limit.
+
+    A process that cannot confine itself closes the pipe.
+    """
     return _readable(ready, START_LIMIT_S) and ready.read(1) == b"1"
 
 
@@ -285,7 +292,7 @@ def _num_threads(pid: int) -> int:
 
 
 def _end(process: subprocess.Popen[bytes], info: io.FileIO) -> None:
-    """Kill the rest of the process tree from the inside out, and wait for its end."""
+    """Kill the rest of the process tree from the inside out, and wait for the end."""
     if process.poll() is not None:
         return
     inner = re.search(rb'"child-pid": (\d+)', os.read(info.fileno(), 4096)) if _readable(info, 0.0) else None

@@ -1,7 +1,7 @@
 """Call HTTP services for rewards: many requests at once, with useful retries and a deadline.
 
 The client knows nothing of rewards: `Service.post` returns a JSON object or raises a ServiceError. A token is sent only
-in a request's header. Redirects are not followed, since they would receive the token.
+in a request's header. Redirects are not followed, since the target of a redirect would receive the token.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _BUSY = frozenset({408, 425, 429})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceSpec:
-    """The address of a service, and the limits of its requests."""
+    """The address of a service, and the limits of requests."""
 
     url: str
     timeout_s: float  # limit of an attempt
@@ -89,8 +89,8 @@ class Service:
     async def post(self, body: Mapping[str, Any], path: str = "") -> dict[str, Any]:
         """Return the JSON object answered by the service.
 
-        ServiceError has the kind `unavailable` if there was no answer before the deadline after all attempts. It has
-        the kind `refused` if another attempt would not help.
+        The kind of a ServiceError is `unavailable` after all attempts without an answer before the deadline. The kind
+        is `refused` if a further attempt would not help.
         """
         attempts, last = 0, "another request tests whether it works again"
         async with self._free:
@@ -141,7 +141,7 @@ class Service:
         return data.decode(errors="replace")
 
     def _shown(self, text: str) -> str:
-        """Return an answer on a single line, without a token it may repeat."""
+        """Return an answer on a single line, with the token masked."""
         line = " ".join(text.split())
         if self.spec.token is not None:
             line = line.replace(self.spec.token, "***")
@@ -153,7 +153,8 @@ class Service:
 
 
 class Breaker:
-    """Limits attempts while a service fails: a single attempt at a time, after growing pauses; others wait for it.
+    """Limits attempts while a service fails: a single attempt at a time, after growing pauses; all further requests
+    wait for the result.
 
     A service not running, or just starting, therefore does not receive all attempts of all requests.
     """
@@ -171,7 +172,7 @@ class Breaker:
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
-        """Run an attempt in this context, after waiting for its turn while the service fails."""
+        """Run an attempt in this context, while the service fails only after waiting for a turn."""
         async with AsyncExitStack() as held:
             probes = False
             if self.is_open:

@@ -1,7 +1,7 @@
-"""Use a language model as the judge of responses: build its request, and read its answer.
+"""Use a language model as the judge of responses: build a request, and read the answer.
 
-Pure functions without network access. A judge's answer is model output about model output. A fixed rule reads it, and
-an unreadable answer is a failure, never a low score.
+Pure functions without network access. A judge's answer is model output about model output. A fixed rule reads the
+answer, and an unreadable answer is a failure, never a low score.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _FIELD = re.compile(r"\{\{|\}\}|\{(\w+)\}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JudgeSpec:
-    """The request to a judge, and the rule for its answer."""
+    """The request to a judge, and the rule for the answer."""
 
     model: str
     prompt: str  # template with {prompt}, {response} and {column}
@@ -52,9 +52,8 @@ def question(spec: JudgeSpec, prompt: str, response: str, columns: Mapping[str, 
 
 
 def verdict(spec: JudgeSpec, answer: Mapping[str, Any]) -> float:
-    """Return the number in a completion, scaled from 0 to 1, or the value of its choice. ValueError if there is
-    none.
-    """
+    """Return the number in a completion, scaled from 0 to 1, or the value of the chosen word. ValueError for an answer
+    without both."""
     match answer:
         case {"choices": [{"message": {"content": str(text)}, **rest}, *_]}:
             truncation = ", truncated at its limit of tokens," if rest.get("finish_reason") == "length" else ""

@@ -1,6 +1,6 @@
 """Rewards from services: build the requests for a group, check the answers, and run the event loop.
 
-A worker calls all its services from an event loop in a separate thread. Every error becomes a Failure of the responses
+A worker calls all services from an event loop in a separate thread. Every error becomes a Failure of the responses
 without a score.
 """
 
@@ -29,15 +29,15 @@ _KINDS: Mapping[str, RewardErrorKind] = {kind: kind for kind in get_args(RewardE
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoteReward:
-    """A reward given by a service. With `judge` None it uses the protocol of `rlhf serve-reward`."""
+    """A reward given by a service. Without `judge`, the protocol is that of `rlhf serve-reward`."""
 
     service: ServiceSpec
     judge: JudgeSpec | None
 
     def longest_s(self, num_responses: int, groups: int) -> float:
-        """Return the longest time for a group of responses while this many groups ask the service at once.
+        """Return the longest time for a group of responses while `groups` groups ask the service at once.
 
-        A request waits until one of the service's `max_in_flight` is free, and only then does its deadline begin.
+        A request waits for a free place among the service's `max_in_flight`, and only then does the deadline begin.
         """
         requests = groups * (1 if self.judge is None else num_responses)
         return math.ceil(requests / self.service.max_in_flight) * self.service.deadline_s + CLOSE_WITHIN_S
@@ -58,7 +58,7 @@ class RemoteRewards:
         self._services = self._do(self._open(), CLOSE_WITHIN_S)
 
     def greet(self) -> None:
-        """Raise RunError for the first service that cannot be reached or refuses the token."""
+        """Raise RunError for the first service out of reach or with a refused token."""
         limit_s = max(reward.service.timeout_s for reward in self._rewards.values()) + CLOSE_WITHIN_S
         for name, trouble in self._do(self._greet(), limit_s).items():
             if trouble is not None:
@@ -172,10 +172,10 @@ async def _judged(
 
 
 def read_scores(answer: Mapping[str, Any], num_responses: int) -> GroupOutcome:
-    """Check the answer `{"scores": [...], "errors": [...]}` of a service; either may be missing.
+    """Check the answer `{"scores": [...], "errors": [...]}` of a service; both keys are optional.
 
-    A null score is no opinion, unless an error names the response. In an answer with errors only, all other responses
-    also count as failures.
+    A null score is no opinion, unless an error names the response. In an answer with errors only, the remaining
+    responses also count as failures.
     """
     failures: dict[int, Failure] = {}
     if errors := answer.get("errors"):
@@ -210,7 +210,7 @@ def read_scores(answer: Mapping[str, Any], num_responses: int) -> GroupOutcome:
 
 
 def _shown(value: object) -> str:
-    """Return a value shortened for a message, or its type if it cannot be shown."""
+    """Return a value shortened for a message, or the type of a value that cannot be shown."""
     try:
         return f"{value!r:.80}"
     except (RecursionError, ValueError):  # ValueError: an integer of more than 4,300 digits
