@@ -206,7 +206,6 @@ def test_ppo_estimates_advantages_from_values_and_learns_the_returns() -> None:
 def test_a_response_is_compared_with_its_group(name: str, settings: dict[str, Any], expected: list[float]) -> None:
     told = outcomes([1.0, 0.0, 3.0, 3.0], group_size=2, lengths=[3, 1, 2, 2])
     found = made(name, **settings).sequence_advantages(told)
-    assert found is not None
     assert found.tolist() == pytest.approx(expected, abs=1e-4)
 
 
@@ -224,7 +223,6 @@ def test_gdpo_compares_by_each_reward_and_whitens_the_sum() -> None:
                 sums[first + place] += weights[name] * share
     expected = [(value - statistics.mean(sums)) / (statistics.stdev(sums) + 1e-6) for value in sums]
     found = made("gdpo").sequence_advantages(told)
-    assert found is not None
     assert found.tolist() == pytest.approx(expected, rel=1e-9)
     assert found[0] != found[1]  # though both have one of the rewards
 
@@ -237,14 +235,12 @@ def test_gdpo_compares_a_reward_among_the_responses_that_it_has_an_opinion_on() 
     sums = [0.5 / deviation + 1.0, -0.5 / deviation, -0.5 / deviation - 1.0, 0.5 / deviation]  # b: 3, 1, 2 is 1, -1, 0
     expected = [(value - statistics.mean(sums)) / (statistics.stdev(sums) + 1e-6) for value in sums]
     advantages = made("gdpo").sequence_advantages(told)
-    assert advantages is not None
     assert advantages.tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_remax_compares_with_the_greedy_response() -> None:
     told = outcomes([1.0, 0.0, 3.0, 2.5], group_size=2, greedy=[0.5, 3.0])
     found = made("remax").sequence_advantages(told)
-    assert found is not None
     assert found.tolist() == [0.5, -0.5, 0.0, -0.5]
     assert made("remax").config.wants_greedy
     assert [name for name in ONLINE if made(name).config.wants_greedy] == ["remax"]
@@ -254,8 +250,6 @@ def test_pass_at_k_rewards_what_the_best_of_k_needs() -> None:
     # three sets of 2 of the scores 0, 1, 3: best 1, 3, 3, mean 7/3, deviation sqrt(8)/3
     normalized = made("pass_at_k", k=2).sequence_advantages(outcomes([0.0, 3.0, 1.0], group_size=3))
     margins = made("pass_at_k", k=2, baseline="leave_one_out").sequence_advantages(outcomes([0.0, 3, 1], group_size=3))
-    assert normalized is not None
-    assert margins is not None
     std = math.sqrt(8) / 3
     assert normalized.tolist() == pytest.approx([(2 - 7 / 3) / std, (3 - 7 / 3) / std, (2 - 7 / 3) / std])
     assert margins.tolist() == pytest.approx([0.0, (3 + 2) / 3, 1 / 3])  # 3 above 0 and 1, 1 above 0
@@ -351,7 +345,6 @@ def test_kl_cov_penalises_the_tokens_whose_probability_and_advantage_are_both_hi
     advantages = torch.tensor([0.0, 1.0, 1.0, 0.0, -1.0, -1.0])
     algorithm = made("kl_cov", fraction=0.25, penalty=0.5)
     chosen = selected(algorithm, old, advantages, MASK)
-    assert chosen is not None
     assert chosen.nonzero().flatten().tolist() == [2]
     logprobs = old.clone()
     logprobs[2] -= math.log(2.0)
@@ -366,15 +359,12 @@ def test_clip_cov_takes_the_gradient_from_tokens_between_its_bounds() -> None:
     advantages = torch.tensor([0.0, 1.0, 1.0, 0.0, -1.0, -1.0])  # mean 0; of old -1.5: covariances -0.5, 1, 0.5, 0
     algorithm = made("clip_cov", min_covariance=0.25, max_covariance=2.0, fraction=0.5)
     chosen = selected(algorithm, old, advantages, MASK)
-    assert chosen is not None
     assert chosen.nonzero().flatten().tolist() == [2, 4]
     one = selected(made("clip_cov", min_covariance=0.25, max_covariance=2.0, fraction=0.25), old, advantages, MASK)
-    assert one is not None
     assert one.nonzero().flatten().tolist() == [2]  # the first in the order of the draw
     logprobs = old.clone().requires_grad_()
     batch = microbatch(logprobs, old_logprobs=old, advantages=advantages, selected=chosen)
     algorithm.policy_loss(batch, COUNTS, kl_coef=0.0).loss.backward()
-    assert logprobs.grad is not None
     assert logprobs.grad.tolist() == pytest.approx([0.0, -0.25, 0.0, 0.0, 0.0, 0.25])
 
 
@@ -430,7 +420,6 @@ def test_straight_through_estimators_have_the_gradient_of_k2(estimator: str, val
     terms = grpo_loss({"kl": {"coef": 0.5, "estimator": estimator}}, logprobs, kl_coef=0.5, **columns)
     assert float(terms.kl_loss) == pytest.approx(value)
     terms.loss.backward()
-    assert logprobs.grad is not None
     assert logprobs.grad[MASK].tolist() == pytest.approx([0.5 * 0.5 / 4] * 4)  # coef * d / tokens
 
 

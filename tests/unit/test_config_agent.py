@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from rlhf.config.files.load import load
 from rlhf.data.templates import UNCHANGED
 from rlhf.errors import UserError
 from rlhf.preflight.agents import preload_agent
-from rlhf.preflight.inputs import OnlineInputs, StageInputs, load_inputs
-from tests.unit.test_config_validation_run import ONLINE, PAIRS, refusal
+from rlhf.preflight.inputs import OnlineInputs
+from tests.fixtures.configs import ONLINE, PAIRS, online_inputs, refusal
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MANY = Path(__file__).parents[1] / "fixtures" / "agents" / "many.py"
@@ -26,43 +25,25 @@ AGENT = f"rollouts.agent={{function: '{MANY}:solve', max_tokens: 180}}"
     ("overrides", "message"),
     [
         (["rollouts.agent={max_tokens: 180}"], "give exactly one of `function`, `command` and `url`"),
-        (
-            ["rollouts.agent={url: 'http://a', command: [b], max_tokens: 180}"],
-            "give exactly one of `function`, `command` and `url`",
-        ),
+        (["rollouts.agent={url: 'http://a', command: [b], max_tokens: 180}"], "give exactly one of `function`"),
         (["rollouts.agent={url: 'http://me:secret@host/', max_tokens: 180}"], "`url` holds a secret"),
         ([AGENT, "rollouts.agent.max_calls=0"], "rollouts.agent.max_calls"),
-        (
-            ["rollouts.agent={url: 'http://a', max_tokens: 180, memory_gib: 2}"],
-            "rollouts.agent.memory_gib: has no effect here: rollouts.agent.url is http://a",
-        ),
-        (
-            [AGENT, "rollouts.agent.sandbox=true"],
-            "rollouts.agent.sandbox: has no effect here: rollouts.agent.command is",
-        ),
-        (
-            [AGENT, "rollouts.environment={name: guess_number, max_tokens: 180}"],
-            "give one of `environment` and `agent`",
-        ),
+        (["rollouts.agent={url: 'http://a', max_tokens: 180, memory_gib: 2}"], "has no effect here"),
+        ([AGENT, "rollouts.agent.sandbox=true"], "rollouts.agent.sandbox: has no effect here: rollouts.agent.command"),
+        ([AGENT, "rollouts.environment={name: guess_number, max_tokens: 180}"], "give one of `environment` and"),
         (
             ["rollouts.agent={url: 'http://a', max_tokens: 180, tools: {mcp: [{url: 'http://b/mcp'}]}}"],
             "rollouts.agent.tools: has no effect here: rollouts.agent.function is null",
         ),
         ([AGENT, "rollouts.agent.max_tokens=149"], "rollouts.agent.max_tokens: is 149 and must hold a prompt and one"),
         ([AGENT, "rollouts.agent.max_tokens=300"], "must hold the longest sequence: rollouts.agent.max_tokens = 300"),
-        (
-            [AGENT, *PAIRS, "train.max_tokens_per_microbatch=400"],
-            "algorithm.name: is online_dpo, which compares or distils single sequences",
-        ),
+        ([AGENT, *PAIRS, "train.max_tokens_per_microbatch=400"], "algorithm.name: is online_dpo, which compares or"),
         (
             ["rollouts.agent={command: [a, --api-key, sk-proj-abcdefghijklmnopqrstuvwx], max_tokens: 180}"],
             "rollouts.agent.command: looks like a secret",
         ),
         ([AGENT, "rewards.correct={environment: true}"], "is true, but there is no environment"),
-        (
-            [AGENT, "cluster.call_timeout_s=600"],
-            "rollouts.agent.timeout_s: is 600, but an engine that finishes nothing within cluster.call_timeout_s (600)",
-        ),
+        ([AGENT, "cluster.call_timeout_s=600"], "rollouts.agent.timeout_s: is 600, but an engine that finishes"),
         ([AGENT, "data.system_prompt=hello"], "data.system_prompt: has no effect here: an agent gets the prompt as it"),
         (
             [AGENT, "rollouts.oversample=2", "rollouts.carry_over=true", "algorithm.correction=none"],
@@ -70,33 +51,13 @@ AGENT = f"rollouts.agent={{function: '{MANY}:solve', max_tokens: 180}}"
         ),
     ],
 )
-def test_relations(tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str) -> None:
-    assert message in refusal(tmp_path, capsys, ONLINE, overrides)
-
-
-RUN = """\
-run: {{name: demo, dir: {folder}}}
-policy: {{model: "tiny:llama", dtype: float32}}
-algorithm: {{name: grpo}}
-data: {{train: {folder}/rows.jsonl, max_prompt_tokens: 64}}
-rollouts:
-  prompts_per_step: 1
-  max_new_tokens: 8
-  agent: {agent}
-rewards: {{right: {{function: "{folder}/right.py:right"}}}}
-train: {{steps: 1, lr: 1e-3, sequences_per_update: 4, max_tokens_per_microbatch: 512}}
-"""
+def test_an_impossible_relation_is_refused(overrides: list[str], message: str) -> None:
+    assert message in refusal(ONLINE, overrides)
 
 
 def inputs(folder: Path, agent: str, **row: object) -> OnlineInputs:
-    (folder / "rows.jsonl").write_text(json.dumps({"prompt": "go", **row}) + "\n")
     (folder / "right.py").write_text("def right(prompt, response, result):\n    return 1.0\n")
-    path = folder / "run.yaml"
-    path.write_text(RUN.format(folder=folder, agent=agent))
-    (stage,) = load_inputs(load(path))
-    assert isinstance(stage, StageInputs)
-    assert isinstance(stage.inputs, OnlineInputs)
-    return stage.inputs
+    return online_inputs(folder, f"agent: {agent}", f"{{function: '{folder}/right.py:right'}}", row)
 
 
 def test_an_agent_is_loaded_and_gets_the_prompt_as_it_is(tmp_path: Path) -> None:
@@ -109,7 +70,6 @@ def test_an_agent_is_loaded_and_gets_the_prompt_as_it_is(tmp_path: Path) -> None
 def test_files_of_a_command_are_found_beside_the_config(tmp_path: Path) -> None:
     (tmp_path / "agent.py").write_text("print(1)")
     found = inputs(tmp_path, "{command: [python3, agent.py, plain], max_tokens: 300}")
-    assert found.environment is not None
     assert found.environment.source.args["command"] == ("python3", str(tmp_path / "agent.py"), "plain")
 
 
@@ -119,11 +79,7 @@ def test_files_of_a_command_are_found_beside_the_config(tmp_path: Path) -> None:
         ("{command: [no-such-program], max_tokens: 300}", {}, "rollouts.agent.command: there is no program no-such"),
         ("{function: 'absent.py:solve', max_tokens: 300}", {}, "the file `absent.py` of the agent does not exist"),
         (f"{{function: '{MANY}:plain', max_tokens: 300}}", {}, "rollouts.agent.function: .*is a plain function"),
-        (
-            f"{{function: '{MANY}:solve', columns: [mood], max_tokens: 300}}",
-            {},
-            "rollouts.agent.columns: names `mood`, which .*rows.jsonl:1 of data.train lacks",
-        ),
+        (f"{{function: '{MANY}:solve', columns: [mood], max_tokens: 300}}", {}, "rollouts.agent.columns: names `mood`"),
         (
             f"{{function: '{MANY}:solve', max_tokens: 300, tools: {{mcp: [{{command: ['false']}}]}}}}",
             {},
@@ -144,7 +100,6 @@ def test_what_cannot_run_is_refused(tmp_path: Path, agent: str, row: dict[str, o
 
 def test_gpt_oss_is_refused(tmp_path: Path) -> None:
     source = load(CONFIGS / "agent_search.yaml").stages["grpo"].rollouts
-    assert source is not None
     GptOssConfig(num_hidden_layers=1).save_pretrained(tmp_path)
     reading: dict[str, Any] = {"tokenizer": "", "trust_remote_code": False, "template": UNCHANGED}
     with pytest.raises(UserError, match=r"rollouts\.agent: agents cannot call .*gpt_oss.* Use another model"):

@@ -84,10 +84,7 @@ def test_epochs_of_examples_are_steps(epochs: float, rows: int, steps: int) -> N
 def test_epochs_of_prompts_are_steps() -> None:
     train = {"epochs": 2.0, "lr": 1.0, "sequences_per_update": 8}
     assert with_steps(config(GRPO, train=train), 100).train.steps == 34  # 200 prompts, 6 a step
-
-
-def test_steps_stay_as_they_are() -> None:
-    assert with_steps(config(GRPO), 100).train.steps == 10
+    assert with_steps(config(GRPO), 100).train.steps == 10  # given steps stay
 
 
 def test_a_warm_up_by_steps_or_by_a_share() -> None:
@@ -102,57 +99,33 @@ def test_ranks_that_share_micro_batches_count_as_one() -> None:
     assert derive(config(GRPO, cluster=cluster)).data_parallel_ranks == 2
 
 
+LORA = {"policy": {"model": "m", "lora": {}}}
+ADAPTER = {"policy": {"model": "m", "lora": {}, "adapter": "a"}}
+FIXED = {"rollouts": None, "rewards": {}}
+TEACHER = {"rewards": {}, "teacher": {"model": "n"}}
+
+
 @pytest.mark.parametrize(
     ("algorithm", "sections", "roles", "reference"),
     [
-        (PPO, {}, {"policy", "rollout", "critic", "reference", "reward"}, "workers"),
-        ({"name": "ppo", "kl": {"coef": 0.0}}, {}, {"policy", "rollout", "critic", "reward"}, "none"),
-        (GRPO, {}, {"policy", "rollout", "reward"}, "none"),
-        ({"name": "grpo", "kl": {"coef": 0.1}}, {}, {"policy", "rollout", "reward", "reference"}, "workers"),
-        (PPO, {"policy": {"model": "m", "lora": {}}}, {"policy", "rollout", "critic", "reward"}, "adapter off"),
-        ({"name": "online_dpo"}, {}, {"policy", "rollout", "reward", "reference"}, "workers"),
-        (
-            {"name": "online_dpo"},
-            {"policy": {"model": "m", "lora": {}}},
-            {"policy", "rollout", "reward"},
-            "adapter off",
-        ),
-        (
-            PPO,
-            {"policy": {"model": "m", "lora": {}}, "reference": {"model": "n"}},
-            {"policy", "rollout", "critic", "reference", "reward"},
-            "workers",
-        ),
-        (
-            PPO,
-            {"policy": {"model": "m", "lora": {}, "adapter": "a"}},
-            {"policy", "rollout", "critic", "reward"},
-            "adapter off",
-        ),
-        (
-            PPO,
-            {"policy": {"model": "m", "lora": {}, "adapter": "a"}, "reference": {"model": "m"}},
-            {"policy", "rollout", "critic", "reference", "reward"},
-            "workers",
-        ),
-        ({"name": "sft"}, {"rollouts": None, "rewards": {}}, {"policy"}, "none"),
-        (
-            {"name": "distillation"},
-            {"rollouts": None, "rewards": {}, "teacher": {"model": "n"}},
-            {"policy", "teacher"},
-            "none",
-        ),
-        (
-            {"name": "on_policy_distillation"},
-            {"rewards": {}, "teacher": {"model": "n"}},
-            {"policy", "rollout", "teacher", "reward"},
-            "none",
-        ),
+        (PPO, {}, "policy rollout critic reference reward", "workers"),
+        ({"name": "ppo", "kl": {"coef": 0.0}}, {}, "policy rollout critic reward", "none"),
+        (GRPO, {}, "policy rollout reward", "none"),
+        ({"name": "grpo", "kl": {"coef": 0.1}}, {}, "policy rollout reward reference", "workers"),
+        (PPO, LORA, "policy rollout critic reward", "adapter off"),
+        ({"name": "online_dpo"}, {}, "policy rollout reward reference", "workers"),
+        ({"name": "online_dpo"}, LORA, "policy rollout reward", "adapter off"),
+        (PPO, {**LORA, "reference": {"model": "n"}}, "policy rollout critic reference reward", "workers"),
+        (PPO, ADAPTER, "policy rollout critic reward", "adapter off"),
+        (PPO, {**ADAPTER, "reference": {"model": "m"}}, "policy rollout critic reference reward", "workers"),
+        ({"name": "sft"}, FIXED, "policy", "none"),
+        ({"name": "distillation"}, {**FIXED, **TEACHER}, "policy teacher", "none"),
+        ({"name": "on_policy_distillation"}, TEACHER, "policy rollout teacher reward", "none"),
     ],
 )
-def test_roles_that_start(algorithm: dict[str, Any], sections: dict[str, Any], roles: set[str], reference: str) -> None:
+def test_roles_that_start(algorithm: dict[str, Any], sections: dict[str, Any], roles: str, reference: str) -> None:
     made = config(algorithm, **sections)
-    assert needs(made) == roles
+    assert needs(made) == set(roles.split())
     assert derive(made).reference == reference
 
 
@@ -163,7 +136,6 @@ def test_a_critic_that_is_not_named_is_as_the_policy() -> None:
     lora = {"dora": True, "modules_to_save": ["lm_head"]}
     made = critic_model(config(PPO, policy={"model": "m", "lora": lora, "adapter": "a"}))
     assert made.adapter == "a"
-    assert made.lora is not None
     assert (made.lora.dora, made.lora.modules_to_save) == (True, ())
 
 
@@ -247,6 +219,12 @@ def test_a_bundle_asks_for_the_labels_of_the_role_that_it_is_made_for() -> None:
     assert plan_placement(config(GRPO, cluster={"roles": roles})).labels == ({}, {}, {"pool": "serve"})
 
 
+def test_a_reward_beside_engines_that_sit_with_the_policy() -> None:
+    cluster = {"roles": {"policy": {"workers": 2}, "rollout": {"engines": 2, "colocate_with": "policy"}}}
+    placement = plan_placement(config(GRPO, cluster=cluster))
+    assert (len(placement.bundles), [s.bundle for s in placement.slots["reward"]]) == (2, [0])
+
+
 def test_an_engine_that_may_leave_is_placed_apart() -> None:
     roles = {
         "rollout": {"engines": {"min": 2, "max": 8}, "cpus": 4.0, "node_labels": {"pool": "serve"}},
@@ -256,18 +234,10 @@ def test_an_engine_that_may_leave_is_placed_apart() -> None:
     assert plan_placement(run).bundles == ({"CPU": 1.0}, {"CPU": 4.0}, {"CPU": 4.0}), "the fewest engines"
     rest, engine = plan_apart(run)
     assert (rest.bundles, [*rest.slots]) == (({"CPU": 1.0},), ["policy", "reward"])
-    assert engine is not None
     assert (engine.bundles, engine.labels) == (({"CPU": 4.0},), ({"pool": "serve"},))
     assert [slot.bundle for slot in engine.slots["rollout"]] == [0]
     fixed = config(GRPO, cluster={"roles": {"rollout": {"engines": 2}}})
     assert plan_apart(fixed) == (plan_placement(fixed), None)
-
-
-def test_a_reward_beside_engines_that_sit_with_the_policy() -> None:
-    cluster = {"roles": {"policy": {"workers": 2}, "rollout": {"engines": 2, "colocate_with": "policy"}}}
-    placement = plan_placement(config(GRPO, cluster=cluster))
-    assert len(placement.bundles) == 2
-    assert [s.bundle for s in placement.slots["reward"]] == [0]
 
 
 def test_bundles_fill_nodes_in_order_the_large_ones_first() -> None:
@@ -287,22 +257,16 @@ def test_bundles_go_only_to_nodes_with_their_labels() -> None:
     assert assign_nodes(bundles, nodes, labels=[{"pool": "serve"}] * 2, **serving) is None
 
 
-def test_prompts_asked_for_those_that_are_needed() -> None:
+def test_more_prompts_are_asked_than_are_needed() -> None:
     def rollouts(**keys: Any) -> Config:
         return config(GRPO, rollouts={"prompts_per_step": 6, "samples_per_prompt": 4, **keys})
 
-    def at_once(needed: int, oversample: float) -> int:
-        found = rollouts(oversample=oversample).rollouts
-        assert found is not None
-        return prompts_at_once(needed, found)
-
-    assert [at_once(10, 1.0), at_once(10, 1.1), at_once(10, 1.25), at_once(1, 1.05)] == [10, 11, 13, 2]
-
-    def in_all(changed: Config) -> int:
-        assert changed.rollouts is not None
-        return prompts_asked(changed, changed.rollouts)
-
-    assert in_all(rollouts()) == 60
-    assert in_all(rollouts(oversample=1.5)) == 10 * 9
-    assert in_all(rollouts(dynamic_sampling={"max_filtered_fraction": 2.0})) == 10 * 6 * 3
-    assert in_all(config(GRPO, reward_policy={"on_error": "drop", "max_dropped_fraction": 0.5})) == 10 * 12
+    for needed, oversample, asked in [(10, 1.0, 10), (10, 1.1, 11), (10, 1.25, 13), (1, 1.05, 2)]:
+        assert prompts_at_once(needed, rollouts(oversample=oversample).rollouts) == asked
+    for run, asked in [
+        (rollouts(), 60),
+        (rollouts(oversample=1.5), 10 * 9),
+        (rollouts(dynamic_sampling={"max_filtered_fraction": 2.0}), 10 * 6 * 3),
+        (config(GRPO, reward_policy={"on_error": "drop", "max_dropped_fraction": 0.5}), 10 * 12),
+    ]:
+        assert prompts_asked(run, run.rollouts) == asked

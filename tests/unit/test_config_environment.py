@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import pytest
 
-from rlhf.config.files.load import load
 from rlhf.errors import UserError
-from rlhf.preflight.inputs import OnlineInputs, StageInputs, load_inputs
+from rlhf.preflight.inputs import OnlineInputs
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
-from tests.unit.test_config_validation_run import ONLINE, PAIRS, refusal
+from tests.fixtures.configs import ONLINE, PAIRS, online_inputs, refusal
 
 GAME = "rollouts.environment={name: guess_number, max_tokens: 180}"
 MOODY = Path(__file__).parents[1] / "fixtures" / "environments" / "moody.py"
@@ -27,83 +25,38 @@ def with_servers(servers: str, key: str = "rollouts.environment") -> str:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (
-            ["rewards.correct={environment: true}"],
-            "rewards.correct.environment: is true, but there is no environment; name one as rollouts.environment",
-        ),
-        (
-            [GAME, "rollouts.environment.max_tokens=149"],
-            "rollouts.environment.max_tokens: is 149 and must hold a prompt and one turn: data.max_prompt_tokens + "
-            "rollouts.max_new_tokens = 100 + 50 = 150",
-        ),
-        (
-            [GAME, "rollouts.environment.max_tokens=300"],
-            "train.max_tokens_per_microbatch: is 200 and must hold the longest sequence: "
-            "rollouts.environment.max_tokens = 300",
-        ),
-        (
-            [GAME, *PAIRS],
-            "train.max_tokens_per_microbatch: is 200 and must hold both responses of a pair: "
-            "2 * rollouts.environment.max_tokens = 360",
-        ),
+        (["rewards.correct={environment: true}"], "rewards.correct.environment: is true, but there is no environment"),
+        ([GAME, "rollouts.environment.max_tokens=149"], "rollouts.environment.max_tokens: is 149 and must hold a"),
+        ([GAME, "rollouts.environment.max_tokens=300"], "train.max_tokens_per_microbatch: is 200 and must hold the"),
+        ([GAME, *PAIRS], "train.max_tokens_per_microbatch: is 200 and must hold both responses of a pair: 2 *"),
         (["rollouts.environment={max_tokens: 180}"], "rollouts.environment: give `name`, `tools` or both"),
         ([with_servers("")], "rollouts.environment.tools: `mcp` is empty; name a server, or leave `tools` out"),
         ([with_servers("{only: [a]}")], "rollouts.environment.tools.mcp.0: give exactly one of `command` and `url`"),
         ([with_servers("{url: 'http://me:secret@a/mcp'}")], "mcp.0.url: `url` holds a secret"),
-        (
-            [with_servers("{url: 'http://a/mcp', env: {A: b}}")],
-            "rollouts.environment.tools.mcp.0: `env` has no effect with `url`: only a program has an environment",
-        ),
+        ([with_servers("{url: 'http://a/mcp', env: {A: b}}")], "rollouts.environment.tools.mcp.0: `env` has no effect"),
         (
             [with_servers("{url: 'http://a/mcp', headers: {Authorization: 'Bearer sk-proj-abcdefghijklmnopqrst'}}")],
             "rollouts.environment.tools.mcp.0.headers.Authorization: looks like a secret",
         ),
-        (
-            [with_servers("{url: 'http://a/mcp'}"), "rewards.correct={environment: true}"],
-            "rewards.correct.environment: is true, but the environment `until_answer` gives no rewards",
-        ),
+        ([with_servers("{url: 'http://a/mcp'}"), "rewards.correct={environment: true}"], "is true, but the"),
         ([GAME, "rollouts.environment.args={api_key: x}"], "rollouts.environment.args.api_key: looks like a secret"),
-        (
-            [GAME, "rewards.correct={environment: true, args: {a: 1}}"],
-            "rewards.correct: `args` has an effect with `function` alone",
-        ),
+        ([GAME, "rewards.correct={environment: true, args: {a: 1}}"], "rewards.correct: `args` has an effect with"),
     ],
 )
-def test_relations(tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str) -> None:
-    assert message in refusal(tmp_path, capsys, ONLINE, overrides)
-
-
-RUN = """\
-run: {{name: demo, dir: {folder}}}
-policy: {{model: "tiny:llama", dtype: float32}}
-algorithm: {{name: grpo}}
-data: {{train: {folder}/rows.jsonl, max_prompt_tokens: 64}}
-rollouts:
-  prompts_per_step: 1
-  max_new_tokens: 8
-  environment: {environment}
-rewards: {{won: {reward}}}
-train: {{steps: 1, lr: 1e-3, sequences_per_update: 4, max_tokens_per_microbatch: 512}}
-"""
+def test_an_impossible_relation_is_refused(overrides: list[str], message: str) -> None:
+    assert message in refusal(ONLINE, overrides)
 
 
 GRADED = "{function: target_length, args: {target: 4}}"
 
 
 def inputs(folder: Path, environment: str, reward: str = "{environment: true}", **row: object) -> OnlineInputs:
-    (folder / "rows.jsonl").write_text(json.dumps({"prompt": "go", **row}) + "\n")
-    path = folder / "run.yaml"
-    path.write_text(RUN.format(folder=folder, environment=environment, reward=reward))
-    (stage,) = load_inputs(load(path))
-    assert isinstance(stage, StageInputs)
-    assert isinstance(stage.inputs, OnlineInputs)
-    return stage.inputs
+    return online_inputs(folder, f"environment: {environment}", reward, row)
 
 
 def test_an_environment_is_tried_out(tmp_path: Path) -> None:
     found = inputs(tmp_path, "{name: guess_number, max_tokens: 300, args: {high: 9}}")
     assert found.max_model_len == 300
-    assert found.environment is not None
     assert found.environment.source.args == {"high": 9}
 
 
@@ -125,8 +78,8 @@ def test_servers_are_tried_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ("{command: ['false']}", "tools.mcp.0: false failed to start and list its tools: Connection closed"),
         ("{url: 'http://127.0.0.1:1/mcp'}", "tools.mcp.0: http://127.0.0.1:1/mcp failed to start and list"),
         (
-            "{url: 'http://127.0.0.1:1/mcp', headers: {Authorization: 'Bearer ${NO_SUCH_TOKEN}'}}",
-            "tools.mcp.0.headers.Authorization: the environment variable NO_SUCH_TOKEN is not set; export it",
+            "{url: 'http://a/mcp', headers: {Authorization: 'Bearer ${NO_SUCH_TOKEN}'}}",
+            "NO_SUCH_TOKEN is not set",
         ),
         (f"{{{SERVER}, only: [echo]}}", "does not tell the model of tool `echo`"),
     ],
@@ -143,26 +96,10 @@ def test_servers_that_cannot_be_used_are_refused(tmp_path: Path, server: str, me
         ("{name: calculator, max_tokens: 300}", {}, "`calculator.reset` needs the column `answer`, which .*rows.jsonl"),
         ("{name: calculator, max_tokens: 300}", {"answer": "1"}, "does not tell the model of tool `calculate`"),
         ("{name: guess_number, max_tokens: 300, args: {size: 1}}", {}, "rollouts.environment.name: class"),
-        (
-            "{name: guess_number, max_tokens: 300, tool_parser: hermes}",
-            {},
-            "rollouts.environment.tool_parser: has no effect here: `guess_number` offers no tools",
-        ),
-        (
-            f"{{name: '{MOODY}:Moody', max_tokens: 300}}",
-            {},
-            "with the first row of data.train, reset returned 'game 1'",
-        ),
-        (
-            f"{{name: '{MOODY}:Moody', max_tokens: 300}}",
-            {"mood": "bad_start"},
-            "with the first row of data.train, reset: ValueError: no game today",
-        ),
-        (
-            "{name: guess_number, max_tokens: 300}",
-            {"tools": [{"function": {"name": "f"}}]},
-            "offers `f`, and .*no tools",
-        ),
+        ("{name: guess_number, max_tokens: 300, tool_parser: hermes}", {}, "has no effect here: `guess_number` offers"),
+        (f"{{name: '{MOODY}:Moody', max_tokens: 300}}", {}, "row of data.train, reset returned 'game 1'"),
+        (f"{{name: '{MOODY}:Moody', max_tokens: 300}}", {"mood": "bad_start"}, "reset: ValueError: no game today"),
+        ("{name: guess_number, max_tokens: 300}", {"tools": [{"function": {"name": "f"}}]}, "offers `f`, and .*no"),
         ("{name: guess_number, max_tokens: 4000}", {}, "must hold"),
     ],
 )

@@ -40,10 +40,22 @@ stages:
 """
 
 
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "run.yaml").write_text(BASE)
+    return tmp_path / "run.yaml"
+
+
 def reload(tmp_path: Path, text: str) -> LoadedConfig:
     path = tmp_path / "config.resolved.yaml"
     path.write_text(text)
     return load(path)
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path) -> LoadedConfig:
+    (tmp_path / "p.yaml").write_text(PIPELINE)
+    return load(tmp_path / "p.yaml")
 
 
 @pytest.mark.parametrize(
@@ -69,20 +81,16 @@ def reload(tmp_path: Path, text: str) -> LoadedConfig:
         ["rollouts.stop=['off', '1e-6', '007', \"\\n\", ' #', '~']", "run.name=a/b", "data.system_prompt='null'"],
     ],
 )
-def test_the_resolved_file_loads_to_the_same_tree(tmp_path: Path, overrides: list[str]) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text(BASE)
-    (config,) = load(path, overrides).stages.values()
+def test_the_resolved_file_loads_to_the_same_tree(tmp_path: Path, file: Path, overrides: list[str]) -> None:
+    (config,) = load(file, overrides).stages.values()
     text = dump_yaml(config)
     (again,) = reload(tmp_path, text).stages.values()
     assert again == config
     assert dump_yaml(again) == text
 
 
-def test_defaults_are_written_out_and_keys_without_effect_are_not(tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text(BASE)
-    tree = yaml.safe_load(dump_yaml(load(path, ["algorithm={name: grpo}"]).stages["demo"]))
+def test_defaults_are_written_out_and_keys_without_effect_are_not(file: Path) -> None:
+    tree = yaml.safe_load(dump_yaml(load(file, ["algorithm={name: grpo}"]).stages["demo"]))
     assert tree["train"]["weight_decay"] == 0.0
     assert tree["rollouts"]["samples_per_prompt"] == 4
     assert tree["cluster"]["roles"]["rollout"]["kv_cache_gib"] == 1
@@ -92,49 +100,35 @@ def test_defaults_are_written_out_and_keys_without_effect_are_not(tmp_path: Path
     assert "gpu_memory_utilization" not in tree["cluster"]["roles"]["rollout"]
 
 
-def test_a_stage_is_a_run_of_its_own(tmp_path: Path) -> None:
-    path = tmp_path / "p.yaml"
-    path.write_text(PIPELINE)
-    ppo = load(path).stages["ppo"]
+def test_a_stage_is_a_run_of_its_own(tmp_path: Path, pipeline: LoadedConfig) -> None:
+    ppo = pipeline.stages["ppo"]
     (again,) = reload(tmp_path, dump_yaml(ppo)).stages.values()
     assert again == ppo
     assert again.run.name == "demo/ppo"
     assert again.policy.model == "out/demo/sft/final"
 
 
-def test_a_pipeline_keeps_its_links(tmp_path: Path) -> None:
-    path = tmp_path / "p.yaml"
-    path.write_text(PIPELINE)
-    loaded = load(path)
-    text = dump_yaml(loaded)
-    again = reload(tmp_path, text)
-    assert dict(again.stages) == dict(loaded.stages)
-    assert (again.name, again.folder) == (loaded.name, loaded.folder)
+def test_a_pipeline_keeps_its_links(tmp_path: Path, pipeline: LoadedConfig) -> None:
+    again = reload(tmp_path, dump_yaml(pipeline))
+    assert dict(again.stages) == dict(pipeline.stages)
+    assert (again.name, again.folder) == (pipeline.name, pipeline.folder)
     stages = read_tree(tmp_path / "config.resolved.yaml").values["stages"]
     assert stages["ppo"]["policy"]["model"] == stages["ppo"]["critic"]["model"] == "stage:sft"
 
 
-def test_a_single_run_dumps_alike_however_it_is_held(tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text(BASE)
-    loaded = load(path)
+def test_a_single_run_dumps_alike_however_it_is_held(file: Path) -> None:
+    loaded = load(file)
     assert dump_yaml(loaded) == dump_yaml(loaded.stages["demo"])
 
 
-def test_a_masked_file_is_valid_yaml_where_a_secret_is_a_whole_value(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_masked_secret_is_a_yaml_value(tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STORE_TOKEN", "a-long-secret")
-    (tmp_path / "run.yaml").write_text(BASE)
     words = ["data.system_prompt=a-long-secret", "tracking={wandb: offline, wandb_project: of a-long-secret}"]
-    loaded = load(tmp_path / "run.yaml", words)
-    (tmp_path / "masked.yaml").write_text(dump_masked_yaml(loaded))
-    (run,) = load(tmp_path / "masked.yaml").runs.values()
+    (run,) = reload(tmp_path, dump_masked_yaml(load(file, words))).runs.values()
     assert run.data.system_prompt == "***"
     assert run.tracking.wandb_project == "of ***"
 
 
-def test_a_password_in_a_url_is_masked(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text(BASE)
-    loaded = load(tmp_path / "run.yaml", ["run.mirror=local://user:verysecret@/mirror"])
+def test_a_password_in_a_url_is_masked(file: Path) -> None:
+    loaded = load(file, ["run.mirror=local://user:verysecret@/mirror"])
     assert "mirror: local://***@/mirror" in dump_masked_yaml(loaded)

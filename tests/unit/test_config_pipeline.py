@@ -9,7 +9,7 @@ import pytest
 from rlhf.config.files.dump import dump_yaml
 from rlhf.config.files.load import load
 from rlhf.config.schema.stages import run_folder
-from rlhf.errors import UserError
+from tests.fixtures.configs import file_error
 
 BASE = """\
 run: {name: demo, dir: out, seed: 3}
@@ -39,12 +39,6 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def error(path: Path, *overrides: str) -> str:
-    with pytest.raises(UserError) as caught:
-        load(path, overrides)
-    return str(caught.value)
-
-
 def test_stages_in_order_each_a_run_of_its_own(file: Path) -> None:
     loaded = load(file)
     assert (loaded.name, loaded.folder, loaded.is_pipeline) == ("demo", Path("out/demo"), True)
@@ -66,7 +60,6 @@ def test_a_shared_section_is_given_to_stages_that_can_use_it(file: Path) -> None
     sft, ppo = load(file).stages.values()
     assert sft.rollouts is None
     assert sft.rewards == {}
-    assert ppo.rollouts is not None
     assert ppo.rollouts.prompts_per_step == 16
 
 
@@ -88,21 +81,16 @@ def test_overrides_of_a_stage_and_of_all(file: Path) -> None:
         ("train.steps=3", "train.steps: has no effect: every stage sets its value; write stages.ppo.train.steps"),
         ("critic={model: x}", ""),
         ("reward.model=x", "reward: no stage can use it: no reward uses it"),
-        (
-            "cluster.roles.rollout.enforce_eager=true",
-            "cluster.roles.rollout.enforce_eager: no stage can use it: cluster.device is cpu",
-        ),
+        ("cluster.roles.rollout.enforce_eager=true", "cluster.roles.rollout.enforce_eager: no stage can use it"),
         ("stages.ppo.cluster.object_store_gib=2", "is 2.0 here and 1.0 in stage sft: all stages run in one Ray"),
         ("algorithm.clip_low=0.1", "algorithm: belongs in each stage, not at the top: write stages.sft.algorithm"),
         ("stages.sft.run.seed=1", "stages.sft.run: belongs at the top"),
-        (
-            "stages.sft.rollouts.top_p=0.5",
-            "stages.sft.rollouts: has no effect here: algorithm sft samples no responses",
-        ),
+        ("stages.sft.rollouts.top_p=0.5", "stages.sft.rollouts: has no effect here: algorithm sft samples no"),
         ("stages.sft.train.stepz=1", "stages.sft.train.stepz: unknown key; did you mean train.steps?"),
         ("stages.ppo.train.lr=x", "stages.ppo.train.lr: got 'x', expected a number > 0"),
         ("train.warmup_steps=x", "train.warmup_steps: got 'x', expected an integer >= 0"),
         ("trian.lr=1", "trian: unknown key; did you mean train?"),
+        ("stages.pp.train.lr=1", "has no stage 'pp'; did you mean ppo?"),
         ("run.name=a/b", "run.name: got 'a/b', expected a name without `/`"),
         ("run.dir=3", "run.dir: got 3, expected a path"),
         ("run=3", "run: got 3, expected a mapping"),
@@ -114,9 +102,9 @@ def test_overrides_of_a_stage_and_of_all(file: Path) -> None:
 def test_mistakes(file: Path, override: str, message: str) -> None:
     if override.startswith("stages="):
         file.write_text(BASE[: BASE.index("stages:")] + override.replace("=", ": ", 1))
-        assert message in error(file)
+        assert message in file_error(file)
     elif message:
-        (line,) = error(file, override).splitlines()
+        (line,) = file_error(file, override).splitlines()
         assert line.startswith(f"argument {override!r}: ")
         assert message in line
     else:
@@ -132,17 +120,13 @@ def test_mistakes(file: Path, override: str, message: str) -> None:
     ],
 )
 def test_a_model_must_come_from_an_earlier_stage(file: Path, model: str, rule: str) -> None:
-    message = error(file, f"stages.ppo.policy.model={model}")
+    message = file_error(file, f"stages.ppo.policy.model={model}")
     assert message == f"argument 'stages.ppo.policy.model={model}': stages.ppo.policy.model: got '{model}', but {rule}"
-
-
-def test_an_argument_makes_no_stage(file: Path) -> None:
-    assert error(file, "stages.pp.train.lr=1").endswith("has no stage 'pp'; did you mean ppo?")
 
 
 def test_a_mistake_in_a_shared_section_is_told_once(file: Path) -> None:
     file.write_text(BASE.replace("dtype: float32", "dtype: int8"))
-    assert error(file) == f"{file}:2: policy.dtype: got 'int8', expected `float32` or `bfloat16`"
+    assert file_error(file) == f"{file}:2: policy.dtype: got 'int8', expected `float32` or `bfloat16`"
 
 
 def test_a_stage_goes_on_from_the_adapter_of_another(file: Path) -> None:
@@ -153,7 +137,9 @@ def test_a_stage_goes_on_from_the_adapter_of_another(file: Path) -> None:
     again.write_text(dump_yaml(loaded))
     assert "adapter: stage:sft" in again.read_text()
     assert load(again).stages == loaded.stages
-    assert "stages.ppo.policy.adapter: got 'stage:stf'" in error(file, changes[0], changes[1].replace("sft", "stf"))
+    assert "stages.ppo.policy.adapter: got 'stage:stf'" in file_error(
+        file, changes[0], changes[1].replace("sft", "stf")
+    )
 
 
 def test_a_stage_may_be_the_teacher_of_a_later_one(tmp_path: Path) -> None:
@@ -167,8 +153,7 @@ def test_a_stage_may_be_the_teacher_of_a_later_one(tmp_path: Path) -> None:
     )
     loaded = load(path)
     small = loaded.stages["small"]
-    assert small.teacher is not None
     assert small.teacher.model == "out/demo/large/final"
     assert "model: stage:large" in dump_yaml(loaded)
     path.write_text(path.read_text().replace("stage:large", "stage:lage"))
-    assert "stages.small.teacher.model: got 'stage:lage', but there is no stage lage" in error(path)
+    assert "stages.small.teacher.model: got 'stage:lage', but there is no stage lage" in file_error(path)

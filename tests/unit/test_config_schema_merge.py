@@ -61,46 +61,27 @@ def test_a_file_and_arguments(file: Path) -> None:
     ("overrides", "message"),
     [
         (["merge.metod=x"], "argument 'merge.metod=x': merge.metod: unknown key; did you mean merge.method?"),
-        (
-            ["merge.models.math.wieght=1"],
-            "argument 'merge.models.math.wieght=1': merge.models.math.wieght: unknown key; did you mean "
-            "merge.models.math.weight?",
-        ),
+        (["merge.models.math.wieght=1"], "argument 'merge.models.math.wieght=1': merge.models.math.wieght: unknown"),
         (["merge.models.math.density=0"], "merge.models.math.density: got 0, expected a number > 0 and <= 1"),
         (["merge.base=null"], "merge.base: is missing: method ties needs it; name the common ancestor"),
         (["merge.seed=0"], "merge.seed: has no effect here: method ties takes no seed; remove it"),
         (["merge.models.math.epsilon=0.1"], "epsilon: has no effect here: method ties takes no epsilon; remove it"),
         (["merge.models={}"], "merge.models: has 0, but method ties takes at least 1 model in addition to merge.base"),
         (["merge.tokenizer=mth"], "merge.tokenizer: got 'mth'; did you mean math?"),
-        (
-            ["merge.models.base={model: x}"],
-            "merge.models.base: is no valid name, since merge.base has it",
-        ),
+        (["merge.models.base={model: x}"], "merge.models.base: is no valid name, since merge.base has it"),
         (["merge.output=adapter"], "merge.base: has no effect here: method ties on adapters takes no base"),
-        (
-            ["merge.output=adapter", "merge.base=null"],
-            "densities differ (math: 0.5, chat: 1); adapters share one density",
-        ),
-        (
-            ["merge={method: ties_svd, output: adapter, models: {a: {model: x}}, out: z}"],
-            "merge.models: has 1, but method ties_svd takes at least 2 models",
-        ),
+        (["merge.output=adapter", "merge.base=null"], "densities differ (math: 0.5, chat: 1); adapters share one"),
+        (["merge={method: ties_svd, output: adapter, models: {a: {model: x}}, out: z}"], "has 1, but method ties_svd"),
         (["merge.method=slerp"], "merge.models: has 2, but method slerp takes one model in addition to merge.base"),
         (["merge.method=svd"], "merge.method: svd makes no model; set merge.output to adapter, or take one of linear"),
         (["merge.method=della"], "merge.models.math.density: 0.5 -/+ epsilon 0.15"),
-        (
-            ["merge.method=dare_ties", "merge.models.math.density=1.0"],
-            "every density is 1, so dare_ties drops nothing; set a density below 1, or take task_arithmetic",
-        ),
+        (["merge.method=dare_ties", "merge.models.math.density=1.0"], "every density is 1, so dare_ties drops nothing"),
         (
             ["merge={method: linear, models: {a: {model: x, weight: 1}, b: {model: y, weight: -1}}, out: z}"],
             "the weights add up to 0, and linear divides by the sum",
         ),
         (["merge.scale=0"], "merge.scale: is 0, so the result is merge.base; give another factor"),
-        (
-            ["merge.models.math.weight=0", "merge.models.chat.weight=0.0"],
-            "merge.models: every weight is 0, so nothing is merged",
-        ),
+        (["merge.models.math.weight=0", "merge.models.chat.weight=0.0"], "merge.models: every weight is 0, so nothing"),
         (["merge.shard_gib=1e-12"], "merge.shard_gib: got 1e-12, expected a number >= 1e-06"),
         (["run.name=x"], "run: unknown key; the file has merge"),
     ],

@@ -10,7 +10,7 @@ from rlhf.config.files.dump import dump_yaml
 from rlhf.config.files.load import load
 from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.stages import MergeStage, result_of
-from tests.unit.test_config_pipeline import error
+from tests.fixtures.configs import file_error
 
 KINDS = """\
 run: {name: demo, dir: out, seed: 3}
@@ -52,7 +52,6 @@ def test_a_section_says_what_a_stage_is(kinds: Path) -> None:
     assert soup.merge.models["x"].model == "models/x"
     assert judge.evaluate.model == "out/demo/soup/final"
     assert judge.evaluate.against == "out/demo/a/final"
-    assert judge.evaluate.reward is not None
     assert judge.evaluate.reward.model == "out/demo/b/final"
     assert (soup.run.name, judge.run.name) == ("demo/soup", "demo/judge")
     assert result_of(soup) == Path("out/demo/soup/final")
@@ -62,7 +61,6 @@ def test_a_section_says_what_a_stage_is(kinds: Path) -> None:
 def test_an_evaluation_gets_of_the_shared_cluster_what_it_uses(kinds: Path) -> None:
     loaded = load(kinds)
     judge = loaded.stages["judge"]
-    assert isinstance(judge, EvaluationStage)
     assert judge.cluster.object_store_gib == 0.5
     assert judge.cluster.roles.rollout.threads == 1  # no training stage has engines
     assert judge.cluster.roles.policy.threads == "auto"
@@ -83,21 +81,12 @@ def test_merges_and_evaluations_dump_and_repeat(kinds: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        (
-            "stages.soup.train.lr=1",
-            "stages.soup.train: cannot be combined with `merge`, which makes this stage a",
-        ),
+        ("stages.soup.train.lr=1", "stages.soup.train: cannot be combined with `merge`, which makes this stage a"),
         ("stages.soup.cluster.device=cuda", "stages.soup.cluster: cannot be combined with `merge`"),
         ("stages.soup.evaluate.model=x", "stages.soup.evaluate: cannot be combined with `merge`"),
-        (
-            "stages.judge.policy.model=x",
-            "stages.judge.policy: cannot be combined with `evaluate`, which makes this stage an ev",
-        ),
+        ("stages.judge.policy.model=x", "stages.judge.policy: cannot be combined with `evaluate`, which makes this"),
         ("stages.judge.eval.every=3", "stages.judge.eval: cannot be combined with `evaluate`"),
-        (
-            "stages.a.merge.method=ties",
-            "stages.a.merge: cannot be combined with `algorithm`, which makes this stage a training",
-        ),
+        ("stages.a.merge.method=ties", "stages.a.merge: cannot be combined with `algorithm`, which makes this stage a"),
         ("stages.soup={}", "stages.soup: needs one of the sections `algorithm` (to train), `merge` and"),
         ("stages.soup={eval: {every: 3}}", "stages.soup: needs one of the sections"),
         ("merge.method=ties", "merge: belongs in each stage, not at the top: write stages.a.merge"),
@@ -105,19 +94,13 @@ def test_merges_and_evaluations_dump_and_repeat(kinds: Path) -> None:
         ("stages.soup.merge.out=x", "stages.soup.merge.out: unknown key"),
         ("stages.soup.merge.t=0.3", "stages.soup.merge.t: has no effect here: method ties takes no t"),
         ("stages.soup.merge.models.x.wieght=2", "stages.soup.merge.models.x.wieght: unknown key; did you mean merge."),
-        (
-            "stages.soup.merge.models.x.model=stage:c",
-            "stages.soup.merge.models.x.model: got 'stage:c', but there is no",
-        ),
+        ("stages.soup.merge.models.x.model=stage:c", "got 'stage:c', but there is no"),
         ("stages.soup.merge.base=stage:judge", "got 'stage:judge', but stage judge does not run earlier"),
         ("stages.judge.evaluate.k=[1, 4]", "stages.judge.evaluate.k: has 4, but evaluate.samples_per_prompt is 1"),
         ("stages.judge.evaluate.samples_per_prompt=4", "evaluate.temperature is 0: greedy responses"),
         ("stages.judge.evaluate.temperature=0.001", "got 0.001, expected 0 (greedy) or a number from 0.01"),
         ("stages.judge.evaluate.reward=null", "stages.judge.evaluate.reward: is missing: evaluate.rewards.taste has"),
-        (
-            "stages.judge.evaluate.reward_policy.max_dropped_fraction=0.5",
-            "has no effect here: an evaluation trains nothing",
-        ),
+        ("stages.judge.evaluate.reward_policy.max_dropped_fraction=0.5", "has no effect here: an evaluation trains"),
         ("stages.judge.cluster.weight_sync=shm", "stages.judge.cluster.weight_sync: has no effect here"),
         ("stages.judge.cluster.roles.critic.cpus=2", "has no effect here: this stage starts no critic role"),
         ("stages.judge.cluster.address=local", "is local; a Ray that is started for this run is written null"),
@@ -131,21 +114,20 @@ def test_mistakes_in_merges_and_evaluations(kinds: Path, override: str, message:
     if not message:
         load(kinds, [override])
         return
-    (line,) = error(kinds, override).splitlines()
+    (line,) = file_error(kinds, override).splitlines()
     assert line.startswith(f"argument {override!r}: ")
     assert message in line
 
 
 def test_an_evaluation_makes_no_model(kinds: Path) -> None:
     kinds.write_text(KINDS + "  last: {merge: {method: fold, models: {a: {model: stage:judge}}}}\n")
-    assert "but stage judge is an evaluation and makes no model; earlier stages: a, b, soup" in error(kinds)
+    assert "but stage judge is an evaluation and makes no model; earlier stages: a, b, soup" in file_error(kinds)
 
 
 def test_without_rewards_nothing_of_sampling_has_an_effect(kinds: Path) -> None:
     kinds.write_text(KINDS[: KINDS.index("      rewards:")])
-    assert "stages.judge.evaluate.against: has no effect here: evaluate.rewards is empty" in error(kinds)
+    assert "stages.judge.evaluate.against: has no effect here: evaluate.rewards is empty" in file_error(kinds)
     kinds.write_text(kinds.read_text().replace("      against: stage:a\n", ""))
     judge = load(kinds, ["cluster.roles={policy: {threads: 1}}"]).stages["judge"]
-    assert isinstance(judge, EvaluationStage)
     assert judge.needs == {"policy"}
     assert judge.cluster.roles.policy.threads == 1

@@ -124,10 +124,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"metric": "eval/heldout/lss"}, r"sweep.metric: got 'eval/heldout/lss'; did you mean eval/heldout/loss\?"),
     ({"metric": "-nonsense"}, "sweep.metric: got 'nonsense', which is not a metric"),
     ({"metric": "update/ratio/histogram"}, "sweep.metric: got 'update/ratio/histogram', a histogram"),
-    (
-        {"metric": "rewards/score/mean"},
-        "sweep.metric: got 'rewards/score/mean', which this run does not record. It is for runs with: responses are sa",
-    ),
+    ({"metric": "rewards/score/mean"}, "sweep.metric: got 'rewards/score/mean', which this run does not record. It is"),
     ({"metric": "preference/accuracy/mean"}, "It is for runs with: training on pairs of responses"),
     ({"name": "a/b"}, "sweep.name: got 'a/b', expected letters"),
     ({"paramters": {}}, r"sweep.paramters: unknown key; did you mean sweep.parameters\?"),
@@ -138,10 +135,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"parameters": {"train.lr": {"min": 1.0}}}, r"sweep.parameters.train.lr: expected `values: \[...\]`, or `min`"),
     ({"parameters": {"train.lr": {"min": 1.0, "max": 0.5}}}, "train.lr.max: is 0.5 and must be above min = 1"),
     ({"parameters": {"train.lr": {"min": 0.0, "max": 0.5, "scale": "log"}}}, "train.lr.min: is 0, and a log scale"),
-    (
-        {"parameters": {"train.lr": {"values": [1.0], "scale": "log"}}},
-        "train.lr.scale: has no effect together with `values`",
-    ),
+    ({"parameters": {"train.lr": {"values": [1.0], "scale": "log"}}}, "train.lr.scale: has no effect together with"),
     ({"parameters": {"train.lr": {"min": 1e-3, "max": 0.5, "scale": "log", "step": 0.1}}}, "step: has no effect on"),
     ({"parameters": {"train.steps": {"min": 0.5, "max": 2, "integer": True}}}, "train.steps.integer: is true, but"),
     ({"parameters": {"run.name": {"values": ["a"]}}}, "run.name: is given to each trial by the sweep"),
@@ -174,15 +168,9 @@ def test_what_is_wrong_is_said_with_its_key(tmp_path: Path, changes: dict[str, A
 @pytest.mark.parametrize(
     ("parameter", "said"),
     [
-        (
-            {"train.lr": {"min": -1.0, "max": 1e-3}},
-            "train.lr=-1.0 is not a valid run: .*train.lr: got -1.0, expected a number > 0",
-        ),
+        ({"train.lr": {"min": -1.0, "max": 1e-3}}, "train.lr=-1.0 is not a valid run: .*train.lr: got -1.0, expected"),
         ({"eval.every": {"values": [2, 0]}}, "eval.every=0 is not a valid run: .*expected an integer >= 1"),
-        (
-            {"train.warmup_steps": {"min": 0, "max": 9, "integer": True}},
-            "warmup_steps=9 is not a valid run: .*is 9 and must be",
-        ),
+        ({"train.warmup_steps": {"min": 0, "max": 9, "integer": True}}, "warmup_steps=9 is not a valid run: .*is 9"),
     ],
 )
 def test_every_end_of_a_range_is_checked_before_anything_starts(

@@ -190,7 +190,6 @@ def test_bfloat16_sums_the_weight_gradient_in_float32() -> None:
     bf16 = weight.bfloat16().requires_grad_()
     chunked_logprobs_only(hidden.bfloat16(), bf16, targets, chunk_size=1).sum().backward()
     # p = (1/2, 1/2): each row adds +1/2 and -1/2, and 512 / 2 = 256 is exact in bfloat16
-    assert bf16.grad is not None
     assert bf16.grad.tolist() == [[256.0] * 4, [-256.0] * 4]
 
 
@@ -199,7 +198,6 @@ def test_no_rows() -> None:
     logprobs, entropy = chunked_logprobs(x["hidden"][:0], x["weight"], TARGETS[:0])
     assert logprobs.shape == entropy.shape == (0,)
     logprobs.sum().backward()
-    assert x["weight"].grad is not None
     assert not x["weight"].grad.any()
 
 

@@ -77,7 +77,6 @@ def test_branches_see_their_trunk_and_then_themselves() -> None:
     found = borders(LENGTHS, BRANCHES, device=CPU)
     assert found.queries.tolist() == [0, 5, 8, 12, 14]
     assert found.keys.tolist() == [0, 5, 11, 15, 21]  # 5, 3 + 3, 4, 4 + 2
-    assert found.seen is not None
     assert found.seen.tolist() == [*range(5), 0, 1, 2, 5, 6, 7, *range(8, 12), *range(8, 12), 12, 13]
     assert (found.longest_query, found.longest_key) == (5, 6)
 

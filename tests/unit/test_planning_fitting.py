@@ -32,7 +32,6 @@ MODEL = {"rewards": {"score": {"role": "reward"}}, "reward": {"model": "Qwen/Qwe
 def config_of(rewards: dict[str, Any], **rollout: Any) -> Config:
     roles = {"policy": {"workers": 8, "zero_stage": 3}, "rollout": {"engines": 8, "colocate_with": "policy", **rollout}}
     config = parse({**RUN, **rewards, "cluster": {"device": "cuda", "roles": roles}})
-    assert isinstance(config, Config), config
     return config
 
 
@@ -77,7 +76,6 @@ def test_each_node_holds_the_copies_of_as_many_ranks_of_others() -> None:
     roles = {"policy": {"workers": 6}, "rollout": {"engines": 3}, "reward": {"colocate_with": "policy"}}
     tree = {**RUN, **FUNCTION, "cluster": {"device": "cuda", "address": "auto", "roles": roles}}
     config = parse({**tree, "algorithm": {"name": "grpo"}})
-    assert isinstance(config, Config), config
     nodes = [Node(cpus=96.0, gpus=3.0, mem_gib=2000.0)] * 3
     found = footprints(config, Sizes(gpu_memory_gib=80.0))
     (host,) = [fit for fit in places(config, plan_placement(config), found, nodes) if fit.where.startswith("host")]
@@ -100,8 +98,6 @@ def test_the_snapshots_and_the_objects_of_ray_must_fit_into_shared_memory() -> N
     tree = {**RUN, **FUNCTION, "algorithm": {"name": "grpo"}}
     joined = parse({**tree, "cluster": {"device": "cuda", "address": "auto", "roles": roles}})
     local = parse({**tree, "cluster": {"device": "cuda", "object_store_gib": 4.0, "roles": roles}})
-    assert isinstance(joined, Config)
-    assert isinstance(local, Config)
     snapshots = 7_615_616_512 * 24
     fit = shared_memory(joined, mem_gib=400.0)  # of which Linux gives half to /dev/shm
     assert fit.room == 200.0 * GIB
@@ -119,7 +115,6 @@ def test_a_change_that_fills_another_node_most_is_compared_with_the_fullest_node
     # Four ranks share node 0. With eight ranks, two nodes have four each, and node 1 holds the larger copies.
     recipe = Path(__file__).parents[2] / "configs" / "grpo_qwen3_30b_a3b_8gpu.yaml"
     (config,) = load(recipe, ["cluster.roles.policy.workers=4"]).stages.values()
-    assert isinstance(config, Config)
     nodes = [Node(cpus=64.0, gpus=4.0, mem_gib=300.0, kind="h100")] * 16
     changes = remedies(config, Sizes(gpu_memory_gib=80.0), nodes, ["policy"])
     (doubled,) = [line for line in changes if line.startswith("cluster.roles.policy.workers=8: ")]

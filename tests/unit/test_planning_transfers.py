@@ -73,7 +73,6 @@ def test_a_snapshot_counts_where_the_next_passes_are_shorter() -> None:
     config, nodes = run(), parse_cluster(NODE)
     whole_s = 12 * PARAMETERS / 4 / UNPINNED  # float32 weights and two moments
     waits = snapshots(config, Sizes(), nodes, meanwhile_s=6.0)
-    assert waits is not None
     assert waits.seconds == pytest.approx(whole_s - 6.0)
     assert snapshots(config, Sizes(), nodes, meanwhile_s=whole_s + 0.1) is None
     assert "snapshots" not in stages(config)  # 68 s of passes
@@ -84,7 +83,6 @@ def test_a_snapshot_counts_where_the_next_passes_are_shorter() -> None:
 def test_roles_that_share_gpus_with_engines_leave_them_and_return(stage: int) -> None:
     config = run(SHARED, f"cluster.roles.policy={{workers: 4, zero_stage: {stage}}}", "train.streamed=false")
     found = staging(config, Sizes(), None)
-    assert found is not None
     states = 12 * PARAMETERS / 4
     if stage == 2:  # whole weights in bfloat16, all by pinned memory
         expected = 2 * (2 * PARAMETERS + states) / PCIE
@@ -99,7 +97,6 @@ def test_a_reference_of_its_own_only_returns() -> None:
     seconds = []
     for keys in (own, []):
         found = staging(run(SHARED, *keys, "train.streamed=false"), Sizes(), None)
-        assert found is not None
         seconds.append(found.seconds)
     assert seconds[0] - seconds[1] == pytest.approx(2 * PARAMETERS / UNPINNED)
 

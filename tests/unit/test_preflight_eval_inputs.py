@@ -12,13 +12,12 @@ import pytest
 
 from actors.run.evaluate import run_evaluation
 from rlhf.config.files.load import load
-from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.stages import run_folder
 from rlhf.controller.rollout_scorer import request_for
 from rlhf.errors import UserError
 from rlhf.evaluation.results import Marking, Marks, PromptResult
 from rlhf.preflight.eval_inputs import Candidate, EvalInputs, inputs_of_run
-from rlhf.preflight.inputs import OnlineInputs, StageInputs, load_inputs
+from rlhf.preflight.inputs import load_inputs
 from rlhf.roles import CompletedGroup, ScoredGroup
 from rlhf.tracking.sinks.tracker import read_metrics
 from rlhf.types import GroupScores, Prompt, RewardError, RolloutInfo, StepReward
@@ -76,13 +75,9 @@ def changed(text: str, folder: Path, old: str, new: str, model: Path) -> EvalInp
 def test_the_games_are_those_of_training(tiny_model: Path, tmp_path: Path, text: str) -> None:
     found = read(text, tmp_path, tiny_model)
     (stage,) = load_inputs(load(_written(RUN, tmp_path / "trained.yaml", tiny_model)))
-    assert isinstance(stage, StageInputs)
-    assert isinstance(stage.inputs, OnlineInputs)
     (candidate,) = found.candidates
     assert candidate.prompts["games"] == stage.inputs.eval_sets["games"].prompts
     assert candidate.sources["games"] == stage.inputs.eval_sets["games"].sources
-    assert candidate.environment is not None
-    assert stage.inputs.environment is not None
     assert candidate.environment.fingerprint() == stage.inputs.environment.fingerprint()
     assert candidate.environment.key == f"{SECTION[text]}.environment"
     assert candidate.longest_sequence(found.decoding.max_new_tokens) == 64  # of a conversation
@@ -217,7 +212,6 @@ def test_a_stage_counts_what_failed_as_a_run_does(
     text = JUDGE.replace("seed: 7}", f"seed: 7, dir: {tmp_path}}}").replace("size: 7", "size: 2")
     loaded = load(_written(text, tmp_path / "run.yaml", tiny_model))
     (stage,) = loaded.stages.values()
-    assert isinstance(stage, EvaluationStage)
     run_evaluation(stage, loaded, resume=False)
     folder = run_folder(stage)
     (row,) = read_metrics(folder)

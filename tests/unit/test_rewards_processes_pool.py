@@ -373,7 +373,6 @@ def test_processes_end_with_their_parent(name: str) -> None:
         "pool.score(0, 'p', ['x'], {})"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
         pid = int(parent.stdout.readline())
         assert psutil.pid_exists(pid)
         parent.kill()

@@ -227,7 +227,6 @@ def test_a_program_ends_with_its_caller(sandbox: Sandbox) -> None:
         "print('go', flush=True); s.run('import time; time.sleep(200)', wall_s=200.0)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as caller:
-        assert caller.stdout is not None
         assert caller.stdout.readline() == b"go\n"
         started: list[psutil.Process] = []
         deadline = time.monotonic() + 60.0

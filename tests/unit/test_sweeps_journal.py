@@ -145,7 +145,6 @@ def arrive(journal: Journal, members: Population, losses: dict[int, float]) -> N
     """All members do their four steps."""
     for number, loss in losses.items():
         assignment = members.next()
-        assert assignment is not None
         assert (assignment.trial.number, assignment.until) == (number, 4)
         wrote(journal, number, s0=9.0, s4=loss)
         checkpoint(journal, number, 4)
@@ -163,7 +162,6 @@ def test_the_worst_member_goes_on_from_the_best(tmp_path: Path) -> None:
         write_lines(journal.run_folder(2) / "groups.jsonl", [{"step": 4, "max_staleness": 0}])
         arrive(journal, members, {0: 2.0, 1: 3.0, 2: 1.0, 3: 2.5})
         next_one = members.next()
-        assert next_one is not None
         assert next_one.until == 8
         copied = journal.trials[1]
         assert copied.origin == ["trial-002@4"]

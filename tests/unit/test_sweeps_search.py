@@ -65,7 +65,6 @@ def test_a_trial_that_a_kill_left_is_first_and_counts_once(tmp_path: Path) -> No
     with Journal.open(sweep, resume=True) as journal:
         method = Bayesian(sweep, journal, trials=2)
         again = method.next()
-        assert again is not None
         assert again.trial.parameters == begun.trial.parameters
         journal.end(0, "failed", "exit 1")
         method.ended(again.trial)
@@ -106,12 +105,10 @@ def test_successive_halving_knows_after_a_kill_what_it_knew(tmp_path: Path) -> N
         method = asha(sweep, journal)
         for loss in (2.0, 1.0):
             assignment = method.next()
-            assert assignment is not None
             wrote(journal, assignment.trial.number, s0=9.0, s2=loss)
             journal.end(assignment.trial.number, "finished")
     with Journal.open(sweep, resume=True) as journal:
         method = asha(sweep, journal)
         assignment = method.next()
-        assert assignment is not None
         assert assignment.trial.number == 2
         assert method.report(assignment.trial, 2, 1.8)  # the median of 2.0 and 1.0 is 1.5

@@ -45,7 +45,6 @@ def commit(folder: RunFolder, step: int, text: str = "weights") -> None:
 
 def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", _HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(UserError, match=f"in use by process {holder.pid}"):
             RunFolder.open(tmp_path, "run", resume=True)
