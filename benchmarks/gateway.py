@@ -34,12 +34,12 @@ import psutil
 import uvloop
 from aiohttp import ClientSession, TCPConnector
 
+from actors.serving.captured_sessions import CapturedSessions
 from actors.serving.front import Front, FrontSpec, build_front
 from actors.serving.front_engine import FrontEngine
-from actors.serving.sessions import Sessions
 from rlhf.agents.limits import SessionLimits
 from rlhf.agents.trees import training_sequences
-from rlhf.models.tiny import build_tiny_llama
+from rlhf.models.files.tiny import build_tiny_llama
 from rlhf.types import Sampling
 from tests.dummy_engine import DummyLoop, dummy_parts
 
@@ -64,7 +64,7 @@ class DelayedLoop(DummyLoop):
 class Controlled:
     """The front's application, with four paths more: /open/KEY, /close/KEY, /memory and /delay/SECONDS."""
 
-    def __init__(self, app: Any, sessions: Sessions, engine: DelayedLoop) -> None:
+    def __init__(self, app: Any, sessions: CapturedSessions, engine: DelayedLoop) -> None:
         self.app = app
         self.sessions = sessions
         self.engine = engine
@@ -104,7 +104,7 @@ def serve(urls: Any) -> None:
 
         loop = DelayedLoop(parts.renderer.get_tokenizer(), says)
         engine = FrontEngine(loop, parts, ends=(), lora=lambda: None)
-        sessions = Sessions(lambda prefix: loop.abort([prefix]))
+        sessions = CapturedSessions(lambda prefix: loop.abort([prefix]))
         gateway = await build_front(engine, sessions, FrontSpec(name="dummy", template=None))
         loop.asked = _Forgetful()
         gc.collect()

@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM
 from actors.rollout.engine_actor import RolloutSpec, RolloutWorker, engine_environment
 from actors.weights.adapter import AdapterSender
 from actors.weights.shm import ShmSender
-from rlhf.models.lora import add_lora
-from rlhf.models.weights import ADAPTER, adapter_sources, weight_sources
+from rlhf.models.adapters.lora import add_lora
+from rlhf.models.files.weights import ADAPTER, adapter_sources, weight_sources
 from rlhf.types import GroupRequest, Prompt, Sampling
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -156,12 +156,12 @@ def train_alone(case: Alone, rank: int, port: int, model: str, results: Any) -> 
 
     from rlhf.config.derive import adapter_options
     from rlhf.config.schema.model import LoraConfig
-    from rlhf.engine.base import OptimizerSettings, ScheduleSettings
     from rlhf.engine.distributed import RankContext, init_distributed
     from rlhf.engine.sharded_loading import shards_as_it_loads
-    from rlhf.models.loading import load_causal_lm
-    from rlhf.models.lora import add_lora
-    from rlhf.models.packed import policy_logprobs, supervised_loss
+    from rlhf.engine.training_engine import OptimizerSettings, ScheduleSettings
+    from rlhf.models.adapters.lora import add_lora
+    from rlhf.models.files.loading import load_causal_lm
+    from rlhf.models.packed.forward import policy_logprobs, supervised_loss
 
     cpu, dtype = torch.device("cpu"), getattr(torch, case.dtype)
     torch.set_num_threads(max(1, torch.get_num_threads() // case.ranks))

@@ -71,11 +71,11 @@ def hold(folder: Path, place: Connection) -> None:
 
 
 def measure(arguments: argparse.Namespace, folder: Path, place: CopyPlace) -> None:
-    from rlhf.engine.base import OptimizerSettings, ScheduleSettings
     from rlhf.engine.deepspeed import DeepSpeedEngine
     from rlhf.engine.distributed import RankContext, init_distributed
-    from rlhf.models.loading import load_causal_lm
-    from rlhf.models.packed import supervised_loss
+    from rlhf.engine.training_engine import OptimizerSettings, ScheduleSettings
+    from rlhf.models.files.loading import load_causal_lm
+    from rlhf.models.packed.forward import supervised_loss
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

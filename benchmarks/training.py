@@ -88,12 +88,12 @@ def packed_microbatches(lengths: tuple[int, ...], budget: int) -> list[list[int]
 
 def ours(job: Job) -> Measured:
     """Steps of the DeepSpeed engine on packed micro-batches, one rank."""
-    from rlhf.engine.base import OptimizerSettings, ScheduleSettings
     from rlhf.engine.deepspeed import DeepSpeedEngine
     from rlhf.engine.distributed import RankContext, init_distributed
     from rlhf.engine.memory import peak_memory
-    from rlhf.models.loading import load_causal_lm
-    from rlhf.models.packed import supervised_loss
+    from rlhf.engine.training_engine import OptimizerSettings, ScheduleSettings
+    from rlhf.models.files.loading import load_causal_lm
+    from rlhf.models.packed.forward import supervised_loss
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -22,8 +22,8 @@ from typing import NoReturn
 
 from rlhf.commands import COMMANDS
 from rlhf.errors import Preempted, RunError, UserError
-from rlhf.stopping import leave_stuck_threads
-from rlhf.supervised import is_supervised
+from rlhf.process.driver_parent import is_supervised
+from rlhf.process.stopping import leave_stuck_threads
 from rlhf.tracking.logs import printable, redact
 
 

@@ -9,18 +9,18 @@ from pathlib import Path
 import torch
 
 from rlhf.algorithms.sft import SFTConfig
-from rlhf.config.files.base import read_tree
+from rlhf.config.files.base_file import read_tree
 from rlhf.config.files.load import load
 from rlhf.config.pipeline import texts_at
 from rlhf.config.schema.root import Config
 from rlhf.engine.consolidation import load_trained_weights
 from rlhf.engine.gathering import whole_weights
 from rlhf.errors import UserError
-from rlhf.models.loading import load_causal_lm, load_critic
-from rlhf.models.publish import push_folder, refuse_unpublishable
-from rlhf.models.weights import adapter_sources, weight_sources
-from rlhf.owned_folders import temporary_folder
+from rlhf.models.files.loading import load_causal_lm, load_critic
+from rlhf.models.files.publish import push_folder, refuse_unpublishable
+from rlhf.models.files.weights import adapter_sources, weight_sources
 from rlhf.preflight.models import with_adapters, with_sources
+from rlhf.process.owned_folders import temporary_folder
 from rlhf.reporting.model_card import write_model_card
 from rlhf.tracking import logs
 from rlhf.tracking.run_folder.manifest import find_damage

@@ -14,7 +14,7 @@ from contextlib import ExitStack, suppress
 
 from rlhf.cli import main
 from rlhf.errors import RunError, UserError
-from rlhf.stopping import leave_stuck_threads
+from rlhf.process.stopping import leave_stuck_threads
 
 
 def run_trials() -> int:

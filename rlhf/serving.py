@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from aiohttp import web
 
 from rlhf.errors import UserError
-from rlhf.stopping import StopRequest, run_async, run_stoppable
+from rlhf.process.stopping import StopRequest, run_async, run_stoppable
 
 END_WITHIN_S = 5.0
 IDLE_CONNECTION_S = 20.0  # a connection without a complete request head is closed after this time

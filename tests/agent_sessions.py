@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rlhf.agents.calls import Call, Session
+from rlhf.agents.calls import AgentRun, Call
 
 
 def call(
@@ -38,5 +38,5 @@ def call(
     )
 
 
-def session(*calls: Call) -> Session:
-    return Session(calls=list(calls), result="done")
+def session(*calls: Call) -> AgentRun:
+    return AgentRun(calls=list(calls), result="done")

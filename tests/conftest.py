@@ -69,7 +69,7 @@ def _restore_logging() -> None:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the quickstart's tiny Llama, seed 0, float32. Tests read it only."""
-    from rlhf.models.tiny import build_tiny_llama
+    from rlhf.models.files.tiny import build_tiny_llama
 
     return build_tiny_llama(tmp_path_factory.mktemp("models") / "tiny_llama", seed=0)
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from actors.rollout.engine_actor import RolloutSpec, engine_environment
 from actors.rollout.engine_thread import Aborted, Submission
+from actors.serving.captured_sessions import CapturedSessions
 from actors.serving.front import Front, FrontSpec, build_front
 from actors.serving.front_engine import EngineParts, FrontEngine
-from actors.serving.sessions import Sessions
 from rlhf.errors import RunError
 
 Says = Callable[[Sequence[int], Any], list[int]]
@@ -140,5 +140,5 @@ def dummy_parts(model: Path, max_model_len: int = 1024) -> EngineParts:
 async def open_front(loop: DummyLoop, parts: EngineParts, spec: FrontSpec) -> Front:
     """Start a front over a dummy engine."""
     engine = FrontEngine(loop, parts, ends=spec.turn_ends, lora=lambda: None)
-    sessions = Sessions(lambda prefix: loop.abort([prefix]))
+    sessions = CapturedSessions(lambda prefix: loop.abort([prefix]))
     return await Front.serve(await build_front(engine, sessions, spec), sessions, host="127.0.0.1")

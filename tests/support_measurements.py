@@ -19,17 +19,17 @@ import transformers
 from torch import Tensor
 
 from rlhf.errors import UserError
-from rlhf.models.by_sequence import mixers_of
-from rlhf.models.export import export_model
-from rlhf.models.loading import load_causal_lm, load_critic, load_tokenizer
-from rlhf.models.lora import add_lora
-from rlhf.models.packed import policy_logprobs_only
-from rlhf.models.routers import routers_of
-from rlhf.models.row_check import check_rows
-from rlhf.models.row_layout import RowLayout
+from rlhf.models.adapters.lora import add_lora
+from rlhf.models.files.export import export_model
+from rlhf.models.files.loading import load_causal_lm, load_critic, load_tokenizer
+from rlhf.models.files.tiny import VOCAB_SIZE, byte_tokenizer
+from rlhf.models.files.weights import weight_sources
+from rlhf.models.packed.by_sequence import mixers_of
+from rlhf.models.packed.forward import policy_logprobs_only
+from rlhf.models.packed.row_check import check_rows
+from rlhf.models.packed.row_layout import RowLayout
+from rlhf.models.routers.recording import routers_of
 from rlhf.models.support import Support, support_by_type
-from rlhf.models.tiny import VOCAB_SIZE, byte_tokenizer
-from rlhf.models.weights import weight_sources
 from tests.tiny_architectures import ALL, tiny_model
 
 PATH = Path(__file__).parents[1] / "rlhf" / "models" / "support.csv"

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from rlhf.models.tiny import MAX_LENGTH, VOCAB_SIZE, byte_tokenizer
+from rlhf.models.files.tiny import MAX_LENGTH, VOCAB_SIZE, byte_tokenizer
 from tests.tiny_architectures import tiny_model
 
 SIZES = {

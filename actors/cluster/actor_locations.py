@@ -25,8 +25,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.cluster.heartbeat import answer_heartbeats
 from rlhf.errors import RunError
-from rlhf.room import PAUSE
-from rlhf.stopping import start_thread
+from rlhf.process.disk_full import PAUSE
+from rlhf.process.stopping import start_thread
 from rlhf.tracking.run_folder.atomic import write_atomic
 
 T = TypeVar("T")

@@ -28,11 +28,11 @@ import ray
 from ray._private import worker
 
 from actors.cluster.address import cluster_to_join
-from rlhf.cgroups import total_memory
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.errors import RunError, UserError
-from rlhf.owned_folders import LOCK, alone_in, locked
-from rlhf.stopping import current_request, finishes_within
+from rlhf.process.cgroups import total_memory
+from rlhf.process.owned_folders import LOCK, alone_in, locked
+from rlhf.process.stopping import current_request, finishes_within
 from rlhf.tracking.run_folder.environment import num_cpus
 
 logger = logging.getLogger(__name__)

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import psutil
 
-from rlhf.cgroups import groups
-from rlhf.room import PAUSE, Shortage
+from rlhf.process.cgroups import groups
+from rlhf.process.disk_full import PAUSE, Shortage
 
 PING, STACKS = b"p", b"s"  # the questions
 ASKED_WITHIN_S = 60.0

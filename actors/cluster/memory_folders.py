@@ -1,7 +1,7 @@
 """Make a folder in the shared memory of each of a run's nodes. Its files outlive the processes that write them.
 
-The next run on a node removes the folders of dead runs there (rlhf.owned_folders). The process that owns a folder on a
-node also holds copies of snapshots of ranks on other nodes.
+The next run on a node removes the folders of dead runs there (rlhf.process.owned_folders). The process that owns a
+folder on a node also holds copies of snapshots of ranks on other nodes.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors.cluster.actor_locations import locations
 from rlhf.engine.snapshot_copies import CopyHolder, CopyPlace
 from rlhf.errors import RunError, UserError
-from rlhf.owned_folders import OwnedFolder
-from rlhf.stopping import finishes_within
+from rlhf.process.owned_folders import OwnedFolder
+from rlhf.process.stopping import finishes_within
 
 logger = logging.getLogger(__name__)
 REMOVED_WITHIN_S = 5.0

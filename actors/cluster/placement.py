@@ -25,8 +25,8 @@ from rlhf.config.placement_plan import PlacementPlan, assign_nodes, plan_apart, 
 from rlhf.config.schema.cluster import ClusterConfig, EngineRange
 from rlhf.config.schema.root import Config
 from rlhf.errors import NodeNotReplaced, RunError, UserError
+from rlhf.process.stopping import finishes_within
 from rlhf.role_table import Role
-from rlhf.stopping import finishes_within
 
 logger = logging.getLogger(__name__)
 SAY_EVERY_S = 30.0

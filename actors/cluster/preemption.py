@@ -1,7 +1,7 @@
 """Run a training loop under a stop request: it finishes its step, writes a checkpoint and ends, in a limited time.
 
-The request comes from a signal (rlhf.stopping) or from a draining node. `timeout`, Slurm and systemd may send a signal
-to all processes of the run at once. Then Ray's daemons end too, and nothing can be saved. If they end without a
+The request comes from a signal (rlhf.process.stopping) or from a draining node. `timeout`, Slurm and systemd may send a
+signal to all processes of the run at once. Then Ray's daemons end too, and nothing can be saved. If they end without a
 request, the loop is ended with an error: it might go on for a minute before a call to Ray fails.
 """
 
@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 from actors.cluster.connect import OWN_RAY
 from rlhf.controller.notice import Notice
 from rlhf.errors import RESUMES, Preempted, RunError
-from rlhf.stopping import StopRequest
-from rlhf.supervised import tell_parent
+from rlhf.process.driver_parent import tell_parent
+from rlhf.process.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -24,9 +24,9 @@ from actors.cluster.actor_locations import ActorLocation, forget, location_of, o
 from actors.cluster.heartbeat import Child
 from actors.cluster.waiting import START_LIMIT, wait_all, wait_one
 from actors.cluster.watch import children_of
+from rlhf.process.disk_full import PAUSE
+from rlhf.process.stopping import finishes_within
 from rlhf.role_table import Role
-from rlhf.room import PAUSE
-from rlhf.stopping import finishes_within
 
 logger = logging.getLogger(__name__)
 ASKED_S = 1.0  # limit for an orderly end by Ray

@@ -21,7 +21,7 @@ from rlhf.config.schema.root import Config
 from rlhf.errors import RunError, UserError
 from rlhf.planning.footprints import Sizes, footprints
 from rlhf.planning.memory import snapshot_sizes
-from rlhf.shared_memory import (
+from rlhf.planning.shared_memory import (
     SHARED_MEMORY,
     SharedMemoryRoom,
     SnapshotBytes,

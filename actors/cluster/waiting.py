@@ -38,8 +38,8 @@ from rlhf.errors import (
     UserError,
     WorkerLost,
 )
+from rlhf.process.disk_full import PAUSE
 from rlhf.role_table import Role
-from rlhf.room import PAUSE
 
 T = TypeVar("T")
 CALL_LIMIT, START_LIMIT = "cluster.call_timeout_s", "cluster.start_timeout_s"

@@ -25,9 +25,9 @@ from ray.exceptions import RayError
 
 from actors.cluster.actor_locations import ActorLocation, location_of, locations, on_node
 from actors.cluster.heartbeat import PING, STACKS, Beat, Child, OomKills, count_oom_kills
+from rlhf.process.disk_full import PAUSE
+from rlhf.process.stopping import finishes_within
 from rlhf.role_table import Role
-from rlhf.room import PAUSE
-from rlhf.stopping import finishes_within
 
 T = TypeVar("T")
 

@@ -27,8 +27,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors.cluster.address import cluster_to_join
 from actors.cluster.connect import connected
 from actors.cluster.placement import may_grow, missing_resources, nodes_of_bundles
+from actors.doctor.check_results import CheckResult, check, show
 from actors.doctor.node_probe import SHARE, DriverFacts, Link, NodeProbe, code_hash, size_of, versions
-from actors.doctor.results import CheckResult, check, show
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.placement_plan import plan_placement
 from rlhf.config.schema.cluster import ClusterConfig
@@ -37,8 +37,8 @@ from rlhf.config.schema.stages import MergeStage, Stage
 from rlhf.errors import UserError
 from rlhf.planning.footprints import Sizes, footprints
 from rlhf.planning.memory import snapshot_sizes
+from rlhf.planning.shared_memory import SnapshotBytes, snapshots_by_node
 from rlhf.role_table import MODEL_SECTIONS
-from rlhf.shared_memory import SnapshotBytes, snapshots_by_node
 
 ANSWER_WITHIN_S = 60.0  # for a node, whose actor has to start first
 QUICK_S = 15.0

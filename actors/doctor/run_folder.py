@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from actors.doctor.results import CheckResult, show
+from actors.doctor.check_results import CheckResult, show
 from rlhf.controller.record import read_state
 from rlhf.data.stream import given_rows
 from rlhf.errors import UserError

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.jobs.entrypoint import ENVIRONMENT
-from rlhf.config.files.base import read_tree
+from rlhf.config.files.base_file import read_tree
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.files.recipes import RECIPES
 from rlhf.config.files.yaml_tree import apply_overrides

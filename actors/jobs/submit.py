@@ -28,8 +28,8 @@ from actors.jobs.entrypoint import SETUP_HOOK
 from actors.jobs.package import project_of
 from rlhf.config.files.load import LoadedConfig, load
 from rlhf.errors import RunError, UserError
-from rlhf.owned_folders import temporary_folder
-from rlhf.stopping import run_async, run_stoppable
+from rlhf.process.owned_folders import temporary_folder
+from rlhf.process.stopping import run_async, run_stoppable
 from rlhf.tracking.logs import MASK, redact
 
 ANSWER_WITHIN_S = 30.0  # for one request

@@ -24,6 +24,7 @@ from actors.cluster.waiting import CALL_LIMIT, START_LIMIT
 from actors.roles.group import END_WITHIN_S, STOP_LIMIT, ModelGroup, SpawnOne
 from actors.weights import Meeting, Transport, WeightManifest
 from rlhf.errors import RESUMES, RunError
+from rlhf.process.disk_full import done_when_there_is_room
 from rlhf.role_table import Role
 from rlhf.roles import (
     AdvantagesReport,
@@ -35,7 +36,6 @@ from rlhf.roles import (
     RemoteColumns,
     StatesByRank,
 )
-from rlhf.room import done_when_there_is_room
 from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.types import (
     BatchPlan,

@@ -23,9 +23,9 @@ from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.controller.supervisor import ITS_START, Supervisor
 from rlhf.engine.distributed import RankContext
 from rlhf.errors import ResultsLost, RunError, WorkerLost
+from rlhf.process.disk_full import done_when_there_is_room
 from rlhf.role_table import Role
 from rlhf.roles import Ref
-from rlhf.room import done_when_there_is_room
 from rlhf.types import MemoryReport
 
 T = TypeVar("T")

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from actors.weights import SENDERS, Meeting, Transport, WeightManifest, WeightSender
 from actors.weights.adapter import AdapterSender
-from rlhf.algorithms.base import Kind
+from rlhf.algorithms.algorithm import Kind
 from rlhf.config.derive import ships_adapter
 from rlhf.config.files.differences import home, portable
-from rlhf.models.export import adapter_config
+from rlhf.models.files.export import adapter_config
 from rlhf.workers.model_worker import torch_dtype
 from rlhf.workers.offline.distillation import DistillationWorker
 from rlhf.workers.offline.pairs import PreferenceWorker, RewardModelWorker

@@ -1,7 +1,7 @@
 """Interrupt responses in vLLM, and continue them in a later request as if nothing had happened.
 
 A continued request has the earlier tokens at the end of its prompt. Sampling depends on the seed and the position
-(actors/weights/vllm_generators.py), the token limit shrinks by the earlier tokens, and stop strings are searched in the
+(actors/vllm_patches/generators.py), the token limit shrinks by the earlier tokens, and stop strings are searched in the
 whole response. The engine loop calls the functions that take an engine, between two steps.
 """
 
@@ -25,7 +25,7 @@ CUT = "abort"  # vLLM's finish reason of an interrupted request
 
 def rest_params(params: Any, begun: Begun) -> Any:
     """Return vLLM's parameters for the rest of a response."""
-    from actors.weights.vllm_generators import DRAWN  # with vLLM
+    from actors.vllm_patches.generators import DRAWN  # with vLLM
 
     if begun.token_ids:
         params.max_tokens -= len(begun.token_ids)

@@ -43,7 +43,7 @@ from actors.weights import Meeting, WeightManifest
 from rlhf.agents.sessions import AgentSpec
 from rlhf.engine.distributed import meet_through
 from rlhf.errors import RunError, UserError
-from rlhf.models.loading import load_tokenizer
+from rlhf.models.files.loading import load_tokenizer
 from rlhf.roles import EnginePart
 from rlhf.rollouts.environments.conversations import Conversations, EnvironmentSpec
 from rlhf.rollouts.records.begun import Begun

@@ -19,10 +19,10 @@ from rlhf.config.derive import saved_rank, ships_adapter, weight_sync
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.root import Config
 from rlhf.engine.memory import peak_memory
-from rlhf.models.loading import load_model_config
+from rlhf.models.files.loading import load_model_config
 from rlhf.models.on_disk import ModelOnDisk
 from rlhf.models.support import refuse_without_engine
-from rlhf.owned_folders import keep_temporary_files_apart
+from rlhf.process.owned_folders import keep_temporary_files_apart
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
 from rlhf.types import MemoryReport
 

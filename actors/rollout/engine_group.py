@@ -22,9 +22,9 @@ from actors.rollout.elastic_engines import ElasticEngines
 from actors.weights import SENDERS, Transport
 from rlhf.config.derive import WeightSync
 from rlhf.errors import ObjectStoreFull, WorkerLost
+from rlhf.process.disk_full import PAUSE, done_when_there_is_room
 from rlhf.role_table import Role
 from rlhf.roles import CompletedGroup, EnginePart
-from rlhf.room import PAUSE, done_when_there_is_room
 from rlhf.types import GroupRequest, RolloutInfo, Sampling
 
 logger = logging.getLogger(__name__)

@@ -14,9 +14,9 @@ from rlhf.controller.rollout_scorer import request_for
 from rlhf.data.tokenization import Continuation
 from rlhf.errors import RunError, UserError
 from rlhf.preflight.inputs import OnlineInputs, StageInputs, load_inputs
+from rlhf.process.stopping import run_async
 from rlhf.rollouts.environments.conversations import Conversations, EnvironmentSpec
 from rlhf.rollouts.records.spans import Played, Sampled
-from rlhf.stopping import run_async
 from rlhf.tracking import logs
 from rlhf.types import Prompt, Sampling
 

@@ -28,8 +28,8 @@ from actors.rollout.engine_weights import SyncReceipt
 from actors.weights import WeightManifest
 from rlhf.controller.weight_sync import check_probe
 from rlhf.errors import RESUMES, RunError, WorkerLost
+from rlhf.process.disk_full import PAUSE
 from rlhf.roles import PolicyProbe
-from rlhf.room import PAUSE
 from rlhf.types import MemoryReport
 
 Call = Callable[[ActorHandle[Any]], ObjectRef[Any]]

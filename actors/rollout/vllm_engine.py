@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from actors.cluster.processes import KEEPS_MEMORY, hub_environment
-from actors.rollout.grammar_time import bound_grammars
+from actors.vllm_patches.grammar_time import bound_grammars
 from actors.weights import Transport, WeightManifest
 from actors.weights.adapter import WEIGHTS, file_checksum
 from rlhf.agents.sessions import AgentSpec
@@ -99,8 +99,11 @@ def build_engine(spec: RolloutSpec) -> Any:
     from vllm.config import WeightTransferConfig
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    from rlhf.models.loading import load_model_config, split_revision  # transformers: the driver need not wait for it
-    from rlhf.models.row_layout import keeps_states
+    from rlhf.models.files.loading import (  # transformers: the driver need not wait for it
+        load_model_config,
+        split_revision,
+    )
+    from rlhf.models.packed.row_layout import keeps_states
 
     gc.freeze()  # vLLM collects garbage five times. Visiting the objects of all modules takes half of the build.
     cpu, in_flight = spec.device == "cpu", spec.kv_after_update is not None
@@ -160,7 +163,7 @@ def build_engine(spec: RolloutSpec) -> Any:
 
 def _model_settings(config: Any) -> dict[str, Any]:
     """Return the changes of a model's config with which vLLM computes what transformers computes."""
-    from rlhf.models.hub_names import missing_settings
+    from rlhf.models.files.hub_names import missing_settings
 
     settings = missing_settings(config)
     if config.model_type in ("cohere2", "cohere2_moe"):  # vLLM's windows are a token wider than transformers'
@@ -205,7 +208,7 @@ def _refusal(given: Mapping[str, Any], error: Exception) -> str:
 
 def _refuse_lost_weights(engine: Any, spec: RolloutSpec, config: Any) -> None:
     """Raise UserError if vLLM has not read a weight that transformers' model has: the engine would be another model."""
-    from rlhf.models.weights import published_names
+    from rlhf.models.files.weights import published_names
 
     unread = frozenset.intersection(*engine.collective_rpc("unread_weights"))  # a worker reads only its experts
     lost = sorted(unread & published_names(config)) if unread else []

@@ -40,11 +40,11 @@ from rlhf.evaluation.results import (
 )
 from rlhf.evaluation.voting import AnswerForm, answer_of
 from rlhf.preflight.eval_inputs import Candidate, EvalInputs, inputs_of_stage
+from rlhf.process.stopping import run_async
 from rlhf.rewards.failure_rule import ends_run, held_out_rules
 from rlhf.rewards.scoring import describe_errors, rules_of_specs
 from rlhf.roles import CompletedGroup, ScoredGroup
 from rlhf.rollouts.records.texts import Transcript
-from rlhf.stopping import run_async
 from rlhf.tracking.run_folder.atomic import write_atomic, write_lines
 from rlhf.tracking.run_folder.errors import write_error
 from rlhf.tracking.run_folder.samples import samples_path

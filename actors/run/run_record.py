@@ -21,9 +21,9 @@ from rlhf.controller.record import RunRecord
 from rlhf.errors import Preempted, RunError, StorageFull
 from rlhf.preflight.run_folder import kept_checkpoints, open_mirror
 from rlhf.preflight.sources import installed_trackers
-from rlhf.room import PAUSE
-from rlhf.stopping import current_request
-from rlhf.supervised import tell_parent
+from rlhf.process.disk_full import PAUSE
+from rlhf.process.driver_parent import tell_parent
+from rlhf.process.stopping import current_request
 from rlhf.tracking.display.progress import Mode
 from rlhf.tracking.display.progress_live import open_progress
 from rlhf.tracking.run_folder.folder import RunFolder

@@ -43,16 +43,16 @@ from rlhf.controller.record import RunRecord
 from rlhf.controller.supervisor import Supervisor
 from rlhf.errors import RunError, UserError, prefix_errors
 from rlhf.merging.merge import checked_sources, write_merge
-from rlhf.models.publish import push_folder
+from rlhf.models.files.publish import push_folder
 from rlhf.preflight.inputs import CheckedStage, OfflineInputs, OnlineInputs, StageInputs, collated, load_inputs
 from rlhf.preflight.merge import with_local_models
 from rlhf.preflight.run_folder import check_folders, continue_from, refuse_other_checkpoint, stream_of
 from rlhf.preflight.start import Start
+from rlhf.process.disk_full import done_when_there_is_room
+from rlhf.process.driver_parent import unrecorded_deaths
+from rlhf.process.stopping import StopRequest, current_request, run_async
 from rlhf.reporting.model_card import write_model_card
 from rlhf.rewards.scoring import fingerprint
-from rlhf.room import done_when_there_is_room
-from rlhf.stopping import StopRequest, current_request, run_async
-from rlhf.supervised import unrecorded_deaths
 from rlhf.tracking import logs
 from rlhf.tracking.run_folder.atomic import write_atomic
 from rlhf.tracking.run_folder.errors import ErrorRecord
@@ -79,7 +79,7 @@ def launch(loaded: LoadedConfig, start: Start) -> None:
     """Run all stages, or with `start.resume` the unfinished ones. Return when the last result is written.
 
     Raises:
-        Preempted: a signal came before the end (see rlhf.stopping). Finished work is kept.
+        Preempted: a signal came before the end (see rlhf.process.stopping). Finished work is kept.
     """
     logs.configure()
     if start.until is not None and (loaded.is_pipeline or not loaded.runs):

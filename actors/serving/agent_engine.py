@@ -14,7 +14,7 @@ from rlhf.agents.hosted import MODEL
 from rlhf.agents.sessions import AgentSessions, AgentSpec
 from rlhf.data.chat import turn_end
 from rlhf.errors import RunError, UserError
-from rlhf.models.loading import load_tokenizer
+from rlhf.models.files.loading import load_tokenizer
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
 from rlhf.serving import is_loopback
 

@@ -13,7 +13,7 @@ from typing import Any
 import partial_json_parser
 from vllm.entrypoints.generate.base.protocol import FunctionCall
 
-from actors.serving.sessions import CURRENT_CALL
+from actors.serving.captured_sessions import CURRENT_CALL
 
 
 class ToldCalls:

@@ -17,11 +17,11 @@ from typing import Any
 
 from actors.rollout.engine_calls import EngineCalls
 from actors.rollout.vllm_engine import added_tokens, end_tokens
+from actors.serving.captured_sessions import CapturedSessions
 from actors.serving.front_engine import EngineParts, FrontEngine
 from actors.serving.gateway import Gateway
 from actors.serving.parsers import parsers_of, refuse_stubs
 from actors.serving.refusals import ANTHROPIC_PATH
-from actors.serving.sessions import Sessions
 from rlhf.errors import RunError
 from rlhf.serving import CLOSE_EVERY_S, IDLE_CONNECTION_S
 
@@ -48,7 +48,7 @@ class FrontSpec:
 class Front:
     """A running front. `sessions` opens and closes sessions."""
 
-    def __init__(self, server: Any, listener: socket.socket, sessions: Sessions) -> None:
+    def __init__(self, server: Any, listener: socket.socket, sessions: CapturedSessions) -> None:
         self.sessions = sessions
         host, port = listener.getsockname()[:2]
         self.base_url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -61,11 +61,11 @@ class Front:
         """Start the front of a started engine, at a free port of `host`."""
         parts = await calls.run(engine_parts, "the parts of its front")
         engine = FrontEngine(calls.loop, parts, ends=spec.turn_ends, lora=lora)
-        sessions = Sessions(lambda prefix: calls.loop.abort([prefix]))
+        sessions = CapturedSessions(lambda prefix: calls.loop.abort([prefix]))
         return await cls.serve(await build_front(engine, sessions, spec), sessions, host=host)
 
     @classmethod
-    async def serve(cls, app: Gateway, sessions: Sessions, *, host: str) -> Front:
+    async def serve(cls, app: Gateway, sessions: CapturedSessions, *, host: str) -> Front:
         """Serve an application at a free port of `host`."""
         import uvicorn
 
@@ -160,7 +160,7 @@ def engine_parts(engine: Any) -> EngineParts:
     )
 
 
-async def build_front(engine: FrontEngine, sessions: Sessions, spec: FrontSpec) -> Gateway:
+async def build_front(engine: FrontEngine, sessions: CapturedSessions, spec: FrontSpec) -> Gateway:
     """Return vLLM's application around an engine, behind the gateway. RunError: a parser does not fit the model."""
     from fastapi import FastAPI
     from vllm.entrypoints.anthropic.api_router import attach_router as attach_messages

@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from actors.rollout.engine_thread import Submission
-from actors.rollout.grammar_time import STEP_S
+from actors.serving.captured_sessions import CURRENT_CALL, CapturedSession, Draw, ServedCall, Tokens
 from actors.serving.refusals import RefusedCall
-from actors.serving.sessions import CURRENT_CALL, Draw, OpenSession, ServedCall, Tokens
+from actors.vllm_patches.grammar_time import STEP_S
 from rlhf.errors import RunError
 
 NO_TEXT = (
@@ -121,7 +121,9 @@ class FrontEngine:
                     self._capture(call.session, call, given, params, responses)
             yield output
 
-    def _sample_as_the_run(self, session: OpenSession, call: ServedCall, num_prompt_tokens: int, params: Any) -> None:
+    def _sample_as_the_run(
+        self, session: CapturedSession, call: ServedCall, num_prompt_tokens: int, params: Any
+    ) -> None:
         """Replace the client's wishes that change probabilities.
 
         The client still chooses length, stop strings and structure.
@@ -156,7 +158,11 @@ class FrontEngine:
 
     @staticmethod
     def _capture(
-        session: OpenSession, call: ServedCall, given: Sequence[int], params: Any, responses: Mapping[int, _Response]
+        session: CapturedSession,
+        call: ServedCall,
+        given: Sequence[int],
+        params: Any,
+        responses: Mapping[int, _Response],
     ) -> None:
         prompt_ids = np.array(given, dtype=np.int32)
         for _, response in sorted(responses.items()):

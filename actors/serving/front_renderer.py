@@ -19,9 +19,9 @@ from vllm.exceptions import VLLMValidationError
 from vllm.renderers.chat_utils import has_non_text_content
 from vllm.renderers.online_renderer import OnlineRenderer
 
+from actors.serving.captured_sessions import CURRENT_CALL, CapturedSession, KnownTurn, ServedCall
 from actors.serving.cut_calls import ToldCalls, parsed_as_stream
 from actors.serving.refusals import RefusedCall
-from actors.serving.sessions import CURRENT_CALL, KnownTurn, OpenSession, ServedCall
 from rlhf.agents.calls import Restriction
 from rlhf.data.turn_ends import TurnEnds
 from rlhf.errors import UserError
@@ -94,7 +94,7 @@ class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
         super().adjust_harmony_request(request)
 
     async def _continued(
-        self, session: OpenSession, request: Any, messages: list[Any], known: KnownTurn, options: dict[str, Any]
+        self, session: CapturedSession, request: Any, messages: list[Any], known: KnownTurn, options: dict[str, Any]
     ) -> list[int] | None:
         """Return a prompt that continues a known turn. None: the template does not write the turn once, as it is."""
         marked = [{"role": "assistant", "content": _PLACE}]

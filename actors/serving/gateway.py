@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMap
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from actors.serving.captured_sessions import CURRENT_CALL, CapturedSession, CapturedSessions, OpenRequest, ServedCall
 from actors.serving.refusals import DRAWING, RESPONSES_PATH, RefusedCall, refuse_route, refuse_unsupported
-from actors.serving.sessions import CURRENT_CALL, OpenRequest, OpenSession, ServedCall, Sessions
 from rlhf.agents.limits import MAX_REQUEST_BYTES, SessionLimits
 from rlhf.serving import BODY_S, is_same_secret
 
@@ -40,7 +40,7 @@ class Gateway:
     def __init__(
         self,
         app: Callable[[Scope, Receive, Send], Awaitable[None]],
-        sessions: Sessions,
+        sessions: CapturedSessions,
         fields: Mapping[str, Collection[str]],
         *,
         own_key: str | None,
@@ -95,14 +95,14 @@ class Gateway:
             CURRENT_CALL.set(call)
             await self.app(scope, _replay(body, receive), send)
 
-    def _session(self, key: str) -> OpenSession:
+    def _session(self, key: str) -> CapturedSession:
         session = self.sessions.find(key)
         if session is None:
             raise RefusedCall("no open session has this key", code="invalid_api_key", status=401)
         return session
 
     def _call(
-        self, asked: Mapping[str, Any], session: OpenSession | None, path: str
+        self, asked: Mapping[str, Any], session: CapturedSession | None, path: str
     ) -> AbstractContextManager[ServedCall]:
         num_responses = _num_responses(asked)
         if num_responses > MAX_RESPONSES:
@@ -113,7 +113,7 @@ class Gateway:
         self._serial += 1
         return nullcontext(ServedCall(None, f"served{self._serial}-"))
 
-    def _check(self, body: Mapping[str, Any], session: OpenSession | None, path: str) -> None:
+    def _check(self, body: Mapping[str, Any], session: CapturedSession | None, path: str) -> None:
         if path not in self.fields:
             return
         refuse_unsupported(body, self.fields[path], has_tool_parser=self.has_tool_parser)

@@ -24,13 +24,13 @@ from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.controller.rollout_scorer import process_answers, request_for
 from rlhf.data.templates import UNCHANGED, ChatTemplate
 from rlhf.evaluation.decoding import Decoding, Generation
-from rlhf.models.loading import load_tokenizer
+from rlhf.models.files.loading import load_tokenizer
+from rlhf.models.files.template_check import refuse_runaway_template
 from rlhf.models.on_disk import ModelOnDisk, refuse_unservable
-from rlhf.models.template_check import refuse_runaway_template
 from rlhf.preflight.models import resolve_model
+from rlhf.process.stopping import run_async
 from rlhf.roles import CompletedGroup
 from rlhf.rollouts.records.texts import response_texts
-from rlhf.stopping import run_async
 from rlhf.types import GroupRequest, Prompt, Rollouts, Sampling
 
 T = TypeVar("T")

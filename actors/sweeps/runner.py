@@ -23,13 +23,13 @@ from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.sweep import Sweep
 from rlhf.errors import Preempted, RunError, UserError
 from rlhf.planning.shares import divide, divided_machine, most_trials, room_in, trials_of
-from rlhf.room import PAUSE
-from rlhf.stopping import StopRequest, current_request
+from rlhf.process.disk_full import PAUSE
+from rlhf.process.stopping import StopRequest, current_request
 from rlhf.sweeps.journal import Journal, Trial
 from rlhf.sweeps.plots import plot
-from rlhf.sweeps.results import SweepResult, collect, explain_failure, judged_folder, metric_values, write
 from rlhf.sweeps.space import Values, format_values, known_trials
 from rlhf.sweeps.strategy import Assignment, Strategy
+from rlhf.sweeps.trial_results import SweepResult, collect, explain_failure, judged_folder, metric_values, write
 from rlhf.tracking import logs
 from rlhf.tracking.formatting import number
 from rlhf.tracking.run_folder.atomic import write_atomic

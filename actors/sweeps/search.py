@@ -13,9 +13,9 @@ from typing import Any
 from rlhf.config.schema.sweep import AshaMethod, BayesianMethod, Parameter, Sweep
 from rlhf.errors import UserError
 from rlhf.sweeps.journal import Journal, Trial
-from rlhf.sweeps.results import judged_folder, metric_values
 from rlhf.sweeps.space import Values, fitting
 from rlhf.sweeps.strategy import Assignment, Listed, Population, Strategy
+from rlhf.sweeps.trial_results import judged_folder, metric_values
 
 METRIC = "value"
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from rlhf.stopping import StopRequest
+from rlhf.process.stopping import StopRequest
 
 END_WITHIN_S = 60.0  # in addition to the grace period for the step and its checkpoint
 PR_SET_PDEATHSIG = 1

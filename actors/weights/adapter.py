@@ -22,7 +22,7 @@ from torch import Tensor
 from actors.weights.manifest import WeightManifest
 from actors.weights.staging import WeightSender
 from rlhf.errors import RunError, StorageFull
-from rlhf.room import when_there_is_room
+from rlhf.process.disk_full import when_there_is_room
 from rlhf.tracking.run_folder.atomic import write_atomic
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's file names

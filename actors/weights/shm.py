@@ -18,7 +18,7 @@ from torch import Tensor
 
 from actors.weights.staging import WeightSender
 from rlhf.errors import RunError
-from rlhf.system_calls import memfd
+from rlhf.process.system_calls import memfd
 
 GROW_BY = 64 << 20  # bytes; only the first publication grows the memory
 

@@ -11,15 +11,15 @@ from typing import Any
 
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+from actors.vllm_patches.drafts_cpu import correct_drafts_on_cpu
+from actors.vllm_patches.experts_cpu import RecordedExperts
+from actors.vllm_patches.generators import continue_generators
+from actors.vllm_patches.lora_cpu import share_adapter_on_cpu
+from actors.vllm_patches.models import correct_models
+from actors.vllm_patches.router_biases import load_biases_of_experts
+from actors.vllm_patches.routers_cpu import choose_by_bias_on_cpu
+from actors.vllm_patches.unread import note_unread_weights, unread_weights
 from actors.weights import RECEIVERS
-from actors.weights.vllm_drafts_cpu import correct_drafts_on_cpu
-from actors.weights.vllm_experts_cpu import RecordedExperts
-from actors.weights.vllm_generators import continue_generators
-from actors.weights.vllm_lora_cpu import share_adapter_on_cpu
-from actors.weights.vllm_models import correct_models
-from actors.weights.vllm_router_biases import load_biases_of_experts
-from actors.weights.vllm_routers_cpu import choose_by_bias_on_cpu
-from actors.weights.vllm_unread import note_unread_weights, unread_weights
 from rlhf.engine.memory import peak_memory
 
 PREFIX = "rlhf_"  # vLLM has other backends called nccl and ipc

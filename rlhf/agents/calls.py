@@ -55,7 +55,7 @@ AgentResult = str | Mapping[str, Any] | AgentFiles  # text, a JSON object, or fi
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Session:
+class AgentRun:
     """One run of an agent on a task: its calls in the order of their ends, and its result."""
 
     calls: list[Call]

@@ -32,10 +32,10 @@ from urllib.parse import urlsplit
 
 from rlhf.agents.relay import PORT, forwarding
 from rlhf.extensions import CodeSource, LoadError, load_code
+from rlhf.process.system_calls import pidfd_open
 from rlhf.rewards.sandbox.run import READABLE, namespaces
 from rlhf.rollouts.environments.process import Description, ProtocolViolation
 from rlhf.rollouts.environments.tool_servers import Toolbox, ToolServer, offered_tools, opened_toolbox
-from rlhf.system_calls import pidfd_open
 
 RESULT_FOLDER = "result"  # the files that an agent leaves there are its result
 TASK_FILE = "task.json"

@@ -22,9 +22,9 @@ import aiohttp
 from rlhf.agents.calls import AgentFiles, AgentResult
 from rlhf.agents.hosted import MAX_RESULT_BYTES, RESULT_FOLDER, checked_result, result_of_text
 from rlhf.agents.limits import ProcessLimits
-from rlhf.agents.watch import GIB, SessionWatch
+from rlhf.agents.watch import GIB, ProcessWatch
 from rlhf.extensions import CodeSource
-from rlhf.owned_folders import OwnedFolder, remove_tree
+from rlhf.process.owned_folders import OwnedFolder, remove_tree
 from rlhf.rollouts.environments.host import EnvironmentFailure, EnvironmentHost, HostedKind
 from rlhf.rollouts.environments.process import ProtocolViolation
 from rlhf.rollouts.environments.tool_servers import ToolServer
@@ -81,7 +81,7 @@ class HostedRunner:
         )
         self.limits = limits
         self.timeout_s, self.limit = timeout_s, f"{key}.timeout_s: {timeout_s:g}"
-        self.watch = SessionWatch(limits, key=key)
+        self.watch = ProcessWatch(limits, key=key)
         self._folder: OwnedFolder | None = None
 
     async def start(self) -> None:

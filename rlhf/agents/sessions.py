@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from rlhf.agents.calls import AgentResult, Call, Session
+from rlhf.agents.calls import AgentResult, AgentRun, Call
 from rlhf.agents.limits import ProcessLimits, SessionLimits
 from rlhf.agents.runners import KEY, AgentRunner, AgentTask, HostedRunner, ServiceRunner, result_json
 from rlhf.agents.trees import assemble_sessions
@@ -68,7 +68,7 @@ class AgentSpec:
         )
 
 
-class OpenedSession(Protocol):
+class SessionState(Protocol):
     """A session at the front, while its agent runs."""
 
     @property
@@ -80,10 +80,10 @@ class OpenedSession(Protocol):
         """Return what is set once a limit has been exceeded."""
 
 
-class FrontSessions(Protocol):
+class AgentFront(Protocol):
     """The sessions of an engine's front."""
 
-    def open(self, key: str, sampling: Sampling, limits: SessionLimits) -> OpenedSession:
+    def open(self, key: str, sampling: Sampling, limits: SessionLimits) -> SessionState:
         """Answer calls with this key from now on."""
 
     def close(self, key: str) -> list[Call]:
@@ -93,7 +93,7 @@ class FrontSessions(Protocol):
 class AgentSessions:
     """Runs groups of sessions, at most `processes` at once."""
 
-    def __init__(self, spec: AgentSpec, front: FrontSessions, address: str) -> None:
+    def __init__(self, spec: AgentSpec, front: AgentFront, address: str) -> None:
         self.spec = spec
         self.front = front
         self.address = address
@@ -126,7 +126,7 @@ class AgentSessions:
 
     async def _session(
         self, request: GroupRequest, sampling: Sampling, sample: int
-    ) -> tuple[Session, RewardError | None]:
+    ) -> tuple[AgentRun, RewardError | None]:
         """Run one session from its opening to its end, with the failure of its agent, if there is one."""
         prompt, seed = request.prompt, request.seeds[sample]
         result: AgentResult | None = None
@@ -146,9 +146,9 @@ class AgentSessions:
                 calls = self.front.close(key)
         if error is None and (problem := self._problem(opened.exceeded, calls)) is not None:
             error = _error(problem, prompt, sample)
-        return Session(calls=calls, result=result if error is None else None), error
+        return AgentRun(calls=calls, result=result if error is None else None), error
 
-    async def _solve(self, task: AgentTask, opened: OpenedSession) -> AgentResult | None:
+    async def _solve(self, task: AgentTask, opened: SessionState) -> AgentResult | None:
         """Run the agent to its end, or until a limit of its calls is exceeded: the session has failed then."""
         agent = asyncio.ensure_future(self.runner.solve(task))
         over = asyncio.ensure_future(opened.is_over.wait())
@@ -174,7 +174,7 @@ def _error(failure: EnvironmentFailure, prompt: Prompt, sample: int) -> RewardEr
     return RewardError(reward=AGENT, kind=failure.kind, message=str(failure), prompt_id=prompt.prompt_id, sample=sample)
 
 
-def session_end(session: Session) -> SessionEnd:
+def session_end(session: AgentRun) -> SessionEnd:
     """Return the scalars of a session for the driver, with its result for the rewards."""
     restricted: Counter[str] = Counter()
     for call in session.calls:

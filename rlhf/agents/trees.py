@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from rlhf.agents.calls import Call, Session
+from rlhf.agents.calls import AgentRun, Call
 from rlhf.data.prefix_tree import TokenIds, common_length, shared_with_earlier
 from rlhf.deferred import torch
 from rlhf.types import FinishReason, GroupRequest, RolloutInfo, Rollouts
@@ -106,7 +106,7 @@ def _sequence(calls: Sequence[Call], chain: Sequence[int], token_ids: npt.NDArra
     )
 
 
-def assemble_sessions(request: GroupRequest, sessions: Sequence[Session]) -> tuple[Rollouts, tuple[RolloutInfo, ...]]:
+def assemble_sessions(request: GroupRequest, sessions: Sequence[AgentRun]) -> tuple[Rollouts, tuple[RolloutInfo, ...]]:
     """Return the columns and scalars of a group, with a session for each seed.
 
     A session is one sample: all of its sequences have its id, and it has one RolloutInfo. A session without a trained
@@ -127,7 +127,7 @@ def assemble_sessions(request: GroupRequest, sessions: Sequence[Session]) -> tup
     return rollouts, tuple(infos)
 
 
-def _sequences(session: Session, request: GroupRequest) -> Iterator[TrainingSequence]:
+def _sequences(session: AgentRun, request: GroupRequest) -> Iterator[TrainingSequence]:
     sequences = [sequence for sequence in training_sequences(session.calls) if sequence.trained.any()]
     if sequences:
         yield from sequences
@@ -136,7 +136,7 @@ def _sequences(session: Session, request: GroupRequest) -> Iterator[TrainingSequ
     yield _sequence((), (), prompt)
 
 
-def _info(sample_id: int, session: Session, sequences: Sequence[TrainingSequence]) -> RolloutInfo:
+def _info(sample_id: int, session: AgentRun, sequences: Sequence[TrainingSequence]) -> RolloutInfo:
     logprobs = np.concatenate([sequence.logprobs[sequence.trained] for sequence in sequences])
     versions = np.concatenate([sequence.versions[sequence.trained] for sequence in sequences])
     first = sequences[0].trained
@@ -156,7 +156,7 @@ def _info(sample_id: int, session: Session, sequences: Sequence[TrainingSequence
     )
 
 
-def _finish_reason(session: Session) -> FinishReason:
+def _finish_reason(session: AgentRun) -> FinishReason:
     """Return "length" if the call that ended last was cut by a limit."""
     last = max(session.calls, key=lambda call: call.ended_s, default=None)
     return "length" if last is not None and last.finish_reason == "length" else "stop"

@@ -16,14 +16,14 @@ from pathlib import Path
 
 from rlhf.agents.limits import ProcessLimits
 from rlhf.agents.usage import disk_of, memory_of, tree_of
-from rlhf.system_calls import pidfd_open, pidfd_send_signal
+from rlhf.process.system_calls import pidfd_open, pidfd_send_signal
 
 LOOK_EVERY_S = 0.25
 LOOKING_SHARE = 0.05  # largest part of a core's time for each of the two kinds of looks
 GIB = 2**30
 
 
-class WatchedSession:
+class WatchedProcess:
     """A running session. `exceeded` names the limit that ended it."""
 
     def __init__(self, leader: int, folder: Path) -> None:
@@ -43,7 +43,7 @@ class WatchedSession:
         os.close(self._process)
 
 
-class SessionWatch:
+class ProcessWatch:
     """Watches sessions from `start` to `stop`.
 
     Args:
@@ -54,7 +54,7 @@ class SessionWatch:
         self.limits = limits
         self.key = key
         self._host = 0
-        self._sessions: set[WatchedSession] = set()
+        self._sessions: set[WatchedProcess] = set()
         self._looking: list[asyncio.Task[None]] = []
 
     def start(self, host: int) -> None:
@@ -69,12 +69,12 @@ class SessionWatch:
         await asyncio.gather(*self._looking, return_exceptions=True)
 
     @contextmanager
-    def watching(self, leader: int, folder: Path) -> Iterator[WatchedSession]:
+    def watching(self, leader: int, folder: Path) -> Iterator[WatchedProcess]:
         """Watch a session for the length of the block."""
         for task in self._looking:
             if task.done():
                 task.result()  # raises why nobody looks
-        session = WatchedSession(leader, folder)
+        session = WatchedProcess(leader, folder)
         self._sessions.add(session)
         try:
             yield session
@@ -82,7 +82,7 @@ class SessionWatch:
             self._sessions.remove(session)
             session.close()
 
-    async def _look(self, over: Callable[[WatchedSession], str | None]) -> None:
+    async def _look(self, over: Callable[[WatchedProcess], str | None]) -> None:
         """Measure all sessions again and again, and end those over a limit."""
         while True:
             found, seconds = await asyncio.to_thread(_measured, over, tuple(self._sessions))
@@ -91,7 +91,7 @@ class SessionWatch:
                     session.end(exceeded)
             await asyncio.sleep(max(LOOK_EVERY_S, seconds / LOOKING_SHARE))
 
-    def _over_processes(self, session: WatchedSession) -> str | None:
+    def _over_processes(self, session: WatchedProcess) -> str | None:
         pids, threads = tree_of(session.leader, most=self.limits.max_threads)
         if threads > self.limits.max_threads:
             return f"the session had more threads than {self.key}.max_threads: {self.limits.max_threads}"
@@ -99,7 +99,7 @@ class SessionWatch:
             return f"the session's processes took more than {self.key}.memory_gib: {self.limits.memory_gib:g}"
         return None
 
-    def _over_disk(self, session: WatchedSession) -> str | None:
+    def _over_disk(self, session: WatchedProcess) -> str | None:
         limit = int(self.limits.disk_gib * GIB)
         pids, _ = tree_of(session.leader, most=self.limits.max_threads)
         if disk_of(session.folder, pids, without=self._host, limit=limit) > limit:
@@ -108,8 +108,8 @@ class SessionWatch:
 
 
 def _measured(
-    over: Callable[[WatchedSession], str | None], sessions: Sequence[WatchedSession]
-) -> tuple[dict[WatchedSession, str], float]:
+    over: Callable[[WatchedProcess], str | None], sessions: Sequence[WatchedProcess]
+) -> tuple[dict[WatchedProcess, str], float]:
     """Return the limit that each session over one has exceeded, and the CPU seconds of the measurement."""
     began = time.thread_time()
     found = {session: exceeded for session in sessions if (exceeded := over(session)) is not None}

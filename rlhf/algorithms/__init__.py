@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeVar, Union
 
-from rlhf.algorithms.base import Algorithm, AlgorithmConfig
+from rlhf.algorithms.algorithm import Algorithm, AlgorithmConfig
 from rlhf.algorithms.cispo import CISPO
 from rlhf.algorithms.clip_cov import ClipCov
 from rlhf.algorithms.cpo import CPO

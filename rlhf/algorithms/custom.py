@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, cast
 
 from pydantic import create_model
 
-from rlhf.algorithms.base import Algorithm, AlgorithmConfig, Kind
+from rlhf.algorithms.algorithm import Algorithm, AlgorithmConfig, Kind
 from rlhf.algorithms.distillation import Distillation
 from rlhf.algorithms.kto import KTO
 from rlhf.algorithms.on_policy_distillation import OnPolicyDistillation

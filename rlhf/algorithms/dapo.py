@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from rlhf.algorithms.base import Responses
+from rlhf.algorithms.algorithm import Responses
 from rlhf.algorithms.grpo import GroupRelative
 from rlhf.algorithms.online_config import ClippedConfig, StepUse
 from rlhf.objectives import rewards

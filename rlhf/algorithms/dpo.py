@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from rlhf.algorithms.base import UnusedKey
+from rlhf.algorithms.algorithm import UnusedKey
 from rlhf.algorithms.pairs import PairAlgorithm, PairScores, PreferenceConfig
 from rlhf.objectives import divergences
 from rlhf.objectives import preference_loss as of

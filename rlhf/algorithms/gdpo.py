@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from rlhf.algorithms.base import Responses
+from rlhf.algorithms.algorithm import Responses
 from rlhf.algorithms.grpo import FLAT_BELOW, GROUP_STD_EPS, GroupRelative
 from rlhf.algorithms.online import SequenceOutcomes
 from rlhf.algorithms.online_config import ClippedConfig, LossKLConfig

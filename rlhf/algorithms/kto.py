@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from rlhf.algorithms.base import Algorithm, AlgorithmConfig, Kind
+from rlhf.algorithms.algorithm import Algorithm, AlgorithmConfig, Kind
 from rlhf.objectives import unpaired_loss
 
 if TYPE_CHECKING:

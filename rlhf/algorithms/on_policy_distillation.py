@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from rlhf.algorithms.base import Algorithm, AlgorithmConfig, Kind
+from rlhf.algorithms.algorithm import Algorithm, AlgorithmConfig, Kind
 from rlhf.algorithms.distillation import divergence_of
 from rlhf.algorithms.grpo import GROUP_STD_EPS
 from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts

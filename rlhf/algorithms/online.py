@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from rlhf.algorithms.base import Algorithm
+from rlhf.algorithms.algorithm import Algorithm
 from rlhf.algorithms.correction import corrected
 from rlhf.algorithms.microbatch import (
     LossTerms,

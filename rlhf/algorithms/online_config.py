@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator
 
-from rlhf.algorithms.base import AlgorithmConfig, Kind
+from rlhf.algorithms.algorithm import AlgorithmConfig, Kind
 from rlhf.algorithms.correction import CorrectionConfig
 from rlhf.sections import NotWith, Section
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from rlhf.algorithms.base import Kind
+from rlhf.algorithms.algorithm import Kind
 from rlhf.algorithms.dpo import LogRatioAlgorithm, LogRatioConfig
 from rlhf.algorithms.online_config import FollowedReferenceConfig
 

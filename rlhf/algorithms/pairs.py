@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from rlhf.algorithms.base import Algorithm, AlgorithmConfig, Kind
+from rlhf.algorithms.algorithm import Algorithm, AlgorithmConfig, Kind
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from rlhf.algorithms.base import Responses
+from rlhf.algorithms.algorithm import Responses
 from rlhf.algorithms.grpo import FLAT_BELOW, GROUP_STD_EPS, GroupRelative
 from rlhf.algorithms.online import SequenceOutcomes
 from rlhf.algorithms.online_config import ClippedConfig

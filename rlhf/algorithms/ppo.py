@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from rlhf.algorithms.base import Responses
+from rlhf.algorithms.algorithm import Responses
 from rlhf.algorithms.microbatch import StepCounts, ValueLossTerms, ValueMicrobatch
 from rlhf.algorithms.online import OnlineAlgorithm
 from rlhf.algorithms.online_config import ClippedConfig, RewardKLConfig, StepUse

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from rlhf.algorithms.base import Responses, UnusedKey
+from rlhf.algorithms.algorithm import Responses, UnusedKey
 from rlhf.algorithms.microbatch import PolicyMicrobatch, Surrogate
 from rlhf.algorithms.online import OnlineAlgorithm, unclipped
 from rlhf.algorithms.online_config import LossKLConfig, OnlineConfig

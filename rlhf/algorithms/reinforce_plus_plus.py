@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from rlhf.algorithms.base import Responses
+from rlhf.algorithms.algorithm import Responses
 from rlhf.algorithms.online import OnlineAlgorithm, SequenceOutcomes
 from rlhf.algorithms.online_config import ClippedConfig, RewardKLConfig, StepUse
 from rlhf.objectives import advantages

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from rlhf.algorithms.base import AlgorithmConfig, Kind
+from rlhf.algorithms.algorithm import AlgorithmConfig, Kind
 from rlhf.algorithms.pairs import PairAlgorithm, PairScores
 from rlhf.objectives import reward_model_loss
 

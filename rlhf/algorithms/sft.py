@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from rlhf.algorithms.base import Algorithm, AlgorithmConfig, Kind
+from rlhf.algorithms.algorithm import Algorithm, AlgorithmConfig, Kind
 
 
 class SFTConfig(AlgorithmConfig):

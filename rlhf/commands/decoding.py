@@ -112,7 +112,7 @@ def _resolved(model: str) -> Path | None:
 
 def _settings(file: Path) -> dict[str, Any]:
     """Return the fields of a Decoding set in a run's configuration."""
-    from rlhf.config.files.base import read_tree
+    from rlhf.config.files.base_file import read_tree
 
     tree = read_tree(file).values
     settings: dict[str, Any] = {}

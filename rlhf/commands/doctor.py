@@ -11,7 +11,7 @@ from rlhf.commands.shared import AnyConfig, loaded_config, starts_work
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
-    from actors.doctor.results import CheckResult
+    from actors.doctor.check_results import CheckResult
 
 
 @starts_work

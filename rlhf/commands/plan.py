@@ -82,14 +82,14 @@ def _check_inputs(loaded: LoadedConfig, *, cluster: str | None) -> str:
 
     with loaded.located():
         missing = missing_here(loaded)
-    from rlhf.models.hub import why_silent
+    from rlhf.models.files.hub import why_silent
 
     hub_names = dict.fromkeys(need.hub_name for need in missing if need.hub_name is not None)
     if any(need.hub_name is None for need in missing) or (hub_names and why_silent()):
         lines = "".join(f"  {need.sentence}\n" for need in missing)
         return f"  not checked, since `rlhf train` does not start on this machine:\n{lines}"
-    from rlhf.owned_folders import temporary_folder
     from rlhf.preflight.inputs import check_files_and_rewards, load_inputs
+    from rlhf.process.owned_folders import temporary_folder
 
     if hub_names:
         with loaded.located():
@@ -103,7 +103,7 @@ def _check_inputs(loaded: LoadedConfig, *, cluster: str | None) -> str:
 
 
 def _loaded_run_or_sweep(config: AnyConfig | Sweep, overrides: Sequence[str]) -> LoadedConfig | Sweep:
-    from rlhf.config.files.base import read_tree
+    from rlhf.config.files.base_file import read_tree
     from rlhf.config.files.recipes import config_file
     from rlhf.config.schema.sweep import Sweep, load_sweep
 

@@ -87,7 +87,7 @@ def stoppable(function: Callable[P, T]) -> Callable[P, T]:
     @starts_work
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        from rlhf.stopping import run_stoppable  # imports asyncio, and every reward process imports this module
+        from rlhf.process.stopping import run_stoppable  # imports asyncio, and every reward process imports this module
 
         return run_stoppable(lambda _: function(*args, **kwargs))
 

@@ -22,9 +22,9 @@ from pathlib import Path
 import psutil
 
 from rlhf.errors import LossKind
-from rlhf.stopping import SIGNALS
-from rlhf.supervised import DriverDeath, DriverReport, message_to_driver, read_report
-from rlhf.system_calls import memfd
+from rlhf.process.driver_parent import DriverDeath, DriverReport, message_to_driver, read_report
+from rlhf.process.stopping import SIGNALS
+from rlhf.process.system_calls import memfd
 from rlhf.tracking import logs
 from rlhf.tracking.run_folder.atomic import read_lines
 from rlhf.tracking.run_folder.folder import pointed

@@ -14,7 +14,7 @@ from rlhf.commands.train import train
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
-    from rlhf.sweeps.results import SweepResult
+    from rlhf.sweeps.trial_results import SweepResult
 
 
 @stoppable

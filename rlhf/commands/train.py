@@ -17,7 +17,7 @@ from rlhf.errors import Preempted, UserError
 
 if TYPE_CHECKING:
     from rlhf.config.files.load import LoadedConfig
-    from rlhf.stopping import StopRequest
+    from rlhf.process.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def train(
     """
     from rlhf.config.schema.stages import run_folder
     from rlhf.preflight.start import Start
-    from rlhf.stopping import run_stoppable
+    from rlhf.process.stopping import run_stoppable
     from rlhf.tracking import logs
     from rlhf.tracking.run_folder.folder import refuse_other_run
 

@@ -1,7 +1,8 @@
 """Derive roles, batch arithmetic, placement and weight sync from one run's configuration, as `rlhf plan` shows.
 
 The functions are pure. `derive` takes a configuration checked by rlhf.config.validation.run; the functions above
-`derive` take any configuration. Facts about the algorithm alone are in the algorithm's section (rlhf.algorithms.base).
+`derive` take any configuration. Facts about the algorithm alone are in the algorithm's section
+(rlhf.algorithms.algorithm).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlhf.algorithms.base import Kind
+from rlhf.algorithms.algorithm import Kind
 from rlhf.algorithms.online_config import OnlineConfig
 from rlhf.config.schema.cluster import ClusterConfig, Transport
 from rlhf.config.schema.data import DataSource, WeightedSource
@@ -27,7 +28,7 @@ MAX_ENGINE_RANK = 512  # largest adapter rank in vLLM
 
 
 def adapter_options(lora: LoraConfig) -> dict[str, Any]:
-    """Return the arguments of rlhf.models.lora.add_lora, without options for training and quantization."""
+    """Return the arguments of rlhf.models.adapters.lora.add_lora, without options for training and quantization."""
     return lora.model_dump(exclude={"lora_plus_ratio", "quantize"})
 
 

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlhf.algorithms.base import Kind
+from rlhf.algorithms.algorithm import Kind
 from rlhf.config.derive import shares_engines_gpus
 from rlhf.config.schema.root import Config
 from rlhf.controller.advantage_learning import AdvantageLearning

@@ -17,9 +17,9 @@ from typing import Any
 
 from rlhf.config.schema.train import EarlyStopping, TrainConfig
 from rlhf.errors import RunError, StorageFull, UserError, WorkerLost
+from rlhf.process.disk_full import PAUSE, Shortage
 from rlhf.role_table import ROLE_OF_STAGE, Role
 from rlhf.roles import Metrics, NodesRole
-from rlhf.room import PAUSE, Shortage
 from rlhf.tracking.display.progress import Progress
 from rlhf.tracking.logs import redact, set_step
 from rlhf.tracking.metrics.declarations import histograms, merge_metrics, results

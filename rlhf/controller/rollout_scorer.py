@@ -16,6 +16,7 @@ from rlhf.controller.record import RunRecord
 from rlhf.controller.rollout_report import environment_failures
 from rlhf.data.prompts import rollout_seed
 from rlhf.errors import ResultsLost
+from rlhf.process.disk_full import when_there_is_room
 from rlhf.roles import CompletedGroup, RewardRole, RolloutRole, ScoredGroup
 from rlhf.rollouts.records.begun import begun_groups
 from rlhf.rollouts.records.ledgers import (
@@ -27,7 +28,6 @@ from rlhf.rollouts.records.ledgers import (
     scored_identity,
 )
 from rlhf.rollouts.records.spool import drop_untrained, stored_groups
-from rlhf.room import when_there_is_room
 from rlhf.tracking.metrics.reductions import Sum
 from rlhf.tracking.run_folder.errors import ErrorRecord
 from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, Sampling

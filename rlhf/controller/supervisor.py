@@ -15,9 +15,9 @@ from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable,
 from rlhf.config.schema.cluster import Restarts
 from rlhf.controller.record import RunRecord
 from rlhf.errors import NodeNotReplaced, Preempted, RunError, StorageFull, WorkerLost
+from rlhf.process.driver_parent import DriverDeath
 from rlhf.role_table import ROLES, Role, RoleKind
 from rlhf.roles import Metrics
-from rlhf.supervised import DriverDeath
 from rlhf.tracking.metrics.reductions import Sum
 from rlhf.tracking.run_folder.errors import ErrorRecord
 

@@ -10,8 +10,8 @@ from typing import TypeVar
 
 import psutil
 
-from rlhf.cgroups import memory_limit
 from rlhf.errors import UserError
+from rlhf.process.cgroups import memory_limit
 
 T = TypeVar("T")
 SHARE = 0.5  # share of the free memory; the rest is for tokens and other processes

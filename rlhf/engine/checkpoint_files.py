@@ -19,7 +19,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from rlhf.errors import UserError
-from rlhf.room import when_there_is_room
+from rlhf.process.disk_full import when_there_is_room
 
 _HARMLESS = [LossScaler, ZeroStageEnum, fragment_address]
 

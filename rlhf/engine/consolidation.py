@@ -17,8 +17,8 @@ from rlhf.engine.frozen_weights import INITIAL_COPIES, digest_over_ranks, load_i
 from rlhf.engine.partitions import Sharding, partitions_of
 from rlhf.engine.resharding import TAG, elements, explains_damage, read_rank, refuse_other_weights
 from rlhf.engine.snapshot_checkpoint import SNAPSHOTS, is_of_snapshots, read_snapshot
-from rlhf.models.loading import architecture_fingerprint
-from rlhf.models.weights import initial_copies
+from rlhf.models.files.loading import architecture_fingerprint
+from rlhf.models.files.weights import initial_copies
 
 
 def load_trained_weights(module: Any, folder: Path, *, dtype: torch.dtype) -> None:

@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rlhf.engine.base import OptimizerSettings, ScheduleSettings, StepReport
 from rlhf.engine.distributed import set_deadline
 from rlhf.engine.engine_record import EngineRecord
 from rlhf.engine.frozen_weights import (
@@ -39,12 +38,13 @@ from rlhf.engine.schedule import lr_factor
 from rlhf.engine.snapshot_checkpoint import SNAPSHOTS, is_of_snapshots, read_snapshot
 from rlhf.engine.snapshot_copies import CopyPlace, fetch_copies
 from rlhf.engine.snapshots import Snapshots
+from rlhf.engine.training_engine import OptimizerSettings, ScheduleSettings, StepReport
 from rlhf.errors import RunError, UserError
-from rlhf.models.loading import architecture_fingerprint
-from rlhf.models.row_layout import refuse_uneven_heads
-from rlhf.models.sequence_parallel import make_group, rows_shared_by
-from rlhf.models.weights import adapter_sources, initial_copies, weight_sources
-from rlhf.room import explains_full, when_there_is_room
+from rlhf.models.files.loading import architecture_fingerprint
+from rlhf.models.files.weights import adapter_sources, initial_copies, weight_sources
+from rlhf.models.packed.row_layout import refuse_uneven_heads
+from rlhf.models.packed.sequence_parallel import make_group, rows_shared_by
+from rlhf.process.disk_full import explains_full, when_there_is_room
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -55,7 +55,7 @@ BUCKET_ELEMENTS = 5 * 10**7  # bytes of gradients reduced at once, in up to thre
 
 
 class DeepSpeedEngine:
-    """Implements rlhf.engine.base.TrainingEngine with DeepSpeed."""
+    """Implements rlhf.engine.training_engine.TrainingEngine with DeepSpeed."""
 
     def __init__(
         self,

@@ -7,8 +7,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
-from rlhf.engine.base import OptimizerName
 from rlhf.engine.partitions import Sharding
+from rlhf.engine.training_engine import OptimizerName
 from rlhf.errors import UserError
 
 _NAME = "engine.json"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-from rlhf.models.folder_check import num_experts
+from rlhf.models.files.folder_check import num_experts
 
 _SIDE = 4096  # rows of the square matrices, far larger than every cache
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from rlhf.engine.gathering import whole_numel
 from rlhf.engine.partitions import Sharding
 from rlhf.errors import UserError
-from rlhf.models.loading import whole
-from rlhf.models.weights import initial_copies, is_initial_copy
-from rlhf.room import when_there_is_room
+from rlhf.models.files.loading import whole
+from rlhf.models.files.weights import initial_copies, is_initial_copy
+from rlhf.process.disk_full import when_there_is_room
 
 INITIAL_COPIES = "initial.safetensors"  # file of a checkpoint
 

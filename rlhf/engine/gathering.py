@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from rlhf.models.weights import WeightSource
+from rlhf.models.files.weights import WeightSource
 
 _GATHER_BYTES = 256 * 2**20  # bytes of ZeRO-3 parameters gathered at once
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from rlhf.engine.base import OptimizerSettings
 from rlhf.engine.parameter_groups import ParameterGroup
+from rlhf.engine.training_engine import OptimizerSettings
 from rlhf.errors import UserError
 
 MOMENTUM = 0.95  # Muon's

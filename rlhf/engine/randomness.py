@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from rlhf.errors import UserError
-from rlhf.room import when_there_is_room
+from rlhf.process.disk_full import when_there_is_room
 
 
 def random_state() -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf.engine.randomness import random_state, restore_random_state
-from rlhf.models.weights import initial_copies
+from rlhf.models.files.weights import initial_copies
 
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # DeepSpeed's
 

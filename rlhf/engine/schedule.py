@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from rlhf.engine.base import ScheduleSettings
+from rlhf.engine.training_engine import ScheduleSettings
 
 
 def lr_factor(settings: ScheduleSettings, step: int) -> float:

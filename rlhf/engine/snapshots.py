@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rlhf.engine.snapshot_copies import CopyPlace, send_copy
 from rlhf.errors import RunError, StorageFull, UserError
-from rlhf.room import when_there_is_room
+from rlhf.process.disk_full import when_there_is_room
 
 Layout = Sequence[tuple[str, torch.dtype, tuple[int, ...]]]  # name, type and shape of each tensor in a slot
 _ALIGNMENT = 64  # bytes, of each tensor in a slot

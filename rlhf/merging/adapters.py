@@ -17,9 +17,9 @@ import transformers
 from rlhf.config.schema.merge import MergeConfig
 from rlhf.errors import UserError, prefix_errors
 from rlhf.merging.sources import MergeSource
-from rlhf.models.adapter_config import adapted_modules, load_adapter_config
-from rlhf.models.export import name_padding
-from rlhf.models.lora import with_merged_adapter
+from rlhf.models.adapters.config import adapted_modules, load_adapter_config
+from rlhf.models.adapters.lora import with_merged_adapter
+from rlhf.models.files.export import name_padding
 
 COMBINED = "combined"
 _ADDS_FACTORS = frozenset({"linear", "ties", "dare_linear", "dare_ties"})

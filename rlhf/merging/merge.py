@@ -29,8 +29,8 @@ from rlhf.merging.sources import (
     weight_shapes,
 )
 from rlhf.merging.whole import require_mergekit, run_mergekit, shard_bytes
-from rlhf.models.export import appearing, name_padding
-from rlhf.models.loading import load_model_config
+from rlhf.models.files.export import appearing, name_padding
+from rlhf.models.files.loading import load_model_config
 
 RECORD = "merge.yaml"
 

@@ -19,8 +19,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from rlhf.errors import UserError, prefix_errors
-from rlhf.models.adapter_settings import base_of, read_adapter_settings
-from rlhf.models.loading import load_model_config, load_tokenizer, split_revision
+from rlhf.models.adapters.settings import base_of, read_adapter_settings
+from rlhf.models.files.loading import load_model_config, load_tokenizer, split_revision
 
 HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}

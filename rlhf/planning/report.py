@@ -13,7 +13,7 @@ from rlhf.config.schema.root import Config
 from rlhf.config.schema.stages import MergeStage, final_folder
 from rlhf.config.schema.stages import Stage as RunStage
 from rlhf.errors import UserError
-from rlhf.models.row_layout import RowLayout, expected_layout
+from rlhf.models.packed.row_layout import RowLayout, expected_layout
 from rlhf.models.support import untested_model
 from rlhf.planning.fitting import places, remedies, this_machine
 from rlhf.planning.footprints import Sizes, checkpoint_sizes, footprints

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import UserError
-from rlhf.models.folder_check import num_experts, read_json_object
+from rlhf.models.files.folder_check import num_experts, read_json_object
 
 DENSE_CLASSES = ("Llama", "Mistral", "Qwen2", "Qwen3")  # decoders with the layers counted here
 MIXTURES = ("Mixtral", "Qwen3Moe", "Glm4Moe", "GptOss")
@@ -232,7 +232,15 @@ def hub_folder(kind: str, name: str) -> Path:
 
 
 TINY = Shape(
-    source="rlhf/models/tiny.py", hidden=96, ffn=256, layers=3, heads=4, kv_heads=2, head_size=32, vocab=320, tied=False
+    source="rlhf/models/files/tiny.py",
+    hidden=96,
+    ffn=256,
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    head_size=32,
+    vocab=320,
+    tied=False,
 )
 
 _SIZES = (

@@ -18,9 +18,9 @@ from rlhf.data.sources import Row
 from rlhf.data.templates import ChatTemplate
 from rlhf.errors import UserError, prefix_errors
 from rlhf.extensions import CodeSource, find_code
-from rlhf.models.loading import load_model_config
+from rlhf.models.files.loading import load_model_config
 from rlhf.preflight.tools import located, tool_servers
-from rlhf.stopping import run_async
+from rlhf.process.stopping import run_async
 from rlhf.types import RESULT_COLUMN, Prompt
 
 

@@ -19,12 +19,12 @@ from rlhf.errors import UserError, prefix_errors
 from rlhf.extensions import find_code
 from rlhf.models.on_disk import ModelOnDisk
 from rlhf.preflight.tools import tool_servers
+from rlhf.process.stopping import run_async
 from rlhf.rollouts.environments.built_in import BUILT_INS
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
 from rlhf.rollouts.environments.host import EnvironmentFailure
 from rlhf.rollouts.environments.process import Description
 from rlhf.rollouts.environments.turns import ChatTurns, first_prompt
-from rlhf.stopping import run_async
 from rlhf.types import Prompt
 
 KEY = "rollouts.environment"

@@ -30,12 +30,12 @@ from rlhf.errors import UserError, prefix_errors
 from rlhf.evaluation.decoding import Decoding
 from rlhf.evaluation.results import Marking, Marks, marking_of
 from rlhf.evaluation.sources import source_names
-from rlhf.models.folder_check import refuse_broken_weights
-from rlhf.models.hub import use_cache_if_silent
-from rlhf.models.loading import load_tokenizer, refuse_missing_weights
+from rlhf.models.files.folder_check import refuse_broken_weights
+from rlhf.models.files.hub import use_cache_if_silent
+from rlhf.models.files.loading import load_tokenizer, refuse_missing_weights
+from rlhf.models.files.template_check import refuse_runaway_template
 from rlhf.models.on_disk import ModelOnDisk, refuse_unservable
 from rlhf.models.reward_models import refuse_without_head
-from rlhf.models.template_check import refuse_runaway_template
 from rlhf.preflight.agents import LoadedAgent, preload_agent
 from rlhf.preflight.environments import KEY as ENVIRONMENT_KEY
 from rlhf.preflight.environments import LoadedEnvironment, check_lengths, preload_environment

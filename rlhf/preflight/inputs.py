@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from rlhf.agents.runners import KEY as AGENT_KEY
 from rlhf.agents.sessions import AgentSpec
-from rlhf.algorithms.base import Kind
+from rlhf.algorithms.algorithm import Kind
 from rlhf.config.derive import chat_template, eval_metrics, eval_sets, models_of, prompts_asked, train_sets, with_steps
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.mistakes.explain import refuse
@@ -33,15 +33,15 @@ from rlhf.deferred import transformers
 from rlhf.errors import UserError, prefix_errors
 from rlhf.evaluation.results import Marking, Marks, marking_of
 from rlhf.evaluation.sources import source_names
-from rlhf.models.hub import use_cache_if_silent
-from rlhf.models.loading import (
+from rlhf.models.files.hub import use_cache_if_silent
+from rlhf.models.files.loading import (
     load_model_config,
     load_tokenizer,
 )
+from rlhf.models.files.publish import refuse_unpublishable
+from rlhf.models.files.template_check import refuse_runaway_template
+from rlhf.models.files.tiny import described_config
 from rlhf.models.on_disk import may_ask_the_hub
-from rlhf.models.publish import refuse_unpublishable
-from rlhf.models.template_check import refuse_runaway_template
-from rlhf.models.tiny import described_config
 from rlhf.preflight.agents import LoadedAgent, preload_agent
 from rlhf.preflight.engine_args import refuse_unknown_engine_args
 from rlhf.preflight.environments import LoadedEnvironment, preload_environment

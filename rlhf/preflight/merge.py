@@ -16,7 +16,7 @@ from rlhf.data.templates import UNCHANGED
 from rlhf.errors import UserError
 from rlhf.merging.merge import check_fit, checked_sources, require_tools
 from rlhf.merging.sources import MergeSource, find_source
-from rlhf.models.hub import use_cache_if_silent
+from rlhf.models.files.hub import use_cache_if_silent
 from rlhf.models.on_disk import may_ask_the_hub
 from rlhf.preflight.models import StageResults
 from rlhf.preflight.sources import local_model

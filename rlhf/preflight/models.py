@@ -23,20 +23,20 @@ from rlhf.controller.loop import trained_models
 from rlhf.data.sources import Row
 from rlhf.data.templates import ChatTemplate
 from rlhf.errors import UserError, prefix_errors
-from rlhf.models.folder_check import num_experts, refuse_broken_weights
-from rlhf.models.hub import use_cache_if_silent
-from rlhf.models.loading import (
+from rlhf.models.files.folder_check import num_experts, refuse_broken_weights
+from rlhf.models.files.hub import use_cache_if_silent
+from rlhf.models.files.loading import (
     architecture_fingerprint,
     load_model_config,
     load_tokenizer,
     refuse_missing_weights,
     refuse_no_language_model,
 )
+from rlhf.models.files.tiny import described_config
 from rlhf.models.on_disk import ModelOnDisk, find_model, may_ask_the_hub, tokenizer_of
+from rlhf.models.packed.row_layout import refuse_uneven_heads, refuse_unpackable
 from rlhf.models.quantized import refuse_unquantizable
 from rlhf.models.reward_models import refuse_without_head
-from rlhf.models.row_layout import refuse_uneven_heads, refuse_unpackable
-from rlhf.models.tiny import described_config
 from rlhf.preflight.sources import local_model
 from rlhf.role_table import MODEL_SECTIONS, ROLES, TRAINED_ROLES, Role
 from rlhf.types import Prompt
@@ -105,7 +105,7 @@ def _refuse_unusable_model(
             refuse_uneven_heads(shape, shared_by)
             refuse_unpackable(shape.to_dict(), shared_by)
         if model.lora is not None and model.adapter is None:
-            from rlhf.models.lora import refuse_unfit  # imports peft, which takes seconds
+            from rlhf.models.adapters.lora import refuse_unfit  # imports peft, which takes seconds
 
             shape = load_model_config(model.model, trust_remote_code=remote)
             try:
@@ -245,7 +245,7 @@ def with_adapters(config: Config, ours: Mapping[str, LoraConfig]) -> Config:
         section: PolicyConfig | CriticConfig | None = getattr(config, name)
         if section is None or section.adapter is None or section.lora is None:
             continue
-        from rlhf.models.adapter_folder import AdapterShape, read_adapter_shape  # imports peft, which takes seconds
+        from rlhf.models.adapters.folder import AdapterShape, read_adapter_shape  # imports peft, which takes seconds
 
         if section.adapter in ours:
             made = ours[section.adapter]
@@ -296,7 +296,7 @@ def _refuse_misfit(name: str, section: ModelConfig, finals: Mapping[str, str], *
     if isinstance(section, PolicyConfig | CriticConfig) and section.adapter is not None:
         if section.adapter in finals:
             return
-        from rlhf.models.adapter_folder import refuse_misfit_adapter  # imports peft, which takes seconds
+        from rlhf.models.adapters.folder import refuse_misfit_adapter  # imports peft, which takes seconds
 
         with prefix_errors(f"{name}.adapter"):
             refuse_misfit_adapter(

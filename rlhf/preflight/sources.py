@@ -24,7 +24,7 @@ from rlhf.data.sources import Row, Source, shown
 from rlhf.data.tasks import TaskSource
 from rlhf.data.templates import read_template
 from rlhf.errors import UserError
-from rlhf.models.tiny import build_tiny_llama, describe_tiny_llama
+from rlhf.models.files.tiny import build_tiny_llama, describe_tiny_llama
 from rlhf.rewards.loading import MAX_DEPTH, check_columns, is_nested_too_deep, load_reward
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.rewards.services.client import ServiceSpec

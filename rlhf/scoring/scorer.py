@@ -28,7 +28,7 @@ from rlhf.data.templates import ChatTemplate, read_template
 from rlhf.data.tokenization import Continuation, encode
 from rlhf.engine.distributed import RankContext
 from rlhf.errors import UserError, prefix_errors
-from rlhf.models.loading import load_tokenizer
+from rlhf.models.files.loading import load_tokenizer
 from rlhf.models.reward_models import refuse_without_head
 from rlhf.preflight.sources import REWARD_KEY, as_evaluation, load_rewards, local_model
 from rlhf.rewards.processes.pool import GroupOutcome

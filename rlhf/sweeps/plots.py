@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from rlhf.config.schema.sweep import Sweep
 from rlhf.sweeps.journal import Journal
-from rlhf.sweeps.results import SweepResult, TrialResult, format_value, judged_folder, metric_values
+from rlhf.sweeps.trial_results import SweepResult, TrialResult, format_value, judged_folder, metric_values
 
 _PANEL_INCHES = (4.2, 3.2)
 _COLUMNS = 3

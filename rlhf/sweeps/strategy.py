@@ -16,8 +16,8 @@ from random import Random
 from rlhf.config.schema.sweep import PbtMethod, Sweep
 from rlhf.errors import UserError
 from rlhf.sweeps.journal import Copy, Journal, Trial
-from rlhf.sweeps.results import metric_values
 from rlhf.sweeps.space import Values, changed
+from rlhf.sweeps.trial_results import metric_values
 from rlhf.tracking.run_folder.folder import RunFolder
 from rlhf.tracking.run_folder.group_ledger import FILE as GROUPS
 from rlhf.tracking.run_folder.manifest import is_complete

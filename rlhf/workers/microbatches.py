@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rlhf.data.packing import pack_evenly
 from rlhf.data.prefix_tree import PrefixTree, SharedPrefix
-from rlhf.models.branches import Branch
-from rlhf.models.row_layout import RowLayout
+from rlhf.models.packed.branches import Branch
+from rlhf.models.packed.row_layout import RowLayout
 from rlhf.objectives.masking import to_tokens
 from rlhf.types import Rollouts
 

@@ -14,17 +14,17 @@ from rlhf.config.derive import updates_per_step, warmup_steps
 from rlhf.config.schema.cluster import TrainedResources
 from rlhf.config.schema.model import CriticConfig, PolicyConfig
 from rlhf.config.schema.root import Config
-from rlhf.engine.base import OptimizerSettings, ScheduleSettings, TrainingEngine
 from rlhf.engine.distributed import RankContext, init_distributed, leave_distributed
 from rlhf.engine.flops import flops_per_token, measure_peak_flops
 from rlhf.engine.sharded_loading import shards_as_it_loads
 from rlhf.engine.snapshot_copies import CopyPlace
-from rlhf.models.loading import architecture_fingerprint, load_causal_lm
-from rlhf.models.packed import policy_logprobs_only
-from rlhf.models.rope import fix_frequencies
-from rlhf.models.routers import RoutingRecord, routers_of
-from rlhf.models.row_check import check_rows
-from rlhf.models.row_layout import row_layout
+from rlhf.engine.training_engine import OptimizerSettings, ScheduleSettings, TrainingEngine
+from rlhf.models.files.loading import architecture_fingerprint, load_causal_lm
+from rlhf.models.packed.forward import policy_logprobs_only
+from rlhf.models.packed.rope import fix_frequencies
+from rlhf.models.packed.row_check import check_rows
+from rlhf.models.packed.row_layout import row_layout
+from rlhf.models.routers.recording import RoutingRecord, routers_of
 from rlhf.roles import Arithmetic, Metrics
 from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.tracking.metrics.reductions import ExpertEntropy, ExpertLoad, Last, Mean

@@ -12,9 +12,9 @@ from torch import Tensor
 from rlhf.config.derive import adapter_options, chat_template
 from rlhf.config.schema.model import CriticConfig, PolicyConfig
 from rlhf.config.schema.root import Config
-from rlhf.models.export import export_adapter, export_model
-from rlhf.models.loading import load_tokenizer
-from rlhf.room import explains_full
+from rlhf.models.files.export import export_adapter, export_model
+from rlhf.models.files.loading import load_tokenizer
+from rlhf.process.disk_full import explains_full
 from rlhf.workers.model_worker import torch_dtype
 
 
@@ -34,8 +34,8 @@ def load_trained_model(model: PolicyConfig | CriticConfig, load_model: Callable[
     )
     if lora is None:
         return module
-    from rlhf.models.adapter_folder import load_trainable_adapter  # with peft, which takes seconds
-    from rlhf.models.lora import add_lora
+    from rlhf.models.adapters.folder import load_trainable_adapter  # with peft, which takes seconds
+    from rlhf.models.adapters.lora import add_lora
 
     if model.adapter is not None:
         return load_trainable_adapter(module, Path(model.adapter), dropout=lora.dropout)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.config.files.base import read_tree
+from rlhf.config.files.base_file import read_tree
 from rlhf.config.files.dump import dump_yaml
 from rlhf.config.files.load import load
 from rlhf.config.schema.merge import load_merge_file

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 import rlhf
 from rlhf.algorithms import ALGORITHMS
 from rlhf.cli import parse_arguments
-from rlhf.config.files.base import read_tree
+from rlhf.config.files.base_file import read_tree
 from rlhf.config.files.recipes import RECIPES
 from rlhf.config.mistakes.synonyms import table
 from rlhf.config.schema.evaluate import EvaluationStage

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import rlhf
-from rlhf.config.files.base import read_tree
+from rlhf.config.files.base_file import read_tree
 
 FILES = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 RECIPES = [path for path in FILES if read_tree(path).values.keys().isdisjoint({"merge", "sweep"})]

@@ -36,7 +36,7 @@ from rlhf.controller.weight_sync import check_probe
 from rlhf.data.stream import Stream
 from rlhf.engine.distributed import RankContext, init_distributed, leave_distributed
 from rlhf.evaluation.voting import AnswerForm
-from rlhf.models.loading import load_tokenizer
+from rlhf.models.files.loading import load_tokenizer
 from rlhf.preflight.inputs import OnlineInputs, StageInputs, load_inputs
 from rlhf.rewards.scoring import fingerprint
 from rlhf.role_table import Role

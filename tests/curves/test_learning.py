@@ -20,10 +20,10 @@ import yaml
 from transformers import AutoTokenizer
 
 from rlhf.algorithms import ALGORITHMS
-from rlhf.config.files.base import read_tree
+from rlhf.config.files.base_file import read_tree
 from rlhf.config.files.load import load
 from rlhf.data.tasks import TaskSource, make_rows
-from rlhf.models.tiny import build_tiny_llama
+from rlhf.models.files.tiny import build_tiny_llama
 from rlhf.tracking.sinks.tracker import read_metrics
 from tests.curves.imitation import imitate
 from tests.curves.in_process import run

@@ -16,7 +16,7 @@ import yaml
 from rlhf.config.files.load import load
 from rlhf.controller.learning import OnlineRoles
 from rlhf.errors import WorkerLost
-from rlhf.models.tiny import build_tiny_llama
+from rlhf.models.files.tiny import build_tiny_llama
 from rlhf.tracking.sinks.tracker import read_metrics
 from tests.curves.in_process import run
 from tests.integration.recipes import merge, without_clocks

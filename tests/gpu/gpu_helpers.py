@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from actors.rollout.engine_actor import RolloutSpec
 from actors.weights import SENDERS, Meeting, Transport, WeightManifest, WeightSender
-from rlhf.models.tiny import VOCAB_SIZE, byte_tokenizer
+from rlhf.models.files.tiny import VOCAB_SIZE, byte_tokenizer
 from tests.integration.engine_helpers import call, logprobs_of, model_like, spec
 from tests.integration.rank_gang import Gang
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlhf.models.attention import packed_attention
-from rlhf.models.packed import policy_logprobs
-from rlhf.models.varlen import borders, obstacle
+from rlhf.models.packed.attention import packed_attention
+from rlhf.models.packed.forward import policy_logprobs
+from rlhf.models.packed.varlen import borders, obstacle
 from tests.gpu.gpu_helpers import GPU
-from tests.unit.test_models_branches import BRANCHES, LENGTHS, shared_and_copied
-from tests.unit.test_models_packed import make
-from tests.unit.test_models_varlen import LAYOUTS
+from tests.unit.test_models_packed_branches import BRANCHES, LENGTHS, shared_and_copied
+from tests.unit.test_models_packed_forward import make
+from tests.unit.test_models_packed_varlen import LAYOUTS
 
 pytestmark = pytest.mark.gpu
 
@@ -62,7 +62,7 @@ def test_capped_logits_and_sinks(layout: str, window: int | None, kind: str) -> 
 
 
 def test_long_sequences_with_many_branches() -> None:
-    from rlhf.models.branches import Branch
+    from rlhf.models.packed.branches import Branch
 
     lengths = [700, *(100 + 13 * i for i in range(7)), 333, *(50 + i for i in range(7))]
     branches = [None, *[Branch(of=0, length=640)] * 7, None, *[Branch(of=8, length=300)] * 7]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf.engine.deepspeed import DeepSpeedEngine
-from rlhf.models.packed import policy_logprobs
+from rlhf.models.packed.forward import policy_logprobs
 from tests.gpu.gpu_helpers import GPU, on_one_rank
 from tests.integration.rank_gang import DEADLINE_S
 from tests.integration.test_engine_deepspeed import (

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("vocabulary", [320, 49_152, 262_144])
 def test_skipped_draws_are_those_of_the_earlier_tokens(vocabulary: int) -> None:
-    from actors.weights.vllm_generators import skip_draws
+    from actors.vllm_patches.generators import skip_draws
 
     def draw(generator: torch.Generator) -> torch.Tensor:
         return torch.empty(vocabulary, device=GPU).exponential_(generator=generator)

@@ -18,8 +18,8 @@ from actors.weights.adapter import AdapterSender
 from actors.weights.checksum import weighted_sum
 from rlhf.controller.weight_sync import check_probe
 from rlhf.errors import RunError
-from rlhf.models.lora import add_lora
-from rlhf.models.weights import ADAPTER, adapter_sources
+from rlhf.models.adapters.lora import add_lora
+from rlhf.models.files.weights import ADAPTER, adapter_sources
 from tests.gpu.gpu_helpers import GPU, TWO_GPUS, build_model, gpu_spec, sync, trainer
 from tests.integration.engine_helpers import SAMPLING, call, engine, model_like, request, worst_difference
 from tests.integration.rank_gang import free_port

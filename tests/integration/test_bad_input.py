@@ -27,7 +27,7 @@ import actors.run.train
 from rlhf.cli import main
 from rlhf.config.files.load import load
 from rlhf.controller.loop import trained_models
-from rlhf.models.loading import architecture_fingerprint, load_model_config
+from rlhf.models.files.loading import architecture_fingerprint, load_model_config
 from rlhf.preflight.models import with_sources
 from rlhf.tracking.run_folder.folder import RunFolder
 from tests.integration.recipes import ONLINE, merge, write_config

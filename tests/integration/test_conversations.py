@@ -13,7 +13,7 @@ import ray
 
 from actors.weights.shm import ShmSender
 from rlhf.extensions import CodeSource
-from rlhf.models.tiny import byte_tokenizer
+from rlhf.models.files.tiny import byte_tokenizer
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
 from rlhf.rollouts.records.spans import token_spans
 from rlhf.types import GroupRequest, Prompt, Sampling

@@ -22,8 +22,8 @@ from rlhf.data.examples import Reading, collate, load_examples
 from rlhf.data.packing import balance
 from rlhf.data.sources import read_rows
 from rlhf.data.tasks import TaskSource
-from rlhf.models.loading import load_tokenizer
-from rlhf.models.tiny import VOCAB_SIZE, build_tiny_llama, byte_tokenizer
+from rlhf.models.files.loading import load_tokenizer
+from rlhf.models.files.tiny import VOCAB_SIZE, build_tiny_llama, byte_tokenizer
 from rlhf.tracking.metrics.declarations import expected_metrics, merge_metrics, results
 from rlhf.types import Examples, MinibatchPlan
 from rlhf.workers.frozen.teacher import TeacherWorker

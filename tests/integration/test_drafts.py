@@ -12,7 +12,7 @@ import torch
 
 from actors.weights.shm import ShmSender
 from rlhf.errors import RunError
-from rlhf.models.tiny import build_tiny_llama
+from rlhf.models.files.tiny import build_tiny_llama
 from rlhf.types import GroupRequest, Prompt, Rollouts, Sampling
 from tests.integration.engine_helpers import call, engine, logprobs_of, model_like, sequences, spec, sync
 

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from rlhf.engine.base import OptimizerSettings, ScheduleSettings
 from rlhf.engine.deepspeed import DeepSpeedEngine, _Caller
 from rlhf.engine.schedule import lr_factor
 from rlhf.engine.sharded_loading import shards_as_it_loads
+from rlhf.engine.training_engine import OptimizerSettings, ScheduleSettings
 from rlhf.errors import UserError
-from rlhf.models.loading import load_causal_lm, whole
-from rlhf.models.lora import adapter_disabled, add_lora
-from rlhf.models.packed import policy_logprobs, policy_logprobs_only
-from rlhf.models.weights import adapter_sources, initial_copies, weight_sources
+from rlhf.models.adapters.lora import adapter_disabled, add_lora
+from rlhf.models.files.loading import load_causal_lm, whole
+from rlhf.models.files.weights import adapter_sources, initial_copies, weight_sources
+from rlhf.models.packed.forward import policy_logprobs, policy_logprobs_only
 from tests.integration.rank_gang import CPU, DEADLINE_S, Gang, small_config
 
 KINDS: dict[str, dict[str, Any]] = {

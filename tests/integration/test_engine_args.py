@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import UserError
-from rlhf.models.tiny import build_tiny_llama
+from rlhf.models.files.tiny import build_tiny_llama
 from tests.integration.engine_helpers import engine, spec
 
 

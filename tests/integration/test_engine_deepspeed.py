@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from rlhf.engine.base import OptimizerSettings, ScheduleSettings
 from rlhf.engine.deepspeed import BUCKET_ELEMENTS, DeepSpeedEngine, Offload
 from rlhf.engine.schedule import lr_factor
+from rlhf.engine.training_engine import OptimizerSettings, ScheduleSettings
 from rlhf.errors import RunError, UserError
-from rlhf.models.packed import policy_logprobs
+from rlhf.models.packed.forward import policy_logprobs
 from tests.integration.rank_gang import CPU, DEADLINE_S, Gang, Gangs, small_config
 
 OPTIMIZER = OptimizerSettings(lr=0.01, betas=(0.9, 0.99), weight_decay=0.1, grad_clip=0.5)

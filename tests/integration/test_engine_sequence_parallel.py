@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf.engine.base import OptimizerSettings, ScheduleSettings
 from rlhf.engine.deepspeed import DeepSpeedEngine
+from rlhf.engine.training_engine import OptimizerSettings, ScheduleSettings
 from rlhf.errors import UserError
-from rlhf.models.branches import Branch, Branches
-from rlhf.models.heads import sequence_scores, token_values
-from rlhf.models.loading import enable_checkpointing
-from rlhf.models.packed import policy_logprobs, policy_logprobs_only, supervised_loss
+from rlhf.models.files.loading import enable_checkpointing
+from rlhf.models.packed.branches import Branch, Branches
+from rlhf.models.packed.forward import policy_logprobs, policy_logprobs_only, supervised_loss
+from rlhf.models.packed.heads import sequence_scores, token_values
 from tests.integration.rank_gang import CPU, DEADLINE_S, Gang, Gangs, small_config
 
 WORLD = 4

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from rlhf.engine.base import OptimizerSettings, ScheduleSettings
 from rlhf.engine.deepspeed import DeepSpeedEngine
 from rlhf.engine.sharded_loading import shards_as_it_loads
-from rlhf.models.heads import token_values
-from rlhf.models.loading import load_causal_lm, load_critic
-from rlhf.models.lora import add_lora
-from rlhf.models.packed import policy_logprobs
+from rlhf.engine.training_engine import OptimizerSettings, ScheduleSettings
+from rlhf.models.adapters.lora import add_lora
+from rlhf.models.files.loading import load_causal_lm, load_critic
+from rlhf.models.packed.forward import policy_logprobs
+from rlhf.models.packed.heads import token_values
 from rlhf.models.reward_models import load_reward_model
 from tests.integration.rank_gang import CPU, DEADLINE_S, Gang, small_config
 

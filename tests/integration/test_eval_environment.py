@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rlhf.cli import main
-from rlhf.models.tiny import ASSISTANT, EOS
+from rlhf.models.files.tiny import ASSISTANT, EOS
 from tests.integration.recipes import train
 from tests.integration.test_environments import config, samples
 from tests.integration.test_eval_generate import chain, write_rows

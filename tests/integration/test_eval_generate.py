@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import rlhf
 from rlhf.cli import main
 from rlhf.evaluation.decoding import Decoding
-from rlhf.models.tiny import ASSISTANT, EOS
+from rlhf.models.files.tiny import ASSISTANT, EOS
 from tests.integration.recipes import ONLINE, merge
 
 LOGIT = 40.0  # of the token that follows: no other one is ever drawn

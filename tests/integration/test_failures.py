@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlhf.cli import main
-from rlhf.models.tiny import build_tiny_llama
+from rlhf.models.files.tiny import build_tiny_llama
 from rlhf.tracking.run_folder.folder import RunFolder
 from tests.integration.recipes import ONLINE, merge, rows, start, without_clocks, write_config
 from tests.support_measurements import model_folder

@@ -18,7 +18,7 @@ import asyncio, sys
 import numpy, ray
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 from actors.roles.worker_pools import ReferenceWorkers
-from rlhf.room import PAUSE
+from rlhf.process.disk_full import PAUSE
 
 MIB = 2**20
 

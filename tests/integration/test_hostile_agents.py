@@ -19,7 +19,7 @@ from rlhf.agents.runners import HostedRunner
 from rlhf.agents.sessions import FUNCTION, AgentSessions, AgentSpec
 from rlhf.controller.rollout_scorer import request_for
 from rlhf.extensions import CodeSource
-from rlhf.models.tiny import byte_tokenizer
+from rlhf.models.files.tiny import byte_tokenizer
 from rlhf.types import Prompt, RolloutInfo, Sampling
 from tests.dummy_engine import DummyLoop, dummy_parts, open_front
 from tests.integration.recipes import rows, train, write_config

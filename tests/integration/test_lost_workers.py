@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from actors.run.engine_pool import ENGINE_POOL
 from rlhf.cli import main
-from rlhf.models.tiny import build_tiny_llama
+from rlhf.models.files.tiny import build_tiny_llama
 from tests.integration.recipes import rows, without_clocks
 from tests.integration.test_failures import FINE, GRPO, SFT, actor_processes, once, steps_done, write_run
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf.models.loading import load_causal_lm
+from rlhf.models.files.loading import load_causal_lm
 from rlhf.tracking.sinks.tracker import read_metrics
 from tests.integration.recipes import train, write_config
 from tests.tiny_learners import build_tiny_mixture

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf.models.heads import sequence_scores
+from rlhf.models.packed.heads import sequence_scores
 from rlhf.models.reward_models import load_reward_model
 from rlhf.tracking.metrics.declarations import expected_metrics
 from tests.integration.recipes import one_thread, rows, start, train, train_here, without_clocks, write_config

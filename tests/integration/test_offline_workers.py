@@ -27,8 +27,8 @@ from rlhf.data.preferences import collate_pairs, load_pairs
 from rlhf.data.sources import Row, read_rows
 from rlhf.data.steps import collate_steps, load_step_labelled
 from rlhf.data.tasks import TaskSource
-from rlhf.models.loading import load_tokenizer
-from rlhf.models.tiny import build_tiny_llama
+from rlhf.models.files.loading import load_tokenizer
+from rlhf.models.files.tiny import build_tiny_llama
 from rlhf.objectives.preference_loss import aot_unpaired, bco_pair, dpo
 from rlhf.objectives.unpaired_loss import bco, kto
 from rlhf.tracking.metrics.declarations import merge_metrics, results

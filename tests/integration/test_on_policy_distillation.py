@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from rlhf.config.files.load import checked
 from rlhf.config.schema.root import Config
 from rlhf.data.packing import balance
-from rlhf.models.tiny import VOCAB_SIZE
+from rlhf.models.files.tiny import VOCAB_SIZE
 from rlhf.tracking.metrics.declarations import expected_metrics, merge_metrics, results
 from rlhf.types import BatchPlan, MinibatchPlan, Rollouts
 from rlhf.workers.frozen.teacher import OnlineTeacherWorker

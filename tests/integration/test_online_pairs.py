@@ -18,7 +18,7 @@ from rlhf.config.files.load import checked
 from rlhf.config.schema.model import ReferenceConfig
 from rlhf.config.schema.root import Config
 from rlhf.controller.batches import plan_pairs
-from rlhf.models.tiny import build_tiny_llama
+from rlhf.models.files.tiny import build_tiny_llama
 from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.types import Examples, MinibatchPlan, Pairs, RolloutInfo, Rollouts
 from rlhf.workers.frozen.reference import ReferenceWorker

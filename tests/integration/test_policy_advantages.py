@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from rlhf.config.files.load import checked
 from rlhf.config.schema.root import Config
 from rlhf.engine.distributed import RankContext
-from rlhf.models.tiny import build_tiny_llama
+from rlhf.models.files.tiny import build_tiny_llama
 from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.types import BatchPlan, MinibatchPlan, Rollouts, StepReward, TokenValues
 from rlhf.workers.online.policy import PolicyWorker

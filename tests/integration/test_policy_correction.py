@@ -18,8 +18,8 @@ import torch
 from rlhf.config.files.load import checked
 from rlhf.config.schema.root import Config
 from rlhf.controller.batches import plan_batch
-from rlhf.models.packed import policy_logprobs_only
-from rlhf.models.tiny import build_tiny_llama
+from rlhf.models.files.tiny import build_tiny_llama
+from rlhf.models.packed.forward import policy_logprobs_only
 from rlhf.roles import CompletedGroup, ScoredGroup
 from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.types import GroupRequest, GroupScores, Prompt, RolloutInfo, Rollouts

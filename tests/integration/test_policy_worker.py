@@ -20,8 +20,8 @@ from rlhf.agents.trees import assemble_sessions
 from rlhf.config.files.load import checked
 from rlhf.config.schema.root import Config
 from rlhf.controller.rollout_scorer import request_for
-from rlhf.models.packed import policy_logprobs_only
-from rlhf.models.tiny import build_tiny_llama
+from rlhf.models.files.tiny import build_tiny_llama
+from rlhf.models.packed.forward import policy_logprobs_only
 from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.tracking.metrics.reductions import Mean
 from rlhf.types import BatchPlan, MinibatchPlan, Prompt, RolloutInfo, Rollouts, StepReward, TokenSignals, TokenValues

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import rlhf
-from rlhf.config.files.base import read_tree
+from rlhf.config.files.base_file import read_tree
 from rlhf.config.files.load import load
 from rlhf.config.schema.stages import MergeStage, result_of
 from tests.integration.recipes import merge

@@ -21,7 +21,7 @@ from rlhf.engine.consolidation import load_trained_weights
 from rlhf.engine.partitions import Sharding
 from rlhf.engine.snapshot_checkpoint import write_snapshot
 from rlhf.errors import UserError
-from rlhf.models.weights import initial_copies, weight_sources
+from rlhf.models.files.weights import initial_copies, weight_sources
 from tests.integration import test_engine_adapters as adapters
 from tests.integration.rank_gang import Gangs, small_config
 from tests.integration.test_engine_deepspeed import (

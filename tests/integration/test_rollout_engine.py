@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from actors.weights.adapter import AdapterSender
 from actors.weights.shm import ShmSender
 from rlhf.errors import RunError
-from rlhf.models.weights import adapter_sources
+from rlhf.models.files.weights import adapter_sources
 from rlhf.types import GroupRequest, RolloutInfo, Rollouts, Sampling
 from tests.integration.engine_helpers import (
     SAMPLING,

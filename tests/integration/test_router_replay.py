@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from actors.weights.shm import ShmSender
-from rlhf.models.loading import load_causal_lm
-from rlhf.models.packed import policy_logprobs_only
-from rlhf.models.router_replay import RouterReplay
-from rlhf.models.routers import routers_of
-from rlhf.models.weights import weight_sources
+from rlhf.models.files.loading import load_causal_lm
+from rlhf.models.files.weights import weight_sources
+from rlhf.models.packed.forward import policy_logprobs_only
+from rlhf.models.routers.recording import routers_of
+from rlhf.models.routers.replay import RouterReplay
 from rlhf.types import RoutedRollouts, Sampling
 from tests.integration.engine_helpers import call, engine, request, spec, sync
 from tests.integration.recipes import rows, train, write_config

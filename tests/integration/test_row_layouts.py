@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.engine.base import OptimizerSettings, ScheduleSettings
 from rlhf.engine.deepspeed import DeepSpeedEngine
+from rlhf.engine.training_engine import OptimizerSettings, ScheduleSettings
 from rlhf.errors import UserError
-from rlhf.models.packed import policy_logprobs_only
-from rlhf.models.routers import routers_of
-from rlhf.models.row_check import check_rows
-from rlhf.models.tiny import byte_tokenizer
+from rlhf.models.files.tiny import byte_tokenizer
+from rlhf.models.packed.forward import policy_logprobs_only
+from rlhf.models.packed.row_check import check_rows
+from rlhf.models.routers.recording import routers_of
 from rlhf.tracking.metrics.declarations import merge_metrics, results
 from tests.integration.rank_gang import CPU, DEADLINE_S, Gangs
 from tests.integration.test_offline_workers import train_rank

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from rlhf.engine.base import OptimizerName, OptimizerSettings, ScheduleSettings
 from rlhf.engine.deepspeed import DeepSpeedEngine
 from rlhf.engine.snapshot_checkpoint import write_snapshot
-from rlhf.models.lora import add_lora
-from rlhf.models.packed import policy_logprobs
+from rlhf.engine.training_engine import OptimizerName, OptimizerSettings, ScheduleSettings
+from rlhf.models.adapters.lora import add_lora
+from rlhf.models.packed.forward import policy_logprobs
 from tests.integration.rank_gang import CPU, DEADLINE_S, Gang, small_config
 
 SCHEDULE = ScheduleSettings(kind="linear", warmup_steps=2, total_steps=6)

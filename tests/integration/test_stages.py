@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 import rlhf
-from rlhf.config.files.base import read_tree
+from rlhf.config.files.base_file import read_tree
 from rlhf.data.sources import read_rows
 from rlhf.data.tasks import TaskSource
-from rlhf.models.tiny import build_tiny_llama
+from rlhf.models.files.tiny import build_tiny_llama
 from tests.integration.recipes import rows, start, train, write_config
 from tests.integration.test_online import kill_all, wait_for
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf.models.tiny import build_tiny_llama
+from rlhf.models.files.tiny import build_tiny_llama
 from tests.integration.recipes import ONLINE, merge, rows, train, write_config
 from tests.integration.test_environments import GAME, samples
 

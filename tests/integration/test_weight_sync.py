@@ -23,7 +23,7 @@ from actors.weights.broadcast import BroadcastSender
 from actors.weights.shm import ShmSender
 from rlhf.controller.weight_sync import check_probe
 from rlhf.errors import RunError
-from rlhf.models.tiny import build_tiny_llama
+from rlhf.models.files.tiny import build_tiny_llama
 from tests.integration.engine_helpers import (
     SAMPLING,
     call,

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from actors.weights.shm import ShmSender
 from rlhf.errors import RunError
-from rlhf.models.tiny import VOCAB_SIZE, byte_tokenizer
-from rlhf.models.weights import weight_sources
+from rlhf.models.files.tiny import VOCAB_SIZE, byte_tokenizer
+from rlhf.models.files.weights import weight_sources
 from tests.integration.engine_helpers import SAMPLING, call, engine, model_like, request, spec, sync, worst_difference
 from tests.tiny_architectures import tiny_model
 

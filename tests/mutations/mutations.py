@@ -121,10 +121,10 @@ MUTATIONS = (
     ),
     _mutation(
         "the states of a shuffled row come back in its order, not in the caller's",
-        "rlhf/models/packed.py",
+        "rlhf/models/packed/forward.py",
         "    return hidden.index_select(0, tokens.argsort())\n",
         "    return hidden\n",
-        "unit/test_models_packed.py",
+        "unit/test_models_packed_forward.py",
     ),
     _mutation(
         "a reward counts without its weight",

@@ -12,8 +12,8 @@ import pytest
 
 from actors.cluster import memory_folders
 from actors.cluster.memory_folders import MemoryFolder, MemoryFolders
-from rlhf import owned_folders
 from rlhf.errors import RunError, UserError
+from rlhf.process import owned_folders
 
 
 def test_a_run_removes_the_folders_of_dead_runs_alone(tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ import pytest
 from actors.cluster import preemption as interrupts
 from actors.cluster.connect import OWN_RAY
 from actors.cluster.preemption import run_loop
-from rlhf import stopping
 from rlhf.controller.notice import Notice
 from rlhf.errors import Preempted, RunError
-from rlhf.stopping import StopRequest, run_async, run_stoppable
+from rlhf.process import stopping
+from rlhf.process.stopping import StopRequest, run_async, run_stoppable
 
 Work = Callable[[Notice, StopRequest], Coroutine[Any, Any, object]]
 

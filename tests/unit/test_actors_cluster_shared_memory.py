@@ -15,7 +15,7 @@ from actors.cluster.shared_memory import judge, refuse_small_shared_memory
 from rlhf.config.mistakes.explain import parse
 from rlhf.config.schema.root import Config
 from rlhf.errors import UserError
-from rlhf.shared_memory import SharedMemoryRoom, SnapshotBytes, snapshots_by_node
+from rlhf.planning.shared_memory import SharedMemoryRoom, SnapshotBytes, snapshots_by_node
 
 
 def config_of(model: str = "tiny:llama", *, gang: int = 5) -> Config:

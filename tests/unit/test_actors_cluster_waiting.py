@@ -22,7 +22,7 @@ from ray.exceptions import (
 from actors.cluster import waiting
 from actors.cluster.waiting import explain, put, wait_all, within
 from rlhf.errors import ObjectStoreFull, ResultsLost, RunError, StorageFull, WorkerLost
-from rlhf.room import PAUSE, Shortage
+from rlhf.process.disk_full import PAUSE, Shortage
 
 KILLED = (
     "The actor died unexpectedly before finishing this task. The actor is dead because its worker process has died. "

@@ -25,7 +25,7 @@ from actors.cluster.heartbeat import Beat, Child, OomKills, own_oom_kills
 from actors.cluster.waiting import explain
 from actors.cluster.watch import hang_of, stack_at, watching
 from rlhf.errors import WorkerLost
-from rlhf.room import PAUSE, Shortage
+from rlhf.process.disk_full import PAUSE, Shortage
 
 WORKER = """
 from actors.cluster.heartbeat import answer_heartbeats

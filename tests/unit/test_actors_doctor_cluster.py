@@ -15,15 +15,15 @@ import pytest
 import rlhf
 from actors.doctor import cluster as module
 from actors.doctor import node_probe
+from actors.doctor.check_results import CheckResult, together
 from actors.doctor.cluster import check_cluster, hub_models, paths_of
 from actors.doctor.node_probe import DriverFacts, NodeProbe, code_hash, node_results, of_hub, size_of, versions
-from actors.doctor.results import CheckResult, together
 from rlhf.cli import main
 from rlhf.config.mistakes.explain import parse
 from rlhf.config.placement_plan import PlacementPlan
 from rlhf.config.schema.root import Config
 from rlhf.errors import UserError
-from rlhf.shared_memory import SnapshotBytes
+from rlhf.planning.shared_memory import SnapshotBytes
 
 HERE = DriverFacts(versions=versions(), code=code_hash(), sizes={})
 ADDRESS = "127.0.0.1"

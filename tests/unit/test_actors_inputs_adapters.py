@@ -12,10 +12,10 @@ import torch
 from rlhf.config.derive import ships_adapter
 from rlhf.config.files.load import load
 from rlhf.errors import UserError
-from rlhf.models.export import export_adapter
-from rlhf.models.loading import load_causal_lm, load_tokenizer
-from rlhf.models.lora import add_lora
-from rlhf.models.weights import adapter_sources
+from rlhf.models.adapters.lora import add_lora
+from rlhf.models.files.export import export_adapter
+from rlhf.models.files.loading import load_causal_lm, load_tokenizer
+from rlhf.models.files.weights import adapter_sources
 from rlhf.preflight.inputs import load_inputs
 from rlhf.preflight.models import with_adapters
 from tests.merging_models import make_reward_adapter

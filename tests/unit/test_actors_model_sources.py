@@ -18,7 +18,7 @@ import actors.rollout.engine_creation
 from actors.rollout.engine_creation import start_engines
 from rlhf.config.derive import critic_model, reference_model
 from rlhf.errors import UserError
-from rlhf.models.loading import split_revision
+from rlhf.models.files.loading import split_revision
 from rlhf.preflight.inputs import StageInputs, load_inputs
 from rlhf.preflight.models import with_sources
 from tests.unit.test_actors_inputs_models import loaded, ppo, refusal
@@ -91,7 +91,7 @@ def test_a_revision_is_what_the_hubs_cache_holds_of_it(tiny_model: Path, tmp_pat
         (repository / "refs").mkdir(exist_ok=True)
         (repository / "refs" / name).write_text(sha)
     code = (
-        "import torch; from rlhf.models.loading import load_causal_lm, load_tokenizer\n"
+        "import torch; from rlhf.models.files.loading import load_causal_lm, load_tokenizer\n"
         "for name in ('org/name', 'org/name@v2'):\n"
         "    load_tokenizer(name)\n"
         "    config = load_causal_lm(name, dtype=torch.float32).config\n"

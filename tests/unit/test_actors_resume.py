@@ -19,7 +19,7 @@ from rlhf.config.schema.root import Config
 from rlhf.controller.loop import trained_models
 from rlhf.errors import UserError
 from rlhf.exporting import export_checkpoint
-from rlhf.models.loading import architecture_fingerprint, load_model_config
+from rlhf.models.files.loading import architecture_fingerprint, load_model_config
 from rlhf.preflight.inputs import StageInputs, load_inputs
 from rlhf.preflight.models import refuse_other_model, with_sources
 from rlhf.preflight.run_folder import check_folders, stream_of

@@ -19,13 +19,13 @@ from actors.rollout.engine_actor import RolloutSpec, RolloutWorker
 from actors.rollout.engine_group import RolloutEngines
 from actors.rollout.engine_thread import EngineLoop, Submission
 from actors.weights import WeightManifest
-from rlhf import room
 from rlhf.engine.distributed import INTERFACE_VARIABLES
 from rlhf.errors import RunError
+from rlhf.process import disk_full
+from rlhf.process.disk_full import PAUSE
 from rlhf.roles import CompletedGroup
 from rlhf.rollouts.records.begun import Begun
 from rlhf.rollouts.records.spool import group_path, keep_sampled_by
-from rlhf.room import PAUSE
 from rlhf.types import GroupRequest, Prompt, Sampling
 
 SAMPLING = Sampling(max_new_tokens=4)
@@ -341,7 +341,7 @@ async def test_a_failed_generate_ends_the_wait_for_the_release() -> None:
 async def test_a_share_without_room_in_the_object_store_is_asked_again_when_the_engine_has_finished_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(room, "LOOK_EVERY_S", 0.001)
+    monkeypatch.setattr(disk_full, "LOOK_EVERY_S", 0.001)
     asked: list[str] = []
 
     def generate(request: GroupRequest, sampling: Sampling, version: int) -> Any:

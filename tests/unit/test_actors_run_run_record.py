@@ -17,8 +17,8 @@ from rlhf.config.files.load import load
 from rlhf.config.schema.stages import MergeStage
 from rlhf.errors import Preempted, RunError, StorageFull, UserError
 from rlhf.preflight.run_folder import meet_mirror
-from rlhf.room import PAUSE
-from rlhf.stopping import StopRequest
+from rlhf.process.disk_full import PAUSE
+from rlhf.process.stopping import StopRequest
 from rlhf.tracking.run_folder.folder import RunFolder
 
 PIPELINE = """\

@@ -14,9 +14,9 @@ import yaml
 from actors.run import train as module
 from actors.run.train import launch
 from rlhf.config.files.load import load
-from rlhf.models.tiny import build_tiny_llama
+from rlhf.models.files.tiny import build_tiny_llama
 from rlhf.preflight.start import Start
-from rlhf.stopping import StopRequest
+from rlhf.process.stopping import StopRequest
 
 
 def test_a_pipeline_s_file_holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:

@@ -22,7 +22,7 @@ from actors.serving.front_engine import EngineParts
 from rlhf.agents.calls import Call
 from rlhf.agents.limits import SessionLimits
 from rlhf.agents.trees import training_sequences
-from rlhf.models.tiny import byte_tokenizer
+from rlhf.models.files.tiny import byte_tokenizer
 from rlhf.types import Sampling
 from tests.dummy_engine import DummyLoop, dummy_parts, open_front
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from actors.rollout.engine_thread import Submission
+from actors.serving.captured_sessions import CURRENT_CALL, CapturedSession, ServedCall
 from actors.serving.front_engine import EngineParts, FrontEngine
-from actors.serving.sessions import CURRENT_CALL, OpenSession, ServedCall
 from rlhf.agents.limits import SessionLimits
 from rlhf.errors import RunError
 from rlhf.types import Sampling
@@ -85,8 +85,8 @@ def engine_over(loop: Loop) -> FrontEngine:
     return FrontEngine(loop, parts, ends=(8,), lora=lambda: "lora")
 
 
-def open_session() -> OpenSession:
-    return OpenSession(SAMPLING, SessionLimits(max_calls=5, max_tokens=99, seed=3), "session1-")
+def open_session() -> CapturedSession:
+    return CapturedSession(SAMPLING, SessionLimits(max_calls=5, max_tokens=99, seed=3), "session1-")
 
 
 async def read(engine: FrontEngine, params: Any, prompt: Any = PROMPT) -> list[Any]:

@@ -10,8 +10,14 @@ from typing import Any
 import pytest
 
 from actors.serving import gateway
+from actors.serving.captured_sessions import (
+    CURRENT_CALL,
+    MAX_OPEN_REQUESTS,
+    CapturedSession,
+    CapturedSessions,
+    ServedCall,
+)
 from actors.serving.gateway import Gateway
-from actors.serving.sessions import CURRENT_CALL, MAX_OPEN_REQUESTS, OpenSession, ServedCall, Sessions
 from rlhf.agents.limits import SessionLimits
 from rlhf.types import Sampling
 
@@ -62,9 +68,9 @@ class Asked:
     """A gateway with an open session of the key `s`."""
 
     def __init__(self, **limits: Any) -> None:
-        self.app, self.sessions = Application(), Sessions(lambda prefix: None)
+        self.app, self.sessions = Application(), CapturedSessions(lambda prefix: None)
         values = {"max_calls": 3, "max_tokens": 99, "seed": 0} | limits
-        self.session: OpenSession = self.sessions.open("s", Sampling(max_new_tokens=9), SessionLimits(**values))
+        self.session: CapturedSession = self.sessions.open("s", Sampling(max_new_tokens=9), SessionLimits(**values))
         self.sent: list[Any] = []  # of the last request
         self.gateway = Gateway(
             self.app,

@@ -13,8 +13,8 @@ from actors.rollout.vllm_engine import RolloutSpec, engine_environment
 from actors.serving.parsers import parsers_of, refuse_unknown
 from rlhf.agents.limits import SessionLimits
 from rlhf.errors import RunError, UserError
+from rlhf.models.files.tiny import byte_tokenizer
 from rlhf.models.support import support_by_type
-from rlhf.models.tiny import byte_tokenizer
 from rlhf.types import Sampling
 
 os.environ |= engine_environment(RolloutSpec(model="", dtype="float32", max_model_len=8, transport=None))
@@ -23,9 +23,9 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
 
+from actors.serving.captured_sessions import CURRENT_CALL, CapturedSession, ServedCall
 from actors.serving.front import FrontSpec, _renderer
 from actors.serving.parsers import _BY_TYPE, _REASONING_BY_MARKS, _TOOLS_BY_MARKS
-from actors.serving.sessions import CURRENT_CALL, OpenSession, ServedCall
 
 TOOLS, REASONING = ToolParserManager.list_registered(), ReasoningParserManager.list_registered()
 TOKENS = (  # looked up by some parser as it is built
@@ -90,7 +90,7 @@ CHOSEN = sorted(
 async def sampled_under(renderer: Any, request: Any) -> tuple[Any, str | None]:
     """Return the grammar under which a session's request is sampled, and what asked for it."""
     call = ServedCall(
-        OpenSession(Sampling(max_new_tokens=9), SessionLimits(max_calls=9, max_tokens=99, seed=1), ""), ""
+        CapturedSession(Sampling(max_new_tokens=9), SessionLimits(max_calls=9, max_tokens=99, seed=1), ""), ""
     )
     CURRENT_CALL.set(call)
     request.kv_transfer_params = {"prompt_token_ids": [1]}  # so that vLLM renders nothing

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from actors.sweeps.trial_process import MachineShare, TrialProcess, wait_for_all
-from rlhf.stopping import StopRequest
+from rlhf.process.stopping import StopRequest
 
 DEADLINE_S = 60.0
 SWEEP = """

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlhf.agents.calls import Call, Session
+from rlhf.agents.calls import AgentRun, Call
 from rlhf.agents.limits import ProcessLimits, SessionLimits
 from rlhf.agents.sessions import FUNCTION, AgentSessions, AgentSpec, session_end, task_of
 from rlhf.controller.rollout_scorer import request_for
 from rlhf.extensions import CodeSource
-from rlhf.models.tiny import byte_tokenizer
+from rlhf.models.files.tiny import byte_tokenizer
 from rlhf.types import GroupRequest, Prompt, RolloutInfo, Rollouts, Sampling, SessionEnd
 
 MANY = Path(__file__).parents[1] / "fixtures" / "agents" / "many.py"
@@ -123,7 +123,7 @@ def test_sampled_tokens_under_a_grammar_are_counted_by_their_reason() -> None:
     free = call([1], [2, 3])
     forced = replace(free, free=np.zeros(2, np.bool_), restriction="tool_choice")
     formed = replace(forced, restriction="response_format")
-    end = session_end(Session(calls=[free, forced, formed, forced], result="done"))
+    end = session_end(AgentRun(calls=[free, forced, formed, forced], result="done"))
     assert end.restricted == {"tool_choice": 4, "response_format": 2}
 
 

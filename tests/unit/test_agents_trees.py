@@ -10,9 +10,9 @@ from rlhf.agents.calls import Call
 from rlhf.agents.trees import assemble_sessions, training_sequences
 from rlhf.controller.rollout_scorer import request_for
 from rlhf.errors import RunError
-from rlhf.models.branches import trunks
-from rlhf.models.packed import policy_logprobs_only
-from rlhf.models.tiny import byte_tokenizer
+from rlhf.models.files.tiny import byte_tokenizer
+from rlhf.models.packed.branches import trunks
+from rlhf.models.packed.forward import policy_logprobs_only
 from rlhf.rollouts.records.spans import token_spans
 from rlhf.rollouts.records.texts import response_texts, tokens_of
 from rlhf.tracking.run_folder.samples import SampleSequence

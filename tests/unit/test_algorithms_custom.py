@@ -13,7 +13,7 @@ import pytest
 
 from rlhf.algorithms import algorithm_of
 from rlhf.algorithms.online import OnlineAlgorithm
-from rlhf.config.files.base import read_tree
+from rlhf.config.files.base_file import read_tree
 from rlhf.config.files.dump import dump_yaml
 from rlhf.config.files.load import from_mapping, load
 from rlhf.config.schema.root import Config
@@ -224,7 +224,7 @@ def test_packages_that_cannot_be_used(
         ("def Mine(config): ...", "is not a subclass of an algorithm's base class: OnlineAlgorithm, PairAlgorithm, "),
         ("class Mine: ...", "is not a subclass of an algorithm's base class"),
         (
-            "from rlhf.algorithms.base import Algorithm\nclass Mine(Algorithm): ...",
+            "from rlhf.algorithms.algorithm import Algorithm\nclass Mine(Algorithm): ...",
             "class `Mine` needs an annotation `config: CONFIG`",
         ),
         (
@@ -237,7 +237,7 @@ def test_packages_that_cannot_be_used(
             "class `Mine` must be a subclass of OnlineAlgorithm, as its config is OnlineConfig",
         ),
         (
-            "from rlhf.algorithms.kto import KTO\nfrom rlhf.algorithms.base import AlgorithmConfig\n"
+            "from rlhf.algorithms.kto import KTO\nfrom rlhf.algorithms.algorithm import AlgorithmConfig\n"
             "class C(AlgorithmConfig):\n    kind = 'unpaired'\nclass Mine(KTO):\n    config: C",
             "the config of class `Mine` is C, which is no KTOConfig",
         ),

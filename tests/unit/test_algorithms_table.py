@@ -10,7 +10,7 @@ from torch import Tensor
 
 from actors.roles.ranks import RANKS
 from rlhf.algorithms import ALGORITHMS, algorithm_of
-from rlhf.algorithms.base import OfflineKind, OnlineKind
+from rlhf.algorithms.algorithm import OfflineKind, OnlineKind
 from rlhf.algorithms.dpo import DPOConfig
 from rlhf.algorithms.grpo import GRPO, GRPOConfig
 from rlhf.algorithms.online import OnlineAlgorithm, SequenceOutcomes

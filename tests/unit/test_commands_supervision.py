@@ -20,14 +20,14 @@ from rlhf.cli import parse_arguments
 from rlhf.commands import supervision
 from rlhf.commands.supervision import DriverEnd, DriverRestarts
 from rlhf.commands.train import _driver_command
-from rlhf.supervised import DriverReport
+from rlhf.process.driver_parent import DriverReport
 
 # Each start takes the next line of the plan: the row and the checkpoint that it writes, and how it ends.
 DRIVER = """
 import json, os, signal, subprocess, sys, time
 from dataclasses import asdict
 from pathlib import Path
-from rlhf.supervised import tell_parent, unrecorded_deaths
+from rlhf.process.driver_parent import tell_parent, unrecorded_deaths
 here, word = Path(sys.argv[1]), sys.argv[2]
 starts = here / "starts.jsonl"
 number = len(starts.read_text().splitlines()) if starts.exists() else 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf.config.files.base import read_tree
+from rlhf.config.files.base_file import read_tree
 from rlhf.config.files.dump import dump_masked_yaml, dump_yaml
 from rlhf.config.files.load import LoadedConfig, load
 

@@ -16,7 +16,7 @@ import pytest
 
 from rlhf.controller.record import RunRecord
 from rlhf.errors import RunError
-from rlhf.room import PAUSE, Shortage
+from rlhf.process.disk_full import PAUSE, Shortage
 from rlhf.tracking.run_folder.folder import RunFolder
 from rlhf.tracking.run_folder.manifest import Manifest
 from rlhf.tracking.run_folder.timeline import Timeline

@@ -15,7 +15,7 @@ from rlhf.config.schema.cluster import Restarts
 from rlhf.controller import supervisor as module
 from rlhf.controller.supervisor import Supervisor
 from rlhf.errors import LossKind, NodeNotReplaced, Preempted, RunError, StorageFull, WorkerLost
-from rlhf.supervised import DriverDeath
+from rlhf.process.driver_parent import DriverDeath
 from rlhf.tracking.run_folder.errors import write_error
 from rlhf.tracking.run_folder.timeline import Timeline
 

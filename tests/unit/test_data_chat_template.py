@@ -13,8 +13,8 @@ from rlhf.config.files.load import load
 from rlhf.data.chat import render
 from rlhf.data.templates import UNCHANGED, ChatTemplate
 from rlhf.errors import UserError
-from rlhf.models.loading import load_tokenizer
-from rlhf.models.tiny import byte_tokenizer
+from rlhf.models.files.loading import load_tokenizer
+from rlhf.models.files.tiny import byte_tokenizer
 from rlhf.preflight.inputs import load_inputs
 
 MESSAGES = [{"role": "user", "content": "hi"}]

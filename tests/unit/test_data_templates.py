@@ -16,7 +16,7 @@ import pytest
 from rlhf.data.examples import Example, Reading, load_examples
 from rlhf.data.sources import Row
 from rlhf.errors import UserError
-from rlhf.models.tiny import byte_tokenizer
+from rlhf.models.files.tiny import byte_tokenizer
 
 CHATML = """\
 {%- if messages[0].role != 'system' -%}{{- '<|im_start|>system\nBe helpful.<|im_end|>\n' -}}{%- endif -%}

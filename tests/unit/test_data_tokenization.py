@@ -12,7 +12,7 @@ from rlhf.data.prompts import load_prompts
 from rlhf.data.sources import Row
 from rlhf.data.tokenization import Continuation, encode, encode_raw
 from rlhf.errors import UserError
-from rlhf.models.tiny import byte_tokenizer
+from rlhf.models.files.tiny import byte_tokenizer
 from rlhf.rollouts.environments.turns import ChatTurns, RawTurns, first_prompt
 from tests.sentencepiece_tokenizers import TOKENIZERS, ZEPHYR
 

@@ -9,7 +9,7 @@ import pytest
 
 from rlhf.data.chat import turn_end
 from rlhf.data.turn_ends import TurnEnds
-from rlhf.models.tiny import byte_tokenizer
+from rlhf.models.files.tiny import byte_tokenizer
 from tests import sentencepiece_tokenizers as sentencepiece
 
 MAKERS = [

@@ -12,8 +12,8 @@ import pytest
 
 import rlhf
 from actors.doctor import machine as doctor
-from rlhf.cgroups import MemoryLimit
 from rlhf.cli import main
+from rlhf.process.cgroups import MemoryLimit
 from rlhf.rewards.sandbox.run import SandboxError
 from rlhf.tracking.run_folder.environment import output_of
 
@@ -72,7 +72,7 @@ def test_the_memory_of_a_container_is_what_its_limit_leaves(
     machine = SimpleNamespace(total=64 * 2**30, available=60 * 2**30)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)
     monkeypatch.setattr("rlhf.data.memory.memory_limit", lambda: limit)
-    monkeypatch.setattr("rlhf.cgroups.memory_limit", lambda: limit)
+    monkeypatch.setattr("rlhf.process.cgroups.memory_limit", lambda: limit)
     memory = next(doctor._resources())
     assert (memory.what, memory.found, memory.state) == ("memory", f"8 GiB, {free} GiB available", state)
 

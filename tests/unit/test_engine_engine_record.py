@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf.engine.base import ScheduleSettings
 from rlhf.engine.engine_record import EngineRecord
 from rlhf.engine.schedule import lr_factor
+from rlhf.engine.training_engine import ScheduleSettings
 
 
 def record(steps: int, updates_per_step: int) -> EngineRecord:

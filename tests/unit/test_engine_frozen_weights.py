@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rlhf.engine.frozen_weights import digest_of_base, digest_over_ranks, load_initial_copies, save_initial_copies
 from rlhf.engine.partitions import Sharding
 from rlhf.errors import UserError
-from rlhf.models.lora import add_lora
-from rlhf.models.weights import initial_copies
+from rlhf.models.adapters.lora import add_lora
+from rlhf.models.files.weights import initial_copies
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlhf.engine.base import OptimizerSettings
 from rlhf.engine.optimizers import MuonWithAdamW, make_optimizer
 from rlhf.engine.parameter_groups import ParameterGroup
+from rlhf.engine.training_engine import OptimizerSettings
 from rlhf.errors import UserError
 
 MATRIX, TABLE, NORM = (6, 4), (10, 4), (4,)

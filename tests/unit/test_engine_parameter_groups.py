@@ -8,8 +8,8 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rlhf.engine.parameter_groups import parameter_groups
-from rlhf.models.loading import load_causal_lm
-from rlhf.models.lora import add_lora
+from rlhf.models.adapters.lora import add_lora
+from rlhf.models.files.loading import load_causal_lm
 
 
 def test_b_has_its_own_rate(tiny_model: Path) -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 import transformers
 
-from rlhf.engine.base import ScheduleSettings
 from rlhf.engine.schedule import lr_factor
+from rlhf.engine.training_engine import ScheduleSettings
 
 
 def factors(**settings: object) -> list[float]:

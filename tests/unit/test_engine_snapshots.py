@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf import room
 from rlhf.engine.snapshots import Snapshots
 from rlhf.errors import RunError, StorageFull, UserError
-from rlhf.room import PAUSE
+from rlhf.process import disk_full
+from rlhf.process.disk_full import PAUSE
 
 DEADLINE_S = 60.0
 
@@ -124,8 +124,8 @@ def test_too_little_memory_names_the_key(tmp_path: Path) -> None:
 
 def test_a_wait_for_memory_keeps_a_copy_that_was_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank on another node may have fetched one of two snapshots when /dev/shm is too full for the second slot."""
-    monkeypatch.setattr(room, "LOOK_EVERY_S", 0.01)
-    monkeypatch.setattr(room, "AGAIN_AFTER_S", 0.05)
+    monkeypatch.setattr(disk_full, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(disk_full, "AGAIN_AFTER_S", 0.05)
     lost = opened(tmp_path / "lost")
     lost.keep(1, state(1), {"steps": 1})
     lost.close()

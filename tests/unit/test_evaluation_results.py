@@ -27,7 +27,7 @@ from rlhf.evaluation.results import (
 )
 from rlhf.evaluation.statistics import Estimate
 from rlhf.evaluation.voting import AnswerForm, answer_form, answer_of
-from rlhf.models.tiny import byte_tokenizer
+from rlhf.models.files.tiny import byte_tokenizer
 from rlhf.rollouts.records.texts import transcripts
 from rlhf.tracking.metrics.declarations import declared
 from rlhf.tracking.run_folder.folder import evaluation_path

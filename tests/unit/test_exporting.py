@@ -17,8 +17,8 @@ from rlhf.config.files.load import load
 from rlhf.engine.engine_record import EngineRecord
 from rlhf.engine.frozen_weights import digest_of_base
 from rlhf.errors import UserError
-from rlhf.models.loading import architecture_fingerprint, load_causal_lm
-from rlhf.models.lora import add_lora
+from rlhf.models.adapters.lora import add_lora
+from rlhf.models.files.loading import architecture_fingerprint, load_causal_lm
 from rlhf.tracking.run_folder.folder import RunFolder
 
 RUN = """

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from rlhf.errors import UserError
-from rlhf.models.adapter_settings import base_of
+from rlhf.models.adapters.settings import base_of
 from rlhf.models.on_disk import ModelOnDisk, find_model, may_ask_the_hub, refuse_unservable
 from rlhf.preflight.models import refuse_too_long
 from tests.merging_models import make_adapter

@@ -12,11 +12,17 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf.errors import UserError
-from rlhf.models.export import export_model
-from rlhf.models.loading import architecture_fingerprint, load_causal_lm, load_critic, load_model_config, load_tokenizer
-from rlhf.models.lora import adapter_disabled, add_lora
+from rlhf.models.adapters.lora import adapter_disabled, add_lora
+from rlhf.models.files.export import export_model
+from rlhf.models.files.loading import (
+    architecture_fingerprint,
+    load_causal_lm,
+    load_critic,
+    load_model_config,
+    load_tokenizer,
+)
+from rlhf.models.files.weights import weight_sources
 from rlhf.models.quantized import dequantized, is_quantized, refuse_unquantizable
-from rlhf.models.weights import weight_sources
 
 TOKENS = torch.arange(9)[None]
 CONFIG = LlamaConfig(

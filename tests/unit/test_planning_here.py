@@ -129,7 +129,7 @@ def test_plan_checks_the_rest_if_the_hub_has_a_model(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["plan", "run.yaml", "policy.model=some/model"]
-    monkeypatch.setattr("rlhf.models.hub.why_silent", lambda: "")
+    monkeypatch.setattr("rlhf.models.files.hub.why_silent", lambda: "")
     assert main(command) == 0
     assert capsys.readouterr().out.endswith(
         "  checked: data files and rewards of training stages\n"
@@ -138,7 +138,7 @@ def test_plan_checks_the_rest_if_the_hub_has_a_model(
     (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "a", "reply": "b"}) + "\n")
     assert main(command) == 2
     assert "rewards.py:right` needs the column `answer`, and data.train has reply." in capsys.readouterr().err
-    monkeypatch.setattr("rlhf.models.hub.why_silent", lambda: "no route")
+    monkeypatch.setattr("rlhf.models.files.hub.why_silent", lambda: "no route")
     assert main(command) == 0
     assert "does not start on this machine:\n  policy.model: there is no folder some/model" in capsys.readouterr().out
 

@@ -105,7 +105,7 @@ def test_mixtures_have_their_published_sizes() -> None:
 
 
 def test_the_tiny_model_is_the_one_that_is_made(tmp_path: Path) -> None:
-    from rlhf.models.tiny import build_tiny_llama
+    from rlhf.models.files.tiny import build_tiny_llama
 
     config = json.loads((build_tiny_llama(tmp_path / "tiny", seed=0) / "config.json").read_text())
     assert shape_of(config, TINY.source) == TINY
@@ -135,9 +135,9 @@ def test_parameters_are_those_of_the_model_that_transformers_builds() -> None:
 def test_activations_are_what_the_packed_forward_pass_saves(tmp_path: Path, dtype: str) -> None:
     import torch
 
-    from rlhf.models.loading import load_causal_lm
-    from rlhf.models.packed import hidden_states
-    from rlhf.models.tiny import build_tiny_llama
+    from rlhf.models.files.loading import load_causal_lm
+    from rlhf.models.files.tiny import build_tiny_llama
+    from rlhf.models.packed.forward import hidden_states
 
     tokens, kind = 256, getattr(torch, dtype)
     model = load_causal_lm(str(build_tiny_llama(tmp_path / "tiny", seed=0)), dtype=kind)
@@ -174,12 +174,12 @@ def test_states_are_as_large_as_the_optimizer_makes_them(
 ) -> None:
     import torch
 
-    from rlhf.engine.base import OptimizerSettings
     from rlhf.engine.optimizers import make_optimizer
     from rlhf.engine.parameter_groups import parameter_groups
-    from rlhf.models.loading import load_causal_lm
-    from rlhf.models.lora import add_lora
-    from rlhf.models.tiny import build_tiny_llama
+    from rlhf.engine.training_engine import OptimizerSettings
+    from rlhf.models.adapters.lora import add_lora
+    from rlhf.models.files.loading import load_causal_lm
+    from rlhf.models.files.tiny import build_tiny_llama
 
     model = load_causal_lm(str(build_tiny_llama(tmp_path / "tiny", seed=0)), dtype=torch.float32)
     if rank is not None:

@@ -9,7 +9,7 @@ import pytest
 
 from rlhf.commands.plan import plan
 from rlhf.errors import UserError
-from rlhf.models.row_layout import refuse_unpackable
+from rlhf.models.packed.row_layout import refuse_unpackable
 from tests.tiny_architectures import tiny_config
 
 

@@ -13,7 +13,7 @@ from rlhf.config.files.load import load
 from rlhf.config.schema.merge import MergeConfig
 from rlhf.config.schema.model import LoraConfig
 from rlhf.errors import UserError
-from rlhf.models.tiny import build_tiny_llama
+from rlhf.models.files.tiny import build_tiny_llama
 from rlhf.preflight.inputs import load_inputs
 from rlhf.preflight.merge import foresee
 from rlhf.preflight.models import StageResults

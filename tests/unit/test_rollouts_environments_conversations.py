@@ -18,7 +18,7 @@ import pytest
 from rlhf.controller.rollout_scorer import request_for
 from rlhf.errors import ChildLost, UserError
 from rlhf.extensions import CodeSource, find_code
-from rlhf.models.tiny import byte_tokenizer
+from rlhf.models.files.tiny import byte_tokenizer
 from rlhf.rollouts.environments import host as module
 from rlhf.rollouts.environments.built_in import BUILT_INS
 from rlhf.rollouts.environments.conversations import Conversations, EnvironmentSpec, turn_seed

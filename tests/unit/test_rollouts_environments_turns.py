@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rlhf.errors import UserError
-from rlhf.models.tiny import byte_tokenizer
+from rlhf.models.files.tiny import byte_tokenizer
 from rlhf.rollouts.environments.turns import ChatTurns, RawTurns, first_prompt, turn_text
 from rlhf.types import Prompt
 

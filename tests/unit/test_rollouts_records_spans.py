@@ -9,7 +9,7 @@ import torch
 
 from rlhf.controller.rollout_scorer import request_for
 from rlhf.errors import RunError
-from rlhf.models.tiny import byte_tokenizer
+from rlhf.models.files.tiny import byte_tokenizer
 from rlhf.rollouts.records.spans import InsertedSpan, Played, Sampled, assemble, token_spans
 from rlhf.rollouts.records.texts import response_texts, turns_of
 from rlhf.types import Prompt, RewardError, RoutedRollouts, StepReward

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tokenizers import AddedToken
 
-from rlhf.models.tiny import byte_tokenizer
+from rlhf.models.files.tiny import byte_tokenizer
 from rlhf.rollouts.records.texts import character_ends, response_texts, step_ends, token_texts
 from rlhf.types import Rollouts
 

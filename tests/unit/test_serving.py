@@ -13,8 +13,8 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer, unused_port
 
 import rlhf.serving as serving
+from rlhf.process.stopping import StopRequest
 from rlhf.serving import Connections, read_text, stranger
-from rlhf.stopping import StopRequest
 
 
 @asynccontextmanager

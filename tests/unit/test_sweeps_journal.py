@@ -17,9 +17,9 @@ from rlhf.config.schema.sweep import Sweep, load_sweep
 from rlhf.errors import UserError
 from rlhf.sweeps.journal import Copy, Journal
 from rlhf.sweeps.plots import plot
-from rlhf.sweeps.results import SweepResult, TrialResult, collect, explain_failure, write
 from rlhf.sweeps.space import known_trials
 from rlhf.sweeps.strategy import Listed, Population
+from rlhf.sweeps.trial_results import SweepResult, TrialResult, collect, explain_failure, write
 from rlhf.tracking.run_folder.atomic import read_lines, write_lines
 from rlhf.tracking.run_folder.folder import RunFolder
 from rlhf.tracking.run_folder.manifest import is_complete

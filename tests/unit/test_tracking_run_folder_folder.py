@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from rlhf.errors import RunError, UserError
-from rlhf.room import explains_full
+from rlhf.process.disk_full import explains_full
 from rlhf.tracking.run_folder.folder import RunFolder, remove_run
 from rlhf.tracking.run_folder.manifest import Manifest
 from rlhf.tracking.run_folder.samples import samples_path

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from rlhf.config.schema.model import ReferenceConfig
 from rlhf.engine.distributed import RankContext
-from rlhf.models.row_layout import RowLayout, row_layout
-from rlhf.models.tiny import build_tiny_llama
+from rlhf.models.files.tiny import build_tiny_llama
+from rlhf.models.packed.row_layout import RowLayout, row_layout
 from rlhf.types import Rollouts, TokenValues
 from rlhf.workers.frozen.reference import ReferenceWorker
 from tests.tiny_architectures import tiny_model

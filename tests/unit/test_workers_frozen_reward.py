@@ -16,8 +16,8 @@ from rlhf.controller.learning import Signals
 from rlhf.controller.rollout_report import environment_failures, group_samples, rollout_metrics
 from rlhf.controller.rollout_scorer import request_for
 from rlhf.engine.distributed import RankContext
-from rlhf.models.loading import load_tokenizer
-from rlhf.models.tiny import build_tiny_llama
+from rlhf.models.files.loading import load_tokenizer
+from rlhf.models.files.tiny import build_tiny_llama
 from rlhf.rewards.loading import load_reward
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.roles import CompletedGroup, ScoredGroup
@@ -190,7 +190,7 @@ def test_turns_are_credited_with_what_they_earned_and_samples_show_where(worker:
 LIGHT = """
 import sys
 import rlhf.workers.frozen.reward
-from rlhf.models.loading import load_tokenizer
+from rlhf.models.files.loading import load_tokenizer
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 load_tokenizer(sys.argv[1], kind=TokenizersBackend)

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.models.branches import Branch, trunks
+from rlhf.models.packed.branches import Branch, trunks
 from rlhf.types import Rollouts
 from rlhf.workers.microbatches import SharedPrefixes, Temperatures, padded, shared_prefixes, split_microbatches
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from rlhf.types import Examples, LearntStates, MinibatchPlan
-from rlhf.workers.offline.base import OfflineBatch
 from rlhf.workers.offline.distillation import DistillationWorker
+from rlhf.workers.offline.offline_worker import OfflineBatch
 
 ROWS = (5, 9, 5)  # row 5 has two tokens in the loss mask, and row 9 has one
 BATCH = OfflineBatch(

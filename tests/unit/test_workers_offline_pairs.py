@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.models.row_layout import RowLayout
+from rlhf.models.packed.row_layout import RowLayout
 from rlhf.types import Examples, MinibatchPlan, Pairs
 from rlhf.workers.microbatches import Microbatch
 from rlhf.workers.offline.pairs import PreferenceWorker

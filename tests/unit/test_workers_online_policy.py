@@ -17,8 +17,8 @@ from rlhf.agents.trees import assemble_sessions
 from rlhf.config.schema.root import Config
 from rlhf.controller.rollout_scorer import request_for
 from rlhf.engine.distributed import RankContext
-from rlhf.models.packed import policy_logprobs_only
-from rlhf.models.row_layout import row_layout
+from rlhf.models.packed.forward import policy_logprobs_only
+from rlhf.models.packed.row_layout import row_layout
 from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.types import BatchPlan, MinibatchPlan, Prompt, Rollouts, StepReward, TokenValues
 from rlhf.workers.online.critic import CriticWorker

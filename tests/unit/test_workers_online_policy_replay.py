@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from rlhf.models.packed import policy_logprobs_only
-from rlhf.models.router_replay import RouterReplay
+from rlhf.models.packed.forward import policy_logprobs_only
+from rlhf.models.routers.replay import RouterReplay
 from rlhf.types import RoutedRollouts
 from rlhf.workers.microbatches import SharedPrefixes, Temperatures, split_microbatches
 from rlhf.workers.online.policy import PolicyWorker

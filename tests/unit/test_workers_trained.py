@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from rlhf.config.schema.model import PolicyConfig
-from rlhf.models.packed import policy_logprobs_only
-from rlhf.models.row_check import check_rows
+from rlhf.models.packed.forward import policy_logprobs_only
+from rlhf.models.packed.row_check import check_rows
 from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.workers.microbatches import Microbatch, padded, split_microbatches
 from rlhf.workers.trained import Measure, TrainedWorker

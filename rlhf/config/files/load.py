@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-from rlhf.config.files.base import extend, read_tree
+from rlhf.config.files.base_file import extend, read_tree
 from rlhf.config.files.recipes import config_file
 from rlhf.config.files.yaml_tree import Key, Tree, apply_overrides
 from rlhf.config.mistakes.explain import parse, refuse

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from rlhf.config.files.base import read_tree
+from rlhf.config.files.base_file import read_tree
 from rlhf.config.files.recipes import config_file
 from rlhf.config.files.yaml_tree import Key, apply_overrides, kind
 from rlhf.config.mistakes.explain import Problem, parse_as, refuse

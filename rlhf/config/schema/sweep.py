@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from rlhf.config import derive
-from rlhf.config.files.base import extend, read_tree
+from rlhf.config.files.base_file import extend, read_tree
 from rlhf.config.files.load import LoadedConfig, resolve
 from rlhf.config.files.recipes import config_file
 from rlhf.config.files.yaml_tree import Key, Tree, apply_overrides, kind

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rlhf.algorithms.base import Responses
+from rlhf.algorithms.algorithm import Responses
 from rlhf.algorithms.online_config import OnlineConfig
 from rlhf.config import derive
 from rlhf.config.mistakes.explain import Problem, problem

@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf.process.system_calls import memfd, pidfd_open, seal
 from rlhf.rewards.sandbox.confinement import Unavailable, landlock_ruleset, seccomp_filter
-from rlhf.system_calls import memfd, pidfd_open, seal
 
 logger = logging.getLogger(__name__)
 

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 
 from rlhf.deferred import safetensors_torch, torch
+from rlhf.process.disk_full import when_there_is_room
 from rlhf.rollouts.records.ledgers import request_identity
 from rlhf.rollouts.records.spans import Sampled
-from rlhf.room import when_there_is_room
 from rlhf.types import FinishReason, GroupRequest, Sampling
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from rlhf.deferred import safetensors_torch
+from rlhf.process.disk_full import when_there_is_room
 from rlhf.rollouts.records.ledgers import request_identity
-from rlhf.room import when_there_is_room
 from rlhf.types import (
     GroupRequest,
     RewardError,

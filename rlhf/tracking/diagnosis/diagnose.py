@@ -13,8 +13,8 @@ from typing import Any
 from rlhf.tracking.diagnosis.asynchrony import ASYNCHRONY
 from rlhf.tracking.diagnosis.findings import SEVERITIES, Finding, History
 from rlhf.tracking.diagnosis.learning import LEARNING
-from rlhf.tracking.diagnosis.results import RESULTS
 from rlhf.tracking.diagnosis.running import RUNNING
+from rlhf.tracking.diagnosis.scores import RESULTS
 
 CHECKS = (*LEARNING, *RESULTS, *RUNNING, *ASYNCHRONY)
 

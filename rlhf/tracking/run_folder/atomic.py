@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf.room import explains_full, when_there_is_room
+from rlhf.process.disk_full import explains_full, when_there_is_room
 
 _NO_CHARACTER = "backslashreplace"  # half a surrogate becomes \udcff, which JSON reads back
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from rlhf.cgroups import cpu_quota
+from rlhf.process.cgroups import cpu_quota
 from rlhf.tracking.run_folder.atomic import read_object, write_atomic
 
 logger = logging.getLogger(__name__)

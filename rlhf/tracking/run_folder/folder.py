@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Self
 
 from rlhf.errors import RunError, UserError
-from rlhf.room import explains_full, when_there_is_room
+from rlhf.process.disk_full import explains_full, when_there_is_room
 from rlhf.tracking.metrics.histograms import FILE as HISTOGRAMS
 from rlhf.tracking.run_folder.atomic import read_lines, sync_folder, sync_tree, write_atomic
 from rlhf.tracking.run_folder.environment import record_environment

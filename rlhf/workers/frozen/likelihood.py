@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from rlhf.evaluation.results import ExampleResult
-from rlhf.models.packed import supervised_loss
+from rlhf.models.packed.forward import supervised_loss
 from rlhf.types import Examples
-from rlhf.workers.frozen.base import FrozenWorker
+from rlhf.workers.frozen.frozen_worker import FrozenWorker
 from rlhf.workers.microbatches import Microbatch
 
 

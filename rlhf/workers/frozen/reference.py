@@ -10,10 +10,10 @@ from torch import Tensor
 
 from rlhf.config.schema.model import ReferenceConfig, TeacherConfig
 from rlhf.engine.distributed import RankContext
-from rlhf.models.packed import policy_logprobs_only
+from rlhf.models.packed.forward import policy_logprobs_only
 from rlhf.role_table import Role
 from rlhf.types import Rollouts, TokenValues
-from rlhf.workers.frozen.base import FrozenWorker
+from rlhf.workers.frozen.frozen_worker import FrozenWorker
 from rlhf.workers.microbatches import Microbatch, Temperatures, shared_prefixes
 
 

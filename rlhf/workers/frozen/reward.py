@@ -20,7 +20,7 @@ from rlhf.data.chat import turn_end
 from rlhf.data.templates import UNCHANGED, ChatTemplate
 from rlhf.engine.distributed import RankContext
 from rlhf.evaluation.voting import AnswerForm, answer_of
-from rlhf.models.loading import load_tokenizer
+from rlhf.models.files.loading import load_tokenizer
 from rlhf.rewards.processes.pool import GroupOutcome
 from rlhf.rewards.scoring import RewardSet, RewardSpec, asks_in_flight
 from rlhf.rollouts.environments.turns import PLACEHOLDER

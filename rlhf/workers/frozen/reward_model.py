@@ -11,11 +11,11 @@ from torch import Tensor
 
 from rlhf.config.schema.model import RewardModelConfig
 from rlhf.engine.distributed import RankContext
-from rlhf.models.heads import sequence_scores, token_scores
+from rlhf.models.packed.heads import sequence_scores, token_scores
 from rlhf.models.reward_models import load_reward_model
 from rlhf.objectives.reward_model_loss import combined_steps
 from rlhf.types import StepReward
-from rlhf.workers.frozen.base import FrozenWorker
+from rlhf.workers.frozen.frozen_worker import FrozenWorker
 from rlhf.workers.microbatches import Microbatch
 from rlhf.workers.model_worker import torch_dtype
 
@@ -75,7 +75,7 @@ class RewardModel(FrozenWorker):
     def _passes(
         self, function: Callable[..., Tensor], token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"]
     ) -> Iterator[tuple[Microbatch, Tensor]]:
-        """Yield the micro-batches of the sequences, each with the output of `function` (from rlhf.models.heads)."""
+        """Yield the micro-batches of the sequences, each with the output of `function` (of models.packed.heads)."""
 
         def forward(microbatch: Microbatch) -> Tensor:
             tokens = self.part(token_ids, microbatch)

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rlhf.models.packed import learnt_states, lm_head_settings, lm_head_weight
+from rlhf.models.packed.forward import learnt_states, lm_head_settings, lm_head_weight
 from rlhf.objectives.masking import sequence_means
 from rlhf.role_table import Role
 from rlhf.types import Examples, LearntStates, Rollouts, VocabularyHead
-from rlhf.workers.frozen.base import FrozenWorker
+from rlhf.workers.frozen.frozen_worker import FrozenWorker
 from rlhf.workers.frozen.reference import ReferenceWorker
 from rlhf.workers.microbatches import Microbatch, SharedPrefixes, shared_prefixes
 

@@ -12,12 +12,12 @@ from rlhf.algorithms import algorithm_of
 from rlhf.algorithms.distillation import Distillation
 from rlhf.config.schema.root import Config
 from rlhf.engine.distributed import RankContext
-from rlhf.models.packed import distillation_loss
+from rlhf.models.packed.forward import distillation_loss
 from rlhf.roles import Metrics
 from rlhf.tracking.metrics.reductions import Mean
 from rlhf.types import Examples, LearntStates, VocabularyHead
 from rlhf.workers.microbatches import Microbatch
-from rlhf.workers.offline.base import ExamplesWorker, OfflineBatch
+from rlhf.workers.offline.offline_worker import ExamplesWorker, OfflineBatch
 from rlhf.workers.trained import Measure
 
 

@@ -20,9 +20,9 @@ from rlhf.algorithms import algorithm_of
 from rlhf.algorithms.pairs import PairAlgorithm, PairScores
 from rlhf.config.schema.root import Config
 from rlhf.engine.distributed import RankContext
-from rlhf.models.heads import sequence_scores
-from rlhf.models.loading import load_critic
-from rlhf.models.packed import policy_logprobs_and_collisions
+from rlhf.models.files.loading import load_critic
+from rlhf.models.packed.forward import policy_logprobs_and_collisions
+from rlhf.models.packed.heads import sequence_scores
 from rlhf.objectives.masking import sequence_counts, sequence_sums
 from rlhf.objectives.reward_model_loss import calibration_bins
 from rlhf.objectives.sequence_logprobs import length_desensitized_total, on_policy_weights
@@ -30,7 +30,7 @@ from rlhf.roles import Metrics
 from rlhf.tracking.metrics.reductions import CalibrationError, DifferenceOfMeans, Mean
 from rlhf.types import LearntStates
 from rlhf.workers.microbatches import Microbatch
-from rlhf.workers.offline.base import PairsBatch, PairsWorker
+from rlhf.workers.offline.offline_worker import PairsBatch, PairsWorker
 from rlhf.workers.offline.referenced import ReferencedPolicy
 from rlhf.workers.trained import Measure
 

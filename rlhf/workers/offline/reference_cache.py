@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rlhf.room import when_there_is_room
+from rlhf.process.disk_full import when_there_is_room
 from rlhf.types import Examples, TokenValues
 
 

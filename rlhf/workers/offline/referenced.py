@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf.models.packed import policy_logprobs_only
+from rlhf.models.packed.forward import policy_logprobs_only
 from rlhf.types import Examples, MinibatchPlan, TokenValues
 from rlhf.workers.microbatches import Microbatch, split_microbatches
 from rlhf.workers.model_worker import torch_dtype
-from rlhf.workers.offline.base import PairsWorker
+from rlhf.workers.offline.offline_worker import PairsWorker
 from rlhf.workers.offline.reference_cache import read_columns, reference_key, write_columns
 
 T = TypeVar("T")
@@ -75,7 +75,7 @@ class ReferencedPolicy(PairsWorker):
         return self.forward(policy_logprobs_only, examples, microbatch)
 
     def forward(self, function: Callable[..., T], examples: Examples, microbatch: Microbatch) -> T:
-        """Run a forward pass of rlhf.models.packed. Collective."""
+        """Run a forward pass of rlhf.models.packed.forward. Collective."""
         return self.engine.forward(
             function,
             self.part(examples.token_ids, microbatch),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf.models.heads import token_scores
-from rlhf.models.loading import load_critic
+from rlhf.models.files.loading import load_critic
+from rlhf.models.packed.heads import token_scores
 from rlhf.objectives.reward_model_loss import step_cross_entropy
 from rlhf.roles import Metrics
 from rlhf.tracking.metrics.reductions import Mean
 from rlhf.types import LabelledSteps
 from rlhf.workers.microbatches import Microbatch
-from rlhf.workers.offline.base import ExamplesWorker, OfflineBatch
+from rlhf.workers.offline.offline_worker import ExamplesWorker, OfflineBatch
 from rlhf.workers.trained import Measure
 
 

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from rlhf.algorithms.sft import SFTConfig
-from rlhf.models.packed import supervised_loss
+from rlhf.models.packed.forward import supervised_loss
 from rlhf.roles import Metrics
 from rlhf.tracking.metrics.reductions import ExpMean, Mean
 from rlhf.types import Examples
 from rlhf.workers.microbatches import Microbatch
-from rlhf.workers.offline.base import ExamplesWorker, OfflineBatch
+from rlhf.workers.offline.offline_worker import ExamplesWorker, OfflineBatch
 from rlhf.workers.trained import Measure
 
 

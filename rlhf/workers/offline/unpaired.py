@@ -24,7 +24,7 @@ from rlhf.roles import Metrics
 from rlhf.tracking.metrics.reductions import DifferenceOfMeans, Last, Mean, Reduction
 from rlhf.types import LearntStates, MinibatchPlan
 from rlhf.workers.microbatches import Microbatch
-from rlhf.workers.offline.base import PairsBatch
+from rlhf.workers.offline.offline_worker import PairsBatch
 from rlhf.workers.offline.referenced import ReferencedPolicy
 from rlhf.workers.trained import Measure
 

@@ -13,12 +13,12 @@ from rlhf.algorithms.ppo import PPO
 from rlhf.config.schema.model import CriticConfig
 from rlhf.config.schema.root import Config
 from rlhf.engine.distributed import RankContext
-from rlhf.models.heads import token_values
-from rlhf.models.loading import load_critic
+from rlhf.models.files.loading import load_critic
+from rlhf.models.packed.heads import token_values
 from rlhf.roles import Metrics
 from rlhf.types import BatchPlan, Rollouts, TokenValues
 from rlhf.workers.microbatches import Microbatch
-from rlhf.workers.online.base import OnlineWorker
+from rlhf.workers.online.online_worker import OnlineWorker
 from rlhf.workers.online.update_metrics import critic_metrics
 from rlhf.workers.trained import Measure
 

@@ -21,7 +21,7 @@ from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.tracking.metrics.reductions import Mean
 from rlhf.types import BatchPlan, Examples, MinibatchPlan, Pairs, Rollouts, SampledExamples, TokenSignals, TokenValues
 from rlhf.workers.microbatches import Microbatch, Temperatures, shared_prefixes
-from rlhf.workers.offline.base import PairsBatch
+from rlhf.workers.offline.offline_worker import PairsBatch
 from rlhf.workers.offline.pairs import PreferenceWorker
 from rlhf.workers.online.token_signals import signals_of, unknown
 from rlhf.workers.online.update_metrics import sampler_metrics
@@ -77,7 +77,7 @@ class OnlinePreferenceWorker(PreferenceWorker):
         self.observes = True
         references = [part for part in parts if isinstance(part, TokenValues)]
         if self.reference_is_adapter_off:
-            from rlhf.models.lora import adapter_disabled  # with peft, which takes seconds
+            from rlhf.models.adapters.lora import adapter_disabled  # with peft, which takes seconds
 
             with adapter_disabled(self.engine.module):
                 references = [self.reference_logprobs(0, minibatch)[0] for minibatch in self.plans]

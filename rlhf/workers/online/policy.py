@@ -23,8 +23,8 @@ from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
 from rlhf.algorithms.online import OnlineAlgorithm, reference_kl
 from rlhf.config.schema.root import Config
 from rlhf.engine.distributed import RankContext
-from rlhf.models.packed import policy_logprobs, policy_logprobs_only
-from rlhf.models.router_replay import RouterReplay
+from rlhf.models.packed.forward import policy_logprobs, policy_logprobs_only
+from rlhf.models.routers.replay import RouterReplay
 from rlhf.objectives.advantages import reward_to_go, whiten
 from rlhf.objectives.aggregation import denominator
 from rlhf.objectives.masking import Moments, merge_moments, moments, sequence_means, to_tokens
@@ -34,8 +34,8 @@ from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.tracking.metrics.reductions import ExplainedVariance, Mean, Reduction, Sum
 from rlhf.types import BatchPlan, Rollouts, RoutedRollouts, TokenSignals, TokenValues
 from rlhf.workers.microbatches import Microbatch, padded
-from rlhf.workers.online.base import OnlineWorker, Share
 from rlhf.workers.online.branch_credit import with_branch_rewards
+from rlhf.workers.online.online_worker import OnlineWorker, Share
 from rlhf.workers.online.token_signals import Column, signals_of, unknown
 from rlhf.workers.online.update_metrics import (
     advantage_histogram,
@@ -102,7 +102,7 @@ class PolicyWorker(OnlineWorker):
         """
         share, ref_logprobs = self.receive(plan, parts, plan.temperatures)
         if self.reference_is_adapter_off:
-            from rlhf.models.lora import adapter_disabled  # with peft, which takes seconds
+            from rlhf.models.adapters.lora import adapter_disabled  # with peft, which takes seconds
 
             with adapter_disabled(self.engine.module):
                 (ref_logprobs,) = self.compute("reference logprobs", policy_logprobs_only, share)

@@ -16,14 +16,14 @@ from rlhf.algorithms.microbatch import PolicyMicrobatch
 from rlhf.algorithms.on_policy_distillation import OnPolicyDistillation
 from rlhf.config.schema.root import Config
 from rlhf.engine.distributed import RankContext
-from rlhf.models.packed import policy_logprobs, policy_logprobs_only, sampled_distillation_loss
+from rlhf.models.packed.forward import policy_logprobs, policy_logprobs_only, sampled_distillation_loss
 from rlhf.objectives.distillation import teacher_advantages
 from rlhf.objectives.masking import masked_sum, moments, sequence_counts, to_tokens
 from rlhf.roles import Metrics, SequenceReport
 from rlhf.tracking.metrics.reductions import Mean, Reduction, Sum
 from rlhf.types import BatchPlan, LearntStates, MinibatchPlan, Rollouts, TokenSignals, TokenValues, VocabularyHead
 from rlhf.workers.microbatches import Microbatch
-from rlhf.workers.online.base import OnlineWorker
+from rlhf.workers.online.online_worker import OnlineWorker
 from rlhf.workers.online.token_signals import Column, unknown_signals
 from rlhf.workers.online.update_metrics import advantage_histogram, as_std, sampler_metrics, update_metrics
 from rlhf.workers.trained import Measure

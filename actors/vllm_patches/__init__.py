@@ -1,0 +1,1 @@
+"""Repair what one build of vLLM does wrong or lacks."""

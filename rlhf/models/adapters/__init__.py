@@ -1,0 +1,1 @@
+"""Train LoRA adapters, and read them from folders."""

@@ -1,0 +1,1 @@
+"""Read and write model folders, and reach the Hugging Face hub."""

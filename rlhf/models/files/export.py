@@ -1,0 +1,205 @@
+"""Write Hugging Face folders from a stream of weights: a model, or an adapter in peft's format.
+
+A run ends with it, and `rlhf export` calls it on a checkpoint. A folder appears complete or not at all.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.dynamic_module_utils import custom_object_save
+
+from rlhf.models.files.hub_names import missing_settings
+from rlhf.models.files.loading import has_score_head
+from rlhf.models.files.weights import ADAPTER
+from rlhf.process.disk_full import when_there_is_room
+
+_log = logging.getLogger(__name__)
+
+SHARD_BYTES = 5 * 10**9
+
+
+def export_model(
+    folder: Path,
+    named_weights: Iterable[tuple[str, Tensor]],
+    model: Any,
+    tokenizer: Any,
+    *,
+    dtype: torch.dtype,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a folder for from_pretrained: safetensors (several files above shard_bytes), configs and tokenizer.
+
+    A model with its own code gets the files of this code too.
+
+    dtype: of the weights, written into the config.
+
+    A tied head is left out, as transformers expects. An existing folder is replaced.
+    """
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype
+    config.use_cache = True  # off while training
+    config.update(missing_settings(config))
+    name_padding(config, tokenizer)
+    with appearing(folder) as partial:
+        _write_shards(partial, named_weights, shard_bytes=shard_bytes)
+        when_there_is_room(partial, lambda: _save_model_settings(partial, model, config, tokenizer))
+
+
+def export_adapter(folder: Path, named_weights: Iterable[tuple[str, Tensor]], model: Any, tokenizer: Any) -> None:
+    """Write an adapter folder for peft and vLLM. `named_weights` have the names used by peft's files."""
+    config = copy.deepcopy(model.peft_config[ADAPTER])
+    config.inference_mode = True
+    with appearing(folder) as partial:
+        weights = {name: _owned(weight) for name, weight in named_weights}
+        _save(weights, partial / "adapter_model.safetensors")
+        when_there_is_room(partial, lambda: _save_settings(partial, config, tokenizer))
+
+
+def adapter_config(model: Any) -> dict[str, Any]:
+    """Return the adapter_config.json of a model's adapter, as plain values."""
+    config = copy.deepcopy(model.peft_config[ADAPTER])
+    config.inference_mode = True
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        values: dict[str, Any] = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    return values
+
+
+def name_padding(config: Any, tokenizer: Any) -> None:
+    """Give a model with a scalar head, and its tokenizer, a padding token other than the end of sequence.
+
+    transformers scores a sequence at its last token before padding. If the end of sequence is the padding token, as
+    usual for tokenizers without one, this is the token before the trained one. Without a suitable token the config
+    names none: transformers then scores single sequences, and refuses batches.
+    """
+    if not has_score_head(config):
+        return
+    text = config.get_text_config()
+    ends = {tokenizer.eos_token_id, *_as_list(text.eos_token_id)}
+    special = tokenizer.convert_tokens_to_ids(sorted(t for t in tokenizer.all_special_tokens if "pad" in t.lower()))
+    added = [i for i, t in sorted(tokenizer.added_tokens_decoder.items()) if "pad" in t.content.lower()]
+    named = [getattr(text, "pad_token_id", None), tokenizer.pad_token_id, *special, *added]
+    for token_id in (*named, tokenizer.bos_token_id, tokenizer.unk_token_id):
+        token = tokenizer.convert_ids_to_tokens(token_id) if _is_token(token_id, text.vocab_size) else None
+        if token is not None and token_id not in ends and token not in str(tokenizer.chat_template or ""):
+            text.pad_token_id = token_id
+            tokenizer.pad_token = token
+            return
+    text.pad_token_id = None
+    _log.warning("the tokenizer has no token to pad with: transformers scores one sequence at a time")
+
+
+def _as_list(ids: int | list[int] | None) -> list[int | None]:
+    return [*ids] if isinstance(ids, list) else [ids]
+
+
+def _is_token(token_id: int | None, vocab_size: int) -> bool:
+    return token_id is not None and 0 <= token_id < vocab_size
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder, and rename it to the final folder at the end. It is removed if anything fails.
+
+    Files get this process's usual mode. Safetensors and temporary files would be readable by their owner alone.
+    """
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    replaced = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        when_there_is_room(partial, lambda: _share(partial))
+        if folder.exists():
+            folder.rename(replaced)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _share(folder: Path) -> None:
+    """Set the mode of all files in the folder to the default under the process's umask."""
+    sample = folder / ".mode"
+    sample.touch()
+    mode = stat.S_IMODE(sample.stat().st_mode)
+    sample.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
+def _write_shards(folder: Path, named_weights: Iterable[tuple[str, Tensor]], *, shard_bytes: int) -> None:
+    names: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
+    total = size = 0
+
+    def close_shard() -> None:
+        _save(shard, folder / f"shard-{len(names)}")
+        names.append(list(shard))
+        shard.clear()
+
+    for name, weight in named_weights:
+        nbytes = weight.numel() * weight.element_size()
+        if shard and size + nbytes > shard_bytes:
+            close_shard()
+            size = 0
+        shard[name] = _owned(weight)
+        size += nbytes
+        total += nbytes
+    close_shard()
+    if len(names) == 1:
+        (folder / "shard-0").rename(folder / "model.safetensors")
+        return
+    file_of: dict[str, str] = {}
+    for index, in_shard in enumerate(names):
+        file = f"model-{index + 1:05d}-of-{len(names):05d}.safetensors"
+        (folder / f"shard-{index}").rename(folder / file)
+        file_of.update(dict.fromkeys(in_shard, file))
+    table = {"metadata": {"total_size": total}, "weight_map": file_of}
+    index_file = folder / "model.safetensors.index.json"
+    when_there_is_room(index_file, lambda: index_file.write_text(json.dumps(table, indent=2)))
+
+
+def _save(weights: dict[str, Tensor], path: Path) -> None:
+    """Write a file, which waits for room on a full disk. The other ranks, which gather, wait for this one."""
+    when_there_is_room(
+        path,
+        lambda: save_file(weights, path, metadata={"format": "pt"}),
+        undo=lambda: path.unlink(missing_ok=True),
+        needed=sum(weight.nbytes for weight in weights.values()),
+    )
+
+
+def _save_model_settings(folder: Path, model: Any, config: Any, tokenizer: Any) -> None:
+    """Write all files of a model but its weights."""
+    if model.is_remote_code():
+        custom_object_save(model, folder, config=config)  # copies the class's file, and names it in the config
+    _save_settings(folder, config, tokenizer)
+    if model.can_generate():  # save_pretrained would refuse values with which the model was loaded
+        model.generation_config.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
+
+
+def _save_settings(folder: Path, *settings: Any) -> None:
+    """Write the files of a config or a tokenizer."""
+    for part in settings:
+        part.save_pretrained(folder)
+
+
+def _owned(weight: Tensor) -> Tensor:
+    """Return a copy on the host, since the stream may reuse the memory for the next weight."""
+    return weight.detach().to("cpu", copy=True).contiguous()

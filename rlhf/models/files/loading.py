@@ -1,0 +1,388 @@
+"""Load models and tokenizers from a hub name or a local folder: safetensors only, no remote code unless allowed.
+
+Workers start with it. Nothing here moves a model to a device, wraps it for training or shards it. Inside
+`rlhf.engine.sharded_loading` transformers shards the weights as it loads them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from huggingface_hub.errors import StrictDataclassError
+
+from rlhf.data.templates import ChatTemplate
+from rlhf.deferred import torch, transformers
+from rlhf.errors import UserError
+from rlhf.models.files.folder_check import refuse_strange_folder
+from rlhf.models.quantized import Quantize, is_quantized, keep_storage, quantization_options
+
+if TYPE_CHECKING:
+    from torch import nn
+
+T = TypeVar("T")
+ADAPTER_CONFIG = "adapter_config.json"  # peft's file
+
+# Entries of a config without effect on any weight's shape or meaning. They may differ between a run and its checkpoint.
+_NOT_ARCHITECTURE = frozenset(
+    {
+        "_attn_implementation_autoset",
+        "_commit_hash",
+        "_name_or_path",
+        "architectures",
+        "attn_implementation",
+        "dtype",
+        "id2label",
+        "label2id",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+
+
+def load_tokenizer(
+    path: str, *, trust_remote_code: bool = False, template: ChatTemplate | None = None, kind: type[Any] | None = None
+) -> Any:
+    """Return the tokenizer of a hub name or folder, with the changes to its chat template.
+
+    The end of sequence becomes the padding token if the tokenizer has none.
+
+    Args:
+        kind: the tokenizer's class. None: AutoTokenizer finds it, whose import takes more than a second.
+    """
+    load = (transformers.AutoTokenizer if kind is None else kind).from_pretrained
+    tokenizer = _load(path, load, trust_remote_code=trust_remote_code)
+    if template is not None:
+        template.apply(tokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model_config(path: str, *, trust_remote_code: bool = False) -> Any:
+    """Return the transformers config without reading weights. An attention function named in it is ignored."""
+    config: Any = _load(path, transformers.AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
+    config._attn_implementation = None  # the config may name a kernel to download and run
+    return config
+
+
+def split_revision(source: str) -> tuple[str, str | None]:
+    """Split NAME or NAME@REVISION, a model on the hub, into name and revision. A folder has no revision."""
+    name, at, revision = source.partition("@")
+    if not at or _is_folder_name(name) or Path(source).exists():
+        return source, None
+    return name, revision
+
+
+def with_revision(name: str, revision: str | None) -> str:
+    """Return NAME@REVISION for a model on the hub. A folder has no revision."""
+    return name if not revision or _is_folder_name(name) or Path(name).exists() else f"{name}@{revision}"
+
+
+def refuse_missing_weights(path: str, *, scalar: bool = False, trust_remote_code: bool = False) -> None:
+    """Raise UserError if a model folder lacks weights, or has weights of other shapes. Reads headers alone.
+
+    scalar: the model gets a head of one value, initialised anew if the folder has none.
+    """
+    if not Path(path).is_dir() or is_adapter(Path(path)):
+        return
+    config = load_model_config(path, trust_remote_code=trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None:
+        return  # stored names differ; loading compares the weights
+    try:
+        with _quiet():
+            _with_all_weights(path, scalar=scalar, trust_remote_code=trust_remote_code, device_map="meta")
+    except RuntimeError as error:  # impossible sizes, or missing experts
+        raise UserError(_damaged(path, error)) from error
+
+
+def load_causal_lm(
+    path: str,
+    *,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    gradient_checkpointing: bool = False,
+    quantize: Quantize | None = None,
+    device: torch.device | str = "cpu",
+) -> Any:
+    """Return a causal language model in evaluation mode with dropout off, its weights in dtype.
+
+    quantize: the linear layers except the head are frozen in 4 bits, on `device`. Without it the model stays on the
+    host.
+    """
+    options = quantization_options(quantize, dtype=dtype, device=device)
+    model = _with_all_weights(path, scalar=False, dtype=dtype, trust_remote_code=trust_remote_code, **options)
+    return _prepared(model, gradient_checkpointing=gradient_checkpointing)
+
+
+def load_critic(
+    path: str,
+    *,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    gradient_checkpointing: bool = False,
+    quantize: Quantize | None = None,
+    device: torch.device | str = "cpu",
+) -> Any:
+    """Return a model with one scalar per token. Its head starts at zero on a language model, so all values start at 0.
+
+    A checkpoint with a scalar head (a saved critic, a reward model) keeps it. quantize: as in load_causal_lm.
+    """
+    has_head = has_score_head(load_model_config(path, trust_remote_code=trust_remote_code))
+    options = quantization_options(quantize, dtype=dtype, device=device)
+    model = load_scalar_model(path, dtype=dtype, trust_remote_code=trust_remote_code, **options)
+    if not has_head:
+        with whole([model.score.weight]):
+            torch.nn.init.zeros_(model.score.weight)
+    return _prepared(model, gradient_checkpointing=gradient_checkpointing)
+
+
+def no_reward_head(path: str, what: str) -> UserError:
+    """Return the error for a model without a reward head. `what` describes the model."""
+    return UserError(
+        f"The reward model {path} is a {what}: it has no reward head. A reward model is a sequence-classification "
+        "checkpoint with one label, or a LoRA adapter of one; train one first (algorithm reward_model), or name "
+        "another model."
+    )
+
+
+def refuse_no_language_model(path: str, *, trust_remote_code: bool = False) -> None:
+    """Raise UserError if a model has no language-model head, since it would get a random one.
+
+    Reads its config alone.
+    """
+    config = load_model_config(path, trust_remote_code=trust_remote_code)
+    if not _is_causal_lm(config):
+        classes = ", ".join(config.architectures or []) or f"model of type {config.model_type}"
+        raise UserError(
+            f"The model {path} is a {classes}, not a causal language model: it has no head for the next token. Name "
+            "a language model."
+        )
+
+
+def is_adapter(folder: Path) -> bool:
+    """Return whether a folder holds an adapter, not a whole model."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
+def whole(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Gather sharded parameters inside. Changes made on rank 0 are kept. Collective."""
+    if not any(hasattr(p, "ds_id") for p in parameters):  # set by DeepSpeed on sharded parameters
+        return nullcontext()
+    import deepspeed
+
+    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+    return gathered
+
+
+def architecture_fingerprint(config: Any) -> str:
+    """Return a fingerprint, equal for models with interchangeable weights.
+
+    Checkpoints of other models are refused by it.
+    """
+    kept = {key: value for key, value in config.to_dict().items() if key not in _NOT_ARCHITECTURE}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def load_scalar_model(path: str, *, dtype: torch.dtype, trust_remote_code: bool = False, **options: Any) -> Any:
+    """Return a model with a linear head of one value, in evaluation mode.
+
+    A head missing in the checkpoint is random.
+    """
+    model = _with_all_weights(path, scalar=True, dtype=dtype, trust_remote_code=trust_remote_code, **options)
+    if not isinstance(model.score, torch.nn.Linear):
+        raise UserError(f"{path} is a {type(model).__name__}, whose head is not one linear layer: not supported")
+    return model
+
+
+def _with_all_weights(path: str, *, scalar: bool, trust_remote_code: bool, **options: Any) -> Any:
+    """Load a model through transformers.
+
+    Raise UserError if a weight is missing or has another shape, except for a new scalar head.
+    """
+    config = load_model_config(path, trust_remote_code=trust_remote_code)
+    auto = transformers.AutoModelForSequenceClassification if scalar else transformers.AutoModelForCausalLM
+    made_new = {"score.weight"} if scalar and not has_score_head(config) else set()
+    if scalar:
+        config.num_labels = 1
+    model, report = _load(
+        path,
+        auto.from_pretrained,
+        config=config,
+        trust_remote_code=trust_remote_code,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **options,
+    )
+    if missing := sorted(set(report["missing_keys"]) - made_new):
+        raise UserError(
+            f"The model {path} lacks {len(missing)} of its weights, which would be random: {_some(missing)}. Its files "
+            "do not belong together, or some are missing. Get it again."
+        )
+    if other := sorted(report["mismatched_keys"]):
+        shapes = [f"{name} is {list(stored)}, expected {list(wanted)}" for name, stored, wanted in other]
+        raise UserError(f"The weights of the model {path} do not fit its config.json: {_some(shapes)}. Get it again.")
+    model.config.name_or_path = path  # transformers leaves out the revision
+    return model
+
+
+def _some(names: Sequence[str]) -> str:
+    """Join the first few names for a message."""
+    return ", ".join(names[:3]) + (f", and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' loading reports and progress bars inside."""
+    verbosity = transformers.logging.get_verbosity()
+    shows_progress = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity(logging.CRITICAL)
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if shows_progress:
+            transformers.logging.enable_progress_bar()
+
+
+def has_score_head(config: Any) -> bool:
+    """Return whether the config describes a sequence classifier with one label."""
+    return config.num_labels == 1 and any(
+        name.endswith("ForSequenceClassification") for name in config.architectures or []
+    )
+
+
+def _is_causal_lm(config: Any) -> bool:
+    """Return whether the config describes a causal language model.
+
+    Its class decides, from transformers or from the model's code. Without a class the model type decides.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS  # takes a second
+
+    if not config.architectures:
+        return config.model_type in CAUSAL_LMS
+    brought = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM", "").rpartition(".")[2]
+    known = {*CAUSAL_LMS.values(), brought}
+    return any(name.endswith("ForCausalLM") or name in known for name in config.architectures)
+
+
+def _prepared(model: Any, *, gradient_checkpointing: bool) -> Any:
+    """Set evaluation mode, and switch off dropout and the key-value cache.
+
+    A policy with dropout would be another distribution in every pass, and its ratios would be noise.
+    """
+    from rlhf.models.linear import widen_linear_layers  # torch, which the checks of a model's folder need not import
+
+    model.eval()
+    _disable_randomness(model)
+    widen_linear_layers(model)
+    if is_quantized(model):
+        del model.config.quantization_config  # it describes the weights in memory, not the exported model
+        keep_storage(model)
+    model.config.use_cache = False
+    model.config.architectures = [type(model).__name__]
+    if gradient_checkpointing:
+        enable_checkpointing(model)
+    return model
+
+
+def _disable_randomness(model: nn.Module) -> None:
+    """Set the rates of dropout, skipped layers and router noise to 0, also where a layer applies them as a function."""
+    module: Any
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(module, name, 0.0)
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Recompute layers in the backward pass. transformers does it only for layers in training mode."""
+    if not model.supports_gradient_checkpointing:
+        raise UserError(f"gradient_checkpointing: {type(model).__name__} does not support it. Set it to false.")
+    from rlhf.models.packed.packed_row import checkpoint_contexts  # with PyTorch's compiler, which takes half a second
+
+    options = {"use_reentrant": False, "context_fn": checkpoint_contexts}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True  # only for the layer itself; its submodules stay in evaluation mode
+
+
+def _load(path: str, load: Callable[..., T], **options: Any) -> T:
+    """Call a from_pretrained function and turn each of its failures into advice."""
+    name, revision = split_revision(path)
+    if revision is not None:
+        options["revision"] = revision
+    if _is_folder_name(path) and not Path(path).is_dir():
+        raise UserError(f"The model folder {path} does not exist. Name a folder with config.json, or a hub model.")
+    if Path(path).is_dir():
+        refuse_strange_folder(Path(path))
+    try:
+        return load(name, **options)
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        if Path(path).is_dir():
+            raise UserError(_no_model(path) or f"The model folder {path} cannot be loaded: {reason}") from error
+        raise UserError(
+            f"The model {path} is neither a folder here nor could it be obtained from the hub ({reason}) "
+            "Check the name, the network and HF_HUB_OFFLINE, or download it once and name its folder."
+        ) from error
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(_no_model(path) or f"The model {path} cannot be loaded: {reason}") from error
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"The model {path} needs a package that is not here: {reason}") from error
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        IndexError,
+        KeyError,
+        RecursionError,
+        StrictDataclassError,
+        TypeError,
+    ) as error:
+        raise UserError(_damaged(path, error)) from error
+    except Exception as error:
+        if type(error) is not Exception:  # tokenizers raises plain Exception
+            raise
+        raise UserError(_damaged(path, error)) from error
+
+
+def _damaged(path: str, error: Exception) -> str:
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"The model {path} cannot be loaded ({reason}): a file of it is damaged. Get it again."
+
+
+def _no_model(path: str) -> str | None:
+    """Describe a folder holding something other than a model. None: the folder looks like a model."""
+    folder = Path(path)
+    if (folder / "config.json").exists():
+        return None
+    if is_adapter(folder):
+        return (
+            f"{path} is an adapter, and this needs a whole model. Name the model it was trained on, and of a policy or "
+            "critic the folder as `adapter` beside `model`; or merge it into that model (`rlhf merge`, method fold)."
+        )
+    if (folder / "config.resolved.yaml").exists():
+        finals = ", ".join(map(str, sorted([*folder.glob("final"), *folder.glob("*/final")])))
+        return f"{path} is the folder of a run, not a model: " + (
+            f"name what it has trained, {finals}." if finals else "it has no final/, so it has not ended."
+        )
+    return None
+
+
+def _is_folder_name(path: str) -> bool:
+    """Return whether a path can only be a folder, since hub names are NAME or OWNER/NAME."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1

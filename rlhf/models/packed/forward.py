@@ -1,0 +1,420 @@
+"""The packed forward pass: B sequences in one row of N tokens, without padding, each seeing only itself.
+
+Every worker with a model calls it. Attention runs sequence by sequence (rlhf.models.packed.attention); the layers
+between see one row of N tokens. Positions restart at every sequence. Models unfit for packing compute the sequences of
+the row one by one (rlhf.models.packed.row_layout). The equations are in rlhf.objectives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from rlhf.models.packed.attention import ATTENTION
+from rlhf.models.packed.branches import Branches, positions, predecessors
+from rlhf.models.packed.packed_row import PackedRow, computing, keeps_row_order
+from rlhf.models.packed.rope import refuse_beyond_trained_length
+from rlhf.models.packed.row_layout import RowLayout, row_layout, rows_of
+from rlhf.models.packed.sequence_parallel import current_group, filled_up, own_part, summed
+from rlhf.models.packed.varlen import borders
+from rlhf.objectives.distillation import (
+    Divergence,
+    TeacherStates,
+    sampled_divergence_sum,
+    weighted_divergence_sum,
+)
+from rlhf.objectives.logprobs import (
+    chunked_logprobs,
+    chunked_logprobs_and_collisions,
+    chunked_logprobs_only,
+    weighted_logprob_sum,
+)
+from rlhf.types import VocabularyHead
+
+
+def hidden_states(
+    model: nn.Module,
+    token_ids: Int[Tensor, " N"],
+    lengths: Int[Tensor, " B"],
+    branches: Branches | None = None,
+    *,
+    noise_alpha: float | None = None,
+) -> Float[Tensor, "N H"]:
+    """Return the last hidden state (after the final norm) of every token in a row of adjacent sequences.
+
+    In a row shared by ranks only the tokens of this rank's `own_part` are returned. noise_alpha: the scale of
+    `embedding_noise`; None: no noise.
+    """
+    body = body_of(model)
+    layout = row_layout(model)
+    if branches is not None and layout < RowLayout.SHARED_PROMPTS:
+        raise ValueError(f"the sequences of {type(model).__name__} cannot share prompts: each must hold its own")
+    token_ids, lengths, branches = filled_up(token_ids, lengths, branches)
+    sizes: list[int] = lengths.tolist()
+    rows = rows_of(model)
+    if rows is not None and rows.trained_length is not None:
+        longest = int(positions(sizes, branches, device=torch.device("cpu")).max()) + 1
+        refuse_beyond_trained_length(model, rows.trained_length, longest)
+    if layout is RowLayout.ONE_BY_ONE:
+        states = [own_hidden_states(model, ids, noise_alpha=noise_alpha) for ids in token_ids.split(sizes)]
+        return torch.cat(states)[own_part(len(token_ids))]
+    if branches is not None or token_ids.is_cuda:
+        return row_states(body, token_ids, sizes, branches, noise_alpha=noise_alpha)
+    if sizes == sorted(sizes) or current_group() is not None or keeps_row_order():
+        return row_states(body, token_ids, sizes, None, noise_alpha=noise_alpha)
+    order = sorted(range(len(sizes)), key=sizes.__getitem__)  # brings equal lengths together
+    starts = (lengths.cumsum(0) - lengths).tolist()
+    tokens = torch.cat([torch.arange(starts[i], starts[i] + sizes[i], device=token_ids.device) for i in order])
+    by_length = [sizes[i] for i in order]
+    hidden = row_states(body, token_ids[tokens], by_length, None, noise_alpha=noise_alpha)
+    return hidden.index_select(0, tokens.argsort())
+
+
+def own_hidden_states(
+    model: nn.Module, token_ids: Int[Tensor, " n"], *, noise_alpha: float | None = None
+) -> Float[Tensor, "n H"]:
+    """Return the last hidden states of one sequence by transformers' own forward pass."""
+    body, rows = body_of(model), rows_of(model)
+    if rows is not None:
+        _set_attention(body, rows.own_attention)
+    given = _inputs(body, token_ids[None], [len(token_ids)], slice(None), noise_alpha)
+    hidden: Tensor = body(**given, use_cache=False).last_hidden_state[0]
+    return hidden
+
+
+def body_of(model: Any) -> Any:
+    """Return the layers below a model's head."""
+    body = model.base_model
+    return model.model if body is model else body  # Llama 4's base_model is the model itself
+
+
+def row_states(
+    body: Any,
+    token_ids: Int[Tensor, " N"],
+    lengths: Sequence[int],
+    tree: Branches | None,
+    *,
+    noise_alpha: float | None = None,
+    places: Int[Tensor, " N"] | None = None,
+) -> Float[Tensor, "N H"]:
+    """Return the last hidden states of one packed row. In a row shared by ranks, those of this rank's `own_part`.
+
+    places: each token's position in its sequence. None: the positions follow from lengths and tree.
+    """
+    _set_attention(body, ATTENTION)
+    if places is None:
+        places = positions(lengths, tree, device=token_ids.device)
+    row = PackedRow(
+        lengths=lengths,
+        branches=tree,
+        borders=borders(lengths, tree, device=token_ids.device) if token_ids.is_cuda else None,
+        group=current_group(),
+    )
+    local = own_part(len(token_ids))
+    given = _inputs(body, token_ids[None, local], lengths, local, noise_alpha)
+    with computing(row):
+        outputs = body(**given, position_ids=places[None, local], use_cache=False)
+    hidden: Tensor = outputs.last_hidden_state[0]
+    return hidden
+
+
+def _inputs(
+    body: Any, token_ids: Int[Tensor, "1 n"], lengths: Sequence[int], local: slice, noise_alpha: float | None
+) -> dict[str, Tensor]:
+    """Return the model's inputs for a row: the token ids, or embeddings with noise."""
+    if noise_alpha is None:
+        return {"input_ids": token_ids}
+    embedded = body.get_input_embeddings()(token_ids)
+    sizes = torch.tensor(lengths, device=embedded.device)
+    of_tokens = sizes.repeat_interleave(sizes)[local]
+    return {"inputs_embeds": embedded + embedding_noise(embedded, of_tokens, alpha=noise_alpha)}
+
+
+def embedding_noise(
+    embedded: Float[Tensor, "1 N H"], lengths: Int[Tensor, " N"], *, alpha: float
+) -> Float[Tensor, "1 N H"]:
+    """Draw noise, uniform in +- alpha / sqrt(L H), with L the length of the token's sequence.
+
+    NEFTune, arXiv:2310.05914, eq. 1.
+    """
+    bound = alpha / (lengths * embedded.shape[-1]).to(embedded.dtype).sqrt()
+    return torch.empty_like(embedded).uniform_(-1.0, 1.0) * bound[None, :, None]
+
+
+def policy_logprobs(
+    model: nn.Module,
+    token_ids: Int[Tensor, " N"],
+    lengths: Int[Tensor, " B"],
+    *,
+    mask: Bool[Tensor, " N"],
+    branches: Branches | None = None,
+    temperature: float | Float[Tensor, " N"] = 1.0,
+    entropy_grad: bool = False,
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """Return (logprobs, entropy) of the tokens in mask given the tokens before them; 0 elsewhere.
+
+    `temperature` is the sampling temperature, a number or one value for each token. The vocabulary head runs only
+    where the next token is in mask. The entropy has a gradient only with entropy_grad.
+    """
+    of_rows = partial(chunked_logprobs, entropy_grad=entropy_grad)
+    logprobs, entropy = _columns(of_rows, model, token_ids, lengths, mask, branches, temperature)
+    return logprobs, entropy
+
+
+def policy_logprobs_only(
+    model: nn.Module,
+    token_ids: Int[Tensor, " N"],
+    lengths: Int[Tensor, " B"],
+    *,
+    mask: Bool[Tensor, " N"],
+    branches: Branches | None = None,
+    temperature: float | Float[Tensor, " N"] = 1.0,
+) -> Float[Tensor, " N"]:
+    """Return the logprobs of `policy_logprobs` without computing the entropy, for references."""
+
+    def of_rows(*rows: Any, **settings: Any) -> tuple[Tensor, ...]:
+        return (chunked_logprobs_only(*rows, **settings),)
+
+    (logprobs,) = _columns(of_rows, model, token_ids, lengths, mask, branches, temperature)
+    return logprobs
+
+
+def policy_logprobs_and_collisions(
+    model: nn.Module,
+    token_ids: Int[Tensor, " N"],
+    lengths: Int[Tensor, " B"],
+    *,
+    mask: Bool[Tensor, " N"],
+    branches: Branches | None = None,
+    temperature: float | Float[Tensor, " N"] = 1.0,
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """Return (logprobs, collisions) for on_policy_weights.
+
+    A collision is the log-probability of two draws at the token's position being equal. It has no gradient.
+    """
+    of_rows = chunked_logprobs_and_collisions
+    logprobs, collisions = _columns(of_rows, model, token_ids, lengths, mask, branches, temperature)
+    return logprobs, collisions
+
+
+def _columns(
+    of_rows: Callable[..., tuple[Tensor, ...]],
+    model: nn.Module,
+    token_ids: Tensor,
+    lengths: Tensor,
+    mask: Tensor,
+    branches: Branches | None,
+    temperature: float | Tensor,
+) -> tuple[Tensor, ...]:
+    """Apply a function of rlhf.objectives.logprobs to the tokens in mask. Return each result as a whole column."""
+    chosen, before = _masked_positions(mask, lengths, branches)
+    hidden = hidden_states(model, token_ids, lengths, branches).index_select(0, before)
+    at = temperature[chosen] if isinstance(temperature, Tensor) else temperature
+    columns = of_rows(hidden, lm_head_weight(model), token_ids[chosen], temperature=at, **lm_head_settings(model))
+    return tuple(_spread(values, chosen, len(token_ids)) for values in columns)
+
+
+def supervised_loss(
+    model: nn.Module,
+    token_ids: Int[Tensor, " N"],
+    lengths: Int[Tensor, " B"],
+    *,
+    mask: Bool[Tensor, " N"],
+    token_weight: float,
+    by_probability: bool = False,
+    noise_alpha: float | None = None,
+) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Bool[Tensor, " N"]]:
+    """Return (sum of -token_weight * logprob over the tokens in mask, logprobs without gradient, top-1 hits).
+
+    The columns are 0 and False outside mask. The head is applied once, not twice as by `policy_logprobs`.
+    by_probability: each term times its token's probability, held constant (DFT). noise_alpha: NEFTune's alpha.
+    """
+    chosen, before = _masked_positions(mask, lengths)
+    hidden = hidden_states(model, token_ids, lengths, noise_alpha=noise_alpha).index_select(0, before)
+    weights = torch.full_like(chosen, -token_weight, dtype=torch.float32)
+    loss, logprobs, is_top1 = weighted_logprob_sum(
+        hidden,
+        lm_head_weight(model),
+        token_ids[chosen],
+        weights,
+        by_probability=by_probability,
+        **lm_head_settings(model),
+    )
+    likeliest = _spread(is_top1.to(torch.uint8), chosen, len(token_ids)).bool()
+    return summed(loss), _spread(logprobs, chosen, len(token_ids)), likeliest
+
+
+def learnt_states(
+    model: nn.Module,
+    token_ids: Int[Tensor, " N"],
+    lengths: Int[Tensor, " B"],
+    *,
+    mask: Bool[Tensor, " N"],
+    branches: Branches | None = None,
+) -> Float[Tensor, "n H"]:
+    """Return the last hidden states predicting the tokens in mask, in token order."""
+    _, before = _masked_positions(mask, lengths, branches)
+    return hidden_states(model, token_ids, lengths, branches).index_select(0, before)
+
+
+def distillation_loss(
+    model: nn.Module,
+    token_ids: Int[Tensor, " N"],
+    lengths: Int[Tensor, " B"],
+    *,
+    mask: Bool[Tensor, " N"],
+    teacher: Float[Tensor, "n K"],
+    head: VocabularyHead,
+    divergence: Divergence,
+    temperature: float,
+    token_weight: float,
+    sft_coef: float,
+) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Float[Tensor, " N"], Bool[Tensor, " N"]]:
+    """Return (weighted loss over the tokens in mask, divergences, logprobs, top-1 hits).
+
+    The loss is the sum of token_weight * (divergence - sft_coef * logprob). The columns have no gradient and are 0
+    outside mask; the logprobs are at temperature 1. `teacher` holds the teacher's `learnt_states` of the same row,
+    and `head` its vocabulary head. If a head has extra rows without tokens, both distributions use the rows in
+    common.
+    """
+    of_rows = partial(weighted_divergence_sum, divergence, sft_coef=sft_coef)
+    loss, *columns = _distillation_columns(
+        of_rows,
+        model,
+        token_ids,
+        lengths,
+        mask=mask,
+        teacher=teacher,
+        head=head,
+        temperature=temperature,
+        token_weight=token_weight,
+    )
+    divergences, logprobs, is_top1 = columns
+    return loss, divergences, logprobs, is_top1.bool()
+
+
+def sampled_distillation_loss(
+    model: nn.Module,
+    token_ids: Int[Tensor, " N"],
+    lengths: Int[Tensor, " B"],
+    *,
+    mask: Bool[Tensor, " N"],
+    branches: Branches | None,
+    teacher: Float[Tensor, "n K"],
+    head: VocabularyHead,
+    divergence: Divergence,
+    temperature: float,
+    token_weight: float,
+) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """Return (token_weight * sum of divergences, student logprobs, teacher logprobs, student entropies).
+
+    The columns cover the tokens in mask, without gradient and 0 elsewhere. It works as `distillation_loss`, for
+    tokens sampled at this temperature. Responses may share their prompt.
+    """
+    loss, *columns = _distillation_columns(
+        partial(sampled_divergence_sum, divergence),
+        model,
+        token_ids,
+        lengths,
+        mask=mask,
+        branches=branches,
+        teacher=teacher,
+        head=head,
+        temperature=temperature,
+        token_weight=token_weight,
+    )
+    logprobs, teacher_logprobs, entropies = columns
+    return loss, logprobs, teacher_logprobs, entropies
+
+
+def _distillation_columns(
+    of_rows: Callable[..., tuple[Tensor, ...]],
+    model: nn.Module,
+    token_ids: Tensor,
+    lengths: Tensor,
+    *,
+    mask: Tensor,
+    branches: Branches | None = None,
+    teacher: Tensor,
+    head: VocabularyHead,
+    temperature: float,
+    token_weight: float,
+) -> tuple[Tensor, ...]:
+    """Apply a function of rlhf.objectives.distillation to the tokens in mask. Return the loss and whole columns."""
+    chosen, before = _masked_positions(mask, lengths, branches)
+    hidden = hidden_states(model, token_ids, lengths, branches).index_select(0, before)
+    weight, settings = lm_head_weight(model), lm_head_settings(model)
+    shared = partial(_first, count=min(len(weight), len(head.weight)))
+    places = mask.cumsum(0)[chosen] - 1  # positions among all tokens in mask; this rank may hold only some of them
+    loss, *columns = of_rows(
+        hidden,
+        shared(weight),
+        token_ids[chosen],
+        TeacherStates(
+            hidden=teacher[places],
+            weight=shared(head.weight),
+            bias=head.bias if head.bias is None else shared(head.bias),
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+        ),
+        token_weight=token_weight,
+        temperature=temperature,
+        **settings | {"bias": settings["bias"] if settings["bias"] is None else shared(settings["bias"])},
+    )
+    return summed(loss), *(_spread(column.float(), chosen, len(token_ids)) for column in columns)
+
+
+def _first(rows: Tensor, *, count: int) -> Tensor:
+    """Return the first `count` rows.
+
+    If all are kept, the tensor itself: a slice would have a gradient of the same size.
+    """
+    return rows if len(rows) == count else rows[:count]
+
+
+def lm_head_weight(model: Any) -> Float[Tensor, "V H"]:
+    """Return the weight of the vocabulary head (the embedding itself where they are tied)."""
+    weight: Tensor = model.get_output_embeddings().weight
+    return weight
+
+
+def lm_head_settings(model: Any) -> dict[str, Any]:
+    """Return the steps between the head's product and the logits: bias, logit scale and softcap, from the config."""
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    scale *= getattr(config, "lm_head_multiplier", None) or 1.0  # Falcon-H1
+    softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+    return {
+        "bias": model.get_output_embeddings().bias,
+        "softcap": softcap,  # Gemma
+        "logit_scale": scale / (getattr(config, "logits_scaling", None) or 1.0),  # Granite
+    }
+
+
+def _masked_positions(mask: Tensor, lengths: Tensor, branches: Branches | None = None) -> tuple[Tensor, Tensor]:
+    """Return (tokens in mask, their predecessors) for predecessors on this rank, counted from its first token.
+
+    Raise ValueError if mask holds a sequence's first token.
+    """
+    before = predecessors(lengths, branches)
+    if bool(mask[before < 0].any()):
+        raise ValueError("mask is True on the first token of a sequence: nothing before it predicts it")
+    local = own_part(len(mask))
+    mask = mask & (before >= local.start) & (before < local.stop)
+    chosen = mask.nonzero()[:, 0]
+    return chosen, before[chosen] - local.start
+
+
+def _spread(values: Tensor, positions: Tensor, size: int) -> Tensor:
+    """Return the whole column, 0 elsewhere. For a row shared by ranks, the results of all ranks are summed."""
+    return summed(values.new_zeros(size).index_copy(0, positions, values))
+
+
+def _set_attention(body: Any, name: str) -> None:
+    if body.config._attn_implementation != name:
+        body.set_attn_implementation(name)

@@ -1,0 +1,1 @@
+"""Record and replay the choices of a mixture's routers."""

@@ -1,0 +1,278 @@
+"""Wait for room when a disk, shared memory or the object store is full, and do the work again.
+
+Every write of a run that can find no room is made by `when_there_is_room`, in the process of the writer. The process
+waits in place, so that ranks which work together stay together. A heartbeat tells the driver that a worker waits. The
+time in which any process of the run waits counts towards no deadline of a call. A write of a process that has given up
+waits no more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import gc
+import logging
+import math
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from rlhf.errors import ObjectStoreFull, StorageFull
+from rlhf.process.stopping import current_request
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 1.0
+AGAIN_AFTER_S = 20.0  # a quota's room does not show in the free space
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_WRITER_OF_TORCH = ("inline_container", "PytorchStreamWriter", "iostream error")  # where torch.save fails to write
+_TEST_BYTES = 2**20
+_MIB = 2**20
+_FIX = "Make room, and continue with --resume auto."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shortage:
+    """A place without room, as it was when the write failed."""
+
+    path: str
+    reason: str
+    free: int | None = None  # bytes; None: not known
+    needed: int | None = None
+
+    def __str__(self) -> str:
+        sizes = ((self.free, "free"), (self.needed, "needed"))
+        known = ", ".join(f"{size / _MIB:.1f} MiB are {what}" for size, what in sizes if size is not None)
+        return f"{self.path} could not be written: {self.reason}{f' ({known})' if known else ''}."
+
+
+class Pause:
+    """The waits of this process. In the driver, also those of its workers.
+
+    Waits that overlap are one pause of the run, which is logged and reported once.
+    """
+
+    def __init__(self) -> None:
+        self.limit_s = 0.0  # of one wait; 0: nothing waits
+        self._began: Callable[[Shortage], object] = lambda shortage: None
+        self._ended: Callable[[float], object] = lambda seconds: None
+        self._guard = threading.RLock()
+        self._waits: dict[Hashable, Shortage] = {}
+        self._since = 0.0
+        self._total_s = 0.0
+
+    @contextmanager
+    def limited(self, limit_s: float) -> Iterator[None]:
+        """Let the writes of the block wait for room up to limit_s."""
+        before, self.limit_s = self.limit_s, limit_s
+        try:
+            yield
+        finally:
+            self.limit_s = before
+
+    @contextmanager
+    def reported(self, began: Callable[[Shortage], object], ended: Callable[[float], object]) -> Iterator[None]:
+        """Call the functions when the run begins to wait for room, and after the wait with its seconds."""
+        before = self._began, self._ended
+        self._began, self._ended = began, ended
+        try:
+            yield
+        finally:
+            self._began, self._ended = before
+
+    def begin(self, key: Hashable, shortage: Shortage) -> None:
+        """Note that a wait has begun."""
+        with self._guard:
+            is_first = not self._waits
+            self._waits[key] = shortage
+            if not is_first:
+                return
+            self._since = time.monotonic()
+        limit = f"up to {self.limit_s / 60:g} min (cluster.room_timeout_s)"
+        logger.warning("%s The run waits %s for room, and then goes on.", shortage, limit)
+        self._began(shortage)
+
+    def end(self, key: Hashable) -> None:
+        """Note that a wait has ended, if it had begun."""
+        with self._guard:
+            shortage = self._waits.pop(key, None)
+            if shortage is None or self._waits:
+                return
+            seconds = time.monotonic() - self._since
+            self._total_s += seconds
+        logger.warning("the wait for room has ended after %.0f s: %s", seconds, shortage.path)
+        self._ended(seconds)
+
+    def current(self) -> list[Shortage]:
+        """Return the shortages for which this process waits now."""
+        with self._guard:
+            return list(self._waits.values())
+
+    def hear(self, who: str, shortages: Iterable[Shortage]) -> None:
+        """Note for what another process waits now."""
+        shortage = next(iter(shortages), None)
+        if shortage is None:
+            self.end(who)
+        else:
+            self.begin(who, shortage)
+
+    def seconds(self) -> float:
+        """Return how long the run has waited for room until now."""
+        with self._guard:
+            return self._total_s + (time.monotonic() - self._since if self._waits else 0.0)
+
+    def give_up(self) -> None:
+        """Let no later write wait."""
+        self.limit_s = 0.0
+
+
+PAUSE = Pause()
+
+
+class _Wait:
+    """The wait of one write, which may fail more than once."""
+
+    def __init__(self) -> None:
+        self._ends = math.inf
+        self._limit_s = PAUSE.limit_s
+
+    def may_go_on(self) -> bool:
+        """Return whether the limit has not passed since the first call, which follows the first failure.
+
+        A signal that ends the run ends the wait too.
+        """
+        self._ends = min(self._ends, time.monotonic() + self._limit_s)
+        request = current_request()
+        return time.monotonic() < self._ends and PAUSE.limit_s > 0.0 and (request is None or request.came is None)
+
+    def failure(self, shortage: Shortage) -> StorageFull:
+        """Return the error of a write for which no room came. After the limit, no later write waits."""
+        if self._limit_s > 0.0 and time.monotonic() >= self._ends:
+            PAUSE.give_up()
+            waited = f"No room came within {self._limit_s:.0f} s (cluster.room_timeout_s)."
+            return StorageFull(f"{shortage} {waited} {_FIX}")
+        return StorageFull(f"{shortage} {_FIX}")
+
+
+@contextmanager
+def _noted(wait: _Wait) -> Iterator[Callable[[Shortage], None]]:
+    """Yield a function that notes the beginning of a wait. The wait ends with the block."""
+    try:
+        yield lambda shortage: PAUSE.begin(wait, shortage)
+    finally:
+        PAUSE.end(wait)
+
+
+def when_there_is_room(
+    path: Path, write: Callable[[], T], *, undo: Callable[[], object] = lambda: None, needed: int | None = None
+) -> T:
+    """Return the result of a write. If there is no room, wait, and write again. StorageFull: none came in time.
+
+    Args:
+        path: of the file or folder that is written.
+        undo: removes what a failed write has left.
+        needed: size in bytes, if it is known.
+    """
+    wait = _Wait()
+    with _noted(wait) as note:
+        while True:
+            try:
+                return write()
+            except StorageFull:  # of a part, which has waited
+                undo()
+                raise
+            except Exception as error:
+                reason = why_full(error, path)
+                if reason is None:
+                    raise
+                shortage = Shortage(path=str(path), reason=reason, free=_free(path), needed=needed)
+                if not wait.may_go_on():
+                    undo()
+                    raise wait.failure(shortage) from error
+            gc.collect()  # the error of torch.save holds the file open
+            undo()
+            note(shortage)
+            _wait_until_more_is_free(path, wait)
+
+
+async def done_when_there_is_room(work: Callable[[], Awaitable[T]]) -> T:
+    """Return the result of work that may be done again. If the object store is full, wait, and do it again."""
+    wait = _Wait()
+    with _noted(wait) as note:
+        while True:
+            try:
+                return await work()
+            except ObjectStoreFull as error:
+                if not wait.may_go_on():
+                    raise
+                note(Shortage(path="Ray's object store", reason=str(error)))
+            await asyncio.sleep(5 * LOOK_EVERY_S)
+
+
+@contextmanager
+def explains_full(path: Path) -> Iterator[None]:
+    """Turn the failure of a full disk, or of an exhausted quota, into StorageFull at once. For writes of many ranks."""
+    try:
+        yield
+    except StorageFull:
+        raise
+    except Exception as error:
+        reason = why_full(error, path)
+        if reason is None:
+            raise
+        raise StorageFull(f"{Shortage(path=str(path), reason=reason, free=_free(path))} {_FIX}") from error
+
+
+def why_full(error: Exception, path: Path) -> str | None:
+    """Return the reason if an error comes from a full disk or an exhausted quota. None: it does not.
+
+    PyTorch and safetensors raise errors of other types. If their text does not name the cause, the folder is tested.
+    """
+    if isinstance(error, OSError):
+        return error.strerror if error.errno in _FULL else None
+    text = str(error)
+    for code in _FULL:
+        if os.strerror(code) in text or f"os error {code})" in text or f"code: {code}," in text:
+            return os.strerror(code)
+    if any(mark in text for mark in _WRITER_OF_TORCH):
+        try:
+            with tempfile.TemporaryFile(dir=_existing(path)) as file:
+                file.write(bytes(_TEST_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as failure:
+            return failure.strerror if failure.errno in _FULL else None
+    return None
+
+
+def _wait_until_more_is_free(path: Path, wait: _Wait) -> None:
+    """Wait until the free space has grown, or for AGAIN_AFTER_S."""
+    before, again = _free(path), time.monotonic() + AGAIN_AFTER_S
+    while time.monotonic() < again and wait.may_go_on():
+        time.sleep(LOOK_EVERY_S)
+        request = current_request()
+        if request is not None:
+            request.beats += 1  # the event loop of the driver does not hang, although it waits here
+        now = _free(path)
+        if before is None or now is None or now > before:
+            return
+
+
+def _free(path: Path) -> int | None:
+    try:
+        return shutil.disk_usage(_existing(path)).free
+    except OSError:
+        return None
+
+
+def _existing(path: Path) -> Path:
+    """Return the nearest existing folder above a path."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())

@@ -1,0 +1,62 @@
+"""Base of the workers with a frozen model: loading it, and the micro-batches of its forward passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from rlhf.config.schema.model import ReferenceConfig, RewardModelConfig, TeacherConfig
+from rlhf.engine.distributed import RankContext
+from rlhf.models.files.loading import load_causal_lm
+from rlhf.models.on_disk import ModelOnDisk
+from rlhf.models.packed.rope import fix_frequencies
+from rlhf.models.packed.row_check import check_rows
+from rlhf.models.packed.row_layout import row_layout
+from rlhf.workers.microbatches import Microbatch, SharedPrefixes, split_microbatches
+from rlhf.workers.model_worker import ModelWorker
+
+FrozenModel = ReferenceConfig | TeacherConfig | RewardModelConfig | ModelOnDisk
+
+
+class FrozenWorker(ModelWorker):
+    """Holds the whole model. Sequences are distributed over the workers."""
+
+    def __init__(self, model: FrozenModel, place: RankContext, *, max_tokens_per_microbatch: int) -> None:
+        super().__init__(place)
+        self.model_config = model
+        self.max_tokens = max_tokens_per_microbatch
+
+    def start(self) -> None:
+        """Load the configured model."""
+        config = self.model_config
+        self.become(config.base if isinstance(config, ModelOnDisk) else config.model)
+
+    def become(self, model: str) -> None:
+        """Load `model` in place of the current one."""
+        self.model: Any = None  # frees the old model before loading the new one
+        self.host_weights: list[Tensor] = []
+        with self.explaining("start"):
+            self.model = self.load_module(model).to(self.device).eval().requires_grad_(False)
+            if self.place.longest_sequence is not None:
+                fix_frequencies(self.model, self.place.longest_sequence)
+            check_rows(self.model, self.device)
+
+    def load_module(self, model: str) -> Any:
+        """Load a model with the configured dtype, and with the adapter if there is one."""
+        config = self.model_config
+        dtype = getattr(torch, config.dtype)
+        module = load_causal_lm(model, dtype=dtype, trust_remote_code=config.trust_remote_code)
+        if not isinstance(config, ModelOnDisk) or config.adapter is None:
+            return module
+        from rlhf.models.adapters.lora import with_adapter  # with peft, which takes seconds
+
+        return with_adapter(module, config.adapter)
+
+    def split(self, lengths: Int[Tensor, " B"], prefixes: SharedPrefixes | None = None) -> list[Microbatch]:
+        """Split sequences into micro-batches."""
+        sizes, layout = lengths.tolist(), row_layout(self.model)
+        budget = self.max_tokens
+        return split_microbatches(sizes, range(len(sizes)), max_tokens=budget, prefixes=prefixes, layout=layout)

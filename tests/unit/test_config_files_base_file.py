@@ -1,0 +1,224 @@
+"""A file with a `base`: what is merged, what replaces, which place an error names, and which bases are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlhf.config.files.base_file import read_tree
+from rlhf.config.files.dump import dump_yaml
+from rlhf.config.files.load import from_mapping, load
+from rlhf.config.files.recipes import RECIPES
+from rlhf.config.schema.root import Config
+from rlhf.config.schema.sweep import load_sweep
+from rlhf.errors import UserError
+from tests.fixtures.configs import file_error
+
+BASE = """\
+run: {name: below, seed: 3}
+policy: {model: some/model, dtype: bfloat16}
+algorithm: {name: grpo, kl: {coef: 0.1}}
+data:
+  train: {task: running_totals, size: 64, args: {digits: 2}}
+  max_prompt_tokens: 32
+rollouts: {prompts_per_step: 8, samples_per_prompt: 4, stop: [a, b]}
+rewards:
+  correct: {function: math_answer, weight: 2.0}
+  short: {function: "rewards.py:short", weight: 0.5}
+train: {steps: 10, lr: 1e-6, sequences_per_update: 32}
+cluster: {roles: {reward: {colocate_with: policy}}}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "base.yaml").write_text(BASE)
+    (tmp_path / "rewards.py").write_text("def short(response): return 1.0\n")
+    return tmp_path
+
+
+def write(folder: Path, text: str, name: str = "run.yaml") -> Path:
+    path = folder / name
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_text(text)
+    return path
+
+
+def config(folder: Path, text: str) -> Config:
+    (stage,) = load(write(folder, "base: base.yaml\n" + text)).runs.values()
+    return stage
+
+
+def test_mappings_merge_and_other_values_replace(folder: Path) -> None:
+    run = config(folder, "run: {name: above}\nrollouts: {stop: [c]}\ntrain: {lr: 1e-5}\n")
+    assert (run.run.name, run.run.seed, run.policy.model) == ("above", 3, "some/model")
+    assert (run.rollouts.stop, run.rollouts.prompts_per_step) == (("c",), 8)
+    assert (run.train.lr, run.train.steps) == (1e-5, 10)
+
+
+def test_the_resolved_file_repeats_the_run_without_its_base(folder: Path) -> None:
+    run = config(folder, "run: {name: above}\n")
+    assert "\nbase:" not in dump_yaml(run)
+    resolved = write(folder / "elsewhere", dump_yaml(run))
+    assert load(resolved).runs == {"above": run}
+
+
+def test_null_sets_null_or_takes_back_what_the_base_gives(folder: Path) -> None:
+    run = config(
+        folder,
+        "rewards: {short: null}\ncluster: {roles: {reward: {colocate_with: null}}}\n"
+        "algorithm: {kl: {coef: null}}\npolicy: {dtype: null}\n",
+    )
+    assert list(run.rewards) == ["correct"]
+    assert run.cluster.roles.reward.colocate_with is None
+    assert run.algorithm == Config.model_validate({**run.model_dump(), "algorithm": {"name": "grpo"}}).algorithm
+    assert run.policy.dtype == type(run.policy).model_fields["dtype"].default
+
+
+@pytest.mark.parametrize(
+    ("name", "inherited"),
+    [("until_answer", {"args": {"a": 1}}), ("calculator", {})],  # the default, and another kind
+)
+def test_null_restores_the_default_name_of_a_section(folder: Path, name: str, inherited: dict[str, object]) -> None:
+    environment = f"{{name: {name}, args: {{a: 1}}, max_turns: 3, max_tokens: 99}}"
+    write(folder, f"base: base.yaml\nrollouts: {{environment: {environment}}}\n", "turns.yaml")
+    above = "rollouts: {environment: {name: null, max_turns: null, max_tokens: 64}}\n"
+    tree = read_tree(write(folder, f"base: turns.yaml\n{above}"))
+    assert tree.values["rollouts"]["environment"] == {"max_tokens": 64, **inherited}
+    assert "got null" not in file_error(write(folder, "base: base.yaml\nalgorithm: {name: null}\n"))
+
+
+def test_another_algorithm_inherits_no_key_of_the_base_s(folder: Path) -> None:
+    run = config(folder, "algorithm: {name: dr_grpo}\n")
+    assert run.algorithm.model_dump(exclude_unset=True) == {"name": "dr_grpo"}
+    same = config(folder, "algorithm: {name: grpo, kl: {estimator: k2}}\n")
+    assert same.algorithm.model_dump(exclude_unset=True) == {"name": "grpo", "kl": {"coef": 0.1, "estimator": "k2"}}
+
+
+@pytest.mark.parametrize(
+    ("text", "args"),
+    [
+        ("{split: eval}", {"digits": 2}),
+        ("{task: running_totals, size: 8}", {"digits": 2}),
+        ("{task: guessing_game, size: 8}", {}),
+    ],
+)
+def test_another_task_inherits_no_argument(folder: Path, text: str, args: dict[str, int]) -> None:
+    train = config(folder, f"data: {{train: {text}}}\n").data.train
+    assert not isinstance(train, str | dict)
+    assert train.args == args
+
+
+@pytest.mark.parametrize("text", ["rows.jsonl", "{some: {source: rows.jsonl}}"])
+def test_files_replace_a_task(folder: Path, text: str) -> None:
+    train = config(folder, f"data: {{train: {text}}}\n").data.train
+    assert isinstance(train, str | dict)
+
+
+def test_a_reward_of_another_kind_inherits_nothing(folder: Path) -> None:
+    run = config(folder, 'rewards: {correct: {url: "http://127.0.0.1:1/score"}, short: {weight: 0.1}}\n')
+    assert (run.rewards["correct"].function, run.rewards["correct"].weight) == (None, 1.0)
+    assert (run.rewards["short"].function, run.rewards["short"].weight) == (f"{folder}/rewards.py:short", 0.1)
+
+
+def test_code_beside_the_base_is_found_from_another_folder(folder: Path) -> None:
+    path = write(folder / "deep" / "er", "base: ../../base.yaml\n")
+    (run,) = load(path).runs.values()
+    assert (run.rewards["short"].function or "").endswith("rewards.py:short")
+    assert Path((run.rewards["short"].function or "").partition(":")[0]).samefile(folder / "rewards.py")
+    assert read_tree(path).values["rewards"]["short"]["function"] == "../../rewards.py:short"
+
+
+def test_an_error_names_the_file_and_line_of_the_key(folder: Path) -> None:
+    path = write(folder, "base: base.yaml\ntrain:\n  lr: fast\n")
+    assert file_error(path).startswith(f"{path}:3: train.lr: got 'fast'")
+    (folder / "base.yaml").write_text(BASE.replace("steps: 10", "stepps: 10"))
+    path = write(folder, "base: base.yaml\n")
+    assert f"{folder}/base.yaml:11 (base of {path}, where `null` drops a key): train.stepps: " in file_error(path)
+
+
+def test_an_inherited_key_without_effect_is_refused_where_it_stands(folder: Path) -> None:
+    text = "algorithm: {name: sft}\nrewards: {correct: null, short: null}\ndata: {max_prompt_tokens: null}\n"
+    path = write(folder, f"base: base.yaml\n{text}cluster: {{roles: {{reward: null}}}}\n")
+    message = file_error(path)
+    assert message.count("\n") == 0
+    assert f"base.yaml:7 (base of {path}, where `null` drops a key): rollouts: has no effect here" in message
+    assert load(write(folder, path.read_text() + "rollouts: null\n", "corrected.yaml")).runs
+
+
+def test_a_circle_is_refused_with_its_chain(folder: Path) -> None:
+    first = write(folder, "base: second.yaml\n", "first.yaml")
+    write(folder, "run: {}\n\nbase: first.yaml\n", "second.yaml")
+    message = file_error(first)
+    assert "second.yaml:3: base: " in message
+    assert f"{first} -> {folder}/second.yaml -> {first} is a circle; a file cannot be its own base" in message
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (
+            "bas.yaml",
+            "bas.yaml is not a file in {folder}, and no recipe has this name; did you mean base",
+        ),
+        ("3", "got 3, expected the name of a file"),
+        ("[base.yaml]", "got ['base.yaml'], expected the name of a file"),
+        ("null", "got null, expected the name of a file"),
+    ],
+)
+def test_an_unknown_base_is_refused(folder: Path, value: str, reason: str) -> None:
+    path = write(folder, f"run: {{name: x}}\nbase: {value}\n")
+    assert file_error(path).startswith(f"{path}:2: base: {reason.format(folder=folder)}")
+
+
+def test_a_base_is_no_argument(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"argument 'base=x.yaml': base: is a key of files only"):
+        load(folder / "base.yaml", ["base=x.yaml"])
+
+
+def test_a_recipe_of_the_library_is_a_base_in_any_folder(tmp_path: Path) -> None:
+    (run,) = load(write(tmp_path, "base: dapo_smollm2.yaml\nrun: {name: mine}\n")).runs.values()
+    assert (run.algorithm.name, run.run.name) == ("dapo", "mine")
+    (recipe,) = load(RECIPES / "dapo_smollm2.yaml").runs.values()
+    assert run == recipe.model_copy(update={"run": run.run})
+
+
+def test_a_mapping_has_a_base_in_the_current_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    (run,) = from_mapping({"base": "base.yaml", "run": {"name": "python"}}).runs.values()
+    assert (run.run.name, run.run.seed) == ("python", 3)
+
+
+def test_stages_merge_by_name_and_may_have_a_base(folder: Path) -> None:
+    write(
+        folder,
+        "run: {name: two, dir: out}\nstages:\n  first: {base: base.yaml}\n"
+        '  second: {base: base.yaml, policy: {model: "stage:first"}, train: {steps: 20}}\n',
+        "pipeline.yaml",
+    )
+    path = write(folder, "base: pipeline.yaml\nstages:\n  first: {train: {steps: 5}}\n  second: null\n")
+    pipeline, derived = load(folder / "pipeline.yaml"), load(path)
+    assert [stage.train.steps for stage in pipeline.runs.values()] == [10, 20]
+    assert pipeline.runs["second"].policy.model == "out/two/first/final"
+    assert {name: stage.train.steps for name, stage in derived.runs.items()} == {"first": 5}
+    place = derived.places[("stages", "first", "policy", "model")]
+    assert place == f"{folder}/base.yaml:2 (base of {folder}/pipeline.yaml, where `null` drops a key)"
+
+
+def test_a_stage_takes_no_pipeline_as_its_base(folder: Path) -> None:
+    write(folder, "run: {name: two}\nstages: {first: {base: base.yaml}}\n", "pipeline.yaml")
+    path = write(folder, "run: {name: three}\nstages:\n  first:\n    base: pipeline.yaml\n")
+    assert file_error(path).startswith(f"{path}:4: stages.first.base: ")
+    assert "has the section stages; a stage needs the file of a single run" in file_error(path)
+
+
+def test_the_run_of_a_sweep_has_a_base(folder: Path) -> None:
+    text = (
+        "sweep: {{name: s, config: {}, parameters: {{train.lr: {{values: [1e-5]}}}}, method: {{name: grid}}, "
+        "metric: rewards/score/mean}}"
+    )
+    write(folder, "base: base.yaml\nrun: {name: above}\n")
+    named = load_sweep(write(folder, text.format("run.yaml"), "named.yaml"))
+    inline = load_sweep(write(folder, text.format("{base: base.yaml, run: {name: above}}"), "inline.yaml"))
+    assert named.base.runs["above"] == inline.base.runs["above"]

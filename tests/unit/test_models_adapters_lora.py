@@ -1,0 +1,270 @@
+"""Adapters of every kind: exact when off, merged as peft merges them, the same in plain peft from their files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from rlhf.errors import UserError
+from rlhf.models.adapters.lora import adapter_disabled, add_lora, principal_pair
+from rlhf.models.files.export import export_adapter, export_model
+from rlhf.models.files.loading import load_causal_lm, load_critic, load_tokenizer
+from rlhf.models.files.tiny import build_tiny_llama
+from rlhf.models.files.weights import adapter_sources, dora_merged, lora_merged, pissa_merged, weight_sources
+from rlhf.models.packed.forward import hidden_states, policy_logprobs_only
+from tests.tiny_architectures import tiny_model as tiny_architecture
+
+TOKENS, LENGTHS = torch.arange(7), torch.tensor([3, 4])
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"rslora": True},
+    "dora": {"dora": True},
+    "pissa": {"init": "pissa"},
+    "pissa with rslora": {"init": "pissa", "rslora": True},
+    "embedding and head": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "dora of one layer, and the head": {"dora": True, "layers": [1], "modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.fixture(scope="module", params=["untied", "tied"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lora") / request.param
+    return build_tiny_llama(folder, seed=0, tied=request.param == "tied")
+
+
+def hidden(model: Any) -> Tensor:
+    with torch.no_grad():
+        return hidden_states(model, TOKENS, LENGTHS)
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(TOKENS[None]).logits
+    return result
+
+
+def adapted(path: Path, **options: Any) -> Any:
+    model = load_causal_lm(str(path), dtype=torch.float32)
+    return add_lora(model, **({"rank": 4, "alpha": 8.0, "dropout": 0.0} | options))
+
+
+def trained(model: Any) -> Any:
+    """As training would leave it: every trainable weight somewhere else."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return model
+
+
+def saved(model: Any, folder: Path, base: Path) -> Path:
+    weights = ((source.name, source.make()) for source in adapter_sources(model))
+    export_adapter(folder, weights, model, load_tokenizer(str(base)))
+    return folder
+
+
+def in_plain_peft(base: Path, adapter: Path) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return peft.PeftModel.from_pretrained(model, adapter)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_off_is_the_model_before(base: Path, kind: str) -> None:
+    before = logits(load_causal_lm(str(base), dtype=torch.float32))
+    model = trained(adapted(base, **KINDS[kind]))
+    trainable = [p.requires_grad for p in model.parameters()]
+    after = logits(model)
+    assert not torch.allclose(after, before, atol=1e-2)
+    with adapter_disabled(model):
+        assert torch.equal(logits(model), before)
+        assert [p.requires_grad for p in model.parameters()] == trainable
+    assert torch.equal(logits(model), after)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_starts_from_the_model(base: Path, kind: str) -> None:
+    before = logits(load_causal_lm(str(base), dtype=torch.float32))
+    exact = "pissa" not in kind  # there the principal part is added and taken away again, in another order
+    assert (logits(adapted(base, **KINDS[kind])) - before).abs().max() <= (0.0 if exact else 2e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_peft_computes_the_same_from_the_file(base: Path, kind: str, tmp_path: Path) -> None:
+    model = trained(adapted(base, **KINDS[kind]))
+    loaded = in_plain_peft(base, saved(model, tmp_path / "adapter", base))
+    difference = (logits(loaded) - logits(model)).abs().max()
+    assert difference <= (2e-6 if "pissa" in kind else 0.0)  # of pissa it is one product instead of two
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_as_peft_merges(base: Path, kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = trained(adapted(base, **KINDS[kind])).to(dtype)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    loaded = peft.PeftModel.from_pretrained(plain, saved(model, tmp_path, base), autocast_adapter_dtype=False)
+    expected = loaded.merge_and_unload().state_dict()
+    ours = {source.name: source.make() for source in weight_sources(model)}
+    assert set(expected) - set(ours) <= {"lm_head.weight"}  # tied
+    for name, weight in ours.items():
+        assert torch.equal(weight, expected[name]), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_export_is_the_adapted_model(base: Path, kind: str, tmp_path: Path) -> None:
+    model = trained(adapted(base, **KINDS[kind]))
+    weights = ((source.name, source.make()) for source in weight_sources(model))
+    export_model(tmp_path / "m", weights, model, load_tokenizer(str(base)), dtype=torch.float32)
+    merged = load_causal_lm(str(tmp_path / "m"), dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-5)
+
+
+def test_a_trained_head_enters_the_logprobs(base: Path) -> None:
+    mask = torch.tensor([False, True, True, False, True, True, True])
+    model = adapted(base, modules_to_save=["lm_head"], target_modules=["q_proj"])
+
+    def column() -> Tensor:
+        with torch.no_grad():
+            return policy_logprobs_only(model, TOKENS, LENGTHS, mask=mask)
+
+    before = column()
+    trained(model)
+    assert not torch.allclose(column(), before, atol=1e-2)
+    with adapter_disabled(model):
+        assert torch.equal(column(), before)
+
+
+def test_only_the_adapter_is_trained_and_it_starts_as_the_identity(tiny_model: Path) -> None:
+    model = adapted(tiny_model)
+    assert {name.split(".lora_")[1][0] for name, p in model.named_parameters() if p.requires_grad} == {"A", "B"}
+    assert not any(bool(p.any()) for name, p in model.named_parameters() if ".lora_B." in name)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_scaling(tiny_model: Path, tmp_path: Path, rslora: bool) -> None:
+    # 8 / 4 = 2; 8 / sqrt(4) = 4. The saved adapter of pissa has rank 8 and the same scaling: 16 / 8; 11.31 / sqrt(8)
+    for init in ("default", "pissa"):
+        model = adapted(tiny_model, rslora=rslora, init=init)
+        assert model.model.layers[0].self_attn.q_proj.scaling["default"] == (4.0 if rslora else 2.0)
+        written = model.peft_config["default"]
+        assert written.r == (8 if init == "pissa" else 4)
+        assert written.lora_alpha / (math.sqrt(written.r) if rslora else written.r) == pytest.approx(4 if rslora else 2)
+
+
+def test_dora_by_hand() -> None:
+    # V = W + 2 * B A = [[3, 0], [0, 1]] + 2 * [[0], [1]] [[0, 1.5]] = [[3, 0], [0, 4]]; rows of norm 3 and 4
+    weight, a, b = torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 1.5]]), torch.tensor([[0.0], [1.0]])
+    merged = dora_merged(weight, a, b, torch.tensor([6.0, 2.0]), scaling=2.0)
+    assert torch.equal(merged, torch.tensor([[6.0, 0.0], [0.0, 2.0]]))
+    assert torch.equal(lora_merged(weight, a, b, scaling=2.0), torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
+
+
+def test_pissa_by_hand() -> None:
+    # W = diag(8, 1): the principal part is 8 = 2 * 2 * 2, so A = (2, 0) and B = (2, 0)^T up to sign
+    weight = torch.diag(torch.tensor([8.0, 1.0]))
+    a, b = principal_pair(weight, rank=1, scaling=2.0)
+    torch.testing.assert_close(a.abs(), torch.tensor([[2.0, 0.0]]))
+    torch.testing.assert_close(2.0 * b @ a, torch.diag(torch.tensor([8.0, 0.0])))
+    # nothing has moved; then B has doubled, which adds the principal part once more
+    torch.testing.assert_close(pissa_merged(weight, a, b, a, b, scaling=2.0), weight)
+    torch.testing.assert_close(pissa_merged(weight, a, 2 * b, a, b, scaling=2.0), torch.diag(torch.tensor([16.0, 1.0])))
+
+
+def test_pissa_trains_what_peft_trains(tiny_model: Path) -> None:
+    ours = adapted(tiny_model, init="pissa", target_modules=["q_proj"])
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights="pissa")
+    plain = load_causal_lm(str(tiny_model), dtype=torch.float32)
+    theirs = peft.inject_adapter_in_model(config, plain)
+
+    def trained_layers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        model(TOKENS[None]).logits.square().sum().backward()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                assert parameter.grad is not None
+                yield name, parameter.grad
+
+    expected = dict(trained_layers(theirs))
+    for name, gradient in trained_layers(ours):
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_pissa_needs_as_many_components(tiny_model: Path) -> None:
+    with pytest.raises(UserError, match=r"lora\.rank: is 10000, but a \d+ x \d+ weight has only"):
+        adapted(tiny_model, rank=10_000, init="pissa")
+
+
+def test_a_critic_keeps_its_head_trainable(tiny_model: Path) -> None:
+    critic = add_lora(load_critic(str(tiny_model), dtype=torch.float32), rank=2, alpha=4.0, dropout=0.0)
+    assert critic.score.weight.requires_grad
+    assert "base_model.model.score.weight" in {source.name for source in adapter_sources(critic)}
+    assert critic.peft_config["default"].modules_to_save == ["score"]
+
+
+def test_chosen_layers_only(tiny_model: Path) -> None:
+    model = adapted(tiny_model, target_modules=["q_proj", "v_proj"], layers=[1])
+    names = {name.split(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert names == {"model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ["w_proj"]}, "lora.target_modules: the model has no linear layers named w_proj"),
+        ({"target_modules": ["q_proj", "w_proj"]}, "no linear layers named w_proj"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "the head is not adapted; name it in lora.modules_to_save"),
+        ({"modules_to_save": ["wte"]}, "lora.modules_to_save: the model has no modules named wte"),
+        ({"modules_to_save": ["q_proj"]}, "q_proj cannot be adapted and trained whole"),
+        ({"layers": [0, 99]}, r"lora.layers: the model has layers 0 to \d, not 99"),
+    ],
+)
+def test_what_the_model_does_not_have_is_refused(tiny_model: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        adapted(tiny_model, **options)
+
+
+@pytest.mark.parametrize("name", ["word_embeddings", "lm_head"])
+def test_a_tied_head_follows_an_embedding_of_any_name(name: str) -> None:
+    model = add_lora(tiny_architecture("bloom"), rank=2, alpha=4.0, dropout=0.0, modules_to_save=[name])
+    embedding = model.get_input_embeddings().weight
+    assert embedding.requires_grad
+    assert model.get_output_embeddings().weight is embedding
+    trained(model)
+    exported = {source.name: source.make() for source in weight_sources(model)}
+    assert torch.equal(exported["transformer.word_embeddings.weight"], embedding)
+
+
+def test_a_tied_head_that_peft_would_untie_is_refused() -> None:
+    model = tiny_architecture("gpt_neox_japanese")
+    with pytest.raises(UserError, match=r"lora\.modules_to_save: the model ties embed_in and embed_out, and peft"):
+        add_lora(model, rank=2, alpha=4.0, dropout=0.0, modules_to_save=["embed_in"])
+
+
+def test_no_adapter_no_adapter_weights(tiny_model: Path) -> None:
+    with pytest.raises(ValueError, match="no LoRA adapter"):
+        adapter_sources(load_causal_lm(str(tiny_model), dtype=torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("kind", "frozen"),
+    [
+        ("falcon_mamba", {"dt_proj", "out_proj"}),  # the kernels read these weights themselves
+        ("llama4_text", {"router"}),
+        ("gemma3n_text", {"0", "1", "2"}),  # blocks have such names too
+    ],
+)
+def test_layers_that_an_adapter_does_not_fit_stay_frozen(kind: str, frozen: set[str]) -> None:
+    model = tiny_architecture(kind)
+    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert frozen <= linear
+    model = add_lora(model, rank=2, alpha=4.0, dropout=0.0)
+    adapted = {name.split(".lora_")[0].rpartition(".")[2] for name, _ in model.named_parameters() if ".lora_" in name}
+    assert adapted
+    assert not adapted & frozen

@@ -1,0 +1,305 @@
+"""The packed row against each sequence alone: hidden states, logprobs and gradients, for several architectures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+
+from rlhf.models.files.loading import enable_checkpointing
+from rlhf.models.packed.branches import Branch
+from rlhf.models.packed.forward import (
+    distillation_loss,
+    hidden_states,
+    learnt_states,
+    lm_head_settings,
+    lm_head_weight,
+    policy_logprobs,
+    policy_logprobs_and_collisions,
+    policy_logprobs_only,
+    sampled_distillation_loss,
+    supervised_loss,
+)
+from rlhf.objectives.distillation import forward_kl, reverse_kl
+from rlhf.types import VocabularyHead
+
+VOCABULARY = 61
+LENGTHS = torch.tensor([5, 1, 8])
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+CONFIGS = {
+    "llama": transformers.LlamaConfig(**SIZES),
+    "head_dim": transformers.LlamaConfig(**SIZES, head_dim=16),
+    "sliding_window": transformers.MistralConfig(**SIZES, sliding_window=3),
+    "qwen3": transformers.Qwen3Config(**SIZES, head_dim=8),
+    "windows_in_some_layers": transformers.Gemma3TextConfig(
+        **SIZES, head_dim=8, sliding_window=3, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "capped_attention": transformers.Gemma2Config(**SIZES, head_dim=8, sliding_window=4),
+    "learnt_positions": transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0
+    ),
+}
+
+
+def make(name: str) -> Any:
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(CONFIGS[name]).train()
+
+
+def some_tokens() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    token_ids = torch.randint(VOCABULARY, (int(LENGTHS.sum()),))
+    mask = torch.rand(len(token_ids)) > 0.4
+    mask[LENGTHS.cumsum(0) - LENGTHS] = False
+    return token_ids, mask
+
+
+def one_by_one(model: Any, token_ids: Tensor, mask: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
+    """(logprobs, entropy) from transformers' own forward pass and attention, a sequence at a time."""
+    model.set_attn_implementation("eager")
+    logprobs, entropies = [], []
+    for ids, counts in zip(token_ids.split(LENGTHS.tolist()), mask.split(LENGTHS.tolist()), strict=True):
+        log_p = (model(ids[None]).logits[0, :-1] / temperature).log_softmax(-1)
+        chosen = log_p.gather(1, ids[1:, None])[:, 0]
+        logprobs += [torch.zeros(1), torch.where(counts[1:], chosen, 0.0)]
+        entropies += [torch.zeros(1), torch.where(counts[1:], -(log_p.exp() * log_p).sum(-1), 0.0)]
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_equals_one_by_one(name: str) -> None:
+    model = make(name)
+    token_ids, mask = some_tokens()
+    got = policy_logprobs(model, token_ids, LENGTHS, mask=mask, temperature=0.7, entropy_grad=True)
+    weights = torch.randn(2, len(token_ids))
+    (got[0] @ weights[0] + got[1] @ weights[1]).backward()
+    gradients = {n: p.grad for n, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    expected = one_by_one(model, token_ids, mask, temperature=0.7)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-6)
+    (expected[0] @ weights[0] + expected[1] @ weights[1]).backward()
+    torch.testing.assert_close(gradients, {n: p.grad for n, p in model.named_parameters()}, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("function", [policy_logprobs, policy_logprobs_and_collisions])
+def test_tokens_may_have_a_temperature_each(function: Any) -> None:
+    model = make("llama")
+    token_ids, mask = some_tokens()
+    mixed = torch.tensor([0.5, 1.0, 2.0]).repeat_interleave(LENGTHS)
+    got = function(model, token_ids, LENGTHS, mask=mask, temperature=mixed)
+    torch.testing.assert_close(policy_logprobs_only(model, token_ids, LENGTHS, mask=mask, temperature=mixed), got[0])
+    for temperature in (0.5, 2.0):
+        expected = function(model, token_ids, LENGTHS, mask=mask, temperature=temperature)
+        where = mixed == temperature
+        for ours, theirs in zip(got, expected, strict=True):
+            torch.testing.assert_close(ours[where], theirs[where])
+            assert not torch.allclose(ours[~where], theirs[~where])
+
+
+def test_a_sequence_sees_nothing_of_its_neighbours() -> None:
+    model = make("llama")
+    token_ids, _ = some_tokens()
+    other = token_ids.clone()
+    other[:6] = (other[:6] + 1) % VOCABULARY  # the first two sequences
+    with torch.no_grad():
+        one, two = hidden_states(model, token_ids, LENGTHS), hidden_states(model, other, LENGTHS)
+    assert torch.equal(one[6:], two[6:])
+    assert not torch.equal(one[:6], two[:6])
+
+
+@pytest.mark.parametrize("lengths", [[14], [2, 2, 2, 2, 2, 2, 2], [3, 5, 3, 3]])
+def test_equal_and_unequal_lengths(lengths: list[int]) -> None:
+    model = make("llama")
+    token_ids, _ = some_tokens()
+    with torch.no_grad():
+        packed = hidden_states(model, token_ids, torch.tensor(lengths))
+        model.set_attn_implementation("sdpa")
+        alone = [model.base_model(ids[None]).last_hidden_state[0] for ids in token_ids.split(lengths)]
+    torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    model = make("llama")
+    token_ids, mask = some_tokens()
+    policy_logprobs_only(model, token_ids, LENGTHS, mask=mask).sum().backward()
+    plain = [p.grad for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    enable_checkpointing(model)
+    policy_logprobs_only(model, token_ids, LENGTHS, mask=mask).sum().backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], plain)
+
+
+def test_the_three_kinds_of_logprobs_agree() -> None:
+    model = make("windows_in_some_layers")
+    token_ids, mask = some_tokens()
+    with torch.no_grad():
+        logprobs, _ = policy_logprobs(model, token_ids, LENGTHS, mask=mask)
+        _, supervised, is_top1 = supervised_loss(model, token_ids, LENGTHS, mask=mask, token_weight=1.0)
+        assert torch.equal(logprobs, policy_logprobs_only(model, token_ids, LENGTHS, mask=mask))
+    torch.testing.assert_close(logprobs, supervised)
+    assert not is_top1[~mask].any()
+
+
+@pytest.mark.parametrize("name", ["llama", "capped_attention"])
+def test_collisions_are_those_of_whole_logits(name: str) -> None:
+    """The second of these models caps its logits."""
+    model = make(name)
+    token_ids, mask = some_tokens()
+    logprobs, collisions = policy_logprobs_and_collisions(model, token_ids, LENGTHS, mask=mask)
+    assert torch.equal(logprobs, policy_logprobs_only(model, token_ids, LENGTHS, mask=mask))
+    assert not collisions.requires_grad
+    expected = []
+    model.set_attn_implementation("eager")
+    for ids in token_ids.split(LENGTHS.tolist()):
+        expected += [torch.zeros(1), model(ids[None]).logits[0, :-1].softmax(-1).square().sum(-1).log()]
+    torch.testing.assert_close(collisions, torch.where(mask, torch.cat(expected), 0.0), rtol=1e-4, atol=1e-5)
+
+
+def test_the_supervised_loss_is_the_weighted_sum_of_logprobs() -> None:
+    model = make("llama")
+    token_ids, mask = some_tokens()
+    (-0.25 * policy_logprobs_only(model, token_ids, LENGTHS, mask=mask).sum()).backward()
+    expected = [p.grad for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    loss, logprobs, _ = supervised_loss(model, token_ids, LENGTHS, mask=mask, token_weight=0.25)
+    loss.backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], expected)
+    torch.testing.assert_close(loss, -0.25 * logprobs.sum())
+
+
+def head_of(model: Any) -> VocabularyHead:
+    return VocabularyHead(weight=lm_head_weight(model).detach(), **lm_head_settings(model))
+
+
+def with_rows(config: Any, size: int) -> Any:
+    """A model of another vocabulary size, its head's bias, if it has one, not zero."""
+    torch.manual_seed(2)
+    model = transformers.AutoModelForCausalLM.from_config(type(config)(**config.to_dict() | {"vocab_size": size}))
+    if model.get_output_embeddings().bias is not None:
+        torch.nn.init.normal_(model.get_output_embeddings().bias)
+    return model.requires_grad_(True)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [(("phi", 61), ("capped_attention", 64)), (("capped_attention", 64), ("phi", 61)), (("llama", 61), ("phi", 61))],
+)
+def test_the_divergence_of_whole_logits_over_the_rows_that_both_heads_have(
+    student: tuple[str, int], teacher: tuple[str, int]
+) -> None:
+    configs = CONFIGS | {"phi": transformers.PhiConfig(**SIZES)}
+    model, other = with_rows(configs[student[0]], student[1]), with_rows(configs[teacher[0]], teacher[1])
+    other.requires_grad_(False)
+    token_ids, mask = some_tokens()
+    states = learnt_states(other, token_ids, LENGTHS, mask=mask)
+    assert len(states) == int(mask.sum())
+    settings: dict[str, Any] = {"divergence": reverse_kl, "temperature": 0.7, "token_weight": 0.2, "sft_coef": 0.3}
+    loss, *got = distillation_loss(
+        model, token_ids, LENGTHS, mask=mask, teacher=states, head=head_of(other), **settings
+    )
+    loss.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+
+    def logits(of: Any) -> Tensor:
+        of.set_attn_implementation("eager")
+        parts = [F.pad(of(ids[None]).logits[0, :-1, :61], (0, 0, 1, 0)) for ids in token_ids.split(LENGTHS.tolist())]
+        return torch.cat(parts)
+
+    ours, theirs = logits(model), logits(other)
+    log_p, log_q = ((x / 0.7).log_softmax(-1) for x in (ours, theirs))
+    expected = torch.where(mask, F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1), 0.0)
+    logprobs = torch.where(mask, -F.cross_entropy(ours, token_ids, reduction="none"), 0.0)
+    torch.testing.assert_close(got[0], expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got[1], logprobs, rtol=1e-5, atol=1e-6)
+    assert got[2].tolist() == (mask & (ours.argmax(-1) == token_ids)).tolist()
+    whole = 0.2 * (expected.sum() - 0.3 * logprobs.sum())
+    torch.testing.assert_close(loss, whole)
+    whole.backward()
+    torch.testing.assert_close(gradients, {n: p.grad for n, p in model.named_parameters()}, rtol=1e-4, atol=1e-5)
+
+
+def test_responses_that_share_their_prompt_learn_as_with_a_copy_each() -> None:
+    model, other = with_rows(CONFIGS["llama"], 61), with_rows(transformers.PhiConfig(**SIZES), 64)
+    other.requires_grad_(False)
+    prompt, one, two = torch.tensor([4, 9, 2]), torch.tensor([7, 8, 3, 5]), torch.tensor([6, 1])
+    copies = torch.cat([prompt, one, prompt, two]), torch.tensor([7, 5]), None
+    shared = torch.cat([prompt, one, two]), torch.tensor([7, 2]), [None, Branch(of=0, length=3)]
+    found = []
+    for token_ids, lengths, branches in (copies, shared):
+        mask = torch.tensor([False] * 3 + [True] * 4 + [False] * (len(token_ids) - 9) + [True] * 2)
+        states = learnt_states(other, token_ids, lengths, mask=mask, branches=branches)
+        loss, *columns = sampled_distillation_loss(
+            model,
+            token_ids,
+            lengths,
+            mask=mask,
+            branches=branches,
+            teacher=states,
+            head=head_of(other),
+            divergence=reverse_kl,
+            temperature=0.7,
+            token_weight=0.2,
+        )
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        gradients = {n: p.grad for n, p in model.named_parameters()}
+        found.append((loss.detach(), [column[mask] for column in columns], gradients))
+        assert all(not column[~mask].any() for column in columns)
+        logprobs, _ = policy_logprobs(model, token_ids, lengths, mask=mask, branches=branches, temperature=0.7)
+        torch.testing.assert_close(columns[0], logprobs.detach())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_student_without_learnt_tokens_has_zero_gradients_everywhere() -> None:
+    model = make("llama")
+    loss, *_ = distillation_loss(
+        model,
+        torch.tensor([3]),
+        torch.tensor([1]),
+        mask=torch.tensor([False]),
+        teacher=torch.zeros(0, 32),
+        head=head_of(model),
+        divergence=forward_kl,
+        temperature=1.0,
+        token_weight=1.0,
+        sft_coef=0.0,
+    )
+    loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_a_microbatch_without_sampled_tokens_has_zero_gradients_everywhere() -> None:
+    """What a rank runs while others still have work: under ZeRO every parameter must take part."""
+    model = make("llama")
+    policy_logprobs(model, torch.tensor([3]), torch.tensor([1]), mask=torch.tensor([False]))[0].sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_the_first_token_has_no_logprob() -> None:
+    token_ids, mask = some_tokens()
+    mask[5] = True
+    with pytest.raises(ValueError, match="first token of a sequence"):
+        policy_logprobs(make("llama"), token_ids, LENGTHS, mask=mask)
+
+
+def test_position_biases_are_refused() -> None:
+    from rlhf.models.packed.attention import packed_attention
+
+    x = torch.zeros(1, 1, 2, 4)
+    with pytest.raises(NotImplementedError, match="a position bias"):
+        packed_attention(torch.nn.Identity(), x, x, x, None, sequence_lengths=[2], position_bias=torch.zeros(1))

@@ -1,0 +1,314 @@
+"""What signals do to work: to a loop that ends by itself, to other work, and to work that cannot be interrupted."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+import pytest
+
+from rlhf.errors import Preempted, RunError, UserError
+from rlhf.process import stopping
+from rlhf.process.stopping import StopRequest, current_request, finishes_within, run_async, run_stoppable
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_terminal() -> Iterator[None]:
+    """Handlers as a program finds them in a terminal. A shell ignores SIGINT for commands in the background."""
+    before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
+    for number in stopping.SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+def loop_that_is_sent(*numbers: int, result: object = "done") -> Callable[[StopRequest], object]:
+    """A loop that sees the first signal, and sends the others then."""
+
+    def work(request: StopRequest) -> object:
+        request.ends_by_itself = True
+        send(numbers[0])
+        until(lambda: request.came is not None)
+        for number in numbers[1:]:
+            send(number)
+            until(request.interrupted.is_set)
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    return work
+
+
+def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        time.sleep(0.005)
+
+
+def test_the_work_has_its_own_thread_and_its_result_and_errors_arrive() -> None:
+    assert run_stoppable(lambda _: threading.current_thread() is not threading.main_thread())
+    with pytest.raises(RunError, match="broken"):
+        run_stoppable(lambda _: fail(RunError("broken")))
+    assert current_request() is None
+
+
+def fail(error: BaseException) -> None:
+    raise error
+
+
+def test_inner_work_belongs_to_the_outer_one() -> None:
+    assert run_stoppable(lambda outer: run_stoppable(lambda inner: inner is outer is current_request()))
+
+
+def test_work_with_an_event_loop_runs_inside_of_a_running_one() -> None:
+    async def cell_of_a_notebook() -> int:
+        return run_stoppable(lambda _: run_async(asyncio.sleep(0.0, 3)))
+
+    assert asyncio.run(cell_of_a_notebook()) == 3
+
+
+def test_a_coroutine_runs_inside_of_a_running_loop_without_more() -> None:
+    async def cell_of_a_notebook() -> int:
+        return run_async(asyncio.sleep(0.0, 3))
+
+    assert asyncio.run(cell_of_a_notebook()) == 3
+
+
+def test_a_runner_that_is_used_again_has_the_request_of_its_present_work() -> None:
+    async def request_of_work() -> StopRequest | None:
+        return current_request()
+
+    with asyncio.Runner() as runner:
+        for _ in range(2):
+            assert run_stoppable(lambda request: run_async(request_of_work(), runner) is request)
+
+
+def test_ctrl_c_is_heard_inside_of_a_running_event_loop() -> None:
+    async def cell_of_a_notebook() -> None:
+        run_stoppable(loop_that_is_sent(signal.SIGINT, result=Preempted("a checkpoint of step 3 is written")))
+
+    with pytest.raises(KeyboardInterrupt, match="step 3"):
+        asyncio.run(cell_of_a_notebook())
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (signal.SIGINT, KeyboardInterrupt),
+        (signal.SIGTERM, Preempted),
+        (signal.SIGHUP, Preempted),
+        (signal.SIGUSR1, Preempted),
+    ],
+)
+def test_a_loop_hears_a_signal_and_ends_by_itself(number: int, kind: type[BaseException]) -> None:
+    with pytest.raises(kind, match=r"^a checkpoint of step 3 is written$"):
+        run_stoppable(loop_that_is_sent(number, result=Preempted("a checkpoint of step 3 is written")))
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_loop_that_had_its_last_step_is_done_and_nothing_follows() -> None:
+    assert run_stoppable(loop_that_is_sent(signal.SIGINT)) == "done"
+    request = StopRequest()
+    request.came = 1.0
+    with pytest.raises(Preempted):
+        request.raise_if_stopped()
+
+
+def test_what_fails_after_a_signal_is_preempted_but_an_error_of_the_user_stays_one() -> None:
+    with pytest.raises(Preempted, match="failed meanwhile: a node is gone"):
+        run_stoppable(loop_that_is_sent(signal.SIGTERM, result=RunError("a node is gone")))
+    with pytest.raises(UserError, match="no such file"):
+        run_stoppable(loop_that_is_sent(signal.SIGTERM, result=UserError("no such file")))
+
+
+def test_a_signal_that_is_sent_twice_at_once_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    received, receive = [], StopRequest._receive
+
+    def count(request: StopRequest, number: int, frame: FrameType | None) -> None:
+        receive(request, number, frame)
+        received.append(number)
+
+    def work(request: StopRequest) -> bool:
+        request.ends_by_itself = True
+        for times in (1, 2):
+            send(signal.SIGTERM)
+            until(lambda times=times: len(received) == times)
+        return request.interrupted.is_set()
+
+    monkeypatch.setattr(StopRequest, "_receive", count)
+    monkeypatch.setattr(stopping, "REPEATED_WITHIN_S", 60.0)
+    assert run_stoppable(work) is False
+    monkeypatch.setattr(stopping, "REPEATED_WITHIN_S", 0.0)
+    with pytest.raises(Preempted, match="given up"):
+        run_stoppable(loop_that_is_sent(signal.SIGTERM, signal.SIGTERM, result=KeyboardInterrupt()))
+
+
+def test_handlers_that_a_library_replaces_in_c_are_set_again() -> None:
+    def work(request: StopRequest) -> bool:
+        request.ends_by_itself = True
+        ignore = ctypes.c_void_p(1)  # SIG_IGN, set from this thread as Ray sets its handler
+        ctypes.CDLL(None).signal(int(signal.SIGTERM), ignore)
+        send(signal.SIGTERM)
+        assert request.signal is None
+        request.handlers_lost.set()
+        give_up = time.monotonic() + 5.0
+        while request.signal is None and time.monotonic() < give_up:
+            send(signal.SIGTERM)
+            time.sleep(0.005)
+        return request.signal is signal.SIGTERM
+
+    assert run_stoppable(work)
+
+
+def test_a_signal_cancels_the_alarm_with_which_ray_aborts_the_process() -> None:
+    def work(request: StopRequest) -> int:
+        request.ends_by_itself = True
+        signal.alarm(1000)
+        send(signal.SIGTERM)
+        until(lambda: request.signal is not None)
+        return signal.alarm(0)
+
+    assert run_stoppable(work) == 0
+
+
+@pytest.mark.parametrize(("first", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Preempted)])
+def test_a_second_ctrl_c_cancels_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch, first: int, kind: type[BaseException]
+) -> None:
+    monkeypatch.setattr(stopping, "PRESSED_AGAIN_AFTER_S", 0.0)
+    cleaned_up, killed = threading.Event(), threading.Event()
+
+    async def loop(request: StopRequest) -> None:
+        request.ends_by_itself = True
+        request.on_interrupt = killed.set
+        send(first)
+        while request.came is None:
+            await asyncio.sleep(0.005)
+        send(signal.SIGINT)
+        try:
+            await asyncio.sleep(60.0)
+        finally:
+            cleaned_up.set()
+
+    with pytest.raises(kind, match="the work in progress was given up"):
+        run_stoppable(lambda request: run_async(loop(request)))
+    assert cleaned_up.is_set()
+    assert killed.wait(60.0)
+
+
+def test_other_work_is_interrupted_by_the_first_signal() -> None:
+    ended = threading.Event()
+
+    def work(_: StopRequest) -> None:
+        send(signal.SIGTERM)
+        try:
+            while True:
+                time.sleep(0.005)
+        finally:
+            ended.set()
+
+    with pytest.raises(Preempted, match="given up"):
+        run_stoppable(work)
+    assert ended.is_set()
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_work_that_never_returns_to_python_is_left_behind(monkeypatch: pytest.MonkeyPatch, presses: int) -> None:
+    monkeypatch.setattr(stopping, "END_WITHIN_S", 0.2 if presses == 1 else 60.0)
+    monkeypatch.setattr(stopping, "PRESSED_AGAIN_AFTER_S", 0.0)
+    stuck = threading.Lock()
+    stuck.acquire()
+
+    def press(request: StopRequest) -> None:
+        send(signal.SIGINT)
+        until(request.interrupted.is_set)
+        if presses == 2:
+            send(signal.SIGINT)
+
+    def work(request: StopRequest) -> None:
+        threading.Thread(target=press, args=(request,)).start()
+        stuck.acquire()  # as ray.shutdown waits for a raylet that is stopped
+
+    with pytest.raises(KeyboardInterrupt, match="given up"):
+        run_stoppable(work)
+    assert stopping.has_stuck_threads()
+    stuck.release()
+    until(lambda: not stopping.has_stuck_threads())
+
+
+def test_a_call_that_does_not_return_in_time_is_not_waited_for() -> None:
+    gate = threading.Event()
+    assert not finishes_within(0.05, gate.wait, "gate")
+    gate.set()
+    assert finishes_within(60.0, gate.wait, "gate")
+    with pytest.raises(RunError):
+        finishes_within(60.0, lambda: fail(RunError("broken")), "broken")
+    until(lambda: not stopping.has_stuck_threads())
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` does
+
+    def work(request: StopRequest) -> bool:
+        send(signal.SIGHUP)
+        return signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and request.came is None
+
+    assert run_stoppable(work)
+
+
+def test_a_process_does_not_wait_for_a_call_that_never_returns() -> None:
+    script = (
+        "import threading\n"
+        "from rlhf import cli, commands\n"
+        "from rlhf.process.stopping import start_thread\n"
+        "def run(args):\n"
+        "    import concurrent.futures\n"
+        "    hang = threading.Event().wait\n"
+        "    start_thread(lambda: concurrent.futures.ThreadPoolExecutor().submit(hang).result(), 'hangs')\n"
+        "    return 75\n"
+        "commands.COMMANDS['doctor'].run = run\n"
+        "cli.sys.argv = ['rlhf', 'doctor']\n"
+        "raise SystemExit(cli.main())\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script], timeout=120).returncode == 75
+
+
+def test_the_time_before_a_loop_begins_does_not_count_as_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models and engines load for longer than one call of Ray may take."""
+    monkeypatch.setattr(stopping, "LOOK_EVERY_S", 0.01)
+
+    def work(request: StopRequest) -> str:
+        time.sleep(1.2)  # loading
+        request.beats_within_s = 1.0
+        for _ in range(6):
+            time.sleep(0.2)
+            request.beats += 1
+        return "trained"
+
+    assert run_stoppable(work) == "trained"
+
+
+def test_a_loop_that_stands_still_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(stopping, "END_WITHIN_S", 0.1)
+    hangs = threading.Event()
+
+    def work(request: StopRequest) -> None:
+        request.beats_within_s = 0.1
+        hangs.wait(20.0)
+
+    with pytest.raises(RunError, match="in a call of Ray, whose daemons do not answer"):
+        run_stoppable(work)
+    hangs.set()
