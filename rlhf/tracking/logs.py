@@ -1,7 +1,6 @@
 """Log lines of the driver and the workers, one event a line, and the masking of secrets in all output of the process.
 
-Each process calls `configure` once, before any work. It touches the loggers of this project only, never the root
-logger.
+Each process calls `configure` once, before any work. Only loggers of this project change, never the root logger.
 """
 
 from __future__ import annotations
@@ -49,8 +48,8 @@ def redact(text: str) -> str:
 def redact_config(value: Any, key: str = "") -> Any:
     """Return a copy of a config tree with secret values masked, for files and W&B.
 
-    Everything below a secret name is masked, except booleans, zeros, what is empty, and texts with `${NAME}`, which
-    name a variable of the environment.
+    Everything below a secret name is masked, except booleans, zeros, empty values, and names of environment variables
+    (`${NAME}`).
     """
     if isinstance(value, Mapping):
         return {name: redact_config(item, _secret_key(key, str(name), item)) for name, item in value.items()}
@@ -62,9 +61,10 @@ def redact_config(value: Any, key: str = "") -> Any:
 
 
 def _secret_key(section: str, name: str, item: Any) -> str:
-    """Return the name that decides whether an item of a section is masked: the section's if that is secret.
+    """Return the name for the decision whether to mask an item: the section's if the section is secret, else the
+    item's.
 
-    The user chooses the names of rewards, data sets and stages. Such a name hides nothing, even if it is `secret`.
+    The user chooses the names of rewards, data sets and stages. Such a name hides nothing, not even the name `secret`.
     """
     if is_secret_name(section):
         return section
@@ -117,14 +117,14 @@ def configure(level: str = "INFO", *, role: str = "controller", rank: int | None
 
 
 def hush_imports() -> None:
-    """Silence import-time log lines of libraries, which users cannot change. Called before the imports."""
+    """Silence import-time log lines of libraries: no user can act on such a line. Called before the imports."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a package that nothing here calls
     # A driver logs this line, although it needs no accelerator.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 
 def printable(text: str) -> str:
-    """Return text with control characters escaped, except line ends, so that a terminal does not obey them."""
+    """Return text with control characters escaped, except line ends, so that a terminal obeys none."""
     return "".join(mark if mark.isprintable() or mark in "\n\t" else ascii(mark)[1:-1] for mark in text)
 
 

@@ -1,4 +1,5 @@
-"""Symptoms of rollouts that run ahead of training: a side that waits, old responses, and their correction."""
+"""Symptoms of rollouts ahead of training: waiting engines or trainers, old responses, and the correction of old
+responses."""
 
 from __future__ import annotations
 
@@ -112,7 +113,7 @@ def _runs_ahead(history: History) -> bool:
 
 
 def _waiting(history: History) -> float:
-    """Return the share of the time in which training waited in the last steps; 0 if it is not known."""
+    """Return the share of the time in which training waited in the last steps; 0 if unknown."""
     waits, steps = history.last("time/trainer_waits_s", HEAD), history.last("time/step_s", HEAD)
     return mean(waits) / mean(steps) if waits and steps else 0.0
 

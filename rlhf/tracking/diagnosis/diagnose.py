@@ -1,7 +1,7 @@
-"""Diagnose a run from its metrics: name each problem, its cause and a remedy, in words.
+"""Diagnose a run from its metrics: name each problem, a cause and a remedy, in words.
 
-The diagnosis reads rows as `read_metrics` returns them: all rows of a run, or one at a time during the run. It changes
-nothing in a run. Each threshold stands next to its check, with its reason.
+The diagnosis reads rows as `read_metrics` returns them: all rows of a run, or one at a time during the run. The
+diagnosis changes nothing in a run. Each threshold stands next to the check, with a reason.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Watch:
         self._reported: set[str] = set()
 
     def observe(self, row: Mapping[str, Any]) -> list[Finding]:
-        """Return the problems that first appear in the next row of metrics.jsonl, the worst first."""
+        """Return the problems first seen in the next row of metrics.jsonl, the worst first."""
         new = [finding for finding in self.now(row) if finding.kind not in self._reported]
         self._reported |= {finding.kind for finding in new}
         return sorted(new, key=_rank)
@@ -39,9 +39,9 @@ class Watch:
 
 
 def diagnose(rows: Iterable[Mapping[str, Any]]) -> list[Finding]:
-    """Return the problems that a run showed at any time, the worst first, each kind once.
+    """Return all problems of a run, the worst first, each kind once.
 
-    The steps of a finding reach from the first row with the problem to the last. Its text comes from the worst and
+    The steps of a finding reach from the first row with the problem to the last. The text comes from the worst and
     latest such row. The problem is over if `last_step` lies before the newest row.
     """
     watch = Watch()

@@ -1,7 +1,7 @@
 """The result of a diagnosis, and the part of a run's metrics used for it.
 
-The history holds the beginning and the newest stretch of each metric. A look at it therefore costs the same after a
-hundred steps and after a hundred thousand. This module does not know which values are healthy.
+The history holds the beginning and the newest stretch of each metric. A look at the history therefore costs the same
+after a hundred steps and after a hundred thousand. This module does not know which values are healthy.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ WINDOW = 50  # newest values that the checks read
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One problem of a run.
+    """A problem of a run.
 
     `failure`: training cannot succeed with this data. `warning`: training goes wrong, or soon will. `notice`: the
-    problem costs time or money, or explains another one.
+    problem costs time or money, or explains a second problem.
     """
 
     kind: str  # its name, the same in every run
@@ -79,7 +79,7 @@ class History:
             self._last[key].append(point)
 
     def metrics(self) -> Iterable[str]:
-        """Yield the names of the training metrics that had a value."""
+        """Yield the names of the training metrics with a value."""
         return self._first
 
     def evals(self) -> Mapping[str, list[Point]]:
@@ -100,7 +100,7 @@ class History:
         return [point for point in self._last.get(key, ()) if point.step > step]
 
     def newest(self, key: str) -> Point | None:
-        """Return the newest value of a metric, if it has one."""
+        """Return the newest value of a metric. None: no value."""
         points = self._last.get(key)
         return points[-1] if points else None
 
@@ -112,7 +112,7 @@ def mean(points: Iterable[Point]) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """What the metrics of one run say about a symptom. None: the symptom's default applies."""
+    """Hold the evidence for a symptom in a run's metrics. None: the symptom's default applies."""
 
     what: str  # with the numbers
     first_step: int | None = None
@@ -127,11 +127,13 @@ Check = Callable[[History], Finding | None]
 
 
 def symptom(severity: Severity, *metrics: str, steps: int = 0, why: str, advice: str) -> Callable[[Sign], Check]:
-    """Make a check of a pure function that looks for the sign of a problem. Its name is the kind of the finding.
+    """Make a check of a pure function that looks for the sign of a problem.
+
+    The function's name is the kind of the finding.
 
     Args:
         metrics: the keys to look at.
-        steps: the newest values of the first metric that the function reads. With fewer values there is no finding.
+        steps: the number of newest values of the first metric to read. With fewer values there is no finding.
     """
 
     def make(sign: Sign) -> Check:

@@ -89,7 +89,7 @@ def mostly_filtered(_: History, recent: list[Point]) -> str | None:
 
 
 def _truncation(history: History, recent: list[Point]) -> tuple[bool, str] | None:
-    """Return whether the truncated responses became more because responses grew, and a sentence on them."""
+    """Return whether the truncated responses became more because responses grew, and a sentence about truncation."""
     key, length = "rollouts/truncated/fraction", "rollouts/response_tokens/mean"
     tokens, start = history.last(length, 5), history.first(length, 5)
     if not tokens:
@@ -236,7 +236,7 @@ def _keep(best: Point) -> str:
 
 
 def _score_rise(history: History) -> tuple[float, float] | None:
-    """Return the training score at the beginning and now, if it rose beyond noise."""
+    """Return the training score at the beginning and now. None: no rise beyond noise."""
     start, recent = history.first("rewards/score/mean", 5), history.last("rewards/score/mean", 5)
     spread = history.first("rewards/score/std", 5)
     if not recent or not spread or mean(recent) <= mean(start) + SCORE_RISE * mean(spread):
@@ -245,7 +245,10 @@ def _score_rise(history: History) -> tuple[float, float] | None:
 
 
 def _held_out_fall(history: History) -> tuple[str, Point, float] | None:
-    """Return a metric for which higher is better, its best evaluation, and its mean now, if it fell far."""
+    """Return a metric with a large fall, the best evaluation, and the mean now.
+
+    Only metrics with higher as better count.
+    """
     for key, points in history.evals().items():
         fallen = _fallen(points) if key.rpartition("/")[2] not in (*_LOSSES, *_NEUTRAL) else None
         if fallen is not None:
@@ -260,7 +263,7 @@ def _fall_evidence(fall: tuple[str, Point, float], meanwhile: str, *metrics: str
 
 
 def _fallen(points: list[Point]) -> tuple[Point, float] | None:
-    """Return the best evaluation and the mean of the last two, if both lie far below it."""
+    """Return the best evaluation and the mean of the last two, if both lie far below the best."""
     if len(points) < 3:
         return None
     best = max(points, key=lambda point: point.value)
@@ -274,10 +277,10 @@ def _fallen(points: list[Point]) -> tuple[Point, float] | None:
 
 
 def _noise(points: Sequence[Point], best: Point) -> float:
-    """Return the standard deviation of a series around its trend, from second differences. They are 0 for a straight
-    line.
+    """Return the standard deviation of a series around its trend, from second differences.
 
-    The difference at the best point is left out, because the trend turns there.
+    Second differences are 0 for a straight line. The difference at the best point is left out, because the trend turns
+    there.
     """
     bends = [
         before.value - 2.0 * point.value + after.value

@@ -1,6 +1,6 @@
 """Draw the curves of finished or running runs as PNG.
 
-It reads metrics.jsonl. It never imports pyplot, so there is no window and no global state.
+The curves come from metrics.jsonl. Without pyplot, there is no window and no global state.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _points(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, floa
 
 
 def _draw(axes: Any, key: str, points: Sequence[tuple[int, float]], *, color: str, label: str) -> None:
-    """Draw one curve and label its panel. A curve without points appears in the legend only."""
+    """Draw one curve and label the panel. A curve without points appears in the legend only."""
     from matplotlib.ticker import MaxNLocator
 
     steps, values = [step for step, _ in points], [value for _, value in points]

@@ -1,7 +1,7 @@
-"""The display of a run's progress: its interface, plain lines for logs, and JSON lines for programs.
+"""The display of a run's progress: an interface, plain lines for logs, and JSON lines for programs.
 
-The driver writes lines to stderr, and JSON to stdout. A display shows numbers that are computed elsewhere and decides
-nothing: a run is the same without it. rlhf/tracking/display/progress_live.py has the display for terminals.
+The driver writes lines to stderr, and JSON to stdout. A display only shows numbers and decides nothing: a run is the
+same without a display. rlhf/tracking/display/progress_live.py has the display for terminals.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class StageTime:
 
 
 class Progress:
-    """The interface, and the quiet form of it: keeps count and shows nothing."""
+    """The interface and the quiet display: keeps count and shows nothing."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class Progress:
         self._current = step
 
     def stage(self, name: str, done: int = 0, total: int = 0) -> None:
-        """Show the current stage and its progress (`rollouts 37/64`). A total of 0 means not counted."""
+        """Show the current stage and the progress (`rollouts 37/64`). A total of 0 means not counted."""
         now, entered = time.monotonic(), name != self._stage
         if entered:
             self._leave(now)
@@ -94,13 +94,13 @@ class Progress:
         self._stage, self._stages = "", {}
 
     def note(self, text: str) -> None:
-        """Write a line that stays on the terminal."""
+        """Write a lasting line on the terminal."""
 
     def finding(self, finding: Finding) -> None:
-        """Show a problem once. The log has it too."""
+        """Show a problem once. The problem is also logged."""
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Restore the terminal."""
 
     def __enter__(self) -> Self:
         return self
@@ -109,10 +109,10 @@ class Progress:
         self.close()
 
     def _shown(self, *, entered: bool) -> None:
-        """Update the display after a change of the stage or of its progress."""
+        """Update the display after a change of the stage or the progress."""
 
     def _stepped(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Update the display at the end of a step, while its stages are still known."""
+        """Update the display at the end of a step, while the stages are still known."""
 
     def _leave(self, now: float) -> None:
         stage = self._stages.get(self._stage)
@@ -141,7 +141,7 @@ class Progress:
 
 
 class LineProgress(Progress):
-    """Writes a heading and one line a step. Within a long step it writes one line a minute."""
+    """Writes a heading and a line a step, and within a long step a line a minute."""
 
     def _start(self) -> None:
         self._numbers: dict[str, float] = {}  # the newest of each metric
@@ -171,10 +171,10 @@ class LineProgress(Progress):
 
 
 class JsonProgress(Progress):
-    """Writes one JSON object a line: `stage`, `step` (with a sample if the step has any), `finding` and `note`.
+    """Writes one JSON object a line: `stage`, `step` (with a sample, if any), `finding` and `note`.
 
-    Every object has `event` and `run`. The step of a stage is null while the run starts. Metrics that are not finite
-    are null, as in metrics.jsonl.
+    Every object has `event` and `run`. The step of a stage is null while the run starts. Non-finite metrics are null,
+    as in metrics.jsonl.
     """
 
     def note(self, text: str) -> None:

@@ -1,7 +1,6 @@
 """The live display of a run on a terminal: bars of the step's stages, a table of the last steps, the last sample.
 
-A separate thread redraws the display in place. Nothing waits for the terminal. `open_progress` chooses this display or
-another one.
+A separate thread redraws the display in place. Nothing waits for the terminal. `open_progress` chooses the display.
 """
 
 from __future__ import annotations
@@ -40,10 +39,10 @@ def open_progress(
     """Return the display for `mode`. `auto` is a live display on a terminal, and plain lines elsewhere.
 
     Args:
-        done_steps: the steps that an earlier start completed.
-        show: the metrics to show, in this order, if a step has them.
+        done_steps: the steps completed by earlier starts.
+        show: the metrics to show, in this order, if present in a step.
         run: the name of the run.
-        folder: the run folder, for its samples. None: show no samples.
+        folder: the run folder, for samples. None: show no samples.
         stream: where to write. None: stdout for JSON, stderr otherwise.
     """
     kinds: dict[Mode, type[Progress]] = {
@@ -113,7 +112,7 @@ class LiveProgress(Progress):
 
 
 def _bar(done: int, total: int) -> ProgressBar:
-    """Return a bar, which moves if the total is 0 (not counted)."""
+    """Return a bar. A total of 0 (not counted) gives a moving bar."""
     return ProgressBar(total=total or 1, completed=done, width=_BAR, pulse=not total)
 
 
@@ -124,7 +123,7 @@ def _stage_text(stage: StageTime) -> str:
 
 
 def _sample_text(row: Mapping[str, Any]) -> Text:
-    """Return the end of a prompt and the beginning of its response on two lines, as text without markup."""
+    """Return the end of a prompt and the beginning of the response on two lines, as text without markup."""
     score = row.get("score")
     scored = "" if score is None else f" [{number(score)}]"
     prompt, response = str(row.get("prompt", "")), str(row.get("response", ""))

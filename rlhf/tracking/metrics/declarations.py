@@ -1,4 +1,4 @@
-"""Every metric, declared once: its name, unit, meaning and reduction, and the runs that record it.
+"""Every metric, declared once: name, unit, meaning and reduction, and the runs with the metric.
 
 `python -m rlhf.tracking.metrics.declarations > docs/metrics.md` writes the page from this table. An undeclared key
 cannot be merged or logged. This module knows no values and no back end.
@@ -358,12 +358,12 @@ def results(merged: Mapping[str, Reduction]) -> dict[str, float]:
 
 
 def histograms(merged: Mapping[str, Reduction]) -> dict[str, Histogram]:
-    """Return the histograms to log. Empty ones are left out."""
+    """Return the histograms to log. Empty histograms are left out."""
     return {key: value for key, value in merged.items() if isinstance(value, Histogram) and any(value.counts)}
 
 
 def expected_metrics(traits: Iterable[str]) -> list[str]:
-    """Return the names (with their placeholders) of all numbers that every run with these traits has."""
+    """Return the names (with placeholders) of the numbers in every run with the given traits."""
     have = frozenset(traits)
     numbers = [metric for metric in METRICS.values() if metric.reduction is not Histogram]
     return [metric.name for metric in numbers if metric.always and metric.traits <= have]

@@ -2,11 +2,11 @@
 
     {"step": 3, "advantages/histogram": {"edges": [-0.5, -0.35, ..., 0.5], "counts": [12, ..., 7]}, ...}
 
-`counts[i]` values lay from `edges[i]` up to `edges[i + 1]`; there is one edge more than counts. The edges of a metric
-are the same in all steps and runs (see below). A row leaves out empty bins at both ends. The first and the last of all
-bins also count the values beyond them. A metric without values in a step has no key in its row, and a step without any
-histogram has no row. The driver writes the file, and a resumed run truncates it like metrics.jsonl. No single value is
-kept.
+`counts[i]` values lay from `edges[i]` up to `edges[i + 1]`, so there are n + 1 edges for n counts. The edges of a
+metric are the same in all steps and runs (see below). A row leaves out empty bins at both ends. The first and the last
+of all bins also count the values beyond the edges. A metric without values in a step has no key in the row, and a step
+without any histogram has no row. The driver writes the file, and a resumed run truncates it like metrics.jsonl. No
+single value is kept.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def trimmed(histogram: Histogram) -> dict[str, Any]:
 
 
 def append_histograms(folder: Path, step: int, distributions: Mapping[str, Histogram]) -> None:
-    """Write the step's row, if it has any. It does not wait for the disk."""
+    """Write the step's row, unless empty. The write does not wait for the disk."""
     if distributions:
         row = {"step": step, **{key: trimmed(histogram) for key, histogram in sorted(distributions.items())}}
         append_line(folder / FILE, row, is_synced=False)

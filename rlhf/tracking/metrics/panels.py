@@ -1,4 +1,4 @@
-"""The order in which one reads a run: sections with a question each, and the graphs that answer it.
+"""The order for reading a run: sections with a question each, and the graphs with the answer.
 
 The W&B workspace (rlhf/tracking/sinks/wandb_workspace.py) and the Grafana dashboard (rlhf/tracking/sinks/grafana.py)
 are both made from this table. Every metric here is declared. A graph of metrics absent from a run stays empty.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
-    """One graph over the steps."""
+    """A graph over the steps."""
 
     title: str
     metrics: tuple[str, ...]  # declared names, placeholders included
@@ -20,7 +20,7 @@ class Panel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PanelSection:
-    """A question and its graphs."""
+    """A question and the graphs for an answer."""
 
     title: str
     question: str

@@ -28,7 +28,7 @@ class Reduction(ABC):
 
     @abstractmethod
     def result(self) -> float:
-        """Return the metric's value. nan where it is not defined (the mean of nothing)."""
+        """Return the metric's value, or nan if undefined (the mean of nothing)."""
 
 
 class _Additive(Reduction):
@@ -72,7 +72,7 @@ class ExpMean(Mean):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DifferenceOfMeans(_Additive):
-    """One mean minus another, each over its separate cases. nan if either has no cases."""
+    """A mean minus a second mean, each over separate cases. nan if a mean has no cases."""
 
     left: Mean
     right: Mean
@@ -83,9 +83,9 @@ class DifferenceOfMeans(_Additive):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationError(Reduction):
-    """Mean over cases of |accuracy - mean confidence| of their bin (arXiv:1706.04599, eq. 3): 0 is calibrated.
+    """Mean over cases of |accuracy - mean confidence| in the case's bin (arXiv:1706.04599, eq. 3): 0 is calibrated.
 
-    Bins are (cases, summed confidence, right cases), the same ones in both operands of a merge.
+    Bins are (cases, summed confidence, right cases), with equal edges in both operands of a merge.
     """
 
     bins: tuple[tuple[float, float, float], ...]
@@ -102,7 +102,7 @@ class CalibrationError(Reduction):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sum(_Additive):
-    """Sum, or number of cases. Of nothing it is 0."""
+    """Sum, or number of cases. The sum of nothing is 0."""
 
     total: float
 
@@ -112,7 +112,7 @@ class Sum(_Additive):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Chosen(Reduction):
-    """A reduction that keeps the value of one operand."""
+    """A reduction to the value of one operand."""
 
     value: float
 
@@ -149,9 +149,10 @@ class Min(_Chosen):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EffectiveShare(_Additive):
-    """Effective sample size of weighted cases as a fraction of them: (sum of w)^2 / (cases * sum of w^2) (Kish 1965).
+    """Effective sample size of weighted cases as a fraction of the cases: (sum of w)^2 / (cases * sum of w^2) (Kish
+    1965).
 
-    It is 1 for equal weights, 1 / cases for a single nonzero weight, and nan without cases.
+    The share is 1 for equal weights, 1 / cases for a single nonzero weight, and nan without cases.
     """
 
     total: float
@@ -167,7 +168,7 @@ class Std(Reduction):
     """Population standard deviation, kept as count, mean and M2 = sum of (x - mean)^2.
 
     Merged by the pairwise update of Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing
-    Sample Variances" (1979). It does not cancel if the mean is large compared with the deviation.
+    Sample Variances" (1979). The update does not cancel if the mean is large compared with the deviation.
     """
 
     count: float
@@ -231,7 +232,7 @@ class ExpertLoad(Reduction):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertEntropy(ExpertLoad):
-    """The entropy of a layer's choices divided by log(experts), mean over layers: 1 is even, 0 is one expert alone."""
+    """The entropy of a layer's choices divided by log(experts), mean over layers: 1 is even, 0 is a single expert."""
 
     def _of_layer(self, loads: tuple[float, ...], total: float) -> float:
         shares = [load / total for load in loads if load]
@@ -242,8 +243,8 @@ class ExpertEntropy(ExpertLoad):
 class Histogram(Reduction):
     """Numbers of values between fixed edges. Both operands of a merge have the same edges.
 
-    A value at an edge is counted above it. A value beyond the outer edges is counted in the nearest bin. nan is not
-    counted.
+    A value at an edge is counted above the edge. A value beyond the outer edges is counted in the nearest bin. nan is
+    not counted.
     """
 
     edges: tuple[float, ...]

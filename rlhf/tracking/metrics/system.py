@@ -1,7 +1,7 @@
-"""The load of a node: cores, memory and GPUs, from all processes on it and not from this run alone.
+"""The load of a node: cores, memory and GPUs, from all processes on the node and not from this run alone.
 
-The driver reads its node. A small actor reads each other node of the run (actors/cluster/node_metrics.py). A thread
-asks `nvidia-smi` about GPUs at fixed times, because at a step's end they would always be idle.
+The driver reads the driver's node. A small actor reads each further node of the run (actors/cluster/node_metrics.py). A
+thread asks `nvidia-smi` at fixed times, because GPUs are always idle at a step's end.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _QUERY = ("nvidia-smi", "--query-gpu=utilization.gpu,memory.used", "--format=csv
 
 
 class NodeSampler:
-    """Samples the load of a node. Each `take` covers about the time since the last one."""
+    """Samples the load of a node. Each `take` covers about the time since the last call."""
 
     def __init__(self) -> None:
         self._times = psutil.cpu_times()
@@ -61,7 +61,7 @@ class NodeSampler:
 def gpu_use(output: str) -> dict[str, Reduction]:
     """Return the use of all GPUs of a node from the output of nvidia-smi.
 
-    Each line has per cent and MiB, or states that the value is unknown.
+    Each line has per cent and MiB, or states an unknown value.
     """
     numbers = [(float(busy), float(used)) for busy, used in re.findall(r"^(\d+), (\d+)$", output, re.MULTILINE)]
     if not numbers:

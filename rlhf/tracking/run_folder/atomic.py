@@ -64,12 +64,12 @@ def write_atomic(path: Path, text: str, *, waits: bool = True) -> None:
 
 
 def json_line(row: Mapping[str, Any]) -> str:
-    """Return one row as strict JSON with its line end. ValueError for nan and infinities, which JSON lacks."""
+    """Return one row as strict JSON with the line end. ValueError for nan and infinities: no such numbers in JSON."""
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def append_line(path: Path, row: Mapping[str, Any], *, is_synced: bool = True, waits: bool = True) -> None:
-    """Add one row whole, or nothing of it.
+    """Add a row whole or not at all.
 
     Args:
         is_synced: wait until the row is on the disk, and not only in the kernel.
@@ -92,7 +92,7 @@ def append_line(path: Path, row: Mapping[str, Any], *, is_synced: bool = True, w
 
 
 def _append(file: int, line: bytes, *, is_synced: bool) -> None:
-    """Write at the end of a file. After a failure the file ends where it did before."""
+    """Write at the end of a file. After a failure the file ends at the old end."""
     end = os.fstat(file).st_size
     try:
         written = 0
@@ -107,9 +107,9 @@ def _append(file: int, line: bytes, *, is_synced: bool) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return all rows of a JSON-lines file, or an empty list if it is missing.
+    """Return all rows of a JSON-lines file, or an empty list for a missing file.
 
-    A last line without its line end is the rest of a killed write and is left out. ValueError names any other line
+    A last line without a line end is the rest of a killed write and is left out. ValueError names every further line
     without an object.
     """
     if not path.exists():

@@ -1,6 +1,6 @@
-"""environment.json: the environment of a run, so that it can be run again and differences can be explained.
+"""environment.json: the environment of a run, for repeating the run and explaining differences.
 
-The driver writes it once at start. It starts no device: it asks `nvidia-smi` for GPUs, not CUDA.
+The driver writes the file once at start. No device starts for the file: `nvidia-smi` lists the GPUs, not CUDA.
 """
 
 from __future__ import annotations
@@ -95,16 +95,16 @@ def _cpu_model() -> str:
 
 
 def num_cpus() -> int:
-    """Return the number of CPUs that this process may use, at least 1.
+    """Return the number of CPUs for this process, at least 1.
 
-    `taskset`, Slurm or a sweep may restrict the cores, and the quota of a container the time on them.
+    `taskset`, Slurm or a sweep may restrict the cores, and the quota of a container the processor time.
     """
     cores, quota = len(os.sched_getaffinity(0)), cpu_quota()
     return cores if quota is None else max(1, min(cores, int(quota)))
 
 
 def visible_gpus() -> list[str]:
-    """Return the GPUs that CUDA_VISIBLE_DEVICES may name here."""
+    """Return the GPUs visible here by CUDA_VISIBLE_DEVICES."""
     limited = os.environ.get("CUDA_VISIBLE_DEVICES")
     if limited is not None:
         return [name.strip() for name in limited.split(",") if name.strip()]

@@ -1,4 +1,4 @@
-"""errors.jsonl: the failures that a run survived, and the failure that ended it.
+"""errors.jsonl: the failures that a run survived, and the final failure.
 
 This module only records. The caller's policy (fail, drop) decides the rest.
 """
@@ -14,7 +14,7 @@ from rlhf.tracking.run_folder.atomic import append_line
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ErrorRecord:
-    """The record of one failure. A field is None where it does not apply."""
+    """The record of a failure. None: the field does not apply."""
 
     step: int
     stage: str  # of the data flow: "rewards", "rollouts", ...
@@ -29,5 +29,5 @@ class ErrorRecord:
 
 
 def write_error(folder: Path, record: ErrorRecord, *, waits: bool = True) -> None:
-    """Append the record; secrets in its message are masked. `waits`: for room on a full disk."""
+    """Append the record; secrets in the message are masked. `waits`: for room on a full disk."""
     append_line(folder / "errors.jsonl", {**asdict(record), "message": redact(record.message)}, waits=waits)

@@ -1,8 +1,8 @@
-"""The run folder: its names, its lock, and checkpoints that are whole or absent.
+"""The run folder: names, lock, and checkpoints that are whole or absent.
 
 The driver opens the folder before any actor starts, and holds it until the run ends. Only the holder of the lock writes
-here. Its actors write below `scratch` alone. `scratch` has a new name at each start, so actors that outlive an earlier
-start cannot write into the folder. This module does not know the contents of a checkpoint.
+here. The run's actors write below `scratch` alone. `scratch` has a new name at each start, so actors left over from an
+earlier start cannot write into the folder. This module does not know the contents of a checkpoint.
 """
 
 from __future__ import annotations
@@ -47,8 +47,7 @@ def evaluation_path(folder: Path, step: int) -> Path:
 
 class RunFolder:
     """<run.dir>/<run.name>/ of the running process. Invariant: `checkpoints/step_*` is only ever a complete checkpoint,
-    and `latest` and `best` point at complete ones.
-    """
+    and `latest` and `best` point at complete checkpoints."""
 
     def __init__(self, path: Path, lock: int) -> None:
         """Store the path and the held lock. Callers use `open`."""
@@ -72,8 +71,8 @@ class RunFolder:
     def open(cls, parent: Path, name: str, *, resume: bool) -> Self:
         """Create the folder, or with `resume` open the existing run, and lock it against other runs.
 
-        The lock belongs to this process and ends with it, however it ends. UserError: another process runs here, or the
-        folder holds a run and `resume` is False.
+        The lock belongs to this process and ends with the process, however the end comes. UserError: another process
+        runs here, or the folder holds a run and `resume` is False.
         """
         path = (parent / name).absolute()  # the same for actors, which may run in another folder
         try:
@@ -112,7 +111,10 @@ class RunFolder:
         self._sweep()
 
     def is_taken_over(self) -> bool:
-        """Return whether a later start has renamed `scratch`. On NFS a lock can be lost while its holder works."""
+        """Return whether a later start has renamed `scratch`.
+
+        On NFS the holder of a lock can lose the lock unnoticed.
+        """
         try:
             return not self.scratch.exists() and any(self.path.glob(f"{_SCRATCH}*"))
         except OSError:  # of the network: it proves nothing
@@ -143,13 +145,16 @@ class RunFolder:
         return self.checkpoints / f"step_{step:06d}"
 
     def begin_checkpoint(self, step: int) -> Path:
-        """Return an empty folder for the checkpoint of this step. `seal` and `commit_checkpoint` complete it."""
+        """Return an empty folder for the checkpoint of this step.
+
+        `seal` and `commit_checkpoint` complete the checkpoint.
+        """
         return self._begin(self.checkpoint(step))
 
     def commit_checkpoint(self, step: int) -> Path:
-        """Rename the sealed checkpoint into its place, and point `latest` at it.
+        """Rename the sealed checkpoint into place, and point `latest` there.
 
-        It replaces a checkpoint of the same step. Later checkpoints belong to an abandoned history and are removed.
+        A checkpoint of the same step is replaced. Later checkpoints belong to an abandoned history and are removed.
         """
         target = self.checkpoint(step)
         self._appear_sealed(target)
@@ -160,9 +165,9 @@ class RunFolder:
         return target
 
     def seal(self, target: Path, *, step: int) -> None:
-        """Make the files of a begun checkpoint or reference durable, and write their manifest.
+        """Make the files of a begun checkpoint or reference durable, and write the manifest.
 
-        Every file is synced and read, which may take minutes. An event loop does it in a thread.
+        Syncing and reading every file may take minutes. An event loop calls `seal` in a thread.
         """
         aside = self._aside(target)
         with explains_full(target):
@@ -170,7 +175,10 @@ class RunFolder:
         Manifest.of(aside, step=step).write(aside)
 
     def adopt_checkpoint(self, step: int) -> Path:
-        """Make the begun folder, a copy of a checkpoint with its manifest, a checkpoint. RunError if it is damaged."""
+        """Make the begun folder, a copy of a checkpoint with the manifest, a checkpoint.
+
+        RunError if the copy is damaged.
+        """
         target = self.checkpoint(step)
         damage = find_damage(self._aside(target), step=step)
         if damage is not None:
@@ -179,9 +187,10 @@ class RunFolder:
         return target
 
     def continue_from(self, step: int) -> None:
-        """Let a resumed run continue from the checkpoint of this step. Later ones stay until it writes its first.
+        """Let a resumed run continue from the checkpoint of this step.
 
-        Finished rollouts after another checkpoint are removed, since the weights of their versions were others.
+        Later checkpoints stay until the run writes a new checkpoint. Finished rollouts after another checkpoint are
+        removed, since the same versions had different weights.
         """
         if self._pointed("latest") != step:
             for path in self.spool.iterdir():
@@ -202,12 +211,12 @@ class RunFolder:
         return self.references / f"step_{step:06d}"
 
     def begin_reference(self, step: int) -> Path:
-        """Return an empty folder for a new reference model. `seal` and `commit_reference` complete it."""
+        """Return an empty folder for a new reference model. `seal` and `commit_reference` complete the reference."""
         self.references.mkdir(exist_ok=True)
         return self._begin(self.reference(step))
 
     def commit_reference(self, step: int, *, keep: Collection[int]) -> Path:
-        """Rename the sealed reference into its place, and remove all others but for the steps in `keep`."""
+        """Rename the sealed reference into place, and remove all older references except the steps in `keep`."""
         self._appear_sealed(self.reference(step))
         for path in self.references.glob("step_*"):
             if path not in {self.reference(kept) for kept in (step, *keep)}:
@@ -215,7 +224,8 @@ class RunFolder:
         return self.reference(step)
 
     def refuse_damaged_reference(self, step: int, *, checkpoint: int) -> None:
-        """Raise UserError if the reference of a checkpoint is missing, or a byte of it differs from the manifest."""
+        """Raise UserError if the reference of a checkpoint is missing, or a byte of the reference differs from the
+        manifest."""
         damage = find_damage(self.reference(step), step=step)
         if damage is not None:
             raise UserError(
@@ -224,7 +234,7 @@ class RunFolder:
             )
 
     def mark_best(self, step: int) -> None:
-        """Point `best` at a complete checkpoint, which is kept until another one is better."""
+        """Point `best` at a complete checkpoint, to stay until a better checkpoint comes."""
         if step not in self.checkpoint_steps():
             raise ValueError(f"checkpoint of step {step} is not complete, so it cannot be the best")
         self._point("best", step)
@@ -236,14 +246,14 @@ class RunFolder:
     def latest_checkpoint(self) -> int | None:
         """Return the step of the checkpoint to resume from, sound or damaged. None: there is no checkpoint.
 
-        `latest` points at this checkpoint. If it was removed, the newest one takes its place.
+        `latest` points at this checkpoint. If the checkpoint was removed, the newest takes its place.
         """
         steps = [step for step, _ in self._step_folders()]
         latest = self._pointed("latest")
         return latest if latest in steps else max(steps, default=None)
 
     def refuse_damage(self, step: int) -> None:
-        """Read the whole checkpoint of a step. UserError if a byte of it is not as written."""
+        """Read the whole checkpoint of a step. UserError if a byte differs from the written byte."""
         damage = find_damage(self.checkpoint(step), step=step)
         if damage is None:
             return
@@ -254,7 +264,10 @@ class RunFolder:
         raise UserError(f"--resume: {damage} Restore the file from a copy, or {instead}.")
 
     def best_checkpoint(self) -> int | None:
-        """Return the step that `best` points at. None: no checkpoint was marked, or it is damaged."""
+        """Return the step that `best` points at.
+
+        None: no checkpoint was marked, or the marked checkpoint is damaged.
+        """
         step = self._pointed("best")
         return step if step in self.checkpoint_steps() else None
 
@@ -292,7 +305,7 @@ class RunFolder:
         return aside
 
     def discard_begun(self) -> None:
-        """Remove begun checkpoints and models, which frees their space. Only for a run that ends."""
+        """Remove begun checkpoints and models to free space, at the end of a run."""
         for path in self.scratch.glob("*"):  # nothing if the folder is gone
             if path.is_dir() and not path.is_symlink() and path != self.spool:
                 _discard(path)
@@ -316,9 +329,9 @@ class RunFolder:
         sync_folder(target.parent)
 
     def _take_over(self) -> None:
-        """Rename the `scratch` folder of the last start, and keep only its spool.
+        """Rename the `scratch` folder of the last start, and keep only the spool.
 
-        An actor that outlived its run made a `scratch` folder without a spool.
+        An actor that outlived the run made a `scratch` folder without a spool.
         """
         before = sorted(self.path.glob(f"{_SCRATCH}*"), key=lambda path: not (path / self.spool.name).is_dir())
         for index, path in enumerate(before):
@@ -332,7 +345,7 @@ class RunFolder:
         self.scratch.mkdir(exist_ok=True)
 
     def _clear(self) -> None:
-        """Remove the files of a start that ended before its first step. This run does not continue it."""
+        """Remove the files of a start that ended before the first step. This run begins anew."""
         files = (self.metrics, self.errors, self.timeline)
         names = (HISTOGRAMS, GROUPS, "wandb_run_id", "tensorboard")
         folders = (self.samples, self.evals, self.spool, self.references)
@@ -383,14 +396,14 @@ def refuse_to_overwrite(path: Path) -> None:
 
 
 def remove_run(path: Path) -> None:
-    """Remove a run, and no other file of its folder. UserError as in `refuse_to_overwrite`."""
+    """Remove a run, and no further file of the folder. UserError as in `refuse_to_overwrite`."""
     refuse_to_overwrite(path)
     for part in [path / name for name in reversed(_PARTS)] + list(path.glob(f"{_SCRATCH}*")):
         _delete(part)
 
 
 def _is_of_a_start(path: Path) -> bool:
-    """Return whether a start that failed before its run began leaves this file or folder in the run's folder."""
+    """Return whether this file or folder remains from a start that failed before the run began."""
     if path.name in ("checkpoints", "samples", "evals"):
         return path.is_dir() and not any(path.iterdir())
     if path.name == "models":  # the tiny models that the checks of the input have made
@@ -399,7 +412,7 @@ def _is_of_a_start(path: Path) -> bool:
 
 
 def _state(path: Path) -> str | None:
-    """Describe the run in a folder and the options for it. None: no run, or a run without its first row.
+    """Describe the run in a folder and the possible options. None: no run, or a run without a row.
 
     UserError: the metrics cannot be read.
     """
@@ -425,22 +438,22 @@ def _state(path: Path) -> str | None:
 
 
 def _delete(path: Path) -> None:
-    """Remove a folder, or a file or link if there is one."""
+    """Remove a folder, file or link, if present."""
     _remove(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder so that a kill leaves it whole or gone from its name."""
+    """Remove a folder so that after a kill the folder is either whole or gone from the path."""
     _discard(_out_of_the_way(path))
 
 
 def _out_of_the_way(path: Path) -> Path:
-    """Rename a folder that is to be removed. Return its new path, which no leftover has."""
+    """Rename a folder before removal. Return the new path, different from every leftover's."""
     return path.rename(path.with_name(f".{secrets.token_hex(4)}.removed"))
 
 
 def _discard(path: Path) -> None:
-    """Remove a folder. On NFS, one with a file that a process of this machine has open stays for the next start."""
+    """Remove a folder. On NFS, a folder with a file still open on this machine stays for the next start."""
     try:
         shutil.rmtree(path)
     except OSError as error:

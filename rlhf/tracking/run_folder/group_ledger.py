@@ -1,9 +1,9 @@
-"""groups.jsonl: the groups that each step trained, and what became of every other group until then.
+"""groups.jsonl: the groups trained in each step, and the fate of every further group until then.
 
     {"step": 3, "max_staleness": 1, "trained": {"group_id": [8, 9], "epoch": 0, "prompt_id": [5, 2], "oldest": 1,
      "newest": 1}, "filtered": {...}, "skipped": {"epoch": 0, "prompt_id": [7]}}
 
-One object a step, written before the step's row in metrics.jsonl, and truncated with it by a resumed run. A column of
+One object a step, written before the step's row in metrics.jsonl, and truncated together by a resumed run. A column of
 equal values is written as one value, and an outcome without groups has no key. `rlhf doctor RUN` proves from this file
 that no prompt was lost or trained twice. The file holds no token and no score.
 """
@@ -26,7 +26,7 @@ OUTCOMES = ("trained", "filtered", "dropped", "asked_again")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupRecord:
-    """A request of a prompt, with the oldest and newest weights of its tokens. None: it has no token."""
+    """A request of a prompt, with the oldest and newest weights of the tokens. None: no token."""
 
     group_id: int
     epoch: int
@@ -36,7 +36,7 @@ class GroupRecord:
 
     @classmethod
     def of(cls, request: GroupRequest, infos: Sequence[RolloutInfo] = ()) -> Self:
-        """Return the record of a request, and of the responses if it was answered."""
+        """Return the record of a request, and of any responses."""
         return cls(
             group_id=request.group_id,
             epoch=request.epoch,
@@ -59,7 +59,7 @@ class StepGroups:
 
 
 def append_groups(folder: Path, step: int, groups: StepGroups) -> None:
-    """Write the line of a step, and wait until it is on the disk."""
+    """Write the line of a step, and wait for the disk."""
     line: dict[str, Any] = {"step": step, "max_staleness": groups.max_staleness}
     for outcome in OUTCOMES:
         records: Sequence[GroupRecord] = getattr(groups, outcome)
@@ -75,7 +75,7 @@ def append_groups(folder: Path, step: int, groups: StepGroups) -> None:
 
 
 def read_groups(folder: Path) -> list[tuple[int, StepGroups]]:
-    """Return the steps of a run's ledger with their groups. ValueError names a line that has another form."""
+    """Return the steps of a run's ledger with the groups. ValueError names a line of an invalid form."""
     steps = []
     for number, line in enumerate(read_lines(folder / FILE), start=1):
         try:

@@ -1,4 +1,4 @@
-"""The lock of a run's or a sweep's folder. Only one process at a time may write to the folder."""
+"""The lock of a run's or a sweep's folder, for one writing process at a time."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from rlhf.errors import UserError
 
 
 def lock_folder(path: Path, *, key: str) -> int:
-    """Return the held lock of a folder. `key` is its configuration key, for the error message.
+    """Return the held lock of a folder. `key` is the folder's configuration key, for the error message.
 
-    The kernel releases a flock when the process ends, kill -9 included. A symbolic link is not followed, because its
+    The kernel releases a flock when the process ends, kill -9 included. A symbolic link is not followed, because the
     target would be emptied.
     """
     try:

@@ -1,4 +1,4 @@
-"""The manifest of a folder: the size and checksum of every file in it.
+"""The manifest of a folder: the size and checksum of every file in the folder.
 
 The manifest is written last, so a folder with a manifest was complete. Checksums detect damage, not forgery: a process
 able to write the files can write the manifest too.
@@ -48,7 +48,7 @@ class Manifest(BaseModel):
 
     @classmethod
     def of(cls, folder: Path, *, step: int | None) -> Manifest:
-        """Read every file below the folder, and return its manifest."""
+        """Read every file below the folder, and return the manifest."""
         names = _names(folder)
         with ThreadPoolExecutor(_THREADS) as pool:
             entries = pool.map(lambda name: _entry(folder / name), names)
@@ -71,12 +71,12 @@ class Manifest(BaseModel):
             return None
 
     def write(self, folder: Path) -> None:
-        """Write it into its folder."""
+        """Write the manifest into the folder."""
         write_atomic(folder / MANIFEST, self.model_dump_json(indent=2) + "\n")
 
 
 def is_complete(folder: Path, step: int) -> bool:
-    """Return whether every file of the manifest is there in its full size. Reads no file but the manifest."""
+    """Return whether every file of the manifest is there in full size. Reads no file but the manifest."""
     manifest = Manifest.read(folder)
     return manifest is not None and manifest.step == step and _missing(folder, manifest) is None
 

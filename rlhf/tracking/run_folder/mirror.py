@@ -1,10 +1,10 @@
-"""A copy of a run's folder on another file system, such as object storage, for machines that come and go.
+"""A copy of a run's folder on another file system, such as object storage, for short-lived machines.
 
 After each checkpoint and at the end of the run, a thread of the driver makes `<run.mirror>/<run.name>/` equal to the
-run's folder. It uploads the files of a checkpoint first and the manifest last. A checkpoint is whole there if and only
-if the manifest is there and every file has the manifest's size. A fetched file must also have the checksum. The
-training loop never waits for the thread, with one exception: an upload that is still running when the next checkpoint
-is whole. Nothing here is secret: credentials come from the environment.
+run's folder. The thread uploads the files of a checkpoint first and the manifest last. A checkpoint is whole there if
+and only if the manifest is there and every file has the manifest's size. A fetched file must also have the checksum.
+The training loop never waits for the thread, with one exception: an upload still running at the next checkpoint.
+Nothing here is secret: credentials come from the environment.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ _STEP = re.compile(r"step_(\d{6,})")
 
 
 class Mirror:
-    """A run's folder elsewhere. Invariant: a checkpoint or a final model is taken for whole there only if it is."""
+    """A run's folder elsewhere. Invariant: an incomplete checkpoint or final model never looks whole there."""
 
     def __init__(self, url: str, folder: RunFolder, *, name: str, stalled_s: float = STALLED_S) -> None:
         """Open the file system of `run.mirror`.
 
-        url: `run.mirror`; name: the run's name. UserError: there is no such file system, or its package is missing.
+        url: `run.mirror`; name: the run's name. UserError: an unknown file system, or a missing package.
         """
         self.place = redact(f"{url.rstrip('/')}/{name}")  # for messages
         self._folder = folder
@@ -75,7 +75,7 @@ class Mirror:
         return self._guarded(lambda: self._manifest(_FINAL) or self._marker(_RESULT), "looking into") is not None
 
     def fetch(self, *, step: int | None = None) -> None:
-        """Download the run if the mirror is newer: its newest whole checkpoint and the best one, or its result.
+        """Download the run if the mirror is newer: the newest whole checkpoint and the best, or the result.
 
         step: fetch the checkpoint of this step instead, if the folder lacks it. UserError: a fetched file is damaged.
         """
@@ -87,14 +87,14 @@ class Mirror:
             self._start(lambda: self._upload(keep))
 
     def settle(self, *, within_s: float = float("inf")) -> str | None:
-        """Wait for the upload while it moves. Return the reason of a failure, once. None: it did not fail."""
+        """Wait for the upload while data moves. Return the reason of a failure, once. None: no failure."""
         if (silent_s := self._wait(within_s)) is not None:
             return f"{self.place}: no answer for {silent_s:.0f} s; the upload is given up"
         error, self._error = self._error, None
         return None if error is None else f"{self.place}: {_text(error)}"
 
     def finish(self, keep: int, *, failed: bool) -> None:
-        """Upload the rest. RunError if it fails. If the run has failed anyway, log a warning instead."""
+        """Upload the rest. RunError for a failed upload, or only a warning if the run has failed anyway."""
         within_s = LAST_CHANCE_S if failed else float("inf")
         self.settle(within_s=within_s)
         self.begin(keep)
@@ -110,11 +110,11 @@ class Mirror:
         logger.warning("%s", text)
 
     def is_free(self) -> bool:
-        """Return whether no upload reads the folder's checkpoints, so that they may be removed."""
+        """Return whether checkpoints may be removed, since no upload reads the folder."""
         return self._thread is None or not self._thread.is_alive()
 
     def _start(self, call: Callable[[], Any]) -> None:
-        """Make a call in a thread, which records the result or the error."""
+        """Make a call in a thread and record the result or the error."""
 
         def work() -> None:
             try:
@@ -202,9 +202,9 @@ class Mirror:
         logger.info("checkpoint of step %d is in %s", step, self.place)
 
     def _remove_old(self, keep: int, latest: int | None) -> None:
-        """Remove all but the newest `keep` whole checkpoints, the best one and the checkpoints in the folder.
+        """Remove all but the newest `keep` whole checkpoints, the best and the checkpoints in the folder.
 
-        Checkpoints after `latest` go too: they belong to an abandoned history.
+        Checkpoints after `latest` go too, as parts of an abandoned history.
         """
         listing = self._listing()
         whole = [step for step in self._whole_steps(listing) if latest is None or step <= latest]
@@ -316,7 +316,7 @@ class Mirror:
             self._get(f"{name}/{file}", folder / file, size=entry.size)
 
     def _get(self, name: str, path: Path, *, size: int) -> None:
-        """Download a file, whole or not at all. RunError: its length is wrong."""
+        """Download a file, whole or not at all. RunError: a wrong length."""
         if ".." in PurePosixPath(name).parts:
             raise RunError(f"run.mirror: {self.place} has a file {name!r}, which would lie outside the run's folder")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -330,7 +330,7 @@ class Mirror:
         self._tried(lambda: self._store.pipe_file(name, json.dumps(value).encode()))
 
     def _marker(self, name: str) -> dict[str, Any] | None:
-        """Return the object in a small file. None: the file is absent, or truncated by a store that writes in parts."""
+        """Return the object in a small file. None: the file is absent, or truncated by a store with writes in parts."""
         try:
             value = json.loads(self._read(name) or b"null")
         except (ValueError, RecursionError):
@@ -338,7 +338,7 @@ class Mirror:
         return value if isinstance(value, dict) else None
 
     def _manifest(self, name: str) -> Manifest | None:
-        """Return a manifest. None: it is absent or truncated."""
+        """Return a manifest. None: absent or truncated."""
         content = self._read(name)
         return None if content is None else Manifest.parse(content)
 
@@ -376,7 +376,7 @@ class Mirror:
 
 
 def _open_store(url: str) -> tuple[Any, str]:
-    """Return the file system of a URL, and the path in it. UserError: it is not known, or its package is missing."""
+    """Return the file system of a URL, and the path within. UserError: an unknown file system, or a missing package."""
     try:
         return fsspec.core.url_to_fs(url)  # type: ignore[no-any-return]
     except ImportError as error:

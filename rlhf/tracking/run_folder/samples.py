@@ -1,6 +1,6 @@
 """Responses with their training signals: samples/step_NNNNNN.jsonl, one file a step, whole or absent.
 
-A process with the text (a reward worker) writes a file. The driver removes the later files when it resumes a run. Text
+A process with the text (a reward worker) writes a file. The driver removes the later files before a resumed run. Text
 is written as sampled: this is the user's data and is never redacted or truncated. The columns of the data row and an
 agent's result are a view of the data: secrets in them are masked, and long values are shortened.
 """
@@ -27,7 +27,7 @@ _TAIL_BYTES = 1 << 20  # searched for the last line, at the end of a samples fil
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleTurn:
-    """A stretch of a conversation, either sampled by the policy or given to it."""
+    """A stretch of a conversation, either sampled by the policy or given to the policy."""
 
     role: Literal["prompt", "policy", "environment"]
     text: str  # special tokens written out
@@ -37,9 +37,9 @@ class SampleTurn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleSequence:
-    """One sequence of an agent's session. It may begin with the same tokens as an earlier sequence.
+    """A sequence of an agent's session, possibly with the same first tokens as an earlier sequence.
 
-    Positions are indices in the columns of `SampleTokens`, where the sequences follow each other.
+    Positions are indices in the columns of `SampleTokens`, in the order of the sequences.
     """
 
     start: int  # position of its first token
@@ -54,8 +54,8 @@ class SampleTokens:
     """Everything after the prompt, token by token, in columns of equal length.
 
     The joined texts are the whole response, with special tokens written out. A token that ends within a character is
-    the empty string, and the next token that completes the character holds it whole. None in place of a column: the
-    run, or an evaluation response, has no such numbers. None in a column: this token has no number, such as an
+    the empty string, and the token that completes the character holds the whole character. None in place of a column:
+    the run, or an evaluation response, has no such numbers. None in a column: this token has no number, such as an
     environment's token.
     """
 
@@ -72,7 +72,7 @@ class SampleTokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleRecord:
-    """One response. None: the run, or an evaluation response, has no such number."""
+    """A response. None: the run, or an evaluation response, has no such number."""
 
     split: str  # "train", or the evaluation set's name
     group_id: int  # place in the prompt stream; in an evaluation, row of the set
@@ -107,7 +107,7 @@ class SampleRecord:
 
 @dataclass(frozen=True, slots=True)
 class SampleValue:
-    """A value as samples show it: whole, or the beginning of its text."""
+    """A value as shown in samples: whole, or the beginning of the text."""
 
     value: Any
     length: int | None  # in characters, of a shortened value; None: the value is whole
@@ -115,7 +115,7 @@ class SampleValue:
 
 
 def sample_columns(columns: Mapping[str, Any]) -> dict[str, SampleValue]:
-    """Return the columns of a data row as samples show them, without those of the prompt."""
+    """Return the columns of a data row as samples show them, without the prompt's columns."""
     return {name: sample_value(value) for name, value in columns.items() if name not in _PROMPT_COLUMNS}
 
 
@@ -140,7 +140,7 @@ def samples_path(folder: Path, step: int) -> Path:
 
 
 def write_samples(path: Path, records: Sequence[SampleRecord]) -> None:
-    """Write samples of one step at its `samples_path`, in place of the file's rows of the same splits.
+    """Write samples of one step at `samples_path`, in place of the file's rows of the same splits.
 
     A step's training and evaluation samples may therefore come in any order. Non-finite numbers become null.
     """
@@ -151,9 +151,9 @@ def write_samples(path: Path, records: Sequence[SampleRecord]) -> None:
 
 
 def last_sample(folder: Path, step: int) -> dict[str, Any] | None:
-    """Return the last written response of a step, from its evaluation if there was one. None: the step has no response.
+    """Return the last written response of a step, preferably from an evaluation. None: the step has no response.
 
-    It reads only the end of the file, because an evaluation may have written many responses.
+    Only the end of the file is read, because an evaluation may have written many responses.
     """
     path = samples_path(folder, step)
     try:
@@ -167,7 +167,7 @@ def last_sample(folder: Path, step: int) -> dict[str, Any] | None:
 
 
 def remove_files_after(folder: Path, step: int) -> list[int]:
-    """Remove the samples and evaluations of later steps, which a resumed run writes again. Return their steps."""
+    """Remove the samples and evaluations of later steps, before a resumed run writes both again. Return the steps."""
     paths = (*folder.glob("samples/step_*.jsonl"), *folder.glob("evals/step_*.json"))
     later = {path: number for path in paths if (number := int(path.stem.removeprefix("step_"))) > step}
     for path in later:

@@ -1,9 +1,9 @@
 """timeline.json: the work of each role over time, as a Chrome trace for Perfetto (ui.perfetto.dev) and
 chrome://tracing.
 
-Each role has one row group, with as many lanes as it had spans at once. Events are written as they end, so a killed run
-loses only the open spans. A resumed run continues the same file. The module measures nothing itself. While the file
-cannot be written, as on a full disk, the run goes on, and its spans are lost.
+Each role has one row group, with as many lanes as spans at once. Events are written as they end, so a killed run loses
+only the open spans. A resumed run continues the same file. The module measures nothing itself. While the file cannot be
+written, as on a full disk, the run goes on, and the spans are lost.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Timeline:
     def span(
         self, name: str, role: str = "controller", *, lane: str = "main", **args: int | float | str
     ) -> Generator[None]:
-        """Record the time spent inside, also when it raises."""
+        """Record the time spent inside, also after an exception."""
         start_s = time.time()
         try:
             yield
@@ -71,7 +71,7 @@ class Timeline:
         lane: str = "main",
         args: Mapping[str, int | float | str] | None = None,
     ) -> None:
-        """Add a span by its wall-clock ends (time.time(), so that spans of other processes fit in)."""
+        """Add a span by wall-clock ends (time.time(), to fit spans of several processes)."""
         with self._guard:
             pid = self._pid(role)
             tid = self._tid(pid, self._free_lane(role, lane, start_s, end_s))
@@ -110,7 +110,7 @@ class Timeline:
         return self._tids[pid, lane]
 
     def _free_lane(self, role: str, lane: str, start: float, end: float) -> str:
-        """Return the first copy of the lane in which the span overlaps no other one in part."""
+        """Return the first copy of the lane in which the span overlaps no earlier span in part."""
         lanes = self._lanes.setdefault((role, lane), [])
         for number, taken in enumerate(lanes):
             if all(end <= s or e <= start or (start <= s and e <= end) or (s <= start and end <= e) for s, e in taken):
@@ -126,7 +126,7 @@ class Timeline:
         return is_written
 
     def _put(self, text: bytes) -> bool:
-        """Write at the end of the whole events, to the kernel, which outlives the process. Return whether it worked."""
+        """Write at the end of the whole events, to the kernel, safe from the process's death. Return the success."""
         try:
             written = 0
             while written < len(text):
@@ -154,7 +154,7 @@ def _us(seconds: float) -> int:
 
 
 def _readable_end(path: Path) -> tuple[int, list[dict[str, Any]]]:
-    """Return the position after the last whole event of an earlier trace, and its metadata events."""
+    """Return the position after the last whole event of an earlier trace, and the metadata events."""
     end, names = 0, []
     if path.exists():
         position = 0

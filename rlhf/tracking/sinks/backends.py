@@ -1,7 +1,7 @@
-"""The interface of the tracker's back ends, and the thread of each one, so that the loop never waits for it.
+"""The interface of the tracker's back ends, and a thread for each back end. The loop never waits for a back end.
 
-A back end is a view of the run folder elsewhere: W&B, TensorBoard, Prometheus. The driver hands it steps. A failing
-back end does not affect the run. Nothing here decides which values are logged.
+A back end is a view of the run folder elsewhere: W&B, TensorBoard, Prometheus. The driver hands over steps. A failing
+back end does not affect the run. This module does not choose the logged values.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class TrackedStep:
 class TrackerBackend:
     """A view of the run folder elsewhere. All calls come from one thread. An exception ends the view alone.
 
-    A back end inherits the methods that it does not need: here they do nothing.
+    A back end inherits the methods without a use: the methods here do nothing.
     """
 
     name: str  # in messages
@@ -57,14 +57,17 @@ class TrackerBackend:
         """Send an alert to the user once."""
 
     def checkpoint(self, step: int, folder: Path) -> None:
-        """Store a whole checkpoint. It may be removed when the next one is."""
+        """Store a whole checkpoint, until the next checkpoint is stored."""
 
     def close(self, *, failed: bool) -> None:
         """Hand over the rest within CLOSE_WITHIN_S. The run folder's files are all closed."""
 
 
 class Relay:
-    """A back end on a separate thread. After its first failure it gets no more calls, and one warning is logged."""
+    """A back end on a separate thread.
+
+    After the first failure the back end gets no more calls, and one warning is logged.
+    """
 
     def __init__(self, backend: TrackerBackend, *, close_within_s: float = CLOSE_WITHIN_S) -> None:
         self._backend = backend
@@ -85,7 +88,7 @@ class Relay:
             self._missed = True
 
     def close(self, *, failed: bool) -> None:
-        """Let the back end finish its queue, or leave it at the deadline."""
+        """Let the back end finish the queue, or leave the back end at the deadline."""
         end = time.monotonic() + self._close_within_s
         with suppress(queue.Full):
             self._calls.put(("finishing", lambda backend: backend.close(failed=failed)), timeout=self._close_within_s)

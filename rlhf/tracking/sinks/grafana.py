@@ -1,6 +1,6 @@
 """cluster/grafana.json: rlhf/tracking/metrics/panels.py as a Grafana dashboard for the Prometheus that scrapes Ray.
 
-`python -m rlhf.tracking.sinks.grafana > cluster/grafana.json` writes it. It uses only the names of
+`python -m rlhf.tracking.sinks.grafana > cluster/grafana.json` writes the file. The dashboard uses only the names of
 rlhf/tracking/sinks/prometheus_names.py.
 """
 

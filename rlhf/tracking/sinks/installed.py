@@ -1,7 +1,7 @@
-"""Trackers that installed packages offer, by entry points of the group `rlhf.trackers`.
+"""Trackers of installed packages, by entry points of the group `rlhf.trackers`.
 
-A tracker is a class. Its constructor takes the run and the arguments from the configuration; its methods are those of
-`TrackerBackend`. It is constructed on its thread, so a failure there does not affect the run either.
+A tracker is a class. The constructor takes the run and the arguments from the configuration; the methods are
+`TrackerBackend`'s. The class is constructed on the tracker's thread, so a failure there does not affect the run either.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ METHODS = ("log", "alert", "checkpoint", "close")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrackedRun:
-    """The run that a tracker follows."""
+    """The run followed by a tracker."""
 
     name: str
     folder: Path
@@ -32,7 +32,7 @@ class TrackedRun:
 
 
 def installed_tracker(name: str, args: Mapping[str, Any], run: TrackedRun) -> InstalledTracker:
-    """Load the class of a tracker without constructing it. UserError, naming the key: it cannot be used."""
+    """Load the class of a tracker without constructing it. UserError, naming the key: an unusable class."""
     key = f"tracking.trackers.{name}"
     try:
         target: Any = load_code(find_code("tracker", name, key=key))
@@ -52,7 +52,7 @@ def installed_tracker(name: str, args: Mapping[str, Any], run: TrackedRun) -> In
 
 
 class InstalledTracker(TrackerBackend):
-    """A tracker that is constructed at its first step."""
+    """A tracker constructed at the first step."""
 
     def __init__(self, name: str, construct: Callable[[], TrackerBackend]) -> None:
         self.name = f"the tracker {name}"

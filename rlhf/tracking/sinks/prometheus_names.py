@@ -1,8 +1,8 @@
 """Names of the metrics in Prometheus: `update/loss/mean` is exported as `ray_rlhf_update_loss_mean`.
 
 The value of a placeholder becomes a label, so one expression covers the graph of all rewards. Sums a step (`.../total`)
-are counters, which only rise; all others are gauges. actors/cluster/prometheus.py exports under these names, and
-cluster/grafana.json queries them. This module does not use Ray.
+are counters, which only rise; all further metrics are gauges. actors/cluster/prometheus.py exports under the names, and
+cluster/grafana.json queries the names. This module does not use Ray.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STEP = "step"  # the last finished step
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
-    """A metric as Ray is given it."""
+    """A metric as given to Ray."""
 
     name: str
     labels: tuple[str, ...]  # besides the run
@@ -29,7 +29,7 @@ class Exported:
 
     @property
     def in_prometheus(self) -> str:
-        """Return the name for queries: Ray adds its prefix, and `_total` for counters."""
+        """Return the name for queries: Ray adds a prefix, and `_total` for counters."""
         return RAYS_PREFIX + self.name + ("_total" if self.is_counter else "")
 
 
@@ -46,6 +46,6 @@ def exported(metric: Metric) -> Exported:
 
 
 def labelled(key: str) -> tuple[Exported, dict[str, str]]:
-    """Return the Prometheus form of a key, and its labels. KeyError: the key is not declared."""
+    """Return the Prometheus form of a key, and the labels. KeyError: the key is not declared."""
     metric = declared(key)
     return exported(metric), metric.placeholders(key) or {}

@@ -1,6 +1,6 @@
 """TensorBoard as a tracker back end: event files in <run folder>/tensorboard, for `tensorboard --logdir runs`.
 
-It shows scalars and histograms under the names of the metrics, and alerts as text. It does not show samples or the
+TensorBoard shows scalars and histograms under the names of the metrics, and alerts as text, but no samples and no
 timeline.
 """
 

@@ -1,7 +1,7 @@
 """The only writer of a step's numbers: always to metrics.jsonl, and to every requested back end.
 
-The driver logs once a step. A resumed run first removes the rows after its checkpoint. Problems in the rows are
-reported when they first show. The tracker computes no metric and reads no clock except for `time_s`.
+The driver logs once a step. A resumed run first removes the rows after the checkpoint. The first occurrence of a
+problem in the rows is reported. The tracker computes no metric and reads no clock except for `time_s`.
 """
 
 from __future__ import annotations
@@ -74,11 +74,11 @@ class Tracker:
         distributions: Mapping[str, Histogram] = MappingProxyType({}),
         groups: StepGroups | None = None,
     ) -> list[Finding]:
-        """Write the step's row, its histograms and its groups. Return the problems that first show in this step, also
-        logged and sent.
+        """Write the step's row, histograms and groups.
 
-        Non-finite values become null, with a warning. KeyError: a key is not declared. TypeError: a value is not a
-        number. ValueError: the step is not after the last one.
+        Return the problems first seen in this step, also logged and sent. Non-finite values become null, with a
+        warning. KeyError: a key is not declared. TypeError: a value is not a number. ValueError: the step is not after
+        the last one.
         """
         if step <= self._last_step:
             raise ValueError(f"step {step} was logged after step {self._last_step}, but steps must rise")
@@ -109,7 +109,7 @@ class Tracker:
         return findings
 
     def amend(self, added: Mapping[str, float]) -> None:
-        """Add values to those of the last row. The back ends are not told, since they have that step already."""
+        """Add values to the last row's values. The back ends already have this step and get no update."""
         *rows, last = read_metrics(self._folder)
         write_lines(self._path, [*rows, last | {key: (last.get(key) or 0.0) + added[key] for key in added}])
 
@@ -130,7 +130,7 @@ class Tracker:
         write_error(self._folder, record, waits=waits)
 
     def truncate_after(self, step: int) -> None:
-        """Remove the rows of later steps at the start of a resumed run, which writes them again."""
+        """Remove the rows of later steps at the start of a resumed run, before the run writes the rows again."""
         rows, errors, *_ = (keep_lines(self._folder / name, lambda row: row["step"] <= step) for name in _FILES)
         files = remove_files_after(self._folder, step)
         if rows or errors or files:
@@ -140,6 +140,6 @@ class Tracker:
         self._continue()
 
     def close(self, *, failed: bool = False) -> None:
-        """Close the back ends. `failed`: they show that the run failed."""
+        """Close the back ends. `failed`: show the run as failed."""
         for relay in self._relays:
             relay.close(failed=failed)

@@ -1,7 +1,7 @@
 """W&B as a tracker back end: offline (files in the run folder, `wandb sync` later) or online.
 
-The driver opens it once; nothing else in the project calls W&B. W&B is a view of the run folder and holds no additional
-data. It may fail the start of a run, but it never hangs the start and never stops a running run.
+The driver opens W&B once; nothing else in the project calls W&B. W&B is a view of the run folder and holds no
+additional data. W&B may fail the start of a run, but never hangs the start and never stops a running run.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def open_wandb(
     checkpoints: bool = False,
     timeout_s: float = 60.0,
 ) -> WandbBackend:
-    """Start, or after a resume continue, the run folder's W&B run (its id lies in <folder>/wandb_run_id).
+    """Start, or after a resume continue, the run folder's W&B run (with the id in <folder>/wandb_run_id).
 
-    `config` is masked before it leaves the process, and gets the state of the repository as `git`. checkpoints: they
-    and the final model are kept as artifacts. UserError: online without credentials. RunError: W&B did not start
+    `config` is masked before leaving the process, and gets the state of the repository as `git`. checkpoints: store
+    checkpoints and the final model as artifacts. UserError: online without credentials. RunError: W&B did not start
     within timeout_s.
     """
     import wandb
@@ -125,7 +125,7 @@ class WandbBackend(TrackerBackend):
         return str(self._run.id)
 
     def log(self, step: TrackedStep) -> None:
-        """Queue one row with its histograms and tables of samples. W&B's background process writes or sends it."""
+        """Queue one row with histograms and tables of samples. W&B's background process writes or sends the row."""
         import wandb
 
         row: dict[str, Any] = {"step": step.step}
@@ -138,7 +138,7 @@ class WandbBackend(TrackerBackend):
         self._run.log(row)
 
     def alert(self, severity: Severity, title: str, text: str) -> None:
-        """Send an alert; W&B notifies its subscribers."""
+        """Send an alert; W&B notifies the subscribers."""
         self._run.alert(title=title[:63], text=text, level="ERROR" if severity == "failure" else "WARN")
 
     def checkpoint(self, step: int, folder: Path) -> None:
@@ -158,7 +158,7 @@ class WandbBackend(TrackerBackend):
     def _keep(
         self, kind: str, path: Path, *, aliases: Sequence[str] = ("latest",), metadata: Mapping[str, Any] | None = None
     ) -> None:
-        """Add a file or folder as an artifact of this run. Files that the run will remove or write again are copied."""
+        """Add a file or folder as an artifact of this run. Files due for removal or rewriting are copied."""
         import wandb
 
         artifact = wandb.Artifact(f"{kind}-{self.run_id}", type=kind, metadata=dict(metadata or {}))
@@ -217,7 +217,7 @@ def _cells(row: Mapping[str, Any], rewards: Sequence[str]) -> dict[str, Any]:
 
 
 def _mean_logprob(row: Mapping[str, Any], whose: str) -> float | None:
-    """Return the mean over the sampled tokens. If their values were unknown before the update, use the current ones."""
+    """Return the mean over the sampled tokens as recorded, or else the mean of the recorded token values."""
     mean: float | None = row.get(f"mean_{whose}_logprob")
     values = [value for value in (row.get("tokens") or {}).get(f"{whose}_logprobs") or () if value is not None]
     return fmean(values) if mean is None and values else mean

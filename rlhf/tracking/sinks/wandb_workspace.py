@@ -1,7 +1,7 @@
 """The W&B workspace of a project of runs: rlhf/tracking/metrics/panels.py as sections of line plots, histograms and
 tables.
 
-Made by wandb-workspaces; only saving it speaks to W&B. It reads no run.
+Made by wandb-workspaces; only saving speaks to W&B. The module reads no run.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def make_workspace(*, entity: str, project: str) -> Workspace:
 
 
 def publish(*, project: str, entity: str | None, out: Path | None) -> str:
-    """Save the workspace to W&B, or as JSON to a file without asking any server. Returns its address, or the file.
+    """Save the workspace to W&B, or as JSON to a file without asking any server. Returns the address, or the file.
 
-    UserError: no credentials, or no package. RunError: W&B refused it.
+    UserError: no credentials, or no package. RunError: W&B refused the workspace.
     """
     if out is not None:
         if not out.parent.is_dir():
