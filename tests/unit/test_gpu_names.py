@@ -5,7 +5,6 @@ Nothing is called. A version that drops or renames something fails here, on a CP
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import inspect
 import re
@@ -21,7 +20,8 @@ from torch import distributed
 from torch.multiprocessing import reductions
 from torch.nn.attention.varlen import varlen_attn
 
-ROOT = Path(__file__).parents[2]
+from tests.fixtures.sources import ROOT, keywords
+
 STUBS = Path(torch.__file__).parent / "_C"  # names of CUDA builds too
 
 
@@ -29,12 +29,6 @@ def sources() -> Iterator[tuple[Path, str]]:
     for package in ("rlhf", "actors"):
         for path in (ROOT / package).rglob("*.py"):
             yield path, path.read_text(encoding="utf-8")
-
-
-def keywords(path: str, called: str) -> set[str]:
-    """The keyword arguments of the calls of a name in a file."""
-    calls = [node for node in ast.walk(ast.parse((ROOT / path).read_text())) if isinstance(node, ast.Call)]
-    return {str(k.arg) for call in calls if ast.unparse(call.func).endswith(called) for k in call.keywords}
 
 
 def test_names_of_torch() -> None:
