@@ -1,4 +1,4 @@
-"""Define the algorithms, one file each. The table below is the only list of them.
+"""Define the algorithms, one file each. The table below is the only list of algorithms.
 
 Users name further algorithms in a configuration (rlhf.algorithms.custom).
 """
@@ -93,7 +93,7 @@ Family = TypeVar("Family", bound=Algorithm)
 
 
 def algorithm_of(config: AlgorithmConfig, family: type[Family]) -> Family:
-    """Return the algorithm of a configuration. `family` is the base class that the caller knows."""
+    """Return the algorithm of a configuration. `family` is the base class known to the caller."""
     custom = config.algorithm_class if isinstance(config, CustomConfig) else None
     algorithm = (custom or ALGORITHMS[config.name])(config)
     assert isinstance(algorithm, family), f"{config.name} is no {family.__name__}"

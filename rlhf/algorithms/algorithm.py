@@ -1,4 +1,4 @@
-"""Define the base classes of every algorithm and of its configuration section."""
+"""Define the base classes of every algorithm and of every algorithm's configuration section."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Responses:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnusedKey:
-    """Name a key of an algorithm without effect, given its other keys."""
+    """Name a key of an algorithm without effect beside the algorithm's further keys."""
 
     key: str
     why: str  # the rule and the values behind it
@@ -37,7 +37,7 @@ class UnusedKey:
 
 
 class AlgorithmConfig(Section):
-    """Keys of every algorithm, and the facts about it needed before a run starts."""
+    """Keys of every algorithm, and facts needed before a run starts."""
 
     kind: ClassVar[Kind]  # selects the learner, the worker, and the form of the data
     off_policy_keys: ClassVar[tuple[str, ...]] = ()  # keys without effect while every importance ratio is 1
@@ -50,7 +50,7 @@ class AlgorithmConfig(Section):
 
     @property
     def short_name(self) -> str:
-        """The name without a folder, for other machines."""
+        """The name without a folder, the same on every machine."""
         return self.name
 
     @property
@@ -75,7 +75,8 @@ class AlgorithmConfig(Section):
 
     @property
     def reads_teacher_states(self) -> bool:
-        """Whether rollouts are compared with the teacher's distributions, not only with its log-probabilities."""
+        """Whether rollouts are compared with the teacher's distributions, not only with the teacher's
+        log-probabilities."""
         return False
 
     @property
@@ -90,7 +91,7 @@ class AlgorithmConfig(Section):
 
     @property
     def compares_responses(self) -> bool:
-        """Whether training on a response depends on the other responses to its prompt."""
+        """Whether training on a response depends on the rest of the group."""
         return False
 
     @property
@@ -100,37 +101,37 @@ class AlgorithmConfig(Section):
 
     @property
     def trusts_sampler(self) -> bool:
-        """Whether the loss takes the policy's log-probabilities before the update for those of the sampler."""
+        """Whether the loss takes the policy's log-probabilities before the update for the sampler's."""
         return False
 
     @property
     def critic_only_steps(self) -> int:
-        """The number of first steps that train the critic alone."""
+        """The number of first steps for training the critic alone."""
         return 0
 
     @property
     def compares_with_divergence(self) -> bool:
-        """Whether a row also has its prompt with another row's response."""
+        """Whether a row also pairs the prompt with another row's response."""
         return False
 
     @property
     def row_options(self) -> Mapping[str, Any]:
-        """Return further arguments of the function that loads the rows of a data set."""
+        """Return further arguments for loading the rows of a data set."""
         return {"with_gold": True} if self.needs_gold else {}
 
     def problems(self, responses: Responses) -> Iterator[tuple[str, str]]:
-        """Yield contradictions with the rest of an online run: the key and the text of the message after it."""
+        """Yield contradictions with the rest of an online run: the key and the text of the message after the key."""
         yield from ()
 
     def unused_keys(self) -> Iterator[UnusedKey]:
-        """Yield keys without effect by rules that the marks of rlhf.sections cannot express."""
+        """Yield keys without effect by rules beyond the marks of rlhf.sections."""
         yield from ()
 
 
 class Algorithm:
-    """An algorithm: the mathematics that differs from other algorithms of its kind.
+    """An algorithm: the mathematics that differs within a kind of algorithms.
 
-    The annotation of `config` names the class of its configuration section. All other facts follow from that class.
+    The annotation of `config` names the class of the configuration section. All further facts follow from this class.
     """
 
     config: AlgorithmConfig

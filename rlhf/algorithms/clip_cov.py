@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class ClipCovConfig(ClippedConfig):
-    """Clip-Cov is GRPO without a few tokens whose log-probability and advantage move together."""
+    """Clip-Cov is GRPO without a few tokens with jointly moving log-probability and advantage."""
 
     token_selection_keys: ClassVar[tuple[str, ...]] = ("fraction", "min_covariance", "max_covariance")
     takes_steps: ClassVar[StepUse] = "advantages"
@@ -39,10 +39,10 @@ class ClipCovConfig(ClippedConfig):
 
 
 class ClipCov(GroupRelative):
-    """A token's covariance compares it with the mean token of the whole optimizer step.
+    """A token's covariance compares the token with the mean token of the whole optimizer step.
 
-    Deviations from the paper: 1. covariances use the log-probabilities before the update, so that every rank and
-    micro-batch agrees on them; 2. PPO's clip stays, as in verl. Raise clip_high and clip_low to match the paper.
+    Deviations from the paper: 1. covariances use the log-probabilities before the update, equal for every rank and
+    micro-batch; 2. PPO's clip stays, as in verl. Raise clip_high and clip_low to match the paper.
     """
 
     config: ClipCovConfig

@@ -1,4 +1,5 @@
-"""Configure and compute the correction of tokens sampled by other kernels or by older weights than the trained policy.
+"""Configure and compute the correction of tokens sampled by different kernels or older weights than the trained
+policy's.
 
 The correction is a factor for each token's policy loss. A rejected or masked token has factor 0 and still counts in the
 denominator of the step's loss: the number of such tokens may be known only during the step, and a denominator of local
@@ -59,8 +60,8 @@ UpperBound = Annotated[float, Field(gt=0.0)]
 
 
 class RejectConfig(Section):
-    """Bounds outside of which a token, or each token of a response, is left out of the policy loss. If several are set,
-    a token must satisfy all of them. r is exp(logp_old - logp_rollout), or exp(logp - logp_rollout) unless the mode is
+    """Bounds outside of which a token, or each token of a response, is left out of the policy loss. A token must
+    satisfy all given bounds. r is exp(logp_old - logp_rollout), or exp(logp - logp_rollout) unless the mode is
     decoupled. k1 = -log r, k2 = (log r)^2 / 2, k3 = r - 1 - log r. A null bound disables the test."""
 
     token_ratio: RatioBounds | None = None
@@ -98,7 +99,7 @@ class RejectConfig(Section):
 
     @property
     def bounds(self) -> Mapping[str, Bounds]:
-        """Return the bounds that are set, by key."""
+        """Return the bounds in effect, by key."""
         values = {name: getattr(self, name) for name in type(self).model_fields}
         return {
             name: value if isinstance(value, tuple) else (None, value)
@@ -111,11 +112,11 @@ class CorrectionConfig(Section):
     """Correction of the gap between rollout engine and trainer."""
 
     preset: Preset | None = None
-    """A named combination of the keys below (docs/algorithms.md has the table). Explicit keys override it. The resolved
-    configuration shows all values in effect."""
+    """A named combination of the keys below (docs/algorithms.md has the table). Explicit keys override the preset. The
+    resolved configuration shows all values in effect."""
     mode: Literal["decoupled", "bypass", "policy_gradient"] = "decoupled"
     """decoupled: the trainer computes old_logprobs, the clip acts on exp(logp - logp_old), weights and rejections on
-    exp(logp_old - logp_rollout). bypass: the rollout's log-probabilities replace the old ones, so that the clip acts on
+    exp(logp_old - logp_rollout). bypass: the rollout's log-probabilities replace old_logprobs, and the clip acts on
     exp(logp - logp_rollout). policy_gradient: as bypass, without the clip: the loss is -weight * advantage * logp."""
     weights: Literal["token_truncated", "token_masked", "sequence_truncated", "sequence_masked"] | None = None
     """Weight of a token's policy loss: the token's ratio, or the product of its response's ratios. truncated: clipped

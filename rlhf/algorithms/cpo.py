@@ -24,13 +24,13 @@ class CPOConfig(PreferenceConfig):
     beta: float = Field(default=0.1, gt=0.0)
     """Factor of the log-probabilities."""
     label_smoothing: Annotated[float, OnlyWith("loss", "sigmoid")] = Field(default=0.0, ge=0.0, lt=0.5)
-    """Assumed share of pairs with a wrong preference; only `sigmoid` reads it."""
+    """Assumed share of pairs with a wrong preference, for `sigmoid` only."""
     sft_coef: float = Field(default=1.0, ge=0.0)
     """Weight of the mean negative log-probability of the chosen responses' tokens."""
 
 
 class CPO(PairAlgorithm):
-    """The losses read summed log-probabilities (`ipo` reads averaged ones, as in TRL)."""
+    """The losses read summed log-probabilities (averaged for `ipo`, as in TRL)."""
 
     config: CPOConfig
 

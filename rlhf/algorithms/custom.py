@@ -1,7 +1,7 @@
-"""Load algorithms that are not built in: a class in a user's file, or one that an installed package offers.
+"""Load algorithms of users: a class in a file, or a class offered by an installed package.
 
 The configuration of such an algorithm is pickled by the algorithm's name. Every process of a run, on any node, loads
-the code itself and checks that it is the driver's.
+the code anew and compares the code with the driver's.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ BASES = ", ".join(dict.fromkeys(family.__name__ for family in FAMILIES.values())
 
 
 class CustomConfig:
-    """The part of a configuration class that loads the algorithm. `custom_config_class` adds it to the user's class."""
+    """The part of a configuration class for loading the algorithm. `custom_config_class` adds this part to the user's
+    class."""
 
     algorithm_class: ClassVar[type[Algorithm]]
     short_name: ClassVar[str]
@@ -51,12 +52,12 @@ class CustomConfig:
     name: str
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[str, str], Any]:
-        """Pickle the name and the values, since other processes have no module for a user's file."""
+        """Pickle the name and the values, since no second process has a module for a user's file."""
         return _restore, (self.name, self.code_digest), self.__getstate__()
 
 
 def _restore(name: str, digest: str) -> Any:
-    """Return a configuration without values in a process that unpickles it."""
+    """Return a configuration without values in the unpickling process."""
     config_class: Any = custom_config_class(name)
     if config_class.code_digest != digest:
         raise RunError(
@@ -67,9 +68,9 @@ def _restore(name: str, digest: str) -> Any:
 
 
 def custom_config_class(name: str, *, built_ins: Collection[str] = ()) -> type[AlgorithmConfig]:
-    """Load an algorithm, and return its configuration class with this name as the only value of its key `name`.
+    """Load an algorithm, and return its configuration class with this name as the only value of the key `name`.
 
-    UserError: it cannot be loaded, or is no algorithm.
+    UserError: the class cannot be loaded, or is no algorithm.
     """
     source = find_code("algorithm", name, built_ins=built_ins, folders=(Path(),))
     short_name = name
@@ -92,7 +93,7 @@ def _config_class(algorithm: Any, name: str, short_name: str, digest: str) -> ty
 
 
 def _checked_class(target: Any) -> type[Algorithm]:
-    """Return the class of an algorithm. LoadError unless the workers of its kind can use it."""
+    """Return the class of an algorithm. LoadError for a class without a use for the workers."""
     if not inspect.isclass(target) or not issubclass(target, Algorithm):
         raise LoadError(f"{target!r:.100} is not a subclass of an algorithm's base class: {BASES}")
     shown = f"class `{target.__name__}`"

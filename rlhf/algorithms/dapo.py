@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class OverlongConfig(Section):
-    """Long responses lose score before they reach the token limit (arXiv:2503.14476, eq. 13)."""
+    """Long responses lose score even below the token limit (arXiv:2503.14476, eq. 13)."""
 
     buffer: int = Field(ge=1)
     """Number of tokens before rollouts.max_new_tokens over which the penalty grows from 0 to factor. The paper takes a
@@ -34,7 +34,7 @@ class DAPOConfig(ClippedConfig):
     takes_steps: ClassVar[StepUse] = "advantages"
     name: Literal["dapo"]
     clip_high: float = Field(default=0.28, gt=0.0)
-    """The ratio is clipped above at 1 + clip_high: higher than below, so that unlikely tokens can become likely."""
+    """The ratio is clipped above at 1 + clip_high: higher than below, to let unlikely tokens become likely."""
     overlong: OverlongConfig | None = None
     """Soft penalty on length; null: no penalty."""
 

@@ -27,7 +27,7 @@ class DistillationConfig(AlgorithmConfig):
     beta: Annotated[float, OnlyWith("divergence", "jsd")] = Field(default=0.5, gt=0.0, lt=1.0)
     """Share of the teacher in the mixture of `jsd`."""
     temperature: float = Field(default=1.0, gt=0.0)
-    """Both models' logits are divided by it. The loss is not multiplied by its square."""
+    """Divisor of both models' logits. The loss is not multiplied by the squared temperature."""
     sft_coef: float = Field(default=0.0, ge=0.0)
     """Weight of the negative log-probability of the data's own tokens, at temperature 1."""
 

@@ -1,6 +1,6 @@
 """DPO (arXiv:2305.18290) and its variants train on the log-ratios of a chosen and a rejected response.
 
-The reference is the policy before training. Its log-probabilities are computed once and kept on disk.
+The reference is the policy before training. The reference's log-probabilities are computed once and stored on disk.
 """
 
 from __future__ import annotations
@@ -41,17 +41,18 @@ class LogRatioConfig(PreferenceConfig):
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=0.5)
     """Assumed share of pairs with a wrong preference (cDPO with `sigmoid`); `exo` needs more than 0."""
     length_normalize: bool = False
-    """Log-ratios per token instead of summed over a response (Tulu 3, arXiv:2411.15124; IPO as its authors ran it)."""
+    """Log-ratios per token instead of summed over a response (Tulu 3, arXiv:2411.15124; IPO as run by the authors)."""
     length_alpha: float = Field(default=1.0, ge=0.0, le=1.0)
-    """Weight of the tokens by which the longer response of a pair exceeds the shorter (LD-DPO, arXiv:2409.06411)."""
+    """Weight of the longer response's surplus of tokens over the shorter response of a pair (LD-DPO,
+    arXiv:2409.06411)."""
     divergence: Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha"] = "reverse_kl"
     """Divergence from the reference (f-DPO, arXiv:2309.16240)."""
     divergence_alpha: Annotated[float, OnlyWith("divergence", "alpha")] = Field(default=0.5, ge=0.0, lt=1.0)
-    """alpha of the alpha-divergence: 0 is the forward KL; towards 1 it becomes the reverse KL."""
+    """alpha of the alpha-divergence: 0 is the forward KL; towards 1 comes the reverse KL."""
 
     @property
     def losses(self) -> Mapping[str, float]:
-        """Return each loss with its weight."""
+        """Return each loss with a weight."""
         return self.loss if isinstance(self.loss, dict) else {self.loss: 1.0}
 
     @model_validator(mode="after")
@@ -84,7 +85,7 @@ class LogRatioConfig(PreferenceConfig):
         return True
 
     def unused_keys(self) -> Iterator[UnusedKey]:
-        """Yield label_smoothing unless a loss reads it."""
+        """Yield label_smoothing unless read by a loss."""
         if not SMOOTHED & set(self.losses):
             why = f"algorithm.loss {', '.join(self.losses)} does not read it"
             yield UnusedKey(key="label_smoothing", why=why, fix=f"use one of {', '.join(sorted(SMOOTHED))}")
@@ -93,7 +94,7 @@ class LogRatioConfig(PreferenceConfig):
 class LogRatioAlgorithm(PairAlgorithm):
     """The loss is a weighted sum of losses of a pair's log-ratios.
 
-    Deviation from BCO's paper: its delta is the mean reward of the optimizer step, not a running one.
+    Deviation from BCO's paper: delta is the mean reward of the optimizer step, not a running mean.
     """
 
     config: LogRatioConfig

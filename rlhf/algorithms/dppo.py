@@ -1,4 +1,4 @@
-"""DPPO (arXiv:2602.04879) leaves a token out once its probability, not its ratio, has moved too far."""
+"""DPPO (arXiv:2602.04879) leaves a token out once the probability, not the ratio, has moved too far."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class DPPOConfig(OnlineConfig):
     divergence: Literal["tv", "kl"] = "tv"
     """tv: the change of the sampled token's probability. kl: KL(old || new) of that probability, in nats."""
     max_decrease: float = Field(default=0.15, gt=0.0)
-    """Divergence beyond which a token of negative advantage, made less likely, is left out. For kl some 0.05."""
+    """Divergence beyond which a token of negative advantage, made less likely, is left out. About 0.05 for kl."""
     max_increase: float = Field(default=0.15, gt=0.0)
     """Divergence beyond which a token of positive advantage, made likelier, is left out. For kl some 0.05."""
     max_ratio: float = Field(default=20.0, gt=1.0)
@@ -31,8 +31,8 @@ class DPPOConfig(OnlineConfig):
 class DPPO(GroupRelative):
     """The loss is CISPO's, over the tokens inside the trust region.
 
-    The paper's old policy is the sampler. Here it is the trainer's policy at the start of the update, unless
-    correction.mode is bypass.
+    The paper's old policy is the sampler. Here the old policy is the trainer's policy at the start of the update,
+    unless correction.mode is bypass.
     """
 
     config: DPPOConfig

@@ -1,4 +1,4 @@
-"""Dr. GRPO (arXiv:2503.20783) is GRPO without its biases of response length and of question difficulty."""
+"""Dr. GRPO (arXiv:2503.20783) is GRPO without GRPO's biases of response length and of question difficulty."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class DrGRPOConfig(ClippedConfig):
-    """GRPO done right: it divides neither by the group's standard deviation nor by a response's length."""
+    """GRPO done right: divides neither by the group's standard deviation nor by a response's length."""
 
     takes_steps: ClassVar[StepUse] = "advantages"
     name: Literal["dr_grpo"]
@@ -22,8 +22,7 @@ class DrGRPOConfig(ClippedConfig):
 
 
 class DrGRPO(OnlineAlgorithm):
-    """Scores are centred. Token losses are summed and divided by a constant, so that every length has the same
-    weight."""
+    """Scores are centred. Token losses are summed and divided by a constant, and every length has the same weight."""
 
     config: DrGRPOConfig
     advantages_by_group = True

@@ -1,4 +1,4 @@
-"""DRO (arXiv:2405.19107) is REINFORCE with a quadratic penalty on the distance from the policy that sampled."""
+"""DRO (arXiv:2405.19107) is REINFORCE with a quadratic penalty on the distance from the sampling policy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class DRO(GroupRelative):
     """The gradient has no ratio and no clip. The penalty alone keeps the policy near the sampler.
 
     Deviations from the paper: 1. the penalty is towards the weights at the start of the update, not a fixed reference;
-    2. it applies to each token, not to the whole response; 3. the baseline is GRPO's, not a trained value function.
+    2. the penalty applies to each token, not to the whole response; 3. the baseline is GRPO's, not a trained value
+       function.
     """
 
     config: DROConfig

@@ -1,4 +1,4 @@
-"""GDPO (arXiv:2601.05242) normalises each reward within the group before it sums them."""
+"""GDPO (arXiv:2601.05242) normalises each reward within the group before summing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GMPO (arXiv:2507.20673) uses the geometric mean of token ratios, clipped one by one."""
+"""GMPO (arXiv:2507.20673) uses the geometric mean of token ratios, each clipped separately."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlhf.objectives import sequence_ratios
 
 
 class GMPOConfig(OnlineConfig):
-    """Geometric-mean policy optimisation: outliers among token ratios count little, so that the clip can be wide."""
+    """Geometric-mean policy optimisation: outliers among token ratios count little, which allows a wide clip."""
 
     off_policy_keys: ClassVar[tuple[str, ...]] = ("clip_low", "clip_high")
     name: Literal["gmpo"]
@@ -25,7 +25,7 @@ class GMPOConfig(OnlineConfig):
 
 
 class GMPO(GroupRelative):
-    """The loss is -ratio * advantage, with one ratio for all tokens of a response."""
+    """The loss is -ratio * advantage, with a common ratio for all tokens of a response."""
 
     config: GMPOConfig
 

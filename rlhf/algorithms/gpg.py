@@ -24,10 +24,10 @@ class GPGConfig(OnlineConfig):
 
 
 class GPG(OnlineAlgorithm):
-    """Centred scores are multiplied by num_groups / num_groups_with_unequal_scores, so that flat groups dilute no
-    gradient.
+    """Centred scores are multiplied by num_groups / num_groups_with_unequal_scores, which keeps flat groups from
+    diluting the gradient.
 
-    Deviation from the paper: the factor is computed over the step's whole batch, not over one minibatch.
+    Deviation from the paper: the factor is computed over the step's whole batch, not over a minibatch.
     """
 
     config: GPGConfig

@@ -27,12 +27,12 @@ class GRPOConfig(ClippedConfig):
 
 
 class GroupRelative(OnlineAlgorithm):
-    """Every token of a response has the response's advantage: its score compared with its group."""
+    """Every token of a response has the response's advantage: the score compared with the group."""
 
     advantages_by_group = True
 
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
-        """Return the scores minus their group's mean, divided by its standard deviation."""
+        """Return the scores minus the group's mean, divided by the group's standard deviation."""
         return advantages.group_normalized(outcomes.scores, group_size=outcomes.group_size, eps=GROUP_STD_EPS)
 
     def step_terms(self, rewards: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
@@ -50,11 +50,11 @@ class GRPO(GroupRelative):
     config: GRPOConfig
 
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
-        """Return each score compared with its group."""
+        """Return each score compared with the group."""
         if not self.config.std_normalize:
             return advantages.group_centered(outcomes.scores, group_size=outcomes.group_size)
         return super().sequence_advantages(outcomes)
 
     def step_terms(self, rewards: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
-        """Return each step reward compared with all step rewards of its group."""
+        """Return each step reward compared with all step rewards of the group."""
         return super().step_terms(rewards) if self.config.std_normalize else advantages.steps_centered(rewards)

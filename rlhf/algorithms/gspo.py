@@ -1,4 +1,4 @@
-"""GSPO (arXiv:2507.18071) uses the importance ratio of the whole response, and clips that ratio."""
+"""GSPO (arXiv:2507.18071) uses the importance ratio of the whole response, and clips this ratio."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class SequenceClipConfig(ClippedConfig):
 class SequenceClip(GroupRelative):
     """Each token's ratio is the geometric mean of the response's token ratios.
 
-    The loss is the paper's token form (eq. 14). Its gradient equals that of the sequence form (eq. 5) if all tokens of
-    a response have one advantage and one weight. Corrections, token selection or step credit give tokens unequal
-    weights. In the token form each weight then multiplies its token's gradient.
+    The loss is the paper's token form (eq. 14). The gradient equals the gradient of the sequence form (eq. 5) if all
+    tokens of a response share an advantage and a weight. Corrections, token selection or step credit give tokens
+    unequal weights. In the token form each weight then multiplies the gradient of a single token.
     """
 
     config: SequenceClipConfig
@@ -48,6 +48,6 @@ class GSPOConfig(SequenceClipConfig):
 
 
 class GSPO(SequenceClip):
-    """The loss of a response is the mean over its tokens."""
+    """The loss of a response is the mean over the tokens."""
 
     config: GSPOConfig

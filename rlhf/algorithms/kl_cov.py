@@ -1,4 +1,4 @@
-"""KL-Cov (arXiv:2505.22617) penalises movement of the tokens that would lower the entropy most."""
+"""KL-Cov (arXiv:2505.22617) penalises movement of the tokens with the largest decrease of the entropy."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class KLCovConfig(OnlineConfig):
     fraction: float = Field(default=2e-3, gt=0.0, le=1.0)
     """Share of an optimizer step's tokens to penalise, by largest covariance, at least one token."""
     penalty: float = Field(default=1.0, gt=0.0)
-    """Weight of |logprobs - old_logprobs| on these tokens."""
+    """Weight of |logprobs - old_logprobs| on the selected tokens."""
 
 
 class KLCov(GroupRelative):
-    """A token's covariance compares it with the mean token of the whole optimizer step.
+    """A token's covariance compares the token with the mean token of the whole optimizer step.
 
-    Deviation from the paper: covariances use the log-probabilities before the update, so that every rank and
-    micro-batch agrees on them. Nothing is clipped, so the clip fraction is 0.
+    Deviation from the paper: covariances use the log-probabilities before the update, equal for every rank and
+    micro-batch. Nothing is clipped, so the clip fraction is 0.
     """
 
     config: KLCovConfig

@@ -1,6 +1,6 @@
 """KTO (arXiv:2402.01306) and related methods train on single labelled responses instead of pairs.
 
-The reference is the policy before training. Its log-probabilities are computed once and kept on disk.
+The reference is the policy before training. The reference's log-probabilities are computed once and stored on disk.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class KTOConfig(AlgorithmConfig):
     kind: ClassVar[Kind] = "unpaired"
     name: Literal["kto"]
     loss: Literal["kto", "apo_zero", "bco"] = "kto"
-    """What a reward is compared with: `kto` the divergence from the reference, `apo_zero` (arXiv:2408.06266) 0, `bco`
-    (arXiv:2404.04656) the mean reward."""
+    """The value subtracted from a reward: `kto` the divergence from the reference, `apo_zero` (arXiv:2408.06266) 0,
+    `bco` (arXiv:2404.04656) the mean reward."""
     beta: float = Field(default=0.1, gt=0.0)
     """Strength of the constraint towards the reference."""
     desirable_weight: float = Field(default=1.0, gt=0.0)
-    """Weight of a desirable response's loss. Raise it for rare desirable responses, so that weight times count is about
-    equal for both labels."""
+    """Weight of a desirable response's loss. Raise the weight for rare desirable responses, until weight times count is
+    about equal for both labels."""
     undesirable_weight: float = Field(default=1.0, gt=0.0)
     """Weight of an undesirable response's loss."""
 
@@ -49,7 +49,7 @@ class KTOConfig(AlgorithmConfig):
 
     @property
     def compares_with_divergence(self) -> bool:
-        """Whether a row also has its prompt with another row's response."""
+        """Whether a row also pairs the prompt with another row's response."""
         return self.compares_with == "divergence"
 
 
@@ -66,7 +66,7 @@ class KTO(Algorithm):
     def losses(
         self, log_ratios: Float[Tensor, " B"], labels: Bool[Tensor, " B"], *, compared: float
     ) -> Float[Tensor, " B"]:
-        """Return one loss per response, weighted by its label."""
+        """Return one loss per response, weighted by the label."""
         config = self.config
         weights = unpaired_loss.label_weights(
             labels, desirable=config.desirable_weight, undesirable=config.undesirable_weight, dtype=log_ratios.dtype

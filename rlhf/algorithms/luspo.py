@@ -1,4 +1,4 @@
-"""LUSPO (arXiv:2602.05261) is GSPO with each response's loss multiplied by its length."""
+"""LUSPO (arXiv:2602.05261) is GSPO with each response's loss multiplied by the response's length."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ class LUSPOConfig(SequenceClipConfig):
 
 
 class LUSPO(SequenceClip):
-    """A response's loss is one number on each of its tokens. Their sum is this number times the length."""
+    """Every token of a response has the same loss, so a response's sum is this loss times the length."""
 
     config: LUSPOConfig

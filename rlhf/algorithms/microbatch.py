@@ -1,4 +1,4 @@
-"""Define the micro-batches that a loss reads, and the terms that it returns. Data only."""
+"""Define the micro-batches read by a loss, and the terms returned. Data only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCounts:
-    """Denominators of one optimizer step's losses, counted over all ranks and micro-batches."""
+    """Denominators of an optimizer step's losses, counted over all ranks and micro-batches."""
 
     num_tokens: int
     num_sequences: int  # samples; an agent's session counts once
@@ -21,9 +21,9 @@ class StepCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTokens:
-    """All sampled tokens of one optimizer step, over its ranks and micro-batches, before the update. No gradient.
+    """All sampled tokens of one optimizer step, over ranks and micro-batches, before the update. No gradient.
 
-    Tokens are ordered by the ids of their sequences, so that results do not depend on their distribution over ranks.
+    Tokens are ordered by the ids of the sequences, to make results independent of the distribution over ranks.
     """
 
     old_logprobs: Float[Tensor, " N"]
@@ -63,7 +63,7 @@ class ValueMicrobatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Surrogate:
-    """The policy loss of each token, zero for tokens that were not sampled, with columns for the metrics."""
+    """The policy loss of each token, zero for tokens not sampled, with columns for the metrics."""
 
     per_token: Float[Tensor, " N"]  # with its graph
     ratio: Float[Tensor, " N"]  # the importance ratio in the loss
@@ -73,7 +73,7 @@ class Surrogate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossTerms:
-    """This micro-batch's share of the step's loss, and sums over its tokens for the metrics."""
+    """This micro-batch's share of the step's loss, and sums over the tokens for the metrics."""
 
     loss: Float[Tensor, ""]  # with its graph
     surrogate: Float[Tensor, ""]  # its part without KL and entropy, detached
@@ -89,7 +89,7 @@ class LossTerms:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValueLossTerms:
-    """This micro-batch's share of the critic's loss, and sums over its tokens for the metrics."""
+    """This micro-batch's share of the critic's loss, and sums over the tokens for the metrics."""
 
     loss: Float[Tensor, ""]  # with its graph
     clipped_tokens: Float[Tensor, ""]
@@ -97,7 +97,8 @@ class ValueLossTerms:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Correction:
-    """Correction factors, zero outside response_mask, and masks of the tokens with a factor other than the ratio."""
+    """Correction factors, zero outside response_mask, and masks of the tokens with a factor different from the
+    ratio."""
 
     weights: Float[Tensor, " N"]
     truncated: Bool[Tensor, " N"]  # clipped to a bound

@@ -1,4 +1,4 @@
-"""On-policy distillation trains a student on its own responses, with a frozen teacher (GKD, arXiv:2306.13649)."""
+"""On-policy distillation trains a student on the student's responses, with a frozen teacher (GKD, arXiv:2306.13649)."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class OnPolicyDistillationConfig(AlgorithmConfig):
     off_policy_keys: ClassVar[tuple[str, ...]] = ("clip_low", "clip_high")
     name: Literal["on_policy_distillation"]
     divergence: Literal["sampled_reverse_kl", "forward_kl", "reverse_kl", "jsd"] = "sampled_reverse_kl"
-    """`sampled_reverse_kl`: a policy gradient whose advantages are the teacher's log-probability of each sampled token
-    minus the student's. The others use the whole vocabulary. `forward_kl`: KL(teacher || student).
+    """`sampled_reverse_kl`: a policy gradient with advantages of the teacher's log-probability of each sampled token
+    minus the student's. The remaining divergences use the whole vocabulary. `forward_kl`: KL(teacher || student).
     `reverse_kl`: KL(student || teacher). `jsd`: between the two, by beta."""
     beta: Annotated[float, OnlyWith("divergence", "jsd")] = Field(default=0.5, gt=0.0, lt=1.0)
     """Share of the teacher in the mixture of `jsd`."""
@@ -63,10 +63,10 @@ class OnPolicyDistillationConfig(AlgorithmConfig):
 
 
 class OnPolicyDistillation(Algorithm):
-    """The loss over the whole vocabulary is GKD's. The loss of the sampled tokens alone is PPO's surrogate.
+    """The loss over the whole vocabulary is GKD's. The loss on the sampled tokens alone is PPO's surrogate.
 
     Deviations from GKD: 1. all responses are the student's, and the data gives none; 2. several optimizer steps may
-    train on one batch.
+    train on a single batch.
     """
 
     config: OnPolicyDistillationConfig

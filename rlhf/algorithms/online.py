@@ -1,4 +1,7 @@
-"""Define the base class of algorithms on rollouts. It composes the loss; the equations are in rlhf.objectives."""
+"""Define the base class of algorithms on rollouts.
+
+The class composes the loss; the equations are in rlhf.objectives.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +42,9 @@ class SequenceOutcomes:
 
 
 class OnlineAlgorithm(Algorithm):
-    """An algorithm on rollouts. By default it is REINFORCE: advantages are rewards to come.
+    """An algorithm on rollouts. The default is REINFORCE: advantages are rewards to come.
 
-    A subclass defines what differs: the advantages of responses (`sequence_advantages`) or of tokens
+    A subclass defines the differences: the advantages of responses (`sequence_advantages`) or of tokens
     (`token_advantages`), and the policy loss of each token (`surrogate`).
     """
 
@@ -54,7 +57,10 @@ class OnlineAlgorithm(Algorithm):
 
     @property
     def whole_batch_needed_for(self) -> str | None:
-        """Return what needs the whole batch before any gradient can be computed. None: groups can be trained alone."""
+        """Return the reason to wait for the whole batch before computing a gradient.
+
+        None: groups can be trained alone.
+        """
         if self.config.has_critic:
             return "the critic values a whole batch"
         if self.config.wants_greedy:
@@ -78,7 +84,7 @@ class OnlineAlgorithm(Algorithm):
         return scores
 
     def is_flat(self, outcomes: SequenceOutcomes) -> bool:
-        """Whether all responses of one group get an advantage of 0 (default: if their scores are equal).
+        """Whether all responses of a group get an advantage of 0 (default: if their scores are equal).
 
         Called only if the algorithm compares responses.
         """
@@ -89,9 +95,9 @@ class OnlineAlgorithm(Algorithm):
         return None
 
     def step_terms(self, rewards: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
-        """Return the credit of each step, for all steps of one prompt's responses (default: the step rewards).
+        """Return the credit of each step, for all steps of a prompt's responses (default: the step rewards).
 
-        A token's advantage is the sum of the credits of the steps that end at or after it.
+        A token's advantage is the sum of the credits of the steps ending at or after the token.
         """
         return rewards
 
@@ -110,7 +116,7 @@ class OnlineAlgorithm(Algorithm):
         return returns, returns
 
     def selected(self, step: StepTokens) -> Bool[Tensor, " N"]:
-        """Return True for the tokens of one optimizer step with a different treatment in the loss."""
+        """Return True for the tokens of an optimizer step with a special treatment in the loss."""
         raise TypeError(f"{type(self).__name__} treats all tokens alike")
 
     def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:

@@ -25,12 +25,12 @@ Estimator = Literal["k1", "k2", "k3", "k1_straight_through", "k3_straight_throug
 
 
 class AdaptiveKL(Section):
-    """Moves kl.coef after every step so that the measured KL approaches a target (arXiv:1909.08593, section 2.2)."""
+    """Moves kl.coef after every step to bring the measured KL to a target (arXiv:1909.08593, section 2.2)."""
 
     target: float = Field(gt=0.0)
     """KL to the reference to hold, in nats a response."""
     horizon: int = Field(default=10_000, ge=1)
-    """Responses over which the coefficient adapts. It must be above a fifth of the responses that a step trains on."""
+    """Responses over which the coefficient adapts, more than a fifth of a step's trained responses."""
 
 
 OF_A_PENALTY = NotWith("coef", 0.0)
@@ -40,7 +40,7 @@ class KLConfig(Section):
     """Penalty on the divergence from the reference model. With coef 0 no reference model is started."""
 
     coef: float = Field(default=0.0, ge=0.0)
-    """Weight of the penalty (its initial value if adaptive)."""
+    """Weight of the penalty (the initial value if adaptive)."""
     estimator: Annotated[Estimator, OF_A_PENALTY] = "k3"
     """Per-token estimator (http://joschu.net/blog/kl-approx.html). In the loss, k2 and the straight-through estimators
     lower KL(policy || reference). k3 lowers KL(reference || policy). k1 has no effect there."""
@@ -51,7 +51,7 @@ class KLConfig(Section):
 
 
 class RewardKLConfig(KLConfig):
-    """The penalty of algorithms that subtract it from the reward by default."""
+    """The penalty of algorithms that by default subtract the penalty from the reward."""
 
     coef: float = Field(default=0.01, ge=0.0)
     estimator: Annotated[Estimator, OF_A_PENALTY] = "k1"
@@ -63,7 +63,7 @@ class LossKLConfig(KLConfig):
     """The penalty of algorithms with advantages not derived from the sum of the rewards."""
 
     place: Annotated[Literal["loss"], OF_A_PENALTY] = "loss"
-    """It is added to the loss."""
+    """The penalty is added to the loss."""
 
 
 class AdaptiveEntropy(Section):
@@ -72,7 +72,7 @@ class AdaptiveEntropy(Section):
     target: float = Field(gt=0.0)
     """Mean entropy of a sampled token's distribution to keep, in nats."""
     step: float = Field(default=0.001, gt=0.0)
-    """How far the coefficient moves after a step: up below the target, down above it."""
+    """Change of the coefficient after a step: up below the target, down above the target."""
     max_coef: float = Field(default=0.05, gt=0.0)
     """Largest coefficient; the smallest is 0."""
 
@@ -81,13 +81,13 @@ class EntropyConfig(Section):
     """A bonus on the entropy of the policy's next-token distributions."""
 
     coef: float = Field(default=0.0, ge=0.0)
-    """Weight of the bonus (its initial value if adaptive)."""
+    """Weight of the bonus (the initial value if adaptive)."""
     adaptive: AdaptiveEntropy | None = None
     """null: the coefficient is fixed."""
 
 
 class FollowedReferenceConfig(AlgorithmConfig):
-    """The key of every online algorithm that may have a reference."""
+    """The key of every online algorithm with a possible reference."""
 
     reference_every: int | None = Field(default=None, ge=1)
     """Number of steps between updates of the reference to the current policy (arXiv:2404.09656). null: the reference
@@ -114,12 +114,12 @@ class OnlineConfig(FollowedReferenceConfig):
     aggregation: Aggregation = "token_mean"
     """How per-token losses are weighted over the whole optimizer step."""
     mask_truncated: bool = False
-    """Exclude truncated responses from all losses and their denominators (overlong filtering, arXiv:2503.14476, section
-    3.4). A response is truncated at rollouts.max_new_tokens, a conversation at a limit of its environment. Its score
-    still counts in the baseline of its group."""
+    """Exclude truncated responses from all losses and denominators (overlong filtering, arXiv:2503.14476, section 3.4).
+    A response is truncated at rollouts.max_new_tokens, a conversation at a limit of the environment. The score still
+    counts in the baseline of the group."""
     correction: _Correction = None
-    """Correction of the mismatch between rollout engine and trainer. null or none: no correction. With
-    rollouts.max_staleness it must be given."""
+    """Correction of the mismatch between rollout engine and trainer. null or none: no correction. Required with
+    rollouts.max_staleness."""
 
     @property
     def uses_reference(self) -> bool:
@@ -128,7 +128,7 @@ class OnlineConfig(FollowedReferenceConfig):
 
     @property
     def compares_responses(self) -> bool:
-        """Whether a response's advantage depends on the other responses to its prompt (default: True)."""
+        """Whether a response's advantage depends on the rest of the group (default: True)."""
         return True
 
     @property
@@ -143,12 +143,12 @@ class OnlineConfig(FollowedReferenceConfig):
 
     @property
     def bypasses_old_logprobs(self) -> bool:
-        """Whether the rollout's log-probabilities replace the old ones."""
+        """Whether the rollout's log-probabilities replace old_logprobs."""
         return self.correction is not None and self.correction.mode != "decoupled"
 
 
 class ClippedConfig(OnlineConfig):
-    """Keys of every algorithm that clips importance ratios as PPO does."""
+    """Keys of every algorithm with PPO's clip of importance ratios."""
 
     off_policy_keys: ClassVar[tuple[str, ...]] = ("clip_low", "clip_high", "dual_clip")
     clip_low: float = Field(default=0.2, gt=0.0, lt=1.0)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class OPOConfig(ClippedConfig):
-    """On-policy RL with the optimal reward baseline. The paper trains each batch in one optimizer step."""
+    """On-policy RL with the optimal reward baseline. The paper trains each batch in a single optimizer step."""
 
     name: Literal["opo"]
     aggregation: Aggregation = "sequence_mean_token_sum"
@@ -30,5 +30,5 @@ class OPO(OnlineAlgorithm):
     advantages_by_group = True
 
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
-        """Return each score minus its group's length-weighted mean."""
+        """Return each score minus the group's length-weighted mean."""
         return advantages.length_weighted_centered(outcomes.scores, outcomes.num_tokens, group_size=outcomes.group_size)

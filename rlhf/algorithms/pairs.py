@@ -1,6 +1,6 @@
 """Define the base class and the shared keys of algorithms on pairs of responses.
 
-A policy's scores are sums of log-probabilities under the loss mask. A reward model's scores come from its head.
+A policy's scores are sums of log-probabilities under the loss mask. A reward model's scores come from the scoring head.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class PairScores:
 
 
 class PreferenceConfig(AlgorithmConfig):
-    """Keys of every algorithm that trains a policy on pairs."""
+    """Keys of every algorithm for training a policy on pairs."""
 
     kind: ClassVar[Kind] = "preference"
     sft_coef: float = Field(default=0.0, ge=0.0)

@@ -1,4 +1,4 @@
-"""Pass@k is GRPO with a reward for the best of k responses, so that the responses may stay diverse."""
+"""Pass@k is GRPO with a reward for the best of k responses, which lets the responses stay diverse."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ class PassAtKConfig(ClippedConfig):
 
     name: Literal["pass_at_k"]
     k: int = Field(default=4, ge=2)
-    """Number of responses in a set; the best one counts. k is below rollouts.samples_per_prompt, or equal to it with
+    """Number of responses in a set; the best counts. k is below rollouts.samples_per_prompt, or equal to it with
     baseline leave_one_out."""
     baseline: Literal["group", "leave_one_out"] = "group"
     """group: the sets of k with a response compared with all sets of k, over their deviation (arXiv:2508.10751);
-    leave_one_out: what the response adds to the best of the others (arXiv:2503.19595, arXiv:2505.15201)."""
+    leave_one_out: the response's improvement over the best of the remaining responses (arXiv:2503.19595,
+    arXiv:2505.15201)."""
 
     def problems(self, responses: Responses) -> Iterator[tuple[str, str]]:
         """Yield a set larger than the group of responses."""
@@ -39,10 +40,10 @@ class PassAtKConfig(ClippedConfig):
 
 
 class PassAtK(GroupRelative):
-    """Every token of a response has the response's advantage: its contribution to the best of k in its group.
+    """Every token of a response has the response's advantage: the contribution to the best of k in the group.
 
-    Deviations from the papers: scores may be any numbers, unlike the binary ones of arXiv:2508.10751; and the same as
-    GRPO's.
+    Deviations from the papers: GRPO's deviations, and scores of any value instead of the binary scores of
+    arXiv:2508.10751.
     """
 
     config: PassAtKConfig

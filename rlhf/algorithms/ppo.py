@@ -28,17 +28,17 @@ class PPOConfig(ClippedConfig):
     name: Literal["ppo"]
     kl: RewardKLConfig = RewardKLConfig()
     gamma: float = Field(default=1.0, gt=0.0, le=1.0)
-    """Discount per sampled token. 1.0 is usual for one reward at the end of a response."""
+    """Discount per sampled token. 1.0 is usual for a single reward at the end of a response."""
     lam: float = Field(default=0.95, ge=0.0, le=1.0)
     """Lambda of generalised advantage estimation (arXiv:1506.02438)."""
     whiten_advantages: bool = True
-    """Advantages of a batch get mean 0 and variance 1 over all its sampled tokens."""
+    """Advantages of a batch get mean 0 and variance 1 over all sampled tokens."""
     value_clip: float | None = Field(default=0.5, gt=0.0)
-    """New values are held within this distance of the old ones in the value loss; null: not clipped."""
+    """New values are held within this distance of the old values in the value loss; null: not clipped."""
     critic_lr: float = Field(default=1e-5, gt=0.0)
     """Peak learning rate of the critic."""
     critic_warmup_steps: int = Field(default=0, ge=0)
-    """Number of first steps that train only the critic."""
+    """Number of first steps for training the critic alone."""
 
     @property
     def compares_responses(self) -> bool:
@@ -47,7 +47,7 @@ class PPOConfig(ClippedConfig):
 
     @property
     def critic_only_steps(self) -> int:
-        """The number of first steps that train the critic alone."""
+        """The number of first steps for training the critic alone."""
         return self.critic_warmup_steps
 
     def problems(self, responses: Responses) -> Iterator[tuple[str, str]]:
@@ -61,11 +61,11 @@ class PPOConfig(ClippedConfig):
 
 
 class PPO(OnlineAlgorithm):
-    """Token rewards are the score on the last sampled token minus the KL penalty. Advantages are GAE; losses are
-    clipped.
+    """Token rewards are the score on the last sampled token minus the KL penalty.
 
-    Deviations from the paper: 1. the penalty towards the reference is the one of arXiv:1909.08593; 2. advantages are
-    whitened over the whole batch before it is split into minibatches; 3. policy and critic share no parameters.
+    Advantages are GAE; losses are clipped. Deviations from the paper: 1. the penalty towards the reference is from
+    arXiv:1909.08593; 2. advantages are whitened over the whole batch before the split into minibatches; 3. policy and
+    critic share no parameters.
     """
 
     config: PPOConfig

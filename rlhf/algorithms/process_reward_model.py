@@ -16,7 +16,7 @@ class ProcessRewardModelConfig(AlgorithmConfig):
     kind: ClassVar[Kind] = "step_rewards"
     name: Literal["process_reward_model"]
     step_separator: str = Field(default="\n", min_length=1)
-    """Separator after every step of a response except the last. It is added if the data lacks it."""
+    """Separator after every step of a response except the last. A missing separator is added to the data."""
 
     @property
     def row_options(self) -> Mapping[str, Any]:

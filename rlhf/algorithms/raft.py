@@ -25,7 +25,7 @@ class RAFTConfig(OnlineConfig):
     keep: int = Field(default=1, ge=1)
     """Number of responses per prompt to train on, by highest score."""
     min_score: float | None = None
-    """Responses with a lower score are left out, even if they are among the best; null: no threshold."""
+    """Responses with a lower score are left out, even among the best; null: no threshold."""
     kl: LossKLConfig = LossKLConfig()
 
     @property
@@ -39,7 +39,7 @@ class RAFTConfig(OnlineConfig):
         return False
 
     def problems(self, responses: Responses) -> Iterator[tuple[str, str]]:
-        """Yield a number of kept responses that rejects none, or does not exist."""
+        """Yield a number of selected responses that rejects no response, or exceeds the group."""
         samples = responses.samples_per_prompt
         if self.keep > samples:
             text = f"is {self.keep}, but a prompt has rollouts.samples_per_prompt = {samples} responses; lower it"
@@ -57,7 +57,7 @@ class RAFTConfig(OnlineConfig):
 
 
 class RAFT(OnlineAlgorithm):
-    """The loss is the supervised loss of the selected responses. The other responses are not computed.
+    """The loss is the supervised loss of the selected responses. All further responses are not computed.
 
     Deviations from the paper: 1. the policy is updated after each batch of prompts, whereas the paper first gathers a
     data set; 2. the penalty towards the reference is a term of the loss, not of the score.
@@ -78,7 +78,7 @@ class RAFT(OnlineAlgorithm):
         response_mask: Bool[Tensor, " N"],
         lengths: Int[Tensor, " B"],
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-        """Return 1 for every sampled token. The loss does not read them."""
+        """Return 1 for every sampled token. The loss reads no advantages."""
         ones = response_mask.to(rewards.dtype)
         return ones, ones
 

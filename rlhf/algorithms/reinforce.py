@@ -12,7 +12,7 @@ from rlhf.algorithms.online_config import OnlineConfig, RewardKLConfig, StepUse
 
 
 class ReinforceConfig(OnlineConfig):
-    """The plain policy gradient. It needs one optimizer step per batch, because no ratio corrects for older weights."""
+    """The plain policy gradient. Needs one optimizer step per batch, because no ratio corrects for older weights."""
 
     takes_steps: ClassVar[StepUse] = "rewards"
     name: Literal["reinforce"]

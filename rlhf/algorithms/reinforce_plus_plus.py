@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 class ReinforcePlusPlusConfig(ClippedConfig):
-    """REINFORCE with the batch as its baseline, and PPO's clip."""
+    """REINFORCE with the batch as baseline, and PPO's clip."""
 
     takes_steps: ClassVar[StepUse] = "rewards"
     name: Literal["reinforce_plus_plus"]
     kl: RewardKLConfig = RewardKLConfig()
     group_baseline: bool = False
-    """Take the mean of its prompt's group off each score first (the paper's REINFORCE++-baseline)."""
+    """Subtract the mean of the prompt's group from each score first (the paper's REINFORCE++-baseline)."""
 
     @property
     def compares_responses(self) -> bool:
@@ -38,17 +38,18 @@ class ReinforcePlusPlusConfig(ClippedConfig):
 
 
 class ReinforcePlusPlus(OnlineAlgorithm):
-    """A token's advantage is the score minus the KL penalties from it on, whitened over the batch's sampled tokens.
+    """A token's advantage is the score minus the KL penalties from the token on, whitened over the batch's sampled
+    tokens.
 
-    With group_baseline all tokens of a response have one advantage. Deviation from the paper's baseline form: its KL
-    penalty is the configured one, not always a k2 term of the loss. Set kl.place and kl.estimator to match the paper.
+    With group_baseline all tokens of a response have the same advantage. Deviation from the paper's baseline form: the
+    KL penalty is configurable, not always a k2 term of the loss. Set kl.place and kl.estimator to match the paper.
     """
 
     config: ReinforcePlusPlusConfig
     whitens = True
 
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"] | None:
-        """Return each score minus its group's mean, or None if advantages are per token."""
+        """Return each score minus the group's mean, or None if advantages are per token."""
         return (
             advantages.group_centered(outcomes.scores, group_size=outcomes.group_size)
             if self.config.group_baseline

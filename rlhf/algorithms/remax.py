@@ -23,16 +23,16 @@ class ReMaxConfig(ClippedConfig):
 
     @property
     def compares_responses(self) -> bool:
-        """Return False: a response is compared only with the greedy one."""
+        """Return False: a response is compared only with the greedy response."""
         return False
 
 
 class ReMax(OnlineAlgorithm):
-    """One response to a prompt is enough. The greedy response is scored by the same rewards and never trained on.
+    """A single response to a prompt is enough. The greedy response is scored by the same rewards and never trained on.
 
     Deviations from the paper: 1. a KL penalty in the reward is subtracted from the whole score, whereas the paper gives
-    each token the penalties from it on; 2. if a batch takes several optimizer steps, token ratios are clipped as in
-    PPO; 3. in flight, the greedy response is requested when its group is finished, so newer weights may sample it. The
+    each token the penalties from the token on; 2. if a batch takes several optimizer steps, token ratios are clipped as
+    in PPO; 3. in flight, the greedy response is requested after the group is finished, possibly from newer weights. The
     baseline then still depends on no sampled token, and the gradient keeps its expectation.
     """
 

@@ -21,7 +21,7 @@ class RewardModelingConfig(AlgorithmConfig):
     kind: ClassVar[Kind] = "reward_model"
     name: Literal["reward_model"]
     centering: float = Field(default=0.0, ge=0.0)
-    """Weight of (chosen + rejected)^2, which keeps the scores around 0 (arXiv:2312.09244)."""
+    """Weight of (chosen + rejected)^2, to hold the scores around 0 (arXiv:2312.09244)."""
 
 
 class RewardModeling(PairAlgorithm):

@@ -1,4 +1,4 @@
-"""RLOO (arXiv:2402.14740) is REINFORCE with the mean score of a prompt's other responses as the baseline."""
+"""RLOO (arXiv:2402.14740) is REINFORCE with the mean score of the remaining responses to the prompt as the baseline."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class RLOOConfig(ClippedConfig):
 
 
 class RLOO(OnlineAlgorithm):
-    """A response is one action: its tokens' losses are summed.
+    """A response is one action: the tokens' losses are summed.
 
     Deviation from the paper: if a batch takes several optimizer steps, token ratios are clipped as in PPO. In the first
-    of them every ratio is 1, and the gradient equals REINFORCE's.
+    step every ratio is 1, and the gradient equals REINFORCE's.
     """
 
     config: RLOOConfig
     advantages_by_group = True
 
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
-        """Return each score minus the mean of its group's other scores."""
+        """Return each score minus the mean of the group's remaining scores."""
         return advantages.leave_one_out(outcomes.scores, group_size=outcomes.group_size)

@@ -14,15 +14,15 @@ from rlhf.objectives import policy_loss, weighted_loss
 
 
 class SAPOConfig(OnlineConfig):
-    """Soft adaptive policy optimisation: a token's gradient fades with the distance of its ratio from 1."""
+    """Soft adaptive policy optimisation: a token's gradient fades with the distance of the ratio from 1."""
 
     off_policy_keys: ClassVar[tuple[str, ...]] = ("temperature_positive", "temperature_negative")
     takes_steps: ClassVar[StepUse] = "advantages"
     name: Literal["sapo"]
     temperature_positive: float = Field(default=1.0, gt=0.0)
-    """How fast it fades where the advantage is positive."""
+    """Speed of the fading for a positive advantage."""
     temperature_negative: float = Field(default=1.05, gt=0.0)
-    """The same where it is not: faster, because lowering one token raises many others."""
+    """Speed of the fading otherwise: faster, because lowering one token raises many tokens."""
     aggregation: Aggregation = "sequence_mean_token_mean"
 
 

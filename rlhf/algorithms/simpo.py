@@ -1,4 +1,4 @@
-"""SimPO (arXiv:2405.14734) uses the average log-probability of a response as its reward, without a reference."""
+"""SimPO (arXiv:2405.14734) uses the average log-probability of a response as the reward, without a reference."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class MarginConfig(PreferenceConfig):
     beta: float = Field(default=2.0, gt=0.0)
     """Factor of the reward."""
     gamma: float = Field(default=1.0, ge=0.0)
-    """Required margin of the chosen reward over the rejected one, after beta; about half of beta is usual."""
+    """Required margin of the chosen reward over the rejected reward, after beta; about half of beta is usual."""
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=0.5)
     """Assumed share of pairs with a wrong preference."""
 
@@ -30,7 +30,7 @@ class SimPOConfig(MarginConfig):
 
     name: Literal["simpo"]
     alpha: float = 0.0
-    """Shape of the reward (1 - p^-alpha) / alpha: above 0 it falls faster for unlikely responses (AlphaPO,
+    """Shape of the reward (1 - p^-alpha) / alpha: above 0 the reward falls faster for unlikely responses (AlphaPO,
     arXiv:2501.03884); 0 is SimPO's log p."""
 
 

@@ -22,9 +22,9 @@ class TPOConfig(MarginConfig):
     beta: float = Field(default=0.01, gt=0.0)
     """Factor of the log-probabilities."""
     gamma: float = Field(default=0.0, ge=0.0)
-    """Required margin of the chosen reward over the rejected one, after beta. TPO-L has a margin above 0."""
+    """Required margin of the chosen reward over the rejected reward, after beta. TPO-L has a margin above 0."""
     length_normalize: bool = False
-    """Log-probabilities per token instead of summed over a response (TPO-L; its beta is larger by a response's
+    """Log-probabilities per token instead of summed over a response (TPO-L; with beta larger by a response's
     length)."""
     sft_coef: float = Field(default=1.0, gt=0.0)
     """Weight of the mean negative log-probability of the gold responses' tokens (the paper's alpha)."""
@@ -32,7 +32,7 @@ class TPOConfig(MarginConfig):
 
 class TPO(RewardMargin):
     """Rewards are summed log-probabilities, as in CPO. The supervised term uses the gold response, not the chosen
-    one."""
+    response."""
 
     config: TPOConfig
 

@@ -34,7 +34,7 @@ class VESPOConfig(OnlineConfig):
 
 
 class VESPO(GroupRelative):
-    """The loss is REINFORCE with a weight that carries no gradient. Nothing is clipped, so the clip fraction is 0.
+    """The loss is REINFORCE with a weight without gradient. Nothing is clipped, so the clip fraction is 0.
 
     Deviation from TRL: `correction` corrects the sampler's mismatch; the weight does not.
     """
