@@ -1,7 +1,7 @@
 """Compute advantages from token rewards and values (GAE), from rewards to come, or from the scores of a prompt's group.
 
 Sequence-level functions (`group_*`, `leave_one_out`, `greedy_centered`) run on scalars, with the scores. Token-level
-functions run with the tokens. None of them whitens by itself: moments may have to be merged over ranks first.
+functions run with the tokens. No function whitens by itself: moments may have to be merged over ranks first.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def reward_to_go(
 def _discounted_to_go(terms: Float[Tensor, " M"], counts: Int[Tensor, " B"], *, factor: float) -> Float[Tensor, " M"]:
     """Return y[t] = terms[t] + factor * y[t + 1] within each of B sequences of `counts` terms.
 
-    Each time step is one vector operation over the sequences of sufficient length. With the longest first, step t of
-    all sequences is one contiguous slice, so there is no padding and unequal lengths cost nothing.
+    Each time step is one vector operation over the sequences of sufficient length. With the longest sequence first,
+    step t of all sequences is a contiguous slice. So there is no padding, and unequal lengths cost nothing.
     """
     order = counts.argsort(descending=True, stable=True)
     rank = torch.empty_like(order)
@@ -85,16 +85,15 @@ def whiten(
     """Return (values - mean) / sqrt(variance + eps), zero outside mask.
 
     Mean and variance come from masking.moments, merged over all ranks. We pass the unbiased variance, as verl does;
-    OpenRLHF takes the biased one.
+    OpenRLHF takes the biased variance.
     """
     return torch.where(mask, (values - mean) * (variance + eps) ** -0.5, 0.0)
 
 
 def group_centered(scores: Float[Tensor, " B"], *, group_size: int) -> Float[Tensor, " B"]:
-    """Return each score minus its group's mean (Dr. GRPO, arXiv:2503.20783: no division by the std).
+    """Return each score minus the group's mean (Dr. GRPO, arXiv:2503.20783: no division by the std).
 
-    Scores are prompt-major. ValueError for a group of one, because it has no baseline, and for a score that is not
-    finite.
+    Scores are prompt-major. ValueError for a group of one, because there is no baseline, and for a non-finite score.
     """
     scores_P_G = _grouped(scores, group_size=group_size, needed_by="group_centered")
     return (scores_P_G - scores_P_G.mean(dim=1, keepdim=True)).flatten()
@@ -103,13 +102,13 @@ def group_centered(scores: Float[Tensor, " B"], *, group_size: int) -> Float[Ten
 def group_normalized(
     scores: Float[Tensor, " B"], *, group_size: int, eps: float, counted: Bool[Tensor, " B"] | None = None
 ) -> Float[Tensor, " B"]:
-    """Return each score minus its group's mean, divided by the group's std plus eps (GRPO, arXiv:2402.03300, section
+    """Return each score minus the group's mean, divided by the group's std plus eps (GRPO, arXiv:2402.03300, section
     4.1.2).
 
-    The std is the unbiased one. A group of equal scores gives zeros. eps is 1e-4 in TRL, 1e-6 in verl, 1e-9 in
-    OpenRLHF. Scores are prompt-major; ValueError as in group_centered.
+    The std is unbiased. A group of equal scores gives zeros. eps is 1e-4 in TRL, 1e-6 in verl, 1e-9 in OpenRLHF. Scores
+    are prompt-major; ValueError as in group_centered.
 
-    counted: True for responses with a score. Mean and std are taken over the group's counted scores, and the other
+    counted: True for responses with a score. Mean and std are taken over the group's counted scores, and the remaining
     responses get 0. None: all responses count.
     """
     scores_P_G = _grouped(scores, group_size=group_size, needed_by="group_normalized")
@@ -125,15 +124,15 @@ def group_normalized(
 
 
 def steps_centered(rewards: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
-    """Return the step rewards of one prompt's responses minus their mean; see steps_normalized."""
+    """Return the step rewards of a prompt's responses minus the mean; see steps_normalized."""
     return group_centered(rewards, group_size=len(rewards)) if len(rewards) > 1 else torch.zeros_like(rewards)
 
 
 def steps_normalized(rewards: Float[Tensor, " S"], *, eps: float) -> Float[Tensor, " S"]:
-    """Return the step rewards of one prompt's responses minus their mean, divided by their std plus eps.
+    """Return the step rewards of a prompt's responses minus the mean, divided by the std plus eps.
 
-    Process supervision (arXiv:2402.03300, section 4.1.3): a token's advantage is the sum of these terms over all steps
-    of its response that end at or after it, reward_to_go with gamma 1. With one step per response the result equals
+    Process supervision (arXiv:2402.03300, section 4.1.3): a token's advantage is the sum of the terms of all steps that
+    end at or after the token, reward_to_go with gamma 1. With a single step per response the result equals
     group_normalized. A single step gives 0.
     """
     if len(rewards) < 2:
@@ -142,7 +141,7 @@ def steps_normalized(rewards: Float[Tensor, " S"], *, eps: float) -> Float[Tenso
 
 
 def leave_one_out(scores: Float[Tensor, " B"], *, group_size: int) -> Float[Tensor, " B"]:
-    """Return each score minus the mean of the other scores of its group (RLOO, arXiv:2402.14740).
+    """Return each score minus the mean of the group's remaining scores (RLOO, arXiv:2402.14740).
 
     The result is group_centered times G / (G - 1). Scores are prompt-major; ValueError as in group_centered.
     """
@@ -155,7 +154,7 @@ def uneven_group_scale(scores: Float[Tensor, " B"], *, group_size: int) -> float
     """Return the number of groups divided by the number of groups with unequal scores (GPG's alpha, arXiv:2504.02546).
 
     The result is 1 if all groups have equal scores. Groups of equal scores have no gradient but count in the mean; this
-    factor removes them from it. Scores are prompt-major; ValueError as in group_centered.
+    factor undoes that count. Scores are prompt-major; ValueError as in group_centered.
     """
     scores_P_G = _grouped(scores, group_size=group_size, needed_by="uneven_group_scale")
     uneven = int((scores_P_G != scores_P_G[:, :1]).any(dim=1).sum())
@@ -163,12 +162,12 @@ def uneven_group_scale(scores: Float[Tensor, " B"], *, group_size: int) -> float
 
 
 def group_best_margin(scores: Float[Tensor, " B"], *, group_size: int, k: int) -> Float[Tensor, " B"]:
-    """Return each response's contribution to the best score of k, averaged over all sets of k in its group.
+    """Return each response's contribution to the best score of k, averaged over all sets of k in the group.
 
-    Sets without the response contribute 0. These are the weights of an unbiased gradient of the expected best of k,
-    with a leave-one-out baseline (arXiv:2505.15201). With k = group_size the best score gets its distance to the second
-    best, and all others get 0 (pass@k, arXiv:2503.19595). Equal best scores have no margin. Scores are prompt-major;
-    ValueError as in group_centered, and unless 2 <= k <= group_size.
+    Sets without the response contribute 0. The contributions are the weights of an unbiased gradient of the expected
+    best of k, with a leave-one-out baseline (arXiv:2505.15201). With k = group_size the best score gets the distance to
+    the second best, and all further scores get 0 (pass@k, arXiv:2503.19595). Equal best scores have no margin. Scores
+    are prompt-major; ValueError as in group_centered, and unless 2 <= k <= group_size.
     """
     scores_P_G = _grouped(scores, group_size=group_size, needed_by="group_best_margin")
     if not 2 <= k <= group_size:
@@ -183,11 +182,12 @@ def group_best_margin(scores: Float[Tensor, " B"], *, group_size: int, k: int) -
 
 
 def group_best_normalized(scores: Float[Tensor, " B"], *, group_size: int, k: int, eps: float) -> Float[Tensor, " B"]:
-    """Return (mean best score of the sets of k with the response - mean best over all sets) / their standard deviation.
+    """Return (mean best score of the sets of k with the response - mean best over all sets) / standard deviation.
 
     Pass@k training (arXiv:2508.10751, the analytic form) for scores of any value: exact over all sets of k of a group.
-    The deviation is the population's. Where it is at most eps, the sets do not differ and advantages are 0. Scores are
-    prompt-major; ValueError as in group_centered, and unless 1 <= k < group_size: one set has no baseline.
+    The deviation is the population's. Where the deviation is at most eps, the sets do not differ and advantages are 0.
+    Scores are prompt-major; ValueError as in group_centered, and unless 1 <= k < group_size: a single set has no
+    baseline.
     """
     scores_P_G = _grouped(scores, group_size=group_size, needed_by="group_best_normalized")
     if not 1 <= k < group_size:
@@ -216,9 +216,9 @@ def group_decoupled(
     eps: float,
     counted: Mapping[str, Bool[Tensor, " B"]],
 ) -> Float[Tensor, " B"]:
-    """Return the weighted sum of the rewards, each normalised in its group, normalised over the batch.
+    """Return the weighted sum of the rewards, each normalised in the group, normalised over the batch.
 
-    GDPO, arXiv:2601.05242. Both deviations are the unbiased ones, plus eps. Rewards are prompt-major; ValueError as in
+    GDPO, arXiv:2601.05242. Both deviations are unbiased, plus eps. Rewards are prompt-major; ValueError as in
     group_centered.
 
     counted: by reward, True for responses with a value. A reward without an entry counts for all responses.
@@ -235,7 +235,7 @@ def group_normalized_sum(
     eps: float,
     counted: Mapping[str, Bool[Tensor, " B"]],
 ) -> Float[Tensor, " B"]:
-    """Return the weighted sum of the rewards, each normalised within its group: the first half of group_decoupled."""
+    """Return the weighted sum of the rewards, each normalised within the group: the first half of group_decoupled."""
     normalized = [
         weights[name] * group_normalized(scores, group_size=group_size, eps=eps, counted=counted.get(name))
         for name, scores in by_reward.items()
@@ -248,7 +248,7 @@ def greedy_centered(
 ) -> Float[Tensor, " B"]:
     """Return each score minus the score of the greedy response to the same prompt (ReMax, arXiv:2310.10505).
 
-    Scores are prompt-major. ValueError unless there is one greedy score per prompt.
+    Scores are prompt-major. ValueError unless each prompt has one greedy score.
     """
     if len(scores) != len(greedy_scores) * group_size:
         raise ValueError(
@@ -261,9 +261,9 @@ def greedy_centered(
 def length_weighted_centered(
     scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, group_size: int
 ) -> Float[Tensor, " B"]:
-    """Return each score minus the length-weighted mean of its group (OPO, arXiv:2505.23585).
+    """Return each score minus the length-weighted mean of the group (OPO, arXiv:2505.23585).
 
-    This baseline has the least variance if a response's squared gradient grows with its length. ValueError as in
+    This baseline has the least variance if the squared gradient grows with a response's length. ValueError as in
     group_centered.
     """
     scores_P_G = _grouped(scores, group_size=group_size, needed_by="length_weighted_centered")

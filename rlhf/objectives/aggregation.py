@@ -1,7 +1,7 @@
 """Compute the weight of each token in the loss of an optimizer step.
 
 The loss of a micro-batch is `(per_token * weights).sum()`; the sum over all micro-batches and ranks is the loss of the
-step. Counts are those of the **whole optimizer step**, never of the local batch, so that micro-batch size, packing and
+step. Counts are from the **whole optimizer step**, never from the local batch, so that micro-batch size, packing and
 the number of ranks cannot change the gradient.
 """
 
@@ -29,7 +29,7 @@ def token_weights(
     sample_tokens: Int[Tensor, " B"] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, " N"]:
-    """Weight of each token in the loss of the step; zero outside response_mask.
+    """Return the weight of each token in the loss of the step; zero outside response_mask.
 
     With n_i the sampled tokens of sample i, and the counts of the whole step:
         token_mean                 1 / num_tokens                       DAPO (arXiv:2503.14476, eq. 8)
@@ -37,9 +37,9 @@ def token_weights(
         sequence_mean_token_sum    1 / num_sequences                    the plain policy gradient
         token_sum_norm             1 / (num_sequences * max_new_tokens) Dr. GRPO (arXiv:2503.20783)
 
-    A sample is a sequence, or the sequences of an agent's session: `sample_tokens` has n_i for each of them. None: each
-    sequence is a sample. num_sequences counts the samples that are trained on; a sample without a sampled token adds
-    nothing, and whether it is counted is the caller's choice. ValueError for a count that is not positive.
+    A sample is a sequence, or the sequences of an agent's session: `sample_tokens` has n_i for each sequence. None:
+    each sequence is a sample. num_sequences counts the trained samples; a sample without a sampled token adds nothing,
+    and the caller decides whether such a sample counts. ValueError for a count of 0 or less.
     """
     if min(num_tokens, num_sequences, max_new_tokens) <= 0:
         raise ValueError(
@@ -61,5 +61,5 @@ def token_weights(
 
 
 def denominator(mode: Aggregation, *, num_tokens: int, num_sequences: int) -> int:
-    """Return the count of the whole step that divides a loss whose `token_weights` were computed with counts of 1."""
+    """Return the count of the whole step to divide a loss by, if the `token_weights` were computed with counts of 1."""
     return num_tokens if mode == "token_mean" else num_sequences

@@ -1,8 +1,8 @@
-"""Correct for tokens sampled by another policy: vLLM's kernels, or weights of some steps ago.
+"""Correct for tokens sampled by a policy different from the trained policy: vLLM's kernels, or older weights.
 
-Weights multiply the per-token policy loss and masks remove tokens from it; they never change the clipped ratio.
-Everything here is data (no gradient). `mask` is True for sampled tokens; weights are zero elsewhere. Where the
-rollout's log-probabilities replace the old ones, pass the current ones as `old_logprobs`.
+Weights multiply the per-token policy loss, and masks remove tokens from the loss. Neither changes the clipped ratio.
+Everything here is data (no gradient). `mask` is True for sampled tokens; weights are zero elsewhere. If the rollout's
+log-probabilities replace old_logprobs, pass the current log-probabilities as `old_logprobs`.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def product_ratio(
     mask: Bool[Tensor, " N"],
     lengths: Int[Tensor, " B"],
 ) -> Float[Tensor, " N"]:
-    """Return the product of a sequence's token ratios on each of its tokens: unbiased, and noisy for long responses.
+    """Return the product of a sequence's token ratios on each token: unbiased, and noisy for long responses.
 
-    It is zero outside mask.
+    The product is zero outside mask.
     """
     products = sequence_sums(torch.where(mask, old_logprobs - rollout_logprobs, 0.0).detach(), lengths).exp()
     return torch.where(mask, to_tokens(products, lengths, num_tokens=len(mask)), 0.0)
@@ -54,8 +54,7 @@ def truncated(
 def masked(
     ratio: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"], *, max_ratio: float, min_ratio: float = 0.0
 ) -> Float[Tensor, "*N"]:
-    """Return the ratio if it lies in [min_ratio, max_ratio], else 0, which drops the token (IcePop,
-    arXiv:2510.18855)."""
+    """Return the ratio if in [min_ratio, max_ratio], else 0 to drop the token (IcePop, arXiv:2510.18855)."""
     return torch.where(kept(ratio, mask, low=min_ratio, high=max_ratio), ratio, 0.0)
 
 
@@ -81,8 +80,8 @@ def accepted(
 ) -> Bool[Tensor, " N"]:
     """Return mask without the tokens, or the sequences, with a statistic outside [low, high].
 
-    k1, k2 and k3 estimate KL(rollout || old) of a token. ratio is exp(old_logprobs - rollout_logprobs): its
-    sequence_mean is the geometric mean, its sequence_sum the product. At sequence_max one token outside rejects its
+    k1, k2 and k3 estimate KL(rollout || old) of a token. ratio is exp(old_logprobs - rollout_logprobs): with the
+    geometric mean as sequence_mean, and the product as sequence_sum. At sequence_max one token outside rejects the
     whole sequence (arXiv:2512.23075 compares the levels).
     """
     old, rollout = (torch.where(mask, column, 0.0).detach() for column in (old_logprobs, rollout_logprobs))
@@ -112,7 +111,7 @@ def on_policy_sequences(
 ) -> Bool[Tensor, " N"]:
     """Return mask without the tokens of negative advantage in sequences far from the current policy.
 
-    A sequence is far if its mean of rollout_logprobs - logprobs exceeds max_kl (DeepSeek-V3.2, arXiv:2512.02556, eq.
+    A sequence is far if the mean of rollout_logprobs - logprobs exceeds max_kl (DeepSeek-V3.2, arXiv:2512.02556, eq.
     9).
     """
     kl = sequence_means((rollout_logprobs - logprobs).detach(), mask, lengths)

@@ -1,10 +1,10 @@
 """Compute divergences between a student's and a teacher's next-token distributions.
 
-forward_kl, reverse_kl and generalized_jsd take log-probabilities over one support, the last axis.
+forward_kl, reverse_kl and generalized_jsd take log-probabilities over a common support, the last axis.
 weighted_divergence_sum applies a divergence to two models' hidden states and holds the logits of a few hundred rows at
 a time. Only the student gets a gradient.
 
-sampled_divergence_sum is weighted_divergence_sum for tokens sampled by the student. On-policy distillation from these
+sampled_divergence_sum is weighted_divergence_sum for tokens sampled by the student. On-policy distillation from sampled
 tokens alone (arXiv:2306.08543; TRL's sampled_token) needs no distributions: teacher_advantages are used in a policy
 gradient.
 """
@@ -40,8 +40,8 @@ def generalized_jsd(
     """Return beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student.
 
     GKD, arXiv:2306.13649, eq. 1. The value lies between 0 and the entropy of beta, also for disjoint supports.
-    ValueError unless 0 < beta < 1: at both ends it vanishes. TRL takes beta 0 for forward_kl and beta 1 for reverse_kl,
-    the limits of JSD / beta and JSD / (1 - beta).
+    ValueError unless 0 < beta < 1: at both ends the divergence vanishes. TRL takes beta 0 for forward_kl and beta 1 for
+    reverse_kl, the limits of JSD / beta and JSD / (1 - beta).
     """
     if not 0.0 < beta < 1.0:
         raise ValueError(f"generalized_jsd needs 0 < beta < 1, got {beta}: take forward_kl or reverse_kl at the ends")
@@ -81,10 +81,10 @@ def weighted_divergence_sum(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Float[Tensor, " N"], Bool[Tensor, " N"]]:
     """Return (loss, divergences, logprobs, is_top1). Only the loss has a gradient.
 
-    The loss is token_weight times the sum of divergence - sft_coef * logprob. logprobs are those of the targets at
-    temperature 1, and is_top1 is True for targets with the largest logit. Both models' logits are divided by
-    temperature (GKD does not multiply the loss by its square). ValueError if rows or vocabularies differ: slice both
-    heads to the shared tokens.
+    The loss is token_weight times the sum of divergence - sft_coef * logprob. logprobs are the targets'
+    log-probabilities at temperature 1, and is_top1 is True for targets with the largest logit. Both models' logits are
+    divided by temperature (GKD does not multiply the loss by the squared temperature). ValueError if rows or
+    vocabularies differ: slice both heads to the shared tokens.
     """
     head = Head(**options)
     teacher_logprobs = _teacher_logprobs(teacher, like=(hidden, weight), temperature=head.temperature)
@@ -139,8 +139,8 @@ def teacher_advantages(
 ) -> Float[Tensor, "*N"]:
     """Return log q - log p of each sampled token, detached; 0 outside mask.
 
-    A policy gradient with these advantages is in expectation the gradient of -KL(student || teacher) at each token,
-    given the previous tokens.
+    A policy gradient with log q - log p as advantages is in expectation the gradient of -KL(student || teacher) at each
+    token, given the previous tokens.
     """
     return torch.where(mask, teacher_logprobs - logprobs.detach(), 0.0)
 

@@ -1,8 +1,8 @@
 """Transform log-ratios into the terms of f-divergences (f-DPO) and of AlphaPO's reward.
 
-f-DPO (arXiv:2309.16240, eq. 8) replaces log u in DPO by f'(u), u = pi / pi_ref, up to a constant that cancels in the
-difference of a pair. Apply one function to both log-ratios and pass the results to dpo, hinge, ipo or discopop of
-preference_loss.py. The reverse KL, f'(u) = log u + 1, is DPO itself: leave the log-ratios unchanged.
+f-DPO (arXiv:2309.16240, eq. 8) replaces log u in DPO by f'(u), u = pi / pi_ref, up to a constant. The constant cancels
+in the difference of a pair. Apply one function to both log-ratios and pass the results to dpo, hinge, ipo or discopop
+of preference_loss.py. The reverse KL, f'(u) = log u + 1, is DPO itself: leave the log-ratios unchanged.
 
 Divergences between whole next-token distributions are in distillation.py.
 """
@@ -24,7 +24,7 @@ def forward_kl_scores(log_ratios: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
 
 
 def jensen_shannon_scores(log_ratios: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-    """Return log(2u / (1 + u)): at most log 2, so that an already much likelier response adds nothing."""
+    """Return log(2u / (1 + u)): at most log 2, so an already much likelier response adds nothing."""
     return math.log(2.0) + torch.nn.functional.logsigmoid(log_ratios)
 
 
@@ -41,7 +41,7 @@ def alpha_divergence_scores(log_ratios: Float[Tensor, "*B"], *, alpha: float) ->
 def alphapo_scores(logprobs: Float[Tensor, "*B"], *, alpha: float) -> Float[Tensor, "*B"]:
     """Return (1 - p^-alpha) / alpha of length-normalised log-probabilities (AlphaPO, arXiv:2501.03884).
 
-    Pass them to preference_loss.simpo. alpha 0 is SimPO. The form is that of the alpha-divergence at 1 - alpha.
+    Pass the scores to preference_loss.simpo. alpha 0 is SimPO. The form is the alpha-divergence's at 1 - alpha.
     """
     return alpha_divergence_scores(logprobs, alpha=1.0 - alpha)
 

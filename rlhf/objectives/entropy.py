@@ -1,7 +1,7 @@
-"""Select the tokens that drive the entropy: by high entropy, or by covariance of logprob and advantage.
+"""Select the tokens with most effect on the entropy: by high entropy, or by covariance of logprob and advantage.
 
-The masks are data (no gradient). Pass the tokens of the whole optimizer step, because the selection depends on all of
-them. The entropy comes from logprobs.py. Its bonus is `-coef * entropy` with the weights of the policy loss, and
+The masks are data (no gradient). Pass the tokens of the whole optimizer step, because the selection depends on all
+tokens. The entropy comes from logprobs.py. The bonus is `-coef * entropy` with the weights of the policy loss, and
 adaptive_entropy_coef updates the coefficient.
 """
 
@@ -35,7 +35,8 @@ def advantage_covariance(
 ) -> Float[Tensor, "*N"]:
     """Return (A - mean A) * (logprob - mean logprob) of each token, zero outside mask (arXiv:2505.22617).
 
-    Its mean is the decrease of the entropy in a policy-gradient step. The means are taken over the given tokens.
+    The mean covariance is the decrease of the entropy in a policy-gradient step. The means are taken over the given
+    tokens.
     """
     logprobs = logprobs.detach()
     centered = (advantages - masked_mean(advantages, mask)) * (logprobs - masked_mean(logprobs, mask))
@@ -47,7 +48,7 @@ def top_covariance_tokens(
 ) -> Bool[Tensor, " N"]:
     """Return True for the given fraction of counted tokens with the largest covariance (KL-Cov, arXiv:2505.22617).
 
-    At least one token is selected. KL-Cov adds `coef * |logprobs - old_logprobs|` to the loss of these tokens.
+    At least one token is selected. KL-Cov adds `coef * |logprobs - old_logprobs|` to the loss of the selected tokens.
     """
     count = int(mask.sum())
     if count == 0:
@@ -69,7 +70,7 @@ def drawn_covariance_tokens(
 
     At most the given fraction of the counted tokens is selected, and at least one token. If more tokens qualify, the
     first by `order` are taken, a random number for each (Clip-Cov, arXiv:2505.22617). Clip-Cov removes the gradient of
-    these tokens.
+    the selected tokens.
     """
     between = mask & (covariance > low) & (covariance < high)
     count = min(max(1, int(int(mask.sum()) * fraction)), int(between.sum()))
@@ -80,7 +81,8 @@ def drawn_covariance_tokens(
 
 
 def adaptive_entropy_coef(coef: float, *, entropy: float, target: float, step: float, max_coef: float) -> float:
-    """Return the next coefficient within [0, max_coef]: one step up if the entropy is below its target, else one down.
+    """Return the next coefficient within [0, max_coef]: one step up if the entropy is below the target, else one step
+    down.
 
     The bonus is given at or below the target only (Skywork-OR1, arXiv:2505.22312).
     """

@@ -1,8 +1,8 @@
-"""Estimates of KL(policy || reference) from sampled tokens, and the coefficient that weighs them.
+"""Estimates of KL(policy || reference) from sampled tokens, and the coefficient of an estimate.
 
-Used in the reward (detached, on the experience) or in the loss (with a gradient). They estimate; they never mask,
-average or weigh, so that the same function serves both places. Where masked entries may be infinite, replace them in
-the arguments, not in the result: the gradient of a discarded inf is still nan.
+Used in the reward (detached, on the experience) or in the loss (with a gradient). The functions estimate, and never
+mask, average or weigh, so that the same function serves both places. Replace possibly infinite masked entries in the
+arguments, not in the result: the gradient of a discarded inf is still nan.
 
 All three are per token, for tokens drawn from the policy (Schulman, "Approximating KL Divergence", 2020):
 with d = logprobs - ref_logprobs,
@@ -13,7 +13,8 @@ with d = logprobs - ref_logprobs,
 | k2   | d^2 / 2      | small      | d             | that of KL(policy || reference)            |
 | k3   | e^-d - 1 + d | none       | 1 - e^-d      | that of KL(reference || policy)            |
 
-In a loss k2 alone has the right gradient. `straight_through` gives k1 and k3 that one and leaves their values.
+In a loss k2 alone has the right gradient. `straight_through` gives k1 and k3 the gradient of k2 and leaves the values
+of k1 and k3.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ from torch import Tensor
 
 
 def kl_k1(logprobs: Float[Tensor, "*N"], ref_logprobs: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
-    """Return the log-ratio: unbiased, of either sign. Its gradient of 1 per token has mean zero: for the reward
-    only."""
+    """Return the log-ratio: unbiased, of either sign. The gradient of 1 per token has mean zero, so use k1 in the
+    reward only."""
     return logprobs - ref_logprobs
 
 
 def kl_k2(logprobs: Float[Tensor, "*N"], ref_logprobs: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
-    """Return half the squared log-ratio: biased, never negative. On policy its gradient is that of the exact KL."""
+    """Return half the squared log-ratio: biased, never negative. On policy the gradient equals the exact KL's."""
     return 0.5 * (logprobs - ref_logprobs).square()
 
 
 def kl_k3(logprobs: Float[Tensor, "*N"], ref_logprobs: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
     """Return exp(-d) - 1 + d for the log-ratio d: unbiased, never negative (GRPO's, arXiv:2402.03300, eq. 4).
 
-    On policy its gradient 1 - exp(-d) is that of the reverse direction, KL(reference || policy).
+    On policy the gradient 1 - exp(-d) is the gradient of the reverse direction, KL(reference || policy).
     """
     log_ratio = ref_logprobs - logprobs
     return log_ratio.expm1() - log_ratio
@@ -55,7 +56,7 @@ def kl_k3_straight_through(logprobs: Float[Tensor, "*N"], ref_logprobs: Float[Te
 
 
 def straight_through(value: Float[Tensor, "*N"], gradient: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
-    """Return the value of one estimate with the gradient of another."""
+    """Return the value of one estimate with the gradient of a second estimate."""
     return value.detach() + (gradient - gradient.detach())
 
 
@@ -69,10 +70,12 @@ ESTIMATORS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {  # by their nam
 
 
 def adaptive_kl_coef(coef: float, *, kl: float, target: float, horizon: float, num_sequences: int) -> float:
-    """Return the next coefficient: it moves the KL per sequence towards `target` (arXiv:1909.08593, section 2.2).
+    """Return the next coefficient: the change moves the KL per sequence towards `target` (arXiv:1909.08593, section
+    2.2).
 
-    coef * (1 + clip(kl / target - 1, -0.2, 0.2) * num_sequences / horizon): the horizon is counted in sequences.
-    Only a horizon above 0.2 * num_sequences keeps a coefficient positive; the check of the configuration demands it.
+    coef * (1 + clip(kl / target - 1, -0.2, 0.2) * num_sequences / horizon): the horizon is counted in sequences. Only a
+    horizon above 0.2 * num_sequences keeps a coefficient positive; the check of the configuration demands such a
+    horizon.
     """
     error = min(max(kl / target - 1.0, -0.2), 0.2)
     return coef * (1.0 + error * num_sequences / horizon)

@@ -3,10 +3,10 @@
 Every loss, KL and importance ratio starts here. The vocabulary head is applied to the hidden states of a few hundred
 tokens at a time. The backward pass recomputes the logits, so no [tokens, vocabulary] matrix ever exists. Reductions
 happen in float32 (float64 for float64 input). Nothing here knows sequences, masks or shifts by one: row n of `hidden`
-is the state that predicts `targets[n]`.
+predicts `targets[n]`.
 
 The distribution is softmax(softcap(logit_scale * (hidden @ weight.T + bias)) / temperature), with softcap(x) = c *
-tanh(x / c) as in Gemma 2 (arXiv:2408.00118, section 2). The temperature may be one number or one per row.
+tanh(x / c) as in Gemma 2 (arXiv:2408.00118, section 2). The temperature may be a single number or a number per row.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
 
 
 class _WeightedLogprobSum(torch.autograd.Function):
-    """Computes sum(weights * logprobs), and its gradient already in the forward pass, from the same logits."""
+    """Computes sum(weights * logprobs), and already in the forward pass the gradient, from the same logits."""
 
     @staticmethod
     def forward(
@@ -142,7 +142,7 @@ def chunked_logprobs(
     entropy_grad: bool = False,
     **options: Unpack[HeadOptions],
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """Return (logprobs, entropy) of each row, in nats. logprobs have a gradient; entropy has one only with
+    """Return (logprobs, entropy) of each row, in nats. logprobs have a gradient; entropy has a gradient only with
     entropy_grad."""
     head = Head(**options)
     extras = frozenset({"entropy", "entropy_grad"} if entropy_grad else {"entropy"})
@@ -186,13 +186,13 @@ def weighted_logprob_sum(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Bool[Tensor, " N"]]:
     """Return (sum of token_weights * logprobs, logprobs, is_top1). Only the sum has a gradient.
 
-    by_probability: each weight is multiplied by its token's probability, without gradient. With negative weights the
+    by_probability: each weight is multiplied by the token's probability, without gradient. With negative weights the
     sum equals supervised.dynamic_fine_tuning.
 
-    Use it for losses with weights known beforehand, such as the supervised one with token_weights = -1 /
+    Use this function for losses with weights known beforehand, such as the supervised loss with token_weights = -1 /
     num_step_tokens. The head is applied once, not twice as in `chunked_logprobs`: equally exact, and cheaper by a
-    quarter of the head's work. The cost is one gradient of the head's weight kept from the forward to the backward
-    pass.
+    quarter of the head's work. The cost is memory for a gradient of the head's weight between the forward and the
+    backward pass.
     """
     head = Head(**options)
     results: tuple[Tensor, Tensor, Tensor] = _WeightedLogprobSum.apply(
@@ -214,11 +214,11 @@ def entropy_from_logits(logits: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
 
 
 def collision_logprob_from_logits(logits: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
-    """Return log sum_v p_v^2: the log-probability that two independent draws agree (minus the order-2 Renyi
+    """Return log sum_v p_v^2: the log-probability of the same token in two independent draws (minus the order-2 Renyi
     entropy)."""
     return (2.0 * widened(logits).log_softmax(-1)).logsumexp(-1)
 
 
 def is_top1_from_logits(logits: Float[Tensor, "*B V"], targets: Int[Tensor, "*B"]) -> Bool[Tensor, "*B"]:
-    """Return True if greedy decoding would choose the target; of equal logits it takes the first."""
+    """Return True if greedy decoding would choose the target; of equal logits, the first counts."""
     return logits.argmax(-1) == targets

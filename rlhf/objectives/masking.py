@@ -36,7 +36,7 @@ def bin_counts(values: Float[Tensor, " N"], mask: Bool[Tensor, " N"], *, edges: 
 
 
 def sequence_sums(values: Float[Tensor, " N"], lengths: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """Return the sum of each sequence's tokens. Other sequences of the batch do not change it, bit for bit."""
+    """Return the sum of each sequence's tokens. The rest of the batch does not change a sum, bit for bit."""
     return torch.segment_reduce(values, "sum", lengths=lengths, axis=0, initial=0.0)
 
 
@@ -57,15 +57,15 @@ def sequence_means(
 def to_tokens(
     per_sequence: Shaped[Tensor, " B"], lengths: Int[Tensor, " B"], *, num_tokens: int
 ) -> Shaped[Tensor, " N"]:
-    """Repeat one entry per sequence over its tokens. Passing `num_tokens` (N) avoids a wait for the GPU."""
+    """Repeat each sequence's entry over the sequence's tokens. Passing `num_tokens` (N) avoids a wait for the GPU."""
     return per_sequence.repeat_interleave(lengths, output_size=num_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moments:
-    """Count, mean and sum of squared deviations, exchanged between ranks to whiten over all of their tokens.
+    """Count, mean and sum of squared deviations, exchanged between ranks to whiten over the tokens of all ranks.
 
-    Unlike (sum, sum of squares, count) it loses no digits when the mean is large compared with the spread.
+    Unlike (sum, sum of squares, count), moments lose no digits when the mean is large compared with the spread.
     """
 
     count: int

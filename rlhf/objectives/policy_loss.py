@@ -3,8 +3,8 @@
 Each returns one term per token, zero where `mask` is False; aggregation.py weights them and the caller sums them. No
 function here knows the number of tokens in the step, so none can average over the wrong tokens.
 
-The ratio is importance_ratio or one of sequence_ratios.py. With one optimizer step per batch pass `logprobs.detach()`
-as old_logprobs: the ratio is then exactly 1 and the gradient that of REINFORCE.
+The ratio comes from importance_ratio or from sequence_ratios.py. With one optimizer step per batch pass
+`logprobs.detach()` as old_logprobs: the ratio is then exactly 1, and the gradient is REINFORCE's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 def importance_ratio(
     logprobs: Float[Tensor, "*N"], old_logprobs: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"]
 ) -> Float[Tensor, "*N"]:
-    """Return exp(logprobs - old_logprobs), 1 where mask is False. Masked before exp, so that no gradient is nan."""
+    """Return exp(logprobs - old_logprobs), 1 where mask is False. Masking comes before exp, so no gradient is nan."""
     return torch.where(mask, logprobs - old_logprobs, 0.0).exp()
 
 
@@ -48,7 +48,7 @@ def dual_clipped_loss(
 ) -> Float[Tensor, "*N"]:
     """Return clipped_loss, at most max_ratio * |A| on a negative advantage (dual clip, arXiv:1912.09729).
 
-    ValueError unless max_ratio > 1: a cap of 1 or less would take the gradient from a token whose ratio is 1.
+    ValueError unless max_ratio > 1: a cap of 1 or less would take the gradient from a token with ratio 1.
     """
     if max_ratio <= 1.0:
         raise ValueError(f"dual_clipped_loss needs max_ratio > 1, got {max_ratio}")
@@ -66,7 +66,7 @@ def clipped_ratios(
 ) -> tuple[Bool[Tensor, "*N"], Bool[Tensor, "*N"]]:
     """Return two masks of clipped gradients for the clip fraction: below 1 - clip_low, and above 1 + clip_high.
 
-    Below counts only for negative advantages, above only for positive ones: elsewhere the clip has no effect.
+    Below counts only for negative advantages, above only for positive advantages: elsewhere the clip has no effect.
     """
     low = mask & (ratio < 1.0 - clip_low) & (advantages < 0)
     high = mask & (ratio > 1.0 + clip_high) & (advantages > 0)
@@ -76,5 +76,5 @@ def clipped_ratios(
 def reinforce(
     logprobs: Float[Tensor, "*N"], advantages: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"]
 ) -> Float[Tensor, "*N"]:
-    """Return -advantage * logprob (Williams 1992). It is right only for samples of the trained policy."""
+    """Return -advantage * logprob (Williams 1992). This loss is right only for samples of the trained policy."""
     return -torch.where(mask, advantages, 0.0) * torch.where(mask, logprobs, 0.0)

@@ -1,17 +1,17 @@
 """Compute losses of a chosen and a rejected response: DPO and its variants.
 
-Each function returns one loss per pair, never reduced: the caller divides by the pairs of the whole optimizer step.
+Each function returns a loss per pair, never reduced: the caller divides by the pairs of the whole optimizer step.
 Inputs are one number per response, made by sequence_logprobs.py:
 
 - log-ratios log pi - log pi_ref, summed over the response, with a reference;
-- plain log-probabilities without one: dpo of summed ones is CPO (arXiv:2401.08417, eq. 3) and TPO
-  (arXiv:2405.16681), simpo of averaged ones SimPO and TPO-L;
-- averaged log-ratios for length-normalised DPO (Tulu 3, arXiv:2411.15124) and for IPO as its authors run it.
+- plain log-probabilities without a reference: dpo of sums is CPO (arXiv:2401.08417, eq. 3) and TPO (arXiv:2405.16681),
+  simpo of averages is SimPO and TPO-L;
+- averaged log-ratios for length-normalised DPO (Tulu 3, arXiv:2411.15124) and for IPO as run by the authors.
 
 The caller adds a supervised term on the chosen response (CPO, RPO, ORPO; in TPO on the gold response) by
 negative_logprob of supervised.py, and mixes several losses. With d = chosen - rejected and s = log sigmoid, most losses
-depend on beta * d alone. aot and aot_unpaired sort over the given pairs and thus couple them. ValueError for a beta
-that is not positive and for a label_smoothing outside [0, 0.5).
+depend on beta * d alone. aot and aot_unpaired sort over the given pairs and thus couple the pairs. ValueError for a
+beta of 0 or less and for a label_smoothing outside [0, 0.5).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def dpo(
     """Return -(1 - e) s(beta d) - e s(-beta d): DPO (arXiv:2305.18290, eq. 7), with e = label_smoothing > 0 cDPO.
 
     Conservative DPO (Mitchell 2023, "A note on DPO with noisy preferences", eq. 3) takes each preference to be wrong
-    with probability e; its minimum is at a finite margin. TRL ignores label_smoothing here, OpenRLHF does not.
+    with probability e, with the minimum at a finite margin. TRL ignores label_smoothing here, OpenRLHF does not.
     """
     _check("dpo", beta=beta, label_smoothing=label_smoothing)
     return _smoothed(beta * (chosen - rejected), label_smoothing)
@@ -41,7 +41,7 @@ def robust_dpo(
 ) -> Float[Tensor, " B"]:
     """Return (-(1 - e) s(beta d) + e s(-beta d)) / (1 - 2e) (arXiv:2403.00409): unbiased if labels flip at rate e.
 
-    In expectation its gradient is that of dpo with clean labels.
+    In expectation the gradient is dpo's with clean labels.
     """
     _check("robust_dpo", beta=beta, label_smoothing=label_smoothing)
     margin = beta * (chosen - rejected)
@@ -52,8 +52,8 @@ def robust_dpo(
 def ipo(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"], *, beta: float) -> Float[Tensor, " B"]:
     """Return (d - 1 / (2 beta))^2 (IPO, arXiv:2310.12036, eq. 17, where beta is tau): a margin to reach, not to exceed.
 
-    The authors ran it, and TRL runs it, on averaged log-ratios. The paper and OpenRLHF use summed ones. The target 1 /
-    (2 beta) is then per token or per response: a beta does not carry over.
+    The authors and TRL use averaged log-ratios. The paper and OpenRLHF use sums. The target 1 / (2 beta) is then per
+    token or per response: a beta for averages does not suit sums.
     """
     _check("ipo", beta=beta)
     return (chosen - rejected - 0.5 / beta).square()
@@ -71,7 +71,7 @@ def exo_pair(
 ) -> Float[Tensor, " B"]:
     """Return the KL from sigmoid(beta d) to the preference 1 - e (EXO, arXiv:2402.00856, eq. 16).
 
-    cDPO minimises the KL in the other direction. ValueError for e = 0, because the KL is then infinite.
+    cDPO minimises the KL in the reverse direction. ValueError for e = 0, because the KL is then infinite.
     """
     _check("exo_pair", beta=beta, label_smoothing=label_smoothing)
     if label_smoothing == 0.0:
@@ -87,7 +87,7 @@ def nca_pair(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"], *, beta
     """Return -s(beta c) - s(-beta c) / 2 - s(-beta r) / 2 (NCA, arXiv:2402.05369): keeps the chosen log-ratio c from
     falling.
 
-    It reads c and r separately, not their difference.
+    The loss reads c and r separately, not the difference.
     """
     _check("nca_pair", beta=beta)
     return -logsigmoid(beta * chosen) - 0.5 * logsigmoid(-beta * chosen) - 0.5 * logsigmoid(-beta * rejected)
@@ -138,7 +138,7 @@ def aot_unpaired(
 def apo_zero(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"], *, beta: float) -> Float[Tensor, " B"]:
     """Return 1 - sigmoid(beta c) + sigmoid(beta r) (APO, arXiv:2408.06266, eq. 7): raises chosen, lowers rejected.
 
-    Use it for chosen responses better than the policy's own samples.
+    Use apo_zero for chosen responses better than the policy's own samples.
     """
     _check("apo_zero", beta=beta)
     return torch.sigmoid(-beta * chosen) + torch.sigmoid(beta * rejected)
@@ -147,7 +147,7 @@ def apo_zero(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"], *, beta
 def apo_down(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"], *, beta: float) -> Float[Tensor, " B"]:
     """Return sigmoid(beta c) + 1 - sigmoid(beta d) (APO, arXiv:2408.06266, eq. 8): lowers both, rejected further.
 
-    Use it for chosen responses worse than the policy's own samples.
+    Use apo_down for chosen responses worse than the policy's own samples.
     """
     _check("apo_down", beta=beta)
     return torch.sigmoid(beta * chosen) + torch.sigmoid(-beta * (chosen - rejected))
@@ -158,8 +158,8 @@ def discopop(
 ) -> Float[Tensor, " B"]:
     """Return -(1 - g) s(x) + g exp(-x) with x = beta d and the gate g = sigmoid(x / temperature).
 
-    DiscoPOP, arXiv:2406.08414, eq. 5. It is not convex: dpo for x far below 0, exponential for x above. ValueError
-    unless 0 < temperature <= 1; above 1 the exponential would dominate in the range of its overflow.
+    DiscoPOP, arXiv:2406.08414, eq. 5. The loss is not convex: dpo for x far below 0, exponential for x above.
+    ValueError unless 0 < temperature <= 1; above 1 the exponential would dominate in the range of overflow.
     """
     _check("discopop", beta=beta)
     if not 0.0 < temperature <= 1.0:
@@ -189,7 +189,7 @@ def simpo(
 def log_odds(logprobs: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
     """Return log(p / (1 - p)) of averaged log-probabilities (ORPO, arXiv:2403.07691, eq. 4).
 
-    If p rounds to 1, it is clipped one rounding step below 1, without gradient.
+    A p that rounds to 1 is clipped one rounding step below 1, without gradient.
     """
     held = logprobs.clamp(max=-torch.finfo(logprobs.dtype).eps)
     far = held < -0.6931471805599453  # below log 1/2 log1p keeps the digits of 1 - p, above expm1 does
@@ -199,7 +199,7 @@ def log_odds(logprobs: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
 def odds_ratio(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
     """Return -s(log_odds(chosen) - log_odds(rejected)) of averaged log-probabilities (ORPO, arXiv:2403.07691, eq. 7).
 
-    ORPO adds it, times its lambda (TRL: beta), to the chosen response's negative_logprob.
+    ORPO adds this loss, times lambda (TRL: beta), to the chosen response's negative_logprob.
     """
     return -logsigmoid(log_odds(chosen) - log_odds(rejected))
 

@@ -1,6 +1,6 @@
 """Compute losses of reward models on pairs and on steps, step aggregates, and calibration of margins.
 
-Losses are one per pair or per token; the caller divides by the counts of the whole optimizer step.
+There is a loss per pair or per token; the caller divides by the counts of the whole optimizer step.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ def bradley_terry(
 ) -> Float[Tensor, " B"]:
     """Return -log sigmoid(chosen - rejected - margin) of two scores (InstructGPT, arXiv:2203.02155, eq. 1).
 
-    A margin asks for more distance where the preference was clear (Llama 2, arXiv:2307.09288, eq. 2). Without one it
-    also equals OpenRLHF's LogExpLoss, log(1 + exp(rejected - chosen)).
+    A margin asks for more distance where the preference was clear (Llama 2, arXiv:2307.09288, eq. 2). Without a margin
+    the loss also equals OpenRLHF's LogExpLoss, log(1 + exp(rejected - chosen)).
     """
     difference = chosen - rejected if margin is None else chosen - rejected - margin
     return -logsigmoid(difference)
@@ -42,8 +42,8 @@ def combined_steps(
 ) -> Float[Tensor, " B"]:
     """Return a process reward model's score of each whole response.
 
-    It is the minimum (arXiv:2312.08935), mean, or product (arXiv:2305.20050) of the probabilities sigmoid(score) that
-    the steps are right. ends: True for the last token of each step, where the score is read. ValueError for a response
+    The score is the minimum (arXiv:2312.08935), mean, or product (arXiv:2305.20050) of the probabilities sigmoid(score)
+    of right steps. ends: True for the last token of each step, the place of the step's score. ValueError for a response
     without a step.
     """
     rows = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)[ends]
@@ -74,9 +74,9 @@ def calibration_bins(margins: Float[Tensor, " B"], *, num_bins: int) -> Float[Te
     """Return (pairs, summed confidence, correct pairs) in equal bins of the confidence sigmoid(|margin|), from 1/2 to
     1.
 
-    margins are chosen - rejected. A pair is correct if its margin is positive, half correct if it is 0. Bins of several
-    ranks or batches can be added; tracking.reductions.CalibrationError reduces them to one number. ValueError for
-    num_bins below 1 and for a margin that is nan.
+    margins are chosen - rejected. A pair is correct for a positive margin, half correct for a margin of 0. Bins of
+    several ranks or batches can be added; CalibrationError reduces the sums to a single number. ValueError for num_bins
+    below 1 and for a nan margin.
     """
     if num_bins < 1:
         raise ValueError(f"calibration_bins needs num_bins >= 1, got {num_bins}")

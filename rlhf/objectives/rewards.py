@@ -1,4 +1,4 @@
-"""Turn one score per sequence into token rewards with a KL penalty, and shape scores.
+"""Turn a score per sequence into token rewards with a KL penalty, and shape scores.
 
 Shaping runs with the scores and token_rewards with the tokens, before any advantage.
 """
@@ -20,10 +20,10 @@ def token_rewards(
     *,
     kl_coef: float,
 ) -> Float[Tensor, " N"]:
-    """Return -kl_coef * kl on each sampled token plus the score on the last one, zero elsewhere.
+    """Return -kl_coef * kl on each sampled token plus the score on the last token, zero elsewhere.
 
     arXiv:1909.08593, eq. 2. `kl` is a per-token estimate of KL(policy || reference), usually kl_k1. ValueError for a
-    sequence without a sampled token: no token could carry its score.
+    sequence without a sampled token: no token could carry the score.
     """
     if bool((sequence_counts(response_mask, lengths) == 0).any()):
         empty = (sequence_counts(response_mask, lengths) == 0).nonzero().flatten().tolist()
@@ -37,7 +37,7 @@ def token_rewards(
 def step_rewards(
     ends: Int[Tensor, " S"], values: Float[Tensor, " S"], response_mask: Bool[Tensor, " N"]
 ) -> Float[Tensor, " N"]:
-    """Return each step's value on its last token, zero elsewhere. Steps with the same last token are summed.
+    """Return each step's value on the step's last token, zero elsewhere. Steps with the same last token are summed.
 
     ValueError for a step with an unsampled last token: no token could be credited.
     """
@@ -50,7 +50,8 @@ def step_rewards(
 def overlong_penalty(num_tokens: Int[Tensor, " B"], *, max_tokens: int, buffer: int | float) -> Float[Tensor, " B"]:
     """Return 0 up to max_tokens - buffer, then linearly down to -1 at max_tokens and beyond.
 
-    DAPO, arXiv:2503.14476, eq. 13. Add it to the score, times a factor. ValueError unless 0 < buffer <= max_tokens.
+    DAPO, arXiv:2503.14476, eq. 13. Add the penalty to the score, times a factor. ValueError unless 0 < buffer <=
+    max_tokens.
     """
     if not 0 < buffer <= max_tokens:
         raise ValueError(f"overlong_penalty needs 0 < buffer <= max_tokens, got {buffer} and {max_tokens}")

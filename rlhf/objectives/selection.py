@@ -18,7 +18,7 @@ def best(scores: Sequence[float], count: int) -> list[int]:
 def most_spread(scores: Sequence[float], count: int) -> list[int]:
     """Return the indices of the scores with the largest variance, ascending (PODS, arXiv:2504.13818).
 
-    They are some of the highest and some of the lowest scores. ValueError unless 1 <= count <= len(scores).
+    The selected scores are among the highest and the lowest. ValueError unless 1 <= count <= len(scores).
     """
     _check(scores, count)
     order = sorted(range(len(scores)), key=lambda index: (-scores[index], index))

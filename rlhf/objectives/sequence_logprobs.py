@@ -1,9 +1,9 @@
-"""Reduce a response's token columns to one number for a preference loss, and compute the weight of its pair.
+"""Reduce a response's token columns to one number for a preference loss, and compute the weight of a pair.
 
 Preference losses take one number per response: a log-ratio log pi - log pi_ref, or a plain log-probability without a
 reference. The number comes from any column (`logprobs`, `ref_logprobs` or their difference): masking.sequence_sums adds
 up the counted tokens (DPO), and length_desensitized_total weighs the surplus of the longer response (LD-DPO). Losses of
-averages (SimPO, ORPO, IPO by its authors' account) divide the sum by masking.sequence_counts. Chosen and rejected
+averages (SimPO, ORPO, IPO as run by the authors) divide the sum by masking.sequence_counts. Chosen and rejected
 responses are in one batch, in the caller's order.
 """
 
@@ -26,9 +26,9 @@ def length_desensitized_total(
 ) -> Float[Tensor, " B"]:
     """Return the sum of the first `shared` counted tokens plus alpha times the rest (LD-DPO, arXiv:2409.06411).
 
-    `shared` is the smaller number of counted tokens of a pair, the same for both of its responses. alpha 1 is
-    the plain sum, alpha 0 ignores the surplus of the longer response. ValueError for an alpha outside [0, 1] and for a
-    response without a counted token.
+    `shared` is the smaller number of counted tokens of a pair, the same for both responses. alpha 1 is the plain sum,
+    alpha 0 ignores the surplus of the longer response. ValueError for an alpha outside [0, 1] and for a response
+    without a counted token.
     """
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"length_desensitized_total needs alpha in [0, 1], got {alpha}")
@@ -47,10 +47,10 @@ def on_policy_weights(
 ) -> Float[Tensor, " B"]:
     """Return exp of a response's mean of logprob - log sum_v p_v^2, detached (WPO, arXiv:2406.11827, eq. 2).
 
-    It is about 1 for a typical sample of the policy, below 1 for an unlikely response, and above 1 for a greedy one.
-    The loss of a pair is multiplied by the weights of both. As in the paper and in TRL, the product is not capped at 1;
-    the authors' code caps it. collision_logprobs come from logprobs.chunked_logprobs_and_collisions. ValueError for a
-    response without a counted token.
+    The weight is about 1 for a typical sample of the policy, below 1 for an unlikely response, and above 1 for a greedy
+    response. The loss of a pair is multiplied by both weights. As in the paper and in TRL, the product is not capped at
+    1; the authors' code caps the product. collision_logprobs come from logprobs.chunked_logprobs_and_collisions.
+    ValueError for a response without a counted token.
     """
     _counts(mask, lengths, needed_by="on_policy_weights")
     return sequence_means((logprobs - collision_logprobs).detach(), mask, lengths).exp()

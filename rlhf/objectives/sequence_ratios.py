@@ -1,6 +1,6 @@
 """Compute importance ratios shared by the tokens of a sequence: GSPO, GSPO-token, GMPO.
 
-They replace policy_loss.importance_ratio: [N] columns, 1 where `mask` is False. They use the advantages only for the
+The ratios replace policy_loss.importance_ratio: [N] columns, 1 where `mask` is False. Advantages matter only for the
 sign in GMPO's clip.
 """
 
@@ -19,10 +19,10 @@ def sequence_ratio(
     mask: Bool[Tensor, " N"],
     lengths: Int[Tensor, " B"],
 ) -> Float[Tensor, " N"]:
-    """Return the geometric mean of a sequence's token ratios, on each of its tokens (GSPO, arXiv:2507.18071, eq. 7).
+    """Return the geometric mean of a sequence's token ratios, on each token (GSPO, arXiv:2507.18071, eq. 7).
 
-    The gradient of each copy reaches every token of the sequence. GSPO's loss uses `sequence_token_ratio`, with
-    the same value.
+    The gradient of each copy reaches every token of the sequence. GSPO's loss uses `sequence_token_ratio`, of equal
+    value.
     """
     log_ratio = sequence_means(logprobs - old_logprobs, mask, lengths)
     return torch.where(mask, to_tokens(log_ratio, lengths, num_tokens=len(mask)), 0.0).exp()
@@ -36,7 +36,7 @@ def sequence_token_ratio(
 ) -> Float[Tensor, " N"]:
     """Return sequence_ratio in value, with each token's own gradient (GSPO-token, arXiv:2507.18071, eq. 14).
 
-    If all tokens of a sequence share one advantage and one weight, the gradient is that of sequence_ratio.
+    If all tokens of a sequence share an advantage and a weight, the gradient equals sequence_ratio's.
     """
     token_gradient = torch.where(mask, logprobs - logprobs.detach(), 0.0).exp()
     return sequence_ratio(logprobs.detach(), old_logprobs, mask, lengths) * token_gradient
@@ -52,10 +52,11 @@ def geometric_mean_ratio(
     clip_low: float,
     clip_high: float,
 ) -> Float[Tensor, " N"]:
-    """Return sequence_ratio of token ratios clipped one by one, in log space (GMPO, arXiv:2507.20673).
+    """Return sequence_ratio of token ratios, each clipped in log space (GMPO, arXiv:2507.20673).
 
-    A token's log-ratio is clipped above at clip_high if its advantage is positive and below at -clip_low if it is
-    negative. It is 0 for an advantage of zero. Use `-ratio * advantage` with the result, without a further clip.
+    A token's log-ratio is clipped above at clip_high for a positive advantage and below at -clip_low for a negative
+    advantage. An advantage of zero gives a log-ratio of 0. Use `-ratio * advantage` with the result, without a further
+    clip.
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     sign = advantages.sign()

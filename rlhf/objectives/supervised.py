@@ -1,4 +1,7 @@
-"""Compute losses of supervised fine-tuning, one term per token, zero where `mask` is False. They never average."""
+"""Compute losses of supervised fine-tuning, one term per token, zero where `mask` is False.
+
+The losses are never averaged here.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,6 @@ def negative_logprob(logprobs: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"]) ->
 
 
 def dynamic_fine_tuning(logprobs: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"]) -> Float[Tensor, "*N"]:
-    """Return negative_logprob times the token's probability, which carries no gradient (DFT, arXiv:2508.05629)."""
+    """Return negative_logprob times the token's probability without gradient (DFT, arXiv:2508.05629)."""
     losses = negative_logprob(logprobs, mask)
     return losses * (-losses).detach().exp()

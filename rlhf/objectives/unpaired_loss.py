@@ -1,9 +1,9 @@
 """Compute losses of single responses with labels (KTO, APO-zero, BCO).
 
-Each function returns one loss per response; the caller weights it and divides by the responses of the whole optimizer
-step. `log_ratios` are log pi - log pi_ref summed over the response (sequence_logprobs.py); `labels` are True for good
-responses. Baselines (KTO's KL, BCO's running mean) are data, merged over ranks by the caller. ValueError for a beta
-that is not positive.
+Each function returns a loss per response; the caller weights each loss and divides by the responses of the whole
+optimizer step. `log_ratios` are log pi - log pi_ref summed over the response (sequence_logprobs.py); `labels` are True
+for good responses. Baselines (KTO's KL, BCO's running mean) are data, merged over ranks by the caller. ValueError for a
+beta of 0 or less.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ def kto(log_ratios: Float[Tensor, " B"], labels: Bool[Tensor, " B"], *, beta: fl
     """Return 1 - sigmoid(beta (c - kl)) if good, 1 - sigmoid(beta (kl - c)) if bad (KTO, arXiv:2402.01306, section
     4.1).
 
-    kl is the paper's z0, max(0, mean log-ratio) of completions paired with other prompts of the batch: mismatched_kl.
-    It carries no gradient. ValueError if it is negative. Use label_weights for lambda_D and lambda_U.
+    kl is the paper's z0, max(0, mean log-ratio) of completions paired with wrong prompts of the batch: mismatched_kl.
+    kl carries no gradient. ValueError for a negative kl. Use label_weights for lambda_D and lambda_U.
     """
     _check_beta("kto", beta)
     if not kl >= 0.0:
@@ -28,7 +28,7 @@ def kto(log_ratios: Float[Tensor, " B"], labels: Bool[Tensor, " B"], *, beta: fl
 
 
 def mismatched_kl(log_ratio_sum: float, num_sequences: int) -> float:
-    """Return KTO's z0: the mean log-ratio of completions under other prompts, at least 0.
+    """Return KTO's z0: the mean log-ratio of completions under wrong prompts, at least 0.
 
     The sum and the count are taken over all ranks. ValueError for no sequences.
     """
@@ -60,10 +60,7 @@ def bco(
 def label_weights(
     labels: Bool[Tensor, " B"], *, desirable: float, undesirable: float, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, " B"]:
-    """Return the weight of each response by its label.
-
-    KTO's section 4.2 recommends a ratio of weight times count, good over bad, in [1, 4/3].
-    """
+    """Return the weight of each response by the response's label."""
     weights = torch.tensor([undesirable, desirable], dtype=dtype, device=labels.device)
     return weights[labels.long()]
 

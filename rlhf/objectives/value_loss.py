@@ -1,6 +1,7 @@
 """Compute the critic's loss: squared error to the returns, with PPO's trust region around the old values.
 
-The losses have one term per token, zero where `mask` is False; aggregation.py weights them and the caller sums them.
+The losses have one term per token, zero where `mask` is False; aggregation.py gives the weights, and the caller sums
+the terms.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ def clipped_value_loss(
     *,
     clip: float,
 ) -> Float[Tensor, "*N"]:
-    """Return half the larger squared error of two: of the value, and of the value clipped to `clip` around the old one.
+    """Return half the larger of two squared errors: of the value, and of the value clipped to `clip` around the old
+    value.
 
-    This is the form of the original PPO code (openai/baselines, ppo2), not in the paper: a value that has moved further
-    than `clip` towards its return gets no gradient.
+    This is the form of the original PPO code (openai/baselines, ppo2), not in the paper: a value moved further than
+    `clip` towards the return gets no gradient.
     """
     errors = torch.where(mask, values - returns, 0.0)
     held = torch.minimum(torch.maximum(values, old_values - clip), old_values + clip)
@@ -44,6 +46,6 @@ def clipped_values(
     *,
     clip: float,
 ) -> Bool[Tensor, "*N"]:
-    """Return True where the clipped value has the larger error, so that the clip acts: for the value clip fraction."""
+    """Return True where the clipped value has the larger error, for the value clip fraction."""
     held = torch.minimum(torch.maximum(values, old_values - clip), old_values + clip)
     return mask & ((held - returns).square() > (values - returns).square())

@@ -1,7 +1,7 @@
 """Apply the vocabulary head to a few hundred rows at a time, so that no [rows, vocabulary] matrix ever exists.
 
-logprobs.py computes log-probabilities and entropies with it, distillation.py divergences. Products are taken in the
-dtype of their factors, reductions in float32 (float64 for float64 input). Nothing here knows the meaning of a row.
+logprobs.py computes log-probabilities and entropies with this head, distillation.py divergences. Products are taken in
+the dtype of the factors, reductions in float32 (float64 for float64 input). Nothing here knows the meaning of a row.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Factors:
 
 
 class HeadOptions(TypedDict, total=False):
-    """The fields of `Head`, as keyword arguments of the functions that apply it."""
+    """The fields of `Head` as keyword arguments."""
 
     bias: Tensor | None
     temperature: float | Tensor
@@ -62,7 +62,7 @@ class Head:
             raise ValueError(f"softcap must be positive or None, got {self.softcap}")
 
     def logits(self, factors: Factors, rows: slice) -> Tensor:
-        """Return new logits of some rows. The caller may overwrite them."""
+        """Return new logits of some rows. The caller may overwrite the logits."""
         logits = widened(F.linear(factors.hidden[rows], factors.weight, factors.bias))
         if self.softcap is None:
             return self._scaled_(logits, rows)
@@ -85,7 +85,7 @@ class Head:
 
 
 def widened(values: Tensor) -> Tensor:
-    """Return the values in float32, or unchanged if they are float64."""
+    """Return the values in float32, or float64 values unchanged."""
     return values if values.dtype == torch.float64 else values.float()
 
 
@@ -114,8 +114,8 @@ class ProductGradients:
     def collect(self, num_rows: int, head: Head, gradient_of: Callable[[slice], tuple[Tensor, Tensor] | None]) -> None:
         """Add the gradients of all rows.
 
-        `gradient_of` returns (gradient with respect to the logits, logits) of some rows, or None if it is not needed.
-        Both may be overwritten.
+        `gradient_of` returns (gradient with respect to the logits, logits) of some rows, or None without a need for a
+        gradient. Both may be overwritten.
         """
         for block in chunks(num_rows, head.chunk_size * CHUNKS_PER_PRODUCT):
             gradient: Tensor | None = None
@@ -140,12 +140,12 @@ class ProductGradients:
 
 
 def chunks(stop: int, size: int, *, start: int = 0) -> list[slice]:
-    """Return slices of at most `size` that cover [start, stop)."""
+    """Return slices of at most `size` over [start, stop)."""
     return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 
 class _SumOverRows(torch.autograd.Function):
-    """Takes the gradient chunk by chunk in the forward pass, and keeps it for the backward pass."""
+    """Takes the gradient chunk by chunk in the forward pass, for use in the backward pass."""
 
     @staticmethod
     def forward(
@@ -195,10 +195,10 @@ def sum_over_rows(
     """Return (sum of the rows' terms, further values per row without gradient) of function(logits of some rows, row
     slice).
 
-    The logits are those of logprobs.py. The gradient reaches hidden, weight and bias; all other inputs of the function
-    are data. The function must treat rows independently, must not change its argument, and must be differentiable by
-    autograd. Head and function are evaluated once, so the terms must contain their weights. The cost is one gradient of
-    the head's weight kept from the forward to the backward pass.
+    The logits are as in logprobs.py. The gradient reaches hidden, weight and bias; all further inputs of the function
+    are data. The function must treat rows independently, must not change the argument, and must be differentiable by
+    autograd. Head and function are evaluated once, so the terms must contain the weights. The cost is memory for a
+    gradient of the head's weight between the forward and the backward pass.
     """
     results: tuple[Tensor, Tensor] = _SumOverRows.apply(hidden, weight, head.bias, head, function)
     return results

@@ -1,4 +1,4 @@
-"""Compute policy losses that weight the logprob instead of clipping a ratio: CISPO, DPPO, VESPO, DRO; and SAPO's gate.
+"""Compute policy losses with a weighted logprob instead of a clipped ratio: CISPO, DPPO, VESPO, DRO; and SAPO's gate.
 
 PPO's clip removes tokens from the gradient. CISPO and VESPO instead keep `-weight * advantage * logprob` with a weight
 without gradient. DPPO (arXiv:2602.04879) is cispo with min_ratio 0 over the tokens of trusted_by_tv or trusted_by_kl.
@@ -55,9 +55,9 @@ def trusted_by_tv(
     max_decrease: float,
     max_increase: float,
 ) -> Bool[Tensor, "*N"]:
-    """Return True for tokens inside the trust region in their advantage's direction (DPPO, binary TV).
+    """Return True for tokens inside the trust region in the advantage's direction (DPPO, binary TV).
 
-    The change of one token's probability is the total variation between the two policies coarsened to {token, rest}.
+    The change of the token's probability is the total variation between the two policies coarsened to {token, rest}.
     """
     moved = (logprobs.exp() - old_logprobs.exp()).detach()
     return mask & torch.where(advantages > 0, moved <= max_increase, moved >= -max_decrease)
@@ -119,5 +119,5 @@ def dro(
 
 
 def _by_sign(positive: Bool[Tensor, "*N"], like: Tensor, if_positive: float, if_negative: float) -> Float[Tensor, "*N"]:
-    """Return one of two numbers per entry, in the dtype of `like`: torch.where of two floats is always float32."""
+    """Return the number for the entry's sign, in the dtype of `like`: torch.where of two floats is always float32."""
     return torch.where(positive, like.new_tensor(if_positive), like.new_tensor(if_negative))
