@@ -1,1 +1,1 @@
-"""Agents: the records of their sessions, and the sequences that are trained."""
+"""Agents: the records of sessions, and the training sequences."""

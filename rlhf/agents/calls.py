@@ -1,6 +1,6 @@
-"""Define the record of an agent's session: its calls of the model, token by token, and its result.
+"""Define the record of an agent's session: all calls of the model, token by token, and the result.
 
-The engine that answers a call writes the record. Training reads these tokens and never text.
+The engine that answers a call writes the record. Training reads the recorded tokens and never text.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Restriction = Literal["tool_choice", "response_format", "structured_outputs"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One call of the model. The columns have one entry for each token of the response."""
+    """A call of the model. The columns have an entry for each token of the response."""
 
     prompt_ids: npt.NDArray[np.int32]  # the exact tokens that the model read
     response_ids: npt.NDArray[np.int32]  # the exact tokens that it sampled
@@ -46,7 +46,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentFiles:
-    """The result of an agent that leaves files: their contents by path."""
+    """The result of an agent in files: the contents by path."""
 
     contents: Mapping[str, str]
 
@@ -56,7 +56,7 @@ AgentResult = str | Mapping[str, Any] | AgentFiles  # text, a JSON object, or fi
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentRun:
-    """One run of an agent on a task: its calls in the order of their ends, and its result."""
+    """A run of an agent on a task: the calls in the order of finishing, and the result."""
 
     calls: list[Call]
     result: AgentResult | None  # None: it failed

@@ -1,7 +1,7 @@
-"""Run an agent in its process: a user's function, or a user's program.
+"""Run an agent in the agent's process: a user's function, or a user's program.
 
 The process of `rlhf.rollouts.environments.process` loads the agent once, and forks a copy for each session. Each copy
-works in a folder of its own. This module uses only the standard library: never import torch or NumPy here, directly or
+works in a separate folder. This module uses only the standard library: never import torch or NumPy here, directly or
 through another module.
 """
 
@@ -54,7 +54,7 @@ CLIENTS = ("openai", "anthropic")  # packages with a client
 
 
 class AgentClient:
-    """The model as a function's argument `client`: its addresses, its key, and clients of installed packages."""
+    """The model as a function's argument `client`: addresses, a key, and clients of installed packages."""
 
     def __init__(self, address: str, api_key: str, tools: Toolbox) -> None:
         self.tools = tools  # of the configuration's servers
@@ -67,7 +67,7 @@ class AgentClient:
     def openai(self) -> Any:
         """Return an `AsyncOpenAI` for this session. ImportError: the package `openai` is not installed.
 
-        It repeats no call and waits for an answer as long as the session lasts.
+        The client repeats no call and waits for an answer as long as the session lasts.
         """
         return self._client(_package("openai"), "AsyncOpenAI", self.base_url)
 
@@ -84,12 +84,12 @@ class AgentClient:
 
 @cache
 def _certificates() -> ssl.SSLContext:
-    """Return the certificates for HTTPS. Loading them takes 7 ms, so all copies of a process share them."""
+    """Return the certificates for HTTPS. Loading takes 7 ms, so all copies of a process share the certificates."""
     return ssl.create_default_context()
 
 
 def access_variables(address: str, api_key: str) -> dict[str, str]:
-    """Return the environment variables that clients of both protocols read. They reach the engine without a proxy."""
+    """Return the environment variables for clients of both protocols, to reach the engine without a proxy."""
     direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
     if direct != "*":  # which must stand alone
         direct = ",".join(filter(None, (direct, urlsplit(address).hostname)))
@@ -111,7 +111,7 @@ def _package(name: str) -> Any:
 
 
 class HostedFunction:
-    """An async function `solve(task, client)` of a user's file, in its process."""
+    """An async function `solve(task, client)` of a user's file, in the agent's process."""
 
     description = Description(required=(), optional=(), takes_all=False, tools=(), has_close=False)
 
@@ -130,13 +130,13 @@ class HostedFunction:
             offered_tools(servers)
 
     def prepare(self) -> None:
-        """Make a call with each client that the function's file names. It imports most of the client's package."""
+        """Make a call with each client named in the function's file, to import most of the client's package."""
         text = Path(inspect.getfile(self.solve)).read_text(encoding="utf-8")
         names = [name for name in CLIENTS if name in text and importlib.util.find_spec(name) is not None]
         asyncio.run(asyncio.wait_for(_first_calls(names), PREPARED_WITHIN_S))
 
     def answer(self, call: str, **message: Any) -> dict[str, Any]:
-        """Run a session, and return its result unless it is in files."""
+        """Run a session, and return the result unless the result is in files."""
         assert call == "solve"
         begin_session(message["disk_bytes"])
         os.chdir(message["folder"])
@@ -151,7 +151,7 @@ class HostedFunction:
 
 
 async def _first_calls(names: Sequence[str]) -> None:
-    """Make a call with each of these clients, to a server that answers both protocols with an empty response."""
+    """Make a call with each client, to a server that answers both protocols with an empty response."""
     body = b'{"choices": [{"message": {}}], "content": [{"type": "text"}], "usage": {}}'
     response = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
 
@@ -175,7 +175,7 @@ async def _first_calls(names: Sequence[str]) -> None:
 
 
 class HostedCommand:
-    """A program that is started for each session, in its process group."""
+    """A program, started for each session in the session's process group."""
 
     description = Description(required=(), optional=(), takes_all=False, tools=(), has_close=False)
 
@@ -190,7 +190,7 @@ class HostedCommand:
         """Do nothing: a program shares no memory with another."""
 
     def answer(self, call: str, **message: Any) -> dict[str, Any]:
-        """Run a session, and return the program's output unless its result is in files."""
+        """Run a session, and return the program's output unless the result is in files."""
         assert call == "solve"
         folder, address, command = message["folder"], message["address"], self.command
         begin_session(message["disk_bytes"])
@@ -232,7 +232,7 @@ def begin_session(disk_bytes: int) -> None:
 
 
 def _confined(command: Sequence[str], folder: str, *, max_threads: int) -> list[str]:
-    """Return a command that runs another one in the sandbox, beside a relay to the front."""
+    """Return a command to run `command` in the sandbox, beside a relay to the front."""
     named = [word for word in command if os.sep in word and os.path.exists(word)]
     prefixes = dict.fromkeys((sys.prefix, os.path.realpath(sys.prefix), sys.base_prefix))
     readable = [*READABLE, SHELLS, *prefixes, *_virtual_environment(command[0]), *named]
@@ -241,7 +241,7 @@ def _confined(command: Sequence[str], folder: str, *, max_threads: int) -> list[
 
 
 def _virtual_environment(program: str) -> list[str]:
-    """Return the folders of a virtual environment and of its Python, if the program is the Python of one."""
+    """Return the folders of a virtual environment and of the base Python, if the program is an environment's Python."""
     path = Path(program)
     if len(path.parents) < 2 or not (path.parents[1] / "pyvenv.cfg").is_file():
         return []
@@ -249,7 +249,7 @@ def _virtual_environment(program: str) -> list[str]:
 
 
 def _environment_inside(folder: str) -> dict[str, str]:
-    """Return the environment of a program in the sandbox. It has nothing of this process."""
+    """Return the environment of a program in the sandbox. Nothing comes from this process."""
     path = os.pathsep.join([f"{sys.prefix}/bin", "/usr/bin", "/bin"])
     return {"PATH": path, "HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}
 
@@ -273,10 +273,10 @@ def _refuse_without_sandbox() -> None:
 
 
 def _output_of(process: subprocess.Popen[bytes], *, within_s: float) -> tuple[bytes, bytes, bool]:
-    """Return the output of a program once it has ended, although its children may keep the pipes open.
+    """Return the output of a program once it has ended, although child processes may keep the pipes open.
 
-    Its errors go to this process's, and their end is returned too. The last value is True for a program that runs
-    longer than `within_s`.
+    Errors go to this process's stderr, and the end of the errors is returned too. The last value is True for a program
+    running longer than `within_s`.
     """
     until = time.monotonic() + within_s
     assert process.stdout is not None
@@ -306,7 +306,7 @@ def _output_of(process: subprocess.Popen[bytes], *, within_s: float) -> tuple[by
 
 
 def result_of_text(text: str) -> str | Mapping[str, Any]:
-    """Return the result of an agent that answers with text: a JSON object where it is one, or the text itself."""
+    """Return the result of an agent from the agent's text: the JSON object for JSON, or the text itself."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):  # not JSON, or beyond Python's limits of digits and depth
@@ -315,7 +315,7 @@ def result_of_text(text: str) -> str | Mapping[str, Any]:
 
 
 def checked_result(value: Any) -> Any:
-    """Return the value of an agent: text, an object that JSON can hold, or None. ProtocolViolation for any other."""
+    """Return the value of an agent: text, an object for JSON, or None. ProtocolViolation for an invalid value."""
     if not isinstance(value, str | Mapping | None):
         raise ProtocolViolation(f"the result is {value!r:.80}, expected text, a JSON object, or files in result/")
     try:

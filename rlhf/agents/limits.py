@@ -1,4 +1,4 @@
-"""Define the limits of an agent's session: of its calls, which the front enforces, and of its processes."""
+"""Define the limits of an agent's session: of calls, enforced by the front, and of processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _REQUESTS_OF_CALL = 10  # refused ones, and those that sample nothing
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionLimits:
-    """The limits of one session's calls, and the seed of its sampling."""
+    """The limits of one session's calls, and the seed for sampling."""
 
     max_calls: int  # in the whole session
     max_tokens: int  # prompt and response of one call
@@ -22,12 +22,12 @@ class SessionLimits:
 
     @property
     def max_request_bytes(self) -> int:
-        """Return the limit of a request's body, and of the bodies of all requests that are open at once."""
+        """Return the limit of a request's body, and of the bodies of all open requests together."""
         return min(MAX_REQUEST_BYTES, 2**20 + _BYTES_OF_TOKEN * self.max_tokens)
 
     @property
     def max_request_parts(self) -> int:
-        """Return the limit of a request's commas and opening brackets: what it takes to read depends on them."""
+        """Return the limit of a request's commas and opening brackets: the cost of reading depends on both."""
         return _PARTS_OF_REQUEST + self.max_tokens
 
     @property
@@ -43,7 +43,7 @@ class SessionLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessLimits:
-    """The limits of what all processes of one session use together."""
+    """The limits of all processes of a session together."""
 
     memory_gib: float  # also of what each process may map
     max_threads: int

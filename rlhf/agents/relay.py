@@ -1,7 +1,7 @@
 """Pass connections between an agent in a sandbox and the engine's front, through a Unix socket in the agent's folder.
 
-The sandbox has no network. Inside, this file is a program: it listens where the agent expects the model, and starts the
-agent. Outside, `forwarding` connects the socket to the front. It must use only the standard library.
+The sandbox has no network. Inside, this file is a program that listens at the model's address and starts the agent.
+Outside, `forwarding` connects the socket to the front. This file must use only the standard library.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ Connect = Callable[[], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWrite
 
 
 async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Copy bytes until the end of one side, then close the other."""
+    """Copy bytes until the end of the reader, then close the writer."""
     with suppress(ConnectionError):
         while chunk := await reader.read(_CHUNK):
             writer.write(chunk)
@@ -28,7 +28,7 @@ async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 
 
 def linking(connect: Connect) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
-    """Return a handler that links each accepted connection with one that `connect` makes, up to MAX_CONNECTIONS."""
+    """Return a handler to link each accepted connection with a connection from `connect`, up to MAX_CONNECTIONS."""
     linked: set[asyncio.StreamWriter] = set()
 
     async def link(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -71,7 +71,7 @@ def forwarding(path: str, host: str, port: int) -> Iterator[None]:
 async def run_inside(path: str, max_threads: int, command: list[str]) -> int:
     """Listen inside the sandbox, run the command, and return its exit code.
 
-    The kernel counts the threads of this sandbox alone. It does not limit root.
+    The kernel counts the threads of this sandbox alone. Root has no limit.
     """
     resource.setrlimit(resource.RLIMIT_NPROC, (max_threads, max_threads))
     await asyncio.start_server(linking(lambda: asyncio.open_unix_connection(path)), "127.0.0.1", PORT)

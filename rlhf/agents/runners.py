@@ -1,7 +1,7 @@
-"""Run an agent on a task: in a process of its own, or at a service.
+"""Run an agent on a task: in a separate process, or at a service.
 
-An agent knows the address of its engine and the key of its session. Every wait has a deadline, and nothing that a
-session has started outlives it. A failure of the agent is an `EnvironmentFailure`.
+An agent knows the address of the engine and the key of the session. Every wait has a deadline, and no process outlives
+the session that started the process. A failure of the agent is an `EnvironmentFailure`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ KEY = "rollouts.agent"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentTask:
-    """One session of an agent: its task, and its access to the model."""
+    """A session of an agent: the task, and the access to the model."""
 
     task: Mapping[str, Any]  # the prompt, and the configured columns of its row
     address: str  # of the engine's front, without a path
@@ -49,20 +49,23 @@ class AgentRunner(Protocol):
     """Runs sessions of an agent, many at once."""
 
     async def start(self) -> None:
-        """Load the agent. UserError if it cannot be used."""
+        """Load the agent. UserError for an invalid agent."""
 
     def begin_group(self) -> None:
         """Allow the agent to log some lines of output again."""
 
     async def solve(self, task: AgentTask) -> AgentResult:
-        """Run a session to its end. EnvironmentFailure if the agent failed, ChildLost if its process is lost."""
+        """Run a session to the end.
+
+        EnvironmentFailure if the agent failed, ChildLost if the agent's process is lost.
+        """
 
     async def stop(self) -> None:
-        """End the agent and all its sessions."""
+        """End the agent with all sessions."""
 
 
 class HostedRunner:
-    """Runs a function or a program. Each session has a process group and a folder of its own."""
+    """Runs a function or a program. Each session has a separate process group and folder."""
 
     def __init__(
         self,
@@ -85,14 +88,14 @@ class HostedRunner:
         self._folder: OwnedFolder | None = None
 
     async def start(self) -> None:
-        """Load the agent. UserError if it cannot be used."""
+        """Load the agent. UserError for an invalid agent."""
         await self.host.start()
         parent = Path(tempfile.gettempdir()) / f"rlhf-agents-{os.getuid()}"
         self._folder = await asyncio.to_thread(OwnedFolder, parent / f"{socket.gethostname()}-{os.getpid()}-{id(self)}")
         self.watch.start(self.host.pid)
 
     async def stop(self) -> None:
-        """End the agent, and remove the folders of its sessions."""
+        """End the agent, and remove the folders of all sessions."""
         await self.watch.stop()
         await self.host.stop()
         if self._folder is not None:
@@ -103,7 +106,7 @@ class HostedRunner:
         self.host.new_log_budget()
 
     async def solve(self, task: AgentTask) -> AgentResult:
-        """Run a session, and remove what it leaves behind."""
+        """Run a session, and remove all leftovers."""
         assert self._folder is not None, "the agent has not been started"
         folder = Path(await asyncio.to_thread(tempfile.mkdtemp, dir=self._folder.path))
         try:
@@ -126,7 +129,7 @@ class HostedRunner:
         return result
 
     async def _answer(self, task: AgentTask, folder: Path) -> dict[str, Any]:
-        """Return the agent's reply once all of its processes have ended, so that its files do not change any more."""
+        """Return the agent's reply after the end of all processes, so that no file changes any more."""
         session = await self.host.open()
         try:
             with self.watch.watching(session.pid, folder) as watched:
@@ -153,9 +156,10 @@ class HostedRunner:
 
 
 def result_files(folder: Path) -> dict[str, str]:
-    """Return the texts of the files below a folder by their paths. EnvironmentFailure: they are too large or no text.
+    """Return the texts of the files below a folder by path.
 
-    Links are not followed, since they may lead to files of the machine.
+    EnvironmentFailure: files too large, or a file without text. Links are not followed, since a link may lead to a file
+    of the machine.
     """
     try:
         if not stat.S_ISDIR(folder.lstat().st_mode):
@@ -197,7 +201,7 @@ def _text_of(path: str, place: str) -> str:
 
 
 class ServiceRunner:
-    """Asks a service to run the sessions. Its answer to the request is the result."""
+    """Asks a service to run the sessions. The service's answer to the request is the result."""
 
     def __init__(self, url: str, *, timeout_s: float, key: str) -> None:
         self.url = url
@@ -216,7 +220,7 @@ class ServiceRunner:
             await self._http.close()
 
     def begin_group(self) -> None:
-        """Do nothing: a service has a log of its own."""
+        """Do nothing: a service has a separate log."""
 
     async def solve(self, task: AgentTask) -> AgentResult:
         """Send the task, and wait for the result."""

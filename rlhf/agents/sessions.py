@@ -1,8 +1,8 @@
 """Run a session of an agent for each sample of a group.
 
-task -> session at the engine's front -> the agent, which calls it -> the calls and the result -> sequences
+task -> session at the engine's front -> the agent, calling the front -> the calls and the result -> sequences
 
-Sessions are independent, so a slow agent delays only its session. A failure of an agent is recorded, and never counts
+Sessions are independent, so a slow agent delays a single session. A failure of an agent is recorded, and never counts
 as a reward of 0.
 """
 
@@ -33,7 +33,7 @@ COMMAND = "rlhf.agents.hosted:HostedCommand"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentSpec:
-    """An agent and its limits, as used by an engine."""
+    """An agent with limits, as used by an engine."""
 
     source: CodeSource  # of a program, its only argument is `command`
     program: str | None  # FUNCTION or COMMAND; None: a service, whose source has the argument `url`
@@ -50,12 +50,12 @@ class AgentSpec:
     key: str = KEY  # config section named in messages
 
     def fingerprint(self) -> str:
-        """Return a digest of the agent's settings. It includes the file of a function, but no other files."""
+        """Return a digest of the agent's settings. The digest includes the file of a function, but no further files."""
         settings = repr((self.program, self.columns, self.max_calls, self.max_tokens, self.template, *self.servers))
         return hashlib.blake2b(self.source.digest() + settings.encode(), digest_size=16).hexdigest()
 
     def runner(self) -> AgentRunner:
-        """Return what runs this agent."""
+        """Return the runner for this agent."""
         if self.program is None:
             return ServiceRunner(self.source.args["url"], timeout_s=self.timeout_s, key=self.key)
         return HostedRunner(
@@ -69,15 +69,15 @@ class AgentSpec:
 
 
 class SessionState(Protocol):
-    """A session at the front, while its agent runs."""
+    """A session at the front while the agent runs."""
 
     @property
     def exceeded(self) -> str | None:
-        """Return the key of the limit that the agent's calls have exceeded."""
+        """Return the key of the limit exceeded by the agent's calls."""
 
     @property
     def is_over(self) -> asyncio.Event:
-        """Return what is set once a limit has been exceeded."""
+        """Return the event set after a limit has been exceeded."""
 
 
 class AgentFront(Protocol):
@@ -101,11 +101,11 @@ class AgentSessions:
         self.places = asyncio.Semaphore(spec.processes)
 
     async def start(self) -> None:
-        """Load the agent. UserError if it cannot be used."""
+        """Load the agent. UserError for an invalid agent."""
         await self.runner.start()
 
     async def stop(self) -> None:
-        """End the agent and all its sessions."""
+        """End the agent with all sessions."""
         await self.runner.stop()
 
     async def group(self, request: GroupRequest, sampling: Sampling) -> tuple[Rollouts, tuple[RolloutInfo, ...]]:
@@ -127,7 +127,7 @@ class AgentSessions:
     async def _session(
         self, request: GroupRequest, sampling: Sampling, sample: int
     ) -> tuple[AgentRun, RewardError | None]:
-        """Run one session from its opening to its end, with the failure of its agent, if there is one."""
+        """Run a session from the opening to the end. Return the record, with any failure of the agent."""
         prompt, seed = request.prompt, request.seeds[sample]
         result: AgentResult | None = None
         error: RewardError | None = None
@@ -149,7 +149,7 @@ class AgentSessions:
         return AgentRun(calls=calls, result=result if error is None else None), error
 
     async def _solve(self, task: AgentTask, opened: SessionState) -> AgentResult | None:
-        """Run the agent to its end, or until a limit of its calls is exceeded: the session has failed then."""
+        """Run the agent to the end, or until a call exceeds a limit and the session has failed."""
         agent = asyncio.ensure_future(self.runner.solve(task))
         over = asyncio.ensure_future(opened.is_over.wait())
         try:
@@ -161,7 +161,7 @@ class AgentSessions:
             await asyncio.gather(agent, over, return_exceptions=True)  # wait for the end of its processes
 
     def _problem(self, exceeded: str | None, calls: list[Call]) -> EnvironmentFailure | None:
-        """Return why a session whose agent has ended by itself has no score."""
+        """Return why a session has no score although the agent has ended by itself."""
         if exceeded is not None:
             limit = f"{self.spec.key}.{exceeded}: {getattr(self.spec, exceeded)}"
             return EnvironmentFailure("refused", f"a call of the agent was over {limit}")
@@ -175,7 +175,7 @@ def _error(failure: EnvironmentFailure, prompt: Prompt, sample: int) -> RewardEr
 
 
 def session_end(session: AgentRun) -> SessionEnd:
-    """Return the scalars of a session for the driver, with its result for the rewards."""
+    """Return the scalars of a session for the driver, with the result for the rewards."""
     restricted: Counter[str] = Counter()
     for call in session.calls:
         if call.restriction is not None:
@@ -189,6 +189,6 @@ def session_end(session: AgentRun) -> SessionEnd:
 
 
 def task_of(prompt: Prompt, columns: tuple[str, ...]) -> Mapping[str, Any]:
-    """Return what the agent is told: the prompt's text or messages, and the given columns of its row."""
+    """Return the agent's task: the prompt's text or messages, and the given columns of the row."""
     said = {"messages": prompt.columns["messages"]} if prompt.is_chat else {"prompt": prompt.text}
     return {**said, **{name: prompt.columns[name] for name in columns}}

@@ -1,9 +1,9 @@
-"""Merge the calls of an agent's session into a tree by their tokens, and turn its leaves into training sequences.
+"""Merge the calls of an agent's session into a tree by tokens, and turn the leaves into training sequences.
 
-A call continues another one if its prompt begins with the other's prompt and response. Retries, sub-agents and
-shortened contexts make branches or separate trees. Each leaf gives a sequence: exactly what the model read and sampled
-in the leaf's call. A sampled token is trained in one sequence only, however many sequences begin with it. Nothing
-depends on the order of the calls, and nothing is tokenised here.
+A call continues an earlier call if the prompt begins with the earlier call's prompt and response. Retries, sub-agents
+and shortened contexts make branches or separate trees. Each leaf gives a sequence: exactly the tokens read and sampled
+by the model in the leaf's call. A sampled token is trained in one sequence only, however many sequences begin with the
+same tokens. Nothing depends on the order of the calls, and nothing is tokenised here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rlhf.types import FinishReason, GroupRequest, RolloutInfo, Rollouts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingSequence:
-    """The tokens of a leaf's call, with the calls before it. The columns have one entry for each token."""
+    """The tokens of a leaf's call, with all earlier calls on the way. The columns have an entry for each token."""
 
     calls: tuple[int, ...]  # indices of the calls whose tokens are trained here, in their order
     ends: tuple[int, ...]  # position after the last token of each of these calls
@@ -34,7 +34,7 @@ class TrainingSequence:
 
 
 def training_sequences(calls: Sequence[Call]) -> list[TrainingSequence]:
-    """Return the sequences of a session, the one with the most calls first. Calls without a response give none."""
+    """Return the sequences of a session, starting with the most calls. Calls without a response give no sequence."""
     whole = {
         i: np.concatenate([call.prompt_ids, call.response_ids])
         for i, call in enumerate(calls)
@@ -62,13 +62,13 @@ def training_sequences(calls: Sequence[Call]) -> list[TrainingSequence]:
 
 
 def _sort_key(call: Call, whole: TokenIds) -> tuple[bytes, int, bytes, bytes, bytes]:
-    """Order calls by their tokens, so that calls with a common prefix are neighbours."""
+    """Order calls by tokens, to make calls with a common prefix neighbours."""
     columns = (call.logprobs.tobytes(), call.versions.tobytes(), call.free.tobytes())
     return whole.tobytes(), len(call.prompt_ids), *columns
 
 
 def _parents(calls: Sequence[Call], wholes: Sequence[TokenIds]) -> list[int | None]:
-    """Return for each call the longest call that it continues. The calls are in the order of their tokens."""
+    """Return for each call the longest continued call. The calls are ordered by tokens."""
     parents: list[int | None] = []
     open_places: list[int] = []  # the calls with which the current one begins, ascending in length
     open_lengths: list[int] = []
@@ -85,7 +85,7 @@ def _parents(calls: Sequence[Call], wholes: Sequence[TokenIds]) -> list[int | No
 
 
 def _sequence(calls: Sequence[Call], chain: Sequence[int], token_ids: npt.NDArray[np.int32]) -> TrainingSequence:
-    """Return the sequence that trains the calls of a chain, each of which continues the one before."""
+    """Return the training sequence of a chain of calls. Each call continues the call before."""
     trained = np.zeros(len(token_ids), np.bool_)
     logprobs = np.zeros(len(token_ids), np.float32)
     versions = np.full(len(token_ids), -1, np.int32)
@@ -109,8 +109,8 @@ def _sequence(calls: Sequence[Call], chain: Sequence[int], token_ids: npt.NDArra
 def assemble_sessions(request: GroupRequest, sessions: Sequence[AgentRun]) -> tuple[Rollouts, tuple[RolloutInfo, ...]]:
     """Return the columns and scalars of a group, with a session for each seed.
 
-    A session is one sample: all of its sequences have its id, and it has one RolloutInfo. A session without a trained
-    token has one sequence, the prompt.
+    A session is a sample with one RolloutInfo, and all sequences have the sample's id. A session without a trained
+    token has a single sequence, the prompt.
     """
     by_sample = [list(_sequences(session, request)) for session in sessions]
     ids = [request.first_sequence_id + index for index in range(len(sessions))]
@@ -157,6 +157,6 @@ def _info(sample_id: int, session: AgentRun, sequences: Sequence[TrainingSequenc
 
 
 def _finish_reason(session: AgentRun) -> FinishReason:
-    """Return "length" if the call that ended last was cut by a limit."""
+    """Return "length" if a limit truncated the last finished call."""
     last = max(session.calls, key=lambda call: call.ended_s, default=None)
     return "length" if last is not None and last.finish_reason == "length" else "stop"

@@ -1,4 +1,4 @@
-"""Measure what a session's processes use: threads, memory and disk space.
+"""Measure the use of threads, memory and disk space by a session's processes.
 
 The measured program may be hostile. Processes and files that end or vanish meanwhile are left out.
 """
@@ -19,9 +19,9 @@ _ENTRY_BYTES = 4096  # of a file or folder, whatever it holds
 
 
 def tree_of(leader: int, *, most: int) -> tuple[list[int], int]:
-    """Return the processes of a session and the number of their threads, which is counted up to `most` + 1.
+    """Return the processes of a session, and the number of threads, counted up to `most` + 1.
 
-    The leader adopts all of its descendants, so they are below it.
+    The leader adopts all descendants, so all processes are below the leader.
     """
     found, threads = [leader], 0
     for pid in found:  # grows meanwhile
@@ -35,7 +35,7 @@ def tree_of(leader: int, *, most: int) -> tuple[list[int], int]:
 
 
 def memory_of(pids: Iterable[int], *, limit: int) -> int:
-    """Return the memory of processes in bytes. Below the limit, memory that they share counts for each of them."""
+    """Return the memory of processes in bytes. Below the limit, shared memory counts for each process."""
     pids = list(pids)
     counted = sum(_resident(pid) for pid in pids)
     return counted if counted <= limit else sum(_proportional(pid) for pid in pids)
@@ -48,7 +48,7 @@ def _resident(pid: int) -> int:
 
 
 def _proportional(pid: int) -> int:
-    """Return the memory of a process, with its part of what it shares with others."""
+    """Return the memory of a process, with a proportional part of shared memory."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/smaps_rollup", "rb") as file:
         for line in file:
             if line.startswith(b"Pss:"):
@@ -57,9 +57,9 @@ def _proportional(pid: int) -> int:
 
 
 def disk_of(folder: Path, pids: Iterable[int], *, without: int, limit: int) -> int:
-    """Return the bytes of a folder and of removed files that processes hold open, counted until over the limit.
+    """Return the bytes of a folder and of removed files still open in processes, counted until over the limit.
 
-    Files in memory are such removed files. Those that the process `without` has open are not the session's.
+    Files in memory are such removed files. Files open in the process `without` do not belong to the session.
     """
     seen = {(file.st_dev, file.st_ino) for file in _removed_files(without)}
     used = 0
@@ -84,7 +84,7 @@ def _removed_files(pid: int) -> Iterator[os.stat_result]:
 
 
 def _files_below(folder: Path) -> Iterator[os.stat_result | None]:
-    """Yield the files and folders below a folder, and None where its paths are too long to look further."""
+    """Yield the files and folders below a folder, and None for a folder with a path too long to enter."""
     folders = [str(folder)]
     for parent in folders:  # grows meanwhile
         try:

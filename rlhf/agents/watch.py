@@ -1,6 +1,6 @@
-"""End the sessions whose processes use more than they may.
+"""End the sessions with processes over a limit.
 
-The kernel limits single processes and files. What all processes of a session use is measured again and again.
+The kernel limits single processes and files. The sum over all processes of a session is measured repeatedly.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GIB = 2**30
 
 
 class WatchedProcess:
-    """A running session. `exceeded` names the limit that ended it."""
+    """A running session. `exceeded` names the limit that ended the session."""
 
     def __init__(self, leader: int, folder: Path) -> None:
         self.leader = leader
@@ -33,7 +33,7 @@ class WatchedProcess:
         self._process = pidfd_open(leader)
 
     def end(self, exceeded: str) -> None:
-        """Kill the leader. Its host then kills all processes below it."""
+        """Kill the leader. The host then kills all processes below."""
         self.exceeded = exceeded
         with contextlib.suppress(ProcessLookupError):
             pidfd_send_signal(self._process, signal.SIGKILL)
@@ -58,7 +58,7 @@ class ProcessWatch:
         self._looking: list[asyncio.Task[None]] = []
 
     def start(self, host: int) -> None:
-        """Begin to look. `host` is the process that forks the sessions."""
+        """Begin the measurements. `host` is the process that forks the sessions."""
         self._host = host
         self._looking = [asyncio.create_task(self._look(kind)) for kind in (self._over_processes, self._over_disk)]
 
@@ -83,7 +83,7 @@ class ProcessWatch:
             session.close()
 
     async def _look(self, over: Callable[[WatchedProcess], str | None]) -> None:
-        """Measure all sessions again and again, and end those over a limit."""
+        """Measure all sessions repeatedly, and end sessions over a limit."""
         while True:
             found, seconds = await asyncio.to_thread(_measured, over, tuple(self._sessions))
             for session, exceeded in found.items():
@@ -110,7 +110,7 @@ class ProcessWatch:
 def _measured(
     over: Callable[[WatchedProcess], str | None], sessions: Sequence[WatchedProcess]
 ) -> tuple[dict[WatchedProcess, str], float]:
-    """Return the limit that each session over one has exceeded, and the CPU seconds of the measurement."""
+    """Return the exceeded limit of each session over a limit, and the CPU seconds of the measurement."""
     began = time.thread_time()
     found = {session: exceeded for session in sessions if (exceeded := over(session)) is not None}
     return found, time.thread_time() - began

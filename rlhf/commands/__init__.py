@@ -1,7 +1,7 @@
 """The commands, one module each, in the order of the help.
 
-A module has the function of the Python API (`rlhf.train` and so on) and the presenter of its result on the command
-line. Functions import actors and everything heavy themselves, so that help stays fast.
+A module has the function of the Python API (`rlhf.train` and so on) and the presenter of the result on the command
+line. To keep help fast, a function itself imports actors and everything heavy.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Make a command of the command line from a function of the Python API.
 
-The function's signature declares the arguments, and the section `Args:` of its docstring explains them. The module of a
-command adds only the differences between the command and the call.
+The function's signature declares the arguments, and the docstring's section `Args:` explains the arguments. The module
+of a command adds only the differences between the command and the call.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ Args:
 
 @dataclass
 class Command:
-    """One command: a function of the Python API, a presenter of its result, and the differences between them."""
+    """One command: a function of the Python API, a presenter of its result, and the differences between command and
+    call."""
 
     function: Callable[..., Any]  # its parameters become arguments
     present: Callable[[argparse.Namespace], int | None] | None = None  # calls it, shows the result; the exit code
@@ -64,7 +65,7 @@ class Command:
         return 0
 
     def call(self, args: argparse.Namespace, **given: Any) -> Any:
-        """Call the function with the parsed arguments, except for the given ones."""
+        """Call the function with the parsed arguments, overridden by the given arguments."""
         parsed = {name: getattr(args, name) for name in inspect.signature(self.function).parameters if name in args}
         return self.function(**parsed | given)
 
@@ -79,7 +80,7 @@ def add_parameters(
 ) -> None:
     """Declare the parameters of a function or of a dataclass as arguments.
 
-    has_defaults: whether an omitted option has the parameter's default; otherwise it is None.
+    has_defaults: whether an omitted option has the parameter's default; otherwise the default is None.
     """
     explanations = _explanations(SHARED) | _explanations(_docstring(function))
     group = container.add_mutually_exclusive_group() if exclusive else container

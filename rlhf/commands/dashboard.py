@@ -1,4 +1,4 @@
-"""`rlhf dashboard`: a W&B workspace with the graphs of a run in the order in which one reads them."""
+"""`rlhf dashboard`: a W&B workspace with the graphs of a run in the order of reading."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlhf.commands.shared import starts_work, write_stdout
 def dashboard(*, project: str = "rlhf", entity: str | None = None, out: str | Path | None = None) -> str:
     """Make a W&B workspace for the runs of a project. Return its address, or the file.
 
-    UserError: no credentials, or wandb-workspaces is not installed. RunError: W&B did not take it.
+    UserError: no credentials, or wandb-workspaces is not installed. RunError: W&B refused the workspace.
 
     Args:
         project (NAME): the W&B project (tracking.wandb_project).

@@ -1,6 +1,5 @@
-"""The decoding of `rlhf generate` and `rlhf eval`: from options, else from the settings of the run that trained the
-model.
-"""
+"""The decoding of `rlhf generate` and `rlhf eval`: from options, or else from the settings of the model's
+training run."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ _FLAGS = {
 
 
 def add_decoding(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a Decoding. An omitted option stays None, so that the settings of a run can replace it."""
+    """Add the options of a Decoding. An omitted option stays None, for the settings of a run."""
     from rlhf.evaluation.decoding import Decoding
 
     changes: dict[str, Any] = {name: {"flag": flag} for name, flag in _FLAGS.items()}
@@ -71,7 +70,7 @@ def options_given(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def refuse_options(given: Mapping[str, Any], configuration: str) -> None:
-    """Raise UserError for the first option of a Decoding, because it has no effect on a configuration."""
+    """Raise UserError for the first option of a Decoding, because a configuration sets the decoding."""
     for name in given:
         option = _FLAGS.get(name, f"--{name.replace('_', '-')}")
         raise UserError(
@@ -81,7 +80,7 @@ def refuse_options(given: Mapping[str, Any], configuration: str) -> None:
 
 
 def decoding_of(model: str, given: Mapping[str, Any]) -> Decoding:
-    """Return the decoding of a model. Omitted options come from the run that produced the model.
+    """Return the decoding of a model. Omitted options come from the model's training run.
 
     A line on stderr names the settings taken from a run.
     """
@@ -104,7 +103,7 @@ def decoding_of(model: str, given: Mapping[str, Any]) -> Decoding:
 
 
 def _resolved(model: str) -> Path | None:
-    """Return the configuration of a run, given its folder or its final/."""
+    """Return the configuration of a run from the run's folder or final/."""
     folder = Path(model).expanduser()
     folders = (folder, folder.parent) if folder.name == "final" else (folder,)
     return next((folder / RESOLVED for folder in folders if (folder / RESOLVED).is_file()), None)

@@ -21,8 +21,8 @@ def doctor(run: str | Path | None = None) -> tuple[CheckResult, ...]:
     A `bad` finding makes training impossible, or contradicts the rest of the record.
 
     Args:
-        run (RUN): prove from this run folder that no prompt was lost or trained twice, that no response was older than
-            rollouts.max_staleness allows, and that each step and checkpoint is whole.
+        run (RUN): prove from this run folder that no prompt was lost or trained twice, no response exceeded
+        rollouts.max_staleness, and each step and checkpoint is whole.
     """
     if run is not None:
         from actors.doctor.run_folder import check_run
@@ -37,7 +37,7 @@ def doctor(run: str | Path | None = None) -> tuple[CheckResult, ...]:
 def cluster_doctor(config: AnyConfig | None = None, *, address: str | None = None) -> tuple[CheckResult, ...]:
     """Check whether the nodes of a Ray cluster fit together, print the findings and return them.
 
-    With a configuration it also checks paths and placement. `address` is HOST:PORT of the cluster; the default is
+    A configuration adds checks of paths and placement. `address` is HOST:PORT of the cluster; the default is
     cluster.address, then RAY_ADDRESS.
     """
     from actors.doctor.cluster import check_cluster
@@ -59,7 +59,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 
 def _present(args: argparse.Namespace) -> int:
-    """Run the checks and print the findings. Return 1 if one of them is bad, else 0."""
+    """Run the checks and print the findings. Return 1 for a bad finding, else 0."""
     if args.run is not None and args.cluster is not None:
         raise UserError("--cluster: RUN and --cluster are two checks. Give one of them.")
     if args.cluster is None:

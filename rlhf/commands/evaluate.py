@@ -37,17 +37,15 @@ def evaluate(
 ) -> Evaluation:
     """Measure a model on held-out data. Write eval.json and samples.jsonl to a folder.
 
-    `target` is a configuration, to measure its policy.model or `model` with its data.eval and rewards; or a model, to
-    measure on `data` with `rewards`. Without `decoding`, the settings are those of `generate`.
+    `target` is a configuration, to measure policy.model or `model` with the configuration's data.eval and rewards; or a
+    model, to measure on `data` with `rewards`. Without `decoding`, the settings are those of `generate`.
 
     Args:
-        target (CONFIG|MODEL): a run's YAML file with its data.eval and rewards, or a model as for `rlhf generate`.
-        model (MODEL): with CONFIG, measure this model instead of its policy.model.
-        against (MODEL): compute the win rate against this model, by score.
-        data (SET): a file, a dataset, or TASK[:ROWS]; may be repeated.
-        rewards (NAME): a built-in reward, a reward of an installed package, or path/file.py:name; may be
-            repeated.
-        reward_model (MODEL): a reward model whose score is added.
+        target (CONFIG|MODEL): a run's YAML file with data.eval and rewards, or a model as for `rlhf generate`. model
+        (MODEL): with CONFIG, measure this model instead of policy.model. against (MODEL): compute the win rate against
+        this model, by score. data (SET): a file, a dataset, or TASK[:ROWS]; may be repeated. rewards (NAME): a built-in
+        reward, a reward of an installed package, or path/file.py:name; may be repeated. reward_model (MODEL): a reward
+        model whose score is added.
         device: the device of the model; cpu if not given.
         out (FOLDER): the folder for the results; evals/NAME if not given.
         overwrite: replace the existing results in the folder.

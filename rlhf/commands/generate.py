@@ -1,4 +1,4 @@
-"""`rlhf generate MODEL`: responses of a model, or a conversation with it."""
+"""`rlhf generate MODEL`: responses of a model, or a conversation with a model."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def generate(
     device: Literal["cpu", "cuda"] = "cpu",
     trust_remote_code: bool = False,
 ) -> list[Generation]:
-    """Return responses of a model to prompts, or hold a conversation with it on the command line.
+    """Return responses of a model to prompts, or hold a conversation on the command line.
 
     A Path as `prompts` is a file or dataset. The responses have the order of the prompts.
 
     `model` is a hub name, a model folder, a LoRA adapter's folder, or a run's folder. Without `decoding` there is one
-    greedy response, with the system prompt, chat template, columns and stops of the run that produced the model.
+    greedy response, with the system prompt, chat template, columns and stops of the model's training run.
     """
 
     from actors.serving.generate import generate_responses

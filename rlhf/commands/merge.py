@@ -1,4 +1,4 @@
-"""`rlhf merge CONFIG`: merge models or adapters into one."""
+"""`rlhf merge CONFIG`: merge several models or adapters into a new model or adapter."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def load_merge(path: str | Path, overrides: Sequence[str] = ()) -> MergeRun:
 
 @starts_work
 def merge(config: str | Path | MergeRun, overrides: Sequence[str] = (), *, quiet: bool = False) -> Path:
-    """Merge models or adapters into one. Return the new folder.
+    """Merge several models or adapters. Return the new folder.
 
     UserError: the input is wrong. RunError: something failed at run time.
 

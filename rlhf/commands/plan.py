@@ -1,4 +1,4 @@
-"""`rlhf plan CONFIG`: show the consequences of a configuration, and check its inputs. Starts no Ray and no engine."""
+"""`rlhf plan CONFIG`: show the consequences of a configuration, and check the inputs. Starts no Ray and no engine."""
 
 from __future__ import annotations
 
@@ -27,17 +27,16 @@ def plan(
     lengths: str | None = None,
     simulate: str | None = None,
 ) -> str:
-    """Check a configuration, and show its derived numbers, placement, memory, time and cost. Return the text.
+    """Check a configuration, and show the derived numbers, placement, memory, time and cost. Return the text.
 
-    For a sweep's file, the text has its trials, how many fit at once, and the plan of the first. For the numbers of
-    `simulate`, call rlhf.planning.footprints and rlhf.planning.simulate.
+    For a sweep's file, the text has the trials, the number that fit at once, and the plan of the first. For the numbers
+    of `simulate`, call rlhf.planning.footprints and rlhf.planning.simulate.
 
     Args:
-        cluster (NODES): nodes to fit the run into, such as '2*cpu=96,gpu=8,type=h100'.
-        shapes (FOLDER): a folder with config.json of models that are not on this machine.
-        lengths (SPEC): lengths of responses, as lognormal:MEAN:SIGMA, a file, or a run's folder.
-        simulate (SPEC): predict the load of the GPUs in scenarios such as 'gpus=64+4096,staleness=0+1,mtbf_h=5000',
-            instead of the plan.
+        cluster (NODES): nodes to fit the run into, such as '2*cpu=96,gpu=8,type=h100'. shapes (FOLDER): a folder with
+        config.json of models absent from this machine. lengths (SPEC): lengths of responses, as lognormal:MEAN:SIGMA, a
+        file, or a run's folder. simulate (SPEC): predict the load of the GPUs in scenarios such as
+        'gpus=64+4096,staleness=0+1,mtbf_h=5000', instead of the plan.
     """
     from rlhf.config.files.load import LoadedConfig
 

@@ -19,7 +19,7 @@ def play(
 ) -> Played:
     """Play one conversation with the configuration's environment by hand, without a model.
 
-    Each element of `turns` stands for a turn of the policy. `show` gets the policy's input before it.
+    Each element of `turns` stands for a turn of the policy. `show` gets the policy's input before the turn.
 
     Args:
         config (CONFIG): a YAML file with rollouts.environment.

@@ -1,4 +1,4 @@
-"""`rlhf quickstart`: train a tiny model on this machine, and report its improvement on held-out data."""
+"""`rlhf quickstart`: train a tiny model on this machine, and report the improvement on held-out data."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ OUTSIDE_OF_TRAINING = ("run.", "cluster.", "tracking.")  # overrides of these se
 def quickstart(
     algorithm: Literal["ppo", "grpo"] = "ppo", overrides: Sequence[str] = (), *, quiet: bool = False
 ) -> Path:
-    """Train a tiny model on this machine in minutes, and show its improvement. Return the pipeline's folder.
+    """Train a tiny model on this machine in minutes, and show the improvement. Return the pipeline's folder.
 
     An interrupted quickstart continues. RunError: the model has not reached the expected accuracy. A quickstart with
-    other settings, such as fewer steps, is measured without an expectation.
+    changed settings, such as fewer steps, is measured without an expectation.
 
     Args:
         algorithm: the algorithm of the recipe.
@@ -56,7 +56,7 @@ def quickstart(
 def show_improvement(folder: Path, *, is_recipe: bool) -> None:
     """Print the evaluations before and after, samples, and the path of the plotted curves of a run folder.
 
-    RunError: the run `is_recipe`, without changed settings, and its held-out accuracy is not as expected.
+    RunError: the run `is_recipe`, without changed settings, and the held-out accuracy is not as expected.
     """
     from rlhf.evaluation.comparison import before_after
     from rlhf.tracking.display.plots import plot_curves
@@ -85,7 +85,7 @@ def show_improvement(folder: Path, *, is_recipe: bool) -> None:
 
 
 def _samples(folder: Path, first: int, last: int) -> Table:
-    """Return some held-out prompts with both responses, corrected ones first."""
+    """Return some held-out prompts with both responses, corrected responses first."""
     from rich.table import Table
     from rich.text import Text
 

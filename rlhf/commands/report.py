@@ -1,4 +1,4 @@
-"""`rlhf report RUN [RUN ...]`: write run folders as one self-contained HTML file."""
+"""`rlhf report RUN [RUN ...]`: write run folders as a self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def report(runs: str | Path | Sequence[str | Path], *, out: Path | None = None) -> Report:
-    """Write run folders as one HTML file: diagnosis, curves, samples, differences. The result holds the problems.
+    """Write run folders as an HTML file: diagnosis, curves, samples, differences. The result holds the problems.
 
     UserError: a folder holds no run, or the file cannot be written.
 
@@ -29,7 +29,7 @@ def report(runs: str | Path | Sequence[str | Path], *, out: Path | None = None) 
 
 
 def _present(args: argparse.Namespace) -> None:
-    """Write it, and show the worst findings on the terminal too."""
+    """Write the file, and show the worst findings on the terminal too."""
     written = COMMAND.call(args)
     for name, findings in written.findings.items():
         for finding in findings:

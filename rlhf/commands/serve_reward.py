@@ -24,8 +24,8 @@ def serve_reward(
     """Serve rewards over HTTP, until SIGINT or SIGTERM. `ready` is called with the URL.
 
     Args:
-        target (CONFIG|FUNCTION): a YAML file with rewards, or one function: a built-in, the name of a
-            reward of an installed package, or path/file.py:name.
+        target (CONFIG|FUNCTION): a YAML file with rewards, or a function: a built-in, the name of a reward of an
+        installed package, or path/file.py:name.
     """
     from rlhf.scoring.http import serve_scores
     from rlhf.scoring.scorer import scoring_of_config, scoring_of_function

@@ -71,7 +71,10 @@ def config_or_name(target: AnyConfig, overrides: Sequence[str] = ()) -> LoadedCo
 
 
 def starts_work(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorate a call that starts processes, jobs or long work. Code that a configuration names may not make it."""
+    """Decorate a call that starts processes, jobs or long work.
+
+    Code named in a configuration may not make such a call.
+    """
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -95,13 +98,13 @@ def stoppable(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def write_stdout(text: str) -> None:
-    """Write to stdout and flush it."""
+    """Write to stdout and flush."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def print_table(table: Table | None) -> None:
-    """Print a table to stdout, if there is one."""
+    """Print a table to stdout. None: nothing."""
     from rich.console import Console
 
     if table is not None:
@@ -109,7 +112,7 @@ def print_table(table: Table | None) -> None:
 
 
 def typed_lines() -> Iterator[str]:
-    """Yield the lines of stdin without blank ones. A prompt is shown on a terminal."""
+    """Yield the lines of stdin except blank lines. A prompt is shown on a terminal."""
     is_terminal = sys.stdin.isatty()
     while True:
         if is_terminal:

@@ -28,7 +28,7 @@ def submit(
     resources: Mapping[str, float] | None = None,
     supervise: bool = True,
 ) -> str:
-    """Run a configuration as a job of a Ray cluster, or continue its run. Return the job's id.
+    """Run a configuration as a job of a Ray cluster, or continue the run. Return the job's id.
 
     Args:
         config (CONFIG): a YAML file below the current folder.
@@ -37,7 +37,7 @@ def submit(
         cpus (N): CPUs to reserve for the job's driver.
         memory_gib (N): memory to reserve for the job's driver, in GiB.
         resources (NAME=N): a custom resource to reserve for the job's driver; may be repeated.
-        supervise: start the run again in the same job if its driver dies, as `rlhf train --supervise` does.
+        supervise: start the run again in the same job if the driver dies, as `rlhf train --supervise` does.
     """
     refuse_other_than_file(config)
 
@@ -62,7 +62,7 @@ def job_status(job: str, *, address: str | None = None) -> JobEnd:
 
 
 def stop_job(job: str, *, address: str | None = None) -> JobEnd:
-    """End a job and wait until it is over. Its run writes a checkpoint first."""
+    """End a job and wait for the end. The job's run writes a checkpoint first."""
     from actors.jobs.submit import Jobs
 
     return Jobs(address).stop(job)

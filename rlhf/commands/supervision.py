@@ -1,8 +1,8 @@
-"""Start a driver, and start it again each time it dies: the parent process of `rlhf train --supervise`.
+"""Start a driver again after each death: the parent process of `rlhf train --supervise`.
 
-It passes signals on to the driver, and kills a driver that stays stopped. Orphans of the driver become its children, so
-before another start it ends all that the dead driver left on this machine. It imports neither PyTorch nor Ray, so that
-it stays small and cannot fail with them.
+The supervisor passes signals on to the driver, and kills a driver that stays stopped. Orphans of the driver become
+children of the supervisor. Before a new start, the supervisor ends all processes that the dead driver left on this
+machine. The module imports neither PyTorch nor Ray, to stay small and independent of failures in either.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class DriverEnd:
 
 
 def supervise(first: Sequence[str], again: Sequence[str]) -> int:
-    """Run a driver, and start it again until the run has ended. Return the exit code of the last driver.
+    """Run a driver, with new starts until the run has ended. Return the exit code of the last driver.
 
     Args:
         first: the command of the driver.
@@ -76,7 +76,7 @@ def supervise(first: Sequence[str], again: Sequence[str]) -> int:
 
 
 class DriverRestarts:
-    """Decides whether a dead driver is started again, and keeps the deaths that its successor must record."""
+    """Decides whether a dead driver is started again, and holds the deaths for the successor to record."""
 
     def __init__(self) -> None:
         """Create the decision of a run without a death."""
@@ -87,7 +87,7 @@ class DriverRestarts:
         self._last: tuple[object, ...] = ()
 
     def allow(self, end: DriverEnd) -> bool:
-        """Note a death, log it, and return whether the driver is started again."""
+        """Log and remember a death, and return whether the driver is started again."""
         has_begun = end.report.folder is not None
         self._report = end.report if has_begun else self._report
         folder, now = self._report.folder, time.monotonic()
@@ -119,7 +119,7 @@ class DriverRestarts:
 
 
 def _last_step(folder: Path) -> int:
-    """Return the last step of a run in its metrics."""
+    """Return the last step in a run's metrics."""
     rows = read_lines(folder / "metrics.jsonl")
     return int(rows[-1]["step"]) if rows else 0
 
@@ -132,7 +132,10 @@ def _how_it_died(end: DriverEnd) -> str:
 
 @contextmanager
 def _held_signals() -> Iterator[tuple[set[signal.Signals], set[signal.Signals]]]:
-    """Block the signals that `_watch` waits for. Yield them with the mask before. Ignored signals stay ignored."""
+    """Block the signals that `_watch` waits for. Yield the signals and the earlier mask.
+
+    Ignored signals stay ignored.
+    """
     heard = {number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN} | {signal.SIGCHLD}
     before = {signal.Signals(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, heard)}
     try:
@@ -144,7 +147,7 @@ def _held_signals() -> Iterator[tuple[set[signal.Signals], set[signal.Signals]]]
 def _run(
     command: Sequence[str], deaths: Sequence[DriverDeath], heard: set[signal.Signals], before: set[signal.Signals]
 ) -> DriverEnd:
-    """Run a driver to its end."""
+    """Run a driver to the end."""
     parent = os.getpid()
 
     def before_exec() -> None:  # runs in the child, which has a single thread
@@ -197,7 +200,7 @@ def _is_stopped(process: psutil.Process) -> bool:
 
 
 def _reap(*, besides: int | None = None) -> None:
-    """Reap the orphans that have ended."""
+    """Reap orphans that have ended."""
     with suppress(ChildProcessError):
         while True:
             ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -207,10 +210,10 @@ def _reap(*, besides: int | None = None) -> None:
 
 
 def _end_descendants(others: Collection[psutil.Process]) -> None:
-    """End all that the dead driver has started on this machine, and wait until it is gone.
+    """End all processes of the dead driver on this machine, and wait until all are gone.
 
     Args:
-        others: processes that ran before the first driver. They and their descendants are spared.
+        others: processes that ran before the first driver. Such processes and their descendants are spared.
     """
     for limit_s, is_patient in ((END_BY_THEMSELVES_S, True), (GONE_WITHIN_S, False)):
         give_up = time.monotonic() + limit_s
@@ -227,7 +230,7 @@ def _end_descendants(others: Collection[psutil.Process]) -> None:
 
 
 def _descendants(others: Collection[psutil.Process]) -> list[psutil.Process]:
-    """Return the running descendants of this process, without `others` and their descendants."""
+    """Return the running descendants of this process, without `others` and the descendants of `others`."""
     _reap()
     running, spared = [], set(others)
     for process in psutil.Process().children(recursive=True):

@@ -74,7 +74,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 
 def _present(args: argparse.Namespace) -> None:
-    """Run the sweep and show its result."""
+    """Run the sweep and show the result."""
     if args.count is not None and args.agent is None:
         raise UserError("--count has no effect without --agent; set sweep.method.trials")
     if args.retry_failed and args.resume != "auto":

@@ -113,7 +113,7 @@ def _present(args: argparse.Namespace) -> int:
 
 
 def _driver_command(args: argparse.Namespace, *, again: bool = False) -> list[str]:
-    """Return the command of a supervised driver: the first one, or one that continues the run."""
+    """Return the command of a supervised driver: the first driver, or a driver to continue the run."""
     resume = "auto" if again else f"step_{args.resume:06d}" if isinstance(args.resume, int) else args.resume
     flags = {
         "--overwrite": args.overwrite and not again,
@@ -144,7 +144,7 @@ def _show_evaluations(loaded: LoadedConfig) -> None:
 
 
 def _next_steps(loaded: LoadedConfig) -> str:
-    """Return the commands that show or use the trained model."""
+    """Return the commands for showing and using the trained model."""
     from rlhf.config.schema.stages import result_of, run_folder
 
     last = list(loaded.stages.values())[-1]

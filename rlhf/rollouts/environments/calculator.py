@@ -1,6 +1,6 @@
 """A calculator as a tool, for questions with a number as the answer.
 
-The policy may call it as often as the turns allow. Its first turn without a call is its answer.
+The policy may call the calculator as often as the turns allow. The first turn without a call is the answer.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Play groups of multi-turn conversations with an environment.
 
-prompt -> turn of the policy -> step of the environment -> next turn -> ... -> one sequence with its reward
+prompt -> turn of the policy -> step of the environment -> next turn -> ... -> one sequence with a reward
 
-An environment is a class with `reset(seed, **columns)` and `step(response)`; docs/environments.md has the protocol. It
-runs in separate processes (rlhf.rollouts.environments.host). Conversations are independent, so a slow environment
-delays only its conversation. A failure of the environment is recorded, and never counts as a reward of 0.
+An environment is a class with `reset(seed, **columns)` and `step(response)`; docs/environments.md has the protocol.
+Environments run in separate processes (rlhf.rollouts.environments.host). Conversations are independent, so a slow
+environment delays only the environment's conversation. A failure of the environment is recorded, and never counts as a
+reward of 0.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ ENVIRONMENT = "environment"  # name of the environment in place of a reward's na
 class Environment(Protocol):
     """The interface of a user's environment.
 
-    The class may also have `tools` and `close()`. Each conversation has a separate object, and its methods are never
-    called concurrently.
+    The class may also have `tools` and `close()`. Each conversation has a separate object without concurrent calls of
+    methods.
     """
 
     def reset(self, seed: int, **columns: Any) -> str | None:
@@ -45,15 +46,15 @@ class Environment(Protocol):
     def step(self, response: str) -> tuple[str | list[str], float, bool]:
         """Take a turn of the policy and return (observation, reward, done).
 
-        With tools it also takes `tool_calls`, a list of `{name, arguments}`. The observation may then be a list with a
-        result for each call.
+        With tools, `step` also takes `tool_calls`, a list of `{name, arguments}`. The observation may then be a list
+        with a result for each call.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnvironmentSpec:
-    """An environment and its limits, as used by an engine."""
+    """An environment with limits, as used by an engine."""
 
     source: CodeSource
     max_turns: int  # turns of the policy
@@ -69,15 +70,15 @@ class EnvironmentSpec:
     key: str = "rollouts.environment"  # config section named in messages
 
     def host(self) -> EnvironmentHost:
-        """Return what loads the environment, and runs its conversations."""
+        """Return the host of the environment and of all conversations."""
         return EnvironmentHost(
             self.source, step_timeout_s=self.step_timeout_s, memory_gib=self.memory_gib, servers=self.servers
         )
 
     def fingerprint(self) -> str:
-        """Return a digest of the environment settings the tokens of a conversation depend on.
+        """Return a digest of the environment's settings with an effect on the tokens of a conversation.
 
-        It includes the environment's file, but not other files the file imports.
+        The digest includes the environment's file, but no imported files.
         """
         settings = repr((self.max_turns, self.max_tokens, self.tool_parser, self.template, *self.servers))
         return hashlib.blake2b(self.source.digest() + settings.encode(), digest_size=16).hexdigest()
@@ -89,8 +90,9 @@ Draw = Callable[[int, tuple[int, ...], int, Sampling, int | None], Awaitable[Sam
 class Conversations:
     """Plays groups of conversations, at most `processes` at once.
 
-    `draw` samples a turn of the policy. Its arguments are the group id, the tokens so far, the seed, the sampling
-    settings and the token at the end of a turn. `ends` are the model's end tokens, besides the tokenizer's.
+    `draw` samples a turn of the policy. The arguments of `draw` are the group id, the tokens so far, the seed, the
+    sampling settings and the token at the end of a turn. `ends` are the model's end tokens, besides the tokenizer's end
+    token.
     """
 
     def __init__(self, spec: EnvironmentSpec, tokenizer: Any, draw: Draw, ends: Collection[int] = ()) -> None:
@@ -105,12 +107,12 @@ class Conversations:
         self._writers: dict[bool, TurnWriter] = {}
 
     async def start(self) -> Description:
-        """Load the environment. UserError if it cannot be used."""
+        """Load the environment. UserError for an invalid environment."""
         self.description = await self.host.start()
         return self.description
 
     async def stop(self) -> None:
-        """End the environment and all its processes."""
+        """End the environment with all processes."""
         await self.host.stop()
 
     async def group(self, request: GroupRequest, sampling: Sampling) -> tuple[Rollouts, tuple[RolloutInfo, ...]]:
@@ -130,7 +132,7 @@ class Conversations:
             await asyncio.gather(*tasks, return_exceptions=True)  # wait for the end of their processes
 
     async def _conversation(self, game: _Game, sample: int) -> Played:
-        """Play a conversation from reset to end. The result has an error if its environment failed."""
+        """Play a conversation from reset to end. The result has an error if the environment failed."""
         played = Played(prompt_token_ids=game.request.prompt.token_ids, spans=(), finish_reason="length")
         async with self.places:
             conversation = await self.host.open()
@@ -226,9 +228,7 @@ class Conversations:
 
 @dataclass(slots=True, kw_only=True)
 class _Game:
-    """The common state of a group's conversations. `observation` is the first observation, once a reset has returned
-    it.
-    """
+    """The common state of a group's conversations. `observation` is the first observation, known after a reset."""
 
     request: GroupRequest
     sampling: Sampling

@@ -1,6 +1,6 @@
 """Guess the number: the policy names a number, and reads whether the secret is higher or lower.
 
-This is the smallest multi-turn environment. Copy it to write another.
+This is the smallest multi-turn environment. Copy this file to write a new environment.
 """
 
 from __future__ import annotations

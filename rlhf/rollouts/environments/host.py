@@ -1,7 +1,7 @@
-"""Control an environment's processes: start them, open conversations, send calls, locate a hang, and kill.
+"""Control an environment's processes: start, open conversations, send calls, locate a hang, and kill.
 
-Every wait has a deadline. A conversation with a failure ends with an `EnvironmentFailure`, without effect on other
-conversations. The rule for failed rewards decides the consequence for the run.
+Every wait has a deadline. A conversation with a failure ends with an `EnvironmentFailure`, without effect on the rest.
+The rule for failed rewards decides the consequence for the run.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class EnvironmentFailure(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostedKind:
-    """A kind of code that is loaded once and forked, and its names in messages."""
+    """A kind of code to load once and fork, with the kind's names in messages."""
 
     program: str  # `module:CLASS` of the HostedCode
     label: str
@@ -99,7 +99,10 @@ class EnvironmentHost:
         self._looking = asyncio.Lock()
 
     async def start(self) -> Description:
-        """Load the environment. UserError if it cannot be used. A process that dies meanwhile is replaced once."""
+        """Load the environment. UserError for an invalid environment.
+
+        A process that dies meanwhile is replaced once.
+        """
         try:
             try:
                 description = await self._load()
@@ -118,7 +121,10 @@ class EnvironmentHost:
         return description
 
     async def _load(self) -> Any:
-        """Return the description of the environment, or what is wrong with it. EOFError, OSError: its process died."""
+        """Return the description of the environment, or the mistake in the environment.
+
+        EOFError, OSError: the process died.
+        """
         self._child = child = ChildProcess("rlhf.rollouts.environments.process", label=self.kind.label, env={})
         child.connection.setblocking(False)
         asyncio.get_running_loop().add_reader(child.output, self._read_output)
@@ -170,9 +176,9 @@ class EnvironmentHost:
         child.close()
 
     async def end(self, pid: int, *, is_closed: bool = False) -> str:
-        """Kill a conversation's processes, and return how it had ended before, or an empty string.
+        """Kill a conversation's processes. Return how the conversation had ended before, or an empty string.
 
-        `is_closed` says whether the process has closed its end of the connection.
+        `is_closed`: the process has closed the far end of the connection.
         """
         asking = asyncio.ensure_future(self._ask(-pid if is_closed else pid, None))
         status = await asyncio.shield(asking)  # the answer must always be read
@@ -222,9 +228,10 @@ class EnvironmentHost:
         return bytes(data)
 
     async def where(self, pid: int) -> str:
-        """Return the place of a process, `, at file:line in function`, or an empty string if it is unknown.
+        """Return the place of a process, `, at file:line in function`, or an empty string if unknown.
 
-        Only one process is asked at a time. Others do not wait for that: hundreds may reach their limit together.
+        Only one process is asked at a time. All further calls return at once: hundreds of processes may reach the limit
+        together.
         """
         if self._looking.locked():
             return ""
@@ -254,7 +261,7 @@ class EnvironmentHost:
 
 
 def _reply(data: bytes) -> dict[str, Any]:
-    """Return a reply. EnvironmentFailure: the code has written something else to the connection of its process."""
+    """Return a reply. EnvironmentFailure: the code has written something else to the connection."""
     try:
         reply = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -306,7 +313,7 @@ class Conversation:
         )
 
     async def end(self) -> None:
-        """Call the environment's `close`, then end its processes."""
+        """Call the environment's `close`, then end all processes."""
         description = self._host.description
         try:
             if description is not None and description.has_close and not self._dead:

@@ -1,9 +1,9 @@
 """The program of an environment's process: load the environment once, and fork a copy for each conversation.
 
-`rlhf.rollouts.environments.host` starts it and shares the message types below. A fork isolates each conversation in a
-separate process at little cost. Agents are loaded and forked by the same program (`rlhf.agents.hosted`). It uses only
-the standard library, and starts in a twentieth of a second: never import torch here, directly or through another
-module.
+`rlhf.rollouts.environments.host` starts this program and shares the message types below. A fork isolates each
+conversation in a separate process at little cost. Agents are loaded and forked by the same program
+(`rlhf.agents.hosted`). The program uses only the standard library, and starts in a twentieth of a second: never import
+torch here, directly or through another module.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _SET_CHILD_SUBREAPER = 36  # Linux's prctl
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description(Columns):
-    """Properties of an environment the run needs before it starts. The columns are those of `reset`."""
+    """Properties of an environment, needed before the run starts. The columns are the parameters of `reset`."""
 
     tools: tuple[Mapping[str, Any], ...]  # offered tools
     has_close: bool
@@ -51,19 +51,22 @@ class Description(Columns):
 
 
 class HostedCode(Protocol):
-    """A user's code in its process. A copy of it answers the calls of one conversation, with the tools of servers."""
+    """A user's code in its process.
+
+    A copy of the process answers the calls of one conversation, with the tools of servers.
+    """
 
     description: Description
 
     def prepare(self) -> None:
-        """Import modules that the copies share, after the code has been described."""
+        """Import modules for all copies, after the code has been described."""
 
     def answer(self, call: str, **message: Any) -> dict[str, Any]:
         """Return the reply to a call. ProtocolViolation: the code returned an invalid value."""
 
 
 def load_environment(source: CodeSource) -> Any:
-    """Import and construct the environment. LoadError if it cannot be used."""
+    """Import and construct the environment. LoadError for an invalid environment."""
     if source.path is None and source.entry is None:
         environments = importlib.import_module("rlhf.rollouts.environments.built_in").BUILT_INS
         source = replace(source, entry=environments[source.name])
@@ -132,7 +135,7 @@ def _reset(environment: Any, seed: int, columns: Mapping[str, Any]) -> dict[str,
 
 
 def _require_valid_text(text: str) -> str:
-    """Return the text unchanged. UnicodeEncodeError if it holds half a character."""
+    """Return the text unchanged. UnicodeEncodeError for half a character."""
     text.encode()
     return text
 
@@ -164,7 +167,7 @@ def _step(environment: Any, **turn: Any) -> dict[str, Any]:
 
 
 class HostedEnvironment:
-    """An environment in its process, with the tools of servers besides its own."""
+    """An environment in a separate process, with the tools of servers besides the environment's tools."""
 
     def __init__(self, source: CodeSource, servers: Sequence[ToolServer]) -> None:
         self.environment = load_environment(source)
@@ -174,7 +177,7 @@ class HostedEnvironment:
         self.description = _with_servers(self.own, servers)
 
     def prepare(self) -> None:
-        """Do nothing: the constructor of an environment loads all that its copies share."""
+        """Do nothing: the constructor of an environment already loads everything for the copies."""
 
     def answer(self, call: str, **message: Any) -> dict[str, Any]:
         """Call `reset`, `step` or `close`."""
@@ -266,7 +269,7 @@ def _serve(hosted: HostedCode, connection: socket.socket, path: str | None) -> N
 def _fork(hosted: HostedCode, session: int, control: socket.socket, lifeline: int, path: str | None) -> int:
     """Return the process id of a conversation, or minus the system's error.
 
-    The process leads a group, so it can be killed with all its children.
+    The process leads a group, to be killed with all children.
     """
     try:
         pid = os.fork()
@@ -292,11 +295,11 @@ def _fork(hosted: HostedCode, session: int, control: socket.socket, lifeline: in
 
 
 def _end(number: int) -> int:
-    """Kill a conversation with all its children. Return its earlier wait status, or -1 if it was still running.
+    """Kill a conversation with all children. Return the earlier wait status, or -1 for a conversation still running.
 
-    `number` is the process id, negative if its connection is closed. A process closes its files before it ends, so a
-    closed connection allows it a moment to end by itself. Only this function reaps the process, so the id cannot be
-    reused before.
+    `number` is the process id, negative if the connection is closed. A process closes all files before the end, so a
+    closed connection allows a moment for the process to end by itself. Only this function reaps the process, so the id
+    cannot be reused before.
     """
     pid = abs(number)
     until = time.monotonic() + (GONE_WITHIN_S if number < 0 else 0.0)
@@ -309,7 +312,7 @@ def _end(number: int) -> int:
 
 
 def _adopt_orphans() -> None:
-    """Become the parent of all descendants whose own parent ends, also of daemons outside the process group."""
+    """Become the parent of all orphaned descendants, also of daemons outside the process group."""
     if ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError("prctl(PR_SET_CHILD_SUBREAPER) failed")
 
@@ -324,9 +327,9 @@ def _children() -> set[int]:
 
 
 def _end_orphans(known: set[int]) -> None:
-    """Kill the children that are not `known`: an ended conversation has left them.
+    """Kill all children but the `known`: leftovers of an ended conversation.
 
-    The children of a killed one become children here and are killed in the next round.
+    The children of a killed process become children here and are killed in the next round.
     """
     until = time.monotonic() + ORPHANS_GONE_WITHIN_S
     while (orphans := _children() - known) and time.monotonic() < until:
@@ -338,10 +341,11 @@ def _end_orphans(known: set[int]) -> None:
 
 
 def _continue_in_child() -> None:
-    """Return in a child process. This process waits for the child, and then kills all that the child leaves behind.
+    """Return in a child process.
 
-    The child may be killed at any time, most likely for want of memory. Its conversations and their daemons then
-    become children of this process. SIGTERM ends the child.
+    This process waits for the child, and then kills all processes left behind by the child. The child may be killed at
+    any time, most likely for want of memory. The child's conversations and daemons then become children of this
+    process. SIGTERM ends the child.
     """
     _adopt_orphans()
     awaited = {signal.SIGCHLD, signal.SIGTERM, signal.SIGUSR1}

@@ -68,7 +68,7 @@ def read_calls(
 
 
 def _problem(name: str, arguments: object, tools: Sequence[Mapping[str, Any]]) -> str:
-    """Return why a call does not fit its tool, or an empty string if it does."""
+    """Return why a call does not fit the tool, or an empty string for a valid call."""
     functions = {tool["function"]["name"]: tool["function"] for tool in tools}
     if name not in functions:
         return f"there is no tool {name!r:.60}; there is {', '.join(functions)}"

@@ -1,8 +1,8 @@
 """Call the tools of MCP servers, in the process of one conversation or of one session of an agent.
 
-A conversation has its own connections. A server with a command is a process of the conversation and ends with it. A
-server with a URL is shared, and the connection is a session there. Every wait has a deadline. The package `mcp` is
-imported when a server is opened; otherwise this module uses only the standard library.
+A conversation has separate connections. A server with a command is a process of the conversation and ends with the
+conversation. A server with a URL is shared, and the connection is a session there. Every wait has a deadline. The
+package `mcp` is imported when a server is opened; otherwise this module uses only the standard library.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolServer:
-    """An MCP server, and the tools of it that a model may call. It has a command or a URL."""
+    """An MCP server with a command or a URL, and the tools offered to a model."""
 
     key: str  # of the configuration, for messages
     command: tuple[str, ...] | None
@@ -44,7 +44,7 @@ class ToolServer:
 
     @property
     def name(self) -> str:
-        """Return what messages call the server."""
+        """Return the server's name for messages."""
         return self.url or " ".join(self.command or ())
 
 
@@ -73,7 +73,7 @@ class Toolbox:
 
     @property
     def openai(self) -> list[Mapping[str, Any]]:
-        """Return the tools for the parameter `tools` of OpenAI's protocol, which is the format of chat templates."""
+        """Return the tools for the parameter `tools` of OpenAI's protocol, the format of chat templates."""
         return list(self._tools)
 
     @property
@@ -86,9 +86,9 @@ class Toolbox:
         ]
 
     async def call(self, name: str, arguments: Mapping[str, Any] | str) -> str:
-        """Return the text that the model reads after a call. `arguments` may be JSON text, as the model wrote it.
+        """Return the text that the model reads after a call. `arguments` may be JSON text, as written by the model.
 
-        The text describes a wrong call, or an error of the tool. ToolServerFailure: the server hangs or is lost.
+        The text describes a wrong call or a tool's error. ToolServerFailure: the server hangs or is lost.
         """
         written = arguments if isinstance(arguments, str) else json.dumps(dict(arguments))
         calls, problems = read_calls((ToolCall(name=name, arguments=written),), self._tools)
@@ -98,7 +98,7 @@ class Toolbox:
 
 
 class _Connection:
-    """A connection to a server. A task holds it open, since the loss of a server ends the task that opened it."""
+    """A connection to a server, held open by a task: the loss of a server ends the opening task."""
 
     def __init__(self, server: ToolServer) -> None:
         self.server = server
@@ -113,7 +113,7 @@ class _Connection:
             await self._closing.wait()
 
     async def open(self) -> None:
-        """Wait for the server, and list its tools. LoadError: the configuration names a tool that it does not have."""
+        """Wait for the server, and list its tools. LoadError: the configuration names a missing tool."""
         listed = await self._within(self._listed(), "to start and list its tools")
         if self.server.only is not None:
             names = [tool["function"]["name"] for tool in listed]
@@ -136,7 +136,7 @@ class _Connection:
         raise LoadError(f"{self.server.key}: {self.server.name} lists its tools on more than {MAX_PAGES} pages")
 
     async def call(self, name: str, arguments: dict[str, Any]) -> str:
-        """Return the text that the model reads after a call. ToolServerFailure: the server does not work."""
+        """Return the text that the model reads after a call. ToolServerFailure: the server fails."""
         client, most = await self._client, self.server.max_result_chars
         try:
             result = await self._within(client.call_tool(name, arguments), f"to answer a call of the tool {name}")
@@ -184,7 +184,7 @@ class _Connection:
 
 
 async def _client(server: ToolServer, stack: AsyncExitStack) -> Client:
-    """Return a client that is not connected yet."""
+    """Return a client before the connection."""
     import httpx2
     from mcp import Client, StdioServerParameters
     from mcp.client.streamable_http import streamable_http_client
@@ -204,7 +204,7 @@ def _schema(tool: Any) -> Mapping[str, Any]:
 
 
 def _cause(holder: asyncio.Task[None]) -> BaseException:
-    """Return why a connection has ended: the first exception that is no group of others."""
+    """Return why a connection has ended: the first exception that is no group of exceptions."""
     error: BaseException = asyncio.CancelledError() if holder.cancelled() else holder.exception() or EOFError("closed")
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
@@ -212,7 +212,7 @@ def _cause(holder: asyncio.Task[None]) -> BaseException:
 
 
 def _result_text(content: Sequence[Any], structured: Any) -> str:
-    """Return the texts of a result, or its JSON object. Other content is named."""
+    """Return the texts of a result, or the JSON object. Of further content, only the name is given."""
     if not content and structured is not None:
         return json.dumps(structured, ensure_ascii=False)
     parts = []
@@ -236,7 +236,7 @@ def _limited(text: str, most: int) -> str:
 async def opened_toolbox(servers: Sequence[ToolServer]) -> AsyncIterator[Toolbox]:
     """Open the servers, and close them at the end of the block.
 
-    LoadError: their tools do not fit the configuration. ToolServerFailure: a server does not start.
+    LoadError: the tools do not fit the configuration. ToolServerFailure: a server does not start.
     """
     connections = [_Connection(server) for server in servers]
     try:
@@ -261,7 +261,7 @@ def _check_names(connections: Sequence[_Connection]) -> None:
 
 
 def offered_tools(servers: Sequence[ToolServer]) -> list[tuple[ToolServer, Mapping[str, Any]]]:
-    """Return the tools of servers, which are opened for this only. LoadError: a server cannot be used."""
+    """Open servers to return their tools. LoadError: an unusable server."""
 
     async def listed() -> list[tuple[ToolServer, Mapping[str, Any]]]:
         async with opened_toolbox(servers) as toolbox:
@@ -276,7 +276,7 @@ def offered_tools(servers: Sequence[ToolServer]) -> list[tuple[ToolServer, Mappi
 
 
 class SteppedToolbox:
-    """The tools of a conversation for code without an event loop, whose loop runs during calls alone."""
+    """The tools of a conversation for code without an event loop. The toolbox's loop runs only during calls."""
 
     def __init__(self, servers: Sequence[ToolServer]) -> None:
         self._loop = asyncio.new_event_loop()

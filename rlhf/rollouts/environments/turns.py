@@ -1,8 +1,8 @@
 """Continue a conversation: turn the environment's text into the tokens between two turns of the policy.
 
-The tokens of a turn are never rendered again. The tokens after it come from the chat template: a conversation with a
-sentinel in place of the policy's turn is rendered, and the text after the turn's end is kept. Unsuitable templates are
-refused before a run starts.
+The tokens of a turn are never rendered again. The tokens after a turn come from the chat template: a conversation with
+a sentinel in place of the policy's turn is rendered, and the text after the turn's end is used. Unsuitable templates
+are refused before a run starts.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class TurnWriter(Protocol):
 def first_prompt(prompt: Prompt, observation: str, tokenizer: Any) -> tuple[int, ...]:
     """Return the prompt's tokens with the first observation inserted.
 
-    ValueError if only the observation or only its placeholder is there.
+    ValueError for an observation without a placeholder, or a placeholder without an observation.
     """
     if PLACEHOLDER not in prompt.text:
         if observation:
@@ -74,7 +74,7 @@ class ChatTurns:
     stop_token: int | None
 
     def __init__(self, tokenizer: Any, *, with_tools: bool, ends: Collection[int] = ()) -> None:
-        """Check the template. `ends`: the model's end tokens, besides those of the template and of the tokenizer."""
+        """Check the template. `ends`: the model's end tokens, besides the end tokens of template and tokenizer."""
         require_template(tokenizer, _KEY)
         self.tokenizer = tokenizer
         self.stop_token = turn_end(tokenizer)
@@ -126,7 +126,7 @@ class ChatTurns:
 
 
 def turn_text(sampled: Sequence[int], tokenizer: Any, *, stop_token: int | None, skip_special_tokens: bool) -> str:
-    """Return a sampled turn as text, without its end token."""
+    """Return a sampled turn as text, without the end token."""
     ends = sampled and sampled[-1] in (stop_token, tokenizer.eos_token_id)
     text: str = tokenizer.decode(list(sampled[:-1] if ends else sampled), skip_special_tokens=skip_special_tokens)
     return text

@@ -1,10 +1,10 @@
-"""An environment whose tools are those of servers: the conversation ends with the first turn without a call."""
+"""An environment with the tools of servers: the conversation ends with the first turn without a call."""
 
 from __future__ import annotations
 
 
 class UntilAnswer:
-    """Leaves the answer to the rewards. Its own reward is always 0."""
+    """Leaves the answer to the rewards. The environment's reward is always 0."""
 
     def reset(self, seed: int) -> None:
         """Do nothing: the prompt already asks the question."""

@@ -2,11 +2,12 @@
 
 rlhf, environment `http` <- this protocol -> Bridge <- EpisodeSession -> a model's endpoint <- verifiers
 
-verifiers plays an episode itself and asks a model for each turn. The model is an endpoint in this process: it passes
-the new messages on as the observation, and returns the response. The agent's program is a plain loop without tools,
-also in this process. Written for verifiers 0.4.0 (its v1, the only API in it).
+verifiers plays an episode itself and asks a model for each turn. The model is an endpoint in this process: the endpoint
+passes the new messages on as the observation, and returns the response. The agent's program is a plain loop without
+tools, also in this process. Written for verifiers 0.4.0 (v1, the only API).
 
-Never import rlhf here, since it is not installed there. Use only verifiers, its dependencies and the standard library.
+Never import rlhf here, since verifiers' environment has no rlhf. Use only verifiers, the dependencies of verifiers and
+the standard library.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Refusal(Exception):
 
 
 def text_of(message: Message) -> str:
-    """Return the text of a chat completions message. ValueError if the message has other content."""
+    """Return the text of a chat completions message. ValueError if the message has any content besides text."""
     content = message.get("content") or ""
     if message.get("tool_calls") or message["role"] == "tool":
         raise ValueError("the environment calls tools, which a policy that answers in text cannot")
@@ -76,7 +77,7 @@ def news(seen: Sequence[Message], messages: Sequence[Message]) -> str:
 
 
 class EpisodeSession:
-    """A session: a running episode and the turn it waits for. At most one turn is awaited at a time."""
+    """A session: a running episode and the awaited turn. At most one turn is awaited at a time."""
 
     def __init__(self) -> None:
         self.observations: asyncio.Queue[str] = asyncio.Queue()
@@ -107,7 +108,7 @@ Play = Callable[
 
 
 class Bridge:
-    """The open sessions. A failed call ends its session, and so does a call longer than `timeout_s`."""
+    """The open sessions. A failed call, or a call longer than `timeout_s`, ends the session."""
 
     def __init__(self, play: Play, *, timeout_s: float, idle_s: float, most: int, token: str | None) -> None:
         self.play = play
@@ -125,7 +126,7 @@ class Bridge:
         return app
 
     async def reset(self, sent: Mapping[str, Any]) -> dict[str, Any]:
-        """Begin an episode, and answer when it asks for the first turn."""
+        """Begin an episode, and answer with the first turn's request."""
         if len(self.sessions) >= self.most:
             raise Refusal(503, f"{self.most} sessions are open, the largest number allowed (--sessions)")
         session, conversation = uuid.uuid4().hex, EpisodeSession()
@@ -137,7 +138,7 @@ class Bridge:
         return {"session": session, "observation": result}
 
     async def step(self, sent: Mapping[str, Any]) -> dict[str, Any]:
-        """Give the episode its next turn. The reward comes at the episode's end."""
+        """Give the episode the next turn. The reward comes at the episode's end."""
         session, response = sent["session"], sent["response"]
         if session not in self.sessions:
             raise Refusal(404, "there is no such session: it ended, failed or was idle for too long (--idle-s)")
@@ -153,7 +154,7 @@ class Bridge:
         return {"observation": result, "reward": 0.0, "done": False}
 
     async def close(self, sent: Mapping[str, Any]) -> dict[str, Any]:
-        """Stop the episode if it is running."""
+        """Stop a running episode."""
         await self._drop(sent["session"])
         return {}
 
@@ -238,7 +239,7 @@ class Bridge:
 
 
 class Model:
-    """The endpoint verifiers uses as a model: it sends each turn to the conversation of its trace."""
+    """The endpoint that verifiers calls as a model: each turn goes to the conversation of the trace."""
 
     def __init__(self) -> None:
         self.key = secrets.token_urlsafe(32)
@@ -346,7 +347,7 @@ class Episodes:
         raise ValueError(f"the column task is {named!r:.80}, neither an id nor a position below {len(self.tasks)}")
 
     async def play(self, conversation: EpisodeSession, seed: int, columns: Mapping[str, Any]) -> float:
-        """Play an episode and return its reward. RuntimeError if any part failed or nothing was scored."""
+        """Play an episode and return the reward. RuntimeError if any part failed or nothing was scored."""
         client = self.vf.EvalClientConfig(base_url=self.endpoint, api_key_var=KEY)
         traces: list[str] = []
 
@@ -373,7 +374,7 @@ class Episodes:
 
 
 async def listen(app: web.Application, host: str, port: int) -> tuple[web.AppRunner, int]:
-    """Serve an application, and return its runner and port."""
+    """Serve an application, and return the runner and the port."""
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=2.0)
     await runner.setup()
     await web.TCPSite(runner, host, port).start()
@@ -445,7 +446,10 @@ def parsed(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, 
 
 
 def main() -> None:
-    """Run the program. Its folder is removed from the import path, so no environment is imported from there."""
+    """Run the program.
+
+    The program's folder is removed from the import path, so no environment is imported from there.
+    """
     here = str(Path(__file__).resolve().parent)
     sys.path[:] = [folder for folder in sys.path if str(Path(folder).resolve()) != here]
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")

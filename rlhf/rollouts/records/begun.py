@@ -1,8 +1,8 @@
-"""Responses that a step left unfinished, on disk, so that a later step continues them.
+"""Unfinished responses of a step, on disk for a later step to continue.
 
-One file a group, named by the id of its cancelled request and written whole or not at all. It holds the responses so
-far: the tokens with their log-probabilities and versions. A file speaks for a request only if prompt, seeds and
-sampling are the same.
+One file a group, named by the id of the cancelled request and written whole or not at all. The file holds the responses
+so far: the tokens with log-probabilities and versions. A file speaks for a request only if prompt, seeds and sampling
+are the same.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Begun:
-    """The first tokens of a response, possibly none of them or all."""
+    """The first tokens of a response, possibly no token or all."""
 
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()  # log-probabilities of the sampler
@@ -110,6 +110,6 @@ def _path(folder: Path, group_id: int) -> Path:
 
 
 def _identity(request: GroupRequest, sampling: Sampling) -> dict[str, str]:
-    """Return the inputs of a request that its continuation has in common with it."""
+    """Return the inputs that a request and the continuing request have in common."""
     identity = request_identity(request, sampling)
     return {key: identity[key] for key in ("sampling", "prompt_token_ids", "turn_end", "seeds")}

@@ -1,7 +1,7 @@
-"""Store which groups finished first and their scores, so that a resumed step trains on exactly the same groups.
+"""Store the first finished groups and all scores, so that a resumed step trains on exactly the same groups.
 
-The engines spool the tokens. Digests of the requests tell whether they and the records here belong to a request. The
-records are dropped once a checkpoint covers their step.
+The engines spool the tokens. Digests of the requests tell whether tokens and records belong to a request. The records
+are dropped once a checkpoint covers the step.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def is_from(group_id: int, start: int) -> bool:
 
 
 def request_identity(request: GroupRequest, sampling: Sampling) -> dict[str, str]:
-    """Return the inputs of a request its tokens depend on, except the weights."""
+    """Return the inputs of a request with an effect on the tokens, except the weights."""
     return {
         "sampling": _sampling_json(request.drawn_by(sampling)),
         "prompt_token_ids": json.dumps(request.prompt.token_ids),
@@ -58,14 +58,15 @@ def _sampling_json(sampling: Sampling) -> str:
 def scored_identity(request: GroupRequest, sampling: Sampling, infos: Sequence[RolloutInfo]) -> str:
     """Return a digest of the inputs of a group's scores, except weights and rewards.
 
-    It includes the row and the sampled responses.
+    The digest includes the row and the sampled responses.
     """
     prompt = request.prompt
     return _digest((request_identity(request, sampling), prompt.text, dict(prompt.columns), tuple(infos)))
 
 
 def request_set_digest(requests: Sequence[GroupRequest], sampling: Sampling, *, version: int, rule: str) -> str:
-    """Return a digest of requests whose first finished ones are used, of the weights, and of the stopping rule."""
+    """Return a digest of a set of requests, of the weights, and of the rule for stopping after the first finished
+    groups."""
     identities = [(request.group_id, request_identity(request, sampling)) for request in requests]
     return _digest((identities, version, rule))
 
@@ -75,7 +76,7 @@ def _digest(inputs: tuple[Any, ...]) -> str:
 
 
 class _Ledger(Generic[Key, Value]):
-    """An append-only file in the run's spool folder. Records made with other rewards are kept but not used."""
+    """An append-only file in the run's spool folder. Records of different rewards stay in the file unused."""
 
     name: ClassVar[str]  # of the file
     lost: ClassVar[str]  # effect of unreadable lines, for the log
@@ -88,7 +89,7 @@ class _Ledger(Generic[Key, Value]):
         self._read()
 
     def keep_from(self, start: int) -> None:
-        """Drop the records of evaluations and of groups before `start`. A checkpoint covers them."""
+        """Drop the records of evaluations and of groups before `start`. A checkpoint covers both."""
         keep_lines(self.path, lambda row: self._is_from(row, start))
         self.known = {}
         self._read()
@@ -113,7 +114,7 @@ class _Ledger(Generic[Key, Value]):
         """Return the record of a line."""
 
     def _read(self) -> None:
-        """Read all valid lines and drop the others, such as a line truncated by a kill."""
+        """Read all valid lines and drop the rest, such as a line truncated by a kill."""
         if not self.path.exists():
             return
         text = self.path.read_text(encoding="utf-8", errors="replace")
@@ -133,9 +134,9 @@ class _Ledger(Generic[Key, Value]):
 
 
 class FinishOrderLedger(_Ledger[str, tuple[frozenset[int], str]]):
-    """The groups that finished first, and the checksum of the weights that sampled them, recorded before training.
+    """The groups that finished first, and the checksum of the sampling weights, recorded before training.
 
-    If more prompts are sampled than needed, timing decides the contents of a batch. A resumed run must not repeat that.
+    If more prompts are sampled than needed, timing decides the contents of a batch. A resumed run must not decide anew.
     """
 
     name = "firsts.jsonl"
@@ -148,28 +149,28 @@ class FinishOrderLedger(_Ledger[str, tuple[frozenset[int], str]]):
         return is_from(min(row["group_ids"]), start)
 
     def get(self, race: str, *, weights: str | None) -> frozenset[int] | None:
-        """Return the first finished groups, or None if the run was interrupted before they were known.
+        """Return the first finished groups, or None after an earlier interruption.
 
         Args:
-            weights: checksum of the weights that must have sampled them. A resumed run with other settings makes other
+            weights: required checksum of the sampling weights. A resumed run with changed settings makes different
                 weights of the same version. None: any weights of the version.
         """
         group_ids, sampled_by = self.known.get(race, (None, weights))
         return group_ids if weights in (None, sampled_by) else None
 
     def put(self, race: str, group_ids: Sequence[int], *, weights: str) -> None:
-        """Record the first finished groups. They are on disk when this returns."""
+        """Record the first finished groups, on disk before the return."""
         line = {"race": race, "group_ids": sorted(group_ids), "weights": weights, "rewards": self.rewards}
         append_line(self.path, line)
 
     def clear(self) -> None:
-        """Drop all records once they are no longer needed."""
+        """Drop all records without a further use."""
         self.known = {}
         self.path.unlink(missing_ok=True)
 
 
 class ScoreLedger(_Ledger[tuple[int, int, str], GroupScores]):
-    """The scores of finished groups by group, weight version and request: other weights make another group."""
+    """The scores of finished groups by group, weight version and request: different weights make a different group."""
 
     name = "scores.jsonl"
     lost = "their groups are scored again"
@@ -182,15 +183,15 @@ class ScoreLedger(_Ledger[tuple[int, int, str], GroupScores]):
         return is_from(row["group_id"], start)
 
     def get(self, group_id: int, version: int, request: str) -> GroupScores | None:
-        """Return the scores the group received before the interruption. `request` is its `scored_identity`."""
+        """Return the scores the group received before the interruption. `request` is the group's `scored_identity`."""
         return self.known.get((group_id, version, request))
 
     def put(self, group_id: int, version: int, request: str, scores: GroupScores) -> None:
-        """Store a group's scores. They are not synced to disk, since only the process may end, not the machine."""
+        """Store a group's scores. The write is not synced to disk, since only the process may end, not the machine."""
         key = {"group_id": group_id, "version": version, "request": request, "rewards": self.rewards}
         append_line(self.path, {**key, **_SCORES.dump_python(scores)}, is_synced=False)
 
     def forget_failures(self) -> None:
-        """Drop failed groups when the run ends because of them. A resumed run then calls the repaired reward again."""
+        """Drop the failed groups that ended the run. A resumed run then calls the repaired reward again."""
         self.known = {key: scores for key, scores in self.known.items() if not scores.errors}
         keep_lines(self.path, lambda row: not row["errors"])

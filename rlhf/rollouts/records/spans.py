@@ -1,7 +1,7 @@
 """Store a conversation as spans of tokens, and a group of conversations as the columns for trainers.
 
-The policy's turns and the environment's texts keep their order. Each token stays as it was sampled or written: nothing
-is rendered or tokenised again.
+The policy's turns and the environment's texts keep their order. Each token stays as sampled or written: nothing is
+rendered or tokenised again.
 """
 
 from __future__ import annotations
@@ -49,9 +49,8 @@ class InsertedSpan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Played:
-    """A conversation: a prompt and spans, with a sampled span at the end. It has no spans if it failed before its first
-    turn.
-    """
+    """A conversation: a prompt and spans, with a sampled span at the end. A conversation that failed before the first
+    turn has no spans."""
 
     prompt_token_ids: tuple[int, ...]
     spans: tuple[Sampled | InsertedSpan, ...]
@@ -119,7 +118,10 @@ def assemble(request: GroupRequest, conversations: Sequence[Played]) -> tuple[Ro
 
 
 def _experts(played: Played, num_tokens: int) -> Int[Tensor, "n L K"] | None:
-    """Return the recorded experts of a conversation's tokens, -1 for its last. The last turn has read all others."""
+    """Return the recorded experts of a conversation's tokens, -1 for the last token.
+
+    The last turn has read all earlier tokens.
+    """
     last = played.spans[-1] if played.spans else None
     if not isinstance(last, Sampled) or last.experts is None:
         return None
@@ -129,7 +131,7 @@ def _experts(played: Played, num_tokens: int) -> Int[Tensor, "n L K"] | None:
 def token_spans(rollouts: Rollouts) -> list[list[tuple[bool, list[int]]]]:
     """Return the spans of each sample in order, the prompt first.
 
-    A span is a pair: whether the policy sampled it, and its tokens. The sequences of a sample follow each other.
+    A span is a pair: whether the policy sampled the span, and the tokens. The sequences of a sample are consecutive.
     """
     result = []
     sizes = rollouts.sample_lengths.tolist()
@@ -141,7 +143,7 @@ def token_spans(rollouts: Rollouts) -> list[list[tuple[bool, list[int]]]]:
 
 
 def shared_in_sample(sample: Rollouts) -> list[SharedPrefix | None]:
-    """Return the prefix that each sequence of a sample shares with those before it, up to its first sampled token."""
+    """Return the prefix that each sequence of a sample shares with earlier sequences, up to the first sampled token."""
     sizes = sample.lengths.tolist()
     columns = zip(sample.token_ids.split(sizes), sample.response_mask.split(sizes), strict=True)
     return shared_with_earlier((ids.numpy(), int(mask.int().argmax())) for ids, mask in columns)

@@ -1,7 +1,7 @@
 """Finished groups on disk, so that a resumed run trains on the very same rollouts.
 
-One file a group, named by group id and the version of the weights that sampled its newest token, written whole or not
-at all. A file speaks for a request only if prompt, seeds, sampling and environment are the same.
+One file a group, named by group id and the version of the newest token's weights, written whole or not at all. A file
+speaks for a request only if prompt, seeds, sampling and environment are the same.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def stored_groups(folder: Path) -> dict[Path, int]:
 
 
 def drop_untrained(folder: Path) -> None:
-    """Delete the spooled groups in which an environment failed, or no token is trained on.
+    """Delete the spooled groups with a failed environment or without a trained token.
 
-    A resumed run plays them again.
+    A resumed run plays such groups again.
     """
     for path in stored_groups(folder):
         with safe_open(path, framework="pt") as file:
@@ -64,7 +64,7 @@ def forget_after(folder: Path, version: int) -> int:
 
 
 def keep_sampled_by(folder: Path, version: int, weights: str) -> None:
-    """Delete the spooled groups except for those of this version whose weights have this checksum."""
+    """Delete the spooled groups except groups of this version with this checksum of the weights."""
     for path in stored_groups(folder):
         if _version(path) != version or _weights(path) != weights:
             path.unlink(missing_ok=True)
@@ -97,11 +97,11 @@ def write_group(
     environment: str = "",
     weights: str = "",
 ) -> None:
-    """Write a finished group aside, then rename it into place. The folder is there, or is no longer this run's.
+    """Write a finished group aside, then rename it into place. A missing folder no longer belongs to this run.
 
     Args:
-        weights: checksum of the weights, "" if they have changed within the group. A resumed run with other settings
-            makes other weights of the same version.
+        weights: checksum of the weights, "" if the weights changed within the group. A resumed run with changed
+            settings makes different weights of the same version.
     """
     path = group_path(folder, request.group_id, version)
     aside = path.with_suffix(f".{secrets.token_hex(4)}.tmp")  # two calls may write the same group
@@ -127,12 +127,12 @@ def read_group(
     environment: str = "",
     weights: str | None = None,
 ) -> tuple[Rollouts, tuple[RolloutInfo, ...]] | None:
-    """Return the group, if its file is whole and answers this very request.
+    """Return the group from a whole file for exactly this request, or None.
 
     Args:
-        version: of the weights that sampled its newest token.
-        oldest: a group with a token older than this version is deleted. None: its tokens may have any age.
-        weights: checksum of the weights that must have sampled it. None: any weights of the version.
+        version: version of the newest token's weights.
+        oldest: a group with a token older than this version is deleted. None: any age is allowed.
+        weights: required checksum of the sampling weights. None: any weights of the version.
     """
     path = group_path(folder, request.group_id, version)
     if not path.is_file():

@@ -31,7 +31,7 @@ class Transcript:
 
 
 def response_texts(rollouts: Rollouts, tokenizer: Any, *, turn_end: int | None) -> list[str]:
-    """Return each sample's response as text, without the end tokens of its turns.
+    """Return each sample's response as text, without the end tokens of turns.
 
     The turns of a conversation's policy are joined by newlines.
     """
@@ -52,7 +52,7 @@ def character_ends(rollouts: Rollouts, tokenizer: Any, *, turn_end: int | None) 
     """Return the end positions of all prefixes of each response from `response_texts`.
 
     Entry n is the position in the sequence of the last token of the first n characters. The last entry is the last
-    sampled token, even if it has no text.
+    sampled token, even without a text.
     """
     result = []
     for sequence in token_spans(rollouts):
@@ -81,7 +81,7 @@ def transcripts(
 ) -> list[Transcript]:
     """Return the transcripts of the samples at `places` for the samples files.
 
-    A sample with `signals` also has the training signals of its tokens.
+    A sample with `signals` also has training signals for each token.
     """
     texts, turns = response_texts(rollouts, tokenizer, turn_end=turn_end), turns_of(rollouts, tokenizer)
     tokens = tokens_of(rollouts, places, signals, tokenizer)
@@ -141,8 +141,8 @@ def turns_of(rollouts: Rollouts, tokenizer: Any) -> list[tuple[SampleTurn, ...]]
 def token_texts(ids: Sequence[int], tokenizer: Any, *, skip_special_tokens: bool = False) -> list[str]:
     """Return a text for each token, special tokens written out or empty. The texts joined are the text of all tokens.
 
-    A token ending within a character is an empty string. The token completing the character has all of it, unless the
-    sequence ends within the character.
+    A token ending within a character is an empty string. The token completing the character has the whole character,
+    unless the sequence ends within the character.
     """
 
     def text(start: int, end: int) -> str:
@@ -177,7 +177,7 @@ def tokens_of(
 
 
 def _tokens(sample: Rollouts, signals: TokenSignals | None, tokenizer: Any) -> SampleTokens:
-    """Return the tokens of a single sample, one sequence after the other."""
+    """Return the tokens of a single sample, sequence by sequence."""
     first = int(sample.response_mask.int().argmax())
     ids, mask = sample.token_ids[first:].tolist(), sample.response_mask[first:].tolist()
 
@@ -202,7 +202,7 @@ def _tokens(sample: Rollouts, signals: TokenSignals | None, tokenizer: Any) -> S
 
 
 def _sequences(sample: Rollouts, first: int) -> tuple[SampleSequence, ...]:
-    """Return where the sequences of a sample stand in its tokens from `first` on."""
+    """Return the places of a sample's sequences in the tokens from `first` on."""
     starts, sequences = [0, *itertools.accumulate(sample.lengths.tolist())], []
     for start, prefix in zip(starts, shared_in_sample(sample), strict=False):
         after = None if prefix is None else starts[prefix.of] + prefix.length - 1 - first

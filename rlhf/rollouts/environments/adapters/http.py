@@ -1,7 +1,7 @@
-"""Play an environment over HTTP if it cannot be installed with the run.
+"""Play an environment over HTTP, for environments that cannot be installed with the run.
 
-The protocol is in docs/environments.md. A failed call is a failure of the environment. It is never repeated, since the
-server may have taken the turn.
+The protocol is in docs/environments.md. A failed call is a failure of the environment. A call is never repeated, since
+the server may have taken the turn.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Play an environment of an OpenEnv server over its WebSocket: each connection is a separate session.
 
-Written for openenv-core 0.3.0. A failed call is a failure of the environment, and is never repeated.
+Written for openenv-core 0.3.0. A failed call is never repeated, and counts as a failure of the environment.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MOST_BYTES = 16 * 2**20  # limit of a message
 class OpenEnv:
     """The environment at `url`.
 
-    `action` is the message of a turn, with `{response}` in at least one of its texts. `observation` is the field of an
+    `action` is the message of a turn, with `{response}` in at least one text. `observation` is the field of an
     observation the policy reads; None sends all fields as JSON. `token_env` is the environment variable with a bearer
     token; None sends no token.
     """
@@ -58,7 +58,7 @@ class OpenEnv:
             self.headers["Authorization"] = f"Bearer {os.environ[token_env]}"
 
     def reset(self, seed: int, **columns: Any) -> str | None:
-        """Open a session. The server passes the columns its environment accepts to its reset."""
+        """Open a session. The server passes the columns known to the environment to `reset`."""
         self.session = self.connect(
             self.url, additional_headers=self.headers, open_timeout=self.timeout_s, max_size=MOST_BYTES
         )
@@ -70,7 +70,7 @@ class OpenEnv:
         return self._observation_text(result), float(result["reward"] or 0.0), bool(result["done"])
 
     def close(self) -> None:
-        """End the session by closing its connection."""
+        """End the session by closing the connection."""
         if self.session is not None:
             self.session.close()
 

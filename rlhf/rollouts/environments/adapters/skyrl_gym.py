@@ -7,10 +7,10 @@ from typing import Any
 
 
 class SkyRLGym:
-    """The environment registered as `env`, created for each row with its columns as `extras`.
+    """The environment registered as `env`, created for each row with the row's columns as `extras`.
 
     `config` becomes `env_config` of the environment's class. `extras` are the same for every row (`max_turns`, for
-    example). The data supplies the prompt, and an environment with another first prompt is refused.
+    example). The data supplies the prompt, and an environment with a different first prompt is refused.
     """
 
     def __init__(

@@ -6,9 +6,9 @@ from typing import Any
 
 
 class TextArena:
-    """The game with an id (`GuessTheNumber-v0`, ...), with `args` for its class. Its rules are the first observation.
+    """The game with an id (`GuessTheNumber-v0`, ...), with `args` for its class. The rules are the first observation.
 
-    The reward is the game's reward at its end. A conversation truncated before the end has no reward.
+    The reward is the game's final reward. A conversation truncated before the end has no reward.
     """
 
     def __init__(self, game: str, args: dict[str, Any] | None = None) -> None:
@@ -22,7 +22,7 @@ class TextArena:
         self.game = textarena.make(f"{game}-raw", **(args or {}))
 
     def reset(self, seed: int) -> str:
-        """Begin a game, and return its rules."""
+        """Begin a game, and return the rules."""
         self.game.reset(num_players=1, seed=seed)
         return self._new_messages()
 
