@@ -1,1 +1,1 @@
-"""The training engine: one interface, with DeepSpeed as its implementation. It knows no algorithm and no role."""
+"""The training engine: one interface, implemented on DeepSpeed. An engine knows no algorithm and no role."""

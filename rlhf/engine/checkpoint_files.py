@@ -1,7 +1,7 @@
 """Read the tensor files of a checkpoint without running code from them.
 
-A pickle can call any function while it is loaded. The loader here accepts tensors, plain values and three of
-DeepSpeed's classes, all of them plain data. Import this module after `init_distributed`, like DeepSpeed.
+A pickle can call any function during loading. The loader here accepts tensors, plain values and three of DeepSpeed's
+classes, all plain data. Import this module after `init_distributed`, like DeepSpeed.
 """
 
 from __future__ import annotations
@@ -25,15 +25,18 @@ _HARMLESS = [LossScaler, ZeroStageEnum, fragment_address]
 
 
 class DataOnlyCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]
-    """Writes checkpoint files as DeepSpeed does, without frozen weights. Refuses to run code when reading them."""
+    """Writes checkpoint files as DeepSpeed does, without frozen weights. Refuses to run code when reading files."""
 
     def __init__(self, config: Any, *, frozen: frozenset[str]) -> None:
-        """Set the names of the frozen weights. They are not written, since the model's folder has them."""
+        """Set the names of the frozen weights.
+
+        Frozen weights are not written, since the model's folder has the weights.
+        """
         super().__init__(config)
         self._frozen = frozen
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
-        """Write a file without frozen weights, and wait until it is on the disk. Wait for room, if there is none.
+        """Write a file without frozen weights, and wait until it is on the disk. Wait for room on a full disk.
 
         The scales and other extras of 4-bit weights are left out too.
         """
@@ -60,15 +63,14 @@ class DataOnlyCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]
         return any(".".join(parts[:end]) in self._frozen for end in range(len(parts), 0, -1))
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Return the content of a file. Raise UserError if it asks for anything but data."""
+        """Return the content of a file. Raise UserError for anything but data."""
         return load_data(Path(path), map_location=map_location)
 
 
 def load_data(path: Path, *, map_location: Any = None, mapped: bool = False) -> Any:
     """Return the content of a file written by `torch.save`.
 
-    Raise UserError if it is damaged or asks for more than data. mapped: the tensors stay on the disk until they are
-    used.
+    Raise UserError for a damaged file or a file with more than data. mapped: the tensors stay on the disk until use.
     """
     try:
         with torch.serialization.safe_globals(_HARMLESS):

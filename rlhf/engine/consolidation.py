@@ -1,4 +1,4 @@
-"""Put the trained weights of a checkpoint into a whole model, in a process that belongs to no gang.
+"""Put the trained weights of a checkpoint into a whole model, in a process outside all gangs.
 
 The files of the ranks are mapped into memory and read one after another. The optimizer's states are not read, so the
 process needs memory for the model alone.
@@ -22,11 +22,11 @@ from rlhf.models.files.weights import initial_copies
 
 
 def load_trained_weights(module: Any, folder: Path, *, dtype: torch.dtype) -> None:
-    """Replace the trained weights of a model, and the frozen copies of its initial adapter, by those of a checkpoint.
+    """Replace a model's trained weights, and the frozen copies of the initial adapter, by a checkpoint's.
 
     Args:
-        folder: of the role in the checkpoint, written by any number of ranks at any ZeRO stage. UserError if it is
-            damaged, or of another model.
+        folder: of the role in the checkpoint, written by any number of ranks at any ZeRO stage. UserError for a damaged
+            folder, or a different model.
         dtype: of the model's weights.
     """
     if not torch.cuda.is_available():
@@ -60,7 +60,8 @@ def load_trained_weights(module: Any, folder: Path, *, dtype: torch.dtype) -> No
 
 
 def _load_kept_copies(module: Any, folder: Path, sharding: Sharding) -> None:
-    """Restore the frozen copies from snapshots, where each rank has a part of them at stage 3, and else the whole."""
+    """Restore the frozen copies from snapshots, where each rank has a part of the copies at stage 3, and otherwise the
+    whole."""
     copies = initial_copies(module)
     ranks = range(sharding.ranks if copies and sharding.zero_stage == 3 else min(len(copies), 1))
     kept = [read_snapshot(folder, rank).tensors for rank in ranks]

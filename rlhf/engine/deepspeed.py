@@ -2,8 +2,8 @@
 
 Each rank has one instance, made after `init_distributed`. DeepSpeed averages gradients over ranks; here losses are
 shares of a sum, so `backward` undoes the average. Ranks sharing micro-batches (sequence_parallel) evaluate the same
-loss. Each of them computes the part of the gradient flowing through its tokens. Nothing here knows an algorithm. No op
-is compiled at run time: the optimizers come from rlhf.engine.optimizers, not from DeepSpeed.
+loss. Each such rank computes the part of the gradient flowing through the rank's tokens. Nothing here knows an
+algorithm. No op is compiled at run time: the optimizers come from rlhf.engine.optimizers, not from DeepSpeed.
 """
 
 from __future__ import annotations
@@ -72,8 +72,7 @@ class DeepSpeedEngine:
     ) -> None:
         """Wrap a model loaded in dtype (float32 or bfloat16). Collective.
 
-        sequence_parallel: number of neighbouring ranks sharing each micro-batch. It divides the number of
-        ranks.
+        sequence_parallel: number of neighbouring ranks sharing each micro-batch. A divisor of the number of ranks.
         """
         if "parameters" in offload and zero_stage != 3:
             raise UserError(f"offload of parameters needs zero_stage 3, not {zero_stage}: below it every rank has all.")
@@ -161,7 +160,7 @@ class DeepSpeedEngine:
         return self._engine.module.module
 
     def forward(self, function: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call function(module, ...) inside DeepSpeed, so that sharded weights are gathered around it.
+        """Call function(module, ...) inside DeepSpeed, so that sharded weights are gathered around the call.
 
         Adapters drop out only where a gradient is taken. Measurements of the model always see one distribution.
         """
@@ -211,7 +210,7 @@ class DeepSpeedEngine:
 
     @contextmanager
     def _gradient_divided(self, divisor: float) -> Iterator[None]:
-        """Divide the gradient of the step in the block, before its norm is taken and clipped."""
+        """Divide the gradient of the step in the block, before the norm is taken and clipped."""
         optimizer = self._engine.optimizer
         if hasattr(optimizer, "loss_scale") and self._zero_stage > 0:
             # The optimizer divides the gradient by it. It stays 1 during backward passes.
@@ -253,8 +252,8 @@ class DeepSpeedEngine:
     def save(self, folder: Path) -> None:
         """Write the trained weights, the optimizer, the step and every random state. Collective.
 
-        Frozen weights are not written, since the model's folder has them; their digest is. Frozen copies of an
-        adapter's initial state are written, since no other place has them.
+        Of frozen weights only a digest is written, since the model's folder has the weights. Frozen copies of an
+        adapter's initial state are written, since no second place has the copies.
         """
         with explains_full(folder):
             self._save(folder)
@@ -300,7 +299,7 @@ class DeepSpeedEngine:
         dist.barrier()
 
     def _load_snapshot(self, folder: Path) -> None:
-        """Restore this rank's state from a checkpoint that was made of snapshots. Collective."""
+        """Restore this rank's state from a checkpoint made of snapshots. Collective."""
         snapshot, own = read_snapshot(folder, dist.get_rank()), self._state.tensors()
         kept = {name: (tensor.dtype, tensor.shape) for name, tensor in snapshot.tensors.items()}
         if kept != {name: (tensor.dtype, tensor.shape) for name, tensor in own.items()}:
@@ -311,7 +310,8 @@ class DeepSpeedEngine:
 
     @contextmanager
     def _own_settings(self) -> Iterator[None]:
-        """Keep the optimizer's settings, such as betas and weight decay, which DeepSpeed replaces by the saved ones."""
+        """Keep the optimizer's settings, such as betas and weight decay, although DeepSpeed replaces all settings by
+        the saved settings."""
         own = [
             {key: value for key, value in group.items() if key != "params"} for group in self._optimizer.param_groups
         ]
@@ -320,7 +320,7 @@ class DeepSpeedEngine:
             group.update(settings)
 
     def _load_trained(self, *, src: dict[str, Tensor], dst: nn.Module) -> None:
-        """Load the weights of a checkpoint into the model. The model has its frozen weights already."""
+        """Load the weights of a checkpoint into the model. The model already has the frozen weights."""
         result = dst.load_state_dict(src, strict=False)
         unknown = sorted(result.unexpected_keys)
         lacking = sorted(name for name in result.missing_keys if not self._engine.checkpoint_engine.is_frozen(name))
@@ -331,7 +331,7 @@ class DeepSpeedEngine:
             )
 
     def _record(self) -> EngineRecord:
-        """Describe this engine and its state. The first call is collective."""
+        """Describe this engine and the engine's state. The first call is collective."""
         if self._frozen_digest is None:
             self._frozen_digest = f"{int(self.all_reduce_sum(torch.tensor(digest_of_base(self.module)))):016x}"
         return EngineRecord(
@@ -380,7 +380,7 @@ class DeepSpeedEngine:
         return self._snapshots
 
     def _finish_snapshot(self) -> None:
-        """Wait for the copy of the state. Everything that changes or moves the state begins with this."""
+        """Wait for the copy of the state. Every change or move of the state begins with this wait."""
         if self._snapshots is not None:
             self._snapshots.wait()
 
@@ -395,7 +395,7 @@ class DeepSpeedEngine:
             self.move_to_device()
 
     def move_to_host(self) -> None:
-        """Move all states to host memory, on any device. It needs stage 2 or 3, and no offloaded parameters."""
+        """Move all states to host memory, on any device. Needs stage 2 or 3, and no offloaded parameters."""
         from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as State
 
         self._finish_snapshot()
@@ -417,7 +417,7 @@ class DeepSpeedEngine:
             self._move_frozen(self.device)
 
     def _move_adam(self, device: torch.device) -> None:
-        """Move the master weights and moments of this rank's share, unless they live on the host."""
+        """Move the master weights and moments of this rank's share, unless offloaded to the host."""
         if "optimizer" in self._offload:
             return
         for flat in self._engine.optimizer.fp32_partitioned_groups_flat:
@@ -427,7 +427,7 @@ class DeepSpeedEngine:
                 state[key] = value.to(device) if torch.is_tensor(value) else value
 
     def _move_frozen(self, device: torch.device) -> None:
-        """Move weights without a gradient (LoRA's base). DeepSpeed does not move them."""
+        """Move weights without a gradient (LoRA's base). DeepSpeed does not move such weights."""
         for parameter in self.module.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(device)
@@ -440,7 +440,7 @@ class DeepSpeedEngine:
 
 
 class _Caller(nn.Module):
-    """Calls any function of the model in a forward pass, around which DeepSpeed gathers and releases weights."""
+    """Calls any function of the model in a forward pass. DeepSpeed gathers and releases weights around the call."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

@@ -15,5 +15,5 @@ _LOST = re.compile(r"CUDA (driver )?error|Triton Error \[CUDA\]|CUBLAS_STATUS_|C
 
 
 def has_lost_device(error: BaseException | None) -> bool:
-    """Return whether an error ends all use of the GPU by the process that raised the error."""
+    """Return whether an error ends all use of the GPU by the raising process."""
     return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None and not is_out_of_memory(error)

@@ -1,7 +1,7 @@
-"""Process groups of a gang of ranks: gloo on CPU, nccl on GPU, and a deadline on every collective.
+"""Process groups of a gang of ranks: gloo on CPU, nccl on GPU, and a deadline for every collective.
 
-Each rank calls this before anything else of the engine. Other libraries make groups later without a deadline, so
-`set_deadline` is called again when all groups exist.
+Each rank calls this before anything else of the engine. Libraries such as DeepSpeed make groups later without a
+deadline, so `set_deadline` is called again when all groups exist.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class RankContext:
 def meet_through(address: str) -> None:
     """Make gloo and nccl use the interface of this host with a route to `address`.
 
-    By default gloo takes the interface of the host's name, and nccl the first interfaces that are up. Other hosts
-    may not reach them. Variables set in the environment are kept. Raise RunError if there is no route to the
-    address.
+    By default gloo takes the interface of the host's name, and nccl the first interfaces that are up. Neither interface
+    may be reachable from the rest of the hosts. Variables set in the environment are kept. Raise RunError if there is
+    no route to the address.
     """
     try:
         with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -59,9 +59,9 @@ def meet_through(address: str) -> None:
 
 
 def init_distributed(place: RankContext, master_addr: str, master_port: int) -> None:
-    """Join the gang. Raise RunError if the other ranks have not joined within the deadline.
+    """Join the gang. Raise RunError if a rank has not joined within the deadline.
 
-    The environment is set as DeepSpeed reads it. On a CPU DeepSpeed must be imported after this, not before.
+    The environment is set for DeepSpeed. On a CPU DeepSpeed must be imported after this call, not before.
     """
     meet_through(master_addr)
     os.environ.update(
@@ -101,12 +101,12 @@ def init_distributed(place: RankContext, master_addr: str, master_port: int) -> 
 
 
 def set_deadline(deadline_s: float) -> None:
-    """Put the deadline on every existing process group. ZeRO creates a clone group without one."""
+    """Put the deadline on every existing process group. ZeRO creates a clone group without a deadline."""
     for group in list(distributed_c10d._world.pg_map):
         distributed_c10d._set_pg_timeout(timedelta(seconds=deadline_s), group)
 
 
 def leave_distributed() -> None:
-    """Destroy the groups, so that the process can end or join another gang."""
+    """Destroy the groups, so that the process can end or join a new gang."""
     if dist.is_initialized():
         dist.destroy_process_group()

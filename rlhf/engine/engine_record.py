@@ -1,4 +1,4 @@
-"""What a checkpoint of an engine says of itself: engine.json, written by rank 0 beside DeepSpeed's files."""
+"""The description of an engine's checkpoint: engine.json, written by rank 0 beside DeepSpeed's files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NAME = "engine.json"
 
 
 class EngineRecord(BaseModel):
-    """Settings of an engine on which its files depend, and its number of optimizer steps."""
+    """Settings of an engine with an effect on the files, and the number of optimizer steps."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
@@ -51,9 +51,9 @@ class EngineRecord(BaseModel):
         (folder / _NAME).write_text(self.model_dump_json(indent=1))
 
     def steps_of(self, own: EngineRecord) -> int:
-        """Return the optimizer steps that the engine with the record `own` would have made in as many training steps.
+        """Return the optimizer steps that the engine of the record `own` would have made in as many training steps.
 
-        The learning rate continues from this number, so it follows the training steps of the run.
+        The learning rate continues from this number, so the rate follows the training steps of the run.
         """
         if self.updates_per_step == own.updates_per_step:
             return self.steps
@@ -70,7 +70,7 @@ class EngineRecord(BaseModel):
             raise UserError(f"The snapshot {folder} cannot be continued by this run: {'; '.join(differing)}.")
 
     def refuse_other_decay(self, own: EngineRecord, *, folder: Path) -> None:
-        """Raise UserError if weight decay was switched on or off since, which regroups the trained weights."""
+        """Raise UserError if weight decay was switched on or off since. The switch regroups the trained weights."""
         if self.groups == own.groups:
             return
         there, here = "at 0", "above 0"

@@ -1,6 +1,7 @@
 """Arithmetic of a training pass, and the speed of a large matrix product, for throughput/mfu.
 
-Called once at the start of a run. It estimates the arithmetic of the mathematics: recomputation does not count as work.
+Called once at the start of a run. The estimate covers the arithmetic of the mathematics: recomputation does not count
+as work.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ _SIDE = 4096  # rows of the square matrices, far larger than every cache
 def flops_per_token(config: Any, sequence_length: float) -> float:
     """Return the FLOPs of a model's forward and backward pass over one token, at a mean sequence length.
 
-    It is 6 for each weight in a product (Kaplan et al., arXiv:2001.08361, section 2.1), with a tied embedding
+    There are 6 for each weight in a product (Kaplan et al., arXiv:2001.08361, section 2.1), with a tied embedding
     counted once, as the head. Of a mixture, the experts chosen for a token count. Causal attention adds 6 * layers *
-    heads * head size * length, since it sees half the sequence on average.
+    heads * head size * length, since attention sees half the sequence on average.
     """
     config = config.get_text_config()
     with torch.device("meta"):

@@ -1,7 +1,7 @@
 """Frozen weights of an adapted model in checkpoints: a checksum of the base, and whole copies of the initial adapter.
 
-The base comes from the model's folder again, so a checkpoint need not hold it. No folder has the copies: on another
-machine the initial SVD of PiSSA gives other bits.
+The base comes from the model's folder again, so a checkpoint need not hold the base. No folder has the copies: on a
+different machine the initial SVD of PiSSA gives other bits.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ INITIAL_COPIES = "initial.safetensors"  # file of a checkpoint
 
 
 def digest_of_base(module: nn.Module) -> int:
-    """Return a 48-bit checksum of this rank's frozen weights, or of its shares of them, without the copies."""
+    """Return a 48-bit checksum of this rank's frozen weights, or of the rank's shares, without the copies."""
     digest = xxhash.xxh3_64()
     for parameter in _base_weights(module):
         share: Any = getattr(parameter, "ds_tensor", None)  # ZeRO-3's
@@ -40,7 +40,7 @@ def digest_of_base(module: nn.Module) -> int:
 
 
 def digest_over_ranks(module: nn.Module, sharding: Sharding) -> int:
-    """Return the sum of the checksums of all ranks, as ranks with this sharding would compute it. Collective."""
+    """Return the sum of the checksums of all ranks, as ranks with this sharding would compute the sum. Collective."""
     parts = sharding.ranks if sharding.zero_stage == 3 else 1
     digests = [xxhash.xxh3_64() for _ in range(parts)]
     for parameter in _base_weights(module):

@@ -1,4 +1,4 @@
-"""Gather the weights of a model that ZeRO-3 shards, a limited number of bytes at once."""
+"""Gather the weights of a model sharded by ZeRO-3, a limited number of bytes at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _GATHER_BYTES = 256 * 2**20  # bytes of ZeRO-3 parameters gathered at once
 
 
 def whole_weights(sources: list[WeightSource], dtype: torch.dtype, *, sharded: bool) -> Iterator[tuple[str, Tensor]]:
-    """Yield whole weights under their names, parameters in dtype. Each is valid until the next one. Collective."""
+    """Yield whole weights under their names, parameters in dtype. Each tensor is valid until the next. Collective."""
     import deepspeed
 
     for bucket in _buckets(sources):
@@ -26,7 +26,7 @@ def whole_weights(sources: list[WeightSource], dtype: torch.dtype, *, sharded: b
 
 
 def whole_numel(parameter: nn.Parameter) -> int:
-    """Count the elements of the whole parameter, also where this rank has a share of it."""
+    """Count the elements of the whole parameter, also where this rank has only a share."""
     numel: int = getattr(parameter, "ds_numel", parameter.numel())
     return numel
 

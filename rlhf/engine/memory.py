@@ -1,7 +1,7 @@
 """Memory at run time: peaks for the metrics, and advice when memory runs out.
 
-It wraps a worker's work with a model. It frees nothing and retries nothing. A failed allocation ends the run with a
-message naming the stage and the keys that reduce memory.
+The module wraps a worker's work with a model, and frees nothing and retries nothing. A failed allocation ends the run
+with a message naming the stage and the keys that reduce memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def peak_memory() -> MemoryReport:
 
 @contextmanager
 def explains_out_of_memory(*, role: Role, stage: str, rank: int, tokens: int | None = None) -> Iterator[None]:
-    """Turn a failed allocation inside into a RunError. `tokens`: size of the current micro-batch, if there is one."""
+    """Turn a failed allocation inside into a RunError. `tokens`: size of the current micro-batch, if any."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -54,7 +54,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def advice_on_memory(role: Role) -> str:
-    """Return a sentence with the keys that reduce a role's memory."""
+    """Return a sentence with the keys for less memory of a role."""
     at = f"cluster.roles.{role}"
     kind = ROLES[role].kind
     if kind == "engines":

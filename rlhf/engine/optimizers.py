@@ -1,7 +1,7 @@
-"""The optimizers by name, behind PyTorch's common interface. The engine builds one before it shards anything.
+"""The optimizers by name, behind PyTorch's common interface. The engine builds an optimizer before sharding anything.
 
-The learning rate has the meaning of AdamW's in all of them. Muon's update is scaled to the size of AdamW's, and
-Adafactor takes the rate as it is.
+The learning rate has the meaning of AdamW's in all optimizers. Muon's update is scaled to the size of AdamW's, and
+Adafactor takes the rate unchanged.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MOMENTUM = 0.95  # Muon's
 
 
 def make_optimizer(groups: Sequence[ParameterGroup], settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """Return the optimizer of the groups, with a rate of 0 until the engine sets the first one."""
+    """Return the optimizer of the groups, with a rate of 0 until the engine sets the first rate."""
     given: list[dict[str, Any]] = [
         {"params": group.parameters, "weight_decay": settings.weight_decay if group.decays else 0.0} for group in groups
     ]
@@ -55,10 +55,10 @@ def refuse_absent_bitsandbytes() -> None:
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon (kellerjordan.github.io/posts/muon) for groups with `is_matrix`, AdamW for the others.
+    """Muon (kellerjordan.github.io/posts/muon) for groups with `is_matrix`, AdamW for the remaining groups.
 
-    Both read their groups and keep their states here, so saving and loading work as for a single optimizer. Muon's
-    update is scaled by 0.2 * sqrt(max(rows, columns)) (arXiv:2502.16982, equation 4).
+    Both read groups and store states here, so saving and loading work as for a single optimizer. Muon's update is
+    scaled by 0.2 * sqrt(max(rows, columns)) (arXiv:2502.16982, equation 4).
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, adam: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Groups of parameters with a common learning rate, decay and rule.
 
-The engine builds them before it shards anything.
+The engine builds the groups before sharding anything.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def parameter_groups(
 ) -> list[ParameterGroup]:
     """Return all trainable parameters in as few groups as the settings need, each in the model's order.
 
-    LoRA+ (arXiv:2402.12354, section 4): lr_B = ratio * lr_A. A ratio other than 1 needs an adapter. Norms and
-    biases have fewer than two dimensions and do not decay. splits_matrices: matrices of the blocks get separate
-    groups. Embeddings and heads are not among them, since their names have no block number.
+    LoRA+ (arXiv:2402.12354, section 4): lr_B = ratio * lr_A. A ratio other than 1 needs an adapter. Norms and biases
+    have fewer than two dimensions and do not decay. splits_matrices: matrices of the blocks get separate groups.
+    Embeddings and heads stay out, since their names have no block number.
     """
     groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
@@ -49,6 +49,6 @@ def parameter_groups(
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:
-    """Return the shape of the whole parameter, also where this rank has a share of it."""
+    """Return the shape of the whole parameter, also where this rank has only a share."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape

@@ -1,6 +1,6 @@
-"""Which elements of the trained parameters each rank updates, at every ZeRO stage, as DeepSpeed divides them.
+"""List the elements of the trained parameters that each rank updates, at every ZeRO stage, as divided by DeepSpeed.
 
-The optimizer of a rank updates one or more float32 tensors, its masters. At stage 0 they are the parameters
+The optimizer of a rank updates several float32 tensors, the masters. At stage 0 the masters are the parameters
 themselves. At stages 1 and 2 the parameters of a group are joined, and each rank has an equal part of the whole. At
 stage 3 each parameter is divided equally, and the parts of a group are joined. Nothing here holds a tensor.
 """
@@ -48,7 +48,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Partition:
-    """The elements of one rank, and the sizes of its masters. A master is larger than its pieces if it is padded."""
+    """The elements of one rank, and the sizes of the masters. A padded master is larger than the sum of its pieces."""
 
     pieces: tuple[Piece, ...]
     sizes: tuple[int, ...]

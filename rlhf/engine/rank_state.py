@@ -1,8 +1,8 @@
-"""The state of a rank as DeepSpeed holds it: what a checkpoint restores, as tensors that can be copied and replaced.
+"""The state of a rank in DeepSpeed: everything that a checkpoint restores, as tensors to copy and replace.
 
-It consists of the trained weights in float32 (at stage 0 the weights themselves), the optimizer's states, and the
-frozen copies of an adapter's initial state. At stages 1 to 3 each rank has its share. The weights in the model's own
-type follow from those in float32. Schedule, clipping and loss scale follow from the settings and the number of steps.
+The state consists of the trained weights in float32 (at stage 0 the weights themselves), the optimizer's states, and
+the frozen copies of an adapter's initial state. At stages 1 to 3 each rank has a share. The weights in the model's type
+follow from the float32 weights. Schedule, clipping and loss scale follow from the settings and the number of steps.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ _COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # DeepSpeed's
 
 
 class RankState:
-    """The state of the rank whose DeepSpeed engine and optimizer are given."""
+    """The state of the rank with the given DeepSpeed engine and optimizer."""
 
     def __init__(self, engine: Any, optimizer: torch.optim.Optimizer, *, zero_stage: int) -> None:
         self._engine, self._optimizer, self._zero_stage = engine, optimizer, zero_stage
 
     def create(self) -> None:
-        """Create the optimizer's states, so that their size is known. The first step would do so otherwise.
+        """Create the optimizer's states now instead of in the first step, to know the size.
 
-        It takes steps without gradients at a rate of 0, and resets the count of steps.
+        This takes steps without gradients at a rate of 0, and resets the count of steps.
         """
         for index, master in enumerate(self.masters()):
             given, master.grad = master.grad, torch.zeros_like(master)
@@ -39,7 +39,7 @@ class RankState:
                 state["step"] = torch.zeros_like(state["step"]) if torch.is_tensor(state["step"]) else 0
 
     def masters(self) -> list[Tensor]:
-        """Return the tensors updated by the optimizer, in an order that is the same in each process."""
+        """Return the tensors updated by the optimizer, in the same order in each process."""
         wrapped = self._engine.optimizer
         for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
             if hasattr(wrapped, name):  # at stage 3; at stages 1 and 2; of bfloat16 at stage 1
@@ -51,7 +51,7 @@ class RankState:
         return {f"state {i}": self._optimizer.state[master] for i, master in enumerate(self.masters())}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors themselves, not copies of them, under names that are the same in each process."""
+        """Return the tensors themselves, not copies, under the same names in each process."""
         masters = {f"master {i}": master for i, master in enumerate(self.masters())}
         states = {
             f"{name} {key}": value
@@ -72,7 +72,7 @@ class RankState:
         return {"states": states, "counters": counters, "random": random_state()}
 
     def restore(self, values: Mapping[str, Any]) -> None:
-        """Complete the state, after its tensors were replaced. Collective."""
+        """Complete the state after the tensors were replaced. Collective."""
         for name, state in self.states().items():
             state.update(values["states"][name])
         for name, count in values["counters"].items():
@@ -81,7 +81,7 @@ class RankState:
         restore_random_state(values["random"])
 
     def _spread_masters(self) -> None:
-        """Set the weights that the passes use to those in float32, as after an optimizer step."""
+        """Set the weights of the passes from the float32 weights, as after an optimizer step."""
         wrapped = self._engine.optimizer
         if self._zero_stage == 3:
             wrapped.checkpoint_event_prologue()

@@ -1,8 +1,8 @@
-"""Continue a checkpoint with another number of ranks or another ZeRO stage.
+"""Continue a checkpoint with a different number of ranks or a different ZeRO stage.
 
-Each rank reads its own elements from the files of the ranks that wrote the checkpoint, and copies them as they are. The
-files are mapped into memory, so a rank never holds more than its own state. DeepSpeed's universal checkpoints would
-need a conversion on the disk, do not know stage 0, and run code when they are read.
+Each rank reads the rank's elements from the files of the ranks that wrote the checkpoint, and copies the elements
+unchanged. The files are mapped into memory, so a rank never holds more than the rank's state. DeepSpeed's universal
+checkpoints would need a conversion on the disk, do not know stage 0, and run code when read.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _BY_ELEMENT = "adamw"  # its states have a value for each weight; the others als
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankFile:
-    """The state of a rank in a checkpoint: its masters, and the optimizer's state of each."""
+    """The state of a rank in a checkpoint: the masters, and the optimizer's state of each master."""
 
     masters: Sequence[Tensor]
     states: Sequence[Mapping[str, Any]]
@@ -39,7 +39,7 @@ class RankFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overlap:
-    """Neighbouring elements of a parameter, where a rank of the checkpoint has them and where this rank needs them."""
+    """Neighbouring elements of a parameter: the place in a checkpoint's rank, and the place in this rank."""
 
     rank: int
     source: Piece
@@ -47,10 +47,10 @@ class Overlap:
 
 
 def take_over(state: RankState, folder: Path, *, saved: EngineRecord, own: EngineRecord) -> None:
-    """Replace this rank's state by its part of the state in a checkpoint. Collective.
+    """Replace this rank's state by the rank's part of a checkpoint. Collective.
 
-    folder: of DeepSpeed's files or of snapshots. Raise UserError if they cannot be continued with this engine's ranks
-    and stage.
+    folder: of DeepSpeed's files or of snapshots. Raise UserError for files that do not fit this engine's ranks and
+    stage.
     """
     refuse_other_weights(saved, own, folder)
     written = saved.sharding if saved.zero_stage else Sharding(ranks=1, zero_stage=0)  # by rank 0, for all ranks
@@ -79,7 +79,7 @@ def take_over(state: RankState, folder: Path, *, saved: EngineRecord, own: Engin
 
 @contextmanager
 def explains_damage(folder: Path, saved: EngineRecord) -> Iterator[None]:
-    """Raise UserError if the files of the ranks have other content than the block reads from them."""
+    """Raise UserError if the block finds unexpected content in the files of the ranks."""
     try:
         yield
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
@@ -90,7 +90,7 @@ def explains_damage(folder: Path, saved: EngineRecord) -> Iterator[None]:
 
 
 def refuse_other_weights(saved: EngineRecord, own: EngineRecord, folder: Path) -> None:
-    """Raise UserError if a checkpoint has the states of another optimizer, or other trained weights."""
+    """Raise UserError if a checkpoint has the states of a different optimizer, or different trained weights."""
     if saved.optimizer != own.optimizer:
         raise UserError(
             f"{folder.parent} has the states of train.optimizer {saved.optimizer}, not of {own.optimizer}. Resume with "
@@ -121,7 +121,7 @@ def overlaps_of(partition: Partition, there: Sequence[Partition]) -> Iterator[Ov
 def copy_elements(
     state: RankState, overlaps: Iterator[Overlap], read: Callable[[int], RankFile], *, with_states: bool
 ) -> None:
-    """Copy the masters, and with them the optimizer's states of each element."""
+    """Copy the masters, together with the optimizer's states of each element."""
     masters, states = state.masters(), list(state.states().values())
     for overlap in overlaps:
         file, source, target = read(overlap.rank), overlap.source, overlap.target
@@ -135,12 +135,12 @@ def copy_elements(
 
 
 def elements(tensor: Tensor, piece: Piece) -> Tensor:
-    """Return the elements of a piece in its master."""
+    """Return the elements of a piece in the piece's master."""
     return tensor.detach().view(-1).narrow(0, piece.offset, piece.numel)
 
 
 def _copy_states(state: RankState, file: RankFile) -> dict[str, dict[str, Any]]:
-    """Copy the optimizer's states of masters that have the same elements. Return the values that are no tensors."""
+    """Copy the optimizer's states of masters with the same elements. Return all values except tensors."""
     numbers: dict[str, dict[str, Any]] = {}
     for (name, own), saved in zip(state.states().items(), file.states, strict=True):
         if {key: value.shape for key, value in own.items() if torch.is_tensor(value)} != {
@@ -155,7 +155,7 @@ def _copy_states(state: RankState, file: RankFile) -> dict[str, dict[str, Any]]:
 
 
 def read_rank(folder: Path, saved: EngineRecord, rank: int) -> RankFile:
-    """Return the state of a rank. Its tensors are read from the disk when they are used."""
+    """Return the state of a rank. The tensors are read from the disk on use."""
     if folder.name == SNAPSHOTS:
         snapshot = read_snapshot(folder.parent, rank)
         return RankFile(masters=snapshot.masters, states=snapshot.states)

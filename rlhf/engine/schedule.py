@@ -21,7 +21,7 @@ def lr_factor(settings: ScheduleSettings, step: int) -> float:
 
 
 def _height(settings: ScheduleSettings, progress: float, length: int) -> float:
-    """Return the rate, between its minimum (0) and maximum (1), after a share of the `length` steps of the decay."""
+    """Return the rate, between minimum (0) and maximum (1), after a share of the `length` steps of the decay."""
     match settings.kind:
         case "constant":
             return 1.0

@@ -1,7 +1,7 @@
-"""Loading for ZeRO-3: a rank never holds more than its share of the weights and one whole module.
+"""Loading for ZeRO-3: a rank never holds more than a share of the weights and one whole module.
 
-It wraps the loading of a model, so the engine receives sharded parameters. Rank 0 alone reads the weights' files,
-module by module, and the other ranks get their shares from it. Below stage 3 every rank loads everything.
+This module wraps the loading of a model, so the engine receives sharded parameters. Rank 0 alone reads the weights'
+files, module by module, and sends the remaining ranks their shares. Below stage 3 every rank loads everything.
 """
 
 from __future__ import annotations

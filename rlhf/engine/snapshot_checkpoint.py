@@ -1,7 +1,7 @@
-"""A checkpoint made of the snapshots of ranks that do not work any more, and that nobody can start again.
+"""A checkpoint made of the snapshots of ranks that have stopped and cannot be started again.
 
-It holds the files of rlhf.engine.snapshots as they were in shared memory, one pair for each rank, beside the files in
-which every checkpoint has the record of the engine and the random states.
+The checkpoint holds the files of rlhf.engine.snapshots from shared memory, a pair for each rank. As in every
+checkpoint, further files hold the record of the engine and the random states.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ SNAPSHOTS = "snapshots"  # folder of a checkpoint
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankSnapshot:
-    """The state of a rank in such a checkpoint. The tensors are on the disk until they are used."""
+    """The state of a rank in such a checkpoint. The tensors stay on the disk until use."""
 
     tensors: Mapping[str, Tensor]
     values: Mapping[str, Any]
 
     @property
     def masters(self) -> list[Tensor]:
-        """Return the tensors that the optimizer updated."""
+        """Return the tensors updated by the optimizer."""
         return [self.tensors[f"master {index}"] for index in range(len(self.values["states"]))]
 
     @property
@@ -45,7 +45,7 @@ class RankSnapshot:
 
 
 def write_snapshot(source: Path, step: int, checkpoint: Path, rank: int) -> None:
-    """Copy a rank's snapshot of a step out of shared memory. Raise OSError if it is not there, or not whole."""
+    """Copy a rank's snapshot of a step out of shared memory. Raise OSError for a missing or incomplete snapshot."""
     described, folder = source / f"{step}.pt", checkpoint / SNAPSHOTS
     content = torch.load(described, weights_only=True)
     folder.mkdir(exist_ok=True)
@@ -62,7 +62,7 @@ def is_of_snapshots(checkpoint: Path) -> bool:
 
 
 def read_snapshot(checkpoint: Path, rank: int) -> RankSnapshot:
-    """Return the state of a rank. Raise UserError if it is damaged."""
+    """Return the state of a rank. Raise UserError for damaged files."""
     from rlhf.engine.checkpoint_files import load_data  # imports DeepSpeed
 
     path = checkpoint / SNAPSHOTS / f"{rank:05d}.pt"

@@ -1,8 +1,8 @@
-"""Copies of a rank's snapshots on another node, so that the loss of its own node is survived too.
+"""Copies of a rank's snapshots on another node, so that the loss of the rank's node is survived too.
 
-A holder is a process on another node. It keeps copies in its node's shared memory, as the files of
-rlhf.engine.snapshots. The bytes go over TCP from the memory of the one node into that of the other, so no process keeps
-them. A copy is described, and so valid, after its last byte has come.
+A holder is a process on another node. The holder stores copies in that node's shared memory, as the files of
+rlhf.engine.snapshots. The bytes go over TCP from the memory of one node into the memory of the second node, so no
+process holds the bytes. A copy is described, and so valid, after its last byte has come.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PART_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopyPlace:
-    """Where the copies of one rank are held."""
+    """The place for the copies of one rank."""
 
     host: str
     port: int
@@ -39,7 +39,7 @@ class CopyPlace:
 
 
 def send_copy(place: CopyPlace, folder: Path, *, step: int, slot: int) -> None:
-    """Send the snapshot of a step to its holder, and return when the copy is whole. Raise OSError if that fails."""
+    """Send the snapshot of a step to the holder, and return when the copy is whole. Raise OSError on failure."""
     with _asked(place) as connection:
         _announce(connection, folder, step, slot, name=place.name)
         if _receive_head(connection)["wanted"]:
@@ -49,7 +49,7 @@ def send_copy(place: CopyPlace, folder: Path, *, step: int, slot: int) -> None:
 
 
 def fetch_copies(place: CopyPlace, folder: Path) -> None:
-    """Write the copies that a holder has of a rank into the folder of its successor. Raise OSError if that fails."""
+    """Write a holder's copies of a rank into the folder of the rank's successor. Raise OSError on failure."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _asked(place) as connection:
         _send_head(connection, {"name": place.name})
@@ -58,10 +58,10 @@ def fetch_copies(place: CopyPlace, folder: Path) -> None:
 
 
 class CopyHolder:
-    """Holds copies of ranks of other nodes in a folder of this node's shared memory."""
+    """Holds copies for ranks on further nodes, in a folder of this node's shared memory."""
 
     def __init__(self, folder: Path, host: str) -> None:
-        """Remove the folder, which an earlier holder may have left, and answer ranks at the address from now on."""
+        """Remove the folder of an earlier holder, and answer ranks at the address from now on."""
         shutil.rmtree(folder, ignore_errors=True)
         self._folder, self._host, self._token = folder, host, secrets.token_bytes(_TOKEN_BYTES)
         self._copies: dict[str, _Copies] = {}
@@ -69,7 +69,7 @@ class CopyHolder:
         threading.Thread(target=self._server.serve_forever, name="snapshot copies", daemon=True).start()
 
     def place(self, name: str) -> CopyPlace:
-        """Return where a rank sends its copies."""
+        """Return the place to which a rank sends copies."""
         self._copies.setdefault(name, _Copies(self._folder / name))
         port: int = self._server.server_address[1]
         return CopyPlace(host=self._host, port=port, token=self._token, name=name)
@@ -103,7 +103,7 @@ class CopyHolder:
 
 
 class _Copies:
-    """The copies of one rank. A new connection ends the last one, whose rank may be on a node that was cut off."""
+    """The copies of one rank. A new connection ends the last connection, possibly to a rank on a disconnected node."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -123,7 +123,10 @@ class _Copies:
             yield
 
     def take(self, connection: socket.socket, head: Mapping[str, Any]) -> None:
-        """Receive the copy of a step, unless it is here. Copies of later steps are of an attempt that is done again."""
+        """Receive the copy of a step, unless already here.
+
+        Copies of later steps come from an attempt that is repeated.
+        """
         step, slot, description = head["step"], head["slot"], _receive(connection, head["description"])
         is_held = step in self._slots and self._file(step).read_bytes() == description
         for other, used in list(self._slots.items()):
@@ -170,7 +173,7 @@ def _asked(place: CopyPlace) -> Iterator[socket.socket]:
 
 
 def _announce(connection: socket.socket, folder: Path, step: int, slot: int, **head: str) -> None:
-    """Send what describes a snapshot."""
+    """Send the description of a snapshot."""
     description, size = (folder / f"{step}.pt").read_bytes(), _slot(folder, slot).stat().st_size
     _send_head(connection, {**head, "step": step, "slot": slot, "description": len(description), "size": size})
     connection.sendall(description)
@@ -182,7 +185,7 @@ def _send_content(connection: socket.socket, folder: Path, slot: int) -> None:
 
 
 def _receive_content(connection: socket.socket, folder: Path, head: Mapping[str, Any], description: bytes) -> None:
-    """Write a snapshot into a folder in which its slot is not described."""
+    """Write a snapshot into a folder without a description of the slot."""
     path, part, left = _slot(folder, head["slot"]), bytearray(_PART_BYTES), head["size"]
     path.touch(mode=0o600)
     with path.open("r+b") as content:

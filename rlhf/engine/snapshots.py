@@ -1,9 +1,10 @@
-"""Copies of a rank's state in shared memory. They outlive the process, and its successor on the host takes one back.
+"""Copies of a rank's state in shared memory.
 
-A folder in /dev/shm has two slots: while one is written, the other one is whole. The file that describes a slot is
-named after its step. It gets this name last, and it is removed before the slot is written again, so half a copy is
-never taken for a whole one. The state is copied in a thread during the passes of the next step. If the rank has a place
-on another node for copies (rlhf.engine.snapshot_copies), the same thread then sends the snapshot there.
+Snapshots outlive the process, and the successor on the host restores a snapshot. A folder in /dev/shm has two slots:
+while one slot is written, the second is whole. The file that describes a slot is named after the step. The file gets
+this name last, and is removed before the slot is written again. So half a snapshot is never taken for a whole one. The
+state is copied in a thread during the passes of the next step. If the rank has a place on another node for copies
+(rlhf.engine.snapshot_copies), the same thread then sends the snapshot there.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _GIB = 2**30
 
 
 class Snapshots:
-    """The two slots of one rank. All states kept in them have tensors of the same names, types and shapes."""
+    """The two slots of one rank. All states in the slots have tensors of the same names, types and shapes."""
 
     def __init__(self, folder: Path, tensors: Mapping[str, Tensor], *, deadline_s: float) -> None:
         """Reserve the memory of both slots. Raise UserError if there is too little.
@@ -52,7 +53,7 @@ class Snapshots:
         self._sending: Future[str | None] | None = None
 
     def newest(self) -> int | None:
-        """Return the step of the newest snapshot, once it and its copy are whole. None: there is none."""
+        """Return the step of the newest snapshot, once snapshot and copy are whole. None: no snapshot."""
         self.wait()
         self.wait_until_sent()
         return max((int(path.stem) for path in self._folder.glob("*.pt")), default=None)
@@ -60,7 +61,7 @@ class Snapshots:
     def keep(self, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Begin to copy a state and return at once. The tensors must not change before `wait` has returned.
 
-        values: plain data and small tensors of the state. They are written as they are.
+        values: plain data and small tensors of the state. Such values are written unchanged.
         """
         self.wait()
         self.wait_until_sent()
@@ -88,7 +89,7 @@ class Snapshots:
         self._last_slot = 1 - self._last_slot
 
     def copy_to(self, place: CopyPlace | None) -> None:
-        """Send the newest snapshot, and from now on each one, to a place on another node. None: to none."""
+        """Send the newest snapshot, and from now on every snapshot, to a place on another node. None: stop sending."""
         self.wait()
         self.wait_until_sent()
         self._place = place
@@ -96,7 +97,10 @@ class Snapshots:
             self._send(int(self._last.stem), self._last_slot)
 
     def wait_until_sent(self) -> str | None:
-        """Wait for the copy of the last snapshot. Return why it failed; None if it is whole or there is no place."""
+        """Wait for the copy of the last snapshot. Return the reason of a failure.
+
+        None: a whole copy, or no place for copies.
+        """
         if self._sending is None:
             return None
         try:
@@ -105,7 +109,10 @@ class Snapshots:
             raise RunError(f"The snapshot in {self._folder} was not copied within {self._deadline_s:g} s.") from error
 
     def take_back(self, step: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Copy the state of a step into the tensors, and return its values. Forget the snapshots of other steps."""
+        """Copy the state of a step into the tensors, and return the state's values.
+
+        Forget the snapshots of all further steps.
+        """
         self.wait()
         path = self._folder / f"{step}.pt"
         if not path.exists():
@@ -130,12 +137,12 @@ class Snapshots:
         self._thread.shutdown()
 
     def _send(self, step: int, slot: int) -> None:
-        """Begin to send a snapshot to the place of its copy, once it is whole."""
+        """Begin to send a snapshot to the place of the copy, once the snapshot is whole."""
         place = self._place
         self._sending = None if place is None else self._thread.submit(_sent, place, self._folder, step, slot)
 
     def _copy(self, step: int, tensors: list[Tensor], content: dict[str, Any], ready: torch.cuda.Event | None) -> Path:
-        """Copy the tensors into a slot, then describe it. No step holds the interpreter's lock for long."""
+        """Copy the tensors into a slot, then describe the slot. No step holds the interpreter's lock for long."""
         places = zip(_places(self._slots[content["slot"]], self._layout), tensors, strict=True)
         if ready is None:
             for place, tensor in places:  # numpy copies on this thread alone, torch would wake its compute threads
@@ -161,7 +168,7 @@ class Snapshots:
 
 
 def _sent(place: CopyPlace, folder: Path, step: int, slot: int) -> str | None:
-    """Send a snapshot. Return why that failed; None if the copy is whole."""
+    """Send a snapshot. Return the reason of a failure. None: the copy is whole."""
     try:
         send_copy(place, folder, step=step, slot=slot)
     except (OSError, ValueError) as error:
@@ -193,7 +200,7 @@ def _padded(tensor: Tensor) -> int:
 
 
 def _ready(tensors: Mapping[str, Tensor]) -> torch.cuda.Event | None:
-    """Return the event after which the GPU has computed the tensors. None: all of them are on the host."""
+    """Return the event after which the GPU has computed the tensors. None: all tensors are on the host."""
     if not any(tensor.is_cuda for tensor in tensors.values()):
         return None
     event = torch.cuda.Event()
@@ -202,9 +209,9 @@ def _ready(tensors: Mapping[str, Tensor]) -> torch.cuda.Event | None:
 
 
 def _reserve(paths: list[Path], size: int) -> int:
-    """Give each file its memory now, since a write without memory would kill the process. Return the size.
+    """Reserve memory for each file now, since a write without memory would kill the process. Return the size.
 
-    A slot that is there already may hold a predecessor's snapshot, so no failure removes it.
+    An existing slot may hold a predecessor's snapshot, so no failure removes the slot.
     """
     folder, needed = paths[0].parent, len(paths) * size
     made = [path for path in paths if not path.exists()]

@@ -1,8 +1,8 @@
-"""The interface of a training engine: forward, backward, step, weights, snapshot. It allows other backends.
+"""The interface of a training engine: forward, backward, step, weights, snapshot.
 
-Workers hold one engine and never ask for its type. Losses are this rank's share of a sum over the whole optimizer step
-(all ranks, all micro-batches). They are normalised beforehand by global counts or, where a count is only known at the
-end, by the divisor of the step. An engine must never average them again.
+The interface allows further backends. Workers hold one engine and never ask for the type. Losses are this rank's share
+of a sum over the whole optimizer step (all ranks, all micro-batches). Losses are normalised beforehand by global counts
+or, where a count is only known at the end, by the divisor of the step. An engine must never average losses again.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class ScheduleSettings:
     """Learning rate over total_steps: a linear rise over warmup_steps, then `kind`, towards min_ratio * lr.
 
     cycles: falls of cosine_with_restarts. decay_ratio: share of total_steps in which wsd falls. updates_per_step:
-    optimizer steps of a training step, by which a resumed run finds its place.
+    optimizer steps of a training step, for the place of a resumed run.
     """
 
     kind: Literal["constant", "linear", "cosine", "cosine_with_restarts", "wsd"]
@@ -62,8 +62,8 @@ class ScheduleSettings:
 class StepReport:
     """Report of one optimizer step.
 
-    grad_norm is the norm of the whole gradient before clipping. lr is the rate of the step; with LoRA+ the B
-    matrices have another one.
+    grad_norm is the norm of the whole gradient before clipping. lr is the rate of the step; with LoRA+ the B matrices
+    have a different rate.
     """
 
     grad_norm: float
@@ -75,7 +75,7 @@ class TrainingEngine(Protocol):
 
     @property
     def module(self) -> Any:
-        """The model, for reading its config and for work without gradients of sharded weights."""
+        """The model, for reading the config and for work without gradients of sharded weights."""
 
     @property
     def device(self) -> torch.device: ...
@@ -90,7 +90,7 @@ class TrainingEngine(Protocol):
         """Add the gradient of this rank's share of the step's loss. last: the step's last micro-batch. Collective."""
 
     def step(self, divisor: float = 1.0) -> StepReport:
-        """Update the weights by the gradient divided by `divisor`, which is then clipped. Collective.
+        """Update the weights by the gradient, divided by `divisor` and then clipped. Collective.
 
         Raise RunError, with the weights unchanged, if loss or gradient are not finite.
         """
@@ -102,9 +102,9 @@ class TrainingEngine(Protocol):
         """Return the largest value of any rank, such as the number of micro-batches to run. Collective."""
 
     def named_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Yield whole weights under the names of the model's files, parameters in dtype and buffers in their own.
+        """Yield whole weights under the names of the model's files, parameters in dtype and buffers unchanged.
 
-        Each is valid until the next one. Collective.
+        Each tensor is valid until the next. Collective.
         """
 
     def named_adapter_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -117,39 +117,39 @@ class TrainingEngine(Protocol):
         """
 
     def load(self, folder: Path) -> None:
-        """Continue where `save` was called: exactly, if number of ranks and sharding are the same. Collective.
+        """Continue from the state at `save`: exactly, if number of ranks and sharding are the same. Collective.
 
-        Raise UserError for a checkpoint that cannot be continued.
+        Raise UserError for a checkpoint that does not fit.
         """
 
     def keep_in(self, folder: Path, copies: CopyPlace | None = None) -> None:
-        """Reserve shared memory for two snapshots of this rank's state, or open that of a predecessor.
+        """Reserve shared memory for two snapshots of this rank's state, or open a predecessor's.
 
         Raise UserError if there is too little memory.
 
         Args:
-            copies: where a predecessor on another node has sent copies. None: no predecessor has sent any.
+            copies: the place of copies sent by a predecessor on another node. None: no such copies.
         """
 
     def copy_to(self, place: CopyPlace | None) -> None:
-        """Copy the newest snapshot, and from now on each one, to a place on another node. None: to none."""
+        """Copy the newest snapshot, and from now on every snapshot, to a place on another node. None: stop copying."""
 
     def keep(self, step: int) -> str | None:
-        """Begin to copy the state as it is after training step `step`, without waiting for the copy. Collective.
+        """Begin to copy the state after training step `step`, without waiting for the copy. Collective.
 
-        Return why the snapshot before has no copy on another node; None if it has one, or there is no place for it.
+        Return why the previous snapshot has no copy on another node. None: a whole copy, or no place for copies.
 
-        The copy is complete before the state changes. The snapshot before the last one is overwritten, once all ranks
-        have the last one. So all ranks have at least one step in common.
+        The copy is complete before the state changes. The snapshot before the last is overwritten, once all ranks have
+        the last snapshot. So all ranks have at least one step in common.
         """
 
     def kept(self) -> int | None:
-        """Return the step of the newest snapshot of this rank, once it is whole, or None."""
+        """Return the step of the newest whole snapshot of this rank, or None."""
 
     def take_back(self, step: int) -> None:
-        """Continue exactly where `keep(step)` was called, between two optimizer steps. Collective.
+        """Continue exactly from the state at `keep(step)`, between two optimizer steps. Collective.
 
-        The caller chooses the newest step that all ranks have. Snapshots of other steps are forgotten.
+        The caller chooses the newest step that all ranks have. Snapshots of all further steps are forgotten.
         """
 
     def offload_to_host(self) -> None:

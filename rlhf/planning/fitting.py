@@ -1,4 +1,4 @@
-"""Compare memory footprints with nodes, and suggest changes to configurations too large for them."""
+"""Compare memory footprints with nodes, and suggest changes to configurations too large for the nodes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HOST_SHARE = 0.95  # Ray kills workers when a node uses more of its memory
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """Compare the bytes wanted at one place with its room. `room` is None if the capacity is unknown."""
+    """Compare the bytes wanted at one place with the room there. `room` is None if the capacity is unknown."""
 
     where: str
     wanted: float  # bytes
@@ -51,7 +51,8 @@ def this_machine(*, cpus: float) -> Node:
 def places(
     config: Config, placement: PlacementPlan, processes: Sequence[Footprint], nodes: Sequence[Node]
 ) -> list[Fit]:
-    """Return the memory use of each set of roles on a GPU, of each node's host, and of its /dev/shm, at its fullest."""
+    """Return the memory use of each set of roles on a GPU, of each node's host, and of each node's /dev/shm, at the
+    fullest."""
     at = assign_nodes(placement.bundles, [node.resources for node in nodes])
     if at is None:
         return []
@@ -72,8 +73,8 @@ Moment = Literal["generate", "train", "weight sync"]
 def held_on_gpu(footprint: Footprint, moment: Moment) -> float:
     """Return the bytes held by a process on a GPU shared by an engine and the trained roles.
 
-    generate: the engine is awake, and the reward model scores its responses. train: the engine sleeps. weight sync: the
-    policy sends weights to the engine while its cache sleeps. All other roles have left the GPU.
+    generate: the engine is awake, and the reward model scores responses. train: the engine sleeps. weight sync: the
+    policy sends weights to the engine while the engine's cache sleeps. All further roles have left the GPU.
     """
     kind = ROLES[footprint.role].kind
     if kind == "scoring":
@@ -90,7 +91,7 @@ def held_on_gpu(footprint: Footprint, moment: Moment) -> float:
 def _gpus(
     placement: PlacementPlan, by_role: Mapping[Role, Footprint], nodes: Sequence[Node], at: Sequence[int]
 ) -> list[Fit]:
-    """Return one line for each set of roles on one GPU, at the moment of their largest memory use."""
+    """Return a line for each set of roles on one GPU, at the moment of the largest memory use."""
     fits: dict[tuple[str, ...], Fit] = {}
     for bundle in range(len(placement.bundles)):
         roles = [r for r, slots in placement.slots.items() if any(s.bundle == bundle and s.gpus > 0 for s in slots)]
@@ -181,7 +182,7 @@ def _shared_memory(config: Config, nodes: Sequence[Node], kept: Mapping[int, Sna
 
 
 def _ray_objects(config: Config, node: Node) -> float:
-    """Return the bytes of /dev/shm that Ray's object store takes. A local Ray without this room there uses the disk."""
+    """Return the bytes of /dev/shm taken by Ray's object store. A local Ray without this room there uses the disk."""
     room = None if node.shared_memory_gib is None else node.shared_memory_gib * GIB
     if config.cluster.address is None:
         nbytes = config.cluster.object_store_gib * GIB
@@ -192,9 +193,9 @@ def _ray_objects(config: Config, node: Node) -> float:
 
 
 def remedies(config: Config, sizes: Sizes, nodes: Sequence[Node], roles: Sequence[Role]) -> list[str]:
-    """Return changes that reduce memory where it does not fit, mildest first for each role, each with its effect.
+    """Return changes that reduce memory in overfull places, mildest first for each role, each with the effect.
 
-    A change is left out if the checks refuse it, the nodes cannot place it, or it reduces no overfull place. If no
+    A change is left out if the checks refuse the change, the nodes have no room, or no overfull place shrinks. If no
     single change is enough, the last line gives the effect of all changes together.
     """
     before = _places_of(config, sizes, nodes)
@@ -237,13 +238,16 @@ def _shrunk(old: Fit, new: Fit | None) -> str:
 
 
 def _places_of(config: Config, sizes: Sizes, nodes: Sequence[Node]) -> dict[str, Fit]:
-    """Return the fullest places of a changed configuration, by the places like them. Refused or not placed: none."""
+    """Return the fullest places of a changed configuration, by the places like each.
+
+    Refused or not placed: no place.
+    """
     fits = [] if problems(config) else places(config, plan_placement(config), footprints(config, sizes), nodes)
     return {place.alike: place for place in fits}
 
 
 def _changes(config: Config, role: Role) -> Iterator[tuple[str, Any]]:
-    """Yield keys with values that reduce the memory of a role, mildest first."""
+    """Yield keys with values for less memory of a role, mildest first."""
     cuda, section = config.cluster.device == "cuda", getattr(config.cluster.roles, role)
     if ROLES[role].kind == "engines":
         if not cuda and section.kv_cache_gib > 1:

@@ -73,7 +73,7 @@ def footprints(config: Config, sizes: Sizes) -> list[Footprint]:
 
 
 def tokens_of_microbatch(config: Config, role: TrainedResources) -> tuple[int, bool]:
-    """Return the tokens of a full micro-batch on one rank, and whether an optimizer step may have several
+    """Return the tokens of a full micro-batch on a rank, and whether an optimizer step may have several
     micro-batches."""
     budget = config.train.max_tokens_per_microbatch
     rows = -(-config.train.sequences_per_update // role.data_parallel_ranks)
@@ -154,7 +154,7 @@ def _trained(name: Role, model: PolicyConfig | CriticConfig, config: Config, siz
 
 
 def _put_aside(terms: Sequence[Term]) -> Term:
-    """Return the host memory of a role offloaded while an engine uses its GPU."""
+    """Return the host memory of a role offloaded while an engine uses the GPU."""
     nbytes = sum(term.nbytes for term in terms if term.place == "device" and term.phase == "always")
     return Term("put aside", nbytes, "what the GPU holds between steps, while an engine has the GPU", "host")
 
@@ -184,13 +184,13 @@ def cache_tokens(config: Config, sizes: Sizes) -> float | None:
 
 
 def _cache_parts(config: Config, shape: Shape) -> int:
-    """Return over how many GPUs of an engine its keys and values are divided. A head is never split."""
+    """Return the number of an engine's GPUs that divide the keys and values. A head is never split."""
     parallel = config.cluster.roles.rollout.tensor_parallel
     return min(parallel, shape.kv_heads) if config.cluster.device == "cuda" else 1
 
 
 def _engine(config: Config, sizes: Sizes) -> Footprint:
-    """Return the footprint of one engine, or of one of its GPUs with tensor parallelism."""
+    """Return the footprint of an engine, or of a GPU of an engine with tensor parallelism."""
     policy, role = config.policy, config.cluster.roles.rollout
     shape, size = sizes.of(policy.model), _itemsize(policy)
     on_gpu = config.cluster.device == "cuda"

@@ -1,6 +1,6 @@
 """Find needs of a run missing on this machine: CPUs, GPUs, models, data sets and code files. Nothing is loaded.
 
-`rlhf plan` looks here first, so that a recipe for another machine can be planned anywhere with its inputs unread.
+`rlhf plan` looks here first, so that a recipe for a larger machine can be planned anywhere with the inputs unread.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _UNCACHED = "and the cache of the model hub does not hold it"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Missing:
-    """Something that a run needs and this machine lacks."""
+    """Something needed by a run and missing on this machine."""
 
     sentence: str
     hub_name: str | None = None  # the model or data set that may be on the hub; None: nothing downloads it

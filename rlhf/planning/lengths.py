@@ -55,9 +55,9 @@ def parse_lengths(text: str, *, most: int) -> Lengths:
 
 
 def _read(path: Path) -> Sequence[int]:
-    """Read one number per line, or `response_tokens` from a run's samples. For a run folder, read all its samples.
+    """Read a number per line, or `response_tokens` from all samples of a run folder.
 
-    Samples of evaluations are skipped: they are far more numerous and may use other sampling settings.
+    Samples of evaluations are skipped: such samples are far more numerous and may use different sampling settings.
     """
     files = sorted(path.glob("samples/*.jsonl")) if path.is_dir() else [path]
     lengths: list[int] = []

@@ -1,9 +1,9 @@
-"""Measure a system from a run in turns, in order to simulate the same groups with other schedules.
+"""Measure a system from a run in turns, to simulate the same groups with different schedules.
 
     system = measured_system(config, read_metrics(folder), recorded_groups(folder), after=3)
     simulate(system, Schedule(max_staleness=1), steps=6, seed=0, warm_up=3)
 
-The run has one engine that decodes all responses of a batch at once.
+The run has a single engine, which decodes all responses of a batch at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rlhf.tracking.run_folder.atomic import read_lines
 
 
 def recorded_groups(folder: Path) -> tuple[RecordedGroup, ...]:
-    """Return the groups of a run in their order, from samples/. They are whole if tracking.samples_per_step allows."""
+    """Return the groups of a run in order, from samples/. Groups are whole if tracking.samples_per_step allows."""
     groups = []
     for file in sorted((folder / "samples").glob("step_*.jsonl")):
         rows = [row for row in read_lines(file) if row["split"] == "train"]
@@ -37,12 +37,12 @@ def measured_system(
     """Return the system of a finished run in turns.
 
     The time of a batch's rollouts is fitted by base_s for each decoding step and each_s for each token. A token of a
-    prompt takes each_s too, which holds where arithmetic bounds an engine, as on a CPU.
+    prompt takes each_s too, as for an engine bounded by arithmetic on a CPU.
 
     Args:
         rows: the run's metrics.
         groups: all groups of the run.
-        after: number of first steps that are not measured.
+        after: number of first steps to leave out.
     """
     rollouts, engine = config.rollouts, config.cluster.roles.rollout
     assert rollouts is not None
@@ -87,7 +87,7 @@ def measured_system(
 
 
 def _fitted(decoded: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
-    """Return the non-negative base_s and each_s that fit (decoding steps, tokens, seconds) with least squares."""
+    """Return the non-negative base_s and each_s fitted to (decoding steps, tokens, seconds) by least squares."""
     ss = sum(steps * steps for steps, _, _ in decoded)
     st = sum(steps * tokens for steps, tokens, _ in decoded)
     tt = sum(tokens * tokens for _, tokens, _ in decoded)

@@ -1,7 +1,7 @@
-"""Estimate the memory of one process of each role, term by term, as this code base allocates it.
+"""Estimate the memory of one process of each role, term by term, as allocated by this code base.
 
-A term is a number of bytes with its arithmetic. Sizes follow from the model's shape, DeepSpeed's buffers
-(rlhf.engine.deepspeed), the packed forward pass (rlhf.models.packed.forward) and its chunked head
+A term is a number of bytes with an explanation. Sizes follow from the model's shape, DeepSpeed's buffers
+(rlhf.engine.deepspeed), the packed forward pass (rlhf.models.packed.forward) and the chunked head
 (rlhf.objectives.logprobs). Five numbers are measured (see `Measured`). Micro-batches are taken as full, so the result
 is an upper bound for runs with short responses. GPU terms follow the same rules but were never measured.
 """
@@ -29,9 +29,9 @@ Phase = Literal["always", "step", "sync"]  # held also between passes, during pa
 class Measured:
     """Hold constants measured by benchmarks/plan_memory.py on two CPU cores (docs/scaling.md).
 
-    Process sizes are for an idle worker with its libraries imported. HEAP is the resident heap of a worker divided by
-    the peak bytes of its tensors. The allocator keeps freed blocks (actors.cluster.processes.KEEPS_MEMORY), and later
-    blocks never fit them exactly.
+    Process sizes are for an idle worker after all imports. HEAP is the resident heap of a worker divided by the peak
+    bytes of the tensors. The allocator keeps freed blocks (actors.cluster.processes.KEEPS_MEMORY), and later blocks
+    never fit exactly.
     """
 
     TRAINER_BYTES = int(0.68 * GIB)
@@ -43,10 +43,10 @@ class Measured:
 
 
 class Assumed:
-    """Hold customary sizes of a process on a GPU before its first tensor. They were not measured here.
+    """Hold customary sizes of a process on a GPU before the first tensor, without a measurement here.
 
     CUDA: the context, cuBLAS' workspace, kernels. NCCL: the buffers of a gang of several ranks. The NCCL buffers of an
-    engine are already part of its share of the GPU.
+    engine are already part of the engine's share of the GPU.
     """
 
     CUDA_BYTES = int(0.75 * GIB)
@@ -66,14 +66,14 @@ class Term:
 
 
 def weights_term(name: str, count: float, itemsize: int, by: int = 1, note: str = "", **options: Any) -> Term:
-    """Return the memory of `count` values, divided by a number of ranks. options: other fields of Term."""
+    """Return the memory of `count` values, divided by a number of ranks. options: further fields of Term."""
     how = f"{_short(count)} * {itemsize} bytes" + ("" if by == 1 else f" / {by}") + note
     return Term(name, count * itemsize / by, how, **options)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """Describe the peak of one process of a role, or of one GPU of an engine. If processes differ, it is the first."""
+    """Describe the peak of one process of a role, or of one GPU of an engine. If processes differ, the first counts."""
 
     role: Role
     workers: int
@@ -81,7 +81,7 @@ class Footprint:
     on_gpu: bool
 
     def of(self, place: Place) -> float:
-        """Return the bytes of the terms at a place. A device's passes and weight transfers follow each other."""
+        """Return the bytes of the terms at a place. Passes and weight transfers of a device do not overlap."""
         if place == "device":
             return self.held("always") + max(self.held("step"), self.held("sync"))
         return sum(term.nbytes for term in self.terms if term.place == place)
@@ -128,17 +128,17 @@ class Training:
     widens: bool  # products of bfloat16 are taken in float32 (rlhf.objectives.products)
 
     def place(self, part: str) -> Place:
-        """Return where the optimizer or the parameters are, which a GPU may offload."""
+        """Return the place of the optimizer or the parameters. A GPU may offload both."""
         return "host" if self.on_gpu and part in self.offload else "device"
 
 
 def activation_bytes(shape: Shape, *, itemsize: int, checkpointing: bool, lora_rank: int | None) -> float:
     """Return the bytes saved by all layers for the backward pass, per token of a micro-batch.
 
-    For each of its two norms, a layer keeps the input in float32, the scaled row and the output (4 + 2b bytes an
-    element). For attention it keeps query, key, value, the result and the input of the output projection (3Q + 2K
-    elements). For the MLP it keeps four rows: gate, its activation, up, and their product. With checkpointing it keeps
-    its input, and only one layer at a time has all of these rows.
+    A layer saves, for each of two norms, the input in float32, the scaled row and the output (4 + 2b bytes an element).
+    Attention saves query, key, value, the result and the input of the output projection (3Q + 2K elements). The MLP
+    saves four rows: gate, activated gate, up, and the product. With checkpointing a layer saves only the input, and
+    only one layer at a time has all rows.
     """
     norms = 2 * (4 + 2 * itemsize) * shape.hidden
     attention = (3 * shape.query + 2 * shape.key) * itemsize
@@ -153,8 +153,8 @@ def activation_bytes(shape: Shape, *, itemsize: int, checkpointing: bool, lora_r
 def head_bytes(shape: Shape, *, rows: int, itemsize: int, trains_head: bool, widens: bool) -> float:
     """Return the bytes of the vocabulary head in the backward pass of `rows` rows.
 
-    They are three chunks of 256 rows of logits in float32, the logit gradients of four chunks, and the gradient of the
-    head's weight. With more rows, the weight gradient is a float32 sum plus a separate product.
+    The bytes are three chunks of 256 rows of logits in float32, the logit gradients of four chunks, and the gradient of
+    the head's weight. With more rows, the weight gradient is a float32 sum plus a separate product.
     """
     wide = 4 if widens else itemsize
     chunk = min(rows, CHUNK_ROWS)
@@ -166,12 +166,12 @@ def head_bytes(shape: Shape, *, rows: int, itemsize: int, trains_head: bool, wid
 
 
 def training_terms(shape: Shape, t: Training) -> list[Term]:
-    """Return the permanent terms of one rank, and those of its largest peak.
+    """Return the permanent terms of one rank, and the terms of the largest peak.
 
-    The first peak is the start of the backward pass: all activations, the head, the gradient bucket. The second is its
-    end: the bucket twice, since gradients are reduced in a copy. Stage 3 also peaks in the optimizer step, where the
-    gradients become one block, in host memory with optimizer offload. By then the heap has freed the activations, but
-    it has no hole of this size.
+    The first peak is the start of the backward pass: all activations, the head, the gradient bucket. The second is the
+    end of the backward pass: the bucket twice, since gradients are reduced in a copy. Stage 3 also peaks in the
+    optimizer step, where the gradients become one block, in host memory with optimizer offload. By then the heap has
+    freed the activations, but has no hole of this size.
     """
     bucket, summed = _bucket(t), _summed_gradients(t)
     first = [*bucket, _activations(shape, t), *([] if t.scalar else [_head(shape, t)])]
@@ -210,14 +210,14 @@ def _states(shape: Shape, t: Training) -> list[Term]:
 
 
 def snapshot_term(shape: Shape, t: Training) -> Term:
-    """Return the shared memory of one rank for two copies of its state (rlhf.engine.snapshots)."""
+    """Return the shared memory of one rank for two snapshots (rlhf.engine.snapshots)."""
     by = t.ranks if t.zero_stage >= 1 else 1
     nbytes = 2 * (4.0 * t.trained / by + _optimizer_states(shape, t, by=by, place="host").nbytes)
     return Term(SNAPSHOTS, nbytes, "weights in float32 and the optimizer's states, twice, in /dev/shm", "host")
 
 
 def snapshot_sizes(processes: Sequence[Footprint]) -> dict[Role, int]:
-    """Return the bytes of the snapshots of one rank, by role. A role that keeps none is left out."""
+    """Return the bytes of the snapshots of one rank, by role. A role without snapshots is left out."""
     terms = [(process.role, term) for process in processes for term in process.terms]
     return {role: int(term.nbytes) for role, term in terms if term.name == SNAPSHOTS}
 
@@ -281,7 +281,7 @@ def _chunks(shape: Shape) -> str:
 
 
 def forward_terms(shape: Shape, *, itemsize: int, tokens: int, scalar: bool, widens: bool) -> list[Term]:
-    """Return the terms of a frozen model: its weights, one layer's rows, and a chunk of logits."""
+    """Return the terms of a frozen model: weights, one layer's rows, and a chunk of logits."""
     count = shape.scalar_parameters if scalar else shape.parameters
     rows = tokens * itemsize * (4 * shape.hidden + 3 * shape.widest_mlp + 2 * shape.query)
     terms = [
@@ -296,7 +296,7 @@ def forward_terms(shape: Shape, *, itemsize: int, tokens: int, scalar: bool, wid
 
 
 def engine_terms(shape: Shape, *, itemsize: int, tensor_parallel: int, max_num_seqs: int, on_gpu: bool) -> list[Term]:
-    """Return the terms of vLLM without its cache: weights in kernel layout, and the work of the largest step."""
+    """Return the terms of vLLM without the cache: weights in kernel layout, and the work of the largest step."""
     logits = 4 * max_num_seqs * shape.vocab * 4
     rows = PREFILL_TOKENS * itemsize * (3 * shape.widest_mlp + 2 * shape.hidden) / tensor_parallel
     return [
@@ -308,12 +308,12 @@ def engine_terms(shape: Shape, *, itemsize: int, tensor_parallel: int, max_num_s
 
 
 def kv_bytes_per_token(shape: Shape, *, itemsize: int) -> int:
-    """Return the bytes of keys and values in all layers for one token."""
+    """Return the bytes of keys and values in all layers for a token."""
     return 2 * shape.layers * shape.key * itemsize
 
 
 def with_process(terms: Sequence[Term], *, process: int, on_gpu: bool, ranks: int = 1) -> tuple[Term, ...]:
-    """Return the terms plus the process itself and, on a CPU, the extra memory of its heap.
+    """Return the terms plus the process itself and, on a CPU, the extra memory of the heap.
 
     ranks: the size of a gang communicating by NCCL.
     """

@@ -1,7 +1,7 @@
-"""Give the assumed rates of one worker, from which rlhf.planning computes the time of a step.
+"""Give the assumed rates of a worker. rlhf.planning computes the time of a step from the rates.
 
-Each fraction and rate stands here, and nowhere else. docs/scaling.md names the sources. They were not measured with
-this code on a GPU.
+Each fraction and rate stands here, and nowhere else. docs/scaling.md names the sources. The rates were not measured
+with this code on a GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LINKS = 0.75  # fraction of a link's data-sheet rate that copies and collectives
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """Hold the rates of one worker. `peak` is in operations per second, `bandwidth` in bytes per second."""
+    """Hold the rates of a worker. `peak` is in operations per second, `bandwidth` in bytes per second."""
 
     name: str
     peak: float
@@ -42,7 +42,7 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Hold the seconds of one part of a step, and the arithmetic behind them."""
+    """Hold the seconds of one part of a step, and the arithmetic behind the number."""
 
     name: str
     seconds: float
@@ -51,7 +51,7 @@ class Stage:
 
 
 def rates(config: Config, nodes: Sequence[Node] | None, *, role: Role) -> Rates:
-    """Return the rates of a worker: of its GPU, or of its share of the CPUs."""
+    """Return the rates of a worker: of the GPU, or of the worker's share of the CPUs."""
     if config.cluster.device == "cuda":
         kinds = {node.kind for node in nodes or () if node.gpus} - {None}
         kind = min(kinds, key=lambda k: ACCELERATORS[str(k)].tflops) if kinds else DEFAULT_GPU

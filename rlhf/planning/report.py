@@ -1,4 +1,4 @@
-"""Write `rlhf plan` as text: the summary of each run, then its memory, fit, time and cost."""
+"""Write `rlhf plan` as text: the summary of each run, then memory, fit, time and cost."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def render_plan(
 
 
 def _with_counted_steps(stage: RunStage) -> tuple[RunStage, str]:
-    """Return the stage with steps in place of epochs if its data is on this machine, and a sentence about it."""
+    """Return the stage with steps in place of epochs if the data is on this machine, and a sentence about the
+    change."""
     if not isinstance(stage, Config) or stage.train.epochs is None:
         return stage, ""
     from rlhf.planning.rows import rows_here  # imports the data set readers
@@ -89,7 +90,7 @@ def _estimates(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengt
 
 
 def _row_layouts(config: Config, sizes: Sizes) -> list[str]:
-    """Name the models of untested types, and those whose sequences are not packed as usual.
+    """Name the models of untested types, and the models with an unusual packing of sequences.
 
     Only for models with a config.json at hand.
     """
@@ -152,7 +153,7 @@ def _fits(config: Config, sizes: Sizes, processes: Sequence[Footprint], nodes: S
 
 
 def _disk(config: Config, sizes: Sizes) -> str:
-    """Return the largest disk use of checkpoints: the kept ones, plus one being written."""
+    """Return the largest disk use of checkpoints: all that stay, plus a checkpoint being written."""
     parts = checkpoint_sizes(config, sizes)
     checkpoint, best = sum(parts.values()), bool(eval_sets(config))
     count = config.train.keep_checkpoints + best + 1
@@ -162,7 +163,7 @@ def _disk(config: Config, sizes: Sizes) -> str:
 
 
 def response_lengths(config: Config, text: str | None) -> Lengths:
-    """Return the lengths of responses as given, or a distribution with half the limit as its mean.
+    """Return the lengths of responses as given, or a distribution with half the limit as the mean.
 
     Without rollouts, return the lengths of training sequences: estimated from local rows, or half the limit.
     """

@@ -27,10 +27,10 @@ def rows_here(config: Config) -> int | None:
 
 
 def mean_tokens_here(config: Config) -> float | None:
-    """Return the mean sequence length of data.train, estimated from the characters of its first rows.
+    """Return the mean sequence length of data.train, estimated from the characters of the first rows.
 
     Return None if a set is slow to read: a large file, a hub data set, a task of reasoning_gym, or an absent set. Each
-    set counts by its weight. A row's text is all its strings; both sequences of a pair include the prompt.
+    set counts by weight. A row's text is all strings; both sequences of a pair include the prompt.
     """
     sets = train_sets(config).values()
     if not all(_reads_quickly(weighted.source) for weighted in sets):

@@ -1,7 +1,7 @@
-"""The schedules that a run can have, and the one that it has.
+"""List the possible schedules of a run, and the configured schedule.
 
-`rlhf plan` compares them by simulation. This module decides nothing: rlhf.config.validation refuses keys that cannot
-combine.
+`rlhf plan` compares schedules by simulation. This module decides nothing: rlhf.config.validation refuses keys that
+cannot combine.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def schedule_of(config: Config) -> Schedule:
 
 
 def schedules(config: Config, bounds: Iterable[int]) -> list[Schedule]:
-    """Return the schedules with these bounds of the lag that the run could have.
+    """Return the schedules of the run for the given bounds of the lag.
 
-    The one in flight has the run's `rollouts.batch_order`.
+    The schedule in flight has the run's `rollouts.batch_order`.
     """
     assert config.rollouts is not None
     by_completion, found = config.rollouts.batch_order == "completion", []
@@ -44,7 +44,7 @@ def schedules(config: Config, bounds: Iterable[int]) -> list[Schedule]:
 
 
 def _can_stream(config: Config) -> bool:
-    """Return whether the run could be streamed, if it trained on responses of the newest weights."""
+    """Return whether the run could be streamed when training on responses of the newest weights."""
     assert config.rollouts is not None
     rollouts = config.rollouts.model_copy(
         update={"max_staleness": 0, "weight_updates": "between_batches", "batch_order": "prompt"}

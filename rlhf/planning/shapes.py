@@ -1,4 +1,4 @@
-"""Read the sizes of a model from its config.json for all estimates. No weights are read and no hub is contacted.
+"""Read the sizes of a model from config.json for all estimates. No weights are read and no hub is contacted.
 
 The sources, in order: a folder; a model made by an earlier stage; the folder given as --shapes; the hub's cache on
 this machine; the table of well-known models below. Unknown models are reported, never guessed.
@@ -22,7 +22,7 @@ KNOWN_CLASSES = (*DENSE_CLASSES, *MIXTURES)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """Describe a decoder: attention with grouped heads, a gated MLP or a mixture of them, two norms a layer."""
+    """Describe a decoder: attention with grouped heads, a gated MLP or a mixture of gated MLPs, two norms a layer."""
 
     source: str  # source of the sizes, in words
     hidden: int
@@ -58,7 +58,7 @@ class Shape:
 
     @property
     def active_parameters(self) -> int:
-        """Return the number of parameters in the products of one token: of a mixture, only the chosen experts'."""
+        """Return the number of parameters in the products of a token: of a mixture, only the chosen experts'."""
         return self._blocks_with(self.experts_per_token) + self.embedding
 
     def _blocks_with(self, experts: int) -> int:
@@ -71,18 +71,18 @@ class Shape:
 
     @property
     def widest_mlp(self) -> int:
-        """Return the MLP elements of one token in the widest layer."""
+        """Return the MLP elements of a token in the widest layer."""
         mixed = self.experts_per_token * self.expert_ffn + self.shared_ffn
         return max(mixed, self.ffn) if self.dense_layers or not self.experts else mixed
 
     @property
     def layer_experts(self) -> int:
-        """Return the number of parameters in the experts of a layer, which a rank gathers together at stage 3."""
+        """Return the number of parameters in the experts of a layer. At stage 3 a rank gathers all experts together."""
         return self.experts * 3 * self.expert_ffn * self.hidden
 
     @property
     def largest_weight(self) -> int:
-        """Return the size of the largest parameter. The experts of a layer are one."""
+        """Return the size of the largest parameter. The experts of a layer form one parameter."""
         return max(self.embedding, self.experts * 2 * self.expert_ffn * self.hidden)
 
     @property
@@ -129,7 +129,7 @@ class Shape:
     def lora_parameters(self, rank: int, stacks: Collection[str] = ()) -> int:
         """Return the parameters of an adapter on the linear layers of all blocks: rank * (in + out) each.
 
-        stacks: names of stacked experts, of which each expert is adapted too.
+        stacks: names of stacked experts. Each expert is adapted too.
         """
         widths = {"gate_up_proj": 2 * self.expert_ffn, "down_proj": self.expert_ffn}
         experts = self.experts * (self.layers - self.dense_layers) if self.experts else 0
@@ -187,10 +187,10 @@ def _mixture(family: str, config: Mapping[str, Any], source: str) -> dict[str, i
 
 
 def find_shape(model: str, *, shapes: Path | None, made: Mapping[str, str]) -> Shape:
-    """Return the sizes of a model named in a configuration. Raise UserError if no source has them.
+    """Return the sizes of a model named in a configuration. Raise UserError if no source has the model.
 
-    shapes: a folder of config.json files, at OWNER/NAME/config.json or OWNER--NAME.json. made: maps each
-    final folder of an earlier stage to its original model.
+    shapes: a folder of config.json files, at OWNER/NAME/config.json or OWNER--NAME.json. made: maps each final folder
+    of an earlier stage to the original model.
     """
     if model == "tiny:llama":
         return TINY

@@ -1,7 +1,7 @@
-"""Compare the room in /dev/shm of a node with the snapshots that a run's ranks keep there, before a model is loaded.
+"""Compare the room in /dev/shm of a node with the snapshots of a run's ranks, before a model is loaded.
 
-Two snapshots of a rank are on its own node, and as many copies on another node (rlhf.engine.snapshots). Ray keeps its
-objects in the same file system. This module imports nothing heavy, because `rlhf doctor` runs it on each node.
+Two snapshots of a rank are on the rank's node, and as many copies on another node (rlhf.engine.snapshots). Ray stores
+objects in the same file system. This module imports nothing heavy, because `rlhf doctor` runs the module on each node.
 """
 
 from __future__ import annotations
@@ -64,15 +64,15 @@ class SharedMemoryRoom:
 
 
 def shared_memory_here() -> SharedMemoryRoom:
-    """Return the size of /dev/shm on this machine, for this process and the Ray to which it belongs."""
+    """Return the size of /dev/shm on this machine, for this process and the process's Ray."""
     usage = shutil.disk_usage(SHARED_MEMORY)
     return SharedMemoryRoom(total=usage.total, free=usage.free, ray=_object_store_bytes())
 
 
 def _object_store_bytes() -> int:
-    """Return the size of Ray's object store in /dev/shm: of the raylet that started this process, or is its child.
+    """Return the size of Ray's object store in /dev/shm: of the raylet that is a parent or a child of this process.
 
-    The store's file has no name, so this looks at the files that the raylet has open.
+    The store's file has no name, so this looks at the raylet's open files.
     """
     device, sizes = os.stat(SHARED_MEMORY).st_dev, dict[int, int]()
     process = psutil.Process()
@@ -89,9 +89,9 @@ def _object_store_bytes() -> int:
 def snapshots_by_node(
     sizes: Mapping[Role, int], ranks: Mapping[Role, Sequence[NodeId]], nodes: Collection[NodeId]
 ) -> dict[NodeId, SnapshotBytes]:
-    """Return the bytes of snapshots on each node that has some.
+    """Return the bytes of snapshots on each node with snapshots.
 
-    A rank's copies are on the other node with the fewest of them, as in actors.cluster.memory_folders.
+    A rank's copies are on the node with the fewest copies, except the rank's node, as in actors.cluster.memory_folders.
 
     Args:
         sizes: the bytes of one rank, by role.
@@ -112,7 +112,7 @@ def snapshots_by_node(
 
 
 def larger_shared_memory(needed: float) -> str:
-    """Return a sentence with the changes after which /dev/shm has room for `needed` bytes, Ray's objects included."""
+    """Return a sentence with the changes for `needed` bytes in /dev/shm, Ray's objects included."""
     gib = math.ceil(needed / _GIB)
     return (
         f"Make /dev/shm of at least {gib} GiB (docker run --shm-size={gib}g, an emptyDir with medium Memory, or mount "

@@ -1,7 +1,7 @@
-"""Divide this machine among the trials of a sweep that run at once.
+"""Divide this machine among the simultaneous trials of a sweep.
 
-Each trial has a separate Ray on its share of the cores. This module starts nothing, and `rlhf plan` and the sweep
-itself use it.
+Each trial has a separate Ray on a share of the cores. This module starts nothing, and serves both `rlhf plan` and the
+sweep.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rlhf.tracking.run_folder.environment import num_cpus
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Describe the machine whose cores and GPUs the trials divide among themselves."""
+    """Describe the machine to divide among the trials: cores and GPUs."""
 
     cores: int
     cpus: int  # at most the cores: a container may have a quota of their time
@@ -62,12 +62,12 @@ def bundles_of(trial: LoadedConfig) -> Sequence[Mapping[str, float]]:
 
 
 def room_in(nodes: Sequence[Mapping[str, float]], trials: Sequence[LoadedConfig], *, most: int) -> int:
-    """Return how many of at most `most` trials fit into the nodes at once, whichever trials they are."""
+    """Return how many of at most `most` trials fit into the nodes at once, for every choice of trials."""
     return min(copies(bundles_of(trial), nodes, most=most) for trial in trials)
 
 
 def divide(sweep: Sweep, known: Sequence[Values] | None, machine: Machine) -> Division:
-    """Return how many trials run at once on this machine, and whether each can run on its share."""
+    """Return how many trials run at once on this machine, and whether each trial can run on a share."""
     trials, most = trials_of(sweep, known), most_trials(sweep, known)
     wanted = [plan for trial in trials for plan in _placements(trial).values()]
     whole = [{"CPU": float(machine.cpus), "GPU": float(machine.gpus)}]
@@ -104,7 +104,7 @@ def _fits(placements: Sequence[PlacementPlan], machine: Machine, count: int) -> 
 
 
 def _smaller_roles(sweep: Sweep, trial: LoadedConfig, share: int) -> Iterator[str]:
-    """Yield keys with which every stage of a trial reserves at most its share, in the proportions that it has now."""
+    """Yield keys that bring every stage of a trial down to the trial's share, in the present proportions."""
     for name, stage in trial.stages.items():
         if isinstance(stage, MergeStage) or (placement := plan_placement(stage)).total("CPU") <= share:
             continue

@@ -1,11 +1,11 @@
 """Simulate many steps of a run on many GPUs, event by event, to measure waiting times and utilization.
 
-Engines decode all their sequences in lockstep, one token each in base_s + sequences * each_s. The schedule decides when
-groups are requested, when the trainer may take them, and whether the engines finish before they get new weights, as
-rlhf.controller.batch_queue and rlhf.controller.group_queue do. A prompt is computed once for its group, before its
-responses start. A group may need a service, such as a slow reward, for some time after it is decoded. Nodes fail at
-random and restart: an engine repeats its unfinished groups, and the trainer repeats its update. Evaluation, checkpoints
-and other network traffic are not modelled.
+Engines decode all sequences in lockstep, a token each in base_s + sequences * each_s. The schedule decides when groups
+are requested, when the trainer may take groups, and whether the engines finish before loading new weights, as
+rlhf.controller.batch_queue and rlhf.controller.group_queue do. A prompt is computed once for a group, before the
+responses start. A group may need a service, such as a slow reward, for some time after decoding. Nodes fail at random
+and restart: an engine repeats unfinished groups, and the trainer repeats the update. Evaluation, checkpoints and
+further network traffic are not modelled.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class _Simulation:
         return self.system.base_s + len(engine.active) * self.system.each_s
 
     def advance(self, engine: _Engine) -> None:
-        """Advance the engine to the current time unless it is paused."""
+        """Advance the engine to the current time unless paused."""
         passed = self.now - engine.at
         if passed <= 0.0:
             return
@@ -91,7 +91,7 @@ class _Simulation:
         engine.at = self.now
 
     def refill(self, index: int) -> None:
-        """Start queued responses and schedule the end of the next one."""
+        """Start queued responses and schedule the end of the next response."""
         engine = self.engines[index]
         while engine.waiting and len(engine.active) < self.system.max_num_seqs:
             tokens, group = engine.waiting.popleft()
@@ -110,7 +110,7 @@ class _Simulation:
         engine.busy_s += seconds
 
     def issue(self) -> None:
-        """Request all batches that the schedule allows."""
+        """Request all batches allowed by the schedule."""
         size, last = self.system.prompts_per_step, self.version + self.schedule.max_staleness
         while self.issued // size <= last:
             if not self.schedule.in_flight and self.unanswered:
@@ -187,7 +187,7 @@ class _Simulation:
         self.tails.append((ends[-1] - late) / max(ends[-1] - began, 1e-9))
 
     def proceed(self) -> None:
-        """Start what can start now: the next batch, an update or a sync."""
+        """Start everything possible now: the next batch, an update or a sync."""
         self.issue()
         if self.training or self.syncing:
             return
@@ -214,7 +214,7 @@ class _Simulation:
             self.stall(engine, (decoded + prompts) * self.system.prefill_s)
 
     def take(self) -> list[int]:
-        """Return the groups of the next update. It is empty until they are answered."""
+        """Return the groups of the next update. Empty until the groups are answered."""
         size, first = self.system.prompts_per_step, self.version * self.system.prompts_per_step
         if self.schedule.streamed:
             groups = [next(iter(self.ready))] if self.ready else []
@@ -268,7 +268,7 @@ class _Simulation:
         self.proceed()
 
     def renew(self) -> None:
-        """Request the groups again that have become too old."""
+        """Request too old groups again."""
         for group in [g for g, version in self.started.items() if self.version - version > self.schedule.max_staleness]:
             self.reasked += 1
             self.attempts[group] += 1
@@ -284,7 +284,7 @@ class _Simulation:
             self.refill(index)
 
     def fail(self, node: int) -> None:
-        """Fail a node. Its engines repeat their unfinished groups after the restart."""
+        """Fail a node. The node's engines repeat unfinished groups after the restart."""
         self.count_failure()
         first = node * self.system.engines_per_node
         for index in range(first, min(first + self.system.engines_per_node, len(self.engines))):
@@ -331,8 +331,8 @@ def simulate(
 ) -> Outcome:
     """Simulate some steps after a warm-up. Equal seeds give equal outcomes.
 
-    `steps`: the number of simulated steps. None: 6, or 2 for large batches.
-    `warm_up`: steps that are not counted. None: until the pipeline is full.
+    `steps`: the number of simulated steps. None: 6, or 2 for large batches. `warm_up`: steps to leave out. None: until
+    the pipeline is full.
     """
     if steps is None:
         steps = 2 if system.prompts_per_step * system.samples_per_prompt > MANY_RESPONSES else 6

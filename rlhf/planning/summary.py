@@ -1,6 +1,6 @@
 """Write the first part of `rlhf plan`: derived numbers and placement of each run, before anything starts.
 
-Memory and time follow from other modules of rlhf.planning. Neither models nor data nor Ray are needed.
+Further modules of rlhf.planning give memory and time. Neither models nor data nor Ray are needed.
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ def _role_rows(
 
 
 def _bundles(placement: PlacementPlan, nodes: Sequence[Mapping[str, float]] | None) -> list[list[str]]:
-    """Return one row for each run of equal bundles."""
+    """Return a row for each run of equal bundles."""
     where = assign_nodes(placement.bundles, nodes) if nodes is not None else None
     rows: list[list[str]] = []
     for index, bundle in enumerate(placement.bundles):

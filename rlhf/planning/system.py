@@ -1,4 +1,7 @@
-"""What is simulated: a system, a schedule of rollouts and training, and the outcome. They know no configuration."""
+"""Define the input and outcome of a simulation: a system, a schedule of rollouts and training, and the results.
+
+The classes know no configuration.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedGroup:
-    """What a group of a real run took."""
+    """The measured times and lengths of a real run's group."""
 
     lengths: tuple[int, ...]  # of its responses
     latency_s: float = 0.0
@@ -66,7 +69,7 @@ class System:
 
     @property
     def engines_per_node(self) -> int:
-        """Return the engines on one node, or 1 if an engine takes a node or more."""
+        """Return the engines on a node, or 1 for an engine on a node or more."""
         return max(self.gpus_per_node // self.gpus_per_engine, 1)
 
 

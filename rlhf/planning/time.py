@@ -1,4 +1,4 @@
-"""Estimate the time of each part of a step from arithmetic and bandwidth, in order to compare layouts.
+"""Estimate the time of each part of a step from arithmetic and bandwidth, to compare layouts.
 
 Multiplying P weights with a token takes 2P operations, and twice that in the backward pass. Each decoding step reads
 all weights and every sequence's keys and values. rlhf.planning.rates has the assumed rates.
@@ -39,15 +39,15 @@ from rlhf.role_table import ROLES, TRAINED_ROLES, Role
 def forward_operations(shape: Shape, length: float) -> float:
     """Return the operations for one token in the middle of a sequence of the given length.
 
-    Each multiplied weight takes 2 operations, of a mixture those of the chosen experts. Attention covers half of the
-    sequence.
+    Each multiplied weight takes 2 operations, of a mixture only the chosen experts' weights. Attention covers half of
+    the sequence.
     """
     return 2.0 * shape.active_parameters + 2.0 * shape.layers * shape.query * length
 
 
 def passes(model: PolicyConfig | CriticConfig) -> float:
-    """Return the cost of a training pass in forward passes: itself, plus two for backward, or one without weight
-    gradients."""
+    """Return the cost of a training pass in forward passes: the forward pass, plus two for backward, or one for
+    backward without weight gradients."""
     return (2.0 if model.lora is not None else 3.0) + (1.0 if model.gradient_checkpointing else 0.0)
 
 
@@ -108,13 +108,13 @@ def training_stages(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, 
 
 
 def _microbatches(config: Config, role: Role, tokens: float) -> int:
-    """Return the micro-batches of one rank for so many tokens of all ranks."""
+    """Return the micro-batches of a rank for `tokens` tokens of all ranks."""
     ranks = getattr(config.cluster.roles, role).data_parallel_ranks if role in TRAINED_ROLES else 1
     return max(1, math.ceil(tokens / (ranks * config.train.max_tokens_per_microbatch)))
 
 
 def _meanwhile(stages: Sequence[Stage], others: Sequence[Stage]) -> Stage:
-    """Return the time added by stages that run in parallel with others. They are one stage then."""
+    """Return the time added by stages that run in parallel with `others`, as a single stage."""
     first, seconds = stages[0], sum(stage.seconds for stage in stages)
     adds = max(seconds - sum(other.seconds for other in others), 0.0)
     hows = "; ".join(stage.how for stage in stages)
@@ -178,9 +178,9 @@ def system_of(
 
 
 def _at_once(config: Config, sizes: Sizes, length: float) -> int:
-    """Return the sequences decoded at once by an engine: the configured limit, or fewer if its cache is full.
+    """Return the sequences decoded at once by an engine: the configured limit, or fewer for a full cache.
 
-    The cache is counted at the mean sequence length, because vLLM preempts sequences beyond it.
+    The cache is counted at the mean sequence length, because vLLM preempts sequences beyond the cache.
     """
     most, held = config.cluster.roles.rollout.max_num_seqs, cache_tokens(config, sizes)
     return most if held is None else max(1, min(most, int(held / length)))

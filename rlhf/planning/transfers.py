@@ -1,7 +1,7 @@
 """Estimate the time in which the states of trained roles move between GPUs, hosts and shared memory.
 
-Each part is counted in full, although DeepSpeed overlaps some of it with arithmetic. So the times are upper bounds, as
-the memory is. All rates stand in rlhf.planning.rates.
+Each part is counted in full, although DeepSpeed overlaps some transfers with arithmetic. So the times are upper bounds,
+like the memory. All rates stand in rlhf.planning.rates.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ GATHERS_PER_GRADIENT = 2  # of each weight: one for the forward pass, one for th
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """Count what one rank does in a step."""
+    """Count the work of a rank in a step."""
 
     trained: int  # micro-batches with a gradient
     measured: int  # micro-batches without one
@@ -36,7 +36,7 @@ class Work:
 def moves_in_update(
     role: Role, config: Config, sizes: Sizes, nodes: Sequence[Node] | None, work: Work, *, prefix: str
 ) -> Iterator[Stage]:
-    """Yield the parts of a role's updates in which its weights, gradients and optimizer states move."""
+    """Yield the parts of a role's updates that move weights, gradients and optimizer states."""
     how = training(role, trained_sections(config)[role], config, sizes)
     speed, per_host = rates(config, nodes, role=role), gpus_per_host(config, nodes)
     late = 1.0 - 1.0 / work.updates
@@ -77,9 +77,9 @@ def _gathers(how: Training, work: Work, speed: Rates, per_host: int) -> tuple[fl
 
 
 def snapshots(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, *, meanwhile_s: float) -> Stage | None:
-    """Return how long an optimizer step waits for the snapshot of the state before it. None: it never waits.
+    """Return how long an optimizer step waits for the snapshot of the previous state. None: no wait.
 
-    meanwhile_s: seconds from the end of a step to the next optimizer step, in which a thread copies the state.
+    meanwhile_s: seconds from the end of a step to the next optimizer step. A thread copies the state meanwhile.
     """
     if not restarts_gangs(config):
         return None
@@ -96,7 +96,7 @@ def snapshots(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, *, mea
 
 
 def staging(config: Config, sizes: Sizes, nodes: Sequence[Node] | None) -> Stage | None:
-    """Return the time in which the roles that share GPUs with engines leave them and return. None: no role does."""
+    """Return the time for roles to leave GPUs shared with engines, and to return. None: no such role."""
     pinned = unpinned = 0.0  # bytes in both directions
     sections: Mapping[Role, object] = trained_sections(config)
     staged = shares_engines_gpus(config)

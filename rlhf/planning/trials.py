@@ -1,4 +1,7 @@
-"""Write `rlhf plan` of a sweep: its trials, how many fit at once, and the plan of the first. Nothing is started."""
+"""Write `rlhf plan` of a sweep: the trials, the number that fit at once, and the plan of the first.
+
+Nothing is started.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,10 @@ NUM_SHOWN = 12  # trials
 def render_sweep(
     sweep: Sweep, *, cluster: str | None = None, shapes: Path | None = None, lengths: str | None = None
 ) -> str:
-    """Describe the sweep, followed by the plan of its first trial. Raise UserError if it does not fit the cluster."""
+    """Describe the sweep, followed by the plan of the first trial.
+
+    Raise UserError for a trial too large for the cluster.
+    """
     config, method = sweep.config, sweep.config.method
     known = known_trials(sweep)
     count = len(known or ()) if isinstance(method, GridMethod) else method.trials
