@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def before_after(folder: Path) -> Table | None:
-    """Return a table with one line per metric of each set, or None if the run has fewer than two evaluations of
+    """Return a table with a line per metric of each set, or None for a run with fewer than two evaluations of
     responses."""
     from rich.table import Table
 

@@ -1,7 +1,7 @@
 """Decide which responses pass, for pass@k and maj@k.
 
-A score is no measure of that by itself: weights and penalties keep the score of a right response away from 1. So the
-value of the function that judges the response decides, unless the user gives a threshold for the score.
+A score alone does not say so: weights and penalties keep the score of a right response away from 1. So the value of the
+judging function decides, unless the user gives a threshold for the score.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class PassRule:
 
 
 def judges(rewards: Iterable[tuple[str, str | None, float]]) -> list[str]:
-    """Return the names of functions that can judge a response, those of the largest weight first.
+    """Return the names of functions able to judge a response, by falling weight.
 
     rewards: name, function (None: not a function) and weight of each reward. Equal weights keep their order.
     """

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptScores:
-    """Scores of all responses to one prompt, one entry per response."""
+    """Scores of all responses to a prompt, an entry per response."""
 
     prompt_id: int  # row of the set
     scores: tuple[float, ...]  # weighted sum of the rewards
@@ -41,7 +41,7 @@ class PromptScores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptResult(PromptScores):
-    """Scores of all responses to one prompt, with their texts."""
+    """Scores of all responses to a prompt, with the texts."""
 
     prompt: str
     responses: tuple[str, ...]
@@ -62,10 +62,10 @@ class Marks:
     """The user's settings for grading responses. None: derived from the number of samples and the rewards.
 
     Args:
-        ks (K,K): the numbers k of pass@k and maj@k; 1, 2, 4 and so on if not given.
-        pass_score (X): the score from which a response passes, in place of a value of 1 of the function that judges it.
-        answers: the part of a response that is its vote in maj@k.
-        by (COLUMN): report each value of this column as well as the whole set.
+        ks (K,K): the numbers k of pass@k and maj@k; 1, 2, 4 and so on if not given. pass_score (X): the score from
+        which a response passes, in place of a value of 1 of the judging function.
+        answers: the part of a response used as a vote in maj@k. by (COLUMN): report each value of this column as well
+            as the whole set.
     """
 
     ks: tuple[int, ...] | None = None
@@ -118,7 +118,7 @@ class Evaluation:
     def to_metrics(self) -> dict[str, float]:
         """Return the metrics in a run's form: eval/<set>/<metric>.
 
-        A reward appears under its name. The score's interval is included.
+        A reward appears under the reward's name. The score's interval is included.
         """
         logged = {}
         for report in self.sets:
@@ -130,7 +130,7 @@ class Evaluation:
         return logged
 
     def to_table(self) -> Table:
-        """Return a table for a terminal, with one line per metric."""
+        """Return a table for a terminal, with a line per metric."""
         from rich.table import Table
 
         is_graded = any("@" in metric for report in self.sets for metric in report.metrics)
@@ -164,10 +164,10 @@ def prompt_reports(
     prompt_ids: Sequence[int],
     seed: int,
 ) -> list[SetReport]:
-    """Return a set's report, and one report named NAME.SOURCE for each of its sources with results.
+    """Return a set's report, and a report named NAME.SOURCE for each source with results.
 
-    sources: source by prompt id, empty for a set without sources. prompt_ids: ids of all prompts, also those without
-    results.
+    sources: source by prompt id, empty for a set without sources. prompt_ids: ids of all prompts, also of prompts
+    without results.
     """
     parts: dict[str, Sequence[int]] = {name: prompt_ids}
     for source in sorted(set(sources.values())):
@@ -187,7 +187,7 @@ def prompt_reports(
 def prompt_metrics(
     results: Sequence[PromptScores], against: Sequence[PromptScores] | None, marking: Marking, *, seed: int
 ) -> dict[str, Estimate]:
-    """Return the metrics of a set of prompts. Each is one number per prompt, averaged over prompts.
+    """Return the metrics of a set of prompts. Each metric is a number per prompt, averaged over prompts.
 
     against: another model's results, compared on the shared prompts. Without shared prompts there is no win rate.
     """
@@ -260,7 +260,7 @@ def example_metrics(results: Sequence[ExampleResult], *, seed: int) -> dict[str,
 
 
 def prompt_rows(model: str, name: str, results: Sequence[PromptResult], marking: Marking) -> list[dict[str, Any]]:
-    """Return lines of samples.jsonl, one per response. `answer` and `passed` are null if they are not graded."""
+    """Return lines of samples.jsonl, a line per response. `answer` and `passed` are null without grading."""
     rule = marking.passing
     passed = [None if rule is None else rule.passed(result.scores, result.by_name) for result in results]
     return [

@@ -1,4 +1,4 @@
-"""Hold the rewards of the responses in a file, one row each, and the table of `rlhf reward`."""
+"""Hold the rewards of the responses in a file, a row each, and the table of `rlhf reward`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class RowError:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredRow:
-    """One response. A failure on any response of its group leaves it without scores, as in a run."""
+    """A response. A failure on any response of the group leaves the whole group without scores, as in a run."""
 
     place: str  # `file:line`
     group: int  # rows of one group answer one prompt
@@ -44,7 +44,7 @@ class ScoredFile:
 
     @property
     def errors(self) -> list[tuple[str, RowError]]:
-        """Return all errors, each with its row's file and line."""
+        """Return all errors, each with file and line of the row."""
         return [(row.place, error) for row in self.rows for error in row.errors]
 
     def to_json(self) -> list[dict[str, Any]]:
@@ -52,7 +52,7 @@ class ScoredFile:
         return [asdict(row) for row in self.rows]
 
     def to_table(self) -> Table:
-        """Return a table with one line per reward: its values, and its errors by kind."""
+        """Return a table with a line per reward: values, and errors by kind."""
         from rich.table import Table
 
         table = Table()

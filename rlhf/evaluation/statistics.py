@@ -1,6 +1,6 @@
 """Estimate metrics from several samples per prompt, with intervals over prompts.
 
-The module does pure arithmetic on numbers. It resamples prompts, because the samples of one prompt are not independent.
+The module does pure arithmetic on numbers. Prompts are resampled, because the samples of a prompt are not independent.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Estimate:
 def pass_at_k(passed: Sequence[bool], *, k: int) -> float:
     """Return the probability that at least one of k samples passes, for c passes among n samples.
 
-    It is 1 - C(n - c, k) / C(n, k) (arXiv:2107.03374, eq. 1): the mean over all choices of k of the n samples, hence
-    unbiased. ValueError unless 1 <= k <= n.
+    The probability is 1 - C(n - c, k) / C(n, k) (arXiv:2107.03374, eq. 1): the mean over all choices of k of the n
+    samples, hence unbiased. ValueError unless 1 <= k <= n.
     """
     n = len(passed)
     _check_k(k, n)
@@ -41,10 +41,10 @@ def pass_at_k(passed: Sequence[bool], *, k: int) -> float:
 def maj_at_k(answers: Sequence[str | None], passed: Sequence[bool], *, k: int) -> float:
     """Return the probability that the majority answer of k samples is right.
 
-    Self-consistency, arXiv:2203.11171; maj1@k of arXiv:2206.14858. Like pass_at_k it is the exact mean over all choices
-    of k of the n samples. The papers leave three cases open. Tied answers share the win evenly. None is a sample
-    without an answer: it has no vote, and a choice without any vote is lost. If only some samples of an answer pass,
-    their share counts. ValueError unless 1 <= k <= n.
+    Self-consistency, arXiv:2203.11171; maj1@k of arXiv:2206.14858. Like pass_at_k, the result is the exact mean over
+    all choices of k of the n samples. The papers leave three cases open. Tied answers share the win evenly. None is a
+    sample without an answer and without a vote, and a choice without any vote is lost. If only some samples of an
+    answer pass, the passing share counts. ValueError unless 1 <= k <= n.
     """
     n = len(answers)
     _check_k(k, n)
@@ -70,7 +70,7 @@ def win_chance(scores: Sequence[float], against: Sequence[float]) -> float:
 
 
 def mean_estimate(values: Sequence[float], *, seed: int) -> Estimate:
-    """Return the mean of one number per prompt, with its percentile bootstrap interval (Efron, 1979) at LEVEL."""
+    """Return the mean of a number per prompt, with the percentile bootstrap interval (Efron, 1979) at LEVEL."""
     return ratio_estimate(values, [1.0] * len(values), seed=seed)
 
 

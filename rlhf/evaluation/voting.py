@@ -19,7 +19,7 @@ _FORM_OF_REWARD: Mapping[str, AnswerForm] = {
 
 
 def answer_of(response: str, form: AnswerForm) -> str | None:
-    """Return the response's answer, or None without one.
+    """Return the response's answer, or None without an answer.
 
     last_number: the last number, `1,234.0` as `1234`. answer_tag: the content of the last <answer>...</answer>. boxed:
     the content of the last \\boxed{...}. whole: the whole response without surrounding white space.
@@ -41,7 +41,7 @@ def answer_form(function: str, args: Mapping[str, Any]) -> AnswerForm | None:
 
 
 def _last_boxed(text: str) -> str | None:
-    """Return the content of the last \\boxed braces, or None if there are none or they do not close."""
+    """Return the content of the last \\boxed braces, or None for missing or unclosed braces."""
     _, mark, rest = text.rpartition("\\boxed{")
     depth = 1
     for index, character in enumerate(rest if mark else ""):

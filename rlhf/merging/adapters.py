@@ -1,4 +1,4 @@
-"""Fold an adapter into its base model, or combine several adapters into one, with peft.
+"""Fold an adapter into the base model, or combine several adapters into one, with peft.
 
 Both operations hold the base model in memory in float32, because peft computes in the dtype of the base weights.
 """
@@ -39,7 +39,7 @@ def fold_adapter(source: MergeSource, folder: Path, *, dtype: torch.dtype, shard
 
 
 def combine_adapters(config: MergeConfig, sources: Sequence[MergeSource], folder: Path) -> None:
-    """Combine adapters of one base with peft's add_weighted_adapter, and save the result."""
+    """Combine adapters of a common base with peft's add_weighted_adapter, and save the result."""
     model: Any = None
     for index, source in enumerate(sources):
         assert source.adapter is not None
@@ -83,9 +83,9 @@ def combine_adapters(config: MergeConfig, sources: Sequence[MergeSource], folder
 
 
 def check_combinable(sources: Sequence[MergeSource], *, method: str, rank: int | None) -> None:
-    """Check that the sources are plain adapters of one base, with equal ranks if the method adds their factors.
+    """Check that the sources are plain adapters of one base, with equal ranks for a method that adds factors.
 
-    Raise UserError with the names of two sources if they do not fit together.
+    Raise UserError with the names of two sources that do not fit together.
     """
     for source in sources:
         _check_plain(source, rank)
@@ -123,7 +123,7 @@ def _check_plain(source: MergeSource, rank: int | None) -> None:
 
 
 def _ranks(source: MergeSource) -> str:
-    """Describe the rank of an adapter and the ranks of layers with a different one."""
+    """Describe the rank of an adapter and the ranks of layers with a different rank."""
     assert source.adapter is not None
     settings = source.adapter.settings
     pattern = settings.get("rank_pattern") or {}
@@ -131,9 +131,10 @@ def _ranks(source: MergeSource) -> str:
 
 
 def _settings_to_combine(folder: Path) -> Any:
-    """Return peft's config of an adapter, with the full names of its layers.
+    """Return peft's config of an adapter, with the full names of the layers.
 
-    The result of a combination gets the first adapter's choice of layers, which may exclude layers of the others.
+    The result of a combination gets the first adapter's choice of layers, possibly without layers of the further
+    adapters.
     """
     settings: Any = load_adapter_config(folder)
     settings.target_modules = adapted_modules(folder)

@@ -1,4 +1,4 @@
-"""Run a merge section: check all inputs, then write the folder. `rlhf merge` and pipeline stages use it."""
+"""Run a merge section: check all inputs, then write the folder. `rlhf merge` and pipeline stages use this module."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def merge_models(config: MergeConfig, out: Path, *, quiet: bool = False) -> None
     """Make the folder `out` with weights, config, tokenizer, chat template, and the record merge.yaml.
 
     All inputs are checked before a weight is loaded, and the folder appears whole or not at all. UserError: a model is
-    missing, unreadable or does not fit the others; `out` exists or is below a file; the disk is too small. RunError:
+    missing or unreadable, or two models do not fit; `out` exists or is below a file; the disk is too small. RunError:
     mergekit failed.
     """
     refuse(merge_problems(config), lambda key: "config")
@@ -54,13 +54,13 @@ def merge_models(config: MergeConfig, out: Path, *, quiet: bool = False) -> None
 
 
 def require_tools(config: MergeConfig) -> None:
-    """Raise UserError if the method needs mergekit and it is not installed."""
+    """Raise UserError if the method needs mergekit and mergekit is not installed."""
     if config.output == "model" and config.method != "fold":
         require_mergekit(config.method)
 
 
 def checked_sources(config: MergeConfig, out: Path, *, key: str) -> list[MergeSource]:
-    """Return the models in the order of the section, and the base, after checking that they fit together.
+    """Return the models in the order of the section, and the base, after checking that all fit together.
 
     Raise UserError if a model is missing or does not fit. Name `key` in the error if the disk of `out` is too small.
     """
@@ -148,7 +148,7 @@ def _set_layers(config: MergeConfig, sources: Sequence[MergeSource], result: Any
 
 
 def _check_complete(donor: Path, folder: Path, config: Any) -> None:
-    """Raise RunError if mergekit left out weights because it does not know all of the architecture."""
+    """Raise RunError if mergekit left out weights because of an unknown part of the architecture."""
     expected, merged = (weight_shapes("merge.out", place, config) for place in (donor, folder))
     if lost := sorted(expected.keys() - merged.keys()):
         kind = ", ".join(config.architectures)

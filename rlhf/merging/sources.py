@@ -1,4 +1,4 @@
-"""Find the models of a merge as local folders and check that they fit together.
+"""Find the models of a merge as local folders and check that all fit together.
 
 No weight is loaded here. Names, shapes and sizes come from the headers of the safetensors files.
 """
@@ -30,7 +30,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
-    """Describe a LoRA adapter as peft saves it."""
+    """Describe a LoRA adapter as saved by peft."""
 
     folder: Path
     settings: dict[str, Any]  # adapter_config.json
@@ -38,13 +38,13 @@ class Adapter:
 
     @property
     def is_scored(self) -> bool:
-        """Return True for an adapter of a reward model or critic, whose base has a scalar head."""
+        """Return True for an adapter of a reward model or critic, on a base with a scalar head."""
         return bool(self.settings.get("task_type") == "SEQ_CLS")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeSource:
-    """Describe one model of the merge: its whole weights, and its adapter if it has one."""
+    """Describe a model of the merge: the whole weights, and any adapter."""
 
     key: str  # as in the configuration, for messages: merge.models.math
     name: str  # math, or base
@@ -59,14 +59,14 @@ class MergeSource:
         return self.folder if self.adapter is None else self.adapter.folder
 
     def tokenizer(self) -> Any:
-        """Load the adapter's tokenizer if its folder has one, else the model's."""
+        """Load the tokenizer in the adapter's folder, or else the model's."""
         folder = self.own_folder
         with prefix_errors(self.key):
             return load_tokenizer(str(folder if (folder / "tokenizer_config.json").is_file() else self.folder))
 
 
 def find_source(key: str, name: str, model: str) -> MergeSource:
-    """Find the model and download it if `model` is a hub name. Raise UserError if it is missing or unreadable."""
+    """Find the model and download it if `model` is a hub name. Raise UserError for a missing or unreadable model."""
     folder = _local(key, model)
     adapter: Adapter | None = None
     if (folder / "adapter_config.json").is_file():
@@ -93,7 +93,8 @@ def weight_shapes(key: str, folder: Path, config: Any) -> Shapes:
 
 
 def check_distinct(sources: Sequence[MergeSource]) -> None:
-    """Reject a model given twice: its weights would count only once, and its task vector to itself is zero."""
+    """Reject a model given twice: the weights would count only once, and the task vector between equal models is
+    zero."""
     seen: dict[Path, MergeSource] = {}
     for source in sources:
         place = source.own_folder.resolve()
@@ -139,7 +140,7 @@ def check_stackable(sources: Sequence[MergeSource]) -> None:
 
 
 def check_same_tokenizer(sources: Sequence[MergeSource], *, chosen: str | None) -> None:
-    """Check for one vocabulary, and for one chat template unless `chosen` names its source.
+    """Check for one vocabulary, and for one chat template unless `chosen` names the template's source.
 
     Raise UserError with the names of two models that differ.
     """

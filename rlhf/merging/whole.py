@@ -1,7 +1,7 @@
 """Merge whole models with mergekit: translate the section, then call mergekit's Python API.
 
-mergekit reads one weight of every model at a time from mapped files and writes each output file once it is full.
-Memory therefore holds one weight of each model and one file of the result.
+mergekit reads one weight of every model at a time from mapped files and writes each full output file at once. Memory
+therefore holds one weight of each model and one file of the result.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Load the agent of a run or an evaluation before any actor starts.
 
-Checks the agent's settings, that its code can be loaded, and the columns of the data.
+Checks the agent's settings, the loading of the code, and the columns of the data.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class LoadedAgent:
     tools: None = None  # an agent has its own tools
 
     def check_rows(self, rows: Sequence[Row], data: str) -> None:
-        """Raise UserError if a row lacks a column for the agent, or has one of the rewards' names."""
+        """Raise UserError if a row lacks a column for the agent, or has a column with a reward's name."""
         for row in rows:
             missing = [column for column in self.spec.columns if column not in row.columns]
             if missing:
@@ -64,14 +64,14 @@ def preload_agent(
     template: ChatTemplate,
     key: str,
 ) -> LoadedAgent | None:
-    """Load the agent of a section once, in a separate process. Return None if there is no section.
+    """Load the agent of a section once, in a separate process. Return None without a section.
 
     Args:
-        beside: the folder searched for the agent's files before the current one.
+        beside: the folder searched for the agent's files before the current folder.
         key: the section's name in messages.
 
     Raises:
-        UserError: the agent cannot be used.
+        UserError: an unusable agent.
     """
     if section is None:
         return None
@@ -104,7 +104,7 @@ def preload_agent(
 
 
 def _source(section: AgentConfig, *, beside: Path, key: str) -> tuple[str | None, CodeSource]:
-    """Return the program that runs the agent, and the source of its code. UserError: a file is missing."""
+    """Return the program for running the agent, and the source of the code. UserError: a file is missing."""
     if section.function is not None:
         folders = (beside, Path.cwd())
         return FUNCTION, find_code("agent", section.function, folders=folders, key=f"{key}.function")

@@ -1,4 +1,4 @@
-"""Check the names in `cluster.roles.rollout.engine_args` against the installed vLLM, without importing it."""
+"""Check the names in `cluster.roles.rollout.engine_args` against the installed vLLM, without an import of vLLM."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ _CLASS, _FILE = "EngineArgs", Path("engine", "arg_utils.py")  # vLLM's dataclass
 
 
 def refuse_unknown_engine_args(cluster: ClusterConfig) -> None:
-    """Raise UserError if the installed vLLM has no such argument. Without vLLM here the engines check them."""
+    """Raise UserError if the installed vLLM has no such argument.
+
+    Without vLLM here, the engines check the arguments.
+    """
     given = cluster.roles.rollout.engine_args
     names = known_engine_args() if given else frozenset()
     for name in sorted(given if names else ()):

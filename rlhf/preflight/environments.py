@@ -1,6 +1,6 @@
 """Load the environment of a run or an evaluation before any actor starts.
 
-Checks the environment's settings, its data columns, and whether the model can play it.
+Checks the environment's settings, the data columns, and whether the model can play.
 """
 
 from __future__ import annotations
@@ -79,9 +79,8 @@ def check_lengths(
     *,
     max_new_tokens: int,
 ) -> None:
-    """Raise UserError if the model has no room for a conversation, or a conversation has none for a prompt and one
-    turn.
-    """
+    """Raise UserError if the model has no room for a conversation, or a conversation has no room for a prompt and a
+    turn."""
     most = spec.max_tokens
     if model.max_length is not None and most > model.max_length:
         raise UserError(
@@ -104,14 +103,14 @@ def preload_environment(
     template: ChatTemplate,
     key: str = KEY,
 ) -> LoadedEnvironment | None:
-    """Load the environment of a section once, in a separate process. Return None if there is no section.
+    """Load the environment of a section once, in a separate process. Return None without a section.
 
     Args:
-        beside: the folder searched for the environment's file before the current one.
+        beside: the folder searched for the environment's file before the current folder.
         key: the section's name in messages.
 
     Raises:
-        UserError: the environment cannot be used.
+        UserError: an unusable environment.
     """
     if section is None:
         return None

@@ -61,7 +61,7 @@ TASK_ROWS = 200  # rows of `--data TASK` without a size
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One model with the sets in its own tokens: prompts to be scored by rewards, or examples to be measured."""
+    """A model with the sets in the model's tokens: prompts for rewards, or examples to measure."""
 
     model: ModelOnDisk
     prompts: Mapping[str, tuple[Prompt, ...]]
@@ -75,7 +75,7 @@ class Candidate:
         return max((len(prompt.token_ids) for prompts in self.prompts.values() for prompt in prompts), default=0)
 
     def longest_sequence(self, max_new_tokens: int) -> int:
-        """Return the most tokens of a prompt with its response, or of a conversation."""
+        """Return the most tokens of a prompt with a response, or of a conversation."""
         return self.longest_prompt + max_new_tokens if self.environment is None else self.environment.max_tokens
 
 
@@ -95,7 +95,7 @@ class EvalInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Names:
-    """What messages call the settings."""
+    """Names of the settings in messages."""
 
     model: str = "evaluate.model"
     against: str = "evaluate.against"
@@ -127,7 +127,7 @@ IN_OPTIONS = replace(
 def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | None, marks: Marks) -> EvalInputs:
     """Return the inputs for evaluating a run's model, or `model`, on the held-out sets of the run.
 
-    For a pipeline, the last stage that trains or evaluates is used.
+    For a pipeline, the last training or evaluation stage counts.
     """
     stages = [stage for stage in loaded.stages.values() if not isinstance(stage, MergeStage)]
     if not stages:
@@ -184,8 +184,9 @@ def _refuse_other_measures(config: Config, model: str) -> None:
 def inputs_of_stage(stage: EvaluationStage, loaded: LoadedConfig, *, made: StageResults | None = None) -> EvalInputs:
     """Return the inputs of an evaluation section.
 
-    `made` holds the results of earlier stages. Their models may not exist yet. The models they train stand in for them,
-    with the same tokenizer and context length, and the results are checked by their configuration.
+    `made` holds the results of earlier stages. The models of earlier stages may not exist yet. A stage's initial model
+    stands in for the trained model, with the same tokenizer and context length, and results are checked by
+    configuration.
     """
     made = made or StageResults()
     _refuse_unfit_results(stage, made)
@@ -234,7 +235,7 @@ def inputs_of_model(
 ) -> EvalInputs:
     """Return the inputs for evaluating a model on data named by the user.
 
-    With rewards, the rows are prompts whose responses are scored; without rewards, they are examples.
+    With rewards, the rows are prompts for scored responses; without rewards, the rows are examples.
     """
     if not data:
         raise UserError(
@@ -292,11 +293,11 @@ def _load(
     """Load everything that an evaluation section names.
 
     Args:
-        beside: the folder searched for code before the current one.
+        beside: the folder searched for code before the current folder.
         models: the folder for tiny:llama. None: this model is not available.
-        reading: how rows become prompts or examples, if the section does not decide it alone.
-        decoding: how responses are sampled, if the section does not decide it alone.
-        tokenizer: the tokenizer of the models, if it is not their own.
+        reading: how rows become prompts or examples, in place of the section's settings.
+        decoding: how responses are sampled, in place of the section's settings.
+        tokenizer: the tokenizer of the models, in place of each model's tokenizer.
         made: results of earlier stages, by the names of models.
     """
     decoding = decoding or _decoding(section, seed, template_key=names.template)
@@ -424,7 +425,7 @@ def _candidate(
 def _examples(
     rows: Sequence[Row], tokenizer: Any, reading: Reading, model: ModelOnDisk, *, key: str
 ) -> tuple[Example, ...]:
-    """Return a set's examples. Raise UserError if one of them is too long for the model."""
+    """Return a set's examples. Raise UserError for an example too long for the model."""
     loaded = load_examples(rows, tokenizer, reading)
     if loaded.unusable:
         logger.warning("%s: %d of %d rows cannot be used and are left out", key, len(loaded.unusable), len(rows))
@@ -450,7 +451,7 @@ def _refuse_unusable_reward_model(model: RewardModelConfig, *, key: str) -> None
 
 
 def _refuse_without_rewards(rewards: Mapping[str, RewardConfig], against: str | None, marks: Marks) -> None:
-    """Raise UserError for options that need scores, if there are no rewards."""
+    """Raise UserError for options with a need for scores, if there are no rewards."""
     if not rewards and (against is not None or marks != Marks()):
         raise UserError(
             "--against, --by, --k, --answer and --pass-score have no effect: no reward scores responses; give a reward"
@@ -458,7 +459,7 @@ def _refuse_without_rewards(rewards: Mapping[str, RewardConfig], against: str | 
 
 
 def _source(text: str) -> tuple[str, DataSource]:
-    """Return a set's name and its source. TASK[:ROWS] generates rows of the task's eval split."""
+    """Return a set's name and source. TASK[:ROWS] generates rows of the task's eval split."""
     task, _, rows = text.partition(":")
     if task == RUNNING_TOTALS or task.startswith(REASONING_GYM):
         if rows and not (rows.isdecimal() and int(rows) > 0):

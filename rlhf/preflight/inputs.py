@@ -116,7 +116,7 @@ class OfflineInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageInputs:
-    """One run, ready to start."""
+    """A run, ready to start."""
 
     config: Config  # with loadable model names
     written: Config  # as written by the user; saved in the run folder
@@ -130,10 +130,11 @@ CheckedStage = StageInputs | MergeStage | EvaluationStage
 def load_inputs(loaded: LoadedConfig, *, only_checks: bool = False) -> list[CheckedStage]:
     """Return the inputs of every run.
 
-    Merges and evaluations are returned as they are, because their models may not exist yet.
+    Merges and evaluations are returned unchanged, because their models may not exist yet.
 
     Args:
-        only_checks: the inputs are not used, so tiny:llama gets no weights unless a merge or an evaluation reads them.
+        only_checks: the inputs are not used, so tiny:llama gets no weights unless a merge or an evaluation reads the
+            weights.
 
     Raises:
         UserError: the first error found, in any stage.
@@ -196,7 +197,7 @@ def load_inputs(loaded: LoadedConfig, *, only_checks: bool = False) -> list[Chec
 
 
 def check_files_and_rewards(loaded: LoadedConfig) -> None:
-    """Check what training stages need besides models and the hub: data files, rewards, and the columns of rewards.
+    """Check the needs of training stages besides models and the hub: data files, rewards, and the columns of rewards.
 
     UserError: a file cannot be read, a reward cannot be loaded, or a row lacks a column of a reward.
     """
@@ -372,7 +373,7 @@ def _offline(config: Config, source: str, tokenizer: Any) -> OfflineInputs:
 
 
 def _read_sets(config: Config, read: Callable[[str, DataSource, int], LoadedRows[R]], *, by_row: bool) -> _Sets[R]:
-    """Return all sets of a run. `read` gets a set's key, its source, and the id of its first row.
+    """Return all sets of a run. `read` gets a set's key, the source, and the id of the first row.
 
     by_row: ids count skipped rows too.
     """

@@ -1,4 +1,4 @@
-"""Check a merge stage of a pipeline, as far as possible before its models exist, and run it.
+"""Check a merge stage of a pipeline, as far as possible before the models exist, and run the merge.
 
 The merge runs in the driver and starts no actor.
 """
@@ -61,7 +61,10 @@ def _key(name: str) -> str:
 
 
 def _stand_in(name: str, model: str, made: StageResults) -> MergeSource:
-    """Return the model, or for a missing one the model its stage trains, which differs only in the values."""
+    """Return the model.
+
+    For a missing model, return the initial model of the stage, which differs only in the values.
+    """
     return find_source(_key(name), name, made.finals.get(model, model))
 
 

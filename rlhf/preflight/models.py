@@ -1,4 +1,4 @@
-"""Check the models of a run: their existence, their loading, and their fit to each other and to the configuration."""
+"""Check the models of a run: existence, loading, and fit to each other and to the configuration."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 def check_models(config: Config, made: StageResults, *, vocabulary_of: str) -> None:
     """Raise UserError if a model is missing, is of the wrong kind for its section, or has a different vocabulary.
 
-    `made` holds the results of earlier stages. They are checked by their configuration.
+    `made` holds the results of earlier stages. Results are checked by configuration.
     """
     if config.policy.tokenizer is not None and config.policy.model not in made.finals:
         _refuse_larger_vocabulary(config.policy)
@@ -115,7 +115,7 @@ def _refuse_unusable_model(
 
 
 def _reads_as_policy(model: ModelConfig, config: Config) -> bool:
-    """Return whether the policy's replacement tokenizer applies to a model because it is the policy's own model."""
+    """Return whether the policy's replacement tokenizer applies to a model because the model is the policy's."""
     return config.policy.tokenizer is not None and model.model == config.policy.model
 
 
@@ -139,9 +139,9 @@ def _refuse_other_head(path: str, shape: Any) -> None:
 
 
 def _refuse_other_vocabulary(section: Role, path: str, policy: str, trust_remote_code: bool) -> None:
-    """Raise UserError if a model maps the policy's token ids to other tokens. A model without a tokenizer is accepted.
+    """Raise UserError if a model maps the policy's token ids to different tokens.
 
-    A role that predicts every token may not have additional ones.
+    A model without a tokenizer is accepted. A role that predicts every token may have no additional tokens.
     """
     if path == policy:
         return
@@ -164,7 +164,10 @@ def _refuse_other_vocabulary(section: Role, path: str, policy: str, trust_remote
 
 
 def _words(tokenizer: Any) -> dict[str, int]:
-    """Return the tokens without a token used only for padding. Training often adds one, and no sequence contains it."""
+    """Return the tokens without a token used only for padding.
+
+    Training often adds such a token, and no sequence contains the token.
+    """
     words: dict[str, int] = tokenizer.get_vocab()
     if tokenizer.pad_token != tokenizer.eos_token:
         words.pop(tokenizer.pad_token, None)
@@ -220,10 +223,10 @@ def refuse_other_model(config: Config, state: Mapping[str, Any], *, checkpoint: 
 
 
 def with_sources(config: Config, folder: Path, *, weights: bool = True) -> Config:
-    """Return the run with each model named as it is loaded.
+    """Return the run with each model under the name for loading.
 
-    tiny:llama becomes a folder, created now if it is missing. A model of the hub has its revision in its name.
-    weights: as in `local_model`.
+    tiny:llama becomes a folder, created now if missing. A model of the hub has the revision in the name. weights: as in
+    `local_model`.
     """
     changed: dict[str, Any] = {}
     for name in MODEL_SECTIONS:
@@ -236,7 +239,7 @@ def with_sources(config: Config, folder: Path, *, weights: bool = True) -> Confi
 
 
 def with_adapters(config: Config, ours: Mapping[str, LoraConfig]) -> Config:
-    """Return the run with the shape of each adapter it continues.
+    """Return the run with the shape of each continued adapter.
 
     `ours` holds the shapes of folders not yet written.
     """
@@ -266,7 +269,7 @@ def with_adapters(config: Config, ours: Mapping[str, LoraConfig]) -> Config:
 
 
 def _refuse_unquantizable(name: str, section: ModelConfig, *, device: Literal["cpu", "cuda"]) -> None:
-    """Raise UserError if the section loads its base in 4 bits, and the model or this device does not support it."""
+    """Raise UserError if the section loads a base in 4 bits, and the model or this device does not support it."""
     if (
         isinstance(section, PolicyConfig | CriticConfig)
         and section.lora is not None
@@ -277,7 +280,7 @@ def _refuse_unquantizable(name: str, section: ModelConfig, *, device: Literal["c
 
 
 def refuse_other_results(config: Config, made: StageResults) -> None:
-    """Raise UserError if a stage's adapter is used as a model, or its model as an adapter."""
+    """Raise UserError if a stage's adapter is used as a model, or a stage's model as an adapter."""
     for name, section in models_of(config).items():
         if section.model in made.adapters and ROLES[name].kind != "scoring":
             merge = "merge it into its base in a stage between (method fold)."
@@ -311,7 +314,7 @@ ANY_LENGTH = sys.maxsize  # prompt limit if only the model's context length coun
 
 
 def resolve_model(name: str, *, trust_remote_code: bool) -> ModelOnDisk:
-    """Return the model named by the user. Checks that the hub answers before anything is loaded from it."""
+    """Return the model named by the user. Checks that the hub answers before anything is loaded from there."""
     if may_ask_the_hub(name):
         use_cache_if_silent()
     return find_model(name, trust_remote_code=trust_remote_code)

@@ -1,6 +1,6 @@
 """Read the prompts of a set, for training and evaluations alike.
 
-They are checked against the set's rewards and environment before any actor starts.
+Prompts are checked against the set's rewards and environment before any actor starts.
 """
 
 from __future__ import annotations

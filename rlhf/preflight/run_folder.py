@@ -1,6 +1,6 @@
-"""Check a run's folder and its mirror before anything starts: whether the run can begin there, or resume from it.
+"""Check a run's folder and its mirror before anything starts: whether the run can begin or resume there.
 
-The checks copy missing files between folder and mirror. They change nothing else.
+The checks copy missing files between folder and mirror. Nothing else changes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def check_folders(stages: Iterable[Stage], start: Start) -> None:
 def meet_mirror(stage: Stage, *, resume: bool, step: int | None = None) -> None:
     """If `resume`, download missing files from the mirror, or upload a result missing there.
 
-    `step` selects the checkpoint to download instead of the newest. Raises UserError if a new run would replace one.
+    `step` selects the checkpoint to download instead of the newest. Raises UserError if a new run would replace a run.
     """
     if stage.run.mirror is None:
         return
@@ -61,9 +61,9 @@ def meet_mirror(stage: Stage, *, resume: bool, step: int | None = None) -> None:
 
 
 def refuse_unusable_folder(stage: Stage, *, resume: bool, step: int | None = None) -> None:
-    """Raise UserError if the run's folder is not writable, is in use, or holds a run that cannot be continued.
+    """Raise UserError if the run's folder is not writable, is in use, or holds a run without a way to continue.
 
-    `step` is that of the checkpoint to resume from, or None for the newest.
+    `step` names the checkpoint to resume from, or None for the newest.
     """
     path = run_folder(stage)
     if resume and result_of(stage).exists():
@@ -85,13 +85,13 @@ def refuse_unusable_folder(stage: Stage, *, resume: bool, step: int | None = Non
 
 
 def continue_from(stage: Stage, step: int) -> None:
-    """Select the checkpoint of this step as the one to resume from. Only once nothing is left to check."""
+    """Select the checkpoint of this step for the resumption. Only once nothing is left to check."""
     with RunFolder.open(stage.run.dir, stage.run.name, resume=True) as folder:
         folder.continue_from(step)
 
 
 def _refuse_other_settings(stage: Stage) -> None:
-    """Raise UserError if a finished run was made with different settings than it has now."""
+    """Raise UserError if a finished run was made with settings different from the present settings."""
     try:
         (made_with,) = load(run_folder(stage) / "config.resolved.yaml").stages.values()
     except UserError as error:
@@ -106,9 +106,9 @@ def _refuse_other_settings(stage: Stage) -> None:
 
 
 def refuse_other_checkpoint(stage: StageInputs, *, step: int | None = None) -> None:
-    """Raise UserError if a checkpoint is of another model or other data, or of a later step than the last.
+    """Raise UserError if a checkpoint is of a different model or different data, or of a step after the last.
 
-    `step` is that of the checkpoint, or None for the newest.
+    `step` names the checkpoint, or None for the newest.
     """
     config = stage.config
     if result_of(stage.written).exists():

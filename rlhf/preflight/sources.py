@@ -63,9 +63,9 @@ def in_options() -> Iterator[None]:
 
 
 def local_model(name: str, folder: Path, *, seed: int, weights: bool = True) -> str:
-    """Return the name; for tiny:llama, return a folder of that seed, created below `folder` if it is missing.
+    """Return the name; for tiny:llama, return a folder of that seed, created below `folder` if missing.
 
-    weights: whether the folder gets weights. Without them it serves the checks before a run alone.
+    weights: whether the folder gets weights. Without weights the folder serves only the checks before a run.
     """
     if name != TINY:
         return name
@@ -75,7 +75,7 @@ def local_model(name: str, folder: Path, *, seed: int, weights: bool = True) -> 
 
 
 def as_evaluation(config: Config) -> EvaluateConfig:
-    """Return the evaluations of a training run as the section of a stage that evaluates."""
+    """Return the evaluations of a training run as the section of an evaluation stage."""
     data, rollouts, settings = config.data, config.rollouts, config.eval
     sampling = {} if rollouts is None else {key: getattr(rollouts, key) for key in SAMPLING}
     return EvaluateConfig.model_construct(
@@ -94,7 +94,7 @@ def as_evaluation(config: Config) -> EvaluateConfig:
 
 
 def with_template(config: Config) -> Config:
-    """Return the run with the text of its chat template in place of the file's name."""
+    """Return the run with the text of the chat template in place of the file's name."""
     if config.data.chat_template is None:
         return config
     text = read_template(config.data.chat_template, key="data.chat_template")
@@ -120,7 +120,7 @@ def source_of(source: DataSource) -> Source:
 
 
 def reading_of(config: Config) -> Reading:
-    """Return how a run reads its prompts or examples."""
+    """Return the settings for reading prompts or examples of a run."""
     data = config.data
     return Reading(
         system_prompt=data.system_prompt,
@@ -135,10 +135,10 @@ def reading_of(config: Config) -> Reading:
 def load_rewards(
     rewards: Mapping[str, RewardConfig], *, beside: Path, memory_gib: float, key: str = REWARD_KEY
 ) -> tuple[RewardSpec, ...]:
-    """Load the rewards. Imports their functions once in a separate process, and reads the tokens of their services.
+    """Load the rewards. Imports functions once in a separate process, and reads the tokens of services.
 
     Args:
-        beside: the folder searched for the files of rewards before the current one.
+        beside: the folder searched for the files of rewards before the current folder.
         key: the name of a reward in messages.
     """
     folders = (beside, Path.cwd())
@@ -171,7 +171,7 @@ def load_rewards(
 
 
 def installed_trackers(stage: Config | EvaluationStage, *, done_steps: int | None = None) -> list[InstalledTracker]:
-    """Return the trackers of packages that a stage names, none of them constructed. UserError: one cannot be used."""
+    """Return the trackers of packages named by a stage, without constructing any. UserError: an unusable tracker."""
     run = TrackedRun(
         name=stage.run.name,
         folder=run_folder(stage),
@@ -182,12 +182,12 @@ def installed_trackers(stage: Config | EvaluationStage, *, done_steps: int | Non
 
 
 def _section(key: str, name: str) -> str:
-    """Return the key of a reward, given the key of its function."""
+    """Return the key of a reward from the key of the reward's function."""
     return key.format(name).removesuffix(".function")
 
 
 def _remote(reward: RewardConfig, *, key: str) -> RemoteReward | None:
-    """Return the remote service of a reward, if it has one. Raise UserError if the environment lacks its token."""
+    """Return the remote service of a reward, if any. Raise UserError if the environment lacks the service's token."""
     if reward.url is None:
         return None
     token = None if reward.token_env is None else os.environ.get(reward.token_env, "")
@@ -215,9 +215,9 @@ def check_rewards(
     key: str = REWARD_KEY,
     of_sessions: Sequence[str] = (),
 ) -> None:
-    """Raise UserError if a row has no reward, or if a reward that applies to it lacks a column or its gate.
+    """Raise UserError if a row has no reward, or if an applicable reward lacks a column or the gate.
 
-    Args: `of_sessions` are columns that rewards get from an agent's session, besides those of the rows.
+    Args: `of_sessions` are columns that rewards get from an agent's session, besides the columns of the rows.
     """
     given = [{name: value for name, value in row.columns.items() if name != "prompt"} for row in rows]
     deep = next((row for row, columns in zip(rows, given, strict=True) if is_nested_too_deep(columns)), None)

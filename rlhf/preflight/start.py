@@ -1,4 +1,4 @@
-"""Say how a run starts: the options of `rlhf train` that are no part of the configuration."""
+"""Say how a run starts: the options of `rlhf train` outside the configuration."""
 
 from __future__ import annotations
 

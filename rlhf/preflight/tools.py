@@ -1,4 +1,4 @@
-"""Find the programs and the secrets of the servers whose tools a model may call, before any actor starts."""
+"""Find the programs and the secrets of a model's tool servers, before any actor starts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def tool_servers(section: ToolsConfig | None, *, beside: Path, key: str) -> tupl
     """Return the servers of a section, with values in place of the names of variables.
 
     Args:
-        beside: the folder searched for the files of a command before the current one.
+        beside: the folder searched for the files of a command before the current folder.
         key: the section's name in messages.
 
     Raises:
@@ -50,9 +50,10 @@ def _filled(values: Mapping[str, str], key: str) -> dict[str, str]:
 
 
 def located(command: Sequence[str], beside: Path, key: str) -> tuple[str, ...]:
-    """Return a command with absolute paths for its files, since it starts in another folder. UserError: no program.
+    """Return a command with absolute paths for files, since the command starts in a different folder.
 
-    Links are kept: the Python of a virtual environment is a link, and finds its packages by the link's place.
+    UserError: no program. Links are kept: the Python of a virtual environment is a link, and finds packages by the
+    link's place.
     """
     found = []
     for place, word in enumerate(command):

@@ -1,1 +1,4 @@
-"""`rlhf report`: run folders as one self-contained HTML file. It reads the files of runs and measures nothing."""
+"""`rlhf report`: run folders as one self-contained HTML file.
+
+The report reads the files of runs and measures nothing.
+"""

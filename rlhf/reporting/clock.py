@@ -1,4 +1,4 @@
-"""Where a run's time went: the share of each stage, and the newest spans of its timeline as a picture."""
+"""Where a run's time went: the share of each stage, and the newest spans of the timeline as a picture."""
 
 from __future__ import annotations
 

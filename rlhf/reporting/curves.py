@@ -1,4 +1,4 @@
-"""The plots of a report: every metric of its runs over the steps, grouped by stage, thinned to screen resolution."""
+"""The plots of a report: every metric of the runs over the steps, grouped by stage, thinned to screen resolution."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def main_keys(runs: Sequence[Run], findings: Sequence[Finding]) -> list[str]:
 
 
 def plot_data(key: str, runs: Sequence[Run], findings: Sequence[Finding]) -> dict[str, Any]:
-    """Return one plot's data in the form of uPlot: the steps, and each run's values at them."""
+    """Return one plot's data in the form of uPlot: the steps, and each run's values at each step."""
     curves = [_curve(run.rows, key) for run in runs]
     steps = sorted({step for curve in curves for step in curve})
     metric = declared(key) if is_declared(key) else None

@@ -1,6 +1,6 @@
-"""The page's template, and how it shows untrusted text: control marks become visible, and everything is escaped.
+"""The page's template, with untrusted text made safe: control marks become visible, and everything is escaped.
 
-A model's text can hold tags, scripts, control characters and half surrogates. It is shown, never obeyed.
+A model's text can hold tags, scripts, control characters and half surrogates. The page shows such text and never obeys.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u
 def text(value: object) -> Markup:
     """Return the value as HTML text or attribute: escaped, control and direction marks made visible.
 
-    Markup of the template itself stays as it is.
+    Markup of the template itself stays unchanged.
     """
     return value if isinstance(value, Markup) else escape(visible(str(value)))
 
@@ -34,7 +34,7 @@ def visible(value: str) -> str:
 
 
 def page_template() -> Template:
-    """Return the template of a report. Every value that it shows passes through `text`."""
+    """Return the template of a report. Every shown value passes through `text`."""
     environment = Environment(
         loader=FileSystemLoader(STATIC),
         autoescape=True,
@@ -48,7 +48,7 @@ def page_template() -> Template:
 
 
 def _key(name: str) -> Markup:
-    """Return the name of a metric or setting, with line breaks allowed between its parts."""
+    """Return the name of a metric or setting, with line breaks allowed between the parts."""
     return Markup(f"<code>{re.sub('[/._]', lambda mark: f'{mark[0]}<wbr>', text(name))}</code>")
 
 
@@ -57,7 +57,7 @@ def _duration(seconds: float) -> str:
 
 
 def shorten(value: str, limit: int) -> str:
-    """Truncate a text to `limit` characters, and state its full length."""
+    """Truncate a text to `limit` characters, and state the full length."""
     return value if len(value) <= limit else f"{value[:limit]} ... ({len(value):,} characters)"
 
 

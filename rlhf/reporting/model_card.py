@@ -1,7 +1,7 @@
-"""The README.md of a trained model: its base model, its training, and the last measurements of its run.
+"""The README.md of a trained model: base model, training, and the last measurements of the run.
 
-It is written into final/ and into exported folders, in the format of the Hugging Face hub. It holds no paths of the
-machine and no arguments of rewards.
+The card is written into final/ and into exported folders, in the format of the Hugging Face hub, without paths of the
+machine or arguments of rewards.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ _UPLOT = _VIEW / "vendor"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """The paths of a written report and its findings."""
+    """The paths of a written report, and the findings."""
 
     html: Path
     pictures: tuple[Path, ...]  # one for each stage with curves
@@ -117,7 +117,7 @@ def _group(runs: Sequence[Run], findings: dict[str, list[Finding]], plots: Mappi
 
 
 def _plots(runs: Sequence[Run], findings: dict[str, list[Finding]], group: int) -> dict[str, Any]:
-    """Return the main curves, and all curves by stage. Each plot knows its place in the list of all plots."""
+    """Return the main curves, and all curves by stage. Each plot has a place in the list of all plots."""
     all_findings = [finding for run in runs for finding in findings[run.name]]
     plots: list[dict[str, Any]] = []
 

@@ -1,4 +1,4 @@
-"""A run's folder as the report reads it: state, rows, evaluations, samples, spans, errors, configuration.
+"""A run's folder as read by the report: state, rows, evaluations, samples, spans, errors, configuration.
 
 Each stage of a pipeline is a separate run. Nothing here writes, and a running run is not disturbed: unfinished files
 and rows are left out.
@@ -53,7 +53,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResponsePair:
-    """One prompt with an early and a late response. None: there is only one response."""
+    """A prompt with an early and a late response. None: only one response."""
 
     split: str
     prompt: str
@@ -97,7 +97,7 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read the runs and pipelines in these folders. UserError: a folder holds no run, or is named twice."""
+    """Read the runs and pipelines in the folders. UserError: a folder holds no run, or is named twice."""
     paths = [folder.resolve() for folder in folders]
     if len(set(paths)) < len(paths):
         raise UserError(f"{folders[0]} is named twice. Name each run once.")
@@ -164,7 +164,7 @@ def _config(folder: Path) -> Mapping[str, Any]:
 
 
 def _own_config(folder: Path) -> Mapping[str, Any]:
-    """Return a run's configuration. Merges and evaluations write theirs as a pipeline of one stage."""
+    """Return a run's configuration. Merges and evaluations write a pipeline of one stage."""
     config = _config(folder)
     stages = config.get("stages")
     stage = stages.get(folder.name) if isinstance(stages, Mapping) else None
@@ -188,7 +188,7 @@ def _evaluations(folder: Path) -> dict[int, Mapping[str, Any]]:
 
 
 def _has_numbers(sets: Any) -> bool:
-    """Return whether each set is an object, and each of its metrics has only numbers."""
+    """Return whether each set is an object, and each metric has only numbers."""
     if not isinstance(sets, Mapping) or not all(isinstance(results, Mapping) for results in sets.values()):
         return False
     metrics = [results.get("metrics", {}) for results in sets.values()]
@@ -225,7 +225,7 @@ def _kinds(errors: Iterable[Mapping[str, Any]]) -> list[ErrorKind]:
 
 
 def read_spans(folder: Path) -> list[Span]:
-    """Return the newest spans of the timeline, from its last whole steps."""
+    """Return the newest spans of the timeline, from the last whole steps."""
     path = folder / "timeline.json"
     if not path.exists():
         return []
@@ -286,7 +286,10 @@ def _splits(folder: Path, steps: Iterable[int], *, training: bool) -> dict[str, 
 
 
 def _pairs(split: str, steps: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[ResponsePair]:
-    """Pair the responses to a prompt in its first and last step. Return single ones if no prompt came twice."""
+    """Pair the responses to a prompt in the prompt's first and last step.
+
+    Return single responses if no prompt came twice.
+    """
     answers: dict[tuple[object, str], list[Answer]] = {}
     for step in sorted(steps):
         for row in steps[step]:  # tasks of an environment may begin with the same words
@@ -306,7 +309,7 @@ def _pairs(split: str, steps: Mapping[int, Sequence[Mapping[str, Any]]]) -> list
 
 
 def shown_pairs(pairs: Sequence[ResponsePair], count: int) -> list[ResponsePair]:
-    """Return some pairs for a reader: improved ones first, then worsened ones, then unchanged ones."""
+    """Return some pairs for a reader: improved, then worsened, then unchanged responses."""
     by_gain = sorted(pairs, key=lambda pair: -pair.gain)
     gained = [pair for pair in by_gain if pair.gain > 0]
     lost = [pair for pair in reversed(by_gain) if pair.gain < 0]

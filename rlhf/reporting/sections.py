@@ -40,7 +40,7 @@ class ReportTable:
 
 
 def run_parts(run: Run, findings: Sequence[Finding]) -> dict[str, Any]:
-    """Return everything that the page shows of one run."""
+    """Return everything shown of a run on the page."""
     return {
         "run": run,
         "what": _summary_of(run.config),
@@ -181,7 +181,7 @@ def _response(step: int, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parts(tokens: Mapping[str, Any] | None) -> str | None:
-    """Return what the page needs to show a conversation or a session by its parts. None: it is a single turn."""
+    """Return the data for showing a conversation or a session in parts. None: a single turn."""
     if not tokens or (all(tokens["sampled"]) and not tokens.get("sequences")):
         return None
     shown = {name: tokens[name][:MOST_TOKENS] for name in ("ids", "sampled")}
@@ -233,7 +233,7 @@ def _leaves(tree: Any, at: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def whole_files(runs: Iterable[Run]) -> dict[str, str]:
-    """Return each configuration and environment by its name on the page."""
+    """Return each configuration and environment by name on the page."""
     return {
         f"{name} of {run.name}": to_yaml(dict(tree))
         for run in runs

@@ -2,10 +2,10 @@
 
 GET /health answers {"status": "ok"}.
 
-POST /score takes {"prompt": ..., "responses": [...], "columns": {...}, "truncated": [...], "results": [...]}. It
-answers {"scores": [...], "rewards": {NAME: [...]}}, or {"errors": [{"sample", "kind", "message"}]}.
+POST /score takes {"prompt": ..., "responses": [...], "columns": {...}, "truncated": [...], "results": [...]}. The
+answer is {"scores": [...], "rewards": {NAME: [...]}}, or {"errors": [{"sample", "kind", "message"}]}.
 
-A request is a single group. Without a token it serves only this machine.
+A request is a single group. Without a token, only this machine is served.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class ScoreRequest(Section):
     prompt: str
     """The prompt."""
     responses: tuple[str, ...] = Field(min_length=1)
-    """Responses to it."""
+    """Responses to the prompt."""
     columns: dict[str, JsonValue] = Field(default_factory=dict)
-    """The columns of its row."""
+    """The columns of the prompt's row."""
     truncated: tuple[bool, ...] | None = None
     """Whether each response is truncated. null: none is."""
     results: tuple[JsonValue, ...] | None = None

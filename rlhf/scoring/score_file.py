@@ -103,13 +103,13 @@ def _lines(rows: Sequence[Row], scoring: Scoring) -> list[Line]:
 
 
 def _is_sample(columns: Mapping[str, Any]) -> bool:
-    """Return whether a row is a response that a run or `rlhf eval` has written."""
+    """Return whether a row is a response written by a run or `rlhf eval`."""
     split, number = columns.get("split", columns.get("set")), columns.get("prompt_id")
     return isinstance(split, str) and isinstance(number, int) and "response_tokens" in columns
 
 
 def _has_result(row: Row) -> bool:
-    """Return whether a row is a sample of an agent with the result as the agent returned it."""
+    """Return whether a row is a sample of an agent with the agent's result unchanged."""
     columns = row.columns
     has_result = _is_sample(columns) and columns.get(RESULT_COLUMN) is not None
     changed = {*(columns.get("shortened") or ()), *(columns.get("masked") or ())}
@@ -137,7 +137,7 @@ class _DataOfRun:
         self.sets: dict[str, list[Row]] = {}
 
     def line_of(self, row: Row) -> Line:
-        """Return a row with its columns or, for a sample of a run, with the columns of its data row."""
+        """Return a row with the row's columns or, for a sample of a run, with the columns of the data row."""
         present = row.columns
         if not _is_sample(present):
             columns = {name: value for name, value in present.items() if name not in _RESERVED}

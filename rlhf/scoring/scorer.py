@@ -1,6 +1,6 @@
 """Score with the rewards of a configuration, or a single function, in this process and without a run or Ray.
 
-`rlhf reward` and `rlhf serve-reward` score through this module. They have only text, so a reward model's tokens are
+`rlhf reward` and `rlhf serve-reward` score through this module. Both have only text, so a reward model's tokens are
 made here. In a run the model reads the sampled tokens.
 """
 
@@ -42,7 +42,7 @@ MICROBATCH_TOKENS = 8192
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldModel:
-    """A reward model, with the tokenizer of the policy it scores."""
+    """A reward model, with the tokenizer of the scored policy."""
 
     config: RewardModelConfig
     tokenizer: str
@@ -86,7 +86,7 @@ def scoring_of_function(function: str) -> Scoring:
 
 
 def scoring_of_config(loaded: LoadedConfig) -> Scoring:
-    """Return the scoring of a configuration. In a pipeline it is the last stage with rewards."""
+    """Return the scoring of a configuration. In a pipeline, the last stage with rewards counts."""
     for stage in reversed(list(loaded.stages.values())):
         if isinstance(stage, MergeStage):
             continue
@@ -196,9 +196,10 @@ class Scorer:
     def _tokens(
         self, prompt: Prompt, responses: Sequence[str], truncated: Sequence[bool], steps: StepScores | None
     ) -> tuple[Int[Tensor, " N"], Int[Tensor, " B"], Bool[Tensor, " N"] | None]:
-        """Return the tokens of prompts and responses for the reward model, and the ends of steps if it scores steps.
+        """Return the tokens of prompts and responses for the reward model, and the ends of steps for a model of step
+        scores.
 
-        A response that is not truncated ends as in a run: in a conversation with the template's end of a turn.
+        A complete response ends as in a run: in a conversation with the template's end of a turn.
         """
         (prompt_ids,) = encode([prompt.text], self.tokenizer)
         encoded = Continuation(self.tokenizer).encode([(prompt.text, response) for response in responses])

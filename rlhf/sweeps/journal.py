@@ -1,7 +1,7 @@
-"""Record the trials of a sweep on disk: their parameters, how each ended, and copies between population members.
+"""Record the trials of a sweep on disk: parameters, ends, and copies between population members.
 
-Each event is one line, written to disk before the sweep acts on it, so that a killed sweep can resume. The progress
-of a trial is recorded only in its run folder.
+Each event is a line, written to disk before the sweep acts, so that a killed sweep can resume. The progress of a trial
+is recorded only in the trial's run folder.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Copy:
 
 
 class Journal(AbstractContextManager["Journal"]):
-    """Own the sweep's folder and its lock on behalf of the running process."""
+    """Own the sweep's folder and lock on behalf of the running process."""
 
     def __init__(self, folder: Path, lock: int) -> None:
         """Hold an open folder. Call `open` instead to create or resume a sweep."""
@@ -67,10 +67,10 @@ class Journal(AbstractContextManager["Journal"]):
 
     @classmethod
     def open(cls, sweep: Sweep, *, resume: bool) -> Self:
-        """Create the sweep's folder, or with `resume` restore the sweep in it, and lock the folder.
+        """Create the sweep's folder, or with `resume` restore the sweep, and lock the folder.
 
-        Raise UserError if another process runs there, a sweep exists already, or the settings differ from the
-        earlier ones.
+        Raise UserError if another process runs there, a sweep exists already, or the settings differ from the earlier
+        settings.
         """
         folder = sweep.folder
         try:
@@ -97,7 +97,7 @@ class Journal(AbstractContextManager["Journal"]):
         return self.folder / "trials" / trial_name(number)
 
     def config_file(self, number: int) -> Path:
-        """Return the configuration file that starts a trial."""
+        """Return the configuration file for starting a trial."""
         return self.folder / "trials" / f"{trial_name(number)}.yaml"
 
     def log_file(self, number: int) -> Path:
@@ -163,7 +163,7 @@ class Journal(AbstractContextManager["Journal"]):
 
 
 def _settings(sweep: Sweep) -> dict[str, Any]:
-    """Return the settings of the sweep and of its base run. Raise UserError if the run contains a secret."""
+    """Return the settings of the sweep and the base run. Raise UserError if the run contains a secret."""
     text = dump_yaml(sweep.base)
     if redact(text) != text:
         raise UserError(
@@ -175,7 +175,7 @@ def _settings(sweep: Sweep) -> dict[str, Any]:
 
 
 def _fixed(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that must not change when a sweep resumes. Random methods may get more trials."""
+    """Return the settings that must stay the same in a resumed sweep. Random methods may get more trials."""
     sweep = {key: value for key, value in settings["sweep"].items() if key not in MAY_CHANGE}
     if sweep["method"]["name"] != "pbt":
         sweep["method"] = {key: value for key, value in sweep["method"].items() if key != "trials"}

@@ -70,7 +70,7 @@ def _against(sweep: Sweep, rows: Sequence[TrialResult], keys: Sequence[str], out
 
 
 def _parallel(sweep: Sweep, rows: Sequence[TrialResult], keys: Sequence[str], folder: Path) -> Path:
-    """Draw one line per trial across an axis for each parameter and one for the metric, all scaled alike."""
+    """Draw a line per trial across an axis for each parameter and an axis for the metric, all scaled alike."""
     figure = Figure(figsize=(2.2 * (len(keys) + 1), 3.8), layout="constrained")
     axes = figure.add_subplot()
     columns: list[list[float]] = []

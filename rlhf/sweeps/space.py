@@ -1,7 +1,7 @@
 """Turn parameters into trials: all combinations, numbered random draws, and mutations of a copied trial.
 
-parameters -> trials -> processes -> results. All functions are pure. A draw depends only on the seed and its number,
-so more trials leave the earlier ones unchanged, and a resumed sweep repeats its draws.
+parameters -> trials -> processes -> results. All functions are pure. A draw depends only on the seed and the trial's
+number, so more trials leave earlier trials unchanged, and a resumed sweep repeats the draws.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Values = Mapping[str, Any]  # values by parameter
 
 
 def known_trials(sweep: Sweep) -> list[Values] | None:
-    """Return all trials in order, or None if they depend on results (bayesian).
+    """Return all trials in order, or None for trials that depend on results (bayesian).
 
     Raise UserError if a trial, or an end of a range, gives an invalid run.
     """
@@ -47,7 +47,7 @@ def grid(parameters: Mapping[str, Parameter]) -> list[Values]:
 
 
 def corners(parameters: Mapping[str, Parameter]) -> Iterator[Values]:
-    """Yield each value or range end of every parameter once, with the first value of the other parameters."""
+    """Yield each value or range end of every parameter once, with the first value of all further parameters."""
     first = {key: next(ends(parameter)) for key, parameter in parameters.items()}
     yield first
     for key, parameter in parameters.items():
@@ -80,7 +80,7 @@ def changed(parameters: Mapping[str, Parameter], values: Values, *, resample: fl
 
 
 def fitting(parameter: Parameter, number: float) -> float | int:
-    """Clip a number to the range. Round it to an integer if required, else to six significant digits."""
+    """Clip a number to the range. Round to an integer if required, else to six significant digits."""
     low, high = _range(parameter)
     if parameter.integer:
         return int(min(max(round(number), low), high))

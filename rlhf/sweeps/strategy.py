@@ -46,7 +46,7 @@ class Strategy:
         return False
 
     def ended(self, trial: Trial) -> None:
-        """Take note that the process of a trial has ended."""
+        """Record that the process of a trial has ended."""
 
 
 class Listed(Strategy):
@@ -59,7 +59,7 @@ class Listed(Strategy):
         self.left = [n for n in range(len(known)) if n not in trials or trials[n].state == "open"]
 
     def next(self) -> Assignment | None:
-        """Return the next trial that has not ended."""
+        """Return the next unfinished trial."""
         if not self.left:
             return None
         number = self.left.pop(0)
@@ -70,7 +70,7 @@ class Listed(Strategy):
 class Population(Strategy):
     """Train all members for equally many steps, then replace the worst by copies of the best with changed parameters.
 
-    No member continues before all have arrived, so each comparison uses equal steps. Its result depends only on the
+    No member continues before all have arrived, so each comparison uses equal steps. The result depends only on the
     scores and the seed.
     """
 
@@ -101,7 +101,7 @@ class Population(Strategy):
         return Assignment(trial=self.journal.trials[number], until=self._until())
 
     def ended(self, trial: Trial) -> None:
-        """Take note that a member has arrived or failed."""
+        """Record that a member has arrived or failed."""
         self.running.discard(trial.number)
 
     def _until(self) -> int | None:
@@ -110,7 +110,7 @@ class Population(Strategy):
         return step if step < self.steps else None
 
     def _open(self) -> list[int]:
-        """Return the members that have not arrived at the next comparison."""
+        """Return the members still on the way to the next comparison."""
         until = self._until()
         return [n for n, trial in self.journal.trials.items() if trial.state == "open" and not self._has_done(n, until)]
 
@@ -142,7 +142,10 @@ class Population(Strategy):
         self.left = self._open()
 
     def _changed(self, source: Trial, random: Random) -> Values:
-        """Return changed parameters of a copied member, drawn until they give a valid run. Else return the old ones."""
+        """Return changed parameters of a copied member, drawn until the run is valid.
+
+        Otherwise return the old parameters.
+        """
         for _ in range(DRAWS):
             values = changed(
                 self.sweep.config.parameters, source.parameters, resample=self.method.resample, random=random
@@ -156,14 +159,14 @@ class Population(Strategy):
         return source.parameters
 
     def _score(self, number: int, step: int) -> float:
-        """Return the last value up to a step, or the worst possible value if it is not a number."""
+        """Return the last value up to a step, or the worst possible value in place of nan."""
         values = [
             value for at, value in metric_values(self.journal.run_folder(number), self.sweep.metric) if at <= step
         ]
         return values[-1] if values else (math.inf if self.sweep.lower_is_better else -math.inf)
 
     def _copy(self) -> None:
-        """Carry out the recorded copies that are not complete."""
+        """Carry out recorded but incomplete copies."""
         for copy in list(self.journal.pending):
             copy_checkpoint(self.journal, copy)
             self.journal.copied(copy)

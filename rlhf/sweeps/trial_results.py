@@ -1,4 +1,4 @@
-"""Collect the results of a sweep: one row per trial, the best trial, and the result files.
+"""Collect the results of a sweep: a row per trial, the best trial, and the result files.
 
 Everything is read from the journal and the run folders, so results can be written while the sweep runs.
 """
@@ -45,7 +45,7 @@ class TrialResult:
     origin: tuple[str, ...]  # checkpoints of other population members that it continued from
 
     def flat(self) -> dict[str, Any]:
-        """Return a row with one column for each parameter."""
+        """Return a row with a column for each parameter."""
         row = {"trial": self.trial, "state": self.state, **self.parameters}
         numbers = {key: getattr(self, key) for key in ("value", "best_value", "best_step", "step", "time_s")}
         return {**row, **numbers, "error": self.error, "origin": " ".join(self.origin)}
@@ -53,7 +53,7 @@ class TrialResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepResult:
-    """Hold the results of all trials in order, and the best of them."""
+    """Hold the results of all trials in order, and the best trial."""
 
     folder: Path
     metric: str  # with its leading sign
@@ -62,7 +62,10 @@ class SweepResult:
 
     @property
     def ties(self) -> tuple[TrialResult, ...]:
-        """Return the other trials with the value of the best one, finished ones if it is finished."""
+        """Return the further trials with the best trial's value.
+
+        If the best trial is finished, only finished trials count.
+        """
         best = self.best
         if best is None:
             return ()
@@ -70,13 +73,13 @@ class SweepResult:
         return tuple(row for row in rivals if row.value == best.value and row != best)
 
     def describe_best(self) -> str:
-        """Return the name of the best trial, with the trials that tie with it."""
+        """Return the name of the best trial, with all tied trials."""
         names = [row.trial for row in self.ties]
         others = ", ".join(names[:MOST_TIES]) + (f" and {len(names) - MOST_TIES} more" if names[MOST_TIES:] else "")
         return ("none" if self.best is None else self.best.trial) + (f", in a tie with {others}" if names else "")
 
     def to_table(self) -> Table:
-        """Return the trials for a terminal of 80 columns or more. The best ones are marked in front of their names."""
+        """Return the trials for a terminal of 80 columns or more. The best trials are marked in front of the name."""
         keys = list(self.rows[0].parameters) if self.rows else []
         title = f"{self.folder.name}: {len(self.rows)} trials by {self.metric}"
         failures = [f"{row.trial} failed: {row.error}" for row in self.rows if row.error is not None]
@@ -174,9 +177,9 @@ def _row(sweep: Sweep, journal: Journal, trial: Trial) -> TrialResult:
 
 
 def explain_failure(folder: Path, log: str, code: int) -> str:
-    """Explain why a trial's process failed, and with which exit code or signal.
+    """Explain why a trial's process failed, with the exit code or signal.
 
-    The explanation is the last error in its log, else the last one in errors.jsonl, else the last lines of the log.
+    The explanation is the last error in the log, else the last error in errors.jsonl, else the last lines of the log.
     """
     _, marker, paragraph = log.rpartition("rlhf: error: ")
     if not marker:

@@ -1,4 +1,4 @@
-"""Run a sweep as a native W&B sweep: its server chooses the trials, and its agents run them.
+"""Run a sweep as a native W&B sweep: W&B's server chooses the trials, and W&B's agents run the trials.
 
 The configuration can be inspected without a server. W&B passes a trial's parameters as `key=value` arguments to
 `rlhf sweep FILE --trial`, which runs the trial.
@@ -21,7 +21,7 @@ METHODS = {"grid": "grid", "random": "random", "bayesian": "bayes", "asha": "ran
 def sweep_configuration(sweep: Sweep, words: list[str]) -> dict[str, Any]:
     """Return the sweep in W&B's format. `words` are the file and overrides given to `rlhf sweep`.
 
-    Raise UserError for a setting that W&B does not support.
+    Raise UserError for a setting without support in W&B.
     """
     config, method = sweep.config, sweep.config.method
     if isinstance(method, PbtMethod):
@@ -72,7 +72,7 @@ def _parameter(key: str, parameter: Parameter) -> dict[str, Any]:
 
 
 def create(sweep: Sweep, words: list[str]) -> str:
-    """Create the sweep on W&B's server and return its name, `ENTITY/PROJECT/ID`. Raise RunError if that fails."""
+    """Create the sweep on W&B's server and return its name, `ENTITY/PROJECT/ID`. Raise RunError on failure."""
     configuration = sweep_configuration(sweep, words)
     import wandb
 
@@ -87,7 +87,7 @@ def create(sweep: Sweep, words: list[str]) -> str:
 
 
 def run_agent(identity: str, *, count: int | None) -> None:
-    """Run trials chosen by W&B one after the other, until none is left or `count` are done."""
+    """Run trials chosen by W&B in sequence, until no trial is left or `count` trials are done."""
     import wandb
 
     if not wandb.login(prompt=False):

@@ -1,6 +1,6 @@
 """The runs of a page: the given folders, or the stages of a pipeline, listed anew at every request.
 
-This module knows the paths in a run folder; it does not read the files' contents.
+This module knows the paths in a run folder, and does not read the files' contents.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _SAMPLES = re.compile(r"step_(\d{6,})\.jsonl")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPlace:
-    """A run that the page can show."""
+    """A run on the page."""
 
     name: str  # unique on the page
     path: Path
 
     def state(self) -> dict[str, Any]:
-        """Return the run's progress, derived from the files in its folder."""
+        """Return the run's progress, derived from the files in the run's folder."""
         written = _written(self.path / "metrics.jsonl")
         age = round(max(time.time() - written, 0.0), 1) if written else None
         done = any((self.path / result).exists() for result in ("final", "eval.json"))
@@ -63,7 +63,7 @@ class RunPlaces:
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """Return the shortest ends of absolute paths that differ. The paths differ."""
+    """Return the shortest distinct ends of absolute paths. The paths differ."""
     depth = 1
     while len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1
@@ -76,7 +76,7 @@ def is_run(folder: Path) -> bool:
 
 
 def stage_folders(folder: Path) -> list[Path]:
-    """Return the runs in the folder of a pipeline, in order of their start. An empty list: it is no pipeline."""
+    """Return the runs in the folder of a pipeline, in order of their start. An empty list: no pipeline."""
     if is_run(folder) or not folder.is_dir():
         return []
     return sorted((path for path in folder.iterdir() if path.is_dir() and is_run(path)), key=_began)

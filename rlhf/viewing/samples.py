@@ -1,6 +1,7 @@
-"""Samples of a step: a short line for each response, and the whole of a few by where they stand in the file.
+"""Samples of a step: a short line for each response, and some whole responses by their place in the file.
 
-A file's index is made when it is first asked for, without reading its tokens, and forgotten when others are asked for.
+A file's index is made at the first request for the file, without reading tokens, and forgotten after requests for
+further files.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _COLUMN = 40  # characters of a column behind the preview of a prompt that other
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptPreview:
-    """The part of a prompt that differs from the other prompts of its file."""
+    """The part of a prompt that differs from the remaining prompts of the file."""
 
     preview: str
     row: str  # what tells the group's data row from those of other groups with this prompt; empty: nothing does
@@ -68,7 +69,7 @@ class SampleFiles:
         return made
 
     def whole(self, path: Path, version: str, rows: Sequence[int]) -> bytes | None:
-        """Return these lines of the file unchanged. None: the file has changed. IndexError: there is no such line."""
+        """Return lines of the file unchanged. None: the file has changed. IndexError: no such line."""
         index = self.index(path)
         if index.version != version:
             return None
@@ -106,10 +107,10 @@ def _read_index(path: Path, version: str) -> SampleIndex:
 
 
 def _previews(prompts: Mapping[str, str], columns: Mapping[str, Mapping[str, str]]) -> dict[str, PromptPreview]:
-    """Return for each prompt the part that tells it from the others.
+    """Return for each prompt the distinctive part.
 
-    That is what follows the beginning of all prompts, such as a system prompt. Prompts that still begin with the same
-    words are shown from the word in which they differ, and groups with equal prompts by the columns of their rows.
+    The common beginning of all prompts, such as a system prompt, is left out. Prompts that still begin with the same
+    words are shown from the first different word, and groups with equal prompts by the columns of the rows.
     """
     texts = sorted(set(prompts.values()))
     start = _differing_word(texts[0], texts[-1]) if len(texts) > 1 else 0
@@ -134,19 +135,19 @@ def _previews(prompts: Mapping[str, str], columns: Mapping[str, Mapping[str, str
 
 
 def _differing_word(one: str, other: str) -> int:
-    """Return the place of the word in which two texts begin to differ."""
+    """Return the place of the first different word in two texts."""
     differs = next((index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
     return one.rfind(" ", 0, differs) + 1
 
 
 def _differing_columns(columns: Mapping[str, str], rows: Sequence[Mapping[str, str]]) -> str:
-    """Return the columns that are not equal in all rows. Empty: a single row, or equal ones."""
+    """Return the columns with different values among the rows. Empty: a single row, or equal rows."""
     names = [name for name, value in columns.items() if any(row.get(name) != value for row in rows)]
     return ", ".join(f"{name}: {columns[name]}" for name in names)
 
 
 def _short(line: bytes) -> dict[str, Any] | None:
-    """Return a line without its text. None: the line is truncated, or is no response."""
+    """Return a line without the text. None: the line is truncated, or is no response."""
     head, separator, _ = line.rpartition(_TOKENS)
     if not line.endswith(b"\n"):
         return None

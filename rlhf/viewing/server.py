@@ -1,11 +1,9 @@
-"""The page and its requests. They only read, except that a browser may log in.
+"""The page and all requests. Requests only read, except for a browser's login.
 
-GET  /                        the page, with its files under /static/
-POST /login                   Authorization: Bearer TOKEN; sets a cookie for later requests
-GET  /api/runs                runs with their state, and the meaning of each metric
-GET  /api/metrics?run=        rows of metrics.jsonl from a position on; /api/errors likewise
-GET  /api/samples?run=&step=  short forms of a step's responses
-GET  /api/responses?...&at=   some responses in full
+GET / the page, with files under /static/ POST /login Authorization: Bearer TOKEN; sets a cookie for later requests GET
+/api/runs runs with their state, and the meaning of each metric GET /api/metrics?run= rows of metrics.jsonl from a
+position on; /api/errors likewise GET /api/samples?run=&step= short forms of a step's responses GET
+/api/responses?...&at= some responses in full
 """
 
 from __future__ import annotations
@@ -50,7 +48,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class RunViewer:
-    """The web application. `token` None: anyone may look who reaches it by a name of this machine."""
+    """The web application. `token` None: everyone may look who reaches the page by a name of this machine."""
 
     def __init__(self, places: RunPlaces, token: str | None) -> None:
         self.runs = places
@@ -58,7 +56,7 @@ class RunViewer:
         self.samples = SampleFiles()
 
     def application(self) -> web.Application:
-        """Build the aiohttp application and its routes."""
+        """Build the aiohttp application with all routes."""
         app = web.Application(middlewares=[self._guard])
         get = app.router.add_get
         get("/", self._page)
@@ -93,7 +91,10 @@ class RunViewer:
         return _error(401, "log in with the token of this server")
 
     def _pass(self) -> str:
-        """Return the cookie of a logged-in browser. It is derived from the token and does not reveal it."""
+        """Return the cookie of a logged-in browser.
+
+        The cookie is derived from the token and does not reveal the token.
+        """
         assert self.token is not None
         return hmac.digest(os.fsencode(self.token), b"rlhf view", "sha256").hex()
 

@@ -1,7 +1,8 @@
-"""A growing JSON-lines file, read part by part. Nothing is kept here: each request states the end of the last part.
+"""A growing JSON-lines file, read part by part.
 
-A resumed run removes lines again. `mark` is a checksum of the bytes before a position. If it differs from the reader's
-checksum, the file is another one and is read from its beginning.
+The module remembers nothing: each request states the end of the last part. A resumed run removes lines again. `mark` is
+a checksum of the bytes before a position. If `mark` differs from the reader's checksum, the file has been replaced and
+is read from the beginning.
 """
 
 from __future__ import annotations
