@@ -1,4 +1,4 @@
-"""The command line: it parses the arguments, runs the command, and reports errors.
+"""Parse the arguments of the command line, run the command, and report errors.
 
 Exit codes: 0 done, 2 the user's input is wrong, 1 a failure at run time, 75 a signal other than Ctrl-C or a full disk
 ended the run, and --resume auto continues it, 130 Ctrl-C ended it. An error is one short paragraph on stderr; --debug
@@ -76,7 +76,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_arguments(words: list[str]) -> argparse.Namespace:
-    """Parse the words into a command with its options. UserError: the words are invalid."""
+    """Parse the words into a command with its options. UserError: invalid words."""
     parser = _Parser(prog="rlhf", description="Post-training on Ray: from a laptop CPU to a cluster.")
     parser.add_argument("--version", action="version", version=importlib.metadata.version("ray-rlhf"))
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
@@ -100,7 +100,7 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
 
 
 def _how_to_continue(given: Sequence[str], args: argparse.Namespace) -> str:
-    """Return the command that continues an interrupted run."""
+    """Return the command for continuing an interrupted run."""
     of_wandb = args.command == "sweep" and (args.wandb or args.trial or args.agent is not None)
     if args.command not in ("train", "sweep", "quickstart") or of_wandb:
         return ""

@@ -1,6 +1,7 @@
-"""Give modules that take long to import, such as torch: each is imported when one of its names is first used.
+"""Defer the import of slow modules, such as torch, until the first use of a name.
 
-A module that is loaded before its command needs torch takes torch from here. Annotations import it for type checkers.
+A module that is loaded before the command needs torch takes torch from here. For type checkers, annotations import
+torch.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ __all__ = ["DeferredModule", "safetensors_torch", "torch", "transformers"]
 
 
 class DeferredModule(ModuleType):
-    """Stands for a module until one of its names is used. Type checkers see the module itself."""
+    """Stands for a module until the first use of a name. Type checkers see the module itself."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(importlib.import_module(self.__name__), name)

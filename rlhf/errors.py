@@ -1,4 +1,4 @@
-"""Define the exceptions that end a command. The command line reports each with its exit code."""
+"""Define the exceptions that end a command. The command line reports each exception with an exit code."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ class StorageFull(RunError):
 
 
 class ObjectStoreFull(StorageFull):
-    """A result found no room in Ray's object store, nor on the disk to which the store spills.
+    """A result found no room in Ray's object store, nor on the disk for the store's overflow.
 
-    The worker that computed it works on, so a call that changes no state can be made again.
+    The worker of the result works on, so a call without a change of state can be repeated.
     """
 
 
 class NodeNotReplaced(RunError):
-    """No node took the place of a lost one in time. The message names the limit."""
+    """No node took the place of a lost node in time. The message names the limit."""
 
 
 class WorkerLost(RunError):
-    """A worker no longer works: its process died, or it did not answer and was given up.
+    """A worker no longer works: the process died, or gave no answer and was given up.
 
-    Its work can be asked again from a worker started in its place (rlhf.controller.supervisor). If it ends the run all
-    the same, its message says that the run can be resumed.
+    A worker started in the same place can repeat the work (rlhf.controller.supervisor). If the loss still ends the run,
+    the message says that the run can be resumed.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class WorkerLost(RunError):
         """Create the error.
 
         Args:
-            stack: of a worker that hung.
+            stack: of a hung worker.
         """
         super().__init__(f"{reason} {RESUMES}")
         self.reason = reason
@@ -58,11 +58,11 @@ class WorkerLost(RunError):
 
 
 class ResultsLost(WorkerLost):
-    """Results that a worker needed are gone with the node that held them. The worker itself works."""
+    """Results needed by a worker are gone with the node that held the results. The worker itself works."""
 
 
 class ChildLost(RunError):
-    """A process or a GPU that a worker cannot work without was lost. The driver takes the worker for lost."""
+    """A process or a GPU needed by a worker was lost. The driver takes the worker for lost."""
 
     def __init__(self, reason: str, *, kind: LossKind = "died") -> None:
         super().__init__(reason)
@@ -70,12 +70,13 @@ class ChildLost(RunError):
 
 
 class Preempted(Exception):
-    """A signal ended the run, and --resume auto continues it. Exit code 75. The message names the results kept."""
+    """A signal ended the run, and --resume auto continues it. Exit code 75. The message names the stored results."""
 
 
 @contextmanager
 def prefix_errors(key: str, *, unless: str | None = None) -> Iterator[None]:
-    """Put the key of the configuration in front of the message of a UserError, unless it begins with another key."""
+    """Put the key of the configuration in front of the message of a UserError, unless the message already begins with a
+    key."""
     try:
         yield
     except UserError as error:

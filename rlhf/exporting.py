@@ -38,8 +38,8 @@ def export_checkpoint(
     Args:
         merged: write a whole model, with the adapter added to the weights. UserError if the run trained no adapter.
         push_to_hub: upload the folder to this repository of the hub, OWNER/NAME; None uploads nothing.
-        trust_remote_code: run code of the run's model or of its algorithm. The run may come from another person, so its
-            configuration alone does not allow this.
+        trust_remote_code: run code of the run's model or of its algorithm. The run may come from another person, so the
+            run's configuration alone does not allow this.
     """
     logs.configure()
     if push_to_hub is not None:
@@ -102,7 +102,7 @@ def _checkpoint(run: Path, step: int | None) -> Path:
 
 
 def _refuse_code_of_run(resolved: Path) -> None:
-    """Raise UserError if the configuration of a run, which may come from another person, names a file of code."""
+    """Raise UserError if a run's configuration, possibly from another person, names a file of code."""
     tree = read_tree(resolved).values
     stages = tree.get("stages")
     for section in (tree, *(stages.values() if isinstance(stages, dict) else ())):
@@ -115,7 +115,7 @@ def _refuse_code_of_run(resolved: Path) -> None:
 
 
 def _write(config: Config, checkpoint: Path, folder: Path, *, merged: bool) -> None:
-    """Load the policy of a checkpoint into this process, and write it."""
+    """Load the policy of a checkpoint into this process, and write the policy."""
     policy, dtype = config.policy, torch_dtype(config.policy.dtype)
     load_model = load_critic if config.algorithm.has_scalar_head else load_causal_lm
     module = load_trained_model(policy, load_model, _device(config))
@@ -128,7 +128,8 @@ def _write(config: Config, checkpoint: Path, folder: Path, *, merged: bool) -> N
 
 
 def _device(config: Config) -> torch.device:
-    """Return the device of the model: a CPU, or for 4-bit weights the kind of device on which the run rounded them."""
+    """Return the device of the model: a CPU, or for 4-bit weights the kind of device used for the rounding in the
+    run."""
     lora = config.policy.lora
     if lora is None or lora.quantize is None or config.cluster.device == "cpu":
         return torch.device("cpu")

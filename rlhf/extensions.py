@@ -1,7 +1,7 @@
 """Locate and load code that extends a run: algorithms, rewards, environments and trackers.
 
-A configuration names such code in three ways: as a built-in, as `path/file.py:NAME`, or by the name of an entry point
-that an installed package offers. It uses only the standard library, since reward processes start through it.
+A configuration names such code in three ways: as a built-in, as `path/file.py:NAME`, or by the name of an installed
+package's entry point. This module uses only the standard library, since reward processes start through this module.
 """
 
 from __future__ import annotations
@@ -43,12 +43,15 @@ class LoadError(Exception):
 
 
 class StartRefused(LoadError):
-    """Raised if code that a configuration names starts work of the framework; the message has the file and the line."""
+    """Raised if code named in a configuration starts work of the framework; the message has the file and the line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CodeSource:
-    """Code that a configuration names. `args` are arguments of a class's constructor, or fixed ones of a function."""
+    """Code named in a configuration.
+
+    `args` are arguments of a class's constructor, or fixed arguments of a function.
+    """
 
     path: str | None  # absolute path of a file; None for a built-in or an entry point
     name: str
@@ -57,9 +60,9 @@ class CodeSource:
     package: str | None = None  # name and version of the package that offers the entry point
 
     def digest(self) -> bytes:
-        """Return a digest of the code and its arguments: of the text of a file, or of the version of a package.
+        """Return a digest of the code and the arguments: of the text of a file, or of the version of a package.
 
-        It does not cover other files that the file imports, and is the same if the file is moved.
+        The digest does not cover imported files, and does not change when the file is moved.
         """
         text = b"" if self.path is None else Path(self.path).read_bytes()
         settings = repr((self.name, self.args, self.entry, self.package)).encode()
@@ -68,7 +71,7 @@ class CodeSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Columns:
-    """The columns of a data row that a function takes by name."""
+    """The columns of a data row taken by a function, by name."""
 
     required: tuple[str, ...]  # parameters without a default
     optional: tuple[str, ...]  # parameters with a default
@@ -89,9 +92,9 @@ def find_code(
     folders: Sequence[Path] = (),
     key: str = "",
 ) -> CodeSource:
-    """Locate code without importing it. A file is relative to the first of `folders` that has it.
+    """Locate code without importing it. A file is relative to the first of `folders` with the file.
 
-    UserError, beginning with the configuration's `key` if it is given: the name is unknown or ambiguous, or the file is
+    UserError, beginning with the configuration's `key` if given: the name is unknown or ambiguous, or the file is
     missing.
     """
     key = f"{key}: " if key else ""
@@ -122,12 +125,12 @@ def find_code(
 
 
 def is_offered(kind: Kind, name: str) -> bool:
-    """Return whether an installed package offers the name, or the name is that of a file without an object in it."""
+    """Return whether an installed package offers the name, or the name is a file without an object."""
     return name.endswith(".py") or bool(entry_points(group=f"rlhf.{kind}s", name=name))
 
 
 def _offers(kind: Kind, name: str, key: str) -> list[EntryPoint]:
-    """Return the entry point of a name, if a package offers it. UserError if several packages do."""
+    """Return the entry point of a name, if any. UserError if several packages offer the name."""
     offers = list(entry_points(group=f"rlhf.{kind}s", name=name))
     if len(offers) > 1:
         packages = " and ".join(sorted(map(_package, offers)))
@@ -136,7 +139,7 @@ def _offers(kind: Kind, name: str, key: str) -> list[EntryPoint]:
 
 
 def _known_names(kind: Kind, name: str, built_ins: Collection[str]) -> str:
-    """Return the end of a message about an unknown name: the nearest name, and all that there are."""
+    """Return the end of a message about an unknown name: the nearest name, and all known names."""
     installed = sorted(entry_points(group=f"rlhf.{kind}s").names - set(built_ins))
     near = difflib.get_close_matches(name, [*built_ins, *installed], n=1)
     hint = f"; did you mean `{near[0]}`?" if near else "."
@@ -151,9 +154,9 @@ def _package(offer: EntryPoint) -> str:
 
 
 def load_code(source: CodeSource, *, isolated: bool = False) -> Any:
-    """Import the file or the package, and return what the source names. LoadError if that fails.
+    """Import the file or the package, and return the named object. LoadError on failure.
 
-    `isolated` says that this process runs nothing but such code.
+    `isolated`: this process runs nothing but such code.
     """
     if source.path is not None:
         offer, where, name, module = "", source.path, source.name, import_file(source.path, isolated=isolated)
@@ -175,7 +178,7 @@ def load_code(source: CodeSource, *, isolated: bool = False) -> Any:
 
 
 def import_file(path: str, *, isolated: bool = False) -> ModuleType:
-    """Import a file as a module with a separate name, once for each text of the file. LoadError if that fails.
+    """Import a file as a module with a separate name, once for each text of the file. LoadError on failure.
 
     The file may import its neighbours. In a process that is not `isolated`, installed modules of the same name win.
     """
@@ -210,15 +213,15 @@ def import_file(path: str, *, isolated: bool = False) -> ModuleType:
 
 
 def host_code() -> None:
-    """Declare that this process runs nothing but code that a configuration names. That code may start no work."""
+    """Declare that this process runs nothing but code named in a configuration. Such code may start no work."""
     global _hosts_code
     _hosts_code = True
 
 
 def refuse_start(call: str) -> None:
-    """Raise StartRefused if code that a configuration names has made this call of the Python API.
+    """Raise StartRefused for a call of the Python API from code named in a configuration.
 
-    Such code is found by a frame of `load_code`, which imports the code, or of a module that `import_file` has made.
+    A frame of `load_code`, or of a module made by `import_file`, reveals such code.
     """
     frames = list(_callers(sys._getframe(1)))
     is_imported = any(frame.f_code is load_code.__code__ for frame in frames)
@@ -239,14 +242,14 @@ def refuse_start(call: str) -> None:
 
 
 def _callers(frame: FrameType | None) -> Iterator[FrameType]:
-    """Yield the frame and its callers, innermost first."""
+    """Yield the frame and all callers, innermost first."""
     while frame is not None:
         yield frame
         frame = frame.f_back
 
 
 def construct(source: CodeSource, target: type) -> Any:
-    """Return an instance of a class with the source's arguments. LoadError if that fails."""
+    """Return an instance of a class with the source's arguments. LoadError on failure."""
     try:
         inspect.signature(target).bind(**source.args)
     except TypeError as error:

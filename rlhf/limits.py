@@ -1,4 +1,4 @@
-"""Limits of vLLM that configuration, data and servers check before an engine does."""
+"""Limits of vLLM, checked by configuration, data and servers before an engine starts."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Declare the roles of a run in one table, which all code that treats roles alike reads. It imports nothing.
+"""Declare the roles of a run in one table, for all code that treats roles alike. The module imports nothing.
 
-A new role needs an entry here, its resources (rlhf.config.schema.cluster), the runs that need it (rlhf.config.derive),
-its workers (rlhf.workers), their group and its builder (actors.roles), and the controller that uses it.
+A new role needs an entry here, resources (rlhf.config.schema.cluster), the runs with the role (rlhf.config.derive),
+workers (rlhf.workers), a group of workers and a builder (actors.roles), and a controller.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class RoleEntry:
     """Describe one role.
 
     trained: ranks with an optimizer. frozen: workers with a whole model. scoring: workers with reward functions, and
-    with a model only if a reward uses one. engines: vLLM engines with the policy's model.
+    with a model only if a reward uses a model. engines: vLLM engines with the policy's model.
     """
 
     kind: RoleKind
@@ -44,7 +44,7 @@ ROLES: Mapping[Role, RoleEntry] = {
 
 
 def roles_of(*kinds: RoleKind) -> tuple[Role, ...]:
-    """Return the roles of these kinds, in the order of the table."""
+    """Return the roles of the given kinds, in the order of the table."""
     return tuple(role for role, entry in ROLES.items() if entry.kind in kinds)
 
 

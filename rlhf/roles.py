@@ -1,7 +1,7 @@
 """Define the roles of a run as Protocols, for the controller.
 
-A `Ref` is a value in the process of its origin: an object reference under Ray, or the object itself in one process. The
-controller passes it on and never opens it. Everything else in these interfaces is scalars and ids.
+A `Ref` is a value in the producing process: an object reference under Ray, or the object itself within one process. The
+controller passes a `Ref` on and never opens it. Everything else in these interfaces is scalars and ids.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Ref(Protocol[T_co]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoteColumns(Generic[T_co]):
-    """Token columns in another process. A rank fetches them only if it has one of their sequences."""
+    """Token columns in another process. A rank fetches only columns with a sequence of the rank."""
 
     ref: Ref[T_co]
     sequence_ids: tuple[int, ...]
@@ -65,7 +65,7 @@ class CompletedGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredGroup:
-    """A completed group with its scores, the input of training."""
+    """A completed group with scores, the input of training."""
 
     group: CompletedGroup
     scores: GroupScores
@@ -76,7 +76,7 @@ class ScoredGroup:
 class SampleSelection:
     """Responses of one group for the samples file.
 
-    Their records lack only the text, since the controller does not have it.
+    The records lack only the text, since the controller has no text.
     """
 
     rollouts: Ref[Rollouts]
@@ -86,7 +86,7 @@ class SampleSelection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceReport:
-    """Sums and means over the sampled tokens of one sequence, before it is trained on."""
+    """Sums and means over the sampled tokens of one sequence, before training."""
 
     sequence_id: int
     kl_ref: float | None  # sum of the configured estimator of KL(policy || reference); None: no reference
@@ -96,7 +96,10 @@ class SequenceReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrepareReport:
-    """The current weights' metrics of a batch, over all ranks. Empty `sequences`: the first update measures them."""
+    """The current weights' metrics of a batch, over all ranks.
+
+    Empty `sequences`: the first update measures the sequences.
+    """
 
     sequences: tuple[SequenceReport, ...]
     metrics: Metrics
@@ -128,14 +131,14 @@ EnginePart = Literal["weights", "cache"]
 
 
 class MeasuredRole(Protocol):
-    """A role that reports its memory."""
+    """A role with a report of memory."""
 
     async def memory(self) -> MemoryReport: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyProbe:
-    """The policy's log-probabilities of a fixed text under one version of its weights. The engines must agree."""
+    """The policy's log-probabilities of a fixed text under one version of the weights. The engines must agree."""
 
     version: int
     token_ids: tuple[int, ...]
@@ -144,7 +147,7 @@ class PolicyProbe:
 
 
 class RolloutRole(MeasuredRole, Protocol):
-    """The inference engines. They refuse to generate until they have received weights.
+    """The inference engines. Engines refuse to generate before receiving weights.
 
     In a sync: withdraw_weights, update_weights while the policy sends, prove.
     """
@@ -152,46 +155,50 @@ class RolloutRole(MeasuredRole, Protocol):
     def generate(
         self, requests: Sequence[GroupRequest], sampling: Sampling, *, version: int
     ) -> AsyncIterator[CompletedGroup]:
-        """Answer all requests with the weights of `version`, and yield groups as they are completed.
+        """Answer all requests with the weights of `version`, and yield each completed group at once.
 
-        Engines with later weights answer from their stored groups. Raise RunError if they store no such group.
+        Engines with later weights answer from stored groups. Raise RunError for a group that is not stored.
         """
 
     async def answer(
         self, request: GroupRequest, sampling: Sampling, *, oldest: int, urgent: bool = False
     ) -> CompletedGroup | None:
-        """Answer one request by whatever weights the engines have. None: it was cancelled.
+        """Answer one request with the engines' current weights. None: the request was cancelled.
 
         Args:
-            oldest: a stored group is used only if no token of it is older than this version.
+            oldest: a stored group is used only if no token is older than this version.
             urgent: before waiting requests (evaluations).
         """
 
     async def found_again(self, group: CompletedGroup, sampling: Sampling) -> CompletedGroup:
-        """Return a group with its tokens from the run's store, after those in the memory of a lost node are gone."""
+        """Return a group with tokens from the run's store, in place of tokens lost with a node's memory."""
 
     @property
     def gives_published(self) -> bool:
-        """Return whether an engine can load the last publication at any time before the next one."""
+        """Return whether an engine can load the last publication at any time before the next publication."""
 
     async def weights_are_missing(self) -> None:
-        """Wait until the successor of a lost engine needs the last publication, and it is gone with its process."""
+        """Wait until the successor of a lost engine needs the last publication although its process is gone."""
 
     def offer_weights(self, manifest: WeightManifest) -> None:
-        """Give successors of lost engines a repeated publication of the last sync. The others have these weights."""
+        """Give successors of lost engines a repeated publication of the last sync.
+
+        All further engines have these weights.
+        """
 
     @property
     def num_working(self) -> int:
         """Return the number of engines that answer."""
 
     async def cancel(self, requests: Sequence[GroupRequest]) -> None:
-        """Cancel requests of the running `generate` call: it no longer yields them, and ends without them.
+        """Cancel requests of the running `generate` call.
 
-        A call of `answer` for one of them returns None.
+        The call no longer yields such requests, and ends without them. A call of `answer` for a cancelled request
+        returns None.
         """
 
     async def withdraw_weights(self) -> None:
-        """Prepare for a publication. It overwrites the last one, which no engine may load any more."""
+        """Prepare for a publication. From now on, no engine may load the last publication, which is overwritten."""
 
     async def update_weights(self, manifest: WeightManifest) -> None:
         """Load a published set of weights.
@@ -202,7 +209,7 @@ class RolloutRole(MeasuredRole, Protocol):
     async def prove(self, probe: PolicyProbe) -> float | None:
         """Return the largest difference between the log-probabilities of engines and policy. None: no engine works now.
 
-        Raise RunError if an engine has other weights. Engines that start later must pass the same probe.
+        Raise RunError if an engine has different weights. Engines that start later must pass the same probe.
         """
 
     async def sleep(self, *, keep_weights: bool) -> None:
@@ -213,12 +220,12 @@ class RolloutRole(MeasuredRole, Protocol):
 
 
 class RewardRole(MeasuredRole, Protocol):
-    """Scores responses and, since it has their text, writes the samples files."""
+    """Scores responses and, with the text at hand, writes the samples files."""
 
     async def score(self, group: CompletedGroup) -> GroupScores: ...
 
     async def answers(self, group: CompletedGroup, form: AnswerForm) -> tuple[str | None, ...]:
-        """Return the answer of each response, used for voting; None if it has no answer."""
+        """Return the answer of each response for voting. None: a response without an answer."""
 
     async def write_samples(
         self, path: Path, selections: Sequence[SampleSelection], signals: Sequence[Ref[TokenSignals]] = ()
@@ -237,7 +244,7 @@ StatesByRank = Sequence[Sequence[Ref[LearntStates]]]  # for each data-parallel r
 
 
 class GpuGuest(MeasuredRole, Protocol):
-    """A role that can leave a GPU shared with an engine. Both methods have no effect on a CPU."""
+    """A role able to leave a GPU shared with an engine. Both methods have no effect on a CPU."""
 
     async def offload(self) -> None:
         """Free the GPU for the engines."""
@@ -252,7 +259,7 @@ class ReferenceRole(GpuGuest, Protocol):
     role: Role
 
     async def become(self, folder: Path) -> None:
-        """Replace the model by the one in a folder."""
+        """Replace the model by the model in a folder."""
 
     async def logprobs(
         self,
@@ -261,11 +268,11 @@ class ReferenceRole(GpuGuest, Protocol):
         only: frozenset[int] | None = None,
         temperatures: Mapping[int, float] | None = None,
     ) -> list[RemoteColumns[TokenValues]]:
-        """Return one column for each group, in order.
+        """Return a column for each group, in order.
 
         Args:
             only: the sequences to compute, at least one in each group; None computes all.
-            temperatures: by sequence id, for sequences with a temperature of their prompt.
+            temperatures: by sequence id, for sequences with a temperature of the prompt.
         """
 
 
@@ -281,14 +288,14 @@ class TeacherRole(MeasuredRole, Protocol):
 
 
 class OnlineTeacherRole(GpuGuest, Protocol):
-    """The frozen teacher of a student trained on its own responses."""
+    """The frozen teacher of a student trained on the student's responses."""
 
     role: Role
 
     async def logprobs(
         self, groups: Sequence[CompletedGroup], *, temperatures: Mapping[int, float]
     ) -> list[RemoteColumns[TokenValues]]:
-        """Return log-probabilities of the sampled tokens, one column for each group, in order."""
+        """Return log-probabilities of the sampled tokens, a column for each group, in order."""
 
     async def states(self, plan: MinibatchPlan, groups: Sequence[CompletedGroup]) -> StatesByRank:
         """Return the last hidden states at the positions predicting a minibatch's sampled tokens."""
@@ -311,16 +318,19 @@ class TrainedRole(GpuGuest, Protocol):
     async def load(self, folder: Path) -> None: ...
 
     async def keep(self, step: int) -> None:
-        """Begin to copy the state after a step into the memory of every rank's node. It survives the ranks."""
+        """Begin to copy the state after a step into the memory of every rank's node. The copy survives the ranks."""
 
     async def kept(self) -> int | None:
-        """Return the newest step whose state every rank has kept, once copies in progress are whole. None: none."""
+        """Return the newest step whose state every rank has kept, once copies in progress are whole.
+
+        None: no such step.
+        """
 
     async def save_kept(self, step: int, folder: Path) -> None:
         """Save the state kept of a step, for an exact continuation. The ranks need not work any more."""
 
     async def restart(self) -> None:
-        """End all ranks, and start others in their places. Their state is that of a new run."""
+        """End all ranks, and start new ranks in their places, with the state of a new run."""
 
     async def take_back(self, step: int) -> None:
         """Restore the state kept of a step."""
@@ -340,7 +350,7 @@ class PolicyRole(TrainedRole, Protocol):
     ) -> PrepareReport:
         """Load a batch or a portion of it, and compute its metrics under the current weights.
 
-        Each rank receives its own sequences.
+        Each rank receives only the rank's sequences.
         """
 
     async def set_advantages(
@@ -349,9 +359,10 @@ class PolicyRole(TrainedRole, Protocol):
         by_sequence: Mapping[int, float] | None,
         values: Sequence[RemoteColumns[TokenValues]],
     ) -> AdvantagesReport:
-        """Give every sampled token the advantage of its sequence, or if None one estimated from the critic's values.
+        """Give every sampled token the advantage of the sequence, or if None an advantage estimated from the critic's
+        values.
 
-        The tokens are those of the last `prepare`.
+        The tokens come from the last `prepare`.
         """
 
     async def accumulate(self, minibatch: int) -> None:
@@ -367,13 +378,14 @@ class PolicyRole(TrainedRole, Protocol):
         """Return the training signals of the tokens of these sequences in the prepared batch, by rank."""
 
     async def empty_cache(self) -> None:
-        """Return memory cached by torch but used by no tensor, so that another process on the GPU can allocate it."""
+        """Return memory cached by torch but used by no tensor, to let another process on the GPU allocate the
+        memory."""
 
     async def publish(self, version: int) -> WeightManifest:
         """Stage the current weights for the engines."""
 
     async def send(self, manifest: WeightManifest) -> None:
-        """Send the weights while the engines receive, if the transport needs it."""
+        """Send the weights while the engines receive, if needed by the transport."""
 
     async def settle(self) -> None:
         """Free the memory of the transfer, once the engines have loaded the weights."""
@@ -386,10 +398,10 @@ class CriticRole(TrainedRole, Protocol):
     """The critic: the trained value model."""
 
     async def values(self, plan: BatchPlan, groups: Sequence[CompletedGroup]) -> list[RemoteColumns[TokenValues]]:
-        """Return the values of the batch's tokens, one column per rank."""
+        """Return the values of the batch's tokens, a column per rank."""
 
     async def prepare(self, plan: BatchPlan, returns: Sequence[RemoteColumns[TokenValues]]) -> None:
-        """Load the targets of the batch given to `values`, which has the same plan."""
+        """Load the targets of the batch given to `values`, with the same plan."""
 
     async def update(self, minibatch: int) -> Metrics:
         """Make one optimizer step on a minibatch of the prepared batch."""
@@ -406,7 +418,7 @@ class OfflineRole(TrainedRole, Protocol):
 
         Args:
             states: the teacher's states, if a teacher is used.
-            keeps: begin to copy the state as that of this step at once. A call of `keep` must follow. None: do not.
+            keeps: begin to copy the state as that of this step at once. A call of `keep` must follow. None: no copy.
         """
 
     async def evaluate(self, dataset: int, name: str, plan: MinibatchPlan, states: StatesByRank = ()) -> Metrics:
@@ -416,10 +428,10 @@ class OfflineRole(TrainedRole, Protocol):
         """Return a key for the current weights' logprobs of a data set."""
 
     async def reference_logprobs(self, dataset: int, plan: MinibatchPlan) -> list[Ref[TokenValues]]:
-        """Return log-probabilities of the planned rows under the current weights, one column per rank."""
+        """Return log-probabilities of the planned rows under the current weights, a column per rank."""
 
     async def keep_reference(self, dataset: int, path: Path, columns: Sequence[Ref[TokenValues]]) -> None:
         """Store the columns of a whole data set as the reference's, in memory and on disk."""
 
     async def read_reference(self, dataset: int, path: Path) -> bool:
-        """Load stored columns. Return False if the file is damaged or belongs to other weights."""
+        """Load stored columns. Return False if the file is damaged or belongs to different weights."""

@@ -1,4 +1,4 @@
-"""Define the base class of all configuration sections, and the marks of keys that depend on others.
+"""Define the base class of all configuration sections, and the marks of keys that depend on further keys.
 
 Sections hold values and open no files. rlhf.config.validation.unused_keys reads the marks.
 """
@@ -15,14 +15,14 @@ class Section(BaseModel):
 
 
 class OnlyIn:
-    """Mark a key that has an effect only in runs with certain parts, such as rollouts or a critic."""
+    """Mark a key with an effect only in runs with certain parts, such as rollouts or a critic."""
 
     def __init__(self, *parts: str) -> None:
         self.parts = parts
 
 
 class OnlyWith:
-    """Mark a key that has an effect only if the key `other` of the same section has one of these values.
+    """Mark a key with an effect only if the key `other` of the same section has a value among `values`.
 
     Example: `lr_cycles: Annotated[int, OnlyWith("lr_schedule", "cosine_with_restarts")]`
     """
@@ -34,13 +34,13 @@ class OnlyWith:
         self.gives_value = gives_value  # `other` then names what gives the value of the marked key
 
     def allows(self, value: object) -> bool:
-        """Return whether the marked key has an effect if the other key has this value."""
+        """Return whether the marked key has an effect beside this value of the key `other`."""
         return value in self.values
 
 
 class NotWith(OnlyWith):
-    """Mark a key that has no effect if the key `other` of the same section has one of these values."""
+    """Mark a key without an effect if the key `other` of the same section has a value among `values`."""
 
     def allows(self, value: object) -> bool:
-        """Return whether the marked key has an effect if the other key has this value."""
+        """Return whether the marked key has an effect beside this value of the key `other`."""
         return value not in self.values

@@ -1,8 +1,8 @@
-"""Trials of a sweep one after another in one process. Later trials reuse Ray, the imports and equal engines.
+"""Run trials of a sweep in turn in one process. Later trials reuse Ray, the imports and equal engines.
 
 actors.sweeps.runner starts the process and writes a line of JSON a trial to stdin. The process answers with a line on
-stdout after each successful trial; all other output goes to the trial's log. It ends with stdin, or with the exit code
-of the first failed trial, because the state after a failure is unknown.
+stdout after each successful trial; all remaining output goes to the trial's log. The process ends with stdin, or with
+the exit code of the first failed trial, because the state after a failure is unknown.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rlhf.process.stopping import leave_stuck_threads
 
 
 def run_trials() -> int:
-    """Run trials from stdin until it ends."""
+    """Run trials until the end of stdin."""
     with ExitStack() as to_the_end, os.fdopen(os.dup(1), "w") as replies:
         has_ray = False
         for line in sys.stdin:

@@ -1,6 +1,7 @@
 """Rules for every server of the framework: access, limits for slow clients, and the server's end.
 
-The servers themselves (of models, of rewards, of run folders) import this module. It knows none of their requests.
+The servers themselves (of models, of rewards, of run folders) import this module. The module knows no request of a
+server.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def is_loopback(host: str) -> bool:
 
 
 def serving_token(host: str, token_env: str | None) -> str | None:
-    """Return the required token of requests. UserError: it is not set, and other machines can reach the server."""
+    """Return the required token of requests. UserError: no token, although other machines can reach the server."""
     if token_env is None:
         if not is_loopback(host):
             raise UserError(
@@ -68,7 +69,8 @@ def _cannot_listen(host: str, port: int, error: OSError | OverflowError) -> User
 def stranger(request: web.Request) -> str | None:
     """Return the reason why a server without a token refuses a request, or None.
 
-    A web page of another site can make a browser send requests here. Its name is then in `Host` or in `Origin`.
+    A web page of a foreign site can make a browser send requests here. The site's name is then in `Host` or in
+    `Origin`.
     """
     origin = request.headers.get("Origin")
     if not _names_this_machine(f"//{request.host}"):
@@ -87,7 +89,7 @@ def _names_this_machine(url: str) -> bool:
 async def read_text(request: web.Request) -> str:
     """Return the body of a request as text.
 
-    ValueError if the body is not encoded as the request says, HTTPRequestTimeout if it does not arrive in time.
+    ValueError for an encoding different from the request's, HTTPRequestTimeout for a body that arrives too late.
     """
     try:
         async with asyncio.timeout(BODY_S):
@@ -120,7 +122,7 @@ def serve_until_interrupted(
     ready: Callable[[str], None],
     drops_abandoned: bool = False,
 ) -> signal.Signals:
-    """Serve until the first signal, and return it. `ready` is called with the address, without a path.
+    """Serve until the first signal, and return the signal. `ready` is called with the address, without a path.
 
     drops_abandoned: whether to cancel a request after its caller has gone.
     """
@@ -161,8 +163,9 @@ async def _serve(
 class Connections:
     """Closes connections without requests, so that slow clients cannot use up the file descriptors.
 
-    A connection is busy from a complete request head to the end of the answer. An idle one is closed after
-    IDLE_CONNECTION_S, and the oldest idle ones at once while more than half of the process' descriptors are in use.
+    A connection is busy from a complete request head to the end of the answer. An idle connection is closed after
+    IDLE_CONNECTION_S, and the oldest idle connections at once while more than half of the process' descriptors are in
+    use.
     """
 
     def __init__(self) -> None:
@@ -172,7 +175,7 @@ class Connections:
 
     @web.middleware
     async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Mark the connection as busy while its request is answered."""
+        """Mark the connection as busy during the request."""
         self._busy.add(request.protocol)
         try:
             return await handler(request)

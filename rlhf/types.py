@@ -1,9 +1,9 @@
-"""Define the types exchanged between stages: frozen batches in flat (ragged) token columns, and their scalars.
+"""Define the types exchanged between stages: frozen batches in flat (ragged) token columns, and the batches' scalars.
 
 Layout: B sequences of unequal length follow each other in columns of N = sum(lengths) tokens, without padding. Every
-column is aligned to its token: `logprobs[t]` is the log-probability of token t given the preceding tokens of its
+column is aligned to its token: `logprobs[t]` is the log-probability of token t given the preceding tokens of the
 sequence, and `values[t]` is the value of the state in which token t was chosen. Token 0 of a sequence has neither: both
-columns hold 0 there, and it is never in `response_mask`.
+columns hold 0 there, and `response_mask` is always False there.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RewardErrorKind = Literal["raised", "timeout", "not_a_number", "no_opinion", "di
 class Ragged:
     """B sequences in flat columns. Every other field of a subclass has one entry (or row) per token.
 
-    Adjacent sequences with one id are a sample. A response is one sequence; an agent's session may be several.
+    Adjacent sequences with the same id are a sample. A response is one sequence; an agent's session may be several.
 
     Example: sequences 4 and 7 of 2 and 3 tokens:
 
@@ -60,7 +60,7 @@ class Ragged:
 
     @property
     def sample_lengths(self) -> Int[Tensor, " S"]:
-        """Return the number of tokens of each sample, over all of its sequences."""
+        """Return the number of tokens of each sample, over all sequences of the sample."""
         ids, places = self.sequence_ids.unique_consecutive(return_inverse=True)
         return torch.zeros_like(ids).index_add_(0, places, self.lengths)
 
@@ -94,7 +94,7 @@ class Ragged:
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
-        """Return the sequences of all parts, one after the other."""
+        """Return the sequences of all parts, in order."""
         names = ("sequence_ids", "lengths", *cls.columns())
         return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
@@ -104,7 +104,7 @@ class Ragged:
         return self.take([row for i in sequence_ids for row, sequence_id in enumerate(held) if sequence_id == i])
 
     def take(self, places: Sequence[int]) -> Self:
-        """Return the sequences at these positions, in this order."""
+        """Return the sequences at the given positions, in the given order."""
         at = torch.tensor(places, dtype=torch.int64)
         starts, lengths = (self.lengths.cumsum(0) - self.lengths)[at].tolist(), self.lengths[at]
         ranges = [torch.arange(s, s + n) for s, n in zip(starts, lengths.tolist(), strict=True)]
@@ -125,7 +125,7 @@ class Rollouts(Ragged):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutedRollouts(Rollouts):
-    """Rollouts of a mixture with the experts that the sampler's routers chose."""
+    """Rollouts of a mixture with the experts chosen by the sampler's routers."""
 
     experts: Int[Tensor, "N L K"]  # int16, by layer; -1: not known, as for the last token, which is never read
 
@@ -195,8 +195,8 @@ class TokenSignals(Ragged):
 class LearntStates(Ragged):
     """A teacher's last hidden states, one for each token in the loss mask: the state predicting this token.
 
-    `lengths` counts loss-mask tokens only. The teacher computes the states in its own dtype; the student's ranks read
-    them.
+    `lengths` counts loss-mask tokens only. The teacher computes the states in the teacher's dtype; the student's ranks
+    read the states.
     """
 
     hidden: Float[Tensor, "N H"]
@@ -233,7 +233,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """One prompt, tokenised once, with the columns of its data row for the rewards."""
+    """A prompt, tokenised once, with the columns of the data row for the rewards."""
 
     prompt_id: int  # row in the data
     token_ids: tuple[int, ...]
@@ -248,7 +248,7 @@ class Prompt:
     def non_token_bytes(self) -> bytes:
         """Return the bytes of the temperature and of the limit.
 
-        Reward columns are excluded, since a user may fix them before a resume.
+        Reward columns are excluded, since a user may correct the columns before a resume.
         """
         temperature = "" if self.temperature is None else str(self.temperature)
         return (temperature if self.max_new_tokens is None else f"{temperature}/{self.max_new_tokens}").encode()
@@ -256,7 +256,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupRequest:
-    """One prompt to be answered len(seeds) times. The unit of rollout, scoring and group advantages."""
+    """A prompt to be answered len(seeds) times. The unit of rollout, scoring and group advantages."""
 
     group_id: int  # position in the run's prompt stream; unique in a run
     prompt: Prompt
@@ -269,7 +269,7 @@ class GroupRequest:
     def drawn_by(self, sampling: Sampling) -> Sampling:
         """Return the sampling parameters of this request, given the defaults.
 
-        A prompt's limit always holds. A temperature holds where the request has it, in training.
+        A prompt's limit always holds. A request's temperature holds, in training.
         """
         if self.prompt.max_new_tokens is not None:
             sampling = replace(sampling, max_new_tokens=self.prompt.max_new_tokens)
@@ -289,7 +289,7 @@ RESULT_COLUMN = "result"  # the name under which rewards get the result of an ag
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionEnd:
-    """Scalars of an agent's session, with its result for the rewards."""
+    """Scalars of an agent's session, with the result for the rewards."""
 
     result: str | None  # as JSON; None: the agent failed
     num_calls: int
@@ -299,7 +299,7 @@ class SessionEnd:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutInfo:
-    """Scalars of one response, seen by the controller in place of its tokens."""
+    """Scalars of a response, seen by the controller in place of the tokens."""
 
     sequence_id: int
     num_prompt_tokens: int  # before the first sampled token
@@ -322,7 +322,7 @@ class RolloutInfo:
 
     @property
     def num_tokens(self) -> int:
-        """Return the number of tokens of the whole sample, in which a shared prefix counts once."""
+        """Return the number of tokens of the whole sample. A shared prefix counts once."""
         return self.num_prompt_tokens + self.num_tokens_after_prompt
 
     @property
@@ -351,9 +351,9 @@ class GroupScores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardError:
-    """One failed reward call: it raised, hung, returned no finite number, or got no answer from its service.
+    """A failed reward call: an error, a hang, no finite number, or no answer from the service.
 
-    A response on which no reward has an opinion is also an error.
+    A response without an opinion of any reward is also an error.
     """
 
     reward: str
@@ -380,8 +380,9 @@ class MinibatchPlan:
 class BatchPlan:
     """The plan of one batch of rollouts for the trained roles. Made by the controller from scalars.
 
-    The minibatches' composition does not depend on the number of ranks. Each epoch visits them in a new order. With
-    train.streamed a batch comes in portions, each with a plan that has the portion's sequences of all minibatches.
+    The minibatches' composition does not depend on the number of ranks. Each epoch visits the minibatches in a new
+    order. With train.streamed a batch comes in portions. The plan of a portion has the portion's sequences of all
+    minibatches.
     """
 
     step: int
@@ -398,11 +399,11 @@ class BatchPlan:
         return tuple(i for minibatch in self.minibatches for i in minibatch.sequences_by_rank[rank])
 
     def some_sequence(self) -> tuple[int]:
-        """Return the first sequence of any rank. A rank without sequences computes it without training on it."""
+        """Return the first sequence of any rank. A rank without sequences computes this sequence without training."""
         return (next(i for minibatch in self.minibatches for ids in minibatch.sequences_by_rank for i in ids),)
 
     def received_by(self, rank: int) -> tuple[int, ...]:
-        """Return the sequences whose columns a rank receives."""
+        """Return the sequences of a rank's received columns."""
         return self.sequences_of(rank) or self.some_sequence()
 
     def for_rank(self, rank: int) -> Self:

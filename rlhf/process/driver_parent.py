@@ -1,7 +1,7 @@
-"""The messages between a driver and its parent, which starts it again after its death (rlhf.commands.supervision).
+"""The messages between a driver and a parent that restarts a dead driver (rlhf.commands.supervision).
 
 The parent passes the deaths so far in an environment variable, with the number of a file in memory. The driver appends
-its reports to this file, one JSON object a line. A driver without such a parent reads and writes nothing.
+reports to this file, a JSON object a line. A driver without such a parent reads and writes nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class DriverDeath:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DriverReport:
-    """What a driver has reported. The defaults hold until it has opened the folder of its run."""
+    """The reports of a driver. The defaults hold until the driver has opened the folder of the run."""
 
     folder: str | None = None  # of the run, or of the stage of a pipeline
     restarts: int = 5  # cluster.restarts.gang
@@ -37,31 +37,34 @@ class DriverReport:
 
 
 def tell_parent(**facts: str | float | bool) -> None:
-    """Report fields of DriverReport to the parent, if there is one."""
+    """Report fields of DriverReport to the parent, if any."""
     message = _from_parent()
     if message is not None:
         os.write(message["file"], json.dumps(facts).encode() + b"\n")
 
 
 def is_supervised() -> bool:
-    """Return whether a parent starts this driver again after its death."""
+    """Return whether a parent restarts this driver after a death."""
     return _from_parent() is not None
 
 
 def unrecorded_deaths() -> list[DriverDeath]:
-    """Return the deaths since the checkpoint from which this driver continues, in order. Without a parent: none."""
+    """Return the deaths since the checkpoint from which this driver continues, in order.
+
+    Without a parent, the list is empty.
+    """
     message = _from_parent()
     return [] if message is None else [DriverDeath(**death) for death in message["deaths"]]
 
 
 def message_to_driver(file: int, deaths: Sequence[DriverDeath]) -> Mapping[str, str]:
-    """Return the environment variable for a driver that this process is about to start."""
+    """Return the environment variable for a new driver of this process."""
     message = {"parent": os.getpid(), "file": file, "deaths": [asdict(death) for death in deaths]}
     return {VARIABLE: json.dumps(message)}
 
 
 def read_report(file: int) -> DriverReport:
-    """Return what a driver has reported to the file."""
+    """Return the reports of a driver in the file."""
     facts: dict[str, Any] = {}
     for line in os.pread(file, 1 << 20, 0).splitlines():
         facts |= json.loads(line)
@@ -69,7 +72,10 @@ def read_report(file: int) -> DriverReport:
 
 
 def _from_parent() -> dict[str, Any] | None:
-    """Return the parent's message. The processes that the driver starts inherit it too, and it is not for them."""
+    """Return the parent's message, or None.
+
+    Child processes of the driver inherit the variable too, but must ignore it.
+    """
     text = os.environ.get(VARIABLE)
     message: dict[str, Any] | None = None if text is None else json.loads(text)
     return message if message is not None and message["parent"] == os.getppid() else None

@@ -1,7 +1,7 @@
-"""Make folders that the next start removes if their process was killed.
+"""Make folders that the next start removes after a kill of the process.
 
-The process that makes a folder holds its lock, and the kernel releases the lock when the process ends. So the folders
-of dead processes are known by their owner, and not by their names.
+The process that makes a folder holds the folder's lock, and the kernel releases the lock when the process ends. So a
+folder of a dead process is recognised by the free lock, and not by the name.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ LOCK = ".lock"
 
 
 class OwnedFolder:
-    """A folder that this process has made and locked."""
+    """A folder made and locked by this process."""
 
     def __init__(self, path: Path) -> None:
-        """Make the folder, and remove its neighbours that dead processes have left.
+        """Make the folder, and remove neighbours left by dead processes.
 
-        Only one process at a time does this, so a folder without a held lock is not one that is being made. RunError:
-        the parent is another user's.
+        Only one process at a time makes a folder, so a folder without a held lock is never new. RunError: the parent is
+        another user's.
         """
         parent = path.parent
         parent.mkdir(mode=0o700, exist_ok=True)
@@ -53,7 +53,7 @@ class OwnedFolder:
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """Yield an empty folder, which is removed after the block, or by the next process that calls this function."""
+    """Yield an empty folder, removed after the block, or by the next caller of this function."""
     folder = _folder_for_temporary_files()
     try:
         content = folder.path / "content"
@@ -64,9 +64,9 @@ def temporary_folder() -> Iterator[Path]:
 
 
 def keep_temporary_files_apart() -> OwnedFolder:
-    """Put the temporary files of this process and of its children into one folder from now on, and return the folder.
+    """Put the temporary files of this process and of all children into one folder from now on, and return the folder.
 
-    Libraries that remove their files at exit leave them behind when the process is killed.
+    Libraries that remove files at exit leave the files behind when the process is killed.
     """
     folder = _folder_for_temporary_files()
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder.path)
@@ -87,7 +87,7 @@ def _remove_if_left(folder: Path) -> None:
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove a folder, whatever a program has left in it: folders too deep for Python, or without permissions."""
+    """Remove a folder with any content, even folders too deep for Python or without permissions."""
     with contextlib.suppress(RecursionError):
         shutil.rmtree(folder, ignore_errors=True)
     if folder.exists():
@@ -97,7 +97,7 @@ def remove_tree(folder: Path) -> None:
 
 @contextmanager
 def alone_in(parent: Path) -> Iterator[None]:
-    """Let no other process lock a folder in `parent`, or remove one there, during the block."""
+    """During the block, let no other process lock or remove a folder in `parent`."""
     lock = os.open(parent / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -107,7 +107,7 @@ def alone_in(parent: Path) -> Iterator[None]:
 
 
 def locked(folder: Path) -> int | None:
-    """Return the lock of a folder, or None if another process holds it."""
+    """Return the lock of a folder, or None if another process holds the lock."""
     lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

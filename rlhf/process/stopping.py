@@ -1,8 +1,8 @@
-"""Handle signals that end the work of this process, and run this work in a thread.
+"""Handle signals that end the work of this process, and run the work in a thread.
 
-The main thread only waits for signals, so a C call that never returns cannot block them. The work can start event loops
-even if its caller runs one, as a notebook does. SIGINT, SIGTERM, SIGHUP and SIGUSR1 are handled, unless they are
-ignored, as `nohup` ignores SIGHUP. This module does not import Ray.
+The main thread only waits for signals, so a C call that never returns cannot block the signals. The work can start
+event loops even if the caller runs an event loop, as in a notebook. SIGINT, SIGTERM, SIGHUP and SIGUSR1 are handled,
+unless ignored, as SIGHUP under `nohup`. This module does not import Ray.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ _PREFIX = "rlhf: "  # prefix of this module's thread names
 
 
 class StopRequest:
-    """The request to end the work of `run_stoppable`. The first signal is kept; later ones only make it urgent.
+    """The request to end the work of `run_stoppable`.
 
-    A training loop and a server set `ends_by_itself` while they run: they look at `came`, finish the work in progress
-    and end. The second signal interrupts them. The first signal interrupts all other work.
+    The first signal counts; later signals only make the request urgent. A training loop and a server set
+    `ends_by_itself` while running: both look at `came`, finish the work in progress and end. Only the second signal
+    interrupts. The first signal interrupts work of any other kind.
     """
 
     def __init__(self) -> None:
@@ -106,16 +107,16 @@ _REQUEST: ContextVar[StopRequest | None] = ContextVar("the stop request of the w
 
 
 def current_request() -> StopRequest | None:
-    """Return the request of the work. `asyncio.to_thread` passes it on. None outside of `run_stoppable`."""
+    """Return the request of the work. `asyncio.to_thread` passes the request on. None outside of `run_stoppable`."""
     return _REQUEST.get()
 
 
 def run_stoppable(work: Callable[[StopRequest], T]) -> T:
-    """Run work in a thread until it is done or a signal ends it. Nested calls join the outer one.
+    """Run work in a thread until it is done or a signal ends it. Nested calls join the outer call.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C ended the work. The text names the results kept.
-        Preempted: another signal ended the work. The text names the results kept.
+        KeyboardInterrupt: Ctrl-C ended the work. The text names the stored results.
+        Preempted: another signal ended the work. The text names the stored results.
         RunError: the event loop of the work hangs.
     """
     outer = current_request()
@@ -152,9 +153,9 @@ def run_stoppable(work: Callable[[StopRequest], T]) -> T:
 
 
 def run_async(work: Coroutine[Any, Any, T], runner: asyncio.Runner | None = None) -> T:
-    """Run a coroutine as `asyncio.run` does, and cancel it if `run_stoppable` is interrupted.
+    """Run a coroutine as `asyncio.run` does, with cancellation if `run_stoppable` is interrupted.
 
-    If the caller runs an event loop already, the coroutine gets a separate thread.
+    If the caller already runs an event loop, the coroutine gets a separate thread.
     """
     request = current_request()
     if request is None and asyncio._get_running_loop() is not None:
@@ -183,7 +184,7 @@ def start_thread(call: Callable[[], T], name: str) -> tuple[Future[T], threading
 
 
 def finishes_within(limit_s: float, call: Callable[[], object], name: str) -> bool:
-    """Run a call that may never return, and wait for it. Return False if it exceeds the limit."""
+    """Run a call that may never return, and wait. Return False after the limit."""
     future, thread = start_thread(call, name)
     thread.join(limit_s)
     if thread.is_alive():

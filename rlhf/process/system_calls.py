@@ -1,6 +1,6 @@
-"""System calls that the `os` module of some Pythons lacks, because it was compiled for an older C library or kernel.
+"""System calls missing in the `os` module of some Pythons, compiled for an older C library or kernel.
 
-Pythons that `uv` or conda installs are among them. This module imports nothing heavy, so that every process can use it.
+Pythons from `uv` or conda are examples. This module imports nothing heavy, for use in every process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def memfd(name: str, *, is_sealable: bool = False) -> int:
-    """Return the descriptor of an empty file in memory. A started program inherits it only through `pass_fds`."""
+    """Return the descriptor of an empty file in memory.
+
+    A started program inherits the descriptor only through `pass_fds`.
+    """
     return _checked("memfd_create", _LIBC.memfd_create(name.encode(), _CLOEXEC | _ALLOW_SEALING * is_sealable))
 
 
@@ -27,12 +30,15 @@ def seal(descriptor: int) -> None:
 
 
 def pidfd_open(pid: int) -> int:
-    """Return a descriptor of a process, which becomes readable at its end. No started program inherits it."""
+    """Return a descriptor of a process, readable from the process's end on.
+
+    No started program inherits the descriptor.
+    """
     return _checked("pidfd_open", _LIBC.syscall(_PIDFD_OPEN, pid, 0))
 
 
 def pidfd_send_signal(descriptor: int, number: signal.Signals) -> None:
-    """Send a signal to the process of a descriptor, and to no other that has its pid later."""
+    """Send a signal to the process of a descriptor, and never to a later process with the same pid."""
     _checked("pidfd_send_signal", _LIBC.syscall(_PIDFD_SEND_SIGNAL, descriptor, number, None, 0))
 
 

@@ -1,1 +1,1 @@
-"""Train LoRA adapters, and read them from folders."""
+"""Train LoRA adapters, and read adapters from folders."""

@@ -18,9 +18,9 @@ _PLAIN = re.compile(r"[A-Za-z0-9_.]+")
 
 
 def load_adapter_config(folder: Path) -> peft.PeftConfig:
-    """Return peft's config of an adapter folder. Raise UserError if it is damaged.
+    """Return peft's config of an adapter folder. Raise UserError for a damaged folder.
 
-    peft reads a text in `target_modules` as a regular expression. It is replaced by the module names among the
+    peft reads a text in `target_modules` as a regular expression. The text is replaced by the module names among the
     weights.
     """
     settings = read_adapter_settings(folder)
@@ -42,13 +42,13 @@ def load_adapter_config(folder: Path) -> peft.PeftConfig:
 
 
 def adapted_modules(folder: Path) -> set[str]:
-    """Return the names of the modules whose adapters are among the weights of the folder."""
+    """Return the names of the modules with adapters among the weights of the folder."""
     matches = map(_ADAPTED.fullmatch, read_adapter_shapes(folder))
     return {match[1] for match in matches if match}
 
 
 def read_adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of an adapter's weights from the file's header. Raise UserError if it is damaged."""
+    """Return the shapes of an adapter's weights from the file's header. Raise UserError for a damaged file."""
     path = folder / WEIGHTS
     if not path.is_file():
         raise UserError(f"{folder} has no {WEIGHTS}: only safetensors are loaded. Save the adapter as that.")

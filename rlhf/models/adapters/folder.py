@@ -1,7 +1,7 @@
 """Trained adapters on disk, in peft's format: read, check against a base model, continue training, merge.
 
-Adapters come from `export_adapter` or from other trainers. Nothing here is sharded: a worker loads an adapter before
-its engine takes the model.
+Adapters come from `export_adapter` or from any trainer. Nothing here is sharded: a worker loads an adapter before the
+engine takes the model.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ _LEAVES_BASE_ALONE = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")  # ini
 def read_adapter_config(folder: Path) -> peft.LoraConfig:
     """Return the config of an adapter folder.
 
-    Raise UserError if there is none, or if its kind cannot be trained here.
+    Raise UserError for a missing config, or a kind of adapter that cannot be trained here.
     """
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} is no adapter folder: it has no {CONFIG}. Name a folder that peft has saved.")
@@ -120,7 +120,7 @@ def read_adapter_shape(folder: Path) -> AdapterShape:
 
 
 def refuse_misfit_adapter(folder: Path, base: str, *, scalar: bool = False, trust_remote_code: bool = False) -> None:
-    """Raise UserError if the adapter was trained on a model of another architecture. Reads headers alone.
+    """Raise UserError if the adapter was trained on a model of a different architecture. Reads headers alone.
 
     scalar: the base gets a head of one value, as a critic or a reward model.
     """
@@ -144,7 +144,7 @@ def refuse_misfit_adapter(folder: Path, base: str, *, scalar: bool = False, trus
 
 
 def refuse_incomplete(folder: Path, base: str, *, trust_remote_code: bool = False) -> None:
-    """Raise UserError if a language model's adapter lacks weights of its adapted modules. Reads headers alone."""
+    """Raise UserError if a language model's adapter lacks weights of adapted modules. Reads headers alone."""
     config = load_adapter_config(folder)
     config.inference_mode = False  # in inference mode peft freezes the parameters listed by `_places`
     shapes = read_adapter_shapes(folder)
@@ -161,7 +161,7 @@ def refuse_incomplete(folder: Path, base: str, *, trust_remote_code: bool = Fals
 
 
 def refuse_no_reward_adapter(folder: Path, *, trust_remote_code: bool = False) -> None:
-    """Raise UserError if an adapter does not belong to a model with one score, or does not fit its base.
+    """Raise UserError if an adapter does not belong to a model with one score, or does not fit the base.
 
     Reads headers alone.
     """
@@ -180,11 +180,11 @@ def refuse_no_reward_adapter(folder: Path, *, trust_remote_code: bool = False) -
 
 
 def load_trainable_adapter(model: Any, folder: Path, *, dropout: float = 0.0) -> Any:
-    """Return the model with a trained adapter as its only trainable part, apart from a scalar head.
+    """Return the model with a trained adapter as the only trainable part, apart from a scalar head.
 
-    A frozen copy of the adapter is kept: inside `adapter_disabled` the model is the base with the adapter as
-    loaded. A scalar model takes only the weights of its modules. The adapter's config then names this model as its
-    base. Raise UserError if the adapter does not fit.
+    A frozen copy of the adapter is kept: inside `adapter_disabled` the model is the base with the adapter as loaded. A
+    scalar model takes only the weights of the model's modules. The adapter's config then names this model as the base.
+    Raise UserError if the adapter does not fit.
     """
     config = read_adapter_config(folder)
     config.lora_dropout = dropout
@@ -195,7 +195,7 @@ def load_trainable_adapter(model: Any, folder: Path, *, dropout: float = 0.0) ->
 
 
 def load_folded(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
-    """Return the scalar model of an adapter and its base, added in float32 and then rounded to dtype."""
+    """Return the scalar model of an adapter added to the base in float32, rounded to dtype."""
     base, _ = base_of(folder)
     model = load_scalar_model(base, dtype=torch.float32, trust_remote_code=trust_remote_code)
     model = with_merged_adapter(model, str(folder))
@@ -225,10 +225,10 @@ def _filled(model: Any, folder: Path, config: peft.LoraConfig) -> Any:
 def merge_adapter(
     base: str, adapter: Path, folder: Path, *, dtype: torch.dtype = torch.bfloat16, trust_remote_code: bool = False
 ) -> None:
-    """Write the base with an adapter merged into it as a model folder, as peft's merge_and_unload computes it.
+    """Write the base with a merged adapter as a model folder, as computed by peft's merge_and_unload.
 
-    dtype: of the merge and of the written weights. The adapter's tokenizer is used if it has one. An adapter of a
-    sequence classifier gives a sequence classifier. Raise UserError if the adapter belongs to another model.
+    dtype: of the merge and of the written weights. The adapter's tokenizer is used, if any. An adapter of a sequence
+    classifier gives a sequence classifier. Raise UserError if the adapter belongs to a different model.
     """
     config = read_adapter_config(adapter)
     is_scalar = config.task_type == peft.TaskType.SEQ_CLS

@@ -1,9 +1,9 @@
-"""Low-rank adapters through peft, injected into the model. Its class and calls stay as they are.
+"""Low-rank adapters through peft, injected into the model. The model's class and calls stay the same.
 
 LoRA (arXiv:2106.09685), rsLoRA (arXiv:2312.03732), DoRA (arXiv:2402.09353) and PiSSA (arXiv:2404.02948). Workers add a
-new adapter after loading, or continue a trained one. The frozen weights never change here, even where peft would change
-them: PiSSA is the unchanged W, plus the trained adapter, minus a frozen copy of the initial adapter. The initial model
-is therefore available exactly, and shipped or saved adapters always fit the original base.
+new adapter after loading, or continue a trained one. The frozen weights never change here, not even where peft would
+change weights: PiSSA is the unchanged W, plus the trained adapter, minus a frozen copy of the initial adapter. The
+initial model is therefore available exactly, and shipped or saved adapters always fit the original base.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def add_lora(
 ) -> Any:
     """Return the model with an adapter. Only the adapter, modules_to_save and a scalar head are trainable.
 
-    It starts as the identity. `target_modules`: names of linear layers, or "all-linear" for all but the head.
+    The adapter starts as the identity. `target_modules`: names of linear layers, or "all-linear" for all but the head.
     `target_parameters`: names of stacked experts. `layers`: numbers of the blocks to adapt; None: all.
     `modules_to_save`: names of modules to train whole. A head tied to a trained embedding stays tied. Raise UserError
-    if a name or number does not exist, or if peft cannot keep the head tied.
+    for an unknown name or number, or if peft cannot keep the head tied.
     """
     base, revision = split_revision(model.config._name_or_path)
     config = peft.LoraConfig(
@@ -82,9 +82,9 @@ def add_lora(
 def inject(model: Any, config: peft.LoraConfig) -> Any:
     """Return the model with a new adapter of the config's shape.
 
-    model.peft_config then holds the config for its folder.
+    model.peft_config then holds the config for the adapter's folder.
 
-    Raise UserError if the head is adapted: log-probabilities read its weight directly, without an adapter.
+    Raise UserError if the head is adapted: log-probabilities read the head's weight directly, without an adapter.
     """
     saved = copy.deepcopy(config)
     model = peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
@@ -145,9 +145,9 @@ def keep_initial(model: Any, config: peft.LoraConfig) -> None:
 
 @contextmanager
 def adapter_disabled(model: nn.Module) -> Iterator[None]:
-    """Use the initial model inside: the base without its adapter, or with the frozen copy of a continued adapter.
+    """Use the initial model inside: the base without adapter, or with the frozen copy of a continued adapter.
 
-    Unlike peft's switch it leaves requires_grad alone.
+    Unlike peft's switch, this context leaves requires_grad alone.
     """
     parts = _adapted_parts(model)
     before = [(part._disable_adapters, part._active_adapter) for part in parts]
@@ -169,7 +169,7 @@ def with_adapter(model: Any, folder: str) -> Any:
 
 
 def with_merged_adapter(model: Any, folder: str) -> Any:
-    """Return the model with a folder's adapter merged into its weights, and with the modules trained whole.
+    """Return the model with a folder's adapter merged into the weights, and with the modules trained whole.
 
     The sums are in the dtype of the weights. Raise UserError if the adapter does not fit.
     """
@@ -189,7 +189,8 @@ def principal_pair(
 
 
 def _start_at_principal_part(model: Any, config: peft.LoraConfig) -> None:
-    """Start PiSSA: the adapter is the principal part of each weight, and a frozen copy of it is subtracted."""
+    """Start PiSSA: the adapter is the principal part of each weight, and a frozen copy of the principal part is
+    subtracted."""
     layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
         weight = layer.get_base_layer().weight
@@ -223,7 +224,7 @@ def _adapted_parts(model: nn.Module) -> list[Any]:
 
 
 def _has_initial(part: Any) -> bool:
-    """Return whether the initial model includes the part's frozen copy. With PiSSA it does not."""
+    """Return whether the initial model includes the part's frozen copy. A model with PiSSA does not."""
     if isinstance(part, ModulesToSaveWrapper):
         return INITIAL in part.modules_to_save
     return INITIAL in part.lora_A and not is_pissa(part)
@@ -234,7 +235,7 @@ def _head(model: Any) -> Any:
 
 
 def _linear_names(model: Any) -> list[str]:
-    """Return the last names of all linear layers but the head, routers, and those that cannot be adapted by name."""
+    """Return the last names of all linear layers, except the head, routers, and layers that no name can select."""
     others = {_head(model), *(part for router in routers_of(model) for part in router.modules())}
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module not in others}
     names = {name.rpartition(".")[2] for name in linear}
@@ -249,9 +250,9 @@ def _is_tied(model: Any) -> bool:
 
 
 def _with_tied_head(model: Any, names: Sequence[str]) -> list[str]:
-    """Return the names of the modules to train whole, so that peft keeps a head and an embedding among them tied.
+    """Return the names of the modules to train whole, in a form for which peft keeps a head and an embedding tied.
 
-    peft does so only if one of the names is in EMBEDDING_LAYER_NAMES. Raise UserError if both have other names.
+    peft needs one of the two names in EMBEDDING_LAYER_NAMES. Raise UserError if neither name is there.
     """
     if not names or not _is_tied(model):
         return list(names)

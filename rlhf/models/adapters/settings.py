@@ -1,4 +1,4 @@
-"""Read the settings of a LoRA adapter from its adapter_config.json, without loading peft."""
+"""Read the settings of a LoRA adapter from adapter_config.json, without loading peft."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from rlhf.models.files.loading import ADAPTER_CONFIG, with_revision
 
 
 def base_of(folder: Path) -> tuple[str, int]:
-    """Return the base model of an adapter's folder, as NAME@REVISION if it has a revision, and the adapter's rank."""
+    """Return the base model of an adapter's folder, as NAME@REVISION for a model with a revision, and the adapter's
+    rank."""
     path = folder / ADAPTER_CONFIG
     config = read_adapter_settings(folder)
     if config["peft_type"] != "LORA":

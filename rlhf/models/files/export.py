@@ -1,6 +1,6 @@
 """Write Hugging Face folders from a stream of weights: a model, or an adapter in peft's format.
 
-A run ends with it, and `rlhf export` calls it on a checkpoint. A folder appears complete or not at all.
+A run ends with an export, and `rlhf export` exports a checkpoint. A folder appears complete or not at all.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def export_model(
 ) -> None:
     """Write a folder for from_pretrained: safetensors (several files above shard_bytes), configs and tokenizer.
 
-    A model with its own code gets the files of this code too.
+    The folder of a model with custom code gets the files of this code too.
 
     dtype: of the weights, written into the config.
 
@@ -80,11 +80,11 @@ def adapter_config(model: Any) -> dict[str, Any]:
 
 
 def name_padding(config: Any, tokenizer: Any) -> None:
-    """Give a model with a scalar head, and its tokenizer, a padding token other than the end of sequence.
+    """Give a model with a scalar head, and the tokenizer, a padding token different from the end of sequence.
 
-    transformers scores a sequence at its last token before padding. If the end of sequence is the padding token, as
-    usual for tokenizers without one, this is the token before the trained one. Without a suitable token the config
-    names none: transformers then scores single sequences, and refuses batches.
+    transformers scores a sequence at the last token before padding. If the end of sequence is also the padding token,
+    as usual, this is the token before the trained token. Without a suitable token the config names no padding token:
+    transformers then scores single sequences, and refuses batches.
     """
     if not has_score_head(config):
         return
@@ -113,9 +113,10 @@ def _is_token(token_id: int | None, vocab_size: int) -> bool:
 
 @contextmanager
 def appearing(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder, and rename it to the final folder at the end. It is removed if anything fails.
+    """Yield a temporary folder, and rename it to the final folder at the end.
 
-    Files get this process's usual mode. Safetensors and temporary files would be readable by their owner alone.
+    After a failure, the temporary folder is removed. Files get this process's usual mode. Safetensors and temporary
+    files would be readable by the owner alone.
     """
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     replaced = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
@@ -176,7 +177,7 @@ def _write_shards(folder: Path, named_weights: Iterable[tuple[str, Tensor]], *, 
 
 
 def _save(weights: dict[str, Tensor], path: Path) -> None:
-    """Write a file, which waits for room on a full disk. The other ranks, which gather, wait for this one."""
+    """Write a file, with a wait for room on a full disk. The gathering ranks wait for this rank."""
     when_there_is_room(
         path,
         lambda: save_file(weights, path, metadata={"format": "pt"}),
@@ -186,7 +187,7 @@ def _save(weights: dict[str, Tensor], path: Path) -> None:
 
 
 def _save_model_settings(folder: Path, model: Any, config: Any, tokenizer: Any) -> None:
-    """Write all files of a model but its weights."""
+    """Write all files of a model except the weights."""
     if model.is_remote_code():
         custom_object_save(model, folder, config=config)  # copies the class's file, and names it in the config
     _save_settings(folder, config, tokenizer)

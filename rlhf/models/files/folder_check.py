@@ -30,7 +30,7 @@ _SMALL_FILES = {"config.json": 2**22, "chat_template.jinja": 2**20, "tokenizer_c
 
 
 def refuse_strange_folder(folder: Path) -> None:
-    """Raise UserError if a model folder holds special files, or if its config.json names impossible sizes."""
+    """Raise UserError if a model folder holds special files, or if config.json names impossible sizes."""
     for path in sorted(folder.iterdir()):
         if path.exists() and not path.is_file() and not path.is_dir():
             raise UserError(f"{path} is neither a file nor a folder, so it cannot be part of a model. Remove it.")
@@ -50,13 +50,13 @@ def refuse_strange_folder(folder: Path) -> None:
 
 
 def num_experts(config: Mapping[str, Any]) -> int:
-    """Return the number of experts in a layer of a mixture, from the values of its config.json. 0: a dense model."""
+    """Return the number of experts in a layer of a mixture, from the values of config.json. 0: a dense model."""
     text: Mapping[str, Any] = config.get("text_config") or config
     return next((int(text[key]) for key in _EXPERTS if text.get(key)), 0)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Return the values of a JSON file of a model. Raise UserError if it holds no JSON object."""
+    """Return the values of a JSON file of a model. Raise UserError for any other content than a JSON object."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -91,7 +91,7 @@ def refuse_broken_weights(folder: Path) -> None:
 
 
 def _sections(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield the config and its sections for submodels, each with its prefix."""
+    """Yield the config and its sections for submodels, each with a prefix."""
     yield "", config
     for key, value in config.items():
         if key.endswith("_config") and isinstance(value, dict):

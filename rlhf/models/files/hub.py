@@ -1,6 +1,6 @@
-"""Test once whether the Hugging Face hub answers. Its libraries would retry for minutes, for every file.
+"""Test once whether the Hugging Face hub answers. The hub's libraries would retry for minutes, for every file.
 
-Called before anything is loaded by name. It downloads nothing.
+Called before anything is loaded by name. The test downloads nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def use_cache_if_silent() -> None:
 
 
 def why_silent() -> str:
-    """Return the reason for a missing answer of the hub, or "" if it answers."""
+    """Return the reason for a missing answer of the hub, or "" after an answer."""
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     try:
@@ -46,7 +46,7 @@ def why_silent() -> str:
 
 
 def is_cached(model: str) -> bool:
-    """Return whether a hub model or adapter is in this machine's cache, with its weights."""
+    """Return whether a hub model or adapter is in this machine's cache, with the weights."""
     from rlhf.models.files.loading import split_revision  # with transformers, which takes seconds
 
     repository, revision = split_revision(model)

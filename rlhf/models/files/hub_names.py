@@ -1,7 +1,7 @@
-"""Convert a model's parameters into the weights of its files on the hub: other names, and experts one by one.
+"""Convert a model's parameters into the weights of the files on the hub: different names, and separate experts.
 
-transformers stacks the experts of a layer into one parameter as it loads them. vLLM and other programs read the files'
-form, so published and exported weights have it. Dense models mostly need no conversion.
+On loading, transformers stacks the experts of a layer into one parameter. vLLM and most programs read the files' form,
+so published and exported weights have this form. Dense models mostly need no conversion.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from transformers.core_model_loading import (
 
 
 def missing_settings(config: Any) -> dict[str, Any]:
-    """Return the settings that other programs need in the model's config.json, and that this config lacks.
+    """Return the settings missing in this config that vLLM and other programs need in the model's config.json.
 
-    Models on the hub have them. transformers neither reads nor writes them.
+    Models on the hub have such settings. transformers neither reads nor writes the settings.
     """
     settings: Mapping[str, Any] = {}
     if config.model_type == "deepseek_v3":  # else vLLM gives the routers no bias of choice, and scores by a softmax
@@ -48,7 +48,7 @@ def missing_settings(config: Any) -> dict[str, Any]:
 
 
 class HubNames:
-    """Reverses the conversions with which transformers loaded a model.
+    """Reverses the conversions of transformers' loading.
 
     A conversion of several parameters into one weight is left out: such parameters keep their names.
     """
@@ -69,7 +69,7 @@ class HubNames:
         ]
 
     def convert(self, name: str, weight: Tensor) -> Mapping[str, Tensor]:
-        """Return the weights of the files that hold this parameter, by name."""
+        """Return the weights of the files that make up this parameter, by name."""
         hub_name, pattern = rename_source_key(name, self._renamings, self._converters, reverse=True)
         if pattern is None:
             return {hub_name: weight}

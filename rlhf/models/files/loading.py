@@ -1,7 +1,7 @@
 """Load models and tokenizers from a hub name or a local folder: safetensors only, no remote code unless allowed.
 
-Workers start with it. Nothing here moves a model to a device, wraps it for training or shards it. Inside
-`rlhf.engine.sharded_loading` transformers shards the weights as it loads them.
+Workers start with this module. Nothing here moves a model to a device, wraps a model for training, or shards weights.
+Inside `rlhf.engine.sharded_loading` transformers shards the weights during loading.
 """
 
 from __future__ import annotations
@@ -49,12 +49,13 @@ _NOT_ARCHITECTURE = frozenset(
 def load_tokenizer(
     path: str, *, trust_remote_code: bool = False, template: ChatTemplate | None = None, kind: type[Any] | None = None
 ) -> Any:
-    """Return the tokenizer of a hub name or folder, with the changes to its chat template.
+    """Return the tokenizer of a hub name or folder, with the changes to the chat template.
 
-    The end of sequence becomes the padding token if the tokenizer has none.
+    The end of sequence becomes the padding token of a tokenizer without a padding token.
 
     Args:
-        kind: the tokenizer's class. None: AutoTokenizer finds it, whose import takes more than a second.
+        kind: the tokenizer's class. None: AutoTokenizer finds the class, at the cost of an import of more than a
+            second.
     """
     load = (transformers.AutoTokenizer if kind is None else kind).from_pretrained
     tokenizer = _load(path, load, trust_remote_code=trust_remote_code)
@@ -66,7 +67,7 @@ def load_tokenizer(
 
 
 def load_model_config(path: str, *, trust_remote_code: bool = False) -> Any:
-    """Return the transformers config without reading weights. An attention function named in it is ignored."""
+    """Return the transformers config without reading weights. An attention function named in the config is ignored."""
     config: Any = _load(path, transformers.AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
     config._attn_implementation = None  # the config may name a kernel to download and run
     return config
@@ -86,9 +87,9 @@ def with_revision(name: str, revision: str | None) -> str:
 
 
 def refuse_missing_weights(path: str, *, scalar: bool = False, trust_remote_code: bool = False) -> None:
-    """Raise UserError if a model folder lacks weights, or has weights of other shapes. Reads headers alone.
+    """Raise UserError if a model folder lacks weights, or has weights of wrong shapes. Reads headers alone.
 
-    scalar: the model gets a head of one value, initialised anew if the folder has none.
+    scalar: the model gets a head of one value, initialised anew without a head in the folder.
     """
     if not Path(path).is_dir() or is_adapter(Path(path)):
         return
@@ -111,10 +112,10 @@ def load_causal_lm(
     quantize: Quantize | None = None,
     device: torch.device | str = "cpu",
 ) -> Any:
-    """Return a causal language model in evaluation mode with dropout off, its weights in dtype.
+    """Return a causal language model in evaluation mode with dropout off, and weights in dtype.
 
-    quantize: the linear layers except the head are frozen in 4 bits, on `device`. Without it the model stays on the
-    host.
+    quantize: the linear layers except the head are frozen in 4 bits, on `device`. Without `quantize` the model stays on
+    the host.
     """
     options = quantization_options(quantize, dtype=dtype, device=device)
     model = _with_all_weights(path, scalar=False, dtype=dtype, trust_remote_code=trust_remote_code, **options)
@@ -130,9 +131,9 @@ def load_critic(
     quantize: Quantize | None = None,
     device: torch.device | str = "cpu",
 ) -> Any:
-    """Return a model with one scalar per token. Its head starts at zero on a language model, so all values start at 0.
+    """Return a model with one scalar per token. On a language model the head starts at zero, so all values start at 0.
 
-    A checkpoint with a scalar head (a saved critic, a reward model) keeps it. quantize: as in load_causal_lm.
+    The head of a checkpoint with a scalar head (a saved critic, a reward model) stays. quantize: as in load_causal_lm.
     """
     has_head = has_score_head(load_model_config(path, trust_remote_code=trust_remote_code))
     options = quantization_options(quantize, dtype=dtype, device=device)
@@ -153,9 +154,9 @@ def no_reward_head(path: str, what: str) -> UserError:
 
 
 def refuse_no_language_model(path: str, *, trust_remote_code: bool = False) -> None:
-    """Raise UserError if a model has no language-model head, since it would get a random one.
+    """Raise UserError for a model without a language-model head, since the model would get a random head.
 
-    Reads its config alone.
+    Reads the config alone.
     """
     config = load_model_config(path, trust_remote_code=trust_remote_code)
     if not _is_causal_lm(config):
@@ -184,7 +185,7 @@ def whole(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
 def architecture_fingerprint(config: Any) -> str:
     """Return a fingerprint, equal for models with interchangeable weights.
 
-    Checkpoints of other models are refused by it.
+    A different fingerprint makes a checkpoint of a different model.
     """
     kept = {key: value for key, value in config.to_dict().items() if key not in _NOT_ARCHITECTURE}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -263,7 +264,7 @@ def has_score_head(config: Any) -> bool:
 def _is_causal_lm(config: Any) -> bool:
     """Return whether the config describes a causal language model.
 
-    Its class decides, from transformers or from the model's code. Without a class the model type decides.
+    The class in the config decides, from transformers or from the model's code. Without a class the model type decides.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS  # takes a second
 
@@ -277,7 +278,7 @@ def _is_causal_lm(config: Any) -> bool:
 def _prepared(model: Any, *, gradient_checkpointing: bool) -> Any:
     """Set evaluation mode, and switch off dropout and the key-value cache.
 
-    A policy with dropout would be another distribution in every pass, and its ratios would be noise.
+    A policy with dropout would be a different distribution in every pass, with noise as ratios.
     """
     from rlhf.models.linear import widen_linear_layers  # torch, which the checks of a model's folder need not import
 
@@ -295,7 +296,7 @@ def _prepared(model: Any, *, gradient_checkpointing: bool) -> Any:
 
 
 def _disable_randomness(model: nn.Module) -> None:
-    """Set the rates of dropout, skipped layers and router noise to 0, also where a layer applies them as a function."""
+    """Set the rates of dropout, skipped layers and router noise to 0, also in layers with functional dropout."""
     module: Any
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -306,7 +307,7 @@ def _disable_randomness(model: nn.Module) -> None:
 
 
 def enable_checkpointing(model: Any) -> None:
-    """Recompute layers in the backward pass. transformers does it only for layers in training mode."""
+    """Recompute layers in the backward pass. transformers recomputes only layers in training mode."""
     if not model.supports_gradient_checkpointing:
         raise UserError(f"gradient_checkpointing: {type(model).__name__} does not support it. Set it to false.")
     from rlhf.models.packed.packed_row import checkpoint_contexts  # with PyTorch's compiler, which takes half a second
@@ -319,7 +320,7 @@ def enable_checkpointing(model: Any) -> None:
 
 
 def _load(path: str, load: Callable[..., T], **options: Any) -> T:
-    """Call a from_pretrained function and turn each of its failures into advice."""
+    """Call a from_pretrained function and turn each failure into advice."""
     name, revision = split_revision(path)
     if revision is not None:
         options["revision"] = revision
@@ -366,7 +367,7 @@ def _damaged(path: str, error: Exception) -> str:
 
 
 def _no_model(path: str) -> str | None:
-    """Describe a folder holding something other than a model. None: the folder looks like a model."""
+    """Describe a folder without a model. None: the folder looks like a model."""
     folder = Path(path)
     if (folder / "config.json").exists():
         return None

@@ -40,9 +40,9 @@ def refuse_unpublishable(name: str, *, key: str) -> None:
 
 
 def push_folder(folder: Path, name: str) -> None:
-    """Upload a model folder to the repository NAME, in place of a model that is there.
+    """Upload a model folder to the repository NAME, in place of an existing model.
 
-    Raise RunError with the command to repeat if the hub refuses it.
+    If the hub refuses, raise RunError with the command to repeat.
     """
     api = huggingface_hub.HfApi()
     try:

@@ -1,6 +1,6 @@
-"""Try a tokenizer's chat template, since it is a program and may come from anywhere.
+"""Try a tokenizer's chat template, since a template is a program and may come from anywhere.
 
-transformers runs it in a sandbox without files and Python, but with no limit of time and memory.
+transformers runs templates in a sandbox without files and Python, but with no limit of time and memory.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 def refuse_runaway_template(tokenizer: Any, *, limit_s: float = LIMIT_S) -> None:
     """Raise UserError if the chat template does not render one short message within limits of time and memory.
 
-    A forked process renders it. An error raised by the template is ignored here; it is raised again when a row is
-    rendered.
+    A forked process renders the message. An error raised by the template is ignored here, and comes again with the
+    first rendered row.
     """
     if tokenizer.chat_template is None:
         return
@@ -56,7 +56,7 @@ def _render_and_exit(tokenizer: Any, limit_s: float) -> None:
 
 
 def _wait(child: int, deadline: float) -> int | None:
-    """Return the exit status of the child. None: it did not end in time and was killed."""
+    """Return the exit status of the child. None: killed after the deadline."""
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:

@@ -1,7 +1,7 @@
 """The quickstart's model: a Llama of some 400 thousand parameters with a byte-level tokenizer, generated locally.
 
-A run starts with it in place of a downloaded model. It is an ordinary Hugging Face folder and loads like a real model.
-It must never depend on a network or on the global random state.
+A run starts with this model in place of a downloaded model. The result is an ordinary Hugging Face folder and loads
+like a real model. The model must never depend on a network or on the global random state.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ _RECIPE = "tiny_llama.json"  # name of the file with the folder's arguments, so 
 
 
 def build_tiny_llama(folder: Path, *, seed: int, tied: bool = False) -> Path:
-    """Make the model folder, or reuse one made from the same seed. Return `folder`. The weights are float32.
+    """Make the model folder, or reuse a folder made from the same seed. Return `folder`. The weights are float32.
 
     The weights depend on `seed` and `tied` alone. The folder appears complete or not at all, also when several
-    processes make it at once. Raise UserError if `folder` exists and holds anything else.
+    processes make the folder at once. Raise UserError if `folder` exists and holds anything else.
     """
     recipe = json.dumps({"seed": seed, "tied": tied})
     if not folder.exists():
@@ -83,7 +83,7 @@ def build_tiny_llama(folder: Path, *, seed: int, tied: bool = False) -> Path:
 
 
 class DescribedConfig(SimpleNamespace):
-    """What the checks before a run read of the tiny model's config."""
+    """The part of the tiny model's config read by the checks before a run."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values of config.json."""
@@ -95,9 +95,9 @@ class DescribedConfig(SimpleNamespace):
 
 
 def describe_tiny_llama(folder: Path) -> Path:
-    """Write the tiny model without its weights, for the checks before a run. Return `folder`.
+    """Write the tiny model without weights, for the checks before a run. Return `folder`.
 
-    Neither torch nor transformers' Llama is imported, which takes seconds.
+    Neither torch nor transformers' Llama is imported, since both imports take seconds.
     """
     byte_tokenizer().save_pretrained(folder)
     config = json.dumps({**_SHAPE, "architectures": ["LlamaForCausalLM"]})
@@ -107,7 +107,7 @@ def describe_tiny_llama(folder: Path) -> Path:
 
 
 def described_config(folder: Path) -> DescribedConfig | None:
-    """Return the config of a tiny model that was described. None: the folder holds another model."""
+    """Return the config of a described tiny model. None: the folder holds a different model."""
     path = folder / _DESCRIPTION
     return DescribedConfig(**json.loads(path.read_text())) if path.is_file() else None
 
@@ -135,7 +135,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _byte_letters() -> list[str]:
-    """Return ByteLevel's letter for each byte: itself if printable, else the next free one from 256."""
+    """Return ByteLevel's letter for each byte: the byte itself if printable, else the next free character from 256."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     free = iter(range(256, 512))
     return [chr(byte if byte in printable else next(free)) for byte in range(256)]

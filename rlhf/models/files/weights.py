@@ -1,7 +1,7 @@
-"""A model's weights for other programs: under their Hugging Face names, whole, adapters merged or separate.
+"""A model's weights for other programs: under the Hugging Face names, whole, adapters merged or separate.
 
-Weight sync and export read them through the engine, which gathers the parameters of each weight. Nothing here knows how
-parameters are sharded.
+Weight sync and export read the weights through the engine. The engine gathers the parameters of each weight. Nothing
+here knows how parameters are sharded.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _itself(weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class WeightSource:
-    """One weight of the model and its parameters: itself, or a frozen weight and its adapter."""
+    """A weight of the model as a combination of parameters: one parameter, or a frozen weight and an adapter."""
 
     name: str
     parameters: tuple[nn.Parameter, ...]
@@ -39,11 +39,11 @@ class WeightSource:
     hub_names: HubNames | None = None  # None: published as it is
 
     def make(self) -> Tensor:
-        """Return the weight, once its parameters are whole. A 4-bit weight is dequantised."""
+        """Return the weight from whole parameters. A 4-bit weight is dequantised."""
         return self.combine(*(dequantized(p).detach() for p in self.parameters))
 
     def published(self) -> Iterable[tuple[str, Tensor]]:
-        """Return the weight under the names of the model's files, where a stack of experts is one weight an expert."""
+        """Return the weight under the names of the model's files, with a separate weight for each expert of a stack."""
         weight = self.make()
         return ((self.name, weight),) if self.hub_names is None else self.hub_names.convert(self.name, weight).items()
 
@@ -102,7 +102,7 @@ def pissa_merged(
     *,
     scaling: float,
 ) -> Float[Tensor, "o i"]:
-    """Return W + scaling * (B A - B0 A0): W with the change of its principal part in training (arXiv:2404.02948)."""
+    """Return W + scaling * (B A - B0 A0): W with the change of the principal part in training (arXiv:2404.02948)."""
     rows, columns = pissa_rows(lora_a, initial_a), pissa_columns(lora_b, initial_b)
     return lora_merged(weight, rows, columns, scaling=scaling)
 
@@ -135,9 +135,9 @@ def initial_copies(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def weight_sources(model: nn.Module) -> list[WeightSource]:
-    """Return all weights of the model, adapters merged. A tied weight comes once, under the name of the embedding.
+    """Return all weights of the model, adapters merged. A tied weight comes once, under the embedding's name.
 
-    Buffers in the model's files are weights too, such as the bias by which DeepSeek's routers choose experts.
+    Buffers in the model's files are weights too, such as the bias of DeepSeek's routers.
     """
     layers = dict(_lora_layers(model))
     stacks = {id(layer.get_param()): layer for layer in layers.values() if is_stack(layer)}
@@ -160,9 +160,9 @@ def weight_sources(model: nn.Module) -> list[WeightSource]:
 
 
 def published_names(config: Any) -> frozenset[str]:
-    """Return the names of all weights that a model of this config has in its files. The model gets no memory.
+    """Return the names of all weights in the files of a model of this config. The model gets no memory.
 
-    Nothing is returned for a class that transformers does not have.
+    A class unknown to transformers gives no name.
     """
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         return frozenset()
@@ -174,8 +174,8 @@ def published_names(config: Any) -> frozenset[str]:
 def adapter_sources(model: nn.Module) -> list[WeightSource]:
     """Return the trained weights of a LoRA model, under the names in peft's adapter_model.safetensors.
 
-    They are the adapter, the modules trained whole, and a scalar head if there is one. A PiSSA adapter comes as a
-    plain one of twice the rank, fitting the unchanged base. Raise ValueError if the model has no adapter.
+    The trained weights are the adapter, the modules trained whole, and any scalar head. A PiSSA adapter comes as a
+    plain adapter of twice the rank, for the unchanged base. Raise ValueError if the model has no adapter.
     """
     layers = dict(_lora_layers(model))
     if not layers:
@@ -202,7 +202,7 @@ def saved_name(name: str) -> str:
 
 
 def is_stack(layer: Any) -> bool:
-    """Return whether an adapted layer is a stack of experts, one parameter of its module."""
+    """Return whether an adapted layer is a stack of experts, one parameter of the module."""
     return hasattr(layer, "parameter_name")
 
 
@@ -212,7 +212,7 @@ def is_pissa(layer: Any) -> bool:
 
 
 def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the buffers that belong to the model's files."""
+    """Yield the buffers in the model's files."""
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(prefix, recurse=False):
             if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
@@ -256,5 +256,5 @@ def _plain(name: str) -> str:
 
 
 def _saved_whole(name: str) -> str:
-    """Return a parameter's name without peft's wrapper of modules that are trained whole."""
+    """Return a parameter's name without peft's wrapper of modules trained whole."""
     return name.replace(f".modules_to_save.{ADAPTER}.", ".")

@@ -1,1 +1,1 @@
-"""Compute the sequences of a packed row: its layout, its attention, and the forward pass."""
+"""Compute the sequences of a packed row: layout, attention, and forward pass."""

@@ -1,7 +1,7 @@
-"""Attention of a packed row: each sequence sees itself, and a branch also sees its trunks.
+"""Attention of a packed row: each sequence sees itself, and a branch also sees the trunks.
 
-transformers calls it in place of its attention functions. On a GPU all sequences share one call of flash attention
-(rlhf.models.packed.varlen). Elsewhere they run one after the other through PyTorch's scaled_dot_product_attention.
+transformers calls this attention in place of the built-in functions. On a GPU all sequences share one call of flash
+attention (rlhf.models.packed.varlen). Elsewhere sequences run in turn through PyTorch's scaled_dot_product_attention.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def attention_of_row(
     attention_mask: Tensor | None,
     **settings: Any,
 ) -> tuple[Float[Tensor, "1 n Q D"], None]:
-    """Compute attention inside each sequence of the current row. transformers calls it for every layer."""
+    """Compute attention inside each sequence of the current row. transformers calls this function for every layer."""
     row = current_row()
     if row is None:
         raise RuntimeError("the attention of a packed row is called outside the forward pass of one")
@@ -74,7 +74,7 @@ def packed_attention(
 ) -> tuple[Float[Tensor, "1 N Q D"], None]:
     """Compute causal attention inside each sequence, with the signature of transformers' attention functions.
 
-    With borders (on a GPU) it is one kernel call, if the kernel supports the model's attention. Otherwise
+    With borders (on a GPU) a single kernel call is enough, if the kernel supports the model's attention. Otherwise
     neighbours of equal length share a call. Grouped heads, sliding windows, chunks (Llama 4), capped logits (Gemma 2)
     and learnt sinks (gpt-oss) are handled. Raise NotImplementedError for position biases or custom masks; such models
     compute sequences one by one.
@@ -131,7 +131,7 @@ def _by_branch(
     branches: Branches,
     attend: Callable[..., Tensor],
 ) -> Iterator[Float[Tensor, "n Q D"]]:
-    """Run each sequence against itself and, for a branch, the shared parts of its trunks."""
+    """Run each sequence against itself and, for a branch, the shared parts of the trunks."""
     queries, keys, values = (x.split(list(lengths), 2) for x in (query, key, value))  # one backward for all parts
     for q, k, v, trunk in zip(queries, keys, values, trunks(lengths, branches), strict=True):
         if trunk:
@@ -178,14 +178,15 @@ def _attention(
 
 
 def _chunk_size(module: Any) -> int | None:
-    """Return the number of tokens in a chunk, if this layer's tokens see only those of their own chunk (Llama 4)."""
+    """Return the number of tokens in a chunk, for a layer whose tokens see only the tokens of the same chunk
+    (Llama 4)."""
     config: Any = getattr(module, "config", None)
     size: int | None = getattr(config, "attention_chunk_size", None)
     return size if size and config.layer_types[module.layer_idx] == "chunked_attention" else None
 
 
 def _causal(length: int, *, window: int, device: torch.device) -> Bool[Tensor, "n n"]:
-    """Return True where a token (row) sees another (column): itself and the window - 1 before it."""
+    """Return True where a token (row) sees a token (column): itself and the window - 1 tokens before."""
     position = torch.arange(length, device=device)
     distance = position[:, None] - position
     return (distance >= 0) & (distance < window)

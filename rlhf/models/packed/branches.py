@@ -1,9 +1,9 @@
-"""Sequences sharing the computation of their common first tokens.
+"""Sequences sharing the computation of common first tokens.
 
-In a packed row a sequence may be a branch: it continues the first tokens of another sequence of the row (its trunk)
-instead of repeating them. A trunk may be a branch itself, so the sequences of a row form trees of any depth. The hidden
-states of shared tokens are computed once, every branch attends to them, and their gradient is the sum over the
-branches: the same mathematics as with copies, up to rounding.
+In a packed row a sequence may be a branch: a branch continues the first tokens of an earlier sequence of the row (the
+trunk) instead of repeating these tokens. A trunk may be a branch itself, so the sequences of a row form trees of any
+depth. The hidden states of shared tokens are computed once, every branch attends to the shared states, and the gradient
+of a shared state is the sum over the branches: the same mathematics as with copies, up to rounding.
 
 Example: the prompt `p q` with the responses `a b` and `c`, and `d` after `p q c`, in a row of 6 tokens:
     tokens = [p q a b | c | d]   lengths = [4, 1, 1]   branches = [None, Branch(of=0, length=2), Branch(of=1, length=3)]
@@ -24,7 +24,7 @@ from torch import Tensor
 class Branch:
     """A sequence continuing the first `length` tokens of the whole sequence `of`, which is earlier in the row.
 
-    `of` holds the last of these tokens in the row. Its trunk holds the first ones, if it is a branch itself.
+    `of` holds the last shared tokens in the row. If `of` is a branch itself, the trunk of `of` holds the first tokens.
     """
 
     of: int
@@ -35,7 +35,7 @@ Branches = Sequence[Branch | None]  # one entry per sequence; None: the sequence
 
 
 def positions(lengths: Sequence[int], branches: Branches | None, *, device: torch.device) -> Int[Tensor, " N"]:
-    """Return each token's position in its whole sequence."""
+    """Return each token's position in the token's whole sequence."""
     return torch.cat(
         [
             torch.arange(length, device=device) + (0 if branch is None else branch.length)
@@ -56,9 +56,9 @@ def predecessors(lengths: Int[Tensor, " B"], branches: Branches | None) -> Int[T
 
 
 def trunks(lengths: Sequence[int], branches: Branches | None) -> list[tuple[tuple[int, int], ...]]:
-    """Return for each sequence where the row holds the tokens before its own ones.
+    """Return for each sequence where the row holds the shared tokens before the sequence.
 
-    An entry (sequence, count) stands for the first `count` tokens that the row holds of an earlier sequence.
+    An entry (sequence, count) stands for the first `count` tokens of an earlier sequence in the row.
     """
     result: list[tuple[tuple[int, int], ...]] = []
     for branch in branches or [None] * len(lengths):
@@ -74,6 +74,6 @@ def trunks(lengths: Sequence[int], branches: Branches | None) -> list[tuple[tupl
 
 
 def _num_held(branch: Branch, branches: Branches | None) -> int:
-    """Count the shared tokens that the row holds of the branch's trunk. The trunk of the trunk holds the others."""
+    """Count the shared tokens that the row holds of the branch's trunk. The trunk of the trunk holds the rest."""
     trunk = None if branches is None else branches[branch.of]
     return branch.length - (0 if trunk is None else trunk.length)

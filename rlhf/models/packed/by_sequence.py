@@ -1,8 +1,8 @@
-"""Run the layers that mix tokens by other means than attention one sequence at a time, inside a packed row.
+"""Run layers that mix tokens without attention one sequence at a time, inside a packed row.
 
-Short convolutions, linear attention and state-space models take their whole input as one sequence. Here each sequence
-of a row passes such a layer by itself, and the layers around it still see the row. A branch passes it together with
-the shared tokens of its trunks, since its state begins there.
+Short convolutions, linear attention and state-space models take the whole input as one sequence. Here each sequence of
+a row passes such a layer separately, and the layers around still see the row. A branch passes the layer together with
+the shared tokens of the trunks, where the branch's state begins.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Trunk = Sequence[tuple[int, int]]  # an entry of `trunks`
 
 
 def mixers_of(model: nn.Module) -> tuple[nn.Module, ...]:
-    """Return the layers that mix tokens by other means than attention: those with a convolution, and a few by name."""
+    """Return the layers that mix tokens without attention: layers with a convolution, and a few by name."""
     return tuple(
         module
         for module in model.modules()
@@ -34,10 +34,10 @@ def mixers_of(model: nn.Module) -> tuple[nn.Module, ...]:
 
 
 def separate_sequences(model: nn.Module) -> None:
-    """Let each sequence of a packed row pass these layers by itself from now on. Other passes stay as they are.
+    """From now on, let each sequence of a packed row pass these layers separately. Passes without a row do not change.
 
     A layer sharded by ZeRO-3 takes the sequences as one batch, filled up on the right, where causal layers see nothing.
-    All ranks then call it once a row, as they must to gather its weights together.
+    All ranks then call the layer once a row, as needed for gathering the weights together.
     """
     for mixer in mixers_of(model):
         forward = mixer.forward
@@ -86,7 +86,8 @@ def _taken(batch: Any, index: int, size: int) -> Any:
 
 
 def _cut(value: Any, lengths: Sequence[int], before: Sequence[Trunk]) -> Sequence[Any]:
-    """Return a layer's argument for each sequence: its part of a tensor over the row, anything else as it is."""
+    """Return a layer's argument for each sequence: the sequence's part of a tensor over the row, anything else
+    unchanged."""
     if isinstance(value, tuple):
         parts = [_cut(part, lengths, before) for part in value]
         return [tuple(part[index] for part in parts) for index in range(len(lengths))]

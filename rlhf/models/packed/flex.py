@@ -1,6 +1,6 @@
 """Attention of a packed row on a GPU with capped logits or sinks: all sequences in one call of flex attention.
 
-PyTorch's flash attention of variable lengths has neither. Flex attention is compiled for the GPU at its first call. Its
+PyTorch's flash attention of variable lengths has neither. Flex attention is compiled for the GPU at the first call. The
 mask is computed once for all layers with the same window.
 """
 
@@ -30,7 +30,7 @@ def flexible_attention(
     softcap: float | None,
     sinks: Float[Tensor, " Q"] | None,
 ) -> Float[Tensor, "1 N Q D"]:
-    """Compute causal attention inside each sequence. The arguments are those of `packed_attention`."""
+    """Compute causal attention inside each sequence. The arguments are as in `packed_attention`."""
 
     if window not in at.masks:
         at.masks[window] = _mask(at, window=window, device=query.device)
@@ -59,7 +59,7 @@ def _capped(softcap: float) -> Callable[..., Tensor]:
 
 
 def _mask(at: Borders, *, window: int | None, device: torch.device) -> Any:
-    """Return the mask of a row: a token sees its sequence up to itself, and a branch the shared parts of its trunks."""
+    """Return the mask of a row: a token sees the sequence up to itself, and a branch the shared parts of the trunks."""
     count = len(at.lengths)
     shared = torch.zeros(count, count, dtype=torch.int64)  # tokens of a sequence (column) that another one sees
     for index, trunk in enumerate(trunks(at.lengths, at.branches)):

@@ -1,8 +1,8 @@
 """The packed forward pass: B sequences in one row of N tokens, without padding, each seeing only itself.
 
-Every worker with a model calls it. Attention runs sequence by sequence (rlhf.models.packed.attention); the layers
-between see one row of N tokens. Positions restart at every sequence. Models unfit for packing compute the sequences of
-the row one by one (rlhf.models.packed.row_layout). The equations are in rlhf.objectives.
+Every worker with a model calls this pass. Attention runs sequence by sequence (rlhf.models.packed.attention); the
+layers between see one row of N tokens. Positions restart at every sequence. Models unfit for packing compute the
+sequences of the row one by one (rlhf.models.packed.row_layout). The equations are in rlhf.objectives.
 """
 
 from __future__ import annotations
@@ -102,9 +102,10 @@ def row_states(
     noise_alpha: float | None = None,
     places: Int[Tensor, " N"] | None = None,
 ) -> Float[Tensor, "N H"]:
-    """Return the last hidden states of one packed row. In a row shared by ranks, those of this rank's `own_part`.
+    """Return the last hidden states of one packed row.
 
-    places: each token's position in its sequence. None: the positions follow from lengths and tree.
+    In a row shared by ranks, return the states of this rank's `own_part`. places: each token's position in the
+    sequence. None: the positions follow from lengths and tree.
     """
     _set_attention(body, ATTENTION)
     if places is None:
@@ -195,7 +196,7 @@ def policy_logprobs_and_collisions(
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """Return (logprobs, collisions) for on_policy_weights.
 
-    A collision is the log-probability of two draws at the token's position being equal. It has no gradient.
+    A collision is the log-probability of equal tokens in two draws at the position, without gradient.
     """
     of_rows = chunked_logprobs_and_collisions
     logprobs, collisions = _columns(of_rows, model, token_ids, lengths, mask, branches, temperature)
@@ -232,7 +233,7 @@ def supervised_loss(
     """Return (sum of -token_weight * logprob over the tokens in mask, logprobs without gradient, top-1 hits).
 
     The columns are 0 and False outside mask. The head is applied once, not twice as by `policy_logprobs`.
-    by_probability: each term times its token's probability, held constant (DFT). noise_alpha: NEFTune's alpha.
+    by_probability: each term times the token's probability, held constant (DFT). noise_alpha: NEFTune's alpha.
     """
     chosen, before = _masked_positions(mask, lengths)
     hidden = hidden_states(model, token_ids, lengths, noise_alpha=noise_alpha).index_select(0, before)
@@ -278,9 +279,9 @@ def distillation_loss(
     """Return (weighted loss over the tokens in mask, divergences, logprobs, top-1 hits).
 
     The loss is the sum of token_weight * (divergence - sft_coef * logprob). The columns have no gradient and are 0
-    outside mask; the logprobs are at temperature 1. `teacher` holds the teacher's `learnt_states` of the same row,
-    and `head` its vocabulary head. If a head has extra rows without tokens, both distributions use the rows in
-    common.
+    outside mask; the logprobs are at temperature 1. `teacher` holds the teacher's `learnt_states` of the same row, and
+    `head` the teacher's vocabulary head. If a head has extra rows without tokens, both distributions use the common
+    rows.
     """
     of_rows = partial(weighted_divergence_sum, divergence, sft_coef=sft_coef)
     loss, *columns = _distillation_columns(
@@ -313,8 +314,8 @@ def sampled_distillation_loss(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Float[Tensor, " N"], Float[Tensor, " N"]]:
     """Return (token_weight * sum of divergences, student logprobs, teacher logprobs, student entropies).
 
-    The columns cover the tokens in mask, without gradient and 0 elsewhere. It works as `distillation_loss`, for
-    tokens sampled at this temperature. Responses may share their prompt.
+    The columns cover the tokens in mask, without gradient and 0 elsewhere. The function works as `distillation_loss`,
+    for tokens sampled at this temperature. Responses may share a prompt.
     """
     loss, *columns = _distillation_columns(
         partial(sampled_divergence_sum, divergence),
@@ -378,7 +379,7 @@ def _first(rows: Tensor, *, count: int) -> Tensor:
 
 
 def lm_head_weight(model: Any) -> Float[Tensor, "V H"]:
-    """Return the weight of the vocabulary head (the embedding itself where they are tied)."""
+    """Return the weight of the vocabulary head (the embedding itself if tied)."""
     weight: Tensor = model.get_output_embeddings().weight
     return weight
 
@@ -397,7 +398,7 @@ def lm_head_settings(model: Any) -> dict[str, Any]:
 
 
 def _masked_positions(mask: Tensor, lengths: Tensor, branches: Branches | None = None) -> tuple[Tensor, Tensor]:
-    """Return (tokens in mask, their predecessors) for predecessors on this rank, counted from its first token.
+    """Return (tokens in mask, predecessors) for predecessors on this rank, counted from the rank's first token.
 
     Raise ValueError if mask holds a sequence's first token.
     """

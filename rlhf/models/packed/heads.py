@@ -1,6 +1,6 @@
 """Scalar heads over packed sequences: one value a token for the critic, one score a sequence for the reward model.
 
-Both are transformers' sequence-classification models with one label. Their `score` layer is applied here, at the needed
+Both are transformers' sequence-classification models with one label. The `score` layer is applied here, at the needed
 tokens only. Nothing here computes a loss.
 """
 
@@ -31,7 +31,7 @@ def token_values(
 
 
 def token_scores(model: Any, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"]) -> Float[Tensor, " N"]:
-    """Return the head's output at every token, in float32. It judges the sequence up to this token."""
+    """Return the head's output at every token, in float32. The output judges the sequence up to this token."""
     hidden = hidden_states(model, token_ids, lengths)
     return whole_row(model.score(hidden)[:, 0].float(), len(token_ids))
 
@@ -39,7 +39,7 @@ def token_scores(model: Any, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, 
 def sequence_scores(
     model: Any, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"], branches: Branches | None = None
 ) -> Float[Tensor, " B"]:
-    """Return the score of each sequence, in float32: the head's output at its last token, as in transformers."""
+    """Return the score of each sequence, in float32: the head's output at the last token, as in transformers."""
     hidden = hidden_states(model, token_ids, lengths, branches)
     scores = whole_row(model.score(hidden)[:, 0].float(), len(token_ids))
     return scores[lengths.cumsum(0) - 1]

@@ -1,7 +1,7 @@
-"""The row of sequences in the current forward pass, for layers that must know where each sequence begins.
+"""The row of sequences in the current forward pass, for layers that depend on the beginning of each sequence.
 
 Most models' code passes no such argument to every layer, so the layers read the row here. A layer recomputed in the
-backward pass reads the row of its forward pass.
+backward pass reads the row of the forward pass.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _in_order: ContextVar[bool] = ContextVar("rows_in_order", default=False)
 
 @contextmanager
 def computing(row: PackedRow | None) -> Iterator[None]:
-    """Compute this row inside. None: the model computes a batch of its own."""
+    """Compute this row inside. None: the model computes a batch without a row."""
     token = _current.set(row)
     try:
         yield
@@ -46,12 +46,12 @@ def current_row() -> PackedRow | None:
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Return the contexts of a layer's first pass and of its repetition, for torch's checkpoint."""
+    """Return the contexts of a layer's first pass and of the repetition, for torch's checkpoint."""
     return nullcontext(), computing(_current.get())
 
 
 def keeps_row_order() -> bool:
-    """Return whether the sequences of a row must pass the model in their order, because a record needs it."""
+    """Return whether the sequences of a row must pass the model in order, because a record depends on the order."""
     return _in_order.get()
 
 

@@ -1,7 +1,7 @@
-"""Rotary embeddings (RoPE) whose frequencies depend on the longest sequence of a forward pass.
+"""Fix the frequencies of rotary embeddings (RoPE) that depend on the longest sequence of a forward pass.
 
-With `longrope` and `dynamic`, transformers chooses the frequencies of a whole row by its largest position. A short
-sequence would then get other frequencies beside a long sequence than alone. vLLM chooses once, by its max_model_len.
+With `longrope` and `dynamic`, transformers chooses the frequencies of a whole row by the largest position. A short
+sequence would then get different frequencies beside a long sequence than alone. vLLM chooses once, by max_model_len.
 Workers therefore choose once too, by the longest sequence of the run, before a model computes anything.
 """
 
@@ -22,10 +22,10 @@ _log = logging.getLogger(__name__)
 
 
 def fix_frequencies(model: Any, longest: int) -> None:
-    """Let every sequence have the frequencies that vLLM uses with `longest` as its max_model_len.
+    """Give every sequence the frequencies of vLLM with `longest` as max_model_len.
 
-    Raise UserError for a `dynamic` embedding if the run has sequences beyond its trained length. The configuration of
-    the model stays as it is, and is exported so.
+    Raise UserError for a `dynamic` embedding if the run has sequences beyond the trained length. The configuration of
+    the model stays unchanged, also in exports.
     """
     refuse_beyond_trained_length(model, trained_length(model), longest)
     for parent, name, embedding in list(_embeddings(model)):
@@ -47,7 +47,7 @@ def fix_frequencies(model: Any, longest: int) -> None:
 
 
 def trained_length(model: nn.Module) -> int | None:
-    """Return the most tokens for which `dynamic` embeddings keep their frequencies. None: no embedding is dynamic."""
+    """Return the most tokens before `dynamic` embeddings change the frequencies. None: no embedding is dynamic."""
     lengths = [
         embedding.original_max_seq_len
         for _, _, embedding in _embeddings(model)
@@ -57,7 +57,7 @@ def trained_length(model: nn.Module) -> int | None:
 
 
 def refuse_beyond_trained_length(model: Any, limit: int | None, longest: int) -> None:
-    """Raise UserError if a sequence would change the frequencies of all later ones."""
+    """Raise UserError if a sequence would change the frequencies of all later sequences."""
     if limit is not None and longest > limit:
         raise UserError(
             f"A sequence may have {longest} tokens, but the model {model.config._name_or_path} takes at most {limit}: "
@@ -67,7 +67,7 @@ def refuse_beyond_trained_length(model: Any, limit: int | None, longest: int) ->
 
 
 def _embeddings(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Yield each rotary embedding of transformers with its parent and its name there."""
+    """Yield each rotary embedding of transformers with the parent module and the name there."""
     for parent in model.modules():
         for name, child in parent.named_children():
             if hasattr(child, "rope_type") and hasattr(child, "config"):
@@ -81,9 +81,9 @@ def _types(embedding: Any) -> dict[str | None, str]:
 
 
 def _with_one_factor(config: Any, layer_types: list[str | None], longest: int) -> tuple[Any, int]:
-    """Return a copy of the configuration in which long and short factors are those for `longest` tokens.
+    """Return a copy of the configuration with the factors for `longest` tokens as both long and short factors.
 
-    Also return original_max_position_embeddings, the most tokens for which the short factors are meant.
+    Also return original_max_position_embeddings, the most tokens for the short factors.
     """
     fixed, trained = copy.deepcopy(config), sys.maxsize
     for layer_type in layer_types:

@@ -1,6 +1,7 @@
-"""The check of a loaded model's forward pass: it finds a layout of sequences with the model's own hidden states.
+"""Check a loaded model's forward pass: find a layout of sequences with the model's own hidden states.
 
-Called once wherever a model is loaded. It compares a few short random sequences with transformers' own forward pass.
+Called once wherever a model is loaded. The check compares a few short random sequences with transformers' own forward
+pass.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _log = logging.getLogger(__name__)
 
 @torch.no_grad()
 def check_rows(model: Any, device: torch.device) -> RowLayout:
-    """Find the layout with correct results for a model's sequences, and use it from now on.
+    """Find the layout with correct results for a model's sequences, and use this layout from now on.
 
     Raise UserError if even single sequences differ from the model's own forward pass, or if ranks share rows of a
     model unfit for packing. Ranks with shards of the weights or shared rows call this together: all run the same
@@ -82,7 +83,7 @@ def check_rows(model: Any, device: torch.device) -> RowLayout:
 
 
 def _own_states(model: Any, tokens: Sequence[Tensor]) -> list[Tensor]:
-    """Return the hidden states of each sequence. Raise UserError if the model cannot compute them."""
+    """Return the hidden states of each sequence. Raise UserError if the model fails."""
     try:
         own_states = [own_hidden_states(model, ids) for ids in tokens]
     except torch.OutOfMemoryError:
@@ -132,7 +133,7 @@ def _measured(
 
 
 def _failure(tolerance: float, own_states: Sequence[Tensor], compute: Callable[[], Tensor]) -> str | None:
-    """Describe how a pass fails to give the model's own hidden states. None: it gives them."""
+    """Describe how a pass fails to give the model's own hidden states. None: no failure."""
     try:
         states = compute()
     except torch.OutOfMemoryError:
@@ -159,7 +160,7 @@ def _states(
 
 
 def _states_beside_last_position(model: Any, tokens: Sequence[Tensor]) -> Float[Tensor, "N H"]:
-    """Return the hidden states of a packed row that also holds one token at the last position the model has.
+    """Return the hidden states of a packed row with an additional token at the model's last position.
 
     Position embeddings that depend on the longest sequence of a row show here, without a sequence of that length.
     """

@@ -47,7 +47,7 @@ def rows_of(model: Any) -> Rows | None:
 
 
 def row_layout(model: Any) -> RowLayout:
-    """Return the layout of a model. An unchecked model is packed, and its prompts are shared."""
+    """Return the layout of a model. An unchecked model is packed, with shared prompts."""
     rows = rows_of(model)
     return RowLayout.SHARED_PROMPTS if rows is None else rows.layout
 
@@ -106,7 +106,7 @@ _PACKED = frozenset({"codegen", "gpt_neo", "gpt_neox_japanese", "gptj"})  # posi
 
 
 def expected_layout(config: Mapping[str, Any]) -> tuple[RowLayout, str]:
-    """Return the layout of a model and the reason for it, from the values of its config.json alone.
+    """Return the layout of a model and the reason, from the values of config.json alone.
 
     Unknown kinds of models are expected to share prompts; the check of the loaded model decides.
     """
@@ -124,7 +124,7 @@ def expected_layout(config: Mapping[str, Any]) -> tuple[RowLayout, str]:
 
 
 def keeps_states(config: Mapping[str, Any]) -> bool:
-    """Return whether a model's layers keep a state beside keys and values, from the values of its config.json."""
+    """Return whether a model's layers keep a state beside keys and values, from the values of config.json."""
     text: Mapping[str, Any] = config.get("text_config") or config
     kind, layers = text.get("model_type", ""), set(text.get("layer_types") or ())
     return bool(layers & {"linear_attention", "conv", "hybrid"}) or (kind in _HYBRID - {"llama4_text"} and not layers)

@@ -2,8 +2,9 @@
 
 The row is split into equal parts, one per rank. Attention alone needs whole sequences: around it, DeepSpeed's
 all-to-all turns "my part of the row, all heads" into "the whole row, my share of the heads", and back. Columns leaving
-a forward pass are whole and equal on all ranks of the group, so each rank evaluates the same loss. Its gradient is the
-contribution of its part of the row, and the sum over the ranks is the gradient. Without a group all this is a no-op.
+a forward pass are whole and equal on all ranks of the group, so each rank evaluates the same loss. A rank's gradient is
+the contribution of the rank's part of the row, and the sum over the ranks is the gradient. Without a group all this is
+a no-op.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from rlhf.models.packed.branches import Branches
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceGroup:
-    """Ranks sharing each row, as seen by one of them."""
+    """Ranks sharing each row, as seen by one rank."""
 
     handle: Any  # torch's process group
     rank: int  # in the group
@@ -40,7 +41,7 @@ _current: ContextVar[SequenceGroup | None] = ContextVar("sequence_group", defaul
 def make_group(size: int) -> SequenceGroup | None:
     """Return this rank's group of `size` neighbours; None for 1.
 
-    Collective over all ranks, whose number size divides.
+    Collective over all ranks. size divides the number of ranks.
     """
     if size == 1:
         return None
@@ -66,7 +67,10 @@ def current_group() -> SequenceGroup | None:
 def filled_up(
     token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"], branches: Branches | None
 ) -> tuple[Int[Tensor, " M"], Int[Tensor, " b"], Branches | None]:
-    """Pad the row to an even split with one more sequence, shorter than the number of ranks. Nothing reads it."""
+    """Pad the row to an even split with one more sequence, shorter than the number of ranks.
+
+    Nothing reads the padding.
+    """
     group = current_group()
     missing = 0 if group is None else -len(token_ids) % group.size
     if missing == 0:
@@ -103,7 +107,7 @@ def summed(values: Shaped[Tensor, "*N"]) -> Shaped[Tensor, "*N"]:
 
 
 class _Sum(Function):
-    """Sum over the group. Its derivative is 1, and the same loss on the other ranks is not counted again."""
+    """Sum over the group. The derivative is 1, to count the same loss of all ranks only once."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, group: SequenceGroup) -> Tensor:
@@ -131,8 +135,8 @@ def ulysses_attention(
 ) -> tuple[Float[Tensor, "1 n Q D"], None]:
     """Call the attention function `within` on whole sequences and this rank's share of the heads.
 
-    Key-value heads are repeated until the ranks can divide them evenly. Raise UserError if each head has parameters
-    (sinks, position biases).
+    Key-value heads are repeated until the ranks can divide all heads evenly. Raise UserError if each head has
+    parameters (sinks, position biases).
     """
     from deepspeed.sequence.layer import DistributedAttention  # after init_distributed
 

@@ -1,8 +1,9 @@
 """Attention of a packed row on a GPU: all sequences in one call of PyTorch's variable-length flash attention.
 
-A sequence's keys are its tokens; a branch has the shared tokens of its trunks before them. The kernel counts back from
-the last key: the last query sees all keys of its sequence, the query before it all but one. A branch therefore needs no
-mask. Nothing here is registered with transformers; `rlhf.models.packed.forward` decides when this is called.
+A sequence's keys are the sequence's tokens, in a branch after the shared tokens of the trunks. The kernel counts back
+from the last key: the last query sees all keys of the sequence, the query before all keys but the last. A branch
+therefore needs no mask. Nothing here is registered with transformers; `rlhf.models.packed.forward` decides on the
+calls.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ CAPABILITY = (8, 0)  # Ampere
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Borders:
-    """The start of each of B sequences among the row's queries and among its keys.
+    """The start of each of B sequences among the row's queries and among the row's keys.
 
     Example, lengths [4, 1], the second a branch of the first's 2 first tokens:
         queries = [0 4 5]   keys = [0 4 7]   seen = [0 1 2 3 | 0 1 4]
@@ -63,7 +64,7 @@ def borders(lengths: Sequence[int], branches: Branches | None, *, device: torch.
 
 
 def obstacle(query: Tensor, *, dropout: float) -> str | None:
-    """Return the reason why one kernel call cannot compute this attention. None: it can."""
+    """Return the reason why a kernel call cannot compute this attention. None: no reason."""
     if query.dtype not in (torch.bfloat16, torch.float16):
         return f"flash attention takes bfloat16 or float16, not {str(query.dtype).removeprefix('torch.')}"
     if query.shape[-1] > LARGEST_HEAD:
@@ -84,7 +85,7 @@ def varlen_attention(
     window: int | None,
     scale: float | None,
 ) -> Float[Tensor, "1 N Q D"]:
-    """Compute causal attention inside each sequence. window: a token sees itself and the window - 1 before it."""
+    """Compute causal attention inside each sequence. window: a token sees itself and the window - 1 tokens before."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if at.seen is not None:
         # A trunk's key gets a gradient from each branch. F.embedding sums them in float32 and in a fixed order;

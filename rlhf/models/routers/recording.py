@@ -1,4 +1,4 @@
-"""Record what the routers of a mixture of experts choose in a forward pass over a packed row.
+"""Record the choices of a mixture's routers in a forward pass over a packed row.
 
 Each layer of experts has a router, which scores the experts for every token and chooses the best. The record reads both
 from the routers' outputs. Models without routers give an empty record.
@@ -26,7 +26,7 @@ _SOFTMAXES = {"LongcatFlashTopkRouter"}
 
 
 def routers_of(model: nn.Module) -> tuple[nn.Module, ...]:
-    """Return the routers of a model by layer. A router stands beside the experts of its layer."""
+    """Return the routers of a model by layer. A router stands beside the experts of a layer."""
     return tuple(
         router
         for block in model.modules()
@@ -49,7 +49,7 @@ class RoutingRecord:
     def of(self, routers: Sequence[nn.Module], *, in_order: bool) -> Iterator[None]:
         """Record the one forward pass inside. Layers recomputed in the backward pass are not recorded again.
 
-        in_order: keep the order of the sequences in the row, as `balance_loss` needs it.
+        in_order: keep the order of the sequences in the row, as needed by `balance_loss`.
         """
         hooks = [router.register_forward_hook(self._add) for router in routers]
         try:
@@ -65,14 +65,14 @@ class RoutingRecord:
         return tuple(tuple(loads[0].tolist()) for loads, _ in self._sums(real))
 
     def balance_loss(self) -> Float[Tensor, ""]:
-        """Return the sum of the sequences' balance losses, mean over layers. A sequence's prompt belongs to it."""
+        """Return the sum of the sequences' balance losses, mean over layers. A sequence includes the prompt."""
         members = self._members()
         return torch.stack([balance_loss(*sums).sum() for sums in self._sums(members)]).mean()
 
     def _add(self, router: nn.Module, inputs: Any, outputs: Any) -> None:
-        """Keep a router's scores of all experts and its chosen experts. It is a forward hook.
+        """Record a router's scores of all experts and the chosen experts: a forward hook.
 
-        It computes nothing, because a layer that is recomputed in the backward pass must repeat its operations.
+        The hook computes nothing, because a layer recomputed in the backward pass must repeat the same operations.
         """
         tensors = [value for value in outputs if torch.is_tensor(value)] if isinstance(outputs, tuple) else []
         chosen = [value for value in tensors if not value.is_floating_point() and value.ndim == 2]
@@ -121,6 +121,6 @@ def _normalised(router: nn.Module, logits: Float[Tensor, "n E"]) -> Float[Tensor
 
 
 def _has_sigmoids(router: nn.Module) -> bool:
-    """Return whether a router scores by sigmoids. The bias of some of them stands beside the router."""
+    """Return whether a router scores by sigmoids. For some routers, the bias stands beside the router."""
     name = type(router).__name__
     return name in _SIGMOIDS or (hasattr(router, "e_score_correction_bias") and name not in _SOFTMAXES)

@@ -1,8 +1,8 @@
-"""Let a trainer's routers choose the experts that the sampler chose for the same tokens.
+"""Let a trainer's routers choose the sampler's experts for the same tokens.
 
 Rollout routing replay (R3, arXiv:2510.11370): where two experts score nearly alike, sampler and trainer may choose
-different ones, and their log-probabilities then differ by much more than rounding. A replayed choice keeps the
-trainer's own scores, so routers are trained as before.
+different experts, and the log-probabilities then differ by much more than rounding. A replayed choice keeps the
+trainer's scores, so routers are trained as before.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ UNKNOWN = -1  # in a column of experts: the trainer's own choice
 class RouterReplay:
     """Replaces the choices of a model's routers in forward passes inside `of`.
 
-    Raise UserError if the model has no routers, or computes its sequences one by one.
+    Raise UserError if the model has no routers, or computes sequences one by one.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -55,7 +55,7 @@ class RouterReplay:
 
     @contextmanager
     def of(self, experts: Int[Tensor, "n L K"]) -> Iterator[None]:
-        """Replay a row's choices, by layer of the model, in the forward pass inside and in its backward pass."""
+        """Replay a row's choices, by layer of the model, in the forward pass inside and in the backward pass."""
         self._next = experts
         try:
             with in_row_order():
@@ -64,13 +64,13 @@ class RouterReplay:
             self._next = None
 
     def _begin(self, body: nn.Module, inputs: Any) -> None:
-        """Take this rank's part of the row, before the first layer. It is a forward pre-hook."""
+        """Take this rank's part of the row, before the first layer: a forward pre-hook."""
         self._experts, self._next = self._next, None
         if self._experts is not None:
             self._experts = self._experts[own_part(len(self._experts))]
 
     def _replace(self, layer: int, router: nn.Module, inputs: Any, outputs: Any) -> Any:
-        """Return a router's outputs with the replayed choice. It is a forward hook."""
+        """Return a router's outputs with the replayed choice: a forward hook."""
         if self._experts is None:
             return None
         if router not in self._proven:
@@ -83,7 +83,7 @@ class RouterReplay:
         return logits, weights_of(router, logits, chosen).to(weights.dtype), chosen
 
     def _prove(self, router: nn.Module, outputs: Any) -> None:
-        """Raise UserError unless the weights of the router's own choice follow from its scores."""
+        """Raise UserError unless the weights of the router's own choice follow from the router's scores."""
         if isinstance(outputs, tuple) and len(outputs) == 3:
             logits, weights, own = outputs
             if torch.allclose(weights_of(router, logits, own).to(weights.dtype), weights, rtol=1e-2, atol=1e-4):
@@ -96,7 +96,7 @@ class RouterReplay:
 
 
 def weights_of(router: Any, logits: Float[Tensor, "n E"], chosen: Int[Tensor, "n K"]) -> Float[Tensor, "n K"]:
-    """Return the weights that a router gives to chosen experts, from its scores of all experts."""
+    """Return a router's weights of chosen experts, from the scores of all experts."""
     weights = scores_of(router, logits).gather(1, chosen)
     if getattr(router, "norm_topk_prob", True):
         weights = weights / weights.sum(-1, keepdim=True)
