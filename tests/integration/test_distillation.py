@@ -12,11 +12,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from rlhf.config.files.load import checked
 from rlhf.config.schema.root import Config
 from rlhf.data.examples import Reading, collate, load_examples
 from rlhf.data.packing import balance
@@ -24,13 +22,13 @@ from rlhf.data.sources import read_rows
 from rlhf.data.tasks import TaskSource
 from rlhf.models.files.loading import load_tokenizer
 from rlhf.models.files.tiny import VOCAB_SIZE, build_tiny_llama, byte_tokenizer
-from rlhf.tracking.metrics.declarations import expected_metrics, merge_metrics, results
+from rlhf.tracking.metrics.declarations import expected_metrics
 from rlhf.types import Examples, MinibatchPlan
 from rlhf.workers.frozen.teacher import TeacherWorker
 from rlhf.workers.offline.distillation import DistillationWorker
+from tests.integration.gang_workers import PlainTraining, assert_equal, merged, worker_config
 from tests.integration.rank_gang import Gangs, place_of
-from tests.integration.recipes import rows, start, train, without_clocks, write_config
-from tests.integration.test_online import kill_all, wait_for
+from tests.integration.recipes import rows, train, write_config
 
 ROWS, STEPS, LR = 12, 2, 1e-3
 BETA = 0.3
@@ -98,7 +96,7 @@ class Dense:
     def __init__(self, models: Path, algorithm: Mapping[str, Any]) -> None:
         self.student = AutoModelForCausalLM.from_pretrained(models / "student")
         self.teacher = AutoModelForCausalLM.from_pretrained(models / "teacher")
-        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=LR, weight_decay=0.0)
+        self.training = PlainTraining(self.student, lr=LR)
         self.algorithm = {"divergence": "forward_kl", "temperature": 1.0, "sft_coef": 0.0} | dict(algorithm)
 
     def measure(self, examples: Examples) -> dict[str, Tensor]:
@@ -120,34 +118,24 @@ class Dense:
     def step(self, examples: Examples) -> dict[str, float]:
         """What is measured before an optimizer step, and the norm of its gradient."""
         found = self.measure(examples)
-        self.optimizer.zero_grad()
-        found["loss"].backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), 100.0)
-        self.optimizer.step()
-        return {f"update/{key}/mean": value.item() for key, value in found.items()} | {"update/grad_norm": norm.item()}
+        norm = self.training.step(found["loss"])
+        return {f"update/{key}/mean": value.item() for key, value in found.items()} | {"update/grad_norm": norm}
 
 
 def config_of(
     algorithm: Mapping[str, Any], models: Path, folder: str, *, tokens: int, policy: Mapping[str, Any], roles: Any
 ) -> Config:
-    config = Config.model_validate(
-        {
-            "run": {"name": "workers", "dir": folder},
-            "policy": {"model": str(models / "student"), "dtype": "float32", **policy},
-            "teacher": {"model": str(models / "teacher"), "dtype": "float32"},
-            "algorithm": {"name": "distillation", **algorithm},
-            "data": {"train": "examples.jsonl", "apply_chat_template": False},
-            "train": {
-                "steps": STEPS,
-                "lr": LR,
-                "sequences_per_update": ROWS // STEPS,
-                "max_tokens_per_microbatch": tokens,
-                "grad_clip": 100.0,
-            },
-            "cluster": {"roles": {"policy": roles}},
-        }
+    return worker_config(
+        {"name": "distillation", **algorithm},
+        str(models / "student"),
+        folder,
+        tokens=tokens,
+        is_online=False,
+        policy=policy,
+        teacher={"model": str(models / "teacher"), "dtype": "float32"},
+        train={"lr": LR, "sequences_per_update": ROWS // STEPS},
+        cluster={"roles": {"policy": roles}},
     )
-    return next(iter(checked(config).stages.values()))
 
 
 def plan_of(data: Examples, chosen: Sequence[int], *, ranks: int) -> MinibatchPlan:
@@ -200,7 +188,7 @@ def run(gangs: Gangs, models: Path, tmp_path_factory: pytest.TempPathFactory) ->
     ) -> list[dict[str, float]]:
         config = config_of(algorithm, models, folder, tokens=tokens, policy=policy, roles=roles)
         found = gangs[config.cluster.roles.policy.workers].run(train_rank, config=config, models=models)
-        return [results(merge_metrics(parts)) for parts in zip(*found, strict=True)]
+        return merged(found)
 
     return run
 
@@ -248,9 +236,7 @@ def test_an_adapter_learns_from_the_teacher(run: Train, models: Path) -> None:
     plain = Dense(models, FORWARD).step(data_of(ROWS, models).take(range(ROWS // STEPS)))
     assert one[0]["update/loss/mean"] == pytest.approx(plain["update/loss/mean"], rel=1e-5)  # it begins as nothing
     assert 0.0 < one[0]["update/grad_norm"] < plain["update/grad_norm"]
-    for first, second in zip(one, two, strict=True):
-        for key in first:
-            assert first[key] == pytest.approx(second[key], rel=2e-4, abs=2e-6), key
+    assert_equal(one, two)
 
 
 def config_file(folder: Path, name: str, models: Path) -> Path:
@@ -309,19 +295,3 @@ def test_a_run_begins_as_plain_torch_and_comes_nearer_to_its_teacher(unbroken: P
     assert {name for name in expected_metrics(["sft", "distillation"]) if "<" not in name} <= set(found[-1])
     assert found[-1]["memory/teacher_rss_gib"] > 0.0
     assert (unbroken / "final" / "model.safetensors").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_run_that_was_killed_goes_on_as_if_it_were_not(unbroken: Path, models: Path) -> None:
-    again = config_file(unbroken.parent, "killed", models)
-    process = start(again)
-    wait_for(unbroken.parent / "killed" / "metrics.jsonl", 7, timeout_s=200)
-    kill_all(process.pid)
-    assert not (unbroken.parent / "killed" / "final").exists()
-    train(again, "--resume", "auto")
-    assert without_clocks(rows(unbroken.parent / "killed")) == without_clocks(rows(unbroken))
-    ours, theirs = (
-        load_file(unbroken.parent / name / "final" / "model.safetensors") for name in ("killed", "unbroken")
-    )
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

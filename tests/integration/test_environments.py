@@ -12,16 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from rlhf.cli import main
 from rlhf.tracking.metrics.declarations import expected_metrics
-from rlhf.tracking.run_folder.atomic import read_lines
-from tests.integration.recipes import ONLINE, merge, one_thread, rows, start, train, train_here, write_config
-from tests.integration.test_failures import actor_processes, once, steps_done
+from tests.integration.recipes import ONLINE, merge, one_thread, rows, train, train_here, write_config
 
-MOODY = Path(__file__).parents[1] / "fixtures" / "environments" / "moody.py"
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tools" / "stock.yaml"
 GAME: dict[str, Any] = {
     "data": {
@@ -80,41 +74,6 @@ def test_ppo_learns_from_conversations(ray_local: None, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_the_same_run_holds_the_same_conversations(tmp_path: Path) -> None:
-    """Whatever order the turns come in. Log-probabilities may differ by rounding, as batches are composed by time."""
-    for name in ("one", "two"):
-        train(config(tmp_path, name))
-    said = [[(s["prompt"], s["turns"], s["scores"]) for s in samples(tmp_path / name, 2)] for name in ("one", "two")]
-    assert said[0] == said[1]
-    one, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two"))
-    for name, weight in one.items():
-        torch.testing.assert_close(weight, two[name], rtol=0.0, atol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_the_loss_of_the_process_that_starts_conversations_is_survived(ray_local: None, tmp_path: Path) -> None:
-    run = tmp_path / "game"
-
-    def kill() -> None:
-        (engine,) = actor_processes("RolloutEngine")
-        program = "rlhf.rollouts.environments.process"
-        (parent,) = [child for child in engine.children() if program in " ".join(child.cmdline())]
-        (process,) = parent.children()
-        process.kill()
-
-    with once(lambda: steps_done(run) >= 2, kill):
-        train_here(config(tmp_path, run.name, train={"steps": 4}))
-    (record,) = read_lines(run / "errors.jsonl")
-    assert (record["kind"], record["source"]) == ("died", "rollout 0")
-    assert "rollout rank 0 cannot work any more: the environment's process is gone" in record["message"]
-    assert sum(row.get("recovery/rollout/total", 0.0) for row in rows(run)) == 1
-    assert main(["doctor", str(run)]) == 0
-    assert not actor_processes()
-
-
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_pairs_of_conversations_are_compared(tmp_path: Path) -> None:
     algorithm = {"name": "online_dpo"}
@@ -122,48 +81,6 @@ def test_pairs_of_conversations_are_compared(tmp_path: Path) -> None:
     found = rows(tmp_path / "pairs")
     assert all(row["experience/rollout_logprob_diff/max"] < 1e-4 for row in found[1:] if row["preference/pairs/total"])
     assert any(row["preference/pairs/total"] > 0 for row in found[1:])
-
-
-def moody(folder: Path, moods: list[str], **changes: Any) -> Path:
-    data = folder / "prompts.jsonl"
-    data.write_text("".join(json.dumps({"prompt": "{observation}", "mood": m}) + "\n" for m in moods))
-    return config(
-        folder,
-        "moody",
-        data={"train": str(data), "eval": None, "max_prompt_tokens": 64, "shuffle": False},
-        rollouts={
-            "prompts_per_step": 4,
-            "environment": {"name": f"{MOODY}:Moody", "args": None, "step_timeout_s": 2.0, "max_tokens": 200},
-        },
-        rewards={"won": {"environment": True}},
-        eval=None,
-        **changes,
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_groups_whose_environment_failed_are_replaced(tmp_path: Path) -> None:
-    moods = ["well", "raise", "hang", "well", "exit", *["well"] * 59]
-    policy = {"on_error": "drop", "max_dropped_fraction": 0.99}
-    train(moody(tmp_path, moods, reward_policy=policy, train={"steps": 1, "sequences_per_update": 16}))
-    (row,) = rows(tmp_path / "moody")
-    assert row["rollouts/dropped_groups/total"] == 3.0
-    assert row["rollouts/environment_errors/total"] == row["rewards/errors/total"] == 12.0
-    assert row["rollouts/environment_timeouts/total"] == 4.0
-    assert row["rewards/won/mean"] == 1.5  # no failure counts as 0
-    lines = (tmp_path / "moody" / "errors.jsonl").read_text(encoding="utf-8").splitlines()
-    assert {json.loads(line)["kind"] for line in lines} == {"raised", "timeout", "died"}
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_a_failing_environment_stops_the_run_by_name(tmp_path: Path) -> None:
-    written = moody(tmp_path, ["well", "raise", *["well"] * 62], train={"steps": 1, "sequences_per_update": 16})
-    process = start(written)
-    assert process.wait(timeout=280) == 1
-    said = written.with_suffix(".log").read_text(encoding="utf-8")
-    assert "reward `environment` raised an exception on response 0 to prompt 1: step: ValueError: out of order" in said
 
 
 @pytest.mark.slow

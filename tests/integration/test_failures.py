@@ -204,20 +204,16 @@ def test_dropped_groups_are_replaced_counted_and_bounded(
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("sync", "steps"), [("shm", 4), pytest.param("gloo", 40, marks=pytest.mark.slow)])
 def test_a_killed_engine_is_replaced_and_the_run_ends_as_if_nothing_had_happened(
-    ray_local: None, tmp_path: Path, sync: str, steps: int
+    ray_local: None, tmp_path: Path
 ) -> None:
-    """Weights and metrics are the unbroken run's bit for bit, also those of the evaluation.
-
-    With broadcasts, the other engine answers for some steps, and is the only one in some probes.
-    """
+    """Weights and metrics are equal to those of the unbroken run bit for bit, also in the evaluation."""
     changes = {
         "data": {"eval": {"task": "running_totals", "split": "eval", "size": 4}},
-        "eval": {"every": steps},
+        "eval": {"every": 4},
         "rollouts": {"max_new_tokens": 200},
-        "train": {"steps": steps, "max_tokens_per_microbatch": 1024},
-        "cluster": {"weight_sync": sync, "roles": {"rollout": {"engines": 2, "cpus": 0.5, "threads": 1}}},
+        "train": {"steps": 4, "max_tokens_per_microbatch": 1024},
+        "cluster": {"weight_sync": "shm", "roles": {"rollout": {"engines": 2, "cpus": 0.5, "threads": 1}}},
     }
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     assert main(["train", str(write_run(tmp_path, unbroken.name, GRPO, changes)), "--quiet"]) == 0
@@ -230,55 +226,12 @@ def test_a_killed_engine_is_replaced_and_the_run_ends_as_if_nothing_had_happened
     with once(lambda: steps_done(killed) >= 2, kill):
         assert main(["train", str(write_run(tmp_path, killed.name, GRPO, changes)), "--quiet"]) == 0
     assert (last_error(killed)["stage"], last_error(killed)["kind"]) == ("rollouts", "died")
-    found, expected = without_clocks(rows(killed)), without_clocks(rows(unbroken))
-    for row in (*found, *expected) if sync == "gloo" else ():
-        row.pop("weight_sync/probe_max_diff", None)
-    assert found == expected
+    assert without_clocks(rows(killed)) == without_clocks(rows(unbroken))
     assert sum(row.get("recovery/rollout/total", 0) for row in rows(killed)) == 1
     weights = [(run / "final" / "model.safetensors").read_bytes() for run in (killed, unbroken)]
     assert weights[0] == weights[1]
     assert main(["doctor", str(killed)]) == 0
     assert not actor_processes()
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_engines_killed_in_flight_lose_no_prompt(ray_local: None, tmp_path: Path) -> None:
-    """Training goes on with the other engine while one is started again, also during the weight syncs."""
-    run = tmp_path / "flight"
-    changes = {
-        "algorithm": {"correction": {"preset": "token_tis"}},
-        "rollouts": {
-            "max_new_tokens": 100,
-            "max_staleness": 2,
-            "weight_updates": "in_flight",
-            "batch_order": "completion",
-        },
-        "train": {"steps": 150, "max_tokens_per_microbatch": 1024, "checkpoint_every": 50},
-        "cluster": {"roles": {"rollout": {"engines": 2, "cpus": 0.5, "threads": 1}}},
-    }
-    killed: list[psutil.Process] = []
-
-    def kill() -> None:
-        killed.append(actor_processes("RolloutEngine")[-1])
-        killed[-1].kill()
-
-    def stop() -> None:
-        killed.append(actor_processes("RolloutEngine")[0])
-        killed[-1].suspend()
-
-    with once(lambda: steps_done(run) >= 3, kill), once(lambda: steps_done(run) >= 60, stop):
-        short = ["cluster.call_timeout_s=10"]
-        assert main(["train", str(write_run(tmp_path, run.name, GRPO, changes)), "--quiet", *short]) == 0
-    assert sum(row.get("recovery/rollout/total", 0) for row in rows(run)) == 2
-    records = [json.loads(line) for line in (run / "errors.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert {record["kind"] for record in records} == {"died", "hung"}
-    ledger = [json.loads(line) for line in (run / "groups.jsonl").read_text(encoding="utf-8").splitlines()]
-    groups = [group for line in ledger for group in line["trained"]["group_id"]]
-    assert len(groups) == 4 * 150
-    assert len(set(groups)) == len(groups)
-    assert main(["doctor", str(run)]) == 0
-    assert not any(process.is_running() for process in killed)
 
 
 @pytest.mark.slow

@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf.algorithms.dpo import DPO, DPOConfig
-from rlhf.config.files.load import checked
 from rlhf.config.schema.root import Config
 from rlhf.data.examples import Reading
 from rlhf.data.labelled import collate_labelled, load_labelled
@@ -31,12 +30,13 @@ from rlhf.models.files.loading import load_tokenizer
 from rlhf.models.files.tiny import build_tiny_llama
 from rlhf.objectives.preference_loss import aot_unpaired, bco_pair, dpo
 from rlhf.objectives.unpaired_loss import bco, kto
-from rlhf.tracking.metrics.declarations import merge_metrics, results
+from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.types import LabelledSteps, MinibatchPlan, Pairs
 from rlhf.workers.offline.pairs import PreferenceWorker, RewardModelWorker
 from rlhf.workers.offline.referenced import ReferencedPolicy
 from rlhf.workers.offline.step_rewards import StepRewardWorker
 from rlhf.workers.offline.unpaired import UnpairedWorker
+from tests.integration.gang_workers import PlainTraining, assert_equal, merged, worker_config
 from tests.integration.rank_gang import Gangs, place_of
 
 ROWS, STEPS, LR = 12, 2, 1e-3
@@ -54,23 +54,16 @@ WORKERS: Mapping[str, Any] = {
 def config_of(
     algorithm: Mapping[str, Any], model: str, folder: str, *, workers: int, tokens: int, zero_stage: int
 ) -> Config:
-    config = Config.model_validate(
-        {
-            "run": {"name": "workers", "dir": folder},
-            "policy": {"model": model, "dtype": "float32"},
-            "algorithm": algorithm,
-            "data": {"train": "pairs.jsonl", "apply_chat_template": False},
-            "train": {
-                "steps": STEPS,
-                "lr": LR,
-                "sequences_per_update": ROWS // STEPS,
-                "max_tokens_per_microbatch": tokens,
-                "grad_clip": 100.0,
-            },
-            "cluster": {"roles": {"policy": {"workers": workers, "zero_stage": zero_stage}}},
-        }
+    return worker_config(
+        algorithm,
+        model,
+        folder,
+        workers=workers,
+        tokens=tokens,
+        is_online=False,
+        train={"lr": LR, "sequences_per_update": ROWS // STEPS},
+        cluster={"roles": {"policy": {"zero_stage": zero_stage}}},
     )
-    return next(iter(checked(config).stages.values()))
 
 
 def steps_of(model: str) -> LabelledSteps:
@@ -175,7 +168,7 @@ def train(gangs: Gangs, model: str, tmp_path_factory: pytest.TempPathFactory) ->
         found = gangs[ranks].run(
             train_rank, algorithm=algorithm, model=model, folder=folder, tokens=tokens, repeated=repeated
         )
-        return [results(merge_metrics(parts)) for parts in zip(*found, strict=True)]
+        return merged(found)
 
     return run
 
@@ -197,11 +190,7 @@ ALGORITHMS = [
 def test_a_step_depends_on_neither_ranks_nor_microbatches(train: Train, algorithm: dict[str, Any]) -> None:
     one, two = (train(algorithm, ranks=ranks) for ranks in (1, 2))
     assert one[0]["update/grad_norm"] > 0
-    for first, second in zip(one, two, strict=True):
-        assert first.keys() == second.keys()
-        for key in first:
-            if key != "update/tokens/total":  # ranks without rows pass one token
-                assert first[key] == pytest.approx(second[key], rel=2e-4, abs=2e-6), key
+    assert_equal(one, two)
 
 
 @pytest.mark.timeout(600)
@@ -230,19 +219,16 @@ def sequence_logprobs(model: Any, pairs: Pairs) -> Tensor:
 def test_dpo_is_that_of_plain_torch(train: Train, model: str) -> None:
     ours = train({"name": "dpo", "beta": 0.3}, ranks=1)
     plain, pairs = AutoModelForCausalLM.from_pretrained(model), data_of("dpo", model)
-    optimizer = torch.optim.AdamW(plain.parameters(), lr=LR, weight_decay=0.0)
+    training = PlainTraining(plain, lr=LR)
     with torch.no_grad():
         reference = sequence_logprobs(plain, pairs)
     for step in range(STEPS):
         at = slice(step * 2 * ROWS // STEPS, (step + 1) * 2 * ROWS // STEPS)
         ratios = (sequence_logprobs(plain, pairs) - reference)[at]
         loss = dpo(ratios[0::2], ratios[1::2], beta=0.3).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 100.0)
-        optimizer.step()
+        norm = training.step(loss)
         assert ours[step]["update/loss/mean"] == pytest.approx(loss.item(), rel=1e-5)
-        assert ours[step]["update/grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+        assert ours[step]["update/grad_norm"] == pytest.approx(norm, rel=1e-3)
     ratios = sequence_logprobs(plain, pairs) - reference
     margins = 0.3 * (ratios[0::2] - ratios[1::2])
     assert ours[STEPS]["eval/all/margin"] == pytest.approx(margins.mean().item(), rel=1e-3)
@@ -264,7 +250,7 @@ def on_policy_weights(model: Any, pairs: Pairs) -> Tensor:
 def test_tpo_with_weights_is_that_of_plain_torch(train: Train, model: str) -> None:
     ours = train({"name": "tpo", "beta": 0.1, "gamma": 0.2, "sft_coef": 0.5, "wpo": True}, ranks=1)
     plain, rows = AutoModelForCausalLM.from_pretrained(model), data_of("tpo", model)
-    optimizer = torch.optim.AdamW(plain.parameters(), lr=LR, weight_decay=0.0)
+    training = PlainTraining(plain, lr=LR)
     counts = torch.stack([mask.sum() for mask in rows.examples.loss_mask.split(rows.examples.lengths.tolist())])
     for step in range(STEPS):
         at = slice(step * 3 * ROWS // STEPS, (step + 1) * 3 * ROWS // STEPS)
@@ -272,12 +258,9 @@ def test_tpo_with_weights_is_that_of_plain_torch(train: Train, model: str) -> No
         weights = on_policy_weights(plain, rows)[at].view(-1, 3)[:, :2].prod(1)
         losses = -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected) - 0.2)
         loss = (weights * losses).mean() - 0.5 * gold.sum() / counts[at].view(-1, 3)[:, 2].sum()
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 100.0)
-        optimizer.step()
+        norm = training.step(loss)
         assert ours[step]["update/loss/mean"] == pytest.approx(loss.item(), rel=1e-5)
-        assert ours[step]["update/grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+        assert ours[step]["update/grad_norm"] == pytest.approx(norm, rel=1e-3)
         assert ours[step]["preference/on_policy_weight/mean"] == pytest.approx(weights.mean().item(), rel=1e-4)
 
 
@@ -288,7 +271,7 @@ def test_a_coupled_loss_takes_a_row_as_often_as_the_step_has_it(
 ) -> None:
     ours = train({"name": "dpo", "loss": loss_name, "beta": 0.3}, ranks=ranks, repeated=(0, 7, 7))
     plain, pairs = AutoModelForCausalLM.from_pretrained(model), data_of("dpo", model)
-    optimizer = torch.optim.AdamW(plain.parameters(), lr=LR, weight_decay=0.0)
+    training = PlainTraining(plain, lr=LR)
     with torch.no_grad():
         reference = sequence_logprobs(plain, pairs)
     for step in range(STEPS):
@@ -301,9 +284,7 @@ def test_a_coupled_loss_takes_a_row_as_often_as_the_step_has_it(
             "bco": bco_pair(chosen, rejected, beta=0.3, delta=delta),
         }
         loss = losses[loss_name].mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        training.step(loss)
         assert ours[step]["update/loss/mean"] == pytest.approx(loss.item(), rel=1e-5)
 
 
@@ -311,7 +292,7 @@ def test_a_coupled_loss_takes_a_row_as_often_as_the_step_has_it(
 def test_bco_compares_with_the_mean_of_the_step(train: Train, model: str) -> None:
     ours = train({"name": "kto", "loss": "bco", "beta": 0.3}, ranks=2)
     plain, rows = AutoModelForCausalLM.from_pretrained(model), data_of("kto", model)
-    optimizer = torch.optim.AdamW(plain.parameters(), lr=LR, weight_decay=0.0)
+    training = PlainTraining(plain, lr=LR)
     with torch.no_grad():
         reference = sequence_logprobs(plain, rows)
     for step in range(STEPS):
@@ -320,9 +301,7 @@ def test_bco_compares_with_the_mean_of_the_step(train: Train, model: str) -> Non
         labels = rows.labels[at]
         delta = 0.3 * ratios.mean().item()
         loss = bco(ratios, labels, beta=0.3, delta=delta).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        training.step(loss)
         assert ours[step]["update/loss/mean"] == pytest.approx(loss.item(), rel=1e-5)
         rewards = 0.3 * ratios.detach()
         margin = (rewards[labels].mean() - rewards[~labels].mean()).item()
@@ -334,7 +313,7 @@ def test_bco_compares_with_the_mean_of_the_step(train: Train, model: str) -> Non
 def test_kto_compares_with_mismatched_responses(train: Train, model: str) -> None:
     ours = train({"name": "kto", "beta": 0.3, "undesirable_weight": 2.0}, ranks=1)
     plain, rows = AutoModelForCausalLM.from_pretrained(model), data_of("kto", model)
-    optimizer = torch.optim.AdamW(plain.parameters(), lr=LR, weight_decay=0.0)
+    training = PlainTraining(plain, lr=LR)
     with torch.no_grad():
         reference = sequence_logprobs(plain, rows)
     for step in range(STEPS):
@@ -344,9 +323,7 @@ def test_kto_compares_with_mismatched_responses(train: Train, model: str) -> Non
         kl = max(0.0, ratios[1::2].mean().item())
         weights = torch.where(labels, 1.0, 2.0)
         loss = (weights * kto(ratios[0::2], labels, beta=0.3, kl=kl)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        training.step(loss)
         assert ours[step]["update/loss/mean"] == pytest.approx(loss.item(), rel=1e-5)
         assert ours[step]["preference/mismatched_kl"] == pytest.approx(kl, abs=1e-5)
 
@@ -358,7 +335,7 @@ def test_a_reward_model_scores_as_transformers_has_it(train: Train, model: str) 
     pairs = data_of("reward_model", model)
     plain = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
     torch.nn.init.zeros_(plain.score.weight)
-    optimizer = torch.optim.AdamW(plain.parameters(), lr=LR, weight_decay=0.0)
+    training = PlainTraining(plain, lr=LR)
     for step in range(STEPS):
         scores = torch.stack(
             [plain(ids[None]).logits[0, 0] for ids in pairs.examples.token_ids.split(pairs.examples.lengths.tolist())]
@@ -370,9 +347,7 @@ def test_a_reward_model_scores_as_transformers_has_it(train: Train, model: str) 
         assert bool((confidence < 0.55).all())  # one bin of ten
         error = (confidence - right).mean().abs().item()
         assert ours[step]["preference/calibration_error"] == pytest.approx(error, abs=1e-5)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        training.step(loss)
         assert ours[step]["update/loss/mean"] == pytest.approx(loss.item(), rel=1e-5)
 
 
@@ -382,16 +357,14 @@ def test_a_process_reward_model_reads_its_head_where_steps_end(train: Train, mod
     data = steps_of(model)
     plain = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
     torch.nn.init.zeros_(plain.score.weight)
-    optimizer = torch.optim.AdamW(plain.parameters(), lr=LR, weight_decay=0.0)
+    training = PlainTraining(plain, lr=LR)
     for step in range(STEPS):
         part = data.take(range(step * ROWS // STEPS, (step + 1) * ROWS // STEPS))
         hidden = [plain.model(ids[None]).last_hidden_state[0] for ids in part.token_ids.split(part.lengths.tolist())]
         scores = plain.score(torch.cat(hidden))[:, 0][part.loss_mask]
         labels = part.step_labels[part.loss_mask].float()
         loss = torch.nn.functional.binary_cross_entropy_with_logits(scores, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        training.step(loss)
         assert len(scores) == 3 * ROWS // STEPS
         assert ours[step]["update/loss/mean"] == pytest.approx(loss.item(), rel=1e-5)
 

@@ -1,7 +1,6 @@
 """Real runs of online DPO on the tiny model: the best and the worst of four responses, the reference renewed.
 
-A run that is killed and resumed equals the run that never was, bit for bit, also where the reference has become the
-policy since the checkpoint. The result does not depend on the number of ranks or micro-batches, up to rounding.
+test_online_pairs.py has the laws of the worker, and tests/unit/test_controller_pair_learning.py a resumed reference.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from rlhf.tracking.metrics.declarations import expected_metrics
-from tests.integration.recipes import rows, start, train, without_clocks, write_config
-from tests.integration.test_online import kill_all, wait_for
+from tests.integration.recipes import rows, train, write_config
 
 PAIRS: dict[str, Any] = {
     "algorithm": {"name": "online_dpo", "beta": 0.5, "reference_every": 2},
@@ -67,41 +65,6 @@ def test_its_rows_have_what_they_promise(unbroken: Path) -> None:
         assert scores.get(True, 1.0) > scores.get(False, 0.0)
     assert {row["preferred"] for row in trained} == {True, False, None}
     assert (unbroken / "final" / "model.safetensors").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_killed_and_resumed_run_equals_an_unbroken_one(unbroken: Path) -> None:
-    folder = unbroken.parent
-    killed = run_config(folder, "killed")
-    process = start(killed)
-    wait_for(folder / "killed" / "metrics.jsonl", 5, timeout_s=240)  # steps 0 to 4, which renewed the reference again
-    kill_all(process.pid)
-    process.wait(timeout=30)
-    assert (folder / "killed" / "checkpoints" / "latest").resolve().name == "step_000003"
-    assert not (folder / "killed" / "final").exists()
-    train(killed, "--resume", "auto")
-    assert without_clocks(rows(folder / "killed")) == without_clocks(rows(unbroken))
-    ours, theirs = (load_file(folder / name / "final" / "model.safetensors") for name in ("killed", "unbroken"))
-    assert all(bool((ours[name] == theirs[name]).all()) for name in theirs)
-
-
-@pytest.mark.slow  # tests/integration/test_online_pairs.py has the same law for the worker alone
-@pytest.mark.timeout(400)
-def test_ranks_and_microbatches_change_nothing_but_rounding(unbroken: Path) -> None:
-    folder = unbroken.parent
-    train(
-        run_config(
-            folder,
-            "two_ranks",
-            train={**PAIRS["train"], "steps": 3, "max_tokens_per_microbatch": 32},
-            cluster={"roles": {"policy": {"workers": 2, "cpus": 0.5, "zero_stage": 3}}},
-        )
-    )
-    for one, two in zip(rows(unbroken)[:3], rows(folder / "two_ranks")[:3], strict=True):
-        for key, value in without_clocks([one])[0].items():
-            if key not in ("update/tokens/total", "update/lr") and value is not None:
-                assert two[key] == pytest.approx(value, rel=2e-3, abs=2e-5), (one["step"], key)
 
 
 @pytest.mark.slow

@@ -14,86 +14,45 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf.config.files.load import checked
 from rlhf.config.schema.model import ReferenceConfig
 from rlhf.config.schema.root import Config
 from rlhf.controller.batches import plan_pairs
 from rlhf.models.files.tiny import build_tiny_llama
-from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.types import Examples, MinibatchPlan, Pairs, RolloutInfo, Rollouts
 from rlhf.workers.frozen.reference import ReferenceWorker
 from rlhf.workers.offline.pairs import PreferenceWorker
 from rlhf.workers.online.pairs import OnlinePreferenceWorker
+from tests.fakes.groups import rollout_info
+from tests.integration.gang_workers import (
+    GROUPS,
+    MOST_NEW,
+    PROMPT,
+    SAMPLES,
+    assert_equal,
+    merged,
+    rollouts_of,
+    worker_config,
+)
 from tests.integration.rank_gang import Gangs, place_of
 
-GROUPS, SAMPLES, PROMPT, MOST_NEW = 6, 3, 5, 9
 CHOSEN, REJECTED = 2, 0  # samples of each group
 
 
 def config_of(
     algorithm: Mapping[str, Any], model: str, folder: str, *, workers: int, tokens: int, **policy: Any
 ) -> Config:
-    online = algorithm["name"] == "online_dpo"
-    sections: dict[str, Any] = {"rollouts": None, "rewards": {}}
-    if online:
-        sections["rollouts"] = {
-            "prompts_per_step": GROUPS,
-            "samples_per_prompt": SAMPLES,
-            "max_new_tokens": MOST_NEW,
-            "temperature": policy.pop("temperature", 1.0),
-        }
-        sections["rewards"] = {"r": {"function": "f"}}
-    data = {"train": "x.jsonl", "apply_chat_template": False, **({"max_prompt_tokens": PROMPT} if online else {})}
-    config = Config.model_validate(
-        {
-            "run": {"name": "workers", "dir": folder},
-            "policy": {"model": model, "dtype": "float32", **policy},
-            "algorithm": algorithm,
-            "data": data,
-            "train": {
-                "steps": 2,
-                "lr": 1e-2,
-                "sequences_per_update": GROUPS // 2,
-                "max_tokens_per_microbatch": tokens,
-                "grad_clip": 100.0,
-            },
-            "cluster": {"roles": {"policy": {"workers": workers}}},
-            **sections,
-        }
-    )
-    return next(iter(checked(config).stages.values()))
-
-
-def rollouts_of(group: int) -> Rollouts:
-    """A group's responses, of 1 to 9 tokens."""
-    random = torch.Generator().manual_seed(group)
-    prompt = torch.randint(3, 300, (PROMPT,), generator=random)
-    sizes = [int(torch.randint(1, MOST_NEW + 1, (), generator=random)) for _ in range(SAMPLES)]
-    responses = [torch.randint(3, 300, (size,), generator=random) for size in sizes]
-    lengths = torch.tensor([PROMPT + size for size in sizes])
-    mask = torch.cat([torch.arange(PROMPT + size) >= PROMPT for size in sizes])
-    return Rollouts(
-        sequence_ids=torch.arange(group * SAMPLES, (group + 1) * SAMPLES),
-        lengths=lengths,
-        token_ids=torch.cat([part for response in responses for part in (prompt, response)]),
-        response_mask=mask,
-        rollout_logprobs=torch.where(mask, -5.0, 0.0),
-        versions=torch.where(mask, 0, -1),
-    )
+    is_online = algorithm["name"] == "online_dpo"
+    sections: dict[str, Any] = {"policy": policy, "train": {"sequences_per_update": GROUPS // 2}}
+    if is_online:
+        sections["rollouts"] = {"temperature": policy.pop("temperature", 1.0)}
+    return worker_config(algorithm, model, folder, workers=workers, tokens=tokens, is_online=is_online, **sections)
 
 
 def pair_of(rollouts: Rollouts) -> tuple[RolloutInfo, RolloutInfo]:
+    ids, lengths = rollouts.sequence_ids.tolist(), rollouts.lengths.tolist()
     infos = [
-        RolloutInfo(
-            sequence_id=sequence_id,
-            num_prompt_tokens=PROMPT,
-            num_response_tokens=length - PROMPT,
-            finish_reason="stop",
-            min_version=0,
-            max_version=0,
-            mean_logprob=-5.0,
-        )
-        for sequence_id, length in zip(rollouts.sequence_ids.tolist(), rollouts.lengths.tolist(), strict=True)
+        rollout_info(i, num_prompt_tokens=PROMPT, num_response_tokens=length - PROMPT)
+        for i, length in zip(ids, lengths, strict=True)
     ]
     return infos[CHOSEN], infos[REJECTED]
 
@@ -204,16 +163,9 @@ def run(gangs: Gangs, models: tuple[str, str], tmp_path_factory: pytest.TempPath
         found = gangs[ranks].run(
             function, algorithm=algorithm, model=models[0], folder=folder, tokens=tokens, **options
         )
-        return [results(merge_metrics(parts)) for parts in zip(*found, strict=True)]
+        return merged(found)
 
     return run
-
-
-def equal(one: list[dict[str, float]], two: list[dict[str, float]], keys: set[str] | None = None) -> None:
-    for first, second in zip(one, two, strict=True):
-        assert keys is not None or first.keys() == second.keys()
-        for key in keys or first.keys() - {"update/tokens/total"}:  # ranks without pairs pass one token
-            assert first[key] == pytest.approx(second[key], rel=2e-4, abs=2e-6), key
 
 
 LOSSES: list[dict[str, Any]] = [
@@ -234,7 +186,7 @@ def test_a_step_depends_on_neither_ranks_nor_microbatches(
     assert one[0]["update/grad_norm"] > 0
     assert "experience/kl_ref/mean" in one[0]  # of the weights that sampled: in the first update alone
     assert "experience/kl_ref/mean" not in one[1]
-    equal(one, two)
+    assert_equal(one, two)
 
 
 @pytest.mark.timeout(600)
@@ -243,7 +195,7 @@ def test_it_is_offline_dpo_on_the_same_pairs(run: Learn, models: tuple[str, str]
     online = run(learn, {"name": "online_dpo", **loss}, ranks=1, reference=models[0], groups=GROUPS, options={})
     offline = run(learn_offline, {"name": "dpo", **loss}, ranks=1)
     assert online[0]["experience/kl_ref/mean"] < 1e-9  # but for rounding, the reference is the policy
-    equal(online, offline, set(offline[0]))
+    assert_equal(online, offline, keys=set(offline[0]))
     assert online[1]["preference/margin/mean"] != 0.0
 
 
@@ -255,20 +207,14 @@ def test_a_rank_may_be_without_a_pair(run: Learn, models: tuple[str, str], lora:
     assert len(one) == len(two) == 1
     assert one[0]["update/loss/mean"] == pytest.approx(math.log(2.0))  # policy and reference are one
     assert one[0]["update/grad_norm"] > 0
-    equal(one, two)
+    assert_equal(one, two)
 
 
 @pytest.mark.timeout(600)
 def test_logprobs_are_those_of_the_distribution_that_was_sampled(run: Learn, models: tuple[str, str]) -> None:
+    options = {"reference": models[1], "groups": GROUPS}
     cold, warm = (
-        run(
-            learn,
-            {"name": "online_dpo"},
-            ranks=1,
-            reference=models[1],
-            groups=GROUPS,
-            options={"temperature": temperature},
-        )[0]
+        run(learn, {"name": "online_dpo"}, ranks=1, options={"temperature": temperature}, **options)[0]
         for temperature in (0.5, 1.0)
     )
     # rollout_logprobs are -5 throughout: the difference to them moves with the temperature

@@ -13,39 +13,22 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlhf.config.files.load import checked
 from rlhf.config.schema.root import Config
 from rlhf.engine.distributed import RankContext
 from rlhf.models.files.tiny import build_tiny_llama
 from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.types import BatchPlan, MinibatchPlan, Rollouts, StepReward, TokenValues
 from rlhf.workers.online.policy import PolicyWorker
+from tests.integration.gang_workers import GROUPS, PROMPT, SAMPLES, rollouts_of, worker_config
 from tests.integration.rank_gang import Gang, place_of
-from tests.integration.test_online_pairs import GROUPS, MOST_NEW, PROMPT, SAMPLES, rollouts_of
 
 SCORES = {i: float((7 * i) % 5) / 2 for i in range(GROUPS * SAMPLES)}
 TEMPERATURE = 0.7
 
 
 def config_of(algorithm: Mapping[str, Any], model: str, folder: str, *, workers: int) -> Config:
-    config = Config.model_validate(
-        {
-            "run": {"name": "workers", "dir": folder},
-            "policy": {"model": model, "dtype": "float32"},
-            "algorithm": algorithm,
-            "data": {"train": "x.jsonl", "apply_chat_template": False, "max_prompt_tokens": PROMPT},
-            "rollouts": {
-                "prompts_per_step": GROUPS,
-                "samples_per_prompt": SAMPLES,
-                "max_new_tokens": MOST_NEW,
-                "temperature": TEMPERATURE,
-            },
-            "rewards": {"r": {"function": "f"}},
-            "train": {"steps": 2, "lr": 1e-2, "sequences_per_update": GROUPS, "max_tokens_per_microbatch": 40},
-            "cluster": {"roles": {"policy": {"workers": workers}}},
-        }
-    )
-    return next(iter(checked(config).stages.values()))
+    sections = {"rollouts": {"temperature": TEMPERATURE}, "train": {"sequences_per_update": GROUPS, "grad_clip": None}}
+    return worker_config(algorithm, model, folder, workers=workers, tokens=40, **sections)
 
 
 def learn(

@@ -15,41 +15,26 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf.config.files.load import checked
-from rlhf.config.schema.root import Config
 from rlhf.controller.batches import plan_batch
 from rlhf.models.files.tiny import build_tiny_llama
 from rlhf.models.packed.forward import policy_logprobs_only
-from rlhf.roles import CompletedGroup, ScoredGroup
-from rlhf.tracking.metrics.declarations import merge_metrics, results
-from rlhf.types import GroupRequest, GroupScores, Prompt, RolloutInfo, Rollouts
+from rlhf.roles import ScoredGroup
+from rlhf.types import GroupScores, Rollouts
 from rlhf.workers.online.policy import PolicyWorker
+from tests.fakes.groups import completed_group, group_request
+from tests.integration.gang_workers import (
+    GROUPS,
+    MOST_NEW,
+    PROMPT,
+    SAMPLES,
+    assert_equal,
+    merged,
+    rollouts_of,
+    worker_config,
+)
 from tests.integration.rank_gang import Gangs, place_of
-from tests.integration.test_online_pairs import GROUPS, MOST_NEW, PROMPT, SAMPLES, rollouts_of
 
 BYPASSES = ("bypass", "policy_gradient")
-
-
-def config_of(correction: dict[str, Any] | None, model: str, folder: str, *, workers: int, tokens: int) -> Config:
-    config = Config.model_validate(
-        {
-            "run": {"name": "workers", "dir": folder},
-            "policy": {"model": model, "dtype": "float32"},
-            "algorithm": {"name": "grpo", "correction": correction},
-            "data": {"train": "x.jsonl", "apply_chat_template": False, "max_prompt_tokens": PROMPT},
-            "rollouts": {"prompts_per_step": GROUPS, "samples_per_prompt": SAMPLES, "max_new_tokens": MOST_NEW},
-            "rewards": {"r": {"function": "f"}},
-            "train": {
-                "steps": 2,
-                "lr": 1e-2,
-                "sequences_per_update": GROUPS * SAMPLES // 2,
-                "max_tokens_per_microbatch": tokens,
-                "grad_clip": 100.0,
-            },
-            "cluster": {"roles": {"policy": {"workers": workers}}},
-        }
-    )
-    return next(iter(checked(config).runs.values()))
 
 
 def sampled(group: int) -> Rollouts:
@@ -60,23 +45,11 @@ def sampled(group: int) -> Rollouts:
 
 
 def scored(rollouts: Rollouts, group: int) -> ScoredGroup:
-    infos = tuple(
-        RolloutInfo(
-            sequence_id=sequence_id,
-            num_prompt_tokens=PROMPT,
-            num_response_tokens=length - PROMPT,
-            finish_reason="stop",
-            min_version=0,
-            max_version=0,
-            mean_logprob=-5.8,
-        )
-        for sequence_id, length in zip(rollouts.sequence_ids.tolist(), rollouts.lengths.tolist(), strict=True)
-    )
-    prompt = Prompt(prompt_id=group, token_ids=(1,) * PROMPT, text="", columns={})
-    request = GroupRequest(group_id=group, prompt=prompt, seeds=(0,), first_sequence_id=infos[0].sequence_id)
-    column: Any = rollouts
+    sizes = [length - PROMPT for length in rollouts.lengths.tolist()]
+    request = group_request(group, samples=SAMPLES)
     scores = GroupScores(scores=tuple(float(i) for i in range(SAMPLES)), by_name={}, errors=())
-    return ScoredGroup(group=CompletedGroup(request=request, rollouts=column, infos=infos), scores=scores)
+    completed = completed_group(request, rollouts, tokens=sizes, num_prompt_tokens=PROMPT, mean_logprob=-5.8)
+    return ScoredGroup(group=completed, scores=scores)
 
 
 def learn(
@@ -90,7 +63,8 @@ def learn(
     agree: bool = False,
 ) -> list[Any]:
     """One rank: metrics of the preparation and of two updates. agree: the sampler said what the trainer says."""
-    config = config_of(correction, model, folder, workers=world_size, tokens=tokens)
+    algorithm = {"name": "grpo", "correction": correction}
+    config = worker_config(algorithm, model, folder, workers=world_size, tokens=tokens)
     worker = PolicyWorker(config, place_of(rank, world_size), optimizer_steps=2, reference_is_adapter_off=False)
     worker.build()
     rollouts = [sampled(group) for group in range(GROUPS)]
@@ -130,17 +104,9 @@ def run(gangs: Gangs, model: str, tmp_path_factory: pytest.TempPathFactory) -> L
         found = gangs[ranks].run(
             learn, correction=correction, model=model, folder=str(Path(folder)), tokens=tokens, **options
         )
-        return [results(merge_metrics(parts)) for parts in zip(*found, strict=True)]
+        return merged(found)
 
     return run
-
-
-def equal(one: list[dict[str, float]], two: list[dict[str, float]], *, apart: tuple[str, ...] = ()) -> None:
-    for first, second in zip(one, two, strict=True):
-        assert first.keys() == second.keys()
-        for key in first.keys() - {"update/tokens/total"}:
-            if not key.startswith(apart or "-"):
-                assert first[key] == pytest.approx(second[key], rel=5e-4, abs=5e-6), key
 
 
 CORRECTIONS: list[dict[str, Any]] = [
@@ -162,7 +128,7 @@ CORRECTIONS: list[dict[str, Any]] = [
 )
 def test_a_step_depends_on_neither_ranks_nor_microbatches(run: Learn, correction: dict[str, Any]) -> None:
     one, two = (run(correction, ranks=ranks) for ranks in (1, 2))
-    equal(one, two)
+    assert_equal(one, two, rel=5e-4)
     prepared, first, second = one
     assert first["update/grad_norm"] > 0
     touched = ("rollout_weight_truncated", "rollout_weight_masked", "rollout_rejected")

@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from rlhf.agents.trees import assemble_sessions
-from rlhf.config.files.load import checked
 from rlhf.config.schema.root import Config
 from rlhf.controller.rollout_scorer import request_for
 from rlhf.models.files.tiny import build_tiny_llama
@@ -27,8 +26,17 @@ from rlhf.tracking.metrics.reductions import Mean
 from rlhf.types import BatchPlan, MinibatchPlan, Prompt, RolloutInfo, Rollouts, StepReward, TokenSignals, TokenValues
 from rlhf.workers.online.policy import PolicyWorker
 from tests.agent_sessions import call, session
+from tests.integration.gang_workers import (
+    GROUPS,
+    MOST_NEW,
+    PROMPT,
+    SAMPLES,
+    assert_equal,
+    merged,
+    rollouts_of,
+    worker_config,
+)
 from tests.integration.rank_gang import Gang, Gangs, place_of
-from tests.integration.test_online_pairs import GROUPS, MOST_NEW, PROMPT, SAMPLES, rollouts_of
 
 ALGORITHMS: Mapping[str, dict[str, Any]] = {
     "entropy": {"name": "grpo", "top_entropy_fraction": 0.2, "advantage_clip": 1.0, "entropy": {"coef": 0.01}},
@@ -36,31 +44,6 @@ ALGORITHMS: Mapping[str, dict[str, Any]] = {
     "kl_cov": {"name": "kl_cov", "fraction": 0.2},
     "reinforce": {"name": "reinforce", "kl": {"coef": 0.0}},
 }
-
-
-def config_of(
-    algorithm: Mapping[str, Any], model: str, folder: str, *, workers: int, tokens: int, **changes: Any
-) -> Config:
-    config = Config.model_validate(
-        {
-            "run": {"name": "workers", "dir": folder},
-            "policy": {"model": model, "dtype": "float32"},
-            "algorithm": algorithm,
-            "data": {"train": "x.jsonl", "apply_chat_template": False, "max_prompt_tokens": PROMPT},
-            "rollouts": {"prompts_per_step": GROUPS, "samples_per_prompt": SAMPLES, "max_new_tokens": MOST_NEW},
-            "rewards": {"r": {"function": "f"}},
-            "train": {
-                "steps": 2,
-                "lr": 1e-2,
-                "sequences_per_update": GROUPS * SAMPLES // 2,
-                "max_tokens_per_microbatch": tokens,
-                "grad_clip": 100.0,
-                **changes.pop("train", {}),
-            },
-            "cluster": {"roles": {"policy": {"workers": workers, **changes}}},
-        }
-    )
-    return next(iter(checked(config).stages.values()))
 
 
 def plan_of(config: Config, num_ranks: int) -> BatchPlan:
@@ -83,7 +66,7 @@ def plan_of(config: Config, num_ranks: int) -> BatchPlan:
 
 def learn(rank: int, world_size: int, *, algorithm: dict[str, Any], model: str, folder: str, tokens: int) -> list[Any]:
     """One rank: metrics of the advantages, their mean when they are done, and metrics of two updates."""
-    config = config_of(algorithm, model, folder, workers=world_size, tokens=tokens)
+    config = worker_config(algorithm, model, folder, workers=world_size, tokens=tokens)
     worker = PolicyWorker(config, place_of(rank, world_size), optimizer_steps=2, reference_is_adapter_off=False)
     worker.build()
     plan = plan_of(config, world_size)
@@ -108,7 +91,7 @@ def run(gangs: Gangs, tmp_path_factory: pytest.TempPathFactory) -> Learn:
     def run(algorithm: dict[str, Any], *, ranks: int) -> list[dict[str, float]]:
         tokens = 4096 if ranks == 1 else PROMPT + MOST_NEW
         found = gangs[ranks].run(learn, algorithm=algorithm, model=model, folder=str(folder), tokens=tokens)
-        return [results(merge_metrics(parts)) for parts in zip(*found, strict=True)]
+        return merged(found)
 
     return run
 
@@ -127,10 +110,7 @@ def test_a_step_depends_on_neither_ranks_nor_microbatches(run: Learn, case: str)
         assert one[0]["advantages/clipped/fraction"] > 0.1
         whole = run({**ALGORITHMS[case], "top_entropy_fraction": None}, ranks=1)
         assert one[2]["update/grad_norm"] != pytest.approx(whole[2]["update/grad_norm"], rel=0.1)
-    for first, second in zip(one, two, strict=True):
-        assert first.keys() == second.keys()
-        for key in first.keys() - {"update/tokens/total"}:  # a prompt may be computed for fewer of its responses
-            assert first[key] == pytest.approx(second[key], rel=2e-4, abs=2e-6), key
+    assert_equal(one, two)
 
 
 def sessions_of(group: int) -> tuple[Rollouts, tuple[RolloutInfo, ...]]:
@@ -161,7 +141,7 @@ def learn_sessions(
     rank: int, world_size: int, *, algorithm: dict[str, Any], model: str, folder: str, tokens: int
 ) -> tuple[list[Any], list[int]]:
     """One rank: metrics of the experience, of the advantages and of two updates, and its samples' ids."""
-    config = config_of(algorithm, model, folder, workers=world_size, tokens=tokens)
+    config = worker_config(algorithm, model, folder, workers=world_size, tokens=tokens)
     worker = PolicyWorker(config, place_of(rank, world_size), optimizer_steps=2, reference_is_adapter_off=False)
     worker.build()
     groups = [sessions_of(group) for group in range(GROUPS)]
@@ -190,20 +170,16 @@ def test_a_step_on_sessions_depends_on_neither_ranks_nor_microbatches(gangs: Gan
     for ranks, tokens in ((1, 4096), (2, 20)):
         found = gangs[ranks].run(learn_sessions, algorithm=algorithm, model=model, folder=str(tmp_path), tokens=tokens)
         assert sorted(i for _, ids in found for i in ids) == list(range(GROUPS * SAMPLES))
-        parts = zip(*(metrics for metrics, _ in found), strict=True)
-        rows.append([results(merge_metrics(list(part))) for part in parts])
+        rows.append(merged([metrics for metrics, _ in found]))
         computed.append(sum(row.pop("update/tokens/total", 0.0) for row in rows[-1]))
     assert computed[0] < computed[1]
     assert rows[0][2]["update/grad_norm"] > 0
-    for first, second in zip(*rows, strict=True):
-        assert first.keys() == second.keys()
-        for key in first:
-            assert first[key] == pytest.approx(second[key], rel=2e-4, abs=2e-6), key
+    assert_equal(*rows)
 
 
 def signals(rank: int, world_size: int, *, algorithm: dict[str, Any], model: str, folder: str, tokens: int) -> Any:
     """One rank: what it tells of sequences 1, 4 and one that nobody has, and the columns that it computed before."""
-    config = config_of(algorithm, model, folder, workers=world_size, tokens=tokens)
+    config = worker_config(algorithm, model, folder, workers=world_size, tokens=tokens)
     config = config.model_copy(
         update={"train": config.train.model_copy(update={"sequences_per_update": GROUPS * SAMPLES})}
     )
@@ -292,7 +268,8 @@ def learn_streamed(
     algorithm, number = options.pop("algorithm"), options.pop("minibatches")
     train = {"sequences_per_update": GROUPS * SAMPLES // number, "grad_clip": 0.05, "eps": 1e-3} | options
     train["streamed"] = streamed
-    config = config_of(algorithm, model, folder, workers=world_size, tokens=40, train=train, **resources)
+    cluster = {"roles": {"policy": resources}}
+    config = worker_config(algorithm, model, folder, workers=world_size, tokens=40, train=train, cluster=cluster)
     worker = PolicyWorker(config, place_of(rank, world_size), optimizer_steps=8, reference_is_adapter_off=False)
     worker.build()
     num_ranks = world_size // resources.get("sequence_parallel", 1)
@@ -335,9 +312,7 @@ def test_portions_give_the_updates_of_the_whole_batch(gangs: Gangs, tmp_path: Pa
         whole, portions = (run(streamed=streamed)[::shared] for streamed in (False, True))
         rows = [results(merge_metrics(part for parts, _, _ in one for part in parts)) for one in (whole, portions)]
         assert rows[0]["update/grad_norm"] > 0.05
-        assert rows[0].keys() == rows[1].keys()
-        for key in rows[0].keys() - {"update/tokens/total"}:
-            assert rows[1][key] == pytest.approx(rows[0][key], rel=1e-4, abs=1e-6), key
+        assert_equal([rows[0]], [rows[1]], rel=1e-4)
         for (_, weights, signals), (_, others, other_signals) in zip(whole, portions, strict=True):
             torch.testing.assert_close(others, weights, rtol=1e-4, atol=2e-6)
             ids = signals.sequence_ids.tolist()

@@ -43,17 +43,6 @@ def compare_with_unbroken(config: Path, run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_offline_run_finishes_its_step(ray_local: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    config, run = write_run(tmp_path, "sft", SFT, SELDOM, {"cluster": {"roles": None}}), tmp_path / "sft"
-    said = preempted(config, run, capsys)
-    assert (
-        f"a checkpoint of step {steps_done(run)} is written; the run continues after step {steps_done(run)}. C" in said
-    )
-    assert said.strip().endswith("--resume auto")
-    compare_with_unbroken(config, run)
-
-
-@pytest.mark.slow
 def test_an_online_run_puts_its_rollouts_aside(
     ray_local: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

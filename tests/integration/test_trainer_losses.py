@@ -1,6 +1,6 @@
 """A rank of a trained role is killed while it works: the run ends with the weights and metrics of the unbroken run.
 
-Real runs of the tiny model in this process, on the session's Ray.
+Real runs of the tiny model in this process, on the session's Ray. tests/chaos kills ranks in all other stages.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from actors.cluster import memory_folders
-from actors.roles.gang import CriticGang, Gang, PolicyGang
+from actors.roles.gang import Gang, PolicyGang
 from rlhf.cli import main
 from tests.integration.recipes import ONLINE, merge, rows, without_clocks, write_config
 
@@ -81,8 +81,6 @@ def test_a_step_whose_rank_is_killed_is_done_again(
     assert [row["recovery/policy/total"] for row in rows(killed)] == [0, 1, 0]
 
 
-CRITIC = {"algorithm": {"name": "ppo"}, "cluster": {"roles": {"policy": {"workers": 1}}}}
-AHEAD = {"algorithm": {"correction": {"preset": "token_tis"}}, "rollouts": {"max_staleness": 1}}
 LORA = {"policy": {"lora": {"rank": 4}}}
 Loss = tuple[type[Gang], str, int, int]  # a gang, its method, the rank, and the number of the call
 
@@ -92,16 +90,12 @@ Loss = tuple[type[Gang], str, int, int]  # a gang, its method, the rank, and the
 @pytest.mark.parametrize(
     ("changes", "losses"),
     [
-        ({}, [(PolicyGang, "publish", 0, 3), (PolicyGang, "export", 1, 1)]),
         ({"cluster": {"weight_sync": "gloo"}}, [(PolicyGang, "send", 0, 3)]),
-        ({"train": {"checkpoint_every": 2}}, [(PolicyGang, "save", 1, 1), (PolicyGang, "probe", 0, 3)]),
-        (CRITIC, [(CriticGang, "update", 0, 3), (PolicyGang, "set_advantages", 0, 3)]),
-        (AHEAD, [(PolicyGang, "prepare", 1, 2)]),
         (LORA, [(PolicyGang, "update", 0, 3)]),
     ],
-    ids=["publish_export", "broadcast", "checkpoint", "critic", "ahead", "lora"],
+    ids=["broadcast", "lora"],
 )
-def test_a_rank_is_killed_in_other_stages(
+def test_a_rank_with_an_adapter_or_in_a_broadcast_is_killed(
     ray_local: None,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
