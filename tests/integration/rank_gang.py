@@ -19,7 +19,9 @@ import numpy as np
 import torch
 from transformers import LlamaConfig
 
+from rlhf.engine.deepspeed import DeepSpeedEngine
 from rlhf.engine.distributed import RankContext, init_distributed, leave_distributed
+from rlhf.engine.training_engine import ScheduleSettings
 
 DEADLINE_S = 240.0  # of each wait: the first includes imports, on a machine that may be busy
 CPU = torch.device("cpu")
@@ -51,6 +53,13 @@ def place_of(rank: int, world_size: int, device: str = "cpu") -> RankContext:
         threads=1,
         deadline_s=DEADLINE_S,
     )
+
+
+def engine_of(model: Any, *, stage: int, dtype: torch.dtype = torch.float32, **options: Any) -> DeepSpeedEngine:
+    """Return an engine of a rank. `options` are those of the engine; without a schedule, the rate is constant."""
+    options.setdefault("schedule", ScheduleSettings(kind="constant", warmup_steps=0, total_steps=10))
+    shared: dict[str, Any] = {"zero_stage": stage, "dtype": dtype, "device": CPU, "deadline_s": DEADLINE_S}
+    return DeepSpeedEngine(model, **shared, **options)
 
 
 def free_port() -> int:

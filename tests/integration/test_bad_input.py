@@ -1,7 +1,7 @@
 """What a user can get wrong before anything runs: exit code 2, the place and the fix in one paragraph, no Ray.
 
-Through the command line's own entry, so that the code and the words are those that a user meets. What can only be
-known with a cluster is in test_failures.
+Through the command line's own entry, so that the code and the words are those that a user meets. Each part of the
+checks has more cases in its unit tests. test_failures has what can only be known with a cluster.
 """
 
 from __future__ import annotations
@@ -36,13 +36,6 @@ ROW = '{"prompt": "1+1+1+1=", "answer": "2,3,4"}\n'
 GRPO: Mapping[str, Any] = {
     "algorithm": {"name": "grpo"},
     "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "[0-9]"}}},
-}
-SFT: Mapping[str, Any] = {
-    "algorithm": {"name": "sft"},
-    "rollouts": None,
-    "rewards": None,
-    "eval": None,
-    "data": {"max_prompt_tokens": None, "eval": None},
 }
 
 
@@ -94,19 +87,11 @@ def with_data(text: str, **data: Any) -> dict[str, Any]:
     ("changes", "arguments", "words"),
     [
         ({"train": {"step": 1}}, [], ["run.yaml:", "train.step", "did you mean train.steps?"]),
-        ({"train": {"steps": "many"}}, [], ["run.yaml:", "train.steps", "'many'", "integer"]),
-        ({"train": {"sequences_per_update": 24}}, [], ["train.sequences_per_update", "24", "8 * 4 = 32", "16 would"]),
         ({"train": {"max_tokens_per_microbatch": 12}}, [], ["train.max_tokens_per_microbatch", "12", "16 + 8 = 24"]),
-        ({}, ["train.stps=3"], ["'train.stps=3'", "did you mean train.steps?"]),
-        ({}, ["train.steps"], ["'train.steps'", "section.key=value"]),
-        ({}, ["stages.sft.train.steps=3"], ["'stages.sft.train.steps=3'", "no stage 'sft'"]),
         ({"policy": {"model": "./nowhere"}}, [], ["policy.model", "./nowhere", "does not exist"]),
         ({"policy": {"model": "nobody/nothing"}}, [], ["policy.model", "nobody/nothing", "HF_HUB_OFFLINE"]),
         ({"data": {"train": "nowhere.jsonl"}}, [], ["data.train", "nowhere.jsonl does not exist"]),
-        ({"data": {"eval": "nowhere.jsonl"}}, [], ["data.eval", "nowhere.jsonl does not exist"]),
         ({"run": {"dir": "/proc/nowhere"}}, [], ["run.dir", "/proc/nowhere/r", "Choose a folder"]),
-        ({"rewards": {"digits": {"function": "format_rgex"}}}, [], ["rewards.digits.function", "`format_regex`?"]),
-        ({"rewards": {"digits": {"function": "no.py:f", "args": None}}}, [], ["rewards.digits.function", "`no.py`"]),
     ],
 )
 def test_what_the_config_names_is_wrong(
@@ -116,63 +101,16 @@ def test_what_the_config_names_is_wrong(
     assert all(word in said for word in words), said
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        (ROW + '{"prompt": \n', ["rows.jsonl:2", "not JSON at character"]),
-        (ROW + '{"question": "1+1="}\n', ["rows.jsonl:2", "`prompt`", "found `question`", "data.columns"]),
-        (ROW + '{"prompt": " "}\n', ["rows.jsonl:2", "`prompt`", "' '", "not empty"]),
-        (ROW + '{"prompt": 3}\n', ["rows.jsonl:2", "`prompt`", "the number 3", "expected a string"]),
-        ("", ["rows.jsonl", "no rows"]),
-        (json.dumps({"prompt": "1+" * 20}) + "\n", ["rows.jsonl:1", "40 tokens", "data.max_prompt_tokens: 16"]),
-    ],
-)
-def test_rows_are_wrong(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, words: list[str]) -> None:
-    said = refused(capsys, str(config(tmp_path, with_data(text))))
-    assert "data.train: " in said
-    assert all(word in said for word in words), said
+def test_a_wrong_row_is_named_with_its_data_set(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    said = refused(capsys, str(config(tmp_path, with_data(ROW + '{"question": "1+1="}\n'))))
+    assert all(word in said for word in ("data.train: ", "rows.jsonl:2", "found `question`", "data.columns")), said
 
 
-def test_a_supervised_example_without_its_column_or_too_long(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    rows = '{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n'
-    said = refused(capsys, str(config(tmp_path, with_data(rows), base=SFT)))
-    assert "rows.jsonl:2: column `completion` is missing; found `prompt`" in said
-    rows = json.dumps({"prompt": "a", "completion": "b" * 300}) + "\n"
-    said = refused(capsys, str(config(tmp_path, with_data(rows), base=SFT)))
-    assert "rows.jsonl:1: the example has 302 tokens, more than data.max_sequence_tokens (null: " in said
-    assert "train.max_tokens_per_microbatch, which a row's sequences share): 256." in said
-
-
-def test_sequences_longer_than_the_models_context(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    longer = {"rollouts": {"max_new_tokens": 2048}, "train": {"max_tokens_per_microbatch": 4096}}
-    said = refused(capsys, str(config(tmp_path, with_data(ROW), longer)))
-    # eight characters of prompt, one token each
-    assert all(word in said for word in ("at most 2048 tokens", "8 tokens", "max_new_tokens 2048", "2056")), said
-
-
-@pytest.mark.parametrize(
-    ("code", "words"),
-    [
-        ("import nothing_of_the_sort\n", ["ModuleNotFoundError", "nothing_of_the_sort", "mine.py:1"]),
-        ("def reward(:\n", ["SyntaxError", "mine.py"]),
-        ("def other(prompt, response):\n    return 1.0\n", ["defines no `reward`", "it defines: other"]),
-        ("reward = 3\n", ["of type int, not a function"]),
-        (
-            "def reward(prompt, response, gold):\n    return 1.0\n",
-            ["needs the column `gold`", "data.train has", "answer"],
-        ),
-    ],
-)
-def test_the_reward_cannot_be_used(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, code: str, words: list[str]
-) -> None:
-    (tmp_path / "mine.py").write_text(code, encoding="utf-8")
+def test_a_reward_that_is_no_code_is_named_with_its_key(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def reward(:\n", encoding="utf-8")
     reward = {"rewards": {"mine": {"function": "mine.py:reward"}}}
     said = refused(capsys, str(config(tmp_path, with_data(ROW), reward, base={"algorithm": {"name": "grpo"}})))
-    assert "rewards.mine.function: " in said
-    assert all(word in said for word in words), said
+    assert all(word in said for word in ("rewards.mine.function: ", "SyntaxError", "mine.py")), said
 
 
 def test_a_reward_that_needs_more_memory_than_it_may_have(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from rlhf.models.adapters.lora import adapter_disabled, add_lora
 from rlhf.models.files.loading import load_causal_lm, whole
 from rlhf.models.files.weights import adapter_sources, initial_copies, weight_sources
 from rlhf.models.packed.forward import policy_logprobs, policy_logprobs_only
-from tests.integration.rank_gang import CPU, DEADLINE_S, Gang, small_config
+from tests.integration.rank_gang import Gang, engine_of, small_config
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -102,15 +102,7 @@ def resume_on_another_base(rank: int, world_size: int, *, folder: Path, stage: i
 def started(folder: Path, kind: str, stage: int) -> DeepSpeedEngine:
     with shards_as_it_loads(zero_stage=stage, dtype=torch.float32):
         module = loaded(folder, kind)
-    return DeepSpeedEngine(
-        module,
-        optimizer=OPTIMIZER,
-        schedule=SCHEDULE,
-        zero_stage=stage,  # type: ignore[arg-type]
-        dtype=torch.float32,
-        device=CPU,
-        deadline_s=DEADLINE_S,
-    )
+    return engine_of(module, stage=stage, optimizer=OPTIMIZER, schedule=SCHEDULE)
 
 
 def updated(engine: DeepSpeedEngine, rank: int, step: int) -> None:

@@ -18,10 +18,10 @@ from transformers import LlamaForCausalLM
 
 from rlhf.engine.deepspeed import BUCKET_ELEMENTS, DeepSpeedEngine, Offload
 from rlhf.engine.schedule import lr_factor
-from rlhf.engine.training_engine import OptimizerSettings, ScheduleSettings
+from rlhf.engine.training_engine import OptimizerName, OptimizerSettings, ScheduleSettings
 from rlhf.errors import RunError, UserError
 from rlhf.models.packed.forward import policy_logprobs
-from tests.integration.rank_gang import CPU, DEADLINE_S, Gang, Gangs, small_config
+from tests.integration.rank_gang import Gang, Gangs, engine_of, small_config
 
 OPTIMIZER = OptimizerSettings(lr=0.01, betas=(0.9, 0.99), weight_decay=0.1, grad_clip=0.5)
 SCHEDULE = ScheduleSettings(kind="linear", warmup_steps=2, total_steps=5)
@@ -75,14 +75,12 @@ def make_engine(
     schedule: ScheduleSettings = SCHEDULE,
     **options: Any,
 ) -> DeepSpeedEngine:
-    return DeepSpeedEngine(
+    return engine_of(
         tiny_model(dtype, **options),
+        stage=stage,
+        dtype=dtype,
         optimizer=optimizer,
         schedule=schedule,
-        zero_stage=stage,  # type: ignore[arg-type]
-        dtype=dtype,
-        device=CPU,
-        deadline_s=DEADLINE_S,
         offload=offload,
     )
 
@@ -150,17 +148,25 @@ def train_on_sums(
 
 
 def interrupt_and_resume(
-    rank: int, world_size: int, *, stage: int, dtype: torch.dtype, folder: Path
+    rank: int,
+    world_size: int,
+    *,
+    stage: int,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    optimizer: OptimizerName = "adamw",
+    other_stage: int | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float], list[float], bool]:
-    """Weights and norms of a run of three steps, and of one that was saved after the first and continued elsewhere."""
-    engine = make_engine(stage, dtype)
+    """Return weights and norms of a run of three steps, and of a run that continued elsewhere after the first step."""
+    settings = replace(OPTIMIZER, name=optimizer)
+    engine = make_engine(stage, dtype, optimizer=settings)
     train(engine, rank, world_size, steps=range(1, 2), num_microbatches=1)
     engine.save(folder)
     drawn = torch.rand(3)
     norms = train(engine, rank, world_size, steps=range(2, 4), num_microbatches=1)
     unbroken = weights_of(engine)
     engine.close()
-    engine = make_engine(stage, dtype)
+    engine = make_engine(stage if other_stage is None else other_stage, dtype, optimizer=settings)
     engine.load(folder)
     same_draw = torch.equal(drawn, torch.rand(3))
     norms_again = train(engine, rank, world_size, steps=range(2, 4), num_microbatches=1)
@@ -186,24 +192,6 @@ def try_nonfinite(rank: int, world_size: int, *, stage: int, dtype: torch.dtype,
         return str(error), all(torch.equal(after[name], before[name]) for name in before)
     engine.close()
     return "stepped", False
-
-
-def load_with_other_stage(
-    rank: int, world_size: int, *, folder: Path
-) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float], list[float]]:
-    """Weights and norms of a run at stage 1, and of its continuation at stage 3."""
-    engine = make_engine(1)
-    train(engine, rank, world_size, steps=range(1, 2), num_microbatches=1)
-    engine.save(folder)
-    norms = train(engine, rank, world_size, steps=range(2, 4), num_microbatches=1)
-    unbroken = weights_of(engine)
-    engine.close()
-    engine = make_engine(3)
-    engine.load(folder)
-    norms_again = train(engine, rank, world_size, steps=range(2, 4), num_microbatches=1)
-    resumed = weights_of(engine)
-    engine.close()
-    return unbroken, resumed, norms, norms_again
 
 
 OTHER_SETTINGS = replace(OPTIMIZER, betas=(0.5, 0.8), eps=1e-3, weight_decay=2.0)
@@ -346,7 +334,9 @@ def test_a_checkpoint_runs_no_code(gangs: Gangs, tmp_path: Path) -> None:
 
 
 def test_another_stage_continues_up_to_rounding(gang: Gang, tmp_path: Path) -> None:
-    for unbroken, resumed, norms, norms_again in gang.run(load_with_other_stage, folder=tmp_path):
+    for unbroken, resumed, norms, norms_again, _ in gang.run(
+        interrupt_and_resume, stage=1, other_stage=3, folder=tmp_path
+    ):
         assert norms_again == pytest.approx(norms, rel=1e-5)
         torch.testing.assert_close(resumed, unbroken, rtol=1e-4, atol=2e-6)
 

@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf.engine.deepspeed import DeepSpeedEngine
-from rlhf.engine.training_engine import OptimizerSettings, ScheduleSettings
+from rlhf.engine.training_engine import OptimizerSettings
 from rlhf.errors import UserError
 from rlhf.models.files.loading import enable_checkpointing
 from rlhf.models.packed.branches import Branch, Branches
 from rlhf.models.packed.forward import policy_logprobs, policy_logprobs_only, supervised_loss
 from rlhf.models.packed.heads import sequence_scores, token_values
-from tests.integration.rank_gang import CPU, DEADLINE_S, Gang, Gangs, small_config
+from tests.integration.rank_gang import Gang, Gangs, engine_of, small_config
 
 WORLD = 4
 STEPS = 2
@@ -114,16 +114,8 @@ def in_parts(rank: int, world_size: int, *, kind: str, shared: int, stage: int, 
 
 
 def make_engine(model: Any, *, shared: int, stage: int) -> DeepSpeedEngine:
-    return DeepSpeedEngine(
-        model,
-        optimizer=OptimizerSettings(lr=LR, eps=EPS, weight_decay=0.01, grad_clip=None),
-        schedule=ScheduleSettings(kind="constant", warmup_steps=0, total_steps=STEPS),
-        zero_stage=stage,  # type: ignore[arg-type]
-        dtype=torch.float32,
-        device=CPU,
-        deadline_s=DEADLINE_S,
-        sequence_parallel=shared,
-    )
+    optimizer = OptimizerSettings(lr=LR, eps=EPS, weight_decay=0.01, grad_clip=None)
+    return engine_of(model, stage=stage, optimizer=optimizer, sequence_parallel=shared)
 
 
 def refusal(rank: int, world_size: int) -> str:

@@ -19,6 +19,7 @@ from tests.integration.test_engine_deepspeed import (
     STEPS,
     Gang,
     batch,
+    interrupt_and_resume,
     loss_of,
     make_engine,
     tiny_model,
@@ -78,24 +79,6 @@ def trained_weights(rank: int, world_size: int, *, name: str, stage: int) -> tup
     return weights, dtypes
 
 
-def interrupted(
-    rank: int, world_size: int, *, name: str, stage: int, dtype: torch.dtype, folder: Path
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights of a run of three steps, and of one that was saved after the first and continued elsewhere."""
-    engine = make_engine(stage, dtype, optimizer=settings_of(name))
-    train(engine, rank, world_size, steps=range(1, 2), num_microbatches=1)
-    engine.save(folder)
-    train(engine, rank, world_size, steps=range(2, 4), num_microbatches=1)
-    unbroken = weights_of(engine)
-    engine.close()
-    engine = make_engine(stage, dtype, optimizer=settings_of(name))
-    engine.load(folder)
-    train(engine, rank, world_size, steps=range(2, 4), num_microbatches=1)
-    resumed = weights_of(engine)
-    engine.close()
-    return unbroken, resumed
-
-
 def first_step(rank: int, world_size: int, *, stage: int) -> tuple[float, float]:
     """How far the weights have moved in the first step of AdamW, on average, and the rate of that step."""
     engine = make_engine(stage, torch.bfloat16, optimizer=replace(OPTIMIZER, weight_decay=0.0, eps=1e-12))
@@ -139,7 +122,8 @@ def test_sharded_8_bit_states_train_as_whole_ones_nearly(gang: Gang, stage: int)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("name", "stage"), ALLOWED)
 def test_resume_is_exact(gang: Gang, name: str, stage: int, dtype: torch.dtype, tmp_path: Path) -> None:
-    for unbroken, resumed in gang.run(interrupted, name=name, stage=stage, dtype=dtype, folder=tmp_path):
+    options = {"stage": stage, "dtype": dtype, "folder": tmp_path, "optimizer": name}
+    for unbroken, resumed, *_ in gang.run(interrupt_and_resume, **options):
         assert all(torch.equal(unbroken[key], resumed[key]) for key in unbroken)
 
 

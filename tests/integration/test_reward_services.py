@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,33 @@ def test_a_run_with_a_service_a_gate_and_rows_that_name_their_rewards(
     assert b"a-token-of-this-test" not in everything
 
 
+def check_judge(folder: Path, port: str, texts: Sequence[str]) -> Sequence[Any]:
+    """Judge responses by the server at a port, freely and by choices. Return what an unknown model makes of them."""
+    request = {"temperature": 0.0, "max_tokens": 4, "structured_outputs": {"choice": ["yes", "no"]}}
+    judge = {
+        "model": "judge",
+        "prompt": "Is this answer to `{question}` right? {response}",
+        "choices": {"yes": 1.0, "no": -1.0},
+        "request": request,
+    }
+    http = {"timeout_s": 60.0, "deadline_s": 120.0, "max_in_flight": 64}
+    taste = {"url": f"http://127.0.0.1:{port}/v1", "token_env": "JUDGE_KEY", "judge": judge, "http": http}
+    run = {"run": {"name": "judge", "dir": str(folder)}, "algorithm": {"name": "grpo"}, "rewards": {"taste": taste}}
+    config, responses = write_config(folder / "judge.yaml", run), folder / "r.jsonl"
+    rows = [{"prompt": "p", "question": "2+2", "response": text} for text in texts]
+    responses.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = rlhf.reward(config, responses).rows
+    assert [row.errors for row in found] == [()] * len(texts)
+    assert all(row.score in (1.0, -1.0) for row in found)
+    assert found[0].score == found[2].score
+    free = ["rewards.taste.judge={model: judge, prompt: 'Hello {response}', request: {max_tokens: 8}}"]
+    kinds = {one.kind for row in rlhf.reward(config, responses, free).rows for one in row.errors}
+    assert kinds == {"not_a_number"}  # this model writes what comes
+    refused = rlhf.reward(config, responses, ["rewards.taste.judge.model=nobody"]).rows
+    assert {one.kind for row in refused for one in row.errors} == {"refused"}
+    return refused
+
+
 @pytest.mark.slow
 def test_a_judge_on_vllms_own_server(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_KEY", "a-key-of-this-test")
@@ -110,36 +137,7 @@ def test_a_judge_on_vllms_own_server(tmp_path: Path, tiny_model: Path, monkeypat
     words += ["--host", "127.0.0.1", "--port", port, "--api-key", "a-key-of-this-test", "--served-model-name", "judge"]
     with running(words, log, VLLM_CPU_KVCACHE_SPACE="1") as process:
         wait_for_url(f"http://127.0.0.1:{port}/health", process, log, timeout_s=280)
-        taste: dict[str, Any] = {
-            "url": f"http://127.0.0.1:{port}/v1",
-            "token_env": "JUDGE_KEY",
-            "judge": {
-                "model": "judge",
-                "prompt": "Is this answer to `{question}` right? {response}",
-                "choices": {"yes": 1.0, "no": -1.0},
-                "request": {"temperature": 0.0, "max_tokens": 4, "structured_outputs": {"choice": ["yes", "no"]}},
-            },
-            "http": {"timeout_s": 60.0, "deadline_s": 120.0},
-        }
-        config = write_config(
-            tmp_path / "judge.yaml",
-            {
-                "run": {"name": "judge", "dir": str(tmp_path)},
-                "algorithm": {"name": "grpo"},
-                "rewards": {"taste": taste},
-            },
-        )
-        responses = [{"prompt": "p", "question": "2+2", "response": text} for text in ("4", "5", "4", "a fish")]
-        (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in responses))
-        found = rlhf.reward(config, tmp_path / "r.jsonl").rows
-        assert [row.errors for row in found] == [()] * 4
-        assert all(row.score in (1.0, -1.0) for row in found)
-        assert found[0].score == found[2].score
-        free = ["rewards.taste.judge={model: judge, prompt: 'Hello {response}', request: {max_tokens: 8}}"]
-        kinds = {one.kind for row in rlhf.reward(config, tmp_path / "r.jsonl", free).rows for one in row.errors}
-        assert kinds == {"not_a_number"}  # this model writes what comes
-        refused = rlhf.reward(config, tmp_path / "r.jsonl", ["rewards.taste.judge.model=nobody"]).rows
-        assert {one.kind for row in refused for one in row.errors} == {"refused"}
+        check_judge(tmp_path, port, ("4", "5", "4", "a fish"))
 
 
 @contextmanager
@@ -168,42 +166,7 @@ def test_a_judge_on_a_rollout_engine_of_ours(tmp_path: Path, tiny_model: Path, m
     monkeypatch.setenv("JUDGE_KEY", "a-key-of-this-test")
     port = "18733"
     with serving(tiny_model, tmp_path, port) as (process, log):
-        config = write_config(
-            tmp_path / "judge.yaml",
-            {
-                "run": {"name": "judge", "dir": str(tmp_path)},
-                "algorithm": {"name": "grpo"},
-                "rewards": {
-                    "taste": {
-                        "url": f"http://127.0.0.1:{port}/v1",
-                        "token_env": "JUDGE_KEY",
-                        "judge": {
-                            "model": "judge",
-                            "prompt": "Is this answer to `{question}` right? {response}",
-                            "choices": {"yes": 1.0, "no": -1.0},
-                            "request": {
-                                "temperature": 0.0,
-                                "max_tokens": 4,
-                                "structured_outputs": {"choice": ["yes", "no"]},
-                            },
-                        },
-                        "http": {"timeout_s": 60.0, "deadline_s": 120.0, "max_in_flight": 64},
-                    }
-                },
-            },
-        )
-        texts = ("4", "5", "4", "a fish", *map(str, range(60)))
-        responses = [{"prompt": "p", "question": "2+2", "response": text} for text in texts]
-        (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in responses))
-        found = rlhf.reward(config, tmp_path / "r.jsonl").rows
-        assert [row.errors for row in found] == [()] * len(texts)
-        assert all(row.score in (1.0, -1.0) for row in found)
-        assert found[0].score == found[2].score
-        free = ["rewards.taste.judge={model: judge, prompt: 'Hello {response}', request: {max_tokens: 8}}"]
-        kinds = {one.kind for row in rlhf.reward(config, tmp_path / "r.jsonl", free).rows for one in row.errors}
-        assert kinds == {"not_a_number"}  # this model writes what comes
-        refused = rlhf.reward(config, tmp_path / "r.jsonl", ["rewards.taste.judge.model=nobody"]).rows
-        assert {one.kind for row in refused for one in row.errors} == {"refused"}
+        refused = check_judge(tmp_path, port, ("4", "5", "4", "a fish", *map(str, range(60))))
         assert "there is no model nobody" in refused[0].errors[0].message
         ask_as_openai(f"http://127.0.0.1:{port}/v1", tiny_model)
         end(process, signal.SIGINT, log)

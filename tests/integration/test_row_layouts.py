@@ -9,15 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.engine.deepspeed import DeepSpeedEngine
-from rlhf.engine.training_engine import OptimizerSettings, ScheduleSettings
+from rlhf.engine.training_engine import OptimizerSettings
 from rlhf.errors import UserError
 from rlhf.models.files.tiny import byte_tokenizer
 from rlhf.models.packed.forward import policy_logprobs_only
 from rlhf.models.packed.row_check import check_rows
 from rlhf.models.routers.recording import routers_of
-from rlhf.tracking.metrics.declarations import merge_metrics, results
-from tests.integration.rank_gang import CPU, DEADLINE_S, Gangs
+from tests.integration.gang_workers import assert_equal, merged
+from tests.integration.rank_gang import CPU, Gangs, engine_of
 from tests.integration.test_offline_workers import train_rank
 from tests.tiny_architectures import tiny_model
 
@@ -39,23 +38,15 @@ def test_a_step_of_a_hybrid_depends_on_neither_ranks_nor_microbatches(
     options = {"algorithm": {"name": algorithm}, "model": hybrid, "folder": str(tmp_path), "zero_stage": zero_stage}
     first, second = steps_of(gangs, **options)
     assert first[0]["update/grad_norm"] > 0
-    compare(first, second)
+    assert_equal(first, second)
 
 
 def steps_of(gangs: Gangs, **options: Any) -> list[list[dict[str, float]]]:
     """The metrics of each step, by 1 rank with large micro-batches and by 2 with small ones."""
     found = []
     for ranks, tokens in ((1, 4096), (2, 64)):
-        parts = gangs[ranks].run(train_rank, tokens=tokens, repeated=(), **options)
-        found.append([results(merge_metrics(of_step)) for of_step in zip(*parts, strict=True)])
+        found.append(merged(gangs[ranks].run(train_rank, tokens=tokens, repeated=(), **options)))
     return found
-
-
-def compare(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
-    for first, second in zip(found, expected, strict=True):
-        for key in first:
-            if key != "update/tokens/total":
-                assert first[key] == pytest.approx(second[key], rel=2e-4, abs=2e-6), key
 
 
 @pytest.mark.slow
@@ -68,7 +59,7 @@ def test_the_balance_loss_of_a_mixture_depends_on_neither_ranks_nor_microbatches
     balanced = steps_of(gangs, balance_coef=5.0, **options)
     for found in balanced:
         del found[0]["preference/accuracy/mean"]  # the policy is still the reference, so margins are rounding alone
-    compare(*balanced)
+    assert_equal(*balanced)
     assert balanced[0][0]["update/router_balance_loss"] > 1.0
     assert 1.0 < balanced[0][0]["update/router_load"] <= 4.0
     assert 0.0 < balanced[0][0]["update/router_entropy"] < 1.0
@@ -78,16 +69,8 @@ def test_the_balance_loss_of_a_mixture_depends_on_neither_ranks_nor_microbatches
 
 
 def refusal(rank: int, world_size: int) -> str:
-    engine = DeepSpeedEngine(
-        tiny_model("qwen3_5_text"),
-        optimizer=OptimizerSettings(lr=0.1),
-        schedule=ScheduleSettings(kind="constant", warmup_steps=0, total_steps=1),
-        zero_stage=0,
-        dtype=torch.float32,
-        device=CPU,
-        deadline_s=DEADLINE_S,
-        sequence_parallel=2,
-    )
+    model = tiny_model("qwen3_5_text")
+    engine = engine_of(model, stage=0, optimizer=OptimizerSettings(lr=0.1), sequence_parallel=2)
     try:
         with torch.no_grad():
             engine.forward(check_rows, CPU)
@@ -102,20 +85,12 @@ def test_ranks_that_share_rows_refuse_a_hybrid(gangs: Gangs) -> None:
 
 
 def layout(rank: int, world_size: int, **options: Any) -> int:
-    engine = DeepSpeedEngine(
-        tiny_model("llama"),
-        optimizer=OptimizerSettings(lr=0.1),
-        schedule=ScheduleSettings(kind="constant", warmup_steps=0, total_steps=1),
-        dtype=torch.float32,
-        device=CPU,
-        deadline_s=DEADLINE_S,
-        **options,
-    )
+    engine = engine_of(tiny_model("llama"), optimizer=OptimizerSettings(lr=0.1), **options)
     with torch.no_grad():
         return int(engine.forward(check_rows, CPU))
 
 
-@pytest.mark.parametrize("options", [{"zero_stage": 3}, {"zero_stage": 0, "sequence_parallel": 2}], ids=str)
+@pytest.mark.parametrize("options", [{"stage": 3}, {"stage": 0, "sequence_parallel": 2}], ids=str)
 def test_shards_and_shared_rows_pass_the_check(gangs: Gangs, options: dict[str, Any]) -> None:
     assert gangs[2].run(layout, **options) == [2, 2]
 
@@ -123,15 +98,7 @@ def test_shards_and_shared_rows_pass_the_check(gangs: Gangs, options: dict[str, 
 def mixture_after(rank: int, world_size: int, *, zero_stage: int) -> list[dict[str, Tensor]]:
     """The whole weights after steps in which ranks choose different experts, and those that the rank holds whole."""
     model = tiny_model("qwen3_moe", std=0.3)
-    engine = DeepSpeedEngine(
-        model,
-        optimizer=OptimizerSettings(lr=0.01),
-        schedule=ScheduleSettings(kind="constant", warmup_steps=0, total_steps=6),
-        zero_stage=zero_stage,  # type: ignore[arg-type]
-        dtype=torch.float32,
-        device=CPU,
-        deadline_s=DEADLINE_S,
-    )
+    engine = engine_of(model, stage=zero_stage, optimizer=OptimizerSettings(lr=0.01))
     chosen: list[Tensor] = []
     hooks = [router.register_forward_hook(lambda m, i, o: chosen.append(o[2])) for router in routers_of(model)]
     for step in range(6):

@@ -23,7 +23,7 @@ from rlhf.engine.snapshot_checkpoint import write_snapshot
 from rlhf.engine.training_engine import OptimizerName, OptimizerSettings, ScheduleSettings
 from rlhf.models.adapters.lora import add_lora
 from rlhf.models.packed.forward import policy_logprobs
-from tests.integration.rank_gang import CPU, DEADLINE_S, Gang, small_config
+from tests.integration.rank_gang import DEADLINE_S, Gang, engine_of, small_config
 
 SCHEDULE = ScheduleSettings(kind="linear", warmup_steps=2, total_steps=6)
 LENGTHS = torch.tensor([5, 3])
@@ -70,15 +70,8 @@ def started(
         model = add_lora(model, rank=4, alpha=8.0, dropout=0.0, **adapter)
     model.get_input_embeddings().register_forward_hook(WithDropout().forward)
     torch.manual_seed(rank)
-    return DeepSpeedEngine(
-        model,
-        optimizer=OptimizerSettings(name=optimizer, lr=0.01, weight_decay=0.1, grad_clip=0.5),
-        schedule=SCHEDULE,
-        zero_stage=stage,  # type: ignore[arg-type]
-        dtype=dtype,
-        device=CPU,
-        deadline_s=DEADLINE_S,
-    )
+    settings = OptimizerSettings(name=optimizer, lr=0.01, weight_decay=0.1, grad_clip=0.5)
+    return engine_of(model, stage=stage, dtype=dtype, optimizer=settings, schedule=SCHEDULE)
 
 
 def loss_of(model: Any, rank: int, step: int) -> Tensor:
