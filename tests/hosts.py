@@ -25,6 +25,8 @@ import pytest
 
 from rlhf.engine.distributed import INTERFACE_VARIABLES
 
+ONE_THREAD = {"threads": 1, "cpus": 1.0}
+
 BIN = Path(sys.executable).parent
 NETWORK = "10.77.0"  # of every bridge: none is joined to another, or to the machine's own network
 GCS_PORT = 6379
@@ -225,3 +227,33 @@ def _output(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(command)}: {done.stderr.strip()}"
     return done.stdout
+
+
+POOLS = {"policy": "train", "rollout": "serve"}
+
+
+THREE_BUNDLES: Mapping[str, Any] = {
+    "algorithm": {"name": "ppo"},
+    "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*"}}},
+    "train": {"steps": 3, "checkpoint_every": 3},
+    "eval": {"every": 3, "at_start": False},
+    "cluster": {
+        "object_store_gib": None,
+        "roles": {
+            "policy": {"workers": 2, **ONE_THREAD},
+            "critic": {"workers": 2, "threads": 1},
+            "reference": {"threads": 1},
+            "rollout": ONE_THREAD,
+            "reward": {"threads": 1},
+        },
+    },
+}
+
+
+# What docs/multinode.md says to start the head with.
+QUICK_HEALTH = {
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+}

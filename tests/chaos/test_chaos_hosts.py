@@ -34,10 +34,9 @@ from tests.chaos.survival import (
     unrecorded,
     wait_for_end,
 )
-from tests.hosts import BIN, Host, several_hosts, start_node, start_ray
+from tests.hosts import BIN, QUICK_HEALTH, Host, several_hosts, start_node, start_ray
+from tests.integration.faults import MANY
 from tests.integration.recipes import merge, write_config
-from tests.integration.test_failures import MANY
-from tests.integration.test_node_loss import QUICK_HEALTH
 
 pytestmark = [pytest.mark.multinode, pytest.mark.chaos, pytest.mark.timeout(900)]
 

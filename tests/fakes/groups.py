@@ -5,8 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
+from rlhf.controller.rollout_scorer import request_for
 from rlhf.roles import CompletedGroup, ScoredGroup
-from rlhf.types import GroupRequest, GroupScores, Prompt, RolloutInfo
+from rlhf.types import (
+    GroupRequest,
+    GroupScores,
+    Prompt,
+    RolloutInfo,
+    Rollouts,
+    Sampling,
+)
 
 
 def rollout_info(sequence_id: int = 0, **fields: Any) -> RolloutInfo:
@@ -61,3 +71,18 @@ def scored_groups(
         group = completed_group(request, f"group {index}", tokens=tokens)
         scored.append(ScoredGroup(group=group, scores=result, greedy_score=None if greedy is None else greedy[index]))
     return scored
+
+
+# A stored group of one response, of one token.
+PROMPT = Prompt(prompt_id=0, token_ids=(1,), text="p", columns={})
+REQUEST = request_for(PROMPT, group_id=0, first_sequence_id=0, samples=1, run_seed=0)
+SAMPLING = Sampling(max_new_tokens=4)
+INFO = rollout_info(num_prompt_tokens=1, num_response_tokens=1, mean_logprob=-0.5)
+ROLLOUTS = Rollouts(
+    sequence_ids=torch.tensor([0]),
+    lengths=torch.tensor([2]),
+    token_ids=torch.tensor([1, 5]),
+    response_mask=torch.tensor([False, True]),
+    rollout_logprobs=torch.tensor([0.0, -0.5]),
+    versions=torch.tensor([-1, 0]),
+)

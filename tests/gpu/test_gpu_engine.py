@@ -12,16 +12,8 @@ from torch import Tensor
 from rlhf.engine.deepspeed import DeepSpeedEngine
 from rlhf.models.packed.forward import policy_logprobs
 from tests.gpu.gpu_helpers import GPU, on_one_rank
+from tests.integration.engine_training import LENGTHS, OPTIMIZER, SCHEDULE, STEPS, batch, plain_training, tiny_model
 from tests.integration.rank_gang import DEADLINE_S
-from tests.integration.test_engine_deepspeed import (
-    LENGTHS,
-    OPTIMIZER,
-    SCHEDULE,
-    STEPS,
-    batch,
-    plain_training,
-    tiny_model,
-)
 
 pytestmark = pytest.mark.gpu
 

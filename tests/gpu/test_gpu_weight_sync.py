@@ -21,9 +21,8 @@ from rlhf.errors import RunError
 from rlhf.models.adapters.lora import add_lora
 from rlhf.models.files.weights import ADAPTER, adapter_sources
 from tests.gpu.gpu_helpers import GPU, TWO_GPUS, build_model, gpu_spec, sync, trainer
-from tests.integration.engine_helpers import SAMPLING, call, engine, model_like, request, worst_difference
+from tests.integration.engine_helpers import SAMPLING, call, engine, model_like, request, spanning, worst_difference
 from tests.integration.rank_gang import free_port
-from tests.integration.test_async_scheduling import spanning
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 

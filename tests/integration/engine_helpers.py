@@ -11,7 +11,7 @@ from unittest.mock import MagicMock
 import ray
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from actors.rollout.engine_actor import RolloutSpec, RolloutWorker, engine_environment
 from actors.rollout.vllm_engine import has_step_in_flight
@@ -170,3 +170,28 @@ def sync(handle: Any, manifest: WeightManifest | None) -> Any:
     """The engine's receipt."""
     assert manifest is not None
     return call(handle.update_weights.remote(manifest, manifest.version))
+
+
+def spanning(drawn: Rollouts, old: Any, new: Any, *, kept: bool) -> int:
+    """Check that each token is of the weights of its version, and return how many responses have both versions."""
+    changed = 0
+    for sequence in sequences(drawn):
+        tokens, told = sequence["token_ids"], sequence["rollout_logprobs"]
+        begin = int(sequence["response_mask"].nonzero()[0].item())
+        is_new = sequence["versions"] == 2
+        first = int(is_new.int().argmax()) if is_new.any() else len(tokens)
+        assert (continued(old, old, tokens[:first], begin) - told[begin:first]).abs().max() < 1e-3
+        if first < len(tokens):
+            changed += 1
+            before = old if kept else new  # where keys and values are computed again, all are of the new weights
+            assert (continued(before, new, tokens, first) - told[first:]).abs().max() < 1e-3
+    return changed
+
+
+def continued(old: Any, new: Any, token_ids: Tensor, first: int) -> Tensor:
+    """The log-probabilities of the tokens from `first` on by new weights, over keys and values of old weights."""
+    cache = DynamicCache()
+    with torch.no_grad():
+        old(token_ids[None, : first - 1], past_key_values=cache)
+        logits = new(token_ids[None, first - 1 :], past_key_values=cache).logits[0, :-1].float()
+    return logits.log_softmax(-1).gather(1, token_ids[first:, None])[:, 0]

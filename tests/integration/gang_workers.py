@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf.config.files.load import checked
 from rlhf.config.schema.root import Config
+from rlhf.models.files.tiny import VOCAB_SIZE, build_tiny_llama, byte_tokenizer
 from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.types import Rollouts
 from tests.integration.recipes import merge
@@ -100,3 +104,40 @@ class PlainTraining:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 100.0)
         self.optimizer.step()
         return norm.item()
+
+
+BETA = 0.3
+
+
+def build_models(folder: Path) -> Path:
+    """The folder, with `student` and `teacher`."""
+    build_tiny_llama(folder / "student", seed=3)
+    tokenizer = byte_tokenizer()
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE + 16,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(1)
+    teacher = LlamaForCausalLM(config)
+    torch.nn.init.normal_(teacher.lm_head.weight, std=0.2)  # or all tokens would be equally likely to it
+    teacher.save_pretrained(folder / "teacher")
+    tokenizer.save_pretrained(folder / "teacher")
+    return folder
+
+
+def divergence(kind: str, student: Tensor, teacher: Tensor) -> Tensor:
+    """By torch's own KL; kl_div(b, a) is KL(a || b)."""
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return F.kl_div(b, a, log_target=True, reduction="none").sum(-1)
+
+    if kind == "jsd":
+        mixture = (BETA * teacher.exp() + (1 - BETA) * student.exp()).log()
+        return BETA * kl(teacher, mixture) + (1 - BETA) * kl(student, mixture)
+    return kl(teacher, student) if kind == "forward_kl" else kl(student, teacher)

@@ -98,3 +98,41 @@ def without_clocks(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows without times, throughput, memory, losses and the nodes' state: what is equal bit for bit after a loss."""
     clocks = ("time", "throughput/", "memory/", "system/", "recovery/")
     return [{key: value for key, value in row.items() if not key.startswith(clocks)} for row in found]
+
+
+PPO: dict[str, Any] = {
+    "algorithm": {
+        "name": "ppo",
+        "critic_lr": 1e-3,
+        "kl": {"coef": 0.05, "estimator": "k1", "place": "reward", "adaptive": {"target": 0.5, "horizon": 64}},
+        "entropy": {"adaptive": {"target": 6.0}},
+    },
+    "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*"}}},
+    "train": {"epochs_per_batch": 2},
+}
+
+
+def weights(run: Path) -> bytes:
+    (path,) = (run / "final").glob("*model.safetensors")
+    return path.read_bytes()
+
+
+RUN: dict[str, Any] = {
+    "run": {"name": "tiny"},
+    "policy": {"model": "tiny:llama", "dtype": "float32"},
+    "algorithm": {"name": "sft"},
+    "data": {
+        "train": {"task": "running_totals", "split": "sft", "size": 64},
+        "eval": {"task": "running_totals", "split": "sft", "size": 16, "seed": 5},
+        "apply_chat_template": False,
+    },
+    "train": {
+        "steps": 4,
+        "lr": 1e-3,
+        "sequences_per_update": 16,
+        "max_tokens_per_microbatch": 512,
+        "checkpoint_every": 2,
+    },
+    "eval": {"every": 2},
+    "cluster": {"object_store_gib": 0.25, "start_timeout_s": 200.0, "call_timeout_s": 120.0},
+}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
 import torch
 
 from actors.weights.shm import ShmSender
-from rlhf.types import Rollouts, Sampling
+from rlhf.types import Sampling
 from tests.integration.engine_helpers import (
     AsyncEngine,
     BreakableEngine,
@@ -18,12 +17,11 @@ from tests.integration.engine_helpers import (
     engine,
     model_like,
     request,
-    sequences,
+    spanning,
     spec,
     sync,
     worst_difference,
 )
-from tests.integration.test_updates_in_flight import continued
 
 pytestmark = pytest.mark.slow
 LONG = Sampling(max_new_tokens=250)
@@ -61,19 +59,3 @@ def test_no_token_of_old_weights_bears_the_version_of_new_ones(tiny_model: Path,
         drawn = call(running)[0]
     sender.close()
     assert spanning(drawn, old, new, kept=kept == "keep") > 0
-
-
-def spanning(drawn: Rollouts, old: Any, new: Any, *, kept: bool) -> int:
-    """Check that each token is of the weights of its version, and return how many responses have both versions."""
-    changed = 0
-    for sequence in sequences(drawn):
-        tokens, told = sequence["token_ids"], sequence["rollout_logprobs"]
-        begin = int(sequence["response_mask"].nonzero()[0].item())
-        is_new = sequence["versions"] == 2
-        first = int(is_new.int().argmax()) if is_new.any() else len(tokens)
-        assert (continued(old, old, tokens[:first], begin) - told[begin:first]).abs().max() < 1e-3
-        if first < len(tokens):
-            changed += 1
-            before = old if kept else new  # where keys and values are computed again, all are of the new weights
-            assert (continued(before, new, tokens, first) - told[first:]).abs().max() < 1e-3
-    return changed

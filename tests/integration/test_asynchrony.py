@@ -12,8 +12,8 @@ import pytest
 from safetensors.torch import load_file
 
 from rlhf.cli import main
+from tests.integration.faults import kill_all, wait_for
 from tests.integration.recipes import one_thread, rows, start, train_here, without_clocks, write_config
-from tests.integration.test_online import kill_all, wait_for
 
 AHEAD: dict[str, Any] = {
     "algorithm": {"name": "grpo", "kl": {"coef": 0.05}, "correction": {"preset": "token_tis"}},

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from rlhf.config.schema.root import Config
 from rlhf.data.examples import Reading, collate, load_examples
@@ -21,45 +21,30 @@ from rlhf.data.packing import balance
 from rlhf.data.sources import read_rows
 from rlhf.data.tasks import TaskSource
 from rlhf.models.files.loading import load_tokenizer
-from rlhf.models.files.tiny import VOCAB_SIZE, build_tiny_llama, byte_tokenizer
+from rlhf.models.files.tiny import VOCAB_SIZE
 from rlhf.tracking.metrics.declarations import expected_metrics
 from rlhf.types import Examples, MinibatchPlan
 from rlhf.workers.frozen.teacher import TeacherWorker
 from rlhf.workers.offline.distillation import DistillationWorker
-from tests.integration.gang_workers import PlainTraining, assert_equal, merged, worker_config
+from tests.integration.gang_workers import (
+    BETA,
+    PlainTraining,
+    assert_equal,
+    build_models,
+    divergence,
+    merged,
+    worker_config,
+)
 from tests.integration.rank_gang import Gangs, place_of
 from tests.integration.recipes import rows, train, write_config
 
 ROWS, STEPS, LR = 12, 2, 1e-3
-BETA = 0.3
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `student` and `teacher`."""
     return build_models(tmp_path_factory.mktemp("models"))
-
-
-def build_models(folder: Path) -> Path:
-    """The folder, with `student` and `teacher`."""
-    build_tiny_llama(folder / "student", seed=3)
-    tokenizer = byte_tokenizer()
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE + 16,
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    torch.manual_seed(1)
-    teacher = LlamaForCausalLM(config)
-    torch.nn.init.normal_(teacher.lm_head.weight, std=0.2)  # or all tokens would be equally likely to it
-    teacher.save_pretrained(folder / "teacher")
-    tokenizer.save_pretrained(folder / "teacher")
-    return folder
 
 
 def data_of(size: int, models: Path, *, seed: int = 0) -> Examples:
@@ -76,18 +61,6 @@ def whole_logits(model: Any, examples: Examples) -> Tensor:
     for ids, mask in zip(examples.token_ids.split(sizes), examples.loss_mask.split(sizes), strict=True):
         found.append(model(ids[None]).logits[0, :-1, :VOCAB_SIZE][mask[1:]])
     return torch.cat(found)
-
-
-def divergence(kind: str, student: Tensor, teacher: Tensor) -> Tensor:
-    """By torch's own KL; kl_div(b, a) is KL(a || b)."""
-
-    def kl(a: Tensor, b: Tensor) -> Tensor:
-        return F.kl_div(b, a, log_target=True, reduction="none").sum(-1)
-
-    if kind == "jsd":
-        mixture = (BETA * teacher.exp() + (1 - BETA) * student.exp()).log()
-        return BETA * kl(teacher, mixture) + (1 - BETA) * kl(student, mixture)
-    return kl(teacher, student) if kind == "forward_kl" else kl(student, teacher)
 
 
 class Dense:

@@ -14,8 +14,8 @@ from subprocess import Popen
 import psutil
 import pytest
 
+from tests.integration.faults import GRPO, SFT, await_steps, checkpoints, end, steps_done, write_run
 from tests.integration.recipes import start
-from tests.integration.test_failures import GRPO, SFT, await_steps, checkpoints, end, steps_done, write_run
 
 ONE_RANK = {"cluster": {"roles": None, "call_timeout_s": 20.0}}
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from rlhf.engine.deepspeed import DeepSpeedEngine
+from tests.integration.engine_training import make_engine, train, weights_of
 from tests.integration.rank_gang import Gang, Gangs
-from tests.integration.test_engine_deepspeed import make_engine, train, weights_of
 
 OPTIMIZER_ON_HOST: dict[str, Any] = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
 

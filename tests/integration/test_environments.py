@@ -2,51 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from rlhf.tracking.metrics.declarations import expected_metrics
-from tests.integration.recipes import ONLINE, merge, one_thread, rows, train, train_here, write_config
+from tests.integration.games import config, samples
+from tests.integration.recipes import one_thread, rows, train, train_here
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tools" / "stock.yaml"
-GAME: dict[str, Any] = {
-    "data": {
-        "train": {"task": "guessing_game", "split": "train", "size": 64},
-        "eval": {"task": "guessing_game", "split": "eval", "size": 8},
-        "max_prompt_tokens": 16,
-    },
-    "rollouts": {
-        "max_new_tokens": 6,
-        "environment": {"name": "guess_number", "args": {"low": 1, "high": 7}, "max_turns": 3, "max_tokens": 96},
-    },
-    "rewards": {
-        "won": {"environment": True},
-        "digits": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*"}},
-    },
-    "train": {"steps": 2},
-}
-PPO = {"name": "ppo", "critic_lr": 1e-3, "kl": {"coef": 0.05, "estimator": "k1", "place": "reward"}}
-
-
-def config(folder: Path, name: str, **changes: Any) -> Path:
-    return write_config(
-        folder / f"{name}.yaml",
-        {"algorithm": PPO, **changes, "run": {"name": name, "dir": str(folder), "seed": 3}},
-        base=merge(merge(ONLINE, {"data": {"apply_chat_template": None}}), GAME),
-    )
-
-
-def samples(run: Path, step: int) -> list[dict[str, Any]]:
-    lines = (run / "samples" / f"step_{step:06d}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
 
 
 @pytest.mark.timeout(300)

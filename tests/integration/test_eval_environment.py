@@ -10,9 +10,8 @@ import pytest
 
 from rlhf.cli import main
 from rlhf.models.files.tiny import ASSISTANT, EOS
+from tests.integration.games import chain, config, samples, write_rows
 from tests.integration.recipes import train
-from tests.integration.test_environments import config, samples
-from tests.integration.test_eval_generate import chain, write_rows
 
 MOODY_GAME = Path(__file__).parents[1] / "fixtures" / "environments" / "moody_game.py"
 SAMPLES = 4

@@ -7,7 +7,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +20,8 @@ import rlhf
 from rlhf.cli import main
 from rlhf.evaluation.decoding import Decoding
 from rlhf.models.files.tiny import ASSISTANT, EOS
+from tests.integration.games import chain, write_rows
 from tests.integration.recipes import ONLINE, merge
-
-LOGIT = 40.0  # of the token that follows: no other one is ever drawn
-
-
-def chain(tiny_model: Path, folder: Path, follows: Mapping[str, str], *, logit: float = LOGIT) -> Path:
-    """The tiny model cut down to a table: after the token on the left comes the one on the right, or one of its
-    characters, all as likely.
-
-    Attention and MLP add nothing, so the head sees the last token's embedding, scaled by the norm to length sqrt(96).
-    """
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
-        model.lm_head.weight.zero_()
-        for token, after in follows.items():
-            now, *then = tokenizer.convert_tokens_to_ids([token, *([EOS] if after == EOS else after)])
-            state = model.model.norm(model.model.embed_tokens.weight[now])
-            model.lm_head.weight[then] += logit * state / state.square().sum()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +33,6 @@ def says_7(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def says_2(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return chain(tiny_model, tmp_path_factory.mktemp("models") / "says_2", {"=": "2", "2": EOS})
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def test_eval_of_a_run_finds_what_is_known(

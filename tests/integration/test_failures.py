@@ -6,16 +6,13 @@ The last tests start the command line with a Ray of its own. Not covered: the de
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
 import signal
-import subprocess
-import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,36 +24,19 @@ from safetensors.torch import load_file, save_file
 from rlhf.cli import main
 from rlhf.models.files.tiny import build_tiny_llama
 from rlhf.tracking.run_folder.folder import RunFolder
-from tests.integration.recipes import ONLINE, merge, rows, start, without_clocks, write_config
+from tests.integration.faults import (
+    GRPO,
+    SFT,
+    actor_processes,
+    await_steps,
+    checkpoints,
+    end,
+    once,
+    steps_done,
+    write_run,
+)
+from tests.integration.recipes import rows, start, without_clocks
 from tests.support_measurements import model_folder
-
-MANY = 100_000  # steps: more than there is time for
-
-GRPO: Mapping[str, Any] = {
-    "algorithm": {"name": "grpo"},
-    "data": {"eval": None},
-    "eval": None,
-    "rewards": {"mine": {"function": "mine.py:reward"}},
-    "rollouts": {"prompts_per_step": 4},
-    "train": {"steps": 2, "checkpoint_every": 1},
-    "cluster": {"object_store_gib": 0.25, "call_timeout_s": 60.0, "roles": {"policy": {"cpus": 0.5}}},
-}
-SFT: Mapping[str, Any] = {
-    "algorithm": {"name": "sft"},
-    "data": {"train": {"split": "sft"}, "eval": None, "max_prompt_tokens": None},
-    "eval": None,
-    "rollouts": None,
-    "train": {"steps": MANY, "checkpoint_every": 2},
-    "cluster": {"roles": {"policy": {"workers": 2, "cpus": 0.5, "threads": 1}}},
-}
-FINE = "def reward(prompt, response):\n    return float(len(response) % 3)\n"
-
-
-def write_run(folder: Path, name: str, *changes: Mapping[str, Any], reward: str = FINE) -> Path:
-    """A run's config, with its reward function beside it."""
-    (folder / "mine.py").write_text(reward, encoding="utf-8")
-    run = {"run": {"name": name, "dir": str(folder)}}
-    return write_config(folder / f"{name}.yaml", {}, functools.reduce(merge, (*changes, run), ONLINE))
 
 
 def failed(capsys: pytest.CaptureFixture[str], config: Path, *arguments: str, code: int = 1) -> str:
@@ -70,56 +50,10 @@ def failed(capsys: pytest.CaptureFixture[str], config: Path, *arguments: str, co
     return paragraph.strip()
 
 
-def actor_processes(role: str = "") -> list[psutil.Process]:
-    """The actors' processes among those that this process has started; Ray names them after their class."""
-    found, named = [], r"\w+(Rank|Worker|Engine)"
-    for process in psutil.Process().children(recursive=True):
-        try:
-            title = " ".join(process.cmdline())
-            if re.match(rf"ray::{role or named}\b", title) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.NoSuchProcess:
-            continue
-    return sorted(found, key=lambda process: process.pid)
-
-
-def steps_done(run: Path) -> int:
-    """The last step that is in metrics.jsonl."""
-    path = run / "metrics.jsonl"
-    return len(path.read_bytes().splitlines()) if path.exists() else 0
-
-
-@contextmanager
-def once(condition: Callable[[], bool], act: Callable[[], None]) -> Iterator[None]:
-    """Act from another thread as soon as the condition holds; it must during the block."""
-    over, acted = threading.Event(), threading.Event()
-
-    def watch() -> None:
-        while not over.wait(0.02):
-            if condition():
-                act()
-                acted.set()
-                return
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-    assert acted.is_set()
-
-
 def last_error(run: Path) -> dict[str, Any]:
     """The last record of errors.jsonl."""
     found: dict[str, Any] = json.loads((run / "errors.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     return found
-
-
-def checkpoints(run: Path) -> list[str]:
-    """Names of the checkpoints."""
-    return sorted(path.name for path in (run / "checkpoints").glob("step_*"))
 
 
 def test_a_failing_reward_ends_the_run(ray_local: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -395,32 +329,6 @@ def test_sigterm_to_all_processes_of_a_run_at_once_ends_it_in_order(
     assert re.search(r"rlhf: preempted: .*\. Continue with: rlhf train", log)
     assert "Traceback" not in log
     assert "GCS" not in log
-
-
-def await_steps(runs: Mapping[Path, subprocess.Popen[str]], wanted: Mapping[Path, int]) -> None:
-    """Until the runs, which must not end, have done so many steps."""
-    until = time.monotonic() + 240.0
-    while any(steps_done(run) < steps for run, steps in wanted.items()):
-        for run, process in runs.items():
-            assert process.poll() is None, run.with_suffix(".log").read_text(encoding="utf-8")
-        assert time.monotonic() < until
-        time.sleep(0.05)
-
-
-def end(
-    process: subprocess.Popen[str],
-    number: signal.Signals,
-    code: int,
-    *,
-    late: Collection[str] = (),
-    send: Callable[[int, int], None] = os.kill,
-) -> None:
-    """Send a signal; the process ends with the code, and all that it started are gone but those that come late."""
-    started = {one: one.name() for one in psutil.Process(process.pid).children(recursive=True)}
-    send(process.pid, number)
-    assert process.wait(timeout=60) == code
-    _, alive = psutil.wait_procs([one for one, title in started.items() if title not in late], timeout=60.0)
-    assert not alive
 
 
 def rays_below(pid: int) -> Iterator[tuple[str, str]]:

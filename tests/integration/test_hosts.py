@@ -17,29 +17,10 @@ from typing import Any
 import pytest
 
 from rlhf.cli import main
-from tests.hosts import several_hosts, start_ray
+from tests.hosts import ONE_THREAD, POOLS, THREE_BUNDLES, several_hosts, start_ray
 from tests.integration.recipes import ONLINE, merge, rlhf, rows, without_clocks, write_config
 
 pytestmark = pytest.mark.multinode
-
-POOLS = {"policy": "train", "rollout": "serve"}
-ONE_THREAD = {"threads": 1, "cpus": 1.0}
-THREE_BUNDLES: Mapping[str, Any] = {
-    "algorithm": {"name": "ppo"},
-    "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*"}}},
-    "train": {"steps": 3, "checkpoint_every": 3},
-    "eval": {"every": 3, "at_start": False},
-    "cluster": {
-        "object_store_gib": None,
-        "roles": {
-            "policy": {"workers": 2, **ONE_THREAD},
-            "critic": {"workers": 2, "threads": 1},
-            "reference": {"threads": 1},
-            "rollout": ONE_THREAD,
-            "reward": {"threads": 1},
-        },
-    },
-}
 
 
 @pytest.mark.slow

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from actors.run.engine_pool import ENGINE_POOL
 from rlhf.cli import main
 from rlhf.models.files.tiny import build_tiny_llama
+from tests.integration.faults import FINE, GRPO, SFT, actor_processes, once, steps_done, write_run
 from tests.integration.recipes import rows, without_clocks
-from tests.integration.test_failures import FINE, GRPO, SFT, actor_processes, once, steps_done, write_run
 
 THREE: Mapping[str, Any] = {"train": {"steps": 3, "checkpoint_every": 3}}
 KL: Mapping[str, Any] = {"algorithm": {"name": "grpo", "kl": {"coef": 0.05}}}

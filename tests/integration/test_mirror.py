@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.integration.faults import kill_all, wait_for
 from tests.integration.recipes import rows, start, train, without_clocks, write_config
 from tests.integration.test_offline import PIPELINE
-from tests.integration.test_online import kill_all, wait_for
 
 STAGES = ("dpo", "reward")
 

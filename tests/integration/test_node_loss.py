@@ -18,20 +18,12 @@ from typing import Any
 import pytest
 
 from rlhf.cli import main
-from tests.hosts import BIN, Host, several_hosts, start_node, start_ray
+from tests.hosts import BIN, QUICK_HEALTH, THREE_BUNDLES, Host, several_hosts, start_node, start_ray
+from tests.integration.faults import MANY, steps_done
 from tests.integration.recipes import ONLINE, merge, rlhf, rows, without_clocks, write_config
-from tests.integration.test_failures import MANY, steps_done
-from tests.integration.test_hosts import THREE_BUNDLES
 
 pytestmark = [pytest.mark.multinode, pytest.mark.slow, pytest.mark.timeout(900)]
 
-# What docs/multinode.md says to start the head with.
-QUICK_HEALTH = {
-    "RAY_health_check_initial_delay_ms": "1000",
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "1000",
-    "RAY_health_check_failure_threshold": "3",
-}
 NAMED_WITHIN_S = 45.0  # on a busy machine; call_timeout_s is 120
 CHANGES: Mapping[str, Any] = {
     "train": {"steps": MANY, "checkpoint_every": 1},

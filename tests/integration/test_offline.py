@@ -19,8 +19,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from rlhf.models.packed.heads import sequence_scores
 from rlhf.models.reward_models import load_reward_model
 from rlhf.tracking.metrics.declarations import expected_metrics
+from tests.integration.faults import kill_all, wait_for
 from tests.integration.recipes import one_thread, rows, start, train, train_here, without_clocks, write_config
-from tests.integration.test_online import kill_all, wait_for
 
 TRAIN = {"sequences_per_update": 16, "max_tokens_per_microbatch": 512, "lr": 1e-3, "checkpoint_every": 3}
 PIPELINE: dict[str, Any] = {

@@ -24,17 +24,19 @@ from rlhf.types import BatchPlan, MinibatchPlan, Rollouts
 from rlhf.workers.frozen.teacher import OnlineTeacherWorker
 from rlhf.workers.online.student import StudentWorker
 from tests.integration.gang_workers import (
+    BETA,
     PROMPT,
     SAMPLES,
     PlainTraining,
     assert_equal,
+    build_models,
+    divergence,
     merged,
     rollouts_of,
     worker_config,
 )
 from tests.integration.rank_gang import Gangs, place_of
 from tests.integration.recipes import rows, train, write_config
-from tests.integration.test_distillation import BETA, build_models, divergence
 
 GROUPS, LR, TEMPERATURE = 4, 1e-3, 0.7
 HALVES = (tuple(range(6)), tuple(range(6, 12)))  # sequences of the two minibatches

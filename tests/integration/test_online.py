@@ -8,15 +8,11 @@ themselves bit for bit. The result does not depend on the number of ranks, ZeRO 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import time
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -25,18 +21,8 @@ from transformers import AutoTokenizer
 from rlhf.tracking.metrics.declarations import expected_metrics
 from rlhf.tracking.metrics.histograms import FILE as HISTOGRAMS
 from rlhf.tracking.run_folder.atomic import read_lines
-from tests.integration.recipes import one_thread, rows, start, train, train_here, without_clocks, write_config
-
-PPO: dict[str, Any] = {
-    "algorithm": {
-        "name": "ppo",
-        "critic_lr": 1e-3,
-        "kl": {"coef": 0.05, "estimator": "k1", "place": "reward", "adaptive": {"target": 0.5, "horizon": 64}},
-        "entropy": {"adaptive": {"target": 6.0}},
-    },
-    "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*"}}},
-    "train": {"epochs_per_batch": 2},
-}
+from tests.integration.faults import kill_all, wait_for
+from tests.integration.recipes import PPO, one_thread, rows, start, train, train_here, without_clocks, write_config
 
 
 def run_config(folder: Path, name: str) -> Path:
@@ -44,22 +30,6 @@ def run_config(folder: Path, name: str) -> Path:
     run = {"name": name, "dir": str(folder), "seed": 3}
     threads = {"roles": one_thread("policy", "critic", "reference", "rollout")}
     return write_config(folder / f"{name}.yaml", {**PPO, "run": run, "cluster": threads})
-
-
-def kill_all(pid: int) -> None:
-    """kill -9 of a process and all that it has started."""
-    processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    for process in processes:
-        os.kill(process.pid, signal.SIGKILL)
-    psutil.wait_procs(processes, timeout=30)
-
-
-def wait_for(path: Path, lines: int, *, timeout_s: float) -> None:
-    """Wait until a file has so many lines."""
-    until = time.monotonic() + timeout_s
-    while not path.exists() or len(path.read_bytes().splitlines()) < lines:
-        assert time.monotonic() < until, f"{path} had no {lines} lines in {timeout_s} s"
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,10 @@ from torch import Tensor
 from transformers.optimization import Adafactor
 
 from rlhf.engine.schedule import lr_factor
-from tests.integration.test_engine_deepspeed import (
+from tests.integration.engine_training import (
     OPTIMIZER,
     SCHEDULE,
     STEPS,
-    Gang,
     batch,
     interrupt_and_resume,
     loss_of,
@@ -26,6 +25,7 @@ from tests.integration.test_engine_deepspeed import (
     train,
     weights_of,
 )
+from tests.integration.test_engine_deepspeed import Gang
 
 LR, DECAY = OPTIMIZER.lr, OPTIMIZER.weight_decay
 ALLOWED = [("muon", 0), ("adafactor", 0), *(("adamw_8bit", stage) for stage in range(4))]

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from rlhf.cli import main
+from tests.integration.faults import GRPO, SFT, actor_processes, checkpoints, once, steps_done, write_run
 from tests.integration.recipes import rows, without_clocks
-from tests.integration.test_failures import GRPO, SFT, actor_processes, checkpoints, once, steps_done, write_run
 
 SELDOM: Mapping[str, Any] = {"train": {"steps": 100_000, "checkpoint_every": 100_000}}
 STEPS_BEFORE = 3

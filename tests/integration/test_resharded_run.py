@@ -11,9 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import rlhf
-from tests.integration.recipes import ONLINE, merge, rows, train, without_clocks, write_config
-from tests.integration.test_online import PPO
-from tests.integration.test_sweep import RUN
+from tests.integration.recipes import ONLINE, PPO, RUN, merge, rows, train, without_clocks, write_config
 
 pytestmark = pytest.mark.slow
 

@@ -23,16 +23,8 @@ from rlhf.engine.snapshot_checkpoint import write_snapshot
 from rlhf.errors import UserError
 from rlhf.models.files.weights import initial_copies, weight_sources
 from tests.integration import test_engine_adapters as adapters
+from tests.integration.engine_training import OPTIMIZER, batch, distance, loss_of, make_engine, tiny_model, weights_of
 from tests.integration.rank_gang import Gangs, small_config
-from tests.integration.test_engine_deepspeed import (
-    OPTIMIZER,
-    batch,
-    distance,
-    loss_of,
-    make_engine,
-    tiny_model,
-    weights_of,
-)
 
 pytestmark = pytest.mark.slow
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.integration.faults import kill_all, wait_for
 from tests.integration.recipes import rows, start, train, without_clocks, write_config
-from tests.integration.test_online import kill_all, wait_for
 
 GRPO: dict[str, Any] = {
     "algorithm": {"name": "grpo"},

@@ -21,8 +21,8 @@ from rlhf.config.files.base_file import read_tree
 from rlhf.data.sources import read_rows
 from rlhf.data.tasks import TaskSource
 from rlhf.models.files.tiny import build_tiny_llama
+from tests.integration.faults import kill_all, wait_for
 from tests.integration.recipes import rows, start, train, write_config
-from tests.integration.test_online import kill_all, wait_for
 
 TRAIN = {"steps": 2, "sequences_per_update": 16, "max_tokens_per_microbatch": 512, "lr": 1e-3}
 PIPELINE: dict[str, Any] = {

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from rlhf.models.files.tiny import build_tiny_llama
+from tests.integration.games import GAME, samples
 from tests.integration.recipes import ONLINE, merge, rows, train, write_config
-from tests.integration.test_environments import GAME, samples
 
 STEPS = Path(__file__).parents[1] / "fixtures" / "rewards" / "steps.py"
 HAGGLE = '''

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.integration.faults import kill_all, wait_for
 from tests.integration.recipes import rows, start, train, train_here, without_clocks, write_config
-from tests.integration.test_online import kill_all, wait_for
 
 REWARD = """\
 import time

@@ -26,27 +26,8 @@ import rlhf
 from rlhf.cli import main
 from rlhf.config.files.load import load
 from rlhf.tracking.sinks.tracker import read_metrics
-from tests.integration.recipes import ONLINE, merge, rows, without_clocks
+from tests.integration.recipes import ONLINE, RUN, merge, rows, without_clocks
 
-RUN: dict[str, Any] = {
-    "run": {"name": "tiny"},
-    "policy": {"model": "tiny:llama", "dtype": "float32"},
-    "algorithm": {"name": "sft"},
-    "data": {
-        "train": {"task": "running_totals", "split": "sft", "size": 64},
-        "eval": {"task": "running_totals", "split": "sft", "size": 16, "seed": 5},
-        "apply_chat_template": False,
-    },
-    "train": {
-        "steps": 4,
-        "lr": 1e-3,
-        "sequences_per_update": 16,
-        "max_tokens_per_microbatch": 512,
-        "checkpoint_every": 2,
-    },
-    "eval": {"every": 2},
-    "cluster": {"object_store_gib": 0.25, "start_timeout_s": 200.0, "call_timeout_s": 120.0},
-}
 LAST_NUMBER = {"correct": {"function": "last_number"}}
 CRASHES = 1e30  # a learning rate after which no loss is finite
 

@@ -17,7 +17,7 @@ import pytest
 from actors.cluster import memory_folders
 from actors.roles.gang import Gang, PolicyGang
 from rlhf.cli import main
-from tests.integration.recipes import ONLINE, merge, rows, without_clocks, write_config
+from tests.integration.recipes import ONLINE, merge, rows, weights, without_clocks, write_config
 
 GRPO: Mapping[str, Any] = {
     "algorithm": {"name": "grpo"},
@@ -55,11 +55,6 @@ def kill_during(
         return await working
 
     monkeypatch.setattr(gang, method, killing)
-
-
-def weights(run: Path) -> bytes:
-    (path,) = (run / "final").glob("*model.safetensors")
-    return path.read_bytes()
 
 
 def assert_equal(killed: Path, unbroken: Path) -> None:

@@ -18,12 +18,9 @@ import pytest
 
 from actors.cluster.memory_folders import MemoryFolder, folders_of_user
 from rlhf.cli import main
-from tests.hosts import several_hosts, start_ray
-from tests.integration.recipes import ONLINE, merge, rlhf, rows, without_clocks, write_config
-from tests.integration.test_failures import steps_done
-from tests.integration.test_hosts import POOLS, THREE_BUNDLES
-from tests.integration.test_node_loss import QUICK_HEALTH
-from tests.integration.test_trainer_losses import weights
+from tests.hosts import POOLS, QUICK_HEALTH, THREE_BUNDLES, several_hosts, start_ray
+from tests.integration.faults import steps_done
+from tests.integration.recipes import ONLINE, merge, rlhf, rows, weights, without_clocks, write_config
 
 pytestmark = [pytest.mark.multinode, pytest.mark.slow, pytest.mark.timeout(900)]
 

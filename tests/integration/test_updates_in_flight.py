@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import ray
 import torch
-from torch import Tensor
-from transformers import DynamicCache
 
 from actors.weights.shm import ShmSender
 from tests.integration.engine_helpers import (
     SAMPLING,
     call,
+    continued,
     engine,
     logprobs_of,
     model_like,
@@ -42,15 +41,6 @@ def test_an_engine_tells_what_it_holds(keeping: Any) -> None:
     assert capacity.samples == SAMPLES
     assert capacity.cache_tokens % 32 == 0  # whole blocks
     assert 0.9 < capacity.cache_tokens * BYTES_PER_TOKEN / (0.25 * 2**30) <= 1.0
-
-
-def continued(old: Any, new: Any, token_ids: Tensor, first: int) -> Tensor:
-    """The log-probabilities of the tokens from `first` on by new weights, over keys and values of old weights."""
-    cache = DynamicCache()
-    with torch.no_grad():
-        old(token_ids[None, : first - 1], past_key_values=cache)
-        logits = new(token_ids[None, first - 1 :], past_key_values=cache).logits[0, :-1].float()
-    return logits.log_softmax(-1).gather(1, token_ids[first:, None])[:, 0]
 
 
 def test_kept_keys_and_values_serve_running_samples_alone(keeping: Any, tiny_model: Path) -> None:

@@ -21,7 +21,7 @@ from rlhf.errors import UserError
 from rlhf.models.files.loading import split_revision
 from rlhf.preflight.inputs import StageInputs, load_inputs
 from rlhf.preflight.models import with_sources
-from tests.unit.test_actors_inputs_models import loaded, ppo, refusal
+from tests.fakes.runs import loaded, ppo, refusal
 
 TEMPLATE = "{% for m in messages %}<|user|>#{{ m.content }}<|eos|>{% endfor %}<|assistant|>"
 

@@ -14,16 +14,7 @@ from actors.rollout.elastic_engines import ElasticEngines
 from rlhf.config.derive import WeightSync
 from rlhf.config.schema.cluster import EngineRange
 from rlhf.errors import Preempted, RunError, UserError, WorkerLost
-from tests.unit.test_actors_rollout_replaceable_engines import (
-    DEADLINE_S,
-    Engine,
-    Engines,
-    Policy,
-    asked,
-    manifest,
-    policy_probe,
-    until,
-)
+from tests.fakes.engine_handles import DEADLINE_S, Engine, Engines, Policy, asked, manifest, policy_probe, until
 
 
 class Room:

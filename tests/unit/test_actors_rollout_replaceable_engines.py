@@ -6,7 +6,7 @@ import asyncio
 import pickle
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,184 +17,24 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from actors.cluster.waiting import explain, within
 from actors.roles.group import ending_rebuilds
 from actors.rollout import engine_group
-from actors.rollout.dispatch import EngineCapacity
-from actors.rollout.engine_group import RolloutEngines
 from actors.rollout.engine_weights import SyncReceipt
-from actors.weights import WeightManifest
 from rlhf.config.derive import WeightSync
-from rlhf.config.schema.cluster import Restarts
-from rlhf.controller.supervisor import Supervisor
 from rlhf.errors import ChildLost, RunError, WorkerLost
-from rlhf.roles import CompletedGroup, PolicyProbe
-from rlhf.types import GroupRequest, MemoryReport, Prompt, Sampling
-
-SAMPLING = Sampling(max_new_tokens=4)
-DEADLINE_S = 30.0
-
-
-def request(group_id: int) -> GroupRequest:
-    prompt = Prompt(prompt_id=group_id, token_ids=(1, 2), text="", columns={})
-    return GroupRequest(group_id=group_id, prompt=prompt, seeds=(0, 1), first_sequence_id=2 * group_id)
-
-
-def manifest(version: int) -> WeightManifest:
-    return WeightManifest(
-        version=version,
-        checksum=f"sum {version}",
-        names=(),
-        dtypes=(),
-        shapes=(),
-        offsets=(),
-        nbytes=0,
-        transport="shm",
-        fields={},
-    )
-
-
-def policy_probe(version: int, logprob: float = -1.0) -> PolicyProbe:
-    return PolicyProbe(version=version, token_ids=(1, 2, 3), logprobs=(logprob, logprob), dtype="float32")
-
-
-class Call:
-    """A method of a handle. It notes its calls and returns what the engine's method of this name returns."""
-
-    def __init__(self, engine: Engine, name: str) -> None:
-        self.engine = engine
-        self.name = name
-
-    def options(self, *, num_returns: int) -> Call:
-        return self
-
-    def remote(self, *arguments: Any, **options: Any) -> Any:
-        engine, future = self.engine, Future[Any]()
-        if engine.is_dead:
-            future.set_exception(ActorDiedError())
-        else:
-            result = getattr(engine, f"on_{self.name}")(*arguments, **options)
-            if isinstance(result, Exception):
-                future.set_exception(result)
-            elif isinstance(result, Future):
-                future = result
-            else:
-                future.set_result(result)
-        ref = SimpleNamespace(future=lambda: future)
-        return (f"tokens from {engine.name}", ref) if self.name in ("generate", "answer", "stored") else ref
-
-
-class Engine:
-    """An engine's actor. A test finishes its groups and kills it."""
-
-    def __init__(self, name: str, *, samples: int = 2, logprob: float = -1.0) -> None:
-        self.name = name
-        self.samples = samples
-        self.logprob = logprob
-        self.is_dead = False
-        self.calls: list[Any] = []
-        self.groups: dict[int, Future[Any]] = {}
-        self.store: dict[int, Any] = {}  # finished groups
-        self.loads: Any = lambda version: SyncReceipt(version=version, checksum=f"sum {version}")
-        self.probes: Any = lambda: [self.logprob] * 2
-        self.ends: Any = lambda: None
-
-    def __getattr__(self, name: str) -> Call:
-        return Call(self, name)
-
-    def die(self) -> None:
-        self.is_dead = True
-        for future in self.groups.values():
-            if not future.done():
-                future.set_exception(ActorDiedError())
-
-    def finish(self, *group_ids: int) -> None:
-        for group_id in group_ids:
-            self.groups[group_id].set_result(())
-
-    def on_hold(self) -> None:
-        self.calls.append("hold")
-
-    def on_generate(self, request: GroupRequest, sampling: Sampling, version: int) -> Future[Any]:
-        return self.on_answer(request, sampling, version)
-
-    def on_answer(self, request: GroupRequest, sampling: Sampling, version: int) -> Future[Any]:
-        self.calls.append(request.group_id)
-        return self.groups.setdefault(request.group_id, Future())
-
-    def on_stored(self, request: GroupRequest, sampling: Sampling, infos: Any) -> Any:
-        assert infos == self.store[request.group_id]
-        return infos
-
-    def on_release(self, num_groups: int) -> None:
-        self.calls.append(f"release {num_groups}")
-
-    def on_cancel(self, group_ids: list[int]) -> None:
-        self.calls.append(f"cancel {group_ids}")
-
-    def on_capacity(self) -> EngineCapacity:
-        return EngineCapacity(cache_tokens=1000, samples=self.samples)
-
-    def on_open_weights(self, meeting: str | None, first_rank: int) -> None:
-        self.calls.append("open")
-
-    def on_update_weights(self, manifest: WeightManifest, version: int) -> Any:
-        self.calls.append(f"load {version}")
-        return self.loads(version)
-
-    def on_health(self) -> None: ...
-
-    def on_shutdown(self) -> Any:
-        self.calls.append("shutdown")
-        return self.ends()
-
-    def on_memory(self) -> MemoryReport:
-        return MemoryReport(rss_gib=2.0, gpu_gib=None)
-
-    def on_renew(self, spool: Path) -> bool:
-        self.calls.append(f"renew {spool}")
-        return True
-
-    def on_probe(self, token_ids: tuple[int, ...]) -> Any:
-        self.calls.append("probe")
-        return self.probes()
-
-
-class Engines(RolloutEngines):
-    """Engines whose successors come from a list, as soon as the test lets them."""
-
-    def __init__(self, *first: Engine, successors: tuple[Engine, ...] = (), deadline_s: float = DEADLINE_S) -> None:
-        super().__init__(cast(Any, first), lambda rank: cast(Any, None), deadline_s=deadline_s)
-        self.is_replaceable = self.gives_published = self.opens_weights = True
-        self.successors = list(successors)
-        self.replaced: list[int] = []
-        self.may_start = asyncio.Event()
-        self.may_start.set()
-        record: Any = SimpleNamespace(
-            step=0,
-            tracker=SimpleNamespace(log_error=lambda error: None, alert=lambda *text: None),
-            timeline=SimpleNamespace(span=lambda *names: nullcontext()),
-        )
-        self.supervisor = Supervisor(Restarts(), record, ("rollout",))
-
-    async def _restart(self, rank: int) -> None:
-        self.replaced.append(rank)
-        await self.may_start.wait()
-        if not self.successors:
-            raise RunError("no room")
-        self.handles[rank] = cast(Any, self.successors.pop(0))
-
-
-async def synced(engines: Engines, version: int = 1) -> Engines:
-    await engines.withdraw_weights()
-    await engines.update_weights(manifest(version))
-    await engines.prove(policy_probe(version))
-    for engine in engines.handles:
-        cast(Any, engine).calls.clear()
-    return engines
-
-
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(DEADLINE_S):
-        while not condition():
-            await asyncio.sleep(0)
+from rlhf.roles import CompletedGroup
+from rlhf.types import MemoryReport
+from tests.fakes.engine_handles import (
+    DEADLINE_S,
+    SAMPLING,
+    Engine,
+    Engines,
+    Policy,
+    asked,
+    manifest,
+    policy_probe,
+    request,
+    synced,
+    until,
+)
 
 
 def generated(engines: Engines, *group_ids: int) -> asyncio.Task[list[CompletedGroup]]:
@@ -203,10 +43,6 @@ def generated(engines: Engines, *group_ids: int) -> asyncio.Task[list[CompletedG
         return [group async for group in engines.generate(requests, SAMPLING, version=1)]
 
     return asyncio.create_task(groups())
-
-
-def asked(engines: Engines, group_id: int) -> asyncio.Task[CompletedGroup | None]:
-    return asyncio.create_task(engines.answer(request(group_id), SAMPLING, oldest=0))
 
 
 async def test_a_successor_gets_the_whole_share_and_no_group_comes_twice() -> None:
@@ -595,19 +431,6 @@ async def test_in_flight_a_sync_does_not_wait_for_a_lost_engine() -> None:
     await until(lambda: any(engine.groups for engine in successors))
     assert all(engine.calls[:3] == ["open", "load 3", "probe"] for engine in successors if engine.groups)
     task.cancel()
-
-
-class Policy:
-    """The policy's end of a broadcast. It notes how many receivers it meets."""
-
-    def __init__(self) -> None:
-        self.meetings: list[int] = []
-
-    async def meeting(self, *, num_receivers: int, timeout_s: float) -> str:
-        return f"meeting of {num_receivers}"
-
-    async def open_weights(self, transport: str, meeting: str, adapter: None, *, num_engines: int) -> None:
-        self.meetings.append(int(meeting.split()[-1]))
 
 
 async def broadcasting(policy: Policy, *engines: Engine, successors: tuple[Engine, ...] = ()) -> Engines:

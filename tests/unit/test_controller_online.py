@@ -19,7 +19,7 @@ from rlhf.controller.record import RunRecord
 from rlhf.errors import ResultsLost, WorkerLost
 from rlhf.rollouts.records.spool import group_path, write_group
 from rlhf.tracking.metrics.reductions import Max
-from tests.unit.test_rollouts_records_spool import INFO, REQUEST, ROLLOUTS, SAMPLING
+from tests.fakes.groups import INFO, REQUEST, ROLLOUTS, SAMPLING
 
 
 @pytest.mark.parametrize("is_due", [False, True])

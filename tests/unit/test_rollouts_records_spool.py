@@ -18,36 +18,14 @@ from rlhf.rollouts.records.spool import (
     write_group,
 )
 from rlhf.types import (
-    Prompt,
     RewardError,
-    RolloutInfo,
     Rollouts,
     RoutedRollouts,
     Sampling,
     SessionEnd,
     StepReward,
 )
-
-PROMPT = Prompt(prompt_id=0, token_ids=(1,), text="p", columns={})
-REQUEST = request_for(PROMPT, group_id=0, first_sequence_id=0, samples=1, run_seed=0)
-SAMPLING = Sampling(max_new_tokens=4)
-ROLLOUTS = Rollouts(
-    sequence_ids=torch.tensor([0]),
-    lengths=torch.tensor([2]),
-    token_ids=torch.tensor([1, 5]),
-    response_mask=torch.tensor([False, True]),
-    rollout_logprobs=torch.tensor([0.0, -0.5]),
-    versions=torch.tensor([-1, 0]),
-)
-INFO = RolloutInfo(
-    sequence_id=0,
-    num_prompt_tokens=1,
-    num_response_tokens=1,
-    finish_reason="stop",
-    min_version=0,
-    max_version=0,
-    mean_logprob=-0.5,
-)
+from tests.fakes.groups import INFO, PROMPT, REQUEST, ROLLOUTS, SAMPLING
 
 
 def test_a_group_answers_its_own_request_alone(tmp_path: Path) -> None:
