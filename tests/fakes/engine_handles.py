@@ -32,18 +32,10 @@ def request(group_id: int) -> GroupRequest:
     return GroupRequest(group_id=group_id, prompt=prompt, seeds=(0, 1), first_sequence_id=2 * group_id)
 
 
-def manifest(version: int) -> WeightManifest:
-    return WeightManifest(
-        version=version,
-        checksum=f"sum {version}",
-        names=(),
-        dtypes=(),
-        shapes=(),
-        offsets=(),
-        nbytes=0,
-        transport="shm",
-        fields={},
-    )
+def manifest(version: int, **fields: Any) -> WeightManifest:
+    columns: dict[str, Any] = dict.fromkeys(("names", "dtypes", "shapes", "offsets"), ())
+    values = {"checksum": f"sum {version}", "transport": "shm", "nbytes": 0, "fields": {}, **columns}
+    return WeightManifest(version=version, **{**values, **fields})
 
 
 def policy_probe(version: int, logprob: float = -1.0) -> PolicyProbe:

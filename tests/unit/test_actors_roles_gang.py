@@ -23,9 +23,10 @@ from actors.rollout.vllm_engine import RolloutSpec, engine_environment
 from rlhf.engine import distributed
 from rlhf.engine.distributed import RankContext, init_distributed
 from rlhf.errors import RunError
-from rlhf.roles import CompletedGroup, RemoteColumns
+from rlhf.roles import RemoteColumns
 from rlhf.tracking.metrics.reductions import Sum
-from rlhf.types import BatchPlan, GroupRequest, MinibatchPlan, Prompt, RolloutInfo, StepReward, TokenValues
+from rlhf.types import BatchPlan, MinibatchPlan, StepReward, TokenValues
+from tests.fakes.groups import completed_group, group_request
 
 PLACE = RankContext(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=1.0)
 ENGINE = RolloutSpec(name="", model="org/name", dtype="float32", max_model_len=8, max_num_seqs=1, transport="shm")
@@ -321,25 +322,9 @@ def done(result: Any) -> Any:
     return SimpleNamespace(future=lambda: future)
 
 
-def group(index: int, *sequence_ids: int) -> CompletedGroup:
-    prompt = Prompt(prompt_id=index, token_ids=(1, 2), text="", columns={})
-    rollouts: Any = f"group {index}"
-    return CompletedGroup(
-        request=GroupRequest(group_id=index, prompt=prompt, seeds=(0,), first_sequence_id=sequence_ids[0]),
-        rollouts=rollouts,
-        infos=tuple(
-            RolloutInfo(
-                sequence_id=i,
-                num_prompt_tokens=2,
-                num_response_tokens=3,
-                finish_reason="stop",
-                min_version=0,
-                max_version=0,
-                mean_logprob=-1.0,
-            )
-            for i in sequence_ids
-        ),
-    )
+def group(index: int, *sequence_ids: int) -> Any:
+    request = group_request(index, samples=len(sequence_ids), first_sequence_id=sequence_ids[0])
+    return completed_group(request, f"group {index}")
 
 
 def plan_of(*minibatches: Sequence[tuple[int, ...]]) -> BatchPlan:

@@ -8,29 +8,13 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from actors.roles.teacher import OnlineTeacherWorkers, TeacherWorkers
-from rlhf.roles import CompletedGroup
-from rlhf.types import GroupRequest, MinibatchPlan, Prompt, RolloutInfo
+from rlhf.types import MinibatchPlan
+from tests.fakes.groups import completed_group, group_request
 
 
-def group(index: int, *sequence_ids: int) -> CompletedGroup:
-    prompt = Prompt(prompt_id=index, token_ids=(1, 2), text="", columns={})
-    rollouts: Any = f"group {index}"
-    return CompletedGroup(
-        request=GroupRequest(group_id=index, prompt=prompt, seeds=(0,), first_sequence_id=sequence_ids[0]),
-        rollouts=rollouts,
-        infos=tuple(
-            RolloutInfo(
-                sequence_id=i,
-                num_prompt_tokens=2,
-                num_response_tokens=10 - i,
-                finish_reason="stop",
-                min_version=0,
-                max_version=0,
-                mean_logprob=-1.0,
-            )
-            for i in sequence_ids
-        ),
-    )
+def group(index: int, *sequence_ids: int) -> Any:
+    request = group_request(index, samples=len(sequence_ids), first_sequence_id=sequence_ids[0])
+    return completed_group(request, f"group {index}", tokens=[10 - i for i in sequence_ids])
 
 
 class Worker:

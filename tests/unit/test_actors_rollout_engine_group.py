@@ -18,7 +18,6 @@ from actors.rollout.dispatch import EngineCapacity
 from actors.rollout.engine_actor import RolloutSpec, RolloutWorker
 from actors.rollout.engine_group import RolloutEngines
 from actors.rollout.engine_thread import EngineLoop, Submission
-from actors.weights import WeightManifest
 from rlhf.engine.distributed import INTERFACE_VARIABLES
 from rlhf.errors import RunError
 from rlhf.process import disk_full
@@ -26,18 +25,14 @@ from rlhf.process.disk_full import PAUSE
 from rlhf.roles import CompletedGroup
 from rlhf.rollouts.records.begun import Begun
 from rlhf.rollouts.records.spool import group_path, keep_sampled_by
-from rlhf.types import GroupRequest, Prompt, Sampling
+from rlhf.types import GroupRequest, Sampling
+from tests.fakes.engine_handles import manifest, request, until
 
 SAMPLING = Sampling(max_new_tokens=4)
 DEADLINE_S = 5.0
 SPEC = RolloutSpec(
     name="rollout engine 0", model="none", dtype="float32", max_model_len=8, max_num_seqs=4, transport="shm"
 )
-
-
-def request(group_id: int) -> GroupRequest:
-    prompt = Prompt(prompt_id=group_id, token_ids=(1, 2), text="", columns={})
-    return GroupRequest(group_id=group_id, prompt=prompt, seeds=(0, 1), first_sequence_id=2 * group_id)
 
 
 class FakeEngine:
@@ -245,20 +240,6 @@ class SleepingEngine(FakeEngine):
         return ["checksum"] if method == "received_checksum" else [None]
 
 
-def manifest(version: int) -> WeightManifest:
-    return WeightManifest(
-        version=version,
-        checksum="checksum",
-        names=(),
-        dtypes=(),
-        shapes=(),
-        offsets=(),
-        nbytes=0,
-        transport="ipc",
-        fields={},
-    )
-
-
 @pytest.fixture
 async def colocated(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A worker that shares its GPU, after the sync of version 1."""
@@ -266,7 +247,7 @@ async def colocated(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr("actors.rollout.engine_actor.sampling_params", lambda *arguments, **options: None)
     worker = RolloutWorker(replace(SPEC, device="cuda", colocated=True, transport="ipc"))
     await worker.start()
-    await worker.update_weights(manifest(1), 1)
+    await worker.update_weights(manifest(1, checksum="checksum", transport="ipc"), 1)
     yield worker
     await worker.shutdown()
 
@@ -276,7 +257,7 @@ async def test_an_engine_takes_turns_with_a_trainer(colocated: RolloutWorker, ke
     await colocated.sleep(keep_weights=keep_weights)
     await colocated.wake("weights")
     if not keep_weights:
-        await colocated.update_weights(manifest(2), 2)
+        await colocated.update_weights(manifest(2, checksum="checksum", transport="ipc"), 2)
     await colocated.wake("cache")
     (future,) = await colocated.held.admit(0, [submission("good-1")])
     assert future.result(DEADLINE_S).request_id == "good-1"
@@ -285,7 +266,7 @@ async def test_an_engine_takes_turns_with_a_trainer(colocated: RolloutWorker, ke
 async def test_an_engine_that_sleeps_refuses_what_needs_the_memory(colocated: RolloutWorker) -> None:
     await colocated.sleep(keep_weights=True)
     with pytest.raises(RunError, match="rollout engine 0 is asleep: its weights must be woken first"):
-        await colocated.update_weights(manifest(2), 2)
+        await colocated.update_weights(manifest(2, checksum="checksum", transport="ipc"), 2)
     for part in ("weights", "cache"):
         with pytest.raises(RunError, match=f"is asleep: its {part} must be woken"):
             await colocated.generate(request(0), SAMPLING)
@@ -382,12 +363,6 @@ class FakeHandle:
                 self.cancelled.append(group_id)
                 self.groups[group_id].set_result(None)
         return ref()
-
-
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(DEADLINE_S):
-        while not condition():
-            await asyncio.sleep(0)
 
 
 def asked(engines: RolloutEngines, group_id: int, *, urgent: bool = False) -> asyncio.Task[CompletedGroup | None]:

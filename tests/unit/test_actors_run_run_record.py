@@ -70,22 +70,29 @@ def test_the_stages_of_a_pipeline_are_one_group(tmp_path: Path, opened: list[dic
     assert told == [("demo/a", "demo", "sft"), ("demo/judge", "demo", "evaluation")]
 
 
+def first_stage(folder: Path, *, wandb: str = "offline") -> Any:
+    path = folder / "p.yaml"
+    path.write_text(PIPELINE.replace("DIR", str(folder)).replace("wandb: offline", f"wandb: {wandb}"))
+    return next(iter(load(path).stages.values()))
+
+
+def checkpoint(folder: RunFolder, step: int = 1) -> None:
+    (folder.begin_checkpoint(step) / "file").touch()
+    folder.seal(folder.checkpoint(step), step=step)
+    folder.commit_checkpoint(step)
+
+
 @pytest.mark.parametrize(("has_checkpoint", "kind"), [(True, Preempted), (False, StorageFull)])
 def test_a_run_without_room_can_be_continued_if_it_has_a_checkpoint(
     tmp_path: Path, opened: list[dict[str, Any]], has_checkpoint: bool, kind: type[Exception]
 ) -> None:
-    path = tmp_path / "p.yaml"
-    path.write_text(PIPELINE.replace("DIR", str(tmp_path)))
-    stage = next(iter(load(path).stages.values()))
-    assert not isinstance(stage, MergeStage)
+    stage = first_stage(tmp_path)
 
     def run() -> None:
         with recording(stage, resume=False) as (record, _):
             assert stage.cluster.room_timeout_s == PAUSE.limit_s
             if has_checkpoint:
-                (record.folder.begin_checkpoint(1) / "file").touch()
-                record.folder.seal(record.folder.checkpoint(1), step=1)
-                record.folder.commit_checkpoint(1)
+                checkpoint(record.folder)
             raise StorageFull("no room")
 
     with pytest.raises(kind, match="no room"):
@@ -105,9 +112,7 @@ def test_a_resumed_run_without_room_for_its_start_can_be_continued(
     stage = mirrored(tmp_path)
     with RunFolder.open(stage.run.dir, stage.run.name, resume=False) as folder:
         if has_checkpoint:
-            (folder.begin_checkpoint(1) / "file").touch()
-            folder.seal(folder.checkpoint(1), step=1)
-            folder.commit_checkpoint(1)
+            checkpoint(folder)
     monkeypatch.setattr(RunFolder, "write_config", full)
     with pytest.raises(kind, match="no room"), recording(stage, resume=True):
         pytest.fail("it began")
@@ -121,13 +126,11 @@ def test_a_run_that_the_cluster_has_no_room_for_is_not_started_again_by_its_pare
     number: signal.Signals | None,
     is_final: bool,
 ) -> None:
-    path, facts, request = tmp_path / "p.yaml", dict[str, Any](), StopRequest()
-    path.write_text(PIPELINE.replace("DIR", str(tmp_path)))
+    facts, request = dict[str, Any](), StopRequest()
     request.signal = number
     monkeypatch.setattr("actors.run.run_record.tell_parent", facts.update)
     monkeypatch.setattr("actors.run.run_record.current_request", lambda: request)
-    stage = next(iter(load(path).stages.values()))
-    with pytest.raises(Preempted), recording(stage, resume=False):
+    with pytest.raises(Preempted), recording(first_stage(tmp_path), resume=False):
         raise Preempted("no other node")
     assert facts.get("is_final", False) == is_final
 
@@ -168,9 +171,7 @@ def test_a_full_disk_does_not_hide_what_ended_the_run(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    path = tmp_path / "p.yaml"
-    path.write_text(PIPELINE.replace("DIR", str(tmp_path)).replace("wandb: offline", "wandb: 'off'"))
-    stage = next(iter(load(path).stages.values()))
+    stage = first_stage(tmp_path, wandb="'off'")
     monkeypatch.setattr("rlhf.tracking.sinks.tracker.write_error", full)
     monkeypatch.setattr("rlhf.tracking.sinks.tracker.Tracker.close", full)
     with pytest.raises(RunError, match="rank 1 died"), recording(stage, resume=False):
@@ -195,10 +196,8 @@ def mirrored(tmp_path: Path, parent: str = "runs") -> Any:
 
 
 def checkpointed(record: Any, step: int) -> None:
-    (record.folder.begin_checkpoint(step) / "controller.json").write_text(str(step))
     record.write_row(step, {"update/lr": 1.0})
-    record.folder.seal(record.folder.checkpoint(step), step=step)
-    record.folder.commit_checkpoint(step)
+    checkpoint(record.folder, step)
     asyncio.run(record.prune(1))
 
 

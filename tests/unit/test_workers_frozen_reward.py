@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +50,23 @@ GROUP = assemble(
 )
 
 
+SCORES = GroupScores(scores=(3.0, -2.0), by_name={}, errors=())
+
+
+def scored_group(scores: GroupScores = SCORES) -> ScoredGroup:
+    rollouts: Any = None
+    return ScoredGroup(group=CompletedGroup(request=REQUEST, rollouts=rollouts, infos=GROUP[1]), scores=scores)
+
+
+def written(worker: RewardWorker, folder: Path, scored: ScoredGroup, *signals: TokenSignals) -> list[dict[str, Any]]:
+    """Return the samples of a group as they are in the file."""
+    (chosen,) = group_samples([scored], Signals(), split="train", most=None)
+    assert chosen.sequence_ids == (0, 1)
+    path = samples_path(folder, 1)
+    worker.write_samples(path, [chosen.records], GROUP[0], *signals)
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RewardWorker]:
     folder = build_tiny_llama(tmp_path_factory.mktemp("models") / "tiny", seed=0)
@@ -83,14 +101,7 @@ def test_an_environments_reward_is_one_among_others(worker: RewardWorker) -> Non
 
 
 def test_samples_show_who_said_what(worker: RewardWorker, tmp_path: Path) -> None:
-    scored = ScoredGroup(
-        group=CompletedGroup(request=REQUEST, rollouts=None, infos=GROUP[1]),  # type: ignore[arg-type]
-        scores=GroupScores(scores=(3.0, -2.0), by_name={}, errors=()),
-    )
-    (chosen,) = group_samples([scored], Signals(), split="train", most=None)
-    path = samples_path(tmp_path, 1)
-    worker.write_samples(path, [chosen.records], GROUP[0])
-    first, second = [json.loads(line) for line in path.read_text().splitlines()]
+    first, second = written(worker, tmp_path, scored_group())
     assert (first["prompt"], first["response"]) == ("go", "3\nit is 7")
     assert first["turns"] == [
         {"role": "prompt", "text": "go", "tokens": 2, "sampled": False},
@@ -113,15 +124,7 @@ def test_samples_show_what_training_made_of_each_token(worker: RewardWorker, tmp
         teacher_logprobs=torch.full((count,), torch.nan),
         advantages=torch.full((count,), 0.5),
     )
-    scored = ScoredGroup(
-        group=CompletedGroup(request=REQUEST, rollouts=None, infos=GROUP[1]),  # type: ignore[arg-type]
-        scores=GroupScores(scores=(3.0, -2.0), by_name={}, errors=()),
-    )
-    (chosen,) = group_samples([scored], Signals(), split="train", most=None)
-    assert chosen.sequence_ids == (0, 1)
-    path = samples_path(tmp_path, 1)
-    worker.write_samples(path, [chosen.records], GROUP[0], signals)
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = written(worker, tmp_path, scored_group(), signals)
     means = ["mean_old_logprob", "mean_ref_logprob"]
     # -2/3 for the token before the environment's five, then -(8 + ... + 14)/3 for the seven behind them
     assert [rows[0][name] for name in means] == [pytest.approx(-(2 + 77) / 3 / 8, rel=1e-5), -2.0]
@@ -142,11 +145,7 @@ def test_samples_show_what_training_made_of_each_token(worker: RewardWorker, tmp
 
 def test_metrics_count_turns_and_what_was_told() -> None:
     """Turns 2 and 1; told 5 and 0; tokens 2 + 8 + 5 and 2 + 6."""
-    scored = ScoredGroup(
-        group=CompletedGroup(request=REQUEST, rollouts=None, infos=GROUP[1]),  # type: ignore[arg-type]
-        scores=GroupScores(scores=(3.0, -2.0), by_name={}, errors=()),
-    )
-    found = {name: value.result() for name, value in rollout_metrics([scored], version=0).items()}
+    found = {name: value.result() for name, value in rollout_metrics([scored_group()], version=0).items()}
     assert (found["rollouts/turns/mean"], found["rollouts/turns/max"]) == (1.5, 2.0)
     assert found["rollouts/environment_tokens/mean"] == 2.5
     assert found["rollouts/response_tokens/mean"] == 7.0
@@ -172,16 +171,10 @@ def test_turns_are_credited_with_what_they_earned_and_samples_show_where(worker:
     assert (scores.scores, scores.by_name) == ((2.0, 0.5), {"won": (1.0, 0.25)})
     turns = (StepReward(end=2, value=0.25), StepReward(end=14, value=0.75)), (StepReward(end=7, value=0.25),)
     assert scores.steps == {"won": turns}
-    scored = ScoredGroup(
-        group=CompletedGroup(request=REQUEST, rollouts=None, infos=GROUP[1]),  # type: ignore[arg-type]
-        scores=scores,
-    )
+    scored = scored_group(scores)
     found = {name: value.result() for name, value in rollout_metrics([scored], version=0).items()}
     assert (found["rewards/won/steps/mean"], found["rewards/won/step/mean"]) == (1.5, pytest.approx(1.25 / 3))
-    (chosen,) = group_samples([scored], Signals(), split="train", most=None)
-    path = samples_path(tmp_path, 1)
-    other.write_samples(path, [chosen.records], GROUP[0])
-    first, second = [json.loads(line) for line in path.read_text().splitlines()]
+    first, second = written(other, tmp_path, scored)
     assert first["steps"] == {"won": [{"end": 0, "value": 0.25}, {"end": 12, "value": 0.75}]}
     assert [first["tokens"]["texts"][step["end"]] for step in first["steps"]["won"]] == ["3", "7"]
     assert second["steps"] == {"won": [{"end": 5, "value": 0.25}]}

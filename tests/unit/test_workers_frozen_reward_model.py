@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,6 +54,27 @@ def group(tokenizer: object, prompt: str, responses: list[str]) -> Rollouts:
     )
 
 
+def settings_of(tokenizer: Path, specs: tuple[RewardSpec, ...], model: RewardModelConfig, **changes: Any) -> Any:
+    values: dict[str, Any] = {
+        "trust_remote_code": False,
+        "timeout_s": 10.0,
+        "processes": 1,
+        "memory_gib": 8.0,
+        "max_tokens_per_microbatch": 64,
+    }
+    return RewardSettings(specs=specs, tokenizer=str(tokenizer), model=model, **{**values, **changes})
+
+
+@contextmanager
+def started(settings: RewardSettings) -> Iterator[RewardWorker]:
+    worker = RewardWorker(settings, PLACE)
+    worker.start()
+    try:
+        yield worker
+    finally:
+        worker.stop()
+
+
 def test_a_group_by_all_kinds_of_rewards(tiny_model: Path, reward_model: Path) -> None:
     async def handler(request: web.Request) -> web.Response:
         if request.method == "GET":
@@ -70,21 +94,11 @@ def test_a_group_by_all_kinds_of_rewards(tiny_model: Path, reward_model: Path) -
             ),
             RewardSpec(name="taste", weight=100.0, function=None, only={"kind": ("tasted",)}),
         )
-        settings = RewardSettings(
-            specs=specs,
-            tokenizer=str(tiny_model),
-            trust_remote_code=False,
-            model=RewardModelConfig(model=str(reward_model), dtype="float32"),
-            timeout_s=10.0,
-            processes=2,
-            memory_gib=8.0,
-            max_tokens_per_microbatch=64,
-        )
+        model = RewardModelConfig(model=str(reward_model), dtype="float32")
+        settings = settings_of(tiny_model, specs, model, processes=2)
         assert settings.concurrency == 2 + 6 + 1
         assert pickle.loads(pickle.dumps(settings)) == settings
-        worker = RewardWorker(settings, PLACE)
-        worker.start()
-        try:
+        with started(settings) as worker:
             rollouts = group(worker.tokenizer, "ab", ["xy", "xyz"])
             plain = Prompt(prompt_id=0, token_ids=(1, 2), text="ab", columns={"answer": "xyz"})
             tasted = Prompt(prompt_id=1, token_ids=(1, 2), text="ab", columns={"answer": "xyz", "kind": "tasted"})
@@ -99,28 +113,18 @@ def test_a_group_by_all_kinds_of_rewards(tiny_model: Path, reward_model: Path) -
             taste = other.by_name["taste"]
             assert taste[0] != taste[1]
             assert other.scores == pytest.approx((2.0 + 100 * taste[0], 33.0 + 100 * taste[1]))
-        finally:
-            worker.stop()
 
 
 def test_a_process_reward_model_scores_by_its_steps(tiny_model: Path, reward_model: Path) -> None:
     """The least probability of a response's steps is that of the worst prefix that ends with a step."""
     config = RewardModelConfig(model=str(reward_model), dtype="float32")
-    common = {"tokenizer": str(tiny_model), "trust_remote_code": False, "timeout_s": 5.0, "processes": 1}
     specs = (RewardSpec(name="taste", weight=1.0, function=None),)
 
     def scored(responses: list[str], steps: StepScores | None) -> tuple[float, ...]:
         model = config.model_copy(update={"steps": steps})
-        made = RewardSettings(specs=specs, model=model, memory_gib=8.0, max_tokens_per_microbatch=16, **common)  # type: ignore[arg-type]
-        worker = RewardWorker(made, PLACE)
-        worker.start()
-        try:
-            rollouts = group(worker.tokenizer, "ab", responses)
-            return worker.score(
-                Prompt(prompt_id=0, token_ids=(1,), text="ab", columns={}), rollouts, [False], {}
-            ).scores
-        finally:
-            worker.stop()
+        prompt = Prompt(prompt_id=0, token_ids=(1,), text="ab", columns={})
+        with started(settings_of(tiny_model, specs, model, max_tokens_per_microbatch=16)) as worker:
+            return worker.score(prompt, group(worker.tokenizer, "ab", responses), [False], {}).scores
 
     response = "1;22;3"
     prefixes = scored(["1;", "1;22;", "1;22;3"], None)
@@ -133,30 +137,17 @@ def test_a_process_reward_model_scores_by_its_steps(tiny_model: Path, reward_mod
 def test_a_process_reward_model_gives_each_step_its_probability(tiny_model: Path, reward_model: Path) -> None:
     """Those of a response, each at the token that ends the step, are what it says of the prefixes that end there."""
     config = RewardModelConfig(model=str(reward_model), dtype="float32", steps=StepScores(separator=";"))
-    settings = RewardSettings(
-        specs=(
-            RewardSpec(name="sound", weight=1.0, function=None, by_step=True),
-            RewardSpec(name="least", weight=1.0, function=None),
-        ),
-        tokenizer=str(tiny_model),
-        trust_remote_code=False,
-        model=config,
-        timeout_s=5.0,
-        processes=1,
-        memory_gib=8.0,
-        max_tokens_per_microbatch=10,  # a response a pass
+    specs = (
+        RewardSpec(name="sound", weight=1.0, function=None, by_step=True),
+        RewardSpec(name="least", weight=1.0, function=None),
     )
-    worker = RewardWorker(settings, PLACE)
-    worker.start()
-    try:
+    with started(settings_of(tiny_model, specs, config, max_tokens_per_microbatch=10)) as worker:  # a response a pass
         prompt = Prompt(prompt_id=0, token_ids=(1,), text="ab", columns={})
         rollouts = group(worker.tokenizer, "ab", ["1;22;3", "4;"])
         found = worker.score(prompt, rollouts, [True, False], {})
         bare = RewardModel(config, PLACE, max_tokens_per_microbatch=64)
         prefixes = group(worker.tokenizer, "ab", ["1;", "1;22;", "1;22;3", "4;"])
         logits = bare.scores(prefixes.token_ids, prefixes.lengths, None)
-    finally:
-        worker.stop()
     first, second = found.steps["sound"]
     assert [step.end for step in first] == [3, 6, 7]  # behind `ab`: `1;` to 3, `22;` to 6, what was cut to 7
     assert [step.end for step in second] == [3]
