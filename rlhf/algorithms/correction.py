@@ -118,7 +118,10 @@ class CorrectionConfig(Section):
     """decoupled: the trainer computes old_logprobs, the clip acts on exp(logp - logp_old), weights and rejections on
     exp(logp_old - logp_rollout). bypass: the rollout's log-probabilities replace old_logprobs, and the clip acts on
     exp(logp - logp_rollout). policy_gradient: as bypass, without the clip: the loss is -weight * advantage * logp."""
-    weights: Literal["token_truncated", "token_masked", "sequence_truncated", "sequence_masked"] | None = None
+    weights: Annotated[
+        Literal["token_truncated", "token_masked", "sequence_truncated", "sequence_masked"] | None,
+        NotWith("mode", "bypass", because="the clipped ratio already compares policy and sampler"),
+    ] = None
     """Weight of a token's policy loss: the token's ratio, or the product of its response's ratios. truncated: clipped
     to the bounds (truncated importance sampling). masked: 0 outside of the bounds (IcePop). null: 1."""
     max_ratio: Annotated[float, NotWith("weights", None)] = Field(default=2.0, gt=1.0)

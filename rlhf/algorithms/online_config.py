@@ -46,7 +46,7 @@ class KLConfig(Section):
     lower KL(policy || reference). k3 lowers KL(reference || policy). k1 has no effect there."""
     place: Annotated[Literal["reward", "loss"], OF_A_PENALTY] = "loss"
     """reward: subtracted from the rewards; loss: added to the loss."""
-    adaptive: AdaptiveKL | None = None
+    adaptive: Annotated[AdaptiveKL | None, NotWith("coef", 0.0, because="it would stay 0")] = None
     """null: the coefficient is fixed."""
 
 

@@ -131,15 +131,6 @@ def reference_model(config: Config) -> ReferenceConfig:
     return config.reference if config.reference is not None else _as_reference(config)
 
 
-def how_to_need_reference(config: Config) -> str:
-    """Return what to change in a run without reference workers."""
-    if reference_is_adapter_off(config):
-        return "the policy with its adapter off is the reference; name another reference.model if you want a second one"
-    if isinstance(config.algorithm, OnlineConfig):
-        return "set algorithm.kl.coef above 0"
-    return "choose an algorithm that samples responses"
-
-
 def critic_model(config: Config) -> CriticConfig:
     """Return the configuration of the critic's initial model."""
     if config.critic is not None:
@@ -153,31 +144,19 @@ def critic_model(config: Config) -> CriticConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoleUse:
-    """Describe a role: the runs with the role, and the model of its workers.
-
-    None: workers with reward functions only.
-    """
+    """Say which runs need a role, and which model its workers load. None: they only have reward functions."""
 
     is_needed: Callable[[Config], bool]
     model: Callable[[Config], ModelConfig | None]
-    how_to_need: Callable[[Config], str] = lambda config: "choose an algorithm that samples responses"
 
 
 ROLE_USES: Mapping[Role, RoleUse] = {
     "policy": RoleUse(is_needed=lambda config: True, model=lambda config: config.policy),
-    "critic": RoleUse(
-        is_needed=lambda config: config.algorithm.has_critic, model=critic_model, how_to_need=lambda config: "use ppo"
-    ),
+    "critic": RoleUse(is_needed=lambda config: config.algorithm.has_critic, model=critic_model),
     "reference": RoleUse(
-        is_needed=lambda config: uses_reference(config) and not reference_is_adapter_off(config),
-        model=reference_model,
-        how_to_need=how_to_need_reference,
+        is_needed=lambda config: uses_reference(config) and not reference_is_adapter_off(config), model=reference_model
     ),
-    "teacher": RoleUse(
-        is_needed=lambda config: config.algorithm.has_teacher,
-        model=lambda config: config.teacher,
-        how_to_need=lambda config: f"use {'on_policy_' if config.algorithm.is_online else ''}distillation",
-    ),
+    "teacher": RoleUse(is_needed=lambda config: config.algorithm.has_teacher, model=lambda config: config.teacher),
     "reward": RoleUse(
         is_needed=lambda config: config.algorithm.is_online,
         model=lambda config: config.reward if uses_reward_model(config) else None,
@@ -391,9 +370,13 @@ def weight_sync(cluster: ClusterConfig, *, one_host: bool) -> WeightSync:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Derived:
-    """Hold the arithmetic of one run. A value is None if supervised runs have no such value."""
+    """Hold the roles and the arithmetic of one run."""
 
     needs: tuple[Role, ...]  # roles with workers
+    trained: Mapping[Role, PolicyConfig | CriticConfig]  # see trained_sections
+    shares_engines_gpus: frozenset[Role]
+    uses_reward_model: bool
+    ships_adapter: bool
     sequences_per_step: int
     rows_per_step: int  # unit of updates: sequences, or pairs
     updates_per_batch: int  # minibatches of one pass over a step's batch
@@ -405,7 +388,7 @@ class Derived:
 
 
 def derive(config: Config) -> Derived:
-    """Return the derived values shown by `rlhf plan` for a checked configuration."""
+    """Return what validation compares and `rlhf plan` shows."""
     train, rollouts, policy = config.train, config.rollouts, config.cluster.roles.policy
     sequences = responses_per_step(rollouts) if rollouts else train.sequences_per_update
     rows = rows_per_step(config, rollouts) if rollouts else sequences
@@ -413,6 +396,10 @@ def derive(config: Config) -> Derived:
     needed = needs(config)
     return Derived(
         needs=tuple(role for role in ROLE_ORDER if role in needed),
+        trained=trained_sections(config),
+        shares_engines_gpus=shares_engines_gpus(config),
+        uses_reward_model=uses_reward_model(config),
+        ships_adapter=ships_adapter(config),
         sequences_per_step=sequences,
         rows_per_step=rows,
         updates_per_batch=rows // train.sequences_per_update,

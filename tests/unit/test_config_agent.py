@@ -47,7 +47,7 @@ AGENT = f"rollouts.agent={{function: '{MANY}:solve', max_tokens: 180}}"
         ([AGENT, "data.system_prompt=hello"], "data.system_prompt: has no effect here: an agent gets the prompt as it"),
         (
             [AGENT, "rollouts.oversample=2", "rollouts.carry_over=true", "algorithm.correction=none"],
-            "with rollouts.agent cannot be continued",
+            "rollouts.agent is given: a conversation cannot be continued",
         ),
     ],
 )

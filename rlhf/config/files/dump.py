@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rlhf.config.derive import derive
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.files.yaml_tree import from_yaml, to_yaml
 from rlhf.config.pipeline import model_places
@@ -14,7 +15,7 @@ from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.merge import in_effect
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.stages import MergeStage, Stage, final_folder
-from rlhf.config.validation.unused_keys import inert_keys
+from rlhf.config.validation.unused_keys import inert_keys_of_evaluation, inert_keys_of_run
 from rlhf.tracking.logs import redact_config
 
 
@@ -53,7 +54,11 @@ def _tree(config: Stage) -> dict[str, Any]:
     tree = config.model_dump(mode="json")
     if isinstance(config, MergeStage):
         return tree | {"merge": in_effect(config.merge)}
-    for inert in inert_keys(config):
+    if isinstance(config, Config):
+        inert_keys = inert_keys_of_run(config, derive(config))
+    else:
+        inert_keys = inert_keys_of_evaluation(config)
+    for inert in inert_keys:
         _prune(tree, inert.key)
     return tree
 

@@ -36,7 +36,11 @@ class TrainedResources(RoleResources):
     """Number of ranks."""
     zero_stage: Annotated[Literal[0, 1, 2, 3], OnlyIn("training")] = 2
     """DeepSpeed ZeRO: 1 shards the optimizer, 2 the gradients too, 3 the parameters too."""
-    offload: Annotated[tuple[Literal["optimizer", "parameters"], ...], OnlyIn("training")] = ()
+    offload: Annotated[
+        tuple[Literal["optimizer", "parameters"], ...],
+        OnlyIn("training", "cuda"),
+        OnlyWith("zero_stage", 1, 2, 3, because="DeepSpeed offloads nothing at stage {value}"),
+    ] = ()
     """States that DeepSpeed keeps in host memory. `parameters` needs zero_stage 3."""
     sequence_parallel: Annotated[int, OnlyIn("training")] = Field(default=1, ge=1)
     """Ranks that share each micro-batch, each with a part of its tokens (DeepSpeed Ulysses). Meant for sequences too
@@ -111,7 +115,7 @@ class RolloutResources(RoleResources):
     engines: Annotated[int, Field(ge=1, le=65536)] | EngineRange = 1
     """Number of engines. Prompts are divided among the engines. With min and max, engines join during the run when
     there is room, and leave with their nodes. Such a range needs rollouts.weight_updates `in_flight`."""
-    tensor_parallel: int = Field(default=1, ge=1)
+    tensor_parallel: Annotated[int, OnlyIn("cuda")] = Field(default=1, ge=1)
     """Number of GPUs of one engine."""
     colocate_with: Literal["policy"] | None = None
     """Share the policy's bundles and take turns with the policy; on GPUs the engine sleeps while the policy trains.
@@ -144,17 +148,17 @@ class RolloutResources(RoleResources):
 class Roles(Section):
     """Resources of each role. Roles not needed by the run must not be given."""
 
-    policy: PolicyResources = PolicyResources()
+    policy: Annotated[PolicyResources, OnlyIn("policy role")] = PolicyResources()
     """Ranks of the policy."""
-    critic: CriticResources = CriticResources()
+    critic: Annotated[CriticResources, OnlyIn("critic role")] = CriticResources()
     """Ranks of the critic."""
-    reference: ReferenceResources = ReferenceResources()
+    reference: Annotated[ReferenceResources, OnlyIn("reference role")] = ReferenceResources()
     """Workers of the reference model."""
-    teacher: TeacherResources = TeacherResources()
+    teacher: Annotated[TeacherResources, OnlyIn("teacher role")] = TeacherResources()
     """Workers of the teacher."""
-    reward: RewardResources = RewardResources()
+    reward: Annotated[RewardResources, OnlyIn("reward role")] = RewardResources()
     """Workers for scoring responses."""
-    rollout: RolloutResources = RolloutResources()
+    rollout: Annotated[RolloutResources, OnlyIn("rollout role")] = RolloutResources()
     """Rollout engines."""
 
 

@@ -18,7 +18,7 @@ from rlhf.config.schema.rollouts import AgentConfig, EnvironmentConfig
 from rlhf.config.schema.root import RewardName
 from rlhf.config.schema.run import RunConfig, TrackingConfig
 from rlhf.config.schema.train import Grading
-from rlhf.sections import OnlyIn, Section
+from rlhf.sections import OnlyIn, OnlyWith, Section
 
 
 class EvaluateConfig(Grading, PromptFormat):
@@ -46,7 +46,7 @@ class EvaluateConfig(Grading, PromptFormat):
     environment: Annotated[EnvironmentConfig | None, OnlyIn("responses")] = None
     """The environment for conversations. null: a single turn answers a prompt. With an environment,
     evaluate.max_new_tokens limits each turn."""
-    agent: Annotated[AgentConfig | None, OnlyIn("responses")] = None
+    agent: Annotated[AgentConfig | None, OnlyIn("responses"), OnlyWith("environment", None)] = None
     """The agent that solves each prompt by calls of the model, each of at most evaluate.max_new_tokens. null: no
     agent."""
     stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], OnlyIn("responses")] = ()

@@ -142,6 +142,9 @@ class KeepPerPrompt(Section):
     best: keep the highest scores."""
 
 
+ENDS_WITH_THE_STEP = "a conversation cannot be continued, since its processes end with the step"
+
+
 class RolloutsConfig(Section):
     """Sampling of responses. A step's batch is prompts_per_step * samples_per_prompt responses."""
 
@@ -174,7 +177,13 @@ class RolloutsConfig(Section):
     oversample: float = Field(default=1.0, ge=1.0, le=10.0)
     """Prompts sampled per prompt needed. Above 1, the slowest prompts are cancelled once the batch is full, and come
     first in the next step. Steps wait less for long responses and train on fewer long responses."""
-    carry_over: bool = False
+    carry_over: Annotated[
+        bool,
+        NotWith("oversample", 1.0, because="a step awaits all its responses, and none is left to continue"),
+        OnlyWith("max_staleness", 0, because="a continued response would lag by more than this bound"),
+        OnlyWith("environment", None, because=ENDS_WITH_THE_STEP),
+        OnlyWith("agent", None, because=ENDS_WITH_THE_STEP),
+    ] = False
     """Keep the tokens of the prompts that oversample cancels. The next step continues these responses instead of
     sampling them from the start. Such a response mixes versions of the weights, and algorithm.correction must be given.
     A response whose oldest token lags by more than 16 versions is sampled from the start."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhf.config.derive import derive
 from rlhf.config.mistakes.explain import Problem
 from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.merge import MergeConfig, merge_problems
@@ -13,7 +14,7 @@ from rlhf.config.schema.root import Config
 from rlhf.config.schema.run import RunConfig
 from rlhf.config.validation.evaluation import evaluation_problems
 from rlhf.config.validation.run import problems
-from rlhf.config.validation.unused_keys import unused
+from rlhf.config.validation.unused_keys import unused_in_evaluation, unused_in_run
 from rlhf.sections import Section
 
 
@@ -62,5 +63,7 @@ def stage_problems(stage: Stage) -> tuple[Problem, ...]:
 
 def stage_unused(stage: Stage) -> Iterator[Problem]:
     """Yield written keys without effect in a stage but of possible use in another. A merge has none to yield."""
-    if not isinstance(stage, MergeStage):
-        yield from unused(stage)
+    if isinstance(stage, Config):
+        yield from unused_in_run(stage, derive(stage))
+    elif isinstance(stage, EvaluationStage):
+        yield from unused_in_evaluation(stage)

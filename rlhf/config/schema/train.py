@@ -60,7 +60,7 @@ class TrainConfig(Section):
     """Fraction of the run's optimizer steps with decay by wsd."""
     warmup_steps: int = Field(default=0, ge=0)
     """Optimizer steps with a learning rate rising linearly from 0."""
-    warmup_ratio: float = Field(default=0.0, ge=0.0, lt=1.0)
+    warmup_ratio: Annotated[float, OnlyWith("warmup_steps", 0)] = Field(default=0.0, ge=0.0, lt=1.0)
     """Fraction of the run's optimizer steps for warm-up, instead of `warmup_steps`. The number of steps is rounded up.
     """
     min_lr_ratio: Annotated[float, NotWith("lr_schedule", "constant")] = Field(default=0.0, ge=0.0, le=1.0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rlhf.config import derive
 from rlhf.config.mistakes.explain import Problem, problem
 from rlhf.config.schema.model import CriticConfig, LoraConfig, PolicyConfig
 from rlhf.config.schema.root import Config
@@ -12,7 +11,7 @@ from rlhf.role_table import TRAINED_ROLES
 
 
 def adapter_problems(config: Config) -> Iterator[Problem]:
-    """Yield kinds of low-rank training that exclude each other or the role's ZeRO stage."""
+    """Yield kinds of low-rank training that exclude each other."""
     for role in TRAINED_ROLES:
         section: PolicyConfig | CriticConfig | None = getattr(config, role)
         if section is None:
@@ -34,11 +33,6 @@ def adapter_problems(config: Config) -> Iterator[Problem]:
             text = f"has {', '.join(both)}, which {key}.target_modules adapts; name it in one of them"
             yield problem(f"{key}.modules_to_save", text)
         yield from _of_stacks(f"{key}.target_parameters", lora)
-    for role, model in derive.trained_sections(config).items():
-        stage = getattr(config.cluster.roles, role).zero_stage
-        if model.lora is not None and model.lora.quantize is not None and stage == 3:
-            text = f"is 3, but DeepSpeed does not shard 4-bit weights ({role}.lora.quantize); set 2"
-            yield problem(f"cluster.roles.{role}.zero_stage", text)
 
 
 def _of_stacks(key: str, lora: LoraConfig) -> Iterator[Problem]:

@@ -16,13 +16,15 @@ from rlhf.config.schema.root import Config
 
 def asynchrony_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
     """Yield the contradictions among the keys of a mode, and with further keys of the run."""
-    if rollouts.max_staleness:
-        yield from _ahead(config, rollouts)
+    if rollouts.max_staleness and config.cluster.roles.rollout.colocate_with is not None:
+        text = (
+            f"is {rollouts.max_staleness}, but cluster.roles.rollout.colocate_with is policy: engines and policy take "
+            "turns, so nothing can be sampled during a training step; set colocate_with to null, or max_staleness to 0"
+        )
+        yield problem("rollouts.max_staleness", text)
     if config.train.streamed:
         for reason, fix in _reasons_against_streaming(config, rollouts):
             yield problem("train.streamed", f"is true, but {reason}; set it to false, or {fix}")
-    if rollouts.carry_over:
-        yield from _carry_over(rollouts)
     if rollouts.max_staleness or rollouts.carry_over:
         yield from _correction(config, rollouts)
     if rollouts.weight_updates == "in_flight" and rollouts.oversample > 1.0:
@@ -43,17 +45,6 @@ def asynchrony_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Pr
             "when an engine joins depends on time; give a number, or set weight_updates to in_flight"
         )
         yield problem("cluster.roles.rollout.engines", text)
-
-
-def _ahead(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
-    """Yield problems of rollouts sampled ahead of training."""
-    ahead = rollouts.max_staleness
-    if config.cluster.roles.rollout.colocate_with is not None:
-        text = (
-            f"is {ahead}, but cluster.roles.rollout.colocate_with is policy: engines and policy take turns, so nothing "
-            "can be sampled during a training step; set colocate_with to null, or max_staleness to 0"
-        )
-        yield problem("rollouts.max_staleness", text)
 
 
 def _correction(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
@@ -109,28 +100,3 @@ def _reasons_against_streaming(config: Config, rollouts: RolloutsConfig) -> Iter
             f"{config.train.sequences_per_update} must be known before",
             f"train.sequences_per_update to {rows}, one minibatch",
         )
-
-
-def _carry_over(rollouts: RolloutsConfig) -> Iterator[Problem]:
-    """Yield problems of responses continued in the next step."""
-    key = "rollouts.carry_over"
-    if rollouts.oversample == 1.0:
-        text = (
-            "is true, but rollouts.oversample is 1: a step awaits all its responses, and none is left to continue; set "
-            "oversample above 1, or carry_over to false"
-        )
-        yield problem(key, text)
-    if rollouts.max_staleness:
-        text = (
-            f"is true, but with rollouts.max_staleness {rollouts.max_staleness} a continued response would lag by more "
-            "than this bound; set max_staleness to 0, or use rollouts.weight_updates in_flight without carry_over, "
-            "where no response is cancelled"
-        )
-        yield problem(key, text)
-    for player in ("environment", "agent"):
-        if getattr(rollouts, player) is not None:
-            text = (
-                f"is true, but a conversation with rollouts.{player} cannot be continued, since its processes end with "
-                "the step; set carry_over to false"
-            )
-            yield problem(key, text)

@@ -6,17 +6,17 @@ from collections.abc import Iterator
 
 from rlhf.config.mistakes.explain import Problem
 from rlhf.config.schema.evaluate import EvaluateConfig, EvaluationStage
+from rlhf.config.validation.cluster import cluster_problems
 from rlhf.config.validation.rewards import limit_problems, reward_problems, secret_problems
 from rlhf.config.validation.rollouts import late_sessions
-from rlhf.config.validation.run import cluster_problems
-from rlhf.config.validation.unused_keys import unused
+from rlhf.config.validation.unused_keys import unused_in_evaluation
 
 
 def evaluation_problems(stage: EvaluationStage) -> tuple[Problem, ...]:
     """Return all problems of the stage. Without problems, the stage can start."""
     agent = stage.evaluate.agent
     return (
-        *unused(stage),
+        *unused_in_evaluation(stage),
         *reward_problems(
             stage.evaluate.rewards,
             stage.evaluate.reward,
@@ -41,9 +41,6 @@ def _problems(config: EvaluateConfig) -> Iterator[Problem]:
         if player is not None and config.rewards and player.max_tokens <= new:
             text = f"is {player.max_tokens} and must hold a prompt and one turn of evaluate.max_new_tokens = {new}"
             yield Problem(key=("evaluate", name, "max_tokens"), text=text)
-    if config.environment is not None and config.agent is not None:
-        text = "and evaluate.environment are both given; give one of them"
-        yield Problem(key=("evaluate", "agent"), text=text)
     if config.k is not None and max(config.k) > samples:
         text = f"has {max(config.k)}, but evaluate.samples_per_prompt is {samples}; raise it, or lower k"
         yield Problem(key=("evaluate", "k"), text=text)

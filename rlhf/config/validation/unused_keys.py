@@ -9,23 +9,24 @@ from elsewhere, such as the rank of a loaded adapter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from pydantic import BaseModel
 
 from rlhf.algorithms.online_config import FollowedReferenceConfig, OnlineConfig
-from rlhf.config import derive
+from rlhf.config.derive import Derived
 from rlhf.config.files.yaml_tree import Key, kind
 from rlhf.config.mistakes.explain import Problem
 from rlhf.config.mistakes.suggestions import choice
+from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.data import TaskConfig
 from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.rewards import RewardConfig, drops
 from rlhf.config.schema.rollouts import AgentConfig
 from rlhf.config.schema.root import Config
 from rlhf.evaluation.passing import judges
-from rlhf.role_table import ROLE_ORDER, TRAINED_ROLES
+from rlhf.role_table import ROLES, TRAINED_ROLES
 from rlhf.sections import NotWith, OnlyIn, OnlyWith, Section
 
 Missing = dict[str, tuple[str, str]]  # a part that the run lacks: the reason, and what to change
@@ -43,11 +44,20 @@ class Inert:
     is_given: bool = False  # something else gives the value, so that the default may differ from it
 
 
-def unused(stage: Config | EvaluationStage) -> Iterator[Problem]:
+def unused_in_run(config: Config, facts: Derived) -> Iterator[Problem]:
     """Yield written keys without effect, each once."""
+    return _meant(config, inert_keys_of_run(config, facts))
+
+
+def unused_in_evaluation(stage: EvaluationStage) -> Iterator[Problem]:
+    """Yield written keys without effect, each once."""
+    return _meant(stage, inert_keys_of_evaluation(stage))
+
+
+def _meant(stage: Section, inert_keys: Iterable[Inert]) -> Iterator[Problem]:
     named: set[Key] = set()
     listed: set[Key] = set()
-    for inert in inert_keys(stage):
+    for inert in inert_keys:
         sections = {inert.key[:length] for length in range(len(inert.key))}
         if _is_meant(stage, inert) and inert.key not in named and not listed & sections:
             named.add(inert.key)
@@ -70,28 +80,34 @@ def _is_meant(config: Section, inert: Inert) -> bool:
     return not is_default or (inert.is_given and node is not None and node != {})
 
 
-def inert_keys(stage: Config | EvaluationStage) -> Iterator[Inert]:
-    """Yield all keys without effect, sections before single keys."""
-    device, other = stage.cluster.device, "cuda" if stage.cluster.device == "cpu" else "cpu"
-    missing: Missing = {other: (f"cluster.device is {device}", f"set cluster.device to {other}")}
-    if isinstance(stage, EvaluationStage):
-        yield from _roles_of_evaluation(stage)
-        yield from _marked(stage, missing | _missing_in_evaluation(stage))
-        return
-    yield from _roles_of_run(stage)
-    yield from _marked(stage, missing | _missing_in_run(stage))
-    yield from _of_adapters(stage)
-    for rule in stage.algorithm.unused_keys():
+def inert_keys_of_evaluation(stage: EvaluationStage) -> Iterator[Inert]:
+    """Yield all keys of an evaluation without effect, sections before single keys."""
+    return _marked(stage, _missing_device(stage.cluster) | _missing_in_evaluation(stage))
+
+
+def inert_keys_of_run(config: Config, facts: Derived) -> Iterator[Inert]:
+    """Yield all keys of a run without effect, sections before single keys."""
+    yield from _marked(config, _missing_device(config.cluster) | _missing_in_run(config, facts))
+    yield from _of_adapters(config, facts)
+    for rule in config.algorithm.unused_keys():
         yield from _all(f"algorithm.{rule.key}", rule.why, rule.fix)
-    if isinstance(stage.algorithm, OnlineConfig):
-        yield from _of_algorithm(stage, stage.algorithm)
+    if isinstance(config.algorithm, OnlineConfig):
+        yield from _of_algorithm(config, config.algorithm, facts)
     else:
-        yield from _of_ratios(stage)
-    if isinstance(stage.algorithm, FollowedReferenceConfig) and derive.uses_reference(stage):
-        yield from _of_reference(stage, stage.algorithm)
-    if isinstance(stage.data.train, dict) and len(stage.data.train) == 1:
-        key = ("data", "train", next(iter(stage.data.train)), "weight")
+        yield from _of_ratios(config, facts)
+    steps = config.train.steps
+    every = config.algorithm.reference_every if isinstance(config.algorithm, FollowedReferenceConfig) else None
+    if facts.reference != "none" and steps is not None and (every or 0) >= steps:
+        why = f"the run ends after train.steps {steps}, before a new reference is read"
+        yield from _all("algorithm.reference_every", why, "lower it")
+    if isinstance(config.data.train, dict) and len(config.data.train) == 1:
+        key = ("data", "train", next(iter(config.data.train)), "weight")
         yield Inert(key=key, why="there is no other set to mix it with", fix="name another set")
+
+
+def _missing_device(cluster: ClusterConfig) -> Missing:
+    device, other = cluster.device, "cuda" if cluster.device == "cpu" else "cpu"
+    return {other: (f"cluster.device is {device}", f"set cluster.device to {other}")}
 
 
 def _marked(section: Section, missing: Missing, at: Key = ()) -> Iterator[Inert]:
@@ -121,6 +137,8 @@ def _plain(value: object) -> str:
     """Return a value as written in a file."""
     if isinstance(value, str) or value == {}:
         return str(value)
+    if isinstance(value, Section):
+        return "given"
     return f"{value:g}" if isinstance(value, float) else kind(value)
 
 
@@ -129,9 +147,10 @@ def _all(dotted: str, why: str, fix: str) -> Iterator[Inert]:
         yield Inert(key=tuple(key.split(".")), why=why, fix=fix)
 
 
-def _missing_in_run(config: Config) -> Missing:
-    """Return the parts missing in a run."""
+def _missing_in_run(config: Config, facts: Derived) -> Missing:
+    """Return the parts that a run lacks."""
     name, missing = config.algorithm.name, _missing_rewards(config.rewards)
+    samples = "choose an algorithm that samples responses"
     if config.algorithm.is_online:
         why = f"algorithm {name} samples its training data"
         missing["fixed data"] = (why, "choose an algorithm that learns from given answers")
@@ -141,9 +160,14 @@ def _missing_in_run(config: Config) -> Missing:
     else:
         missing["rollouts"] = (f"algorithm {name} samples no responses", "choose an algorithm that does")
         missing["responses"] = missing["rollouts"]
-    for role, use in derive.ROLE_USES.items():
-        if not use.is_needed(config):
-            missing[role] = (f"algorithm {name} has no {role}", use.how_to_need(config))
+    fixes: Mapping[str, str] = {
+        "critic": "use ppo",
+        "teacher": f"use {'on_policy_' if config.algorithm.is_online else ''}distillation",
+        "reference": _how_to_need_reference(config, facts),
+    }
+    for role in ROLES.keys() - {*facts.needs}:
+        missing[role] = (f"algorithm {name} has no {role}", fixes.get(role, samples))
+        missing[f"{role} role"] = (f"this run starts no {role} role", fixes.get(role, samples))
     if not config.rewards:
         missing["rewards"] = ("there are no rewards", "name one in rewards")
     missing |= _missing_template(None if config.rollouts is None else config.rollouts.agent)
@@ -154,24 +178,30 @@ def _missing_in_run(config: Config) -> Missing:
         why = f"{_NO_JUDGE} and eval.pass_score is null, so no response passes"
         missing["passing scores"] = (why, "set eval.pass_score")
     if config.algorithm.normalizes_rewards:
-        missing["rewards as given"] = (
-            f"algorithm {name} normalises each reward within its group",
-            "use another algorithm",
-        )
-    return missing | _missing_reference(config) | _missing_in_rollouts(config) | _missing_steps(config)
+        why = f"algorithm {name} normalises each reward within its group"
+        missing["rewards as given"] = (why, "use another algorithm")
+    return missing | _missing_reference(config, facts) | _missing_in_rollouts(config) | _missing_steps(config)
 
 
-def _missing_reference(config: Config) -> Missing:
-    name = config.algorithm.name
-    if derive.needs_reference_logprobs(config):
-        why = f"the reference of algorithm {name} is the policy before training"
+def _how_to_need_reference(config: Config, facts: Derived) -> str:
+    """Return what to change in a run without reference workers."""
+    if facts.reference == "adapter off":
+        return "the policy with its adapter off is the reference; name another reference.model if you want a second one"
+    is_online = isinstance(config.algorithm, OnlineConfig)
+    return "set algorithm.kl.coef above 0" if is_online else "choose an algorithm that samples responses"
+
+
+def _missing_reference(config: Config, facts: Derived) -> Missing:
+    algorithm = config.algorithm
+    if algorithm.uses_reference and not algorithm.is_online:
+        why = f"the reference of algorithm {algorithm.name} is the policy before training"
         return {"reference model": (why, "start from the model that you want as policy.model")}
-    if not config.algorithm.is_online or config.algorithm.kind == "sampled_distillation":
-        other = "grpo" if config.algorithm.is_online else "dpo"
-        return {"reference model": (f"algorithm {name} has no reference", f"use {other}")}
-    if not derive.uses_reference(config):
+    if not algorithm.is_online or algorithm.kind == "sampled_distillation":
+        fix = f"use {'grpo' if algorithm.is_online else 'dpo'}"
+        return {"reference model": (f"algorithm {algorithm.name} has no reference", fix)}
+    if facts.reference == "none":
         return {"reference model": ("algorithm.kl.coef is 0", "set algorithm.kl.coef above 0")}
-    if derive.reference_is_adapter_off(config):
+    if facts.reference == "adapter off":
         why = "the policy with its LoRA adapter disabled is the same model"
         return {"reference model": (why, "name another reference.model if you want one")}
     return {}
@@ -222,6 +252,9 @@ def _missing_in_evaluation(stage: EvaluationStage) -> Missing:
     config, missing = stage.evaluate, _missing_rewards(stage.evaluate.rewards)
     missing["training"] = ("an evaluation trains nothing", "use it to train")
     missing["rollouts"] = ("an evaluation does not train on rollouts", "use it to train")
+    workers = "rollout and reward answer" if config.rewards else "completions are measured by policy workers"
+    for role in ROLES.keys() - stage.needs:
+        missing[f"{role} role"] = (f"this stage starts no {role} role: {workers}", "use it to train")
     missing |= _missing_template(config.agent)
     if not config.rewards:
         why = "evaluate.rewards is empty, so completions are measured and no response is sampled"
@@ -259,25 +292,9 @@ def _has_passing_scores(rewards: Mapping[str, RewardConfig], pass_score: float |
     return pass_score is not None or bool(judges((name, r.function, r.weight) for name, r in rewards.items()))
 
 
-def _roles_of_evaluation(stage: EvaluationStage) -> Iterator[Inert]:
-    """Yield the resources of roles not started by the stage."""
-    workers = "rollout and reward answer" if stage.evaluate.rewards else "completions are measured by policy workers"
-    for role in ROLE_ORDER:
-        if role not in stage.needs:
-            yield from _all(f"cluster.roles.{role}", f"this stage starts no {role} role: {workers}", "use it to train")
-
-
-def _roles_of_run(config: Config) -> Iterator[Inert]:
-    """Yield the resources of roles not started by the run."""
-    for role in ROLE_ORDER:
-        use = derive.ROLE_USES[role]
-        if not use.is_needed(config):
-            yield from _all(f"cluster.roles.{role}", f"this run starts no {role} role", use.how_to_need(config))
-
-
-def _of_adapters(config: Config) -> Iterator[Inert]:
+def _of_adapters(config: Config, facts: Derived) -> Iterator[Inert]:
     """Yield the shape of an adapter read from a folder, and the transport of weights for a new adapter."""
-    if derive.ships_adapter(config) and config.policy.adapter is None:
+    if facts.ships_adapter and config.policy.adapter is None:
         why = "the engines load the LoRA adapter alone, from a folder of the run"
         yield from _all("cluster.weight_sync", why, "train all weights")
     for role in TRAINED_ROLES:
@@ -290,14 +307,7 @@ def _of_adapters(config: Config) -> Iterator[Inert]:
                 yield Inert(key=(role, "lora", key), why=why, fix=fix, is_given=True)
 
 
-def _of_reference(config: Config, algorithm: FollowedReferenceConfig) -> Iterator[Inert]:
-    steps = config.train.steps
-    if steps is not None and (algorithm.reference_every or 0) >= steps:
-        why = f"the run ends after train.steps {steps}, before a new reference is read"
-        yield from _all("algorithm.reference_every", why, "lower it")
-
-
-def _of_algorithm(config: Config, algorithm: OnlineConfig) -> Iterator[Inert]:
+def _of_algorithm(config: Config, algorithm: OnlineConfig, facts: Derived) -> Iterator[Inert]:
     if algorithm.kl.coef == 0.0:
         yield from _all("algorithm.reference_every", "algorithm.kl.coef is 0", "set algorithm.kl.coef above 0")
     correction = algorithm.correction
@@ -307,20 +317,19 @@ def _of_algorithm(config: Config, algorithm: OnlineConfig) -> Iterator[Inert]:
         keys = " ".join(f"algorithm.{key}" for key in (*algorithm.off_policy_keys, *algorithm.token_selection_keys))
         yield from _all(keys, why, fix)
     if not algorithm.bypasses_old_logprobs:
-        yield from _of_ratios(config, or_else=", or set algorithm.correction.mode to bypass")
-    if config.rollouts is not None and derive.updates_per_step(config) == 1:
+        yield from _of_ratios(config, facts, or_else=", or set algorithm.correction.mode to bypass")
+    if config.rollouts is not None and facts.updates_per_step == 1:
         why = "a batch has only one optimizer step, in which the values are still the old ones"
         keys = " ".join(f"algorithm.{key}" for key in algorithm.critic_reuse_keys)
         yield from _all(keys, why, MORE_UPDATES)
 
 
-def _of_ratios(config: Config, *, or_else: str = "") -> Iterator[Inert]:
+def _of_ratios(config: Config, facts: Derived, *, or_else: str = "") -> Iterator[Inert]:
     """Yield algorithm keys without effect if all importance ratios are 1."""
-    rollouts = config.rollouts
-    if rollouts is not None and derive.updates_per_step(config) == 1:
+    if config.rollouts is not None and facts.updates_per_step == 1:
         yield from _all(
             " ".join(f"algorithm.{key}" for key in config.algorithm.off_policy_keys),
-            f"the batch of {derive.rows_per_step(config, rollouts)} responses is trained on in one optimizer step, "
+            f"the batch of {facts.rows_per_step} responses is trained on in one optimizer step, "
             "from the weights that sampled it: every ratio is 1 and nothing is clipped",
             MORE_UPDATES + or_else,
         )
