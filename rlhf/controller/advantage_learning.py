@@ -1,11 +1,11 @@
-"""Learn from advantages: weigh every sampled token by how much better it did than expected (PPO, GRPO).
+"""Learn from advantages: weigh every sampled token by its advantage over the expectation (PPO, GRPO).
 
 kept responses -> batch plan -> reference logprobs, values -> old logprobs -> advantages -> minibatches -> updates
 
-With train.streamed these stages begin before the batch is whole, one portion of its groups after the other.
+With train.streamed these stages begin before the batch is whole, portion by portion of the batch's groups.
 
 Responses dropped by selection (rollouts.keep_per_prompt, raft) are not computed on. Masked responses
-(algorithm.mask_truncated) are not computed on either, but their scores count in the baseline of their group.
+(algorithm.mask_truncated) are not computed on either, but the scores count in the baseline of the group.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ KEPT_BY = {"spread": most_spread, "best": best}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Portion:
-    """Groups of a batch that were prepared together. Without train.streamed it is the whole batch."""
+    """Groups of a batch prepared together. Without train.streamed, a portion is the whole batch."""
 
     group_ids: frozenset[int]
     has_kept: bool  # whether a response was kept, even if masked
@@ -66,16 +66,16 @@ class AdvantageLearning(ReferencedLearning):
         self.idle = IdleCorrection(self.algorithm.config, updates_per_step=updates_per_step(config))
 
     def arrived(self, scored: ScoredGroup) -> None:
-        """Note a group, and begin its reference log-probabilities if the reference has hardware of its own."""
+        """Record a group, and begin its reference log-probabilities if the reference has separate hardware."""
         if self.config.train.streamed:
             self.arrivals.add(scored)
         if self.computes_by_group and (trained := self._not_masked(self._chosen([scored]))):
             self.columns.begin(scored, self._reference_logprobs(trained))
 
     async def stream(self, step: int) -> float:
-        """Accumulate the gradient of the step's first minibatch over portions of the batch, until it is whole.
+        """Accumulate the gradient of the step's first minibatch over portions of the batch, until the batch is whole.
 
-        A portion has all groups that are ready. The last one is left to `learn`, with the optimizer steps.
+        A portion has all ready groups. The last portion is left to `learn`, with the optimizer steps.
         """
         busy_s = 0.0
         first_visited = self.visits(self.num_minibatches, step)[0]
@@ -186,7 +186,7 @@ class AdvantageLearning(ReferencedLearning):
         return self._chosen(groups)
 
     def _not_masked(self, groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
-        """Return the groups reduced to their unmasked responses. Groups without one are left out."""
+        """Return the groups reduced to unmasked responses. Groups without an unmasked response are left out."""
         if not self.algorithm.config.mask_truncated:
             return list(groups)
         trained = []
@@ -203,7 +203,7 @@ class AdvantageLearning(ReferencedLearning):
         role: TrainedRole,
         steps: Mapping[int, tuple[StepReward, ...]],
     ) -> BatchPlan:
-        """Return the minibatches of a portion, which are the same for all roles, over the ranks of one role."""
+        """Return the minibatches of a portion, the same for all roles, over the ranks of one role."""
         plan = plan_batch(
             groups,
             step=step,
@@ -217,9 +217,9 @@ class AdvantageLearning(ReferencedLearning):
         return replace(plan, steps=steps, portion=sum(bool(portion.plan.scores) for portion in self.portions))
 
     def _drawn(self, groups: Sequence[ScoredGroup], step: int) -> list[list[RolloutInfo]]:
-        """Return the minibatches of a portion, as they will be drawn from the whole batch.
+        """Return a portion's minibatches, as drawn from the whole batch.
 
-        They are known beforehand: each prompt of the batch has a group, and all groups have one size.
+        The draw is known beforehand: each prompt of the batch has a group, and all groups have the same size.
         """
         count, samples = trained_per_prompt(self.config, self.rollouts), self.rollouts.samples_per_prompt
         members = [[(place, i) for i in range(count)] for place in range(self.rollouts.prompts_per_step)]
@@ -238,7 +238,7 @@ class AdvantageLearning(ReferencedLearning):
         """Compute reference logprobs, values, old logprobs and advantages.
 
         Args:
-            kept: the groups whose scores are compared.
+            kept: the groups with scores to compare.
             trained: the same groups without masked responses.
         """
         roles, config = self.roles, self.algorithm.config
@@ -292,7 +292,7 @@ class AdvantageLearning(ReferencedLearning):
         )
 
     def _outcomes(self, groups: Sequence[ScoredGroup], scores: Mapping[int, float]) -> SequenceOutcomes:
-        """Return the outcomes compared by the algorithm, after its length penalty.
+        """Return the outcomes compared by the algorithm, after the length penalty.
 
         `scores` is keyed by sequence id, in the order of the groups.
         """

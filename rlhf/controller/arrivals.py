@@ -1,4 +1,4 @@
-"""Hand over the groups of a batch as they are scored, while others are still sampled (train.streamed)."""
+"""Hand over each scored group of a batch while later groups are still sampled (train.streamed)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rlhf.roles import ScoredGroup
 
 
 class Arrivals:
-    """The kept groups of one batch after the other, of `size` groups each."""
+    """The kept groups of batches in turn, `size` groups each."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -30,11 +30,11 @@ class Arrivals:
 
     @property
     def groups(self) -> list[ScoredGroup]:
-        """Return the groups of the batch that have arrived."""
+        """Return the arrived groups of the batch."""
         return list(self._groups)
 
     def replace(self, groups: Sequence[ScoredGroup]) -> None:
-        """Replace the first groups that have arrived."""
+        """Replace the first arrived groups."""
         self._groups[: len(groups)] = groups
 
     def add(self, scored: ScoredGroup) -> None:
@@ -43,7 +43,7 @@ class Arrivals:
         self._changed.set()
 
     async def take(self) -> list[ScoredGroup]:
-        """Return all groups that have arrived and were not taken, at least one. Empty: the batch is whole."""
+        """Return all arrived groups not yet taken, at least one. Empty: the batch is whole."""
         await self._changed.wait()
         if self._left <= 0:
             return []

@@ -1,12 +1,12 @@
 """Collect batches ahead of training, in order and within a bound.
 
-The batch of step s is trained by version s - 1 of the weights and sampled by an earlier one, at most `max_staleness`
-versions before. With max_staleness 0, rollouts and training take turns. Above 0, the engines sample the batch of step
-s + max_staleness while step s is trained. Both end before the weights are synced: an engine step sees one batch and one
-version, so a run repeats bit for bit.
+The batch of step s is trained by version s - 1 of the weights and sampled by an earlier version, at most
+`max_staleness` versions before. With max_staleness 0, rollouts and training take turns. Above 0, the engines sample the
+batch of step s + max_staleness while step s is trained. Both end before the weights are synced: an engine step sees a
+single batch and version, so a run repeats bit for bit.
 
-After step s the batches of the next `max_staleness` steps are whole. No later weights can sample them again, so a
-checkpoint holds their responses.
+After step s the batches of the next `max_staleness` steps are whole. No later weights can sample these batches again,
+so a checkpoint holds the responses.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """A whole batch with the metrics of its rollouts."""
+    """A whole batch with the metrics of the rollouts."""
 
     collected: Collected
     metrics: list[Metrics]
@@ -39,7 +39,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Requested:
-    """A batch that is requested and not trained yet."""
+    """A requested batch before training."""
 
     version: int
     position: Mapping[str, Any]  # of the collector, before the batch
@@ -47,7 +47,10 @@ class _Requested:
 
 
 async def unless_failed(work: Coroutine[Any, Any, T], watched: asyncio.Future[None]) -> T:
-    """Return the result of the work. If the watched future fails first, cancel the work and raise that failure."""
+    """Return the result of the work.
+
+    If the watched future fails first, cancel the work and raise the future's failure.
+    """
     working = asyncio.ensure_future(work)
     try:
         either: set[asyncio.Future[Any]] = {working, watched}
@@ -61,7 +64,7 @@ async def unless_failed(work: Coroutine[Any, Any, T], watched: asyncio.Future[No
 
 
 class BatchQueue:
-    """The batches that are requested and not trained yet."""
+    """The requested batches before training."""
 
     def __init__(
         self, collector: Collector, record: RunRecord, *, max_staleness: int, num_steps: int, settings: str
@@ -69,7 +72,7 @@ class BatchQueue:
         """Create an empty queue.
 
         Args:
-            settings: digest of the settings that decide which groups make a batch.
+            settings: digest of the settings that decide the groups of a batch.
         """
         self.collector = collector
         self.record = record
@@ -82,10 +85,10 @@ class BatchQueue:
         self.seconds: float | None = None  # of the collecting since the newest `request`; None: nothing was left
 
     async def synced(self, version: int) -> None:
-        """Do nothing when the engines have new weights: a batch is requested by the step that needs it."""
+        """Do nothing when the engines have new weights: the step of a batch requests the batch."""
 
     def request(self, step: int) -> None:
-        """Start to collect the batch of a step, unless it is requested already, and those after it within the bound."""
+        """Start to collect the batch of a step, and later batches within the bound, unless already requested."""
         last = min(step + self.max_staleness, self.num_steps)
         steps = [number for number in range(step, last + 1) if number not in self._requested]
         self.seconds = None
@@ -114,7 +117,7 @@ class BatchQueue:
         self.record.progress.ahead(sum(batch.done() for batch in later))
 
     async def take(self, step: int) -> Batch:
-        """Return the batch of a step that was requested, once it is whole. Raise the failure of its rollouts."""
+        """Return the requested batch of a step, once whole. Raise the failure of the rollouts."""
         assert self._collecting is not None
         await asyncio.sleep(0)  # until the collecting has begun
         batch = self._requested[step].batch
@@ -125,7 +128,7 @@ class BatchQueue:
         return batch.result()
 
     async def during(self, work: Coroutine[Any, Any, T]) -> T:
-        """Return the result of the work. If the collecting fails meanwhile, cancel the work and raise that failure."""
+        """Return the result of the work. If the collecting fails meanwhile, cancel the work and raise the failure."""
         assert self._collecting is not None
         return await unless_failed(work, self._collecting)
 
@@ -136,7 +139,7 @@ class BatchQueue:
         self._requested.pop(step, None)  # a step that is done again has finished before
 
     async def stop(self) -> Sequence[GroupRequest]:
-        """Give up the batches that are not whole. No request is left in the engines after a whole step."""
+        """Give up incomplete batches. No request is left in the engines after a whole step."""
         if self._collecting is not None:
             self._collecting.cancel()
             await asyncio.gather(self._collecting, return_exceptions=True)
@@ -144,7 +147,7 @@ class BatchQueue:
 
     @property
     def position(self) -> Mapping[str, Any]:
-        """Return the collector's state before the first batch that is not trained."""
+        """Return the collector's state before the first untrained batch."""
         first = next(iter(self._requested.values()), None)
         return self.collector.state() if first is None else first.position
 
@@ -156,7 +159,7 @@ class BatchQueue:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restore the position in the prompts. The batches of the checkpoint are then collected from the store.
 
-        After a change of their settings they are sampled again by the newest weights.
+        After a change of the settings, the newest weights sample the batches again.
         """
         self.collector.restore(state)
         if state["settings"] == self.settings:
@@ -169,7 +172,7 @@ class BatchQueue:
 
 
 def digest_of_settings(config: Config, *fingerprints: str) -> str:
-    """Return a digest of the settings that decide which groups make a batch, besides the prompts."""
+    """Return a digest of the settings, besides the prompts, that decide the groups of a batch."""
     tree = config.model_dump(mode="json", include={"rollouts", "rewards", "reward_policy"})
     for key in ("max_staleness", "weight_updates", "batch_order"):
         del tree["rollouts"][key]

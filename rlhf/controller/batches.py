@@ -1,8 +1,8 @@
 """Turn scored groups into a batch plan: the sequences of each minibatch and of each rank. Uses scalars only.
 
-A prompt's responses stay together where they can, since a worker computes a prompt once for all of its responses in a
-micro-batch (rlhf.workers.microbatches). Minibatches are drawn by group. Each sequence is still in exactly one
-minibatch, and in each with equal probability, so the mean gradient is the same as when sequences are drawn singly.
+A prompt's responses stay together if possible, since a worker computes a prompt once for all responses in a micro-batch
+(rlhf.workers.microbatches). Minibatches are drawn by group. Each sequence is still in exactly one minibatch, and in
+each with equal probability, so the mean gradient is the same as when sequences are drawn singly.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def plan_batch(
     Within a minibatch, ranks get about equal work, and a rank may get no sequence.
 
     Args:
-        drawn: the minibatches of these groups. None: `draw_minibatches` draws them.
+        drawn: the minibatches of the groups. None: `draw_minibatches` draws them.
     """
     infos = [info for scored in groups for info in scored.group.infos]
     scores = [score for scored in groups for score in scored.scores.scores]
@@ -69,7 +69,7 @@ def plan_batch(
 
 
 def draw_minibatches(groups: Sequence[Sequence[T]], *, step: int, seed: int, num_minibatches: int) -> list[list[T]]:
-    """Draw the members of each minibatch from a batch's groups, which are given in the order of their prompts.
+    """Draw the members of each minibatch from a batch's groups, given in the order of the prompts.
 
     The composition of a minibatch depends on (seed, step) alone. Groups stay whole; only the group at a minibatch's end
     may be split. If there are fewer members than minibatches, each is a minibatch.
@@ -82,7 +82,7 @@ def draw_minibatches(groups: Sequence[Sequence[T]], *, step: int, seed: int, num
 
 
 def temperatures(groups: Sequence[ScoredGroup]) -> dict[int, float]:
-    """Return the temperature of each sequence, by id, whose prompt sets one."""
+    """Return the temperatures set by prompts, by sequence id."""
     return {
         info.sequence_id: scored.group.request.temperature
         for scored in groups
@@ -126,7 +126,7 @@ def plan_pairs(
 
 
 def only(scored: ScoredGroup, places: Sequence[int]) -> ScoredGroup:
-    """Return the group reduced to the responses at the given positions. Its columns still hold the others."""
+    """Return the group reduced to the responses at the given positions. The columns still hold all responses."""
     scores = scored.scores
     return replace(
         scored,
@@ -144,7 +144,7 @@ def share_out(chosen: Sequence[RolloutInfo], group_of: Mapping[int, int], *, num
     """Return a shard for each rank: whole groups, then single sequences moved until the shards are about equal.
 
     A group's members are adjacent in `chosen`. Few groups are split, since a rank computes the prompt and fetches the
-    columns of all groups in its shard. No shard is empty if there are at least as many sequences as ranks.
+    columns of all groups in the shard. No shard is empty if there are at least as many sequences as ranks.
     """
     families = [list(members) for _, members in groupby(chosen, key=lambda info: group_of[info.sequence_id])]
     shares = balance([_tokens(family, group_of) for family in families], num_ranks)
@@ -162,7 +162,7 @@ def share_out(chosen: Sequence[RolloutInfo], group_of: Mapping[int, int], *, num
 def _evening_move(
     shards: Sequence[Sequence[RolloutInfo]], loads: Sequence[int], group_of: Mapping[int, int]
 ) -> tuple[RolloutInfo, int, int] | None:
-    """Return a sequence with the rank that gives it and the rank that takes it. None: the shards are about equal."""
+    """Return a sequence with the giving rank and the taking rank. None: the shards are about equal."""
     taker = min(range(len(shards)), key=loads.__getitem__)
     givers = [rank for rank, shard in enumerate(shards) if len(shard) > 1 and rank != taker]
     if not givers:

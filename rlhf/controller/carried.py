@@ -1,4 +1,4 @@
-"""Remember which cancelled prompts have begun responses, so that the next step continues them (rollouts.carry_over)."""
+"""Remember cancelled prompts with begun responses, for the next step to continue (rollouts.carry_over)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class CarriedPrompts:
         self.num_restarted = 0  # requests of this step that start again, since the tokens were too old
 
     def continuing(self, request: GroupRequest, version: int) -> GroupRequest:
-        """Return a request that continues the prompt's begun responses, unless there are none or they are too old."""
+        """Return a request that continues the prompt's begun responses, unless missing or too old."""
         key = request.epoch, request.prompt.prompt_id
         group_id, oldest = self._begun.get(key, (None, version))
         if version - oldest <= MAX_STALENESS:
@@ -29,7 +29,7 @@ class CarriedPrompts:
         return request
 
     def update(self, requests: Sequence[GroupRequest], answered: Collection[int], version: int) -> None:
-        """Remember the requests of `version` that were cancelled, and forget the answered ones."""
+        """Remember the cancelled requests of `version`, and forget the answered requests."""
         for request in requests:
             key = request.epoch, request.prompt.prompt_id
             _, oldest = self._begun.pop(key, (None, version))
@@ -44,11 +44,11 @@ class CarriedPrompts:
 
 
 def begun_requests(position: Mapping[str, Any]) -> frozenset[int]:
-    """Return the ids of the cancelled requests that later steps continue, from a position in the prompts."""
+    """Return the ids of the cancelled requests for later steps to continue, from a position in the prompts."""
     return frozenset(group_id for _, _, group_id, _ in position.get("begun", ()))
 
 
 def first_untrained_group(position: Mapping[str, Any]) -> int:
-    """Return the first group that is not trained, from a position in the prompts."""
+    """Return the first untrained group, from a position in the prompts."""
     first: int = min((group_id for group_id, *_ in position.get("outstanding", ())), default=position["next_group"])
     return first

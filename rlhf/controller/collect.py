@@ -1,11 +1,11 @@
-"""Collect a step's batch: choose prompts, and keep, drop or filter their groups.
+"""Collect a step's batch: choose prompts, and keep, drop or filter groups.
 
-    prompts -> requests -> rollouts -> scored groups -> a whole batch, in the order of its prompts
+    prompts -> requests -> rollouts -> scored groups -> a whole batch, in the order of the prompts
 
 Prompts are requested in rounds until the batch is whole. A group with a failed reward is dropped, and a group without a
-learning signal is filtered (rollouts.dynamic_sampling). The next round requests another prompt in its place. With
-rollouts.oversample, a round requests more prompts than needed; the unfinished ones come first in the next step. Like
-the loop, this module sees only scalars, ids and references.
+learning signal is filtered (rollouts.dynamic_sampling). The next round requests a new prompt in place of such a group.
+With rollouts.oversample, a round requests more prompts than needed; unfinished prompts come first in the next step.
+Like the loop, this module sees only scalars, ids and references.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Outcomes:
 
 
 class Collector:
-    """Requests the run's prompts in order. Its state is only consistent between two steps."""
+    """Requests the run's prompts in order. The state is only consistent between two steps."""
 
     def __init__(
         self,
@@ -92,8 +92,8 @@ class Collector:
         """Create a collector at the start of the run's prompts.
 
         Args:
-            arrived: called with each kept group as soon as it is scored.
-            outdated: called with kept groups that have become too old, and are requested again.
+            arrived: called with each kept group right after scoring.
+            outdated: called with kept groups that have become too old and are requested again.
         """
         assert config.rollouts is not None
         self.config = config
@@ -118,7 +118,7 @@ class Collector:
         self.recent_drops: deque[tuple[int | None, bool]] = deque(maxlen=window)
 
     async def collect(self, step: int, *, version: int) -> Collected:
-        """Return the whole batch of a step, sampled by one version of the weights.
+        """Return the whole batch of a step, sampled by a single version of the weights.
 
         Raise RunError if a bound is reached.
         """
@@ -133,9 +133,9 @@ class Collector:
         return self.finish(batch, step)
 
     def sort(self, scored: ScoredGroup, batch: Outcomes, step: int) -> bool:
-        """Add a group to its batch by its outcome, and return whether it is kept.
+        """Add a group to its batch by outcome, and return whether the group is kept.
 
-        Raise RunError if its failure ends the run.
+        Raise RunError if the group's failure ends the run.
         """
         self.recent_drops.append((scored.group.request.group_id, bool(scored.scores.errors)))
         if scored.scores.errors:
@@ -149,7 +149,7 @@ class Collector:
         return False
 
     def finish(self, batch: Outcomes, step: int) -> Collected:
-        """Record the outcomes of a whole batch, and return its groups. RunError: none of its tokens can be trained."""
+        """Record the outcomes of a whole batch, and return the groups. RunError: no token can be trained."""
         self._refuse_restricted(_infos(batch.kept), step)
         if self.curriculum is not None:
             for scored in batch.measured:
@@ -185,7 +185,7 @@ class Collector:
     async def _first(
         self, prompts: Sequence[EpochPrompt], requests: Sequence[GroupRequest], needed: int, step: int, version: int
     ) -> list[ScoredGroup]:
-        """Return `needed` trainable groups and all groups finished before them. Keep the unfinished prompts."""
+        """Return `needed` trainable groups and all groups finished earlier. Keep the unfinished prompts."""
         rule, left = self.rollouts.dynamic_sampling, needed
 
         def is_enough(scored: ScoredGroup) -> bool:
@@ -208,12 +208,12 @@ class Collector:
         return groups
 
     def _report(self, scored: ScoredGroup) -> None:
-        """Report a group that is kept."""
+        """Report a kept group."""
         if self.arrived is not None and self._is_kept(scored):
             self.arrived(scored)
 
     def _is_kept(self, scored: ScoredGroup) -> bool:
-        """Return whether the group is trained on: its scores carry a signal, and their mean is within the bounds."""
+        """Return whether the group is trained on: the scores carry a signal, and their mean is within the bounds."""
         if scored.scores.errors:
             return False
         rule = self.rollouts.dynamic_sampling
@@ -225,7 +225,7 @@ class Collector:
         return not self.scores.is_flat(scored, self.config, self.algorithm) and is_within(_mean(scored), rule)
 
     def next(self, count: int) -> list[EpochPrompt]:
-        """Return the next prompts: first the unfinished ones, then the stream's.
+        """Return the next prompts: first the unfinished prompts, then the stream's.
 
         The curriculum may skip some of the stream.
         """
@@ -253,7 +253,7 @@ class Collector:
         )
 
     def _check_dropped(self, scored: ScoredGroup, step: int) -> None:
-        """Raise RunError if the failure ends the run by its rule, or if too many groups were dropped."""
+        """Raise RunError if the rule of the failure ends the run, or if too many groups were dropped."""
         policy, window = self.config.reward_policy, self.recent_drops.maxlen
         assert window is not None
         rules = error_rules(self.config.rewards)
@@ -359,7 +359,8 @@ class Collector:
         """Return the position in the prompts, for a checkpoint.
 
         Args:
-            untrained: ids of the groups that a resumed run requests again. It then counts their drops again.
+            untrained: ids of the groups to request again in a resumed run. Drops of these groups are then counted
+                again.
         """
         return {
             "cursor": asdict(self.prompts.state()),

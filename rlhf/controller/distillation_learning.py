@@ -39,7 +39,7 @@ class DistillationLearning(Learning):
         self.is_ahead = config.cluster.roles.teacher.colocate_with is None
 
     def arrived(self, scored: ScoredGroup) -> None:
-        """Begin the teacher's log-probabilities of the group if the teacher has hardware of its own."""
+        """Begin the teacher's log-probabilities of the group if the teacher has separate hardware."""
         if self.is_ahead and not self.reads_states:
             self.columns.begin(scored, self.teacher.logprobs([scored.group], temperatures={}))
 
@@ -104,7 +104,7 @@ class DistillationLearning(Learning):
             self.record.add(await self.roles.policy.update(minibatch, states))
 
     async def _update_all(self, order: Sequence[int], plan: BatchPlan, answered: Sequence[CompletedGroup]) -> None:
-        """Update from the teacher's states, requested for one minibatch at a time because they are large.
+        """Update from the teacher's states, requested for one minibatch at a time because of the size.
 
         A teacher with separate hardware computes the next minibatch during an update.
         """

@@ -18,7 +18,7 @@ class EntropyBonus:
 
     @property
     def in_force(self) -> float:
-        """Return the coefficient. An adaptive one is 0 while the entropy is above its target."""
+        """Return the coefficient. An adaptive coefficient is 0 while the entropy is above the target."""
         if self.adaptive is not None and self.entropy is not None and self.entropy > self.adaptive.target:
             return 0.0
         return self.coef

@@ -1,4 +1,5 @@
-"""Score held-out prompts under the current weights, with intervals and by source, and compare them with a teacher."""
+"""Score held-out prompts under the current weights, with intervals and by source, and compare the responses with a
+teacher."""
 
 from __future__ import annotations
 
@@ -114,7 +115,7 @@ def _sound(groups: Sequence[ScoredGroup], config: Config, scorer: RolloutScorer,
 async def compare_with_teacher(
     answered: Mapping[str, Sequence[ScoredGroup]], config: Config, teacher: OnlineTeacherRole, record: RunRecord
 ) -> None:
-    """Record how much likelier each response is under the student than under its teacher, per token.
+    """Record how much likelier each response is under the student than under the teacher, per token.
 
     Greedy responses are compared at temperature 1, because the engine reports their logprobs at temperature 1.
     """

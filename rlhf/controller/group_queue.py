@@ -1,14 +1,14 @@
-"""Request groups one by one while the weights change, and form batches of the finished ones.
+"""Request single groups while the weights change, and form batches of finished groups.
 
     prompts -> outstanding groups -> scored groups -> the batch of a step
 
-A group is outstanding from its request until the engines have the weights that it trained, or until it is dropped or
-filtered. At most (max_staleness + 1) * prompts_per_step groups are outstanding. The engines load new weights between
-two decoding steps, so a response may span versions. The lag of its oldest token never exceeds max_staleness: a group
-that would exceed it is requested again and never trained as it was.
+A group is outstanding from the request until the engines have the weights trained on the group, or until the group is
+dropped or filtered. At most (max_staleness + 1) * prompts_per_step groups are outstanding. The engines load new weights
+between two decoding steps, so a response may span versions. The lag of a response's oldest token never exceeds
+max_staleness: a group beyond this bound is requested again and never trained unchanged.
 
-A checkpoint holds the ids and prompts of the outstanding groups. A resumed run requests them again with the same seeds.
-The engines answer the finished ones from their store.
+A checkpoint holds the ids and prompts of the outstanding groups. A resumed run requests the same groups again with the
+same seeds. The engines answer finished groups from the store.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True, kw_only=True)
 class _Outstanding:
-    """A group that is not trained yet."""
+    """A group before training."""
 
     group_id: int
     chosen: EpochPrompt
@@ -65,7 +65,7 @@ class _Load:
 
 
 class GroupQueue:
-    """The groups that are not trained yet."""
+    """The groups before training."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class GroupQueue:
         """Create an empty queue.
 
         Args:
-            settings: digest of the settings that decide which groups make a batch.
+            settings: digest of the settings that decide the groups of a batch.
         """
         self.collector = collector
         self.record = record
@@ -106,9 +106,9 @@ class GroupQueue:
         self._failure: BaseException | None = None
 
     async def synced(self, version: int) -> None:
-        """Continue with the weights that the engines have now.
+        """Continue with the engines' new weights.
 
-        Forget the groups of the trained step. Ask for old groups again, and for new ones.
+        Forget the groups of the trained step. Request old groups again, and new groups.
         """
         self.version = version
         for group_id in self._taken:
@@ -130,7 +130,7 @@ class GroupQueue:
         self._admit()
 
     def request(self, step: int) -> None:
-        """Begin to measure a step. Its groups are requested as soon as the bound allows it."""
+        """Begin to measure a step. The groups are requested as soon as the bound allows."""
         self._load.add(0)
         self._busy_at_request = self._load.busy_s
         self._was_over = not self._load.count and self.num_steps - self.version <= self.max_staleness + 1
@@ -140,7 +140,7 @@ class GroupQueue:
         return version is not None and version < self.version - self.max_staleness
 
     def _limit(self) -> int:
-        """Return the largest number of outstanding groups. The last steps need fewer of them."""
+        """Return the largest number of outstanding groups. The last steps need fewer groups."""
         return min(self.max_staleness + 1, self.num_steps - self.version) * self.prompts_per_step
 
     def _admit(self) -> None:
@@ -173,7 +173,7 @@ class GroupQueue:
         self._changed.set()
 
     async def _collect(self, entry: _Outstanding) -> None:
-        """Request a group until its tokens are new enough. Keep it, or request another prompt in its place."""
+        """Request a group until the tokens are new enough. Keep the group, or request a new prompt in its place."""
         collector = self.collector
         entry.request = collector.request(entry.chosen, group_id=entry.group_id, place=entry.place)
         scored = await self._answer(entry, entry.request)
@@ -194,7 +194,7 @@ class GroupQueue:
             self._admit()
 
     async def _answer(self, entry: _Outstanding, request: GroupRequest) -> ScoredGroup | None:
-        """Return the scored group, or None if its request was cancelled because of its age."""
+        """Return the scored group, or None for a request cancelled because of its age."""
         collector, scorer, entry.version = self.collector, self.collector.scorer, self.version
         oldest, step = self.version - self.max_staleness, self.version + 1
         self._load.add(1)
@@ -234,7 +234,7 @@ class GroupQueue:
         return Batch(collected=replace(collected, sampled_tokens=sampled), metrics=metrics)
 
     async def during(self, work: Coroutine[Any, Any, T]) -> T:
-        """Return the result of the work. If a group fails meanwhile, cancel the work and raise that failure."""
+        """Return the result of the work. If a group fails meanwhile, cancel the work and raise the failure."""
         failing = asyncio.ensure_future(self._until_failed())
         try:
             return await unless_failed(work, failing)
@@ -248,7 +248,7 @@ class GroupQueue:
         raise self._failure
 
     def _first_finished(self) -> Sequence[int] | None:
-        """Return the groups of the next batch, or None if one of them is not finished."""
+        """Return the groups of the next batch, or None if a needed group is not finished."""
         count = self.prompts_per_step
         if self.order == "completion":
             return self._finished[:count] if len(self._finished) >= count else None
@@ -274,12 +274,12 @@ class GroupQueue:
         return metrics
 
     async def finish(self, step: int) -> None:
-        """Do nothing: the next groups begin in `synced`, so that the new weights sample them."""
+        """Do nothing: the next groups begin in `synced`, to be sampled by the new weights."""
 
     async def stop(self) -> Sequence[GroupRequest]:
-        """Give up the unfinished groups, and return their requests, which the engines still answer.
+        """Give up the unfinished groups, and return the requests, still in progress in the engines.
 
-        Another start requests them again, and the finished ones.
+        The next start requests finished and unfinished groups again.
         """
         tasks = [entry.task for entry in self._outstanding.values() if entry.task is not None]
         for task in tasks:
@@ -300,7 +300,7 @@ class GroupQueue:
         return None if self._was_over else self._load.busy_s - self._busy_at_request
 
     def _untrained(self) -> list[_Outstanding]:
-        """Return the groups that no step has recorded as trained or left out."""
+        """Return the groups not yet recorded as trained or left out."""
         return sorted([*self._outstanding.values(), *self._waiting, *self._left_out], key=lambda e: e.group_id)
 
     def state(self) -> dict[str, Any]:

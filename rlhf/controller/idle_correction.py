@@ -1,7 +1,7 @@
 """Warn once if the configured correction of the sampler's mismatch seems never to act.
 
-Reads only the rows of the first steps. On one CPU in float32, engine and trainer agree to rounding, and no bound on
-their ratio is ever reached.
+Reads only the rows of the first steps. On one CPU in float32, engine and trainer agree to rounding, and no bound on the
+ratio is ever reached.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NEGLIGIBLE = 1e-3  # nats; the tightest bound of the presets is a mean of 1e-3 o
 
 
 class IdleCorrection:
-    """Counts the tokens changed by a correction, or by the clip after it."""
+    """Counts the tokens changed by a correction, or by the later clip."""
 
     def __init__(self, config: OnlineConfig, *, updates_per_step: int) -> None:
         correction = config.correction

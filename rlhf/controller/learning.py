@@ -2,7 +2,7 @@
 
     scored groups -> plan -> experience -> updates
 
-rlhf.controller.online collects the groups. Like it, this module computes on scalars alone.
+rlhf.controller.online collects the groups. Like rlhf.controller.online, this module computes on scalars alone.
 """
 
 from __future__ import annotations
@@ -57,17 +57,17 @@ class Signals:
 
 
 class ColumnsByGroup:
-    """Columns of a frozen model with hardware of its own, computed for each group while others are sampled."""
+    """Columns of a frozen model with separate hardware, computed for each group while later groups are sampled."""
 
     def __init__(self) -> None:
         self._computing: dict[int, asyncio.Task[list[RemoteColumns[TokenValues]]]] = {}
 
     def begin(self, scored: ScoredGroup, work: Coroutine[Any, Any, list[RemoteColumns[TokenValues]]]) -> None:
-        """Begin to compute the columns of a group, in place of earlier ones."""
+        """Begin to compute the columns of a group, in place of earlier columns."""
         self._computing[scored.group.request.group_id] = asyncio.create_task(work)
 
     async def take(self, groups: Sequence[ScoredGroup]) -> list[RemoteColumns[TokenValues]] | None:
-        """Return the columns of these groups, in order. None: one of them was not begun."""
+        """Return the columns of the groups, in order. None: a group was not begun."""
         ids = [scored.group.request.group_id for scored in groups]
         if not self._computing.keys() >= set(ids):
             return None
@@ -75,13 +75,13 @@ class ColumnsByGroup:
         return [column for columns in await asyncio.gather(*computing) for column in columns]
 
     def forget(self, groups: Sequence[ScoredGroup]) -> None:
-        """Forget the columns of groups that are trained, or whose responses are not used."""
+        """Forget the columns of trained groups, or of groups without used responses."""
         for scored in groups:
             self._computing.pop(scored.group.request.group_id, None)
 
 
 class Learning(ABC):
-    """A learning method, such as advantages or pairs. Its metrics go to the run's record."""
+    """A learning method, such as advantages or pairs. The metrics go to the run's record."""
 
     def __init__(self, config: Config, roles: OnlineRoles, record: RunRecord) -> None:
         assert config.rollouts is not None
@@ -93,25 +93,25 @@ class Learning(ABC):
         self.columns = ColumnsByGroup()  # of the reference or the teacher
 
     def arrived(self, scored: ScoredGroup) -> None:  # noqa: B027
-        """Note a group that is scored and kept, while others may still be sampled."""
+        """Record a scored and kept group, while later groups may still be sampled."""
 
     async def stream(self, step: int) -> float:
-        """Learn from the groups that have arrived until the batch is whole. Return the seconds of this work."""
+        """Learn from the arrived groups until the batch is whole. Return the seconds of this work."""
         return 0.0
 
     @abstractmethod
     async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:
         """Make all optimizer steps of a step. The groups carry the reported scores. `stream` may have seen some.
 
-        It is called again with the same groups, after `begin_again`, if a rank was lost and the ranks have the state of
-        the previous step again.
+        After the loss of a rank, `begin_again` and a second call with the same groups repeat the step from the previous
+        state.
         """
 
     async def find_again(self, find: Find) -> None:  # noqa: B027
-        """Replace the groups that have arrived, because a lost node had their tokens."""
+        """Replace the arrived groups, because a lost node had the tokens."""
 
     def begin_again(self) -> None:  # noqa: B027
-        """Forget the gradients of a step that was begun: its ranks are lost."""
+        """Forget the gradients of a begun step after the loss of ranks."""
 
     def renews_reference(self, step: int) -> bool:
         """Return whether the policy after this step becomes the reference."""
@@ -121,7 +121,7 @@ class Learning(ABC):
         """Replace the reference by the policy after this step, if a renewal is due."""
 
     def end_step(self, groups: Sequence[ScoredGroup], signals: Signals) -> None:
-        """Forget the columns of the trained groups. A subclass adapts its coefficients to what they showed."""
+        """Forget the columns of the trained groups. A subclass adapts coefficients to the measured values."""
         self.columns.forget(groups)
 
     @abstractmethod
@@ -143,8 +143,8 @@ class ReferencedLearning(Learning):
 
         policy -> model folder in references/ -> reference
 
-    The weights go through a folder, so a resumed run has the reference of its checkpoint. A folder is kept as long as a
-    checkpoint needs it.
+    The weights go through a folder, so a resumed run has the reference of its checkpoint. A folder stays as long as a
+    checkpoint needs the folder.
     """
 
     reference_every: int | None  # steps between two renewals; None keeps the first reference
@@ -152,10 +152,10 @@ class ReferencedLearning(Learning):
 
     @property
     def computes_by_group(self) -> bool:
-        """Return whether the reference computes each group when it is finished.
+        """Return whether the reference computes each finished group at once.
 
-        It needs hardware of its own. A reference that is renewed while later batches are sampled would compute them
-        with other weights than those of their step.
+        The reference needs separate hardware. A reference renewed while later batches are sampled would compute such
+        batches with the wrong step's weights.
         """
         alone = self.roles.reference is not None and self.config.cluster.roles.reference.colocate_with is None
         return alone and (self.reference_every is None or self.rollouts.max_staleness == 0)
@@ -180,7 +180,7 @@ class ReferencedLearning(Learning):
         return {"reference_step": self.reference_step}
 
     async def restore(self, state: Mapping[str, Any], step: int) -> None:
-        """Restore the reference of a step's checkpoint. Raise UserError if its folder is damaged."""
+        """Restore the reference of a step's checkpoint. Raise UserError if the reference's folder is damaged."""
         self.reference_step = state["reference_step"]
         if self.reference_step:
             self.record.folder.refuse_damaged_reference(self.reference_step, checkpoint=step)

@@ -1,10 +1,10 @@
-"""The training loop shared by online and offline runs. A subclass adds its step.
+"""The training loop shared by online and offline runs. A subclass adds the step.
 
     step -> evaluation -> metrics -> checkpoint
 
-A step is kept in this order: its checkpoint is written aside, its row is logged, and then the checkpoint becomes valid.
-So a checkpoint always has its row. A notice to end makes the current step the last one. The loop sees scalars, ids and
-references. It computes nothing on tokens and knows nothing of Ray.
+A step is stored in this order: the checkpoint is written aside, the row is logged, and then the checkpoint becomes
+valid. So a checkpoint always has a row. A notice to end makes the current step the last one. The loop sees scalars, ids
+and references. The loop computes nothing on tokens and knows nothing of Ray.
 
 The trained roles are one unit. After each step their ranks keep a copy of their state. When a rank is lost, all are
 started again with the newest state that every one of them has kept, and the work is done again.
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 def sparing_loaded_objects() -> Generator[None]:
     """Exempt the objects loaded so far from garbage collections in the block.
 
-    A collection that visits the objects of all modules takes 0.3 s, and a large step causes several.
+    A collection over the objects of all modules takes 0.3 s, and a large step causes several collections.
     """
     gc.collect()
     gc.freeze()
@@ -53,8 +53,8 @@ def sparing_loaded_objects() -> Generator[None]:
 class TrainingLoop(ABC):
     """Runs the training loop.
 
-    `step` is the last finished step, `kept_step` that of the newest checkpoint, and `trained_step` that of the trained
-    roles' state.
+    `step` is the last finished step, `kept_step` the step of the newest checkpoint, and `trained_step` the step of the
+    trained roles' state.
     """
 
     def __init__(
@@ -70,13 +70,13 @@ class TrainingLoop(ABC):
         policy_fingerprint: str,
         supervisor: Supervisor,
     ) -> None:
-        """Create a loop that has not begun.
+        """Create a loop before the first step.
 
         Args:
             roles: all roles by name. None: the run has no such role.
-            trained: the roles saved in a checkpoint, in a folder of their name. The policy is the first.
+            trained: the roles saved in a checkpoint, each in a folder of the role's name. The policy is the first.
             eval_sets: names of the evaluation sets.
-            eval_metric: metric of the first evaluation set that chooses the best step by default.
+            eval_metric: metric of the first evaluation set for choosing the best step by default.
         """
         self.config = config
         self.record = record
@@ -121,14 +121,14 @@ class TrainingLoop(ABC):
         self.arithmetic = await self.trained["policy"].arithmetic()
 
     async def end(self) -> None:
-        """Prepare the policy for its export: after an early stop, load the weights of the best checkpoint."""
+        """Prepare the policy for export: after an early stop, load the weights of the best checkpoint."""
         best = self.best.step
         if self.config.train.early_stopping is not None and best is not None and best != self.step:
             logger.info("%s was best at step %d: that is the final model", self.best.metric, best)
             await self.trained["policy"].load(self.record.folder.checkpoint(best) / "policy")
 
     async def export(self) -> Path:
-        """Write the final model aside, and return its folder."""
+        """Write the final model aside, and return the folder."""
 
         async def write() -> Path:
             await self.end()
@@ -141,12 +141,12 @@ class TrainingLoop(ABC):
         return aside
 
     async def despite_losses(self, work: Callable[[], Awaitable[T]], *, oldest: int | None = None) -> T:
-        """Return the result of the work, which is done again after the loss of a trained rank.
+        """Return the result of the work. After the loss of a trained rank, repeat the work.
 
-        The metrics of an attempt that ends by a loss are thrown away.
+        The metrics of an attempt ended by a loss are discarded.
 
         Args:
-            oldest: the work can be done from the state of this step or a later one. None: only from the present state.
+            oldest: the oldest step with a state from which the work can start. None: only the present state.
         """
         oldest = self.trained_step if oldest is None else oldest
         while True:
@@ -175,9 +175,9 @@ class TrainingLoop(ABC):
                 lost = other
 
     async def restart_trained(self, oldest: int) -> None:
-        """Start all trained ranks again, with the newest state that every one of them has kept.
+        """Start all trained ranks again, with the newest state that every rank has kept.
 
-        Without it, load the newest checkpoint. The steps until `oldest` are trained again.
+        Without such a state, load the newest checkpoint. The steps until `oldest` are trained again.
         """
         roles = self.trained
         await _all_ended([role.restart() for role in roles.values()])
@@ -193,7 +193,7 @@ class TrainingLoop(ABC):
             await self.repeat(self.trained_step + 1)
 
     async def repeat(self, step: int) -> None:
-        """Train a finished step again. Raise RunError if its batch is not there any more."""
+        """Train a finished step again. Raise RunError if the batch is gone."""
         raise RunError(
             f"The state after step {self.trained_step} is the newest that every rank has kept, and the batch of step "
             f"{step} is gone. {RESUMES}"
@@ -206,7 +206,7 @@ class TrainingLoop(ABC):
             await asyncio.gather(*(role.keep(step) for role in self.trained.values()))
 
     async def wait_until_kept(self) -> None:
-        """Wait until every rank has a whole copy of its state, if lost ranks are started again."""
+        """Wait until every rank has a whole snapshot, if lost ranks are started again."""
         if self.survives:
             await asyncio.gather(*(role.kept() for role in self.trained.values()))
 
@@ -233,7 +233,7 @@ class TrainingLoop(ABC):
         return self.step >= train.num_steps or self.best.is_over
 
     async def _next_step(self, *, is_last: bool) -> None:
-        """Carry out a step, and write a checkpoint after the last one. Raise Preempted if the run is told to end."""
+        """Carry out a step, and write a checkpoint after the last one. Raise Preempted if the run must end."""
         train, record, step = self.config.train, self.record, self.step + 1
         record.begin_step(step)
         with record.stage("step"):
@@ -253,7 +253,7 @@ class TrainingLoop(ABC):
             raise Preempted(f"a checkpoint of step {step} is written")
 
     async def _save_finished(self) -> None:
-        """Write a checkpoint of the last finished step from the states that the ranks have kept, unless there is one.
+        """Write a checkpoint of the last finished step from the ranks' snapshots, unless the checkpoint exists.
 
         The cluster has no room for the run, so a rank may be lost for good.
         """
@@ -309,10 +309,10 @@ class TrainingLoop(ABC):
             await self.save_aside(self.state())
 
     async def save_aside(self, state: Mapping[str, Any], *, kept: bool = False) -> Path:
-        """Write a checkpoint that is not valid yet, and return its folder.
+        """Write a checkpoint before it becomes valid, and return the folder.
 
         Args:
-            kept: save what the ranks have kept of the step, instead of their present state.
+            kept: save the ranks' snapshots of the step instead of the present state.
         """
         aside = self.record.folder.begin_checkpoint(state["step"])
         for name, role in self.trained.items():
@@ -321,12 +321,12 @@ class TrainingLoop(ABC):
         return aside
 
     async def commit(self, step: int) -> None:
-        """Make the checkpoint of a step that was written aside valid. A cancellation takes effect afterwards."""
+        """Make the checkpoint of a step, written aside before, valid. A cancellation takes effect afterwards."""
         await _whole(self.record.commit_checkpoint(step))
         self.kept_step = step
 
     def state(self) -> dict[str, Any]:
-        """Return the state for a checkpoint, without that of the trained roles."""
+        """Return the state for a checkpoint, without the trained roles' state."""
         return {
             "step": self.step,
             **self.position(),
@@ -351,14 +351,17 @@ class TrainingLoop(ABC):
 
 
 async def _all_ended(calls: Sequence[Awaitable[None]]) -> None:
-    """Wait until all calls have ended, then raise the first failure. A restart that goes on would meet the next one."""
+    """Wait until all calls have ended, then raise the first failure.
+
+    A restart still in progress would meet the next restart.
+    """
     for end in await asyncio.gather(*calls, return_exceptions=True):
         if end is not None:
             raise end
 
 
 async def _whole(work: Awaitable[None]) -> None:
-    """Wait for the work. A cancellation meanwhile takes effect after its end."""
+    """Wait for the work. A cancellation meanwhile takes effect after the work."""
     working = asyncio.ensure_future(work)
     try:
         await asyncio.shield(working)
@@ -368,9 +371,9 @@ async def _whole(work: Awaitable[None]) -> None:
 
 
 def trained_models(config: Config) -> dict[str, Any]:
-    """Describe the weights of a checkpoint in configuration keys, which a resumed run compares.
+    """Describe the weights of a checkpoint in configuration keys, for comparison by a resumed run.
 
-    They are each trained role's model, adapter shape, dtype, number of ranks and sharding.
+    The keys are each trained role's model, adapter shape, dtype, number of ranks and sharding.
     """
     models = trained_sections(config)
     roles = config.cluster.roles.model_dump(mode="json")

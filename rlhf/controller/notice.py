@@ -1,4 +1,4 @@
-"""Tell a loop to end soon: it saves its finished work and returns by itself.
+"""Tell a loop to end soon: the loop saves the finished work and returns by itself.
 
 The module knows neither the sender of the notice nor the time limit of the loop.
 """
@@ -29,7 +29,7 @@ class Notice:
     async def unless_given(self, work: Coroutine[Any, Any, T]) -> T | None:
         """Return the result of the work, or None if the notice comes first.
 
-        The work is then cancelled, so it must be resumable.
+        The work is then cancelled, so the work must be resumable.
         """
         done, notice = asyncio.ensure_future(work), asyncio.ensure_future(self._given.wait())
         try:

@@ -2,8 +2,8 @@
 
     rows -> reference logprobs or teacher's states -> minibatches -> update
 
-The trained role gets the data sets once, as columns, and a step names rows. The reference is the
-policy before training: its ranks compute the logprobs before a checkpoint is restored.
+The trained role gets the data sets once, as columns, and a step names rows. The reference is the policy before
+training: the policy's ranks compute the logprobs before a checkpoint is restored.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class StepRows:
 
 
 class OfflineController(TrainingLoop):
-    """The loop of a run on fixed data. A step is one optimizer step."""
+    """The loop of a run on fixed data. A step is an optimizer step."""
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class OfflineController(TrainingLoop):
             self.record.add(metrics)
 
     async def repeat(self, step: int) -> None:
-        """Make the last optimizer step again: the copy of its state was not whole at a loss."""
+        """Make the last optimizer step again: the step's snapshot was not whole at a loss."""
         number, plan = self.last_update
         if step != number:
             await super().repeat(step)
@@ -167,7 +167,7 @@ class OfflineController(TrainingLoop):
             logger.info("the reference log-probabilities of %d rows are written to %s", len(rows), path)
 
     def _chunks(self, rows: Sequence[DataRow]) -> Iterator[Sequence[DataRow]]:
-        """Yield adjacent rows of about some micro-batches per rank. Each chunk is one call with its own deadline."""
+        """Yield adjacent rows of about some micro-batches per rank. Each chunk is a call with a separate deadline."""
         at_once = REFERENCE_MICROBATCHES * self.config.train.max_tokens_per_microbatch * self.role.num_ranks
         start = size = 0
         for end, row in enumerate(rows, start=1):
@@ -188,7 +188,7 @@ class OfflineController(TrainingLoop):
         )
 
     async def evaluate(self, step: int) -> None:
-        """Measure loss and accuracy on the held-out sets, in chunks of one optimizer step's size."""
+        """Measure loss and accuracy on the held-out sets, in chunks of an optimizer step's size."""
         size = self.config.train.sequences_per_update
         with self.record.stage("eval", role="policy"):
             for index, (name, rows) in enumerate(self.eval_sets.items(), start=1):

@@ -3,9 +3,9 @@
     prompts -> rollouts -> rewards -> experience -> advantages -> minibatches -> update -> weight sync
 
 Version v of the weights is the result of v training steps. Step s trains on responses of version s - 1, or of an
-earlier one (rlhf.controller.batch_queue), and syncs version s to the engines before it ends. A notice to end that comes
-while the step waits for its batch stores the finished responses for a resumed run and keeps the previous step. A later
-stage is finished first.
+earlier version (rlhf.controller.batch_queue), and finally syncs version s to the engines. A notice to end while the
+step waits for a batch stores the finished responses for a resumed run and keeps the previous step. A later stage is
+finished first.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class OnlineController(TrainingLoop):
         await self._sync(self.step)
 
     async def run(self, *, until: int | None = None) -> bool:
-        """Run the loop, and give up the rollouts that it leaves behind, since the engines may serve another run."""
+        """Run the loop, and give up leftover rollouts, since the engines may serve another run."""
         try:
             is_over = await super().run(until=until)
         finally:
@@ -140,7 +140,7 @@ class OnlineController(TrainingLoop):
         return is_over
 
     async def end(self) -> None:
-        """Load the trained roles onto shared GPUs, and prepare the policy for its export."""
+        """Load the trained roles onto shared GPUs, and prepare the policy for export."""
         await self._to_trainers(*TRAINED_ROLES, keep_weights=False)
         await super().end()
 
@@ -180,7 +180,7 @@ class OnlineController(TrainingLoop):
         return await self.scorer.found_again(groups, self.batches.collector.sampling)
 
     def _samples(self, groups: Sequence[ScoredGroup], signals: Signals) -> list[SampleSelection]:
-        """Return what the samples file shows of a step."""
+        """Return the records of a step for the samples file."""
         return group_samples(groups, signals, split="train", most=self.config.tracking.samples_per_step)
 
     async def _train(
@@ -238,7 +238,7 @@ class OnlineController(TrainingLoop):
             await self._publish_again()
 
     def _begins_again(self, lost: ResultsLost) -> WorkerLost:
-        """Return the loss of a trained rank, after which a step is done again with results that are not lost."""
+        """Return the loss of a trained rank. A step is then repeated with new results."""
         role = lost.role if lost.role in self.trained else next(iter(self.trained))
         return WorkerLost(lost.reason, role=role, rank=0, stage=lost.stage, kind="died")
 
@@ -256,14 +256,14 @@ class OnlineController(TrainingLoop):
         await self.despite_losses(self._publish_again)
 
     async def _go_back(self) -> None:
-        """Take back the state before the updates of the step in progress, and publish its weights again."""
+        """Restore the state before the updates of the step in progress, and publish that state's weights again."""
         self.trained_step = self.step
         await asyncio.gather(*(role.take_back(self.step) for role in self.trained.values()))
         self._forget_updates()
         await self._publish_again()
 
     async def _with_weights(self, waiting: Awaitable[T], publish: Callable[[], Awaitable[None]]) -> T:
-        """Return the result of a wait for engines. Publish the weights again if one of them cannot get them."""
+        """Return the result of a wait for engines. Publish the weights again if an engine cannot get the weights."""
         wait = asyncio.ensure_future(waiting)
         try:
             while not wait.done():
@@ -280,7 +280,7 @@ class OnlineController(TrainingLoop):
             await asyncio.gather(wait, return_exceptions=True)
 
     async def _take(self, step: int) -> tuple[Batch, float]:
-        """Return the step's batch, and the seconds in which training has worked on it already.
+        """Return the step's batch, and the seconds of training already spent on the batch.
 
         If the run is to end, keep the previous step and raise Preempted.
         """
@@ -300,7 +300,7 @@ class OnlineController(TrainingLoop):
         raise Preempted(f"a checkpoint of step {self.step} is written" if self.step else "no step was done")
 
     async def _learn_while_taking(self, step: int) -> tuple[Batch, float]:
-        """Return the batch once it is whole and, with train.streamed, the seconds of the work on its first groups."""
+        """Return the whole batch and, with train.streamed, the seconds of the work on the first groups."""
         if not self.config.train.streamed:
             return await self._with_weights(self.batches.take(step), self._publish_despite_losses), 0.0
 
@@ -322,7 +322,7 @@ class OnlineController(TrainingLoop):
             await asyncio.gather(taking, learning, return_exceptions=True)
 
     async def _sync(self, version: int) -> None:
-        """Sync the weights to the engines, verify them, and hand the GPU to the engines."""
+        """Sync the weights to the engines, verify the weights, and hand the GPU to the engines."""
         roles, record = self.roles, self.record
         if self.sharing:  # free the GPU memory cached by torch, which the engines need
             await self._offload(*(role for role in GUESTS_OF_ENGINES if not ROLES[role].hosts))
@@ -376,7 +376,10 @@ class OnlineController(TrainingLoop):
         return [getattr(self.roles, name) for name in names if name in self.sharing]
 
     async def evaluate(self, step: int) -> None:
-        """Answer and score the held-out prompts. With a teacher, compare the responses with its predictions."""
+        """Answer and score the held-out prompts.
+
+        With a teacher, compare the responses with the teacher's predictions.
+        """
         roles = self.roles
         answers = score_held_out(self.eval_sets, self.config, self.marking, self.scorer, step=step)
         answered = await self._with_weights(answers, self._publish_despite_losses)
@@ -394,13 +397,13 @@ class OnlineController(TrainingLoop):
         return self._trainers_turn(*TRAINED_ROLES)
 
     async def checkpoint(self, *, is_best: bool) -> None:
-        """Write a checkpoint, and delete the stored responses that it covers."""
+        """Write a checkpoint, and delete the stored responses covered by the checkpoint."""
         await super().checkpoint(is_best=is_best)
         state = self.batches.state()
         self.scorer.keep_from(first_untrained_group(state), begun=begun_requests(state))
 
     async def save_aside(self, state: Mapping[str, Any], *, kept: bool = False) -> Path:
-        """Write a checkpoint that is not valid yet, with the responses that are begun or not trained yet."""
+        """Write a checkpoint before it becomes valid, with all begun or untrained responses."""
         aside = await super().save_aside(state, kept=kept)
         if (self.rollouts.max_staleness and not self.in_flight) or self.rollouts.carry_over:
             start, begun = first_untrained_group(state), begun_requests(state)

@@ -2,7 +2,7 @@
 
     pairs -> reference logprobs -> minibatches -> updates
 
-A group whose responses all have the same score has no pair. Responses outside of pairs are not computed on.
+A group with equal scores for all responses has no pair. Responses outside of pairs are not computed on.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class PairLearning(ReferencedLearning):
         self.num_minibatches = self.rollouts.prompts_per_step // config.train.sequences_per_update
 
     def arrived(self, scored: ScoredGroup) -> None:
-        """Begin the reference log-probabilities of the group's pair if the reference has hardware of its own."""
+        """Begin the reference log-probabilities of the group's pair if the reference has separate hardware."""
         (normalized,) = self.scores.normalized([scored])
         pair = self._pair(normalized) if self.computes_by_group else None
         if pair is not None:

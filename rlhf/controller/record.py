@@ -41,7 +41,7 @@ _IS_SHOWN: ContextVar[bool] = ContextVar("whether the progress display shows the
 
 @dataclass(slots=True)
 class RunRecord:
-    """The run folder and its views, with the metrics of the current step."""
+    """The run folder and all views, with the metrics of the current step."""
 
     folder: RunFolder
     tracker: Tracker
@@ -61,17 +61,17 @@ class RunRecord:
         self.groups = None
 
     def add(self, metrics: Metrics) -> None:
-        """Add metrics to the current step, or to the list of `apart` inside its block."""
+        """Add metrics to the current step, or in a block of `apart` to that block's list."""
         apart = _APART.get()
         (self.parts if apart is None else apart).append(metrics)
 
     @contextmanager
     def apart(self, parts: list[Metrics], *, is_shown: bool = False) -> Generator[None]:
-        """Collect the metrics of the block, and of the tasks created in it, in the given list.
+        """Collect the metrics of the block, and of tasks created there, in the given list.
 
         Args:
-            is_shown: whether the progress display shows the stages of the block. It does not while they work for a
-                later step, because it shows the stages of the current one.
+            is_shown: whether the progress display shows the stages of the block. Stages of work for a later step are
+                not shown, because the display shows the current step.
         """
         tokens = _APART.set(parts), _IS_SHOWN.set(is_shown)
         try:
@@ -81,7 +81,7 @@ class RunRecord:
             _IS_SHOWN.reset(tokens[1])
 
     def show(self, stage: str, done: int = 0, total: int = 0) -> None:
-        """Show the current stage and its progress, unless it works for a later step."""
+        """Show the current stage and the progress, except for work for a later step."""
         if _IS_SHOWN.get():
             self.progress.stage(stage, done, total)
 
@@ -108,7 +108,7 @@ class RunRecord:
         return results(merge_metrics(self.parts))
 
     def write_row(self, step: int, row: Mapping[str, float]) -> None:
-        """Log the step. Raise RunError if its loss is not finite, before anything of it is kept.
+        """Log the step. Raise RunError for a non-finite loss, before anything of the step is stored.
 
         Raise RunError too if a later start works in the folder.
         """
@@ -127,7 +127,8 @@ class RunRecord:
             self.progress.finding(finding)
 
     def amend(self, metrics: Metrics) -> None:
-        """Add what is not 0 to the last logged row, in metrics.jsonl alone: it holds for the time after that row."""
+        """Add nonzero metrics to the last logged row, in metrics.jsonl alone: the metrics cover the time after
+        the row."""
         added = {key: value for key, value in results(metrics).items() if value}
         if added:
             self.tracker.amend(added)
@@ -160,8 +161,8 @@ class RunRecord:
     async def prune(self, keep: int) -> None:
         """Remove all but the newest checkpoints, and start the upload to the mirror.
 
-        First waits for an upload in progress, since it reads the checkpoints. If the upload hangs, no checkpoint is
-        removed.
+        First waits for an upload in progress, since the upload reads the checkpoints. If the upload hangs, no
+        checkpoint is removed.
         """
         if self.mirror is None:
             self.folder.prune(keep)
@@ -179,17 +180,17 @@ class RunRecord:
     async def commit_checkpoint(self, step: int) -> None:
         """Make the begun checkpoint valid, and notify the tracker's back ends.
 
-        A thread reads and syncs its files, so the event loop does not stand still. The checkpoint becomes valid in the
-        event loop, so it never does after this call was cancelled.
+        A thread reads and syncs the files, so the event loop does not stand still. The checkpoint becomes valid in the
+        event loop, and therefore never after a cancellation of this call.
         """
         await asyncio.to_thread(self.folder.seal, self.folder.checkpoint(step), step=step)
         self.tracker.checkpoint(step, self.folder.commit_checkpoint(step))
 
     def failed(self, error: Exception) -> None:
-        """Write the run's fatal error to errors.jsonl, and its traceback to traceback.txt.
+        """Write the run's fatal error to errors.jsonl, and the traceback to traceback.txt.
 
-        Incomplete checkpoints are removed first, because they may fill the disk. From now on no write waits for room.
-        Nothing is written if a later start works in the folder.
+        Incomplete checkpoints are removed first, because such checkpoints may fill the disk. From now on no write waits
+        for room. Nothing is written if a later start works in the folder.
         """
         PAUSE.give_up()
         if self.folder.is_taken_over():
@@ -206,9 +207,10 @@ class RunRecord:
         write_atomic(folder / STATE_FILE, json.dumps(state, indent=1) + "\n")
 
     def restore_best(self, best: Best, state: Mapping[str, Any]) -> None:
-        """Restore the best evaluation of a checkpoint, and point `best` at its checkpoint.
+        """Restore the best evaluation of a checkpoint, and point `best` at the evaluation's checkpoint.
 
-        Resuming from an older checkpoint by name may find it gone. Then the run starts without a best checkpoint.
+        The best checkpoint may be gone on a resumption from an older checkpoint by name. Then the run starts without a
+        best checkpoint.
         """
         best.restore(state)
         if best.step is None:
@@ -220,12 +222,12 @@ class RunRecord:
         best.value = best.step = None
 
     def read_state(self, step: int) -> dict[str, Any]:
-        """Return the controller's state in the checkpoint of a step. Raise UserError if it is missing."""
+        """Return the controller's state in the checkpoint of a step. Raise UserError if missing."""
         return read_state(self.folder.checkpoint(step))
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Return the controller's state in a checkpoint. Raise UserError if it is missing."""
+    """Return the controller's state in a checkpoint. Raise UserError if missing."""
     path = checkpoint / STATE_FILE
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
@@ -260,9 +262,9 @@ class Best:
         )
 
     def improves(self, row: Mapping[str, float], step: int) -> bool:
-        """Return whether this step's row is the best so far, and remember it then.
+        """Return whether this step's row is the best so far, and remember the best step.
 
-        Raise UserError if it lacks the metric.
+        Raise UserError if the row lacks the metric.
         """
         if self.metric not in row:
             known = ", ".join(sorted(key for key in row if key.startswith("eval/")))

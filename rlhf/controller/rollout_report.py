@@ -62,7 +62,7 @@ def rollout_metrics(groups: Sequence[ScoredGroup], *, version: int) -> Metrics:
 
 
 def by_reward(columns: Iterable[Mapping[str, Sequence[T]]]) -> dict[str, list[T]]:
-    """Join the columns of all groups by reward. Rewards that apply to no response are absent."""
+    """Join the columns of all groups by reward. Rewards without an applicable response are absent."""
     whole: dict[str, list[T]] = {}
     for rewards in columns:
         for name, values in rewards.items():
@@ -103,7 +103,7 @@ def _session_metrics(infos: Sequence[RolloutInfo]) -> dict[str, Reduction]:
 
 
 def restricted_tokens(infos: Iterable[RolloutInfo]) -> Counter[str]:
-    """Count the sampled tokens that are not trained on, by the reason for the grammar that restricted them."""
+    """Count the sampled tokens left out of training because of a grammar, by the reason for the grammar."""
     counts: Counter[str] = Counter()
     for info in infos:
         if info.session is not None:

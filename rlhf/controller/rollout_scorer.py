@@ -87,7 +87,7 @@ def note_errors(scored: ScoredGroup, record: RunRecord, *, step: int, split: str
 async def answers_in_flight(
     rollout: RolloutRole, requests: Sequence[GroupRequest], sampling: Sampling, *, version: int
 ) -> AsyncIterator[CompletedGroup]:
-    """Answer requests before those that wait, and yield groups as they are completed.
+    """Answer requests before waiting requests, and yield each completed group at once.
 
     The caller makes sure that the engines keep the weights of `version` meanwhile.
     """
@@ -111,7 +111,7 @@ async def process_answers(
 ) -> list[T]:
     """Apply `process` to each answered request and return the results in the order of the requests.
 
-    `process` starts while other requests still generate. It receives the group and the number of answered groups so
+    `process` starts while later requests still generate, and receives the group and the number of answered groups so
     far.
     """
     tasks: dict[int, asyncio.Task[T]] = {}
@@ -125,7 +125,7 @@ async def process_answers(
 
 
 class RolloutScorer:
-    """Generates and scores responses, and stores them so that a resumed run reuses the same ones."""
+    """Generates and scores responses, and stores all responses for reuse in a resumed run."""
 
     def __init__(
         self,
@@ -139,7 +139,8 @@ class RolloutScorer:
         """Open the stores of a run's responses and scores.
 
         Args:
-            in_flight: whether the engines answer other requests at the same time, so that no batch waits to be whole.
+            in_flight: whether the engines answer training requests at the same time, so that no batch waits to be
+                whole.
         """
         self.rollout = rollout
         self.weights = 0, ""  # version and checksum of those that the engines have
@@ -160,15 +161,15 @@ class RolloutScorer:
         split: str = "train",
         report: Callable[[ScoredGroup], None] = lambda _: None,
     ) -> list[ScoredGroup]:
-        """Return the scored responses to all requests, in their order.
+        """Return the scored responses to all requests, in order.
 
-        Each group is scored while others still generate.
+        Each group is scored while later groups still generate.
 
         Args:
-            step: the step whose metrics row and error lines are written.
+            step: the step of the metrics row and the error lines.
             version: the version of the sampling weights.
             split: "train", or the evaluation set's name.
-            report: called with each group as soon as it is scored.
+            report: called with each group right after scoring.
         """
 
         async def score(group: CompletedGroup, num_done: int) -> ScoredGroup:
@@ -190,13 +191,13 @@ class RolloutScorer:
         version: int,
         report: Callable[[ScoredGroup], None],
     ) -> list[ScoredGroup]:
-        """Return the scored groups that finished first, in the order of their requests, and cancel the others.
+        """Return the scored groups that finished first, in the order of the requests, and cancel the rest.
 
         Args:
-            is_enough: returns True for the last group that is needed.
+            is_enough: returns True for the last needed group.
             rule: names the criterion of `is_enough`. A resumed run with the same requests and rule gets the same
                 groups.
-            report: called with each of these groups as soon as it is scored.
+            report: called with each returned group right after scoring.
         """
         race = request_set_digest(requests, sampling, version=version, rule=rule)
         newest, checksum = self.weights
@@ -244,18 +245,18 @@ class RolloutScorer:
         return finished
 
     def forget_untrained(self) -> None:
-        """Delete stored failures, and responses without a trained token, after one of them has ended the run.
+        """Delete stored failures, and responses without a trained token, after such a failure has ended the run.
 
-        The user fixes the reward or the agent, and the resumed run calls it again.
+        The user corrects the reward or the agent, and the resumed run calls it again.
         """
         self.score_ledger.forget_failures()
         drop_untrained(self.spool)
         self.finish_order.clear()  # a new score may change the batch
 
     def keep_from(self, start: int, *, begun: Collection[int] = ()) -> None:
-        """Delete the stored responses to evaluations and to groups before `start`, which a checkpoint covers.
+        """Delete the stored responses to evaluations and to groups before `start`. A checkpoint covers both.
 
-        Those to the cancelled requests `begun` are kept. So are files that an engine writes meanwhile.
+        Responses to the cancelled requests `begun` stay. So do files written by an engine meanwhile.
         """
         found = {*stored_groups(self.spool), *begun_groups(self.spool)}
         for path in found.difference(_files(self.spool, start=start, begun=begun)):
@@ -264,10 +265,10 @@ class RolloutScorer:
         self.finish_order.keep_from(start)
 
     def copy_to(self, folder: Path, *, start: int, begun: Collection[int] = ()) -> None:
-        """Copy the stored responses from group `start` on, and those to the cancelled requests `begun`, into a folder.
+        """Copy the stored responses from group `start` on, and to the cancelled requests `begun`, into a folder.
 
-        Later weights cannot draw them. All groups go into one file, since a disk takes about as long to sync a small
-        file as a large one.
+        Later weights cannot sample the same responses. All groups go into one file, since a disk takes about as long to
+        sync a small file as a large one.
         """
         paths = sorted(_files(self.spool, start=start, begun=begun))
 
@@ -295,9 +296,9 @@ class RolloutScorer:
     ) -> list[ScoredGroup]:
         """Return the groups with the score of one greedy response to each prompt, by the same rewards.
 
-        In flight, newer weights than those of the group may sample it.
+        In flight, newer weights than the group's may sample the greedy response.
 
-        A group whose greedy response could not be scored carries its errors.
+        A group without a scored greedy response carries that response's errors.
         """
         requests = [
             replace(
@@ -317,10 +318,10 @@ class RolloutScorer:
     async def score(
         self, group: CompletedGroup, sampling: Sampling, *, step: int, version: int, split: str = "train"
     ) -> ScoredGroup:
-        """Return the group with its scores, and record its failures.
+        """Return the group with scores, and record the failures.
 
         Args:
-            step: the step whose metrics row and error lines are written.
+            step: the step of the metrics row and the error lines.
             version: the version of the sampling weights.
             split: "train", or the evaluation set's name.
         """
@@ -341,7 +342,7 @@ class RolloutScorer:
         return ScoredGroup(group=group, scores=scores)
 
     async def found_again(self, scored: Sequence[ScoredGroup], sampling: Sampling) -> list[ScoredGroup]:
-        """Return scored groups with their tokens from the run's store, after those of a lost node are gone."""
+        """Return scored groups with tokens from the run's store, in place of tokens lost with a node."""
         groups = await asyncio.gather(*(self.rollout.found_again(one.group, sampling) for one in scored))
         return [replace(one, group=group) for one, group in zip(scored, groups, strict=True)]
 
@@ -367,7 +368,7 @@ def _files(folder: Path, *, start: int, begun: Collection[int]) -> list[Path]:
 
 
 def _with_greedy(group: ScoredGroup, greedy: GroupScores | None) -> ScoredGroup:
-    """Return the group with the score or the errors of its greedy response."""
+    """Return the group with the score or the errors of the greedy response."""
     if greedy is None:
         return group
     return replace(group, scores=greedy) if greedy.errors else replace(group, greedy_score=greedy.scores[0])

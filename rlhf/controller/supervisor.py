@@ -1,8 +1,8 @@
-"""Decide what the loss of a worker means: it is started again, or the run ends with the error of the loss.
+"""Decide on the loss of a worker: start the worker again, or end the run with the error of the loss.
 
 The groups of actors notice losses and know how to replace a worker. This module counts, decides and records. The run
 ends when a unit was lost more often than `cluster.restarts` allows, when memory was exhausted twice, and when the same
-worker was lost twice in a row at the same work: then the cause is a bug, and a third time would be no different.
+worker was lost twice in a row at the same work: the cause is then a bug, and a third attempt would fail too.
 """
 
 from __future__ import annotations
@@ -31,11 +31,7 @@ class Supervisor:
     """The losses of a run."""
 
     def __init__(self, restarts: Restarts, record: RunRecord, roles: Iterable[Role]) -> None:
-        """Create a supervisor that has seen no loss.
-
-        Args:
-            roles: the roles of the run.
-        """
+        """Create a supervisor without any loss so far."""
         self.restarts = restarts
         self.record = record
         self._roles = tuple(roles)
@@ -46,15 +42,15 @@ class Supervisor:
         self._seconds = 0.0
 
     async def recover(self, lost: WorkerLost, rebuild: Callable[[], Awaitable[None]], *, work: Hashable = None) -> None:
-        """Start the lost worker again, and record it. Raise the loss itself if the run must end.
+        """Start the lost worker again, and record the loss. Raise the loss itself if the run must end.
 
-        Raise Preempted if no node takes the place of a lost one in time: on other nodes the run can continue.
-        A successor that is lost before it works is started again in the same way.
+        Raise Preempted if no node takes the place of a lost node in time: on new nodes the run can continue. A
+        successor lost before its first work is started again in the same way.
 
         Args:
-            rebuild: ends what is left of the worker, and starts another one in its place.
-            work: what the worker did. The run ends if it was the same at its last loss, unless `succeeded` was called
-                in between. None: unknown.
+            rebuild: ends what is left of the worker, and starts a new worker in its place.
+            work: the worker's task. The run ends after a second loss at the same task without a call of `succeeded` in
+                between. None: unknown.
         """
         while True:
             try:
@@ -94,11 +90,11 @@ class Supervisor:
         logger.info("%s works again after %.1f s", source, took_s)
 
     def succeeded(self, role: Role, rank: int) -> None:
-        """Note that a worker finished work, so its next loss is not a repetition of the last one."""
+        """Record that a worker finished work, so the next loss is no repetition of the last loss."""
         self._last_work.pop((role, rank), None)
 
     def forgive(self, losses: Collection[WorkerLost]) -> None:
-        """Count these losses no longer: their work caused them, and not the worker."""
+        """Count the losses no longer: the work caused the losses, and not the worker."""
         for counted, earlier in self._losses.items():
             self._losses[counted] = [(at, lost) for at, lost in earlier if lost not in losses]
 

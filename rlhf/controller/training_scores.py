@@ -1,4 +1,4 @@
-"""Compute training scores, if they differ from the reported ones, and per-step credit, from scalars."""
+"""Compute training scores, if different from the reported scores, and per-step credit, from scalars."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TrainingScores:
         self.normalizes = any(term.normalize != "none" for term in self.terms.values())
 
     def normalized(self, groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
-        """Return the groups with scores computed from normalised rewards, if the configuration asks for them."""
+        """Return the groups with scores computed from normalised rewards, if so configured."""
         if not self.normalizes:
             return list(groups)
         results = []
@@ -42,7 +42,7 @@ class TrainingScores:
         return results
 
     def by_reward(self, groups: Sequence[ScoredGroup]) -> dict[str, list[float | None]]:
-        """Return each reward after its gate, one value per response of all groups.
+        """Return each reward after gating, a value per response of all groups.
 
         The value is 0 in a group outside of the reward's scope, and None if the reward has no opinion.
         """
@@ -59,7 +59,8 @@ class TrainingScores:
         """Return the groups without the score credited by steps, and the credited steps by sequence id.
 
         `step_terms` maps the step rewards of a prompt's responses, from one gated reward, to their training values.
-        Each is then multiplied by the reward's weight. The remaining score is the weighted sum over the other rewards.
+        Each value is then multiplied by the reward's weight. The remaining score is the weighted sum over all further
+        rewards.
         """
         steps_by_sequence: dict[int, tuple[StepReward, ...]] = {}
         left = []
@@ -81,7 +82,7 @@ class TrainingScores:
         return left, steps_by_sequence
 
     def outcomes(self, groups: Sequence[ScoredGroup], scores: Sequence[float]) -> SequenceOutcomes:
-        """Return the outcomes of groups of one size. `scores` covers all responses, in the order of the groups."""
+        """Return the outcomes of groups of equal size. `scores` covers all responses, in the order of the groups."""
         greedy = [scored.greedy_score for scored in groups if scored.greedy_score is not None]
         infos = [info for scored in groups for info in scored.group.infos]
         columns = self.by_reward(groups)
@@ -102,7 +103,7 @@ class TrainingScores:
     def is_flat(self, scored: ScoredGroup, config: Config, algorithm: OnlineAlgorithm | None) -> bool:
         """Return whether a group carries no learning signal: all responses have equal steps and outcomes.
 
-        A run without comparisons learns from any group. `algorithm` is None unless it weighs responses by advantages.
+        A run without comparisons learns from any group. `algorithm` is None for learning without advantages.
         """
         assert config.rollouts is not None
         if not config.algorithm.compares_responses:

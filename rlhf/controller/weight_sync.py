@@ -2,10 +2,10 @@
 
     publish (trainer) -> send and receive, together -> probe
 
-Three checks can each stop the run. The engines' version must be the published one, and the checksum of the bytes they
+Three checks can each stop the run. The engines' version must be the published version, and the checksum of the bytes
 read must match the bytes written (the rollout role checks both). Trainer and engine must agree on the logprobs of a
-fixed probe. A shared GPU changes hands between the two probes, because the trainer's probe needs its weights there and
-the engine's probe its cache. An engine that replaces a lost one between two syncs passes the same checks.
+fixed probe. A shared GPU changes hands between the two probes, because the trainer's probe needs the weights there and
+the engine's probe the cache. An engine that replaces a lost engine between two syncs passes the same checks.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ async def sync_weights(
     dtype: str,
     hand_over: Callable[[], Awaitable[None]],
 ) -> tuple[str, Metrics]:
-    """Send the policy's weights to the engines and verify them. Raise RunError if the engines hold other weights.
+    """Send the policy's weights to the engines and verify the result.
 
-    Return the checksum of the weights, and the metrics of the sync. `hand_over` is called when the policy no longer
-    needs a shared GPU.
+    Raise RunError if the engines hold different weights. Return the checksum of the weights, and the metrics of the
+    sync. `hand_over` is called when the policy no longer needs a shared GPU.
     """
     began = time.perf_counter()
     await rollout.withdraw_weights()
@@ -67,7 +67,7 @@ async def sync_weights(
 
 
 async def _both(sending: Coroutine[Any, Any, None], receiving: Coroutine[Any, Any, None]) -> None:
-    """Wait for both ends. If both fail, raise the loss of a worker, because it made the other end fail."""
+    """Wait for both ends. If both fail, raise the loss of a worker, because that loss made the second end fail."""
     ends = [asyncio.ensure_future(end) for end in (sending, receiving)]
     try:
         _, pending = await asyncio.wait(ends, return_when=asyncio.FIRST_EXCEPTION)
@@ -84,7 +84,8 @@ async def _both(sending: Coroutine[Any, Any, None], receiving: Coroutine[Any, An
 async def _prove(policy: PolicyRole, rollout: RolloutRole, probe: PolicyProbe) -> float | None:
     """Return the largest difference of the log-probabilities.
 
-    If the successor of a lost engine cannot get the weights, because a rank of the policy is lost, raise that loss.
+    If the successor of a lost engine cannot get the weights, because a rank of the policy is lost, raise the loss of
+    the rank.
     """
     proving = asyncio.ensure_future(rollout.prove(probe))
     missing = asyncio.ensure_future(rollout.weights_are_missing())
@@ -100,7 +101,7 @@ async def _prove(policy: PolicyRole, rollout: RolloutRole, probe: PolicyProbe) -
 
 
 async def _show_loss(policy: PolicyRole, error: RunError) -> None:
-    """Raise the loss of a rank of the policy, if there is one: weights that stay in memory are gone with the first."""
+    """Raise the loss of a rank of the policy, if any: published weights in memory are gone with the first rank."""
     if not isinstance(error, WorkerLost):
         with suppress(TimeoutError):
             await asyncio.wait_for(policy.memory(), LOSS_SHOWS_WITHIN_S)

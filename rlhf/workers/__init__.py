@@ -1,1 +1,1 @@
-"""Workers are plain classes. Each holds a model and does the work of one role. They do not import Ray."""
+"""Workers are plain classes. Each holds a model and does the work of one role. No worker imports Ray."""

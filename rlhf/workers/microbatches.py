@@ -20,7 +20,7 @@ from rlhf.types import Rollouts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Microbatch:
-    """A micro-batch: its rows of a ragged batch, and the positions of its packed tokens in the batch's columns."""
+    """A micro-batch: some rows of a ragged batch, and the positions of the packed tokens in the batch's columns."""
 
     rows: tuple[int, ...]
     lengths: Int[Tensor, " b"]  # number of packed tokens of each row; for a branch without its shared prefix
@@ -30,7 +30,7 @@ class Microbatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedPrefixes:
-    """The first tokens of a batch's rows, which rows of equal keys share as far as the tokens are equal."""
+    """The first tokens of a batch's rows. Rows of equal keys share tokens as far as equal."""
 
     token_ids: Int[Tensor, " N"]  # the batch's column
     keys: tuple[int, ...]  # by row
@@ -38,12 +38,12 @@ class SharedPrefixes:
     together: bool = False  # whether the loss needs rows of equal keys in one micro-batch
 
     def unshared(self) -> SharedPrefixes | None:
-        """Return the same rows, each with all of its tokens. None: the rows may be in different micro-batches."""
+        """Return the same rows, each with all tokens. None: the rows may be in different micro-batches."""
         return replace(self, lengths=(0,) * len(self.lengths)) if self.together else None
 
 
 def shared_prefixes(rollouts: Rollouts, *, samples_per_prompt: int) -> SharedPrefixes:
-    """Let the sequences of a group share their tokens. The ids of its samples are consecutive within a step."""
+    """Let the sequences of a group share tokens. The ids of a group's samples are consecutive within a step."""
     masks = rollouts.response_mask.split(rollouts.lengths.tolist())
     return SharedPrefixes(
         token_ids=rollouts.token_ids,
@@ -61,7 +61,7 @@ class Temperatures:
 
     @classmethod
     def of(cls, rollouts: Rollouts, by_sequence: Mapping[int, float], *, common: float) -> Temperatures:
-        """Read the temperatures of a batch. `by_sequence` maps ids to temperatures other than `common`."""
+        """Read the temperatures of a batch. `by_sequence` maps ids to temperatures different from `common`."""
         if not by_sequence:
             return cls(common=common, by_token=None)
         per_sequence = torch.tensor([by_sequence.get(i, common) for i in rollouts.sequence_ids.tolist()])
@@ -70,7 +70,7 @@ class Temperatures:
         )
 
     def at(self, microbatch: Microbatch, device: torch.device) -> float | Float[Tensor, " n"]:
-        """Return the temperature of a micro-batch's tokens, as a forward pass takes it."""
+        """Return the temperature of a micro-batch's tokens, in the form for a forward pass."""
         return self.common if self.by_token is None else self.by_token[microbatch.tokens].to(device)
 
 
@@ -84,9 +84,9 @@ def split_microbatches(
 ) -> list[Microbatch]:
     """Split the given rows of a batch into micro-batches of at most max_tokens tokens.
 
-    `layout` is the model's. A model of layout ONE_BY_ONE gets one row per micro-batch, or one group of rows that
-    must stay together. It then needs the memory of one sequence, and ranks with shards of the weights run equally
-    many passes.
+    `layout` is the model's. A model of layout ONE_BY_ONE gets one row per micro-batch, or a group of rows that must
+    stay together. A pass then needs the memory of one sequence, and ranks with shards of the weights run equally many
+    passes.
     """
     if prefixes is not None and layout < RowLayout.SHARED_PROMPTS:
         prefixes = prefixes.unshared()
@@ -121,7 +121,7 @@ def split_microbatches(
 
 @dataclass(slots=True, kw_only=True)
 class _Family:
-    """Rows that share prefixes in one micro-batch."""
+    """Rows with shared prefixes in one micro-batch."""
 
     rows: list[int] = field(default_factory=list)
     prefixes: list[SharedPrefix | None] = field(default_factory=list)  # `of` is a position in `rows`
@@ -132,7 +132,7 @@ class _Family:
 def _families(
     starts: Sequence[int], rows: Sequence[int], prefixes: SharedPrefixes, *, max_tokens: int
 ) -> list[_Family]:
-    """Group rows of equal keys, as many as the budget allows, and let each share the tokens of the rows before it."""
+    """Group rows of equal keys, as many as the budget allows, and let each row share the tokens of earlier rows."""
     families: list[_Family] = []
     open_family: dict[int, _Family] = {}
     token_ids = prefixes.token_ids.numpy()

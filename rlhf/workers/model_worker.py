@@ -1,4 +1,4 @@
-"""Base of every process that holds a model: its device, its forward passes and its memory."""
+"""Base of every process with a model: device, forward passes and memory."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class ModelWorker:
         torch.set_num_threads(place.threads)
 
     def explaining(self, stage: str, microbatch: Microbatch | None = None) -> AbstractContextManager[None]:
-        """Turn a failed allocation in the block into an error that names the keys to change."""
+        """Turn a failed allocation in the block into an error with the keys to change."""
         tokens = None if microbatch is None else len(microbatch.tokens)
         return explains_out_of_memory(role=self.role, stage=stage, rank=self.place.rank, tokens=tokens)
 
     def passes(
         self, stage: str, microbatches: Iterable[Microbatch], compute: Callable[[Microbatch], T]
     ) -> Iterator[tuple[Microbatch, T]]:
-        """Yield each micro-batch with the result of `compute`, which runs without a gradient."""
+        """Yield each micro-batch with the result of `compute`, run without a gradient."""
         for microbatch in microbatches:
             with torch.no_grad(), self.explaining(stage, microbatch):
                 result = compute(microbatch)

@@ -36,9 +36,9 @@ Measure = Callable[[], Metrics]
 
 
 class TrainedWorker(ModelWorker):
-    """One rank of a gang. `start` joins it; every other method is called on all ranks, in the same order.
+    """One rank of a gang. `start` joins the gang; every further method is called on all ranks, in the same order.
 
-    Ranks sharing micro-batches return equal results, so callers keep the results of the first.
+    Ranks sharing micro-batches return equal results, so callers use the first rank's results.
     """
 
     step_metric: ClassVar[str] = "update/{}"  # names of the gradient norm and the learning rate
@@ -53,7 +53,7 @@ class TrainedWorker(ModelWorker):
         model: CriticConfig | None = None,
         lr: float | None = None,
     ) -> None:
-        """Keep the settings of the run, and those of the role.
+        """Keep the settings of the run and of the role.
 
         Args:
             optimizer_steps: number of optimizer steps of the run.
@@ -71,7 +71,7 @@ class TrainedWorker(ModelWorker):
 
     @property
     def contributes(self) -> bool:
-        """Return whether this rank adds its share to a sum over ranks. Of ranks with one share, the first does."""
+        """Return whether this rank adds its share to a sum over ranks. Of ranks with the same share, the first does."""
         return self.place.rank % self.resources.sequence_parallel == 0
 
     def start(self, master_addr: str, master_port: int) -> str:
@@ -80,7 +80,7 @@ class TrainedWorker(ModelWorker):
         return self.build()
 
     def build(self) -> str:
-        """Load the model and wrap it for training. The process must have joined its gang."""
+        """Load the model and wrap the model for training. The process must have joined the gang."""
         from rlhf.engine.deepspeed import DeepSpeedEngine  # DeepSpeed chooses its device when it is imported
 
         with self.explaining("start"):
@@ -137,7 +137,7 @@ class TrainedWorker(ModelWorker):
         *,
         padding: int = 1,
     ) -> tuple[Microbatch, ...]:
-        """Split the given rows into micro-batches, as many as on the rank that has the most. Collective.
+        """Split the given rows into micro-batches, as many as on the rank with the most. Collective.
 
         An empty micro-batch has `padding` sequences.
         """
@@ -150,19 +150,19 @@ class TrainedWorker(ModelWorker):
     def optimize(
         self, microbatches: Sequence[Microbatch], compute: Callable[[Microbatch], tuple[Tensor, Measure]]
     ) -> Metrics:
-        """Make one optimizer step with the sum of the micro-batches' losses. Collective."""
+        """Make an optimizer step with the sum of the micro-batches' losses. Collective."""
         return merge_metrics([*self.accumulate_gradient(microbatches, compute, ends=True), self.step_optimizer()])
 
     def accumulate_gradient(
         self, microbatches: Sequence[Microbatch], compute: Callable[[Microbatch], tuple[Tensor, Measure]], *, ends: bool
     ) -> list[Metrics]:
-        """Add the gradient of the micro-batches' losses to that of the optimizer step. Collective.
+        """Add the gradient of the micro-batches' losses to the gradient of the optimizer step. Collective.
 
-        Returns the metrics of each. `compute` returns a micro-batch's share of the step's loss, and a function that
-        returns its metrics. They are read after the backward pass, since they make a GPU wait.
+        Returns the metrics of each micro-batch. `compute` returns a micro-batch's share of the step's loss, and a
+        function for the metrics. The metrics are read after the backward pass, since reading makes a GPU wait.
 
         Args:
-            ends: whether the last micro-batch is the last one of the optimizer step.
+            ends: whether the last micro-batch is also the optimizer step's last.
         """
         parts: list[Metrics] = []
         routers, balance_coef = routers_of(self.engine.module), self.model_config.router_balance_coef
@@ -205,7 +205,7 @@ class TrainedWorker(ModelWorker):
     def probe(self, token_ids: Sequence[int]) -> list[float]:
         """Return the log-probabilities of token_ids[1:] at temperature 1, under the weights as published.
 
-        Collective. Every weight sync is verified with it.
+        Collective. Every weight sync is verified with this probe.
         """
         ids = torch.tensor(list(token_ids), device=self.device)
         mask = torch.ones_like(ids, dtype=torch.bool)
@@ -229,29 +229,29 @@ class TrainedWorker(ModelWorker):
         self.engine.load(folder)
 
     def keep_in(self, folder: Path, copies: CopyPlace | None = None) -> None:
-        """Reserve memory for two snapshots of this rank in a folder of /dev/shm, or open those of a predecessor.
+        """Reserve memory for two snapshots of this rank in a folder of /dev/shm, or open a predecessor's snapshots.
 
-        copies: where a predecessor on another node has sent copies. None: no predecessor has sent any.
+        copies: the place of copies sent by a predecessor on another node. None: no such copies.
         """
         self.engine.keep_in(folder, copies)
 
     def copy_to(self, place: CopyPlace | None) -> None:
-        """Copy the newest snapshot, and from now on each one, to a place on another node. None: to none."""
+        """Copy the newest snapshot, and from now on every snapshot, to a place on another node. None: stop copying."""
         self.engine.copy_to(place)
 
     def keep(self, step: int) -> str | None:
-        """Begin to copy this rank's state after `step` training steps into its shared memory. Collective.
+        """Begin to copy this rank's state after `step` training steps into shared memory. Collective.
 
-        Return why the snapshot before has no copy on another node; None if it has one, or there is no place for it.
+        Return why the previous snapshot has no copy on another node. None: a whole copy, or no place for copies.
         """
         return self.engine.keep(step)
 
     def kept(self) -> int | None:
-        """Return the newest step that this rank or its predecessor has kept, once the copy is whole, or None."""
+        """Return the newest step with a whole snapshot of this rank or the predecessor, or None."""
         return self.engine.kept()
 
     def take_back(self, step: int) -> None:
-        """Restore the state that this rank or its predecessor kept after `step` training steps. Collective."""
+        """Restore the snapshot of this rank or the predecessor after `step` training steps. Collective."""
         self.engine.take_back(step)
 
     def export(self, folder: Path) -> None:
@@ -288,5 +288,5 @@ class TrainedWorker(ModelWorker):
             torch.cuda.empty_cache()
 
     def stop(self) -> None:
-        """Leave the gang, so that the process can end or join another one."""
+        """Leave the gang, so that the process can end or join a new gang."""
         leave_distributed()

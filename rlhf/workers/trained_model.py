@@ -1,4 +1,4 @@
-"""The model of a trained role, with its adapter: loaded for a rank or an export, and written as a folder."""
+"""The model of a trained role, with any adapter: loaded for a rank or an export, and written as a folder."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from rlhf.workers.model_worker import torch_dtype
 
 
 def load_trained_model(model: PolicyConfig | CriticConfig, load_model: Callable[..., Any], device: torch.device) -> Any:
-    """Load the model of a section, with a new or a trained adapter if it has one.
+    """Load the model of a section, with any new or trained adapter.
 
-    device: of the weights if they are quantized. Others stay on the host.
+    device: for quantized weights. Unquantized weights stay on the host.
     """
     lora = model.lora
     module = load_model(

@@ -1,4 +1,4 @@
-"""Base of the workers with a frozen model: loading it, and the micro-batches of its forward passes."""
+"""Base of the workers with a frozen model: loading the model, and the micro-batches of forward passes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class FrozenWorker(ModelWorker):
         self.become(config.base if isinstance(config, ModelOnDisk) else config.model)
 
     def become(self, model: str) -> None:
-        """Load `model` in place of the current one."""
+        """Load `model` in place of the current model."""
         self.model: Any = None  # frees the old model before loading the new one
         self.host_weights: list[Tensor] = []
         with self.explaining("start"):
@@ -45,7 +45,7 @@ class FrozenWorker(ModelWorker):
             check_rows(self.model, self.device)
 
     def load_module(self, model: str) -> Any:
-        """Load a model with the configured dtype, and with the adapter if there is one."""
+        """Load a model with the configured dtype, and with any adapter."""
         config = self.model_config
         dtype = getattr(torch, config.dtype)
         module = load_causal_lm(model, dtype=dtype, trust_remote_code=config.trust_remote_code)

@@ -12,12 +12,12 @@ from rlhf.workers.microbatches import Microbatch
 
 
 class LikelihoodWorker(FrozenWorker):
-    """Measures examples. They are distributed over the workers."""
+    """Measures examples, distributed over the workers."""
 
     role = "policy"
 
     def measure(self, examples: Examples) -> tuple[ExampleResult, ...]:
-        """Return one result for each example, in order."""
+        """Return a result for each example, in order."""
         results: dict[int, ExampleResult] = {}
 
         def forward(microbatch: Microbatch) -> tuple[Tensor, Tensor, Tensor]:

@@ -45,7 +45,7 @@ class ReferenceWorker(FrozenWorker):
             tensor.data = tensor.data.to(self.device)
 
     def move_to_host(self) -> None:
-        """Move the model to host memory. The weights never change, so one host copy lasts for the whole run."""
+        """Move the model to host memory. The weights never change, so a single host copy lasts for the whole run."""
         if not self.host_weights:
             self.host_weights = [tensor.data.cpu() for tensor in self._tensors()]
         for tensor, copy in zip(self._tensors(), self.host_weights, strict=True):
@@ -58,10 +58,10 @@ class ReferenceWorker(FrozenWorker):
     def logprobs(
         self, only: frozenset[int] | None, temperatures: Mapping[int, float], *given: Rollouts
     ) -> tuple[TokenValues | int, ...]:
-        """Return one column of log-probabilities for each batch and, last, the total number of tokens.
+        """Return a column of log-probabilities for each batch and, last, the total number of tokens.
 
-        All batches are packed together. `only`: ids of the wanted sequences; None: all. `temperatures`: by
-        sequence id, for sequences sampled at another temperature than the common one.
+        All batches are packed together. `only`: ids of the wanted sequences; None: all. `temperatures`: by sequence id,
+        for sequences not sampled at the common temperature.
         """
         parts = given if only is None else [part.take(_places(part, only)) for part in given]
         samples = self.samples_per_prompt
@@ -82,9 +82,9 @@ class ReferenceWorker(FrozenWorker):
         temperatures: Mapping[int, float],
         samples_per_prompt: int,
     ) -> tuple[Rollouts, Float[Tensor, " N"]]:
-        """Return all batches as one, and the log-probabilities of its sampled tokens.
+        """Return all batches as one batch, and the log-probabilities of the sampled tokens.
 
-        `temperatures`: by sequence id, for sequences sampled at another temperature than the common one.
+        `temperatures`: by sequence id, for sequences not sampled at the common temperature.
         """
         rollouts = Rollouts.joined(parts)
         values = torch.zeros(len(rollouts.token_ids))

@@ -1,7 +1,7 @@
-"""A worker of the reward role: it scores responses and decodes them for the samples file.
+"""A worker of the reward role, for scoring responses and decoding responses for the samples file.
 
 Reward functions run in separate processes, and services are called over the network (rlhf.rewards). The reward model,
-if the run has one, is held here. Besides the engines only this role decodes tokens to text.
+if the run has one, is held here. Only this role and the engines decode tokens to text.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class RewardSettings:
 
     @property
     def concurrency(self) -> int:
-        """Return the number of concurrent calls of a worker: groups in scoring, groups at services, and a short one."""
+        """Return the number of concurrent calls of a worker: groups in scoring, groups at services, and a short
+        call."""
         return self.processes + asks_in_flight(self.specs) + 1
 
 
@@ -154,13 +155,13 @@ class RewardWorker(ModelWorker):
         return step_ends(*columns, self.tokenizer, separator=self.model.steps.separator)
 
     def _as_read(self, prompt: Prompt, rollouts: Rollouts) -> Prompt:
-        """Return the prompt with the first turn written by the environment, if it has a placeholder for it."""
+        """Return the prompt with the first turn written by the environment, for a prompt with a placeholder."""
         if PLACEHOLDER not in prompt.text:
             return prompt
         return replace(prompt, text=turns_of(rollouts, self.tokenizer)[0][0].text)
 
     def texts(self, rollouts: Rollouts) -> list[str]:
-        """Decode each response without its closing special tokens."""
+        """Decode each response without closing special tokens."""
         return response_texts(rollouts, self.tokenizer, turn_end=self.turn_end)
 
     def transcripts(self, rollouts: Rollouts) -> list[Transcript]:
@@ -176,8 +177,7 @@ class RewardWorker(ModelWorker):
     ) -> None:
         """Complete the records of each group with responses, tokens and conversation turns, and write the step's file.
 
-        `parts` holds one rollout batch for each group of records, followed by the training signals of their
-        tokens.
+        `parts` holds a rollout batch for each group of records, followed by the training signals of the tokens.
         """
         whole = []
         signals = [part for part in parts if isinstance(part, TokenSignals)]
@@ -194,14 +194,14 @@ class RewardWorker(ModelWorker):
         write_samples(path, whole)
 
     def stop(self) -> None:
-        """End the reward processes, so that the worker can end."""
+        """End the reward processes to let the worker end."""
         self.rewards.close()
 
 
 def _with_token_means(record: SampleRecord, tokens: SampleTokens) -> SampleRecord:
-    """Return the record with the mean log-probabilities of its tokens, unless the controller set them already.
+    """Return the record with the mean log-probabilities of the tokens, unless already set by the controller.
 
-    A run with one update per batch measures them in that update, after the controller has made the record.
+    A run with one update per batch measures log-probabilities in the update, after the controller has made the record.
     """
 
     def mean(known: float | None, column: Sequence[float | None] | None) -> float | None:

@@ -1,4 +1,4 @@
-"""The reward model of a process that scores responses. It maps tokens to numbers and knows no reward functions."""
+"""The reward model of a scoring process. The model maps tokens to numbers and knows no reward functions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rlhf.workers.model_worker import torch_dtype
 
 
 class RewardModel(FrozenWorker):
-    """A frozen sequence-classification model with one label. It is thread-safe and runs one pass at a time."""
+    """A frozen sequence-classification model with one label. The class is thread-safe and runs one pass at a time."""
 
     role = "reward"
 
@@ -40,8 +40,8 @@ class RewardModel(FrozenWorker):
     ) -> list[float]:
         """Return one score per sequence.
 
-        Without `step_ends` it is the head's value at the last token. With `step_ends` the values at the marked
-        tokens are combined as `config.steps` says.
+        Without `step_ends` the score is the head's value at the last token. With `step_ends` the values at the marked
+        tokens are combined as in `config.steps`.
         """
         scores = [0.0] * len(lengths)
         function = sequence_scores if step_ends is None else token_scores
@@ -59,7 +59,7 @@ class RewardModel(FrozenWorker):
     def step_rewards(
         self, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"], step_ends: Bool[Tensor, " N"]
     ) -> list[tuple[StepReward, ...]]:
-        """Return the probability that each step is right, for each sequence.
+        """Return the probability of each step being right, for each sequence.
 
         `step_ends` marks the last token of each step.
         """

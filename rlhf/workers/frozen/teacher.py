@@ -26,7 +26,7 @@ class _StatesWorker(FrozenWorker):
     role: Role = "teacher"
 
     def head(self) -> tuple[VocabularyHead, int]:
-        """Return the vocabulary head on the host, and the size of its vocabulary."""
+        """Return the vocabulary head on the host, and the vocabulary size."""
         settings = lm_head_settings(self.model)
         weight, bias = lm_head_weight(self.model).detach(), settings["bias"]
         settings["bias"] = bias if bias is None else bias.detach().cpu()
@@ -35,7 +35,7 @@ class _StatesWorker(FrozenWorker):
     def states_of(
         self, examples: Examples, sizes: Sequence[int], prefixes: SharedPrefixes | None = None
     ) -> tuple[LearntStates | int, ...]:
-        """Return one column of hidden states for each share of the examples and, last, the total number of states.
+        """Return a column of hidden states for each share of the examples and, last, the total number of states.
 
         All shares are packed together. `sizes` gives the number of sequences in each share.
         """
@@ -72,19 +72,19 @@ class TeacherWorker(_StatesWorker):
         self.sets = sets
 
     def states(self, dataset: int, shares: Sequence[Sequence[int]]) -> tuple[LearntStates | int, ...]:
-        """Return one column for each share of the rows and, last, the total number of states."""
+        """Return a column for each share of the rows and, last, the total number of states."""
         examples = self.sets[dataset].take([row for share in shares for row in share])
         return self.states_of(examples, [len(share) for share in shares])
 
 
 class OnlineTeacherWorker(_StatesWorker, ReferenceWorker):
-    """The teacher in on-policy distillation. It also computes the log-probabilities of the sampled tokens.
+    """The teacher in on-policy distillation. The teacher also computes the log-probabilities of the sampled tokens.
 
-    Responses share the computation of their prompt.
+    Responses share the computation of the prompt.
     """
 
     def states(self, shares: Sequence[Sequence[int]], *given: Rollouts) -> tuple[LearntStates | int, ...]:
-        """Return one column for each share of the sequences and, last, the total number of states."""
+        """Return a column for each share of the sequences and, last, the total number of states."""
         rollouts = Rollouts.gather(given, [i for share in shares for i in share])
         examples = Examples(
             sequence_ids=rollouts.sequence_ids,

@@ -43,7 +43,7 @@ class DistillationWorker(ExamplesWorker[Examples]):
     def loss(
         self, batch: OfflineBatch[Examples], microbatch: Microbatch, shared: Float[Tensor, "n K"]
     ) -> tuple[Tensor, Measure]:
-        """Return the divergence from the teacher, plus the cross-entropy if the algorithm adds it."""
+        """Return the divergence from the teacher, plus any cross-entropy of the algorithm."""
         config, trains, num_tokens = self.algorithm.config, torch.is_grad_enabled(), batch.plan.num_tokens
         whole_mask = batch.examples.loss_mask
         mask = whole_mask[microbatch.tokens]

@@ -1,6 +1,6 @@
-"""Base of the ranks that train on fixed data: the data sets, and the optimizer steps and evaluations on them.
+"""Base of the ranks that train on fixed data: the data sets, and optimizer steps and evaluations on the data.
 
-A subclass adds its loss. Losses are sums over rows or tokens, divided by the counts of the whole optimizer step.
+A subclass adds the loss. Losses are sums over rows or tokens, divided by the counts of the whole optimizer step.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ B = TypeVar("B", bound=OfflineBatch[Any])
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairsBatch(OfflineBatch[Examples]):
-    """Rows with one sequence for each requested side. All sides of a row are in one micro-batch."""
+    """Rows with a sequence for each requested side. All sides of a row are in one micro-batch."""
 
     num_sides: int
     margins: Float[Tensor, " P"]
@@ -61,22 +61,22 @@ class OfflineWorker(TrainedWorker, ABC, Generic[B]):
 
     @abstractmethod
     def step_batch(self, dataset: int, plan: MinibatchPlan) -> B:
-        """Return the batch of this rank that the loss reads. Collective."""
+        """Return this rank's batch for the loss. Collective."""
 
     def shared(self, batch: B, states: Sequence[LearntStates]) -> Any:
-        """Return the values that all micro-batches of a batch need for their losses. Collective."""
+        """Return the values needed for the losses of all micro-batches of a batch. Collective."""
         return None
 
     @abstractmethod
     def loss(self, batch: B, microbatch: Microbatch, shared: Any) -> tuple[Float[Tensor, ""], Measure]:
-        """Return a micro-batch's share of the loss, and a function that returns its metrics. Collective.
+        """Return a micro-batch's share of the loss, and a function for the metrics. Collective.
 
-        The names of the metrics end in /mean, if they do so in an update. Without a gradient the function is called
-        for an evaluation.
+        The names of the metrics end in /mean, as in an update. Without a gradient the function is called for an
+        evaluation.
         """
 
     def update_on(self, plan: MinibatchPlan, *states: LearntStates) -> Metrics:
-        """Run one optimizer step on the plan's rows of the training set. Collective.
+        """Run an optimizer step on the plan's rows of the training set. Collective.
 
         `states` are the teacher's hidden states, if the run has a teacher.
         """
@@ -97,7 +97,10 @@ class OfflineWorker(TrainedWorker, ABC, Generic[B]):
 
     @torch.no_grad()
     def evaluate(self, dataset: int, name: str, plan: MinibatchPlan, *states: LearntStates) -> Metrics:
-        """Measure loss and accuracy on the plan's rows of a data set. Losses couple only these rows. Collective."""
+        """Measure loss and accuracy on the plan's rows of a data set. Losses couple only the rows of the plan.
+
+        Collective.
+        """
         batch = self.step_batch(dataset, plan)
         shared = self.shared(batch, states)
         parts: list[Metrics] = []

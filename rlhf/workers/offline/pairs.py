@@ -1,7 +1,7 @@
 """One rank of a model trained on pairs of responses: a policy with preferences, or a reward model.
 
-A pair is one row, with or without a gold response. Its sequences are always in the same micro-batch and compute their
-shared prompt once. Losses are sums over pairs, divided by the pairs of the whole optimizer step.
+A pair is one row, with or without a gold response. The sequences of a pair are always in the same micro-batch and
+compute the shared prompt once. Losses are sums over pairs, divided by the pairs of the whole optimizer step.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CALIBRATION_BINS = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Numbers:
-    """One entry for each sequence of a micro-batch. Only `values` carries a gradient."""
+    """An entry for each sequence of a micro-batch. Only `values` carries a gradient."""
 
     values: Float[Tensor, " b"]  # the model's numbers, by which pairs are compared
     reference: Float[Tensor, " b"] | None  # the reference's numbers; None: no reference
@@ -48,7 +48,7 @@ class Numbers:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Slopes:
-    """The step's coupled losses and their derivatives with respect to each pair, one entry a pair."""
+    """The step's coupled losses and their derivatives with respect to each pair, an entry a pair."""
 
     first: int  # position of this rank's first pair; its other pairs follow
     losses: Float[Tensor, " P"]
@@ -56,7 +56,7 @@ class _Slopes:
     rejected: Float[Tensor, " P"]
 
     def losses_of(self, scores: PairScores, places: Sequence[int]) -> Float[Tensor, " B"]:
-        """Return the losses of the rank's pairs at these positions, with the gradient of the coupled loss."""
+        """Return the losses of the rank's pairs at the given positions, with the gradient of the coupled loss."""
         at = self.first + torch.tensor(places, device=self.losses.device)
         linear = self.chosen[at] * scores.chosen + self.rejected[at] * scores.rejected
         return self.losses[at] + linear - linear.detach()
@@ -74,11 +74,11 @@ class PairWorker(PairsWorker):
         """Return the numbers of a micro-batch's sequences. Collective."""
 
     def shared(self, batch: PairsBatch, states: Sequence[LearntStates]) -> _Slopes | None:
-        """Return the slopes of a loss that couples the pairs of a step. Collective."""
+        """Return the slopes of a coupled loss over the pairs of a step. Collective."""
         return self._slopes(batch) if self.algorithm.couples else None
 
     def loss(self, batch: PairsBatch, microbatch: Microbatch, shared: _Slopes | None) -> tuple[Tensor, Measure]:
-        """Return the loss of the pairs' scores, plus the cross-entropy if the algorithm adds it."""
+        """Return the loss of the pairs' scores, plus any cross-entropy of the algorithm."""
         scores, plan, trains = self._scores(batch, microbatch), batch.plan, torch.is_grad_enabled()
         if not microbatch.rows:
             return (scores.chosen + scores.rejected).sum(), dict
@@ -115,7 +115,7 @@ class PairWorker(PairsWorker):
     def _scores(self, batch: PairsBatch, microbatch: Microbatch) -> PairScores:
         """Return a micro-batch's pairs as numbers.
 
-        An empty micro-batch has one pair of zeros, with a gradient of zeros.
+        An empty micro-batch has a pair of zeros, with a gradient of zeros.
         """
         numbers = self.numbers(batch, microbatch)
         mask = batch.examples.loss_mask[microbatch.tokens]
@@ -189,7 +189,7 @@ class PreferenceWorker(PairWorker, ReferencedPolicy):
         return Numbers(values=values, reference=reference, weights=weights)
 
     def observe(self, batch: PairsBatch, microbatch: Microbatch, logprobs: Float[Tensor, " n"]) -> None:
-        """Measure a micro-batch before its loss. Subclasses override it; fixed data needs no measurement."""
+        """Measure a micro-batch before the loss. Subclasses override this method; fixed data needs no measurement."""
 
 
 def _totals(

@@ -1,6 +1,6 @@
-"""Cache of a reference's log-probabilities on disk. Later runs with the same model and data reuse it.
+"""Cache of a reference's log-probabilities on disk. Later runs with the same model and data reuse the cache.
 
-A file is named by a hash of the reference's weights, the tokens and the masks. It holds one number per token.
+A file is named by a hash of the reference's weights, the tokens and the masks. The file holds a number per token.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def reference_key(architecture: str, named_weights: Iterable[tuple[str, Tensor]]
 
 
 def write_columns(path: Path, columns: TokenValues) -> None:
-    """Write a temporary file and rename it. Readers see the complete file or no file."""
+    """Write a temporary file, and rename the file. Readers see the complete file or no file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{secrets.token_hex(8)}.tmp")  # other runs may write the same file from other hosts
     checksum = _checksum(columns.values)

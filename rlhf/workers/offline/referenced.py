@@ -1,4 +1,4 @@
-"""A policy trained on pairs of sequences against a reference, its own log-probabilities before training."""
+"""A policy trained on pairs of sequences against a reference: the policy's log-probabilities before training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SPOT_CHECK_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.15}
 
 
 class ReferencedPolicy(PairsWorker):
-    """The language model, with the log-probabilities of its reference."""
+    """The language model, with the reference's log-probabilities."""
 
     def reference_key(self, dataset: int) -> str:
         """Return the cache key of a data set under the current weights. Collective."""
@@ -43,16 +43,16 @@ class ReferencedPolicy(PairsWorker):
         return (column, len(values)) if batch.rows else (column.take(()), 0)
 
     def keep_reference(self, dataset: int, path: Path, *columns: TokenValues) -> None:
-        """Keep the columns computed by all ranks. The first rank writes them to the cache."""
+        """Keep the columns computed by all ranks. The first rank writes the columns to the cache."""
         examples = self.sets[dataset].examples
         self.references[dataset] = TokenValues.gather(columns, examples.sequence_ids.tolist())
         if self.place.rank == 0:
             write_columns(path, self.references[dataset])
 
     def read_reference(self, dataset: int, path: Path) -> bool:
-        """Read the columns cached by an earlier run. Return False if they are damaged or disagree with the weights.
+        """Read the columns cached by an earlier run.
 
-        Collective.
+        Return False if the columns are damaged or disagree with the weights. Collective.
         """
         examples = self.sets[dataset].examples
         cached = read_columns(path, examples)

@@ -19,7 +19,7 @@ class SupervisedWorker(ExamplesWorker[Examples]):
     """Cross-entropy on the tokens in the loss mask, averaged over the whole optimizer step."""
 
     def loss(self, batch: OfflineBatch[Examples], microbatch: Microbatch, shared: None) -> tuple[Tensor, Measure]:
-        """Return the cross-entropy, and the number of tokens that are the model's first choice."""
+        """Return the cross-entropy, and the number of tokens with the largest probability."""
         config, trains, num_tokens = self.config.algorithm, torch.is_grad_enabled(), batch.plan.num_tokens
         assert isinstance(config, SFTConfig)
         mask = batch.examples.loss_mask[microbatch.tokens]

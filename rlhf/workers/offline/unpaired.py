@@ -1,8 +1,8 @@
 """One rank of a policy learning from single responses, each labelled desirable or undesirable.
 
-The second sequence of a row is its prompt with another row's response. It runs without a gradient before the update and
-measures the divergence of the policy from the reference. Losses are sums over rows, divided by the rows of the whole
-step.
+The second sequence of a row is the row's prompt with another row's response. A pass on this sequence runs without a
+gradient before the update and measures the divergence of the policy from the reference. Losses are sums over rows,
+divided by the rows of the whole step.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Credit the step rewards of a session's branches to the calls before them.
+"""Credit the step rewards of a session's branches to the earlier calls.
 
-A session may have several sequences. A branch begins with tokens that another sequence trains, so a step that ends in
-the branch must also be credited there. Responses of one sequence are left as they are.
+A session may have several sequences. A branch begins with tokens trained in another sequence, so a step that ends in
+the branch must also be credited there. Responses of a single sequence do not change.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from rlhf.types import Rollouts
 
 
 def with_branch_rewards(rewards: Float[Tensor, " N"], rollouts: Rollouts) -> Float[Tensor, " N"]:
-    """Add the rewards of each branch to its trunk's last sampled token before the branch.
+    """Add the rewards of each branch to the trunk's last sampled token before the branch.
 
-    The rewards to come of a shared token are then those of all sequences of its sample that begin with it.
+    The rewards to come of a shared token then cover all sequences of the sample that begin with the token.
     """
     result = rewards.clone()
     lengths = rollouts.lengths.tolist()
@@ -42,7 +42,7 @@ def _rows_by_sample(rollouts: Rollouts) -> list[list[int]]:
 def _last_sampled(
     rollouts: Rollouts, starts: list[int], prefixes: list[SharedPrefix | None], prefix: SharedPrefix | None
 ) -> int | None:
-    """Return the index in the batch of the last token before a branch that its trunks train. None: there is none."""
+    """Return the index in the batch of the last trained token of the trunks before a branch. None: no such token."""
     while prefix is not None:
         start = starts[prefix.of]
         sampled = rollouts.response_mask[start : start + prefix.length].nonzero()

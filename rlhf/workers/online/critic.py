@@ -1,4 +1,4 @@
-"""One rank of the critic. It values a batch before its update, then regresses on the returns."""
+"""One rank of the critic. A rank values a batch before the update, then regresses on the returns."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class CriticWorker(OnlineWorker):
         super().__init__(config, place, optimizer_steps=optimizer_steps, model=model, lr=lr)
 
     def values(self, plan: BatchPlan, *parts: Rollouts) -> tuple[TokenValues, int]:
-        """Receive this rank's share of a batch and value its tokens. Return the column and its size. Collective."""
+        """Receive this rank's share of a batch and value the tokens. Return the column and the size. Collective."""
         self.share, _ = self.receive(plan, parts, {})
         (self.old_values,) = self.compute("values", _values, self.share)
         column = self.share.column(self.old_values)
@@ -46,7 +46,7 @@ class CriticWorker(OnlineWorker):
         self.returns: Float[Tensor, " N"] = TokenValues.gather(returns, self.share.held).values
 
     def update(self, minibatch: int) -> Metrics:
-        """Run one optimizer step on a minibatch of the batch, unless no token of it is trained. Collective."""
+        """Run an optimizer step on a minibatch of the batch, unless no token is trained. Collective."""
         plan = self.share.plan.minibatches[minibatch]
         if not plan.num_tokens:
             return {}
@@ -73,5 +73,5 @@ class CriticWorker(OnlineWorker):
 
 
 def _values(model: Any, token_ids: Tensor, lengths: Tensor, *, branches: Any, **_: Any) -> Tensor:
-    """Return the values of all tokens, whatever the mask and the temperature."""
+    """Return the values of all tokens, independent of mask and temperature."""
     return token_values(model, token_ids, lengths, branches)

@@ -1,7 +1,7 @@
-"""Base of the ranks trained on rollouts. A rank receives its share of a batch and computes columns of it.
+"""Base of the ranks trained on rollouts. A rank receives a share of a batch and computes columns of the share.
 
 Token columns arrive as arguments and leave as results; the controller never reads them. A rank holds the sequences of
-its shares until the next batch, in the order of the plans.
+all shares until the next batch, in the order of the plans.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Share:
 
     @property
     def lags(self) -> Int[Tensor, " N"]:
-        """Return the lag of each token: the trained version minus the version of its sampler."""
+        """Return the lag of each token: the trained version minus the sampler's version."""
         return self.plan.step - 1 - self.rollouts.versions
 
     def column(self, values: Tensor) -> TokenValues:
@@ -75,7 +75,7 @@ class OnlineWorker(TrainedWorker):
 
         Args:
             parts: the rollouts, and columns of token values. Without columns the second result is None.
-            temperatures: by sequence id, for sequences with another temperature than the common one.
+            temperatures: by sequence id, for sequences without the common temperature.
         """
         ids = plan.sequences_of(self.data_rank)
         held = ids or plan.some_sequence()
@@ -128,9 +128,9 @@ class OnlineWorker(TrainedWorker):
         return self.engine.forward(function, token_ids, lengths, mask=mask, branches=microbatch.branches, **options)
 
     def compute(self, stage: str, function: Callable[..., Any], share: Share) -> tuple[Float[Tensor, " N"], ...]:
-        """Run `function` (of models.packed.forward) over a share without a gradient. Return its columns. Collective.
+        """Run `function` (of models.packed.forward) over a share without a gradient. Return the columns. Collective.
 
-        The micro-batches are those of the updates, so that both give the same values.
+        The micro-batches are the same as in the updates, to give the same values.
         """
         results: tuple[Tensor, ...] = ()
         microbatches = [microbatch for minibatch in share.microbatches for microbatch in minibatch]

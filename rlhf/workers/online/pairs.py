@@ -1,7 +1,7 @@
-"""One rank of an online preference policy. The step's pairs of its own responses are the training set.
+"""One rank of an online preference policy. The step's pairs of the policy's own responses are the training set.
 
-Token columns arrive as arguments and stay here. Between `prepare` and the last `update` a rank holds the pairs of its
-share of the batch, in the order of the plan.
+Token columns arrive as arguments and stay here. Between `prepare` and the last `update` a rank holds the pairs of the
+rank's share of the batch, in the order of the plan.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rlhf.workers.online.update_metrics import sampler_metrics
 
 
 class OnlinePreferenceWorker(PreferenceWorker):
-    """Receives a batch of rollouts, learns from its pairs as from a fixed data set, and publishes the weights."""
+    """Receives a batch of rollouts, learns from the pairs as from a fixed data set, and publishes the weights."""
 
     def __init__(
         self, config: Config, place: RankContext, *, optimizer_steps: int, reference_is_adapter_off: bool
@@ -89,7 +89,7 @@ class OnlinePreferenceWorker(PreferenceWorker):
         return (), {}
 
     def update(self, minibatch: int) -> Metrics:
-        """Run one optimizer step on a minibatch of the prepared batch. Collective."""
+        """Run an optimizer step on a minibatch of the prepared batch. Collective."""
         metrics = self.update_on(self.plans[minibatch])
         observed, self.observed, self.observes = self.observed, [], False
         return merge_metrics([metrics, *observed])
@@ -129,7 +129,7 @@ class OnlinePreferenceWorker(PreferenceWorker):
     def _rows(self, plan: BatchPlan) -> list[MinibatchPlan]:
         """Express the plan's minibatches as rows of this rank's pairs.
 
-        For other ranks only the number of rows is read.
+        For all further ranks only the number of rows is read.
         """
         plans, first = [], 0
         for minibatch in plan.minibatches:

@@ -1,10 +1,10 @@
-"""One rank of the policy. It receives a batch of rollouts, assigns advantages to tokens, and updates the weights.
+"""One rank of the policy. A rank receives a batch of rollouts, assigns advantages to tokens, and updates the weights.
 
 The columns of the rank's sequences are measured under the weights before the update, in `prepare` or in the first
 update. `actors.roles.ranks` adds the publishing of the weights.
 
-With train.streamed a batch arrives in portions. `accumulate` computes the gradient of a portion before the others have
-arrived. The counts that divide the loss are not known then, so losses are sums, and the optimizer step divides them.
+With train.streamed a batch arrives in portions. `accumulate` computes the gradient of a portion before later portions
+have arrived. The divisors of the loss are not known then, so losses are sums, and the optimizer step divides the sums.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from rlhf.workers.trained import Measure
 
 @dataclass(slots=True, kw_only=True)
 class Portion:
-    """A rank's share of one plan, with the columns of its tokens."""
+    """A rank's share of one plan, with the columns of the tokens."""
 
     share: Share
     ref_logprobs: Column  # None: the run has no reference
@@ -85,7 +85,7 @@ class PolicyWorker(OnlineWorker):
         return fingerprint
 
     def forward(self, function: Callable[..., Any], share: Share, microbatch: Microbatch, **options: Any) -> Any:
-        """Run a pass as the other trained roles do, with the experts of the rollouts if the run replays them."""
+        """Run a pass, with the experts of the rollouts in a run with router replay."""
         if self.replay is None:
             return super().forward(function, share, microbatch, **options)
         assert isinstance(share.rollouts, RoutedRollouts), "the engines of a run with replay record the experts"
@@ -95,10 +95,10 @@ class PolicyWorker(OnlineWorker):
     def prepare(self, plan: BatchPlan, *parts: Rollouts | TokenValues) -> tuple[tuple[SequenceReport, ...], Metrics]:
         """Receive this rank's share of a plan. `parts`: the rollouts, then the reference's columns. Collective.
 
-        Old log-probabilities are computed only if something reads them before the first update: several updates
-        per batch, a KL penalty in the reward, or a token selection over the whole step.
-        They are computed in the micro-batches of the update, so the ratio of the first update is exactly 1.
-        Where the rollout's log-probabilities replace them, only a selection by entropy needs a pass.
+        Old log-probabilities are computed only with a reader before the first update: several updates per batch, a KL
+        penalty in the reward, or a token selection over the whole step. Old log-probabilities are computed in the
+        micro-batches of the update, so the ratio of the first update is exactly 1. If the rollout's log-probabilities
+        replace old log-probabilities, only a selection by entropy needs a pass.
         """
         share, ref_logprobs = self.receive(plan, parts, plan.temperatures)
         if self.reference_is_adapter_off:
@@ -137,7 +137,7 @@ class PolicyWorker(OnlineWorker):
     ) -> tuple[TokenValues | None, tuple[Mapping[int, float], Metrics]]:
         """Set the advantage of every sampled token of the newest portion. With a critic, also return the returns.
 
-        A single token has no variance, so a step with one trained token centers its advantage without whitening it.
+        A single token has no variance, so a step with a single trained token centers the advantage without whitening.
         Collective.
         """
         portion = self.portions[-1]
@@ -199,9 +199,9 @@ class PolicyWorker(OnlineWorker):
         return signals, len(signals.advantages)
 
     def accumulate(self, minibatch: int) -> None:
-        """Add the newest portions' part of a minibatch to the gradient, before others have arrived. Collective.
+        """Add the newest portions' part of a minibatch to the gradient, before later portions have arrived. Collective.
 
-        Portions without a trained token wait for one that has tokens: there may be no optimizer step.
+        Portions without a trained token wait for a portion with trained tokens: there may be no optimizer step.
         """
         if not self._num_tokens(minibatch, self.portions[self.num_accumulated :]):
             return
@@ -209,7 +209,7 @@ class PolicyWorker(OnlineWorker):
         self.num_accumulated = len(self.portions)
 
     def update(self, minibatch: int) -> Metrics:
-        """Run one optimizer step on a minibatch of the prepared batch. Collective.
+        """Run an optimizer step on a minibatch of the prepared batch. Collective.
 
         Without a trained token there is no loss, and no optimizer step: neither the weights nor the schedule move.
         """
@@ -234,7 +234,7 @@ class PolicyWorker(OnlineWorker):
         return sum(portion.share.plan.minibatches[minibatch].num_tokens for portion in portions)
 
     def _add_to_gradient(self, minibatch: int, *, ends: bool) -> list[Metrics]:
-        """Run the passes of a minibatch over the portions that are not in the gradient yet. Collective.
+        """Run the passes of a minibatch over the portions missing in the gradient. Collective.
 
         ends: whether the optimizer step follows.
         """
@@ -248,7 +248,7 @@ class PolicyWorker(OnlineWorker):
         return parts
 
     def _loss(self, portion: Portion, minibatch: int, microbatch: Microbatch) -> tuple[Tensor, Measure]:
-        """Return a micro-batch's share of the loss, and the function that measures it."""
+        """Return a micro-batch's share of the loss, and the function that measures the micro-batch."""
         counts = self.counts(portion.share.plan.minibatches[minibatch])
         if self.config.train.streamed:
             counts = replace(counts, num_tokens=1, num_sequences=1)
@@ -271,7 +271,10 @@ class PolicyWorker(OnlineWorker):
         return metrics
 
     def _compute_old_columns(self, portion: Portion) -> Float[Tensor, " N"]:
-        """Compute the columns of the sampling weights that the algorithm reads. Return the old log-probabilities."""
+        """Compute the columns under the sampling weights as needed by the algorithm.
+
+        Return the old log-probabilities.
+        """
         share = portion.share
         if self.algorithm.config.top_entropy_fraction is not None:
             portion.old_logprobs, portion.old_entropy = self.compute("old logprobs", policy_logprobs, share)
@@ -295,7 +298,7 @@ class PolicyWorker(OnlineWorker):
     def _token_rewards(self, portion: Portion) -> Float[Tensor, " N"]:
         """Return the reward of each token.
 
-        It is the score on each sequence's last sampled token, less the KL penalty if placed in the reward, plus
+        The reward is the score on each sequence's last sampled token, less the KL penalty if placed in the reward, plus
         the step rewards.
         """
         share, config = portion.share, self.algorithm.config
@@ -311,7 +314,7 @@ class PolicyWorker(OnlineWorker):
         return rewards + self._step_rewards(share) if share.plan.steps else rewards
 
     def _step_rewards(self, share: Share) -> Float[Tensor, " N"]:
-        """Return the step rewards, each at the last token of its step and before the branch in which it ends."""
+        """Return the step rewards, each at the step's last token and before the step's branch."""
         if not share.ids:
             return torch.zeros(len(share.rollouts.token_ids))
         lengths = share.rollouts.sample_lengths

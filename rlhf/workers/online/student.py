@@ -1,6 +1,6 @@
-"""One rank of a student in on-policy distillation: it learns from a frozen teacher on its own responses.
+"""One rank of a student in on-policy distillation: the rank learns from a frozen teacher on the student's responses.
 
-The columns for the samples file are measured before training, in the first update that reads them.
+The columns for the samples file are measured before training, in the first update that reads the columns.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rlhf.workers.trained import Measure
 
 
 class StudentWorker(OnlineWorker):
-    """Receives a batch of rollouts, learns the teacher's predictions on them, and publishes the weights."""
+    """Receives a batch of rollouts, learns the teacher's predictions on the batch, and publishes the weights."""
 
     role = "policy"
 
@@ -45,9 +45,9 @@ class StudentWorker(OnlineWorker):
     def prepare(self, plan: BatchPlan, *parts: Rollouts | TokenValues) -> tuple[tuple[SequenceReport, ...], Metrics]:
         """Receive this rank's share of a batch. Collective.
 
-        `parts` holds the rollouts, followed by the teacher's log-probabilities of the sampled tokens if the run
-        uses them. plan.scores is the rewards' contribution to the advantage of each token of a sequence. The
-        student's log-probabilities are computed here only if several updates read them.
+        `parts` holds the rollouts, followed by any teacher's log-probabilities of the sampled tokens. plan.scores is
+        the rewards' contribution to the advantage of each token of a sequence. The student's log-probabilities are
+        computed here only for several updates.
         """
         self.share, self.teacher_logprobs = self.receive(plan, parts, {})
         num_tokens = len(self.share.rollouts.token_ids)
@@ -62,9 +62,9 @@ class StudentWorker(OnlineWorker):
         return (), {}
 
     def update(self, minibatch: int, *states: LearntStates) -> Metrics:
-        """Run one optimizer step on a minibatch of the prepared batch. Collective.
+        """Run an optimizer step on a minibatch of the prepared batch. Collective.
 
-        `states` are the teacher's hidden states, if the run uses them.
+        `states` are the teacher's hidden states, if used.
         """
         plan = self.share.plan.minibatches[minibatch]
         # later updates of a batch can measure the state before training only from stored log-probabilities
@@ -85,7 +85,7 @@ class StudentWorker(OnlineWorker):
         return signals, len(signals.advantages)
 
     def _sampled(self, microbatch: Microbatch, plan: MinibatchPlan) -> tuple[Tensor, Measure]:
-        """Return a micro-batch's loss from advantages of the sampled tokens, and its metrics."""
+        """Return a micro-batch's loss from advantages of the sampled tokens, and the metrics."""
         _, lengths, mask = self.columns(self.share, microbatch)
         logprobs, entropy = self.forward(policy_logprobs, self.share, microbatch)
         logprobs, rollout_logprobs = logprobs.float(), self.part(self.share.rollouts.rollout_logprobs, microbatch)
@@ -126,7 +126,7 @@ class StudentWorker(OnlineWorker):
     def _whole(
         self, microbatch: Microbatch, plan: MinibatchPlan, hidden: Float[Tensor, "n K"]
     ) -> tuple[Tensor, Measure]:
-        """Return a micro-batch's divergence over the whole vocabulary, and its metrics.
+        """Return a micro-batch's divergence over the whole vocabulary, and the metrics.
 
         `hidden` holds the teacher's states of the minibatch.
         """
@@ -163,7 +163,7 @@ class StudentWorker(OnlineWorker):
         teacher_logprobs: Float[Tensor, " n"],
         advantages: Float[Tensor, " n"] | None,
     ) -> None:
-        """Store a micro-batch's columns for the samples file, before training changes them."""
+        """Store a micro-batch's columns for the samples file, before training changes the values."""
         if not self.observes or not microbatch.rows:
             return
         self.seen.old_logprobs[microbatch.tokens] = old.detach().float().cpu()
@@ -172,7 +172,7 @@ class StudentWorker(OnlineWorker):
             self.seen.advantages[microbatch.tokens] = advantages.float().cpu()
 
     def _places(self, microbatch: Microbatch, plan: MinibatchPlan) -> Int[Tensor, " n"]:
-        """Return the index of each sampled token of a micro-batch among the sampled tokens of its minibatch."""
+        """Return the index of each sampled token of a micro-batch among the minibatch's sampled tokens."""
         rollouts, mask = self.share.rollouts, self.share.rollouts.response_mask
         first = self.share.held.index(plan.sequences_by_rank[self.data_rank][0])
         before = sequence_counts(mask, rollouts.lengths)[:first].sum()
@@ -183,7 +183,7 @@ class StudentWorker(OnlineWorker):
     ) -> dict[str, Reduction]:
         """Measure the gaps between student, sampler and teacher on the sampled tokens of a micro-batch.
 
-        `logprobs`: by the student, before it trains on them.
+        `logprobs`: by the student, before training on the tokens.
         """
         _, lengths, mask = self.columns(self.share, microbatch)
         rollout_logprobs = self.part(self.share.rollouts.rollout_logprobs, microbatch)

@@ -1,4 +1,7 @@
-"""Training signals of single tokens, read from a rank's columns after its updates. Only the samples file uses them."""
+"""Training signals of single tokens, read from a rank's columns after the updates.
+
+Only the samples file uses the signals.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ def unknown(num_tokens: int) -> Float[Tensor, " N"]:
 
 
 def unknown_signals(batch: Ragged) -> TokenSignals:
-    """Return signals of a batch that are not measured yet. Their columns are separate."""
+    """Return signals of a batch before measurement, in separate columns."""
     num_tokens = int(batch.lengths.sum())
     old, ref, teacher, advantages = (unknown(num_tokens) for _ in range(4))
     return TokenSignals(

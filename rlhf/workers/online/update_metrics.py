@@ -1,4 +1,4 @@
-"""Metrics of a micro-batch, as sums and counts. They merge over micro-batches, ranks and minibatches."""
+"""Metrics of a micro-batch, as sums and counts. The metrics merge over micro-batches, ranks and minibatches."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def sampler_metrics(
     """Measure the gap between trainer and sampler on the sampled tokens.
 
     Args:
-        logprobs: by the trainer, before it trains on the tokens.
-        lags: versions between the trained weights and those that sampled a token.
+        logprobs: by the trainer, before training on the tokens.
+        lags: versions between the trained weights and the sampler's weights of each token.
     """
     old, rollout = (torch.where(mask, column, 0.0).double() for column in (logprobs, rollout_logprobs))
     gap = old - rollout
@@ -91,7 +91,7 @@ def reference_metrics(
     ref_logprobs: Float[Tensor, " N"] | None,
     mask: Bool[Tensor, " N"],
 ) -> dict[str, Reduction]:
-    """Measure the divergence of the policy from its reference on the sampled tokens, before training on them."""
+    """Measure the divergence of the policy from the reference on the sampled tokens, before training."""
     if ref_logprobs is None:
         return {}
     divergence = reference_kl(config, logprobs, ref_logprobs, mask)
@@ -99,7 +99,7 @@ def reference_metrics(
 
 
 def correction_metrics(correction: Correction, *, sampled: int) -> dict[str, Reduction]:
-    """Measure the effect of a correction on a micro-batch with `sampled` tokens in its mask."""
+    """Measure the effect of a correction on a micro-batch with `sampled` tokens in the mask."""
     weights = correction.weights.double()
     sums = (weights, weights.square(), correction.truncated, correction.masked, correction.rejected)
     total, squares, truncated, masked, rejected = torch.stack([column.sum().double() for column in sums]).tolist()
@@ -115,10 +115,10 @@ def correction_metrics(correction: Correction, *, sampled: int) -> dict[str, Red
 def update_metrics(
     terms: LossTerms, *, sampled: int, passed: int, step_tokens: int, has_kl_loss: bool
 ) -> dict[str, Reduction]:
-    """Return the metrics of a policy micro-batch with `sampled` tokens in its mask and `passed` tokens in all.
+    """Return the metrics of a policy micro-batch with `sampled` tokens in the mask and `passed` tokens in all.
 
-    A loss term is this micro-batch's share of the step's loss. Times the step's tokens it becomes a total, counted
-    in sampled tokens. Shares then merge to the loss of the step, and steps to their token-weighted mean.
+    A loss term is this micro-batch's share of the step's loss. Times the step's tokens, the term becomes a total,
+    counted in sampled tokens. Shares then merge to the loss of the step, and steps to the token-weighted mean.
     """
     values = torch.stack(
         [
@@ -153,7 +153,7 @@ def update_metrics(
 
 
 def with_losses_times(metrics: Metrics, factor: float) -> Metrics:
-    """Multiply the totals of the policy's losses, which were measured before the counts of the step were known."""
+    """Multiply the totals of the policy's losses, measured before the counts of the step were known."""
     return {
         name: replace(value, total=value.total * factor) if name in LOSSES and isinstance(value, Mean) else value
         for name, value in metrics.items()

@@ -1,7 +1,7 @@
 """Token selection over a whole optimizer step, across ranks.
 
-Ranks exchange one number per column and sampled token. All of them see the same columns in the order of sequence ids.
-The selection therefore depends neither on micro-batches nor on the number of ranks. Nothing here has a gradient.
+Ranks exchange a number per column and sampled token. All ranks see the same columns in the order of sequence ids. The
+selection therefore depends neither on micro-batches nor on the number of ranks. Nothing here has a gradient.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from rlhf.types import BatchPlan, MinibatchPlan, Rollouts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """The rank's means of exchanging columns. Among ranks with the same sequences only one has `contributes` set."""
+    """The rank's means of exchanging columns.
+
+    Among ranks with the same sequences, a single rank has `contributes` set.
+    """
 
     rank: int  # the rank's index in a plan
     contributes: bool
@@ -87,7 +90,7 @@ def gathered(
     """Gather the columns of all ranks' sampled tokens. Collective.
 
     `columns` belong to this rank's sequences in the order of `counts`, the number of sampled tokens by sequence.
-    Returns the gathered columns and the positions of this rank's tokens in them.
+    Returns the gathered columns and the positions of this rank's tokens there.
     """
     row = {i: place for place, i in enumerate(sorted(chain.from_iterable(minibatch.sequences_by_rank)))}
     lengths = torch.zeros(len(row), dtype=torch.int64)
