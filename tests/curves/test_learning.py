@@ -37,7 +37,6 @@ OTHERS = {  # beside one for each algorithm that learns from scores
     "reinforce_plus_plus_baseline": CONFIGS / "reinforce_plus_plus_baseline_smollm2.yaml",
     "on_policy_distillation": CONFIGS / "on_policy_distill_smollm2.yaml",
 }
-QUICK = {"ppo", "grpo", "online_dpo"}  # one of each way to learn
 GAME = read_tree(CONFIGS / "guessing_game.yaml").values["stages"]["grpo"]
 USER, ASSISTANT, END = 259, 260, 257
 GAIN = 0.08  # of the held-out score
@@ -106,7 +105,7 @@ def after_imitation(folder: Path, pairs: Sequence[tuple[str, str]]) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RECIPES | OTHERS]
+    "name", [pytest.param(name, marks=() if name == "grpo" else pytest.mark.slow) for name in RECIPES | OTHERS]
 )
 async def test_the_score_rises(
     name: str, warm_start: Path, alone: None, tmp_path: Path, request: pytest.FixtureRequest

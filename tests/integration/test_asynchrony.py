@@ -52,6 +52,7 @@ def test_batches_lag_as_configured_and_a_killed_run_equals_an_unbroken_one(kept_
     assert main(["doctor", str(run)]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_killed_run_in_flight_trains_every_prompt_once(kept_engines: None, tmp_path: Path) -> None:
     config, run = (

@@ -253,6 +253,7 @@ def unbroken(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "unbroken"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_begins_as_plain_torch_and_comes_nearer_to_its_teacher(unbroken: Path, models: Path) -> None:
     found = rows(unbroken)

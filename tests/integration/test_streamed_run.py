@@ -64,6 +64,7 @@ def updates_during_rollouts(run: Path) -> int:
     return sum(start < span["ts"] < end for span in spans if span["name"] == "update" for start, end in rollouts)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_streamed_run_equals_the_run_in_turns_up_to_rounding(kept_engines: None, tmp_path: Path) -> None:
     for name, streamed in (("in_turns", False), ("streamed", True)):

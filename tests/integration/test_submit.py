@@ -23,6 +23,8 @@ from rlhf.cli import main
 from rlhf.tracking.sinks.tracker import read_metrics
 from tests.integration.recipes import ONLINE, merge, rows, write_config
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 SFT: Mapping[str, Any] = {
     "algorithm": {"name": "sft"},
