@@ -1,8 +1,6 @@
 """Learn from advantages: weigh every sampled token by its advantage over the expectation (PPO, GRPO).
 
-kept responses -> batch plan -> reference logprobs, values -> old logprobs -> advantages -> minibatches -> updates
-
-With train.streamed these stages begin before the batch is whole, portion by portion of the batch's groups.
+    chosen responses -> plan -> reference logprobs, values -> old logprobs -> advantages -> minibatches -> updates
 
 Responses dropped by selection (rollouts.keep_per_prompt, raft) are not computed on. Masked responses
 (algorithm.mask_truncated) are not computed on either, but the scores count in the baseline of the group.
@@ -12,20 +10,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf.algorithms import algorithm_of
 from rlhf.algorithms.online import OnlineAlgorithm, SequenceOutcomes
-from rlhf.config.derive import leaves_out, rows_per_step, trained_per_prompt, updates_per_step
+from rlhf.config.derive import leaves_out, rows_per_step, updates_per_step
 from rlhf.config.schema.root import Config
-from rlhf.controller.arrivals import Arrivals
-from rlhf.controller.batches import draw_minibatches, only, plan_batch, temperatures
+from rlhf.controller.batches import only, plan_batch, temperatures
 from rlhf.controller.entropy_bonus import EntropyBonus
 from rlhf.controller.idle_correction import IdleCorrection
-from rlhf.controller.learning import Find, OnlineRoles, ReferencedLearning, Signals
+from rlhf.controller.learning import OnlineRoles, ReferencedLearning, Signals
 from rlhf.controller.record import RunRecord
 from rlhf.objectives.kl import adaptive_kl_coef
 from rlhf.objectives.selection import best, most_spread
@@ -38,11 +34,10 @@ KEPT_BY = {"spread": most_spread, "best": best}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Portion:
-    """Groups of a batch prepared together. Without train.streamed, a portion is the whole batch."""
+class Experience:
+    """The experience of a batch, or of some of its groups."""
 
-    group_ids: frozenset[int]
-    has_kept: bool  # whether a response was kept, even if masked
+    is_chosen: bool  # whether a response was chosen, even if masked
     plan: BatchPlan  # without scores: no response is trained
     report: PrepareReport
     advantages: Mapping[int, float]  # by sequence id
@@ -61,69 +56,36 @@ class AdvantageLearning(ReferencedLearning):
         self.entropy = EntropyBonus(self.algorithm.config.entropy)
         self.reference_every = self.algorithm.config.reference_every
         self.num_minibatches = rows_per_step(config, self.rollouts) // config.train.sequences_per_update
-        self.arrivals = Arrivals(self.rollouts.prompts_per_step)
-        self.portions: list[_Portion] = []  # of the step's batch
         self.idle = IdleCorrection(self.algorithm.config, updates_per_step=updates_per_step(config))
 
     def arrived(self, scored: ScoredGroup) -> None:
-        """Record a group, and begin its reference log-probabilities if the reference has separate hardware."""
-        if self.config.train.streamed:
-            self.arrivals.add(scored)
+        """Begin the reference log-probabilities of a group if the reference has hardware of its own."""
         if self.computes_by_group and (trained := self._not_masked(self._chosen([scored]))):
             self.columns.begin(scored, self._reference_logprobs(trained))
 
-    async def stream(self, step: int) -> float:
-        """Accumulate the gradient of the step's first minibatch over portions of the batch, until the batch is whole.
-
-        A portion has all ready groups. The last portion is left to `learn`, with the optimizer steps.
-        """
-        busy_s = 0.0
-        first_visited = self.visits(self.num_minibatches, step)[0]
-        while groups := await self.arrivals.take():
-            began = time.perf_counter()
-            portion = await self._prepare(groups, step)
-            self.portions.append(portion)
-            if portion.plan.scores:
-                with self.record.stage("update"):
-                    await self.roles.policy.accumulate(first_visited)
-            busy_s += time.perf_counter() - began
-        self.arrivals.begin()
-        return busy_s
-
     async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:
-        """Run the stages listed in the module's docstring. If no response is kept, the step makes no update."""
-        record = self.record
-        seen = {group_id for portion in self.portions for group_id in portion.group_ids}
-        left = [scored for scored in groups if scored.group.request.group_id not in seen]
-        if left:
-            self.portions.append(await self._prepare(left, step))
-        portions = [portion for portion in self.portions if portion.plan.scores]
-        if not portions and any(portion.has_kept for portion in self.portions):
+        """Run the stages of the module's docstring. If no response is chosen, the step makes no update."""
+        return await self.update_from([await self.prepare(groups, step)], step)
+
+    async def update_from(self, parts: Sequence[Experience], step: int) -> Signals:
+        """Make the updates of a step from the experience of its batch."""
+        trained = [part for part in parts if part.plan.scores]
+        if not trained and any(part.is_chosen for part in parts):
             logger.warning(
                 "step %d: every response was truncated (algorithm.mask_truncated), so nothing is updated", step
             )
-        elif not portions:
+        elif not trained:
             logger.warning("step %d: no response reaches algorithm.min_score, so the policy is not updated", step)
-        elif not any(minibatch.num_tokens for portion in portions for minibatch in portion.plan.minibatches):
+        elif not any(minibatch.num_tokens for part in trained for minibatch in part.plan.minibatches):
             logger.warning("step %d: a grammar restricted all responses that are kept, so nothing is updated", step)
-        self.portions = []
-        with record.stage("update"):
-            for minibatch in self.visits(len(portions[0].plan.minibatches) if portions else 0, step):
+        with self.record.stage("update"):
+            for minibatch in self.visits(len(trained[0].plan.minibatches) if trained else 0, step):
                 await self._update(minibatch, step)
         return Signals(
-            trained=frozenset(i for portion in portions for i in portion.plan.scores),
-            reports={s.sequence_id: s for portion in portions for s in portion.report.sequences},
-            advantages={i: value for portion in portions for i, value in portion.advantages.items()},
+            trained=frozenset(i for part in trained for i in part.plan.scores),
+            reports={s.sequence_id: s for part in trained for s in part.report.sequences},
+            advantages={i: value for part in trained for i, value in part.advantages.items()},
         )
-
-    async def find_again(self, find: Find) -> None:
-        lost = self.arrivals.groups
-        self.columns.forget(lost)
-        self.arrivals.replace(await find(lost))
-
-    def begin_again(self) -> None:
-        self.portions = []
-        self.arrivals.rewind()
 
     def end_step(self, groups: Sequence[ScoredGroup], signals: Signals) -> None:
         super().end_step(groups, signals)
@@ -132,27 +94,21 @@ class AdvantageLearning(ReferencedLearning):
         self._adapt_entropy()
         self._adapt_kl(list(signals.reports.values()), num_sequences=len(signals.trained))
 
-    async def _prepare(self, groups: Sequence[ScoredGroup], step: int) -> _Portion:
-        """Choose the responses of some groups of the batch and, unless there are none, compute their experience."""
+    async def prepare(self, groups: Sequence[ScoredGroup], step: int) -> Experience:
+        """Choose the responses to train on and, unless there are none, compute their experience."""
         record = self.record
         kept, steps = self.scores.by_step(self._kept(groups), self.algorithm.step_terms)
         trained = self._not_masked(kept)
         if leaves_out(self.config):
             total, count = (sum(len(scored.group.infos) for scored in some) for some in (trained, groups))
             record.add({"advantages/kept/fraction": Mean(total=total, count=count)})
-        plan = self._plan(trained, step, self.roles.policy, steps)
+        plan = self.plan(trained, step, self.roles.policy, steps)
         report = PrepareReport(sequences=(), metrics={})
         advantages: Mapping[int, float] = {}
         with record.stage("experience"):
             if trained:
                 report, advantages = await self._experience(plan, kept, trained)
-        return _Portion(
-            group_ids=frozenset(scored.group.request.group_id for scored in groups),
-            has_kept=bool(kept),
-            plan=plan,
-            report=report,
-            advantages=advantages,
-        )
+        return Experience(is_chosen=bool(kept), plan=plan, report=report, advantages=advantages)
 
     def state(self) -> Mapping[str, Any]:
         return {"kl_coef": self.kl_coef, "entropy": self.entropy.state(), **super().state()}
@@ -196,14 +152,15 @@ class AdvantageLearning(ReferencedLearning):
                 trained.append(only(scored, places))
         return trained
 
-    def _plan(
+    def plan(
         self,
         groups: Sequence[ScoredGroup],
         step: int,
         role: TrainedRole,
         steps: Mapping[int, tuple[StepReward, ...]],
+        drawn: Sequence[Sequence[RolloutInfo]] | None = None,
     ) -> BatchPlan:
-        """Return the minibatches of a portion, the same for all roles, over the ranks of one role."""
+        """Return the minibatches of these groups, equal for all roles, over the ranks of one role."""
         plan = plan_batch(
             groups,
             step=step,
@@ -212,25 +169,9 @@ class AdvantageLearning(ReferencedLearning):
             num_ranks=role.num_ranks,
             kl_coef=self.kl_coef,
             entropy_coef=self.entropy.in_force,
-            drawn=self._drawn(groups, step) if self.config.train.streamed and self.num_minibatches > 1 else None,
+            drawn=drawn,
         )
-        return replace(plan, steps=steps, portion=sum(bool(portion.plan.scores) for portion in self.portions))
-
-    def _drawn(self, groups: Sequence[ScoredGroup], step: int) -> list[list[RolloutInfo]]:
-        """Return a portion's minibatches, as drawn from the whole batch.
-
-        The draw is known beforehand: each prompt of the batch has a group, and all groups have the same size.
-        """
-        count, samples = trained_per_prompt(self.config, self.rollouts), self.rollouts.samples_per_prompt
-        members = [[(place, i) for i in range(count)] for place in range(self.rollouts.prompts_per_step)]
-        infos = {
-            (scored.group.request.first_sequence_id // samples, i): info
-            for scored in groups
-            for i, info in enumerate(scored.group.infos)
-        }
-        seed, number = self.config.run.seed, self.num_minibatches
-        drawn = draw_minibatches(members, step=step, seed=seed, num_minibatches=number)
-        return [[infos[member] for member in minibatch if member in infos] for minibatch in drawn]
+        return replace(plan, steps=steps)
 
     async def _experience(
         self, plan: BatchPlan, kept: Sequence[ScoredGroup], trained: Sequence[ScoredGroup]
@@ -253,7 +194,7 @@ class AdvantageLearning(ReferencedLearning):
                 columns = await self.columns.take(trained)
                 return await self._reference_logprobs(trained) if columns is None else columns
 
-        critic_plan = plan if critic is None else self._plan(trained, plan.step, critic, plan.steps)
+        critic_plan = plan if critic is None else self.plan(trained, plan.step, critic, plan.steps)
 
         async def old_values() -> Sequence[RemoteColumns[TokenValues]]:
             async with in_turn:

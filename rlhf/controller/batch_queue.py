@@ -12,29 +12,20 @@ so a checkpoint holds the responses.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from rlhf.config.schema.root import Config
-from rlhf.controller.collect import Collected, Collector
+from rlhf.controller.collect import Collector
 from rlhf.controller.record import RunRecord
+from rlhf.controller.rollout_queue import Batch, unless_failed
 from rlhf.roles import Metrics
 from rlhf.types import GroupRequest
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """A whole batch with the metrics of the rollouts."""
-
-    collected: Collected
-    metrics: list[Metrics]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,23 +35,6 @@ class _Requested:
     version: int
     position: Mapping[str, Any]  # of the collector, before the batch
     batch: asyncio.Future[Batch]
-
-
-async def unless_failed(work: Coroutine[Any, Any, T], watched: asyncio.Future[None]) -> T:
-    """Return the result of the work.
-
-    If the watched future fails first, cancel the work and raise the future's failure.
-    """
-    working = asyncio.ensure_future(work)
-    try:
-        either: set[asyncio.Future[Any]] = {working, watched}
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            watched.result()
-        return await working
-    finally:
-        working.cancel()
-        await asyncio.gather(working, return_exceptions=True)
 
 
 class BatchQueue:
@@ -84,11 +58,8 @@ class BatchQueue:
         self._collecting: asyncio.Task[None] | None = None
         self.seconds: float | None = None  # of the collecting since the newest `request`; None: nothing was left
 
-    async def synced(self, version: int) -> None:
-        """Do nothing when the engines have new weights: the step of a batch requests the batch."""
-
     def request(self, step: int) -> None:
-        """Start to collect the batch of a step, and later batches within the bound, unless already requested."""
+        """Begin to collect the batch of a step and the later batches within the bound, unless they are requested."""
         last = min(step + self.max_staleness, self.num_steps)
         steps = [number for number in range(step, last + 1) if number not in self._requested]
         self.seconds = None
@@ -117,7 +88,6 @@ class BatchQueue:
         self.record.progress.ahead(sum(batch.done() for batch in later))
 
     async def take(self, step: int) -> Batch:
-        """Return the requested batch of a step, once whole. Raise the failure of the rollouts."""
         assert self._collecting is not None
         await asyncio.sleep(0)  # until the collecting has begun
         batch = self._requested[step].batch
@@ -128,15 +98,16 @@ class BatchQueue:
         return batch.result()
 
     async def during(self, work: Coroutine[Any, Any, T]) -> T:
-        """Return the result of the work. If the collecting fails meanwhile, cancel the work and raise the failure."""
         assert self._collecting is not None
         return await unless_failed(work, self._collecting)
 
-    async def finish(self, step: int) -> None:
-        """Wait until all requested batches are whole, and forget the batch of a trained step."""
+    async def until_weights_may_change(self) -> None:
+        """Wait until all requested batches are whole."""
         assert self._collecting is not None
         await asyncio.shield(self._collecting)  # who gives up this wait may wait again
-        self._requested.pop(step, None)  # a step that is done again has finished before
+
+    async def synced(self, version: int) -> None:
+        self._requested.pop(version, None)
 
     async def stop(self) -> Sequence[GroupRequest]:
         """Give up incomplete batches. No request is left in the engines after a whole step."""
@@ -169,12 +140,3 @@ class BatchQueue:
                 "the settings of rollouts or rewards have changed: %d batches ahead are sampled again",
                 len(state["ahead"]),
             )
-
-
-def digest_of_settings(config: Config, *fingerprints: str) -> str:
-    """Return a digest of the settings, besides the prompts, that decide the groups of a batch."""
-    tree = config.model_dump(mode="json", include={"rollouts", "rewards", "reward_policy"})
-    for key in ("max_staleness", "weight_updates", "batch_order"):
-        del tree["rollouts"][key]
-    inputs = (tree, config.data.curriculum, fingerprints)
-    return hashlib.blake2b(repr(inputs).encode(errors="surrogatepass"), digest_size=16).hexdigest()

@@ -22,9 +22,9 @@ from dataclasses import dataclass, replace
 from itertools import islice, takewhile
 from typing import Any, Literal, TypeVar
 
-from rlhf.controller.batch_queue import Batch, unless_failed
 from rlhf.controller.collect import Collector, EpochPrompt, Outcomes
 from rlhf.controller.record import RunRecord
+from rlhf.controller.rollout_queue import Batch, unless_failed
 from rlhf.role_table import ROLE_OF_STAGE
 from rlhf.roles import Metrics, ScoredGroup
 from rlhf.tracking.metrics.reductions import Last, Mean, Reduction, Sum
@@ -211,7 +211,6 @@ class GroupQueue:
         return scored
 
     async def take(self, step: int) -> Batch:
-        """Return the batch of a step once enough groups are finished. Raise the failure of a group."""
         while (chosen := self._first_finished()) is None:
             if self._failure is not None:
                 raise self._failure
@@ -234,7 +233,6 @@ class GroupQueue:
         return Batch(collected=replace(collected, sampled_tokens=sampled), metrics=metrics)
 
     async def during(self, work: Coroutine[Any, Any, T]) -> T:
-        """Return the result of the work. If a group fails meanwhile, cancel the work and raise the failure."""
         failing = asyncio.ensure_future(self._until_failed())
         try:
             return await unless_failed(work, failing)
@@ -273,8 +271,10 @@ class GroupQueue:
         load.group_seconds = 0.0
         return metrics
 
-    async def finish(self, step: int) -> None:
-        """Do nothing: the next groups begin in `synced`, to be sampled by the new weights."""
+    async def until_weights_may_change(self) -> None:
+        """Return at once, since a response may span versions."""
+        if self._failure is not None:
+            raise self._failure
 
     async def stop(self) -> Sequence[GroupRequest]:
         """Give up the unfinished groups, and return the requests, still in progress in the engines.
@@ -295,7 +295,6 @@ class GroupQueue:
 
     @property
     def seconds(self) -> float | None:
-        """Return the time since `request` with a group in the engines. None: nothing was left to request."""
         self._load.add(0)
         return None if self._was_over else self._load.busy_s - self._busy_at_request
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,8 +29,6 @@ from rlhf.roles import (
     SequenceReport,
 )
 from rlhf.types import TokenValues
-
-Find = Callable[[Sequence[ScoredGroup]], Awaitable[Sequence[ScoredGroup]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,26 +90,16 @@ class Learning(ABC):
         self.scores = TrainingScores(config.rewards)
         self.columns = ColumnsByGroup()  # of the reference or the teacher
 
-    def arrived(self, scored: ScoredGroup) -> None:  # noqa: B027
-        """Record a scored and kept group, while later groups may still be sampled."""
-
-    async def stream(self, step: int) -> float:
-        """Learn from the arrived groups until the batch is whole. Return the seconds of this work."""
-        return 0.0
+    @abstractmethod
+    def arrived(self, scored: ScoredGroup) -> None:
+        """Begin what can be computed of a group before its batch is whole."""
 
     @abstractmethod
     async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:
-        """Make all optimizer steps of a step. The groups carry the reported scores. `stream` may have seen some.
+        """Make all optimizer steps of a step. The groups carry the reported scores.
 
-        After the loss of a rank, `begin_again` and a second call with the same groups repeat the step from the previous
-        state.
+        After the loss of a rank the ranks have the state of the previous step again, and the same groups are given.
         """
-
-    async def find_again(self, find: Find) -> None:  # noqa: B027
-        """Replace the arrived groups, because a lost node had the tokens."""
-
-    def begin_again(self) -> None:  # noqa: B027
-        """Forget the gradients of a begun step after the loss of ranks."""
 
     def renews_reference(self, step: int) -> bool:
         """Return whether the policy after this step becomes the reference."""

@@ -3,9 +3,10 @@
     prompts -> rollouts -> rewards -> experience -> advantages -> minibatches -> update -> weight sync
 
 Version v of the weights is the result of v training steps. Step s trains on responses of version s - 1, or of an
-earlier version (rlhf.controller.batch_queue), and finally syncs version s to the engines. A notice to end while the
-step waits for a batch stores the finished responses for a resumed run and keeps the previous step. A later stage is
-finished first.
+earlier version, and syncs version s to the engines before the step ends. Its batch comes from a queue: of whole batches
+(rlhf.controller.batch_queue), or of groups in flight (rlhf.controller.group_queue). A notice to end that comes while
+the step waits for its batch stores the finished responses for a resumed run, and writes a checkpoint of the previous
+step. A later stage is finished first.
 """
 
 from __future__ import annotations
@@ -23,29 +24,31 @@ from rlhf.algorithms.algorithm import Kind
 from rlhf.config.derive import shares_engines_gpus
 from rlhf.config.schema.root import Config
 from rlhf.controller.advantage_learning import AdvantageLearning
-from rlhf.controller.batch_queue import Batch, BatchQueue, digest_of_settings
+from rlhf.controller.batch_queue import BatchQueue
 from rlhf.controller.carried import begun_requests, first_untrained_group
 from rlhf.controller.collect import Collector
 from rlhf.controller.distillation_learning import DistillationLearning
 from rlhf.controller.evaluation import EvalSet, compare_with_teacher, score_held_out
 from rlhf.controller.group_queue import GroupQueue
-from rlhf.controller.learning import Learning, OnlineRoles, Signals
+from rlhf.controller.learning import Learning, OnlineRoles
 from rlhf.controller.loop import TrainingLoop
 from rlhf.controller.pair_learning import PairLearning
 from rlhf.controller.record import RunRecord
-from rlhf.controller.rollout_report import group_samples, rollout_metrics
+from rlhf.controller.rollout_queue import Batch, RolloutQueue, digest_of_settings
+from rlhf.controller.rollout_report import rollout_metrics
 from rlhf.controller.rollout_scorer import RolloutScorer
+from rlhf.controller.step_attempt import StepAttempt
+from rlhf.controller.streamed_learning import StreamedAdvantageLearning
 from rlhf.controller.supervisor import Supervisor
 from rlhf.controller.weight_sync import sync_weights
 from rlhf.data.stream import Stream
-from rlhf.errors import Preempted, ResultsLost, WorkerLost
+from rlhf.errors import Preempted
 from rlhf.evaluation.results import Marking
 from rlhf.role_table import GUESTS_OF_ENGINES, ROLE_OF_STAGE, ROLES, TRAINED_ROLES, Role
-from rlhf.roles import GpuGuest, Metrics, Ref, SampleSelection, ScoredGroup
+from rlhf.roles import GpuGuest
 from rlhf.rollouts.records.spool import forget_after, keep_sampled_by
 from rlhf.tracking.metrics.reductions import Last, Sum
-from rlhf.tracking.run_folder.samples import samples_path
-from rlhf.types import Prompt, Sampling, TokenSignals
+from rlhf.types import Prompt, Sampling
 
 T = TypeVar("T")
 AHEAD = "rollouts"  # folder of a checkpoint
@@ -93,8 +96,9 @@ class OnlineController(TrainingLoop):
         self.marking = marking
         self.probe_ids = probe_ids
         self.rollouts = config.rollouts
-        sampling = Sampling(**self.rollouts.model_dump(include=set(Sampling.__dataclass_fields__)))
-        self.learning = LEARNERS[config.algorithm.kind](config, roles, record)
+        self.sampling = Sampling(**self.rollouts.model_dump(include=set(Sampling.__dataclass_fields__)))
+        learner = StreamedAdvantageLearning if config.train.streamed else LEARNERS[config.algorithm.kind]
+        self.learning = learner(config, roles, record)
         self.in_flight = self.rollouts.weight_updates == "in_flight"
         self.scorer = RolloutScorer(
             roles.rollout,
@@ -105,13 +109,13 @@ class OnlineController(TrainingLoop):
         )
         arrived = self.learning.arrived if config.train.streamed or self.rollouts.max_staleness else None
         queue = partial(GroupQueue, order=self.rollouts.batch_order) if self.in_flight else BatchQueue
-        self.batches: BatchQueue | GroupQueue = queue(
+        self.batches: RolloutQueue = queue(
             Collector(
                 config,
                 prompts,
                 self.scorer,
                 record,
-                sampling,
+                self.sampling,
                 arrived=arrived,
                 outdated=self.learning.columns.forget,
             ),
@@ -121,7 +125,7 @@ class OnlineController(TrainingLoop):
             settings=digest_of_settings(config, rewards_fingerprint, environment_fingerprint),
         )
         self.sharing = shares_engines_gpus(config)
-        self.learnt: list[Metrics] = []  # of the updates of the step in progress
+        self.attempt: StepAttempt | None = None  # at the step in progress
         self.is_published = False  # whether the policy's ranks hold the weights for successors of engines
 
     async def begin(self) -> None:
@@ -145,106 +149,72 @@ class OnlineController(TrainingLoop):
         await super().end()
 
     async def train_step(self, step: int) -> None:
-        roles, record = self.roles, self.record
+        """Take the batch of a step, learn from it, and sync the weights.
+
+        After the loss of a trained rank, `despite_losses` restores the ranks and does its work again: the part of the
+        learning before the batch is whole (train.streamed), and all of `_learn_and_sync`.
+        """
         began = time.perf_counter()
-        batch, busy_s = await self._take(step)
-        waited_s = time.perf_counter() - began - busy_s
+        attempt = self.attempt = StepAttempt(step, self.learning, self.scorer, self.sampling)
+        await self._publish_anew()
+        self.batches.request(step)
+        batch = await self._take(attempt)
+        attempt.groups, attempt.waited_s = batch.collected.groups, time.perf_counter() - began - attempt.busy_s
+        self._measure_rollouts(batch, step)
+        await self.despite_losses(partial(self._learn_and_sync, attempt), oldest=step - 1)
+        for metrics in attempt.metrics:
+            self.record.add(metrics)
+        self._measure_waits(attempt, time.perf_counter() - began)
+        self.learning.end_step(attempt.groups, attempt.signals)
+        await attempt.write_samples()
+
+    async def _learn_and_sync(self, attempt: StepAttempt) -> None:
+        """Carry out a step from its whole batch on, with the ranks in the state before the step or after its updates.
+
+        updates -> snapshot -> batches ahead are whole -> reference -> weight sync -> snapshot is whole
+        """
+        step = attempt.step
+        await self._to_trainers(*GUESTS_OF_ENGINES, keep_weights=False)
+        await self._update(attempt)
+        began = time.perf_counter()
+        await self._with_weights(self.batches.until_weights_may_change(), partial(self._go_back, attempt))
+        attempt.waited_s += time.perf_counter() - began
+        await self._update(attempt)  # again, if the engines have needed the weights before it
+        if self.learning.renews_reference(step):
+            await self.wait_until_kept()  # with the new reference the step cannot be done again
+            await self.learning.renew_reference(step)
+        await self._sync(step)
+        await self.wait_until_kept()  # a later loss must not need the batch again
+
+    async def _update(self, attempt: StepAttempt) -> None:
+        """Make the updates of a step, unless the ranks have them, and begin its snapshot."""
+        if self.trained_step < attempt.step:
+            await self.batches.during(attempt.learn())
+            await self.keep(attempt.step)
+
+    def _measure_rollouts(self, batch: Batch, step: int) -> None:
+        record, collected = self.record, batch.collected
         for metrics in batch.metrics:
             record.add(metrics)
-        record.groups = batch.collected.ended
-        groups: Sequence[ScoredGroup] = batch.collected.groups
+        record.groups = collected.ended
         seconds = record.row()["time/rollouts_s"]
-        record.add(rollout_metrics(groups, version=step - 1))
-        record.add({"throughput/rollout_tokens_per_s": Last(value=batch.collected.sampled_tokens / seconds)})
-        groups, signals, columns, finishing_s = await self._train(groups, step)
-        record.add({"time/trainer_waits_s": Sum(total=waited_s + finishing_s)})
+        record.add(rollout_metrics(collected.groups, version=step - 1))
+        record.add({"throughput/rollout_tokens_per_s": Last(value=collected.sampled_tokens / seconds)})
+
+    def _measure_waits(self, attempt: StepAttempt, seconds: float) -> None:
+        self.record.add({"time/trainer_waits_s": Sum(total=attempt.waited_s)})
         if self.batches.seconds is not None:
-            idle = 1.0 - self.batches.seconds / (time.perf_counter() - began)
-            record.add({"time/engines_idle/fraction": Last(value=idle)})
+            self.record.add({"time/engines_idle/fraction": Last(value=1.0 - self.batches.seconds / seconds)})
         if self.config.cluster.roles.rollout.is_elastic:
-            record.add({"rollouts/engines": Last(value=roles.rollout.num_working)})
-        self.learning.end_step(groups, signals)
-        try:
-            await self._write_samples(groups, signals, columns, step)
-        except ResultsLost:
-            await self._write_samples(await self._found_again(groups), signals, columns, step)
-
-    async def _write_samples(
-        self, groups: Sequence[ScoredGroup], signals: Signals, columns: Sequence[Ref[TokenSignals]], step: int
-    ) -> None:
-        chosen = self._samples(groups, signals)
-        if chosen:
-            await self.roles.reward.write_samples(samples_path(self.record.folder.scratch, step), chosen, columns)
-
-    async def _found_again(self, groups: Sequence[ScoredGroup]) -> Sequence[ScoredGroup]:
-        return await self.scorer.found_again(groups, self.batches.collector.sampling)
-
-    def _samples(self, groups: Sequence[ScoredGroup], signals: Signals) -> list[SampleSelection]:
-        """Return the records of a step for the samples file."""
-        return group_samples(groups, signals, split="train", most=self.config.tracking.samples_per_step)
-
-    async def _train(
-        self, groups: Sequence[ScoredGroup], step: int
-    ) -> tuple[Sequence[ScoredGroup], Signals, Sequence[Ref[TokenSignals]], float]:
-        """Update the trained roles and sync the weights, despite the loss of ranks, or of a node with the tokens.
-
-        Return the groups, the signals, their columns for the samples file, and the seconds of waiting for rollouts.
-        """
-        signals, columns, waited_s = Signals(), list[Ref[TokenSignals]](), 0.0
-
-        async def learn() -> None:
-            nonlocal groups, signals, columns
-            try:
-                signals = await self.learning.learn(groups, step)
-            except ResultsLost as lost:
-                self.learning.columns.forget(groups)  # which may be lost too, or could not be computed
-                groups = await self._found_again(groups)
-                raise self._begins_again(lost) from lost
-            written = [i for one in self._samples(groups, signals) for i in one.sequence_ids if i in signals.trained]
-            columns = await self.roles.policy.token_signals(written) if written else []
-
-        async def update() -> None:
-            if self.trained_step < step:
-                with self.record.apart(self.learnt, is_shown=True):
-                    await self.batches.during(learn())
-                await self.keep(step)
-
-        async def learn_and_sync() -> None:
-            nonlocal waited_s
-            await self._to_trainers(*GUESTS_OF_ENGINES, keep_weights=False)
-            await update()
-            began = time.perf_counter()
-            await self._with_weights(self.batches.finish(step), self._go_back)
-            waited_s += time.perf_counter() - began
-            await update()  # again, if the engines have needed the weights before it
-            if self.learning.renews_reference(step):
-                await self.wait_until_kept()  # with the new reference the step cannot be done again
-                await self.learning.renew_reference(step)
-            await self._sync(step)
-            await self.wait_until_kept()  # a later loss must not need the batch again
-
-        await self.despite_losses(learn_and_sync, oldest=step - 1)
-        for metrics in self.learnt:
-            self.record.add(metrics)
-        self.learnt = []
-        return groups, signals, columns, waited_s
+            self.record.add({"rollouts/engines": Last(value=self.roles.rollout.num_working)})
 
     async def restart_trained(self, oldest: int) -> None:
         was_published, self.is_published = self.is_published, False
         await super().restart_trained(oldest)
-        if self.trained_step == self.step:  # the updates of the step in progress are lost
-            self._forget_updates()
+        if self.attempt is not None and self.trained_step == self.step:  # the updates of the step in progress are lost
+            self.attempt.begin_again()
         if was_published and self.roles.rollout.gives_published and self.trained_step == self.scorer.weights[0]:
             await self._publish_again()
-
-    def _begins_again(self, lost: ResultsLost) -> WorkerLost:
-        """Return the loss of a trained rank. A step is then repeated with new results."""
-        role = lost.role if lost.role in self.trained else next(iter(self.trained))
-        return WorkerLost(lost.reason, role=role, rank=0, stage=lost.stage, kind="died")
-
-    def _forget_updates(self) -> None:
-        self.learnt.clear()
-        self.learning.begin_again()
 
     async def _publish_again(self) -> None:
         """Publish the weights of the last sync for successors of lost engines, after the loss of the first rank."""
@@ -255,11 +225,17 @@ class OnlineController(TrainingLoop):
     async def _publish_despite_losses(self) -> None:
         await self.despite_losses(self._publish_again)
 
-    async def _go_back(self) -> None:
-        """Restore the state before the updates of the step in progress, and publish that state's weights again."""
+    async def _publish_anew(self) -> None:
+        """Sync the weights of the last step again if the ranks that published them are lost."""
+        if not self.is_published:
+            with self.record.apart([], is_shown=True):  # the last step has measured this version
+                await self.despite_losses(partial(self._sync, self.step))
+
+    async def _go_back(self, attempt: StepAttempt) -> None:
+        """Restore the state before the updates of the step in progress, and publish its weights again."""
         self.trained_step = self.step
         await asyncio.gather(*(role.take_back(self.step) for role in self.trained.values()))
-        self._forget_updates()
+        attempt.begin_again()
         await self._publish_again()
 
     async def _with_weights(self, waiting: Awaitable[T], publish: Callable[[], Awaitable[None]]) -> T:
@@ -279,47 +255,39 @@ class OnlineController(TrainingLoop):
             wait.cancel()
             await asyncio.gather(wait, return_exceptions=True)
 
-    async def _take(self, step: int) -> tuple[Batch, float]:
-        """Return the step's batch, and the seconds of training already spent on the batch.
-
-        If the run is to end, keep the previous step and raise Preempted.
-        """
-        if not self.is_published:
-            with self.record.apart([], is_shown=True):  # the last step has measured this version
-                await self.despite_losses(partial(self._sync, self.step))
-        self.batches.request(step)
+    async def _take(self, attempt: StepAttempt) -> Batch:
+        """Return the batch of a step. If the run is to end, save the step before and raise Preempted."""
         if self.sharing:  # the offloaded policy cannot be saved while engines generate
-            return await self.batches.take(step), 0.0
-        taken = await self.notice.unless_given(self._learn_while_taking(step))
-        if taken is not None:
-            return taken
+            return await self.batches.take(attempt.step)
+        learning = self.learning
+        if isinstance(learning, StreamedAdvantageLearning):
+            taking = self._take_and_stream(attempt, learning)
+        else:
+            taking = self._with_weights(self.batches.take(attempt.step), self._publish_despite_losses)
+        batch = await self.notice.unless_given(taking)
+        if batch is not None:
+            return batch
         await self.batches.stop()
         if self.kept_step < self.step:
             await self.despite_losses(partial(self.save_aside, self.finished_state))
             await self.commit(self.step)
         raise Preempted(f"a checkpoint of step {self.step} is written" if self.step else "no step was done")
 
-    async def _learn_while_taking(self, step: int) -> tuple[Batch, float]:
-        """Return the whole batch and, with train.streamed, the seconds of the work on the first groups."""
-        if not self.config.train.streamed:
-            return await self._with_weights(self.batches.take(step), self._publish_despite_losses), 0.0
+    async def _take_and_stream(self, attempt: StepAttempt, learning: StreamedAdvantageLearning) -> Batch:
+        """Return the batch once it is whole, after the learning from its first groups."""
 
-        async def stream() -> float:
-            try:
-                with self.record.apart(self.learnt, is_shown=True):
-                    return await self._with_weights(self.learning.stream(step), self._publish_again)
-            except ResultsLost as lost:
-                await self.learning.find_again(self._found_again)
-                raise self._begins_again(lost) from lost
+        async def stream() -> None:
+            await self._with_weights(attempt.stream(learning), self._publish_again)
 
-        learning = asyncio.create_task(self.despite_losses(stream))
-        taking = asyncio.create_task(self.batches.take(step))
+        streaming = asyncio.create_task(self.despite_losses(stream))
+        taking = asyncio.create_task(self.batches.take(attempt.step))
         try:
-            return await asyncio.gather(taking, learning)
+            batch, _ = await asyncio.gather(taking, streaming)
+            return batch
         finally:
             taking.cancel()
-            learning.cancel()
-            await asyncio.gather(taking, learning, return_exceptions=True)
+            streaming.cancel()
+            await asyncio.gather(taking, streaming, return_exceptions=True)
 
     async def _sync(self, version: int) -> None:
         """Sync the weights to the engines, verify the weights, and hand the GPU to the engines."""

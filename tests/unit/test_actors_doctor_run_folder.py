@@ -82,7 +82,7 @@ async def _train(
             record.begin_step(step)
             queue.request(step)
             record.groups = (await queue.take(step)).collected.ended
-            await queue.finish(step)
+            await queue.until_weights_may_change()
             engines.version = step
             await queue.synced(step)
             await settle()

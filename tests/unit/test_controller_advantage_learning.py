@@ -13,6 +13,7 @@ import pytest
 from rlhf.controller.advantage_learning import AdvantageLearning
 from rlhf.controller.learning import OnlineRoles, Signals
 from rlhf.controller.rollout_report import rollout_metrics
+from rlhf.controller.streamed_learning import StreamedAdvantageLearning
 from rlhf.controller.training_scores import TrainingScores
 from rlhf.errors import UserError
 from rlhf.roles import ScoredGroup
@@ -50,7 +51,8 @@ class Run:
         self.policy, self.reference = FakePolicy(kl=0.5 if has_reference else None), FakeReference()
         roles: Any = {"policy": self.policy, "reference": self.reference if has_reference else None, "critic": None}
         self.record, unused = quiet_record(folder), cast(Any, None)
-        self.learning = AdvantageLearning(config, OnlineRoles(**roles, rollout=unused, reward=unused), self.record)
+        learner = StreamedAdvantageLearning if streamed else AdvantageLearning
+        self.learning = learner(config, OnlineRoles(**roles, rollout=unused, reward=unused), self.record)
 
     def learn(self, found: Sequence[ScoredGroup], step: int = 1) -> Signals:
         async def finish() -> Signals:
@@ -66,6 +68,7 @@ class Run:
         """Learn from groups that arrive while the portion before them is computed."""
 
         async def arrive() -> Signals:
+            assert isinstance(self.learning, StreamedAdvantageLearning)
             streaming = asyncio.create_task(self.learning.stream(1))
             for portion in portions:
                 for scored in portion:

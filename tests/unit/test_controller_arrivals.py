@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from rlhf.controller.arrivals import Arrivals
 from rlhf.controller.online import OnlineController
+from rlhf.controller.step_attempt import StepAttempt
+from rlhf.controller.streamed_learning import StreamedAdvantageLearning
 from rlhf.errors import RunError, WorkerLost
 
 
@@ -49,14 +51,23 @@ def test_taken_groups_are_handed_over_again_after_a_loss() -> None:
     assert asyncio.run(take()) == [["a"], ["a", "b"], []]
 
 
-def step_of(take: Any, stream: Any, *, streamed: bool = True) -> Any:
-    """What a controller with such a queue and such a learning returns for a step, or raises at once."""
+def streamed(stream: Any, calls: list[str]) -> Any:
+    """Return a learning with such a stream. It notes in `calls` when it begins again."""
+    learning: Any = StreamedAdvantageLearning.__new__(StreamedAdvantageLearning)
+    learning.record = SimpleNamespace(apart=lambda *_, **__: nullcontext())
+    learning.stream, learning.begin_again = stream, lambda: calls.append("begin again")
+    return learning
+
+
+def step_of(take: Any, learning: Any) -> tuple[Any, float]:
+    """Return the batch that a controller takes of such a queue, and the seconds of learning meanwhile."""
     controller: Any = OnlineController.__new__(OnlineController)
-    controller.config = SimpleNamespace(train=SimpleNamespace(streamed=streamed))
-    controller.record, controller.learnt = SimpleNamespace(apart=lambda *_, **__: nullcontext(), add=None), []
-    controller.trained_step, controller.roles = 0, ROLES
-    controller.batches, controller.learning = SimpleNamespace(take=take), SimpleNamespace(stream=stream)
-    return asyncio.run(asyncio.wait_for(controller._learn_while_taking(1), timeout=60))
+    controller.record, controller.trained_step, controller.roles = SimpleNamespace(apart=None, add=None), 0, ROLES
+    controller.record.apart = lambda *_, **__: nullcontext()
+    controller.batches, controller.learning = SimpleNamespace(take=take), learning
+    controller.sharing, controller.notice = frozenset(), SimpleNamespace(unless_given=lambda work: work)
+    attempt = StepAttempt(1, learning, *[cast(Any, None)] * 2)
+    return asyncio.run(asyncio.wait_for(controller._take(attempt), timeout=60)), attempt.busy_s
 
 
 async def never(step: int) -> Any:
@@ -79,14 +90,14 @@ async def work(step: int) -> float:
 
 
 def test_a_batch_is_returned_with_the_seconds_of_the_work_on_it() -> None:
-    assert tuple(step_of(batch, work)) == ("batch 1", 2.5)
-    assert tuple(step_of(batch, never, streamed=False)) == ("batch 1", 0.0)
+    assert step_of(batch, streamed(work, [])) == ("batch 1", 2.5)
+    assert step_of(batch, None) == ("batch 1", 0.0)
 
 
 @pytest.mark.parametrize(("take", "stream"), [(fail, never), (never, fail)], ids=["rollouts", "training"])
 def test_a_failure_ends_a_streamed_step_while_the_other_side_waits(take: Any, stream: Any) -> None:
     with pytest.raises(RunError, match="step 1 failed"):
-        step_of(take, stream)
+        step_of(take, streamed(stream, []))
 
 
 async def test_the_groups_of_a_batch_are_streamed_again_after_a_loss_while_others_arrive() -> None:
@@ -118,14 +129,15 @@ async def test_the_groups_of_a_batch_are_streamed_again_after_a_loss_while_other
         await rebuild()
 
     controller: Any = OnlineController.__new__(OnlineController)
-    controller.config = SimpleNamespace(train=SimpleNamespace(streamed=True))
     controller.record = SimpleNamespace(apart=lambda *_, **__: nullcontext())
-    controller.trained, controller.survives, controller.learnt = {"policy": Ranks()}, True, ["of the broken attempt"]
+    controller.trained, controller.survives = {"policy": Ranks()}, True
     controller.step = controller.kept_step = controller.trained_step = 0
     controller.supervisor = SimpleNamespace(recover=recover)
     controller.batches, controller.roles, controller.is_published = SimpleNamespace(take=take), ROLES, False
-    controller.learning = SimpleNamespace(stream=stream, begin_again=lambda: calls.append("begin again"))
-    assert tuple(await controller._learn_while_taking(1)) == ("batch", 2.5)
+    learning = streamed(stream, calls)
+    attempt = controller.attempt = StepAttempt(1, learning, *[cast(Any, None)] * 2)
+    attempt.metrics.append(cast(Any, "of the broken attempt"))
+    assert await controller._take_and_stream(attempt, learning) == "batch"
     calls.remove("take")  # which begins at the same time
     assert calls == ["stream", "restart", "take back 0", "begin again", "stream"]
-    assert not controller.learnt
+    assert (attempt.busy_s, attempt.metrics) == (2.5, [])

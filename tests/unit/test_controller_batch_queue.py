@@ -52,7 +52,8 @@ async def train(ahead: BatchQueue, *, first: int, last: int) -> None:
     for step in range(first, last + 1):
         ahead.request(step)
         assert (await ahead.take(step)).collected == step  # type: ignore[comparison-overlap]
-        await ahead.finish(step)
+        await ahead.until_weights_may_change()
+        await ahead.synced(step)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ async def test_the_next_batch_is_collected_while_a_step_is_trained() -> None:
     await ahead.take(2)  # collected before; the engines work on batch 3 from here on
     assert batches.collected == [(1, 0), (2, 0)]
     batches.may_go_on.set()
-    await ahead.finish(2)
+    await ahead.until_weights_may_change()
     assert batches.collected == [(1, 0), (2, 0), (3, 1)]
 
 
@@ -120,7 +121,7 @@ async def test_a_failure_of_the_engines_ends_the_step_that_waits_or_the_step_bef
     ahead.request(1)
     await ahead.take(1)
     with pytest.raises(RunError, match="an engine died"):
-        await ahead.finish(1)
+        await ahead.until_weights_may_change()
     turns = queue(batches, max_staleness=0)
     turns.request(2)
     with pytest.raises(RunError, match="an engine died"):
@@ -168,7 +169,7 @@ async def test_training_is_shown_while_a_batch_is_collected_ahead() -> None:
     ahead.request(1)
     await ahead.take(1)
     record.show("update")
-    await ahead.finish(1)
+    await ahead.until_weights_may_change()
     assert shown == [(1, "rollouts of step 1", 0), (2, "rollouts of step 1", 0)]
     assert (progress._stage, progress._ahead) == ("update", 1)
     ahead.request(2)

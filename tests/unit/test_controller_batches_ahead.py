@@ -59,7 +59,8 @@ async def train(run: Run, ahead: BatchQueue, steps: range) -> list[list[int]]:
         ahead.request(step)
         groups = (await ahead.take(step)).collected.groups
         batches.append([scored.group.request.prompt.prompt_id for scored in groups])
-        await ahead.finish(step)
+        await ahead.until_weights_may_change()
+        await ahead.synced(step)
         cast(StoringEngines, run.engines).version = step
     return batches
 

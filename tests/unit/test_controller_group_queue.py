@@ -124,7 +124,7 @@ class InFlight:
         for scored in batch.collected.groups:
             self.trained.append(scored.group.request.prompt.prompt_id)
             self.lags.append(step - 1 - min(info.min_version for info in scored.group.infos))
-        await self.queue.finish(step)
+        await self.queue.until_weights_may_change()
         await self.begin(step)
         return batch
 
@@ -281,7 +281,7 @@ async def test_no_group_begins_with_old_weights_in_place_of_a_trained_one(tmp_pa
     await run.begin()
     run.queue.request(1)
     await run.queue.take(1)
-    await run.queue.finish(1)
+    await run.queue.until_weights_may_change()
     run.engines.finish(7)  # filtered, while the weights are synced
     await settle()
     assert run.engines.asked == list(range(9))

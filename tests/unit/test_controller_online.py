@@ -5,21 +5,29 @@ from __future__ import annotations
 import asyncio
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from rlhf.controller.advantage_learning import AdvantageLearning
 from rlhf.controller.arrivals import Arrivals
 from rlhf.controller.learning import Signals
 from rlhf.controller.online import OnlineController
 from rlhf.controller.record import RunRecord
+from rlhf.controller.step_attempt import StepAttempt
+from rlhf.controller.streamed_learning import StreamedAdvantageLearning
 from rlhf.errors import ResultsLost, WorkerLost
 from rlhf.rollouts.records.spool import group_path, write_group
 from rlhf.tracking.metrics.reductions import Max
 from tests.fakes.groups import INFO, REQUEST, ROLLOUTS, SAMPLING
+
+LEARNING: dict[str, Any] = {
+    "record": SimpleNamespace(apart=lambda *_, **__: nullcontext()),
+    "config": SimpleNamespace(tracking=SimpleNamespace(samples_per_step=0)),
+    "renews_reference": lambda step: False,
+}
 
 
 @pytest.mark.parametrize("is_due", [False, True])
@@ -39,22 +47,17 @@ async def test_a_reference_is_renewed_only_when_no_role_can_need_the_old_one_aga
 
     controller.sharing = frozenset()
     controller.step = controller.trained_step = 1
-    controller.survives, controller.learnt = True, []
+    controller.survives = True
     controller.roles = SimpleNamespace(rollout=Published())
-    controller.record = SimpleNamespace(apart=lambda *_, **__: nullcontext())
-    controller.batches = SimpleNamespace(during=during, finish=noting("finish"))
-    controller.learning = SimpleNamespace(
-        learn=noting("learn", Signals()),
-        renews_reference=lambda step: is_due,
-        renew_reference=noting("renew"),
-    )
+    controller.batches = SimpleNamespace(during=during, until_weights_may_change=noting("finish"))
+    learning = {"learn": noting("learn", Signals()), "renew_reference": noting("renew")}
+    controller.learning = SimpleNamespace(**{**LEARNING, **learning, "renews_reference": lambda step: is_due})
     controller.trained = {
         role: SimpleNamespace(keep=noting(f"{role} keeps"), kept=noting(f"{role} has kept"))
         for role in ("actor", "critic")
     }
-    controller._samples = lambda *_: []
     controller._sync = noting("sync")
-    await controller._train([], 2)
+    await controller._learn_and_sync(attempt_at(2, controller))
     kept = ["actor has kept", "critic has kept"]
     renewal = [*kept, "renew"] if is_due else []
     assert calls == ["learn", "actor keeps", "critic keeps", "finish", *renewal, "sync", *kept]
@@ -70,15 +73,9 @@ async def test_weights_that_are_published_again_after_a_restart_leave_no_metrics
         published.append(version)
         record.add({"weight_sync/probe_max_diff": Max(value=1.0)})
 
-    async def take(step: int) -> str:
-        return f"batch {step}"
-
     controller.record, controller.step, controller.trained_step = record, 1, 1
-    controller.is_published, controller.sharing = False, frozenset({"policy"})
-    controller.state = dict
-    controller.batches = SimpleNamespace(request=lambda step: None, take=take)
-    controller._sync = sync
-    assert await controller._take(2) == ("batch 2", 0.0)
+    controller.is_published, controller._sync = False, sync
+    await controller._publish_anew()
     assert published == [1]
     assert record.parts == []
 
@@ -114,6 +111,13 @@ async def test_without_a_checkpoint_a_run_in_flight_takes_up_what_its_first_weig
     await controller._sync(version)
     stored_before = [group_path(tmp_path, 0, 0), group_path(tmp_path, 1, 0), group_path(tmp_path, 2, 3)]
     assert at_sync == stored_before[:num_kept]
+
+
+def attempt_at(step: int, controller: Any, *groups: str) -> StepAttempt:
+    attempt = StepAttempt(step, controller.learning, getattr(controller, "scorer", None), cast(Any, None))
+    attempt.groups = cast(Any, groups)
+    controller.attempt = attempt
+    return attempt
 
 
 class Published:
@@ -169,9 +173,10 @@ def published(*, engines_have: int) -> tuple[Any, Published]:
     ends = Published()
     controller.roles = SimpleNamespace(rollout=ends, policy=ends)
     controller.trained = {"policy": ends}
-    controller.step, controller.trained_step, controller.is_published, controller.learnt = 2, 2, True, []
+    controller.step, controller.trained_step, controller.is_published = 2, 2, True
     controller.scorer = SimpleNamespace(weights=(engines_have, "sum"))
-    controller.learning = SimpleNamespace(begin_again=lambda: None)
+    controller.attempt = None
+    controller.record = LEARNING["record"]
     controller.supervisor, controller.survives = SimpleNamespace(recover=rebuilt), True
     return controller, ends
 
@@ -224,13 +229,13 @@ async def test_a_streamed_step_finds_the_loss_of_the_first_rank_that_a_successor
         return 2.5
 
     ends.lose_rank_0()
-    controller.config = SimpleNamespace(train=SimpleNamespace(streamed=True))
-    controller.record = SimpleNamespace(apart=lambda *_, **__: nullcontext())
     controller.batches = SimpleNamespace(take=take)
-    controller.learning.stream = stream
-    taken = asyncio.create_task(controller._learn_while_taking(3))
+    controller.learning = SimpleNamespace(**LEARNING, stream=stream)
+    attempt = attempt_at(3, controller)
+    taken = asyncio.create_task(controller._take_and_stream(attempt, controller.learning))
     ends.missing.set()
-    assert tuple(await asyncio.wait_for(taken, timeout=60)) == ("batch", 2.5)
+    assert await asyncio.wait_for(taken, timeout=60) == "batch"
+    assert attempt.busy_s == 2.5
     assert ends.calls == [
         *("withdraw", "lost: publish 2"),
         *("restart", "take back 2", "withdraw", "publish 2", "offer manifest 2"),
@@ -249,7 +254,7 @@ async def test_a_step_is_trained_again_if_a_batch_ahead_needs_the_weights_before
         controller.trained_step = step
         ends.newest = step
 
-    async def finish(step: int) -> None:
+    async def finish() -> None:
         if controller.trained_step == 3 and ends.calls.count("learn 3") == 1:
             ends.lose_rank_0()
             ends.missing.set()
@@ -268,14 +273,14 @@ async def test_a_step_is_trained_again_if_a_batch_ahead_needs_the_weights_before
     async def nothing(*_: Any) -> None: ...
 
     ends.offer_weights = offer  # type: ignore[method-assign]
-    controller.record = SimpleNamespace(apart=lambda *_, **__: nullcontext(), add=lambda _: None)
-    controller.sharing, controller._samples, controller._sync, controller.keep = frozenset(), lambda *_: [], sync, keep
+    controller.sharing, controller._sync, controller.keep = frozenset(), sync, keep
     controller.wait_until_kept = nothing
-    controller.learning = SimpleNamespace(
-        learn=learn, renews_reference=lambda step: False, begin_again=lambda: ends.calls.append("begin again")
-    )
-    controller.batches = SimpleNamespace(during=during, finish=finish)
-    await asyncio.wait_for(controller._train(["group"], 3), timeout=60)
+    controller.learning = SimpleNamespace(**LEARNING, learn=learn)
+    controller.batches = SimpleNamespace(during=during, until_weights_may_change=finish)
+    attempt = attempt_at(3, controller, "group")
+    attempt.begin_again = lambda: ends.calls.append("begin again")  # type: ignore[method-assign]
+    learn_and_sync = controller.despite_losses(partial(controller._learn_and_sync, attempt), oldest=2)
+    await asyncio.wait_for(learn_and_sync, timeout=60)
     assert ends.calls == [
         *("learn 3", "lost: take back 2", "restart", "take back 2", "begin again"),
         *("withdraw", "publish 2", "offer manifest 2", "learn 3", "sync 3"),
@@ -289,7 +294,7 @@ async def test_groups_whose_tokens_are_lost_in_training_are_found_and_the_policy
 
     async def learn(groups: Any, step: int) -> Signals:
         given.append(groups)
-        if groups == ["lost"]:
+        if groups == ("lost",):
             raise ResultsLost("the node is gone.", role="reference", rank=0, stage="reference", kind="died")
         return Signals()
 
@@ -309,19 +314,18 @@ async def test_groups_whose_tokens_are_lost_in_training_are_found_and_the_policy
     async def during(work: Any) -> None:
         await work
 
-    controller.record = SimpleNamespace(apart=lambda *_, **__: nullcontext(), add=lambda _: None)
     controller.supervisor = SimpleNamespace(recover=recover)
     forgotten: list[Any] = []
-    columns = SimpleNamespace(forget=forgotten.append)
-    controller.learning = SimpleNamespace(learn=learn, renews_reference=lambda step: False, columns=columns)
+    controller.learning = SimpleNamespace(**LEARNING, learn=learn, columns=SimpleNamespace(forget=forgotten.append))
     controller.scorer.found_again = found_again
-    controller.batches = SimpleNamespace(during=during, finish=nothing, collector=SimpleNamespace(sampling=None))
-    controller._samples, controller._sync, controller.keep = lambda *_: [], nothing, keep
-    groups, *_ = await controller._train(["lost"], 2)
-    assert groups == ["found"]
-    assert given == [["lost"], ["found"]]
+    controller.batches = SimpleNamespace(during=during, until_weights_may_change=nothing)
+    controller._sync, controller.keep = nothing, keep
+    attempt = attempt_at(2, controller, "lost")
+    await controller.despite_losses(partial(controller._learn_and_sync, attempt), oldest=1)
+    assert attempt.groups == ["found"]
+    assert given == [("lost",), ["found"]]
     assert ends.calls == ["recover"]
-    assert forgotten == [["lost"]], "columns of the reference that were computed from them may be lost too"
+    assert forgotten == [("lost",)], "columns of the reference that were computed from them may be lost too"
 
 
 async def test_groups_whose_tokens_are_lost_while_others_are_sampled_are_found_and_the_stream_begins_again() -> None:
@@ -342,13 +346,13 @@ async def test_groups_whose_tokens_are_lost_while_others_are_sampled_are_found_a
     async def found_again(groups: Any, sampling: Any) -> list[str]:
         return ["found", *groups[1:]]
 
-    learning: Any = AdvantageLearning.__new__(AdvantageLearning)
-    learning.arrivals, learning.portions, learning.stream = arrivals, [], stream
+    learning: Any = StreamedAdvantageLearning.__new__(StreamedAdvantageLearning)
+    learning.arrivals, learning.stream, learning.record = arrivals, stream, LEARNING["record"]
     learning.columns = SimpleNamespace(forget=lambda groups: None)
     controller.learning, controller.scorer.found_again = learning, found_again
-    controller.config = SimpleNamespace(train=SimpleNamespace(streamed=True))
-    controller.record = SimpleNamespace(apart=lambda *_, **__: nullcontext())
-    controller.batches = SimpleNamespace(take=take, collector=SimpleNamespace(sampling=None))
-    assert tuple(await asyncio.wait_for(controller._learn_while_taking(3), timeout=60)) == ("batch", 2.5)
+    controller.batches = SimpleNamespace(take=take)
+    attempt = attempt_at(3, controller)
+    assert await asyncio.wait_for(controller._take_and_stream(attempt, learning), timeout=60) == "batch"
+    assert attempt.busy_s == 2.5
     assert streamed == [["lost", "whole"], ["found", "whole"]]
     assert "restart" in ends.calls

@@ -1,0 +1,99 @@
+"""Learn from the first groups of a batch while its last ones are still sampled (train.streamed).
+
+    ready groups -> portion -> experience -> gradient of the first minibatch, until the batch is whole -> updates
+
+A portion has all groups that are ready. The ranks add its gradient to a sum (rlhf.workers.online.streamed).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from rlhf.config.derive import trained_per_prompt
+from rlhf.config.schema.root import Config
+from rlhf.controller.advantage_learning import AdvantageLearning, Experience
+from rlhf.controller.arrivals import Arrivals
+from rlhf.controller.batches import draw_minibatches
+from rlhf.controller.learning import OnlineRoles, Signals
+from rlhf.controller.record import RunRecord
+from rlhf.roles import ScoredGroup, TrainedRole
+from rlhf.types import BatchPlan, RolloutInfo, StepReward
+
+
+class StreamedAdvantageLearning(AdvantageLearning):
+    """Computes experience and gradients portion by portion, with the updates of the whole batch."""
+
+    def __init__(self, config: Config, roles: OnlineRoles, record: RunRecord) -> None:
+        super().__init__(config, roles, record)
+        self.arrivals = Arrivals(self.rollouts.prompts_per_step)
+        self.portions: list[Experience] = []  # of the step's batch
+        self._seen: set[int] = set()  # ids of the groups in the portions
+
+    def arrived(self, scored: ScoredGroup) -> None:
+        self.arrivals.add(scored)
+        super().arrived(scored)
+
+    async def stream(self, step: int) -> float:
+        """Learn from the portions of a batch until it is whole. Return the seconds of this work.
+
+        The last portion is left to `learn`, with the updates.
+        """
+        busy_s = 0.0
+        first_visited = self.visits(self.num_minibatches, step)[0]
+        while groups := await self.arrivals.take():
+            began = time.perf_counter()
+            await self._add_portion(groups, step)
+            if self.portions[-1].plan.scores:
+                with self.record.stage("update"):
+                    await self.roles.policy.accumulate(first_visited)
+            busy_s += time.perf_counter() - began
+        self.arrivals.begin()
+        return busy_s
+
+    async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:
+        if left := [scored for scored in groups if scored.group.request.group_id not in self._seen]:
+            await self._add_portion(left, step)
+        portions = self.portions
+        self._forget_portions()
+        return await self.update_from(portions, step)
+
+    def begin_again(self) -> None:
+        """Forget the gradients of a step that was begun: its ranks are lost."""
+        self._forget_portions()
+        self.arrivals.rewind()
+
+    def _forget_portions(self) -> None:
+        self.portions, self._seen = [], set()
+
+    async def _add_portion(self, groups: Sequence[ScoredGroup], step: int) -> None:
+        self.portions.append(await self.prepare(groups, step))
+        self._seen.update(scored.group.request.group_id for scored in groups)
+
+    def plan(
+        self,
+        groups: Sequence[ScoredGroup],
+        step: int,
+        role: TrainedRole,
+        steps: Mapping[int, tuple[StepReward, ...]],
+        drawn: Sequence[Sequence[RolloutInfo]] | None = None,
+    ) -> BatchPlan:
+        plan = super().plan(groups, step, role, steps, self._drawn(groups, step) if self.num_minibatches > 1 else None)
+        return replace(plan, portion=sum(bool(portion.plan.scores) for portion in self.portions))
+
+    def _drawn(self, groups: Sequence[ScoredGroup], step: int) -> list[list[RolloutInfo]]:
+        """Return the minibatches of a portion, as they will be drawn from the whole batch.
+
+        They are known beforehand: each prompt of the batch has a group, and all groups have one size.
+        """
+        count, samples = trained_per_prompt(self.config, self.rollouts), self.rollouts.samples_per_prompt
+        members = [[(place, i) for i in range(count)] for place in range(self.rollouts.prompts_per_step)]
+        infos = {
+            (scored.group.request.first_sequence_id // samples, i): info
+            for scored in groups
+            for i, info in enumerate(scored.group.infos)
+        }
+        seed, number = self.config.run.seed, self.num_minibatches
+        drawn = draw_minibatches(members, step=step, seed=seed, num_minibatches=number)
+        return [[infos[member] for member in minibatch if member in infos] for minibatch in drawn]
