@@ -12,7 +12,7 @@ from actors.cluster.memory_folders import MemoryFolders
 from actors.cluster.placement import Placement
 from actors.roles.gang import CriticGang, Gang, OfflineGang, PolicyGang
 from actors.roles.group import SpawnOne, Stoppable, WorkerGroup, spawn
-from actors.roles.ranks import RANKS
+from actors.roles.ranks import RANKS, StreamedPolicyRank
 from actors.roles.teacher import OnlineTeacherWorkers, TeacherWorkers
 from actors.roles.worker_pools import ReferenceWorkers, RewardWorkers
 from rlhf.config.derive import (
@@ -84,7 +84,8 @@ def _policy(run: RunContext) -> PolicyGang | OfflineGang:
     if algorithm.is_online and not algorithm.has_teacher:
         options["reference_is_adapter_off"] = reference_is_adapter_off(config)
     gang: type[PolicyGang | OfflineGang] = PolicyGang if algorithm.is_online else OfflineGang
-    return run.gang(gang, RANKS[algorithm.kind], config, **options)
+    rank = StreamedPolicyRank if config.train.streamed else RANKS[algorithm.kind]
+    return run.gang(gang, rank, config, **options)
 
 
 def _critic(run: RunContext) -> CriticGang:

@@ -21,6 +21,7 @@ from rlhf.workers.offline.supervised import SupervisedWorker
 from rlhf.workers.offline.unpaired import UnpairedWorker
 from rlhf.workers.online.pairs import OnlinePreferenceWorker
 from rlhf.workers.online.policy import PolicyWorker
+from rlhf.workers.online.streamed import StreamedPolicyWorker
 from rlhf.workers.online.student import StudentWorker
 from rlhf.workers.trained import TrainedWorker
 
@@ -71,6 +72,10 @@ class Publishes(TrainedWorker):
 
 class PolicyRank(Publishes, PolicyWorker):
     """One rank of a policy trained by advantages."""
+
+
+class StreamedPolicyRank(Publishes, StreamedPolicyWorker):
+    """One rank of a policy trained by advantages, whose batch arrives in portions."""
 
 
 class OnlinePreferenceRank(Publishes, OnlinePreferenceWorker):

@@ -56,7 +56,7 @@ def learn(
     assert {report.sequence_id for report in reports} <= set(shares[rank])
     _, (means, _) = worker.set_advantages(None)
     assert set(means) == set(shares[rank])
-    per_token = worker.portions[0].advantages.split(worker.portions[0].share.rollouts.lengths.tolist())
+    per_token = worker.prepared.advantages.split(worker.prepared.share.rollouts.lengths.tolist())
     tokens = {i: one.tolist() for i, one in zip(shares[rank], per_token, strict=False)}
     return tokens, worker.update(0)  # type: ignore[return-value]
 
@@ -120,7 +120,7 @@ def credit(
     values = [TokenValues(sequence_ids=whole.sequence_ids, lengths=whole.lengths, values=whole.token_ids / 100)]
     ppo = algorithm["name"] == "ppo"
     worker.set_advantages(None if ppo else SCORES, *(values if ppo else ()))
-    per_token = worker.portions[0].advantages.split(worker.portions[0].share.rollouts.lengths.tolist())
+    per_token = worker.prepared.advantages.split(worker.prepared.share.rollouts.lengths.tolist())
     if not shares[rank]:
         assert [float(one.abs().sum()) for one in per_token] == [0.0]
         return {}

@@ -72,7 +72,7 @@ def learn(
     plan = plan_batch(groups, step=1, seed=0, num_minibatches=2, num_ranks=world_size, kl_coef=0.0)
     if agree:
         worker.prepare(plan, *rollouts)
-        share = worker.portions[0].share
+        share = worker.prepared.share
         own = worker.compute("old logprobs", policy_logprobs_only, share)[0]
         rollouts = [replace(share.rollouts, rollout_logprobs=own)]
     if correction is not None and correction.get("mode") in BYPASSES:

@@ -25,6 +25,7 @@ from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.tracking.metrics.reductions import Mean
 from rlhf.types import BatchPlan, MinibatchPlan, Prompt, RolloutInfo, Rollouts, StepReward, TokenSignals, TokenValues
 from rlhf.workers.online.policy import PolicyWorker
+from rlhf.workers.online.streamed import StreamedPolicyWorker
 from tests.agent_sessions import call, session
 from tests.integration.gang_workers import (
     GROUPS,
@@ -74,8 +75,8 @@ def learn(rank: int, world_size: int, *, algorithm: dict[str, Any], model: str, 
     worker.prepare(plan, *rollouts)
     by_sequence = None if algorithm["name"] == "reinforce" else {i: 2.0 - (i * 7 % 5) for i in plan.scores}
     _, (_, found) = worker.set_advantages(by_sequence)
-    count = int(worker.portions[0].share.rollouts.response_mask.sum())
-    done = {"advantages/mean": Mean(total=float(worker.portions[0].advantages.sum()), count=count)}
+    count = int(worker.prepared.share.rollouts.response_mask.sum())
+    done = {"advantages/mean": Mean(total=float(worker.prepared.advantages.sum()), count=count)}
     return [found, done, *(worker.update(minibatch) for minibatch in range(2))]
 
 
@@ -194,20 +195,20 @@ def signals(rank: int, world_size: int, *, algorithm: dict[str, Any], model: str
     )
     plan = replace(plan, minibatches=(whole,))
     worker.prepare(plan, *(rollouts_of(group) for group in range(GROUPS)))
-    (before,) = worker.compute("a test", policy_logprobs_only, worker.portions[0].share)
+    (before,) = worker.compute("a test", policy_logprobs_only, worker.prepared.share)
     worker.set_advantages({i: float(i) for i in ids})
-    assert worker.portions[0].old_logprobs is None  # only the update computes them
+    assert worker.prepared.old_logprobs is None  # only the update computes them
     worker.update(0)
     told, size = worker.token_signals((4, 99, 1))
     assert size == len(told.old_logprobs)
     before = TokenValues(sequence_ids=told.sequence_ids, lengths=told.lengths, values=before[_places(worker, told)])
-    masks = worker.portions[0].share.rollouts.response_mask[_places(worker, told)]
+    masks = worker.prepared.share.rollouts.response_mask[_places(worker, told)]
     return told, before, masks
 
 
 def _places(worker: PolicyWorker, told: TokenSignals) -> torch.Tensor:
-    lengths = worker.portions[0].share.rollouts.lengths
-    starts = dict(zip(worker.portions[0].share.ids, (lengths.cumsum(0) - lengths).tolist(), strict=True))
+    lengths = worker.prepared.share.rollouts.lengths
+    starts = dict(zip(worker.prepared.share.ids, (lengths.cumsum(0) - lengths).tolist(), strict=True))
     pairs = zip(told.sequence_ids.tolist(), told.lengths.tolist(), strict=True)
     return torch.cat([torch.arange(0), *(torch.arange(starts[i], starts[i] + n) for i, n in pairs)])
 
@@ -267,10 +268,10 @@ def learn_streamed(
     options = dict(options)
     algorithm, number = options.pop("algorithm"), options.pop("minibatches")
     train = {"sequences_per_update": GROUPS * SAMPLES // number, "grad_clip": 0.05, "eps": 1e-3} | options
-    train["streamed"] = streamed
     cluster = {"roles": {"policy": resources}}
     config = worker_config(algorithm, model, folder, workers=world_size, tokens=40, train=train, cluster=cluster)
-    worker = PolicyWorker(config, place_of(rank, world_size), optimizer_steps=8, reference_is_adapter_off=False)
+    kind = StreamedPolicyWorker if streamed else PolicyWorker
+    worker = kind(config, place_of(rank, world_size), optimizer_steps=8, reference_is_adapter_off=False)
     worker.build()
     num_ranks = world_size // resources.get("sequence_parallel", 1)
     plan = plan_of(config, num_ranks)
@@ -287,9 +288,11 @@ def learn_streamed(
         for index, groups in enumerate(PORTIONS if streamed else (tuple(range(GROUPS)),)):
             parts.append(worker.prepare(portion_of(plan, groups, index), *map(rollouts_of, groups))[1])
             parts.append(worker.set_advantages({i: 2.0 - (i * 7 % 5) for i in plan.scores})[1][1])
-            if streamed and index < len(PORTIONS) - 1:
+            if isinstance(worker, StreamedPolicyWorker) and index < len(PORTIONS) - 1:
                 worker.accumulate(visits[0])
-        if streamed and number == 2:  # the last portion is in the gradient too, so an empty pass must end it
+        if (
+            isinstance(worker, StreamedPolicyWorker) and number == 2
+        ):  # the last portion is in the gradient too, so an empty pass must end it
             worker.accumulate(visits[0])
         parts += [worker.update(minibatch) for minibatch in visits]
     weights = {name: weight.clone() for name, weight in worker.weights(torch.float32)}

@@ -171,8 +171,8 @@ MUTATIONS = (
     _mutation(
         "the KL penalty in the reward reads the reference as the policy",
         "rlhf/workers/online/policy.py",
-        "penalty = reference_kl(config, portion.old_logprobs, portion.ref_logprobs, mask)",
-        "penalty = reference_kl(config, portion.ref_logprobs, portion.old_logprobs, mask)",
+        "penalty = reference_kl(config, prepared.old_logprobs, prepared.ref_logprobs, mask)",
+        "penalty = reference_kl(config, prepared.ref_logprobs, prepared.old_logprobs, mask)",
         "unit/test_workers_online_policy.py unit/test_algorithms_small_task.py integration/test_policy_worker.py",
     ),
     _mutation(

@@ -23,6 +23,7 @@ from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.types import BatchPlan, MinibatchPlan, Prompt, Rollouts, StepReward, TokenValues
 from rlhf.workers.online.critic import CriticWorker
 from rlhf.workers.online.policy import PolicyWorker
+from rlhf.workers.online.streamed import StreamedPolicyWorker
 from tests.agent_sessions import call, session
 from tests.tiny_architectures import tiny_model
 
@@ -55,7 +56,11 @@ class Worker(PolicyWorker):
         )
 
 
-def worker_of(model: Any, *, tokens: int = 100, **algorithm: Any) -> Worker:
+class StreamedWorker(Worker, StreamedPolicyWorker):
+    """A worker whose batch arrives in portions."""
+
+
+def worker_of(model: Any, *, tokens: int = 100, kind: type[Worker] = Worker, **algorithm: Any) -> Worker:
     config = Config.model_validate(
         {
             "run": {"name": "workers", "dir": "none"},
@@ -67,7 +72,7 @@ def worker_of(model: Any, *, tokens: int = 100, **algorithm: Any) -> Worker:
             "train": {"steps": 1, "lr": 1e-2, "sequences_per_update": 2, "max_tokens_per_microbatch": tokens},
         }
     )
-    return Worker(config, model)
+    return kind(config, model)
 
 
 def rollouts() -> Rollouts:
@@ -131,7 +136,7 @@ def test_every_sequence_of_a_session_ends_with_the_sessions_score() -> None:
     worker.algorithm.centers = False
     worker.prepare(plan(), rollouts())
     worker.set_advantages(None)
-    batch, advantages = rollouts(), worker.portions[0].advantages
+    batch, advantages = rollouts(), worker.prepared.advantages
     expected = torch.tensor([2.0, 2.0, 2.0, -1.0]).repeat_interleave(batch.lengths)
     torch.testing.assert_close(advantages[batch.response_mask], expected[batch.response_mask])
 
@@ -145,7 +150,7 @@ def test_the_reward_of_a_token_is_lower_where_the_policy_is_above_the_reference(
     reference = TokenValues(sequence_ids=batch.sequence_ids, lengths=batch.lengths, values=logprobs - 0.5)
     worker.prepare(replace(plan(), kl_coef=0.1), batch, reference)
     worker.set_advantages(None)
-    assert worker.portions[0].advantages[-3:].tolist() == pytest.approx([-1.15, -1.1, -1.05], abs=1e-5)
+    assert worker.prepared.advantages[-3:].tolist() == pytest.approx([-1.15, -1.1, -1.05], abs=1e-5)
 
 
 def test_a_step_reward_counts_through_the_sequences_of_its_session() -> None:
@@ -155,7 +160,7 @@ def test_a_step_reward_counts_through_the_sequences_of_its_session() -> None:
     steps = {0: tuple(StepReward(end=end, value=value) for end, value in ends.items())}
     worker.prepare(plan(steps=steps), rollouts())
     worker.set_advantages({0: 0.0, 1: 0.0})
-    found = worker.portions[0].advantages[rollouts().response_mask].tolist()
+    found = worker.prepared.advantages[rollouts().response_mask].tolist()
     # the first call's tokens come before both the second call and the branch; the branch's token only before its step
     assert found == [1.5, 1.5, 0.5, 0.0, 1.0, 4.0, 0.0, 0.0, 0.0, 0.0]
 
@@ -169,7 +174,7 @@ def test_a_sessions_report_covers_all_of_its_sequences() -> None:
     logprobs = policy_logprobs_only(model, batch.token_ids, batch.lengths, mask=batch.response_mask)
     assert reports[0].mean_old_logprob == pytest.approx(float(logprobs.detach().sum()) / 7, rel=1e-5)
     worker.set_advantages({0: 2.0, 1: -1.0})
-    chosen = worker.portions[0].selections.high_entropy
+    chosen = worker.prepared.selections.high_entropy
     assert chosen is not None
     assert int(chosen.sum()) == 5
     merge_metrics([worker.update(0)])
@@ -196,13 +201,10 @@ def test_a_minibatch_without_a_trained_token_makes_no_optimizer_step(selection: 
     gradients = []
     for streams in {False, streamed}:
         model.zero_grad(set_to_none=True)
-        worker = worker_of(model, **({"name": "grpo"} | selection))
-        worker.config = worker.config.model_copy(
-            update={"train": worker.config.train.model_copy(update={"streamed": streams})}
-        )
+        worker = worker_of(model, kind=StreamedWorker if streams else Worker, **({"name": "grpo"} | selection))
         worker.prepare(*halves())
         worker.set_advantages({0: 2.0, 1: -1.0})
-        if streams:
+        if isinstance(worker, StreamedWorker):
             worker.accumulate(0)
         assert results(worker.update(0)) == {"update/without_tokens/total": 1.0}
         assert all(weight.grad is None for weight in model.parameters())
@@ -225,4 +227,4 @@ def test_the_advantage_of_a_single_trained_token_is_centered_only() -> None:
     whole = MinibatchPlan(sequences_by_rank=((0,),), num_tokens=1, num_sequences=1)
     worker.prepare(BatchPlan(step=1, minibatches=(whole,), scores={0: 2.0}, kl_coef=0.0), batch)
     worker.set_advantages(None)
-    assert worker.portions[0].advantages.tolist() == [0.0, 0.0, 0.0]  # 2 - 2 at the sampled token
+    assert worker.prepared.advantages.tolist() == [0.0, 0.0, 0.0]  # 2 - 2 at the sampled token

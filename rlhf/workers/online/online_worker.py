@@ -103,10 +103,11 @@ class OnlineWorker(TrainedWorker):
         columns = [part for part in parts if isinstance(part, TokenValues)]
         return share, TokenValues.gather(columns, held).values if columns else None
 
-    def counts(self, plan: MinibatchPlan) -> StepCounts:
+    def counts(self, *plans: MinibatchPlan) -> StepCounts:
+        """Return the counts of an optimizer step on these plans."""
         return StepCounts(
-            num_tokens=plan.num_tokens,
-            num_sequences=plan.num_sequences,
+            num_tokens=sum(plan.num_tokens for plan in plans),
+            num_sequences=sum(plan.num_sequences for plan in plans),
             max_new_tokens=self.rollouts_config.max_response_tokens,
         )
 

@@ -2,15 +2,12 @@
 
 The columns of the rank's sequences are measured under the weights before the update, in `prepare` or in the first
 update. `actors.roles.ranks` adds the publishing of the weights.
-
-With train.streamed a batch arrives in portions. `accumulate` computes the gradient of a portion before later portions
-have arrived. The divisors of the loss are not known then, so losses are sums, and the optimizer step divides the sums.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,15 +23,15 @@ from rlhf.engine.distributed import RankContext
 from rlhf.models.packed.forward import policy_logprobs, policy_logprobs_only
 from rlhf.models.routers.replay import RouterReplay
 from rlhf.objectives.advantages import reward_to_go, whiten
-from rlhf.objectives.aggregation import denominator
 from rlhf.objectives.masking import Moments, merge_moments, moments, sequence_means, to_tokens
 from rlhf.objectives.rewards import step_rewards, token_rewards
 from rlhf.roles import Metrics, SequenceReport
 from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.tracking.metrics.reductions import ExplainedVariance, Mean, Reduction, Sum
 from rlhf.types import BatchPlan, Rollouts, RoutedRollouts, TokenSignals, TokenValues
-from rlhf.workers.microbatches import Microbatch, padded
+from rlhf.workers.microbatches import Microbatch
 from rlhf.workers.online.branch_credit import with_branch_rewards
+from rlhf.workers.online.normalisation import Normalisation
 from rlhf.workers.online.online_worker import OnlineWorker, Share
 from rlhf.workers.online.token_signals import Column, signals_of, unknown
 from rlhf.workers.online.update_metrics import (
@@ -44,15 +41,14 @@ from rlhf.workers.online.update_metrics import (
     sampler_metrics,
     sequence_reports,
     update_metrics,
-    with_losses_times,
 )
 from rlhf.workers.online.whole_step import Ranks, Selections, reads_whole_step, select_tokens
 from rlhf.workers.trained import Measure
 
 
 @dataclass(slots=True, kw_only=True)
-class Portion:
-    """A rank's share of one plan, with the columns of the tokens."""
+class PreparedShare:
+    """A rank's share of one plan, with the columns of its tokens."""
 
     share: Share
     ref_logprobs: Column  # None: the run has no reference
@@ -107,27 +103,22 @@ class PolicyWorker(OnlineWorker):
             with adapter_disabled(self.engine.module):
                 (ref_logprobs,) = self.compute("reference logprobs", policy_logprobs_only, share)
         config, rollouts = self.algorithm.config, share.rollouts
-        portion = Portion(
+        self.prepared = prepared = PreparedShare(
             share=share,
             ref_logprobs=ref_logprobs,
             trainer_logprobs=unknown(len(rollouts.token_ids)),
             advantages=unknown(len(rollouts.token_ids)),
             selections=Selections(high_entropy=None, selected=None),
         )
-        if plan.portion == 0:
-            self.portions: list[Portion] = []
-            self.num_accumulated = 0  # portions that are in the gradient already
-            self.measured: list[Metrics] = []  # of these portions
-        self.portions.append(portion)
         reads_kl = config.kl.place == "reward" or config.kl.adaptive is not None
         is_read = reads_whole_step(self.algorithm) or (ref_logprobs is not None and reads_kl)
         once = len(plan.minibatches) * self.config.train.epochs_per_batch == 1
         if once and not is_read and not config.bypasses_old_logprobs:
             return (), {}
-        old = self._compute_old_columns(portion)
+        old = self._compute_old_columns(prepared)
         metrics = reference_metrics(config, old, ref_logprobs, rollouts.response_mask)
         if not config.bypasses_old_logprobs:
-            portion.observes, portion.trainer_logprobs = False, old
+            prepared.observes, prepared.trainer_logprobs = False, old
             mask, lengths = rollouts.response_mask, rollouts.lengths
             metrics |= sampler_metrics(old, rollouts.rollout_logprobs, mask, lengths, lags=share.lags)
         return sequence_reports(config, share.ids, rollouts, old, ref_logprobs), metrics
@@ -135,13 +126,13 @@ class PolicyWorker(OnlineWorker):
     def set_advantages(
         self, by_sequence: Mapping[int, float] | None, *values: TokenValues
     ) -> tuple[TokenValues | None, tuple[Mapping[int, float], Metrics]]:
-        """Set the advantage of every sampled token of the newest portion. With a critic, also return the returns.
+        """Set the advantage of every sampled token. With a critic, also return the returns.
 
         A single token has no variance, so a step with a single trained token centers the advantage without whitening.
         Collective.
         """
-        portion = self.portions[-1]
-        share = portion.share
+        prepared = self.prepared
+        share = prepared.share
         mask, lengths = share.rollouts.response_mask, share.rollouts.lengths
         metrics: dict[str, Reduction] = {}
         returns: TokenValues | None = None
@@ -152,7 +143,7 @@ class PolicyWorker(OnlineWorker):
                 advantages = advantages + reward_to_go(self._step_rewards(share), mask, lengths, gamma=1.0)
         else:
             old_values = TokenValues.gather(values, share.held).values if values else None
-            rewards = self._token_rewards(portion)
+            rewards = self._token_rewards(prepared)
             advantages, targets = self.algorithm.token_advantages(rewards, old_values, mask, lengths)
             if old_values is not None:
                 returns = share.column(targets)
@@ -174,8 +165,8 @@ class PolicyWorker(OnlineWorker):
             held = int((advantages.abs() > bound).sum())
             metrics["advantages/clipped/fraction"] = Mean(total=held, count=local_moments.count)
             advantages = advantages.clamp(-bound, bound)
-        portion.advantages = advantages
-        portion.selections = self._select(portion)
+        prepared.advantages = advantages
+        prepared.selections = self._select(prepared)
         metrics["advantages/mean"] = Mean(total=local_moments.mean * local_moments.count, count=local_moments.count)
         metrics["advantages/std"] = as_std(local_moments)
         metrics["advantages/histogram"] = advantage_histogram(advantages, mask)
@@ -184,131 +175,101 @@ class PolicyWorker(OnlineWorker):
 
     def token_signals(self, sequences: Sequence[int]) -> tuple[TokenSignals, int]:
         """Return per-token training signals for this rank's subset of `sequences`, and the number of tokens."""
-        signals = TokenSignals.joined(
-            [
-                signals_of(
-                    portion.share.rollouts,
-                    [i for i in portion.share.ids if i in sequences],
-                    old_logprobs=portion.trainer_logprobs,
-                    ref_logprobs=portion.ref_logprobs,
-                    advantages=portion.advantages,
-                )
-                for portion in self.portions
-            ]
-        )
+        signals = self.signals(self.prepared, sequences)
         return signals, len(signals.advantages)
 
-    def accumulate(self, minibatch: int) -> None:
-        """Add the newest portions' part of a minibatch to the gradient, before later portions have arrived. Collective.
-
-        Portions without a trained token wait for a portion with trained tokens: there may be no optimizer step.
-        """
-        if not self._num_tokens(minibatch, self.portions[self.num_accumulated :]):
-            return
-        self.measured += self._add_to_gradient(minibatch, ends=False)
-        self.num_accumulated = len(self.portions)
+    def signals(self, prepared: PreparedShare, sequences: Sequence[int]) -> TokenSignals:
+        """Return the training signals of the tokens of a share that belong to `sequences`."""
+        return signals_of(
+            prepared.share.rollouts,
+            [i for i in prepared.share.ids if i in sequences],
+            old_logprobs=prepared.trainer_logprobs,
+            ref_logprobs=prepared.ref_logprobs,
+            advantages=prepared.advantages,
+        )
 
     def update(self, minibatch: int) -> Metrics:
         """Run an optimizer step on a minibatch of the prepared batch. Collective.
 
         Without a trained token there is no loss, and no optimizer step: neither the weights nor the schedule move.
         """
-        num_tokens = self._num_tokens(minibatch, self.portions)
-        if not num_tokens:
-            return {"update/without_tokens/total": Sum(total=1.0)} if self.place.rank == 0 else {}
-        parts = self.measured + self._add_to_gradient(minibatch, ends=True)
-        self.num_accumulated, self.measured = 0, []
-        for portion in self.portions:
-            portion.observes = False
-        if not self.config.train.streamed:
-            return merge_metrics([*parts, self.step_optimizer()])
-        plans = [portion.share.plan.minibatches[minibatch] for portion in self.portions]
-        num_sequences = sum(plan.num_sequences for plan in plans)
-        mode = self.algorithm.config.aggregation
-        divisor = denominator(mode, num_tokens=num_tokens, num_sequences=num_sequences)
-        parts = [with_losses_times(part, num_tokens / divisor) for part in parts]
-        return merge_metrics([*parts, self.step_optimizer(divisor)])
+        share = self.prepared.share
+        counts = self.counts(share.plan.minibatches[minibatch])
+        if not counts.num_tokens:
+            return self.without_tokens()
+        normalisation = Normalisation(counts=counts, mode=self.algorithm.config.aggregation)
+        compute = partial(self.loss, self.prepared, normalisation)
+        parts = self.accumulate_gradient(share.microbatches[minibatch], compute, ends=True)
+        self.prepared.observes = False
+        return self.end_step(parts, normalisation)
 
-    def _num_tokens(self, minibatch: int, portions: Sequence[Portion]) -> int:
-        """Return the number of trained tokens of a minibatch in some portions, over all ranks."""
-        return sum(portion.share.plan.minibatches[minibatch].num_tokens for portion in portions)
+    def without_tokens(self) -> Metrics:
+        """Return the metrics of a minibatch without a trained token."""
+        return {"update/without_tokens/total": Sum(total=1.0)} if self.place.rank == 0 else {}
 
-    def _add_to_gradient(self, minibatch: int, *, ends: bool) -> list[Metrics]:
-        """Run the passes of a minibatch over the portions missing in the gradient. Collective.
+    def end_step(self, parts: Sequence[Metrics], normalisation: Normalisation) -> Metrics:
+        """Update the weights by the whole gradient. Return the metrics of the step. Collective."""
+        return merge_metrics([*map(normalisation.measured, parts), self.step_optimizer(normalisation.divisor)])
 
-        ends: whether the optimizer step follows.
-        """
-        left = [(portion, portion.share.microbatches[minibatch]) for portion in self.portions[self.num_accumulated :]]
-        if ends and not (left and left[-1][1]):
-            left.append((self.portions[-1], tuple(padded((), 1))))  # a pass must mark the end of the gradient
-        parts: list[Metrics] = []
-        for index, (portion, microbatches) in enumerate(left):
-            compute = partial(self._loss, portion, minibatch)
-            parts += self.accumulate_gradient(microbatches, compute, ends=ends and index == len(left) - 1)
-        return parts
-
-    def _loss(self, portion: Portion, minibatch: int, microbatch: Microbatch) -> tuple[Tensor, Measure]:
-        """Return a micro-batch's share of the loss, and the function that measures the micro-batch."""
-        counts = self.counts(portion.share.plan.minibatches[minibatch])
-        if self.config.train.streamed:
-            counts = replace(counts, num_tokens=1, num_sequences=1)
-        terms, observed = self._microbatch_loss(portion, microbatch, counts)
-        return terms.loss, lambda: self._update_metrics(portion, terms, microbatch, counts.num_tokens) | observed
+    def loss(
+        self, prepared: PreparedShare, normalisation: Normalisation, microbatch: Microbatch
+    ) -> tuple[Tensor, Measure]:
+        """Return a micro-batch's share of the loss, and the function that measures it."""
+        counts = normalisation.of_losses
+        terms, observed = self._microbatch_loss(prepared, microbatch, counts)
+        return terms.loss, lambda: self._update_metrics(prepared, terms, microbatch, counts.num_tokens) | observed
 
     def _update_metrics(
-        self, portion: Portion, terms: LossTerms, microbatch: Microbatch, step_tokens: int
+        self, prepared: PreparedShare, terms: LossTerms, microbatch: Microbatch, step_tokens: int
     ) -> dict[str, Reduction]:
-        sampled = int(portion.share.rollouts.response_mask[microbatch.tokens].sum())
-        has_kl_loss = self.algorithm.config.kl.place == "loss" and portion.ref_logprobs is not None
+        sampled = int(prepared.share.rollouts.response_mask[microbatch.tokens].sum())
+        has_kl_loss = self.algorithm.config.kl.place == "loss" and prepared.ref_logprobs is not None
         passed = len(microbatch.tokens)
         metrics = update_metrics(
             terms, sampled=sampled, passed=passed, step_tokens=step_tokens, has_kl_loss=has_kl_loss
         )
-        selected = portion.selections.selected
+        selected = prepared.selections.selected
         if selected is not None:
             chosen = int(selected[microbatch.tokens].sum())
             metrics["update/selected/fraction"] = Mean(total=chosen, count=sampled)
         return metrics
 
-    def _compute_old_columns(self, portion: Portion) -> Float[Tensor, " N"]:
-        """Compute the columns under the sampling weights as needed by the algorithm.
-
-        Return the old log-probabilities.
-        """
-        share = portion.share
+    def _compute_old_columns(self, prepared: PreparedShare) -> Float[Tensor, " N"]:
+        """Compute the columns of the sampling weights that the algorithm reads. Return the old log-probabilities."""
+        share = prepared.share
         if self.algorithm.config.top_entropy_fraction is not None:
-            portion.old_logprobs, portion.old_entropy = self.compute("old logprobs", policy_logprobs, share)
+            prepared.old_logprobs, prepared.old_entropy = self.compute("old logprobs", policy_logprobs, share)
         if self.algorithm.config.bypasses_old_logprobs:
-            portion.old_logprobs = share.rollouts.rollout_logprobs
-        if portion.old_logprobs is None:
-            (portion.old_logprobs,) = self.compute("old logprobs", policy_logprobs_only, share)
-        return portion.old_logprobs
+            prepared.old_logprobs = share.rollouts.rollout_logprobs
+        if prepared.old_logprobs is None:
+            (prepared.old_logprobs,) = self.compute("old logprobs", policy_logprobs_only, share)
+        return prepared.old_logprobs
 
-    def _select(self, portion: Portion) -> Selections:
+    def _select(self, prepared: PreparedShare) -> Selections:
         """Select tokens by statistics of the whole optimizer step. Collective."""
-        share = portion.share
+        share = prepared.share
         if not reads_whole_step(self.algorithm):
             return Selections(high_entropy=None, selected=None)
-        assert portion.old_logprobs is not None
-        entropy = [] if portion.old_entropy is None else [portion.old_entropy]
-        columns = [portion.old_logprobs, portion.advantages, *entropy]
+        assert prepared.old_logprobs is not None
+        entropy = [] if prepared.old_entropy is None else [prepared.old_entropy]
+        columns = [prepared.old_logprobs, prepared.advantages, *entropy]
         ranks = Ranks(rank=self.data_rank, contributes=self.contributes, all_reduce_sum=self.engine.all_reduce_sum)
         return select_tokens(self.algorithm, share.plan, share.rollouts, columns, ranks, seed=self.config.run.seed)
 
-    def _token_rewards(self, portion: Portion) -> Float[Tensor, " N"]:
+    def _token_rewards(self, prepared: PreparedShare) -> Float[Tensor, " N"]:
         """Return the reward of each token.
 
         The reward is the score on each sequence's last sampled token, less the KL penalty if placed in the reward, plus
         the step rewards.
         """
-        share, config = portion.share, self.algorithm.config
+        share, config = prepared.share, self.algorithm.config
         rollouts, mask = share.rollouts, share.rollouts.response_mask
         penalty = torch.zeros(len(mask))
         if not share.ids:
             return penalty
-        if config.kl.place == "reward" and portion.ref_logprobs is not None:
-            assert portion.old_logprobs is not None
-            penalty = reference_kl(config, portion.old_logprobs, portion.ref_logprobs, mask)
+        if config.kl.place == "reward" and prepared.ref_logprobs is not None:
+            assert prepared.old_logprobs is not None
+            penalty = reference_kl(config, prepared.old_logprobs, prepared.ref_logprobs, mask)
         scores = torch.tensor([share.plan.scores[i] for i in share.held])
         rewards = token_rewards(scores, penalty, mask, rollouts.lengths, kl_coef=share.plan.kl_coef)
         return rewards + self._step_rewards(share) if share.plan.steps else rewards
@@ -339,10 +300,10 @@ class PolicyWorker(OnlineWorker):
         )
 
     def _microbatch_loss(
-        self, portion: Portion, microbatch: Microbatch, counts: StepCounts
+        self, prepared: PreparedShare, microbatch: Microbatch, counts: StepCounts
     ) -> tuple[LossTerms, dict[str, Reduction]]:
         """Return the loss of a micro-batch and, in the first update, the experience metrics missing after `prepare`."""
-        share, config = portion.share, self.algorithm.config
+        share, config = prepared.share, self.algorithm.config
         _, lengths, mask = self.columns(share, microbatch)
         has_bonus = share.plan.entropy_coef > 0.0
         logprobs, entropy = self.forward(policy_logprobs, share, microbatch, entropy_grad=has_bonus)
@@ -351,7 +312,7 @@ class PolicyWorker(OnlineWorker):
         def part(column: Tensor | None) -> Tensor | None:
             return None if column is None else self.part(column, microbatch)
 
-        old = part(portion.old_logprobs)
+        old = part(prepared.old_logprobs)
         batch = PolicyMicrobatch(
             lengths=lengths,
             response_mask=mask,
@@ -359,18 +320,18 @@ class PolicyWorker(OnlineWorker):
             entropy=entropy.float(),
             old_logprobs=logprobs.detach() if old is None else old,
             rollout_logprobs=self.part(share.rollouts.rollout_logprobs, microbatch),
-            ref_logprobs=part(portion.ref_logprobs),
-            advantages=self.part(portion.advantages, microbatch),
-            high_entropy=part(portion.selections.high_entropy),
-            selected=part(portion.selections.selected),
+            ref_logprobs=part(prepared.ref_logprobs),
+            advantages=self.part(prepared.advantages, microbatch),
+            high_entropy=part(prepared.selections.high_entropy),
+            selected=part(prepared.selections.selected),
             entropy_coef=share.plan.entropy_coef,
             sample_tokens=self.sample_tokens(share, microbatch),
         )
         terms = self.algorithm.policy_loss(batch, counts, kl_coef=share.plan.kl_coef)
-        if not portion.observes or not microbatch.rows:
+        if not prepared.observes or not microbatch.rows:
             return terms, {}
         now = logprobs.detach()
-        portion.trainer_logprobs[microbatch.tokens] = now.cpu()
+        prepared.trainer_logprobs[microbatch.tokens] = now.cpu()
         lags = self.part(share.lags, microbatch)
         metrics = sampler_metrics(now, batch.rollout_logprobs, mask, lengths, lags=lags)
         if old is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,8 +17,6 @@ from rlhf.roles import Metrics, SequenceReport
 from rlhf.tracking.metrics.histograms import ADVANTAGE_EDGES, RATIO_EDGES
 from rlhf.tracking.metrics.reductions import EffectiveShare, Histogram, Max, Mean, Min, Reduction, Std, Sum
 from rlhf.types import Rollouts
-
-LOSSES = ("update/loss/mean", "update/policy_loss/mean", "update/kl_loss/mean")
 
 
 def sampler_metrics(
@@ -150,14 +147,6 @@ def update_metrics(
     if has_kl_loss:
         metrics["update/kl_loss/mean"] = Mean(total=kl_loss * step_tokens, count=sampled)
     return metrics
-
-
-def with_losses_times(metrics: Metrics, factor: float) -> Metrics:
-    """Multiply the totals of the policy's losses, measured before the counts of the step were known."""
-    return {
-        name: replace(value, total=value.total * factor) if name in LOSSES and isinstance(value, Mean) else value
-        for name, value in metrics.items()
-    }
 
 
 def critic_metrics(terms: ValueLossTerms, *, sampled: int, step_tokens: int, clips: bool) -> Metrics:

@@ -1,0 +1,73 @@
+"""One rank of a policy whose batch arrives in portions (train.streamed).
+
+    portion -> prepare -> advantages -> accumulate, for each portion; then update
+
+`accumulate` adds the gradient of a portion before the next portion has arrived. The counts that divide the loss are not
+known then, so losses are sums, and the optimizer step divides the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from rlhf.roles import Metrics, SequenceReport
+from rlhf.types import BatchPlan, Rollouts, TokenSignals, TokenValues
+from rlhf.workers.microbatches import padded
+from rlhf.workers.online.normalisation import Normalisation
+from rlhf.workers.online.policy import PolicyWorker, PreparedShare
+
+
+class StreamedPolicyWorker(PolicyWorker):
+    """Sums the gradients of portions. The first `num_accumulated` portions are in the sum."""
+
+    portions: list[PreparedShare]
+
+    def prepare(self, plan: BatchPlan, *parts: Rollouts | TokenValues) -> tuple[tuple[SequenceReport, ...], Metrics]:
+        """Receive this rank's share of a portion's plan. Collective."""
+        if plan.portion == 0:
+            self.portions, self.num_accumulated = [], 0
+            self.measured: list[Metrics] = []  # of the portions in the sum
+        result = super().prepare(plan, *parts)
+        self.portions.append(self.prepared)
+        return result
+
+    def accumulate(self, minibatch: int) -> None:
+        """Add the newest portions of a minibatch to the sum. Collective.
+
+        Portions without a trained token wait for one that has tokens: there may be no optimizer step.
+        """
+        if self._normalisation(minibatch, self.portions[self.num_accumulated :]).counts.num_tokens:
+            self._accumulate(minibatch, ends=False)
+
+    def update(self, minibatch: int) -> Metrics:
+        normalisation = self._normalisation(minibatch, self.portions)
+        if not normalisation.counts.num_tokens:
+            return self.without_tokens()
+        self._accumulate(minibatch, ends=True)
+        parts, self.measured, self.num_accumulated = self.measured, [], 0
+        for portion in self.portions:
+            portion.observes = False
+        return self.end_step(parts, normalisation)
+
+    def token_signals(self, sequences: Sequence[int]) -> tuple[TokenSignals, int]:
+        signals = TokenSignals.joined([self.signals(portion, sequences) for portion in self.portions])
+        return signals, len(signals.advantages)
+
+    def _normalisation(self, minibatch: int, portions: Sequence[PreparedShare]) -> Normalisation:
+        counts = self.counts(*(portion.share.plan.minibatches[minibatch] for portion in portions))
+        return Normalisation(counts=counts, mode=self.algorithm.config.aggregation, is_deferred=True)
+
+    def _accumulate(self, minibatch: int, *, ends: bool) -> None:
+        """Run the passes of a minibatch over the portions that are not in the sum yet. Collective.
+
+        ends: whether the optimizer step follows.
+        """
+        normalisation = self._normalisation(minibatch, self.portions)
+        left = [(portion, portion.share.microbatches[minibatch]) for portion in self.portions[self.num_accumulated :]]
+        if ends and not (left and left[-1][1]):
+            left.append((self.portions[-1], tuple(padded((), 1))))  # a pass must mark the end of the gradient
+        for index, (portion, microbatches) in enumerate(left):
+            compute = partial(self.loss, portion, normalisation)
+            self.measured += self.accumulate_gradient(microbatches, compute, ends=ends and index == len(left) - 1)
+        self.num_accumulated = len(self.portions)
