@@ -1,4 +1,4 @@
-"""Calls and sessions of agents for tests: tokens given as lists, and log-probabilities that identify their token."""
+"""Make calls and sessions of agents for tests: tokens as lists, and log-probabilities that identify the token."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def call(
 ) -> Call:
     """Return a call whose sampled tokens have the log-probabilities -first, -(first + 1), ...
 
-    fixed: places in the response that a grammar restricted.
+    fixed: places in the response restricted by a grammar.
     """
     free = np.ones(len(response), np.bool_)
     free[list(fixed)] = False

@@ -1,4 +1,4 @@
-"""What every test runs under: no hub, no telemetry, checked tensor shapes in the mathematics, and one small Ray."""
+"""Set the conditions of every test: no hub, no telemetry, checked tensor shapes in the mathematics, and a small Ray."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ LOGGING_AT_START = [(logger.handlers[:], logger.level, logger.propagate) for log
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> PartScheduling | None:
-    """Keep the tests of one Ray, and those of the gangs of ranks, in one process each."""
+    """Keep the tests of the shared Ray, and the tests of the shared gangs, in a process each."""
     if config.getvalue("dist") != "loadfile":
         return None
     config.option.loadscopereorder = False  # by the number of tests, which says little of their time
@@ -54,7 +54,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> PartScheduli
 
 @pytest.fixture(autouse=True)
 def unchanged_logging() -> Iterator[None]:
-    """Undo what a test or a fixture sets up for the project's loggers: a later test must not see its lines."""
+    """Undo a test's or fixture's setup of the project's loggers: a later test must not see these lines."""
     _restore_logging()
     yield
     _restore_logging()
@@ -68,7 +68,7 @@ def _restore_logging() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the quickstart's tiny Llama, seed 0, float32. Tests read it only."""
+    """Return the folder of the quickstart's tiny Llama, seed 0, float32. Tests only read this folder."""
     from rlhf.models.files.tiny import build_tiny_llama
 
     return build_tiny_llama(tmp_path_factory.mktemp("models") / "tiny_llama", seed=0)
@@ -76,7 +76,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
-    """A Ray of this test session on this machine. Tests end the actors that they start."""
+    """Start a Ray of this test session on this machine. A test ends the actors that it starts."""
     import ray
 
     ray.init(
@@ -93,7 +93,7 @@ def ray_local() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def kept_engines(ray_local: None) -> Iterator[None]:
-    """Keep the engines of a run for the module's next run in this process, if it has the same settings."""
+    """Keep the engines of a run for the module's next run in this process with the same settings."""
     from actors.run.engine_pool import ENGINE_POOL
 
     ENGINE_POOL.keeps = True

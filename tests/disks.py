@@ -12,7 +12,7 @@ import pytest
 
 @contextmanager
 def mounted(folder: Path, *, mib: int) -> Iterator[Path]:
-    """Yield a new folder that is a file system of so many MiB."""
+    """Yield a new folder as a file system of the given size in MiB."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "none", folder]
     if subprocess.run(command, capture_output=True, check=False).returncode:

@@ -1,4 +1,4 @@
-"""An engine loop without a model, for the front: it answers at once with what a function says."""
+"""An engine loop without a model, for the front: a function gives the answers at once."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Says = Callable[[Sequence[int], Any], list[int]]
 
 
 class DummyLoop:
-    """Samples what `says` returns for a prompt and its parameters: tokens, of which the last may end the turn.
+    """Samples the tokens of `says` for a prompt and the parameters. The last token may end the turn.
 
-    `chunk`: tokens of one output of a stream. `hold`: nothing is answered, until `abort` drops it.
+    `chunk`: tokens per output of a stream. `hold`: answer nothing until `abort` drops the request.
     """
 
     def __init__(self, tokenizer: Any, says: Says, *, chunk: int = 3) -> None:
@@ -116,7 +116,7 @@ def _logprobs(ids: Sequence[int], begin: int, params: Any) -> Any:
 
 
 def dummy_parts(model: Path, max_model_len: int = 1024) -> EngineParts:
-    """Return the parts of an engine for a model folder, whose weights are not loaded."""
+    """Return the parts of an engine for a model folder, without loaded weights."""
     import os
 
     lengths: dict[str, Any] = {"dtype": "float32", "max_model_len": max_model_len}

@@ -1,7 +1,7 @@
-"""Several hosts on one machine: network namespaces joined by a bridge, each with its own address, names and processes.
+"""Make several hosts on one machine: network namespaces joined by a bridge, each with an address, names and processes.
 
-What runs on a host sees no other way to the rest than its link, which can be cut. Disks, clocks and memory are shared.
-Needs root and iproute2. A host's processes are ended by their pids: `ray stop` would end every Ray of the machine.
+A host's processes reach the rest only by the host's link, and a test can cut the link. Disks, clocks and memory are
+shared. Needs root and iproute2. A test ends a host's processes by pid: `ray stop` would end every Ray of the machine.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ GONE_WITHIN_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """One namespace."""
+    """A network namespace."""
 
     name: str
     address: str
@@ -47,9 +47,9 @@ class Host:
     def start(
         self, command: Sequence[str | Path], env: Mapping[str, str] = {}, **options: Any
     ) -> subprocess.Popen[str]:
-        """Run a command there, in a process group of its own.
+        """Run a command on the host, in a new process group.
 
-        Its environment is this one, but for the interface that a gang of this process took.
+        The environment is this process's, without the interface chosen by a gang of this process.
         """
         here = {name: value for name, value in os.environ.items() if name not in INTERFACE_VARIABLES}
         place = self.disk.parent / MOUNTED
@@ -63,7 +63,7 @@ class Host:
         )
 
     def run(self, command: Sequence[str | Path], env: Mapping[str, str] = {}, *, timeout_s: float = 60.0) -> str:
-        """Run a command there to its end: what it printed. It must succeed."""
+        """Run a command on the host to its end, and return the output. The command must succeed."""
         process = self.start(command, env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         try:
             said, _ = process.communicate(timeout=timeout_s)
@@ -75,19 +75,19 @@ class Host:
         return said
 
     def pids(self) -> list[int]:
-        """Its processes."""
+        """Return the processes of the host."""
         return [int(word) for word in _output("ip", "netns", "pids", self.name).split()]
 
     def kill(self) -> None:
-        """End all its processes at once, as when its power fails."""
+        """End all processes of the host at once, like a power failure."""
         _kill_all(self.name)
 
     def cut(self) -> None:
-        """Pull its cable: what runs there runs on, alone."""
+        """Cut the host's link: its processes run on, alone."""
         _output("ip", "link", "set", self.link, "down")
 
     def add_interface(self, name: str, address: str) -> None:
-        """One more, that leads nowhere, and for whose address the host's name stands from now on."""
+        """Add an interface without a link. From now on the host's name stands for the interface's address."""
         inside = ("ip", "-n", self.name)
         _output(*inside, "link", "add", name, "type", "veth", "peer", "name", f"{name}x")
         _output(*inside, "address", "add", f"{address}/24", "dev", name)
@@ -96,15 +96,15 @@ class Host:
         _give_names(self.name, address, [])
 
     def mend(self) -> None:
-        """Put its cable back."""
+        """Restore the host's link."""
         _output("ip", "link", "set", self.link, "up")
 
 
 @contextmanager
 def several_hosts(count: int) -> Iterator[list[Host]]:
-    """Hosts 10.77.0.1 to .count, called host0, host1, ...; with all that runs there they are gone after the block.
+    """Yield hosts 10.77.0.1 to .count, called host0, host1, ... After the block the hosts and their processes are gone.
 
-    Skips the test where there can be none.
+    Skips the test on a machine without namespaces.
     """
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("SEVERAL HOSTS NOT TESTED: needs root and iproute2 (apt-get install iproute2)")
@@ -142,7 +142,7 @@ def start_ray(
     labels: Sequence[str] = (),
     env: Mapping[str, str] = {},
 ) -> str:
-    """A Ray with its head on the first host and a node on each of the others; its address.
+    """Start a Ray with the head on the first host and a node on each further host. Return the address.
 
     cpus, labels: of each node; a label is such as pool=gpu.
     """
@@ -157,7 +157,7 @@ def start_ray(
 
 
 def start_node(host: Host, *options: str, env: Mapping[str, str] = {}) -> None:
-    """`ray start` on a host, in the background. Its niceness is that of the tests, its object store is small."""
+    """Call `ray start` on a host, in the background. The niceness is that of the tests, the object store is small."""
     store = "--object-store-memory=134217728"
     common = {"RAY_worker_niceness": "0", **env}
     host.run([BIN / "ray", "start", "--disable-usage-stats", store, *options], common, timeout_s=START_WITHIN_S)
@@ -174,7 +174,9 @@ def _connect(name: str, address: str, bridge: str, link: str) -> None:
 
 
 def _give_names(name: str, address: str, addresses: Sequence[str]) -> None:
-    """What `ip netns exec` puts over /etc/hosts and /etc/resolv.conf: no name is looked up anywhere else."""
+    """Write the files that `ip netns exec` puts over /etc/hosts and /etc/resolv.conf, so that no name leaves the
+    machine.
+    """
     folder = Path("/etc/netns", name)
     folder.mkdir(parents=True, exist_ok=True)
     lines = ["127.0.0.1 localhost", f"{address} {socket.gethostname()}"]
@@ -189,7 +191,7 @@ def _link(owner: int, index: int) -> str:
 
 
 def _remove(owner: int) -> None:
-    """All that a process has made."""
+    """Remove everything made by a process."""
     names = [name for name in _namespaces() if name.startswith(f"rlhf-{owner}-")]
     for name in names:
         _kill_all(name)
@@ -202,7 +204,7 @@ def _remove(owner: int) -> None:
 
 
 def _remove_left_behind() -> None:
-    """What killed test runs have left."""
+    """Remove everything left by killed test runs."""
     owners = {int(match[1]) for match in map(re.compile(r"rlhf-(\d+)-\d+").fullmatch, _namespaces()) if match}
     for owner in owners:
         if not Path("/proc", str(owner)).exists():

@@ -28,7 +28,7 @@ def make_adapter(folder: Path, base: Path, *, seed: int, rank: int = 4, **settin
 
 
 def make_reward_adapter(folder: Path, base: Path, *, seed: int, num_labels: int = 1) -> Path:
-    """The same of a sequence classifier, with the head that was trained beside it."""
+    """Write an adapter of a sequence classifier, with a trained head."""
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=num_labels)
     return _trained(model, folder, base, seed, r=4, task_type="SEQ_CLS")
 
@@ -47,5 +47,5 @@ def _trained(model: Any, folder: Path, base: Path, seed: int, **settings: Any) -
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    """Of all its files."""
+    """Return the weights of all files of a folder."""
     return {name: weight for file in sorted(folder.glob("*.safetensors")) for name, weight in load_file(file).items()}

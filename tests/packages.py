@@ -12,7 +12,7 @@ import pytest
 def install(
     folder: Path, monkeypatch: pytest.MonkeyPatch, package: str, *, code: str = "", **offers: Mapping[str, str]
 ) -> None:
-    """Install a package of the module PACKAGE_code. `offers` are its entry points: by kind, by name."""
+    """Install a package with the module PACKAGE_code. `offers` are the entry points: by kind, by name."""
     (folder / f"{package}_code.py").write_text(code)
     about = folder / f"{package}-1.0.dist-info"
     about.mkdir()

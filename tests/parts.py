@@ -1,8 +1,9 @@
-"""Which tests stay in one process when `pytest -n 2 --dist loadfile` shares them out: those of a file, and two parts.
+"""Choose the process of each test for `pytest -n 2 --dist loadfile`: tests of a file stay together, and so do two
+parts.
 
-All tests of the session's Ray are one part, since that Ray has more CPUs than the machine. Those of the gangs of ranks
-are another part, so that each gang is started once. Both are long, and so they are begun first. The files follow in the
-order in which they were collected.
+All tests of the session's Ray are a part, since that Ray has more CPUs than the machine. The tests of the shared gangs
+are the second part, so that each gang starts once. Both parts are long, and so begin first. The files follow in the
+order of their collection.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ PARTS = {"ray": re.compile(r"\b(ray_local|kept_engines): None\b"), "ranks": re.c
 
 @cache
 def part_of(file: Path) -> str:
-    """The part that has a file: its tests ask for the fixtures of that part."""
+    """Return the part of a file: the file's tests use the fixtures of that part."""
     text = file.read_text(encoding="utf-8")
     return next((part for part, fixtures in PARTS.items() if fixtures.search(text)), str(file))
 
 
 class PartScheduling(LoadScopeScheduling):  # type: ignore[misc]  # xdist is untyped here
-    """Gives a process that is done the next part or file."""
+    """Gives an idle process the next part or file."""
 
     def _split_scope(self, nodeid: str) -> str:
         return part_of(self.config.rootpath / nodeid.partition("::")[0])

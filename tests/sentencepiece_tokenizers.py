@@ -1,5 +1,6 @@
-"""Tokenizers that behave as SentencePiece's do, with vocabularies made for tests: legacy or not, with a Prepend
-normaliser, with byte fallback, and with special tokens that swallow white space."""
+"""Make tokenizers that behave like SentencePiece's, with small vocabularies: legacy or not, with a Prepend normaliser,
+with byte fallback, and with special tokens that swallow white space.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ PHI = (
 
 
 def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Bytes, letters and whole words, with a space before them and without, and the merges that lead there."""
+    """Return bytes, letters and whole words, with and without a space before them, and the merges."""
     tokens = [*_SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), SPACE]
     tokens += [chr(code) for code in range(33, 127)]
     merges: list[tuple[str, str]] = []
@@ -56,7 +57,7 @@ def llama(*, legacy: bool) -> Any:
 
 
 def prepend() -> Any:
-    """As tokenizer.json of Zephyr and TinyLlama has it: a normaliser that writes the space before each stretch."""
+    """Return a tokenizer like Zephyr's and TinyLlama's: a normaliser writes the space before each stretch."""
     vocab, merges = _vocabulary()
     backend = Backend(BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
@@ -65,7 +66,7 @@ def prepend() -> Any:
 
 
 def swallowing() -> Any:
-    """As Phi 3's: special tokens that take the white space behind them in."""
+    """Return a tokenizer like Phi 3's: special tokens swallow the white space after them."""
     made = prepend()
     names = ("<|user|>", "<|assistant|>", "<|end|>")
     made.add_special_tokens(

@@ -1,6 +1,7 @@
-"""A Slurm of three nodes on several hosts (tests/hosts.py): munge, a controller and three daemons, without systemd.
+"""Start a Slurm of three nodes on several hosts (tests/hosts.py): munge, a controller and three daemons, without
+systemd.
 
-All its files and its key are in one folder; its processes end with the hosts, munge's by its pid.
+All files and the key are in a single folder. The processes end with the hosts, and munge's by pid.
 """
 
 from __future__ import annotations
@@ -48,22 +49,22 @@ KillWait=60
 
 @dataclass(frozen=True, slots=True)
 class Slurm:
-    """A cluster whose nodes are node0, node1, ..."""
+    """A cluster with the nodes node0, node1, ..."""
 
     hosts: Sequence[Host]
     folder: Path
 
     def run(self, *command: str | Path, timeout_s: float = 60.0) -> str:
-        """A command of Slurm's on the first host: what it printed."""
+        """Run a command of Slurm on the first host, and return the output."""
         return self.hosts[0].run(command, {"SLURM_CONF": str(self.folder / "slurm.conf")}, timeout_s=timeout_s)
 
     def job(self, number: str) -> dict[str, str]:
-        """What is known of a job."""
+        """Return Slurm's record of a job."""
         words = self.run("scontrol", "--oneliner", "show", "job", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def until(self, holds: Callable[[], bool], *, within_s: float, what: str) -> None:
-        """Wait; if it does not come to hold, the controller's log is in the failure."""
+        """Wait for a condition. A failure has the controller's log."""
         give_up = time.monotonic() + within_s
         while not holds():
             if time.monotonic() > give_up:
@@ -74,9 +75,9 @@ class Slurm:
 
 @contextmanager
 def slurm(hosts: Sequence[Host]) -> Iterator[Slurm]:
-    """Slurm for the length of the block. Skips the test where it is not installed.
+    """Run Slurm for the length of the block. Skips the test without an installed Slurm.
 
-    Its files go with those of the hosts. The path of their folder is short, since sockets of job steps lie below it.
+    The files are removed with the hosts. The folder's path is short, since sockets of job steps lie below.
     """
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing:

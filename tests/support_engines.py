@@ -1,8 +1,8 @@
-"""Measures how far vLLM's log-probabilities are from the trainer's, one model type after the other.
+"""Measure the distance of vLLM's log-probabilities from the trainer's, for each model type.
 
-Engines get their weights by a sync, or are frozen and load them from a folder.
+Engines get their weights by a sync, or are frozen and load the weights of a folder.
 
-vLLM is imported once. Each engine gets a fork of this process, so that it leaves nothing behind, however it ends.
+vLLM is imported once. Each engine gets a fork of this process, and so leaves nothing behind at any end.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def told(error: Exception) -> str:
 
 
 def sizes_for_engine(model_type: str) -> dict[str, Any]:
-    """The changes of a tiny config with which vLLM's kernels of a CPU run, unless the type has its own."""
+    """Return the changes of a tiny config for vLLM's CPU kernels, unless the type has specific changes."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     known = CONFIG_MAPPING[model_type]()
@@ -97,7 +97,7 @@ def sizes_for_engine(model_type: str) -> dict[str, Any]:
 
 
 def measure(model_type: str, folder: Path, dtype: Dtype, *, frozen: bool = False, **changes: Any) -> str:
-    """The same in one dtype. The trainer's model is in this process, since engines change transformers' classes."""
+    """Measure in one dtype. The trainer's model is in this process, since engines change transformers' classes."""
     source = model_folder(folder, model_type, std=0.02, **sizes_for_engine(model_type) | changes)
     (architecture,) = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
     if architecture not in vllm.ModelRegistry.get_supported_archs():
@@ -130,7 +130,9 @@ def measure(model_type: str, folder: Path, dtype: Dtype, *, frozen: bool = False
 
 
 def _in_a_fork(source: str, dtype: Dtype, manifest: WeightManifest | None) -> str | list[Row]:
-    """What an engine with the published weights, or those of the folder, has sampled, or why there is nothing."""
+    """Return the samples of an engine with the published weights or the folder's weights, or the reason for no
+    samples.
+    """
     context = get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(source, dtype, manifest, theirs))

@@ -1,7 +1,8 @@
-"""Measures what the table of tested architectures says of each model type, on the tiny models of this folder.
+"""Measure the columns of the table of tested architectures for each model type, on the tiny models of this folder.
 
-`python -m tests.support_measurements` writes rlhf/models/support.csv again. Its last column needs vLLM:
-`python -m tests.support_measurements engine TYPE...` measures it for some types, and keeps the rest.
+`python -m tests.support_measurements` writes rlhf/models/support.csv again. The last column needs vLLM:
+`python -m tests.support_measurements engine TYPE...` measures this column for some types, and leaves the rest
+unchanged.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def model_folder(folder: Path, model_type: str, **changes: Any) -> str:
 
 
 def measured(model_type: str) -> Support:
-    """Everything but the engine's two columns, which stay as they are."""
+    """Measure all columns but the engine's two columns."""
     known = support_by_type().get(model_type)
     with tempfile.TemporaryDirectory() as name:
         source = model_folder(Path(name) / "model", model_type)
@@ -111,7 +112,7 @@ def weights(size: int) -> Tensor:
 
 
 def results(model: Any, order: list[int]) -> tuple[Tensor, Tensor]:
-    """The same by our pass over a row that has the sequences in this order."""
+    """Return the results of our pass over a row of the sequences in this order."""
     ids = sequences()
     row, lengths = torch.cat([ids[i] for i in order]), torch.tensor([LENGTHS[i] for i in order])
     mask = torch.ones(len(row), dtype=torch.bool)
@@ -181,7 +182,7 @@ def logits_of(model: Any) -> Tensor:
 
 
 def put(row: Support) -> None:
-    """Write a line of the table, and show it."""
+    """Write a line of the table, and show the line."""
     support_by_type.cache_clear()
     rows = {**support_by_type(), row.model_type: row}
     with PATH.open("w", encoding="utf-8", newline="") as file:

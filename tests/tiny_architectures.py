@@ -1,4 +1,6 @@
-"""Tiny random language models of many architectures of transformers, with weights large enough to tell them apart."""
+"""Build tiny random language models of many architectures of transformers, with weights large enough for
+comparisons.
+"""
 
 from __future__ import annotations
 
@@ -260,7 +262,7 @@ SELDOM = frozenset(
 
 
 def has_setting(config: Any, key: str) -> bool:
-    """Whether a config has a setting. One that differs by layer is no attribute."""
+    """Return whether a config has a setting. A setting that differs by layer is no attribute."""
     return key in vars(config) or hasattr(config, key)
 
 
@@ -273,7 +275,7 @@ def tiny_config(model_type: str, **changes: Any) -> Any:
 
 
 def tiny_model(model_type: str, *, std: float = 0.1, **changes: Any) -> Any:
-    """A language model in training mode, its matrices normally distributed."""
+    """Return a language model in training mode, with normally distributed matrices."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(tiny_config(model_type, **changes)).train()
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""A mixture of experts and a hybrid of the quickstart's size, as folders that transformers and vLLM load."""
+"""Build a mixture of experts and a hybrid of the quickstart's size, as folders for transformers and vLLM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files of cluster/: what reads them would take them, and they say what the documentation says they do."""
+"""The files of cluster/ are accepted by their readers, and match the documentation."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def ray_cluster(name: str) -> dict[str, Any]:
 
 
 def keys(value: Any, of: str) -> Iterator[Any]:
-    """Values of a key, wherever it stands."""
+    """Yield the values of a key at any depth."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             if name == of:
@@ -80,7 +80,7 @@ def lint(script: str) -> None:
 
 
 class Metadata(http.server.BaseHTTPRequestHandler):
-    """What AWS and Google Cloud answer on a spot machine: the third question announces that it is reclaimed."""
+    """The answers of AWS and Google Cloud on a spot machine: the third answer announces the end of the machine."""
 
     asked = 0
 

@@ -1,5 +1,6 @@
-"""Every recipe loads, those of runs plan on any machine and repeat themselves, and every trial of a sweep is a run.
-Planning imports nothing heavy."""
+"""Every recipe loads. The recipes of runs plan on any machine, and every trial of a sweep is a run.
+Planning imports nothing heavy.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +60,9 @@ def test_a_laptop_recipe_fits_two_cores(path: Path) -> None:
 
 
 def cpu_seconds(code: str) -> float:
-    """Of a new interpreter, its start and all imports included: time in which other processes ran does not count."""
+    """Return the processor time of a new interpreter, with start and all imports: time of further processes does not
+    count.
+    """
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

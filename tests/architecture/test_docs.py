@@ -1,4 +1,4 @@
-"""The pages name what is there: files, metrics, configuration keys, make targets, and commands that parse."""
+"""The pages name existing files, metrics, configuration keys, make targets, and commands that parse."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ FILE = re.compile(r"(?:rlhf|actors|tests|configs|benchmarks|docs)/[\w./-]*")
 
 
 def quoted(page: Path) -> set[str]:
-    """Everything between single backticks, on one line."""
+    """Return the texts between single backticks on a line."""
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     return set(re.findall(r"`([^`\n]+)`", text))
 
 
 def written_by(page: Path) -> set[str]:
-    """Files that the reader is told to write."""
+    """Return the files to be written by the reader."""
     return set(re.findall(r"Write\s+`([^`]+)`:", page.read_text(encoding="utf-8")))
 
 

@@ -25,7 +25,7 @@ OPTIONS = {"pip install": ["--quiet", "--no-build-isolation", "--no-deps", "--ta
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A block, and the last file that the text before it names."""
+    """A block, and the last file named in the text before the block."""
 
     kind: str
     path: str
@@ -33,7 +33,7 @@ class Step:
 
 
 def steps(chapter: str) -> Iterator[Step]:
-    """Of one chapter, in order."""
+    """Return the steps of a chapter, in order."""
     start = PAGE.index(f"## {chapter}")
     end = PAGE.find("\n## ", start)
     text = PAGE[start : len(PAGE) if end < 0 else end]
@@ -43,7 +43,7 @@ def steps(chapter: str) -> Iterator[Step]:
 
 
 def changed(text: str, change: str) -> str:
-    """The text with a change: its lines without `+` must stand there once, those without `-` take their place."""
+    """Return the text with a change: lines without `+` must occur once, and lines without `-` take their place."""
     lines = change.splitlines(keepends=True)
     old = "".join(line[1:] or "\n" for line in lines if not line.startswith("+"))
     new = "".join(line[1:] or "\n" for line in lines if not line.startswith("-"))
@@ -52,7 +52,7 @@ def changed(text: str, change: str) -> str:
 
 
 def follow(chapter: str, folder: Path, *, trains: bool = False, code: Path = ROOT) -> list[str]:
-    """Do what the chapter says; returns the output of its commands. `trains`: those that train too."""
+    """Follow the chapter and return the output of its commands. `trains`: also commands that train."""
     outputs = []
     for step in steps(chapter):
         path = folder / step.path
@@ -68,7 +68,7 @@ def follow(chapter: str, folder: Path, *, trains: bool = False, code: Path = ROO
 
 
 def run(line: str, folder: Path, code: Path = ROOT) -> str:
-    """The output of a command that succeeds."""
+    """Return the output of a successful command."""
     words, _, output = line.partition(" > ")
     program, *rest = shlex.split(words)
     rest += OPTIONS.get(f"{program} {rest[0]}", [])
@@ -92,14 +92,16 @@ def test_an_algorithm_of_a_file(tmp_path: Path) -> None:
 
 
 def test_a_reward_of_a_file(tmp_path: Path) -> None:
-    """Of `3,6,11` one of six characters is wrong."""
+    """A single character of the six of `3,6,11` is wrong."""
     (scores,) = follow("Add a reward", tmp_path)
     assert "0.83" in scores
     assert "1.0" in scores
 
 
 def test_a_script_needs_its_guard(tmp_path: Path) -> None:
-    """The reward's process imports the script. With the guard it scores, and without it a second run would begin."""
+    """The reward's process imports the script. With the guard the reward scores; without a guard a second run would
+    begin.
+    """
     for step in steps("Add a reward"):
         if step.kind in ("yaml", "json"):
             (tmp_path / step.path).write_text(step.text, encoding="utf-8")
@@ -127,7 +129,7 @@ def test_a_script_needs_its_guard(tmp_path: Path) -> None:
 
 
 def test_code_of_a_package(tmp_path: Path) -> None:
-    """The files of the earlier chapters are gone, once they are installed."""
+    """The files of the earlier chapters are gone after the installation."""
     follow("Add an algorithm", tmp_path)
     follow("Add a reward", tmp_path)
     follow("Share code as a package", tmp_path)

@@ -21,7 +21,7 @@ def modules() -> dict[str, ast.Module]:
 
 
 def imported(tree: ast.Module) -> Iterator[str]:
-    """Yield what a module imports anywhere: at its top, inside functions, and for type checkers alone."""
+    """Yield all imports of a module: at the top, inside functions, and for type checkers alone."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -31,7 +31,7 @@ def imported(tree: ast.Module) -> Iterator[str]:
 
 
 def import_graph(trees: Mapping[str, ast.Module]) -> dict[str, set[str]]:
-    """Return the modules that each module imports. A package counts where a name comes from its __init__ alone."""
+    """Return the imported modules of each module. A package counts only for names from its __init__."""
     graph = {}
     for name, tree in trees.items():
         targets = set(imported(tree)) & trees.keys()

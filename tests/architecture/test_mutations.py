@@ -1,4 +1,4 @@
-"""The list of faults in tests/mutations fits the product as it is now."""
+"""The list of faults in tests/mutations fits the present product."""
 
 from __future__ import annotations
 

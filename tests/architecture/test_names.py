@@ -1,4 +1,4 @@
-"""One public name means one thing: no two modules define a class or a function of the same name."""
+"""A public name has a single meaning: no two modules define a class or a function of the same name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every recipe loads, and `rlhf plan` works for it on a machine that has neither the model nor the devices."""
+"""Every recipe loads, and `rlhf plan` accepts the recipe on a machine without the model and the devices."""
 
 from __future__ import annotations
 

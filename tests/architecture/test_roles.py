@@ -1,4 +1,4 @@
-"""A role is declared once, and few files name it: those that a new role would touch too."""
+"""A role is declared once, and few files name a role: the files touched by a new role."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OTHER_MEANINGS = {
 
 
 def files_with_strings() -> dict[str, set[str]]:
-    """The files of the product by the strings in them. A string that only contains a name is not the name."""
+    """Return the files of the product by their strings. A longer string does not count as the name."""
     found: dict[str, set[str]] = defaultdict(set)
     for package in ("rlhf", "actors"):
         for path in (ROOT / package).rglob("*.py"):

@@ -1,4 +1,4 @@
-"""Heavy modules are imported when a command needs them: not for help, a refused configuration or a plan.
+"""A command imports heavy modules only when needed: not for help, a refused configuration or a plan.
 
 The checks of a plan's inputs need a tokenizer, but no torch for the tiny model.
 """

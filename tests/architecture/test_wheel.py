@@ -1,4 +1,4 @@
-"""The wheel holds the recipes, and its commands find them without the repository."""
+"""The wheel holds the recipes, and the installed commands work without the repository."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PARTS = ("pyproject.toml", "README.md", "LICENSE", "rlhf", "actors", "configs")
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build it from a copy, since setuptools writes into the folder that it builds from. Needs no network."""
+    """Build the wheel from a copy, since setuptools writes into the source folder. Needs no network."""
     folder = tmp_path_factory.mktemp("source")
     for name in PARTS:
         source = ROOT / name

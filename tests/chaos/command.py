@@ -1,4 +1,4 @@
-"""The command line of a run in tests/chaos. It writes the states of all placement groups when it leaves its Ray."""
+"""Run the command line in tests/chaos, and write the states of all placement groups before leaving Ray."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The table at the end of a session: each fault, whether the run survived it, and how soon it was back at work."""
+"""Print a table at the end of a session: each fault, whether the run survived, and the time until the run was back at
+work.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ OUTCOMES = pytest.StashKey[list[Outcome]]()
 
 @pytest.fixture(scope="session")
 def outcomes(request: pytest.FixtureRequest) -> list[Outcome]:
-    """The outcomes of this session, to which each test adds its own."""
+    """Return the outcomes of this session. Each test adds its outcomes."""
     return request.config.stash.setdefault(OUTCOMES, [])
 
 

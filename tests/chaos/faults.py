@@ -1,7 +1,7 @@
 """Choose a process of a run by role and rank, wait for a stage of the run's timeline, and end or stop the process.
 
-The processes come from processes.json. A span is written when it ends. So a stage is known to begin when the span
-before it ends, and a moment later, as in earlier steps. Afterwards the timeline proves whether the stage was hit.
+The processes come from processes.json. A span is written at its end. So a stage is known to begin when the previous
+span ends, plus a moment as in earlier steps. Afterwards the timeline proves whether the fault hit its stage.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ DEPTH = 0.25  # of a stage, at which a fault comes
 class Victim:
     """A process of a run.
 
-    who: its name in processes.json. helper: the victim is a process that this one has started. recovers: the role
-    whose recoveries the loss counts among. None: the loss is made good without a recovery.
+    who: the process's name in processes.json. helper: the victim is a child of the named process. recovers: the role
+    whose recoveries count the loss. None: the run repairs the loss without a recovery.
     """
 
     who: str
@@ -94,7 +94,7 @@ STEP_ENDS = {"step", "eval", "checkpoint"}  # the spans that may be the last of 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """One cell of the matrix."""
+    """A cell of the matrix."""
 
     mode: str
     who: str
@@ -106,7 +106,7 @@ class Fault:
 
     @property
     def recovers(self) -> str | None:
-        """Return the role among whose recoveries it counts. In an export only the policy and the driver work."""
+        """Return the role whose recoveries count the fault. In an export only the policy and the driver work."""
         role = VICTIMS[self.who].recovers
         return role if self.when != "export" or role in ("policy", "controller") else None
 
@@ -122,7 +122,7 @@ class EndedSpan:
 
 
 class TimelineTail:
-    """The spans that a run has written so far."""
+    """The spans in the timeline of a run so far."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -132,7 +132,7 @@ class TimelineTail:
         self._end = 0  # of the last event
 
     def read(self) -> list[EndedSpan]:
-        """Return all spans, and read those that are new since the last call."""
+        """Return all spans, and read the new spans since the last call."""
         if not self.path.exists():
             return self.spans
         with self.path.open("rb") as file:
@@ -165,7 +165,9 @@ class TimelineTail:
         return min((seconds for seconds in ends if seconds > 0.0), default=None)
 
     def delay(self, when: str) -> float:
-        """Return the seconds from the moment of a stage until the middle of its work, as in the last few steps."""
+        """Return the seconds from the moment of a stage until the middle of the stage's work, as in the last
+        few steps.
+        """
         spans, found = self.read()[-NEWEST:], []
         for place, before in enumerate(spans):
             if before.name == MOMENTS[when].after:
@@ -216,9 +218,9 @@ class TimelineTail:
 
 
 class FeignedMemory:
-    """The kernel's count of the processes that it has killed for memory, feigned for one run.
+    """A simulated count of the kernel's kills for lack of memory, for a single run.
 
-    The run has a mount namespace of its own, in which a file of the test lies over the kernel's.
+    The run has a separate mount namespace with a file of the test over the kernel's file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -227,14 +229,14 @@ class FeignedMemory:
         self._write()
 
     def command(self, command: Sequence[str]) -> list[str]:
-        """Return a command that runs another one with the feigned count."""
+        """Return a command that runs another command with the simulated count."""
         kernels = own_oom_kills()
         assert kernels is not None
         script = 'mount --bind "$0" "$1" && shift && exec "$@"'
         return ["unshare", "--mount", "sh", "-c", script, str(self.file), kernels.path, *command]
 
     def add(self) -> None:
-        """Count one more process."""
+        """Count a killed process."""
         self.count += 1
         self._write()
 
@@ -259,7 +261,7 @@ def listed_processes(run: Path) -> dict[str, int]:
 
 
 def find_victim(run: Path, victim: Victim) -> psutil.Process | None:
-    """Return the process. None: it does not run now."""
+    """Return the process. None: the process does not run now."""
     pid = listed_processes(run).get(victim.who)
     with suppress(psutil.NoSuchProcess):
         process = None if pid is None else psutil.Process(pid)
@@ -270,7 +272,7 @@ def find_victim(run: Path, victim: Victim) -> psutil.Process | None:
 
 
 def _helpers(process: psutil.Process, kind: Helper) -> Iterator[psutil.Process]:
-    """Yield the processes with a user's code, those of single conversations, or the daemon with the object store."""
+    """Yield the processes with a user's code, the processes of conversations, or the daemon with the object store."""
     for child in process.children():
         with suppress(psutil.NoSuchProcess):
             if kind == "raylet" and child.name() == kind:
@@ -284,7 +286,7 @@ def _helpers(process: psutil.Process, kind: Helper) -> Iterator[psutil.Process]:
 def wait_until(
     condition: Callable[[], bool], is_over: Callable[[], bool], *, limit_s: float, poll_s: float = POLL_S
 ) -> bool:
-    """Wait until the condition holds, and return whether it did before the run was over or the limit passed."""
+    """Wait for the condition. Return False if the run ended or the limit passed before."""
     until = time.monotonic() + limit_s
     while not condition():
         if is_over() or time.monotonic() > until:
@@ -301,7 +303,7 @@ def is_running(process: psutil.Process) -> bool:
 
 
 def strike(process: psutil.Process, how: How, memory: FeignedMemory | None) -> float | None:
-    """Do to a process what a fault does, and return the time of the wall clock. None: it had ended before."""
+    """Apply a fault to a process, and return the time of the wall clock. None: the process had ended before."""
     now = time.time()
     if how == "memory":
         assert memory is not None

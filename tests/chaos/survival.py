@@ -1,8 +1,8 @@
-"""Run a small training run as a child process, inject faults, and compare the run with one without faults.
+"""Run a small training run as a child process, inject faults, and compare the run with a run without faults.
 
 The tiny model in float32 on Ray, vLLM and DeepSpeed: two policy ranks, a critic, a reference, a reward worker with a
-process for the reward's code, and an engine. The faults of a run come one after the other: each when the run is back at
-work after the one before, and has trained a step.
+process for the reward's code, and an engine. A run gets its faults in turn: each after the run has recovered from the
+previous fault and trained a step.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ GAME: Mapping[str, Any] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mode:
-    """A mode of training, and what a run with a fault has in common with one without."""
+    """A mode of training, and the values that a run with a fault shares with an unbroken run."""
 
     promise: Literal["bits", "each prompt once"]
     changes: Mapping[str, Any]
@@ -139,7 +139,7 @@ MODES: Mapping[str, Mode] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What became of a fault. back_s: from the signal until the work went on. None: no recovery was to be seen."""
+    """The outcome of a fault. back_s: from the signal until the work continued. None: no recovery was visible."""
 
     fault: Fault
     back_s: float | None
@@ -147,7 +147,7 @@ class Outcome:
 
 
 def run_config(folder: Path, mode: str, *, steps: int, changes: Mapping[str, Any] = {}) -> Path:
-    """Write the configuration of a run, whose folder is FOLDER/run, and return its path."""
+    """Write the configuration of a run in FOLDER/run, and return the configuration's path."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "mine.py").write_text(REWARD, encoding="utf-8")
     tree = merge(merge(merge(BASE, MODES[mode].changes), changes), {"train": {"steps": steps}})
@@ -155,7 +155,7 @@ def run_config(folder: Path, mode: str, *, steps: int, changes: Mapping[str, Any
 
 
 def with_model(folder: str) -> Mapping[str, Any]:
-    """Return the changes to a run that make it train the model of a folder by GRPO, on smaller batches."""
+    """Return the changes to a configuration for GRPO on the model of a folder, with smaller batches."""
     return {
         "policy": {"model": str(Path(folder).absolute())},
         "algorithm": {"name": "grpo", "critic_lr": None, "kl": None},
@@ -167,10 +167,11 @@ def with_model(folder: str) -> Mapping[str, Any]:
 
 
 class Footprint:
-    """The processes of a run, and the files in /dev/shm that they have mapped or opened until now.
+    """The processes of a run, and the files in /dev/shm mapped or opened by these processes until now.
 
-    A process is known by a variable that it inherits, or by a session in which such a process was seen. Ray overwrites
-    the environment of its workers with their titles.
+    An inherited variable marks the processes of the run, or a session with such a process. Ray overwrites the
+    environment
+    of workers with their titles.
     """
 
     def __init__(self) -> None:
@@ -179,7 +180,7 @@ class Footprint:
         self.files: set[Path] = set()
 
     def start(self, config: Path, *arguments: str, memory: FeignedMemory | None = None) -> subprocess.Popen[str]:
-        """Start the run. Its output is kept beside the configuration."""
+        """Start the run. The output is written beside the configuration."""
         name, _, value = self.variable.partition("=")
         command = [*COMMAND, "train", str(config), "--quiet", *arguments]
         with config.with_suffix(".log").open("a", encoding="utf-8") as log:
@@ -193,7 +194,7 @@ class Footprint:
             )
 
     def processes(self) -> list[psutil.Process]:
-        """Return all processes of the run that have not ended."""
+        """Return all living processes of the run."""
         others, found = [], []
         for pid in psutil.pids():
             with suppress(OSError, psutil.NoSuchProcess):
@@ -206,7 +207,7 @@ class Footprint:
         return found + [process for process in others if self.sessions.intersection(_sessions([process]))]
 
     def look(self) -> None:
-        """Add the files that the run has mapped or open now."""
+        """Add the files mapped or opened by the run now."""
         for process in self.processes():
             with suppress(OSError):
                 folder = Path(f"/proc/{process.pid}")
@@ -236,7 +237,7 @@ class Footprint:
             thread.join()
 
     def left(self) -> list[str]:
-        """Wait for the end of the processes, and return what is left of the run."""
+        """Wait for the end of the processes, and return the processes and files left behind."""
         wait_until(lambda: not self.processes(), lambda: False, limit_s=GONE_WITHIN_S, poll_s=0.5)
         lines = [f"{path} is left" for path in sorted(self.files) if path.exists()]
         for process in self.processes():
@@ -268,13 +269,13 @@ def survive(
     changes: Mapping[str, Any] = {},
     told: Callable[[Outcome], object] = lambda outcome: None,
 ) -> list[Outcome]:
-    """Start a run, inject faults one after the other, wait for the end of the run, and check all that it promises.
+    """Start a run, inject faults in turn, wait for the end of the run, and check all promises.
 
-    What contradicts the promise of the whole run counts against each of its faults.
+    A broken promise of the whole run counts against each fault of the run.
 
     Args:
         unbroken: the folder of the same run without a fault. None: the mode promises no equal bits.
-        told: is called with each outcome as soon as it is known.
+        told: is called with each outcome at once.
     """
     run, outcomes = FaultyRun(folder, faults, steps=steps, changes=changes), list[Outcome]()
     with run.footprint.followed():
@@ -298,10 +299,10 @@ def survive(
 
 
 class FaultyRun:
-    """A run in progress, into which faults are injected."""
+    """A run in progress for the injection of faults."""
 
     def __init__(self, folder: Path, faults: Sequence[Fault], *, steps: int, changes: Mapping[str, Any]) -> None:
-        """Start the run, as its faults need it."""
+        """Start the run, under --supervise if a fault ends the driver."""
         self.config = run_config(folder, faults[0].mode, steps=steps, changes=changes)
         self.folder = folder / "run"
         self.tail = TimelineTail(self.folder / "timeline.json")
@@ -318,13 +319,13 @@ class FaultyRun:
         return self.process.poll() is not None
 
     def inject_all(self, faults: Sequence[Fault]) -> Iterator[Outcome]:
-        """Inject faults one after the other, but together those that an export does not notice. Yield the outcomes."""
+        """Inject faults in turn, but all faults without an effect on an export together. Yield the outcomes."""
         for is_unnoticed, group in groupby(faults, key=lambda fault: fault.when == "export" and fault.recovers is None):
             some = list(group)
             yield from self._inject_unnoticed(some) if is_unnoticed else map(self.inject, some)
 
     def _inject_unnoticed(self, faults: Sequence[Fault]) -> Iterator[Outcome]:
-        """End processes that do nothing in the export. All at once, since the export is short."""
+        """End processes without work in the export. All at once, since the export is short."""
         known: list[psutil.Process] = []
 
         def look() -> bool:
@@ -340,7 +341,7 @@ class FaultyRun:
             yield Outcome(fault=fault, back_s=None, contradictions=bad)
 
     def inject(self, fault: Fault) -> Outcome:
-        """Inject a fault, and wait until the run is back at work. Do it again if the fault has missed its stage."""
+        """Inject a fault, and wait until the run is back at work. Repeat a fault that has missed its stage."""
         back_s, bad = None, ["it missed its stage"]
         for _ in range(TRIES):
             process = self._victim_at_its_moment(fault)
@@ -358,7 +359,7 @@ class FaultyRun:
         return Outcome(fault=fault, back_s=back_s, contradictions=[f"it missed its stage {TRIES} times"])
 
     def unrecorded(self) -> list[str]:
-        """Return which losses the records do not have as they were. A resumed run has lost some records."""
+        """Return the losses missing in the records. A resumed run has lost some records."""
         roles = Counter[str]()
         for (role, _), count in self.losses.items():
             roles[role] += count
@@ -374,7 +375,7 @@ class FaultyRun:
         return bad
 
     def _victim_at_its_moment(self, fault: Fault) -> psutil.Process | None:
-        """Wait for the stage of a fault, and return the process that runs then. None: the run has ended before."""
+        """Wait for the stage of a fault, and return the process to hit. None: the run has ended before."""
         victim, known = VICTIMS[fault.who], list[psutil.Process]()
 
         def look() -> bool:
@@ -403,7 +404,7 @@ class FaultyRun:
                 return True
 
     def _recovery(self, fault: Fault, at: float, process: psutil.Process) -> tuple[float | None, list[str]]:
-        """Wait for the recovery from a fault. Return the seconds that it took, and what contradicts it."""
+        """Wait for the recovery from a fault. Return the recovery's seconds, and all contradictions."""
         role, bad = fault.recovers, list[str]()
         if role is not None:
             is_back = self._wait(lambda: self.tail.seconds_back(at, role) is not None, limit_s=BACK_WITHIN_S)
@@ -417,10 +418,11 @@ class FaultyRun:
         return back_s, bad
 
     def _is_replaced(self, fault: Fault, process: psutil.Process) -> bool:
-        """Return whether another process does the work of a lost one.
+        """Return whether another process does the work of a lost process.
 
-        A reward process begins with the response that the lost one had. If it dies too, that is the response's error,
-        which ends the run, and so no fault may come before it has scored.
+        A reward process begins with the response of the lost process. A second death becomes the response's error and
+        ends the
+        run, so no fault may come before the new process has scored.
         """
         successor = find_victim(self.folder, VICTIMS[fault.who])
         if successor is None or successor == process:
@@ -429,7 +431,7 @@ class FaultyRun:
         return VICTIMS[fault.who].helper != "code" or scored.exists()
 
     def _still_running(self, process: psutil.Process) -> list[str]:
-        """Wait for the end of a process that a fault has ended. Return that it still runs, if it does."""
+        """Wait for the end of a process after its fault. Return a message if the process still runs."""
         is_gone = self._wait(lambda: not is_running(process), limit_s=GONE_WITHIN_S)
         return [] if is_gone else [f"process {process.pid} still runs"]
 
@@ -455,14 +457,16 @@ class FaultyRun:
 
 
 def groups_left(config: Path) -> list[str]:
-    """Return which placement groups a run left when it disconnected from its Ray. A supervised driver notes none."""
+    """Return the placement groups left by a run at its disconnection from Ray. A supervised driver records no
+    groups.
+    """
     states: Mapping[str, str] = json.loads(_groups_file(config).read_text(encoding="utf-8"))
     left = [f"placement group {name} is {state}" for name, state in states.items() if state != "REMOVED"]
     return left if states else ["the run had no placement group"]
 
 
 def noting_groups(config: Path) -> Mapping[str, str]:
-    """Return the environment in which COMMAND notes the placement groups of a run."""
+    """Return an environment for COMMAND to record the placement groups of a run."""
     return {FILE: str(_groups_file(config))}
 
 
@@ -471,7 +475,7 @@ def _groups_file(config: Path) -> Path:
 
 
 def wait_for_end(process: subprocess.Popen[str], limit_s: float) -> int | None:
-    """Return the exit code of a run. None: it did not end within the limit."""
+    """Return the exit code of a run. None: the run did not end within the limit."""
     with suppress(subprocess.TimeoutExpired):
         return process.wait(timeout=limit_s)
     return None
@@ -495,7 +499,7 @@ def steps_done(run: Path) -> int:
 
 
 def contradictions(run: Path, unbroken: Path | None) -> list[str]:
-    """Return what contradicts the promise of the mode."""
+    """Return all contradictions to the promise of the mode."""
     bad = [] if main(["doctor", str(run)]) == 0 else ["rlhf doctor finds contradictions"]
     if not (run / "final").is_dir():
         return [*bad, "there is no final model"]
@@ -533,7 +537,7 @@ def counted(run: Path, role: str) -> float:
 
 
 def unrecorded(run: Path, role: str) -> list[str]:
-    """Return which record of the only recovery of a run is missing."""
+    """Return the missing records of the only recovery of a run."""
     total = counted(run, role)
     bad = [] if total == 1.0 else [f"recovery/{role}/total is {total:g} in all rows together, expected 1"]
     return bad if recorded_losses(run) else [*bad, "errors.jsonl does not name the loss"]

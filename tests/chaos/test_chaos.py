@@ -1,7 +1,7 @@
-"""Any process may die and the run goes on: a matrix of who, when and how, on the tiny model.
+"""Any process may die and the run continues: a matrix of process, stage and manner, on the tiny model.
 
-Each run gets the faults of some cells, one after the other. Two short runs are part of `make test-all`. `make chaos`
-makes all of them. The loss of a host, and a network that is cut, are in test_chaos_hosts.py.
+Each run gets the faults of some cells in turn. Two short runs are part of `make test-all`. `make chaos` makes all runs.
+The loss of a host, and of a host's network, are in test_chaos_hosts.py.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MEMORY = ("engine", "policy rank 0", "critic", "reference", "reward worker")  # 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cells:
-    """The cells of the matrix that are tested in one run."""
+    """The tested cells of a run."""
 
     mode: str
     name: str
@@ -46,7 +46,7 @@ class Cells:
 
 
 def cells(mode: str, name: str, how: How, places: Sequence[tuple[str, str]], *, steps: int = STEPS) -> Cells:
-    """Return cells of a mode: who and when, in their order."""
+    """Return cells of a mode: process and stage, in order."""
     faults = [Fault(mode=mode, who=who, when=when, how=how) for who, when in places]
     return Cells(mode=mode, name=name, faults=faults, steps=steps)
 

@@ -1,4 +1,4 @@
-"""Hosts of engines are lost, come back, join and are drained during a run, and the run goes on.
+"""Hosts of engines are lost, come back, join and are drained during a run, and the run continues.
 
 Hosts are network namespaces (tests/hosts.py). A host loses all its processes at once, or its network. A run whose only
 engine gets its weights by broadcast would end.
@@ -154,13 +154,14 @@ ELASTIC: Mapping[str, Any] = {
 def elastic_run(
     folder: Path, hosts: Sequence[Host], *, engines: Mapping[str, int], starts_on: int
 ) -> Iterator[tuple[str, Callable[[int], None]]]:
-    """A run in flight whose trainers are on the first host, and whose engines are on others.
+    """Yield a run in flight with trainers on the first host and engines on the remaining hosts.
 
-    Yields the address of the Ray, and a function that waits until the run has so many engines. The run must obey a
-    signal after the block and leave no placement group, and its ledger must be right.
+    Yields the address of the Ray, and a function that waits for a number of engines. After the block the run must obey
+    a
+    signal and leave no placement group, and the run's ledger must be right.
 
     Args:
-        starts_on: the hosts that are there at the start.
+        starts_on: the hosts present at the start.
     """
     run, head = folder / "run", hosts[0]
     (folder / "mine.py").write_text(REWARD, encoding="utf-8")

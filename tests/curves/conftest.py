@@ -1,4 +1,4 @@
-"""The gang of one that all tests of this folder share, since a process joins one gang."""
+"""Share a gang of one between all tests of this folder, since a process joins a single gang."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.curves.in_process import join_alone, leave_alone
 
 @pytest.fixture(scope="package")
 def alone() -> Iterator[None]:
-    """This process as a gang of one."""
+    """Make this process a gang of one."""
     join_alone()
     yield
     leave_alone()

@@ -13,7 +13,7 @@ BATCH, LEARNING_RATE = 32, 2e-3
 
 
 def imitate(folder: Path, examples: Sequence[tuple[Sequence[int], Sequence[bool]]], *, steps: int) -> Path:
-    """Train the model of a folder on examples: token ids, and which of them are learnt. Returns the folder."""
+    """Train the model of a folder on examples: token ids, and a loss mask. Return the folder."""
     torch.set_num_threads(1)  # as the workers do: the products are small
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     longest = max(len(tokens) for tokens, _ in examples)

@@ -1,7 +1,7 @@
-"""All roles of an online run in this process: the run's own workers and controller, without Ray and vLLM.
+"""Run all roles of an online run in this process: the run's own workers and controller, without Ray and vLLM.
 
-The engine is a second copy of the model, which answers by transformers' `generate` and gets the policy's weights at
-each sync, so that the controller's proof of the sync stands.
+The engine is a second copy of the model. It answers by transformers' `generate` and gets the policy's weights at each
+sync, so that the controller's proof of the sync stands.
 """
 
 from __future__ import annotations
@@ -70,17 +70,17 @@ NOTHING = MemoryReport(rss_gib=0.0, gpu_gib=None)
 
 
 def join_alone() -> None:
-    """A gang of one, which all trained workers of this process share."""
+    """Join a gang of one, shared by all trained workers of this process."""
     init_distributed(PLACE, "127.0.0.1", free_port())
 
 
 def leave_alone() -> None:
-    """End it."""
+    """End the gang."""
     leave_distributed()
 
 
 class Trained:
-    """What the policy and the critic share."""
+    """The common part of the policy and the critic."""
 
     num_ranks = 1
 
@@ -223,7 +223,7 @@ class Reference:
 
 
 class Teacher(Reference):
-    """The teacher role, which is asked for the sampled tokens alone."""
+    """The teacher role, asked for the sampled tokens alone."""
 
     role: Role = "teacher"
 
@@ -313,7 +313,7 @@ class Engine:
     def _answer(
         self, requests: Sequence[GroupRequest], sampling: Sampling
     ) -> list[tuple[Rollouts, tuple[RolloutInfo, ...]]]:
-        """Of prompts of one length, all in one batch."""
+        """Answer prompts of equal length in a single batch."""
         prompts = torch.tensor([list(one.prompt.token_ids) for one in requests for _ in one.seeds])
         greedy = sampling.temperature == 0.0
         torch.manual_seed(sum(seed for one in requests for seed in one.seeds) % 2**31)
@@ -390,7 +390,7 @@ class Engine:
 
 
 class Conversing(Engine):
-    """The rollout role of a run with an environment: turns that are asked for at about the same time are one batch."""
+    """The rollout role of a run with an environment: turns requested at about the same time are a single batch."""
 
     def __init__(self, model: str, policy: TrainedWorker, spec: EnvironmentSpec) -> None:
         super().__init__(model, policy)
@@ -423,7 +423,7 @@ class Conversing(Engine):
         return await future
 
     def _turns(self, asked: Sequence[tuple[tuple[int, ...], int, Sampling, Any]]) -> list[Sampled]:
-        """Token by token, each by its own seed, all in one batch that is padded on the right."""
+        """Sample token by token, each turn by its seed, all in a single batch with padding on the right."""
         end = self.model.generation_config.eos_token_id
         drawn: list[list[tuple[int, float]]] = [[] for _ in asked]
         generators = [torch.Generator().manual_seed(seed) for _, seed, _, _ in asked]
@@ -465,7 +465,7 @@ def _starts(requests: Sequence[GroupRequest]) -> list[int]:
 
 
 async def run(loaded: LoadedConfig, *, watch: Callable[[OnlineRoles], OnlineRoles] = lambda roles: roles) -> Path:
-    """A run without Ray; returns its folder. Its process must have joined a gang of one. watch: wraps the roles."""
+    """Run without Ray and return the folder. The process must have joined a gang of one. watch: wraps the roles."""
     (stage,) = await asyncio.to_thread(load_inputs, loaded)  # it has event loops of its own
     assert isinstance(stage, StageInputs)
     inputs = stage.inputs

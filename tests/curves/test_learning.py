@@ -1,10 +1,10 @@
 """Every algorithm on rollouts raises the score of its tiny task, with the settings of its recipe; and a game is learnt.
 
-Running totals of four digits, from a model that imitates a careless demonstrator half of the time (a student learns
-them from a teacher that imitates none but the careful one, and is not told its score); and the game of
-configs/guessing_game.yaml, a number from 1 to 7 in three guesses. Who halves the range each time always wins; the
-demonstrator, who heeds what he is told every other time, does not. The workers, objectives and the loop are a run's
-own; Ray and vLLM, which other tests start, are not needed to learn.
+The task is running totals of four digits, from a model after imitation of a demonstrator who is careless half of the
+time. A student learns from a teacher after imitation of careful examples alone, and gets no score. The game is
+configs/guessing_game.yaml, a number from 1 to 7 in three guesses. A player who halves the range each time always wins;
+the demonstrator heeds the answer only every second time, and does not. The workers, objectives and the loop are a run's
+own. Ray and vLLM are not needed for learning, and tested elsewhere.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def warm_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model after imitation, which leaves it between the careful and the careless."""
+    """Return the tiny model after imitation, between the careful and the careless demonstrator."""
     rows = make_rows(TaskSource(task="running_totals", split="sft", size=2500))
     pairs = [(row["prompt"], row["completion"]) for row in rows]
     return after_imitation(tmp_path_factory.mktemp("warm") / "model", pairs)
@@ -85,7 +85,7 @@ def warm_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def careful_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model after imitation of one who always carries."""
+    """Return the tiny model after imitation of a demonstrator who always carries."""
     prompts = [row["prompt"] for row in make_rows(TaskSource(task="running_totals", split="sft", size=2500))]
     totals = [list(accumulate(map(int, prompt.removesuffix("=").split("+"))))[1:] for prompt in prompts]
     said = [",".join(map(str, one)) for one in totals]
@@ -138,7 +138,7 @@ def test_every_algorithm_has_a_recipe() -> None:
 
 
 def demonstration(row: dict[str, Any]) -> tuple[list[int], list[bool]]:
-    """A game's tokens, and which of them the player says."""
+    """Return a game's tokens, and the mask of the player's tokens."""
     ids: list[int] = []
     learnt: list[bool] = []
     for message in row["messages"]:
@@ -159,7 +159,7 @@ def warm_player(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 async def trained(model: Path, folder: Path, changes: dict[str, Any]) -> tuple[list[dict[str, Any]], Path]:
-    """The rows of a run of the recipe, and its folder."""
+    """Return the rows of a run of the recipe, and the run's folder."""
     own = {"run": {"name": "game", "dir": str(folder), "seed": 0}, "policy": {"model": str(model), "dtype": "float32"}}
     config = folder / "run.yaml"
     config.write_text(yaml.safe_dump(merge(merge(GAME, own), changes), sort_keys=False), encoding="utf-8")

@@ -46,7 +46,7 @@ PPO: dict[str, Any] = {
 
 
 def losing(roles: OnlineRoles, lost: Counter[tuple[str, str]]) -> OnlineRoles:
-    """Lose each method of LOST once, at the end of one of its calls."""
+    """Lose each method of LOST once, at the end of a call."""
 
     def wrap(role: Any, name: str, method: str, number: int) -> None:
         original, calls = getattr(role, method), Counter[str]()
@@ -67,7 +67,7 @@ def losing(roles: OnlineRoles, lost: Counter[tuple[str, str]]) -> OnlineRoles:
 
 
 async def finished(folder: Path, model: Path, name: str, lost: Counter[tuple[str, str]] | None) -> tuple[Any, bytes]:
-    """The rows of a run, and the bytes of its final weights."""
+    """Return the rows of a run, and the bytes of the final weights."""
     own = {"run": {"name": name, "dir": str(folder), "seed": 0}, "policy": {"model": str(model)}}
     config = folder / f"{name}.yaml"
     config.write_text(yaml.safe_dump(merge(PPO, own), sort_keys=False), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""One condition for all tests here: a GPU that this build of torch can use."""
+"""All tests here need a GPU that this build of torch can use."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ THREE_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 3, reason="needs thr
 
 
 def build_model(folder: Path, *, tied: bool) -> Path:
-    """A small Llama with heads of 64, for which vLLM has an attention in float32; the quickstart's are too small."""
+    """Return a small Llama with heads of 64. vLLM has float32 attention for this size, but not for the quickstart's."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -50,7 +50,9 @@ def _alone(rank: int, world_size: int, *, function: Callable[..., Any], options:
 
 
 def on_one_rank(function: Callable[..., Any], **options: Any) -> Any:
-    """function(**options) in a process of its own, which is a gang of one on the GPU. It returns no GPU tensors."""
+    """Run function(**options) in a separate process, as a gang of one on the GPU. The function returns no GPU
+    tensors.
+    """
     gang = Gang(1, GPU)
     try:
         return gang.run(_alone, function=function, options=options)[0]
@@ -81,7 +83,7 @@ class Trainer:
         return ((name, weight.to(GPU)) for name, weight in self.model.named_parameters())
 
     def settle(self) -> int:
-        """Bytes that are still allocated on the GPU when all is over."""
+        """Return the bytes still allocated on the GPU at the end."""
         self.sender.settle()
         return torch.cuda.memory_allocated()
 
@@ -107,7 +109,7 @@ def gpu_spec(model: Path, **changes: Any) -> RolloutSpec:
 
 
 def sync(engine: Any, policy: Any, version: int) -> int:
-    """A sync as the controller makes it. Bytes that the policy's process holds on its GPU afterwards."""
+    """Sync as the controller does. Return the bytes of the policy's process on its GPU afterwards."""
     manifest = call(policy.publish.remote(version))
     updated = engine.update_weights.remote(manifest, version)
     receipt, _ = call(updated, policy.send.remote(manifest))

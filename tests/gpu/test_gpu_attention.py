@@ -20,7 +20,7 @@ pytestmark = pytest.mark.gpu
 
 
 def heads(lengths: list[int], *, size: int, dtype: torch.dtype) -> list[Tensor]:
-    """Four query heads, two of keys and values; the same numbers, rounded to bfloat16, whatever the dtype."""
+    """Return four query heads and two key-value heads: the same numbers in every dtype, rounded to bfloat16."""
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randn(1, sum(lengths), count, size, generator=generator).bfloat16() for count in (4, 2, 2)]
     return [x.to(GPU, dtype).transpose(1, 2).requires_grad_() for x in rows]

@@ -1,4 +1,4 @@
-"""DeepSpeed on a GPU: a rank alone against plain torch on a CPU, and its states put aside and taken back."""
+"""DeepSpeed on a GPU: a single rank equals plain torch on a CPU, and its states leave the GPU and return."""
 
 from __future__ import annotations
 
@@ -75,7 +75,9 @@ def train_with_a_rest(stage: int, dtype: torch.dtype, offload: frozenset[Any]) -
 
 
 def states_taken_back(stage: int, offload: frozenset[Any], folder: Path) -> tuple[list[str], list[str]]:
-    """Names of the tensors, and of those that another engine took back with other bits than they had when kept."""
+    """Return the names of all tensors, and of the tensors with different bits after another engine restored
+    the states.
+    """
     engine = make_engine(stage, torch.bfloat16, offload)
     engine.keep_in(folder)
     step(engine, 1)

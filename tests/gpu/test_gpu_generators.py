@@ -1,4 +1,4 @@
-"""The generator of a continued response on a GPU: it goes on behind the draws of the earlier tokens."""
+"""On a GPU the generator of a continued response goes on after the draws of the earlier tokens."""
 
 from __future__ import annotations
 

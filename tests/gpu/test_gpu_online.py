@@ -1,4 +1,4 @@
-"""Whole runs on GPUs, as the command line starts them: tiny model, two steps, every role that computes there."""
+"""Whole runs on GPUs from the command line: the tiny model, two steps, every role on a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights from a policy on a GPU into a real engine on one, each sync proven by the probe; sleep and wake around it."""
+"""A policy on a GPU sends weights to a real engine on a GPU. The probe proves each sync, also around sleep and wake."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def neighbours(folder: Path, ray_local: None) -> Iterator[tuple[Any, Any]]:
-    """(engine that can sleep, policy) on one GPU, not yet synced."""
+    """Return an engine that can sleep and a policy on the same GPU, not yet synced."""
     values = gpu_spec(folder, transport="ipc", colocated=True, enforce_eager=False)
     with engine(values, num_gpus=SHARE) as handle, trainer(folder, num_gpus=SHARE) as policy:
         call(handle.open_weights.remote(None, 1), policy.open.remote("ipc", None))

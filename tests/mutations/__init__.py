@@ -1,1 +1,1 @@
-"""Faults that the tests must notice: each is one wrong line in the product, and at least one test must fail for it."""
+"""Faults for the tests to notice: each is a wrong line in the product, and at least one test must fail."""

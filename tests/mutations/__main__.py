@@ -1,7 +1,7 @@
-"""Apply each fault to a copy of the tree and run its tests: `python -m tests.mutations [WORD ...]`.
+"""Apply each fault to a copy of the tree and run the fault's tests: `python -m tests.mutations [WORD ...]`.
 
-Words choose the faults whose names or files contain one of them. The last column names the test that noticed the fault.
-The exit code is 1 if the tests pass with a fault, or fail without one.
+Words choose faults by name or file. The last column names the test that noticed the fault. The exit code is 1 if the
+tests pass with a fault, or fail without a fault.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LIMIT_S = 900.0  # of the tests of one fault
 
 
 def main(words: Sequence[str]) -> int:
-    """Print a row for each chosen fault. Return 1 if one was not noticed."""
+    """Print a row for each chosen fault. Return 1 if the tests missed a fault."""
     chosen = [m for m in MUTATIONS if not words or any(word in f"{m.name} {m.path}" for word in words)]
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
@@ -65,7 +65,7 @@ def _is_noticed(copy: Path, mutation: Mutation) -> bool:
 
 
 def _run(copy: Path, tests: Sequence[str], *, stops: bool) -> list[str]:
-    """Return the tests that failed, or the limit if they did not end. RuntimeError: pytest ran none."""
+    """Return the failed tests, or the limit if the tests did not end. RuntimeError: pytest ran no test."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(["-x"] if stops else [])]
     try:
         done = subprocess.run(

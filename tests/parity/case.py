@@ -1,7 +1,7 @@
-"""One case of the golden format: inputs, parameters and the values that a published library returned for them.
+"""Read a case of the golden format: inputs, parameters and the values returned by a published library.
 
-Everything an adapter uses goes through `Arguments`, which remembers what was read: a parameter or an input that nobody
-read is one that our answer ignores, and makes the case unsupported instead of accidentally right.
+All values of an adapter go through `Arguments`, and `Arguments` remembers each read: our answer ignores an unread
+parameter or input, so the case is unsupported instead of accidentally right.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ T = TypeVar("T")
 
 
 class Unsupported(Exception):
-    """Our side has no equivalent of what the case asks for."""
+    """Our side has no equivalent for the case."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A case as stored. `expected` may be empty: such a case only holds data for others."""
+    """A stored case. `expected` may be empty: such a case only holds data for further cases."""
 
     name: str
     category: str
@@ -56,7 +56,7 @@ class Case:
 
 
 def as_number(value: Any) -> float:
-    """A stored number; the strings nan, inf and -inf are the non-finite ones."""
+    """Return a stored number; the strings nan, inf and -inf are the non-finite numbers."""
     if isinstance(value, str):
         if value not in ("nan", "inf", "-inf"):
             raise Unsupported(f"{value!r} is no number")
@@ -90,7 +90,7 @@ class Arguments:
         self._read: set[str] = set()
 
     def has(self, name: str) -> bool:
-        """Whether there is such an input that is not null."""
+        """Return whether the input exists and is not null."""
         return self.case.inputs.get(name) is not None
 
     def raw(self, name: str) -> Any:
@@ -105,16 +105,16 @@ class Arguments:
         return as_tensor(self.raw(name), self.dtype)
 
     def variable(self, name: str) -> Tensor:
-        """A floating-point input that gradients are asked of."""
+        """Return a floating-point input that needs a gradient."""
         return self.tensor(name).requires_grad_()
 
     def maybe(self, name: str) -> Tensor | None:
-        """A floating-point input that may be absent."""
+        """Return a floating-point input, or None if absent."""
         self._read.add(f"inputs.{name}")
         return self.tensor(name) if self.has(name) else None
 
     def either(self, *names: str) -> Tensor | None:
-        """Return the input that goes by one of these names, in the case's dtype, or None."""
+        """Return the input with either name, in the case's dtype, or None."""
         self._read.update(f"inputs.{name}" for name in names)
         return next((self.tensor(name) for name in names if self.has(name)), None)
 
@@ -123,14 +123,14 @@ class Arguments:
         return as_tensor(self.raw(name), torch.float64).long()
 
     def mask(self, name: str) -> Tensor:
-        """A mask of zeros and ones, as bool."""
+        """Return a mask of zeros and ones, as bool."""
         values = as_tensor(self.raw(name), torch.float64)
         if not bool(((values == 0) | (values == 1)).all()):
             raise Unsupported(f"{name} is a mask with other values than 0 and 1")
         return values.bool()
 
     def mask_or_all(self, name: str, shape: torch.Size) -> Tensor:
-        """A mask that may be absent: all positions count then."""
+        """Return a mask, or all positions if absent."""
         self._read.add(f"inputs.{name}")
         return self.mask(name) if self.has(name) else torch.ones(shape, dtype=torch.bool)
 
@@ -150,14 +150,14 @@ class Arguments:
         return as_number(value)
 
     def whole(self, name: str, default: Any = MISSING) -> int:
-        """A parameter that is a whole number."""
+        """Return a whole number."""
         value = self.number(name, default)
         if not value.is_integer():
             raise Unsupported(f"{name} is {value!r}, not a whole number")
         return int(value)
 
     def optional(self, name: str, default: Any = None) -> float | None:
-        """A numeric parameter that may be null."""
+        """Return a number, or None for null."""
         return None if self.param(name, default) is None else self.number(name, default)
 
     def flag(self, name: str, default: Any = MISSING) -> bool:
@@ -168,24 +168,24 @@ class Arguments:
         return value
 
     def choice(self, name: str, choices: Mapping[str, T], default: Any = MISSING) -> T:
-        """A parameter that is one of several words."""
+        """Return a word out of several words."""
         value = self.param(name, default)
         if not isinstance(value, str) or value not in choices:
             raise Unsupported(f"{name} is {value!r}, known are {', '.join(choices)}")
         return choices[value]
 
     def ignore(self, *names: str) -> None:
-        """Parameters or inputs that the source's results do not depend on."""
+        """Mark parameters or inputs without an effect on the source's results as read."""
         self._read.update(f"{kind}.{name}" for kind in ("params", "inputs") for name in names)
 
     def other(self, name: str) -> Case:
-        """Another case of the file, whose inputs this one shares."""
+        """Return another case of the file, with inputs for this case."""
         if name not in self._others:
             raise Unsupported(f"no case {name} in this file")
         return self._others[name]
 
     def unread(self) -> list[str]:
-        """Inputs and parameters that nothing has looked at."""
+        """Return the unread inputs and parameters."""
         there = [f"inputs.{name}" for name in self.case.inputs] + [f"params.{name}" for name in self.case.params]
         return [name for name in there if name not in self._read]
 

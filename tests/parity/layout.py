@@ -1,4 +1,4 @@
-"""From the padded [B, T] arrays of other libraries to flat columns with lengths, and back."""
+"""Convert padded [B, T] arrays of libraries to flat columns with lengths, and back."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Layout:
 
     @classmethod
     def full(cls, shape: torch.Size) -> Layout:
-        """All positions, padding included, as sampled tokens: for sources that do not skip what is masked."""
+        """Return all positions, padding included, as sampled tokens: for sources without a mask."""
         return cls(torch.ones(shape, dtype=torch.bool))
 
     def flat(self, padded: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class Layout:
 
 
 def carried_back(padded: Tensor, mask: Tensor) -> Tensor:
-    """Each masked position takes the value of the next sampled one, zero if there is none."""
+    """Give each masked position the value of the next sampled position, or zero at the end."""
     result = padded.clone()
     following = torch.zeros_like(padded[:, 0])
     for t in reversed(range(padded.shape[1])):
@@ -48,6 +48,6 @@ def carried_back(padded: Tensor, mask: Tensor) -> Tensor:
 
 
 def gradient(loss: Tensor, variable: Tensor) -> Tensor:
-    """d loss / d variable, zeros if it does not depend on it."""
+    """Return d loss / d variable, zeros without a dependence."""
     (found,) = torch.autograd.grad(loss, variable, retain_graph=True, allow_unused=True)
     return torch.zeros_like(variable) if found is None else found

@@ -1,12 +1,13 @@
-"""`python -m tests.parity.run FILE`: what our equations return for the inputs whose results other libraries gave.
+"""`python -m tests.parity.run FILE`: compare our equations with the results of libraries on the same inputs.
 
-One line a case, in the file's order:
+A line per case, in the file's order:
     ok NAME                        every expected value, gradients included, is within the case's tolerance
-    differs NAME max_error=E (KEY) the largest difference and the value it was found in
+    differs NAME max_error=E (KEY) the largest difference and the name of the value
     refused NAME: MESSAGE          our function rejects the input on purpose
-    unsupported NAME               no equivalent here, or a parameter that our answer would ignore (--why says which)
-and a last line with the counts. Cases that expect nothing only lend their inputs to others. Exit code 0 if none
-differs, 1 if one does, 2 if the file is no file of cases.
+    unsupported NAME               no equivalent here, or a parameter ignored by our answer (--why says which)
+and a last line with the counts. Cases without expected values only lend inputs. The exit code is 0 if no case differs,
+1
+if a case differs, 2 if the file is no file of cases.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ OBJECTIVES = Path(rlhf.objectives.__file__).parent
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """The outcome of one case."""
+    """The outcome of a case."""
 
     name: str
     kind: Literal["ok", "differs", "refused", "unsupported"]
@@ -46,7 +47,7 @@ class Verdict:
 
 
 def load(path: Path) -> list[Case]:
-    """The cases of a file. OSError or ValueError if it cannot be read or is not in the format."""
+    """Return the cases of a file. OSError or ValueError if the file is unreadable or in a different format."""
     stored = json.loads(path.read_text(encoding="utf-8"))
     listed = stored.get("cases") if isinstance(stored, dict) else stored
     if not isinstance(listed, list):
@@ -58,13 +59,13 @@ def load(path: Path) -> list[Case]:
 
 
 def judge(cases: Sequence[Case]) -> Iterable[Verdict]:
-    """One verdict for each case that expects something."""
+    """Yield a verdict for each case with expected values."""
     others = {case.name: case for case in cases}
     return (judge_one(case, others) for case in cases if case.expected)
 
 
 def judge_one(case: Case, others: dict[str, Case]) -> Verdict:
-    """Run the case's adapter and compare everything it expects."""
+    """Run the case's adapter and compare all expected values."""
     adapter = ADAPTERS.get((case.peer, case.function))
     if adapter is None:
         return Verdict(name=case.name, kind="unsupported", detail=f"no adapter for {case.peer} {case.function}")
@@ -89,7 +90,7 @@ def judge_one(case: Case, others: dict[str, Case]) -> Verdict:
 
 
 def raised_by_objectives(error: ValueError) -> bool:
-    """Whether a line of rlhf.objectives itself raised it, not torch underneath."""
+    """Return whether a line of rlhf.objectives raised the error, not torch underneath."""
     return Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(OBJECTIVES)
 
 
@@ -116,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def reason(error: OSError | ValueError) -> str:
-    """One line."""
+    """Return the message as a single line."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     return f"not valid JSON: {error}" if isinstance(error, json.JSONDecodeError) else str(error)

@@ -1,4 +1,4 @@
-"""Our equations return what published libraries returned, and the runner that says so can say no."""
+"""Our equations return the values of published libraries, and the runner can also say no."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_a_parameter_left_out_takes_the_default_of_its_source(
 def test_a_row_that_starts_with_a_masked_token_shows_the_ratio_of_its_sampled_ones(
     tmp_path: Path, stored: dict[str, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One more masked column in front changes nothing that TRL's sequence-level loss returns."""
+    """Another masked column in front changes no result of TRL's sequence-level loss."""
     case = copy.deepcopy(stored["trl.grpo.grpo.seq_level"])
     for name in ("logps", "old_logps", "entropies", "mask"):
         case["inputs"][name] = [[0, *row] for row in case["inputs"][name]]

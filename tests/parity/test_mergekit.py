@@ -31,7 +31,7 @@ def ours(out: Path, **values: Any) -> dict[str, Tensor]:
 
 
 def theirs(folder: Path, config: Values, *options: str) -> dict[str, Tensor]:
-    """What `mergekit-yaml FILE FOLDER OPTIONS` makes."""
+    """Return the weights written by `mergekit-yaml FILE FOLDER OPTIONS`."""
     file = folder.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(config))
     done = CliRunner().invoke(mergekit_yaml, [str(file), str(folder), "--quiet", *options], catch_exceptions=False)
@@ -140,7 +140,7 @@ def task_arithmetic(base: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def ties(base: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """arXiv:2306.01708, section 4: trim to the largest half, elect a sign by mass, mean of those that have it."""
+    """arXiv:2306.01708, section 4: trim to the largest half, elect a sign by mass, average the entries of this sign."""
     deltas = torch.stack([a - base, b - base])
     for delta in deltas:
         keep = torch.zeros(delta.numel())

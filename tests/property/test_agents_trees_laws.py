@@ -1,4 +1,4 @@
-"""Laws of rlhf/agents/trees.py: every sampled token once, exactly the prefixes that the model saw, in any order."""
+"""Laws of rlhf/agents/trees.py: every sampled token once, exactly the prefixes read by the model, in any order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ TOKENS = st.lists(st.integers(0, 1), max_size=3)  # with few different tokens, u
 
 @st.composite
 def sessions(draw: st.DrawFn) -> list[Call]:
-    """Calls that begin anew, continue an earlier call, or repeat its prompt or half of its tokens."""
+    """Draw calls that begin anew, continue an earlier call, or repeat an earlier prompt or half of an earlier call's
+    tokens.
+    """
     wholes: list[list[int]] = [[]]
     calls: list[Call] = []
     first = 1

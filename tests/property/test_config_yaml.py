@@ -1,4 +1,4 @@
-"""A tree written as YAML is read back as it was, whatever its strings look like."""
+"""A tree of any strings written as YAML is read back unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of rlhf/data/mixing.py: every set has its share of any beginning, and a cursor finds its place again."""
+"""Laws of rlhf/data/mixing.py: every set has its share of any beginning, and a cursor finds the place again."""
 
 from __future__ import annotations
 

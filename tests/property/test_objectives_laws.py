@@ -1,8 +1,8 @@
 """Laws of the equations over random ragged batches.
 
-Covered: what stands where the mask is False changes nothing; sequences may be permuted, and split into micro-batches
-and ranks; the limits in which one estimator equals another; identical policies. Not covered: that a model's forward
-pass is invariant to packing (tests of rlhf.models).
+Covered: values under a False mask change nothing; sequences may be permuted, and split into micro-batches and ranks;
+the limits in which two estimators are equal; identical policies. Not covered: that a model's forward pass is invariant
+to packing (tests of rlhf.models).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Batch:
     advantages: Tensor
 
     def rows(self, rows: list[int]) -> Batch:
-        """Those sequences, in that order."""
+        """Return the given sequences, in the given order."""
         ends = self.lengths.cumsum(0)
         tokens = torch.cat([torch.arange(int(ends[i] - self.lengths[i]), int(ends[i])) for i in rows])
         columns = ("mask", "logprobs", "old_logprobs", "values", "rewards", "advantages")
@@ -66,7 +66,7 @@ class Batch:
 
 @st.composite
 def batches(draw: st.DrawFn) -> Batch:
-    """1 to 6 sequences of 1 to 12 tokens, in float64; at least one token counts."""
+    """Draw 1 to 6 sequences of 1 to 12 tokens, in float64; at least one token counts."""
     lengths = torch.tensor(draw(st.lists(st.integers(1, 12), min_size=1, max_size=6)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     count = int(lengths.sum())
@@ -138,7 +138,7 @@ every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def loss_and_gradient(
     batch: Batch, loss: Callable[[Batch, Tensor], Tensor], mode: Aggregation, step: Batch
 ) -> tuple[Tensor, Tensor]:
-    """This batch's share of the loss of the step, and its gradient."""
+    """Return this batch's share of the loss of the step, and the gradient."""
     logprobs = batch.logprobs.clone().requires_grad_()
     weights = token_weights(
         batch.mask,

@@ -41,7 +41,7 @@ def test_no_two_bins_could_be_one_and_few_are_needed(case: tuple[list[int], int]
 
 
 def first_fit(lengths: list[int], max_tokens: int) -> int:
-    """Bins that first fit needs, in the order given: each into the first bin where it fits."""
+    """Return the number of bins of first fit, in the given order: each item into the first bin with room."""
     free: list[int] = []
     for length in lengths:
         place = next((i for i, left in enumerate(free) if left >= length), None)

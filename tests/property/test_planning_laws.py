@@ -1,4 +1,4 @@
-"""Laws of the plan's estimates that hold for every model, layout and workload."""
+"""Laws of the plan's estimates for every model, layout and workload."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No response, whatever it holds, makes a built-in reward fail: each gets a finite score within the reward's limit."""
+"""No response makes a built-in reward fail: each response gets a finite score within the reward's limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Merge laws: however the values are split over ranks and micro-batches, the result is that of all of them together."""
+"""Merge laws: for any split of the values over ranks and micro-batches, the result equals the result of all values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of our functions answers for which function of which library."""
+"""The table from a library's function to our function."""
 
 from tests.parity.adapters import (
     aggregation,

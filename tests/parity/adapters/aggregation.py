@@ -1,7 +1,7 @@
-"""How verl and OpenRLHF reduce a loss matrix, in our token weights; shared by their policy and value losses.
+"""Express the reductions of verl and OpenRLHF in our token weights, for policy and value losses.
 
-Both add 1e-8 to the tokens of a sequence before they divide by it, and verl to every count of a masked mean: `shrunk`
-and `verl_mean` put that back.
+Both add 1e-8 to the tokens of a sequence before the division, and verl to every count of a masked mean: `shrunk` and
+`verl_mean` restore this.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def weighted(
 
 
 def verl_aggregated(arguments: Arguments, losses: Tensor, layout: Layout, mode: str | None = None) -> Tensor:
-    """Reads verl's aggregation parameters; `mode` overrides the one given, as GSPO and SAPO do."""
+    """Read verl's aggregation parameters; `mode` overrides the parameter, as in GSPO and SAPO."""
     named = arguments.param("loss_agg_mode", "token-mean") if mode is None else mode
     if mode is not None:
         arguments.ignore("loss_agg_mode")
@@ -82,7 +82,7 @@ def verl_aggregated(arguments: Arguments, losses: Tensor, layout: Layout, mode: 
 
 
 def _step_counts(arguments: Arguments) -> tuple[float | None, float | None, float | None, float]:
-    """What verl knows of the whole step: parameters of agg_loss, one object in the configuration of a loss."""
+    """Read verl's counts of the whole step: parameters of agg_loss, an object in the configuration of a loss."""
     nested = arguments.param("global_batch_info", {})
     names = ("batch_num_tokens", "global_batch_size", "loss_scale_factor", "dp_size")
     if not isinstance(nested, dict) or not nested.keys() <= set(names):
@@ -92,7 +92,7 @@ def _step_counts(arguments: Arguments) -> tuple[float | None, float | None, floa
 
 
 def openrlhf_aggregated(arguments: Arguments, losses: Tensor, layout: Layout, per_token: bool | None = None) -> Tensor:
-    """Reads OpenRLHF's aggregation parameters; `per_token` overrides the one given, as GSPO does."""
+    """Read OpenRLHF's aggregation parameters; `per_token` overrides the parameter, as in GSPO."""
     token_level = arguments.flag("token_level_loss", True)
     token_level = token_level if per_token is None else per_token
     counts = sequence_counts(layout.mask, layout.lengths)

@@ -1,4 +1,4 @@
-"""Importance weights, rejection masks and drift metrics for tokens that another policy sampled."""
+"""Importance weights, rejection masks and drift metrics for tokens sampled by another policy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LEVELS: dict[str, corrections.Level] = {
 
 
 def _bounds(value: object) -> tuple[float, float | None]:
-    """verl's threshold: one upper bound, or "lower_upper"."""
+    """Read verl's threshold: an upper bound, or "lower_upper"."""
     try:
         if isinstance(value, str) and "_" in value:
             lower, upper = value.split("_", 1)
@@ -37,7 +37,7 @@ def _bounds(value: object) -> tuple[float, float | None]:
 
 
 def verl_weights(arguments: Arguments) -> Outputs:
-    """Truncated under one bound, masked under two; normalised to mean 1 on demand."""
+    """Return verl's weights: truncated under one bound, masked under two; normalised to mean 1 on demand."""
     layout = Layout(arguments.mask("response_mask"))
     log_ratio, zeros = layout.flat(arguments.tensor("log_ratio")), torch.zeros(len(layout.mask), dtype=arguments.dtype)
     level = arguments.choice("rollout_is", {"token": "token", "sequence": "sequence"}, "token")
@@ -61,7 +61,7 @@ def verl_weights(arguments: Arguments) -> Outputs:
 
 
 def _held_sequence_sums(log_ratio: Tensor, layout: Layout) -> Tensor:
-    """Columns whose sum over each sequence is verl's: that of log_ratio, held in +-20."""
+    """Return columns whose sum over each sequence is verl's: the sum of log_ratio, held in +-20."""
     sums = sequence_sums(torch.where(layout.mask, log_ratio, 0.0), layout.lengths)
     held = sums.clamp(-SAFETY, SAFETY)
     counts = sequence_counts(layout.mask, layout.lengths).clamp(min=1)
@@ -145,7 +145,7 @@ def verl_metrics(arguments: Arguments) -> Outputs:
 
 
 def trl_sampler_correction(arguments: Arguments) -> Outputs:
-    """Weights of TRL's four modes. A token that the sampler could not score (nan) has ratio 1."""
+    """Return the weights of TRL's four modes. A token without a sampler's logprob (nan) has ratio 1."""
     mask = arguments.mask("mask")
     old, sampling = arguments.tensor("old_logps"), arguments.tensor("sampling_logps")
     mode = arguments.param("vllm_importance_sampling_mode", "sequence_mask")

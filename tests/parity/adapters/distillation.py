@@ -35,7 +35,7 @@ def divergence_of(share: float) -> Divergence:
 
 
 def trl_gkd(arguments: Arguments) -> Outputs:
-    """From logits, averaged in one of TRL's ways."""
+    """Return TRL's loss from logits, averaged in a chosen way."""
     variable, teacher = arguments.variable("student_logits"), arguments.tensor("teacher_logits")
     temperature = arguments.number("temperature", 1.0)
     student_logprobs = (variable / temperature).log_softmax(-1)
@@ -117,18 +117,18 @@ def trl_full_logit(arguments: Arguments) -> Outputs:
 
 
 def with_tail(logprobs: Tensor) -> Tensor:
-    """One more entry for all other tokens together, clipped below at 1e-7."""
+    """Add an entry for all further tokens together, clipped below at 1e-7."""
     inside = logprobs.logsumexp(-1, keepdim=True).clamp(max=-1e-7)
     return torch.cat([logprobs, (-inside.expm1()).log()], dim=-1)
 
 
 def renormalized(logprobs: Tensor) -> Tensor:
-    """Conditioned on these tokens."""
+    """Return the distribution conditioned on these tokens."""
     return logprobs - logprobs.logsumexp(-1, keepdim=True)
 
 
 def trl_topk(arguments: Arguments) -> Outputs:
-    """Over the student's k likeliest tokens, with one entry for the rest or without it."""
+    """Return TRL's loss over the student's k likeliest tokens, with or without an entry for the rest."""
     variable, teacher = arguments.variable("student_logits"), arguments.tensor("teacher_logits")
     divergence = divergence_of(arguments.number("distillation_alpha"))
     tokens = variable.topk(arguments.whole("distillation_topk"), dim=-1).indices
@@ -138,7 +138,7 @@ def trl_topk(arguments: Arguments) -> Outputs:
 
 
 def trl_sampled_token(arguments: Arguments) -> Outputs:
-    """The policy gradient of the reverse KL, from one sample."""
+    """Return the policy gradient of the reverse KL, from one sample."""
     if arguments.number("distillation_alpha") != 1.0:
         raise Unsupported("TRL refuses another alpha than 1 here")
     variable, tokens = arguments.variable("student_logits"), arguments.integers("completion_ids")

@@ -29,13 +29,13 @@ from tests.parity.layout import Layout
 
 
 class GroupEstimator(Protocol):
-    """Scores of one group to its advantages; `rows` says which of the batch they are."""
+    """Maps the scores of a group to advantages; `rows` are the group's places in the batch."""
 
     def __call__(self, scores: Tensor, rows: Tensor) -> Tensor: ...
 
 
 def groups_of(arguments: Arguments) -> list[Tensor]:
-    """Rows of each group, in the order in which groups first appear."""
+    """Return the rows of each group, in the order of the groups' first rows."""
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(arguments.raw("index")):
         rows.setdefault(str(name), []).append(row)
@@ -52,13 +52,13 @@ def by_group(arguments: Arguments, estimate: GroupEstimator) -> Tensor:
 
 
 def on_tokens(advantages: Tensor, mask: Tensor) -> Outputs:
-    """[B] to [B, T], zero where masked; verl returns them as returns too."""
+    """Expand [B] to [B, T], zero where masked; verl returns the same as returns."""
     tokens = torch.where(mask, advantages[:, None], 0.0)
     return {"advantages": tokens, "returns": tokens}
 
 
 def simple(function: Callable[..., Tensor]) -> Adapter:
-    """An estimator without parameters: epsilon is in its signature but not in its formula."""
+    """Return an estimator without parameters: epsilon is in the signature but not in the formula."""
 
     def adapter(arguments: Arguments) -> Outputs:
         arguments.ignore("epsilon")
@@ -85,7 +85,7 @@ def _grpo(arguments: Arguments) -> Tensor:
 
 
 def verl_gdpo(arguments: Arguments) -> Outputs:
-    """Of one reward: GRPO, whitened over the tokens."""
+    """Return verl's advantages for a single reward: GRPO, whitened over the tokens."""
     mask = arguments.mask("response_mask")
     return _whitened(_grpo(arguments), mask)
 
@@ -126,7 +126,7 @@ def verl_opo(arguments: Arguments) -> Outputs:
 
 
 def verl_gpg(arguments: Arguments) -> Outputs:
-    """Centred, times the batch over its non-zero scores; verl overwrites the alpha that it is given."""
+    """Return centred scores times the batch over the non-zero scores; verl overwrites the given alpha."""
     arguments.ignore("epsilon", "alpha")
     scores = arguments.tensor("token_level_rewards").sum(-1)
     scale = len(scores) / max(int(scores.count_nonzero()), 1) / arguments.number("f_norm", 1.0)

@@ -1,4 +1,4 @@
-"""TRL's GRPO loss with all its variants, and the trainers that inherit from it."""
+"""TRL's GRPO loss with all variants, and the trainers derived from TRL's."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def spread(layout: Layout, values: Tensor) -> Tensor:
 
 
 class GRPOBatch:
-    """Columns, loss settings and results of one `_compute_loss`. Log-probabilities may come from a model."""
+    """Columns, loss settings and results of a `_compute_loss`. Log-probabilities may come from a model."""
 
     def __init__(self, arguments: Arguments, layout: Layout, logprobs: Tensor, entropies: Tensor | None) -> None:
         self.arguments, self.layout, self.logprobs = arguments, layout, logprobs
@@ -63,11 +63,13 @@ class GRPOBatch:
         arguments.ignore("on_policy", "token_adv")  # they say what the inputs already show
 
     def mean(self, values: Tensor) -> Tensor:
-        """TRL's mean for metrics. It takes one column for one value a sequence, and averages over masked rows too."""
+        """Return TRL's mean for metrics. TRL takes a single column for one value a sequence, and averages over masked
+        rows too.
+        """
         return values.mean() if self.one_column else masked_mean(values, self.mask)
 
     def shown_ratio(self) -> Tensor:
-        """The ratio that metrics see: in one column, that of masked tokens too."""
+        """Return the ratio for metrics: in a single column, also the ratio of masked tokens."""
         everywhere = torch.ones_like(self.mask) if self.one_column and self.level == "token" else self.mask
         return self.ratio(everywhere)
 
@@ -79,7 +81,7 @@ class GRPOBatch:
         return LEVELS[self.level](self.logprobs, self.old, mask, self.lengths)
 
     def kl(self) -> Tensor | None:
-        """k3 to the reference, if beta weighs it."""
+        """Return k3 to the reference, if beta is above 0."""
         ref = self.arguments.maybe("ref_logps")
         if self.arguments.number("beta", 0.0) == 0.0:
             return None
@@ -88,7 +90,7 @@ class GRPOBatch:
         return kl_k3(self.logprobs, self.layout.flat(ref))
 
     def high_entropy(self) -> Tensor:
-        """Tokens that top_entropy_quantile keeps; all of them at 1."""
+        """Return the tokens selected by top_entropy_quantile; all tokens at 1."""
         quantile = self.arguments.number("top_entropy_quantile", 1.0)
         if quantile >= 1.0:
             return self.mask
@@ -97,7 +99,7 @@ class GRPOBatch:
         return trl_high_entropy(self.entropies.detach(), self.mask, 1.0 - quantile)
 
     def on_policy(self) -> Tensor:
-        """Tokens that the off-policy mask keeps."""
+        """Return the tokens left by the off-policy mask."""
         threshold = self.arguments.optional("off_policy_mask_threshold")
         sampling = self.arguments.maybe("sampling_logps")
         if threshold is None:
@@ -106,7 +108,9 @@ class GRPOBatch:
         return trl_on_policy(self.logprobs, rollout, self.advantages, self.layout, threshold)
 
     def clip_metrics(self, ratio: Tensor) -> dict[str, Tensor]:
-        """Fractions of clipped tokens in float32, as TRL takes them; or of clipped sequences, masked ones included."""
+        """Return the fractions of clipped tokens in float32, as in TRL; or of clipped sequences, masked sequences
+        included.
+        """
         if self.per_sequence:
             ratio, advantages = self.by_sequence(ratio), self.arguments.tensor("advantages").flatten()
             everywhere = torch.ones_like(advantages, dtype=torch.bool)
@@ -127,7 +131,7 @@ class GRPOBatch:
         }
 
     def cispo_clipped(self, ratio: Tensor) -> Tensor:
-        """Fraction whose weight the upper bound holds, counted as in clip_metrics."""
+        """Return the fraction of weights held by the upper bound, counted as in clip_metrics."""
         cap = self.clip["clip_high"]
         if self.per_sequence:
             clipped = (self.by_sequence(ratio) > cap) & (self.arguments.tensor("advantages").flatten() > 0)
@@ -135,7 +139,7 @@ class GRPOBatch:
         return masked_mean(((ratio > cap) & (self.advantages > 0)).float(), self.mask)
 
     def by_sequence(self, ratio: Tensor) -> Tensor:
-        """[B] out of a column that is constant over each sequence; 1 for a fully masked row."""
+        """Reduce a column that is constant over each sequence to [B]; 1 for a fully masked row."""
         if self.one_column:
             return ratio.detach()
         masked = ratio.detach().masked_fill(~self.mask, -math.inf)
@@ -143,7 +147,7 @@ class GRPOBatch:
         return largest.where(sequence_counts(self.mask, self.lengths) > 0, 1.0)
 
     def aggregated(self, losses: Tensor, loss_type: str) -> Tensor:
-        """Over the optimizer step, as each loss type counts it."""
+        """Aggregate over the optimizer step, with the count of each loss type."""
         arguments, rows = self.arguments, len(self.lengths)
         accumulation = arguments.number("grad_accum", 1)
         num_tokens = float(self.mask.sum()) or 1.0
@@ -181,13 +185,13 @@ def trl_high_entropy(entropies: Tensor, mask: Tensor, quantile: float) -> Tensor
 
 
 def trl_on_policy(logprobs: Tensor, rollout: Tensor, advantages: Tensor, layout: Layout, threshold: float) -> Tensor:
-    """A token that the sampler could not score (nan) says nothing about the divergence."""
+    """A token without a sampler's logprob (nan) says nothing about the divergence."""
     rollout = torch.where(rollout.isnan(), logprobs.detach(), rollout)
     return corrections.on_policy_sequences(logprobs, rollout, advantages, layout.mask, layout.lengths, max_kl=threshold)
 
 
 def surrogate(batch: GRPOBatch, ratio: Tensor, loss_type: str) -> Tensor:
-    """Loss terms of one loss type, and what its metrics see."""
+    """Return the loss terms of a loss type, and the values for metrics."""
     arguments, columns = batch.arguments, (batch.advantages, batch.mask)
     delta = arguments.optional("delta")
     temperatures = arguments.number("sapo_temperature_pos", 1.0), arguments.number("sapo_temperature_neg", 1.05)
@@ -230,7 +234,7 @@ def vespo_weights(batch: GRPOBatch, powers: Mapping[str, float]) -> Tensor:
 
 
 def vespo_mean(batch: GRPOBatch, powers: Mapping[str, float]) -> Tensor:
-    """Over sequences if they have one advantage each, else over tokens."""
+    """Average over sequences with a single advantage each, else over tokens."""
     advantages = batch.arguments.tensor("advantages")
     if advantages.numel() > len(advantages):
         return masked_mean(vespo_weights(batch, powers), batch.mask)
@@ -279,9 +283,9 @@ def compute_loss(
 
 
 def entropy_coefs(arguments: Arguments, measured: Tensor) -> tuple[float, float]:
-    """Return the coefficient of TRL's entropy bonus in this step, and the one that its controller sets for the next.
+    """Return the coefficient of TRL's entropy bonus in this step, and the controller's coefficient for the next step.
 
-    The adaptive controller applies no bonus until an earlier step has measured an entropy at or below its target.
+    The adaptive controller applies no bonus until an earlier step has measured an entropy at or below the target.
     """
     coef = arguments.number("entropy_coef", 0.0)
     if not arguments.flag("use_adaptive_entropy", False):
@@ -293,9 +297,9 @@ def entropy_coefs(arguments: Arguments, measured: Tensor) -> tuple[float, float]
 
 
 def trl_layout(arguments: Arguments) -> Layout:
-    """Return the layout of the sampled tokens: the completion mask without the tokens that tools wrote.
+    """Return the layout of the sampled tokens: the completion mask without the tokens written by tools.
 
-    In a batch of one column the masked rows stay, because TRL's metrics count them.
+    In a batch of one column the masked rows stay, because TRL's metrics count these rows.
     """
     mask = arguments.mask("mask")
     sampled = mask & arguments.mask_or_all("tool_mask", mask.shape)
@@ -319,7 +323,7 @@ def trl_grpo_loss(arguments: Arguments) -> Outputs:
 
 
 def trl_gmpo_loss(arguments: Arguments) -> Outputs:
-    """GMPO: the geometric mean of clipped ratios; the clip metrics are those of the log-ratio."""
+    """Return GMPO's loss: the geometric mean of clipped ratios; the clip metrics belong to the log-ratio."""
     logprobs, layout = arguments.variable("logps"), trl_layout(arguments)
     batch = GRPOBatch(arguments, layout, layout.flat(logprobs), trl_entropies(arguments, layout))
     batch.per_sequence = batch.one_column
@@ -347,7 +351,7 @@ def trl_gmpo_loss(arguments: Arguments) -> Outputs:
 
 
 def trl_async_grpo_loss(arguments: Arguments) -> Outputs:
-    """Already flat: sequences are runs of one segment id."""
+    """Return the loss on flat columns: sequences are runs of a segment id."""
     logprobs, old = arguments.variable("flat_logps"), arguments.tensor("flat_old_logps")
     advantages, mask = arguments.tensor("flat_advantages"), torch.ones(len(logprobs), dtype=torch.bool)
     lengths = arguments.integers("segment_id").unique_consecutive(return_counts=True)[1]
@@ -375,7 +379,7 @@ def trl_async_grpo_loss(arguments: Arguments) -> Outputs:
 
 
 def trl_gamma_weights(arguments: Arguments) -> Outputs:
-    """VESPO's weights, one a sequence."""
+    """Return VESPO's weights, one per sequence."""
     mask, advantages = arguments.mask("mask"), arguments.tensor("advantages")
     layout = Layout(mask)
     held = layout.flat(arguments.tensor("log_ratio").clamp(-20.0, 20.0))
@@ -395,7 +399,7 @@ def trl_high_entropy_mask(arguments: Arguments) -> Outputs:
 
 
 def trl_off_policy_mask(arguments: Arguments) -> Outputs:
-    """One flag a sequence, for sequences with one advantage."""
+    """Return a flag per sequence, for sequences with a single advantage."""
     mask = arguments.mask("mask")
     advantages = arguments.tensor("advantages")
     if advantages.numel() != len(mask):

@@ -34,7 +34,7 @@ VERL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def verl_kl_penalty(arguments: Arguments) -> Outputs:
-    """A trailing + takes the value of one estimator and the gradient of k2."""
+    """Return verl's KL penalty. A trailing + takes the value of an estimator and the gradient of k2."""
     logprobs, ref_logprobs = arguments.variable("logprob"), arguments.tensor("ref_logprob")
     name = arguments.param("kl_penalty")
     base = name.removesuffix("+") if isinstance(name, str) else name

@@ -21,7 +21,7 @@ IGNORED = -100  # the label that Hugging Face's losses skip
 
 
 def selected(logits: Tensor, index: Tensor) -> Tensor:
-    """Of one token a row, or of several along a last axis."""
+    """Return the log-probability of a token per row, or of several tokens along a last axis."""
     if index.ndim == logits.ndim - 1:
         return logprobs_from_logits(logits, index)
     return torch.stack([logprobs_from_logits(logits, column) for column in index.unbind(-1)], dim=-1)
@@ -66,14 +66,14 @@ def verl_entropy_loss(arguments: Arguments) -> Outputs:
 
 
 def of_labels(arguments: Arguments) -> Outputs:
-    """One label a row."""
+    """Return the log-probability of a label per row."""
     logits = arguments.variable("logits")
     logps = logprobs_from_logits(logits / arguments.number("temperature", 1.0), arguments.integers("labels"))
     return {"logps": logps, "grad_logits_of_sum": gradient(logps.sum(), logits)}
 
 
 def trl_batch_logps(arguments: Arguments) -> Outputs:
-    """Summed or averaged over the labels that are not ignored, each predicted by the position before it."""
+    """Sum or average over the labels that are not ignored, each predicted at the previous position."""
     if arguments.flag("is_encoder_decoder", False):
         raise Unsupported("encoder-decoder models")
     variable, labels = arguments.variable("logits"), arguments.integers("labels")[:, 1:]

@@ -51,12 +51,12 @@ def best_fit(starts: Sequence[int], lengths: Sequence[int], size: int) -> Packed
 
 
 def single_tokens(lengths: Sequence[int], size: int) -> Packed:
-    """Fill each bin to its size: a sequence may end in one bin and continue in the next."""
+    """Fill each bin to its size: a sequence may end in a bin and continue in the next."""
     return pack([1] * sum(lengths), max_tokens=size), {}
 
 
 def verl_response_mask(arguments: Arguments) -> Outputs:
-    """Up to the first end token, one of one or several."""
+    """Mask the tokens after the first end token. The source may have one or several end tokens."""
     ends = arguments.param("eos_token", 2)
     ids = arguments.integers("response_id")
     marks = torch.isin(ids, torch.tensor(ends))

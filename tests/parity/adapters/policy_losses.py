@@ -19,7 +19,7 @@ MAX_LOG_RATIO = 20.0  # both hold the log-ratio of a token in +-20
 
 
 class Batch:
-    """The arguments that all policy losses of one library share, flat."""
+    """The flat arguments common to all policy losses of a library."""
 
     def __init__(self, arguments: Arguments, *, logprobs: str, old: str, mask: str) -> None:
         self.variable = arguments.variable(logprobs)
@@ -66,11 +66,11 @@ class VerlBatch(Batch):
         }
 
     def fraction(self, tokens: Tensor) -> Tensor:
-        """verl's mean of a flag over the tokens that count."""
+        """Return verl's mean of a flag over the unmasked tokens."""
         return verl_mean(tokens.double(), self.mask)
 
     def clip_fraction(self, ratio: Tensor) -> Tensor:
-        """Of the tokens whose gradient the clip stops."""
+        """Return the fraction of tokens whose gradient the clip stops."""
         low, high = policy_loss.clipped_ratios(ratio, self.advantages, self.mask, **self.clip)
         return self.fraction(low | high)
 
@@ -87,7 +87,7 @@ def verl_vanilla(arguments: Arguments, *, legacy: bool = False) -> Outputs:
 
 
 def verl_legacy(arguments: Arguments) -> Outputs:
-    """The same loss as a plain function, which returns its metrics under their bare names."""
+    """Return the same loss as a plain function, with metrics under their bare names."""
     outputs = verl_vanilla(arguments, legacy=True)
     bare = {name.removeprefix("actor/"): value for name, value in outputs.items()}
     return {**outputs, **bare, "pg_loss": outputs["loss"]}
@@ -174,7 +174,9 @@ def _trusted_by_kl(batch: VerlBatch) -> Tensor:
 
 
 def verl_clip_cov(arguments: Arguments) -> Outputs:
-    """PPO without the tokens whose covariance lies between two bounds; verl draws some of them at random."""
+    """Return PPO's loss without the tokens whose covariance lies between two bounds; verl draws some tokens at
+    random.
+    """
     batch = VerlBatch(arguments)
     arguments.ignore("clip_ratio_c")
     nested = Nested(arguments, "policy_loss", {"clip_cov_ratio": 0.0002, "clip_cov_lb": 1.0, "clip_cov_ub": 5.0})
@@ -210,7 +212,7 @@ def verl_kl_cov(arguments: Arguments) -> Outputs:
 
 
 class Nested:
-    """A parameter that is an object of numbers: `defaults` for those left out, `nulls` (else defaults) for null."""
+    """A parameter with an object of numbers: `defaults` for missing numbers, `nulls` (else defaults) for null."""
 
     def __init__(
         self, arguments: Arguments, name: str, defaults: dict[str, float], nulls: Mapping[str, float] | None = None
@@ -229,7 +231,7 @@ class Nested:
 
 
 def verl_geo_mean(arguments: Arguments) -> Outputs:
-    """GMPO: a plain mean over the rows, whatever the aggregation says."""
+    """Return GMPO's loss: a plain mean over the rows under any aggregation."""
     batch = VerlBatch(arguments)
     arguments.ignore("clip_ratio_c", "loss_agg_mode")
     arguments.ignore("dp_size", "batch_num_tokens", "global_batch_size", "loss_scale_factor", "global_batch_info")
@@ -347,7 +349,7 @@ def openrlhf_policy_loss(arguments: Arguments) -> Outputs:
 
 
 def openrlhf_correction(arguments: Arguments, batch: Batch, rollout: Tensor, *, used: bool) -> Tensor:
-    """The weights that OpenRLHF multiplies the PPO loss with."""
+    """Return the weights by which OpenRLHF multiplies the PPO loss."""
     kind = arguments.choice("vllm_is_correction_type", {k: k for k in ("tis", "icepop", "seq-mask-tis")}, "tis")
     bounds = arguments.param("vllm_is_truncated_threshold", None)
     if not used:

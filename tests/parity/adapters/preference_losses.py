@@ -1,4 +1,4 @@
-"""Losses of pairs: TRL's DPO with its variants, CPO, SimPO, AlphaPO, ORPO and TPO; OpenRLHF's DPO."""
+"""Compare losses of pairs: TRL's DPO with its variants, CPO, SimPO, AlphaPO, ORPO and TPO; OpenRLHF's DPO."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def sequence_total(values: Tensor, mask: Tensor, lengths: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pairs:
-    """What the losses of TRL's DPO read, one entry a pair."""
+    """The inputs of the losses of TRL's DPO, an entry per pair."""
 
     chosen: Tensor
     """Log-ratios."""
@@ -56,7 +56,7 @@ class Pairs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Columns:
-    """[2B, T] arrays of chosen, then rejected rows. completion_mask has one column more, on the left."""
+    """[2B, T] arrays of chosen, then rejected rows. completion_mask has another column on the left."""
 
     logprobs: Tensor
     ref_logprobs: Tensor
@@ -64,7 +64,7 @@ class Columns:
     collision_logprobs: Tensor | None
 
     def pair(self, index: int) -> Columns:
-        """One pair by itself."""
+        """Return a single pair."""
         rows = [index, index + len(self.logprobs) // 2]
         collisions = None if self.collision_logprobs is None else self.collision_logprobs[rows]
         return Columns(
@@ -76,7 +76,7 @@ class Columns:
 
 
 class DPOSettings:
-    """The parameters of TRL's DPOConfig that its loss reads, and the loss itself."""
+    """The parameters of TRL's DPOConfig for the loss, and the loss."""
 
     def __init__(self, arguments: Arguments) -> None:
         self.arguments = arguments
@@ -101,7 +101,7 @@ class DPOSettings:
             raise Unsupported(f"loss_type {unknown}")
 
     def totals(self, values: Tensor, completion: Tensor) -> Tensor:
-        """One number a row. TRL sums what is masked too: its own columns are zero there."""
+        """Return a number per row. TRL sums masked positions too: TRL's own columns are zero there."""
         if self.ld_alpha is None:
             everything = Layout.full(values.shape)
             return sequence_total(everything.flat(values), everything.mask, everything.lengths)
@@ -112,7 +112,7 @@ class DPOSettings:
         return found + self.padding(values, completion, shared)
 
     def padding(self, values: Tensor, completion: Tensor, shared: Tensor) -> Tensor:
-        """TRL's LD-DPO weighs the padding after a completion too: zeros, but the gradient shows it."""
+        """TRL's LD-DPO weighs the padding after a completion too: zeros, but visible in the gradient."""
         position = completion.cumsum(1)
         kept, surplus = values.new_tensor([1.0, self.ld_alpha or 0.0])
         weights = torch.where(position <= shared[:, None], kept, surplus)
@@ -155,7 +155,7 @@ class DPOSettings:
         return chosen * rejected
 
     def losses(self, pairs: Pairs) -> Tensor:
-        """The weighted mixture, one a pair."""
+        """Return the weighted mixture, one value per pair."""
         terms = [
             share * DPO_LOSSES[name](self, pairs) * pairs.weights
             for name, share in zip(self.names, self.shares, strict=True)
@@ -167,7 +167,7 @@ DPOTerm = Callable[[DPOSettings, Pairs], Tensor]
 
 
 def of_scores(loss: Callable[..., Tensor]) -> DPOTerm:
-    """Reads the scores, whatever the f-divergence."""
+    """Read the scores under any f-divergence."""
     return lambda settings, pairs: loss(pairs.chosen_scores, pairs.rejected_scores, beta=settings.beta)
 
 
@@ -182,10 +182,11 @@ def of_ratios(loss: Callable[..., Tensor]) -> DPOTerm:
 
 
 def exo_pair(settings: DPOSettings, pairs: Pairs) -> Tensor:
-    """TRL takes the logarithms of the preference in float32: their rounding is added.
+    """TRL takes the logarithms of the preference in float32: this adds the same rounding.
 
-    A float32 logarithm is not the same on every processor: its last bit depends on the vector instructions. The case's
-    tolerance therefore grows by one unit in the last place of the larger logarithm, whatever the dtype of the case.
+    The last bit of a float32 logarithm depends on the vector instructions of the processor. The case's tolerance
+    therefore
+    grows by a unit in the last place of the larger logarithm, in any dtype of the case.
     """
     scores, epsilon = (pairs.chosen_scores, pairs.rejected_scores), torch.tensor(settings.label_smoothing)
     rounded, smoothing = torch.stack([torch.log1p(-epsilon), torch.log(epsilon)]), epsilon.item()
@@ -205,7 +206,7 @@ def smoothed(loss: Callable[..., Tensor], first: str, second: str) -> DPOTerm:
 
 
 def discopop(settings: DPOSettings, pairs: Pairs) -> Tensor:
-    """Its temperature is tau."""
+    """Return DiscoPOP's loss with temperature tau."""
     scores = pairs.chosen_scores, pairs.rejected_scores
     return preference_loss.discopop(*scores, beta=settings.beta, temperature=settings.tau)
 
@@ -230,7 +231,7 @@ DPO_LOSSES: dict[str, DPOTerm] = {
 
 
 def reward_metrics(chosen: Tensor, rejected: Tensor, *, beta: float) -> dict[str, Tensor]:
-    """What TRL logs of the implicit rewards."""
+    """Return TRL's metrics of the implicit rewards."""
     chosen, rejected = beta * chosen.detach(), beta * rejected.detach()
     return {
         "rewards/chosen": chosen.mean(),
@@ -241,7 +242,7 @@ def reward_metrics(chosen: Tensor, rejected: Tensor, *, beta: float) -> dict[str
 
 
 def logprob_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
-    """What TRL logs of the sequences' log-probabilities."""
+    """Return TRL's metrics of the sequences' log-probabilities."""
     return {"logps/chosen": chosen.mean(), "logps/rejected": rejected.mean()}
 
 
@@ -307,7 +308,7 @@ def trl_dpo_tiny(arguments: Arguments) -> Outputs:
 
 
 def next_token_rows(model: torch.nn.Module, ids: Tensor, attended: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
-    """[B, L] of a function of the logits from which each token was predicted; zero for the first and for padding."""
+    """Return [B, L] of a function of the logits behind each token; zero for the first token and for padding."""
     columns = torch.zeros(ids.shape, dtype=next(model.parameters()).dtype)
     for row, (tokens, kept) in enumerate(zip(ids, attended, strict=True)):
         places = kept.nonzero().flatten()
@@ -316,7 +317,7 @@ def next_token_rows(model: torch.nn.Module, ids: Tensor, attended: Tensor, of: C
 
 
 def next_token_mean_logits(model: torch.nn.Module, ids: Tensor, attended: Tensor) -> Tensor:
-    """A statistic that TRL logs."""
+    """Return a statistic from TRL's log."""
     return next_token_rows(model, ids, attended, lambda logits: logits.mean(-1))
 
 
@@ -351,7 +352,7 @@ def trl_cpo(arguments: Arguments) -> Outputs:
 def contrastive(
     name: str, chosen: Tensor, rejected: Tensor, *, beta: float, gamma: float, label_smoothing: float
 ) -> Tensor:
-    """The reference-free losses that CPO and TPO share."""
+    """Return the reference-free losses common to CPO and TPO."""
     if name == "sigmoid":
         return preference_loss.dpo(chosen, rejected, beta=beta, label_smoothing=label_smoothing)
     if name == "hinge":

@@ -12,7 +12,7 @@ STUB_TOKENS = 3  # a sequence of the stored cases' stub model, which are not amo
 
 
 def trl_reward(arguments: Arguments) -> Outputs:
-    """Scores of a pair, with a margin and a term that centres them."""
+    """Return the loss of a pair's scores, with a margin and a centring term."""
     chosen, rejected = arguments.tensor("rewards_chosen"), arguments.tensor("rewards_rejected")
     scores = torch.cat([chosen, rejected]).requires_grad_()
     chosen, rejected = scores.chunk(2)
@@ -33,14 +33,14 @@ def trl_reward(arguments: Arguments) -> Outputs:
 
 
 def openrlhf_pairwise(arguments: Arguments) -> Outputs:
-    """With a margin, if there is one."""
+    """Return the loss with a margin, if the case has a margin."""
     chosen, rejected = arguments.variable("chosen_reward"), arguments.variable("reject_reward")
     loss = bradley_terry(chosen, rejected, margin=arguments.maybe("margin")).mean()
     return {"loss": loss, "grad_chosen": gradient(loss, chosen), "grad_reject": gradient(loss, rejected)}
 
 
 def openrlhf_logexp(arguments: Arguments) -> Outputs:
-    """It takes a margin and ignores it."""
+    """Return the loss; the margin is ignored."""
     arguments.ignore("margin")
     chosen, rejected = arguments.variable("chosen_reward"), arguments.variable("reject_reward")
     loss = bradley_terry(chosen, rejected).mean()

@@ -14,7 +14,7 @@ from tests.parity.layout import Layout, gradient
 def openrlhf_reward(arguments: Arguments) -> Outputs:
     """Compute the score on the last sampled token minus the KL penalty of each token.
 
-    OpenRLHF charges the penalty to masked tokens too, and gives the score of a fully masked row to its last column. A
+    OpenRLHF charges the penalty to masked tokens too, and gives the score of a fully masked row to the last column. A
     negative coefficient counts as 0.
     """
     kl, scores = arguments.tensor("kl"), arguments.tensor("r")
@@ -42,7 +42,7 @@ def openrlhf_overlong(arguments: Arguments) -> Outputs:
 
 
 def openrlhf_stop_properly(arguments: Arguments) -> Outputs:
-    """A coefficient below zero is a value, any other a factor."""
+    """A coefficient below zero is a value, any further coefficient a factor."""
     scores, truncated = arguments.tensor("rewards"), arguments.mask("truncated")
     coef = arguments.number("stop_properly_penalty_coef")
     return {"rewards": torch.where(truncated, torch.full_like(scores, coef) if coef < 0 else scores * coef, scores)}

@@ -1,4 +1,4 @@
-"""From token ids to a loss and its gradients, through a tiny Llama whose weights stand in a case of their own."""
+"""From token ids to a loss and gradients, through a tiny Llama with weights in a separate case."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def load(arguments: Arguments, weights: str) -> LlamaForCausalLM:
 
 
 def state_dict(case: Case, weights: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Named tensors of one of the weights case's models."""
+    """Return named tensors of a model of the weights case."""
     stored: dict[str, Any] | None = case.inputs.get(weights)
     if stored is None:
         raise Unsupported(f"no {weights} in {case.name}")
@@ -54,9 +54,10 @@ def state_dict(case: Case, weights: str, dtype: torch.dtype) -> dict[str, Tensor
 
 
 def token_columns(model: LlamaForCausalLM, ids: Tensor, attended: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, L] (logprobs, entropy, is_top1) of each token given those before it; zero for the first and for padding.
+    """Return [B, L] (logprobs, entropy, is_top1) of each token given the earlier tokens; zero for the first and for
+    padding.
 
-    Each row runs by itself, without its padding.
+    Each row runs alone, without padding.
     """
     logprobs, entropies = (torch.zeros(ids.shape, dtype=model.dtype) for _ in range(2))
     top1 = torch.zeros(ids.shape, dtype=torch.bool)
@@ -103,7 +104,7 @@ def trl_grpo(arguments: Arguments) -> Outputs:
 
 
 def trl_sft(arguments: Arguments) -> Outputs:
-    """Cross-entropy or DFT of the labels that are not ignored."""
+    """Return cross-entropy or DFT of the labels that are not ignored."""
     ids, attended = arguments.integers("input_ids"), arguments.mask("attention_mask")
     labels = arguments.integers("labels")
     learnt = (labels != IGNORED) & attended

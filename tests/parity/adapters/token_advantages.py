@@ -25,13 +25,13 @@ def verl_moments(values: Tensor, mask: Tensor) -> tuple[float, float]:
 
 
 def verl_whiten(values: Tensor, mask: Tensor) -> Tensor:
-    """verl whitens the masked positions too, by the moments of the others."""
+    """verl whitens the masked positions too, by the moments of the unmasked positions."""
     mean, variance = verl_moments(values, mask)
     return whiten(values, torch.ones_like(mask), mean=mean, variance=variance)
 
 
 def skipping_gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Our GAE on padded arrays; a masked position shows what is carried over it."""
+    """Return our GAE on padded arrays; a masked position shows the carried value."""
     layout = Layout(mask)
     flat = gae(layout.flat(rewards), layout.flat(values), layout.mask, layout.lengths, gamma=gamma, lam=lam)
     advantages = carried_back(layout.padded(flat[0]), mask)
@@ -64,10 +64,10 @@ def verl_gae(arguments: Arguments) -> Outputs:
 
 
 def masked_whiten(of: Callable[[Tensor, Tensor], tuple[float, float]], *, rounding: float = 0.0) -> Adapter:
-    """Return the adapter of a library's masked_whiten; `of` gives its mean and its unbiased variance.
+    """Return the adapter of a library's masked_whiten; `of` gives the mean and the unbiased variance.
 
     `shift_mean` false adds the mean back: `noshift` is that result. Masked positions are whitened too. `rounding` is
-    the relative error of the library's own result.
+    the relative error of the library's result.
     """
 
     def adapter(arguments: Arguments) -> Outputs:
@@ -106,7 +106,7 @@ def openrlhf_cumulative_returns(arguments: Arguments) -> Outputs:
 
 
 def openrlhf_masked_normalize(arguments: Arguments) -> Outputs:
-    """Along one dimension, with the biased variance held above eps."""
+    """Normalise along a dimension, with the biased variance held above eps."""
     values, mask = arguments.tensor("tensor"), arguments.mask("mask")
     dim, eps = arguments.number("dim", 1), arguments.number("eps", 1e-8)
     if values.ndim != 2 or dim not in (-2, -1, 0, 1):

@@ -1,6 +1,6 @@
 """TRL's GRPO and RLOO advantages from several reward functions, and RLOO's loss.
 
-A reward that is nan did not apply; a response to which none applied has no score, which our functions refuse.
+A nan reward did not apply. A response without an applied reward has no score, and our functions refuse such a response.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def all_moments(values: Tensor) -> Moments:
 
 
 def trl_grpo_advantages(arguments: Arguments) -> Outputs:
-    """One function of TRL scores and corrects: its cases are told apart by their inputs."""
+    """TRL has a single function for scores and corrections: the inputs tell the cases apart."""
     if arguments.has("sampling_logps"):
         return trl_sampler_correction(arguments)
     rewards, weights, scores = weighted_scores(arguments)
@@ -107,7 +107,7 @@ RLOO_COLUMNS = (
 
 
 def trl_rloo_loss(arguments: Arguments) -> Outputs:
-    """PPO with the whole response as one action."""
+    """Return PPO's loss with the whole response as an action."""
     logprobs, layout = arguments.variable("logps"), Layout(arguments.mask("mask"))
     flat = torch.where(layout.mask, layout.flat(logprobs), 0.0)
     by_sequence, old = sequence_sums(flat, layout.lengths), arguments.tensor("old_sequence_logps")

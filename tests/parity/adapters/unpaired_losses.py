@@ -15,7 +15,7 @@ FIXED_RUNNING_MEAN = 0.37  # of BCO's cases that do not update it; they say so i
 
 
 def trl_kto(arguments: Arguments) -> Outputs:
-    """Good responses and bad ones in one batch, in any order."""
+    """Return KTO's loss of good and bad responses in a batch, in any order."""
     variable, labels = arguments.variable("policy_per_token_logps"), arguments.mask("label")
     arguments.ignore("policy_logps", "completion_mask")  # the sums of the same columns; where they are not zero
     everything = Layout.full(variable.shape)
@@ -55,7 +55,7 @@ def trl_kto(arguments: Arguments) -> Outputs:
 
 
 def trl_bco(arguments: Arguments) -> Outputs:
-    """Good ones first. The running mean is kept in float32."""
+    """Return BCO's loss, good responses first. The running mean is kept in float32."""
     chosen, rejected = arguments.variable("chosen_logps"), arguments.variable("rejected_logps")
     ratios = chosen - arguments.tensor("ref_chosen_logps"), rejected - arguments.tensor("ref_rejected_logps")
     log_ratios, beta = torch.cat(ratios), arguments.number("beta", 0.1)
@@ -80,7 +80,7 @@ def trl_bco(arguments: Arguments) -> Outputs:
 
 
 def trl_a2po(arguments: Arguments) -> Outputs:
-    """The regression of A*-PO's second stage, on values that are given."""
+    """Return the regression of A*-PO's second stage, on given values."""
     policy = arguments.variable("policy_logps")
     learnt = arguments.number("beta2") * (policy - arguments.tensor("ref_logps"))
     losses = (learnt - (arguments.tensor("rewards") - arguments.tensor("v_star"))).square()
