@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from actors.cluster.processes import KEEPS_MEMORY, hub_environment
 from actors.vllm_patches.grammar_time import bound_grammars
+from actors.vllm_patches.settings import generation_settings, has_mla, heads_stand_apart, model_settings
 from actors.weights import Transport, WeightManifest
 from actors.weights.adapter import WEIGHTS, file_checksum
 from rlhf.agents.sessions import AgentSpec
@@ -129,7 +130,7 @@ def build_engine(spec: RolloutSpec) -> Any:
         block_size=32 if cpu else None,  # prompts are shared by whole blocks, and the CPU's default is 128 tokens
         enable_chunked_prefill=not cpu,  # on a CPU a seeded sample in a partial prefill ends the engine
         # vLLM's products for MLA on a CPU with AMX are for bfloat16 alone.
-        attention_backend="CPU_MLA" if cpu and spec.dtype != "bfloat16" and _has_mla(config) else None,
+        attention_backend="CPU_MLA" if cpu and spec.dtype != "bfloat16" and has_mla(config) else None,
         # States are cached only at the ends of prefills in parts. None: vLLM decides.
         enable_prefix_caching=False if cpu and keeps_states(config.to_dict()) else None,
         async_scheduling=False if cpu else None,  # None: vLLM decides. It has none on a CPU.
@@ -139,10 +140,10 @@ def build_engine(spec: RolloutSpec) -> Any:
         max_lora_rank=next(rank for rank in LORA_RANKS if rank >= (spec.lora_rank or 1)),
         max_loras=1,
         trust_remote_code=spec.trust_remote_code,
-        hf_overrides=_model_settings(config),
-        override_generation_config=_generation_settings(config),
+        hf_overrides=model_settings(config),
+        override_generation_config=generation_settings(config),
         # vLLM's operation for CPUs turns a query wrongly whose heads stand apart.
-        compilation_config={"custom_ops": ["-rotary_embedding"]} if cpu and _heads_stand_apart(config) else {},
+        compilation_config={"custom_ops": ["-rotary_embedding"]} if cpu and heads_stand_apart(config) else {},
         enable_return_routed_experts=spec.records_experts and not cpu,
         worker_extension_cls="actors.weights.vllm_extension.WorkerExtension",
         weight_transfer_config=None if spec.is_frozen else WeightTransferConfig(backend=f"rlhf_{spec.transport}"),
@@ -159,38 +160,6 @@ def build_engine(spec: RolloutSpec) -> Any:
     if spec.records_experts and cpu:
         engine.collective_rpc("record_experts")
     return engine
-
-
-def _model_settings(config: Any) -> dict[str, Any]:
-    """Return the changes of a model's config with which vLLM computes what transformers computes."""
-    from rlhf.models.files.hub_names import missing_settings
-
-    settings = missing_settings(config)
-    if config.model_type in ("cohere2", "cohere2_moe"):  # vLLM's windows are a token wider than transformers'
-        settings["sliding_window"] = config.sliding_window - 1
-    return settings
-
-
-def _generation_settings(config: Any) -> dict[str, Any]:
-    """Return the changes of a generation config for the same.
-
-    vLLM turns off Llama 4's scale of queries at late positions unless the engine takes more than 32,768 tokens.
-    """
-    key = "attn_temperature_tuning"
-    return {key: bool(getattr(config, key))} if hasattr(config, key) else {}
-
-
-def _heads_stand_apart(config: Any) -> bool:
-    """Return whether vLLM's model hands its queries to the rotary embedding head by head, in a dimension of their own.
-
-    Those are DeepSeek's attention, wherever it is used, and that of LFM2.
-    """
-    return _has_mla(config) or config.model_type in ("lfm2", "lfm2_moe")
-
-
-def _has_mla(config: Any) -> bool:
-    """Return whether the model has DeepSeek's attention, whose keys and values are compressed together."""
-    return hasattr(config, "kv_lora_rank")
 
 
 def lacks_cache(error: BaseException) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 
 from actors.rollout.engine_calls import EngineCalls
 from actors.rollout.vllm_engine import added_tokens, end_tokens
-from actors.serving.captured_sessions import CapturedSessions
+from actors.serving.captured_sessions import CURRENT_CALL, CapturedSessions
 from actors.serving.front_engine import EngineParts, FrontEngine
 from actors.serving.gateway import Gateway
 from actors.serving.parsers import parsers_of, refuse_stubs
@@ -242,8 +242,8 @@ def _hear_answers(state: Any) -> None:
 
     By default vLLM takes those of the model's generation_config.json.
     """
-    from actors.serving.cut_calls import ending_as_sampled, with_whole_arguments
     from actors.serving.front_renderer import hearing
+    from actors.vllm_patches.cut_calls import ending_as_sampled, with_whole_arguments
 
     chats = [state.openai_serving_chat, state.anthropic_serving_messages]
     if state.online_renderer.parser is not None:
@@ -251,7 +251,8 @@ def _hear_answers(state: Any) -> None:
         state.openai_serving_responses.parser = parser
         for chat in chats:
             chat.parser_cls = parser
-            chat.chat_completion_full_generator = ending_as_sampled(chat.chat_completion_full_generator)
+            whole = chat.chat_completion_full_generator
+            chat.chat_completion_full_generator = ending_as_sampled(whole, lambda: CURRENT_CALL.get().cut)
         messages = state.anthropic_serving_messages
         messages.messages_full_converter = with_whole_arguments(messages.messages_full_converter)
     for serving in [*chats, state.openai_serving_completion, state.openai_serving_responses]:

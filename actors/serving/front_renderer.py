@@ -20,8 +20,8 @@ from vllm.renderers.chat_utils import has_non_text_content
 from vllm.renderers.online_renderer import OnlineRenderer
 
 from actors.serving.captured_sessions import CURRENT_CALL, CapturedSession, KnownTurn, ServedCall
-from actors.serving.cut_calls import ToldCalls, parsed_as_stream
 from actors.serving.refusals import RefusedCall
+from actors.vllm_patches.cut_calls import ToldCalls, parsed_as_stream
 from rlhf.agents.calls import Restriction
 from rlhf.data.turn_ends import TurnEnds
 from rlhf.errors import UserError

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,12 +18,19 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import _layerwise_process, get_layerwise_info
 from vllm.model_executor.model_loader.reload.meta import materialize_layer
 
+from actors.vllm_patches.reload import (
+    copied_layers,
+    forget_expert_kernels,
+    forget_parts,
+    name_loaders,
+    num_constants,
+    repack_heads,
+)
 from actors.weights.manifest import WeightManifest
 from actors.weights.staging import Meeting
 from actors.weights.vllm_packed import load_packed, loads_packed
@@ -115,54 +121,3 @@ class ReloadEngine(WeightTransferEngine[MeetingInfo, ManifestInfo]):  # type: ig
                 _layerwise_process(layer, get_layerwise_info(layer))
             finalize_layerwise_reload(self.model, self.model_config)
         repack_heads(self.model)
-
-
-def num_constants(layer: torch.nn.Module) -> int:
-    """Return the number of values in a layer's own buffers that are in no file. vLLM counts them as weights."""
-    constants = layer._non_persistent_buffers_set
-    return sum(buffer.numel() for name, buffer in layer.named_buffers(recurse=False) if name in constants)
-
-
-def copied_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Return the layers whose weights vLLM copies without their loaders, so that the reload does not notice them.
-
-    These are gpt-oss's experts and attention sinks. A sync allocates all of them a second time.
-    """
-    if type(model).__name__ != "GptOssForCausalLM":
-        return []
-    return [module for module in model.modules() if isinstance(module, RoutedExperts) or hasattr(module, "sinks")]
-
-
-def forget_parts(model: torch.nn.Module) -> bool:
-    """Forget what layers have received in an update that failed, if one has. Return whether one has failed."""
-    begun = [info for module in model.modules() if (info := get_layerwise_info(module)).can_load()]
-    for info in begun:
-        info.load_numel = 0
-        info.loaded_weights.clear()
-    return bool(begun)
-
-
-def name_loaders(model: torch.nn.Module) -> None:
-    """Name the weight loaders that are partial functions, such as MiniMax-M2's. vLLM's reload reads their names."""
-    for parameter in model.parameters():
-        loader = getattr(parameter, "weight_loader", None)
-        if isinstance(loader, partial):
-            loader.__name__ = loader.func.__name__  # type: ignore[attr-defined]
-
-
-def forget_expert_kernels(model: torch.nn.Module) -> None:
-    """Make the next load build the expert kernels of a CPU again.
-
-    vLLM packs the experts' weights for these kernels only when it builds them. An old kernel would read the unpacked
-    weights of the sync as packed ones.
-    """
-    for module in model.modules():
-        if isinstance(module, RoutedExperts):
-            module.quant_method.moe_kernel = None
-
-
-def repack_heads(model: torch.nn.Module) -> None:
-    """Pack the heads of a CPU again. Nothing is loaded into a tied head, so its packed copy would stay the old."""
-    for module in model.modules():
-        if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
-            module.quant_method.process_weights_after_loading(module)

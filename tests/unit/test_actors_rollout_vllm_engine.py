@@ -11,13 +11,11 @@ from transformers import PretrainedConfig
 
 from actors.rollout.vllm_engine import (
     RolloutSpec,
-    _generation_settings,
-    _heads_stand_apart,
-    _model_settings,
     _refuse_lost_weights,
     engine_environment,
     salt_waiting,
 )
+from actors.vllm_patches.settings import generation_settings, heads_stand_apart, model_settings
 from rlhf.errors import UserError
 from tests.tiny_architectures import tiny_model
 
@@ -33,28 +31,28 @@ def test_the_log_level_of_vllm_is_the_users(monkeypatch: pytest.MonkeyPatch) -> 
 def test_windows_of_cohere_are_those_of_the_trainer() -> None:
     """vLLM sees one token more than transformers, which sees the token itself and the `sliding_window - 1` before."""
     assert tiny_model("cohere2").config.sliding_window == 3
-    assert _model_settings(tiny_model("cohere2").config) == {"sliding_window": 2}
-    assert _model_settings(tiny_model("cohere2_moe").config) == {"sliding_window": 2}
-    assert _model_settings(tiny_model("mistral").config) == {}
+    assert model_settings(tiny_model("cohere2").config) == {"sliding_window": 2}
+    assert model_settings(tiny_model("cohere2_moe").config) == {"sliding_window": 2}
+    assert model_settings(tiny_model("mistral").config) == {}
 
 
 def test_settings_of_models_on_the_hub_are_added_where_a_config_lacks_them() -> None:
     config = tiny_model("lfm2").config
-    assert _model_settings(config) == {"block_dim": 32, "conv_dim": 32}
+    assert model_settings(config) == {"block_dim": 32, "conv_dim": 32}
     config.conv_dim = 64
-    assert _model_settings(config) == {"block_dim": 32}
+    assert model_settings(config) == {"block_dim": 32}
 
 
 def test_llama_4_scales_its_queries_in_short_engines_too() -> None:
-    assert _generation_settings(tiny_model("llama4_text").config) == {"attn_temperature_tuning": True}
-    assert _generation_settings(tiny_model("llama").config) == {}
+    assert generation_settings(tiny_model("llama4_text").config) == {"attn_temperature_tuning": True}
+    assert generation_settings(tiny_model("llama").config) == {}
 
 
 @pytest.mark.parametrize(
     ("kind", "apart"), [("lfm2", True), ("lfm2_moe", True), ("deepseek_v3", True), ("minicpm3", True), ("llama", False)]
 )
-def test_models_whose_heads_stand_apart_turn_them_by_torch(kind: str, apart: bool) -> None:
-    assert _heads_stand_apart(tiny_model(kind).config) is apart
+def test_models_whoseheads_stand_apart_turn_them_by_torch(kind: str, apart: bool) -> None:
+    assert heads_stand_apart(tiny_model(kind).config) is apart
 
 
 def refuse_lost(*unread_by_worker: set[str], config: Any) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 pytest.importorskip("vllm")
 
-from actors.weights.vllm_reload import ReloadEngine, name_loaders, num_constants
+from actors.vllm_patches.reload import name_loaders, num_constants
+from actors.weights.vllm_reload import ReloadEngine
 from rlhf.errors import RunError
 
 

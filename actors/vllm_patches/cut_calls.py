@@ -7,13 +7,11 @@ one part has raw markup instead, or a call that looks whole.
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any
 
 import partial_json_parser
 from vllm.entrypoints.generate.base.protocol import FunctionCall
-
-from actors.serving.captured_sessions import CURRENT_CALL
 
 
 class ToldCalls:
@@ -46,16 +44,18 @@ def parsed_as_stream(
     return content, [FunctionCall(name=name, arguments=arguments) for name, arguments in calls.pairs()]
 
 
-def ending_as_sampled(answer: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+def ending_as_sampled(
+    answer: Callable[..., Awaitable[Any]], cut: Callable[[], Collection[int]]
+) -> Callable[..., Awaitable[Any]]:
     """Return vLLM's method for a whole chat answer, which then names `length` as the end of each response cut off.
 
-    vLLM names `tool_calls` if there is a call.
+    vLLM names `tool_calls` if there is a call. `cut` returns the indices of the responses cut off.
     """
 
     async def ended(*args: Any, **options: Any) -> Any:
         response = await answer(*args, **options)
         for choice in getattr(response, "choices", ()):  # an error has none
-            if choice.index in CURRENT_CALL.get().cut:
+            if choice.index in cut():
                 choice.finish_reason = "length"
         return response
 

@@ -1,0 +1,37 @@
+"""Settings with which vLLM computes what transformers computes, where vLLM's own would differ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def model_settings(config: Any) -> dict[str, Any]:
+    """Return the changes of a model's config with which vLLM computes what transformers computes."""
+    from rlhf.models.files.hub_names import missing_settings
+
+    settings = missing_settings(config)
+    if config.model_type in ("cohere2", "cohere2_moe"):  # vLLM's windows are a token wider than transformers'
+        settings["sliding_window"] = config.sliding_window - 1
+    return settings
+
+
+def generation_settings(config: Any) -> dict[str, Any]:
+    """Return the changes of a model's generation config.
+
+    vLLM turns off Llama 4's scale of queries at late positions unless the engine takes more than 32,768 tokens.
+    """
+    key = "attn_temperature_tuning"
+    return {key: bool(getattr(config, key))} if hasattr(config, key) else {}
+
+
+def heads_stand_apart(config: Any) -> bool:
+    """Return whether queries reach vLLM's rotary embedding with a dimension for the heads, as in DeepSeek's attention.
+
+    LFM2 does so too. vLLM's operation for CPUs rotates such queries wrongly, and torch's operation does not.
+    """
+    return has_mla(config) or config.model_type in ("lfm2", "lfm2_moe")
+
+
+def has_mla(config: Any) -> bool:
+    """Return whether the model has DeepSeek's attention, whose keys and values are compressed together."""
+    return hasattr(config, "kv_lora_rank")

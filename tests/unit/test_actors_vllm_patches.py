@@ -1,0 +1,188 @@
+"""vLLM without the repairs of actors/vllm_patches still has the defects.
+
+A test that fails here tells of a vLLM without the defect: remove the repair, its row in `actors.vllm_patches`, and the
+test.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import actors.vllm_patches
+from rlhf.models.files.tiny import byte_tokenizer
+
+pytest.importorskip("vllm")
+
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+from vllm.model_executor.model_loader import reload
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+ROWS = re.findall(r"^(\w+) {2,}\S.*? {2,}(\S.*)$", actors.vllm_patches.__doc__ or "", flags=re.MULTILINE)[1:]
+TABLE = [(module, test) for module, tests in ROWS for test in tests.split(", ")]
+BIAS = torch.tensor([0.0, 0.0, 0.0, 9.0])
+
+
+@pytest.fixture(autouse=True)
+def unpatched() -> None:
+    assert "actors.weights.vllm_extension" not in sys.modules, "it has patched vLLM in this process"
+
+
+def test_the_table_names_each_module_and_its_test_here() -> None:
+    folder = Path(actors.vllm_patches.__file__).parent
+    assert {module for module, _ in TABLE} == {path.stem for path in folder.glob("[!_]*.py")}
+    tests = {name.removeprefix("test_") for name in globals()}
+    assert {test for _, test in TABLE} - {"an engine"} <= tests
+
+
+def test_drafts() -> None:
+    """The kernel for CPUs writes into a copy of its output."""
+    from vllm import _custom_ops  # noqa: F401  # loads the kernels
+    from vllm.utils.cpu_triton_utils import _expand_kernel_impl
+
+    output = torch.zeros(3)
+    _expand_kernel_impl(output, torch.tensor([1.5, 2.5]), torch.tensor([2, 3]), 0, 0)
+    assert output.tolist() == [0.0] * 3
+
+
+def test_first_runner() -> None:
+    """The second runner draws by seed and position, and returns the experts."""
+    source = Path(inspect.getfile(DefaultModelLoader)).parents[2] / "v1" / "worker"
+    (runner,) = [
+        node
+        for node in ast.parse((source / "cpu_model_runner.py").read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and node.name == "CPUModelRunner"
+    ]
+    assert [ast.unparse(base) for base in runner.bases] == ["GPUModelRunner"]
+    first = (source / "gpu_model_runner.py").read_text(encoding="utf-8")
+    assert "class GPUModelRunner" in first
+    assert "routed_experts" not in first
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most values that an operation returns."""
+
+    values = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not operation.is_view:
+            self.values = max(self.values, result.numel())
+        return result
+
+
+def test_adapter() -> None:
+    tokens, rank, width = 64, 4, 8
+    wrapper = PunicaWrapperCPU(tokens, 1, "cpu")
+    mapping: Any = SimpleNamespace(index_mapping=(1,) * tokens, prompt_mapping=(1,), is_prefill=False)
+    wrapper.update_metadata(mapping, [1], 1, 10)
+    lora_a, lora_b = torch.ones(1, 1, rank, width), torch.ones(1, 1, width, rank)
+    with Largest() as largest:
+        wrapper.add_lora_linear(
+            torch.zeros(tokens, width), torch.ones(tokens, width), (lora_a,), (lora_b,), 1.0, (width,)
+        )
+    assert largest.values >= tokens * rank * width
+
+
+def test_gemma_3n() -> None:
+    from vllm.model_executor.models.gemma3n import Gemma3nForCausalLM, Gemma3nSelfDecoder
+
+    given: list[Any] = []
+
+    def note(*args: Any, per_layer_inputs: Any = "none given", **options: Any) -> None:
+        given.append(per_layer_inputs)
+
+    Gemma3nForCausalLM.forward(SimpleNamespace(model=note), torch.tensor([1]), torch.tensor([0]))
+    decoder = SimpleNamespace(
+        per_layer_model_projection=lambda hidden: hidden,
+        per_layer_projection_scale=1.0,
+        per_layer_projection_norm=lambda hidden: hidden,
+        config=SimpleNamespace(num_hidden_layers=1, hidden_size_per_layer_input=2),
+        per_layer_input_scale=1.0,
+    )
+    hidden = torch.tensor([[1.0, 2.0]])
+    assert given == [None]
+    assert Gemma3nSelfDecoder.get_per_layer_inputs(decoder, hidden.clone(), None).tolist() == [[[1.0, 2.0]]]
+
+
+def test_a_x_k1() -> None:
+    path = Path(inspect.getfile(DefaultModelLoader)).parents[1] / "models" / "AXK1.py"
+    (layer,) = [
+        node
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and node.name == "AXK1DecoderLayer"
+    ]
+    (build,) = [node for node in layer.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
+    always = [ast.unparse(node.targets[0]) for node in build.body if isinstance(node, ast.Assign)]
+    assert "self.post_mlp_layernorm" in always
+
+
+def test_bias_in_files() -> None:
+    experts: Any = SimpleNamespace(
+        get_expert_mapping=lambda **_: [("experts.w13_weight", "experts.0.up_proj.weight", 0, "w3")],
+        layer_name="model.layers.0.mlp.experts",
+        e_score_correction_bias=nn.Parameter(torch.zeros(4), requires_grad=False),
+    )
+    assert list(RoutedExperts.load_weights(experts, [("e_score_correction_bias", BIAS)])) == []
+    assert experts.e_score_correction_bias.tolist() == [0.0] * 4
+
+
+def test_bias_without_groups() -> None:
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
+    router = CPURouter(2, 4, scoring_func="softmax", e_score_correction_bias=BIAS)
+    assert sorted(router.select_experts(torch.zeros(1, 8), logits)[1][0].tolist()) == [0, 1]
+    with pytest.raises(AssertionError):
+        CPURouter(2, 4, scoring_func="sigmoid", e_score_correction_bias=BIAS).select_experts(torch.zeros(1, 8), logits)
+
+
+def test_unread_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    loader: Any = DefaultModelLoader.__new__(DefaultModelLoader)
+    loader.counter_before_loading_weights, loader.enable_weights_track = 0.0, None
+    for name in ("_init_ep_weight_filter", "_init_mm_encoder_only_weight_filter"):
+        monkeypatch.setattr(loader, name, lambda *_: None)
+    monkeypatch.setattr(loader, "get_all_weights", lambda *_: iter([("weight", torch.ones(2, 2)), ("bias", BIAS)]))
+    model: Any = nn.Linear(2, 2, bias=False)
+    model.load_weights = lambda weights: {name for name, _ in weights if name == "weight"}
+    loader.load_weights(model, SimpleNamespace(quantization=None))
+
+
+def test_reload() -> None:
+    layer = nn.Linear(2, 2)
+    layer.register_buffer("scale", torch.ones(3), persistent=False)
+    reload.record_metadata_for_reloading(layer)
+    reload.initialize_layerwise_reload(layer)
+    info = get_layerwise_info(layer)
+    assert info.load_numel_total == 2 * 2 + 2 + 3
+    layer.weight.weight_loader(layer.weight, torch.ones(2, 2))  # and the update fails before the bias
+    reload.initialize_layerwise_reload(layer)
+    assert info.load_numel == 4
+
+    named = nn.Linear(2, 2)
+    named.weight.weight_loader = partial(print, end="")
+    reload.record_metadata_for_reloading(named)
+    with pytest.raises(AttributeError, match="__name__"):
+        reload.initialize_layerwise_reload(named)
+
+
+def test_cut_call() -> None:
+    from vllm.tool_parsers.hermes_tool_parser import Hermes2ProToolParser
+
+    text = '<tool_call>{"name": "find", "arguments": {"city": "Par'
+    request: Any = SimpleNamespace(tools=[object()], tool_choice="auto", skip_special_tokens=True)
+    found = Hermes2ProToolParser(byte_tokenizer()).extract_tool_calls(text, request)
+    assert not found.tool_calls
+    assert found.content == text
