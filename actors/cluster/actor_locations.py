@@ -1,6 +1,6 @@
-"""Remember the nodes and processes of a run's actors, so that an error message and processes.json can name them.
+"""Remember the nodes and processes of a run's actors, for error messages and processes.json.
 
-Nodes are probed directly: Ray notices a lost connection only after its health checks, and the head node may be lost
+Nodes are probed directly: Ray notices a lost connection only after Ray's health checks, and the head node may be lost
 itself.
 """
 
@@ -48,7 +48,7 @@ class ActorLocation:
     handle: ActorHandle[Any] | None = None
 
     def node_failure(self) -> str | None:
-        """Return a description of the node's failure; None if it responds."""
+        """Return a description of the node's failure. None: the node responds."""
         try:
             socket.create_connection((self.address, self.port), timeout=ANSWERS_WITHIN_S).close()
         except ConnectionRefusedError:
@@ -64,9 +64,9 @@ _LISTS: list[Path] = []  # files that list the processes
 
 @contextmanager
 def listed_in(path: Path) -> Iterator[None]:
-    """List the driver and the processes of all actors in a file, which is kept up to date during the block.
+    """List the driver and the processes of all actors in a file, updated during the block.
 
-    After the block the file lists nothing. A killed driver leaves its last list behind.
+    After the block the file lists nothing. A killed driver leaves the last list behind.
     """
     _LISTS.append(path)
     _write_lists()
@@ -78,9 +78,9 @@ def listed_in(path: Path) -> Iterator[None]:
 
 
 def own_location(actor: object, room_timeout_s: float) -> tuple[str, str, int, int]:
-    """Return id, node and process of the calling actor, and the port at which it answers heartbeats from now on.
+    """Return id, node and process of the calling actor, and the port for answers to heartbeats from now on.
 
-    Its writes wait for room up to `room_timeout_s` from now on.
+    From now on, the actor's writes wait for room up to `room_timeout_s`.
     """
     PAUSE.limit_s = room_timeout_s
     context = ray.get_runtime_context()
@@ -109,14 +109,14 @@ def remember(
 
 
 def forget(actors: Iterable[str]) -> None:
-    """Forget actors that have been ended."""
+    """Forget ended actors."""
     for actor in actors:
         _LOCATIONS.pop(actor, None)
     _write_lists()
 
 
 def _write_lists() -> None:
-    """Write the files that list the processes. A full disk costs the list, and not the run."""
+    """Write the lists of the processes. A full disk costs the list, and not the run."""
     actors = [{"who": place.who, "node": place.address, "pid": place.pid} for place in _LOCATIONS.values()]
     rows = [{"who": "driver", "node": None, "pid": os.getpid()}, *actors]
     for path in _LISTS:
@@ -127,12 +127,12 @@ def _write_lists() -> None:
 
 
 def location_of(actor: str | None) -> ActorLocation | None:
-    """Return the location of an actor; None if it is unknown or the actor has been ended."""
+    """Return the location of an actor; None if the actor is unknown or ended."""
     return _LOCATIONS.get(actor or "")
 
 
 def locations() -> dict[str, ActorLocation]:
-    """Return the locations of all actors that have not been ended, by actor."""
+    """Return the locations of all actors except ended actors, by actor."""
     return dict(_LOCATIONS)
 
 
@@ -148,9 +148,9 @@ def _call(work: Callable[[], T]) -> T:
 
 
 async def lost_nodes() -> str:
-    """Return a sentence on the run's lost nodes; empty if all of them respond.
+    """Return a sentence on the run's lost nodes; empty if all nodes respond.
 
-    Ranks on other nodes also fail when a peer or their arguments are lost.
+    Ranks on healthy nodes also fail after the loss of a peer or of arguments.
     """
     places = {place.node: place for place in _LOCATIONS.values()}
     if not places:
@@ -170,7 +170,7 @@ async def draining_node(nodes: Callable[[], Collection[str]]) -> tuple[str, floa
     """Return the address of a draining node of the run, and its end time if known.
 
     Args:
-        nodes: returns the present nodes of the run. They change when a lost node is replaced.
+        nodes: returns the present nodes of the run. The nodes change when a lost node is replaced.
     """
     going = await draining_nodes()
     used = nodes() if going else ()
@@ -181,10 +181,10 @@ async def draining_node(nodes: Callable[[], Collection[str]]) -> tuple[str, floa
 
 
 async def draining_nodes() -> dict[str, float | None]:
-    """Return the nodes that are being drained, with their end times if known.
+    """Return the nodes in the process of draining, with end times if known.
 
-    An autoscaler or `ray drain-node` reports it to Ray. The call blocks while the head does not respond, in a thread
-    that keeps no event loop and no process alive.
+    An autoscaler or `ray drain-node` reports draining to Ray. The call blocks while the head does not respond, in a
+    thread that keeps no event loop and no process alive.
     """
     from ray._private.state import state  # also used by Ray Train
 

@@ -37,7 +37,7 @@ def cluster_to_join(configured: str | None) -> str | None:
 def started_here() -> str | None:
     """Return the address of the cluster last started or joined by `ray start` on this machine.
 
-    It may have ended since.
+    The cluster may have ended since.
     """
     try:
         return word_of_cluster().read_text(encoding="utf-8").strip() or None
@@ -46,6 +46,6 @@ def started_here() -> str | None:
 
 
 def word_of_cluster() -> Path:
-    """Return the file in which `ray start` records the address."""
+    """Return the file for the address recorded by `ray start`."""
     folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or tempfile.gettempdir()
     return Path(folder) / "ray" / "ray_current_cluster"

@@ -1,7 +1,7 @@
-"""Connect to Ray: start a local one with bounded memory, or join the configured cluster.
+"""Connect to Ray: start a local Ray with bounded memory, or join the configured cluster.
 
-A signal to all processes of a run also ends the daemons of its local Ray. A driver calling Ray then would wait for a
-minute and be aborted. So an interrupt kills these daemons, and nothing calls Ray any more.
+A signal to all processes of a run also ends the daemons of the local Ray. A driver calling Ray then would wait for a
+minute and be aborted. So an interrupt kills the daemons, and nothing calls Ray any more.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ class OwnRay:
         self.killed = False
 
     def find(self, others: Collection[psutil.Process]) -> None:
-        """Note the daemons: the children of this process but for `others`."""
+        """Record the daemons: the children of this process but for `others`."""
         self.daemons = [process for process in psutil.Process().children() if process not in others]
         self.vital = [daemon for daemon in self.daemons if _name(daemon) in VITAL]
 
     def forget(self) -> None:
-        """Note that there are no daemons."""
+        """Record that no daemons exist."""
         self.daemons, self.vital, self.killed = [], [], False
 
     @property
@@ -104,8 +104,8 @@ _SESSION_LOCKS: list[int] = []  # held until this process ends
 def connected(config: ClusterConfig) -> Iterator[None]:
     """Connect to Ray for the length of the block.
 
-    If cluster.address is null, join the cluster of RAY_ADDRESS (set by `ray job submit`). Without it, start a local Ray
-    that ends with the block and accepts no other process.
+    If cluster.address is null, join the cluster of RAY_ADDRESS (set by `ray job submit`). Without RAY_ADDRESS, start a
+    local Ray that ends with the block and accepts no further process.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it warns that this thread handles no signals
@@ -133,13 +133,13 @@ def connected(config: ClusterConfig) -> Iterator[None]:
 
 
 def _log_messages(data: Mapping[str, Any], ignore_prefix: bool) -> None:
-    """Log what Ray tells the driver, such as the loss of an actor. Ray would print it to stdout."""
+    """Log messages from Ray to the driver, such as the loss of an actor. Ray would print to stdout."""
     for line in data["lines"]:
         logger.info("Ray: %s", line)
 
 
 def _start_local(config: ClusterConfig) -> None:
-    """Start a Ray that ends with this process and accepts no other process."""
+    """Start a Ray that ends with this process and accepts no further process."""
     memory_gib = total_memory() / 2**30
     if config.object_store_gib > memory_gib:
         raise UserError(
@@ -206,9 +206,10 @@ def _own_session(temp: Path) -> None:
 
 
 def _remove_dead_sessions(temp: Path) -> None:
-    """Remove what local Rays of dead processes have left: spilled objects and sockets, and all but the newest logs.
+    """Remove leftovers of dead processes' local Rays: spilled objects and sockets, and all but the newest logs.
 
-    Only one process at a time looks for them or locks its own session, so a session without a held lock has no owner.
+    Only one process at a time looks for leftovers or locks a new session, so a session without a held lock has no
+    owner.
     """
     with alone_in(temp):
         dead = {path: lock for path in temp.glob("session_*") if (lock := _lock_of_dead(path)) is not None}
@@ -222,7 +223,7 @@ def _remove_dead_sessions(temp: Path) -> None:
 
 
 def _lock_of_dead(session: Path) -> int | None:
-    """Return the lock of a session whose process is dead. None: the process lives, or is not one of this program."""
+    """Return the lock of a session whose process is dead. None: the process lives, or belongs to another program."""
     with contextlib.suppress(FileNotFoundError):  # another start has removed it meanwhile
         return locked(session) if not session.is_symlink() and (session / LOCK).exists() else None
     return None
@@ -274,7 +275,10 @@ def _join(address: str) -> None:
 
 
 def _refuse_dead(address: str) -> None:
-    """Raise UserError within seconds if no Ray responds at `[ray://]HOST:PORT`. Ray resolves other address forms."""
+    """Raise UserError within seconds if no Ray responds at `[ray://]HOST:PORT`.
+
+    Ray itself resolves every further form of address.
+    """
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdecimal():
         return

@@ -1,8 +1,8 @@
-"""Answer the driver's heartbeats in a worker's process, from a thread of their own.
+"""Answer the driver's heartbeats in a worker's process, from a separate thread.
 
-The thread needs the interpreter for a moment. So a process answers while it computes or waits for its peers. It does
-not answer while it is stopped, or while one call holds the interpreter. A call in a concurrency group of Ray would also
-wait for the arguments of all calls made before it, and Ray would move a rank's work out of the main thread.
+The thread needs the interpreter for a moment. So a process answers during a computation or a wait for peers, but not
+while stopped, or while a call holds the interpreter. A call in a concurrency group of Ray would also wait for the
+arguments of all earlier calls, and Ray would move a rank's work out of the main thread.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Child:
     began: float  # seconds since 1970
 
     def process(self) -> psutil.Process | None:
-        """Return the process on this host; None if it has ended."""
+        """Return the process on this host. None: the process has ended."""
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(self.pid)
             if process.create_time() == self.began and process.status() != psutil.STATUS_ZOMBIE:
@@ -96,9 +96,9 @@ def own_oom_kills(root: Path = Path("/")) -> OomKills | None:
 
 
 def own_children() -> Iterator[Child]:
-    """Yield the processes that this process has started, and those that they have started.
+    """Yield all descendants of this process.
 
-    The kernel lists the children of each thread. To find them among all processes, as psutil does, takes 40 ms.
+    The kernel lists the children of each thread. A search among all processes, as in psutil, takes 40 ms.
     """
     parents = [os.getpid()]
     while parents:
@@ -140,8 +140,8 @@ _SERVERS: list[_Server] = []  # the one of this process
 def answer_heartbeats(host: str) -> int:
     """Start to answer heartbeats at this host's address, once per process. Return the port.
 
-    From then on, py-spy of the same user may read the process where the kernel (Yama) lets only parents do so. At
-    SIGUSR2 the process writes the stacks of its threads to its log, which needs no right at all.
+    From then on, py-spy of the same user may read the process even if the kernel (Yama) otherwise allows only parents.
+    At SIGUSR2 the process writes the stacks of all threads to the log, without any special right.
     """
     if not _SERVERS:
         _Server.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET

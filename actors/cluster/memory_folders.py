@@ -1,4 +1,4 @@
-"""Make a folder in the shared memory of each of a run's nodes. Its files outlive the processes that write them.
+"""Make a folder in the shared memory of each of a run's nodes. The files outlive the writing processes.
 
 The next run on a node removes the folders of dead runs there (rlhf.process.owned_folders). The process that owns a
 folder on a node also holds copies of snapshots of ranks on other nodes.
@@ -45,9 +45,10 @@ class MemoryFolder(OwnedFolder):
     """The folder of a run on this node."""
 
     def __init__(self, path: Path) -> None:
-        """Make the folder, or take over that of a dead process of this run. Remove what dead runs have left beside it.
+        """Make the folder, or take over the folder of a dead process of this run.
 
-        RunError: the parent is another user's. UserError: the folder cannot be made.
+        Remove leftovers of dead runs beside the folder. RunError: the parent is another user's. UserError: the folder
+        cannot be made.
         """
         try:
             super().__init__(path)
@@ -60,20 +61,20 @@ class MemoryFolder(OwnedFolder):
 
 
 class NodeMemory:
-    """The process that owns the run's folder on a node, and holds copies of snapshots of ranks on other nodes."""
+    """The process that owns the run's folder on a node, and holds copies of other nodes' snapshots."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._folder: MemoryFolder | None = None
 
     def open(self) -> None:
-        """Make the folder, unless it is made."""
+        """Make the folder, unless already made."""
         if self._folder is None:
             self._folder = MemoryFolder(self._path)
             self._holder = CopyHolder(self._path / "copies", ray.util.get_node_ip_address())
 
     def place(self, rank: str) -> CopyPlace:
-        """Return where a rank sends its copies."""
+        """Return the place to which a rank sends copies."""
         return self._holder.place(rank)
 
     def forget(self, rank: str) -> None:
@@ -92,13 +93,14 @@ class NodeMemory:
 
 
 class MemoryFolders:
-    """The folders of a run on its nodes, and where the copies of each rank's snapshots are.
+    """The folders of a run on the run's nodes, and the places of the copies of each rank's snapshots.
 
-    The driver owns the folder of ranks on its own node. On other nodes, and for all copies, a process there does.
+    The driver owns the folder of ranks on the driver's node. On other nodes, and for all copies, a process there owns
+    the folder.
     """
 
     def __init__(self, *, start_timeout_s: float) -> None:
-        """Create an object that knows no node yet."""
+        """Create an object without nodes."""
         self._start_timeout_s = start_timeout_s
         self._here: str = ray.get_runtime_context().get_node_id()
         self._run = folders_of_user() / f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
@@ -110,7 +112,7 @@ class MemoryFolders:
         self._alone = asyncio.Lock()
 
     async def open(self, nodes: Collection[str]) -> list[Path]:
-        """Return the run's folder on each of the nodes, made and locked. UserError if it cannot be made."""
+        """Return the run's folder on each node, made and locked. UserError if a folder cannot be made."""
         async with self._alone:
             for node in dict.fromkeys(nodes):
                 if node != self._here:
@@ -120,7 +122,7 @@ class MemoryFolders:
         return [self._run if node == self._here else self._path(node) for node in nodes]
 
     def nodes(self) -> frozenset[str]:
-        """Return the nodes of the run's actors, without those that could hold no copies a short time ago."""
+        """Return the nodes of the run's actors, without nodes that could hold no copies a short time ago."""
         now = time.monotonic()
         unfit = {node for node, since in self._unfit.items() if now - since < TRIED_AGAIN_AFTER_S}
         return frozenset(place.node for place in locations().values()) - unfit
@@ -130,10 +132,10 @@ class MemoryFolders:
         return self._places.get(rank)
 
     async def places(self, nodes: Mapping[str, str], failures: Mapping[str, str]) -> dict[str, CopyPlace | None]:
-        """Return where each rank shall send copies: to another node of the run, if there is one.
+        """Return where each rank shall send copies: to another node of the run, if any.
 
-        A rank keeps its place as long as that can be used. A new one is on the node with the fewest copies. A node that
-        could hold no copies is tried again after TRIED_AGAIN_AFTER_S.
+        A rank keeps a place as long as the place is usable. A new place is on the node with the fewest copies. A node
+        that could hold no copies is tried again after TRIED_AGAIN_AFTER_S.
 
         Args:
             nodes: the node of each rank, by the rank's name.
@@ -151,9 +153,9 @@ class MemoryFolders:
             return {rank: self._places.get(rank) for rank in nodes}
 
     async def write(self, nodes: Mapping[str, str], step: int, checkpoint: Path) -> None:
-        """Write the snapshots of a step into a checkpoint: each from its rank's node, or the copy of it.
+        """Write the snapshots of a step into a checkpoint: each from the rank's node, or from a copy.
 
-        RunError: a snapshot is on no node that answers.
+        RunError: no answering node has a snapshot.
 
         Args:
             nodes: the node of each rank in the order of the ranks, by the rank's name.
@@ -179,7 +181,7 @@ class MemoryFolders:
                     raise RunError(f"neither the snapshot of {rank} nor a copy of it can be read: {reason}")
 
     async def _choose(self, rank: str, candidates: Collection[str]) -> None:
-        """Give a rank a place on one of the nodes."""
+        """Give a rank a place on a node among the candidates."""
         before = self._holders.pop(rank, None)
         self._places.pop(rank, None)
         if before in self._processes:
@@ -199,7 +201,8 @@ class MemoryFolders:
             return
 
     async def _examine(self, node: str) -> None:
-        """Find out why a copy failed: its process has died, or the node is not fit, for lack of memory for example."""
+        """Find out why a copy failed: the node's process has died, or the node is unfit, for example for lack of
+        memory."""
         process = self._processes.get(node)
         try:
             await self._ask(node, "open", limit_s=EXAMINED_WITHIN_S)
@@ -212,7 +215,7 @@ class MemoryFolders:
             self._unfit[node] = time.monotonic()
 
     async def _ask(self, node: str, method: str, *arguments: Any, limit_s: float | None = None) -> Any:
-        """Call the process on a node, which is started if there is none, or if it has died."""
+        """Call the process on a node. Start a missing or dead process first."""
         is_new = node not in self._processes
         if is_new:
             there = NodeAffinitySchedulingStrategy(node, soft=False)

@@ -1,7 +1,8 @@
-"""Measure the load of a run's nodes. The driver measures its node, and a small actor measures each other node.
+"""Measure the load of a run's nodes.
 
-The actors reserve no CPU in Ray. A node that answers late is left out until its answer is there. If a node is dead, the
-roles on it report the failure, and the node that takes its place gets a new actor.
+The driver measures the driver's node, and a small actor measures each further node. The actors reserve no CPU in Ray. A
+late node is left out until the answer is there. If a node is dead, the node's roles report the failure, and a replacing
+node gets a new actor.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Nodes:
         self._start_actors()
 
     async def use(self) -> Metrics:
-        """Return `system/*` of each node since its last answer."""
+        """Return `system/*` of each node since the node's last answer."""
         self._start_actors()
         metrics = _named(self.addresses[self.here], self.sampler.take())
         for node_metrics in await asyncio.gather(*map(self._asked, list(self.others))):
@@ -59,7 +60,7 @@ class Nodes:
         self.others = {}
 
     def _start_actors(self) -> None:
-        """Start an actor on each node that is new in the run."""
+        """Start an actor on each new node of the run."""
         new = self.placement.nodes() - self.others.keys() - self._failed - {self.here}
         if not new:
             return
@@ -70,7 +71,7 @@ class Nodes:
             self.others[node] = remote.options(num_cpus=0, max_restarts=0, scheduling_strategy=strategy).remote()
 
     async def _asked(self, node: str) -> dict[str, Reduction]:
-        """Return a node's metrics. They are empty until the answer is there."""
+        """Return a node's metrics, empty until the answer is there."""
         address, is_late = self.addresses[node], node in self._late
         answer = self._late.pop(node) if is_late else self.others[node].take.remote()
         limit_s = LATE_ANSWER_WITHIN_S if is_late else ANSWER_WITHIN_S
@@ -90,7 +91,7 @@ class Nodes:
 
 
 def _addresses() -> dict[str, str]:
-    """Return the addresses of all live nodes, as the metrics name them."""
+    """Return the addresses of all live nodes, in the form for metrics."""
     return {node["NodeID"]: node["NodeManagerAddress"].replace(":", "-") for node in ray.nodes() if node["Alive"]}
 
 

@@ -44,14 +44,14 @@ class NoRoom(RunError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """A reserved placement group with its slots."""
+    """A reserved placement group with slots."""
 
     group: PlacementGroup
     plan: PlacementPlan
     seats: Seats | None = None  # of engines that join and leave; None: all workers are in the group
 
     def options(self, role: Role, rank: int, env: Mapping[str, str], *, concurrency: int = 1) -> dict[str, Any]:
-        """Return the Ray options of one worker: its slot, its environment, and no retries of any kind."""
+        """Return the Ray options of one worker: slot, environment, and no retries of any kind."""
         place = self.plan.slots[role][rank]
         return {
             "num_cpus": place.cpus,
@@ -84,15 +84,16 @@ class Placement:
         return set(placement_group_table(self.group)["bundles_to_node_id"].values())
 
     def on_one_host(self) -> bool:
-        """Return whether all workers of the run are on one node, and none can join on another."""
+        """Return whether all workers of the run are on one node, and no worker can join on another node."""
         return len(self.nodes()) == 1 and (self.seats is None or bool(OWN_RAY.daemons))
 
     def threads(self, role: Role, configured: int | Literal["auto"]) -> list[int]:
-        """Return the compute threads of each worker of a role. auto: the cores of its node, divided by its workers."""
+        """Return the compute threads of each worker of a role. auto: the cores of the node, divided by the role's
+        workers there."""
         return _threads(self.nodes_of(role), configured)
 
     async def wait_until_whole(self, *, limit_s: float) -> None:
-        """Wait until Ray has placed the bundles of lost nodes on others. Raise NodeNotReplaced at the limit."""
+        """Wait until Ray has placed the bundles of lost nodes on new nodes. Raise NodeNotReplaced at the limit."""
         if OWN_RAY.is_ending:
             raise RunError("the run's local Ray has died, and no other node can join it.")
         if not _is_whole(self.group):
@@ -116,7 +117,7 @@ class Placement:
 
 
 class Seats:
-    """The placement groups of engines that join and leave, by rank. Each holds one engine."""
+    """The placement groups of engines that join and leave, by rank. Each group holds one engine."""
 
     def __init__(self, plan: PlacementPlan, engines: EngineRange) -> None:
         """Create an object without a seat.
@@ -130,9 +131,9 @@ class Seats:
         self._asked: set[PlacementGroup] = set()  # that Ray has not placed yet
 
     async def take(self, rank: int, *, limit_s: float | None) -> None:
-        """Wait until Ray has room for a rank, in place of the room that it had. NoRoom at the limit, if there is one.
+        """Wait until Ray has room for a rank, in place of the rank's earlier room. NoRoom at the limit, if any.
 
-        An autoscaler sees the request, and adds a node if it can.
+        An autoscaler sees the request, and adds a node if possible.
         """
         self.give_back(rank)
         group = _ask_for(self.plan)
@@ -149,17 +150,17 @@ class Seats:
                 remove_placement_group(group)
 
     def give_back(self, rank: int) -> None:
-        """Release the room of a rank, if it has one. What still runs there ends."""
+        """Release the room of a rank, if any. Processes still running there end."""
         placed = self._placed.pop(rank, None)
         if placed is not None:
             remove_placement_group(placed.group)
 
     def groups(self) -> list[PlacementGroup]:
-        """Return all placement groups, also those that Ray has not placed yet."""
+        """Return all placement groups, also groups that Ray has not placed yet."""
         return [*(placed.group for placed in self._placed.values()), *self._asked]
 
     def nodes(self) -> dict[int, str]:
-        """Return the node of each rank that has a seat."""
+        """Return the node of each rank with a seat."""
         return {rank: placed.nodes_of(role)[0] for rank, placed in self._placed.items() for role in placed.plan.slots}
 
     def options(self, role: Role, rank: int, env: Mapping[str, str], *, concurrency: int = 1) -> dict[str, Any]:
@@ -167,13 +168,14 @@ class Seats:
         return self._placed[rank].options(role, 0, env, concurrency=concurrency)
 
     def threads(self, role: Role, configured: int | Literal["auto"]) -> dict[int, int]:
-        """Return the compute threads of each rank's engine. auto: the cores of its node, divided by its engines now."""
+        """Return the compute threads of each rank's engine. auto: the cores of the node, divided by the present number
+        of engines there."""
         nodes = self.nodes()
         return dict(zip(nodes, _threads(list(nodes.values()), configured), strict=True))
 
 
 async def reserve(config: Config) -> Placement:
-    """Reserve the resources of all roles of a run, with the smallest number of engines if it may change."""
+    """Reserve the resources of all roles of a run, with the smallest number of engines if the number may change."""
     rest, engine = plan_apart(config)
     limit_s, engines = config.cluster.start_timeout_s, config.cluster.roles.rollout.engines
     if engine is None or isinstance(engines, int):
@@ -199,11 +201,11 @@ async def reserve_roles(roles: Collection[Role], cluster: ClusterConfig, *, with
 async def _reserve(plan: PlacementPlan, *, limit_s: float, whole: PlacementPlan | None = None) -> Placement:
     """Reserve all bundles, or fail at the deadline with a table of required and available resources.
 
-    Raises UserError if even the empty cluster could not hold them, unless an autoscaler may add nodes or a lost node
-    may return.
+    Raises UserError if even the empty cluster has no room for the bundles, unless an autoscaler may add nodes or a lost
+    node may return.
 
     Args:
-        whole: the plan of these bundles and of others that the run needs too. None: there are no others.
+        whole: the plan of these bundles and of further bundles of the run. None: no further bundles.
     """
     nodes, whole = ray.nodes(), whole or plan
     alive = [node for node in nodes if node["Alive"]]
@@ -269,7 +271,8 @@ def _remove(groups: Sequence[PlacementGroup]) -> None:
 
 
 def _threads(nodes: Sequence[str], configured: int | Literal["auto"]) -> list[int]:
-    """Return the compute threads of workers on these nodes. auto: the cores of a node, divided by its workers."""
+    """Return the compute threads of workers on the given nodes. auto: the cores of a node, divided by the workers
+    there."""
     cores = {node["NodeID"]: int(node["Resources"].get("CPU", 1)) for node in ray.nodes()}
     return [max(1, cores.get(n, 1) // nodes.count(n)) if configured == "auto" else configured for n in nodes]
 
@@ -290,10 +293,10 @@ def may_grow(alive: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _has_fixed_size(alive: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether Ray's monitor says that no autoscaler is there. Without its report, one may start yet.
+    """Return whether Ray's monitor reports no autoscaler. Without a report, an autoscaler may start yet.
 
-    The monitor of a cluster without an autoscaler reports each node as a type of its own, `node_` and the node's id.
-    An autoscaler reports the types of its configuration, and that of Ray's second version writes no such report.
+    The monitor of a cluster without an autoscaler reports each node as a separate type, `node_` and the node's id. An
+    autoscaler reports the configured types, and the autoscaler of Ray's second version writes no such report.
     """
     ends = time.monotonic() + REPORTED_WITHIN_S
     while True:
@@ -308,7 +311,10 @@ def _has_fixed_size(alive: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def missing_resources(plan: PlacementPlan, alive: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return the end of a sentence on what an empty cluster of these nodes lacks; None if it has enough."""
+    """Return the end of a sentence on the missing resources of an empty cluster of these nodes.
+
+    None: enough resources.
+    """
     for wanted in plan.labels:
         if not any(wanted.items() <= node["Labels"].items() for node in alive):
             labels = ", ".join(f"{name}={value}" for name, value in wanted.items())
@@ -321,7 +327,7 @@ def missing_resources(plan: PlacementPlan, alive: Sequence[Mapping[str, Any]]) -
 
 
 def nodes_of_bundles(plan: PlacementPlan, alive: Sequence[Mapping[str, Any]]) -> list[int] | None:
-    """Return the node of each bundle in an empty cluster of these nodes. None: it has no room for them."""
+    """Return the node of each bundle in an empty cluster of these nodes. None: no room for the bundles."""
     nodes, node_labels = [node["Resources"] for node in alive], [node["Labels"] for node in alive]
     return assign_nodes(plan.bundles, nodes, labels=plan.labels, node_labels=node_labels)
 

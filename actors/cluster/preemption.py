@@ -1,8 +1,8 @@
-"""Run a training loop under a stop request: it finishes its step, writes a checkpoint and ends, in a limited time.
+"""Run a training loop under a stop request: finish the step, write a checkpoint and end, in a limited time.
 
 The request comes from a signal (rlhf.process.stopping) or from a draining node. `timeout`, Slurm and systemd may send a
-signal to all processes of the run at once. Then Ray's daemons end too, and nothing can be saved. If they end without a
-request, the loop is ended with an error: it might go on for a minute before a call to Ray fails.
+signal to all processes of the run at once. Then Ray's daemons end too, and nothing can be saved. If the daemons end
+without a request, an error ends the loop, which might go on for a minute before a call to Ray fails.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ async def run_loop(
     call_timeout_s: float,
     draining_node: DrainingNode,
 ) -> T:
-    """Return the result of a loop that ends by itself once it has been given notice.
+    """Return the result of a loop that ends by itself after a notice.
 
     Args:
-        grace_s: the time limit of the loop after the request. Ctrl-C has no limit, since a second one ends the loop.
+        grace_s: the time limit of the loop after the request. Ctrl-C has no limit, since a second Ctrl-C ends the loop.
         call_timeout_s: the longest time a call may block the event loop, as a call of a hanging Ray does.
         draining_node: returns the address of a draining node of the run, and its end time if known.
     """

@@ -1,7 +1,7 @@
-"""Track the processes of a group's actors, and end them with the group or before a successor takes their place.
+"""Track the processes of a group's actors, and end the processes with the group or before a successor takes over.
 
-ray.kill only sends a request. A stopped process keeps its memory and ports for seconds, or forever if Ray ends
-meanwhile. So processes on the driver's host are killed directly.
+ray.kill only sends a request. A stopped process holds memory and ports for seconds, or forever if Ray ends meanwhile.
+So processes on the driver's host are killed directly.
 """
 
 from __future__ import annotations
@@ -42,15 +42,18 @@ HUB_VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT")
 
 
 def hub_environment() -> dict[str, str]:
-    """Return the driver's settings of the model hub. All workers need them to find the same models.
+    """Return the driver's settings of the model hub. All workers need the settings to find the same models.
 
-    They include no token, because every node logs the environment of its workers.
+    The settings include no token, because every node logs the environment of workers.
     """
     return {name: os.environ[name] for name in HUB_VARIABLES if name in os.environ}
 
 
 def _kill(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
-    """Kill processes on this host, after they had ASKED_S to end. Return those that still exist GONE_WITHIN_S later."""
+    """Kill processes on this host, ASKED_S after the request to end.
+
+    Return processes that still exist GONE_WITHIN_S later.
+    """
     _, alive = psutil.wait_procs(processes, timeout=ASKED_S)
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -60,7 +63,7 @@ def _kill(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
 
 
 def _is_gone(pid: int, children: Sequence[Child]) -> bool:
-    """Kill the process of an ended actor on this host, and its children. Return whether they are gone."""
+    """Kill the process of an ended actor on this host, and all children. Return whether all are gone."""
     is_gone = True
     with contextlib.suppress(psutil.NoSuchProcess, IndexError):  # IndexError: a zombie has no command line
         process = psutil.Process(pid)
@@ -70,9 +73,9 @@ def _is_gone(pid: int, children: Sequence[Child]) -> bool:
 
 
 def kill_children(children: Sequence[Child]) -> bool:
-    """Kill processes on this host that an ended process has left. Return whether they are gone, with their memory.
+    """Kill processes on this host left over from an ended process. Return whether all are gone, with their memory.
 
-    vLLM tells its workers by a pipe that their engine has ended. A worker in a collective never reads the pipe.
+    vLLM reports an engine's end to the engine's workers by a pipe. A worker in a collective never reads the pipe.
     """
     ends = time.monotonic() + GONE_WITHIN_S
     while left := [process for child in children if (process := child.process()) is not None]:
@@ -89,10 +92,10 @@ class Processes:
     """The processes of one group of actors."""
 
     def __init__(self, role: Role, handles: Sequence[ActorHandle[Any]]) -> None:
-        """Create an object that knows no process yet.
+        """Create an object without processes.
 
         Args:
-            handles: in rank order. The group replaces a handle in this list when it replaces the worker.
+            handles: in rank order. The group replaces a handle in this list together with the worker.
         """
         self.role = role
         self.handles = handles
@@ -107,7 +110,7 @@ class Processes:
         self._remember(dict(enumerate(locations)))
 
     async def wait_until_created(self, rank: int, *, deadline_s: float) -> None:
-        """Wait until one worker is created, and remember its process."""
+        """Wait until one worker is created, and remember the worker's process."""
         ref = self.handles[rank].__ray_call__.remote(own_location, PAUSE.limit_s)
         location = await wait_one(
             ref, role=self.role, rank=rank, stage="start", deadline_s=deadline_s, limit=START_LIMIT
@@ -124,7 +127,7 @@ class Processes:
                     self.here[rank] = psutil.Process(pid)
 
     async def end_one(self, rank: int) -> None:
-        """End what is left of one worker, and wait until it and its children are gone. Do not wait for a lost node."""
+        """End the rest of one worker, and wait until worker and children are gone. Do not wait for a lost node."""
         actor, handle = self.actors.pop(rank, ""), self.handles[rank]
         was, here, children = location_of(actor), self.here.get(rank), children_of(actor)
         forget([actor])
@@ -140,7 +143,7 @@ class Processes:
             logger.warning("%s: the process of rank %d, or a child, still exists after it was killed", self.role, rank)
 
     async def _is_gone_elsewhere(self, was: ActorLocation, children: Sequence[Child]) -> bool:
-        """Kill a process on another node, and its children. Return whether they are gone; True if the node is lost."""
+        """Kill a process on another node, and all children. Return whether all are gone; True if the node is lost."""
         answer = asyncio.wrap_future(on_node(was.node, partial(_is_gone, was.pid, children)).future())
         try:
             return await asyncio.wait_for(answer, timeout=ASKED_S + 3 * GONE_WITHIN_S)
@@ -153,7 +156,7 @@ class Processes:
                 ray.kill(handle)
 
     def end(self) -> None:
-        """End all processes at once, and wait up to GONE_WITHIN_S for the ones on this host to exit."""
+        """End all processes at once, and wait up to GONE_WITHIN_S for the exit of processes on this host."""
         if self.ended:
             return
         self.ended = True

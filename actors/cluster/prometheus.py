@@ -1,7 +1,7 @@
-"""Export metrics to Prometheus through Ray: every node of a Ray cluster already serves them.
+"""Export metrics to Prometheus through Ray: every node of a Ray cluster already serves metrics.
 
-Every run exports, with its name as the label `run`; the cost without a scraper is negligible. Histograms are left out:
-Ray computes their sums from the centers of its buckets, and the means are metrics already.
+Every run exports, with the run's name as the label `run`; the cost without a scraper is negligible. Histograms are left
+out: Ray computes sums of histograms from the centers of buckets, and the means are metrics already.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class PrometheusBackend(TrackerBackend):
         self._step.set(step.step, tags=self._run)
 
     def _exporter(self, exported: Exported) -> Any:
-        """Return the gauge or counter of a metric, created at its first use."""
+        """Return the gauge or counter of a metric, created at the first use."""
         if exported.name not in self._exporters:
             kind = Counter if exported.is_counter else Gauge
             tags = (RUN_LABEL, *exported.labels)

@@ -1,6 +1,6 @@
-"""Refuse a run whose ranks cannot keep their snapshots in /dev/shm, before a model is loaded.
+"""Refuse a run without room in /dev/shm for the ranks' snapshots, before a model is loaded.
 
-`rlhf plan` estimates the same sizes. After loading its model, a rank reserves the exact size, and waits for room if
+`rlhf plan` estimates the same sizes. After loading the model, a rank reserves the exact size, and waits for room if
 other programs fill /dev/shm (rlhf.engine.snapshots).
 """
 
@@ -34,9 +34,9 @@ logger = logging.getLogger(__name__)
 
 
 async def refuse_small_shared_memory(config: Config, placement: Placement) -> None:
-    """Raise UserError if /dev/shm of a node is too small for the snapshots of its ranks and for Ray's objects.
+    """Raise UserError if /dev/shm of a node is too small for the node's snapshots and for Ray's objects.
 
-    If only copies of other nodes' snapshots have no room, warn: the run works without them.
+    If only copies of other nodes' snapshots have no room, warn: the run works without copies.
     """
     try:
         sizes = snapshot_sizes(footprints(config, Sizes()))
@@ -51,7 +51,7 @@ async def refuse_small_shared_memory(config: Config, placement: Placement) -> No
 
 
 def judge(room: SharedMemoryRoom, snapshots: SnapshotBytes, *, where: str) -> None:
-    """Raise UserError if a node has no room for the snapshots of its ranks, and warn if it has none for copies."""
+    """Raise UserError if a node has no room for snapshots of the node's ranks. Warn if only copies have no room."""
     if (shortage := room.shortage(snapshots)) is None:
         return
     fix = larger_shared_memory(snapshots.total + room.ray)

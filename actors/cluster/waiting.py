@@ -80,7 +80,7 @@ _CAUSES: dict[str, asyncio.Future[tuple[LossKind, str, str | None]]] = {}  # of 
 async def ended(
     futures: Collection[asyncio.Future[T]], limit_s: float
 ) -> tuple[set[asyncio.Future[T]], set[asyncio.Future[T]]]:
-    """Wait until all futures are done or one has failed. Return the finished and the late ones.
+    """Wait until all futures are done or one has failed. Return the finished and the late futures.
 
     Time in which the run waits for room does not count towards the limit.
     """
@@ -95,7 +95,7 @@ async def ended(
 
 
 async def within(awaitable: Awaitable[T], limit_s: float) -> T:
-    """Return a result. TimeoutError: it did not come within the limit, in which waits for room do not count."""
+    """Return a result. TimeoutError: no result within the limit. Waits for room do not count."""
     future = asyncio.ensure_future(awaitable)
     try:
         await ended([future], limit_s)
@@ -111,7 +111,7 @@ async def wait_all(
 ) -> list[Any]:
     """Return the results, in order. The first failure is raised at once.
 
-    If a dead rank made its peers fail too, the error names the dead rank. `limit`: see `wait_one`.
+    If a dead rank made peers fail too, the error names the dead rank. `limit`: see `wait_one`.
     """
     began = time.monotonic()
     futures = [asyncio.ensure_future(asyncio.wrap_future(ref.future())) for ref in refs]
@@ -143,7 +143,7 @@ async def wait_all(
 async def wait_one(
     ref: ObjectRef[Any], *, role: Role, rank: int, stage: str, deadline_s: float, limit: str = CALL_LIMIT
 ) -> Any:
-    """Return one worker's result. `limit` names what determines the deadline, such as a key of the configuration."""
+    """Return one worker's result. `limit` names the source of the deadline, such as a key of the configuration."""
     try:
         return await within(asyncio.wrap_future(ref.future()), deadline_s)
     except TimeoutError as error:
@@ -161,7 +161,7 @@ async def wait_one(
 
 
 async def put(value: T) -> ObjectRef[T]:
-    """Store a value in the object store. ObjectStoreFull: it has no room."""
+    """Store a value in the object store. ObjectStoreFull: no room."""
     try:
         reference: ObjectRef[T] = ray.put(value)
     except (ObjectStoreFullError, OutOfDiskError) as error:
@@ -172,8 +172,8 @@ async def put(value: T) -> ObjectRef[T]:
 async def explain(error: BaseException | None, *, role: Role, rank: int, stage: str) -> Exception:
     """Return the failure as an error with stage, role, rank and cause.
 
-    It is WorkerLost if the worker's process died, or lost a process or a GPU without which it cannot work, unless the
-    run's local Ray has died too.
+    The error is WorkerLost if the worker's process died, or lost a necessary process or GPU, unless the run's local Ray
+    has died too.
     """
     who = f"{stage}: {role} rank {rank}"
     failure: Exception
@@ -214,7 +214,7 @@ async def explain(error: BaseException | None, *, role: Role, rank: int, stage: 
 
 
 async def _death(error: RayActorError, who: str, *, role: Role, rank: int, stage: str) -> RunError:
-    """Return the error of a dead process. Its cause is found once for all calls that have failed with it."""
+    """Return the error of a dead process. The cause is found once for all failed calls to the process."""
     if error.actor_init_failed:  # its successor would fail in the same way
         return RunError(f"{who} {await _how_it_died(error)} {RESUMES}")
     actor = error.actor_id or ""
@@ -225,7 +225,7 @@ async def _death(error: RayActorError, who: str, *, role: Role, rank: int, stage
 
 
 async def _cause_of_death(error: RayActorError, role: Role) -> tuple[LossKind, str, str | None]:
-    """Return whether the watch, or the kernel for memory, has killed a process, with a description and its stack."""
+    """Return whether the watch, or the kernel for memory, has killed a process, with a description and the stack."""
     hang = hang_of(error.actor_id)
     if hang is not None:
         return "hung", f"{hang.reason} Its stack is in errors.jsonl.", hang.stack

@@ -1,7 +1,8 @@
-"""Ping the processes of all actors, and kill the ones that hang.
+"""Ping the processes of all actors, and kill hanging processes.
 
-A process that answers no heartbeat for `cluster.heartbeat_timeout_s` is given up: its stack is dumped on its node, and
-it is killed. Ray then fails the calls that wait for it, and `actors.cluster.waiting.explain` finds here why it died.
+A process without an answer to heartbeats for `cluster.heartbeat_timeout_s` is given up: the stack is dumped on the
+process's node, and the process is killed. Ray then fails the calls that wait for the process, and
+`actors.cluster.waiting.explain` finds the reason here.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ LONGEST_STACK = 20_000  # characters
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hang:
-    """Why a process was given up, and its stack."""
+    """The reason for giving up a process, and the stack."""
 
     reason: str
     stack: str
@@ -54,12 +55,12 @@ _CHILDREN: dict[str, tuple[Child, ...]] = {}  # by actor, at its last answer
 
 
 def children_of(actor: str) -> tuple[Child, ...]:
-    """Return the processes that an actor's process had started at its last heartbeat."""
+    """Return the processes started by an actor's process before the last heartbeat."""
     return _CHILDREN.get(actor, ())
 
 
 def hang_of(actor: str | None) -> Hang | None:
-    """Return why an actor's process was killed by its watch; None if it was not."""
+    """Return why the watch killed an actor's process. None: not killed by the watch."""
     return _HANGS.get(actor or "")
 
 
@@ -81,7 +82,7 @@ def _log_failure(watch: asyncio.Task[None]) -> None:
 
 
 async def _watch_all(timeout_s: float) -> None:
-    """Watch each process from its creation until it is forgotten."""
+    """Watch each process from creation until it is forgotten."""
     watches: dict[str, asyncio.Task[None]] = {}
     try:
         while True:
@@ -98,7 +99,7 @@ async def _watch_all(timeout_s: float) -> None:
 
 
 async def _watch_one(actor: str, place: ActorLocation, timeout_s: float) -> None:
-    """Ping a process until it dies, and kill it if it hangs. A process that never answered is not killed."""
+    """Ping a process until its death, and kill a hanging process. A process that never answered is not killed."""
     try:
         await _ping_until_dead(actor, place, timeout_s)
     finally:
@@ -137,7 +138,7 @@ async def _ping_until_dead(actor: str, place: ActorLocation, timeout_s: float) -
 
 
 async def _finishes(ping: asyncio.Future[Beat], limit_s: float) -> bool:
-    """Return whether a ping is answered within the limit. Time in which the driver itself is stopped does not count."""
+    """Return whether a ping is answered within the limit. Time of a stopped driver does not count."""
     waited = 0.0
     while waited < limit_s:
         tick, began = min(TICK_S, limit_s / 4), time.monotonic()
@@ -148,9 +149,9 @@ async def _finishes(ping: asyncio.Future[Beat], limit_s: float) -> bool:
 
 
 async def _ping(place: ActorLocation, *, has_answered: bool) -> Beat:
-    """Return the answer of the process. Retry if its node cannot be reached, or the connection breaks off.
+    """Return the answer of the process. Retry if the node cannot be reached, or the connection breaks off.
 
-    ConnectionRefusedError: the process is dead. Before its first answer a firewall may be what refuses, so retry.
+    ConnectionRefusedError: the process is dead. Before the first answer a firewall may refuse the connection, so retry.
     """
     while True:
         try:
@@ -162,7 +163,7 @@ async def _ping(place: ActorLocation, *, has_answered: bool) -> Beat:
 
 
 async def _ask(place: ActorLocation, question: bytes) -> bytes:
-    """Return the answer of a process. ConnectionError: it ended, or the connection broke off."""
+    """Return the answer of a process. ConnectionError: the process ended, or the connection broke off."""
     reader, writer = await asyncio.open_connection(place.address, place.heartbeat_port)
     try:
         writer.write(question)
@@ -175,7 +176,7 @@ async def _ask(place: ActorLocation, question: bytes) -> bytes:
 
 
 async def _give_up(actor: str, place: ActorLocation, timeout_s: float) -> None:
-    """Dump the stack of a process, note why it is given up, and kill it."""
+    """Dump the stack of a process, record the reason for giving up, and kill the process."""
     failure = await asyncio.to_thread(place.node_failure)
     where = f"process {place.pid} on {place.address}"
     stack = None if failure is not None else await _there(place, partial(dump_stack, place.pid))
@@ -190,7 +191,7 @@ async def _give_up(actor: str, place: ActorLocation, timeout_s: float) -> None:
 
 
 async def stack_at(role: Role, rank: int) -> str | None:
-    """Return the stack of a worker that is late; None if it is not known. The worker answers itself, if it can."""
+    """Return the stack of a late worker, from the worker itself if possible. None: unknown."""
     place = next((place for place in locations().values() if place.who == f"{role} rank {rank}"), None)
     if place is None:
         return None
@@ -212,7 +213,7 @@ async def _there(place: ActorLocation, work: Callable[[], T], *, within_s: float
 
 
 def dump_stack(pid: int) -> str:
-    """Return the stacks of all threads of a process on this host, which need not run."""
+    """Return the stacks of all threads of a process on this host, even of a stopped process."""
     command = [str(Path(sys.executable).with_name("py-spy")), "dump", "--nonblocking", "--pid", str(pid)]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=DUMPED_WITHIN_S, check=False)
@@ -233,7 +234,8 @@ def kill(pid: int) -> None:
 
 
 async def died_for_memory(actor: str) -> bool:
-    """Return whether the kernel has killed a process for memory beside a dead actor since its last heartbeat."""
+    """Return whether the kernel has killed a process for memory beside a dead actor since the actor's last
+    heartbeat."""
     place, before = location_of(actor), _OOM_KILLS.get(actor)
     if place is None or before is None:
         return False

@@ -16,7 +16,7 @@ STYLES: dict[State, str] = {"ok": "green", "note": "yellow", "bad": "bold red"}
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """The result of one check. `bad`: training is impossible until it is fixed."""
+    """The result of one check. `bad`: training is impossible until the fix."""
 
     what: str
     state: State
@@ -48,7 +48,7 @@ def check_shared_memory(snapshots: SnapshotBytes | None = None) -> CheckResult:
 
 
 def version_of(package: str) -> str | None:
-    """Return the version of a package, or None if it is not installed."""
+    """Return the version of a package. None: not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -69,8 +69,7 @@ def show(
 
     Args:
         passed: the conclusion without a bad result.
-        failed: the conclusion with one.
-        advice, where: the headings of two columns.
+        failed: the conclusion with a bad result. advice, where: the headings of two columns.
         nodes: all nodes of a cluster. None: the table has no column of nodes.
     """
     from rich.console import Console  # a node of a cluster needs no table

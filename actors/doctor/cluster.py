@@ -50,7 +50,7 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def check_cluster(loaded: LoadedConfig | None, address: str | None) -> tuple[CheckResult, ...]:
-    """Return the results of all checks, and print them as a table.
+    """Return the results of all checks, and print a table.
 
     loaded: the configuration with paths and placement to check. address: default cluster.address, then RAY_ADDRESS.
     """
@@ -107,7 +107,7 @@ def snapshots_of(
 ) -> tuple[dict[str, SnapshotBytes], list[CheckResult]]:
     """Return the largest snapshots of any run on each node of the empty cluster, by the node's address.
 
-    The second result has a note for each run whose snapshots have no known size.
+    The second result has a note for each run with snapshots of unknown size.
     """
     most: dict[str, SnapshotBytes] = {}
     notes = []
@@ -188,7 +188,7 @@ def _room(stages: Sequence[Stage], alive: Sequence[Mapping[str, Any]]) -> Iterat
 
 @contextmanager
 def _probes(alive: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Start an actor on each node, and yield them by the node's address."""
+    """Start an actor on each node, and yield all actors by the node's address."""
     remote = ray.remote(NodeProbe)
     probes = {
         node["NodeManagerAddress"]: remote.options(
@@ -233,7 +233,7 @@ def _shares(shared: Path, node: str) -> CheckResult:
 
 
 def _clock(probe: Any) -> CheckResult:
-    """Compare the node's clock with this one, by the quickest of a few answers."""
+    """Compare the node's clock with this machine's, by the quickest of a few answers."""
     offsets = []
     for _ in range(5):
         began = time.time()
@@ -250,7 +250,7 @@ def _clock(probe: Any) -> CheckResult:
 
 
 def _links(probes: Mapping[str, Any]) -> Iterator[CheckResult]:
-    """Measure bandwidth and latency, one pair after the other so that pairs do not disturb each other."""
+    """Measure bandwidth and latency, one pair at a time so that pairs do not disturb each other."""
     nodes = list(probes)
     pairs = list(combinations(nodes, 2)) if len(nodes) <= MOST_FOR_ALL_PAIRS else list(pairwise(nodes))
     links: dict[str, Link] = {}
@@ -277,7 +277,7 @@ def _links(probes: Mapping[str, Any]) -> Iterator[CheckResult]:
 
 
 def _result(ref: ObjectRef[Any], limit_s: float) -> Any:
-    """Return an actor's answer, or the reason in words if it fails."""
+    """Return an actor's answer, or the reason for a failure in words."""
     try:
         return ray.get(ref, timeout=limit_s)
     except GetTimeoutError:

@@ -47,7 +47,7 @@ _RAY_PROBE = "import sys; from ray.scripts.scripts import cli; cli(['health-chec
 
 
 def check_machine() -> tuple[CheckResult, ...]:
-    """Return the results of all checks, and print them as a table."""
+    """Return the results of all checks, and print a table."""
     sys.stderr.write(f"rlhf doctor: importing {', '.join(STACK)}\n")
     results = tuple(machine_results())
     show(results, title="rlhf doctor", passed="this machine can train")
@@ -119,9 +119,8 @@ def _torch_cuda() -> str | None:
 
 
 def _allocator(gpus: list[str]) -> Iterator[CheckResult]:
-    """Check for an allocator setting of torch under which engines may fail to read the policy's weights on the same
-    GPU.
-    """
+    """Check for an allocator setting of torch with which engines may fail to read the policy's weights on the
+    same GPU."""
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF") if gpus else ():
         if re.search(r"expandable_segments\s*:\s*true", os.environ.get(name, ""), re.IGNORECASE):
             advice = (
@@ -132,7 +131,7 @@ def _allocator(gpus: list[str]) -> Iterator[CheckResult]:
 
 
 def _broken_extensions() -> Iterator[CheckResult]:
-    """Check for CUDA builds of torchaudio and torchcodec with a CPU torch: transformers fails when it imports them."""
+    """Check for CUDA builds of torchaudio and torchcodec with a CPU torch: transformers fails at their import."""
     for name in ("torchaudio", "torchcodec") if _torch_cuda() is None else ():
         version, folder = version_of(name), _package_folder(name)
         if version is None or folder is None:
@@ -218,7 +217,7 @@ def _imported(output: str, names: list[str]) -> int:
 
 
 def _ray_cluster() -> list[CheckResult]:
-    """Find a cluster that a run would or could join, and check how to connect to it."""
+    """Find a cluster that a run would or could join, and check how to connect."""
     address, mode = os.environ.get("RAY_ADDRESS"), os.environ.get("RAY_AUTH_MODE")
     advice = "set token or disabled, the same on the cluster and here"
     return [
@@ -273,7 +272,7 @@ def _package_folder(name: str) -> Path | None:
 
 
 def _read(path: Path) -> str:
-    """Return the content of a small system file, or "" if it is missing."""
+    """Return the content of a small system file, or "" if missing."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError:

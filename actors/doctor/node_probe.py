@@ -1,6 +1,6 @@
-"""The checks of one node of a cluster for `rlhf doctor --cluster`, and the speed of its link to another node.
+"""The checks of one node of a cluster for `rlhf doctor --cluster`, and the speed of the link to another node.
 
-It runs on the node as an actor without resources. It has light imports only, so that it still reports from a broken
+The probe runs on the node as an actor without resources, with light imports only, to report even from a broken
 installation.
 """
 
@@ -34,7 +34,7 @@ SHARE = "set run.dir to a folder on a disk that all nodes share and can write"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DriverFacts:
-    """The facts about the driver's machine with which each node is compared, and the models of the hub."""
+    """The facts about the driver's machine for comparison with each node, and the models of the hub."""
 
     versions: Mapping[str, str]
     code: str  # a hash of our packages
@@ -56,7 +56,7 @@ class NodeProbe:
     """Reports on one node, as an actor."""
 
     def look(self, address: str, driver: DriverFacts) -> list[CheckResult]:
-        """Return the results of all checks. Write a copy of the driver's shared file next to it."""
+        """Return the results of all checks. Write a copy next to the driver's shared file."""
         results = [*node_results(address, driver)]
         if driver.shared is not None:
             try:
@@ -111,7 +111,7 @@ def _answer(server: socket.socket) -> None:
 
 
 def node_results(address: str, driver: DriverFacts) -> Iterator[CheckResult]:
-    """Yield the results of the checks of this node, whose address in Ray is given."""
+    """Yield the results of the checks of this node. `address` is the node's address in Ray."""
     installed, there = driver.versions, versions()
     differences = ", ".join(
         f"{name} {there.get(name, 'missing')} (here {installed.get(name, 'missing')})"
@@ -148,7 +148,7 @@ def node_results(address: str, driver: DriverFacts) -> Iterator[CheckResult]:
 
 
 def _interface(address: str) -> CheckResult:
-    """Check for a network interface with the node's address, and name the other active ones."""
+    """Check for a network interface with the node's address, and name all further active interfaces."""
     ends = psutil.net_if_addrs()
     interface = next((name for name, addresses in ends.items() if any(e.address == address for e in addresses)), "")
     up = [name for name, state in psutil.net_if_stats().items() if state.isup and name not in ("lo", interface)]
@@ -167,7 +167,7 @@ def versions() -> dict[str, str]:
 
 
 def code_hash() -> str:
-    """Return the hash of the code that runs here, wherever it is installed."""
+    """Return the hash of the running code, wherever installed."""
     digest = hashlib.blake2b(digest_size=6)
     root = Path(__file__).resolve().parents[2]
     for path in sorted(path for package in CODE for path in (root / package).rglob("*.py")):

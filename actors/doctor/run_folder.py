@@ -1,7 +1,7 @@
-"""`rlhf doctor RUN`: prove from a run's folder that its record is whole, and no prompt was lost or trained twice.
+"""`rlhf doctor RUN`: prove from a run's folder that the record is whole, and no prompt was lost or trained twice.
 
 The run may be finished, killed or running. The proof needs neither the data nor the configuration, and writes nothing.
-A contradiction names its step, group or prompt.
+A contradiction names a step, group or prompt.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def check_run(path: Path) -> tuple[CheckResult, ...]:
-    """Return the results of all checks of a run, or of all stages of a pipeline, and print them as a table."""
+    """Return the results of all checks of a run, or of all stages of a pipeline, and print a table."""
     folders = [path] if path.is_dir() and is_run(path) else stage_folders(path) if path.is_dir() else []
     if not folders:
         raise UserError(f"{path} holds no run. Name the folder of a run, such as runs/NAME.")
@@ -52,7 +52,7 @@ def check_run(path: Path) -> tuple[CheckResult, ...]:
 
 
 def run_results(folder: Path) -> Iterator[CheckResult]:
-    """Yield all results for one run. A running run only adds lines to what is read here."""
+    """Yield all results for one run. A running run only adds lines to the files read here."""
     checkpoints = folder / "checkpoints"
     paths = checkpoints_in(checkpoints) if checkpoints.is_dir() else []
     files = [*folder.glob("samples/step_*.jsonl"), *folder.glob("evals/step_*.json")]
@@ -79,7 +79,7 @@ def run_results(folder: Path) -> Iterator[CheckResult]:
 
 
 def newest_state(checkpoints: Path) -> Mapping[str, Any] | None:
-    """Return the state in the checkpoint from which the run resumes. None: there is none, or it cannot be read."""
+    """Return the state in the checkpoint for a resumption. None: no checkpoint, or unreadable."""
     if pointed(checkpoints / "latest") is None:
         return None
     try:
@@ -89,13 +89,13 @@ def newest_state(checkpoints: Path) -> Mapping[str, Any] | None:
 
 
 def holes(steps: Sequence[int], last: int, text: str) -> list[str]:
-    """Return a sentence for each step from 1 to the last that is missing, and for each that comes twice."""
+    """Return a sentence for each missing step from 1 to the last, and for each repeated step."""
     missing = [f"{text} of step {step}" for step in sorted({*range(1, last + 1)} - {*steps})]
     return missing + [f"step {step} comes {count} times" for step, count in Counter(steps).items() if count > 1]
 
 
 def _ledger(lines: Lines, rows: Rows) -> CheckResult:
-    """Check that each step has its line. A killed run may have written the line and not the row."""
+    """Check that each step has a line. A killed run may have written the line and not the row."""
     steps, last = [step for step, _ in lines], max((row["step"] for row in rows), default=0)
     bad = holes(steps, last, f"{FILE} has no line") if lines else [f"{FILE} is missing or empty"]
     bad += [f"step {step} has a line but no row" for step in steps if step > last + 1]
@@ -105,7 +105,7 @@ def _ledger(lines: Lines, rows: Rows) -> CheckResult:
 
 
 def _lags(lines: Lines, rows: Rows) -> CheckResult:
-    """Check the lag of every trained group against the bound of its step, and against the step's row."""
+    """Check the lag of every trained group against the bound of the step, and against the step's row."""
     bad: list[str] = []
     lags: dict[int, int] = {}
     for step, groups in lines:
@@ -130,7 +130,7 @@ def _lags(lines: Lines, rows: Rows) -> CheckResult:
 
 
 def _ended(lines: Lines) -> Iterator[tuple[int, int | None, tuple[int, int], str]]:
-    """Yield step, group, prompt and description of each end. A group that is asked again has not ended."""
+    """Yield step, group, prompt and description of each end. A group that is requested again has not ended."""
     for step, groups in lines:
         for outcome in ("trained", "filtered", "dropped"):
             for record in getattr(groups, outcome):
@@ -176,7 +176,7 @@ def _nothing_lost(lines: Lines, state: Mapping[str, Any]) -> CheckResult:
 
 
 def _checkpoints(paths: Sequence[tuple[int, Path]], link: Path, steps: set[int]) -> CheckResult:
-    """Check every byte of the checkpoints, and that each has its row. Later ones than `latest` are abandoned."""
+    """Check every byte of the checkpoints, and a row for each. Checkpoints after `latest` are abandoned."""
     bad, latest = [], pointed(link)
     for step, path in paths:
         damage = find_damage(path, step=step)
@@ -190,7 +190,7 @@ def _checkpoints(paths: Sequence[tuple[int, Path]], link: Path, steps: set[int])
 
 
 def _files_of_steps(paths: Sequence[Path], last: int) -> CheckResult:
-    """Check that no samples and no evaluation are left of an abandoned step. The step in progress has no row yet."""
+    """Check that no samples and no evaluation of an abandoned step are left. The step in progress has no row yet."""
     late = sorted(path for path in paths if int(path.stem.removeprefix("step_")) > last + 1)
     bad = [f"{path.parent.name}/{path.name} is of a step after {last}, the last one with a row" for path in late]
     return _result("samples", f"{len(paths)} files of samples and evaluations", bad)

@@ -1,8 +1,8 @@
 """The start of a submitted job's processes: `python -m actors.jobs.entrypoint train ...` is `rlhf train ...` there.
 
-It sets the variables from the archive, in the driver here and in every worker as Ray's set-up hook. The variables are
-in a file, not in Ray's runtime environment, because the dashboard shows it and every node logs it. The module imports
-nothing heavy, and must not print the variables.
+This module sets the variables from the archive, in the driver here and in every worker as Ray's set-up hook. The
+variables are in a file, because the dashboard shows Ray's runtime environment and every node logs that environment. The
+module imports nothing heavy, and must not print the variables.
 """
 
 from __future__ import annotations

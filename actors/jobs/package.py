@@ -1,7 +1,7 @@
 """The files of a submitted job: the files under the current folder, checked and packed.
 
-This is the first half of `rlhf submit`. In the job, as here, relative names start at the project's folder. It packs
-files without contact to a cluster, and imports no Ray.
+This is the first half of `rlhf submit`. In the job, as here, relative names start at the project's folder. This module
+packs files without contact to a cluster, and imports no Ray.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def project_of(config: Path, overrides: Sequence[str], loaded: LoadedConfig) -> 
 
 
 def _refuse_folders_of_this_machine(loaded: LoadedConfig) -> None:
-    """Raise UserError for a run folder or a cluster that means another place in the job than here."""
+    """Raise UserError for a run folder or a cluster with a different meaning in the job than here."""
     for stage in loaded.stages.values():
         mirror = stage.run.mirror
         named = {"dir": stage.run.dir} | ({} if mirror is None or "://" in mirror else {"mirror": Path(mirror)})
@@ -118,7 +118,7 @@ def _refuse_folders_of_this_machine(loaded: LoadedConfig) -> None:
 
 
 def _named_files(tree: Any, overrides: Sequence[str], *, folder: Path, beside: Path) -> set[Path]:
-    """Return the files named by relative paths in the configuration, even if .gitignore leaves them out."""
+    """Return the files named by relative paths in the configuration, even if left out by .gitignore."""
     tree = apply_overrides(tree, overrides)
     stages = tree.values.get("stages")
     models = {key for key, _ in model_places(tree.values)}
@@ -184,7 +184,7 @@ def _why_unsafe(name: Path, folder: Path) -> str | None:
 
 
 def _texts(value: Any, key: Key = ()) -> Iterator[tuple[Key, str]]:
-    """Yield every string of a tree, with its key."""
+    """Yield every string of a tree with the string's key."""
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, Mapping):

@@ -1,8 +1,8 @@
 """Ray jobs: `rlhf train` in the cluster behind a dashboard, started from another machine.
 
-This is the second half of `rlhf submit`: upload the archive, start the job, and read its log, state and end over HTTP.
-The values of `env` travel in the archive and nowhere else. They never appear in the job's command, its metadata, its
-runtime environment (logged by Ray), a shown line of its log, or a message of ours.
+This is the second half of `rlhf submit`: upload the archive, start the job, and read log, state and end over HTTP. The
+values of `env` travel in the archive and nowhere else. The values never appear in the job's command, metadata, runtime
+environment (logged by Ray), a shown line of the log, or a message of ours.
 """
 
 from __future__ import annotations
@@ -45,16 +45,14 @@ _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DriverResources:
-    """Resources that Ray reserves for the process of `rlhf train`, which computes little. Empty: it
-    runs on the head.
-    """
+    """Resources that Ray reserves for the process of `rlhf train`, which computes little. Empty: run on the head."""
 
     cpus: float = 0.0
     memory_gib: float = 0.0
     custom: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Raise UserError for an amount that nothing can have."""
+        """Raise UserError for an impossible amount."""
         named = {f"--resource {name}": amount for name, amount in self.custom.items()}
         for name, amount in {"--cpus": self.cpus, "--memory-gib": self.memory_gib, **named}.items():
             if not (math.isfinite(amount) and amount >= 0.0):
@@ -63,7 +61,7 @@ class DriverResources:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobEnd:
-    """How a job ended, or how it stands."""
+    """The end of a job, or the present state."""
 
     state: str  # PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED
     exit_code: int | None  # of its driver, if it ended
@@ -75,7 +73,7 @@ class JobEnd:
 
 
 class _Client(JobSubmissionClient):  # type: ignore[misc]
-    """Ray's client with a limit on every request, because its waits have no limits."""
+    """Ray's client with a limit on every request, because Ray's waits have no limits."""
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
         limit_s = UPLOAD_WITHIN_S if method == "PUT" else ANSWER_WITHIN_S
@@ -105,9 +103,9 @@ class Jobs:
     def submit(
         self, loaded: LoadedConfig, archive: Path, command: str, *, hidden: Sequence[str], driver: DriverResources
     ) -> str:
-        """Start the job and return its id: the run's name and a number. UserError: a job of the same run is not over.
+        """Start the job and return the job's id: the run's name and a number.
 
-        hidden: the values to mask in all text from the cluster.
+        UserError: a job of the same run is not over. hidden: the values to mask in all text from the cluster.
         """
         self._hidden = tuple(hidden)
         name, folder = loaded.name.replace("/", "-"), str(loaded.folder)
@@ -152,14 +150,15 @@ class Jobs:
         return JobEnd(state=str(info.status), exit_code=info.driver_exit_code, message=self._message(info.message))
 
     def follow(self, job: str, write: Callable[[str], object]) -> JobEnd:
-        """Write a job's log from the beginning, live, until it is over. RunError: the head does not answer any more.
+        """Write a job's log from the beginning, live, until the job is over.
 
-        A run limits its operations itself, so its total time has no limit here.
+        RunError: the head does not answer any more. A run limits all operations itself, so the total time has no limit
+        here.
         """
         return run_stoppable(lambda _: run_async(self._follow(job, write)))
 
     def stop(self, job: str) -> JobEnd:
-        """Send SIGTERM, so that the run writes a checkpoint, and wait for the end. RunError: the job does not end."""
+        """Send SIGTERM for a checkpoint and an end of the run, and wait for the end. RunError: the job does not end."""
         end = self.state(job)
         if end.is_over:
             return end
@@ -272,10 +271,10 @@ def submit_job(
     driver: DriverResources,
     supervise: bool,
 ) -> tuple[Jobs, str]:
-    """Check a configuration, pack the current folder, and start or continue `rlhf train` on it.
+    """Check a configuration, pack the current folder, and start or continue `rlhf train` there.
 
     UserError before any contact for every mistake visible on this machine. Returns the cluster's jobs and the id of
-    this one.
+    this job.
     """
     loaded = load(config, overrides)
     for text in overrides:
