@@ -26,7 +26,7 @@ from rlhf.commands.serve import serve
 from rlhf.commands.serve_reward import serve_reward
 from rlhf.commands.shared import load_config
 from rlhf.commands.submit import follow_job, job_status, stop_job, submit
-from rlhf.commands.sweep import make_wandb_sweep, run_wandb_agent, sweep
+from rlhf.commands.sweep import sweep
 from rlhf.commands.train import train
 from rlhf.commands.view import view
 from rlhf.errors import Preempted, RunError, UserError
@@ -48,14 +48,12 @@ __all__ = [
     "job_status",
     "load_config",
     "load_merge",
-    "make_wandb_sweep",
     "merge",
     "plan",
     "play",
     "quickstart",
     "report",
     "reward",
-    "run_wandb_agent",
     "serve",
     "serve_reward",
     "stop_job",

@@ -100,9 +100,8 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
 
 
 def _how_to_continue(given: Sequence[str], args: argparse.Namespace) -> str:
-    """Return the command for continuing an interrupted run."""
-    of_wandb = args.command == "sweep" and (args.wandb or args.trial or args.agent is not None)
-    if args.command not in ("train", "sweep", "quickstart") or of_wandb:
+    """Return the command that continues an interrupted run."""
+    if args.command not in ("train", "sweep", "quickstart"):
         return ""
     option = " --supervise" if is_supervised() else ""
     if args.command == "quickstart" or args.resume == "auto":

@@ -1,6 +1,6 @@
 """Keep rollout engines after their run, for the next run of this process with the same engine settings.
 
-A process running several trials of a sweep sets `ENGINE_POOL.keeps`; any other process ends its engines with the
+A process with several runs on one Ray may set `ENGINE_POOL.keeps`, as the tests do; otherwise engines end with their
 run. Kept engines hold no state of the previous run: they refuse to generate before a sync, and every batch begins with
 an empty prefix cache. Only engines on one CPU host are kept, because the other transports are connected to their
 sender.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from rlhf.process.stopping import StopRequest, current_request
 from rlhf.sweeps.journal import Journal, Trial
 from rlhf.sweeps.plots import plot
 from rlhf.sweeps.space import Values, format_values, known_trials
-from rlhf.sweeps.strategy import Assignment, Strategy
+from rlhf.sweeps.strategy import Strategy
 from rlhf.sweeps.trial_results import SweepResult, collect, explain_failure, judged_folder, metric_values, write
 from rlhf.tracking import logs
 from rlhf.tracking.formatting import number
@@ -44,7 +45,7 @@ PREEMPTED = 75  # exit code of a run after a stop signal
 
 @dataclass(slots=True)
 class _Running:
-    assignment: Assignment
+    trial: Trial
     process: TrialProcess
     slot: int
     log_bytes: int  # size of its log before this process
@@ -64,7 +65,6 @@ class _Loop:
     failures: int  # including failures before a kill
     request: StopRequest
     running: list[_Running] = field(default_factory=list)
-    processes: dict[int, TrialProcess] = field(default_factory=dict)  # by slot
 
     def run(self) -> list[Trial] | None:
         """Run trials until none is left. After a stop request, return the trials in progress once they have ended."""
@@ -72,7 +72,7 @@ class _Loop:
         try:
             while True:
                 if self.request.came is not None:
-                    return [running.assignment.trial for running in self.running]
+                    return [running.trial for running in self.running]
                 self._fill()
                 if not self.running:
                     return None
@@ -84,13 +84,9 @@ class _Loop:
                         self.running.remove(running)
                         self._end(running, code)
         finally:
-            busy = {running.slot for running in self.running}
-            for slot, process in self.processes.items():
-                if slot in busy:
-                    process.interrupt()
-                elif process.is_idle:
-                    process.dismiss()
-            wait_for_all(list(self.processes.values()), self.request)
+            for running in self.running:
+                running.process.interrupt()
+            wait_for_all([running.process for running in self.running], self.request)
             self.request.ends_by_itself = False
 
     def _fill(self) -> None:
@@ -98,13 +94,13 @@ class _Loop:
         while len(self.running) < len(self.shares):
             if most is not None and self.failures > most:
                 return
-            assignment = self.strategy.next()
-            if assignment is None:
+            trial = self.strategy.next()
+            if trial is None:
                 return
-            self._start(assignment)
+            self._start(trial)
 
-    def _start(self, assignment: Assignment) -> None:
-        trial, journal = assignment.trial, self.journal
+    def _start(self, trial: Trial) -> None:
+        journal = self.journal
         file, log = journal.config_file(trial.number), journal.log_file(trial.number)
         try:
             config = self.sweep.trial(trial.parameters, trial.name)
@@ -115,18 +111,14 @@ class _Loop:
         write_atomic(file, dump_yaml(config))
         slot = next(n for n in range(len(self.shares)) if all(running.slot != n for running in self.running))
         log_bytes = log.stat().st_size if log.exists() else 0
-        keep = _may_keep_engines(self.sweep)
-        if slot not in self.processes or not self.processes[slot].is_idle:
-            self.processes[slot] = TrialProcess(self.shares[slot], log, grace_s=_grace_s(self.sweep))
-        process = self.processes[slot]
-        process.begin(file, log, until=assignment.until, keep=keep)
-        self.running.append(_Running(assignment, process, slot, log_bytes))
-        until = "" if assignment.until is None else f" to step {assignment.until}"
-        logger.info("%s begins%s: %s", trial.name, until, format_values(trial.parameters))
+        command = [sys.executable, "-m", "rlhf.cli", "train", str(file), "--resume", "auto", "--quiet"]
+        process = TrialProcess(command, log, self.shares[slot], grace_s=_grace_s(self.sweep))
+        self.running.append(_Running(trial, process, slot, log_bytes))
+        logger.info("%s begins: %s", trial.name, format_values(trial.parameters))
 
     def _read(self, running: _Running) -> None:
         """Report new values in metrics.jsonl to the strategy."""
-        folder = self._judged(running.assignment.trial)
+        folder = self._judged(running.trial)
         try:
             status = (folder / "metrics.jsonl").stat()
         except FileNotFoundError:
@@ -137,12 +129,12 @@ class _Loop:
         for step, value in metric_values(folder, self.sweep.metric):
             if step > running.reported_step and not running.stopped:
                 running.reported_step = step
-                if self.strategy.report(running.assignment.trial, step, value):
+                if self.strategy.report(running.trial, step, value):
                     running.stopped = True
                     running.process.interrupt()
 
     def _end(self, running: _Running, code: int) -> None:
-        trial, until = running.assignment.trial, running.assignment.until
+        trial = running.trial
         values = metric_values(self._judged(trial), self.sweep.metric)
         if running.stopped and code != 0:
             self.journal.end(trial.number, "stopped")
@@ -151,7 +143,7 @@ class _Loop:
             self._fail(trial, explain_failure(self._judged(trial), output, code))
         elif code == 0 and not values:
             self._fail(trial, f"no row of its metrics.jsonl has {self.sweep.metric}")
-        elif code == 0 and until is None:
+        elif code == 0:
             self.journal.end(trial.number, "finished")
         self.strategy.ended(trial)
         if code == PREEMPTED and not running.stopped:
@@ -286,13 +278,6 @@ def _shares(sweep: Sweep, known: Sequence[Values] | None) -> list[MachineShare]:
 def _warn_of_more(count: int, room: int) -> None:
     if count > room:
         logger.warning("sweep.concurrency is %d, but there is room for %d trials at once", count, room)
-
-
-def _may_keep_engines(sweep: Sweep) -> bool:
-    """Return whether consecutive trials can use the same engines, because they use the same Ray."""
-    runs = list(sweep.base.runs.values())
-    fixed = not any(key.split(".")[0] == "cluster" for key in sweep.config.parameters)
-    return fixed and not sweep.base.is_pipeline and runs[0].algorithm.is_online and runs[0].cluster.device == "cpu"
 
 
 def _nodes(cluster: ClusterConfig) -> list[Mapping[str, float]]:

@@ -14,7 +14,7 @@ from rlhf.config.schema.sweep import AshaMethod, BayesianMethod, Parameter, Swee
 from rlhf.errors import UserError
 from rlhf.sweeps.journal import Journal, Trial
 from rlhf.sweeps.space import Values, fitting
-from rlhf.sweeps.strategy import Assignment, Listed, Population, Strategy
+from rlhf.sweeps.strategy import Listed, Strategy
 from rlhf.sweeps.trial_results import judged_folder, metric_values
 
 METRIC = "value"
@@ -27,7 +27,7 @@ def strategy_of(sweep: Sweep, journal: Journal, known: list[Values] | None) -> S
     assert known is not None
     if isinstance(method, AshaMethod):
         return Asha(sweep, journal, known, method)
-    return Population(sweep, journal, known) if method.name == "pbt" else Listed(journal, known)
+    return Listed(journal, known)
 
 
 def require_optuna() -> None:
@@ -63,17 +63,17 @@ class Bayesian(Strategy):
                 self.ended(trial)
         self.left = [number for number, trial in journal.trials.items() if trial.state == "open"]
 
-    def next(self) -> Assignment | None:
+    def next(self) -> Trial | None:
         """Return an unfinished trial from before a kill, else a new suggestion."""
         if self.left:
-            return Assignment(trial=self.journal.trials[self.left.pop(0)])
+            return self.journal.trials[self.left.pop(0)]
         number = len(self.journal.trials)
         if number >= self.trials:
             return None
         suggested: dict[str, Any] = self.search.suggest(str(number))
         values = {key: _decoded(parameter, suggested[key]) for key, parameter in self.parameters.items()}
         self.suggested.add(number)
-        return Assignment(trial=self.journal.add(number, values))
+        return self.journal.add(number, values)
 
     def ended(self, trial: Trial) -> None:
         """Report the trial's last value, or its failure, to the searcher."""

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,15 +34,11 @@ class MachineShare:
 
 
 class TrialProcess:
-    """Run consecutive trials in one process (rlhf.serve_trials), and keep its engines while the next can use them.
+    """Run the command of a trial on a share of the machine. The command's output goes to `log`."""
 
-    The process ends with the first trial that fails or is interrupted, so the next trial starts in a new process.
-    """
-
-    def __init__(self, share: MachineShare, log: Path, *, grace_s: float = 0.0) -> None:
+    def __init__(self, command: Sequence[str], log: Path, share: MachineShare, *, grace_s: float = 0.0) -> None:
         self.end_within_s = grace_s + END_WITHIN_S
         self.deadline: float | None = None
-        self._takes_more = True
         parent = os.getpid()
 
         def before_exec() -> None:  # runs in the child, which has a single thread
@@ -56,29 +50,14 @@ class TrialProcess:
 
         with log.open("ab") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "rlhf.serve_trials", str(log.parent)],  # the folder is for readers of `ps`
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
                 stderr=file,
                 start_new_session=True,
                 env={**os.environ, **({"CUDA_VISIBLE_DEVICES": ",".join(share.gpus)} if share.gpus else {})},
                 preexec_fn=before_exec,
             )
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self._orders, self._replies = self.process.stdin, self.process.stdout
-        os.set_blocking(self._replies.fileno(), False)
-
-    def begin(self, config: Path, log: Path, *, until: int | None, keep: bool) -> None:
-        """Send the next trial to the process. keep: the process takes more trials, and keeps Ray and its engines."""
-        words = ["train", str(config), "--resume", "auto", "--quiet"]
-        order = {"words": words if until is None else [*words, "--until", str(until)], "log": str(log), "keep": keep}
-        self._takes_more = keep
-        with contextlib.suppress(BrokenPipeError):  # poll then reports how it ended
-            self._orders.write(json.dumps(order).encode() + b"\n")
-            self._orders.flush()
-            if not keep:
-                self._orders.close()
 
     def poll(self) -> int | None:
         """Return the exit code of the trial, or None while it runs. Kill the process after its deadline."""
@@ -86,22 +65,7 @@ class TrialProcess:
         if code is None and self.deadline is not None and time.monotonic() > self.deadline:
             self.kill()
             code = self.process.wait()
-        if self._takes_more and self._replies.readline():
-            if self.deadline is None:
-                return 0
-            self.dismiss()  # the trial finished before it handled the stop request
         return code
-
-    @property
-    def is_idle(self) -> bool:
-        """Return whether the process can take another trial: it runs and was not asked to end."""
-        return self._takes_more and self.deadline is None and self.process.poll() is None
-
-    def dismiss(self) -> None:
-        """Close its input after the last trial, so that it ends."""
-        with contextlib.suppress(BrokenPipeError):
-            self._orders.close()
-        self.deadline = time.monotonic() + self.end_within_s
 
     def interrupt(self) -> None:
         """Send SIGTERM once and set the deadline."""

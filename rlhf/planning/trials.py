@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config.nodes import parse_cluster
-from rlhf.config.schema.sweep import AshaMethod, GridMethod, Parameter, PbtMethod, Sweep
+from rlhf.config.schema.sweep import AshaMethod, GridMethod, Parameter, Sweep
 from rlhf.planning.report import render_plan
 from rlhf.planning.shares import divide, divided_machine, most_trials, room_in, trials_of
 from rlhf.planning.summary import format_table
@@ -49,8 +49,6 @@ def _method(sweep: Sweep) -> str:
     method = sweep.config.method
     if isinstance(method, AshaMethod):
         return f"asha: looked at from step {method.grace_steps}, the best 1 of {method.reduction_factor:g} goes on"
-    if isinstance(method, PbtMethod):
-        return f"pbt: compared every {method.every} steps"
     return method.name
 
 

@@ -1,4 +1,4 @@
-"""Record the trials of a sweep on disk: parameters, ends, and copies between population members.
+"""Record the trials of a sweep on disk: parameters and ends.
 
 Each event is a line, written to disk before the sweep acts, so that a killed sweep can resume. The progress of a trial
 is recorded only in the trial's run folder.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -36,21 +36,10 @@ class Trial:
     parameters: Values
     state: State = "open"
     error: str | None = None  # why it failed
-    origin: list[str] = field(default_factory=list)  # "trial-004@20": checkpoints that it continued from
 
     @property
     def name(self) -> str:
         return trial_name(self.number)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Copy:
-    """Replace a population member by another member's checkpoint and new parameters."""
-
-    trial: int
-    source: int
-    step: int
-    parameters: Values
 
 
 class Journal(AbstractContextManager["Journal"]):
@@ -60,8 +49,6 @@ class Journal(AbstractContextManager["Journal"]):
         """Hold an open folder. Call `open` instead to create or resume a sweep."""
         self.folder = folder
         self.trials: dict[int, Trial] = {}
-        self.looked_at = 0  # step of the last comparison of a population
-        self.pending: list[Copy] = []  # copies of the last comparison that are not complete
         self._lock = lock
         self._path = folder / "trials.jsonl"
 
@@ -114,14 +101,6 @@ class Journal(AbstractContextManager["Journal"]):
             {"event": "end", "trial": number, "state": state, "error": None if error is None else redact(error)}
         )
 
-    def look(self, step: int, copies: list[Copy]) -> None:
-        """Record the copies decided after comparing the population at `step`."""
-        decided = [{"trial": c.trial, "source": c.source, "parameters": dict(c.parameters)} for c in copies]
-        self._write({"event": "look", "step": step, "copies": decided})
-
-    def copied(self, copy: Copy) -> None:
-        self._write({"event": "copied", "trial": copy.trial})
-
     def _take_up(self, sweep: Sweep, *, resume: bool) -> None:
         settings = self.folder / "sweep.resolved.yaml"
         current = _settings(sweep)
@@ -145,21 +124,12 @@ class Journal(AbstractContextManager["Journal"]):
         self._apply(event)
 
     def _apply(self, event: dict[str, Any]) -> None:
-        number = event.get("trial", -1)
+        number = event["trial"]
         match event["event"]:
             case "trial":
                 self.trials[number] = Trial(number, event["parameters"])
             case "end":
                 self.trials[number].state, self.trials[number].error = event["state"], event["error"]
-            case "look":
-                self.looked_at = event["step"]
-                self.pending = [Copy(**copy, step=event["step"]) for copy in event["copies"]]
-            case "copied":
-                (done,) = (copy for copy in self.pending if copy.trial == number)
-                trial = self.trials[number]
-                trial.parameters, trial.state, trial.error = done.parameters, "open", None
-                trial.origin.append(f"{trial_name(done.source)}@{done.step}")
-                self.pending.remove(done)
 
 
 def _settings(sweep: Sweep) -> dict[str, Any]:
@@ -177,6 +147,5 @@ def _settings(sweep: Sweep) -> dict[str, Any]:
 def _fixed(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that must stay the same in a resumed sweep. Random methods may get more trials."""
     sweep = {key: value for key, value in settings["sweep"].items() if key not in MAY_CHANGE}
-    if sweep["method"]["name"] != "pbt":
-        sweep["method"] = {key: value for key, value in sweep["method"].items() if key != "trials"}
+    sweep["method"] = {key: value for key, value in sweep["method"].items() if key != "trials"}
     return {**settings, "sweep": sweep}

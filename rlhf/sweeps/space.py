@@ -1,4 +1,4 @@
-"""Turn parameters into trials: all combinations, numbered random draws, and mutations of a copied trial.
+"""Turn parameters into trials: all combinations, and numbered random draws.
 
 parameters -> trials -> processes -> results. All functions are pure. A draw depends only on the seed and the trial's
 number, so more trials leave earlier trials unchanged, and a resumed sweep repeats the draws.
@@ -12,11 +12,10 @@ from collections.abc import Iterator, Mapping
 from random import Random
 from typing import Any
 
-from rlhf.config.schema.sweep import AshaMethod, GridMethod, Parameter, PbtMethod, RandomMethod, Sweep, ends
+from rlhf.config.schema.sweep import AshaMethod, GridMethod, Parameter, RandomMethod, Sweep, ends
 from rlhf.errors import UserError
 
 MOST_TRIALS = 10_000
-FACTORS = (0.8, 1.2)
 
 Values = Mapping[str, Any]  # values by parameter
 
@@ -33,7 +32,7 @@ def known_trials(sweep: Sweep) -> list[Values] | None:
         if count > MOST_TRIALS:
             raise UserError(f"{sweep.source}: sweep.parameters: have {count} combinations, more than {MOST_TRIALS}")
         trials = grid(config.parameters)
-    elif isinstance(method, RandomMethod | AshaMethod | PbtMethod):
+    elif isinstance(method, RandomMethod | AshaMethod):
         trials = [draw(config.parameters, seed=config.seed, number=number) for number in range(method.trials)]
     for values in (*([] if isinstance(method, GridMethod) else corners(config.parameters)), *(trials or ())):
         sweep.trial(values, "trial")
@@ -71,14 +70,6 @@ def drawn(parameter: Parameter, random: Random) -> Any:
     return fitting(parameter, random.uniform(low, high))
 
 
-def changed(parameters: Mapping[str, Parameter], values: Values, *, resample: float, random: Random) -> Values:
-    """Return new values for a copied member: each is drawn again or changed slightly."""
-    return {
-        key: drawn(parameter, random) if random.random() < resample else _moved(parameter, values[key], random)
-        for key, parameter in parameters.items()
-    }
-
-
 def fitting(parameter: Parameter, number: float) -> float | int:
     """Clip a number to the range. Round to an integer if required, else to six significant digits."""
     low, high = _range(parameter)
@@ -90,14 +81,6 @@ def fitting(parameter: Parameter, number: float) -> float | int:
 def format_values(values: Values) -> str:
     """Return the parameters of a trial in one line."""
     return ", ".join(f"{k}={value:.4g}" if isinstance(value, float) else f"{k}={value}" for k, value in values.items())
-
-
-def _moved(parameter: Parameter, value: Any, random: Random) -> Any:
-    count = _count(parameter)
-    if count is None:
-        return fitting(parameter, value * random.choice(FACTORS))
-    place = next(place for place in range(count) if _at(parameter, place) == value)
-    return _at(parameter, min(max(place + random.choice((-1, 1)), 0), count - 1))
 
 
 def _count(parameter: Parameter) -> int | None:

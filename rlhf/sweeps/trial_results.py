@@ -42,13 +42,12 @@ class TrialResult:
     step: int  # last recorded step
     time_s: float
     error: str | None
-    origin: tuple[str, ...]  # checkpoints of other population members that it continued from
 
     def flat(self) -> dict[str, Any]:
         """Return a row with a column for each parameter."""
         row = {"trial": self.trial, "state": self.state, **self.parameters}
         numbers = {key: getattr(self, key) for key in ("value", "best_value", "best_step", "step", "time_s")}
-        return {**row, **numbers, "error": self.error, "origin": " ".join(self.origin)}
+        return {**row, **numbers, "error": self.error}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,12 +94,11 @@ class SweepResult:
         table.add_column("outcome", overflow="fold", vertical="bottom")
         for row in self.rows:
             is_best = row == self.best or row in self.ties
-            outcome = row.state + "".join(f", from {origin}" for origin in row.origin[-1:])
             numbers = ["-" if row.value is None else number(row.value), str(row.step), duration(row.time_s)]
             values = [
                 number(value) if isinstance(value, float) else format_value(value) for value in row.parameters.values()
             ]
-            cells = [f"{'*' if is_best else ' '} {row.trial}", *values, *numbers, outcome]
+            cells = [f"{'*' if is_best else ' '} {row.trial}", *values, *numbers, row.state]
             table.add_row(*map(Text, cells), style="bold" if is_best else None)
         return table
 
@@ -139,11 +137,6 @@ def write(sweep: Sweep, result: SweepResult) -> None:
 def _best_yaml(sweep: Sweep, result: SweepResult, best: TrialResult) -> str:
     header = f"# {result.describe_best()}, of the sweep {sweep.folder}: "
     header += f"{sweep.metric} was {best.value:g} at step {best.step}.\n"
-    if best.origin:
-        header += (
-            "# These are the parameters at its end. It continued from checkpoints of other trials "
-            f"({', '.join(best.origin)}),\n# so a run with these parameters from its start gives other results.\n"
-        )
     return header + dump_yaml(sweep.best(best.parameters))
 
 
@@ -172,7 +165,6 @@ def _row(sweep: Sweep, journal: Journal, trial: Trial) -> TrialResult:
         step=rows[-1]["step"] if rows else 0,
         time_s=rows[-1]["time_s"] if rows else 0.0,
         error=trial.error,
-        origin=tuple(trial.origin),
     )
 
 

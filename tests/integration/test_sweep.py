@@ -1,4 +1,4 @@
-"""Real sweeps over tiny runs: one that crashes is a row of the table; stopping, copying, killing and going on.
+"""Real sweeps over tiny runs: one that crashes is a row of the table; stopping, killing and going on.
 
 Each trial is a process with a Ray of its own. The short one is in every run of the tests, the others are slow.
 """
@@ -26,9 +26,8 @@ import rlhf
 from rlhf.cli import main
 from rlhf.config.files.load import load
 from rlhf.tracking.sinks.tracker import read_metrics
-from tests.integration.recipes import ONLINE, RUN, merge, rows, without_clocks
+from tests.integration.recipes import RUN, rows, without_clocks
 
-LAST_NUMBER = {"correct": {"function": "last_number"}}
 CRASHES = 1e30  # a learning rate after which no loss is finite
 
 
@@ -208,32 +207,6 @@ def test_optuna_suggests_from_what_is_known(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_population_goes_on_from_its_best(tmp_path: Path) -> None:
-    """The member whose rate is too small takes up the other's weights at step 2 with another rate, exactly: its next
-    rows are those of a run that does the same by hand."""
-    method = {"name": "pbt", "trials": 2, "every": 2, "quantile": 0.5, "resample": 0.0}
-    parameters = {"train.lr": {"min": 1e-7, "max": 1e-2, "scale": "log"}}
-    file = sweep_file(tmp_path, "pbt", method=method, parameters=parameters, seed=1)
-    found = rlhf.sweep(file, quiet=True)
-    assert [row.state for row in found.rows] == ["finished"] * 2
-    copied = next(row for row in found.rows if row.origin)
-    (origin,) = copied.origin
-    source = next(row for row in found.rows if row.trial == origin.partition("@")[0])
-    assert origin.endswith("@2")
-    factor = copied.parameters["train.lr"] / source.parameters["train.lr"]
-    assert min(abs(factor - 0.8), abs(factor - 1.2)) < 1e-4
-
-    hand = found.folder / "trials" / f"{source.trial}.yaml"
-    own = ["run.name=hand", f"run.dir={tmp_path}"]
-    rlhf.train(hand, own, until=2, quiet=True)
-    rlhf.train(hand, [*own, f"train.lr={copied.parameters['train.lr']}"], resume=True, quiet=True)
-    ours, theirs = rows(found.folder / "trials" / copied.trial), rows(tmp_path / "hand")
-    assert without_clocks(ours[-2:]) == without_clocks(theirs[-2:])
-    assert [row["step"] for row in ours] == [0, 1, 2, 3, 4]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_trials_share_what_the_reference_says(tmp_path: Path) -> None:
     """And are one group of W&B, their parameters in its config."""
     pairs = {"task": "running_totals", "split": "pairs", "size": 32}
@@ -254,22 +227,3 @@ def test_trials_share_what_the_reference_says(tmp_path: Path) -> None:
         text = record.read_bytes()
         assert RunRecord(run_group="dpo").SerializeToString() in text
         assert b"beta" in text
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_equal_engines_stay_from_one_trial_to_the_next(tmp_path: Path, tiny_model: Path) -> None:
-    """And what the later trial samples and learns with them is, bit for bit, what it does with engines of its own."""
-    changes = {"run": {"name": "tiny"}, "policy": {"model": str(tiny_model)}, "algorithm": {"name": "grpo"}}
-    run = merge(ONLINE, {**changes, "rewards": LAST_NUMBER})
-    parameters = {"train.lr": {"values": [1e-3, 1e-4]}}
-    file = sweep_file(tmp_path, "warm", config=run, parameters=parameters, metric="rewards/score/mean", concurrency=1)
-    found = rlhf.sweep(file, quiet=True)
-    assert [row.state for row in found.rows] == ["finished"] * 2
-    logs = [(found.folder / "trials" / f"{row.trial}.log").read_text(encoding="utf-8") for row in found.rows]
-    assert ["the rollout engines of the previous run are reused" in log for log in logs] == [False, True]
-    rlhf.train(found.folder / "trials" / "trial-001.yaml", ["run.name=alone", f"run.dir={tmp_path}"], quiet=True)
-    ours, alone = rows(found.folder / "trials" / "trial-001"), rows(tmp_path / "alone")
-    assert without_clocks(ours) == without_clocks(alone)
-    assert ours[-1]["rollouts/response_tokens/mean"] > 0
-    assert not [process for process in psutil.Process().children(recursive=True) if "serve_trials" in process.name()]

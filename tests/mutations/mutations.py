@@ -246,10 +246,10 @@ MUTATIONS = (
         "unit/test_merging.py parity/test_mergekit.py",
     ),
     _mutation(
-        "a drawn parameter leaves its range",
+        "a grid leaves out the first number of a range",
         "rlhf/sweeps/space.py",
-        "drawn(parameter, random) if random.random() < resample else",
-        "drawn(parameter, random) if random.random() > resample else",
+        "_range(parameter)[0] + place * (parameter.step or 1.0)",
+        "_range(parameter)[0] + (place + 1) * (parameter.step or 1.0)",
         "unit/test_sweeps_space.py",
     ),
     _mutation(

@@ -1,4 +1,4 @@
-"""Which runs may reuse engines, and the order of starts. Engines that stay: tests/integration/test_sweep.py."""
+"""Which runs may reuse engines, and the order of starts. Engines that stay: tests/integration/test_online.py."""
 
 from __future__ import annotations
 

@@ -84,9 +84,6 @@ def test_a_signal_ends_a_sweep_and_its_trials(
         def __init__(self, *_: object, **__: object) -> None:
             os.kill(os.getpid(), number)
 
-        def begin(self, *_: object, **__: object) -> None:
-            pass
-
         def poll(self) -> int | None:
             return 75 if interrupted else None
 
@@ -94,7 +91,6 @@ def test_a_signal_ends_a_sweep_and_its_trials(
             interrupted.append(self)
 
     monkeypatch.setattr(actors.sweeps.runner, "_shares", lambda *_: [MachineShare()])
-    monkeypatch.setattr(actors.sweeps.runner, "_may_keep_engines", lambda _: False)
     monkeypatch.setattr(actors.sweeps.runner, "TrialProcess", Trial)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background
     try:

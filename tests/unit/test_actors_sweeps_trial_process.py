@@ -15,59 +15,36 @@ from actors.sweeps.trial_process import MachineShare, TrialProcess, wait_for_all
 from rlhf.process.stopping import StopRequest
 
 DEADLINE_S = 60.0
+SLEEP = ["sleep", "600"]
 SWEEP = """
-import sys, time
+import time
 from pathlib import Path
 from actors.sweeps.trial_process import MachineShare, TrialProcess
-print(TrialProcess(MachineShare(), Path("/dev/null")).process.pid, flush=True)
+print(TrialProcess(["sleep", "600"], Path("/dev/null"), MachineShare()).process.pid, flush=True)
 time.sleep(60)
 """
 
 
-def code_of(process: TrialProcess) -> int:
-    """Its exit code, within a minute."""
-    until = time.monotonic() + DEADLINE_S
+def test_the_log_of_a_trial_has_its_output(tmp_path: Path) -> None:
+    log, until = tmp_path / "log", time.monotonic() + DEADLINE_S
+    script = "import sys; print('out'); sys.exit('why')"
+    process = TrialProcess([sys.executable, "-c", script], log, MachineShare())
     while (code := process.poll()) is None:
         assert time.monotonic() < until
         time.sleep(0.05)
-    return code
-
-
-def test_a_trial_says_in_its_log_why_it_failed(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    process = TrialProcess(MachineShare(), log)
-    process.begin(tmp_path / "none.yaml", log, until=3, keep=False)
-    assert not process.is_idle
-    assert code_of(process) == 2
-    assert f"rlhf: error: {tmp_path}/none.yaml: no such config file" in log.read_text()
-
-
-def test_a_warm_process_ends_with_a_trial_that_fails(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    process = TrialProcess(MachineShare(), log)
-    assert process.is_idle
-    process.begin(tmp_path / "none.yaml", log, until=None, keep=True)
-    assert code_of(process) == 2
-    assert not process.is_idle  # nor does it take one more while it ends
-    assert process.process.returncode == 2
-    assert "no such config file" in log.read_text()
+    assert code == 1
+    assert sorted(log.read_text().splitlines()) == ["out", "why"]
 
 
 def test_a_process_has_its_share_and_ends_when_it_is_told(tmp_path: Path) -> None:
     core = max(os.sched_getaffinity(0))
-    log = tmp_path / "log"
-    kept = TrialProcess(MachineShare(cores=(core,), gpus=("1", "3")), log)
-    interrupted = TrialProcess(MachineShare(), log)
-    started = psutil.Process(kept.process.pid)
+    process = TrialProcess(SLEEP, tmp_path / "log", MachineShare(cores=(core,), gpus=("1", "3")))
+    started = psutil.Process(process.process.pid)
     assert started.cpu_affinity() == [core]
-    assert started.cmdline()[-1] == str(tmp_path)  # ps tells the sweep of a process
     assert started.environ()["CUDA_VISIBLE_DEVICES"] == "1,3"
-    interrupted.interrupt()
-    wait_for_all([interrupted], StopRequest())
-    assert interrupted.process.returncode == -signal.SIGTERM
-    kept.dismiss()
-    wait_for_all([kept], StopRequest())
-    assert kept.process.returncode == 0
+    process.interrupt()
+    wait_for_all([process], StopRequest())
+    assert process.process.returncode == -signal.SIGTERM
 
 
 def test_a_process_ends_with_the_sweep_however_that_ends() -> None:
@@ -81,7 +58,7 @@ def test_a_process_ends_with_the_sweep_however_that_ends() -> None:
 
 
 def test_an_interrupt_kills_what_does_not_end(tmp_path: Path) -> None:
-    request, stuck = StopRequest(), TrialProcess(MachineShare(), tmp_path / "log", grace_s=600.0)
+    request, stuck = StopRequest(), TrialProcess(SLEEP, tmp_path / "log", MachineShare(), grace_s=600.0)
     psutil.Process(stuck.process.pid).suspend()
     request.interrupted.set()
     stuck.interrupt()

@@ -215,17 +215,6 @@ def test_a_run_that_is_cut_off_says_how_to_go_on(
     assert capsys.readouterr().err == expected
 
 
-def test_an_agent_that_is_interrupted_has_nothing_to_go_on_with(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(_: object) -> int:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(COMMANDS["sweep"], "run", interrupted)
-    assert main(["sweep", "x.yaml", "--agent", "me/ours/x"]) == 130
-    assert capsys.readouterr().err == "rlhf: interrupted\n"
-
-
 def test_export_passes_what_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     module = ModuleType("rlhf.exporting")
@@ -291,9 +280,7 @@ def test_a_configuration_can_be_a_mapping(launch_with: Callable[[Launch], None])
         rlhf.train(3)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    "call", [rlhf.load_config, rlhf.load_merge, rlhf.merge, rlhf.sweep, rlhf.make_wandb_sweep, rlhf.submit]
-)
+@pytest.mark.parametrize("call", [rlhf.load_config, rlhf.load_merge, rlhf.merge, rlhf.sweep, rlhf.submit])
 def test_calls_that_take_only_a_file_refuse_a_mapping(call: Callable[[object], object]) -> None:
     with pytest.raises(TypeError, match="the configuration is of type dict; give the path of a YAML file"):
         call(from_yaml(BASE))

@@ -69,7 +69,6 @@ def test_the_schedules_of_a_bound_have_the_runs_order() -> None:
     [
         ("grpo_smollm2", ("cluster.device=cuda", "cluster.roles.rollout.colocate_with=policy")),
         ("online_dpo_smollm2", ()),
-        ("otb_smollm2", ()),  # its baseline reads the whole batch
     ],
 )
 def test_a_run_that_cannot_be_streamed_has_no_such_schedule(name: str, keys: tuple[str, ...]) -> None:

@@ -1,13 +1,11 @@
-"""What a sweep knows after a kill, what comes of its trials, and who goes on from whom. Run folders made by hand."""
+"""The journal of a sweep after a kill, and the results of its trials. Run folders are made by hand."""
 
 from __future__ import annotations
 
 import io
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -15,17 +13,13 @@ from rich.console import Console
 from rlhf.config.files.load import load
 from rlhf.config.schema.sweep import Sweep, load_sweep
 from rlhf.errors import UserError
-from rlhf.sweeps.journal import Copy, Journal
+from rlhf.sweeps.journal import Journal
 from rlhf.sweeps.plots import plot
 from rlhf.sweeps.space import known_trials
-from rlhf.sweeps.strategy import Listed, Population
+from rlhf.sweeps.strategy import Listed
 from rlhf.sweeps.trial_results import SweepResult, TrialResult, collect, explain_failure, write
-from rlhf.tracking.run_folder.atomic import read_lines, write_lines
-from rlhf.tracking.run_folder.folder import RunFolder
-from rlhf.tracking.run_folder.manifest import is_complete
+from rlhf.tracking.run_folder.atomic import write_lines
 from tests.unit.test_config_schema_sweep import write_sweep
-
-PBT = {"name": "pbt", "trials": 4, "every": 4, "quantile": 0.25, "resample": 0.0}
 
 
 def wrote(journal: Journal, number: int, **losses: float) -> None:
@@ -34,15 +28,6 @@ def wrote(journal: Journal, number: int, **losses: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows = [{"step": int(at[1:]), "time_s": 1.0, "eval/heldout/loss": loss} for at, loss in losses.items()]
     write_lines(folder / "metrics.jsonl", rows)
-
-
-def checkpoint(journal: Journal, number: int, step: int) -> None:
-    """One whose weights are the run's number."""
-    path = journal.run_folder(number)
-    with RunFolder.open(path.parent, path.name, resume=True) as folder:
-        (folder.begin_checkpoint(step) / "weights").write_text(str(number))
-        folder.seal(folder.checkpoint(step), step=step)
-        folder.commit_checkpoint(step)
 
 
 def journal_of(sweep: Sweep, *, resume: bool = False) -> Journal:
@@ -136,124 +121,6 @@ def test_why_a_trial_failed(tmp_path: Path) -> None:
     assert explain_failure(tmp_path, "INFO\n", -9) == "killed by signal 9: rank 0 is gone"
 
 
-def population(tmp_path: Path) -> tuple[Sweep, Any]:
-    sweep = load_sweep(write_sweep(tmp_path, method=PBT))
-    return sweep, known_trials(sweep)
-
-
-def arrive(journal: Journal, members: Population, losses: dict[int, float]) -> None:
-    """All members do their four steps."""
-    for number, loss in losses.items():
-        assignment = members.next()
-        assert (assignment.trial.number, assignment.until) == (number, 4)
-        wrote(journal, number, s0=9.0, s4=loss)
-        checkpoint(journal, number, 4)
-    for number in losses:
-        members.ended(journal.trials[number])
-
-
-def test_the_worst_member_goes_on_from_the_best(tmp_path: Path) -> None:
-    sweep, known = population(tmp_path)
-    with journal_of(sweep) as journal:
-        members = Population(sweep, journal, known)
-        with RunFolder.open(journal.run_folder(1).parent, "trial-001", resume=True) as folder:
-            (folder.spool / "group").write_text("sampled by other weights")
-        journal.run_folder(2).mkdir()
-        write_lines(journal.run_folder(2) / "groups.jsonl", [{"step": 4, "max_staleness": 0}])
-        arrive(journal, members, {0: 2.0, 1: 3.0, 2: 1.0, 3: 2.5})
-        next_one = members.next()
-        assert next_one.until == 8
-        copied = journal.trials[1]
-        assert copied.origin == ["trial-002@4"]
-        assert copied.parameters["train.lr"] / known[2]["train.lr"] == pytest.approx(
-            0.8, rel=1e-4
-        ) or copied.parameters["train.lr"] / known[2]["train.lr"] == pytest.approx(1.2, rel=1e-4)
-        assert (journal.run_folder(1) / "checkpoints" / "latest" / "weights").read_text() == "2"
-        assert is_complete(journal.run_folder(1) / "checkpoints" / "step_000004", 4)
-        with RunFolder.open(journal.run_folder(1).parent, "trial-001", resume=True) as folder:
-            assert not list(folder.spool.iterdir())
-        assert read_lines(journal.run_folder(1) / "groups.jsonl") == [{"step": 4, "max_staleness": 0}]
-        assert journal.trials[0].parameters == known[0]
-        assert (journal.run_folder(0) / "checkpoints" / "latest" / "weights").read_text() == "0"
-
-
-def test_no_member_goes_on_before_all_have_arrived(tmp_path: Path) -> None:
-    sweep, known = population(tmp_path)
-    with journal_of(sweep) as journal:
-        members = Population(sweep, journal, known)
-        assert [members.next() is None for _ in range(5)] == [False] * 4 + [True]
-        wrote(journal, 0, s4=1.0)
-        checkpoint(journal, 0, 4)
-        members.ended(journal.trials[0])
-        assert members.next() is None
-
-
-def test_a_member_that_others_ended_is_waited_for(tmp_path: Path) -> None:
-    """It is the best so far, but has no checkpoint of the look's step to go on from."""
-    sweep, known = population(tmp_path)
-    with journal_of(sweep) as journal:
-        members = Population(sweep, journal, known)
-        arrive(journal, members, {0: 2.0, 1: 3.0, 2: 1.0, 3: 2.5})
-        shutil.rmtree(journal.run_folder(2) / "checkpoints")
-        assert members.next() is None
-        assert not journal.looked_at
-    with journal_of(sweep, resume=True) as journal:
-        assert Population(sweep, journal, known).left == [2]
-
-
-def test_a_population_that_was_killed_does_what_was_left_of_its_look(tmp_path: Path) -> None:
-    sweep, known = population(tmp_path)
-    with journal_of(sweep) as journal:
-        members = Population(sweep, journal, known)
-        arrive(journal, members, {0: 2.0, 1: 3.0, 2: 1.0, 3: 2.5})
-        journal.look(4, [Copy(trial=1, source=2, step=4, parameters={"train.lr": 5e-3})])  # and then the kill
-    with journal_of(sweep, resume=True) as journal:
-        again = Population(sweep, journal, known)
-        assert journal.trials[1].parameters == {"train.lr": 5e-3}
-        assert (journal.run_folder(1) / "checkpoints" / "latest" / "weights").read_text() == "2"
-        assert again.left == [0, 1, 2, 3]
-        checkpoint(journal, 3, 8)
-    with journal_of(sweep, resume=True) as journal:
-        assert Population(sweep, journal, known).left == [0, 1, 2]
-        assert journal.trials[1].origin == ["trial-002@4"]
-
-
-def test_a_member_that_failed_is_replaced(tmp_path: Path) -> None:
-    sweep, known = population(tmp_path)
-    with journal_of(sweep) as journal:
-        members = Population(sweep, journal, known)
-        arrive(journal, members, {0: 2.0, 1: 3.0, 2: 1.0, 3: 2.5})
-        journal.end(0, "failed", "exit 1")
-        members.next()
-        assert journal.trials[0].state == "open"
-        assert journal.trials[0].origin == ["trial-002@4"]
-        assert not journal.trials[1].origin  # one of four is replaced, and that is the failed one
-
-
-@pytest.mark.parametrize("valid_draw", [3, None])
-def test_a_draw_that_is_no_valid_run_is_drawn_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, valid_draw: int | None
-) -> None:
-    sweep, known = population(tmp_path)
-    draws: list[float] = []
-
-    def trial(self: Sweep, parameters: Any, name: str) -> None:
-        draws.append(parameters["train.lr"])
-        if len(draws) != valid_draw:
-            raise UserError("the rewards all have weight 0")
-
-    with journal_of(sweep) as journal:
-        members = Population(sweep, journal, known)
-        arrive(journal, members, {0: 2.0, 1: 3.0, 2: 1.0, 3: 2.5})
-        monkeypatch.setattr(Sweep, "trial", trial)
-        assert members.next() is not None
-        copied = journal.trials[1].parameters
-        assert copied["train.lr"] == (known[2]["train.lr"] if valid_draw is None else draws[-1])
-    assert ("a copy of trial-002 keeps its parameters: 100 draws gave no valid run" in caplog.text) == (
-        valid_draw is None
-    )
-
-
 def test_the_table_fits_a_terminal_of_80_columns(tmp_path: Path) -> None:
     def row(number: int, error: str | None = None) -> TrialResult:
         return TrialResult(
@@ -266,7 +133,6 @@ def test_the_table_fits_a_terminal_of_80_columns(tmp_path: Path) -> None:
             step=400,
             time_s=754.0,
             error=error,
-            origin=(),
         )
 
     rows = (replace(row(0), value=0.5), row(1), row(2, "exit 1: policy rank 0 died, of too little memory"))

@@ -34,8 +34,7 @@ def run_all(sweep: Sweep, *, resume: bool, most: int) -> list[float]:
     rates = []
     with Journal.open(sweep, resume=resume) as journal:
         method = strategy_of(sweep, journal, known_trials(sweep))
-        while len(rates) < most and (assignment := method.next()) is not None:
-            trial = assignment.trial
+        while len(rates) < most and (trial := method.next()) is not None:
             rate = trial.parameters["train.lr"]
             wrote(
                 journal, trial.number, s9=abs(rate - 1e-3) * 1e3 + (trial.parameters["train.lr_schedule"] == "linear")
@@ -65,9 +64,10 @@ def test_a_trial_that_a_kill_left_is_first_and_counts_once(tmp_path: Path) -> No
     with Journal.open(sweep, resume=True) as journal:
         method = Bayesian(sweep, journal, trials=2)
         again = method.next()
-        assert again.trial.parameters == begun.trial.parameters
+        assert again is not None
+        assert again.parameters == begun.parameters
         journal.end(0, "failed", "exit 1")
-        method.ended(again.trial)
+        method.ended(again)
         assert method.next() is not None
         assert method.next() is None
 
@@ -90,7 +90,7 @@ def test_the_worse_half_is_stopped_at_each_look(tmp_path: Path) -> None:
     sweep = load_sweep(write_sweep(tmp_path, method=ASHA))
     with Journal.open(sweep, resume=False) as journal:
         method = asha(sweep, journal)
-        trials = [assignment.trial for _ in range(4) if (assignment := method.next()) is not None]
+        trials = [trial for _ in range(4) if (trial := method.next()) is not None]
         assert not method.report(trials[0], 0, 99.0)
         assert not method.report(trials[0], 2, 2.0)
         assert method.report(trials[1], 2, 3.0)
@@ -104,11 +104,13 @@ def test_successive_halving_knows_after_a_kill_what_it_knew(tmp_path: Path) -> N
     with Journal.open(sweep, resume=False) as journal:
         method = asha(sweep, journal)
         for loss in (2.0, 1.0):
-            assignment = method.next()
-            wrote(journal, assignment.trial.number, s0=9.0, s2=loss)
-            journal.end(assignment.trial.number, "finished")
+            trial = method.next()
+            assert trial is not None
+            wrote(journal, trial.number, s0=9.0, s2=loss)
+            journal.end(trial.number, "finished")
     with Journal.open(sweep, resume=True) as journal:
         method = asha(sweep, journal)
-        assignment = method.next()
-        assert assignment.trial.number == 2
-        assert method.report(assignment.trial, 2, 1.8)  # the median of 2.0 and 1.0 is 1.5
+        trial = method.next()
+        assert trial is not None
+        assert trial.number == 2
+        assert method.report(trial, 2, 1.8)  # the median of 2.0 and 1.0 is 1.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from wandb.proto.wandb_internal_pb2 import MetricRecord
 
 from rlhf.errors import RunError, UserError
@@ -75,3 +77,19 @@ def test_wandb_is_imported_only_when_used(tmp_path: Path) -> None:
         + ("sys.exit(any(m in sys.modules for m in ('wandb', 'matplotlib', 'torch')))")
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_the_sweep_file_of_the_page_starts_a_run(tmp_path: Path) -> None:
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    page = (Path(__file__).parents[2] / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```yaml\n(method: bayes.*?)```", page, re.DOTALL)
+    *command, last = create_sweep_command(yaml.safe_load(text)["command"])
+    assert last == "${args_no_hyphens}"
+    words = create_sweep_command_args({"args": {"train.lr": {"value": 0.001}}})["args_no_hyphens"]
+    shown = tmp_path / "rlhf"
+    shown.write_text('#!/bin/sh\necho "$@"\n')
+    shown.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "WANDB_RUN_ID": "x7k2"}
+    said = subprocess.run([*command, *words], env=environment, capture_output=True, text=True, check=True).stdout
+    assert said == "train configs/sft_smollm2.yaml tracking.wandb=online run.name=x7k2 train.lr=0.001\n"

@@ -29,7 +29,6 @@ from rlhf.tracking.metrics.reductions import Histogram
 
 AT: Key = ("sweep",)
 OWN = ("run.name", "run.dir", "run.mirror", "tracking.wandb_group")  # set by the sweep for each trial
-STEERED = ("train.lr", "train.min_lr_ratio", "train.grad_clip", "rollouts.temperature", "rollouts.top_p")
 
 
 class Parameter(Section):
@@ -88,24 +87,7 @@ class AshaMethod(Section):
     """At each comparison, the best trial of this many continues."""
 
 
-class PbtMethod(Section):
-    """A population whose worst members continue from the checkpoint of a member among the best, with changed parameters
-    (population-based training, arXiv:1711.09846)."""
-
-    name: Literal["pbt"]
-    """Method."""
-    trials: int = Field(ge=2, le=10_000)
-    """Number of members in the population."""
-    every: int = Field(ge=1)
-    """Steps between two comparisons. All members are compared after the same number of steps."""
-    quantile: float = Field(default=0.25, gt=0.0, le=0.5)
-    """Fraction of the population replaced by members of the best fraction of the same size, at least one member."""
-    resample: float = Field(default=0.25, ge=0.0, le=1.0)
-    """Probability of a new draw for a copied parameter. Otherwise the parameter is multiplied by 0.8 or 1.2, or moves
-    to a neighbouring value."""
-
-
-Method = GridMethod | RandomMethod | BayesianMethod | AshaMethod | PbtMethod
+Method = GridMethod | RandomMethod | BayesianMethod | AshaMethod
 
 
 class SweepConfig(Section):
@@ -274,13 +256,6 @@ def _problems(config: SweepConfig) -> Iterator[Problem]:
         elif key in config.set:
             yield Problem(key=at, text="is fixed by sweep.set too; remove one of them")
         yield from _of_parameter(parameter, at, is_grid=config.method.name == "grid")
-        if isinstance(config.method, PbtMethod) and not (key in STEERED or _of_loss(key)):
-            text = (
-                "cannot change while a run continues from a checkpoint, and the members of pbt continue from "
-                f"checkpoints; vary only {', '.join(STEERED)}, rewards.NAME.weight and the keys of algorithm except "
-                "its name"
-            )
-            yield Problem(key=at, text=text)
     for key in config.set:
         if key in OWN and key != "run.mirror":  # the mirror of a trial is a folder below the given one
             yield Problem(key=(*AT, "set", key), text="is given to each trial by the sweep; remove it")
@@ -296,12 +271,6 @@ def _problems(config: SweepConfig) -> Iterator[Problem]:
         return
     if declared(metric).reduction is Histogram:
         yield Problem(key=(*AT, "metric"), text=f"got {metric!r}, a histogram; name a metric that is a number")
-
-
-def _of_loss(key: str) -> bool:
-    """Return whether a key only affects the loss."""
-    of_algorithm = key.startswith("algorithm.") and key != "algorithm.name"
-    return of_algorithm or (key.startswith("rewards.") and key.endswith(".weight"))
 
 
 def _of_parameter(parameter: Parameter, at: Key, *, is_grid: bool) -> Iterator[Problem]:
@@ -340,11 +309,10 @@ def _run_problems(sweep: Sweep) -> Iterator[Problem]:
     judged = stages[sweep.judged]
     yield from _of_absent_metric(metric, judged)
     method = sweep.config.method
-    if isinstance(method, AshaMethod | PbtMethod):
-        name, first = ("every", method.every) if isinstance(method, PbtMethod) else ("grace_steps", method.grace_steps)
-        at = (*AT, "method", name)
+    if isinstance(method, AshaMethod):
+        at, first = (*AT, "method", "grace_steps"), method.grace_steps
         if judged.train.steps is None:
-            text = f"is {method.name}, which counts steps, but the run has train.epochs; give it train.steps instead"
+            text = "is asha, which counts steps, but the run has train.epochs; give it train.steps instead"
             yield Problem(key=(*AT, "method"), text=text)
         elif first >= judged.train.steps:
             text = f"is {first}, but a trial has only {judged.train.steps} steps (train.steps); lower it"
@@ -352,14 +320,6 @@ def _run_problems(sweep: Sweep) -> Iterator[Problem]:
         elif metric.startswith("eval/") and first % judged.eval.every:
             text = f"is {first}, but {metric} is measured every {judged.eval.every} steps only (eval.every)"
             yield Problem(key=at, text=text)
-    if isinstance(method, PbtMethod):
-        if sweep.base.is_pipeline:
-            yield Problem(key=(*AT, "method"), text="is pbt, which varies a single run, and `config` is a pipeline")
-        if judged.run.mirror is not None:
-            text = "is pbt, whose members copy each other's checkpoints, and run.mirror would restore the old ones"
-            yield Problem(key=(*AT, "method"), text=text)
-        if judged.train.early_stopping is not None:
-            yield Problem(key=(*AT, "method"), text="is pbt, which runs to the end; set train.early_stopping to null")
 
 
 def _of_absent_metric(metric: str, stage: Config) -> Iterator[Problem]:
