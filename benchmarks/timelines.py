@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from rlhf.reporting.runs import Span, read_spans
+from rlhf.viewing.timeline import Span, read_spans
 
 LANES = {  # lane, then the spans in it with their colours
     "engines": {"rollouts": "#4c78a8", "eval": "#b279a2"},

@@ -21,9 +21,9 @@ from rlhf.models.files.publish import push_folder, refuse_unpublishable
 from rlhf.models.files.weights import adapter_sources, weight_sources
 from rlhf.preflight.models import with_adapters, with_sources
 from rlhf.process.owned_folders import temporary_folder
-from rlhf.reporting.model_card import write_model_card
 from rlhf.tracking import logs
 from rlhf.tracking.run_folder.manifest import find_damage
+from rlhf.viewing.model_card import write_model_card
 from rlhf.workers.model_worker import torch_dtype
 from rlhf.workers.trained_model import load_policy_tokenizer, load_trained_model, write_model_folder
 

@@ -51,12 +51,12 @@ from rlhf.preflight.start import Start
 from rlhf.process.disk_full import done_when_there_is_room
 from rlhf.process.driver_parent import unrecorded_deaths
 from rlhf.process.stopping import StopRequest, current_request, run_async
-from rlhf.reporting.model_card import write_model_card
 from rlhf.rewards.scoring import fingerprint
 from rlhf.tracking import logs
 from rlhf.tracking.run_folder.atomic import write_atomic
 from rlhf.tracking.run_folder.errors import ErrorRecord
 from rlhf.tracking.run_folder.folder import refuse_to_overwrite, remove_run
+from rlhf.viewing.model_card import write_model_card
 
 logger = logging.getLogger(__name__)
 SHOWN_ONLINE: tuple[str, ...] = (

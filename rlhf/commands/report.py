@@ -11,7 +11,7 @@ from rlhf.commands.command import Command
 from rlhf.commands.shared import write_stdout
 
 if TYPE_CHECKING:
-    from rlhf.reporting.report import Report
+    from rlhf.viewing.report import Report
 
 
 def report(runs: str | Path | Sequence[str | Path], *, out: Path | None = None) -> Report:
@@ -23,7 +23,7 @@ def report(runs: str | Path | Sequence[str | Path], *, out: Path | None = None) 
         runs (RUN): the folder of a run or a pipeline.
         out (FILE): the file to write; RUN/report.html, or RUN/comparison.html for several runs, if not given.
     """
-    from rlhf.reporting.report import write_report
+    from rlhf.viewing.report import write_report
 
     return write_report([Path(run) for run in ([runs] if isinstance(runs, str | Path) else runs)], out)
 

@@ -1,5 +1,5 @@
-"""`rlhf view`: run folders in a browser, while the runs go on.
+"""Run folders as a page: in a browser while the runs go on (`rlhf view`), or as one file (`rlhf report`).
 
-The server reads files line by line from the last position. The server holds no whole run in memory, and never writes to
-a run folder.
+Both show the same page. The server reads files from the last position, keeps no whole run in memory, and never writes
+to a run folder.
 """

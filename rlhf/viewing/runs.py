@@ -5,6 +5,7 @@ This module knows the paths in a run folder, and does not read the files' conten
 
 from __future__ import annotations
 
+import fcntl
 import re
 import time
 from collections.abc import Sequence
@@ -24,14 +25,23 @@ class RunPlace:
 
     name: str  # unique on the page
     path: Path
+    stage: str  # "" unless the run is a stage of a pipeline
 
     def state(self) -> dict[str, Any]:
         """Return the run's progress, derived from the files in the run's folder."""
         written = _written(self.path / "metrics.jsonl")
         age = round(max(time.time() - written, 0.0), 1) if written else None
-        done = any((self.path / result).exists() for result in ("final", "eval.json"))
-        failed = not done and _written(self.path / "traceback.txt") > _written(self.path / "environment.json")
-        return {"name": self.name, "done": done, "failed": failed, "age_s": age, "steps": self.sample_steps()}
+        return {"name": self.name, "state": self.word(), "age_s": age, "steps": self.sample_steps()}
+
+    def word(self) -> str:
+        """Return finished, running, failed, stopped or not started. A run on another machine counts as stopped."""
+        if any((self.path / result).exists() for result in ("final", "eval.json")):
+            return "finished"
+        if _is_held(self.path / ".lock"):
+            return "running"
+        if _written(self.path / "traceback.txt") > _written(self.path / "environment.json"):
+            return "failed"
+        return "stopped" if _written(self.path / "metrics.jsonl") else "not started"
 
     def sample_steps(self) -> list[int]:
         """Return the steps with samples, rising."""
@@ -56,10 +66,11 @@ class RunPlaces:
 
     def by_name(self) -> dict[str, RunPlace]:
         """Return the runs by name. Each stage of a pipeline is a run, in order of their start."""
-        paths = dict.fromkeys(path for folder in self.folders for path in stage_folders(folder) or [folder])
-        return {
-            name: RunPlace(name=name, path=path) for name, path in zip(short_names(list(paths)), paths, strict=True)
-        }
+        stages: dict[Path, str] = {}
+        for folder in self.folders:
+            stages |= {path: path.name for path in stage_folders(folder)} or {folder: ""}
+        names = zip(short_names(list(stages)), stages.items(), strict=True)
+        return {name: RunPlace(name=name, path=path, stage=stage) for name, (path, stage) in names}
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
@@ -85,6 +96,18 @@ def stage_folders(folder: Path) -> list[Path]:
 def _began(path: Path) -> tuple[float, str]:
     """Return the sort key of a run's start. The environment is written at the start and again at a resume."""
     return _written(path / "environment.json") or time.time(), path.name
+
+
+def _is_held(lock: Path) -> bool:
+    """Return whether a process of this machine runs here."""
+    try:
+        with lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _written(path: Path) -> float:

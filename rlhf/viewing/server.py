@@ -1,9 +1,12 @@
 """The page and all requests. Requests only read, except for a browser's login.
 
-GET / the page, with files under /static/ POST /login Authorization: Bearer TOKEN; sets a cookie for later requests GET
-/api/runs runs with their state, and the meaning of each metric GET /api/metrics?run= rows of metrics.jsonl from a
-position on; /api/errors likewise GET /api/samples?run=&step= short forms of a step's responses GET
-/api/responses?...&at= some responses in full
+GET  /                        the page, with its files under /static/
+POST /login                   Authorization: Bearer TOKEN; sets a cookie for later requests
+GET  /api/runs                runs with their state, and the meaning of each metric
+GET  /api/metrics?run=        rows of metrics.jsonl from a position on; /api/errors likewise
+GET  /api/summary?run=        diagnosis, numbers, time, memory, errors and settings of a run
+GET  /api/samples?run=&step=  short forms of a step's responses
+GET  /api/responses?...&at=   some responses in full
 """
 
 from __future__ import annotations
@@ -20,11 +23,13 @@ from typing import Any
 
 from aiohttp import web
 
+from rlhf.errors import UserError
 from rlhf.serving import gives_token, is_same_secret, serve_until_interrupted, serving_token, stranger
 from rlhf.tracking.metrics.declarations import METRICS
 from rlhf.tracking.run_folder.samples import samples_path
 from rlhf.viewing.runs import RunPlace, RunPlaces
 from rlhf.viewing.samples import MOST_WHOLE, SampleFiles
+from rlhf.viewing.summary import Summaries
 from rlhf.viewing.tail import read_chunk
 
 STATIC = Path(__file__).parent / "static"
@@ -40,7 +45,7 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-cache",
 }
-_DECLARED: Sequence[dict[str, str]] = [  # literal names go before patterns
+DECLARED: Sequence[dict[str, str]] = [  # literal names go before patterns
     {"pattern": metric.pattern, "unit": metric.unit, "meaning": metric.meaning}
     for metric in sorted(METRICS.values(), key=lambda metric: "<" in metric.name)
 ]
@@ -54,6 +59,7 @@ class RunViewer:
         self.runs = places
         self.token = token
         self.samples = SampleFiles()
+        self.summaries = Summaries()
 
     def application(self) -> web.Application:
         """Build the aiohttp application with all routes."""
@@ -63,6 +69,7 @@ class RunViewer:
         get("/api/runs", self._runs)
         get("/api/metrics", partial(self._tail, "metrics.jsonl", last=False))
         get("/api/errors", partial(self._tail, "errors.jsonl", last=True))
+        get("/api/summary", self._summary)
         get("/api/samples", self._samples)
         get("/api/responses", self._responses)
         app.router.add_post("/login", self._login)
@@ -115,7 +122,7 @@ class RunViewer:
         states = await asyncio.to_thread(lambda: [run.state() for run in places.values()])
         answer: dict[str, Any] = {"runs": states}
         if request.query.get("metrics"):
-            answer["metrics"] = _DECLARED
+            answer["metrics"] = DECLARED
         return web.json_response(answer)
 
     async def _tail(self, name: str, request: web.Request, *, last: bool) -> web.Response:
@@ -126,6 +133,13 @@ class RunViewer:
         return web.Response(
             body=chunk.lines, content_type="application/jsonl", headers={"X-Place": json.dumps(position)}
         )
+
+    async def _summary(self, request: web.Request) -> web.Response:
+        run = self._run(request)
+        try:
+            return web.json_response(await asyncio.to_thread(self.summaries.of, run))
+        except UserError as error:
+            raise web.HTTPInternalServerError(reason=f"{run.name}: config.resolved.yaml cannot be read") from error
 
     async def _samples(self, request: web.Request) -> web.Response:
         path = samples_path(self._run(request).path, _number(request, "step"))

@@ -1,4 +1,4 @@
-"""The page of `rlhf view` in a real browser: what it shows, keys, hostile text, a run that goes on, phones, a login."""
+"""The page of `rlhf view` and `rlhf report` in a real browser: keys, hostile text, running runs, phones, a login."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from aiohttp.test_utils import TestServer
 
+import rlhf
 from rlhf.tracking.run_folder.atomic import write_lines
 from rlhf.tracking.run_folder.errors import ErrorRecord, write_error
 from rlhf.tracking.run_folder.samples import SampleRecord, SampleSequence, SampleTokens, samples_path, write_samples
@@ -151,7 +152,7 @@ SCORE = text_of('[data-metric="rewards/score/mean"] .value')
 
 async def test_curves_grow_while_the_run_goes_on(runs: list[Path]) -> None:
     async with shown(runs[0]) as (page, url):
-        await page.open(url)
+        await page.open(url + "#tab=curves")
         await page.until("document.querySelectorAll('.chart canvas').length >= 3")
         sections = await page.value("[...document.querySelectorAll('.stage')].map((one) => one.dataset.stage)")
         assert sections == ["first", "rewards", "eval", "update", "recovery"]
@@ -175,6 +176,40 @@ async def test_curves_grow_while_the_run_goes_on(runs: list[Path]) -> None:
         )
         await page.value("[...document.querySelectorAll('.check input')][0].click()")  # log scale: no value is above 0
         assert await page.value("document.querySelectorAll('.chart canvas').length") > 0
+
+
+@pytest.mark.parametrize("command", ["view", "report"])
+async def test_the_overview_compares_two_runs(runs: list[Path], tmp_path: Path, command: str) -> None:
+    """`rlhf report` shows the same as `rlhf view`, from a file, and names of runs are text in both."""
+    hostile = runs[0].rename(tmp_path / "<img src=x onerror=window.hacked=1>")
+    for folder, lr in ((hostile, 1), (runs[1], 2)):
+        (folder / "config.resolved.yaml").write_text(
+            f"train: {{lr: {lr}, steps: 9}}\npolicy: {{model: '{HOSTILE[:20]}'}}\n"
+        )
+    with (runs[1] / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps({"step": step, "experience/kl_ref/mean": 2.0 * step}) + "\n" for step in range(5, 9))
+    async with shown(hostile, runs[1]) as (page, url):
+        if command == "report":
+            url = rlhf.report([hostile, runs[1]], out=tmp_path / "report.html").html.as_uri()
+        await page.open(url)
+        await page.until("document.querySelectorAll('.chart canvas').length >= 3")
+        kinds = "[...document.querySelectorAll('.finding')].map((one) => one.dataset.kind ?? 'fine')"
+        assert await page.value(kinds) == ["fine", "kl_blow_up"]
+        first = "[...document.querySelectorAll('.overview section')][0].innerText"
+        assert f"on {HOSTILE[:20]}" in await page.value(first)
+        assert "8 of 9 in" in await page.value(first)
+        differences = await page.value("[...document.querySelectorAll('.overview tbody')][1].innerText")
+        assert differences.split() == ["train.lr", "1", "2"]
+        await page.value("document.querySelector('.overview > details summary').click()")
+        await page.value("document.querySelector('.overview > details[open] button').click()")
+        sides = "[...document.querySelectorAll('.side h3')].map((one) => one.innerText).join()"
+        await page.until(f"{sides} === '{hostile.name} · step 4,{hostile.name} · step 2' && {CARDS}.length === 4")
+        assert "<script>window.hacked = 1</script>" in await page.value(f"{CARDS}[0].innerText")
+        assert ("at most 8 prompts of a set" in await page.value("document.body.innerText")) == (command == "report")
+        await page.press("3")
+        await page.until("document.querySelectorAll('.error').length === 1")
+        if command == "report":
+            page.requested.remove(url)
 
 
 async def test_samples_by_keys_and_by_their_tokens(runs: list[Path]) -> None:
@@ -336,7 +371,7 @@ async def test_two_steps_and_two_runs_side_by_side(runs: list[Path]) -> None:
 
 async def test_a_phone_in_the_dark(runs: list[Path]) -> None:
     async with shown(*runs) as (page, url):
-        for tab in ("curves", "samples&compare=1&split=heldout", "errors"):
+        for tab in ("overview", "curves", "samples&compare=1&split=heldout", "errors"):
             await page.call("Page.navigate", url="about:blank")
             await page.open(f"{url}#tab={tab}", width=390, height=844, dark=True)
             await page.until("document.querySelectorAll('.chart canvas, .card, .error').length")

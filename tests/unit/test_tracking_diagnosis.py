@@ -15,13 +15,20 @@ from typing import Any
 
 import pytest
 
-from rlhf.tracking.diagnosis.diagnose import CHECKS, Watch, diagnose
+from rlhf.tracking.diagnosis.diagnose import CHECKS, Diagnosis, Watch
 from rlhf.tracking.diagnosis.findings import Finding
 from rlhf.tracking.metrics.declarations import declared
 from rlhf.tracking.run_folder.atomic import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 Rows = list[dict[str, Any]]
+
+
+def diagnose(rows: Rows) -> list[Finding]:
+    diagnosis = Diagnosis()
+    for row in rows:
+        diagnosis.add(row)
+    return diagnosis.findings()
 
 
 def rows(steps: int, **series: Callable[[int], float | None]) -> Rows:

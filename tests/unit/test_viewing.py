@@ -235,7 +235,7 @@ async def test_a_run_that_has_written_nothing_and_one_that_is_gone(client: Clien
     (folder / ".lock").touch()
     asked = await client(folder)
     (told,) = (await (await asked.get("/api/runs")).json())["runs"]
-    assert told == {"name": "new", "done": False, "failed": False, "age_s": None, "steps": []}
+    assert told == {"name": "new", "state": "not started", "age_s": None, "steps": []}
     assert (await read(asked, START, run="new"))[0] == []
     assert (await asked.get("/api/samples", params={"run": "new", "step": 1})).status == 404
     assert (await asked.get("/api/metrics", params={"run": "../new"})).status == 404
@@ -246,7 +246,7 @@ async def test_a_run_that_has_written_nothing_and_one_that_is_gone(client: Clien
 
 async def test_a_run_has_failed_until_it_is_started_again(client: Client, run: Path) -> None:
     async def failed() -> bool:
-        return bool((await (await asked.get("/api/runs")).json())["runs"][0]["failed"])
+        return bool((await (await asked.get("/api/runs")).json())["runs"][0]["state"] == "failed")
 
     asked = await client(run)
     for number, name in enumerate(("environment.json", "traceback.txt")):

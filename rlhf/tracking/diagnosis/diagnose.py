@@ -6,7 +6,7 @@ diagnosis changes nothing in a run. Each threshold stands next to the check, wit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -38,23 +38,27 @@ class Watch:
         return [finding for check in CHECKS if (finding := check(self._history)) is not None]
 
 
-def diagnose(rows: Iterable[Mapping[str, Any]]) -> list[Finding]:
-    """Return all problems of a run, the worst first, each kind once.
+class Diagnosis:
+    """The problems that a run showed at any time, each kind once.
 
     The steps of a finding reach from the first row with the problem to the last. The text comes from the worst and
     latest such row. The problem is over if `last_step` lies before the newest row.
     """
-    watch = Watch()
-    findings: dict[str, Finding] = {}
-    for row in rows:
-        for finding in watch.now(row):
-            before = findings.get(finding.kind)
-            if before is None:
-                findings[finding.kind] = finding
-                continue
+
+    def __init__(self) -> None:
+        self._watch = Watch()
+        self._findings: dict[str, Finding] = {}
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Add the next row of metrics.jsonl."""
+        for finding in self._watch.now(row):
+            before = self._findings.setdefault(finding.kind, finding)
             worst = finding if _rank(finding)[0] <= _rank(before)[0] else before
-            findings[finding.kind] = replace(worst, first_step=before.first_step, last_step=finding.last_step)
-    return sorted(findings.values(), key=_rank)
+            self._findings[finding.kind] = replace(worst, first_step=before.first_step, last_step=finding.last_step)
+
+    def findings(self) -> list[Finding]:
+        """Return the findings, the worst first."""
+        return sorted(self._findings.values(), key=_rank)
 
 
 def _rank(finding: Finding) -> tuple[int, int]:

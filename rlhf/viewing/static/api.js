@@ -1,5 +1,8 @@
-// The requests to the server. Rows come as JSON lines. A tail remembers its position in a file, and reads the file anew
+// The requests to the server. In a report the answers are in the page instead. Rows come as JSON lines. A tail remembers its position in a file, and reads the file anew
 // if it has changed (a resumed run removes rows).
+
+const answers = document.getElementById("answers");
+export const saved = answers && JSON.parse(answers.textContent);
 
 export class ApiError extends Error {
   constructor(status, message) {
@@ -38,6 +41,10 @@ export function rowsOf(text) {
   });
 }
 
+export async function runsOf(withMetrics) {
+  return saved ?? (await ask("runs", withMetrics ? { metrics: 1 } : {})).json();
+}
+
 class Tail {
   constructor(path, run) {
     this.path = path;
@@ -63,14 +70,19 @@ class Tail {
 }
 
 const MOST_ERRORS = 2000;
+const SUMMARY_WITHIN_MS = 1000; // of a long run the first summary takes longer, and comes with a later refresh
+export const NO_SUMMARY = { findings: [], main: [] };
 
-// Metrics and errors that a run has written so far: columns of numbers, aligned to `steps`.
+// What a run has written so far: its summary, its errors, and its metrics as columns of numbers, aligned to `steps`.
 export class RunData {
   constructor(name) {
     this.name = name;
     this.metrics = new Tail("metrics", name);
     this.failures = new Tail("errors", name);
     this.errors = [];
+    this.summary = this.drawn = NO_SUMMARY;
+    this.asking = null; // the request for a summary, if there is one
+    this.stale = true; // the summary
     this.clear();
   }
 
@@ -98,6 +110,11 @@ export class RunData {
   }
 
   async refresh() {
+    if (saved) {
+      const { columns, ...rest } = saved.data[this.name];
+      Object.assign(this, rest, { columns: new Map(Object.entries(columns)), summary: saved.summaries[this.name] });
+      return true;
+    }
     const metrics = await this.metrics.read(
       () => this.clear(),
       (rows) => this.take(rows),
@@ -106,17 +123,33 @@ export class RunData {
       () => (this.errors = []),
       (rows) => (this.errors = this.errors.concat(rows).slice(-MOST_ERRORS)),
     );
-    return metrics || errors;
+    this.stale ||= metrics || errors;
+    if (this.stale && !this.asking) this.asking = this.summarize();
+    if (this.asking) await Promise.race([this.asking, new Promise((done) => setTimeout(done, SUMMARY_WITHIN_MS))]);
+    const changed = metrics || errors || this.summary !== this.drawn;
+    this.drawn = this.summary;
+    return changed;
+  }
+
+  async summarize() {
+    this.stale = false;
+    try {
+      this.summary = await (await ask("summary", { run: this.name })).json();
+    } catch (error) {
+      this.summary = { ...NO_SUMMARY, trouble: error.message };
+    }
+    this.asking = null;
   }
 }
 
 export async function samplesOf(run, step) {
-  return (await ask("samples", { run, step })).json();
+  return saved ? saved.samples[`${run} ${step}`] : (await ask("samples", { run, step })).json();
 }
 
 const AT_ONCE = 16; // the server's limit
 
 export async function responsesOf(run, step, version, places) {
+  if (saved) return places.map((place) => saved.samples[`${run} ${step}`].whole[place]);
   const parts = Array.from({ length: Math.ceil(places.length / AT_ONCE) }, (_, i) => places.slice(i * AT_ONCE, (i + 1) * AT_ONCE));
   const answers = await Promise.all(parts.map((part) => ask("responses", { run, step, version, at: part.join(",") })));
   return (await Promise.all(answers.map((answer) => answer.text()))).flatMap(rowsOf);

@@ -1,19 +1,18 @@
 // The page: the runs, the tabs, the keys, and a request every two seconds for new data of the runs.
 
 import { html, render, useEffect, useMemo, useRef, useState } from "./vendor/htm-preact.module.js";
-import { ApiError, ask, login, RunData } from "./api.js";
+import { ApiError, login, RunData, runsOf, saved } from "./api.js";
 import { Curves } from "./curves.js";
 import { Errors } from "./errors.js";
 import { Choice } from "./fields.js";
-import { ago } from "./format.js";
 import { actionOf, KEYS, TABS, useKeys } from "./keys.js";
 import { NO_FILTER } from "./listing.js";
+import { Overview, stateOf, TONES } from "./overview.js";
 import { Samples } from "./samples.js";
 import { tip } from "./tokens.js";
 
 const EVERY_MS = 2000;
 const HIDDEN_EVERY_MS = 15000;
-const TONES = ["--run-a", "--run-b", "--run-c", "--run-d", "--run-e", "--run-f"];
 
 // ---- the place of the reader, kept in the address: a link shows the same
 
@@ -22,11 +21,11 @@ const NUMBERS = ["step", "stepB", "sample"];
 
 function readPlace() {
   const given = new URLSearchParams(location.hash.slice(1));
-  const place = { tab: "curves", run: null, step: null, split: "", group: null, sample: 0, colour: "advantage" };
+  const place = { tab: TABS[0], run: null, step: null, split: "", group: null, sample: 0, colour: "advantage" };
   Object.assign(place, { compare: given.get("compare") === "1", runB: null, stepB: null, follow: !given.has("step") });
   for (const name of TEXT) if (given.has(name)) place[name] = given.get(name);
   for (const name of NUMBERS) if (given.has(name)) place[name] = Number(given.get(name));
-  if (!TABS.includes(place.tab)) place.tab = "curves";
+  if (!TABS.includes(place.tab)) place.tab = TABS[0];
   return place;
 }
 
@@ -96,13 +95,6 @@ function Help({ close }) {
   </div>`;
 }
 
-function stateOf(run) {
-  if (run.done) return ["done", "finished"];
-  if (run.failed) return ["bad", "failed"];
-  if (run.age_s === null) return ["idle", "nothing written yet"];
-  return [run.age_s < 120 ? "live" : "idle", `last row ${ago(run.age_s)}`];
-}
-
 // The lost workers that the run has started again.
 function recoveriesOf(run) {
   let total = 0;
@@ -146,7 +138,7 @@ function useTheme() {
 const data = new Map(); // the metrics and errors of each run
 
 async function refresh(withMetrics) {
-  const answer = await (await ask("runs", withMetrics ? { metrics: 1 } : {})).json();
+  const answer = await runsOf(withMetrics);
   const runs = answer.runs.map((run, i) => {
     if (!data.has(run.name)) data.set(run.name, new RunData(run.name));
     return { ...run, colour: TONES[i % TONES.length], data: data.get(run.name) };
@@ -184,7 +176,7 @@ function useRuns(moved) {
         if (error instanceof ApiError && error.status === 401) setLocked(true);
         else setTrouble(error instanceof ApiError ? error.message : "The server does not answer.");
       }
-      timer = setTimeout(turn, document.hidden ? HIDDEN_EVERY_MS : EVERY_MS);
+      if (!saved) timer = setTimeout(turn, document.hidden ? HIDDEN_EVERY_MS : EVERY_MS);
     };
     const start = async () => {
       const token = new URLSearchParams(location.hash.slice(1)).get("token");
@@ -262,7 +254,8 @@ function App() {
   const drawn = runs.filter((run) => shown.has(run.name));
   const current = runs.find((run) => run.name === place.run);
   const count = runs.reduce((sum, run) => sum + run.data.errors.length, 0);
-  document.title = runs.length ? `${runs.map((run) => run.name).join(", ")} – rlhf view` : "rlhf view";
+  const title = saved ? "rlhf report" : "rlhf view";
+  document.title = runs.length ? `${runs.map((run) => run.name).join(", ")} – ${title}` : title;
   return html`
     <header class="top">
       <nav class="tabs" role="tablist">
@@ -282,12 +275,13 @@ function App() {
               set=${(run) => go({ run, follow: true, group: null })}
             />
             ${current &&
-            html`<small class=${stateOf(current)[0]}>${stateOf(current)[1]}${place.follow && !current.done ? ", following" : ""}</small>`}
+            html`<small class=${stateOf(current)[0]}>${stateOf(current)[1]}${place.follow && current.state !== "finished" ? ", following" : ""}</small>`}
           </div>`
         : html`<${RunChips} ...${{ runs, shown, toggle }} />`}
       <button class="ask" aria-label="keys" onClick=${() => setHelp(true)}>?</button>
     </header>
     ${trouble && html`<p class="trouble" role="alert">${trouble}</p>`}
+    ${place.tab === "overview" && html`<${Overview} runs=${drawn} ...${{ go, settings, tick, about, theme }} />`}
     ${place.tab === "curves" &&
     html`<${Curves}
       runs=${drawn}

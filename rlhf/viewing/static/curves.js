@@ -4,17 +4,18 @@ import { html, useEffect, useMemo, useRef, useState } from "./vendor/htm-preact.
 import { Check, Search } from "./fields.js";
 import { number } from "./format.js";
 
-const FIRST = `
-  rewards/score/mean eval/[^/]+/score eval/[^/]+/(loss|kl_teacher) update/loss/mean preference/(accuracy|margin)/mean
-  experience/kl_ref/mean experience/kl_teacher/mean update/entropy/mean rollouts/response_tokens/mean
-  rollouts/truncated/fraction experience/rollout_logprob_diff/mean update/grad_norm update/clip_fraction/mean
-  update/explained_variance throughput/tokens_per_s time/step_s
-`.trim().split(/\s+/).map((pattern) => new RegExp(`^${pattern}$`));
 const ORDER = ["rewards", "eval", "rollouts", "experience", "advantages", "preference", "update", "weight_sync", "throughput", "time", "memory", "data", "recovery"];
 
-function sectionsOf(names, wanted) {
+// The metrics to read first: those of the worst problems, then the main ones.
+export function mainOf(runs) {
+  const problems = runs.flatMap((run) => run.data.summary.findings.filter((one) => one.severity !== "notice").map((one) => one.metrics[0]));
+  const names = new Set([...problems.slice(0, 2), ...runs.flatMap((run) => run.data.summary.main)]);
+  return [...names].filter((name) => runs.some((run) => run.data.columns.has(name)));
+}
+
+function sectionsOf(runs, names, wanted) {
   const matching = [...names].filter((name) => name.includes(wanted)).sort();
-  const first = FIRST.flatMap((pattern) => matching.filter((name) => pattern.test(name)));
+  const first = mainOf(runs).filter((name) => name.includes(wanted));
   const stages = Map.groupBy(matching, (name) => name.split("/")[0]);
   const rank = ([stage]) => (ORDER.includes(stage) ? ORDER.indexOf(stage) : ORDER.length);
   return [["first", first], ...[...stages].sort((a, b) => rank(a) - rank(b))].filter(([, members]) => members.length);
@@ -53,7 +54,22 @@ export function around(u, low, high) {
   return uPlot.rangeNum(low, high, 0.1, true);
 }
 
-function optionsOf(runs, width, log, byTime, readOut) {
+// Shades the steps of the findings that name this metric.
+function shade(u, name, runs) {
+  const { ctx, bbox } = u;
+  ctx.save();
+  ctx.globalAlpha = 0.13;
+  for (const finding of runs.flatMap((run) => run.data.summary.findings)) {
+    if (!finding.metrics.includes(name)) continue;
+    const left = Math.max(u.valToPos(finding.first_step, "x", true), bbox.left);
+    const right = Math.min(Math.max(u.valToPos(finding.last_step, "x", true), left + 3), bbox.left + bbox.width);
+    ctx.fillStyle = colourOf(`--${finding.severity}`);
+    if (right > left) ctx.fillRect(left, bbox.top, right - left, bbox.height);
+  }
+  ctx.restore();
+}
+
+function optionsOf(name, runs, width, log, byTime, readOut) {
   const axis = { stroke: colourOf("--faint"), grid: { stroke: colourOf("--line"), width: 1 }, ticks: { show: false } };
   const short = (u, values) => values.map((value) => (value === null ? "" : number(value)));
   const series = runs.flatMap((run) => [
@@ -72,7 +88,7 @@ function optionsOf(runs, width, log, byTime, readOut) {
       { ...axis, size: 52, space: 34, values: short },
     ],
     series: [{}, ...series],
-    hooks: { setCursor: [readOut] },
+    hooks: { setCursor: [readOut], drawClear: byTime ? [] : [(u) => shade(u, name, runs)] },
   };
 }
 
@@ -119,7 +135,7 @@ function Chart({ name, about, runs, settings, tick, theme }) {
   useEffect(() => {
     if (!seen || !shown.length) return undefined;
     joined.current = tables.length === 1 ? tables[0] : uPlot.join(tables);
-    plot.current = new uPlot(optionsOf(shown, root.current.clientWidth, log, byTime, readOut), joined.current, root.current);
+    plot.current = new uPlot(optionsOf(name, shown, root.current.clientWidth, log, byTime, readOut), joined.current, root.current);
     const sized = new ResizeObserver(() => {
       const width = root.current?.clientWidth;
       if (plot.current && width && width !== plot.current.width) plot.current.setSize({ width, height: 150 });
@@ -148,9 +164,15 @@ function Chart({ name, about, runs, settings, tick, theme }) {
   </figure>`;
 }
 
+export function Charts({ names, about, ...look }) {
+  return html`<div class="grid">
+    ${names.map((name) => html`<${Chart} key=${name} name=${name} about=${about(name)} ...${look} />`)}
+  </div>`;
+}
+
 export function Curves({ runs, settings, set, tick, about, theme, focus }) {
   const names = new Set(runs.flatMap((run) => [...run.data.columns.keys()]));
-  const sections = sectionsOf(names, settings.wanted);
+  const sections = sectionsOf(runs, names, settings.wanted);
   const search = useRef();
   useEffect(() => {
     if (focus) search.current?.focus();
@@ -180,9 +202,7 @@ export function Curves({ runs, settings, set, tick, about, theme, focus }) {
     ${sections.map(
       ([stage, members]) => html`<details open class="stage" key=${stage} data-stage=${stage}>
         <summary>${stage === "first" ? "at a glance" : stage} <small>${members.length}</small></summary>
-        <div class="grid">
-          ${members.map((name) => html`<${Chart} key=${name} ...${{ name, runs, settings, tick, theme }} about=${about(name)} />`)}
-        </div>
+        <${Charts} names=${members} ...${{ runs, settings, tick, theme, about }} />
       </details>`,
     )}
   </main>`;

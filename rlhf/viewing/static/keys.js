@@ -3,10 +3,10 @@
 import { useEffect, useRef } from "./vendor/htm-preact.module.js";
 import { COLOURS, tip } from "./tokens.js";
 
-export const TABS = ["curves", "samples", "errors"];
+export const TABS = ["overview", "curves", "samples", "errors"];
 
 export const KEYS = [
-  ["1 2 3", "curves, samples, errors"],
+  ["0 1 2 3", "overview, curves, samples, errors"],
   ["← →", "step before, step after"],
   ["Home End", "first step, last step (and follow)"],
   ["↑ ↓ or k j", "prompt before, prompt after"],
@@ -48,7 +48,7 @@ export function actionOf({ key, shiftKey }, { place, go, runs, samples, toggleHe
       closeHelp();
       tip.hide();
     },
-    ...Object.fromEntries(TABS.map((tab, i) => [i + 1, () => go({ tab })])),
+    ...Object.fromEntries(TABS.map((tab, i) => [i, () => go({ tab })])),
   };
   if (place.tab !== "samples") return everywhere[key];
   const shifted = { ArrowLeft: stepB(-1), ArrowRight: stepB(1) };

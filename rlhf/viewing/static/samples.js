@@ -3,12 +3,14 @@
 import { html, useEffect, useMemo, useRef, useState } from "./vendor/htm-preact.module.js";
 import { Check, Choice } from "./fields.js";
 import { number, signed, visible } from "./format.js";
+import { saved } from "./api.js";
 import { failed, groupsOf, isFilter, NO_FILTER, passes, splitsOf, useListing, useResponses } from "./listing.js";
 import { COLOURS, drawTokens, scaleOf, tip } from "./tokens.js";
 
 const previewOf = (prompt) => visible(prompt.replace(/<\|[^|<>]*\|>/g, " ")).trim().slice(0, 80) || "(empty prompt)";
 const median = (values) => [...values].sort((a, b) => a - b)[Math.floor(values.length / 2)];
 const scoresOf = (rows) => rows.map((row) => row.score).filter((score) => score != null);
+const mean = (values) => values.reduce((a, b) => a + b, 0) / values.length;
 const rounded = (value) => Number(value.toPrecision(3));
 
 function Dots({ rows, low, high }) {
@@ -42,7 +44,7 @@ function GroupList({ groups, chosen, choose }) {
         ${group.told && html`<span class="preview told">${visible(group.told)}</span>`}
         <span class="sum">
           <${Dots} rows=${group.rows} low=${low} high=${high} />
-          <b>${own.length ? number(own.reduce((a, b) => a + b, 0) / own.length) : ""}</b>
+          <b>${own.length ? number(mean(own)) : ""}</b>
         </span>
       </button>`;
     })}
@@ -116,6 +118,7 @@ function Card({ response, row, colour, scale, focused, dim, hasError, theme }) {
       ${response.truncated && html`<span class="chip bad">truncated</span>`}
       ${response.broken?.length > 0 &&
       html`<span class="chip bad" title="calls that did not continue the session's tokens">broken: ${[...new Set(response.broken)].join(", ")}</span>`}
+      ${response.cut > 0 && html`<span class="chip bad">${response.cut} more tokens are not in this report</span>`}
       ${hasError && html`<span class="chip bad">error</span>`}
       ${response.preferred === true && html`<span class="chip good">chosen</span>`}
       ${response.preferred === false && html`<span class="chip bad">rejected</span>`}
@@ -221,7 +224,9 @@ export function Samples({ place, go, runs, content, tick, theme, focus, filter, 
     [b.listing, split, errorsB],
   );
   const keyB = (group) => groupsB.find((one) => one.promptId === group.promptId && one.hash === group.hash);
-  const groups = place.compare && b.listing ? groupsA.filter(keyB) : groupsA;
+  const gain = (group) => mean(scoresOf(group.rows)) - mean(scoresOf(keyB(group).rows)) || 0;
+  const common = () => groupsA.filter(keyB).map((group) => [gain(group), group]).sort(([x], [y]) => y - x);
+  const groups = place.compare && b.listing ? common().map(([, group]) => group) : groupsA;
   const group = groups.find((one) => one.key === place.group) ?? groups[0];
   const groupB = place.compare && group ? keyB(group) : undefined;
   const gotA = useResponses(place.run, place.step, a.listing, group, () => renew((n) => n + 1));
@@ -279,6 +284,7 @@ export function Samples({ place, go, runs, content, tick, theme, focus, filter, 
         <${Choice} label="colour of the tokens" value=${place.colour} options=${colours} set=${(name) => go({ colour: name })} />
       </label>
       ${shown.length > 0 && html`<${Legend} ...${{ colour, scale, there }} />`}
+      ${saved && html`<small>${saved.limits}</small>`}
       <details class="filterbox">
         <summary>filters${isFilter(filter) ? " •" : ""}</summary>
         <${Filters} filter=${filter} set=${setFilter} />

@@ -1,5 +1,4 @@
 // The parts of a response: the sequences of an agent's session, and in each of them turns, tool calls and results.
-// It imports nothing, because `rlhf report` writes it into its page.
 
 // Marks around tool calls in sampled text, and around results in other text. Without an end mark, the part ends with
 // its turn.
@@ -42,7 +41,7 @@ function sequencesOf(tokens) {
     const trunk = after === null ? undefined : sequences.findLast((other) => other.start <= Math.max(after, 0));
     const title =
       k === 0 ? "first sequence" : after === null ? "new context" : after < 0 ? "branch of the prompt" : `branch after place ${after}`;
-    sequences.push({ start, own, end: given[k + 1]?.start ?? count, depth: trunk ? trunk.depth + 1 : 0, title });
+    sequences.push({ start, own, end: Math.min(given[k + 1]?.start ?? count, count), depth: trunk ? trunk.depth + 1 : 0, title });
   }
   return sequences;
 }

@@ -10,7 +10,7 @@ import yaml
 
 from rlhf.config.files.load import load
 from rlhf.config.schema.root import Config
-from rlhf.reporting.model_card import model_card, write_model_card
+from rlhf.viewing.model_card import model_card, write_model_card
 
 
 def config_of(folder: Path, **sections: Any) -> Config:

@@ -1,0 +1,306 @@
+"""A run in short: its diagnosis, its numbers at both ends, its time, memory and errors, and its settings.
+
+Nothing here writes, and a running run is not disturbed. Every number of a summary is text already.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import threading
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from rlhf.config.files.differences import portable
+from rlhf.config.files.yaml_tree import from_yaml
+from rlhf.tracking.diagnosis.diagnose import Diagnosis
+from rlhf.tracking.diagnosis.findings import Finding
+from rlhf.tracking.formatting import duration, number
+from rlhf.tracking.run_folder.atomic import read_object
+from rlhf.viewing.runs import RunPlace
+from rlhf.viewing.tail import read_chunk
+from rlhf.viewing.timeline import read_spans
+
+_AVERAGED = 5  # steps at each end: a single one is noise
+_MOST_KINDS = 20  # of errors
+_SHOWN_STEPS = 3  # of the timeline: about as many as a reader can distinguish
+_INTERVALS = ("score_low", "score_high")
+_EVALUATION = re.compile("eval/[^/]+/(score|loss|accuracy|kl_teacher)")
+_MOST_EVALUATIONS = 3  # among the main metrics
+_MAIN = (
+    *("rewards/score/mean", "experience/kl_ref/mean", "update/entropy/mean", "preference/accuracy/mean"),
+    *("update/loss/mean", "experience/kl_teacher/mean", "rollouts/response_tokens/mean", "update/grad_norm"),
+    *("update/token_accuracy/mean", "preference/margin/mean", "rollouts/truncated/fraction"),
+    *("experience/rollout_logprob_diff/mean", "update/clip_fraction/mean", "update/explained_variance"),
+    *("throughput/tokens_per_s", "time/step_s"),
+)
+
+
+@dataclass(slots=True)
+class Column:
+    """The values of one metric: both ends, and what they add up to."""
+
+    first: list[float] = field(default_factory=list)
+    last: deque[float] = field(default_factory=lambda: deque(maxlen=_AVERAGED))
+    count: int = 0
+    total: float = 0.0
+    peak: float = -math.inf
+
+    def add(self, value: float) -> None:
+        """Add the value of the next step."""
+        if len(self.first) < _AVERAGED:
+            self.first.append(value)
+        self.last.append(value)
+        self.count, self.total, self.peak = self.count + 1, self.total + value, max(self.peak, value)
+
+
+class MetricsSoFar:
+    """The rows of metrics.jsonl in short. They take as much memory after ten steps as after a hundred thousand."""
+
+    def __init__(self) -> None:
+        self.step: int | None = None  # the newest
+        self.time_s = 0.0
+        self.columns: dict[str, Column] = {}
+        self._diagnosis = Diagnosis()
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Add the next row."""
+        numbers = {key: value for key, value in row.items() if value is None or isinstance(value, int | float)}
+        self.step, self.time_s = row["step"], numbers.get("time_s") or 0.0
+        self._diagnosis.add(numbers)
+        for key, value in numbers.items():
+            if "/" in key and value is not None and math.isfinite(value):
+                self.columns.setdefault(key, Column()).add(value)
+
+    def findings(self) -> list[Finding]:
+        """Return the problems so far, the worst first."""
+        return self._diagnosis.findings()
+
+    def main(self) -> list[str]:
+        """Return the metrics to read first."""
+        evaluations = sorted(filter(_EVALUATION.fullmatch, self.columns))
+        return [*evaluations[:_MOST_EVALUATIONS], *(key for key in _MAIN if key in self.columns)]
+
+
+class Summaries:
+    """Summaries of runs that go on: a request reads the rows since the last one. Safe to ask from several threads."""
+
+    def __init__(self) -> None:
+        self._read: dict[Path, tuple[MetricsSoFar, int, int]] = {}  # with the position in the file, as `tail` has it
+        self._lock = threading.Lock()
+
+    def of(self, run: RunPlace) -> dict[str, Any]:
+        """Return the summary of a run now."""
+        with self._lock:
+            metrics, start, mark = self._read.get(run.path, (MetricsSoFar(), 0, 0))
+            more = True
+            while more:
+                chunk = read_chunk(run.path / "metrics.jsonl", start, mark)
+                if chunk.reset:
+                    metrics = MetricsSoFar()
+                for row in intact_rows(chunk.lines.splitlines()):
+                    if type(row.get("step")) is int:
+                        metrics.add(row)
+                start, mark, more = chunk.next, chunk.mark, chunk.more
+            self._read[run.path] = metrics, start, mark
+            return summary_of(run, metrics)
+
+
+def summary_of(run: RunPlace, metrics: MetricsSoFar) -> dict[str, Any]:
+    """Return everything that the first tab of the page shows of one run."""
+    folder = run.path
+    config, environment = _own_config(folder), read_object(folder / "environment.json") or {}
+    path = folder / "errors.jsonl"
+    errors = list(intact_rows(path.read_bytes().splitlines())) if path.exists() else []
+    tables = [
+        *_numbers(folder, metrics.columns),
+        _table("Memory (GiB)", ["metric", "first", "last", "peak"], _memory(metrics.columns)),
+        _table("Errors", ["count", "kind", "steps", "most frequent message"], _kinds(errors)),
+    ]
+    return {
+        "stage": run.stage,
+        "what": _what(config),
+        "progress": _progress(config, metrics),
+        "machine": _machine(environment),
+        "step": metrics.step,
+        "ended_by": str(errors[-1].get("message", "")) if errors and run.word() == "failed" else None,
+        "findings": [asdict(finding) for finding in metrics.findings()],
+        "main": metrics.main(),
+        "tables": [table for table in tables if table["rows"]],
+        "time": list(_time(metrics.columns)),
+        "spans": _last_spans(folder, metrics.columns),
+        "config": dict(_leaves(portable(config, folder))),
+        "environment": dict(_leaves(environment)),
+    }
+
+
+def intact_rows(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """Yield the objects of JSON lines. As on the page, a damaged line is left out."""
+    for line in lines:
+        with suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict):
+                yield row
+
+
+def _own_config(folder: Path) -> Mapping[str, Any]:
+    """Return a run's configuration. Merges and evaluations write theirs as a pipeline of one stage."""
+    path = folder / "config.resolved.yaml"
+    config = from_yaml(path.read_text(encoding="utf-8")) if path.exists() else {}
+    stages = config.get("stages") if isinstance(config, Mapping) else None
+    stage = stages.get(folder.name) if isinstance(stages, Mapping) else None
+    found = stage if isinstance(stage, Mapping) else config
+    return found if isinstance(found, Mapping) else {}
+
+
+def _what(config: Mapping[str, Any]) -> str:
+    for kind, name in (("merge", "merge"), ("evaluate", "evaluation")):
+        if kind in config:
+            return name
+    algorithm, policy, data = (config.get(name) or {} for name in ("algorithm", "policy", "data"))
+    train, rewards = data.get("train"), config.get("rewards")
+    task = train.get("task") if isinstance(train, Mapping) else train
+    by = ", ".join(rewards) if isinstance(rewards, Mapping) else None
+    parts = (("", algorithm.get("name")), ("on ", policy.get("model")), ("with ", task), ("by ", by))
+    return " ".join(f"{word}{part}" for word, part in parts if part) or "no configuration in the folder"
+
+
+def _progress(config: Mapping[str, Any], metrics: MetricsSoFar) -> str:
+    if metrics.step is None:
+        return "no step yet"
+    steps = (config.get("train") or {}).get("steps")
+    total = f" of {steps}" if isinstance(steps, int) else ""
+    recoveries = sum(column.total for key, column in metrics.columns.items() if key.startswith("recovery/"))
+    again = f", lost workers started again: {recoveries:.0f}" if recoveries else ""
+    return f"{metrics.step}{total} in {duration(metrics.time_s)}{again}"
+
+
+def _machine(environment: Mapping[str, Any]) -> str:
+    hardware, packages, git = (environment.get(name) or {} for name in ("hardware", "packages", "git"))
+    gpus = hardware.get("gpus") or []
+    parts = [
+        f"{len(gpus)} x {gpus[0]}" if gpus else hardware.get("cores") and f"{hardware['cores']} cores",
+        packages.get("torch") and f"torch {packages['torch']}",
+        git.get("commit") and f"commit {git['commit'][:10]}{' with changes' if git.get('dirty') else ''}",
+    ]
+    return ", ".join(str(part) for part in parts if part)
+
+
+def _table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> dict[str, Any]:
+    return {"title": title, "headings": headings, "rows": list(rows)}
+
+
+class _Estimate(BaseModel):
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        interval = "" if self.low is None or self.high is None else f" ({self.low:.3g} to {self.high:.3g})"
+        return f"{self.value:.4g}{interval}"
+
+
+class _Set(BaseModel):
+    num_rows: Any = "?"
+    metrics: dict[str, _Estimate] = {}
+
+
+_SETS = TypeAdapter(dict[str, _Set])
+
+
+def _evaluations(folder: Path) -> Iterator[tuple[int, dict[str, _Set]]]:
+    """Yield the evaluations of a run by step. A file of another program, without numbers, is left out."""
+    paths = {int(path.stem[5:]): path for path in folder.glob("evals/step_*.json") if path.stem[5:].isdecimal()}
+    if (folder / "eval.json").exists():
+        paths[0] = folder / "eval.json"
+    for step, path in sorted(paths.items()):
+        with suppress(ValidationError):
+            yield step, _SETS.validate_python((read_object(path) or {}).get("sets"))
+
+
+def _numbers(folder: Path, columns: Mapping[str, Column]) -> Iterator[dict[str, Any]]:
+    """Yield the evaluations with their intervals, and the training metrics, at the beginning and at the end."""
+    evaluations = list(_evaluations(folder))
+    if evaluations:
+        (start, first), (end, last) = evaluations[0], evaluations[-1]
+        rows = list(_estimates(first, last))
+        headings = ["set", "metric", f"step {start} (95 % interval)", f"step {end} (95 % interval)", "change"]
+        if start == end:
+            headings, rows = ["set", "metric", "value (95 % interval)"], [row[:3] for row in rows]
+        yield _table("Before and after", headings, rows)
+    else:
+        names = sorted(key for key in columns if key.startswith("eval/") and key.rpartition("/")[2] not in _INTERVALS)
+        rows = [_change(name, columns[name].first[0], columns[name].last[-1]) for name in names]
+        yield _table("Before and after", ["held-out", "first", "last", "change"], rows)
+    shown = {key: columns[key] for key in _MAIN if key in columns and columns[key].count >= 2 * _AVERAGED}
+    rows = [_change(key, *(sum(end) / _AVERAGED for end in (of.first, of.last))) for key, of in shown.items()]
+    yield _table(f"Training, mean of {_AVERAGED} steps", ["metric", "first", "last", "change"], rows)
+
+
+def _estimates(first: Mapping[str, _Set], last: Mapping[str, _Set]) -> Iterator[list[str]]:
+    for name, results in last.items():
+        earlier = first[name].metrics if name in first else {}
+        for index, (metric, now) in enumerate(results.metrics.items()):
+            before = earlier.get(metric)
+            change = "" if before is None else f"{now.value - before.value:+.3g}"
+            named = f"{name} ({results.num_rows})" if index == 0 else ""
+            yield [named, metric, "-" if before is None else str(before), str(now), change]
+
+
+def _change(name: str, before: float, after: float) -> list[str]:
+    return [name, number(before), number(after), f"{after - before:+.3g}"]
+
+
+def _memory(columns: Mapping[str, Column]) -> Iterator[list[str]]:
+    """Yield the peak memory of each role's largest process, at the beginning and later."""
+    for name, column in sorted(columns.items()):
+        if name.startswith("memory/"):
+            yield [name, *map(number, (column.first[0], column.last[-1], column.peak))]
+
+
+def _kinds(errors: Iterable[Mapping[str, Any]]) -> Iterator[list[str]]:
+    """Yield the errors by stage, kind and source, the most frequent first."""
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for error in errors:
+        source = f" ({error['source']})" if error.get("source") else ""
+        kinds.setdefault(f"{error.get('stage')}: {error.get('kind')}{source}", []).append(error)
+    for kind, alike in sorted(kinds.items(), key=lambda item: -len(item[1]))[:_MOST_KINDS]:
+        steps = [error["step"] for error in alike if isinstance(error.get("step"), int)] or [0]
+        span = " to ".join(str(step) for step in sorted({min(steps), max(steps)}))
+        ((message, _),) = Counter(str(error.get("message", "")) for error in alike).most_common(1)
+        yield [str(len(alike)), kind, span, message]
+
+
+def _time(columns: Mapping[str, Column]) -> Iterator[tuple[str, float, str]]:
+    """Yield name, share and length of each stage, the longest first."""
+    totals = {key: of.total for key, of in columns.items() if key.startswith("time/") and key != "time/step_s"}
+    whole = sum(totals.values())
+    for key, seconds in sorted(totals.items(), key=lambda item: -item[1]):
+        if seconds > 0:
+            length = duration(seconds) if seconds >= 10 else f"{number(seconds)} s"
+            yield key.removeprefix("time/").removesuffix("_s"), seconds / whole, length
+
+
+def _last_spans(folder: Path, columns: Mapping[str, Column]) -> list[dict[str, Any]]:
+    """Return the spans of about the last steps, by role and lane."""
+    spans = read_spans(folder)
+    end = max((span.end_s for span in spans), default=0.0)
+    steps = columns["time/step_s"].last if "time/step_s" in columns else [end / _SHOWN_STEPS]
+    start = end - _SHOWN_STEPS * sum(steps) / len(steps)
+    shown = [span for span in spans if span.end_s >= start]
+    return [asdict(span) for span in sorted(shown, key=lambda span: (span.role, span.lane, span.start_s, -span.end_s))]
+
+
+def _leaves(tree: Any, at: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(tree, Mapping) and tree:
+        for name, value in tree.items():
+            yield from _leaves(value, f"{at}.{name}" if at else str(name))
+    elif at:
+        yield at, "null" if tree is None else str(tree)

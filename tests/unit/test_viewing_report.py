@@ -1,0 +1,343 @@
+"""What a report says of run folders that the run's own writers have made, and that nothing in it can act."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rlhf
+from rlhf.cli import main
+from rlhf.errors import UserError
+from rlhf.tracking.run_folder.atomic import append_line, write_lines
+from rlhf.tracking.run_folder.errors import ErrorRecord
+from rlhf.tracking.run_folder.folder import RunFolder, evaluation_path
+from rlhf.tracking.run_folder.samples import (
+    SampleRecord,
+    SampleSequence,
+    SampleTokens,
+    samples_path,
+    write_samples,
+)
+from rlhf.tracking.run_folder.timeline import Timeline
+from rlhf.tracking.sinks.tracker import Tracker
+from rlhf.viewing.report import MOST_POINTS, MOST_TOKENS, GroupPair, shown_pairs
+from rlhf.viewing.runs import RunPlaces
+from rlhf.viewing.timeline import read_spans
+
+HOSTILE = "</pre></script><script>alert(1)</script><img src=x onerror=alert(2)>\u202e\x1b[31m"
+
+
+def sample(prompt: str, response: str, score: float, *, split: str = "heldout") -> SampleRecord:
+    return SampleRecord(
+        split=split,
+        group_id=0,
+        prompt_id=0,
+        sample=0,
+        prompt=prompt,
+        response=response,
+        score=score,
+        scores={"correct": score},
+        advantage=None,
+        preferred=None,
+        truncated=False,
+        response_tokens=3,
+        min_version=0,
+        max_version=0,
+        mean_rollout_logprob=-0.1,
+        mean_old_logprob=None,
+        mean_ref_logprob=None,
+        mean_teacher_logprob=None,
+    )
+
+
+SESSION = replace(
+    sample("Search", "who", 0.5),
+    broken=("edited history",),
+    columns={"secret": "red <b>", "tests": "x" * 9},
+    result={"guess": "blue"},
+    shortened={"columns.tests": 5000},
+    tokens=SampleTokens(
+        texts=("<tool_call>", '{"name": "find"}', "</tool_call>", "\u202e<img src=x>", "7", "<tool_call>", "8"),
+        ids=(1, 2, 3, 4, 5, 1, 6),
+        sampled=(True, True, True, False, True, True, True),
+        rollout_logprobs=(-0.1,) * 7,
+        old_logprobs=None,
+        ref_logprobs=None,
+        teacher_logprobs=None,
+        advantages=None,
+        sequences=(SampleSequence(start=0, own=0, after=None), SampleSequence(start=5, own=6, after=0)),
+    ),
+)
+
+
+def make_run(parent: Path, name: str, *, steps: int = 6, lr: float = 1e-6, done: bool = True, kl: float = 0.02) -> Path:
+    """A run of some steps with all that a run writes."""
+    with RunFolder.open(parent, name, resume=False) as folder:
+        folder.write_config(
+            f"run:\n  name: {name}\n  seed: 0\nalgorithm:\n  name: grpo\npolicy:\n  model: some/model\n"
+            f"data:\n  train: prompts.jsonl\nrewards:\n  correct: {{}}\ntrain:\n  steps: 6\n  lr: {lr}\n"
+        )
+        folder.environment.write_text(
+            json.dumps({"packages": {"torch": "2.13.0"}, "hardware": {"cores": 2}, "git": {"commit": "abcdef0123456"}})
+        )
+        tracker, timeline = Tracker(folder.path), Timeline(folder.timeline)
+        for step in range(steps + 1):
+            row: dict[str, float] = (
+                {}
+                if step == 0
+                else {
+                    "rewards/score/mean": 0.1 * step,
+                    "experience/kl_ref/mean": kl * step,
+                    "time/rollouts_s": 3.0,
+                    "time/update_s": 1.0,
+                    "time/step_s": 4.0,
+                    "time/recovery_s": 0.0,
+                    "recovery/rollout/total": float(step == 2),
+                    "memory/policy_rss_gib": 1.0 + 0.01 * step,
+                }
+            )
+            if step in (0, 6):
+                row["eval/heldout/score"] = 0.1 * step
+                score = {"value": 0.1 * step, "low": 0.1 * step - 0.05, "high": 0.1 * step + 0.05}
+                sets = {"heldout": {"num_rows": 50, "num_failed": 0, "metrics": {"score": score}}}
+                evaluation_path(folder.path, step).write_text(json.dumps({"sets": sets}))
+                answers = [sample("2+2=", HOSTILE if step else "5", step / 6), sample("1+1=", "2", 1.0), SESSION]
+                write_samples(samples_path(folder.path, step), answers)
+            timeline.record("rollouts", "rollout", start_s=100.0 + 4 * step, end_s=103.0 + 4 * step)
+            timeline.record("update", "policy", start_s=103.0 + 4 * step, end_s=104.0 + 4 * step)
+            tracker.log(step, row)
+        for prompt in range(3):
+            tracker.log_error(
+                ErrorRecord(
+                    step=2, stage="rewards", kind="raised", message="no <answer>", source="correct", prompt_id=prompt
+                )
+            )
+        timeline.close()
+        if done:
+            folder.begin_final()
+            folder.commit_final()
+    return folder.path
+
+
+class Page(HTMLParser):
+    """A report: its elements, and the answers inside."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.answers: Any = None
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if self.elements and self.elements[-1][1].get("id") == "answers" and self.answers is None:
+            self.answers = json.loads(data)
+
+    def texts(self, name: str) -> list[str]:
+        """All texts of a run's summary, a row of a table as one text."""
+        summary = self.answers["summaries"][name]
+        rows = [" | ".join(row) for table in summary["tables"] for row in table["rows"]]
+        return [*(text for text in summary.values() if isinstance(text, str)), *rows]
+
+
+def test_a_report_has_the_numbers_of_the_run(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, "demo")
+    written = rlhf.report(folder)
+    assert written.html == folder / "report.html"
+    assert [path.name for path in written.pictures] == ["report.png"]
+    assert written.pictures[0].read_bytes().startswith(b"\x89PNG")
+    page = Page(written.html)
+    texts = page.texts("demo")
+    for text in (
+        "grpo on some/model with prompts.jsonl by correct",
+        "2 cores, torch 2.13.0, commit abcdef0123",
+        "heldout (50) | score | 0 (-0.05 to 0.05) | 0.6 (0.55 to 0.65) | +0.6",
+        "memory/policy_rss_gib | 1.01 | 1.06 | 1.06",
+        "3 | rewards: raised (correct) | 2 | no <answer>",
+    ):
+        assert text in texts
+    summary = page.answers["summaries"]["demo"]
+    assert summary["progress"].startswith("6 of 6 in ")
+    assert summary["progress"].endswith(", lost workers started again: 1")
+    assert summary["time"] == [["rollouts", 0.75, "18 s"], ["update", 0.25, "6 s"]]  # 6 steps of 3 + 1 seconds
+    assert summary["findings"] == []
+    data = page.answers["data"]["demo"]
+    assert data["steps"] == [0, 1, 2, 3, 4, 5, 6]
+    assert data["columns"]["rewards/score/mean"] == [None, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    (run,) = page.answers["runs"]
+    assert (run["state"], run["steps"]) == ("finished", [0, 6])
+    assert [one["response"] for one in page.answers["samples"]["demo 6"]["whole"]] == [HOSTILE, "2"]
+
+
+def test_model_text_is_no_markup_and_nothing_is_loaded(tmp_path: Path) -> None:
+    page = Page(rlhf.report(make_run(tmp_path, "<script>x")).html)
+    assert [tag for tag, _ in page.elements].count("script") == 3  # the answers, uPlot, and the page's own
+    assert page.answers["runs"][0]["name"] == "<script>x"
+    for tag, attributes in page.elements:
+        assert tag not in ("img", "link", "iframe")
+        assert not [name for name in attributes if name in ("src", "href") or name.startswith("on")]
+    policy = next(str(attributes["content"]) for _, attributes in page.elements if "http-equiv" in attributes)
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert "unsafe" not in policy
+
+
+def test_evaluations_without_numbers_are_left_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "demo")
+    wrong = "<b>0.5"
+    good = {"score": {"value": 0.5, "low": 0.4, "high": 0.6}}
+    contents = [{"metrics": {"score": {"value": wrong}}}, wrong, {"metrics": [wrong]}]
+    for step, content in enumerate([{"num_rows": wrong, "metrics": good}, *contents], start=20):
+        (run / "evals" / f"step_{step:06d}.json").write_text(json.dumps({"sets": {"heldout": content}}))
+    (run / "evals" / "step_x.json").write_text("[" * 200_000)
+    texts = Page(rlhf.report(run).html).texts("demo")
+    assert f"heldout ({wrong}) | score | 0 (-0.05 to 0.05) | 0.5 (0.4 to 0.6) | +0.5" in texts
+
+
+def test_a_metric_of_another_version_is_left_out_of_the_picture(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "demo")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    write_lines(run / "metrics.jsonl", [{**row, "eval/a/b/c/score": 1.0} for row in rows])
+    assert rlhf.report(run).pictures
+
+
+def test_long_runs_are_thinned_and_long_texts_cut(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "demo")
+    rows = [
+        {"step": step, "update/loss/mean": 1.0 / step, "recovery/rollout/total": float(step in (2, 4003))}
+        for step in range(1, 5001)
+    ]
+    write_lines(run / "metrics.jsonl", rows)
+    tokens = replace(
+        SESSION.tokens, **{name: getattr(SESSION.tokens, name) * 1000 for name in ("texts", "ids", "sampled")}
+    )  # type: ignore[type-var]
+    write_samples(samples_path(run, 6), [replace(SESSION, response="x" * 9000, tokens=tokens)])
+    answers = Page(rlhf.report(run).html).answers
+    data = answers["data"]["demo"]
+    assert MOST_POINTS / 2 < len(data["steps"]) <= MOST_POINTS + 3
+    assert data["steps"][-1] == 5000
+    assert sum(value or 0.0 for value in data["columns"]["recovery/rollout/total"]) == 2.0
+    (whole,) = answers["samples"]["demo 6"]["whole"]
+    assert whole["response"] == f"{'x' * MOST_TOKENS} ... (9,000 characters)"
+    assert (len(whole["tokens"]["ids"]), whole["cut"]) == (MOST_TOKENS, 3000)
+
+
+def test_several_runs_stand_in_one_report(tmp_path: Path) -> None:
+    one, two = make_run(tmp_path, "one"), make_run(tmp_path, "two", lr=1e-3, kl=0.5)
+    written = rlhf.report([one, two], out=tmp_path / "both.html")
+    assert written.pictures == (tmp_path / "both.png",)
+    answers = Page(written.html).answers
+    assert [run["name"] for run in answers["runs"]] == ["one", "two"]
+    assert [answers["summaries"][name]["config"]["train.lr"] for name in ("one", "two")] == ["1e-06", "0.001"]
+    (finding,) = answers["summaries"]["two"]["findings"]
+    assert finding["what"] == "The KL to the reference is 2.5 nats a token."
+    assert (finding["first_step"], finding["last_step"]) == (2, 6)  # the mean of steps 2 to 4 is the first above 1 nat
+    assert [[one.kind for one in found] for found in written.findings.values()] == [[], ["kl_blow_up"]]
+
+
+def test_the_stages_of_a_pipeline_are_runs_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "pipe").mkdir()
+    make_run(tmp_path, "pipe/sft")
+    make_run(tmp_path, "pipe/early", done=False)
+    (tmp_path / "pipe" / "config.resolved.yaml").write_text("stages:\n  sft: {}\n  early: {}\n")
+    written = rlhf.report(tmp_path / "pipe")
+    assert [path.name for path in written.pictures] == ["report.sft.png", "report.early.png"]
+    answers = Page(written.html).answers
+    assert [(run["name"], run["state"]) for run in answers["runs"]] == [("sft", "finished"), ("early", "stopped")]
+    assert [answers["summaries"][name]["stage"] for name in ("sft", "early")] == ["sft", "early"]
+
+
+def test_a_running_run_and_a_failed_one(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path, "young", resume=False) as young:
+        young.write_environment(seed=0)
+        answers = Page(rlhf.report(young.path).html).answers
+        assert (answers["runs"][0]["state"], answers["summaries"]["young"]["progress"]) == ("running", "no step yet")
+    assert [run.word() for run in RunPlaces([young.path]).by_name().values()] == ["not started"]
+    failed = make_run(tmp_path, "failed", steps=3, done=False)
+    append_line(failed / "errors.jsonl", {"step": 4, "stage": "run", "kind": "RunError", "message": "update: <lost>"})
+    (failed / "traceback.txt").touch()
+    answers = Page(rlhf.report(failed).html).answers
+    assert (answers["runs"][0]["state"], answers["summaries"]["failed"]["ended_by"]) == ("failed", "update: <lost>")
+
+
+def test_training_samples_are_of_prompts_that_came_twice(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "demo", steps=3)
+    for path in (run / "samples").glob("*"):
+        path.unlink()
+    for step, rows in {1: (("a", "x", 0.0), ("b", "y", 1.0)), 3: (("a", "z", 1.0), ("c", "w", 1.0))}.items():
+        samples = [replace(sample(*row, split="train"), group_id=place) for place, row in enumerate(rows)]
+        write_samples(samples_path(run, step), samples)
+    listings = Page(rlhf.report(run).html).answers["samples"]
+    assert {name: [one["response"] for one in of["whole"]] for name, of in listings.items()} == {
+        "demo 1": ["x"],
+        "demo 3": ["z"],
+    }
+
+
+def test_the_samples_of_a_run_that_got_better_are_shown_with_some_that_got_worse(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "demo")
+    for step in (0, 6):
+        gains = [*range(1, 13), *range(-6, 0)]
+        rows = [sample(f"gain {of}", "x", of / 10 if step else 0.0) for of in gains]
+        write_samples(samples_path(run, step), [replace(row, group_id=i) for i, row in enumerate(rows)])
+    shown = [one["prompt"] for one in Page(rlhf.report(run).html).answers["samples"]["demo 6"]["whole"]]
+    assert sorted(shown) == sorted(f"gain {of}" for of in (12, 11, 10, 9, 8, 7, -6, -5))
+
+
+def test_pairs_are_chosen_from_both_ends() -> None:
+    gains = [*range(1, 9), *range(-4, 1)]
+    pairs = [GroupPair(first=(0, str(gain)), last=(1, str(gain)), gain=float(gain)) for gain in gains]
+    assert [pair.gain for pair in shown_pairs(pairs, 6)] == [8, 7, 6, -4, -3, 0]
+    assert len(shown_pairs(pairs[:3], 6)) == 3
+
+
+def test_the_newest_spans_of_a_cut_timeline(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "demo")
+    path = run / "timeline.json"
+    path.write_text(path.read_text().rstrip("]\n") + ',\n{"name": "upd')
+    spans = read_spans(run)
+    assert [(one.name, one.role, one.lane, one.start_s, one.end_s) for one in spans[:2]] == [
+        ("rollouts", "rollout", "main", 0.0, 3.0),
+        ("update", "policy", "main", 3.0, 4.0),
+    ]
+    assert len(spans) == 14
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "is not a folder"),
+        (lambda path: path.mkdir(), "holds no run"),
+        (
+            lambda path: (path.mkdir(), (path / "metrics.jsonl").write_text('{"step": 1}\nnot json\n')),
+            "metrics.jsonl:2",
+        ),
+    ],
+)
+def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Any, message: str) -> None:
+    make(tmp_path / "x")
+    assert main(["report", str(tmp_path / "x")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--out"):
+        rlhf.report(make_run(tmp_path, "demo"), out=tmp_path / "none" / "x.html")
+
+
+def test_the_command_prints_the_findings_and_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path, "demo", kl=0.5)
+    assert main(["report", str(run), "--out", str(tmp_path / "r.html")]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "failure: demo, steps 2 to 6: The KL to the reference is 2.5 nats a token.",
+        f"written: {tmp_path / 'r.html'}",
+        f"written: {tmp_path / 'r.png'}",
+    ]
