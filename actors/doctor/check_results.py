@@ -69,7 +69,8 @@ def show(
 
     Args:
         passed: the conclusion without a bad result.
-        failed: the conclusion with a bad result. advice, where: the headings of two columns.
+        failed: the conclusion with a bad result.
+        advice, where: the headings of two columns.
         nodes: all nodes of a cluster. None: the table has no column of nodes.
     """
     from rich.console import Console  # a node of a cluster needs no table

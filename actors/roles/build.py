@@ -41,7 +41,7 @@ G = TypeVar("G", bound=Gang)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunContext:
-    """Hold what the builders of a run's roles need."""
+    """Hold the needs of the builders of a run's roles."""
 
     config: Config
     placement: Placement
@@ -68,7 +68,7 @@ class RunContext:
         return made
 
     def frozen(self, group: type[WorkerGroup], worker: type, model: Any) -> WorkerGroup:
-        """Create the workers of a frozen role. Online, they score responses as they were sampled."""
+        """Create the workers of a frozen role. Online, the workers score responses exactly as sampled."""
         config = self.config
         options: dict[str, Any] = {"max_tokens_per_microbatch": config.train.max_tokens_per_microbatch}
         if config.rollouts is not None:
@@ -131,9 +131,9 @@ ROLE_BUILDERS: Mapping[Role, Callable[[RunContext], WorkerGroup]] = {
 
 
 def build_roles(run: RunContext, groups: list[Stoppable]) -> dict[Role, Any]:
-    """Create the workers of all roles that the run needs, apart from the engines.
+    """Create the workers of all roles of the run, apart from the engines.
 
-    Each group is appended to `groups` at once, so that a failure of the next one still ends it.
+    Each group is appended to `groups` at once, so that a failure of the next group still ends the group.
     """
     last: list[Stoppable] = []  # end after the ranks that write into them
     if restarts_gangs(run.config):

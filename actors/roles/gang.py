@@ -1,6 +1,6 @@
-"""Manage gangs of trained ranks. After the loss of one rank, all are started again (rlhf.controller.loop).
+"""Manage gangs of trained ranks. After the loss of one rank, all ranks are started again (rlhf.controller.loop).
 
-The Protocols in rlhf.roles describe the methods. Each calls all ranks, also where one result is enough, since the ranks
+The Protocols in rlhf.roles describe the methods. Each method calls all ranks, even for a single result, since the ranks
 compute and gather together.
 """
 
@@ -53,7 +53,7 @@ PORTS = range(20_000, 32_768)  # Linux gives these to no connection, which could
 
 
 def free_address(actor: object, one_host: bool) -> tuple[str, int]:
-    """Return a free port of the actor's node, and the node's address. On one host, that is loopback."""
+    """Return a free port of the actor's node, and the node's address. On one host, the address is loopback."""
     host = "127.0.0.1" if one_host else ray.util.get_node_ip_address()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for port in secrets.SystemRandom().sample(PORTS, k=len(PORTS)):
@@ -90,7 +90,7 @@ class Gang(ModelGroup):
         return len(self.handles) // self.sequence_parallel
 
     def distinct(self, results: Sequence[T]) -> Sequence[T]:
-        """Return one result per data-parallel rank. Ranks that share micro-batches return equal results."""
+        """Return a result for each data-parallel rank. Ranks that share micro-batches return equal results."""
         return results[:: self.sequence_parallel]
 
     async def start(self, *, deadline_s: float) -> None:
@@ -112,7 +112,7 @@ class Gang(ModelGroup):
             await self.all(keeps, "start", deadline_s=deadline_s, limit=START_LIMIT)
 
     async def restart(self) -> None:
-        """End all ranks, and start others in their places. Give them what the first ones were given."""
+        """End all ranks, and start new ranks in their places, with everything given to the first ranks."""
         assert self._spawn_one is not None
         ranks = range(len(self.handles))
         self._keeping.clear()
@@ -141,7 +141,7 @@ class Gang(ModelGroup):
         return [h.keep.remote(step) for h in self.handles]
 
     async def _choose_places(self, failures: Mapping[str, str]) -> None:
-        """Tell each rank to which other node it copies its snapshots. `failures` has the reasons of failed copies."""
+        """Give each rank another node for copies of snapshots. `failures` has the reasons of failed copies."""
         if self.folders is None:
             return
         self._copied_among = self.folders.nodes()
@@ -167,7 +167,7 @@ class Gang(ModelGroup):
     async def _address(
         self, stage: str, *, deadline_s: float | None = None, limit: str = CALL_LIMIT
     ) -> tuple[str, int]:
-        """Return an address at which rank 0 can be met."""
+        """Return an address for meeting rank 0."""
         refs = [self.handles[0].__ray_call__.remote(free_address, self.one_host)]
         addresses: list[tuple[str, int]] = await self.all(refs, stage, deadline_s=deadline_s, limit=limit)
         return addresses[0]
@@ -179,9 +179,9 @@ class Gang(ModelGroup):
     async def _columns(
         self, send: Callable[[], Sequence[tuple[Ref[Any], ObjectRef[Any]]]], stage: str
     ) -> list[tuple[Ref[Any], Any]]:
-        """Make calls that return a column and something small. Return those of one rank per data-parallel rank.
+        """Make calls that return a column and a small value. Return the results of one rank per data-parallel rank.
 
-        The calls are made again when the object store was full, so a second call must have the effect of one.
+        The calls are repeated after a full object store, so a second call must have the same effect.
         """
 
         async def attempt() -> list[tuple[Ref[Any], Any]]:
@@ -192,7 +192,7 @@ class Gang(ModelGroup):
         return list(self.distinct(await done_when_there_is_room(attempt)))
 
     def _by_rank(self, plan: BatchPlan, columns: Sequence[RemoteColumns[Any]]) -> list[list[Ref[Any]]]:
-        """Return the references that each rank fetches: those with one of its sequences, in the given order."""
+        """Return the references for each rank to fetch: references with a sequence of the rank, in the given order."""
         receivers: dict[int, set[int]] = {}
         for rank in range(self.num_ranks):
             for sequence_id in plan.received_by(rank):
@@ -204,16 +204,16 @@ class Gang(ModelGroup):
         return [refs[rank // self.sequence_parallel] for rank in range(len(self.handles))]
 
     def _plans(self, plan: BatchPlan) -> list[BatchPlan]:
-        """Return the plan that each rank receives."""
+        """Return the plan received by each rank."""
         plans = [plan.for_rank(rank) for rank in range(self.num_ranks)]
         return [plans[rank // self.sequence_parallel] for rank in range(len(self.handles))]
 
     async def _step(
         self, methods: Sequence[Any], states: StatesByRank, stage: str, *args: Any, keeps: int | None = None
     ) -> Metrics:
-        """Call a method of each rank with the teacher's states of its rows, if there are any, and merge the metrics.
+        """Call a method of each rank with any teacher's states of the rank's rows, and merge the metrics.
 
-        keeps: the step whose state the ranks keep at once afterwards. None: they do not.
+        keeps: the step with a state for the ranks to snapshot at once afterwards. None: no snapshot.
         """
         refs = [
             method.remote(*args, *(states[rank // self.sequence_parallel] if states else ()))
@@ -234,7 +234,7 @@ class Gang(ModelGroup):
         await self.all([h.export.remote(folder) for h in self.handles], "export")
 
     async def arithmetic(self) -> Arithmetic:
-        """Return the total peak of the ranks. They are measured concurrently, since they may share a machine."""
+        """Return the total peak of the ranks. Ranks are measured concurrently, since several may share a machine."""
         reports: list[Arithmetic] = await self.all([h.arithmetic.remote() for h in self.handles], "start")
         return replace(reports[0], peak_flops=sum(report.peak_flops for report in reports))
 
@@ -260,7 +260,7 @@ class PolicyGang(Gang):
     async def meeting(self, *, num_receivers: int, timeout_s: float) -> Meeting:
         """Return the address at which rank 0 waits for the receivers of a broadcast.
 
-        A receiver that is lost or hangs meanwhile is waited for until the limit, at most BROADCAST_LIMIT_S.
+        The wait for a lost or hanging receiver lasts until the limit, at most BROADCAST_LIMIT_S.
         """
         host, port = await self._address("weight sync")
         limit_s = min(timeout_s, BROADCAST_LIMIT_S)
@@ -343,7 +343,7 @@ class PolicyGang(Gang):
         await self.all([h.settle.remote() for h in self.handles], "weight sync")
 
     async def probe(self, token_ids: Sequence[int]) -> list[float]:
-        """Compute the probe on all ranks, since the weights may be sharded over them."""
+        """Compute the probe on all ranks, since the weights may be sharded."""
         refs = [h.probe.remote(tuple(token_ids)) for h in self.handles]
         results: list[list[float]] = await self.all(refs, "weight sync")
         return results[0]
@@ -403,12 +403,12 @@ class OfflineGang(Gang):
         return await self._step([h.evaluate for h in self.handles], states, "eval", dataset, name, plan)
 
     async def reference_key(self, dataset: int) -> str:
-        """Return the first rank's key of the weights. All ranks take part, since they gather the weights."""
+        """Return the first rank's key of the weights. All ranks take part in gathering the weights."""
         keys: list[str] = await self.all([h.reference_key.remote(dataset) for h in self.handles], "reference")
         return keys[0]
 
     async def reference_logprobs(self, dataset: int, plan: MinibatchPlan) -> list[Ref[TokenValues]]:
-        """Return one column per data-parallel rank."""
+        """Return a column for each data-parallel rank."""
         columns = await self._columns(
             lambda: [h.reference_logprobs.options(num_returns=2).remote(dataset, plan) for h in self.handles],
             "reference",

@@ -1,4 +1,4 @@
-"""Start groups of actors that form one role, call all of them, and end them."""
+"""Start, call and end groups of actors that form one role."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Stoppable(Protocol):
 
 
 class Placed(Protocol):
-    """An object that holds cluster resources."""
+    """An object holding cluster resources."""
 
     def release(self) -> None:
         """Release the resources to the cluster."""
@@ -53,9 +53,9 @@ class Placed(Protocol):
 
 @asynccontextmanager
 async def ending(groups: Sequence[Stoppable], placement: Placed, *, heartbeat_timeout_s: float) -> AsyncIterator[None]:
-    """Stop the groups in order after the block, when its results are on disk. After a failure, end them at once.
+    """Stop the groups in order after the block, when all results are on disk. After a failure, end the groups at once.
 
-    During the block, a process is killed that answers no heartbeat for heartbeat_timeout_s.
+    During the block, a process without an answer to heartbeats for heartbeat_timeout_s is killed.
     """
     try:
         async with watching(heartbeat_timeout_s):
@@ -75,7 +75,7 @@ async def ending(groups: Sequence[Stoppable], placement: Placed, *, heartbeat_ti
 
 @asynccontextmanager
 async def ending_rebuilds(groups: Iterable[WorkerGroup]) -> AsyncIterator[None]:
-    """End the rebuilds in progress after the block. They record what they do, and the record is closed later."""
+    """End the rebuilds in progress after the block. Rebuilds write to the record, and the record is closed later."""
     try:
         yield
     finally:
@@ -94,7 +94,7 @@ class WorkerGroup:
     def __init__(
         self, handles: Sequence[ActorHandle[Any]], spawn_one: SpawnOne | None = None, *, deadline_s: float
     ) -> None:
-        """Create a group of workers that have not started.
+        """Create a group of workers before their start.
 
         Args:
             spawn_one: creates the actor of a rank anew. None: no worker can be replaced.
@@ -107,7 +107,7 @@ class WorkerGroup:
     async def all(
         self, refs: Sequence[ObjectRef[Any]], stage: str, *, deadline_s: float | None = None, limit: str = CALL_LIMIT
     ) -> list[Any]:
-        """Return the results of all workers, in rank order. `limit` names what determines the deadline."""
+        """Return the results of all workers, in rank order. `limit` names the source of the deadline."""
         limit_s = deadline_s or self.deadline_s
         return await wait_all(refs, role=self.role, stage=stage, deadline_s=limit_s, limit=limit)
 
@@ -121,13 +121,13 @@ class WorkerGroup:
         return result
 
     async def start(self, *, deadline_s: float) -> None:
-        """Load what each worker needs, such as its model."""
+        """Load the needs of each worker, such as a model."""
         self.start_deadline_s = deadline_s
         await self.processes.wait_until_started(deadline_s=deadline_s)
         await self.all([h.start.remote() for h in self.handles], "start", deadline_s=deadline_s, limit=START_LIMIT)
 
     async def _replace(self, rank: int) -> None:
-        """Start a worker again in its place, in a new process, within the limit of the group's start."""
+        """Start a worker again in the same place, in a new process, within the limit of the group's start."""
         ends = time.monotonic() + self.start_deadline_s
         await self.processes.end_one(rank)
         if self.placement is not None:
@@ -135,7 +135,7 @@ class WorkerGroup:
         await self._start_one(rank, ends=ends)
 
     async def _start_one(self, rank: int, *, ends: float) -> None:
-        """Start a worker in a place that is free, until a moment of time.monotonic."""
+        """Start a worker in a free place, until a moment of time.monotonic."""
         assert self._spawn_one is not None
         self.handles[rank] = self._spawn_one(rank)
         await self.processes.wait_until_created(rank, deadline_s=ends - time.monotonic())
@@ -144,7 +144,7 @@ class WorkerGroup:
             await wait_one(ref, role=self.role, rank=rank, stage="start", deadline_s=limit_s, limit=START_LIMIT)
 
     def _start_calls(self, handle: ActorHandle[Any]) -> list[ObjectRef[Any]]:
-        """Send the calls that load what a replaced worker needs, and return their references in order."""
+        """Send the calls for loading a replaced worker, and return their references in order."""
         return [handle.start.remote()]
 
     async def memory(self) -> MemoryReport:
@@ -154,14 +154,14 @@ class WorkerGroup:
         return MemoryReport(rss_gib=max(report.rss_gib for report in reports), gpu_gib=max(gpus) if gpus else None)
 
     async def give_up_rebuilds(self) -> None:
-        """End the rebuilds in progress. None of them goes on after this returns."""
+        """End the rebuilds in progress. No rebuild continues after the return."""
 
     async def stop(self) -> None:
-        """End the workers. They hold no state worth saving."""
+        """End the workers. Workers hold no state worth saving."""
         self.end()
 
     def end(self) -> None:
-        """End the workers at once, with the processes that they started."""
+        """End the workers at once, with all processes started by workers."""
         self.processes.end()
 
 
@@ -176,7 +176,7 @@ class ModelGroup(WorkerGroup):
 
 
 class WorkerPool(WorkerGroup):
-    """Workers that are independent of each other. A lost worker is replaced, and its calls are made again."""
+    """Workers independent of each other. A lost worker is replaced, and the worker's calls are repeated."""
 
     def __init__(
         self, handles: Sequence[ActorHandle[Any]], spawn_one: SpawnOne | None = None, *, deadline_s: float
@@ -186,7 +186,7 @@ class WorkerPool(WorkerGroup):
         self.last_loss: dict[int, WorkerLost] = {}  # that the supervisor has counted, by rank
 
     async def start(self, *, deadline_s: float) -> None:
-        """Load what each worker needs. A worker that is lost meanwhile is started again."""
+        """Load the needs of each worker. A worker lost meanwhile is started again."""
         self.start_deadline_s = deadline_s
         await all_results([self._first_start(rank, deadline_s) for rank in range(len(self.handles))])
 
@@ -200,12 +200,12 @@ class WorkerPool(WorkerGroup):
             await self.make_good(rank, handle, lost, work=ITS_START)
 
     async def until_answered(self, rank: int, call: Callable[[Any], Awaitable[T]], *, work: Hashable = None) -> T:
-        """Return the result of a call to one worker. If the worker is lost, call its successor.
+        """Return the result of a call to one worker. If the worker is lost, call the successor.
 
         Args:
             call: sends the call to the given handle, and waits for the result.
-            work: what the worker does. A worker that is lost twice in a row at the same work ends the run. None: it may
-                be lost more often.
+            work: the worker's task. A worker lost twice in a row at the same task ends the run. None: more losses are
+                allowed.
         """
         while True:
             handle = await self.working(rank)
@@ -228,7 +228,7 @@ class WorkerPool(WorkerGroup):
     async def columns(
         self, rank: int, send: Callable[[Any], Sequence[ObjectRef[Any]]], stage: str, *, work: Hashable
     ) -> Sequence[Ref[Any]]:
-        """Return references to the results of a method of one worker, without the last, which is small."""
+        """Return references to the results of a method of one worker, except for the small last result."""
 
         async def call(handle: ActorHandle[Any]) -> Sequence[Ref[Any]]:
             *columns, done = send(handle)
@@ -244,15 +244,15 @@ class WorkerPool(WorkerGroup):
         return self.handles[rank]
 
     async def make_good(self, rank: int, handle: ActorHandle[Any], lost: WorkerLost, *, work: Hashable = None) -> None:
-        """Replace a lost worker, once for all calls that lost it. Raise the loss if the run must end."""
+        """Replace a lost worker, once for all lost calls. Raise the loss if the run must end."""
         self.begin_rebuild(rank, handle, lost, work=work)
         await self.working(rank)
 
     def begin_rebuild(self, rank: int, handle: ActorHandle[Any], lost: WorkerLost, *, work: Hashable = None) -> None:
-        """Begin to replace a lost worker, unless that has begun. Raise the loss if the run must end.
+        """Begin to replace a lost worker, unless already begun. Raise the loss if the run must end.
 
         Args:
-            handle: of the lost worker. Its successor may have taken its place already.
+            handle: of the lost worker. A successor may already have taken the place.
         """
         if self.supervisor is None or self.processes.ended or isinstance(lost, ResultsLost):
             raise lost
@@ -261,12 +261,12 @@ class WorkerPool(WorkerGroup):
             self._rebuild(rank, self._recover(rank, lost, work))
 
     async def _recover(self, rank: int, lost: WorkerLost, work: Hashable) -> None:
-        """Replace a lost worker if the supervisor allows it."""
+        """Replace a lost worker if allowed by the supervisor."""
         assert self.supervisor is not None
         await self.supervisor.recover(lost, partial(self._replace, rank), work=work)
 
     def _rebuild(self, rank: int, work: Coroutine[Any, Any, None]) -> None:
-        """Begin the work after which a rank has a worker."""
+        """Begin the work that gives a rank a worker."""
         self._rebuilds[rank] = asyncio.create_task(work)
         self._rebuilds[rank].add_done_callback(partial(self._rebuilt, rank))
 
@@ -287,7 +287,7 @@ class WorkerPool(WorkerGroup):
 
 
 async def all_results(calls: Sequence[Awaitable[T]]) -> list[T]:
-    """Return the results of all calls, in order. The first failure cancels the others."""
+    """Return the results of all calls, in order. The first failure cancels the rest."""
     tasks = [asyncio.ensure_future(call) for call in calls]
     try:
         return await asyncio.gather(*tasks)
@@ -297,7 +297,7 @@ async def all_results(calls: Sequence[Awaitable[T]]) -> list[T]:
 
 
 def _rank_contexts(cluster: ClusterConfig, placement: Placement, role: Role) -> list[RankContext]:
-    """Return the context of each rank of a role. On a GPU, a process sees only its assigned device."""
+    """Return the context of each rank of a role. On a GPU, a process sees only the assigned device."""
     nodes, threads = placement.nodes_of(role), placement.threads(role, getattr(cluster.roles, role).threads)
     cuda = cluster.device == "cuda" and placement.plan.slots[role][0].gpus > 0.0
     contexts = []
@@ -318,7 +318,7 @@ def _rank_contexts(cluster: ClusterConfig, placement: Placement, role: Role) -> 
 
 
 def worker_environment(context: RankContext) -> dict[str, str]:
-    """Return the environment of a worker that computes with torch. It must be set before torch is imported."""
+    """Return the environment of a worker with torch. The environment must be set before torch is imported."""
     return {
         "OMP_NUM_THREADS": str(context.threads),
         "DS_ACCELERATOR": context.device,
@@ -343,7 +343,7 @@ def spawn(
     The arguments of an actor are `args`, the rank's context, and `options`.
 
     Args:
-        longest_sequence: most tokens of a sequence, by which a model chooses the frequencies of its RoPE.
+        longest_sequence: most tokens of a sequence, for the frequencies of the model's RoPE.
     """
     remote = ray.remote(worker)
 

@@ -1,4 +1,4 @@
-"""Choose the class of the policy's ranks. Online, it adds a weight sender to the worker from rlhf.workers."""
+"""Choose the class of the policy's ranks. An online rank is a worker from rlhf.workers with a weight sender."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Publishes(TrainedWorker):
     def open_weights(
         self, transport: Transport, meeting: Meeting | None, adapter: Path | None, num_engines: int
     ) -> None:
-        """Open this rank's end of the weight transport. If vLLM loads the adapter alone, it is written to `adapter`.
+        """Open this rank's end of the weight transport. An adapter loaded alone by vLLM is written to `adapter`.
 
-        Colocated engines share the GPUs of the first ranks, one each.
+        Colocated engines share the GPUs of the first ranks, an engine each.
         """
         rank = self.place.rank
         if adapter is not None:
@@ -46,11 +46,11 @@ class Publishes(TrainedWorker):
         self.sender = SENDERS[transport](rank=rank, meeting=meeting, beside_engine=rank < num_engines)
 
     def publish(self, version: int) -> WeightManifest | None:
-        """Describe the weights of a version to the engines; None on ranks other than 0. Collective."""
+        """Describe the weights of a version to the engines; None on all ranks but 0. Collective."""
         return self.sender.publish(self._published(), version)
 
     def send(self, manifest: WeightManifest) -> None:
-        """Send the weights, if the transport needs it. Collective."""
+        """Send the weights, if needed by the transport. Collective."""
         self.sender.send(manifest, self._published())
 
     def settle(self) -> None:
@@ -79,11 +79,11 @@ class StreamedPolicyRank(Publishes, StreamedPolicyWorker):
 
 
 class OnlinePreferenceRank(Publishes, OnlinePreferenceWorker):
-    """One rank of a policy trained on pairs of its responses."""
+    """One rank of a policy trained on pairs of the policy's responses."""
 
 
 class StudentRank(Publishes, StudentWorker):
-    """One rank of a policy trained by a teacher on its responses."""
+    """One rank of a policy trained by a teacher on the policy's responses."""
 
 
 RANKS: Mapping[Kind, type[TrainedWorker]] = {

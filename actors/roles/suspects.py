@@ -1,8 +1,7 @@
-"""Find the group of responses that ends its reward worker.
+"""Find the group of responses that ends a reward worker.
 
-A worker may be lost by chance, or because of a response. All groups in work at a loss are therefore scored again one at
-a time, with no other group beside them. A group that loses its worker again was alone at the second loss: it is the
-cause.
+A worker may be lost by chance, or because of a response. All groups in work at a loss are therefore scored again, each
+alone. A group that loses a worker again was alone at the second loss, and is the cause.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ T = TypeVar("T")
 
 
 class CallLost(Exception):
-    """A call was lost with its worker, which has been replaced. `losses` are those of the worker, the last one last."""
+    """A call was lost with a worker, since replaced. `losses` are the worker's losses in order."""
 
     def __init__(self, *losses: WorkerLost) -> None:
         super().__init__(str(losses[-1]))
@@ -25,7 +24,7 @@ class CallLost(Exception):
 
 
 class Suspects:
-    """The calls of one worker: side by side, or alone after a loss."""
+    """The calls of one worker: concurrent, or alone after a loss."""
 
     def __init__(self) -> None:
         self._working = 0  # calls side by side
@@ -34,7 +33,7 @@ class Suspects:
         self._alone = asyncio.Lock()
 
     async def call(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """Return the result of an attempt. If it is lost, repeat it alone. CallLost, with both losses: lost again."""
+        """Return the result of an attempt. Repeat a lost attempt alone. CallLost, with both losses: lost again."""
         while self._suspects:
             await self._cleared.wait()
         self._working += 1

@@ -33,9 +33,9 @@ class _Teacher(ModelGroup, WorkerPool):
         length_of: Callable[[int], int],
         request: Callable[[Callable[..., Any], Sequence[Sequence[int]]], Any],
     ) -> StatesByRank:
-        """Distribute a plan's rows by equal work, and return a column for each rank, with each of its rows once.
+        """Distribute a plan's rows by equal work, and return a column for each rank, with each row of the rank once.
 
-        `request` calls a worker's method with each rank's rows of this worker.
+        `request` calls a method of a worker with the worker's rows for each rank.
         """
         rows = [(row, rank) for rank, share in enumerate(plan.sequences_by_rank) for row in dict.fromkeys(share)]
         num_ranks = len(plan.sequences_by_rank)
@@ -69,16 +69,16 @@ class TeacherWorkers(_Teacher):
         return [*super()._start_calls(handle), handle.load_data.remote(*self.sets)]
 
     async def states(self, dataset: int, plan: MinibatchPlan) -> StatesByRank:
-        """Return a column for each rank. Each worker packs its rows together."""
+        """Return a column for each rank. Each worker packs all rows of the worker together."""
         lengths = self.lengths[dataset]
         return await self.states_by_rank(plan, lengths.__getitem__, lambda states, shares: states(dataset, shares))
 
 
 class OnlineTeacherWorkers(_Teacher, ReferenceWorkers):
-    """The teacher role of a student trained on its own responses."""
+    """The teacher role of a student trained on the student's responses."""
 
     async def states(self, plan: MinibatchPlan, groups: Sequence[CompletedGroup]) -> StatesByRank:
-        """Return a column for each rank. Each worker packs its sequences together."""
+        """Return a column for each rank. Each worker packs all sequences of the worker together."""
         lengths = {info.sequence_id: info.num_tokens for group in groups for info in group.infos}
         group_of = {info.sequence_id: place for place, group in enumerate(groups) for info in group.infos}
 

@@ -78,7 +78,7 @@ class RewardWorkers(WorkerPool):
         return group.request.group_id % len(self.handles)
 
     async def score(self, group: CompletedGroup) -> GroupScores:
-        """Score a group. Groups go to the workers in turn, and each worker runs as many at once as it has processes.
+        """Score a group. Groups go to the workers in turn, and each worker runs a group in each process at once.
 
         The time limit starts with the work on a group. Services are called first, for more groups concurrently.
         """
@@ -108,7 +108,7 @@ class RewardWorkers(WorkerPool):
     async def _ask(
         self, worker: int, group: CompletedGroup, truncated: tuple[bool, ...], results: tuple[str | None, ...]
     ) -> dict[str, GroupOutcome]:
-        """Return the answers of the services that score this row."""
+        """Return the answers of the services for this row."""
         prompt = group.request.prompt
         if not any(spec.remote is not None and spec.applies_to(prompt.columns) for spec in self.settings.specs):
             return {}
@@ -174,7 +174,7 @@ class RewardWorkers(WorkerPool):
 
 
 def _ends_its_worker(group: CompletedGroup, lost: WorkerLost) -> GroupScores:
-    """Return the errors of a group that lost its worker twice, one for each response."""
+    """Return the errors of a group that lost a worker twice, an error for each response."""
     kind: RewardErrorKind = "timeout" if lost.kind == "hung" else "died"
     message = (
         f"the reward worker was lost while it scored this group, and again while it scored only this group. {lost}"
@@ -221,9 +221,10 @@ class ReferenceWorkers(ModelGroup, WorkerPool):
         only: frozenset[int] | None = None,
         temperatures: Mapping[int, float] | None = None,
     ) -> list[RemoteColumns[TokenValues]]:
-        """Return one column per group. The workers share the groups evenly, and each packs its groups together.
+        """Return a column for each group.
 
-        Groups that come one by one go to the workers in turn.
+        The workers share the groups evenly, and each packs all groups of the worker together. Single groups go to the
+        workers in turn.
         """
 
         def compute(place: int, share: Sequence[int]) -> Awaitable[Sequence[Ref[TokenValues]]]:
@@ -250,7 +251,7 @@ class LikelihoodWorkers(WorkerGroup):
     role: Role = "policy"
 
     async def measure(self, examples: Sequence[Example]) -> list[ExampleResult]:
-        """Return one result for each example, in order. The examples are distributed by equal work."""
+        """Return a result for each example, in order. The examples are distributed by equal work."""
         shares = balance([len(example.token_ids) for example in examples], len(self.handles))
         shares = [share for share in shares if share]
         refs = [

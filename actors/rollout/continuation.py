@@ -1,8 +1,8 @@
-"""Interrupt responses in vLLM, and continue them in a later request as if nothing had happened.
+"""Interrupt responses in vLLM, and continue each in a later request as if nothing had happened.
 
-A continued request has the earlier tokens at the end of its prompt. Sampling depends on the seed and the position
+A continued request has the earlier tokens at the end of the prompt. Sampling depends on the seed and the position
 (actors/vllm_patches/generators.py), the token limit shrinks by the earlier tokens, and stop strings are searched in the
-whole response. The engine loop calls the functions that take an engine, between two steps.
+whole response. The engine loop calls functions of an engine between two steps.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def rest_params(params: Any, begun: Begun) -> Any:
 def restore_output(
     engine: Any, internal_id: str, params: Any, prompt_token_ids: Sequence[int], begun: Sequence[int]
 ) -> None:
-    """Give an added request the earlier tokens of its response as output, where stop strings are searched."""
+    """Give an added request the earlier tokens of the response as output, for the search for stop strings."""
     from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
     processor = engine.output_processor
@@ -50,7 +50,7 @@ def restore_output(
 
 
 def output_so_far(engine: Any, request_id: str) -> Any:
-    """Return the output of an unfinished request, under the id it was submitted with."""
+    """Return the output of an unfinished request, under the submitted id."""
     from vllm.v1.engine import FinishReason
 
     (internal_id,) = engine.output_processor.external_req_ids[request_id]
@@ -59,7 +59,7 @@ def output_so_far(engine: Any, request_id: str) -> Any:
 
 
 def response_of(output: Any, begun: Begun) -> Begun:
-    """Return the response so far: its earlier tokens, and those of vLLM's output."""
+    """Return the response so far: earlier tokens, and the tokens of vLLM's output."""
     (sample,) = output.outputs
     spans = sample.weight_versions or ()  # None: no new token
     return Begun(
@@ -77,14 +77,14 @@ def not_begun(request: GroupRequest) -> tuple[Begun, ...]:
 
 
 def continued_responses(begun: Sequence[Begun], outputs: Sequence[Any]) -> list[Begun]:
-    """Return a group's responses so far. `outputs` holds vLLM's outputs of the unfinished ones."""
+    """Return a group's responses so far. `outputs` holds vLLM's outputs of unfinished responses."""
     rest = iter(outputs)
     return [b if b.finish_reason is not None else response_of(next(rest), b) for b in begun]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Drawn:
-    """A group that an engine answers or has answered."""
+    """A group that an engine is answering or has answered."""
 
     request: GroupRequest
     sampling: Sampling
@@ -93,18 +93,18 @@ class _Drawn:
 
 
 class CarriedGroups:
-    """The groups of an engine's batch. A cancelled one is written to a folder, so that any engine can continue it."""
+    """The groups of an engine's batch. A cancelled group is written to a folder, for any engine to continue."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder  # None: cancelled groups are lost
         self._drawn: dict[int, _Drawn] = {}
 
     def forget(self) -> None:
-        """Forget the last batch before the next one starts."""
+        """Forget the last batch before the next batch starts."""
         self._drawn.clear()
 
     async def begun(self, request: GroupRequest, sampling: Sampling) -> tuple[Begun, ...]:
-        """Return the responses that a request continues. They have no tokens if it continues none."""
+        """Return the responses that a request continues. A new request gives responses without tokens."""
         begun = None
         if self.folder is not None and request.continues is not None:
             begun = await asyncio.to_thread(read_begun, self.folder, request, sampling)
@@ -113,12 +113,12 @@ class CarriedGroups:
     def follow(
         self, request: GroupRequest, sampling: Sampling, begun: tuple[Begun, ...], outputs: list[Future[Any]]
     ) -> None:
-        """Remember a group whose requests are in the engine."""
+        """Remember a group with requests in the engine."""
         if self.folder is not None:
             self._drawn[request.group_id] = _Drawn(request=request, sampling=sampling, begun=begun, outputs=outputs)
 
     async def write(self, group_ids: Sequence[int]) -> None:
-        """Write the groups of these cancelled requests, after the engine has interrupted them."""
+        """Write the groups of cancelled requests, after the engine has interrupted the requests."""
         if self.folder is None:
             return
         for drawn in [self._drawn[group_id] for group_id in group_ids if group_id in self._drawn]:

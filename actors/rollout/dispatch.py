@@ -1,9 +1,8 @@
 """Choose the engine of each group by load, and let groups wait here while all engines are full.
 
-The load of an engine is its outstanding work in tokens: a group counts its prompt once and the expected tokens of its
+The load of an engine is its outstanding work in tokens: a group counts the prompt once and the expected tokens of the
 responses. An engine that becomes free takes waiting work, so a wrong expectation costs little. The controller's cost
-per group does not depend on the number of waiting groups. An engine gets groups from when it is opened until it is
-closed.
+per group does not depend on the number of waiting groups. An engine gets groups between opening and closing.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ RECENT_RESPONSES = 1000  # window of the mean response length
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineCapacity:
-    """What an engine can hold at once."""
+    """The number of requests and tokens that an engine can hold at once."""
 
     cache_tokens: int  # keys and values of its cache
     samples: int
@@ -26,7 +25,7 @@ class EngineCapacity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupWork:
-    """The size of a group, before it is answered."""
+    """The size of a group before the answer."""
 
     prompt_tokens: int
     samples: int
@@ -39,7 +38,7 @@ class GroupWork:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
-    """The share of an engine that a group takes."""
+    """The share of an engine taken by a group."""
 
     engine: int
     tokens: float
@@ -82,7 +81,7 @@ class _Queue:
 
 
 class Dispatch:
-    """The engines' outstanding work, and the groups that wait for room."""
+    """The engines' outstanding work, and the waiting groups."""
 
     def __init__(self) -> None:
         self._loads: dict[int, _Load] = {}  # by engine
@@ -93,9 +92,10 @@ class Dispatch:
         self._failure: BaseException | None = None
 
     async def enter(self, group_id: int, work: GroupWork, *, urgent: bool) -> Slot | None:
-        """Wait for room in an engine and take it. None: the group was dropped.
+        """Wait for room in an engine and take the room. None: the group was dropped.
 
-        Urgent groups come before all others, and each kind in order of arrival. Raise the failure given to `fail`.
+        Urgent groups come before all ordinary groups, and each kind in order of arrival. Raise the failure given to
+        `fail`.
         """
         if self._failure is not None:
             raise self._failure
@@ -119,10 +119,10 @@ class Dispatch:
             self._waiting.pop(group_id, None)
 
     def leave(self, slot: Slot, lengths: Iterable[int] = ()) -> None:
-        """Give the room of a group back, and start waiting groups in it.
+        """Give the room of a group back, and start waiting groups there.
 
         Args:
-            lengths: tokens of its responses.
+            lengths: tokens of the group's responses.
         """
         for length in lengths:
             self._num_lengths = min(self._num_lengths + 1, RECENT_RESPONSES)
@@ -140,13 +140,13 @@ class Dispatch:
             self._loads[engine].is_open = False
 
     def open(self, engine: int, capacity: EngineCapacity) -> None:
-        """Give groups to an engine, which is new or was closed."""
+        """Give groups to a new or closed engine."""
         load = self._loads.setdefault(engine, _Load(capacity=capacity))
         load.capacity, load.is_open = capacity, True
         self._fill(engine)
 
     def fail(self, failure: BaseException) -> None:
-        """Raise a failure in all groups that wait now or enter later: an engine is lost for good."""
+        """Raise a failure in all present and future groups: an engine is lost for good."""
         self._failure = failure
         for waiting in self._waiting.values():
             if not waiting.slot.done():
@@ -161,17 +161,17 @@ class Dispatch:
             waiting.slot.set_result(self._take(engine, waiting.work))
 
     def drop(self, group_id: int) -> None:
-        """End the wait of a group, if it waits."""
+        """End the wait of a group, if waiting."""
         waiting = self._waiting.get(group_id)
         if waiting is not None and not waiting.slot.done():
             waiting.slot.set_result(None)
 
     def quiet_s(self, engine: int) -> float:
-        """Return the seconds since the engine finished a group or, if it finished none, began to work."""
+        """Return the seconds since the engine last finished a group, or else began to work."""
         return asyncio.get_running_loop().time() - self._loads[engine].progress_at
 
     def _emptiest(self, work: GroupWork) -> int | None:
-        """Return the engine with the least outstanding work among those with room for a group."""
+        """Return the engine with the least outstanding work among the engines with room for a group."""
         tokens = work.tokens(self._mean_length)
         free = [index for index, load in sorted(self._loads.items()) if load.has_room(tokens, work.samples)]
         return min(free, key=lambda index: self._loads[index].tokens, default=None)

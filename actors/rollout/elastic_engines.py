@@ -1,14 +1,14 @@
-"""Let engines join and leave during a run, if the configuration gives a range for their number.
+"""Let engines join and leave during a run, for a range of engines in the configuration.
 
     no engine -> room -> started -> given the weights -> proved -> open        joins
-    open -> closed -> ended -> its room is given back -> no engine             leaves
+    open -> closed -> ended -> room given back -> no engine                    leaves
 
-Each rank up to the largest number has an engine, or waits for room: it asks Ray for a placement group of its own. A new
-engine gets its weights and proves them like the successor of a lost one. An engine leaves when its node is drained;
-other engines take its unfinished groups. A lost engine is replaced where there is room. If there is none within
-`cluster.start_timeout_s` the run goes on without it, and its rank waits for room again. If fewer engines than the
-smallest number are left, the run is preempted. An engine that cannot start is started again later, if the run can go on
-without it.
+Each rank up to the largest number has an engine, or waits for room with a request to Ray for a separate placement
+group. A new engine gets and proves weights like the successor of a lost engine. An engine leaves a draining node; the
+remaining engines take the unfinished groups. A lost engine is replaced if there is room. Without room within
+`cluster.start_timeout_s` the run goes on without the engine, and the rank waits for room again. If fewer engines than
+the smallest number are left, the run is preempted. An engine that cannot start is started again later, if the run can
+go on meanwhile.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ LONGEST_WAIT_S = 3600.0
 
 
 class CannotStart(RunError):
-    """An engine could not start on its node, and the run can go on without it."""
+    """An engine could not start on a node, and the run can go on without this engine."""
 
 
 class ElasticEngines(ReplaceableEngines):
-    """Engines of a fixed number, or with a seat for each one that is there."""
+    """Engines of a fixed number, or with a seat for each present engine."""
 
     _joining: frozenset[int] = frozenset()  # ranks without an engine, which wait for room
     _watch: asyncio.Task[None] | None = None
@@ -50,11 +50,11 @@ class ElasticEngines(ReplaceableEngines):
 
     @property
     def num_working(self) -> int:
-        """Return the number of engines that answer."""
+        """Return the number of working engines."""
         return len(self.handles) - len(self._rebuilds)
 
     def grow(self) -> None:
-        """Begin to look for room for more engines, and for nodes that are drained."""
+        """Begin to look for room for more engines, and for draining nodes."""
         if not self.is_elastic:
             return
         self._watch = asyncio.create_task(self._leave_drained_nodes())
@@ -107,7 +107,7 @@ class ElasticEngines(ReplaceableEngines):
             await self._join(rank)
 
     async def _join(self, rank: int) -> None:
-        """Wait for room without a limit, and start an engine there. If it cannot start, wait and try again."""
+        """Wait for room without a limit, and start an engine there. After a failed start, wait and try again."""
         wait_s, has_joined = START_AGAIN_AFTER_S, False
         while not has_joined:
             self._joining |= {rank}
@@ -122,7 +122,7 @@ class ElasticEngines(ReplaceableEngines):
         logger.info("rollout engine %d has joined", rank)
 
     async def _fill(self, rank: int) -> None:
-        """Start an engine for a rank, again if it is lost meanwhile."""
+        """Start an engine for a rank, again if lost meanwhile."""
         try:
             await self._replace(rank)
         except WorkerLost as lost:
@@ -137,7 +137,7 @@ class ElasticEngines(ReplaceableEngines):
                 self._leave(rank)
 
     def _leave(self, rank: int) -> None:
-        """End an engine whose node is drained, and look for room elsewhere."""
+        """End an engine on a draining node, and look for room elsewhere."""
         if rank in self._rebuilds or not (self.gives_published or self.num_working > 1):
             return  # with broadcasts, the last engine could not be replaced
         logger.warning("rollout engine %d leaves its node, which is being drained", rank)

@@ -1,11 +1,11 @@
 """The rollout worker: one vLLM engine that answers groups of requests with the policy's weights.
 
-Prompts come in as token ids. Sampled token ids go out with their log-probabilities and the version of the weights that
-sampled them. With an environment a response is a conversation, and only the turns of the environment are tokenised
-here. It never generates before it has been synced.
+Prompts come in as token ids. Sampled token ids go out with log-probabilities and the version of the sampling weights.
+With an environment a response is a conversation, and only the turns of the environment are tokenised here. The worker
+never generates before a sync.
 
-A frozen engine answers with the weights of its model folder and refuses every sync. Training cannot use one, since each
-of its rollouts follows a sync.
+A frozen engine answers with the weights of a model folder and refuses every sync. Training cannot use a frozen engine,
+since each rollout of a training run follows a sync.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineHealth:
-    """The state of an engine as seen from outside its thread. It is available even while a step hangs."""
+    """The state of an engine as seen from outside the engine's thread, available even while a step hangs."""
 
     version: int | None  # None: not synced yet
     requests_in_flight: int
@@ -77,7 +77,7 @@ class Players(Protocol):
 
 
 class RolloutWorker:
-    """Starts an engine, syncs it unless it is frozen, and generates. Its methods may be called concurrently."""
+    """Starts an engine, syncs an unfrozen engine, and generates. Methods may be called concurrently."""
 
     def __init__(self, spec: RolloutSpec) -> None:
         self.spec = spec
@@ -94,7 +94,7 @@ class RolloutWorker:
         self._working: dict[int, asyncio.Future[Any]] = {}  # on groups that `cancel` interrupts, by group id
 
     async def start(self) -> None:
-        """Load the model. RunError if that fails or takes longer than start_timeout_s."""
+        """Load the model. RunError on failure or after start_timeout_s."""
         if self.spec.sender_address is not None:
             meet_through(self.spec.sender_address)  # before vLLM starts NCCL, which chooses an interface once
         await self.calls.wait(self.loop.start(), "its start", self.spec.start_timeout_s)
@@ -105,9 +105,10 @@ class RolloutWorker:
             self._players = await self.start_players(self.spec.environment)
 
     async def renew(self, spool: Path) -> bool:
-        """Prepare for another run, whose groups go to `spool`.
+        """Prepare for another run, with `spool` for the run's groups.
 
-        Return False and do nothing if requests are in flight: they would be recorded as responses of the new run.
+        Return False and do nothing during requests in flight: such requests would be recorded as responses of the new
+        run.
         """
         if (await self.health()).requests_in_flight:
             return False
@@ -129,7 +130,7 @@ class RolloutWorker:
     async def open_weights(self, meeting: Meeting | None, first_rank: int) -> None:
         """Open the engine's end of the weight transport.
 
-        A broadcast meets its sender here; first_rank is the rank of the engine's first worker there.
+        A broadcast meets the sender here; first_rank is the rank of the engine's first worker in the broadcast.
         """
         self.weights.refuse_frozen()
         settings = {"meeting": meeting, "first_rank": first_rank}
@@ -144,10 +145,10 @@ class RolloutWorker:
     ) -> Group | tuple[None, None]:
         """Draw one response for each seed by the weights of `version`, or return nothing if the group is cancelled.
 
-        With a spool the group is on disk before this returns, and a resumed run gets the spooled group. The engine
-        draws it all the same, because the other groups of the batch are then scheduled and rounded as before. A
-        conversation is not drawn again: its turns are batched as they arrive in any case, and its environment may cost
-        money. Groups of an earlier version come from the spool alone. RunError: the spool has no such group.
+        With a spool the group is on disk before the return, and a resumed run gets the spooled group. The engine still
+        draws a spooled group, so that the rest of the batch is scheduled and rounded as before. A conversation is not
+        drawn again: turns are batched on arrival in any case, and the environment may cost money. Groups of an earlier
+        version come from the spool alone. RunError: the spool has no such group.
 
         Args:
             version: the version of the weights, by default the engine's.
@@ -189,10 +190,10 @@ class RolloutWorker:
         return group
 
     async def answer(self, request: GroupRequest, sampling: Sampling, oldest: int) -> Group | tuple[None, None]:
-        """Draw one response for each seed at once, by the weights of each moment. Return nothing if it is cancelled.
+        """Draw one response for each seed at once, by the current weights. Return nothing for a cancelled group.
 
-        With a spool the group is on disk before this returns. A spooled group without a token older than `oldest` is
-        returned as it is.
+        With a spool the group is on disk before the return. A spooled group without a token older than `oldest` is
+        returned unchanged.
         """
         try:
             return await self._unless_cancelled(request.group_id, self._answer(request, sampling, oldest))
@@ -220,9 +221,9 @@ class RolloutWorker:
     async def _answers(
         self, request: GroupRequest, begun: Sequence[Begun], samples: Sequence[Future[Any]]
     ) -> list[Played]:
-        """Wait for the samples of a group in the engine, and append them to the begun responses.
+        """Wait for the samples of a group in the engine, and append the samples to the begun responses.
 
-        Raise Aborted if a response is not finished.
+        Raise Aborted for an unfinished response.
         """
         outputs = await asyncio.gather(*[self.calls.wait(sample, f"group {request.group_id}") for sample in samples])
         responses = continued_responses(begun, outputs)
@@ -260,7 +261,7 @@ class RolloutWorker:
     async def _draw(
         self, group_id: int, token_ids: tuple[int, ...], seed: int, sampling: Sampling, turn_end: int | None
     ) -> Sampled:
-        """Sample one turn of a conversation."""
+        """Sample a turn of a conversation."""
         submission = Submission(
             request_id=self._next_id(_prefix(group_id)),
             prompt_token_ids=token_ids,
@@ -272,12 +273,15 @@ class RolloutWorker:
         return response_of(output, Begun()).finished()
 
     async def read_spooled(self, request: GroupRequest, sampling: Sampling, version: int) -> Group | None:
-        """Return the group as the same weights answered it before, or None if it was not finished."""
+        """Return the group as answered before by the same weights. None: unfinished."""
         weights = self.weights.checksum if version == self.weights.version else None
         return await self.spool.read(request, sampling, newest=version, weights=weights)
 
     async def stored(self, request: GroupRequest, sampling: Sampling, infos: tuple[RolloutInfo, ...]) -> Group:
-        """Return the finished group with these scalars from the spool, which may hold other answers to the request."""
+        """Return the finished group with these scalars from the spool.
+
+        The spool may hold several answers to the request.
+        """
         newest = await self.weights.settled_version()
         group = await self.spool.read(request, sampling, oldest=0, newest=newest, infos=infos)
         if group is None:
@@ -288,15 +292,15 @@ class RolloutWorker:
         return group
 
     async def hold(self) -> None:
-        """Hold back the requests that arrive from now on, and forget cached prefixes."""
+        """Hold back all later requests, and forget cached prefixes."""
         await self.calls.run(reset_caches, "the reset of its caches")
         self.held.hold()
         self.carried.forget()
 
     async def release(self, num_groups: int) -> None:
-        """Wait until that many groups have arrived since `hold`, then start them in one step.
+        """Wait until `num_groups` groups have arrived since `hold`, then start all groups in one step.
 
-        RunError as soon as one of the groups is refused.
+        RunError as soon as a group is refused.
         """
         await self.held.release(num_groups)
 
@@ -310,7 +314,7 @@ class RolloutWorker:
     async def probe(self, token_ids: Sequence[int]) -> list[float]:
         """Return the log-probabilities of token_ids[1:] by the forward pass of rollouts, without the cache.
 
-        Samples may run meanwhile. The probe waits neither for them nor for those that recompute their tokens.
+        Samples may run meanwhile. The probe waits for no sample, not even during a recomputation of tokens.
         """
         self.weights.refuse_asleep("weights", "cache")
         from vllm import SamplingParams
@@ -330,7 +334,7 @@ class RolloutWorker:
         return [at[token].logprob for at, token in zip(output.prompt_logprobs[1:], token_ids[1:], strict=True)]
 
     async def sleep(self, *, keep_weights: bool) -> None:
-        """Give the GPU to the trainer, if there is one."""
+        """Give the GPU to the trainer, if any."""
         await self.weights.sleep(keep_weights=keep_weights)
 
     async def wake(self, part: EnginePart) -> None:
@@ -352,9 +356,9 @@ class RolloutWorker:
         return EngineCapacity(cache_tokens=tokens, samples=samples)
 
     async def cancel(self, group_ids: Sequence[int]) -> int:
-        """Drop the samples of these groups that are not finished, and return how many there were.
+        """Drop the unfinished samples of the groups, and return their number.
 
-        Groups that a later request may continue are on disk when this returns.
+        Groups for a later request to continue are on disk before the return.
         """
         for work in [self._working[group_id] for group_id in group_ids if group_id in self._working]:
             work.cancel()
@@ -364,7 +368,7 @@ class RolloutWorker:
         return dropped
 
     async def health(self) -> EngineHealth:
-        """Return the engine's state without waiting for it."""
+        """Return the engine's state without waiting for the engine."""
         return EngineHealth(
             version=self.weights.version,
             requests_in_flight=self.loop.num_waiting,
@@ -385,7 +389,7 @@ class RolloutWorker:
         return f"{kind}{self._serial}"
 
     def _submissions(self, request: GroupRequest, sampling: Sampling, begun: Sequence[Begun]) -> list[Submission]:
-        """Return the samples to draw: the rest of each response that is not finished."""
+        """Return the samples to draw: the rest of each unfinished response."""
         length = len(request.prompt.token_ids) + sampling.max_new_tokens
         if length > self.spec.max_model_len:
             raise RunError(
@@ -411,7 +415,7 @@ class RolloutWorker:
 
 
 def _prefix(group_id: int) -> str:
-    """Return the prefix of the request ids of a group. No other group has the same."""
+    """Return the prefix of a group's request ids, distinct from every further group's."""
     return f"group{group_id}-"
 
 

@@ -1,4 +1,4 @@
-"""Wait for an engine's thread from coroutines, with a deadline whose error names what was awaited."""
+"""Wait for an engine's thread from coroutines, with a deadline and an error that names the awaited operation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class EngineCalls:
         self.deadline_s = deadline_s
 
     async def run(self, work: Callable[[Any], T], operation: str, deadline_s: float | None = None) -> T:
-        """Return the result of `work(engine)`, which runs between two steps."""
+        """Return the result of `work(engine)`, run between two steps."""
         return await self.wait(self.loop.call(work), operation, deadline_s)
 
     async def wait(self, future: Future[T], operation: str, deadline_s: float | None = None) -> T:

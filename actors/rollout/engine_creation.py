@@ -30,10 +30,10 @@ ASKED_AT_ONCE = 10_000  # calls queued in an engine's actor; vLLM has a separate
 
 
 class RolloutEngine(RolloutWorker):
-    """One engine as a Ray actor."""
+    """An engine as a Ray actor."""
 
     async def start(self) -> None:
-        """Load the model. vLLM's temporary files are removed with the engine, or by the next one if it is killed."""
+        """Load the model. vLLM's temporary files are removed with the engine, or after a kill by the next engine."""
         self._temporary_files = keep_temporary_files_apart()
         await super().start()
 
@@ -76,7 +76,7 @@ def start_engines(
     environment: EnvironmentSpec | AgentSpec | None,
     engine: type[RolloutEngine] = RolloutEngine,
 ) -> RolloutEngines:
-    """Create the engines' actors. Their models are not loaded yet, and they wait for the policy's weights."""
+    """Create the engines' actors, without models yet, to wait for the policy's weights."""
     role, sync = config.cluster.roles.rollout, weight_sync(config.cluster, one_host=placement.on_one_host())
     spec = replace(
         engine_spec(config, max_model_len=max_model_len, environment=environment),
@@ -105,7 +105,7 @@ def serve_engines(
     environment: EnvironmentSpec | AgentSpec | None = None,
     engine: type[RolloutEngine] = RolloutEngine,
 ) -> RolloutEngines:
-    """Create frozen engines for a model on disk. They are not started and cannot be synced."""
+    """Create frozen engines for a model on disk. The engines are not started and cannot be synced."""
     spec = RolloutSpec(
         model=model.base,
         tokenizer=model.tokenizer,
@@ -123,9 +123,9 @@ def serve_engines(
 def _spawn(
     common: RolloutSpec, cluster: ClusterConfig, placement: Placement, engine: type[RolloutEngine] = RolloutEngine
 ) -> tuple[list[ActorHandle[Any]], SpawnOne]:
-    """Create one actor for each slot. Return the actors, and a function that creates the actor of a slot anew.
+    """Create an actor for each slot. Return the actors, and a function that creates the actor of a slot anew.
 
-    The cluster and the slot add their settings to the common ones. Raise UserError if vLLM cannot compute the model.
+    The cluster and the slot add settings to the common settings. Raise UserError if vLLM cannot compute the model.
     """
     shape = load_model_config(common.model, trust_remote_code=common.trust_remote_code)
     refuse_without_engine(shape.to_dict(), device=cluster.device)

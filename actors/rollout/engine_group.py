@@ -33,12 +33,12 @@ logger = logging.getLogger(__name__)
 class RolloutEngines(ElasticEngines):
     """All engines of a run. `sync` is the transport of the policy's weights, or None for frozen engines.
 
-    `generate` distributes requests by their order and their largest size, and an engine starts its share in one step. A
-    batch of the same requests under the same weights is therefore always scheduled and rounded alike. `answer`
-    distributes them by the engines' outstanding work. When an engine is lost, its successor answers its whole share
-    again, and any engine its requests in flight.
+    `generate` distributes requests by order and largest size, and an engine starts the whole share in one step. A batch
+    of the same requests under the same weights is therefore always scheduled and rounded alike. `answer` distributes
+    requests by the engines' outstanding work. After the loss of an engine, the successor answers the whole share again,
+    and any engine the requests in flight.
 
-    conversation_tokens: most tokens of a conversation; None: one turn answers a prompt.
+    conversation_tokens: most tokens of a conversation; None: a single turn answers a prompt.
     """
 
     role: Role = "rollout"
@@ -65,8 +65,8 @@ class RolloutEngines(ElasticEngines):
     async def connect(self, policy: PolicyGang, *, adapter: Path | None) -> None:
         """Open both ends of the weight transport.
 
-        adapter: the folder through which an adapter alone travels. It must be visible to the policy and to engines on
-        all hosts. None: all weights travel.
+        adapter: the folder for the transport of an adapter alone, visible to the policy and to engines on all hosts.
+        None: all weights travel.
         """
         assert self.sync is not None, "frozen engines are not connected to a policy"
         policy.reconnect = partial(self._connect, policy, adapter=adapter)
@@ -94,7 +94,7 @@ class RolloutEngines(ElasticEngines):
         )
 
     async def _meet_policy(self, policy: PolicyGang, method: Transport) -> None:
-        """Let the policy meet all engines that work, for broadcasts."""
+        """Let the policy meet all working engines, for broadcasts."""
         members = self.reachable()
         meeting = await policy.meeting(num_receivers=len(members) * self.tensor_parallel, timeout_s=self.deadline_s)
 
@@ -117,7 +117,7 @@ class RolloutEngines(ElasticEngines):
                 await self._meet()
 
     async def renew(self, spool: Path) -> bool:
-        """Prepare the engines for another run. Return False if one of them still works for the last run, or starts."""
+        """Prepare the engines for another run. Return False if an engine still works for the last run, or starts."""
         self._withdraw()
         self.spool = spool
         return not self._rebuilds and all(await self.all([h.renew.remote(spool) for h in self.handles], "start"))
@@ -125,9 +125,9 @@ class RolloutEngines(ElasticEngines):
     async def generate(
         self, requests: Sequence[GroupRequest], sampling: Sampling, *, version: int
     ) -> AsyncIterator[CompletedGroup]:
-        """Answer all requests except for cancelled ones, and yield groups as they are completed.
+        """Answer all requests except cancelled requests, and yield each completed group at once.
 
-        The first failure ends the wait. It may be a request refused by its engine before the batch starts.
+        The first failure ends the wait, for example a request refused by an engine before the batch starts.
         """
         self._cancelled.difference_update(request.group_id for request in requests)  # cancelled after their batch
         places = shares([self._work(request, sampling) for request in requests], len(self.handles))
@@ -165,11 +165,11 @@ class RolloutEngines(ElasticEngines):
         version: int,
         answered: Callable[[CompletedGroup], None],
     ) -> None:
-        """Ask an engine for its share of a batch, and report each group once.
+        """Ask an engine for a share of a batch, and report each group once.
 
-        The successor of a lost engine gets all requests of the share again, so that they are batched as before. It
-        returns the groups that were finished from the store. If a successor must wait for the next sync, another engine
-        gets the share after its own one.
+        The successor of a lost engine gets all requests of the share again, for the same batching as before, and
+        returns finished groups from the store. If a successor must wait for the next sync, another engine answers the
+        share after that engine's own share.
         """
         unanswered = {request.group_id for request in share}
         while not unanswered <= self._cancelled:
@@ -195,7 +195,7 @@ class RolloutEngines(ElasticEngines):
         unanswered: set[int],
         answered: Callable[[CompletedGroup], None],
     ) -> None:
-        """Ask an engine for its share, and report each group that is unanswered."""
+        """Ask an engine for a share, and report each unanswered group."""
         async for group in ask():
             self._note_success(engine)
             if group.request.group_id in unanswered:
@@ -203,7 +203,7 @@ class RolloutEngines(ElasticEngines):
                 answered(group)
 
     def _engine_for(self, own: int) -> int:
-        """Return the engine that answers the share of an engine."""
+        """Return the engine for the share of an engine."""
         if self.gives_published or own not in self._rebuilds:
             return own
         return next((engine for engine in range(len(self.handles)) if engine not in self._rebuilds), own)
@@ -211,7 +211,7 @@ class RolloutEngines(ElasticEngines):
     async def _ask(
         self, handle: ActorHandle[Any], engine: int, share: Sequence[GroupRequest], sampling: Sampling, version: int
     ) -> AsyncIterator[CompletedGroup]:
-        """Give a share to its engine in one step, and yield its groups as they are completed."""
+        """Give a share to an engine in one step, and yield each completed group at once."""
         await self.one(handle.hold.remote(), "rollouts", rank=engine)
         columns: dict[int, Any] = {}
         waits: dict[asyncio.Future[Any], GroupRequest | None] = {}  # None: the start of the share
@@ -257,17 +257,17 @@ class RolloutEngines(ElasticEngines):
         )
 
     def _note_success(self, engine: int) -> None:
-        """Note that an engine finished a group: its next loss is no repetition."""
+        """Record that an engine finished a group: the engine's next loss is no repetition."""
         if self.supervisor is not None:
             self.supervisor.succeeded(self.role, engine)
 
     async def answer(
         self, request: GroupRequest, sampling: Sampling, *, oldest: int, urgent: bool = False
     ) -> CompletedGroup | None:
-        """Answer one request by whatever weights the engines have. None: it was cancelled.
+        """Answer one request with the engines' current weights. None: the request was cancelled.
 
-        The request waits here while all engines are full. Then the least loaded engine gets it, with all its samples.
-        After the loss of that engine the request comes before those that wait.
+        The request waits here while all engines are full. Then the least loaded engine gets the request, with all
+        samples. After the loss of that engine the request comes before waiting requests.
         """
         self._cancelled.discard(request.group_id)
         dispatch = await self._dispatching()
@@ -311,7 +311,7 @@ class RolloutEngines(ElasticEngines):
     async def _answered(
         self, send: Callable[[], tuple[ObjectRef[Any], ObjectRef[Any]]], engine: int, dispatch: Dispatch
     ) -> tuple[ObjectRef[Any], Any]:
-        """Return the columns and scalars of a group. WorkerLost if its engine finishes no group within the deadline."""
+        """Return the columns and scalars of a group. WorkerLost if the engine finishes no group within the deadline."""
         rollouts, scalars = send()
         future, paused_s = asyncio.wrap_future(scalars.future()), PAUSE.seconds()
         try:
@@ -357,14 +357,14 @@ class RolloutEngines(ElasticEngines):
         await self.present(lambda h: h.wake.remote(part), "wake")
 
     async def stop(self) -> None:
-        """Shut down the working engines, and end the starting ones."""
+        """Shut down working engines, and end starting engines."""
         self.supervisor = None
         await self.present(lambda h: h.shutdown.remote(), "stop", deadline_s=END_WITHIN_S, limit=STOP_LIMIT)
         self.end()
 
 
 def _silence(future: asyncio.Future[Any]) -> None:
-    """Give a call up. Otherwise asyncio logs a failure that nobody waits for."""
+    """Give a call up, so that asyncio does not log a failure without a waiter."""
     if not future.cancel() and not future.cancelled():
         future.exception()
 

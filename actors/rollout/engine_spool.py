@@ -1,4 +1,4 @@
-"""The spool as an engine sees it: it stores finished groups, and returns those that answer a request."""
+"""Store an engine's finished groups in the spool, and return the group that answers a request."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Group = tuple[Rollouts, tuple[RolloutInfo, ...]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSpool:
-    """A folder of finished groups, and what must be known to use them."""
+    """A folder of finished groups, and everything needed for using the groups."""
 
     folder: Path | None  # None: nothing is stored
     keeps_failures: bool  # also groups whose environment failed
@@ -30,12 +30,12 @@ class EngineSpool:
         weights: str | None = None,
         infos: tuple[RolloutInfo, ...] | None = None,
     ) -> Group | None:
-        """Return the stored group of a request, or None. The versions of its tokens lie between the given two.
+        """Return the stored group of a request, or None. The versions of the group's tokens lie between the given two.
 
         Args:
-            oldest: None: a group that was stored with version `newest`, and has tokens of any age.
-            weights: checksum of the weights that must have sampled it. None: any weights of the versions.
-            infos: the scalars that the group must have. None: any.
+            oldest: None: a group stored with version `newest`, with tokens of any age.
+            weights: required checksum of the sampling weights. None: any weights of the versions.
+            infos: required scalars of the group. None: any scalars.
         """
         return await asyncio.to_thread(self._read, request, sampling, oldest, newest, weights, infos)
 
@@ -67,7 +67,7 @@ class EngineSpool:
     async def write(
         self, request: GroupRequest, sampling: Sampling, version: int, group: Group, *, weights: str
     ) -> None:
-        """Store a finished group under the version of its newest token. It is on disk before this returns."""
+        """Store a finished group under the version of the newest token, on disk before the return."""
         rollouts, infos = group
         failed = any(info.environment_error is not None for info in infos)
         if self.folder is None or (failed and not self.keeps_failures):

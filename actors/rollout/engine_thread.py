@@ -1,11 +1,11 @@
-"""The thread of the vLLM engine: it runs the engine's steps, and everything else between two steps.
+"""The thread of the vLLM engine, for the engine's steps and everything else between two steps.
 
 vLLM's core runs in this process, not in a separate one. A request with a matching stop string therefore leaves the
-batch after the same number of steps each time, so a batch depends on its requests alone. And an engine starts in a
+batch after the same number of steps each time, so a batch depends on the requests alone. And an engine starts in a
 third of the time. No other thread may touch the engine.
 
-With asynchronous scheduling, vLLM's default on GPUs, a step still runs when `step` returns. It is finished before a
-weight update, a sleep, and every other call. A call then changes which requests the steps after it share.
+With asynchronous scheduling, vLLM's default on GPUs, a step still runs when `step` returns. The step is finished before
+a weight update, a sleep, and every further call. A call then changes the grouping of requests in later steps.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
-    """One sample to draw: vLLM's input, parameters and adapter under a unique id in the engine's life."""
+    """A sample to draw: vLLM's input, parameters and adapter under a unique id in the engine's life."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -51,10 +51,10 @@ class EngineLoop:
     def __init__(
         self, build: Callable[[], Any], *, name: str, complete: Callable[[Any, Any], None] | None = None
     ) -> None:
-        """Keep how to build the engine.
+        """Remember how to build the engine.
 
         Args:
-            complete: called with the engine and each output that has finished in the last step.
+            complete: called with the engine and each output finished in the last step.
         """
         self.name = name
         self._complete = complete
@@ -81,7 +81,7 @@ class EngineLoop:
         return self._failure
 
     def start(self) -> Future[None]:
-        """Build the engine in its thread. The future raises UserError if vLLM refuses arguments of the user."""
+        """Build the engine in the thread. The future raises UserError if vLLM refuses arguments of the user."""
         self._thread.start()
         return self._started
 
@@ -117,7 +117,7 @@ class EngineLoop:
         return future
 
     def submit(self, submissions: Sequence[Submission]) -> list[Future[Any]]:
-        """Start all requests in the same step, in this order, or none if the engine refuses one.
+        """Start all requests in the same step, in this order, or no request if the engine refuses any.
 
         Each future gives vLLM's final RequestOutput.
         """
@@ -152,9 +152,9 @@ class EngineLoop:
         return futures
 
     def abort(self, prefixes: Sequence[str], *, keeps: bool = False) -> Future[int]:
-        """Drop the requests whose ids have one of these prefixes. Return their number.
+        """Drop the requests with an id that begins with a given prefix. Return the number of dropped requests.
 
-        Their futures raise Aborted, or give the unfinished outputs with `keeps`.
+        The futures of dropped requests raise Aborted, or give the unfinished outputs with `keeps`.
         """
 
         def abort(engine: Any) -> int:
@@ -168,7 +168,7 @@ class EngineLoop:
         return self._enqueue(abort)
 
     def stop(self, *, timeout_s: float) -> bool:
-        """End the thread and the engine. Return whether they ended in time."""
+        """End the thread and the engine. Return whether both ended in time."""
 
         def shut_down() -> None:
             self._stopped = True
@@ -201,7 +201,7 @@ class EngineLoop:
         return self._failure is None and not self.is_paused and bool(self._engine.has_unfinished_requests())
 
     def _take_commands(self) -> None:
-        """Run all queued commands. Wait for one if the engine has no work."""
+        """Run all queued commands. Wait for a command if the engine has no work."""
         if not self._has_work():
             self._commands.get()()
         with contextlib.suppress(queue.Empty):
@@ -234,7 +234,7 @@ class EngineLoop:
                 raise
 
     def _is_lost(self, error: BaseException) -> bool:
-        """Return whether the engine has lost its GPU or a worker process, so that it must be started again."""
+        """Return whether the engine has lost its GPU or a worker process, and must be started again."""
         return isinstance(error, RuntimeError) and (has_lost_device(error) or has_lost_workers(self._engine))
 
     def _fail_by(self, error: BaseException) -> None:

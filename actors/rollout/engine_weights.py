@@ -1,4 +1,4 @@
-"""The weights of an engine: which version it has, how it gets another one, and whether they are in memory."""
+"""The weights of an engine: the version, the way to a new version, and the place in memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class SyncReceipt:
 
 
 class EngineWeights:
-    """The state of an engine's weights. An engine that is not frozen has none before its first sync."""
+    """The state of an engine's weights. An unfrozen engine has no weights before the first sync."""
 
     def __init__(self, spec: RolloutSpec, calls: EngineCalls) -> None:
         self.spec = spec
@@ -60,9 +60,9 @@ class EngineWeights:
         return self.version
 
     async def settled_version(self) -> int:
-        """Return the version, after the update in progress if there is one. RunError as in `synced_version`.
+        """Return the version, after any update in progress. RunError as in `synced_version`.
 
-        After a failed update, wait for the next one: the driver repeats it, or ends the run.
+        After a failed update, wait for the next update: the driver repeats the update, or ends the run.
         """
         while not self._is_settled.is_set():
             await self.calls.within(self._is_settled.wait(), "an update of its weights")
@@ -76,7 +76,7 @@ class EngineWeights:
             )
 
     def refuse_asleep(self, *parts: EnginePart) -> None:
-        """Raise RunError if one of these parts sleeps."""
+        """Raise RunError if any of the parts sleeps."""
         asleep = [part for part in parts if part in self._asleep]
         if asleep:
             raise RunError(f"{self.spec.name} is asleep: its {asleep[0]} must be woken first.")
@@ -131,8 +131,8 @@ class EngineWeights:
     async def sleep(self, *, keep_weights: bool) -> None:
         """Give the GPU to the trainer: free the cache, and the weights unless keep_weights moves them to host memory.
 
-        The next sync brings freed weights again. With LoRA the base weights are always kept, since no sync brings them.
-        On a CPU this does nothing.
+        The next sync brings freed weights again. With LoRA the base weights always stay in host memory, since no sync
+        brings base weights. On a CPU this does nothing.
         """
         if self.spec.device == "cpu":
             return

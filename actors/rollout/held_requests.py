@@ -1,7 +1,7 @@
-"""Start the requests of a batch in one engine step, in an order that does not depend on their arrival.
+"""Start the requests of a batch in one engine step, in an order independent of their arrival.
 
-This makes the composition of every engine step a function of the requests and the weights alone. It therefore fixes
-every bit of every log-probability.
+The composition of every engine step then depends on the requests and the weights alone. This fixes every bit of every
+log-probability.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rlhf.errors import RunError
 
 
 class HeldRequests:
-    """The entrance of an engine: it is open, or it holds requests back from `hold` to `release`."""
+    """The entrance of an engine, open except from `hold` to `release`."""
 
     def __init__(self, calls: EngineCalls) -> None:
         self.calls = calls
@@ -27,11 +27,11 @@ class HeldRequests:
         self._arrived = asyncio.Condition()
 
     def hold(self) -> None:
-        """Hold back the requests that arrive from now on."""
+        """Hold back all later requests."""
         self._held, self._refused = [], []
 
     async def admit(self, group_id: int, submissions: list[Submission]) -> list[Future[Any]]:
-        """Give a group's samples to the engine, after `release` if the engine holds its requests."""
+        """Give a group's samples to the engine, after `release` if requests are held."""
         if self._held is None:
             return self.loop.submit(submissions)
         started: asyncio.Future[list[Future[Any]]] = asyncio.get_running_loop().create_future()
@@ -49,9 +49,9 @@ class HeldRequests:
             self._arrived.notify_all()
 
     async def release(self, num_groups: int) -> None:
-        """Wait until that many groups have arrived since `hold`, then start them in one step, by group id and sample.
+        """Wait until `num_groups` groups have arrived since `hold`, then start all in one step, by group id and sample.
 
-        RunError if one of the groups was refused or did not arrive. The others then get the same error.
+        RunError if a group was refused or did not arrive. All arrived groups then get the same error.
         """
         held, refused = self._held, self._refused
         if held is None:

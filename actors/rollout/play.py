@@ -26,7 +26,7 @@ class Left(Exception):
 
 
 def play_conversation(loaded: LoadedConfig, turns: Iterable[str], show: Callable[[str], None], *, row: int) -> Played:
-    """Play one conversation. `turns` stand for the policy's turns; `show` gets the policy's input before each.
+    """Play one conversation. `turns` stand for the policy's turns; `show` gets the policy's input before each turn.
 
     row: the prompt's place among the training data, from 1. UserError if the configuration has no environment or the
     data no such row. RunError if the environment failed. Left if the turns end before the conversation does.

@@ -1,11 +1,11 @@
-"""Start lost engines again while the others work, and give them the newest weights.
+"""Start lost engines again while the remaining engines work, and give successors the newest weights.
 
     lost -> closed -> replaced -> given the published weights -> proved -> open
 
-The first call that notices a loss begins this, and others find it begun. An engine answers nothing between its loss and
-its proof. The weights of a successor come from the memory or the folder of the last publication. The policy overwrites
-it at the next one, so a sync and a successor that loads exclude each other. A broadcast leaves nothing to load: there a
-successor takes part in the next sync.
+The first call that notices a loss begins the replacement, and later calls join. An engine answers nothing between loss
+and proof. The weights of a successor come from the memory or the folder of the last publication. The policy overwrites
+a publication with the next, so a sync and a loading successor exclude each other. A broadcast leaves nothing to load:
+there a successor takes part in the next sync.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MOST_MISSES = 3  # of published weights by one engine: more mean that its node c
 
 
 class ReplaceableEngines(WorkerPool):
-    """Engines with their losses, and the weights that a successor must have."""
+    """Engines with all losses, and the weights for a successor."""
 
     def __init__(
         self, handles: Sequence[ActorHandle[Any]], spawn_one: SpawnOne | None = None, *, deadline_s: float
@@ -92,7 +92,7 @@ class ReplaceableEngines(WorkerPool):
             self._dispatch.fail(failure)
 
     async def _replace(self, rank: int) -> None:
-        """Start an engine again in its place, give it the weights, and prove that it has them."""
+        """Start an engine again in the same place, give the engine the weights, and prove the weights."""
         await self._restart(rank)
         self._capacities[rank] = await self.one(self.handles[rank].capacity.remote(), "start", rank=rank)
         if self.spool is not None:
@@ -108,10 +108,10 @@ class ReplaceableEngines(WorkerPool):
         await super()._replace(rank)
 
     async def _await_broadcast(self, rank: int) -> None:
-        """Wait until a sync has given a successor its weights, and has proved them.
+        """Wait until a sync has given a successor the weights, and has proved the weights.
 
-        A step may take longer than any of its calls. So RunError is raised when the run has waited for nothing within a
-        limit for as long as a call may take.
+        A step may take longer than any single call. RunError is therefore raised after the time limit of a call without
+        any wait of the run that has a limit.
         """
         synced = self._unsynced[rank] = asyncio.get_running_loop().create_future()
         began, paused_s = time.monotonic(), PAUSE.seconds()
@@ -129,7 +129,7 @@ class ReplaceableEngines(WorkerPool):
             self._unsynced.pop(rank, None)
 
     async def _give_weights(self, rank: int) -> None:
-        """Give the newest published weights to a successor, and prove that it has them."""
+        """Give the newest published weights to a successor, and prove the weights."""
         handle, misses, is_given = self.handles[rank], 0, False
         while not is_given:
             try:
@@ -159,7 +159,7 @@ class ReplaceableEngines(WorkerPool):
                 is_given = True
 
     def reachable(self) -> dict[int, ActorHandle[Any]]:
-        """Return the engines that work, and the successors that wait for a broadcast, by rank."""
+        """Return working engines, and successors waiting for a broadcast, by rank."""
         return {
             rank: handle
             for rank, handle in enumerate(self.handles)
@@ -175,11 +175,11 @@ class ReplaceableEngines(WorkerPool):
         deadline_s: float | None = None,
         limit: str = CALL_LIMIT,
     ) -> dict[int, Any]:
-        """Return the results of the engines that work, by rank. Successors that wait for a broadcast are called too.
+        """Return the results of working engines, by rank. Successors waiting for a broadcast are called too.
 
         Args:
-            among: call only these. None: all.
-            limit: names what determines the deadline.
+            among: call only these engines. None: all.
+            limit: names the source of the deadline.
         """
         wait = partial(wait_one, role=self.role, stage=stage, deadline_s=deadline_s or self.deadline_s, limit=limit)
         ranks = [rank for rank, handle in enumerate(self.handles) if among is None or handle in among]
@@ -189,8 +189,8 @@ class ReplaceableEngines(WorkerPool):
     async def together(self, members: Mapping[int, ActorHandle[Any]], call: Call) -> dict[int, Any]:
         """Return the results of all members of a broadcast, by rank. The loss of a member is raised at once.
 
-        The other members and the policy would wait for it, and with nccl they do not notice that it is gone. A
-        successor in the place of a lost member is no member.
+        The remaining members and the policy would wait for the lost member, and with nccl notice nothing. A successor
+        in the place of a lost member is no member.
         """
         for rank, handle in members.items():
             is_rebuilt = rank in self._rebuilds and rank not in self._unsynced
@@ -216,7 +216,7 @@ class ReplaceableEngines(WorkerPool):
             return ()
 
     async def any_working(self) -> int:
-        """Return the rank of an engine that works, after the first rebuild if there is none."""
+        """Return the rank of a working engine, or of the first engine to be rebuilt."""
         while (rank := next((rank for rank in range(len(self.handles)) if rank not in self._rebuilds), None)) is None:
             done, _ = await asyncio.wait(self._rebuilds.values(), return_when=asyncio.FIRST_COMPLETED)
             for rebuild in done:
@@ -224,7 +224,7 @@ class ReplaceableEngines(WorkerPool):
         return rank
 
     async def withdraw_weights(self) -> None:
-        """Give no successor the published weights from now on, since the policy overwrites them."""
+        """Give no successor the published weights from now on, since the policy overwrites the publication."""
         async with self._loading:
             self._withdraw()
 
@@ -245,9 +245,9 @@ class ReplaceableEngines(WorkerPool):
         self._is_published.clear()
 
     async def update_weights(self, manifest: WeightManifest) -> None:
-        """Load a published set of weights. RunError unless the engines then have its version and its bytes.
+        """Load a published set of weights. RunError unless the engines then have the published version and bytes.
 
-        Lost engines are left out: their successors load it after `prove`. But the loss of a member of a broadcast is
+        Lost engines are left out: successors load the weights after `prove`. But the loss of a member of a broadcast is
         raised.
         """
         self._manifest = manifest
@@ -266,15 +266,15 @@ class ReplaceableEngines(WorkerPool):
 
     @property
     def is_elastic(self) -> bool:
-        """Return whether engines join and leave. No call then waits for all of them."""
+        """Return whether engines join and leave. No call then waits for all engines."""
         return self.placement is not None and self.placement.seats is not None
 
     async def prove(self, probe: PolicyProbe) -> float | None:
         """Compare the engines' log-probabilities with the policy's, and return the largest difference.
 
         In flight, and if only a sync can give weights to a lost engine, lost engines are left out. None: no engine
-        works. In all other cases this waits for the successors of lost engines, as the next batch would. The difference
-        is then the same as without a loss.
+        works. Otherwise this waits for the successors of lost engines, like the next batch. The difference is then the
+        same as without a loss.
         """
         assert self._manifest is not None
         self._probe = probe
@@ -298,7 +298,7 @@ class ReplaceableEngines(WorkerPool):
         return max(differences, default=None)
 
     async def memory(self) -> MemoryReport:
-        """Return the memory peaks of the largest engine that works."""
+        """Return the memory peaks of the largest working engine."""
         while not (reports := await self.present(lambda h: h.memory.remote(), "memory")):
             await self.any_working()
         gpus = [report.gpu_gib for report in reports.values() if report.gpu_gib is not None]

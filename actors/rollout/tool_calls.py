@@ -1,6 +1,6 @@
 """Tool calls read by vLLM's parsers. Each parser knows one model family's format.
 
-vLLM is imported when a parser is created: in an engine's process it is already loaded.
+vLLM is imported when a parser is created: an engine's process has already loaded vLLM.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from rlhf.rollouts.environments.tool_calls import BEGINNINGS, ToolCall
 
 
 class VllmToolCalls:
-    """A `ToolCallParser`. RunError if the tokenizer lacks what the format needs."""
+    """A `ToolCallParser`. RunError if the tokenizer lacks a token of the format."""
 
     def __init__(self, name: str, tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> None:
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -32,9 +32,7 @@ class VllmToolCalls:
             ) from error
 
     def parse(self, text: str) -> tuple[ToolCall, ...] | None:
-        """Return the turn's tool calls, or an empty tuple if it has none. None: it begins a call and
-        cannot be parsed.
-        """
+        """Return the turn's tool calls, or an empty tuple without calls. None: a call begins but cannot be parsed."""
         result = self._parser.extract_tool_calls(text, self._request)
         if result.tools_called:
             return tuple(ToolCall(name=c.function.name, arguments=c.function.arguments) for c in result.tool_calls)

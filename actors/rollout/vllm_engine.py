@@ -1,7 +1,7 @@
-"""The interface to vLLM: the specification of an engine, its environment and arguments, and operations on it.
+"""The interface to vLLM: the specification of an engine, environment and arguments, and operations on the engine.
 
-The engine loop calls the functions that take an engine, between two steps. They import vLLM inside, so that a
-specification can be made and its environment set before vLLM is imported.
+The engine loop calls functions of an engine between two steps. Each function imports vLLM inside, so that specification
+and environment can be made before the import of vLLM.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PREFILL_TOKENS = 8192  # most prompt tokens of one engine step
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutSpec:
-    """The settings of one engine."""
+    """The settings of an engine."""
 
     model: str  # Hugging Face folder or name; its weights are replaced at the first sync, unless it is frozen
     dtype: Literal["bfloat16", "float16", "float32"]
@@ -67,9 +67,8 @@ class RolloutSpec:
 
     @property
     def is_frozen(self) -> bool:
-        """Return whether the engine answers with the weights of its model folder, as version 0, and
-        refuses all others.
-        """
+        """Return whether the engine answers with the weights of a model folder, as version 0, and refuses all further
+        weights."""
         return self.transport is None
 
 
@@ -95,7 +94,7 @@ def engine_environment(spec: RolloutSpec) -> dict[str, str]:
 
 
 def build_engine(spec: RolloutSpec) -> Any:
-    """Build vLLM's engine with its core in the calling thread."""
+    """Build vLLM's engine with the core in the calling thread."""
     from vllm import EngineArgs
     from vllm.config import WeightTransferConfig
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -163,12 +162,15 @@ def build_engine(spec: RolloutSpec) -> Any:
 
 
 def lacks_cache(error: BaseException) -> bool:
-    """Return whether vLLM did not start because its cache does not hold one sequence."""
+    """Return whether vLLM did not start because the cache does not hold one sequence."""
     return isinstance(error, ValueError) and "KV cache" in str(error)
 
 
 def _refusal(given: Mapping[str, Any], error: Exception) -> str:
-    """Return the message about arguments that vLLM refuses. It names those in vLLM's message, or else all."""
+    """Return the message about arguments refused by vLLM.
+
+    The message names the arguments in vLLM's message, or else all.
+    """
     reason = " ".join(str(error).split())
     named = [name for name in given if name in reason] or list(given)
     values = ", ".join(f"cluster.roles.rollout.engine_args.{name} is {given[name]}" for name in named)
@@ -176,7 +178,7 @@ def _refusal(given: Mapping[str, Any], error: Exception) -> str:
 
 
 def _refuse_lost_weights(engine: Any, spec: RolloutSpec, config: Any) -> None:
-    """Raise UserError if vLLM has not read a weight that transformers' model has: the engine would be another model."""
+    """Raise UserError for a weight of transformers' model not read by vLLM: the engine would be a different model."""
     from rlhf.models.files.weights import published_names
 
     unread = frozenset.intersection(*engine.collective_rpc("unread_weights"))  # a worker reads only its experts
@@ -189,7 +191,7 @@ def _refuse_lost_weights(engine: Any, spec: RolloutSpec, config: Any) -> None:
 
 
 def add_experts(engine: Any, output: Any) -> None:
-    """Add to an output that has just finished the experts chosen for its tokens, where vLLM does not do so itself."""
+    """Add the experts chosen for an output's tokens to a just finished output, unless vLLM does so itself."""
     (sample,) = output.outputs
     num_read = len(output.prompt_token_ids) + len(sample.token_ids) - 1  # the last token was sampled and never read
     if sample.routed_experts is None:
@@ -203,14 +205,14 @@ def added_tokens(engine: Any) -> dict[str, int]:
 
 
 def end_tokens(engine: Any) -> frozenset[int]:
-    """Return the tokens with which vLLM ends a response by itself: the tokenizer's, and those of the model's folder."""
+    """Return the tokens at which vLLM ends a response by itself, from the tokenizer and the model's folder."""
     given = engine.input_processor.generation_config_fields.get("eos_token_id")
     ends = [given] if isinstance(given, int) else given or ()
     return frozenset(ends) | {engine.renderer.get_eos_token_id()} - {None}
 
 
 def kv_cache_tokens(engine: Any) -> int:
-    """Return the number of tokens whose keys and values the engine can hold."""
+    """Return the number of tokens in the engine's cache of keys and values."""
     cache = engine.vllm_config.cache_config
     tokens: int = cache.num_gpu_blocks * cache.block_size
     return tokens
@@ -222,7 +224,7 @@ def sampling_params(sampling: Sampling, seed: int, *, turn_end: int | None, adde
     Args:
         turn_end: a token that ends the sample, besides the model's end token.
         added: the result of `added_tokens`. A stop string equal to an added token ends the sample by its id. Only if an
-            added token lies within a longer stop string do these tokens become part of the text searched by vLLM.
+            added token lies within a longer stop string do added tokens become part of the text searched by vLLM.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -260,7 +262,7 @@ class LoadedWeights:
 
 
 def serve_own_weights(engine: Any, spec: RolloutSpec) -> Any:
-    """Mark a frozen engine's weights as version 0 and load its adapter. Return vLLM's name for it, or None."""
+    """Mark a frozen engine's weights as version 0 and load any adapter. Return vLLM's name for the adapter, or None."""
     from vllm.lora.request import LoRARequest
 
     engine.set_weight_version("0")
@@ -273,7 +275,10 @@ def serve_own_weights(engine: Any, spec: RolloutSpec) -> Any:
 
 
 def load_weights(engine: Any, manifest: WeightManifest, *, keep_cache: bool) -> LoadedWeights:
-    """Load a published set of weights. Forget the keys and values of the old ones, or keep those of running samples."""
+    """Load a published set of weights.
+
+    Forget the keys and values of the old weights, or keep the keys and values of running samples.
+    """
     engine.collective_rpc("start_weight_update")
     engine.collective_rpc("update_weights", kwargs={"update_info": {"manifest": manifest}})
     engine.collective_rpc("finish_weight_update")
@@ -281,7 +286,7 @@ def load_weights(engine: Any, manifest: WeightManifest, *, keep_cache: bool) -> 
 
 
 def load_adapter(engine: Any, manifest: WeightManifest, *, keep_cache: bool) -> LoadedWeights:
-    """Load a published LoRA adapter from its folder, over the previous one, also for running samples."""
+    """Load a published LoRA adapter from its folder, over the previous adapter, also for running samples."""
     checksum = file_checksum(Path(manifest.fields["folder"]) / WEIGHTS)
     if not engine.add_lora(adapter_request(manifest, load_inplace=True)):
         raise RunError(f"vLLM did not load the adapter in {manifest.fields['folder']}")
@@ -291,8 +296,8 @@ def load_adapter(engine: Any, manifest: WeightManifest, *, keep_cache: bool) -> 
 def adapter_request(manifest: WeightManifest, *, load_inplace: bool = False) -> Any:
     """Return vLLM's name for the policy's adapter.
 
-    load_inplace: load the adapter again although one of this name is loaded. Never set it in the requests of samples:
-    vLLM would load the adapter from its folder in every step of the engine.
+    load_inplace: load the adapter again although an adapter of this name is loaded. Never set load_inplace in the
+    requests of samples: vLLM would load the adapter from its folder in every step of the engine.
     """
     from vllm.lora.request import LoRARequest
 
@@ -300,13 +305,13 @@ def adapter_request(manifest: WeightManifest, *, load_inplace: bool = False) -> 
 
 
 def reset_caches(engine: Any) -> None:
-    """Forget every cached prefix. Samples in flight recompute theirs with the weights of that moment."""
+    """Forget every cached prefix. Samples in flight recompute their prefixes with the current weights."""
     if not engine.reset_prefix_cache(reset_running_requests=True):
         raise RunError("the engine did not reset its prefix cache")
 
 
 def salt_waiting(engine: Any) -> None:
-    """Let the samples that have not started yet reuse only blocks of the engine's version, as later requests do."""
+    """Let samples before their start reuse only blocks of the engine's version, like later requests."""
     for request in _scheduler(engine).waiting:
         request.cache_salt = engine.get_weight_version()
         request.block_hashes.clear()
@@ -314,13 +319,13 @@ def salt_waiting(engine: Any) -> None:
 
 
 def has_step_in_flight(engine: Any) -> bool:
-    """Return whether a step runs, or has run, whose outputs `step` has not returned."""
+    """Return whether a step runs, or has run, with outputs not yet returned by `step`."""
     return bool(engine.engine_core.engine_core.batch_queue)  # None without asynchronous scheduling
 
 
 @contextmanager
 def no_new_steps(engine: Any) -> Iterator[None]:
-    """Let the engine begin no step in the block, and only finish those in flight."""
+    """Let the engine begin no step in the block, and only finish steps in flight."""
     from vllm.v1.core.sched.interface import PauseState
 
     scheduler = _scheduler(engine)
@@ -333,7 +338,7 @@ def no_new_steps(engine: Any) -> Iterator[None]:
 
 
 def has_lost_workers(engine: Any) -> bool:
-    """Return whether a worker process of the engine has died. With one worker there is no such process."""
+    """Return whether a worker process of the engine has died. An engine with one worker has no such process."""
     from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
     executor = engine.engine_core.engine_core.model_executor
@@ -341,7 +346,7 @@ def has_lost_workers(engine: Any) -> bool:
 
 
 def put_first(engine: Any) -> None:
-    """Move the newest request before all waiting ones, also before samples interrupted by an update."""
+    """Move the newest request before all waiting requests, also before samples interrupted by an update."""
     waiting = _scheduler(engine).waiting
     waiting.prepend_request(waiting.pop())
 

@@ -41,11 +41,13 @@ def evaluate(
     model, to measure on `data` with `rewards`. Without `decoding`, the settings are those of `generate`.
 
     Args:
-        target (CONFIG|MODEL): a run's YAML file with data.eval and rewards, or a model as for `rlhf generate`. model
-        (MODEL): with CONFIG, measure this model instead of policy.model. against (MODEL): compute the win rate against
-        this model, by score. data (SET): a file, a dataset, or TASK[:ROWS]; may be repeated. rewards (NAME): a built-in
-        reward, a reward of an installed package, or path/file.py:name; may be repeated. reward_model (MODEL): a reward
-        model whose score is added.
+        target (CONFIG|MODEL): a run's YAML file with data.eval and rewards, or a model as for `rlhf generate`.
+        model (MODEL): with CONFIG, measure this model instead of policy.model.
+        against (MODEL): compute the win rate against this model, by score.
+        data (SET): a file, a dataset, or TASK[:ROWS]; may be repeated.
+        rewards (NAME): a built-in reward, a reward of an installed package, or path/file.py:name; may be
+            repeated.
+        reward_model (MODEL): a reward model whose score is added.
         device: the device of the model; cpu if not given.
         out (FOLDER): the folder for the results; evals/NAME if not given.
         overwrite: replace the existing results in the folder.

@@ -21,8 +21,9 @@ def export(
     """Write a checkpoint of a run as a Hugging Face folder.
 
     Args:
-        run (RUN): the folder of the run. folder (FOLDER): the folder to write. step (STEP): the step of the checkpoint;
-        the latest if not given.
+        run (RUN): the folder of the run.
+        folder (FOLDER): the folder to write.
+        step (STEP): the step of the checkpoint; the latest if not given.
         merged: for a run with LoRA, write a whole model with the adapter in its weights instead of an adapter folder.
         push_to_hub (OWNER/NAME): upload the folder to this repository of the hub.
         trust_remote_code: run Python code that comes with the model, or the file in the run's algorithm.name.

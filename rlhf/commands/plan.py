@@ -33,10 +33,11 @@ def plan(
     of `simulate`, call rlhf.planning.footprints and rlhf.planning.simulate.
 
     Args:
-        cluster (NODES): nodes to fit the run into, such as '2*cpu=96,gpu=8,type=h100'. shapes (FOLDER): a folder with
-        config.json of models absent from this machine. lengths (SPEC): lengths of responses, as lognormal:MEAN:SIGMA, a
-        file, or a run's folder. simulate (SPEC): predict the load of the GPUs in scenarios such as
-        'gpus=64+4096,staleness=0+1,mtbf_h=5000', instead of the plan.
+        cluster (NODES): nodes to fit the run into, such as '2*cpu=96,gpu=8,type=h100'.
+        shapes (FOLDER): a folder with config.json of models absent from this machine.
+        lengths (SPEC): lengths of responses, as lognormal:MEAN:SIGMA, a file, or a run's folder.
+        simulate (SPEC): predict the load of the GPUs in scenarios such as 'gpus=64+4096,staleness=0+1,mtbf_h=5000',
+            instead of the plan.
     """
     from rlhf.config.files.load import LoadedConfig
 

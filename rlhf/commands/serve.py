@@ -42,14 +42,16 @@ def serve(
     limit is wrong.
 
     Args:
-        name (NAME): the model's name in requests; MODEL if not given. token_env (NAME): the environment variable with
-        the token that callers must give as API key. engines (N): the number of engines for the requests.
-        tensor_parallel (N): the number of GPUs of each engine. kv_cache_gib (N): the cache of each engine on a CPU, in
-        GiB; 1 if not given. max_length (N): the maximum number of tokens in prompt and response; the model's, up to
-        8192, if not given. deadline_s (S): the maximum time from a request to its answer, in seconds. chat_template
-        (FILE): a Jinja file in place of the model's chat template. tool_parser (NAME): vLLM's parser of the model's
-        tool calls; chosen by the model if not given. reasoning_parser (NAME): vLLM's parser of the model's reasoning;
-        chosen by the model if not given.
+        name (NAME): the model's name in requests; MODEL if not given.
+        token_env (NAME): the environment variable with the token that callers must give as API key.
+        engines (N): the number of engines for the requests.
+        tensor_parallel (N): the number of GPUs of each engine.
+        kv_cache_gib (N): the cache of each engine on a CPU, in GiB; 1 if not given.
+        max_length (N): the maximum number of tokens in prompt and response; the model's, up to 8192, if not given.
+        deadline_s (S): the maximum time from a request to its answer, in seconds.
+        chat_template (FILE): a Jinja file in place of the model's chat template.
+        tool_parser (NAME): vLLM's parser of the model's tool calls; chosen by the model if not given.
+        reasoning_parser (NAME): vLLM's parser of the model's reasoning; chosen by the model if not given.
     """
     from actors.serving.http import ServerSpec, serve_model
     from actors.serving.offline import load_servable

@@ -25,7 +25,7 @@ def serve_reward(
 
     Args:
         target (CONFIG|FUNCTION): a YAML file with rewards, or a function: a built-in, the name of a reward of an
-        installed package, or path/file.py:name.
+            installed package, or path/file.py:name.
     """
     from rlhf.scoring.http import serve_scores
     from rlhf.scoring.scorer import scoring_of_config, scoring_of_function

@@ -25,7 +25,8 @@ def view(
     """Show a run, or two, in a browser, until SIGINT or SIGTERM. `ready` is called with the URL.
 
     Args:
-        run (RUN): the folder of a run or a pipeline. against (RUN): the folder of a second run, for a comparison.
+        run (RUN): the folder of a run or a pipeline.
+        against (RUN): the folder of a second run, for a comparison.
         token_env (NAME): the environment variable with the token that browsers must give.
     """
     from rlhf.viewing.server import serve_runs

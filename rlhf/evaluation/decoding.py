@@ -16,17 +16,21 @@ class Decoding:
     """Settings for reading prompts and sampling responses. UserError for a value out of range.
 
     Args:
-        samples (N): responses to each prompt. temperature (T): the sampling temperature; 0 is greedy decoding. top_p
-        (P): nucleus sampling; 1 keeps all tokens. top_k (K): sample among the k likeliest tokens. min_p (P): the least
-        probability of a token relative to the likeliest token; 0 keeps all tokens. repetition_penalty (X): above 1,
-        tokens of the prompt and the response become less likely. max_new_tokens (N): the maximum number of tokens in a
-        response. stop (TEXT): a string that ends a response and remains in it; may be repeated. stop_token_ids (ID): a
-        token that ends a response; may be repeated. seed (N): the seed of sampling and of confidence intervals.
+        samples (N): responses to each prompt.
+        temperature (T): the sampling temperature; 0 is greedy decoding.
+        top_p (P): nucleus sampling; 1 keeps all tokens.
+        top_k (K): sample among the k likeliest tokens.
+        min_p (P): the least probability of a token relative to the likeliest token; 0 keeps all tokens.
+        repetition_penalty (X): above 1, tokens of the prompt and the response become less likely.
+        max_new_tokens (N): the maximum number of tokens in a response.
+        stop (TEXT): a string that ends a response and remains in it; may be repeated.
+        stop_token_ids (ID): a token that ends a response; may be repeated.
+        seed (N): the seed of sampling and of confidence intervals.
         system_prompt (TEXT): the system prompt in the chat template; an empty prompt is left out.
         apply_chat_template: write string prompts by the chat template, or pass string prompts to the model unchanged.
-            chat_template (FILE): a Jinja file in place of the model's chat template. template (JSON): variables of the
-            chat template, such as '{"enable_thinking": false}'. columns (OURS=THEIRS): read our column from the column
-            THEIRS of the data; may be repeated.
+        chat_template (FILE): a Jinja file in place of the model's chat template.
+        template (JSON): variables of the chat template, such as '{"enable_thinking": false}'.
+        columns (OURS=THEIRS): read our column from the column THEIRS of the data; may be repeated.
     """
 
     samples: int = 1

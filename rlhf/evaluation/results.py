@@ -62,10 +62,10 @@ class Marks:
     """The user's settings for grading responses. None: derived from the number of samples and the rewards.
 
     Args:
-        ks (K,K): the numbers k of pass@k and maj@k; 1, 2, 4 and so on if not given. pass_score (X): the score from
-        which a response passes, in place of a value of 1 of the judging function.
-        answers: the part of a response used as a vote in maj@k. by (COLUMN): report each value of this column as well
-            as the whole set.
+        ks (K,K): the numbers k of pass@k and maj@k; 1, 2, 4 and so on if not given.
+        pass_score (X): the score from which a response passes, in place of a value of 1 of the judging function.
+        answers: the part of a response used as a vote in maj@k.
+        by (COLUMN): report each value of this column as well as the whole set.
     """
 
     ks: tuple[int, ...] | None = None

@@ -331,8 +331,8 @@ def simulate(
 ) -> Outcome:
     """Simulate some steps after a warm-up. Equal seeds give equal outcomes.
 
-    `steps`: the number of simulated steps. None: 6, or 2 for large batches. `warm_up`: steps to leave out. None: until
-    the pipeline is full.
+    `steps`: the number of simulated steps. None: 6, or 2 for large batches.
+    `warm_up`: steps to leave out. None: until the pipeline is full.
     """
     if steps is None:
         steps = 2 if system.prompts_per_step * system.samples_per_prompt > MANY_RESPONSES else 6
