@@ -10,15 +10,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from rlhf.tracking.diagnosis import asynchrony, learning, running, scores
-from rlhf.tracking.diagnosis.findings import SEVERITIES, Finding, History, Symptom
+from rlhf.tracking.diagnosis.asynchrony import ASYNCHRONY
+from rlhf.tracking.diagnosis.findings import SEVERITIES, Finding, History
+from rlhf.tracking.diagnosis.learning import LEARNING
+from rlhf.tracking.diagnosis.running import RUNNING
+from rlhf.tracking.diagnosis.scores import RESULTS
 
-CHECKS = [
-    check
-    for module in (learning, scores, running, asynchrony)
-    for check in vars(module).values()
-    if isinstance(check, Symptom)
-]
+CHECKS = (*LEARNING, *RESULTS, *RUNNING, *ASYNCHRONY)
 
 
 class Watch:
